@@ -1,0 +1,41 @@
+"""bindllm gives a language model new senses.
+
+The public names are imported on first use, so that ``import bindllm`` stays instant.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bindllm.conversation import Conversation, Message
+    from bindllm.encoders import Encoder
+    from bindllm.errors import BindLLMError
+    from bindllm.media import Media
+    from bindllm.model.bindllm import BindLLM
+    from bindllm.retrieval.store import EmbeddingStore
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "BindLLM": "bindllm.model.bindllm",
+    "BindLLMError": "bindllm.errors",
+    "Conversation": "bindllm.conversation",
+    "EmbeddingStore": "bindllm.retrieval.store",
+    "Encoder": "bindllm.encoders",
+    "Media": "bindllm.media",
+    "Message": "bindllm.conversation",
+}
+
+__all__ = ["BindLLM", "BindLLMError", "Conversation", "EmbeddingStore", "Encoder", "Media", "Message"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'bindllm' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

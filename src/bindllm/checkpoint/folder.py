@@ -1,0 +1,169 @@
+"""The checkpoint folder: one directory, safetensors and JSON only, written whole or not at all.
+
+    bindllm.json        format version, every config, decoder and encoders with their fingerprints
+    bind.safetensors    bind network, gates and queries; frozen weights are referenced, never copied
+    README.md           model card
+    recipe.yaml, metrics.json, report.html ...   added by a training run
+
+Loading never unpickles, and imports only classes under ``bindllm.`` unless the caller allows others by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bindllm.atomic import atomic_folder
+from bindllm.errors import CheckpointError, known_names
+
+FORMAT = 1
+MANIFEST = "bindllm.json"
+WEIGHTS = "bind.safetensors"
+_PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"}
+
+
+def write_checkpoint(
+    folder: str | Path, manifest: dict[str, Any], tensors: dict[str, Tensor], card: str
+) -> None:
+    """Write a checkpoint folder in one step; an existing checkpoint there is replaced, anything else refused.
+
+    Args:
+        folder: where it goes.
+        manifest: JSON-able content of ``bindllm.json``; format, weights hash and root are added.
+        tensors: trainable tensors by name.
+        card: text of the model card.
+
+    Raises:
+        CheckpointError: the folder exists and is not a checkpoint of ours.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+        raise CheckpointError(
+            f"{folder} exists and is not a bindllm checkpoint (no {MANIFEST}); nothing was written. "
+            "Choose another folder or empty it."
+        )
+    with atomic_folder(folder) as part:
+        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, part / WEIGHTS, metadata={"format": "pt"})
+        root = os.path.relpath(Path.cwd(), folder.resolve())
+        entries = {"format": FORMAT, **manifest, "weights_sha256": _sha256(part / WEIGHTS), "root": root}
+        (part / MANIFEST).write_text(
+            json.dumps(entries, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+        (part / "README.md").write_text(card, encoding="utf-8")
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """Read and check ``bindllm.json``.
+
+    Raises:
+        CheckpointError: no such folder, no manifest, a newer format, or a pickle beside it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"checkpoint folder {str(folder)!r} does not exist. {_siblings(folder)}")
+    pickles = sorted(file.name for file in folder.rglob("*") if file.suffix in _PICKLES)
+    if pickles:
+        raise CheckpointError(
+            f"{folder} holds {', '.join(pickles)}: such files can run code when opened, and no bindllm checkpoint "
+            "has them. Remove them, or load a folder from a source you trust."
+        )
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder} has no {MANIFEST}, so it is not a bindllm checkpoint") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{folder / MANIFEST} is not valid JSON: {error}") from error
+    if manifest.get("format", 0) > FORMAT:
+        raise CheckpointError(
+            f"{folder} has format {manifest['format']}, this bindllm reads up to {FORMAT}: upgrade bindllm"
+        )
+    return manifest
+
+
+def read_weights(folder: str | Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
+    """Read ``bind.safetensors`` and check it against the hash in the manifest."""
+    file = Path(folder) / WEIGHTS
+    if not file.is_file():
+        raise CheckpointError(f"{folder} has no {WEIGHTS}: copy the whole folder")
+    if _sha256(file) != manifest.get("weights_sha256"):
+        raise CheckpointError(
+            f"{file} is not the file that {MANIFEST} was written with: damaged or exchanged"
+        )
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+
+
+def check_keys(expected: dict[str, Tensor], found: dict[str, Tensor], *, source: str) -> None:
+    """Refuse tensors that do not match name by name and shape by shape.
+
+    Raises:
+        CheckpointError: lists every missing, unexpected and misshapen tensor.
+    """
+    problems = [f"missing {name}" for name in sorted(expected.keys() - found.keys())]
+    problems += [f"unexpected {name}" for name in sorted(found.keys() - expected.keys())]
+    problems += [
+        f"{name} has shape {list(found[name].shape)}, expected {list(expected[name].shape)}"
+        for name in sorted(expected.keys() & found.keys())
+        if expected[name].shape != found[name].shape
+    ]
+    if problems:
+        raise CheckpointError(f"{source} does not fit this model: {'; '.join(problems)}")
+
+
+def resolve_path(value: Any, folder: str | Path, manifest: dict[str, Any]) -> Any:
+    """Return a local path of the manifest as it is reached from here.
+
+    Paths are kept as the recipe gave them; one that does not exist from the current directory is looked up from
+    the directory in which the checkpoint was made, so that a moved project still loads from anywhere.
+    """
+    if not isinstance(value, str) or os.path.exists(value):
+        return value
+    beside = Path(folder) / manifest.get("root", ".") / value
+    return os.path.relpath(beside) if beside.exists() else value
+
+
+def build_object(entry: dict[str, Any], *, allow: Sequence[str] = ()) -> Any:
+    """Build the object that a manifest names by ``class_path`` and ``init_args``.
+
+    Args:
+        entry: ``{"class_path": ..., "init_args": {...}}``.
+        allow: import paths outside ``bindllm.`` that the caller trusts, such as ``"my_lab.RadarEncoder"``.
+
+    Raises:
+        CheckpointError: the class is not allowed, or cannot be imported or built.
+    """
+    path = entry["class_path"]
+    if not path.startswith("bindllm.") and path not in allow:
+        raise CheckpointError(
+            f"the checkpoint names the class {path!r}, which is not part of bindllm and would run code from there. "
+            f"If you trust it, pass allow=[{path!r}]."
+        )
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)(**entry.get("init_args", {}))
+    except (ImportError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be built with {entry.get('init_args', {})}: {error}") from error
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _siblings(folder: Path) -> str:
+    """List the checkpoints beside a folder that does not exist."""
+    parent = folder.parent
+    names: Iterable[str] = (f.parent.name for f in parent.glob(f"*/{MANIFEST}")) if parent.is_dir() else ()
+    return known_names(folder.name, names)

@@ -1,0 +1,1 @@
+"""The trainable parts and the decoder that they are joined to."""

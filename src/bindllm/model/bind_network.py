@@ -1,0 +1,93 @@
+"""The bind network: from the joint space of the encoders to the width of the decoder.
+
+A projection, then residual blocks of RMSNorm and SwiGLU, as in ImageBind-LLM section 3.2 (arXiv 2309.03905).
+It is the largest trainable part and runs on one vector per media group, so its cost is small beside the
+decoder's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bindllm.errors import InputError
+
+
+@dataclass
+class BindConfig:
+    """Shape of the bind network."""
+
+    depth: int = 3
+    """Number of residual blocks after the projection; 3 in the paper, 0 leaves the projection alone."""
+
+    expansion: int = 4
+    """Inner width of a block as a multiple of the decoder's width."""
+
+    def __post_init__(self) -> None:
+        if self.depth < 0 or self.expansion < 1:
+            raise InputError(
+                f"bind network with depth {self.depth} and expansion {self.expansion}: "
+                "depth must be at least 0 and expansion at least 1"
+            )
+
+
+class SwiGLUBlock(nn.Module):
+    """One residual block: ``z + down(silu(gate(n)) * up(n))`` with ``n = norm(z)``."""
+
+    def __init__(self, width: int, expansion: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.gate = nn.Linear(width, expansion * width, bias=False)
+        self.up = nn.Linear(width, expansion * width, bias=False)
+        self.down = nn.Linear(expansion * width, width, bias=False)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Return ``z`` with the block added: [..., D] to [..., D]."""
+        n = self.norm(z)
+        return z + self.down(nn.functional.silu(self.gate(n)) * self.up(n))
+
+
+class BindNetwork(nn.Module):
+    """Maps unit embeddings to decoder-wide vectors (ImageBind-LLM section 3.2).
+
+    Args:
+        embedding_size: ``E``, width of the joint space.
+        width: ``D``, the decoder's hidden size.
+        config: depth and expansion.
+
+    Example:
+        >>> network = BindNetwork(1024, 64, BindConfig(depth=2))
+        >>> network(torch.nn.functional.normalize(torch.randn(5, 1, 1024), dim=-1)).shape
+        torch.Size([5, 1, 64])
+    """
+
+    def __init__(self, embedding_size: int, width: int, config: BindConfig) -> None:
+        super().__init__()
+        self.projection = nn.Linear(embedding_size, width)
+        self.blocks = nn.ModuleList(SwiGLUBlock(width, config.expansion) for _ in range(config.depth))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start with outputs of unit size: a unit vector times weights of unit variance has it."""
+        nn.init.normal_(self.projection.weight)
+        nn.init.zeros_(self.projection.bias)
+        for block in self.blocks:
+            for linear in (block.gate, block.up, block.down):
+                nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        """Map embeddings to bind vectors.
+
+        Args:
+            embedding: unit-norm, [..., E].
+
+        Returns:
+            bind vectors, [..., D], in the dtype of the network's weights.
+        """
+        z = self.projection(embedding.to(self.projection.weight.dtype))
+        for block in self.blocks:
+            z = block(z)
+        return z

@@ -1,0 +1,360 @@
+"""`BindLLM`: a frozen decoder, frozen encoders, and the small trainable parts between them.
+
+media -> Encoder -> embedding [E] -> BindNetwork -> [D] -> Injection -> decoder -> text
+
+After ImageBind-LLM (arXiv 2309.03905).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from bindllm.checkpoint.card import write_card
+from bindllm.checkpoint.folder import check_keys, write_checkpoint
+from bindllm.conversation import Conversation
+from bindllm.encoders import Encoder, encoder_for
+from bindllm.encoders.fusion import fuse
+from bindllm.errors import InputError, known_names
+from bindllm.media import Media
+from bindllm.model.bind_network import BindConfig, BindNetwork
+from bindllm.model.decoder import (
+    DecoderConfig,
+    has_plain_logits,
+    load_decoder,
+    load_tokenizer,
+)
+from bindllm.model.generation import MAX_NEW_TOKENS, Prompt, as_conversations, render_prompts, stream_text
+from bindllm.model.injection import InjectConfig, Injection
+from bindllm.model.pretrained import describe, read_parts
+
+
+@dataclass
+class BindOutput:
+    """What a forward gives.
+
+    Attributes:
+        logits: [B, T, V] without labels; with labels [N, V], at the N positions that predict a supervised token.
+        targets: the supervised tokens, [N], or None.
+        rows: the row of the batch that each of them is in, [N], or None.
+    """
+
+    logits: Tensor
+    targets: Tensor | None = None
+    rows: Tensor | None = None
+
+
+class BindLLM(nn.Module):
+    """A language model with new senses.
+
+    Args:
+        decoder: a frozen Hugging Face causal language model; hooks are placed on its layers.
+        tokenizer: its tokenizer, with a chat template.
+        config: the decoder's name, as it is written to checkpoints.
+        encoders: the frozen encoders; all must have the same embedding size.
+        bind: shape of the bind network.
+        inject: kind of injection.
+        system: system text of every conversation that brings none; None leaves that to the chat template.
+
+    Example:
+        model = BindLLM.from_pretrained("checkpoints/quickstart")
+        model.generate("Describe this image.", media=[Media.image("cat.png")])
+    """
+
+    def __init__(
+        self,
+        decoder: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: DecoderConfig,
+        *,
+        encoders: Sequence[Encoder],
+        bind: BindConfig | None = None,
+        inject: InjectConfig | None = None,
+        system: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.config, self.bind_config, self.inject_config = (
+            config,
+            bind or BindConfig(),
+            inject or InjectConfig(),
+        )
+        self.tokenizer, self.encoders, self.system = tokenizer, tuple(encoders), system
+        width = decoder.config.get_text_config().hidden_size
+        self.bind = BindNetwork(_common_size(self.encoders), width, self.bind_config).to(decoder.device)
+        self.injection = Injection(decoder, self.inject_config).to(decoder.device)
+        self.decoder = decoder
+        self._plain_logits = has_plain_logits(decoder)
+        self._checkpointing = False
+
+    @classmethod
+    def build(cls, decoder: DecoderConfig, *, device: str | None = None, **parts: Any) -> Self:
+        """Load the decoder and join untrained parts to it: the model answers exactly like the decoder alone.
+
+        Args:
+            decoder: which decoder, and its dtype.
+            device: by default the accelerator that torch finds, else the CPU.
+            **parts: ``encoders``, ``bind``, ``inject`` and ``system`` as for the class.
+        """
+        return cls(load_decoder(decoder, device=device), load_tokenizer(decoder), decoder, **parts)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the decoder is."""
+        return self.decoder.device
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of the trainable parts; the frozen decoder stays in eval mode."""
+        super().train(mode)
+        self.decoder.eval()
+        for layer in self.decoder.get_decoder().layers:
+            # Only the layer's own flag: it switches activation checkpointing, its children stay in eval mode.
+            layer.training = mode and self._checkpointing
+        return self
+
+    def parameter_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
+        """Return the trainable groups: names, and the parameters under the names of the checkpoint."""
+        return {
+            "bind": [(f"bind.{name}", value) for name, value in self.bind.named_parameters()],
+            "inject": [(f"injection.{name}", value) for name, value in self.injection.named_parameters()],
+        }
+
+    def set_trainable(self, names: Sequence[str]) -> None:
+        """Let the named groups be trained and freeze everything else."""
+        groups = self.parameter_groups()
+        for name in names:
+            if name not in groups:
+                raise InputError(f"unknown parameter group {name!r}. {known_names(name, groups)}")
+        self.requires_grad_(False)
+        for name in names:
+            for _, parameter in groups[name]:
+                parameter.requires_grad_(True)
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """Return the tensors of all groups by name: what a checkpoint holds."""
+        return {name: value.detach() for group in self.parameter_groups().values() for name, value in group}
+
+    @torch.no_grad()
+    def load_trainable_state(self, tensors: dict[str, Tensor], *, source: str = "the state") -> None:
+        """Copy tensors into the groups; names and shapes must match exactly.
+
+        Raises:
+            CheckpointError: lists every missing, unexpected and misshapen tensor.
+        """
+        own = self.trainable_state()
+        check_keys(own, tensors, source=source)
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+
+    @torch.no_grad()
+    def encode(self, media: Sequence[Media] | Sequence[Sequence[Media]]) -> Tensor:
+        """Embed media.
+
+        Args:
+            media: one embedding is made of each item; an item that is itself a list is fused into one (weighted
+                mean of its unit embeddings, normalised again).
+
+        Returns:
+            unit-norm embeddings, [N, E], float32, on the CPU.
+
+        Raises:
+            MediaError: a file that cannot be read.
+            InputError: no encoder of this model serves the modality.
+        """
+        groups = [(item,) if isinstance(item, Media) else tuple(item) for item in media]
+        flat = [item for group in groups for item in group]
+        embeddings: list[Tensor] = [torch.empty(0)] * len(flat)
+        for modality in dict.fromkeys(item.modality for item in flat):
+            encoder = encoder_for(modality, self.encoders).to(self.device)
+            places = [n for n, item in enumerate(flat) if item.modality == modality]
+            for n, row in zip(
+                places, encoder.embed(modality, [encoder.prepare(flat[n]) for n in places]).cpu(), strict=True
+            ):
+                embeddings[n] = row
+        fused, start = [], 0
+        for group in groups:
+            weights = torch.tensor([item.weight for item in group])
+            rows = embeddings[start : start + len(group)]
+            fused.append(fuse(torch.stack(rows), weights))
+            start += len(group)
+        return torch.stack(fused)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        media_index: Tensor,
+        embeddings: Tensor,
+        labels: Tensor | None = None,
+    ) -> BindOutput:
+        """Run the decoder with the media bound to its tokens.
+
+        Args:
+            input_ids: [B, T].
+            attention_mask: 1 for tokens, 0 for padding on either side, [B, T].
+            media_index: the media group that each token listens to, or -1, [B, T].
+            embeddings: unit-norm embedding of each media group, [B, M, E]; rows that no token names are ignored.
+            labels: the token ids that are supervised at their own place, -100 elsewhere, [B, T]. With labels the
+                vocabulary projection runs at the positions that predict a supervised token, and nowhere else.
+        """
+        padded_left = not bool(attention_mask[:, 0].all())
+        inputs = {
+            "input_ids": input_ids,
+            # Causal attention never looks at padding on the right, and runs faster without a mask.
+            "attention_mask": attention_mask if padded_left else None,
+            "position_ids": (attention_mask.cumsum(1) - 1).clamp_(min=0),
+            "use_cache": False,
+            "bind": self.bind(embeddings),
+            "media_index": media_index,
+        }
+        if labels is None:
+            return BindOutput(self.decoder(**inputs).logits)
+        rows, columns = (labels[:, 1:] != -100).nonzero(as_tuple=True)
+        if self._plain_logits:
+            hidden = self.decoder.get_decoder()(**inputs).last_hidden_state
+            logits = self.decoder.get_output_embeddings()(hidden[rows, columns])
+        else:
+            logits = self.decoder(**inputs).logits[rows, columns]
+        return BindOutput(logits, labels[rows, columns + 1], rows)
+
+    @torch.no_grad()
+    def generate_from(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        media_index: Tensor,
+        embeddings: Tensor | None,
+        **options: Any,
+    ) -> Tensor:
+        """Generate answers for a left-padded batch.
+
+        Args:
+            input_ids: prompts up to the header of the answer, [B, T].
+            attention_mask: [B, T].
+            media_index: [B, T].
+            embeddings: [B, M, E], or None for a batch without media.
+            **options: as for Hugging Face ``generate``.
+
+        Returns:
+            ids of the answers alone, [B * returned sequences, at most max_new_tokens].
+        """
+        ids, mask, index = (x.to(self.device) for x in (input_ids, attention_mask, media_index))
+        options = {"max_new_tokens": MAX_NEW_TOKENS, "pad_token_id": self.tokenizer.pad_token_id, **options}
+        run = partial(self.decoder.generate, input_ids=ids, attention_mask=mask, **options)
+        if embeddings is None:
+            return run()[:, ids.shape[1] :]
+        with self.injection.holding(self.bind(embeddings.to(self.device)), index):
+            return run()[:, ids.shape[1] :]
+
+    def generate(
+        self, prompt: Prompt | Sequence[Prompt], media: Sequence[Any] | None = None, **options: Any
+    ) -> str | list[str]:
+        """Answer one prompt, or a batch of prompts each with its own media.
+
+        Args:
+            prompt: a text or a `Conversation`, or a list of them.
+            media: for one text the list of its media, fused into one embedding; for a list of texts one such list
+                each (empty: no media).
+            **options: as for Hugging Face ``generate`` (``max_new_tokens``, ``do_sample``, ``temperature``,
+                ``top_p``, ``num_beams``, ...). Without any, the answer is greedy and at most 128 tokens long.
+
+        Returns:
+            the answer, or a list of answers in the order of the prompts.
+
+        Raises:
+            InputError: prompts and media that do not pair up.
+            MediaError: a file that cannot be read.
+        """
+        one = isinstance(prompt, str | Conversation)
+        batch, embeddings = self._prepare([prompt] if one else list(prompt), [media or ()] if one else media)
+        answers = self.generate_from(*batch, embeddings, **self._with_defaults(options))
+        texts = [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+        return texts[0] if one and len(texts) == 1 else texts
+
+    def stream(self, prompt: Prompt, media: Sequence[Media] | None = None, **options: Any) -> Iterator[str]:
+        """Yield the answer to one prompt piece by piece; arguments as for `generate`."""
+        batch, embeddings = self._prepare([prompt], [media or ()])
+        run = partial(self.generate_from, *batch, embeddings, **self._with_defaults(options))
+        yield from stream_text(run, self.tokenizer)
+
+    def _with_defaults(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Greedy, unless an option asks for sampling."""
+        return {"do_sample": any(name in options for name in ("temperature", "top_p", "top_k")), **options}
+
+    def _prepare(
+        self, prompts: Sequence[Prompt], media: Sequence[Sequence[Media]] | None
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
+        """Render the prompts and embed their media: ids, mask and index [B, T]; embeddings [B, M, E] or None."""
+        if not prompts:
+            raise InputError("no prompt was given")
+        conversations = as_conversations(prompts, media, self.system)
+        groups = [conversation.media_groups for conversation in conversations]
+        num_groups = max(len(row) for row in groups)
+        batch = render_prompts(conversations, self.tokenizer)
+        if not num_groups:
+            return batch, None
+        encoded = iter(self.encode([group for row in groups for group in row]))
+        embeddings = torch.zeros(len(groups), num_groups, self.bind.projection.in_features)
+        for b, row in enumerate(groups):
+            for m in range(len(row)):
+                embeddings[b, m] = next(encoded)
+        return batch, embeddings
+
+    def save_pretrained(self, folder: str | Path, *, data: list[str] | None = None) -> None:
+        """Write a checkpoint folder, in one step.
+
+        Args:
+            folder: where; an existing checkpoint is replaced, any other non-empty folder is refused.
+            data: what the model was trained on, for the model card.
+        """
+        manifest = describe(self)
+        write_checkpoint(folder, manifest, self.trainable_state(), write_card(manifest, data=data))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        decoder: str | None = None,
+        dtype: str | None = None,
+        device: str | None = None,
+        allow: Sequence[str] = (),
+    ) -> Self:
+        """Load a checkpoint folder.
+
+        Args:
+            folder: a folder written by `save_pretrained`.
+            decoder: where the decoder is, when not at the place that the checkpoint names.
+            dtype: another precision of the decoder than the one in the checkpoint.
+            device: by default the accelerator that torch finds, else the CPU.
+            allow: import paths of encoder classes outside bindllm that may be imported.
+
+        Raises:
+            CheckpointError: another decoder or encoder than the one it was trained with, a newer format, missing
+                or extra tensors, a pickle in the folder, a class that is not allowed.
+        """
+        config, parts, tensors = read_parts(folder, decoder=decoder, dtype=dtype, allow=allow)
+        model = cls.build(config, device=device, **parts)
+        model.load_trainable_state(tensors, source=str(folder))
+        return model.eval()
+
+    def checkpoint_activations(self) -> None:
+        """Keep only each layer's input in training and compute the rest again in the backward pass."""
+        self.decoder.activation_checkpointing_enable()
+        self._checkpointing = True
+
+
+def _common_size(encoders: Sequence[Encoder]) -> int:
+    sizes = [encoder.embedding_size for encoder in encoders]
+    if len(set(sizes)) != 1:
+        found = ", ".join(f"{type(encoder).__name__} {encoder.embedding_size}" for encoder in encoders)
+        raise InputError(
+            f"the encoders must share one embedding size, got {found or 'no encoder'}; one bind network serves them all"
+        )
+    return sizes[0]

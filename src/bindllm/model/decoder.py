@@ -1,0 +1,155 @@
+"""Loading a frozen Hugging Face decoder and its tokenizer, and telling one decoder from another."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from bindllm.assets import fetch_hint
+from bindllm.errors import DecoderError, InputError, known_names
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Settings by which some families change the logits after the vocabulary projection, and their neutral values.
+_LOGIT_CHANGES = {
+    "final_logit_softcapping": (None,),
+    "logit_scale": (None, 1, 1.0),
+    "logits_scaling": (None, 1, 1.0),
+    "lm_head_multiplier": (None, 1, 1.0),
+}
+_SAMPLED_BYTES = 256
+
+
+@dataclass
+class DecoderConfig:
+    """Which language model answers, and in which precision it runs."""
+
+    name: str
+    """A Hugging Face folder, or the id of a model in the local Hugging Face cache or on the hub."""
+
+    dtype: str = "auto"
+    """`float32`, `bfloat16`, `float16`, or `auto`: what this machine computes natively and fastest."""
+
+    revision: str | None = None
+    """Revision of a model on the hub; leave empty for a folder."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("auto", *DTYPES):
+            raise InputError(
+                f"unknown dtype {self.dtype!r}. {known_names(str(self.dtype), ['auto', *DTYPES])}"
+            )
+
+
+def choose_dtype(device: str | torch.device) -> torch.dtype:
+    """Return the fastest safe dtype of a frozen decoder on this device.
+
+    bfloat16 where the hardware multiplies bfloat16 matrices: GPUs that say so, and CPUs with AMX tiles. Other CPUs
+    convert on the fly and are slower than in float32; `benchmarks` measures it.
+    """
+    if torch.device(device).type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if torch.device(device).type == "cpu":
+        return torch.bfloat16 if torch.cpu.get_capabilities().get("amx_bf16") else torch.float32
+    return torch.bfloat16
+
+
+def default_device() -> str:
+    """Return ``cuda`` or another accelerator where torch finds one, else ``cpu``."""
+    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+
+
+def find_folder(config: DecoderConfig) -> Path:
+    """Return the local folder of a decoder; a hub id is looked up in the Hugging Face cache, then downloaded."""
+    if Path(config.name).is_dir():
+        return Path(config.name)
+    organisation, slash, rest = config.name.partition("/")
+    looks_local = not slash or "/" in rest or organisation in ("", ".", "..", "~") or Path(organisation).is_dir()
+    if looks_local or fetch_hint(config.name):
+        raise DecoderError(f"decoder folder {config.name!r} does not exist.{fetch_hint(config.name)}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(config.name, revision=config.revision, ignore_patterns=["*.bin", "*.pth"])
+        )
+    except Exception as error:
+        raise DecoderError(
+            f"decoder {config.name!r} is neither a folder here nor a model that could be downloaded "
+            f"({type(error).__name__}: {error}). Give the path of a Hugging Face folder."
+        ) from error
+
+
+def load_tokenizer(config: DecoderConfig) -> PreTrainedTokenizerBase:
+    """Load the tokenizer alone; padding falls back to the end token where none is set."""
+    folder = find_folder(config)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True)
+    except (OSError, ValueError) as error:
+        raise DecoderError(f"no usable tokenizer in {folder}: {error}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_decoder(config: DecoderConfig, *, device: str | torch.device | None = None) -> PreTrainedModel:
+    """Load a causal language model, frozen and in eval mode.
+
+    Args:
+        config: name, dtype and revision.
+        device: where it goes; by default the accelerator that torch finds, else the CPU.
+
+    Raises:
+        DecoderError: the folder is missing, not a causal language model, or holds pickled weights only.
+    """
+    device = device or default_device()
+    folder = find_folder(config)
+    dtype = choose_dtype(device) if config.dtype == "auto" else DTYPES[config.dtype]
+    quiet = transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    try:
+        decoder = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise DecoderError(
+            f"{folder} does not hold a causal language model in safetensors: {error}"
+        ) from error
+    finally:
+        transformers_logging.set_verbosity(quiet)
+    return decoder.to(device).eval().requires_grad_(False)
+
+
+def fingerprint_decoder(folder: str | Path) -> str:
+    """Identify the weights of a decoder folder without reading them whole.
+
+    Hashes, for each safetensors file, its header (names, shapes and types of all tensors) and a few bytes of every
+    tensor, so that another model, a fine-tuned copy or another precision gives another value within milliseconds.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise DecoderError(f"{folder} holds no *.safetensors file, so its weights cannot be identified")
+    for file in files:
+        with file.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(size))
+            header.pop("__metadata__", None)
+            for name, entry in sorted(header.items()):
+                start, end = entry["data_offsets"]
+                stream.seek(8 + size + start + (end - start) // 2)
+                digest.update(f"{name} {entry['dtype']} {entry['shape']}".encode())
+                digest.update(stream.read(min(_SAMPLED_BYTES, (end - start + 1) // 2)))
+    return digest.hexdigest()
+
+
+def has_plain_logits(decoder: PreTrainedModel) -> bool:
+    """Return whether the logits are the output projection and nothing after it (no soft-capping, no scaling)."""
+    config = decoder.config.get_text_config().to_dict()
+    return all(config.get(name) in neutral for name, neutral in _LOGIT_CHANGES.items())

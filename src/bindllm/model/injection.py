@@ -1,0 +1,276 @@
+"""Injection: bind vectors are added to the tokens of every decoder layer through gates that start at zero.
+
+Letters: `B` batch, `T` tokens, `M` media groups, `D` decoder width, `H` heads, `L` layers.
+
+Two kinds:
+
+- ``residual``, the formula of ImageBind-LLM section 3.2 (arXiv 2309.03905): at the input of layer ``l``,
+  ``h[b,t] += gate[l] * (bind[b,m(t)] + query[l])``.
+- ``value``, the form of its released weights: inside attention, after the heads are mixed and before the output
+  projection, ``out[b,t,h] += tanh(gate[l,h]) * v_proj(bind[b,m(t)] + query[l])[h]``. Attention over one key has
+  weight 1, so no softmax is needed; with grouped key/value heads each value serves its group of heads.
+
+The bind tensor travels as a keyword of the decoder's forward, so nothing outlives the call: several forwards
+before one backward and activation checkpointing see the tensors of their own call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from bindllm.errors import DecoderError, InputError, known_names
+
+KINDS = ("residual", "value")
+
+
+@dataclass
+class InjectConfig:
+    """How bind vectors reach the decoder's tokens."""
+
+    kind: Literal["residual", "value"] = "value"
+    """`value` adds inside attention, one gate per head; `residual` adds to the layer's input, one gate a layer."""
+
+    queries: bool = True
+    """Whether each layer adds its own learned query to the bind vector."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise InputError(f"unknown injection kind {self.kind!r}. {known_names(str(self.kind), KINDS)}")
+
+
+@dataclass
+class Carried:
+    """What one forward of the decoder carries to its layers.
+
+    Attributes:
+        bind: bind vectors, [B, M, D].
+        route: 1 where token ``t`` listens to group ``m``, else 0, [B, T, M].
+        terms: gated terms already computed, by layer; kept over the steps of a generation, None in training.
+    """
+
+    bind: Tensor
+    route: Tensor
+    terms: dict[int, Tensor] | None = None
+
+
+@dataclass
+class Held:
+    """Bind vectors and media index of a generation in progress, grown to the batch that it really runs."""
+
+    injection: Injection
+    bind: Tensor
+    media_index: Tensor
+    terms: dict[int, Tensor] = field(default_factory=dict)
+
+    def carry(self, batch: int, past: int, length: int) -> Carried:
+        """Return what the tokens ``past .. past + length`` need; generated tokens go on with the last group."""
+        if batch != self.bind.shape[0]:
+            repeats, rest = divmod(batch, self.bind.shape[0])
+            if rest or not repeats:
+                raise InputError(f"generation runs {batch} rows for {self.bind.shape[0]} prompts")
+            self.bind = self.bind.repeat_interleave(repeats, dim=0)
+            self.media_index = self.media_index.repeat_interleave(repeats, dim=0)
+            self.terms.clear()
+        last = self.media_index.shape[1] - 1
+        columns = torch.arange(past, past + length, device=self.media_index.device).clamp_(max=last)
+        route = route_tokens(self.media_index[:, columns], self.bind.shape[1])
+        return Carried(self.bind, route, self.terms)
+
+
+# Both are empty outside a call; context variables keep concurrent threads apart.
+_HELD: ContextVar[Held | None] = ContextVar("bindllm_held", default=None)
+_TERM: ContextVar[tuple[Tensor, Tensor] | None] = ContextVar("bindllm_term", default=None)
+
+
+def route_tokens(media_index: Tensor, num_groups: int) -> Tensor:
+    """Return the one-hot route [B, T, M] of a media index [B, T]; index -1 gives a row of zeros."""
+    groups = torch.arange(num_groups, device=media_index.device)
+    return media_index.unsqueeze(-1) == groups
+
+
+class Injection(nn.Module):
+    """Gates and queries, hooked onto the layers of a Hugging Face decoder.
+
+    Construct it last: decoder, quantisation, peft, then injection, so that the term passes through the adapter of
+    the output projection like everything else in attention.
+
+    Args:
+        decoder: a causal language model whose layers are at ``get_decoder().layers``; kind ``value`` also needs
+            ``self_attn.v_proj`` and ``self_attn.o_proj`` in each.
+        config: kind and queries.
+
+    Raises:
+        DecoderError: the decoder lacks one of these names; the message says which.
+
+    Attributes:
+        gates: zeros at the start, [L] for ``residual``, [L, H] for ``value``.
+        queries: [L, D], or None.
+
+    Example:
+        decoder(ids, bind=bind, media_index=index)      # bind [B, M, D], index [B, T], -1: nothing is added
+    """
+
+    def __init__(self, decoder: PreTrainedModel, config: InjectConfig) -> None:
+        super().__init__()
+        self.kind = config.kind
+        core = decoder.get_decoder()
+        layers = _layers(core, type(decoder).__name__)
+        text_config = decoder.config.get_text_config()
+        width, num_heads = text_config.hidden_size, text_config.num_attention_heads
+        self.gates = nn.Parameter(
+            torch.zeros((len(layers), num_heads) if self.kind == "value" else len(layers))
+        )
+        self.queries = nn.Parameter(0.02 * torch.randn(len(layers), width)) if config.queries else None
+        core.register_forward_pre_hook(self._carry, with_kwargs=True)
+        for index, layer in enumerate(layers):
+            if self.kind == "residual":
+                layer.register_forward_pre_hook(partial(self._add_to_input, index), with_kwargs=True)
+                continue
+            attention = _attention(layer, index, type(decoder).__name__)
+            if attention.o_proj.in_features % num_heads:
+                raise DecoderError(
+                    f"layer {index}: o_proj takes {attention.o_proj.in_features} features, "
+                    f"which {num_heads} heads do not divide"
+                )
+            attention.register_forward_pre_hook(partial(self._enter_attention, index), with_kwargs=True)
+            attention.o_proj.register_forward_pre_hook(self._add_to_heads)
+
+    @contextmanager
+    def holding(self, bind: Tensor, media_index: Tensor) -> Iterator[None]:
+        """Give every decoder call of this block, in this thread, the same bind vectors; for generation only.
+
+        Hugging Face ``generate`` refuses unknown keywords, and no gradient is needed there.
+
+        Args:
+            bind: [B, M, D].
+            media_index: [B, T] of the left-padded prompts; generated tokens go on with its last column.
+        """
+        if torch.is_grad_enabled():
+            raise InputError(
+                "holding() is for generation: use it under torch.no_grad(), else pass bind= to the decoder"
+            )
+        _check(bind, media_index)
+        token = _HELD.set(Held(self, bind, media_index))
+        try:
+            yield
+        finally:
+            _HELD.reset(token)
+
+    def _carry(self, core: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Check the keywords once, before the layers, and turn the media index into a route."""
+        bind, media_index = kwargs.pop("bind", None), kwargs.pop("media_index", None)
+        if (bind is None) != (media_index is None):
+            raise InputError("bind and media_index go together: pass both to the decoder, or neither")
+        tokens = args[0] if args else kwargs.get("input_ids")
+        tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+        if bind is not None:
+            _check(bind, media_index, tokens)
+            kwargs["bind"] = Carried(bind, route_tokens(media_index, bind.shape[1]))
+            return args, kwargs
+        held = _HELD.get()
+        if held is not None and held.injection is self:
+            cache = kwargs.get("past_key_values")
+            past = 0 if cache is None else int(cache.get_seq_length())
+            kwargs["bind"] = held.carry(tokens.shape[0], past, tokens.shape[1])
+        return args, kwargs
+
+    def _add_to_input(
+        self, index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict]:
+        """Kind ``residual``: before a layer runs."""
+        carried = kwargs.pop("bind", None)
+        if carried is None:
+            return args, kwargs
+        if args:
+            return (self._add(index, layer, carried, args[0]), *args[1:]), kwargs
+        kwargs["hidden_states"] = self._add(index, layer, carried, kwargs["hidden_states"])
+        return args, kwargs
+
+    def _enter_attention(
+        self, index: int, attention: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple:
+        """Kind ``value``: take the keyword out before attention sees it, leave the term for the output projection."""
+        carried = kwargs.pop("bind", None)
+        if carried is None:
+            _TERM.set(None)
+        else:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            _TERM.set((carried.route.to(hidden.dtype), self._term(index, attention, carried, hidden.dtype)))
+        return args, kwargs
+
+    def _add_to_heads(self, projection: nn.Module, args: tuple) -> tuple | None:
+        """Kind ``value``: before the output projection of the same attention."""
+        waiting = _TERM.get()
+        if waiting is None:
+            return None
+        _TERM.set(None)
+        route, term = waiting
+        return (torch.baddbmm(args[0], route, term), *args[1:])
+
+    def _add(self, index: int, layer: nn.Module, carried: Carried, hidden: Tensor) -> Tensor:
+        return torch.baddbmm(
+            hidden, carried.route.to(hidden.dtype), self._term(index, layer, carried, hidden.dtype)
+        )
+
+    def _term(self, index: int, module: nn.Module, carried: Carried, dtype: torch.dtype) -> Tensor:
+        """Return what layer ``index`` adds for each media group, gated: [B, M, D] or [B, M, H * head size]."""
+        if carried.terms is not None and index in carried.terms:
+            return carried.terms[index]
+        vector = carried.bind if self.queries is None else carried.bind + self.queries[index]
+        if self.kind == "residual":
+            term = (self.gates[index] * vector).to(dtype)
+        else:
+            # The published weights were trained with the base projection, without its LoRA part.
+            project = dict(module.v_proj.named_children()).get("base_layer", module.v_proj)
+            value = project(vector.to(dtype))
+            gate = torch.tanh(self.gates[index])
+            head_size = module.o_proj.in_features // gate.numel()
+            value = value.unflatten(-1, (-1, head_size))
+            value = value.repeat_interleave(gate.numel() // value.shape[-2], dim=-2)
+            term = (gate.unsqueeze(-1).to(dtype) * value).flatten(-2)
+        if carried.terms is not None:
+            carried.terms[index] = term
+        return term
+
+
+def _check(bind: Tensor, media_index: Tensor, tokens: Tensor | None = None) -> None:
+    """Refuse shapes that would broadcast into a wrong answer."""
+    if bind.dim() != 3 or media_index.dim() != 2 or bind.shape[0] != media_index.shape[0]:
+        raise InputError(
+            f"bind {list(bind.shape)} and media_index {list(media_index.shape)}: expected [B, M, D] and [B, T]"
+        )
+    if tokens is not None and tokens.shape[:2] != media_index.shape:
+        raise InputError(
+            f"media_index {list(media_index.shape)} for tokens {list(tokens.shape[:2])}: they must agree"
+        )
+
+
+def _layers(core: nn.Module, name: str) -> nn.ModuleList:
+    children = dict(core.named_children())
+    if not isinstance(children.get("layers"), nn.ModuleList):
+        raise DecoderError(
+            f"{name} has no `layers` list in its decoder, so nothing can be injected; it has: {', '.join(children)}. "
+            "Decoders of the LLaMA shape (Llama, Mistral, Qwen2, Qwen3, SmolLM2, ...) have it."
+        )
+    return children["layers"]
+
+
+def _attention(layer: nn.Module, index: int, name: str) -> nn.Module:
+    attention = dict(layer.named_children()).get("self_attn")
+    found = dict(attention.named_children()) if attention is not None else dict(layer.named_children())
+    missing = ["self_attn"] if attention is None else [n for n in ("v_proj", "o_proj") if n not in found]
+    if missing:
+        raise DecoderError(
+            f"{name}, layer {index}: injection kind 'value' needs {' and '.join(missing)}; found: {', '.join(found)}. "
+            "Use a decoder of the LLaMA shape, or inject: {kind: residual}."
+        )
+    return attention

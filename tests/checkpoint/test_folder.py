@@ -1,0 +1,134 @@
+import json
+
+import pytest
+import torch
+
+from bindllm.checkpoint.folder import (
+    build_object,
+    check_keys,
+    read_manifest,
+    read_weights,
+    resolve_path,
+    write_checkpoint,
+)
+from bindllm.errors import CheckpointError
+
+TENSORS = {"bind.a": torch.arange(6.0).reshape(2, 3), "injection.gates": torch.zeros(2)}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_checkpoint(tmp_path / "model", {"decoder": {"name": "d"}}, TENSORS, "# card")
+    return tmp_path / "model"
+
+
+def test_round_trip(folder):
+    manifest = read_manifest(folder)
+    assert manifest["decoder"] == {"name": "d"}
+    found = read_weights(folder, manifest)
+    assert all(torch.equal(found[name], TENSORS[name]) for name in TENSORS)
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "bind.safetensors", "bindllm.json"]
+
+
+def test_saving_again_replaces_a_checkpoint_and_nothing_else(folder, tmp_path):
+    write_checkpoint(folder, {"decoder": {"name": "e"}}, TENSORS, "")
+    assert read_manifest(folder)["decoder"]["name"] == "e"
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("precious")
+    with pytest.raises(CheckpointError, match="not a bindllm checkpoint"):
+        write_checkpoint(tmp_path / "home", {}, TENSORS, "")
+    assert (tmp_path / "home" / "thesis.tex").read_text() == "precious"
+
+
+def test_disk_full_while_saving_leaves_the_old_checkpoint(folder, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("bindllm.checkpoint.folder.save_file", fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_checkpoint(folder, {"decoder": {"name": "new"}}, TENSORS, "")
+    assert read_manifest(folder)["decoder"]["name"] == "d"
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def test_a_missing_folder_names_the_closest(folder):
+    with pytest.raises(CheckpointError, match="Did you mean 'model'"):
+        read_manifest(folder.parent / "modle")
+
+
+def test_a_newer_format_is_refused(folder):
+    manifest = json.loads((folder / "bindllm.json").read_text())
+    (folder / "bindllm.json").write_text(json.dumps({**manifest, "format": 99}))
+    with pytest.raises(CheckpointError, match="format 99.*upgrade"):
+        read_manifest(folder)
+
+
+def test_a_damaged_manifest_is_refused(folder):
+    (folder / "bindllm.json").write_text('{"format": 1,')
+    with pytest.raises(CheckpointError, match="not valid JSON"):
+        read_manifest(folder)
+    (folder / "bindllm.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no bindllm\.json"):
+        read_manifest(folder)
+
+
+def test_a_folder_with_a_pickle_is_refused_before_anything_is_read(folder):
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "weights.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"weights\.pt.*run code"):
+        read_manifest(folder)
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-8], lambda data: data[:-1] + b"x", lambda data: b""])
+def test_damaged_weights_are_refused(folder, damage):
+    file = folder / "bind.safetensors"
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(CheckpointError, match="damaged or exchanged"):
+        read_weights(folder, read_manifest(folder))
+
+
+def test_missing_weights_are_named(folder):
+    (folder / "bind.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"no bind\.safetensors"):
+        read_weights(folder, read_manifest(folder))
+
+
+def test_every_key_is_accounted_for():
+    found = {"bind.a": torch.zeros(3, 2), "bind.b": torch.zeros(1)}
+    with pytest.raises(
+        CheckpointError, match=r"missing injection\.gates; unexpected bind\.b; bind\.a has shape \[3, 2\]"
+    ):
+        check_keys(TENSORS, found, source="it")
+    check_keys(TENSORS, dict(TENSORS), source="it")
+
+
+def test_paths_are_found_from_another_directory(tmp_path, monkeypatch):
+    project = tmp_path / "project"
+    (project / "checkpoints" / "decoder").mkdir(parents=True)
+    monkeypatch.chdir(project)
+    write_checkpoint("checkpoints/model", {}, TENSORS, "")
+    manifest = read_manifest("checkpoints/model")
+    assert resolve_path("checkpoints/decoder", "checkpoints/model", manifest) == "checkpoints/decoder"
+    monkeypatch.chdir(tmp_path)
+    assert (
+        resolve_path("checkpoints/decoder", "project/checkpoints/model", manifest)
+        == "project/checkpoints/decoder"
+    )
+    project.rename(tmp_path / "moved")
+    assert (
+        resolve_path("checkpoints/decoder", "moved/checkpoints/model", manifest)
+        == "moved/checkpoints/decoder"
+    )
+    assert resolve_path("not/there", "moved/checkpoints/model", manifest) == "not/there"
+    assert resolve_path(7, "moved/checkpoints/model", manifest) == 7
+
+
+def test_classes_outside_bindllm_need_permission():
+    entry = {"class_path": "tiny.ColourEncoder", "init_args": {"grid": 2}}
+    with pytest.raises(CheckpointError, match=r"allow=\['tiny.ColourEncoder'\]"):
+        build_object(entry)
+    assert build_object(entry, allow=["tiny.ColourEncoder"]).grid == 2
+    with pytest.raises(CheckpointError, match="cannot be built"):
+        build_object({**entry, "init_args": {"gird": 2}}, allow=["tiny.ColourEncoder"])
+    with pytest.raises(CheckpointError, match="cannot be built"):
+        build_object({"class_path": "bindllm.encoders.Nothing"})

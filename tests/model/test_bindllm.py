@@ -1,0 +1,294 @@
+"""The whole model on tiny parts: encode, forward, generate, save and load."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from bindllm import BindLLM, Conversation, Media, Message
+from bindllm.errors import CheckpointError, InputError, MediaError
+from bindllm.model.bind_network import BindConfig
+from bindllm.model.decoder import DecoderConfig
+from bindllm.model.injection import InjectConfig
+from tiny import COLOURS, ColourEncoder, save_tiny_decoder
+
+
+@pytest.fixture(scope="module")
+def decoder_folder(tmp_path_factory):
+    return str(save_tiny_decoder(tmp_path_factory.mktemp("decoder")))
+
+
+def build(folder, *, kind="value", open_gates=True, **parts) -> BindLLM:
+    torch.manual_seed(0)
+    model = BindLLM.build(
+        DecoderConfig(folder, dtype="float32"),
+        device="cpu",
+        encoders=[ColourEncoder()],
+        bind=BindConfig(depth=1, expansion=2),
+        inject=InjectConfig(kind=kind),
+        **parts,
+    )
+    if open_gates:
+        nn.init.normal_(model.injection.gates, std=2.0)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def model(decoder_folder):
+    return build(decoder_folder)
+
+
+def picture(colour: str) -> Media:
+    return Media.image(np.full((8, 8, 3), COLOURS[colour], dtype=np.uint8))
+
+
+def batch(model, *, groups=1, rows=2, length=8):
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(3, 259, (rows, length), generator=generator)
+    embeddings = nn.functional.normalize(torch.randn(rows, groups, 16, generator=generator), dim=-1)
+    labels = torch.full_like(ids, -100)
+    labels[:, -3:] = ids[:, -3:]
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "media_index": torch.zeros_like(ids),
+        "embeddings": embeddings,
+        "labels": labels,
+    }
+
+
+def test_encode_gives_unit_vectors_and_fuses_lists(model):
+    red, blue = picture("red"), Media.image(picture("blue").source, weight=3.0)
+    single = model.encode([red, blue])
+    assert single.shape == (2, 16)
+    torch.testing.assert_close(single.norm(dim=-1), torch.ones(2))
+    fused = model.encode([[red, blue], [red]])
+    expected = nn.functional.normalize(0.25 * single[0] + 0.75 * single[1], dim=-1)
+    torch.testing.assert_close(fused[0], expected)
+    torch.testing.assert_close(fused[1], single[0])
+
+
+def test_a_modality_that_no_encoder_serves(model):
+    with pytest.raises(InputError, match="image"):
+        model.encode([Media.audio("bark.wav")])
+
+
+def test_a_file_that_is_not_there(model):
+    with pytest.raises(MediaError, match=r"nowhere\.png"):
+        model.generate("?", media=[Media.image("nowhere.png")])
+
+
+def test_logits_at_supervised_positions_are_those_of_the_full_forward(model):
+    inputs = batch(model)
+    labels = inputs.pop("labels")
+    full = model(**inputs).logits
+    output = model(**inputs, labels=labels)
+    assert output.rows.tolist() == [0, 0, 0, 1, 1, 1]
+    assert torch.equal(output.targets, labels[:, -3:].flatten())
+    torch.testing.assert_close(output.logits, full[:, -4:-1].flatten(0, 1))
+
+
+def test_a_decoder_that_changes_its_logits_keeps_them(tmp_path):
+    model = build(str(save_tiny_decoder(tmp_path, "gemma2", final_logit_softcapping=2.0)))
+    inputs = batch(model)
+    labels = inputs.pop("labels")
+    full = model(**inputs).logits
+    assert full.abs().max() <= 2
+    torch.testing.assert_close(model(**inputs, labels=labels).logits, full[:, -4:-1].flatten(0, 1))
+
+
+@pytest.mark.parametrize("kind", ["value", "residual"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_row_is_the_same_alone_in_a_batch_and_padded(decoder_folder, kind, side):
+    model = build(decoder_folder, kind=kind)
+    inputs = batch(model)
+    inputs.pop("labels")
+    full = model(**inputs).logits
+    pad = (3, 0) if side == "left" else (0, 3)
+    padded = {
+        name: nn.functional.pad(value, pad, value=0) for name, value in inputs.items() if name != "embeddings"
+    }
+    padded["media_index"] = nn.functional.pad(inputs["media_index"], pad, value=-1)
+    found = model(**padded, embeddings=inputs["embeddings"]).logits
+    found = found[:, 3:] if side == "left" else found[:, :-3]
+    torch.testing.assert_close(found, full, atol=2e-5, rtol=1e-4)
+    alone = model(**{name: value[1:] for name, value in inputs.items()}).logits
+    torch.testing.assert_close(alone, full[1:], atol=2e-5, rtol=1e-4)
+
+
+def test_two_pictures_with_turns_of_their_own(model):
+    def ask(first, second):
+        turns = (
+            Message("user", [picture(first), "What?"]),
+            Message("assistant", "A colour."),
+            Message("user", [picture(second), "And this?"]),
+        )
+        batch, embeddings = model._prepare([Conversation(turns)], None)
+        return batch[2], model(*batch, embeddings).logits
+
+    index, base = ask("red", "blue")
+    assert sorted(set(index.flatten().tolist())) == [0, 1]
+    border = int((index == 1).float().argmax())
+    _, changed = ask("red", "white")
+    assert torch.equal(base[:, :border], changed[:, :border])
+    assert not torch.allclose(base[:, border:], changed[:, border:], atol=1e-3)
+
+
+def test_generation_hears_the_picture_and_a_batch_equals_one_by_one(model):
+    prompts = ["What is this?", "Describe this image, please."]
+    media = [[picture("red")], [picture("blue")]]
+    together = model.generate(prompts, media=media, max_new_tokens=8)
+    alone = [model.generate(p, media=m, max_new_tokens=8) for p, m in zip(prompts, media, strict=True)]
+    assert together == alone
+    assert model.generate(prompts[0], media=media[1], max_new_tokens=8) != alone[0]
+
+
+def test_rows_with_and_without_media_share_a_batch(model):
+    base = build(model.config.name, open_gates=False)
+    mixed = model.generate(["What?", "What?"], media=[[], [picture("red")]], max_new_tokens=8)
+    assert mixed[0] == base.generate("What?", max_new_tokens=8) == model.generate("What?", max_new_tokens=8)
+    assert mixed[1] == model.generate("What?", media=[picture("red")], max_new_tokens=8)
+
+
+def test_sampling_options_are_those_of_hugging_face(model):
+    def sample(seed):
+        torch.manual_seed(seed)
+        return model.generate("What?", media=[picture("red")], max_new_tokens=8, temperature=1.5, top_p=0.95)
+
+    assert sample(1) == sample(1)
+    assert len({sample(seed) for seed in range(4)}) > 1
+    three = model.generate(
+        "What?", media=[picture("red")], num_beams=3, num_return_sequences=3, max_new_tokens=4
+    )
+    assert len(three) == 3
+
+
+def test_prompts_and_media_must_pair_up(model):
+    with pytest.raises(InputError, match="2 prompts but 1 rows"):
+        model.generate(["a", "b"], media=[[picture("red")]])
+    with pytest.raises(InputError, match="no prompt"):
+        model.generate([])
+    with pytest.raises(InputError, match="holds its own media"):
+        model.generate(Conversation((Message("user", "hi"),)), media=[picture("red")])
+
+
+def test_the_stream_is_the_answer_in_pieces(model):
+    options = {"media": [picture("red")], "max_new_tokens": 10}
+    pieces = list(model.stream("What?", **options))
+    assert "".join(pieces).strip() == model.generate("What?", **options)
+
+
+def test_a_stream_can_be_left_early_and_its_errors_arrive(model):
+    import threading
+
+    stream = model.stream("What?", max_new_tokens=400, min_new_tokens=400)
+    next(stream)
+    stream.close()
+    assert not any(thread.name == "bindllm-stream" for thread in threading.enumerate())
+    with pytest.raises(ValueError, match="temprature"):
+        list(model.stream("What?", temprature=1))
+
+
+def test_the_system_text_of_the_model_goes_ahead_of_every_prompt(decoder_folder):
+    model = build(decoder_folder, system="Be brief.")
+    (ids, _, _), _ = model._prepare(
+        ["Hi", Conversation((Message("system", "Own."), Message("user", "Hi")))], None
+    )
+    texts = model.tokenizer.batch_decode(ids)
+    assert "system\nBe brief." in texts[0]
+    assert "Be brief." not in texts[1]
+
+
+@pytest.mark.parametrize("kind", ["value", "residual"])
+def test_saved_and_loaded_it_gives_the_same_logits(decoder_folder, tmp_path, kind):
+    model = build(decoder_folder, kind=kind, system="Be brief.")
+    model.save_pretrained(tmp_path / "m")
+    again = BindLLM.from_pretrained(tmp_path / "m", device="cpu", allow=["tiny.ColourEncoder"])
+    inputs = batch(model)
+    assert torch.equal(model(**inputs).logits, again(**inputs).logits)
+    assert again.system == "Be brief."
+    assert model.generate("?", media=[picture("red")]) == again.generate("?", media=[picture("red")])
+
+
+def test_another_decoder_or_encoder_is_refused(decoder_folder, tmp_path):
+    build(decoder_folder).save_pretrained(tmp_path / "m")
+    other = str(save_tiny_decoder(tmp_path / "other", seed=1))
+    with pytest.raises(CheckpointError, match=r"decoder .*other.* is not the one"):
+        BindLLM.from_pretrained(tmp_path / "m", decoder=other, allow=["tiny.ColourEncoder"])
+    with pytest.raises(CheckpointError, match="allow="):
+        BindLLM.from_pretrained(tmp_path / "m")
+    text = (tmp_path / "m" / "bindllm.json").read_text()
+    (tmp_path / "m" / "bindllm.json").write_text(text.replace('"grid": 4', '"grid": 2'))
+    with pytest.raises(CheckpointError, match="encoder 'tiny.ColourEncoder' is not the one"):
+        BindLLM.from_pretrained(tmp_path / "m", allow=["tiny.ColourEncoder"])
+    (tmp_path / "m" / "bindllm.json").write_text(text.replace('"inject"', '"injct"'))
+    with pytest.raises(CheckpointError, match="inject"):
+        BindLLM.from_pretrained(tmp_path / "m", allow=["tiny.ColourEncoder"])
+
+
+def test_groups_are_chosen_by_name_and_the_decoder_stays_frozen(decoder_folder):
+    model = build(decoder_folder)
+    model.set_trainable(["inject"])
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {"injection.gates", "injection.queries"}
+    with pytest.raises(InputError, match="Did you mean 'inject'"):
+        model.set_trainable(["injection"])
+    model.train()
+    assert model.bind.training
+    assert not any(module.training for module in model.decoder.modules())
+
+
+def test_activation_checkpointing_is_on_in_training_and_changes_nothing(decoder_folder):
+    gradients, kept = [], []
+    for checkpointing in (False, True):
+        model = build(decoder_folder)
+        model.set_trainable(["bind", "inject"])
+        if checkpointing:
+            model.checkpoint_activations()
+        model.train()
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, saved=saved: saved.append(x.numel()) or x, lambda x: x
+        ):
+            loss = nn.functional.cross_entropy((out := model(**batch(model))).logits, out.targets)
+        kept.append(sum(saved))
+        loss.backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+        assert not any(m.training for layer in model.decoder.model.layers for m in layer.children())
+    assert kept[1] < 0.7 * kept[0]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_only_gates_learn_at_the_first_step_then_everything(decoder_folder):
+    model = build(decoder_folder, open_gates=False)
+    model.set_trainable(["bind", "inject"])
+    out = model(**batch(model))
+    nn.functional.cross_entropy(out.logits, out.targets).backward()
+    assert model.injection.gates.grad.abs().min() > 0
+    assert model.injection.queries.grad.abs().max() == 0
+    with torch.no_grad():
+        model.injection.gates.add_(0.1)
+        model(**batch(model))  # a validation pass in between must leave nothing behind
+    out = model(**batch(model))
+    nn.functional.cross_entropy(out.logits, out.targets).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad.abs().max() > 0, name
+
+
+def test_encoders_must_share_one_embedding_size(decoder_folder):
+    with pytest.raises(InputError, match="share one embedding size"):
+        BindLLM.build(
+            DecoderConfig(decoder_folder), device="cpu", encoders=[ColourEncoder(16), ColourEncoder(8)]
+        )
+
+
+def test_pictures_of_the_disk_are_read(model, tmp_path):
+    Image.new("RGB", (9, 5), COLOURS["green"]).save(tmp_path / "g.png")
+    a = model.encode([Media.image(tmp_path / "g.png")])
+    b = model.encode([Media.image((tmp_path / "g.png").read_bytes())])
+    assert torch.equal(a, b)

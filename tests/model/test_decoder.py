@@ -1,0 +1,73 @@
+import pytest
+import torch
+
+from bindllm.errors import DecoderError, InputError
+from bindllm.model.decoder import (
+    DecoderConfig,
+    choose_dtype,
+    fingerprint_decoder,
+    has_plain_logits,
+    load_decoder,
+    load_tokenizer,
+)
+from tiny import save_tiny_decoder, tiny_decoder
+
+
+def test_a_loaded_decoder_is_frozen_and_in_eval_mode(tmp_path):
+    decoder = load_decoder(
+        DecoderConfig(str(save_tiny_decoder(tmp_path / "d")), dtype="float32"), device="cpu"
+    )
+    assert not any(parameter.requires_grad for parameter in decoder.parameters())
+    assert not any(module.training for module in decoder.modules())
+    assert load_tokenizer(DecoderConfig(str(tmp_path / "d"))).pad_token_id == 0
+
+
+@pytest.mark.parametrize("amx", [True, False])
+def test_cpus_use_bfloat16_only_where_they_multiply_it(monkeypatch, amx):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx})
+    assert choose_dtype("cpu") == (torch.bfloat16 if amx else torch.float32)
+
+
+def test_the_dtype_of_the_recipe_wins(tmp_path):
+    folder = str(save_tiny_decoder(tmp_path / "d"))
+    assert load_decoder(DecoderConfig(folder, dtype="bfloat16"), device="cpu").dtype == torch.bfloat16
+    with pytest.raises(InputError, match="Did you mean 'bfloat16'"):
+        DecoderConfig(folder, dtype="bfloat")
+
+
+def test_a_folder_that_is_not_there_or_not_a_decoder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DecoderError, match="does not exist"):
+        load_decoder(DecoderConfig(str(tmp_path / "nothing")), device="cpu")
+    with pytest.raises(DecoderError, match="bindllm fetch smollm2-135m-instruct"):
+        load_decoder(DecoderConfig("checkpoints/smollm2-135m-instruct"), device="cpu")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DecoderError, match="does not hold a causal language model"):
+        load_decoder(DecoderConfig(str(tmp_path / "empty")), device="cpu")
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    folder = save_tiny_decoder(tmp_path / "d")
+    torch.save(tiny_decoder().state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(DecoderError, match="safetensors"):
+        load_decoder(DecoderConfig(str(folder)), device="cpu")
+
+
+def test_the_fingerprint_tells_decoders_apart(tmp_path):
+    same = [fingerprint_decoder(save_tiny_decoder(tmp_path / name)) for name in ("a", "b")]
+    other = [
+        fingerprint_decoder(save_tiny_decoder(tmp_path / "c", seed=1)),
+        fingerprint_decoder(save_tiny_decoder(tmp_path / "d", "qwen2")),
+        fingerprint_decoder(save_tiny_decoder(tmp_path / "e", hidden_size=64)),
+    ]
+    assert same[0] == same[1]
+    assert len({same[0], *other}) == 4
+    with pytest.raises(DecoderError, match="cannot be identified"):
+        fingerprint_decoder(tmp_path)
+
+
+def test_families_that_change_their_logits_are_known():
+    assert has_plain_logits(tiny_decoder("llama"))
+    assert not has_plain_logits(tiny_decoder("gemma2"))
+    assert not has_plain_logits(tiny_decoder("granite", logits_scaling=8.0))

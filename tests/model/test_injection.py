@@ -1,0 +1,309 @@
+"""Injection against its formula, and against everything that a decoder does around it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from bindllm.errors import DecoderError, InputError
+from bindllm.model.injection import InjectConfig, Injection
+from tiny import FAMILIES, tiny_decoder
+
+KINDS = ("residual", "value")
+
+
+def inject(
+    family: str = "llama", kind: str = "value", *, queries: bool = True, open_gates: bool = True, **changes
+):
+    """A tiny decoder with an injection whose gates are open (random), or zero as at the start."""
+    decoder = tiny_decoder(family, **changes).requires_grad_(False)
+    torch.manual_seed(1)
+    injection = Injection(decoder, InjectConfig(kind=kind, queries=queries))
+    if open_gates:
+        nn.init.normal_(injection.gates)
+    if queries:
+        nn.init.normal_(injection.queries, std=0.3)
+    return decoder, injection
+
+
+def batch(rows: int = 2, length: int = 7, groups: int = 2, *, width: int = 32):
+    """Token ids [B, T], bind vectors [B, M, D] and a media index that uses -1 and every group."""
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(3, 259, (rows, length), generator=generator)
+    bind = torch.randn(rows, groups, width, generator=generator)
+    index = torch.arange(rows * length).reshape(rows, length) % (groups + 1) - 1
+    return ids, bind, index
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_zero_gates_are_bit_equal_to_the_base_decoder(family, kind):
+    ids, bind, index = batch()
+    base = tiny_decoder(family)(ids).logits
+    decoder, _ = inject(family, kind, open_gates=False)
+    assert torch.equal(decoder(ids, bind=bind, media_index=index).logits, base)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_media_is_bit_equal_to_the_base_decoder(kind):
+    ids, bind, index = batch()
+    base = tiny_decoder()(ids).logits
+    decoder, _ = inject(kind=kind)
+    assert torch.equal(decoder(ids).logits, base)
+    assert torch.equal(decoder(ids, bind=bind, media_index=torch.full_like(index, -1)).logits, base)
+
+
+@pytest.mark.parametrize("queries", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_residual_is_the_formula_at_the_input_of_every_layer(family, queries):
+    ids, bind, index = batch()
+    decoder, injection = inject(family, "residual", queries=queries)
+    found = decoder(ids, bind=bind, media_index=index).logits
+
+    plain = tiny_decoder(family)
+    # bind[b, m(t)] + query[l], nothing where the index is -1
+    chosen = torch.stack([torch.stack([bind[b, m] for m in index[b].clamp(min=0)]) for b in range(2)])
+    for layer, block in enumerate(plain.model.layers):
+        vector = chosen + (injection.queries[layer] if queries else 0)
+        term = injection.gates[layer] * vector * (index >= 0).unsqueeze(-1)
+        block.register_forward_pre_hook(lambda _, args, term=term: (args[0] + term, *args[1:]))
+    torch.testing.assert_close(found, plain(ids).logits, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("queries", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_value_is_the_formula_before_the_output_projection(family, queries):
+    ids, bind, index = batch()
+    decoder, injection = inject(family, "value", queries=queries)
+    found = decoder(ids, bind=bind, media_index=index).logits
+
+    plain = tiny_decoder(family)
+    heads, kv_heads, size = 4, 2, 8
+    for layer, block in enumerate(plain.model.layers):
+        attention = block.self_attn
+        term = torch.zeros(2, 7, heads, size)
+        for b in range(2):
+            for t in range(7):
+                if index[b, t] >= 0:
+                    vector = bind[b, index[b, t]] + (injection.queries[layer] if queries else 0)
+                    value = attention.v_proj(vector).view(kv_heads, size)
+                    for h in range(heads):
+                        # key/value head h // 2 serves the heads of its group
+                        term[b, t, h] = (
+                            torch.tanh(injection.gates[layer, h]) * value[h // (heads // kv_heads)]
+                        )
+        term = term.flatten(2).detach()
+        attention.o_proj.register_forward_pre_hook(lambda _, args, term=term: (args[0] + term,))
+    torch.testing.assert_close(found, plain(ids).logits, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_token_listens_to_its_own_group_only(kind):
+    ids, bind, index = batch(rows=1, length=6)
+    index[:] = torch.tensor([[-1, -1, 0, 0, 1, 1]])
+    decoder, _ = inject(kind=kind)
+    before = decoder(ids, bind=bind, media_index=index).logits
+    bind[:, 1] += 1
+    after = decoder(ids, bind=bind, media_index=index).logits
+    assert torch.equal(before[:, :4], after[:, :4])
+    assert not torch.allclose(before[:, 4:], after[:, 4:], atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_without_media_give_the_bind_vectors_no_gradient(kind):
+    ids, bind, index = batch()
+    index[0] = -1
+    bind.requires_grad_(True)
+    decoder, injection = inject(kind=kind)
+    decoder(ids, bind=bind, media_index=index).logits.square().sum().backward()
+    assert bind.grad[0].abs().max() == 0
+    assert bind.grad[1].abs().max() > 0
+    assert injection.gates.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cached_decoding_equals_the_full_forward(family, kind):
+    ids, bind, index = batch(length=9)
+    index[:, 5:] = index[:, 4:5]
+    decoder, injection = inject(family, kind)
+    with torch.no_grad():
+        full = decoder(ids, bind=bind, media_index=index).logits
+        with injection.holding(bind, index[:, :5]):
+            steps = decoder(ids[:, :5], use_cache=True)
+            pieces = [steps.logits]
+            for t in range(5, 9):
+                steps = decoder(ids[:, t : t + 1], past_key_values=steps.past_key_values, use_cache=True)
+                pieces.append(steps.logits)
+    torch.testing.assert_close(torch.cat(pieces, 1), full, atol=3e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_chunked_prefill_routes_by_position(kind):
+    ids, bind, index = batch(length=8)
+    decoder, injection = inject(kind=kind)
+    with torch.no_grad(), injection.holding(bind, index):
+        full = decoder(ids).logits
+        first = decoder(ids[:, :3], use_cache=True)
+        second = decoder(ids[:, 3:], past_key_values=first.past_key_values)
+    torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), full, atol=3e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}])
+def test_generation_of_a_padded_batch_equals_one_by_one(kind, options):
+    decoder, injection = inject(kind=kind)
+    _, bind, _ = batch(rows=2, groups=1)
+    rows = [torch.tensor([[5, 6, 7, 8]]), torch.tensor([[9, 10]])]
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, **options}
+    alone = []
+    with torch.no_grad():
+        for row, ids in enumerate(rows):
+            with injection.holding(bind[row : row + 1], torch.zeros_like(ids)):
+                alone.append(
+                    decoder.generate(ids, attention_mask=torch.ones_like(ids), **options)[:, ids.shape[1] :]
+                )
+        ids = torch.tensor([[5, 6, 7, 8], [0, 0, 9, 10]])
+        mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+        with injection.holding(bind, mask - 1):
+            together = decoder.generate(ids, attention_mask=mask, **options)[:, 4:]
+    assert torch.equal(together, torch.cat(alone))
+
+
+def test_concurrent_generations_keep_apart():
+    from concurrent.futures import ThreadPoolExecutor
+
+    decoder, injection = inject()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    binds = [torch.randn(1, 1, 32, generator=torch.Generator().manual_seed(n)) for n in range(6)]
+
+    @torch.no_grad()
+    def run(bind):
+        with injection.holding(bind, torch.zeros_like(ids)):
+            return decoder.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False
+            )
+
+    alone = [run(bind) for bind in binds]
+    assert len({tuple(row.flatten().tolist()) for row in alone}) > 1
+    with ThreadPoolExecutor(3) as pool:
+        assert all(torch.equal(a, b) for a, b in zip(alone, pool.map(run, binds), strict=True))
+
+
+def _gradients(kind: str, *, checkpointing: bool, forwards: int) -> list[torch.Tensor]:
+    decoder, injection = inject(kind=kind)
+    if checkpointing:
+        decoder.activation_checkpointing_enable()
+        for layer in decoder.model.layers:
+            layer.training = True
+    loss, bind = 0, []
+    for n in range(forwards):
+        ids, vectors, index = batch(length=5 + n)
+        bind.append((vectors + n).requires_grad_(True))
+        loss = loss + decoder(
+            ids, bind=bind[-1], media_index=index, use_cache=False
+        ).logits.square().mean() * (n + 1)
+    loss.backward()
+    return [x.grad for x in bind] + [injection.gates.grad, injection.queries.grad]
+
+
+@pytest.mark.parametrize("forwards", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_activation_checkpointing_gives_the_same_gradients(kind, forwards):
+    plain = _gradients(kind, checkpointing=False, forwards=forwards)
+    again = _gradients(kind, checkpointing=True, forwards=forwards)
+    for a, b in zip(plain, again, strict=True):
+        assert a.abs().max() > 0
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+def test_nothing_is_left_after_a_forward_that_failed():
+    ids, bind, index = batch()
+    base = tiny_decoder()(ids).logits
+    decoder, injection = inject()
+    original = decoder.model.layers[1].mlp.forward
+
+    def fail(*_):
+        raise RuntimeError("on purpose")
+
+    decoder.model.layers[1].mlp.forward = fail
+    with pytest.raises(RuntimeError, match="on purpose"), torch.no_grad(), injection.holding(bind, index):
+        decoder(ids)
+    decoder.model.layers[1].mlp.forward = original
+    assert torch.equal(decoder(ids).logits, base)
+
+
+def test_the_term_passes_through_the_lora_of_the_output_projection():
+    peft = pytest.importorskip("peft")
+    ids, bind, index = batch()
+    torch.manual_seed(3)
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj", "o_proj"], r=4, init_lora_weights=False)
+    adapted = peft.get_peft_model(tiny_decoder(), config)
+    injection = Injection(adapted, InjectConfig())
+    nn.init.normal_(injection.gates)
+    found = adapted(ids, bind=bind, media_index=index).logits
+    assert not torch.allclose(found, adapted(ids).logits, atol=1e-3)
+
+    plain = peft.get_peft_model(tiny_decoder(), config)
+    plain.load_state_dict(adapted.state_dict())
+    for layer, block in enumerate(plain.get_base_model().model.layers):
+        vector = bind + injection.queries[layer]
+        value = block.self_attn.v_proj.base_layer(vector).unflatten(-1, (2, 8)).repeat_interleave(2, dim=-2)
+        term = (torch.tanh(injection.gates[layer]).unsqueeze(-1) * value).flatten(-2)
+        term = torch.stack([term[b, index[b].clamp(min=0)] for b in range(2)]) * (index >= 0).unsqueeze(-1)
+        block.self_attn.o_proj.register_forward_pre_hook(lambda _, args, term=term: (args[0] + term,))
+    torch.testing.assert_close(found, plain(ids).logits, atol=2e-5, rtol=1e-4)
+
+
+def test_half_precision_decoder_takes_bind_vectors_in_full_precision():
+    ids, bind, index = batch()
+    decoder, _ = inject()
+    decoder.to(torch.bfloat16)
+    assert decoder(ids, bind=bind, media_index=index).logits.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"bind": torch.zeros(2, 1, 32)}, "go together"),
+        ({"bind": torch.zeros(3, 1, 32), "media_index": torch.zeros(2, 7, dtype=torch.long)}, r"\[B, M, D\]"),
+        ({"bind": torch.zeros(2, 32), "media_index": torch.zeros(2, 7, dtype=torch.long)}, r"\[B, M, D\]"),
+        ({"bind": torch.zeros(2, 1, 32), "media_index": torch.zeros(2, 6, dtype=torch.long)}, "must agree"),
+    ],
+)
+def test_wrong_shapes_are_refused(arguments, words):
+    decoder, _ = inject()
+    with pytest.raises(InputError, match=words):
+        decoder(batch()[0], **arguments)
+
+
+def test_holding_is_refused_while_gradients_are_on():
+    _, injection = inject()
+    _, bind, index = batch()
+    with pytest.raises(InputError, match="no_grad"), injection.holding(bind, index):
+        pass
+
+
+def test_a_decoder_without_the_names_is_refused_by_what_it_lacks():
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    gpt2 = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("gpt2", n_layer=1, n_embd=16, n_head=2, vocab_size=20)
+    )
+    with pytest.raises(DecoderError, match=r"GPT2.*no `layers`.*wte"):
+        Injection(gpt2, InjectConfig())
+    phi3 = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(
+            "phi3", num_hidden_layers=1, hidden_size=16, num_attention_heads=2, num_key_value_heads=2,
+            intermediate_size=16, vocab_size=20, pad_token_id=0,
+        )
+    )  # fmt: skip
+    with pytest.raises(DecoderError, match=r"v_proj.*qkv_proj"):
+        Injection(phi3, InjectConfig(kind="value"))
+    assert Injection(phi3, InjectConfig(kind="residual")).gates.shape == (1,)
+
+
+def test_an_unknown_kind_names_the_closest():
+    with pytest.raises(InputError, match="Did you mean 'residual'"):
+        InjectConfig(kind="residul")

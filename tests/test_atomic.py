@@ -1,0 +1,74 @@
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from bindllm.atomic import atomic_file, atomic_folder, write_json
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_is_replaced_whole(tmp_path):
+    write_json(tmp_path / "a" / "b.json", {"é": 1})
+    assert (tmp_path / "a" / "b.json").read_text(encoding="utf-8") == '{\n  "é": 1\n}\n'
+    write_json(tmp_path / "a" / "b.json", [2])
+    assert names(tmp_path / "a") == ["b.json"]
+
+
+def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
+    (tmp_path / "f").write_text("old")
+    with pytest.raises(OSError, match="disk full"), atomic_file(tmp_path / "f") as part:
+        part.write_text("half")
+        raise OSError("disk full")
+    assert (tmp_path / "f").read_text() == "old"
+    assert names(tmp_path) == ["f"]
+
+
+def test_a_folder_is_replaced_whole(tmp_path):
+    for text in ("old", "new"):
+        with atomic_folder(tmp_path / "d") as part:
+            (part / text).write_text(text)
+    assert names(tmp_path / "d") == ["new"]
+    assert names(tmp_path) == ["d"]
+
+
+def test_an_error_leaves_the_old_folder(tmp_path):
+    with atomic_folder(tmp_path / "d") as part:
+        (part / "old").write_text("old")
+    with pytest.raises(OSError, match="disk full"), atomic_folder(tmp_path / "d") as part:
+        (part / "new").write_text("new")
+        raise OSError("disk full")
+    assert names(tmp_path / "d") == ["old"]
+    assert names(tmp_path) == ["d"]
+
+
+def test_a_folder_survives_when_the_last_rename_fails(tmp_path, monkeypatch):
+    with atomic_folder(tmp_path / "d") as part:
+        (part / "old").write_text("old")
+    replace = os.replace
+
+    def fail_on_second(source, target, calls=[]):  # noqa: B006
+        calls.append(source)
+        if len(calls) == 2:
+            raise OSError("disk full")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail_on_second)
+    with pytest.raises(OSError, match="disk full"), atomic_folder(tmp_path / "d") as part:
+        (part / "new").write_text("new")
+    assert names(tmp_path / "d") == ["old"]
+
+
+def test_kill_in_the_middle_of_a_save_leaves_the_old_content(tmp_path):
+    write_json(tmp_path / "f.json", "old")
+    code = (
+        "import os, signal; from bindllm.atomic import atomic_file\n"
+        f"with atomic_file({str(tmp_path / 'f.json')!r}) as part:\n"
+        "    part.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    assert (tmp_path / "f.json").read_text() == '"old"\n'

@@ -1,0 +1,13 @@
+from bindllm.errors import MissingExtraError, known_names
+
+
+def test_an_unknown_name_gets_the_known_ones_and_the_closest():
+    assert known_names("captoin", ["caption", "vqa"]) == "Did you mean 'caption'? Known: caption, vqa."
+    assert known_names("zzz", ["caption"]) == "Known: caption."
+    assert known_names("zzz", []) == "Known: none."
+
+
+def test_a_missing_extra_says_what_to_install():
+    error = MissingExtraError("resvg_py", extra="svg", purpose="read SVG pictures")
+    assert "pip install 'bindllm[svg]'" in str(error)
+    assert isinstance(error, ImportError)

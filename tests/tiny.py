@@ -1,0 +1,128 @@
+"""Tiny, deterministic parts for tests: a byte tokenizer, decoders of four families and an image encoder."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from bindllm.media import Media, open_image
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, a ChatML template, `<|im_end|>` as end and another token as padding."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(special + letters)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
+        chat_template=TEMPLATE,
+        padding_side="left",
+    )
+
+
+def tiny_decoder(family: str = "llama", *, seed: int = 0, **changes):
+    """A random decoder with 3 layers, 4 heads and 2 key/value heads; weights large enough to matter."""
+    config = AutoConfig.for_model(
+        family,
+        **{
+            "vocab_size": 259,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "max_position_embeddings": 512,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+            "tie_word_embeddings": False,
+            "initializer_range": 0.2,
+            **changes,
+        },
+    )
+    torch.manual_seed(seed)
+    decoder = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return decoder.eval()
+
+
+def save_tiny_decoder(folder: Path, family: str = "llama", **changes) -> Path:
+    """Write decoder and tokenizer as a Hugging Face folder, and return it."""
+    tiny_decoder(family, **changes).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return Path(folder)
+
+
+class ColourEncoder:
+    """Mean colours of a grid over the picture, through a fixed random projection: instant and deterministic.
+
+    Args:
+        embedding_size: width of the embedding.
+        grid: the picture is averaged over grid x grid cells.
+    """
+
+    modalities = ("image",)
+
+    def __init__(self, embedding_size: int = 16, grid: int = 4) -> None:
+        self.embedding_size = embedding_size
+        self.grid = grid
+        generator = torch.Generator().manual_seed(7)
+        self._projection = torch.randn(3 * grid * grid, embedding_size, generator=generator)
+
+    @property
+    def config(self) -> dict:
+        return {"embedding_size": self.embedding_size, "grid": self.grid}
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(f"ColourEncoder {sorted(self.config.items())}".encode()).hexdigest()
+
+    def to(self, device) -> ColourEncoder:
+        self._projection = self._projection.to(device)
+        return self
+
+    def prepare(self, media: Media) -> torch.Tensor:
+        image = open_image(media.source).resize((self.grid, self.grid), Image.Resampling.BOX)
+        return torch.from_numpy(np.asarray(image, dtype=np.float32) / 127.5 - 1).flatten()
+
+    def embed(self, modality: str, inputs: list[torch.Tensor]) -> torch.Tensor:
+        stacked = torch.stack(list(inputs)).to(self._projection)
+        return torch.nn.functional.normalize(stacked @ self._projection + 1e-3, dim=-1)
+
+
+COLOURS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220), "white": (250, 250, 250)}
+
+
+def colour_pictures(folder: Path, *, per_colour: int = 4, split: bool = True) -> Path:
+    """Write plain PNG pictures and `captions.jsonl` (image, caption, split); return the folder."""
+    import json
+
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    rows, rng = [], np.random.default_rng(0)
+    for colour, value in COLOURS.items():
+        for n in range(per_colour):
+            pixels = np.clip(rng.normal(value, 12, (24, 24, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / "images" / f"{colour}{n}.png")
+            row = {"image": f"images/{colour}{n}.png", "caption": f"{colour} square"}
+            if split:
+                row["split"] = {0: "test", 1: "validation"}.get(n, "train")
+            rows.append(row)
+    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
