@@ -1,0 +1,196 @@
+"""Which rows meet in which batch, and a loader that goes on exactly where a run stopped.
+
+Rows of like length share a batch, so little is padded. The order is a pure function of the seed and the epoch;
+where a run stands is known to the trainer alone. So a resumed run sees the batches that it would have seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from itertools import cycle, islice
+
+import numpy as np
+
+from bindllm.data.collate import Batch
+from bindllm.errors import InputError
+
+# Rows are sorted by length inside chunks of this many batches: enough to find neighbours of nearly the same
+# length, few enough that the rows of a batch still change from epoch to epoch.
+CHUNK_BATCHES = 50
+
+
+class LengthGroupedBatches:
+    """The batches of each epoch, as lists of row numbers.
+
+    An epoch draws ``round(weight * rows)`` rows of each source (at least one). The draws walk through shuffled
+    passes over the source, one pass after the other and on into the next epoch: with weight 1 each row comes
+    exactly once an epoch, with weight 2 twice, with weight 0.5 every second epoch, and over any number of
+    epochs no row of a source comes more than once more often than another. The last batch may be short.
+
+    Args:
+        lengths: number of tokens of each row.
+        batch_size: rows in a batch.
+        seed: of all shuffling.
+        sources: number of the source of each row, from 0; all rows are of one source by default.
+        weights: draws per row and epoch of each source; 1 by default.
+        world_size: number of processes that share an epoch. Each takes every ``world_size``-th batch; where they
+            do not come out even, the first batches are repeated.
+        rank: number of this process, from 0.
+
+    Raises:
+        InputError: a batch size below 1.
+
+    Example:
+        >>> batches = LengthGroupedBatches([3, 9, 4, 8], batch_size=2)
+        >>> sorted(sorted(batch) for batch in batches.epoch(0))
+        [[0, 2], [1, 3]]
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        *,
+        batch_size: int,
+        seed: int = 0,
+        sources: Sequence[int] | None = None,
+        weights: Sequence[float] = (1.0,),
+        world_size: int = 1,
+        rank: int = 0,
+    ) -> None:
+        if batch_size < 1:
+            raise InputError(f"batch_size must be at least 1, not {batch_size}")
+        self._lengths = np.asarray(lengths, dtype=np.int64)
+        source_of = np.zeros_like(self._lengths) if sources is None else np.asarray(sources)
+        self._rows = [np.flatnonzero(source_of == number) for number in range(len(weights))]
+        self._draws = [
+            max(1, round(w * len(r))) if len(r) else 0 for w, r in zip(weights, self._rows, strict=True)
+        ]
+        self._batch_size, self._seed = batch_size, seed
+        self._world_size, self._rank = world_size, rank
+
+    def __len__(self) -> int:
+        """Number of batches of an epoch, for one process."""
+        batches = -(-sum(self._draws) // self._batch_size)
+        return -(-batches // self._world_size)
+
+    def epoch(self, number: int) -> list[list[int]]:
+        """Return the batches of an epoch, counted from 0."""
+        rows = np.concatenate([self._drawn(source, number) for source in range(len(self._rows))])
+        rng = self._rng(0, number)
+        rng.shuffle(rows)
+        chunk = self._batch_size * CHUNK_BATCHES
+        batches: list[list[int]] = []
+        for start in range(0, len(rows), chunk):
+            piece = rows[start : start + chunk]
+            piece = piece[np.argsort(self._lengths[piece], kind="stable")]
+            batches += [
+                piece[i : i + self._batch_size].tolist() for i in range(0, len(piece), self._batch_size)
+            ]
+        batches = [batches[i] for i in rng.permutation(len(batches))]
+        return share(batches, world_size=self._world_size, rank=self._rank)
+
+    def fingerprint(self) -> str:
+        """Hex digits that change when any epoch would."""
+        digest = hashlib.sha256(self._lengths.tobytes())
+        for rows in self._rows:
+            digest.update(rows.astype(np.int64).tobytes())
+        digest.update(repr((self._draws, self._batch_size, self._seed, self._world_size)).encode())
+        return digest.hexdigest()
+
+    def _drawn(self, source: int, epoch: int) -> np.ndarray:
+        """Rows of a source in an epoch: a window on its endless sequence of shuffled passes."""
+        rows, draws = self._rows[source], self._draws[source]
+        if not draws:
+            return rows
+        first, last = epoch * draws, (epoch + 1) * draws - 1
+        passes = range(first // len(rows), last // len(rows) + 1)
+        sequence = np.concatenate([self._rng(1, source, number).permutation(rows) for number in passes])
+        skip = first - passes.start * len(rows)
+        return sequence[skip : skip + draws]
+
+    def _rng(self, *place: int) -> np.random.Generator:
+        return np.random.default_rng([self._seed, *place])
+
+
+def sorted_batches(lengths: Sequence[int], *, batch_size: int) -> list[list[int]]:
+    """Return all rows once, in order of length: for evaluation, where the order of batches does not matter.
+
+    Example:
+        >>> sorted_batches([3, 9, 4], batch_size=2)
+        [[0, 2], [1]]
+    """
+    order = np.argsort(np.asarray(lengths), kind="stable").tolist()
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+def share(batches: list[list[int]], *, world_size: int, rank: int) -> list[list[int]]:
+    """Return the batches of one process; the first ones are repeated until all processes have as many."""
+    even = -(-len(batches) // world_size) * world_size
+    return list(islice(cycle(batches), rank, even, world_size))
+
+
+class BatchLoader:
+    """Yields the same batches, in the same order, every time.
+
+    Args:
+        batches: row numbers of each batch.
+        make: turns row numbers into a batch.
+    """
+
+    def __init__(self, batches: list[list[int]], make: Callable[[list[int]], Batch]) -> None:
+        self._batches, self._make = batches, make
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return map(self._make, self._batches)
+
+
+class ResumableLoader:
+    """Yields the batches of an epoch, from where the trainer stands.
+
+    Lightning keeps count of epochs and of batches done, and restores both on resume; this loader asks it at the
+    start of each epoch instead of counting a second time. What it adds to a checkpoint is a fingerprint of the
+    data, so that a run is not resumed on other rows.
+
+    Args:
+        batches: the plan of all epochs.
+        make: turns row numbers into a batch.
+        position: gives the current epoch and the number of its batches that are done.
+    """
+
+    def __init__(
+        self,
+        batches: LengthGroupedBatches,
+        make: Callable[[list[int]], Batch],
+        *,
+        position: Callable[[], tuple[int, int]] = lambda: (0, 0),
+    ) -> None:
+        self._batches, self._make, self._position = batches, make, position
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        # A generator: nothing here runs before the first batch is asked for, when the trainer knows its place.
+        epoch, done = self._position()
+        for rows in self._batches.epoch(epoch)[done:]:
+            yield self._make(rows)
+
+    def state_dict(self) -> dict[str, str]:
+        """Return what must not change until a resume."""
+        return {"rows": self._batches.fingerprint()}
+
+    def load_state_dict(self, state_dict: dict[str, str]) -> None:
+        """Compare with the run that wrote the checkpoint.
+
+        Raises:
+            InputError: the rows, the batch size, the seed or the weights are not what they were.
+        """
+        if state_dict != self.state_dict():
+            raise InputError(
+                "this run cannot go on from that checkpoint: its training rows, batch size, seed, source weights "
+                "or number of processes differ. Restore them, or start a new run from the weights (start_from)"
+            )

@@ -1,0 +1,97 @@
+"""From samples to the tensors of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bindllm.conversation import NO_MEDIA
+from bindllm.data.tokenise import IGNORE, Sample
+from bindllm.errors import InputError
+from bindllm.media import Media
+
+Batch = dict[str, Tensor]
+MediaGroup = tuple[Media, ...]
+Lookup = Callable[[Sequence[MediaGroup]], Tensor]
+"""Gives the fused embedding of each of N media groups: [N, E], unit norm."""
+
+
+def collate(samples: Sequence[Sample], lookup: Lookup, *, pad_id: int) -> Batch:
+    """Make a training batch, padded on the right.
+
+    Args:
+        samples: the rows, B of them.
+        lookup: where embeddings come from; called once for the whole batch.
+        pad_id: token id of padding; masked, so any id does.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` (1 on tokens), ``labels`` (-100 on padding) and ``media_index`` (-1 on
+        padding), each int64 [B, T], and ``embeddings``, [B, M, E], zeros where a row has fewer than M groups.
+        M is the largest number of groups, at least 1.
+
+    Raises:
+        InputError: there are no rows, or rows without a supervised token, which would make the loss NaN; they
+            are named.
+    """
+    if not samples:
+        raise InputError("a batch without rows")
+    if mute := [sample.name for sample in samples if not sample.num_supervised]:
+        raise InputError(f"{len(mute)} rows of a batch have no token to learn from: {', '.join(mute[:5])}")
+    lengths = [len(sample.input_ids) for sample in samples]
+    return {
+        **_pad(samples, lengths, pad_id=pad_id, left=False),
+        "labels": _stack([sample.labels for sample in samples], IGNORE, left=False),
+        "embeddings": _embeddings(samples, lookup),
+    }
+
+
+def prompt_batch(samples: Sequence[Sample], lookup: Lookup, *, pad_id: int) -> Batch:
+    """Make a batch for generation: each row up to the header of its last answer, padded on the left.
+
+    Args:
+        samples: the rows, B of them.
+        lookup: where embeddings come from; called once for the whole batch.
+        pad_id: token id of padding.
+
+    Returns:
+        ``input_ids``, ``attention_mask``, ``media_index`` [B, T] and ``embeddings`` [B, M, E], as in `collate`.
+    """
+    if not samples:
+        raise InputError("a batch without rows")
+    lengths = [sample.prompt_length for sample in samples]
+    return {**_pad(samples, lengths, pad_id=pad_id, left=True), "embeddings": _embeddings(samples, lookup)}
+
+
+def _pad(samples: Sequence[Sample], lengths: list[int], *, pad_id: int, left: bool) -> dict[str, Tensor]:
+    """Tokens, mask and media index of the first ``lengths[b]`` tokens of each row."""
+    ids = [sample.input_ids[:length] for sample, length in zip(samples, lengths, strict=True)]
+    index = [sample.media_index[:length] for sample, length in zip(samples, lengths, strict=True)]
+    return {
+        "input_ids": _stack(ids, pad_id, left=left),
+        "attention_mask": _stack([np.ones_like(row) for row in ids], 0, left=left),
+        "media_index": _stack(index, NO_MEDIA, left=left),
+    }
+
+
+def _stack(rows: Sequence[np.ndarray], fill: int, *, left: bool) -> Tensor:
+    width = max(len(row) for row in rows)
+    batch = np.full((len(rows), width), fill, dtype=np.int64)
+    for b, row in enumerate(rows):
+        batch[b, slice(width - len(row), None) if left else slice(len(row))] = row
+    return torch.from_numpy(batch)
+
+
+def _embeddings(samples: Sequence[Sample], lookup: Lookup) -> Tensor:
+    groups = [group for sample in samples for group in sample.media]
+    found = lookup(groups)
+    width = max(1, *(len(sample.media) for sample in samples))
+    embeddings = torch.zeros(len(samples), width, found.shape[1])
+    start = 0
+    for b, sample in enumerate(samples):
+        count = len(sample.media)
+        embeddings[b, :count] = found[start : start + count]
+        start += count
+    return embeddings

@@ -1,0 +1,147 @@
+"""The embeddings of a data set: filled once into the stores of its encoders, looked up for every batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bindllm.data.collate import MediaGroup
+from bindllm.encoders import Encoder, encoder_for
+from bindllm.encoders.fusion import fuse
+from bindllm.errors import InputError, MediaError
+from bindllm.media import Media
+from bindllm.retrieval.fill import fill
+from bindllm.retrieval.store import EmbeddingStore
+
+
+@dataclass
+class FillTotals:
+    """What filling all stores came to.
+
+    Args:
+        encoded: media that were embedded now.
+        reused: media that were in a store before, or have the same content as one of these.
+        failed: media that cannot be embedded, each with the reason.
+        seconds: wall-clock time.
+    """
+
+    encoded: int = 0
+    reused: int = 0
+    failed: dict[Media, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+class MediaEmbeddings:
+    """Embeddings by media, over all encoders and their stores.
+
+    Args:
+        encoders: all of one embedding size; the first that serves a modality embeds it.
+        folder: of the stores.
+
+    Raises:
+        InputError: the encoders have different embedding sizes, so no joint space.
+    """
+
+    def __init__(self, encoders: Sequence[Encoder], folder: str | Path) -> None:
+        sizes = {type(encoder).__name__: encoder.embedding_size for encoder in encoders}
+        if len(set(sizes.values())) != 1:
+            raise InputError(
+                "the encoders of a recipe share one joint space, so one embedding size; here are "
+                f"{', '.join(f'{name} ({size})' for name, size in sizes.items()) or 'no encoders'}"
+            )
+        self.embedding_size = encoders[0].embedding_size
+        self._encoders, self._folder = tuple(encoders), folder
+        self._stores: dict[int, EmbeddingStore] = {}
+        self._keys: dict[Media, str] = {}
+
+    def fill(
+        self, media: Iterable[Media], *, device: torch.device | str = "cpu", progress: bool = False
+    ) -> FillTotals:
+        """Embed what the stores lack.
+
+        Args:
+            media: of modalities that the encoders serve.
+            device: where the encoders run; they are on the CPU again afterwards.
+            progress: show a bar.
+
+        Raises:
+            InputError: media of a modality that no encoder serves.
+            StoreError: a store that cannot be written.
+        """
+        totals = FillTotals()
+        wanted: dict[int, list[Media]] = {}
+        for item in dict.fromkeys(media):
+            wanted.setdefault(self._number(item), []).append(item)
+        for number, items in wanted.items():
+            encoder, store = self._encoders[number], self._store(number)
+            report = fill(store, encoder.to(device), items, progress=progress)
+            encoder.to("cpu")
+            totals.encoded += report.encoded
+            totals.reused += report.reused + report.duplicates
+            totals.seconds += report.seconds
+            totals.failed |= self._find_keys(store, items, reasons=dict(report.failed))
+        return totals
+
+    def key(self, media: Media) -> str:
+        """Return the content hash of media that `fill` has embedded.
+
+        Raises:
+            InputError: it has not.
+        """
+        if media not in self._keys:
+            raise InputError(f"{media.name} was not embedded with the data; embed it first")
+        return self._keys[media]
+
+    def lookup(self, groups: Sequence[MediaGroup]) -> Tensor:
+        """Return the embedding of each media group, fused where it has several: [N, E], unit norm, on the CPU.
+
+        Raises:
+            InputError: media that `fill` was not given, or could not embed.
+        """
+        flat = [media for group in groups for media in group]
+        rows = torch.zeros(len(flat), self.embedding_size)
+        numbers = torch.tensor([self._number(media) for media in flat], dtype=torch.long)
+        for number in numbers.unique().tolist():
+            places = (numbers == number).nonzero().flatten()
+            rows[places] = self._store(number).get([self.key(flat[n]) for n in places.tolist()])
+        if len(flat) == len(groups):
+            return rows
+        pieces = rows.split([len(group) for group in groups])
+        return torch.stack(
+            [
+                fuse(piece, torch.tensor([media.weight for media in group]))
+                for piece, group in zip(pieces, groups, strict=True)
+            ]
+        )
+
+    def _number(self, media: Media) -> int:
+        """Number of the encoder that serves media."""
+        return self._encoders.index(encoder_for(media.modality, self._encoders))
+
+    def _store(self, number: int) -> EmbeddingStore:
+        # Opened on first use: the fingerprint of an encoder reads all of its weights.
+        if number not in self._stores:
+            self._stores[number] = EmbeddingStore.for_encoder(self._folder, self._encoders[number])
+        return self._stores[number]
+
+    def _find_keys(
+        self, store: EmbeddingStore, items: list[Media], *, reasons: dict[str, str]
+    ) -> dict[Media, str]:
+        """Note the key of each media that is stored, and return why the others are not."""
+        failed: dict[Media, str] = {}
+        keys: dict[Media, str] = {}
+        for media in items:
+            try:
+                keys[media] = store.key_of(media)
+            except MediaError as error:
+                failed[media] = str(error)
+        for (media, key), stored in zip(keys.items(), store.has(list(keys.values())), strict=True):
+            if stored:
+                self._keys[media] = key
+            else:
+                failed[media] = reasons.get(media.name, f"{media.name}: its content cannot be embedded")
+        return failed

@@ -1,0 +1,47 @@
+"""How several media of one message become one embedding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bindllm.errors import InputError
+
+# Unit embeddings whose weighted mean is shorter than this point in opposite directions: no direction is left.
+_SHORTEST_MEAN = 1e-4
+
+
+def fuse(embeddings: Tensor, weights: Tensor) -> Tensor:
+    """Fuse the embeddings of one media group: their weighted mean, normalised again.
+
+    The bind network sees unit embeddings in training, and a mean of unit vectors is shorter: without the second
+    normalisation two orthogonal embeddings would arrive at 0.7 of their length.
+
+    Args:
+        embeddings: unit norm, [K, E], K at least 1. A single embedding is returned as it is.
+        weights: share of each, above 0, [K]; only their ratios count.
+
+    Returns:
+        The fused embedding, unit norm, [E], in the dtype of ``embeddings``.
+
+    Raises:
+        InputError: the shapes do not fit, or the embeddings cancel out.
+
+    Example:
+        >>> fuse(torch.eye(2), torch.tensor([3.0, 4.0]))
+        tensor([0.6000, 0.8000])
+    """
+    if embeddings.dim() != 2 or len(embeddings) == 0 or weights.shape != embeddings.shape[:1]:
+        raise InputError(
+            f"expected embeddings [K, E] and weights [K], got {list(embeddings.shape)} and {list(weights.shape)}"
+        )
+    if len(embeddings) == 1:
+        return embeddings[0]
+    shares = (weights.double() / weights.double().sum()).to(embeddings)
+    mean = shares @ embeddings
+    if mean.norm() < _SHORTEST_MEAN:
+        raise InputError(
+            f"the {len(embeddings)} media of one message cancel out: their weighted mean is zero; "
+            "change the weights, or give each media a message of its own"
+        )
+    return torch.nn.functional.normalize(mean, dim=0)

@@ -1,0 +1,98 @@
+import pytest
+import torch
+
+from bindllm.data.embeddings import MediaEmbeddings
+from bindllm.encoders.fusion import fuse
+from bindllm.errors import InputError
+from bindllm.media import Media
+from tiny import ColourEncoder, colour_pictures
+
+
+class WordEncoder(ColourEncoder):
+    """Serves text, in the same space as the pictures."""
+
+    modalities = ("text",)
+
+    def fingerprint(self) -> str:
+        return "ab" * 32
+
+    def prepare(self, media: Media) -> torch.Tensor:
+        return torch.full((48,), float(len(media.source)))
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    colour_pictures(tmp_path, per_colour=1)
+    return {name: Media.image(str(tmp_path / "images" / f"{name}0.png")) for name in ("red", "green", "blue")}
+
+
+def embed(encoder, *media):
+    return encoder.embed(media[0].modality, [encoder.prepare(item) for item in media])
+
+
+def test_lookup_gives_what_the_encoder_of_each_modality_gives(tmp_path, pictures):
+    word = Media.text("a word")
+    embeddings = MediaEmbeddings([ColourEncoder(), WordEncoder()], tmp_path / "store")
+    totals = embeddings.fill([*pictures.values(), word, pictures["red"]])
+    assert (totals.encoded, totals.reused, totals.failed) == (4, 0, {})
+    found = embeddings.lookup([(pictures["blue"],), (word,), (pictures["red"],)])
+    expected = torch.cat(
+        [
+            embed(ColourEncoder(), pictures["blue"]),
+            embed(WordEncoder(), word),
+            embed(ColourEncoder(), pictures["red"]),
+        ]
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_group_of_several_is_fused_by_weight(tmp_path, pictures):
+    group = (pictures["red"], Media.image(pictures["blue"].source, weight=3.0))
+    embeddings = MediaEmbeddings([ColourEncoder()], tmp_path / "store")
+    # The weight is no part of the content: both uses of the blue picture are one embedding.
+    assert embeddings.fill([*group, pictures["blue"]]).encoded == 2
+    expected = fuse(embed(ColourEncoder(), *group), torch.tensor([1.0, 3.0]))
+    torch.testing.assert_close(embeddings.lookup([group])[0], expected)
+    single = embeddings.lookup([(pictures["blue"],)])
+    torch.testing.assert_close(single, embed(ColourEncoder(), pictures["blue"]))
+
+
+def test_no_groups_give_no_rows(tmp_path):
+    assert MediaEmbeddings([ColourEncoder()], tmp_path / "store").lookup([]).shape == (0, 16)
+
+
+def test_second_fill_reuses_the_store(tmp_path, pictures):
+    MediaEmbeddings([ColourEncoder()], tmp_path / "store").fill(pictures.values())
+    totals = MediaEmbeddings([ColourEncoder()], tmp_path / "store").fill(pictures.values())
+    assert (totals.encoded, totals.reused) == (0, 3)
+
+
+def test_media_that_cannot_be_read_are_named_with_the_reason(tmp_path, pictures):
+    broken, copy = tmp_path / "broken.png", tmp_path / "copy.png"
+    broken.write_bytes(b"no picture")
+    copy.write_bytes(b"no picture")
+    media = [Media.image(str(path)) for path in (broken, copy, tmp_path / "missing.png")]
+    totals = MediaEmbeddings([ColourEncoder()], tmp_path / "store").fill([*media, pictures["red"]])
+    assert totals.encoded == 1
+    assert set(totals.failed) == set(media)
+    assert "broken.png: not a picture" in totals.failed[media[0]]
+    assert "copy.png" in totals.failed[media[1]]
+    assert "missing.png: cannot be opened" in totals.failed[media[2]]
+
+
+def test_media_that_were_not_filled_are_refused(tmp_path, pictures):
+    embeddings = MediaEmbeddings([ColourEncoder()], tmp_path / "store")
+    with pytest.raises(InputError, match=r"red0\.png was not embedded"):
+        embeddings.lookup([(pictures["red"],)])
+
+
+def test_modality_that_no_encoder_serves_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no encoder serves the modality 'audio'"):
+        MediaEmbeddings([ColourEncoder()], tmp_path / "store").fill([Media.audio("a.wav")])
+
+
+def test_encoders_must_share_one_size(tmp_path):
+    with pytest.raises(InputError, match=r"ColourEncoder \(16\), WordEncoder \(8\)"):
+        MediaEmbeddings([ColourEncoder(), WordEncoder(8)], tmp_path)
+    with pytest.raises(InputError, match="no encoders"):
+        MediaEmbeddings([], tmp_path)

@@ -1,0 +1,258 @@
+import json
+import os
+
+import pytest
+from PIL import Image
+
+from bindllm.data.captions import Columns, clean_caption, read_captions
+from bindllm.data.report import SourceReport
+from bindllm.data.sources import SourceConfig, hashed_split, read_source
+from bindllm.errors import InputError
+from tiny import colour_pictures
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Pictures a.png to f.png, without captions."""
+    for letter in "abcdef":
+        Image.new("RGB", (2, 2)).save(tmp_path / f"{letter}.png")
+    return tmp_path
+
+
+def write_rows(folder, *rows: dict, name: str = "captions.jsonl"):
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def captions_of(folder) -> dict[str, list[str]]:
+    report = SourceReport(str(folder))
+    return {picture.key: list(picture.captions) for picture in read_captions(folder, report, Columns())}
+
+
+def test_rows_become_conversations_with_prompt_answer_and_references(folder):
+    write_rows(folder, {"image": "a.png", "caption": ["a cat", "one cat"], "split": "test"})
+    rows, report = read_source(SourceConfig(str(folder), prompt="What?", system="Be brief."), 3)
+    assert (len(rows["train"]), len(rows["validation"]), len(rows["test"])) == (0, 0, 2)
+    first, second = rows["test"]
+    assert [(m.role, m.text) for m in first.conversation.messages] == [
+        ("system", "Be brief."),
+        ("user", "What?"),
+        ("assistant", "a cat"),
+    ]
+    assert [media.source for media in first.media] == [str(folder / "a.png")]
+    assert second.conversation.messages[2].text == "one cat"
+    assert first.references == second.references == ("a cat", "one cat")
+    assert (first.name, first.source) == ("captions.jsonl line 1", 3)
+    assert (report.pictures, report.captions, report.skipped.total) == (1, 2, 0)
+
+
+def test_without_system_there_is_no_system_message(folder):
+    write_rows(folder, {"image": "a.png", "caption": "x", "split": "train"})
+    row = read_source(SourceConfig(str(folder)))[0]["train"][0]
+    assert [message.role for message in row.conversation.messages] == ["user", "assistant"]
+
+
+def test_repeated_rows_of_a_picture_are_joined(folder):
+    write_rows(
+        folder,
+        {"image": "a.png", "caption": "one"},
+        {"image": "b.png", "caption": "two"},
+        {"image": "./a.png", "caption": ["three", "one"]},
+    )
+    assert captions_of(folder) == {"a.png": ["one", "three"], "b.png": ["two"]}
+
+
+@pytest.mark.parametrize("name", ["captions.csv", "captions.tsv", "other.csv"])
+def test_other_tables(folder, name):
+    delimiter = "\t" if name.endswith("tsv") else ","
+    rows = ["image,caption,split", "a.png,red,train", "b.png,blue,"]
+    (folder / name).write_text("\n".join(rows).replace(",", delimiter))
+    path = folder / name if name.startswith("other") else folder
+    assert captions_of(path) == {"a.png": ["red"], "b.png": ["blue"]}
+
+
+def test_folder_of_pictures_with_text_files(folder):
+    (folder / "a.txt").write_text("a cat\n\n one  cat \n", encoding="utf-8-sig")
+    (folder / "deep").mkdir()
+    Image.new("RGB", (2, 2)).save(folder / "deep" / "x.JPG")
+    (folder / "deep" / "x.txt").write_text("a dog")
+    (folder / "b.txt").write_text(" \n")
+    (folder / "c.txt").write_bytes(b"\xff")
+    report = SourceReport(str(folder))
+    pictures = read_captions(folder, report, Columns())
+    assert {p.key: list(p.captions) for p in pictures} == {
+        "a.png": ["a cat", "one cat"],
+        "deep/x.JPG": ["a dog"],
+    }
+    assert report.skipped.counts == {
+        "empty caption": 1,
+        "not UTF-8 text": 1,
+        "no text file of the same name": 3,
+    }
+
+
+def test_column_names_can_be_chosen(folder):
+    write_rows(folder, {"file": "a.png", "text": "x", "part": "validation"})
+    rows, _ = read_source(SourceConfig(str(folder), columns=Columns("file", "text", "part")))
+    assert len(rows["validation"]) == 1
+
+
+def test_bad_rows_are_counted_with_reasons_and_examples(folder):
+    write_rows(
+        folder,
+        {"image": "a.png", "caption": "good", "split": "train"},
+        {"image": "missing.png", "caption": "x"},
+        {"image": "x" * 5000, "caption": "x"},
+        {"image": "", "caption": "x"},
+        {"image": None, "caption": "x"},
+        {"image": ".", "caption": "x"},
+        {"image": "b.png", "caption": None},
+        {"image": "b.png", "caption": []},
+        {"image": "b.png", "caption": 7},
+        {"image": "c.png", "caption": " \t\x07\u200b "},
+        {"image": "a.png", "caption": "good ", "split": "train"},
+        {"image": "a.png", "caption": "other", "split": "test"},
+        {"image": "d.png", "caption": "x", "split": "val"},
+        {"image": "e.png"},
+    )
+    rows, report = read_source(SourceConfig(str(folder)))
+    assert [row.references for split in rows.values() for row in split] == [("good",)]
+    assert report.skipped.counts == {
+        "no such picture": 3,
+        "no path of a picture": 2,
+        "no caption": 2,
+        "the caption is not a text": 1,
+        "empty caption": 1,
+        "same picture and caption as an earlier row": 1,
+        "this picture is in another split already": 1,
+        "unknown split 'val'. Known: test, train, validation.": 1,
+        "no column 'caption'. Known: image.": 1,
+    }
+    assert report.skipped.examples["no such picture"][0] == "captions.jsonl line 2: missing.png"
+    assert report.skipped.total == 13
+
+
+def test_source_whose_rows_are_all_bad_is_an_error_with_reasons(folder):
+    write_rows(folder, {"image": "no.png", "caption": "x"}, {"image": "a.png", "caption": ""})
+    with pytest.raises(
+        InputError, match=r"no row that can be used: 1 x no such picture \(.*no\.png\); 1 x empty"
+    ):
+        read_source(SourceConfig(str(folder)))
+
+
+def test_empty_table_is_an_error(folder):
+    write_rows(folder)
+    with pytest.raises(InputError, match="it is empty"):
+        read_source(SourceConfig(str(folder)))
+
+
+def test_paths_that_cannot_be_a_source(tmp_path, folder):
+    with pytest.raises(InputError, match=r"nowhere does not exist\.$"):
+        read_source(SourceConfig(str(tmp_path / "nowhere")))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"no table captions\.\* .* and no pictures"):
+        read_source(SourceConfig(str(tmp_path / "empty")))
+    write_rows(folder)
+    write_rows(folder, name="captions.csv")
+    with pytest.raises(InputError, match="captions.jsonl and captions.csv; give the path"):
+        read_source(SourceConfig(str(folder)))
+
+
+def test_missing_folder_of_the_embedded_default_says_how_to_fetch_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="run: bindllm fetch openmoji"):
+        read_source(SourceConfig("data/openmoji"))
+
+
+@pytest.mark.parametrize(
+    ("raw", "clean", "had_control"),
+    [
+        (" a\tred\n square\u00a0", "a red square", False),
+        ("a\x00b\x1b[0m", "ab[0m", True),
+        ("\ufeffcat", "cat", True),
+        ("cafe\u0301", "café", False),
+        ("half \ud83d pair", "half pair", True),
+        ("日本の城", "日本の城", False),
+        # The joiner inside an emoji sequence and in Persian stays.
+        ("👩‍🚒 می‌خواهم", "👩‍🚒 می‌خواهم", False),
+    ],
+)
+def test_clean_caption(raw, clean, had_control):
+    assert clean_caption(raw) == (clean, had_control)
+
+
+def test_captions_with_control_characters_are_counted(folder):
+    write_rows(folder, {"image": "a.png", "caption": ["a\x07b", "c"], "split": "train"})
+    rows, report = read_source(SourceConfig(str(folder)))
+    assert rows["train"][0].references == ("ab", "c")
+    assert report.control_characters == 1
+
+
+def test_hashed_split_is_stable_and_has_the_right_shares():
+    keys = [f"images/{number}.png" for number in range(4000)]
+    splits = [hashed_split(key, 0.16) for key in keys]
+    assert abs(splits.count("test") / 4000 - 0.08) < 0.015
+    assert abs(splits.count("validation") / 4000 - 0.08) < 0.015
+    # Written down once: a picture must never change sides between versions.
+    assert [hashed_split(key, 0.5) for key in keys[:6]] == [
+        "train",
+        "train",
+        "validation",
+        "train",
+        "train",
+        "validation",
+    ]
+    assert {hashed_split(key, 0.0) for key in keys} == {"train"}
+    # What a smaller share holds out, a larger one holds out too.
+    assert all(hashed_split(key, 0.3) != "train" for key in keys if hashed_split(key, 0.1) != "train")
+
+
+def test_captions_of_one_picture_never_straddle_the_split(folder):
+    write_rows(folder, *({"image": f"{x}.png", "caption": f"{x}{n}"} for n in range(5) for x in "abcdef"))
+    rows, _ = read_source(SourceConfig(str(folder), held_out=0.5))
+    where = {row.media[0].source: split for split, found in rows.items() for row in found}
+    assert len(where) == 6
+    assert {split: len(found) for split, found in rows.items()} == {
+        split: 5 * list(where.values()).count(split) for split in rows
+    }
+
+
+def test_whole_source_into_one_split(folder):
+    write_rows(folder, {"image": "a.png", "caption": "x", "split": "val"}, {"image": "b.png", "caption": "y"})
+    rows, _ = read_source(SourceConfig(str(folder), split="validation"))
+    assert len(rows["validation"]) == 2
+
+
+def test_limit_takes_pictures_with_all_their_captions_from_everywhere(tmp_path):
+    colour_pictures(tmp_path, per_colour=10)
+    rows, report = read_source(SourceConfig(str(tmp_path), limit=12))
+    again, _ = read_source(SourceConfig(str(tmp_path), limit=12))
+    assert rows == again
+    assert report.pictures == 12
+    assert len({reference for found in rows.values() for row in found for reference in row.references}) > 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weight": 0.0}, "weight must be finite and above 0"),
+        ({"weight": float("nan")}, "weight must be finite and above 0"),
+        ({"held_out": 1.0}, "held_out must be"),
+        ({"limit": 0}, "limit must be at least 1"),
+        ({"format": "captions"}, "Did you mean 'caption'"),
+        ({"split": "valid"}, "Did you mean 'validation'"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        SourceConfig("x", **options)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_text_file_without_permission_is_reported(folder):
+    (folder / "a.txt").write_text("x")
+    (folder / "b.txt").write_text("y")
+    (folder / "a.txt").chmod(0)
+    report = SourceReport(str(folder))
+    assert [picture.key for picture in read_captions(folder, report, Columns())] == ["b.png"]
+    assert report.skipped.counts["the text file cannot be read (Permission denied)"] == 1

@@ -1,0 +1,111 @@
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from bindllm.data.report import Skipped
+from bindllm.data.tables import read_table
+from bindllm.errors import InputError
+
+
+def read(path, required=("image", "caption")):
+    skipped = Skipped()
+    return [
+        (name, list(record.values())) for name, record in read_table(path, required, skipped)
+    ], skipped.counts
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name: str, content: bytes):
+        (tmp_path / name).write_bytes(content)
+        return tmp_path / name
+
+    return write
+
+
+def test_jsonl_reports_each_bad_line_and_goes_on(write):
+    path = write(
+        "t.jsonl",
+        b'\xef\xbb\xbf{"image": "a", "caption": "\xc3\xa9"}\n'  # byte order mark, é
+        b"\n"
+        b'{"image": "b", "caption": \n'
+        b'{"image": "c", "caption": "\xff"}\n'
+        b'{"image": ' + b"1" * 5000 + b"}\n"
+        b'["d", "e"]\n'
+        b'{"picture": "f", "caption": "g"}\n'
+        b'{"image": "h", "caption": ["i", "j"]}',
+    )
+    rows, counts = read(path)
+    assert rows == [("t.jsonl line 1", ["a", "é"]), ("t.jsonl line 8", ["h", ["i", "j"]])]
+    assert counts == {
+        "not valid JSON": 2,
+        "not UTF-8 text": 1,
+        "not a JSON object": 1,
+        "no column 'image'. Known: caption, picture.": 1,
+    }
+
+
+def test_csv_with_quotes_newlines_and_bad_rows(write):
+    path = write(
+        "t.csv",
+        b"\xef\xbb\xbfimage, caption\r\n"
+        b'a,"one, ""two""\nthree"\r\n'
+        b"b\r\n"
+        b"\r\n"
+        b"c,\xff\r\n"
+        b"d,x,y\r\n"
+        b"e,\xc3\xa9\r\n",
+    )
+    rows, counts = read(path)
+    assert rows == [("t.csv line 2", ["a", 'one, "two"\nthree']), ("t.csv line 8", ["e", "é"])]
+    assert counts == {"not 2 fields as in the header": 2, "not UTF-8 text": 1}
+
+
+def test_csv_field_that_is_too_long_is_one_bad_row(write):
+    path = write("t.csv", b"image,caption\na," + b"x" * 200_000 + b"\nb,y\n")
+    rows, counts = read(path)
+    assert rows == [("t.csv line 3", ["b", "y"])]
+    assert counts == {"not valid CSV (field larger than field limit (131072))": 1}
+
+
+def test_tsv_keeps_quotation_marks(write):
+    rows, counts = read(write("t.tsv", b'image\tcaption\na\t"quoted" words\nb\tan inch: 1"\n'))
+    assert rows == [("t.tsv line 2", ["a", '"quoted" words']), ("t.tsv line 3", ["b", 'an inch: 1"'])]
+    assert counts == {}
+
+
+def test_parquet_with_lists_and_bad_text(tmp_path):
+    path = tmp_path / "t.parquet"
+    bad = pa.array([b"x", b"\xff", b"z"]).view(pa.string())
+    pq.write_table(pa.table({"image": bad, "caption": [["k"], ["l"], None]}), path)
+    rows, counts = read(path)
+    assert rows == [("t.parquet row 1", ["x", ["k"]]), ("t.parquet row 3", ["z", None])]
+    assert counts == {"not UTF-8 text": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("t.csv", b"images,caption\n"), ("t.tsv", b"images\tcaption\n"), ("t.csv", b"")],
+)
+def test_missing_column_gets_the_closest_known_one(write, name, content):
+    with pytest.raises(
+        InputError, match=r"no column 'image'\. " + ("Did you mean 'images'" if content else "Known")
+    ):
+        read(write(name, content))
+
+
+def test_missing_column_of_parquet(tmp_path):
+    pq.write_table(pa.table({"image": ["a"], "text": ["b"]}), tmp_path / "t.parquet")
+    with pytest.raises(InputError, match="no column 'caption'. Known: image, text"):
+        read(tmp_path / "t.parquet")
+
+
+def test_files_that_are_no_tables(write, tmp_path):
+    with pytest.raises(InputError, match=r"not a table\. Did you mean '\.jsonl'"):
+        read(write("t.json", json.dumps([]).encode()))
+    with pytest.raises(InputError, match="not a Parquet file"):
+        read(write("t.parquet", b"nothing of the kind"))
+    with pytest.raises(InputError, match="cannot be read"):
+        read(tmp_path / "missing.csv")

@@ -1,0 +1,33 @@
+import pytest
+import torch
+
+from bindllm.encoders.fusion import fuse
+from bindllm.errors import InputError
+
+
+def test_fused_embedding_is_the_normalised_weighted_mean():
+    embeddings = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    # Mean (3, 4, 0) / 7 before normalising; (0.6, 0.8, 0) after.
+    torch.testing.assert_close(fuse(embeddings, torch.tensor([3.0, 4.0])), torch.tensor([0.6, 0.8, 0.0]))
+
+
+def test_only_ratios_of_weights_count():
+    embeddings = torch.nn.functional.normalize(torch.randn(3, 5), dim=-1)
+    weights = torch.tensor([0.5, 1.0, 2.0])
+    torch.testing.assert_close(fuse(embeddings, weights), fuse(embeddings, weights * 1000))
+
+
+def test_a_single_embedding_keeps_its_bits():
+    embedding = torch.nn.functional.normalize(torch.randn(1, 7), dim=-1)
+    assert torch.equal(fuse(embedding, torch.tensor([0.3])), embedding[0])
+
+
+def test_opposite_embeddings_are_refused():
+    with pytest.raises(InputError, match="cancel out"):
+        fuse(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), torch.tensor([1.0, 1.0]))
+
+
+@pytest.mark.parametrize(("rows", "weights"), [(0, 0), (2, 1)])
+def test_shapes_that_do_not_fit_are_refused(rows, weights):
+    with pytest.raises(InputError, match="expected embeddings"):
+        fuse(torch.ones(rows, 3), torch.ones(weights))
