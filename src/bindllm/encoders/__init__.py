@@ -1,0 +1,149 @@
+"""Encoders: frozen models that turn media into unit embeddings, and what each of them promises.
+
+There is no registry: a recipe names an encoder by its import path, so anyone's class will do if it keeps the
+promises of `Encoder`. `bindllm.testing.check_encoder` tells whether it does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from bindllm.errors import EncoderError, InputError
+from bindllm.media import MODALITIES, Media
+
+if TYPE_CHECKING:
+    import torch
+
+    from bindllm.encoders.efficientnet import EfficientNetLite
+
+__all__ = ["EfficientNetLite", "Encoder", "encoder_for", "fingerprint"]
+
+_HOMES = {"EfficientNetLite": "bindllm.encoders.efficientnet"}
+
+_CHUNK = 1 << 20
+
+
+class Encoder(Protocol):
+    """A frozen model from media to unit embeddings; any class with these members is one.
+
+    ``prepare`` does what concerns one media alone (open, resize, scale) and may run in several threads or
+    processes; ``embed`` runs the model on a batch. Encoders are never trained and never part of the model.
+
+    The constructor is cheap, since a recipe is read without loading anything: weights load at the first `embed`.
+    `Any` stands where classes may differ: a recipe's reader compares all other annotations word for word.
+    """
+
+    modalities: Sequence[str]
+    """What it serves, names from `bindllm.media.MODALITIES`."""
+
+    @property
+    def embedding_size(self) -> int:
+        """E, the width of the embeddings."""
+        ...
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """Keywords of the constructor, plain JSON: ``type(encoder)(**encoder.config)`` is the same encoder."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Return hex digits that change when an embedding would: weights, preprocessing, revision of the code.
+
+        Stored embeddings are found by it, so it depends on no device, batch or path. The function `fingerprint`
+        of this module makes one.
+        """
+        ...
+
+    def to(self, device: Any) -> Any:
+        """Move the model to a device (``torch.device`` or its name) and return the encoder itself."""
+        ...
+
+    def prepare(self, media: Media) -> torch.Tensor:
+        """Return one media as a CPU tensor without batch dimension; the same bits every time.
+
+        Raises:
+            MediaError: the media cannot be read; the message names it.
+        """
+        ...
+
+    def embed(self, modality: str, inputs: Any) -> torch.Tensor:
+        """Return [B, E], float32, unit norm, without gradient, from prepared media of one modality.
+
+        Args:
+            modality: one of ``modalities``.
+            inputs: a sequence of B prepared tensors, B at least 1; row i depends on ``inputs[i]`` alone.
+        """
+        ...
+
+
+def encoder_for(modality: str, encoders: Sequence[Encoder]) -> Encoder:
+    """Return the first encoder that serves a modality.
+
+    Raises:
+        InputError: none does; the message lists the modalities that are served.
+    """
+    for encoder in encoders:
+        if modality in encoder.modalities:
+            return encoder
+    served = sorted({name for encoder in encoders for name in encoder.modalities})
+    known = "" if modality in MODALITIES else f" ({', '.join(MODALITIES)} are the known ones)"
+    raise InputError(
+        f"no encoder serves the modality {modality!r}{known}; the encoders here serve: "
+        f"{', '.join(served) or 'nothing'}. Name one that does under `encoders` of the recipe"
+    )
+
+
+def fingerprint(config: Mapping[str, Any], *parts: bytes | str | Path) -> str:
+    """Return the sha256, in hex, of settings and parts: what an encoder's ``fingerprint`` can be made of.
+
+    Args:
+        config: the settings that change embeddings, as JSON can hold them; no paths and no device.
+        parts: further bytes, words (such as the revision of the preprocessing), or files, which count with their
+            content (a `Path`; a str is a word, never a file).
+
+    Raises:
+        EncoderError: a file cannot be read, or the settings are not JSON.
+
+    Example:
+        >>> fingerprint({"size": 224}, "tiny-net 1")[:8]
+        '4d3345ee'
+
+    """
+    try:
+        digest = hashlib.sha256(json.dumps(dict(config), sort_keys=True, allow_nan=False).encode())
+    except (TypeError, ValueError) as error:
+        raise EncoderError(f"the settings {dict(config)!r} are not plain JSON: {error}") from error
+    for part in parts:
+        # Hashing each part first keeps ("ab", "c") and ("a", "bc") apart.
+        digest.update(_digest(part))
+    return digest.hexdigest()
+
+
+def _digest(part: bytes | str | Path) -> bytes:
+    if isinstance(part, Path):
+        digest = hashlib.sha256(b"file")
+        try:
+            with part.open("rb") as stream:
+                while chunk := stream.read(_CHUNK):
+                    digest.update(chunk)
+        except OSError as error:
+            raise EncoderError(f"{part}: cannot be read ({error.strerror})") from error
+        return digest.digest()
+    return hashlib.sha256(b"word" + part.encode() if isinstance(part, str) else b"data" + part).digest()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(
+            f"module 'bindllm.encoders' has no attribute {name!r}; it has {', '.join(__all__)}"
+        )
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

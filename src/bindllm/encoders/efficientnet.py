@@ -1,0 +1,249 @@
+"""EfficientNet-Lite0, the picture encoder of the embedded default, in plain torch.
+
+The network is the B0 of EfficientNet (https://arxiv.org/abs/1905.11946, table 1) in its "Lite" variant: mobile
+inverted bottlenecks (https://arxiv.org/abs/1801.04381, section 3.3) without squeeze-and-excitation, and ReLU6
+in place of swish. The weights were trained in TensorFlow, so strided convolutions pad as its "SAME" does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from bindllm.encoders import fingerprint
+from bindllm.errors import EncoderError, InputError
+from bindllm.media import Media, open_image
+
+# Raise the number when other numbers come out for the same picture: stored embeddings are then made anew.
+_REVISION = "efficientnet-lite0 1"
+
+_SIDE = 224
+_STEM_CHANNELS, _HEAD_CHANNELS = 32, 1280
+_BATCH_NORM_EPSILON = 1e-3
+
+# repeats, kernel, stride of the first block, expansion, channels out
+_STAGES = (
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+)
+
+# On a CPU larger batches are slower: their activations leave the cache and are allocated anew in each layer.
+_CPU_BATCH = 8
+
+
+class EfficientNetLite:
+    """EfficientNet-Lite0 trained on ImageNet-1k: the pooled features of a picture, E = 1280.
+
+    Args:
+        weights: folder with ``model.safetensors``, the tensors named as published.
+        resize: shorter side in pixels before the centre crop of 224 x 224. At 224 the crop is the largest square
+            of the picture.
+
+    Raises:
+        InputError: ``resize`` is below 224.
+
+    Example:
+        >>> encoder = EfficientNetLite("checkpoints/efficientnet-lite0")
+        >>> encoder.prepare(Media.image(np.zeros((300, 400, 3), np.uint8))).shape
+        torch.Size([224, 224, 3])
+    """
+
+    modalities = ("image",)
+    embedding_size = _HEAD_CHANNELS
+
+    def __init__(self, weights: str = "checkpoints/efficientnet-lite0", *, resize: int = _SIDE) -> None:
+        if resize < _SIDE:
+            raise InputError(f"resize={resize}: expected at least {_SIDE}, the side of the crop")
+        self.config: dict[str, Any] = {"weights": str(weights), "resize": resize}
+        self._file = Path(weights) / "model.safetensors"
+        self._resize = resize
+        self._device = torch.device("cpu")
+        self._network: _Network | None = None
+        self._fingerprint: str | None = None
+
+    def fingerprint(self) -> str:
+        """Return the sha256 of the weights file, the settings and the revision of the preprocessing.
+
+        Raises:
+            EncoderError: the weights are missing.
+        """
+        if self._fingerprint is None:
+            _require(self._file)
+            self._fingerprint = fingerprint({"resize": self._resize}, _REVISION, self._file)
+        return self._fingerprint
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the network, now or once it is loaded, to a device."""
+        self._device = torch.device(device)
+        if self._network is not None:
+            self._network.to(self._device)
+        return self
+
+    def prepare(self, media: Media) -> Tensor:
+        """Return a picture, shrunk and cropped, as [224, 224, 3] of uint8.
+
+        Raises:
+            MediaError: the picture cannot be read.
+        """
+        image = open_image(media.source, size=self._resize)
+        # Resizing the crop alone gives the pixels of "resize, then crop" and never makes a huge strip.
+        side = min(image.size) * _SIDE / self._resize
+        left, top = (image.width - side) / 2, (image.height - side) / 2
+        crop = image.resize((_SIDE, _SIDE), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
+        return torch.from_numpy(np.array(crop))
+
+    @torch.no_grad()
+    def embed(self, modality: str, inputs: Sequence[Tensor]) -> Tensor:
+        """Return the embeddings of prepared pictures: [B, 1280], float32, unit norm.
+
+        Raises:
+            InputError: a modality other than image.
+            EncoderError: the weights are missing or do not fit.
+        """
+        if modality not in self.modalities:
+            raise InputError(f"EfficientNetLite embeds image media, not {modality!r}")
+        if self._network is None:
+            self._network = _load(self._file).to(self._device)
+        batch = _CPU_BATCH if self._device.type == "cpu" else len(inputs)
+        parts = []
+        for start in range(0, len(inputs), batch):
+            pictures = torch.stack(list(inputs[start : start + batch])).to(self._device)
+            # [B, H, W, 3] seen as [B, 3, H, W] is already in the channels-last order that is fastest.
+            pixels = (pictures.permute(0, 3, 1, 2).float() - 127) / 128
+            parts.append(F.normalize(self._network(pixels), dim=-1))
+        return torch.cat(parts)
+
+
+class _Convolution(nn.Module):
+    """Convolution with "SAME" padding, the batch norm folded into it, then ReLU6 where ``active``."""
+
+    def __init__(
+        self, width: int, out: int, kernel: int, *, stride: int = 1, groups: int = 1, active: bool = True
+    ) -> None:
+        super().__init__()
+        self.published_shape = (out, width // groups, kernel, kernel)
+        # At stride 2 and even sides "SAME" pads one more at the right and bottom. A kernel with an extra zero
+        # row and column in front, padded evenly, is the same sum without a padded copy of the input.
+        self.extra = stride - 1
+        self.convolution = nn.Conv2d(
+            width, out, kernel + self.extra, stride=stride, padding=kernel // 2, groups=groups
+        )
+        self.active = active
+
+    def load(self, weight: Tensor, scale: Tensor, shift: Tensor) -> None:
+        """Take a published kernel and the scale and shift of its batch norm, both [out]."""
+        front = (self.extra, 0, self.extra, 0)
+        self.convolution.weight.data = F.pad(weight * scale[:, None, None, None], front)
+        self.convolution.bias.data = shift
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.convolution(x)
+        return F.hardtanh_(x, 0.0, 6.0) if self.active else x
+
+
+class _Block(nn.Module):
+    """Mobile inverted bottleneck: widen, filter each channel, narrow; added to its input where shapes agree."""
+
+    def __init__(self, width: int, out: int, kernel: int, *, stride: int, expansion: int) -> None:
+        super().__init__()
+        inner = width * expansion
+        self.expand = _Convolution(width, inner, 1) if expansion > 1 else None
+        self.depthwise = _Convolution(inner, inner, kernel, stride=stride, groups=inner)
+        self.project = _Convolution(inner, out, 1, active=False)
+        self.adds = stride == 1 and width == out
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = x if self.expand is None else self.expand(x)
+        narrow = self.project(self.depthwise(inner))
+        return narrow.add_(x) if self.adds else narrow
+
+
+class _Network(nn.Module):
+    """Stem, blocks, head and the mean over the picture: [B, 3, 224, 224] -> [B, 1280]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = _Convolution(3, _STEM_CHANNELS, 3, stride=2)
+        blocks, width = [], _STEM_CHANNELS
+        for repeats, kernel, first_stride, expansion, out in _STAGES:
+            for stride in [first_stride] + [1] * (repeats - 1):
+                blocks.append(_Block(width, out, kernel, stride=stride, expansion=expansion))
+                width = out
+        self.blocks = nn.Sequential(*blocks)
+        self.head = _Convolution(width, _HEAD_CHANNELS, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.stem(x))).mean(dim=(2, 3))
+
+    def published_names(self) -> Iterator[tuple[_Convolution, str, str]]:
+        """Yield every convolution with the published names of its kernel and of its batch norm."""
+        yield self.stem, "_conv_stem", "_bn0"
+        for n, block in enumerate(self.blocks):
+            if block.expand is not None:
+                yield block.expand, f"_blocks.{n}._expand_conv", f"_blocks.{n}._bn0"
+            yield block.depthwise, f"_blocks.{n}._depthwise_conv", f"_blocks.{n}._bn1"
+            yield block.project, f"_blocks.{n}._project_conv", f"_blocks.{n}._bn2"
+        yield self.head, "_conv_head", "_bn1"
+
+
+def _require(file: Path) -> None:
+    if not file.is_file():
+        raise EncoderError(
+            f"{file}: no weights of EfficientNet-Lite0 here. Fetch them with `bindllm fetch efficientnet-lite0`, "
+            "or set `weights` to the folder that holds model.safetensors"
+        )
+
+
+def _load(file: Path) -> _Network:
+    """Read the published tensors into a network, batch norms folded; every tensor is accounted for."""
+    _require(file)
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise EncoderError(f"{file}: not a readable safetensors file ({error}); fetch it again") from error
+    network = _Network()
+    problems = _compare(network, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    if problems:
+        raise EncoderError(f"{file}: these are not the weights of EfficientNet-Lite0: {'; '.join(problems)}")
+    for convolution, kernel, norm in network.published_names():
+        deviation = (tensors[f"{norm}.running_var"] + _BATCH_NORM_EPSILON).sqrt()
+        scale = tensors[f"{norm}.weight"] / deviation
+        shift = tensors[f"{norm}.bias"] - tensors[f"{norm}.running_mean"] * scale
+        convolution.load(tensors[f"{kernel}.weight"], scale, shift)
+    return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def _compare(network: _Network, found: dict[str, tuple[int, ...]]) -> list[str]:
+    """Return what is missing, unexpected or of another shape, given the names and shapes in the file."""
+    expected: dict[str, tuple[int, ...]] = {}
+    # The classifier and the counters of batch norm belong to the published file but make no features.
+    unused = {"_fc.weight", "_fc.bias"}
+    for convolution, kernel, norm in network.published_names():
+        expected[f"{kernel}.weight"] = convolution.published_shape
+        for part in ("weight", "bias", "running_mean", "running_var"):
+            expected[f"{norm}.{part}"] = convolution.published_shape[:1]
+        unused.add(f"{norm}.num_batches_tracked")
+    shared = [name for name in expected if name in found]
+    return [
+        *(f"missing {name}" for name in expected if name not in found),
+        *(f"unexpected {name}" for name in found if name not in expected and name not in unused),
+        *(
+            f"{n} has shape {list(found[n])}, not {list(expected[n])}"
+            for n in shared
+            if found[n] != expected[n]
+        ),
+    ]

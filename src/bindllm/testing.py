@@ -1,0 +1,248 @@
+"""A check for anyone's encoder: does it keep every promise of `bindllm.encoders.Encoder`?
+
+The test of a new encoder is one line, ``check_encoder(MyEncoder())``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bindllm.encoders import Encoder
+from bindllm.errors import EncoderError
+from bindllm.media import MODALITIES, Media
+
+_MEMBERS = ("modalities", "embedding_size", "config", "fingerprint", "to", "prepare", "embed")
+
+# Largest difference of an embedding: from norm 1, between batch and single, between two equal calls.
+_NORM_TOLERANCE = 1e-3
+_BATCH_TOLERANCE = 1e-4
+_REPEAT_TOLERANCE = 1e-6
+
+
+def check_encoder(encoder: Encoder, samples: Sequence[Media] | None = None) -> None:
+    """Check an encoder against its contract; return when it keeps all of it.
+
+    Args:
+        encoder: the encoder to check, on the CPU and with its weights at hand.
+        samples: at least two different media of each modality that it serves. Pictures are made up where none are
+            given; other modalities need samples.
+
+    Raises:
+        EncoderError: lists every broken promise, not only the first.
+
+    Example:
+        >>> class Empty: ...
+        >>> check_encoder(Empty())
+        Traceback (most recent call last):
+        bindllm.errors.EncoderError: Empty breaks the contract of an encoder:
+        - it lacks modalities, embedding_size, config, fingerprint, to, prepare, embed
+    """
+    check = _Check(encoder)
+    check.members()
+    # Without members of the right types nothing can be called, and further messages would be noise.
+    if not check.problems:
+        samples = list(samples or ())
+        twin = check.rebuilt()
+        fingerprint = check.fingerprint(twin)
+        for media in samples:
+            served = media.modality in encoder.modalities
+            check.require(served, f"the sample {media!r} is of a modality that it does not serve")
+        for modality in encoder.modalities:
+            given = [media for media in samples if media.modality == modality]
+            check.modality(modality, given or (_pictures() if modality == "image" else []), twin)
+        if fingerprint is not None:
+            same = check.attempt("fingerprint()", encoder.fingerprint) == fingerprint
+            check.require(same, "fingerprint() changed after embed()")
+    if check.problems:
+        lines = "".join(f"\n- {problem}" for problem in dict.fromkeys(check.problems))
+        raise EncoderError(f"{type(encoder).__name__} breaks the contract of an encoder:{lines}")
+
+
+def _pictures() -> list[Media]:
+    """Return made-up pictures of several sizes: noise, and two plain colours."""
+    random = np.random.default_rng(0)
+    noise = [
+        random.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((224, 224), (180, 320), (64, 48))
+    ]
+    plain = [np.full((100, 100, 3), colour, np.uint8) for colour in ((200, 30, 30), (30, 30, 200))]
+    return [Media.image(array) for array in (*noise, *plain)]
+
+
+class _Check:
+    """Runs the parts of the check on one encoder and keeps what is wrong."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+        self.problems: list[str] = []
+
+    def require(self, holds: bool, problem: str) -> bool:
+        """Note a problem unless ``holds``, which is returned."""
+        if not holds:
+            self.problems.append(problem)
+        return holds
+
+    def attempt(self, what: str, call: Callable[..., Any], *args: Any) -> Any:
+        """Return the result of a call, or note what it raised and return None."""
+        try:
+            return call(*args)
+        # This is a stranger's code: whatever it raises is reported beside the other problems.
+        except Exception as error:
+            self.problems.append(f"{what} raised {type(error).__name__}: {error}")
+            return None
+
+    def members(self) -> None:
+        """All members are there, and the plain ones have the right types."""
+        encoder = self.encoder
+        missing = [name for name in _MEMBERS if name not in dir(encoder)]
+        if not self.require(not missing, f"it lacks {', '.join(missing)}"):
+            return
+        names = encoder.modalities
+        if self.require(
+            isinstance(names, tuple | list) and len(names) > 0,
+            f"modalities must be a tuple of names such as ('image',), not {names!r}",
+        ):
+            unknown = [name for name in names if name not in MODALITIES]
+            self.require(not unknown, f"unknown modalities {unknown}; known: {', '.join(MODALITIES)}")
+        size = encoder.embedding_size
+        self.require(type(size) is int and size > 0, f"embedding_size must be an int above 0, not {size!r}")
+        self.require(
+            _survives_json(encoder.config),
+            f"config must be a dict that JSON gives back unchanged (no tuples, paths or objects): "
+            f"{encoder.config!r}",
+        )
+
+    def rebuilt(self) -> Encoder | None:
+        """``type(encoder)(**config)`` is the same encoder; it is returned."""
+        mine = self.encoder
+        moved = self.attempt("to('cpu')", mine.to, "cpu")
+        self.require(moved is mine, "to(device) must return the encoder itself")
+        twin = self.attempt("type(encoder)(**encoder.config)", lambda: type(mine)(**mine.config))
+        if twin is not None:
+            self.require(twin.config == mine.config, f"rebuilt from config, its config is {twin.config!r}")
+            size = twin.embedding_size
+            self.require(size == mine.embedding_size, f"rebuilt from config, its embedding_size is {size}")
+        return twin
+
+    def fingerprint(self, twin: Encoder | None) -> str | None:
+        """The fingerprint is hexadecimal, stable, and that of the rebuilt encoder."""
+        first = self.attempt("fingerprint()", self.encoder.fingerprint)
+        if first is None:
+            return None
+        is_hex = isinstance(first, str) and re.fullmatch("[0-9a-f]{16,}", first) is not None
+        self.require(is_hex, f"fingerprint() must be 16 or more lower-case hex digits, not {first!r}")
+        stable = self.attempt("fingerprint()", self.encoder.fingerprint) == first
+        if not self.require(stable, "fingerprint() differs from call to call"):
+            return None
+        if twin is not None:
+            same = self.attempt("fingerprint()", twin.fingerprint) == first
+            self.require(same, "rebuilt from config, its fingerprint() is another")
+        return first
+
+    def modality(self, modality: str, samples: list[Media], twin: Encoder | None) -> None:
+        """Prepare and embed the samples of one modality."""
+        hashes = [media.content_hash() for media in samples]
+        if not self.require(
+            len(set(hashes)) > 1,
+            f"{modality}: at least two different samples are needed to check it; pass samples=[...]",
+        ):
+            return
+        inputs = [self.prepared(media, twin) for media in samples]
+        untouched = hashes == [media.content_hash() for media in samples]
+        self.require(untouched, f"{modality}: prepare() changes the array or picture that it is given")
+        if not any(tensor is None for tensor in inputs):
+            self.embedded(modality, inputs)
+
+    def prepared(self, media: Media, twin: Encoder | None) -> Tensor | None:
+        """Preparation gives a CPU tensor, with the same bits every time."""
+        what = f"{media.modality}: prepare()"
+        first = self.attempt(what, self.encoder.prepare, media)
+        if first is None:
+            return None
+        is_plain = isinstance(first, Tensor) and first.device.type == "cpu" and not first.requires_grad
+        if not self.require(is_plain, f"{what} must return a CPU tensor without gradient, not {type(first)}"):
+            return None
+        for encoder, how in ((self.encoder, "a second time"), (twin, "by the encoder rebuilt from config")):
+            if encoder is not None:
+                again = self.attempt(what, encoder.prepare, media)
+                same = isinstance(again, Tensor) and torch.equal(first, again)
+                if not self.require(same, f"{what} gives other bits {how}"):
+                    break
+        return first
+
+    def embedded(self, modality: str, inputs: list[Tensor]) -> None:
+        """Embeddings have the promised form and depend on their own input alone."""
+        given = [tensor.clone() for tensor in inputs]
+        with torch.enable_grad():
+            batch = self.attempt(f"{modality}: embed()", self.encoder.embed, modality, given)
+        if batch is None or not self.form(modality, batch, len(inputs)):
+            return
+        untouched = all(torch.equal(a, b) for a, b in zip(given, inputs, strict=True))
+        self.require(untouched, f"{modality}: embed() changes its inputs in place")
+        apart = torch.nn.functional.pdist(batch.detach().double()).min()
+        self.require(bool(apart > _BATCH_TOLERANCE), f"{modality}: different media get the same embedding")
+
+        if isinstance(self.encoder, nn.Module):
+            # Trainers switch every module that they can reach; a frozen encoder gives the same numbers.
+            self.encoder.train()
+        again = self.distance(modality, inputs, batch)
+        if self.require(
+            again <= _REPEAT_TOLERANCE,
+            f"{modality}: embed() gives other numbers the second time (by {again:.2g}); "
+            "it must stay frozen, in evaluation mode and free of chance",
+        ):
+            alone = max(self.distance(modality, [one], batch[n : n + 1]) for n, one in enumerate(inputs))
+            turned = self.distance(modality, inputs[::-1], batch.flip(0))
+            self.require(
+                max(alone, turned) <= _BATCH_TOLERANCE,
+                f"{modality}: a row of embed() must be that of its own input alone, whatever the batch and its "
+                f"order (off by {alone:.2g} alone, by {turned:.2g} in reversed order)",
+            )
+
+    def form(self, modality: str, batch: Any, count: int) -> bool:
+        """[B, E], float32, finite, unit norm, usable in training but without gradient."""
+        expected = (count, self.encoder.embedding_size)
+        if not self.require(
+            isinstance(batch, Tensor) and batch.shape == expected,
+            f"{modality}: embed() of {count} inputs must return a tensor {list(expected)}, not "
+            f"{list(batch.shape) if isinstance(batch, Tensor) else type(batch)}",
+        ):
+            return False
+        self.require(
+            batch.dtype == torch.float32, f"{modality}: embeddings must be float32, not {batch.dtype}"
+        )
+        self.require(
+            not batch.requires_grad, f"{modality}: embeddings must have no gradient; use torch.no_grad()"
+        )
+        self.require(
+            not batch.is_inference(),
+            f"{modality}: embeddings made in torch.inference_mode() cannot be trained on; use torch.no_grad()",
+        )
+        if not self.require(bool(batch.isfinite().all()), f"{modality}: embeddings must be finite"):
+            return False
+        off = float((batch.detach().double().norm(dim=1) - 1).abs().max())
+        self.require(off <= _NORM_TOLERANCE, f"{modality}: embeddings must have norm 1, not off by {off:.2g}")
+        return True
+
+    def distance(self, modality: str, inputs: list[Tensor], expected: Tensor) -> float:
+        """Largest difference between the embeddings of (copies of) the inputs and the expected ones."""
+        copies = [tensor.clone() for tensor in inputs]
+        found = self.attempt(f"{modality}: embed()", self.encoder.embed, modality, copies)
+        if not isinstance(found, Tensor) or found.shape != expected.shape:
+            return float("inf")
+        return float((found.detach() - expected.detach()).abs().max())
+
+
+def _survives_json(config: Any) -> bool:
+    if not isinstance(config, Mapping):
+        return False
+    try:
+        return json.loads(json.dumps(dict(config), allow_nan=False)) == dict(config)
+    except (TypeError, ValueError):
+        return False

@@ -1,0 +1,217 @@
+"""EfficientNet-Lite0 with made-up weights, against numbers from the original implementation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import bindllm.encoders
+from bindllm.encoders import encoder_for
+from bindllm.encoders.efficientnet import EfficientNetLite, _Network
+from bindllm.errors import EncoderError, InputError, MediaError
+from bindllm.media import Media
+from bindllm.testing import check_encoder
+
+GOLDEN = Path(__file__).parent / "golden" / "efficientnet_lite0.json"
+
+
+def made_up_weights() -> dict[str, torch.Tensor]:
+    """Fill every published tensor with fixed numbers that keep the activations in a normal range.
+
+    The golden numbers were made from these by the package efficientnet-lite-pytorch 0.1.0, so the generator
+    is numpy's legacy one, whose stream never changes.
+    """
+    random = np.random.RandomState(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.from_numpy(random.standard_normal(shape).astype(np.float32))
+
+    tensors = {}
+    for convolution, kernel, norm in _Network().published_names():
+        shape = convolution.published_shape
+        tensors[f"{kernel}.weight"] = normal(*shape) * (2 / np.prod(shape[1:])) ** 0.5
+        tensors[f"{norm}.weight"] = 1 + 0.1 * normal(shape[0])
+        tensors[f"{norm}.bias"] = 0.3 * normal(shape[0])
+        tensors[f"{norm}.running_mean"] = 0.1 * normal(shape[0])
+        tensors[f"{norm}.running_var"] = 0.5 + normal(shape[0]).abs()
+        tensors[f"{norm}.num_batches_tracked"] = torch.tensor(7)
+    return tensors
+
+
+def wavy_picture(seed: int = 0) -> np.ndarray:
+    """A colourful picture [224, 224, 3] from a formula: smooth waves and a hard edge."""
+    y, x, c = np.mgrid[0:224, 0:224, 0:3].astype(np.float64)
+    waves = np.sin(x / (9 + c + seed)) + np.cos(y / (13 - 2 * c)) + (x > y + 20 * c)
+    return np.round((waves + 2) * 51).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("efficientnet")
+    save_file(made_up_weights(), path / "model.safetensors")
+    return path
+
+
+@pytest.fixture(scope="module")
+def encoder(folder) -> EfficientNetLite:
+    return EfficientNetLite(str(folder))
+
+
+def changed(folder: Path, target: Path, change) -> EfficientNetLite:
+    """Write a changed copy of the weights and return an encoder for it."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, target / "model.safetensors")
+    return EfficientNetLite(str(target))
+
+
+def test_features_are_those_of_the_original_implementation(encoder):
+    expected = torch.tensor(json.loads(GOLDEN.read_text())["features"])
+    found = encoder.embed("image", [encoder.prepare(Media.image(wavy_picture()))])[0]
+    assert found.shape == expected.shape == (1280,)
+    # Both have unit norm, so this is the relative error.
+    assert (found - expected).norm() < 1e-5
+
+
+def test_keeps_the_contract(encoder):
+    check_encoder(encoder)
+
+
+def test_batches_of_every_size_equal_single_pictures(encoder):
+    inputs = [encoder.prepare(Media.image(wavy_picture(seed))) for seed in range(10)]
+    batch = encoder.embed("image", inputs)
+    for row, one in zip(batch, inputs, strict=True):
+        assert (encoder.embed("image", [one])[0] - row).abs().max() < 1e-5
+
+
+def test_embeddings_can_be_trained_on(encoder):
+    # An inference-mode tensor would be refused by the bind network's backward.
+    embeddings = encoder.embed("image", [encoder.prepare(Media.image(wavy_picture()))])
+    weight = torch.ones(1280, requires_grad=True)
+    (embeddings * weight).sum().backward()
+    assert torch.equal(weight.grad, embeddings[0])
+
+
+def test_nothing_is_loaded_before_the_first_embedding(tmp_path):
+    encoder = EfficientNetLite(str(tmp_path / "nowhere"))
+    assert encoder.prepare(Media.image(wavy_picture())).shape == (224, 224, 3)
+    for use in (encoder.fingerprint, lambda: encoder.embed("image", [torch.zeros(224, 224, 3)])):
+        with pytest.raises(EncoderError, match="bindllm fetch efficientnet-lite0"):
+            use()
+
+
+def test_missing_unexpected_and_misshaped_tensors_are_all_listed(folder, tmp_path):
+    def change(tensors):
+        del tensors["_blocks.3._bn1.bias"]
+        tensors["_blocks.16._bn1.bias"] = torch.zeros(3)
+        tensors["_conv_head.weight"] = torch.zeros(1280, 320, 3, 3)
+
+    with pytest.raises(EncoderError) as caught:
+        changed(folder, tmp_path, change).embed("image", [torch.zeros(224, 224, 3)])
+    for words in (
+        "missing _blocks.3._bn1.bias",
+        "unexpected _blocks.16._bn1.bias",
+        "_conv_head.weight has shape [1280, 320, 3, 3], not [1280, 320, 1, 1]",
+    ):
+        assert words in str(caught.value)
+
+
+def test_damaged_weights(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0not json at all.")
+    with pytest.raises(EncoderError, match="not a readable safetensors file"):
+        EfficientNetLite(str(tmp_path)).embed("image", [torch.zeros(224, 224, 3)])
+
+
+def test_classifier_and_counters_may_be_there_or_not(folder, encoder, tmp_path):
+    def change(tensors):
+        tensors["_fc.weight"], tensors["_fc.bias"] = torch.zeros(1000, 1280), torch.zeros(1000)
+        del tensors["_bn0.num_batches_tracked"]
+
+    other = changed(folder, tmp_path, change)
+    picture = encoder.prepare(Media.image(wavy_picture()))
+    assert torch.equal(other.embed("image", [picture]), encoder.embed("image", [picture]))
+
+
+def test_fingerprint_is_of_weights_and_preprocessing_not_of_the_path(folder, tmp_path):
+    first = EfficientNetLite(str(folder)).fingerprint()
+
+    def change(tensors):
+        tensors["_bn0.bias"][0] += 1
+
+    (tmp_path / "same").mkdir()
+    (tmp_path / "other").mkdir()
+    assert changed(folder, tmp_path / "same", lambda tensors: None).fingerprint() == first
+    assert changed(folder, tmp_path / "other", change).fingerprint() != first
+    assert EfficientNetLite(str(folder), resize=256).fingerprint() != first
+
+
+def test_square_crop_of_the_middle(encoder):
+    # Green | red | green, the red part square: only red is left.
+    image = Image.new("RGB", (900, 300), (0, 255, 0))
+    image.paste((255, 0, 0), (300, 0, 600, 300))
+    for turned in (image, image.transpose(Image.Transpose.ROTATE_90)):
+        pixels = encoder.prepare(Media.image(turned)).float()
+        assert pixels.dtype == torch.float32
+        assert (pixels[3:-3, 3:-3] == torch.tensor([255.0, 0.0, 0.0])).all()
+
+
+def test_larger_resize_crops_tighter(folder):
+    image = Image.new("RGB", (448, 448), (0, 255, 0))
+    image.paste((255, 0, 0), (112, 112, 336, 336))
+    encoder = EfficientNetLite(str(folder), resize=448)
+    assert (encoder.prepare(Media.image(image)) == torch.tensor([255, 0, 0])).all()
+    with pytest.raises(InputError, match="resize=200: expected at least 224"):
+        EfficientNetLite(str(folder), resize=200)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (223, 225)])
+def test_odd_sizes(encoder, size):
+    assert encoder.prepare(Media.image(Image.new("RGB", size))).shape == (224, 224, 3)
+
+
+def test_other_modalities_and_bad_files(encoder):
+    with pytest.raises(InputError, match="not 'audio'"):
+        encoder.embed("audio", [])
+    with pytest.raises(MediaError, match=r"missing\.png"):
+        encoder.prepare(Media.image("missing.png"))
+
+
+def test_found_by_its_import_path():
+    assert bindllm.encoders.EfficientNetLite is EfficientNetLite
+    assert "EfficientNetLite" in dir(bindllm.encoders)
+    with pytest.raises(AttributeError, match="it has EfficientNetLite"):
+        _ = bindllm.encoders.EfficientNetLight
+
+
+def test_encoder_for_a_modality(encoder):
+    assert encoder_for("image", [encoder]) is encoder
+    with pytest.raises(InputError, match=r"no encoder serves the modality 'audio'; .*serve: image"):
+        encoder_for("audio", [encoder])
+    with pytest.raises(InputError, match="are the known ones"):
+        encoder_for("sound", [])
+
+
+def test_fingerprint_of_words_bytes_and_files(tmp_path):
+    made = bindllm.encoders.fingerprint
+    (tmp_path / "a").write_bytes(b"content")
+    prints = [
+        made({}),
+        made({"a": 1}),
+        made({}, "ab", "c"),
+        made({}, "a", "bc"),
+        made({}, "content"),
+        made({}, b"content"),
+        made({}, tmp_path / "a"),
+    ]
+    assert len(set(prints)) == len(prints)
+    assert made({"a": 1, "b": 2}) == made({"b": 2, "a": 1})
+    with pytest.raises(EncoderError, match="not plain JSON"):
+        made({"a": {1, 2}})
+    with pytest.raises(EncoderError, match="cannot be read"):
+        made({}, tmp_path / "missing")

@@ -1,0 +1,508 @@
+"""Opening pictures of every kind, good and bad, and the identity of media."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import struct
+import sys
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import bindllm.media as media_module
+from bindllm.errors import InputError, MediaError, MissingExtraError
+from bindllm.media import MAX_PIXELS, MODALITIES, Media, open_image
+
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 128, 0), (0, 0, 255), (255, 255, 255)
+
+
+def picture(width: int = 32, height: int = 24) -> Image.Image:
+    """Left half red, right half blue."""
+    image = Image.new("RGB", (width, height), RED)
+    image.paste(BLUE, (width // 2, 0, width, height))
+    return image
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def near(pixel, expected, tolerance: int = 6) -> bool:
+    return all(abs(a - b) <= tolerance for a, b in zip(pixel, expected, strict=True))
+
+
+def svg(body: str, attributes: str = 'viewBox="0 0 20 10"') -> bytes:
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {attributes}>{body}</svg>'.encode()
+
+
+HALVES = '<rect width="10" height="10" fill="red"/><rect x="10" width="10" height="10" fill="blue"/>'
+
+
+# --- formats and sources ---
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_every_format_from_path_and_bytes(kind, tmp_path):
+    data = encoded(picture(), kind, **({"lossless": True} if kind == "WEBP" else {}))
+    # The content decides, so the wrong ending does no harm.
+    path = tmp_path / "picture.dat"
+    path.write_bytes(data)
+    for source in (path, str(path), data):
+        image = open_image(source)
+        assert (image.mode, image.size) == ("RGB", (32, 24))
+        assert near(image.getpixel((2, 12)), RED)
+        assert near(image.getpixel((29, 12)), BLUE)
+
+
+@pytest.mark.parametrize(
+    ("array", "pixel"),
+    [
+        (np.full((4, 6), 77, np.uint8), (77, 77, 77)),
+        (np.full((4, 6, 3), (1, 2, 3), np.uint8), (1, 2, 3)),
+        (np.full((4, 6, 4), (0, 0, 0, 0), np.uint8), WHITE),
+    ],
+)
+def test_arrays(array, pixel):
+    image = open_image(array)
+    assert image.size == (6, 4)
+    assert image.getpixel((0, 0)) == pixel
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((4, 6, 3), np.float32),
+        np.zeros((3, 4, 6), np.uint8),
+        np.zeros((0, 6, 3), np.uint8),
+        np.zeros(5, np.uint8),
+    ],
+)
+def test_arrays_that_are_no_pictures(array):
+    with pytest.raises(MediaError, match="expected a filled array"):
+        open_image(array)
+
+
+def test_pillow_picture_is_left_as_it_was():
+    original = Image.new("RGBA", (5, 5), (0, 0, 0, 0))
+    assert open_image(original).getpixel((0, 0)) == WHITE
+    assert original.mode == "RGBA"
+
+
+# --- modes ---
+
+
+def test_cmyk_jpeg_has_the_right_colours():
+    data = encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=100)
+    assert near(open_image(data).getpixel((4, 4)), RED)
+
+
+def test_cmyk_tiff_is_not_inverted():
+    data = encoded(Image.new("CMYK", (8, 8), (255, 255, 0, 0)), "TIFF")
+    assert near(open_image(data).getpixel((4, 4)), BLUE)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_16_bit_grey_is_scaled_not_clipped(kind):
+    values = np.array([[0, 257, 32768, 65535]], np.uint16)
+    image = open_image(encoded(Image.fromarray(values), kind))
+    assert [image.getpixel((x, 0))[0] for x in range(4)] == [0, 1, 128, 255]
+
+
+def test_big_endian_16_bit_tiff():
+    data = encoded(Image.frombytes("I;16B", (2, 1), struct.pack(">2H", 32768, 65535)), "TIFF")
+    assert [open_image(data).getpixel((x, 0))[0] for x in range(2)] == [128, 255]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.array([[0.0, 0.5, 1.0]], np.float32), [0, 128, 255]),
+        (np.array([[0.0, 100.0, 255.0]], np.float32), [0, 100, 255]),
+        (np.array([[0.0, 32768.0, 65535.0]], np.float32), [0, 128, 255]),
+        (np.array([[0, 1, 200]], np.int32), [0, 1, 200]),
+        (np.array([[0, 257, 65535]], np.int32), [0, 1, 255]),
+    ],
+)
+def test_32_bit_tiff_by_the_range_of_its_values(values, expected):
+    image = open_image(encoded(Image.fromarray(values), "TIFF"))
+    assert [image.getpixel((x, 0))[0] for x in range(3)] == expected
+
+
+@pytest.mark.parametrize("value", [-1.0, 1e6, float("nan"), float("inf")])
+def test_32_bit_values_without_a_known_range(value):
+    data = encoded(Image.fromarray(np.array([[0.5, value]], np.float32)), "TIFF")
+    with pytest.raises(MediaError, match="Scale the values first"):
+        open_image(data)
+
+
+def test_transparent_parts_become_white():
+    half = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    half.paste((255, 0, 0, 128), (4, 0, 8, 8))
+    image = open_image(encoded(half, "PNG"))
+    assert image.getpixel((1, 1)) == WHITE
+    assert near(image.getpixel((6, 6)), (255, 127, 127))
+
+
+@pytest.mark.parametrize("kind", ["palette", "grey with alpha", "colour key", "one bit"])
+def test_rarer_png_modes(kind):
+    if kind == "palette":
+        image = Image.new("P", (4, 4), 0)
+        image.putpalette([9, 9, 9, 0, 128, 0])
+        image.putpixel((3, 3), 1)
+        data, seen = encoded(image, "PNG", transparency=0), GREEN
+    elif kind == "grey with alpha":
+        image = Image.new("LA", (4, 4), (0, 0))
+        image.putpixel((3, 3), (0, 255))
+        data, seen = encoded(image, "PNG"), (0, 0, 0)
+    elif kind == "colour key":
+        image = Image.new("RGB", (4, 4), (9, 9, 9))
+        image.putpixel((3, 3), GREEN)
+        data, seen = encoded(image, "PNG", transparency=(9, 9, 9)), GREEN
+    else:
+        image = Image.new("1", (4, 4), 1)
+        image.putpixel((3, 3), 0)
+        data, seen = encoded(image, "PNG"), (0, 0, 0)
+    opened = open_image(data)
+    assert opened.getpixel((0, 0)) == WHITE
+    assert opened.getpixel((3, 3)) == seen
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+def test_first_frame_of_an_animation(kind):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, BLUE)]
+    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], duration=50, loop=0)
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.n_frames == 2
+    assert near(open_image(data).getpixel((4, 4)), RED)
+
+
+@pytest.mark.parametrize(
+    ("orientation", "size", "top_left"),
+    [(1, (32, 24), RED), (3, (32, 24), BLUE), (6, (24, 32), RED), (8, (24, 32), BLUE)],
+)
+def test_exif_orientation(orientation, size, top_left):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = open_image(encoded(picture(), "JPEG", exif=exif, quality=95))
+    assert image.size == size
+    assert near(image.getpixel((2, 2)), top_left)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_broken_exif_does_not_hide_the_picture():
+    data = encoded(picture(), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xffgarbage")
+    assert open_image(data).size == (32, 24)
+
+
+# --- size ---
+
+
+def test_large_jpeg_is_decoded_at_reduced_size():
+    data = encoded(picture(1000, 800), "JPEG")
+    assert open_image(data, size=100).size == (250, 200)
+    assert open_image(data, size=448).size == (1000, 800)
+    assert near(open_image(data, size=100).getpixel((10, 100)), RED)
+
+
+def test_other_formats_keep_their_size():
+    assert open_image(encoded(picture(1000, 800), "PNG"), size=100).size == (1000, 800)
+
+
+def png_header(width: int, height: int) -> bytes:
+    chunks = ((b"IHDR", struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0)), (b"IDAT", b"x"))
+    packed = (
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        for name, body in chunks
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
+def test_huge_picture_is_refused_by_its_header(tmp_path):
+    before = Image.MAX_IMAGE_PIXELS
+    path = tmp_path / "bomb.png"
+    path.write_bytes(png_header(60_000, 60_000))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(MediaError, match=r"bomb\.png: 60000 x 60000 pixels; at most 100,000,000"):
+            open_image(path)
+    assert before == Image.MAX_IMAGE_PIXELS
+
+
+def test_the_limit_is_on_the_side_of_the_picture_and_pillow_stays_quiet(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    monkeypatch.setattr(media_module, "MAX_PIXELS", 32 * 24)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert open_image(encoded(picture(), "PNG")).size == (32, 24)
+        with pytest.raises(MediaError, match="33 x 24 pixels"):
+            open_image(encoded(picture(33), "PNG"))
+        with pytest.raises(MediaError, match="33 x 24 pixels"):
+            open_image(picture(33))
+    assert MAX_PIXELS == 100_000_000
+
+
+# --- files that are no pictures ---
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "No such file"),
+        (b"", "the file is empty"),
+        (b"just some words\n", "not a picture"),
+        (b"<html><body>404</body></html>", "not a picture"),
+        (b"%PDF-1.7 ...", "not a picture"),
+        (b"\x89PNG\r\n\x1a\n", "damaged or truncated"),
+        (b"\x1f\x8bnot gzip at all", "a damaged gzip file"),
+        (b"RIFF\x10\0\0\0WAVEfmt ", "not a WEBP file"),
+    ],
+)
+def test_bad_files_are_named_with_the_reason(content, reason, tmp_path):
+    path = tmp_path / "bad.png"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(MediaError, match=reason) as caught:
+        open_image(path)
+    assert str(path) in str(caught.value)
+
+
+def test_folder_is_not_a_picture(tmp_path):
+    with pytest.raises(MediaError, match="this is a folder"):
+        open_image(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_truncated_files(kind, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    data = encoded(Image.fromarray(noise), kind)
+    path = tmp_path / "cut.png"
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(MediaError, match=r"cut\.png: a damaged or truncated picture"):
+        open_image(path)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_flipped_bytes_give_a_picture_or_a_media_error(kind):
+    noise = np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8)
+    data = encoded(Image.fromarray(noise), kind)
+    rng = np.random.default_rng(1)
+    refused = 0
+    for _ in range(40):
+        damaged = bytearray(data)
+        for at in rng.integers(0, min(len(data), 200), 3):
+            damaged[at] = rng.integers(0, 256)
+        # Whatever else escapes fails the test.
+        try:
+            assert open_image(bytes(damaged)).mode == "RGB"
+        except MediaError:
+            refused += 1
+    assert refused > 0
+
+
+def test_no_file_handle_is_left_open(tmp_path, monkeypatch):
+    opened = []
+    original = Path.open
+
+    def recording(self, *args, **kwargs):
+        opened.append(original(self, *args, **kwargs))
+        return opened[-1]
+
+    monkeypatch.setattr(Path, "open", recording)
+    good, cut, drawn = tmp_path / "a.png", tmp_path / "b.png", tmp_path / "c.svg"
+    good.write_bytes(encoded(picture(), "PNG"))
+    cut.write_bytes(encoded(picture(), "PNG")[:40])
+    drawn.write_bytes(svg(HALVES))
+    opened.clear()
+    open_image(good)
+    open_image(drawn)
+    with pytest.raises(MediaError):
+        open_image(cut)
+    Media.image(good).content_hash()
+    assert len(opened) == 4
+    assert all(stream.closed for stream in opened)
+
+
+# --- SVG ---
+
+
+def test_svg_longer_side_is_size():
+    image = open_image(svg(HALVES), size=100)
+    assert image.size == (100, 50)
+    assert (image.getpixel((20, 25)), image.getpixel((80, 25))) == (RED, BLUE)
+    assert open_image(svg(HALVES, 'viewBox="0 0 10 20"'), size=100).size == (50, 100)
+
+
+def test_svg_background_is_white():
+    assert open_image(svg("")).getpixel((5, 5)) == WHITE
+
+
+@pytest.mark.parametrize(
+    ("attributes", "size"),
+    [
+        ('width="30" height="60"', (50, 100)),
+        ('width="30mm" height="60mm"', (50, 100)),
+        ('width="30"', (100, 50)),
+        ('width="100%" height="100%"', (100, 50)),
+        ("", (100, 50)),
+        ('width="1e9" height="1e9"', (100, 100)),
+    ],
+)
+def test_svg_sizes(attributes, size):
+    # Without a size of its own, the bounding box of what is drawn (20 x 10) counts.
+    assert open_image(svg(HALVES, attributes), size=100).size == size
+
+
+def test_svg_that_draws_nothing_and_has_no_size():
+    assert open_image(svg("", ""), size=100).size == (100, 100)
+
+
+def test_svg_packed_with_gzip_and_with_a_prologue(tmp_path):
+    path = tmp_path / "picture.svgz"
+    path.write_bytes(gzip.compress(svg(HALVES)))
+    assert open_image(path, size=40).getpixel((5, 5)) == RED
+    prologue = b'\xef\xbb\xbf<?xml version="1.0"?>\n<!-- words -->\n' + svg(HALVES)
+    assert open_image(prologue, size=40).getpixel((5, 5)) == RED
+
+
+def test_svg_in_another_text_encoding():
+    text = f'<?xml version="1.0" encoding="utf-16"?>{svg(HALVES).decode()}'
+    assert open_image(text.encode("utf-16"), size=40).getpixel((5, 5)) == RED
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (svg(HALVES)[:60], "not a well-formed SVG"),
+        (svg(HALVES, 'width="0" height="10"'), "cannot be rendered"),
+        (b'<?xml version="1.0"?><html/>', "cannot be rendered"),
+        (svg("<text>&missing;</text>"), "not a well-formed SVG"),
+        (gzip.compress(svg(HALVES))[:-20], "damaged gzip"),
+        (svg("<g>" * 5000 + "</g>" * 5000), "nested deeper than 100"),
+    ],
+)
+def test_bad_svg_files(content, reason, tmp_path):
+    path = tmp_path / "bad.svg"
+    path.write_bytes(content)
+    with pytest.raises(MediaError, match=reason) as caught:
+        open_image(path)
+    assert str(path) in str(caught.value)
+
+
+def test_svg_chains_of_references_are_refused_but_circles_are_not():
+    # A chain of 300 patterns ends the process inside the renderer.
+    links = "".join(
+        f'<pattern id="p{n}" width="3" height="3"><rect width="3" height="3" fill="url(#p{n - 1})"/></pattern>'
+        for n in range(300)
+    )
+    with pytest.raises(MediaError, match="nested deeper"):
+        open_image(svg(f'<defs>{links}</defs><rect width="9" height="9" fill="url(#p299)"/>'))
+    circle = '<g id="a"><use href="#a"/></g>' + HALVES
+    assert open_image(svg(circle), size=40).getpixel((5, 5)) == RED
+
+
+def test_gigantic_svg_is_refused_after_unpacking(monkeypatch):
+    monkeypatch.setattr("bindllm.svg.MAX_SVG_BYTES", 1000)
+    data = gzip.compress(svg(HALVES + " " * 5000))
+    assert len(data) < 1000
+    with pytest.raises(MediaError, match="more than 1,000 bytes"):
+        open_image(data)
+
+
+@pytest.mark.parametrize("link", ["{path}", "file://{path}", "http://127.0.0.1:9/a.png"])
+@pytest.mark.parametrize("attribute", ["href", "xlink:href"])
+def test_svg_reads_nothing_outside_itself(link, attribute, tmp_path):
+    (tmp_path / "secret.png").write_bytes(encoded(Image.new("RGB", (8, 8), BLUE), "PNG"))
+    address = link.format(path=tmp_path / "secret.png")
+    body = f'<image {attribute}="{address}" width="20" height="10"/>'
+    names = 'viewBox="0 0 20 10" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    assert open_image(svg(body, names)).getpixel((100, 100)) == WHITE
+
+
+def test_svg_draws_pictures_embedded_in_it():
+    import base64
+
+    data = base64.b64encode(encoded(Image.new("RGB", (8, 8), BLUE), "PNG")).decode()
+    body = f'<image href="data:image/png;base64,{data}" width="20" height="10"/>'
+    assert open_image(svg(body)).getpixel((200, 100)) == BLUE
+
+
+def test_svg_without_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'bindllm\[svg\]'"):
+        open_image(svg(HALVES))
+
+
+# --- Media ---
+
+
+def test_one_constructor_per_modality():
+    for modality in MODALITIES:
+        assert getattr(Media, modality)("source", 0.5) == Media(modality, "source", 0.5)
+
+
+@pytest.mark.parametrize("weight", [0, -1, float("nan"), float("inf"), "1", None, True])
+def test_bad_weights(weight):
+    with pytest.raises(InputError, match=r"weight of cat\.png"):
+        Media.image("cat.png", weight=weight)
+
+
+def test_bad_modality_and_source():
+    with pytest.raises(InputError, match=r"unknown modality 'imge'.*Did you mean 'image'"):
+        Media("imge", "cat.png")
+    with pytest.raises(InputError, match="source of image media must be .* not list"):
+        Media.image([1, 2])
+    with pytest.raises(InputError, match="source of text media must be str, not bytes"):
+        Media.text(b"words")
+
+
+def test_names_are_short():
+    assert Media.image("a/cat.png").name == "a/cat.png"
+    assert Media.image(b"x" * 1000).name == "<1000 bytes>"
+    assert Media.image(np.zeros((4, 6, 3), np.uint8)).name == "<array [4, 6, 3] uint8>"
+    assert Media.image(Image.new("L", (4, 6))).name == "<picture 4x6 L>"
+    assert len(Media.text("word " * 50).name) == 42
+    assert repr(Media.image(b"x" * 1000, weight=0.5)) == "Media.image('<1000 bytes>', weight=0.5)"
+
+
+def test_hash_is_of_modality_and_content(tmp_path):
+    a, b = tmp_path / "a.png", tmp_path / "b.png"
+    for path in (a, b):
+        path.write_bytes(b"content")
+    expected = hashlib.sha256(b"image\nfile\ncontent").hexdigest()
+    assert Media.image(a).content_hash() == Media.image(str(b), weight=2).content_hash() == expected
+    assert Media.image(b"content").content_hash() == expected
+    assert Media.thermal(a).content_hash() != expected
+    assert Media.text("content").content_hash() != expected
+
+
+def test_hash_of_arrays_and_pictures():
+    zeros = np.zeros((4, 6), np.uint8)
+    hashes = [
+        Media.image(source).content_hash()
+        for source in (
+            zeros,
+            zeros.reshape(6, 4),
+            zeros.view(np.int8),
+            zeros + 1,
+            Image.fromarray(zeros),
+            Image.fromarray(zeros).convert("RGB"),
+            zeros.tobytes(),
+        )
+    ]
+    assert len(set(hashes)) == len(hashes)
+    wide = np.arange(48, dtype=np.uint8).reshape(4, 12)
+    assert Media.image(wide[:, ::2]).content_hash() == Media.image(wide[:, ::2].copy()).content_hash()
+
+
+def test_hash_of_a_missing_file():
+    with pytest.raises(MediaError, match=r"missing\.wav: cannot be opened"):
+        Media.audio("missing.wav").content_hash()

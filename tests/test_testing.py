@@ -1,0 +1,272 @@
+"""The contract check passes good encoders and names every promise that a bad one breaks."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import dropout, normalize
+
+from bindllm.errors import EncoderError
+from bindllm.media import Media
+from bindllm.testing import check_encoder
+from tiny import ColourEncoder
+
+
+class NotNormalised(ColourEncoder):
+    def embed(self, modality, inputs):
+        return 2 * super().embed(modality, inputs)
+
+
+class RandomPrepare(ColourEncoder):
+    def prepare(self, media):
+        return super().prepare(media) + random.random()
+
+
+class PreparesAnotherShape(ColourEncoder):
+    def prepare(self, media):
+        return super().prepare(media).tolist()
+
+
+class BatchDependent(ColourEncoder):
+    def embed(self, modality, inputs):
+        stacked = torch.stack(list(inputs))
+        return super().embed(modality, list(stacked - 0.5 * stacked.mean(0)))
+
+
+class Sorted(ColourEncoder):
+    def embed(self, modality, inputs):
+        rows = super().embed(modality, inputs)
+        return rows[rows[:, 0].argsort()]
+
+
+class WrongShape(ColourEncoder):
+    def embed(self, modality, inputs):
+        return super().embed(modality, inputs)[:, :-1]
+
+
+class WrongType(ColourEncoder):
+    def embed(self, modality, inputs):
+        return super().embed(modality, inputs).double()
+
+
+class WithGradient(ColourEncoder):
+    def embed(self, modality, inputs):
+        return super().embed(modality, inputs) * torch.ones((), requires_grad=True)
+
+
+class InferenceMode(ColourEncoder):
+    @torch.inference_mode()
+    def embed(self, modality, inputs):
+        return super().embed(modality, inputs)
+
+
+class NotFinite(ColourEncoder):
+    def embed(self, modality, inputs):
+        return super().embed(modality, inputs) * float("nan")
+
+
+class Constant(ColourEncoder):
+    def embed(self, modality, inputs):
+        return normalize(torch.ones(len(inputs), self.embedding_size), dim=-1)
+
+
+class ChangesItsInputs(ColourEncoder):
+    def embed(self, modality, inputs):
+        rows = super().embed(modality, inputs)
+        for tensor in inputs:
+            tensor.mul_(1.001)
+        return rows
+
+
+class ChangesTheArray(ColourEncoder):
+    def prepare(self, media):
+        prepared = super().prepare(media)
+        if isinstance(media.source, np.ndarray):
+            media.source[0, 0] ^= 1
+        return prepared
+
+
+class NotFrozen(ColourEncoder, torch.nn.Module):
+    def __init__(self, embedding_size: int = 16, grid: int = 4) -> None:
+        torch.nn.Module.__init__(self)
+        ColourEncoder.__init__(self, embedding_size, grid)
+        self.eval()
+
+    def to(self, device):
+        return self
+
+    def embed(self, modality, inputs):
+        return normalize(dropout(super().embed(modality, inputs), 0.5, self.training), dim=-1)
+
+
+class UnstableFingerprint(ColourEncoder):
+    def fingerprint(self):
+        return f"{time.perf_counter_ns():032x}"
+
+
+class FingerprintOfTheInstance(ColourEncoder):
+    counter = itertools.count()
+
+    def __init__(self, embedding_size: int = 16, grid: int = 4) -> None:
+        super().__init__(embedding_size, grid)
+        self.number = next(self.counter)
+
+    def fingerprint(self):
+        return f"{self.number:032x}"
+
+
+class FingerprintChangesWithUse(ColourEncoder):
+    used = False
+
+    def embed(self, modality, inputs):
+        self.used = True
+        return super().embed(modality, inputs)
+
+    def fingerprint(self):
+        return ("b" if self.used else "a") * 64
+
+
+class FingerprintNotHex(ColourEncoder):
+    def fingerprint(self):
+        return "version one of mine"
+
+
+class WrongConfig(ColourEncoder):
+    @property
+    def config(self):
+        return {"size": self.embedding_size}
+
+
+class ForgetfulConfig(ColourEncoder):
+    @property
+    def config(self):
+        return {}
+
+    def __init__(self, embedding_size: int = 16, grid: int = 4) -> None:
+        super().__init__(next(self.sizes), grid)
+
+    sizes = itertools.count(16)
+
+
+class ConfigWithATuple(ColourEncoder):
+    @property
+    def config(self):
+        return {**super().config, "means": (0.5, 0.5)}
+
+
+class UnknownModality(ColourEncoder):
+    modalities = ("image", "imge")
+
+
+class ModalityAsText(ColourEncoder):
+    modalities = "image"
+
+
+class SizeAsFloat(ColourEncoder):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding_size = 16.0
+
+
+class MovesToACopy(ColourEncoder):
+    def to(self, device):
+        return ColourEncoder(**self.config)
+
+
+class Raises(ColourEncoder):
+    def embed(self, modality, inputs):
+        raise RuntimeError("out of luck")
+
+
+BROKEN = {
+    NotNormalised: "embeddings must have norm 1, not off by 1",
+    RandomPrepare: r"prepare\(\) gives other bits a second time",
+    PreparesAnotherShape: r"prepare\(\) must return a CPU tensor without gradient, not <class 'list'>",
+    BatchDependent: "must be that of its own input alone",
+    Sorted: "must be that of its own input alone",
+    WrongShape: r"embed\(\) of 5 inputs must return a tensor \[5, 16\], not \[5, 15\]",
+    WrongType: "must be float32, not torch.float64",
+    WithGradient: "must have no gradient",
+    InferenceMode: r"inference_mode\(\) cannot be trained on",
+    NotFinite: "must be finite",
+    Constant: "different media get the same embedding",
+    ChangesItsInputs: r"embed\(\) changes its inputs in place",
+    ChangesTheArray: r"prepare\(\) changes the array or picture",
+    NotFrozen: r"embed\(\) gives other numbers the second time",
+    UnstableFingerprint: r"fingerprint\(\) differs from call to call",
+    FingerprintOfTheInstance: r"rebuilt from config, its fingerprint\(\) is another",
+    FingerprintChangesWithUse: r"fingerprint\(\) changed after embed\(\)",
+    FingerprintNotHex: "must be 16 or more lower-case hex digits, not 'version one of mine'",
+    WrongConfig: r"type\(encoder\)\(\*\*encoder.config\) raised TypeError",
+    ForgetfulConfig: "rebuilt from config, its embedding_size is",
+    ConfigWithATuple: "config must be a dict that JSON gives back unchanged",
+    UnknownModality: r"unknown modalities \['imge'\]; known: image, ",
+    ModalityAsText: r"modalities must be a tuple of names such as \('image',\), not 'image'",
+    SizeAsFloat: "embedding_size must be an int above 0, not 16.0",
+    MovesToACopy: r"to\(device\) must return the encoder itself",
+    Raises: r"image: embed\(\) raised RuntimeError: out of luck",
+}
+
+
+def test_good_encoder_passes():
+    assert check_encoder(ColourEncoder()) is None
+
+
+@pytest.mark.parametrize("broken", BROKEN, ids=lambda kind: kind.__name__)
+def test_broken_encoders_are_told_what_is_wrong(broken):
+    with pytest.raises(EncoderError, match=BROKEN[broken]) as caught:
+        check_encoder(broken())
+    # One fault gives one message, not a crowd of consequences.
+    assert str(caught.value).count("\n- ") == 1
+
+
+def test_all_broken_promises_are_listed():
+    class Bad(NotNormalised, WithGradient, FingerprintNotHex, MovesToACopy): ...
+
+    with pytest.raises(EncoderError) as caught:
+        check_encoder(Bad())
+    message = str(caught.value)
+    assert message.startswith("Bad breaks the contract of an encoder:\n- ")
+    for words in ("norm 1", "no gradient", "hex digits", "the encoder itself"):
+        assert words in message
+
+
+def test_missing_members_are_named():
+    class Half:
+        modalities = ("image",)
+
+        def embed(self, modality, inputs): ...
+
+    with pytest.raises(EncoderError, match="it lacks embedding_size, config, fingerprint, to, prepare$"):
+        check_encoder(Half())
+
+
+class LetterEncoder(ColourEncoder):
+    modalities = ("text",)
+
+    def prepare(self, media):
+        codes = [ord(letter) for letter in media.source[:48].ljust(48)]
+        return torch.tensor(codes, dtype=torch.float32) / 64 - 1
+
+
+def test_other_modalities_need_samples():
+    with pytest.raises(
+        EncoderError, match=r"text: at least two different samples .* pass samples=\[\.\.\.\]"
+    ):
+        check_encoder(LetterEncoder())
+    with pytest.raises(EncoderError, match="text: at least two different samples"):
+        check_encoder(LetterEncoder(), [Media.text("a dog"), Media.text("a dog")])
+    check_encoder(LetterEncoder(), [Media.text("a dog"), Media.text("a cat")])
+
+
+def test_samples_of_another_modality():
+    samples = [Media.text("a dog"), Media.text("a cat"), Media.audio("dog.wav")]
+    with pytest.raises(
+        EncoderError, match=r"Media\.audio\('dog\.wav'\) is of a modality that it does not serve"
+    ):
+        check_encoder(LetterEncoder(), samples)
