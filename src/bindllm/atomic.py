@@ -11,6 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+# Above this many files, flushing the whole machine at once is far quicker than flushing one after the other.
+_MANY = 64
+
 
 def _sync(path: Path) -> None:
     """Flush a file or a folder to the disk, so that a later rename cannot overtake its content."""
@@ -62,8 +65,12 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     part.mkdir()
     try:
         yield part
-        for file in sorted(part.rglob("*")):
-            _sync(file)
+        files = sorted(part.rglob("*"))
+        if len(files) > _MANY:
+            os.sync()
+        else:
+            for file in files:
+                _sync(file)
         _sync(part)
         if path.exists():
             os.replace(path, old)
