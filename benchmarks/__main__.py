@@ -1,0 +1,38 @@
+"""`python -m benchmarks [NAME ...]`: run the benchmarks, print a table, merge it into benchmarks/results/."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.measure import write_figures
+from bindllm.errors import known_names
+
+NAMES = ("startup", "train_step", "generation", "store")
+
+
+def main(names: list[str]) -> int:
+    """Run the named benchmarks, or all of them."""
+    console = Console()
+    for name in names:
+        if name not in NAMES:
+            console.print(f"unknown benchmark {name!r}. {known_names(name, NAMES)}")
+            return 2
+    table = Table("name", "value", "floor", "unit", "note")
+    for name in names or NAMES:
+        console.print(f"[dim]{name} ...[/dim]")
+        figures = importlib.import_module(f"benchmarks.{name}").figures()
+        for figure in figures:
+            floor = "" if figure.floor is None else f"{figure.floor:.3g}"
+            table.add_row(figure.name, f"{figure.value:.3g}", floor, figure.unit, figure.note)
+        file = write_figures(figures)
+    console.print(table)
+    console.print(f"written: {file}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,57 @@
+"""Tokens a second of `generate` with media, against Hugging Face `generate` on the bare decoder."""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks.measure import Figure, paired
+from benchmarks.parts import bare_decoder, bound_model
+from bindllm import Conversation, Media, Message
+from bindllm.model.generation import render_prompts
+
+NEW_TOKENS = 32
+
+
+def figures() -> list[Figure]:
+    """Batch 1 and batch 32; embeddings are made beforehand, as from a store: encoding is measured by itself."""
+    bare, model = bare_decoder(), bound_model().eval()
+    options = {
+        "max_new_tokens": NEW_TOKENS,
+        "min_new_tokens": NEW_TOKENS,
+        "do_sample": False,
+        "pad_token_id": model.tokenizer.pad_token_id,
+    }
+    prompt = Conversation((Message("user", [Media.image(b""), "Describe this image in one sentence."]),))
+    found, speed = [], {}
+    for rows, repeats in ((1, 5), (32, 3)):
+        ids, mask, index = (x.to(bare.device) for x in render_prompts([prompt] * rows, model.tokenizer))
+        embeddings = torch.nn.functional.normalize(torch.randn(rows, 1, 1280), dim=-1)
+
+        def ours(batch=(ids, mask, index, embeddings)) -> None:
+            model.generate_from(*batch, **options)
+
+        def theirs(ids=ids, mask=mask) -> None:
+            bare.generate(input_ids=ids, attention_mask=mask, **options)
+
+        ratio, a, b = paired(theirs, ours, repeats=repeats)
+        speed[rows] = rows * NEW_TOKENS / b
+        found.append(
+            Figure(
+                f"generate_b{rows}_over_hf",
+                ratio,
+                "ratio of tokens/s",
+                1.0,
+                f"{speed[rows]:.1f} tokens/s over {rows * NEW_TOKENS / a:.1f}; at least 0.95",
+            )
+        )
+    weights = sum(p.numel() * p.element_size() for p in bare.parameters())
+    found.append(
+        Figure(
+            "generate_b32_over_b1",
+            speed[32] / speed[1],
+            "ratio of tokens/s",
+            32.0,
+            f"at least 6; a step reads {weights / 1e6:.0f} MB of weights whatever the batch, so 32 is the ceiling",
+        )
+    )
+    return found

@@ -1,0 +1,99 @@
+"""A training step of the bound model against the bare frozen decoder: time and peak memory."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+
+import torch
+
+from benchmarks.measure import Figure, matrix_rate, paired
+from benchmarks.parts import bare_decoder, bare_loss, bound_loss, bound_model, training_batch
+
+ON_GPU = torch.cuda.is_available()
+# The shape of the quickstart's batches; on a GPU the published stage 1 (prompt and caption of 96 tokens).
+SHAPE = {"rows": 32, "tokens": 96, "answer": 32} if ON_GPU else {"rows": 16, "tokens": 24, "answer": 6}
+
+
+def figures() -> list[Figure]:
+    """Time of a whole step (forward, backward, clipping, AdamW) over the bare forward and backward."""
+    bare, model = bare_decoder(), bound_model()
+    batch = training_batch(bare, **SHAPE)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(trainable, lr=1e-4, fused=True)
+
+    def step() -> None:
+        bound_loss(model, batch).backward()
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+
+    ratio, ours, theirs = paired(step, lambda: bare_loss(bare, batch).backward(), repeats=5 if ON_GPU else 9)
+    tokens = SHAPE["rows"] * SHAPE["tokens"]
+    layers = sum(p.numel() for p in bare.get_decoder().layers.parameters())
+    # Forward, and backward to the activations alone: two multiply-adds per weight and token.
+    work = (
+        4 * layers * tokens
+        + 4 * bare.get_output_embeddings().weight.numel() * SHAPE["rows"] * SHAPE["answer"]
+    )
+    config = bare.config
+    rate = matrix_rate(tokens, config.hidden_size, config.intermediate_size, bare.dtype, str(bare.device))
+    shape = f"batch {SHAPE['rows']} x {SHAPE['tokens']} tokens, {str(bare.dtype)[6:]}"
+    return [
+        Figure(
+            "train_step_over_bare", ratio, "ratio", 1.0,
+            f"{shape}; {ours * 1e3:.0f} ms with AdamW over {theirs * 1e3:.0f} ms bare; at most 1.10",
+        ),
+        Figure(
+            "train_samples_per_second", SHAPE["rows"] / ours, "samples/s", SHAPE["rows"] * rate / work,
+            f"{shape}; floor: {work / 1e12:.2f} TFLOP at the matrix rate measured here, {rate / 1e9:.0f} GFLOP/s",
+        ),
+        Figure(
+            "train_tokens_per_second", tokens / ours, "tokens/s", tokens * rate / work, f"{shape}; floor as above",
+        ),
+        Figure(
+            "train_share_of_matrix_rate", work / rate / ours, "share", 1.0,
+            "of the rate of one matrix product at the shapes of the decoder's feed-forward layer",
+        ),
+        _memory(),
+    ]  # fmt: skip
+
+
+def _memory() -> Figure:
+    """Peak memory of a few training steps over the same of the bare decoder, each in a process of its own."""
+    peaks = {}
+    for side in ("bare", "bound"):
+        command = [sys.executable, "-m", "benchmarks.train_step", side]
+        peaks[side] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    trainable = sum(p.numel() for p in bound_model().parameters() if p.requires_grad)
+    floor = 1 + 16 * trainable / peaks["bare"]
+    return Figure(
+        "train_peak_memory_over_bare", peaks["bound"] / peaks["bare"], "ratio", floor,
+        f"{peaks['bound'] / 1e6:.0f} MB over {peaks['bare'] / 1e6:.0f} MB; floor: weights, gradients and both moments "
+        f"of {trainable / 1e6:.1f} M trainable parameters, 16 bytes each",
+    )  # fmt: skip
+
+
+def _peak(side: str) -> int:
+    """Run three steps of one side and return the peak bytes of this process (or of the GPU)."""
+    if side == "bare":
+        decoder = bare_decoder()
+        batch = training_batch(decoder, **SHAPE)
+        for _ in range(3):
+            bare_loss(decoder, batch).backward()
+    else:
+        model = bound_model()
+        batch = training_batch(model.decoder, **SHAPE)
+        optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+        for _ in range(3):
+            bound_loss(model, batch).backward()
+            optimiser.step()
+            optimiser.zero_grad()
+    if ON_GPU:
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    print(_peak(sys.argv[1]))
