@@ -31,25 +31,18 @@ def captions_of(folder) -> dict[str, list[str]]:
 
 def test_rows_become_conversations_with_prompt_answer_and_references(folder):
     write_rows(folder, {"image": "a.png", "caption": ["a cat", "one cat"], "split": "test"})
-    rows, report = read_source(SourceConfig(str(folder), prompt="What?", system="Be brief."), 3)
+    rows, report = read_source(SourceConfig(str(folder), prompt="What?"), 3)
     assert (len(rows["train"]), len(rows["validation"]), len(rows["test"])) == (0, 0, 2)
     first, second = rows["test"]
     assert [(m.role, m.text) for m in first.conversation.messages] == [
-        ("system", "Be brief."),
         ("user", "What?"),
         ("assistant", "a cat"),
     ]
     assert [media.source for media in first.media] == [str(folder / "a.png")]
-    assert second.conversation.messages[2].text == "one cat"
+    assert second.conversation.messages[1].text == "one cat"
     assert first.references == second.references == ("a cat", "one cat")
     assert (first.name, first.source) == ("captions.jsonl line 1", 3)
     assert (report.pictures, report.captions, report.skipped.total) == (1, 2, 0)
-
-
-def test_without_system_there_is_no_system_message(folder):
-    write_rows(folder, {"image": "a.png", "caption": "x", "split": "train"})
-    row = read_source(SourceConfig(str(folder)))[0]["train"][0]
-    assert [message.role for message in row.conversation.messages] == ["user", "assistant"]
 
 
 def test_repeated_rows_of_a_picture_are_joined(folder):

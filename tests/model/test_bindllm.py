@@ -21,15 +21,14 @@ def decoder_folder(tmp_path_factory):
     return str(save_tiny_decoder(tmp_path_factory.mktemp("decoder")))
 
 
-def build(folder, *, kind="value", open_gates=True, **parts) -> BindLLM:
+def build(folder, *, kind="value", open_gates=True, system=None) -> BindLLM:
     torch.manual_seed(0)
     model = BindLLM.build(
-        DecoderConfig(folder, dtype="float32"),
+        DecoderConfig(folder, dtype="float32", system=system),
         device="cpu",
         encoders=[ColourEncoder()],
         bind=BindConfig(depth=1, expansion=2),
         inject=InjectConfig(kind=kind),
-        **parts,
     )
     if open_gates:
         nn.init.normal_(model.injection.gates, std=2.0)
@@ -193,13 +192,13 @@ def test_a_stream_can_be_left_early_and_its_errors_arrive(model):
 
 
 def test_the_system_text_of_the_model_goes_ahead_of_every_prompt(decoder_folder):
-    model = build(decoder_folder, system="Be brief.")
+    model = build(decoder_folder, system='Be "brief" 😀.\n')
     (ids, _, _), _ = model._prepare(
         ["Hi", Conversation((Message("system", "Own."), Message("user", "Hi")))], None
     )
     texts = model.tokenizer.batch_decode(ids)
-    assert "system\nBe brief." in texts[0]
-    assert "Be brief." not in texts[1]
+    assert texts[0].startswith('<|im_start|>system\nBe "brief" 😀.\n<|im_end|>\n<|im_start|>user\nHi')
+    assert "brief" not in texts[1]
 
 
 @pytest.mark.parametrize("kind", ["value", "residual"])
@@ -209,7 +208,7 @@ def test_saved_and_loaded_it_gives_the_same_logits(decoder_folder, tmp_path, kin
     again = BindLLM.from_pretrained(tmp_path / "m", device="cpu", allow=["tiny.ColourEncoder"])
     inputs = batch(model)
     assert torch.equal(model(**inputs).logits, again(**inputs).logits)
-    assert again.system == "Be brief."
+    assert again.config == model.config
     assert model.generate("?", media=[picture("red")]) == again.generate("?", media=[picture("red")])
 
 

@@ -30,7 +30,6 @@ class SourceConfig:
             relative to the folder of their table.
         format: how the rows are to be read.
         prompt: what the user asks about each picture.
-        system: text of a system message ahead of it; without one the chat template of the decoder decides.
         weight: how often each row is drawn in an epoch: 2 is twice, 0.5 every second epoch.
         split: put the whole source into one split. Otherwise the column split of the table decides, and where
             there is none, the hash of the picture's path; all captions of a picture are in one split.
@@ -42,7 +41,6 @@ class SourceConfig:
     path: str
     format: Format = "caption"
     prompt: str = "Describe this image."
-    system: str | None = None
     weight: float = 1.0
     split: Split | None = None
     held_out: float = 0.1
@@ -144,7 +142,6 @@ def _place(key: str, purpose: str) -> float:
 
 def _rows(picture: CaptionedPicture, config: SourceConfig, number: int) -> Iterable[Row]:
     question = Message("user", (Media.image(picture.file), config.prompt))
-    opening = (question,) if config.system is None else (Message("system", config.system), question)
     references = tuple(picture.captions)
     for caption, name in picture.captions.items():
-        yield Row(Conversation((*opening, Message("assistant", caption))), references, name, number)
+        yield Row(Conversation((question, Message("assistant", caption))), references, name, number)

@@ -61,7 +61,6 @@ class BindLLM(nn.Module):
         encoders: the frozen encoders; all must have the same embedding size.
         bind: shape of the bind network.
         inject: kind of injection.
-        system: system text of every conversation that brings none; None leaves that to the chat template.
 
     Example:
         model = BindLLM.from_pretrained("checkpoints/quickstart")
@@ -77,7 +76,6 @@ class BindLLM(nn.Module):
         encoders: Sequence[Encoder],
         bind: BindConfig | None = None,
         inject: InjectConfig | None = None,
-        system: str | None = None,
     ) -> None:
         super().__init__()
         self.config, self.bind_config, self.inject_config = (
@@ -85,7 +83,7 @@ class BindLLM(nn.Module):
             bind or BindConfig(),
             inject or InjectConfig(),
         )
-        self.tokenizer, self.encoders, self.system = tokenizer, tuple(encoders), system
+        self.tokenizer, self.encoders = tokenizer, tuple(encoders)
         width = decoder.config.get_text_config().hidden_size
         self.bind = BindNetwork(_common_size(self.encoders), width, self.bind_config).to(decoder.device)
         self.injection = Injection(decoder, self.inject_config).to(decoder.device)
@@ -100,7 +98,7 @@ class BindLLM(nn.Module):
         Args:
             decoder: which decoder, and its dtype.
             device: by default the accelerator that torch finds, else the CPU.
-            **parts: ``encoders``, ``bind``, ``inject`` and ``system`` as for the class.
+            **parts: ``encoders``, ``bind`` and ``inject`` as for the class.
         """
         return cls(load_decoder(decoder, device=device), load_tokenizer(decoder), decoder, **parts)
 
@@ -293,7 +291,7 @@ class BindLLM(nn.Module):
         """Render the prompts and embed their media: ids, mask and index [B, T]; embeddings [B, M, E] or None."""
         if not prompts:
             raise InputError("no prompt was given")
-        conversations = as_conversations(prompts, media, self.system)
+        conversations = as_conversations(prompts, media)
         groups = [conversation.media_groups for conversation in conversations]
         num_groups = max(len(row) for row in groups)
         batch = render_prompts(conversations, self.tokenizer)

@@ -39,6 +39,9 @@ class DecoderConfig:
     revision: str | None = None
     """Revision of a model on the hub; leave empty for a folder."""
 
+    system: str | None = None
+    """System text of every conversation that brings none; without it the decoder's chat template decides."""
+
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", *DTYPES):
             raise InputError(
@@ -69,7 +72,9 @@ def find_folder(config: DecoderConfig) -> Path:
     if Path(config.name).is_dir():
         return Path(config.name)
     organisation, slash, rest = config.name.partition("/")
-    looks_local = not slash or "/" in rest or organisation in ("", ".", "..", "~") or Path(organisation).is_dir()
+    looks_local = (
+        not slash or "/" in rest or organisation in ("", ".", "..", "~") or Path(organisation).is_dir()
+    )
     if looks_local or fetch_hint(config.name):
         raise DecoderError(f"decoder folder {config.name!r} does not exist.{fetch_hint(config.name)}")
     from huggingface_hub import snapshot_download
@@ -86,7 +91,11 @@ def find_folder(config: DecoderConfig) -> Path:
 
 
 def load_tokenizer(config: DecoderConfig) -> PreTrainedTokenizerBase:
-    """Load the tokenizer alone; padding falls back to the end token where none is set."""
+    """Load the tokenizer alone; padding falls back to the end token where none is set.
+
+    The system text of the config goes into the chat template, so that training, evaluation and every request
+    render it alike.
+    """
     folder = find_folder(config)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True)
@@ -94,6 +103,12 @@ def load_tokenizer(config: DecoderConfig) -> PreTrainedTokenizerBase:
         raise DecoderError(f"no usable tokenizer in {folder}: {error}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if config.system is not None and tokenizer.chat_template:
+        message = f"{{'role': 'system', 'content': {json.dumps(config.system, ensure_ascii=False)}}}"
+        tokenizer.chat_template = (
+            f"{{%- if messages[0]['role'] != 'system' -%}}{{%- set messages = [{message}] + messages -%}}{{%- endif -%}}"
+            + tokenizer.chat_template
+        )
     return tokenizer
 
 

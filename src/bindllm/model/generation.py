@@ -24,9 +24,9 @@ MAX_NEW_TOKENS = 128
 
 
 def as_conversations(
-    prompts: Sequence[Prompt], media: Sequence[Sequence[Media]] | None, system: str | None
+    prompts: Sequence[Prompt], media: Sequence[Sequence[Media]] | None
 ) -> list[Conversation]:
-    """Pair each prompt with its media, and put the system text ahead of those that bring none.
+    """Pair each prompt with its media.
 
     Raises:
         InputError: another number of media rows than prompts, or media for a `Conversation`, which holds its own.
@@ -43,12 +43,9 @@ def as_conversations(
                 raise InputError(
                     "a Conversation holds its own media: put them into its messages, not into media="
                 )
-            messages = prompt.messages
+            conversations.append(prompt)
         else:
-            messages = (Message("user", [*row, prompt]),)
-        if system is not None and messages[0].role != "system":
-            messages = (Message("system", system), *messages)
-        conversations.append(Conversation(messages))
+            conversations.append(Conversation((Message("user", [*row, prompt]),)))
     return conversations
 
 

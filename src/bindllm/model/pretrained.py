@@ -35,7 +35,6 @@ def describe(model: BindLLM) -> dict[str, Any]:
         ],
         "bind": asdict(model.bind_config),
         "inject": asdict(model.inject_config),
-        "system": model.system,
     }
 
 
@@ -60,11 +59,11 @@ def read_parts(
             name=decoder or resolve_path(saved["name"], folder, manifest),
             dtype=dtype or saved["dtype"],
             revision=saved["revision"],
+            system=saved["system"],
         )
         parts = {
             "bind": BindConfig(**manifest["bind"]),
             "inject": InjectConfig(**manifest["inject"]),
-            "system": manifest["system"],
         }
     except (KeyError, TypeError) as error:
         raise CheckpointError(
