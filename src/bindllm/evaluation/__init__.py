@@ -1,0 +1,1 @@
+"""Measuring what a trained model says about held-out media."""

@@ -1,0 +1,133 @@
+"""What the numbers of a run say, in plain sentences that are as ready to report a loss as a win."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Metrics = Mapping[str, Any]
+"""Content of ``metrics.json``: a mapping of numbers (or None) for each variant, and facts of the run."""
+
+VARIANTS = {
+    "heldout": "this model",
+    "zero_gates": "gates at zero",
+    "shuffled": "wrong pictures",
+    "nearest": "nearest picture",
+}
+FEW_PICTURES = 100
+"""Below this number of held-out pictures the text warns that chance is large."""
+
+_SMALL_SHARE = 0.02
+"""A loss that moves by less than this share counts as hardly moved."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is named and shown."""
+
+    name: str
+    pattern: str
+    lower_is_better: bool = False
+
+    @property
+    def title(self) -> str:
+        """The name as the start of a line."""
+        return self.name[0].upper() + self.name[1:]
+
+    def show(self, value: float | None) -> str:
+        """Return the number as text, or a dash where it is not defined."""
+        return "-" if value is None else self.pattern.format(value)
+
+
+METRICS = {
+    "loss": Metric("loss per token", "{:.2f}", lower_is_better=True),
+    "perplexity": Metric("perplexity", "{:,.4g}", lower_is_better=True),
+    "cider": Metric("CIDEr", "{:.2f}"),
+    "bleu4": Metric("BLEU-4", "{:.3f}"),
+    "rouge_l": Metric("ROUGE-L", "{:.3f}"),
+    "exact_match": Metric("exact match", "{:.1%}"),
+}
+CAPTION_METRICS = ("cider", "bleu4", "rouge_l", "exact_match")
+
+
+def best_variants(metrics: Metrics, key: str) -> list[str]:
+    """Return the variants that share the best value of a metric; none where all are equal or undefined."""
+    known = {name: metrics[name][key] for name in VARIANTS if metrics[name][key] is not None}
+    if len(set(known.values())) < 2:
+        return []
+    best = min(known.values()) if METRICS[key].lower_is_better else max(known.values())
+    return [name for name, value in known.items() if value == best]
+
+
+def summarise(metrics: Metrics, *, num_pictures: int) -> list[str]:
+    """Return the headline: held-out loss and captions against the three baselines, one sentence each.
+
+    Args:
+        metrics: content of ``metrics.json``.
+        num_pictures: number of held-out pictures.
+    """
+    held = metrics["heldout"]
+    if held["loss"] is None:
+        return ["The held-out loss could not be measured."]
+    sentences = [
+        f"On {num_pictures:,} held-out pictures the loss is {held['loss']:.2f} per token"
+        f" (perplexity {METRICS['perplexity'].show(held['perplexity'])})."
+    ]
+    sentences += _against_blind(held["loss"], metrics["zero_gates"]["loss"])
+    sentences += _against_shuffled(held["loss"], metrics["shuffled"]["loss"])
+    sentences += _against_nearest(held, metrics["nearest"])
+    if num_pictures < FEW_PICTURES:
+        sentences.append(f"{num_pictures:,} pictures are few: small differences here can be chance.")
+    return sentences
+
+
+def _against_blind(loss: float, blind: float | None) -> list[str]:
+    if blind is None:
+        return []
+    if loss >= blind:
+        return [
+            f"The same model with its gates at zero has {blind:.2f}: training has not helped it on this data."
+        ]
+    return [f"The same model with its gates at zero, which sees nothing, has {blind:.2f}."]
+
+
+def _against_shuffled(loss: float, shuffled: float | None) -> list[str]:
+    if shuffled is None:
+        return []
+    if shuffled <= loss:
+        return [
+            f"Shown wrong pictures it has {shuffled:.2f}, no worse: nothing here shows that it uses the picture."
+        ]
+    if shuffled < loss * (1 + _SMALL_SHARE):
+        return [
+            f"Shown wrong pictures it has {shuffled:.2f}, hardly worse: it makes little use of the picture."
+        ]
+    return [f"Shown wrong pictures it has {shuffled:.2f}, so what it says does depend on what it sees."]
+
+
+def _against_nearest(held: Metrics, nearest: Metrics) -> list[str]:
+    pairs = {key: (held[key], nearest[key]) for key in CAPTION_METRICS}
+    pairs = {key: pair for key, pair in pairs.items() if None not in pair}
+    better = [key for key, (own, other) in pairs.items() if own > other]
+    worse = [key for key, (own, other) in pairs.items() if own < other]
+    if not pairs:
+        return []
+    copying = "copying the caption of the nearest training picture"
+    if not better and not worse:
+        return [f"Its captions score the same as {copying}."]
+    if not worse:
+        return [f"Its captions beat {copying}: {_listed(better, pairs)}."]
+    if not better:
+        return [f"Its captions are worse than {copying}: {_listed(worse, pairs)}. Plain look-up wins here."]
+    return [
+        f"Its captions beat {copying} in {_listed(better, pairs)}; copying is better in {_listed(worse, pairs)}."
+    ]
+
+
+def _listed(keys: Sequence[str], pairs: Mapping[str, tuple[float, float]]) -> str:
+    def one(key: str) -> str:
+        metric, (own, other) = METRICS[key], pairs[key]
+        return f"{metric.name} {metric.show(own)} against {metric.show(other)}"
+
+    return ", ".join(one(key) for key in keys)
