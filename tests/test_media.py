@@ -90,6 +90,21 @@ def test_arrays_that_are_no_pictures(array):
         open_image(array)
 
 
+def test_lazy_pillow_picture_keeps_size_and_hash():
+    with Image.open(io.BytesIO(encoded(picture(1000, 800), "JPEG"))) as lazy:
+        before = Media.image(lazy).content_hash()
+        assert open_image(lazy, size=10).size == (1000, 800)
+        assert Media.image(lazy).content_hash() == before
+
+
+def test_truncated_pillow_picture():
+    with (
+        Image.open(io.BytesIO(encoded(picture(), "PNG")[:60])) as lazy,
+        pytest.raises(MediaError, match="damaged or truncated"),
+    ):
+        open_image(lazy)
+
+
 def test_pillow_picture_is_left_as_it_was():
     original = Image.new("RGBA", (5, 5), (0, 0, 0, 0))
     assert open_image(original).getpixel((0, 0)) == WHITE
@@ -262,7 +277,7 @@ def test_the_limit_is_on_the_side_of_the_picture_and_pillow_stays_quiet(monkeypa
         (b"%PDF-1.7 ...", "not a picture"),
         (b"\x89PNG\r\n\x1a\n", "damaged or truncated"),
         (b"\x1f\x8bnot gzip at all", "a damaged gzip file"),
-        (b"RIFF\x10\0\0\0WAVEfmt ", "not a WEBP file"),
+        (b"RIFF\x10\0\0\0WAVEfmt ", "a damaged or truncated picture"),
     ],
 )
 def test_bad_files_are_named_with_the_reason(content, reason, tmp_path):
@@ -386,6 +401,8 @@ def test_svg_in_another_text_encoding():
         (b'<?xml version="1.0"?><html/>', "cannot be rendered"),
         (svg("<text>&missing;</text>"), "not a well-formed SVG"),
         (gzip.compress(svg(HALVES))[:-20], "damaged gzip"),
+        (svg('<path d="M0,0 99999999999,3.6224"/>'), "coordinate of a million or more"),
+        (svg('<rect width="1" height="1e30"/>'), "coordinate of a million or more"),
         (svg("<g>" * 5000 + "</g>" * 5000), "nested deeper than 100"),
     ],
 )
@@ -424,7 +441,23 @@ def test_svg_reads_nothing_outside_itself(link, attribute, tmp_path):
     address = link.format(path=tmp_path / "secret.png")
     body = f'<image {attribute}="{address}" width="20" height="10"/>'
     names = 'viewBox="0 0 20 10" xmlns:xlink="http://www.w3.org/1999/xlink"'
-    assert open_image(svg(body, names)).getpixel((100, 100)) == WHITE
+    assert open_image(svg(body, names)).getpixel((224, 112)) == WHITE
+
+
+def test_a_panic_of_the_renderer_is_a_media_error(monkeypatch):
+    class PanicException(BaseException): ...
+
+    def panic(**_):
+        raise PanicException("index out of range")
+
+    monkeypatch.setattr("resvg_py.svg_to_bytes", panic)
+    with pytest.raises(MediaError, match=r"cannot handle \(index out of range\)"):
+        open_image(svg(HALVES))
+
+
+def test_svg_with_many_decimals_is_drawn():
+    body = '<path d="M0,0h10.123456789v.123456789l-.5.1234567,9.87654321H0z" fill="red"/>' + HALVES
+    assert open_image(svg(body), size=40).getpixel((5, 5)) == RED
 
 
 def test_svg_draws_pictures_embedded_in_it():

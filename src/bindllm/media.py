@@ -230,16 +230,21 @@ def open_image(source: Source, *, size: int = 448) -> Image.Image:
     if isinstance(source, np.ndarray):
         return _to_rgb(_from_array(source, name), name)
     if isinstance(source, Image.Image):
-        _check_size(source, name)
-        return _to_rgb(source, name)
+        with _reading(name):
+            _check_size(source, name)
+            return _to_rgb(source, name)
     with _stream(source) as stream:
         head = stream.read(_HEAD)
         stream.seek(0)
         if not head:
             raise MediaError(f"{name}: the file is empty; expected a picture")
         if looks_like_svg(head):
-            return _to_rgb(render_svg(stream, size=size, name=name), name)
-        return _open_raster(stream, head, size=size, name=name)
+            return render_svg(stream, size=size, name=name)
+        with _reading(name), _raster_reader(head, name)(stream) as image:
+            _check_size(image, name)
+            if isinstance(image, JpegImagePlugin.JpegImageFile):
+                image.draft(None, (2 * size, 2 * size))
+            return _to_rgb(image, name)
 
 
 def _from_array(array: np.ndarray, name: str) -> Image.Image:
@@ -249,23 +254,24 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
     return Image.fromarray(array)
 
 
-def _open_raster(stream: BinaryIO, head: bytes, *, size: int, name: str) -> Image.Image:
-    """Read the header, refuse what is too large, then decode."""
-    reader = next((reader for signature, reader in _RASTER_READERS if head.startswith(signature)), None)
-    if reader is None:
-        raise MediaError(
-            f"{name}: not a picture (it starts with {head[:12]!r}); "
-            "expected JPEG, PNG, WebP, GIF, BMP, TIFF or SVG"
-        )
+def _raster_reader(head: bytes, name: str) -> type[ImageFile.ImageFile]:
+    """Return the class that reads files which start like this one."""
+    for signature, reader in _RASTER_READERS:
+        if head.startswith(signature):
+            return reader
+    raise MediaError(
+        f"{name}: not a picture (it starts with {head[:12]!r}); expected JPEG, PNG, WebP, GIF, BMP, TIFF or SVG"
+    )
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Turn what Pillow raises while it reads a picture into a MediaError."""
     try:
-        with reader(stream) as image:
-            _check_size(image, name)
-            if isinstance(image, JpegImagePlugin.JpegImageFile):
-                image.draft(None, (2 * size, 2 * size))
-            return _to_rgb(image, name)
-    except MediaError:
+        yield
+    except (MediaError, MemoryError):
         raise
-    # Damaged files make Pillow raise nearly every class of exception: all of them mean "cannot be decoded".
+    # Damaged files make it raise nearly every class of exception: all of them mean "cannot be decoded".
     except Exception as error:
         raise MediaError(f"{name}: a damaged or truncated picture ({error}); replace the file") from error
 
@@ -279,7 +285,7 @@ def _check_size(image: Image.Image, name: str) -> None:
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """Decode, turn upright, and convert every mode to RGB on white."""
+    """Decode, turn upright, and convert every mode to RGB on white; the picture given keeps its mode."""
     image.load()
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
@@ -288,7 +294,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _grey_from_wide(image: Image.Image, name: str) -> Image.Image:

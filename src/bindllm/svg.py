@@ -19,6 +19,10 @@ MAX_SVG_BYTES = 32 * 1024 * 1024
 MAX_DEPTH = 100
 """Deepest nesting of elements, references followed; at some hundreds the renderer's recursion ends the process."""
 
+# Coordinates of a million and more overflow in the renderer, which then ends the process.
+_LARGE = re.compile(r"(?<![\d.])0*[1-9]\d{6,}|\de\+?0*(?:[6-9]|[1-9]\d)", re.IGNORECASE)
+_GEOMETRY = re.compile(r"d|points|transform|[cr]?[xy][12]?|r|width|height|stroke-width")
+
 _GZIP = b"\x1f\x8b"
 _REFERENCE = re.compile(r"^\s*#(.+?)\s*$|url\(\s*['\"]?#([^'\")]+)")
 _INLINE_RASTER = re.compile(r"\s*data:image/(png|jpe?g|gif|webp)[;,]", re.IGNORECASE)
@@ -57,6 +61,7 @@ def render_svg(stream: BinaryIO, *, size: int, name: str) -> Image.Image:
     except (ElementTree.ParseError, ValueError, LookupError) as error:
         raise MediaError(f"{name}: not a well-formed SVG ({error})") from error
     _check_depth(root, name)
+    _check_coordinates(root, name)
     _drop_outside_pictures(root)
     try:
         # Lengths in mm or inches need a resolution; 96 dots per inch is what CSS defines.
@@ -69,6 +74,11 @@ def render_svg(stream: BinaryIO, *, size: int, name: str) -> Image.Image:
         )
     except ValueError as error:
         raise MediaError(f"{name}: an SVG that cannot be rendered ({error})") from error
+    # A panic of the renderer is a BaseException of a class that nothing exports.
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise MediaError(f"{name}: an SVG that the renderer cannot handle ({error})") from error
     with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
         return image.convert("RGB")
 
@@ -104,6 +114,16 @@ def _check_depth(root: ElementTree.Element, name: str) -> None:
         return heights[element]
 
     height(root, 0)
+
+
+def _check_coordinates(root: ElementTree.Element, name: str) -> None:
+    """Refuse shapes with coordinates of a million or more; the size of the whole picture may be any."""
+    shapes = (element for element in root.iter() if element is not root)
+    for key, value in (item for element in shapes for item in element.attrib.items()):
+        if _GEOMETRY.fullmatch(key) and (found := _LARGE.search(value)):
+            raise MediaError(
+                f"{name}: an SVG with a coordinate of a million or more ({key}: {found[0]}); scale it down"
+            )
 
 
 def _drop_outside_pictures(root: ElementTree.Element) -> None:

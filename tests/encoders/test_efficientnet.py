@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import bindllm.encoders
-from bindllm.encoders import encoder_for
+from bindllm.encoders import Encoder, encoder_for
 from bindllm.encoders.efficientnet import EfficientNetLite, _Network
 from bindllm.errors import EncoderError, InputError, MediaError
 from bindllm.media import Media
@@ -106,6 +107,22 @@ def test_nothing_is_loaded_before_the_first_embedding(tmp_path):
             use()
 
 
+def test_loading_and_embedding_leave_the_random_state_alone(folder):
+    # Otherwise a seeded run would differ with and without stored embeddings.
+    before = torch.get_rng_state()
+    EfficientNetLite(str(folder)).embed("image", [torch.zeros(224, 224, 3)])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_first_use_in_inference_mode_does_no_harm(folder):
+    encoder, inputs = EfficientNetLite(str(folder)), [torch.zeros(224, 224, 3)]
+    with torch.inference_mode():
+        first = encoder.embed("image", inputs)
+    second = encoder.to("cpu").embed("image", inputs)
+    assert torch.equal(first, second)
+    assert not second.is_inference()
+
+
 def test_missing_unexpected_and_misshaped_tensors_are_all_listed(folder, tmp_path):
     def change(tensors):
         del tensors["_blocks.3._bn1.bias"]
@@ -148,30 +165,49 @@ def test_fingerprint_is_of_weights_and_preprocessing_not_of_the_path(folder, tmp
     (tmp_path / "other").mkdir()
     assert changed(folder, tmp_path / "same", lambda tensors: None).fingerprint() == first
     assert changed(folder, tmp_path / "other", change).fingerprint() != first
-    assert EfficientNetLite(str(folder), resize=256).fingerprint() != first
+    assert EfficientNetLite(str(folder), fit="crop").fingerprint() != first
 
 
-def test_square_crop_of_the_middle(encoder):
-    # Green | red | green, the red part square: only red is left.
+def green_red_green(*, upright: bool) -> Image.Image:
+    """Three squares of 300 in a row, or on top of each other."""
     image = Image.new("RGB", (900, 300), (0, 255, 0))
     image.paste((255, 0, 0), (300, 0, 600, 300))
-    for turned in (image, image.transpose(Image.Transpose.ROTATE_90)):
-        pixels = encoder.prepare(Media.image(turned)).float()
-        assert pixels.dtype == torch.float32
-        assert (pixels[3:-3, 3:-3] == torch.tensor([255.0, 0.0, 0.0])).all()
+    return image.transpose(Image.Transpose.ROTATE_90) if upright else image
 
 
-def test_larger_resize_crops_tighter(folder):
-    image = Image.new("RGB", (448, 448), (0, 255, 0))
-    image.paste((255, 0, 0), (112, 112, 336, 336))
-    encoder = EfficientNetLite(str(folder), resize=448)
-    assert (encoder.prepare(Media.image(image)) == torch.tensor([255, 0, 0])).all()
-    with pytest.raises(InputError, match="resize=200: expected at least 224"):
-        EfficientNetLite(str(folder), resize=200)
+@pytest.mark.parametrize("upright", [False, True])
+def test_whole_picture_on_white(encoder, upright):
+    pixels = encoder.prepare(Media.image(green_red_green(upright=upright)))
+    across = pixels[112] if not upright else pixels[:, 112]
+    along = pixels[:, 112] if not upright else pixels[112]
+    assert across[[3, 112, 220]].tolist() == [[0, 255, 0], [255, 0, 0], [0, 255, 0]]
+    assert along[[3, 70, 80, 112, 143, 153, 220]].float().mean(1).tolist() == [255, 255, 85, 85, 85, 255, 255]
 
 
+@pytest.mark.parametrize("upright", [False, True])
+def test_crop_is_the_square_in_the_middle(folder, upright):
+    pixels = EfficientNetLite(str(folder), fit="crop").prepare(Media.image(green_red_green(upright=upright)))
+    assert (pixels[3:-3, 3:-3] == torch.tensor([255, 0, 0])).all()
+
+
+def test_svg_is_drawn_at_the_size_that_is_needed(encoder):
+    svg = b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 2 1"><rect width="1" height="1" fill="red"/></svg>'
+    pixels = encoder.prepare(Media.image(svg))
+    # 224 x 112 in the middle, its left half red: sharp edges, so nothing was resampled.
+    expected = torch.full((224, 224, 3), 255, dtype=torch.uint8)
+    expected[56:168, :112, 1:] = 0
+    assert torch.equal(pixels, expected)
+
+
+def test_unknown_fit(folder):
+    with pytest.raises(InputError, match="fit='hole' is unknown. Did you mean 'whole'"):
+        EfficientNetLite(str(folder), fit="hole")
+
+
+@pytest.mark.parametrize("fit", ["whole", "crop"])
 @pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (223, 225)])
-def test_odd_sizes(encoder, size):
+def test_odd_sizes(folder, fit, size):
+    encoder = EfficientNetLite(str(folder), fit=fit)
     assert encoder.prepare(Media.image(Image.new("RGB", size))).shape == (224, 224, 3)
 
 
@@ -187,6 +223,17 @@ def test_found_by_its_import_path():
     assert "EfficientNetLite" in dir(bindllm.encoders)
     with pytest.raises(AttributeError, match="it has EfficientNetLite"):
         _ = bindllm.encoders.EfficientNetLight
+
+
+@pytest.mark.parametrize("path", ["bindllm.encoders.EfficientNetLite", "tiny.ColourEncoder"])
+def test_a_recipe_names_encoders_by_import_path(path):
+    # jsonargparse compares the annotations of a class with those of the protocol, word for word.
+    parser = ArgumentParser()
+    parser.add_argument("--encoders", type=list[Encoder])
+    config = parser.parse_object({"encoders": [{"class_path": path}]})
+    (encoder,) = parser.instantiate(config).encoders
+    assert type(encoder).__name__ == path.rpartition(".")[2]
+    assert encoder.config == dict(config.encoders[0].init_args)
 
 
 def test_encoder_for_a_modality(encoder):

@@ -112,7 +112,6 @@ def fingerprint(config: Mapping[str, Any], *parts: bytes | str | Path) -> str:
     Example:
         >>> fingerprint({"size": 224}, "tiny-net 1")[:8]
         '4d3345ee'
-
     """
     try:
         digest = hashlib.sha256(json.dumps(dict(config), sort_keys=True, allow_nan=False).encode())

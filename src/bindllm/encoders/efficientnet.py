@@ -9,19 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bindllm.encoders import fingerprint
-from bindllm.errors import EncoderError, InputError
+from bindllm.errors import EncoderError, InputError, known_names
 from bindllm.media import Media, open_image
+
+Fit = Literal["whole", "crop"]
 
 # Raise the number when other numbers come out for the same picture: stored embeddings are then made anew.
 _REVISION = "efficientnet-lite0 1"
@@ -50,11 +52,11 @@ class EfficientNetLite:
 
     Args:
         weights: folder with ``model.safetensors``, the tensors named as published.
-        resize: shorter side in pixels before the centre crop of 224 x 224. At 224 the crop is the largest square
-            of the picture.
+        fit: how a picture becomes 224 x 224: "whole" shrinks all of it and fills up with white, since a caption
+            speaks of the whole picture; "crop" takes the largest square in the middle, as in ImageNet's test.
 
     Raises:
-        InputError: ``resize`` is below 224.
+        InputError: ``fit`` is neither.
 
     Example:
         >>> encoder = EfficientNetLite("checkpoints/efficientnet-lite0")
@@ -65,12 +67,12 @@ class EfficientNetLite:
     modalities = ("image",)
     embedding_size = _HEAD_CHANNELS
 
-    def __init__(self, weights: str = "checkpoints/efficientnet-lite0", *, resize: int = _SIDE) -> None:
-        if resize < _SIDE:
-            raise InputError(f"resize={resize}: expected at least {_SIDE}, the side of the crop")
-        self.config: dict[str, Any] = {"weights": str(weights), "resize": resize}
+    def __init__(self, weights: str = "checkpoints/efficientnet-lite0", *, fit: Fit = "whole") -> None:
+        if fit not in get_args(Fit):
+            raise InputError(f"fit={fit!r} is unknown. {known_names(str(fit), get_args(Fit))}")
+        self.config: dict[str, Any] = {"weights": str(weights), "fit": fit}
         self._file = Path(weights) / "model.safetensors"
-        self._resize = resize
+        self._fit = fit
         self._device = torch.device("cpu")
         self._network: _Network | None = None
         self._fingerprint: str | None = None
@@ -83,7 +85,7 @@ class EfficientNetLite:
         """
         if self._fingerprint is None:
             _require(self._file)
-            self._fingerprint = fingerprint({"resize": self._resize}, _REVISION, self._file)
+            self._fingerprint = fingerprint({"fit": self._fit}, _REVISION, self._file)
         return self._fingerprint
 
     def to(self, device: torch.device | str) -> Self:
@@ -94,17 +96,20 @@ class EfficientNetLite:
         return self
 
     def prepare(self, media: Media) -> Tensor:
-        """Return a picture, shrunk and cropped, as [224, 224, 3] of uint8.
+        """Return a picture as [224, 224, 3] of uint8.
 
         Raises:
             MediaError: the picture cannot be read.
         """
-        image = open_image(media.source, size=self._resize)
-        # Resizing the crop alone gives the pixels of "resize, then crop" and never makes a huge strip.
-        side = min(image.size) * _SIDE / self._resize
-        left, top = (image.width - side) / 2, (image.height - side) / 2
-        crop = image.resize((_SIDE, _SIDE), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
-        return torch.from_numpy(np.array(crop))
+        image = open_image(media.source, size=_SIDE)
+        if self._fit == "crop":
+            square = ImageOps.fit(image, (_SIDE, _SIDE), Image.Resampling.BICUBIC)
+        else:
+            width, height = (max(1, round(side * _SIDE / max(image.size))) for side in image.size)
+            square = Image.new("RGB", (_SIDE, _SIDE), "white")
+            shrunk = image.resize((width, height), Image.Resampling.BICUBIC)
+            square.paste(shrunk, ((_SIDE - width) // 2, (_SIDE - height) // 2))
+        return torch.from_numpy(np.array(square))
 
     @torch.no_grad()
     def embed(self, modality: str, inputs: Sequence[Tensor]) -> Tensor:
@@ -147,8 +152,9 @@ class _Convolution(nn.Module):
     def load(self, weight: Tensor, scale: Tensor, shift: Tensor) -> None:
         """Take a published kernel and the scale and shift of its batch norm, both [out]."""
         front = (self.extra, 0, self.extra, 0)
-        self.convolution.weight.data = F.pad(weight * scale[:, None, None, None], front)
-        self.convolution.bias.data = shift
+        folded = F.pad(weight * scale[:, None, None, None], front)
+        self.convolution.weight = nn.Parameter(folded, requires_grad=False)
+        self.convolution.bias = nn.Parameter(shift, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.convolution(x)
@@ -215,7 +221,9 @@ def _load(file: Path) -> _Network:
         tensors = load_file(file)
     except (SafetensorError, OSError) as error:
         raise EncoderError(f"{file}: not a readable safetensors file ({error}); fetch it again") from error
-    network = _Network()
+    # Built without memory: initial weights would be thrown away, and drawing them would disturb a seeded run.
+    with torch.device("meta"):
+        network = _Network()
     problems = _compare(network, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     if problems:
         raise EncoderError(f"{file}: these are not the weights of EfficientNet-Lite0: {'; '.join(problems)}")
@@ -224,7 +232,7 @@ def _load(file: Path) -> _Network:
         scale = tensors[f"{norm}.weight"] / deviation
         shift = tensors[f"{norm}.bias"] - tensors[f"{norm}.running_mean"] * scale
         convolution.load(tensors[f"{kernel}.weight"], scale, shift)
-    return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    return network.eval().to(memory_format=torch.channels_last)
 
 
 def _compare(network: _Network, found: dict[str, tuple[int, ...]]) -> list[str]:
@@ -237,13 +245,11 @@ def _compare(network: _Network, found: dict[str, tuple[int, ...]]) -> list[str]:
         for part in ("weight", "bias", "running_mean", "running_var"):
             expected[f"{norm}.{part}"] = convolution.published_shape[:1]
         unused.add(f"{norm}.num_batches_tracked")
-    shared = [name for name in expected if name in found]
-    return [
-        *(f"missing {name}" for name in expected if name not in found),
-        *(f"unexpected {name}" for name in found if name not in expected and name not in unused),
-        *(
-            f"{n} has shape {list(found[n])}, not {list(expected[n])}"
-            for n in shared
-            if found[n] != expected[n]
-        ),
+    missing = [f"missing {name}" for name in expected if name not in found]
+    unexpected = [f"unexpected {name}" for name in found if name not in expected and name not in unused]
+    misshaped = [
+        f"{name} has shape {list(found[name])}, not {list(shape)}"
+        for name, shape in expected.items()
+        if found.get(name, shape) != shape
     ]
+    return missing + unexpected + misshaped

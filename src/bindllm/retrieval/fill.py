@@ -1,0 +1,299 @@
+"""Encoding what a store lacks: files are read and prepared in threads while the encoder embeds the batch before.
+
+Threads and not processes: Pillow and hashing leave Python's lock, an encoder with its weights need not be copied,
+and the encoder is what takes the time.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sized
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from torch import Tensor
+
+from bindllm.errors import InputError, MediaError, StoreError
+from bindllm.media import Media
+from bindllm.retrieval.store import EmbeddingStore
+
+if TYPE_CHECKING:
+    from bindllm.encoders import Encoder
+
+FLUSH_SECONDS = 30.0
+"""Embeddings are written at least this often: a killed run loses no more than this."""
+
+HASH_CHUNK = 32
+"""Media whose content is hashed by one task; a task for each would cost more than an unchanged file does."""
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class FillReport:
+    """What became of the media: each is counted once, in ``encoded``, ``reused``, ``duplicates`` or ``failed``.
+
+    Args:
+        encoded: embedded and stored by this run.
+        reused: their content was in the store before.
+        duplicates: their content came earlier in the same run.
+        failed: (name, reason) of media that could not be read or embedded.
+        seconds: wall-clock time.
+    """
+
+    encoded: int
+    reused: int
+    duplicates: int
+    failed: tuple[tuple[str, str], ...]
+    seconds: float
+
+    def summary(self) -> str:
+        """Return the counts as a sentence.
+
+        Example:
+            >>> FillReport(encoded=3, reused=1, duplicates=0, failed=(), seconds=1.26).summary()
+            '3 media embedded in 1.3 s, 1 embedded before, 0 duplicates, 0 failed.'
+            >>> FillReport(0, 0, 0, (("a.png", "a.png: the file is empty"),), 0.1).summary()
+            '0 media embedded in 0.1 s, 0 embedded before, 0 duplicates, 1 failed (first: a.png: the file is empty).'
+        """
+        first = f" (first: {self.failed[0][1]})" if self.failed else ""
+        return (
+            f"{self.encoded} media embedded in {self.seconds:.1f} s, {self.reused} embedded before, "
+            f"{self.duplicates} duplicates, {len(self.failed)} failed{first}."
+        )
+
+
+def fill(
+    store: EmbeddingStore,
+    encoder: Encoder,
+    media: Iterable[Media],
+    *,
+    batch_size: int = 32,
+    workers: int | None = None,
+    flush_rows: int = 4096,
+    progress: bool = True,
+) -> FillReport:
+    """Embed the media whose content is not in the store yet.
+
+    Media that cannot be read are reported and do not stop the run. When it is stopped (Ctrl-C, a full disk, an
+    error of the encoder), what was embedded before is stored, and the next run goes on from there.
+
+    Args:
+        store: a store of this encoder.
+        encoder: prepares and embeds.
+        media: may be a generator, and is read as the work goes on; duplicates are embedded once.
+        batch_size: media of one modality that are embedded together.
+        workers: threads that read and prepare; None: one for each processor.
+        flush_rows: embeddings are written in shards of about this many rows, or every `FLUSH_SECONDS`.
+        progress: show a bar with the time left.
+
+    Raises:
+        InputError: media of a modality that the encoder does not serve.
+        StoreError: the store belongs to another encoder, or cannot be written; says how much is saved.
+    """
+    if store.fingerprint != encoder.fingerprint():
+        raise StoreError(
+            f"{store.folder}: the store belongs to the encoder {store.fingerprint[:16]}, not to "
+            f"{encoder.fingerprint()[:16]}; open it with EmbeddingStore.for_encoder(folder, encoder)"
+        )
+    workers = max(1, (os.cpu_count() or 1) if workers is None else workers)
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="fill")
+    with _bar(shown=progress) as bar:
+        task = bar.add_task("embedding", total=len(media) if isinstance(media, Sized) else None)
+        run = _Run(store, encoder, flush_rows, advance=lambda: bar.advance(task))
+        try:
+            keyed = _ahead(pool, run.find_keys, _chunks(media, HASH_CHUNK), ahead=workers + 1)
+            prepared = _ahead(pool, run.prepare, run.select(keyed), ahead=workers + batch_size)
+            for batch in run.batches(prepared, batch_size):
+                run.embed(batch)
+            run.flush()
+        except StoreError:
+            # What could not be written a moment ago is not tried again.
+            raise
+        except BaseException:
+            run.flush()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return run.report()
+
+
+class _Work(NamedTuple):
+    """One media on its way: its key, then what the encoder takes, or why it cannot be read."""
+
+    media: Media
+    key: str = ""
+    inputs: Tensor | None = None
+    error: MediaError | None = None
+
+
+class _Run:
+    """The steps of one fill, in their order, and what they have counted."""
+
+    def __init__(
+        self, store: EmbeddingStore, encoder: Encoder, flush_rows: int, *, advance: Callable[[], None]
+    ) -> None:
+        self._store = store
+        self._encoder = encoder
+        self._flush_rows = flush_rows
+        self._advance = advance
+        self._counts: Counter[str] = Counter()
+        self._failed: list[tuple[str, str]] = []
+        self._seen: set[str] = set()
+        self._rows: list[tuple[str, Tensor, Media]] = []
+        self._started = self._flushed = time.monotonic()
+
+    def find_keys(self, chunk: list[Media]) -> list[_Work]:
+        """Hash the content of files that are new or changed (in a thread)."""
+        return [self._find_key(media) for media in chunk]
+
+    def _find_key(self, media: Media) -> _Work:
+        try:
+            return _Work(media, self._store.key_of(media))
+        except MediaError as error:
+            return _Work(media, error=error)
+
+    def select(self, keyed: Iterable[list[_Work]]) -> Iterator[_Work]:
+        """Pass on what must be encoded."""
+        for chunk in keyed:
+            keys = [work.key for work in chunk if work.error is None]
+            stored = dict(zip(keys, self._store.has(keys), strict=True))
+            for work in chunk:
+                if work.media.modality not in self._encoder.modalities:
+                    raise InputError(
+                        f"{work.media.name} is {work.media.modality} media; "
+                        f"the encoder serves {', '.join(self._encoder.modalities)}"
+                    )
+                if work.error is not None:
+                    self._fail(work.media, str(work.error))
+                elif work.key in self._seen:
+                    self._done("duplicates")
+                else:
+                    self._seen.add(work.key)
+                    if stored[work.key]:
+                        self._done("reused")
+                    else:
+                        yield work
+
+    def prepare(self, work: _Work) -> _Work:
+        """Read and prepare one media (in a thread)."""
+        media = work.media
+        try:
+            inputs = self._encoder.prepare(media)
+            # Files may still be arriving: an embedding must never be stored under the key of other content.
+            if isinstance(media.source, str | Path) and self._store.key_of(media) != work.key:
+                raise MediaError(f"{media.name}: the file changed while it was read; run again")
+        except MediaError as error:
+            return work._replace(error=error)
+        except Exception as error:
+            error.add_note(f"while preparing {media.name}")
+            raise
+        return work._replace(inputs=inputs)
+
+    def batches(self, prepared: Iterable[_Work], size: int) -> Iterator[list[_Work]]:
+        """Group what is prepared by modality, in order."""
+        waiting: defaultdict[str, list[_Work]] = defaultdict(list)
+        for work in prepared:
+            if work.error is not None:
+                self._fail(work.media, str(work.error))
+                continue
+            batch = waiting[work.media.modality]
+            batch.append(work)
+            if len(batch) == size:
+                yield waiting.pop(work.media.modality)
+        yield from waiting.values()
+
+    def embed(self, batch: list[_Work]) -> None:
+        """Embed one batch, and keep its rows for the next flush."""
+        embeddings = self._encoder.embed(batch[0].media.modality, [work.inputs for work in batch]).cpu()
+        for work, embedding in zip(batch, embeddings, strict=True):
+            if embedding.isfinite().all():
+                self._rows.append((work.key, embedding, work.media))
+                self._done("embedded")
+            else:
+                self._fail(work.media, f"{work.media.name}: its embedding is not finite")
+
+    def flush(self) -> None:
+        """Write what is embedded and hashed; it stays in hand when that fails."""
+        self._flushed = time.monotonic()
+        if self._rows:
+            keys, embeddings, media = zip(*self._rows, strict=True)
+            try:
+                self._store.append(keys, torch.stack(embeddings), media)
+            except StoreError as error:
+                raise StoreError(
+                    f"{error}. {self._counts['stored']} embeddings of this run are stored, {len(keys)} are lost; "
+                    "the next run goes on from there"
+                ) from error
+            self._counts["stored"] += len(keys)
+            self._rows = []
+            self._store.compact()
+        self._store.save_files()
+
+    def report(self) -> FillReport:
+        """Return what became of the media."""
+        return FillReport(
+            encoded=self._counts["stored"],
+            reused=self._counts["reused"],
+            duplicates=self._counts["duplicates"],
+            failed=tuple(self._failed),
+            seconds=time.monotonic() - self._started,
+        )
+
+    def _fail(self, media: Media, reason: str) -> None:
+        self._failed.append((media.name, reason))
+        self._done("failed")
+
+    def _done(self, how: str) -> None:
+        """Count one media; write when there is enough or it is time."""
+        self._counts[how] += 1
+        self._advance()
+        if len(self._rows) >= self._flush_rows or time.monotonic() - self._flushed >= FLUSH_SECONDS:
+            self.flush()
+
+
+def _chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
+        yield chunk
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], *, ahead: int
+) -> Iterator[Result]:
+    """Yield the results in order, computed in threads; at most ``ahead`` items are in work or waiting."""
+    waiting: deque[Future[Result]] = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) == ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _bar(*, shown: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=not shown,
+    )

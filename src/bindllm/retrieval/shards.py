@@ -1,0 +1,194 @@
+"""Sorted Arrow files in one folder, searched as if they were one table.
+
+A shard is an Arrow IPC file (https://arrow.apache.org/docs/format/Columnar.html) of one record batch, sorted by a
+32-byte key, written in one step and never changed. It is memory-mapped, so opening it costs nothing, processes
+share its pages, and a look-up is a binary search in each shard: there is no index to build, to hold or to lose.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+import warnings
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from bindllm.atomic import atomic_file
+
+KEY_BYTES = 32
+KEY = np.dtype(f"S{KEY_BYTES}")
+"""Keys compare as bytes; all have the same length, so that trailing zero bytes do not matter."""
+
+SMALL_BYTES = 32 * 2**20
+"""Shards below this size are merged when there are many: a merge then needs 1 GiB of memory at most."""
+
+MANY_SMALL = 16
+"""More small shards than this are merged: every look-up searches each shard."""
+
+ABANDONED_SECONDS = 3600
+"""No shard takes this long to write: an older part file is what a killed process left behind."""
+
+
+class Shards:
+    """All shards of one kind in a folder: rows of a key, optional records, and a value of fixed width.
+
+    Any number of processes may read and append at the same time. The same key in two shards is harmless: a key
+    stands for content, so both rows hold the same value.
+
+    Args:
+        folder: where the shards are; it must exist.
+        kind: first part of their file names.
+        schema: the columns; the first is the key (32 bytes), the last is the value (bytes or a list of floats,
+            of fixed size).
+    """
+
+    def __init__(self, folder: Path, *, kind: str, schema: pa.Schema) -> None:
+        self._folder = folder
+        self._kind = kind
+        self._schema = schema
+        self._shards: tuple[_Shard, ...] = ()
+        self.refresh()
+
+    def __len__(self) -> int:
+        """Return the number of different keys."""
+        if not self._shards:
+            return 0
+        keys = np.concatenate([shard.keys for shard in self._shards])
+        # With the index asked for, numpy sorts, which is several times faster here than its hashing.
+        return len(np.unique(keys, return_index=True)[0])
+
+    def has(self, keys: np.ndarray) -> np.ndarray:
+        """Return for each of the keys [N] whether it is stored, bool [N]."""
+        found = np.zeros(len(keys), bool)
+        for _, places, _ in self._matches(keys):
+            found[places] = True
+        return found
+
+    def get(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the values of the keys [N], zero where a key is not stored, and where one is, bool [N]."""
+        dtype, shape = _layout(self._schema.field(-1).type)
+        values = np.zeros((len(keys), *shape), dtype)
+        found = np.zeros(len(keys), bool)
+        for shard, places, rows in self._matches(keys):
+            values[places] = shard.values[rows]
+            found[places] = True
+        return values, found
+
+    def append(self, table: pa.Table) -> None:
+        """Write the rows whose key is not stored yet as one new shard.
+
+        Raises:
+            OSError: the shard cannot be written; nothing of it is left.
+        """
+        keys = _keys(table.column(0).combine_chunks())
+        keys, first = np.unique(keys, return_index=True)
+        new = first[~self.has(keys)]
+        if len(new):
+            self._write(table.take(pa.array(new)), uuid.uuid4().hex)
+        self.refresh()
+
+    def compact(self) -> None:
+        """Merge small shards while there are many, and remove what killed writers left behind.
+
+        The merged shard is written before the old ones are removed, so a crash leaves some rows twice. Its name
+        follows from theirs, so two processes that merge the same shards write the same file.
+        """
+        while len(small := [shard for shard in self._shards if shard.num_bytes < SMALL_BYTES]) > MANY_SMALL:
+            # The smallest, so that rows are not written again with each merge.
+            small = small[-MANY_SMALL:]
+            _, order = np.unique(np.concatenate([shard.keys for shard in small]), return_index=True)
+            table = pa.Table.from_batches([shard.batch for shard in small]).combine_chunks()
+            names = " ".join(sorted(shard.path.name for shard in small))
+            self._write(table.take(pa.array(order)), uuid.uuid5(uuid.NAMESPACE_OID, names).hex)
+            for shard in small:
+                shard.path.unlink(missing_ok=True)
+            self.refresh()
+        for part in self._folder.glob(f".{self._kind}-*.part"):
+            # Another process may finish its file, and so rename it, at any moment.
+            with suppress(FileNotFoundError):
+                if part.stat().st_mtime < time.time() - ABANDONED_SECONDS:
+                    part.unlink()
+
+    def refresh(self) -> None:
+        """See the shards that other processes have written or merged since."""
+        while True:
+            opened = {shard.path: shard for shard in self._shards}
+            paths = self._folder.glob(f"{self._kind}-*.arrow")
+            try:
+                shards = [opened.get(path) or self._open(path) for path in paths]
+            except FileNotFoundError:
+                # Another process has merged this shard into a new one since the folder was listed.
+                continue
+            # Most keys are in the largest shard: searching it first leaves few for the others.
+            self._shards = tuple(sorted(filter(None, shards), key=lambda shard: -len(shard.keys)))
+            return
+
+    def _matches(self, keys: np.ndarray) -> Iterator[tuple[_Shard, np.ndarray, np.ndarray]]:
+        """Yield, shard by shard, the places of the keys it holds and their rows; each key is found once."""
+        left = np.arange(len(keys))
+        for shard in self._shards:
+            wanted = keys[left]
+            rows = np.minimum(np.searchsorted(shard.keys, wanted), len(shard.keys) - 1)
+            hit = shard.keys[rows] == wanted
+            yield shard, left[hit], rows[hit]
+            left = left[~hit]
+            if not len(left):
+                return
+
+    def _write(self, table: pa.Table, name: str) -> None:
+        path = self._folder / f"{self._kind}-{name}.arrow"
+        with (
+            atomic_file(path) as part,
+            pa.OSFile(str(part), "wb") as sink,
+            pa.ipc.new_file(sink, self._schema) as writer,
+        ):
+            writer.write_table(table.combine_chunks())
+
+    def _open(self, path: Path) -> _Shard | None:
+        """Map one shard; a damaged one (by the file system: our writes are atomic) is moved aside."""
+        try:
+            return _Shard(path, self._schema)
+        except (OSError, ValueError, pa.ArrowException) as error:
+            # Arrow also reports damage as an OSError, but only those of the system carry a number.
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            aside = path.with_name(path.name + ".damaged")
+            os.replace(path, aside)
+            warnings.warn(
+                f"{path} is damaged ({error}); it was moved aside as {aside.name}, and its rows will be made again",
+                stacklevel=2,
+            )
+            return None
+
+
+class _Shard:
+    """One file, memory-mapped: its keys [N] and values [N, ...] are views of the file."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self.path = path
+        self.num_bytes = path.stat().st_size
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        if not reader.schema.equals(schema) or reader.num_record_batches != 1:
+            raise ValueError("its columns are not those of this store")
+        self.batch = reader.get_batch(0)
+        self.keys = _keys(self.batch.column(0))
+        dtype, shape = _layout(schema.field(-1).type)
+        value = self.batch.column(self.batch.num_columns - 1)
+        buffer = value.values.buffers()[1] if shape else value.buffers()[1]
+        self.values = np.frombuffer(buffer, dtype, count=len(value) * int(np.prod(shape))).reshape(-1, *shape)
+
+
+def _keys(column: pa.FixedSizeBinaryArray) -> np.ndarray:
+    return np.frombuffer(column.buffers()[1], KEY, count=len(column), offset=column.offset * KEY_BYTES)
+
+
+def _layout(kind: pa.DataType) -> tuple[np.dtype, tuple[int, ...]]:
+    """Return the numpy type and the shape of one value."""
+    if pa.types.is_fixed_size_list(kind):
+        return np.dtype(kind.value_type.to_pandas_dtype()), (kind.list_size,)
+    return np.dtype(f"S{kind.byte_width}"), ()
