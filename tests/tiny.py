@@ -11,6 +11,7 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from bindllm.encoders.efficientnet import _Network
 from bindllm.media import Media, open_image
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -126,3 +127,26 @@ def colour_pictures(folder: Path, *, per_colour: int = 4, split: bool = True) ->
             rows.append(row)
     (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+def made_up_efficientnet() -> dict[str, torch.Tensor]:
+    """Fill every published tensor with fixed numbers that keep the activations in a normal range.
+
+    The golden numbers were made from these by the package efficientnet-lite-pytorch 0.1.0, so the generator
+    is numpy's legacy one, whose stream never changes.
+    """
+    random = np.random.RandomState(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.from_numpy(random.standard_normal(shape).astype(np.float32))
+
+    tensors = {}
+    for convolution, kernel, norm in _Network().published_names():
+        shape = convolution.published_shape
+        tensors[f"{kernel}.weight"] = normal(*shape) * (2 / np.prod(shape[1:])) ** 0.5
+        tensors[f"{norm}.weight"] = 1 + 0.1 * normal(shape[0])
+        tensors[f"{norm}.bias"] = 0.3 * normal(shape[0])
+        tensors[f"{norm}.running_mean"] = 0.1 * normal(shape[0])
+        tensors[f"{norm}.running_var"] = 0.5 + normal(shape[0]).abs()
+        tensors[f"{norm}.num_batches_tracked"] = torch.tensor(7)
+    return tensors

@@ -14,35 +14,13 @@ from safetensors.torch import load_file, save_file
 
 import bindllm.encoders
 from bindllm.encoders import Encoder, encoder_for
-from bindllm.encoders.efficientnet import EfficientNetLite, _Network
+from bindllm.encoders.efficientnet import EfficientNetLite
 from bindllm.errors import EncoderError, InputError, MediaError
 from bindllm.media import Media
 from bindllm.testing import check_encoder
+from tiny import made_up_efficientnet
 
 GOLDEN = Path(__file__).parent / "golden" / "efficientnet_lite0.json"
-
-
-def made_up_weights() -> dict[str, torch.Tensor]:
-    """Fill every published tensor with fixed numbers that keep the activations in a normal range.
-
-    The golden numbers were made from these by the package efficientnet-lite-pytorch 0.1.0, so the generator
-    is numpy's legacy one, whose stream never changes.
-    """
-    random = np.random.RandomState(0)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.from_numpy(random.standard_normal(shape).astype(np.float32))
-
-    tensors = {}
-    for convolution, kernel, norm in _Network().published_names():
-        shape = convolution.published_shape
-        tensors[f"{kernel}.weight"] = normal(*shape) * (2 / np.prod(shape[1:])) ** 0.5
-        tensors[f"{norm}.weight"] = 1 + 0.1 * normal(shape[0])
-        tensors[f"{norm}.bias"] = 0.3 * normal(shape[0])
-        tensors[f"{norm}.running_mean"] = 0.1 * normal(shape[0])
-        tensors[f"{norm}.running_var"] = 0.5 + normal(shape[0]).abs()
-        tensors[f"{norm}.num_batches_tracked"] = torch.tensor(7)
-    return tensors
 
 
 def wavy_picture(seed: int = 0) -> np.ndarray:
@@ -55,7 +33,7 @@ def wavy_picture(seed: int = 0) -> np.ndarray:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("efficientnet")
-    save_file(made_up_weights(), path / "model.safetensors")
+    save_file(made_up_efficientnet(), path / "model.safetensors")
     return path
 
 

@@ -1,0 +1,89 @@
+"""The README's commands and Python blocks run, in its order, on parts of the right shape and no meaning."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import save_file
+
+from bindllm.cli import VERBS, main
+from tiny import made_up_efficientnet, save_tiny_decoder
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DRAWING = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9"><circle cx="4" cy="4" r="{}" fill="red"/></svg>'
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A directory with what `make train` would have fetched, tiny, and an untrained quickstart made of it."""
+    folder = tmp_path_factory.mktemp("project")
+    save_tiny_decoder(folder / "checkpoints/smollm2-135m-instruct")
+    (folder / "checkpoints/efficientnet-lite0").mkdir()
+    save_file(made_up_efficientnet(), folder / "checkpoints/efficientnet-lite0/model.safetensors")
+    (folder / "data/openmoji/images").mkdir(parents=True)
+    (folder / "data/openmoji/images/1F431.svg").write_text(DRAWING.format(3))
+    rows = ["image,caption,split"]
+    for number, split in enumerate(("train", "train", "train", "validation", "test")):
+        (folder / f"data/openmoji/images/{number}.svg").write_text(DRAWING.format(number + 1))
+        rows.append(f"images/{number}.svg,circle {number},{split}")
+    (folder / "data/openmoji/captions.csv").write_text("\n".join(rows))
+    (folder / "recipes").symlink_to(ROOT / "recipes")
+    return folder
+
+
+def test_make_knows_every_target():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    used = {words[1] for words in commands() if words[0] == "make"}
+    assert {"train", "test"} <= used <= targets
+
+
+def test_ci_runs_the_readmes_test_command():
+    assert ["make", "test"] in commands()
+    assert "make test" in (ROOT / ".ci/run").read_text()
+
+
+def test_commands_and_python_blocks_run(project, monkeypatch, capsys):
+    monkeypatch.chdir(project)
+    recipe = [
+        "--config",
+        "recipes/quickstart.yaml",
+        "--trainer.accelerator",
+        "cpu",
+        "--trainer.max_epochs",
+        "1",
+    ]
+    assert main(["fit", *recipe, "--trainer.logger", "false", "--model.decoder.dtype", "float32"]) == 0
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    ran = [words[1:] for words in commands() if words[0] == "bindllm"]
+    assert {words[0] for words in ran} <= {*VERBS, "--help"}
+    for words in ran:
+        extra = ["--trainer.accelerator", "cpu", "--trainer.logger", "false"] if words[0] == "fit" else []
+        assert main([*words, *extra]) == 0, words
+    assert "no problems" in capsys.readouterr().out
+
+
+def test_yaml_blocks_are_parts_of_a_recipe():
+    keys = yaml.safe_load((ROOT / "recipes/quickstart.yaml").read_text())
+    found = [yaml.safe_load(block) for block in blocks("yaml")]
+    assert found
+    for part in found:
+        assert part.keys() <= keys.keys() | keys["model"].keys()
+
+
+def test_the_numbers_of_the_tree_are_true():
+    for line in re.findall(r"^  (\S+/) .*|^(\S+/) ", README.split("## What is where")[1], flags=re.MULTILINE):
+        name = line[0] or line[1]
+        assert (ROOT / "src/bindllm" / name).is_dir() or (ROOT / name).is_dir(), name
