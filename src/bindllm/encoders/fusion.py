@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from bindllm.encoders import Encoder, encoder_for
 from bindllm.errors import InputError
+from bindllm.media import Media
 
 # Unit embeddings whose weighted mean is shorter than this point in opposite directions: no direction is left.
 _SHORTEST_MEAN = 1e-4
@@ -45,3 +49,33 @@ def fuse(embeddings: Tensor, weights: Tensor) -> Tensor:
             "change the weights, or give each media a message of its own"
         )
     return torch.nn.functional.normalize(mean, dim=0)
+
+
+@torch.no_grad()
+def embed_groups(
+    groups: Sequence[Sequence[Media]], encoders: Sequence[Encoder], *, device: torch.device | str
+) -> Tensor:
+    """Embed the media of each group and fuse them: one batch per modality, whatever the groups.
+
+    Returns:
+        unit-norm embeddings of the N groups, [N, E], float32, on the CPU.
+
+    Raises:
+        InputError: a group is empty, or no encoder serves a modality.
+        MediaError: a media cannot be read.
+    """
+    flat = [item for group in groups for item in group]
+    embeddings: dict[int, Tensor] = {}
+    for modality in dict.fromkeys(item.modality for item in flat):
+        encoder = encoder_for(modality, encoders).to(device)
+        places = [place for place, item in enumerate(flat) if item.modality == modality]
+        embedded = encoder.embed(modality, [encoder.prepare(flat[place]) for place in places])
+        embeddings |= zip(places, embedded.cpu(), strict=True)
+    fused, start = [], 0
+    for group in groups:
+        if not group:
+            raise InputError("a list of media to be fused is empty: leave it out, or put a Media into it")
+        rows = torch.stack([embeddings[start + place] for place in range(len(group))])
+        fused.append(fuse(rows, torch.tensor([item.weight for item in group])))
+        start += len(group)
+    return torch.stack(fused)

@@ -20,8 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from bindllm.checkpoint.card import write_card
 from bindllm.checkpoint.folder import check_keys, write_checkpoint
 from bindllm.conversation import Conversation
-from bindllm.encoders import Encoder, encoder_for
-from bindllm.encoders.fusion import fuse
+from bindllm.encoders import Encoder
+from bindllm.encoders.fusion import embed_groups
 from bindllm.errors import InputError, known_names
 from bindllm.media import Media
 from bindllm.model.bind_network import BindConfig, BindNetwork
@@ -166,22 +166,7 @@ class BindLLM(nn.Module):
             InputError: no encoder of this model serves the modality.
         """
         groups = [(item,) if isinstance(item, Media) else tuple(item) for item in media]
-        flat = [item for group in groups for item in group]
-        embeddings: list[Tensor] = [torch.empty(0)] * len(flat)
-        for modality in dict.fromkeys(item.modality for item in flat):
-            encoder = encoder_for(modality, self.encoders).to(self.device)
-            places = [n for n, item in enumerate(flat) if item.modality == modality]
-            for n, row in zip(
-                places, encoder.embed(modality, [encoder.prepare(flat[n]) for n in places]).cpu(), strict=True
-            ):
-                embeddings[n] = row
-        fused, start = [], 0
-        for group in groups:
-            weights = torch.tensor([item.weight for item in group])
-            rows = embeddings[start : start + len(group)]
-            fused.append(fuse(torch.stack(rows), weights))
-            start += len(group)
-        return torch.stack(fused)
+        return embed_groups(groups, self.encoders, device=self.device)
 
     def forward(
         self,

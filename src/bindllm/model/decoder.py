@@ -106,8 +106,9 @@ def load_tokenizer(config: DecoderConfig) -> PreTrainedTokenizerBase:
     if config.system is not None and tokenizer.chat_template:
         message = f"{{'role': 'system', 'content': {json.dumps(config.system, ensure_ascii=False)}}}"
         tokenizer.chat_template = (
-            f"{{%- if messages[0]['role'] != 'system' -%}}{{%- set messages = [{message}] + messages -%}}{{%- endif -%}}"
-            + tokenizer.chat_template
+            "{%- if messages[0]['role'] != 'system' -%}"
+            f"{{%- set messages = [{message}] + messages -%}}"
+            "{%- endif -%}" + tokenizer.chat_template
         )
     return tokenizer
 
