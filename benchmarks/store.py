@@ -41,7 +41,7 @@ def figures() -> list[Figure]:
     return [
         Figure(
             "epoch_store_over_fly", ratio, "ratio", (ours - reading) / theirs,
-            f"{ROWS} pictures: {ours:.1f} s over {theirs:.1f} s; floor: training alone; filling the store: {first:.1f} s",
+            f"{ROWS} pictures: {ours:.1f} s over {theirs:.1f} s; floor: training alone; filling: {first:.1f} s",
         ),
         Figure(
             "embed_pictures_per_second", ROWS / first, "pictures/s", None,
