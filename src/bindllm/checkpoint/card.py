@@ -29,13 +29,7 @@ def write_card(manifest: dict[str, Any], *, data: list[str] | None = None) -> st
         "",
         "| part | is | licence |",
         "|---|---|---|",
-        f"| decoder | `{decoder['name']}` | {_licence(decoder['name'])} |",
-    ]
-    for encoder in manifest["encoders"]:
-        weights = str(encoder["init_args"].get("weights", ""))
-        lines.append(f"| encoder | `{encoder['class_path']}` `{weights}` | {_licence(weights)} |")
-    lines += [f"| training data | `{folder}` | {_licence(folder)} |" for folder in data or []]
-    lines += [
+        *(f"| {row['part']} | `{row['name']}` | {row['licence']} |" for row in licences(manifest, data=data)),
         "",
         f"Bind network: depth {manifest['bind']['depth']}, expansion {manifest['bind']['expansion']}. "
         f"Injection: kind `{manifest['inject']['kind']}`, queries {manifest['inject']['queries']}.",
@@ -58,9 +52,21 @@ def write_card(manifest: dict[str, Any], *, data: list[str] | None = None) -> st
     return "\n".join(lines) + "\n"
 
 
+def licences(manifest: dict[str, Any], *, data: list[str] | None = None) -> list[dict[str, str]]:
+    """Return a row ``part``, ``name``, ``licence`` for each part that a model stands on; arguments as for the card."""
+    decoder = manifest["decoder"]["name"]
+    rows = [("decoder", decoder, decoder)]
+    for encoder in manifest["encoders"]:
+        weights = str(encoder["init_args"].get("weights", ""))
+        rows.append(("encoder", f"{encoder['class_path']} {weights}".rstrip(), weights))
+    rows += [("training data", folder, folder) for folder in data or []]
+    return [{"part": part, "name": name, "licence": _licence(folder)} for part, name, folder in rows]
+
+
 def _licence(folder: str) -> str:
-    """Return the licence that a folder's SOURCE.json states."""
+    """Return the licences of the packages that a folder was made from, as its SOURCE.json states them."""
     file = Path(folder) / "SOURCE.json"
     if not folder or not file.is_file():
         return "see its own page"
-    return str(json.loads(file.read_text(encoding="utf-8")).get("licence", "see its own page"))
+    packages = json.loads(file.read_text(encoding="utf-8")).get("packages", [])
+    return ", ".join(dict.fromkeys(package["licence"] for package in packages)) or "see its own page"

@@ -1,0 +1,77 @@
+"""What a run shows of itself: the table of parameters, and what the model says of a few held-out pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
+
+from bindllm.data.collate import prompt_batch
+from bindllm.data.tokenise import Sample
+from bindllm.training.optim import groups_table
+from bindllm.training.runlog import RunLog
+
+
+class ParameterTable(Callback):
+    """Prints what is trained and what is frozen, before the first step."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the table."""
+        groups = pl_module.model.parameter_groups()
+        frozen = sum(value.numel() for value in pl_module.model.decoder.parameters())
+        if trainer.is_global_zero:
+            Console().print(groups_table(groups, frozen))
+
+
+class SampleCaptions(Callback):
+    """Captions a few fixed validation pictures after each validation: the loss in words.
+
+    Args:
+        log: where the captions are kept.
+        count: number of pictures.
+        max_new_tokens: longest caption.
+    """
+
+    def __init__(self, log: RunLog, *, count: int = 4, max_new_tokens: int = 32) -> None:
+        self.run_log, self.count, self.max_new_tokens = log, count, max_new_tokens
+        self.latest: list[dict[str, str]] = []
+
+    @torch.no_grad()
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Generate, and write the captions to the log and to TensorBoard."""
+        samples = spread(trainer.datamodule.samples("validation"), self.count)
+        if trainer.sanity_checking or not samples or not trainer.is_global_zero:
+            return
+        model = pl_module.model
+        batch = prompt_batch(samples, trainer.datamodule.lookup, pad_id=model.tokenizer.pad_token_id)
+        ids = model.generate_from(**batch, do_sample=False, max_new_tokens=self.max_new_tokens)
+        texts = [text.strip() for text in model.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        self.latest = [
+            {"picture": _picture(sample), "true": " | ".join(sample.references), "generated": text}
+            for sample, text in zip(samples, texts, strict=True)
+        ]
+        # The step under which Lightning logs the validation loss that belongs to these captions.
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        self.run_log.log_captions(self.latest, step)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                lines = ["| picture | true | generated |", "|---|---|---|"]
+                lines += [f"| {row['picture']} | {row['true']} | {row['generated']} |" for row in self.latest]
+                logger.experiment.add_text("captions", "\n".join(lines), step)
+
+
+def spread(samples: Sequence[Sample], count: int) -> list[Sample]:
+    """Return up to ``count`` samples that show something, evenly spread, so that they are not all of one kind."""
+    shown = [sample for sample in samples if sample.media]
+    count = min(count, len(shown))
+    return [shown[n * len(shown) // count] for n in range(count)]
+
+
+def _picture(sample: Sample) -> str:
+    source = sample.media[-1][0].source
+    return str(source) if isinstance(source, str | Path) else sample.media[-1][0].name

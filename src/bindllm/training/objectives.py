@@ -1,0 +1,33 @@
+"""What training minimises: next-token cross entropy over the answers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from bindllm.errors import InputError
+
+
+def next_token_loss(logits: Tensor, targets: Tensor | None) -> Tensor:
+    """Return the mean cross entropy of the supervised tokens, in nats per token.
+
+    Args:
+        logits: at the positions that predict a supervised token, [N, V], any float dtype.
+        targets: these tokens, [N].
+
+    Returns:
+        a float32 scalar.
+
+    Raises:
+        InputError: no token is supervised: its mean would be NaN, and would end the run some steps later.
+
+    Example:
+        >>> round(next_token_loss(torch.zeros(3, 8), torch.tensor([0, 5, 7])).item(), 4)  # log(8)
+        2.0794
+    """
+    if targets is None or targets.numel() == 0:
+        raise InputError(
+            "a batch has no supervised token, so it has no loss. Look at the label mask of your rows: "
+            "bindllm check --config RECIPE; captions may be empty, or data.max_length too small for the prompt"
+        )
+    return nn.functional.cross_entropy(logits.to(torch.float32), targets)

@@ -1,0 +1,155 @@
+"""The optimizer: AdamW with a linear warm-up and a cosine decay, over named groups of parameters.
+
+What is trained is chosen by the names of groups, never by a substring of parameter names; `groups_table` shows
+the outcome before the first step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from rich import box
+from rich.table import Table
+from torch import nn
+
+from bindllm.errors import InputError
+
+Groups = Mapping[str, Sequence[tuple[str, nn.Parameter]]]
+"""Named groups of named parameters, as `BindLLM.parameter_groups` returns them."""
+
+# Gates and queries start at or near zero and carry the whole signal at first: decay would hold them there.
+_UNDECAYED_GROUPS = frozenset({"inject"})
+
+
+@dataclass
+class OptimConfig:
+    """AdamW (arXiv 1711.05101) and its schedule."""
+
+    lr: float = 1e-3
+    """Highest learning rate, reached at the end of the warm-up."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the running means of the gradient and of its square."""
+
+    weight_decay: float = 0.05
+    """Decoupled weight decay of matrices; gates, queries, norms and biases have none."""
+
+    warmup: float = 0.05
+    """Linear warm-up: a share of all steps when below 1, else a number of steps."""
+
+    final_lr: float = 0.1
+    """Learning rate at the last step, as a share of `lr`; the decay is a cosine."""
+
+    def __post_init__(self) -> None:
+        wrong = [
+            f"{name} is {value}, expected {expected}"
+            for name, value, fits, expected in (
+                ("lr", self.lr, self.lr > 0, "more than 0"),
+                ("betas", self.betas, all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)"),
+                ("weight_decay", self.weight_decay, self.weight_decay >= 0, "at least 0"),
+                ("warmup", self.warmup, self.warmup >= 0, "at least 0"),
+                ("final_lr", self.final_lr, 0 <= self.final_lr <= 1, "0 to 1"),
+            )
+            if not fits
+        ]
+        if wrong:
+            raise InputError(f"model.optim: {'; '.join(wrong)}")
+
+
+def is_decayed(group: str, parameter: nn.Parameter) -> bool:
+    """Return whether weight decay applies: to the matrices of a group, but not to its norms and biases."""
+    return group not in _UNDECAYED_GROUPS and parameter.ndim > 1
+
+
+def build_optimizer(groups: Groups, config: OptimConfig) -> torch.optim.AdamW:
+    """Return AdamW over the parameters that require a gradient.
+
+    Raises:
+        InputError: nothing is trainable.
+    """
+    decayed, plain = [], []
+    for group, members in groups.items():
+        for _, parameter in members:
+            if parameter.requires_grad:
+                (decayed if is_decayed(group, parameter) else plain).append(parameter)
+    if not decayed and not plain:
+        raise InputError(
+            f"nothing is trainable: name at least one group under model.trainable ({', '.join(groups)})"
+        )
+    parts = [
+        {"params": params, "weight_decay": decay}
+        for params, decay in ((decayed, config.weight_decay), (plain, 0.0))
+        if params
+    ]
+    return torch.optim.AdamW(parts, lr=config.lr, betas=config.betas)
+
+
+def lr_factor(step: int, *, total: int, config: OptimConfig) -> float:
+    """Return the learning rate of a step as a share of ``config.lr``.
+
+    Args:
+        step: steps already taken.
+        total: steps of the whole run.
+        config: warm-up and final rate.
+
+    Example:
+        >>> [round(lr_factor(s, total=100, config=OptimConfig(warmup=4)), 2) for s in (0, 3, 52, 100)]
+        [0.25, 1.0, 0.55, 0.1]
+    """
+    warmup = config.warmup * total if config.warmup < 1 else config.warmup
+    if step < warmup:
+        return min(1.0, (step + 1) / warmup)
+    progress = min(1.0, (step - warmup) / max(1.0, total - warmup))
+    return config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def build_schedule(
+    optimizer: torch.optim.Optimizer, total: float, config: OptimConfig
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Return the schedule over ``total`` steps.
+
+    Raises:
+        InputError: the run has no end, so the decay has no length.
+    """
+    if not math.isfinite(total):
+        raise InputError("the learning rate decays over the run, so it needs an end: set trainer.max_epochs")
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, partial(lr_factor, total=int(total), config=config))
+
+
+def describe_groups(groups: Groups) -> list[dict[str, Any]]:
+    """Return a row per group: ``group``, ``tensors``, ``parameters``, ``decayed`` (of these), ``trainable``."""
+    rows = []
+    for group, members in groups.items():
+        sizes = [(value.numel(), is_decayed(group, value)) for _, value in members]
+        rows.append(
+            {
+                "group": group,
+                "tensors": len(sizes),
+                "parameters": sum(size for size, _ in sizes),
+                "decayed": sum(size for size, decayed in sizes if decayed),
+                "trainable": any(value.requires_grad for _, value in members),
+            }
+        )
+    return rows
+
+
+def groups_table(groups: Groups, frozen: int) -> Table:
+    """Return a table of what is trained.
+
+    Args:
+        groups: the named groups.
+        frozen: number of parameters outside of all groups (the decoder's).
+    """
+    table = Table("group", "tensors", "parameters", "with weight decay", "", box=box.SIMPLE)
+    for column in table.columns[1:4]:
+        column.justify = "right"
+    for row in describe_groups(groups):
+        sizes = [f"{row[name]:,}" for name in ("tensors", "parameters", "decayed")]
+        table.add_row(row["group"], *sizes, "trained" if row["trainable"] else "frozen")
+    table.add_row("decoder", "", f"{frozen:,}", "", "frozen")
+    return table

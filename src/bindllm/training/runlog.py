@@ -1,0 +1,112 @@
+"""The log of a run as two plain files: ``metrics.csv`` and ``captions.jsonl``.
+
+Lightning's own CSV logger deletes the file of an earlier part of the run; this one goes on with it.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.loggers import Logger
+
+from bindllm.atomic import atomic_file
+
+METRICS = "metrics.csv"
+CAPTIONS = "captions.jsonl"
+COLUMNS = ("epoch", "step", "train_loss", "val_loss", "lr", "gradient_norm")
+"""First columns of ``metrics.csv``; others follow as they are logged."""
+
+
+class RunLog(Logger):
+    """Writes each row as it comes, so that a killed run keeps its log.
+
+    Args:
+        folder: the run's folder.
+
+    Example:
+        log = RunLog("runs/quickstart")
+        Trainer(logger=[log])
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__()
+        self.folder = Path(folder)
+        self._columns = list(COLUMNS)
+
+    @property
+    def name(self) -> str:
+        """Name of the run."""
+        return self.folder.name
+
+    @property
+    def version(self) -> str:
+        """Empty: a run has one log, whatever it was interrupted by."""
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        """The run's folder."""
+        return str(self.folder)
+
+    @property
+    def log_dir(self) -> str:
+        """The run's folder."""
+        return str(self.folder)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: the recipe lies beside the log."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Append a row."""
+        file, row = self.folder / METRICS, {**metrics, "step": step}
+        unknown = [name for name in row if name not in self._columns]
+        if unknown or not file.exists():
+            rows = self._rows()
+            self._columns += unknown
+            self._write(rows)
+        with file.open("a", newline="", encoding="utf-8") as stream:
+            csv.DictWriter(stream, self._columns).writerow(row)
+
+    @rank_zero_only
+    def log_captions(self, captions: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Append captions of one moment, each with its step."""
+        with (self.folder / CAPTIONS).open("a", encoding="utf-8") as stream:
+            for caption in captions:
+                stream.write(json.dumps({"step": step, **caption}, ensure_ascii=False) + "\n")
+
+    @rank_zero_only
+    def keep_before(self, step: int) -> None:
+        """Drop what was logged at or after a step: the run goes on from there and will log it again."""
+        rows = [row for row in self._rows() if row["step"].isdigit() and int(row["step"]) < step]
+        self._columns += [name for row in rows[:1] for name in row if name not in self._columns]
+        self._write(rows)
+        file = self.folder / CAPTIONS
+        if file.exists():
+            lines = file.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < step]
+            with atomic_file(file) as part:
+                part.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+    def _rows(self) -> list[dict[str, str]]:
+        file = self.folder / METRICS
+        if not file.exists():
+            return []
+        with file.open(newline="", encoding="utf-8") as stream:
+            return list(csv.DictReader(stream, restval=""))
+
+    def _write(self, rows: Sequence[Mapping[str, str]]) -> None:
+        with (
+            atomic_file(self.folder / METRICS) as part,
+            part.open("w", newline="", encoding="utf-8") as stream,
+        ):
+            writer = csv.DictWriter(stream, self._columns)
+            writer.writeheader()
+            writer.writerows(rows)

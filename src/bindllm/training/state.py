@@ -1,0 +1,243 @@
+"""What a run keeps on disk while it runs, so that nothing but the last moments can be lost.
+
+    runs/<name>/last.ckpt           everything that training needs to go on, replaced in one step
+    runs/<name>/best.safetensors    the trained tensors with the lowest validation loss so far
+
+Saved states lie between two steps that need nothing from each other: after a step that no validation follows, or
+after the validation and all that is decided from it. A run that goes on from one takes the same steps, to the bit,
+as a run that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bindllm.atomic import atomic_file
+from bindllm.errors import CheckpointError, TrainingError
+from bindllm.training.runlog import RunLog
+
+LAST = "last.ckpt"
+BEST = "best.safetensors"
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, and has saved its state."""
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes Lightning's states in one step, and reads them without unpickling.
+
+    Lightning itself writes to the system's temporary folder and moves the file from there, which is a copy when
+    that is another file system: killed meanwhile, it leaves a part of a state where the whole one was.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        """Write a state.
+
+        Raises:
+            TrainingError: the disk is full or not writable; an earlier state at ``path`` is untouched.
+        """
+        with _writing(path) as part:
+            torch.save(checkpoint, part)
+
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Read a state, onto the CPU.
+
+        Raises:
+            CheckpointError: it is damaged, or holds more than tensors and plain values.
+        """
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises many kinds for a damaged file
+            raise CheckpointError(
+                f"{path} cannot be read ({str(error).splitlines()[0]}); start the run afresh with --resume false"
+            ) from error
+
+
+@contextmanager
+def _writing(path: str | Path) -> Iterator[Path]:
+    """Write a file in one step; a disk that is full or not writable gives a `TrainingError`."""
+    with told_to_make_room(path), atomic_file(path) as part:
+        yield part
+
+
+@contextmanager
+def told_to_make_room(path: str | Path) -> Iterator[None]:
+    """Turn what a full disk raises, here and in torch and safetensors, into one `TrainingError`."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise TrainingError(
+            f"{path} cannot be written ({error}). What was saved before is untouched: make room and run the same "
+            "command again"
+        ) from error
+
+
+class RunState(Checkpoint):
+    """Saves the state of a run, keeps the best weights, and turns the first Ctrl-C into an orderly stop.
+
+    Args:
+        folder: the run's folder.
+        log: what the run has logged so far.
+        every_seconds: a state is saved when this much time has passed since the last one.
+
+    Attributes:
+        best_loss: lowest validation loss so far, or None.
+        best_step: the step it was reached at.
+        seconds: time spent in ``embed`` and in ``train`` (with validation), over all parts of an interrupted run.
+    """
+
+    def __init__(self, folder: str | Path, log: RunLog, *, every_seconds: float = 60.0) -> None:
+        self.folder, self.run_log = Path(folder), log
+        self.every_seconds = every_seconds
+        self.best_loss: float | None = None
+        self.best_step = 0
+        self.seconds = {"embed": 0.0, "train": 0.0}
+        self._stopped_early = False
+        self._rows: dict[str, Any] | None = None
+        self._interrupted = self._may_stop = False
+        self._clock = self._saved_at = time.monotonic()
+        self._handlers: dict[int, Any] = {}
+
+    @property
+    def last(self) -> Path:
+        """Where the state is."""
+        return self.folder / LAST
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the callback itself must know after a resume."""
+        return {
+            "best_loss": self.best_loss,
+            "best_step": self.best_step,
+            "seconds": self.seconds,
+            "stopped_early": self._stopped_early,
+            "rows": self._rows,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+        self.best_loss, self.best_step = state_dict["best_loss"], state_dict["best_step"]
+        self.seconds, self._stopped_early = state_dict["seconds"], state_dict["stopped_early"]
+        self._rows = state_dict["rows"]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go on being finished, if early stopping ended the run before the state was saved."""
+        trainer.should_stop = self._stopped_early
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check that the data are the same, cut the log back to where the run goes on, and listen to signals.
+
+        Lightning would compare the data itself, but only with loaders made after the state was read; the schedule
+        needs the length of an epoch, and so its loader, before that.
+        """
+        if self._rows is not None:
+            trainer.train_dataloader.load_state_dict(self._rows)
+        self._clock = self._saved_at = time.monotonic()
+        self.seconds["embed"] += trainer.datamodule.report.seconds_embedding
+        self.run_log.keep_before(trainer.global_step)
+        if threading.current_thread() is threading.main_thread():
+            self._handlers = {number: signal.signal(number, self._on_signal) for number in _STOP_SIGNALS}
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop, if that was asked for and the state is saved."""
+        self._stop_if_asked(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save when it is time or the run is asked to stop, unless a validation or an optimizer step is pending.
+
+        Lightning takes a validation that follows a saved step for done, and forgets accumulated gradients.
+        """
+        late = time.monotonic() - self._saved_at >= self.every_seconds
+        self._interrupted = trainer.strategy.reduce_boolean_decision(self._interrupted, all=False)
+        due = self._interrupted or trainer.strategy.reduce_boolean_decision(late, all=False)
+        done = batch_idx + 1
+        validates = trainer.is_last_batch or done % (trainer.val_check_batch or done + 1) == 0
+        if due and not validates and done % trainer.accumulate_grad_batches == 0:
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the weights if they are the best so far."""
+        loss = float(trainer.callback_metrics.get("val_loss", math.inf))
+        # Not "loss >= best": that is false for NaN, which would then be the best.
+        if trainer.sanity_checking or not loss < (math.inf if self.best_loss is None else self.best_loss):
+            return
+        self.best_loss, self.best_step = loss, trainer.global_step
+        if trainer.is_global_zero:
+            tensors = {name: value.cpu().contiguous() for name, value in pl_module.state_dict().items()}
+            with _writing(self.folder / BEST) as part:
+                save_file(tensors, part)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save after the validation and the decisions of all other callbacks: Lightning runs checkpoints last."""
+        self._stopped_early = trainer.should_stop
+        self._save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop before the run is measured, if that was asked for."""
+        self._stop_if_asked(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the signals back."""
+        self._release_signals()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give the signals back; Lightning calls no teardown after an exception."""
+        self._release_signals()
+
+    def best_weights(self) -> dict[str, Tensor] | None:
+        """Return the tensors with the lowest validation loss, or None where none was measured."""
+        return None if self.best_loss is None else load_file(self.folder / BEST)
+
+    def forget(self) -> None:
+        """Remove state and best weights: the run is finished and its checkpoint folder written."""
+        for name in (LAST, BEST):
+            (self.folder / name).unlink(missing_ok=True)
+
+    def _save(self, trainer: Trainer) -> None:
+        now = time.monotonic()
+        self.seconds["train"] += now - self._clock
+        self._clock = self._saved_at = now
+        self._rows = trainer.train_dataloader.state_dict()
+        trainer.save_checkpoint(self.last)
+        self._may_stop = self._interrupted
+
+    def _stop_if_asked(self, trainer: Trainer) -> None:
+        # Not right after the save: Lightning logs a step when all callbacks are done with it.
+        if self._may_stop:
+            raise Interrupted(f"stopped at step {trainer.global_step}")
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Ask for a stop at the next saved state; a second signal does what it does elsewhere."""
+        self._interrupted = True
+        self._release_signals()
+        # A handler may interrupt a print, so it must not print itself.
+        os.write(2, b"\nstopping as soon as the state can be saved; press Ctrl-C again to stop at once\n")
+
+    def _release_signals(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}

@@ -1,0 +1,1 @@
+"""The verbs of the command line; each file is imported when its verb runs."""

@@ -1,0 +1,165 @@
+"""``bindllm fit``: train, save the checkpoint folder, measure it, and write the report."""
+
+from __future__ import annotations
+
+import importlib.util
+import signal
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from bindllm.atomic import atomic_file
+from bindllm.checkpoint.card import licences
+from bindllm.errors import BindLLMError
+from bindllm.evaluation.run import HeldOutResult, evaluate_captions
+from bindllm.model.pretrained import describe
+from bindllm.training.callbacks import ParameterTable, SampleCaptions
+from bindllm.training.optim import describe_groups
+from bindllm.training.progress import RunProgress, printable
+from bindllm.training.report import RunFacts, write_report
+from bindllm.training.runlog import METRICS, RunLog
+from bindllm.training.state import AtomicCheckpointIO, Interrupted, RunState, told_to_make_room
+from bindllm.training.summary import summarise
+from bindllm.verbs.recipe import RecipeCLI, quiet
+from bindllm.verbs.runs import RECIPE, open_run, run_folder
+
+SHOWN_CAPTIONS = 5
+
+
+def fit(args: list[str]) -> int:
+    """Train as a recipe says, and leave a checkpoint folder with its report."""
+    console = Console(highlight=False)
+    with quiet():
+        cli = RecipeCLI("fit", args)
+        output, folder, recipe = Path(cli.config.output), run_folder(cli.config.output), cli.resolved()
+        state = RunState(folder, RunLog(folder), every_seconds=cli.config.save_every_seconds)
+        trainer = _trainer(cli, state)
+        # Processes that Lightning starts for further devices find the folder as the first one made it ready.
+        if rank_zero_only.rank == 0:
+            open_run(folder, recipe, resume=cli.config.resume, say=partial(console.print, markup=False))
+        try:
+            going_on = state.last if state.last.exists() else None
+            trainer.fit(cli.model, cli.datamodule, ckpt_path=going_on, weights_only=True)
+        except Interrupted as stop:
+            console.print(f"{stop}; the same command goes on from there")
+            return 130
+        except SystemExit as stop:
+            # So Lightning ends after a Ctrl-C in the midst of something (embedding, say), and ignores further ones.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            raise KeyboardInterrupt from stop
+        if not trainer.is_global_zero:
+            return 0
+        model = cli.model.model.to(trainer.strategy.root_device)
+        if (best := state.best_weights()) is not None:
+            model.load_trainable_state(best, source=str(folder))
+        with told_to_make_room(output):
+            model.save_pretrained(output, data=_data_names(cli))
+            with atomic_file(output / RECIPE) as part:
+                part.write_text(recipe, encoding="utf-8")
+        # From here on the trained folder is safe, whatever the measurement does.
+        code = _measure(cli, state, console)
+        state.forget()
+    return code
+
+
+def _trainer(cli: RecipeCLI, state: RunState) -> Trainer:
+    """Build the recipe's trainer with what every run keeps and shows."""
+    options = cli.trainer_options
+    captions = SampleCaptions(state.run_log)
+    callbacks = [ParameterTable(), captions, state]
+    if options.get("enable_progress_bar") is not False:
+        callbacks.insert(2, RunProgress(captions))
+    return cli.make_trainer(
+        callbacks=callbacks,
+        default_root_dir=state.folder,
+        enable_checkpointing=True,
+        logger=[state.run_log, *_loggers(options.get("logger"), state.folder)],
+        plugins=[*_as_list(options.get("plugins")), AtomicCheckpointIO()],
+    )
+
+
+def _loggers(chosen: Any, folder: Path) -> list[Logger]:
+    """Return the recipe's loggers; by default TensorBoard, where it is installed."""
+    if chosen is False:
+        return []
+    if chosen not in (None, True):
+        return _as_list(chosen)
+    if importlib.util.find_spec("tensorboard") is None:
+        print(
+            "tensorboard is not installed (pip install 'bindllm[report]'): the run is logged to metrics.csv alone"
+        )
+        return []
+    return [TensorBoardLogger(folder, name="", version="")]
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _data_names(cli: RecipeCLI) -> list[str]:
+    return [source.path for source in cli.datamodule.sources]
+
+
+def _measure(cli: RecipeCLI, state: RunState, console: Console) -> int:
+    """Measure the trained model, write its report, and say how it went; return the exit code."""
+    data, model, output = cli.datamodule, cli.model.model, Path(cli.config.output)
+    console.print(f"trained model: {output}", markup=False)
+    held_out = data.samples("test") or data.samples("validation")
+    if not held_out:
+        console.print("there are no held-out rows, so nothing is measured and there is no report")
+        return 0
+    try:
+        result = evaluate_captions(
+            model,
+            held_out,
+            train_samples=data.samples("train"),
+            lookup=data.lookup,
+            progress=console.is_terminal,
+        )
+        groups = describe_groups(model.parameter_groups())
+        seconds = {**state.seconds, "evaluate": result.seconds}
+        metrics = {
+            **result.metrics,
+            "seconds": {name: round(value, 1) for name, value in seconds.items()},
+            "trainable_parameters": sum(row["parameters"] for row in groups if row["trainable"]),
+        }
+        facts = RunFacts(
+            title=output.name,
+            parameters=groups,
+            data=asdict(data.report),
+            licences=licences(describe(model), data=_data_names(cli)),
+            problems=result.problems,
+            device=str(model.device),
+        )
+        log = state.folder / METRICS
+        page = write_report(output, metrics=metrics, captions=result.captions(), facts=facts, log=log)
+    except BindLLMError as error:
+        console.print(f"the report is not complete: {error}", style="yellow", markup=False)
+        return 1
+    _summary(console, metrics, result, page)
+    return 0
+
+
+def _summary(console: Console, metrics: dict[str, Any], result: HeldOutResult, page: Path) -> None:
+    """Print the headline, a few captions, and where everything is."""
+    console.print(f"report:        {page}\n", markup=False)
+    for sentence in summarise(metrics, num_pictures=len(result.rows)):
+        console.print(sentence, markup=False)
+    table = Table("held-out picture", "true", box=box.SIMPLE)
+    table.add_column("generated", no_wrap=True, overflow="ellipsis")
+    step = max(1, len(result.rows) // SHOWN_CAPTIONS)
+    for row in result.rows[::step][:SHOWN_CAPTIONS]:
+        cells = (Path(row.picture).name, row.references[0], row.generated or "")
+        table.add_row(*(Text(printable(cell)) for cell in cells))
+    console.print(table)

@@ -1,0 +1,42 @@
+"""``bindllm validate`` and ``bindllm test``: the loss of a trained model on a split of its recipe."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from bindllm.checkpoint.folder import MANIFEST
+from bindllm.errors import InputError
+from bindllm.verbs.recipe import RecipeCLI, quiet
+
+
+def validate(args: list[str]) -> int:
+    """Print the loss on the validation split."""
+    return _measure("validate", args)
+
+
+def test(args: list[str]) -> int:
+    """Print the loss on the test split."""
+    return _measure("test", args)
+
+
+def _measure(verb: str, args: list[str]) -> int:
+    """Run a trained model over a split: the folder that the recipe writes, or ``model.start_from``."""
+    with quiet():
+        cli = RecipeCLI(verb, args)
+        module = cli.model
+        module.start_from = module.start_from or cli.config.output
+        if not (Path(module.start_from) / MANIFEST).is_file():
+            raise InputError(
+                f"{module.start_from} holds no trained model: run bindllm fit first, or name another checkpoint "
+                "folder with --model.start_from"
+            )
+        watched = sys.stdout.isatty()
+        trainer = cli.make_trainer(logger=False, enable_checkpointing=False, enable_progress_bar=watched)
+        run = trainer.validate if verb == "validate" else trainer.test
+        losses = run(module, cli.datamodule, verbose=False)
+    if not losses or not losses[0]:
+        raise InputError(f"there are no rows to {verb} with: {cli.datamodule.report.rows}")
+    for name, loss in losses[0].items():
+        print(f"{name} {loss:.4f}")
+    return 0

@@ -1,0 +1,90 @@
+"""The parser of recipes: what jsonargparse complains about, in words of a recipe and with the closest name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from importlib import import_module
+from inspect import signature
+from typing import NoReturn
+
+import lightning.pytorch.callbacks
+from lightning.pytorch.cli import LightningArgumentParser
+
+from bindllm.errors import known_names
+from bindllm.verbs.usage import UsageError
+
+# What jsonargparse says, and where in it the unknown name and the place that should know it are.
+_UNKNOWN_KEY = re.compile(r"Group '(?P<group>\S+)' does not accept option '(?P<key>\S+)'")
+_UNKNOWN_OPTION = re.compile(r"(?:^Option '|unrecognized arguments: --)(?P<key>[^\s'=]+)")
+_UNKNOWN_ARGUMENT = re.compile(r"class_path '(?P<path>\S+)':\s+Option '(?P<key>\S+)' is not accepted")
+_UNKNOWN_CLASS = re.compile(r"module '(?P<path>\S+)' has no attribute '(?P<key>\S+)'")
+_UNKNOWN_MODULE = re.compile(r"No module named '(?P<key>\S+)'")
+_UNKNOWN_CALLBACK = re.compile(r"dot import path string: (?P<key>\S+)")
+_UNKNOWN_CHOICE = re.compile(r"typing\.Literal\[(?P<known>[^\]]+)\]\. Got value: (?P<key>\S+)")
+_WRONG_VALUE = re.compile(r"Parser key \"(?P<key>[^\"]+)\"")
+_MISSING = re.compile(r"arguments are required: (?P<key>[^\s,]+)")
+
+
+class RecipeParser(LightningArgumentParser):
+    """Raises `UsageError` with the closest name that exists, instead of leaving the process."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise; parsers of nested values hand the message to the one of the whole recipe."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        known = [action.dest for action in self._actions]
+        raise UsageError(f"{_plain(message)}\n{_hint(message, known)}".rstrip(), key=_key(message)) from ex
+
+
+def _plain(message: str) -> str:
+    """Say what jsonargparse says in words of a recipe."""
+    message = re.sub(r'Parser key "([^"]+)":\s*', r"\1: ", message)
+    message = re.sub(r"a typing\.Literal\[([^\]]+)\]", r"one of \1", message)
+    return re.sub(r"(?:a )?<class '([^']+)'>", r"\1", message)
+
+
+def _key(message: str) -> str:
+    """Return the key of the recipe that a message is about."""
+    if found := _UNKNOWN_KEY.search(message):
+        return f"{found['group']}.{found['key']}"
+    found = _UNKNOWN_OPTION.search(message) or _WRONG_VALUE.search(message) or _MISSING.search(message)
+    return found["key"] if found else ""
+
+
+def _hint(message: str, known: Sequence[str]) -> str:
+    """Return a sentence with the closest known name to the one that the message complains about."""
+    if found := _UNKNOWN_ARGUMENT.search(message):
+        module, _, name = found["path"].rpartition(".")
+        return known_names(found["key"], signature(getattr(import_module(module), name)).parameters)
+    if found := _UNKNOWN_KEY.search(message):
+        return _known_children(f"{found['group']}.{found['key']}", known)
+    if found := _UNKNOWN_OPTION.search(message):
+        return _known_children(found["key"], known)
+    if found := _UNKNOWN_CLASS.search(message):
+        return known_names(found["key"], _classes(found["path"]))
+    if found := _UNKNOWN_CHOICE.search(message):
+        return known_names(found["key"], re.findall(r"'([^']+)'", found["known"]))
+    if found := _UNKNOWN_CALLBACK.search(message):
+        return known_names(found["key"], lightning.pytorch.callbacks.__all__)
+    if _UNKNOWN_MODULE.search(message):
+        return "Give the full import path of a class, such as bindllm.encoders.EfficientNetLite."
+    return ""
+
+
+def _classes(module: str) -> list[str]:
+    """Return the classes that a module offers, without those that it only imports."""
+    names = vars(import_module(module))
+    own = [name for name, value in names.items() if isinstance(value, type) and value.__module__ == module]
+    return list(names.get("__all__", own))
+
+
+def _known_children(key: str, known: Sequence[str]) -> str:
+    """Return the closest name to the first part of a dotted key that does not exist."""
+    prefix = ""
+    for part in key.split("."):
+        children = {name[len(prefix) :].split(".")[0] for name in known if name.startswith(prefix)}
+        if part not in children:
+            return known_names(part, children)
+        prefix += f"{part}."
+    return ""

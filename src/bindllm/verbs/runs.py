@@ -1,0 +1,89 @@
+"""The folder of a run, ``runs/<name>``: whether to go on with what is in it, or to set it aside and start afresh."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bindllm.atomic import atomic_file, remove_leftovers
+from bindllm.checkpoint.folder import MANIFEST
+from bindllm.errors import InputError
+from bindllm.training.state import BEST, LAST
+
+RUNS = "runs"
+RECIPE = "recipe.yaml"
+_SHOWN_CHANGES = 5
+
+
+def run_folder(output: str | Path) -> Path:
+    """Return the folder of the run that writes a checkpoint folder.
+
+    Raises:
+        InputError: ``output`` holds something else than a checkpoint, which the run would replace at its end.
+    """
+    output = Path(output)
+    if output.is_dir() and any(output.iterdir()) and not (output / MANIFEST).is_file():
+        raise InputError(
+            f"output {output} is a folder with other content (no {MANIFEST}); choose another one"
+        )
+    return Path(RUNS) / output.resolve().name
+
+
+def open_run(folder: Path, recipe: str, *, resume: bool = True, say: Callable[[str], Any] = print) -> None:
+    """Make the folder ready: afterwards it holds a state if, and only if, the run is to go on from it.
+
+    Args:
+        folder: the run's folder.
+        recipe: the resolved recipe, which decides whether an interrupted run is the same.
+        resume: False starts afresh in any case.
+        say: takes a sentence for the user, if there is anything to say.
+    """
+    state, earlier = folder / LAST, folder / RECIPE
+    if state.exists():
+        old = yaml.safe_load(earlier.read_text(encoding="utf-8")) if earlier.exists() else {}
+        changes = list(_changes(old, yaml.safe_load(recipe)))
+        if resume and not changes:
+            for name in (LAST, BEST):
+                remove_leftovers(folder / name)
+            say(f"going on with the interrupted run in {folder}")
+            return
+        reason = f"the recipe has changed ({_listed(changes)})" if changes else "as asked"
+        say(f"starting afresh: {reason}; the interrupted run is kept in {_aside(folder)}")
+    if folder.exists():
+        _set_aside(folder)
+    with atomic_file(earlier) as part:
+        part.write_text(recipe, encoding="utf-8")
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.previous")
+
+
+def _set_aside(folder: Path) -> None:
+    """Keep one earlier run; a run without a saved state never takes the place of one with it."""
+    aside = _aside(folder)
+    if (aside / LAST).exists() and not (folder / LAST).exists():
+        shutil.rmtree(folder)
+        return
+    if aside.exists():
+        shutil.rmtree(aside)
+    os.replace(folder, aside)
+
+
+def _changes(old: Any, new: Any, key: str = "") -> Iterator[str]:
+    """Yield what differs between two recipes, one entry per key."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in dict.fromkeys([*old, *new]):
+            yield from _changes(old.get(name), new.get(name), f"{key}.{name}" if key else str(name))
+    elif old != new:
+        yield f"{key}: {old} -> {new}"
+
+
+def _listed(changes: list[str]) -> str:
+    more = f", and {len(changes) - _SHOWN_CHANGES} more" if len(changes) > _SHOWN_CHANGES else ""
+    return ", ".join(changes[:_SHOWN_CHANGES]) + more

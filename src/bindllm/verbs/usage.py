@@ -1,0 +1,42 @@
+"""Mistakes on the command line: one error, with the closest name that exists."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import NoReturn
+
+from bindllm.errors import BindLLMError, known_names
+
+
+class UsageError(BindLLMError):
+    """A command line or a recipe that cannot be read; the command ends with exit code 2.
+
+    Args:
+        message: what is wrong, and the closest name that exists.
+        key: the key of the recipe that it is about, or an empty text.
+    """
+
+    def __init__(self, message: str, *, key: str = "") -> None:
+        super().__init__(message)
+        self.key = key
+
+
+class Arguments(argparse.ArgumentParser):
+    """An argument parser that raises `UsageError`, and names the closest option to an unknown one."""
+
+    def __init__(self, verb: str, description: str) -> None:
+        super().__init__(prog=f"bindllm {verb}", description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise, instead of printing and leaving the process."""
+        raise UsageError(f"{message}. {unknown_option_hint(message, self)}".rstrip())
+
+
+def unknown_option_hint(message: str, parser: argparse.ArgumentParser) -> str:
+    """Return a hint for the first option that the parser does not know, or nothing."""
+    unknown = re.search(r"unrecognized arguments: (--[^\s=]+)", message)
+    if unknown is None:
+        return f"Options: {parser.prog} --help"
+    options = [name for action in parser._actions for name in action.option_strings if name.startswith("--")]
+    return known_names(unknown[1], options)

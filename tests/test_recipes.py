@@ -1,0 +1,93 @@
+"""Every recipe of the project is read by the real command line and runs two steps on tiny parts."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bindllm.verbs.recipe import RecipeCLI, quiet
+from tiny_run import run, tiny_parts
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+FILES = {
+    "README.md",
+    "bind.safetensors",
+    "bindllm.json",
+    "metrics.json",
+    "recipe.yaml",
+    "report.html",
+    "report/captions.jsonl",
+    "report/facts.json",
+    "report/log.csv",
+}
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    return tiny_parts(tmp_path_factory.mktemp("parts"))
+
+
+def with_tiny_parts(recipe: dict, parts: Path) -> dict:
+    recipe["model"]["decoder"]["name"] = str(parts / "decoder")
+    recipe["model"]["encoders"] = [{"class_path": "tiny.ColourEncoder"}]
+    recipe["data"]["sources"] = [
+        {**source, "path": str(parts / "pictures")} for source in recipe["data"]["sources"]
+    ]
+    recipe["trainer"] |= {
+        "accelerator": "cpu",
+        "max_epochs": 1,
+        "limit_train_batches": 2,
+        "log_every_n_steps": 1,
+    }
+    return recipe
+
+
+def test_there_are_recipes():
+    assert {"quickstart.yaml", "stamps.yaml"} <= {file.name for file in RECIPES}
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.name)
+def test_a_recipe_says_what_it_is_and_how_to_run_it(file):
+    header = [line for line in file.read_text().splitlines() if line.startswith("#")]
+    assert any(f"bindllm fetch recipes/{file.name}" in line for line in header)
+    assert any(f"bindllm fit --config recipes/{file.name}" in line for line in header)
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.name)
+def test_a_recipe_runs_and_leaves_its_files(file, parts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = with_tiny_parts(yaml.safe_load(file.read_text()), parts)
+    assert run("fit", recipe) == 0
+    output = Path(recipe["output"])
+    assert {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()} == FILES
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics.keys() == {
+        "heldout",
+        "zero_gates",
+        "shuffled",
+        "nearest",
+        "seconds",
+        "trainable_parameters",
+    }
+    assert metrics["seconds"]["train"] > 0
+    with Path("runs", output.name, "metrics.csv").open(newline="") as stream:
+        steps = [row["step"] for row in csv.DictReader(stream) if row["train_loss"]]
+    assert steps == ["0", "1"]
+    logged = {path.name[:19] for path in Path("runs", output.name).iterdir()}
+    assert {"metrics.csv", "captions.jsonl", "recipe.yaml", "events.out.tfevents"} <= logged
+    assert not list(Path("runs").rglob("last.ckpt"))
+
+
+def test_the_resolved_recipe_of_a_checkpoint_is_a_recipe(parts, tmp_path, monkeypatch):
+    """What is written into the folder reads back to the same values, with every default in it."""
+    monkeypatch.chdir(tmp_path)
+    recipe = with_tiny_parts(yaml.safe_load(RECIPES[0].read_text()), parts)
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with quiet():
+        first = RecipeCLI("fit", ["--config", "recipe.yaml"], build=False).resolved()
+        Path("resolved.yaml").write_text(first)
+        second = RecipeCLI("fit", ["--config", "resolved.yaml"], build=False).resolved()
+    assert first == second
+    assert yaml.safe_load(first)["model"]["bind"] == {"depth": 3, "expansion": 4}

@@ -1,0 +1,49 @@
+"""A whole training run on tiny parts, through the real command line."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import yaml
+
+from bindllm.cli import main
+from tiny import colour_pictures, save_tiny_decoder
+
+
+def tiny_parts(folder: Path) -> Path:
+    """Write a tiny decoder and coloured pictures, once for many runs."""
+    save_tiny_decoder(folder / "decoder")
+    colour_pictures(folder / "pictures", per_colour=7)
+    return folder
+
+
+def tiny_recipe(parts: Path, **sections: dict) -> dict:
+    """A recipe of 2 epochs with 5 steps each; the sections given replace keys of the sections here."""
+    recipe = {
+        "seed_everything": 0,
+        "output": "checkpoints/tiny",
+        "save_every_seconds": 0,
+        "model": {
+            "decoder": {"name": str(parts / "decoder"), "dtype": "float32"},
+            "encoders": [{"class_path": "tiny.ColourEncoder"}],
+            "optim": {"lr": 0.01},
+        },
+        "data": {"sources": [{"path": str(parts / "pictures")}], "store": "data/store", "batch_size": 4},
+        "trainer": {"max_epochs": 2, "accelerator": "cpu", "gradient_clip_val": 1.0, "logger": False},
+    }
+    for name, section in sections.items():
+        recipe[name] = {**recipe[name], **section} if isinstance(section, dict) else section
+    return copy.deepcopy(recipe)
+
+
+def write_recipe(recipe: dict) -> Path:
+    """Write a recipe into the current folder."""
+    file = Path("recipe.yaml")
+    file.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return file
+
+
+def run(verb: str, recipe: dict, *options: str) -> int:
+    """Run a verb with a recipe from the current folder; return the exit code."""
+    return main([verb, "--config", str(write_recipe(recipe)), *options])

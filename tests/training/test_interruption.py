@@ -1,0 +1,281 @@
+"""An interrupted run that goes on ends in the same bytes as one that was never interrupted."""
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import bindllm.atomic as atomic
+import bindllm.training.state as state
+from bindllm.training.module import BindModule
+from tiny_run import run, tiny_parts, tiny_recipe, write_recipe
+
+FILES = ("checkpoints/tiny/bind.safetensors", "runs/tiny/metrics.csv", "runs/tiny/captions.jsonl")
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing of ours catches it, so the disk stays as it was at that moment."""
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    """2 epochs of 5 steps; a state is saved at every step that allows it."""
+    parts = tiny_parts(tmp_path_factory.mktemp("parts"))
+    return tiny_recipe(parts, trainer={"log_every_n_steps": 1})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _unmeasured():
+    """What follows the trained folder is not what these tests are about."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bindllm.verbs.fit._measure", lambda *_: 0)
+        yield
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(recipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert run("fit", recipe) == 0
+    return ending(folder)
+
+
+def ending(folder: Path) -> dict[str, bytes]:
+    """What a finished run leaves that must not depend on interruptions."""
+    return {name: (folder / name).read_bytes() for name in FILES}
+
+
+def count_calls(monkeypatch, owner, name, *, at=0, before=lambda: None, after=lambda: None) -> list[str]:
+    """Record the calls of a method, and act before or after the work of one of them."""
+    original, calls = getattr(owner, name), []
+
+    def counting(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == at:
+            before()
+        result = original(*args, **kwargs)
+        if len(calls) == at:
+            after()
+        return result
+
+    monkeypatch.setattr(owner, name, counting)
+    return calls
+
+
+def die():
+    raise Killed
+
+
+# Where a run dies: method, call, whether before or after its work, and the steps that are left for the next run.
+PLACES = {
+    "in the first step": (BindModule, "training_step", 1, "before", 10),
+    "in the middle of an epoch": (BindModule, "training_step", 3, "before", 8),
+    "between gradient and optimizer": (BindModule, "on_before_optimizer_step", 4, "before", 7),
+    "in the last step of an epoch": (BindModule, "training_step", 5, "after", 6),
+    "in a validation": (BindModule, "validation_step", 1, "before", 6),
+    "after a validation": (state.RunState, "on_validation_end", 1, "after", 6),
+    "at the end of an epoch": (state.RunState, "on_train_epoch_end", 1, "after", 5),
+    "in the second epoch": (BindModule, "training_step", 8, "before", 3),
+    "when all steps are done": (state.RunState, "on_train_epoch_end", 2, "after", 0),
+    "while the best weights are read back": (state.RunState, "best_weights", 1, "before", 0),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_killed_run_goes_on_to_the_same_end(place, recipe, uninterrupted, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    owner, name, at, when, left = PLACES[place]
+    with monkeypatch.context() as patch:
+        count_calls(patch, owner, name, at=at, **{when: die})
+        with pytest.raises(Killed):
+            run("fit", recipe)
+    assert not Path("checkpoints/tiny").exists()
+    steps = count_calls(monkeypatch, BindModule, "training_step")
+    assert run("fit", recipe) == 0
+    assert len(steps) == left
+    assert ending(tmp_path) == uninterrupted
+
+
+RHYTHMS = {
+    "validation within the epoch": {"val_check_interval": 2},
+    "validation every second epoch": {"check_val_every_n_epoch": 2, "max_epochs": 4},
+    "gradients of two batches": {"accumulate_grad_batches": 2},
+    "both": {"accumulate_grad_batches": 2, "val_check_interval": 3},
+    "a number of steps": {"max_steps": 7, "max_epochs": -1},
+    "a part of the epoch": {"limit_train_batches": 4},
+    "no validation": {"limit_val_batches": 0},
+}
+
+
+@pytest.mark.parametrize("rhythm", RHYTHMS)
+def test_any_rhythm_of_validation_and_optimizer_goes_on_to_the_same_end(
+    rhythm, recipe, tmp_path, monkeypatch
+):
+    changed = {**recipe, "trainer": {**recipe["trainer"], **RHYTHMS[rhythm]}}
+    monkeypatch.chdir(tmp_path)
+    ends = []
+    for killed_at in ((), (4, 3)):
+        for at in killed_at:
+            with monkeypatch.context() as patch:
+                count_calls(patch, BindModule, "training_step", at=at, before=die)
+                with pytest.raises(Killed):
+                    run("fit", changed)
+        assert run("fit", changed) == 0
+        weights, *logs = (Path(name).read_bytes() for name in FILES if Path(name).exists())
+        # Lightning counts a row's step one too high after an epoch's end, if the run's length is given in steps.
+        ends.append((weights, [log.count(b"\n") for log in logs]))
+    assert ends[0] == ends[1]
+
+
+def test_a_run_that_dies_while_it_saves_goes_on_from_the_state_before(
+    recipe, uninterrupted, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    original, saves = state.torch.save, []
+
+    def dying(content, path):
+        saves.append(path)
+        original(content, path)
+        if len(saves) == 3:
+            path.write_bytes(path.read_bytes()[:100])
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(state.torch, "save", dying)
+        with pytest.raises(Killed):
+            run("fit", recipe)
+    steps = count_calls(monkeypatch, BindModule, "training_step")
+    assert run("fit", recipe) == 0
+    assert len(steps) == 8
+    assert ending(tmp_path) == uninterrupted
+
+
+@pytest.mark.parametrize("file", [".last.ckpt.", ".best.safetensors.", ".tiny."])
+def test_a_full_disk_loses_nothing(file, recipe, uninterrupted, tmp_path, monkeypatch, capsys):
+    """Full at the second save of the state, of the best weights, of the checkpoint folder; then there is room."""
+    monkeypatch.chdir(tmp_path)
+    if file == ".tiny.":
+        assert run("fit", recipe) == 0
+    original, saves = atomic._sync, []
+
+    def full(path):
+        saves.append(path)
+        if file in str(path) and (
+            file == ".tiny." or len([path for path in saves if file in str(path)]) == 2
+        ):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic, "_sync", full)
+        assert run("fit", recipe) == 1
+    error = capsys.readouterr().err
+    assert "No space left on device" in error
+    assert "make room" in error
+    if file == ".tiny.":
+        assert ending(tmp_path) == uninterrupted
+    assert run("fit", recipe) == 0
+    assert ending(tmp_path) == uninterrupted
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "left"), [("training_step", 3, 7), ("validation_step", 1, 5), ("validation_step", 2, 0)]
+)
+def test_ctrl_c_saves_first_and_nothing_is_lost(
+    name, at, left, recipe, uninterrupted, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    slow = {**recipe, "save_every_seconds": 1000}
+    handler = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        count_calls(patch, BindModule, name, at=at, before=lambda: os.kill(os.getpid(), signal.SIGINT))
+        assert run("fit", slow) == 130
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert "the same command goes on from there" in capsys.readouterr().out
+    steps = count_calls(monkeypatch, BindModule, "training_step")
+    assert run("fit", slow) == 0
+    assert len(steps) == left
+    assert ending(tmp_path) == uninterrupted
+
+
+def test_a_process_killed_by_the_system_goes_on(recipe, uninterrupted, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = (
+        "import os, signal, sys; from bindllm.cli import main; from bindllm.training.module import BindModule\n"
+        "original = BindModule.training_step\n"
+        "def step(self, batch, n):\n"
+        "    if self.global_step == 6: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return original(self, batch, n)\n"
+        "BindModule.training_step = step\n"
+        "main(['fit', '--config', sys.argv[1]])\n"
+    )
+    path = os.pathsep.join(sys.path)
+    command = [sys.executable, "-c", code, str(write_recipe(recipe))]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, check=False
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert run("fit", recipe) == 0
+    assert ending(tmp_path) == uninterrupted
+
+
+def test_early_stopping_is_remembered_by_a_run_that_goes_on(recipe, tmp_path, monkeypatch):
+    """Stopped early, then killed before the folder was written: not one more step may be taken."""
+    monkeypatch.chdir(tmp_path)
+    stopping = {
+        "class_path": "EarlyStopping",
+        "init_args": {"monitor": "val_loss", "patience": 1, "min_delta": 100},
+    }
+    early = {**recipe, "trainer": {**recipe["trainer"], "max_epochs": 5, "callbacks": [stopping]}}
+    with monkeypatch.context() as patch:
+        first = count_calls(patch, BindModule, "training_step")
+        count_calls(patch, state.RunState, "best_weights", at=1, before=die)
+        with pytest.raises(Killed):
+            run("fit", early)
+    assert len(first) == 10
+    steps = count_calls(monkeypatch, BindModule, "training_step")
+    assert run("fit", early) == 0
+    assert steps == []
+
+
+def test_a_finished_run_starts_afresh(recipe, uninterrupted, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        steps = count_calls(monkeypatch, BindModule, "training_step")
+        assert run("fit", recipe) == 0
+        assert len(steps) == 10
+    assert ending(tmp_path) == uninterrupted
+
+
+def test_a_changed_recipe_starts_afresh_and_says_what_changed(recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        count_calls(patch, BindModule, "training_step", at=4, before=die)
+        with pytest.raises(Killed):
+            run("fit", recipe)
+    steps = count_calls(monkeypatch, BindModule, "training_step")
+    assert run("fit", recipe, "--model.optim.lr", "0.02") == 0
+    assert len(steps) == 10
+    assert "model.optim.lr: 0.01 -> 0.02" in " ".join(capsys.readouterr().out.split())
+    assert Path("runs/tiny.previous/last.ckpt").exists()
+
+
+def test_changed_data_are_not_trained_on_as_if_they_were_the_same(recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(recipe["data"]["sources"][0]["path"], "pictures")
+    own = {**recipe, "data": {**recipe["data"], "sources": [{"path": "pictures"}]}}
+    with monkeypatch.context() as patch:
+        count_calls(patch, BindModule, "training_step", at=4, before=die)
+        with pytest.raises(Killed):
+            run("fit", own)
+    table = Path("pictures/captions.jsonl")
+    table.write_text("".join(table.read_text().splitlines(keepends=True)[:-1]))
+    assert run("fit", own) == 1
+    assert "training rows" in capsys.readouterr().err
+    assert run("fit", own, "--resume", "false") == 0

@@ -1,0 +1,82 @@
+import os
+import pickle
+import resource
+from contextlib import contextmanager
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import bindllm.training.state as state
+from bindllm.errors import CheckpointError, TrainingError
+from bindllm.training.state import AtomicCheckpointIO
+
+
+def test_a_state_comes_back_without_unpickling(tmp_path):
+    content = {"state_dict": {"a": torch.arange(3)}, "loops": {"step": 4, "names": ["x"]}, "score": None}
+    AtomicCheckpointIO().save_checkpoint(content, tmp_path / "last.ckpt")
+    back = AtomicCheckpointIO().load_checkpoint(tmp_path / "last.ckpt")
+    assert torch.equal(back["state_dict"]["a"], torch.arange(3))
+    assert back["loops"] == content["loops"]
+    assert os.listdir(tmp_path) == ["last.ckpt"]
+
+
+class Bomb:
+    def __reduce__(self):
+        return (os.mkdir, ("exploded",))
+
+
+def test_code_in_a_state_is_refused_and_never_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": {}, "extra": Bomb()}, "last.ckpt")
+    with pytest.raises(CheckpointError, match="--resume false"):
+        AtomicCheckpointIO().load_checkpoint("last.ckpt", weights_only=False)
+    (tmp_path / "plain.ckpt").write_bytes(pickle.dumps(Bomb(), protocol=2))
+    with pytest.raises(CheckpointError):
+        AtomicCheckpointIO().load_checkpoint("plain.ckpt")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_truncated_state_is_named(tmp_path):
+    file = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"a": torch.arange(1000)}, file)
+    file.write_bytes(file.read_bytes()[:-400])
+    with pytest.raises(CheckpointError, match=r"last.ckpt cannot be read"):
+        AtomicCheckpointIO().load_checkpoint(file)
+
+
+@contextmanager
+def full_disk():
+    """Let the system refuse to write more than 10 kB into a file."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("save", [torch.save, lambda content, path: save_file(content, path)])
+def test_the_earlier_file_outlives_a_full_disk(save, tmp_path):
+    file = tmp_path / "last"
+    with state._writing(file) as part:
+        save({"a": torch.zeros(10)}, part)
+    before = file.read_bytes()
+    with full_disk(), pytest.raises(TrainingError, match="make room"), state._writing(file) as part:
+        save({"a": torch.zeros(10_000)}, part)
+    assert file.read_bytes() == before
+    assert os.listdir(tmp_path) == ["last"]
+
+
+def test_the_earlier_state_outlives_a_save_that_is_killed(tmp_path, monkeypatch):
+    def killed(content, path):
+        path.write_bytes(b"half of it")
+        raise KeyboardInterrupt
+
+    file = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"step": 1}, file)
+    before = file.read_bytes()
+    monkeypatch.setattr(state.torch, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        AtomicCheckpointIO().save_checkpoint({"step": 2}, file)
+    assert file.read_bytes() == before

@@ -1,0 +1,131 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from bindllm.cli import main
+from tiny_run import run, tiny_parts, tiny_recipe
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    return tiny_parts(tmp_path_factory.mktemp("parts"))
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_sound_recipe_has_no_problems_and_is_previewed(parts, capsys):
+    assert run("check", tiny_recipe(parts)) == 0
+    told = capsys.readouterr().out
+    assert "no problems" in told
+    assert "20 train, 4 validation, 4 test" in told
+    assert "learnt 'red square<|im_end|>'" in told
+    assert not Path("data").exists()
+
+
+def test_all_problems_are_named_at_once(parts, capsys):
+    recipe = tiny_recipe(parts, output=str(parts))
+    recipe["outputt"] = 1
+    recipe["model"] |= {"bind": {"depth": -1, "expansoin": 2}, "optim": {"lr": "fast", "warmup": -1}}
+    recipe["model"]["decoder"]["name"] = "checkpoints/nope"
+    recipe["data"]["sources"] += [{"path": "nowhere"}, {"path": str(parts / "pictures"), "weight": -1}]
+    recipe["trainer"]["max_epoch"] = 3
+    assert run("check", recipe, "--data.batchsize", "4") == 1
+    told = capsys.readouterr().out
+    for expected in (
+        "'output'",
+        "'expansion'",
+        "model.optim.lr",
+        "warmup is -1",
+        "'max_epochs'",
+        "'batch_size'",
+        "depth -1",
+        "other content",
+        "'checkpoints/nope'",
+        "nowhere",
+        "weight must be",
+    ):
+        assert expected in told, expected
+    assert "11 problems" in told
+
+
+def test_a_decoder_that_cannot_be_hooked_is_found_without_its_weights(parts, tmp_path, capsys):
+    config = json.loads((parts / "decoder" / "config.json").read_text())
+    folder = tmp_path / "other"
+    folder.mkdir()
+    for file in (parts / "decoder").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    gpt = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": config["vocab_size"]}
+    (folder / "config.json").write_text(json.dumps(gpt))
+    assert run("check", tiny_recipe(parts), "--model.decoder.name", str(folder)) == 1
+    assert "1 problems" in capsys.readouterr().out
+
+
+def test_an_unknown_group_to_train_is_found_without_weights(parts, capsys):
+    assert run("check", tiny_recipe(parts), "--model.trainable", "[bnd]") == 1
+    assert "Did you mean 'bind'?" in capsys.readouterr().out
+
+
+def test_sources_without_training_rows_are_a_problem(parts, capsys):
+    source = {"path": str(parts / "pictures"), "split": "test"}
+    assert run("check", tiny_recipe(parts, data={"sources": [source]})) == 1
+    assert "no row to train on" in capsys.readouterr().out
+
+
+def test_rows_that_are_left_out_are_counted_with_examples(tmp_path, parts, capsys):
+    rows = [
+        {"image": "a.png", "caption": "x"},
+        {"image": str(parts / "pictures/images/red0.png"), "caption": "red"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = tiny_recipe(parts, data={"sources": [{"path": "rows.jsonl", "split": "train"}]})
+    assert run("check", recipe) == 0
+    assert "1 x no such picture" in capsys.readouterr().out
+
+
+def test_a_checkpoint_folder(parts, capsys):
+    assert run("fit", tiny_recipe(parts, trainer={"max_epochs": 1, "limit_train_batches": 1})) == 0
+    allow = ["--allow", "tiny.ColourEncoder"]
+    assert main(["check", "--folder", "checkpoints/tiny", *allow]) == 0
+    manifest = Path("checkpoints/tiny/bindllm.json")
+    content = json.loads(manifest.read_text())
+    content["decoder"]["fingerprint"] = "0" * 64
+    manifest.write_text(json.dumps(content))
+    weights = Path("checkpoints/tiny/bind.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-4])
+    assert main(["check", "--folder", "checkpoints/tiny", *allow]) == 1
+    told = capsys.readouterr().out
+    assert "2 problems" in told
+    assert "decoder" in told
+    assert "bind.safetensors" in told
+
+
+def test_an_encoder(capsys):
+    assert main(["check", "--encoder", "tiny.ColourEncoder"]) == 0
+    assert main(["check", "--encoder", "collections.OrderedDict"]) == 1
+    assert "it lacks" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (["--config", "nope.yaml"], "nope.yaml"),
+        (["--folder", "nope"], "'nope' does not exist"),
+        (["--encoder", "tiny.Nope"], "tiny.Nope"),
+    ],
+)
+def test_what_does_not_exist_is_a_problem_and_not_a_traceback(line, told, capsys):
+    assert main(["check", *line]) == 1
+    assert told in capsys.readouterr().out
+
+
+def test_a_recipe_that_is_not_yaml(capsys):
+    Path("broken.yaml").write_text("a: [1, 2\nb: {")
+    assert main(["check", "--config", "broken.yaml"]) == 1
+    Path("list.yaml").write_text("- 1")
+    assert main(["check", "--config", "list.yaml"]) == 1
+    assert "expected keys and values" in capsys.readouterr().out
+    assert main(["check"]) == 2
