@@ -53,7 +53,7 @@ def test_disk_full_while_saving_leaves_the_old_checkpoint(folder, monkeypatch):
 
 def test_a_missing_folder_names_the_closest(folder):
     with pytest.raises(CheckpointError, match="Did you mean 'model'"):
-        read_manifest(folder.parent / "modle")
+        read_manifest(folder.parent / "mode")
 
 
 def test_a_newer_format_is_refused(folder):
@@ -129,6 +129,6 @@ def test_classes_outside_bindllm_need_permission():
         build_object(entry)
     assert build_object(entry, allow=["tiny.ColourEncoder"]).grid == 2
     with pytest.raises(CheckpointError, match="cannot be built"):
-        build_object({**entry, "init_args": {"gird": 2}}, allow=["tiny.ColourEncoder"])
+        build_object({**entry, "init_args": {"grids": 2}}, allow=["tiny.ColourEncoder"])
     with pytest.raises(CheckpointError, match="cannot be built"):
         build_object({"class_path": "bindllm.encoders.Nothing"})

@@ -187,8 +187,8 @@ def test_a_stream_can_be_left_early_and_its_errors_arrive(model):
     next(stream)
     stream.close()
     assert not any(thread.name == "bindllm-stream" for thread in threading.enumerate())
-    with pytest.raises(ValueError, match="temprature"):
-        list(model.stream("What?", temprature=1))
+    with pytest.raises(ValueError, match="temperatures"):
+        list(model.stream("What?", temperatures=1))
 
 
 def test_the_system_text_of_the_model_goes_ahead_of_every_prompt(decoder_folder):
