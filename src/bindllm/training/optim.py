@@ -86,7 +86,7 @@ def build_optimizer(groups: Groups, config: OptimConfig) -> torch.optim.AdamW:
         for params, decay in ((decayed, config.weight_decay), (plain, 0.0))
         if params
     ]
-    return torch.optim.AdamW(parts, lr=config.lr, betas=config.betas)
+    return torch.optim.AdamW(parts, lr=config.lr, betas=config.betas, fused=True)
 
 
 def lr_factor(step: int, *, total: int, config: OptimConfig) -> float:

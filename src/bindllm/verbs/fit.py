@@ -33,11 +33,18 @@ from bindllm.verbs.recipe import RecipeCLI, quiet
 from bindllm.verbs.runs import RECIPE, open_run, run_folder
 
 SHOWN_CAPTIONS = 5
+REPORT_PACKAGES = ("torchmetrics", "pycocoevalcap", "matplotlib")
 
 
 def fit(args: list[str]) -> int:
     """Train as a recipe says, and leave a checkpoint folder with its report."""
     console = Console(highlight=False)
+    if missing := [name for name in REPORT_PACKAGES if importlib.util.find_spec(name) is None]:
+        console.print(
+            f"{', '.join(missing)} not installed: the model will be trained and saved, but its report will not be "
+            "whole. For the report: pip install 'bindllm[report]'",
+            markup=False,
+        )
     with quiet():
         cli = RecipeCLI("fit", args)
         output, folder, recipe = Path(cli.config.output), run_folder(cli.config.output), cli.resolved()
