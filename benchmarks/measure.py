@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import platform
 import re
@@ -68,6 +69,24 @@ def matrix_rate(rows: int, inner: int, columns: int, dtype: torch.dtype, device:
 
     run()
     return work * repeats / min(seconds(run) for _ in range(7))
+
+
+def forget_peak() -> None:
+    """Start measuring the peak anew: loading a model takes more memory than running it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        # Linux lets a process reset its own high-water mark; elsewhere this file does not exist, and it raises.
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes() -> int:
+    """Peak memory since `forget_peak`: of the GPU's allocator, or of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
 
 
 def machine_kind() -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
 
 import torch
 
-from benchmarks.measure import Figure, matrix_rate, paired
+from benchmarks.measure import Figure, forget_peak, matrix_rate, paired, peak_bytes
 from benchmarks.parts import bare_decoder, bare_loss, bound_loss, bound_model, training_batch
 
 ON_GPU = torch.cuda.is_available()
@@ -76,23 +75,23 @@ def _memory() -> Figure:
 
 
 def _peak(side: str) -> int:
-    """Run three steps of one side and return the peak bytes of this process (or of the GPU)."""
+    """Run three steps of one side and return the peak bytes of this process (or of the GPU), loading left out."""
     if side == "bare":
         decoder = bare_decoder()
         batch = training_batch(decoder, **SHAPE)
+        forget_peak()
         for _ in range(3):
             bare_loss(decoder, batch).backward()
     else:
         model = bound_model()
         batch = training_batch(model.decoder, **SHAPE)
         optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+        forget_peak()
         for _ in range(3):
             bound_loss(model, batch).backward()
             optimiser.step()
             optimiser.zero_grad()
-    if ON_GPU:
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_bytes()
 
 
 if __name__ == "__main__":

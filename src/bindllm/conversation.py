@@ -84,6 +84,11 @@ class Conversation:
         object.__setattr__(self, "messages", tuple(self.messages))
         if not self.messages:
             raise InputError("a conversation without messages; give at least one Message")
+        for message in self.messages:
+            if not isinstance(message, Message):
+                raise InputError(
+                    f"a conversation holds {message!r}, which is no Message; write Message('user', ...)"
+                )
 
     @cached_property
     def media_groups(self) -> tuple[tuple[Media, ...], ...]:

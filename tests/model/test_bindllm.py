@@ -187,8 +187,52 @@ def test_a_stream_can_be_left_early_and_its_errors_arrive(model):
     next(stream)
     stream.close()
     assert not any(thread.name == "bindllm-stream" for thread in threading.enumerate())
-    with pytest.raises(ValueError, match="temperatures"):
-        list(model.stream("What?", temperatures=1))
+    with pytest.raises(RuntimeError, match="on purpose"):
+        list(model.stream("What?", prefix_allowed_tokens_fn=_fail))
+
+
+def _fail(*_):
+    raise RuntimeError("on purpose")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"temperatures": 1}, "Did you mean 'temperature'"),
+        ({"temperature": 0}, "leave it out to be greedy"),
+        ({"max_new_tokens": 0}, "at least 1"),
+        ({"num_beams": 0}, "at least 1"),
+    ],
+)
+def test_options_out_of_range_are_refused(model, options, words):
+    with pytest.raises(InputError, match=words):
+        model.generate("What?", **options)
+    with pytest.raises(InputError, match=words):
+        list(model.stream("What?", **options))
+
+
+@pytest.mark.parametrize("media", ["cat.png", ["cat.png"], [None], picture("red")])
+def test_media_that_is_no_list_of_media_is_refused_never_read_out_as_text(model, media):
+    for ask in (model.generate, lambda *args: list(model.stream(*args))):
+        with pytest.raises(InputError, match=r"Media"):
+            ask("What?", media)
+    with pytest.raises(InputError, match="Media"):
+        model.generate(["What?"], media=[media])
+    with pytest.raises(InputError, match="Media"):
+        model.encode(media if isinstance(media, Media) else [media])
+
+
+def test_nothing_to_encode_and_odd_prompts_are_refused(model):
+    with pytest.raises(InputError, match="at least one"):
+        model.encode([])
+    with pytest.raises(InputError, match="a prompt is"):
+        model.generate(3)
+    with pytest.raises(InputError, match="no beams"):
+        list(model.stream("What?", num_beams=2))
+    with pytest.raises(InputError, match="no Message"):
+        Conversation("hello")
+    huge = Media.image(picture("red").source, weight=1e308)
+    assert torch.isfinite(model.encode([[huge, huge]])).all()
 
 
 def test_the_system_text_of_the_model_goes_ahead_of_every_prompt(decoder_folder):

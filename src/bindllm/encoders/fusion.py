@@ -41,7 +41,8 @@ def fuse(embeddings: Tensor, weights: Tensor) -> Tensor:
         )
     if len(embeddings) == 1:
         return embeddings[0]
-    shares = (weights.double() / weights.double().sum()).to(embeddings)
+    weights = weights.double() / weights.max()
+    shares = (weights / weights.sum()).to(embeddings)
     mean = shares @ embeddings
     if mean.norm() < _SHORTEST_MEAN:
         raise InputError(
@@ -76,6 +77,21 @@ def embed_groups(
         if not group:
             raise InputError("a list of media to be fused is empty: leave it out, or put a Media into it")
         rows = torch.stack([embeddings[start + place] for place in range(len(group))])
-        fused.append(fuse(rows, torch.tensor([item.weight for item in group])))
+        fused.append(fuse(rows, torch.tensor([item.weight for item in group], dtype=torch.float64)))
         start += len(group)
     return torch.stack(fused)
+
+
+def common_size(encoders: Sequence[Encoder]) -> int:
+    """Return the embedding size E that all encoders of a model share.
+
+    Raises:
+        InputError: there is none, or they differ.
+    """
+    sizes = [encoder.embedding_size for encoder in encoders]
+    if len(set(sizes)) != 1:
+        found = ", ".join(f"{type(encoder).__name__} {encoder.embedding_size}" for encoder in encoders)
+        raise InputError(
+            f"the encoders must share one embedding size, got {found or 'no encoder'}; one bind network serves them all"
+        )
+    return sizes[0]

@@ -21,7 +21,7 @@ from bindllm.checkpoint.card import write_card
 from bindllm.checkpoint.folder import check_keys, write_checkpoint
 from bindllm.conversation import Conversation
 from bindllm.encoders import Encoder
-from bindllm.encoders.fusion import embed_groups
+from bindllm.encoders.fusion import common_size, embed_groups
 from bindllm.errors import InputError, known_names
 from bindllm.media import Media
 from bindllm.model.bind_network import BindConfig, BindNetwork
@@ -31,7 +31,15 @@ from bindllm.model.decoder import (
     load_decoder,
     load_tokenizer,
 )
-from bindllm.model.generation import MAX_NEW_TOKENS, Prompt, as_conversations, render_prompts, stream_text
+from bindllm.model.generation import (
+    MAX_NEW_TOKENS,
+    Prompt,
+    as_conversations,
+    check_media,
+    check_options,
+    render_prompts,
+    stream_text,
+)
 from bindllm.model.injection import InjectConfig, Injection
 from bindllm.model.pretrained import describe, read_parts
 
@@ -85,7 +93,7 @@ class BindLLM(nn.Module):
         )
         self.tokenizer, self.encoders = tokenizer, tuple(encoders)
         width = decoder.config.get_text_config().hidden_size
-        self.bind = BindNetwork(_common_size(self.encoders), width, self.bind_config).to(decoder.device)
+        self.bind = BindNetwork(common_size(self.encoders), width, self.bind_config).to(decoder.device)
         self.injection = Injection(decoder, self.inject_config).to(decoder.device)
         self.decoder = decoder
         self._plain_logits = has_plain_logits(decoder)
@@ -165,7 +173,9 @@ class BindLLM(nn.Module):
             MediaError: a file that cannot be read.
             InputError: no encoder of this model serves the modality.
         """
-        groups = [(item,) if isinstance(item, Media) else tuple(item) for item in media]
+        if isinstance(media, Media) or not media:
+            raise InputError(f"encode takes a list of Media with at least one in it, not {media!r}")
+        groups = [(item,) if isinstance(item, Media) else check_media(item) for item in media]
         return embed_groups(groups, self.encoders, device=self.device)
 
     def forward(
@@ -254,29 +264,33 @@ class BindLLM(nn.Module):
             InputError: prompts and media that do not pair up.
             MediaError: a file that cannot be read.
         """
+        options = check_options(options)
         one = isinstance(prompt, str | Conversation)
-        batch, embeddings = self._prepare([prompt] if one else list(prompt), [media or ()] if one else media)
-        answers = self.generate_from(*batch, embeddings, **self._with_defaults(options))
+        if not one and not isinstance(prompt, list | tuple):
+            raise InputError(f"a prompt is a text, a Conversation, or a list of them, not {prompt!r}")
+        batch, embeddings = self._prepare(
+            [prompt] if one else prompt, [() if media is None else media] if one else media
+        )
+        answers = self.generate_from(*batch, embeddings, **options)
         texts = [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
-        return texts[0] if one and len(texts) == 1 else texts
+        return texts[0] if isinstance(prompt, str | Conversation) and len(texts) == 1 else texts
 
     def stream(self, prompt: Prompt, media: Sequence[Media] | None = None, **options: Any) -> Iterator[str]:
         """Yield the answer to one prompt piece by piece; arguments as for `generate`."""
-        batch, embeddings = self._prepare([prompt], [media or ()])
-        run = partial(self.generate_from, *batch, embeddings, **self._with_defaults(options))
+        options = check_options(options)
+        if options.get("num_beams", 1) > 1:
+            raise InputError(
+                "a stream has no beams: pieces are final once they are out. Use generate, or num_beams=1"
+            )
+        batch, embeddings = self._prepare(prompt, media)
+        run = partial(self.generate_from, *batch, embeddings, **options)
         yield from stream_text(run, self.tokenizer)
 
-    def _with_defaults(self, options: dict[str, Any]) -> dict[str, Any]:
-        """Greedy, unless an option asks for sampling."""
-        return {"do_sample": any(name in options for name in ("temperature", "top_p", "top_k")), **options}
-
     def _prepare(
-        self, prompts: Sequence[Prompt], media: Sequence[Sequence[Media]] | None
+        self, prompt: Prompt | Sequence[Prompt], media: Sequence[Any] | None
     ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
-        """Render the prompts and embed their media: ids, mask and index [B, T]; embeddings [B, M, E] or None."""
-        if not prompts:
-            raise InputError("no prompt was given")
-        conversations = as_conversations(prompts, media)
+        """Render prompts and embed their media: ids, mask and index [B, T]; embeddings [B, M, E] or None."""
+        conversations = as_conversations(prompt, media)
         groups = [conversation.media_groups for conversation in conversations]
         num_groups = max(len(row) for row in groups)
         batch = render_prompts(conversations, self.tokenizer)
@@ -331,13 +345,3 @@ class BindLLM(nn.Module):
         """Keep only each layer's input in training and compute the rest again in the backward pass."""
         self.decoder.activation_checkpointing_enable()
         self._checkpointing = True
-
-
-def _common_size(encoders: Sequence[Encoder]) -> int:
-    sizes = [encoder.embedding_size for encoder in encoders]
-    if len(set(sizes)) != 1:
-        found = ", ".join(f"{type(encoder).__name__} {encoder.embedding_size}" for encoder in encoders)
-        raise InputError(
-            f"the encoders must share one embedding size, got {found or 'no encoder'}; one bind network serves them all"
-        )
-    return sizes[0]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    GenerationConfig,
     PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -16,37 +17,89 @@ from transformers import (
 )
 
 from bindllm.conversation import Conversation, Message, Rendered, render
-from bindllm.errors import InputError
+from bindllm.errors import InputError, known_names
 from bindllm.media import Media
 
 Prompt = str | Conversation
 MAX_NEW_TOKENS = 128
 
+# What Hugging Face `generate` takes beside the fields of a GenerationConfig.
+_MORE_OPTIONS = ("generation_config", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn")
 
-def as_conversations(
-    prompts: Sequence[Prompt], media: Sequence[Sequence[Media]] | None
-) -> list[Conversation]:
-    """Pair each prompt with its media.
+
+def as_conversations(prompt: Prompt | Sequence[Prompt], media: Sequence[Any] | None) -> list[Conversation]:
+    """Pair a prompt with its media, or each of several prompts with its own.
 
     Raises:
-        InputError: another number of media rows than prompts, or media for a `Conversation`, which holds its own.
+        InputError: no prompt, one of another type, another number of media rows than prompts, media that are no
+            `Media`, or media for a `Conversation`, which holds its own.
     """
-    rows = [()] * len(prompts) if media is None else list(media)
-    if len(rows) != len(prompts):
+    if isinstance(prompt, str | Conversation):
+        prompt, media = [prompt], [() if media is None else media]
+    if not isinstance(prompt, list | tuple) or not all(
+        isinstance(item, str | Conversation) for item in prompt
+    ):
+        raise InputError(f"a prompt is a text, a Conversation, or a list of them, not {prompt!r}")
+    if not prompt:
+        raise InputError("no prompt was given")
+    rows = [()] * len(prompt) if media is None else [check_media(row) for row in media]
+    if len(rows) != len(prompt):
         raise InputError(
-            f"{len(prompts)} prompts but {len(rows)} rows of media: give one list of media per prompt"
+            f"{len(prompt)} prompts but {len(rows)} rows of media: give one list of media per prompt"
         )
     conversations = []
-    for prompt, row in zip(prompts, rows, strict=True):
-        if isinstance(prompt, Conversation):
+    for item, row in zip(prompt, rows, strict=True):
+        if isinstance(item, Conversation):
             if row:
                 raise InputError(
                     "a Conversation holds its own media: put them into its messages, not into media="
                 )
-            conversations.append(prompt)
+            conversations.append(item)
         else:
-            conversations.append(Conversation((Message("user", [*row, prompt]),)))
+            conversations.append(Conversation((Message("user", [*row, item]),)))
     return conversations
+
+
+def check_media(row: Sequence[Media]) -> tuple[Media, ...]:
+    """Return the media of one prompt as a tuple.
+
+    Raises:
+        InputError: not a list of `Media`: a path among the parts of a message would be read out as text.
+    """
+    if isinstance(row, Media):
+        raise InputError(
+            f"media takes lists: write [{row!r}], and one such list per prompt for several prompts"
+        )
+    if not isinstance(row, list | tuple):
+        raise InputError(f"media takes lists of Media, not {row!r}; write [Media.image('cat.png')]")
+    for item in row:
+        if not isinstance(item, Media):
+            raise InputError(f"media holds {item!r}, which is no Media; write Media.image('cat.png')")
+    return tuple(row)
+
+
+def check_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a generation with the defaults filled in: greedy, unless one asks for sampling.
+
+    Raises:
+        InputError: a name that Hugging Face does not know, or a number out of its range.
+    """
+    known = {*GenerationConfig().to_dict(), *_MORE_OPTIONS}
+    for name, value in options.items():
+        if name not in known:
+            raise InputError(f"unknown option {name!r} of generate. {known_names(name, known)}")
+        if (
+            name in ("max_new_tokens", "num_beams", "num_return_sequences")
+            and value is not None
+            and value < 1
+        ):
+            raise InputError(f"{name} is {value}, expected at least 1")
+    if options.get("temperature") is not None and options["temperature"] <= 0:
+        raise InputError(
+            f"temperature is {options['temperature']}, expected more than 0; leave it out to be greedy"
+        )
+    sampling = any(options.get(name) is not None for name in ("temperature", "top_p", "top_k"))
+    return {"do_sample": sampling, **options}
 
 
 def pad_left(rendered: Sequence[Rendered], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -61,6 +61,13 @@ class Carried:
     route: Tensor
     terms: dict[int, Tensor] | None = None
 
+    def add(self, hidden: Tensor, term: Tensor) -> Tensor:
+        """Return hidden states [B, T, C] with the term [B, M, C] of each token's group added."""
+        if self.route.dtype != hidden.dtype:
+            # Once per forward; every layer after the first finds it converted.
+            self.route = self.route.to(hidden.dtype)
+        return torch.baddbmm(hidden, self.route, term)
+
 
 @dataclass
 class Held:
@@ -88,7 +95,7 @@ class Held:
 
 # Both are empty outside a call; context variables keep concurrent threads apart.
 _HELD: ContextVar[Held | None] = ContextVar("bindllm_held", default=None)
-_TERM: ContextVar[tuple[Tensor, Tensor] | None] = ContextVar("bindllm_term", default=None)
+_TERM: ContextVar[tuple[Carried, Tensor] | None] = ContextVar("bindllm_term", default=None)
 
 
 def route_tokens(media_index: Tensor, num_groups: int) -> Tensor:
@@ -191,8 +198,9 @@ class Injection(nn.Module):
         if carried is None:
             return args, kwargs
         if args:
-            return (self._add(index, layer, carried, args[0]), *args[1:]), kwargs
-        kwargs["hidden_states"] = self._add(index, layer, carried, kwargs["hidden_states"])
+            return (carried.add(args[0], self._term(index, layer, carried, args[0].dtype)), *args[1:]), kwargs
+        hidden = kwargs["hidden_states"]
+        kwargs["hidden_states"] = carried.add(hidden, self._term(index, layer, carried, hidden.dtype))
         return args, kwargs
 
     def _enter_attention(
@@ -204,7 +212,7 @@ class Injection(nn.Module):
             _TERM.set(None)
         else:
             hidden = args[0] if args else kwargs["hidden_states"]
-            _TERM.set((carried.route.to(hidden.dtype), self._term(index, attention, carried, hidden.dtype)))
+            _TERM.set((carried, self._term(index, attention, carried, hidden.dtype)))
         return args, kwargs
 
     def _add_to_heads(self, projection: nn.Module, args: tuple) -> tuple | None:
@@ -213,13 +221,8 @@ class Injection(nn.Module):
         if waiting is None:
             return None
         _TERM.set(None)
-        route, term = waiting
-        return (torch.baddbmm(args[0], route, term), *args[1:])
-
-    def _add(self, index: int, layer: nn.Module, carried: Carried, hidden: Tensor) -> Tensor:
-        return torch.baddbmm(
-            hidden, carried.route.to(hidden.dtype), self._term(index, layer, carried, hidden.dtype)
-        )
+        carried, term = waiting
+        return (carried.add(args[0], term), *args[1:])
 
     def _term(self, index: int, module: nn.Module, carried: Carried, dtype: torch.dtype) -> Tensor:
         """Return what layer ``index`` adds for each media group, gated: [B, M, D] or [B, M, H * head size]."""
@@ -231,12 +234,12 @@ class Injection(nn.Module):
         else:
             # The published weights were trained with the base projection, without its LoRA part.
             project = dict(module.v_proj.named_children()).get("base_layer", module.v_proj)
-            value = project(vector.to(dtype))
-            gate = torch.tanh(self.gates[index])
-            head_size = module.o_proj.in_features // gate.numel()
-            value = value.unflatten(-1, (-1, head_size))
-            value = value.repeat_interleave(gate.numel() // value.shape[-2], dim=-2)
-            term = (gate.unsqueeze(-1).to(dtype) * value).flatten(-2)
+            gate = torch.tanh(self.gates[index]).to(dtype)
+            value = project(vector.to(dtype)).unflatten(
+                -1, (-1, 1, module.o_proj.in_features // gate.numel())
+            )
+            # [Hkv, 1, head size] times [Hkv, group, 1]: each key/value head serves the heads of its group.
+            term = (value * gate.view(value.shape[-3], -1, 1)).flatten(-3)
         if carried.terms is not None:
             carried.terms[index] = term
         return term
