@@ -9,15 +9,17 @@ import yaml
 from safetensors.torch import save_file
 
 from bindllm.cli import VERBS, main
+from bindllm.testing import check_encoder
 from tiny import made_up_efficientnet, save_tiny_decoder
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 DRAWING = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9"><circle cx="4" cy="4" r="{}" fill="red"/></svg>'
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def commands() -> list[list[str]]:
@@ -87,3 +89,10 @@ def test_the_numbers_of_the_tree_are_true():
     for line in re.findall(r"^  (\S+/) .*|^(\S+/) ", README.split("## What is where")[1], flags=re.MULTILINE):
         name = line[0] or line[1]
         assert (ROOT / "src/bindllm" / name).is_dir() or (ROOT / name).is_dir(), name
+
+
+def test_the_encoder_of_the_contributing_guide_keeps_the_contract():
+    names: dict = {"__name__": "my_lab"}
+    for block in blocks("python", CONTRIBUTING):
+        exec(compile(block, "CONTRIBUTING.md", "exec"), names)
+    check_encoder(names["QuarterEncoder"]())

@@ -1,0 +1,37 @@
+"""The trained quickstart: `make test-slow` trains it first when it is not there."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bindllm import BindLLM, Media
+
+FOLDER = Path("checkpoints/quickstart")
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def model():
+    if not (FOLDER / "bindllm.json").exists():
+        pytest.fail(f"{FOLDER} is not trained; run make test-slow from the root of the repository")
+    return BindLLM.from_pretrained(FOLDER)
+
+
+def test_its_figures_hold_what_the_readme_says():
+    metrics = json.loads((FOLDER / "metrics.json").read_text())
+    assert metrics["heldout"]["loss"] < metrics["zero_gates"]["loss"] / 2
+    assert metrics["heldout"]["loss"] < metrics["shuffled"]["loss"] - 1
+    assert metrics["heldout"]["cider"] > 10 * metrics["shuffled"]["cider"]
+
+
+def test_shuffling_the_media_changes_the_answers(model):
+    rows = [json.loads(line) for line in (FOLDER / "report/captions.jsonl").read_text().splitlines()]
+    media = [[Media.image(row["picture"])] for row in rows[::10]]
+    prompts = ["Describe this image."] * len(media)
+    answers = model.generate(prompts, media=media, max_new_tokens=24)
+    shuffled = model.generate(prompts, media=media[1:] + media[:1], max_new_tokens=24)
+    assert shuffled == answers[1:] + answers[:1]
+    assert sum(a != b for a, b in zip(answers, shuffled, strict=True)) > 0.7 * len(media)
+    blind = model.generate(prompts[:1], max_new_tokens=24)[0]
+    assert blind not in answers
