@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from transformers import GenerationConfig
 
 from bindllm import BindLLM, Conversation, Media, Message
 from bindllm.errors import CheckpointError, InputError, MediaError
@@ -116,6 +117,33 @@ def test_a_row_is_the_same_alone_in_a_batch_and_padded(decoder_folder, kind, sid
     torch.testing.assert_close(found, full, atol=2e-5, rtol=1e-4)
     alone = model(**{name: value[1:] for name, value in inputs.items()}).logits
     torch.testing.assert_close(alone, full[1:], atol=2e-5, rtol=1e-4)
+
+
+def test_padding_on_the_right_costs_no_attention_mask(model):
+    inputs = batch(model)
+    inputs["attention_mask"][0, -2:] = 0
+    masks = []
+    layer = model.decoder.model.layers[0]
+    hook = layer.register_forward_pre_hook(
+        lambda _, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    try:
+        model(**inputs)
+        model(**{**inputs, "attention_mask": inputs["attention_mask"].flip(1)})
+    finally:
+        hook.remove()
+    assert masks[0] is None
+    assert masks[1] is not None
+
+
+def test_a_generation_config_is_followed(model):
+    config = GenerationConfig(max_new_tokens=3, do_sample=True, temperature=3.0, pad_token_id=0)
+    torch.manual_seed(0)
+    answers = {model.generate("What?", generation_config=config) for _ in range(5)}
+    assert len(answers) > 1
+    assert all(len(model.tokenizer(answer)["input_ids"]) <= 9 for answer in answers)
+    with pytest.raises(InputError, match="gives tensors"):
+        model.generate("What?", return_dict_in_generate=True)
 
 
 def test_two_pictures_with_turns_of_their_own(model):

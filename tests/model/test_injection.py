@@ -270,12 +270,31 @@ def test_half_precision_decoder_takes_bind_vectors_in_full_precision():
         ({"bind": torch.zeros(3, 1, 32), "media_index": torch.zeros(2, 7, dtype=torch.long)}, r"\[B, M, D\]"),
         ({"bind": torch.zeros(2, 32), "media_index": torch.zeros(2, 7, dtype=torch.long)}, r"\[B, M, D\]"),
         ({"bind": torch.zeros(2, 1, 32), "media_index": torch.zeros(2, 6, dtype=torch.long)}, "must agree"),
+        (
+            {"bind": torch.zeros(2, 1, 32), "media_index": torch.ones(2, 7, dtype=torch.long)},
+            "1 media groups",
+        ),
+        ({"bind": torch.zeros(2, 1, 32), "media_index": torch.full((2, 7), -2)}, "from -2"),
     ],
 )
 def test_wrong_shapes_are_refused(arguments, words):
     decoder, _ = inject()
     with pytest.raises(InputError, match=words):
         decoder(batch()[0], **arguments)
+
+
+def test_a_decoder_takes_one_injection():
+    decoder, _ = inject()
+    with pytest.raises(DecoderError, match="carries an injection already"):
+        Injection(decoder, InjectConfig())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_leaves_the_residual_stream_in_full_precision(kind):
+    ids, bind, index = batch()
+    decoder, _ = inject(kind=kind, open_gates=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(decoder(ids, bind=bind, media_index=index).logits, tiny_decoder()(ids).logits)
 
 
 def test_holding_is_refused_while_gradients_are_on():

@@ -110,6 +110,8 @@ RHYTHMS = {
     "a number of steps": {"max_steps": 7, "max_epochs": -1},
     "a part of the epoch": {"limit_train_batches": 4},
     "no validation": {"limit_val_batches": 0},
+    "validation every third batch of the run": {"check_val_every_n_epoch": None, "val_check_interval": 3},
+    "mixed precision": {"precision": "bf16-mixed"},
 }
 
 
@@ -156,7 +158,7 @@ def test_a_run_that_dies_while_it_saves_goes_on_from_the_state_before(
     assert ending(tmp_path) == uninterrupted
 
 
-@pytest.mark.parametrize("file", [".last.ckpt.", ".best.safetensors.", ".tiny."])
+@pytest.mark.parametrize("file", [".last.ckpt.", ".best-", ".tiny."])
 def test_a_full_disk_loses_nothing(file, recipe, uninterrupted, tmp_path, monkeypatch, capsys):
     """Full at the second save of the state, of the best weights, of the checkpoint folder; then there is room."""
     monkeypatch.chdir(tmp_path)

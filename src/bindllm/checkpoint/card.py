@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+UNKNOWN_LICENCE = "see its own page"
+
 _LIMITS = """\
 The model says what is likely, not what is true. It has learnt from the data named above and from nothing else, so it
 confuses things that look alike, names things that are not there, and knows no picture style outside its data. Do not
@@ -67,6 +69,10 @@ def _licence(folder: str) -> str:
     """Return the licences of the packages that a folder was made from, as its SOURCE.json states them."""
     file = Path(folder) / "SOURCE.json"
     if not folder or not file.is_file():
-        return "see its own page"
-    packages = json.loads(file.read_text(encoding="utf-8")).get("packages", [])
-    return ", ".join(dict.fromkeys(package["licence"] for package in packages)) or "see its own page"
+        return UNKNOWN_LICENCE
+    try:
+        packages = json.loads(file.read_text(encoding="utf-8"))["packages"]
+        return ", ".join(dict.fromkeys(str(package["licence"]) for package in packages)) or UNKNOWN_LICENCE
+    except (KeyError, TypeError, ValueError):
+        # Somebody else's file of that name: no reason to lose a trained model.
+        return UNKNOWN_LICENCE

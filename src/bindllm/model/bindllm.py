@@ -32,7 +32,6 @@ from bindllm.model.decoder import (
     load_tokenizer,
 )
 from bindllm.model.generation import (
-    MAX_NEW_TOKENS,
     Prompt,
     as_conversations,
     check_media,
@@ -199,13 +198,14 @@ class BindLLM(nn.Module):
         padded_left = not bool(attention_mask[:, 0].all())
         inputs = {
             "input_ids": input_ids,
-            # Causal attention never looks at padding on the right, and runs faster without a mask.
-            "attention_mask": attention_mask if padded_left else None,
-            "position_ids": (attention_mask.cumsum(1) - 1).clamp_(min=0),
             "use_cache": False,
             "bind": self.bind(embeddings),
             "media_index": media_index,
         }
+        if padded_left:
+            inputs["attention_mask"] = attention_mask
+            inputs["position_ids"] = (attention_mask.cumsum(1) - 1).clamp_(min=0)
+        # Else neither: causal attention never looks at padding on the right, and runs faster without a mask.
         if labels is None:
             return BindOutput(self.decoder(**inputs).logits)
         rows, columns = (labels[:, 1:] != -100).nonzero(as_tuple=True)
@@ -238,7 +238,7 @@ class BindLLM(nn.Module):
             ids of the answers alone, [B * returned sequences, at most max_new_tokens].
         """
         ids, mask, index = (x.to(self.device) for x in (input_ids, attention_mask, media_index))
-        options = {"max_new_tokens": MAX_NEW_TOKENS, "pad_token_id": self.tokenizer.pad_token_id, **options}
+        options = {"pad_token_id": self.tokenizer.pad_token_id, **options}
         run = partial(self.decoder.generate, input_ids=ids, attention_mask=mask, **options)
         if embeddings is None:
             return run()[:, ids.shape[1] :]

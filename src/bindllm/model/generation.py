@@ -23,6 +23,7 @@ from bindllm.media import Media
 Prompt = str | Conversation
 MAX_NEW_TOKENS = 128
 
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 # What Hugging Face `generate` takes beside the fields of a GenerationConfig.
 _MORE_OPTIONS = ("generation_config", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn")
 
@@ -98,8 +99,16 @@ def check_options(options: dict[str, Any]) -> dict[str, Any]:
         raise InputError(
             f"temperature is {options['temperature']}, expected more than 0; leave it out to be greedy"
         )
-    sampling = any(options.get(name) is not None for name in ("temperature", "top_p", "top_k"))
-    return {"do_sample": sampling, **options}
+    if options.get("return_dict_in_generate"):
+        raise InputError(
+            "return_dict_in_generate gives tensors, and this returns text: call model.decoder.generate"
+        )
+    if options.get("generation_config") is not None:
+        return options
+    defaults: dict[str, Any] = {"do_sample": any(options.get(name) is not None for name in _SAMPLING)}
+    if options.get("max_length") is None:
+        defaults["max_new_tokens"] = MAX_NEW_TOKENS
+    return {**defaults, **options}
 
 
 def pad_left(rendered: Sequence[Rendered], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
+from types import MethodType
 from typing import Any, Literal
 
 import torch
@@ -66,7 +67,8 @@ class Carried:
         if self.route.dtype != hidden.dtype:
             # Once per forward; every layer after the first finds it converted.
             self.route = self.route.to(hidden.dtype)
-        return torch.baddbmm(hidden, self.route, term)
+        # Not baddbmm: autocast would return the whole residual stream in low precision.
+        return hidden + torch.bmm(self.route, term).to(hidden.dtype)
 
 
 @dataclass
@@ -130,26 +132,30 @@ class Injection(nn.Module):
         super().__init__()
         self.kind = config.kind
         core = decoder.get_decoder()
+        hooks = core._forward_pre_hooks.values()
+        if any(isinstance(hook, MethodType) and isinstance(hook.__self__, Injection) for hook in hooks):
+            # The older one would take the keywords away, and the newer one would add nothing.
+            raise DecoderError(
+                "this decoder object carries an injection already; load the decoder again for another"
+            )
         layers = _layers(core, type(decoder).__name__)
-        text_config = decoder.config.get_text_config()
-        width, num_heads = text_config.hidden_size, text_config.num_attention_heads
-        self.gates = nn.Parameter(
-            torch.zeros((len(layers), num_heads) if self.kind == "value" else len(layers))
-        )
+        config_of_text = decoder.config.get_text_config()
+        width, num_heads = config_of_text.hidden_size, config_of_text.num_attention_heads
+        shape = (len(layers), num_heads) if self.kind == "value" else (len(layers),)
+        self.gates = nn.Parameter(torch.zeros(shape))
         self.queries = nn.Parameter(0.02 * torch.randn(len(layers), width)) if config.queries else None
-        core.register_forward_pre_hook(self._carry, with_kwargs=True)
-        for index, layer in enumerate(layers):
-            if self.kind == "residual":
+        if self.kind == "value":
+            # All of them are looked at before the first hook, so that a refused decoder stays as it was.
+            attentions = [
+                _attention(layer, n, type(decoder).__name__, num_heads) for n, layer in enumerate(layers)
+            ]
+            for index, attention in enumerate(attentions):
+                attention.register_forward_pre_hook(partial(self._enter_attention, index), with_kwargs=True)
+                attention.o_proj.register_forward_pre_hook(self._add_to_heads)
+        else:
+            for index, layer in enumerate(layers):
                 layer.register_forward_pre_hook(partial(self._add_to_input, index), with_kwargs=True)
-                continue
-            attention = _attention(layer, index, type(decoder).__name__)
-            if attention.o_proj.in_features % num_heads:
-                raise DecoderError(
-                    f"layer {index}: o_proj takes {attention.o_proj.in_features} features, "
-                    f"which {num_heads} heads do not divide"
-                )
-            attention.register_forward_pre_hook(partial(self._enter_attention, index), with_kwargs=True)
-            attention.o_proj.register_forward_pre_hook(self._add_to_heads)
+        core.register_forward_pre_hook(self._carry, with_kwargs=True)
 
     @contextmanager
     def holding(self, bind: Tensor, media_index: Tensor) -> Iterator[None]:
@@ -251,6 +257,11 @@ def _check(bind: Tensor, media_index: Tensor, tokens: Tensor | None = None) -> N
         raise InputError(
             f"bind {list(bind.shape)} and media_index {list(media_index.shape)}: expected [B, M, D] and [B, T]"
         )
+    if media_index.numel() and not -1 <= int(media_index.min()) <= int(media_index.max()) < bind.shape[1]:
+        raise InputError(
+            f"media_index reaches from {int(media_index.min())} to {int(media_index.max())}, but bind has "
+            f"{bind.shape[1]} media groups: expected -1 (nothing) up to {bind.shape[1] - 1}"
+        )
     if tokens is not None and tokens.shape[:2] != media_index.shape:
         raise InputError(
             f"media_index {list(media_index.shape)} for tokens {list(tokens.shape[:2])}: they must agree"
@@ -267,7 +278,7 @@ def _layers(core: nn.Module, name: str) -> nn.ModuleList:
     return children["layers"]
 
 
-def _attention(layer: nn.Module, index: int, name: str) -> nn.Module:
+def _attention(layer: nn.Module, index: int, name: str, num_heads: int) -> nn.Module:
     attention = dict(layer.named_children()).get("self_attn")
     found = dict(attention.named_children()) if attention is not None else dict(layer.named_children())
     missing = ["self_attn"] if attention is None else [n for n in ("v_proj", "o_proj") if n not in found]
@@ -275,5 +286,10 @@ def _attention(layer: nn.Module, index: int, name: str) -> nn.Module:
         raise DecoderError(
             f"{name}, layer {index}: injection kind 'value' needs {' and '.join(missing)}; found: {', '.join(found)}. "
             "Use a decoder of the LLaMA shape, or inject: {kind: residual}."
+        )
+    if attention.o_proj.in_features % num_heads:
+        raise DecoderError(
+            f"{name}, layer {index}: o_proj takes {attention.o_proj.in_features} features, "
+            f"which {num_heads} heads do not divide"
         )
     return attention

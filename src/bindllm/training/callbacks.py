@@ -13,12 +13,42 @@ from rich.console import Console
 
 from bindllm.data.collate import prompt_batch
 from bindllm.data.tokenise import Sample
+from bindllm.errors import InputError
 from bindllm.training.optim import groups_table
 from bindllm.training.runlog import RunLog
 
 
+def refuse_unmeasured(callbacks: Sequence[Callback], *, num_validation: int) -> None:
+    """Refuse callbacks that watch a validation figure where there is nothing to validate with.
+
+    Args:
+        callbacks: those of a trainer.
+        num_validation: validation rows (or batches) that a run will measure.
+
+    Raises:
+        InputError: names the callback and what it watches.
+    """
+    for callback in callbacks:
+        watched, strict = vars(callback).get("monitor"), vars(callback).get("strict", True)
+        if not num_validation and strict and isinstance(watched, str) and watched.startswith("val_"):
+            raise InputError(
+                f"{type(callback).__name__} watches {watched}, but there are no validation rows to measure it "
+                "with; raise held_out of a source, or remove the callback from trainer.callbacks"
+            )
+
+
 class ParameterTable(Callback):
     """Prints what is trained and what is frozen, before the first step."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse callbacks that would find nothing to watch; the data are ready, the decoder is not loaded yet.
+
+        Raises:
+            InputError: a callback watches the validation, and there is none.
+        """
+        if stage == "fit":
+            validated = trainer.limit_val_batches and len(trainer.datamodule.samples("validation"))
+            refuse_unmeasured(trainer.callbacks, num_validation=int(validated))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the table."""

@@ -125,7 +125,8 @@ class BindModule(LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Return AdamW and a schedule that moves every step."""
-        optimizer = build_optimizer(self.model.parameter_groups(), self.optim_config)
+        fused = not self.trainer.precision.endswith("mixed")
+        optimizer = build_optimizer(self.model.parameter_groups(), self.optim_config, fused=fused)
         schedule = build_schedule(optimizer, self.trainer.estimated_stepping_batches, self.optim_config)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -66,8 +66,14 @@ def is_decayed(group: str, parameter: nn.Parameter) -> bool:
     return group not in _UNDECAYED_GROUPS and parameter.ndim > 1
 
 
-def build_optimizer(groups: Groups, config: OptimConfig) -> torch.optim.AdamW:
+def build_optimizer(groups: Groups, config: OptimConfig, *, fused: bool = True) -> torch.optim.AdamW:
     """Return AdamW over the parameters that require a gradient.
+
+    Args:
+        groups: the named groups.
+        config: learning rate, betas and decay.
+        fused: one pass over memory instead of ten; not together with Lightning's mixed precision, which refuses to
+            clip the gradients of such an optimizer.
 
     Raises:
         InputError: nothing is trainable.
@@ -86,7 +92,7 @@ def build_optimizer(groups: Groups, config: OptimConfig) -> torch.optim.AdamW:
         for params, decay in ((decayed, config.weight_decay), (plain, 0.0))
         if params
     ]
-    return torch.optim.AdamW(parts, lr=config.lr, betas=config.betas, fused=True)
+    return torch.optim.AdamW(parts, lr=config.lr, betas=config.betas, fused=fused)
 
 
 def lr_factor(step: int, *, total: int, config: OptimConfig) -> float:

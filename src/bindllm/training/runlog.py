@@ -90,7 +90,8 @@ class RunLog(Logger):
         self._write(rows)
         file = self.folder / CAPTIONS
         if file.exists():
-            lines = file.read_text(encoding="utf-8").splitlines()
+            # Not splitlines(): it also cuts at characters that JSON leaves inside a caption, such as U+2028.
+            lines = file.read_text(encoding="utf-8").split("\n")
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < step]
             with atomic_file(file) as part:
                 part.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

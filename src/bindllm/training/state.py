@@ -34,7 +34,7 @@ from bindllm.errors import CheckpointError, TrainingError
 from bindllm.training.runlog import RunLog
 
 LAST = "last.ckpt"
-BEST = "best.safetensors"
+BEST = "best-*.safetensors"
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -124,6 +124,11 @@ class RunState(Checkpoint):
         """Where the state is."""
         return self.folder / LAST
 
+    @property
+    def _best_file(self) -> Path:
+        """Where the best weights are; the step is in the name, so that a state never finds those of a later one."""
+        return self.folder / BEST.replace("*", str(self.best_step))
+
     def state_dict(self) -> dict[str, Any]:
         """Return what the callback itself must know after a resume."""
         return {
@@ -175,7 +180,13 @@ class RunState(Checkpoint):
         self._interrupted = trainer.strategy.reduce_boolean_decision(self._interrupted, all=False)
         due = self._interrupted or trainer.strategy.reduce_boolean_decision(late, all=False)
         done = batch_idx + 1
-        validates = trainer.is_last_batch or done % (trainer.val_check_batch or done + 1) == 0
+        # Without an epoch to count in, Lightning counts the batches between validations over the whole run.
+        every = (
+            trainer.fit_loop.epoch_loop.total_batch_idx + 1
+            if trainer.check_val_every_n_epoch is None
+            else done
+        )
+        validates = trainer.is_last_batch or every % (trainer.val_check_batch or every + 1) == 0
         if due and not validates and done % trainer.accumulate_grad_batches == 0:
             self._save(trainer)
 
@@ -188,7 +199,7 @@ class RunState(Checkpoint):
         self.best_loss, self.best_step = loss, trainer.global_step
         if trainer.is_global_zero:
             tensors = {name: value.cpu().contiguous() for name, value in pl_module.state_dict().items()}
-            with _writing(self.folder / BEST) as part:
+            with _writing(self._best_file) as part:
                 save_file(tensors, part)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -210,12 +221,12 @@ class RunState(Checkpoint):
 
     def best_weights(self) -> dict[str, Tensor] | None:
         """Return the tensors with the lowest validation loss, or None where none was measured."""
-        return None if self.best_loss is None else load_file(self.folder / BEST)
+        return None if self.best_loss is None else load_file(self._best_file)
 
     def forget(self) -> None:
         """Remove state and best weights: the run is finished and its checkpoint folder written."""
-        for name in (LAST, BEST):
-            (self.folder / name).unlink(missing_ok=True)
+        for file in (self.last, *self.folder.glob(BEST)):
+            file.unlink(missing_ok=True)
 
     def _save(self, trainer: Trainer) -> None:
         now = time.monotonic()
@@ -223,6 +234,10 @@ class RunState(Checkpoint):
         self._clock = self._saved_at = now
         self._rows = trainer.train_dataloader.state_dict()
         trainer.save_checkpoint(self.last)
+        # Only now: killed before, the run goes on from a state that names earlier best weights.
+        if trainer.is_global_zero:
+            for file in set(self.folder.glob(BEST)) - {self._best_file}:
+                file.unlink()
         self._may_stop = self._interrupted
 
     def _stop_if_asked(self, trainer: Trainer) -> None:
