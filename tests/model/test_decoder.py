@@ -63,8 +63,16 @@ def test_the_fingerprint_tells_decoders_apart(tmp_path):
     ]
     assert same[0] == same[1]
     assert len({same[0], *other}) == 4
+    file = tmp_path / "a" / "config.json"
+    file.write_text(file.read_text().replace('"transformers_version": "', '"transformers_version": "9'))
+    assert fingerprint_decoder(tmp_path / "a") == same[0]
+    file.write_text(file.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+    template = tmp_path / "b" / "chat_template.jinja"
+    template.write_text(template.read_text() + " ")
+    assert len({same[0], fingerprint_decoder(tmp_path / "a"), fingerprint_decoder(tmp_path / "b")}) == 3
+    (tmp_path / "b" / "model.safetensors").unlink()
     with pytest.raises(DecoderError, match="cannot be identified"):
-        fingerprint_decoder(tmp_path)
+        fingerprint_decoder(tmp_path / "b")
 
 
 def test_families_that_change_their_logits_are_known():

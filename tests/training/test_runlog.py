@@ -51,3 +51,11 @@ def test_a_line_that_was_cut_by_a_kill_is_dropped(tmp_path):
 def test_a_fresh_run_starts_with_the_header_alone(tmp_path):
     RunLog(tmp_path).keep_before(0)
     assert (tmp_path / "metrics.csv").read_text() == "epoch,step,train_loss,val_loss,lr,gradient_norm\n"
+
+
+def test_a_caption_with_an_odd_line_break_is_one_line(tmp_path):
+    log = RunLog(tmp_path)
+    log.log_captions([{"generated": "one\u2028two\x85three"}], 0)
+    log.keep_before(1)
+    (line,) = (tmp_path / "captions.jsonl").read_text(encoding="utf-8").strip("\n").split("\n")
+    assert json.loads(line)["generated"] == "one\u2028two\x85three"

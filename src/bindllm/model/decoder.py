@@ -23,6 +23,8 @@ _LOGIT_CHANGES = {
     "logits_scaling": (None, 1, 1.0),
     "lm_head_multiplier": (None, 1, 1.0),
 }
+# What a config says of the copy rather than of the model.
+_CONFIG_OF_THE_COPY = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 _SAMPLED_BYTES = 256
 
 
@@ -140,15 +142,27 @@ def load_decoder(config: DecoderConfig, *, device: str | torch.device | None = N
 
 
 def fingerprint_decoder(folder: str | Path) -> str:
-    """Identify the weights of a decoder folder without reading them whole.
+    """Identify a decoder folder without reading its weights whole.
 
-    Hashes, for each safetensors file, its header (names, shapes and types of all tensors) and a few bytes of every
-    tensor, so that another model, a fine-tuned copy or another precision gives another value within milliseconds.
+    Hashes what changes an answer: the config, the tokenizer, the chat template, and of each safetensors file the
+    header (names, shapes and types of all tensors) and a few bytes of every tensor. So another model, a fine-tuned
+    copy or another precision gives another value, within milliseconds.
 
     Returns:
         64 hexadecimal digits.
     """
     digest = hashlib.sha256()
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DecoderError(
+            f"{folder} has no readable config.json, so it cannot be identified: {error}"
+        ) from error
+    told = {name: value for name, value in config.items() if name not in _CONFIG_OF_THE_COPY}
+    digest.update(json.dumps(told, sort_keys=True).encode())
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        if (Path(folder) / name).is_file():
+            digest.update((Path(folder) / name).read_bytes())
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:
         raise DecoderError(f"{folder} holds no *.safetensors file, so its weights cannot be identified")
