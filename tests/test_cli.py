@@ -57,6 +57,41 @@ def test_an_unknown_verb_gets_the_closest_one(capsys):
     assert main(["trainn"]) == 2
     assert main(["fti"]) == 2
     assert "Did you mean 'fit'?" in capsys.readouterr().err
+    assert main(["train"]) == 2
+    assert "Did you mean 'fit'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (["fit", "recipes/x.yaml"], "bindllm fit --config recipes/x.yaml"),
+        (["fit"], "bindllm fit --config FILE"),
+        (["embed", "--data.batch_size", "4"], "bindllm embed --config FILE"),
+        (["check", "recipes/x.yaml"], "bindllm check --config recipes/x.yaml"),
+        (["check", "."], "bindllm check --folder ."),
+        (["check", "--config", "x.yaml", "--rows", "-1"], "at least 0, not -1"),
+    ],
+)
+def test_a_command_line_without_its_recipe_says_how_to_give_it(line, told, capsys):
+    assert main(line) == 2
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--temperature", "0"], "--temperature: must be above 0"),
+        (["--temperature", "nan"], "must be above 0"),
+        (["--temperature", "warm"], "not warm"),
+        (["--top_p", "1.5"], "at most 1, not 1.5"),
+        (["--max_new_tokens", "0"], "at least 1, not 0"),
+        (["--num_beams", "0"], "at least 1, not 0"),
+        (["--stream", "--num_beams", "2"], "--stream cannot show"),
+    ],
+)
+def test_generate_refuses_numbers_that_cannot_be(options, told, capsys):
+    assert main(["generate", "nowhere", "What?", *options]) == 2
+    assert told in capsys.readouterr().err
 
 
 MISTAKES = {
@@ -251,6 +286,29 @@ def test_a_run_without_held_out_rows_leaves_its_folder(parts, tmp_path, monkeypa
     assert run("fit", tiny_recipe(parts, data={"sources": [source]}, trainer={"max_epochs": 1})) == 0
     assert "no held-out rows" in capsys.readouterr().out
     assert Path("checkpoints/tiny/bind.safetensors").is_file()
+
+
+def test_a_callback_without_anything_to_watch_is_refused_before_training(
+    parts, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    stopping = {"class_path": "EarlyStopping", "init_args": {"monitor": "val_loss"}}
+    source = {"path": str(parts / "pictures"), "split": "train"}
+    recipe = tiny_recipe(parts, data={"sources": [source]}, trainer={"callbacks": [stopping]})
+    assert run("fit", recipe) == 1
+    assert "EarlyStopping watches val_loss, but there are no validation rows" in capsys.readouterr().err
+    assert run("check", recipe) == 1
+    assert "EarlyStopping watches val_loss" in capsys.readouterr().out
+    recipe["data"]["sources"][0].pop("split")
+    assert run("check", recipe) == 0
+    assert run("check", recipe, "--trainer.limit_val_batches", "0") == 1
+
+
+def test_a_run_that_would_train_nothing_is_refused(parts, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run("fit", tiny_recipe(parts), "--model.trainable", "[]") == 1
+    assert "trainable is empty" in capsys.readouterr().err
+    assert not Path("runs").exists()
 
 
 def test_a_run_whose_measurement_fails_keeps_the_trained_folder(parts, tmp_path, monkeypatch, capsys):

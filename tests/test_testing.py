@@ -270,3 +270,24 @@ def test_samples_of_another_modality():
         EncoderError, match=r"Media\.audio\('dog\.wav'\) is of a modality that it does not serve"
     ):
         check_encoder(LetterEncoder(), samples)
+
+
+class ConfigRaises(ColourEncoder):
+    @property
+    def config(self):
+        raise RuntimeError("not ready")
+
+
+@pytest.mark.parametrize(
+    ("encoder", "samples", "told"),
+    [
+        (ColourEncoder(), ["a.png"], r"'a\.png' is no Media; wrap it, as in Media\.image\('a\.png'\)"),
+        (ColourEncoder(), Media.image("a.png"), "samples must be a list of Media"),
+        (ColourEncoder(), [Media.image("nowhere.png")], "nowhere.png: cannot be opened"),
+        (ConfigRaises(), None, "config raised RuntimeError: not ready"),
+        (ColourEncoder, None, "ColourEncoder breaks .*\n- it is a class; give an instance"),
+    ],
+)
+def test_what_cannot_be_checked_is_listed(encoder, samples, told):
+    with pytest.raises(EncoderError, match=told):
+        check_encoder(encoder, samples)

@@ -25,6 +25,9 @@ VERBS = {
 }
 """Each verb: the file of `bindllm.verbs` that holds its function, and what it does."""
 
+SYNONYMS = {"train": "fit", "evaluate": "test", "eval": "test", "predict": "generate"}
+"""What other programs call a verb."""
+
 EXAMPLES = """\
 examples:
   bindllm fit --config recipes/quickstart.yaml
@@ -56,7 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     if verb not in VERBS:
-        print(f"error: unknown verb {verb!r}. {known_names(verb, VERBS)}", file=sys.stderr)
+        print(
+            f"error: unknown verb {verb!r}. {known_names(SYNONYMS.get(verb, verb), VERBS)}", file=sys.stderr
+        )
         return 2
     # A recipe may name an encoder in a file beside it, as with `python -m`.
     if os.getcwd() not in sys.path:

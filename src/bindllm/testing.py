@@ -46,9 +46,9 @@ def check_encoder(encoder: Encoder, samples: Sequence[Media] | None = None) -> N
     """
     check = _Check(encoder)
     check.members()
+    samples = check.samples(samples)
     # Without members of the right types nothing can be called, and further messages would be noise.
     if not check.problems:
-        samples = list(samples or ())
         twin = check.rebuilt()
         fingerprint = check.fingerprint(twin)
         for media in samples:
@@ -62,7 +62,8 @@ def check_encoder(encoder: Encoder, samples: Sequence[Media] | None = None) -> N
             check.require(same, "fingerprint() changed after embed()")
     if check.problems:
         lines = "".join(f"\n- {problem}" for problem in dict.fromkeys(check.problems))
-        raise EncoderError(f"{type(encoder).__name__} breaks the contract of an encoder:{lines}")
+        name = encoder.__name__ if isinstance(encoder, type) else type(encoder).__name__
+        raise EncoderError(f"{name} breaks the contract of an encoder:{lines}")
 
 
 def _pictures() -> list[Media]:
@@ -100,23 +101,47 @@ class _Check:
     def members(self) -> None:
         """All members are there, and the plain ones have the right types."""
         encoder = self.encoder
+        if not self.require(
+            not isinstance(encoder, type), "it is a class; give an instance, as in check_encoder(MyEncoder())"
+        ):
+            return
         missing = [name for name in _MEMBERS if name not in dir(encoder)]
         if not self.require(not missing, f"it lacks {', '.join(missing)}"):
             return
-        names = encoder.modalities
+        before = len(self.problems)
+        names, size, config = (
+            self.attempt(name, lambda name=name: getattr(encoder, name))
+            for name in ("modalities", "embedding_size", "config")
+        )
+        if len(self.problems) > before:
+            return
         if self.require(
             isinstance(names, tuple | list) and len(names) > 0,
             f"modalities must be a tuple of names such as ('image',), not {names!r}",
         ):
             unknown = [name for name in names if name not in MODALITIES]
             self.require(not unknown, f"unknown modalities {unknown}; known: {', '.join(MODALITIES)}")
-        size = encoder.embedding_size
         self.require(type(size) is int and size > 0, f"embedding_size must be an int above 0, not {size!r}")
         self.require(
-            _survives_json(encoder.config),
-            f"config must be a dict that JSON gives back unchanged (no tuples, paths or objects): "
-            f"{encoder.config!r}",
+            _survives_json(config),
+            f"config must be a dict that JSON gives back unchanged (no tuples, paths or objects): {config!r}",
         )
+
+    def samples(self, given: Any) -> list[Media]:
+        """The samples are a list of media; what is none is noted and left out."""
+        if not self.require(
+            given is None or isinstance(given, list | tuple),
+            f"samples must be a list of Media, such as [Media.image('a.png'), ...], not {given!r}",
+        ):
+            return []
+        usable = []
+        for media in given or ():
+            if self.require(
+                isinstance(media, Media),
+                f"the sample {media!r} is no Media; wrap it, as in Media.image({media!r})",
+            ):
+                usable.append(media)
+        return usable
 
     def rebuilt(self) -> Encoder | None:
         """``type(encoder)(**config)`` is the same encoder; it is returned."""
@@ -147,7 +172,9 @@ class _Check:
 
     def modality(self, modality: str, samples: list[Media], twin: Encoder | None) -> None:
         """Prepare and embed the samples of one modality."""
-        hashes = [media.content_hash() for media in samples]
+        hashes = [self.attempt(f"reading the sample {media!r}", media.content_hash) for media in samples]
+        if None in hashes:
+            return
         if not self.require(
             len(set(hashes)) > 1,
             f"{modality}: at least two different samples are needed to check it; pass samples=[...]",

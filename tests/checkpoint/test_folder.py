@@ -72,6 +72,18 @@ def test_a_damaged_manifest_is_refused(folder):
         read_manifest(folder)
 
 
+@pytest.mark.parametrize("content", ["[]", '"x"', '{"format": "2"}', "null"])
+def test_json_that_is_no_manifest_is_refused(content, folder):
+    (folder / "bindllm.json").write_text(content)
+    with pytest.raises(CheckpointError, match="not the description of a checkpoint"):
+        read_manifest(folder)
+
+
+def test_a_file_instead_of_its_folder_is_named(folder):
+    with pytest.raises(CheckpointError, match="is a file; give its folder"):
+        read_manifest(folder / "bindllm.json")
+
+
 def test_a_folder_with_a_pickle_is_refused_before_anything_is_read(folder):
     (folder / "adapter").mkdir()
     (folder / "adapter" / "weights.pt").write_bytes(b"")
@@ -132,3 +144,29 @@ def test_classes_outside_bindllm_need_permission():
         build_object({**entry, "init_args": {"grids": 2}}, allow=["tiny.ColourEncoder"])
     with pytest.raises(CheckpointError, match="cannot be built"):
         build_object({"class_path": "bindllm.encoders.Nothing"})
+
+
+class Broken:
+    """Cannot be built."""
+
+    def __init__(self):
+        raise RuntimeError("no such device")
+
+
+def test_whatever_a_constructor_raises_is_named():
+    path = f"{Broken.__module__}.Broken"
+    with pytest.raises(CheckpointError, match=f"{path} cannot be built.*RuntimeError: no such device"):
+        build_object({"class_path": path}, allow=[path])
+
+
+@pytest.mark.parametrize("path", ["", "Encoder", ".Encoder", "tiny.", None])
+def test_what_is_no_import_path_is_refused(path):
+    with pytest.raises(CheckpointError, match="is not the import path of a class"):
+        build_object({"class_path": path}, allow=[path])
+
+
+def test_a_misspelt_class_gets_the_closest_one_and_a_forbidden_one_the_option():
+    with pytest.raises(CheckpointError, match="Did you mean 'ColourEncoder'"):
+        build_object({"class_path": "tiny.ColorEncoder"}, allow=["tiny.ColorEncoder"])
+    with pytest.raises(CheckpointError, match=r"--allow tiny\.ColourEncoder on the command line"):
+        build_object({"class_path": "tiny.ColourEncoder"})

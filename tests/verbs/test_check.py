@@ -61,12 +61,39 @@ def test_a_decoder_that_cannot_be_hooked_is_found_without_its_weights(parts, tmp
     gpt = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": config["vocab_size"]}
     (folder / "config.json").write_text(json.dumps(gpt))
     assert run("check", tiny_recipe(parts), "--model.decoder.name", str(folder)) == 1
-    assert "1 problems" in capsys.readouterr().out
+    assert "1 problem\n" in capsys.readouterr().out
 
 
 def test_an_unknown_group_to_train_is_found_without_weights(parts, capsys):
     assert run("check", tiny_recipe(parts), "--model.trainable", "[bnd]") == 1
     assert "Did you mean 'bind'?" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--model.trainable", "[]"], "model.trainable is empty"),
+        (["--model.trainable", "[bnd]", "--data.store", "recipe.yaml"], "Did you mean 'bind'?"),
+        (["--data.max_length", "2"], "rows fits into so few tokens"),
+        (["--data.store", "recipe.yaml/store"], "recipe.yaml is a file"),
+    ],
+)
+def test_a_recipe_that_cannot_train_has_problems(options, told, parts, capsys):
+    assert run("check", tiny_recipe(parts), *options) == 1
+    assert told in capsys.readouterr().out
+
+
+def test_pictures_are_opened(tmp_path, parts, capsys):
+    picture = parts / "pictures/images/red0.png"
+    (tmp_path / "damaged.png").write_bytes(picture.read_bytes()[:40])
+    damaged, sound = {"image": "damaged.png", "caption": "x"}, {"image": str(picture), "caption": "red"}
+    recipe = tiny_recipe(parts, data={"sources": [{"path": "rows.jsonl", "split": "train"}]})
+    for rows, code in (([damaged, sound], 0), ([damaged], 1)):
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert run("check", recipe) == code
+        told = capsys.readouterr().out
+        assert f"1 x picture that cannot be opened (of {len(rows)} tried)" in told
+        assert ("not one picture can be opened" in told) == bool(code)
 
 
 def test_sources_without_training_rows_are_a_problem(parts, capsys):
@@ -114,7 +141,8 @@ def test_an_encoder(capsys):
     [
         (["--config", "nope.yaml"], "nope.yaml"),
         (["--folder", "nope"], "'nope' does not exist"),
-        (["--encoder", "tiny.Nope"], "tiny.Nope"),
+        (["--encoder", "tiny.ColorEncoder"], "Did you mean 'ColourEncoder'?"),
+        (["--encoder", "Nope"], "'Nope' is not the import path of a class"),
     ],
 )
 def test_what_does_not_exist_is_a_problem_and_not_a_traceback(line, told, capsys):

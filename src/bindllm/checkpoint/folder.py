@@ -16,6 +16,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from safetensors import SafetensorError
@@ -23,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bindllm.atomic import atomic_folder
-from bindllm.errors import CheckpointError, known_names
+from bindllm.errors import BindLLMError, CheckpointError, known_names
 
 FORMAT = 1
 MANIFEST = "bindllm.json"
@@ -69,6 +70,8 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         CheckpointError: no such folder, no manifest, a newer format, or a pickle beside it.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise CheckpointError(f"{folder} is a file; give its folder, {str(folder.parent)!r}")
     if not folder.is_dir():
         raise CheckpointError(f"checkpoint folder {str(folder)!r} does not exist. {_siblings(folder)}")
     pickles = sorted(file.name for file in folder.rglob("*") if file.suffix in _PICKLES)
@@ -83,6 +86,11 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} has no {MANIFEST}, so it is not a bindllm checkpoint") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{folder / MANIFEST} is not valid JSON: {error}") from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("format", 0), int):
+        raise CheckpointError(
+            f"{folder / MANIFEST} is not the description of a checkpoint: expected an object whose format is a "
+            f"number, not {json.dumps(manifest)[:80]}"
+        )
     if manifest.get("format", 0) > FORMAT:
         raise CheckpointError(
             f"{folder} has format {manifest['format']}, this bindllm reads up to {FORMAT}: upgrade bindllm"
@@ -142,19 +150,47 @@ def build_object(entry: dict[str, Any], *, allow: Sequence[str] = ()) -> Any:
         allow: import paths outside ``bindllm.`` that the caller trusts, such as ``"my_lab.RadarEncoder"``.
 
     Raises:
-        CheckpointError: the class is not allowed, or cannot be imported or built.
+        CheckpointError: the class is not allowed, does not exist, or cannot be imported or built.
     """
-    path = entry["class_path"]
+    path = entry.get("class_path")
+    if not isinstance(path, str) or not all(path.split(".")) or "." not in path:
+        raise CheckpointError(
+            f"{path!r} is not the import path of a class; expected one such as 'my_lab.RadarEncoder'"
+        )
     if not path.startswith("bindllm.") and path not in allow:
         raise CheckpointError(
             f"the checkpoint names the class {path!r}, which is not part of bindllm and would run code from there. "
-            f"If you trust it, pass allow=[{path!r}]."
+            f"If you trust it, pass allow=[{path!r}], or --allow {path} on the command line."
         )
     module, _, name = path.rpartition(".")
+    arguments = entry.get("init_args", {})
     try:
-        return getattr(importlib.import_module(module), name)(**entry.get("init_args", {}))
-    except (ImportError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be built with {entry.get('init_args', {})}: {error}") from error
+        home = importlib.import_module(module)
+        try:
+            kind = getattr(home, name)
+        except AttributeError as error:
+            raise CheckpointError(
+                f"{path} cannot be built: {module} has no {name!r}. {known_names(name, classes_in(home))}"
+            ) from error
+        return kind(**arguments)
+    except BindLLMError:
+        raise
+    # This may be a stranger's code: whatever it raises means that there is no such object.
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} cannot be built with {arguments}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def classes_in(module: ModuleType) -> list[str]:
+    """Return the names of the classes that a module offers, without those that it only imports."""
+    names = vars(module)
+    own = [
+        name
+        for name, value in names.items()
+        if isinstance(value, type) and value.__module__ == module.__name__
+    ]
+    return list(names.get("__all__", own))
 
 
 def _sha256(file: Path) -> str:

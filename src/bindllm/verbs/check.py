@@ -17,24 +17,29 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bindllm.checkpoint.folder import build_object, read_manifest, read_weights
 from bindllm.data.datamodule import BindData
+from bindllm.data.report import SourceReport
 from bindllm.data.sources import Row, SourceConfig, read_source
 from bindllm.data.tokenise import tokenise
 from bindllm.errors import BindLLMError, DecoderError, InputError
+from bindllm.media import open_image
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.decoder import DecoderConfig, find_folder, fingerprint_decoder, load_tokenizer
 from bindllm.model.injection import InjectConfig
 from bindllm.model.pretrained import read_parts
 from bindllm.testing import check_encoder
+from bindllm.training.callbacks import refuse_unmeasured
 from bindllm.training.optim import OptimConfig
 from bindllm.verbs.recipe import RecipeCLI, quiet
 from bindllm.verbs.runs import run_folder
-from bindllm.verbs.usage import Arguments, UsageError
+from bindllm.verbs.usage import Arguments, UsageError, read_number
 
 KINDS = {"decoder": DecoderConfig, "bind": BindConfig, "inject": InjectConfig, "optim": OptimConfig}
 PREVIEWED_ROWS = 3
 MEASURED_ROWS = 2000
 """Rows whose length is counted: enough for the statistics, and seconds at most."""
+OPENED_PICTURES = 200
+"""Pictures of a source that are opened, evenly spread over its training rows."""
 
 
 class Problems(list[str]):
@@ -65,7 +70,16 @@ def check(args: list[str]) -> int:
         metavar="CLASS",
         help="an encoder outside bindllm that the folder names",
     )
-    parser.add_argument("--rows", type=int, default=PREVIEWED_ROWS, help="rows to show with their label mask")
+    count = read_number(int, "a whole number of at least 0", lambda value: value >= 0)
+    parser.add_argument(
+        "--rows", type=count, default=PREVIEWED_ROWS, help="rows to show with their label mask"
+    )
+    if args and not args[0].startswith("-"):
+        option = "--folder" if Path(args[0]).is_dir() else "--config"
+        parser.error(
+            f"{args[0]!r} has no option before it: give a recipe with --config FILE, a checkpoint with --folder "
+            f"FOLDER. Here: bindllm check {option} {args[0]}"
+        )
     chosen, overrides = parser.parse_known_args(args)
     if overrides and not chosen.config:
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
@@ -80,7 +94,7 @@ def check(args: list[str]) -> int:
                 check_encoder(build_object({"class_path": chosen.encoder}, allow=[chosen.encoder]))
     for number, problem in enumerate(problems, start=1):
         console.print(f"{number}. {problem}", markup=False)
-    console.print(f"{len(problems)} problems" if problems else "no problems")
+    console.print(f"{len(problems)} problem{'s' * (len(problems) > 1)}" if problems else "no problems")
     return 1 if problems else 0
 
 
@@ -129,7 +143,12 @@ def _check_recipe(
             parts[name] = _built(kind, model[name])
     encoders = [encoder for entry in model["encoders"] if (encoder := _check_encoder(entry, problems))]
     tokenizer = _check_decoder(parts["decoder"], problems) if "decoder" in parts else None
-    if tokenizer is not None and not problems:
+    if not model["trainable"]:
+        problems.append(
+            "model.trainable is empty: nothing would be trained; name groups, such as [bind, inject]"
+        )
+    _check_store(data["store"], problems)
+    if tokenizer is not None and parts.keys() == KINDS.keys() and len(encoders) == len(model["encoders"]):
         with problems.noted():
             _check_model(parts, tokenizer, encoders, model["trainable"])
     if model["start_from"] is not None:
@@ -140,7 +159,7 @@ def _check_recipe(
     for entry in data["sources"]:
         with problems.noted():
             sources.append(_built(SourceConfig, entry))
-    _check_sources(sources, tokenizer, data["max_length"], problems, console)
+    num_validation = _check_sources(sources, tokenizer, data["max_length"], problems, console)
     if tokenizer is not None and not problems:
         keys = ("store", "batch_size", "max_length")
         whole = BindData(sources, tokenizer=tokenizer, encoders=encoders, **{key: data[key] for key in keys})
@@ -148,7 +167,8 @@ def _check_recipe(
             console.print(line, markup=False)
     if not problems:
         with problems.noted():
-            RecipeCLI("check", ["--config", file, *overrides]).make_trainer(logger=False)
+            trainer = RecipeCLI("check", ["--config", file, *overrides]).make_trainer(logger=False)
+            refuse_unmeasured(trainer.callbacks, num_validation=trainer.limit_val_batches and num_validation)
 
 
 def _check_decoder(config: DecoderConfig, problems: Problems) -> Any:
@@ -191,33 +211,72 @@ def _check_encoder(entry: dict[str, Any], problems: Problems) -> Any:
 
 def _check_sources(
     sources: Sequence[SourceConfig], tokenizer: Any, max_length: int, problems: Problems, console: Console
-) -> None:
-    """Read every source; say what each gives and what is left out."""
-    num_train, before = 0, len(problems)
+) -> int:
+    """Read every source; say what each gives and what is left out; return the number of validation rows."""
+    num_train, num_validation, before = 0, 0, len(problems)
     for number, source in enumerate(sources):
         with problems.noted():
             rows, report = read_source(source, number)
             num_train += len(rows["train"])
+            num_validation += len(rows["validation"])
+            with problems.noted():
+                _open_pictures(rows["train"], report)
             counts = ", ".join(f"{len(part):,} {split}" for split, part in rows.items())
             console.print(f"{source.path}: {report.pictures:,} pictures, {counts}", markup=False)
             for line in report.skipped.lines():
                 console.print(f"  left out: {line}", markup=False)
             if tokenizer is not None:
-                console.print(f"  {_lengths(rows['train'], tokenizer, max_length)}", markup=False)
+                lengths = _lengths(rows["train"], tokenizer, max_length)
+                console.print(f"  {lengths}", markup=False)
     if sources and not num_train and len(problems) == before:
         problems.append("the sources have no row to train on")
+    return num_validation
+
+
+def _check_store(store: str, problems: Problems) -> None:
+    """Note a place for the store where no folder can be made."""
+    there = next(place for place in (Path(store), *Path(store).absolute().parents) if place.exists())
+    if not there.is_dir():
+        problems.append(f"data.store {store} cannot be a folder: {there} is a file; choose another place")
+
+
+def _open_pictures(rows: Sequence[Row], report: SourceReport) -> None:
+    """Open some pictures of the rows, and count those that cannot be.
+
+    Raises:
+        InputError: not one of them can be opened.
+    """
+    pictures = list(dict.fromkeys(media for row in rows for media in row.media if media.modality == "image"))
+    chosen = pictures[:: max(1, len(pictures) // OPENED_PICTURES)][:OPENED_PICTURES]
+    failed = []
+    for media in chosen:
+        try:
+            open_image(media.source)
+        except BindLLMError as error:
+            failed.append(str(error))
+            report.skipped.add(f"picture that cannot be opened (of {len(chosen):,} tried)", str(error))
+    if failed and len(failed) == len(chosen):
+        raise InputError(f"{report.path}: not one picture can be opened: {failed[0]}")
 
 
 def _lengths(rows: Sequence[Row], tokenizer: Any, max_length: int) -> str:
-    """Return a line about the tokens of rows."""
+    """Return a line about the tokens of rows.
+
+    Raises:
+        InputError: there are rows, and none of them fits.
+    """
     samples, refused = [], 0
     for row in rows[:MEASURED_ROWS]:
         try:
             samples.append(tokenise(row.conversation, tokenizer, max_length))
         except InputError:
             refused += 1
+    if not rows:
+        return "no rows to train on"
     if not samples:
-        return f"tokens: none of {len(rows)} rows fits into max_length {max_length}"
+        raise InputError(
+            f"data.max_length {max_length}: none of {refused:,} rows fits into so few tokens; raise it"
+        )
     lengths = [len(sample.input_ids) for sample in samples]
     supervised = [sample.num_supervised for sample in samples]
     cut = sum(sample.truncated for sample in samples)

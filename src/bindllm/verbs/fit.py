@@ -19,7 +19,7 @@ from rich.text import Text
 
 from bindllm.atomic import atomic_file
 from bindllm.checkpoint.card import licences
-from bindllm.errors import BindLLMError
+from bindllm.errors import BindLLMError, InputError
 from bindllm.evaluation.run import HeldOutResult, evaluate_captions
 from bindllm.model.pretrained import describe
 from bindllm.training.callbacks import ParameterTable, SampleCaptions
@@ -47,6 +47,10 @@ def fit(args: list[str]) -> int:
         )
     with quiet():
         cli = RecipeCLI("fit", args)
+        if not cli.model.trainable:
+            raise InputError(
+                "model.trainable is empty: nothing would be trained; name groups, such as [bind, inject]"
+            )
         output, folder, recipe = Path(cli.config.output), run_folder(cli.config.output), cli.resolved()
         state = RunState(folder, RunLog(folder), every_seconds=cli.config.save_every_seconds)
         trainer = _trainer(cli, state)

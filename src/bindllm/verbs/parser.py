@@ -11,6 +11,7 @@ from typing import NoReturn
 import lightning.pytorch.callbacks
 from lightning.pytorch.cli import LightningArgumentParser
 
+from bindllm.checkpoint.folder import classes_in
 from bindllm.errors import known_names
 from bindllm.verbs.usage import UsageError
 
@@ -62,7 +63,7 @@ def _hint(message: str, known: Sequence[str]) -> str:
     if found := _UNKNOWN_OPTION.search(message):
         return _known_children(found["key"], known)
     if found := _UNKNOWN_CLASS.search(message):
-        return known_names(found["key"], _classes(found["path"]))
+        return known_names(found["key"], classes_in(import_module(found["path"])))
     if found := _UNKNOWN_CHOICE.search(message):
         return known_names(found["key"], re.findall(r"'([^']+)'", found["known"]))
     if found := _UNKNOWN_CALLBACK.search(message):
@@ -70,13 +71,6 @@ def _hint(message: str, known: Sequence[str]) -> str:
     if _UNKNOWN_MODULE.search(message):
         return "Give the full import path of a class, such as bindllm.encoders.EfficientNetLite."
     return ""
-
-
-def _classes(module: str) -> list[str]:
-    """Return the classes that a module offers, without those that it only imports."""
-    names = vars(import_module(module))
-    own = [name for name, value in names.items() if isinstance(value, type) and value.__module__ == module]
-    return list(names.get("__all__", own))
 
 
 def _known_children(key: str, known: Sequence[str]) -> str:

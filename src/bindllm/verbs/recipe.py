@@ -19,6 +19,7 @@ from bindllm.data.datamodule import BindData
 from bindllm.errors import InputError
 from bindllm.training.module import BindModule
 from bindllm.verbs.parser import RecipeParser
+from bindllm.verbs.usage import GIVE_RECIPE, UsageError, refuse_bare_names
 
 TRAINER_DEFAULTS = {
     "enable_model_summary": False,
@@ -45,7 +46,8 @@ class RecipeCLI(LightningCLI):
     """
 
     def __init__(self, verb: str, args: Sequence[str], *, build: bool = True) -> None:
-        self.build = build
+        self.build, self.verb = build, verb
+        refuse_bare_names(verb, args)
         # Fields of our dataclasses are explained below each of them; that is where --help finds its words.
         set_parsing_settings(docstring_parse_attribute_docstrings=True)
         super().__init__(
@@ -81,7 +83,14 @@ class RecipeCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; Lightning's own version warns whenever a process has arguments of its own."""
-        self.config = parser.parse_args(args)
+        try:
+            self.config = parser.parse_args(args)
+        except UsageError as error:
+            if any(option.partition("=")[0] == "--config" for option in args):
+                raise
+            raise UsageError(
+                f"{error}\n{GIVE_RECIPE}: bindllm {self.verb} --config FILE", key=error.key
+            ) from error
 
     def instantiate_classes(self) -> None:
         """Build model and data; the trainer depends on the verb."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import re
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 from bindllm.errors import BindLLMError, known_names
+
+GIVE_RECIPE = "Give a recipe with --config"
 
 
 class UsageError(BindLLMError):
@@ -31,6 +34,43 @@ class Arguments(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise, instead of printing and leaving the process."""
         raise UsageError(f"{message}. {unknown_option_hint(message, self)}".rstrip())
+
+
+def refuse_bare_names(verb: str, args: Sequence[str]) -> None:
+    """Refuse a command line that starts with the name of a file instead of an option, or that is empty.
+
+    Raises:
+        UsageError: says which option the name belongs to.
+    """
+    if not args:
+        raise UsageError(f"{verb} needs a recipe. {GIVE_RECIPE}: bindllm {verb} --config FILE")
+    if not args[0].startswith("-"):
+        raise UsageError(
+            f"{args[0]!r} has no option before it. {GIVE_RECIPE}: bindllm {verb} --config {args[0]}"
+        )
+
+
+def read_number(
+    kind: type[int] | type[float], expected: str, fits: Callable[[Any], bool]
+) -> Callable[[str], Any]:
+    """Return a reader of an option's number.
+
+    Args:
+        kind: int or float.
+        expected: what the number must be, as the end of the sentence "... must be ...".
+        fits: whether a number is that.
+    """
+
+    def read(text: str) -> int | float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not fits(value):
+            raise argparse.ArgumentTypeError(f"must be {expected}, not {text}")
+        return value
+
+    return read
 
 
 def unknown_option_hint(message: str, parser: argparse.ArgumentParser) -> str:
