@@ -132,6 +132,8 @@ def test_paths_are_found_from_another_directory(tmp_path, monkeypatch):
         == "moved/checkpoints/decoder"
     )
     assert resolve_path("not/there", "moved/checkpoints/model", manifest) == "not/there"
+    (tmp_path / "moved" / "whole").mkdir()
+    assert resolve_path("whole", "moved/checkpoints/model", manifest) == "whole"
     assert resolve_path(7, "moved/checkpoints/model", manifest) == 7
 
 

@@ -295,6 +295,10 @@ def test_another_decoder_or_encoder_is_refused(decoder_folder, tmp_path):
     (tmp_path / "m" / "bindllm.json").write_text(text.replace('"grid": 4', '"grid": 2'))
     with pytest.raises(CheckpointError, match="encoder 'tiny.ColourEncoder' is not the one"):
         BindLLM.from_pretrained(tmp_path / "m", allow=["tiny.ColourEncoder"])
+    for name in ("init_args", "fingerprint", "decoder"):
+        (tmp_path / "m" / "bindllm.json").write_text(text.replace(f'"{name}"', '"other"'))
+        with pytest.raises(CheckpointError, match=name):
+            BindLLM.from_pretrained(tmp_path / "m", allow=["tiny.ColourEncoder"])
     (tmp_path / "m" / "bindllm.json").write_text(text.replace('"inject"', '"injct"'))
     with pytest.raises(CheckpointError, match="inject"):
         BindLLM.from_pretrained(tmp_path / "m", allow=["tiny.ColourEncoder"])

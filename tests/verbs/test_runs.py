@@ -1,9 +1,11 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from bindllm.errors import InputError
-from bindllm.verbs.runs import open_run, run_folder
+from bindllm.verbs.runs import claimed, open_run, run_folder
 
 RECIPE = "model:\n  lr: 1\n  name: a\n"
 
@@ -62,3 +64,18 @@ def test_a_state_without_its_recipe_is_set_aside(tmp_path):
     (folder / "recipe.yaml").unlink()
     open_run(folder, RECIPE)
     assert not (folder / "last.ckpt").exists()
+
+
+def test_a_second_run_is_kept_out_while_the_first_goes_on(tmp_path):
+    folder = tmp_path / "runs" / "x"
+    code = (
+        "import sys; from pathlib import Path; from bindllm.verbs.runs import claimed\n"
+        f"with claimed(Path({str(folder)!r})): print('in')"
+    )
+
+    def second() -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+    with claimed(folder):
+        assert "another run is using" in second().stderr
+    assert second().stdout == "in\n"

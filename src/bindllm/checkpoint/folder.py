@@ -136,7 +136,8 @@ def resolve_path(value: Any, folder: str | Path, manifest: dict[str, Any]) -> An
     Paths are kept as the recipe gave them; one that does not exist from the current directory is looked up from
     the directory in which the checkpoint was made, so that a moved project still loads from anywhere.
     """
-    if not isinstance(value, str) or os.path.exists(value):
+    # A word without a separator is a setting, even where a folder of that name exists.
+    if not isinstance(value, str) or not {"/", os.sep} & set(value) or os.path.exists(value):
         return value
     beside = Path(folder) / manifest.get("root", ".") / value
     return os.path.relpath(beside) if beside.exists() else value

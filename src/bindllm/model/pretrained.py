@@ -65,18 +65,20 @@ def read_parts(
             "bind": BindConfig(**manifest["bind"]),
             "inject": InjectConfig(**manifest["inject"]),
         }
-    except (KeyError, TypeError) as error:
+        expected = [saved["fingerprint"], *(entry["fingerprint"] for entry in entries)]
+        arguments = [
+            {name: resolve_path(value, folder, manifest) for name, value in entry["init_args"].items()}
+            for entry in entries
+        ]
+    except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{folder}: the manifest lacks or misspells {error}; copy the whole folder again"
         ) from error
-    _check_fingerprint("decoder", config.name, fingerprint_decoder(find_folder(config)), saved["fingerprint"])
+    _check_fingerprint("decoder", config.name, fingerprint_decoder(find_folder(config)), expected[0])
     parts["encoders"] = []
-    for entry in entries:
-        arguments = {
-            name: resolve_path(value, folder, manifest) for name, value in entry["init_args"].items()
-        }
-        encoder = build_object({**entry, "init_args": arguments}, allow=allow)
-        _check_fingerprint("encoder", entry["class_path"], encoder.fingerprint(), entry["fingerprint"])
+    for entry, values, fingerprint in zip(entries, arguments, expected[1:], strict=True):
+        encoder = build_object({**entry, "init_args": values}, allow=allow)
+        _check_fingerprint("encoder", entry["class_path"], encoder.fingerprint(), fingerprint)
         parts["encoders"].append(encoder)
     return config, parts, read_weights(folder, manifest)
 

@@ -30,7 +30,7 @@ from bindllm.training.runlog import METRICS, RunLog
 from bindllm.training.state import AtomicCheckpointIO, Interrupted, RunState, told_to_make_room
 from bindllm.training.summary import summarise
 from bindllm.verbs.recipe import RecipeCLI, quiet
-from bindllm.verbs.runs import RECIPE, open_run, run_folder
+from bindllm.verbs.runs import RECIPE, claimed, open_run, run_folder
 
 SHOWN_CAPTIONS = 5
 REPORT_PACKAGES = ("torchmetrics", "pycocoevalcap", "matplotlib")
@@ -51,34 +51,41 @@ def fit(args: list[str]) -> int:
             raise InputError(
                 "model.trainable is empty: nothing would be trained; name groups, such as [bind, inject]"
             )
-        output, folder, recipe = Path(cli.config.output), run_folder(cli.config.output), cli.resolved()
-        state = RunState(folder, RunLog(folder), every_seconds=cli.config.save_every_seconds)
-        trainer = _trainer(cli, state)
-        # Processes that Lightning starts for further devices find the folder as the first one made it ready.
-        if rank_zero_only.rank == 0:
-            open_run(folder, recipe, resume=cli.config.resume, say=partial(console.print, markup=False))
-        try:
-            going_on = state.last if state.last.exists() else None
-            trainer.fit(cli.model, cli.datamodule, ckpt_path=going_on, weights_only=True)
-        except Interrupted as stop:
-            console.print(f"{stop}; the same command goes on from there")
-            return 130
-        except SystemExit as stop:
-            # So Lightning ends after a Ctrl-C in the midst of something (embedding, say), and ignores further ones.
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            raise KeyboardInterrupt from stop
-        if not trainer.is_global_zero:
-            return 0
-        model = cli.model.model.to(trainer.strategy.root_device)
-        if (best := state.best_weights()) is not None:
-            model.load_trainable_state(best, source=str(folder))
-        with told_to_make_room(output):
-            model.save_pretrained(output, data=_data_names(cli))
-            with atomic_file(output / RECIPE) as part:
-                part.write_text(recipe, encoding="utf-8")
-        # From here on the trained folder is safe, whatever the measurement does.
-        code = _measure(cli, state, console)
-        state.forget()
+        folder = run_folder(cli.config.output)
+        with claimed(folder):
+            return _run(cli, folder, console)
+
+
+def _run(cli: RecipeCLI, folder: Path, console: Console) -> int:
+    """Train, save and measure in a run's folder that nobody else uses; return the exit code."""
+    output, recipe = Path(cli.config.output), cli.resolved()
+    state = RunState(folder, RunLog(folder), every_seconds=cli.config.save_every_seconds)
+    trainer = _trainer(cli, state)
+    # Processes that Lightning starts for further devices find the folder as the first one made it ready.
+    if rank_zero_only.rank == 0:
+        open_run(folder, recipe, resume=cli.config.resume, say=partial(console.print, markup=False))
+    try:
+        going_on = state.last if state.last.exists() else None
+        trainer.fit(cli.model, cli.datamodule, ckpt_path=going_on, weights_only=True)
+    except Interrupted as stop:
+        console.print(f"{stop}; the same command goes on from there")
+        return 130
+    except SystemExit as stop:
+        # So Lightning ends after a Ctrl-C in the midst of something (embedding, say), and ignores further ones.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        raise KeyboardInterrupt from stop
+    if not trainer.is_global_zero:
+        return 0
+    model = cli.model.model.to(trainer.strategy.root_device)
+    if (best := state.best_weights()) is not None:
+        model.load_trainable_state(best, source=str(folder))
+    with told_to_make_room(output):
+        model.save_pretrained(output, data=_data_names(cli))
+        with atomic_file(output / RECIPE) as part:
+            part.write_text(recipe, encoding="utf-8")
+    # From here on the trained folder is safe, whatever the measurement does.
+    code = _measure(cli, state, console)
+    state.forget()
     return code
 
 

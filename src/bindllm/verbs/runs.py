@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from bindllm.atomic import atomic_file, remove_leftovers
 from bindllm.checkpoint.folder import MANIFEST
@@ -32,6 +35,28 @@ def run_folder(output: str | Path) -> Path:
             f"output {output} is a folder with other content (no {MANIFEST}); choose another one"
         )
     return Path(RUNS) / output.resolve().name
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Keep a second run out of the folder for the length of the block; the system lets go if this process dies.
+
+    Raises:
+        InputError: another process is using it.
+    """
+    if rank_zero_only.rank != 0:
+        # One of several processes of the run that holds it.
+        yield
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
+    try:
+        with lock:
+            yield
+    except Timeout as error:
+        raise InputError(
+            f"another run is using {folder}: wait for its end, or give this one an --output of another name"
+        ) from error
 
 
 def open_run(folder: Path, recipe: str, *, resume: bool = True, say: Callable[[str], Any] = print) -> None:
