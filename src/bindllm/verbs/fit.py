@@ -52,15 +52,15 @@ def fit(args: list[str]) -> int:
                 "model.trainable is empty: nothing would be trained; name groups, such as [bind, inject]"
             )
         folder = run_folder(cli.config.output)
+        state = RunState(folder, RunLog(folder), every_seconds=cli.config.save_every_seconds)
+        trainer = _trainer(cli, state)
         with claimed(folder):
-            return _run(cli, folder, console)
+            return _run(cli, state, trainer, console)
 
 
-def _run(cli: RecipeCLI, folder: Path, console: Console) -> int:
+def _run(cli: RecipeCLI, state: RunState, trainer: Trainer, console: Console) -> int:
     """Train, save and measure in a run's folder that nobody else uses; return the exit code."""
-    output, recipe = Path(cli.config.output), cli.resolved()
-    state = RunState(folder, RunLog(folder), every_seconds=cli.config.save_every_seconds)
-    trainer = _trainer(cli, state)
+    output, recipe, folder = Path(cli.config.output), cli.resolved(), state.folder
     # Processes that Lightning starts for further devices find the folder as the first one made it ready.
     if rank_zero_only.rank == 0:
         open_run(folder, recipe, resume=cli.config.resume, say=partial(console.print, markup=False))
