@@ -72,3 +72,24 @@ def test_kill_in_the_middle_of_a_save_leaves_the_old_content(tmp_path):
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
     assert (tmp_path / "f.json").read_text() == '"old"\n'
+
+
+def test_kill_between_the_two_renames_of_a_folder_loses_nothing(tmp_path):
+    code = (
+        "import os, signal; from pathlib import Path; from bindllm.atomic import atomic_folder\n"
+        f"path = Path({str(tmp_path / 'd')!r})\n"
+        "with atomic_folder(path) as part: (part / 'old').write_text('whole')\n"
+        "replace = os.replace\n"
+        "def kill_after(source, target): replace(source, target); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "os.replace = kill_after\n"
+        "with atomic_folder(path) as part: (part / 'new').write_text('whole')\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    assert not (tmp_path / "d").exists()
+    with pytest.raises(OSError, match="disk full"), atomic_folder(tmp_path / "d"):
+        raise OSError("disk full")
+    assert names(tmp_path / "d") == ["old"]
+    with atomic_folder(tmp_path / "d") as part:
+        (part / "newer").write_text("whole")
+    assert names(tmp_path / "d") == ["newer"]
+    assert not (tmp_path / ".d.old").exists()

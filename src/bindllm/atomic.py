@@ -53,15 +53,25 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+def set_aside_name(path: str | Path) -> Path:
+    """Return where `atomic_folder` keeps the earlier folder for the moment in which the new one takes its place."""
+    path = Path(path)
+    return path.with_name(f".{path.name}.old")
+
+
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yield a temporary folder; on success it takes the place of ``path``, on an error it is removed.
 
-    An existing folder is moved aside first and removed last, so a crash leaves at least one whole copy.
+    An existing folder is moved aside first, to `set_aside_name`, and removed last: a kill between the two renames
+    leaves it there, whole, and the next call brings it back before anything else.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part, old = _beside(path), _beside(path)
+    part, old = _beside(path), set_aside_name(path)
+    if old.exists() and not path.exists():
+        os.replace(old, path)
+    shutil.rmtree(old, ignore_errors=True)
     part.mkdir()
     try:
         yield part

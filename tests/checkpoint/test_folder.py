@@ -56,6 +56,12 @@ def test_a_missing_folder_names_the_closest(folder):
         read_manifest(folder.parent / "mode")
 
 
+def test_a_killed_save_is_told_with_the_place_of_the_earlier_checkpoint(folder):
+    folder.rename(folder.parent / ".model.old")
+    with pytest.raises(CheckpointError, match=r"killed.*\.model\.old.*rename it to model"):
+        read_manifest(folder)
+
+
 def test_a_newer_format_is_refused(folder):
     manifest = json.loads((folder / "bindllm.json").read_text())
     (folder / "bindllm.json").write_text(json.dumps({**manifest, "format": 99}))

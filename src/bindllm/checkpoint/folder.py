@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bindllm.atomic import atomic_folder
+from bindllm.atomic import atomic_folder, set_aside_name
 from bindllm.errors import BindLLMError, CheckpointError, known_names
 
 FORMAT = 1
@@ -73,6 +73,11 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     if folder.is_file():
         raise CheckpointError(f"{folder} is a file; give its folder, {str(folder.parent)!r}")
     if not folder.is_dir():
+        if (aside := set_aside_name(folder)).is_dir():
+            raise CheckpointError(
+                f"a save into {folder} was killed just as it took the place of the earlier checkpoint, which is whole "
+                f"in {aside}: rename it to {folder.name}, or save again"
+            )
         raise CheckpointError(f"checkpoint folder {str(folder)!r} does not exist. {_siblings(folder)}")
     pickles = sorted(file.name for file in folder.rglob("*") if file.suffix in _PICKLES)
     if pickles:
