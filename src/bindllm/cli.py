@@ -20,6 +20,8 @@ VERBS = {
     "validate": ("measure", "measure the loss of a trained recipe on its validation split"),
     "test": ("measure", "measure the loss of a trained recipe on its test split"),
     "generate": ("generate", "ask a checkpoint folder about pictures"),
+    "encode": ("encode", "print how alike files and texts are in an encoder's joint space"),
+    "convert": ("convert", "turn published weights into our folders, every key accounted for"),
     "report": ("report", "write the report of a checkpoint folder again"),
     "version": ("report", "print the versions of bindllm and of what it stands on"),
 }

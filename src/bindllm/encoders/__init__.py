@@ -20,10 +20,26 @@ if TYPE_CHECKING:
     import torch
 
     from bindllm.encoders.efficientnet import EfficientNetLite
+    from bindllm.encoders.huggingface import HuggingFace
+    from bindllm.encoders.imagebind import ImageBind
+    from bindllm.encoders.pointbind import PointBind
 
-__all__ = ["EfficientNetLite", "Encoder", "encoder_for", "fingerprint"]
+__all__ = [
+    "EfficientNetLite",
+    "Encoder",
+    "HuggingFace",
+    "ImageBind",
+    "PointBind",
+    "encoder_for",
+    "fingerprint",
+]
 
-_HOMES = {"EfficientNetLite": "bindllm.encoders.efficientnet"}
+_HOMES = {
+    "EfficientNetLite": "bindllm.encoders.efficientnet",
+    "HuggingFace": "bindllm.encoders.huggingface",
+    "ImageBind": "bindllm.encoders.imagebind",
+    "PointBind": "bindllm.encoders.pointbind",
+}
 
 _CHUNK = 1 << 20
 

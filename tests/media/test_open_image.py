@@ -1,9 +1,8 @@
-"""Opening pictures of every kind, good and bad, and the identity of media."""
+"""Opening pictures of every kind, good and bad."""
 
 from __future__ import annotations
 
 import gzip
-import hashlib
 import io
 import struct
 import sys
@@ -15,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import bindllm.media as media_module
-from bindllm.errors import InputError, MediaError, MissingExtraError
-from bindllm.media import MAX_PIXELS, MODALITIES, Media, open_image
+import bindllm.media.pictures as pictures_module
+from bindllm.errors import MediaError, MissingExtraError
+from bindllm.media import MAX_PIXELS, Media, open_image
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 128, 0), (0, 0, 255), (255, 255, 255)
 
@@ -253,7 +252,7 @@ def test_huge_picture_is_refused_by_its_header(tmp_path):
 
 def test_the_limit_is_on_the_side_of_the_picture_and_pillow_stays_quiet(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    monkeypatch.setattr(media_module, "MAX_PIXELS", 32 * 24)
+    monkeypatch.setattr(pictures_module, "MAX_PIXELS", 32 * 24)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert open_image(encoded(picture(), "PNG")).size == (32, 24)
@@ -427,7 +426,7 @@ def test_svg_chains_of_references_are_refused_but_circles_are_not():
 
 
 def test_gigantic_svg_is_refused_after_unpacking(monkeypatch):
-    monkeypatch.setattr("bindllm.svg.MAX_SVG_BYTES", 1000)
+    monkeypatch.setattr("bindllm.media.svg.MAX_SVG_BYTES", 1000)
     data = gzip.compress(svg(HALVES + " " * 5000))
     assert len(data) < 1000
     with pytest.raises(MediaError, match="more than 1,000 bytes"):
@@ -472,70 +471,3 @@ def test_svg_without_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "resvg_py", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'bindllm\[svg\]'"):
         open_image(svg(HALVES))
-
-
-# --- Media ---
-
-
-def test_one_constructor_per_modality():
-    for modality in MODALITIES:
-        assert getattr(Media, modality)("source", 0.5) == Media(modality, "source", 0.5)
-
-
-@pytest.mark.parametrize("weight", [0, -1, float("nan"), float("inf"), "1", None, True])
-def test_bad_weights(weight):
-    with pytest.raises(InputError, match=r"weight of cat\.png"):
-        Media.image("cat.png", weight=weight)
-
-
-def test_bad_modality_and_source():
-    with pytest.raises(InputError, match=r"unknown modality 'imge'.*Did you mean 'image'"):
-        Media("imge", "cat.png")
-    with pytest.raises(InputError, match="source of image media must be .* not list"):
-        Media.image([1, 2])
-    with pytest.raises(InputError, match="source of text media must be str, not bytes"):
-        Media.text(b"words")
-
-
-def test_names_are_short():
-    assert Media.image("a/cat.png").name == "a/cat.png"
-    assert Media.image(b"x" * 1000).name == "<1000 bytes>"
-    assert Media.image(np.zeros((4, 6, 3), np.uint8)).name == "<array [4, 6, 3] uint8>"
-    assert Media.image(Image.new("L", (4, 6))).name == "<picture 4x6 L>"
-    assert len(Media.text("word " * 50).name) == 42
-    assert repr(Media.image(b"x" * 1000, weight=0.5)) == "Media.image('<1000 bytes>', weight=0.5)"
-
-
-def test_hash_is_of_modality_and_content(tmp_path):
-    a, b = tmp_path / "a.png", tmp_path / "b.png"
-    for path in (a, b):
-        path.write_bytes(b"content")
-    expected = hashlib.sha256(b"image\nfile\ncontent").hexdigest()
-    assert Media.image(a).content_hash() == Media.image(str(b), weight=2).content_hash() == expected
-    assert Media.image(b"content").content_hash() == expected
-    assert Media.thermal(a).content_hash() != expected
-    assert Media.text("content").content_hash() != expected
-
-
-def test_hash_of_arrays_and_pictures():
-    zeros = np.zeros((4, 6), np.uint8)
-    hashes = [
-        Media.image(source).content_hash()
-        for source in (
-            zeros,
-            zeros.reshape(6, 4),
-            zeros.view(np.int8),
-            zeros + 1,
-            Image.fromarray(zeros),
-            Image.fromarray(zeros).convert("RGB"),
-            zeros.tobytes(),
-        )
-    ]
-    assert len(set(hashes)) == len(hashes)
-    wide = np.arange(48, dtype=np.uint8).reshape(4, 12)
-    assert Media.image(wide[:, ::2]).content_hash() == Media.image(wide[:, ::2].copy()).content_hash()
-
-
-def test_hash_of_a_missing_file():
-    with pytest.raises(MediaError, match=r"missing\.wav: cannot be opened"):
-        Media.audio("missing.wav").content_hash()

@@ -1,0 +1,116 @@
+"""Renaming the tensors of foreign checkpoints by a table, with every one of them accounted for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from bindllm.atomic import atomic_file
+from bindllm.errors import CheckpointError
+
+_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Rule:
+    r"""What becomes of the tensors whose whole name matches a pattern; the first rule that matches decides.
+
+    Args:
+        pattern: regular expression for the foreign name.
+        to: our name, with ``\1`` for the pattern's groups; None drops the tensor.
+        why: why it is dropped, for the report.
+        change: what turns the foreign tensor into ours; None leaves it.
+    """
+
+    pattern: str
+    to: str | None
+    why: str = ""
+    change: Callable[[Tensor], Tensor] | None = None
+
+
+@dataclass
+class Accounting:
+    """What became of every tensor of a foreign checkpoint.
+
+    Attributes:
+        mapped: (foreign name, our name, shape).
+        dropped: (foreign name, why).
+        unknown: foreign names that no rule speaks of.
+    """
+
+    mapped: list[tuple[str, str, tuple[int, ...]]] = field(default_factory=list)
+    dropped: list[tuple[str, str]] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+
+    def write(self, file: str | Path) -> None:
+        """Write the report: one line per tensor, tab-separated."""
+        lines = ["key\toutcome\tname or reason\tshape"]
+        lines += [
+            f"{old}\tmapped\t{new}\t{'x'.join(map(str, shape)) or 'scalar'}"
+            for old, new, shape in self.mapped
+        ]
+        lines += [f"{old}\tdropped\t{why}\t" for old, why in self.dropped]
+        lines += [f"{old}\tunknown\t\t" for old in self.unknown]
+        with atomic_file(file) as part:
+            part.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def require_complete(self, source: str) -> None:
+        """Refuse a checkpoint with tensors that no rule speaks of.
+
+        Raises:
+            CheckpointError: names them.
+        """
+        if self.unknown:
+            shown = ", ".join(self.unknown[:_SHOWN])
+            more = f" and {len(self.unknown) - _SHOWN} more" if len(self.unknown) > _SHOWN else ""
+            raise CheckpointError(
+                f"{source} holds {len(self.unknown)} unknown tensors: {shown}{more}. It is another kind of checkpoint, "
+                "or another version of this one; nothing was converted"
+            )
+
+
+def rename(tensors: Mapping[str, Tensor], rules: Sequence[Rule]) -> tuple[dict[str, Tensor], Accounting]:
+    r"""Rename the tensors of a foreign checkpoint.
+
+    Args:
+        tensors: by foreign name.
+        rules: tried in their order.
+
+    Returns:
+        the tensors by our names, and what became of each; unknown ones are only counted, see
+        `Accounting.require_complete`.
+
+    Raises:
+        CheckpointError: two tensors get the same name.
+
+    Example:
+        >>> import torch
+        >>> rules = [Rule(r"w1[.](.*)", r"gate.\g<1>"), Rule("rope[.].*", None, "computed from the config")]
+        >>> ours, accounting = rename({"w1.weight": torch.ones(2), "rope.freqs": torch.ones(3)}, rules)
+        >>> list(ours), accounting.dropped, accounting.unknown
+        (['gate.weight'], [('rope.freqs', 'computed from the config')], [])
+    """
+    compiled = [(re.compile(rule.pattern), rule) for rule in rules]
+    renamed: dict[str, Tensor] = {}
+    accounting = Accounting()
+    for name, tensor in tensors.items():
+        match, rule = next(
+            ((found, rule) for pattern, rule in compiled if (found := pattern.fullmatch(name))), (None, None)
+        )
+        if match is None or rule is None:
+            accounting.unknown.append(name)
+        elif rule.to is None:
+            accounting.dropped.append((name, rule.why))
+        else:
+            new = match.expand(rule.to)
+            if new in renamed:
+                raise CheckpointError(
+                    f"{name} and another both become {new}: this is another kind of checkpoint"
+                )
+            renamed[new] = tensor if rule.change is None else rule.change(tensor)
+            accounting.mapped.append((name, new, tuple(tensor.shape)))
+    return renamed, accounting

@@ -1,0 +1,147 @@
+"""What a user hands in: one picture, sound, text, ... with a weight; and how the files are opened.
+
+A file reaches every encoder through one function per kind of media, so that it always means the same numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+from PIL import Image
+
+from bindllm.errors import InputError, known_names
+from bindllm.media.pictures import MAX_PIXELS, open_image
+from bindllm.media.source import CHUNK, Source, name_of, open_stream
+
+__all__ = ["MAX_PIXELS", "MODALITIES", "Media", "Modality", "Source", "open_image"]
+
+Modality = Literal["image", "video", "audio", "text", "point", "depth", "thermal", "imu"]
+MODALITIES: tuple[str, ...] = get_args(Modality)
+
+
+@dataclass(frozen=True, repr=False)
+class Media:
+    """One image, video, audio, text, point cloud, depth map, thermal image or IMU signal.
+
+    Nothing is opened here: a missing file is reported when an encoder prepares it.
+
+    Args:
+        modality: one of `MODALITIES`.
+        source: a path, the bytes of a file, an array or a Pillow picture; for text, the text itself.
+        weight: share of this media where several are fused into one group; finite and above 0.
+
+    Raises:
+        InputError: unknown modality, wrong type of source, or a weight that is not finite and above 0.
+
+    Example:
+        >>> Media.image("cat.jpg", weight=0.5)
+        Media.image('cat.jpg', weight=0.5)
+    """
+
+    modality: str
+    source: Source
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.modality not in MODALITIES:
+            raise InputError(f"unknown modality {self.modality!r}. {known_names(self.modality, MODALITIES)}")
+        expected = (str,) if self.modality == "text" else get_args(Source)
+        if not isinstance(self.source, expected):
+            names = " or ".join(kind.__name__ for kind in expected)
+            raise InputError(
+                f"the source of {self.modality} media must be {names}, not {type(self.source).__name__}"
+            )
+        if isinstance(self.weight, bool) or not isinstance(self.weight, int | float):
+            raise InputError(f"the weight of {self.name} must be a number, not {self.weight!r}")
+        if not (math.isfinite(self.weight) and self.weight > 0):
+            raise InputError(f"the weight of {self.name} must be finite and above 0, not {self.weight}")
+
+    @classmethod
+    def image(cls, source: Source, weight: float = 1.0) -> Media:
+        """Return a picture: path, bytes of a file, array [H, W, 3] of uint8, or Pillow picture."""
+        return cls("image", source, weight)
+
+    @classmethod
+    def video(cls, source: Source, weight: float = 1.0) -> Media:
+        """Return a video: path or bytes of a file, or an array of frames."""
+        return cls("video", source, weight)
+
+    @classmethod
+    def audio(cls, source: Source, weight: float = 1.0) -> Media:
+        """Return a sound: path or bytes of a file, or an array of samples."""
+        return cls("audio", source, weight)
+
+    @classmethod
+    def text(cls, source: str, weight: float = 1.0) -> Media:
+        """Return a text that an encoder embeds (the words of a prompt are not media)."""
+        return cls("text", source, weight)
+
+    @classmethod
+    def point(cls, source: Source, weight: float = 1.0) -> Media:
+        """Return a point cloud: path or bytes of a file, or an array of points."""
+        return cls("point", source, weight)
+
+    @classmethod
+    def depth(cls, source: Source, weight: float = 1.0) -> Media:
+        """Return a depth map: path or bytes of a file, or an array."""
+        return cls("depth", source, weight)
+
+    @classmethod
+    def thermal(cls, source: Source, weight: float = 1.0) -> Media:
+        """Return a thermal image: path or bytes of a file, or an array."""
+        return cls("thermal", source, weight)
+
+    @classmethod
+    def imu(cls, source: Source, weight: float = 1.0) -> Media:
+        """Return the signal of an inertial measurement unit: path or bytes of a file, or an array."""
+        return cls("imu", source, weight)
+
+    @property
+    def name(self) -> str:
+        """A short name for messages: the path, the first words of a text, or the size of an array."""
+        if self.modality == "text":
+            words = str(self.source)
+            return repr(words if len(words) <= 40 else words[:37] + "...")
+        return name_of(self.source)
+
+    def content_hash(self) -> str:
+        """Return the sha256 of modality and content, in hex; the weight and the path do not count.
+
+        A file and its bytes have the same hash. An array counts with its shape and dtype.
+
+        Raises:
+            MediaError: the file cannot be read.
+        """
+        digest = hashlib.sha256(f"{self.modality}\n".encode())
+        for part in _content(self.source, is_text=self.modality == "text"):
+            digest.update(part)
+        return digest.hexdigest()
+
+    def __repr__(self) -> str:
+        name = self.name if self.modality == "text" else repr(self.name)
+        weight = "" if self.weight == 1 else f", weight={self.weight}"
+        return f"Media.{self.modality}({name}{weight})"
+
+
+def _content(source: Source, *, is_text: bool) -> Iterator[bytes | memoryview]:
+    """Yield what identifies the content: a word for its kind first, so that kinds never collide."""
+    if is_text:
+        yield b"text\n" + str(source).encode("utf-8", "surrogatepass")
+    elif isinstance(source, np.ndarray):
+        yield f"array {source.dtype.str} {source.shape}\n".encode()
+        yield np.ascontiguousarray(source).tobytes()
+    elif isinstance(source, Image.Image):
+        orientation, transparency = source.getexif().get(0x0112), source.info.get("transparency")
+        yield f"picture {source.mode} {source.size} {orientation} {transparency}\n".encode()
+        yield bytes(source.getpalette() or ())
+        yield source.tobytes()
+    else:
+        yield b"file\n"
+        with open_stream(source) as stream:
+            while chunk := stream.read(CHUNK):
+                yield chunk

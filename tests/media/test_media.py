@@ -1,0 +1,76 @@
+"""`Media`: what it accepts, what it is called, and when two of them have the same content."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bindllm.errors import InputError, MediaError
+from bindllm.media import MODALITIES, Media
+
+
+def test_one_constructor_per_modality():
+    for modality in MODALITIES:
+        assert getattr(Media, modality)("source", 0.5) == Media(modality, "source", 0.5)
+
+
+@pytest.mark.parametrize("weight", [0, -1, float("nan"), float("inf"), "1", None, True])
+def test_bad_weights(weight):
+    with pytest.raises(InputError, match=r"weight of cat\.png"):
+        Media.image("cat.png", weight=weight)
+
+
+def test_bad_modality_and_source():
+    with pytest.raises(InputError, match=r"unknown modality 'imge'.*Did you mean 'image'"):
+        Media("imge", "cat.png")
+    with pytest.raises(InputError, match="source of image media must be .* not list"):
+        Media.image([1, 2])
+    with pytest.raises(InputError, match="source of text media must be str, not bytes"):
+        Media.text(b"words")
+
+
+def test_names_are_short():
+    assert Media.image("a/cat.png").name == "a/cat.png"
+    assert Media.image(b"x" * 1000).name == "<1000 bytes>"
+    assert Media.image(np.zeros((4, 6, 3), np.uint8)).name == "<array [4, 6, 3] uint8>"
+    assert Media.image(Image.new("L", (4, 6))).name == "<picture 4x6 L>"
+    assert len(Media.text("word " * 50).name) == 42
+    assert repr(Media.image(b"x" * 1000, weight=0.5)) == "Media.image('<1000 bytes>', weight=0.5)"
+
+
+def test_hash_is_of_modality_and_content(tmp_path):
+    a, b = tmp_path / "a.png", tmp_path / "b.png"
+    for path in (a, b):
+        path.write_bytes(b"content")
+    expected = hashlib.sha256(b"image\nfile\ncontent").hexdigest()
+    assert Media.image(a).content_hash() == Media.image(str(b), weight=2).content_hash() == expected
+    assert Media.image(b"content").content_hash() == expected
+    assert Media.thermal(a).content_hash() != expected
+    assert Media.text("content").content_hash() != expected
+
+
+def test_hash_of_arrays_and_pictures():
+    zeros = np.zeros((4, 6), np.uint8)
+    hashes = [
+        Media.image(source).content_hash()
+        for source in (
+            zeros,
+            zeros.reshape(6, 4),
+            zeros.view(np.int8),
+            zeros + 1,
+            Image.fromarray(zeros),
+            Image.fromarray(zeros).convert("RGB"),
+            zeros.tobytes(),
+        )
+    ]
+    assert len(set(hashes)) == len(hashes)
+    wide = np.arange(48, dtype=np.uint8).reshape(4, 12)
+    assert Media.image(wide[:, ::2]).content_hash() == Media.image(wide[:, ::2].copy()).content_hash()
+
+
+def test_hash_of_a_missing_file():
+    with pytest.raises(MediaError, match=r"missing\.wav: cannot be opened"):
+        Media.audio("missing.wav").content_hash()
