@@ -13,9 +13,8 @@ import json
 import statistics
 from pathlib import Path
 
-from benchmarks.measure import RESULTS
+from benchmarks.measure import RESULTS, run_bindllm
 from bindllm.atomic import write_json
-from bindllm.cli import main as bindllm
 
 RECIPE = "recipes/quickstart.yaml"
 FOLDER = Path("checkpoints/learning")
@@ -27,15 +26,11 @@ KEPT = ("heldout", "zero_gates", "shuffled", "nearest")
 def train(kind: str, queries: bool, seed: int, *, epochs: int) -> dict:
     """Train one cell with one seed and return its metrics."""
     output = FOLDER / f"{kind}-{'queries' if queries else 'plain'}-{seed}-{epochs}"
-    code = bindllm(
-        [
-            *("fit", "--config", RECIPE, "--output", str(output), "--seed_everything", str(seed)),
-            *("--model.inject.kind", kind, "--model.inject.queries", str(queries).lower()),
-            *("--trainer.max_epochs", str(epochs), "--trainer.logger", "false"),
-        ]
+    run_bindllm(
+        *("fit", "--config", RECIPE, "--output", str(output), "--seed_everything", str(seed)),
+        *("--model.inject.kind", kind, "--model.inject.queries", str(queries).lower()),
+        *("--trainer.max_epochs", str(epochs), "--trainer.logger", "false"),
     )
-    if code:
-        raise SystemExit(code)
     return json.loads((output / "metrics.json").read_text())
 
 

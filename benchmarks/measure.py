@@ -7,6 +7,8 @@ import json
 import platform
 import re
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -55,6 +57,17 @@ def paired(
             times.append(seconds(run))
     ratios = [x / y for x, y in zip(a, b, strict=True)]
     return statistics.median(ratios), statistics.median(a), statistics.median(b)
+
+
+def run_bindllm(*arguments: str) -> None:
+    """Run a command line of bindllm in a process of its own, so that no memory is kept from run to run.
+
+    Raises:
+        SystemExit: the command failed; it has said why.
+    """
+    program = "import sys; from bindllm.cli import main; sys.exit(main())"
+    if code := subprocess.run([sys.executable, "-c", program, *arguments]).returncode:
+        raise SystemExit(code)
 
 
 def matrix_rate(rows: int, inner: int, columns: int, dtype: torch.dtype, device: str) -> float:

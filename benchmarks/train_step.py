@@ -38,6 +38,8 @@ def figures() -> list[Figure]:
     )
     config = bare.config
     rate = matrix_rate(tokens, config.hidden_size, config.intermediate_size, bare.dtype, str(bare.device))
+    device = str(bare.device)
+    halved, whole = (matrix_rate(4096, 1024, 1024, kind, device) for kind in (torch.bfloat16, torch.float32))
     shape = f"batch {SHAPE['rows']} x {SHAPE['tokens']} tokens, {str(bare.dtype)[6:]}"
     return [
         Figure(
@@ -54,6 +56,10 @@ def figures() -> list[Figure]:
         Figure(
             "train_share_of_matrix_rate", work / rate / ours, "share", 1.0,
             "of the rate of one matrix product at the shapes of the decoder's feed-forward layer",
+        ),
+        Figure(
+            "matrix_rate_bf16_over_fp32", halved / whole, "ratio", None,
+            f"4096 x 1024 x 1024: {halved / 1e9:.0f} over {whole / 1e9:.0f} GFLOP/s; above 1, bfloat16 pays here",
         ),
         _memory(),
     ]  # fmt: skip

@@ -1,0 +1,311 @@
+"""ImageBind: pictures, films, texts, sounds, depth maps, thermal pictures and movements in one joint space.
+
+Six frozen trunks (https://arxiv.org/abs/2305.05665, sections 3 and 4), written from the published facts and equal to
+the published results. The published weights are licensed CC-BY-NC 4.0: not for commercial use.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self, get_args, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bindllm.encoders import fingerprint
+from bindllm.encoders.imagebind.config import (
+    CONFIG,
+    HUGE,
+    TRUNK_OF,
+    ImageBindConfig,
+    how_to_convert,
+    read_config,
+)
+from bindllm.encoders.imagebind.network import Trunk
+from bindllm.encoders.imagebind.views import average_views, cut_views, run_views
+from bindllm.encoders.imagebind.weights import load_trunk, require_trunk
+from bindllm.errors import EncoderError, InputError, MediaError, known_names
+from bindllm.media import Media
+
+__all__ = ["Embedded", "ImageBind"]
+
+Coverage = Literal["published", "full"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+Scale = Literal["unit", "published"]
+
+# Raise the number when other numbers come out for the same media: stored embeddings are then made anew.
+_REVISION = "imagebind 1"
+
+_TOKENIZER = "tokenizer.json"
+
+
+class Embedded(NamedTuple):
+    """Embeddings with what they were made from.
+
+    Attributes:
+        embeddings: [B, E], float32.
+        tokens: for each of the B media its views' tokens, [S, T, D] in the dtype of the weights: the output of the
+            trunk's last block, before the head's norm. S views (clips times crops; 1 for a picture), T tokens with
+            the class token first (257 for vision at 224 pixels; text has its 77 word pieces and no class token), D
+            the width of the trunk.
+    """
+
+    embeddings: Tensor
+    tokens: list[Tensor]
+
+
+class ImageBind:
+    """ImageBind's trunks over a converted folder; only those that are used are ever loaded.
+
+    Args:
+        weights: folder made by ``bindllm convert imagebind``.
+        modalities: those to serve; None: all that the folder has trunks for, and texts if it has the tokenizer. Media
+            of another modality are refused, and their weights do not count in the fingerprint.
+        coverage: how much of a sound or film is seen: "published" takes three clips of two seconds of a sound and
+            five of a film, whatever the length; "full" lays clips over the whole file.
+        max_clips: with "full": most clips of one file.
+        depth_baseline: metres between the two lenses of the depth camera, for turning metres into disparity.
+        depth_focal: focal length of that camera, in pixels.
+        dtype: precision of weights and activations; embeddings are float32 in any case.
+        scale: "unit" gives embeddings of norm 1; "published" those of the released model, each view stretched by
+            the modality's factor (text up to 100) and averaged, not of norm 1: for comparisons, not for training.
+
+    Raises:
+        InputError: an option that does not exist.
+        EncoderError: the folder has a ``config.json`` that does not describe ImageBind.
+
+    Example:
+        >>> encoder = ImageBind("checkpoints/imagebind", modalities=["image", "audio"])
+        >>> encoder.modalities, encoder.embedding_size
+        (('image', 'audio'), 1024)
+    """
+
+    space = "imagebind"
+    """Encoders of one space were trained together: their embeddings can be compared and fused."""
+
+    def __init__(
+        self,
+        weights: str = "checkpoints/imagebind",
+        *,
+        modalities: Sequence[str] | None = None,
+        coverage: Coverage = "published",
+        max_clips: int = 64,
+        depth_baseline: float = 0.075,
+        depth_focal: float = 518.86,
+        dtype: Dtype = "float32",
+        scale: Scale = "unit",
+    ) -> None:
+        for name, value, known in (
+            ("coverage", coverage, Coverage),
+            ("dtype", dtype, Dtype),
+            ("scale", scale, Scale),
+        ):
+            if value not in get_args(known):
+                raise InputError(f"{name}={value!r} is unknown. {known_names(str(value), get_args(known))}")
+        if type(max_clips) is not int or max_clips < 1:
+            raise InputError(f"max_clips={max_clips!r} is not a whole number above 0")
+        if not (0 < depth_baseline < math.inf and 0 < depth_focal < math.inf):
+            raise InputError(f"depth_baseline={depth_baseline} and depth_focal={depth_focal} must be above 0")
+        self.config: dict[str, Any] = {
+            "weights": str(weights),
+            "modalities": None if modalities is None else list(modalities),
+            "coverage": coverage,
+            "max_clips": max_clips,
+            "depth_baseline": depth_baseline,
+            "depth_focal": depth_focal,
+            "dtype": dtype,
+            "scale": scale,
+        }
+        self._folder = Path(weights)
+        # A recipe is read before its folder is made; the sizes are then those of the published model.
+        self._sizes = read_config(self._folder) if (self._folder / CONFIG).exists() else HUGE
+        self.modalities = _choose(modalities, self._sizes, self._folder)
+        self.embedding_size = self._sizes.embedding_size
+        self._device = torch.device("cpu")
+        self._trunks: dict[str, Trunk] = {}
+        self._tokenizer: Any = None
+        self._fingerprint: str | None = None
+
+    def fingerprint(self) -> str:
+        """Return the sha256 of what decides the embeddings of the modalities served.
+
+        That is the content of their trunks' files, the tokenizer where texts are served, the options that touch
+        them, the revision of the preprocessing, and the dtype: half precision turns an embedding by about a degree, and
+        a store or an index must not mix the two kinds unnoticed.
+
+        Raises:
+            EncoderError: weights are missing.
+        """
+        if self._fingerprint is None:
+            sizes = self._read_sizes()
+            trunks = sorted({TRUNK_OF[modality] for modality in self.modalities})
+            settings: dict[str, Any] = {name: self.config[name] for name in self._settings()}
+            settings["trunks"] = {trunk: sizes.sizes(trunk) for trunk in trunks}
+            files = [require_trunk(self._folder, trunk) for trunk in trunks]
+            files += [self._require_tokenizer()] if "text" in self.modalities else []
+            self._fingerprint = fingerprint(settings, _REVISION, *files)
+        return self._fingerprint
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the trunks, those loaded now and those loaded later, to a device."""
+        self._device = torch.device(device)
+        for trunk in self._trunks.values():
+            trunk.to(self._device)
+        return self
+
+    def prepare(self, media: Media) -> Tensor:
+        """Return one media as its trunk takes it.
+
+        Returns:
+            image: uint8 [3, 224, 224]; video: float32 [S, 3, 2, 224, 224], S clips times three crops; audio: float32
+            [S, 1, 128, 204], S clips; depth and thermal: float32 [1, 224, 224]; imu: float32 [6, 2000]; text: int64
+            [77].
+
+        Raises:
+            InputError: a modality that is not served.
+            MediaError: the media cannot be read.
+            EncoderError: a text, and the folder has no tokenizer.
+        """
+        self._require(media.modality)
+        clips = {"coverage": self.config["coverage"], "max_clips": self.config["max_clips"]}
+        # Each modality stands on packages of its own, which the others do without.
+        match media.modality:
+            case "image" | "depth" | "thermal":
+                return self._prepare_picture(media)
+            case "video":
+                from bindllm.encoders.imagebind.video import video_input
+
+                return video_input(media.source, **clips)
+            case "audio":
+                from bindllm.encoders.imagebind.audio import audio_input
+
+                return audio_input(media.source, **clips)
+            case "imu":
+                from bindllm.encoders.imagebind.motion import imu_input
+
+                return imu_input(media.source)
+            case _:
+                return self._encode_text(media)
+
+    # The last annotation is the one that a recipe's reader compares with `Encoder`; these two tell the whole.
+    @overload
+    def embed(self, modality: str, inputs: Sequence[Tensor], *, tokens: Literal[False] = False) -> Tensor: ...
+
+    @overload
+    def embed(self, modality: str, inputs: Sequence[Tensor], *, tokens: Literal[True]) -> Embedded: ...
+
+    @torch.no_grad()
+    def embed(self, modality: str, inputs: Sequence[Tensor], *, tokens: bool = False) -> Tensor:
+        """Return the embeddings of prepared media: [B, E], float32, norm 1 (see ``scale``), on the encoder's device.
+
+        The embedding of several views (clips, crops) is the mean of their unit embeddings, normalised again.
+
+        Args:
+            modality: one of ``modalities``.
+            inputs: B prepared tensors, each one view or [S, ...] with S views, S free for each. 8-bit pictures and
+                frames are normalised here; float ones are taken as normalised. Square pictures of another size
+                than 224 are taken too.
+            tokens: return the trunk's tokens beside the embeddings, see `Embedded`.
+
+        Raises:
+            InputError: a modality that is not served, or tensors of another shape.
+            EncoderError: the weights are missing or do not fit.
+        """
+        self._require(modality)
+        views, counts = cut_views(modality, inputs)
+        trunk = self._trunk(TRUNK_OF[modality])
+        # Under a trainer's autocast the embeddings would be others than those that the fingerprint stands for.
+        with torch.autocast(self._device.type, enabled=False):
+            embedded, sequences = run_views(trunk, modality, views, keep_tokens=tokens)
+            means = average_views(embedded, counts)
+            embeddings = (
+                F.normalize(means, dim=-1) if self.config["scale"] == "unit" else means * trunk.scale()
+            )
+        if not tokens:
+            return embeddings
+        waiting = iter(sequences)
+        return Embedded(embeddings, [torch.stack([next(waiting) for _ in range(count)]) for count in counts])
+
+    def _require(self, modality: str) -> None:
+        if modality not in self.modalities:
+            if modality == "text" and self.config["modalities"] is None:
+                self._require_tokenizer()
+            raise InputError(
+                f"this ImageBind does not serve {modality!r} media. {known_names(modality, self.modalities)}"
+            )
+
+    def _trunk(self, name: str) -> Trunk:
+        if name not in self._trunks:
+            sizes = self._read_sizes()
+            dtype = getattr(torch, self.config["dtype"])
+            self._trunks[name] = load_trunk(self._folder, name, sizes, dtype=dtype, device=self._device)
+        return self._trunks[name]
+
+    def _read_sizes(self) -> ImageBindConfig:
+        sizes = read_config(self._folder)
+        if sizes != self._sizes:
+            raise EncoderError(
+                f"{self._folder}: the folder was written after this encoder was made, and has other sizes than it "
+                "was taken to have; make the encoder anew"
+            )
+        return sizes
+
+    def _settings(self) -> list[str]:
+        """Return the options that change the embeddings of the modalities served."""
+        served = set(self.modalities)
+        names = ["dtype", "scale"]
+        if served & {"audio", "video"}:
+            names.append("coverage")
+            names += ["max_clips"] if self.config["coverage"] == "full" else []
+        return names + (["depth_baseline", "depth_focal"] if "depth" in served else [])
+
+    def _prepare_picture(self, media: Media) -> Tensor:
+        from bindllm.encoders.imagebind.image import depth_input, image_input, thermal_input
+
+        if media.modality == "depth":
+            camera = {"baseline": self.config["depth_baseline"], "focal": self.config["depth_focal"]}
+            return depth_input(media.source, **camera)
+        return (image_input if media.modality == "image" else thermal_input)(media.source)
+
+    def _encode_text(self, media: Media) -> Tensor:
+        if self._tokenizer is None:
+            from bindllm.encoders.imagebind.text import Tokenizer
+
+            self._tokenizer = Tokenizer(self._require_tokenizer())
+        try:
+            return self._tokenizer.encode(str(media.source))
+        except InputError as error:
+            # One text that cannot be read must not lose the others of a run.
+            raise MediaError(f"{media.name}: {error}") from error
+
+    def _require_tokenizer(self) -> Path:
+        file = self._folder / _TOKENIZER
+        if not file.is_file():
+            raise EncoderError(
+                f"{file}: texts need the tokenizer. {how_to_convert(self._folder)}; or leave 'text' out of `modalities`"
+            )
+        return file
+
+
+def _choose(wanted: Sequence[str] | None, sizes: ImageBindConfig, folder: Path) -> tuple[str, ...]:
+    """Return the modalities to serve, each once."""
+    served = sizes.modalities
+    if wanted is None:
+        # A folder may have been converted without the tokenizer, to do without texts.
+        can_read = not (folder / CONFIG).exists() or (folder / _TOKENIZER).exists()
+        return tuple(name for name in served if name != "text" or can_read)
+    if isinstance(wanted, str) or not wanted:
+        raise InputError(
+            f"modalities must be a list of names such as ['image', 'audio'], or null, not {wanted!r}"
+        )
+    for name in wanted:
+        if name not in TRUNK_OF:
+            raise InputError(f"modalities: ImageBind has no {name!r}. {known_names(str(name), TRUNK_OF)}")
+        if name not in served:
+            raise InputError(
+                f"modalities: {folder} has no {TRUNK_OF[name]} trunk, so no {name!r}. {known_names(name, served)}"
+            )
+    return tuple(dict.fromkeys(wanted))

@@ -1,0 +1,138 @@
+"""One trunk of ImageBind: stem, transformer blocks, head; all six are made of these.
+
+ImageBind (https://arxiv.org/abs/2305.05665), section 3.2: a pre-norm Vision Transformer
+(https://arxiv.org/abs/2010.11929) for each modality. Letters: ``B`` views, ``T`` tokens, ``D`` width of the trunk,
+``E`` embedding width. For inference alone: there is no dropout, and nothing depends on values, only on shapes, so
+`torch.compile` takes a whole trunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bindllm.encoders.imagebind.config import TrunkConfig
+from bindllm.encoders.imagebind.stems import build_stem
+
+_NORM_EPSILON = 1e-6
+_MLP_EXPANSION = 4
+_LARGEST_SCALE = 100.0
+
+# These trunks let every token also attend to one learned key and value.
+_WITH_BIAS_KEY = ("audio", "depth", "thermal", "imu")
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, with a learned extra key and value or a causal order where the trunk has them."""
+
+    def __init__(self, width: int, num_heads: int, *, bias_key: bool, causal: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.causal = causal
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        for name in ("bias_key", "bias_value"):
+            self.register_parameter(name, nn.Parameter(torch.empty(width)) if bias_key else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix tokens [B, T, D]."""
+        packed = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+        query, key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)
+        if self.bias_key is not None:
+            key, value = self._extended(key, self.bias_key), self._extended(value, self.bias_value)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+    def _extended(self, heads: Tensor, extra: Tensor) -> Tensor:
+        """Put a vector [D] behind the positions of [B, heads, T, D / heads]; it passes through no projection."""
+        last = extra.view(self.num_heads, 1, -1).expand(len(heads), -1, -1, -1)
+        return torch.cat([heads, last], 2)
+
+
+class Block(nn.Module):
+    """Attention, then a feed-forward layer with exact GELU; each behind a norm and added to its input."""
+
+    def __init__(self, width: int, num_heads: int, *, bias_key: bool, causal: bool) -> None:
+        super().__init__()
+        self.norm_1 = nn.LayerNorm(width, eps=_NORM_EPSILON)
+        self.attention = Attention(width, num_heads, bias_key=bias_key, causal=causal)
+        self.norm_2 = nn.LayerNorm(width, eps=_NORM_EPSILON)
+        self.up = nn.Linear(width, _MLP_EXPANSION * width)
+        self.down = nn.Linear(_MLP_EXPANSION * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return tokens of the same shape, [B, T, D]."""
+        # What a layer returns is fresh memory, so the sum may go there, with gradients too.
+        x = self.attention(self.norm_1(x)).add_(x)
+        return self.down(F.gelu(self.up(self.norm_2(x)))).add_(x)
+
+
+class Head(nn.Module):
+    """Norm and projection of the one token that stands for the whole."""
+
+    def __init__(self, width: int, embedding_size: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=_NORM_EPSILON)
+        self.project = nn.Linear(width, embedding_size, bias=False)
+
+    def forward(self, token: Tensor) -> Tensor:
+        """[B, D] -> [B, E]."""
+        return self.project(self.norm(token))
+
+
+class Trunk(nn.Module):
+    """The network of one modality.
+
+    Args:
+        name: which trunk, of `bindllm.encoders.imagebind.config.TRUNKS`.
+        size: its size.
+        embedding_size: E.
+    """
+
+    def __init__(self, name: str, size: TrunkConfig, embedding_size: int) -> None:
+        super().__init__()
+        self.pools_largest_id = name == "text"
+        self.stem = build_stem(name, size.width)
+        self.input_norm = nn.LayerNorm(size.width, eps=_NORM_EPSILON) if name == "vision" else nn.Identity()
+        self.blocks = nn.ModuleList(
+            Block(size.width, size.num_heads, bias_key=name in _WITH_BIAS_KEY, causal=name == "text")
+            for _ in range(size.num_blocks)
+        )
+        self.head = Head(size.width, embedding_size)
+        self.register_parameter("log_scale", None if name == "vision" else nn.Parameter(torch.empty(())))
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Embed views.
+
+        Args:
+            inputs: vision [B, 3, H, H] or [B, 3, frames, H, H] with one or two frames; audio [B, 1, 128, 204];
+                depth and thermal [B, 1, H, H]; imu [B, 6, 2000]; all in the dtype of the weights; text [B, 77],
+                int64.
+
+        Returns:
+            the head's vectors, [B, E], not normalised; the tokens before it, [B, T, D], class token first (text:
+            the 77 word pieces). Both in the dtype of the weights.
+        """
+        tokens = self.input_norm(self.stem(inputs))
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.head(self._pooled(tokens, inputs)), tokens
+
+    def _pooled(self, tokens: Tensor, inputs: Tensor) -> Tensor:
+        if not self.pools_largest_id:
+            return tokens[:, 0]
+        # The end token has the largest id; argmax takes the first one where a text names it itself.
+        ends = inputs.argmax(1)
+        return tokens[torch.arange(len(tokens), device=tokens.device), ends]
+
+    def widest_bytes(self, shape: Sequence[int]) -> int:
+        """Return the bytes of the largest activation that one view of this shape makes."""
+        inner = self.blocks[0].up
+        return self.stem.count(shape) * inner.out_features * inner.weight.element_size()
+
+    def scale(self) -> Tensor | float:
+        """Return the factor by which the published model stretches its unit embeddings, float32."""
+        return 1.0 if self.log_scale is None else self.log_scale.float().exp().clamp(max=_LARGEST_SCALE)

@@ -1,0 +1,113 @@
+"""From a converted folder to a network: which variant, of which sizes, with every tensor accounted for."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from bindllm.encoders.pointbind.blocks import fold_norms
+from bindllm.encoders.pointbind.i2pmae import I2PMAE, I2PMAESizes
+from bindllm.encoders.pointbind.pointbert import PointBert, PointBertSizes
+from bindllm.errors import EncoderError, known_names
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+_VARIANTS = {"point-bert": (PointBert, PointBertSizes), "i2p-mae": (I2PMAE, I2PMAESizes)}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the content of ``config.json``: ``variant``, and ``sizes`` where they are not the published ones.
+
+    Raises:
+        EncoderError: there is no converted folder here, or the file says nothing that can be built.
+    """
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise EncoderError(
+                f"{folder / name}: no weights of Point-Bind here. Make them from the published file with "
+                f"`bindllm convert pointbind FILE --output {folder}`, or set `weights` to the folder that holds "
+                f"{CONFIG} and {WEIGHTS}"
+            )
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EncoderError(
+            f"{folder / CONFIG} cannot be read as JSON ({error}); convert the weights again"
+        ) from error
+    variant = config.get("variant") if isinstance(config, dict) else None
+    if not isinstance(variant, str) or variant not in _VARIANTS:
+        raise EncoderError(
+            f"{folder / CONFIG}: the variant {variant!r} is unknown. {known_names(str(variant), _VARIANTS)}"
+        )
+    if not isinstance(config.get("sizes", {}), dict):
+        raise EncoderError(f"{folder / CONFIG}: sizes must be an object of names and numbers")
+    return config
+
+
+def build_network(config: dict[str, Any], *, source: str) -> PointBert | I2PMAE:
+    """Build the network that a config describes, without memory for its weights.
+
+    Raises:
+        EncoderError: unknown or impossible sizes.
+    """
+    network, kind = _VARIANTS[config["variant"]]
+    sizes = config.get("sizes", {})
+    known = [field.name for field in dataclasses.fields(kind)]
+    try:
+        for name in sizes:
+            if name not in known:
+                raise EncoderError(f"{source}: the size {name!r} is unknown. {known_names(str(name), known)}")
+        # Built without memory: initial weights would be thrown away, and drawing them would disturb a seeded run.
+        with torch.device("meta"):
+            return network(kind(**{name: _as_tuples(value) for name, value in sizes.items()}))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise EncoderError(f"{source}: no network can have the sizes {sizes!r} ({error})") from error
+
+
+def load_network(folder: Path, dtype: torch.dtype) -> PointBert | I2PMAE:
+    """Build the network of a converted folder and fill it.
+
+    Raises:
+        EncoderError: the folder is missing, damaged, or its parts do not fit each other.
+    """
+    config = read_config(folder)
+    network = build_network(config, source=str(folder / CONFIG))
+    # Tensors made in inference mode could not be moved later, outside it.
+    with torch.inference_mode(False), torch.no_grad():
+        try:
+            tensors = load_file(folder / WEIGHTS)
+        except (SafetensorError, OSError) as error:
+            raise EncoderError(
+                f"{folder / WEIGHTS}: not a readable safetensors file ({error}); convert it again"
+            ) from error
+        tensors = fold_norms(tensors)
+        if problems := _compare(network.state_dict(), tensors):
+            raise EncoderError(
+                f"{folder / WEIGHTS}: these are not the weights of Point-Bind's {config['variant']} variant: "
+                f"{'; '.join(problems)}"
+            )
+        network.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
+    return network.eval().requires_grad_(False)
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
+
+
+def _compare(expected: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]:
+    """Return what is missing, unexpected or of another shape."""
+    missing = [f"missing {name}" for name in expected if name not in found]
+    unexpected = [f"unexpected {name}" for name in found if name not in expected]
+    misshaped = [
+        f"{name} has shape {list(found[name].shape)}, not {list(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
+    return missing + unexpected + misshaped
