@@ -1,0 +1,113 @@
+"""Sounds as ImageBind hears them: clips of two seconds, each a picture of 128 mel bands by 204 frames.
+
+The filter bank is Kaldi's (as in AST, arXiv 2104.01778, section 2.1) with ImageBind's own clips and scaling
+(arXiv 2305.05665, section 4). Computed in double precision: its logarithm makes much of small differences.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bindllm.encoders.imagebind.clips import CLIP_SECONDS, clip_starts
+from bindllm.media.sound import cut_sound
+from bindllm.media.source import Source, name_of
+
+RATE = 16_000
+"""Samples a second that the filter bank is made for."""
+
+MEL_BANDS, FRAMES = 128, 204
+
+_PUBLISHED_CLIPS = 3
+
+_WINDOW, _STEP, _PADDED = 400, 160, 512
+_PREEMPHASIS = 0.97
+_LOWEST_HZ, _HIGHEST_HZ = 20.0, 8000.0
+_LOG_FLOOR = 2.0**-23
+_MEAN, _DEVIATION = -4.268, 9.138
+
+
+def audio_input(source: Source, *, coverage: str, max_clips: int) -> Tensor:
+    """Return the clips of a sound, or of the sound track of a video, as pictures of log energies.
+
+    Every clip is computed from its own samples. The released code shifts the clips of sounds under 6 seconds by
+    each other's mean, since they overlap and it subtracts in place: where a sound has an offset, single frames
+    then differ by up to 0.7. The weights were trained on clips of their own, so that is not repeated here.
+
+    A clip of fewer than 400 samples (25 ms, one frame), where the released code fails, is filled up with zeros
+    to one frame. As published, frames that a short clip lacks are 0 after the logarithm, not silence. Silence
+    itself is the floor of the logarithm everywhere, -1.278 after scaling.
+
+    Args:
+        source: path, bytes or array, as `cut_sound` takes them.
+        coverage: "published": three clips from start to end; "full": clips that cover all of it.
+        max_clips: most clips under "full"; S does not pass it.
+
+    Returns:
+        [S, 1, 128, 204] float32: mel bands from low to high, frames in time.
+
+    Raises:
+        MediaError: the sound cannot be read.
+        InputError: unknown coverage.
+        MissingExtraError: PyAV is not installed.
+
+    Example:
+        >>> audio_input(np.zeros(16_000, np.int16), coverage="published", max_clips=64).shape
+        torch.Size([3, 1, 128, 204])
+    """
+
+    def spans(samples: int) -> list[tuple[int, int]]:
+        starts = clip_starts(
+            Fraction(samples, RATE),
+            published=_PUBLISHED_CLIPS,
+            coverage=coverage,
+            max_clips=max_clips,
+            name=name_of(source),
+        )
+        return [(int(start * RATE), int((start + CLIP_SECONDS) * RATE)) for start in starts]
+
+    clips = cut_sound(source, rate=RATE, cut=spans)
+    return torch.from_numpy(np.stack([_picture(clip) for clip in clips]))
+
+
+def _picture(clip: np.ndarray) -> np.ndarray:
+    """Return the scaled log energies of a clip [C, n]: [1, 128, 204] float32."""
+    # The mean is that of all channels, the sound that of the first: so it was trained.
+    samples = clip[0] - clip.mean(dtype=np.float64)
+    if len(samples) < _WINDOW:
+        samples = np.pad(samples, (0, _WINDOW - len(samples)))
+    energies = _filter_bank(samples)[:FRAMES]
+    picture = np.zeros((MEL_BANDS, FRAMES))
+    picture[:, : len(energies)] = energies.T
+    return ((picture - _MEAN) / _DEVIATION).astype(np.float32)[None]
+
+
+def _filter_bank(samples: np.ndarray) -> np.ndarray:
+    """Return the log energies of whole frames: [N] -> [frames, 128]."""
+    frames = np.lib.stride_tricks.sliding_window_view(samples, _WINDOW)[::_STEP]
+    frames = frames - frames.mean(axis=1, keepdims=True)
+    # The first sample of a frame counts as its own predecessor.
+    before = np.concatenate([frames[:, :1], frames[:, :-1]], axis=1)
+    frames = (frames - _PREEMPHASIS * before) * np.hanning(_WINDOW)
+    power = np.abs(np.fft.rfft(frames, _PADDED)) ** 2
+    return np.log(np.maximum(power @ _mel_weights(), _LOG_FLOOR))
+
+
+@cache
+def _mel_weights() -> np.ndarray:
+    """Return 128 triangles that are linear in mel, as weights of the frequencies: [257, 128]."""
+    edges = np.linspace(_mel(_LOWEST_HZ), _mel(_HIGHEST_HZ), MEL_BANDS + 2)
+    mel = _mel(np.arange(_PADDED // 2 + 1) * (RATE / _PADDED))[:, None]
+    left, centre, right = edges[:-2], edges[1:-1], edges[2:]
+    weights = np.maximum(0.0, np.minimum((mel - left) / (centre - left), (right - mel) / (right - centre)))
+    # Kaldi leaves the highest frequency out.
+    weights[-1] = 0.0
+    return weights
+
+
+def _mel(hertz: float | np.ndarray) -> np.ndarray:
+    return 1127.0 * np.log1p(np.asarray(hertz) / 700.0)

@@ -1,0 +1,215 @@
+"""Parts of sounds: any file or sound track, cut and resampled without holding a long sound in memory."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from bindllm.errors import MediaError
+from bindllm.media.container import open_track, packets
+from bindllm.media.resample import Resampler
+from bindllm.media.source import Source, name_of
+
+if TYPE_CHECKING:
+    from av.audio.frame import AudioFrame
+    from av.audio.stream import AudioStream
+    from av.packet import Packet
+
+ARRAY_RATE = 16_000
+"""Samples a second of a sound that is given as an array."""
+
+MAX_SECONDS = 24 * 3600
+"""Longest sound that is read; a few kilobytes can claim years of silence."""
+
+MAX_RATE = 384_000
+"""Highest rate that is read, in samples a second."""
+
+MAX_CHANNELS = 64
+
+LOUDEST = 100.0
+"""Largest value that is read, where full scale is 1: a little above 1 is loud, far above is another unit."""
+
+_KEPT = 1 << 23
+"""Values (samples times channels) up to which the first pass is kept, so that a short sound is decoded once."""
+
+_BLOCK = 1 << 16
+
+_log = logging.getLogger("bindllm")
+
+
+class _Block(NamedTuple):
+    """Samples [C, n] in file order, of the type that the file has, and their rate."""
+
+    rate: int
+    samples: np.ndarray
+
+
+def cut_sound(
+    source: Source, *, rate: int, cut: Callable[[int], Sequence[tuple[int, int]]]
+) -> list[np.ndarray]:
+    """Return parts of a sound, resampled as `Resampler` would do it with the whole of it.
+
+    A file is decoded once to learn its exact length and, unless it is short, once more for the parts; memory
+    depends on the parts, not on the file. Gaps between packets are closed: what counts is the samples in their
+    order. Values of 8, 16 and 32 bits are divided by 128, 32768 and 2**31; floating-point values may pass 1 a
+    little, up to `LOUDEST`. Silence is a sound like any other.
+
+    Args:
+        source: path or bytes of a sound file or of a video with a sound track, or an array [N] or [C, N] of
+            int16 or floats at `ARRAY_RATE`.
+        rate: samples a second of the parts.
+        cut: gets the length of the sound in samples at ``rate`` and returns spans (start, stop) at ``rate``;
+            what lies outside the sound is left out.
+
+    Returns:
+        one [C, n] float32 for each span, C the channels of the sound, in -1..1.
+
+    Raises:
+        MediaError: it cannot be opened or decoded, has no sound track or no samples, holds NaN or infinity, or
+            passes `MAX_SECONDS`, `MAX_RATE`, `MAX_CHANNELS` or `LOUDEST`; it names the file.
+        MissingExtraError: PyAV is not installed.
+
+    Example:
+        >>> [part.shape for part in cut_sound(np.zeros(48_000), rate=8_000, cut=lambda n: [(0, 10), (n - 5, n)])]
+        [(1, 10), (1, 5)]
+    """
+    name = name_of(source)
+    total, source_rate, kept = _survey(_blocks(source, name, warn=True), name)
+    resampler = Resampler(source_rate, rate)
+    length = resampler.length(total)
+    spans = [(min(max(0, start), length), min(max(0, start, stop), length)) for start, stop in cut(length)]
+    return _cut(_blocks(source, name) if kept is None else kept, spans, resampler, total, name)
+
+
+def _survey(blocks: Iterable[_Block], name: str) -> tuple[int, int, list[_Block] | None]:
+    """Return the number of samples, their rate, and the blocks unless they are too many to keep."""
+    total, rate = 0, 0
+    kept: list[_Block] | None = []
+    for rate, samples in blocks:
+        total += samples.shape[1]
+        if total > MAX_SECONDS * rate:
+            raise MediaError(f"{name}: longer than {MAX_SECONDS // 3600} hours; cut the sound first")
+        if kept is not None:
+            kept.append(_Block(rate, samples))
+            if total * len(samples) > _KEPT:
+                kept = None
+    if total == 0:
+        raise MediaError(f"{name}: no samples; expected a sound")
+    return total, rate, kept
+
+
+def _cut(
+    blocks: Iterable[_Block], spans: list[tuple[int, int]], resampler: Resampler, total: int, name: str
+) -> list[np.ndarray]:
+    """Resample the spans while the blocks pass by; held is only what the next span needs."""
+    needs = [resampler.needs(*span) for span in spans]
+    waiting = sorted(range(len(spans)), key=lambda number: spans[number], reverse=True)
+    parts: list[np.ndarray] = [np.empty(0)] * len(spans)
+    held: list[np.ndarray] = []
+    first = end = 0
+    for _, samples in blocks:
+        held.append(samples)
+        end += samples.shape[1]
+        while waiting and end >= min(needs[waiting[-1]][1], total):
+            number = waiting.pop()
+            start, stop = spans[number]
+            values = _as_float(np.concatenate(held, axis=1))
+            parts[number] = resampler.apply(values, first, start=start, stop=stop)
+        if not waiting:
+            return parts
+        lowest = needs[waiting[-1]][0]
+        while held and first + held[0].shape[1] <= lowest:
+            first += held.pop(0).shape[1]
+    if waiting:
+        raise MediaError(f"{name}: the file changed while it was read; run again")
+    return parts
+
+
+def _blocks(source: Source, name: str, *, warn: bool = False) -> Iterator[_Block]:
+    """Yield the samples of an array or a file, checked; ``warn`` of packets that could not be decoded."""
+    blocks = (
+        _array_blocks(source, name)
+        if isinstance(source, np.ndarray)
+        else _file_blocks(source, name, warn=warn)
+    )
+    for block in blocks:
+        loudest = np.abs(block.samples).max(initial=0.0) if block.samples.dtype.kind == "f" else 0.0
+        # Written so that NaN fails too.
+        if not loudest <= LOUDEST:
+            raise MediaError(
+                f"{name}: holds a sample of {loudest:g}; expected finite values with full scale at 1 "
+                f"(at most {LOUDEST:g}). Scale or repair the sound first"
+            )
+        yield block
+
+
+def _array_blocks(array: np.ndarray, name: str) -> Iterator[_Block]:
+    fits = array.ndim in (1, 2) and (array.dtype == np.int16 or np.issubdtype(array.dtype, np.floating))
+    if not fits or (array.ndim == 2 and not 1 <= len(array) <= MAX_CHANNELS):
+        raise MediaError(
+            f"{name}: expected samples [N] or [C, N] (at most {MAX_CHANNELS} channels) of int16 or floats "
+            f"in -1..1 at {ARRAY_RATE} a second"
+        )
+    channels = np.atleast_2d(array)
+    for start in range(0, channels.shape[1], _BLOCK):
+        yield _Block(ARRAY_RATE, channels[:, start : start + _BLOCK])
+
+
+def _file_blocks(source: Source, name: str, *, warn: bool) -> Iterator[_Block]:
+    known: tuple[int, int] | None = None
+    with open_track(source, "audio") as (container, stream):
+        for frame in _frames(packets(container, stream, name), stream, name, warn=warn):
+            layout = frame.sample_rate, frame.layout.nb_channels
+            if known is None:
+                known = layout
+                _check_layout(*layout, name)
+            if layout != known:
+                raise MediaError(
+                    f"{name}: changes from {known[0]} samples a second on {known[1]} channels to {layout[0]} "
+                    f"on {layout[1]}; convert it to one layout first"
+                )
+            values = frame.to_ndarray()
+            # Packed formats come as one row with the channels taking turns.
+            if not frame.format.is_planar:
+                values = values.reshape(-1, layout[1]).T
+            yield _Block(frame.sample_rate, values)
+
+
+def _frames(parts: Iterable[Packet], stream: AudioStream, name: str, *, warn: bool) -> Iterator[AudioFrame]:
+    """Decode packets; a few damaged ones are left out, as a player would, and said."""
+    from av.error import FFmpegError
+
+    count = damaged = 0
+    for packet in parts:
+        count += 1
+        try:
+            frames = packet.decode()
+        except FFmpegError:
+            damaged += 1
+        else:
+            yield from frames
+    yield from stream.decode(None)
+    if damaged > 1 + count // 100:
+        raise MediaError(f"{name}: {damaged} of {count} packets of sound are damaged; replace the file")
+    if damaged and warn:
+        _log.warning("%s: %d of %d packets of sound are damaged and left out", name, damaged, count)
+
+
+def _check_layout(rate: int, channels: int, name: str) -> None:
+    if not (1 <= rate <= MAX_RATE and 1 <= channels <= MAX_CHANNELS):
+        raise MediaError(
+            f"{name}: {rate} samples a second on {channels} channels; "
+            f"at most {MAX_RATE} on {MAX_CHANNELS} are read. Convert it first"
+        )
+
+
+def _as_float(values: np.ndarray) -> np.ndarray:
+    """Return float32 with full scale at 1."""
+    if values.dtype == np.uint8:
+        return (values.astype(np.float32) - 128) / 128
+    if np.issubdtype(values.dtype, np.integer):
+        return values.astype(np.float32) / np.float32(2 ** (8 * values.dtype.itemsize - 1))
+    return values.astype(np.float32)

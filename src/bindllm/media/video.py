@@ -1,0 +1,264 @@
+"""Chosen frames of videos: found by their times, reached by seeking, one in memory at a time."""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+
+from bindllm.errors import MediaError
+from bindllm.media.container import check_frame_size, open_track, packets
+from bindllm.media.source import Source, name_of
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from av.packet import Packet
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
+
+ARRAY_RATE = Fraction(25)
+"""Frames a second of a video that is given as an array, or whose file tells no rate."""
+
+MAX_FRAMES = 10_000_000
+"""Longest video that is read: 46 hours at 60 frames a second."""
+
+Pick = Callable[[int, Fraction], Sequence[int]]
+
+
+def read_frames(source: Source, *, pick: Pick) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield the picked frames of a video, in order.
+
+    Frames are numbered in the order in which they are shown, without those that an edit list hides. The file is
+    read once without decoding, for the time of every frame; then each picked frame is decoded from the key frame
+    before it. Where the times are missing or not unique, the frames are counted by decoding instead, still one
+    at a time. A rotation by quarter turns that the file asks for (telephones do) is applied, mirroring is not.
+    Transparent parts become white. What a truncated file still holds is read if its container does not tell.
+
+    Args:
+        source: path or bytes of a video file, or an array [N, H, W, 3] of uint8 at `ARRAY_RATE`.
+        pick: gets the number of frames and the average rate in frames a second, and returns rising numbers of
+            frames. It may be called twice, when the file turns out to hold other frames than it says.
+
+    Yields:
+        number of the frame, and the frame, uint8 [H, W, 3].
+
+    Raises:
+        MediaError: it cannot be opened or decoded, has no video track or no frames, is longer than `MAX_FRAMES`,
+            or its frames are larger than `MAX_PIXELS`; it names the file.
+        MissingExtraError: PyAV is not installed.
+
+    Example:
+        >>> film = np.zeros((50, 8, 8, 3), np.uint8)
+        >>> [number for number, _ in read_frames(film, pick=lambda count, rate: [0, count // 2])]
+        [0, 25]
+    """
+    name = name_of(source)
+    if isinstance(source, np.ndarray):
+        if source.ndim != 4 or source.shape[3] != 3 or source.dtype != np.uint8 or source.size == 0:
+            raise MediaError(f"{name}: expected a filled array [N, H, W, 3] of uint8")
+        yield from ((number, source[number]) for number in pick(len(source), ARRAY_RATE))
+        return
+    yield from _by_time(source, name, pick)
+
+
+@dataclass(frozen=True)
+class _Timeline:
+    """What the packets tell about a video.
+
+    Args:
+        times: of every frame that is shown, rising, in units of the track; None: some are missing or equal.
+        keys: times of the frames that decoding can start from, rising.
+        rate: average, in frames a second.
+    """
+
+    times: np.ndarray | None
+    keys: np.ndarray
+    rate: Fraction
+
+
+def _by_time(source: Source, name: str, pick: Pick) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield the picked frames, each found by its time."""
+    with open_track(source, "video") as (container, stream):
+        timeline = _scan(container, stream, name)
+    if timeline.times is None:
+        yield from _by_counting(source, name, pick)
+        return
+    wanted = _checked(pick(len(timeline.times), timeline.rate), len(timeline.times))
+    with _Finder(source, name, timeline) as finder:
+        for position, number in enumerate(wanted):
+            frame = finder.find(number)
+            if frame is None and position == 0:
+                break
+            if frame is None:
+                raise MediaError(f"{name}: frame {number} cannot be decoded; the file is damaged, replace it")
+            yield number, _as_rgb(frame, name)
+        else:
+            return
+    # The times of the packets are not those of the frames: what decoding gives is what there is.
+    yield from _by_counting(source, name, pick)
+
+
+def _scan(container: InputContainer, stream: VideoStream, name: str) -> _Timeline:
+    """Read all packets without decoding them."""
+    times, keys = array("q"), array("q")
+    # AVI keeps no times: those made up from the order of the packets are wrong where frames are reordered.
+    complete = not (container.format.name == "avi" and stream.codec_context.has_b_frames)
+    for packet in packets(container, stream, name):
+        if packet.is_discard or _is_invisible(packet, stream):
+            continue
+        if packet.pts is None:
+            complete = False
+            break
+        times.append(packet.pts)
+        if packet.is_keyframe:
+            keys.append(packet.pts)
+        if len(times) > MAX_FRAMES:
+            raise MediaError(f"{name}: more than {MAX_FRAMES:,} frames; cut the video first")
+    rising = np.sort(np.frombuffer(times, np.int64))
+    if complete and len(rising) == 0:
+        raise MediaError(f"{name}: no frames; expected a video")
+    rate = stream.average_rate
+    if not rate or rate < 0:
+        seconds = (rising[-1] - rising[0]).item() * stream.time_base if len(rising) > 1 else Fraction(0)
+        rate = (len(rising) - 1) / seconds if seconds > 0 else ARRAY_RATE
+    unique = complete and bool((np.diff(rising) > 0).all())
+    return _Timeline(rising if unique else None, np.sort(np.frombuffer(keys, np.int64)), Fraction(rate))
+
+
+def _is_invisible(packet: Packet, stream: VideoStream) -> bool:
+    """Whether a VP8 packet only updates a reference: bit 4 of its first byte says "show" (RFC 6386, 9.1)."""
+    return stream.codec_context.name == "vp8" and not memoryview(packet)[0] & 0x10
+
+
+class _Finder:
+    """A video that is open for seeking; frames are told apart by their times.
+
+    Args:
+        source: path or bytes.
+        name: for messages.
+        timeline: of this video, with times.
+    """
+
+    def __init__(self, source: Source, name: str, timeline: _Timeline) -> None:
+        assert timeline.times is not None
+        self._source, self._name = source, name
+        self._times, self._keys = timeline.times, timeline.keys
+        self._resources = ExitStack()
+        self._frames: Iterator[VideoFrame] = iter(())
+        self._reached: int | None = None
+
+    def __enter__(self) -> Self:
+        self._open()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._resources.__exit__(*error)
+
+    def find(self, number: int) -> VideoFrame | None:
+        """Return a frame; None: it is not where its time says, even when everything before it is decoded."""
+        target = self._times[number].item()
+        key = bisect_right(self._keys, target) - 1
+        if (
+            self._reached is not None
+            and self._reached < target
+            and (key < 0 or self._keys[key] <= self._reached)
+        ):
+            frame = self._decode_to(target)
+            if frame is not None:
+                return frame
+        # A key frame may be none: then the one before it is tried, and at last the beginning of the file.
+        for start in self._keys[max(0, key - 1) : key + 1][::-1].tolist():
+            if self._seek(start):
+                frame = self._decode_to(target)
+                if frame is not None and not frame.is_corrupt:
+                    return frame
+        self._open()
+        return self._decode_to(target)
+
+    def _open(self) -> None:
+        """Start from the beginning of the file."""
+        self._resources.close()
+        self._container, self._stream = self._resources.enter_context(open_track(self._source, "video"))
+        self._frames = _frames(self._container, self._stream, self._name)
+        self._reached = None
+
+    def _seek(self, start: int) -> bool:
+        """Go to a key frame; False: this container cannot."""
+        from av.error import FFmpegError
+
+        try:
+            self._container.seek(start, stream=self._stream)
+        except FFmpegError:
+            return False
+        self._frames = _frames(self._container, self._stream, self._name)
+        self._reached = None
+        return True
+
+    def _decode_to(self, target: int) -> VideoFrame | None:
+        for frame in self._frames:
+            if frame.pts is not None:
+                self._reached = frame.pts
+                if frame.pts >= target:
+                    return frame if frame.pts == target else None
+        return None
+
+
+def _by_counting(source: Source, name: str, pick: Pick) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield the picked frames of a video whose frames must be decoded to be counted."""
+    with open_track(source, "video") as (container, stream):
+        rate = stream.average_rate or stream.guessed_rate or ARRAY_RATE
+        count = 0
+        for _ in _frames(container, stream, name):
+            count += 1
+            if count > MAX_FRAMES:
+                raise MediaError(f"{name}: more than {MAX_FRAMES:,} frames; cut the video first")
+    if count == 0:
+        raise MediaError(f"{name}: no frame can be decoded; the file is damaged, replace it")
+    wanted = _checked(pick(count, Fraction(rate)), count)
+    with open_track(source, "video") as (container, stream):
+        frames = enumerate(_frames(container, stream, name))
+        for number in wanted:
+            frame = next((frame for at, frame in frames if at == number), None)
+            if frame is None:
+                raise MediaError(f"{name}: the file changed while it was read; run again")
+            yield number, _as_rgb(frame, name)
+
+
+def _frames(container: InputContainer, stream: VideoStream, name: str) -> Iterator[VideoFrame]:
+    """Decode from where the container stands; packets that cannot be decoded give no frame."""
+    from av.error import FFmpegError
+
+    for packet in packets(container, stream, name):
+        try:
+            frames = packet.decode()
+        except FFmpegError:
+            continue
+        yield from frames
+    yield from stream.decode(None)
+
+
+def _as_rgb(frame: VideoFrame, name: str) -> np.ndarray:
+    """Return a frame upright as uint8 [H, W, 3], transparent parts on white."""
+    check_frame_size(frame.width, frame.height, name)
+    if any(part.is_alpha for part in frame.format.components):
+        values = frame.to_ndarray(format="rgba").astype(np.uint16)
+        alpha = values[..., 3:]
+        rgb = ((values[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+    else:
+        rgb = frame.to_ndarray(format="rgb24")
+    turns, rest = divmod(frame.rotation, 90)
+    return np.ascontiguousarray(np.rot90(rgb, turns)) if turns and not rest else rgb
+
+
+def _checked(wanted: Sequence[int], count: int) -> list[int]:
+    wanted = list(wanted)
+    assert all(a < b for a, b in pairwise(wanted)), "frames are picked in rising order"
+    assert all(0 <= number < count for number in wanted), f"frames are picked from {count}"
+    return wanted

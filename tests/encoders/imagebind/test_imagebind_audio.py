@@ -1,0 +1,168 @@
+"""Sounds become the published filter banks; short, silent and long ones have documented results."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+
+from bindllm.encoders.imagebind import audio as audio_module
+from bindllm.encoders.imagebind.audio import audio_input
+from bindllm.encoders.imagebind.clips import clip_starts
+from bindllm.errors import InputError, MediaError
+from goldens import golden, make_wave
+from recordings import numbered, wav
+
+pytest.importorskip("av")
+
+SILENCE = (np.log(2.0**-23) + 4.268) / 9.138
+PADDING = 4.268 / 9.138
+SOUNDS = [
+    f"wav_{rate}_{channels}ch_{seconds}"
+    for rate in (16_000, 44_100)
+    for channels in (1, 2)
+    for seconds in (0.5, 2.0, 5.0)
+]
+
+
+def published(source, **settings):
+    return audio_input(source, **{"coverage": "published", "max_clips": 64, **settings})
+
+
+def noise(seconds: float, channels: int = 1) -> np.ndarray:
+    return np.random.default_rng(0).uniform(-0.5, 0.5, (channels, int(16_000 * seconds))).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", SOUNDS)
+def test_published_filter_banks(name):
+    rate, channels, seconds = int(name.split("_")[1]), int(name.split("_")[2][0]), float(name.split("_")[3])
+    data = wav(make_wave(name, rate, int(rate * seconds), channels), rate)
+    pictures = published(data)
+    assert pictures.shape == (3, 1, 128, 204)
+    assert pictures.dtype == torch.float32
+    # Every third mel band; of the short sounds, whose clips are all the same, the first clip.
+    expected = golden("prep_audio")[f"{name}/fbank_s3"]
+    difference = np.abs(pictures[: len(expected), 0, ::3].numpy() - expected)
+    assert difference.max() < 1e-3
+    assert difference.mean() < 2e-5
+    if seconds <= 2:
+        assert torch.equal(pictures[0], pictures[1])
+        assert torch.equal(pictures[0], pictures[2])
+
+
+@pytest.mark.parametrize("name", SOUNDS)
+def test_published_spans(name, monkeypatch):
+    spans = []
+
+    def recording(source, *, rate, cut):
+        spans.extend(cut(int(16_000 * float(name.split("_")[3]))))
+        return [np.ones((1, 400), np.float32)]
+
+    monkeypatch.setattr(audio_module, "cut_sound", recording)
+    published(b"")
+    assert spans == [tuple(span) for span in golden("prep_audio")[f"{name}/spans"].tolist()]
+
+
+def test_clips_are_computed_from_their_own_samples():
+    # Overlapping clips of a sound with an offset: each is the same as when it is given alone.
+    sound = noise(5) + 0.3
+    pictures = published(sound)
+    for number, start in enumerate((0, 24_000, 48_000)):
+        alone = published(sound[:, start : start + 32_000])[0]
+        torch.testing.assert_close(pictures[number], alone, atol=1e-6, rtol=0)
+
+
+def test_first_channel_is_heard_less_the_mean_of_all():
+    left, right = noise(2)[0], np.full(32_000, 0.4, np.float32)
+    both = published(np.stack([left, right]))
+    torch.testing.assert_close(both, published(left), atol=2e-3, rtol=0)
+    other = published(np.stack([right, left]))
+    assert (other - both).abs().mean() > 0.5
+
+
+def test_silence_is_the_floor():
+    pictures = published(np.zeros(48_000, np.int16))
+    assert pictures.shape == (3, 1, 128, 204)
+    torch.testing.assert_close(pictures[..., :198], torch.full((3, 1, 128, 198), SILENCE), rtol=1e-6, atol=0)
+    torch.testing.assert_close(pictures[..., 198:], torch.full((3, 1, 128, 6), PADDING), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("samples", "frames"), [(1, 1), (160, 1), (399, 1), (400, 1), (559, 1), (560, 2)])
+def test_very_short_sounds(samples, frames):
+    pictures = published(noise(1)[:, :samples])
+    assert torch.isfinite(pictures).all()
+    filled = (pictures[0, 0] - PADDING).abs().amax(dim=0) > 1e-3
+    assert filled.tolist() == [True] * frames + [False] * (204 - frames)
+
+
+def test_ten_milliseconds_are_filled_up_with_zeros():
+    short = noise(0.01)
+    longer = np.concatenate([short - short.mean(), np.zeros((1, 240), np.float32)], axis=1)
+    # Less the mean of the longer sound, which is zero as well.
+    torch.testing.assert_close(published(short), published(longer), atol=1e-4, rtol=0)
+
+
+def test_full_coverage_tiles_the_sound():
+    sound = noise(7)
+    pictures = published(sound, coverage="full")
+    assert pictures.shape == (4, 1, 128, 204)
+    for number, start in enumerate((0, 2, 4, 5)):
+        alone = published(sound[:, start * 16_000 : (start + 2) * 16_000])[0]
+        torch.testing.assert_close(pictures[number], alone, atol=1e-6, rtol=0)
+    assert published(noise(1.5), coverage="full").shape[0] == 1
+    assert published(noise(2), coverage="full").shape[0] == 1
+
+
+def test_more_clips_than_allowed_are_spread_and_said_once(caplog):
+    sound = noise(9)
+    pictures = published(sound, coverage="full", max_clips=3)
+    for number, start in enumerate((0, 3.5, 7)):
+        alone = published(sound[:, int(start * 16_000) :][:, :32_000])[0]
+        torch.testing.assert_close(pictures[number], alone, atol=1e-6, rtol=0)
+    [record] = caplog.records
+    assert "9 seconds need 5 clips of 2 seconds; only 3" in record.getMessage()
+    assert record.name == "bindllm"
+
+
+def test_one_clip_of_a_long_sound_is_its_middle():
+    from fractions import Fraction
+
+    settings = {"published": 3, "coverage": "full", "max_clips": 1, "name": "a.wav"}
+    assert clip_starts(Fraction(10), **settings) == [4]
+    assert clip_starts(Fraction(1), **settings) == [0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"), [({"coverage": "ful"}, "'full'"), ({"max_clips": 0}, "at least 1")]
+)
+def test_unknown_settings(settings, reason):
+    with pytest.raises(InputError, match=reason):
+        published(noise(1), **settings)
+
+
+def test_sound_track_of_a_video():
+    import av
+
+    tone = (8000 * np.sin(np.arange(32_000) * 0.2)).astype(np.int16)[None]
+    file = io.BytesIO()
+    with av.open(file, "w", format="matroska") as output:
+        picture = output.add_stream("mpeg4", rate=25)
+        picture.height, picture.width = 64, 96
+        sound = output.add_stream("pcm_s16le", rate=16_000, layout="mono")
+        for number in range(50):
+            output.mux(picture.encode(av.VideoFrame.from_ndarray(numbered(number), format="rgb24")))
+        frame = av.AudioFrame.from_ndarray(tone, format="s16", layout="mono")
+        frame.sample_rate = 16_000
+        output.mux(sound.encode(frame))
+        for stream in (picture, sound):
+            output.mux(stream.encode(None))
+    assert torch.equal(published(file.getvalue()), published(wav(tone, 16_000)))
+
+
+def test_file_that_is_no_sound_is_named(tmp_path):
+    path = tmp_path / "words.wav"
+    path.write_text("just some words")
+    with pytest.raises(MediaError, match=r"words\.wav: cannot be opened as sound"):
+        published(path)
