@@ -19,7 +19,7 @@ train: $(VENV)/.has-quickstart ## fetch what RECIPE names, embed its pictures, t
 	@$(bindllm) fetch $(RECIPE)
 	@$(bindllm) fit --config $(RECIPE) $(ARGS)
 
-test: $(VENV)/.has-test ## run the tests; ARGS="-k store" picks some
+test: $(VENV)/.has-test checkpoints/clip-vocabulary/SOURCE.json ## run the tests; ARGS="-k store" picks some
 	@$(python) -m pytest $(ARGS)
 
 test-slow: $(VENV)/.has-test checkpoints/quickstart/bindllm.json ## run the slow tests; trains the quickstart first if needed
@@ -46,6 +46,9 @@ clean: ## remove caches and build outputs; data/, checkpoints/ and .venv stay
 
 clean-all: clean ## also remove .venv, downloads and stored embeddings; pictures, models and what you trained stay
 	@rm -rf $(VENV) data/downloads data/store
+
+checkpoints/clip-vocabulary/SOURCE.json: | $(VENV)/.has-test
+	@$(bindllm) fetch clip-vocabulary
 
 checkpoints/quickstart/bindllm.json:
 	@$(MAKE) train RECIPE=recipes/quickstart.yaml ARGS=

@@ -24,12 +24,21 @@ def test_bad_weights(weight):
 
 
 def test_bad_modality_and_source():
-    with pytest.raises(InputError, match=r"unknown modality 'imge'.*Did you mean 'image'"):
-        Media("imge", "cat.png")
+    with pytest.raises(InputError, match=r"lower-case word, not 'Image'.*Did you mean 'image'"):
+        Media("Image", "cat.png")
+    for name in ("", "range doppler", "3d", None):
+        with pytest.raises(InputError, match="a modality is a lower-case word"):
+            Media(name, "cat.png")
     with pytest.raises(InputError, match="source of image media must be .* not list"):
         Media.image([1, 2])
     with pytest.raises(InputError, match="source of text media must be str, not bytes"):
         Media.text(b"words")
+
+
+def test_any_lower_case_word_is_a_modality():
+    radar = Media("radar", np.zeros((2, 3)), weight=0.5)
+    assert repr(radar) == "Media('radar', '<array [2, 3] float64>', weight=0.5)"
+    assert radar.content_hash() != Media("sonar", radar.source).content_hash()
 
 
 def test_names_are_short():

