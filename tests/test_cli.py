@@ -135,8 +135,34 @@ MISTAKES = {
     "a misspelt callback": (
         {"trainer": {"callbacks": [{"class_path": "EarlyStoping"}]}},
         [],
-        "'EarlyStopping'",
+        "error: trainer.callbacks: no class is called EarlyStoping\nDid you mean 'EarlyStopping'?",
     ),
+    "a misspelt callback with its path": (
+        {"trainer": {"callbacks": [{"class_path": "lightning.pytorch.callbacks.EarlyStoping"}]}},
+        [],
+        "no attribute 'EarlyStoping'\nDid you mean 'EarlyStopping'?",
+    ),
+    "a misspelt argument of a callback": (
+        {"trainer": {"callbacks": [{"class_path": "EarlyStopping", "init_args": {"monitr": "val_loss"}}]}},
+        [],
+        "Option 'monitr' is not accepted\nDid you mean 'monitor'?",
+    ),
+    "a misspelt logger": (
+        {"trainer": {"logger": {"class_path": "CSVLoger"}}},
+        [],
+        "error: trainer.logger: no class is called CSVLoger\nDid you mean 'CSVLogger'?",
+    ),
+    "an encoder without its module": (
+        {"model": {"encoders": [{"class_path": "ColourEncoder"}]}},
+        [],
+        "no class is called ColourEncoder\nGive the full import path",
+    ),
+    "a value that is none of several types": (
+        {"trainer": {"precision": "bf17"}},
+        [],
+        "error: trainer.precision: Expected int, or one of",
+    ),
+    "a misspelt choice among several types": ({"trainer": {"precision": "bf17"}}, [], "Did you mean 'bf16'?"),
     "a misspelt choice": ({"model": {"inject": {"kind": "residul"}}}, [], "Did you mean 'residual'?"),
     "a wrong type": ({"data": {"batch_size": "many"}}, [], "data.batch_size: Expected int"),
 }
@@ -153,6 +179,7 @@ def test_a_mistake_in_a_recipe_is_named_with_the_closest_name(mistake, parts, tm
     error = capsys.readouterr().err
     assert told in error
     assert "Traceback" not in error
+    assert "Subtypes" not in error
     assert not Path("runs").exists()
 
 
@@ -209,10 +236,15 @@ def test_ctrl_c_while_embedding_is_no_traceback(parts, tmp_path, monkeypatch, ca
         raise KeyboardInterrupt
 
     monkeypatch.setattr("bindllm.data.datamodule.BindData.prepare_data", stop)
-    handler = signal.getsignal(signal.SIGINT)
-    assert run("fit", tiny_recipe(parts)) == 130
-    assert signal.getsignal(signal.SIGINT) is handler
-    assert "stopped" in capsys.readouterr().err
+    # The handler of whoever called is back afterwards, whatever it was.
+    for handler in (signal.default_int_handler, lambda *_: None):
+        earlier = signal.signal(signal.SIGINT, handler)
+        try:
+            assert run("fit", tiny_recipe(parts)) == 130
+            assert signal.getsignal(signal.SIGINT) is handler
+        finally:
+            signal.signal(signal.SIGINT, earlier)
+        assert "stopped" in capsys.readouterr().err
 
 
 def test_embed_fills_the_store_once(parts, tmp_path, monkeypatch, capsys):

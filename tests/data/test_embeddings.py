@@ -96,3 +96,22 @@ def test_encoders_must_share_one_size(tmp_path):
         MediaEmbeddings([ColourEncoder(), WordEncoder(8)], tmp_path)
     with pytest.raises(InputError, match="no encoders"):
         MediaEmbeddings([], tmp_path)
+
+
+def test_an_encoder_that_fails_gives_the_accelerator_back(tmp_path, pictures):
+    class Failing(ColourEncoder):
+        def __init__(self):
+            super().__init__()
+            self.places = []
+
+        def to(self, device):
+            self.places.append(str(device))
+            return self
+
+        def embed(self, modality, inputs):
+            raise RuntimeError("out of memory")
+
+    encoder = Failing()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        MediaEmbeddings([encoder], tmp_path / "store").fill(pictures.values(), device="cuda:1")
+    assert encoder.places == ["cuda:1", "cpu"]

@@ -156,6 +156,32 @@ def test_a_generator_is_read_as_the_work_goes_on(tmp_path):
     assert given == 400
 
 
+def test_a_path_with_a_zero_byte_is_one_bad_file(tmp_path):
+    good = pictures(tmp_path / "in", 1)
+    report = run(tmp_path / "store", [Media.image("a\0b.png"), *good])
+    assert counts(report) == (1, 0, 0, 1)
+    assert "'a\\x00b.png': cannot be opened (embedded null byte)" in report.failed[0][1]
+
+
+@pytest.mark.parametrize(("fitting", "batches"), [(3, [3, 3, 3, 3]), (0.5, [1] * 12), (100, [8, 4])])
+def test_large_inputs_are_held_and_embedded_few_at_a_time(fitting, batches, tmp_path, monkeypatch):
+    media = pictures(tmp_path / "in", 12)
+    size = ColourEncoder().prepare(media[0]).nbytes
+    monkeypatch.setattr(fill_module, "PREPARED_BYTES", int(2 * fitting * size))
+    held: list[int] = []
+
+    class Watching(CountingEncoder):
+        def before_embed(self):
+            held.append(len(self.prepared) - sum(self.batches[:-1]))
+
+    encoder = Watching()
+    assert counts(run(tmp_path / "store", media, encoder, batch_size=8, workers=4)) == (12, 0, 0, 0)
+    assert encoder.batches == batches
+    # The batch in hand, and what waits beside it; two are under way before the first one's size is known.
+    assert max(held) <= max(2, 2 * fitting)
+    torch.testing.assert_close(stored(tmp_path / "store", media), expected(media))
+
+
 def test_files_are_prepared_in_several_threads(tmp_path):
     together = threading.Barrier(2, timeout=20)
 

@@ -1,14 +1,19 @@
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
 from bindllm.conversation import Conversation, Message
 from bindllm.data.tokenise import Sample
 from bindllm.errors import InputError
 from bindllm.media import Media
-from bindllm.training.callbacks import refuse_unmeasured, spread
+from bindllm.model.bindllm import BindLLM
+from bindllm.model.decoder import DecoderConfig
+from bindllm.training.callbacks import SampleCaptions, refuse_unmeasured, spread
+from tiny import ColourEncoder, save_tiny_decoder
 
 
 def sample(number: int, *, shows: bool = True) -> Sample:
@@ -37,3 +42,69 @@ def test_a_callback_that_watches_what_is_not_measured_is_refused(callback):
     refuse_unmeasured(
         [EarlyStopping("train_loss"), EarlyStopping("val_loss", strict=False)], num_validation=0
     )
+
+
+class Log:
+    """Stands for the log of a run."""
+
+    def __init__(self):
+        self.captions = []
+
+    def log_captions(self, captions, step):
+        self.captions += [{"step": step, **caption} for caption in captions]
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory):
+    """Return a function that captions samples as after step 7, and gives what was logged and looked up."""
+    folder = save_tiny_decoder(tmp_path_factory.mktemp("decoder"))
+    config = DecoderConfig(str(folder), dtype="float32")
+    model = BindLLM.build(config, device="cpu", encoders=[ColourEncoder()]).eval()
+
+    def caption(samples):
+        shown, log = [], Log()
+
+        def lookup(groups):
+            shown.extend(group[0].name for group in groups)
+            return torch.eye(16)[: len(groups)]
+
+        trainer = SimpleNamespace(
+            datamodule=SimpleNamespace(samples=lambda split: samples, lookup=lookup),
+            fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(_batches_that_stepped=7)),
+            sanity_checking=False,
+            is_global_zero=True,
+            loggers=[],
+        )
+        callback = SampleCaptions(log, count=3, max_new_tokens=2)
+        callback.on_validation_epoch_end(trainer, SimpleNamespace(model=model))
+        return log.captions, shown
+
+    return caption
+
+
+def tokens(sample: Sample, length: int) -> Sample:
+    """Give a sample that many tokens of prompt, and one of answer."""
+    ids = np.arange(3, 4 + length)
+    labels = np.where(np.arange(len(ids)) < length, -100, ids)
+    index = np.full(len(ids), int(sample.media_index[0]))
+    return replace(sample, input_ids=ids, labels=labels, media_index=index, references=("x",))
+
+
+def test_captions_are_made_of_pictures_alone_and_rows_without_are_passed_over(captioned):
+    samples = [tokens(sample(n, shows=n in (1, 4)), 3 + n) for n in range(6)]
+    captions, shown = captioned(samples)
+    assert shown == ["1.png", "4.png"]
+    assert [(row["step"], row["picture"], row["true"]) for row in captions] == [
+        (7, "1.png", "x"),
+        (7, "4.png", "x"),
+    ]
+
+
+def test_rows_whose_picture_speaks_to_none_of_their_tokens_are_not_captioned(captioned):
+    """Media index -1 everywhere: the turn with the picture was left out, though the conversation has it."""
+    unheard = tokens(sample(0), 3)
+    unheard = replace(unheard, media_index=np.full_like(unheard.media_index, -1))
+    assert unheard.conversation.media_groups
+    assert captioned([unheard]) == ([], [])
+    captions, shown = captioned([unheard, tokens(sample(1), 4)])
+    assert shown == ["1.png"] == [row["picture"] for row in captions]

@@ -1,19 +1,20 @@
 """An interrupted run that goes on ends in the same bytes as one that was never interrupted."""
 
 import errno
+import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import bindllm.atomic as atomic
+import bindllm.checkpoint.folder as checkpoint
 import bindllm.training.state as state
+from bindllm import BindLLM
 from bindllm.training.module import BindModule
-from tiny_run import run, tiny_parts, tiny_recipe, write_recipe
+from tiny_run import run, tiny_parts, tiny_recipe
 
 FILES = ("checkpoints/tiny/bind.safetensors", "runs/tiny/metrics.csv", "runs/tiny/captions.jsonl")
 
@@ -206,24 +207,161 @@ def test_ctrl_c_saves_first_and_nothing_is_lost(
     assert ending(tmp_path) == uninterrupted
 
 
+def run_killed(recipe: dict, monkeypatch, arm) -> None:
+    """Run in a process of its own that ``arm(patch)`` lets die: by kill -9, so that nothing is cleaned up."""
+
+    def start() -> None:
+        arm(monkeypatch)
+        run("fit", recipe)
+
+    process = multiprocessing.get_context("fork").Process(target=start)
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_half_written(owner, name, *, at):
+    """Arms a function that writes a file: the given call of it leaves half of the file."""
+
+    def arm(patch):
+        original, calls = getattr(owner, name), []
+
+        def dying(content, path, **options):
+            original(content, path, **options)
+            calls.append(path)
+            if len(calls) == at:
+                os.truncate(path, os.path.getsize(path) // 2)
+                kill()
+
+        patch.setattr(owner, name, dying)
+
+    return arm
+
+
+def die_between_the_renames(patch):
+    """Arms the renaming of folders: the earlier one is aside, the new one not in its place yet."""
+    original = os.replace
+
+    def dying(source, target):
+        original(source, target)
+        if str(target).endswith(".tiny.old"):
+            kill()
+
+    patch.setattr(os, "replace", dying)
+
+
 def test_a_process_killed_by_the_system_goes_on(recipe, uninterrupted, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code = (
-        "import os, signal, sys; from bindllm.cli import main; from bindllm.training.module import BindModule\n"
-        "original = BindModule.training_step\n"
-        "def step(self, batch, n):\n"
-        "    if self.global_step == 6: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return original(self, batch, n)\n"
-        "BindModule.training_step = step\n"
-        "main(['fit', '--config', sys.argv[1]])\n"
+    run_killed(
+        recipe, monkeypatch, lambda patch: count_calls(patch, BindModule, "training_step", at=7, before=kill)
     )
-    path = os.pathsep.join(sys.path)
-    command = [sys.executable, "-c", code, str(write_recipe(recipe))]
-    done = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, check=False
-    )
-    assert done.returncode == -signal.SIGKILL
     assert run("fit", recipe) == 0
+    assert ending(tmp_path) == uninterrupted
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "at", "left"), [(state.torch, "save", 3, 8), (state, "save_file", 2, 1)]
+)
+def test_kill_9_inside_a_save_of_the_run_goes_on_from_the_state_before(
+    owner, name, at, left, recipe, uninterrupted, tmp_path, monkeypatch
+):
+    """In a save of the state, and of the best weights."""
+    monkeypatch.chdir(tmp_path)
+    run_killed(recipe, monkeypatch, die_half_written(owner, name, at=at))
+    assert [file.suffix for file in Path("runs/tiny").glob(".*")] == [".part"], (
+        "it died in the middle of a write"
+    )
+    steps = count_calls(monkeypatch, BindModule, "training_step")
+    assert run("fit", recipe) == 0
+    assert len(steps) == left
+    assert ending(tmp_path) == uninterrupted
+    assert not list(Path("runs/tiny").glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("arm", "earlier"),
+    [(die_half_written(checkpoint, "save_file", at=1), "tiny"), (die_between_the_renames, ".tiny.old")],
+    ids=["in a file", "between the two renames"],
+)
+def test_kill_9_inside_a_save_of_the_checkpoint_folder_keeps_the_earlier_one(
+    arm, earlier, recipe, uninterrupted, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert run("fit", recipe, "--model.optim.lr", "0.001") == 0
+    before = Path("checkpoints/tiny/bind.safetensors").read_bytes()
+    run_killed(recipe, monkeypatch, arm)
+    assert Path("checkpoints", earlier, "bind.safetensors").read_bytes() == before != uninterrupted[FILES[0]]
+    BindLLM.from_pretrained(Path("checkpoints", earlier), device="cpu", allow=["tiny.ColourEncoder"])
+    steps = count_calls(monkeypatch, BindModule, "training_step")
+    assert run("fit", recipe) == 0
+    assert steps == []
+    assert ending(tmp_path) == uninterrupted
+    assert os.listdir("checkpoints") == ["tiny"]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "signals", "left"),
+    [
+        (state.torch, "save", 1, 7),
+        (state.torch, "save", 2, 8),
+        (state, "save_file", 1, 5),
+        (state, "save_file", 2, 6),
+    ],
+)
+def test_ctrl_c_inside_a_save_waits_for_it_and_a_second_one_keeps_the_state_before(
+    owner, name, signals, left, recipe, uninterrupted, tmp_path, monkeypatch
+):
+    """The third save of the state, and the first of the best weights."""
+    monkeypatch.chdir(tmp_path)
+
+    def interrupt():
+        for _ in range(signals):
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        count_calls(patch, owner, name, at=3 if name == "save" else 1, after=interrupt)
+        assert run("fit", recipe) == 130
+    assert not list(Path("runs/tiny").glob(".*"))
+    steps = count_calls(monkeypatch, BindModule, "training_step")
+    assert run("fit", recipe) == 0
+    assert len(steps) == left
+    assert ending(tmp_path) == uninterrupted
+
+
+def test_ctrl_c_inside_a_save_of_the_checkpoint_folder_keeps_the_earlier_one(
+    recipe, uninterrupted, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert run("fit", recipe, "--model.optim.lr", "0.001") == 0
+    before = Path("checkpoints/tiny/bind.safetensors").read_bytes()
+    with monkeypatch.context() as patch:
+        count_calls(patch, checkpoint, "save_file", at=1, after=lambda: signal.raise_signal(signal.SIGINT))
+        assert run("fit", recipe) == 130
+    assert Path("checkpoints/tiny/bind.safetensors").read_bytes() == before != uninterrupted[FILES[0]]
+    assert os.listdir("checkpoints") == ["tiny"]
+    steps = count_calls(monkeypatch, BindModule, "training_step")
+    assert run("fit", recipe) == 0
+    assert steps == []
+    assert ending(tmp_path) == uninterrupted
+
+
+def test_a_run_in_the_background_does_not_hear_the_ctrl_c_of_the_foreground(
+    recipe, uninterrupted, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    earlier = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with monkeypatch.context() as patch:
+            interrupt = lambda: signal.raise_signal(signal.SIGINT)  # noqa: E731
+            count_calls(patch, BindModule, "training_step", at=3, before=interrupt)
+            assert run("fit", recipe) == 0
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, earlier)
     assert ending(tmp_path) == uninterrupted
 
 

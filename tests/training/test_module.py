@@ -3,6 +3,7 @@ import math
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
@@ -11,7 +12,9 @@ from lightning.pytorch.callbacks import Callback
 from bindllm.data.collate import collate
 from bindllm.data.datamodule import BindData
 from bindllm.data.sources import SourceConfig
-from bindllm.errors import CheckpointError, TrainingError
+from bindllm.errors import CheckpointError, InputError, TrainingError
+from bindllm.media import Media
+from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.decoder import DecoderConfig
 from bindllm.model.injection import InjectConfig
@@ -227,11 +230,124 @@ def test_starting_from_a_folder_of_other_parts_is_refused(make, tmp_path):
         other.configure_model()
 
 
+def test_a_second_stage_tunes_the_decoder_and_starts_from_the_first(make, trainer, tmp_path):
+    module, _ = make()
+    module.configure_model()
+    module.model.save_pretrained(tmp_path / "first")
+    first = {name: value.clone() for name, value in module.model.trainable_state().items()}
+    options = {
+        "adapter": AdapterConfig(rank=2),
+        "trainable": ["adapter"],
+        "start_from": str(tmp_path / "first"),
+    }
+    module, data = make(**options)
+    data.setup()
+    trainer(max_epochs=1, logger=False).fit(module, data)
+    second = module.model.trainable_state()
+    assert all(torch.equal(second[name], first[name]) for name in first)
+    tuned = [name for name in second if name.endswith("lora_B.weight")]
+    assert len(tuned) == 3 * 7
+    assert all(second[name].abs().max() > 0 for name in tuned)
+    module.model.save_pretrained(tmp_path / "second")
+    again, _ = make(**{**options, "start_from": str(tmp_path / "second")})
+    again.configure_model()
+    assert all(torch.equal(value, second[name]) for name, value in again.model.trainable_state().items())
+
+
+def test_the_mean_of_the_released_weights_is_not_for_training(make):
+    with pytest.raises(InputError, match=r"bind\.fusion is 'mean'"):
+        make(bind=BindConfig(depth=1, fusion="mean"))
+
+
+class LayerRuns(Callback):
+    """Counts how often the first layer of the decoder runs in a training step."""
+
+    def on_train_start(self, trainer, module):
+        self.runs, self.steps = [], 0
+        first = module.model.decoder.model.layers[0]
+        first.mlp.register_forward_pre_hook(lambda *_: self.runs.append(1))
+
+    def on_train_batch_end(self, trainer, *_):
+        self.steps += 1
+
+
 def test_checkpointed_activations_train_the_same_weights(make, trainer):
-    states = []
+    states, runs_per_step = [], []
     for checkpoint_activations in (False, True):
         module, data = make(checkpoint_activations=checkpoint_activations)
-        trainer(max_epochs=1).fit(module, data)
+        count = LayerRuns()
+        trainer(max_epochs=1, limit_val_batches=0, callbacks=[count]).fit(module, data)
         states.append(module.state_dict())
+        runs_per_step.append(len(count.runs) / count.steps)
+    assert runs_per_step == [1, 2], (
+        "each layer runs again in the backward pass, and not without checkpointing"
+    )
     for name in states[0]:
         torch.testing.assert_close(states[0][name], states[1][name], rtol=1e-4, atol=1e-6)
+
+
+class NetworkEncoder(ColourEncoder):
+    """An encoder with all that training could spoil: weights, dropout and running statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = torch.nn.Sequential(
+            torch.nn.Linear(48, 16), torch.nn.BatchNorm1d(16), torch.nn.Dropout(0.5)
+        )
+        self.network.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def embed(self, modality, inputs):
+        return torch.nn.functional.normalize(self.network(torch.stack(list(inputs))), dim=-1)
+
+
+class NetworkItself(torch.nn.Module):
+    """The same as a module, which whoever holds it as a child would put into training mode."""
+
+    modalities, embedding_size, config = ("image",), 16, {}
+
+    def __init__(self):
+        super().__init__()
+        self.inner = NetworkEncoder()
+        self.network = self.inner.network
+
+    def fingerprint(self):
+        return "cd" * 32
+
+    def prepare(self, media):
+        return self.inner.prepare(media)
+
+    def embed(self, modality, inputs):
+        return self.inner.embed(modality, inputs)
+
+
+@pytest.mark.parametrize("kind", [NetworkEncoder, NetworkItself])
+def test_encoders_keep_their_bytes_and_their_mode_through_a_run(kind, make, trainer):
+    encoder = kind()
+    module, data = make(encoders=[encoder])
+    before = {name: value.numpy().tobytes() for name, value in encoder.network.state_dict().items()}
+    modes = set()
+
+    class Modes(Callback):
+        def on_train_batch_start(self, *_):
+            modes.update(part.training for part in encoder.network.modules())
+
+        on_validation_batch_start = on_train_batch_start
+
+    trainer(max_epochs=2, callbacks=[Modes()]).fit(module, data)
+    # A picture that the store does not have is embedded by the trained model.
+    module.model.encode([Media.image(np.zeros((9, 9, 3), np.uint8))])
+    assert modes == {False}
+    assert before == {name: value.numpy().tobytes() for name, value in encoder.network.state_dict().items()}
+    assert not any(parameter.requires_grad for parameter in encoder.network.parameters())
+    assert all(parameter.grad is None for parameter in encoder.network.parameters())
+    trained = {id(p) for group in module.optimizers().param_groups for p in group["params"]}
+    assert trained.isdisjoint(id(parameter) for parameter in encoder.network.parameters())
+    assert not any("network" in name for name in module.state_dict())
+
+
+def test_training_no_group_is_refused_with_the_names_of_all(make, trainer):
+    module, data = make(trainable=[])
+    with pytest.raises(InputError, match=r"nothing is trainable.*model\.trainable.*bind, inject"):
+        trainer(max_epochs=1).fit(module, data)
+    assert not any(parameter.requires_grad for parameter in module.model.parameters())

@@ -78,8 +78,11 @@ class MediaEmbeddings:
             wanted.setdefault(self._number(item), []).append(item)
         for number, items in wanted.items():
             encoder, store = self._encoders[number], self._store(number)
-            report = fill(store, encoder.to(device), items, progress=progress)
-            encoder.to("cpu")
+            try:
+                report = fill(store, encoder.to(device), items, progress=progress)
+            finally:
+                # An encoder that failed must not keep the accelerator's memory either.
+                encoder.to("cpu")
             totals.encoded += report.encoded
             totals.reused += report.reused + report.duplicates
             totals.seconds += report.seconds

@@ -45,5 +45,8 @@ def open_stream(source: str | Path | bytes) -> Iterator[BinaryIO]:
         stream = path.open("rb")
     except OSError as error:
         raise MediaError(f"{path}: cannot be opened ({error.strerror}); check the path") from error
+    except ValueError as error:
+        # A zero byte, which no path has.
+        raise MediaError(f"{str(path)!r}: cannot be opened ({error}); check the path") from error
     with stream:
         yield stream

@@ -12,6 +12,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
 
 FLUSH_SECONDS = 30.0
 """Embeddings are written at least this often: a killed run loses no more than this."""
+
+PREPARED_BYTES = 1 << 30
+"""Prepared inputs that are held at the same time, about: a long video alone can be 200 MB."""
 
 HASH_CHUNK = 32
 """Media whose content is hashed by one task; a task for each would cost more than an unchanged file does."""
@@ -98,7 +102,7 @@ def fill(
         store: a store of this encoder.
         encoder: prepares and embeds.
         media: may be a generator, and is read as the work goes on; duplicates are embedded once.
-        batch_size: media of one modality that are embedded together.
+        batch_size: media of one modality that are embedded together; fewer where they are large.
         workers: threads that read and prepare; None: one for each processor.
         flush_rows: embeddings are written in shards of about this many rows, or every `FLUSH_SECONDS`.
         progress: show a bar with the time left.
@@ -118,8 +122,9 @@ def fill(
         task = bar.add_task("embedding", total=len(media) if isinstance(media, Sized) else None)
         run = _Run(store, encoder, flush_rows, advance=lambda: bar.advance(task))
         try:
-            keyed = _ahead(pool, run.find_keys, _chunks(media, HASH_CHUNK), ahead=workers + 1)
-            prepared = _ahead(pool, run.prepare, run.select(keyed), ahead=workers + batch_size)
+            keyed = _ahead(pool, run.find_keys, _chunks(media, HASH_CHUNK), ahead=lambda: workers + 1)
+            ahead = partial(run.fitting, workers + batch_size)
+            prepared = _ahead(pool, run.prepare, run.select(keyed), ahead=ahead)
             for batch in run.batches(prepared, batch_size):
                 run.embed(batch)
             run.flush()
@@ -157,6 +162,7 @@ class _Run:
         self._failed: list[tuple[str, str]] = []
         self._seen: set[str] = set()
         self._rows: list[tuple[str, Tensor, Media]] = []
+        self._largest = 0
         self._started = self._flushed = time.monotonic()
 
     def find_keys(self, chunk: list[Media]) -> list[_Work]:
@@ -204,7 +210,15 @@ class _Run:
         except Exception as error:
             error.add_note(f"while preparing {media.name}")
             raise
+        self._largest = max(self._largest, inputs.nbytes)
         return work._replace(inputs=inputs)
+
+    def fitting(self, number: int) -> int:
+        """Return how many prepared media may be held beside the next batch, or in it: at most ``number``.
+
+        Half of the memory is for either. Until one is prepared its size is not known, and two must do.
+        """
+        return min(number, max(1, PREPARED_BYTES // 2 // self._largest) if self._largest else 2)
 
     def batches(self, prepared: Iterable[_Work], size: int) -> Iterator[list[_Work]]:
         """Group what is prepared by modality, in order."""
@@ -215,7 +229,8 @@ class _Run:
                 continue
             batch = waiting[work.media.modality]
             batch.append(work)
-            if len(batch) == size:
+            # Not below one: media that are larger than all of the memory are embedded one by one.
+            if len(batch) >= self.fitting(size):
                 yield waiting.pop(work.media.modality)
         yield from waiting.values()
 
@@ -275,13 +290,17 @@ def _chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 
 
 def _ahead(
-    pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], *, ahead: int
+    pool: ThreadPoolExecutor,
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    *,
+    ahead: Callable[[], int],
 ) -> Iterator[Result]:
-    """Yield the results in order, computed in threads; at most ``ahead`` items are in work or waiting."""
+    """Yield the results in order, computed in threads; at most ``ahead()`` items are in work or waiting."""
     waiting: deque[Future[Result]] = deque()
     for item in items:
         waiting.append(pool.submit(function, item))
-        if len(waiting) == ahead:
+        while len(waiting) >= ahead():
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()

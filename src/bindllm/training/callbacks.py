@@ -38,7 +38,7 @@ def refuse_unmeasured(callbacks: Sequence[Callback], *, num_validation: int) -> 
 
 
 class ParameterTable(Callback):
-    """Prints what is trained and what is frozen, before the first step."""
+    """Prints what became of the data, what is trained and what is frozen, before the first step."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse callbacks that would find nothing to watch; the data are ready, the decoder is not loaded yet.
@@ -51,11 +51,11 @@ class ParameterTable(Callback):
             refuse_unmeasured(trainer.callbacks, num_validation=int(validated))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the table."""
+        """Print the report of the data, and the table."""
         groups = pl_module.model.parameter_groups()
         frozen = sum(value.numel() for value in pl_module.model.decoder.parameters())
         if trainer.is_global_zero:
-            Console().print(groups_table(groups, frozen))
+            Console().print(trainer.datamodule.report, groups_table(groups, frozen))
 
 
 class SampleCaptions(Callback):

@@ -161,7 +161,9 @@ class RunState(Checkpoint):
         self.seconds["embed"] += trainer.datamodule.report.seconds_embedding
         self.run_log.keep_before(trainer.global_step)
         if threading.current_thread() is threading.main_thread():
-            self._handlers = {number: signal.signal(number, self._on_signal) for number in _STOP_SIGNALS}
+            # A run in the background has SIGINT ignored: Ctrl-C is meant for what is in the foreground.
+            heard = [number for number in _STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+            self._handlers = {number: signal.signal(number, self._on_signal) for number in heard}
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -177,8 +179,7 @@ class RunState(Checkpoint):
         Lightning takes a validation that follows a saved step for done, and forgets accumulated gradients.
         """
         late = time.monotonic() - self._saved_at >= self.every_seconds
-        self._interrupted = trainer.strategy.reduce_boolean_decision(self._interrupted, all=False)
-        due = self._interrupted or trainer.strategy.reduce_boolean_decision(late, all=False)
+        due = trainer.strategy.reduce_boolean_decision(self._interrupted or late, all=False)
         done = batch_idx + 1
         # Without an epoch to count in, Lightning counts the batches between validations over the whole run.
         every = (
@@ -238,7 +239,8 @@ class RunState(Checkpoint):
         if trainer.is_global_zero:
             for file in set(self.folder.glob(BEST)) - {self._best_file}:
                 file.unlink()
-        self._may_stop = self._interrupted
+        # All processes or none: the signal may have reached one of them a moment before the others.
+        self._may_stop = trainer.strategy.reduce_boolean_decision(self._interrupted, all=False)
 
     def _stop_if_asked(self, trainer: Trainer) -> None:
         # Not right after the save: Lightning logs a step when all callbacks are done with it.

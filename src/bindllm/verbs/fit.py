@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bindllm.atomic import atomic_file
+from bindllm.atomic import atomic_file, remove_leftovers
 from bindllm.checkpoint.card import licences
 from bindllm.errors import BindLLMError, InputError
 from bindllm.evaluation.run import HeldOutResult, evaluate_captions
@@ -64,6 +64,7 @@ def _run(cli: RecipeCLI, state: RunState, trainer: Trainer, console: Console) ->
     # Processes that Lightning starts for further devices find the folder as the first one made it ready.
     if rank_zero_only.rank == 0:
         open_run(folder, recipe, resume=cli.config.resume, say=partial(console.print, markup=False))
+    handler = signal.getsignal(signal.SIGINT)
     try:
         going_on = state.last if state.last.exists() else None
         trainer.fit(cli.model, cli.datamodule, ckpt_path=going_on, weights_only=True)
@@ -72,13 +73,15 @@ def _run(cli: RecipeCLI, state: RunState, trainer: Trainer, console: Console) ->
         return 130
     except SystemExit as stop:
         # So Lightning ends after a Ctrl-C in the midst of something (embedding, say), and ignores further ones.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, handler)
         raise KeyboardInterrupt from stop
     if not trainer.is_global_zero:
         return 0
     model = cli.model.model.to(trainer.strategy.root_device)
     if (best := state.best_weights()) is not None:
         model.load_trainable_state(best, source=str(folder))
+    # The run's folder is this process's alone, and so is the checkpoint's: what is there, a kill has left.
+    remove_leftovers(output)
     with told_to_make_room(output):
         model.save_pretrained(output, data=_data_names(cli))
         with atomic_file(output / RECIPE) as part:

@@ -9,6 +9,7 @@ from inspect import signature
 from typing import NoReturn
 
 import lightning.pytorch.callbacks
+import lightning.pytorch.loggers
 from lightning.pytorch.cli import LightningArgumentParser
 
 from bindllm.checkpoint.folder import classes_in
@@ -21,10 +22,21 @@ _UNKNOWN_OPTION = re.compile(r"(?:^Option '|unrecognized arguments: --)(?P<key>[
 _UNKNOWN_ARGUMENT = re.compile(r"class_path '(?P<path>\S+)':\s+Option '(?P<key>\S+)' is not accepted")
 _UNKNOWN_CLASS = re.compile(r"module '(?P<path>\S+)' has no attribute '(?P<key>\S+)'")
 _UNKNOWN_MODULE = re.compile(r"No module named '(?P<key>\S+)'")
-_UNKNOWN_CALLBACK = re.compile(r"dot import path string: (?P<key>\S+)")
-_UNKNOWN_CHOICE = re.compile(r"typing\.Literal\[(?P<known>[^\]]+)\]\. Got value: (?P<key>\S+)")
+_UNKNOWN_NAME = re.compile(r"dot import path string: (?P<key>\S+)")
+_UNKNOWN_CHOICE = re.compile(r"(?P<known>one of '.*)\. Got value: (?P<key>\S+)")
 _WRONG_VALUE = re.compile(r"Parser key \"(?P<key>[^\"]+)\"")
 _MISSING = re.compile(r"arguments are required: (?P<key>[^\s,]+)")
+# A value that may be of several types, with a complaint about each of them.
+_UNION = re.compile(
+    r"Does not validate against any of the Union subtypes\n.*\n +Errors:\n(?P<errors>(?P<indent> +)- (?:.*\n)+?)"
+    r" +Given value type: .*\n +Given value: (?P<value>.*)"
+)
+
+# What Lightning finds by the name of the class alone.
+_BARE_NAMES = {
+    "trainer.callbacks": lightning.pytorch.callbacks.__all__,
+    "trainer.logger": lightning.pytorch.loggers.__all__,
+}
 
 
 class RecipeParser(LightningArgumentParser):
@@ -35,14 +47,31 @@ class RecipeParser(LightningArgumentParser):
         if not self.exit_on_error:
             super().error(message, ex)
         known = [action.dest for action in self._actions]
-        raise UsageError(f"{_plain(message)}\n{_hint(message, known)}".rstrip(), key=_key(message)) from ex
+        plain = _plain(message)
+        hint = _hint(message, known) or _hint_of_choice(plain)
+        raise UsageError(f"{plain}\n{hint}".rstrip(), key=_key(message)) from ex
 
 
 def _plain(message: str) -> str:
     """Say what jsonargparse says in words of a recipe."""
     message = re.sub(r'Parser key "([^"]+)":\s*', r"\1: ", message)
     message = re.sub(r"a typing\.Literal\[([^\]]+)\]", r"one of \1", message)
-    return re.sub(r"(?:a )?<class '([^']+)'>", r"\1", message)
+    message = re.sub(r"(?:a )?<class '([^']+)'>", r"\1", message)
+    message = _UNION.sub(_complaint, message)
+    return message.replace("Expected a dot import path string:", "no class is called")
+
+
+def _complaint(union: re.Match[str]) -> str:
+    """Return what matters of the complaints about each type that a value may have."""
+    entries = re.split(rf"^{union['indent']}- ", union["errors"], flags=re.MULTILINE)[1:]
+    complaints = [" ".join(entry.split()) for entry in entries]
+    about_class = [text for text in complaints if text.startswith(("Problem with", "Expected a dot import"))]
+    if about_class:
+        return "; ".join(about_class)
+    expected = [
+        text for text in complaints if not text.startswith(("Not a valid subclass", "Expected NoneType"))
+    ]
+    return f"{', or '.join(expected or complaints).replace(', or Expected', ', or')}. Got value: {union['value']}"
 
 
 def _key(message: str) -> str:
@@ -64,13 +93,18 @@ def _hint(message: str, known: Sequence[str]) -> str:
         return _known_children(found["key"], known)
     if found := _UNKNOWN_CLASS.search(message):
         return known_names(found["key"], classes_in(import_module(found["path"])))
-    if found := _UNKNOWN_CHOICE.search(message):
-        return known_names(found["key"], re.findall(r"'([^']+)'", found["known"]))
-    if found := _UNKNOWN_CALLBACK.search(message):
-        return known_names(found["key"], lightning.pytorch.callbacks.__all__)
-    if _UNKNOWN_MODULE.search(message):
+    found = _UNKNOWN_NAME.search(message)
+    if found and _key(message) in _BARE_NAMES:
+        return known_names(found["key"], _BARE_NAMES[_key(message)])
+    if found or _UNKNOWN_MODULE.search(message):
         return "Give the full import path of a class, such as bindllm.encoders.EfficientNetLite."
     return ""
+
+
+def _hint_of_choice(plain: str) -> str:
+    """Return a sentence with the closest of the values that can be chosen."""
+    found = _UNKNOWN_CHOICE.search(plain)
+    return known_names(found["key"], re.findall(r"'([^']+)'", found["known"])) if found else ""
 
 
 def _known_children(key: str, known: Sequence[str]) -> str:
