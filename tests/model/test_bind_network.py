@@ -17,11 +17,28 @@ def test_it_is_the_formula_of_the_paper():
     torch.testing.assert_close(network(x), z, atol=1e-5, rtol=1e-5)
 
 
-def test_sizes_are_those_published_for_7b():
+def test_the_older_bridge_has_layer_norms_and_biases():
+    torch.manual_seed(0)
+    network = BindNetwork(6, 4, BindConfig(depth=1, expansion=3, norm="layer", bias=True))
+    (block,) = network.blocks
+    assert not any(layer.bias.any() for layer in (block.gate, block.up, block.down))
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(5, 2, 6)
+    z = network.projection(x)
+    n = (z - z.mean(-1, keepdim=True)) * torch.rsqrt(z.var(-1, keepdim=True, unbiased=False) + 1e-5)
+    n = n * block.norm.weight + block.norm.bias
+    gate, up = (n @ layer.weight.T + layer.bias for layer in (block.gate, block.up))
+    expected = z + (gate * torch.sigmoid(gate) * up) @ block.down.weight.T + block.down.bias
+    torch.testing.assert_close(network(x), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("legacy", "published"), [(False, 608_322_560), (True, 608_445_440)])
+def test_sizes_are_those_published_for_7b(legacy, published):
     with torch.device("meta"):
-        network = BindNetwork(1024, 4096, BindConfig())
-    # 608,322,560 trainable less queries (32 x 4096) and gates (32 x 32)
-    assert sum(p.numel() for p in network.parameters()) == 608_322_560 - 32 * 4096 - 32 * 32
+        network = BindNetwork(1024, 4096, BindConfig(norm="layer" if legacy else "rms", bias=legacy))
+    # The published counts include queries (32 x 4096) and gates (32 x 32).
+    assert sum(p.numel() for p in network.parameters()) == published - 32 * 4096 - 32 * 32
 
 
 def test_outputs_start_at_unit_size():
@@ -35,4 +52,10 @@ def test_outputs_start_at_unit_size():
 @pytest.mark.parametrize("values", [{"depth": -1}, {"expansion": 0}])
 def test_impossible_shapes_are_refused(values):
     with pytest.raises(InputError, match="at least"):
+        BindConfig(**values)
+
+
+@pytest.mark.parametrize(("values", "words"), [({"norm": "rsm"}, "'rms'"), ({"fusion": "men"}, "'mean'")])
+def test_unknown_words_name_the_closest(values, words):
+    with pytest.raises(InputError, match=f"Did you mean {words}"):
         BindConfig(**values)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GenerationConfig
 
@@ -69,6 +73,24 @@ def test_encode_gives_unit_vectors_and_fuses_lists(model):
     expected = nn.functional.normalize(0.25 * single[0] + 0.75 * single[1], dim=-1)
     torch.testing.assert_close(fused[0], expected)
     torch.testing.assert_close(fused[1], single[0])
+
+
+def test_the_published_mean_is_chosen_by_name(decoder_folder, tmp_path):
+    model = BindLLM.build(
+        DecoderConfig(decoder_folder, dtype="float32"),
+        device="cpu",
+        encoders=[ColourEncoder()],
+        bind=BindConfig(depth=0, fusion="mean"),
+    )
+    model.save_pretrained(tmp_path / "m")
+    model = BindLLM.from_pretrained(tmp_path / "m", device="cpu", allow=["tiny.ColourEncoder"])
+    red, blue = picture("red"), Media.image(picture("blue").source, weight=3.0)
+    units = ColourEncoder().embed("image", [ColourEncoder().prepare(media) for media in (red, blue)])
+    found = model.encode([[red, blue]])[0]
+    torch.testing.assert_close(found, (units[0] + 3 * units[1]) / 4.000001)
+    assert found.norm() < 0.999
+    _, prepared = model._prepare("?", [red, blue])
+    assert torch.equal(prepared[0, 0], found)
 
 
 def test_a_modality_that_no_encoder_serves(model):
@@ -367,3 +389,66 @@ def test_pictures_of_the_disk_are_read(model, tmp_path):
     a = model.encode([Media.image(tmp_path / "g.png")])
     b = model.encode([Media.image((tmp_path / "g.png").read_bytes())])
     assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["value", "residual"])
+def test_rows_of_unequal_length_padded_on_the_left_are_those_alone_whatever_the_padding_is(
+    decoder_folder, kind
+):
+    """The decoder gets mask and positions, so that neither padding nor its amount is heard."""
+    model = build(decoder_folder, kind=kind)
+    inputs = batch(model)
+    inputs.pop("labels")
+    lengths, width = (8, 5), 8
+    expected = [
+        model(**{name: value[row : row + 1, :length] for name, value in inputs.items()}).logits[0]
+        for row, length in enumerate(lengths)
+    ]
+    mask = torch.stack([torch.arange(width) >= width - length for length in lengths]).long()
+    heard = []
+    hook = model.decoder.get_decoder().register_forward_pre_hook(
+        lambda _, args, kwargs: heard.append((kwargs["attention_mask"], kwargs["position_ids"])),
+        with_kwargs=True,
+    )
+    try:
+        found = []
+        for padding in (0, 77):
+            ids, index = torch.full((2, width), padding), torch.full((2, width), -1)
+            for row, length in enumerate(lengths):
+                ids[row, width - length :] = inputs["input_ids"][row, :length]
+                index[row, width - length :] = 0
+            padded = {"input_ids": ids, "attention_mask": mask, "media_index": index}
+            found.append(model(**padded, embeddings=inputs["embeddings"]).logits)
+    finally:
+        hook.remove()
+    for row, length in enumerate(lengths):
+        for logits in found:
+            torch.testing.assert_close(logits[row, width - length :], expected[row], atol=2e-5, rtol=1e-4)
+    for seen, positions in heard:
+        assert torch.equal(seen, mask)
+        assert positions.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7], [0, 0, 0, 0, 1, 2, 3, 4]]
+
+
+def test_a_missing_and_an_extra_tensor_are_both_named(decoder_folder, tmp_path):
+    """Of a folder that is whole by its hash: the file was written so."""
+    build(decoder_folder).save_pretrained(tmp_path / "m")
+    file, manifest = tmp_path / "m" / "bind.safetensors", tmp_path / "m" / "bindllm.json"
+    tensors = load_file(file)
+    tensors["injection.gate"] = tensors.pop("injection.gates")
+    tensors["bind.projection.weight"] = tensors["bind.projection.weight"][:, :3].contiguous()
+    save_file(tensors, file)
+    entries = json.loads(manifest.read_text())
+    entries["weights_sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    manifest.write_text(json.dumps(entries))
+    with pytest.raises(CheckpointError) as caught:
+        BindLLM.from_pretrained(tmp_path / "m", device="cpu", allow=["tiny.ColourEncoder"])
+    told = str(caught.value)
+    assert "missing injection.gates; unexpected injection.gate;" in told
+    assert "bind.projection.weight has shape [32, 3], expected [32, 16]" in told
+    assert str(tmp_path / "m") in told
+
+
+def test_freezing_every_group_is_possible_and_leaves_nothing_to_train(decoder_folder):
+    model = build(decoder_folder)
+    model.set_trainable([])
+    assert not any(parameter.requires_grad for parameter in model.parameters())

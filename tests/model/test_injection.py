@@ -326,3 +326,61 @@ def test_a_decoder_without_the_names_is_refused_by_what_it_lacks():
 def test_an_unknown_kind_names_the_closest():
     with pytest.raises(InputError, match="Did you mean 'residual'"):
         InjectConfig(kind="residul")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_terms_are_computed_anew_when_a_generation_grows_by_beams(kind):
+    """Prefill of the prompts alone, then more rows than prompts: row ``b * beams + n`` belongs to prompt ``b``."""
+    ids, bind, index = batch(rows=2)
+    decoder, injection = inject(kind=kind)
+    grown = ids.repeat_interleave(3, dim=0)
+    with torch.no_grad():
+        expected = decoder(ids, bind=bind, media_index=index).logits
+        with injection.holding(bind, index):
+            first = decoder(ids).logits
+            second = decoder(grown).logits
+    torch.testing.assert_close(first, expected)
+    torch.testing.assert_close(second, expected.repeat_interleave(3, dim=0))
+    assert not torch.allclose(second[0], second[3], atol=1e-3)
+
+
+def test_a_generation_that_shrinks_is_refused():
+    ids, bind, index = batch(rows=2)
+    decoder, injection = inject()
+    with (
+        torch.no_grad(),
+        injection.holding(bind, index),
+        pytest.raises(InputError, match="runs 1 rows for 2 prompts"),
+    ):
+        decoder(ids[:1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_the_last_layers_are_served(kind):
+    """As if the gates of the first layer were closed, which a decoder with all layers served can show."""
+    ids, bind, index = batch()
+    everything, all_layers = inject(kind=kind)
+    with torch.no_grad():
+        all_layers.gates[0] = 0
+    decoder = tiny_decoder().requires_grad_(False)
+    injection = Injection(decoder, InjectConfig(kind=kind, layers=2))
+    assert len(injection.gates) == len(injection.queries) == 2
+    with torch.no_grad():
+        injection.gates.copy_(all_layers.gates[1:])
+        injection.queries.copy_(all_layers.queries[1:])
+    seen = []
+    decoder.model.layers[0].self_attn.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append("bind" in kwargs), with_kwargs=True
+    )
+    expected = everything(ids, bind=bind, media_index=index).logits
+    assert torch.equal(decoder(ids, bind=bind, media_index=index).logits, expected)
+    with torch.no_grad(), injection.holding(bind, index):
+        torch.testing.assert_close(decoder(ids).logits, expected)
+    assert seen == [False, False]
+
+
+def test_a_decoder_with_too_few_layers_is_refused():
+    with pytest.raises(DecoderError, match=r"inject\.layers is 4, but LlamaForCausalLM has 3 layers"):
+        Injection(tiny_decoder(), InjectConfig(layers=4))
+    with pytest.raises(InputError, match="at least 1"):
+        InjectConfig(layers=0)

@@ -2,7 +2,9 @@
 
     bindllm.json        format version, every config, decoder and encoders with their fingerprints
     bind.safetensors    bind network, gates and queries; frozen weights are referenced, never copied
+    adapter/            where the decoder is tuned: adapter_config.json and adapter_model.safetensors, peft's own files
     README.md           model card
+    conversion.tsv      where foreign weights were converted: what became of each of their tensors
     recipe.yaml, metrics.json, report.html ...   added by a training run
 
 Loading never unpickles, and imports only classes under ``bindllm.`` unless the caller allows others by name.
@@ -14,7 +16,7 @@ import hashlib
 import importlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,24 +26,38 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bindllm.atomic import atomic_folder, set_aside_name
+from bindllm.checkpoint.keymap import Accounting
 from bindllm.errors import BindLLMError, CheckpointError, known_names
 
 FORMAT = 1
 MANIFEST = "bindllm.json"
 WEIGHTS = "bind.safetensors"
+REPORT = "conversion.tsv"
+ADAPTER = "adapter"
+ADAPTER_WEIGHTS = f"{ADAPTER}/adapter_model.safetensors"
+_ADAPTER_CONFIG = f"{ADAPTER}/adapter_config.json"
+_ADAPTER_PREFIX = "adapter."
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"}
 
 
 def write_checkpoint(
-    folder: str | Path, manifest: dict[str, Any], tensors: dict[str, Tensor], card: str
+    folder: str | Path,
+    manifest: dict[str, Any],
+    tensors: Mapping[str, Tensor],
+    card: str,
+    *,
+    adapter_config: Mapping[str, Any] | None = None,
+    report: Accounting | None = None,
 ) -> None:
     """Write a checkpoint folder in one step; an existing checkpoint there is replaced, anything else refused.
 
     Args:
         folder: where it goes.
-        manifest: JSON-able content of ``bindllm.json``; format, weights hash and root are added.
-        tensors: trainable tensors by name.
+        manifest: JSON-able content of ``bindllm.json``; format, hashes of the weights and root are added.
+        tensors: trainable tensors by name; those of the adapter have ``adapter.`` ahead of peft's name.
         card: text of the model card.
+        adapter_config: content of peft's ``adapter_config.json``, where there is an adapter.
+        report: where foreign weights were converted: what became of each, for ``conversion.tsv``.
 
     Raises:
         CheckpointError: the folder exists and is not a checkpoint of ours.
@@ -52,15 +68,22 @@ def write_checkpoint(
             f"{folder} exists and is not a bindllm checkpoint (no {MANIFEST}); nothing was written. "
             "Choose another folder or empty it."
         )
+    tuned = {name for name in tensors if name.startswith(_ADAPTER_PREFIX)}
+    assert bool(tuned) == (adapter_config is not None), "an adapter's tensors and its config go together"
     with atomic_folder(folder) as part:
-        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, part / WEIGHTS, metadata={"format": "pt"})
+        _save(part / WEIGHTS, {name: tensor for name, tensor in tensors.items() if name not in tuned})
+        hashes = {"weights_sha256": _sha256(part / WEIGHTS)}
+        if adapter_config is not None:
+            (part / ADAPTER).mkdir()
+            named = {name.removeprefix(_ADAPTER_PREFIX): tensors[name] for name in tensors if name in tuned}
+            _save(part / ADAPTER_WEIGHTS, named)
+            _write_json(part / _ADAPTER_CONFIG, adapter_config)
+            hashes["adapter_sha256"] = _sha256(part / ADAPTER_WEIGHTS)
         root = os.path.relpath(Path.cwd(), folder.resolve())
-        entries = {"format": FORMAT, **manifest, "weights_sha256": _sha256(part / WEIGHTS), "root": root}
-        (part / MANIFEST).write_text(
-            json.dumps(entries, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        _write_json(part / MANIFEST, {"format": FORMAT, **manifest, **hashes, "root": root})
         (part / "README.md").write_text(card, encoding="utf-8")
+        if report is not None:
+            report.write(part / REPORT)
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -104,18 +127,12 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
 
 def read_weights(folder: str | Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
-    """Read ``bind.safetensors`` and check it against the hash in the manifest."""
-    file = Path(folder) / WEIGHTS
-    if not file.is_file():
-        raise CheckpointError(f"{folder} has no {WEIGHTS}: copy the whole folder")
-    if _sha256(file) != manifest.get("weights_sha256"):
-        raise CheckpointError(
-            f"{file} is not the file that {MANIFEST} was written with: damaged or exchanged"
-        )
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    """Read the trained tensors, and check their files against the hashes in the manifest."""
+    tensors = _load(folder, WEIGHTS, manifest.get("weights_sha256"))
+    if "adapter_sha256" in manifest:
+        tuned = _load(folder, ADAPTER_WEIGHTS, manifest["adapter_sha256"])
+        tensors |= {_ADAPTER_PREFIX + name: tensor for name, tensor in tuned.items()}
+    return tensors
 
 
 def check_keys(expected: dict[str, Tensor], found: dict[str, Tensor], *, source: str) -> None:
@@ -197,6 +214,29 @@ def classes_in(module: ModuleType) -> list[str]:
         if isinstance(value, type) and value.__module__ == module.__name__
     ]
     return list(names.get("__all__", own))
+
+
+def _save(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, file, metadata={"format": "pt"})
+
+
+def _load(folder: str | Path, name: str, expected: str | None) -> dict[str, Tensor]:
+    file = Path(folder) / name
+    if not file.is_file():
+        raise CheckpointError(f"{folder} has no {name}: copy the whole folder")
+    if _sha256(file) != expected:
+        raise CheckpointError(
+            f"{file} is not the file that {MANIFEST} was written with: damaged or exchanged"
+        )
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+
+
+def _write_json(file: Path, value: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _sha256(file: Path) -> str:

@@ -13,9 +13,11 @@ from bindllm.media import Media
 
 # Unit embeddings whose weighted mean is shorter than this point in opposite directions: no direction is left.
 _SHORTEST_MEAN = 1e-4
+# The released ImageBind-LLM divides by the sum of the weights plus this.
+_PUBLISHED_EPS = 1e-6
 
 
-def fuse(embeddings: Tensor, weights: Tensor) -> Tensor:
+def fuse(embeddings: Tensor, weights: Tensor, *, normalise: bool = True) -> Tensor:
     """Fuse the embeddings of one media group: their weighted mean, normalised again.
 
     The bind network sees unit embeddings in training, and a mean of unit vectors is shorter: without the second
@@ -24,21 +26,34 @@ def fuse(embeddings: Tensor, weights: Tensor) -> Tensor:
     Args:
         embeddings: unit norm, [K, E], K at least 1. A single embedding is returned as it is.
         weights: share of each, above 0, [K]; only their ratios count.
+        normalise: False gives the mean as the released ImageBind-LLM (arXiv 2309.03905) computes it, for its
+            converted weights: not normalised, each share being ``weight / (sum of weights + 1e-6)``; so a single
+            embedding is a millionth shorter.
 
     Returns:
-        The fused embedding, unit norm, [E], in the dtype of ``embeddings``.
+        The fused embedding, unit norm (if normalised), [E], in the dtype of ``embeddings``.
 
     Raises:
-        InputError: the shapes do not fit, or the embeddings cancel out.
+        InputError: the shapes do not fit, a weight is not finite and above 0, or the embeddings cancel out.
 
     Example:
         >>> fuse(torch.eye(2), torch.tensor([3.0, 4.0]))
         tensor([0.6000, 0.8000])
+        >>> fuse(torch.eye(2), torch.tensor([3.0, 1.0]), normalise=False)
+        tensor([0.7500, 0.2500])
     """
     if embeddings.dim() != 2 or len(embeddings) == 0 or weights.shape != embeddings.shape[:1]:
         raise InputError(
             f"expected embeddings [K, E] and weights [K], got {list(embeddings.shape)} and {list(weights.shape)}"
         )
+    if not bool((torch.isfinite(weights) & (weights > 0)).all()):
+        raise InputError(
+            f"the weights of fused media must be finite and above 0, not {weights.tolist()}; leave out a media that "
+            "shall not count"
+        )
+    if not normalise:
+        weights = weights.double()
+        return (weights / (weights.sum() + _PUBLISHED_EPS)).to(embeddings) @ embeddings
     if len(embeddings) == 1:
         return embeddings[0]
     weights = weights.double() / weights.max()
@@ -54,12 +69,22 @@ def fuse(embeddings: Tensor, weights: Tensor) -> Tensor:
 
 @torch.no_grad()
 def embed_groups(
-    groups: Sequence[Sequence[Media]], encoders: Sequence[Encoder], *, device: torch.device | str
+    groups: Sequence[Sequence[Media]],
+    encoders: Sequence[Encoder],
+    *,
+    device: torch.device | str,
+    normalise: bool = True,
 ) -> Tensor:
     """Embed the media of each group and fuse them: one batch per modality, whatever the groups.
 
+    Args:
+        groups: the media of each.
+        encoders: the first that serves a modality embeds it.
+        device: where the encoders run.
+        normalise: as for `fuse`.
+
     Returns:
-        unit-norm embeddings of the N groups, [N, E], float32, on the CPU.
+        embeddings of the N groups, unit norm (if normalised), [N, E], float32, on the CPU.
 
     Raises:
         InputError: a group is empty, or no encoder serves a modality.
@@ -77,7 +102,8 @@ def embed_groups(
         if not group:
             raise InputError("a list of media to be fused is empty: leave it out, or put a Media into it")
         rows = torch.stack([embeddings[start + place] for place in range(len(group))])
-        fused.append(fuse(rows, torch.tensor([item.weight for item in group], dtype=torch.float64)))
+        weights = torch.tensor([item.weight for item in group], dtype=torch.float64)
+        fused.append(fuse(rows, weights, normalise=normalise))
         start += len(group)
     return torch.stack(fused)
 

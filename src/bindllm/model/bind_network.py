@@ -8,16 +8,20 @@ decoder's.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from bindllm.errors import InputError
+from bindllm.errors import InputError, known_names
+
+NORMS = ("rms", "layer")
+FUSIONS = ("unit", "mean")
 
 
 @dataclass
 class BindConfig:
-    """Shape of the bind network."""
+    """Shape of the bind network, and what it is given."""
 
     depth: int = 3
     """Number of residual blocks after the projection; 3 in the paper, 0 leaves the projection alone."""
@@ -25,7 +29,21 @@ class BindConfig:
     expansion: int = 4
     """Inner width of a block as a multiple of the decoder's width."""
 
+    norm: Literal["rms", "layer"] = "rms"
+    """`rms` as in the paper; `layer` (LayerNorm with bias) for the first released weights."""
+
+    bias: bool = False
+    """Whether the layers of a block have biases, as in the first released weights."""
+
+    fusion: Literal["unit", "mean"] = "unit"
+    """How several media become one embedding: their mean at `unit` length, or the released weights' plain `mean`."""
+
     def __post_init__(self) -> None:
+        for what, value, known in (("norm", self.norm, NORMS), ("fusion", self.fusion, FUSIONS)):
+            if value not in known:
+                raise InputError(
+                    f"unknown {what} {value!r} of the bind network. {known_names(str(value), known)}"
+                )
         if self.depth < 0 or self.expansion < 1:
             raise InputError(
                 f"bind network with depth {self.depth} and expansion {self.expansion}: "
@@ -36,12 +54,14 @@ class BindConfig:
 class SwiGLUBlock(nn.Module):
     """One residual block: ``z + down(silu(gate(n)) * up(n))`` with ``n = norm(z)``."""
 
-    def __init__(self, width: int, expansion: int) -> None:
+    def __init__(self, width: int, config: BindConfig) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(width, eps=1e-6)
-        self.gate = nn.Linear(width, expansion * width, bias=False)
-        self.up = nn.Linear(width, expansion * width, bias=False)
-        self.down = nn.Linear(expansion * width, width, bias=False)
+        inner, bias = config.expansion * width, config.bias
+        # The published constants; neither follows the decoder's own.
+        self.norm = nn.RMSNorm(width, eps=1e-6) if config.norm == "rms" else nn.LayerNorm(width, eps=1e-5)
+        self.gate = nn.Linear(width, inner, bias=bias)
+        self.up = nn.Linear(width, inner, bias=bias)
+        self.down = nn.Linear(inner, width, bias=bias)
 
     def forward(self, z: Tensor) -> Tensor:
         """Return ``z`` with the block added: [..., D] to [..., D]."""
@@ -55,7 +75,7 @@ class BindNetwork(nn.Module):
     Args:
         embedding_size: ``E``, width of the joint space.
         width: ``D``, the decoder's hidden size.
-        config: depth and expansion.
+        config: depth, expansion, kind of norm, biases.
 
     Example:
         >>> network = BindNetwork(1024, 64, BindConfig(depth=2))
@@ -66,7 +86,7 @@ class BindNetwork(nn.Module):
     def __init__(self, embedding_size: int, width: int, config: BindConfig) -> None:
         super().__init__()
         self.projection = nn.Linear(embedding_size, width)
-        self.blocks = nn.ModuleList(SwiGLUBlock(width, config.expansion) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(SwiGLUBlock(width, config) for _ in range(config.depth))
         self.reset_parameters()
 
     @torch.no_grad()
@@ -77,12 +97,14 @@ class BindNetwork(nn.Module):
         for block in self.blocks:
             for linear in (block.gate, block.up, block.down):
                 nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+                if linear.bias is not None:
+                    nn.init.zeros_(linear.bias)
 
     def forward(self, embedding: Tensor) -> Tensor:
         """Map embeddings to bind vectors.
 
         Args:
-            embedding: unit-norm, [..., E].
+            embedding: unit-norm (shorter with fusion ``mean``), [..., E].
 
         Returns:
             bind vectors, [..., D], in the dtype of the network's weights.

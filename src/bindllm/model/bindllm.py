@@ -24,21 +24,10 @@ from bindllm.encoders import Encoder
 from bindllm.encoders.fusion import common_size, embed_groups
 from bindllm.errors import InputError, known_names
 from bindllm.media import Media
+from bindllm.model.adapter import Adapter, AdapterConfig
 from bindllm.model.bind_network import BindConfig, BindNetwork
-from bindllm.model.decoder import (
-    DecoderConfig,
-    has_plain_logits,
-    load_decoder,
-    load_tokenizer,
-)
-from bindllm.model.generation import (
-    Prompt,
-    as_conversations,
-    check_media,
-    check_options,
-    render_prompts,
-    stream_text,
-)
+from bindllm.model.decoder import DecoderConfig, has_plain_logits, load_decoder, load_tokenizer
+from bindllm.model.generation import Prompt, check_media, check_options, prepare_batch, stream_text
 from bindllm.model.injection import InjectConfig, Injection
 from bindllm.model.pretrained import describe, read_parts
 
@@ -68,6 +57,7 @@ class BindLLM(nn.Module):
         encoders: the frozen encoders; all must have the same embedding size.
         bind: shape of the bind network.
         inject: kind of injection.
+        adapter: what of the decoder is tuned; None: nothing.
 
     Example:
         model = BindLLM.from_pretrained("checkpoints/quickstart")
@@ -83,16 +73,16 @@ class BindLLM(nn.Module):
         encoders: Sequence[Encoder],
         bind: BindConfig | None = None,
         inject: InjectConfig | None = None,
+        adapter: AdapterConfig | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.bind_config, self.inject_config = (
-            config,
-            bind or BindConfig(),
-            inject or InjectConfig(),
-        )
+        self.config = config
+        self.bind_config, self.inject_config = bind or BindConfig(), inject or InjectConfig()
         self.tokenizer, self.encoders = tokenizer, tuple(encoders)
         width = decoder.config.get_text_config().hidden_size
         self.bind = BindNetwork(common_size(self.encoders), width, self.bind_config).to(decoder.device)
+        # Ahead of the injection, whose term passes through the adapter of the output projection.
+        self.adapter = None if adapter is None else Adapter(decoder, adapter)
         self.injection = Injection(decoder, self.inject_config).to(decoder.device)
         self.decoder = decoder
         self._plain_logits = has_plain_logits(decoder)
@@ -105,7 +95,7 @@ class BindLLM(nn.Module):
         Args:
             decoder: which decoder, and its dtype.
             device: by default the accelerator that torch finds, else the CPU.
-            **parts: ``encoders``, ``bind`` and ``inject`` as for the class.
+            **parts: ``encoders``, ``bind``, ``inject`` and ``adapter`` as for the class.
         """
         return cls(load_decoder(decoder, device=device), load_tokenizer(decoder), decoder, **parts)
 
@@ -125,10 +115,11 @@ class BindLLM(nn.Module):
 
     def parameter_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
         """Return the trainable groups: names, and the parameters under the names of the checkpoint."""
-        return {
+        groups = {
             "bind": [(f"bind.{name}", value) for name, value in self.bind.named_parameters()],
             "inject": [(f"injection.{name}", value) for name, value in self.injection.named_parameters()],
         }
+        return groups if self.adapter is None else {**groups, "adapter": [*self.adapter.parameters().items()]}
 
     def set_trainable(self, names: Sequence[str]) -> None:
         """Let the named groups be trained and freeze everything else."""
@@ -163,7 +154,7 @@ class BindLLM(nn.Module):
 
         Args:
             media: one embedding is made of each item; an item that is itself a list is fused into one (weighted
-                mean of its unit embeddings, normalised again).
+                mean of its unit embeddings, normalised again unless `BindConfig.fusion` says otherwise).
 
         Returns:
             unit-norm embeddings, [N, E], float32, on the CPU.
@@ -175,7 +166,8 @@ class BindLLM(nn.Module):
         if isinstance(media, Media) or not media:
             raise InputError(f"encode takes a list of Media with at least one in it, not {media!r}")
         groups = [(item,) if isinstance(item, Media) else check_media(item) for item in media]
-        return embed_groups(groups, self.encoders, device=self.device)
+        normalise = self.bind_config.fusion == "unit"
+        return embed_groups(groups, self.encoders, device=self.device, normalise=normalise)
 
     def forward(
         self,
@@ -290,18 +282,7 @@ class BindLLM(nn.Module):
         self, prompt: Prompt | Sequence[Prompt], media: Sequence[Any] | None
     ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
         """Render prompts and embed their media: ids, mask and index [B, T]; embeddings [B, M, E] or None."""
-        conversations = as_conversations(prompt, media)
-        groups = [conversation.media_groups for conversation in conversations]
-        num_groups = max(len(row) for row in groups)
-        batch = render_prompts(conversations, self.tokenizer)
-        if not num_groups:
-            return batch, None
-        encoded = iter(self.encode([group for row in groups for group in row]))
-        embeddings = torch.zeros(len(groups), num_groups, self.bind.projection.in_features)
-        for b, row in enumerate(groups):
-            for m in range(len(row)):
-                embeddings[b, m] = next(encoded)
-        return batch, embeddings
+        return prepare_batch(prompt, media, tokenizer=self.tokenizer, encode=self.encode)
 
     def save_pretrained(self, folder: str | Path, *, data: list[str] | None = None) -> None:
         """Write a checkpoint folder, in one step.
@@ -311,7 +292,9 @@ class BindLLM(nn.Module):
             data: what the model was trained on, for the model card.
         """
         manifest = describe(self)
-        write_checkpoint(folder, manifest, self.trainable_state(), write_card(manifest, data=data))
+        adapter = None if self.adapter is None else self.adapter.peft_config()
+        card = write_card(manifest, data=data)
+        write_checkpoint(folder, manifest, self.trainable_state(), card, adapter_config=adapter)
 
     @classmethod
     def from_pretrained(

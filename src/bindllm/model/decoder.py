@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from bindllm.assets import fetch_hint
 from bindllm.errors import DecoderError, InputError, known_names
+from bindllm.model.templates import TEMPLATES, apply_template
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -44,10 +45,17 @@ class DecoderConfig:
     system: str | None = None
     """System text of every conversation that brings none; without it the decoder's chat template decides."""
 
+    template: str | None = None
+    """`alpaca`: the text template of the released ImageBind-LLM, for a base LLaMA; null: the tokenizer's own."""
+
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", *DTYPES):
             raise InputError(
                 f"unknown dtype {self.dtype!r}. {known_names(str(self.dtype), ['auto', *DTYPES])}"
+            )
+        if self.template is not None and self.template not in TEMPLATES:
+            raise InputError(
+                f"unknown template {self.template!r}. {known_names(str(self.template), TEMPLATES)}"
             )
 
 
@@ -95,8 +103,8 @@ def find_folder(config: DecoderConfig) -> Path:
 def load_tokenizer(config: DecoderConfig) -> PreTrainedTokenizerBase:
     """Load the tokenizer alone; padding falls back to the end token where none is set.
 
-    The system text of the config goes into the chat template, so that training, evaluation and every request
-    render it alike.
+    Template and system text of the config go into the chat template, so that training, evaluation and every
+    request render alike.
     """
     folder = find_folder(config)
     try:
@@ -105,6 +113,8 @@ def load_tokenizer(config: DecoderConfig) -> PreTrainedTokenizerBase:
         raise DecoderError(f"no usable tokenizer in {folder}: {error}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if config.template is not None:
+        apply_template(config.template, tokenizer)
     if config.system is not None and tokenizer.chat_template:
         message = f"{{'role': 'system', 'content': {json.dumps(config.system, ensure_ascii=False)}}}"
         tokenizer.chat_template = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -132,6 +132,39 @@ def render_prompts(
     """Render conversations up to the header of the answer, as a left-padded batch."""
     rendered = [render(c, tokenizer, answer_follows=True, control_text="defuse") for c in conversations]
     return pad_left(rendered, tokenizer.pad_token_id)
+
+
+def prepare_batch(
+    prompt: Prompt | Sequence[Prompt],
+    media: Sequence[Any] | None,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    encode: Callable[[Sequence[Sequence[Media]]], Tensor],
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
+    """Render prompts and embed their media.
+
+    Args:
+        prompt: one or several, as for `as_conversations`.
+        media: their media, likewise.
+        tokenizer: of the decoder.
+        encode: gives an embedding for each media group, [N, E].
+
+    Returns:
+        ids, mask and media index, each [B, T]; embeddings [B, M, E], or None where there is no media.
+    """
+    conversations = as_conversations(prompt, media)
+    groups = [conversation.media_groups for conversation in conversations]
+    num_groups = max(len(row) for row in groups)
+    batch = render_prompts(conversations, tokenizer)
+    if not num_groups:
+        return batch, None
+    encoded = encode([group for row in groups for group in row])
+    embeddings = torch.zeros(len(groups), num_groups, encoded.shape[1])
+    rows = iter(encoded)
+    for b, row in enumerate(groups):
+        for m in range(len(row)):
+            embeddings[b, m] = next(rows)
+    return batch, embeddings
 
 
 class _Cancelled(StoppingCriteria):

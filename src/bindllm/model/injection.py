@@ -8,7 +8,9 @@ Two kinds:
   ``h[b,t] += gate[l] * (bind[b,m(t)] + query[l])``.
 - ``value``, the form of its released weights: inside attention, after the heads are mixed and before the output
   projection, ``out[b,t,h] += tanh(gate[l,h]) * v_proj(bind[b,m(t)] + query[l])[h]``. Attention over one key has
-  weight 1, so no softmax is needed; with grouped key/value heads each value serves its group of heads.
+  weight 1, so no softmax is needed; with grouped key/value heads each value serves its group of heads. The value
+  projection is the decoder's own, without its adapter. The published formula has no bias there, since LLaMA has
+  none; where a decoder has one (Qwen2), it belongs to the projection.
 
 The bind tensor travels as a keyword of the decoder's forward, so nothing outlives the call: several forwards
 before one backward and activation checkpointing see the tensors of their own call.
@@ -43,7 +45,12 @@ class InjectConfig:
     queries: bool = True
     """Whether each layer adds its own learned query to the bind vector."""
 
+    layers: int | None = None
+    """How many layers hear the bind vectors, counted from the last; by default all of them."""
+
     def __post_init__(self) -> None:
+        if self.layers is not None and self.layers < 1:
+            raise InputError(f"inject.layers is {self.layers}, expected at least 1, or null for all layers")
         if self.kind not in KINDS:
             raise InputError(f"unknown injection kind {self.kind!r}. {known_names(str(self.kind), KINDS)}")
 
@@ -115,13 +122,13 @@ class Injection(nn.Module):
     Args:
         decoder: a causal language model whose layers are at ``get_decoder().layers``; kind ``value`` also needs
             ``self_attn.v_proj`` and ``self_attn.o_proj`` in each.
-        config: kind and queries.
+        config: kind, queries, and how many layers are served.
 
     Raises:
-        DecoderError: the decoder lacks one of these names; the message says which.
+        DecoderError: the decoder lacks one of these names, or has fewer layers; the message says which.
 
     Attributes:
-        gates: zeros at the start, [L] for ``residual``, [L, H] for ``value``.
+        gates: of the L served layers, zeros at the start, [L] for ``residual``, [L, H] for ``value``.
         queries: [L, D], or None.
 
     Example:
@@ -138,7 +145,8 @@ class Injection(nn.Module):
             raise DecoderError(
                 "this decoder object carries an injection already; load the decoder again for another"
             )
-        layers = _layers(core, type(decoder).__name__)
+        every = _layers(core, type(decoder).__name__, at_least=config.layers or 1)
+        layers = every[-(config.layers or len(every)) :]
         config_of_text = decoder.config.get_text_config()
         width, num_heads = config_of_text.hidden_size, config_of_text.num_attention_heads
         shape = (len(layers), num_heads) if self.kind == "value" else (len(layers),)
@@ -146,15 +154,15 @@ class Injection(nn.Module):
         self.queries = nn.Parameter(0.02 * torch.randn(len(layers), width)) if config.queries else None
         if self.kind == "value":
             # All of them are looked at before the first hook, so that a refused decoder stays as it was.
-            attentions = [
-                _attention(layer, n, type(decoder).__name__, num_heads) for n, layer in enumerate(layers)
-            ]
+            attentions = [_attention(layer, n, type(decoder).__name__, num_heads) for n, layer in layers]
             for index, attention in enumerate(attentions):
                 attention.register_forward_pre_hook(partial(self._enter_attention, index), with_kwargs=True)
                 attention.o_proj.register_forward_pre_hook(self._add_to_heads)
         else:
-            for index, layer in enumerate(layers):
+            for index, (_, layer) in enumerate(layers):
                 layer.register_forward_pre_hook(partial(self._add_to_input, index), with_kwargs=True)
+        for _, layer in every[: len(every) - len(layers)]:
+            layer.register_forward_pre_hook(_leave_out, with_kwargs=True)
         core.register_forward_pre_hook(self._carry, with_kwargs=True)
 
     @contextmanager
@@ -251,6 +259,12 @@ class Injection(nn.Module):
         return term
 
 
+def _leave_out(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """A layer that is not served: attention must not see the keyword."""
+    kwargs.pop("bind", None)
+    return args, kwargs
+
+
 def _check(bind: Tensor, media_index: Tensor, tokens: Tensor | None = None) -> None:
     """Refuse shapes that would broadcast into a wrong answer."""
     if bind.dim() != 3 or media_index.dim() != 2 or bind.shape[0] != media_index.shape[0]:
@@ -268,14 +282,20 @@ def _check(bind: Tensor, media_index: Tensor, tokens: Tensor | None = None) -> N
         )
 
 
-def _layers(core: nn.Module, name: str) -> nn.ModuleList:
+def _layers(core: nn.Module, name: str, *, at_least: int) -> list[tuple[int, nn.Module]]:
+    """Return the decoder's layers with their numbers."""
     children = dict(core.named_children())
     if not isinstance(children.get("layers"), nn.ModuleList):
         raise DecoderError(
             f"{name} has no `layers` list in its decoder, so nothing can be injected; it has: {', '.join(children)}. "
             "Decoders of the LLaMA shape (Llama, Mistral, Qwen2, Qwen3, SmolLM2, ...) have it."
         )
-    return children["layers"]
+    layers = list(enumerate(children["layers"]))
+    if len(layers) < at_least:
+        raise DecoderError(
+            f"inject.layers is {at_least}, but {name} has {len(layers)} layers: is it the right decoder?"
+        )
+    return layers
 
 
 def _attention(layer: nn.Module, index: int, name: str, num_heads: int) -> nn.Module:

@@ -12,6 +12,7 @@ from torch import Tensor
 from bindllm import __version__
 from bindllm.checkpoint.folder import build_object, read_manifest, read_weights, resolve_path
 from bindllm.errors import CheckpointError
+from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.decoder import DecoderConfig, find_folder, fingerprint_decoder
 from bindllm.model.injection import InjectConfig
@@ -35,6 +36,7 @@ def describe(model: BindLLM) -> dict[str, Any]:
         ],
         "bind": asdict(model.bind_config),
         "inject": asdict(model.inject_config),
+        "adapter": None if model.adapter is None else asdict(model.adapter.config),
     }
 
 
@@ -60,10 +62,12 @@ def read_parts(
             dtype=dtype or saved["dtype"],
             revision=saved["revision"],
             system=saved["system"],
+            template=saved.get("template"),
         )
         parts = {
             "bind": BindConfig(**manifest["bind"]),
             "inject": InjectConfig(**manifest["inject"]),
+            "adapter": AdapterConfig(**tuned) if (tuned := manifest.get("adapter")) else None,
         }
         expected = [saved["fingerprint"], *(entry["fingerprint"] for entry in entries)]
         arguments = [

@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from bindllm.checkpoint.folder import read_manifest, read_weights
-from bindllm.errors import CheckpointError, TrainingError
+from bindllm.errors import CheckpointError, InputError, TrainingError
+from bindllm.model.adapter import PREFIX, AdapterConfig
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.decoder import DecoderConfig, load_decoder, load_tokenizer
@@ -55,6 +56,7 @@ class BindModule(LightningModule):
         inject: kind of injection.
         optim: optimizer and schedule.
         trainable: names of the parameter groups that are trained; all others are frozen.
+        adapter: what of the decoder is tuned (group `adapter`); null: nothing.
         start_from: a checkpoint folder whose trained tensors are the starting point.
         checkpoint_activations: compute activations twice and keep few of them: less memory, more time.
     """
@@ -67,13 +69,19 @@ class BindModule(LightningModule):
         inject: InjectConfig,
         optim: OptimConfig,
         trainable: list[str] = ["bind", "inject"],  # noqa: B006 (jsonargparse shows it as the default; only read)
+        adapter: AdapterConfig | None = None,
         start_from: str | None = None,
         checkpoint_activations: bool = False,
     ) -> None:
         super().__init__()
         self.decoder_config, self.encoders = decoder, encoders
         self.bind_config, self.inject_config, self.optim_config = bind, inject, optim
-        self.trainable, self.start_from = trainable, start_from
+        if bind.fusion != "unit":
+            raise InputError(
+                f"bind.fusion is {bind.fusion!r}, which is for the released weights: training fuses the media of a row "
+                "at unit length; leave it out"
+            )
+        self.trainable, self.adapter_config, self.start_from = trainable, adapter, start_from
         self.checkpoint_activations = checkpoint_activations
         self.model: BindLLM | None = None
 
@@ -95,6 +103,7 @@ class BindModule(LightningModule):
             encoders=self.encoders,
             bind=self.bind_config,
             inject=self.inject_config,
+            adapter=self.adapter_config,
         )
         self.model.set_trainable(self.trainable)
         if self.checkpoint_activations:
@@ -117,7 +126,12 @@ class BindModule(LightningModule):
                 raise CheckpointError(
                     f"{folder} was trained with another {what} than this recipe names: use the recipe.yaml in it"
                 )
-        self.model.load_trainable_state(read_weights(folder, manifest), source=str(folder))
+        tensors = read_weights(folder, manifest)
+        if not manifest.get("adapter"):
+            # The first stage has none; it is added here, and starts by changing nothing.
+            own = self.model.trainable_state().items()
+            tensors |= {name: value for name, value in own if name.startswith(PREFIX)}
+        self.model.load_trainable_state(tensors, source=str(folder))
 
     def on_fit_start(self) -> None:
         """Set the modes that Lightning leaves alone: trained parts train, the decoder stays in eval mode."""

@@ -1,0 +1,137 @@
+"""Reading weights that others publish: files of torch and safetensors, and folders of the latter.
+
+A torch file is a pickle. It is opened with ``weights_only``, which builds tensors and plain containers and refuses
+everything else, so nothing in it is ever executed. Tensors stay on the disk until they are used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from bindllm.errors import CheckpointError
+
+_CONTAINERS = ("model", "state_dict")
+
+
+def read_foreign(file: str | Path) -> dict[str, Tensor]:
+    """Read the tensors of a published checkpoint by their names in it.
+
+    Args:
+        file: of `torch.save` or safetensors; a dictionary that holds the tensors under ``model`` or ``state_dict``
+            beside other entries (optimizer, settings) is looked into, and those are left out.
+
+    Raises:
+        CheckpointError: no such file, a damaged one, one that would run code, or one that holds no tensors by name.
+    """
+    file = Path(file)
+    if file.is_dir():
+        raise CheckpointError(
+            f"{file} is a folder; give the published file itself, such as imagebind_huge.pth"
+        )
+    if not file.is_file():
+        raise CheckpointError(f"{file} does not exist")
+    if file.suffix == ".safetensors":
+        return _read_safetensors(file)
+    return _find_tensors(_read_torch(file), file)
+
+
+def _read_safetensors(file: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(file, framework="pt") as stream:
+            return {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (not a dictionary)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}; download it again") from error
+
+
+def _read_torch(file: Path) -> Any:
+    """Read a file of torch.
+
+    Whatever a stranger's bytes make torch raise means that the file cannot be read.
+    """
+    try:
+        # Files from before torch 1.6 are no archives, and cannot be mapped.
+        is_archive = zipfile.is_zipfile(file)
+        packed = _packed_size(file) if is_archive else 0
+        if packed > file.stat().st_size:
+            raise ValueError(f"a compressed archive of {packed:,} bytes, which torch never writes")
+        # Training checkpoints of many projects keep their command line, whose class holds plain values alone.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=is_archive)
+    except Exception as error:
+        # Torch's own words advise to open such a file without protection; only the line that says why is passed on.
+        lines = [line.strip() for line in str(error).splitlines()]
+        reasons = (
+            [line for line in lines if "GLOBAL" in line or line.startswith("Unsupported")] or lines or [""]
+        )
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in reasons[0]:
+            raise CheckpointError(
+                f"{file} is not a plain file of tensors, and was refused ({reasons[0][:200]}). It could run code when "
+                "opened; nothing in it was run. If its tensors are wanted, ask its makers for safetensors"
+            ) from error
+        raise CheckpointError(
+            f"{file} cannot be read as a file of torch ({type(error).__name__}: {reasons[0][:150]}); download it again"
+        ) from error
+
+
+def _packed_size(file: Path) -> int:
+    with zipfile.ZipFile(file) as archive:
+        return sum(entry.file_size for entry in archive.infolist())
+
+
+def _find_tensors(content: Any, file: Path) -> dict[str, Tensor]:
+    for candidate in (content, *(content.get(name) for name in _CONTAINERS if isinstance(content, Mapping))):
+        if isinstance(candidate, Mapping) and candidate and all(map(_is_entry, candidate.items())):
+            return dict(candidate)
+    found = f"a {type(content).__name__}"
+    if isinstance(content, Mapping):
+        entries = [f"{name} ({type(value).__name__})" for name, value in content.items()]
+        found = f"a dictionary of {', '.join(entries[:10]) or 'nothing'}"
+    raise CheckpointError(f"{file} holds {found}; expected tensors by name, alone or under 'model'")
+
+
+def _is_entry(item: tuple[Any, Any]) -> bool:
+    return isinstance(item[0], str) and isinstance(item[1], Tensor)
+
+
+class SafetensorsFolder:
+    """The tensors of a folder's safetensors files, each read when it is asked for.
+
+    Args:
+        folder: of a Hugging Face model, in one file or in shards.
+
+    Raises:
+        CheckpointError: there is none, or one cannot be read.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self._folder = Path(folder)
+        self._files: dict[str, Path] = {}
+        files = sorted(self._folder.glob("*.safetensors"))
+        if not files:
+            raise CheckpointError(
+                f"{folder} holds no *.safetensors file; give a Hugging Face folder in safetensors"
+            )
+        for file in files:
+            try:
+                with safe_open(file, framework="pt") as stream:
+                    self._files |= dict.fromkeys(stream.keys(), file)
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{file} cannot be read: {error}") from error
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._files:
+            raise CheckpointError(f"{self._folder} has no tensor {name}: it is another kind of model")
+        with safe_open(self._files[name], framework="pt") as stream:
+            return stream.get_tensor(name)

@@ -1,0 +1,152 @@
+"""The adapter of the decoder: low-rank matrices, biases and norms, tuned through peft.
+
+LoRA (arXiv 2106.09685) on the seven projections of every layer, with new biases and the decoder's own norms, as in
+the second stage of ImageBind-LLM (arXiv 2309.03905, section 3.3): ``y = W x + alpha/rank * (B (A x) + b)``. ``B``
+and ``b`` start at zero and the norms at the decoder's, so an untrained adapter changes nothing.
+
+peft builds the layers and its files hold everything: plain peft loads the folder ``adapter/`` of a checkpoint onto
+the plain decoder. Order of construction: decoder, adapter, injection.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from bindllm.errors import DecoderError, InputError, MissingExtraError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PREFIX = "adapter."
+"""Ahead of peft's own name in the name of an adapter's tensor."""
+
+_PEFT_PREFIX = "base_model.model."
+_ADAPTER_NAME = "default"
+# What peft calls the parts of its layers that are trained.
+_TUNED = {"lora_A", "lora_B", "modules_to_save"}
+
+
+@dataclass
+class AdapterConfig:
+    """What of the decoder is tuned, and how."""
+
+    rank: int = 16
+    """Rank of the low-rank matrices; 16 in the paper."""
+
+    alpha: float | None = None
+    """Scale of the low-rank term and of the biases, as a multiple of 1/rank; by default the rank: scale 1."""
+
+    bias: bool = True
+    """Whether the projections get new biases."""
+
+    norm: bool = True
+    """Whether the norms are tuned as well."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or not (self.alpha is None or self.alpha > 0):
+            raise InputError(
+                f"adapter with rank {self.rank} and alpha {self.alpha}: rank must be at least 1 and alpha above 0"
+            )
+
+
+class Adapter:
+    """The tuned tensors inside a decoder, under the names that peft saves them by.
+
+    Args:
+        decoder: a causal language model whose layers hold the seven projections; peft's layers take their place.
+        config: rank, scale, biases and norms.
+
+    Raises:
+        DecoderError: the decoder lacks a projection, carries an injection (which must come last) or an adapter.
+        MissingExtraError: peft is not installed.
+
+    Example:
+        adapter = Adapter(decoder, AdapterConfig(rank=8))
+        adapter.parameters()["adapter.base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"]
+    """
+
+    def __init__(self, decoder: PreTrainedModel, config: AdapterConfig) -> None:
+        try:
+            from peft import inject_adapter_in_model
+        except ImportError as error:
+            raise MissingExtraError(
+                "peft", extra="adapter", purpose="tune a decoder, or run a tuned one"
+            ) from error
+        _check(decoder)
+        self.config = config
+        self._peft_config = _peft_config(decoder, config)
+        self._decoder = decoder
+        with warnings.catch_warnings():
+            # Biases cannot be merged into layers that have none: known, and said where merging happens.
+            warnings.filterwarnings("ignore", message=".*lora_bias=True.*")
+            inject_adapter_in_model(self._peft_config, decoder, adapter_name=_ADAPTER_NAME)
+        decoder.eval()
+        for module in decoder.modules():
+            parts = dict(module.named_children())
+            for name in _TUNED & parts.keys():
+                # In half precision the small steps of training would vanish.
+                parts[name].float()
+            if "modules_to_save" in parts:
+                module.register_forward_hook(_as_input)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return the tuned parameters by their names in a checkpoint."""
+        return dict(self._named())
+
+    def peft_config(self) -> dict[str, Any]:
+        """Return the content of peft's ``adapter_config.json``."""
+        entries = {**self._peft_config.to_dict(), "inference_mode": True}
+        return {name: sorted(value) if isinstance(value, set) else value for name, value in entries.items()}
+
+    def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, parameter in self._decoder.named_parameters():
+            plain = name.replace(".modules_to_save.", ".").replace(f".{_ADAPTER_NAME}.", ".")
+            if plain != name:
+                yield PREFIX + _PEFT_PREFIX + plain, parameter
+
+
+def _as_input(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    """Bring the output of a float32 norm back to the precision of the decoder."""
+    return output.to(args[0].dtype)
+
+
+def _check(decoder: PreTrainedModel) -> None:
+    """Refuse decoders that cannot be tuned, before anything is changed."""
+    name, core = type(decoder).__name__, decoder.get_decoder()
+    if core._forward_pre_hooks:
+        raise DecoderError("this decoder carries an injection already; the adapter must come before it")
+    found = {path.rpartition(".")[2]: module for path, module in core.named_modules()}
+    if missing := [target for target in TARGETS if target not in found]:
+        raise DecoderError(
+            f"{name} has no {', '.join(missing)}, so the adapter does not fit it. Decoders of the LLaMA shape "
+            "(Llama, Mistral, Qwen2, Qwen3, SmolLM2, ...) have them"
+        )
+    if any("lora_A" in dict(module.named_children()) for module in decoder.modules()):
+        raise DecoderError("this decoder carries an adapter already; load the decoder again for another")
+
+
+def _peft_config(decoder: PreTrainedModel, config: AdapterConfig) -> LoraConfig:
+    from peft import LoraConfig
+
+    # Class names are all that the norms of different families have in common.
+    norms = {
+        path.rpartition(".")[2]
+        for path, module in decoder.named_modules()
+        if type(module).__name__.endswith("Norm")
+    }
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.rank,
+        lora_alpha=config.rank if config.alpha is None else config.alpha,
+        lora_bias=config.bias,
+        target_modules=list(TARGETS),
+        modules_to_save=sorted(norms) if config.norm else None,
+        base_model_name_or_path=decoder.config.name_or_path or None,
+    )

@@ -1,0 +1,229 @@
+"""The adapter: nothing at the start, then exactly its formula; saved as peft's own files."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from bindllm import BindLLM
+from bindllm.errors import CheckpointError, DecoderError, InputError, MissingExtraError
+from bindllm.model.adapter import TARGETS, Adapter, AdapterConfig
+from bindllm.model.bind_network import BindConfig
+from bindllm.model.decoder import DecoderConfig
+from bindllm.model.injection import InjectConfig, Injection
+from tiny import FAMILIES, ColourEncoder, save_tiny_decoder, tiny_decoder
+
+IDS = torch.arange(3, 19).reshape(2, 8)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(save_tiny_decoder(tmp_path_factory.mktemp("decoder")))
+
+
+def build(folder, *, open_up=True, dtype="float32", **adapter) -> BindLLM:
+    torch.manual_seed(0)
+    model = BindLLM.build(
+        DecoderConfig(folder, dtype=dtype),
+        device="cpu",
+        encoders=[ColourEncoder()],
+        bind=BindConfig(depth=1, expansion=2),
+        adapter=AdapterConfig(**{"rank": 4, **adapter}),
+    )
+    if open_up:
+        nn.init.normal_(model.injection.gates, std=2.0)
+        for name, parameter in model.adapter.parameters().items():
+            parameter.data += 0.2 * torch.randn_like(parameter) * (1 if "norm" in name else 2)
+    return model.eval()
+
+
+def batch(**changes):
+    embeddings = nn.functional.normalize(
+        torch.randn(2, 1, 16, generator=torch.Generator().manual_seed(1)), dim=-1
+    )
+    ones = torch.ones_like(IDS)
+    return {
+        "input_ids": IDS,
+        "attention_mask": ones,
+        "media_index": 0 * ones,
+        "embeddings": embeddings,
+        **changes,
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma2"])
+def test_an_untrained_adapter_is_bit_equal_to_the_base(family, dtype):
+    decoder = tiny_decoder(family).to(dtype)
+    base = decoder(IDS).logits
+    adapter = Adapter(decoder, AdapterConfig(rank=4))
+    assert torch.equal(decoder(IDS).logits, base)
+    assert {parameter.dtype for parameter in adapter.parameters().values()} == {torch.float32}
+    # Seven projections of two matrices and a bias in each of three layers, and every norm.
+    norms = sum(type(module).__name__.endswith("Norm") for module in tiny_decoder(family).modules())
+    assert len(adapter.parameters()) == 3 * 7 * 3 + norms
+
+
+@pytest.mark.parametrize("alpha", [None, 8.0])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_it_is_the_formula(alpha, dtype):
+    """Folded by hand into a plain decoder that has biases."""
+    torch.manual_seed(0)
+    decoder = tiny_decoder("llama").to(getattr(torch, dtype))
+    plain = tiny_decoder("llama", attention_bias=True, mlp_bias=True)
+    tensors = Adapter(decoder, AdapterConfig(rank=4, alpha=alpha)).parameters()
+    scale = 1.0 if alpha is None else alpha / 4
+    state = {name: value.float() for name, value in tiny_decoder("llama").state_dict().items()}
+    for name, parameter in tensors.items():
+        parameter.data = parameter + 0.3 * torch.randn_like(parameter)
+        inner = name.removeprefix("adapter.base_model.model.")
+        if "norm" in inner:
+            state[inner] = parameter.data
+        elif inner.endswith("lora_B.bias"):
+            state[inner.replace("lora_B.", "")] = scale * parameter.data
+    for name, parameter in tensors.items():
+        if name.endswith("lora_B.weight"):
+            inner = name.removeprefix("adapter.base_model.model.").replace("lora_B.", "")
+            state[inner] = (
+                state[inner] + scale * parameter.data @ tensors[name.replace("lora_B", "lora_A")].data
+            )
+    plain.load_state_dict(state)
+    found, expected = decoder(IDS).logits.float(), plain(IDS).logits
+    if dtype == "float32":
+        torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-3)
+    assert nn.functional.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.99
+
+
+def test_biases_and_norms_are_left_out_by_name():
+    names = Adapter(tiny_decoder(), AdapterConfig(rank=2, bias=False, norm=False)).parameters()
+    assert len(names) == 3 * 7 * 2
+    assert not any("bias" in name or "norm" in name for name in names)
+
+
+def test_the_injection_takes_the_base_value_projection_and_its_term_passes_the_adapter(folder):
+    """The value has no LoRA and no new bias; what it adds goes through the output projection's."""
+    model = build(folder)
+    attention = model.decoder.model.layers[0].self_attn
+    seen = {}
+    attention.o_proj.register_forward_pre_hook(
+        lambda _, args: seen.update(heads=args[0].detach()), prepend=False
+    )
+    model(**batch())
+    heads = seen["heads"]
+    model(**batch(media_index=torch.full_like(IDS, -1)))
+    added = heads - seen["heads"]
+    bind = model.bind(batch()["embeddings"]) + model.injection.queries[0]
+    value = nn.functional.linear(bind, attention.v_proj.base_layer.weight).view(2, 1, 2, 1, 8)
+    gates = torch.tanh(model.injection.gates[0]).view(2, 2, 1)
+    torch.testing.assert_close(
+        added, (value * gates).reshape(2, 1, 32).expand_as(added), atol=1e-5, rtol=1e-4
+    )
+
+
+def test_saved_and_loaded_it_gives_the_same_logits(folder, tmp_path):
+    model = build(folder)
+    model.save_pretrained(tmp_path / "m")
+    files = {str(file.relative_to(tmp_path / "m")) for file in (tmp_path / "m").rglob("*") if file.is_file()}
+    assert {"bind.safetensors", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"} <= files
+    again = BindLLM.from_pretrained(tmp_path / "m", device="cpu", allow=["tiny.ColourEncoder"])
+    assert torch.equal(model(**batch()).logits, again(**batch()).logits)
+    assert again.adapter.config == model.adapter.config
+
+
+@pytest.mark.filterwarnings("ignore:.*lora_bias=True.*")
+@pytest.mark.parametrize("alpha", [None, 8.0])
+def test_plain_peft_loads_the_adapter_onto_the_plain_decoder(folder, tmp_path, alpha):
+    model = build(folder, alpha=alpha)
+    model.save_pretrained(tmp_path / "m")
+    decoder = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    plain = PeftModel.from_pretrained(decoder, str(tmp_path / "m" / "adapter")).eval()
+    silent = batch(media_index=torch.full_like(IDS, -1))
+    assert torch.equal(plain(IDS).logits, model(**silent).logits)
+    with plain.disable_adapter():
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        assert torch.equal(plain(IDS).logits, base(IDS).logits)
+
+
+def test_an_adapter_that_is_damaged_or_gone_is_refused(folder, tmp_path):
+    build(folder).save_pretrained(tmp_path / "m")
+    file = tmp_path / "m" / "adapter" / "adapter_model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match="damaged or exchanged"):
+        BindLLM.from_pretrained(tmp_path / "m", allow=["tiny.ColourEncoder"])
+    file.unlink()
+    with pytest.raises(CheckpointError, match="has no adapter/adapter_model"):
+        BindLLM.from_pretrained(tmp_path / "m", allow=["tiny.ColourEncoder"])
+    file.write_bytes(whole)
+    manifest = tmp_path / "m" / "bindllm.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "adapter": None}))
+    with pytest.raises(CheckpointError, match=r"unexpected adapter\.base_model"):
+        BindLLM.from_pretrained(tmp_path / "m", device="cpu", allow=["tiny.ColourEncoder"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_it_is_a_group_of_its_own_and_learns(folder, dtype, checkpointing):
+    model = build(folder, dtype=dtype)
+    model.set_trainable(["adapter"])
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        f"decoder.{name}" for name, _ in model.decoder.named_parameters() if ".default." in name
+    }
+    if checkpointing:
+        model.checkpoint_activations()
+    model.train()
+    labels = IDS.clone()
+    labels[:, :4] = -100
+    out = model(**batch(labels=labels))
+    nn.functional.cross_entropy(out.logits.float(), out.targets).backward()
+    for name, parameter in model.adapter.parameters().items():
+        assert parameter.grad.abs().max() > 0, name
+    assert all(parameter.grad is None for parameter in model.bind.parameters())
+
+
+def test_checkpointed_gradients_are_the_same(folder):
+    gradients = []
+    for checkpointing in (False, True):
+        model = build(folder)
+        model.set_trainable(["adapter"])
+        if checkpointing:
+            model.checkpoint_activations()
+        model.train()
+        model(**batch()).logits.square().mean().backward()
+        gradients.append([parameter.grad for parameter in model.adapter.parameters().values()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_order_of_construction_is_kept():
+    decoder = tiny_decoder()
+    Injection(decoder, InjectConfig())
+    with pytest.raises(DecoderError, match="must come before"):
+        Adapter(decoder, AdapterConfig())
+    decoder = tiny_decoder()
+    Adapter(decoder, AdapterConfig())
+    with pytest.raises(DecoderError, match="an adapter already"):
+        Adapter(decoder, AdapterConfig())
+
+
+def test_decoders_and_settings_that_do_not_fit():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    with pytest.raises(DecoderError, match=f"GPT2LMHeadModel has no {TARGETS[0]}, "):
+        Adapter(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9)), AdapterConfig())
+    for values in ({"rank": 0}, {"alpha": 0.0}):
+        with pytest.raises(InputError, match="rank must be at least 1"):
+            AdapterConfig(**values)
+
+
+def test_without_peft_the_message_says_how_to_get_it(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(MissingExtraError, match=r"bindllm\[adapter\]"):
+        Adapter(tiny_decoder(), AdapterConfig())
