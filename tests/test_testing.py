@@ -12,8 +12,8 @@ import torch
 from torch.nn.functional import dropout, normalize
 
 from bindllm.errors import EncoderError
-from bindllm.media import Media
-from bindllm.testing import check_encoder
+from bindllm.media import MODALITIES, Media
+from bindllm.testing import check_encoder, made_up_media
 from tiny import ColourEncoder
 
 
@@ -163,8 +163,21 @@ class UnknownModality(ColourEncoder):
     modalities = ("image", "imge")
 
 
+class ModalityNoWord(ColourEncoder):
+    modalities = ("image", "Range Doppler")
+
+
 class ModalityAsText(ColourEncoder):
     modalities = "image"
+
+
+class SpaceNoWord(ColourEncoder):
+    space = 7
+
+
+class ExamplesRaise(ColourEncoder):
+    def examples(self):
+        raise RuntimeError("none here")
 
 
 class SizeAsFloat(ColourEncoder):
@@ -205,7 +218,10 @@ BROKEN = {
     WrongConfig: r"type\(encoder\)\(\*\*encoder.config\) raised TypeError",
     ForgetfulConfig: "rebuilt from config, its embedding_size is",
     ConfigWithATuple: "config must be a dict that JSON gives back unchanged",
-    UnknownModality: r"unknown modalities \['imge'\]; known: image, ",
+    UnknownModality: r"imge: at least two different samples .* examples\(\) .* Did you mean 'image'\?",
+    ModalityNoWord: r"modalities are lower-case words, not \['Range Doppler'\]",
+    SpaceNoWord: "space must be a word, not 7",
+    ExamplesRaise: r"examples\(\) raised RuntimeError: none here",
     ModalityAsText: r"modalities must be a tuple of names such as \('image',\), not 'image'",
     SizeAsFloat: "embedding_size must be an int above 0, not 16.0",
     MovesToACopy: r"to\(device\) must return the encoder itself",
@@ -254,14 +270,45 @@ class LetterEncoder(ColourEncoder):
         return torch.tensor(codes, dtype=torch.float32) / 64 - 1
 
 
-def test_other_modalities_need_samples():
+def test_samples_are_made_up_or_given():
+    check_encoder(LetterEncoder())
     with pytest.raises(
         EncoderError, match=r"text: at least two different samples .* pass samples=\[\.\.\.\]"
     ):
-        check_encoder(LetterEncoder())
-    with pytest.raises(EncoderError, match="text: at least two different samples"):
         check_encoder(LetterEncoder(), [Media.text("a dog"), Media.text("a dog")])
     check_encoder(LetterEncoder(), [Media.text("a dog"), Media.text("a cat")])
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_made_up_media_are_different(modality):
+    hashes = [media.content_hash() for media in made_up_media(modality)]
+    assert len(set(hashes)) == len(hashes) >= 2
+    assert hashes == [media.content_hash() for media in made_up_media(modality)]
+
+
+class RadarEncoder(LetterEncoder):
+    """Serves a modality that nobody here has heard of."""
+
+    modalities = ("radar",)
+
+    def prepare(self, media):
+        return torch.from_numpy(np.resize(media.source, 48).astype(np.float32))
+
+
+class RadarEncoderWithExamples(RadarEncoder):
+    def examples(self):
+        return [Media("radar", np.arange(n, 60 + n)) for n in (0, 7)]
+
+
+def test_a_modality_of_ones_own_needs_samples_or_examples():
+    with pytest.raises(EncoderError, match=r"radar: at least two different samples") as caught:
+        check_encoder(RadarEncoder())
+    assert "Did you mean" not in str(caught.value)
+    check_encoder(RadarEncoder(), RadarEncoderWithExamples().examples())
+    check_encoder(RadarEncoderWithExamples())
+    # What is given takes the place of the encoder's own.
+    with pytest.raises(EncoderError, match="radar: at least two different samples"):
+        check_encoder(RadarEncoderWithExamples(), [Media("radar", np.ones(9))])
 
 
 def test_samples_of_another_modality():

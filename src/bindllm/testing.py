@@ -8,15 +8,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bindllm.encoders import Encoder
+from bindllm.encoders import Encoder, HasExamples, HasSpace
 from bindllm.errors import EncoderError
-from bindllm.media import MODALITIES, Media
+from bindllm.media import MODALITIES, Media, is_modality
 
 _MEMBERS = ("modalities", "embedding_size", "config", "fingerprint", "to", "prepare", "embed")
 
@@ -31,8 +32,8 @@ def check_encoder(encoder: Encoder, samples: Sequence[Media] | None = None) -> N
 
     Args:
         encoder: the encoder to check, on the CPU and with its weights at hand.
-        samples: at least two different media of each modality that it serves. Pictures are made up where none are
-            given; other modalities need samples.
+        samples: at least two different media of each modality that it serves. Where none are given, the encoder's own
+            ``examples()`` are taken, or else, for a modality of `bindllm.media.MODALITIES`, made-up ones.
 
     Raises:
         EncoderError: lists every broken promise, not only the first.
@@ -54,9 +55,10 @@ def check_encoder(encoder: Encoder, samples: Sequence[Media] | None = None) -> N
         for media in samples:
             served = media.modality in encoder.modalities
             check.require(served, f"the sample {media!r} is of a modality that it does not serve")
+        samples += check.examples(unless={media.modality for media in samples})
         for modality in encoder.modalities:
             given = [media for media in samples if media.modality == modality]
-            check.modality(modality, given or (_pictures() if modality == "image" else []), twin)
+            check.modality(modality, given or made_up_media(modality), twin)
         if fingerprint is not None:
             same = check.attempt("fingerprint()", encoder.fingerprint) == fingerprint
             check.require(same, "fingerprint() changed after embed()")
@@ -66,14 +68,36 @@ def check_encoder(encoder: Encoder, samples: Sequence[Media] | None = None) -> N
         raise EncoderError(f"{name} breaks the contract of an encoder:{lines}")
 
 
-def _pictures() -> list[Media]:
-    """Return made-up pictures of several sizes: noise, and two plain colours."""
+def made_up_media(modality: str) -> list[Media]:
+    """Return different media of one modality, as arrays or texts, of several sizes; none of an unknown modality.
+
+    Example:
+        >>> [media.name for media in made_up_media("depth")]
+        ['<array [48, 64] float32>', '<array [90, 60] float32>']
+    """
     random = np.random.default_rng(0)
-    noise = [
-        random.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((224, 224), (180, 320), (64, 48))
-    ]
+
+    def noise(*shape: int) -> np.ndarray:
+        return random.random(shape, dtype=np.float32)
+
+    def grey(*shape: int) -> np.ndarray:
+        return random.integers(0, 256, shape, dtype=np.uint8)
+
+    def tone(pitch: float, seconds: float) -> np.ndarray:
+        return np.sin(2 * np.pi * pitch * np.arange(round(16_000 * seconds)) / 16_000).astype(np.float32)
+
     plain = [np.full((100, 100, 3), colour, np.uint8) for colour in ((200, 30, 30), (30, 30, 200))]
-    return [Media.image(array) for array in (*noise, *plain)]
+    made: dict[str, list[Any]] = {
+        "image": [grey(224, 224, 3), grey(180, 320, 3), grey(64, 48, 3), *plain],
+        "video": [grey(1, 48, 64, 3), grey(40, 60, 48, 3)],
+        "audio": [tone(220, 0.3), tone(880, 3.0), np.stack([noise(48_000) - 0.5, tone(440, 3.0)])],
+        "text": ["a dog", "two cats on a mat, asleep in the sun", "word " * 200],
+        "point": [noise(300, 3), noise(5000, 3) * np.float32([1, 4, 0.1])],
+        "depth": [1 + 3 * noise(48, 64), 0.5 + 8 * noise(90, 60)],
+        "thermal": [noise(48, 64), noise(90, 60) ** 2],
+        "imu": [noise(400, 6) - 0.5, 3 * noise(5000, 6)],
+    }
+    return [Media(modality, source) for source in made.get(modality, [])]
 
 
 class _Check:
@@ -119,8 +143,10 @@ class _Check:
             isinstance(names, tuple | list) and len(names) > 0,
             f"modalities must be a tuple of names such as ('image',), not {names!r}",
         ):
-            unknown = [name for name in names if name not in MODALITIES]
-            self.require(not unknown, f"unknown modalities {unknown}; known: {', '.join(MODALITIES)}")
+            wrong = [name for name in names if not is_modality(name)]
+            self.require(not wrong, f"modalities are lower-case words, not {wrong}")
+        if isinstance(encoder, HasSpace):
+            self.require(isinstance(encoder.space, str), f"space must be a word, not {encoder.space!r}")
         self.require(type(size) is int and size > 0, f"embedding_size must be an int above 0, not {size!r}")
         self.require(
             _survives_json(config),
@@ -142,6 +168,13 @@ class _Check:
             ):
                 usable.append(media)
         return usable
+
+    def examples(self, *, unless: set[str]) -> list[Media]:
+        """Media that the encoder itself brings, without those of modalities that others were given for."""
+        if not isinstance(self.encoder, HasExamples):
+            return []
+        given = self.attempt("examples()", self.encoder.examples)
+        return [media for media in self.samples(given) if media.modality not in unless]
 
     def rebuilt(self) -> Encoder | None:
         """``type(encoder)(**config)`` is the same encoder; it is returned."""
@@ -175,9 +208,11 @@ class _Check:
         hashes = [self.attempt(f"reading the sample {media!r}", media.content_hash) for media in samples]
         if None in hashes:
             return
+        close = get_close_matches(modality, MODALITIES, n=1) if modality not in MODALITIES else []
         if not self.require(
             len(set(hashes)) > 1,
-            f"{modality}: at least two different samples are needed to check it; pass samples=[...]",
+            f"{modality}: at least two different samples are needed to check it; pass samples=[...], or give the class "
+            f"a method examples() that returns some{f'. Did you mean {close[0]!r}?' if close else ''}",
         ):
             return
         inputs = [self.prepared(media, twin) for media in samples]

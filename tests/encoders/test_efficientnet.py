@@ -218,7 +218,7 @@ def test_encoder_for_a_modality(encoder):
     assert encoder_for("image", [encoder]) is encoder
     with pytest.raises(InputError, match=r"no encoder serves the modality 'audio'; .*serve: image"):
         encoder_for("audio", [encoder])
-    with pytest.raises(InputError, match="are the known ones"):
+    with pytest.raises(InputError, match="Known: audio, depth, image"):
         encoder_for("sound", [])
 
 

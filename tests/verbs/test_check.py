@@ -1,9 +1,12 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from bindllm.cli import main
+from tiny import ColourEncoder
 from tiny_run import run, tiny_parts, tiny_recipe
 
 
@@ -157,3 +160,69 @@ def test_a_recipe_that_is_not_yaml(capsys):
     assert main(["check", "--config", "list.yaml"]) == 1
     assert "expected keys and values" in capsys.readouterr().out
     assert main(["check"]) == 2
+
+
+def test_every_item_of_a_list_and_every_field_is_checked(parts, capsys):
+    recipe = tiny_recipe(parts)
+    recipe["data"]["sources"] = [
+        {"path": str(parts / "pictures"), "wieght": 1, "limit": "x"},
+        {"path": "b", "weight": -1, "held_out": 3, "limit": 0},
+        {"paht": "c"},
+        {"path": "nowhere"},
+    ]
+    recipe["model"]["encoders"] = [
+        {"class_path": "tiny.ColourEncoder", "init_args": {"gird": 1, "embedding_size": "z"}},
+        {"class_path": "tiny.Nope"},
+    ]
+    recipe["model"]["bind"] = {"depth": -1, "expansion": -2}
+    assert run("check", recipe) == 1
+    told = capsys.readouterr().out
+    for expected in (
+        "data.sources, item 1 (SourceConfig): limit: Expected int",
+        "data.sources, item 1 (SourceConfig): Option 'wieght' is not accepted\nDid you mean 'weight'?",
+        "b: weight must be",
+        "b: held_out must be",
+        "b: limit must be",
+        "data.sources, item 3 (SourceConfig): Option 'paht' is not accepted",
+        f"data source nowhere does not exist in {Path.cwd()}",
+        "model.encoders, item 1 (ColourEncoder): Option 'gird' is not accepted",
+        "model.encoders, item 1 (ColourEncoder): embedding_size: Expected int",
+        "model.encoders, item 2 (Nope): module 'tiny' has no attribute 'Nope'",
+        "depth -1",
+        "expansion -2",
+        f"relative paths are looked up from {Path.cwd()}",
+        "12 problems",
+    ):
+        assert expected in told, expected
+
+
+def test_a_list_on_the_command_line_is_checked_too(parts, capsys):
+    assert run("check", tiny_recipe(parts), "--data.sources", '[{"paht": "c"}]') == 1
+    told = capsys.readouterr().out
+    assert "Did you mean 'path'?" in told
+    assert "\n1 problem\n" in told
+
+
+class Ears(ColourEncoder):
+    modalities = ("audio",)
+
+    def prepare(self, media):
+        return torch.from_numpy(np.resize(media.source, 48))
+
+
+def test_encoders_that_were_never_trained_together_are_warned_of(parts, capsys):
+    recipe = tiny_recipe(parts)
+    recipe["model"]["encoders"] += [{"class_path": "test_check.Ears"}]
+    assert run("check", recipe) == 0
+    assert "warning: Ears (audio; no space named) was never trained together" in capsys.readouterr().out
+
+
+def test_an_encoder_with_arguments_and_media(capsys, parts):
+    picture = str(parts / "pictures/images/red0.png")
+    media = ["--media", picture, "--media", str(parts / "pictures/images/blue0.png")]
+    line = ["check", "--encoder", "tiny.ColourEncoder"]
+    assert main([*line, *media, "--encoder.grid", "2"]) == 0
+    assert main([*line, "--media", picture]) == 1
+    assert "at least two different samples" in capsys.readouterr().out
+    assert main([*line, "--encoder.gird", "2"]) == 1
+    assert "Did you mean 'grid'?" in capsys.readouterr().out

@@ -1,11 +1,11 @@
-"""The format ``caption``: pictures with one or several captions, from a table or from text files beside them."""
+"""The format ``caption``: pictures, or media of another modality, with captions from a table or text files."""
 
 from __future__ import annotations
 
 import os
 import unicodedata
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +25,8 @@ class Columns:
     """Names of the columns of a table.
 
     Args:
-        image: path of the picture, relative to the folder of the table.
+        image: path of the picture, relative to the folder of the table. In a source of another modality the column
+            is called like the modality, unless this says otherwise; for ``text`` it holds the text itself.
         caption: a text or, in JSON Lines and Parquet, a list of texts.
         split: train, validation or test; a table may lack this column. None: it is not looked at.
     """
@@ -37,11 +38,11 @@ class Columns:
 
 @dataclass
 class CaptionedPicture:
-    """One picture and all that is said about it.
+    """One picture, or media of another modality, and all that is said about it.
 
     Args:
-        file: path of the picture.
-        key: path of the picture as the source writes it, which decides on its split.
+        file: path of the picture, or the text itself.
+        key: path of the picture as the source writes it, or the text, which decides on its split.
         split: the split that the source gives it, if any.
         captions: what is said about it, each caption once, with the name of its row.
     """
@@ -62,14 +63,18 @@ class _Row(NamedTuple):
     captions: list
 
 
-def read_captions(path: Path, report: SourceReport, columns: Columns) -> list[CaptionedPicture]:
+def read_captions(
+    path: Path, report: SourceReport, columns: Columns, modality: str = "image"
+) -> list[CaptionedPicture]:
     """Read a folder or a table of captioned pictures; rows of the same picture are joined.
 
     Args:
         path: a table; a folder with a table ``captions.jsonl``, ``.csv``, ``.tsv`` or ``.parquet``; or a folder
-            of pictures, at any depth, each with a text file of the same name that has one caption a line.
+            of pictures, at any depth, each with a text file of the same name that has one caption a line. For other
+            modalities any file with such a text file beside it counts.
         report: counts what is left out.
         columns: what the columns of a table are called.
+        modality: what the files are.
 
     Raises:
         InputError: neither of these, or a table without these columns.
@@ -84,7 +89,9 @@ def read_captions(path: Path, report: SourceReport, columns: Columns) -> list[Ca
     else:
         table = path
     pictures: dict[str, CaptionedPicture] = {}
-    rows = _table_rows(table, report, columns) if table else _folder_rows(path, report)
+    if table and modality != "image" and columns.image == Columns.image:
+        columns = replace(columns, image=modality)
+    rows = _table_rows(table, report, columns, modality) if table else _folder_rows(path, report, modality)
     for row in rows:
         picture = pictures.setdefault(row.key, CaptionedPicture(row.file, row.key, row.split))
         _join(picture, row, report)
@@ -113,30 +120,37 @@ def _is_visible(text: str) -> bool:
     return any(unicodedata.category(letter) not in ("Cf", "Zs") for letter in text)
 
 
-def _table_rows(table: Path, report: SourceReport, columns: Columns) -> Iterator[_Row]:
+def _table_rows(table: Path, report: SourceReport, columns: Columns, modality: str) -> Iterator[_Row]:
     """Yield the rows of a table whose picture is there."""
+    thing = "picture" if modality == "image" else f"{modality} file"
     for name, record in read_table(table, (columns.image, columns.caption), report.skipped):
         image, captions = record[columns.image], record[columns.caption]
         split = (record.get(columns.split) if columns.split else None) or None
         if not isinstance(image, str) or not image.strip():
-            report.skipped.add("no path of a picture", name)
+            report.skipped.add("no text" if modality == "text" else f"no path of a {thing}", name)
             continue
         captions = captions or [None] if isinstance(captions, list) else [captions]
         if split is not None and split not in SPLITS:
             report.skipped.add(f"unknown split {split!r}. {known_names(str(split), SPLITS)}", name)
             continue
+        if modality == "text":
+            yield _Row(image, image, split, name, captions)
+            continue
         file = os.path.join(table.parent, image)
         if not os.path.isfile(file):
-            report.skipped.add("no such picture", f"{name}: {image}")
+            report.skipped.add(f"no such {thing}", f"{name}: {image}")
             continue
         yield _Row(file, os.path.normpath(image), split, name, captions)
 
 
-def _folder_rows(folder: Path, report: SourceReport) -> Iterator[_Row]:
+def _folder_rows(folder: Path, report: SourceReport, modality: str) -> Iterator[_Row]:
     """Yield one row per picture file, with the lines of the text file beside it."""
-    files = sorted(
-        file for file in folder.rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES and file.is_file()
-    )
+    files = sorted(file for file in folder.rglob("*") if _is_wanted(file, modality) and file.is_file())
+    if not files and modality != "image":
+        raise InputError(
+            f"{folder} holds no table {TABLE_NAME}.* ({', '.join(READERS)}) and no {modality} files with a .txt file "
+            "of the same name beside them; expected one or the other"
+        )
     if not files:
         endings = ", ".join(sorted(suffix[1:] for suffix in PICTURE_SUFFIXES))
         raise InputError(
@@ -157,6 +171,13 @@ def _folder_rows(folder: Path, report: SourceReport) -> Iterator[_Row]:
         else:
             lines = [line for line in text.splitlines() if line.strip()]
             yield _Row(str(file), key, None, key, lines or [text])
+
+
+def _is_wanted(file: Path, modality: str) -> bool:
+    """Pictures are known by their ending; nobody knows the endings of all else, so a text file must be beside it."""
+    if modality == "image":
+        return file.suffix.lower() in PICTURE_SUFFIXES
+    return file.suffix.lower() != ".txt" and file.with_suffix(".txt").is_file()
 
 
 def _join(picture: CaptionedPicture, row: _Row, report: SourceReport) -> None:

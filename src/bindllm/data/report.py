@@ -58,10 +58,11 @@ class SourceReport:
 
     Args:
         path: the source.
-        pictures: pictures with at least one caption.
+        pictures: pictures (or media of another modality) with at least one caption.
         captions: captions of these pictures.
         skipped: rows left out.
         control_characters: captions from which control characters were removed.
+        modality: what the source is of.
     """
 
     path: str
@@ -69,6 +70,17 @@ class SourceReport:
     captions: int = 0
     skipped: Skipped = field(default_factory=Skipped)
     control_characters: int = 0
+    modality: str = "image"
+
+    @property
+    def counted(self) -> str:
+        """How many media there are, in words.
+
+        Example:
+            >>> SourceReport("sweeps", pictures=1200, modality="radar").counted
+            '1,200 radar media'
+        """
+        return f"{self.pictures:,} {'pictures' if self.modality == 'image' else f'{self.modality} media'}"
 
 
 @dataclass
@@ -107,7 +119,7 @@ class DataReport:
         table.add_column()
         table.add_column(justify="right")
         for source in self.sources:
-            table.add_row(source.path, f"{source.pictures:,} pictures, {source.captions:,} captions")
+            table.add_row(source.path, f"{source.counted}, {source.captions:,} captions")
         table.add_row("rows", ", ".join(f"{count:,} {split}" for split, count in self.rows.items()))
         table.add_row("embeddings", f"{self.encoded:,} encoded, {self.reused:,} from the store")
         table.add_row("supervised tokens", f"{self.supervised_tokens:,}")

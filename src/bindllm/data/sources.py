@@ -14,7 +14,7 @@ from bindllm.conversation import Conversation, Message
 from bindllm.data.captions import SPLITS, CaptionedPicture, Columns, read_captions
 from bindllm.data.report import SourceReport
 from bindllm.errors import InputError, known_names
-from bindllm.media import Media
+from bindllm.media import MODALITIES, Media, is_modality
 
 Format = Literal["caption"]
 Split = Literal["train", "validation", "test"]
@@ -29,7 +29,9 @@ class SourceConfig:
             pictures, each with a .txt file of the same name that has one caption a line. Paths of pictures are
             relative to the folder of their table.
         format: how the rows are to be read.
-        prompt: what the user asks about each picture.
+        modality: what the files are: image, another modality of `bindllm.media.MODALITIES`, or any lower-case word
+            that an encoder of the recipe serves. In a table their column is then called like the modality.
+        prompt: what the user asks about each picture (or other media).
         weight: how often each row is drawn in an epoch: 2 is twice, 0.5 every second epoch.
         split: put the whole source into one split. Otherwise the column split of the table decides, and where
             there is none, the hash of the picture's path; all captions of a picture are in one split.
@@ -40,6 +42,7 @@ class SourceConfig:
 
     path: str
     format: Format = "caption"
+    modality: str = "image"
     prompt: str = "Describe this image."
     weight: float = 1.0
     split: Split | None = None
@@ -51,6 +54,11 @@ class SourceConfig:
         if self.format not in get_args(Format):
             raise InputError(
                 f"{self.path}: unknown format {self.format!r}. {known_names(self.format, get_args(Format))}"
+            )
+        if not is_modality(self.modality):
+            raise InputError(
+                f"{self.path}: a modality is a lower-case word, not {self.modality!r}. "
+                f"{known_names(str(self.modality).lower(), MODALITIES)}"
             )
         if self.split is not None and self.split not in SPLITS:
             raise InputError(f"{self.path}: unknown split {self.split!r}. {known_names(self.split, SPLITS)}")
@@ -99,10 +107,11 @@ def read_source(config: SourceConfig, number: int = 0) -> tuple[dict[str, list[R
     """
     path = Path(config.path)
     if not path.exists():
-        raise InputError(f"data source {config.path} does not exist.{fetch_hint(path)}")
-    report = SourceReport(config.path)
+        place = "" if path.is_absolute() else f" in {Path.cwd()}, from where the recipe's paths are looked up"
+        raise InputError(f"data source {config.path} does not exist{place}.{fetch_hint(path)}")
+    report = SourceReport(config.path, modality=config.modality)
     columns = config.columns if config.split is None else replace(config.columns, split=None)
-    pictures = read_captions(path, report, columns)
+    pictures = read_captions(path, report, columns, config.modality)
     if not pictures:
         reasons = "; ".join(report.skipped.lines()) or "it is empty"
         raise InputError(f"data source {config.path} has no row that can be used: {reasons}")
@@ -141,7 +150,7 @@ def _place(key: str, purpose: str) -> float:
 
 
 def _rows(picture: CaptionedPicture, config: SourceConfig, number: int) -> Iterable[Row]:
-    question = Message("user", (Media.image(picture.file), config.prompt))
+    question = Message("user", (Media(config.modality, picture.file), config.prompt))
     references = tuple(picture.captions)
     for caption, name in picture.captions.items():
         yield Row(Conversation((question, Message("assistant", caption))), references, name, number)

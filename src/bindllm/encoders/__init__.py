@@ -11,9 +11,9 @@ import importlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from bindllm.errors import EncoderError, InputError
+from bindllm.errors import EncoderError, InputError, known_names
 from bindllm.media import MODALITIES, Media
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 __all__ = [
     "EfficientNetLite",
     "Encoder",
+    "HasExamples",
+    "HasSpace",
     "HuggingFace",
     "ImageBind",
     "PointBind",
@@ -50,12 +52,14 @@ class Encoder(Protocol):
     ``prepare`` does what concerns one media alone (open, resize, scale) and may run in several threads or
     processes; ``embed`` runs the model on a batch. Encoders are never trained and never part of the model.
 
+    Two more members are optional: `HasSpace` and `HasExamples`.
+
     The constructor is cheap, since a recipe is read without loading anything: weights load at the first `embed`.
     `Any` stands where classes may differ: a recipe's reader compares all other annotations word for word.
     """
 
     modalities: Sequence[str]
-    """What it serves, names from `bindllm.media.MODALITIES`."""
+    """What it serves: names from `bindllm.media.MODALITIES`, or any other lower-case words."""
 
     @property
     def embedding_size(self) -> int:
@@ -97,20 +101,38 @@ class Encoder(Protocol):
         ...
 
 
+@runtime_checkable
+class HasSpace(Protocol):
+    """An encoder that names its joint space; see `bindllm.encoders.alignment`."""
+
+    space: str
+    """The same word for encoders that were trained together, so that their embeddings of one thing are alike."""
+
+
+@runtime_checkable
+class HasExamples(Protocol):
+    """An encoder that brings media to be checked with; needed for modalities that we do not ship."""
+
+    def examples(self) -> Sequence[Media]:
+        """Return at least two different media of each modality that it serves, made up or files of its own."""
+        ...
+
+
 def encoder_for(modality: str, encoders: Sequence[Encoder]) -> Encoder:
     """Return the first encoder that serves a modality.
 
     Raises:
-        InputError: none does; the message lists the modalities that are served.
+        InputError: none does; the message names the closest modality, and lists those that are served.
     """
     for encoder in encoders:
         if modality in encoder.modalities:
             return encoder
     served = sorted({name for encoder in encoders for name in encoder.modalities})
-    known = "" if modality in MODALITIES else f" ({', '.join(MODALITIES)} are the known ones)"
+    # A word that is nobody's may be a misspelling of one that is served here or known elsewhere.
+    hint = "" if modality in MODALITIES else f"{known_names(modality, {*MODALITIES, *served})} "
     raise InputError(
-        f"no encoder serves the modality {modality!r}{known}; the encoders here serve: "
-        f"{', '.join(served) or 'nothing'}. Name one that does under `encoders` of the recipe"
+        f"no encoder serves the modality {modality!r}; the encoders here serve: {', '.join(served) or 'nothing'}. "
+        f"{hint}Name one that does under `encoders` of the recipe"
     )
 
 

@@ -66,6 +66,7 @@ class EfficientNetLite:
 
     modalities = ("image",)
     embedding_size = _HEAD_CHANNELS
+    space = "efficientnet-lite0"
 
     def __init__(self, weights: str = "checkpoints/efficientnet-lite0", *, fit: Fit = "whole") -> None:
         if fit not in get_args(Fit):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -18,29 +19,46 @@ from bindllm.errors import InputError, known_names
 from bindllm.media.pictures import MAX_PIXELS, open_image
 from bindllm.media.source import CHUNK, Source, name_of, open_stream
 
-__all__ = ["MAX_PIXELS", "MODALITIES", "Media", "Modality", "Source", "open_image"]
+__all__ = ["MAX_PIXELS", "MODALITIES", "Media", "Modality", "Source", "is_modality", "open_image"]
 
 Modality = Literal["image", "video", "audio", "text", "point", "depth", "thermal", "imu"]
 MODALITIES: tuple[str, ...] = get_args(Modality)
+"""The modalities that files are opened for here; an encoder may serve any other, under any lower-case word."""
+
+_WORD = re.compile("[a-z][a-z0-9_]*")
+
+
+def is_modality(name: object) -> bool:
+    """Tell whether this can be the name of a modality: a lower-case word, digits and _ after its first letter.
+
+    Example:
+        >>> is_modality("radar"), is_modality("Radar")
+        (True, False)
+    """
+    return isinstance(name, str) and _WORD.fullmatch(name) is not None
 
 
 @dataclass(frozen=True, repr=False)
 class Media:
-    """One image, video, audio, text, point cloud, depth map, thermal image or IMU signal.
+    """One image, video, audio, text, point cloud, depth map, thermal image or IMU signal, or anything else.
 
-    Nothing is opened here: a missing file is reported when an encoder prepares it.
+    Nothing is opened here: a missing file is reported when an encoder prepares it, and a modality that no
+    encoder serves when one is looked for.
 
     Args:
-        modality: one of `MODALITIES`.
+        modality: one of `MODALITIES`, or any lower-case word that an encoder serves, such as ``"radar"``.
         source: a path, the bytes of a file, an array or a Pillow picture; for text, the text itself.
         weight: share of this media where several are fused into one group; finite and above 0.
 
     Raises:
-        InputError: unknown modality, wrong type of source, or a weight that is not finite and above 0.
+        InputError: a modality that is no lower-case word, wrong type of source, or a weight that is not finite and
+            above 0.
 
     Example:
         >>> Media.image("cat.jpg", weight=0.5)
         Media.image('cat.jpg', weight=0.5)
+        >>> Media("radar", "sweep.npy")
+        Media('radar', 'sweep.npy')
     """
 
     modality: str
@@ -48,8 +66,11 @@ class Media:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.modality not in MODALITIES:
-            raise InputError(f"unknown modality {self.modality!r}. {known_names(self.modality, MODALITIES)}")
+        if not is_modality(self.modality):
+            raise InputError(
+                f"a modality is a lower-case word, not {self.modality!r}. "
+                f"{known_names(str(self.modality).lower(), MODALITIES)}"
+            )
         expected = (str,) if self.modality == "text" else get_args(Source)
         if not isinstance(self.source, expected):
             names = " or ".join(kind.__name__ for kind in expected)
@@ -125,7 +146,9 @@ class Media:
     def __repr__(self) -> str:
         name = self.name if self.modality == "text" else repr(self.name)
         weight = "" if self.weight == 1 else f", weight={self.weight}"
-        return f"Media.{self.modality}({name}{weight})"
+        if self.modality in MODALITIES:
+            return f"Media.{self.modality}({name}{weight})"
+        return f"Media({self.modality!r}, {name}{weight})"
 
 
 def _content(source: Source, *, is_text: bool) -> Iterator[bytes | memoryview]:

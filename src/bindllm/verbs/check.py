@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-import yaml
-from jsonargparse import ArgumentParser
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -20,38 +16,32 @@ from bindllm.data.datamodule import BindData
 from bindllm.data.report import SourceReport
 from bindllm.data.sources import Row, SourceConfig, read_source
 from bindllm.data.tokenise import tokenise
+from bindllm.encoders import Encoder, encoder_for
+from bindllm.encoders.alignment import alignment_warnings
 from bindllm.errors import BindLLMError, DecoderError, InputError
-from bindllm.media import open_image
+from bindllm.media import MODALITIES, Media, open_image
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.decoder import DecoderConfig, find_folder, fingerprint_decoder, load_tokenizer
 from bindllm.model.injection import InjectConfig
 from bindllm.model.pretrained import read_parts
-from bindllm.testing import check_encoder
+from bindllm.testing import check_encoder, made_up_media
 from bindllm.training.callbacks import refuse_unmeasured
 from bindllm.training.optim import OptimConfig
+from bindllm.verbs.media import build_encoder, read_media
+from bindllm.verbs.problems import Problems, build_part, read_recipe
 from bindllm.verbs.recipe import RecipeCLI, quiet
 from bindllm.verbs.runs import run_folder
-from bindllm.verbs.usage import Arguments, UsageError, read_number
+from bindllm.verbs.usage import Arguments, read_number
 
 KINDS = {"decoder": DecoderConfig, "bind": BindConfig, "inject": InjectConfig, "optim": OptimConfig}
 PREVIEWED_ROWS = 3
 MEASURED_ROWS = 2000
 """Rows whose length is counted: enough for the statistics, and seconds at most."""
-OPENED_PICTURES = 200
-"""Pictures of a source that are opened, evenly spread over its training rows."""
-
-
-class Problems(list[str]):
-    """What is wrong so far."""
-
-    @contextmanager
-    def noted(self) -> Iterator[None]:
-        """Note an error of the block and go on after it."""
-        try:
-            yield
-        except BindLLMError as error:
-            self.append(str(error))
+OPENED_PICTURES, OPENED_MEDIA = 200, 20
+"""Pictures of a source, or media of another modality, that are opened, evenly spread over its training rows."""
+SAMPLES = 3
+"""Media of the sources that an encoder of a modality of its own is checked with, when it brings no examples."""
 
 
 def check(args: list[str]) -> int:
@@ -62,7 +52,18 @@ def check(args: list[str]) -> int:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", metavar="RECIPE", help="a recipe; its keys may follow as options")
     what.add_argument("--folder", metavar="CHECKPOINT", help="a checkpoint folder")
-    what.add_argument("--encoder", metavar="CLASS", help="import path of an encoder, built without arguments")
+    what.add_argument(
+        "--encoder",
+        metavar="CLASS",
+        help="import path of an encoder; --encoder.NAME VALUE are arguments of its constructor",
+    )
+    parser.add_argument(
+        "--media",
+        action="append",
+        default=[],
+        metavar="[MODALITY:]FILE",
+        help="check the encoder with this; repeat it, at least two of a modality",
+    )
     parser.add_argument(
         "--allow",
         action="append",
@@ -81,7 +82,7 @@ def check(args: list[str]) -> int:
             f"FOLDER. Here: bindllm check {option} {args[0]}"
         )
     chosen, overrides = parser.parse_known_args(args)
-    if overrides and not chosen.config:
+    if overrides and not (chosen.config or chosen.encoder):
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     problems, console = Problems(), Console(highlight=False, soft_wrap=True)
     with quiet():
@@ -91,41 +92,14 @@ def check(args: list[str]) -> int:
             _check_folder(chosen.folder, problems, allow=chosen.allow)
         else:
             with problems.noted():
-                check_encoder(build_object({"class_path": chosen.encoder}, allow=[chosen.encoder]))
+                samples = [read_media(text) for text in chosen.media]
+                check_encoder(build_encoder(chosen.encoder, overrides), samples)
     for number, problem in enumerate(problems, start=1):
         console.print(f"{number}. {problem}", markup=False)
+    if problems and chosen.config:
+        console.print(f"relative paths are looked up from {Path.cwd()}", markup=False)
     console.print(f"{len(problems)} problem{'s' * (len(problems) > 1)}" if problems else "no problems")
     return 1 if problems else 0
-
-
-def read_recipe(file: str, overrides: Sequence[str], problems: Problems) -> Any:
-    """Read a recipe key by key: what cannot be used is noted and left out, until the rest can be read.
-
-    Returns:
-        the resolved recipe, or None when required parts are missing.
-    """
-    try:
-        recipe = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        problems.append(f"the recipe {file} cannot be read: {error}")
-        return None
-    if not isinstance(recipe, dict):
-        problems.append(f"the recipe {file} holds {type(recipe).__name__}, expected keys and values")
-        return None
-    options, removed = list(overrides), []
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "recipe.yaml"
-        while True:
-            copy.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-            try:
-                return RecipeCLI("check", ["--config", str(copy), *options], build=False).config
-            except UsageError as error:
-                # That a key is missing is no news when it was taken out here.
-                if not (error.key and any(f"{error.key}.".startswith(f"{key}.") for key in removed)):
-                    problems.append(str(error))
-                if not (_remove(recipe, error.key) or _remove_option(options, error.key)):
-                    return None
-                removed.append(error.key)
 
 
 def _check_recipe(
@@ -137,29 +111,30 @@ def _check_recipe(
     model, data = config.model.as_dict(), config.data.as_dict()
     with problems.noted():
         run_folder(config.output)
-    parts: dict[str, Any] = {}
-    for name, kind in KINDS.items():
-        with problems.noted():
-            parts[name] = _built(kind, model[name])
-    encoders = [encoder for entry in model["encoders"] if (encoder := _check_encoder(entry, problems))]
+    built = {name: build_part(kind, model[name], problems) for name, kind in KINDS.items()}
+    parts = {name: part for name, part in built.items() if part is not None}
     tokenizer = _check_decoder(parts["decoder"], problems) if "decoder" in parts else None
+    sources = [build_part(SourceConfig, entry, problems) for entry in data["sources"]]
+    sources = [source for source in sources if source is not None]
+    read = _read_sources(sources, problems)
+    media = [item for rows_of, _ in read for row in rows_of["train"] for item in row.media]
+    encoders = [encoder for entry in model["encoders"] if (encoder := _check_encoder(entry, media, problems))]
+    for warning in alignment_warnings(encoders):
+        console.print(f"warning: {warning}", markup=False)
     if not model["trainable"]:
         problems.append(
             "model.trainable is empty: nothing would be trained; name groups, such as [bind, inject]"
         )
     _check_store(data["store"], problems)
-    if tokenizer is not None and parts.keys() == KINDS.keys() and len(encoders) == len(model["encoders"]):
+    all_encoders = len(encoders) == len(model["encoders"])
+    if tokenizer is not None and parts.keys() == KINDS.keys() and all_encoders:
         with problems.noted():
             _check_model(parts, tokenizer, encoders, model["trainable"])
     if model["start_from"] is not None:
-        _check_folder(
-            model["start_from"], problems, allow=[entry["class_path"] for entry in model["encoders"]]
-        )
-    sources = []
-    for entry in data["sources"]:
-        with problems.noted():
-            sources.append(_built(SourceConfig, entry))
-    num_validation = _check_sources(sources, tokenizer, data["max_length"], problems, console)
+        allow = [entry["class_path"] for entry in model["encoders"]]
+        _check_folder(model["start_from"], problems, allow=allow)
+    served = encoders if all_encoders else None
+    num_validation = _check_sources(read, served, tokenizer, data["max_length"], problems, console)
     if tokenizer is not None and not problems:
         keys = ("store", "batch_size", "max_length")
         whole = BindData(sources, tokenizer=tokenizer, encoders=encoders, **{key: data[key] for key in keys})
@@ -197,38 +172,73 @@ def _check_model(
     BindLLM(decoder, tokenizer, parts["decoder"], **joined).set_trainable(trainable)
 
 
-def _check_encoder(entry: dict[str, Any], problems: Problems) -> Any:
-    """Note what is wrong with an encoder of a recipe; return it, or None."""
+def _check_encoder(entry: dict[str, Any], media: Sequence[Media], problems: Problems) -> Any:
+    """Note what is wrong with an encoder of a recipe; return it, or None.
+
+    A stranger's class is held to the whole contract. Ours are, by our tests, and may be large: of these, weights and
+    one embedding are enough.
+    """
     with problems.noted():
         encoder = build_object(
             {"class_path": entry["class_path"], "init_args": entry.get("init_args", {})},
             allow=[entry["class_path"]],
         )
-        check_encoder(encoder)
+        if entry["class_path"].startswith("bindllm."):
+            encoder.fingerprint()
+            first = next((item.modality for item in media if item.modality in encoder.modalities), None)
+            for item in made_up_media(first or encoder.modalities[0])[:1]:
+                encoder.embed(item.modality, [encoder.prepare(item)])
+        else:
+            own = [
+                name
+                for name in encoder.modalities
+                if name not in MODALITIES and "examples" not in dir(encoder)
+            ]
+            check_encoder(encoder, [item for name in own for item in _some(media, name, SAMPLES)])
         return encoder
     return None
 
 
-def _check_sources(
-    sources: Sequence[SourceConfig], tokenizer: Any, max_length: int, problems: Problems, console: Console
-) -> int:
-    """Read every source; say what each gives and what is left out; return the number of validation rows."""
-    num_train, num_validation, before = 0, 0, len(problems)
+def _some(media: Sequence[Media], modality: str, count: int) -> list[Media]:
+    """Return at most this many different media of a modality, evenly spread."""
+    all_of_it = list(dict.fromkeys(item for item in media if item.modality == modality))
+    return all_of_it[:: max(1, len(all_of_it) // count)][:count]
+
+
+def _read_sources(
+    sources: Sequence[SourceConfig], problems: Problems
+) -> list[tuple[dict[str, list[Row]], SourceReport]]:
+    """Read every source that can be read: the rows of its splits, and what was left out."""
+    read = []
     for number, source in enumerate(sources):
         with problems.noted():
-            rows, report = read_source(source, number)
-            num_train += len(rows["train"])
-            num_validation += len(rows["validation"])
+            read.append(read_source(source, number))
+    return read
+
+
+def _check_sources(
+    read: Sequence[tuple[dict[str, list[Row]], SourceReport]],
+    encoders: Sequence[Encoder] | None,
+    tokenizer: Any,
+    max_length: int,
+    problems: Problems,
+    console: Console,
+) -> int:
+    """Say what each source gives and what is left out; return the number of validation rows."""
+    num_train, num_validation, before = 0, 0, len(problems)
+    for rows, report in read:
+        num_train += len(rows["train"])
+        num_validation += len(rows["validation"])
+        with problems.noted():
+            _open_media(rows["train"], report, encoders)
+        counts = ", ".join(f"{len(part):,} {split}" for split, part in rows.items())
+        console.print(f"{report.path}: {report.counted}, {counts}", markup=False)
+        for line in report.skipped.lines():
+            console.print(f"  left out: {line}", markup=False)
+        if tokenizer is not None:
             with problems.noted():
-                _open_pictures(rows["train"], report)
-            counts = ", ".join(f"{len(part):,} {split}" for split, part in rows.items())
-            console.print(f"{source.path}: {report.pictures:,} pictures, {counts}", markup=False)
-            for line in report.skipped.lines():
-                console.print(f"  left out: {line}", markup=False)
-            if tokenizer is not None:
-                lengths = _lengths(rows["train"], tokenizer, max_length)
-                console.print(f"  {lengths}", markup=False)
-    if sources and not num_train and len(problems) == before:
+                console.print(f"  {_lengths(rows['train'], tokenizer, max_length)}", markup=False)
+    if read and not num_train and len(problems) == before:
         problems.append("the sources have no row to train on")
     return num_validation
 
@@ -240,23 +250,35 @@ def _check_store(store: str, problems: Problems) -> None:
         problems.append(f"data.store {store} cannot be a folder: {there} is a file; choose another place")
 
 
-def _open_pictures(rows: Sequence[Row], report: SourceReport) -> None:
-    """Open some pictures of the rows, and count those that cannot be.
+def _open_media(rows: Sequence[Row], report: SourceReport, encoders: Sequence[Encoder] | None) -> None:
+    """Open some media of the rows, and count those that cannot be.
+
+    Args:
+        rows: of one source.
+        report: counts them.
+        encoders: the first that serves the modality opens what is no picture; None: they are not known.
 
     Raises:
-        InputError: not one of them can be opened.
+        InputError: not one of them can be opened, or no encoder serves the modality.
     """
-    pictures = list(dict.fromkeys(media for row in rows for media in row.media if media.modality == "image"))
-    chosen = pictures[:: max(1, len(pictures) // OPENED_PICTURES)][:OPENED_PICTURES]
+    encoder = None if encoders is None else encoder_for(report.modality, encoders)
+    if report.modality == "image":
+        noun, count = "picture", OPENED_PICTURES
+    else:
+        noun, count = f"{report.modality} media", OPENED_MEDIA
+    chosen = _some([media for row in rows for media in row.media], report.modality, count)
     failed = []
     for media in chosen:
         try:
-            open_image(media.source)
+            if report.modality == "image":
+                open_image(media.source)
+            elif encoder is not None:
+                encoder.prepare(media)
         except BindLLMError as error:
             failed.append(str(error))
-            report.skipped.add(f"picture that cannot be opened (of {len(chosen):,} tried)", str(error))
+            report.skipped.add(f"{noun} that cannot be opened (of {len(chosen):,} tried)", str(error))
     if failed and len(failed) == len(chosen):
-        raise InputError(f"{report.path}: not one picture can be opened: {failed[0]}")
+        raise InputError(f"{report.path}: not one {noun} can be opened: {failed[0]}")
 
 
 def _lengths(rows: Sequence[Row], tokenizer: Any, max_length: int) -> str:
@@ -294,34 +316,3 @@ def _check_folder(folder: str, problems: Problems, *, allow: Sequence[str]) -> N
             read_weights(folder, manifest)
         read_parts(folder, decoder=None, dtype=None, allow=allow)
     problems[:] = dict.fromkeys(problems)
-
-
-def _built(kind: type, values: dict[str, Any]) -> Any:
-    """Build one dataclass of a recipe, so that its own complaints can be noted."""
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--value", type=kind)
-    return parser.instantiate(parser.parse_object({"value": values})).value
-
-
-def _remove(recipe: dict[str, Any], key: str | None) -> bool:
-    """Empty a list of a recipe, or remove another value, by its dotted key; return whether there was anything."""
-    *parents, last = (key or "").split(".")
-    place: Any = recipe
-    for parent in parents:
-        place = place.get(parent) if isinstance(place, dict) else None
-    if not isinstance(place, dict) or last not in place or place[last] == []:
-        return False
-    if isinstance(place[last], list):
-        place[last] = []
-    else:
-        del place[last]
-    return True
-
-
-def _remove_option(options: list[str], key: str | None) -> bool:
-    """Remove an option and its value from a command line; return whether it was there."""
-    for n, option in enumerate(options):
-        if option.partition("=")[0] == f"--{key}":
-            del options[n : n + (1 if "=" in option else 2)]
-            return True
-    return False

@@ -1,0 +1,295 @@
+"""A Hugging Face folder as an encoder sees it: where it is, what its model takes and gives, and how it is loaded.
+
+Only safetensors are read, nothing is unpickled, and no code from the folder ever runs. Pictures go through the
+Pillow processors of transformers, so that torchvision is not needed and everyone gets the same numbers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bindllm.assets import fetch_hint
+from bindllm.errors import EncoderError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SERVED = ("image", "text", "audio")
+"""Modalities for which transformers has processors that need nothing else."""
+
+# Everything that decides on an embedding, beside the weights.
+_SETTINGS = (
+    "config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
+    "modules.json",
+    "sentence_bert_config.json",
+    "1_Pooling/config.json",
+)
+_DOWNLOADED = ["*.json", "*.txt", "*.model", "model*.safetensors"]
+_SENTENCE_MODULES = ("Transformer", "Pooling", "Normalize")
+
+
+@dataclass(frozen=True)
+class Design:
+    """What the config of a model says about it.
+
+    Args:
+        family: its ``model_type``, such as "clip".
+        joint: it has one projection per modality into one space; else it is a single tower.
+        modalities: those of `SERVED` that it takes.
+        width: E, the width of its output.
+        pooling: what a sentence-transformers folder says of pooling, else None.
+        max_tokens: longest text in tokens that its positions or its sentence settings allow, if they say so.
+    """
+
+    family: str
+    joint: bool
+    modalities: tuple[str, ...]
+    width: int
+    pooling: str | None
+    max_tokens: int | None
+
+
+def find_folder(name: str, revision: str | None) -> Path:
+    """Return the local folder of a model; a hub id is looked up in the Hugging Face cache, then downloaded.
+
+    Raises:
+        EncoderError: no such folder, a hub id without revision, or a model that cannot be downloaded.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    organisation, slash, rest = name.partition("/")
+    looks_local = (
+        not slash or "/" in rest or organisation in ("", ".", "..", "~") or Path(organisation).is_dir()
+    )
+    if looks_local:
+        place = "" if Path(name).is_absolute() else f" in {Path.cwd()}"
+        raise EncoderError(f"encoder folder {name!r} does not exist{place}.{fetch_hint(name)}")
+    if revision is None:
+        raise EncoderError(
+            f"encoder {name!r} is no folder in {Path.cwd()}; if it is a model on the hub, give its revision too (the "
+            "commit, as its page shows it), so that every run gets the same weights"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_DOWNLOADED))
+    except Exception as error:
+        raise EncoderError(
+            f"encoder {name!r} at revision {revision!r} is neither a folder here nor a model that could be downloaded "
+            f"({type(error).__name__}: {error}). Give the path of a Hugging Face folder."
+        ) from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files that hold the model, whole or in shards.
+
+    Raises:
+        EncoderError: there are none; pickled weights do not count.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).is_file():
+        raise EncoderError(
+            f"{folder} holds no {WEIGHTS}; other weights (*.bin, *.pt) are pickles, which are not read. Convert them: "
+            "AutoModel.from_pretrained(...).save_pretrained(folder)"
+        )
+    shards = set(_read_json(folder / INDEX).get("weight_map", {}).values())
+    return [folder / shard for shard in sorted(shards)]
+
+
+def settings_files(folder: Path) -> list[tuple[str, Path]]:
+    """Return the small files that decide on an embedding, with their names: config, processors, tokenizer."""
+    return [(name, folder / name) for name in _SETTINGS if (folder / name).is_file()]
+
+
+def read_design(folder: Path) -> Design:
+    """Read from ``config.json`` what a model takes and gives, without loading it.
+
+    Raises:
+        EncoderError: a model that is no encoder with one vector per media, or whose width the config does not tell.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    with explained(folder):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if type(config) not in MODEL_MAPPING:
+        raise EncoderError(f"{folder}: transformers has no AutoModel for the type {config.model_type!r}")
+    model = MODEL_MAPPING[type(config)]
+    values = config.to_dict()
+    values |= {alias: values.get(name) for alias, name in type(config).attribute_map.items()}
+    taken = model.input_modalities
+    modalities = tuple(name for name in SERVED if name in ((taken,) if isinstance(taken, str) else taken))
+    joint = len(modalities) > 1
+    lacking = [name for name in modalities if joint and f"get_{name}_features" not in dir(model)]
+    if not modalities or lacking or config.is_encoder_decoder:
+        raise EncoderError(
+            f"{folder}: {model.__name__} takes {taken} and is no encoder with one vector for each media; expected a "
+            f"joint model such as CLIP, SigLIP or CLAP, or a single tower for one of {', '.join(SERVED)}"
+        )
+    text = values.get("text_config") or values
+    positions = text.get("max_position_embeddings")
+    # The RoBERTa family counts its positions from the padding id + 1.
+    offset = (
+        1 + text.get("pad_token_id", 0)
+        if "roberta" in str(text.get("model_type")) + model.__name__.lower()
+        else 0
+    )
+    limits = [
+        positions - offset if positions else None,
+        _read_json(folder / "sentence_bert_config.json").get("max_seq_length"),
+    ]
+    return Design(
+        family=config.model_type,
+        joint=joint,
+        modalities=modalities,
+        width=_width(values, joint=joint, folder=folder),
+        pooling=_sentence_pooling(folder),
+        max_tokens=min((limit for limit in limits if limit), default=None),
+    )
+
+
+def load_model(folder: Path, *, dtype: torch.dtype, without_pooler: bool) -> nn.Module:
+    """Load a model, frozen and in eval mode.
+
+    Args:
+        folder: with safetensors.
+        dtype: of its weights.
+        without_pooler: a pooler that the checkpoint has no weights for is taken out, and is no error.
+
+    Raises:
+        EncoderError: it cannot be loaded, or lacks weights: they would be random.
+    """
+    from transformers import AutoModel
+
+    weight_files(folder)
+    with explained(folder):
+        model, report = AutoModel.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    missing = {name for name in report["missing_keys"] if not name.endswith("position_ids")}
+    pooler = {name for name in missing if name.startswith("pooler.")}
+    wrong = sorted(missing - pooler if without_pooler else missing)
+    wrong += sorted(str(name) for name in report["mismatched_keys"])
+    if wrong:
+        raise EncoderError(
+            f"{folder}: the checkpoint has no fitting weights for {', '.join(wrong[:5])}"
+            f"{f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''} of {type(model).__name__}; they would be random"
+        )
+    if pooler:
+        model.pooler = None
+    return model.eval().requires_grad_(False)
+
+
+def load_processor(folder: Path, modality: str) -> Any:
+    """Load the image processor (Pillow), tokenizer or feature extractor that a folder brings.
+
+    Raises:
+        EncoderError: it has none, or one that needs a package which is not there.
+    """
+    from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
+
+    with explained(folder, what=f"processor for {modality} media"):
+        if modality == "image":
+            return AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+        if modality == "audio":
+            return AutoFeatureExtractor.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.is_fast:
+        # Setting these for a call would change the tokenizer under the feet of other threads.
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
+
+
+@contextmanager
+def explained(folder: Path, *, what: str = "model") -> Iterator[None]:
+    """Turn what transformers raises about a folder into an EncoderError, and keep it quiet about the rest."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    except EncoderError:
+        raise
+    # It raises nearly anything about files of other people: each means that the folder cannot be used.
+    except Exception as error:
+        raise EncoderError(f"{folder}: no usable {what} here ({type(error).__name__}: {error})") from error
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _width(values: dict[str, Any], *, joint: bool, folder: Path) -> int:
+    """Return E: of a joint model its projection's, of a tower its hidden states'."""
+    if joint:
+        text = values.get("text_config") or {}
+        found = values.get("projection_dim") or text.get("projection_size") or text.get("hidden_size")
+    else:
+        found = values.get("hidden_size") or (values.get("hidden_sizes") or [None])[-1]
+    if not isinstance(found, int):
+        raise EncoderError(f"{folder}: its config does not tell the width of its output")
+    return found
+
+
+def _sentence_pooling(folder: Path) -> str | None:
+    """Return what a sentence-transformers folder says of pooling.
+
+    Raises:
+        EncoderError: it has modules or a pooling that we do not run.
+    """
+    listed = _read_json(folder / "modules.json") or []
+    kinds = [str(module.get("type", "")).rpartition(".")[2] for module in listed]
+    if strange := [kind for kind in kinds if kind not in _SENTENCE_MODULES]:
+        raise EncoderError(f"{folder}: its sentence-transformers modules {strange} are not supported")
+    settings = _read_json(folder / "1_Pooling/config.json")
+    if not settings:
+        return None
+    names = {"cls": "first", "mean": "mean", "lasttoken": "last"}
+    chosen = [name for name in settings if name.startswith("pooling_mode_") and settings[name] is True]
+    chosen = [
+        name.removeprefix("pooling_mode_").removesuffix("_token").removesuffix("_tokens") for name in chosen
+    ]
+    chosen = chosen or [settings.get("pooling_mode")]
+    if len(chosen) != 1 or chosen[0] not in names:
+        raise EncoderError(f"{folder}: its pooling {chosen} is not supported; choose one: pooling='mean'")
+    return names[chosen[0]]
+
+
+def _read_json(file: Path) -> Any:
+    """Return the content of a JSON file, an empty dict when there is no such file."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise EncoderError(f"{file}: not a JSON file that can be read ({error})") from error

@@ -1,0 +1,123 @@
+"""Media and encoders on a command line: ``modality:path``, endings of files, and an encoder's arguments."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+import yaml
+
+from bindllm.checkpoint.folder import build_object
+from bindllm.errors import CheckpointError, known_names
+from bindllm.media import MODALITIES, Media, is_modality
+from bindllm.verbs.usage import UsageError
+
+ENDINGS: dict[str, tuple[str, ...]] = {
+    "image": ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "svg", "svgz"),
+    "video": ("mp4", "webm", "mkv", "avi", "mov", "m4v", "mpg", "mpeg"),
+    "audio": ("wav", "mp3", "flac", "ogg", "oga", "opus", "m4a", "aac"),
+    "point": ("ply", "obj", "off", "stl", "glb", "xyz", "pts", "pcd"),
+}
+"""What a file is when nothing else is said. Other endings (npy, npz, csv, txt) may be anything: say which."""
+
+RULES = "; ".join(f"{modality}: {' '.join(endings)}" for modality, endings in ENDINGS.items())
+
+# Pillow's names of pictures with more than 8 bits: of such a file nobody can tell depth or heat from grey.
+_WIDE = ("I", "F")
+
+
+def read_media(text: str) -> Media:
+    """Return the media that a word of a command line names.
+
+    Args:
+        text: ``modality:path`` or ``text:words``; a path alone where its ending tells what it is.
+
+    Raises:
+        UsageError: the ending does not tell.
+
+    Example:
+        >>> read_media("dog.jpg"), read_media("depth:room.png"), read_media("text:a dog")
+        (Media.image('dog.jpg'), Media.depth('room.png'), Media.text('a dog'))
+    """
+    modality, colon, source = text.partition(":")
+    # A drive letter of Windows and an existing file called so are paths.
+    if colon and len(modality) > 1 and is_modality(modality) and not os.path.exists(text):
+        return Media(modality, source)
+    ending = os.path.splitext(text)[1].lower().removeprefix(".")
+    for name, endings in ENDINGS.items():
+        if ending in endings and not (name == "image" and _is_wide(text)):
+            return Media(name, text)
+    why = "may be a depth map or heat, with more than 8 bits" if _is_wide(text) else "may be anything"
+    raise UsageError(
+        f"{text}: such a file {why}; say what it is, as in depth:{text} ({', '.join(MODALITIES)}, or another that the "
+        "encoder serves)"
+    )
+
+
+def _is_wide(file: str) -> bool:
+    """Tell whether a file is a picture of more than 8 bits a channel."""
+    from PIL import Image
+
+    try:
+        with Image.open(file) as picture:
+            return picture.mode.startswith(_WIDE)
+    # Whatever it is, the encoder that opens it will say it better.
+    except Exception:
+        return False
+
+
+def build_encoder(path: str, options: Sequence[str]) -> Any:
+    """Build an encoder by its import path, with ``--encoder.NAME VALUE`` as arguments of its constructor.
+
+    Args:
+        path: of the class, such as ``my_lab.RadarEncoder``.
+        options: the words of the command line that belong to it; values are read as YAML.
+
+    Raises:
+        UsageError: options that are not of this form, or that the constructor does not know.
+        CheckpointError: the class does not exist or cannot be built.
+    """
+    given: dict[str, str] = {}
+    words = list(options)
+    while words:
+        name, equals, value = words.pop(0).partition("=")
+        if not name.startswith("--encoder."):
+            raise UsageError(
+                f"unrecognized arguments: {name}. Arguments of the encoder are --encoder.NAME VALUE"
+            )
+        if not equals and not words:
+            raise UsageError(f"{name} has no value behind it")
+        given[name.removeprefix("--encoder.")] = value if equals else words.pop(0)
+    if not given:
+        return build_object({"class_path": path}, allow=[path])
+    kind = _find_class(path)
+    parameters = inspect.signature(kind).parameters
+    arguments: dict[str, Any] = {}
+    for name, text in given.items():
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        if name not in parameters and not takes_any:
+            raise UsageError(f"{path} has no argument {name!r}. {known_names(name, parameters)}")
+        is_text = name in parameters and parameters[name].annotation in (str, "str", "str | None")
+        arguments[name] = text if is_text else _read_yaml(name, text)
+    return build_object({"class_path": path, "init_args": arguments}, allow=[path])
+
+
+def _find_class(path: str) -> Any:
+    """Return a class by its import path; `build_object` says what is wrong with a path that leads nowhere."""
+    module, _, name = path.rpartition(".")
+    try:
+        # Names of a package may be made when they are asked for, so its dictionary is not enough.
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        build_object({"class_path": path}, allow=[path])
+        raise CheckpointError(f"{path} cannot be imported ({error})") from error
+
+
+def _read_yaml(name: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--encoder.{name} {text!r} cannot be read as a value ({error})") from error
