@@ -19,7 +19,7 @@ VERBS = {
     "fit": ("fit", "train as a recipe says; goes on with an interrupted run by itself"),
     "validate": ("measure", "measure the loss of a trained recipe on its validation split"),
     "test": ("measure", "measure the loss of a trained recipe on its test split"),
-    "generate": ("generate", "ask a checkpoint folder about pictures"),
+    "generate": ("generate", "ask a checkpoint folder about pictures, sounds, texts, ..."),
     "encode": ("encode", "print how alike files and texts are in an encoder's joint space"),
     "convert": ("convert", "turn published weights into our folders, every key accounted for"),
     "report": ("report", "write the report of a checkpoint folder again"),
@@ -36,6 +36,8 @@ examples:
   bindllm fit --config recipes/quickstart.yaml --trainer.max_epochs 5 --model.bind.depth 2
   bindllm check --config recipes/quickstart.yaml
   bindllm generate checkpoints/quickstart "Describe this image." --image cat.png
+  bindllm convert imagebind_huge.pth --output checkpoints/imagebind
+  bindllm encode dog.jpg bark.wav --text "a dog"
 
 Each verb explains itself: bindllm VERB --help. BINDLLM_DEBUG=1 shows where an error was raised."""
 

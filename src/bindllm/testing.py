@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bindllm.encoders import Encoder, HasExamples, HasSpace
-from bindllm.errors import EncoderError
+from bindllm.errors import EncoderError, MediaError
 from bindllm.media import MODALITIES, Media, is_modality
 
 _MEMBERS = ("modalities", "embedding_size", "config", "fingerprint", "to", "prepare", "embed")
@@ -27,13 +27,16 @@ _BATCH_TOLERANCE = 1e-4
 _REPEAT_TOLERANCE = 1e-6
 
 
-def check_encoder(encoder: Encoder, samples: Sequence[Media] | None = None) -> None:
+def check_encoder(
+    encoder: Encoder, samples: Sequence[Media] | None = None, *, modalities: Sequence[str] | None = None
+) -> None:
     """Check an encoder against its contract; return when it keeps all of it.
 
     Args:
         encoder: the encoder to check, on the CPU and with its weights at hand.
         samples: at least two different media of each modality that it serves. Where none are given, the encoder's own
             ``examples()`` are taken, or else, for a modality of `bindllm.media.MODALITIES`, made-up ones.
+        modalities: check only these of what it serves; by default all.
 
     Raises:
         EncoderError: lists every broken promise, not only the first.
@@ -56,7 +59,7 @@ def check_encoder(encoder: Encoder, samples: Sequence[Media] | None = None) -> N
             served = media.modality in encoder.modalities
             check.require(served, f"the sample {media!r} is of a modality that it does not serve")
         samples += check.examples(unless={media.modality for media in samples})
-        for modality in encoder.modalities:
+        for modality in encoder.modalities if modalities is None else modalities:
             given = [media for media in samples if media.modality == modality]
             check.modality(modality, given or made_up_media(modality), twin)
         if fingerprint is not None:
@@ -119,7 +122,7 @@ class _Check:
             return call(*args)
         # This is a stranger's code: whatever it raises is reported beside the other problems.
         except Exception as error:
-            self.problems.append(f"{what} raised {type(error).__name__}: {error}")
+            self.problems.append(f"{what} raised {_told(error)}")
             return None
 
     def members(self) -> None:
@@ -211,20 +214,24 @@ class _Check:
         close = get_close_matches(modality, MODALITIES, n=1) if modality not in MODALITIES else []
         if not self.require(
             len(set(hashes)) > 1,
-            f"{modality}: at least two different samples are needed to check it; pass samples=[...], or give the class "
-            f"a method examples() that returns some{f'. Did you mean {close[0]!r}?' if close else ''}",
+            f"{modality}: at least two different samples are needed to check it; pass samples=[...] (on the command "
+            f"line --media {modality}:FILE, twice), or give the class a method examples() that returns some"
+            f"{f'. Did you mean {close[0]!r}?' if close else ''}",
         ):
             return
         inputs = [self.prepared(media, twin) for media in samples]
         untouched = hashes == [media.content_hash() for media in samples]
         self.require(untouched, f"{modality}: prepare() changes the array or picture that it is given")
         if not any(tensor is None for tensor in inputs):
+            # Text has no files.
+            if modality != "text":
+                self.unreadable(modality)
             self.embedded(modality, inputs)
 
     def prepared(self, media: Media, twin: Encoder | None) -> Tensor | None:
         """Preparation gives a CPU tensor, with the same bits every time."""
         what = f"{media.modality}: prepare()"
-        first = self.attempt(what, self.encoder.prepare, media)
+        first = self.attempt(f"{what} of {media.name}", self.encoder.prepare, media)
         if first is None:
             return None
         is_plain = isinstance(first, Tensor) and first.device.type == "cpu" and not first.requires_grad
@@ -237,6 +244,25 @@ class _Check:
                 if not self.require(same, f"{what} gives other bits {how}"):
                     break
         return first
+
+    def unreadable(self, modality: str) -> None:
+        """A file that cannot be read is a MediaError with its name: a run leaves it out and goes on."""
+        with tempfile.TemporaryDirectory() as folder:
+            for name, content in (("missing.bin", None), ("nonsense.bin", b"\0\xff no media")):
+                file = Path(folder, name)
+                if content is not None:
+                    file.write_bytes(content)
+                told = f"{modality}: prepare() of a {'missing' if content is None else 'damaged'} file"
+                try:
+                    self.encoder.prepare(Media(modality, str(file)))
+                except MediaError as error:
+                    self.require(name in str(error), f"{told} must name the file in its MediaError, not say: {error}")
+                # This is a stranger's code: whatever it raises is reported beside the other problems.
+                except Exception as error:
+                    self.problems.append(f"{told} must raise bindllm.errors.MediaError, not {_told(error)}")
+                else:
+                    # Nonsense may be a file of a kind that has no wrong content.
+                    self.require(content is not None, f"{told} must raise bindllm.errors.MediaError")
 
     def embedded(self, modality: str, inputs: list[Tensor]) -> None:
         """Embeddings have the promised form and depend on their own input alone."""
@@ -288,8 +314,12 @@ class _Check:
         )
         if not self.require(bool(batch.isfinite().all()), f"{modality}: embeddings must be finite"):
             return False
-        off = float((batch.detach().double().norm(dim=1) - 1).abs().max())
-        self.require(off <= _NORM_TOLERANCE, f"{modality}: embeddings must have norm 1, not off by {off:.2g}")
+        norms = batch.detach().double().norm(dim=1)
+        self.require(
+            bool(((norms - 1).abs() <= _NORM_TOLERANCE).all()),
+            f"{modality}: embeddings must have norm 1, not {norms.min():.4g} to {norms.max():.4g}; "
+            "return torch.nn.functional.normalize(rows, dim=-1)",
+        )
         return True
 
     def distance(self, modality: str, inputs: list[Tensor], expected: Tensor) -> float:
@@ -299,6 +329,15 @@ class _Check:
         if not isinstance(found, Tensor) or found.shape != expected.shape:
             return float("inf")
         return float((found.detach() - expected.detach()).abs().max())
+
+
+def _told(error: Exception) -> str:
+    """Return what was raised and the line of code that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    # The innermost frame that is no library's: there the mistake is.
+    own = [frame for frame in frames if "site-packages" not in frame.filename and frame.filename != __file__]
+    place = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
+    return f"{type(error).__name__}: {error}{place}"
 
 
 def _survives_json(config: Any) -> bool:

@@ -7,6 +7,7 @@ After ImageBind-LLM (arXiv 2309.03905).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +22,7 @@ from bindllm.checkpoint.card import write_card
 from bindllm.checkpoint.folder import check_keys, write_checkpoint
 from bindllm.conversation import Conversation
 from bindllm.encoders import Encoder
+from bindllm.encoders.alignment import alignment_warnings
 from bindllm.encoders.fusion import common_size, embed_groups
 from bindllm.errors import InputError, known_names
 from bindllm.media import Media
@@ -79,6 +81,8 @@ class BindLLM(nn.Module):
         self.config = config
         self.bind_config, self.inject_config = bind or BindConfig(), inject or InjectConfig()
         self.tokenizer, self.encoders = tokenizer, tuple(encoders)
+        for warning in alignment_warnings(self.encoders):
+            logging.getLogger("bindllm").warning(warning)
         width = decoder.config.get_text_config().hidden_size
         self.bind = BindNetwork(common_size(self.encoders), width, self.bind_config).to(decoder.device)
         # Ahead of the injection, whose term passes through the adapter of the output projection.

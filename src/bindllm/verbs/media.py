@@ -36,7 +36,7 @@ def read_media(text: str) -> Media:
         text: ``modality:path`` or ``text:words``; a path alone where its ending tells what it is.
 
     Raises:
-        UsageError: the ending does not tell.
+        UsageError: the ending does not tell, or it is a folder or nothing at all.
 
     Example:
         >>> read_media("dog.jpg"), read_media("depth:room.png"), read_media("text:a dog")
@@ -50,6 +50,10 @@ def read_media(text: str) -> Media:
     for name, endings in ENDINGS.items():
         if ending in endings and not (name == "image" and _is_wide(text)):
             return Media(name, text)
+    if os.path.isdir(text):
+        raise UsageError(f"{text}: this is a folder; give its files, as in {os.path.join(text, '*')}")
+    if not os.path.exists(text):
+        raise UsageError(f"{text}: no such file; words are given as text:{text}")
     why = "may be a depth map or heat, with more than 8 bits" if _is_wide(text) else "may be anything"
     raise UsageError(
         f"{text}: such a file {why}; say what it is, as in depth:{text} ({', '.join(MODALITIES)}, or another that the "

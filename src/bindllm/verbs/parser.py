@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from importlib import import_module
 from inspect import signature
-from typing import NoReturn
+from typing import NoReturn, get_type_hints
 
 import lightning.pytorch.callbacks
 import lightning.pytorch.loggers
@@ -20,6 +20,7 @@ from bindllm.verbs.usage import UsageError
 _UNKNOWN_KEY = re.compile(r"Group '(?P<group>\S+)' does not accept option '(?P<key>\S+)'")
 _UNKNOWN_OPTION = re.compile(r"(?:^Option '|unrecognized arguments: --)(?P<key>[^\s'=]+)")
 _UNKNOWN_ARGUMENT = re.compile(r"class_path '(?P<path>\S+)':\s+Option '(?P<key>\S+)' is not accepted")
+_OF_CLASS = re.compile(r"class_path '(?P<path>\S+)':")
 _UNKNOWN_CLASS = re.compile(r"module '(?P<path>\S+)' has no attribute '(?P<key>\S+)'")
 _UNKNOWN_MODULE = re.compile(r"No module named '(?P<key>\S+)'")
 _UNKNOWN_NAME = re.compile(r"dot import path string: (?P<key>\S+)")
@@ -85,9 +86,10 @@ def _key(message: str) -> str:
 def _hint(message: str, known: Sequence[str]) -> str:
     """Return a sentence with the closest known name to the one that the message complains about."""
     if found := _UNKNOWN_ARGUMENT.search(message):
-        module, _, name = found["path"].rpartition(".")
-        return known_names(found["key"], signature(getattr(import_module(module), name)).parameters)
+        return known_names(found["key"], signature(_class_at(found["path"])).parameters)
     if found := _UNKNOWN_KEY.search(message):
+        if owner := _OF_CLASS.search(message):
+            return _known_parts(_class_at(owner["path"]), found["group"], found["key"])
         return _known_children(f"{found['group']}.{found['key']}", known)
     if found := _UNKNOWN_OPTION.search(message):
         return _known_children(found["key"], known)
@@ -99,6 +101,21 @@ def _hint(message: str, known: Sequence[str]) -> str:
     if found or _UNKNOWN_MODULE.search(message):
         return "Give the full import path of a class, such as bindllm.encoders.EfficientNetLite."
     return ""
+
+
+def _class_at(path: str) -> type:
+    module, _, name = path.rpartition(".")
+    return getattr(import_module(module), name)
+
+
+def _known_parts(kind: type, group: str, key: str) -> str:
+    """Return the closest name to a key that a part of a class does not know, such as ``columns`` of a source."""
+    for name in group.split("."):
+        part = get_type_hints(kind.__init__).get(name)
+        if not isinstance(part, type):
+            return ""
+        kind = part
+    return known_names(key, signature(kind).parameters)
 
 
 def _hint_of_choice(plain: str) -> str:
