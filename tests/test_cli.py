@@ -102,6 +102,11 @@ MISTAKES = {
         [],
         "'format'",
     ),
+    "a misspelt key in an item of a list": (
+        {"data": {"sources": [{"path": "pictures", "columns": {"imge": "file"}}]}},
+        [],
+        "Did you mean 'image'? Known: caption, image, split.",
+    ),
     "a misspelt trainer option": ({"trainer": {"max_epoch": 2}}, [], "Did you mean 'max_epochs'?"),
     "a misspelt option": ({}, ["--model.optim.weight_deacy", "1"], "Did you mean 'weight_decay'?"),
     "an abbreviated option": ({}, ["--model.bind.dept", "1"], "Did you mean 'depth'?"),

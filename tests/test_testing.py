@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch.nn.functional import dropout, normalize
 
-from bindllm.errors import EncoderError
+from bindllm import testing
+from bindllm.errors import EncoderError, MediaError
 from bindllm.media import MODALITIES, Media
 from bindllm.testing import check_encoder, made_up_media
 from tiny import ColourEncoder
@@ -191,13 +194,40 @@ class MovesToACopy(ColourEncoder):
         return ColourEncoder(**self.config)
 
 
+class NoMediaError(ColourEncoder):
+    def prepare(self, media):
+        try:
+            return super().prepare(media)
+        except MediaError as error:
+            raise KeyError(media.name) from error
+
+
+class NamelessMediaError(ColourEncoder):
+    def prepare(self, media):
+        if isinstance(media.source, str) and not Path(media.source).exists():
+            raise MediaError("something is wrong")
+        return super().prepare(media)
+
+
+class MissingFilesAreGrey(ColourEncoder):
+    def prepare(self, media):
+        if isinstance(media.source, str):
+            return torch.zeros(48)
+        return super().prepare(media)
+
+
+class PrepareRaises(ColourEncoder):
+    def prepare(self, media):
+        raise RuntimeError("no such sense")
+
+
 class Raises(ColourEncoder):
     def embed(self, modality, inputs):
         raise RuntimeError("out of luck")
 
 
 BROKEN = {
-    NotNormalised: "embeddings must have norm 1, not off by 1",
+    NotNormalised: r"must have norm 1, not 2 to 2; return torch\.nn\.functional\.normalize",
     RandomPrepare: r"prepare\(\) gives other bits a second time",
     PreparesAnotherShape: r"prepare\(\) must return a CPU tensor without gradient, not <class 'list'>",
     BatchDependent: "must be that of its own input alone",
@@ -225,7 +255,10 @@ BROKEN = {
     ModalityAsText: r"modalities must be a tuple of names such as \('image',\), not 'image'",
     SizeAsFloat: "embedding_size must be an int above 0, not 16.0",
     MovesToACopy: r"to\(device\) must return the encoder itself",
-    Raises: r"image: embed\(\) raised RuntimeError: out of luck",
+    NamelessMediaError: r"of a missing file must name the file in its MediaError, not say: something is wrong",
+    MissingFilesAreGrey: r"prepare\(\) of a missing file must raise bindllm\.errors\.MediaError$",
+    PrepareRaises: r"prepare\(\) of <array \[224, 224, 3\] uint8> raised RuntimeError: no such sense",
+    Raises: r"image: embed\(\) raised RuntimeError: out of luck \(test_testing\.py, line \d+\)$",
 }
 
 
@@ -250,6 +283,43 @@ def test_all_broken_promises_are_listed():
     assert message.startswith("Bad breaks the contract of an encoder:\n- ")
     for words in ("norm 1", "no gradient", "hex digits", "the encoder itself"):
         assert words in message
+
+
+def test_a_bad_file_must_be_a_media_error():
+    with pytest.raises(EncoderError) as caught:
+        check_encoder(NoMediaError())
+    for kind in ("missing", "damaged"):
+        told = rf"image: prepare\(\) of a {kind} file must raise .*MediaError, not KeyError: .*, line \d+\)"
+        assert re.search(told, str(caught.value))
+    assert str(caught.value).count("\n- ") == 2
+
+
+def test_a_constructor_that_computes_is_told_of(monkeypatch):
+    class Slow(ColourEncoder):
+        def __init__(self, embedding_size: int = 16, grid: int = 4) -> None:
+            super().__init__(embedding_size, grid)
+            while time.process_time() < self.until:
+                pass
+
+        until = 0.0
+
+    encoder = Slow()
+    check_encoder(encoder)
+    monkeypatch.setattr(testing, "_CONSTRUCTOR_SECONDS", 0.05)
+    Slow.until = time.process_time() + 0.2
+    with pytest.raises(
+        EncoderError, match=r"the constructor computes for 0\.\d s; load weights at the first embed"
+    ):
+        check_encoder(encoder)
+
+
+def test_only_some_modalities_may_be_checked():
+    class Both(ColourEncoder):
+        modalities = ("image", "radar")
+
+    check_encoder(Both(), modalities=["image"])
+    with pytest.raises(EncoderError, match="--media radar:FILE, twice"):
+        check_encoder(Both(), modalities=["radar"])
 
 
 def test_missing_members_are_named():
@@ -292,6 +362,8 @@ class RadarEncoder(LetterEncoder):
     modalities = ("radar",)
 
     def prepare(self, media):
+        if not isinstance(media.source, np.ndarray):
+            raise MediaError(f"{media.name}: expected an array")
         return torch.from_numpy(np.resize(media.source, 48).astype(np.float32))
 
 

@@ -7,17 +7,23 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
+import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from bindllm.encoders import Encoder, HasExamples, HasSpace
 from bindllm.errors import EncoderError, MediaError
 from bindllm.media import MODALITIES, Media, is_modality
+from bindllm.media.made_up import made_up_media
+
+__all__ = ["check_encoder", "made_up_media"]
 
 _MEMBERS = ("modalities", "embedding_size", "config", "fingerprint", "to", "prepare", "embed")
 
@@ -25,6 +31,8 @@ _MEMBERS = ("modalities", "embedding_size", "config", "fingerprint", "to", "prep
 _NORM_TOLERANCE = 1e-3
 _BATCH_TOLERANCE = 1e-4
 _REPEAT_TOLERANCE = 1e-6
+# Seconds of computing that a constructor may take: many times what is needed, and too few to load large weights.
+_CONSTRUCTOR_SECONDS = 2.0
 
 
 def check_encoder(
@@ -69,38 +77,6 @@ def check_encoder(
         lines = "".join(f"\n- {problem}" for problem in dict.fromkeys(check.problems))
         name = encoder.__name__ if isinstance(encoder, type) else type(encoder).__name__
         raise EncoderError(f"{name} breaks the contract of an encoder:{lines}")
-
-
-def made_up_media(modality: str) -> list[Media]:
-    """Return different media of one modality, as arrays or texts, of several sizes; none of an unknown modality.
-
-    Example:
-        >>> [media.name for media in made_up_media("depth")]
-        ['<array [48, 64] float32>', '<array [90, 60] float32>']
-    """
-    random = np.random.default_rng(0)
-
-    def noise(*shape: int) -> np.ndarray:
-        return random.random(shape, dtype=np.float32)
-
-    def grey(*shape: int) -> np.ndarray:
-        return random.integers(0, 256, shape, dtype=np.uint8)
-
-    def tone(pitch: float, seconds: float) -> np.ndarray:
-        return np.sin(2 * np.pi * pitch * np.arange(round(16_000 * seconds)) / 16_000).astype(np.float32)
-
-    plain = [np.full((100, 100, 3), colour, np.uint8) for colour in ((200, 30, 30), (30, 30, 200))]
-    made: dict[str, list[Any]] = {
-        "image": [grey(224, 224, 3), grey(180, 320, 3), grey(64, 48, 3), *plain],
-        "video": [grey(1, 48, 64, 3), grey(40, 60, 48, 3)],
-        "audio": [tone(220, 0.3), tone(880, 3.0), np.stack([noise(48_000) - 0.5, tone(440, 3.0)])],
-        "text": ["a dog", "two cats on a mat, asleep in the sun", "word " * 200],
-        "point": [noise(300, 3), noise(5000, 3) * np.float32([1, 4, 0.1])],
-        "depth": [1 + 3 * noise(48, 64), 0.5 + 8 * noise(90, 60)],
-        "thermal": [noise(48, 64), noise(90, 60) ** 2],
-        "imu": [noise(400, 6) - 0.5, 3 * noise(5000, 6)],
-    }
-    return [Media(modality, source) for source in made.get(modality, [])]
 
 
 class _Check:
@@ -184,7 +160,14 @@ class _Check:
         mine = self.encoder
         moved = self.attempt("to('cpu')", mine.to, "cpu")
         self.require(moved is mine, "to(device) must return the encoder itself")
+        start = time.process_time()
         twin = self.attempt("type(encoder)(**encoder.config)", lambda: type(mine)(**mine.config))
+        spent = time.process_time() - start
+        self.require(
+            spent < _CONSTRUCTOR_SECONDS,
+            f"the constructor computes for {spent:.1f} s; load weights at the first embed(), since a recipe is read "
+            "without them",
+        )
         if twin is not None:
             self.require(twin.config == mine.config, f"rebuilt from config, its config is {twin.config!r}")
             size = twin.embedding_size
@@ -219,10 +202,16 @@ class _Check:
             f"{f'. Did you mean {close[0]!r}?' if close else ''}",
         ):
             return
-        inputs = [self.prepared(media, twin) for media in samples]
+        inputs: list[Tensor] = []
+        for media in samples:
+            tensor = self.prepared(media, twin)
+            # The others would break the same promise.
+            if tensor is None:
+                break
+            inputs.append(tensor)
         untouched = hashes == [media.content_hash() for media in samples]
         self.require(untouched, f"{modality}: prepare() changes the array or picture that it is given")
-        if not any(tensor is None for tensor in inputs):
+        if len(inputs) == len(samples):
             # Text has no files.
             if modality != "text":
                 self.unreadable(modality)
@@ -256,7 +245,9 @@ class _Check:
                 try:
                     self.encoder.prepare(Media(modality, str(file)))
                 except MediaError as error:
-                    self.require(name in str(error), f"{told} must name the file in its MediaError, not say: {error}")
+                    self.require(
+                        name in str(error), f"{told} must name the file in its MediaError, not say: {error}"
+                    )
                 # This is a stranger's code: whatever it raises is reported beside the other problems.
                 except Exception as error:
                     self.problems.append(f"{told} must raise bindllm.errors.MediaError, not {_told(error)}")
@@ -335,9 +326,13 @@ def _told(error: Exception) -> str:
     """Return what was raised and the line of code that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
     # The innermost frame that is no library's: there the mistake is.
-    own = [frame for frame in frames if "site-packages" not in frame.filename and frame.filename != __file__]
+    own = [frame for frame in frames if _is_own(frame.filename)]
     place = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
     return f"{type(error).__name__}: {error}{place}"
+
+
+def _is_own(file: str) -> bool:
+    return not file.startswith("<") and "site-packages" not in file and file != __file__
 
 
 def _survives_json(config: Any) -> bool:

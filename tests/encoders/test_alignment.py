@@ -61,7 +61,10 @@ def test_the_first_encoder_that_serves_a_modality_wins():
         ("imge", r"Did you mean 'image'\?"),
         ("rader", r"Did you mean 'radar'\?"),
         ("vido", r"Did you mean 'video'\?"),
-        ("audio", r"no encoder serves the modality 'audio'; the encoders here serve: image, radar, sonar\. Name"),
+        (
+            "audio",
+            r"no encoder serves the modality 'audio'; the encoders here serve: image, radar, sonar\. Name",
+        ),
     ],
 )
 def test_what_no_encoder_serves_is_named_with_the_closest(modality, told):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from bindllm.encoders import Encoder
 from bindllm.encoders.imagebind import ImageBind
+from bindllm.encoders.imagebind.weights import load_trunk
 from bindllm.errors import EncoderError, InputError, MediaError
 from bindllm.media import Media
 from bindllm.testing import check_encoder
@@ -30,6 +34,23 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def copy(folder, tmp_path):
     return shutil.copytree(folder, tmp_path / "copy")
+
+
+def test_threads_share_the_loading_of_a_trunk(folder, monkeypatch):
+    loaded = []
+
+    def slow(*args, **options):
+        loaded.append(args[1])
+        time.sleep(0.05)
+        return load_trunk(*args, **options)
+
+    monkeypatch.setattr("bindllm.encoders.imagebind.load_trunk", slow)
+    encoder = ImageBind(str(folder))
+    with ThreadPoolExecutor(4) as pool:
+        rows = list(pool.map(lambda _: encoder.embed("imu", [SIGNAL]), range(4)))
+    assert loaded == ["imu"]
+    assert all(torch.equal(row, rows[0]) for row in rows)
+    assert torch.equal(pickle.loads(pickle.dumps(encoder)).embed("imu", [SIGNAL]), rows[0])
 
 
 def test_a_missing_folder_names_the_command_that_makes_it(tmp_path):

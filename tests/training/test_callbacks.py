@@ -10,10 +10,11 @@ from bindllm.conversation import Conversation, Message
 from bindllm.data.tokenise import Sample
 from bindllm.errors import InputError
 from bindllm.media import Media
+from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.decoder import DecoderConfig
-from bindllm.training.callbacks import SampleCaptions, refuse_unmeasured, spread
-from tiny import ColourEncoder, save_tiny_decoder
+from bindllm.training.callbacks import ParameterTable, SampleCaptions, refuse_unmeasured, spread
+from tiny import ColourEncoder, save_tiny_decoder, tiny_decoder
 
 
 def sample(number: int, *, shows: bool = True) -> Sample:
@@ -108,3 +109,17 @@ def test_rows_whose_picture_speaks_to_none_of_their_tokens_are_not_captioned(cap
     assert captioned([unheard]) == ([], [])
     captions, shown = captioned([unheard, tokens(sample(1), 4)])
     assert shown == ["1.png"] == [row["picture"] for row in captions]
+
+
+@pytest.mark.parametrize("adapter", [None, AdapterConfig(rank=2)])
+def test_the_table_counts_every_parameter_once(tmp_path, capsys, adapter):
+    decoder = DecoderConfig(str(save_tiny_decoder(tmp_path / "d")), dtype="float32")
+    model = BindLLM.build(decoder, device="cpu", encoders=[ColourEncoder()], adapter=adapter)
+    model.set_trainable(list(model.parameter_groups()))
+    trainer = SimpleNamespace(is_global_zero=True, datamodule=SimpleNamespace(report=""))
+    ParameterTable().on_train_start(trainer, SimpleNamespace(model=model))
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    counts = {row[0]: row[1:] for row in rows if row}
+    frozen = sum(value.numel() for value in tiny_decoder().parameters())
+    assert counts["decoder"] == [f"{frozen:,}", "frozen"]
+    assert ("adapter" in counts) == (adapter is not None)

@@ -214,6 +214,22 @@ def test_missing_pictures_become_tiles(folder, tmp_path):
     assert "the file is empty" in text
 
 
+def test_what_is_no_picture_is_a_tile_that_says_what_it_is(folder):
+    source = asdict(SourceReport("sweeps", 16, 17, modality="radar"))
+    captions = [
+        row("red", picture="a/5.npy", modality="radar", nearest_picture="a/7.npy", nearest_modality="radar"),
+        row("blue", picture="'a <b> dog'", modality="text"),
+    ]
+    text = write(folder, captions, data={**asdict(DataReport()), "sources": [source]})
+    tiles = re.findall(r'class="missing"[^>]*>([^<]*)<', text)
+    assert sorted(tiles) == ["&#x27;a &lt;b&gt; dog&#x27;", "radar: 5.npy", "radar: 7.npy"]
+    assert "expected JPEG" not in text
+    words = " ".join(" ".join(Page(text).texts).split())
+    assert "picture" not in words
+    for told in ("2 of 2 held-out media", "says of every media: blind words", "nearest media", "16 radar"):
+        assert told in words
+
+
 def test_pictures_are_found_from_another_directory(folder, tmp_path, monkeypatch):
     text = write(folder)
     (tmp_path / "elsewhere").mkdir()

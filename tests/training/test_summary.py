@@ -29,6 +29,13 @@ def headline(num_pictures=400, **variants):
     return " ".join(summarise(metrics(**variants), num_pictures=num_pictures))
 
 
+def test_a_run_on_other_media_is_not_said_to_be_about_pictures():
+    text = " ".join(summarise(metrics(), num_pictures=12, modalities=["radar", "image"]))
+    assert "On 12 held-out media the loss is" in text
+    assert "12 media are few" in text
+    assert "picture" not in text
+
+
 def test_a_good_run():
     text = headline()
     assert "On 400 held-out pictures the loss is 3.50 per token" in text

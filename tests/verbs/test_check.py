@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bindllm.cli import main
+from bindllm.errors import MediaError
 from tiny import ColourEncoder
 from tiny_run import run, tiny_parts, tiny_recipe
 
@@ -207,7 +208,24 @@ class Ears(ColourEncoder):
     modalities = ("audio",)
 
     def prepare(self, media):
+        if not isinstance(media.source, np.ndarray):
+            raise MediaError(f"{media.name}: expected an array")
         return torch.from_numpy(np.resize(media.source, 48))
+
+
+def test_a_modality_without_readable_media_is_no_fault_of_its_encoder(parts, capsys):
+    recipe = tiny_recipe(parts)
+    recipe["model"]["encoders"] = [{"class_path": "test_check.Sonar"}]
+    recipe["data"]["sources"][0]["modality"] = "sonr"
+    assert run("check", recipe) == 1
+    told = capsys.readouterr().out
+    assert "test_check.Sonar is not tried on sonar: no source has two different media of it" in told
+    assert "no column 'sonr'" in told
+    assert "breaks the contract" not in told
+
+
+class Sonar(ColourEncoder):
+    modalities = ("sonar",)
 
 
 def test_encoders_that_were_never_trained_together_are_warned_of(parts, capsys):

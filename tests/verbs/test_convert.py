@@ -6,16 +6,24 @@ import argparse
 import json
 import os
 import pickle
+import shutil
+import wave
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
+from transformers import LlamaForCausalLM
 
-from bindllm import BindLLM
+from bindllm import BindLLM, Media
+from bindllm.assets.clip_vocabulary import tokenizer_tree
+from bindllm.checkpoint.imagebind import convert_imagebind, published_shapes
 from bindllm.cli import main
 from bindllm.encoders.pointbind import PointBind
-from goldens import fill, filled, keys
+from goldens import fill, filled, keys, make_image, make_wave
 from imagebind_llm_tiny import ALLOW, published, write_base
+from tiny import tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +72,66 @@ def test_an_adapter_becomes_a_folder_that_loads(tmp_path, base, capsys):
     code, _, err = run(capsys, file, *arguments)
     assert code == 1
     assert "is not empty; nothing was written" in err
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory, point_state):
+    """Everything that a conversion takes, in one folder: base, encoders of size 1024, a published file, media."""
+    home = tmp_path_factory.mktemp("project")
+    write_base(home / "base")
+    base = LlamaForCausalLM.from_pretrained(home / "base")
+    # The published base has 96 tokens, the tokenizer more.
+    base.resize_token_embeddings(300, mean_resizing=False)
+    base.save_pretrained(home / "base")
+    state = {}
+    for trunk in ("vision", "audio"):
+        for name, shape in published_shapes(trunk, width=32, blocks=1, out=1024).items():
+            made = fill(name, shape)
+            state[name] = torch.tensor(3.0) if made is None else made
+    convert_imagebind(state, home / "imagebind", tokenizer_file=None, heads={"vision": 4, "audio": 4})
+    save(home / "7B.pth", {"model": published("finetune")})
+    save(home / "point.pt", point_state)
+    Image.fromarray(make_image("a", 60, 80)).save(home / "a.png")
+    np.save(home / "a.npy", np.random.default_rng(0).normal(size=(600, 3)))
+    with wave.open(str(home / "a.wav"), "wb") as sound:
+        sound.setparams((1, 2, 16_000, 0, "NONE", ""))
+        sound.writeframes(make_wave("a", 16_000, 16_000, 1).tobytes())
+    return home
+
+
+def test_from_published_files_to_answers_and_after_a_move(tmp_path, project, capsys, monkeypatch):
+    """Folders are named by bare words, as one does; the whole project is moved, and used from another place."""
+    pytest.importorskip("av")
+    home = tmp_path / "here"
+    shutil.copytree(project, home)
+    monkeypatch.chdir(home)
+    assert run(capsys, "point.pt", "--output", "pointbind")[0] == 0
+    arguments = ("--base", "base", "--encoder", "imagebind", "--encoder", "pointbind", "--output", "model")
+    code, _, err = run(capsys, "7B.pth", *arguments)
+    assert (code, err) == (0, "")
+    card = (home / "model" / "README.md").read_text()
+    for words in ("# base with", "CC-BY-NC 4.0", "LLaMA", "LoRA of rank 16", "learnt from its training data"):
+        assert words in card
+    monkeypatch.chdir(tmp_path)
+    home = home.rename(tmp_path / "there")
+    assert main(["check", "--folder", "there/model"]) == 0
+    capsys.readouterr()
+    given = {
+        "image": Media.image(str(home / "a.png")),
+        "audio": Media.audio(str(home / "a.wav")),
+        "point": Media("point", str(home / "a.npy")),
+    }
+    model = BindLLM.from_pretrained("there/model", device="cpu")
+    answers = {}
+    for sense, media in given.items():
+        ask = ["generate", "there/model", "What?", f"--{sense}", str(media.source), "--max_new_tokens", "12"]
+        assert main(ask) == 0
+        answers[sense] = capsys.readouterr().out.strip()
+        assert answers[sense] == model.generate("What?", [media], max_new_tokens=12)
+    assert len(set(answers.values())) == 3
+    (home / "imagebind").rename(home / "away")
+    assert main(["check", "--folder", "there/model"]) == 1
+    assert "it is named under encoders in there/model/bindllm.json" in capsys.readouterr().out
 
 
 def test_safetensors_are_read_as_well(tmp_path, base, capsys):
@@ -134,7 +202,16 @@ def test_texts_need_a_tokenizer_or_a_word_that_they_do_not(tmp_path, capsys, mon
     assert "bindllm fetch clip-vocabulary" in err
     code, _, err = run(capsys, file, "--output", "m", "--tokenizer", "none")
     assert (code, err) == (0, "")
-    (tmp_path / "tokenizer.json").write_text("{}")
+    for tree, words in (("{}", "not a tokenizer.json that can be read"), (None, "is not CLIP's tokenizer")):
+        if tree is None:
+            tiny_tokenizer().save_pretrained(tmp_path)
+        else:
+            (tmp_path / "tokenizer.json").write_text(tree)
+        code, _, err = run(capsys, file, "--output", "n", "--tokenizer", "tokenizer.json")
+        assert code == 1
+        assert words in err
+        assert not (tmp_path / "n").exists()
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer_tree({})))
     assert run(capsys, file, "--output", "n", "--tokenizer", "tokenizer.json")[0] == 0
     assert (tmp_path / "n" / "tokenizer.json").is_file()
     assert not (tmp_path / "m" / "tokenizer.json").exists()
@@ -194,6 +271,26 @@ def test_damaged_missing_and_strange_files(tmp_path, capsys):
     )  # fmt: skip
     assert code == 1
     assert "1 unknown tensors: odd" in err
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_file_is_read(tmp_path, capsys, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    (tmp_path / "file").write_text("")
+    for output, words in (
+        (".", "is the folder that this command runs in"),
+        ("", "is the folder that this command runs in"),
+        ("../empty", "is the folder that this command runs in"),
+        (tmp_path / "file", "exists and is not empty"),
+        (tmp_path / "file" / "m", "file is a file; choose another place"),
+    ):
+        code, _, err = run(capsys, "nowhere.pth", "--output", output)
+        assert code == 1
+        assert words in err
+    monkeypatch.setattr(os, "access", lambda place, mode: False)
+    code, _, err = run(capsys, "nowhere.pth", "--output", "m")
+    assert code == 1
+    assert "is not writable" in err
 
 
 def test_mistakes_on_the_command_line(tmp_path, capsys, base):

@@ -76,10 +76,20 @@ def test_what_a_file_is_taken_for(word, expected):
 def test_ambiguous_files_have_to_be_named():
     Image.fromarray(np.zeros((4, 4), np.uint16)).save("wide.png")
     Path("a:b.png").write_bytes(Path("red.png").read_bytes())
+    for name in ("walk.csv", "cloud.npy", "noending"):
+        Path(name).touch()
     for word in ("wide.png", "walk.csv", "cloud.npy", "noending"):
         with pytest.raises(UsageError, match=f"say what it is, as in depth:{word}"):
             read_media(word)
     assert read_media("a:b.png") == Media.image("a:b.png")
+
+
+def test_folders_and_words_are_not_files():
+    Path("pets.v2").mkdir()
+    with pytest.raises(UsageError, match=r"pets\.v2: this is a folder; give its files, as in pets\.v2.\*"):
+        read_media("pets.v2")
+    with pytest.raises(UsageError, match="a dog: no such file; words are given as text:a dog"):
+        read_media("a dog")
 
 
 def test_softmax_is_along_each_row():
@@ -121,6 +131,11 @@ def test_the_encoders_of_a_checkpoint(capsys):
         ([*ENCODER], 2, "nothing to encode"),
         (["red.png", *ENCODER, "--encoder.gird", "3"], 2, "has no argument 'gird'. Did you mean 'grid'?"),
         (["red.png", *ENCODER, "--encoder.grid"], 2, "has no value"),
+        (
+            ["red.png", *ENCODER[:2], "--device", "gpu"],
+            2,
+            "--device gpu: torch cannot compute there (Expected one of cpu",
+        ),
         (["red.png", *ENCODER, "--sofmax"], 2, "Did you mean '--softmax'?"),
         (["red.png", "--encoder", "tiny.Nope"], 1, "tiny has no 'Nope'"),
     ],

@@ -1,5 +1,7 @@
 """`bindllm generate`: the media of a command line reach the model, each as what it was said to be."""
 
+from pathlib import Path
+
 import pytest
 
 from bindllm.cli import main
@@ -34,7 +36,9 @@ def test_media_of_all_kinds(asked, capsys):
     assert capsys.readouterr().out == "heard\n"
 
 
-def test_media_that_do_not_say_what_they_are(asked, capsys):
+def test_media_that_do_not_say_what_they_are(asked, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("walk.csv").touch()
     assert main(["generate", "folder", "What?", "--media", "walk.csv"]) == 2
     assert "say what it is, as in depth:walk.csv" in capsys.readouterr().err
     assert not asked

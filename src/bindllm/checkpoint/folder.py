@@ -200,9 +200,11 @@ def build_object(entry: dict[str, Any], *, allow: Sequence[str] = ()) -> Any:
         raise
     except ModuleNotFoundError as error:
         if not f"{module}.".startswith(f"{error.name}."):
-            raise CheckpointError(f"{path} cannot be imported: it needs {error.name!r}, which is not installed") from error
+            raise CheckpointError(
+                f"{path} cannot be built: it needs {error.name!r}, which is not installed"
+            ) from error
         raise CheckpointError(
-            f"{path} cannot be imported: there is no module {error.name!r}. It is looked for in {Path.cwd()} by the "
+            f"{path} cannot be built: there is no module {error.name!r}. It is looked for in {Path.cwd()} by the "
             "command line, and in the folders of PYTHONPATH"
         ) from error
     # This may be a stranger's code: whatever it raises means that there is no such object.

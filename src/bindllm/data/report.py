@@ -113,6 +113,11 @@ class DataReport:
     seconds_embedding: float = 0.0
     seconds: float = 0.0
 
+    @property
+    def modalities(self) -> set[str]:
+        """What the sources are of."""
+        return {source.modality for source in self.sources}
+
     def __rich__(self) -> RenderableType:
         """Return a table for the terminal, and a line for each reason why rows were left out."""
         table = Table(title="data", show_header=False, title_justify="left")

@@ -7,6 +7,7 @@ in place of swish. The weights were trained in TensorFlow, so strided convolutio
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -68,6 +69,9 @@ class EfficientNetLite:
     embedding_size = _HEAD_CHANNELS
     space = "efficientnet-lite0"
 
+    # Threads that share an encoder must not load a network each. One for all, as a lock cannot be pickled.
+    _loading = threading.RLock()
+
     def __init__(self, weights: str = "checkpoints/efficientnet-lite0", *, fit: Fit = "whole") -> None:
         if fit not in get_args(Fit):
             raise InputError(f"fit={fit!r} is unknown. {known_names(str(fit), get_args(Fit))}")
@@ -122,8 +126,9 @@ class EfficientNetLite:
         """
         if modality not in self.modalities:
             raise InputError(f"EfficientNetLite embeds image media, not {modality!r}")
-        if self._network is None:
-            self._network = _load(self._file).to(self._device)
+        with self._loading:
+            if self._network is None:
+                self._network = _load(self._file).to(self._device)
         batch = _CPU_BATCH if self._device.type == "cpu" else len(inputs)
         parts = []
         for start in range(0, len(inputs), batch):

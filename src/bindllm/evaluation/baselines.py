@@ -26,11 +26,12 @@ _CHUNK = 1024
 
 @dataclass(frozen=True)
 class Neighbour:
-    """The training picture nearest to a held-out one: its caption, its name, and the cosine of the two, -1..1."""
+    """The training picture nearest to a held-out one: its caption and name, the cosine of the two, its modality."""
 
     caption: str
     picture: str
     similarity: float
+    modality: str = "image"
 
 
 def subject(sample: Sample) -> MediaGroup:
@@ -86,6 +87,6 @@ def neighbours(samples: Sequence[Sample], train_samples: Sequence[Sample], looku
         best = torch.maximum(top, best)
     found = [training[n] for n in place.tolist()]
     return [
-        Neighbour(sample.references[0], subject(sample)[0].name, similarity)
+        Neighbour(sample.references[0], subject(sample)[0].name, similarity, subject(sample)[0].modality)
         for sample, similarity in zip(found, best.tolist(), strict=True)
     ]

@@ -53,6 +53,8 @@ class CaptionRow:
         nearest_exact: whether that has exactly the words of a reference.
         nearest_picture: path or short name of that picture.
         nearest_similarity: cosine of the two embeddings, -1..1.
+        modality: of the picture, or whatever else it is.
+        nearest_modality: of the nearest one.
     """
 
     picture: str
@@ -65,6 +67,8 @@ class CaptionRow:
     nearest_exact: bool = False
     nearest_picture: str | None = None
     nearest_similarity: float | None = None
+    modality: str = "image"
+    nearest_modality: str = "image"
 
 
 @dataclass
@@ -281,6 +285,8 @@ def _rows(
                 nearest_exact=same_caption(said["nearest"] or "", true),
                 nearest_picture=neighbour and neighbour.picture,
                 nearest_similarity=neighbour and neighbour.similarity,
+                modality=subject(sample)[0].modality,
+                nearest_modality=neighbour.modality if neighbour else "image",
             )
         )
     return rows

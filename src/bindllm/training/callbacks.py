@@ -53,7 +53,10 @@ class ParameterTable(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the report of the data, and the table."""
         groups = pl_module.model.parameter_groups()
-        frozen = sum(value.numel() for value in pl_module.model.decoder.parameters())
+        # The adapter's parameters are inside the decoder, and have a row of their own.
+        grouped = {id(value) for group in groups.values() for _, value in group}
+        values = pl_module.model.decoder.parameters()
+        frozen = sum(value.numel() for value in values if id(value) not in grouped)
         if trainer.is_global_zero:
             Console().print(trainer.datamodule.report, groups_table(groups, frozen))
 

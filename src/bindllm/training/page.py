@@ -18,7 +18,7 @@ import numpy as np
 
 from bindllm.errors import BindLLMError
 from bindllm.training.figures import Series, gate_figure, loss_figure, thumbnail
-from bindllm.training.summary import METRICS, VARIANTS, Metrics, best_variants, summarise
+from bindllm.training.summary import METRICS, VARIANTS, Metrics, best_variants, in_words_of, summarise
 
 SHEET_SIZE = 60
 """Pictures on the contact sheet."""
@@ -36,7 +36,7 @@ class ReportData:
     Args:
         metrics: content of ``metrics.json``.
         captions: one row per held-out picture: ``picture``, ``references``, ``generated``, ``zero_gates``,
-            ``exact``, ``nearest``, ``nearest_picture``, ``nearest_exact``.
+            ``exact``, ``nearest``, ``nearest_picture``, ``nearest_exact``, ``modality``, ``nearest_modality``.
         facts: the fields of `bindllm.training.report.RunFacts`.
         training: training loss by step.
         validation: validation loss by step.
@@ -52,6 +52,15 @@ class ReportData:
     validation: Series = ()
     recipe: str = ""
 
+    @property
+    def modalities(self) -> set[str]:
+        """What the sources of the run are of."""
+        return {source.get("modality", "image") for source in self.facts["data"].get("sources", ())}
+
+    def say(self, text: str) -> str:
+        """Return a text of the page about pictures in words that fit what the run is about."""
+        return in_words_of(text, self.modalities)
+
 
 def render_page(data: ReportData, *, resolve: Callable[[str], str] = str) -> str:
     """Return the HTML of a report.
@@ -65,10 +74,10 @@ def render_page(data: ReportData, *, resolve: Callable[[str], str] = str) -> str
     sections = [
         _header(data, title),
         _problems(data.facts["problems"]),
-        _section("How good it is", _panels(data.metrics) + _metrics_table(data.metrics)),
+        _section("How good it is", _panels(data) + _metrics_table(data)),
         _section("How it learnt", _learning(data)),
-        _section("What it says", _contact_sheet(data.captions, resolve)),
-        _section("What it learnt from", _data(data.facts["data"])),
+        _section("What it says", _contact_sheet(data, resolve)),
+        _section("What it learnt from", _data(data)),
         _section("The run", _run_facts(data)),
         _section("Licences", _licences(data.facts["licences"])),
     ]
@@ -98,13 +107,13 @@ def _header(data: ReportData, title: str) -> str:
     seconds = data.metrics["seconds"]
     facts = [
         f"trained in {_duration(seconds['train'])}",
-        f"pictures embedded in {_duration(seconds['embed'])}",
+        f"{data.say('pictures')} embedded in {_duration(seconds['embed'])}",
         f"evaluated in {_duration(seconds['evaluate'])}",
         f"{data.metrics['trainable_parameters']:,} trainable parameters",
         data.facts["device"],
         f"finished {data.facts['finished']}",
     ]
-    text = " ".join(summarise(data.metrics, num_pictures=len(data.captions)))
+    text = " ".join(summarise(data.metrics, num_pictures=len(data.captions), modalities=data.modalities))
     line = "".join(f"<li>{escape(fact)}</li>" for fact in facts if fact)
     return f'<header>\n<h1>{title}</h1>\n<ul class="meta">{line}</ul>\n<p class="lead">{escape(text)}</p>\n</header>\n'
 
@@ -116,15 +125,16 @@ def _problems(problems: dict[str, str]) -> str:
     return f'<section class="problems"><h2>What did not work</h2><ul>{items}</ul></section>\n'
 
 
-def _panels(metrics: Metrics) -> str:
+def _panels(data: ReportData) -> str:
     """Bars for the headline metrics: this model beside its baselines."""
+    metrics: Metrics = data.metrics
     panels = []
     for key in ("loss", "cider", "rouge_l", "exact_match"):
         metric = METRICS[key]
         known = {name: metrics[name][key] for name in VARIANTS if metrics[name][key] is not None}
         top = max(known.values(), default=0) or 1
         bars = "".join(
-            f'<li class="{name}"><span class="name">{VARIANTS[name]}</span>'
+            f'<li class="{name}"><span class="name">{data.say(VARIANTS[name])}</span>'
             f'<span class="bar"><i style="width:{100 * known[name] / top:.1f}%"></i></span>'
             f"<span>{metric.show(known[name])}</span></li>"
             for name in VARIANTS
@@ -137,7 +147,8 @@ def _panels(metrics: Metrics) -> str:
     return f'<div class="panels">{"".join(panels)}</div>\n'
 
 
-def _metrics_table(metrics: Metrics) -> str:
+def _metrics_table(data: ReportData) -> str:
+    metrics: Metrics = data.metrics
     rows = []
     for key, metric in METRICS.items():
         best = best_variants(metrics, key)
@@ -151,11 +162,12 @@ def _metrics_table(metrics: Metrics) -> str:
         "↓ lower is better, ↑ higher is better; the best of each row is bold. "
         "<b>This model</b> sees the right picture. <b>Gates at zero</b>: the same model, blind. "
         "<b>Wrong pictures</b>: the same model, every picture exchanged for another one. "
-        "<b>Nearest picture</b>: no model at all, the caption of the training picture that looks most alike "
+        "<b>Nearest picture</b>: no model at all, the caption of the training picture that is most alike "
         "(a look-up has no loss). CIDEr goes from 0 to 10, and a right caption of two words reaches 5; papers print "
         "it times 100. BLEU-4 counts phrases of four words, so it stays near 0 where captions are shorter."
     )
-    return _table(["", *VARIANTS.values()], rows, kind="numbers") + f'<p class="note">{notes}</p>'
+    head = ["", *map(data.say, VARIANTS.values())]
+    return _table(head, rows, kind="numbers") + f'<p class="note">{data.say(notes)}</p>'
 
 
 def _learning(data: ReportData) -> str:
@@ -175,17 +187,18 @@ def _learning(data: ReportData) -> str:
     return f'<div class="figures">{"".join(figures)}</div>'
 
 
-def _contact_sheet(captions: Sequence[dict[str, Any]], resolve: Callable[[str], str]) -> str:
+def _contact_sheet(data: ReportData, resolve: Callable[[str], str]) -> str:
+    captions = data.captions
     count = min(SHEET_SIZE, len(captions))
     shown = sorted(random.Random(_SHEET_SEED).sample(range(len(captions)), count))
     cards = "".join(_card(captions[n], resolve) for n in shown)
     blind = {row["zero_gates"] for row in captions if row["zero_gates"] is not None}
-    text = (
+    text = data.say(
         f"{count} of {len(captions)} held-out pictures, drawn by a fixed seed and not chosen by anyone; all rows are "
         f"in <code>report/captions.jsonl</code>. {_RIGHT} marks a caption that has exactly the true words."
     )
     if len(blind) == 1:
-        text += f" With its gates at zero the model says of every picture: <q>{_text(blind.pop())}</q>"
+        text += f" With its gates at zero the model says of every {data.say('picture')}: <q>{_text(blind.pop())}</q>"
     return f'<p>{text}</p>\n<div class="sheet">{cards}</div>'
 
 
@@ -194,10 +207,11 @@ def _card(row: dict[str, Any], resolve: Callable[[str], str]) -> str:
     if row["generated"] is not None:
         lines.append(_said("model", row["generated"], right=row["exact"]))
     if row["nearest"] is not None:
-        small = _picture(row["nearest_picture"], resolve, size=64)
+        small = _tile(row["nearest_picture"], row.get("nearest_modality", "image"), resolve, size=64)
         lines.append(_said("nearest", row["nearest"], right=row["nearest_exact"], below=small))
+    tile = _tile(row["picture"], row.get("modality", "image"), resolve)
     kind = "card right" if row["exact"] else "card"
-    return f'<article class="{kind}">{_picture(row["picture"], resolve)}<dl>{"".join(lines)}</dl></article>\n'
+    return f'<article class="{kind}">{tile}<dl>{"".join(lines)}</dl></article>\n'
 
 
 def _said(name: str, text: str, *, right: bool, below: str = "") -> str:
@@ -206,26 +220,31 @@ def _said(name: str, text: str, *, right: bool, below: str = "") -> str:
     return f'<dt>{name}{below}</dt><dd class="{name}" dir="auto">{said}{mark}</dd>'
 
 
-def _picture(path: str, resolve: Callable[[str], str], *, size: int = 160) -> str:
-    """The picture, or where it cannot be opened any more a grey tile with its name."""
+def _tile(path: str, modality: str, resolve: Callable[[str], str], *, size: int = 160) -> str:
+    """The picture; a grey tile with the name of what is no picture, or cannot be opened any more."""
+    if modality == "text":
+        return f'<span class="missing" title="text">{_text(path)}</span>'
     name = escape(path.replace("\\", "/").rsplit("/", 1)[-1])
+    if modality != "image":
+        return f'<span class="missing" title="{name}">{escape(modality)}: {name}</span>'
     try:
         return f'<img src="{thumbnail(resolve(path), size=size)}" alt="{name}" title="{name}">'
     except BindLLMError as error:
         return f'<span class="missing" title="{escape(str(error))}">{name}</span>'
 
 
-def _data(data: dict[str, Any]) -> str:
+def _data(page: ReportData) -> str:
     """What a `bindllm.data.report.DataReport` says: sources, rows, and what was left out and why."""
+    data = page.facts["data"]
     if not data:
         return "<p>Not recorded.</p>"
-    sources = [[escape(s["path"]), f"{s['pictures']:,}", f"{s['captions']:,}"] for s in data["sources"]]
+    sources = [[escape(s["path"]), _counted(s), f"{s['captions']:,}"] for s in data["sources"]]
     cleaned = sum(source["control_characters"] for source in data["sources"])
     notes = {
         "answers cut to the longest length": data["truncated"],
         "rows without media": data["text_only"],
         "captions with control characters removed": cleaned,
-        "held-out rows whose picture is in the training rows too": data["shared_media"],
+        page.say("held-out rows whose picture is in the training rows too"): data["shared_media"],
     }
     counts = {
         "rows": ", ".join(f"{count:,} {split}" for split, count in data["rows"].items()),
@@ -235,7 +254,7 @@ def _data(data: dict[str, Any]) -> str:
     }
     pairs = [[escape(name), escape(value)] for name, value in counts.items()]
     parts = [
-        _table(["source", "pictures", "captions"], sources, kind="numbers"),
+        _table(["source", page.say("pictures"), "captions"], sources, kind="numbers"),
         _table([], pairs, kind="pairs"),
     ]
     skipped = sorted(data["skipped"]["counts"].items(), key=lambda item: -item[1])
@@ -246,6 +265,11 @@ def _data(data: dict[str, Any]) -> str:
     else:
         parts.append("<p>No row was left out.</p>")
     return "".join(parts)
+
+
+def _counted(source: dict[str, Any]) -> str:
+    modality = source.get("modality", "image")
+    return f"{source['pictures']:,}" + ("" if modality == "image" else f" {escape(modality)}")
 
 
 def _run_facts(data: ReportData) -> str:

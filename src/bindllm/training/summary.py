@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,13 +60,35 @@ def best_variants(metrics: Metrics, key: str) -> list[str]:
     return [name for name, value in known.items() if value == best]
 
 
-def summarise(metrics: Metrics, *, num_pictures: int) -> list[str]:
+def in_words_of(text: str, modalities: Iterable[str]) -> str:
+    """Return a text about pictures, or the same about media where there are others than pictures.
+
+    Args:
+        text: our own words; nothing of the data is in it.
+        modalities: what the run was trained on.
+
+    Example:
+        >>> in_words_of("Wrong pictures", ["image"]), in_words_of("Wrong pictures", ["image", "radar"])
+        ('Wrong pictures', 'Wrong media')
+    """
+    if set(modalities) <= {"image"}:
+        return text
+    return text.replace("pictures", "media").replace("picture", "media")
+
+
+def summarise(metrics: Metrics, *, num_pictures: int, modalities: Iterable[str] = ("image",)) -> list[str]:
     """Return the headline: held-out loss and captions against the three baselines, one sentence each.
 
     Args:
         metrics: content of ``metrics.json``.
-        num_pictures: number of held-out pictures.
+        num_pictures: number of held-out pictures, or other media.
+        modalities: what the run was trained on.
     """
+    known = set(modalities)
+    return [in_words_of(sentence, known) for sentence in _sentences(metrics, num_pictures)]
+
+
+def _sentences(metrics: Metrics, num_pictures: int) -> list[str]:
     held = metrics["heldout"]
     if held["loss"] is None:
         return ["The held-out loss could not be measured."]

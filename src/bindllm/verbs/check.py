@@ -16,7 +16,7 @@ from bindllm.data.datamodule import BindData
 from bindllm.data.report import SourceReport
 from bindllm.data.sources import Row, SourceConfig, read_source
 from bindllm.data.tokenise import tokenise
-from bindllm.encoders import Encoder, encoder_for
+from bindllm.encoders import Encoder, HasExamples, encoder_for
 from bindllm.encoders.alignment import alignment_warnings
 from bindllm.errors import BindLLMError, DecoderError, InputError
 from bindllm.media import MODALITIES, Media, open_image
@@ -118,7 +118,8 @@ def _check_recipe(
     sources = [source for source in sources if source is not None]
     read = _read_sources(sources, problems)
     media = [item for rows_of, _ in read for row in rows_of["train"] for item in row.media]
-    encoders = [encoder for entry in model["encoders"] if (encoder := _check_encoder(entry, media, problems))]
+    built_encoders = [_check_encoder(entry, media, problems, console) for entry in model["encoders"]]
+    encoders = [encoder for encoder in built_encoders if encoder is not None]
     for warning in alignment_warnings(encoders):
         console.print(f"warning: {warning}", markup=False)
     if not model["trainable"]:
@@ -172,7 +173,9 @@ def _check_model(
     BindLLM(decoder, tokenizer, parts["decoder"], **joined).set_trainable(trainable)
 
 
-def _check_encoder(entry: dict[str, Any], media: Sequence[Media], problems: Problems) -> Any:
+def _check_encoder(
+    entry: dict[str, Any], media: Sequence[Media], problems: Problems, console: Console
+) -> Any:
     """Note what is wrong with an encoder of a recipe; return it, or None.
 
     A stranger's class is held to the whole contract. Ours are, by our tests, and may be large: of these, weights and
@@ -192,9 +195,21 @@ def _check_encoder(entry: dict[str, Any], media: Sequence[Media], problems: Prob
             own = [
                 name
                 for name in encoder.modalities
-                if name not in MODALITIES and "examples" not in dir(encoder)
+                if name not in MODALITIES and not isinstance(encoder, HasExamples)
             ]
-            check_encoder(encoder, [item for name in own for item in _some(media, name, SAMPLES)])
+            samples = {name: _some(media, name, SAMPLES) for name in own}
+            # A source that cannot be read is a problem of its own.
+            untried = [name for name, some in samples.items() if len(some) < 2]
+            for name in untried:
+                line = (
+                    f"{entry['class_path']} is not tried on {name}: no source has two different media of it"
+                )
+                console.print(line, markup=False)
+            check_encoder(
+                encoder,
+                [item for some in samples.values() for item in some],
+                modalities=[name for name in encoder.modalities if name not in untried],
+            )
         return encoder
     return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,10 +36,7 @@ def convert(args: list[str]) -> int:
     """Convert one published file, and print what became of its tensors."""
     chosen = _parse(args)
     output = Path(chosen.output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise CheckpointError(
-            f"{output} exists and is not empty; nothing was written. Choose another folder or empty it"
-        )
+    _check_output(output)
 
     from bindllm.checkpoint.foreign import read_foreign
 
@@ -78,6 +76,26 @@ def find_kind(state: Mapping[str, Tensor], file: str) -> str:
     raise CheckpointError(
         f"{file} is none of {', '.join(KINDS)}: its first tensors are {', '.join(list(state)[:5])}"
     )
+
+
+def _check_output(output: Path) -> None:
+    """Refuse a folder that cannot be written, before a large file is read.
+
+    Raises:
+        CheckpointError: it holds something, it is where the command runs, or it cannot be made.
+    """
+    if output.resolve() == Path.cwd():
+        raise CheckpointError(
+            f"--output {output} is the folder that this command runs in; name one inside it"
+        )
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise CheckpointError(
+            f"{output} exists and is not empty; nothing was written. Choose another folder or empty it"
+        )
+    there = next(place for place in output.absolute().parents if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        why = "not writable" if there.is_dir() else "a file"
+        raise CheckpointError(f"{output} cannot be made: {there} is {why}; choose another place")
 
 
 def _parse(args: list[str]) -> Namespace:
@@ -141,6 +159,8 @@ def _imagebind(state: Mapping[str, Tensor], chosen: Namespace) -> tuple[Accounti
         if file is not None and file.suffix == ".gz":
             write_tokenizer(file, Path(scratch) / "tokenizer.json")
             file = Path(scratch) / "tokenizer.json"
+        if file is not None:
+            _check_tokenizer(file)
         rules = [Rule(_POINT_PARTS, None, "the point encoder: bindllm convert pointbind")]
         accounting = convert_imagebind(
             state, chosen.output, tokenizer_file=file, rules=rules, source=chosen.file
@@ -148,10 +168,35 @@ def _imagebind(state: Mapping[str, Tensor], chosen: Namespace) -> tuple[Accounti
     return accounting, LICENCE
 
 
+def _check_tokenizer(file: Path) -> None:
+    """Refuse a tokenizer that is not CLIP's: its ids would mean other words to the encoder.
+
+    Raises:
+        CheckpointError: it cannot be read, or its markers have other ids.
+    """
+    from tokenizers import Tokenizer
+
+    from bindllm.assets.clip_vocabulary import tokenizer_tree
+
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    # The library raises Exception itself.
+    except Exception as error:
+        raise CheckpointError(
+            f"{file} is not a tokenizer.json that can be read ({error}); bindllm fetch clip-vocabulary makes one"
+        ) from error
+    for marker in tokenizer_tree({})["added_tokens"]:
+        if (found := tokenizer.token_to_id(marker["content"])) != marker["id"]:
+            raise CheckpointError(
+                f"{file} is not CLIP's tokenizer: {marker['content']} has the id {found}, expected {marker['id']}; "
+                "bindllm fetch clip-vocabulary makes the right one"
+            )
+
+
 def _pointbind(state: Mapping[str, Tensor], chosen: Namespace) -> tuple[Accounting, str]:
     from bindllm.checkpoint.pointbind import convert_pointbind, imagebind_part
 
-    accounting = convert_pointbind(state, chosen.output)
+    accounting = convert_pointbind(state, chosen.output, source=chosen.file)
     if imagebind_part(state):
         print(f"the ImageBind in it: bindllm convert imagebind {chosen.file} --output FOLDER")
     return accounting, _POINT_LICENCE
@@ -169,7 +214,7 @@ def _imagebind_llm(state: Mapping[str, Tensor], chosen: Namespace) -> tuple[Acco
     done = convert_imagebind_llm(
         state,
         chosen.output,
-        base=DecoderConfig(chosen.base),
+        base=DecoderConfig(_as_path(chosen.base)),
         encoders=[_load_encoder(value) for value in chosen.encoder],
         accept_base=chosen.accept_base,
     )
@@ -178,6 +223,7 @@ def _imagebind_llm(state: Mapping[str, Tensor], chosen: Namespace) -> tuple[Acco
     return done.accounting, LICENCE
 
 
+_ENCODERS = {"imagebind": "ImageBind", "pointbind": "PointBind"}
 _CONVERTERS = {"imagebind": _imagebind, "pointbind": _pointbind, "imagebind-llm": _imagebind_llm}
 
 
@@ -187,13 +233,19 @@ def _load_encoder(value: str) -> Encoder:
 
     if Path(value).is_dir():
         config = _read_config(Path(value))
-        name = "ImageBind" if config.get("model") == "imagebind" else config.get("encoder")
-        if name not in ("ImageBind", "PointBind"):
+        name = _ENCODERS.get(str(config.get("model")))
+        if name is None:
             raise CheckpointError(f"{value} is not a folder of bindllm convert imagebind or pointbind")
-        return build_object({"class_path": f"bindllm.encoders.{name}", "init_args": {"weights": value}})
+        arguments = {"weights": _as_path(value)}
+        return build_object({"class_path": f"bindllm.encoders.{name}", "init_args": arguments})
     if "/" in value or "." not in value:
         raise CheckpointError(f"encoder folder {value!r} does not exist; bindllm convert imagebind makes one")
     return build_object({"class_path": value}, allow=[value])
+
+
+def _as_path(value: str) -> str:
+    """Return the name of a folder so that a checkpoint tells it from a setting, and finds it from anywhere."""
+    return os.path.join(".", value) if Path(value).is_dir() and Path(value).name == value else value
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -43,12 +43,13 @@ def encode(args: list[str]) -> int:
         except UsageError as error:
             failed.append(str(error))
     media += [Media.text(text) for text in chosen.text]
+    device = find_device(chosen.device)
     encoders = _find_encoders(chosen, options)
     common_size(encoders)
     console = Console(highlight=False, soft_wrap=True)
     for warning in alignment_warnings(encoders):
         console.print(f"warning: {warning}", markup=False)
-    kept, rows = embed_files(media, encoders, device=chosen.device, failed=failed)
+    kept, rows = embed_files(media, encoders, device=device, failed=failed)
     if kept:
         cosines = rows @ rows.T
         # In a pipe there is no screen to fit: every column is printed.
@@ -146,15 +147,39 @@ def _find_encoders(chosen: Any, options: Sequence[str]) -> list[Any]:
     return [build_encoder("bindllm.encoders.ImageBind", [])]
 
 
+def find_device(name: str | None) -> str:
+    """Return the name of a device that torch can compute on: this one, or by default the accelerator that it finds.
+
+    Raises:
+        UsageError: torch cannot compute there.
+    """
+    import torch
+
+    from bindllm.model.decoder import default_device
+    from bindllm.verbs.usage import UsageError
+
+    if name is None:
+        return str(default_device())
+    try:
+        torch.zeros(1, device=name)
+    # A driver, a build of torch or a word that is no device: each raises something of its own.
+    except Exception as error:
+        why = str(error).partition("\n")[0]
+        raise UsageError(
+            f"--device {name}: torch cannot compute there ({why}); leave it out for {default_device()}"
+        ) from error
+    return name
+
+
 def embed_files(
-    media: Sequence[Media], encoders: Sequence[Any], *, device: str | None = None, failed: list[str]
+    media: Sequence[Media], encoders: Sequence[Any], *, device: str, failed: list[str]
 ) -> tuple[list[Media], Tensor]:
     """Embed media, one batch per modality; one that cannot be read does not lose the others.
 
     Args:
         media: of any modalities.
         encoders: the first that serves a modality embeds it.
-        device: where the encoders run; by default the accelerator that torch finds.
+        device: where the encoders run.
         failed: gets a message for each media that cannot be read or that no encoder serves.
 
     Returns:
@@ -163,7 +188,6 @@ def embed_files(
     import torch
 
     from bindllm.encoders import encoder_for
-    from bindllm.model.decoder import default_device
 
     prepared: dict[str, dict[int, Tensor]] = {}
     for place, item in enumerate(media):
@@ -175,7 +199,7 @@ def embed_files(
             prepared.setdefault(item.modality, {})[place] = inputs
     rows: dict[int, Tensor] = {}
     for modality, inputs in prepared.items():
-        encoder = encoder_for(modality, encoders).to(device or default_device())
+        encoder = encoder_for(modality, encoders).to(device)
         rows |= zip(inputs, encoder.embed(modality, list(inputs.values())).cpu(), strict=True)
     order = sorted(rows)
     return [media[place] for place in order], torch.stack(

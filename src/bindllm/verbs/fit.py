@@ -28,7 +28,7 @@ from bindllm.training.progress import RunProgress, printable
 from bindllm.training.report import RunFacts, write_report
 from bindllm.training.runlog import METRICS, RunLog
 from bindllm.training.state import AtomicCheckpointIO, Interrupted, RunState, told_to_make_room
-from bindllm.training.summary import summarise
+from bindllm.training.summary import in_words_of, summarise
 from bindllm.verbs.recipe import RecipeCLI, quiet
 from bindllm.verbs.runs import RECIPE, claimed, open_run, run_folder
 
@@ -168,16 +168,18 @@ def _measure(cli: RecipeCLI, state: RunState, console: Console) -> int:
     except BindLLMError as error:
         console.print(f"the report is not complete: {error}", style="yellow", markup=False)
         return 1
-    _summary(console, metrics, result, page)
+    _summary(console, metrics, result, page, modalities=data.report.modalities)
     return 0
 
 
-def _summary(console: Console, metrics: dict[str, Any], result: HeldOutResult, page: Path) -> None:
+def _summary(
+    console: Console, metrics: dict[str, Any], result: HeldOutResult, page: Path, *, modalities: set[str]
+) -> None:
     """Print the headline, a few captions, and where everything is."""
     console.print(f"report:        {page}\n", markup=False)
-    for sentence in summarise(metrics, num_pictures=len(result.rows)):
+    for sentence in summarise(metrics, num_pictures=len(result.rows), modalities=modalities):
         console.print(sentence, markup=False)
-    table = Table("held-out picture", "true", box=box.SIMPLE)
+    table = Table(in_words_of("held-out picture", modalities), "true", box=box.SIMPLE)
     table.add_column("generated", no_wrap=True, overflow="ellipsis")
     step = max(1, len(result.rows) // SHOWN_CAPTIONS)
     for row in result.rows[::step][:SHOWN_CAPTIONS]:

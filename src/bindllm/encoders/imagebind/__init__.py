@@ -7,6 +7,7 @@ the published results. The published weights are licensed CC-BY-NC 4.0: not for 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, get_args, overload
@@ -85,6 +86,9 @@ class ImageBind:
 
     space = "imagebind"
     """Encoders of one space were trained together: their embeddings can be compared and fused."""
+
+    # Threads that share an encoder must not load a trunk each. One for all, as a lock cannot be pickled.
+    _loading = threading.RLock()
 
     def __init__(
         self,
@@ -238,10 +242,11 @@ class ImageBind:
             )
 
     def _trunk(self, name: str) -> Trunk:
-        if name not in self._trunks:
-            sizes = self._read_sizes()
-            dtype = getattr(torch, self.config["dtype"])
-            self._trunks[name] = load_trunk(self._folder, name, sizes, dtype=dtype, device=self._device)
+        with self._loading:
+            if name not in self._trunks:
+                sizes = self._read_sizes()
+                dtype = getattr(torch, self.config["dtype"])
+                self._trunks[name] = load_trunk(self._folder, name, sizes, dtype=dtype, device=self._device)
         return self._trunks[name]
 
     def _read_sizes(self) -> ImageBindConfig:

@@ -6,6 +6,7 @@ starts its sampling at a random point, and one of the two variants gives other e
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, get_args, overload
@@ -69,6 +70,9 @@ class PointBind:
     embedding_size = EMBEDDING_SIZE
     space = "imagebind"
 
+    # Threads that share an encoder must not load a network each. One for all, as a lock cannot be pickled.
+    _loading = threading.RLock()
+
     def __init__(
         self, weights: str = "checkpoints/pointbind", *, dtype: Precision = "float32", points: int = 8192
     ) -> None:
@@ -125,14 +129,16 @@ class PointBind:
         Raises:
             EncoderError: the converted folder is missing or damaged, or needs more points than a cloud has here.
         """
-        if self._network is None:
-            network = load_network(self._folder, self._dtype)
-            if self._points < network.sizes.least_points:
-                raise EncoderError(
-                    f"{self._folder / CONFIG}: this network needs at least {network.sizes.least_points} points in a "
-                    f"cloud, not points={self._points}"
-                )
-            self._network = network.to(self._device)
+        with self._loading:
+            if self._network is None:
+                network = load_network(self._folder, self._dtype)
+                least = network.sizes.least_points
+                if self._points < least:
+                    raise EncoderError(
+                        f"{self._folder / CONFIG}: this network needs at least {least} points in a cloud, not "
+                        f"points={self._points}"
+                    )
+                self._network = network.to(self._device)
         return self._network
 
     # The last annotation is the one that a recipe's reader compares with `Encoder`; these two tell the whole.
