@@ -25,3 +25,17 @@ def test_the_card_names_parts_data_and_their_licences(tmp_path):
 def test_a_source_file_of_somebody_else_does_not_lose_the_model(tmp_path, content):
     (tmp_path / "SOURCE.json").write_text(content)
     assert licences(MANIFEST, data=[str(tmp_path)])[-1]["licence"] == "see its own page"
+
+
+def test_the_card_says_what_of_the_decoder_is_tuned():
+    assert "adapter" not in write_card(MANIFEST).lower()
+    adapter = {"rank": 16, "alpha": None, "bias": True, "norm": False}
+    card = write_card({**MANIFEST, "adapter": adapter})
+    assert "frozen language model, and an adapter that tunes that model." in card
+    assert "LoRA of rank 16 and scale 1, new biases True, tuned norms False" in card
+    assert "rank 16 and scale 2," in write_card({**MANIFEST, "adapter": {**adapter, "alpha": 32.0}})
+
+
+def test_only_data_that_are_named_are_said_to_stand_above():
+    assert "learnt from its training data and" in write_card(MANIFEST)
+    assert "learnt from the data named above and" in write_card(MANIFEST, data=["data/pictures"])

@@ -154,6 +154,17 @@ def test_classes_outside_bindllm_need_permission():
         build_object({"class_path": "bindllm.encoders.Nothing"})
 
 
+def test_a_module_that_is_not_there_is_told_from_one_that_lacks_a_package(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "half_lab.py").write_text("import no_such_package\n")
+    for path, told in (
+        ("tiny_lab.Encoder", "there is no module 'tiny_lab'. It is looked for in "),
+        ("half_lab.Encoder", "it needs 'no_such_package', which is not installed"),
+    ):
+        with pytest.raises(CheckpointError, match=f"{path} cannot be built: {told}"):
+            build_object({"class_path": path}, allow=[path])
+
+
 class Broken:
     """Cannot be built."""
 

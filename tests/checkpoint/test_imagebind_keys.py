@@ -159,3 +159,15 @@ def test_the_stored_precision_is_kept(tmp_path):
     convert(state, tmp_path / "half")
     with safe_open(tmp_path / "half" / "imu.safetensors", framework="pt") as tensors:
         assert tensors.get_tensor("stem.weight").dtype == torch.float16
+
+
+def test_shapes_and_numbers_that_cannot_be_are_refused(tmp_path):
+    norm, positions = "modality_heads.imu.0.weight", "modality_preprocessors.imu.pos_embed"
+    for name, value, words in (
+        (positions, torch.tensor(1.0), r"pos_embed has shape \[\]"),
+        (norm, torch.full((64,), float("nan")), r"not finite in imu\.head\.norm\.weight"),
+        (norm, torch.ones(64, dtype=torch.int32), r"imu\.head\.norm\.weight \(int32\)"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            convert(small_state() | {name: value}, tmp_path / "imagebind")
+    assert not (tmp_path / "imagebind").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from bindllm import BindLLM
 from bindllm.checkpoint.foreign import read_foreign
 from bindllm.checkpoint.imagebind_llm import halve_rotation, is_imagebind_llm, read_imagebind_llm
-from bindllm.errors import CheckpointError
+from bindllm.errors import CheckpointError, DecoderError
 from bindllm.model.conversion import convert_imagebind_llm
 from bindllm.model.decoder import DecoderConfig
 from goldens import filled, golden, keys
@@ -274,6 +275,36 @@ def test_files_that_are_not_whole_or_not_known_are_refused(tmp_path, base):
     broken = torch.full((64,), float("nan"))
     refused({"image_bind_proj.bias": broken}, r"not finite in bind\.projection\.bias")
     refused({"llma.norm.weight": torch.ones(64)}, "both become")
+    refused(
+        {"image_bind_proj.weight": torch.ones(64, 1024, dtype=torch.int8)}, r"projection\.weight \(int8\)"
+    )
+    assert not (tmp_path / "m").exists()
+
+
+def test_shapes_that_cannot_be_are_refused_by_name(tmp_path, base):
+    """Each of these says something about the model's shape, or has its rows reordered."""
+    gates, query = [f"llama.layers.{n}.attention.gate" for n in range(4)], "llama.layers.0.attention."
+    for changes, words in (
+        (
+            {"image_bind_proj.weight": torch.ones(64)},
+            r"image_bind_proj\.weight has shape \[64\], expected a matrix",
+        ),
+        ({"image_bind_proj.weight": torch.ones(0, 1024)}, r"has shape \[0, 1024\]"),
+        ({"prefix_query.weight": torch.tensor(1.0)}, r"prefix_query\.weight has shape \[\]"),
+        ({"prefix_query.weight": torch.ones(0, 64)}, r"prefix_query\.weight has shape \[0, 64\]"),
+        ({"image_bind_f1_1.weight": torch.tensor(1.0)}, r"f1_1\.weight has shape \[\]"),
+        ({f"{query}lora_wq_l1.weight": torch.tensor(1.0)}, r"lora_wq_l1\.weight has shape \[\]"),
+        (
+            {f"{query}lora_wq_l2.weight": torch.ones(63, 16)},
+            r"lora_wq_l2\.weight has shape \[63, 16\], which no",
+        ),
+        ({f"{query}wq.bias": torch.tensor(0.0)}, r"wq\.bias has shape \[\], which no"),
+        ({gates[1]: torch.ones(1, 8, 1, 1)}, "gates for 4 and 8 heads"),
+        (dict.fromkeys(gates, torch.ones(0)), "gates for 0 heads"),
+        (dict.fromkeys(gates, torch.ones(1, 3, 1, 1)), r"has shape \[64.*which no tensor"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            convert(published("finetune") | changes, tmp_path / "m", base)
     assert not (tmp_path / "m").exists()
 
 
@@ -295,6 +326,16 @@ def test_a_base_that_is_no_llama_is_refused(tmp_path, base):
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match=r"no readable config\.json"):
         convert(published("pretrain"), tmp_path / "m", str(tmp_path / "empty"))
+    copy = shutil.copytree(base, tmp_path / "copy")
+    config = (copy / "config.json").read_text()
+    (copy / "config.json").write_text(config.replace('"silu"', '"sulu"'))
+    with pytest.raises(DecoderError, match="does not hold a causal language model.*sulu"):
+        convert(published("pretrain"), tmp_path / "m", str(copy))
+    (copy / "config.json").write_text(config)
+    (copy / "tokenizer.json").write_text("{}")
+    with pytest.raises(DecoderError, match="no usable tokenizer in"):
+        convert(published("pretrain"), tmp_path / "m", str(copy))
+    assert not (tmp_path / "m").exists()
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bindllm.checkpoint.keymap import Rule, rename
+from bindllm.checkpoint.keymap import Rule, rename, require_weights
 from bindllm.errors import CheckpointError
 
 RULES = [
@@ -44,3 +44,25 @@ def test_a_rule_matches_the_whole_name_only():
 def test_two_tensors_never_share_a_name():
     with pytest.raises(CheckpointError, match="both become x"):
         rename({"a": torch.ones(1), "b": torch.ones(1)}, [Rule("[ab]", "x")])
+
+
+@pytest.mark.parametrize(("shape", "told"), [((), r"\[\]"), ((5,), r"\[5\]")])
+def test_a_shape_that_a_rule_cannot_change_is_refused_by_name(shape, told):
+    rules = [Rule("w", "weight", change=lambda tensor: tensor.unflatten(0, (2, -1)))]
+    with pytest.raises(CheckpointError, match=rf"^w has shape {told}, which no"):
+        rename({"w": torch.ones(shape)}, rules)
+
+
+def test_only_plain_finite_numbers_are_weights():
+    good = {"a": torch.ones(2, dtype=torch.bfloat16), "b": torch.empty(3, device="meta")}
+    require_weights(good, source="x.pth")
+    for bad, words in (
+        (torch.ones(2, dtype=torch.int64), r"no plain floating-point numbers: c \(int64\)"),
+        (torch.ones(2, dtype=torch.complex64), r"c \(complex64\)"),
+        (torch.ones(2).to(torch.float8_e4m3fn), r"c \(float8_e4m3fn\)"),
+        (torch.ones(2, 2).to_sparse(), r"c \(float32\)"),
+        (torch.tensor([1.0, float("inf")]), "not finite in c: it is damaged"),
+        (torch.tensor(float("nan")), "not finite in c"),
+    ):
+        with pytest.raises(CheckpointError, match=rf"^x.pth holds .*{words}"):
+            require_weights({**good, "c": bad}, source="x.pth")

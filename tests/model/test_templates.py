@@ -105,3 +105,11 @@ def test_it_is_chosen_in_the_config_of_the_decoder(tmp_path):
     assert text_of(tokenizer, ("user", "X")).startswith("<|im_start|>Be brief.\n\n### Instruction:\nX")
     with pytest.raises(InputError, match="Did you mean 'alpaca'"):
         DecoderConfig(folder, template="alpacca")
+
+
+def test_a_begin_token_that_is_an_empty_text_is_none():
+    """So it stands in some copies of LLaMA; prompts would silently lack it."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.bos_token = ""
+    with pytest.raises(DecoderError, match="has no begin token"):
+        apply_template("alpaca", tokenizer)

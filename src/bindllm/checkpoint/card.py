@@ -9,7 +9,7 @@ from typing import Any
 UNKNOWN_LICENCE = "see its own page"
 
 _LIMITS = """\
-The model says what is likely, not what is true. It has learnt from the data named above and from nothing else, so it
+The model says what is likely, not what is true. It has learnt from {data} and from nothing else, so it
 confuses things that look alike, names things that are not there, and knows no picture style outside its data. Do not
 use it where a wrong description can hurt somebody.
 """
@@ -22,12 +22,13 @@ def write_card(manifest: dict[str, Any], *, data: list[str] | None = None) -> st
         manifest: content of ``bindllm.json``.
         data: folders or tables that the model was trained on; their ``SOURCE.json`` gives the licence.
     """
-    decoder = manifest["decoder"]
+    decoder, adapter = manifest["decoder"], manifest.get("adapter")
+    tuned = ", and an adapter that tunes that model" if adapter else ""
     lines = [
         f"# {decoder['name'].rstrip('/').rsplit('/', 1)[-1]} with new senses",
         "",
         "Trained parts of a [bindllm](https://arxiv.org/abs/2309.03905) model: a bind network and the gates that add",
-        "its output to the tokens of a frozen language model. The frozen parts are named here, not contained.",
+        f"its output to the tokens of a frozen language model{tuned}. The frozen parts are named here, not contained.",
         "",
         "| part | is | licence |",
         "|---|---|---|",
@@ -35,6 +36,7 @@ def write_card(manifest: dict[str, Any], *, data: list[str] | None = None) -> st
         "",
         f"Bind network: depth {manifest['bind']['depth']}, expansion {manifest['bind']['expansion']}. "
         f"Injection: kind `{manifest['inject']['kind']}`, queries {manifest['inject']['queries']}.",
+        *_adapter_lines(adapter),
         "",
         "## Use",
         "",
@@ -47,11 +49,22 @@ def write_card(manifest: dict[str, Any], *, data: list[str] | None = None) -> st
         "",
         "## Limits",
         "",
-        _LIMITS,
+        _LIMITS.format(data="the data named above" if data else "its training data"),
         "Code of bindllm: Apache-2.0. The weights here derive from the parts in the table: their licences, and those",
         "of the training data, hold for them as well.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _adapter_lines(adapter: dict[str, Any] | None) -> list[str]:
+    """Say what of the decoder is tuned; nothing where nothing is."""
+    if not adapter:
+        return []
+    scale = 1.0 if adapter["alpha"] is None else adapter["alpha"] / adapter["rank"]
+    return [
+        f"Adapter, in `adapter/` as peft reads it: LoRA of rank {adapter['rank']} and scale {scale:g}, new biases "
+        f"{adapter['bias']}, tuned norms {adapter['norm']}."
+    ]
 
 
 def licences(manifest: dict[str, Any], *, data: list[str] | None = None) -> list[dict[str, str]]:

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bindllm.atomic import atomic_folder, write_json
-from bindllm.checkpoint.keymap import Accounting, Rule, rename
+from bindllm.checkpoint.keymap import Accounting, Rule, rename, require_weights
 from bindllm.errors import CheckpointError
 
 LICENCE = "CC-BY-NC 4.0 (no commercial use)"
@@ -142,8 +142,8 @@ def convert_imagebind(
         what became of every tensor.
 
     Raises:
-        CheckpointError: unknown, missing or misshapen tensors, an unknown size without ``heads``, or a folder that
-            holds something else. Nothing is written then.
+        CheckpointError: unknown, missing or misshapen tensors, numbers that are no finite floating-point ones, an
+            unknown size without ``heads``, or a folder that holds something else. Nothing is written then.
     """
     folder = Path(folder)
     if folder.exists() and not _is_ours(folder):
@@ -153,6 +153,7 @@ def convert_imagebind(
     renamed, accounting = rename(state, [*rules, *RULES])
     accounting.require_complete(source)
     _require_published(accounting, source)
+    require_weights(renamed, source=source)
     trunks: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in renamed.items():
         trunk, _, inner = name.partition(".")
@@ -226,7 +227,7 @@ def _require_published(accounting: Accounting, source: str) -> None:
             problems.append(f"unknown trunk {trunk}")
             continue
         numbers = {int(match[1]) for name in shapes if (match := re.search(r"[.]blocks[.](\d+)[.]", name))}
-        width = next((shape[-1] for name, shape in shapes.items() if name.endswith("pos_embed")), 0)
+        width = next((shape[-1] for name, shape in shapes.items() if name.endswith("pos_embed") and shape), 0)
         head = next(
             (shape[0] for name, shape in shapes.items() if name.startswith("modality_heads") and shape[1:]), 0
         )

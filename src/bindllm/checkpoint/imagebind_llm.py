@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bindllm.checkpoint.keymap import Accounting, Rule, rename
+from bindllm.checkpoint.keymap import Accounting, Rule, rename, require_weights
 from bindllm.errors import CheckpointError
 
 SOURCE = "the ImageBind-LLM checkpoint"
@@ -108,7 +108,8 @@ def read_imagebind_llm(state: Mapping[str, Tensor]) -> Adapted:
         state: by published names.
 
     Raises:
-        CheckpointError: unknown tensors, missing ones that tell the model's shape, or numbers that are not finite.
+        CheckpointError: unknown tensors, missing or misshapen ones that tell the model's shape, or numbers that are
+            no finite floating-point ones.
     """
     shape = read_shape(state)
     renamed, accounting = rename(state, _rules(shape))
@@ -123,11 +124,7 @@ def read_imagebind_llm(state: Mapping[str, Tensor]) -> Adapted:
             if any(part in name for part in _UNBIASED):
                 # The published keys and values have none.
                 renamed[bias] = renamed[name].new_zeros(len(renamed[name]))
-    broken = [name for name, tensor in renamed.items() if not tensor.is_meta and not tensor.isfinite().all()]
-    if broken:
-        raise CheckpointError(
-            f"{SOURCE} holds numbers that are not finite in {', '.join(broken[:5])}: it is damaged"
-        )
+    require_weights(renamed, source=SOURCE)
     return Adapted(shape, renamed, rename(state, _base_rules(shape))[0], accounting)
 
 
@@ -150,18 +147,28 @@ def read_shape(state: Mapping[str, Tensor]) -> Shape:
         raise CheckpointError(
             f"{SOURCE} lacks {lacks}; a whole file has the bind network, the queries and all gates"
         )
+    ranks = [name for name in state if re.fullmatch(rf"{_LAYER}attention[.]lora_wq_l1[.]weight", name)]
+    for name in [*needed, *ranks]:
+        if state[name].dim() != 2 or not state[name].numel():
+            raise CheckpointError(
+                f"{SOURCE}: {name} has shape {list(state[name].shape)}, expected a matrix; it is damaged"
+            )
+    heads = sorted({state[name].numel() for name in gates.values()})
+    if len(heads) != 1 or not heads[0]:
+        raise CheckpointError(
+            f"{SOURCE} has gates for {' and '.join(map(str, heads))} heads: expected the same number in each layer"
+        )
     width, embedding_size = state["image_bind_proj.weight"].shape
     served = len(state["prefix_query.weight"])
     if served > len(gates):
         raise CheckpointError(
             f"{SOURCE} has {served} queries for {len(gates)} layers: expected at most one for each"
         )
-    ranks = [name for name in state if re.fullmatch(rf"{_LAYER}attention[.]lora_wq_l1[.]weight", name)]
     return Shape(
         embedding_size=embedding_size,
         width=width,
         num_layers=len(gates),
-        num_heads=state[gates[0]].numel(),
+        num_heads=heads[0],
         served=served,
         depth=len(blocks),
         expansion=len(state["image_bind_f1_1.weight"]) // width,

@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from bindllm.atomic import atomic_file
 from bindllm.errors import CheckpointError
 
 _SHOWN = 20
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def rename(tensors: Mapping[str, Tensor], rules: Sequence[Rule]) -> tuple[dict[s
         `Accounting.require_complete`.
 
     Raises:
-        CheckpointError: two tensors get the same name.
+        CheckpointError: two tensors get the same name, or one has a shape that its rule cannot change.
 
     Example:
         >>> import torch
@@ -111,6 +113,43 @@ def rename(tensors: Mapping[str, Tensor], rules: Sequence[Rule]) -> tuple[dict[s
                 raise CheckpointError(
                     f"{name} and another both become {new}: this is another kind of checkpoint"
                 )
-            renamed[new] = tensor if rule.change is None else rule.change(tensor)
+            renamed[new] = _change(name, tensor, rule)
             accounting.mapped.append((name, new, tuple(tensor.shape)))
     return renamed, accounting
+
+
+def _change(name: str, tensor: Tensor, rule: Rule) -> Tensor:
+    try:
+        return tensor if rule.change is None else rule.change(tensor)
+    except (RuntimeError, IndexError) as error:
+        raise CheckpointError(
+            f"{name} has shape {list(tensor.shape)}, which no tensor of this name has: this is another kind of "
+            "checkpoint, or a damaged one"
+        ) from error
+
+
+def require_weights(tensors: Mapping[str, Tensor], *, source: str) -> None:
+    """Refuse what cannot be weights: whole numbers, quantised or sparse tensors, NaN and infinity.
+
+    Args:
+        tensors: by name; of those without values ("meta") only the types are looked at.
+        source: what the checkpoint is called in messages.
+
+    Raises:
+        CheckpointError: names some of them.
+    """
+    kinds = [
+        f"{name} ({str(tensor.dtype).removeprefix('torch.')})"
+        for name, tensor in tensors.items()
+        if tensor.dtype not in _DTYPES or tensor.layout != torch.strided
+    ]
+    if kinds:
+        raise CheckpointError(
+            f"{source} holds tensors that are no plain floating-point numbers: {', '.join(kinds[:_SHOWN])}. It is "
+            "quantised or damaged; give the file as published"
+        )
+    broken = [name for name, tensor in tensors.items() if not (tensor.is_meta or tensor.isfinite().all())]
+    if broken:
+        raise CheckpointError(
+            f"{source} holds numbers that are not finite in {', '.join(broken[:_SHOWN])}: it is damaged"
+        )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bindllm.atomic import atomic_folder, write_json
 from bindllm.checkpoint.folder import REPORT, check_keys
-from bindllm.checkpoint.keymap import Accounting, Rule, rename
+from bindllm.checkpoint.keymap import Accounting, Rule, rename, require_weights
 from bindllm.errors import CheckpointError
 
 LICENCE = "published with MIT-licensed code; made from ImageBind, whose weights are CC-BY-NC 4.0 (no commercial use)"
@@ -116,7 +116,8 @@ def rename_pointbind(
         source: what it is called in messages.
 
     Raises:
-        CheckpointError: no point encoder inside, unknown tensors, or missing or misshapen ones.
+        CheckpointError: no point encoder inside, unknown tensors, missing or misshapen ones, or numbers that are no
+            finite floating-point ones.
     """
     variant = find_variant(state)
     if variant is None:
@@ -129,6 +130,7 @@ def rename_pointbind(
     shapes = _shapes(variant)
     expected = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     check_keys(expected, tensors, source=source)
+    require_weights(tensors, source=source)
     return variant, tensors, accounting
 
 

@@ -20,7 +20,7 @@ from bindllm.checkpoint.imagebind_llm import Shape, read_imagebind_llm
 from bindllm.checkpoint.keymap import Accounting
 from bindllm.encoders import Encoder
 from bindllm.encoders.fusion import common_size
-from bindllm.errors import CheckpointError
+from bindllm.errors import CheckpointError, DecoderError
 from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.bindllm import BindLLM
@@ -76,7 +76,7 @@ def convert_imagebind_llm(
     Raises:
         CheckpointError: unknown or missing tensors, another base, encoders of another size, or a folder that holds
             something else.
-        DecoderError: the base's folder or tokenizer cannot be used.
+        DecoderError: the base's folder, config or tokenizer cannot be used.
     """
     adapted = read_imagebind_llm(state)
     check_base(adapted, find_folder(base), accept=accept_base)
@@ -103,9 +103,17 @@ def _empty_model(shape: Shape, base: DecoderConfig, encoders: Sequence[Encoder])
     """Return the model that would load the tensors: names and shapes alone, and a tokenizer that has been tried."""
     decoder = replace(base, template=base.template or "alpaca")
     tokenizer = load_tokenizer(decoder)
+    folder = find_folder(base)
     with torch.device("meta"):
+        try:
+            network = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        # Whatever a stranger's config makes the library raise means that there is no such model.
+        except Exception as error:
+            raise DecoderError(
+                f"{folder} does not hold a causal language model ({type(error).__name__}: {error})"
+            ) from error
         return BindLLM(
-            AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(find_folder(base))),
+            network,
             tokenizer,
             decoder,
             encoders=encoders,

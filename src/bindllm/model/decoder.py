@@ -109,8 +109,9 @@ def load_tokenizer(config: DecoderConfig) -> PreTrainedTokenizerBase:
     folder = find_folder(config)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True)
-    except (OSError, ValueError) as error:
-        raise DecoderError(f"no usable tokenizer in {folder}: {error}") from error
+    # Whatever a stranger's file makes the library raise means that there is no such tokenizer.
+    except Exception as error:
+        raise DecoderError(f"no usable tokenizer in {folder} ({type(error).__name__}: {error})") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if config.template is not None:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from bindllm import __version__
-from bindllm.checkpoint.folder import build_object, read_manifest, read_weights, resolve_path
-from bindllm.errors import CheckpointError
+from bindllm.checkpoint.folder import MANIFEST, build_object, read_manifest, read_weights, resolve_path
+from bindllm.errors import CheckpointError, EncoderError
 from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.decoder import DecoderConfig, find_folder, fingerprint_decoder
@@ -81,8 +81,14 @@ def read_parts(
     _check_fingerprint("decoder", config.name, fingerprint_decoder(find_folder(config)), expected[0])
     parts["encoders"] = []
     for entry, values, fingerprint in zip(entries, arguments, expected[1:], strict=True):
-        encoder = build_object({**entry, "init_args": values}, allow=allow)
-        _check_fingerprint("encoder", entry["class_path"], encoder.fingerprint(), fingerprint)
+        try:
+            encoder = build_object({**entry, "init_args": values}, allow=allow)
+            found = encoder.fingerprint()
+        except EncoderError as error:
+            raise CheckpointError(
+                f"{error}; it is named under encoders in {Path(folder) / MANIFEST}"
+            ) from error
+        _check_fingerprint("encoder", entry["class_path"], found, fingerprint)
         parts["encoders"].append(encoder)
     return config, parts, read_weights(folder, manifest)
 

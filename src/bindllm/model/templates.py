@@ -48,7 +48,8 @@ def apply_template(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
         DecoderError: the tokenizer has no begin or end token.
     """
     tokens = {"begin": tokenizer.bos_token, "end": tokenizer.eos_token}
-    missing = [f"{what} token" for what, token in tokens.items() if token is None]
+    # Some copies of LLaMA name them as empty texts.
+    missing = [f"{what} token" for what, token in tokens.items() if not token]
     if missing:
         raise DecoderError(
             f"the template {name!r} starts with the begin token and ends answers with the end token, but the tokenizer "
