@@ -74,6 +74,17 @@ def test_kill_in_the_middle_of_a_save_leaves_the_old_content(tmp_path):
     assert (tmp_path / "f.json").read_text() == '"old"\n'
 
 
+def test_private_files_of_a_folder_get_the_usual_rights(tmp_path):
+    with atomic_folder(tmp_path / "d") as part:
+        for name, rights in (("plain", None), ("private", 0o600), ("script", 0o700)):
+            (part / name).write_text("whole")
+            if rights:
+                (part / name).chmod(rights)
+    rights = {name: (tmp_path / "d" / name).stat().st_mode & 0o777 for name in names(tmp_path / "d")}
+    assert rights["private"] == rights["plain"]
+    assert rights["script"] == 0o700
+
+
 def test_kill_between_the_two_renames_of_a_folder_loses_nothing(tmp_path):
     code = (
         "import os, signal; from pathlib import Path; from bindllm.atomic import atomic_folder\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,14 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _let_read(files: list[Path], *, like: Path) -> None:
+    """Give private files the rights that the process gives by default: safetensors writes for the owner alone."""
+    rights = stat.S_IMODE(like.stat().st_mode) & 0o666
+    for file in files:
+        if file.is_file() and stat.S_IMODE(file.stat().st_mode) == 0o600:
+            file.chmod(rights)
 
 
 def _beside(path: Path) -> Path:
@@ -76,6 +85,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     try:
         yield part
         files = sorted(part.rglob("*"))
+        _let_read(files, like=part)
         if len(files) > _MANY:
             os.sync()
         else:

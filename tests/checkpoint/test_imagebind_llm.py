@@ -140,6 +140,10 @@ def test_a_converted_model_saved_again_is_the_same_and_plain_peft_reads_its_adap
     model = load("finetune")
     model.save_pretrained(tmp_path / "again")
     again = BindLLM.from_pretrained(tmp_path / "again", device="cpu", allow=ALLOW)
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert "## Origin" in card
+    assert "GPL-3" in card
+    assert "finetune phase" in card
     batch = inputs(model)
     assert torch.equal(again(**batch).logits, model(**batch).logits)
     plain = PeftModel.from_pretrained(
@@ -193,7 +197,12 @@ def test_a_training_checkpoint_gives_the_same_and_its_base_is_compared_whole(tmp
 def test_other_precisions_of_the_file_are_the_same_base(tmp_path, base, dtype):
     for phase in ("pretrain", "finetune"):
         state = {name: value.to(dtype) for name, value in published(phase).items()}
-        convert_imagebind_llm(state, tmp_path / phase, base=DecoderConfig(base), encoders=[GivenEncoder()])
+        done = convert_imagebind_llm(
+            state, tmp_path / phase, base=DecoderConfig(base), encoders=[GivenEncoder()]
+        )
+        assert done.accounting.unknown == []
+        assert done.shape.phase == phase
+        assert (tmp_path / phase / "bind.safetensors").is_file()
 
 
 def test_a_wrong_base_is_refused_by_its_sizes(tmp_path):

@@ -9,7 +9,7 @@ import torch
 
 from bindllm import BindLLM
 from bindllm.data.sources import SourceConfig, read_source
-from bindllm.errors import InputError
+from bindllm.errors import InputError, MediaError
 from bindllm.media import Media
 from bindllm.retrieval.store import EmbeddingStore
 from tiny import ColourEncoder
@@ -24,7 +24,10 @@ class SpectrumEncoder(ColourEncoder):
     modalities = ("radar",)
 
     def prepare(self, media):
-        signal = media.source if isinstance(media.source, np.ndarray) else np.load(media.source)
+        try:
+            signal = media.source if isinstance(media.source, np.ndarray) else np.load(media.source)
+        except (OSError, ValueError) as error:
+            raise MediaError(f"{media.name}: not a signal ({error})") from error
         return torch.from_numpy(np.abs(np.fft.rfft(signal, 94))[:48].astype(np.float32) / 47)
 
 

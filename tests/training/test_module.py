@@ -233,6 +233,7 @@ def test_starting_from_a_folder_of_other_parts_is_refused(make, tmp_path):
 def test_a_second_stage_tunes_the_decoder_and_starts_from_the_first(make, trainer, tmp_path):
     module, _ = make()
     module.configure_model()
+    module.model.origin = "Somebody's weights, under their licence."
     module.model.save_pretrained(tmp_path / "first")
     first = {name: value.clone() for name, value in module.model.trainable_state().items()}
     options = {
@@ -249,6 +250,7 @@ def test_a_second_stage_tunes_the_decoder_and_starts_from_the_first(make, traine
     assert len(tuned) == 3 * 7
     assert all(second[name].abs().max() > 0 for name in tuned)
     module.model.save_pretrained(tmp_path / "second")
+    assert "Somebody's weights" in (tmp_path / "second" / "README.md").read_text()
     again, _ = make(**{**options, "start_from": str(tmp_path / "second")})
     again.configure_model()
     assert all(torch.equal(value, second[name]) for name, value in again.model.trainable_state().items())

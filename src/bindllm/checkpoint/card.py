@@ -37,6 +37,7 @@ def write_card(manifest: dict[str, Any], *, data: list[str] | None = None) -> st
         f"Bind network: depth {manifest['bind']['depth']}, expansion {manifest['bind']['expansion']}. "
         f"Injection: kind `{manifest['inject']['kind']}`, queries {manifest['inject']['queries']}.",
         *_adapter_lines(adapter),
+        *(("", "## Origin", "", manifest["origin"]) if manifest.get("origin") else ()),
         "",
         "## Use",
         "",

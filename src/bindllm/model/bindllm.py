@@ -60,6 +60,7 @@ class BindLLM(nn.Module):
         bind: shape of the bind network.
         inject: kind of injection.
         adapter: what of the decoder is tuned; None: nothing.
+        origin: whose trained tensors these are or derive from, and their licence; for the cards of all folders.
 
     Example:
         model = BindLLM.from_pretrained("checkpoints/quickstart")
@@ -76,9 +77,10 @@ class BindLLM(nn.Module):
         bind: BindConfig | None = None,
         inject: InjectConfig | None = None,
         adapter: AdapterConfig | None = None,
+        origin: str = "",
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.origin = config, origin
         self.bind_config, self.inject_config = bind or BindConfig(), inject or InjectConfig()
         self.tokenizer, self.encoders = tokenizer, tuple(encoders)
         for warning in alignment_warnings(self.encoders):

@@ -33,13 +33,10 @@ LICENCE = (
     "from LLaMA and ImageBind (CC-BY-NC 4.0), both for non-commercial use: ask the authors before any other"
 )
 
-_ORIGIN = f"""
-## Origin
-
+_ORIGIN = f"""\
 Converted by bindllm from the published weights of ImageBind-LLM (https://arxiv.org/abs/2309.03905), {{phase}} phase;
-`{REPORT}` tells what became of each of their tensors. Several media are fused as there, by their plain weighted mean.
-Licence: {LICENCE}.
-"""
+`{REPORT}` of the converted folder tells what became of each of their tensors. Several media are fused as there, by
+their plain weighted mean. Licence: {LICENCE}."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +84,13 @@ def convert_imagebind_llm(
         )
     model = _empty_model(adapted.shape, base, encoders)
     check_keys(model.trainable_state(), adapted.tensors, source="the published file")
+    model.origin = _ORIGIN.format(phase=adapted.shape.phase)
     manifest = describe(model)
     write_checkpoint(
         folder,
         manifest,
         adapted.tensors,
-        write_card(manifest) + _ORIGIN.format(phase=adapted.shape.phase),
+        write_card(manifest),
         adapter_config=None if model.adapter is None else model.adapter.peft_config(),
         report=adapted.accounting,
     )

@@ -37,6 +37,7 @@ def describe(model: BindLLM) -> dict[str, Any]:
         "bind": asdict(model.bind_config),
         "inject": asdict(model.inject_config),
         "adapter": None if model.adapter is None else asdict(model.adapter.config),
+        "origin": model.origin,
     }
 
 
@@ -68,6 +69,7 @@ def read_parts(
             "bind": BindConfig(**manifest["bind"]),
             "inject": InjectConfig(**manifest["inject"]),
             "adapter": AdapterConfig(**tuned) if (tuned := manifest.get("adapter")) else None,
+            "origin": manifest.get("origin", ""),
         }
         expected = [saved["fingerprint"], *(entry["fingerprint"] for entry in entries)]
         arguments = [

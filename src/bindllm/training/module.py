@@ -126,6 +126,8 @@ class BindModule(LightningModule):
                 raise CheckpointError(
                     f"{folder} was trained with another {what} than this recipe names: use the recipe.yaml in it"
                 )
+        # What is trained on from somebody's weights stays under their licence.
+        self.model.origin = manifest.get("origin", "")
         tensors = read_weights(folder, manifest)
         if not manifest.get("adapter"):
             # The first stage has none; it is added here, and starts by changing nothing.
