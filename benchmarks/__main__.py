@@ -11,7 +11,7 @@ from rich.table import Table
 from benchmarks.measure import write_figures
 from bindllm.errors import known_names
 
-NAMES = ("startup", "train_step", "generation", "store", "embed", "encoders", "loading")
+NAMES = ("startup", "train_step", "generation", "store", "embed", "encoders", "points", "loading")
 
 
 def main(names: list[str]) -> int:
