@@ -155,3 +155,5 @@ def test_arguments_of_an_encoder_are_read_as_its_types():
     assert (other.config["name"], other.config["revision"]) == ("7", "0e1")
     with pytest.raises(CheckpointError, match="not the import path"):
         build_encoder("Nope", ["--encoder.grid", "2"])
+    with pytest.raises(UsageError, match="cannot be built without name: add --encoder.name VALUE"):
+        build_encoder("bindllm.encoders.HuggingFace", ["--encoder.dtype", "float32"])

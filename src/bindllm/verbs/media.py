@@ -81,7 +81,7 @@ def build_encoder(path: str, options: Sequence[str]) -> Any:
         options: the words of the command line that belong to it; values are read as YAML.
 
     Raises:
-        UsageError: options that are not of this form, or that the constructor does not know.
+        UsageError: options that are not of this form, or that the constructor does not know or cannot do without.
         CheckpointError: the class does not exist or cannot be built.
     """
     given: dict[str, str] = {}
@@ -95,10 +95,15 @@ def build_encoder(path: str, options: Sequence[str]) -> Any:
         if not equals and not words:
             raise UsageError(f"{name} has no value behind it")
         given[name.removeprefix("--encoder.")] = value if equals else words.pop(0)
-    if not given:
-        return build_object({"class_path": path}, allow=[path])
     kind = _find_class(path)
     parameters = inspect.signature(kind).parameters
+    gathering = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    required = [
+        name for name, one in parameters.items() if one.default is one.empty and one.kind not in gathering
+    ]
+    if missing := [name for name in required if name not in given]:
+        wanted = " ".join(f"--encoder.{name} VALUE" for name in missing)
+        raise UsageError(f"{path} cannot be built without {', '.join(missing)}: add {wanted}")
     arguments: dict[str, Any] = {}
     for name, text in given.items():
         takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
@@ -115,7 +120,8 @@ def _find_class(path: str) -> Any:
     try:
         # Names of a package may be made when they are asked for, so its dictionary is not enough.
         return getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    # A stranger's module may raise anything when it is imported.
+    except Exception as error:
         build_object({"class_path": path}, allow=[path])
         raise CheckpointError(f"{path} cannot be imported ({error})") from error
 
