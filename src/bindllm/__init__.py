@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from bindllm.errors import BindLLMError
     from bindllm.media import Media
     from bindllm.model.bindllm import BindLLM
+    from bindllm.retrieval.cache import VisualCache
     from bindllm.retrieval.store import EmbeddingStore
 
 __version__ = "0.1.0"
@@ -26,9 +27,19 @@ _HOMES = {
     "Encoder": "bindllm.encoders",
     "Media": "bindllm.media",
     "Message": "bindllm.conversation",
+    "VisualCache": "bindllm.retrieval.cache",
 }
 
-__all__ = ["BindLLM", "BindLLMError", "Conversation", "EmbeddingStore", "Encoder", "Media", "Message"]
+__all__ = [
+    "BindLLM",
+    "BindLLMError",
+    "Conversation",
+    "EmbeddingStore",
+    "Encoder",
+    "Media",
+    "Message",
+    "VisualCache",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -32,6 +32,7 @@ from bindllm.model.decoder import DecoderConfig, has_plain_logits, load_decoder,
 from bindllm.model.generation import Prompt, check_media, check_options, prepare_batch, stream_text
 from bindllm.model.injection import InjectConfig, Injection
 from bindllm.model.pretrained import describe, read_parts
+from bindllm.retrieval.cache import VisualCache
 
 
 @dataclass
@@ -155,12 +156,15 @@ class BindLLM(nn.Module):
             tensor.copy_(tensors[name])
 
     @torch.no_grad()
-    def encode(self, media: Sequence[Media] | Sequence[Sequence[Media]]) -> Tensor:
+    def encode(
+        self, media: Sequence[Media] | Sequence[Sequence[Media]], *, cache: VisualCache | None = None
+    ) -> Tensor:
         """Embed media.
 
         Args:
             media: one embedding is made of each item; an item that is itself a list is fused into one (weighted
                 mean of its unit embeddings, normalised again unless `BindConfig.fusion` says otherwise).
+            cache: mixes the nearest pictures into each embedding (of items without a picture, by default).
 
         Returns:
             unit-norm embeddings, [N, E], float32, on the CPU.
@@ -168,12 +172,14 @@ class BindLLM(nn.Module):
         Raises:
             MediaError: a file that cannot be read.
             InputError: no encoder of this model serves the modality.
+            StoreError: the cache was built with another encoder.
         """
         if isinstance(media, Media) or not media:
             raise InputError(f"encode takes a list of Media with at least one in it, not {media!r}")
         groups = [(item,) if isinstance(item, Media) else check_media(item) for item in media]
         normalise = self.bind_config.fusion == "unit"
-        return embed_groups(groups, self.encoders, device=self.device, normalise=normalise)
+        found = embed_groups(groups, self.encoders, device=self.device, normalise=normalise)
+        return found if cache is None else cache.blend_groups(found, groups, self.encoders)
 
     def forward(
         self,
@@ -244,7 +250,12 @@ class BindLLM(nn.Module):
             return run()[:, ids.shape[1] :]
 
     def generate(
-        self, prompt: Prompt | Sequence[Prompt], media: Sequence[Any] | None = None, **options: Any
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        media: Sequence[Any] | None = None,
+        *,
+        cache: VisualCache | None = None,
+        **options: Any,
     ) -> str | list[str]:
         """Answer one prompt, or a batch of prompts each with its own media.
 
@@ -252,6 +263,7 @@ class BindLLM(nn.Module):
             prompt: a text or a `Conversation`, or a list of them.
             media: for one text the list of its media, fused into one embedding; for a list of texts one such list
                 each (empty: no media).
+            cache: as for `encode`.
             **options: as for Hugging Face ``generate`` (``max_new_tokens``, ``do_sample``, ``temperature``,
                 ``top_p``, ``num_beams``, ...). Without any, the answer is greedy and at most 128 tokens long.
 
@@ -263,32 +275,33 @@ class BindLLM(nn.Module):
             MediaError: a file that cannot be read.
         """
         options = check_options(options)
-        one = isinstance(prompt, str | Conversation)
-        if not one and not isinstance(prompt, list | tuple):
-            raise InputError(f"a prompt is a text, a Conversation, or a list of them, not {prompt!r}")
-        batch, embeddings = self._prepare(
-            [prompt] if one else prompt, [() if media is None else media] if one else media
-        )
+        batch, embeddings = self._prepare(prompt, media, cache)
         answers = self.generate_from(*batch, embeddings, **options)
         texts = [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
         return texts[0] if isinstance(prompt, str | Conversation) and len(texts) == 1 else texts
 
-    def stream(self, prompt: Prompt, media: Sequence[Media] | None = None, **options: Any) -> Iterator[str]:
+    def stream(
+        self,
+        prompt: Prompt,
+        media: Sequence[Media] | None = None,
+        *,
+        cache: VisualCache | None = None,
+        **options: Any,
+    ) -> Iterator[str]:
         """Yield the answer to one prompt piece by piece; arguments as for `generate`."""
         options = check_options(options)
         if options.get("num_beams", 1) > 1:
-            raise InputError(
-                "a stream has no beams: pieces are final once they are out. Use generate, or num_beams=1"
-            )
-        batch, embeddings = self._prepare(prompt, media)
+            raise InputError("a stream has no beams: its pieces are final. Use generate, or num_beams=1")
+        batch, embeddings = self._prepare(prompt, media, cache)
         run = partial(self.generate_from, *batch, embeddings, **options)
         yield from stream_text(run, self.tokenizer)
 
     def _prepare(
-        self, prompt: Prompt | Sequence[Prompt], media: Sequence[Any] | None
+        self, prompt: Prompt | Sequence[Prompt], media: Sequence[Any] | None, cache: VisualCache | None = None
     ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
         """Render prompts and embed their media: ids, mask and index [B, T]; embeddings [B, M, E] or None."""
-        return prepare_batch(prompt, media, tokenizer=self.tokenizer, encode=self.encode)
+        encode = partial(self.encode, cache=cache)
+        return prepare_batch(prompt, media, tokenizer=self.tokenizer, encode=encode)
 
     def save_pretrained(self, folder: str | Path, *, data: list[str] | None = None) -> None:
         """Write a checkpoint folder, in one step.
