@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -95,8 +95,7 @@ def build_encoder(path: str, options: Sequence[str]) -> Any:
         if not equals and not words:
             raise UsageError(f"{name} has no value behind it")
         given[name.removeprefix("--encoder.")] = value if equals else words.pop(0)
-    kind = _find_class(path)
-    parameters = inspect.signature(kind).parameters
+    parameters = _parameters(path)
     gathering = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     required = [
         name for name, one in parameters.items() if one.default is one.empty and one.kind not in gathering
@@ -112,6 +111,14 @@ def build_encoder(path: str, options: Sequence[str]) -> Any:
         is_text = name in parameters and parameters[name].annotation in (str, "str", "str | None")
         arguments[name] = text if is_text else _read_yaml(name, text)
     return build_object({"class_path": path, "init_args": arguments}, allow=[path])
+
+
+def _parameters(path: str) -> Mapping[str, inspect.Parameter]:
+    """Return what the constructor of a class takes; classes that are not written in Python do not tell."""
+    try:
+        return inspect.signature(_find_class(path)).parameters
+    except (TypeError, ValueError):
+        return {}
 
 
 def _find_class(path: str) -> Any:
