@@ -167,7 +167,7 @@ class BindLLM(nn.Module):
             cache: mixes the nearest pictures into each embedding (of items without a picture, by default).
 
         Returns:
-            unit-norm embeddings, [N, E], float32, on the CPU.
+            embeddings, [N, E], float32, on the CPU; unit norm, but for several media fused by a plain mean.
 
         Raises:
             MediaError: a file that cannot be read.

@@ -179,8 +179,11 @@ def _summary(
     console.print(f"report:        {page}\n", markup=False)
     for sentence in summarise(metrics, num_pictures=len(result.rows), modalities=modalities):
         console.print(sentence, markup=False)
-    table = Table(in_words_of("held-out picture", modalities), "true", box=box.SIMPLE)
-    table.add_column("generated", no_wrap=True, overflow="ellipsis")
+    # Shares of the width: a long caption of one column must not squeeze the others out.
+    table = Table(box=box.SIMPLE)
+    table.add_column(in_words_of("held-out picture", modalities), ratio=1, overflow="fold")
+    table.add_column("true", ratio=1)
+    table.add_column("generated", ratio=1, no_wrap=True, overflow="ellipsis")
     step = max(1, len(result.rows) // SHOWN_CAPTIONS)
     for row in result.rows[::step][:SHOWN_CAPTIONS]:
         cells = (Path(row.picture).name, row.references[0], row.generated or "")
