@@ -180,7 +180,7 @@ def _summary(
     for sentence in summarise(metrics, num_pictures=len(result.rows), modalities=modalities):
         console.print(sentence, markup=False)
     # Shares of the width: a long caption of one column must not squeeze the others out.
-    table = Table(box=box.SIMPLE)
+    table = Table(box=box.SIMPLE, expand=True)
     table.add_column(in_words_of("held-out picture", modalities), ratio=1, overflow="fold")
     table.add_column("true", ratio=1)
     table.add_column("generated", ratio=1, no_wrap=True, overflow="ellipsis")
