@@ -16,7 +16,7 @@ from bindllm.errors import InputError
 from bindllm.evaluation import run
 from bindllm.evaluation.baselines import blind, exchange, neighbours
 from bindllm.evaluation.metrics import caption_metrics
-from bindllm.evaluation.run import VARIANTS, evaluate_captions
+from bindllm.evaluation.run import VARIANTS, evaluate_captions, measure_captions
 from bindllm.media import Media
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.decoder import DecoderConfig
@@ -264,3 +264,17 @@ def test_evaluation_repeats_and_leaves_the_model_alone(model, held):
 def test_blind_samples_show_nothing(held):
     assert [one.media for one in blind(held)] == [()] * 4
     assert held[0].media
+
+
+def test_a_single_measurement_gives_the_numbers_of_the_whole_evaluation(model, held):
+    expected = evaluate(model, held).metrics
+    assert measure_captions(model, held, lookup, max_new_tokens=6) == expected["heldout"]
+    exchanged = measure_captions(model, held, exchange(held, lookup), max_new_tokens=6)
+    assert exchanged == expected["shuffled"] != expected["heldout"]
+
+
+def test_a_single_measurement_that_fails_says_why(model, held):
+    with pytest.raises(InputError, match="leave out those that show nothing"):
+        measure_captions(model, [*held, sample("red", media=False)], lookup)
+    with pytest.raises(InputError, match="held-out loss: InputError: the loss is not finite"):
+        measure_captions(model, held, lambda groups: lookup(groups) * math.nan)

@@ -149,6 +149,40 @@ def evaluate_captions(
     )
 
 
+def measure_captions(
+    model: BindLLM,
+    samples: Sequence[Sample],
+    lookup: Lookup,
+    *,
+    batch_size: int = 32,
+    max_new_tokens: int = 32,
+) -> dict[str, float | None]:
+    """Measure a model on held-out samples alone, as `evaluate_captions` does, for comparisons of one's own.
+
+    Args:
+        model: the trained model; its mode is put back at the end.
+        samples: held-out samples with media and references.
+        lookup: gives what the model is shown: the embeddings of the media groups, or any others in their place.
+        batch_size: samples at a time.
+        max_new_tokens: longest caption.
+
+    Returns:
+        loss, perplexity and the numbers of `caption_metrics`.
+
+    Raises:
+        InputError: samples without media, or a measurement that failed; says why.
+    """
+    if not samples or not all(sample.media for sample in samples):
+        raise InputError("every sample to be measured has media; leave out those that show nothing")
+    asked, references = _pictures(list(samples), lookup)
+    with _evaluating(model):
+        run = _Run(model, batch_size, max_new_tokens, lambda done: None)
+        numbers = run.metrics("captions", run.measure("held-out", list(samples), asked, lookup), references)
+    if run.problems:
+        raise InputError("; ".join(f"{name}: {why}" for name, why in run.problems.items()))
+    return numbers
+
+
 @dataclass
 class _Measured:
     """What a model gave: its loss, and a caption for each picture; None where it failed."""
