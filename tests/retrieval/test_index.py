@@ -1,111 +1,214 @@
-"""The vector index: built from a store, opened as it was written, and nothing else taken for one."""
+"""The vector index: built from a store in parts, and the same whatever the number of parts."""
 
 import json
 import threading
-from pathlib import Path
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
+from index_stores import expected_rows, file_names, held, holds, picture_keys, picture_store
 from store_parts import FINGERPRINT, SIZE, add, keys_of, open_store, texts, vectors
 
-from bindllm import EmbeddingStore, Media
 from bindllm.errors import InputError, MissingExtraError, StoreError
-from bindllm.retrieval import index as index_module
-from bindllm.retrieval.index import FILE, MANIFEST, VectorIndex, unit_rows
+from bindllm.retrieval import factories, index_writer
+from bindllm.retrieval.index import VectorIndex
+from bindllm.retrieval.manifest import MANIFEST
+from bindllm.retrieval.parts import Part
 
 faiss = pytest.importorskip("faiss")
 
-
-def wide_store(folder: Path, count: int, size: int = 16) -> EmbeddingStore:
-    store = EmbeddingStore(folder, FINGERPRINT, size)
-    media = [Media.image(f"picture {n}".encode()) for n in range(count)]
-    rows = torch.randn(count, size, generator=torch.Generator().manual_seed(1))
-    for start in range(0, count, 100):
-        part = slice(start, start + 100)
-        store.append(keys_of(media[part]), rows[part], media[part])
-    return store
-
-
-def rows_by_key(store: EmbeddingStore, modality: str, count: int) -> np.ndarray:
-    make = {"text": texts, "image": lambda *n: [Media.image(f"picture {i}".encode()) for i in n]}[modality]
-    return unit_rows(store.get(sorted(keys_of(make(*range(count))))).numpy())
+LOSSY = {
+    "Flat": 0.0,
+    "SQfp16": 1e-3,
+    "HNSW8": 0.0,
+    "IVF4,Flat": 0.0,
+    "IVF4,SQ8": 0.02,
+    "IVF4,Flat,RFlat": 0.0,
+    "IVF4,PQ8x4fs,Refine(SQfp16)": 1e-3,
+    "OPQ8,IVF4,PQ8x4fs,RFlat": 0.0,
+}
+"""How far a vector may be from the one that went in, by kind."""
 
 
-def test_a_flat_index_holds_every_row_of_the_modality_once_in_the_order_of_the_keys(tmp_path, monkeypatch):
-    monkeypatch.setattr(index_module, "CHUNK", 7)
-    store = wide_store(tmp_path / "store", 250)
+def parts_of(monkeypatch, rows: int, width: int = 16) -> None:
+    """Cut an exact index into parts of so many rows."""
+    monkeypatch.setattr(index_writer, "PART_BYTES", rows * width * 4)
+
+
+@pytest.mark.parametrize("part_rows", [1000, 30])
+def test_every_row_of_the_modality_is_there_once_in_the_order_of_the_keys(tmp_path, monkeypatch, part_rows):
+    monkeypatch.setattr(index_writer, "CHUNK", 7)
+    parts_of(monkeypatch, part_rows)
+    store = picture_store(tmp_path / "store", 250)
     store.append(keys_of(texts(1)), torch.ones(1, 16), texts(1))
     # The same shard twice, as two processes leave it that filled the store at the same time.
     shard = next(store.folder.glob("embeddings-*.arrow"))
     shard.with_name("embeddings-again.arrow").write_bytes(shard.read_bytes())
     index = VectorIndex.build(tmp_path / "index", store)
-    expected = rows_by_key(store, "image", 250)
-    assert len(index) == 250
-    assert np.array_equal(index.vectors(np.arange(250)), expected)
-    assert np.array_equal(index.search(expected[[3, 200]], 1), [[3], [200]])
+    keys = sorted(picture_keys(*range(250)))
+    rows = expected_rows(store, keys)
+    assert (len(index), index.info.factory) == (250, "Flat")
+    assert len(index.info.parts) == -(-250 // part_rows)
+    assert index.keys(np.arange(250)) == keys == store.keys("image")
+    assert np.array_equal(index.vectors(np.arange(250)), rows)
+    # Faiss counts otherwise for one query than for many.
+    for some in (rows, rows[[200]]):
+        order = np.argsort(-(some.astype(np.float64) @ rows.T), axis=1)[:, :12]
+        assert np.array_equal(index.search(some, 12), order)
     told = json.loads((tmp_path / "index" / MANIFEST).read_text())
-    assert (told["fingerprint"], told["count"], told["embedding_size"], told["factory"]) == (
-        FINGERPRINT,
-        250,
-        16,
-        "Flat",
-    )
+    assert (told["fingerprint"], told["count"], told["embedding_size"]) == (FINGERPRINT, 250, 16)
 
 
-def test_the_same_embeddings_give_the_same_file_whatever_the_order_they_came_in(tmp_path):
+def test_the_same_embeddings_give_the_same_files_whatever_the_order_they_came_in(tmp_path):
+    content = []
     for name, order in (("a", (1, 2, 3)), ("b", (3, 1, 2))):
         store = open_store(tmp_path / name)
         for n in order:
             add(store, n)
         VectorIndex.build(tmp_path / f"index-{name}", store, modality="text")
-    assert (tmp_path / "index-a" / FILE).read_bytes() == (tmp_path / "index-b" / FILE).read_bytes()
+        files = sorted((tmp_path / f"index-{name}").glob("part-*"))
+        content.append([(file.name, file.read_bytes()) for file in files])
+    assert len(content[0]) == 2
+    assert content[0] == content[1]
 
 
-@pytest.mark.parametrize(
-    ("factory", "error"),
-    [("SQfp16", 1e-3), ("HNSW8", 0.0), ("IVF4,Flat", 0.0), ("IVF4,SQ8", 0.02), ("IVF4,Flat,RFlat", 0.0)],
-)
-def test_other_kinds_give_their_vectors_back_after_they_are_opened_again(tmp_path, factory, error):
-    store = wide_store(tmp_path / "store", 300)
-    VectorIndex.build(tmp_path / "index", store, factory=factory)
-    index = VectorIndex.open(tmp_path / "index")
-    expected = rows_by_key(store, "image", 300)
+@pytest.mark.parametrize("num_parts", [1, 3])
+@pytest.mark.parametrize("factory", LOSSY)
+def test_every_kind_gives_its_vectors_back_and_finds_them(tmp_path, monkeypatch, factory, num_parts):
+    store = picture_store(tmp_path / "store", 300)
+    per_row = factories.bytes_per_row(factories.make_index(factory, 16))
+    monkeypatch.setattr(index_writer, "PART_BYTES", per_row * (300 // num_parts))
+    index = VectorIndex.build(tmp_path / "index", store, factory=factory)
+    assert len(index.info.parts) == num_parts
+    expected = expected_rows(store, store.keys())
     found = index.vectors(np.array([[0, 299], [-1, 5]]))
-    assert np.abs(found[0] - expected[[0, 299]]).max() <= error
+    assert np.abs(found[0] - expected[[0, 299]]).max() <= LOSSY[factory]
     assert not found[1, 0].any()
-    assert np.abs(found[1, 1] - expected[5]).max() <= error
-    assert index.search(expected[[7]], 3)[0, 0] == 7
+    assert np.abs(found[1, 1] - expected[5]).max() <= LOSSY[factory]
+    assert np.array_equal(index.search(expected, 3)[:, 0], np.arange(300))
+    assert index.keys(np.array([7, -1, 299])) == [store.keys()[7], None, store.keys()[299]]
+
+
+def test_fewer_vectors_than_asked_for_and_lists_without_enough(tmp_path, monkeypatch):
+    parts_of(monkeypatch, 5)
+    store = picture_store(tmp_path / "store", 12)
+    queries = expected_rows(store, store.keys())[:4]
+    exact = VectorIndex.build(tmp_path / "exact", store)
+    assert len(exact.info.parts) == 3
+    assert np.array_equal(np.sort(exact.search(queries, 50), axis=1), np.tile(np.arange(12), (4, 1)))
+    lists = VectorIndex.build(tmp_path / "lists", store, factory="IVF4,Flat", search="nprobe=1")
+    search = Part.search
+
+    def careless(*args):
+        # What Faiss says of a place that it could not fill differs from kind to kind.
+        similarities, rows = search(*args)
+        return np.where(rows < 0, np.float32(3e38), similarities), rows
+
+    monkeypatch.setattr(Part, "search", careless)
+    numbers = lists.search(queries, 50)
+    assert numbers.shape == (4, 12)
+    assert np.array_equal(numbers[:, 0], np.arange(4))
+    # All that were found come first, each once, then only -1.
+    for row in numbers:
+        real = row[row >= 0]
+        assert 1 <= len(set(real)) == len(real) < 12
+        assert (row[len(real) :] == -1).all()
+
+
+def test_a_build_holds_one_part_in_memory(tmp_path, monkeypatch):
+    """Counted, not weighed: rows in indexes that are alive, and rows that are read at a time."""
+    monkeypatch.setattr(index_writer, "CHUNK", 20)
+    parts_of(monkeypatch, 50)
+    store = picture_store(tmp_path / "store", 430)
+    made, most, reads = [], [], []
+    make, write, get = factories.make_index, index_writer.write_index, store.get
+
+    def noted(*args):
+        index = make(*args)
+        made.append(weakref.ref(index))
+        return index
+
+    def written(*args, **options):
+        most.append(sum(index().ntotal for index in made if index() is not None))
+        return write(*args, **options)
+
+    monkeypatch.setattr(factories, "make_index", noted)
+    monkeypatch.setattr(index_writer, "write_index", written)
+    monkeypatch.setattr(store, "get", lambda keys: reads.append(len(keys)) or get(keys))
+    VectorIndex.build(tmp_path / "index", store, factory="Flat")
+    assert most == [48] * 7 + [47] * 2
+    assert (max(reads), sum(reads)) == (20, 430)
 
 
 def test_training_rows_are_spread_and_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(index_module, "TRAIN_ROWS", 200)
-    seen = []
-    original = index_module._chunks
-    monkeypatch.setattr(
-        index_module, "_chunks", lambda store, keys: seen.append(keys) or original(store, keys)
-    )
-    VectorIndex.build(tmp_path / "index", wide_store(tmp_path / "store", 500), factory="IVF4,Flat")
-    trained, added = seen
-    assert trained == added[::3]
-    assert len(trained) <= 200
+    monkeypatch.setattr(factories, "ROWS_PER_CENTROID", 1)
+    store = picture_store(tmp_path / "store", 500)
+    seen, get = [], store.get
+    monkeypatch.setattr(store, "get", lambda keys: seen.extend(keys) or get(keys))
+    VectorIndex.build(tmp_path / "index", store, factory="IVF4,Flat")
+    keys = store.keys()
+    trained, added = seen[:256], seen[256:]
+    assert added == keys
+    places = [keys.index(key) for key in trained]
+    assert set(np.diff(places)) == {1, 2}
+    assert places[0] == 0
+    assert places[-1] >= 498
+    monkeypatch.setattr(factories, "TRAIN_BYTES", 300 * 16 * 4)
+    monkeypatch.setattr(factories, "ROWS_PER_CENTROID", 64)
+    assert factories.train_count(factories.make_index("IVF4,Flat", 16), 10**6) == 300
 
 
-def test_a_factory_that_faiss_cannot_build(tmp_path):
-    store = wide_store(tmp_path / "store", 20)
-    with pytest.raises(InputError, match=r"'Nonsense'.*could not parse.*'Flat'"):
-        VectorIndex.build(tmp_path / "index", store, factory="Nonsense")
-    with pytest.raises(InputError, match="'IVF64,Flat' of 20 vectors"):
-        VectorIndex.build(tmp_path / "index", store, factory="IVF64,Flat")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"factory": "Nonsense"}, r"'Nonsense'.*could not parse.*'Flat'"),
+        ({"factory": "PQ7"}, r"'PQ7' of inner product over 16 numbers"),
+        ({"factory": "IVF64,Flat"}, "'IVF64,Flat' of 20 vectors.*'auto' chooses"),
+        ({"factory": "IVF4,PQ4"}, "'IVF4,PQ4' of 20 vectors.*'auto' chooses"),
+        ({"factory": "Flat", "search": "nprobe=3"}, "no search setting 'nprobe'.*exact ones none"),
+        ({"factory": "IVF4,Flat", "search": "nprobes=3"}, "no search setting 'nprobes'"),
+        ({"factory": "IVF4,Flat", "search": "nprobe=0"}, "'nprobe=0' is not of the form"),
+        ({"factory": "IVF4,Flat", "search": "nprobe"}, "'nprobe' is not of the form"),
+        ({"factory": "IVF4,Flat", "search": "nprobe=-1"}, "'nprobe=-1' is not of the form"),
+        ({"keys": []}, "no keys to index"),
+    ],
+)
+def test_kinds_and_settings_that_cannot_be(tmp_path, options, message):
+    with pytest.raises(InputError, match=message):
+        VectorIndex.build(tmp_path / "index", picture_store(tmp_path / "store", 20), **options)
     assert not (tmp_path / "index").exists()
 
 
-def test_an_index_that_cannot_give_vectors_back_is_refused(tmp_path):
-    bare = faiss.IndexIDMap(faiss.IndexFlatIP(SIZE))
-    bare.add_with_ids(vectors(1, 2).numpy(), np.array([5, 6]))
-    faiss.write_index(bare, str(tmp_path / "ids.index"))
-    with pytest.raises(StoreError, match=r"ids\.index: .*IndexIDMap cannot give its vectors back"):
-        VectorIndex.open_bare(tmp_path / "ids.index", FINGERPRINT)
+def test_search_settings_reach_every_part_and_can_be_changed_when_it_is_opened(tmp_path, monkeypatch):
+    store = picture_store(tmp_path / "store", 400)
+    per_row = factories.bytes_per_row(factories.make_index("IVF16,SQ8,RFlat", 16))
+    monkeypatch.setattr(index_writer, "PART_BYTES", per_row * 200)
+    VectorIndex.build(tmp_path / "index", store, factory="IVF16,SQ8,RFlat", search="nprobe=1")
+    queries = np.random.default_rng(0).standard_normal((50, 16), np.float32)
+    rows = expected_rows(store, store.keys())
+    exact = np.argsort(-(queries @ rows.T), axis=1)[:, :10]
+
+    def recall(search: str | None) -> float:
+        found = VectorIndex.open(tmp_path / "index", search=search).search(queries, 10)
+        return np.mean([len({*a} & {*b}) / 10 for a, b in zip(found, exact, strict=True)])
+
+    assert recall(None) == recall("nprobe=1") < 0.6
+    assert recall("nprobe=16,k_factor_rf=20") == 1.0
+    with pytest.raises(InputError, match="no search setting 'efSearch'"):
+        recall("efSearch=3")
+
+
+def test_an_index_of_chosen_keys(tmp_path):
+    store = picture_store(tmp_path / "store", 20)
+    index = VectorIndex.build(tmp_path / "index", store, keys=picture_keys(3, 5, 3, 11))
+    assert holds(index, store, 3, 5, 11)
+    with pytest.raises(StoreError, match="1 of 2 embeddings are not stored"):
+        VectorIndex.build(tmp_path / "index", store, keys=picture_keys(3, 99))
+    with pytest.raises(StoreError, match="content hash of 64"):
+        VectorIndex.build(tmp_path / "index", store, keys=["cat.png"])
+    assert held(VectorIndex.open(tmp_path / "index")) == held(index)
 
 
 def test_a_store_without_such_embeddings_or_with_one_of_no_direction(tmp_path):
@@ -116,124 +219,43 @@ def test_a_store_without_such_embeddings_or_with_one_of_no_direction(tmp_path):
     store.append(keys_of(texts(2)), torch.zeros(1, SIZE), texts(2))
     with pytest.raises(StoreError, match=f"key {keys_of(texts(2))[0]} is zero"):
         VectorIndex.build(tmp_path / "index", store, modality="text")
-
-
-def test_a_folder_of_something_else_is_not_replaced(tmp_path):
-    store = wide_store(tmp_path / "store", 20)
-    (tmp_path / "index").mkdir()
-    (tmp_path / "index" / "thesis.txt").write_text("precious")
-    with pytest.raises(StoreError, match="not an index of bindllm"):
-        VectorIndex.build(tmp_path / "index", store)
-    assert (tmp_path / "index" / "thesis.txt").read_text() == "precious"
+    assert not (tmp_path / "index").exists()
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_a_build_that_ends_while_writing_leaves_the_old_index(tmp_path, monkeypatch, error):
-    VectorIndex.build(tmp_path / "index", wide_store(tmp_path / "a", 20))
+    store = picture_store(tmp_path / "a", 20)
+    VectorIndex.build(tmp_path / "index", store)
+    before = file_names(tmp_path / "index")
+    write, calls = faiss.write_index, []
 
-    def stopped(_, path):
-        Path(path).write_bytes(b"half")
-        raise error
+    def stopped(index, path):
+        calls.append(path)
+        write(index, path)
+        if len(calls) == 3:
+            raise error
 
     monkeypatch.setattr(faiss, "write_index", stopped)
+    parts_of(monkeypatch, 6)
     with pytest.raises(StoreError if isinstance(error, OSError) else KeyboardInterrupt):
-        VectorIndex.build(tmp_path / "index", wide_store(tmp_path / "b", 30))
-    assert len(VectorIndex.open(tmp_path / "index")) == 20
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "index"]
+        VectorIndex.build(tmp_path / "index", picture_store(tmp_path / "b", 30))
+    assert holds(VectorIndex.open(tmp_path / "index"), store, *range(20))
+    assert file_names(tmp_path / "index") == before
+    assert file_names(tmp_path) == {"a", "b", "index", ".index.lock"}
 
 
-@pytest.fixture
-def built(tmp_path) -> Path:
-    VectorIndex.build(tmp_path / "index", wide_store(tmp_path / "store", 20))
-    return tmp_path / "index"
+def test_queries_and_numbers_that_do_not_fit(tmp_path):
+    index = VectorIndex.build(tmp_path / "index", picture_store(tmp_path / "store", 20))
+    for queries in (np.ones((2, 15), np.float32), np.ones(16, np.float32)):
+        with pytest.raises(InputError, match=r"takes queries \[N, 16\]"):
+            index.search(queries, 1)
+    for ask in (index.vectors, index.keys):
+        with pytest.raises(InputError, match="has 20 vectors, and none with the number 20"):
+            ask(np.array([3, 20]))
 
 
-@pytest.mark.parametrize("change", ["truncated", "flipped", "empty", "foreign"])
-def test_a_changed_index_file_is_named(built, change):
-    content = (built / FILE).read_bytes()
-    flipped = bytes([content[-1] ^ 1])
-    new = {
-        "truncated": content[:-5],
-        "flipped": content[:-1] + flipped,
-        "empty": b"",
-        "foreign": b"x" * len(content),
-    }
-    (built / FILE).write_bytes(new[change])
-    with pytest.raises(StoreError, match=rf"{FILE} is not the file"):
-        VectorIndex.open(built)
-
-
-def test_a_large_file_is_hashed_when_asked_for(built, monkeypatch):
-    monkeypatch.setattr(index_module, "VERIFY_BYTES", 10)
-    content = (built / FILE).read_bytes()
-    (built / FILE).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    assert len(VectorIndex.open(built)) == 20
-    with pytest.raises(StoreError, match="is not the file"):
-        VectorIndex.open(built, verify=True)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda told: {**told, "format": 2}, "has format 2, this bindllm reads up to 1"),
-        (lambda told: {**told, "count": 21}, f"{FILE} holds 20 vectors of size 16, expected 21"),
-        (lambda told: {**told, "embedding_size": "16"}, f"{MANIFEST} is damaged"),
-        (lambda told: {**told, "more": 1}, f"{MANIFEST} is damaged"),
-        (
-            lambda told: {name: value for name, value in told.items() if name != "sha256"},
-            f"{MANIFEST} is damaged",
-        ),
-        (lambda told: [told], f"{MANIFEST} is damaged"),
-    ],
-)
-def test_a_changed_manifest_is_named(built, change, message):
-    told = json.loads((built / MANIFEST).read_text())
-    (built / MANIFEST).write_text(json.dumps(change(told)))
-    with pytest.raises(StoreError, match=message):
-        VectorIndex.open(built)
-
-
-def test_missing_files_are_named(built):
-    (built / FILE).unlink()
-    with pytest.raises(StoreError, match=f"has no {FILE}"):
-        VectorIndex.open(built)
-    (built / MANIFEST).write_bytes(b"\xff{")
-    with pytest.raises(StoreError, match="damaged"):
-        VectorIndex.open(built)
-    (built / MANIFEST).unlink()
-    with pytest.raises(StoreError, match="not the folder of an index"):
-        VectorIndex.open(built)
-
-
-def test_a_kill_between_the_two_renames_is_told(built):
-    built.rename(built.with_name(".index.old"))
-    with pytest.raises(StoreError, match=r"whole in .*\.index\.old: rename it to index"):
-        VectorIndex.open(built)
-
-
-@pytest.mark.parametrize("content", [b"", b"Ix", b"not an index at all" * 50, b"IxFI" + b"\x00" * 20])
-def test_a_bare_file_that_is_no_index(tmp_path, content):
-    (tmp_path / "knn.index").write_bytes(content)
-    with pytest.raises(StoreError, match=r"knn\.index cannot be read as a Faiss index"):
-        VectorIndex.open_bare(tmp_path / "knn.index", FINGERPRINT)
-
-
-def test_bare_files_of_another_metric_or_without_vectors(tmp_path):
-    with pytest.raises(StoreError, match="no index file"):
-        VectorIndex.open_bare(tmp_path / "nowhere.index", FINGERPRINT)
-    for index, message in (
-        (faiss.IndexFlatL2(SIZE), "another metric"),
-        (faiss.IndexFlatIP(SIZE), "empty index"),
-    ):
-        faiss.write_index(index, str(tmp_path / "a.index"))
-        with pytest.raises(
-            StoreError, match=rf"a\.index is an.*{message}|a\.index is a Faiss index of {message}"
-        ):
-            VectorIndex.open_bare(tmp_path / "a.index", FINGERPRINT)
-
-
-def test_faiss_keeps_to_the_threads_of_torch_in_every_thread(built):
-    index = VectorIndex.open(built)
+def test_faiss_keeps_to_the_threads_of_torch_in_every_thread(tmp_path):
+    index = VectorIndex.build(tmp_path / "index", picture_store(tmp_path / "store", 20))
     found = []
 
     def search() -> None:
@@ -251,7 +273,33 @@ def test_faiss_keeps_to_the_threads_of_torch_in_every_thread(built):
         torch.set_num_threads(before)
 
 
-def test_a_missing_faiss_is_told_with_its_extra(built, monkeypatch):
+def test_threads_may_ask_for_vectors_of_inverted_lists_at_once(tmp_path):
+    """The map that this needs is made when it is first asked for."""
+    store = picture_store(tmp_path / "store", 300)
+    VectorIndex.build(tmp_path / "index", store, factory="IVF4,Flat")
+    expected = expected_rows(store, store.keys())
+    for _ in range(5):
+        index = VectorIndex.open(tmp_path / "index")
+        with ThreadPoolExecutor(4) as pool:
+            for found in pool.map(index.vectors, [np.arange(300)] * 4):
+                assert np.array_equal(found, expected)
+
+
+def test_an_index_that_cannot_give_vectors_back_is_refused(tmp_path):
+    bare = faiss.IndexIDMap(faiss.IndexFlatIP(SIZE))
+    bare.add_with_ids(vectors(1, 2).numpy(), np.array([5, 6]))
+    faiss.write_index(bare, str(tmp_path / "ids.index"))
+    with pytest.raises(StoreError, match=r"ids\.index: .*IndexIDMap cannot give its vectors back"):
+        VectorIndex.open_bare(tmp_path / "ids.index", FINGERPRINT)
+
+
+def test_a_missing_faiss_is_told_with_its_extra(tmp_path, monkeypatch):
+    store = picture_store(tmp_path / "store", 20)
+    VectorIndex.build(tmp_path / "index", store)
     monkeypatch.setitem(__import__("sys").modules, "faiss", None)
-    with pytest.raises(MissingExtraError, match=r"bindllm\[cache\]"):
-        VectorIndex.open(built)
+    for ask in (
+        lambda: VectorIndex.open(tmp_path / "index"),
+        lambda: VectorIndex.build(tmp_path / "i", store),
+    ):
+        with pytest.raises(MissingExtraError, match=r"bindllm\[cache\]"):
+            ask()

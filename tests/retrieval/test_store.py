@@ -254,3 +254,33 @@ def test_a_file_name_that_is_not_utf8_is_recorded(tmp_path):
     media = Media.image(path)
     store.append([store.key_of(media)], vectors(1), [media])
     assert np.allclose(store.get([store.key_of(media)]), vectors(1))
+
+
+def test_keys_of_a_modality_are_sorted_and_each_once(tmp_path):
+    store = open_store(tmp_path)
+    assert store.keys() == []
+    add(store, 3, 1, 2)
+    pictures = [Media.image(f"picture {n}".encode()) for n in range(2)]
+    store.append(keys_of(pictures), vectors(4, 5), pictures)
+    # The same shard twice, as two processes leave it that filled the store at the same time.
+    shard = next(store.folder.glob("embeddings-*.arrow"))
+    shard.with_name("embeddings-again.arrow").write_bytes(shard.read_bytes())
+    assert store.keys("text") == sorted(keys_of(texts(1, 2, 3)))
+    assert store.keys("image") == sorted(keys_of(pictures))
+    assert store.keys() == sorted(keys_of(texts(1, 2, 3)) + keys_of(pictures))
+    assert store.keys("audio") == []
+    shard.write_bytes(b"damaged")
+    with pytest.raises(StoreError, match=f"{shard.name} cannot be read"):
+        store.keys()
+
+
+def test_sources_in_the_order_of_the_keys(tmp_path):
+    store = open_store(tmp_path / "store")
+    add(store, 1, 2)
+    file = write_settled(tmp_path / "a.png", b"picture")
+    media = [Media.image(file), Media.image(b"from memory")]
+    # Another process appends.
+    open_store(tmp_path / "store").append(keys_of(media), vectors(3, 4), media)
+    keys = keys_of([*texts(2), *media, *texts(9, 1)])
+    assert store.sources(keys) == ["text 2", str(file), None, None, "text 1"]
+    assert store.sources([]) == []

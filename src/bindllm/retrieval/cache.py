@@ -8,31 +8,65 @@ in the joint space. The nearest picture embeddings are mixed in before it sees t
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bindllm.errors import InputError, StoreError, known_names
-from bindllm.retrieval.index import VectorIndex, unit_rows
+from bindllm.errors import InputError, StoreError
+from bindllm.retrieval.blend import best, check_settings, mix, retrieve, similarities_of, unit_rows
+from bindllm.retrieval.index import VectorIndex
 
 if TYPE_CHECKING:
     from bindllm.encoders import Encoder
     from bindllm.media import Media
     from bindllm.retrieval.store import EmbeddingStore
 
-FORMULAS = ("released", "paper")
-
 # Faiss rounds otherwise for a batch than for one query: neighbours are looked for a little further and ranked again.
 _SPARE = 8
-# Numbers of neighbours that are in memory at the same time, about: 24 MiB in single and double precision.
-_NUMBERS = 1 << 21
-# Unit vectors whose mean is shorter than this point in opposite directions: no direction is left.
-_SHORTEST = 1e-4
+# Numbers of candidates that are compared at the same time, about: what a processor's cache holds in double precision.
+_NUMBERS = 1 << 18
+
+
+class Info(Protocol):
+    """What a cache asks of an index about itself."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the encoder that made the vectors."""
+
+    @property
+    def count(self) -> int:
+        """Number of vectors."""
+
+    @property
+    def embedding_size(self) -> int:
+        """E."""
+
+
+class Index(Protocol):
+    """Unit vectors that are found by inner product: a `VectorIndex`, or one on a server."""
+
+    source: str
+
+    @property
+    def info(self) -> Info:
+        """What it is made of."""
+
+    def __len__(self) -> int:
+        """Return the number of vectors."""
+
+    def search(self, queries: np.ndarray, count: int) -> np.ndarray:
+        """Return the numbers of the nearest, int64 [N, min(count, len)], best first, -1 where none."""
+
+    def vectors(self, numbers: np.ndarray) -> np.ndarray:
+        """Return the vectors with these numbers [...], float32 [..., E]; zeros for -1."""
+
+    def keys(self, numbers: np.ndarray) -> list[str | None]:
+        """Return the content hashes of the media with these numbers; None for -1 or where not known."""
 
 
 class VisualCache:
@@ -59,7 +93,7 @@ class VisualCache:
 
     def __init__(
         self,
-        index: VectorIndex,
+        index: Index,
         *,
         top_k: int = 10,
         temperature: float = 20.0,
@@ -67,7 +101,7 @@ class VisualCache:
         formula: str = "released",
         skip: Sequence[str] = ("image",),
     ) -> None:
-        _check_settings(top_k, temperature, weight, formula)
+        check_settings(top_k, temperature, weight, formula)
         if isinstance(skip, str):
             raise InputError(f"skip takes a list of modalities: write [{skip!r}]")
         self.index, self.skip = index, tuple(skip)
@@ -75,19 +109,62 @@ class VisualCache:
 
     @classmethod
     def build(
-        cls, folder: str | Path, store: EmbeddingStore, *, factory: str = "Flat", **settings: Any
+        cls,
+        folder: str | Path,
+        store: EmbeddingStore,
+        *,
+        factory: str = "auto",
+        search: str = "auto",
+        **settings: Any,
     ) -> Self:
         """Build a cache of all picture embeddings in a store; see `VectorIndex.build` and the class."""
-        return cls(VectorIndex.build(folder, store, factory=factory), **settings)
+        return cls(VectorIndex.build(folder, store, factory=factory, search=search), **settings)
 
     @classmethod
-    def open(cls, folder: str | Path, **settings: Any) -> Self:
+    def from_pictures(
+        cls,
+        pictures: str | Path | Sequence[str | Path],
+        encoder: Encoder,
+        folder: str | Path,
+        *,
+        store: str | Path = "data/store",
+        factory: str = "auto",
+        search: str = "auto",
+        **settings: Any,
+    ) -> Self:
+        """Build a cache of these pictures alone.
+
+        Those whose content is in the store already are not embedded again; those that cannot be read are counted,
+        and the first is named, in a warning.
+
+        Args:
+            pictures: a folder, with all its sub-folders, or paths of pictures.
+            encoder: embeds them.
+            folder: where the cache goes.
+            store: keeps the embeddings.
+            factory: as for `VectorIndex.build`.
+            search: likewise.
+            **settings: of the class.
+
+        Raises:
+            InputError: no picture there that can be read.
+            StoreError: as for `VectorIndex.build`.
+        """
+        from bindllm.retrieval.pictures import embed_pictures
+        from bindllm.retrieval.store import EmbeddingStore
+
+        opened = EmbeddingStore.for_encoder(store, encoder)
+        keys = embed_pictures(pictures, encoder, opened)
+        return cls(VectorIndex.build(folder, opened, factory=factory, search=search, keys=keys), **settings)
+
+    @classmethod
+    def open(cls, folder: str | Path, *, search: str | None = None, **settings: Any) -> Self:
         """Open a cache that was built before; see `VectorIndex.open` and the class."""
-        return cls(VectorIndex.open(folder), **settings)
+        return cls(VectorIndex.open(folder, search=search), **settings)
 
     @classmethod
     def open_bare(cls, file: str | Path, fingerprint: str, **settings: Any) -> Self:
-        """Open a file of Faiss, such as the published ``knn.index``; see `VectorIndex.open_bare` and the class."""
+        """Open a file of Faiss, such as the published ``knn.index``; see `VectorIndex.open_bare`."""
         return cls(VectorIndex.open_bare(file, fingerprint), **settings)
 
     def __len__(self) -> int:
@@ -130,15 +207,16 @@ class VisualCache:
         temperature = self.temperature if temperature is None else temperature
         weight = self.weight if weight is None else weight
         formula = self.formula if formula is None else formula
-        _check_settings(top_k, temperature, weight, formula)
+        check_settings(top_k, temperature, weight, formula)
         queries = self._unit_queries(embedding)
         if weight == 0 or not len(queries):
             return embedding.clone()
-        numbers = self.index.search(queries, top_k + _SPARE)
+        numbers = self._candidates(queries, top_k)
         blended, kept = np.empty_like(queries), 0
         for part in self._parts(numbers):
-            retrieved = self._retrieve(queries[part], numbers[part], top_k, temperature, formula)
-            blended[part], lost = _mix(queries[part], retrieved, weight)
+            similarities, vectors = self._compare(queries[part], numbers[part])
+            retrieved = retrieve(similarities, vectors, top_k, temperature, formula)
+            blended[part], lost = mix(queries[part], retrieved, weight)
             kept += lost
         if kept:
             logging.getLogger("bindllm").warning(
@@ -160,11 +238,14 @@ class VisualCache:
             int64, [N, min(top_k, len)].
         """
         top_k = self.top_k if top_k is None else top_k
-        _check_settings(top_k, self.temperature, self.weight, self.formula)
+        check_settings(top_k, self.temperature, self.weight, self.formula)
         queries = self._unit_queries(embedding)
-        numbers = self.index.search(queries, top_k + _SPARE)
-        ranked = [self._rank(queries[part], numbers[part], top_k)[0] for part in self._parts(numbers)]
-        return torch.from_numpy(np.concatenate(ranked) if ranked else numbers[:, :top_k])
+        numbers = self._candidates(queries, top_k)
+        ranked = [numbers[:0, :top_k]]
+        for part in self._parts(numbers):
+            places = best(self._compare(queries[part], numbers[part])[0], top_k)
+            ranked.append(np.take_along_axis(numbers[part], places, axis=1))
+        return torch.from_numpy(np.concatenate(ranked))
 
     def blend_groups(
         self, embeddings: Tensor, groups: Sequence[Sequence[Media]], encoders: Sequence[Encoder]
@@ -214,57 +295,11 @@ class VisualCache:
         step = max(1, _NUMBERS // (numbers.shape[1] * self.index.info.embedding_size))
         return [slice(start, start + step) for start in range(0, len(numbers), step)]
 
-    def _rank(
-        self, queries: np.ndarray, numbers: np.ndarray, top_k: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rank candidates [N, C] exactly: numbers [N, K], similarities [N, K], float64, and vectors [N, K, E].
+    def _candidates(self, queries: np.ndarray, top_k: int) -> np.ndarray:
+        """Return the numbers of what may be nearest, [N, C], rising: ties go to the smaller number."""
+        return np.sort(self.index.search(queries, top_k + _SPARE), axis=1)
 
-        Row by row in double precision, so that the batch does not matter; ties go to the smaller number, and a
-        candidate that is -1 comes last with a similarity of minus infinity.
-        """
-        # Numbers rise within a row, so that a stable sort breaks ties by them.
-        numbers = np.sort(numbers, axis=1)
+    def _compare(self, queries: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the exact similarities [N, C] of queries [N, E] to candidates, and the candidates' vectors."""
         vectors = self.index.vectors(numbers)
-        similarities = (queries[:, None].astype(np.float64) * vectors).sum(axis=-1)
-        similarities[numbers < 0] = -np.inf
-        order = np.argsort(-similarities, axis=1, kind="stable")[:, :top_k]
-        return (
-            np.take_along_axis(numbers, order, axis=1),
-            np.take_along_axis(similarities, order, axis=1),
-            np.take_along_axis(vectors, order[..., None], axis=1),
-        )
-
-    def _retrieve(
-        self, queries: np.ndarray, numbers: np.ndarray, top_k: int, temperature: float, formula: str
-    ) -> np.ndarray:
-        """Return the weighted sum of the neighbours of each query, [N, E], float64; zero where there are none."""
-        numbers, similarities, vectors = self._rank(queries, numbers, top_k)
-        found = numbers >= 0
-        safe = np.where(found, similarities, 0.0)
-        if formula == "released":
-            # The first is the best, and where it is missing all are.
-            shares = np.where(found, np.exp(temperature * (safe - safe[:, :1])), 0.0)
-            shares /= np.maximum(shares.sum(axis=1, keepdims=True), 1.0)
-        else:
-            shares = safe
-        return (shares[..., None] * vectors).sum(axis=1)
-
-
-def _mix(queries: np.ndarray, retrieved: np.ndarray, weight: float) -> tuple[np.ndarray, int]:
-    """Return ``unit((1 - weight) * query + weight * unit(retrieved))``, and how many rows had to stay as they are."""
-    lengths = np.linalg.norm(retrieved, axis=1, keepdims=True)
-    mixed = (1 - weight) * queries + weight * retrieved / np.where(lengths > 0, lengths, 1.0)
-    norms = np.linalg.norm(mixed, axis=1, keepdims=True)
-    lost = (lengths <= _SHORTEST) | (norms <= _SHORTEST)
-    return np.where(lost, queries, mixed / np.where(norms > 0, norms, 1.0)), int(lost.sum())
-
-
-def _check_settings(top_k: int, temperature: float, weight: float, formula: str) -> None:
-    if not isinstance(top_k, int) or top_k < 1:
-        raise InputError(f"top_k is {top_k!r}, expected a whole number of at least 1")
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise InputError(f"temperature is {temperature}, expected a finite number of at least 0")
-    if not 0 <= weight <= 1:
-        raise InputError(f"weight is {weight}, expected a number from 0 to 1")
-    if formula not in FORMULAS:
-        raise InputError(f"unknown formula {formula!r}. {known_names(formula, FORMULAS)}")
+        return similarities_of(queries, numbers, vectors), vectors

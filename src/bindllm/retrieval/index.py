@@ -1,185 +1,199 @@
-"""Vectors that are found by their direction: a Faiss index (arXiv 2401.08281) in a folder, built from a store.
+"""Vectors that are found by their direction: indexes of Faiss (arXiv 2401.08281) in a folder, built from a store.
 
-index.faiss    the index, as Faiss writes it, memory-mapped where Faiss can
-index.json     which encoder made the vectors, how many, how wide, the kind of index, hash and size of the file
+index.json           what the index is made of: the only file that is ever replaced
+part-<id>.faiss      vectors, as Faiss writes them, memory-mapped
+part-<id>.keys       content hashes of these vectors, 32 bytes each, in the same order
+trained-<id>.faiss   what new parts are copies of, for kinds that are trained
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import logging
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from bindllm.atomic import atomic_folder, set_aside_name
-from bindllm.errors import InputError, MissingExtraError, StoreError
+from bindllm.errors import InputError, StoreError
+from bindllm.retrieval import factories, index_writer
+from bindllm.retrieval.blend import unit_rows
+from bindllm.retrieval.factories import choose
+from bindllm.retrieval.index_writer import IndexChange
+from bindllm.retrieval.manifest import MANIFEST, IndexInfo, read_manifest
+from bindllm.retrieval.parts import Part, open_part, read_index
+from bindllm.retrieval.records import as_hex, missing_from, read_keys, shards_digest
 
 if TYPE_CHECKING:
     from bindllm.retrieval.store import EmbeddingStore
 
-FORMAT = 1
-"""Number of the layout; an index of a newer one is refused."""
-
-FILE, MANIFEST = "index.faiss", "index.json"
-
-CHUNK = 8192
-"""Rows that are read from the store and added at a time: 32 MB at 1,024 numbers each."""
-
-TRAIN_ROWS = 1 << 16
-"""Rows, evenly spread over the store, that an index with a codebook is trained on at most."""
+__all__ = ["IndexChange", "IndexInfo", "VectorIndex", "choose", "unit_rows"]
 
 VERIFY_BYTES = 1 << 28
-"""Index files up to this size are hashed whenever they are opened; of larger ones only the size is compared."""
-
-
-@dataclass(frozen=True)
-class IndexInfo:
-    """What an index is made of.
-
-    Attributes:
-        fingerprint: of the encoder that made the vectors, in hex.
-        count: number of vectors.
-        embedding_size: E.
-        factory: kind of index, in the words of Faiss's ``index_factory``; "" for a file that does not tell.
-        num_bytes: size of the index file.
-        sha256: of the index file; "" where it is not known.
-    """
-
-    fingerprint: str
-    count: int
-    embedding_size: int
-    factory: str
-    num_bytes: int
-    sha256: str
+"""An index up to this size is hashed whenever it is opened; of larger ones only the sizes are compared."""
 
 
 class VectorIndex:
-    """Unit vectors, found by inner product.
+    """Unit vectors, found by inner product; a vector's number is its place among all parts.
 
     Args:
-        index: a Faiss index of inner product.
-        info: what it is made of.
+        parts: at least one vector in all.
+        info: what the index is made of.
         source: path that errors name.
 
     Raises:
-        StoreError: the index is empty, of another metric or width, or cannot give its vectors back.
+        StoreError: the index is empty, or of another width.
     """
 
-    def __init__(self, index: Any, info: IndexInfo, *, source: str | Path) -> None:
-        faiss = _faiss()
+    def __init__(self, parts: Sequence[Part], info: IndexInfo, *, source: str | Path) -> None:
         self.info, self.source = info, str(source)
-        if (index.ntotal, index.d) != (info.count, info.embedding_size):
-            raise StoreError(
-                f"{source} holds {index.ntotal} vectors of size {index.d}, expected {info.count} of size "
-                f"{info.embedding_size}: damaged or exchanged; build it again"
-            )
-        if index.metric_type != faiss.METRIC_INNER_PRODUCT:
-            raise StoreError(f"{source} is a Faiss index of another metric, expected one of inner product")
-        if not info.count:
+        self._parts = tuple(parts)
+        # The number of the first vector of each part, and of the end.
+        self._starts = np.cumsum([0, *map(len, parts)])
+        for part in parts:
+            if part.embedding_size != info.embedding_size:
+                raise StoreError(
+                    f"{part.file} holds vectors of size {part.embedding_size}, expected {info.embedding_size}: "
+                    "exchanged; build it again"
+                )
+        if not self._starts[-1]:
             raise StoreError(f"{source} is an empty index; fill it with the embeddings of pictures first")
-        self._index = index
-        try:
-            # What an inverted file lacks to give a vector back by its number: 8 bytes for each.
-            if (inverted := faiss.try_extract_index_ivf(index)) is not None:
-                inverted.make_direct_map()
-            self.vectors(np.zeros(1, np.int64))
-        except RuntimeError as error:
-            raise StoreError(
-                f"{source}: an index of the type {type(index).__name__} cannot give its vectors back, which a cache "
-                "needs; build it with another factory, such as 'Flat'"
-            ) from error
 
     @classmethod
     def build(
-        cls, folder: str | Path, store: EmbeddingStore, *, factory: str = "Flat", modality: str = "image"
-    ) -> VectorIndex:
-        """Build the index of all embeddings of one modality in a store, write it in one step, and open it.
+        cls,
+        folder: str | Path,
+        store: EmbeddingStore,
+        *,
+        factory: str = "auto",
+        search: str = "auto",
+        modality: str = "image",
+        keys: Sequence[str] | None = None,
+    ) -> Self:
+        """Build the index of a store's embeddings, and open it.
 
-        The order follows from the content hashes, so the same embeddings give the same file. Vectors are scaled to
-        unit length. Memory holds the index and one chunk, never all vectors beside it.
+        Vectors are scaled to unit length. Their order follows from the content hashes, so the same embeddings give
+        the same files. Memory holds one part, never all vectors.
 
         Args:
-            folder: where it goes; an earlier index there is replaced, any other non-empty folder refused.
+            folder: where it goes; an earlier index there is replaced at the very end, any other non-empty folder
+                refused.
             store: read in chunks.
-            factory: kind of index, in the words of Faiss's ``index_factory``; "Flat" is exact.
+            factory: kind of index, in the words of Faiss's ``index_factory``; "Flat" is exact and keeps float32,
+                "SQfp16" compares all in half the memory; "auto": what `choose` says.
+            search: settings of Faiss's ``ParameterSpace``, such as ``"nprobe=32,k_factor_rf=8"``; "auto": what fits
+                the kind.
             modality: which embeddings.
+            keys: only these; None: all of the modality.
 
         Raises:
-            InputError: Faiss does not know such a factory for this width.
-            StoreError: no such embeddings, one without direction, the folder holds something else, or the disk.
+            InputError: Faiss does not know such a factory or setting, or has too few vectors to train it.
+            StoreError: no such embeddings, one without direction, the folder holds something else, another process
+                is writing it, or the disk.
         """
-        faiss, folder = _faiss(), Path(folder)
-        _refuse_foreign(folder)
-        keys = _keys_of(store, modality)
-        try:
-            index = faiss.index_factory(store.embedding_size, factory, faiss.METRIC_INNER_PRODUCT)
-        except RuntimeError as error:
-            raise InputError(
-                f"Faiss builds no index {factory!r} of inner product over {store.embedding_size} numbers "
-                f"({_reason(error)}); 'Flat' is exact and always works"
-            ) from error
-        _limit_threads()
-        try:
-            if not index.is_trained:
-                spread = keys[:: -(-len(keys) // TRAIN_ROWS)]
-                index.train(np.concatenate(list(_chunks(store, spread))))
-            for rows in _chunks(store, keys):
-                index.add(rows)
-        except RuntimeError as error:
-            raise InputError(
-                f"Faiss cannot build an index {factory!r} of {len(keys)} vectors ({_reason(error)}); "
-                "'Flat' always works"
-            ) from error
-        _write(folder, index, fingerprint=store.fingerprint, factory=factory)
+        folder = Path(folder)
+        index_writer.build(folder, store, factory=factory, search=search, modality=modality, keys=keys)
         return cls.open(folder)
 
+    @staticmethod
+    def update(
+        folder: str | Path, store: EmbeddingStore, *, keys: Sequence[str] | None = None
+    ) -> IndexChange:
+        """Add what a store has more, and remove what it has no longer; the kind of index stays.
+
+        Args:
+            folder: of an index; one that is open elsewhere goes on as it was.
+            store: of the same encoder.
+            keys: exactly these are in the index afterwards. None: all of the modality; of an index of chosen keys
+                (built with ``keys``, or some were removed), those among them that the store still has.
+
+        Raises:
+            StoreError: no index there, a store of another encoder, nothing would be left, another process is
+                writing it, or the disk. The index is as it was then.
+        """
+        return index_writer.update(Path(folder), store, keys)
+
+    @staticmethod
+    def add(folder: str | Path, store: EmbeddingStore, keys: Sequence[str]) -> IndexChange:
+        """Add the embeddings with these keys; those that are there already are not counted.
+
+        Small parts are merged when there are many, from the vectors as they keep them: nothing is lost by that in
+        "Flat", "SQfp16" and refined kinds; kinds of 8 bits or less are rounded once more.
+
+        Raises:
+            StoreError: as for `update`, and a key that is not stored.
+        """
+        return index_writer.add(Path(folder), store, keys)
+
+    @staticmethod
+    def remove(folder: str | Path, keys: Sequence[str]) -> IndexChange:
+        """Remove the embeddings with these keys; those that are not there are not counted.
+
+        The parts that hold them are written again, without them: afterwards they are in no file of the index. The
+        index is then one of chosen keys, so that `update` does not bring them back.
+
+        Raises:
+            StoreError: as for `update`.
+        """
+        return index_writer.remove(Path(folder), keys)
+
     @classmethod
-    def open(cls, folder: str | Path, *, verify: bool | None = None) -> VectorIndex:
+    def open(cls, folder: str | Path, *, verify: bool | None = None, search: str | None = None) -> Self:
         """Open the index in a folder, memory-mapped.
+
+        A warning is logged when the store that it was built from is still where it was and has more or fewer
+        embeddings by now.
 
         Args:
             folder: written by `build`.
-            verify: compare the hash of the file, which reads all of it; None: up to `VERIFY_BYTES`.
+            verify: compare the hashes of the files, which reads all of them; None: up to `VERIFY_BYTES`.
+            search: settings on top of those it was built with, such as ``"nprobe=64"``; "auto": what fits the kind.
 
         Raises:
-            StoreError: names the file that is missing, damaged, exchanged, foreign or of a newer format.
+            InputError: settings that this kind has not.
+            StoreError: names the file that is missing, damaged, exchanged, foreign or of another format.
         """
         folder = Path(folder)
-        info, file = _read_info(folder), folder / FILE
-        if not file.is_file():
-            raise StoreError(f"{folder} has no {FILE}: copy the whole folder, or build it again")
-        size = file.stat().st_size
-        verify = size <= VERIFY_BYTES if verify is None else verify
-        if size != info.num_bytes or (verify and _sha256(file) != info.sha256):
+        info, parts = _open_parts(folder, verify)
+        try:
+            for part in parts:
+                part.set_search(info.search)
+        except InputError as error:
             raise StoreError(
-                f"{file} is not the file that {MANIFEST} was written with: damaged or exchanged; build it again"
-            )
-        return cls(_read(file, inverted="IVF" in info.factory), info, source=file)
+                f"{folder / MANIFEST} asks for a search that is not possible: {error}"
+            ) from error
+        if search is not None:
+            for part in parts:
+                part.set_search(factories.default_search(info.factory) if search == "auto" else search)
+        index = cls(parts, info, source=folder)
+        _tell_changes(folder, index)
+        return index
 
     @classmethod
-    def open_bare(cls, file: str | Path, fingerprint: str) -> VectorIndex:
-        """Open a file of Faiss alone, such as the published ``knn.index``, memory-mapped.
+    def open_bare(cls, file: str | Path, fingerprint: str, *, search: str = "") -> Self:
+        """Open a file of Faiss alone, such as the published ``knn.index``, memory-mapped; its keys are not known.
 
         Args:
             file: an index of inner product over unit vectors.
             fingerprint: of the encoder that made them: the file does not tell, and you vouch for it.
+            search: settings, as for `build`.
 
         Raises:
+            InputError: settings that this kind has not.
             StoreError: not a file of Faiss, damaged, of another metric, or unable to give its vectors back.
         """
         file = Path(file)
         if not file.is_file():
             raise StoreError(f"there is no index file {str(file)!r}")
-        index = _read(file, inverted=False)
-        info = IndexInfo(fingerprint, index.ntotal, index.d, "", file.stat().st_size, "")
-        return cls(index, info, source=file)
+        if file.stat().st_size <= VERIFY_BYTES:
+            # Faiss crashes over some files that were cut short when it maps them, but not when it reads them.
+            read_index(file, mapped=False)
+        part = Part(read_index(file), file)
+        part.set_search(search)
+        return cls([part], IndexInfo(fingerprint, len(part), part.embedding_size, search=search), source=file)
 
     def __len__(self) -> int:
-        return self.info.count
+        return int(self._starts[-1])
 
     def search(self, queries: np.ndarray, count: int) -> np.ndarray:
         """Return the numbers of the nearest vectors, best first, -1 where none is left.
@@ -191,145 +205,95 @@ class VectorIndex:
         Returns:
             int64 [N, min(count, len)].
         """
-        _limit_threads()
-        return self._index.search(np.ascontiguousarray(queries), min(count, len(self)))[1]
+        factories.limit_threads()
+        queries = np.ascontiguousarray(queries, np.float32)
+        if queries.ndim != 2 or queries.shape[1] != self.info.embedding_size:
+            raise InputError(
+                f"{self.source} takes queries [N, {self.info.embedding_size}], not {list(queries.shape)}"
+            )
+        count = min(count, len(self))
+        found = [part.search(queries, count) for part in self._parts]
+        if len(found) == 1:
+            return found[0][1]
+        numbers = np.concatenate(
+            [
+                np.where(rows < 0, -1, rows + start)
+                for (_, rows), start in zip(found, self._starts, strict=False)
+            ],
+            axis=1,
+        )
+        similarities = np.concatenate([part for part, _ in found], axis=1)
+        similarities[numbers < 0] = -np.inf
+        best = np.argsort(-similarities, axis=1, kind="stable")[:, :count]
+        return np.take_along_axis(numbers, best, axis=1)
 
     def vectors(self, numbers: np.ndarray) -> np.ndarray:
         """Return the vectors [..., E] with these numbers [...], as the index keeps them; zeros for -1."""
         flat = numbers.reshape(-1)
         found = np.zeros((len(flat), self.info.embedding_size), np.float32)
-        real = flat >= 0
-        found[real] = self._index.reconstruct_batch(np.ascontiguousarray(flat[real]))
+        for part, places, rows in self._located(flat):
+            found[places] = part.vectors(rows)
         return found.reshape(*numbers.shape, -1)
 
+    def keys(self, numbers: np.ndarray) -> list[str | None]:
+        """Return the content hashes of the media with these numbers [N]; None for -1, and in a bare file.
 
-def unit_rows(rows: np.ndarray) -> np.ndarray:
-    """Return rows [..., E] at unit length, float32; a row without direction becomes NaN.
+        `EmbeddingStore.sources` tells which files they are.
+        """
+        flat = np.asarray(numbers).reshape(-1)
+        found: list[str | None] = [None] * len(flat)
+        for part, places, rows in self._located(flat):
+            if part.keys is not None:
+                for place, key in zip(places, as_hex(part.keys[rows]), strict=True):
+                    found[place] = key
+        return found
 
-    Example:
-        >>> unit_rows(np.array([[3.0, 4.0]], np.float32))
-        array([[0.6, 0.8]], dtype=float32)
-    """
-    rows = np.asarray(rows, np.float32)
-    # In double precision no square of a float32 overflows, or becomes zero.
-    norms = np.sqrt(np.square(rows, dtype=np.float64).sum(axis=-1, keepdims=True))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return (rows / norms).astype(np.float32)
+    def _located(self, numbers: np.ndarray) -> list[tuple[Part, np.ndarray, np.ndarray]]:
+        """Return part by part which of the numbers [N] it holds, by their places, and their rows in it."""
+        if len(numbers) and numbers.max() >= len(self):
+            raise InputError(
+                f"{self.source} has {len(self)} vectors, and none with the number {numbers.max()}"
+            )
+        of_part = np.searchsorted(self._starts, numbers, side="right") - 1
+        located = []
+        for n in np.unique(of_part[numbers >= 0]):
+            places = np.flatnonzero(of_part == n)
+            located.append((self._parts[n], places, numbers[places] - self._starts[n]))
+        return located
 
 
-def _keys_of(store: EmbeddingStore, modality: str) -> list[str]:
-    """Return the keys of all embeddings of a modality, sorted, each once."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
+def _open_parts(folder: Path, verify: bool | None) -> tuple[IndexInfo, list[Part]]:
     while True:
-        keys: set[bytes] = set()
+        info = read_manifest(folder)
+        checked = info.num_bytes <= VERIFY_BYTES if verify is None else verify
         try:
-            for shard in store.folder.glob("embeddings-*.arrow"):
-                batch = pa.ipc.open_file(pa.memory_map(str(shard))).get_batch(0)
-                keys.update(
-                    batch.column("key").filter(pc.equal(batch.column("modality"), modality)).to_pylist()
-                )
-        except FileNotFoundError:
-            # Another process has merged this shard into a new one since the folder was listed.
-            continue
-        except (OSError, ValueError, pa.ArrowException) as error:
-            raise StoreError(f"{shard} cannot be read ({error}); open the store to set it aside") from error
-        if not keys:
-            raise StoreError(
-                f"{store.folder} holds no {modality} embeddings: fill the store with such media first"
-            )
-        return [key.hex() for key in sorted(keys)]
+            return info, [open_part(folder, part, verify=checked) for part in info.parts]
+        except FileNotFoundError as error:
+            # A writer may have replaced this part since the manifest was read.
+            if read_manifest(folder) == info:
+                raise StoreError(
+                    f"{folder} has no {Path(error.filename).name}: copy the whole folder, or build it again"
+                ) from error
 
 
-def _chunks(store: EmbeddingStore, keys: list[str]) -> Iterator[np.ndarray]:
-    """Yield the embeddings of the keys at unit length, float32 [at most CHUNK, E]."""
-    for start in range(0, len(keys), CHUNK):
-        part = keys[start : start + CHUNK]
-        rows = unit_rows(store.get(part).numpy())
-        broken = np.flatnonzero(~np.isfinite(rows).all(axis=1))
-        if len(broken):
-            raise StoreError(
-                f"{store.folder}: the embedding with key {part[broken[0]]} is zero or not finite, so it has no "
-                "direction"
-            )
-        yield rows
-
-
-def _write(folder: Path, index: Any, *, fingerprint: str, factory: str) -> None:
+def _tell_changes(folder: Path, index: VectorIndex) -> None:
+    """Warn when the store has changed since; one that is not there any more is not needed."""
+    state = index.info.store
+    store = folder / state.path if state is not None else None
+    if store is None or not store.is_dir() or shards_digest(store) == state.digest:
+        return
+    log = logging.getLogger("bindllm")
     try:
-        with atomic_folder(folder) as part:
-            _faiss().write_index(index, str(part / FILE))
-            size, digest = (part / FILE).stat().st_size, _sha256(part / FILE)
-            info = IndexInfo(fingerprint, index.ntotal, index.d, factory, size, digest)
-            text = json.dumps({"format": FORMAT, **asdict(info)}, indent=2)
-            (part / MANIFEST).write_text(text + "\n", encoding="utf-8")
-    except (OSError, RuntimeError) as error:
-        raise StoreError(
-            f"{folder}: the index cannot be written ({_reason(error)}); an earlier one there is whole. "
-            "Check the free space and the permissions"
-        ) from error
-
-
-def _refuse_foreign(folder: Path) -> None:
-    if folder.exists() and not (folder / MANIFEST).is_file() and (folder.is_file() or any(folder.iterdir())):
-        raise StoreError(
-            f"{folder} exists and is not an index of bindllm (no {MANIFEST}); nothing was written. "
-            "Choose another folder or empty it"
+        stored = read_keys(store, index.info.modality)
+    except StoreError as error:
+        log.warning("%s: whether its store has changed cannot be told: %s", folder, error)
+        return
+    held = np.sort(np.concatenate([part.keys for part in index._parts]))
+    more = 0 if state.chosen else len(missing_from(stored, held))
+    fewer = len(missing_from(held, stored))
+    if more or fewer:
+        log.warning(
+            "%s: the store %s has changed since: %d %s embeddings more and %d fewer than this index. It is used as it "
+            "is; 'bindllm index %s ...' renews it",
+            *(folder, store.resolve(), more, index.info.modality, fewer, folder),
         )
-
-
-def _read_info(folder: Path) -> IndexInfo:
-    path = folder / MANIFEST
-    if not path.is_file():
-        aside = set_aside_name(folder)
-        hint = f"; an earlier one is whole in {aside}: rename it to {folder.name}" if aside.is_dir() else ""
-        raise StoreError(f"{folder} is not the folder of an index (no {MANIFEST}){hint}")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if (number := int(found.pop("format"))) > FORMAT:
-            raise StoreError(f"{path} has format {number}, this bindllm reads up to {FORMAT}; update bindllm")
-        info = IndexInfo(**found)
-        types = [type(value) for value in asdict(info).values()]
-        if types != [str, int, int, str, int, str]:
-            raise TypeError("values of other types than expected")
-        return info
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StoreError(f"{path} is damaged ({error!r}); build the index again") from error
-
-
-def _read(file: Path, *, inverted: bool) -> Any:
-    """Read an index, mapping its vectors: Faiss has one way for inverted files and another for all others."""
-    faiss = _faiss()
-    flag = faiss.IO_FLAG_MMAP if inverted else getattr(faiss, "IO_FLAG_MMAP_IFC", faiss.IO_FLAG_MMAP)
-    try:
-        return faiss.read_index(str(file), flag)
-    except (RuntimeError, MemoryError) as error:
-        raise StoreError(
-            f"{file} cannot be read as a Faiss index: foreign or damaged ({_reason(error)})"
-        ) from error
-
-
-def _reason(error: Exception) -> str:
-    """Return what an error of Faiss says, without the C++ signature ahead of it."""
-    return str(error).rpartition(": ")[2].strip()
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _limit_threads() -> None:
-    """Let Faiss use as many threads as torch: it brings an OpenMP of its own, which counts for each thread."""
-    import torch
-
-    _faiss().omp_set_num_threads(torch.get_num_threads())
-
-
-def _faiss() -> Any:
-    try:
-        import faiss
-    except ImportError as error:
-        raise MissingExtraError("faiss-cpu", extra="cache", purpose="search a visual cache") from error
-    return faiss

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -79,13 +80,21 @@ class Shards:
             found[places] = True
         return values, found
 
+    def column(self, keys: np.ndarray, name: str) -> list[Any]:
+        """Return what a column holds for each of the keys [N], None where a key is not stored."""
+        records: list[Any] = [None] * len(keys)
+        for shard, places, rows in self._matches(keys):
+            for place, record in zip(places, shard.batch.column(name).take(pa.array(rows)), strict=True):
+                records[place] = record.as_py()
+        return records
+
     def append(self, table: pa.Table) -> None:
         """Write the rows whose key is not stored yet as one new shard.
 
         Raises:
             OSError: the shard cannot be written; nothing of it is left.
         """
-        keys = _keys(table.column(0).combine_chunks())
+        keys = keys_in(table.column(0).combine_chunks())
         keys, first = np.unique(keys, return_index=True)
         new = first[~self.has(keys)]
         if len(new):
@@ -176,14 +185,15 @@ class _Shard:
         if not reader.schema.equals(schema) or reader.num_record_batches != 1:
             raise ValueError("its columns are not those of this store")
         self.batch = reader.get_batch(0)
-        self.keys = _keys(self.batch.column(0))
+        self.keys = keys_in(self.batch.column(0))
         dtype, shape = _layout(schema.field(-1).type)
         value = self.batch.column(self.batch.num_columns - 1)
         buffer = value.values.buffers()[1] if shape else value.buffers()[1]
         self.values = np.frombuffer(buffer, dtype, count=len(value) * int(np.prod(shape))).reshape(-1, *shape)
 
 
-def _keys(column: pa.FixedSizeBinaryArray) -> np.ndarray:
+def keys_in(column: pa.FixedSizeBinaryArray) -> np.ndarray:
+    """Return the keys of an Arrow column, without a copy."""
     return np.frombuffer(column.buffers()[1], KEY, count=len(column), offset=column.offset * KEY_BYTES)
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from bindllm.atomic import write_json
 from bindllm.errors import StoreError
 from bindllm.media import Media
+from bindllm.retrieval.records import as_hex, as_keys, read_keys
 from bindllm.retrieval.shards import KEY, KEY_BYTES, Shards
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ class EmbeddingStore:
 
     def has(self, keys: Sequence[str]) -> np.ndarray:
         """Return for each of the keys [N] whether its embedding is stored, bool [N]."""
-        return self._embeddings.has(_as_bytes(keys))
+        return self._embeddings.has(as_keys(keys))
 
     def get(self, keys: Sequence[str]) -> Tensor:
         """Return the embeddings of the keys, float32 [N, E], exactly as they were appended.
@@ -141,7 +142,7 @@ class EmbeddingStore:
         Raises:
             StoreError: keys that are not stored; says how many and names the first.
         """
-        wanted = _as_bytes(keys)
+        wanted = as_keys(keys)
         embeddings, found = self._embeddings.get(wanted)
         if not found.all():
             # Another process may have appended them since this one last looked.
@@ -154,6 +155,15 @@ class EmbeddingStore:
                 f"the first with key {keys[missing[0]]}; fill the store with these media first"
             )
         return torch.from_numpy(embeddings)
+
+    def keys(self, modality: str | None = None) -> list[str]:
+        """Return the keys of all embeddings, or of those of one modality, sorted, each once."""
+        return as_hex(read_keys(self.folder, modality))
+
+    def sources(self, keys: Sequence[str]) -> list[str | None]:
+        """Return the path or the text that each embedding came from; None: from memory, or it is not stored."""
+        self.refresh()
+        return self._embeddings.column(as_keys(keys), "source")
 
     def append(self, keys: Sequence[str], embeddings: Tensor, media: Sequence[Media]) -> None:
         """Write embeddings as one new shard; keys that are stored already are left out.
@@ -181,7 +191,7 @@ class EmbeddingStore:
             )
         table = pa.table(
             [
-                _as_column(_as_bytes(keys)),
+                _as_column(as_keys(keys)),
                 pa.array([item.modality for item in media], pa.string()),
                 pa.array([_source(item) for item in media], pa.string()),
                 pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), self.embedding_size),
@@ -270,19 +280,6 @@ def _embedding_schema(embedding_size: int) -> pa.Schema:
             ("embedding", pa.list_(pa.float32(), embedding_size)),
         ]
     )
-
-
-def _as_bytes(keys: Sequence[str]) -> np.ndarray:
-    """Return hex keys as 32 bytes each."""
-    for key in keys:
-        if len(key) != 2 * KEY_BYTES:
-            raise StoreError(
-                f"a key must be a content hash of {2 * KEY_BYTES} hexadecimal digits, not {key!r}"
-            )
-    try:
-        return np.frombuffer(bytes.fromhex("".join(keys)), KEY)
-    except ValueError as error:
-        raise StoreError(f"keys must be content hashes in hexadecimal digits ({error})") from error
 
 
 def _as_column(keys: np.ndarray) -> pa.Array:
