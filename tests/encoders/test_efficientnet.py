@@ -69,6 +69,19 @@ def test_batches_of_every_size_equal_single_pictures(encoder):
         assert (encoder.embed("image", [one])[0] - row).abs().max() < 1e-5
 
 
+def test_the_bits_depend_on_neither_threads_nor_batch(encoder):
+    inputs = [encoder.prepare(Media.image(wavy_picture(seed))) for seed in range(5)]
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(encoder.embed("image", inputs))
+            found.append(torch.cat([encoder.embed("image", [one]) for one in inputs]))
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(other, found[0]) for other in found[1:])
+
+
 def test_embeddings_can_be_trained_on(encoder):
     # An inference-mode tensor would be refused by the bind network's backward.
     embeddings = encoder.embed("image", [encoder.prepare(Media.image(wavy_picture()))])

@@ -76,10 +76,10 @@ def licences(manifest: dict[str, Any], *, data: list[str] | None = None) -> list
         weights = str(encoder["init_args"].get("weights", ""))
         rows.append(("encoder", f"{encoder['class_path']} {weights}".rstrip(), weights))
     rows += [("training data", folder, folder) for folder in data or []]
-    return [{"part": part, "name": name, "licence": _licence(folder)} for part, name, folder in rows]
+    return [{"part": part, "name": name, "licence": licence_of(folder)} for part, name, folder in rows]
 
 
-def _licence(folder: str) -> str:
+def licence_of(folder: str) -> str:
     """Return the licences of the packages that a folder was made from, as its SOURCE.json states them."""
     file = Path(folder) / "SOURCE.json"
     if not folder or not file.is_file():

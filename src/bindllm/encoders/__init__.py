@@ -19,12 +19,15 @@ from bindllm.media import MODALITIES, Media
 if TYPE_CHECKING:
     import torch
 
+    from bindllm.encoders.aligned import Aligned
     from bindllm.encoders.efficientnet import EfficientNetLite
     from bindllm.encoders.huggingface import HuggingFace
     from bindllm.encoders.imagebind import ImageBind
     from bindllm.encoders.pointbind import PointBind
+    from bindllm.encoders.sound_tower import SoundTower
 
 __all__ = [
+    "Aligned",
     "EfficientNetLite",
     "Encoder",
     "HasExamples",
@@ -32,15 +35,19 @@ __all__ = [
     "HuggingFace",
     "ImageBind",
     "PointBind",
+    "SoundTower",
     "encoder_for",
     "fingerprint",
+    "passed_over",
 ]
 
 _HOMES = {
+    "Aligned": "bindllm.encoders.aligned",
     "EfficientNetLite": "bindllm.encoders.efficientnet",
     "HuggingFace": "bindllm.encoders.huggingface",
     "ImageBind": "bindllm.encoders.imagebind",
     "PointBind": "bindllm.encoders.pointbind",
+    "SoundTower": "bindllm.encoders.sound_tower",
 }
 
 _CHUNK = 1 << 20
@@ -134,6 +141,24 @@ def encoder_for(modality: str, encoders: Sequence[Encoder]) -> Encoder:
         f"no encoder serves the modality {modality!r}; the encoders here serve: {', '.join(served) or 'nothing'}. "
         f"{hint}Name one that does under `encoders` of the recipe"
     )
+
+
+def passed_over(encoders: Sequence[Encoder]) -> list[str]:
+    """Return one sentence for each encoder that serves a modality which an earlier one serves.
+
+    `encoder_for` takes the first, so the later one is never asked for it.
+    """
+    first: dict[str, Encoder] = {}
+    sentences = []
+    for encoder in encoders:
+        twice = [name for name in encoder.modalities if first.setdefault(name, encoder) is not encoder]
+        if twice:
+            ahead = dict.fromkeys(type(first[name]).__name__ for name in twice)
+            sentences.append(
+                f"{type(encoder).__name__} is not asked for {', '.join(twice)}: {' and '.join(ahead)} comes before it "
+                "and serves it too. To choose, limit the modalities of the one, or change the order"
+            )
+    return sentences
 
 
 def fingerprint(config: Mapping[str, Any], *parts: bytes | str | Path) -> str:

@@ -45,14 +45,16 @@ class RecipeCLI(LightningCLI):
         UsageError: unknown keys, wrong types, missing values.
     """
 
+    kinds: tuple[type, type] = (BindModule, BindData)
+    """Classes of the sections `model` and `data`."""
+
     def __init__(self, verb: str, args: Sequence[str], *, build: bool = True) -> None:
         self.build, self.verb = build, verb
         refuse_bare_names(verb, args)
         # Fields of our dataclasses are explained below each of them; that is where --help finds its words.
         set_parsing_settings(docstring_parse_attribute_docstrings=True)
         super().__init__(
-            BindModule,
-            BindData,
+            *self.kinds,
             run=False,
             args=list(args),
             parser_class=RecipeParser,

@@ -1,0 +1,225 @@
+"""The Lightning module of an alignment: a head, and perhaps a tower, against frozen embeddings of paired media.
+
+As ImageBind was made (arXiv 2305.05665, section 3.2): each further modality learns from pairs with pictures alone,
+by a contrastive loss against embeddings that stay as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from bindllm.encoders.head import Head, HeadConfig
+from bindllm.encoders.trainable import is_trainable
+from bindllm.errors import TrainingError
+from bindllm.training.align_data import AlignData
+from bindllm.training.align_loss import Temperature, TemperatureConfig, contrastive_loss
+from bindllm.training.align_metrics import RECALL_AT, retrieval_metrics
+from bindllm.training.align_sides import PairSet
+from bindllm.training.module import AnyEncoder
+from bindllm.training.optim import OptimConfig, build_optimizer, build_schedule
+
+_EMBEDDED_AT_ONCE = 32
+
+
+class AnyTower(ABC):  # noqa: B024 (its methods are looked for, never inherited)
+    """What a recipe accepts as a tower: an encoder, or a network with the methods of `TrainableTower`."""
+
+    @classmethod
+    def __subclasshook__(cls, other: type) -> bool:
+        names = set(dir(other))
+        return {"fingerprint", "to", "prepare", "embed"} <= names or {
+            "prepare",
+            "augment",
+            "forward",
+        } <= names
+
+
+@dataclass
+class Best:
+    """The epoch that is kept, with what was measured on the validation split.
+
+    Args:
+        epoch: from 1.
+        score: larger is better.
+        metrics: None where there is nothing to validate with.
+        weights: a copy of the trained tensors.
+    """
+
+    epoch: int
+    score: float
+    metrics: dict[str, Any] | None
+    weights: dict[str, Tensor]
+
+
+class AlignModule(LightningModule):
+    """Trains a head, and a tower that can be trained, towards the space of a frozen encoder.
+
+    The signature is the ``model`` section of a recipe.
+
+    Args:
+        tower: what takes the media: a frozen encoder, or a network that is trained with the head.
+        target: the frozen encoder whose space is learnt.
+        head: its shape.
+        temperature: of the softmax.
+        optim: optimizer and schedule.
+        best: which epoch is kept: that of the best validation "recall" (the mean of recall@1/5/10 in both directions)
+            or of the lowest validation "loss".
+    """
+
+    def __init__(
+        self,
+        tower: AnyTower,
+        target: AnyEncoder,
+        head: HeadConfig,
+        temperature: TemperatureConfig,
+        optim: OptimConfig,
+        best: Literal["recall", "loss"] = "recall",
+    ) -> None:
+        super().__init__()
+        self.trains_tower = is_trainable(tower)
+        # In a tuple a frozen encoder that is a torch module stays out of parameters and training mode.
+        self._encoders = (tower, target)
+        self.trained_tower: nn.Module | None = tower if self.trains_tower else None
+        self.head_config, self.optim_config, self.keep = head, optim, best
+        self.temperature = Temperature(temperature)
+        self.head: Head | None = None
+        self.best: Best | None = None
+
+    @property
+    def tower(self) -> Any:
+        """What takes the media."""
+        return self._encoders[0]
+
+    @property
+    def target(self) -> Any:
+        """The frozen encoder whose space is learnt."""
+        return self._encoders[1]
+
+    def configure_model(self) -> None:
+        """Make the head; Lightning calls this when the data are ready."""
+        if self.head is None:
+            # Embedding may have drawn random numbers; the initial weights must not depend on that.
+            reset_seed()
+            self.head = Head(self.tower.embedding_size, self.target.embedding_size, self.head_config)
+
+    def forward(self, inputs: Tensor | list[Tensor]) -> Tensor:
+        """Return unit embeddings [B, E] of a frozen tower's vectors [B, W], or of B prepared media."""
+        return self.head(inputs if self.trained_tower is None else self.trained_tower(inputs))
+
+    def on_fit_start(self) -> None:
+        """Set the mode, which Lightning leaves alone."""
+        self.train()
+
+    def groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
+        """Return the trained parameters in named groups."""
+        parts = {"head": self.head, "tower": self.trained_tower, "temperature": self.temperature}
+        return {name: list(part.named_parameters()) for name, part in parts.items() if part is not None}
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """Return AdamW and a schedule that moves every step."""
+        fused = not self.trainer.precision.endswith("mixed")
+        optimizer = build_optimizer(self.groups(), self.optim_config, fused=fused)
+        schedule = build_schedule(optimizer, self.trainer.estimated_stepping_batches, self.optim_config)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Return the loss of a batch.
+
+        Raises:
+            TrainingError: it is not finite.
+        """
+        loss = contrastive_loss(self(batch["inputs"]), batch["targets"], batch["belongs"], self.temperature())
+        if not torch.isfinite(loss):
+            raise TrainingError(
+                f"the loss is not finite at step {self.global_step + 1}; nothing was written. Lower the learning rate: "
+                f"--model.optim.lr {self.optim_config.lr / 3:.1g}"
+            )
+        self.log_dict({"train_loss": loss, "temperature": 1 / self.temperature()})
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Keep the temperature within its bounds."""
+        self.temperature.clamp()
+
+    def on_train_epoch_end(self) -> None:
+        """Measure on the validation split, and keep the weights if they are the best so far."""
+        data: AlignData = self.trainer.datamodule
+        metrics = self.measure(data, "validation")
+        score = float(self.current_epoch)
+        if metrics is not None:
+            recall = _mean_recall(metrics)
+            score = recall if self.keep == "recall" else -metrics["loss"]
+            self.log_dict({"val_loss": metrics["loss"], "val_recall": recall})
+        if self.best is None or score > self.best.score:
+            weights = copy.deepcopy({name: tensor.cpu() for name, tensor in self.state_dict().items()})
+            self.best = Best(self.current_epoch + 1, score, metrics, weights)
+
+    def take_best(self) -> Best:
+        """Take the weights of the best epoch, and return it."""
+        assert self.best is not None, "the model was trained for at least one epoch"
+        self.load_state_dict(self.best.weights)
+        return self.best
+
+    @torch.no_grad()
+    def measure(self, data: AlignData, split: str) -> dict[str, Any] | None:
+        """Return loss, retrieval in both directions and the mean similarity of pairs; None without pairs.
+
+        Args:
+            data: of the run.
+            split: of the data.
+        """
+        pairs = data.pairs(split)
+        if not len(pairs.links):
+            return None
+        media, targets = (
+            self.embed_media(data, pairs),
+            data.target_rows(pairs, torch.arange(len(pairs.targets))),
+        )
+        targets = targets.to(self.device)
+        losses = []
+        for rows in pairs.links.split(data.batch_size):
+            belongs = pairs.belongs(rows[:, 0], rows[:, 1]).to(self.device)
+            loss = contrastive_loss(media[rows[:, 0]], targets[rows[:, 1]], belongs, self.temperature())
+            losses.append(float(loss) * len(rows))
+        linked = len({*pairs.links[:, 1].tolist()})
+        similar = (media[pairs.links[:, 0]] * targets[pairs.links[:, 1]]).sum(1).mean()
+        names = data.modality, data.sources[0].target
+        return {
+            "pairs": len(pairs.links),
+            "loss": round(sum(losses) / len(pairs.links), 4),
+            "pair_similarity": round(float(similar), 4),
+            f"{names[0]}_to_{names[1]}": retrieval_metrics(media, targets, pairs.targets_of()),
+            # Targets without media are last: to be chosen from, but not to be asked for.
+            f"{names[1]}_to_{names[0]}": retrieval_metrics(
+                targets[:linked], media, pairs.media_of()[:linked]
+            ),
+        }
+
+    @torch.no_grad()
+    def embed_media(self, data: AlignData, pairs: PairSet) -> Tensor:
+        """Return the embeddings of all media of a split in evaluation mode, [M, E]."""
+        was_training = self.training
+        self.eval()
+        parts = []
+        for numbers in torch.arange(len(pairs.media)).split(_EMBEDDED_AT_ONCE):
+            inputs = data.media_inputs(pairs, numbers)
+            moved = (
+                inputs.to(self.device) if isinstance(inputs, Tensor) else [x.to(self.device) for x in inputs]
+            )
+            parts.append(self(moved))
+        self.train(was_training)
+        return torch.cat(parts)
+
+
+def _mean_recall(metrics: dict[str, Any]) -> float:
+    """Mean of recall@1/5/10 in both directions."""
+    ways = [value for value in metrics.values() if isinstance(value, dict)]
+    return sum(way[f"recall@{k}"] for way in ways for k in RECALL_AT) / (len(ways) * len(RECALL_AT))

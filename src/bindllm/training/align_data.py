@@ -1,0 +1,240 @@
+"""The data of an alignment: pairs in three splits, embedded once where frozen, augmented where a tower is trained."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import defaultdict
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from bindllm.data.captions import SPLITS
+from bindllm.encoders.trainable import CanMix, is_trainable
+from bindllm.errors import InputError
+from bindllm.media import Media
+from bindllm.training.align_pairs import Pair, PairReport, PairSource, read_pairs
+from bindllm.training.align_sides import PairSet, PreparedSide, StoredSide
+
+CANNOT_READ = "cannot be read or embedded"
+
+Batch = dict[str, Any]
+
+
+class AlignData(LightningDataModule):
+    """Pairs of a recipe.
+
+    The signature is the ``data`` section of a recipe.
+
+    Args:
+        sources: tables of pairs, all of one modality and one target.
+        store: folder of the embedding stores of the frozen encoders.
+        batch_size: pairs of a training step; each is told from the others of its batch.
+        mix: share of training rows in which a second media of the same target is laid over, 0 to 1; for a trained
+            tower that can mix.
+        seed: of order and augmentation.
+        tower: of the recipe's model.
+        target: of the recipe's model.
+    """
+
+    def __init__(
+        self,
+        sources: list[PairSource],
+        store: str = "data/store",
+        batch_size: int = 256,
+        mix: float = 0.0,
+        seed: int = 0,
+        tower: Any = None,
+        target: Any = None,
+    ) -> None:
+        super().__init__()
+        if not sources:
+            raise InputError("data.sources is empty; name at least one source of pairs")
+        if batch_size < 2:
+            raise InputError(
+                f"data.batch_size must be at least 2, to tell a pair from others; not {batch_size}"
+            )
+        if not 0 <= mix <= 1:
+            raise InputError(f"data.mix must be from 0 to 1, not {mix}")
+        for name in ("modality", "target"):
+            found = sorted({vars(source)[name] for source in sources})
+            if len(found) > 1:
+                raise InputError(f"all sources of a recipe have one {name}; here are {', '.join(found)}")
+        self.sources, self.store, self.batch_size = sources, store, batch_size
+        self.mix, self.seed, self.tower, self.target = mix, seed, tower, target
+        self.modality = sources[0].modality
+        self.report = PairReport()
+        self._splits: dict[str, PairSet] | None = None
+        self._sides: tuple[StoredSide | PreparedSide, StoredSide] | None = None
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the pairs, and embed or open all their media, once.
+
+        Raises:
+            InputError: an encoder does not serve its side, or too few pairs are left to train with.
+        """
+        if self._splits is not None:
+            return
+        started = time.perf_counter()
+        self._refuse_other_modalities()
+        pairs = [pair for source in self.sources for pair in read_pairs(source, self.report.skipped)]
+        trained = is_trainable(self.tower)
+        self._sides = (
+            PreparedSide(self.tower) if trained else StoredSide(self.tower, self.store),
+            StoredSide(self.target, self.store),
+        )
+        device = "cpu" if self.trainer is None else self.trainer.strategy.root_device
+        keys: dict[Media, str] = {}
+        failed: dict[Media, str] = {}
+        wanted = ([pair.media for pair in pairs if pair.media], [pair.target for pair in pairs])
+        for side, items in zip(self._sides, wanted, strict=True):
+            found = side.find_keys(list(dict.fromkeys(items)), device=device, progress=sys.stderr.isatty())
+            keys |= found[0]
+            failed |= found[1]
+        self._splits = self._sorted(self._readable(pairs, failed), keys)
+        self.report.encoded = sum(side.encoded for side in self._sides)
+        self.report.seconds = time.perf_counter() - started
+        train = self._splits["train"]
+        if len(set(train.links[:, 1].tolist())) < 2:
+            left_out = "; ".join(self.report.skipped.lines()) or "nothing was left out"
+            raise InputError(
+                f"there are {len(train.links)} training pairs of {len(train.media)} {self.modality} media; at least "
+                f"two with different targets are needed. {left_out}"
+            )
+
+    def pairs(self, split: str) -> PairSet:
+        """Return the pairs of a split."""
+        self.setup()
+        return self._splits[split]
+
+    def media_inputs(self, pairs: PairSet, numbers: Tensor) -> Tensor | list[Tensor]:
+        """Return what the trained part takes for some media: a frozen tower's vectors [B, W], or prepared media."""
+        chosen = numbers.tolist()
+        return self._sides[0].inputs([pairs.media[n] for n in chosen], [pairs.media_keys[n] for n in chosen])
+
+    def target_rows(self, pairs: PairSet, numbers: Tensor) -> Tensor:
+        """Return the frozen embeddings of some targets, [B, E]."""
+        chosen = numbers.tolist()
+        return self._sides[1].inputs(
+            [pairs.targets[n] for n in chosen], [pairs.target_keys[n] for n in chosen]
+        )
+
+    def train_dataloader(self) -> DataLoader:
+        """Return the loader of training batches; its chance begins anew with each call."""
+        pairs = self.pairs("train")
+        generator = torch.Generator().manual_seed(self.seed)
+        siblings = pairs.media_of()
+        return DataLoader(
+            range(len(pairs.links)),
+            batch_size=self.batch_size,
+            shuffle=True,
+            generator=torch.Generator().manual_seed(self.seed),
+            collate_fn=lambda rows: self._batch(pairs, rows, siblings, generator),
+        )
+
+    def _batch(
+        self, pairs: PairSet, rows: list[int], siblings: list[list[int]], generator: torch.Generator
+    ) -> Batch:
+        media, targets = pairs.links[rows].T
+        inputs = self.media_inputs(pairs, media)
+        if isinstance(inputs, list):
+            inputs = [self.tower.augment(item, generator) for item in inputs]
+            inputs = self._mixed(pairs, inputs, media, targets, siblings, generator)
+        return {
+            "inputs": inputs,
+            "targets": self.target_rows(pairs, targets),
+            "belongs": pairs.belongs(media, targets),
+        }
+
+    def _mixed(
+        self,
+        pairs: PairSet,
+        inputs: list[Tensor],
+        media: Tensor,
+        targets: Tensor,
+        siblings: list[list[int]],
+        generator: torch.Generator,
+    ) -> list[Tensor]:
+        """Lay a second media of the same target over some of the inputs."""
+        if not isinstance(self.tower, CanMix):
+            return inputs
+        drawn = torch.rand(len(inputs), 2, generator=generator)
+        for row, (share, place) in enumerate(drawn.tolist()):
+            others = [n for n in siblings[int(targets[row])] if n != int(media[row])]
+            if others and share < self.mix:
+                other = torch.tensor([others[int(place * len(others))]])
+                second = self.tower.augment(self.media_inputs(pairs, other)[0], generator)
+                inputs[row] = self.tower.mix(inputs[row], second, generator)
+        return inputs
+
+    def _refuse_other_modalities(self) -> None:
+        trained = is_trainable(self.tower)
+        for name, served, wanted in (
+            ("tower", (self.tower.modality,) if trained else self.tower.modalities, self.modality),
+            ("target", self.target.modalities, self.sources[0].target),
+        ):
+            if wanted not in served:
+                raise InputError(
+                    f"the {name} of the recipe serves {', '.join(served)} media; the sources have {wanted} there"
+                )
+
+    def _readable(self, pairs: list[Pair], failed: dict[Media, str]) -> list[Pair]:
+        """Leave out pairs with media that cannot be read, and count them."""
+        kept = []
+        for pair in pairs:
+            reason = failed.get(pair.target) or (failed.get(pair.media) if pair.media else None)
+            if reason is None:
+                kept.append(pair)
+            else:
+                self.report.skipped.add(CANNOT_READ, f"{pair.name}: {reason}")
+        return kept
+
+    def _sorted(self, pairs: list[Pair], keys: dict[Media, str]) -> dict[str, PairSet]:
+        """Return the pairs of each split, told apart by content.
+
+        Held out is what training has not seen on either side: where a copy of the target is in the training split, the
+        pair is left out; where a copy of the media is, the target stays, to be chosen from.
+        """
+        trained = {keys[item] for pair in pairs if pair.split == "train" for item in pair[:2] if item}
+        by_split: dict[str, list[Pair]] = {split: [] for split in SPLITS}
+        for pair in pairs:
+            if pair.split != "train" and keys[pair.target] in trained:
+                self.report.skipped.add(f"its {pair.target.modality} is in the training split too", pair.name)
+                continue
+            if pair.split != "train" and pair.media and keys[pair.media] in trained:
+                self.report.skipped.add(f"its {pair.media.modality} is in the training split too", pair.name)
+                pair = pair._replace(media=None)
+            by_split[pair.split].append(pair)
+        splits = {split: _pair_set(found, keys) for split, found in by_split.items()}
+        for split, found in splits.items():
+            self.report.pairs[split] = len(found.links)
+            self.report.media[split], self.report.targets[split] = len(found.media), len(found.targets)
+            self.report.alone += len(found.targets) - len(set(found.links[:, 1].tolist()))
+        return splits
+
+
+def _pair_set(pairs: list[Pair], keys: dict[Media, str]) -> PairSet:
+    """Number media and targets by their content."""
+    media: dict[str, Media] = {}
+    targets: dict[str, Media] = {}
+    numbers: defaultdict[str, dict[str, int]] = defaultdict(dict)
+    links: dict[tuple[int, int], None] = {}
+    # Targets without media come last, so that all others can be asked for by number.
+    for pair in sorted(pairs, key=lambda pair: pair.media is None):
+        target = keys[pair.target]
+        targets.setdefault(target, pair.target)
+        number = numbers["targets"].setdefault(target, len(numbers["targets"]))
+        if pair.media is not None:
+            key = keys[pair.media]
+            media.setdefault(key, pair.media)
+            links[numbers["media"].setdefault(key, len(numbers["media"])), number] = None
+    return PairSet(
+        media=tuple(media.values()),
+        media_keys=tuple(media),
+        targets=tuple(targets.values()),
+        target_keys=tuple(targets),
+        links=torch.tensor(list(links), dtype=torch.int64).reshape(-1, 2),
+    )

@@ -1,0 +1,126 @@
+"""What an alignment leaves: the folder of an aligned encoder, with its model card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bindllm.atomic import remove_leftovers
+from bindllm.checkpoint.card import licence_of
+from bindllm.encoders.aligned_folder import HEAD, TOWER, AlignedManifest, write_aligned
+from bindllm.encoders.alignment import space_of
+from bindllm.training.align import AlignModule
+from bindllm.training.align_data import AlignData
+from bindllm.training.align_metrics import RECALL_AT
+
+
+def save_aligned(
+    folder: str | Path, model: AlignModule, data: AlignData, *, metrics: Mapping[str, Any], recipe: str
+) -> None:
+    """Write a trained model as the folder of an aligned encoder, in one step.
+
+    Args:
+        folder: where it goes.
+        model: with the weights that are to be kept.
+        data: of the run.
+        metrics: what was measured.
+        recipe: the resolved recipe.
+
+    Raises:
+        InputError: the folder holds something else.
+    """
+    weights = {HEAD: model.head.state_dict()}
+    if model.trained_tower is not None:
+        weights[TOWER] = model.trained_tower.state_dict()
+    manifest = describe_aligned(model, data)
+    remove_leftovers(folder)
+    texts = {"README.md": write_card(manifest, data, metrics), "recipe.yaml": recipe}
+    write_aligned(folder, manifest, weights, metrics=metrics, texts=texts)
+
+
+def describe_aligned(model: AlignModule, data: AlignData) -> AlignedManifest:
+    """Return the description of a trained model."""
+    tower, target = _entry(model.tower), _entry(model.target)
+    target["fingerprint"] = model.target.fingerprint()
+    if model.trained_tower is None:
+        tower["fingerprint"] = model.tower.fingerprint()
+    else:
+        tower["revision"] = model.tower.revision
+    own_space = f"{target['class_path'].rpartition('.')[2]} {target['fingerprint'][:16]}"
+    return AlignedManifest(
+        modality=data.modality,
+        embedding_size=model.target.embedding_size,
+        space=space_of(model.target) or own_space,
+        tower=tower,
+        tower_size=model.tower.embedding_size,
+        head=model.head_config,
+        target=target,
+        sha256={},
+    )
+
+
+def _entry(part: Any) -> dict[str, Any]:
+    kind = type(part)
+    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": dict(part.config)}
+
+
+def write_card(manifest: AlignedManifest, data: AlignData, metrics: Mapping[str, Any]) -> str:
+    """Return the text of the model card."""
+    lines = [
+        f"# {manifest.modality} in the space {manifest.space}",
+        "",
+        f"An encoder of {manifest.modality} media for [bindllm](https://arxiv.org/abs/2309.03905), in the space of",
+        f"`{manifest.target['class_path']}`. It was aligned as in [ImageBind](https://arxiv.org/abs/2305.05665), by a",
+        "contrastive loss against frozen embeddings of paired media.",
+        "",
+        "| part | is | licence |",
+        "|---|---|---|",
+        *(f"| {part} | `{name}` | {licence} |" for part, name, licence in _parts(manifest, data)),
+        "",
+        f"Trained: {metrics['trained_parameters']:,} parameters, "
+        f"{'tower and head' if manifest.trained else 'the head alone'}, on {metrics['pairs']['train']:,} pairs. "
+        f"Kept: epoch {metrics['epoch']} of {metrics['epochs']}. Temperature: {metrics['temperature']:g}.",
+        "",
+        "## Held-out pairs",
+        "",
+        *_table(metrics),
+        "",
+        "## Use",
+        "",
+        "```yaml",
+        "encoders:",
+        "  - class_path: bindllm.encoders.Aligned",
+        "    init_args: {weights: THIS_FOLDER}",
+        "```",
+        "",
+        "The licences of the parts in the table, and of the data, hold for these weights as well.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _parts(manifest: AlignedManifest, data: AlignData) -> list[tuple[str, str, str]]:
+    rows = []
+    for part, entry in (("tower", manifest.tower), ("target", manifest.target)):
+        folder = str(entry["init_args"].get("weights") or entry["init_args"].get("name") or "")
+        licence = "trained here" if part == "tower" and manifest.trained else licence_of(folder)
+        rows.append((part, f"{entry['class_path']} {folder}".rstrip(), licence))
+    return rows + [("training data", source.path, licence_of(source.path)) for source in data.sources]
+
+
+def _table(metrics: Mapping[str, Any]) -> list[str]:
+    """Return recall beside chance in both directions, for each split that was measured."""
+    recalls = [f"recall@{k} (chance)" for k in RECALL_AT]
+    lines = [
+        f"| split | asked | queries | to choose from | {' | '.join(recalls)} |",
+        "|---" * (4 + len(recalls)) + "|",
+    ]
+    for split in ("validation", "test"):
+        for way, found in (metrics[split] or {}).items():
+            if isinstance(found, dict):
+                cells = [f"{found[f'recall@{k}']:.1%} ({found[f'chance@{k}']:.1%})" for k in RECALL_AT]
+                name = way.replace("_", " ")
+                lines.append(
+                    f"| {split} | {name} | {found['queries']} | {found['gallery']} | {' | '.join(cells)} |"
+                )
+    return lines if len(lines) > 2 else ["There were none, so nothing was measured."]

@@ -1,0 +1,193 @@
+"""Pairs to align with: the rows of tables, each a target (such as a picture) and the media that belong to it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+from bindllm.assets import fetch_hint
+from bindllm.data.captions import SPLITS, TABLE_NAME, clean_caption
+from bindllm.data.report import Skipped
+from bindllm.data.sources import hashed_split
+from bindllm.data.tables import READERS, Record, read_table
+from bindllm.errors import InputError, known_names
+from bindllm.media import MODALITIES, Media, is_modality
+
+Split = Literal["train", "validation", "test"]
+
+
+@dataclass
+class PairSource:
+    """One table of pairs."""
+
+    path: str
+    """A table (.jsonl, .csv, .tsv, .parquet) or a folder with one named captions.*; paths in it start at its folder."""
+
+    modality: str = "text"
+    """What is to be taught; one for all sources of a recipe."""
+
+    columns: list[str] = field(default_factory=list)
+    """Columns of that modality, each with a path, a text or a list of them; by default `caption` for text, else one
+    column that is called like the modality. All that a row holds belongs to its target."""
+
+    target: str = "image"
+    """Modality of the frozen side."""
+
+    target_column: str | None = None
+    """Column of the frozen side; by default called like `target`."""
+
+    split: Split | None = None
+    """Put the whole source into one split. Otherwise the column `split_column` decides, and without it a hash of the
+    target."""
+
+    split_column: str = "split"
+    """Column with train, validation or test; a table may lack it."""
+
+    held_out: float = 0.1
+    """Share of targets, 0 to below 1, that the hash holds out: half for validation, half for test."""
+
+    def __post_init__(self) -> None:
+        for name in (self.modality, self.target):
+            if not is_modality(name):
+                raise InputError(
+                    f"{self.path}: a modality is a lower-case word, not {name!r}. "
+                    f"{known_names(str(name).lower(), MODALITIES)}"
+                )
+        if self.split is not None and self.split not in get_args(Split):
+            raise InputError(f"{self.path}: unknown split {self.split!r}. {known_names(self.split, SPLITS)}")
+        if not 0 <= self.held_out < 1:
+            raise InputError(f"{self.path}: held_out must be from 0 to below 1, not {self.held_out}")
+        self.columns = self.columns or ["caption" if self.modality == "text" else self.modality]
+        self.target_column = self.target_column or self.target
+
+
+class Pair(NamedTuple):
+    """A target and one media that belongs to it, or none: such a target is only one more to be told apart."""
+
+    target: Media
+    media: Media | None
+    split: str
+    name: str
+
+
+@dataclass
+class PairReport:
+    """What the sources gave: counts, and what was left out and why.
+
+    Args:
+        pairs: pairs per split.
+        targets: different targets per split, with those that nothing belongs to.
+        media: different media per split.
+        alone: targets without media, which only widen what is chosen from.
+        skipped: pairs and rows left out.
+        encoded: media and targets that were embedded now; the others were in the store.
+        seconds: reading and embedding.
+    """
+
+    pairs: dict[str, int] = field(default_factory=dict)
+    targets: dict[str, int] = field(default_factory=dict)
+    media: dict[str, int] = field(default_factory=dict)
+    alone: int = 0
+    skipped: Skipped = field(default_factory=Skipped)
+    encoded: int = 0
+    seconds: float = 0.0
+
+    def lines(self) -> Iterator[str]:
+        """Yield what there is to say, a line each."""
+        for split in SPLITS:
+            yield (
+                f"{split}: {self.pairs.get(split, 0):,} pairs of {self.media.get(split, 0):,} media and "
+                f"{self.targets.get(split, 0):,} targets"
+            )
+        if self.alone:
+            yield f"{self.alone:,} targets have no media; the held-out ones are among those to choose from"
+        yield from (f"left out: {line}" for line in self.skipped.lines())
+
+
+def read_pairs(source: PairSource, skipped: Skipped) -> list[Pair]:
+    """Return the pairs of a source, in its order.
+
+    Args:
+        source: what the recipe says about it.
+        skipped: counts what is left out.
+
+    Raises:
+        InputError: the source is missing, is no table, or has none of the columns.
+    """
+    path = Path(source.path)
+    if not path.exists():
+        place = "" if path.is_absolute() else f" in {Path.cwd()}, from where the recipe's paths are looked up"
+        raise InputError(f"data source {source.path} does not exist{place}.{fetch_hint(path)}")
+    table, pairs = _find_table(path), []
+    seen: set[str] = set()
+    splits: dict[str, str] = {}
+    for name, record in read_table(table, (source.target_column,), skipped):
+        seen |= record.keys()
+        pairs += _row_pairs(name, record, source, table.parent, splits, skipped)
+    missing = [column for column in source.columns if column not in seen]
+    if missing and seen:
+        raise InputError(f"{table}: no column {missing[0]!r}. {known_names(missing[0], seen)}")
+    return pairs
+
+
+def _find_table(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    tables = [file for suffix in READERS if (file := path / f"{TABLE_NAME}{suffix}").is_file()]
+    if len(tables) != 1:
+        found = (
+            " and ".join(table.name for table in tables) or f"no table {TABLE_NAME}.* ({', '.join(READERS)})"
+        )
+        raise InputError(f"{path} holds {found}; give the path of the table to use")
+    return tables[0]
+
+
+def _row_pairs(
+    name: str, record: Record, source: PairSource, folder: Path, splits: dict[str, str], skipped: Skipped
+) -> Iterator[Pair]:
+    """Yield the pairs of one row; a row whose columns are all empty is a target without media."""
+    value = record[source.target_column]
+    target = _media(source.target, value, folder, f"{name}: {source.target_column}", skipped)
+    if target is None:
+        return
+    key = os.path.normpath(value) if source.target != "text" else value
+    split = source.split or record.get(source.split_column) or hashed_split(key, source.held_out)
+    if split not in SPLITS:
+        skipped.add(f"unknown split {split!r}. {known_names(str(split), SPLITS)}", name)
+        return
+    if splits.setdefault(key, split) != split:
+        skipped.add(f"this {source.target} is in another split already", name)
+        return
+    found = False
+    for column in source.columns:
+        values = record.get(column)
+        for each in values if isinstance(values, list) else [values]:
+            if each is None or each == "":
+                continue
+            found = True
+            media = _media(source.modality, each, folder, f"{name}: {column}", skipped)
+            if media is not None:
+                yield Pair(target, media, split, name)
+    if not found:
+        yield Pair(target, None, split, name)
+
+
+def _media(modality: str, value: object, folder: Path, name: str, skipped: Skipped) -> Media | None:
+    """Return the media of one cell; what is none is counted."""
+    if not isinstance(value, str) or not value.strip():
+        skipped.add(f"no {'text' if modality == 'text' else f'path of {modality} media'}", name)
+        return None
+    if modality == "text":
+        words, _ = clean_caption(value)
+        if not words:
+            skipped.add("empty text", name)
+            return None
+        return Media.text(words)
+    file = os.path.join(folder, value)
+    if not os.path.isfile(file):
+        skipped.add(f"no such {modality} file", f"{name}: {value}")
+        return None
+    return Media(modality, file)
