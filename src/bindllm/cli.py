@@ -22,12 +22,15 @@ VERBS = {
     "generate": ("generate", "ask a checkpoint folder about pictures, sounds, texts, ..."),
     "encode": ("encode", "print how alike files and texts are in an encoder's joint space"),
     "convert": ("convert", "turn published weights into our folders, every key accounted for"),
+    "index": ("index", "build or renew the visual cache: an index of picture embeddings"),
+    "align": ("align", "teach a modality to the joint space of an encoder, from pairs"),
+    "evaluate": ("evaluate", "classify and retrieve across modalities, from embeddings alone"),
     "report": ("report", "write the report of a checkpoint folder again"),
     "version": ("report", "print the versions of bindllm and of what it stands on"),
 }
 """Each verb: the file of `bindllm.verbs` that holds its function, and what it does."""
 
-SYNONYMS = {"train": "fit", "evaluate": "test", "eval": "test", "predict": "generate"}
+SYNONYMS = {"train": "fit", "eval": "evaluate", "predict": "generate"}
 """What other programs call a verb."""
 
 EXAMPLES = """\

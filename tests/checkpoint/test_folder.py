@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import torch
@@ -6,8 +7,10 @@ import torch
 from bindllm.checkpoint.folder import (
     build_object,
     check_keys,
+    name_cache,
     read_manifest,
     read_weights,
+    resolve_cache,
     resolve_path,
     write_checkpoint,
 )
@@ -189,3 +192,55 @@ def test_a_misspelt_class_gets_the_closest_one_and_a_forbidden_one_the_option():
         build_object({"class_path": "tiny.ColorEncoder"}, allow=["tiny.ColorEncoder"])
     with pytest.raises(CheckpointError, match=r"--allow tiny\.ColourEncoder on the command line"):
         build_object({"class_path": "tiny.ColourEncoder"})
+
+
+def test_a_cache_inside_stays_when_the_checkpoint_is_saved_again(folder):
+    (folder / "cache").mkdir()
+    (folder / "cache" / "part-a.faiss").write_bytes(b"vectors")
+    write_checkpoint(folder, {"cache": {"folder": str(folder / "cache"), "top_k": 3}}, TENSORS, "")
+    assert read_manifest(folder)["cache"] == {"folder": "cache", "top_k": 3}
+    assert (folder / "cache" / "part-a.faiss").read_bytes() == b"vectors"
+    # Also where the new model names none.
+    write_checkpoint(folder, {"cache": None}, TENSORS, "")
+    assert (folder / "cache" / "part-a.faiss").read_bytes() == b"vectors"
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def test_a_cache_inside_is_copied_where_files_cannot_have_two_names(folder, monkeypatch):
+    (folder / "cache").mkdir()
+    (folder / "cache" / "part-a.faiss").write_bytes(b"vectors")
+
+    def fail(*_):
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr("bindllm.checkpoint.folder.os.link", fail)
+    write_checkpoint(folder, {}, TENSORS, "")
+    assert (folder / "cache" / "part-a.faiss").read_bytes() == b"vectors"
+
+
+def test_naming_a_cache_changes_nothing_else(folder, monkeypatch):
+    before = read_manifest(folder)
+    monkeypatch.chdir(folder.parent)
+    name_cache("model", {"folder": "caches/a"})
+    root = (folder / before["root"]).resolve()
+    expected = os.path.relpath(folder.parent / "caches/a", root)
+    assert read_manifest(folder) == {**before, "cache": {"folder": expected}}
+    name_cache("model", None)
+    assert read_manifest(folder) == {**before, "cache": None}
+    with pytest.raises(CheckpointError, match="Did you mean 'model'"):
+        name_cache("mode", {"folder": "caches/a"})
+
+
+def test_a_cache_is_looked_up_inside_then_here_then_where_the_checkpoint_was_made(folder, monkeypatch):
+    home = folder.parent / "home"
+    (home / "here").mkdir(parents=True)
+    monkeypatch.chdir(home / "here")
+    manifest = {"root": "../home"}
+    assert resolve_cache("caches/a", folder, manifest) == "caches/a"
+    (home / "caches/a").mkdir(parents=True)
+    assert resolve_cache("caches/a", folder, manifest) == "../caches/a"
+    (home / "here/caches/a").mkdir(parents=True)
+    assert resolve_cache("caches/a", folder, manifest) == "caches/a"
+    (folder / "caches/a").mkdir(parents=True)
+    assert resolve_cache("caches/a", folder, manifest) == "../../model/caches/a"
+    assert resolve_cache("http://there:19530", folder, manifest) == "http://there:19530"

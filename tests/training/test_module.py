@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 
+from bindllm.checkpoint.folder import read_manifest
 from bindllm.data.collate import collate
 from bindllm.data.datamodule import BindData
 from bindllm.data.sources import SourceConfig
@@ -16,6 +17,7 @@ from bindllm.errors import CheckpointError, InputError, TrainingError
 from bindllm.media import Media
 from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
+from bindllm.model.cache import CacheConfig
 from bindllm.model.decoder import DecoderConfig
 from bindllm.model.injection import InjectConfig
 from bindllm.training.module import AnyEncoder, BindModule
@@ -353,3 +355,12 @@ def test_training_no_group_is_refused_with_the_names_of_all(make, trainer):
     with pytest.raises(InputError, match=r"nothing is trainable.*model\.trainable.*bind, inject"):
         trainer(max_epochs=1).fit(module, data)
     assert not any(parameter.requires_grad for parameter in module.model.parameters())
+
+
+def test_the_cache_of_a_recipe_is_named_in_the_checkpoint_and_not_opened(make, tmp_path):
+    module, _ = make(cache=CacheConfig("caches/later", weight=0.3))
+    module.configure_model()
+    assert module.model.cache is None
+    module.model.save_pretrained(tmp_path / "folder")
+    entry = read_manifest(tmp_path / "folder")["cache"]
+    assert (entry["folder"], entry["weight"]) == ("caches/later", 0.3)

@@ -5,8 +5,11 @@ import numpy as np
 import pytest
 import torch
 
+from bindllm.checkpoint.folder import name_cache
 from bindllm.cli import main
 from bindllm.errors import MediaError
+from bindllm.retrieval.index import VectorIndex
+from cache_parts import filled_store, save_tiny_model, write_pictures
 from tiny import ColourEncoder
 from tiny_run import run, tiny_parts, tiny_recipe
 
@@ -244,3 +247,54 @@ def test_an_encoder_with_arguments_and_media(capsys, parts):
     assert "at least two different samples" in capsys.readouterr().out
     assert main([*line, "--encoder.gird", "2"]) == 1
     assert "Did you mean 'grid'?" in capsys.readouterr().out
+
+
+def test_the_cache_of_a_recipe(parts, capsys):
+    pytest.importorskip("faiss")
+    assert run("check", tiny_recipe(parts), "--model.cache.folder", "caches/a") == 0
+    assert "bindllm index caches/a --checkpoint checkpoints/tiny" in capsys.readouterr().out
+    assert (
+        run("check", tiny_recipe(parts), "--model.cache.folder", "caches/a", "--model.cache.weight", "2") == 1
+    )
+    assert "weight is 2.0, expected a number from 0 to 1" in capsys.readouterr().out
+    recipe = tiny_recipe(parts)
+    for entry, close in (({"topk": 3}, "top_k"), ({"formula": "releasedd"}, "released")):
+        recipe["model"]["cache"] = {"folder": "caches/a", **entry}
+        assert run("check", recipe) == 1
+        assert f"Did you mean '{close}'?" in capsys.readouterr().out
+    Path("caches/a").mkdir(parents=True)
+    assert run("check", tiny_recipe(parts), "--model.cache.folder", "caches/a") == 1
+    assert "caches/a is not the folder of an index" in capsys.readouterr().out
+    store = filled_store(Path("store"), write_pictures(Path("pictures"), 3), ColourEncoder(grid=3))
+    VectorIndex.build("caches/other", store)
+    assert run("check", tiny_recipe(parts), "--model.cache.folder", "caches/other") == 1
+    assert f"built with the encoder {ColourEncoder(grid=3).fingerprint()[:16]}" in capsys.readouterr().out
+
+
+def test_the_cache_of_a_checkpoint(parts, capsys):
+    pytest.importorskip("faiss")
+    save_tiny_model(Path("checkpoints/model"), parts / "decoder")
+    line = ["check", "--folder", "checkpoints/model", "--allow", "cache_parts.Senses"]
+    name_cache("checkpoints/model", {"folder": "caches/own"})
+    assert main(line) == 1
+    told = capsys.readouterr().out
+    assert "1 problem\n" in told
+    assert "bindllm index caches/own --checkpoint checkpoints/model" in told
+    VectorIndex.build("caches/own", filled_store(Path("store"), write_pictures(Path("pictures"), 3)))
+    assert main(line) == 0
+    next(Path("caches/own").glob("part-*.faiss")).write_bytes(b"")
+    # Told beside what else is wrong.
+    (parts / "decoder").rename(parts / "moved")
+    assert main(line) == 1
+    (parts / "moved").rename(parts / "decoder")
+    assert "2 problems" in capsys.readouterr().out
+
+
+def test_the_folder_of_an_encoder_is_told_from_a_checkpoint(tmp_path, capsys):
+    (tmp_path / "encoder").mkdir()
+    (tmp_path / "encoder" / "config.json").write_text(json.dumps({"model": "imagebind"}))
+    assert main(["check", "--folder", "encoder"]) == 1
+    assert "no checkpoint: bindllm check --encoder encoder" in capsys.readouterr().out
+    (tmp_path / "encoder" / "config.json").write_text("{}")
+    assert main(["check", "--folder", "encoder"]) == 1
+    assert "has no bindllm.json" in capsys.readouterr().out

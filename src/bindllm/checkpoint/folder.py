@@ -2,6 +2,7 @@
 
     bindllm.json        format version, every config, decoder and encoders with their fingerprints
     bind.safetensors    bind network, gates and queries; frozen weights are referenced, never copied
+    cache/              optional: a visual cache that travels with the checkpoint; stays when it is saved again
     adapter/            where the decoder is tuned: adapter_config.json and adapter_model.safetensors, peft's own files
     README.md           model card
     conversion.tsv      where foreign weights were converted: what became of each of their tensors
@@ -16,6 +17,7 @@ import hashlib
 import importlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -25,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bindllm.atomic import atomic_folder, set_aside_name
+from bindllm.atomic import atomic_folder, set_aside_name, write_json
 from bindllm.checkpoint.keymap import Accounting
 from bindllm.errors import BindLLMError, CheckpointError, known_names
 
@@ -34,6 +36,7 @@ MANIFEST = "bindllm.json"
 WEIGHTS = "bind.safetensors"
 REPORT = "conversion.tsv"
 ADAPTER = "adapter"
+CACHE = "cache"
 ADAPTER_WEIGHTS = f"{ADAPTER}/adapter_model.safetensors"
 _ADAPTER_CONFIG = f"{ADAPTER}/adapter_config.json"
 _ADAPTER_PREFIX = "adapter."
@@ -70,7 +73,11 @@ def write_checkpoint(
         )
     tuned = {name for name in tensors if name.startswith(_ADAPTER_PREFIX)}
     assert bool(tuned) == (adapter_config is not None), "an adapter's tensors and its config go together"
+    cache = {"cache": _keep_path(entry, folder)} if (entry := manifest.get("cache")) else {}
     with atomic_folder(folder) as part:
+        if (folder / CACHE).is_dir():
+            # Files of an index are replaced and never written again, so both folders may share them for a while.
+            shutil.copytree(folder / CACHE, part / CACHE, copy_function=_link)
         _save(part / WEIGHTS, {name: tensor for name, tensor in tensors.items() if name not in tuned})
         hashes = {"weights_sha256": _sha256(part / WEIGHTS)}
         if adapter_config is not None:
@@ -80,7 +87,7 @@ def write_checkpoint(
             _write_json(part / _ADAPTER_CONFIG, adapter_config)
             hashes["adapter_sha256"] = _sha256(part / ADAPTER_WEIGHTS)
         root = os.path.relpath(Path.cwd(), folder.resolve())
-        _write_json(part / MANIFEST, {"format": FORMAT, **manifest, **hashes, "root": root})
+        _write_json(part / MANIFEST, {"format": FORMAT, **manifest, **cache, **hashes, "root": root})
         (part / "README.md").write_text(card, encoding="utf-8")
         if report is not None:
             report.write(part / REPORT)
@@ -126,6 +133,22 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     return manifest
 
 
+def name_cache(folder: str | Path, entry: Mapping[str, Any] | None) -> None:
+    """Write into an existing checkpoint which visual cache it answers with, in one step.
+
+    Args:
+        folder: the checkpoint.
+        entry: ``folder`` of the cache, as it is reached from here, and settings; None: no cache.
+
+    Raises:
+        CheckpointError: there is no such checkpoint.
+    """
+    manifest = read_manifest(folder)
+    if entry is not None:
+        entry = _keep_path(entry, folder, root=Path(folder) / manifest.get("root", "."))
+    write_json(Path(folder) / MANIFEST, {**manifest, "cache": entry})
+
+
 def read_weights(folder: str | Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
     """Read the trained tensors, and check their files against the hashes in the manifest."""
     tensors = _load(folder, WEIGHTS, manifest.get("weights_sha256"))
@@ -163,6 +186,18 @@ def resolve_path(value: Any, folder: str | Path, manifest: dict[str, Any]) -> An
         return value
     beside = Path(folder) / manifest.get("root", ".") / value
     return os.path.relpath(beside) if beside.exists() else value
+
+
+def resolve_cache(value: str, folder: str | Path, manifest: dict[str, Any]) -> str:
+    """Return the path of a checkpoint's visual cache as it is reached from here.
+
+    A relative one is looked up in the checkpoint's own folder first, so that a checkpoint can travel with its cache,
+    then like all paths (see `resolve_path`).
+    """
+    if "://" in value:
+        return value
+    places = [Path(folder) / value, Path(value), Path(folder) / manifest.get("root", ".") / value]
+    return os.path.relpath(found) if (found := next((p for p in places if p.exists()), None)) else value
 
 
 def build_object(entry: dict[str, Any], *, allow: Sequence[str] = ()) -> Any:
@@ -223,6 +258,33 @@ def classes_in(module: ModuleType) -> list[str]:
         if isinstance(value, type) and value.__module__ == module.__name__
     ]
     return list(names.get("__all__", own))
+
+
+def _keep_path(entry: Mapping[str, Any], folder: str | Path, *, root: Path | None = None) -> dict[str, Any]:
+    """Return the entry of a cache with its path as a manifest keeps it.
+
+    Inside the checkpoint it is relative to that, an absolute one stays so, and others are relative to the directory in
+    which the checkpoint was made.
+
+    Args:
+        entry: its ``folder`` as it is reached from here.
+        folder: the checkpoint.
+        root: the directory in which it was made; None: this one.
+    """
+    path, home = Path(entry["folder"]), Path(folder).resolve()
+    if path.resolve().is_relative_to(home):
+        return {**entry, "folder": path.resolve().relative_to(home).as_posix()}
+    if root is None or path.is_absolute():
+        return dict(entry)
+    return {**entry, "folder": os.path.relpath(path, root)}
+
+
+def _link(source: str, target: str) -> None:
+    """Give a file a second name; where the file system has no such thing, copy it."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _save(file: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -21,33 +20,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from bindllm.checkpoint.card import write_card
 from bindllm.checkpoint.folder import check_keys, write_checkpoint
 from bindllm.conversation import Conversation
-from bindllm.encoders import Encoder
+from bindllm.encoders import Encoder, passed_over
 from bindllm.encoders.alignment import alignment_warnings
 from bindllm.encoders.fusion import common_size, embed_groups
 from bindllm.errors import InputError, known_names
 from bindllm.media import Media
 from bindllm.model.adapter import Adapter, AdapterConfig
 from bindllm.model.bind_network import BindConfig, BindNetwork
+from bindllm.model.cache import CacheChoice, CacheConfig, choose_cache
 from bindllm.model.decoder import DecoderConfig, has_plain_logits, load_decoder, load_tokenizer
+from bindllm.model.forward import BindOutput, run_decoder
 from bindllm.model.generation import Prompt, check_media, check_options, prepare_batch, stream_text
 from bindllm.model.injection import InjectConfig, Injection
 from bindllm.model.pretrained import describe, read_parts
 from bindllm.retrieval.cache import VisualCache
-
-
-@dataclass
-class BindOutput:
-    """What a forward gives.
-
-    Attributes:
-        logits: [B, T, V] without labels; with labels [N, V], at the N positions that predict a supervised token.
-        targets: the supervised tokens, [N], or None.
-        rows: the row of the batch that each of them is in, [N], or None.
-    """
-
-    logits: Tensor
-    targets: Tensor | None = None
-    rows: Tensor | None = None
 
 
 class BindLLM(nn.Module):
@@ -61,7 +47,11 @@ class BindLLM(nn.Module):
         bind: shape of the bind network.
         inject: kind of injection.
         adapter: what of the decoder is tuned; None: nothing.
+        cache_config: the visual cache that checkpoints name; `from_pretrained` opens it, and nothing else does.
         origin: whose trained tensors these are or derive from, and their licence; for the cards of all folders.
+
+    Attributes:
+        cache: the visual cache that answers are made with where a call does not say otherwise, or None.
 
     Example:
         model = BindLLM.from_pretrained("checkpoints/quickstart")
@@ -78,13 +68,15 @@ class BindLLM(nn.Module):
         bind: BindConfig | None = None,
         inject: InjectConfig | None = None,
         adapter: AdapterConfig | None = None,
+        cache_config: CacheConfig | None = None,
         origin: str = "",
     ) -> None:
         super().__init__()
-        self.config, self.origin = config, origin
+        self.config, self.cache_config, self.origin = config, cache_config, origin
+        self.cache: VisualCache | None = None
         self.bind_config, self.inject_config = bind or BindConfig(), inject or InjectConfig()
         self.tokenizer, self.encoders = tokenizer, tuple(encoders)
-        for warning in alignment_warnings(self.encoders):
+        for warning in (*alignment_warnings(self.encoders), *passed_over(self.encoders)):
             logging.getLogger("bindllm").warning(warning)
         width = decoder.config.get_text_config().hidden_size
         self.bind = BindNetwork(common_size(self.encoders), width, self.bind_config).to(decoder.device)
@@ -157,14 +149,15 @@ class BindLLM(nn.Module):
 
     @torch.no_grad()
     def encode(
-        self, media: Sequence[Media] | Sequence[Sequence[Media]], *, cache: VisualCache | None = None
+        self, media: Sequence[Media] | Sequence[Sequence[Media]], *, cache: CacheChoice = None
     ) -> Tensor:
         """Embed media.
 
         Args:
             media: one embedding is made of each item; an item that is itself a list is fused into one (weighted
                 mean of its unit embeddings, normalised again unless `BindConfig.fusion` says otherwise).
-            cache: mixes the nearest pictures into each embedding (of items without a picture, by default).
+            cache: mixes the nearest pictures into each embedding (of items without a picture, by default); None:
+                the model's own, False: none.
 
         Returns:
             embeddings, [N, E], float32, on the CPU; unit norm, but for several media fused by a plain mean.
@@ -179,7 +172,8 @@ class BindLLM(nn.Module):
         groups = [(item,) if isinstance(item, Media) else check_media(item) for item in media]
         normalise = self.bind_config.fusion == "unit"
         found = embed_groups(groups, self.encoders, device=self.device, normalise=normalise)
-        return found if cache is None else cache.blend_groups(found, groups, self.encoders)
+        cache = self.cache if cache is None else cache
+        return cache.blend_groups(found, groups, self.encoders) if cache else found
 
     def forward(
         self,
@@ -199,26 +193,15 @@ class BindLLM(nn.Module):
             labels: the token ids that are supervised at their own place, -100 elsewhere, [B, T]. With labels the
                 vocabulary projection runs at the positions that predict a supervised token, and nowhere else.
         """
-        padded_left = not bool(attention_mask[:, 0].all())
-        inputs = {
-            "input_ids": input_ids,
-            "use_cache": False,
-            "bind": self.bind(embeddings),
-            "media_index": media_index,
-        }
-        if padded_left:
-            inputs["attention_mask"] = attention_mask
-            inputs["position_ids"] = (attention_mask.cumsum(1) - 1).clamp_(min=0)
-        # Else neither: causal attention never looks at padding on the right, and runs faster without a mask.
-        if labels is None:
-            return BindOutput(self.decoder(**inputs).logits)
-        rows, columns = (labels[:, 1:] != -100).nonzero(as_tuple=True)
-        if self._plain_logits:
-            hidden = self.decoder.get_decoder()(**inputs).last_hidden_state
-            logits = self.decoder.get_output_embeddings()(hidden[rows, columns])
-        else:
-            logits = self.decoder(**inputs).logits[rows, columns]
-        return BindOutput(logits, labels[rows, columns + 1], rows)
+        return run_decoder(
+            self.decoder,
+            input_ids,
+            attention_mask,
+            bind=self.bind(embeddings),
+            media_index=media_index,
+            labels=labels,
+            plain_logits=self._plain_logits,
+        )
 
     @torch.no_grad()
     def generate_from(
@@ -254,7 +237,7 @@ class BindLLM(nn.Module):
         prompt: Prompt | Sequence[Prompt],
         media: Sequence[Any] | None = None,
         *,
-        cache: VisualCache | None = None,
+        cache: CacheChoice = None,
         **options: Any,
     ) -> str | list[str]:
         """Answer one prompt, or a batch of prompts each with its own media.
@@ -285,7 +268,7 @@ class BindLLM(nn.Module):
         prompt: Prompt,
         media: Sequence[Media] | None = None,
         *,
-        cache: VisualCache | None = None,
+        cache: CacheChoice = None,
         **options: Any,
     ) -> Iterator[str]:
         """Yield the answer to one prompt piece by piece; arguments as for `generate`."""
@@ -297,7 +280,7 @@ class BindLLM(nn.Module):
         yield from stream_text(run, self.tokenizer)
 
     def _prepare(
-        self, prompt: Prompt | Sequence[Prompt], media: Sequence[Any] | None, cache: VisualCache | None = None
+        self, prompt: Prompt | Sequence[Prompt], media: Sequence[Any] | None, cache: CacheChoice = None
     ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
         """Render prompts and embed their media: ids, mask and index [B, T]; embeddings [B, M, E] or None."""
         encode = partial(self.encode, cache=cache)
@@ -324,6 +307,8 @@ class BindLLM(nn.Module):
         dtype: str | None = None,
         device: str | None = None,
         allow: Sequence[str] = (),
+        encoders: Sequence[Encoder] = (),
+        cache: CacheChoice | str | Path = None,
     ) -> Self:
         """Load a checkpoint folder.
 
@@ -333,14 +318,25 @@ class BindLLM(nn.Module):
             dtype: another precision of the decoder than the one in the checkpoint.
             device: by default the accelerator that torch finds, else the CPU.
             allow: import paths of encoder classes outside bindllm that may be imported.
+            encoders: further ones, for modalities that those of the checkpoint do not serve.
+            cache: the visual cache of the model, or the place of one, mixed in as the checkpoint says; None: what
+                the checkpoint names, False: none. `save_pretrained` goes on naming what the checkpoint names.
 
         Raises:
             CheckpointError: another decoder or encoder than the one it was trained with, a newer format, missing
                 or extra tensors, a pickle in the folder, a class that is not allowed.
+            InputError: a further encoder of another embedding size, or whose modalities are all served already.
+            StoreError: the cache is missing or damaged, or was built with another encoder.
         """
-        config, parts, tensors = read_parts(folder, decoder=decoder, dtype=dtype, allow=allow)
+        config, parts, tensors = read_parts(
+            folder, decoder=decoder, dtype=dtype, allow=allow, encoders=encoders
+        )
+        known = [encoder.fingerprint() for encoder in parts["encoders"]]
+        # Ahead of the decoder, which may take minutes to load.
+        opened = choose_cache(cache, parts["cache_config"], known, checkpoint=folder)
         model = cls.build(config, device=device, **parts)
         model.load_trainable_state(tensors, source=str(folder))
+        model.cache = opened
         return model.eval()
 
     def checkpoint_activations(self) -> None:

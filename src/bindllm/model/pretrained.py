@@ -10,14 +10,24 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from bindllm import __version__
-from bindllm.checkpoint.folder import MANIFEST, build_object, read_manifest, read_weights, resolve_path
-from bindllm.errors import CheckpointError, EncoderError
+from bindllm.checkpoint.folder import (
+    MANIFEST,
+    build_object,
+    read_manifest,
+    read_weights,
+    resolve_cache,
+    resolve_path,
+)
+from bindllm.encoders.fusion import common_size
+from bindllm.errors import CheckpointError, EncoderError, InputError
 from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
+from bindllm.model.cache import CacheConfig
 from bindllm.model.decoder import DecoderConfig, find_folder, fingerprint_decoder
 from bindllm.model.injection import InjectConfig
 
 if TYPE_CHECKING:
+    from bindllm.encoders import Encoder
     from bindllm.model.bindllm import BindLLM
 
 
@@ -37,12 +47,18 @@ def describe(model: BindLLM) -> dict[str, Any]:
         "bind": asdict(model.bind_config),
         "inject": asdict(model.inject_config),
         "adapter": None if model.adapter is None else asdict(model.adapter.config),
+        "cache": None if model.cache_config is None else asdict(model.cache_config),
         "origin": model.origin,
     }
 
 
 def read_parts(
-    folder: str | Path, *, decoder: str | None, dtype: str | None, allow: Sequence[str]
+    folder: str | Path,
+    *,
+    decoder: str | None,
+    dtype: str | None,
+    allow: Sequence[str],
+    encoders: Sequence[Encoder] = (),
 ) -> tuple[DecoderConfig, dict[str, Any], dict[str, Tensor]]:
     """Read a checkpoint folder and check that decoder and encoders are those it was trained with.
 
@@ -51,13 +67,14 @@ def read_parts(
         decoder: where the decoder is, if not at the place that the checkpoint names.
         dtype: another precision of the decoder.
         allow: encoder classes outside bindllm that may be imported.
+        encoders: further ones, for modalities that those of the checkpoint do not serve.
 
     Returns:
         the decoder's config; the other arguments of `BindLLM.build`; the trained tensors.
     """
     manifest = read_manifest(folder)
     try:
-        saved, entries = manifest["decoder"], manifest["encoders"]
+        saved = manifest["decoder"]
         config = DecoderConfig(
             name=decoder or resolve_path(saved["name"], folder, manifest),
             dtype=dtype or saved["dtype"],
@@ -69,30 +86,100 @@ def read_parts(
             "bind": BindConfig(**manifest["bind"]),
             "inject": InjectConfig(**manifest["inject"]),
             "adapter": AdapterConfig(**tuned) if (tuned := manifest.get("adapter")) else None,
+            "cache_config": read_cache_config(folder, manifest),
             "origin": manifest.get("origin", ""),
         }
-        expected = [saved["fingerprint"], *(entry["fingerprint"] for entry in entries)]
-        arguments = [
-            {name: resolve_path(value, folder, manifest) for name, value in entry["init_args"].items()}
-            for entry in entries
+        fingerprint = saved["fingerprint"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _damaged(folder, error) from error
+    _check_fingerprint("decoder", config.name, fingerprint_decoder(find_folder(config)), fingerprint)
+    parts["encoders"] = read_encoders(folder, manifest, allow=allow)
+    _add_encoders(parts["encoders"], encoders)
+    return config, parts, read_weights(folder, manifest)
+
+
+def read_encoders(folder: str | Path, manifest: dict[str, Any], *, allow: Sequence[str]) -> list[Encoder]:
+    """Build the encoders that a checkpoint names.
+
+    Raises:
+        CheckpointError: one is missing, or is not the one that the checkpoint was trained with.
+    """
+    built, expected = [], encoder_fingerprints(folder, manifest)
+    try:
+        entries = [
+            (
+                entry["class_path"],
+                {name: resolve_path(value, folder, manifest) for name, value in entry["init_args"].items()},
+            )
+            for entry in manifest["encoders"]
         ]
     except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{folder}: the manifest lacks or misspells {error}; copy the whole folder again"
-        ) from error
-    _check_fingerprint("decoder", config.name, fingerprint_decoder(find_folder(config)), expected[0])
-    parts["encoders"] = []
-    for entry, values, fingerprint in zip(entries, arguments, expected[1:], strict=True):
+        raise _damaged(folder, error) from error
+    for (class_path, arguments), fingerprint in zip(entries, expected, strict=True):
+        # Whom to trust is for the caller to say, never for the folder.
+        if isinstance(trusted := arguments.get("allow"), list):
+            arguments["allow"] = [name for name in trusted if name in allow]
         try:
-            encoder = build_object({**entry, "init_args": values}, allow=allow)
+            encoder = build_object({"class_path": class_path, "init_args": arguments}, allow=allow)
             found = encoder.fingerprint()
         except EncoderError as error:
             raise CheckpointError(
                 f"{error}; it is named under encoders in {Path(folder) / MANIFEST}"
             ) from error
-        _check_fingerprint("encoder", entry["class_path"], found, fingerprint)
-        parts["encoders"].append(encoder)
-    return config, parts, read_weights(folder, manifest)
+        _check_fingerprint("encoder", class_path, found, fingerprint)
+        built.append(encoder)
+    return built
+
+
+def encoder_fingerprints(folder: str | Path, manifest: dict[str, Any]) -> list[str]:
+    """Return the fingerprints of the encoders that a checkpoint was trained with.
+
+    Raises:
+        CheckpointError: the manifest does not tell.
+    """
+    try:
+        return [entry["fingerprint"] for entry in manifest["encoders"]]
+    except (KeyError, TypeError) as error:
+        raise _damaged(folder, error) from error
+
+
+def read_cache_config(folder: str | Path, manifest: dict[str, Any]) -> CacheConfig | None:
+    """Return the visual cache that a checkpoint names, its folder as it is reached from here; None: it names none.
+
+    Raises:
+        CheckpointError: the entry cannot be read.
+    """
+    entry = manifest.get("cache")
+    if entry is None:
+        return None
+    try:
+        return CacheConfig(**{**entry, "folder": resolve_cache(entry["folder"], folder, manifest)})
+    except (KeyError, TypeError, InputError) as error:
+        raise CheckpointError(
+            f"{Path(folder) / MANIFEST}: the entry cache is damaged ({error}); build and name it again with "
+            f"`bindllm index FOLDER --name_in {folder}`"
+        ) from error
+
+
+def _add_encoders(own: list[Encoder], further: Sequence[Encoder]) -> None:
+    """Put further encoders behind those of a checkpoint.
+
+    Raises:
+        InputError: one of another embedding size, or one that would never be asked.
+    """
+    for encoder in further:
+        served = {modality for one in own for modality in one.modalities}
+        if not set(encoder.modalities) - served:
+            raise InputError(
+                f"{type(encoder).__name__} would never be asked: {', '.join(encoder.modalities)} is served already by "
+                "the encoders ahead of it, and a model asks the first that serves a modality"
+            )
+        own.append(encoder)
+    common_size(own)
+
+
+def _damaged(folder: str | Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{folder}: the manifest lacks or misspells {error}; copy the whole folder again")
 
 
 def _check_fingerprint(what: str, name: str, found: str, expected: str) -> None:

@@ -22,6 +22,7 @@ from bindllm.errors import CheckpointError, InputError, TrainingError
 from bindllm.model.adapter import PREFIX, AdapterConfig
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.bindllm import BindLLM
+from bindllm.model.cache import CacheConfig
 from bindllm.model.decoder import DecoderConfig, load_decoder, load_tokenizer
 from bindllm.model.injection import InjectConfig
 from bindllm.model.pretrained import describe
@@ -57,6 +58,8 @@ class BindModule(LightningModule):
         optim: optimizer and schedule.
         trainable: names of the parameter groups that are trained; all others are frozen.
         adapter: what of the decoder is tuned (group `adapter`); null: nothing.
+        cache: the visual cache that the checkpoint names, for other senses at inference; null: none. A run does not
+            open it: pictures need none.
         start_from: a checkpoint folder whose trained tensors are the starting point.
         checkpoint_activations: compute activations twice and keep few of them: less memory, more time.
     """
@@ -70,6 +73,7 @@ class BindModule(LightningModule):
         optim: OptimConfig,
         trainable: list[str] = ["bind", "inject"],  # noqa: B006 (jsonargparse shows it as the default; only read)
         adapter: AdapterConfig | None = None,
+        cache: CacheConfig | None = None,
         start_from: str | None = None,
         checkpoint_activations: bool = False,
     ) -> None:
@@ -82,7 +86,7 @@ class BindModule(LightningModule):
                 "at unit length; leave it out"
             )
         self.trainable, self.adapter_config, self.start_from = trainable, adapter, start_from
-        self.checkpoint_activations = checkpoint_activations
+        self.cache_config, self.checkpoint_activations = cache, checkpoint_activations
         self.model: BindLLM | None = None
 
     @cached_property
@@ -104,6 +108,7 @@ class BindModule(LightningModule):
             bind=self.bind_config,
             inject=self.inject_config,
             adapter=self.adapter_config,
+            cache_config=self.cache_config,
         )
         self.model.set_trainable(self.trainable)
         if self.checkpoint_activations:

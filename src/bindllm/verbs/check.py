@@ -4,42 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from bindllm.checkpoint.folder import build_object, read_manifest, read_weights
+from bindllm.checkpoint.folder import MANIFEST, build_object, read_manifest, read_weights
 from bindllm.data.datamodule import BindData
-from bindllm.data.report import SourceReport
-from bindllm.data.sources import Row, SourceConfig, read_source
-from bindllm.data.tokenise import tokenise
-from bindllm.encoders import Encoder, HasExamples, encoder_for
+from bindllm.data.sources import SourceConfig
+from bindllm.encoders import HasExamples, passed_over
 from bindllm.encoders.alignment import alignment_warnings
-from bindllm.errors import BindLLMError, DecoderError, InputError
-from bindllm.media import MODALITIES, Media, open_image
+from bindllm.errors import CheckpointError, DecoderError
+from bindllm.media import MODALITIES, Media
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.bindllm import BindLLM
+from bindllm.model.cache import CacheConfig, choose_cache, open_cache
 from bindllm.model.decoder import DecoderConfig, find_folder, fingerprint_decoder, load_tokenizer
 from bindllm.model.injection import InjectConfig
-from bindllm.model.pretrained import read_parts
+from bindllm.model.pretrained import encoder_fingerprints, read_cache_config, read_parts
 from bindllm.testing import check_encoder, made_up_media
 from bindllm.training.callbacks import refuse_unmeasured
 from bindllm.training.optim import OptimConfig
-from bindllm.verbs.media import build_encoder, read_media
+from bindllm.verbs.media import build_encoder, encoder_folder, read_media
 from bindllm.verbs.problems import Problems, build_part, read_recipe
 from bindllm.verbs.recipe import RecipeCLI, quiet
 from bindllm.verbs.runs import run_folder
+from bindllm.verbs.sources import check_sources, check_store, read_sources, spread
 from bindllm.verbs.usage import Arguments, read_number
 
 KINDS = {"decoder": DecoderConfig, "bind": BindConfig, "inject": InjectConfig, "optim": OptimConfig}
 PREVIEWED_ROWS = 3
-MEASURED_ROWS = 2000
-"""Rows whose length is counted: enough for the statistics, and seconds at most."""
-OPENED_PICTURES, OPENED_MEDIA = 200, 20
-"""Pictures of a source, or media of another modality, that are opened, evenly spread over its training rows."""
 SAMPLES = 3
 """Media of the sources that an encoder of a modality of its own is checked with, when it brings no examples."""
 
@@ -54,8 +49,8 @@ def check(args: list[str]) -> int:
     what.add_argument("--folder", metavar="CHECKPOINT", help="a checkpoint folder")
     what.add_argument(
         "--encoder",
-        metavar="CLASS",
-        help="import path of an encoder; --encoder.NAME VALUE are arguments of its constructor",
+        metavar="CLASS_OR_FOLDER",
+        help="import path or folder of an encoder; --encoder.NAME VALUE are arguments of its constructor",
     )
     parser.add_argument(
         "--media",
@@ -116,26 +111,30 @@ def _check_recipe(
     tokenizer = _check_decoder(parts["decoder"], problems) if "decoder" in parts else None
     sources = [build_part(SourceConfig, entry, problems) for entry in data["sources"]]
     sources = [source for source in sources if source is not None]
-    read = _read_sources(sources, problems)
+    read = read_sources(sources, problems)
     media = [item for rows_of, _ in read for row in rows_of["train"] for item in row.media]
     built_encoders = [_check_encoder(entry, media, problems, console) for entry in model["encoders"]]
     encoders = [encoder for encoder in built_encoders if encoder is not None]
-    for warning in alignment_warnings(encoders):
+    for warning in (*alignment_warnings(encoders), *passed_over(encoders)):
         console.print(f"warning: {warning}", markup=False)
     if not model["trainable"]:
         problems.append(
             "model.trainable is empty: nothing would be trained; name groups, such as [bind, inject]"
         )
-    _check_store(data["store"], problems)
+    check_store(data["store"], problems)
     all_encoders = len(encoders) == len(model["encoders"])
     if tokenizer is not None and parts.keys() == KINDS.keys() and all_encoders:
         with problems.noted():
             _check_model(parts, tokenizer, encoders, model["trainable"])
+    if model["cache"] is not None:
+        cache = build_part(CacheConfig, model["cache"], problems)
+        if cache is not None and all_encoders:
+            _check_cache(cache, encoders, problems, console, output=config.output)
     if model["start_from"] is not None:
         allow = [entry["class_path"] for entry in model["encoders"]]
         _check_folder(model["start_from"], problems, allow=allow)
     served = encoders if all_encoders else None
-    num_validation = _check_sources(read, served, tokenizer, data["max_length"], problems, console)
+    num_validation = check_sources(read, served, tokenizer, data["max_length"], problems, console)
     if tokenizer is not None and not problems:
         keys = ("store", "batch_size", "max_length")
         whole = BindData(sources, tokenizer=tokenizer, encoders=encoders, **{key: data[key] for key in keys})
@@ -197,7 +196,7 @@ def _check_encoder(
                 for name in encoder.modalities
                 if name not in MODALITIES and not isinstance(encoder, HasExamples)
             ]
-            samples = {name: _some(media, name, SAMPLES) for name in own}
+            samples = {name: spread(media, name, SAMPLES) for name in own}
             # A source that cannot be read is a problem of its own.
             untried = [name for name, some in samples.items() if len(some) < 2]
             for name in untried:
@@ -214,120 +213,34 @@ def _check_encoder(
     return None
 
 
-def _some(media: Sequence[Media], modality: str, count: int) -> list[Media]:
-    """Return at most this many different media of a modality, evenly spread."""
-    all_of_it = list(dict.fromkeys(item for item in media if item.modality == modality))
-    return all_of_it[:: max(1, len(all_of_it) // count)][:count]
-
-
-def _read_sources(
-    sources: Sequence[SourceConfig], problems: Problems
-) -> list[tuple[dict[str, list[Row]], SourceReport]]:
-    """Read every source that can be read: the rows of its splits, and what was left out."""
-    read = []
-    for number, source in enumerate(sources):
-        with problems.noted():
-            read.append(read_source(source, number))
-    return read
-
-
-def _check_sources(
-    read: Sequence[tuple[dict[str, list[Row]], SourceReport]],
-    encoders: Sequence[Encoder] | None,
-    tokenizer: Any,
-    max_length: int,
-    problems: Problems,
-    console: Console,
-) -> int:
-    """Say what each source gives and what is left out; return the number of validation rows."""
-    num_train, num_validation, before = 0, 0, len(problems)
-    for rows, report in read:
-        num_train += len(rows["train"])
-        num_validation += len(rows["validation"])
-        with problems.noted():
-            _open_media(rows["train"], report, encoders)
-        counts = ", ".join(f"{len(part):,} {split}" for split, part in rows.items())
-        console.print(f"{report.path}: {report.counted}, {counts}", markup=False)
-        for line in report.skipped.lines():
-            console.print(f"  left out: {line}", markup=False)
-        if tokenizer is not None:
-            with problems.noted():
-                console.print(f"  {_lengths(rows['train'], tokenizer, max_length)}", markup=False)
-    if read and not num_train and len(problems) == before:
-        problems.append("the sources have no row to train on")
-    return num_validation
-
-
-def _check_store(store: str, problems: Problems) -> None:
-    """Note a place for the store where no folder can be made."""
-    there = next(place for place in (Path(store), *Path(store).absolute().parents) if place.exists())
-    if not there.is_dir():
-        problems.append(f"data.store {store} cannot be a folder: {there} is a file; choose another place")
-
-
-def _open_media(rows: Sequence[Row], report: SourceReport, encoders: Sequence[Encoder] | None) -> None:
-    """Open some media of the rows, and count those that cannot be.
-
-    Args:
-        rows: of one source.
-        report: counts them.
-        encoders: the first that serves the modality opens what is no picture; None: they are not known.
-
-    Raises:
-        InputError: not one of them can be opened, or no encoder serves the modality.
-    """
-    encoder = None if encoders is None else encoder_for(report.modality, encoders)
-    if report.modality == "image":
-        noun, count = "picture", OPENED_PICTURES
-    else:
-        noun, count = f"{report.modality} media", OPENED_MEDIA
-    chosen = _some([media for row in rows for media in row.media], report.modality, count)
-    failed = []
-    for media in chosen:
-        try:
-            if report.modality == "image":
-                open_image(media.source)
-            elif encoder is not None:
-                encoder.prepare(media)
-        except BindLLMError as error:
-            failed.append(str(error))
-            report.skipped.add(f"{noun} that cannot be opened (of {len(chosen):,} tried)", str(error))
-    if failed and len(failed) == len(chosen):
-        raise InputError(f"{report.path}: not one {noun} can be opened: {failed[0]}")
-
-
-def _lengths(rows: Sequence[Row], tokenizer: Any, max_length: int) -> str:
-    """Return a line about the tokens of rows.
-
-    Raises:
-        InputError: there are rows, and none of them fits.
-    """
-    samples, refused = [], 0
-    for row in rows[:MEASURED_ROWS]:
-        try:
-            samples.append(tokenise(row.conversation, tokenizer, max_length))
-        except InputError:
-            refused += 1
-    if not rows:
-        return "no rows to train on"
-    if not samples:
-        raise InputError(
-            f"data.max_length {max_length}: none of {refused:,} rows fits into so few tokens; raise it"
+def _check_cache(
+    config: CacheConfig, encoders: Sequence[Any], problems: Problems, console: Console, *, output: str
+) -> None:
+    """Note a visual cache of a recipe that is damaged or made with another encoder; a missing one can be made later."""
+    if not Path(config.folder).exists():
+        line = (
+            f"warning: the visual cache {config.folder} is not there. Training does without, the trained model does "
+            f"not; once trained: bindllm index {config.folder} --checkpoint {output}"
         )
-    lengths = [len(sample.input_ids) for sample in samples]
-    supervised = [sample.num_supervised for sample in samples]
-    cut = sum(sample.truncated for sample in samples)
-    return (
-        f"tokens a row: {median(lengths):.0f} (longest {max(lengths)}), to learn: {median(supervised):.0f} "
-        f"(longest {max(supervised)}); of {len(samples) + refused:,} rows {cut} are cut, {refused} do not fit"
-    )
+        console.print(line, markup=False)
+        return
+    with problems.noted():
+        known = [encoder.fingerprint() for encoder in encoders]
+        open_cache(config.folder, known, checkpoint=output, **config.settings)
 
 
 def _check_folder(folder: str, problems: Problems, *, allow: Sequence[str]) -> None:
     """Note what is wrong with a checkpoint folder."""
     with problems.noted():
+        if Path(folder).is_dir() and not Path(folder, MANIFEST).is_file() and encoder_folder(folder):
+            raise CheckpointError(
+                f"{folder} is the folder of an encoder and no checkpoint: bindllm check --encoder {folder}"
+            )
         manifest = read_manifest(folder)
         with problems.noted():
             read_weights(folder, manifest)
+        with problems.noted():
+            known = encoder_fingerprints(folder, manifest)
+            choose_cache(None, read_cache_config(folder, manifest), known, checkpoint=folder)
         read_parts(folder, decoder=None, dtype=None, allow=allow)
     problems[:] = dict.fromkeys(problems)

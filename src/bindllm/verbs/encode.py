@@ -118,26 +118,12 @@ def _find_encoders(chosen: Any, options: Sequence[str]) -> list[Any]:
         EncoderError: none was asked for, and the default is not there.
         CheckpointError: a folder or class that cannot be used.
     """
-    from bindllm.checkpoint.folder import build_object, read_manifest, resolve_path
     from bindllm.verbs.media import build_encoder
 
     if chosen.encoder:
         return [build_encoder(chosen.encoder, options)]
     if chosen.checkpoint:
-        manifest = read_manifest(chosen.checkpoint)
-        return [
-            build_object(
-                {
-                    "class_path": entry.get("class_path"),
-                    "init_args": {
-                        name: resolve_path(value, chosen.checkpoint, manifest)
-                        for name, value in entry.get("init_args", {}).items()
-                    },
-                },
-                allow=chosen.allow,
-            )
-            for entry in manifest.get("encoders", [])
-        ]
+        return checkpoint_encoders(chosen.checkpoint, chosen.allow)
     if not Path(DEFAULT).is_dir():
         raise EncoderError(
             f"no encoder to use: {DEFAULT} is not in {Path.cwd()}. Make it with `bindllm convert`, take those of "
@@ -145,6 +131,34 @@ def _find_encoders(chosen: Any, options: Sequence[str]) -> list[Any]:
             "--encoder.name FOLDER"
         )
     return [build_encoder("bindllm.encoders.ImageBind", [])]
+
+
+def checkpoint_encoders(folder: str, allow: Sequence[str]) -> list[Any]:
+    """Build the encoders of a folder of ``bindllm fit``.
+
+    Args:
+        folder: the checkpoint.
+        allow: import paths of encoders outside bindllm that it may name.
+
+    Raises:
+        CheckpointError: it is none, or an encoder of it cannot be built.
+    """
+    from bindllm.checkpoint.folder import build_object, read_manifest, resolve_path
+
+    manifest = read_manifest(folder)
+    return [
+        build_object(
+            {
+                "class_path": entry.get("class_path"),
+                "init_args": {
+                    name: resolve_path(value, folder, manifest)
+                    for name, value in entry.get("init_args", {}).items()
+                },
+            },
+            allow=allow,
+        )
+        for entry in manifest.get("encoders", [])
+    ]
 
 
 def find_device(name: str | None) -> str:

@@ -1,16 +1,18 @@
-"""Media and encoders on a command line: ``modality:path``, endings of files, and an encoder's arguments."""
+"""Media and encoders on a command line: ``modality:path``, endings of files, an encoder's class or folder."""
 
 from __future__ import annotations
 
 import inspect
+import json
 import os
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from bindllm.checkpoint.folder import build_object
+from bindllm.checkpoint.folder import MANIFEST, build_object
 from bindllm.errors import CheckpointError, known_names
 from bindllm.media import MODALITIES, Media, is_modality
 from bindllm.verbs.usage import UsageError
@@ -24,6 +26,12 @@ ENDINGS: dict[str, tuple[str, ...]] = {
 """What a file is when nothing else is said. Other endings (npy, npz, csv, txt) may be anything: say which."""
 
 RULES = "; ".join(f"{modality}: {' '.join(endings)}" for modality, endings in ENDINGS.items())
+
+_OF_FOLDER = {
+    "imagebind": "bindllm.encoders.ImageBind",
+    "pointbind": "bindllm.encoders.PointBind",
+    "efficientnet-lite0": "bindllm.encoders.EfficientNetLite",
+}
 
 # Pillow's names of pictures with more than 8 bits: of such a file nobody can tell depth or heat from grey.
 _WIDE = ("I", "F")
@@ -74,17 +82,24 @@ def _is_wide(file: str) -> bool:
 
 
 def build_encoder(path: str, options: Sequence[str]) -> Any:
-    """Build an encoder by its import path, with ``--encoder.NAME VALUE`` as arguments of its constructor.
+    """Build an encoder by its class or its folder, with ``--encoder.NAME VALUE`` as arguments of its constructor.
 
     Args:
-        path: of the class, such as ``my_lab.RadarEncoder``.
+        path: of the class, such as ``my_lab.RadarEncoder``, or a folder that tells its class (see `encoder_folder`).
         options: the words of the command line that belong to it; values are read as YAML.
 
     Raises:
-        UsageError: options that are not of this form, or that the constructor does not know or cannot do without.
+        UsageError: a folder of no encoder, options that are not of this form, or that the constructor does not know
+            or cannot do without.
         CheckpointError: the class does not exist or cannot be built.
     """
     given: dict[str, str] = {}
+    if os.path.isdir(path):
+        path, given = _of_folder(path)
+    elif {"/", os.sep} & set(path):
+        raise UsageError(
+            f"{path}: there is no such folder; give the folder of an encoder or the import path of one"
+        )
     words = list(options)
     while words:
         name, equals, value = words.pop(0).partition("=")
@@ -111,6 +126,48 @@ def build_encoder(path: str, options: Sequence[str]) -> Any:
         is_text = name in parameters and parameters[name].annotation in (str, "str", "str | None")
         arguments[name] = text if is_text else _read_yaml(name, text)
     return build_object({"class_path": path, "init_args": arguments}, allow=[path])
+
+
+def encoder_folder(folder: str | Path) -> tuple[str, str] | None:
+    """Return which encoder a folder holds: the import path of its class and the argument that takes the folder.
+
+    Returns:
+        None where the folder does not tell.
+
+    Raises:
+        UsageError: it is a checkpoint, which may have several.
+    """
+    folder = Path(folder)
+    if (folder / MANIFEST).is_file():
+        raise UsageError(
+            f"{folder} is a checkpoint, not the folder of an encoder: give it as --checkpoint {folder}"
+        )
+    if (folder / "align.json").is_file():
+        return "bindllm.encoders.Aligned", "weights"
+    config, source = _read_object(folder / "config.json"), _read_object(folder / "SOURCE.json")
+    if "model_type" in config:
+        return "bindllm.encoders.HuggingFace", "name"
+    kind = _OF_FOLDER.get(str(config.get("model") or source.get("asset")))
+    return None if kind is None else (kind, "weights")
+
+
+def _of_folder(folder: str) -> tuple[str, dict[str, str]]:
+    found = encoder_folder(folder)
+    if found is None:
+        raise UsageError(
+            f"{folder} does not tell which encoder it holds; name the class, and the folder as its argument: --encoder "
+            f"my_lab.RadarEncoder --encoder.weights {folder}"
+        )
+    return found[0], {found[1]: folder}
+
+
+def _read_object(file: Path) -> Mapping[str, Any]:
+    """Return the object in a JSON file, empty where there is none: the encoder itself will say what is wrong."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _parameters(path: str) -> Mapping[str, inspect.Parameter]:

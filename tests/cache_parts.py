@@ -1,0 +1,89 @@
+"""A tiny checkpoint whose encoder serves pictures and texts, a store of pictures for it, and further encoders."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from bindllm import BindLLM, EmbeddingStore, Media
+from bindllm.model.bind_network import BindConfig
+from bindllm.model.decoder import DecoderConfig
+from bindllm.retrieval.fill import fill
+from tiny import ColourEncoder, save_tiny_decoder
+
+ALLOW = ["cache_parts.Senses", "cache_parts.Words", "tiny.ColourEncoder"]
+TEXT = Media.text("a dog")
+
+
+def hashed(media: Media, count: int = 48) -> torch.Tensor:
+    """Numbers from -1 to 1 that follow from the content: each media its own direction."""
+    numbers = np.frombuffer(bytes.fromhex(media.content_hash()), np.uint8)
+    return torch.from_numpy(np.resize(numbers, count).astype(np.float32) / 127.5 - 1)
+
+
+class Senses(ColourEncoder):
+    """Serves texts and sounds beside pictures."""
+
+    modalities = ("image", "text", "audio")
+    space = "colours"
+
+    def prepare(self, media: Media) -> torch.Tensor:
+        return super().prepare(media) if media.modality == "image" else hashed(media)
+
+
+class Words(ColourEncoder):
+    """Serves texts alone, elsewhere in the space than `Senses`."""
+
+    modalities = ("text",)
+
+    def __init__(self, embedding_size: int = 16, space: str = "colours") -> None:
+        super().__init__(embedding_size)
+        self.space = space
+
+    @property
+    def config(self) -> dict:
+        return {"embedding_size": self.embedding_size, "space": self.space}
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(f"Words {self.embedding_size}".encode()).hexdigest()
+
+    def prepare(self, media: Media) -> torch.Tensor:
+        return hashed(media).flip(0)
+
+
+def write_pictures(folder: Path, count: int, *, start: int = 0) -> list[Media]:
+    """Write small pictures of noise with a time that is old enough to be trusted."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for n in range(start, start + count):
+        pixels = np.random.default_rng(n).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{n:03}.png")
+    return [Media.image(folder / f"{n:03}.png") for n in range(start, start + count)]
+
+
+def filled_store(folder: Path, media: list[Media], encoder: ColourEncoder | None = None) -> EmbeddingStore:
+    """Embed media into a store."""
+    encoder = encoder or Senses()
+    store = EmbeddingStore.for_encoder(folder, encoder)
+    fill(store, encoder, media, progress=False, workers=1)
+    return store
+
+
+def save_tiny_model(folder: Path, decoder: Path, *, encoder: ColourEncoder | None = None) -> Path:
+    """Write a checkpoint with open gates, so that answers depend on embeddings; return its folder."""
+    if not decoder.is_dir():
+        save_tiny_decoder(decoder)
+    torch.manual_seed(0)
+    model = BindLLM.build(
+        DecoderConfig(str(decoder), dtype="float32"),
+        device="cpu",
+        encoders=[encoder or Senses()],
+        bind=BindConfig(depth=1, expansion=2),
+    )
+    nn.init.normal_(model.injection.gates, std=2.0)
+    model.save_pretrained(folder)
+    return folder
