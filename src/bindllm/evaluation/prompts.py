@@ -1,0 +1,83 @@
+"""The sentences that a class name is put into: CLIP (https://arxiv.org/abs/2103.00020), section 3.1.4."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from bindllm.errors import InputError
+from bindllm.evaluation.layouts.files import read_lines
+
+NAME = "{}"
+"""What stands for the class name in a template."""
+
+TEMPLATES: dict[str, tuple[str, ...]] = {
+    # The sentence of the paper, and the seven that its authors found to be enough for ImageNet.
+    "image": (
+        "a photo of a {}.",
+        "itap of a {}.",
+        "a bad photo of the {}.",
+        "a origami {}.",
+        "a photo of the large {}.",
+        "a {} in a video game.",
+        "art of the {}.",
+        "a photo of the small {}.",
+    ),
+    # CLAP, https://arxiv.org/abs/2206.04769
+    "audio": ("this is a sound of {}.",),
+    "video": ("a video of {}.", "a photo of a person doing {}."),
+    # after ULIP, https://arxiv.org/abs/2212.05171
+    "point": ("a point cloud model of {}.", "a point cloud of a {}.", "a 3D model of a {}."),
+    "depth": ("a depth map of a {}.", "a photo of a {}."),
+    "thermal": ("a thermal image of a {}.", "a photo of a {}."),
+}
+"""Templates by the modality of what is classified; for all others the class name alone."""
+
+
+def templates_for(modality: str) -> tuple[str, ...]:
+    """Return the default templates of a modality.
+
+    Example:
+        >>> templates_for("audio"), templates_for("radar")
+        (('this is a sound of {}.',), ('{}',))
+    """
+    return TEMPLATES.get(modality, (NAME,))
+
+
+def read_templates(path: Path) -> tuple[str, ...]:
+    """Return the templates of a text file: one a line, each with {} for the class name; # starts a comment.
+
+    Raises:
+        InputError: it cannot be read or holds none, or a line is no template; names file and line.
+    """
+    templates = []
+    for row, line in read_lines(path):
+        if not line.lstrip().startswith("#"):
+            check_template(line, where=f"{row}: ")
+            templates.append(line.strip())
+    if not templates:
+        raise InputError(f"{path}: no template in it; write one a line, such as: a photo of a {NAME}.")
+    return tuple(templates)
+
+
+def check_template(template: str, *, where: str = "") -> str:
+    """Return a template.
+
+    Raises:
+        InputError: nothing stands for the class name in it.
+    """
+    if NAME not in template:
+        raise InputError(
+            f"{where}{template!r} has no {NAME} for the class name; such as: a photo of a {NAME}."
+        )
+    return template
+
+
+def fill_templates(names: Sequence[str], templates: Sequence[str]) -> tuple[str, ...]:
+    """Return every template with every name of one class, each text once.
+
+    Example:
+        >>> fill_templates(["dog"], ["a photo of a {}.", "{}"])
+        ('a photo of a dog.', 'dog')
+    """
+    return tuple(dict.fromkeys(template.replace(NAME, name) for name in names for template in templates))

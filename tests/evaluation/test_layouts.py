@@ -1,0 +1,404 @@
+"""Published data sets as they lie on the disk: what is read, what is counted as missing, what is refused and where."""
+
+import json
+
+import numpy as np
+import pytest
+
+import tiny_layouts as tiny
+from bindllm.errors import InputError
+from bindllm.evaluation.layouts import LAYOUTS, Choice, Column, read_layout
+from bindllm.evaluation.layouts.classes import read_classes
+from bindllm.evaluation.layouts.sounds import clip_stems
+from bindllm.media.points import open_points
+from tiny_layouts import write, write_csv, write_json
+
+CAPTIONED = {
+    "audiocaps": tiny.audiocaps,
+    "clotho": tiny.clotho,
+    "coco": tiny.coco,
+    "coco karpathy": tiny.coco_karpathy,
+    "flickr30k": tiny.flickr30k,
+    "flickr30k results.csv": tiny.flickr30k_csv,
+    "flickr30k token": tiny.flickr30k_token,
+}
+
+
+def contents(task) -> list[tuple[str, tuple[int, ...]]]:
+    """What stands in each file, and its classes."""
+    return [(open(item.media.source).read(), item.labels) for item in task.items]
+
+
+def said(task) -> dict[str, list[str]]:
+    """What stands in each file, and its captions."""
+    return {open(item.media.source).read(): [text.source for text in item.answers] for item in task.items}
+
+
+@pytest.mark.parametrize("write_it", [tiny.imagenet, tiny.imagenet_flat])
+def test_imagenet(tmp_path, write_it):
+    task = read_layout("imagenet", write_it(tmp_path))
+    assert contents(task) == [("dog", (0,)), ("dog two", (0,)), ("cat", (0,)), ("cat", (1,))]
+    assert task.classes == [("dog",), ("cat",), ("rain",), ("car",), ("chair",), ("lamp",)]
+    assert (task.kind, task.modality, task.num_listed, task.skipped.total) == ("classify", "image", 4, 0)
+
+
+def test_pictures_of_a_flat_imagenet_that_are_not_there_are_counted(tmp_path):
+    tiny.imagenet_flat(tmp_path)
+    (tmp_path / "ILSVRC/Data/CLS-LOC/val/ILSVRC2012_val_n000000011.JPEG").unlink()
+    with (tmp_path / "LOC_val_solution.csv").open("a") as table:
+        table.write("ILSVRC2012_val_9,\n")
+    task = read_layout("imagenet", tmp_path)
+    assert (len(task.items), task.num_listed) == (3, 4)
+    assert task.skipped.counts == {"the file is not there": 1, "no class": 1}
+    assert task.skipped.examples["no class"] == ["LOC_val_solution.csv line 6"]
+
+
+def test_names_of_classes_from_tables_of_ones_own(tmp_path):
+    tiny.imagenet(tmp_path)
+    for name, content in (
+        ("own.json", json.dumps({"n00000001": ["dog", "hound"], "n00000002": "cat"})),
+        ("own.tsv", "n00000001\tdog\thound\nn00000002\tcat\n"),
+    ):
+        task = read_layout("imagenet", tmp_path, Choice(classes=write(tmp_path / name, content)))
+        assert task.classes == [("dog", "hound"), ("cat",)]
+    keras = {"0": ["n00000001", "golden_retriever"], "1": ["n00000002", "cat"]}
+    assert read_classes(write_json(tmp_path / "index.json", keras)) == {
+        "n00000001": ("golden retriever",),
+        "n00000002": ("cat",),
+    }
+
+
+def test_esc50_and_its_folds(tmp_path):
+    tiny.esc50(tmp_path)
+    task = read_layout("esc50", tmp_path)
+    assert contents(task) == [("dog", (0,)), ("sea wind", (1,)), ("rain", (0,)), ("rain", (2,))]
+    assert task.classes == [("dog",), ("sea wind",), ("rain",)]
+    second = read_layout("esc50", tmp_path, Choice(folds=(2,)))
+    # The classes stay those of the whole set.
+    assert (len(second.items), second.num_listed, len(second.classes)) == (2, 2, 3)
+    with pytest.raises(InputError, match=r"esc50\.csv has no fold 7\. Known: 1, 2\."):
+        read_layout("esc50", tmp_path, Choice(folds=(7,)))
+
+
+@pytest.mark.parametrize("write_it", [tiny.modelnet, tiny.modelnet_resampled])
+def test_modelnet(tmp_path, write_it):
+    task = read_layout("modelnet40", write_it(tmp_path))
+    assert contents(task) == [("chair", (0,)), ("lamp", (0,)), ("lamp", (1,)), ("desk", (2,))]
+    assert (task.modality, task.classes) == ("point", [("chair",), ("lamp",), ("night desk",)])
+
+
+def test_other_splits_of_modelnet(tmp_path):
+    train = read_layout("modelnet40", tiny.modelnet(tmp_path / "meshes"), Choice(split="train"))
+    assert contents(train) == [("lamp", (0,))]
+    assert len(train.classes) == 3
+    tiny.modelnet_resampled(tmp_path / "points")
+    write(tmp_path / "points/modelnet40_train.txt", "lamp_0002\nchair_0001\n")
+    train = read_layout("modelnet40", tmp_path / "points", Choice(split="train"))
+    assert (contents(train), train.num_listed) == ([("lamp", (1,))], 2)
+    assert list(train.skipped.lines()) == ["1 x the file is not there (chair/chair_0001.txt)"]
+    with pytest.raises(
+        InputError, match=r"has no modelnet40_dev\.txt .* Did you mean 'modelnet40_test\.txt'\?"
+    ):
+        read_layout("modelnet40", tmp_path / "points", Choice(split="dev"))
+
+
+def test_resampled_shapes_are_points_that_can_be_opened(tmp_path):
+    tiny.modelnet_resampled(tmp_path)
+    table = "0.5,-0.25,1.0,0,0,1\n0.1,0.2,0.3,1,0,0\n"
+    write(tmp_path / "chair/chair_0002.txt", table)
+    item = read_layout("modelnet40", tmp_path).items[0]
+    points = open_points(item.media.source)
+    np.testing.assert_allclose(points, [[0.5, -0.25, 1.0], [0.1, 0.2, 0.3]], atol=1e-6)
+
+
+def test_audioset_has_several_labels_and_lost_clips(tmp_path):
+    task = read_layout("audioset", tiny.audioset(tmp_path))
+    assert contents(task) == [
+        ("speech dog", (0, 1)),
+        ("speech", (1,)),
+        ("dog", (1,)),
+        ("car", (0,)),
+    ]
+    assert task.classes == [("Speech",), ("Dog, domestic",), ("Car",)]
+    assert (task.kind, task.num_listed) == ("tag", 5)
+    assert list(task.skipped.lines()) == ["1 x the file is not there (vanishedxxx from 0 s)"]
+
+
+def test_names_of_clips():
+    assert "abc_30000_40000" in list(clip_stems("abc", 30, 40))
+    assert "abc_30_40" in list(clip_stems("abc", 30, 40))
+    # The exact name comes first: another clip of the video may lie beside it.
+    names = list(clip_stems("abc", 30.5))
+    assert names.index("abc_30.5") < names.index("abc")
+
+
+@pytest.mark.parametrize("name", CAPTIONED)
+def test_captions(tmp_path, name):
+    task = read_layout(name.split()[0], CAPTIONED[name](tmp_path))
+    assert said(task) == tiny.CLIPS
+    assert (task.kind, task.answer) == ("retrieve", "text")
+    assert task.modality == ("audio" if name in ("audiocaps", "clotho") else "image")
+    assert task.num_listed == len(task.items) + (name == "audiocaps")
+
+
+def test_only_the_first_captions(tmp_path):
+    task = read_layout("clotho", tiny.clotho(tmp_path), Choice(captions=1))
+    assert said(task) == {"dog": ["a dog"], "rain": ["rain"]}
+
+
+def test_clips_of_audiocaps_that_vanished_are_counted(tmp_path):
+    task = read_layout("audiocaps", tiny.audiocaps(tmp_path))
+    assert list(task.skipped.lines()) == ["1 x the file is not there (vanishedxxx from 20 s)"]
+
+
+def test_rows_that_cannot_be_used_are_counted_with_their_line(tmp_path):
+    tiny.audiocaps(tmp_path)
+    with (tmp_path / "test.csv").open("a") as table:
+        # The published training table of version 2 has such a row: a caption that broke in two.
+        table.write("the dog is whimpering\n105,vid-dogxxxx,nan,a dog\n106,vid-dogxxxx,30,\n")
+    skipped = read_layout("audiocaps", tmp_path).skipped
+    assert skipped.examples["not 4 fields as in the header"] == ["test.csv line 7"]
+    assert skipped.examples["start_time is not a number"] == ["test.csv line 8"]
+    assert skipped.examples["no caption"] == ["test.csv line 9"]
+
+
+def test_rows_of_json_that_cannot_be_used_are_counted_with_their_place(tmp_path):
+    tiny.coco(tmp_path)
+    file = tmp_path / "annotations/captions_val2017.json"
+    content = json.loads(file.read_text())
+    content["images"].append({"id": 7})
+    content["annotations"] += [{"image_id": 99, "caption": "of nothing"}, "not even an object"]
+    content["annotations"].append({"image_id": 0, "caption": 5})
+    write_json(file, content)
+    task = read_layout("coco", tmp_path)
+    assert said(task) == tiny.CLIPS
+    examples = task.skipped.examples
+    assert examples["an image without id and file_name"] == [f"{file} images[2]"]
+    assert examples["a caption without image_id and caption, or of an unknown image"] == [
+        f"{file} annotations[4]",
+        f"{file} annotations[5]",
+    ]
+    assert examples["no caption"] == [f"{file} annotations[6]"]
+
+
+def test_karpathys_splits(tmp_path):
+    tiny.flickr30k(tmp_path)
+    task = read_layout("flickr30k", tmp_path, Choice(split="test"))
+    assert said(task) == tiny.CLIPS
+    with pytest.raises(InputError, match="the file is not there"):
+        read_layout("flickr30k", tmp_path, Choice(split="train"))
+    with pytest.raises(
+        InputError, match=r"dataset_flickr30k\.json has no split 'tset'\. Did you mean 'test'\?"
+    ):
+        read_layout("flickr30k", tmp_path, Choice(split="tset"))
+    tiny.coco(tmp_path / "coco")
+    with pytest.raises(InputError, match="COCO's own are called val2017"):
+        read_layout("coco", tmp_path / "coco", Choice(split="test"))
+
+
+def test_a_table_without_splits_says_so(tmp_path):
+    assert "has no splits" in read_layout("flickr30k", tiny.flickr30k_csv(tmp_path)).notes[0]
+
+
+def test_folders_of_ones_own(tmp_path):
+    for name, words in {
+        "val/red_dog/a.png": "dog",
+        "val/cat/deep/b.JPG": "cat",
+        "val/cat/notes.txt": "x",
+    }.items():
+        write(tmp_path / name, words)
+    task = read_layout("folder", tmp_path, Choice(split="val"))
+    assert (contents(task), task.classes) == ([("cat", (0,)), ("dog", (1,))], [("cat",), ("red dog",)])
+    assert task.skipped.counts == {"not called like a file of image": 1}
+    sounds = write(tmp_path / "other/dog/a.wav", "dog").parents[1]
+    assert read_layout("folder", sounds).modality == "audio"
+    write(tmp_path / "npy/dog/a.npy", "dog")
+    with pytest.raises(InputError, match="say it with --modality"):
+        read_layout("folder", tmp_path / "npy")
+    assert read_layout("folder", tmp_path / "npy", Choice(modality="depth")).modality == "depth"
+
+
+def pairs(folder):
+    rows = [
+        {"image": "a.png", "caption": ["a dog", "a hound"], "split": "test", "sound": "a.ogg"},
+        {"image": "b.png", "caption": "a cat", "split": "test"},
+        {"image": "c.png", "caption": "rain", "split": "train", "sound": "c.ogg"},
+        {"image": "gone.png", "caption": "wind", "split": "test", "sound": "gone.ogg"},
+    ]
+    for name in "abc":
+        write(folder / f"{name}.png", name)
+        write(folder / f"{name}.ogg", f"sound {name}")
+    write(folder / "captions.jsonl", "\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def test_a_table_as_for_training(tmp_path):
+    task = read_layout("table", pairs(tmp_path))
+    assert said(task) == {"a": ["a dog", "a hound"], "b": ["a cat"]}
+    assert task.skipped.counts == {"no such picture": 1}
+    assert task.notes[-1] == "split test; 1 media are in other splits"
+    assert len(read_layout("table", tmp_path / "captions.jsonl", Choice(split="all")).items) == 3
+    one = read_layout("table", tmp_path, Choice(captions=1))
+    assert said(one)["a"] == ["a dog"]
+
+
+def test_any_two_columns_of_a_table(tmp_path):
+    choice = Choice(split="all", source=Column("audio", "sound"), target=Column("image", "image"))
+    task = read_layout("table", pairs(tmp_path), choice)
+    found = {item.media.source: [answer.source for answer in item.answers] for item in task.items}
+    assert found == {str(tmp_path / f"{n}.ogg"): [str(tmp_path / f"{n}.png")] for n in "ac"}
+    assert (task.modality, task.answer) == ("audio", "image")
+    assert task.skipped.counts["the file is not there"] == 1
+    assert sum(task.skipped.counts.values()) == 2  # the row without a sound
+    spoken = Choice(split="train", source=Column("audio", "sound"), target=Column("text", "caption"))
+    assert said(read_layout("table", tmp_path, spoken)) == {"sound c": ["rain"]}
+
+
+def test_a_limit_takes_the_same_media_every_time_from_everywhere(tmp_path):
+    for number in range(40):
+        write(tmp_path / "ab"[number % 2] / f"{number}.png", "dog")
+    task = read_layout("folder", tmp_path).limit(10)
+    again = read_layout("folder", tmp_path).limit(10)
+    assert [item.media for item in task.items] == [item.media for item in again.items]
+    assert len(task.items) == task.num_listed == 10
+    assert {item.labels for item in task.items} == {(0,), (1,)}
+    assert "10 of 40 media" in task.notes[0]
+
+
+def broken(folder, name):
+    """Break one thing of a data set, and return its layout and what the error must say."""
+    match name:
+        case "no such folder":
+            return "esc50", folder / "nowhere", r"nowhere does not exist"
+        case "no table":
+            write(folder / "meta/esc5O.csv", "")
+            return "esc50", folder, r"has no meta/esc50\.csv and no esc50\.csv"
+        case "missing column":
+            write_csv(tiny.esc50(folder) / "meta/esc50.csv", "filename,fold,category", ["1-a.wav", 1, "dog"])
+            return "esc50", folder, r"esc50\.csv: no column 'target'\. Known: category, filename, fold"
+        case "two names":
+            with (tiny.esc50(folder) / "meta/esc50.csv").open("a") as table:
+                table.write("1-a.wav,1,0,hound,False,1,A\n")
+            return "esc50", folder, r"esc50\.csv line 6: the target 0 is called 'hound' here, 'dog' above"
+        case "empty table":
+            write(tiny.esc50(folder) / "meta/esc50.csv", "filename,fold,target,category\n")
+            return "esc50", folder, "nothing to evaluate here: it is empty"
+        case "bad JSON":
+            write(
+                tiny.coco(folder) / "annotations/captions_val2017.json", '{"images": [],\n"annotations": [}'
+            )
+            return "coco", folder, r"captions_val2017\.json line 2: not valid JSON"
+        case "other JSON":
+            write_json(tiny.coco(folder) / "annotations/captions_val2017.json", {"info": {}, "images": []})
+            return "coco", folder, r"lists under 'images' and 'annotations'; it holds info, images"
+        case "unknown class":
+            write(tiny.imagenet(folder) / "val/n00000009/x.JPEG", "dog")
+            return "imagenet", folder, r"n00000009: the class 'n00000009' is not in .*LOC_synset_mapping\.txt"
+        case "unknown class in a table":
+            with (tiny.imagenet_flat(folder) / "LOC_val_solution.csv").open("a") as table:
+                table.write("ILSVRC2012_val_9,n00000008 1 2 3 4\n")
+            return "imagenet", folder, r"LOC_val_solution\.csv line 6: the class 'n00000008' is not in"
+        case "no names":
+            (tiny.imagenet(folder) / "LOC_synset_mapping.txt").unlink()
+            return "imagenet", folder, "names of the classes; or give a table of your own with --classes"
+        case "a name twice":
+            with (tiny.imagenet(folder) / "LOC_synset_mapping.txt").open("a") as table:
+                table.write("n00000002 feline\n")
+            return "imagenet", folder, r"LOC_synset_mapping\.txt line 7: the class 'n00000002' stands twice"
+        case "unknown label":
+            with (tiny.audioset(folder) / "eval_segments.csv").open("a") as table:
+                table.write('eeeeeeeeeee, 0.000, 10.000, "/m/9"\n')
+            return "audioset", folder, r"eval_segments\.csv line 9: the class '/m/9' is not in .*indices\.csv"
+        case "unknown shape":
+            write(tiny.modelnet_resampled(folder) / "modelnet40_test.txt", "chair_0002\nsofa_0001\n")
+            return (
+                "modelnet40",
+                folder,
+                r"modelnet40_test\.txt line 2: the class 'sofa' is not in .*names\.txt",
+            )
+        case "not UTF-8":
+            (tiny.modelnet_resampled(folder) / "modelnet40_test.txt").write_bytes(b"chair_\xff\n")
+            return "modelnet40", folder, r"modelnet40_test\.txt: not UTF-8 text"
+        case "other header":
+            write(folder / "results.csv", "image,comment\n")
+            return "flickr30k", folder, r"results\.csv line 1: expected image_name\| comment_number\| comment"
+        case "no clip left":
+            for clip in (tiny.audiocaps(folder) / "audio").iterdir():
+                clip.unlink()
+            return (
+                "audiocaps",
+                folder,
+                r"nothing to evaluate here: 3 x the file is not there \(vid-dogxxxx from 30 s",
+            )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "no such folder",
+        "no table",
+        "missing column",
+        "two names",
+        "empty table",
+        "bad JSON",
+        "other JSON",
+        "unknown class",
+        "unknown class in a table",
+        "no names",
+        "a name twice",
+        "unknown label",
+        "unknown shape",
+        "not UTF-8",
+        "other header",
+        "no clip left",
+    ],
+)
+def test_what_is_wrong_is_named_with_its_place(tmp_path, name):
+    layout, folder, told = broken(tmp_path, name)
+    with pytest.raises(InputError, match=told):
+        read_layout(layout, folder)
+
+
+def test_unknown_layouts_and_choices_are_refused(tmp_path):
+    with pytest.raises(InputError, match=r"unknown layout 'esc5'\. Did you mean 'esc50'\? Known: audiocaps"):
+        read_layout("esc5", tmp_path)
+    with pytest.raises(InputError, match="the layout clotho takes no folds; it takes split, captions"):
+        read_layout("clotho", tmp_path, Choice(folds=(1,)))
+    assert all(layout.purpose for layout in LAYOUTS.values())
+
+
+TABLES = {
+    tiny.imagenet_flat: ("LOC_val_solution.csv", "LOC_synset_mapping.txt"),
+    tiny.esc50: ("meta/esc50.csv",),
+    tiny.modelnet_resampled: ("modelnet40_test.txt", "modelnet40_shape_names.txt"),
+    tiny.audioset: ("eval_segments.csv", "class_labels_indices.csv"),
+    tiny.audiocaps: ("test.csv",),
+    tiny.clotho: ("clotho_captions_evaluation.csv",),
+    tiny.coco: ("annotations/captions_val2017.json",),
+    tiny.coco_karpathy: ("dataset_coco.json",),
+    tiny.flickr30k_csv: ("results.csv",),
+    tiny.flickr30k_token: ("results_20130124.token",),
+}
+
+
+@pytest.mark.parametrize("write_it", TABLES, ids=lambda write_it: write_it.__name__)
+def test_damaged_tables_give_a_task_or_one_error_that_names_a_file(tmp_path, write_it):
+    layout = write_it.__name__.partition("_")[0].replace("modelnet", "modelnet40")
+    write_it(tmp_path)
+    random, told = np.random.default_rng(0), []
+    for name in TABLES[write_it]:
+        whole = (tmp_path / name).read_bytes()
+        for trial in range(40):
+            damaged = bytearray(whole)
+            for place in random.integers(0, len(whole), 3):
+                damaged[place] = random.choice(
+                    [0, 10, 34, 35, 44, 58, 91, 123, 124, 195, 255, damaged[place]]
+                )
+            (tmp_path / name).write_bytes(damaged[: random.integers(0, len(whole))] if trial % 2 else damaged)
+            try:
+                assert read_layout(layout, tmp_path).items
+            except InputError as error:
+                told.append(str(error))
+        (tmp_path / name).write_bytes(whole)
+    assert told
+    assert [message for message in told if str(tmp_path) not in message] == []
