@@ -11,7 +11,18 @@ from rich.table import Table
 from benchmarks.measure import write_figures
 from bindllm.errors import known_names
 
-NAMES = ("startup", "train_step", "generation", "store", "embed", "encoders", "points", "loading")
+NAMES = (
+    "startup",
+    "train_step",
+    "generation",
+    "store",
+    "embed",
+    "encoders",
+    "points",
+    "loading",
+    "cache",
+    "extraction",
+)
 
 
 def main(names: list[str]) -> int:
