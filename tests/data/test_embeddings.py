@@ -5,6 +5,8 @@ from bindllm.data.embeddings import MediaEmbeddings
 from bindllm.encoders.fusion import fuse
 from bindllm.errors import InputError
 from bindllm.media import Media
+from bindllm.retrieval.ranks import Ranks
+from side_by_side import together
 from tiny import ColourEncoder, colour_pictures
 
 
@@ -78,6 +80,28 @@ def test_media_that_cannot_be_read_are_named_with_the_reason(tmp_path, pictures)
     assert "broken.png: not a picture" in totals.failed[media[0]]
     assert "copy.png" in totals.failed[media[1]]
     assert "missing.png: cannot be opened" in totals.failed[media[2]]
+
+
+def test_several_processes_fill_the_stores_of_all_encoders(tmp_path, pictures):
+    words = [Media.text(str(n)) for n in range(6)]
+    media = [*pictures.values(), Media.image(str(tmp_path / "missing.png")), *words]
+
+    def part(ranks):
+        embeddings = MediaEmbeddings([ColourEncoder(), WordEncoder()], tmp_path / "store")
+        # The last one finds no texts in its sources: it fills the store of texts with nothing.
+        totals = embeddings.fill(media if ranks.number < 2 else media[:4], ranks=ranks)
+        return embeddings, totals
+
+    ends = together(3, part)
+    nobodys = [word for word in words if Ranks(2, 3).owns(word.content_hash())]
+    assert 0 < len(nobodys) < 6
+    assert [totals.encoded for _, totals in ends] == [3 + 6 - len(nobodys)] * 3
+    embeddings, totals = ends[0]
+    assert list(totals.failed) == [media[3], *nobodys]
+    found = embeddings.lookup([(pictures["red"],)])
+    torch.testing.assert_close(found, embed(ColourEncoder(), pictures["red"]))
+    again = MediaEmbeddings([ColourEncoder(), WordEncoder()], tmp_path / "store")
+    assert again.fill(media).encoded == len(nobodys)
 
 
 def test_media_that_were_not_filled_are_refused(tmp_path, pictures):

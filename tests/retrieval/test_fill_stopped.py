@@ -13,6 +13,7 @@ from store_parts import CountingEncoder, counts, expected, pictures, run, stored
 
 from bindllm import Media
 from bindllm.errors import StoreError
+from bindllm.retrieval.shards import Shards
 
 
 def test_ctrl_c_keeps_what_is_embedded(tmp_path):
@@ -26,6 +27,25 @@ def test_ctrl_c_keeps_what_is_embedded(tmp_path):
         run(tmp_path / "store", media, Interrupted())
     torch.testing.assert_close(stored(tmp_path / "store", media[:8]), expected(media[:8]))
     assert counts(run(tmp_path / "store", media)) == (12, 8, 0, 0)
+
+
+def test_ctrl_c_at_the_end_of_a_write_doubles_no_row(tmp_path, monkeypatch):
+    original = Shards.refresh
+
+    def interrupted(self):
+        """The shard has its name already, and this process has not seen it yet."""
+        if list(self._folder.glob("embeddings-*.arrow")) and not self._shards:
+            monkeypatch.setattr(Shards, "refresh", original)
+            signal.raise_signal(signal.SIGINT)
+        original(self)
+
+    media = pictures(tmp_path / "in", 12)
+    monkeypatch.setattr(Shards, "refresh", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "store", media, flush_rows=4)
+    shards = list((tmp_path / "store").rglob("embeddings-*.arrow"))
+    assert sum(pa.ipc.open_file(str(shard)).get_batch(0).num_rows for shard in shards) == 4
+    assert counts(run(tmp_path / "store", media)) == (8, 4, 0, 0)
 
 
 def test_an_error_of_the_encoder_keeps_what_is_embedded(tmp_path):

@@ -155,3 +155,19 @@ def test_rows_of_another_process_are_seen(tmp_path):
     reader, writer = open_store(tmp_path), open_store(tmp_path)
     add(writer, 1)
     assert torch.equal(reader.get(keys_of(texts(1))), vectors(1))
+
+
+def test_what_a_killed_merge_has_left_behind_is_removed(tmp_path):
+    store = open_store(tmp_path)
+    for n in range(shards.MANY_SMALL + 1):
+        add(store, n)
+    files = {file: file.read_bytes() for file in store.folder.glob("embeddings-*.arrow")}
+    store.compact()
+    merged = set(store.folder.glob("embeddings-*.arrow"))
+    # As if it had been killed with five of its removals to go.
+    for file, content in [(file, files[file]) for file in sorted(files.keys() - merged)[:5]]:
+        file.write_bytes(content)
+    store = open_store(tmp_path)
+    store.compact()
+    assert set(store.folder.glob("embeddings-*.arrow")) == merged
+    assert len(store) == shards.MANY_SMALL + 1

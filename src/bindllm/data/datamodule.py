@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningDataModule
 from rich.console import Console
 from rich.progress import track
@@ -28,6 +29,8 @@ from bindllm.data.sources import Row, SourceConfig, read_source
 from bindllm.data.tokenise import Sample, tokenise
 from bindllm.errors import InputError, known_names
 from bindllm.media import Media
+from bindllm.retrieval.fill import ALONE
+from bindllm.retrieval.ranks import Ranks
 
 CANNOT_EMBED = "media that cannot be embedded"
 
@@ -99,13 +102,21 @@ class BindData(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Read the sources and embed what the stores lack, once. Lightning calls this in one process first."""
+        self.embed("cpu" if self.trainer is None else self.trainer.strategy.root_device)
+
+    def embed(self, device: torch.device | str, ranks: Ranks = ALONE) -> None:
+        """Read the sources and embed what the stores lack, once.
+
+        Args:
+            device: where the encoders run.
+            ranks: which of several processes this one is; only the first can go on to make samples.
+        """
         self.read()
         if self._embeddings is not None:
             return
         embeddings = MediaEmbeddings(self.encoders, self.store)
-        device = "cpu" if self.trainer is None else self.trainer.strategy.root_device
         media = (item for rows in self._rows.values() for row in rows for item in row.media)
-        totals = embeddings.fill(media, device=device, progress=_watched())
+        totals = embeddings.fill(media, device=device, progress=_watched() and ranks.first, ranks=ranks)
         self._rows = {split: self._without(rows, totals.failed) for split, rows in self._rows.items()}
         self._embeddings = embeddings
         self.report.encoded, self.report.reused = totals.encoded, totals.reused

@@ -14,7 +14,8 @@ from bindllm.encoders import Encoder, encoder_for
 from bindllm.encoders.fusion import fuse
 from bindllm.errors import InputError, MediaError
 from bindllm.media import Media
-from bindllm.retrieval.fill import fill
+from bindllm.retrieval.fill import ALONE, fill
+from bindllm.retrieval.ranks import Ranks
 from bindllm.retrieval.store import EmbeddingStore
 
 
@@ -59,7 +60,12 @@ class MediaEmbeddings:
         self._keys: dict[Media, str] = {}
 
     def fill(
-        self, media: Iterable[Media], *, device: torch.device | str = "cpu", progress: bool = False
+        self,
+        media: Iterable[Media],
+        *,
+        device: torch.device | str = "cpu",
+        progress: bool = False,
+        ranks: Ranks = ALONE,
     ) -> FillTotals:
         """Embed what the stores lack.
 
@@ -67,6 +73,11 @@ class MediaEmbeddings:
             media: of modalities that the encoders serve.
             device: where the encoders run; they are on the CPU again afterwards.
             progress: show a bar.
+            ranks: which of several processes this one is; each is given the same media. The first one knows the
+                keys afterwards, for the others the work ends here.
+
+        Returns:
+            What it came to, in all processes together.
 
         Raises:
             InputError: media of a modality that no encoder serves.
@@ -76,17 +87,20 @@ class MediaEmbeddings:
         wanted: dict[int, list[Media]] = {}
         for item in dict.fromkeys(media):
             wanted.setdefault(self._number(item), []).append(item)
-        for number, items in wanted.items():
+        # Processes that work together fill the same stores in the same order, even one that read nothing for them.
+        for number in sorted({number for numbers in ranks.gather(list(wanted)) for number in numbers}):
+            items = wanted.get(number, [])
             encoder, store = self._encoders[number], self._store(number)
             try:
-                report = fill(store, encoder.to(device), items, progress=progress)
+                report = fill(store, encoder.to(device), items, progress=progress, ranks=ranks)
             finally:
                 # An encoder that failed must not keep the accelerator's memory either.
                 encoder.to("cpu")
             totals.encoded += report.encoded
             totals.reused += report.reused + report.duplicates
             totals.seconds += report.seconds
-            totals.failed |= self._find_keys(store, items, reasons=dict(report.failed))
+            if ranks.first:
+                totals.failed |= self._find_keys(store, items, reasons=dict(report.failed))
         return totals
 
     def key(self, media: Media) -> str:

@@ -1,36 +1,29 @@
 """Encoding what a store lacks: files are read and prepared in threads while the encoder embeds the batch before.
 
 Threads and not processes: Pillow and hashing leave Python's lock, an encoder with its weights need not be copied,
-and the encoder is what takes the time.
+and the encoder is what takes the time. Where there are several devices, each has a process of its own (`Ranks`).
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sized
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from torch import Tensor
 
 from bindllm.errors import InputError, MediaError, StoreError
 from bindllm.media import Media
+from bindllm.retrieval.ahead import ahead_in_threads, bar_on_stderr, chunks
+from bindllm.retrieval.ranks import Ranks
 from bindllm.retrieval.store import EmbeddingStore
 
 if TYPE_CHECKING:
@@ -45,8 +38,7 @@ PREPARED_BYTES = 1 << 30
 HASH_CHUNK = 32
 """Media whose content is hashed by one task; a task for each would cost more than an unchanged file does."""
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+ALONE = Ranks()
 
 
 @dataclass(frozen=True)
@@ -66,6 +58,17 @@ class FillReport:
     duplicates: int
     failed: tuple[tuple[str, str], ...]
     seconds: float
+
+    def together(self, ranks: Ranks) -> FillReport:
+        """Return the report of all processes; waits for all of them."""
+        reports = [FillReport(**fields) for fields in ranks.gather(asdict(self))]
+        return FillReport(
+            encoded=sum(report.encoded for report in reports),
+            reused=sum(report.reused for report in reports),
+            duplicates=sum(report.duplicates for report in reports),
+            failed=tuple((name, reason) for report in reports for name, reason in report.failed),
+            seconds=max(report.seconds for report in reports),
+        )
 
     def summary(self) -> str:
         """Return the counts as a sentence.
@@ -92,20 +95,28 @@ def fill(
     workers: int | None = None,
     flush_rows: int = 4096,
     progress: bool = True,
+    ranks: Ranks = ALONE,
 ) -> FillReport:
     """Embed the media whose content is not in the store yet.
 
     Media that cannot be read are reported and do not stop the run. When it is stopped (Ctrl-C, a full disk, an
     error of the encoder), what was embedded before is stored, and the next run goes on from there.
 
+    Several processes fill a store together when each calls this with the same media in the same order. Each hashes
+    its share of the files; then each embeds the content that falls to it by its hash, so nothing is embedded twice.
+
     Args:
         store: a store of this encoder.
         encoder: prepares and embeds.
-        media: may be a generator, and is read as the work goes on; duplicates are embedded once.
+        media: may be a generator, which several processes hold in memory; duplicates are embedded once.
         batch_size: media of one modality that are embedded together; fewer where they are large.
-        workers: threads that read and prepare; None: one for each processor.
+        workers: threads that read and prepare; None: as ``ranks`` says.
         flush_rows: embeddings are written in shards of about this many rows, or every `FLUSH_SECONDS`.
         progress: show a bar with the time left.
+        ranks: which of several processes this one is.
+
+    Returns:
+        What became of all media, in all processes together.
 
     Raises:
         InputError: media of a modality that the encoder does not serve.
@@ -116,27 +127,25 @@ def fill(
             f"{store.folder}: the store belongs to the encoder {store.fingerprint[:16]}, not to "
             f"{encoder.fingerprint()[:16]}; open it with EmbeddingStore.for_encoder(folder, encoder)"
         )
-    workers = max(1, (os.cpu_count() or 1) if workers is None else workers)
+    media = media if ranks.count == 1 else list(media)
+    workers = max(1, (ranks.threads or os.cpu_count() or 1) if workers is None else workers)
     pool = ThreadPoolExecutor(workers, thread_name_prefix="fill")
-    with _bar(shown=progress) as bar:
+    with bar_on_stderr(shown=progress) as bar:
         task = bar.add_task("embedding", total=len(media) if isinstance(media, Sized) else None)
-        run = _Run(store, encoder, flush_rows, advance=lambda: bar.advance(task))
+        run = _Run(store, encoder, flush_rows, ranks, advance=lambda: bar.advance(task))
         try:
-            keyed = _ahead(pool, run.find_keys, _chunks(media, HASH_CHUNK), ahead=lambda: workers + 1)
-            ahead = partial(run.fitting, workers + batch_size)
-            prepared = _ahead(pool, run.prepare, run.select(keyed), ahead=ahead)
-            for batch in run.batches(prepared, batch_size):
-                run.embed(batch)
-            run.flush()
+            run.work_through(media, pool, workers=workers, batch_size=batch_size)
         except StoreError:
             # What could not be written a moment ago is not tried again.
             raise
         except BaseException:
+            # In the midst of a write, perhaps: what is written already is not to be written twice.
+            store.refresh()
             run.flush()
             raise
         finally:
             pool.shutdown(cancel_futures=True)
-    return run.report()
+    return run.finish()
 
 
 class _Work(NamedTuple):
@@ -152,11 +161,18 @@ class _Run:
     """The steps of one fill, in their order, and what they have counted."""
 
     def __init__(
-        self, store: EmbeddingStore, encoder: Encoder, flush_rows: int, *, advance: Callable[[], None]
+        self,
+        store: EmbeddingStore,
+        encoder: Encoder,
+        flush_rows: int,
+        ranks: Ranks,
+        *,
+        advance: Callable[[], None],
     ) -> None:
         self._store = store
         self._encoder = encoder
         self._flush_rows = flush_rows
+        self._ranks = ranks
         self._advance = advance
         self._counts: Counter[str] = Counter()
         self._failed: list[tuple[str, str]] = []
@@ -164,6 +180,32 @@ class _Run:
         self._rows: list[tuple[str, Tensor, Media]] = []
         self._largest = 0
         self._started = self._flushed = time.monotonic()
+
+    def work_through(
+        self, media: Iterable[Media], pool: ThreadPoolExecutor, *, workers: int, batch_size: int
+    ) -> None:
+        """Do this process's part, with threads that hash and prepare ahead of the encoder."""
+        if self._ranks.count > 1:
+            self.hash_share(media, pool, ahead=workers + 1)
+        keyed = ahead_in_threads(pool, self.find_keys, chunks(media, HASH_CHUNK), ahead=lambda: workers + 1)
+        ahead = partial(self.fitting, workers + batch_size)
+        prepared = ahead_in_threads(pool, self.prepare, self.select(keyed), ahead=ahead)
+        for batch in self.batches(prepared, batch_size):
+            self.embed(batch)
+        self.flush()
+
+    def hash_share(self, media: Iterable[Media], pool: ThreadPoolExecutor, *, ahead: int) -> None:
+        """Hash this process's share of the files, and wait for the others: the store then knows every file.
+
+        The sources are the same in each process, so their places can divide what has no key yet.
+        """
+        share = islice(media, self._ranks.number, None, self._ranks.count)
+        for _ in ahead_in_threads(pool, self.find_keys, chunks(share, HASH_CHUNK), ahead=lambda: ahead):
+            if time.monotonic() - self._flushed >= FLUSH_SECONDS:
+                self.flush()
+        self.flush()
+        self._ranks.wait()
+        self._store.refresh()
 
     def find_keys(self, chunk: list[Media]) -> list[_Work]:
         """Hash the content of files that are new or changed (in a thread)."""
@@ -176,11 +218,15 @@ class _Run:
             return _Work(media, error=error)
 
     def select(self, keyed: Iterable[list[_Work]]) -> Iterator[_Work]:
-        """Pass on what must be encoded."""
+        """Pass on what must be encoded, by this process."""
+        places = count()
         for chunk in keyed:
-            keys = [work.key for work in chunk if work.error is None]
+            mine = [work for work in chunk if self._owns(work, next(places))]
+            for _ in range(len(chunk) - len(mine)):
+                self._advance()
+            keys = [work.key for work in mine if work.error is None]
             stored = dict(zip(keys, self._store.has(keys), strict=True))
-            for work in chunk:
+            for work in mine:
                 if work.media.modality not in self._encoder.modalities:
                     raise InputError(
                         f"{work.media.name} is {work.media.modality} media; "
@@ -196,6 +242,12 @@ class _Run:
                         self._done("reused")
                     else:
                         yield work
+
+    def _owns(self, work: _Work, place: int) -> bool:
+        """Whether media is for this process to count; what cannot be read has no key, and goes by its place."""
+        if work.error is not None:
+            return place % self._ranks.count == self._ranks.number
+        return self._ranks.owns(work.key)
 
     def prepare(self, work: _Work) -> _Work:
         """Read and prepare one media (in a thread)."""
@@ -258,18 +310,25 @@ class _Run:
                 ) from error
             self._counts["stored"] += len(keys)
             self._rows = []
-            self._store.compact()
+            # Two processes that merge the same shards at once may leave rows twice.
+            if self._ranks.first:
+                self._store.compact()
         self._store.save_files()
 
-    def report(self) -> FillReport:
-        """Return what became of the media."""
-        return FillReport(
+    def finish(self) -> FillReport:
+        """Return what became of the media, when every process is done."""
+        report = FillReport(
             encoded=self._counts["stored"],
             reused=self._counts["reused"],
             duplicates=self._counts["duplicates"],
             failed=tuple(self._failed),
             seconds=time.monotonic() - self._started,
-        )
+        ).together(self._ranks)
+        if self._ranks.count > 1:
+            self._store.refresh()
+            if self._ranks.first:
+                self._store.compact()
+        return report
 
     def _fail(self, media: Media, reason: str) -> None:
         self._failed.append((media.name, reason))
@@ -281,38 +340,3 @@ class _Run:
         self._advance()
         if len(self._rows) >= self._flush_rows or time.monotonic() - self._flushed >= FLUSH_SECONDS:
             self.flush()
-
-
-def _chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    iterator = iter(items)
-    while chunk := list(islice(iterator, size)):
-        yield chunk
-
-
-def _ahead(
-    pool: ThreadPoolExecutor,
-    function: Callable[[Item], Result],
-    items: Iterable[Item],
-    *,
-    ahead: Callable[[], int],
-) -> Iterator[Result]:
-    """Yield the results in order, computed in threads; at most ``ahead()`` items are in work or waiting."""
-    waiting: deque[Future[Result]] = deque()
-    for item in items:
-        waiting.append(pool.submit(function, item))
-        while len(waiting) >= ahead():
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
-
-
-def _bar(*, shown: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not shown,
-    )

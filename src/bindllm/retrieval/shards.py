@@ -104,9 +104,10 @@ class Shards:
     def compact(self) -> None:
         """Merge small shards while there are many, and remove what killed writers left behind.
 
-        The merged shard is written before the old ones are removed, so a crash leaves some rows twice. Its name
-        follows from theirs, so two processes that merge the same shards write the same file.
+        The merged shard is written before the old ones are removed, so a crash leaves some rows twice, until the
+        next call. Its name follows from theirs, so two processes that merge the same shards write the same file.
         """
+        self._remove_merged()
         while len(small := [shard for shard in self._shards if shard.num_bytes < SMALL_BYTES]) > MANY_SMALL:
             # The smallest, so that rows are not written again with each merge.
             small = small[-MANY_SMALL:]
@@ -122,6 +123,19 @@ class Shards:
             with suppress(FileNotFoundError):
                 if part.stat().st_mtime < time.time() - ABANDONED_SECONDS:
                     part.unlink()
+
+    def _remove_merged(self) -> None:
+        """Remove small shards whose rows are all in one larger shard: a killed merge has left them behind."""
+        merged = [
+            shard
+            for place, shard in enumerate(self._shards)
+            if shard.num_bytes < SMALL_BYTES
+            and any(_contains(larger.keys, shard.keys) for larger in self._shards[:place])
+        ]
+        for shard in merged:
+            shard.path.unlink(missing_ok=True)
+        if merged:
+            self.refresh()
 
     def refresh(self) -> None:
         """See the shards that other processes have written or merged since."""
@@ -190,6 +204,17 @@ class _Shard:
         value = self.batch.column(self.batch.num_columns - 1)
         buffer = value.values.buffers()[1] if shape else value.buffers()[1]
         self.values = np.frombuffer(buffer, dtype, count=len(value) * int(np.prod(shape))).reshape(-1, *shape)
+
+
+def _contains(larger: np.ndarray, smaller: np.ndarray) -> bool:
+    """Whether all of some sorted keys are among more sorted keys; most often the first one tells that they are not."""
+    if len(larger) <= len(smaller):
+        # Of two equal shards both stay: another process may be removing the other one.
+        return False
+    for keys in (smaller[:1], smaller):
+        if (larger[np.minimum(np.searchsorted(larger, keys), len(larger) - 1)] != keys).any():
+            return False
+    return True
 
 
 def keys_in(column: pa.FixedSizeBinaryArray) -> np.ndarray:

@@ -1,0 +1,35 @@
+"""Several ranks in one process: threads that wait for each other as processes do."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from bindllm.retrieval.ranks import Ranks
+
+SECONDS = 60
+
+
+def together(count: int, part: Callable[[Ranks], Any]) -> list[Any]:
+    """Call ``part(ranks)`` for each rank at the same time; a rank that fails leaves the others without an answer."""
+    barrier = threading.Barrier(count, timeout=SECONDS)
+    values = [None] * count
+
+    def one(number):
+        def gather(value):
+            values[number] = value
+            barrier.wait()
+            gathered = list(values)
+            barrier.wait()
+            return gathered
+
+        try:
+            return part(Ranks(number, count, gather))
+        except BaseException as error:
+            barrier.abort()
+            return error
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(one, range(count)))
