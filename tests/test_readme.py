@@ -15,7 +15,7 @@ from bindllm.testing import check_encoder
 from goldens import make_wave
 from imagebind_small import write_small_imagebind
 from recordings import wav
-from tiny import made_up_efficientnet, save_tiny_decoder
+from tiny import made_up_efficientnet, save_tiny_decoder, save_tiny_text_encoder
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -39,6 +39,7 @@ def project(tmp_path_factory):
     save_tiny_decoder(folder / "checkpoints/smollm2-135m-instruct")
     (folder / "checkpoints/efficientnet-lite0").mkdir()
     save_file(made_up_efficientnet(), folder / "checkpoints/efficientnet-lite0/model.safetensors")
+    save_tiny_text_encoder(folder / "checkpoints/minilm-l6")
     (folder / "data/openmoji/images").mkdir(parents=True)
     (folder / "data/openmoji/images/1F431.svg").write_text(DRAWING.format(3))
     rows = ["image,caption,split"]
@@ -76,8 +77,6 @@ def test_commands_and_python_blocks_run(project, tmp_path, monkeypatch, capsys):
         "1",
     ]
     assert main(["fit", *recipe, "--trainer.logger", "false", "--model.decoder.dtype", "float32"]) == 0
-    for block in blocks("python"):
-        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
     told = ""
     ran = [words[1:] for words in commands() if words[0] == "bindllm"]
     assert {words[0] for words in ran} <= {*VERBS, "--help"}
@@ -92,11 +91,17 @@ def test_commands_and_python_blocks_run(project, tmp_path, monkeypatch, capsys):
                 assert main(words) == 1
             assert "does not exist" in capsys.readouterr().err
             continue
-        extra = ["--trainer.accelerator", "cpu", "--trainer.logger", "false"] if words[0] == "fit" else []
+        trains = words[0] in ("fit", "align")
+        extra = ["--trainer.accelerator", "cpu", "--trainer.logger", "false"] if trains else []
         assert main([*words, *extra]) == 0, words
         told += capsys.readouterr().out
     assert "no problems" in told
     assert "bark.wav" in told
+    assert "images/0.svg" in told, "the neighbours of the cache"
+    names: dict = {"__name__": "readme"}
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), names)
+    assert names["model"].cache is not None
 
 
 def test_yaml_blocks_are_parts_of_a_recipe():

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from bindllm.encoders.efficientnet import _Network
 from bindllm.media import Media, open_image
@@ -68,6 +68,23 @@ def tiny_decoder(family: str = "llama", *, seed: int = 0, **changes):
 def save_tiny_decoder(folder: Path, family: str = "llama", **changes) -> Path:
     """Write decoder and tokenizer as a Hugging Face folder, and return it."""
     tiny_decoder(family, **changes).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return Path(folder)
+
+
+def save_tiny_text_encoder(folder: Path) -> Path:
+    """Write a random BERT with the byte tokenizer as a Hugging Face folder, and return it."""
+    config = AutoConfig.for_model(
+        "bert",
+        vocab_size=259,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+    )
+    torch.manual_seed(0)
+    AutoModel.from_config(config).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return Path(folder)
 
