@@ -157,6 +157,23 @@ def test_classes_outside_bindllm_need_permission():
         build_object({"class_path": "bindllm.encoders.Nothing"})
 
 
+@pytest.mark.parametrize(
+    ("path", "what"),
+    [
+        ("bindllm.atomic.write_json", "no class"),
+        ("bindllm.atomic.Path", "a class without fingerprint, to, prepare, embed"),
+        ("bindllm.encoders.efficientnet.EfficientNetLite.config", "cannot be built"),
+        ("bindllm.retrieval.store.EmbeddingStore", "a class without fingerprint"),
+    ],
+)
+def test_a_strangers_folder_calls_nothing_but_encoders(tmp_path, monkeypatch, path, what):
+    monkeypatch.chdir(tmp_path)
+    arguments = {"path": "written.json", "value": 1}
+    with pytest.raises(CheckpointError, match=what):
+        build_object({"class_path": path, "init_args": arguments})
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_module_that_is_not_there_is_told_from_one_that_lacks_a_package(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "half_lab.py").write_text("import no_such_package\n")

@@ -254,3 +254,10 @@ def test_an_unreadable_media_is_a_media_error(beats, tmp_path):
     (tmp_path / "bad.npy").write_bytes(b"bad")
     with pytest.raises(MediaError, match=r"bad\.npy"):
         Aligned(str(beats), allow=[BEATS]).prepare(Media("radar", str(tmp_path / "bad.npy")))
+
+
+def test_a_folder_cannot_allow_a_class_to_itself(letters):
+    path, arguments = "bindllm.encoders.Aligned", {"weights": str(letters), "allow": [LETTERS]}
+    with pytest.raises(EncoderError, match="would run code"):
+        build_tower(path, arguments, allow=[]).fingerprint()
+    assert build_tower(path, arguments, allow=[LETTERS]).modalities == ("text",)

@@ -12,7 +12,7 @@ from torch import nn
 from bindllm import BindLLM, VisualCache
 from bindllm.checkpoint.folder import name_cache, read_manifest
 from bindllm.errors import CheckpointError, InputError, StoreError
-from bindllm.model.cache import CacheConfig, check_encoders, open_index
+from bindllm.model.cache import CacheConfig, open_index
 from cache_parts import ALLOW, TEXT, Senses, Words, filled_store, save_tiny_model, write_pictures
 from tiny import ColourEncoder
 
@@ -189,7 +189,7 @@ def test_the_defaults_are_those_of_the_cache(project):
         "skip": list(cache.skip),
     }
     with pytest.raises(StoreError, match="was built with the encoder"):
-        check_encoders(cache, ["ab" * 32])
+        cache.check_encoders(["ab" * 32])
 
 
 def test_a_further_encoder_serves_what_the_checkpoint_does_not(project, caplog):

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from index_stores import (
     WIDTH,
     expected_rows,
@@ -18,7 +19,7 @@ from index_stores import (
 )
 from store_parts import FINGERPRINT
 
-from bindllm import EmbeddingStore
+from bindllm import EmbeddingStore, Media
 from bindllm.errors import StoreError
 from bindllm.retrieval import factories, index_writer
 from bindllm.retrieval.index import IndexChange, VectorIndex
@@ -64,7 +65,7 @@ def test_keys_are_added_and_removed_by_name(folder, store):
     assert VectorIndex.add(folder, store, picture_keys(30, 3, 30)) == IndexChange(1, 0, 21)
     assert VectorIndex.remove(folder, picture_keys(30, 5, 77)) == IndexChange(0, 2, 19)
     assert holds(VectorIndex.open(folder), store, *(n for n in range(20) if n != 5))
-    with pytest.raises(StoreError, match="1 of 1 embeddings are not stored"):
+    with pytest.raises(StoreError, match="no image embeddings of 1 of these 1 keys"):
         VectorIndex.add(folder, store, picture_keys(99))
     assert len(VectorIndex.open(folder)) == 19
 
@@ -114,7 +115,7 @@ def test_a_store_of_another_encoder_and_a_folder_without_an_index(folder, store,
         VectorIndex.update(folder, other)
     with pytest.raises(StoreError, match="not the folder of an index"):
         VectorIndex.update(tmp_path / "nowhere", store)
-    assert file_names(tmp_path) == {"index", "store", ".index.lock"}
+    assert file_names(tmp_path) == {"index", "store"}
 
 
 @pytest.mark.parametrize(
@@ -238,6 +239,30 @@ def test_index_and_store_are_moved_together_or_the_store_is_gone(folder, store, 
     shutil.rmtree(moved.root)
     assert len(VectorIndex.open(tmp_path / "elsewhere" / "index")) == 20
     assert not caplog.records
+
+
+def test_an_index_that_is_reached_by_a_link_finds_its_store(store, tmp_path, caplog):
+    (tmp_path / "disk" / "deep" / "caches").mkdir(parents=True)
+    (tmp_path / "caches").symlink_to(tmp_path / "disk" / "deep" / "caches", target_is_directory=True)
+    VectorIndex.build(tmp_path / "caches" / "a", store)
+    extend(store, 30)
+    VectorIndex.open(tmp_path / "caches" / "a")
+    assert "1 image embeddings more" in caplog.text
+
+
+def test_keys_of_another_modality_are_refused(folder, store):
+    sound = [Media.audio(b"a bark")]
+    store.append([store.key_of(sound[0])], torch.ones(1, WIDTH), sound)
+    before = held(VectorIndex.open(folder))
+    for write in (
+        lambda keys: VectorIndex.add(folder, store, keys),
+        lambda keys: VectorIndex.update(folder, store, keys=keys),
+        lambda keys: VectorIndex.build(folder, store, keys=keys),
+    ):
+        with pytest.raises(StoreError, match=f"no image embeddings of 1 of .*{store.key_of(sound[0])}"):
+            write([*picture_keys(1), store.key_of(sound[0])])
+    assert held(VectorIndex.open(folder)) == before
+    assert VectorIndex.update(folder, store) == IndexChange(0, 0, 20)
 
 
 def test_a_damaged_store_does_not_keep_an_index_from_opening(folder, store, caplog):

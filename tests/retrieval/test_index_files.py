@@ -8,7 +8,7 @@ import pytest
 from index_stores import file_names, held, holds, picture_store
 from store_parts import FINGERPRINT, SIZE
 
-from bindllm.errors import StoreError
+from bindllm.errors import InputError, StoreError
 from bindllm.retrieval import index as index_module
 from bindllm.retrieval import index_folder, index_writer
 from bindllm.retrieval.index import VectorIndex
@@ -94,6 +94,9 @@ def change_part(**changes):
         (lambda told: [told], f"{MANIFEST} is damaged"),
         (change_part(file="../secret/part.faiss"), "no file of an index is called '../secret/part.faiss'"),
         (change_part(file="index.faiss"), "no file of an index is called 'index.faiss'"),
+        (change_part(file="/etc/part-0123456789abcdef.faiss"), "no file of an index is called '/etc/part"),
+        (change_part(count=-1), f"{MANIFEST} is damaged"),
+        (lambda told: {**told, "fingerprint": "../../elsewhere"}, "no encoder has the fingerprint"),
         (change_part(count=8), f"{MANIFEST} is damaged"),
         (change_part(num_bytes=1), "is not the file"),
         (change_part(num_bytes=True), f"{MANIFEST} is damaged"),
@@ -199,6 +202,25 @@ def test_a_reader_sees_the_new_index_when_a_writer_replaces_it_meanwhile(built, 
     monkeypatch.setattr(index_module, "open_part", replaced)
     assert sorted(held(VectorIndex.open(built))) == smaller
     assert read is index_module.read_manifest
+
+
+def test_a_mistake_leaves_neither_a_folder_nor_a_lock(tmp_path, store):
+    before = file_names(tmp_path)
+    for factory in ("Flatt", "IVF4,Flat,Nope"):
+        with pytest.raises(InputError, match=factory):
+            VectorIndex.build(tmp_path / "caches" / "a", store, factory=factory)
+    assert file_names(tmp_path) == before
+    # Known only when the lists are trained.
+    with pytest.raises(InputError, match="IVF64,Flat"):
+        VectorIndex.build(tmp_path / "a", store, factory="IVF64,Flat")
+    assert file_names(tmp_path) == before
+
+
+def test_a_lock_that_a_killed_writer_left_holds_nobody_up(built, store):
+    lock = built.with_name(f".{built.name}.lock")
+    lock.touch()
+    assert VectorIndex.remove(built, store.keys()[:1]).removed == 1
+    assert not lock.exists()
 
 
 def test_a_second_writer_gets_an_error_at_once_and_a_reader_none(built, store):

@@ -364,3 +364,5 @@ def test_the_cache_of_a_recipe_is_named_in_the_checkpoint_and_not_opened(make, t
     module.model.save_pretrained(tmp_path / "folder")
     entry = read_manifest(tmp_path / "folder")["cache"]
     assert (entry["folder"], entry["weight"]) == ("caches/later", 0.3)
+    module, _ = make(cache="caches/later")
+    assert module.cache_config == CacheConfig("caches/later")

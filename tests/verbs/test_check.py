@@ -257,6 +257,10 @@ def test_the_cache_of_a_recipe(parts, capsys):
         run("check", tiny_recipe(parts), "--model.cache.folder", "caches/a", "--model.cache.weight", "2") == 1
     )
     assert "weight is 2.0, expected a number from 0 to 1" in capsys.readouterr().out
+    assert run("check", tiny_recipe(parts), "--model.cache", "caches/a") == 0
+    assert "the visual cache caches/a is not there" in capsys.readouterr().out
+    assert run("check", tiny_recipe(parts), "--model.cache", "{fodler: caches/a}") == 1
+    assert "expected the path of a folder, or of settings folder, top_k" in capsys.readouterr().out
     recipe = tiny_recipe(parts)
     for entry, close in (({"topk": 3}, "top_k"), ({"formula": "releasedd"}, "released")):
         recipe["model"]["cache"] = {"folder": "caches/a", **entry}

@@ -117,6 +117,7 @@ def test_several_encoders_serve_their_own_modalities():
 def test_the_encoders_of_a_checkpoint(capsys):
     Path("folder").mkdir()
     entry = {"class_path": "tiny.ColourEncoder", "init_args": {"grid": 2}}
+    entry["fingerprint"] = ColourEncoder(grid=2).fingerprint()
     Path("folder/bindllm.json").write_text(json.dumps({"format": 1, "encoders": [entry]}))
     line = ["encode", "red.png", "blue.png", "--checkpoint", "folder", "--device", "cpu"]
     assert main(line) == 1

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,8 +14,10 @@ from bindllm.checkpoint.folder import name_cache
 from bindllm.cli import main
 from bindllm.media import MODALITIES, Media
 from bindllm.model.bindllm import BindLLM
+from bindllm.retrieval.manifest import IndexInfo, StoreState
 from bindllm.verbs.generate import SENSES
 from bindllm.verbs.media import encoder_folder
+from bindllm.verbs.neighbours import picture_names
 from cache_parts import ALLOW, TEXT, Senses, filled_store, save_tiny_model, write_pictures
 
 
@@ -149,3 +152,18 @@ def test_the_pictures_that_are_mixed_in_are_named(tmp_path, capsys, monkeypatch)
     told = capsys.readouterr().out
     assert ".png" not in told
     assert all(key in told for key in keys)
+
+
+def test_names_are_looked_up_without_writing_where_an_index_of_a_stranger_points(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    home = tmp_path / "home"
+    home.mkdir()
+    state = StoreState("../home", "0" * 64, chosen=False)
+    index = SimpleNamespace(info=IndexInfo("a1" * 32, 1, 16, store=state), source="index")
+    (tmp_path / "index").mkdir()
+    assert picture_names(index, ["0" * 64, None])[0] == f"content hash {'0' * 64}"
+    # Nor where the folder has the right name: what is no store is not made one.
+    (tmp_path / ("a1" * 8)).mkdir()
+    index.info = replace(index.info, store=replace(state, path=f"../{'a1' * 8}"))
+    picture_names(index, ["0" * 64])
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a1" * 8, "home", "index"]

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from bindllm import VisualCache
 from bindllm.checkpoint.folder import read_manifest
 from bindllm.cli import main
+from bindllm.model.pretrained import read_cache_config
 from bindllm.retrieval.index import VectorIndex
 from cache_parts import ALLOW, Senses, filled_store, save_tiny_model, write_pictures
 from tiny import ColourEncoder
@@ -193,12 +195,35 @@ def test_a_damaged_index_is_built_again_when_asked(project, capsys):
     ],
 )
 def test_what_cannot_be_is_refused_and_leaves_nothing(project, capsys, line, code, words):
-    def files() -> set[Path]:
-        return {file for file in project.rglob("*") if file.is_file() and file.suffix != ".lock"}
-
-    before = files()
+    before = set(project.rglob("*"))
     assert words in run(capsys, *line, code=code)
-    assert files() == before
+    assert set(project.rglob("*")) == before
+
+
+def test_a_mistake_is_told_ahead_of_the_pictures_and_so_is_a_missing_faiss(project, capsys, monkeypatch):
+    monkeypatch.setattr("bindllm.retrieval.pictures.embed_pictures", lambda *_: pytest.fail("embedded"))
+    line = ("caches/a", *BY_CLASS, "--images", "pictures")
+    assert "builds no index 'Flatt'" in run(capsys, *line, "--factory", "Flatt", code=1)
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    assert "bindllm[cache]" in run(capsys, *line, code=1)
+
+
+def test_a_checkpoint_that_is_reached_by_a_link_finds_its_cache_from_anywhere(project, capsys, monkeypatch):
+    shutil.move("checkpoints", project.parent / "disk")
+    Path("checkpoints").symlink_to(project.parent / "disk", target_is_directory=True)
+    run(capsys, "caches/a", *OF_MODEL, "--name_in", "checkpoints/model")
+    (project.parent / "other").mkdir()
+    monkeypatch.chdir(project.parent / "other")
+    folder = "../disk/model"
+    found = read_cache_config(folder, read_manifest(folder))
+    assert Path(found.folder).resolve() == project / "caches/a"
+
+
+def test_a_checkpoint_has_no_file_but_the_cache_in_its_folder(project, capsys):
+    before = set(project.rglob("checkpoints/**/*"))
+    run(capsys, "checkpoints/model/cache", *OF_MODEL, "--name_in", "checkpoints/model")
+    new = set(project.rglob("checkpoints/**/*")) - before
+    assert {file.relative_to(project / "checkpoints/model").parts[0] for file in new} == {"cache"}
 
 
 def test_a_collection_of_milvus(project, capsys):

@@ -8,7 +8,7 @@
     conversion.tsv      where foreign weights were converted: what became of each of their tensors
     recipe.yaml, metrics.json, report.html ...   added by a training run
 
-Loading never unpickles, and imports only classes under ``bindllm.`` unless the caller allows others by name.
+Loading never unpickles, and builds only encoders under ``bindllm.`` unless the caller allows others by name.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ CACHE = "cache"
 ADAPTER_WEIGHTS = f"{ADAPTER}/adapter_model.safetensors"
 _ADAPTER_CONFIG = f"{ADAPTER}/adapter_config.json"
 _ADAPTER_PREFIX = "adapter."
+# Methods of `bindllm.encoders.Encoder`; its other members may be made by the constructor.
+_ENCODER_METHODS = ("fingerprint", "to", "prepare", "embed")
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"}
 
 
@@ -201,14 +203,15 @@ def resolve_cache(value: str, folder: str | Path, manifest: dict[str, Any]) -> s
 
 
 def build_object(entry: dict[str, Any], *, allow: Sequence[str] = ()) -> Any:
-    """Build the object that a manifest names by ``class_path`` and ``init_args``.
+    """Build the encoder that a manifest names by ``class_path`` and ``init_args``.
 
     Args:
         entry: ``{"class_path": ..., "init_args": {...}}``.
-        allow: import paths outside ``bindllm.`` that the caller trusts, such as ``"my_lab.RadarEncoder"``.
+        allow: import paths that the caller trusts, such as ``"my_lab.RadarEncoder"``; others must be classes of
+            encoders below ``bindllm.``.
 
     Raises:
-        CheckpointError: the class is not allowed, does not exist, or cannot be imported or built.
+        CheckpointError: the class is not allowed, does not exist, is no encoder, or cannot be imported or built.
     """
     path = entry.get("class_path")
     if not isinstance(path, str) or not all(path.split(".")) or "." not in path:
@@ -230,6 +233,8 @@ def build_object(entry: dict[str, Any], *, allow: Sequence[str] = ()) -> Any:
             raise CheckpointError(
                 f"{path} cannot be built: {module} has no {name!r}. {known_names(name, classes_in(home))}"
             ) from error
+        if path not in allow:
+            _refuse_other(path, kind)
         return kind(**arguments)
     except BindLLMError:
         raise
@@ -247,6 +252,21 @@ def build_object(entry: dict[str, Any], *, allow: Sequence[str] = ()) -> Any:
         raise CheckpointError(
             f"{path} cannot be built with {arguments}: {type(error).__name__}: {error}"
         ) from error
+
+
+def _refuse_other(path: str, kind: Any) -> None:
+    """Refuse what is no class of an encoder, before it is called: a stranger's folder may name any function.
+
+    Raises:
+        CheckpointError: says what it lacks.
+    """
+    lacking = [name for name in _ENCODER_METHODS if not callable(getattr(kind, name, None))]
+    if not isinstance(kind, type) or lacking:
+        what = f"a class without {', '.join(lacking)}" if isinstance(kind, type) else "no class"
+        raise CheckpointError(
+            f"the checkpoint names {path!r} as an encoder, but it is {what}; nothing was called. Load only folders "
+            "from a source you trust, or copy the folder again"
+        )
 
 
 def classes_in(module: ModuleType) -> list[str]:
@@ -276,7 +296,8 @@ def _keep_path(entry: Mapping[str, Any], folder: str | Path, *, root: Path | Non
         return {**entry, "folder": path.resolve().relative_to(home).as_posix()}
     if root is None or path.is_absolute():
         return dict(entry)
-    return {**entry, "folder": os.path.relpath(path, root)}
+    # The real one: the way up from it must not depend on a link that led to the checkpoint.
+    return {**entry, "folder": os.path.relpath(path, root.resolve())}
 
 
 def _link(source: str, target: str) -> None:

@@ -79,15 +79,7 @@ def read_captions(
     Raises:
         InputError: neither of these, or a table without these columns.
     """
-    if path.is_dir():
-        tables = [file for suffix in READERS if (file := path / f"{TABLE_NAME}{suffix}").is_file()]
-        if len(tables) > 1:
-            raise InputError(
-                f"{path} holds {' and '.join(table.name for table in tables)}; give the path of the one to use"
-            )
-        table = tables[0] if tables else None
-    else:
-        table = path
+    table = find_table(path)
     pictures: dict[str, CaptionedPicture] = {}
     if table and modality != "image" and columns.image == Columns.image:
         columns = replace(columns, image=modality)
@@ -96,6 +88,36 @@ def read_captions(
         picture = pictures.setdefault(row.key, CaptionedPicture(row.file, row.key, row.split))
         _join(picture, row, report)
     return [picture for picture in pictures.values() if picture.captions]
+
+
+def find_table(path: Path) -> Path | None:
+    """Return the table that a path names: itself, or ``captions.*`` in a folder; None where a folder has none.
+
+    Raises:
+        InputError: a folder has several.
+    """
+    if not path.is_dir():
+        return path
+    tables = [file for suffix in READERS if (file := path / f"{TABLE_NAME}{suffix}").is_file()]
+    if len(tables) > 1:
+        raise InputError(
+            f"{path} holds {' and '.join(table.name for table in tables)}; give the path of the one to use"
+        )
+    return tables[0] if tables else None
+
+
+def require_table(path: Path) -> Path:
+    """Return the table that a path names.
+
+    Raises:
+        InputError: a folder has none, or several.
+    """
+    table = find_table(path)
+    if table is None:
+        raise InputError(
+            f"{path} holds no table {TABLE_NAME}.* ({', '.join(READERS)}); give the path of the table to use"
+        )
+    return table
 
 
 def clean_caption(text: str) -> tuple[str, bool]:

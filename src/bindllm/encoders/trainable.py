@@ -117,8 +117,8 @@ def build_tower(class_path: str, init_args: Mapping[str, Any], *, allow: Sequenc
     if not class_path.startswith("bindllm.") and class_path not in allow:
         raise EncoderError(
             f"the aligned encoder stands on the class {class_path!r}, which is not part of bindllm and would run code "
-            f"from there. If you trust it, give the encoder the argument allow=[{class_path!r}], or the checkpoint "
-            f"that names it --allow {class_path}"
+            f"from there. If you trust it, give the encoder the argument allow=[{class_path!r}], or the command line "
+            f"--allow {class_path}"
         )
     module, _, name = class_path.rpartition(".")
     try:
@@ -130,6 +130,10 @@ def build_tower(class_path: str, init_args: Mapping[str, Any], *, allow: Sequenc
         raise EncoderError(
             f"{class_path} is not the class of a tower; expected an encoder or a trainable tower"
         )
+    # Whom to trust is for the caller to say, never for the folder.
+    trusted = init_args.get("allow")
+    if isinstance(trusted, list):
+        init_args = {**init_args, "allow": [name for name in trusted if name in allow]}
     try:
         return kind(**init_args)
     except BindLLMError:

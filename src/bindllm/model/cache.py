@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -52,8 +52,12 @@ class CacheConfig:
     """Modalities that are left as they are; pictures need no cache."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.folder, str) or not self.folder:
-            raise InputError(f"cache.folder is {self.folder!r}, expected the path of a folder")
+        # A mapping with a misspelt key is a text to the command line.
+        if not isinstance(self.folder, str) or not self.folder or self.folder.startswith("{"):
+            raise InputError(
+                f"cache.folder is {self.folder!r}, expected the path of a folder, or of settings "
+                f"{', '.join(one.name for one in fields(self))}"
+            )
         if is_address(self.folder):
             # Whoever loads a stranger's checkpoint would send that server what is asked.
             raise InputError(
@@ -92,20 +96,6 @@ def open_index(place: str) -> Index:
     return MilvusIndex.open(place, token=os.environ.get(MILVUS_TOKEN))
 
 
-def check_encoders(cache: VisualCache, fingerprints: Collection[str]) -> None:
-    """Refuse a cache that was built with none of a model's encoders.
-
-    Raises:
-        StoreError: names both sides.
-    """
-    own = cache.index.info.fingerprint
-    if own not in fingerprints:
-        raise StoreError(
-            f"{cache.index.source} was built with the encoder {own[:16]}, the model has "
-            f"{', '.join(sorted(name[:16] for name in fingerprints))}: to it these pictures mean nothing"
-        )
-
-
 def open_cache(
     place: str, fingerprints: Collection[str], *, checkpoint: str | Path = "CHECKPOINT", **settings: Any
 ) -> VisualCache:
@@ -123,7 +113,7 @@ def open_cache(
     """
     try:
         cache = VisualCache(open_index(place), **settings)
-        check_encoders(cache, fingerprints)
+        cache.check_encoders(fingerprints)
     except StoreError as error:
         output = f"--milvus {place}" if is_milvus(place) else place
         raise StoreError(
@@ -155,7 +145,7 @@ def choose_cache(
     """
     settings = {} if named is None else named.settings
     if isinstance(asked, VisualCache):
-        check_encoders(asked, fingerprints)
+        asked.check_encoders(fingerprints)
         return asked
     if isinstance(asked, str | Path):
         return open_cache(str(asked), fingerprints, checkpoint=checkpoint, **settings)

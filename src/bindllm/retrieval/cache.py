@@ -8,7 +8,7 @@ in the joint space. The nearest picture embeddings are mixed in before it sees t
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bindllm.errors import InputError, StoreError
 from bindllm.retrieval.blend import best, check_settings, mix, retrieve, similarities_of, unit_rows
+from bindllm.retrieval.factories import check_factory
 from bindllm.retrieval.index import VectorIndex
 
 if TYPE_CHECKING:
@@ -153,6 +154,8 @@ class VisualCache:
         from bindllm.retrieval.pictures import embed_pictures
         from bindllm.retrieval.store import EmbeddingStore
 
+        # Ahead of the pictures, which may take hours to embed.
+        check_factory(factory, search, encoder.embedding_size)
         opened = EmbeddingStore.for_encoder(store, encoder)
         keys = embed_pictures(pictures, encoder, opened)
         return cls(VectorIndex.build(folder, opened, factory=factory, search=search, keys=keys), **settings)
@@ -260,17 +263,26 @@ class VisualCache:
         Raises:
             StoreError: the cache was built with none of these encoders.
         """
-        known = {encoder.fingerprint() for encoder in encoders}
-        if self.index.info.fingerprint not in known:
-            raise StoreError(
-                f"{self.index.source} was built with the encoder {self.index.info.fingerprint[:16]}, the model has "
-                f"{', '.join(sorted(name[:16] for name in known))}: build a cache with the model's own encoder"
-            )
+        self.check_encoders({encoder.fingerprint() for encoder in encoders})
         rows = [n for n, group in enumerate(groups) if not {item.modality for item in group} & set(self.skip)]
         blended = embeddings.clone()
         if rows:
             blended[rows] = self.blend(embeddings[rows])
         return blended
+
+    def check_encoders(self, fingerprints: Collection[str]) -> None:
+        """Refuse a model with none of whose encoders the cache was built.
+
+        Raises:
+            StoreError: names both sides.
+        """
+        own = self.index.info.fingerprint
+        if own not in fingerprints:
+            raise StoreError(
+                f"{self.index.source} was built with the encoder {own[:16]}, the model has "
+                f"{', '.join(sorted(name[:16] for name in fingerprints))}: to it these pictures mean nothing. Build a "
+                "cache with the model's own encoder"
+            )
 
     def _unit_queries(self, embedding: Tensor) -> np.ndarray:
         size = self.index.info.embedding_size

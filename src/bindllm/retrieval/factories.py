@@ -77,11 +77,31 @@ def make_index(factory: str, embedding_size: int) -> Any:
             f"Faiss builds no index {factory!r} of inner product over {embedding_size} numbers "
             f"({reason(error)}); 'Flat' is exact and always works"
         ) from error
+    # Below 39 rows a centroid Faiss would print a warning.
     if (inverted := faiss.try_extract_index_ivf(index)) is not None:
         inverted.cp.niter = TRAIN_ROUNDS
-        # Below 39 rows a centroid Faiss would print a warning.
         inverted.cp.min_points_per_centroid = 1
+    quantised = faiss.downcast_index(index if inverted is None else inverted)
+    if isinstance(quantised, faiss.IndexIVFPQ | faiss.IndexIVFPQFastScan | faiss.IndexPQ):
+        quantised.pq.cp.min_points_per_centroid = 1
     return index
+
+
+def check_factory(factory: str, search: str, embedding_size: int) -> None:
+    """Refuse a kind of index or its search settings ahead of long work, so that a mistake shows at once.
+
+    Args:
+        factory: as for `make_index`, or "auto".
+        search: as for `set_search`, or "auto"; with the factory "auto" they cannot be known to fit yet.
+        embedding_size: E.
+
+    Raises:
+        InputError: Faiss does not know such a kind for this width, or it has no such settings.
+        MissingExtraError: Faiss is not installed.
+    """
+    index = make_index("Flat" if factory == "auto" else factory, embedding_size)
+    if factory != "auto" and search != "auto":
+        set_search(index, search)
 
 
 def train_count(index: Any, count: int) -> int:
@@ -144,7 +164,9 @@ def spread(keys: np.ndarray, count: int) -> np.ndarray:
 
 
 def reason(error: Exception) -> str:
-    """Return what an error of Faiss says, without the C++ signature ahead of it."""
+    """Return what an error of the system says, or one of Faiss without the C++ signature ahead of it."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return str(error).rpartition(": ")[2].strip()
 
 
@@ -164,8 +186,8 @@ def load_faiss() -> Any:
     Raises:
         MissingExtraError: it is not installed.
     """
-    if "faiss" in sys.modules:
-        return sys.modules["faiss"]
+    if (loaded := sys.modules.get("faiss")) is not None:
+        return loaded
     import torch
 
     kernels = _KERNELS.get(torch.backends.cpu.get_cpu_capability())

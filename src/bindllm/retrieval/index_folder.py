@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from bindllm.errors import StoreError
@@ -17,6 +17,9 @@ _OURS = ("part-*.faiss", "part-*.keys", "trained-*.faiss", ".part-*.part", ".tra
 def writing(folder: Path) -> Iterator[None]:
     """Hold the folder as its only writer; before and afterwards, what its manifest does not name is removed.
 
+    The lock is a file beside it that is there for as long as it is held, so that no copy of what surrounds the folder
+    (a checkpoint, say) has it.
+
     Raises:
         StoreError: it holds something else, another process is writing it, or the disk.
     """
@@ -26,16 +29,21 @@ def writing(folder: Path) -> Iterator[None]:
     real = folder.resolve()
     try:
         real.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(real.with_name(f".{real.name}.lock"), timeout=0):
-            limit_threads()
-            real.mkdir(exist_ok=True)
-            _remove_orphans(real)
+        lock = real.with_name(f".{real.name}.lock")
+        with FileLock(lock, timeout=0):
             try:
+                limit_threads()
+                real.mkdir(exist_ok=True)
+                _remove_orphans(real)
                 yield
             finally:
-                _remove_orphans(real)
-                if not any(real.iterdir()):
-                    real.rmdir()
+                if real.is_dir():
+                    _remove_orphans(real)
+                    if not any(real.iterdir()):
+                        real.rmdir()
+                # While it is held: who opens it at this moment sees that it is gone, and makes another.
+                with suppress(OSError):
+                    lock.unlink()
     except Timeout as error:
         raise StoreError(
             f"{folder}: another process is writing this index; wait until it has ended, then start again"

@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,6 @@ import numpy as np
 
 from bindllm.errors import InputError, StoreError
 from bindllm.retrieval import factories
-from bindllm.retrieval.blend import unit_rows
 from bindllm.retrieval.index_folder import writing
 from bindllm.retrieval.manifest import (
     FileInfo,
@@ -28,7 +28,15 @@ from bindllm.retrieval.manifest import (
     write_manifest,
 )
 from bindllm.retrieval.parts import Part, open_part, read_trained, write_index
-from bindllm.retrieval.records import as_hex, as_keys, missing_from, read_keys, shards_digest, unique
+from bindllm.retrieval.records import (
+    as_hex,
+    as_keys,
+    missing_from,
+    read_keys,
+    read_units,
+    shards_digest,
+    unique,
+)
 
 if TYPE_CHECKING:
     from bindllm.retrieval.store import EmbeddingStore
@@ -71,16 +79,16 @@ def build(
     keys: Sequence[str] | None,
 ) -> None:
     """Write an index of a store's embeddings in the place of what is there; see `VectorIndex.build`."""
+    state = _state_of(folder, store, chosen=keys is not None)
+    wanted = _wanted(store, modality, keys)
+    if factory == "auto":
+        factory = factories.choose(len(wanted), store.embedding_size)[0]
+    if search == "auto":
+        search = factories.default_search(factory)
+    # Ahead of the lock and the folder: a mistake leaves nothing behind.
+    factories.check_factory(factory, search, store.embedding_size)
     with writing(folder):
-        state = _state_of(folder, store, chosen=keys is not None)
-        wanted = _wanted(store, modality, keys)
-        chosen, chosen_search = factories.choose(len(wanted), store.embedding_size)
-        factory = chosen if factory == "auto" else factory
-        if search == "auto":
-            search = chosen_search if factory == chosen else factories.default_search(factory)
-        # Before the long work, so that a mistake shows at once.
-        factories.set_search(factories.make_index(factory, store.embedding_size), search)
-        read = _reader(store)
+        read = partial(read_units, store)
         kind = _Kind.make(folder, factory, store.embedding_size, wanted, read)
         info = IndexInfo(
             fingerprint=store.fingerprint,
@@ -130,7 +138,7 @@ def change(
         if len(removed):
             files = _without(folder, kind, files, removed)
         if len(added):
-            files += _opened(folder, _write_parts(folder, kind, added, _reader(store)))
+            files += _opened(folder, _write_parts(folder, kind, added, partial(read_units, store)))
         files = _merged(folder, kind, files)
         new = replace(info, count=len(keys), store=state, parts=tuple(part for part, _ in files))
         write_manifest(folder, new)
@@ -150,7 +158,7 @@ def update(folder: Path, store: EmbeddingStore, keys: Sequence[str] | None) -> I
         state = _state_of(folder, store, chosen=chosen)
         found = _wanted(store, info.modality, keys)
         if chosen and keys is None:
-            found = held[~np.isin(held, missing_from(held, found))]
+            found = missing_from(held, missing_from(held, found))
         return found, state
 
     return change(folder, store, wanted)
@@ -158,9 +166,14 @@ def update(folder: Path, store: EmbeddingStore, keys: Sequence[str] | None) -> I
 
 def add(folder: Path, store: EmbeddingStore, keys: Sequence[str]) -> IndexChange:
     """Add the vectors of keys; see `VectorIndex.add`."""
-    return change(
-        folder, store, lambda info, held: (unique(np.concatenate([held, as_keys(keys)])), info.store)
-    )
+
+    def wanted(info: IndexInfo, held: np.ndarray) -> _Wanted:
+        new = missing_from(unique(as_keys(keys)), held)
+        if len(new):
+            new = _of_modality(as_hex(new), read_keys(store.folder, info.modality), info.modality, store)
+        return unique(np.concatenate([held, new])), info.store
+
+    return change(folder, store, wanted)
 
 
 def remove(folder: Path, keys: Sequence[str]) -> IndexChange:
@@ -277,38 +290,30 @@ def _open(folder: Path, info: FileInfo) -> Part:
         raise StoreError(f"{error.filename} is missing: copy the whole folder, or build it again") from error
 
 
-def _reader(store: EmbeddingStore) -> Read:
-    """Return what reads embeddings of a store at unit length."""
-
-    def read(keys: np.ndarray) -> np.ndarray:
-        names = as_hex(keys)
-        rows = unit_rows(store.get(names).numpy())
-        broken = np.flatnonzero(~np.isfinite(rows).all(axis=1))
-        if len(broken):
-            raise StoreError(
-                f"{store.folder}: the embedding with key {names[broken[0]]} is zero or not finite, so it has no "
-                "direction"
-            )
-        return rows
-
-    return read
-
-
 def _wanted(store: EmbeddingStore, modality: str, keys: Sequence[str] | None) -> np.ndarray:
     """Return the keys to index, sorted, each once."""
-    if keys is None:
-        found = read_keys(store.folder, modality)
-        if not len(found):
-            raise StoreError(
-                f"{store.folder} holds no {modality} embeddings: fill the store with such media first"
-            )
-        return found
-    if not len(keys):
+    if keys is not None and not len(keys):
         raise InputError("no keys to index: an index of nothing finds nothing")
-    return unique(as_keys(keys))
+    stored = read_keys(store.folder, modality)
+    if not len(stored):
+        raise StoreError(
+            f"{store.folder} holds no {modality} embeddings: fill the store with such media first"
+        )
+    return stored if keys is None else _of_modality(keys, stored, modality, store)
+
+
+def _of_modality(keys: Sequence[str], stored: np.ndarray, modality: str, store: EmbeddingStore) -> np.ndarray:
+    """Return chosen keys sorted, each once, all of them stored for the modality."""
+    chosen = unique(as_keys(keys))
+    if len(others := missing_from(chosen, stored)):
+        raise StoreError(
+            f"{store.folder} holds no {modality} embeddings of {len(others)} of these {len(chosen)} keys, the first "
+            f"{as_hex(others[:1])[0]}: store them first, or leave them out"
+        )
+    return chosen
 
 
 def _state_of(folder: Path, store: EmbeddingStore, *, chosen: bool) -> StoreState:
-    # From folder to folder, so that both can be moved together.
-    path = os.path.relpath(store.folder, folder.absolute())
+    # From folder to folder, so that both can be moved together; from the real one, as that is where ".." leads.
+    path = os.path.relpath(store.folder.resolve(), folder.resolve())
     return StoreState(path, shards_digest(store.folder), chosen)

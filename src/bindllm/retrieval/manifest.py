@@ -140,6 +140,8 @@ def _parse(found: dict[str, Any]) -> IndexInfo:
         [info.fingerprint, info.count, info.embedding_size, info.factory, info.search, info.modality],
         [str, int, int, str, str, str],
     )
+    if not re.fullmatch("[0-9a-f]{16,}", info.fingerprint):
+        raise ValueError(f"no encoder has the fingerprint {info.fingerprint!r}")
     if info.count != sum(part.count for part in info.parts) or info.count < 1:
         raise ValueError(f"count is {info.count}, but its parts hold {[part.count for part in info.parts]}")
     return info

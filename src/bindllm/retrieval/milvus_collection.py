@@ -22,9 +22,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bindllm.errors import InputError, StoreError, known_names
-from bindllm.retrieval.blend import unit_rows
 from bindllm.retrieval.milvus_server import MilvusServer, RefusedError, UnreachableError
-from bindllm.retrieval.records import as_hex
+from bindllm.retrieval.records import as_hex, read_units
 
 if TYPE_CHECKING:
     from bindllm.retrieval.store import EmbeddingStore
@@ -207,15 +206,8 @@ def fill(server: MilvusServer, name: str, store: EmbeddingStore, keys: np.ndarra
     """
     step = rows_at_once(store.embedding_size)
     for start in range(0, len(keys), step):
-        part = as_hex(keys[start : start + step])
-        rows = unit_rows(store.get(part).numpy())
-        broken = np.flatnonzero(~np.isfinite(rows).all(axis=1))
-        if len(broken):
-            raise StoreError(
-                f"{store.folder}: the embedding with key {part[broken[0]]} is zero or not finite, so it has no "
-                "direction"
-            )
-        columns = zip(range(start, start + len(part)), part, rows, strict=True)
+        part = keys[start : start + step]
+        columns = zip(range(start, start + len(part)), as_hex(part), read_units(store, part), strict=True)
         # Not "insert": a request that arrived although its answer was lost would double its rows.
         server.call("upsert", name, [{"id": n, "key": key, "vector": row} for n, key, row in columns])
     server.call("flush", name, patience=_PATIENCE)

@@ -1,17 +1,22 @@
-"""What a store holds, read without opening it: nothing is written, moved or made, whatever is found."""
+"""What a store holds: which keys, read without opening it so that nothing is written or moved, and unit vectors."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from bindllm.errors import StoreError
+from bindllm.retrieval.blend import unit_rows
 from bindllm.retrieval.shards import KEY, KEY_BYTES, keys_in
+
+if TYPE_CHECKING:
+    from bindllm.retrieval.store import EmbeddingStore
 
 
 def as_keys(keys: Sequence[str]) -> np.ndarray:
@@ -69,6 +74,22 @@ def read_keys(folder: Path, modality: str | None) -> np.ndarray:
         except (OSError, ValueError, KeyError, pa.ArrowException) as error:
             raise StoreError(f"{shard} cannot be read ({error}); open the store to set it aside") from error
         return unique(np.concatenate(found))
+
+
+def read_units(store: EmbeddingStore, keys: np.ndarray) -> np.ndarray:
+    """Return the embeddings of keys [N] at unit length, float32 [N, E].
+
+    Raises:
+        StoreError: a key that is not stored, or an embedding without direction; names it.
+    """
+    names = as_hex(keys)
+    rows = unit_rows(store.get(names).numpy())
+    broken = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+    if len(broken):
+        raise StoreError(
+            f"{store.folder}: the embedding with key {names[broken[0]]} is zero or not finite, so it has no direction"
+        )
+    return rows
 
 
 def unique(keys: np.ndarray) -> np.ndarray:

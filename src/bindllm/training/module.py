@@ -58,8 +58,8 @@ class BindModule(LightningModule):
         optim: optimizer and schedule.
         trainable: names of the parameter groups that are trained; all others are frozen.
         adapter: what of the decoder is tuned (group `adapter`); null: nothing.
-        cache: the visual cache that the checkpoint names, for other senses at inference; null: none. A run does not
-            open it: pictures need none.
+        cache: the visual cache that the checkpoint names, for other senses at inference, or its folder alone; null:
+            none. A run does not open it: pictures need none.
         start_from: a checkpoint folder whose trained tensors are the starting point.
         checkpoint_activations: compute activations twice and keep few of them: less memory, more time.
     """
@@ -73,7 +73,7 @@ class BindModule(LightningModule):
         optim: OptimConfig,
         trainable: list[str] = ["bind", "inject"],  # noqa: B006 (jsonargparse shows it as the default; only read)
         adapter: AdapterConfig | None = None,
-        cache: CacheConfig | None = None,
+        cache: CacheConfig | str | None = None,
         start_from: str | None = None,
         checkpoint_activations: bool = False,
     ) -> None:
@@ -86,7 +86,8 @@ class BindModule(LightningModule):
                 "at unit length; leave it out"
             )
         self.trainable, self.adapter_config, self.start_from = trainable, adapter, start_from
-        self.cache_config, self.checkpoint_activations = cache, checkpoint_activations
+        self.cache_config = CacheConfig(cache) if isinstance(cache, str) else cache
+        self.checkpoint_activations = checkpoint_activations
         self.model: BindLLM | None = None
 
     @cached_property

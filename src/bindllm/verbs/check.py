@@ -88,7 +88,7 @@ def check(args: list[str]) -> int:
         else:
             with problems.noted():
                 samples = [read_media(text) for text in chosen.media]
-                check_encoder(build_encoder(chosen.encoder, overrides), samples)
+                check_encoder(build_encoder(chosen.encoder, overrides, allow=chosen.allow), samples)
     for number, problem in enumerate(problems, start=1):
         console.print(f"{number}. {problem}", markup=False)
     if problems and chosen.config:
@@ -127,7 +127,8 @@ def _check_recipe(
         with problems.noted():
             _check_model(parts, tokenizer, encoders, model["trainable"])
     if model["cache"] is not None:
-        cache = build_part(CacheConfig, model["cache"], problems)
+        entry = {"folder": model["cache"]} if isinstance(model["cache"], str) else model["cache"]
+        cache = build_part(CacheConfig, entry, problems)
         if cache is not None and all_encoders:
             _check_cache(cache, encoders, problems, console, output=config.output)
     if model["start_from"] is not None:

@@ -92,7 +92,7 @@ def _read_arguments(args: list[str]) -> tuple[Any, list[str]]:
         action="append",
         default=[],
         metavar="CLASS",
-        help="an encoder outside bindllm that it names",
+        help="a class outside bindllm that the folder names",
     )
     parser.add_argument(
         "--softmax",
@@ -121,7 +121,7 @@ def _find_encoders(chosen: Any, options: Sequence[str]) -> list[Any]:
     from bindllm.verbs.media import build_encoder
 
     if chosen.encoder:
-        return [build_encoder(chosen.encoder, options)]
+        return [build_encoder(chosen.encoder, options, allow=chosen.allow)]
     if chosen.checkpoint:
         return checkpoint_encoders(chosen.checkpoint, chosen.allow)
     if not Path(DEFAULT).is_dir():
@@ -141,24 +141,12 @@ def checkpoint_encoders(folder: str, allow: Sequence[str]) -> list[Any]:
         allow: import paths of encoders outside bindllm that it may name.
 
     Raises:
-        CheckpointError: it is none, or an encoder of it cannot be built.
+        CheckpointError: it is none, or an encoder of it cannot be built or is not the one it was trained with.
     """
-    from bindllm.checkpoint.folder import build_object, read_manifest, resolve_path
+    from bindllm.checkpoint.folder import read_manifest
+    from bindllm.model.pretrained import read_encoders
 
-    manifest = read_manifest(folder)
-    return [
-        build_object(
-            {
-                "class_path": entry.get("class_path"),
-                "init_args": {
-                    name: resolve_path(value, folder, manifest)
-                    for name, value in entry.get("init_args", {}).items()
-                },
-            },
-            allow=allow,
-        )
-        for entry in manifest.get("encoders", [])
-    ]
+    return read_encoders(folder, read_manifest(folder), allow=allow)
 
 
 def find_device(name: str | None) -> str:

@@ -39,7 +39,7 @@ def generate(args: list[str]) -> int:
         chosen.checkpoint,
         decoder=chosen.decoder,
         allow=chosen.allow,
-        encoders=[build_encoder(text, encoder_options) for text in chosen.encoder],
+        encoders=[build_encoder(text, encoder_options, allow=chosen.allow) for text in chosen.encoder],
         cache=False if chosen.no_cache else chosen.cache,
     )
     _set_cache(model, chosen)

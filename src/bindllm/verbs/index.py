@@ -132,7 +132,7 @@ def _find_encoder(chosen: Any, options: list[str]) -> Encoder:
 
     device = find_device(chosen.device)
     if chosen.encoder:
-        encoders = [build_encoder(chosen.encoder, options)]
+        encoders = [build_encoder(chosen.encoder, options, allow=chosen.allow)]
     else:
         folder = chosen.checkpoint or chosen.name_in
         encoders = read_encoders(folder, read_manifest(folder), allow=chosen.allow)
@@ -201,9 +201,12 @@ def _build_milvus(chosen: Any, store: EmbeddingStore) -> dict[str, str]:
 
 def _build_folder(chosen: Any, store: EmbeddingStore, encoder: Encoder, console: Any) -> dict[str, str]:
     """Build or renew the index in a folder, and return what it is then."""
+    from bindllm.retrieval.factories import check_factory
     from bindllm.retrieval.index import VectorIndex, choose
     from bindllm.retrieval.pictures import embed_pictures
 
+    # Ahead of the pictures, which may take hours to embed.
+    check_factory(chosen.factory, "auto", store.embedding_size)
     before = None if chosen.anew else _read_before(chosen.output, encoder)
     same = before is not None and chosen.factory in ("auto", before.factory)
     keys = embed_pictures(chosen.images, encoder, store) if chosen.images else None

@@ -27,6 +27,8 @@ ENDINGS: dict[str, tuple[str, ...]] = {
 
 RULES = "; ".join(f"{modality}: {' '.join(endings)}" for modality, endings in ENDINGS.items())
 
+_ALIGNED = "bindllm.encoders.Aligned"
+
 _OF_FOLDER = {
     "imagebind": "bindllm.encoders.ImageBind",
     "pointbind": "bindllm.encoders.PointBind",
@@ -81,12 +83,13 @@ def _is_wide(file: str) -> bool:
         return False
 
 
-def build_encoder(path: str, options: Sequence[str]) -> Any:
+def build_encoder(path: str, options: Sequence[str], *, allow: Sequence[str] = ()) -> Any:
     """Build an encoder by its class or its folder, with ``--encoder.NAME VALUE`` as arguments of its constructor.
 
     Args:
         path: of the class, such as ``my_lab.RadarEncoder``, or a folder that tells its class (see `encoder_folder`).
         options: the words of the command line that belong to it; values are read as YAML.
+        allow: classes outside bindllm that an aligned encoder's folder may stand on.
 
     Raises:
         UsageError: a folder of no encoder, options that are not of this form, or that the constructor does not know
@@ -125,6 +128,8 @@ def build_encoder(path: str, options: Sequence[str]) -> Any:
             raise UsageError(f"{path} has no argument {name!r}. {known_names(name, parameters)}")
         is_text = name in parameters and parameters[name].annotation in (str, "str", "str | None")
         arguments[name] = text if is_text else _read_yaml(name, text)
+    if allow and path == _ALIGNED:
+        arguments.setdefault("allow", list(allow))
     return build_object({"class_path": path, "init_args": arguments}, allow=[path])
 
 
@@ -143,7 +148,7 @@ def encoder_folder(folder: str | Path) -> tuple[str, str] | None:
             f"{folder} is a checkpoint, not the folder of an encoder: give it as --checkpoint {folder}"
         )
     if (folder / "align.json").is_file():
-        return "bindllm.encoders.Aligned", "weights"
+        return _ALIGNED, "weights"
     config, source = _read_object(folder / "config.json"), _read_object(folder / "SOURCE.json")
     if "model_type" in config:
         return "bindllm.encoders.HuggingFace", "name"

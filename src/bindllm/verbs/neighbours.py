@@ -82,7 +82,8 @@ def _store_of(index: Index) -> EmbeddingStore | None:
     if isinstance(info, IndexInfo) and info.store is not None:
         places.insert(0, Path(index.source) / info.store.path)
     for place in places:
-        if place.is_dir():
+        # Nothing is made here: an index of a stranger may name any place.
+        if place.resolve().name == info.fingerprint[:16] and (place / "encoder.json").is_file():
             try:
                 return EmbeddingStore(place.resolve().parent, info.fingerprint, info.embedding_size)
             except StoreError:
