@@ -39,7 +39,8 @@ def project(tmp_path_factory):
     for name, write_it in SETS.items():
         write_it(folder / "data" / name)
     tiny.write(folder / "data/imagenet/classes.tsv", "n00000001\tdog\tbird\nn00000002\tcat\n")
-    tiny.write(folder / "data/pets/val/dog/a.png", "dog")
+    for name in ("dog", "cat"):
+        tiny.write(folder / f"data/pets/val/{name}/a.png", name)
     rows = [
         {"image": f"{n}.png", "sound": f"{n}.ogg", "caption": n, "split": "test"} for n in ("dog", "rain")
     ]
@@ -55,7 +56,7 @@ def project(tmp_path_factory):
 def _here(project, monkeypatch):
     """Every encoder of the page is the one that reads words."""
     monkeypatch.chdir(project)
-    monkeypatch.setattr(verbs_media, "build_encoder", lambda path, options: tiny.WordEncoder())
+    monkeypatch.setattr(verbs_media, "build_encoder", lambda path, options, **others: tiny.WordEncoder())
     monkeypatch.setattr(bindllm.encoders, "ImageBind", lambda weights: tiny.WordEncoder(), raising=False)
 
 

@@ -211,8 +211,12 @@ def test_folders_of_ones_own(tmp_path):
     assert (contents(task), task.classes) == ([("cat", (0,)), ("dog", (1,))], [("cat",), ("red dog",)])
     assert task.skipped.counts == {"not called like a file of image": 1}
     sounds = write(tmp_path / "other/dog/a.wav", "dog").parents[1]
+    with pytest.raises(InputError, match=r"other: the only class here is 'dog'; expected at least two"):
+        read_layout("folder", sounds)
+    write(tmp_path / "other/cat/a.wav", "cat")
     assert read_layout("folder", sounds).modality == "audio"
-    write(tmp_path / "npy/dog/a.npy", "dog")
+    for animal in ("dog", "cat"):
+        write(tmp_path / f"npy/{animal}/a.npy", animal)
     with pytest.raises(InputError, match="say it with --modality"):
         read_layout("folder", tmp_path / "npy")
     assert read_layout("folder", tmp_path / "npy", Choice(modality="depth")).modality == "depth"

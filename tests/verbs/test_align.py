@@ -12,6 +12,7 @@ import yaml
 
 from align_parts import BeatTower, LetterEncoder, align_recipe, colour_table, radar_table, rewrite, run_align
 from bindllm.assets import assets_of
+from bindllm.cli import main
 from bindllm.encoders import Aligned
 from bindllm.encoders.alignment import alignment_warnings
 from bindllm.media import Media
@@ -56,7 +57,7 @@ def test_a_frozen_tower_gets_a_head_and_a_folder(texts, capsys):
     told = capsys.readouterr().out
     assert "train: 24 pairs of 24 media and 24 targets" in told
     assert "aligned encoder: checkpoints/taught" in told
-    assert "(25.0%)" in told
+    assert "(25.0)" in told
     card = (output / "README.md").read_text()
     assert "align_parts.LetterEncoder" in card
     assert "(25.0%)" in card
@@ -97,6 +98,38 @@ def test_a_tower_from_scratch_is_in_the_folder(work):
     assert (rows[0] - rows[1]).norm() > 1e-3
 
 
+def test_a_class_of_ones_own_is_allowed_on_the_command_line(work, capsys):
+    folder = radar_table(work / "radar")
+    assert run_align(radar_recipe(folder)) == 0
+    assert "stands on align_parts.BeatTower, which is imported only where allowed" in capsys.readouterr().out
+    files = [f"radar:{folder}/{number}.npy" for number in range(2)]
+    line = ["encode", "--encoder", "checkpoints/taught", *files]
+    assert main(line) == 1
+    assert "not part of bindllm" in capsys.readouterr().err
+    assert main([*line, "--allow", "align_parts.BeatTower"]) == 0
+    assert "1.000" in capsys.readouterr().out
+
+
+class Interrupted(BeatTower):
+    """Somebody presses Ctrl-C in the second epoch."""
+
+    num_steps = 0
+
+    def forward(self, inputs):
+        type(self).num_steps += self.training
+        if self.num_steps > 4:
+            raise KeyboardInterrupt
+        return super().forward(inputs)
+
+
+def test_a_run_that_is_stopped_leaves_no_folder(work, capsys):
+    recipe = radar_recipe(radar_table(work / "radar"))
+    recipe["model"]["tower"] = {"class_path": f"{__name__}.Interrupted"}
+    assert run_align(recipe) == 130
+    assert not Path("checkpoints").exists()
+    assert "aligned encoder" not in capsys.readouterr().out
+
+
 def test_the_same_recipe_gives_the_same_bytes(work):
     recipe = radar_recipe(radar_table(work / "radar"))
     found = []
@@ -120,7 +153,9 @@ def test_without_held_out_pairs_it_says_so(texts, capsys):
 
 def test_an_encoder_is_replaced_and_other_content_is_not(texts, capsys):
     assert run_align(align_recipe(texts)) == 0
+    assert "in place of" not in capsys.readouterr().out
     assert run_align(align_recipe(texts), "--model.head.depth", "1") == 0
+    assert "in place of an earlier one" in capsys.readouterr().out
     assert json.loads(Path("checkpoints/taught/align.json").read_text())["head"]["depth"] == 1
     Path("mine").mkdir()
     Path("mine/notes.txt").write_text("mine")

@@ -65,7 +65,7 @@ def test_what_is_missing_is_printed(capsys):
 def test_names_of_files_do_not_command_the_terminal(capsys):
     tiny.esc50(Path("set"))
     tiny.write(
-        Path("set/meta/esc50.csv"), "filename,fold,target,category\n1-a.wav,1,0,dog\n\x1b[31m.wav,1,0,dog\n"
+        Path("set/meta/esc50.csv"), "filename,fold,target,category\n1-a.wav,1,0,dog\n\x1b[31m.wav,1,1,cat\n"
     )
     assert main(["evaluate", "esc50", "set", *ENCODER]) == 0
     told = capsys.readouterr().out
@@ -133,6 +133,7 @@ def test_encoders_of_a_checkpoint_and_further_ones(capsys):
     tiny.esc50(Path("set"))
     Path("folder").mkdir()
     entry = {"class_path": "tiny_layouts.WordEncoder", "init_args": {"modalities": "audio"}}
+    entry["fingerprint"] = tiny.WordEncoder("audio").fingerprint()
     Path("folder/bindllm.json").write_text(json.dumps({"format": 1, "encoders": [entry]}))
     line = ["evaluate", "esc50", "set", "--checkpoint", "folder", "--allow", "tiny_layouts.WordEncoder"]
     assert main(line) == 1

@@ -137,7 +137,7 @@ class SoundTower(nn.Module):
         return torch.stack([sound[start : start + self.frames] for start in starts])
 
     def _vectors(self, windows: Tensor) -> Tensor:
-        # From -1 (silence) to about 1.
+        # From -1 (silence) to 1 (as loud as the loudest moment is on average), and little above.
         features = self.layers(1 - 2 * windows[:, None] / _SILENCE).mean(dim=3)
         return features.mean(dim=2) + features.amax(dim=2)
 

@@ -13,19 +13,11 @@ from bindllm.data.collate import MediaGroup
 from bindllm.data.embeddings import MediaEmbeddings
 from bindllm.encoders import Encoder
 from bindllm.evaluation.layouts import Kind, Task
-from bindllm.evaluation.ranking import (
-    Ranks,
-    average_precisions,
-    chance,
-    chance_of_precision,
-    cosines,
-    hit_rate,
-    join,
-    rank,
-)
+from bindllm.evaluation.precision import average_precisions, chance_of_precision
 from bindllm.evaluation.result import Measure, Result
 from bindllm.media import Media
 from bindllm.retrieval.cache import VisualCache
+from bindllm.retrieval.recall import Places, chance, cosines, find_places, hit_rate, join_places
 
 TOP = (1, 5, 10)
 """Places that a right answer may take, in retrieval; the first two in classification."""
@@ -89,25 +81,26 @@ class Scores:
                 rows = self._cache.blend_groups(rows, queries[part], self._encoders)
             yield part, cosines(rows, candidates)
 
-    def ranks(
+    def places(
         self, queries: Sequence[MediaGroup], candidates: Tensor, right: Sequence[Sequence[int]]
-    ) -> Ranks:
+    ) -> Places:
         """Return where the best right candidate of each query stands."""
-        return join([rank(block, right[part]) for part, block in self.blocks(queries, candidates)])
+        blocks = self.blocks(queries, candidates)
+        return join_places([find_places(block, right[part]) for part, block in blocks])
 
 
 def _classify(task: Task, rows: list[Row], prompts: list[MediaGroup], scores: Scores, result: Result) -> None:
     """Measure how often the class of the nearest prompt is right, over all media and as a mean over classes."""
     queries = [(row.media,) for row in rows]
-    ranks = scores.ranks(queries, scores.rows(prompts), [row.labels for row in rows])
+    places = scores.places(queries, scores.rows(prompts), [row.labels for row in rows])
     labels = torch.tensor([row.labels[0] for row in rows])
     counts = torch.bincount(labels, minlength=len(prompts))
-    first = hit_rate(ranks, 1)
+    first = hit_rate(places, 1)
     right = torch.zeros(len(prompts), dtype=torch.float64).index_add(0, labels, first)
     means = right[counts > 0] / counts[counts > 0]
     size = len(prompts)
     for k in [k for k in TOP[:2] if k == 1 or k < size]:
-        rate = float(hit_rate(ranks, k).mean())
+        rate = float(hit_rate(places, k).mean())
         result.measures.append(Measure(f"top-{k} accuracy", rate, min(k, size) / size, len(rows), size))
     result.measures.append(
         Measure("mean accuracy per class", float(means.mean()), 1 / size, len(means), size)
@@ -158,10 +151,10 @@ def _retrieve(task: Task, rows: list[Row], prompts: list[MediaGroup], scores: Sc
         right: list[list[int]] = [[] for _ in queries.groups]
         for query, candidate in links:
             right[query].append(candidate)
-        ranks = scores.ranks(queries.groups, scores.rows(candidates.groups), right)
+        places = scores.places(queries.groups, scores.rows(candidates.groups), right)
         counts, size = torch.tensor([len(numbers) for numbers in right]), len(candidates.groups)
         for k in [k for k in TOP if k == 1 or k < size]:
-            rate, by_chance = float(hit_rate(ranks, k).mean()), chance(counts, size, k)
+            rate, by_chance = float(hit_rate(places, k).mean()), chance(counts, size, k)
             result.measures.append(
                 Measure(f"{source} to {target} recall@{k}", rate, by_chance, len(right), size)
             )

@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from bindllm.encoders.aligned_folder import refuse_other_content
-from bindllm.training.align import AlignModule
-from bindllm.training.align_data import AlignData
-from bindllm.training.align_folder import save_aligned
-from bindllm.training.align_metrics import RECALL_AT
+from bindllm.training.align.data import AlignData
+from bindllm.training.align.folder import save_aligned
+from bindllm.training.align.metrics import RECALL_AT
+from bindllm.training.align.module import AlignModule
 from bindllm.training.optim import describe_groups
 from bindllm.training.progress import RunProgress
 from bindllm.verbs.recipe import RecipeCLI, quiet
@@ -56,8 +56,9 @@ def align(args: list[str]) -> int:
         started = time.perf_counter()
         data.trainer = trainer
         data.setup()
-        for line in data.report.lines():
-            console.print(line, markup=False, soft_wrap=True)
+        if trainer.is_global_zero:
+            for line in data.report.lines():
+                console.print(line, markup=False, soft_wrap=True)
         try:
             trainer.fit(model, data)
         except SystemExit as stop:
@@ -77,16 +78,25 @@ def align(args: list[str]) -> int:
         "trained_parameters": sum(row["parameters"] for row in describe_groups(model.groups())),
         "seconds": round(time.perf_counter() - started, 1),
     }
+    replaced = output.exists()
     save_aligned(output, model, data, metrics=metrics, recipe=cli.resolved())
-    _print(console, output, metrics)
+    _print(console, output, metrics, replaced=replaced)
+    foreign = type(model.tower)
+    if not foreign.__module__.startswith("bindllm."):
+        console.print(
+            f"it stands on {foreign.__module__}.{foreign.__qualname__}, which is imported only where allowed: "
+            f"allow: [{foreign.__module__}.{foreign.__qualname__}] under init_args, or --allow",
+            markup=False,
+            soft_wrap=True,
+        )
     return 0
 
 
-def _print(console: Console, output: Path, metrics: dict[str, Any]) -> None:
+def _print(console: Console, output: Path, metrics: dict[str, Any], *, replaced: bool) -> None:
     """Print where the encoder is and how well it retrieves."""
     console.print(
         f"aligned encoder: {output} (epoch {metrics['epoch']} of {metrics['epochs']}, temperature "
-        f"{metrics['temperature']:g}, {metrics['seconds']:.0f} s)",
+        f"{metrics['temperature']:g}, {metrics['seconds']:.0f} s){', in place of an earlier one' if replaced else ''}",
         markup=False,
         soft_wrap=True,
     )
@@ -96,12 +106,15 @@ def _print(console: Console, output: Path, metrics: dict[str, Any]) -> None:
             "there are no held-out pairs, so nothing is measured, and the weights of the last epoch are kept"
         )
         return
-    table = Table(title=f"held-out pairs ({split}); chance in brackets", title_justify="left", box=box.SIMPLE)
-    for column in ("", "asked", "of", *(f"recall@{k}" for k in RECALL_AT), "median rank"):
-        table.add_column(column, justify="left" if not column else "right")
+    title = f"held-out pairs ({split}): per cent, in brackets by chance"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False, collapse_padding=True)
+    for column in ("", "asked", "of", *(f"recall@{k}" for k in RECALL_AT), "median\nrank"):
+        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
     for way, found in metrics[split].items():
         if isinstance(found, dict):
-            recalls = (f"{found[f'recall@{k}']:.1%} ({found[f'chance@{k}']:.1%})" for k in RECALL_AT)
+            recalls = (
+                f"{100 * found[f'recall@{k}']:.1f} ({100 * found[f'chance@{k}']:.1f})" for k in RECALL_AT
+            )
             counts = (str(found["queries"]), str(found["gallery"]))
-            table.add_row(way.replace("_", " "), *counts, *recalls, str(found["median_rank"]))
+            table.add_row(way.replace("_", " "), *counts, *recalls, f"{found['median_rank']:g}")
     console.print(table)

@@ -41,7 +41,7 @@ def evaluate(args: list[str]) -> int:
     if chosen.limit is not None:
         task.limit(chosen.limit)
     encoders = checkpoint_encoders(chosen.checkpoint, chosen.allow) if chosen.checkpoint else []
-    encoders += [build_encoder(text, options) for text in chosen.encoder]
+    encoders += [build_encoder(text, options, allow=chosen.allow) for text in chosen.encoder]
     result = evaluate_zero_shot(
         task,
         encoders,
@@ -94,7 +94,7 @@ def _add_encoders(parser: Arguments) -> None:
         action="append",
         default=[],
         metavar="CLASS",
-        help="an encoder outside bindllm that it names",
+        help="a class outside bindllm that the folder names",
     )
     group.add_argument("--device", help="cpu, cuda, ...: by default the accelerator that torch finds")
 

@@ -6,10 +6,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from bindllm.data.captions import SPLITS, TABLE_NAME, Columns, read_captions
+from bindllm.data.captions import SPLITS, Columns, read_captions, require_table
 from bindllm.data.report import SourceReport
 from bindllm.data.sources import hashed_split
-from bindllm.data.tables import READERS, read_table
+from bindllm.data.tables import read_table
 from bindllm.errors import InputError, known_names
 from bindllm.evaluation.layouts.task import NO_FILE, Choice, Column, Item, Task
 from bindllm.media import Media
@@ -36,8 +36,8 @@ def read_pairs(folder: Path, choice: Choice) -> Task:
     task = Task("retrieve", source.modality)
     pairs = _read_captions if target == Column("text", "caption") else _read_columns
     num_others = 0
-    for key, media, answers, its_split in pairs(folder, source, target, task):
-        if split in (ALL, its_split or hashed_split(key, HELD_OUT)):
+    for media, answers, its_split in pairs(folder, source, target, task):
+        if split in (ALL, its_split):
             task.items.append(Item(media, answers=answers[: choice.captions]))
         else:
             num_others += 1
@@ -49,7 +49,7 @@ def read_pairs(folder: Path, choice: Choice) -> Task:
     return task
 
 
-_Pairs = Iterator[tuple[str, Media, tuple[Media, ...], str | None]]
+_Pairs = Iterator[tuple[Media, tuple[Media, ...], str]]
 
 
 def _read_captions(path: Path, source: Column, target: Column, task: Task) -> _Pairs:
@@ -58,20 +58,16 @@ def _read_captions(path: Path, source: Column, target: Column, task: Task) -> _P
     columns = Columns(image=source.name, caption=target.name)
     for picture in read_captions(path, report, columns, source.modality):
         captions = tuple(map(Media.text, picture.captions))
-        yield picture.key, Media(source.modality, picture.file), captions, picture.split
+        split = picture.split or hashed_split(picture.key, HELD_OUT)
+        yield Media(source.modality, picture.file), captions, split
 
 
 def _read_columns(path: Path, source: Column, target: Column, task: Task) -> _Pairs:
-    """Yield the media of one column with those of another; rows of one media are joined."""
-    if path.is_dir():
-        tables = [file for ending in READERS if (file := path / f"{TABLE_NAME}{ending}").is_file()]
-        if len(tables) != 1:
-            raise InputError(
-                f"{path} must hold one table {TABLE_NAME}.* ({', '.join(READERS)}), not {len(tables)}; or give the "
-                "path of a table"
-            )
-        path = tables[0]
-    found: dict[tuple[Media, str | None], tuple[str, dict[Media, None]]] = {}
+    """Yield the media of one column with those of another; rows of one media and split are joined."""
+    path = require_table(path)
+    # As training splits: by the picture, so that no pair that `bindllm align` has learnt from is measured.
+    decides = target if target.modality == "image" else source
+    found: dict[tuple[Media, str], dict[Media, None]] = {}
     for row, record in read_table(path, (source.name, target.name), task.skipped):
         split = record.get("split") or None
         if split is not None and split not in SPLITS:
@@ -86,11 +82,18 @@ def _read_columns(path: Path, source: Column, target: Column, task: Task) -> _Pa
             ]
             task.skipped.add(NO_FILE, f"{row}: {', '.join(names)}")
             continue
+        key = _split_key(decides, record[decides.name])
+        its_split = split or hashed_split(key, HELD_OUT)
         for media in ends[0]:
-            _, answers = found.setdefault((media, split), (str(record[source.name]), {}))
-            answers.update(dict.fromkeys(ends[1]))
-    for (media, split), (key, answers) in found.items():
-        yield key, media, tuple(answers), split
+            found.setdefault((media, its_split), {}).update(dict.fromkeys(ends[1]))
+    for (media, its_split), answers in found.items():
+        yield media, tuple(answers), its_split
+
+
+def _split_key(column: Column, cell: object) -> str:
+    """Return what is hashed where a table has no splits: as `bindllm fit` and `bindllm align` do."""
+    first = str(cell[0] if isinstance(cell, list) else cell)
+    return first if column.modality == "text" else os.path.normpath(first)
 
 
 def _media(column: Column, cell: object, table: Path) -> list[Media]:

@@ -108,11 +108,15 @@ class Task:
         """Return the task itself.
 
         Raises:
-            InputError: nothing is left of it; says why.
+            InputError: nothing is left of it, or there is nothing to choose from; says why.
         """
         if not self.items:
             reasons = "; ".join(self.skipped.lines()) or "it is empty"
             raise InputError(f"{where}: nothing to evaluate here: {reasons}")
+        if self.kind == "classify" and len(self.classes) < 2:
+            raise InputError(
+                f"{where}: the only class here is {self.classes[0][0]!r}; expected at least two to choose from"
+            )
         return self
 
     def limit(self, count: int) -> Task:

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from bindllm.encoders.head import Head, HeadConfig
 from bindllm.encoders.trainable import is_trainable
-from bindllm.errors import TrainingError
-from bindllm.training.align_data import AlignData
-from bindllm.training.align_loss import Temperature, TemperatureConfig, contrastive_loss
-from bindllm.training.align_metrics import RECALL_AT, retrieval_metrics
-from bindllm.training.align_sides import PairSet
+from bindllm.errors import InputError, TrainingError
+from bindllm.training.align.data import AlignData
+from bindllm.training.align.loss import Temperature, TemperatureConfig, contrastive_loss
+from bindllm.training.align.metrics import mean_recall, retrieval_metrics
+from bindllm.training.align.sides import PairSet
 from bindllm.training.module import AnyEncoder
 from bindllm.training.optim import OptimConfig, build_optimizer, build_schedule
 
@@ -115,7 +115,15 @@ class AlignModule(LightningModule):
         return self.head(inputs if self.trained_tower is None else self.trained_tower(inputs))
 
     def on_fit_start(self) -> None:
-        """Set the mode, which Lightning leaves alone."""
+        """Set the mode, which Lightning leaves alone.
+
+        Raises:
+            InputError: a precision in which the weights are not float32.
+        """
+        if not self.trainer.precision.endswith(("32-true", "mixed")):
+            raise InputError(
+                f"trainer.precision is {self.trainer.precision}; expected 32-true, bf16-mixed or 16-mixed"
+            )
         self.train()
 
     def groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
@@ -155,7 +163,7 @@ class AlignModule(LightningModule):
         metrics = self.measure(data, "validation")
         score = float(self.current_epoch)
         if metrics is not None:
-            recall = _mean_recall(metrics)
+            recall = mean_recall(metrics)
             score = recall if self.keep == "recall" else -metrics["loss"]
             self.log_dict({"val_loss": metrics["loss"], "val_recall": recall})
         if self.best is None or score > self.best.score:
@@ -163,8 +171,15 @@ class AlignModule(LightningModule):
             self.best = Best(self.current_epoch + 1, score, metrics, weights)
 
     def take_best(self) -> Best:
-        """Take the weights of the best epoch, and return it."""
-        assert self.best is not None, "the model was trained for at least one epoch"
+        """Take the weights of the best epoch, and return it.
+
+        Raises:
+            TrainingError: the run ended before an epoch did.
+        """
+        if self.best is None:
+            raise TrainingError(
+                "no epoch was finished, so there is nothing to keep; look at trainer.max_epochs and trainer.max_steps"
+            )
         self.load_state_dict(self.best.weights)
         return self.best
 
@@ -179,11 +194,8 @@ class AlignModule(LightningModule):
         pairs = data.pairs(split)
         if not len(pairs.links):
             return None
-        media, targets = (
-            self.embed_media(data, pairs),
-            data.target_rows(pairs, torch.arange(len(pairs.targets))),
-        )
-        targets = targets.to(self.device)
+        media = self.embed_media(data, pairs)
+        targets = data.target_rows(pairs, torch.arange(len(pairs.targets))).to(self.device)
         losses = []
         for rows in pairs.links.split(data.batch_size):
             belongs = pairs.belongs(rows[:, 0], rows[:, 1]).to(self.device)
@@ -192,6 +204,8 @@ class AlignModule(LightningModule):
         linked = len({*pairs.links[:, 1].tolist()})
         similar = (media[pairs.links[:, 0]] * targets[pairs.links[:, 1]]).sum(1).mean()
         names = data.modality, data.sources[0].target
+        if names[0] == names[1]:
+            names = f"taught_{names[0]}", names[1]
         return {
             "pairs": len(pairs.links),
             "loss": round(sum(losses) / len(pairs.links), 4),
@@ -205,7 +219,11 @@ class AlignModule(LightningModule):
 
     @torch.no_grad()
     def embed_media(self, data: AlignData, pairs: PairSet) -> Tensor:
-        """Return the embeddings of all media of a split in evaluation mode, [M, E]."""
+        """Return the embeddings of all media of a split in evaluation mode, [M, E].
+
+        Raises:
+            TrainingError: one is not finite; names the media.
+        """
         was_training = self.training
         self.eval()
         parts = []
@@ -215,11 +233,12 @@ class AlignModule(LightningModule):
                 inputs.to(self.device) if isinstance(inputs, Tensor) else [x.to(self.device) for x in inputs]
             )
             parts.append(self(moved))
+            wrong = (~parts[-1].isfinite().all(dim=1)).nonzero().flatten()
+            if len(wrong):
+                name = pairs.media[int(numbers[wrong[0]])].name
+                raise TrainingError(
+                    f"{name}: its embedding is not finite; nothing was written. Let `prepare` of the tower refuse "
+                    "such media by a MediaError, so that they are left out and counted"
+                )
         self.train(was_training)
         return torch.cat(parts)
-
-
-def _mean_recall(metrics: dict[str, Any]) -> float:
-    """Mean of recall@1/5/10 in both directions."""
-    ways = [value for value in metrics.values() if isinstance(value, dict)]
-    return sum(way[f"recall@{k}"] for way in ways for k in RECALL_AT) / (len(ways) * len(RECALL_AT))

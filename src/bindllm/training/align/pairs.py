@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 from bindllm.assets import fetch_hint
-from bindllm.data.captions import SPLITS, TABLE_NAME, clean_caption
+from bindllm.data.captions import SPLITS, clean_caption, require_table
 from bindllm.data.report import Skipped
 from bindllm.data.sources import hashed_split
-from bindllm.data.tables import READERS, Record, read_table
+from bindllm.data.tables import Record, read_table
 from bindllm.errors import InputError, known_names
 from bindllm.media import MODALITIES, Media, is_modality
 
@@ -121,7 +121,7 @@ def read_pairs(source: PairSource, skipped: Skipped) -> list[Pair]:
     if not path.exists():
         place = "" if path.is_absolute() else f" in {Path.cwd()}, from where the recipe's paths are looked up"
         raise InputError(f"data source {source.path} does not exist{place}.{fetch_hint(path)}")
-    table, pairs = _find_table(path), []
+    table, pairs = require_table(path), []
     seen: set[str] = set()
     splits: dict[str, str] = {}
     for name, record in read_table(table, (source.target_column,), skipped):
@@ -131,18 +131,6 @@ def read_pairs(source: PairSource, skipped: Skipped) -> list[Pair]:
     if missing and seen:
         raise InputError(f"{table}: no column {missing[0]!r}. {known_names(missing[0], seen)}")
     return pairs
-
-
-def _find_table(path: Path) -> Path:
-    if not path.is_dir():
-        return path
-    tables = [file for suffix in READERS if (file := path / f"{TABLE_NAME}{suffix}").is_file()]
-    if len(tables) != 1:
-        found = (
-            " and ".join(table.name for table in tables) or f"no table {TABLE_NAME}.* ({', '.join(READERS)})"
-        )
-        raise InputError(f"{path} holds {found}; give the path of the table to use")
-    return tables[0]
 
 
 def _row_pairs(

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
 from align_parts import BeatTower, LetterEncoder, colour_table, radar_table, rewrite
 from bindllm.data.report import Skipped
 from bindllm.errors import InputError
-from bindllm.training.align_data import AlignData
-from bindllm.training.align_pairs import PairSource, read_pairs
-from bindllm.training.align_sides import PairSet
+from bindllm.evaluation.layouts import Choice, Column, read_layout
+from bindllm.training.align.data import AlignData
+from bindllm.training.align.pairs import PairSource, read_pairs
+from bindllm.training.align.sides import PairSet
 from tiny import ColourEncoder
 
 
@@ -208,7 +210,50 @@ def test_an_encoder_that_does_not_serve_its_side_is_refused(pictures, tmp_path):
         data_of(PairSource(str(pictures), target="depth"), folder=tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("change", "counts"),
+    [
+        (lambda n, row: {**row, "caption": "the same", "split": "train"}, "16 training pairs of 1 different"),
+        (lambda n, row: {**row, "split": "train"} if n == 0 else None, "1 training pairs of 1 different"),
+        (
+            lambda n, row: {**row, "caption": ["one", "two"], "split": "train"} if n < 2 else None,
+            "4 training pairs of 2 different text media and 2 different targets:",
+        ),
+    ],
+    ids=["one caption", "one pair", "all of two"],
+)
+def test_pairs_without_a_negative_are_an_error(pictures, tmp_path, change, counts):
+    rewrite(pictures, change)
+    with pytest.raises(InputError, match=f"{counts}.*nothing to tell apart"):
+        data_of(PairSource(str(pictures)), folder=tmp_path)
+
+
+def test_media_that_are_not_finite_once_prepared_are_left_out(tmp_path):
+    folder = radar_table(tmp_path / "radar")
+    np.save(folder / "3.npy", np.array([1.0, np.nan, 2.0]))
+    data = data_of(PairSource(str(folder), modality="radar"), folder=tmp_path, tower=BeatTower())
+    (line,) = data.report.skipped.lines()
+    assert "3.npy: the tower makes numbers of it that are not finite" in line
+
+
+def test_a_target_without_a_split_is_where_evaluation_looks_for_it(pictures):
+    """What `bindllm align` trains with by the hash, `bindllm evaluate table` does not take for a test."""
+    rewrite(pictures, lambda n, row: {"image": f"images/../{row['image']}", "depth": row["image"]})
+    trained = read_pairs(PairSource(str(pictures), modality="depth"), Skipped())
+    expected = {(pair.media.source, pair.split) for pair in trained}
+    assert len({split for _, split in expected}) > 1
+    found = set()
+    for split in ("train", "validation", "test"):
+        columns = {"source": Column("depth", "depth"), "target": Column("image", "image")}
+        try:
+            task = read_layout("table", pictures, Choice(split=split, **columns))
+        except InputError:
+            continue
+        found |= {(item.media.source, split) for item in task.items}
+    assert found == expected
+
+
 def test_no_pairs_is_an_error_that_says_what_was_left_out(pictures, tmp_path):
     rewrite(pictures, lambda n, row: {**row, "caption": 5})
-    with pytest.raises(InputError, match="there are 0 training pairs of 0 text media; .* 16 x no text"):
+    with pytest.raises(InputError, match="0 training pairs of 0 different text media .* 16 x no text"):
         data_of(PairSource(str(pictures)), folder=tmp_path)

@@ -16,8 +16,8 @@ from bindllm.data.captions import SPLITS
 from bindllm.encoders.trainable import CanMix, is_trainable
 from bindllm.errors import InputError
 from bindllm.media import Media
-from bindllm.training.align_pairs import Pair, PairReport, PairSource, read_pairs
-from bindllm.training.align_sides import PairSet, PreparedSide, StoredSide
+from bindllm.training.align.pairs import Pair, PairReport, PairSource, read_pairs
+from bindllm.training.align.sides import PairSet, PreparedSide, StoredSide
 
 CANNOT_READ = "cannot be read or embedded"
 
@@ -97,13 +97,7 @@ class AlignData(LightningDataModule):
         self._splits = self._sorted(self._readable(pairs, failed), keys)
         self.report.encoded = sum(side.encoded for side in self._sides)
         self.report.seconds = time.perf_counter() - started
-        train = self._splits["train"]
-        if len(set(train.links[:, 1].tolist())) < 2:
-            left_out = "; ".join(self.report.skipped.lines()) or "nothing was left out"
-            raise InputError(
-                f"there are {len(train.links)} training pairs of {len(train.media)} {self.modality} media; at least "
-                f"two with different targets are needed. {left_out}"
-            )
+        self._refuse_nothing_to_tell_apart(self._splits["train"])
 
     def pairs(self, split: str) -> PairSet:
         """Return the pairs of a split."""
@@ -180,6 +174,17 @@ class AlignData(LightningDataModule):
                 raise InputError(
                     f"the {name} of the recipe serves {', '.join(served)} media; the sources have {wanted} there"
                 )
+
+    def _refuse_nothing_to_tell_apart(self, train: PairSet) -> None:
+        """Refuse training pairs of which everything belongs to everything, such as one pair."""
+        num_targets = len(set(train.links[:, 1].tolist()))
+        if len(train.links) == len(train.media) * num_targets:
+            left_out = "; ".join(self.report.skipped.lines()) or "nothing was left out"
+            raise InputError(
+                f"{len(train.links)} training pairs of {len(train.media)} different {self.modality} media and "
+                f"{num_targets} different targets: there is nothing to tell apart. At least two of each are needed, "
+                f"that do not all belong together. {left_out}"
+            )
 
     def _readable(self, pairs: list[Pair], failed: dict[Media, str]) -> list[Pair]:
         """Leave out pairs with media that cannot be read, and count them."""

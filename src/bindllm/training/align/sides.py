@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bindllm.data.embeddings import MediaEmbeddings
 from bindllm.encoders import Encoder
 from bindllm.errors import MediaError
 from bindllm.media import Media
-from bindllm.retrieval.fill import fill
-from bindllm.retrieval.store import EmbeddingStore
 
 PREPARED_BYTES = 1 << 30
 """Prepared media that are kept from epoch to epoch; what is beyond is prepared again each time."""
@@ -31,8 +30,7 @@ class StoredSide:
     """
 
     def __init__(self, encoder: Encoder, folder: str | Path) -> None:
-        self._encoder = encoder
-        self._store = EmbeddingStore.for_encoder(folder, encoder)
+        self._embeddings = MediaEmbeddings([encoder], folder)
         self.encoded = 0
 
     def find_keys(
@@ -43,27 +41,14 @@ class StoredSide:
         Returns:
             The key of each media that is stored, and the reason for each that is not.
         """
-        try:
-            report = fill(self._store, self._encoder.to(device), media, progress=progress)
-        finally:
-            self._encoder.to("cpu")
-        self.encoded += report.encoded
-        reasons = dict(report.failed)
-        keys, failed = {}, {}
-        for item in media:
-            try:
-                keys[item] = self._store.key_of(item)
-            except MediaError as error:
-                failed[item] = str(error)
-        for (item, _), stored in zip(list(keys.items()), self._store.has(list(keys.values())), strict=True):
-            if not stored:
-                del keys[item]
-                failed[item] = reasons.get(item.name, f"{item.name}: it cannot be embedded")
-        return keys, failed
+        totals = self._embeddings.fill(media, device=device, progress=progress)
+        self.encoded += totals.encoded
+        keys = {item: self._embeddings.key(item) for item in media if item not in totals.failed}
+        return keys, totals.failed
 
     def inputs(self, media: Sequence[Media], keys: Sequence[str]) -> Tensor:
         """Return the embeddings, [N, W]."""
-        return self._store.get(keys)
+        return self._embeddings.lookup([(item,) for item in media])
 
 
 class PreparedSide:
@@ -104,7 +89,8 @@ class PreparedSide:
     def _open(self, media: Media) -> tuple[str, str | None]:
         try:
             key = media.content_hash()
-            self._prepare(media, key)
+            if not self._prepare(media, key).isfinite().all():
+                return "", f"{media.name}: the tower makes numbers of it that are not finite"
         except MediaError as error:
             return "", str(error)
         return key, None

@@ -6,13 +6,13 @@ import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
 
-from align_parts import BeatTower, FrozenModule, LetterEncoder, patchwork_table, radar_table
+from align_parts import BeatTower, FrozenModule, LetterEncoder, colour_table, patchwork_table, radar_table
 from bindllm.encoders.head import HeadConfig
 from bindllm.errors import EncoderError, InputError, TrainingError
-from bindllm.training.align import AlignModule
-from bindllm.training.align_data import AlignData
-from bindllm.training.align_loss import TemperatureConfig
-from bindllm.training.align_pairs import PairSource
+from bindllm.training.align.data import AlignData
+from bindllm.training.align.loss import TemperatureConfig, contrastive_loss
+from bindllm.training.align.module import AlignModule
+from bindllm.training.align.pairs import PairSource
 from bindllm.training.optim import OptimConfig
 from bindllm.verbs.recipe import quiet
 from tiny import ColourEncoder
@@ -27,6 +27,7 @@ def train(
     temperature=None,
     batch_size=8,
     kind=AlignModule,
+    precision="32-true",
     **model,
 ):
     """Align in a few steps; return the module and the data."""
@@ -41,6 +42,7 @@ def train(
         trainer = Trainer(
             max_epochs=epochs,
             accelerator="cpu",
+            precision=precision,
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -152,6 +154,88 @@ def test_the_same_seed_gives_the_same_weights(radar, tmp_path):
         module, _ = train(tmp_path, BeatTower(), radar)
         states.append(module.state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+class Holed(BeatTower):
+    """Makes numbers that are not finite of long signals, in evaluation."""
+
+    def forward(self, inputs):
+        rows = super().forward(inputs)
+        wrong = torch.tensor([not self.training and len(signal) > 40 for signal in inputs])
+        return rows.masked_fill(wrong[:, None], torch.nan)
+
+
+def test_embeddings_that_are_not_finite_are_no_hits_but_an_error(radar, tmp_path):
+    with pytest.raises(TrainingError, match=r"2\d\.npy: its embedding is not finite; nothing was written"):
+        train(tmp_path, Holed(), radar)
+
+
+def test_media_and_targets_may_be_of_one_modality(radar, tmp_path):
+    """Such as the pictures of a smaller encoder in the space of a larger one."""
+    pictures = PairSource(radar.path, modality="image")
+    module, data = train(tmp_path, ColourEncoder(), pictures, epochs=20)
+    found = module.measure(data, "test")
+    assert found["taught_image_to_image"]["recall@1"] == found["image_to_taught_image"]["recall@1"] == 1
+
+
+def test_a_run_without_an_epoch_is_an_error(texts, tmp_path):
+    module, _ = train(tmp_path, LetterEncoder(), texts, epochs=0)
+    with pytest.raises(TrainingError, match=r"no epoch was finished.*trainer\.max_epochs"):
+        module.take_best()
+
+
+def test_weights_are_trained_in_single_precision(texts, tmp_path):
+    with pytest.raises(InputError, match=r"trainer\.precision is bf16-true; expected 32-true, bf16-mixed"):
+        train(tmp_path, LetterEncoder(), texts, precision="bf16-true")
+
+
+def test_the_measured_loss_leaves_out_what_belongs_together(tmp_path):
+    """Of 32 pictures, 8 each have the same caption."""
+    pictures = PairSource(str(colour_table(tmp_path / "pictures")), split="train")
+    module, data = train(tmp_path, LetterEncoder(), pictures, epochs=1, batch_size=32)
+    pairs = data.pairs("train")
+    captions = pairs.links[:, 0]
+    rows = module.embed_media(data, pairs)[captions], data.target_rows(pairs, pairs.links[:, 1])
+    with torch.no_grad():
+        expected = contrastive_loss(*rows, captions[:, None] == captions, module.temperature())
+        plain = contrastive_loss(*rows, torch.eye(len(captions), dtype=torch.bool), module.temperature())
+    assert module.measure(data, "train")["loss"] == pytest.approx(float(expected), abs=1e-3)
+    assert abs(float(plain) - float(expected)) > 0.1
+
+
+def test_the_best_epoch_is_chosen_on_the_validation_split(texts, tmp_path, monkeypatch):
+    asked = []
+    measure = AlignModule.measure
+    monkeypatch.setattr(
+        AlignModule, "measure", lambda self, data, split: asked.append(split) or measure(self, data, split)
+    )
+    module, data = train(tmp_path, LetterEncoder(), texts, epochs=2)
+    assert asked == ["validation"] * 2
+    module.take_best()
+    assert module.measure(data, "validation") == module.best.metrics
+
+
+def test_what_is_no_matrix_is_not_decayed(radar, tmp_path):
+    module, _ = train(tmp_path, BeatTower(), radar, epochs=1, optim={"weight_decay": 0.3})
+    (optimizer,) = module.trainer.optimizers
+    decayed = {
+        id(one) for group in optimizer.param_groups if group["weight_decay"] for one in group["params"]
+    }
+    names = {name for name, one in module.named_parameters() if id(one) in decayed}
+    assert names == {"trained_tower.layer.weight", "head.layers.1.weight", "head.layers.4.weight"}
+
+
+class Heated(AlignModule):
+    """Its temperature leaves its bounds in each step."""
+
+    def training_step(self, batch, batch_idx):
+        self.temperature.log_scale.data.fill_(9.0)
+        return super().training_step(batch, batch_idx)
+
+
+def test_the_temperature_is_brought_back_after_each_step(texts, tmp_path):
+    module, _ = train(tmp_path, LetterEncoder(), texts, kind=Heated)
+    assert module.temperature().item() == pytest.approx(100.0)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(texts, tmp_path):
