@@ -62,7 +62,8 @@ def place(parts, tmp_path, monkeypatch):
 
 def start(*options, **variables):
     command = [sys.executable, "-m", "bindllm.cli", "embed", "--config", "recipe.yaml", *options]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", **variables}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    environment |= {"EMBED_AT_ONCE": "yes", **variables}
     # A machine without a network still has this one.
     environment["GLOO_SOCKET_IFNAME"] = "lo"
     return subprocess.Popen(
