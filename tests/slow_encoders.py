@@ -12,7 +12,7 @@ import torch
 from bindllm.retrieval import fill
 from tiny import ColourEncoder
 
-# In the processes that the tests start each embedding is written at once; where pytest looks for doctests nothing changes.
+# In the processes that the tests start each embedding is written at once; a mere import changes nothing.
 if "EMBED_AT_ONCE" in os.environ:
     fill.FLUSH_SECONDS = 0.0
     fill.PREPARED_BYTES = 2
