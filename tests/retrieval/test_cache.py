@@ -38,7 +38,7 @@ def open_cache(tmp_path: Path, rows: np.ndarray, factory: str = "Flat", **settin
     return VisualCache.open_bare(write_bare(tmp_path / "a.index", rows, factory), FINGERPRINT, **settings)
 
 
-def by_hand(query, rows, *, top_k=10, temperature=20.0, weight=0.5, formula="released") -> np.ndarray:
+def by_hand(query, rows, *, top_k=10, temperature=100.0, weight=0.5, formula="released") -> np.ndarray:
     """One query, in double precision, straight from the text of the formula."""
     query, rows = query.astype(np.float64), rows.astype(np.float64)
     query = query / np.linalg.norm(query)
@@ -63,9 +63,9 @@ def test_the_published_feature_and_neighbours(published):
     cache, queries = published
     expected = golden("imagebind_llm_tiny")
     assert np.array_equal(cache.neighbours(queries).numpy(), expected["cache/neighbours"])
-    found = cache.blend(queries)
+    found = cache.blend(queries, temperature=20.0)
     np.testing.assert_allclose(found.numpy(), expected["cache/feature"], atol=1e-7, rtol=0)
-    one_by_one = torch.cat([cache.blend(query[None]) for query in queries])
+    one_by_one = torch.cat([cache.blend(query[None], temperature=20.0) for query in queries])
     assert torch.equal(found, one_by_one)
 
 

@@ -87,7 +87,7 @@ def test_a_large_store_is_written_in_several_requests(tmp_path, monkeypatch):
 def test_fewer_rows_than_neighbours(tmp_path):
     store = picture_store(tmp_path / "store", 3)
     with MilvusIndex.build(tmp_path / "a.db", store) as index:
-        cache = VisualCache(index)
+        cache = VisualCache(index, temperature=20.0)
         assert sorted(cache.neighbours(torch.from_numpy(unit_queries(1)))[0].tolist()) == [0, 1, 2]
         query = torch.from_numpy(unit_queries(1)).double()
         rows = torch.from_numpy(expected_rows(store)).double()

@@ -94,7 +94,7 @@ def test_a_checkpoint_is_told_of_it_and_answers_with_it(project, capsys):
     assert read_manifest("checkpoints/model")["cache"] == {
         "folder": "caches/a",
         "top_k": 10,
-        "temperature": 20.0,
+        "temperature": 100.0,
         "weight": 0.5,
         "formula": "released",
         "skip": ["image"],
