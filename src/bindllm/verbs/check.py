@@ -31,7 +31,7 @@ from bindllm.verbs.problems import Problems, build_part, read_recipe
 from bindllm.verbs.recipe import RecipeCLI, quiet
 from bindllm.verbs.runs import run_folder
 from bindllm.verbs.sources import check_sources, check_store, read_sources, spread
-from bindllm.verbs.usage import Arguments, read_number
+from bindllm.verbs.usage import Arguments, add_allow, read_number
 
 KINDS = {"decoder": DecoderConfig, "bind": BindConfig, "inject": InjectConfig, "optim": OptimConfig}
 PREVIEWED_ROWS = 3
@@ -59,13 +59,7 @@ def check(args: list[str]) -> int:
         metavar="[MODALITY:]FILE",
         help="check the encoder with this; repeat it, at least two of a modality",
     )
-    parser.add_argument(
-        "--allow",
-        action="append",
-        default=[],
-        metavar="CLASS",
-        help="an encoder outside bindllm that the folder names",
-    )
+    add_allow(parser)
     count = read_number(int, "a whole number of at least 0", lambda value: value >= 0)
     parser.add_argument(
         "--rows", type=count, default=PREVIEWED_ROWS, help="rows to show with their label mask"

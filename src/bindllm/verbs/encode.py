@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bindllm.errors import EncoderError, InputError, MissingExtraError
-from bindllm.verbs.usage import Arguments, read_number
+from bindllm.verbs.usage import Arguments, add_allow, read_number
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -84,16 +84,12 @@ def _read_arguments(args: list[str]) -> tuple[Any, list[str]]:
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
-        "--encoder", metavar="CLASS", help=f"import path of an encoder (ImageBind in {DEFAULT})"
+        "--encoder",
+        metavar="CLASS_OR_FOLDER",
+        help=f"import path or folder of an encoder (ImageBind in {DEFAULT})",
     )
     source.add_argument("--checkpoint", metavar="FOLDER", help="take the encoders of a folder of bindllm fit")
-    parser.add_argument(
-        "--allow",
-        action="append",
-        default=[],
-        metavar="CLASS",
-        help="a class outside bindllm that the folder names",
-    )
+    add_allow(parser)
     parser.add_argument(
         "--softmax",
         nargs="?",

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bindllm.verbs.usage import Arguments, UsageError, read_number
+from bindllm.verbs.usage import Arguments, UsageError, add_allow, read_number
 
 if TYPE_CHECKING:
     from bindllm.evaluation.layouts import Choice, Column
@@ -89,13 +89,7 @@ def _add_encoders(parser: Arguments) -> None:
         "constructor",
     )
     group.add_argument("--checkpoint", metavar="FOLDER", help="take the encoders of a folder of bindllm fit")
-    group.add_argument(
-        "--allow",
-        action="append",
-        default=[],
-        metavar="CLASS",
-        help="a class outside bindllm that the folder names",
-    )
+    add_allow(group)
     group.add_argument("--device", help="cpu, cuda, ...: by default the accelerator that torch finds")
 
 

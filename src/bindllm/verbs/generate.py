@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from bindllm.verbs.usage import Arguments, UsageError, read_number
+from bindllm.verbs.usage import Arguments, UsageError, add_allow, read_number
 
 SENSES = {
     "image": ("FILE", "a picture"),
@@ -71,13 +71,7 @@ def _read_arguments(args: list[str]) -> tuple[Any, list[str]]:
     parser.add_argument(
         "--decoder", metavar="FOLDER", help="where the decoder is, if not where it was in training"
     )
-    parser.add_argument(
-        "--allow",
-        action="append",
-        default=[],
-        metavar="CLASS",
-        help="import path of an encoder outside bindllm that the checkpoint names",
-    )
+    add_allow(parser)
     _add_cache(parser)
     chosen, encoder_options = parser.parse_known_args(args)
     if any(not option.startswith("--encoder.") for option in encoder_options[:1]):

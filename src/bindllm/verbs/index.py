@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bindllm.errors import BindLLMError, CheckpointError, InputError, StoreError
-from bindllm.verbs.usage import Arguments, UsageError
+from bindllm.verbs.usage import Arguments, UsageError, add_allow
 
 if TYPE_CHECKING:
     from bindllm.encoders import Encoder
@@ -99,9 +99,7 @@ def _add_encoder(parser: Arguments) -> None:
         metavar="CLASS_OR_FOLDER",
         help="import path or folder of an encoder; --encoder.NAME VALUE are arguments of its constructor",
     )
-    parser.add_argument(
-        "--allow", action="append", default=[], metavar="CLASS", help="an encoder outside bindllm"
-    )
+    add_allow(parser)
     parser.add_argument("--device", help="cpu, cuda, ...: by default the accelerator that torch finds")
 
 

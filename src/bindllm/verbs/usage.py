@@ -36,6 +36,17 @@ class Arguments(argparse.ArgumentParser):
         raise UsageError(f"{message}. {unknown_option_hint(message, self)}".rstrip())
 
 
+def add_allow(options: argparse._ActionsContainer) -> None:
+    """Add ``--allow CLASS``, without which a folder names nothing but classes of bindllm."""
+    options.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="CLASS",
+        help="import path of a class outside bindllm that the folder may name; may be repeated",
+    )
+
+
 def refuse_bare_names(verb: str, args: Sequence[str]) -> None:
     """Refuse a command line that starts with the name of a file instead of an option, or that is empty.
 
