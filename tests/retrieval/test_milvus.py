@@ -112,8 +112,10 @@ def test_other_kinds_find_a_row_by_itself_and_keep_it_exactly(tmp_path, index_ty
         assert np.array_equal(index.vectors(np.arange(200)), rows)
         found = index.search(rows[:1], 200)[0]
         # An inverted file looks at a part of its lists; what it does not find is -1, at the end.
-        assert (found[-1] == -1) == (index_type != "HNSW")
-        assert len(set(found[found >= 0])) == (found >= 0).sum()
+        count = (found >= 0).sum()
+        assert count == 200 if index_type == "HNSW" else count >= 5
+        assert (found[count:] == -1).all()
+        assert len(set(found[:count])) == count
 
 
 def test_a_closed_index_opens_again_and_lets_go_of_its_path(tmp_path):
