@@ -25,6 +25,7 @@ VERBS = {
     "index": ("index", "build or renew the visual cache: an index of picture embeddings"),
     "align": ("align", "teach a modality to the joint space of an encoder, from pairs"),
     "evaluate": ("evaluate", "classify and retrieve across modalities, from embeddings alone"),
+    "export": ("export", "merge the adapter into a plain Hugging Face folder, for other programs"),
     "report": ("report", "write the report of a checkpoint folder again"),
     "version": ("report", "print the versions of bindllm and of what it stands on"),
 }
