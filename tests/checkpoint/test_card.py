@@ -17,6 +17,9 @@ def test_the_card_names_parts_data_and_their_licences(tmp_path):
     (tmp_path / "SOURCE.json").write_text(json.dumps(source))
     card = write_card(MANIFEST, data=[str(tmp_path)])
     assert f"| training data | `{tmp_path}` | CC BY-SA 4.0, BSD |" in card
+    table = tmp_path / "train.jsonl"
+    table.write_text("")
+    assert f"| training data | `{table}` | CC BY-SA 4.0, BSD |" in write_card(MANIFEST, data=[str(table)])
     assert "| decoder | `checkpoints/some-decoder` | see its own page |" in card
     assert "| encoder | `my_lab.Encoder checkpoints/some-encoder` | see its own page |" in card
 
@@ -34,6 +37,10 @@ def test_the_card_says_what_of_the_decoder_is_tuned():
     assert "frozen language model, and an adapter that tunes that model." in card
     assert "LoRA of rank 16 and scale 1, new biases True, tuned norms False" in card
     assert "rank 16 and scale 2," in write_card({**MANIFEST, "adapter": {**adapter, "alpha": 32.0}})
+    variant = {**adapter, "alpha": 8.0, "dora": True, "rslora": True}
+    card = write_card({**MANIFEST, "adapter": variant, "decoder": {**MANIFEST["decoder"], "quantise": "nf4"}})
+    assert "DoRA of rank 16 and scale 2," in card
+    assert "Trained on the decoder in nf4." in card
 
 
 def test_only_data_that_are_named_are_said_to_stand_above():

@@ -19,6 +19,13 @@ from bindllm.model.injection import InjectConfig, Injection
 from tiny import FAMILIES, ColourEncoder, save_tiny_decoder, tiny_decoder
 
 IDS = torch.arange(3, 19).reshape(2, 8)
+KINDS = {
+    "lora": {},
+    "rslora": {"alpha": 8.0, "rslora": True},
+    "dora": {"alpha": 8.0, "bias": False, "dora": True, "rslora": True},
+}
+each_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+with_and_without_dora = pytest.mark.parametrize("kind", [KINDS["lora"], KINDS["dora"]], ids=["lora", "dora"])
 
 
 @pytest.fixture(scope="module")
@@ -56,28 +63,32 @@ def batch(**changes):
     }
 
 
+@with_and_without_dora
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", [*FAMILIES, "gemma2"])
-def test_an_untrained_adapter_is_bit_equal_to_the_base(family, dtype):
+def test_an_untrained_adapter_is_bit_equal_to_the_base(family, dtype, kind):
     decoder = tiny_decoder(family).to(dtype)
     base = decoder(IDS).logits
-    adapter = Adapter(decoder, AdapterConfig(rank=4))
+    adapter = Adapter(decoder, AdapterConfig(rank=4, **kind))
     assert torch.equal(decoder(IDS).logits, base)
     assert {parameter.dtype for parameter in adapter.parameters().values()} == {torch.float32}
-    # Seven projections of two matrices and a bias in each of three layers, and every norm.
+    # Two matrices and a bias (or the lengths of the rows) of seven projections in three layers, and every norm.
     norms = sum(type(module).__name__.endswith("Norm") for module in tiny_decoder(family).modules())
     assert len(adapter.parameters()) == 3 * 7 * 3 + norms
 
 
-@pytest.mark.parametrize("alpha", [None, 8.0])
+@pytest.mark.parametrize(
+    ("alpha", "rslora", "scale"), [(None, False, 1.0), (8.0, False, 2.0), (8.0, True, 4.0)]
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_it_is_the_formula(alpha, dtype):
+def test_it_is_the_formula(alpha, rslora, scale, dtype):
     """Folded by hand into a plain decoder that has biases."""
     torch.manual_seed(0)
     decoder = tiny_decoder("llama").to(getattr(torch, dtype))
     plain = tiny_decoder("llama", attention_bias=True, mlp_bias=True)
-    tensors = Adapter(decoder, AdapterConfig(rank=4, alpha=alpha)).parameters()
-    scale = 1.0 if alpha is None else alpha / 4
+    config = AdapterConfig(rank=4, alpha=alpha, rslora=rslora)
+    assert config.scale == scale
+    tensors = Adapter(decoder, config).parameters()
     state = {name: value.float() for name, value in tiny_decoder("llama").state_dict().items()}
     for name, parameter in tensors.items():
         parameter.data = parameter + 0.3 * torch.randn_like(parameter)
@@ -97,6 +108,25 @@ def test_it_is_the_formula(alpha, dtype):
     if dtype == "float32":
         torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-3)
     assert nn.functional.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.99
+
+
+def test_dora_is_its_formula():
+    """Equation 5 of arXiv 2402.09353, with rows as lengths: folded by hand into the plain decoder."""
+    torch.manual_seed(0)
+    decoder, plain = tiny_decoder("mistral"), tiny_decoder("mistral")
+    config = AdapterConfig(rank=4, alpha=8.0, bias=False, norm=False, dora=True)
+    tensors = Adapter(decoder, config).parameters()
+    state = dict(tiny_decoder("mistral").state_dict())
+    for parameter in tensors.values():
+        parameter.data = parameter + 0.3 * torch.randn_like(parameter)
+    for name in [name for name in tensors if name.endswith("lora_magnitude_vector")]:
+        stem = name.removesuffix("lora_magnitude_vector")
+        inner = stem.removeprefix("adapter.base_model.model.") + "weight"
+        low = tensors[f"{stem}lora_B.weight"].data @ tensors[f"{stem}lora_A.weight"].data
+        summed = state[inner] + 2.0 * low
+        state[inner] = tensors[name].data[:, None] * summed / summed.norm(dim=1, keepdim=True)
+    plain.load_state_dict(state)
+    torch.testing.assert_close(decoder(IDS).logits, plain(IDS).logits, atol=2e-4, rtol=1e-3)
 
 
 def test_biases_and_norms_are_left_out_by_name():
@@ -125,8 +155,9 @@ def test_the_injection_takes_the_base_value_projection_and_its_term_passes_the_a
     )
 
 
-def test_saved_and_loaded_it_gives_the_same_logits(folder, tmp_path):
-    model = build(folder)
+@pytest.mark.parametrize(("kind", "dtype"), [*((kind, "float32") for kind in KINDS), ("dora", "bfloat16")])
+def test_saved_and_loaded_it_gives_the_same_logits(folder, tmp_path, kind, dtype):
+    model = build(folder, dtype=dtype, **KINDS[kind])
     model.save_pretrained(tmp_path / "m")
     files = {str(file.relative_to(tmp_path / "m")) for file in (tmp_path / "m").rglob("*") if file.is_file()}
     assert {"bind.safetensors", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"} <= files
@@ -136,9 +167,11 @@ def test_saved_and_loaded_it_gives_the_same_logits(folder, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*lora_bias=True.*")
-@pytest.mark.parametrize("alpha", [None, 8.0])
-def test_plain_peft_loads_the_adapter_onto_the_plain_decoder(folder, tmp_path, alpha):
-    model = build(folder, alpha=alpha)
+@each_kind
+@pytest.mark.parametrize("family", FAMILIES)
+def test_plain_peft_loads_the_adapter_onto_the_plain_decoder(tmp_path, family, kind):
+    folder = str(save_tiny_decoder(tmp_path / "decoder", family))
+    model = build(folder, **kind)
     model.save_pretrained(tmp_path / "m")
     decoder = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     plain = PeftModel.from_pretrained(decoder, str(tmp_path / "m" / "adapter")).eval()
@@ -166,10 +199,11 @@ def test_an_adapter_that_is_damaged_or_gone_is_refused(folder, tmp_path):
         BindLLM.from_pretrained(tmp_path / "m", device="cpu", allow=["tiny.ColourEncoder"])
 
 
+@with_and_without_dora
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_it_is_a_group_of_its_own_and_learns(folder, dtype, checkpointing):
-    model = build(folder, dtype=dtype)
+def test_it_is_a_group_of_its_own_and_learns(folder, dtype, checkpointing, kind):
+    model = build(folder, dtype=dtype, **kind)
     model.set_trainable(["adapter"])
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {
         f"decoder.{name}" for name, _ in model.decoder.named_parameters() if ".default." in name
@@ -186,10 +220,11 @@ def test_it_is_a_group_of_its_own_and_learns(folder, dtype, checkpointing):
     assert all(parameter.grad is None for parameter in model.bind.parameters())
 
 
-def test_checkpointed_gradients_are_the_same(folder):
+@with_and_without_dora
+def test_checkpointed_gradients_are_the_same(folder, kind):
     gradients = []
     for checkpointing in (False, True):
-        model = build(folder)
+        model = build(folder, **kind)
         model.set_trainable(["adapter"])
         if checkpointing:
             model.checkpoint_activations()
@@ -219,6 +254,12 @@ def test_decoders_and_settings_that_do_not_fit():
     for values in ({"rank": 0}, {"alpha": 0.0}):
         with pytest.raises(InputError, match="rank must be at least 1"):
             AdapterConfig(**values)
+    with pytest.raises(InputError, match=r"no new biases for DoRA; set adapter\.bias: false"):
+        AdapterConfig(dora=True)
+    with pytest.raises(
+        InputError, match=r"does nothing without one; give adapter\.alpha \(16 with rank 16: scale 4\)"
+    ):
+        AdapterConfig(rslora=True)
 
 
 def test_without_peft_the_message_says_how_to_get_it(monkeypatch):

@@ -80,6 +80,12 @@ def test_the_cache_that_is_asked_for(loaded, capsys):
     assert told == ["{'weight': 0.5, 'top_k': 10}", "{'weight': 0.3, 'top_k': 10}", "none"]
 
 
+def test_the_decoder_in_fewer_bits(loaded):
+    for options in ([], ["--quantise", "none"], ["--quantise", "nf4"]):
+        assert main(["generate", "folder", *options]) == 0
+    assert [options["quantise"] for options in loaded] == [None, False, "nf4"]
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

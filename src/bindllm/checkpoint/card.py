@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ def write_card(manifest: dict[str, Any], *, data: list[str] | None = None) -> st
         f"Bind network: depth {manifest['bind']['depth']}, expansion {manifest['bind']['expansion']}. "
         f"Injection: kind `{manifest['inject']['kind']}`, queries {manifest['inject']['queries']}.",
         *_adapter_lines(adapter),
+        *([f"Trained on the decoder in {kind}."] if (kind := decoder.get("quantise")) else []),
         *(("", "## Origin", "", manifest["origin"]) if manifest.get("origin") else ()),
         "",
         "## Use",
@@ -61,9 +63,11 @@ def _adapter_lines(adapter: dict[str, Any] | None) -> list[str]:
     """Say what of the decoder is tuned; nothing where nothing is."""
     if not adapter:
         return []
-    scale = 1.0 if adapter["alpha"] is None else adapter["alpha"] / adapter["rank"]
+    root = math.sqrt(adapter["rank"]) if adapter.get("rslora") else adapter["rank"]
+    scale = 1.0 if adapter["alpha"] is None else adapter["alpha"] / root
+    kind = "DoRA" if adapter.get("dora") else "LoRA"
     return [
-        f"Adapter, in `adapter/` as peft reads it: LoRA of rank {adapter['rank']} and scale {scale:g}, new biases "
+        f"Adapter, in `adapter/` as peft reads it: {kind} of rank {adapter['rank']} and scale {scale:g}, new biases "
         f"{adapter['bias']}, tuned norms {adapter['norm']}."
     ]
 
@@ -80,8 +84,9 @@ def licences(manifest: dict[str, Any], *, data: list[str] | None = None) -> list
 
 
 def licence_of(folder: str) -> str:
-    """Return the licences of the packages that a folder was made from, as its SOURCE.json states them."""
-    file = Path(folder) / "SOURCE.json"
+    """Return the licences of the packages that a folder, or that of a table, was made from, as its SOURCE.json says."""
+    place = Path(folder)
+    file = (place.parent if place.is_file() else place) / "SOURCE.json"
     if not folder or not file.is_file():
         return UNKNOWN_LICENCE
     try:

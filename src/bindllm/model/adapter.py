@@ -1,15 +1,19 @@
 """The adapter of the decoder: low-rank matrices, biases and norms, tuned through peft.
 
 LoRA (arXiv 2106.09685) on the seven projections of every layer, with new biases and the decoder's own norms, as in
-the second stage of ImageBind-LLM (arXiv 2309.03905, section 3.3): ``y = W x + alpha/rank * (B (A x) + b)``. ``B``
-and ``b`` start at zero and the norms at the decoder's, so an untrained adapter changes nothing.
+the second stage of ImageBind-LLM (arXiv 2309.03905, section 3.3): ``y = W x + scale * (B (A x) + b)``. ``B`` and
+``b`` start at zero and the norms at the decoder's, so an untrained adapter changes nothing. Two variants: rsLoRA (arXiv
+2312.03732) takes the scale to be alpha / sqrt(rank) and not alpha / rank; DoRA (arXiv 2402.09353) learns the norm of
+each row of ``W + scale * B A`` as well, ``y = m * (W + scale * B A) x / |W + scale * B A|``, ``m`` being ``|W|`` at the
+start.
 
 peft builds the layers and its files hold everything: plain peft loads the folder ``adapter/`` of a checkpoint onto
-the plain decoder. Order of construction: decoder, adapter, injection.
+the plain decoder. Order of construction: decoder, quantisation, adapter, injection.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,7 +34,9 @@ PREFIX = "adapter."
 _PEFT_PREFIX = "base_model.model."
 _ADAPTER_NAME = "default"
 # What peft calls the parts of its layers that are trained.
-_TUNED = {"lora_A", "lora_B", "modules_to_save"}
+_TUNED = {"lora_A", "lora_B", "lora_magnitude_vector", "modules_to_save"}
+# peft saves the vector of DoRA without the name of the parameter in it.
+_MAGNITUDE = ".lora_magnitude_vector"
 
 
 @dataclass
@@ -49,11 +55,34 @@ class AdapterConfig:
     norm: bool = True
     """Whether the norms are tuned as well."""
 
+    dora: bool = False
+    """Whether the length of each row of a projection is learned apart from its direction; needs `bias: false`."""
+
+    rslora: bool = False
+    """Whether `alpha` is a multiple of 1/sqrt(rank) instead of 1/rank, so that no rank learns slower; needs `alpha`."""
+
     def __post_init__(self) -> None:
         if self.rank < 1 or not (self.alpha is None or self.alpha > 0):
             raise InputError(
                 f"adapter with rank {self.rank} and alpha {self.alpha}: rank must be at least 1 and alpha above 0"
             )
+        if self.dora and self.bias:
+            raise InputError(
+                "adapter with dora and bias: peft has no new biases for DoRA; set adapter.bias: false, or dora: false"
+            )
+        if self.rslora and self.alpha is None:
+            raise InputError(
+                "adapter with rslora and no alpha: rslora says what alpha is divided by, the square root of the rank, "
+                f"and does nothing without one; give adapter.alpha (16 with rank {self.rank}: scale "
+                f"{16 / math.sqrt(self.rank):.3g})"
+            )
+
+    @property
+    def scale(self) -> float:
+        """What the low-rank term and the new biases are multiplied by."""
+        if self.alpha is None:
+            return 1.0
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 class Adapter:
@@ -61,7 +90,7 @@ class Adapter:
 
     Args:
         decoder: a causal language model whose layers hold the seven projections; peft's layers take their place.
-        config: rank, scale, biases and norms.
+        config: rank, scale, biases, norms and variant.
 
     Raises:
         DecoderError: the decoder lacks a projection, carries an injection (which must come last) or an adapter.
@@ -95,6 +124,8 @@ class Adapter:
                 parts[name].float()
             if "modules_to_save" in parts:
                 module.register_forward_hook(_as_input)
+            if config.dora and "lora_magnitude_vector" in parts:
+                _measure_rows(module)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the tuned parameters by their names in a checkpoint."""
@@ -109,12 +140,24 @@ class Adapter:
         for name, parameter in self._decoder.named_parameters():
             plain = name.replace(".modules_to_save.", ".").replace(f".{_ADAPTER_NAME}.", ".")
             if plain != name:
+                if plain.endswith(f"{_MAGNITUDE}.weight"):
+                    plain = plain.removesuffix(".weight")
                 yield PREFIX + _PEFT_PREFIX + plain, parameter
 
 
 def _as_input(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
     """Bring the output of a float32 norm back to the precision of the decoder."""
     return output.to(args[0].dtype)
+
+
+def _measure_rows(layer: nn.Module) -> None:
+    """Start DoRA from the exact norms of the rows: peft rounds them to the decoder's precision."""
+    layer.lora_magnitude_vector[_ADAPTER_NAME].update_layer(
+        base_layer=layer.get_base_layer(),
+        lora_A=layer.lora_A[_ADAPTER_NAME].weight,
+        lora_B=layer.lora_B[_ADAPTER_NAME].weight,
+        scaling=layer.scaling[_ADAPTER_NAME],
+    )
 
 
 def _check(decoder: PreTrainedModel) -> None:
@@ -146,6 +189,8 @@ def _peft_config(decoder: PreTrainedModel, config: AdapterConfig) -> LoraConfig:
         r=config.rank,
         lora_alpha=config.rank if config.alpha is None else config.alpha,
         lora_bias=config.bias,
+        use_dora=config.dora,
+        use_rslora=config.rslora,
         target_modules=list(TARGETS),
         modules_to_save=sorted(norms) if config.norm else None,
         base_model_name_or_path=decoder.config.name_or_path or None,

@@ -125,7 +125,8 @@ class BindLLM(nn.Module):
         groups = self.parameter_groups()
         for name in names:
             if name not in groups:
-                raise InputError(f"unknown parameter group {name!r}. {known_names(name, groups)}")
+                hint = "Give the model one, such as adapter: {rank: 16}. " if name == "adapter" else ""
+                raise InputError(f"unknown parameter group {name!r}. {hint}{known_names(name, groups)}")
         self.requires_grad_(False)
         for name in names:
             for _, parameter in groups[name]:
@@ -309,6 +310,7 @@ class BindLLM(nn.Module):
         allow: Sequence[str] = (),
         encoders: Sequence[Encoder] = (),
         cache: CacheChoice | str | Path = None,
+        quantise: str | bool | None = None,
     ) -> Self:
         """Load a checkpoint folder.
 
@@ -321,6 +323,7 @@ class BindLLM(nn.Module):
             encoders: further ones, for modalities that those of the checkpoint do not serve.
             cache: the visual cache of the model, or the place of one, mixed in as the checkpoint says; None: what
                 the checkpoint names, False: none. `save_pretrained` goes on naming what the checkpoint names.
+            quantise: ``nf4`` or ``int8`` (see `DecoderConfig`); None: as in training, False: not at all.
 
         Raises:
             CheckpointError: another decoder or encoder than the one it was trained with, a newer format, missing
@@ -329,7 +332,7 @@ class BindLLM(nn.Module):
             StoreError: the cache is missing or damaged, or was built with another encoder.
         """
         config, parts, tensors = read_parts(
-            folder, decoder=decoder, dtype=dtype, allow=allow, encoders=encoders
+            folder, decoder=decoder, dtype=dtype, allow=allow, encoders=encoders, quantise=quantise
         )
         known = [encoder.fingerprint() for encoder in parts["encoders"]]
         # Ahead of the decoder, which may take minutes to load.

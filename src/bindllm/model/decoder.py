@@ -6,13 +6,16 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from bindllm.assets import fetch_hint
+from bindllm.conversation import check_tokenizer
 from bindllm.errors import DecoderError, InputError, known_names
+from bindllm.model.quantise import QUANTISATIONS, keep_gradients, quantisation_config
 from bindllm.model.templates import TEMPLATES, apply_template
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -48,6 +51,9 @@ class DecoderConfig:
     template: str | None = None
     """`alpaca`: the text template of the released ImageBind-LLM, for a base LLaMA; null: the tokenizer's own."""
 
+    quantise: Literal["nf4", "int8"] | None = None
+    """Frozen projections in 4 bits (`nf4`, as in QLoRA) or 8 bits (`int8`), through bitsandbytes; null: as they are."""
+
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", *DTYPES):
             raise InputError(
@@ -56,6 +62,10 @@ class DecoderConfig:
         if self.template is not None and self.template not in TEMPLATES:
             raise InputError(
                 f"unknown template {self.template!r}. {known_names(str(self.template), TEMPLATES)}"
+            )
+        if self.quantise is not None and self.quantise not in QUANTISATIONS:
+            raise InputError(
+                f"unknown quantisation {self.quantise!r}. {known_names(str(self.quantise), QUANTISATIONS)}"
             )
 
 
@@ -105,6 +115,9 @@ def load_tokenizer(config: DecoderConfig) -> PreTrainedTokenizerBase:
 
     Template and system text of the config go into the chat template, so that training, evaluation and every
     request render alike.
+
+    Raises:
+        DecoderError: no tokenizer, or one that lacks what conversations need: offsets, a chat template, an end token.
     """
     folder = find_folder(config)
     try:
@@ -113,10 +126,17 @@ def load_tokenizer(config: DecoderConfig) -> PreTrainedTokenizerBase:
     except Exception as error:
         raise DecoderError(f"no usable tokenizer in {folder} ({type(error).__name__}: {error})") from error
     if tokenizer.pad_token_id is None:
+        # Some copies name it as an empty text.
+        if not tokenizer.eos_token:
+            raise DecoderError(
+                f"the tokenizer in {folder} names neither a padding nor an end token; name the token that ends an "
+                "answer as eos_token in its tokenizer_config.json"
+            )
         tokenizer.pad_token = tokenizer.eos_token
     if config.template is not None:
         apply_template(config.template, tokenizer)
-    if config.system is not None and tokenizer.chat_template:
+    check_tokenizer(tokenizer)
+    if config.system is not None:
         message = f"{{'role': 'system', 'content': {json.dumps(config.system, ensure_ascii=False)}}}"
         tokenizer.chat_template = (
             "{%- if messages[0]['role'] != 'system' -%}"
@@ -130,26 +150,38 @@ def load_decoder(config: DecoderConfig, *, device: str | torch.device | None = N
     """Load a causal language model, frozen and in eval mode.
 
     Args:
-        config: name, dtype and revision.
+        config: name, dtype, revision and quantisation.
         device: where it goes; by default the accelerator that torch finds, else the CPU.
 
     Raises:
         DecoderError: the folder is missing, not a causal language model, or holds pickled weights only.
+        MissingExtraError: it is to be quantised, and bitsandbytes is not installed.
     """
     device = device or default_device()
     folder = find_folder(config)
     dtype = choose_dtype(device) if config.dtype == "auto" else DTYPES[config.dtype]
+    options = {}
+    if config.quantise is not None:
+        # Each projection is quantised where it is to stay: the whole decoder is never there in full.
+        options = {
+            "quantization_config": quantisation_config(config.quantise, dtype),
+            "device_map": {"": device},
+        }
     quiet = transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     try:
-        decoder = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        decoder = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, **options)
     except (OSError, ValueError, KeyError) as error:
         raise DecoderError(
             f"{folder} does not hold a causal language model in safetensors: {error}"
         ) from error
     finally:
         transformers_logging.set_verbosity(quiet)
-    return decoder.to(device).eval().requires_grad_(False)
+    if config.quantise is not None:
+        keep_gradients(decoder)
+    else:
+        decoder.to(device)
+    return decoder.eval().requires_grad_(False)
 
 
 def fingerprint_decoder(folder: str | Path) -> str:

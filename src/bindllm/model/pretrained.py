@@ -59,6 +59,7 @@ def read_parts(
     dtype: str | None,
     allow: Sequence[str],
     encoders: Sequence[Encoder] = (),
+    quantise: str | bool | None = None,
 ) -> tuple[DecoderConfig, dict[str, Any], dict[str, Tensor]]:
     """Read a checkpoint folder and check that decoder and encoders are those it was trained with.
 
@@ -68,11 +69,57 @@ def read_parts(
         dtype: another precision of the decoder.
         allow: encoder classes outside bindllm that may be imported.
         encoders: further ones, for modalities that those of the checkpoint do not serve.
+        quantise: as for `read_decoder`.
 
     Returns:
         the decoder's config; the other arguments of `BindLLM.build`; the trained tensors.
     """
     manifest = read_manifest(folder)
+    parts = read_configs(folder, manifest)
+    config = read_decoder(folder, manifest, decoder=decoder, dtype=dtype, quantise=quantise)
+    parts["encoders"] = read_encoders(folder, manifest, allow=allow)
+    _add_encoders(parts["encoders"], encoders)
+    return config, parts, read_weights(folder, manifest)
+
+
+def read_configs(folder: str | Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return what a checkpoint was built with: ``bind``, ``inject``, ``adapter``, ``cache_config`` and ``origin``.
+
+    Raises:
+        CheckpointError: the manifest does not tell.
+    """
+    try:
+        return {
+            "bind": BindConfig(**manifest["bind"]),
+            "inject": InjectConfig(**manifest["inject"]),
+            "adapter": AdapterConfig(**tuned) if (tuned := manifest.get("adapter")) else None,
+            "cache_config": read_cache_config(folder, manifest),
+            "origin": manifest.get("origin", ""),
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _damaged(folder, error) from error
+
+
+def read_decoder(
+    folder: str | Path,
+    manifest: dict[str, Any],
+    *,
+    decoder: str | None = None,
+    dtype: str | None = None,
+    quantise: str | bool | None = None,
+) -> DecoderConfig:
+    """Return the config of a checkpoint's decoder, as it is reached from here, and check that it is that decoder.
+
+    Args:
+        folder: the checkpoint.
+        manifest: its content.
+        decoder: where the decoder is, if not at the place that the checkpoint names.
+        dtype: another precision than in training.
+        quantise: another quantisation than in training; None: the same, False: none.
+
+    Raises:
+        CheckpointError: it is another one, or the manifest does not tell.
+    """
     try:
         saved = manifest["decoder"]
         config = DecoderConfig(
@@ -81,21 +128,13 @@ def read_parts(
             revision=saved["revision"],
             system=saved["system"],
             template=saved.get("template"),
+            quantise=saved.get("quantise") if quantise is None else quantise or None,
         )
-        parts = {
-            "bind": BindConfig(**manifest["bind"]),
-            "inject": InjectConfig(**manifest["inject"]),
-            "adapter": AdapterConfig(**tuned) if (tuned := manifest.get("adapter")) else None,
-            "cache_config": read_cache_config(folder, manifest),
-            "origin": manifest.get("origin", ""),
-        }
         fingerprint = saved["fingerprint"]
     except (KeyError, TypeError, AttributeError) as error:
         raise _damaged(folder, error) from error
     _check_fingerprint("decoder", config.name, fingerprint_decoder(find_folder(config)), fingerprint)
-    parts["encoders"] = read_encoders(folder, manifest, allow=allow)
-    _add_encoders(parts["encoders"], encoders)
-    return config, parts, read_weights(folder, manifest)
+    return config
 
 
 def read_encoders(folder: str | Path, manifest: dict[str, Any], *, allow: Sequence[str]) -> list[Encoder]:

@@ -41,6 +41,7 @@ def generate(args: list[str]) -> int:
         allow=chosen.allow,
         encoders=[build_encoder(text, encoder_options, allow=chosen.allow) for text in chosen.encoder],
         cache=False if chosen.no_cache else chosen.cache,
+        quantise=False if chosen.quantise == "none" else chosen.quantise,
     )
     _set_cache(model, chosen)
     seed_everything(chosen.seed, verbose=False)
@@ -70,6 +71,11 @@ def _read_arguments(args: list[str]) -> tuple[Any, list[str]]:
     _add_decoding(parser)
     parser.add_argument(
         "--decoder", metavar="FOLDER", help="where the decoder is, if not where it was in training"
+    )
+    parser.add_argument(
+        "--quantise",
+        choices=("nf4", "int8", "none"),
+        help="hold the decoder in 4 or 8 bits, or in full; by default as in training",
     )
     add_allow(parser)
     _add_cache(parser)

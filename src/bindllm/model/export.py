@@ -1,0 +1,257 @@
+"""Merging an adapter into its decoder: a plain Hugging Face folder, for programs that know nothing of bindllm.
+
+What the adapter does to a text is folded into the weights (``W + scale * B A``, in float32, rounded once), so the
+logits of the folder are those of the checkpoint without media. Bind network and injection cannot be merged: no plain
+model has an input for media. The folder is no base for them either: injection kind ``value`` uses the decoder's own
+value projection, without the adapter, and that is no longer in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from bindllm import __version__
+from bindllm.atomic import atomic_folder, write_json
+from bindllm.checkpoint.card import licence_of
+from bindllm.checkpoint.folder import check_keys, read_manifest, read_weights
+from bindllm.errors import CheckpointError, InputError, known_names
+from bindllm.model.adapter import PREFIX, TARGETS, Adapter, AdapterConfig
+from bindllm.model.decoder import DTYPES, DecoderConfig, find_folder, load_decoder, load_tokenizer
+from bindllm.model.pretrained import read_configs, read_decoder
+
+RECORD = "bindllm_export.json"
+"""Tells an exported folder from others, and what it was made from."""
+
+# Settings of some families that give their projections the biases which the adapter has.
+_BIAS_SETTINGS = ("attention_bias", "mlp_bias")
+_SHARD = "5GB"
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was exported.
+
+    Attributes:
+        folder: the plain Hugging Face folder.
+        dtype: its precision.
+        num_merged: number of projections that an adapter was merged into.
+        num_replaced: number of tuned norms that took the place of the decoder's.
+        quantised: how the decoder was quantised in training, or None.
+    """
+
+    folder: Path
+    dtype: str
+    num_merged: int
+    num_replaced: int
+    quantised: str | None
+
+
+def export_decoder(
+    checkpoint: str | Path, output: str | Path, *, decoder: str | None = None, dtype: str | None = None
+) -> Export:
+    """Write decoder and adapter of a checkpoint as one plain Hugging Face folder, in one step; no GPU is needed.
+
+    The adapter is merged into the decoder's own files, also where training held them in 4 or 8 bits.
+
+    Args:
+        checkpoint: a checkpoint folder with an adapter; its encoders are not needed.
+        output: where the folder goes; an earlier export there is replaced, any other non-empty folder refused.
+        decoder: where the decoder is, if not at the place that the checkpoint names.
+        dtype: a name of `bindllm.model.decoder.DTYPES`; None: that of the decoder's files.
+
+    Raises:
+        CheckpointError: no adapter, biases that this family of decoders has no place for, another decoder, or a damaged
+            checkpoint.
+        InputError: an unknown dtype, or an output folder that holds something else.
+    """
+    output = Path(output)
+    _check_output(output, Path(checkpoint))
+    manifest = read_manifest(checkpoint)
+    adapter = read_configs(checkpoint, manifest)["adapter"]
+    config = read_decoder(checkpoint, manifest, decoder=decoder)
+    if adapter is None:
+        raise CheckpointError(
+            f"{checkpoint} has no adapter: its decoder is as it was, so {config.name} is the plain folder already. "
+            "What was trained, bind network and injection, has no place in one: "
+            f"BindLLM.from_pretrained({str(checkpoint)!r}) loads it"
+        )
+    plain = _plain_config(config, adapter, checkpoint)
+    of_files, dtype = _choose_dtypes(dtype, plain)
+    tokenizer = load_tokenizer(config)
+    network = load_decoder(replace(config, dtype=of_files, quantise=None), device="cpu")
+    tensors = {k: v for k, v in read_weights(checkpoint, manifest).items() if k.startswith(PREFIX)}
+    num_merged, num_replaced = merge(network, adapter, tensors, DTYPES[dtype], source=str(checkpoint))
+    _take_config(network, plain)
+    done = Export(output, dtype, num_merged, num_replaced, manifest["decoder"].get("quantise"))
+    with atomic_folder(output) as part:
+        network.save_pretrained(part, max_shard_size=_SHARD)
+        tokenizer.save_pretrained(part)
+        write_json(part / RECORD, _record(checkpoint, manifest, done))
+        (part / "README.md").write_text(_card(config, checkpoint, manifest, done), encoding="utf-8")
+    return done
+
+
+def merge(
+    decoder: PreTrainedModel,
+    config: AdapterConfig,
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    *,
+    source: str,
+) -> tuple[int, int]:
+    """Fold an adapter into a plain decoder.
+
+    Args:
+        decoder: without adapter, injection or quantisation; changed in place.
+        config: of the adapter.
+        tensors: the adapter's, by their names in a checkpoint.
+        dtype: the precision that the decoder gets.
+        source: where they are from, for the message.
+
+    Returns:
+        the numbers of merged projections and of replaced norms.
+
+    Raises:
+        CheckpointError: tensors that do not fit, or that are not finite.
+    """
+    parameters = Adapter(decoder, config).parameters()
+    check_keys(parameters, dict(tensors), source=source)
+    num_merged = num_replaced = 0
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+        for name, module in list(decoder.named_modules()):
+            parts = dict(module.named_children())
+            if "lora_A" in parts:
+                decoder.set_submodule(name, _merged(module, name, source).to(dtype))
+                num_merged += 1
+            elif "modules_to_save" in parts:
+                (norm,) = module.modules_to_save.values()
+                decoder.set_submodule(name, norm)
+                num_replaced += 1
+    decoder.to(dtype).requires_grad_(False)
+    return num_merged, num_replaced
+
+
+def _merged(layer: nn.Module, name: str, source: str) -> nn.Linear:
+    """Return the projection with what the adapter adds to it, in float32: it is rounded once, when all is added."""
+    linear = layer.get_base_layer().float()
+    if linear.bias is None and any(layer.lora_bias.values()):
+        linear.bias = nn.Parameter(torch.zeros(linear.out_features))
+    try:
+        layer.merge(safe_merge=True)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{source}: the adapter of {name} is not finite, so the run that wrote it had failed already; export an "
+            "earlier checkpoint"
+        ) from error
+    return linear
+
+
+def _plain_config(config: DecoderConfig, adapter: AdapterConfig, checkpoint: str | Path) -> PretrainedConfig:
+    """Return the config of the merged decoder: with the biases of the adapter, where the family has them.
+
+    Raises:
+        CheckpointError: it has not, or its files are quantised.
+    """
+    folder = find_folder(config)
+    plain = AutoConfig.from_pretrained(folder)
+    if plain.to_dict().get("quantization_config"):
+        raise CheckpointError(
+            f"the files of {config.name} are quantised themselves: nothing can be merged into them. Load the "
+            "checkpoint as it is (BindLLM.from_pretrained)"
+        )
+    if not adapter.bias:
+        return plain
+    for part in (plain, plain.get_text_config()):
+        for setting in _BIAS_SETTINGS:
+            if setting in part.to_dict():
+                setattr(part, setting, True)
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(plain)
+    lacking = {
+        kind: None
+        for name, module in network.named_modules()
+        if (kind := name.rpartition(".")[2]) in TARGETS and module.bias is None
+    }
+    if lacking:
+        raise CheckpointError(
+            f"the adapter of {checkpoint} has biases for all projections, and a plain {type(network).__name__} has "
+            f"none for {', '.join(lacking)}, nor a setting for them: there is no place to merge them into. Load the "
+            f"checkpoint as it is (BindLLM.from_pretrained, or peft with {Path(checkpoint) / 'adapter'} on the plain "
+            "decoder), or train with model.adapter.bias: false, which can be merged into every decoder"
+        )
+    return plain
+
+
+def _take_config(network: PreTrainedModel, plain: PretrainedConfig) -> None:
+    """Give a merged decoder the settings that its biases need, and check that they are all it has."""
+    for own, other in ((network.config, plain), (network.config.get_text_config(), plain.get_text_config())):
+        for setting in _BIAS_SETTINGS:
+            if setting in other.to_dict():
+                setattr(own, setting, getattr(other, setting))
+    with torch.device("meta"):
+        expected = AutoModelForCausalLM.from_config(network.config).state_dict()
+    check_keys(expected, network.state_dict(), source="the merged decoder")
+
+
+def _record(checkpoint: str | Path, manifest: dict[str, Any], done: Export) -> dict[str, Any]:
+    """Return what tells an exported folder from others, and where it is from."""
+    return {
+        "bindllm": __version__,
+        "checkpoint": str(checkpoint),
+        "decoder": manifest["decoder"],
+        "adapter": manifest["adapter"],
+        "adapter_sha256": manifest.get("adapter_sha256"),
+        "dtype": done.dtype,
+        "left_out": ["bind network", "injection"],
+    }
+
+
+def _card(config: DecoderConfig, checkpoint: str | Path, manifest: dict[str, Any], done: Export) -> str:
+    """Return the text of the folder's model card."""
+    name = config.name.rstrip("/").rsplit("/", 1)[-1]
+    sentences = [
+        f"A plain Hugging Face folder: `{config.name}` (licence: {licence_of(config.name)}) with the adapter of the "
+        f"bindllm checkpoint `{Path(checkpoint).name}` merged into it: {done.num_merged} projections, "
+        f"{done.num_replaced} norms, {done.dtype}.",
+    ]
+    if done.quantised:
+        sentences.append(f"Training held the decoder in {done.quantised}; this is the full one.")
+    sentences += [
+        "It reads text alone. The bind network and the injection, which bring pictures, sounds and other media in, are "
+        "not part of it and cannot be put on top of it: for media, load the checkpoint with bindllm "
+        "(`BindLLM.from_pretrained`).",
+    ]
+    if manifest.get("origin"):
+        sentences.append(manifest["origin"])
+    return "\n\n".join([f"# {name}, tuned", *sentences]) + "\n"
+
+
+def _choose_dtypes(asked: str | None, plain: PretrainedConfig) -> tuple[str, str]:
+    """Return the precision of the decoder's files, and the one that is written."""
+    if asked is not None and asked not in DTYPES:
+        raise InputError(f"unknown dtype {asked!r}. {known_names(asked, DTYPES)}")
+    of_files = str(plain.dtype).removeprefix("torch.")
+    of_files = of_files if of_files in DTYPES else "float32"
+    return of_files, asked or of_files
+
+
+def _check_output(output: Path, checkpoint: Path) -> None:
+    """Refuse a folder that holds anything but an earlier export, before the decoder is loaded."""
+    if output.resolve() in (Path.cwd(), checkpoint.resolve()):
+        raise InputError(f"{output} cannot be the output: name a folder that is not there yet")
+    if not output.exists() or (output / RECORD).is_file():
+        return
+    if not output.is_dir() or any(output.iterdir()):
+        raise InputError(
+            f"{output} exists and is no earlier export (no {RECORD}); nothing was written. Choose another folder or "
+            "empty it"
+        )

@@ -1,0 +1,39 @@
+"""docs/adapters.md: its table is that of the code, its recipe keys are read, its commands understood."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from bindllm.model.adapter import AdapterConfig
+from bindllm.model.decoder import DecoderConfig
+from bindllm.verbs.generate import _read_arguments
+
+PAGE = (Path(__file__).parents[1] / "docs/adapters.md").read_text(encoding="utf-8")
+
+
+def test_the_table_has_every_key_with_its_default():
+    rows = re.findall(r"^\| `(\w+)` \| `?(\w+)`? \|", PAGE, flags=re.MULTILINE)
+    defaults = {field.name: str(field.default).lower() for field in fields(AdapterConfig)}
+    # Where nothing is said it is the rank, and the code says None.
+    assert dict(rows) == {**defaults, "alpha": "rank"}
+
+
+def test_its_recipe_keys_are_read():
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--decoder", type=DecoderConfig | None)
+    parser.add_argument("--adapter", type=AdapterConfig | None)
+    blocks = re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        model = yaml.safe_load(block)["model"]
+        parser.parse_object({name: model[name] for name in ("decoder", "adapter") if name in model})
+
+
+def test_its_commands_are_understood():
+    assert _read_arguments(["folder", "--quantise", "none"])[0].quantise == "none"
+    assert "bindllm generate folder --quantise none" in PAGE
