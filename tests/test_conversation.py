@@ -2,7 +2,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from bindllm.conversation import Conversation, Message, render
+from bindllm import conversation as conversation_module
+from bindllm.conversation import Conversation, Message, check_vocabulary, render
 from bindllm.errors import DecoderError, InputError
 from bindllm.media import Media
 from tiny import TEMPLATE, tiny_tokenizer
@@ -234,7 +235,7 @@ def test_conversations_that_cannot_be_rendered():
 
 def test_templates_that_cannot_be_used_say_why():
     conversation = talk(("u", A), ("u", B), ("a", "y"))
-    with pytest.raises(DecoderError, match="no chat template"):
+    with pytest.raises(DecoderError, match=r"no chat template.*chat_template\.jinja.*template: alpaca"):
         render(conversation, tokenizer_with(None))
     with pytest.raises(DecoderError, match="renders what comes before message 2 differently"):
         render(conversation, tokenizer_with(REWRITES_ALL))
@@ -251,3 +252,51 @@ def test_template_that_rewrites_earlier_answers():
         "....................xx.....................xxx.",
         "0000000000000000000000" + "1" * 25,
     )
+
+
+def test_tokens_beyond_the_embedding_are_named_where_they_can_occur():
+    tokenizer = tiny_tokenizer()
+    check_vocabulary(tokenizer, 259)
+    with pytest.raises(
+        DecoderError, match=r"256 token embeddings, .* 3 tokens an id beyond them: .* \(256\)"
+    ):
+        check_vocabulary(tokenizer, 256)
+    # As Gemma 3 does: a control token that no text spells and no template writes.
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    check_vocabulary(tokenizer, 259)
+    tokenizer.pad_token = "<image>"
+    with pytest.raises(DecoderError, match=r"'<image>' \(259\)\. .*take pad_token out"):
+        check_vocabulary(tokenizer, 259)
+    # A word that texts do spell.
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([AddedToken("<think>", special=False)])
+    with pytest.raises(DecoderError, match=r"1 tokens an id beyond them: '<think>'"):
+        check_vocabulary(tokenizer, 259)
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, WITH_DEFAULT_SYSTEM, IN_BRACKETS, REWRITES_ANSWERS])
+@pytest.mark.parametrize("asks_again", [False, True])
+def test_many_answers_are_found_where_rendering_each_prefix_finds_them(monkeypatch, template, asks_again):
+    # Texts that look like headers, are empty, or repeat.
+    texts = ["assistant\n", "user", "assistant\n", "|>assistant\n", "a", "\nassistant\n", "a", "a"]
+    turns = [(role, text) for text, role in zip(texts, "uauauaua", strict=True)]
+    conversation = talk(("s", "S"), *turns, *[("u", "assistant\n")] * asks_again)
+    tokenizer, calls = tokenizer_with(template), []
+    found = render(conversation, tokenizer, answer_follows=asks_again)
+    with monkeypatch.context() as patch:
+        patch.setattr(conversation_module.re, "finditer", lambda *_: calls.append(1) or [])
+        rendered = render(conversation, tokenizer, answer_follows=asks_again)
+    # Without a header there is nothing to look for.
+    assert len(calls) == (template != IN_BRACKETS)
+    assert found == rendered
+    assert len(found.answers) == 4
+
+
+def test_the_time_for_many_answers_does_not_grow_with_their_square(monkeypatch):
+    tokenizer, calls = tiny_tokenizer(), []
+    apply = tokenizer.apply_chat_template
+    monkeypatch.setattr(
+        tokenizer, "apply_chat_template", lambda *args, **options: calls.append(1) or apply(*args, **options)
+    )
+    render(talk(*[("u", "q"), ("a", "x")] * 20), tokenizer)
+    assert len(calls) == 3

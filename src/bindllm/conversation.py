@@ -7,8 +7,9 @@ training and in generation. The media index is the routing rule of the injection
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, get_args
@@ -23,6 +24,8 @@ Role = Literal["system", "user", "assistant"]
 
 WORD_JOINER = "\u2060"
 NO_MEDIA = -1
+INPUT_HEADER = "\n\n### Input:\n"
+"""What stands between instruction and input in one user message, in the public Alpaca texts."""
 
 
 @dataclass(frozen=True)
@@ -98,18 +101,26 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Rendered:
-    """The tokens of a conversation; the three lists have one entry per token.
+    """The tokens of a conversation.
 
     Args:
-        input_ids: token ids.
-        supervised: true for what the model shall learn to say: the text of each assistant message and the
-            token that ends it.
-        media_index: the media group that speaks to the token, or -1 everywhere when there is no media.
+        input_ids: token ids, [T].
+        media_index: the media group that speaks to the token, or -1 everywhere when there is no media, [T].
+        answers: first token and token after the last of what the model shall learn to say: the text of each
+            assistant message and the token that ends it.
     """
 
     input_ids: list[int]
-    supervised: list[bool]
     media_index: list[int]
+    answers: list[tuple[int, int]]
+
+    @property
+    def supervised(self) -> list[bool]:
+        """True for the tokens of all answers, [T]."""
+        supervised = [False] * len(self.input_ids)
+        for start, stop in self.answers:
+            supervised[start:stop] = [True] * (stop - start)
+        return supervised
 
 
 def render(
@@ -138,7 +149,7 @@ def render(
         >>> render(Conversation((Message("user", "Hi"),)), tokenizer).input_ids  # doctest: +SKIP
         [1, 9690, 198, ...]
     """
-    _check_tokenizer(tokenizer)
+    check_tokenizer(tokenizer)
     messages = conversation.messages
     _check_roles(messages, answer_follows=answer_follows)
     control = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -148,12 +159,12 @@ def render(
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, starts = encoded["input_ids"], _token_starts(encoded["offset_mapping"])
 
-    def first_token(turn: int, *, header: bool = False) -> int | None:
-        """First token after the first ``turn`` messages (and the header of an answer)."""
-        prefix = _apply_template(tokenizer, turns[:turn], header=header)
-        return bisect_left(starts, len(prefix)) if text.startswith(prefix) else None
+    def first_token(place: int | None) -> int | None:
+        """First token that starts at a place in the text or after it."""
+        return None if place is None else bisect_left(starts, place)
 
-    supervised = [False] * len(ids)
+    answer_places = _answer_places(tokenizer, turns, text, control)
+    answers = []
     media_index = [0 if conversation.media_groups else NO_MEDIA] * len(ids)
     group, answer_end, control_ids = -1, None, set(control.values())
     for turn, message in enumerate(messages):
@@ -162,15 +173,15 @@ def render(
             # Everything ahead of the first group belongs to it already. Some templates (Qwen3) render an answer
             # differently once it is no longer the last one; what follows it starts after its end token.
             if group > 0:
-                first = first_token(turn)
+                first = first_token(_place(tokenizer, turns[:turn], text))
                 first = _found(answer_end if first is None else first, turn, tokenizer)
                 media_index[first:] = [group] * (len(ids) - first)
         answer_end = None
         if message.role == "assistant":
-            first = _found(first_token(turn, header=True), turn, tokenizer)
+            first = _found(first_token(answer_places[turn]), turn, tokenizer)
             answer_end = _answer_end(ids, first, control_ids)
-            supervised[first:answer_end] = [True] * (answer_end - first)
-    return Rendered(ids, supervised, media_index)
+            answers.append((first, answer_end))
+    return Rendered(ids, media_index, answers)
 
 
 def _check_unicode(text: str) -> None:
@@ -180,7 +191,12 @@ def _check_unicode(text: str) -> None:
         raise InputError(f"the text {text!r} is not valid Unicode (half of a surrogate pair)") from error
 
 
-def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make sure that conversations can be rendered.
+
+    Raises:
+        DecoderError: no offsets, or no chat template.
+    """
     if not tokenizer.is_fast:
         raise DecoderError(
             f"{type(tokenizer).__name__} gives no character offsets, which the loss mask needs; "
@@ -188,8 +204,38 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
         )
     if not tokenizer.chat_template:
         raise DecoderError(
-            f"the tokenizer {tokenizer.name_or_path!r} has no chat template; use an instruction-tuned "
-            "decoder, or put a chat_template.jinja into its folder"
+            f"the tokenizer {tokenizer.name_or_path!r} has no chat template; use an instruction-tuned decoder, put a "
+            "chat_template.jinja into its folder, or give a base model the text template of the released "
+            "ImageBind-LLM (model.decoder.template: alpaca)"
+        )
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, num_embeddings: int) -> None:
+    """Make sure that a decoder has an embedding for every token that can occur.
+
+    Some tokenizers list control tokens for which the weights have no row. That does no harm where neither padding nor
+    the chat template uses them: texts cannot spell control tokens.
+
+    Args:
+        tokenizer: with a chat template.
+        num_embeddings: rows of the decoder's token embedding.
+
+    Raises:
+        DecoderError: tokens beyond the embedding; they are named.
+    """
+    words = {token: i for token, i in tokenizer.get_vocab().items() if i >= num_embeddings}
+    if not words:
+        return
+    exchange = Conversation((Message("user", "?"), Message("assistant", "!")))
+    used = {tokenizer.pad_token_id, tokenizer.eos_token_id, *render(exchange, tokenizer).input_ids}
+    control = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    beyond = sorted((i, token) for token, i in words.items() if i in used or i not in control)
+    if beyond:
+        named = ", ".join(f"{token!r} ({i})" for i, token in beyond[:5])
+        raise DecoderError(
+            f"the decoder has {num_embeddings:,} token embeddings, and its tokenizer gives {len(beyond):,} tokens an "
+            f"id beyond them: {named}{', ...' * (len(beyond) > 5)}. Use the tokenizer that came with these weights; "
+            "where only the padding token is named, take pad_token out of tokenizer_config.json"
         )
 
 
@@ -224,6 +270,34 @@ def _apply_template(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, st
         raise InputError(
             f"the chat template of {tokenizer.name_or_path!r} refuses messages of the roles {roles}: {error}"
         ) from error
+
+
+def _place(
+    tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], text: str, *, header: bool = False
+) -> int | None:
+    """Where the first messages (and the header of an answer) end in the text; None: it starts otherwise."""
+    prefix = _apply_template(tokenizer, turns, header=header)
+    return len(prefix) if text.startswith(prefix) else None
+
+
+def _answer_places(
+    tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], text: str, control: Iterable[str]
+) -> dict[int, int | None]:
+    """Where in the text each answer starts, by its turn; None where what comes before it is rendered differently."""
+    answers = [turn for turn, message in enumerate(turns) if message["role"] == "assistant"]
+    places = {turn: _place(tokenizer, turns[:turn], text, header=True) for turn in answers[:1]}
+    if len(answers) > 2 and (first := places[answers[0]]) is not None:
+        # To render what comes before each single answer takes a time that grows with the square of their number. A
+        # header with a control token can be looked for instead: no message spells one.
+        before = _place(tokenizer, turns[: answers[0]], text)
+        header = "" if before is None else text[before:first]
+        if any(token in header for token in control):
+            ends = [match.end() for match in re.finditer(re.escape(header), text) if match.start() >= first]
+            # One at the very end waits for an answer.
+            ends = [end for end in ends if end < len(text)]
+            if len(ends) == len(answers) - 1:
+                return places | dict(zip(answers[1:], ends, strict=True))
+    return places | {turn: _place(tokenizer, turns[:turn], text, header=True) for turn in answers[1:]}
 
 
 def _found(token: int | None, turn: int, tokenizer: PreTrainedTokenizerBase) -> int:

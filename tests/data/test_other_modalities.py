@@ -50,7 +50,7 @@ def test_the_column_is_called_like_the_modality(tmp_path):
     rows, report = read_source(SourceConfig(str(folder), modality="radar"))
     assert {split: len(part) for split, part in rows.items()} == {"train": 8, "validation": 2, "test": 2}
     assert rows["train"][0].media == (Media("radar", str(folder / "4.npy")),)
-    assert report.counted == "12 radar media"
+    assert report.counted == "12 radar media, 12 captions"
     with pytest.raises(InputError, match=r"no column 'image'"):
         read_source(SourceConfig(str(folder)))
     (folder / "5.npy").unlink()
@@ -98,7 +98,7 @@ def recipe(tmp_path, monkeypatch):
 
 def test_a_recipe_trains_on_radar_and_answers(recipe, capsys):
     assert run("check", recipe) == 0
-    assert "radar: 12 radar media, 8 train, 2 validation, 2 test" in capsys.readouterr().out
+    assert "radar: 12 radar media, 12 captions; 8 train, 2 validation, 2 test" in capsys.readouterr().out
     assert run("fit", recipe) == 0
     store = EmbeddingStore.for_encoder("data/store", SpectrumEncoder())
     assert len(store) == 12

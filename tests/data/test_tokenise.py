@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 
 from bindllm.conversation import Conversation, Message, render
-from bindllm.data.preview import preview_lines
 from bindllm.data.tokenise import IGNORE, tokenise
 from bindllm.errors import InputError
 from bindllm.media import Media
@@ -99,16 +98,3 @@ def test_text_only_conversation_has_no_media(tokenizer):
 def test_conversation_without_answer_is_refused(tokenizer):
     with pytest.raises(InputError, match="no answer"):
         tokenise(Conversation((Message("user", [A, "Hi"]),)), tokenizer, 100)
-
-
-def test_preview_marks_what_is_learnt_and_which_media_speaks(tokenizer):
-    assert preview_lines(tokenise(TWO, tokenizer, WHOLE - 1), tokenizer) == [
-        ": 50 tokens, 8 to learn, answer cut",
-        "  media 0  given  '<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n'",
-        "  media 0  learnt 'yoyo<|im_end|>'",
-        "  media 0  given  '\\n'",
-        "  media 1  given  '<|im_start|>user\\n2<|im_end|>\\n<|im_start|>assistant\\n'",
-        "  media 1  learnt 'xy<|im_end|>'",
-        "  media 0: a.png",
-        "  media 1: b.png",
-    ]

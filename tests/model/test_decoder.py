@@ -10,7 +10,7 @@ from bindllm.model.decoder import (
     load_decoder,
     load_tokenizer,
 )
-from tiny import save_tiny_decoder, tiny_decoder
+from tiny import save_tiny_decoder, tiny_decoder, tiny_tokenizer
 
 
 def test_a_loaded_decoder_is_frozen_and_in_eval_mode(tmp_path):
@@ -20,6 +20,27 @@ def test_a_loaded_decoder_is_frozen_and_in_eval_mode(tmp_path):
     assert not any(parameter.requires_grad for parameter in decoder.parameters())
     assert not any(module.training for module in decoder.modules())
     assert load_tokenizer(DecoderConfig(str(tmp_path / "d"))).pad_token_id == 0
+
+
+def test_tokenizers_that_lack_something_name_the_remedy(tmp_path):
+    tokenizer, folder = tiny_tokenizer(), save_tiny_decoder(tmp_path / "d")
+    config = DecoderConfig(str(folder))
+
+    def load(**changes):
+        for name, value in changes.items():
+            setattr(tokenizer, name, value)
+        for file in folder.glob("*token*"):
+            file.unlink()
+        (folder / "chat_template.jinja").unlink(missing_ok=True)
+        tokenizer.save_pretrained(folder)
+        return load_tokenizer(config)
+
+    # Padding is masked: the end token will do.
+    assert load(pad_token=None).pad_token == "<|im_end|>"
+    with pytest.raises(DecoderError, match="no chat template.*template: alpaca"):
+        load(chat_template=None)
+    with pytest.raises(DecoderError, match="neither a padding nor an end token; name .* eos_token"):
+        load(eos_token=None)
 
 
 @pytest.mark.parametrize("amx", [True, False])

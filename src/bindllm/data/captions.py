@@ -2,38 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from bindllm.data.formats.parsed import leave_out
+from bindllm.data.formats.place import RowError, find_file, folder_of, media_key, read_media
 from bindllm.data.report import SourceReport
-from bindllm.data.tables import NOT_UTF8, READERS, read_table
+from bindllm.data.source_config import SPLITS, Columns
+from bindllm.data.tables import NOT_UTF8, READERS, is_table, read_table
+from bindllm.data.texts import clean_caption, is_visible
 from bindllm.errors import InputError, known_names
 
-SPLITS = ("train", "validation", "test")
 PICTURE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".svg"))
 TABLE_NAME = "captions"
-
-_BYTE_ORDER_MARK = "\ufeff"
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Names of the columns of a table.
-
-    Args:
-        image: path of the picture, relative to the folder of the table. In a source of another modality the column
-            is called like the modality, unless this says otherwise; for ``text`` it holds the text itself.
-        caption: a text or, in JSON Lines and Parquet, a list of texts.
-        split: train, validation or test; a table may lack this column. None: it is not looked at.
-    """
-
-    image: str = "image"
-    caption: str = "caption"
-    split: str | None = "split"
 
 
 @dataclass
@@ -41,13 +24,14 @@ class CaptionedPicture:
     """One picture, or media of another modality, and all that is said about it.
 
     Args:
-        file: path of the picture, or the text itself.
-        key: path of the picture as the source writes it, or the text, which decides on its split.
+        file: path of the picture, its content where the table holds it, or the text itself.
+        key: path of the picture as the source writes it, the hash of its content, or the text; it decides on its
+            split.
         split: the split that the source gives it, if any.
         captions: what is said about it, each caption once, with the name of its row.
     """
 
-    file: str
+    file: str | bytes
     key: str
     split: str | None
     captions: dict[str, str] = field(default_factory=dict)
@@ -56,7 +40,7 @@ class CaptionedPicture:
 class _Row(NamedTuple):
     """One row of a source as it is written there; parts that are not texts are found out later."""
 
-    file: str
+    file: str | bytes
     key: str
     split: str | None
     name: str
@@ -64,26 +48,35 @@ class _Row(NamedTuple):
 
 
 def read_captions(
-    path: Path, report: SourceReport, columns: Columns, modality: str = "image"
+    path: str | Path,
+    report: SourceReport,
+    columns: Columns,
+    modality: str = "image",
+    *,
+    root: str | None = None,
 ) -> list[CaptionedPicture]:
     """Read a folder or a table of captioned pictures; rows of the same picture are joined.
 
     Args:
-        path: a table; a folder with a table ``captions.jsonl``, ``.csv``, ``.tsv`` or ``.parquet``; or a folder
-            of pictures, at any depth, each with a text file of the same name that has one caption a line. For other
-            modalities any file with such a text file beside it counts.
+        path: a table; a folder with a table ``captions.*``; or a folder of pictures, at any depth, each with a text
+            file of the same name that has one caption a line. For other modalities any file with such a text file
+            beside it counts.
         report: counts what is left out.
         columns: what the columns of a table are called.
         modality: what the files are.
+        root: folder that the paths in a table are relative to; that of the table where this is not given.
 
     Raises:
         InputError: neither of these, or a table without these columns.
     """
-    table = find_table(path)
+    table = path if is_table(path) else find_table(Path(path))
     pictures: dict[str, CaptionedPicture] = {}
     if table and modality != "image" and columns.image == Columns.image:
         columns = replace(columns, image=modality)
-    rows = _table_rows(table, report, columns, modality) if table else _folder_rows(path, report, modality)
+    if table:
+        rows = _table_rows(table, report, columns, modality, folder_of(table) if root is None else root)
+    else:
+        rows = _folder_rows(Path(path), report, modality)
     for row in rows:
         picture = pictures.setdefault(row.key, CaptionedPicture(row.file, row.key, row.split))
         _join(picture, row, report)
@@ -120,49 +113,23 @@ def require_table(path: Path) -> Path:
     return table
 
 
-def clean_caption(text: str) -> tuple[str, bool]:
-    """Return a caption in Unicode form NFC, on one line, without control characters, and whether it had any.
-
-    Joiners stay: emoji sequences and several scripts are spelled with them.
-
-    Example:
-        >>> clean_caption(" a red  square ")
-        ('a red square', False)
-    """
-    kept = "".join(letter for letter in text if letter.isspace() or not _is_control(letter))
-    words = " ".join(unicodedata.normalize("NFC", kept).split())
-    return words, len(kept) < len(text)
-
-
-def _is_control(letter: str) -> bool:
-    return letter == _BYTE_ORDER_MARK or unicodedata.category(letter) in ("Cc", "Cs")
-
-
-def _is_visible(text: str) -> bool:
-    return any(unicodedata.category(letter) not in ("Cf", "Zs") for letter in text)
-
-
-def _table_rows(table: Path, report: SourceReport, columns: Columns, modality: str) -> Iterator[_Row]:
+def _table_rows(
+    table: str | Path, report: SourceReport, columns: Columns, modality: str, root: str
+) -> Iterator[_Row]:
     """Yield the rows of a table whose picture is there."""
-    thing = "picture" if modality == "image" else f"{modality} file"
     for name, record in read_table(table, (columns.image, columns.caption), report.skipped):
         image, captions = record[columns.image], record[columns.caption]
         split = (record.get(columns.split) if columns.split else None) or None
-        if not isinstance(image, str) or not image.strip():
-            report.skipped.add("no text" if modality == "text" else f"no path of a {thing}", name)
-            continue
         captions = captions or [None] if isinstance(captions, list) else [captions]
+        try:
+            media = read_media(modality, image, lambda path: find_file(root, modality, path))
+        except RowError as error:
+            leave_out(error, name, report.skipped)
+            continue
         if split is not None and split not in SPLITS:
             report.skipped.add(f"unknown split {split!r}. {known_names(str(split), SPLITS)}", name)
             continue
-        if modality == "text":
-            yield _Row(image, image, split, name, captions)
-            continue
-        file = os.path.join(table.parent, image)
-        if not os.path.isfile(file):
-            report.skipped.add(f"no such {thing}", f"{name}: {image}")
-            continue
-        yield _Row(file, os.path.normpath(image), split, name, captions)
+        yield _Row(media.source, media_key(media, root), split, name, captions)
 
 
 def _folder_rows(folder: Path, report: SourceReport, modality: str) -> Iterator[_Row]:
@@ -213,7 +180,7 @@ def _join(picture: CaptionedPicture, row: _Row, report: SourceReport) -> None:
             continue
         caption, had_control = clean_caption(caption)
         report.control_characters += had_control
-        if not _is_visible(caption):
+        if not is_visible(caption):
             report.skipped.add("empty caption", row.name)
         elif caption in picture.captions:
             report.skipped.add("same picture and caption as an earlier row", row.name)

@@ -2,32 +2,131 @@
 
 from __future__ import annotations
 
-from itertools import groupby
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby, zip_longest
 
+from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from bindllm.data.tokenise import IGNORE, Sample
+from bindllm.data.rows import Row
+from bindllm.data.tokenise import IGNORE, Sample, make_sample
+from bindllm.errors import InputError
+
+GOOD, BAD = "bold green", "bold red"
+"""Colours of what is learnt, and of what is learnt not to be said."""
+GROUPS = ("cyan", "magenta", "yellow", "blue")
+"""Colours of the media groups, in turn."""
+NO_GROUP, CONTROL = "dim", "dim"
 
 
-def preview_lines(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    r"""Return a title and a line for each stretch of tokens with the same media and the same use.
+def legend() -> Text:
+    """Return a line that explains words and colours of `preview_lines`."""
+    return Text.assemble(
+        "rows as the model sees them: given to read, ",
+        ("learnt", GOOD),
+        " to say (of preferences: ",
+        ("chosen", GOOD),
+        " or ",
+        ("wanted", GOOD),
+        ", ",
+        ("rejected", BAD),
+        " or ",
+        ("unwanted", BAD),
+        "); ",
+        *[(f"media {group}, ", colour) for group, colour in enumerate(GROUPS[:2])],
+        "...: what speaks to the tokens",
+    )
+
+
+def preview_rows(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, *, number: int
+) -> Iterator[Text]:
+    """Yield the lines of a few rows, the first of each source, then the second of each, and so on.
+
+    Args:
+        rows: of all sources.
+        tokenizer: of the decoder.
+        max_length: most tokens of a row.
+        number: rows to show.
+    """
+    by_source: dict[int, list[Row]] = {}
+    for row in rows:
+        first = by_source.setdefault(row.source, [])
+        if len(first) < number:
+            first.append(row)
+    in_turn = [row for turn in zip_longest(*by_source.values()) for row in turn if row is not None]
+    for row in in_turn[:number]:
+        try:
+            sample = make_sample(row, tokenizer, max_length)
+        except InputError as error:
+            yield Text(f"{row.name}: left out ({error})")
+        else:
+            yield from preview_lines(sample, tokenizer)
+
+
+def preview_lines(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[Text]:
+    r"""Return a title, a line for each stretch of tokens with the same media and the same use, and the media.
+
+    The words alone tell everything that the colours do. Letters that cannot be seen are written as in Python. Of a
+    preference pair the worse answer follows the better one.
 
     Example:
-        >>> preview_lines(sample, tokenizer)  # doctest: +SKIP
-        ['captions.jsonl line 1: 27 tokens, 4 to learn, cut: no',
+        >>> [line.plain for line in preview_lines(sample, tokenizer)]  # doctest: +SKIP
+        ['captions.jsonl line 1: 27 tokens, 4 to learn',
          "  media 0  given  '<|im_start|>user\nDescribe this image.<|im_end|>\n<|im_start|>assistant\n'",
-         "  media 0  learnt 'red square<|im_end|>'"]
+         "  media 0  learnt 'red square<|im_end|>'",
+         '  media 0: a.png']
     """
-    lines = [
-        f"{sample.name}: {len(sample.input_ids)} tokens, {sample.num_supervised} to learn"
-        f"{', answer cut' if sample.truncated else ''}"
-    ]
-    learnt = (sample.labels != IGNORE).tolist()
-    tokens = zip(sample.media_index.tolist(), learnt, sample.input_ids.tolist(), strict=True)
-    for (group, is_learnt), stretch in groupby(tokens, key=lambda token: token[:2]):
-        text = tokenizer.decode([token[2] for token in stretch])
-        media = "no media" if group < 0 else f"media {group} "
-        lines.append(f"  {media} {'learnt' if is_learnt else 'given '} {text!r}")
+    good, bad = "learnt", "rejected"
+    if sample.rejected is not None:
+        good = "chosen"
+    elif sample.desirable is not None:
+        good = "wanted" if sample.desirable else "unwanted"
+    lines = [Text(_title(sample), "bold")]
+    lines += _stretches(sample, tokenizer, learnt=good, style=BAD if good == "unwanted" else GOOD)
+    if sample.rejected is not None:
+        rejected, start = sample.rejected, sample.rejected.prompt_length
+        lines += _stretches(rejected, tokenizer, learnt=bad, style=BAD, start=start)
     for number, group in enumerate(sample.media):
-        lines.append(f"  media {number}: {', '.join(media.name for media in group)}")
+        lines.append(Text(f"  media {number}: {', '.join(media.name for media in group)}", _colour(number)))
     return lines
+
+
+def _title(sample: Sample) -> str:
+    """Say how long a row is, and what of it did not fit."""
+    kept, answers = sample.num_answers, sum(m.role == "assistant" for m in sample.conversation.messages)
+    judged = sample.rejected is not None or sample.desirable is not None
+    parts = [f"{len(sample.input_ids):,} tokens, {sample.num_supervised:,} to learn"]
+    if sample.rejected is not None:
+        parts[0] += f" or {sample.rejected.num_supervised:,} not to"
+    if kept > 1:
+        parts[0] += f" in {kept} answers"
+    if sample.truncated:
+        parts.append(
+            "answer cut" if judged or kept == answers else f"{answers - kept} of {answers} answers left out"
+        )
+    if sample.type:
+        parts.append(f"type {sample.type}")
+    return f"{sample.name}: {', '.join(parts)}"
+
+
+def _stretches(
+    sample: Sample, tokenizer: PreTrainedTokenizerBase, *, learnt: str, style: str, start: int = 0
+) -> Iterable[Text]:
+    """Yield a line for each stretch of tokens from ``start`` on that have the same media and the same use."""
+    control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    is_learnt = (sample.labels != IGNORE).tolist()
+    tokens = list(zip(sample.media_index.tolist(), is_learnt, sample.input_ids.tolist(), strict=True))
+    for (group, teaches), stretch in groupby(tokens[start:], key=lambda token: token[:2]):
+        text = tokenizer.decode([token[2] for token in stretch], clean_up_tokenization_spaces=False)
+        media = "no media" if group < 0 else f"media {group} "
+        use = learnt if teaches else "given"
+        shown = Text(repr(text), style if teaches else "")
+        shown.highlight_words(control, CONTROL)
+        yield Text.assemble(
+            "  ", (media, _colour(group)), " ", (f"{use:6}", style if teaches else ""), " ", shown
+        )
+
+
+def _colour(group: int) -> str:
+    return NO_GROUP if group < 0 else GROUPS[group % len(GROUPS)]

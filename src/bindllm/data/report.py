@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+if TYPE_CHECKING:
+    from bindllm.data.rows import Row
+    from bindllm.media import Media
+
 MAX_EXAMPLES = 3
+NOT_UTF8 = "not UTF-8 text"
+"""Why a row of a table was left out."""
 
 
 @dataclass
@@ -58,11 +66,17 @@ class SourceReport:
 
     Args:
         path: the source.
-        pictures: pictures (or media of another modality) with at least one caption.
-        captions: captions of these pictures.
+        pictures: different pictures (or media of another modality) of its rows.
+        captions: its rows; of the format caption, one for each caption.
         skipped: rows left out.
         control_characters: captions from which control characters were removed.
         modality: what the source is of.
+        format: how its rows were read.
+        shards: of a source that is streamed for training; its samples are counted in `StreamReport`.
+        media: different media by modality.
+        answers: answers of all rows; a conversation may have several.
+        pairs: rows with a worse answer beside the better one.
+        text_only: rows without media.
     """
 
     path: str
@@ -71,16 +85,96 @@ class SourceReport:
     skipped: Skipped = field(default_factory=Skipped)
     control_characters: int = 0
     modality: str = "image"
+    format: str = "caption"
+    shards: int = 0
+    media: dict[str, int] = field(default_factory=dict)
+    answers: int = 0
+    pairs: int = 0
+    text_only: int = 0
+
+    def count(self, rows: Iterable[Row]) -> None:
+        """Count the rows that the source gives, of all splits together."""
+        found: dict[Media, None] = {}
+        for row in rows:
+            media = row.media
+            found.update(dict.fromkeys(media))
+            self.captions += 1
+            self.answers += sum(message.role == "assistant" for message in row.conversation.messages)
+            self.pairs += row.rejected is not None
+            self.text_only += not media
+        self.media = dict(Counter(media.modality for media in found))
+        self.pictures = len(found)
 
     @property
     def counted(self) -> str:
-        """How many media there are, in words.
+        """What there is, in words.
 
         Example:
-            >>> SourceReport("sweeps", pictures=1200, modality="radar").counted
-            '1,200 radar media'
+            >>> SourceReport("sweeps", pictures=1200, captions=1300, modality="radar").counted
+            '1,200 radar media, 1,300 captions'
+            >>> SourceReport("talks", captions=90, format="llava", answers=200, media={"image": 80}).counted
+            '90 rows (llava), 200 answers, 80 pictures'
         """
-        return f"{self.pictures:,} {'pictures' if self.modality == 'image' else f'{self.modality} media'}"
+        if self.shards:
+            return f"{self.shards:,} shards, streamed"
+        if self.format == "caption":
+            return f"{_count_media(self.modality, self.pictures)}, {self.captions:,} captions"
+        parts = [f"{self.captions:,} rows ({self.format})"]
+        if self.answers > self.captions:
+            parts.append(f"{self.answers:,} answers")
+        if self.pairs:
+            parts.append(f"{self.pairs:,} pairs of a better and a worse answer")
+        parts += [_count_media(modality, count) for modality, count in self.media.items()]
+        if self.text_only:
+            parts.append(f"{self.text_only:,} rows without media")
+        return ", ".join(parts)
+
+
+def _count_media(modality: str, count: int) -> str:
+    return f"{count:,} {'pictures' if modality == 'image' else f'{modality} media'}"
+
+
+@dataclass
+class StreamReport:
+    """What a stream gave to one process, since it was started last.
+
+    Args:
+        read: samples that were read for the batches which were handed out.
+        rows: rows in these batches.
+        batches: their number.
+        skipped: samples and shards that were left out.
+        seconds_first: time until the first batch.
+        seconds_waited: time that the training waited for later batches.
+        seconds: time from the first batch to the last one.
+    """
+
+    read: int = 0
+    rows: int = 0
+    batches: int = 0
+    skipped: Skipped = field(default_factory=Skipped)
+    seconds_first: float = 0.0
+    seconds_waited: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def waiting_share(self) -> float:
+        """Share of the time, 0..1, that the training stood still for want of a batch; the first is not counted."""
+        return self.seconds_waited / self.seconds if self.seconds else 0.0
+
+    def lines(self) -> Iterator[str]:
+        """Yield what it comes to, and a line for each reason why something was left out.
+
+        Example:
+            >>> report = StreamReport(read=9, rows=8, batches=2, seconds_first=1.5)
+            >>> list(report.lines())
+            ['8 rows of 9 streamed samples in 2 batches; the first after 1.5 s, then training waited 0.0 % of its time']
+        """
+        yield (
+            f"{self.rows:,} rows of {self.read:,} streamed samples in {self.batches:,} batches; the first after "
+            f"{self.seconds_first:.1f} s, then training waited {100 * self.waiting_share:.1f} % of its time"
+        )
+        for line in self.skipped.lines():
+            yield f"  left out: {line}"
 
 
 @dataclass
@@ -91,7 +185,7 @@ class DataReport:
         sources: one report per source.
         rows: samples per split.
         skipped: rows left out, by all steps together.
-        truncated: samples whose answer was cut.
+        truncated: samples of which an answer was cut or left out to keep to the longest length.
         text_only: samples without media.
         supervised_tokens: tokens of the training split that give a loss, in one pass over its samples.
         shared_media: held-out samples of which a file with the same content is in the training split too.
@@ -99,6 +193,7 @@ class DataReport:
         reused: files whose embeddings were in the store.
         seconds_embedding: time of embedding.
         seconds: time of all this together.
+        stream: what was streamed for training, by this process; None: nothing.
     """
 
     sources: list[SourceReport] = field(default_factory=list)
@@ -112,11 +207,12 @@ class DataReport:
     reused: int = 0
     seconds_embedding: float = 0.0
     seconds: float = 0.0
+    stream: StreamReport | None = None
 
     @property
     def modalities(self) -> set[str]:
         """What the sources are of."""
-        return {source.modality for source in self.sources}
+        return {modality for source in self.sources for modality in source.media or (source.modality,)}
 
     def __rich__(self) -> RenderableType:
         """Return a table for the terminal, and a line for each reason why rows were left out."""
@@ -124,12 +220,12 @@ class DataReport:
         table.add_column()
         table.add_column(justify="right")
         for source in self.sources:
-            table.add_row(source.path, f"{source.counted}, {source.captions:,} captions")
+            table.add_row(source.path, source.counted)
         table.add_row("rows", ", ".join(f"{count:,} {split}" for split, count in self.rows.items()))
         table.add_row("embeddings", f"{self.encoded:,} encoded, {self.reused:,} from the store")
         table.add_row("supervised tokens", f"{self.supervised_tokens:,}")
         notes = {
-            "answers cut to max_length": self.truncated,
+            "rows cut to max_length": self.truncated,
             "rows without media": self.text_only,
             "captions with control characters removed": sum(s.control_characters for s in self.sources),
             "held-out rows whose media is in train too": self.shared_media,

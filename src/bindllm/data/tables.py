@@ -1,34 +1,48 @@
-"""Reading tables row by row: JSON Lines, CSV, TSV and Parquet, each row with a name for messages."""
+"""Reading tables row by row: JSON, JSON Lines, CSV, TSV, Parquet and ``datasets``, each with a name."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
-from bindllm.data.report import Skipped
+from bindllm.data.arrow_tables import Record, is_dataset, read_dataset, read_parquet
+from bindllm.data.json_lists import read_list
+from bindllm.data.report import NOT_UTF8, Skipped
 from bindllm.errors import InputError, known_names
 
-Record = dict[str, object]
-
-NOT_UTF8 = "not UTF-8 text"
+__all__ = ["NOT_UTF8", "READERS", "Record", "is_table", "read_table"]
 
 
-def read_table(path: Path, required: tuple[str, ...], skipped: Skipped) -> Iterator[tuple[str, Record]]:
-    """Yield the rows of a table, each with its name.
+def is_table(path: str | Path) -> bool:
+    """Tell whether `read_table` is what reads this: a file by its ending, else a dataset."""
+    return Path(path).suffix.lower() in READERS or is_dataset(path)
+
+
+def read_table(path: str | Path, required: tuple[str, ...], skipped: Skipped) -> Iterator[tuple[str, Record]]:
+    """Yield the rows of a table, each with its name; a few of them are in memory at a time.
 
     CSV follows RFC 4180 with a header line; in TSV a quotation mark is an ordinary character. A byte order
-    mark is accepted. A row that cannot be read is counted in ``skipped`` and the next one follows.
+    mark is accepted. A row that cannot be read is counted in ``skipped`` and the next one follows. Bytes that are
+    in a table, and pictures and sounds of ``datasets`` (``{"bytes": ..., "path": ...}``), stay as they are.
 
     Args:
-        path: a file ending in .jsonl, .csv, .tsv or .parquet.
+        path: a file ending in .json (a list of objects, or an object that holds one such list), .jsonl, .csv, .tsv
+            or .parquet; a folder that ``save_to_disk`` of ``datasets`` wrote; or ``hf://NAME[/CONFIG][@SPLIT]``.
+            Rows of a dataset with several splits have a column ``split``.
         required: columns that every row must have.
         skipped: counts what cannot be read.
 
     Raises:
         InputError: another ending, a table without one of the required columns, or one that is damaged.
+        MissingExtraError: a dataset, and the library that reads it is not installed.
     """
+    if is_dataset(path):
+        yield from read_dataset(path, partial(_check_columns, path, required), skipped)
+        return
+    path = Path(path)
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise InputError(f"{path}: not a table. {known_names(path.suffix.lower(), READERS)}")
@@ -52,12 +66,25 @@ def _read_jsonl(path: Path, required: tuple[str, ...], skipped: Skipped) -> Iter
             except (ValueError, RecursionError):
                 skipped.add("not valid JSON", name)
                 continue
-            if not isinstance(record, dict):
-                skipped.add("not a JSON object", name)
-            elif missing := [column for column in required if column not in record]:
-                skipped.add(_no_column(missing[0], record), name)
-            else:
-                yield name, record
+            yield from _usable(name, record, required, skipped)
+
+
+def _read_json(path: Path, required: tuple[str, ...], skipped: Skipped) -> Iterator[tuple[str, Record]]:
+    for name, record in read_list(path, skipped):
+        yield from _usable(name, record, required, skipped)
+
+
+def _usable(
+    name: str, record: object, required: tuple[str, ...], skipped: Skipped
+) -> Iterable[tuple[str, Record]]:
+    """Return the row of JSON, or nothing where it is no row with these columns."""
+    if not isinstance(record, dict):
+        skipped.add("not a JSON object", name)
+    elif missing := [column for column in required if column not in record]:
+        skipped.add(_no_column(missing[0], record), name)
+    else:
+        return ((name, record),)
+    return ()
 
 
 def _read_csv(path: Path, required: tuple[str, ...], skipped: Skipped) -> Iterator[tuple[str, Record]]:
@@ -75,9 +102,7 @@ def _read_delimited(
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
         reader = csv.reader(stream, **dialect)
         header = [name.strip() for name in next(reader, [])]
-        for column in required:
-            if column not in header:
-                raise InputError(f"{path}: {_no_column(column, header)}")
+        _check_columns(path, required, header)
         while True:
             name = f"{path.name} line {reader.line_num + 1}"
             try:
@@ -98,33 +123,22 @@ def _read_delimited(
 
 
 def _read_parquet(path: Path, required: tuple[str, ...], skipped: Skipped) -> Iterator[tuple[str, Record]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            for column in required:
-                if column not in file.schema_arrow.names:
-                    raise InputError(f"{path}: {_no_column(column, file.schema_arrow.names)}")
-            number = 0
-            for batch in file.iter_batches():
-                for row in range(batch.num_rows):
-                    number += 1
-                    name = f"{path.name} row {number}"
-                    try:
-                        yield name, batch.slice(row, 1).to_pylist()[0]
-                    except UnicodeDecodeError:
-                        skipped.add(NOT_UTF8, name)
-    except pa.ArrowException as error:
-        raise InputError(f"{path}: not a Parquet file that can be read ({error})") from error
+    return read_parquet(path, partial(_check_columns, path, required), skipped)
 
 
-def _no_column(column: str, known: Mapping | list[str]) -> str:
+def _check_columns(path: str | Path, required: tuple[str, ...], known: Sequence[str]) -> None:
+    for column in required:
+        if column not in known:
+            raise InputError(f"{path}: {_no_column(column, known)}")
+
+
+def _no_column(column: str, known: Mapping | Sequence[str]) -> str:
     return f"no column {column!r}. {known_names(column, known)}"
 
 
 READERS: Mapping[str, Callable[[Path, tuple[str, ...], Skipped], Iterator[tuple[str, Record]]]] = {
     ".jsonl": _read_jsonl,
+    ".json": _read_json,
     ".csv": _read_csv,
     ".tsv": _read_tsv,
     ".parquet": _read_parquet,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -10,6 +11,9 @@ from transformers import PreTrainedTokenizerBase
 from bindllm.conversation import Conversation, render
 from bindllm.errors import InputError
 from bindllm.media import Media
+
+if TYPE_CHECKING:
+    from bindllm.data.rows import Row, Task
 
 IGNORE = -100
 """Label of a token that gives no loss; no token id, unlike 0, is negative."""
@@ -25,9 +29,15 @@ class Sample:
         media_index: the media group that speaks to the token, or -1.
         conversation: what was tokenised.
         truncated: whether an answer was cut or left out to keep to the longest length.
-        references: all true answers, for metrics that take several.
+        references: all true answers to the last question, for metrics that take several.
         name: where the row comes from, for messages.
         source: number of its source in the recipe, from 0.
+        task: how the row is measured when it is held out.
+        type: kind of question, for accuracy by type.
+        rejected: the worse answer to the same prompt, tokenised alike.
+        desirable: whether the answer is a wanted one; None: the row does not say.
+        options: the options of a multiple choice as they are lettered in the prompt.
+        number: its place among the samples of its split, from 0; -1: it has none.
     """
 
     input_ids: np.ndarray
@@ -38,6 +48,12 @@ class Sample:
     references: tuple[str, ...] = ()
     name: str = ""
     source: int = 0
+    task: Task = "caption"
+    type: str = ""
+    rejected: Sample | None = None
+    desirable: bool | None = None
+    options: tuple[str, ...] = ()
+    number: int = -1
 
     @property
     def media(self) -> tuple[tuple[Media, ...], ...]:
@@ -45,9 +61,20 @@ class Sample:
         return self.conversation.media_groups[: int(self.media_index.max()) + 1]
 
     @property
+    def length(self) -> int:
+        """Number of tokens that it takes in a batch: of a pair, those of the longer side."""
+        return max(len(self.input_ids), 0 if self.rejected is None else len(self.rejected.input_ids))
+
+    @property
     def num_supervised(self) -> int:
         """Number of tokens that give a loss."""
         return int((self.labels != IGNORE).sum())
+
+    @property
+    def num_answers(self) -> int:
+        """Number of answers that give a loss."""
+        learnt = self.labels != IGNORE
+        return int(learnt[0]) + int((learnt[1:] & ~learnt[:-1]).sum())
 
     @property
     def prompt_length(self) -> int:
@@ -56,25 +83,74 @@ class Sample:
         return int(unsupervised[-1]) + 1
 
 
-def tokenise(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Sample:
-    """Turn a conversation into a sample of at most ``max_length`` tokens.
+def make_sample(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Sample:
+    """Turn a row into a sample of at most ``max_length`` tokens; of a pair, each side for itself.
 
-    An answer that is too long is cut and still ends with its end token, so that the model learns to stop. Where
-    not even the start of an answer fits, that turn and all after it are left out. Tokens after the last answer
-    teach nothing and are left out without counting as truncation.
+    A row that says how good its answer is speaks of its last answer alone, so only that one is learnt. Where
+    turns at the end do not fit, the last question is another one than the references answer: they are left out,
+    and the row is measured by its loss.
 
     Raises:
-        InputError: no answer, a first answer that does not fit at all, or a text that spells a control token.
+        InputError: the row cannot be used; the message is a reason to count it under.
+    """
+    judged = row.rejected is not None or row.desirable is not None
+    sample = tokenise(row.conversation, tokenizer, max_length, last_alone=judged)
+    whole = sample.num_answers == (1 if judged else _num_answers(row.conversation))
+    rejected = None
+    if row.rejected is not None:
+        rejected = tokenise(row.rejected, tokenizer, max_length, last_alone=True)
+        if np.array_equal(rejected.input_ids, sample.input_ids):
+            raise InputError("the answers of a pair differ only beyond max_length; raise that")
+        rejected = replace(rejected, name=row.name, source=row.source)
+    return replace(
+        sample,
+        truncated=sample.truncated or (rejected is not None and rejected.truncated),
+        references=row.references if whole else (),
+        name=row.name,
+        source=row.source,
+        task=row.task if whole else "chat",
+        type=row.type,
+        rejected=rejected,
+        desirable=row.desirable,
+        options=row.options,
+    )
+
+
+def tokenise(
+    conversation: Conversation,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    *,
+    last_alone: bool = False,
+) -> Sample:
+    """Turn a conversation into a sample of at most ``max_length`` tokens.
+
+    Every answer is learnt. One that is too long is cut and still ends with its end token, so that the model learns
+    to stop. Where not even the start of an answer fits, that turn and all after it are left out. Tokens after the
+    last answer teach nothing and are left out without counting as truncation.
+
+    Args:
+        conversation: ends with an answer.
+        tokenizer: a fast tokenizer with a chat template.
+        max_length: most tokens of a sample.
+        last_alone: learn the last answer only; the ones before it are given.
+
+    Raises:
+        InputError: no answer, one without text, one that does not fit at all (the first, or the only one that
+            would be learnt), or a text that spells a control token.
 
     Example:
         >>> tokenise(conversation, tokenizer, 128).input_ids.shape  # doctest: +SKIP
         (23,)
     """
-    rendered = render(conversation, tokenizer)
-    ids, length = list(rendered.input_ids), 0
-    answers = _answers(rendered.supervised)
-    if not answers:
+    if not _num_answers(conversation):
         raise InputError("no answer: the conversation has no assistant message to learn from")
+    texts = [message.text for message in conversation.messages if message.role == "assistant"]
+    if not all(text.strip() for text in (texts[-1:] if last_alone else texts)):
+        raise InputError("an answer is empty")
+    rendered = render(conversation, tokenizer)
+    answers = rendered.answers[-1:] if last_alone else rendered.answers
+    ids, length = list(rendered.input_ids), 0
     for start, stop in answers:
         if stop <= max_length:
             length = stop
@@ -87,17 +163,17 @@ def tokenise(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max
             f"the prompt leaves no room for an answer in max_length={max_length} tokens; shorten it or raise that"
         )
     input_ids = np.array(ids[:length], dtype=np.int64)
-    supervised = np.array(rendered.supervised[:length])
+    labels = np.full(length, IGNORE, dtype=np.int64)
+    for start, stop in answers:
+        labels[start:stop] = input_ids[start:stop]
     return Sample(
         input_ids=input_ids,
-        labels=np.where(supervised, input_ids, IGNORE),
+        labels=labels,
         media_index=np.array(rendered.media_index[:length], dtype=np.int64),
         conversation=conversation,
         truncated=length < answers[-1][1],
     )
 
 
-def _answers(supervised: list[bool]) -> list[tuple[int, int]]:
-    """First token and token after the last of each run of supervised tokens."""
-    edges = np.flatnonzero(np.diff(np.array([False, *supervised, False])))
-    return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
+def _num_answers(conversation: Conversation) -> int:
+    return sum(message.role == "assistant" for message in conversation.messages)

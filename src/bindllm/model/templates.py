@@ -7,10 +7,8 @@ from __future__ import annotations
 
 from transformers import PreTrainedTokenizerBase
 
+from bindllm.conversation import INPUT_HEADER
 from bindllm.errors import DecoderError
-
-INPUT_HEADER = "\n\n### Input:\n"
-"""What stands between instruction and input in one user message of the template ``alpaca``."""
 
 # The texts of Stanford Alpaca (2023). Nothing follows the last colon: the released ImageBind-LLM glues the answer to
 # it. A later turn has no preamble; a system text takes the preamble's place.

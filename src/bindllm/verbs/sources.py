@@ -9,9 +9,14 @@ from typing import Any
 
 from rich.console import Console
 
-from bindllm.data.report import SourceReport
-from bindllm.data.sources import Row, SourceConfig, read_source
-from bindllm.data.tokenise import tokenise
+from bindllm.data.report import Skipped, SourceReport
+from bindllm.data.rows import Row
+from bindllm.data.source_config import SourceConfig
+from bindllm.data.sources import read_source
+from bindllm.data.stream.held_out import read_stream
+from bindllm.data.stream.shards import expand_shards, is_stream
+from bindllm.data.stream.training import check_streams, is_training_stream
+from bindllm.data.tokenise import Sample, make_sample
 from bindllm.encoders import Encoder, encoder_for
 from bindllm.errors import BindLLMError, InputError
 from bindllm.media import Media, open_image
@@ -21,16 +26,28 @@ MEASURED_ROWS = 2000
 """Rows whose length is counted: enough for the statistics, and seconds at most."""
 OPENED_PICTURES, OPENED_MEDIA = 200, 20
 """Pictures of a source, or media of another modality, that are opened, evenly spread over its training rows."""
+STREAMED_ROWS = 200
+"""First rows of a stream that are looked at; their media are in memory."""
 
 
 def read_sources(
     sources: Sequence[SourceConfig], problems: Problems
 ) -> list[tuple[dict[str, list[Row]], SourceReport]]:
-    """Read every source that can be read: the rows of its splits, and what was left out."""
+    """Read every source that can be read: the rows of its splits, and what was left out.
+
+    Of a stream for training only the first rows are read.
+    """
     read = []
+    with problems.noted():
+        check_streams(sources)
     for number, source in enumerate(sources):
         with problems.noted():
-            read.append(read_source(source, number))
+            if is_training_stream(source):
+                rows, report = read_stream(source, number, limit=STREAMED_ROWS)
+                report.shards = len(expand_shards(source.path))
+            else:
+                rows, report = (read_stream if is_stream(source.path) else read_source)(source, number)
+            read.append((rows, report))
     return read
 
 
@@ -50,12 +67,17 @@ def check_sources(
         with problems.noted():
             _open_media(rows["train"], report, encoders)
         counts = ", ".join(f"{len(part):,} {split}" for split, part in rows.items())
-        console.print(f"{report.path}: {report.counted}, {counts}", markup=False)
-        for line in report.skipped.lines():
-            console.print(f"  left out: {line}", markup=False)
+        if report.shards:
+            counts = f"the first {len(rows['train']):,} rows were read"
+        console.print(f"{report.path}: {report.counted}; {counts}", markup=False)
+        lengths = None
         if tokenizer is not None:
             with problems.noted():
-                console.print(f"  {_lengths(rows['train'], tokenizer, max_length)}", markup=False)
+                lengths = _lengths(rows["train"], report.skipped, tokenizer, max_length)
+        for line in report.skipped.lines():
+            console.print(f"  left out: {line}", markup=False)
+        if lengths is not None:
+            console.print(f"  {lengths}", markup=False)
     if read and not num_train and len(problems) == before:
         problems.append("the sources have no row to train on")
     return num_validation
@@ -75,58 +97,63 @@ def spread(media: Sequence[Media], modality: str, count: int) -> list[Media]:
 
 
 def _open_media(rows: Sequence[Row], report: SourceReport, encoders: Sequence[Encoder] | None) -> None:
-    """Open some media of the rows, and count those that cannot be.
+    """Open some media of the rows, of each modality, and count those that cannot be.
 
     Args:
         rows: of one source.
         report: counts them.
-        encoders: the first that serves the modality opens what is no picture; None: they are not known.
+        encoders: the first that serves a modality opens what is no picture; None: they are not known.
 
     Raises:
-        InputError: not one of them can be opened, or no encoder serves the modality.
+        InputError: of a modality not one can be opened, or no encoder serves it.
     """
-    encoder = None if encoders is None else encoder_for(report.modality, encoders)
-    if report.modality == "image":
-        noun, count = "picture", OPENED_PICTURES
-    else:
-        noun, count = f"{report.modality} media", OPENED_MEDIA
-    chosen = spread([media for row in rows for media in row.media], report.modality, count)
-    failed = []
-    for media in chosen:
-        try:
-            if report.modality == "image":
-                open_image(media.source)
-            elif encoder is not None:
-                encoder.prepare(media)
-        except BindLLMError as error:
-            failed.append(str(error))
-            report.skipped.add(f"{noun} that cannot be opened (of {len(chosen):,} tried)", str(error))
-    if failed and len(failed) == len(chosen):
-        raise InputError(f"{report.path}: not one {noun} can be opened: {failed[0]}")
+    media = [item for row in rows for item in row.media]
+    for modality in dict.fromkeys(item.modality for item in media):
+        encoder = None if encoders is None else encoder_for(modality, encoders)
+        noun = "picture" if modality == "image" else f"{modality} media"
+        chosen = spread(media, modality, OPENED_PICTURES if modality == "image" else OPENED_MEDIA)
+        failed = []
+        for item in chosen:
+            try:
+                if modality == "image":
+                    open_image(item.source)
+                elif encoder is not None:
+                    encoder.prepare(item)
+            except BindLLMError as error:
+                failed.append(str(error))
+                report.skipped.add(f"{noun} that cannot be opened (of {len(chosen):,} tried)", str(error))
+        if failed and len(failed) == len(chosen):
+            raise InputError(f"{report.path}: not one {noun} can be opened: {failed[0]}")
 
 
-def _lengths(rows: Sequence[Row], tokenizer: Any, max_length: int) -> str:
-    """Return a line about the tokens of rows.
+def _lengths(rows: Sequence[Row], skipped: Skipped, tokenizer: Any, max_length: int) -> str:
+    """Return a line about the tokens of rows; those that cannot be used are counted in ``skipped``.
 
     Raises:
-        InputError: there are rows, and none of them fits.
+        InputError: there are rows, and none of them can be used.
     """
-    samples, refused = [], 0
-    for row in rows[:MEASURED_ROWS]:
-        try:
-            samples.append(tokenise(row.conversation, tokenizer, max_length))
-        except InputError:
-            refused += 1
     if not rows:
         return "no rows to train on"
+    samples: list[Sample] = []
+    refused = Skipped()
+    for row in rows[:MEASURED_ROWS]:
+        try:
+            samples.append(make_sample(row, tokenizer, max_length))
+        except InputError as error:
+            refused.add(str(error), row.name)
+    skipped.update(refused)
     if not samples:
+        reasons = "; ".join(refused.lines())
         raise InputError(
-            f"data.max_length {max_length}: none of {refused:,} rows fits into so few tokens; raise it"
+            f"with data.max_length {max_length} none of {refused.total:,} rows can be used: {reasons}"
         )
-    lengths = [len(sample.input_ids) for sample in samples]
-    supervised = [sample.num_supervised for sample in samples]
+    # Of a pair the longer side.
+    sides = [(sample, sample.rejected or sample) for sample in samples]
+    lengths = [max(len(side.input_ids) for side in both) for both in sides]
+    supervised = [max(side.num_supervised for side in both) for both in sides]
     cut = sum(sample.truncated for sample in samples)
     return (
         f"tokens a row: {median(lengths):.0f} (longest {max(lengths)}), to learn: {median(supervised):.0f} "
-        f"(longest {max(supervised)}); of {len(samples) + refused:,} rows {cut} are cut, {refused} do not fit"
+        f"(longest {max(supervised)}); of {len(samples) + refused.total:,} rows {cut} are cut, {refused.total} cannot "
+        "be used"
     )

@@ -1,0 +1,56 @@
+"""What was read, in words that fit every format."""
+
+from rich.console import Console
+
+from bindllm.conversation import Conversation, Message
+from bindllm.data.report import DataReport, SourceReport
+from bindllm.data.rows import Row
+from bindllm.media import Media
+
+A, B = Media.image("a.png"), Media.audio("b.wav")
+
+
+def row(*questions, rejected: bool = False) -> Row:
+    """A row with an answer to each question: a list of its parts."""
+    turns = [turn for parts in questions for turn in (Message("user", parts), Message("assistant", "yes"))]
+    other = Conversation((*turns[:-1], Message("assistant", "no"))) if rejected else None
+    return Row(Conversation(tuple(turns)), ("yes",), "t row 1", rejected=other)
+
+
+def test_rows_are_counted_with_their_answers_and_different_media():
+    report = SourceReport("talks", format="messages")
+    report.count([row([A, "?"], "?"), row([A, B, "?"]), row("?"), row("?", rejected=True)])
+    assert (report.captions, report.answers, report.pairs, report.text_only) == (4, 5, 1, 2)
+    assert (report.pictures, report.media) == (2, {"image": 1, "audio": 1})
+    assert report.counted == (
+        "4 rows (messages), 5 answers, 1 pairs of a better and a worse answer, 1 pictures, 1 audio media, "
+        "2 rows without media"
+    )
+
+
+def test_captions_are_counted_as_captions():
+    report = SourceReport("hums", modality="audio")
+    report.count([row([B, "?"]), row([B, "?"])])
+    assert report.counted == "1 audio media, 2 captions"
+
+
+def test_the_table_names_what_was_cut_and_left_out():
+    talks, pictures = SourceReport("talks", format="llava"), SourceReport("pictures")
+    talks.count([row([B, "?"])])
+    pictures.count([row([A, "?"])])
+    report = DataReport(sources=[talks, pictures], rows={"train": 1, "test": 1}, truncated=3, text_only=2)
+    report.skipped.add("empty answer", "talks row 7")
+    assert report.modalities == {"audio", "image"}
+    console = Console(width=120)
+    with console.capture() as capture:
+        console.print(report)
+    told = " ".join(capture.get().replace("│", " ").split())
+    for line in (
+        "talks 1 rows (llava), 1 audio media",
+        "pictures 1 pictures, 1 captions",
+        "rows 1 train, 1 test",
+        "rows cut to max_length 3",
+        "rows without media 2",
+        "left out: 1 x empty answer (talks row 7)",
+    ):
+        assert line in told
