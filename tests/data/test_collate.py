@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from bindllm.conversation import Conversation, Message
-from bindllm.data.collate import collate, prompt_batch
+from bindllm.data.collate import answer_batch, collate, model_inputs, prompt_batch
 from bindllm.data.tokenise import Sample
 from bindllm.errors import InputError
 from bindllm.media import Media
@@ -44,6 +46,7 @@ def test_training_batch_is_padded_on_the_right():
         "labels": [[-100, 6, -100, 8], [-100, 9, -100, -100], [-100, -100, 6, -100]],
         "media_index": [[0, 0, 1, 1], [-1, -1, -1, -1], [0, 0, 0, -1]],
         "embeddings": [[[1, 0], [0, 1]], [[0, 0], [0, 0]], [c, [0, 0]]],
+        "numbers": [-1, -1, -1],
     }
     assert {tensor.dtype for name, tensor in batch.items() if name != "embeddings"} == {torch.int64}
 
@@ -73,3 +76,44 @@ def test_rows_that_teach_nothing_are_refused_by_name():
 def test_empty_batch_is_refused(make):
     with pytest.raises(InputError, match="without rows"):
         make([], lookup, pad_id=3)
+
+
+def test_rejected_answers_lie_below_the_rows_and_share_their_media():
+    pair = replace(ROWS[2], rejected=sample([4, 7, 7, 7], [-100, 7, 7, 7], [0] * 4, "c"), number=5)
+    text = replace(ROWS[1], rejected=sample([5, 8], [-100, 8], [-1, -1]), number=2)
+    asked = []
+
+    def counting(groups):
+        asked.append(len(groups))
+        return lookup(groups)
+
+    batch = collate([text, pair], counting, pad_id=3)
+    c = torch.tensor([0.6, 0.8]).tolist()
+    assert as_lists(batch) == {
+        "input_ids": [[5, 9, 3, 3], [4, 5, 6, 3], [5, 8, 3, 3], [4, 7, 7, 7]],
+        "attention_mask": [[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]],
+        "labels": [[-100, 9, -100, -100], [-100, -100, 6, -100], [-100, 8, -100, -100], [-100, 7, 7, 7]],
+        "media_index": [[-1] * 4, [0, 0, 0, -1], [-1] * 4, [0] * 4],
+        "embeddings": [[[0, 0]], [c], [[0, 0]], [c]],
+        "numbers": [2, 5],
+        "desirable": [True, True],
+    }
+    assert asked == [1], "the embedding of a pair is looked up once"
+    assert pair.length == 4 > len(pair.input_ids)
+
+
+def test_of_mixed_rows_only_the_pairs_have_a_second_answer():
+    wanted, unwanted = replace(ROWS[0], desirable=True), replace(ROWS[1], desirable=False)
+    pair = replace(ROWS[2], rejected=sample([4, 7], [-100, 7], [0, 0], "c"))
+    batch = collate([wanted, pair, unwanted], lookup, pad_id=3)
+    assert batch["desirable"].tolist() == [True, True, False]
+    assert batch["labels"][3].tolist() == [-100, 7, -100, -100]
+    torch.testing.assert_close(batch["embeddings"][3], batch["embeddings"][1])
+    assert "desirable" not in collate([pair, ROWS[0]], lookup, pad_id=3), "one row does not say"
+
+
+def test_the_rows_alone_are_what_the_model_takes():
+    pair = replace(ROWS[2], rejected=sample([4, 7, 7, 7], [-100, 7, 7, 7], [0] * 4, "c"))
+    alone = answer_batch([pair], lookup, pad_id=3)
+    assert as_lists(alone) == as_lists(answer_batch([ROWS[2]], lookup, pad_id=3))
+    assert model_inputs(collate([pair], lookup, pad_id=3)).keys() == alone.keys()

@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from bindllm.checkpoint.folder import read_manifest
-from bindllm.data.collate import collate
+from bindllm.data.collate import answer_batch
 from bindllm.data.datamodule import BindData
 from bindllm.data.sources import SourceConfig
 from bindllm.errors import CheckpointError, InputError, TrainingError
@@ -94,7 +94,7 @@ def test_validation_loss_counts_every_token_once_whatever_the_batches(make, trai
     samples = data.samples("validation")
     total = num_tokens = 0
     for sample in samples:
-        output = module.model(**collate([sample], data.lookup, pad_id=0))
+        output = module.model(**answer_batch([sample], data.lookup, pad_id=0))
         total += torch.nn.functional.cross_entropy(output.logits, output.targets, reduction="sum").item()
         num_tokens += output.targets.numel()
     assert losses == pytest.approx([total / num_tokens] * 3, rel=1e-5)

@@ -17,35 +17,51 @@ Batch = dict[str, Tensor]
 MediaGroup = tuple[Media, ...]
 Lookup = Callable[[Sequence[MediaGroup]], Tensor]
 """Gives the fused embedding of each of N media groups: [N, E], unit norm."""
+MODEL_INPUTS = ("input_ids", "attention_mask", "media_index", "embeddings", "labels")
+"""Entries of a training batch that `BindLLM.forward` takes; the others are for the objective."""
 
 
 def collate(samples: Sequence[Sample], lookup: Lookup, *, pad_id: int) -> Batch:
-    """Make a training batch, padded on the right.
+    """Make a training batch, padded on the right: B rows, and below them the rejected answers of preference pairs.
 
     Args:
-        samples: the rows, B of them.
-        lookup: where embeddings come from; called once for the whole batch.
+        samples: the rows, B of them; R of them have a rejected answer.
+        lookup: where embeddings come from; called once for the whole batch, and a pair's answers share theirs.
         pad_id: token id of padding; masked, so any id does.
 
     Returns:
-        ``input_ids``, ``attention_mask`` (1 on tokens), ``labels`` (-100 on padding) and ``media_index`` (-1 on
-        padding), each int64 [B, T], and ``embeddings``, [B, M, E], zeros where a row has fewer than M groups.
-        M is the largest number of groups, at least 1.
+        What the model takes (`model_inputs`): ``input_ids``, ``attention_mask`` (1 on tokens), ``labels`` (-100 on
+        padding) and ``media_index`` (-1 on padding), each int64 [B + R, T], and ``embeddings``, [B + R, M, E],
+        zeros where a row has fewer than M groups. M is the largest number of groups, at least 1.
+        What objectives take: ``numbers``, the place of each row in its split, int64 [B]; and where every row is
+        judged, ``desirable``, bool [B]: whether its answer is a wanted one, as the chosen one of a pair is.
 
     Raises:
         InputError: there are no rows, or rows without a supervised token, which would make the loss NaN; they
             are named.
     """
-    if not samples:
-        raise InputError("a batch without rows")
-    if mute := [sample.name for sample in samples if not sample.num_supervised]:
-        raise InputError(f"{len(mute)} rows of a batch have no token to learn from: {', '.join(mute[:5])}")
-    lengths = [len(sample.input_ids) for sample in samples]
-    return {
-        **_pad(samples, lengths, pad_id=pad_id, left=False),
-        "labels": _stack([sample.labels for sample in samples], IGNORE, left=False),
-        "embeddings": _embeddings(samples, lookup),
+    paired = [n for n, sample in enumerate(samples) if sample.rejected is not None]
+    rows = [*samples, *(samples[n].rejected for n in paired)]
+    embeddings = _embeddings(samples, lookup) if samples else torch.zeros(0)
+    batch = {
+        **_answers(rows, pad_id=pad_id),
+        "embeddings": torch.cat([embeddings, embeddings[paired]]),
+        "numbers": torch.tensor([sample.number for sample in samples]),
     }
+    if all(sample.rejected is not None or sample.desirable is not None for sample in samples):
+        batch["desirable"] = torch.tensor([sample.desirable is not False for sample in samples])
+    return batch
+
+
+def answer_batch(samples: Sequence[Sample], lookup: Lookup, *, pad_id: int) -> Batch:
+    """Make a batch of the rows alone, without rejected answers, as `collate` does: just what the model takes."""
+    embeddings = _embeddings(samples, lookup) if samples else torch.zeros(0)
+    return {**_answers(samples, pad_id=pad_id), "embeddings": embeddings}
+
+
+def model_inputs(batch: Batch) -> Batch:
+    """Return the entries of a batch that `BindLLM.forward` takes."""
+    return {name: batch[name] for name in MODEL_INPUTS}
 
 
 def prompt_batch(samples: Sequence[Sample], lookup: Lookup, *, pad_id: int) -> Batch:
@@ -63,6 +79,19 @@ def prompt_batch(samples: Sequence[Sample], lookup: Lookup, *, pad_id: int) -> B
         raise InputError("a batch without rows")
     lengths = [sample.prompt_length for sample in samples]
     return {**_pad(samples, lengths, pad_id=pad_id, left=True), "embeddings": _embeddings(samples, lookup)}
+
+
+def _answers(samples: Sequence[Sample], *, pad_id: int) -> dict[str, Tensor]:
+    """Tokens, mask, media index and labels of whole rows."""
+    if not samples:
+        raise InputError("a batch without rows")
+    if mute := [sample.name for sample in samples if not sample.num_supervised]:
+        raise InputError(f"{len(mute)} rows of a batch have no token to learn from: {', '.join(mute[:5])}")
+    lengths = [len(sample.input_ids) for sample in samples]
+    return {
+        **_pad(samples, lengths, pad_id=pad_id, left=False),
+        "labels": _stack([sample.labels for sample in samples], IGNORE, left=False),
+    }
 
 
 def _pad(samples: Sequence[Sample], lengths: list[int], *, pad_id: int, left: bool) -> dict[str, Tensor]:

@@ -17,17 +17,21 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from bindllm.checkpoint.folder import read_manifest, read_weights
-from bindllm.errors import CheckpointError, InputError, TrainingError
-from bindllm.model.adapter import PREFIX, AdapterConfig
+from bindllm.conversation import check_vocabulary
+from bindllm.data.collate import Batch
+from bindllm.errors import InputError, TrainingError
+from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.cache import CacheConfig
 from bindllm.model.decoder import DecoderConfig, load_decoder, load_tokenizer
 from bindllm.model.injection import InjectConfig
-from bindllm.model.pretrained import describe
-from bindllm.training.objectives import next_token_loss
+from bindllm.training.objectives import NextToken, Objective
+from bindllm.training.objectives.log_probs import answer_log_probs
 from bindllm.training.optim import OptimConfig, build_optimizer, build_schedule
+from bindllm.training.stages import take_over
+from bindllm.training.step_mean import StepMean
+from bindllm.training.strategies import ShardedDecoder, check_strategy
 
 LAST_GOOD = "last_good"
 """Ending of the folder, beside the run's, that keeps the weights from before a step that was not finite."""
@@ -61,6 +65,7 @@ class BindModule(LightningModule):
         cache: the visual cache that the checkpoint names, for other senses at inference, or its folder alone; null:
             none. A run does not open it: pictures need none.
         start_from: a checkpoint folder whose trained tensors are the starting point.
+        objective: what is minimised; null: `NextToken`.
         checkpoint_activations: compute activations twice and keep few of them: less memory, more time.
     """
 
@@ -75,6 +80,7 @@ class BindModule(LightningModule):
         adapter: AdapterConfig | None = None,
         cache: CacheConfig | str | None = None,
         start_from: str | None = None,
+        objective: Objective | None = None,
         checkpoint_activations: bool = False,
     ) -> None:
         super().__init__()
@@ -86,23 +92,43 @@ class BindModule(LightningModule):
                 "at unit length; leave it out"
             )
         self.trainable, self.adapter_config, self.start_from = trainable, adapter, start_from
+        self.objective = NextToken() if objective is None else objective
         self.cache_config = CacheConfig(cache) if isinstance(cache, str) else cache
         self.checkpoint_activations = checkpoint_activations
         self.model: BindLLM | None = None
+        self._step_mean = StepMean()
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The decoder's tokenizer; the data need it long before the decoder."""
         return load_tokenizer(self.decoder_config)
 
+    def setup(self, stage: str) -> None:
+        """Refuse data that the objective cannot learn from; Lightning has made them ready.
+
+        Raises:
+            InputError: names what the rows lack.
+        """
+        self.objective.check(self.trainer.datamodule, stage)
+
     def configure_model(self) -> None:
         """Load the decoder and join the parts to it; Lightning calls this before fit, validate and test."""
         if self.model is not None:
             return
+        strategy = None if self._trainer is None else self._trainer.strategy
+        if strategy is not None:
+            check_strategy(strategy)
         # Embedding the pictures may have drawn random numbers; the initial weights must not depend on that.
         reset_seed()
+        # A decoder that is to be spread over the devices may be too large for one of them.
+        device = "cpu" if isinstance(strategy, ShardedDecoder) else self.device
+        if self.decoder_config.quantise is not None and strategy is not None:
+            # Lightning moves the module after this, and weights in 8 bits cannot be moved.
+            device = strategy.root_device
+        decoder = load_decoder(self.decoder_config, device=device)
+        check_vocabulary(self.tokenizer, decoder.get_input_embeddings().num_embeddings)
         self.model = BindLLM(
-            load_decoder(self.decoder_config, device=self.device),
+            decoder,
             self.tokenizer,
             self.decoder_config,
             encoders=self.encoders,
@@ -115,34 +141,13 @@ class BindModule(LightningModule):
         if self.checkpoint_activations:
             self.model.checkpoint_activations()
         if self.start_from is not None:
-            self.load_folder(self.start_from)
-
-    def load_folder(self, folder: str | Path) -> None:
-        """Take over the trained tensors of a checkpoint folder.
-
-        Raises:
-            CheckpointError: it was trained with another decoder or other encoders, or its tensors do not fit.
-        """
-        manifest, own = read_manifest(folder), describe(self.model)
-        for what, found, expected in (
-            ("decoder", manifest["decoder"]["fingerprint"], own["decoder"]["fingerprint"]),
-            ("encoders", *([entry["fingerprint"] for entry in side["encoders"]] for side in (manifest, own))),
-        ):
-            if found != expected:
-                raise CheckpointError(
-                    f"{folder} was trained with another {what} than this recipe names: use the recipe.yaml in it"
-                )
-        # What is trained on from somebody's weights stays under their licence.
-        self.model.origin = manifest.get("origin", "")
-        tensors = read_weights(folder, manifest)
-        if not manifest.get("adapter"):
-            # The first stage has none; it is added here, and starts by changing nothing.
-            own = self.model.trainable_state().items()
-            tensors |= {name: value for name, value in own if name.startswith(PREFIX)}
-        self.model.load_trainable_state(tensors, source=str(folder))
+            take_over(self.model, self.start_from)
+        self.objective.note_start(self.model)
 
     def on_fit_start(self) -> None:
-        """Set the modes that Lightning leaves alone: trained parts train, the decoder stays in eval mode."""
+        """Prepare the objective, and set the modes that Lightning leaves alone: the decoder stays in eval mode."""
+        self.eval()
+        self.objective.prepare(self)
         self.train()
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -152,20 +157,22 @@ class BindModule(LightningModule):
         schedule = build_schedule(optimizer, self.trainer.estimated_stepping_batches, self.optim_config)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Return the loss of a batch, per supervised token.
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return what the gradient is taken of: the loss of a batch, weighed among those of its step.
 
         Raises:
             TrainingError: the loss is not finite; the weights are kept as they were before this step.
         """
-        loss, _ = self._loss(batch)
+        batch = self.objective.complete(batch, "train")
+        loss, figures = self.objective.loss(self.model, batch)
         if not torch.isfinite(loss):
             self._stop("loss")
-        self.log_dict({"train_loss": loss, "lr": self.lr_schedulers().get_last_lr()[0]})
-        return loss
+        self.log_dict({"lr": self.lr_schedulers().get_last_lr()[0]})
+        self.log_dict({f"train_{name}": value for name, value in figures.items()})
+        return self._step_mean.add(loss, self.objective.count(batch), trainer=self.trainer)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Look at the gradient before it reaches the weights.
+        """Weigh the gradients of the step's batches, and look at the whole before it reaches the weights.
 
         Raises:
             TrainingError: it is not finite. In float16 that is the loss scaler's business, which skips the step.
@@ -173,18 +180,23 @@ class BindModule(LightningModule):
         gradients = [
             p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
         ]
+        self.log("train_loss", self._step_mean.finish(gradients, trainer=self.trainer))
         norm = torch.nn.utils.get_total_norm(gradients)
         if not torch.isfinite(norm) and self.trainer.precision != "16-mixed":
             self._stop("gradient")
         self.log("gradient_norm", norm)
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Add a batch to the validation loss, each token counting the same."""
-        self._log_held_out("val_loss", batch)
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add a batch to the validation loss, each token (or pair) counting the same."""
+        self._log_held_out("validation", batch)
 
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Add a batch to the test loss, each token counting the same."""
-        self._log_held_out("test_loss", batch)
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add a batch to the test loss, each token (or pair) counting the same."""
+        self._log_held_out("test", batch)
+
+    def predict_step(self, batch: Batch, batch_idx: int = 0) -> Tensor:
+        """Return the log-probability of each row's learnt tokens, [B]."""
+        return answer_log_probs(self.model, batch)[0]
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Return the trainable tensors: frozen weights never enter a saved state."""
@@ -194,15 +206,13 @@ class BindModule(LightningModule):
         """Take over a saved state; a missing or an extra tensor is an error."""
         self.model.load_trainable_state(state_dict, source="the saved state")
 
-    def _loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
-        output = self.model(**batch)
-        loss = next_token_loss(output.logits, output.targets)
-        return loss, output.targets.numel()
-
-    def _log_held_out(self, name: str, batch: dict[str, Tensor]) -> None:
+    def _log_held_out(self, split: str, batch: Batch) -> None:
         # Lightning weighs a batch's mean by batch_size, and sums both over devices: the mean over all tokens.
-        loss, num_tokens = self._loss(batch)
-        self.log(name, loss, batch_size=num_tokens, on_epoch=True, sync_dist=True, prog_bar=True)
+        prefix = {"validation": "val", "test": "test"}[split]
+        loss, count, figures = self.objective.held_out(self.model, self.objective.complete(batch, split))
+        options = {"batch_size": count, "on_epoch": True, "sync_dist": True}
+        self.log(f"{prefix}_loss", loss, prog_bar=True, **options)
+        self.log_dict({f"{prefix}_{name}": value for name, value in figures.items()}, **options)
 
     def _stop(self, what: str) -> NoReturn:
         """End the run at a step that is not finite, keeping the weights from before it."""

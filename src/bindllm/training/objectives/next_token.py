@@ -1,11 +1,29 @@
-"""What training minimises: next-token cross entropy over the answers."""
+"""Next-token cross entropy over the answers: what captions and instructions are learnt with."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
+from bindllm.data.collate import Batch, model_inputs
+from bindllm.data.tokenise import IGNORE
 from bindllm.errors import InputError
+from bindllm.model.bindllm import BindLLM
+from bindllm.training.objectives.base import Figures, Objective
+
+
+class NextToken(Objective):
+    """Mean cross entropy of the supervised tokens; of a preference pair the chosen answer is learnt."""
+
+    def loss(self, model: BindLLM, batch: Batch) -> tuple[Tensor, Figures]:
+        """Return the loss of a batch, per supervised token."""
+        rows = len(batch["numbers"])
+        output = model(**{name: value[:rows] for name, value in model_inputs(batch).items()})
+        return next_token_loss(output.logits, output.targets), {}
+
+    def count(self, batch: Batch) -> int:
+        """Return the number of supervised tokens."""
+        return int((batch["labels"][: len(batch["numbers"]), 1:] != IGNORE).sum())
 
 
 def next_token_loss(logits: Tensor, targets: Tensor | None) -> Tensor:

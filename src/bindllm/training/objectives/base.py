@@ -1,0 +1,138 @@
+"""What every objective is: what rows it learns from, what it prepares, and the loss of a batch."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from torch import Tensor
+
+from bindllm.data.collate import Batch
+from bindllm.data.datamodule import BindData
+from bindllm.data.tokenise import Sample
+from bindllm.errors import InputError
+from bindllm.model.bindllm import BindLLM
+
+if TYPE_CHECKING:
+    from bindllm.training.module import BindModule
+
+Needs = Literal["answers", "pairs", "labels", "prompts"]
+Figures = dict[str, Tensor]
+"""What is logged beside a loss: scalars without gradient, each a mean over the rows (or pairs) of a batch."""
+
+_SERVES: dict[Needs, Callable[[Sample], bool]] = {
+    "answers": lambda sample: True,
+    "pairs": lambda sample: sample.rejected is not None,
+    "labels": lambda sample: sample.rejected is not None or sample.desirable is not None,
+    "prompts": lambda sample: bool(sample.references),
+}
+_WANTED: dict[Needs, str] = {
+    "answers": "rows with an answer",
+    "pairs": "pairs: rows with a chosen and a rejected answer (format preference)",
+    "labels": "rows that say whether their answer is a desirable one, or pairs (format preference)",
+    "prompts": "rows with true answers to compare with",
+}
+
+
+class Objective(ABC):
+    """What a run minimises.
+
+    An instance is made while a recipe is read, so constructors only check their arguments.
+
+    Attributes:
+        needs: what it learns from; a data set whose rows lack it is refused before anything is loaded.
+        uses_reference: whether it compares with the model that training starts from.
+    """
+
+    needs: ClassVar[Needs] = "answers"
+    uses_reference: ClassVar[bool] = False
+
+    def check(self, data: BindData, stage: str) -> None:
+        """Refuse data that the objective cannot learn from; the decoder is not loaded yet.
+
+        Args:
+            data: of the run.
+            stage: fit, validate or test.
+
+        Raises:
+            InputError: names the source, a row of it, and what the row lacks.
+        """
+        if self.uses_reference and stage != "fit":
+            raise InputError(
+                f"{type(self).__name__} compares with the model that training started from, so its loss is measured "
+                "while training (val_loss in the run's metrics.csv). Measure the trained model with bindllm evaluate"
+            )
+        if self.uses_reference and data.streamed:
+            raise InputError(
+                f"{type(self).__name__} compares every training row with what the model said of it before training, "
+                "which takes rows that are known beforehand. Take data on disk (a table) in place of streamed "
+                "shards, or the objective ORPO, which compares with nothing"
+            )
+        splits = {"fit": ("train", "validation"), "validate": ("validation",)}.get(stage, ("test",))
+        samples = [sample for split in splits for sample in data.samples(split)]
+        lacking = [sample for sample in samples if not _SERVES[self.needs](sample)]
+        if not lacking:
+            return
+        worst, count = Counter(sample.source for sample in lacking).most_common(1)[0]
+        total = sum(sample.source == worst for sample in samples)
+        example = next(sample.name for sample in lacking if sample.source == worst)
+        raise InputError(
+            f"{type(self).__name__} learns from {_WANTED[self.needs]}. Of the {total} rows of "
+            f"{data.sources[worst].path}, {count} are not such rows; one is {example}. Use other data, or another "
+            "model.objective"
+        )
+
+    def note_start(self, model: BindLLM) -> None:  # noqa: B027 (most objectives need nothing of it)
+        """Look at the weights that training starts from, before those of a resumed run take their place."""
+
+    def prepare(self, module: BindModule) -> None:  # noqa: B027 (as above)
+        """Do what is done once, before the first step of a fit: the model is on its device, as it starts.
+
+        Args:
+            module: with its model (in eval mode) and, as ``module.trainer``, the run and its data. A resumed run
+                may have restored its weights already.
+        """
+
+    def complete(self, batch: Batch, split: str) -> Batch:
+        """Return a batch with what `prepare` has found out about its rows.
+
+        Args:
+            batch: from `bindllm.data.collate.collate`, on the device.
+            split: which samples ``batch["numbers"]`` counts: train, validation or test.
+        """
+        return batch
+
+    @abstractmethod
+    def loss(self, model: BindLLM, batch: Batch) -> tuple[Tensor, Figures]:
+        """Return what is minimised, a float32 scalar, and what is logged beside it.
+
+        Args:
+            model: in the mode of the moment.
+            batch: as `complete` returned it.
+
+        Raises:
+            InputError: the batch has nothing to learn from.
+        """
+
+    def count(self, batch: Batch) -> int:
+        """Return the number of things that a batch's loss is a mean of: its weight among other batches."""
+        return len(batch["numbers"])
+
+    def held_out(self, model: BindLLM, batch: Batch) -> tuple[Tensor, int, Figures]:
+        """Return a held-out batch's mean loss, the number of things it is a mean of, and figures as in `loss`."""
+        loss, figures = self.loss(model, batch)
+        return loss, self.count(batch), figures
+
+
+def above_zero(name: str, value: float) -> float:
+    """Return a number of a recipe, or refuse it.
+
+    Raises:
+        InputError: it is not finite, or not above 0.
+    """
+    if not (math.isfinite(value) and value > 0):
+        raise InputError(f"{name} must be finite and above 0, not {value}")
+    return value

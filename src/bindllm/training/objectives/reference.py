@@ -1,0 +1,182 @@
+"""What the model thought of every answer before training: computed once, and kept in a file of the run.
+
+    runs/<name>/reference.safetensors    a tensor [rows, columns] per split; its metadata hold a fingerprint
+
+The fingerprint is one of the weights at the start and of the tokens and embeddings of all rows, so a resumed run finds
+its own values and any other run does not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bindllm.atomic import atomic_file
+from bindllm.data.batches import share, sorted_batches
+from bindllm.data.collate import Batch, answer_batch
+from bindllm.data.tokenise import Sample
+from bindllm.errors import TrainingError
+from bindllm.model.bindllm import BindLLM
+from bindllm.model.pretrained import describe
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+    from bindllm.training.module import BindModule
+
+REFERENCE = "reference.safetensors"
+
+Columns = Sequence[Sequence[Sample | None]]
+"""Answers to compare, by column: that of each row, and others that belong to the same row, or None."""
+
+
+class References:
+    """Log-probabilities of answers under the model as a run starts."""
+
+    def __init__(self) -> None:
+        self._start = ""
+        self._values: dict[str, Tensor] = {}
+
+    def note_start(self, model: BindLLM) -> None:
+        """Take the fingerprint of the weights that a run starts from; a resumed run restores others later."""
+        parts = describe(model)
+        own = {name: parts[name] for name in ("decoder", "bind", "inject", "adapter")}
+        digest = hashlib.sha256(json.dumps(own, sort_keys=True, default=str).encode())
+        for name, value in sorted(model.trainable_state().items()):
+            _add(digest, name, value)
+        self._start = digest.hexdigest()
+
+    def prepare(self, module: BindModule, columns: Mapping[str, Columns]) -> None:
+        """Read the values of the run, or compute and keep them; every process then has all.
+
+        Args:
+            module: attached to a trainer, its model as the run starts, or as a resumed run goes on.
+            columns: the answers of each split.
+
+        Raises:
+            TrainingError: a resumed run without its values (its weights are no longer those at the start), a
+                value that is not finite, or a disk that is full.
+        """
+        trainer = module.trainer
+        data = trainer.datamodule
+        for members in columns.values():
+            assert all(sample.number == n for n, sample in enumerate(members[0])), "samples are not numbered"
+        rows = [sample for split in columns.values() for column in split for sample in column if sample]
+        plan = sorted_batches([len(sample.input_ids) for sample in rows], batch_size=2 * data.batch_size)
+        batch = partial(answer_batch, lookup=data.lookup, pad_id=module.tokenizer.pad_token_id)
+        batches = [partial(_of, batch, rows, numbers) for numbers in plan]
+        file = Path(trainer.default_root_dir) / REFERENCE
+        fingerprint = _fingerprint(self._start, columns, batches) if trainer.is_global_zero else ""
+        kept = trainer.strategy.broadcast(_read(file, fingerprint) if trainer.is_global_zero else None)
+        if kept is None:
+            if trainer.ckpt_path is not None:
+                raise TrainingError(
+                    f"{file} is missing, or was made from other rows or weights, and this run has left its start: "
+                    "restore that file, or start afresh with --resume false"
+                )
+            kept = _arranged(_compute(trainer, plan, batches, len(rows)), columns)
+            if trainer.is_global_zero:
+                _write(file, kept, fingerprint)
+        self._values = {split: values.to(module.device) for split, values in kept.items()}
+
+    def of(self, split: str, numbers: Tensor) -> Tensor:
+        """Return the values of rows of a split, [B, columns]; NaN where a row has no such answer."""
+        return self._values[split][numbers]
+
+
+def _of(batch: Callable[[list[Sample]], Batch], rows: list[Sample], numbers: list[int]) -> Batch:
+    return batch([rows[n] for n in numbers])
+
+
+def _add(digest: hashlib._Hash, name: str, value: Tensor) -> None:
+    digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+    digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _fingerprint(start: str, columns: Mapping[str, Columns], batches: Sequence[Callable[[], Batch]]) -> str:
+    """Hex digits that change with the weights, and with tokens, media or order of the rows."""
+    digest = hashlib.sha256(start.encode())
+    for split, members in columns.items():
+        shape = [[sample is not None for sample in column] for column in members]
+        digest.update(f"{split} {shape}\n".encode())
+    for batch in batches:
+        for name, value in sorted(batch().items()):
+            _add(digest, name, value)
+    return digest.hexdigest()
+
+
+def _compute(
+    trainer: Trainer, plan: list[list[int]], batches: Sequence[Callable[[], Batch]], count: int
+) -> Tensor:
+    """Log-probability of each row, [count]; every process computes a share, and gets all."""
+    rank, world_size = trainer.global_rank, trainer.world_size
+    # As many for each process: the parts of a sharded model are gathered by all of them together.
+    mine = share(list(range(len(plan))), world_size=world_size, rank=rank)
+    values = torch.zeros(count, device=trainer.strategy.root_device)
+    watched = trainer.is_global_zero and sys.stderr.isatty()
+    shown = track(
+        enumerate(mine),
+        "reference log-probabilities",
+        total=len(mine),
+        console=Console(stderr=True),
+        transient=True,
+        disable=not watched,
+    )
+    with torch.no_grad():
+        for turn, place in shown:
+            batch = trainer.strategy.batch_to_device(batches[place]())
+            found = trainer.strategy.predict_step(batch)
+            # The last batches of a share may repeat the first ones of another.
+            if rank + turn * world_size < len(plan):
+                values[plan[place]] = found.to(values)
+    values = trainer.strategy.reduce(values, reduce_op="sum").cpu()
+    if not bool(values.isfinite().all()):
+        raise TrainingError(
+            "a reference log-probability is not finite: the model that the run starts from gives NaN or infinity. "
+            "Look at start_from, or use another dtype of the decoder"
+        )
+    return values
+
+
+def _arranged(values: Tensor, columns: Mapping[str, Columns]) -> dict[str, Tensor]:
+    """Put values into a table for each split, [rows, columns], NaN where there is no answer."""
+    tables, place = {}, iter(values.tolist())
+    for split, members in columns.items():
+        table = [[next(place) if sample else float("nan") for sample in column] for column in members]
+        tables[split] = torch.tensor(table).T.contiguous()
+    return tables
+
+
+def _read(file: Path, fingerprint: str) -> dict[str, Tensor] | None:
+    """Return what is kept under a fingerprint, or None."""
+    if not file.is_file():
+        return None
+    try:
+        with safe_open(file, framework="pt") as stream:
+            if (stream.metadata() or {}).get("fingerprint") != fingerprint:
+                return None
+            return {split: stream.get_tensor(split) for split in stream.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError:
+        return None
+
+
+def _write(file: Path, values: dict[str, Tensor], fingerprint: str) -> None:
+    try:
+        with atomic_file(file) as part:
+            save_file(values, part, metadata={"fingerprint": fingerprint})
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(
+            f"{file} cannot be written ({error}): make room, and run the command again"
+        ) from error

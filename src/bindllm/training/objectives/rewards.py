@@ -1,0 +1,168 @@
+"""Rewards that can be verified: how good an answer is, from the facts of its row and nothing else."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bindllm.data.answers import answer_words, is_right, option_letter
+from bindllm.data.tokenise import Sample
+from bindllm.errors import InputError, known_names
+
+
+class Reward(ABC):
+    """How good answers are. Derive from it, and name the class in a recipe by its import path.
+
+    An instance is made while a recipe is read, so constructors only check their arguments.
+
+    Example:
+        class Short(Reward):
+            def __call__(self, answers, samples):
+                return torch.tensor([1.0 if len(text.split()) < 5 else 0.0 for text in answers])
+    """
+
+    def check(self, samples: Sequence[Sample]) -> None:  # noqa: B027 (most rewards can judge every row)
+        """Refuse rows whose answers cannot be judged; called once, before the decoder is loaded.
+
+        Args:
+            samples: all rows of the run that are learnt from or validated with.
+
+        Raises:
+            InputError: names a row and what it lacks.
+        """
+
+    @abstractmethod
+    def __call__(self, answers: Sequence[str], samples: Sequence[Sample]) -> Tensor:
+        """Return the reward of each answer.
+
+        Args:
+            answers: texts without control tokens, R of them.
+            samples: the row that each of them answers; it has ``references``, ``options``, ``type`` and
+                ``conversation``.
+
+        Returns:
+            [R], finite; the scale is free where a group's rewards are divided by their deviation.
+        """
+
+
+class ExactAnswer(Reward):
+    """1 for a right answer and 0 for a wrong one, as held-out answers are judged (`bindllm.data.answers.is_right`)."""
+
+    def __call__(self, answers: Sequence[str], samples: Sequence[Sample]) -> Tensor:
+        """Return 0 or 1 for each answer, [R]."""
+        pairs = zip(answers, samples, strict=True)
+        return torch.tensor([float(is_right(text, row.references, row.options)) for text, row in pairs])
+
+
+class OptionLetter(Reward):
+    """1 for the letter of the right option of a multiple choice, 0 for that of another one.
+
+    Args:
+        unreadable: reward of an answer that chooses no option; below 0 it teaches to choose one.
+
+    Raises:
+        InputError: ``unreadable`` is 1 or more.
+    """
+
+    def __init__(self, unreadable: float = 0.0) -> None:
+        if not unreadable < 1:
+            raise InputError(
+                f"OptionLetter: unreadable must be below 1, the reward of a right answer, not {unreadable}"
+            )
+        self.unreadable = unreadable
+
+    def check(self, samples: Sequence[Sample]) -> None:
+        """Refuse rows without options, and rows whose true answers choose none.
+
+        Raises:
+            InputError: names one of them.
+        """
+        if lacking := [sample.name for sample in samples if not _letters(sample)]:
+            raise InputError(
+                f"OptionLetter judges multiple choices, and {len(lacking)} of {len(samples)} rows have no options, or no "
+                f"true answer that chooses one; one is {lacking[0]}. Use rows of the format choice, or ExactAnswer"
+            )
+
+    def __call__(self, answers: Sequence[str], samples: Sequence[Sample]) -> Tensor:
+        """Return the reward of each answer, [R]."""
+        return torch.tensor([self._one(text, sample) for text, sample in zip(answers, samples, strict=True)])
+
+    def _one(self, text: str, sample: Sample) -> float:
+        chosen = option_letter(text, sample.options)
+        return self.unreadable if chosen is None else float(chosen in _letters(sample))
+
+
+class CaptionMetric(Reward):
+    """How many words an answer shares with the closest of the true ones, 0..1.
+
+    Args:
+        metric: ``rouge_l``, the F-measure of the longest common subsequence of words
+            (https://aclanthology.org/W04-1013); or ``words``, that of the words in any order
+            (arXiv 1606.05250, section 6.1).
+
+    Raises:
+        InputError: an unknown metric.
+    """
+
+    def __init__(self, metric: Literal["rouge_l", "words"] = "rouge_l") -> None:
+        if metric not in _SHARED:
+            raise InputError(f"CaptionMetric: unknown metric {metric!r}. {known_names(str(metric), _SHARED)}")
+        self.metric = metric
+
+    def __call__(self, answers: Sequence[str], samples: Sequence[Sample]) -> Tensor:
+        """Return the share of each answer, [R]."""
+        shared = _SHARED[self.metric]
+        scores = []
+        for text, sample in zip(answers, samples, strict=True):
+            words = answer_words(text)
+            true = (answer_words(reference) for reference in sample.references)
+            scores.append(max((f_measure(words, other, shared(words, other)) for other in true), default=0.0))
+        return torch.tensor(scores)
+
+
+def f_measure(words: Sequence[str], other: Sequence[str], shared: int) -> float:
+    """Return the harmonic mean of two shares: of the words that are shared, and of the other words that are.
+
+    Example:
+        >>> f_measure(["red"], ["red", "square"], 1)
+        0.6666666666666666
+    """
+    return 2 * shared / (len(words) + len(other)) if shared else 0.0
+
+
+def longest_common(words: Sequence[str], other: Sequence[str]) -> int:
+    """Return the length of the longest common subsequence.
+
+    Example:
+        >>> longest_common("a red cat sat".split(), "red and sat".split())
+        2
+    """
+    row = [0] * (len(other) + 1)
+    for word in words:
+        above = row
+        row = [0]
+        for place, mine in enumerate(other):
+            row.append(above[place] + 1 if word == mine else max(row[-1], above[place + 1]))
+    return row[-1]
+
+
+def _common(words: Sequence[str], other: Sequence[str]) -> int:
+    return (Counter(words) & Counter(other)).total()
+
+
+_SHARED: dict[str, Callable[[Sequence[str], Sequence[str]], int]] = {
+    "rouge_l": longest_common,
+    "words": _common,
+}
+
+
+def _letters(sample: Sample) -> set[str]:
+    """The options that the true answers of a row choose."""
+    if not sample.options:
+        return set()
+    return {letter for text in sample.references if (letter := option_letter(text, sample.options))}

@@ -1,0 +1,111 @@
+"""Preferences about coloured pictures, and modules that learn them: instant data without files."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import torch
+from lightning.pytorch import LightningDataModule, Trainer
+
+from bindllm.conversation import Conversation, Message
+from bindllm.data.batches import BatchLoader, sorted_batches
+from bindllm.data.collate import collate
+from bindllm.data.tokenise import Sample, tokenise
+from bindllm.media import Media
+from bindllm.model.bind_network import BindConfig
+from bindllm.model.decoder import DecoderConfig
+from bindllm.model.injection import InjectConfig
+from bindllm.training.module import BindModule
+from bindllm.training.optim import OptimConfig
+from tiny import ColourEncoder, tiny_tokenizer
+
+COLOURS = ("red", "green", "blue", "white")
+TOKENIZER = tiny_tokenizer()
+
+
+def conversation(colour: str, answer: str, question: str = "Colour?") -> Conversation:
+    """A question about a picture, or about none if the colour is empty."""
+    content = (Media.image(colour), question) if colour else (question,)
+    return Conversation((Message("user", content), Message("assistant", answer)))
+
+
+def row(number: int, colour: str, answer: str, rejected: str | None = None, **fields) -> Sample:
+    """One row; its media are named by their colour, which `lookup` turns into an embedding."""
+    sample = tokenise(conversation(colour, answer), TOKENIZER, 64, last_alone=True)
+    if rejected is not None:
+        fields["rejected"] = tokenise(conversation(colour, rejected), TOKENIZER, 64, last_alone=True)
+    return replace(sample, name=f"row {number}", number=number, **fields)
+
+
+def pairs() -> list[Sample]:
+    """Of each picture its own colour is chosen, every other one rejected; lengths differ."""
+    options = [(mine, other) for mine in COLOURS for other in COLOURS if mine != other]
+    return [row(n, mine, mine, other) for n, (mine, other) in enumerate(options)]
+
+
+def judged() -> list[Sample]:
+    """The same as rows on their own: the right colour is desirable, a wrong one is not."""
+    options = [(mine, said) for mine in COLOURS for said in COLOURS]
+    return [row(n, mine, said, desirable=mine == said) for n, (mine, said) in enumerate(options)]
+
+
+def lookup(groups, *, turn: int = 0) -> torch.Tensor:
+    """One unit vector per colour; with ``turn`` every picture is taken for one of another colour."""
+    found = torch.zeros(len(groups), 16)
+    for n, group in enumerate(groups):
+        found[n, (COLOURS.index(group[0].source) + turn) % len(COLOURS)] = 1
+    return found
+
+
+class Preferences(LightningDataModule):
+    """What an objective asks of `BindData`: samples by split, embeddings, and batches."""
+
+    seed, streamed = 0, False
+
+    def __init__(self, samples: list[Sample], *, batch_size: int = 6, lookup=lookup):
+        super().__init__()
+        self.batch_size, self.lookup = batch_size, lookup
+        self.sources = [SimpleNamespace(path="data/colours")]
+        self.splits = {"train": samples, "validation": samples, "test": []}
+
+    def samples(self, split):
+        return self.splits[split]
+
+    def train_dataloader(self):
+        samples = self.splits["train"]
+        rows = sorted_batches([len(s.input_ids) for s in samples], batch_size=self.batch_size)
+        make = lambda numbers: collate([samples[n] for n in numbers], self.lookup, pad_id=0)  # noqa: E731
+        return BatchLoader(rows, make)
+
+    val_dataloader = train_dataloader
+
+
+def build(decoder, objective, **changes) -> BindModule:
+    """A module on a tiny decoder; the gates are open, so that pictures matter from the start."""
+    options = {
+        "encoders": [ColourEncoder()],
+        "bind": BindConfig(depth=1),
+        "inject": InjectConfig(),
+        "optim": OptimConfig(lr=0.02, warmup=2),
+        "objective": objective,
+        **changes,
+    }
+    torch.manual_seed(0)
+    return BindModule(DecoderConfig(str(decoder), dtype="float32"), **options)
+
+
+def make_trainer(folder, **options) -> Trainer:
+    """A silent trainer on the CPU, whose run is in a folder."""
+    silent = partial(
+        Trainer,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        default_root_dir=folder,
+    )
+    return silent(**options)
