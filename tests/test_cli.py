@@ -276,6 +276,14 @@ def test_validate_without_a_trained_folder_says_what_to_do(parts, tmp_path, monk
     assert "bindllm fit" in capsys.readouterr().err
 
 
+def test_a_second_stage_is_measured_as_it_ended_not_as_it_began(here, parts, capsys):
+    second = tiny_recipe(parts, model={"start_from": "checkpoints/tiny"}, output="checkpoints/second")
+    assert run("test", second) == 1
+    assert "checkpoints/second holds no trained model" in capsys.readouterr().err
+    assert run("test", second, "--model.start_from", "checkpoints/tiny") == 0
+    assert capsys.readouterr().out.startswith("test_loss ")
+
+
 @pytest.mark.parametrize("options", [[], ["--stream"], ["--temperature", "0.7", "--top_p", "0.9"]])
 def test_generate_answers(options, here, parts, capsys):
     picture = str(parts / "pictures" / "images" / "red0.png")
@@ -308,7 +316,7 @@ def test_after_a_loss_that_is_not_finite_the_advice_works(parts, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     recipe = tiny_recipe(parts, trainer={"max_epochs": 1})
     with monkeypatch.context() as patch:
-        patch.setattr("bindllm.training.module.next_token_loss", lambda *_: torch.tensor(math.nan))
+        patch.setattr("bindllm.training.objectives.next_token.next_token_loss", lambda *_: torch.tensor(math.nan))
         assert run("fit", recipe) == 1
     error = capsys.readouterr().err
     assert "the loss is not finite at step 1" in error
@@ -354,7 +362,7 @@ def test_a_run_whose_measurement_fails_keeps_the_trained_folder(parts, tmp_path,
     def fail(*args, **kwargs):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("bindllm.verbs.fit.evaluate_captions", fail)
+    monkeypatch.setattr("bindllm.verbs.fit.evaluate_held_out", fail)
     recipe = tiny_recipe(parts, trainer={"max_epochs": 1})
     with pytest.raises(RuntimeError, match="out of memory"):
         run("fit", recipe)

@@ -21,11 +21,13 @@ def test(args: list[str]) -> int:
 
 
 def _measure(verb: str, args: list[str]) -> int:
-    """Run a trained model over a split: the folder that the recipe writes, or ``model.start_from``."""
+    """Run a trained model over a split: the folder that the recipe writes, or one that the command line names."""
     with quiet():
         cli = RecipeCLI(verb, args)
         module = cli.model
-        module.start_from = module.start_from or cli.config.output
+        # A second stage's own start_from is where its training began, not what came of it.
+        if not any(option.partition("=")[0] == "--model.start_from" for option in args):
+            module.start_from = cli.config.output
         if not (Path(module.start_from) / MANIFEST).is_file():
             raise InputError(
                 f"{module.start_from} holds no trained model: run bindllm fit first, or name another checkpoint "
