@@ -8,6 +8,7 @@ from bindllm.data.datamodule import BindData
 from bindllm.data.sources import SourceConfig
 from bindllm.errors import InputError
 from bindllm.media import Media
+from stream_parts import write_shards
 from tiny import COLOURS, ColourEncoder, colour_pictures, tiny_tokenizer
 
 
@@ -147,7 +148,7 @@ def test_no_row_that_fits_is_an_error_with_the_reason(folder):
 def test_preview_shows_rows_and_embeds_nothing(folder):
     add_rows(folder, {"image": "images/red2.png", "caption": "a <|im_start|>", "split": "train"})
     data = build(folder, encoders=[])
-    lines = list(data.preview(2))
+    lines = [str(line) for line in data.preview(2)]
     assert lines[0] == "captions.jsonl line 3: 50 tokens, 11 to learn"
     assert lines[2] == "  media 0  learnt 'red square<|im_end|>'"
     assert lines[4].startswith("captions.jsonl line 17: left out (a message spells the control token")
@@ -159,6 +160,7 @@ def test_preview_shows_rows_and_embeds_nothing(folder):
     [
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"max_length": -1}, "max_length must be at least 1"),
+        ({"chunk": 0}, "chunk must be at least 1"),
     ],
 )
 def test_sizes_below_one_are_refused(folder, options, message):
@@ -171,3 +173,41 @@ def test_no_sources_and_unknown_splits_are_refused(folder):
         BindData([])
     with pytest.raises(InputError, match="Did you mean 'validation'"):
         build(folder).samples("valid")
+
+
+def test_samples_know_their_place_in_their_split(folder):
+    (folder / "images" / "red2.png").write_bytes(b"")
+    data = build(folder)
+    for split in ("train", "validation"):
+        assert [sample.number for sample in data.samples(split)] == list(range(len(data.samples(split))))
+    batch = next(iter(data.train_dataloader()))
+    assert set(batch["numbers"].tolist()) <= set(range(7))
+
+
+def test_streamed_rows_are_trained_on_and_held_out(folder):
+    streams = [
+        SourceConfig(str(write_shards(folder / "train", [6, 6]))),
+        SourceConfig(str(write_shards(folder / "test", [3, 3], first=100)), split="test", limit=4),
+        SourceConfig(str(folder), split="validation"),
+    ]
+    data = build(folder, sources=streams, batch_size=4, chunk=12)
+    assert data.streamed
+    assert data.samples("train") == []
+    assert [sample.references for sample in data.samples("test")][:2] == [
+        ("red square xx100",),
+        ("green square xxx101",),
+    ]
+    assert data.report.rows == {"validation": 16, "test": 4}
+    assert data.report.encoded == 20
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(data.report)
+    assert "2 shards, streamed" in capture.get()
+    batches = iter(data.train_dataloader())
+    assert [next(batches)["input_ids"].shape[0] for _ in range(3)] == [4, 4, 4]
+    assert data.report.stream.rows == 12
+    data.teardown("fit")
+    held_out = next(iter(data.test_dataloader()))
+    encoder = ColourEncoder()
+    own = encoder.embed("image", [encoder.prepare(media[0]) for media in data.samples("test")[0].media])
+    assert any(torch.allclose(row, own, atol=1e-6) for row in held_out["embeddings"])

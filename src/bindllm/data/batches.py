@@ -159,6 +159,7 @@ class ResumableLoader:
         batches: the plan of all epochs.
         make: turns row numbers into a batch.
         position: gives the current epoch and the number of its batches that are done.
+        repeat: how often each batch comes, one after the other.
     """
 
     def __init__(
@@ -167,21 +168,23 @@ class ResumableLoader:
         make: Callable[[list[int]], Batch],
         *,
         position: Callable[[], tuple[int, int]] = lambda: (0, 0),
+        repeat: int = 1,
     ) -> None:
-        self._batches, self._make, self._position = batches, make, position
+        self._batches, self._make, self._position, self._repeat = batches, make, position, repeat
 
     def __len__(self) -> int:
-        return len(self._batches)
+        return len(self._batches) * self._repeat
 
     def __iter__(self) -> Iterator[Batch]:
         # A generator: nothing here runs before the first batch is asked for, when the trainer knows its place.
         epoch, done = self._position()
-        for rows in self._batches.epoch(epoch)[done:]:
-            yield self._make(rows)
+        batches = self._batches.epoch(epoch)
+        for place in range(done, len(self)):
+            yield self._make(batches[place // self._repeat])
 
     def state_dict(self) -> dict[str, str]:
         """Return what must not change until a resume."""
-        return {"rows": self._batches.fingerprint()}
+        return {"rows": f"{self._batches.fingerprint()}{f' x {self._repeat}' if self._repeat > 1 else ''}"}
 
     def load_state_dict(self, state_dict: dict[str, str]) -> None:
         """Compare with the run that wrote the checkpoint.

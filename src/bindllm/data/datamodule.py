@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.progress import track
+from rich.text import Text
 
 from bindllm.data.batches import (
     BatchLoader,
@@ -20,13 +22,19 @@ from bindllm.data.batches import (
     share,
     sorted_batches,
 )
-from bindllm.data.captions import SPLITS
 from bindllm.data.collate import Batch, Lookup, collate
 from bindllm.data.embeddings import MediaEmbeddings
-from bindllm.data.preview import preview_lines
-from bindllm.data.report import DataReport
-from bindllm.data.sources import Row, SourceConfig, read_source
-from bindllm.data.tokenise import Sample, tokenise
+from bindllm.data.preview import preview_rows
+from bindllm.data.report import DataReport, SourceReport
+from bindllm.data.rows import Row
+from bindllm.data.source_config import SPLITS, SourceConfig
+from bindllm.data.sources import read_source
+from bindllm.data.stream.held_out import read_stream
+from bindllm.data.stream.loader import StreamLoader
+from bindllm.data.stream.processes import processes_of
+from bindllm.data.stream.shards import expand_shards, is_stream
+from bindllm.data.stream.training import StreamOptions, check_streams, is_training_stream, stream_loader
+from bindllm.data.tokenise import Sample, make_sample
 from bindllm.errors import InputError, known_names
 from bindllm.media import Media
 from bindllm.retrieval.fill import ALONE
@@ -41,17 +49,23 @@ class BindData(LightningDataModule):
     Embeddings are read from the memory-mapped store when a batch is made, which takes so little time that there
     are no worker processes. Validation and test batches have twice the rows of a training batch.
 
+    Sources that are tar shards are streamed where they are trained on: nothing of them is stored, and a thread reads,
+    embeds and tokenises them ahead of the training. Such a run has no epochs, so its trainer needs ``max_steps``.
+
     Args:
         sources: where rows come from.
         store: folder of the embedding stores.
         batch_size: rows of a training batch, per device.
         max_length: longest row in tokens; a longer answer is cut.
         seed: of the order of rows.
+        chunk: samples of streamed sources that are read, shuffled and grouped by length together; they are in memory
+            without their media.
         tokenizer: of the decoder; the command line hands it over.
         encoders: serve the modalities of the data; the command line hands them over.
 
     Attributes:
         report: what was read, left out and embedded.
+        steps_per_batch: how often each training batch comes, one after the other; an objective may ask for it.
 
     Raises:
         InputError: no sources, or a size below 1.
@@ -64,44 +78,63 @@ class BindData(LightningDataModule):
         batch_size: int = 16,
         max_length: int = 128,
         seed: int = 0,
+        chunk: int = 1024,
         tokenizer: Any = None,
         encoders: Any = None,
     ) -> None:
         super().__init__()
         if not sources:
             raise InputError("data.sources is empty; name at least one source, such as {path: data/openmoji}")
-        for name, value in (("batch_size", batch_size), ("max_length", max_length)):
+        for name, value in (("batch_size", batch_size), ("max_length", max_length), ("chunk", chunk)):
             if value < 1:
                 raise InputError(f"data.{name} must be at least 1, not {value}")
         self.sources, self.store = sources, store
-        self.batch_size, self.max_length, self.seed = batch_size, max_length, seed
+        self.batch_size, self.max_length, self.seed, self.chunk = batch_size, max_length, seed, chunk
         self.tokenizer, self.encoders = tokenizer, encoders
         self.report = DataReport()
+        self.steps_per_batch = 1
         self._rows: dict[str, list[Row]] | None = None
         self._embeddings: MediaEmbeddings | None = None
         self._samples: dict[str, list[Sample]] | None = None
+        self._streaming: StreamLoader | None = None
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the training rows come from streams: then `samples("train")` is empty."""
+        return any(is_training_stream(config) for config in self.sources)
 
     def read(self) -> None:
         """Read the sources, once.
 
         Raises:
-            InputError: a source that is missing or has no row that can be used.
+            InputError: a source that is missing or has no row that can be used, or streams that cannot be joined.
         """
         if self._rows is not None:
             return
         started = time.perf_counter()
+        check_streams(self.sources)
         rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
         for number, config in enumerate(self.sources):
-            found, report = read_source(config, number)
-            for split in SPLITS:
-                rows[split] += found[split]
+            if is_training_stream(config):
+                shards = len(expand_shards(config.path))
+                report = SourceReport(config.path, modality=config.modality, shards=shards)
+            else:
+                found, report = (read_stream if is_stream(config.path) else read_source)(config, number)
+                for split in SPLITS:
+                    rows[split] += found[split]
             self.report.sources.append(report)
             self.report.skipped.update(report.skipped)
         self._rows = rows
         self.report.seconds += time.perf_counter() - started
 
     def prepare_data(self) -> None:
-        """Read the sources and embed what the stores lack, once. Lightning calls this in one process first."""
+        """Read the sources and embed what the stores lack, once. Lightning calls this in one process first.
+
+        Raises:
+            InputError: a run with streamed sources whose trainer has no ``max_steps``.
+        """
+        if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            self._check_steps()
         self.embed("cpu" if self.trainer is None else self.trainer.strategy.root_device)
 
     def embed(self, device: torch.device | str, ranks: Ranks = ALONE) -> None:
@@ -134,7 +167,7 @@ class BindData(LightningDataModule):
             return
         started = time.perf_counter()
         samples = {split: self._tokenise(rows) for split, rows in self._rows.items()}
-        if not any(samples.values()):
+        if not any(samples.values()) and not self.streamed:
             raise InputError(f"no row of the data can be used: {'; '.join(self.report.skipped.lines())}")
         self._samples = samples
         self._count(samples)
@@ -157,12 +190,14 @@ class BindData(LightningDataModule):
         self.prepare_data()
         return self._embeddings.lookup
 
-    def train_dataloader(self) -> ResumableLoader:
+    def train_dataloader(self) -> ResumableLoader | StreamLoader:
         """Return the loader of training batches; it goes on where the trainer stands.
 
         Raises:
             InputError: there are no training rows.
         """
+        if self.streamed:
+            return self._stream_loader()
         samples = self.samples("train")
         if not samples:
             raise InputError(
@@ -170,7 +205,7 @@ class BindData(LightningDataModule):
             )
         rank, world_size = self._process()
         batches = LengthGroupedBatches(
-            [len(sample.input_ids) for sample in samples],
+            [sample.length for sample in samples],
             batch_size=self.batch_size,
             seed=self.seed,
             sources=[sample.source for sample in samples],
@@ -178,7 +213,8 @@ class BindData(LightningDataModule):
             world_size=world_size,
             rank=rank,
         )
-        return ResumableLoader(batches, lambda rows: self._batch(samples, rows), position=self._position)
+        make = lambda rows: self._batch(samples, rows)  # noqa: E731
+        return ResumableLoader(batches, make, position=self._position, repeat=self.steps_per_batch)
 
     def val_dataloader(self) -> BatchLoader:
         """Return the loader of validation batches."""
@@ -188,16 +224,50 @@ class BindData(LightningDataModule):
         """Return the loader of test batches."""
         return self._evaluation_loader("test")
 
-    def preview(self, number: int) -> Iterator[str]:
-        """Yield lines that show the first training rows with their loss mask and media; embeds nothing."""
+    def preview(self, number: int) -> Iterator[Text]:
+        """Yield lines that show a few training rows with their loss mask and media; embeds nothing."""
         self.read()
-        for row in self._rows["train"][:number]:
-            try:
-                sample = self._sample(row)
-            except InputError as error:
-                yield f"{row.name}: left out ({error})"
-            else:
-                yield from preview_lines(sample, self.tokenizer)
+        rows = list(self._rows["train"])
+        for place, config in enumerate(self.sources):
+            if number and is_training_stream(config):
+                rows += read_stream(config, place, limit=number)[0]["train"]
+        yield from preview_rows(rows, self.tokenizer, self.max_length, number=number)
+
+    def teardown(self, stage: str) -> None:
+        """End the thread of a stream, and say what it gave; Lightning calls this at the end of a run."""
+        if self._streaming is not None:
+            self._streaming.close()
+            if self.trainer is None or self.trainer.is_global_zero:
+                Console(highlight=False).print("\n".join(self._streaming.report.lines()), markup=False)
+
+    def on_exception(self, exception: BaseException) -> None:
+        """End the thread of a stream; Lightning calls this when a run ends before its time."""
+        if self._streaming is not None:
+            self._streaming.close()
+
+    def _check_steps(self) -> None:
+        if self.streamed and self.trainer.max_steps < 1:
+            raise InputError(
+                "data.sources are streamed, and a stream has no end: say with trainer.max_steps how many steps to take"
+            )
+
+    def _stream_loader(self) -> StreamLoader:
+        self.setup()
+        trainer = self.trainer
+        if trainer is not None:
+            self._check_steps()
+        self._streaming = stream_loader(
+            self.sources,
+            tokenizer=self.tokenizer,
+            encoders=self.encoders,
+            options=StreamOptions(self.batch_size, self.max_length, self.seed, self.chunk),
+            length=sys.maxsize if trainer is None else trainer.max_steps * trainer.accumulate_grad_batches,
+            position=None if trainer is None else self._batches_done,
+            ranks=processes_of(trainer),
+            device="cpu" if trainer is None else trainer.strategy.root_device,
+        )
+        self.report.stream = self._streaming.report
+        return self._streaming
 
     def _without(self, rows: list[Row], failed: dict[Media, str]) -> list[Row]:
         """Leave out rows with failed media, and count them."""
@@ -211,8 +281,7 @@ class BindData(LightningDataModule):
         return kept
 
     def _sample(self, row: Row) -> Sample:
-        sample = tokenise(row.conversation, self.tokenizer, self.max_length)
-        return replace(sample, references=row.references, name=row.name, source=row.source)
+        return make_sample(row, self.tokenizer, self.max_length)
 
     def _tokenise(self, rows: list[Row]) -> list[Sample]:
         """Make samples; what cannot become one is counted with its reason."""
@@ -221,7 +290,7 @@ class BindData(LightningDataModule):
             rows, "tokenising", console=Console(stderr=True), transient=True, disable=not _watched()
         ):
             try:
-                samples.append(self._sample(row))
+                samples.append(replace(self._sample(row), number=len(samples)))
             except InputError as error:
                 self.report.skipped.add(str(error), row.name)
         return samples
@@ -229,7 +298,9 @@ class BindData(LightningDataModule):
     def _count(self, samples: dict[str, list[Sample]]) -> None:
         """Fill the report with what became of the rows."""
         everything = [sample for split in samples.values() for sample in split]
-        self.report.rows = {split: len(samples[split]) for split in SPLITS}
+        self.report.rows = {
+            split: len(samples[split]) for split in SPLITS if split != "train" or not self.streamed
+        }
         self.report.truncated = sum(sample.truncated for sample in everything)
         self.report.text_only = sum(not sample.media for sample in everything)
         self.report.supervised_tokens = sum(sample.num_supervised for sample in samples["train"])
@@ -244,9 +315,7 @@ class BindData(LightningDataModule):
     def _evaluation_loader(self, split: str) -> BatchLoader:
         samples = self.samples(split)
         rank, world_size = self._process()
-        batches = sorted_batches(
-            [len(sample.input_ids) for sample in samples], batch_size=2 * self.batch_size
-        )
+        batches = sorted_batches([sample.length for sample in samples], batch_size=2 * self.batch_size)
         batches = share(batches, world_size=world_size, rank=rank)
         return BatchLoader(batches, lambda rows: self._batch(samples, rows))
 
@@ -262,6 +331,10 @@ class BindData(LightningDataModule):
         if self.trainer is None:
             return 0, 0
         return self.trainer.current_epoch, self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+
+    def _batches_done(self) -> int:
+        """Number of batches of the whole run that are done."""
+        return self.trainer.fit_loop.epoch_loop.batch_progress.total.completed
 
 
 def _watched() -> bool:

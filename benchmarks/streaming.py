@@ -1,0 +1,192 @@
+"""Training from tar shards: samples a second against the same samples in memory, and who waits for whom."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+import tempfile
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks.measure import Figure, paired, seconds
+from benchmarks.parts import DECODER, bound_loss, bound_model
+from bindllm.data.source_config import SourceConfig
+from bindllm.data.stream.chunks import ChunkReader
+from bindllm.data.stream.embed import StreamEmbedder
+from bindllm.data.stream.plan import Bookmark, Mixture, Place, ShardStream
+from bindllm.data.stream.shards import TarSample, read_shard
+from bindllm.data.stream.training import StreamOptions, stream_loader
+from bindllm.encoders import EfficientNetLite, Encoder
+from bindllm.media import Media
+from bindllm.model.decoder import default_device, load_tokenizer
+
+ON_GPU = torch.cuda.is_available()
+SHARDS, SAMPLES, SIDE = 4, 512, 256
+CHUNK, BATCH, MAX_LENGTH = 512, 16, 96
+READ, EMBEDDED = 2048, 1024 if ON_GPU else 128
+WARM, STEPS = 8, 128 if ON_GPU else 24
+WORDS = "a photo of the small red house with two old trees by a quiet lake under grey clouds in winter"
+
+
+class Instant:
+    """An encoder that costs nothing: what is left is reading, tokenising and batching."""
+
+    modalities, embedding_size, config = ("image",), 1280, {}
+
+    def fingerprint(self) -> str:
+        return "instant"
+
+    def to(self, device: torch.device | str) -> Instant:
+        return self
+
+    def prepare(self, media: Media) -> torch.Tensor:
+        return torch.zeros(1)
+
+    def embed(self, modality: str, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.nn.functional.normalize(torch.ones(len(inputs), self.embedding_size), dim=-1)
+
+
+class InMemory:
+    """Stands for a `Mixture`: the samples of all shards, read beforehand."""
+
+    def __init__(self, samples: Sequence[TarSample]) -> None:
+        self.samples = samples
+
+    def read(
+        self, places: Sequence[Place], bad: list[str]
+    ) -> Iterator[tuple[int, TarSample, tuple[Place, ...]]]:
+        lap = 0
+        while True:
+            for number, sample in enumerate(self.samples, start=1):
+                yield 0, sample, (Place(lap, 0, number, lap * len(self.samples) + number),)
+            lap += 1
+
+
+def write_shards(folder: Path) -> list[str]:
+    """JPEGs of noise over a drawn colour, 256 x 256, with captions of 5 to 15 words, as img2dataset packs them."""
+    draw, shards = np.random.default_rng(0), []
+    for shard in range(SHARDS):
+        shards.append(str(folder / f"{shard:05}.tar"))
+        with tarfile.open(shards[-1], "w") as tar:
+            for number in range(SAMPLES):
+                rough = draw.integers(0, 256, (SIDE // 16, SIDE // 16, 3), np.uint8)
+                picture = io.BytesIO()
+                Image.fromarray(rough).resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(picture, "JPEG")
+                caption = " ".join(draw.choice(WORDS.split(), draw.integers(5, 16)))
+                facts = json.dumps({"caption": caption, "key": f"{shard:05}{number:04}"})
+                for end, content in (
+                    ("jpg", picture.getvalue()),
+                    ("txt", caption.encode()),
+                    ("json", facts.encode()),
+                ):
+                    entry = tarfile.TarInfo(f"{shard:05}{number:04}.{end}")
+                    entry.size = len(content)
+                    tar.addfile(entry, io.BytesIO(content))
+    return shards
+
+
+def drain(
+    mixture: Mixture | InMemory, tokenizer: Any, encoder: Encoder, source: SourceConfig, samples: int
+) -> StreamEmbedder:
+    """Make chunks as fast as it goes, until so many samples are in batches; return who did the embedding."""
+    embedder = StreamEmbedder([encoder], default_device())
+    reader = ChunkReader(
+        mixture, [(0, source)], tokenizer, embedder,
+        max_length=MAX_LENGTH, size=min(CHUNK, samples), batch_size=BATCH, seed=[0],
+    )  # fmt: skip
+    chunks = reader.read(Bookmark(0, 0, (Place(),)))
+    done = 0
+    while done < samples:
+        done += len(next(chunks).embedded.samples)
+    chunks.close()
+    embedder.close()
+    return embedder
+
+
+def throughput(shards: Sequence[str], source: SourceConfig) -> list[Figure]:
+    """From shards over from memory, without an encoder and with one."""
+    stream = Mixture([ShardStream(source.path, shards)], [1.0])
+    memory = InMemory([sample for shard in shards for sample in read_shard(shard)])
+    figures, tokenizer = [], load_tokenizer(DECODER)
+    for name, encoder, count in (("", Instant(), READ), ("_embedded", EfficientNetLite(), EMBEDDED)):
+        ratio, ours, floor = paired(
+            lambda encoder=encoder, count=count: drain(stream, tokenizer, encoder, source, count),
+            lambda encoder=encoder, count=count: drain(memory, tokenizer, encoder, source, count),
+            repeats=5,
+        )
+        what = "EfficientNet-Lite0 embeds" if name else "read, parsed, tokenised and grouped; no encoder"
+        figures.append(
+            Figure(
+                f"stream{name}_samples_per_second",
+                count / ours,
+                "samples/s",
+                count / floor,
+                f"{what}; JPEGs of {SIDE} x {SIDE}; floor: the same samples in memory; takes {ratio:.2f} times that",
+            )
+        )
+    busy = drain(stream, tokenizer, EfficientNetLite(), source, EMBEDDED)
+    share = busy.seconds_waited / (busy.seconds_waited + busy.seconds_embedding)
+    figures.append(
+        Figure(
+            "stream_encoder_waiting", share, "share", 0.0,
+            f"of its time the encoder has nothing to embed while chunks are made as fast as it goes "
+            f"({busy.workers} threads decode)",
+        )
+    )  # fmt: skip
+    return figures
+
+
+def waiting(source: SourceConfig) -> list[Figure]:
+    """Share of the time that a training run stands still for want of a batch, and what streaming costs a step."""
+    model = bound_model()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(trainable, lr=1e-4, fused=True)
+
+    def step(batch: dict[str, torch.Tensor]) -> float:
+        """Train on a batch until it is done; return the seconds."""
+
+        def run() -> None:
+            inputs = {name: value.to(model.device) for name, value in batch.items() if name != "numbers"}
+            bound_loss(model, inputs).backward()
+            optimiser.step()
+            optimiser.zero_grad()
+
+        return seconds(run)
+
+    options = StreamOptions(batch_size=BATCH, max_length=MAX_LENGTH, seed=0, chunk=128)
+    loader = stream_loader(
+        [source], tokenizer=load_tokenizer(DECODER), encoders=[EfficientNetLite()],
+        options=options, length=STEPS, device=default_device(),
+    )  # fmt: skip
+    batches = iter(loader)
+    kept = list(islice(batches, WARM))
+    for batch in kept:
+        step(batch)
+    before = loader.report.seconds_waited
+    streamed = [step(batch) for batch in islice(batches, STEPS)]
+    waited = loader.report.seconds_waited - before
+    batches.close()
+    alone = [step(batch) for batch in (kept * STEPS)[:STEPS]]
+    slower = np.median(streamed) / np.median(alone)
+    return [
+        Figure(
+            "stream_training_waiting", waited / (waited + sum(streamed)), "share", 0.0,
+            f"of {STEPS} steps of {BATCH} rows while EfficientNet-Lite0 embeds the next; a step beside it "
+            f"takes {slower:.2f} times one that has the device for itself",
+        )
+    ]  # fmt: skip
+
+
+def figures() -> list[Figure]:
+    """Shards are made up in a temporary folder, so that they come from the disk's cache."""
+    with tempfile.TemporaryDirectory() as folder:
+        shards = write_shards(Path(folder))
+        source = SourceConfig(f"{folder}/{{00000..{SHARDS - 1:05}}}.tar")
+        return [*throughput(shards, source), *waiting(source)]

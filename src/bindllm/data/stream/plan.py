@@ -1,0 +1,188 @@
+"""The order of streamed samples: a pure function of the seed and of how far each stream has been read.
+
+A pass reads the shards of a source in a shuffled order; each process takes every ``world_size``-th of them. Samples are
+read in the order of their shard into a chunk, which alone is shuffled and grouped by length. So where a run stands is
+a few numbers, and going on reads one chunk again at most.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Self
+
+import numpy as np
+
+from bindllm.data.stream.shards import ShardError, TarSample, read_shard
+from bindllm.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Place:
+    """How far a process has read a stream.
+
+    Args:
+        lap: number of the pass over the shards, from 0.
+        shard: place of the shard in the order of this pass, from 0.
+        sample: samples of the shard that were read.
+        drawn: samples of the stream that were read in all.
+    """
+
+    lap: int = 0
+    shard: int = 0
+    sample: int = 0
+    drawn: int = 0
+
+
+@dataclass(frozen=True)
+class Bookmark:
+    """Where a process stands: the next batch to be handed out.
+
+    Args:
+        chunk: number of its chunk, from 0.
+        batch: number of the batch in the chunk, from 0.
+        places: where the chunk starts in each stream.
+    """
+
+    chunk: int
+    batch: int
+    places: tuple[Place, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values, for a saved state."""
+        return asdict(self) | {"places": [asdict(place) for place in self.places]}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Return what `as_dict` was made of."""
+        places = tuple(Place(**place) for place in values["places"])
+        return cls(values["chunk"], values["batch"], places)
+
+
+@dataclass
+class ShardStream:
+    """The samples of one source, pass after pass over its shards.
+
+    Args:
+        path: what the recipe calls the source.
+        shards: all of them.
+        seed: of the order of shards.
+        source: number of the source in the recipe.
+        world_size: processes that share a pass.
+        rank: number of this one.
+
+    Raises:
+        InputError: fewer shards than processes.
+    """
+
+    path: str
+    shards: Sequence[str]
+    seed: int = 0
+    source: int = 0
+    world_size: int = 1
+    rank: int = 0
+    _warned: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        if len(self.shards) < self.world_size:
+            raise InputError(
+                f"{self.path} has {len(self.shards)} shards for {self.world_size} processes, and each needs one of its "
+                "own: use more, smaller shards, or fewer devices"
+            )
+
+    def lap(self, number: int) -> list[str]:
+        """Return the shards that this process reads in a pass, in their order."""
+        order = np.random.default_rng([self.seed, 2, self.source, number]).permutation(len(self.shards))
+        return [self.shards[n] for n in order[self.rank :: self.world_size]]
+
+    def read(self, place: Place, bad: list[str]) -> Iterator[tuple[TarSample, Place]]:
+        """Yield samples from a place on, without end, each with the place after it.
+
+        Args:
+            place: where to begin.
+            bad: receives a message for each shard that ends too early or is not there.
+
+        Raises:
+            InputError: no shard of a whole pass gives a sample.
+        """
+        barren: dict[str, str] = {}
+        while True:
+            shards = self.lap(place.lap)
+            for number in range(place.shard, len(shards)):
+                place = place if number == place.shard else replace(place, shard=number, sample=0)
+                barren[shards[number]] = f"{shards[number]}: no sample"
+                try:
+                    for sample in read_shard(shards[number], skip=place.sample):
+                        barren.clear()
+                        place = replace(place, sample=place.sample + 1, drawn=place.drawn + 1)
+                        yield sample, place
+                except ShardError as error:
+                    bad.append(str(error))
+                    self._warn(shards[number], error)
+                # Across processes the shards of a pass differ: a process gives up when it has tried them all.
+                if len(barren) == len(self.shards):
+                    raise InputError(
+                        f"data source {self.path}: none of its {len(self.shards)} shards gives a sample, "
+                        f"for example: {(bad or list(barren.values()))[-1]}"
+                    )
+            place = replace(place, lap=place.lap + 1, shard=0, sample=0)
+
+    def _warn(self, shard: str, error: ShardError) -> None:
+        if shard not in self._warned:
+            self._warned.add(shard)
+            logger.warning("%s; the stream goes on with the next shard", error)
+
+
+class Mixture:
+    """Several streams as one, in the proportion of their weights at any moment.
+
+    Args:
+        streams: at least one.
+        weights: share of each among the samples, above 0; only their ratios count.
+    """
+
+    def __init__(self, streams: Sequence[ShardStream], weights: Sequence[float]) -> None:
+        self.streams, self._weights = tuple(streams), tuple(weights)
+
+    def start(self) -> tuple[Place, ...]:
+        """Return where a run begins."""
+        return (Place(),) * len(self.streams)
+
+    def read(
+        self, places: Sequence[Place], bad: list[str]
+    ) -> Iterator[tuple[int, TarSample, tuple[Place, ...]]]:
+        """Yield samples from some places on, without end: number of the stream, sample, and the places after it."""
+        current = list(places)
+        readers = [stream.read(place, bad) for stream, place in zip(self.streams, places, strict=True)]
+        while True:
+            # The stream that is furthest behind its share.
+            number = min(range(len(current)), key=lambda n: ((current[n].drawn + 0.5) / self._weights[n], n))
+            sample, current[number] = next(readers[number])
+            yield number, sample, tuple(current)
+
+
+def group_by_length(lengths: Sequence[int], *, batch_size: int, seed: Sequence[int]) -> list[list[int]]:
+    """Return the rows of a chunk in batches of like length, in a shuffled order.
+
+    The batches are of equal size, give or take one row: a short one would count as much as a full one in training.
+
+    Args:
+        lengths: tokens of each row.
+        batch_size: rows of a batch at most.
+        seed: of this chunk.
+
+    Example:
+        >>> batches = group_by_length([3, 9, 4, 8, 4], batch_size=3, seed=[0])
+        >>> sorted(sorted(batch) for batch in batches)
+        [[0, 2, 4], [1, 3]]
+    """
+    if not lengths:
+        return []
+    rng = np.random.default_rng(list(seed))
+    rows = rng.permutation(len(lengths))
+    rows = rows[np.argsort(np.asarray(lengths)[rows], kind="stable")]
+    batches = np.array_split(rows, -(-len(rows) // batch_size))
+    return [batches[n].tolist() for n in rng.permutation(len(batches))]

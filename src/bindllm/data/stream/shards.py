@@ -1,0 +1,197 @@
+"""Tar shards in the layout of WebDataset: which ones a pattern names, and the samples of one, from start to end.
+
+Members that follow each other and have the same path up to the first dot of their name are one sample
+(https://github.com/webdataset/webdataset, "The WebDataset Format"): ``000.jpg`` and ``000.json``, say.
+"""
+
+from __future__ import annotations
+
+import glob
+import re
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import BinaryIO
+from urllib.parse import urlsplit
+
+from bindllm.data.stream.remote import RemoteFile, is_remote
+from bindllm.errors import InputError
+
+SUFFIX = ".tar"
+
+MAX_SHARDS = 1_000_000
+"""Shards that a pattern may name."""
+
+MAX_MEMBER_BYTES = 1 << 30
+"""Largest member that is read: 1 GiB. A damaged header may claim any size."""
+
+_READ_BYTES = 1 << 20
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+
+
+class ShardError(InputError):
+    """A shard that is missing, cannot be fetched, or is truncated or damaged; the message names it."""
+
+
+@dataclass(frozen=True)
+class TarSample:
+    """The members of a shard that belong together.
+
+    Args:
+        shard: where the shard is.
+        key: their common path in the shard.
+        number: place among the samples of the shard, from 0.
+        members: contents by what follows the key and a dot, in lower case: ``{"jpg": ..., "json": ...}``.
+        problem: why the sample cannot be used; empty: it can.
+    """
+
+    shard: str
+    key: str
+    number: int
+    members: dict[str, bytes] = field(default_factory=dict)
+    problem: str = ""
+
+    @property
+    def name(self) -> str:
+        """What the sample is called in messages; no other sample of a run has this name."""
+        key = self.key.encode("utf-8", "backslashreplace").decode()
+        return f"{self.shard} sample {self.number + 1} ({key})"
+
+
+def is_stream(path: str) -> bool:
+    """Tell whether a source is streamed: its path, pattern or URL ends in ``.tar``.
+
+    Example:
+        >>> is_stream("data/cc3m/{00000..00331}.tar"), is_stream("data/openmoji")
+        (True, False)
+    """
+    return (urlsplit(path).path if is_remote(path) else str(path)).endswith(SUFFIX)
+
+
+def expand_shards(pattern: str) -> list[str]:
+    """Return the shards that a pattern names, in order.
+
+    Args:
+        pattern: a path or an http(s) URL with ranges ``{000..331}``, which keep leading zeros, and choices
+            ``{a,b}``; a path may have the wildcards ``*``, ``?`` and ``[...]`` too.
+
+    Raises:
+        InputError: it names no file that exists, too many, or has a range that goes backwards.
+
+    Example:
+        >>> expand_shards("https://example.org/{08..10}.tar")
+        ['https://example.org/08.tar', 'https://example.org/09.tar', 'https://example.org/10.tar']
+    """
+    pieces = _BRACES.split(pattern)
+    # Every second piece is the inside of a pair of braces.
+    choices = [[piece] if n % 2 == 0 else _choices(piece, pattern) for n, piece in enumerate(pieces)]
+    count = 1
+    for choice in choices:
+        count *= len(choice)
+    if count > MAX_SHARDS:
+        raise InputError(f"{pattern} names {count:,} shards; at most {MAX_SHARDS:,} are read")
+    named = ["".join(parts) for parts in product(*choices)]
+    if is_remote(pattern):
+        return list(dict.fromkeys(named))
+    found = [file for name in named for file in (sorted(glob.glob(name)) if glob.has_magic(name) else [name])]
+    if not any(Path(file).is_file() for file in found):
+        place = (
+            ""
+            if Path(pattern).is_absolute()
+            else f" in {Path.cwd()}, from where the recipe's paths are looked up"
+        )
+        raise InputError(f"data source {pattern} names no shard that exists{place}; check the pattern")
+    return list(dict.fromkeys(found))
+
+
+def read_shard(shard: str, *, skip: int = 0) -> Iterator[TarSample]:
+    """Yield the samples of a shard, in its order; members that are no files, hidden or without a dot are passed over.
+
+    Args:
+        shard: path or http(s) URL of an uncompressed tar file.
+        skip: samples at its start that are passed over.
+
+    Raises:
+        ShardError: it cannot be opened, or ends too early, or is damaged; samples ahead of that place were yielded,
+            all but the last one, which may lack members.
+    """
+    number, key, members, problem = 0, None, {}, ""
+    try:
+        with _opened(shard) as stream, _strict_tar(stream) as tar:
+            for member in tar:
+                # The archive would remember every member of the shard.
+                tar.members = []
+                own, extension = _split(member.name)
+                if not own or not member.isfile():
+                    continue
+                if own != key:
+                    if key is not None:
+                        if number >= skip:
+                            yield TarSample(shard, key, number, members, problem)
+                        number += 1
+                    key, members, problem = own, {}, ""
+                if number < skip:
+                    continue
+                if member.size > MAX_MEMBER_BYTES:
+                    problem = f"a member of more than {MAX_MEMBER_BYTES >> 20} MiB"
+                elif extension in members:
+                    problem = f"two members .{extension}"
+                else:
+                    members[extension] = tar.extractfile(member).read()
+    except (tarfile.TarError, OSError) as error:
+        raise ShardError(f"{shard}: truncated or damaged after {number:,} samples ({error})") from error
+    if key is not None and number >= skip:
+        yield TarSample(shard, key, number, members, problem)
+
+
+class _StrictHeader(tarfile.TarInfo):
+    """Takes nothing but zeros for the end of a shard; tarfile itself stops at whatever is no header."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> tarfile.TarInfo:
+        try:
+            return super().fromtarfile(tarfile_)
+        except tarfile.EOFHeaderError:
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"no end marker: {error}") from error
+
+
+def _strict_tar(stream: BinaryIO) -> tarfile.TarFile:
+    return tarfile.open(fileobj=stream, mode="r|", bufsize=_READ_BYTES, tarinfo=_StrictHeader)
+
+
+@contextmanager
+def _opened(shard: str) -> Iterator[BinaryIO]:
+    """Open a shard; that it is not there is told apart from damage."""
+    try:
+        file = RemoteFile(shard) if is_remote(shard) else open(shard, "rb")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise ShardError(f"{shard}: cannot be opened ({error.strerror or error}); check the path") from error
+    with file:
+        yield file
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Key and extension of a member; both empty where it belongs to no sample."""
+    folder, slash, file = name.rpartition("/")
+    stem, dot, extension = file.partition(".")
+    if not stem or not dot or (stem.startswith("__") and stem.endswith("__")):
+        return "", ""
+    return f"{folder}{slash}{stem}", extension.lower()
+
+
+def _choices(inside: str, pattern: str) -> list[str]:
+    """What a pair of braces stands for."""
+    if (bounds := _RANGE.fullmatch(inside)) is None:
+        return inside.split(",")
+    first, last = bounds.groups()
+    if int(first) > int(last):
+        raise InputError(f"{pattern}: the range {{{inside}}} goes backwards; write {{{last}..{first}}}")
+    if int(last) - int(first) >= MAX_SHARDS:
+        raise InputError(f"{pattern}: the range {{{inside}}} names more than {MAX_SHARDS:,} shards")
+    return [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]

@@ -1,0 +1,110 @@
+"""From the members of a sample to a row: what the JSON says, and which member it means."""
+
+import json
+
+import pytest
+
+from bindllm.data.formats import RowError
+from bindllm.data.source_config import Columns, SourceConfig
+from bindllm.data.stream.samples import TarPlace, read_row
+from bindllm.data.stream.shards import TarSample
+from bindllm.errors import InputError
+from bindllm.media import Media
+
+
+def sample(key="a/cat", /, problem="", **members):
+    return TarSample(
+        "0.tar", key, 4, {end.replace("_", "."): content for end, content in members.items()}, problem
+    )
+
+
+def row(one, **config):
+    return read_row(one, SourceConfig("0.tar", **config), 2)[0]
+
+
+def test_picture_and_text_are_a_captioned_row():
+    found = row(sample(jpg=b"J", txt="\ufeffA cat. \n".encode()))
+    question, answer = found.conversation.messages
+    assert question.content == (Media.image(b"J"), "Describe this image.")
+    assert answer.text == "A cat."
+    assert found.references == ("A cat.",)
+    assert (found.name, found.source, found.task) == ("0.tar sample 5 (a/cat)", 2, "caption")
+
+
+def test_the_caption_of_the_json_comes_first_and_an_empty_one_does_not_count():
+    both = {"jpg": b"J", "txt": b"text"}
+    assert row(sample(**both, json=b'{"caption": "json"}')).references == ("json",)
+    assert row(sample(**both, json=b'{"caption": null}')).references == ("text",)
+    renamed = Columns(caption="alt")
+    assert row(sample(**both, json=b'{"alt": "other", "caption": "json"}'), columns=renamed).references == (
+        "other",
+    )
+
+
+def test_other_formats_take_media_from_the_members():
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
+    found = row(
+        sample(jpg=b"J", json=json.dumps({"image": "coco/000.jpg", "conversations": turns}).encode()),
+        format="llava",
+    )
+    assert found.media == (Media.image(b"J"),)
+    assert found.references == ("A cat.",)
+    asked = row(sample(png=b"P", json=b'{"question": "Red?", "answer": "yes"}'), format="vqa")
+    assert asked.media == (Media.image(b"P"),)
+    assert (asked.references, asked.task) == (("yes",), "answer")
+    text = row(sample(json=b'{"instruction": "Add 1 and 1.", "output": "2"}'), format="alpaca")
+    assert text.media == ()
+
+
+def test_a_split_that_a_sample_names_is_told():
+    config = SourceConfig("0.tar")
+    assert read_row(sample(jpg=b"J", json=b'{"caption": "x", "split": "test"}'), config, 0)[1] == "test"
+    assert read_row(sample(jpg=b"J", txt=b"x"), config, 0)[1] is None
+
+
+def place(**members):
+    return TarPlace(SourceConfig("0.tar"), sample(**members))
+
+
+@pytest.mark.parametrize("value", ["cat.left.jpg", "a/cat.left.jpg", "left.jpg", ".LEFT.jpg"])
+def test_members_are_named_by_their_name_or_end(value):
+    assert place(left_jpg=b"L", right_jpg=b"R", json=b"{}").media("image", value) == Media.image(b"L")
+
+
+def test_a_name_from_before_the_packing_means_the_only_picture():
+    assert place(jpg=b"J", wav=b"W").media("image", "images/000123.jpg") == Media.image(b"J")
+    assert place(jpg=b"J", wav=b"W").media("audio", None) == Media.audio(b"W")
+    assert place(depth_png=b"D", png=b"P", npy=b"N").media("depth", None) == Media.depth(b"D")
+    assert place(npy=b"N", json=b"{}", txt=b"t").media("radar", None) == Media("radar", b"N")
+    assert place(jpg=b"J").media("image", b"inside") == Media.image(b"inside")
+
+
+@pytest.mark.parametrize(
+    ("members", "modality", "value", "message"),
+    [
+        ({"left_jpg": b"L", "right_jpg": b"R"}, "image", "000.jpg", "several members that may be its image"),
+        ({"json": b"{}", "txt": b"x"}, "image", None, "no member that is its image"),
+        ({"mp4": b"M"}, "audio", "mp3", "no member that is its audio"),
+        ({"jpg": b"J"}, "image", "https://x.org/1.jpg", "download it first"),
+    ],
+)
+def test_media_that_cannot_be_told(members, modality, value, message):
+    with pytest.raises(RowError, match=message):
+        place(**members).media(modality, value)
+
+
+@pytest.mark.parametrize(
+    ("one", "message"),
+    [
+        (sample(jpg=b"J"), "neither a member .json nor .txt"),
+        (sample(jpg=b"J", json=b"{"), "not valid JSON"),
+        (sample(jpg=b"J", json=b"[" * 100_000), "not valid JSON"),
+        (sample(jpg=b"J", json=b"[1]"), "no JSON object"),
+        (sample(jpg=b"J", txt=b"\xff\xfe"), "not UTF-8"),
+        (sample(jpg=b"J", txt=b"x", problem="two members .jpg"), "two members .jpg"),
+        (sample(txt=b"A cat."), "no member that is its image"),
+    ],
+)
+def test_samples_that_cannot_be_used_say_why(one, message):
+    with pytest.raises(InputError, match=message):
+        row(one)

@@ -1,0 +1,217 @@
+"""Which shards a pattern names, what a shard holds, and what becomes of damaged ones."""
+
+import http.server
+import json
+import tarfile
+import threading
+from typing import ClassVar
+
+import pytest
+
+import bindllm.data.stream.remote as remote
+from bindllm.data.stream.shards import ShardError, expand_shards, is_stream, read_shard
+from bindllm.errors import InputError
+from stream_parts import captioned, write_shard, write_shards
+
+
+@pytest.mark.parametrize(
+    ("path", "streamed"),
+    [
+        ("data/a.tar", True),
+        ("data/{00000..00331}.tar", True),
+        ("data/*.tar", True),
+        ("https://example.org/a.tar?download=1", True),
+        ("data/a.tar.gz", False),
+        ("https://example.org/a.jsonl", False),
+        ("data/tar", False),
+    ],
+)
+def test_what_is_streamed(path, streamed):
+    assert is_stream(path) is streamed
+
+
+def test_ranges_choices_and_wildcards(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a-008", "a-009", "a-010", "b-009", "c-1"):
+        write_shard(tmp_path / f"{name}.tar", captioned(0))
+    assert expand_shards("a-{008..010}.tar") == ["a-008.tar", "a-009.tar", "a-010.tar"]
+    assert expand_shards("{a,b}-{9..9}.tar".replace("9..9", "009..009")) == ["a-009.tar", "b-009.tar"]
+    assert expand_shards("{b,a}-*.tar") == ["b-009.tar", "a-008.tar", "a-009.tar", "a-010.tar"]
+    # A shard that is missing may come: it is reported where the stream meets it.
+    assert expand_shards("a-{010..011}.tar") == ["a-010.tar", "a-011.tar"]
+    assert expand_shards("https://example.org/{8..10}.tar")[-1] == "https://example.org/10.tar"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("none-{0..3}.tar", "names no shard that exists in .*, from where the recipe's paths"),
+        ("{3..1}.tar", r"goes backwards; write \{1\.\.3\}"),
+        ("{0..1000000}.tar", "more than 1,000,000 shards"),
+        ("http://x/{0..1999}{0..1999}.tar", "4,000,000 shards"),
+    ],
+)
+def test_patterns_that_name_nothing_or_too_much(pattern, message):
+    with pytest.raises(InputError, match=message):
+        expand_shards(pattern)
+
+
+def test_samples_are_members_with_the_same_key(tmp_path):
+    members = [
+        ("a/001.jpg", b"1"),
+        ("a/001.JSON", b"{}"),
+        ("README", b"no sample"),
+        ("._001.jpg", b"hidden"),
+        ("__meta__.json", b"{}"),
+        ("b/001.seg.png", b"2"),
+        ("b/001.jpg", b"3"),
+        ("c.jpg", b"4"),
+        ("c.jpg", b"5"),
+    ]
+    shard = str(write_shard(tmp_path / "0.tar", members))
+    one, two, three = read_shard(shard)
+    assert (one.key, one.members, one.number) == ("a/001", {"jpg": b"1", "json": b"{}"}, 0)
+    assert (two.key, two.members, two.number) == ("b/001", {"seg.png": b"2", "jpg": b"3"}, 1)
+    assert (three.key, three.problem) == ("c", "two members .jpg")
+    assert one.name == f"{shard} sample 1 (a/001)"
+    assert [sample.key for sample in read_shard(shard, skip=2)] == ["c"]
+    assert list(read_shard(shard, skip=3)) == []
+
+
+def test_long_names_and_folders_are_read(tmp_path):
+    name = "folder/" + "n" * 300
+    shard = tmp_path / "0.tar"
+    with tarfile.open(shard, "w", format=tarfile.GNU_FORMAT) as tar:
+        tar.add(tmp_path, "folder", recursive=False)
+        entry = tarfile.TarInfo(f"{name}.txt")
+        tar.addfile(entry)
+    assert [(sample.key, sample.members) for sample in read_shard(str(shard))] == [(name, {"txt": b""})]
+
+
+@pytest.mark.parametrize("cut", ["in a member", "at a member", "in a header", "no end"])
+def test_a_truncated_shard_gives_what_comes_before(tmp_path, cut):
+    shard = tmp_path / "0.tar"
+    write_shard(shard, [member for n in range(4) for member in captioned(n)])
+    with tarfile.open(shard) as tar:
+        entry = tar.getmembers()[6]
+        end = tar.getmembers()[-1].offset_data + 512
+    size = {
+        "in a member": entry.offset_data + 5,
+        "at a member": entry.offset,
+        "in a header": entry.offset + 100,
+        "no end": end,
+    }[cut]
+    with shard.open("r+b") as stream:
+        stream.truncate(size)
+    seen = []
+    with pytest.raises(ShardError, match=r"0\.tar: truncated or damaged after \d samples"):
+        for sample in read_shard(str(shard)):
+            seen.append(sample.number)
+    # The last sample before the cut may lack members, so it is not given either.
+    assert seen == {"in a member": [0, 1], "no end": [0, 1, 2]}.get(cut, [0])
+
+
+def test_damage_in_the_middle_is_not_taken_for_the_end(tmp_path):
+    shard = tmp_path / "0.tar"
+    write_shard(shard, [member for n in range(4) for member in captioned(n)])
+    with tarfile.open(shard) as tar:
+        offset = tar.getmembers()[6].offset
+    with shard.open("r+b") as stream:
+        stream.seek(offset)
+        stream.write(b"\xff" * 512)
+    with pytest.raises(ShardError, match="truncated or damaged after 1 samples"):
+        list(read_shard(str(shard)))
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>not found</html>" * 100])
+def test_what_is_no_tar_file(tmp_path, content):
+    (tmp_path / "0.tar").write_bytes(content)
+    with pytest.raises(ShardError, match="damaged after 0 samples"):
+        list(read_shard(str(tmp_path / "0.tar")))
+    with pytest.raises(ShardError, match=r"1\.tar: cannot be opened \(No such file"):
+        list(read_shard(str(tmp_path / "1.tar")))
+
+
+def test_a_header_that_claims_too_much_is_no_reason_to_take_all_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("bindllm.data.stream.shards.MAX_MEMBER_BYTES", 100)
+    shard = write_shard(tmp_path / "0.tar", [("a.jpg", b"x" * 101), ("b.jpg", b"y" * 100)])
+    a, b = read_shard(str(shard))
+    assert a.members == {}
+    assert a.problem.startswith("a member of more than")
+    assert len(b.members["jpg"]) == 100
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves files; breaks the first connection to each of them, or answers as ``behave`` says."""
+
+    files: ClassVar[dict[str, bytes]] = {}
+    ranges = True
+    broken: ClassVar[list[str]] = []
+    asked: ClassVar[list[tuple[str, str | None]]] = []
+
+    def do_GET(self):
+        self.asked.append((self.path, self.headers.get("Range")))
+        if self.path == "/busy.tar" and len([path for path, _ in self.asked if path == self.path]) < 3:
+            self.send_error(503)
+            return
+        content = self.files.get(self.path)
+        if content is None:
+            self.send_error(404)
+            return
+        start = 0
+        if self.ranges and self.headers.get("Range"):
+            start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(content) - start))
+        self.end_headers()
+        if self.path not in self.broken and self.path != "/busy.tar":
+            self.broken.append(self.path)
+            self.wfile.write(content[start : len(content) // 2])
+        else:
+            self.wfile.write(content[start:])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    write_shards(tmp_path, [6, 6])
+    files = {
+        f"/{name}.tar": (tmp_path / f"{n:03}.tar").read_bytes() for n, name in enumerate(("one", "busy"))
+    }
+    behaviour = type("Behaviour", (Server,), {"files": files, "broken": [], "asked": []})
+    serving = http.server.ThreadingHTTPServer(("127.0.0.1", 0), behaviour)
+    thread = threading.Thread(target=serving.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    monkeypatch.setattr(remote, "PAUSES", (0.0, 0.0, 0.0))
+    yield f"http://127.0.0.1:{serving.server_port}", behaviour
+    serving.shutdown()
+    thread.join()
+    serving.server_close()
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_connection_that_breaks_is_taken_up_again(server, tmp_path, ranges):
+    address, behaviour = server
+    behaviour.ranges = ranges
+    fetched = list(read_shard(f"{address}/one.tar"))
+    own = list(read_shard(str(tmp_path / "000.tar")))
+    assert [sample.members for sample in fetched] == [sample.members for sample in own]
+    half = len(behaviour.files["/one.tar"]) // 2
+    assert behaviour.asked == [("/one.tar", None), ("/one.tar", f"bytes={half}-")]
+    assert json.loads(fetched[0].members["json"])["key"] == "00000"
+
+
+def test_a_busy_server_is_asked_again_and_a_missing_shard_is_not(server):
+    address, behaviour = server
+    assert len(list(read_shard(f"{address}/busy.tar"))) == 6
+    with pytest.raises(ShardError, match=r"none\.tar: cannot be opened \(the server answers 404"):
+        list(read_shard(f"{address}/none.tar"))
+    assert [path for path, _ in behaviour.asked] == ["/busy.tar"] * 3 + ["/none.tar"]
+
+
+def test_a_server_that_is_gone_is_given_up(server, monkeypatch):
+    monkeypatch.setattr(remote, "PAUSES", (0.0,))
+    with pytest.raises(ShardError, match="given up after 2 tries"):
+        list(read_shard("http://127.0.0.1:9/0.tar"))
