@@ -1,7 +1,8 @@
-"""A run on two devices takes the same steps as one device that gathers the gradients of two batches."""
+"""Two processes take the steps of one that gathers the gradients of two batches: averaged, spread, or interrupted."""
 
 import csv
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,41 +11,60 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tiny_run import tiny_parts, tiny_recipe, write_recipe
+from bindllm.training.module import BindModule
+from bindllm.training.state import AtomicCheckpointIO
+from tiny_run import run, tiny_parts, tiny_recipe, write_recipe
+from two_processes import kill_in, run_pair, told
 
-pytestmark = pytest.mark.slow
+DDP = {"devices": 2, "strategy": "ddp"}
+SHARDED = {
+    "devices": 2,
+    "strategy": {"class_path": "bindllm.training.strategies.ShardedDecoder"},
+}
+WEIGHTS = ("checkpoints/tiny/bind.safetensors", "checkpoints/tiny/adapter/adapter_model.safetensors")
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
-    """20 training rows in 4 batches of 5: two for each device, none repeated."""
-    recipe = tiny_recipe(tiny_parts(tmp_path_factory.mktemp("parts")), trainer={"log_every_n_steps": 1})
+    """20 training rows in 4 batches of 5, two for each device; their captions differ in length."""
+    recipe = tiny_recipe(
+        tiny_parts(tmp_path_factory.mktemp("parts")),
+        model={
+            "trainable": ["bind", "inject", "adapter"],
+            "adapter": {"rank": 2},
+            "checkpoint_activations": True,
+        },
+        trainer={"log_every_n_steps": 1},
+    )
+    recipe["model"]["optim"]["lr"] = 0.003
     recipe["data"]["batch_size"] = 5
     return recipe
 
 
-def fit(recipe, folder, *options):
-    """Run the command line in processes of its own, as Lightning starts further ones from the first."""
-    folder.mkdir(exist_ok=True)
+def with_trainer(recipe, **options):
+    return {**recipe, "trainer": {**recipe["trainer"], **options}}
+
+
+def say_what_is_measured(cli, *_):
+    """In place of the measurement: whether the first process has a whole decoder that answers."""
+    model = cli.model.model
+    names = {type(value).__name__ for value in model.decoder.parameters()}
+    print(sorted(names), repr(model.generate("Describe.", max_new_tokens=3)))
+    return 0
+
+
+@pytest.fixture(scope="module")
+def folders(recipe, tmp_path_factory):
+    """The folders of one process and of two that are never stopped, and one that nothing has run in."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("one", "ddp", "sharded")}
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        command = [
-            sys.executable,
-            "-m",
-            "bindllm.cli",
-            "fit",
-            "--config",
-            str(write_recipe(recipe)),
-            *options,
-        ]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-        # A machine without a network still has this one.
-        environment["GLOO_SOCKET_IFNAME"] = "lo"
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=400, check=False
-        )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+        patch.setattr("bindllm.verbs.fit._measure", say_what_is_measured)
+        patch.chdir(folders["one"])
+        assert run("fit", with_trainer(recipe, accumulate_grad_batches=2)) == 0
+        patch.chdir(folders["ddp"])
+        codes = run_pair(lambda _: run("fit", with_trainer(recipe, **DDP)))
+        assert codes == [0, 0], told("err", 0)
+    return folders
 
 
 def logged(folder, name):
@@ -52,19 +72,62 @@ def logged(folder, name):
         return [float(row[name]) for row in csv.DictReader(stream) if row[name]]
 
 
-def test_two_processes_end_where_one_with_gathered_gradients_ends(recipe, tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    fit(recipe, one, "--trainer.accumulate_grad_batches", "2")
-    told = fit(recipe, two, "--trainer.devices", "2", "--trainer.strategy", "ddp")
-    assert logged(two, "val_loss") == pytest.approx(logged(one, "val_loss"), abs=1e-5)
-    assert len(logged(two, "val_loss")) == 2
+def test_two_processes_take_the_steps_of_one_with_gathered_gradients(folders):
+    one, two = folders["one"], folders["ddp"]
+    assert len(logged(two, "train_loss")) == 4
+    for name in ("train_loss", "val_loss"):
+        assert logged(two, name) == pytest.approx(logged(one, name), abs=1e-5)
     assert logged(two, "gradient_norm") == pytest.approx(logged(one, "gradient_norm"), rel=1e-4)
-    ours, theirs = (load_file(folder / "checkpoints/tiny/bind.safetensors") for folder in (two, one))
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], atol=1e-5, rtol=1e-4)
-    assert ours["injection.gates"].abs().max() > 0
-    assert told.count("trained model:") == 1, "one process alone saves and measures"
-    assert (two / "checkpoints/tiny/report.html").is_file()
-    assert not list((two / "runs/tiny").glob("last.ckpt"))
-    assert Path(two / "runs/tiny/captions.jsonl").read_text().count("\n") == 2 * 4
+    for file in WEIGHTS:
+        ours, theirs = (load_file(folder / file) for folder in (two, one))
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            torch.testing.assert_close(ours[name], theirs[name], atol=1e-4, rtol=1e-4)
+    assert load_file(two / WEIGHTS[0])["injection.gates"].abs().max() > 0
+
+
+def test_a_pair_that_shares_the_decoder_and_loses_one_ends_in_the_bytes_of_ddp(recipe, folders, monkeypatch):
+    """Killed in the last step, the other says so and stops; started again, both end as if nothing had happened."""
+    monkeypatch.setattr("bindllm.verbs.fit._measure", say_what_is_measured)
+    monkeypatch.chdir(folders["sharded"])
+    sharded = with_trainer(recipe, **SHARDED)
+
+    def work(rank):
+        if rank == 1:
+            kill_in(BindModule, "training_step", 4)
+        return run("fit", sharded)
+
+    assert run_pair(work) == [1, -signal.SIGKILL], told("err", 0)
+    error = told("err", 0)
+    assert "error: process 2 of 2 has ended before the run was done" in error
+    assert "run the same command again" in error
+    assert "Traceback" not in error
+    assert AtomicCheckpointIO().load_checkpoint("runs/tiny/last.ckpt")["global_step"] == 3
+    assert run_pair(lambda _: run("fit", sharded)) == [0, 0], told("err", 0)
+    assert "going on with the interrupted run" in told("out", 0)
+    for file in (*WEIGHTS, "runs/tiny/metrics.csv", "runs/tiny/captions.jsonl"):
+        assert Path(file).read_bytes() == (folders["ddp"] / file).read_bytes(), file
+    # The first process alone saves and measures, and does so with a whole decoder.
+    assert told("out", 0).count("['Parameter']") == 1
+    assert "Parameter" not in told("out", 1)
+    assert not list(Path("runs/tiny").glob("last.ckpt"))
+
+
+@pytest.mark.slow
+def test_processes_that_lightning_starts_end_in_the_same_bytes(recipe, folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = [
+        sys.executable,
+        "-m",
+        "bindllm.cli",
+        "fit",
+        "--config",
+        str(write_recipe(with_trainer(recipe, **DDP))),
+    ]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    for file in WEIGHTS:
+        assert Path(file).read_bytes() == (folders["ddp"] / file).read_bytes(), file
+    assert done.stdout.count("trained model:") == 1, "one process alone saves and measures"
+    assert Path("checkpoints/tiny/report.html").is_file()

@@ -17,6 +17,7 @@ from bindllm.training.module import BindModule
 from tiny_run import run, tiny_parts, tiny_recipe
 
 FILES = ("checkpoints/tiny/bind.safetensors", "runs/tiny/metrics.csv", "runs/tiny/captions.jsonl")
+ADAPTER = "checkpoints/tiny/adapter/adapter_model.safetensors"
 
 
 class Killed(BaseException):
@@ -133,6 +134,31 @@ def test_any_rhythm_of_validation_and_optimizer_goes_on_to_the_same_end(
         weights, *logs = (Path(name).read_bytes() for name in FILES if Path(name).exists())
         # Lightning counts a row's step one too high after an epoch's end, if the run's length is given in steps.
         ends.append((weights, [log.count(b"\n") for log in logs]))
+    assert ends[0] == ends[1]
+
+
+def test_a_second_stage_that_draws_random_numbers_goes_on_to_the_same_end(recipe, tmp_path, monkeypatch):
+    """Adapter, a loss of random weight, gathered gradients: killed, it goes on with the next random number."""
+    stage = {
+        "trainable": ["adapter"],
+        "adapter": {"rank": 2},
+        "objective": {"class_path": "noisy.Noisy"},
+        "optim": {"lr": 0.01},
+    }
+    changed = {**recipe, "model": {**recipe["model"], **stage}}
+    changed["trainer"] = {**recipe["trainer"], "max_epochs": 1, "accumulate_grad_batches": 2}
+    ends = []
+    for folder in (tmp_path / "whole", tmp_path / "killed"):
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        if ends:
+            with monkeypatch.context() as patch:
+                count_calls(patch, BindModule, "training_step", at=4, before=die)
+                with pytest.raises(Killed):
+                    run("fit", changed)
+            assert Path("runs/tiny/last.ckpt").exists()
+        assert run("fit", changed) == 0
+        ends.append([Path(name).read_bytes() for name in (ADAPTER, *FILES)])
     assert ends[0] == ends[1]
 
 

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 import bindllm.training.state as state
-from bindllm.errors import CheckpointError, TrainingError
+from bindllm.errors import CheckpointError, InputError, TrainingError
+from bindllm.training.runlog import RunLog
 from bindllm.training.state import AtomicCheckpointIO
 
 
@@ -80,3 +81,11 @@ def test_the_earlier_state_outlives_a_save_that_is_killed(tmp_path, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         AtomicCheckpointIO().save_checkpoint({"step": 2}, file)
     assert file.read_bytes() == before
+
+
+def test_the_state_of_another_number_of_processes_is_refused(tmp_path):
+    kept = state.RunState(tmp_path / "mine", RunLog(tmp_path / "mine"))
+    saved = kept.state_dict()
+    kept.load_state_dict(saved)
+    with pytest.raises(InputError, match=r"mine had 8 processes, this one has 1.*--resume false"):
+        kept.load_state_dict({**saved, "num_processes": 8})

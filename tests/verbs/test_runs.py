@@ -79,3 +79,13 @@ def test_a_second_run_is_kept_out_while_the_first_goes_on(tmp_path):
     with claimed(folder):
         assert "another run is using" in second().stderr
     assert second().stdout == "in\n"
+
+
+@pytest.mark.parametrize("key", ["devices", "num_nodes"])
+def test_another_number_of_processes_alone_is_no_reason_to_start_afresh(key, tmp_path):
+    folder = interrupted(tmp_path / "run", f"trainer:\n  {key}: 2\n")
+    with pytest.raises(InputError, match=rf"trainer\.{key}: 2 -> 4.*--resume false"):
+        open_run(folder, f"trainer:\n  {key}: 4\n")
+    assert (folder / "last.ckpt").exists()
+    open_run(folder, f"trainer:\n  {key}: 4\n", resume=False)
+    assert (tmp_path / "run.previous" / "last.ckpt").exists()

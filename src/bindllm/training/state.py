@@ -30,8 +30,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bindllm.atomic import atomic_file
-from bindllm.errors import CheckpointError, TrainingError
+from bindllm.errors import BindLLMError, CheckpointError, InputError, TrainingError
+from bindllm.training.randomness import RandomState, random_state, restore_random_state
 from bindllm.training.runlog import RunLog
+from bindllm.training.watch import Watch
 
 LAST = "last.ckpt"
 BEST = "best-*.safetensors"
@@ -96,6 +98,8 @@ def told_to_make_room(path: str | Path) -> Iterator[None]:
 class RunState(Checkpoint):
     """Saves the state of a run, keeps the best weights, and turns the first Ctrl-C into an orderly stop.
 
+    Of several processes the first one writes, and what it writes is whole: what is trained is the same on all of them.
+
     Args:
         folder: the run's folder.
         log: what the run has logged so far.
@@ -115,6 +119,9 @@ class RunState(Checkpoint):
         self.seconds = {"embed": 0.0, "train": 0.0}
         self._stopped_early = False
         self._rows: dict[str, Any] | None = None
+        self._random: RandomState | None = None
+        self._num_processes = 1
+        self._watch: Watch | None = None
         self._interrupted = self._may_stop = False
         self._clock = self._saved_at = time.monotonic()
         self._handlers: dict[int, Any] = {}
@@ -137,13 +144,36 @@ class RunState(Checkpoint):
             "seconds": self.seconds,
             "stopped_early": self._stopped_early,
             "rows": self._rows,
+            "random": self._random,
+            "num_processes": self._num_processes,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned."""
+        """Take over what `state_dict` returned.
+
+        Raises:
+            InputError: the state is of a run on another number of processes.
+        """
+        if state_dict["num_processes"] != self._num_processes:
+            raise InputError(
+                f"the interrupted run in {self.folder} had {state_dict['num_processes']} processes, this one has "
+                f"{self._num_processes}: it would see other rows in each step. Give it as many, or start afresh "
+                "with --resume false"
+            )
         self.best_loss, self.best_step = state_dict["best_loss"], state_dict["best_step"]
         self.seconds, self._stopped_early = state_dict["seconds"], state_dict["stopped_early"]
-        self._rows = state_dict["rows"]
+        self._rows, self._random = state_dict["rows"], state_dict["random"]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Connect the processes, where there are several, so that none waits for one that is gone."""
+        self._num_processes = trainer.world_size
+        if trainer.world_size > 1:
+            self._watch = Watch(
+                trainer.global_rank,
+                trainer.world_size,
+                host=trainer.strategy.cluster_environment.main_address,
+                broadcast=trainer.strategy.broadcast,
+            )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on being finished, if early stopping ended the run before the state was saved."""
@@ -157,6 +187,8 @@ class RunState(Checkpoint):
         """
         if self._rows is not None:
             trainer.train_dataloader.load_state_dict(self._rows)
+        if self._random is not None:
+            restore_random_state(self._random, trainer.strategy)
         self._clock = self._saved_at = time.monotonic()
         self.seconds["embed"] += trainer.datamodule.report.seconds_embedding
         self.run_log.keep_before(trainer.global_step)
@@ -176,7 +208,8 @@ class RunState(Checkpoint):
     ) -> None:
         """Save when it is time or the run is asked to stop, unless a validation or an optimizer step is pending.
 
-        Lightning takes a validation that follows a saved step for done, and forgets accumulated gradients.
+        Lightning takes a validation that follows a saved step for done, and forgets accumulated gradients; an
+        objective that is to go on with the same batch forgets what it knows of it.
         """
         late = time.monotonic() - self._saved_at >= self.every_seconds
         due = trainer.strategy.reduce_boolean_decision(self._interrupted or late, all=False)
@@ -188,7 +221,8 @@ class RunState(Checkpoint):
             else done
         )
         validates = trainer.is_last_batch or every % (trainer.val_check_batch or every + 1) == 0
-        if due and not validates and done % trainer.accumulate_grad_batches == 0:
+        pending = done % trainer.accumulate_grad_batches or not pl_module.objective.at_rest
+        if due and not validates and not pending:
             self._save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -213,12 +247,23 @@ class RunState(Checkpoint):
         self._stop_if_asked(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the signals back."""
+        """Give the signals back, and leave the other processes in order."""
         self._release_signals()
+        if self._watch is not None:
+            self._watch.stop()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the signals back; Lightning calls no teardown after an exception."""
+        """Give the signals back, and let the other processes know; Lightning calls no teardown after an exception."""
         self._release_signals()
+        if self._watch is None:
+            return
+        if isinstance(exception, Interrupted):
+            self._watch.stop()
+        elif self._watch.explains(exception):
+            # It has said so. What the library would do now is to wait for the lost process once more.
+            os._exit(1)
+        else:
+            self._watch.fail(_in_short(exception))
 
     def best_weights(self) -> dict[str, Tensor] | None:
         """Return the tensors with the lowest validation loss, or None where none was measured."""
@@ -234,6 +279,7 @@ class RunState(Checkpoint):
         self.seconds["train"] += now - self._clock
         self._clock = self._saved_at = now
         self._rows = trainer.train_dataloader.state_dict()
+        self._random = random_state(trainer.strategy)
         trainer.save_checkpoint(self.last)
         # Only now: killed before, the run goes on from a state that names earlier best weights.
         if trainer.is_global_zero:
@@ -258,3 +304,9 @@ class RunState(Checkpoint):
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}
+
+
+def _in_short(error: BaseException) -> str:
+    """Our own errors explain themselves; of others the kind tells more than the text."""
+    lines = str(error).splitlines() or [""]
+    return lines[0] if isinstance(error, BindLLMError) else f"{type(error).__name__}: {lines[0]}".rstrip(": ")

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric import Fabric
@@ -27,6 +27,9 @@ from torch import distributed
 
 from bindllm.errors import BindLLMError, InputError, StoreError
 from bindllm.retrieval.ranks import Ranks
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 PATIENCE = timedelta(days=1)
 """Processes wait this long for the slowest one. One that has ended is noticed at once; this is for one that hangs."""
@@ -41,6 +44,9 @@ STOPPED = 130
 """Exit code of a process that was asked to stop."""
 
 GO_ON = "What is embedded is stored: run the same command again, with any number of processes, and it goes on"
+
+# Set for the processes that Lightning starts from the first one.
+_STARTED_LATER = "BINDLLM_STARTED_LATER"
 
 # How launchers tell a process how many there are; Lightning heeds them only where the recipe asks for so many.
 _TOLD_COUNT = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
@@ -86,6 +92,20 @@ def on_every_device(
     }
     with _environment(by_hand), _Others(fabric.strategy.num_processes - 1, again):
         return _launch(fabric, work)
+
+
+def meet(trainer: Trainer) -> None:
+    """Wait for the first process of a run, where all of them were started from outside.
+
+    Further processes that Lightning itself starts come later, when the first one has done what they rely on.
+    """
+    if trainer.world_size == 1 or os.environ.get(_STARTED_LATER):
+        return
+    if trainer.strategy.cluster_environment.creates_processes_externally:
+        trainer.strategy.setup_environment()
+        trainer.strategy.barrier()
+    else:
+        os.environ[_STARTED_LATER] = "1"
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from bindllm.training.state import BEST, LAST
 RUNS = "runs"
 RECIPE = "recipe.yaml"
 _SHOWN_CHANGES = 5
+_PROCESSES = ("trainer.devices", "trainer.num_nodes")
 
 
 def run_folder(output: str | Path) -> Path:
@@ -67,6 +68,9 @@ def open_run(folder: Path, recipe: str, *, resume: bool = True, say: Callable[[s
         recipe: the resolved recipe, which decides whether an interrupted run is the same.
         resume: False starts afresh in any case.
         say: takes a sentence for the user, if there is anything to say.
+
+    Raises:
+        InputError: nothing has changed but the number of processes, which is not worth an interrupted run.
     """
     state, earlier = folder / LAST, folder / RECIPE
     if state.exists():
@@ -77,6 +81,11 @@ def open_run(folder: Path, recipe: str, *, resume: bool = True, say: Callable[[s
                 remove_leftovers(folder / name)
             say(f"going on with the interrupted run in {folder}")
             return
+        if resume and all(change.startswith(_PROCESSES) for change in changes):
+            raise InputError(
+                f"the interrupted run in {folder} had another number of processes ({_listed(changes)}), and would see "
+                "other rows in each step. Restore it, or start afresh with --resume false"
+            )
         reason = f"the recipe has changed ({_listed(changes)})" if changes else "as asked"
         say(f"starting afresh: {reason}; the interrupted run is kept in {_aside(folder)}")
     if folder.exists():

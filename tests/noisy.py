@@ -1,0 +1,18 @@
+"""An objective for tests of what random numbers do to a run."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+
+from bindllm.training.objectives import NextToken
+
+
+class Noisy(NextToken):
+    """A loss that hangs on random numbers of all kinds."""
+
+    def loss(self, model, batch):
+        loss, figures = super().loss(model, batch)
+        return loss * (0.5 + (torch.rand(()) + np.random.rand() + random.random()) / 3), figures
