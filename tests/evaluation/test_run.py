@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 
 from bindllm.conversation import Conversation, Message
-from bindllm.data.collate import collate
+from bindllm.data.collate import answer_batch
 from bindllm.data.tokenise import tokenise
 from bindllm.errors import InputError
-from bindllm.evaluation import run
 from bindllm.evaluation.baselines import blind, exchange, neighbours
+from bindllm.evaluation.measuring import loss_numbers
 from bindllm.evaluation.metrics import caption_metrics
 from bindllm.evaluation.run import VARIANTS, evaluate_captions, measure_captions
 from bindllm.media import Media
@@ -73,7 +73,7 @@ def one_by_one_loss(model, samples, lookup):
     """Mean over all supervised tokens from the full logits, without batches or padding."""
     losses = []
     for one in samples:
-        batch = collate([one], lookup, pad_id=0)
+        batch = answer_batch([one], lookup, pad_id=0)
         labels = batch.pop("labels")[0, 1:]
         logits, seen = model(**batch).logits[0, :-1], labels != -100
         losses.append(torch.nn.functional.cross_entropy(logits[seen], labels[seen], reduction="none"))
@@ -242,10 +242,10 @@ def test_a_loss_that_is_no_number_is_a_problem(model, held, monkeypatch):
     assert "not finite" in result.problems["heldout loss"]
 
 
-def test_a_perplexity_beyond_floats_is_none(model):
-    attempt = run._Run(model, 1, 1, lambda done: None)
-    assert attempt.metrics("heldout", run._Measured(loss=800.0), [])["perplexity"] is None
-    assert attempt.metrics("heldout", run._Measured(loss=2.0), [])["perplexity"] == pytest.approx(math.exp(2))
+def test_a_perplexity_beyond_floats_is_none():
+    assert loss_numbers(800.0) == {"loss": 800.0, "perplexity": None}
+    assert loss_numbers(None) == {"loss": None, "perplexity": None}
+    assert loss_numbers(2.0)["perplexity"] == pytest.approx(math.exp(2))
 
 
 def test_evaluation_repeats_and_leaves_the_model_alone(model, held):

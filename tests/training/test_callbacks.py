@@ -13,7 +13,13 @@ from bindllm.media import Media
 from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.decoder import DecoderConfig
-from bindllm.training.callbacks import ParameterTable, SampleCaptions, refuse_unmeasured, spread
+from bindllm.training.callbacks import (
+    ParameterTable,
+    SampleCaptions,
+    _markdown,
+    refuse_unmeasured,
+    spread,
+)
 from tiny import ColourEncoder, save_tiny_decoder, tiny_decoder
 
 
@@ -123,3 +129,17 @@ def test_the_table_counts_every_parameter_once(tmp_path, capsys, adapter):
     frozen = sum(value.numel() for value in tiny_decoder().parameters())
     assert counts["decoder"] == [f"{frozen:,}", "frozen"]
     assert ("adapter" in counts) == (adapter is not None)
+
+
+def test_what_was_asked_is_kept_for_questions_and_each_reference_once(captioned):
+    samples = [
+        replace(tokens(sample(0), 3), task="answer", references=("yes", "yep", "yes")),
+        replace(tokens(sample(1), 3), task="caption", references=("x",)),
+    ]
+    first, second = captioned(samples)[0]
+    assert (first["question"], first["true"]) == ("What?", "yes | yep")
+    assert "question" not in second
+    lines = _markdown([first, second]).splitlines()
+    assert lines[0] == "| picture | question | true | generated |"
+    assert lines[1] == "|---|---|---|---|"
+    assert lines[3].startswith("| 1.png |  | x |")

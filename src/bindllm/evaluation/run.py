@@ -9,33 +9,22 @@
 
 from __future__ import annotations
 
-import hashlib
-import logging
-import math
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
-import torch
 from rich.progress import Progress
-from torch import nn
 
-from bindllm.data.batches import sorted_batches
-from bindllm.data.collate import Lookup, collate, prompt_batch
+from bindllm.data.collate import Lookup
 from bindllm.data.tokenise import Sample
-from bindllm.errors import BindLLMError, InputError
+from bindllm.errors import InputError
 from bindllm.evaluation.baselines import Neighbour, blind, exchange, neighbours, subject
+from bindllm.evaluation.measuring import Measuring, evaluating, input_digests, loss_numbers
 from bindllm.evaluation.metrics import METRICS, caption_metrics, same_caption
 from bindllm.model.bindllm import BindLLM
 
-logger = logging.getLogger(__name__)
-
 VARIANTS = ("heldout", "zero_gates", "shuffled", "nearest")
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -128,18 +117,18 @@ def evaluate_captions(
     if not shown:
         raise InputError(f"none of the {len(samples)} held-out samples has media; give captioned pictures")
     asked, references = _pictures(shown, lookup)
-    with _evaluating(model), Progress(disable=not progress) as bar:
+    with evaluating(model), Progress(disable=not progress) as bar:
         task = bar.add_task("evaluating", total=3 * len(shown) + 2 * len(asked))
-        run = _Run(model, batch_size, max_new_tokens, lambda done: bar.advance(task, done))
+        run = Measuring(model, batch_size, max_new_tokens, lambda done: bar.advance(task, done))
         nearest = run.attempt("nearest", lambda: neighbours(asked, train_samples, lookup))
         exchanged = run.attempt("shuffled", lambda: exchange(shown, lookup))
         measured = {
-            "heldout": run.measure("heldout", shown, asked, lookup),
-            "zero_gates": run.measure("zero_gates", blind(shown), blind(asked), lookup),
-            "shuffled": run.measure("shuffled", shown, asked, exchanged) if exchanged else _Measured(),
+            "heldout": _measure(run, "heldout", shown, asked, lookup),
+            "zero_gates": _measure(run, "zero_gates", blind(shown), blind(asked), lookup),
+            "shuffled": _measure(run, "shuffled", shown, asked, exchanged) if exchanged else _Measured(),
             "nearest": _Measured(captions=nearest and [neighbour.caption for neighbour in nearest]),
         }
-    metrics = {name: run.metrics(name, one, references) for name, one in measured.items()}
+    metrics = {name: _numbers(run, name, one, references) for name, one in measured.items()}
     return HeldOutResult(
         metrics=metrics,
         rows=_rows(asked, references, measured, nearest),
@@ -175,9 +164,10 @@ def measure_captions(
     if not samples or not all(sample.media for sample in samples):
         raise InputError("every sample to be measured has media; leave out those that show nothing")
     asked, references = _pictures(list(samples), lookup)
-    with _evaluating(model):
-        run = _Run(model, batch_size, max_new_tokens, lambda done: None)
-        numbers = run.metrics("captions", run.measure("held-out", list(samples), asked, lookup), references)
+    with evaluating(model):
+        run = Measuring(model, batch_size, max_new_tokens)
+        measured = _measure(run, "held-out", list(samples), asked, lookup)
+        numbers = _numbers(run, "captions", measured, references)
     if run.problems:
         raise InputError("; ".join(f"{name}: {why}" for name, why in run.problems.items()))
     return numbers
@@ -191,107 +181,32 @@ class _Measured:
     captions: list[str] | None = None
 
 
-@dataclass
-class _Run:
-    """A model, how to run it, and what went wrong so far."""
-
-    model: BindLLM
-    batch_size: int
-    max_new_tokens: int
-    advance: Callable[[int], None]
-    problems: dict[str, str] = field(default_factory=dict)
-
-    def attempt(self, name: str, work: Callable[[], T]) -> T | None:
-        """Return what the work gives, or None with a problem noted: finished measurements outlive a failed one."""
-        try:
-            return work()
-        except Exception as error:
-            self.problems[name] = f"{type(error).__name__}: {error}"
-            logger.warning("no %s: %s", name, error, exc_info=not isinstance(error, BindLLMError))
-            return None
-
-    def measure(self, name: str, shown: list[Sample], asked: list[Sample], lookup: Lookup) -> _Measured:
-        """Return the loss over the samples shown, and captions for those asked."""
-        return _Measured(
-            loss=self.attempt(f"{name} loss", lambda: self.loss(shown, lookup)),
-            captions=self.attempt(f"{name} captions", lambda: self.captions(asked, lookup)),
-        )
-
-    def loss(self, samples: Sequence[Sample], lookup: Lookup) -> float:
-        """Return the mean over all supervised tokens, in nats."""
-        total, num_tokens = 0.0, 0
-        for rows in sorted_batches([len(sample.input_ids) for sample in samples], batch_size=self.batch_size):
-            batch = collate([samples[n] for n in rows], lookup, pad_id=self.model.tokenizer.pad_token_id)
-            output = self.model(**{key: value.to(self.model.device) for key, value in batch.items()})
-            total += nn.functional.cross_entropy(
-                output.logits.float(), output.targets, reduction="sum"
-            ).item()
-            num_tokens += output.targets.numel()
-            self.advance(len(rows))
-        if not math.isfinite(total):
-            raise InputError("the loss is not finite; the weights or the embeddings hold NaN or infinity")
-        return total / num_tokens
-
-    def captions(self, samples: Sequence[Sample], lookup: Lookup) -> list[str]:
-        """Return a greedy caption for each sample; equal inputs are run once."""
-        inputs = _inputs(samples, lookup)
-        distinct = list(dict(zip(inputs, samples, strict=True)).items())
-        tokenizer, said = self.model.tokenizer, {}
-        for rows in sorted_batches(
-            [sample.prompt_length for _, sample in distinct], batch_size=self.batch_size
-        ):
-            batch = prompt_batch([distinct[n][1] for n in rows], lookup, pad_id=tokenizer.pad_token_id)
-            ids = self.model.generate_from(
-                **batch, do_sample=False, num_beams=1, max_new_tokens=self.max_new_tokens
-            )
-            texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-            said.update((distinct[n][0], text.strip()) for n, text in zip(rows, texts, strict=True))
-            self.advance(len(rows))
-        return [said[key] for key in inputs]
-
-    def metrics(self, name: str, measured: _Measured, references: list[list[str]]) -> dict[str, float | None]:
-        """Return the numbers of one variant; perplexity is None where it is above the largest float."""
-        numbers: dict[str, float | None] = {"loss": measured.loss, **dict.fromkeys(("perplexity", *METRICS))}
-        if measured.loss is not None and measured.loss < math.log(sys.float_info.max):
-            numbers["perplexity"] = math.exp(measured.loss)
-        if measured.captions is not None:
-            captions = measured.captions
-            numbers.update(
-                self.attempt(f"{name} metrics", lambda: caption_metrics(captions, references)) or {}
-            )
-        return numbers
+def _numbers(
+    run: Measuring, name: str, measured: _Measured, references: list[list[str]]
+) -> dict[str, float | None]:
+    """Return the numbers of one variant."""
+    numbers: dict[str, float | None] = {**loss_numbers(measured.loss), **dict.fromkeys(METRICS)}
+    if measured.captions is not None:
+        captions = measured.captions
+        numbers.update(run.attempt(f"{name} metrics", lambda: caption_metrics(captions, references)) or {})
+    return numbers
 
 
-@contextmanager
-def _evaluating(model: BindLLM) -> Iterator[None]:
-    """Put the model in eval mode, without gradients, and its mode back afterwards."""
-    mode = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(mode)
-
-
-def _inputs(samples: Sequence[Sample], lookup: Lookup) -> list[bytes]:
-    """Return a digest of what the model is given to answer each sample: the prompt, its routing, the embeddings."""
-    vectors = iter(lookup([group for sample in samples for group in sample.media]))
-    digests = []
-    for sample in samples:
-        digest = hashlib.sha256(sample.input_ids[: sample.prompt_length].tobytes())
-        digest.update(sample.media_index[: sample.prompt_length].tobytes())
-        for _ in sample.media:
-            digest.update(next(vectors).numpy().tobytes())
-        digests.append(digest.digest())
-    return digests
+def _measure(
+    run: Measuring, name: str, shown: list[Sample], asked: list[Sample], lookup: Lookup
+) -> _Measured:
+    """Return the loss over the samples shown, and captions for those asked."""
+    return _Measured(
+        loss=run.attempt(f"{name} loss", lambda: run.loss(shown, lookup)),
+        captions=run.attempt(f"{name} captions", lambda: run.answers(asked, lookup)),
+    )
 
 
 def _pictures(shown: list[Sample], lookup: Lookup) -> tuple[list[Sample], list[list[str]]]:
     """Return the first sample of each distinct input, and the references of all samples with that input."""
     first: dict[bytes, Sample] = {}
     references: dict[bytes, dict[str, None]] = {}
-    for key, sample in zip(_inputs(shown, lookup), shown, strict=True):
+    for key, sample in zip(input_digests(shown, lookup), shown, strict=True):
         first.setdefault(key, sample)
         references.setdefault(key, {}).update(dict.fromkeys(sample.references))
     return list(first.values()), [list(texts) for texts in references.values()]

@@ -14,6 +14,7 @@ from rich.console import Console
 from bindllm.data.collate import prompt_batch
 from bindllm.data.tokenise import Sample
 from bindllm.errors import InputError
+from bindllm.model.quantise import num_weights
 from bindllm.training.optim import groups_table
 from bindllm.training.runlog import RunLog
 
@@ -56,18 +57,20 @@ class ParameterTable(Callback):
         # The adapter's parameters are inside the decoder, and have a row of their own.
         grouped = {id(value) for group in groups.values() for _, value in group}
         values = pl_module.model.decoder.parameters()
-        frozen = sum(value.numel() for value in values if id(value) not in grouped)
+        frozen = sum(num_weights(value) for value in values if id(value) not in grouped)
         if trainer.is_global_zero:
             Console().print(trainer.datamodule.report, groups_table(groups, frozen))
 
 
 class SampleCaptions(Callback):
-    """Captions a few fixed validation pictures after each validation: the loss in words.
+    """Lets the model answer for a few fixed validation pictures after each validation: the loss in words.
+
+    A row of `latest` says what was asked (``question``) where that differs from row to row: not for captions.
 
     Args:
-        log: where the captions are kept.
+        log: where the answers are kept.
         count: number of pictures.
-        max_new_tokens: longest caption.
+        max_new_tokens: longest answer.
     """
 
     def __init__(self, log: RunLog, *, count: int = 4, max_new_tokens: int = 32) -> None:
@@ -76,26 +79,24 @@ class SampleCaptions(Callback):
 
     @torch.no_grad()
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Generate, and write the captions to the log and to TensorBoard."""
+        """Generate, and write the answers to the log and to TensorBoard."""
         samples = spread(trainer.datamodule.samples("validation"), self.count)
-        if trainer.sanity_checking or not samples or not trainer.is_global_zero:
+        if trainer.sanity_checking or not samples:
             return
+        # On all processes: those that share a decoder run it together.
         model = pl_module.model
         batch = prompt_batch(samples, trainer.datamodule.lookup, pad_id=model.tokenizer.pad_token_id)
         ids = model.generate_from(**batch, do_sample=False, max_new_tokens=self.max_new_tokens)
         texts = [text.strip() for text in model.tokenizer.batch_decode(ids, skip_special_tokens=True)]
-        self.latest = [
-            {"picture": _picture(sample), "true": " | ".join(sample.references), "generated": text}
-            for sample, text in zip(samples, texts, strict=True)
-        ]
-        # The step under which Lightning logs the validation loss that belongs to these captions.
+        if not trainer.is_global_zero:
+            return
+        self.latest = [_row(sample, text) for sample, text in zip(samples, texts, strict=True)]
+        # The step under which Lightning logs the validation loss that belongs to these answers.
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
         self.run_log.log_captions(self.latest, step)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                lines = ["| picture | true | generated |", "|---|---|---|"]
-                lines += [f"| {row['picture']} | {row['true']} | {row['generated']} |" for row in self.latest]
-                logger.experiment.add_text("captions", "\n".join(lines), step)
+                logger.experiment.add_text("captions", _markdown(self.latest), step)
 
 
 def spread(samples: Sequence[Sample], count: int) -> list[Sample]:
@@ -103,6 +104,22 @@ def spread(samples: Sequence[Sample], count: int) -> list[Sample]:
     shown = [sample for sample in samples if sample.media]
     count = min(count, len(shown))
     return [shown[n * len(shown) // count] for n in range(count)]
+
+
+def _row(sample: Sample, generated: str) -> dict[str, str]:
+    """What was shown, what was asked unless it is a caption, what is true and what was generated."""
+    questions = [message.text for message in sample.conversation.messages if message.role == "user"]
+    asked = {} if sample.task == "caption" else {"question": questions[-1]}
+    true = " | ".join(dict.fromkeys(sample.references))
+    return {"picture": _picture(sample), **asked, "true": true, "generated": generated}
+
+
+def _markdown(rows: Sequence[dict[str, str]]) -> str:
+    columns = [
+        name for name in ("picture", "question", "true", "generated") if any(name in row for row in rows)
+    ]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row.get(name, '') for name in columns)} |" for row in rows)])
 
 
 def _picture(sample: Sample) -> str:

@@ -6,8 +6,6 @@ text that comes from data goes through `html.escape`.
 
 from __future__ import annotations
 
-import random
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -16,17 +14,19 @@ from typing import Any
 
 import numpy as np
 
-from bindllm.errors import BindLLMError
-from bindllm.training.figures import Series, gate_figure, loss_figure, thumbnail
-from bindllm.training.summary import METRICS, VARIANTS, Metrics, best_variants, in_words_of, summarise
-
-SHEET_SIZE = 60
-"""Pictures on the contact sheet."""
-
-_SHEET_SEED = 0
-_LONGEST = 160
-"""Characters shown of a text; one endless caption must not fill the page."""
-_RIGHT = '<span class="mark">✓ right</span>'
+from bindllm.training import answers, html
+from bindllm.training.figures import Series, gate_figure, loss_figure
+from bindllm.training.summary import (
+    CHAT_MEASURES,
+    CHAT_VARIANTS,
+    METRICS,
+    VARIANTS,
+    Metrics,
+    best_variants,
+    in_words_of,
+    measured_kinds,
+    summarise,
+)
 
 
 @dataclass
@@ -37,6 +37,8 @@ class ReportData:
         metrics: content of ``metrics.json``.
         captions: one row per held-out picture: ``picture``, ``references``, ``generated``, ``zero_gates``,
             ``exact``, ``nearest``, ``nearest_picture``, ``nearest_exact``, ``modality``, ``nearest_modality``.
+        answers: one row per held-out question: ``picture``, ``modality``, ``question``, ``type``, ``references``,
+            ``generated``, ``right``, ``question_only``.
         facts: the fields of `bindllm.training.report.RunFacts`.
         training: training loss by step.
         validation: validation loss by step.
@@ -48,6 +50,7 @@ class ReportData:
     captions: list[dict[str, Any]]
     facts: dict[str, Any]
     gates: np.ndarray
+    answers: Sequence[dict[str, Any]] = ()
     training: Series = ()
     validation: Series = ()
     recipe: str = ""
@@ -74,9 +77,9 @@ def render_page(data: ReportData, *, resolve: Callable[[str], str] = str) -> str
     sections = [
         _header(data, title),
         _problems(data.facts["problems"]),
-        _section("How good it is", _panels(data) + _metrics_table(data)),
+        _section("How good it is", _figures(data)),
         _section("How it learnt", _learning(data)),
-        _section("What it says", _contact_sheet(data, resolve)),
+        _section("What it says", _sheets(data, resolve)),
         _section("What it learnt from", _data(data)),
         _section("The run", _run_facts(data)),
         _section("Licences", _licences(data.facts["licences"])),
@@ -90,17 +93,6 @@ def render_page(data: ReportData, *, resolve: Callable[[str], str] = str) -> str
 
 def _section(heading: str, body: str) -> str:
     return f"<section>\n<h2>{heading}</h2>\n{body}\n</section>\n"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, kind: str = "") -> str:
-    """A table of ready HTML cells; the first cell of each row names it."""
-    top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
-    body = "".join(
-        f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>\n'
-        for row in rows
-    )
-    opening = f"<thead><tr>{top}</tr></thead>\n" if head else ""
-    return f'<div class="wide"><table class="{kind}">\n{opening}<tbody>\n{body}</tbody></table></div>\n'
 
 
 def _header(data: ReportData, title: str) -> str:
@@ -125,49 +117,75 @@ def _problems(problems: dict[str, str]) -> str:
     return f'<section class="problems"><h2>What did not work</h2><ul>{items}</ul></section>\n'
 
 
-def _panels(data: ReportData) -> str:
+_HEADINGS = {"captions": "Captions", "answers": "Questions and answers", "chat": "Conversations"}
+
+
+def _figures(data: ReportData) -> str:
+    """The numbers of each kind of held-out rows; a heading tells several kinds apart."""
+    drawn = {}
+    for kind, metrics in measured_kinds(data.metrics).items():
+        if kind == "answers":
+            drawn[kind] = answers.figures(metrics, data.say)
+        elif kind == "chat":
+            drawn[kind] = _panels(data, metrics, CHAT_MEASURES, CHAT_VARIANTS) + _chat_table(data, metrics)
+        else:
+            shown = ("loss", "cider", "rouge_l", "exact_match")
+            drawn[kind] = _panels(data, metrics, shown, VARIANTS) + _captions_table(data, metrics)
+    return _headed(drawn)
+
+
+def _headed(parts: dict[str, str]) -> str:
+    if len(parts) == 1:
+        return next(iter(parts.values()))
+    return "".join(f"<h3>{_HEADINGS[kind]}</h3>\n{part}" for kind, part in parts.items())
+
+
+def _panels(data: ReportData, metrics: Metrics, keys: Sequence[str], variants: Sequence[str]) -> str:
     """Bars for the headline metrics: this model beside its baselines."""
-    metrics: Metrics = data.metrics
     panels = []
-    for key in ("loss", "cider", "rouge_l", "exact_match"):
+    names = {name: data.say(VARIANTS[name]) for name in variants}
+    for key in keys:
         metric = METRICS[key]
-        known = {name: metrics[name][key] for name in VARIANTS if metrics[name][key] is not None}
-        top = max(known.values(), default=0) or 1
-        bars = "".join(
-            f'<li class="{name}"><span class="name">{data.say(VARIANTS[name])}</span>'
-            f'<span class="bar"><i style="width:{100 * known[name] / top:.1f}%"></i></span>'
-            f"<span>{metric.show(known[name])}</span></li>"
-            for name in VARIANTS
-            if name in known
-        )
+        known = {name: metrics[name][key] for name in variants if metrics[name][key] is not None}
         better = "lower is better" if metric.lower_is_better else "higher is better"
-        panels.append(
-            f'<div class="panel"><h3>{metric.title} <small>{better}</small></h3><ul>{bars}</ul></div>'
-        )
+        title = f"{metric.title} <small>{better}</small>"
+        panels.append(html.panel(title, known, names=names, show=metric.show))
     return f'<div class="panels">{"".join(panels)}</div>\n'
 
 
-def _metrics_table(data: ReportData) -> str:
-    metrics: Metrics = data.metrics
+def _numbers_table(data: ReportData, metrics: Metrics, keys: Sequence[str], variants: Sequence[str]) -> str:
     rows = []
-    for key, metric in METRICS.items():
-        best = best_variants(metrics, key)
-        cells = [metric.show(metrics[name][key]) for name in VARIANTS]
-        cells = [
-            f"<b>{cell}</b>" if name in best else cell for name, cell in zip(VARIANTS, cells, strict=True)
-        ]
+    for key in keys:
+        metric, best = METRICS[key], best_variants(metrics, key, variants)
+        cells = {name: metric.show(metrics[name][key]) for name in variants}
         arrow = "↓" if metric.lower_is_better else "↑"
-        rows.append([f"{metric.title} {arrow}", *cells])
+        bold = [f"<b>{cell}</b>" if name in best else cell for name, cell in cells.items()]
+        rows.append([f"{metric.title} {arrow}", *bold])
+    return html.table(["", *(data.say(VARIANTS[name]) for name in variants)], rows, kind="numbers")
+
+
+_NOTES = (
+    "↓ lower is better, ↑ higher is better; the best of each row is bold. "
+    "<b>This model</b> sees the right picture. <b>Gates at zero</b>: the same model, blind. "
+    "<b>Wrong pictures</b>: the same model, every picture exchanged for another one. "
+)
+
+
+def _captions_table(data: ReportData, metrics: Metrics) -> str:
     notes = (
-        "↓ lower is better, ↑ higher is better; the best of each row is bold. "
-        "<b>This model</b> sees the right picture. <b>Gates at zero</b>: the same model, blind. "
-        "<b>Wrong pictures</b>: the same model, every picture exchanged for another one. "
-        "<b>Nearest picture</b>: no model at all, the caption of the training picture that is most alike "
+        f"{_NOTES}<b>Nearest picture</b>: no model at all, the caption of the training picture that is most alike "
         "(a look-up has no loss). CIDEr goes from 0 to 10, and a right caption of two words reaches 5; papers print "
         "it times 100. BLEU-4 counts phrases of four words, so it stays near 0 where captions are shorter."
     )
-    head = ["", *map(data.say, VARIANTS.values())]
-    return _table(head, rows, kind="numbers") + f'<p class="note">{data.say(notes)}</p>'
+    table = _numbers_table(data, metrics, list(METRICS), list(VARIANTS))
+    return f'{table}<p class="note">{data.say(notes)}</p>'
+
+
+def _chat_table(data: ReportData, metrics: Metrics) -> str:
+    notes = f"{_NOTES}Conversations without pictures are the same in all three."
+    return (
+        f'{_numbers_table(data, metrics, CHAT_MEASURES, CHAT_VARIANTS)}<p class="note">{data.say(notes)}</p>'
+    )
 
 
 def _learning(data: ReportData) -> str:
@@ -187,50 +205,41 @@ def _learning(data: ReportData) -> str:
     return f'<div class="figures">{"".join(figures)}</div>'
 
 
-def _contact_sheet(data: ReportData, resolve: Callable[[str], str]) -> str:
+def _sheets(data: ReportData, resolve: Callable[[str], str]) -> str:
+    parts = {}
+    if data.captions:
+        parts["captions"] = _captions_sheet(data, resolve)
+    if data.answers:
+        parts["answers"] = answers.sheet(data.answers, resolve, data.say)
+    if not parts:
+        return "<p>Of held-out conversations the loss alone is measured.</p>"
+    return _headed(parts)
+
+
+def _captions_sheet(data: ReportData, resolve: Callable[[str], str]) -> str:
     captions = data.captions
-    count = min(SHEET_SIZE, len(captions))
-    shown = sorted(random.Random(_SHEET_SEED).sample(range(len(captions)), count))
-    cards = "".join(_card(captions[n], resolve) for n in shown)
+    places = html.sample(len(captions))
+    cards = "".join(_card(captions[n], resolve) for n in places)
     blind = {row["zero_gates"] for row in captions if row["zero_gates"] is not None}
     text = data.say(
-        f"{count} of {len(captions)} held-out pictures, drawn by a fixed seed and not chosen by anyone; all rows are "
-        f"in <code>report/captions.jsonl</code>. {_RIGHT} marks a caption that has exactly the true words."
+        f"{len(places)} of {len(captions)} held-out pictures, drawn by a fixed seed and not chosen by anyone; all rows "
+        f"are in <code>report/captions.jsonl</code>. {html.RIGHT} marks a caption that has exactly the true words."
     )
     if len(blind) == 1:
-        text += f" With its gates at zero the model says of every {data.say('picture')}: <q>{_text(blind.pop())}</q>"
+        words = html.text(blind.pop())
+        text += f" With its gates at zero the model says of every {data.say('picture')}: <q>{words}</q>"
     return f'<p>{text}</p>\n<div class="sheet">{cards}</div>'
 
 
 def _card(row: dict[str, Any], resolve: Callable[[str], str]) -> str:
-    lines = [f'<dt>true</dt><dd dir="auto">{_text(" / ".join(row["references"]))}</dd>']
+    lines = [f'<dt>true</dt><dd dir="auto">{html.text(" / ".join(row["references"]))}</dd>']
     if row["generated"] is not None:
-        lines.append(_said("model", row["generated"], right=row["exact"]))
+        lines.append(html.said("model", row["generated"], right=row["exact"]))
     if row["nearest"] is not None:
-        small = _tile(row["nearest_picture"], row.get("nearest_modality", "image"), resolve, size=64)
-        lines.append(_said("nearest", row["nearest"], right=row["nearest_exact"], below=small))
-    tile = _tile(row["picture"], row.get("modality", "image"), resolve)
-    kind = "card right" if row["exact"] else "card"
-    return f'<article class="{kind}">{tile}<dl>{"".join(lines)}</dl></article>\n'
-
-
-def _said(name: str, text: str, *, right: bool, below: str = "") -> str:
-    said = _text(text) or "(nothing)"
-    mark = f" {_RIGHT}" if right else ""
-    return f'<dt>{name}{below}</dt><dd class="{name}" dir="auto">{said}{mark}</dd>'
-
-
-def _tile(path: str, modality: str, resolve: Callable[[str], str], *, size: int = 160) -> str:
-    """The picture; a grey tile with the name of what is no picture, or cannot be opened any more."""
-    if modality == "text":
-        return f'<span class="missing" title="text">{_text(path)}</span>'
-    name = escape(path.replace("\\", "/").rsplit("/", 1)[-1])
-    if modality != "image":
-        return f'<span class="missing" title="{name}">{escape(modality)}: {name}</span>'
-    try:
-        return f'<img src="{thumbnail(resolve(path), size=size)}" alt="{name}" title="{name}">'
-    except BindLLMError as error:
-        return f'<span class="missing" title="{escape(str(error))}">{name}</span>'
+        small = html.tile(row["nearest_picture"], row.get("nearest_modality", "image"), resolve, size=64)
+        lines.append(html.said("nearest", row["nearest"], right=row["nearest_exact"], below=small))
+    picture = html.tile(row["picture"], row.get("modality", "image"), resolve)
+    return html.card(picture, lines, right=row["exact"])
 
 
 def _data(page: ReportData) -> str:
@@ -243,7 +252,7 @@ def _data(page: ReportData) -> str:
     notes = {
         "answers cut to the longest length": data["truncated"],
         "rows without media": data["text_only"],
-        "captions with control characters removed": cleaned,
+        f"{_rows_of(data)} with control characters removed": cleaned,
         page.say("held-out rows whose picture is in the training rows too"): data["shared_media"],
     }
     counts = {
@@ -254,17 +263,23 @@ def _data(page: ReportData) -> str:
     }
     pairs = [[escape(name), escape(value)] for name, value in counts.items()]
     parts = [
-        _table(["source", page.say("pictures"), "captions"], sources, kind="numbers"),
-        _table([], pairs, kind="pairs"),
+        html.table(["source", page.say("pictures"), _rows_of(data)], sources, kind="numbers"),
+        html.table([], pairs, kind="pairs"),
     ]
     skipped = sorted(data["skipped"]["counts"].items(), key=lambda item: -item[1])
     if skipped:
         examples = data["skipped"]["examples"]
-        rows = [[_text(why), f"{count:,}", _text(", ".join(examples[why]))] for why, count in skipped]
-        parts.append(_table(["left out because", "rows", "such as"], rows))
+        rows = [[html.text(why), f"{count:,}", html.text(", ".join(examples[why]))] for why, count in skipped]
+        parts.append(html.table(["left out because", "rows", "such as"], rows))
     else:
         parts.append("<p>No row was left out.</p>")
     return "".join(parts)
+
+
+def _rows_of(data: dict[str, Any]) -> str:
+    """What the rows of the sources are called: captions, where all are."""
+    formats = {source.get("format", "caption") for source in data["sources"]}
+    return "captions" if formats <= {"caption"} else "rows"
 
 
 def _counted(source: dict[str, Any]) -> str:
@@ -282,7 +297,9 @@ def _run_facts(data: ReportData) -> str:
         ]
         for row in data.facts["parameters"]
     ]
-    parts = [_table(["group", "tensors", "parameters", "trained"], groups, kind="numbers")] if groups else []
+    parts = (
+        [html.table(["group", "tensors", "parameters", "trained"], groups, kind="numbers")] if groups else []
+    )
     software = ", ".join(f"{name} {number}" for name, number in data.facts["software"].items())
     revision = data.facts["revision"] or "unknown"
     parts.append(f"<p>{escape(software)}; git revision: {escape(revision)}</p>")
@@ -295,15 +312,7 @@ def _licences(licences: Sequence[dict[str, str]]) -> str:
     if not licences:
         return "<p>See the model card, <code>README.md</code>.</p>"
     rows = [[escape(row["part"]), escape(row["name"]), escape(row["licence"])] for row in licences]
-    return _table(["part", "is", "licence"], rows)
-
-
-def _text(text: str) -> str:
-    """A text of the data as HTML: escaped, control characters made visible, and no longer than a card can hold."""
-    visible = "".join(
-        letter if unicodedata.category(letter) != "Cc" else "\ufffd" for letter in " ".join(text.split())
-    )
-    return escape(visible if len(visible) <= _LONGEST else visible[: _LONGEST - 1] + "…")
+    return html.table(["part", "is", "licence"], rows)
 
 
 def _duration(seconds: float) -> str:

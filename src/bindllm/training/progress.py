@@ -28,7 +28,7 @@ class RunProgress(ProgressBar):
     """Shows where a run is and how long it will take.
 
     Args:
-        captions: its latest captions are shown after each validation.
+        captions: its latest answers are shown after each validation.
         every_seconds: without a terminal, a line is printed at this interval.
     """
 
@@ -63,9 +63,10 @@ class RunProgress(ProgressBar):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Move on."""
-        loss = outputs["loss"].item() * trainer.accumulate_grad_batches
-        self._losses += 1
-        self._loss += (loss - self._loss) / min(self._losses, _SMOOTH_OVER)
+        # Not the output of the step, which is weighed for the gradient; between two steps there is none yet.
+        if (loss := trainer.callback_metrics.get("train_loss")) is not None:
+            self._losses += 1
+            self._loss += (float(loss) - self._loss) / min(self._losses, _SMOOTH_OVER)
         left = self._time_left(trainer)
         if self._bar is not None:
             text = f"epoch {trainer.current_epoch + 1}  loss {self._loss:.3f}"
@@ -83,7 +84,7 @@ class RunProgress(ProgressBar):
             self._bar.update(self._task, description="validating", left="")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the validation loss and a few captions; these lines stay on the terminal."""
+        """Print the validation loss and a few answers; these lines stay on the terminal."""
         loss = trainer.callback_metrics.get("val_loss")
         if not self._losses or loss is None:
             return
@@ -93,7 +94,8 @@ class RunProgress(ProgressBar):
         )
         for row in self.captions.latest if self.captions else ():
             said = printable(row["generated"]) or "(nothing)"
-            line = Text.assemble("  ", (row["true"], "dim"), "  →  ", said)
+            asked = f"{printable(row['question'])}  " if "question" in row else ""
+            line = Text.assemble("  ", asked, (row["true"], "dim"), "  →  ", said)
             self.console.print(line, overflow="ellipsis", no_wrap=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -2,7 +2,8 @@
 
     metrics.json            the numbers, for programs
     report.html             the same for people: one file, nothing to fetch
-    report/captions.jsonl   one row per held-out picture
+    report/captions.jsonl   one row per held-out picture with captions, where there are any
+    report/answers.jsonl    one row per held-out question, where there are any
     report/log.csv          the training log
     report/facts.json       what else the page says about the run
 
@@ -32,11 +33,12 @@ from bindllm.atomic import atomic_file, write_json
 from bindllm.checkpoint.folder import read_manifest, read_weights, resolve_path
 from bindllm.errors import InputError
 from bindllm.training.page import ReportData, render_page
-from bindllm.training.summary import METRICS, VARIANTS
+from bindllm.training.summary import KINDS, measured_kinds
 
 METRICS_FILE = "metrics.json"
 PAGE_FILE = "report.html"
 CAPTIONS_FILE = "report/captions.jsonl"
+ANSWERS_FILE = "report/answers.jsonl"
 LOG_FILE = "report/log.csv"
 FACTS_FILE = "report/facts.json"
 SECONDS = ("embed", "train", "evaluate")
@@ -96,18 +98,21 @@ def write_report(
     folder: str | Path,
     *,
     metrics: Mapping[str, Any],
-    captions: Sequence[Mapping[str, Any]],
     facts: RunFacts,
+    captions: Sequence[Mapping[str, Any]] = (),
+    answers: Sequence[Mapping[str, Any]] = (),
     log: str | Path | None = None,
 ) -> Path:
     """Write ``metrics.json``, the files that the page is made from, and the page.
 
     Args:
         folder: a checkpoint folder.
-        metrics: the content of ``metrics.json``: for each variant the six numbers (None where not defined),
-            ``seconds`` (``embed``, ``train``, ``evaluate``) and ``trainable_parameters``.
-        captions: rows as `bindllm.evaluation.run.HeldOutResult.captions` returns them.
+        metrics: the content of ``metrics.json``: for each variant its numbers (None where not defined; of several
+            kinds of rows under the name of each, as `bindllm.training.summary.KINDS` lists them), ``seconds``
+            (``embed``, ``train``, ``evaluate``) and ``trainable_parameters``.
         facts: the rest.
+        captions: rows as `bindllm.evaluation.run.HeldOutResult.captions` returns them.
+        answers: rows as `bindllm.evaluation.answers.AnswerResult.answers` returns them.
         log: CSV file with the columns ``step``, ``train_loss`` and ``val_loss``, or None.
 
     Returns:
@@ -120,8 +125,13 @@ def write_report(
     folder = Path(folder)
     _check_metrics(metrics, source="metrics")
     write_json(folder / METRICS_FILE, dict(metrics))
-    lines = (json.dumps(dict(row), ensure_ascii=False) + "\n" for row in captions)
-    _write(folder / CAPTIONS_FILE, "".join(lines))
+    kinds = measured_kinds(metrics)
+    for kind, name, rows in (("captions", CAPTIONS_FILE, captions), ("answers", ANSWERS_FILE, answers)):
+        if kind in kinds:
+            lines = (json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows)
+            _write(folder / name, "".join(lines))
+        else:
+            (folder / name).unlink(missing_ok=True)
     _write(folder / FACTS_FILE, json.dumps(asdict(facts), indent=2, ensure_ascii=False) + "\n")
     if log is None:
         (folder / LOG_FILE).unlink(missing_ok=True)
@@ -143,18 +153,16 @@ def rebuild_report(folder: str | Path) -> Path:
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
-    files = {name: folder / name for name in (METRICS_FILE, FACTS_FILE, CAPTIONS_FILE)}
-    texts = {name: _read(file) for name, file in files.items()}
-    metrics, facts = (_parse(texts[name], files[name]) for name in (METRICS_FILE, FACTS_FILE))
-    _check_metrics(metrics, source=str(files[METRICS_FILE]))
+    metrics, facts = (_parse(_read(folder / name), folder / name) for name in (METRICS_FILE, FACTS_FILE))
+    _check_metrics(metrics, source=str(folder / METRICS_FILE))
+    kinds = measured_kinds(metrics)
     unknown = RunFacts(finished="unknown", software={}, revision=None)
-    # Not splitlines(): captions may hold the separators at which it would cut, and JSON leaves them as they are.
-    captions = [_parse(line, files[CAPTIONS_FILE]) for line in texts[CAPTIONS_FILE].split("\n") if line]
     log = _read_log(folder / LOG_FILE)
     recipe = folder / "recipe.yaml"
     data = ReportData(
         metrics=metrics,
-        captions=captions,
+        captions=_read_rows(folder / CAPTIONS_FILE) if "captions" in kinds else [],
+        answers=_read_rows(folder / ANSWERS_FILE) if "answers" in kinds else [],
         facts={**asdict(unknown), **facts},
         training=_series(log, "train_loss"),
         validation=_series(log, "val_loss"),
@@ -167,10 +175,14 @@ def rebuild_report(folder: str | Path) -> Path:
 
 
 def _check_metrics(metrics: Mapping[str, Any], *, source: str) -> None:
-    wanted: dict[str, Sequence[str]] = {name: tuple(METRICS) for name in VARIANTS} | {"seconds": SECONDS}
-    missing = [
-        f"{name}.{key}" for name, keys in wanted.items() for key in keys if key not in metrics.get(name, ())
-    ]
+    missing = []
+    for kind, numbers in measured_kinds(metrics).items():
+        place = "" if numbers is metrics else f"{kind}."
+        variants, keys = KINDS[kind]
+        missing += [
+            f"{place}{name}.{key}" for name in variants for key in keys if key not in numbers.get(name, ())
+        ]
+    missing += [f"seconds.{key}" for key in SECONDS if key not in metrics.get("seconds", ())]
     missing += [name for name in ("trainable_parameters",) if name not in metrics]
     if missing:
         raise InputError(
@@ -198,6 +210,11 @@ def _parse(text: str, file: Path) -> Any:
         return json.loads(text)
     except ValueError as error:
         raise InputError(f"{file} is damaged ({error}); run bindllm fit again") from error
+
+
+def _read_rows(file: Path) -> list[dict[str, Any]]:
+    # Not splitlines(): texts may hold the separators at which it would cut, and JSON leaves them as they are.
+    return [_parse(line, file) for line in _read(file).split("\n") if line]
 
 
 def _read_log(file: Path) -> list[dict[str, str]]:

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bindllm.training import answers
+
 Metrics = Mapping[str, Any]
 """Content of ``metrics.json``: a mapping of numbers (or None) for each variant, and facts of the run."""
 
@@ -15,6 +17,8 @@ VARIANTS = {
     "shuffled": "wrong pictures",
     "nearest": "nearest picture",
 }
+CHAT_VARIANTS = ("heldout", "zero_gates", "shuffled")
+CHAT_MEASURES = ("loss", "perplexity")
 FEW_PICTURES = 100
 """Below this number of held-out pictures the text warns that chance is large."""
 
@@ -48,12 +52,38 @@ METRICS = {
     "rouge_l": Metric("ROUGE-L", "{:.3f}"),
     "exact_match": Metric("exact match", "{:.1%}"),
 }
+KINDS: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
+    "captions": (tuple(VARIANTS), tuple(METRICS)),
+    "answers": (tuple(answers.VARIANTS), answers.MEASURES),
+    "chat": (CHAT_VARIANTS, CHAT_MEASURES),
+}
+"""What is measured of each kind of held-out rows: its variants, and the numbers of each variant."""
+
 CAPTION_METRICS = ("cider", "bleu4", "rouge_l", "exact_match")
 
 
-def best_variants(metrics: Metrics, key: str) -> list[str]:
+def measured_kinds(metrics: Metrics) -> dict[str, Metrics]:
+    """Return the numbers of each kind of held-out rows.
+
+    Args:
+        metrics: content of ``metrics.json``: of one kind the variants stand at its top, of several under the names
+            of the kinds.
+
+    Example:
+        >>> list(measured_kinds({"test": {}, "question_only": {}, "seconds": {}}))
+        ['answers']
+    """
+    named = {kind: metrics[kind] for kind in KINDS if kind in metrics}
+    if named:
+        return named
+    if "test" in metrics:
+        return {"answers": metrics}
+    return {"chat" if "heldout" in metrics and "nearest" not in metrics else "captions": metrics}
+
+
+def best_variants(metrics: Metrics, key: str, variants: Iterable[str] = tuple(VARIANTS)) -> list[str]:
     """Return the variants that share the best value of a metric; none where all are equal or undefined."""
-    known = {name: metrics[name][key] for name in VARIANTS if metrics[name][key] is not None}
+    known = {name: metrics[name][key] for name in variants if metrics[name][key] is not None}
     if len(set(known.values())) < 2:
         return []
     best = min(known.values()) if METRICS[key].lower_is_better else max(known.values())
@@ -77,18 +107,37 @@ def in_words_of(text: str, modalities: Iterable[str]) -> str:
 
 
 def summarise(metrics: Metrics, *, num_pictures: int, modalities: Iterable[str] = ("image",)) -> list[str]:
-    """Return the headline: held-out loss and captions against the three baselines, one sentence each.
+    """Return the headline: what was measured, against its baselines, one sentence each.
 
     Args:
         metrics: content of ``metrics.json``.
-        num_pictures: number of held-out pictures, or other media.
+        num_pictures: number of held-out pictures with captions, or other media.
         modalities: what the run was trained on.
     """
-    known = set(modalities)
-    return [in_words_of(sentence, known) for sentence in _sentences(metrics, num_pictures)]
+    known, sentences = set(modalities), []
+    for kind, numbers in measured_kinds(metrics).items():
+        if kind == "answers":
+            sentences += answers.sentences(numbers)
+        elif kind == "chat":
+            sentences += _chat_sentences(numbers)
+        else:
+            sentences += _caption_sentences(numbers, num_pictures)
+    return [in_words_of(sentence, known) for sentence in sentences]
 
 
-def _sentences(metrics: Metrics, num_pictures: int) -> list[str]:
+def _chat_sentences(metrics: Metrics) -> list[str]:
+    held = metrics["heldout"]
+    if held["loss"] is None:
+        return ["The loss of the held-out conversations could not be measured."]
+    sentences = [
+        f"On {held['count']:,} held-out conversations the loss is {held['loss']:.2f} per token"
+        f" (perplexity {METRICS['perplexity'].show(held['perplexity'])})."
+    ]
+    sentences += _against_blind(held["loss"], metrics["zero_gates"]["loss"])
+    return sentences + _against_shuffled(held["loss"], metrics["shuffled"]["loss"])
+
+
+def _caption_sentences(metrics: Metrics, num_pictures: int) -> list[str]:
     held = metrics["heldout"]
     if held["loss"] is None:
         return ["The held-out loss could not be measured."]

@@ -20,7 +20,7 @@ from rich.text import Text
 from bindllm.atomic import atomic_file, remove_leftovers
 from bindllm.checkpoint.card import licences
 from bindllm.errors import BindLLMError, InputError
-from bindllm.evaluation.run import HeldOutResult, evaluate_captions
+from bindllm.evaluation.tasks import Measured, evaluate_held_out, held_out_rows
 from bindllm.model.pretrained import describe
 from bindllm.training.callbacks import ParameterTable, SampleCaptions
 from bindllm.training.optim import describe_groups
@@ -29,10 +29,13 @@ from bindllm.training.report import RunFacts, write_report
 from bindllm.training.runlog import METRICS, RunLog
 from bindllm.training.state import AtomicCheckpointIO, Interrupted, RunState, told_to_make_room
 from bindllm.training.summary import in_words_of, summarise
+from bindllm.verbs.processes import meet
 from bindllm.verbs.recipe import RecipeCLI, quiet
 from bindllm.verbs.runs import RECIPE, claimed, open_run, run_folder
 
-SHOWN_CAPTIONS = 5
+SHOWN_ROWS = 5
+SHUFFLED_LIMIT = 1000
+"""Held-out questions that are asked about wrong pictures; more would take long and say the same."""
 REPORT_PACKAGES = ("torchmetrics", "pycocoevalcap", "matplotlib")
 
 
@@ -64,6 +67,7 @@ def _run(cli: RecipeCLI, state: RunState, trainer: Trainer, console: Console) ->
     # Processes that Lightning starts for further devices find the folder as the first one made it ready.
     if rank_zero_only.rank == 0:
         open_run(folder, recipe, resume=cli.config.resume, say=partial(console.print, markup=False))
+    meet(trainer)
     handler = signal.getsignal(signal.SIGINT)
     try:
         going_on = state.last if state.last.exists() else None
@@ -77,7 +81,7 @@ def _run(cli: RecipeCLI, state: RunState, trainer: Trainer, console: Console) ->
         raise KeyboardInterrupt from stop
     if not trainer.is_global_zero:
         return 0
-    model = cli.model.model.to(trainer.strategy.root_device)
+    model = cli.model.model
     if (best := state.best_weights()) is not None:
         model.load_trainable_state(best, source=str(folder))
     # The run's folder is this process's alone, and so is the checkpoint's: what is there, a kill has left.
@@ -87,6 +91,7 @@ def _run(cli: RecipeCLI, state: RunState, trainer: Trainer, console: Console) ->
         with atomic_file(output / RECIPE) as part:
             part.write_text(recipe, encoding="utf-8")
     # From here on the trained folder is safe, whatever the measurement does.
+    model.to(trainer.strategy.root_device)
     code = _measure(cli, state, console)
     state.forget()
     return code
@@ -136,22 +141,23 @@ def _measure(cli: RecipeCLI, state: RunState, console: Console) -> int:
     """Measure the trained model, write its report, and say how it went; return the exit code."""
     data, model, output = cli.datamodule, cli.model.model, Path(cli.config.output)
     console.print(f"trained model: {output}", markup=False)
-    held_out = data.samples("test") or data.samples("validation")
+    held_out = held_out_rows(data.samples)
     if not held_out:
         console.print("there are no held-out rows, so nothing is measured and there is no report")
         return 0
     try:
-        result = evaluate_captions(
+        measured = evaluate_held_out(
             model,
             held_out,
             train_samples=data.samples("train"),
             lookup=data.lookup,
+            shuffled_limit=SHUFFLED_LIMIT,
             progress=console.is_terminal,
         )
         groups = describe_groups(model.parameter_groups())
-        seconds = {**state.seconds, "evaluate": result.seconds}
+        seconds = {**state.seconds, "evaluate": measured.seconds}
         metrics = {
-            **result.metrics,
+            **measured.metrics,
             "seconds": {name: round(value, 1) for name, value in seconds.items()},
             "trainable_parameters": sum(row["parameters"] for row in groups if row["trainable"]),
         }
@@ -160,32 +166,44 @@ def _measure(cli: RecipeCLI, state: RunState, console: Console) -> int:
             parameters=groups,
             data=asdict(data.report),
             licences=licences(describe(model), data=_data_names(cli)),
-            problems=result.problems,
+            problems=measured.problems,
             device=str(model.device),
         )
         log = state.folder / METRICS
-        page = write_report(output, metrics=metrics, captions=result.captions(), facts=facts, log=log)
+        rows = {"captions": measured.captions, "answers": measured.answers}
+        page = write_report(output, metrics=metrics, facts=facts, log=log, **rows)
     except BindLLMError as error:
         console.print(f"the report is not complete: {error}", style="yellow", markup=False)
         return 1
-    _summary(console, metrics, result, page, modalities=data.report.modalities)
+    _summary(console, metrics, measured, page, modalities=data.report.modalities)
     return 0
 
 
 def _summary(
-    console: Console, metrics: dict[str, Any], result: HeldOutResult, page: Path, *, modalities: set[str]
+    console: Console, metrics: dict[str, Any], measured: Measured, page: Path, *, modalities: set[str]
 ) -> None:
-    """Print the headline, a few captions, and where everything is."""
+    """Print the headline, a few captions and answers, and where everything is."""
     console.print(f"report:        {page}\n", markup=False)
-    for sentence in summarise(metrics, num_pictures=len(result.rows), modalities=modalities):
+    for sentence in summarise(metrics, num_pictures=len(measured.captions), modalities=modalities):
         console.print(sentence, markup=False)
+    for rows in (measured.captions, measured.answers):
+        if rows:
+            console.print(_shown(rows, modalities))
+
+
+def _shown(rows: list[dict[str, Any]], modalities: set[str]) -> Table:
+    """Return a table of a few held-out rows, evenly spread."""
     # Shares of the width: a long caption of one column must not squeeze the others out.
     table = Table(box=box.SIMPLE, expand=True)
     table.add_column(in_words_of("held-out picture", modalities), ratio=1, overflow="fold")
+    asked = "question" in rows[0]
+    if asked:
+        table.add_column("question", ratio=2)
     table.add_column("true", ratio=1)
     table.add_column("generated", ratio=1, no_wrap=True, overflow="ellipsis")
-    step = max(1, len(result.rows) // SHOWN_CAPTIONS)
-    for row in result.rows[::step][:SHOWN_CAPTIONS]:
-        cells = (Path(row.picture).name, row.references[0], row.generated or "")
+    step = max(1, len(rows) // SHOWN_ROWS)
+    for row in rows[::step][:SHOWN_ROWS]:
+        question = (row["question"],) if asked else ()
+        cells = (Path(row["picture"] or "").name, *question, row["references"][0], row["generated"] or "")
         table.add_row(*(Text(printable(cell)) for cell in cells))
-    console.print(table)
+    return table

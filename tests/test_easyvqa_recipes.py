@@ -1,0 +1,95 @@
+"""The recipes on easy-VQA, one after the other on tiny parts: questions after captions, and preferences after both."""
+
+import io
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from bindllm.assets import ASSETS, assets_of, easyvqa
+from bindllm.model.bind_network import BindConfig
+from bindllm.model.bindllm import BindLLM
+from bindllm.model.decoder import DecoderConfig
+from bindllm.model.injection import InjectConfig
+from tiny import COLOURS, ColourEncoder, save_tiny_decoder
+from tiny_run import run
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+def published(folder: Path) -> Path:
+    """A wheel as the published one, with plain pictures and three questions about each."""
+    wheel = folder / "easy.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("easy_vqa-1.0.dist-info/LICENSE", "MIT License")
+        for split, count in (("train", 60), ("test", 8)):
+            rows = []
+            for n in range(count):
+                colour = list(COLOURS)[n % 3]
+                picture = io.BytesIO()
+                Image.new("RGB", (8, 8), (*COLOURS[colour][:2], n)).save(picture, "PNG")
+                archive.writestr(f"easy_vqa/data/{split}/images/{n}.png", picture.getvalue())
+                rows.append(["what color is the shape?", colour, n])
+                rows.append(["is there a red shape?", "yes" if colour == "red" else "no", n])
+                rows.append(["is no red shape present?", "no" if colour == "red" else "yes", n])
+            archive.writestr(f"easy_vqa/data/{split}/questions.json", json.dumps(rows))
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("easyvqa")
+    save_tiny_decoder(folder / "checkpoints/smollm2-135m-instruct")
+    (folder / "data/easyvqa").mkdir(parents=True)
+    easyvqa.build([published(folder)], folder / "data/easyvqa")
+    return folder
+
+
+def save_quickstart() -> None:
+    """Write the folder that the quickstart leaves, untrained."""
+    config = yaml.safe_load((RECIPES / "quickstart.yaml").read_text())["model"]
+    parts = {"bind": BindConfig(**config["bind"]), "inject": InjectConfig(**config["inject"])}
+    decoder = DecoderConfig(**config["decoder"])
+    model = BindLLM.build(decoder, device="cpu", encoders=[ColourEncoder()], **parts)
+    model.save_pretrained("checkpoints/quickstart")
+
+
+def fit(name: str) -> dict:
+    """Run a recipe, as it is but for its encoder and length; return its metrics."""
+    recipe = yaml.safe_load((RECIPES / name).read_text())
+    recipe["model"]["encoders"] = [{"class_path": "tiny.ColourEncoder"}]
+    recipe["trainer"] |= {"accelerator": "cpu", "max_epochs": 1, "max_steps": 2, "logger": False}
+    recipe["trainer"] |= {"val_check_interval": 1.0, "limit_train_batches": 2}
+    assert run("fit", recipe) == 0
+    return json.loads(Path(recipe["output"], "metrics.json").read_text())
+
+
+def test_each_stage_goes_on_from_the_one_before(workplace, monkeypatch):
+    monkeypatch.chdir(workplace)
+    save_quickstart()
+    for name in ("easyvqa.yaml", "easyvqa-dpo.yaml"):
+        metrics = fit(name)
+        counts = {"colour": 8, "yes/no colour": 8, "yes/no not colour": 8}
+        assert metrics["test"]["count_by_type"] == counts
+        assert set(metrics) >= {"question_only", "shuffled", "blind"}
+        guessed = metrics["question_only"]["by_type"]
+        # Two of three pictures are not red, and the published test pictures are as the training ones.
+        assert guessed["yes/no colour"] == guessed["yes/no not colour"] == pytest.approx(5 / 8)
+
+
+def test_fetch_finds_what_the_recipe_needs():
+    recipe = yaml.safe_load((RECIPES / "easyvqa.yaml").read_text())
+    assert assets_of(recipe) == ["smollm2-135m-instruct", "efficientnet-lite0", "easyvqa"]
+    assert ASSETS["easyvqa"].folder == "data/easyvqa"
+
+
+def test_the_questions_are_asked_of_the_parts_that_the_quickstart_trained():
+    first, second = (
+        yaml.safe_load((RECIPES / name).read_text()) for name in ("quickstart.yaml", "easyvqa.yaml")
+    )
+    assert second["model"]["start_from"] == first["output"]
+    for part in ("decoder", "encoders", "bind", "inject"):
+        assert second["model"][part] == first["model"][part]
