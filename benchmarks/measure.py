@@ -102,6 +102,14 @@ def peak_bytes() -> int:
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
 
 
+def resident_bytes() -> int:
+    """Memory in use now: of the GPU's allocator, or of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) * 1024
+
+
 def machine_kind() -> str:
     """Return a file name for this kind of machine: accelerator, or processor and cores."""
     if torch.cuda.is_available():

@@ -8,6 +8,8 @@ import torch
 from bindllm.checkpoint.folder import name_cache
 from bindllm.cli import main
 from bindllm.errors import MediaError
+from bindllm.model.bindllm import BindLLM
+from bindllm.model.decoder import DecoderConfig
 from bindllm.retrieval.index import VectorIndex
 from cache_parts import filled_store, save_tiny_model, write_pictures
 from tiny import ColourEncoder
@@ -76,12 +78,26 @@ def test_an_unknown_group_to_train_is_found_without_weights(parts, capsys):
     assert "Did you mean 'bind'?" in capsys.readouterr().out
 
 
+def test_a_stage_before_that_was_made_for_another_base(parts, capsys):
+    torch.manual_seed(0)
+    decoder = DecoderConfig(str(parts / "decoder"), dtype="float32")
+    first = BindLLM.build(decoder, device="cpu", encoders=[ColourEncoder()])
+    first.save_pretrained("first")
+    recipe = tiny_recipe(parts)
+    recipe["model"] |= {"start_from": "first", "adapter": {"rank": 2}, "trainable": ["adapter"]}
+    assert run("check", recipe) == 0
+    assert run("check", recipe, "--model.decoder.quantise", "nf4") == 0
+    assert "decoder.quantise null, this run has nf4" in " ".join(capsys.readouterr().out.split())
+    assert run("check", recipe, "--model.inject.kind", "residual") == 1
+    assert "inject.kind is 'value' there and 'residual' here" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
         (["--model.trainable", "[]"], "model.trainable is empty"),
         (["--model.trainable", "[bnd]", "--data.store", "recipe.yaml"], "Did you mean 'bind'?"),
-        (["--data.max_length", "2"], "rows fits into so few tokens"),
+        (["--data.max_length", "2"], "none of 20 rows can be used: 20 x the prompt leaves no room"),
         (["--data.store", "recipe.yaml/store"], "recipe.yaml is a file"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,15 @@ from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bindllm.checkpoint.folder import MANIFEST, build_object, read_manifest, read_weights
+from bindllm.conversation import check_vocabulary
 from bindllm.data.datamodule import BindData
+from bindllm.data.preview import legend
 from bindllm.data.sources import SourceConfig
 from bindllm.encoders import HasExamples, passed_over
 from bindllm.encoders.alignment import alignment_warnings
 from bindllm.errors import CheckpointError, DecoderError
 from bindllm.media import MODALITIES, Media
+from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.cache import CacheConfig, choose_cache, open_cache
@@ -26,7 +30,9 @@ from bindllm.model.pretrained import encoder_fingerprints, read_cache_config, re
 from bindllm.testing import check_encoder, made_up_media
 from bindllm.training.callbacks import refuse_unmeasured
 from bindllm.training.optim import OptimConfig
+from bindllm.training.stages import check_base
 from bindllm.verbs.media import build_encoder, encoder_folder, read_media
+from bindllm.verbs.memory import RunPlan, memory_lines, plan_run, read_size
 from bindllm.verbs.problems import Problems, build_part, read_recipe
 from bindllm.verbs.recipe import RecipeCLI, quiet
 from bindllm.verbs.runs import run_folder
@@ -41,6 +47,37 @@ SAMPLES = 3
 
 def check(args: list[str]) -> int:
     """Print all problems; exit code 1 when there are any."""
+    parser = _arguments()
+    if args and not args[0].startswith("-"):
+        option = "--folder" if Path(args[0]).is_dir() else "--config"
+        parser.error(
+            f"{args[0]!r} has no option before it: give a recipe with --config FILE, a checkpoint with --folder "
+            f"FOLDER. Here: bindllm check {option} {args[0]}"
+        )
+    chosen, overrides = parser.parse_known_args(args)
+    if overrides and not (chosen.config or chosen.encoder):
+        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+    if (chosen.memory or chosen.memory_limit) and not chosen.config:
+        parser.error("--memory is about a recipe: give one with --config FILE")
+    problems, console = Problems(), Console(highlight=False, soft_wrap=True)
+    with quiet():
+        if chosen.config:
+            _check_recipe(chosen, overrides, problems, console)
+        elif chosen.folder:
+            _check_folder(chosen.folder, problems, allow=chosen.allow)
+        else:
+            with problems.noted():
+                samples = [read_media(text) for text in chosen.media]
+                check_encoder(build_encoder(chosen.encoder, overrides, allow=chosen.allow), samples)
+    for number, problem in enumerate(problems, start=1):
+        console.print(f"{number}. {problem}", markup=False)
+    if problems and chosen.config:
+        console.print(f"relative paths are looked up from {Path.cwd()}", markup=False)
+    console.print(f"{len(problems)} problem{'s' * (len(problems) > 1)}" if problems else "no problems")
+    return 1 if problems else 0
+
+
+def _arguments() -> Arguments:
     parser = Arguments(
         "check", "Find everything that is wrong, before a run does. Nothing is embedded or trained."
     )
@@ -64,43 +101,27 @@ def check(args: list[str]) -> int:
     parser.add_argument(
         "--rows", type=count, default=PREVIEWED_ROWS, help="rows to show with their label mask"
     )
-    if args and not args[0].startswith("-"):
-        option = "--folder" if Path(args[0]).is_dir() else "--config"
-        parser.error(
-            f"{args[0]!r} has no option before it: give a recipe with --config FILE, a checkpoint with --folder "
-            f"FOLDER. Here: bindllm check {option} {args[0]}"
-        )
-    chosen, overrides = parser.parse_known_args(args)
-    if overrides and not (chosen.config or chosen.encoder):
-        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
-    problems, console = Problems(), Console(highlight=False, soft_wrap=True)
-    with quiet():
-        if chosen.config:
-            _check_recipe(chosen.config, overrides, problems, console, rows=chosen.rows)
-        elif chosen.folder:
-            _check_folder(chosen.folder, problems, allow=chosen.allow)
-        else:
-            with problems.noted():
-                samples = [read_media(text) for text in chosen.media]
-                check_encoder(build_encoder(chosen.encoder, overrides, allow=chosen.allow), samples)
-    for number, problem in enumerate(problems, start=1):
-        console.print(f"{number}. {problem}", markup=False)
-    if problems and chosen.config:
-        console.print(f"relative paths are looked up from {Path.cwd()}", markup=False)
-    console.print(f"{len(problems)} problem{'s' * (len(problems) > 1)}" if problems else "no problems")
-    return 1 if problems else 0
+    parser.add_argument(
+        "--memory",
+        action="store_true",
+        help="estimate what a recipe needs on each device, before a weight is loaded",
+    )
+    parser.add_argument(
+        "--memory_limit", metavar="SIZE", help="of a device, such as 24GB; by default what this machine has"
+    )
+    return parser
 
 
-def _check_recipe(
-    file: str, overrides: Sequence[str], problems: Problems, console: Console, *, rows: int
-) -> None:
-    config = read_recipe(file, overrides, problems)
+def _check_recipe(chosen: Namespace, overrides: Sequence[str], problems: Problems, console: Console) -> None:
+    config = read_recipe(chosen.config, overrides, problems)
     if config is None:
         return
     model, data = config.model.as_dict(), config.data.as_dict()
     with problems.noted():
         run_folder(config.output)
     built = {name: build_part(kind, model[name], problems) for name, kind in KINDS.items()}
+    if model["adapter"] is not None:
+        built["adapter"] = build_part(AdapterConfig, model["adapter"], problems)
     parts = {name: part for name, part in built.items() if part is not None}
     tokenizer = _check_decoder(parts["decoder"], problems) if "decoder" in parts else None
     sources = [build_part(SourceConfig, entry, problems) for entry in data["sources"]]
@@ -117,7 +138,7 @@ def _check_recipe(
         )
     check_store(data["store"], problems)
     all_encoders = len(encoders) == len(model["encoders"])
-    if tokenizer is not None and parts.keys() == KINDS.keys() and all_encoders:
+    if tokenizer is not None and parts.keys() == built.keys() and all_encoders:
         with problems.noted():
             _check_model(parts, tokenizer, encoders, model["trainable"])
     if model["cache"] is not None:
@@ -128,16 +149,28 @@ def _check_recipe(
     if model["start_from"] is not None:
         allow = [entry["class_path"] for entry in model["encoders"]]
         _check_folder(model["start_from"], problems, allow=allow)
+        if parts.keys() == built.keys() and all_encoders and not problems:
+            own = {name: parts.get(name) for name in ("decoder", "bind", "inject", "adapter")}
+            with problems.noted():
+                for remark in check_base(model["start_from"], encoders=encoders, **own):
+                    console.print(f"warning: {remark}", markup=False)
     served = encoders if all_encoders else None
     num_validation = check_sources(read, served, tokenizer, data["max_length"], problems, console)
     if tokenizer is not None and not problems:
         keys = ("store", "batch_size", "max_length")
         whole = BindData(sources, tokenizer=tokenizer, encoders=encoders, **{key: data[key] for key in keys})
-        for line in whole.preview(rows):
+        if chosen.rows:
+            console.print(legend())
+        for line in whole.preview(chosen.rows):
             console.print(line, markup=False)
+        if chosen.memory or chosen.memory_limit:
+            rows = [row for rows_of, _ in read for row in rows_of["train"]]
+            with problems.noted():
+                plan = plan_run(config.as_dict(), parts, encoders, rows, tokenizer)
+                _check_memory(plan, chosen.memory_limit, problems, console)
     if not problems:
         with problems.noted():
-            trainer = RecipeCLI("check", ["--config", file, *overrides]).make_trainer(logger=False)
+            trainer = RecipeCLI("check", ["--config", chosen.config, *overrides]).make_trainer(logger=False)
             refuse_unmeasured(trainer.callbacks, num_validation=trainer.limit_val_batches and num_validation)
 
 
@@ -163,8 +196,18 @@ def _check_model(
             decoder = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     except (OSError, ValueError, KeyError) as error:
         raise DecoderError(f"{folder} does not hold a causal language model: {error}") from error
-    joined = {"encoders": encoders, "bind": parts["bind"], "inject": parts["inject"]}
+    check_vocabulary(tokenizer, decoder.get_input_embeddings().num_embeddings)
+    joined = {"encoders": encoders, **{name: parts.get(name) for name in ("bind", "inject", "adapter")}}
     BindLLM(decoder, tokenizer, parts["decoder"], **joined).set_trainable(trainable)
+
+
+def _check_memory(plan: RunPlan, limit: str | None, problems: Problems, console: Console) -> None:
+    """Show what a run needs; that it does not fit is a problem, with what would."""
+    lines, problem = memory_lines(plan, None if limit is None else read_size(limit))
+    for line in lines:
+        console.print(line, markup=False)
+    if problem:
+        problems.append(problem)
 
 
 def _check_encoder(

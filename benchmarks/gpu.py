@@ -1,0 +1,138 @@
+"""A LLaMA-shaped 7B decoder of random weights on a GPU: stage 1 in bfloat16, stage 2 as QLoRA, and their memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+from benchmarks.measure import Figure, forget_peak, matrix_rate, peak_bytes, seconds
+from benchmarks.parts import DECODER, SEVEN_BILLION, bound_loss, training_batch
+from bindllm.encoders import EfficientNetLite
+from bindllm.model.activations import TrainingStep
+from bindllm.model.adapter import AdapterConfig
+from bindllm.model.bindllm import BindLLM
+from bindllm.model.decoder import DecoderConfig, load_tokenizer
+from bindllm.model.memory import MemoryEstimate, ModelPlan, estimate_memory
+from bindllm.model.quantise import quantisation_config
+
+# The published stage 1: a prompt and its caption. Stage 2: an instruction with its answer.
+SHAPES = {
+    "stage1_bf16": {"rows": 32, "tokens": 96, "answer": 32},
+    "stage2_qlora": {"rows": 8, "tokens": 512, "answer": 256},
+}
+STEPS = 5
+
+
+def figures() -> list[Figure]:
+    """Tokens a second, peak memory, share of the matrix rate and the estimator's error, of each stage.
+
+    Raises:
+        SystemExit: there is no GPU.
+    """
+    if not torch.cuda.is_available():
+        raise SystemExit("the benchmark gpu needs a CUDA GPU of at least 40 GB, and torch finds none here")
+    found = []
+    for name, shape in SHAPES.items():
+        command = [sys.executable, "-m", "benchmarks.gpu", name]
+        told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        row = json.loads(told.splitlines()[-1])
+        words = f"7B of random weights, batch {shape['rows']} x {shape['tokens']} tokens, {shape['answer']} supervised"
+        found += [
+            Figure(
+                f"gpu_{name}_tokens_per_second", row["tokens"] / row["seconds"], "tokens/s",
+                row["tokens"] * row["rate"] / row["work"],
+                f"{words}; {row['seconds'] * 1e3:.0f} ms a step; floor: {row['work'] / 1e12:.0f} TFLOP at the matrix "
+                f"rate measured here, {row['rate'] / 1e12:.0f} TFLOP/s",
+            ),
+            Figure(
+                f"gpu_{name}_share_of_matrix_rate", row["work"] / row["rate"] / row["seconds"], "share", 1.0,
+                "of the rate of one bfloat16 product at the shapes of the feed-forward layer",
+            ),
+            Figure(
+                f"gpu_{name}_peak_memory", row["peak"] / 1e9, "GB", None,
+                f"{words}; of torch's allocator, estimated {row['estimate'] / 1e9:.1f} GB at {row['moment']}",
+            ),
+            Figure(
+                f"gpu_{name}_memory_estimate_error", abs(row["estimate"] / row["peak"] - 1), "ratio", 0.0,
+                "at most 0.15",
+            ),
+        ]  # fmt: skip
+    return found
+
+
+def _run(name: str) -> dict[str, float | str]:
+    """Run one stage in this process, and return what was measured."""
+    shape, stage2 = SHAPES[name], name.startswith("stage2")
+    quantise, adapter = ("nf4", AdapterConfig(rank=16)) if stage2 else (None, None)
+    trainable = ["adapter"] if stage2 else ["bind", "inject"]
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        AutoConfig.for_model("llama", **SEVEN_BILLION).save_pretrained(folder)
+        plan = ModelPlan(
+            DecoderConfig(folder, dtype="bfloat16", quantise=quantise),
+            EfficientNetLite().embedding_size,
+            adapter=adapter,
+            trainable=trainable,
+            device="cuda",
+        )
+        step = TrainingStep(shape["rows"], shape["tokens"], shape["rows"] * shape["answer"])
+        estimate: MemoryEstimate = estimate_memory(plan, step)
+        decoder = _decoder(Path(folder), quantisation_config("nf4", torch.bfloat16) if stage2 else None)
+    model = BindLLM(decoder, load_tokenizer(DECODER), DECODER, encoders=[EfficientNetLite()], adapter=adapter)
+    model.set_trainable(trainable)
+    torch.nn.init.constant_(model.injection.gates, 0.01)
+    model.train()
+    batch = training_batch(model.decoder, **shape)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+
+    def train() -> None:
+        # In Lightning's order: the gradients of the step before are there during the forward pass.
+        loss = bound_loss(model, batch)
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimiser.step()
+
+    train()
+    forget_peak()
+    times = [seconds(train) for _ in range(STEPS)]
+    peak = peak_bytes()
+    tokens = shape["rows"] * shape["tokens"]
+    width, inner = SEVEN_BILLION["hidden_size"], SEVEN_BILLION["intermediate_size"]
+    layers = SEVEN_BILLION["num_hidden_layers"] * (4 * width**2 + 3 * width * inner)
+    # Forward, and backward to the activations alone: two multiply-adds per frozen weight and token.
+    work = 4 * layers * tokens + 4 * SEVEN_BILLION["vocab_size"] * width * shape["rows"] * shape["answer"]
+    return {
+        "seconds": sorted(times)[STEPS // 2],
+        "tokens": tokens,
+        "work": work,
+        "rate": matrix_rate(tokens, width, inner, torch.bfloat16, "cuda"),
+        "peak": peak,
+        "estimate": estimate.total,
+        "moment": estimate.moment,
+    }
+
+
+def _decoder(folder: Path, quantised: BitsAndBytesConfig | None) -> PreTrainedModel:
+    """A decoder of random weights on the GPU; to be quantised it is written first, as a real one would be read."""
+    with torch.device("cuda"):
+        decoder = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
+    if quantised is not None:
+        decoder.save_pretrained(folder)
+        del decoder
+        torch.cuda.empty_cache()
+        decoder = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.bfloat16, quantization_config=quantised, device_map={"": 0}
+        )
+    return decoder.eval().requires_grad_(False)
+
+
+if __name__ == "__main__":
+    print(json.dumps(_run(sys.argv[1])))

@@ -1,0 +1,172 @@
+"""The estimate of ``bindllm check --memory`` against the measured peak of training, on real weights."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+
+from benchmarks.measure import Figure, forget_peak, peak_bytes, resident_bytes
+from benchmarks.parts import DECODER, training_batch
+from bindllm.encoders import EfficientNetLite
+from bindllm.model.activations import TrainingStep
+from bindllm.model.adapter import AdapterConfig
+from bindllm.model.bind_network import BindConfig
+from bindllm.model.decoder import default_device
+from bindllm.model.injection import InjectConfig
+from bindllm.model.memory import ModelPlan, Placement, estimate_memory
+
+STEPS = 2
+"""In the second one gradients and moments of the first are there: later ones need no more."""
+RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+"""Makes glibc take every larger piece of memory from the system, and give it back when it is freed."""
+
+
+@dataclass
+class Setting:
+    """One run: a stage, its batch, and whether activations are computed again."""
+
+    stage: int
+    rows: int
+    tokens: int
+    answer: int
+    checkpointing: bool = False
+
+
+SETTINGS = (
+    Setting(stage=1, rows=16, tokens=64, answer=16),
+    Setting(stage=1, rows=4, tokens=128, answer=64),
+    Setting(stage=2, rows=16, tokens=64, answer=16),
+    Setting(stage=2, rows=4, tokens=128, answer=64),
+    Setting(stage=1, rows=16, tokens=64, answer=16, checkpointing=True),
+    Setting(stage=2, rows=16, tokens=64, answer=16, checkpointing=True),
+)
+
+
+class _Batches(LightningDataModule):
+    """The same batch at every step."""
+
+    def __init__(self, batch: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        self._batch = {**batch, "numbers": torch.arange(len(batch["labels"]))}
+
+    def samples(self, split: str) -> list:
+        """There are no rows behind the batches, so there is nothing that the objective could refuse."""
+        return []
+
+    def train_dataloader(self) -> DataLoader:
+        """One epoch is the whole run."""
+        return DataLoader([self._batch] * STEPS, batch_size=None)
+
+
+def figures() -> list[Figure]:
+    """Largest relative error of the whole estimate, and of what is over a process that has loaded the decoder."""
+    whole, steps, told = [], [], []
+    for setting in SETTINGS:
+        found = measure(setting)
+        whole.append(found["estimate"] / found["peak"] - 1)
+        steps.append(found["estimated_step"] / found["step"] - 1)
+        told.append(
+            f"stage {setting.stage}, {setting.rows} x {setting.tokens}"
+            f"{', checkpointing' if setting.checkpointing else ''}: {found['peak'] / 1e6:.0f} MB, {whole[-1]:+.1%}, "
+            f"step alone {found['step'] / 1e6:.0f} MB, {steps[-1]:+.1%}"
+        )
+    plain = measure(SETTINGS[0], returned=False)["peak"] / measure(SETTINGS[0])["peak"]
+    return [
+        Figure(
+            "memory_estimate_error", max(map(abs, whole)), "ratio", 0.0,
+            f"largest of {len(SETTINGS)} settings, at most 0.15; {'; '.join(told)}",
+        ),
+        Figure(
+            "memory_estimate_step_error", max(map(abs, steps)), "ratio", 0.0,
+            "the same without libraries and frozen weights, which are there before the first step",
+        ),
+        Figure(
+            "memory_kept_by_allocator", plain, "ratio", 1.0,
+            "high-water mark of a CPU process as the C library leaves it, over the same with "
+            "MALLOC_MMAP_THRESHOLD_=65536, with which the errors above are measured",
+        ),
+    ]  # fmt: skip
+
+
+def measure(setting: Setting, *, returned: bool = True) -> dict[str, int]:
+    """Run one setting in a process of its own, and return its peak beside the estimate.
+
+    Args:
+        setting: what is run.
+        returned: whether the C library gives memory back to the system as soon as it is free; by default it keeps much
+            of it in pieces, and the process's mark is then higher than all that was ever in use at once.
+    """
+    command = [sys.executable, "-m", "benchmarks.memory", json.dumps(asdict(setting))]
+    environment = {**os.environ, **(RETURNED if returned else {})}
+    told = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+    return json.loads(told.splitlines()[-1])
+
+
+def _run(setting: Setting) -> dict[str, int]:
+    """Train a few steps as ``bindllm fit`` does, and return bytes."""
+    from lightning.pytorch import Trainer
+
+    from bindllm.training.module import BindModule
+    from bindllm.training.optim import OptimConfig
+
+    encoder = EfficientNetLite()
+    adapter = AdapterConfig() if setting.stage == 2 else None
+    trainable = ["adapter"] if setting.stage == 2 else ["bind", "inject"]
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            max_steps=STEPS, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, gradient_clip_val=1.0, devices=1, default_root_dir=folder,
+        )  # fmt: skip
+        torch.randn(512, 512) @ torch.randn(512, 512)
+        step = TrainingStep(
+            setting.rows, setting.tokens, setting.rows * setting.answer, checkpointing=setting.checkpointing
+        )
+        plan = ModelPlan(
+            DECODER, encoder.embedding_size, adapter=adapter, trainable=trainable, device=default_device()
+        )
+        # As the check has done by then, which brings the code of this decoder and of peft into the process.
+        estimate_memory(plan, step)
+        libraries = resident_bytes()
+        estimate = estimate_memory(plan, step, Placement(framework=libraries))
+        module = BindModule(
+            DECODER, [encoder], BindConfig(), InjectConfig(), OptimConfig(warmup=1), trainable, adapter,
+            checkpoint_activations=setting.checkpointing,
+        )  # fmt: skip
+        module.configure_model()
+        if trainable == ["adapter"]:
+            torch.nn.init.constant_(module.model.injection.gates, 0.01)
+        batch = training_batch(
+            module.model.decoder, rows=setting.rows, tokens=setting.tokens, answer=setting.answer
+        )
+        gc.collect()
+        forget_peak()
+        loaded = resident_bytes()
+        trainer.fit(module, datamodule=_Batches(batch))
+        peak = peak_bytes()
+    frozen = sum(
+        estimate.parts.get(name, 0) for name in ("framework", "decoder", "bind", "inject", "adapter")
+    )
+    return {
+        "estimate": estimate.total,
+        "peak": peak,
+        "step": peak - loaded,
+        "estimated_step": estimate.total - frozen,
+        "libraries": libraries,
+        "loaded": loaded,
+        "frozen": frozen,
+        "moment": estimate.moment,
+        "parts": estimate.parts,
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(_run(Setting(**json.loads(sys.argv[1])))))
