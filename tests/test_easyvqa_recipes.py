@@ -1,42 +1,21 @@
 """The recipes on easy-VQA, one after the other on tiny parts: questions after captions, and preferences after both."""
 
-import io
 import json
-import zipfile
 from pathlib import Path
 
 import pytest
 import yaml
-from PIL import Image
 
 from bindllm.assets import ASSETS, assets_of, easyvqa
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.decoder import DecoderConfig
 from bindllm.model.injection import InjectConfig
-from tiny import COLOURS, ColourEncoder, save_tiny_decoder
+from easyvqa_parts import published
+from tiny import ColourEncoder, save_tiny_decoder
 from tiny_run import run
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-
-
-def published(folder: Path) -> Path:
-    """A wheel as the published one, with plain pictures and three questions about each."""
-    wheel = folder / "easy.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("easy_vqa-1.0.dist-info/LICENSE", "MIT License")
-        for split, count in (("train", 60), ("test", 8)):
-            rows = []
-            for n in range(count):
-                colour = list(COLOURS)[n % 3]
-                picture = io.BytesIO()
-                Image.new("RGB", (8, 8), (*COLOURS[colour][:2], n)).save(picture, "PNG")
-                archive.writestr(f"easy_vqa/data/{split}/images/{n}.png", picture.getvalue())
-                rows.append(["what color is the shape?", colour, n])
-                rows.append(["is there a red shape?", "yes" if colour == "red" else "no", n])
-                rows.append(["is no red shape present?", "no" if colour == "red" else "yes", n])
-            archive.writestr(f"easy_vqa/data/{split}/questions.json", json.dumps(rows))
-    return wheel
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,10 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
-from bindllm.assets import ASSETS
+from bindllm.assets import ASSETS, easyvqa
 from bindllm.cli import VERBS, main
 from bindllm.testing import check_encoder
+from easyvqa_parts import published
 from goldens import make_wave
 from imagebind_small import write_small_imagebind
 from recordings import wav
@@ -47,6 +48,8 @@ def project(tmp_path_factory):
         (folder / f"data/openmoji/images/{number}.svg").write_text(DRAWING.format(number + 1))
         rows.append(f"images/{number}.svg,circle {number},{split}")
     (folder / "data/openmoji/captions.csv").write_text("\n".join(rows))
+    (folder / "data/easyvqa").mkdir()
+    easyvqa.build([published(folder, train=40)], folder / "data/easyvqa")
     (folder / "recipes").symlink_to(ROOT / "recipes")
     write_small_imagebind(folder / "checkpoints/imagebind")
     for name, colour in (("dog.jpg", "brown"), ("car.jpg", "red")):
@@ -93,6 +96,8 @@ def test_commands_and_python_blocks_run(project, tmp_path, monkeypatch, capsys):
             continue
         trains = words[0] in ("fit", "align")
         extra = ["--trainer.accelerator", "cpu", "--trainer.logger", "false"] if trains else []
+        if words[0] == "fit" and "easyvqa" in words[2]:
+            extra += ["--trainer.max_steps", "2", "--trainer.val_check_interval", "1"]
         assert main([*words, *extra]) == 0, words
         told += capsys.readouterr().out
     assert "no problems" in told
