@@ -32,7 +32,7 @@ COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 TYPES = ("shape", "colour", "yes/no shape", "yes/no colour", "yes/no not shape", "yes/no not colour")
 """Kinds of question: what it asks for or, of yes/no questions, what they name and whether they deny it."""
 
-VALIDATION_SHARE = 0.05
+VALIDATION_SHARE = 0.02
 """Share of the published training pictures that are held out for validation."""
 
 _DATA = "easy_vqa/data/"
@@ -47,7 +47,7 @@ _README = """# easy-VQA
 Pictures of 64 x 64 pixels with one coloured shape each, and questions about it, by Victor Zhou. Licence: MIT (see
 LICENSE). Pictures, questions and answers are unchanged.
 
-- `train.jsonl`: the published training questions. Column `split`: `validation` for about 5 % of the pictures, by the
+- `train.jsonl`: the published training questions. Column `split`: `validation` for about 2 % of the pictures, by the
   hash of the picture's bytes; `train` for the others.
 - `test.jsonl`: the published test questions, all of them.
 - `preferences.jsonl`: the questions of `train.jsonl`, each with its true answer (`chosen`) and a wrong one of the same
