@@ -29,6 +29,7 @@ from bindllm.data.report import DataReport, SourceReport
 from bindllm.data.rows import Row
 from bindllm.data.source_config import SPLITS, SourceConfig
 from bindllm.data.sources import read_source
+from bindllm.data.stream.embed import CANNOT_EMBED
 from bindllm.data.stream.held_out import read_stream
 from bindllm.data.stream.loader import StreamLoader
 from bindllm.data.stream.processes import processes_of
@@ -39,8 +40,6 @@ from bindllm.errors import InputError, known_names
 from bindllm.media import Media
 from bindllm.retrieval.fill import ALONE
 from bindllm.retrieval.ranks import Ranks
-
-CANNOT_EMBED = "media that cannot be embedded"
 
 
 class BindData(LightningDataModule):

@@ -50,6 +50,11 @@ class Objective(ABC):
     needs: ClassVar[Needs] = "answers"
     uses_reference: ClassVar[bool] = False
 
+    @property
+    def at_rest(self) -> bool:
+        """Whether the next step needs nothing of the last one but what the run saves; else no state is saved."""
+        return True
+
     def check(self, data: BindData, stage: str) -> None:
         """Refuse data that the objective cannot learn from; the decoder is not loaded yet.
 
@@ -63,7 +68,8 @@ class Objective(ABC):
         if self.uses_reference and stage != "fit":
             raise InputError(
                 f"{type(self).__name__} compares with the model that training started from, so its loss is measured "
-                "while training (val_loss in the run's metrics.csv). Measure the trained model with bindllm evaluate"
+                "while training (val_loss in the run's metrics.csv). The trained model's loss per token of the true "
+                "answers: the same command with --model.objective null"
             )
         if self.uses_reference and data.streamed:
             raise InputError(

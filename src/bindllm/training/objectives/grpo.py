@@ -8,7 +8,7 @@ Letters: `B` prompts, `G` answers to each, `R = B * G`, `N` tokens of all answer
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -60,7 +60,8 @@ class GRPO(Objective):
     Args:
         reward: what an answer earns; null: `ExactAnswer`.
         group_size: answers drawn to each question, 2 or more; a step learns from ``data.batch_size * group_size``.
-        beta: how strongly the start holds, 0 or more. At 0 no start weights are kept and a forward is saved.
+        beta: how strongly the start holds, 0 or more. At 0 no start weights are kept, a forward is saved, and answers
+            that are as good as the mean of their group are not run through the model again.
         clip: how far from 1 the ratio of a token's probability to that when it was drawn still counts; of effect from
             the second step on the same answers.
         temperature: that answers are drawn with; 1 is the model itself.
@@ -107,6 +108,7 @@ class GRPO(Objective):
         self._data: BindData
         self._pad_id = 0
         self._start: dict[str, Tensor] = {}
+        self._epoch: Callable[[], int] = lambda: 0
         self._held: tuple[tuple[int, ...], Rollout] | None = None
 
     @property
@@ -145,6 +147,7 @@ class GRPO(Objective):
     def prepare(self, module: BindModule) -> None:
         """Put the start weights where the model is."""
         self._start = {name: value.to(module.device) for name, value in self._start.items()}
+        self._epoch = lambda: module.trainer.current_epoch
         self._held = None
 
     def complete(self, batch: Batch, split: str) -> Batch:
@@ -169,7 +172,8 @@ class GRPO(Objective):
         Raises:
             InputError: the reward gives anything but a finite number for each answer.
         """
-        key = tuple(batch["numbers"].tolist())
+        # A state is saved at the end of every epoch, so nothing may outlive it.
+        key = (self._epoch(), *batch["numbers"].tolist())
         if self._held is None or self._held[0] != key:
             self._held = key, self.roll_out(model, batch)
         rollout = self._held[1]
@@ -208,7 +212,8 @@ class GRPO(Objective):
             # Tensors in place of the parameters for this call alone: the parameters themselves never change.
             start = lambda **inputs: functional_call(model, self._start, kwargs=inputs)  # noqa: E731
             reference = token_log_probs(start, answers.batch, temperature=self.temperature)
-            torch.clear_autocast_cache()
+        # Under autocast older releases of torch would use weights again that were cast without gradients.
+        torch.clear_autocast_cache()
         figures = {
             "reward": rewards.mean(),
             "useful": (advantages != 0).any(1).float().mean(),
@@ -222,34 +227,47 @@ class GRPO(Objective):
 
         Where no group is useful and ``beta`` is 0 the loss is zero, with a gradient of zeros.
         """
-        labels = rollout.batch["labels"]
-        log_probs = token_log_probs(model, rollout.batch, temperature=self.temperature)
+        batch, advantages = rollout.batch, rollout.advantages
+        if rollout.reference is None:
+            # The others have no gradient. One at least, so that devices that share a decoder run it together.
+            kept = advantages != 0
+            kept[0] |= not kept.any()
+            batch, advantages = {name: value[kept] for name, value in batch.items()}, advantages[kept]
+        labels = batch["labels"]
+        log_probs = token_log_probs(model, batch, temperature=self.temperature)
         if rollout.old is None:
             rollout.old = log_probs.detach()
         rollout.uses += 1
         rows = (labels[:, 1:] != IGNORE).nonzero()[:, 0]
         own = rows == torch.arange(len(labels), device=rows.device)[:, None]
-        surrogate = clipped_surrogate(log_probs, rollout.old, rollout.advantages[rows], clip=self.clip)
+        surrogate = clipped_surrogate(log_probs, rollout.old, advantages[rows], clip=self.clip)
         figures = dict(rollout.figures)
         each = -surrogate
         if rollout.reference is not None:
             divergence = kl_estimate(log_probs, rollout.reference)
             each = each + self.beta * divergence
-            figures["kl"] = _means(divergence.detach(), own).mean()
-        if self.normalise_length:
-            return _means(each, own).mean(), figures
-        return torch.where(own, each, 0).sum(1).mean() / self.max_new_tokens, figures
+            # Not index_add: on GPUs it adds in any order, and a resumed run would differ in the last bits.
+            means = torch.where(own, divergence.detach(), 0).sum(1) / own.sum(1)
+            figures["kl"] = means.mean()
+        sums = torch.where(own, each, 0).sum(1)
+        lengths = own.sum(1) if self.normalise_length else self.max_new_tokens
+        return (sums / lengths).sum() / len(rollout.advantages), figures
 
     def _samples(self, batch: Batch) -> list[Sample]:
         samples = self._data.samples(SPLITS[int(batch["split"])])
         return [samples[n] for n in batch["numbers"].tolist()]
 
     def _judge(self, texts: Sequence[str], samples: Sequence[Sample]) -> Tensor:
-        rewards = self.reward(texts, samples)
-        if rewards.shape != (len(texts),) or not bool(rewards.isfinite().all()):
+        rewards = torch.as_tensor(self.reward(texts, samples), dtype=torch.float32)
+        name, shape = type(self.reward).__name__, list(rewards.shape)
+        if shape != [len(texts)]:
             raise InputError(
-                f"{type(self.reward).__name__} gave {list(rewards.shape)} rewards for {len(texts)} answers, the least "
-                f"{rewards.min().item():.3g}; expected a finite number for each. One answer is {texts[0]!r}"
+                f"{name} gave rewards of shape {shape} for {len(texts)} answers; expected one for each"
+            )
+        if not bool((good := rewards.isfinite()).all()):
+            worst = texts[int(good.long().argmin())]
+            raise InputError(
+                f"{name} gave a reward that is not finite, for the answer {worst!r}; expected a number"
             )
         return rewards
 
@@ -290,7 +308,8 @@ def clipped_surrogate(log_probs: Tensor, old: Tensor, advantages: Tensor, *, cli
         [N].
 
     Example:
-        >>> clipped_surrogate(torch.tensor([1.0, 1.0]).log(), torch.tensor([0.5, 0.5]).log(), torch.tensor([1.0, -1.0]), clip=0.2)
+        >>> now, old = torch.tensor([0.8, 0.8]).log(), torch.tensor([0.4, 0.4]).log()
+        >>> clipped_surrogate(now, old, torch.tensor([1.0, -1.0]), clip=0.2)
         tensor([ 1.2000, -2.0000])
     """
     ratio = (log_probs - old).exp()
@@ -309,12 +328,6 @@ def kl_estimate(log_probs: Tensor, reference: Tensor) -> Tensor:
     """
     ratio = reference - log_probs
     return torch.expm1(ratio) - ratio
-
-
-def _means(values: Tensor, own: Tensor) -> Tensor:
-    """Mean over the tokens of each answer, [R]; ``own`` says which tokens are its own, [R, N]."""
-    # Not index_add: on GPUs it adds in any order, and a resumed run would differ in the last bits.
-    return torch.where(own, values, 0).sum(1) / own.sum(1)
 
 
 def _prompts(batch: Batch) -> Batch:

@@ -84,8 +84,8 @@ class OptionLetter(Reward):
         """
         if lacking := [sample.name for sample in samples if not _letters(sample)]:
             raise InputError(
-                f"OptionLetter judges multiple choices, and {len(lacking)} of {len(samples)} rows have no options, or no "
-                f"true answer that chooses one; one is {lacking[0]}. Use rows of the format choice, or ExactAnswer"
+                f"OptionLetter judges multiple choices, and {len(lacking)} of {len(samples)} rows have no options, or "
+                f"no true answer that chooses one; one is {lacking[0]}. Use rows of the format choice, or ExactAnswer"
             )
 
     def __call__(self, answers: Sequence[str], samples: Sequence[Sample]) -> Tensor:

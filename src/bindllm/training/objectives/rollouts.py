@@ -100,8 +100,6 @@ def _generate(model: BindLLM, prompts: Batch, **options: Any) -> Tensor:
         return model.generate_from(**prompts, **options)
     finally:
         model.train(mode)
-        # Under autocast: weights that were cast without gradients would be used again where they need them.
-        torch.clear_autocast_cache()
 
 
 def _texts(model: BindLLM, ids: Tensor) -> list[str]:
