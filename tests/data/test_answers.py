@@ -15,6 +15,9 @@ OPTIONS = ("a rose", "the sea", "both", "C")
         ("A", ["a"]),
         ("\uff52\uff45\uff44", ["red"]),
         ("1,000", ["1000"]),
+        ("12,345,678.5", ["12345678.5"]),
+        ("1,2", ["1", "2"]),
+        ("\u22123", ["-3"]),
         ("-3.5.", ["-3.5"]),
         ("3-4", ["3", "4"]),
         ("well-known", ["well", "known"]),
@@ -61,6 +64,12 @@ def test_a_part_of_the_answer_is_not_the_answer():
         ("The answer is (F).", None),
         ("because", None),
         ("a whale", None),
+        # An article, and the start of a word.
+        ("The answer is a whale.", None),
+        ("The answer is the sea.", "B"),
+        ("So the answer: a rose", "A"),
+        ("The answer is b'", None),
+        ("The answer is A since it is red.", "A"),
         ("", None),
     ],
 )

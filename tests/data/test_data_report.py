@@ -3,7 +3,7 @@
 from rich.console import Console
 
 from bindllm.conversation import Conversation, Message
-from bindllm.data.report import DataReport, SourceReport
+from bindllm.data.report import MAX_EXAMPLES, MAX_REASONS, OTHER_REASON, DataReport, Skipped, SourceReport
 from bindllm.data.rows import Row
 from bindllm.media import Media
 
@@ -26,6 +26,20 @@ def test_rows_are_counted_with_their_answers_and_different_media():
         "4 rows (messages), 5 answers, 1 pairs of a better and a worse answer, 1 pictures, 1 audio media, "
         "2 rows without media"
     )
+
+
+def test_reasons_that_differ_from_row_to_row_do_not_make_the_report_as_long_as_the_data():
+    skipped, both = Skipped(), Skipped()
+    for n in range(1000):
+        skipped.add(f"unknown word {n}", f"line {n}")
+    both.add("empty answer", "line 0")
+    both.update(skipped)
+    for one, named in ((skipped, MAX_REASONS), (both, MAX_REASONS - 1)):
+        assert len(one.counts) == MAX_REASONS + 1
+        assert one.counts[OTHER_REASON] == 1000 - named
+        assert one.examples[OTHER_REASON][0] == f"line {named}: unknown word {named}"
+        assert len(one.examples[OTHER_REASON]) == MAX_EXAMPLES
+    assert (skipped.total, both.total) == (1000, 1001)
 
 
 def test_captions_are_counted_as_captions():

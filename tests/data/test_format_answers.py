@@ -99,7 +99,8 @@ def test_pictures_of_minigpt4_are_found_by_their_number(read):
         ("caption", {"image": "a.png", "caption": ["red", " \u200b"]}, "empty caption"),
         ("caption", {"image": "a.png", "caption": 7}, "the caption is not a text"),
         ("caption", {"image": "gone.png", "caption": "red"}, "no such picture: gone.png"),
-        ("caption", {"caption": "red"}, "no path of a picture"),
+        ("caption", {"caption": "red"}, "no path of a picture: no column 'image'$"),
+        ("caption", {"caption": "red", "image": ""}, "no path of a picture$"),
         ("minigpt4", {"image_id": 3, "caption": "red"}, "no such picture: image/3.jpg"),
         ("minigpt4", {"image": "a.png", "caption": "red"}, "no column 'image_id'.*looks like caption"),
     ],
@@ -211,6 +212,13 @@ def test_other_ways_to_write_the_options(read, choices):
     assert said(read("choice", {**CHOICE, "choices": choices}))[0] == PROMPT
 
 
+@pytest.mark.parametrize(("answer", "letter"), [("1", "A"), (2, "B"), ("3", "C"), ("a match", "B")])
+def test_the_labels_that_a_record_gives_its_options_come_first(read, answer, letter):
+    choices = {"text": ["the sea", "a match", "1"], "label": ["1", "2", "3"]}
+    parsed = read("choice", {**CHOICE, "choices": choices, "answer": answer})
+    assert parsed.references == (f"The answer is ({letter}).",)
+
+
 def test_options_in_columns_called_like_their_letters(read):
     record = {"question": "Which?", "A": "sea", "B": "match", "C": "", "D": None, "answer": "B"}
     assert read("choice", record).options == ("sea", "match")
@@ -232,6 +240,7 @@ def test_options_in_columns_called_like_their_letters(read):
         ({"choices": ["a", ""], "answer": 0}, "an empty choice"),
         ({"choices": "a|b"}, "the choices are no list"),
         ({"choices": 7}, "the choices are no list"),
+        ({"choices": {"text": ["a", "b"], "label": ["1"]}}, "1 labels for 2 choices"),
         ({"question": ""}, "nothing in column 'question'"),
     ],
 )

@@ -127,8 +127,9 @@ def test_splits_are_read_and_unknown_ones_refused(format, place):
     assert FORMATS[format](record, place(format, split="train")).split is None
     assert FORMATS[format](record, place(format, columns=Columns(split=None))).split is None
     assert parse(format, {**record, "split": ""}, place).split is None
-    assert reason(format, {**record, "split": "val"}, place) == (
-        "unknown split 'val'. Known: test, train, validation."
+    assert parse(format, {**record, "split": "val"}, place).split == "validation"
+    assert reason(format, {**record, "split": "held"}, place) == (
+        "unknown split 'held'. Known: test, train, validation."
     )
 
 
@@ -182,3 +183,41 @@ def test_a_list_may_be_json_text_as_csv_has_it(format, place):
     assert parse(format, flat, place) == parse(format, record, place)
     column = "messages" if format == "messages" else "conversations"
     assert reason(format, {**record, column: "Hello"}, place) == f"column {column!r} holds no list"
+
+
+@pytest.mark.parametrize(
+    ("format", "record"),
+    [
+        ("vqa", {"images": ["a.png", "a.png"], "question": "Which?", "answers": ["red", "crimson"]}),
+        ("vqa", {"image": "a.png", "question": "Which?", "answer": [{"answer": "red"}, {"answer": "pink"}]}),
+        ("caption", {"image": "a.png", "caption": ["red", "A red one."]}),
+        (
+            "preference",
+            {
+                "prompt": [{"role": "user", "content": "Which?"}],
+                "chosen": [{"role": "assistant", "content": "red"}],
+                "rejected": [{"role": "assistant", "content": "blue"}],
+            },
+        ),
+    ],
+)
+def test_a_list_may_be_json_text_where_a_text_may_be_too(format, record, place):
+    flat = {key: json.dumps(value) if isinstance(value, list) else value for key, value in record.items()}
+    parsed = parse(format, flat, place)
+    assert parsed == parse(format, record, place)
+    assert parsed.references[0] == "red"
+
+
+def test_a_text_in_brackets_is_no_list_of_texts(place):
+    record = {"image": "a.png", "question": "Which two?", "answer": "[1, 2]"}
+    assert parse("vqa", record, place).references == ("[1, 2]",)
+    pair = {"prompt": "As a list?", "chosen": '["red"]', "rejected": "[red"}
+    assert parse("preference", pair, place).references == ('["red"]',)
+
+
+@pytest.mark.parametrize("format", ["messages", "llava", "sharegpt", "alpaca", "instruction", "preference"])
+def test_a_system_prompt_in_a_column_of_its_own(format, place):
+    parsed = parse(format, {**TRUE_ROWS[format], "system": " Be brief. "}, place)
+    first = parsed.conversation.messages[0]
+    assert first.role == "system"
+    assert first.text.startswith("Be brief.")

@@ -99,7 +99,10 @@ def test_an_answer_with_a_label(read, label, unwanted, completion):
             {"prompt": [ASKED, RED], "chosen": "red", "rejected": "blue"},
             "the prompt does not end with a question",
         ),
-        ({"prompt": [SYSTEM], "chosen": "red", "rejected": "blue"}, "it starts with an answer"),
+        (
+            {"prompt": [SYSTEM], "chosen": "red", "rejected": "blue"},
+            "the prompt does not end with a question",
+        ),
         ({"prompt": "Which?", "chosen": [ASKED], "rejected": [BLUE]}, "last message is not the assistant's"),
         ({"prompt": "Which?", "chosen": [], "rejected": [BLUE]}, "neither a text nor a list of messages"),
         ({"prompt": "Which?", "chosen": 7, "rejected": [BLUE]}, "neither a text nor a list of messages"),

@@ -125,6 +125,19 @@ def test_the_split_of_the_recipe_then_of_the_row_then_of_the_file(folder):
     assert list(map(len, rows.values())) == [2, 0, 2]
 
 
+@pytest.mark.parametrize("format", ["vqa", "caption"])
+def test_other_names_of_validation(folder, format):
+    (folder / "qa").mkdir()
+    rows = [{**asked(n), "caption": "x", "split": name} for n, name in enumerate(["train", "val", "dev"])]
+    path = write(folder / "qa" / "val.jsonl", rows)
+    found = splits(path, format, media=str(folder))
+    assert list(map(len, found.values())) == [1, 2, 0]
+    write(folder / "qa" / "train.jsonl", [asked(3)])
+    write(folder / "qa" / "val.jsonl", [asked(4)])
+    found = splits(str(folder / "qa"), media=str(folder))
+    assert list(map(len, found.values())) == [1, 1, 0]
+
+
 def test_a_folder_with_one_table(folder):
     (folder / "image").mkdir()
     (folder / "image/2.jpg").touch()
@@ -142,6 +155,10 @@ def test_folders_that_do_not_say_which_table(folder):
         InputError, match=r"none holds no table \(\.jsonl, .*expected one, or one for each of train"
     ):
         read_source(SourceConfig(str(folder / "none"), "vqa"))
+    (folder / "none/000.tar").touch()
+    for format in ("vqa", "caption"):
+        with pytest.raises(InputError, match=r"It holds tar shards.*: give them as .*none/\*\.tar"):
+            read_source(SourceConfig(str(folder / "none"), format))
     for name in ("a.json", "b.jsonl"):
         write(folder / name, [asked(0)])
     with pytest.raises(
@@ -184,7 +201,7 @@ def test_bad_rows_are_counted_by_reason_with_what_is_at_fault(folder):
         asked(96),
         asked(1, answer=""),
         {"frage": "?"},
-        asked(2, split="val"),
+        asked(2, split="held"),
     ]
     path = write(folder / "x.jsonl", rows)
     with open(path, "a") as stream:
@@ -194,7 +211,7 @@ def test_bad_rows_are_counted_by_reason_with_what_is_at_fault(folder):
         "no such picture": 4,
         "empty answer": 1,
         "no column 'question'. Known: frage.": 1,
-        "unknown split 'val'. Known: test, train, validation.": 1,
+        "unknown split 'held'. Known: test, train, validation.": 1,
         "not a JSON object": 1,
         "not valid JSON": 1,
     }

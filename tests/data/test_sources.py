@@ -105,7 +105,7 @@ def test_bad_rows_are_counted_with_reasons_and_examples(folder):
         {"image": "c.png", "caption": " \t\x07\u200b "},
         {"image": "a.png", "caption": "good ", "split": "train"},
         {"image": "a.png", "caption": "other", "split": "test"},
-        {"image": "d.png", "caption": "x", "split": "val"},
+        {"image": "d.png", "caption": "x", "split": "held"},
         {"image": "e.png"},
     )
     rows, report = read_source(SourceConfig(str(folder)))
@@ -118,7 +118,7 @@ def test_bad_rows_are_counted_with_reasons_and_examples(folder):
         "empty caption": 1,
         "same picture and caption as an earlier row": 1,
         "this picture is in another split already": 1,
-        "unknown split 'val'. Known: test, train, validation.": 1,
+        "unknown split 'held'. Known: test, train, validation.": 1,
         "no column 'caption'. Known: image.": 1,
     }
     assert report.skipped.examples["no such picture"][0] == "captions.jsonl line 2: missing.png"

@@ -1,6 +1,7 @@
 """Streamed batches: what is in them, where they go on, what is left out, and how the thread behind them ends."""
 
 import json
+import os
 import threading
 import time
 from itertools import islice
@@ -206,6 +207,18 @@ def test_what_cannot_be_used_is_counted_with_its_name(tmp_path):
     assert BAD_SHARD in lines
 
 
+def test_every_sample_that_was_read_is_accounted_for_after_a_resume_too(shards):
+    first, rest = build(shards), build(shards)
+    take(first, 2)
+    counted = first.report
+    assert (counted.read, counted.rows, counted.waiting) == (16, 8, 8)
+    assert "8 rows of 16 streamed samples in 2 batches (8 more were ready); " in next(counted.lines())
+    rest.load_state_dict(first.state_dict())
+    take(rest, 3)
+    counted = rest.report
+    assert (counted.read, counted.rows, counted.waiting) == (24, 12, 12)
+
+
 def test_reasons_are_no_more_than_can_be_kept(tmp_path):
     members = [(f"{n}.json", b'{"caption": "x", "split": "%d"}' % n) for n in range(120)]
     write_shard(tmp_path / "a.tar", [*members, *captioned(3)])
@@ -319,6 +332,10 @@ def test_what_cannot_be_streamed_together_is_refused(shards, tmp_path):
         ([source(stream), source("a.jsonl")], "a run trains on streams alone or on none"),
         (
             [source(stream), source(stream, split="validation", limit=3)],
+            "is held out by .* and trained on by",
+        ),
+        (
+            [source(stream), source(os.path.relpath(stream), split="validation", limit=3)],
             "is held out by .* and trained on by",
         ),
         ([source(str(tmp_path / "none.tar"))], "names no shard that exists"),

@@ -89,7 +89,7 @@ def test_a_streamed_run_trains_validates_and_says_what_it_streamed(uninterrupted
     told = (uninterrupted / "told.txt").read_text()
     assert "4 shards, streamed" in told
     assert "4 validation" in told
-    assert "in 12 batches; the first after" in told
+    assert "in 12 batches (4 more were ready); the first after" in told
     assert not [thread for thread in threading.enumerate() if thread.name == "stream"]
 
 

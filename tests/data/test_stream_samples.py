@@ -79,6 +79,14 @@ def test_a_name_from_before_the_packing_means_the_only_picture():
     assert place(jpg=b"J").media("image", b"inside") == Media.image(b"inside")
 
 
+def test_two_names_from_before_the_packing_do_not_mean_the_same_picture():
+    one = place(jpg=b"J", mp3=b"M")
+    assert one.media("image", "first.jpg") == one.media("image", "first.jpg") == Media.image(b"J")
+    assert one.media("audio", "second.mp3") == Media.audio(b"M")
+    with pytest.raises(RowError, match="several names of a picture that no member has: second.jpg"):
+        one.media("image", "second.jpg")
+
+
 @pytest.mark.parametrize(
     ("members", "modality", "value", "message"),
     [

@@ -61,11 +61,19 @@ def test_csv_with_quotes_newlines_and_bad_rows(write):
     assert counts == {"not 2 fields as in the header": 2, "not UTF-8 text": 1}
 
 
-def test_csv_field_that_is_too_long_is_one_bad_row(write):
+def test_csv_holds_a_picture_as_text(write):
+    picture = b"data:image/png;base64," + b"x" * 200_000
+    rows, counts = read(write("t.csv", b'image,caption\n"' + picture + b'",y\n'))
+    assert rows == [("t.csv line 2", [picture.decode(), "y"])]
+    assert counts == {}
+
+
+def test_csv_field_that_is_too_long_is_one_bad_row(write, monkeypatch):
+    monkeypatch.setattr("bindllm.data.tables._LONGEST_FIELD", 100_000)
     path = write("t.csv", b"image,caption\na," + b"x" * 200_000 + b"\nb,y\n")
     rows, counts = read(path)
     assert rows == [("t.csv line 3", ["b", "y"])]
-    assert counts == {"not valid CSV (field larger than field limit (131072))": 1}
+    assert counts == {"not valid CSV (field larger than field limit (100000))": 1}
 
 
 def test_tsv_keeps_quotation_marks(write):

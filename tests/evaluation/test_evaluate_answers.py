@@ -255,6 +255,17 @@ def test_conversations_are_measured_by_their_loss(model):
     assert text.problems == {}
 
 
+def test_unwanted_answers_are_counted_and_their_loss_is_not(model):
+    wanted = [asked("look", "a cat", n, task="chat") for n in (4, 5)]
+    unwanted = replace(asked("look", "a dog", 6, task="chat"), desirable=False)
+    both = evaluate_chat(model, [*wanted, unwanted], lookup=lookup).metrics
+    alone = evaluate_chat(model, wanted, lookup=lookup).metrics
+    assert both["heldout"].pop("unwanted") == 1
+    assert both == alone
+    with pytest.raises(InputError, match="all 1 held-out answers are unwanted"):
+        evaluate_chat(model, [unwanted], lookup=lookup)
+
+
 def test_each_kind_is_measured_on_its_own_rows(model):
     rows = [asked("is it red?", answer, n) for n, answer in ((4, "no"), (5, "yes"))]
     rows += [asked("Say.", "a cat", n, task="chat") for n in (6, 7)]

@@ -13,7 +13,7 @@ from bindllm.conversation import Conversation, Message
 from bindllm.data.collate import answer_batch
 from bindllm.data.tokenise import tokenise
 from bindllm.errors import InputError
-from bindllm.evaluation.baselines import blind, exchange, neighbours
+from bindllm.evaluation.baselines import blind, exchange, neighbours, subject_name
 from bindllm.evaluation.measuring import loss_numbers
 from bindllm.evaluation.metrics import caption_metrics
 from bindllm.evaluation.run import VARIANTS, evaluate_captions, measure_captions
@@ -188,6 +188,15 @@ def test_one_picture_in_two_files_is_one_row(model):
     result = evaluate(model, held)
     assert [row.references for row in result.rows] == [["red square", "rouge"], ["blue square"]]
     assert result.problems == {}
+
+
+def test_a_picture_inside_a_table_is_called_like_its_row(held):
+    one = replace(held[0], name="rows.parquet row 3")
+    assert subject_name(one) == "rows.parquet row 3"
+    (found,) = neighbours(held[:1], [one], lookup)
+    assert found.picture == "rows.parquet row 3"
+    conversation = Conversation((Message("user", (Media.image("a/red.png"), "?")), Message("assistant", "!")))
+    assert subject_name(replace(one, conversation=conversation)) == "a/red.png"
 
 
 def test_one_picture_cannot_be_shuffled(model):

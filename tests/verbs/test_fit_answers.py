@@ -42,6 +42,7 @@ def trained(tmp_path_factory):
         patch.chdir(folder)
         recipe = tiny_recipe(
             folder,
+            save_every_seconds=1000,
             data={"sources": [{"path": str(table), "format": "vqa"}], "batch_size": 16},
             model={
                 "adapter": {"rank": 8, "norm": True},

@@ -9,9 +9,16 @@ from string import ascii_uppercase
 
 ARTICLES = frozenset(["a", "an", "the"])
 
-_SAID = re.compile(r"\banswer\s*(?:is|:)\s*(?:option\s+|:\s*)?\(?([A-Z])\b", re.IGNORECASE)
+_ANSWER_IS = r"\banswer\s*(?:is|:)"
+# A small a ahead of a word is an article.
+_SAID = re.compile(
+    rf"{_ANSWER_IS}\s*(?:option\s+|:\s*)?(?!(?-i:a)\s+\w)\(?([A-Z])\b(?!['\u2019])", re.IGNORECASE
+)
+_UP_TO_ANSWER = re.compile(rf".*{_ANSWER_IS}", re.IGNORECASE | re.DOTALL)
 _ALONE = re.compile(r"\(?([A-Z])(?:[).:]+(?:\s|$)|$)", re.IGNORECASE)
-_IN_NUMBER = re.compile(r"(?<=\d)[.,](?=\d)|(?<!\w)-(?=\d)")
+# The point, commas ahead of three digits, and the sign.
+_IN_NUMBER = re.compile(r"(?<=\d)(?:\.(?=\d)|,(?=\d{3}(?!\d)))|(?<!\w)-(?=\d)")
+_MINUS = "\u2212"
 
 
 def answer_words(text: str) -> list[str]:
@@ -24,7 +31,7 @@ def answer_words(text: str) -> list[str]:
         >>> answer_words("A circle."), answer_words("-3.5"), answer_words("The.")
         (['circle'], ['-3.5'], ['the'])
     """
-    text = unicodedata.normalize("NFKC", text).lower()
+    text = unicodedata.normalize("NFKC", text).lower().replace(_MINUS, "-")
     in_numbers = {match.start() for match in _IN_NUMBER.finditer(text)}
     letters = []
     for place, letter in enumerate(text):
@@ -51,7 +58,8 @@ def option_letter(text: str, options: Sequence[str]) -> str | None:
     """Return the letter of the option that an answer chooses, or None where it chooses none.
 
     In this order: the last "answer is (B)" or "answer: B" of the text; an answer that is or starts with a letter
-    of its own, as "B", "(B)" or "b. the sea"; an answer that has the words of exactly one option.
+    of its own, as "B", "(B)" or "b. the sea"; an answer that has, in all or behind its last "answer is", the words of
+    exactly one option.
 
     Args:
         text: the answer.
@@ -70,7 +78,12 @@ def option_letter(text: str, options: Sequence[str]) -> str | None:
     alone = _ALONE.match(text.strip())
     if alone and alone[1].upper() in known:
         return alone[1].upper()
-    named = [letter for letter, option in zip(known, options, strict=False) if same_answer(text, [option])]
+    told = (text, _UP_TO_ANSWER.sub("", text))
+    named = [
+        letter
+        for letter, option in zip(known, options, strict=False)
+        if any(same_answer(part, [option]) for part in told)
+    ]
     return named[0] if len(named) == 1 else None
 
 

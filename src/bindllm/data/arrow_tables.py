@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bindllm.data.report import NOT_UTF8, Skipped
+from bindllm.data.source_config import split_named
 from bindllm.errors import InputError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -19,8 +20,6 @@ HUB = "hf://"
 ROWS_AT_ONCE = 64
 """Rows in memory: few, since each may hold a picture."""
 
-# What others call our splits.
-_SPLIT_NAMES = {"val": "validation", "valid": "validation", "dev": "validation"}
 _DATASET_FILES = ("dataset_dict.json", "state.json")
 
 
@@ -109,7 +108,7 @@ def _open(path: str | Path) -> Mapping[str, Any]:
 
 def _named_splits(path: str | Path, parts: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the parts of a dataset by our names of their splits."""
-    named = {_SPLIT_NAMES.get(split, split): part for split, part in parts.items()}
+    named = {split_named(split) or split: part for split, part in parts.items()}
     if list(named) == ["train"]:
         return {"": named["train"]}
     unknown = [split for split in named if split not in ("train", "validation", "test")]

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from bindllm.data.formats.columns import written_list
 from bindllm.data.formats.parsed import leave_out
 from bindllm.data.formats.place import RowError, find_file, folder_of, media_key, read_media
 from bindllm.data.report import SourceReport
-from bindllm.data.source_config import SPLITS, Columns
+from bindllm.data.source_config import SPLITS, Columns, split_named
 from bindllm.data.tables import NOT_UTF8, READERS, is_table, read_table
 from bindllm.data.texts import clean_caption, is_visible
 from bindllm.errors import InputError, known_names
@@ -118,16 +119,17 @@ def _table_rows(
 ) -> Iterator[_Row]:
     """Yield the rows of a table whose picture is there."""
     for name, record in read_table(table, (columns.image, columns.caption), report.skipped):
-        image, captions = record[columns.image], record[columns.caption]
-        split = (record.get(columns.split) if columns.split else None) or None
+        image, captions = record[columns.image], written_list(record[columns.caption], (str,))
+        said = (record.get(columns.split) if columns.split else None) or None
+        split = split_named(said)
         captions = captions or [None] if isinstance(captions, list) else [captions]
         try:
             media = read_media(modality, image, lambda path: find_file(root, modality, path))
         except RowError as error:
             leave_out(error, name, report.skipped)
             continue
-        if split is not None and split not in SPLITS:
-            report.skipped.add(f"unknown split {split!r}. {known_names(str(split), SPLITS)}", name)
+        if said is not None and split is None:
+            report.skipped.add(f"unknown split {said!r}. {known_names(str(said), SPLITS)}", name)
             continue
         yield _Row(media.source, media_key(media, root), split, name, captions)
 

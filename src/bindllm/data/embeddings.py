@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bindllm.data.collate import MediaGroup
 from bindllm.encoders import Encoder, encoder_for
-from bindllm.encoders.fusion import fuse
+from bindllm.encoders.fusion import common_size, fuse
 from bindllm.errors import InputError, MediaError
 from bindllm.media import Media
 from bindllm.retrieval.fill import ALONE, fill
@@ -48,13 +48,7 @@ class MediaEmbeddings:
     """
 
     def __init__(self, encoders: Sequence[Encoder], folder: str | Path) -> None:
-        sizes = {type(encoder).__name__: encoder.embedding_size for encoder in encoders}
-        if len(set(sizes.values())) != 1:
-            raise InputError(
-                "the encoders of a recipe share one joint space, so one embedding size; here are "
-                f"{', '.join(f'{name} ({size})' for name, size in sizes.items()) or 'no encoders'}"
-            )
-        self.embedding_size = encoders[0].embedding_size
+        self.embedding_size = common_size(encoders)
         self._encoders, self._folder = tuple(encoders), folder
         self._stores: dict[int, EmbeddingStore] = {}
         self._keys: dict[Media, str] = {}

@@ -16,30 +16,40 @@ if TYPE_CHECKING:
     from bindllm.media import Media
 
 MAX_EXAMPLES = 3
+MAX_REASONS = 20
+"""Different reasons that are counted apart: words of a row may be part of one, and no report is as long as the data."""
+OTHER_REASON = "for other reasons"
 NOT_UTF8 = "not UTF-8 text"
 """Why a row of a table was left out."""
 
 
 @dataclass
 class Skipped:
-    """Rows left out: how many for each reason, and the first few by name."""
+    """Rows left out: how many for each of at most `MAX_REASONS` reasons and for all others, the first few by name."""
 
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, reason: str, name: str) -> None:
         """Count one row."""
-        self.counts[reason] = self.counts.get(reason, 0) + 1
-        examples = self.examples.setdefault(reason, [])
+        kept = self._kept(reason)
+        self.counts[kept] = self.counts.get(kept, 0) + 1
+        examples = self.examples.setdefault(kept, [])
         if len(examples) < MAX_EXAMPLES:
-            examples.append(name)
+            examples.append(name if kept == reason else f"{name}: {reason}")
 
     def update(self, other: Skipped) -> None:
         """Count the rows of another report as well."""
         for reason, count in other.counts.items():
-            self.counts[reason] = self.counts.get(reason, 0) + count
-            examples = self.examples.setdefault(reason, [])
-            examples += other.examples[reason][: MAX_EXAMPLES - len(examples)]
+            kept = self._kept(reason)
+            self.counts[kept] = self.counts.get(kept, 0) + count
+            examples = self.examples.setdefault(kept, [])
+            names = other.examples[reason][: MAX_EXAMPLES - len(examples)]
+            examples += [name if kept == reason else f"{name}: {reason}" for name in names]
+
+    def _kept(self, reason: str) -> str:
+        """The reason that a row is counted under."""
+        return reason if reason in self.counts or len(self.counts) < MAX_REASONS else OTHER_REASON
 
     @property
     def total(self) -> int:
@@ -139,9 +149,10 @@ class StreamReport:
     """What a stream gave to one process, since it was started last.
 
     Args:
-        read: samples that were read for the batches which were handed out.
+        read: samples that were read for the batches which were handed out, and for those that wait.
         rows: rows in these batches.
         batches: their number.
+        waiting: rows that were read together with these, and wait for their batches.
         skipped: samples and shards that were left out.
         seconds_first: time until the first batch.
         seconds_waited: time that the training waited for later batches.
@@ -151,6 +162,7 @@ class StreamReport:
     read: int = 0
     rows: int = 0
     batches: int = 0
+    waiting: int = 0
     skipped: Skipped = field(default_factory=Skipped)
     seconds_first: float = 0.0
     seconds_waited: float = 0.0
@@ -170,7 +182,8 @@ class StreamReport:
             ['8 rows of 9 streamed samples in 2 batches; the first after 1.5 s, then training waited 0.0 % of its time']
         """
         yield (
-            f"{self.rows:,} rows of {self.read:,} streamed samples in {self.batches:,} batches; the first after "
+            f"{self.rows:,} rows of {self.read:,} streamed samples in {self.batches:,} batches"
+            f"{f' ({self.waiting:,} more were ready)' if self.waiting else ''}; the first after "
             f"{self.seconds_first:.1f} s, then training waited {100 * self.waiting_share:.1f} % of its time"
         )
         for line in self.skipped.lines():

@@ -23,6 +23,17 @@ Format = Literal[
 ]
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
+_OTHER_NAMES: dict[object, Split] = {"val": "validation", "valid": "validation", "dev": "validation"}
+
+
+def split_named(name: object) -> Split | None:
+    """Return the split that a table, a row or a library calls by this name, or None where it means none.
+
+    Example:
+        >>> split_named("test"), split_named("val"), split_named("extra")
+        ('test', 'validation', None)
+    """
+    return name if name in SPLITS else _OTHER_NAMES.get(name) if isinstance(name, str) else None
 
 
 @dataclass(frozen=True)
@@ -34,8 +45,8 @@ class Columns:
     Args:
         image: path of the picture, relative to the folder of the table. In a source of another modality the column
             is called like the modality, unless this says otherwise; for ``text`` it holds the text itself.
-        caption: a text or, in JSON and Parquet, a list of texts.
-        split: train, validation or test; a table may lack this column. None: it is not looked at.
+        caption: a text or a list of texts.
+        split: train, validation (or val, valid, dev) or test; a table may lack this column. None: it is not looked at.
         messages: OpenAI messages.
         conversations: the turns of LLaVA and ShareGPT (conversation).
         instruction: what is to be done.

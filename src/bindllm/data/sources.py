@@ -16,7 +16,7 @@ from bindllm.data.formats.columns import looks_like
 from bindllm.data.formats.place import media_key
 from bindllm.data.report import Skipped, SourceReport
 from bindllm.data.rows import Row
-from bindllm.data.source_config import SPLITS, SourceConfig, Split
+from bindllm.data.source_config import SPLITS, SourceConfig, Split, split_named
 from bindllm.data.tables import READERS, is_table, read_table
 from bindllm.errors import InputError
 from bindllm.media import Media
@@ -49,7 +49,7 @@ def read_source(config: SourceConfig, number: int = 0) -> tuple[dict[str, list[R
     try:
         rows = read(config, number, report)
     except InputError as error:
-        if hint := _other_format(config):
+        if hint := _shards(path) or _other_format(config):
             raise InputError(f"{error}{hint}") from error
         raise
     report.count(row for part in rows.values() for row in part)
@@ -139,7 +139,7 @@ def _tables(path: str) -> list[tuple[str | Path, Split | None]]:
         return [(path, None)]
     tables = sorted(file for file in folder.iterdir() if file.suffix.lower() in READERS and file.is_file())
     named: list[tuple[str | Path, Split | None]] = [
-        (file, split) for split in SPLITS for file in tables if file.stem == split
+        (file, split) for split in SPLITS for file in tables if split_named(file.stem) == split
     ]
     if named and len({split for _, split in named}) == len(named):
         return named
@@ -173,6 +173,13 @@ def _shared_keys(rows: Sequence[Row], root: str) -> list[str]:
             one, other = sorted((first(own[0]), first(key)))
             parents[other] = one
     return [first(key) for key in keys]
+
+
+def _shards(path: Path) -> str:
+    """A sentence that says how tar shards in a folder are given, if it holds any."""
+    if not path.is_dir() or not any(path.glob("*.tar")):
+        return ""
+    return f". It holds tar shards, which are streamed: give them as {path / '*.tar'}"
 
 
 def _other_format(config: SourceConfig) -> str:

@@ -13,6 +13,9 @@ from bindllm.data.json_lists import read_list
 from bindllm.data.report import NOT_UTF8, Skipped
 from bindllm.errors import InputError, known_names
 
+_LONGEST_FIELD = 1 << 26
+"""Letters of a field of CSV at most: room for a picture as a ``data:`` URI, and an end to a quotation that has none."""
+
 __all__ = ["NOT_UTF8", "READERS", "Record", "is_table", "read_table"]
 
 
@@ -98,6 +101,7 @@ def _read_tsv(path: Path, required: tuple[str, ...], skipped: Skipped) -> Iterat
 def _read_delimited(
     path: Path, required: tuple[str, ...], skipped: Skipped, *, dialect: Mapping
 ) -> Iterator[tuple[str, Record]]:
+    csv.field_size_limit(_LONGEST_FIELD)
     # Bytes that are not UTF-8 become lone surrogates, which no valid text holds: the row is found by them.
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
         reader = csv.reader(stream, **dialect)

@@ -25,7 +25,7 @@ from bindllm.data.answers import answer_words, is_right
 from bindllm.data.collate import Lookup
 from bindllm.data.tokenise import Sample
 from bindllm.errors import InputError
-from bindllm.evaluation.baselines import blind, exchange, subject
+from bindllm.evaluation.baselines import blind, exchange, subject, subject_name
 from bindllm.evaluation.measuring import Measuring, evaluating
 from bindllm.model.bindllm import BindLLM
 
@@ -46,7 +46,7 @@ class AnswerRow:
     Attributes:
         question: the last one of the conversation.
         references: the true answers, each once.
-        picture: path or short name of the picture that it is about; None: it is about none.
+        picture: path or row of the picture that it is about; None: it is about none.
         type: kind of question; empty where the row does not say.
         generated: the model's answer, greedily decoded.
         right: whether that is right.
@@ -261,5 +261,5 @@ def _row(sample: Sample, said: dict[str, str | None]) -> AnswerRow:
         blind=said["blind"],
     )
     if group:
-        row.picture, row.modality = group[0].name, group[0].modality
+        row.picture, row.modality = subject_name(sample), group[0].modality
     return row

@@ -39,6 +39,12 @@ def subject(sample: Sample) -> MediaGroup:
     return sample.media[int(sample.media_index[-1])]
 
 
+def subject_name(sample: Sample) -> str:
+    """Return what that media is called: its path, or its row where a table or a shard holds its content."""
+    media = subject(sample)[0]
+    return (isinstance(media.source, bytes) and sample.name) or media.name
+
+
 def blind(samples: Sequence[Sample]) -> list[Sample]:
     """Return the samples without media: nothing is added to any token, bit-equal to gates of zero."""
     return [replace(sample, media_index=np.full_like(sample.media_index, NO_MEDIA)) for sample in samples]
@@ -87,6 +93,6 @@ def neighbours(samples: Sequence[Sample], train_samples: Sequence[Sample], looku
         best = torch.maximum(top, best)
     found = [training[n] for n in place.tolist()]
     return [
-        Neighbour(sample.references[0], subject(sample)[0].name, similarity, subject(sample)[0].modality)
+        Neighbour(sample.references[0], subject_name(sample), similarity, subject(sample)[0].modality)
         for sample, similarity in zip(found, best.tolist(), strict=True)
     ]

@@ -4,7 +4,8 @@
 - ``zero_gates``: the same model with nothing added anywhere.
 - ``shuffled``: the same model, every picture exchanged for another held-out one.
 
-Conversations without media are the same in all three.
+Conversations without media are the same in all three. Answers that their rows call unwanted are left out: a model that
+says them less is no worse.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class ChatResult:
 
     Attributes:
         metrics: for each of `CHAT_VARIANTS` ``loss`` (nats per supervised token) and ``perplexity``, None where it
-            could not be measured or nothing is shown; ``heldout`` has ``count`` and ``with_media``, too.
+            could not be measured or nothing is shown; ``heldout`` has ``count`` and ``with_media``, too, and
+            ``unwanted`` where rows were left out for their answers.
         problems: what could not be measured, and why.
         seconds: wall time.
     """
@@ -55,11 +57,16 @@ def evaluate_chat(
         progress: show a bar with a time estimate.
 
     Raises:
-        InputError: there are no samples.
+        InputError: there are no samples, or none with an answer that is wanted.
     """
     started = time.perf_counter()
     if not samples:
         raise InputError("there are no held-out conversations; give at least one")
+    given, samples = samples, [sample for sample in samples if sample.desirable is not False]
+    if not samples:
+        raise InputError(
+            f"all {len(given)} held-out answers are unwanted ones, so their loss says nothing; hold out wanted ones too"
+        )
     shown = [sample for sample in samples if sample.media]
     losses: dict[str, float | None] = dict.fromkeys(CHAT_VARIANTS)
     with evaluating(model), Progress(disable=not progress) as bar:
@@ -75,4 +82,6 @@ def evaluate_chat(
             )
     metrics: dict[str, dict[str, Any]] = {name: loss_numbers(loss) for name, loss in losses.items()}
     metrics["heldout"] |= {"count": len(samples), "with_media": len(shown)}
+    if unwanted := len(given) - len(samples):
+        metrics["heldout"]["unwanted"] = unwanted
     return ChatResult(metrics, run.problems, time.perf_counter() - started)

@@ -19,7 +19,7 @@ from rich.progress import Progress
 from bindllm.data.collate import Lookup
 from bindllm.data.tokenise import Sample
 from bindllm.errors import InputError
-from bindllm.evaluation.baselines import Neighbour, blind, exchange, neighbours, subject
+from bindllm.evaluation.baselines import Neighbour, blind, exchange, neighbours, subject, subject_name
 from bindllm.evaluation.measuring import Measuring, evaluating, input_digests, loss_numbers
 from bindllm.evaluation.metrics import METRICS, caption_metrics, same_caption
 from bindllm.model.bindllm import BindLLM
@@ -32,7 +32,7 @@ class CaptionRow:
     """One held-out picture and what was said of it; None where that could not be measured.
 
     Attributes:
-        picture: path or short name of the picture that the answer is about.
+        picture: path or row of the picture that the answer is about.
         references: its true captions.
         generated: the model's caption, greedily decoded.
         exact: whether that has exactly the words of a reference.
@@ -40,7 +40,7 @@ class CaptionRow:
         shuffled: caption of the same model, shown another picture.
         nearest: caption of the nearest training picture.
         nearest_exact: whether that has exactly the words of a reference.
-        nearest_picture: path or short name of that picture.
+        nearest_picture: path or row of that picture.
         nearest_similarity: cosine of the two embeddings, -1..1.
         modality: of the picture, or whatever else it is.
         nearest_modality: of the nearest one.
@@ -224,7 +224,7 @@ def _rows(
         neighbour = nearest[n] if nearest else None
         rows.append(
             CaptionRow(
-                picture=subject(sample)[0].name,
+                picture=subject_name(sample),
                 references=true,
                 generated=said["heldout"],
                 exact=same_caption(said["heldout"] or "", true),

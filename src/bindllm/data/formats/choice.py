@@ -25,7 +25,8 @@ def choice(record: Record, place: Place) -> Parsed:
     Media are optional. The reference is the sentence that `answer_of` writes, with or without a rationale.
     """
     options = _options(record, place)
-    right = answer_of(options, _number(require(record, place, "answer"), options))
+    answer = require(record, place, "answer")
+    right = answer_of(options, _number(answer, options, _labels(record, place, options)))
     answer = right
     if place.config.rationale:
         parts = [text_of(record, place, field) for field in ("lecture", "solution")]
@@ -85,8 +86,22 @@ def _options(record: Record, place: Place) -> tuple[str, ...]:
     return options
 
 
-def _number(answer: object, options: tuple[str, ...]) -> int:
+def _labels(record: Record, place: Place, options: tuple[str, ...]) -> list[str]:
+    """What the record itself calls its options, as ARC does: ``{"text": [...], "label": [...]}``; empty: nothing."""
+    value = value_of(record, place, "choices")
+    labels = value.get("label") if isinstance(value, Mapping) else None
+    if not isinstance(labels, list):
+        return []
+    labels = [as_text(label, "choices") for label in labels]
+    if len(set(labels)) != len(options):
+        raise RowError(f"{len(set(labels))} labels for {len(options)} choices")
+    return labels
+
+
+def _number(answer: object, options: tuple[str, ...], labels: list[str]) -> int:
     """The place of the right option, from 0."""
+    if labels and not isinstance(answer, bool) and (label := as_text(answer, "answer")) in labels:
+        return labels.index(label)
     if isinstance(answer, float) and answer.is_integer():
         answer = int(answer)
     if isinstance(answer, int) and not isinstance(answer, bool):

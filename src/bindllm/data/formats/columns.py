@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from bindllm.conversation import Conversation
 from bindllm.data.formats.parsed import Parsed
 from bindllm.data.formats.place import Place, RowError
+from bindllm.data.formats.turns import Turn
 from bindllm.data.rows import Task
-from bindllm.data.source_config import SPLITS, Format, Split
+from bindllm.data.source_config import SPLITS, Format, Split, split_named
 from bindllm.data.tables import Record
 from bindllm.errors import known_names
 
@@ -131,6 +132,35 @@ def as_list(value: object, column: str) -> list:
     return value
 
 
+def written_list(value: object, of: tuple[type, ...] = (str, Mapping)) -> object:
+    """Return the list that a text is in JSON, as CSV has it; every other value, and every other text, as it is.
+
+    Args:
+        value: of a column that may hold a text or a list.
+        of: what all items of such a list are; a text such as ``[1, 2]`` may be an answer.
+
+    Example:
+        >>> written_list('["a.png", "b.png"]'), written_list("[1, 2]")
+        (['a.png', 'b.png'], '[1, 2]')
+    """
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        items = as_list(value, "")
+    except RowError:
+        return value
+    return items if items and all(isinstance(item, of) for item in items) else value
+
+
+def system_turn(record: Record, place: Place) -> Turn:
+    """Return the system prompt that a record has in a column of its own; a turn without text where it has none.
+
+    Raises:
+        RowError: the column holds no text.
+    """
+    return Turn("system", [text_of(record, place, "system")])
+
+
 def finish(record: Record, place: Place, conversation: Conversation, task: Task) -> Parsed:
     """Return a conversation with what every format reads alike: references, type and split.
 
@@ -180,6 +210,7 @@ def _column(place: Place, field: str) -> str:
 def _split(record: Record, place: Place) -> Split | None:
     column = place.config.columns.split
     value = (record.get(column) if column and place.config.split is None else None) or None
-    if value is not None and value not in SPLITS:
+    split = split_named(value)
+    if value is not None and split is None:
         raise RowError(f"unknown split {reprlib.repr(value)}. {known_names(str(value), SPLITS)}")
-    return value
+    return split

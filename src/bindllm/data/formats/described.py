@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from bindllm.data.formats.columns import finish, hint, require
+from bindllm.data.formats.columns import finish, hint, require, written_list
 from bindllm.data.formats.enclosed import Enclosed
 from bindllm.data.formats.parsed import Parsed
 from bindllm.data.formats.place import Place, RowError
@@ -24,7 +24,7 @@ def caption(record: Record, place: Place) -> Parsed:
     A table or a folder of captions is read as a whole by `bindllm.data.captions`, which makes a row of each caption
     of a picture; this is for records that come one by one, from a stream.
     """
-    value = require(record, place, "caption")
+    value = written_list(require(record, place, "caption"), (str,))
     captions = [_clean(one) for one in (value if isinstance(value, list) else [value])]
     if not captions:
         raise RowError("no caption")

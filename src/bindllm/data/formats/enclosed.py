@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from bindllm.data.formats.columns import hint
+from bindllm.data.formats.columns import hint, written_list
 from bindllm.data.formats.place import Place, RowError
 from bindllm.data.tables import Record
 from bindllm.media import MODALITIES, Media
@@ -71,8 +71,12 @@ class Enclosed:
         try:
             return [self._place.media(self._place.config.modality, None)]
         except RowError as error:
+            column = media_column(self._place, self._place.config.modality)
+            # A place that looked for the media elsewhere says where.
+            told_enough = error.detail or column in self._record or f"{column}s" in self._record
+            reason = error.reason if told_enough else f"{error.reason}: no column {column!r}"
             told = hint(self._record, self._place.config.format)
-            raise RowError(f"{error.reason}.{told}" if told else error.reason, error.detail) from error
+            raise RowError(f"{reason}.{told}" if told else reason, error.detail) from error
 
     def check(self) -> None:
         """Refuse a record whose placeholders are not as many as its media.
@@ -139,6 +143,9 @@ def is_given(value: object) -> bool:
 
 
 def _values(record: Record, column: str) -> list:
-    value = next((record[name] for name in (column, f"{column}s") if is_given(record.get(name))), None)
+    named = [record[name] for name in (column, f"{column}s") if name in record and is_given(record[name])]
+    if not named:
+        return []
+    value = written_list(named[0])
     values = value if isinstance(value, list) else [value]
     return [one for one in values if is_given(one)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bindllm.conversation import INPUT_HEADER
-from bindllm.data.formats.columns import finish, require_text, text_of
+from bindllm.data.formats.columns import finish, require_text, system_turn, text_of
 from bindllm.data.formats.enclosed import Enclosed, with_media
 from bindllm.data.formats.parsed import Parsed
 from bindllm.data.formats.place import Place
@@ -30,7 +30,7 @@ def _instructed(record: Record, place: Place, between: str) -> Parsed:
     if given := text_of(record, place, "input"):
         asked += between + given
     turns = [
-        Turn("system", [text_of(record, place, "system")]),
+        system_turn(record, place),
         Turn("user", with_media(asked, Enclosed(record, place))),
         Turn("assistant", [require_text(record, place, "output")]),
     ]

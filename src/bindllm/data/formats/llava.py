@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from bindllm.conversation import Role
-from bindllm.data.formats.columns import as_list, finish, hint, require
+from bindllm.data.formats.columns import as_list, finish, hint, require, system_turn
 from bindllm.data.formats.enclosed import Enclosed, kinds, split_at_placeholders
 from bindllm.data.formats.parsed import Parsed
 from bindllm.data.formats.place import Place, RowError
@@ -55,7 +55,7 @@ def sharegpt(record: Record, place: Place) -> Parsed:
 
 def _turns(record: Record, place: Place, split: Callable[[str], Sequence[str | Media]]) -> list[Turn]:
     """Read the turns; those of the user are split into parts."""
-    turns = []
+    turns = [system_turn(record, place)]
     for turn in as_list(require(record, place, "conversations"), place.config.columns.conversations):
         if not isinstance(turn, Mapping):
             raise RowError("a turn that is no object with 'from' and 'value'")

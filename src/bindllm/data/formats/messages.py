@@ -6,7 +6,7 @@ import reprlib
 from collections.abc import Mapping, Sequence
 
 from bindllm.conversation import Role
-from bindllm.data.formats.columns import as_list, finish, require
+from bindllm.data.formats.columns import as_list, finish, require, system_turn
 from bindllm.data.formats.enclosed import Enclosed, kinds
 from bindllm.data.formats.parsed import Parsed
 from bindllm.data.formats.place import Place, RowError, from_base64
@@ -39,7 +39,8 @@ def messages(record: Record, place: Place) -> Parsed:
     """
     enclosed = Enclosed(record, place)
     turns = read_turns(as_list(require(record, place, "messages"), "messages"), place, enclosed)
-    return finish(record, place, converse(with_enclosed(turns, enclosed)), "chat")
+    turns = [system_turn(record, place), *with_enclosed(turns, enclosed)]
+    return finish(record, place, converse(turns), "chat")
 
 
 def read_turns(messages: Sequence[object], place: Place, enclosed: Enclosed) -> list[Turn]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from bindllm.conversation import Conversation
-from bindllm.data.formats.columns import finish, require, text_of, value_of
+from bindllm.data.formats.columns import finish, require, system_turn, value_of, written_list
 from bindllm.data.formats.enclosed import Enclosed, with_media
 from bindllm.data.formats.messages import read_turns, with_enclosed
 from bindllm.data.formats.parsed import Parsed
@@ -28,13 +28,14 @@ def preference(record: Record, place: Place) -> Parsed:
     """
     if value_of(record, place, "completion") is not None and value_of(record, place, "chosen") is None:
         return _labelled(record, place)
-    chosen, rejected = require(record, place, "chosen"), require(record, place, "rejected")
+    chosen, rejected = _said(record, place, "chosen"), _said(record, place, "rejected")
     enclosed = Enclosed(record, place)
     better, worse = _answer(chosen, place), _answer(rejected, place)
     if isinstance(chosen, list) and len(chosen) > 1:
         if not isinstance(rejected, list) or chosen[:-1] != rejected[:-1]:
             raise RowError("chosen and rejected differ before their last message")
-        prompt = with_enclosed(read_turns(chosen[:-1], place, enclosed), enclosed)
+        turns = read_turns(chosen[:-1], place, enclosed)
+        prompt = [system_turn(record, place), *with_enclosed(turns, enclosed)]
     elif isinstance(rejected, list) and len(rejected) > 1:
         raise RowError("chosen and rejected differ before their last message")
     else:
@@ -53,18 +54,23 @@ def _labelled(record: Record, place: Place) -> Parsed:
     if desirable is None:
         raise RowError("the label is neither true nor false")
     prompt = _prompt(record, place, Enclosed(record, place))
-    conversation = _conversation(prompt, _answer(require(record, place, "completion"), place))
+    conversation = _conversation(prompt, _answer(_said(record, place, "completion"), place))
     return replace(finish(record, place, conversation, "chat"), desirable=desirable)
 
 
 def _prompt(record: Record, place: Place, enclosed: Enclosed) -> list[Turn]:
     """The turns ahead of the answer."""
-    prompt = require(record, place, "prompt")
+    prompt, system = _said(record, place, "prompt"), system_turn(record, place)
     if isinstance(prompt, list):
-        return with_enclosed(read_turns(prompt, place, enclosed), enclosed)
+        return [system, *with_enclosed(read_turns(prompt, place, enclosed), enclosed)]
     if not isinstance(prompt, str):
         raise RowError("the prompt is neither a text nor a list of messages")
-    return [Turn("system", [text_of(record, place, "system")]), Turn("user", with_media(prompt, enclosed))]
+    return [system, Turn("user", with_media(prompt, enclosed))]
+
+
+def _said(record: Record, place: Place, field: str) -> object:
+    """A text, or a list of messages, which CSV has as JSON text."""
+    return written_list(require(record, place, field), (Mapping,))
 
 
 def _answer(value: object, place: Place) -> Turn:
@@ -80,6 +86,6 @@ def _answer(value: object, place: Place) -> Turn:
 
 
 def _conversation(prompt: list[Turn], answer: Turn) -> Conversation:
-    if not prompt or prompt[-1].role == "assistant":
+    if prompt[-1].role == "assistant" or all(turn.role == "system" for turn in prompt):
         raise RowError("the prompt does not end with a question")
     return converse([*prompt, answer])

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
-from bindllm.data.formats.columns import as_text, finish, require, require_text
+from bindllm.data.formats.columns import as_text, finish, require, require_text, written_list
 from bindllm.data.formats.enclosed import Enclosed, with_media
 from bindllm.data.formats.parsed import Parsed
 from bindllm.data.formats.place import Place, RowError
@@ -35,7 +35,7 @@ def vqa(record: Record, place: Place) -> Parsed:
 
 
 def _answers(value: object) -> list[str]:
-    answers = []
+    answers, value = [], written_list(value)
     for one in value if isinstance(value, list) else [value]:
         one = one.get("answer") if isinstance(one, Mapping) else one
         answers.append(("yes" if one else "no") if isinstance(one, bool) else as_text(one, "answer"))

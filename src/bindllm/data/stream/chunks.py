@@ -17,11 +17,7 @@ from bindllm.data.stream.shards import TarSample
 from bindllm.data.tokenise import Sample, make_sample
 from bindllm.errors import InputError
 
-BAD_SHARD = "shards that are missing, truncated or damaged; what comes before the damage is used"
-OTHER_REASON = "for other reasons"
-
-MAX_REASONS = 50
-"""Different reasons that are counted apart: a stream is too long to keep a reason of its own for each sample."""
+BAD_SHARD = "shards that are missing, truncated or damaged, counted in each pass; what comes before the damage is used"
 
 MAX_BARREN_CHUNKS = 10
 """Chunks in a row without a row that can be used, after which a run ends."""
@@ -89,9 +85,7 @@ class ChunkReader:
             while True:
                 places = reading.places
                 skipped, taken = Skipped(), reading.taken
-                embedded = self.embedder.embed(
-                    reading.samples(skipped), lambda *why, to=skipped: count(to, *why)
-                )
+                embedded = self.embedder.embed(reading.samples(skipped), skipped.add)
                 if stopped():
                     return
                 batches = group_by_length(
@@ -105,7 +99,7 @@ class ChunkReader:
                 if batches:
                     barren, fruitful = Skipped(), end
                 else:
-                    merge(barren, skipped)
+                    barren.update(skipped)
                     _check(barren, fruitful, end)
 
 
@@ -160,24 +154,5 @@ class _Reading:
                 raise InputError(f"a row of the split {split}")
             return make_sample(row, reader.tokenizer, reader.max_length)
         except InputError as error:
-            one = Skipped()
-            leave_out(error, sample.name, one)
-            for reason, names in one.examples.items():
-                count(skipped, reason, names[0])
+            leave_out(error, sample.name, skipped)
             return None
-
-
-def count(skipped: Skipped, reason: str, name: str) -> None:
-    """Count a sample that is left out, under no more than `MAX_REASONS` reasons."""
-    if reason in skipped.counts or len(skipped.counts) < MAX_REASONS:
-        skipped.add(reason, name)
-    else:
-        skipped.add(OTHER_REASON, f"{name}: {reason}")
-
-
-def merge(skipped: Skipped, other: Skipped) -> None:
-    """Count what another report counts as well, under no more than `MAX_REASONS` reasons."""
-    for reason, number in other.counts.items():
-        known = reason in skipped.counts or len(skipped.counts) < MAX_REASONS
-        kept = reason if known else OTHER_REASON
-        skipped.update(Skipped({kept: number}, {kept: other.examples[reason]}))

@@ -11,7 +11,7 @@ import torch
 from bindllm.data.collate import Batch, Lookup
 from bindllm.data.report import StreamReport
 from bindllm.data.stream.ahead import Ahead
-from bindllm.data.stream.chunks import Chunk, merge
+from bindllm.data.stream.chunks import Chunk
 from bindllm.data.stream.plan import Bookmark
 from bindllm.data.tokenise import Sample
 from bindllm.errors import InputError
@@ -74,7 +74,7 @@ class StreamLoader:
             begun: float | None = None
             asked = started
             for chunk in ahead:
-                self._note_chunk(chunk)
+                self._note_chunk(chunk, first)
                 places = [
                     Bookmark(chunk.start.chunk, n, chunk.start.places) for n in range(len(chunk.batches))
                 ]
@@ -134,13 +134,18 @@ class StreamLoader:
         mine = state_dict["bookmarks"][self._ranks.number]
         self._bookmarks = {int(done): Bookmark.from_dict(values) for done, values in mine.items()}
 
-    def _note_chunk(self, chunk: Chunk) -> None:
-        self.report.read += chunk.read
-        merge(self.report.skipped, chunk.skipped)
+    def _note_chunk(self, chunk: Chunk, first: Bookmark) -> None:
+        """Count what was read anew; after a resume, the first batches of the first chunk were trained on before."""
+        before = chunk.batches[: first.batch] if chunk.start.chunk == first.chunk else []
+        seen = sum(map(len, before))
+        self.report.read += chunk.read - seen
+        self.report.waiting = len(chunk.embedded.samples) - seen
+        self.report.skipped.update(chunk.skipped)
 
     def _note_batch(self, rows: list[Sample], waited: float, begun: float | None, now: float) -> float:
         """Count a batch that is handed out; return when the first one was."""
         self.report.rows += len(rows)
+        self.report.waiting -= len(rows)
         self.report.batches += 1
         if begun is None:
             self.report.seconds_first = waited

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from bindllm.data.captions import PICTURE_SUFFIXES
 from bindllm.data.formats import FORMATS, RowError, read_media
+from bindllm.data.formats.place import thing
 from bindllm.data.rows import Row
 from bindllm.data.source_config import SourceConfig, Split
 from bindllm.data.stream.shards import TarSample
@@ -40,6 +41,7 @@ class TarPlace:
 
     config: SourceConfig
     sample: TarSample
+    _strangers: dict[str, str] = field(default_factory=dict, init=False, repr=False)
 
     def media(self, modality: str, value: object) -> Media:
         """Return the media that a value stands for.
@@ -48,7 +50,7 @@ class TarPlace:
         still have the names of before in their JSON.
 
         Raises:
-            RowError: there is no such member, or none alone.
+            RowError: there is no such member, none alone, or two different names that would mean the same one.
         """
         if value is None:
             return Media(modality, self._only(modality))
@@ -59,6 +61,8 @@ class TarPlace:
         for end in (name.rpartition("/")[2].removeprefix(f"{file}."), name.removeprefix(".")):
             if end.lower() in members and end.lower() not in _NO_MEDIA:
                 return members[end.lower()]
+        if self._strangers.setdefault(modality, name) != name:
+            raise RowError(f"several names of a {thing(modality)} that no member has", name)
         return self._only(modality)
 
     def _only(self, modality: str) -> bytes:
@@ -98,18 +102,7 @@ def read_row(sample: TarSample, config: SourceConfig, source: int) -> tuple[Row,
     if sample.problem:
         raise InputError(sample.problem)
     parsed = FORMATS[config.format](_record(sample, config), TarPlace(config, sample))
-    row = Row(
-        parsed.conversation,
-        references=parsed.references,
-        name=sample.name,
-        source=source,
-        task=parsed.task,
-        type=parsed.type,
-        rejected=parsed.rejected,
-        desirable=parsed.desirable,
-        options=parsed.options,
-    )
-    return row, parsed.split
+    return parsed.row(sample.name, source), parsed.split
 
 
 def _record(sample: TarSample, config: SourceConfig) -> Record:

@@ -19,6 +19,7 @@ from bindllm.data.stream.chunks import Chunk, ChunkReader
 from bindllm.data.stream.embed import StreamEmbedder
 from bindllm.data.stream.loader import StreamLoader
 from bindllm.data.stream.plan import Bookmark, Mixture, ShardStream
+from bindllm.data.stream.remote import is_remote
 from bindllm.data.stream.shards import expand_shards, is_stream
 from bindllm.encoders import Encoder
 from bindllm.errors import InputError
@@ -76,12 +77,18 @@ def check_streams(sources: Sequence[SourceConfig]) -> None:
             "other source into shards too (docs/streaming.md), or let it be measured alone, with split: validation or "
             "test"
         )
-    trained = {shard: config.path for config in streams for shard in expand_shards(config.path)}
+    trained = {_whole(shard): config.path for config in streams for shard in expand_shards(config.path)}
     for config in held_out:
-        if both := [shard for shard in expand_shards(config.path) if shard in trained]:
+        if both := [shard for shard in expand_shards(config.path) if _whole(shard) in trained]:
+            other = trained[_whole(both[0])]
             raise InputError(
-                f"{both[0]} is held out by {config.path} and trained on by {trained[both[0]]}; give each its own shards"
+                f"{both[0]} is held out by {config.path} and trained on by {other}; give each its own shards"
             )
+
+
+def _whole(shard: str) -> str:
+    """A shard's URL, or its path from the root, which is the same however a recipe writes it."""
+    return shard if is_remote(shard) else os.path.abspath(shard)
 
 
 def stream_loader(
