@@ -35,6 +35,16 @@ def test_a_sound_recipe_has_no_problems_and_is_previewed(parts, capsys):
     assert not Path("data").exists()
 
 
+def test_rows_that_the_objective_cannot_learn_from_are_a_problem(parts, capsys):
+    options = ("--model.objective", "bindllm.training.objectives.DPO")
+    assert run("check", tiny_recipe(parts), *options) == 1
+    told = capsys.readouterr().out
+    assert "1. DPO learns from pairs" in told
+    assert f"Of the 24 rows of {parts / 'pictures'}, 24 are not such rows" in told
+    assert run("check", tiny_recipe(parts), *options, "--model.objective.beta", "-1") == 1
+    assert "beta must be finite and above 0" in capsys.readouterr().out
+
+
 def test_all_problems_are_named_at_once(parts, capsys):
     recipe = tiny_recipe(parts, output=str(parts))
     recipe["outputt"] = 1
@@ -89,7 +99,7 @@ def test_a_stage_before_that_was_made_for_another_base(parts, capsys):
     assert run("check", recipe, "--model.decoder.quantise", "nf4") == 0
     assert "decoder.quantise null, this run has nf4" in " ".join(capsys.readouterr().out.split())
     assert run("check", recipe, "--model.inject.kind", "residual") == 1
-    assert "inject.kind is 'value' there and 'residual' here" in " ".join(capsys.readouterr().out.split())
+    assert "inject.kind is value there and residual here" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,11 @@ def _check_recipe(chosen: Namespace, overrides: Sequence[str], problems: Problem
                 _check_memory(plan, chosen.memory_limit, problems, console)
     if not problems:
         with problems.noted():
-            trainer = RecipeCLI("check", ["--config", chosen.config, *overrides]).make_trainer(logger=False)
+            cli = RecipeCLI("check", ["--config", chosen.config, *overrides])
+            with problems.noted():
+                splits = [rows_of[split] for rows_of, _ in read for split in ("train", "validation")]
+                cli.model.objective.check_rows([row for rows in splits for row in rows], sources)
+            trainer = cli.make_trainer(logger=False)
             refuse_unmeasured(trainer.callbacks, num_validation=trainer.limit_val_batches and num_validation)
 
 

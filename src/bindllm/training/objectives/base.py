@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import Tensor
 
 from bindllm.data.collate import Batch
 from bindllm.data.datamodule import BindData
+from bindllm.data.rows import Row
+from bindllm.data.source_config import SourceConfig
 from bindllm.data.tokenise import Sample
 from bindllm.errors import InputError
 from bindllm.model.bindllm import BindLLM
@@ -23,11 +25,11 @@ Needs = Literal["answers", "pairs", "labels", "prompts"]
 Figures = dict[str, Tensor]
 """What is logged beside a loss: scalars without gradient, each a mean over the rows (or pairs) of a batch."""
 
-_SERVES: dict[Needs, Callable[[Sample], bool]] = {
-    "answers": lambda sample: True,
-    "pairs": lambda sample: sample.rejected is not None,
-    "labels": lambda sample: sample.rejected is not None or sample.desirable is not None,
-    "prompts": lambda sample: bool(sample.references),
+_SERVES: dict[Needs, Callable[[Row | Sample], bool]] = {
+    "answers": lambda row: True,
+    "pairs": lambda row: row.rejected is not None,
+    "labels": lambda row: row.rejected is not None or row.desirable is not None,
+    "prompts": lambda row: bool(row.references),
 }
 _WANTED: dict[Needs, str] = {
     "answers": "rows with an answer",
@@ -78,16 +80,27 @@ class Objective(ABC):
                 "shards, or the objective ORPO, which compares with nothing"
             )
         splits = {"fit": ("train", "validation"), "validate": ("validation",)}.get(stage, ("test",))
-        samples = [sample for split in splits for sample in data.samples(split)]
-        lacking = [sample for sample in samples if not _SERVES[self.needs](sample)]
+        self.check_rows([sample for split in splits for sample in data.samples(split)], data.sources)
+
+    def check_rows(self, rows: Sequence[Row | Sample], sources: Sequence[SourceConfig]) -> None:
+        """Refuse rows that the objective cannot learn from.
+
+        Args:
+            rows: to learn from, tokenised or not.
+            sources: of the recipe.
+
+        Raises:
+            InputError: names the source, a row of it, and what the row lacks.
+        """
+        lacking = [row for row in rows if not _SERVES[self.needs](row)]
         if not lacking:
             return
-        worst, count = Counter(sample.source for sample in lacking).most_common(1)[0]
-        total = sum(sample.source == worst for sample in samples)
-        example = next(sample.name for sample in lacking if sample.source == worst)
+        worst, count = Counter(row.source for row in lacking).most_common(1)[0]
+        total = sum(row.source == worst for row in rows)
+        example = next(row.name for row in lacking if row.source == worst)
         raise InputError(
             f"{type(self).__name__} learns from {_WANTED[self.needs]}. Of the {total} rows of "
-            f"{data.sources[worst].path}, {count} are not such rows; one is {example}. Use other data, or another "
+            f"{sources[worst].path}, {count} are not such rows; one is {example}. Use other data, or another "
             "model.objective"
         )
 
