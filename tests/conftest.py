@@ -1,5 +1,6 @@
 """Every test runs without network, without progress bars, and on one thread (tiny tensors gain nothing from two)."""
 
+import functools
 import os
 import signal
 
@@ -8,6 +9,17 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
 import torch
+from docstring_parser.attrdoc import AttributeDocstrings
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _sources_are_read_once():
+    """Whoever parses a recipe looks for the words of --help in the sources: a third of the time of a tiny run."""
+    read = AttributeDocstrings.get_attr_docs
+    words = functools.cache(lambda component: read(AttributeDocstrings(), component))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AttributeDocstrings, "get_attr_docs", lambda _, component: words(component))
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,7 +6,6 @@ import signal
 from pathlib import Path
 
 import pytest
-import torch
 
 from bindllm.cli import VERBS, main
 from tiny_run import run, tiny_parts, tiny_recipe, write_recipe
@@ -105,7 +104,7 @@ MISTAKES = {
     "a misspelt key in an item of a list": (
         {"data": {"sources": [{"path": "pictures", "columns": {"imge": "file"}}]}},
         [],
-        "Did you mean 'image'? Known: caption, image, split.",
+        "Did you mean 'image'? Known: ",
     ),
     "a misspelt trainer option": ({"trainer": {"max_epoch": 2}}, [], "Did you mean 'max_epochs'?"),
     "a misspelt option": ({}, ["--model.optim.weight_deacy", "1"], "Did you mean 'weight_decay'?"),
@@ -284,6 +283,24 @@ def test_a_second_stage_is_measured_as_it_ended_not_as_it_began(here, parts, cap
     assert capsys.readouterr().out.startswith("test_loss ")
 
 
+def test_a_split_without_rows_is_named(here, parts, capsys):
+    source = {"path": str(parts / "pictures"), "split": "train"}
+    assert run("test", tiny_recipe(parts, data={"sources": [source]})) == 1
+    assert "no source of the recipe has any of split test" in capsys.readouterr().err
+
+
+def test_what_a_part_says_of_its_arguments_is_told(parts, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    objective = {
+        "class_path": "bindllm.training.objectives.DPO",
+        "init_args": {"label_smoothing": 0.7},
+    }
+    assert run("fit", tiny_recipe(parts, model={"objective": objective})) == 1
+    assert capsys.readouterr().err.strip() == (
+        "error: DPO: label_smoothing must be from 0 to below 0.5, not 0.7"
+    )
+
+
 @pytest.mark.parametrize("options", [[], ["--stream"], ["--temperature", "0.7", "--top_p", "0.9"]])
 def test_generate_answers(options, here, parts, capsys):
     picture = str(parts / "pictures" / "images" / "red0.png")
@@ -316,7 +333,10 @@ def test_after_a_loss_that_is_not_finite_the_advice_works(parts, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     recipe = tiny_recipe(parts, trainer={"max_epochs": 1})
     with monkeypatch.context() as patch:
-        patch.setattr("bindllm.training.objectives.next_token.next_token_loss", lambda *_: torch.tensor(math.nan))
+        patch.setattr(
+            "bindllm.training.objectives.next_token.next_token_loss",
+            lambda logits, _: logits.sum() * math.nan,
+        )
         assert run("fit", recipe) == 1
     error = capsys.readouterr().err
     assert "the loss is not finite at step 1" in error

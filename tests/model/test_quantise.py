@@ -16,7 +16,7 @@ from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.decoder import DecoderConfig, load_decoder
 from bindllm.model.export import export_decoder
-from bindllm.model.quantise import num_weights
+from bindllm.model.quantise import num_weights, quiet_bitsandbytes
 from tiny import ColourEncoder, save_tiny_decoder
 
 IDS = torch.arange(3, 19).reshape(2, 8)
@@ -159,3 +159,13 @@ def test_without_bitsandbytes_the_message_says_how_to_get_it(folder, monkeypatch
 def test_an_unknown_quantisation_is_refused():
     with pytest.raises(InputError, match="unknown quantisation 'nf8'. Did you mean 'nf4'"):
         DecoderConfig("decoder", quantise="nf8")
+
+
+def test_what_bitsandbytes_tells_everyone_is_left_out_and_nothing_else(caplog):
+    quiet_bitsandbytes()
+    log = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    log.warning(
+        "Failed to load CPU gemm_4bit_forward from kernels-community: %s", "No module named 'kernels'"
+    )
+    log.warning("out of memory")
+    assert caplog.messages == ["out of memory"]

@@ -5,12 +5,15 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from bindllm import BindLLM
+from bindllm.training.callbacks import SampleCaptions
 from bindllm.training.module import BindModule
 from bindllm.training.state import AtomicCheckpointIO
 from tiny_run import run, tiny_parts, tiny_recipe, write_recipe
@@ -53,12 +56,20 @@ def say_what_is_measured(cli, *_):
     return 0
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _unmeasured():
+    """Long answers, and the measurement, are not what these tests are about."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bindllm.verbs.fit._measure", say_what_is_measured)
+        patch.setattr("bindllm.verbs.fit.SampleCaptions", partial(SampleCaptions, max_new_tokens=4))
+        yield
+
+
 @pytest.fixture(scope="module")
 def folders(recipe, tmp_path_factory):
     """The folders of one process and of two that are never stopped, and one that nothing has run in."""
     folders = {name: tmp_path_factory.mktemp(name) for name in ("one", "ddp", "sharded")}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bindllm.verbs.fit._measure", say_what_is_measured)
         patch.chdir(folders["one"])
         assert run("fit", with_trainer(recipe, accumulate_grad_batches=2)) == 0
         patch.chdir(folders["ddp"])
@@ -88,7 +99,6 @@ def test_two_processes_take_the_steps_of_one_with_gathered_gradients(folders):
 
 def test_a_pair_that_shares_the_decoder_and_loses_one_ends_in_the_bytes_of_ddp(recipe, folders, monkeypatch):
     """Killed in the last step, the other says so and stops; started again, both end as if nothing had happened."""
-    monkeypatch.setattr("bindllm.verbs.fit._measure", say_what_is_measured)
     monkeypatch.chdir(folders["sharded"])
     sharded = with_trainer(recipe, **SHARDED)
 
@@ -111,6 +121,55 @@ def test_a_pair_that_shares_the_decoder_and_loses_one_ends_in_the_bytes_of_ddp(r
     assert told("out", 0).count("['Parameter']") == 1
     assert "Parameter" not in told("out", 1)
     assert not list(Path("runs/tiny").glob("last.ckpt"))
+
+
+def test_two_processes_measure_the_same_loss_as_one_and_one_of_them_says_it(
+    recipe, folders, monkeypatch, capsys
+):
+    monkeypatch.chdir(folders["ddp"])
+    assert run("test", recipe) == 0
+    alone = capsys.readouterr().out
+    assert alone.startswith("test_loss ")
+    assert run_pair(lambda _: run("test", with_trainer(recipe, **DDP))) == [0, 0], told("err", 0)
+    assert (told("out", 0), told("out", 1)) == (alone, "")
+
+
+def test_a_loss_that_is_not_finite_on_one_device_stops_all_and_one_of_them_keeps_the_weights(
+    recipe, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    original = BindModule.training_step
+
+    def work(rank):
+        def broken(self, batch, number):
+            if rank == 1 and self.global_step == 1:
+                batch["embeddings"] = batch["embeddings"] * float("nan")
+            return original(self, batch, number)
+
+        BindModule.training_step = broken
+        if rank == 1:
+            BindLLM.save_pretrained = lambda *_, **__: pytest.fail("two processes write one folder")
+        return run("fit", with_trainer(recipe, **DDP))
+
+    assert run_pair(work) == [1, 1]
+    for rank in (0, 1):
+        assert told("err", rank).count("error: ") == 1, told("err", rank)
+        assert "the loss is not finite at step 2; the weights from before it are kept in" in told("err", rank)
+    kept = load_file("runs/tiny.last_good/bind.safetensors")
+    assert all(value.isfinite().all() for value in kept.values())
+
+
+@pytest.mark.slow
+def test_an_adapter_that_is_left_as_it_is_stays_whole_beside_a_shared_decoder(recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    frozen = {**recipe, "model": {**recipe["model"], "trainable": ["bind"]}}
+    assert run_pair(lambda _: run("fit", with_trainer(frozen, max_epochs=1, **SHARDED))) == [0, 0], told(
+        "err", 0
+    )
+    tuned = load_file(WEIGHTS[1])
+    assert {
+        tuple(value.shape) for name, value in tuned.items() if name.endswith("down_proj.lora_A.weight")
+    } == {(2, 64)}
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import bindllm.atomic as atomic
 import bindllm.checkpoint.folder as checkpoint
 import bindllm.training.state as state
 from bindllm import BindLLM
+from bindllm.training.callbacks import SampleCaptions
 from bindllm.training.module import BindModule
 from tiny_run import run, tiny_parts, tiny_recipe
 
@@ -33,9 +35,10 @@ def recipe(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def _unmeasured():
-    """What follows the trained folder is not what these tests are about."""
+    """Long answers, and what follows the trained folder, are not what these tests are about."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("bindllm.verbs.fit._measure", lambda *_: 0)
+        patch.setattr("bindllm.verbs.fit.SampleCaptions", partial(SampleCaptions, max_new_tokens=4))
         yield
 
 
@@ -117,7 +120,13 @@ RHYTHMS = {
 }
 
 
-@pytest.mark.parametrize("rhythm", RHYTHMS)
+# Others say as much of these.
+SLOW = ("validation within the epoch", "gradients of two batches", "a part of the epoch", "no validation")
+
+
+@pytest.mark.parametrize(
+    "rhythm", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in RHYTHMS]
+)
 def test_any_rhythm_of_validation_and_optimizer_goes_on_to_the_same_end(
     rhythm, recipe, tmp_path, monkeypatch
 ):

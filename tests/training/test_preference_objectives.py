@@ -262,7 +262,7 @@ def test_data_without_what_an_objective_learns_from_are_refused_by_name(
 
 
 def test_measuring_without_training_is_refused_with_what_to_do(decoder, tmp_path):
-    with pytest.raises(InputError, match=r"DPO compares with the model.*bindllm evaluate"):
+    with pytest.raises(InputError, match=r"DPO compares with the model.*--model.objective null"):
         make_trainer(tmp_path).validate(build(decoder, DPO()), Preferences(pairs()))
 
 

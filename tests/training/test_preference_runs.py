@@ -2,6 +2,7 @@
 
 import csv
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from bindllm.training.callbacks import SampleCaptions
 from bindllm.training.module import BindModule
 from bindllm.verbs import fit
 from tiny import COLOURS
@@ -26,9 +28,10 @@ class Killed(BaseException):
 
 @pytest.fixture(scope="module", autouse=True)
 def _unmeasured():
-    """What follows the trained folder is not what these tests are about."""
+    """Long answers, and what follows the trained folder, are not what these tests are about."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("bindllm.verbs.fit._measure", lambda *_: 0)
+        patch.setattr("bindllm.verbs.fit.SampleCaptions", partial(SampleCaptions, max_new_tokens=4))
         yield
 
 

@@ -74,18 +74,18 @@ def test_the_same_adapter_goes_on(decoder, tmp_path, adapter):
     ("changes", "message"),
     [
         ({"bind": BindConfig(depth=2, expansion=2)}, r"bind\.depth is 1 there and 2 here"),
-        ({"inject": InjectConfig(kind="residual")}, r"inject\.kind is 'value' there and 'residual' here"),
-        ({"inject": InjectConfig(layers=2)}, r"inject\.layers is None there and 2 here"),
+        ({"inject": InjectConfig(kind="residual")}, r"inject\.kind is value there and residual here"),
+        ({"inject": InjectConfig(layers=2)}, r"inject\.layers is null there and 2 here"),
         ({"encoders": [ColourEncoder(grid=3)]}, r"another encoders than .*tiny\.ColourEncoder"),
         (
             {"adapter": None},
             r"this recipe has none.*\{rank: 4, alpha: 8\.0, bias: true, norm: true, dora: false",
         ),
         ({"adapter": replace(LORA, rank=2)}, r"adapter\.rank is 4 there and 2 here"),
-        ({"adapter": replace(LORA, norm=False)}, r"adapter\.norm is True there and False here"),
-        ({"adapter": replace(LORA, bias=False, dora=True)}, r"adapter\.dora is False there and True here"),
+        ({"adapter": replace(LORA, norm=False)}, r"adapter\.norm is true there and false here"),
+        ({"adapter": replace(LORA, bias=False, dora=True)}, r"adapter\.dora is false there and true here"),
         # Names and shapes of these fit.
-        ({"adapter": AdapterConfig(rank=4)}, r"alpha is 8\.0 there, .* scale 2, and None here, .* it 1"),
+        ({"adapter": AdapterConfig(rank=4)}, r"alpha is 8\.0 there, .* scale 2, and null here, .* it 1"),
         ({"adapter": replace(LORA, rslora=True)}, r"scale 2, and 8\.0 with rslora here, .* it 4"),
     ],
 )
@@ -113,10 +113,13 @@ def test_what_may_differ_is_said(decoder, tmp_path, caplog):
     on_bits = replace(decoder, quantise="nf4")
     (remark,) = check_base(tmp_path / "m", decoder=on_bits, adapter=LORA, **parts)
     assert "decoder.quantise null, this run has nf4" in remark
+    in_other_words = replace(decoder, system="", template=None)
+    (remark,) = check_base(tmp_path / "m", decoder=in_other_words, adapter=LORA, **parts)
+    assert 'decoder.system null, this run has "": its prompts read differently' in remark
     # A published checkpoint: media of one message fuse otherwise than in training.
     manifest = json.loads((tmp_path / "m" / "bindllm.json").read_text())
     manifest["bind"]["fusion"] = "mean"
     (tmp_path / "m" / "bindllm.json").write_text(json.dumps(manifest))
     with caplog.at_level(logging.WARNING):
         take_over(model, tmp_path / "m")
-    assert "bind.fusion 'mean', this run with 'unit'" in caplog.text
+    assert "bind.fusion mean, this run with unit" in caplog.text

@@ -89,3 +89,12 @@ def test_the_state_of_another_number_of_processes_is_refused(tmp_path):
     kept.load_state_dict(saved)
     with pytest.raises(InputError, match=r"mine had 8 processes, this one has 1.*--resume false"):
         kept.load_state_dict({**saved, "num_processes": 8})
+
+
+def test_a_state_of_another_version_is_refused_with_what_to_do(tmp_path):
+    run = state.RunState(tmp_path / "tiny", RunLog(tmp_path))
+    earlier = {
+        name: value for name, value in run.state_dict().items() if name not in ("rows", "num_processes")
+    }
+    with pytest.raises(CheckpointError, match=r"tiny is of another version of bindllm.*--resume false"):
+        run.load_state_dict(earlier)

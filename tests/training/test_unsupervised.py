@@ -56,7 +56,7 @@ def test_a_batch_without_a_token_to_learn_from_stops_the_run_and_names_its_rows(
 ):
     """As after a fault in a chat template: the run stops, and goes on from its state once that is mended."""
     monkeypatch.chdir(tmp_path)
-    original, made = datamodule.tokenise, []
+    original, made = datamodule.make_sample, []
 
     def faulty(*args):
         sample = original(*args)
@@ -65,7 +65,7 @@ def test_a_batch_without_a_token_to_learn_from_stops_the_run_and_names_its_rows(
         return replace(sample, labels=np.full_like(sample.labels, IGNORE)) if mute else sample
 
     with monkeypatch.context() as patch:
-        patch.setattr(datamodule, "tokenise", faulty)
+        patch.setattr(datamodule, "make_sample", faulty)
         assert run("fit", recipe) == 1
     assert "1 rows of a batch have no token to learn from: captions.jsonl line " in capsys.readouterr().err
     before = logged("train_loss")

@@ -18,6 +18,7 @@ def exits(monkeypatch):
     codes = Queue()
     monkeypatch.setattr(watch.os, "_exit", codes.put)
     monkeypatch.setattr(watch, "GRACE_SECONDS", 0.01)
+    monkeypatch.setattr(watch, "ALIKE_SECONDS", 0.01)
     return codes
 
 

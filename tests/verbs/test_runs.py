@@ -87,5 +87,13 @@ def test_another_number_of_processes_alone_is_no_reason_to_start_afresh(key, tmp
     with pytest.raises(InputError, match=rf"trainer\.{key}: 2 -> 4.*--resume false"):
         open_run(folder, f"trainer:\n  {key}: 4\n")
     assert (folder / "last.ckpt").exists()
+    with pytest.raises(InputError, match="another number of processes"):
+        open_run(folder, f"trainer:\n  {key}: 4\n  strategy: ddp\n")
     open_run(folder, f"trainer:\n  {key}: 4\n", resume=False)
+    assert (tmp_path / "run.previous" / "last.ckpt").exists()
+
+
+def test_another_strategy_alone_starts_afresh(tmp_path):
+    folder = interrupted(tmp_path / "run", "trainer:\n  devices: 2\n  strategy: ddp\n")
+    open_run(folder, "trainer:\n  devices: 2\n  strategy: other\n")
     assert (tmp_path / "run.previous" / "last.ckpt").exists()

@@ -17,15 +17,13 @@ import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bindllm.errors import DecoderError, InputError, MissingExtraError
-
-if TYPE_CHECKING:
-    from peft import LoraConfig
+from bindllm.model.quantise import quiet_bitsandbytes
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PREFIX = "adapter."
@@ -102,6 +100,7 @@ class Adapter:
     """
 
     def __init__(self, decoder: PreTrainedModel, config: AdapterConfig) -> None:
+        quiet_bitsandbytes()
         try:
             from peft import inject_adapter_in_model
         except ImportError as error:
@@ -175,7 +174,8 @@ def _check(decoder: PreTrainedModel) -> None:
         raise DecoderError("this decoder carries an adapter already; load the decoder again for another")
 
 
-def _peft_config(decoder: PreTrainedModel, config: AdapterConfig) -> LoraConfig:
+def _peft_config(decoder: PreTrainedModel, config: AdapterConfig) -> Any:
+    """Return the `LoraConfig`; naming it above would let jsonargparse import peft whenever it reads a recipe."""
     from peft import LoraConfig
 
     # Class names are all that the norms of different families have in common.

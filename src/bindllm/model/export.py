@@ -1,9 +1,9 @@
 """Merging an adapter into its decoder: a plain Hugging Face folder, for programs that know nothing of bindllm.
 
 What the adapter does to a text is folded into the weights (``W + scale * B A``, in float32, rounded once), so the
-logits of the folder are those of the checkpoint without media. Bind network and injection cannot be merged: no plain
-model has an input for media. The folder is no base for them either: injection kind ``value`` uses the decoder's own
-value projection, without the adapter, and that is no longer in it.
+logits of the folder are those of the checkpoint without media, to that rounding. Bind network and injection cannot be
+merged: no plain model has an input for media. The folder is no base for them either: injection kind ``value`` uses the
+decoder's own value projection, without the adapter, and that is no longer in it.
 """
 
 from __future__ import annotations

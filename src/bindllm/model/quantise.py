@@ -22,6 +22,10 @@ from bindllm.errors import MissingExtraError
 
 QUANTISATIONS = ("nf4", "int8")
 
+# Of every projection of every step that products run in float16; and of a faster kernel for inference on some CPUs,
+# which `keep_gradients` keeps out.
+_SAID_TO_ALL = ("MatMul8bitLt: inputs will be cast", "Failed to load CPU gemm_4bit_forward")
+
 
 def quantisation_config(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
     """Return what transformers needs to know.
@@ -36,8 +40,7 @@ def quantisation_config(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
     for package in ("bitsandbytes", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise MissingExtraError(package, extra="qlora", purpose=f"hold a decoder in {kind}")
-    # It says of every projection of every step that products run in float16.
-    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_about_something_else)
+    quiet_bitsandbytes()
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
@@ -46,6 +49,12 @@ def quantisation_config(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
+
+
+def quiet_bitsandbytes() -> None:
+    """Leave out what bitsandbytes tells every user; peft and transformers import it wherever it is installed."""
+    for module in ("autograd._functions", "backends.cpu.ops"):
+        logging.getLogger(f"bitsandbytes.{module}").addFilter(_about_this_run)
 
 
 def keep_gradients(decoder: PreTrainedModel) -> None:
@@ -68,5 +77,5 @@ def num_weights(parameter: nn.Parameter) -> int:
     return parameter.numel() if state is None else state.shape.numel()
 
 
-def _about_something_else(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith("MatMul8bitLt: inputs will be cast")
+def _about_this_run(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_SAID_TO_ALL)

@@ -50,7 +50,7 @@ class AnyEncoder(ABC):  # noqa: B024 (its methods are looked for, never inherite
 
 
 class BindModule(LightningModule):
-    """Trains the bind network and the gates of a `BindLLM` on captions.
+    """Trains the parts of a `BindLLM` that a recipe names.
 
     The signature is the ``model`` section of a recipe.
 
@@ -158,15 +158,9 @@ class BindModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return what the gradient is taken of: the loss of a batch, weighed among those of its step.
-
-        Raises:
-            TrainingError: the loss is not finite; the weights are kept as they were before this step.
-        """
+        """Return what the gradient is taken of: the loss of a batch, weighed among those of its step."""
         batch = self.objective.complete(batch, "train")
         loss, figures = self.objective.loss(self.model, batch)
-        if not torch.isfinite(loss):
-            self._stop("loss")
         self.log_dict({"lr": self.lr_schedulers().get_last_lr()[0]})
         self.log_dict({f"train_{name}": value for name, value in figures.items()})
         return self._step_mean.add(loss, self.objective.count(batch), trainer=self.trainer)
@@ -175,12 +169,16 @@ class BindModule(LightningModule):
         """Weigh the gradients of the step's batches, and look at the whole before it reaches the weights.
 
         Raises:
-            TrainingError: it is not finite. In float16 that is the loss scaler's business, which skips the step.
+            TrainingError: loss or gradient is not finite, on all devices alike; the weights are kept as they were
+                before this step. In float16 the gradient is the loss scaler's business, which skips the step.
         """
         gradients = [
             p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
         ]
-        self.log("train_loss", self._step_mean.finish(gradients, trainer=self.trainer))
+        loss = self._step_mean.finish(gradients, trainer=self.trainer)
+        if not torch.isfinite(loss):
+            self._stop("loss")
+        self.log("train_loss", loss)
         norm = torch.nn.utils.get_total_norm(gradients)
         if not torch.isfinite(norm) and self.trainer.precision != "16-mixed":
             self._stop("gradient")
@@ -219,7 +217,10 @@ class BindModule(LightningModule):
         run = Path(self.trainer.default_root_dir)
         # Beside the run's folder: the next run sets that aside, and may start from these weights.
         folder = run.with_name(f"{run.name}.{LAST_GOOD}")
-        self.model.save_pretrained(folder)
+        if self.trainer.is_global_zero:
+            self.model.save_pretrained(folder)
+        # The others are here as well; the first to leave would stop one that is writing.
+        self.trainer.strategy.barrier()
         raise TrainingError(
             f"the {what} is not finite at step {self.global_step + 1}; the weights from before it are kept in "
             f"{folder}. Go on from them with a lower learning rate: --model.start_from {folder} "

@@ -123,7 +123,9 @@ def build_schedule(
         InputError: the run has no end, so the decay has no length.
     """
     if not math.isfinite(total):
-        raise InputError("the learning rate decays over the run, so it needs an end: set trainer.max_epochs")
+        raise InputError(
+            "the learning rate decays over the run, so it needs an end: set trainer.max_epochs or max_steps"
+        )
     return torch.optim.lr_scheduler.LambdaLR(optimizer, partial(lr_factor, total=int(total), config=config))
 
 

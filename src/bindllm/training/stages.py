@@ -7,6 +7,7 @@ whatever changes what they compute is compared, even where every name and shape 
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Sequence
@@ -127,7 +128,8 @@ def _check_frozen(
 def _differences(section: str, there: Any, here: Any) -> list[str]:
     """Name the settings of a section that differ."""
     return [
-        f"{section}.{field.name} is {getattr(there, field.name)!r} there and {getattr(here, field.name)!r} here"
+        f"{section}.{field.name} is {_shown(getattr(there, field.name))} there and "
+        f"{_shown(getattr(here, field.name))} here"
         for field in fields(there)
         if field.name not in _NOT_COMPARED and getattr(there, field.name) != getattr(here, field.name)
     ]
@@ -149,7 +151,7 @@ def _adapter_differences(there: AdapterConfig, here: AdapterConfig) -> list[str]
 
 
 def _alpha(config: AdapterConfig) -> str:
-    return f"{config.alpha}{' with rslora' if config.rslora else ''}"
+    return f"{_shown(config.alpha)}{' with rslora' if config.rslora else ''}"
 
 
 def _remarks(
@@ -160,21 +162,34 @@ def _remarks(
     Quantisation is a rounding of the same decoder: a first stage in bfloat16 and a second one on 4 bits is how QLoRA is
     used, and what was trained on the one works on the other.
     """
-    remarks, quantised = [], manifest["decoder"].get("quantise")
+    remarks, saved = [], manifest["decoder"]
+    quantised = saved.get("quantise")
+    for setting in ("template", "system"):
+        before, now = saved.get(setting), getattr(decoder, setting)
+        if before != now:
+            remarks.append(
+                f"{folder} was trained with decoder.{setting} {_shown(before)}, this run has {_shown(now)}: its "
+                "prompts read differently, so the loss may start higher"
+            )
     if quantised != decoder.quantise:
         remarks.append(
-            f"{folder} was trained with decoder.quantise {quantised or 'null'}, this run has "
-            f"{decoder.quantise or 'null'}: the same decoder, rounded differently, so the loss may start higher"
+            f"{folder} was trained with decoder.quantise {_shown(quantised)}, this run has "
+            f"{_shown(decoder.quantise)}: the same decoder, rounded differently, so the loss may start higher"
         )
     if there.fusion != bind.fusion:
         remarks.append(
-            f"{folder} fuses several media of one message with bind.fusion {there.fusion!r}, this run with "
-            f"{bind.fusion!r}; single media are the same in both"
+            f"{folder} fuses several media of one message with bind.fusion {there.fusion}, this run with "
+            f"{bind.fusion}; single media are the same in both"
         )
     return remarks
 
 
 def _as_yaml(config: AdapterConfig) -> str:
     values = {field.name: getattr(config, field.name) for field in fields(config)}
-    told = (f"{name}: {str(value).lower()}" for name, value in values.items() if value is not None)
+    told = (f"{name}: {_shown(value)}" for name, value in values.items() if value is not None)
     return f"{{{', '.join(told)}}}"
+
+
+def _shown(value: Any) -> str:
+    """Write a setting as recipes do."""
+    return value if isinstance(value, str) and value else json.dumps(value)

@@ -152,8 +152,14 @@ class RunState(Checkpoint):
         """Take over what `state_dict` returned.
 
         Raises:
+            CheckpointError: the state is of another version of bindllm.
             InputError: the state is of a run on another number of processes.
         """
+        if state_dict.keys() != self.state_dict().keys():
+            raise CheckpointError(
+                f"the interrupted run in {self.folder} is of another version of bindllm, which kept other things. "
+                "Finish it with that version, or start afresh with --resume false (it is kept beside the new one)"
+            )
         if state_dict["num_processes"] != self._num_processes:
             raise InputError(
                 f"the interrupted run in {self.folder} had {state_dict['num_processes']} processes, this one has "

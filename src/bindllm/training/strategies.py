@@ -8,7 +8,7 @@ on one device, and load anywhere.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from lightning.pytorch.strategies import (
     Strategy,
 )
 from lightning.pytorch.trainer.states import TrainerStatus
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -65,10 +66,12 @@ class ShardedDecoder(DDPStrategy):
             InputError: the decoder is quantised.
         """
         module = self.lightning_module
-        decoder = module.model.decoder
+        model = module.model
         frozen = [name for name, value in module.named_parameters() if not value.requires_grad]
         buffers = [name for name, _ in module.named_buffers()]
-        shard_decoder(decoder, self._mesh())
+        # Also an adapter that this run leaves as it is: states and checkpoints hold it.
+        whole = [value for group in model.parameter_groups().values() for _, value in group]
+        shard_decoder(model.decoder, self._mesh(), whole=whole)
         # Frozen weights are the same everywhere by themselves; DDP would send each shard over the other ones.
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, [*frozen, *buffers])
         super().model_to_device()
@@ -95,12 +98,13 @@ class ShardedDecoder(DDPStrategy):
         return mesh["device"]
 
 
-def shard_decoder(decoder: PreTrainedModel, mesh: DeviceMesh) -> None:
-    """Leave each process of a mesh its share of the frozen weights; each layer is gathered when it runs.
+def shard_decoder(decoder: PreTrainedModel, mesh: DeviceMesh, *, whole: Iterable[nn.Parameter] = ()) -> None:
+    """Leave each process of a mesh its share of the decoder's weights; each layer is gathered when it runs.
 
     Args:
-        decoder: with its adapter and injection; what requires a gradient stays whole.
+        decoder: with its adapter and injection.
         mesh: one-dimensional.
+        whole: parameters in it that are not cut.
 
     Raises:
         InputError: the decoder is quantised: its packed weights cannot be cut.
@@ -111,11 +115,10 @@ def shard_decoder(decoder: PreTrainedModel, mesh: DeviceMesh) -> None:
             "decoder.quantise out of the recipe, or give each device the whole decoder with trainer.strategy ddp"
         )
     core = decoder.get_decoder()
-    whole = {value for value in decoder.parameters() if value.requires_grad}
-    whole |= set(decoder.get_output_embeddings().parameters())
+    kept = {*whole, *decoder.get_output_embeddings().parameters()}
     for layer in core.layers:
-        fully_shard(layer, mesh=mesh, ignored_params=whole)
-    fully_shard(core, mesh=mesh, ignored_params=whole)
+        fully_shard(layer, mesh=mesh, ignored_params=kept)
+    fully_shard(core, mesh=mesh, ignored_params=kept)
     # Hugging Face then generates in step on all processes, even where their answers differ in length.
     decoder._is_fsdp_managed_module = True
 

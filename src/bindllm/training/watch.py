@@ -24,6 +24,9 @@ GRACE_SECONDS = 20.0
 NOTICE_SECONDS = 5.0
 """How long a failed operation waits to hear that another process is the reason."""
 
+ALIKE_SECONDS = 1.0
+"""How long a process waits to see whether it fails in the same way as another one, and then says so itself."""
+
 MEETING_SECONDS = 300.0
 """How long the processes wait for each other to connect."""
 
@@ -131,7 +134,7 @@ class Watch:
 
     def _end(self, message: dict) -> None:
         """Say what has happened and stop this process, unless it is ending by itself (in a thread)."""
-        if self._ended.is_set():
+        if self._ended.wait(ALIKE_SECONDS if message["kind"] == _FAILED else 0):
             return
         # The first process hears of everything; the others hear it from there.
         if self.rank == 0:

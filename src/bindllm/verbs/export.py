@@ -31,13 +31,17 @@ def export(args: list[str]) -> int:
         f"{done.folder}: {done.num_merged} projections merged, {done.num_replaced} norms replaced, {done.dtype}; "
         "transformers, vLLM and whatever else reads Hugging Face folders can load it"
     )
+    if done.dtype != "float32":
+        print(
+            f"rounded to {done.dtype}: what a short training changes may be as small as that; --dtype float32 keeps it"
+        )
     if done.quantised:
         print(
             f"merged into the full decoder: in training it was held in {done.quantised}, so the two answer nearly, not "
             "exactly, alike"
         )
     print(
-        "not in it: bind network and injection. A plain model has no ears for media, and this one is no decoder for "
+        "not in it: bind network and injection. A plain model has no input for media, and this one is no decoder for "
         f"the checkpoint either. For media: BindLLM.from_pretrained({chosen.checkpoint!r}), or bindllm generate "
         f"{chosen.checkpoint}"
     )

@@ -38,7 +38,11 @@ def _measure(verb: str, args: list[str]) -> int:
         run = trainer.validate if verb == "validate" else trainer.test
         losses = run(module, cli.datamodule, verbose=False)
     if not losses or not losses[0]:
-        raise InputError(f"there are no rows to {verb} with: {cli.datamodule.report.rows}")
-    for name, loss in losses[0].items():
+        split = "validation" if verb == "validate" else verb
+        raise InputError(
+            f"there are no rows to {verb} with: no source of the recipe has any of split {split}. Name such a split in "
+            "its rows, hold some out (held_out), or add a source with split: " + split
+        )
+    for name, loss in losses[0].items() if trainer.is_global_zero else ():
         print(f"{name} {loss:.4f}")
     return 0

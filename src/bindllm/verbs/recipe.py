@@ -16,7 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from bindllm.data.datamodule import BindData
-from bindllm.errors import InputError
+from bindllm.errors import BindLLMError, InputError
 from bindllm.training.module import BindModule
 from bindllm.verbs.parser import RecipeParser
 from bindllm.verbs.usage import GIVE_RECIPE, UsageError, refuse_bare_names
@@ -95,9 +95,16 @@ class RecipeCLI(LightningCLI):
             ) from error
 
     def instantiate_classes(self) -> None:
-        """Build model and data; the trainer depends on the verb."""
+        """Build model and data; the trainer depends on the verb.
+
+        Raises:
+            BindLLMError: what a part says of its own arguments.
+        """
         if self.build:
-            built = self.parser.instantiate(self.config)
+            try:
+                built = self.parser.instantiate(self.config)
+            except ValueError as error:
+                raise _of_the_part(error) from error
             self.model, self.datamodule, self.trainer_options = built.model, built.data, dict(built.trainer)
 
     def make_trainer(self, *, callbacks: Sequence[Callback] = (), **options: Any) -> Trainer:
@@ -119,6 +126,14 @@ class RecipeCLI(LightningCLI):
         for key in ("config", "resume"):
             config.pop(key, None)
         return self.parser.dump(config, skip_unset=False)
+
+
+def _of_the_part(error: ValueError) -> Exception:
+    """Return what a part said of its arguments: jsonargparse wraps that where the part may also be null."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, BindLLMError):
+        cause = cause.__cause__
+    return error if cause is None else cause
 
 
 @contextmanager

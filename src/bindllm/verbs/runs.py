@@ -22,6 +22,8 @@ RUNS = "runs"
 RECIPE = "recipe.yaml"
 _SHOWN_CHANGES = 5
 _PROCESSES = ("trainer.devices", "trainer.num_nodes")
+# Where it runs, a strategy often changes with them; it alone never makes two runs see other rows.
+_PLACES = (*_PROCESSES, "trainer.strategy")
 
 
 def run_folder(output: str | Path) -> Path:
@@ -81,7 +83,8 @@ def open_run(folder: Path, recipe: str, *, resume: bool = True, say: Callable[[s
                 remove_leftovers(folder / name)
             say(f"going on with the interrupted run in {folder}")
             return
-        if resume and all(change.startswith(_PROCESSES) for change in changes):
+        others = any(change.startswith(_PROCESSES) for change in changes)
+        if resume and others and all(change.startswith(_PLACES) for change in changes):
             raise InputError(
                 f"the interrupted run in {folder} had another number of processes ({_listed(changes)}), and would see "
                 "other rows in each step. Restore it, or start afresh with --resume false"
