@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from bindllm.checkpoint.folder import MANIFEST, build_object, read_manifest, rea
 from bindllm.conversation import check_vocabulary
 from bindllm.data.datamodule import BindData
 from bindllm.data.preview import legend
-from bindllm.data.sources import SourceConfig
+from bindllm.data.rows import Row
+from bindllm.data.source_config import SourceConfig
 from bindllm.encoders import HasExamples, passed_over
 from bindllm.encoders.alignment import alignment_warnings
 from bindllm.errors import CheckpointError, DecoderError
@@ -155,7 +156,7 @@ def _check_recipe(chosen: Namespace, overrides: Sequence[str], problems: Problem
                 for remark in check_base(model["start_from"], encoders=encoders, **own):
                     console.print(f"warning: {remark}", markup=False)
     served = encoders if all_encoders else None
-    num_validation = check_sources(read, served, tokenizer, data["max_length"], problems, console)
+    check_sources(read, served, tokenizer, data["max_length"], problems, console)
     if tokenizer is not None and not problems:
         keys = ("store", "batch_size", "max_length")
         whole = BindData(sources, tokenizer=tokenizer, encoders=encoders, **{key: data[key] for key in keys})
@@ -171,11 +172,18 @@ def _check_recipe(chosen: Namespace, overrides: Sequence[str], problems: Problem
     if not problems:
         with problems.noted():
             cli = RecipeCLI("check", ["--config", chosen.config, *overrides])
-            with problems.noted():
-                splits = [rows_of[split] for rows_of, _ in read for split in ("train", "validation")]
-                cli.model.objective.check_rows([row for rows in splits for row in rows], sources)
-            trainer = cli.make_trainer(logger=False)
-            refuse_unmeasured(trainer.callbacks, num_validation=trainer.limit_val_batches and num_validation)
+            _check_run(cli, sources, [rows_of for rows_of, _ in read], problems)
+
+
+def _check_run(
+    cli: RecipeCLI, sources: list[SourceConfig], read: Sequence[Mapping[str, list[Row]]], problems: Problems
+) -> None:
+    """Note what the objective and the trainer of a recipe find wrong, with the rows of each source by split."""
+    validation = [row for rows in read for row in rows["validation"]]
+    with problems.noted():
+        cli.model.objective.check_rows([row for rows in read for row in rows["train"]] + validation, sources)
+    trainer = cli.make_trainer(logger=False)
+    refuse_unmeasured(trainer.callbacks, num_validation=trainer.limit_val_batches and len(validation))
 
 
 def _check_decoder(config: DecoderConfig, problems: Problems) -> Any:

@@ -58,12 +58,11 @@ def check_sources(
     max_length: int,
     problems: Problems,
     console: Console,
-) -> int:
-    """Say what each source gives and what is left out; return the number of validation rows."""
-    num_train, num_validation, before = 0, 0, len(problems)
+) -> None:
+    """Say what each source gives and what is left out."""
+    num_train, before = 0, len(problems)
     for rows, report in read:
         num_train += len(rows["train"])
-        num_validation += len(rows["validation"])
         with problems.noted():
             _open_media(rows["train"], report, encoders)
         counts = ", ".join(f"{len(part):,} {split}" for split, part in rows.items())
@@ -80,7 +79,6 @@ def check_sources(
             console.print(f"  {lengths}", markup=False)
     if read and not num_train and len(problems) == before:
         problems.append("the sources have no row to train on")
-    return num_validation
 
 
 def check_store(store: str, problems: Problems) -> None:
