@@ -112,7 +112,7 @@ def test_the_commands_of_the_page_run(project, capsys):
         assert main([*line[1:], *extra]) == 0, (line, capsys.readouterr())
     told = capsys.readouterr().out
     assert told.count("no problems") == 2
-    assert "data/radar: 360 radar media, 288 train, 36 validation, 36 test" in told
+    assert "data/radar: 360 radar media, 360 captions; 288 train, 36 validation, 36 test" in told
     exec(compile(blocks("python")[1], "new-encoder.md", "exec"), {"__name__": "page"})
 
     from bindllm import BindLLM

@@ -174,7 +174,8 @@ def test_every_tensor_is_in_the_report_and_the_manifest_says_what_it_is(load, tm
     manifest = json.loads((tmp_path / "m" / "bindllm.json").read_text())
     assert manifest["bind"] == {"depth": 3, "expansion": 4, "norm": "layer", "bias": True, "fusion": "mean"}
     assert manifest["inject"] == {"kind": "value", "queries": True, "layers": None}
-    assert manifest["adapter"] == {"rank": 16, "alpha": None, "bias": True, "norm": True}
+    adapter = {"rank": 16, "alpha": None, "bias": True, "norm": True, "dora": False, "rslora": False}
+    assert manifest["adapter"] == adapter
     assert manifest["decoder"]["template"] == "alpaca"
     assert "non-commercial" in (tmp_path / "m" / "README.md").read_text()
     assert load("finetune_last2").inject_config.layers == 2

@@ -140,6 +140,10 @@ def memory_lines(plan: RunPlan, limit: int | None) -> tuple[list[Any], str]:
         lines.append(
             f"while media are embedded, before that: {_text(plan.encoders)} of encoders and their activations"
         )
+    if plan.model.device == "cpu":
+        lines.append(
+            "the process may show more than is in use at once: the C library keeps freed memory (docs/memory.md)"
+        )
     largest = next(iter(estimate.parts))
     lines.append(f"most of it: {largest}; what changes it: {_TURNS.get(largest, 'more or larger devices')}")
     available = device_bytes(plan.model.device) if limit is None else limit
