@@ -52,14 +52,16 @@ SETTINGS = (
 
 
 class _Batches(LightningDataModule):
-    """The same batch at every step."""
+    """The same batch at every step, and no rows behind it that an objective could refuse."""
+
+    sources = ()
 
     def __init__(self, batch: dict[str, torch.Tensor]) -> None:
         super().__init__()
         self._batch = {**batch, "numbers": torch.arange(len(batch["labels"]))}
 
     def samples(self, split: str) -> list:
-        """There are no rows behind the batches, so there is nothing that the objective could refuse."""
+        """Return none."""
         return []
 
     def train_dataloader(self) -> DataLoader:
