@@ -102,12 +102,12 @@ def peak_bytes() -> int:
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
 
 
-def resident_bytes() -> int:
+def used_bytes() -> int:
     """Memory in use now: of the GPU's allocator, or of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.memory_allocated()
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) * 1024
+    # Not above: every process that measures something would import it all.
+    from bindllm.verbs.memory import resident_bytes
+
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else resident_bytes()
 
 
 def machine_kind() -> str:

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from benchmarks.measure import Figure, forget_peak, peak_bytes, resident_bytes
+from benchmarks.measure import Figure, forget_peak, peak_bytes, used_bytes
 from benchmarks.parts import DECODER, training_batch
 from bindllm.encoders import EfficientNetLite
 from bindllm.model.activations import TrainingStep
@@ -137,7 +137,7 @@ def _run(setting: Setting) -> dict[str, int]:
         )
         # As the check has done by then, which brings the code of this decoder and of peft into the process.
         estimate_memory(plan, step)
-        libraries = resident_bytes()
+        libraries = used_bytes()
         estimate = estimate_memory(plan, step, Placement(framework=libraries))
         module = BindModule(
             DECODER, [encoder], BindConfig(), InjectConfig(), OptimConfig(warmup=1), trainable, adapter,
@@ -151,7 +151,7 @@ def _run(setting: Setting) -> dict[str, int]:
         )
         gc.collect()
         forget_peak()
-        loaded = resident_bytes()
+        loaded = used_bytes()
         trainer.fit(module, datamodule=_Batches(batch))
         peak = peak_bytes()
     frozen = sum(

@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 
 import yaml
+from lightning.pytorch import Trainer
 
 from bindllm.cli import main
 from tiny import colour_pictures, save_tiny_decoder
@@ -47,3 +48,16 @@ def write_recipe(recipe: dict) -> Path:
 def run(verb: str, recipe: dict, *options: str) -> int:
     """Run a verb with a recipe from the current folder; return the exit code."""
     return main([verb, "--config", str(write_recipe(recipe)), *options])
+
+
+def make_trainer(folder: Path, **options) -> Trainer:
+    """A silent trainer on the CPU, whose run is in a folder."""
+    silent = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+    }
+    return Trainer(**silent | {"default_root_dir": folder} | options)

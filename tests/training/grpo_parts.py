@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from preference_parts import COLOURS, TOKENIZER, Preferences, build, conversation, lookup, make_trainer
+from preference_parts import COLOURS, TOKENIZER, Preferences, build, conversation, lookup
 
 from bindllm.data.batches import BatchLoader
 from bindllm.data.collate import collate
 from bindllm.data.tokenise import tokenise
 from bindllm.training.objectives import Reward
+from tiny_run import make_trainer
 
 QUESTIONS = ("Colour?", "What colour is it?")
 

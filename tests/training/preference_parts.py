@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
 
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule
 
 from bindllm.conversation import Conversation, Message
 from bindllm.data.batches import BatchLoader, sorted_batches
@@ -94,18 +93,3 @@ def build(decoder, objective, **changes) -> BindModule:
     }
     torch.manual_seed(0)
     return BindModule(DecoderConfig(str(decoder), dtype="float32"), **options)
-
-
-def make_trainer(folder, **options) -> Trainer:
-    """A silent trainer on the CPU, whose run is in a folder."""
-    silent = partial(
-        Trainer,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        default_root_dir=folder,
-    )
-    return silent(**options)

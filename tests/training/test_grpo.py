@@ -11,8 +11,8 @@ from preference_parts import COLOURS, TOKENIZER, lookup
 from bindllm.training.objectives import GRPO, Reward
 from bindllm.training.objectives.grpo import clipped_surrogate, group_advantages, kl_estimate
 from bindllm.training.objectives.rollouts import draw_answers
-from bindllm.verbs.recipe import quiet
-from tiny import save_tiny_decoder
+
+pytestmark = pytest.mark.usefixtures("silent")
 
 
 class Constant(Reward):
@@ -20,17 +20,6 @@ class Constant(Reward):
 
     def __call__(self, answers, samples):
         return torch.full((len(answers),), 0.1)
-
-
-@pytest.fixture(scope="module")
-def decoder(tmp_path_factory):
-    return save_tiny_decoder(tmp_path_factory.mktemp("decoder"))
-
-
-@pytest.fixture(autouse=True)
-def _quiet():
-    with quiet():
-        yield
 
 
 def move(model, seed=3, size=0.05):

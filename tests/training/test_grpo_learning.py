@@ -6,23 +6,13 @@ import numpy as np
 import pytest
 import torch
 from grpo_parts import LetterClass, Questions, fitted, started
-from preference_parts import TOKENIZER, Preferences, build, lookup, make_trainer, row
+from preference_parts import TOKENIZER, Preferences, build, lookup, row
 
 from bindllm.errors import InputError
 from bindllm.training.objectives import GRPO, Reward
-from bindllm.verbs.recipe import quiet
-from tiny import save_tiny_decoder
+from tiny_run import make_trainer
 
-
-@pytest.fixture(scope="module")
-def decoder(tmp_path_factory):
-    return save_tiny_decoder(tmp_path_factory.mktemp("decoder"))
-
-
-@pytest.fixture(autouse=True)
-def _quiet():
-    with quiet():
-        yield
+pytestmark = pytest.mark.usefixtures("silent")
 
 
 def greedy_reward(module, trainer, *, turn=0) -> float:

@@ -12,6 +12,8 @@ from bindllm.verbs import fit
 from tiny import COLOURS
 from tiny_run import run, tiny_parts, tiny_recipe
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 FILES = ("checkpoints/tiny/bind.safetensors", "runs/tiny/metrics.csv")
 
 MEASURE = fit._measure
@@ -19,14 +21,6 @@ MEASURE = fit._measure
 
 class Killed(BaseException):
     """Stands for kill -9: nothing of ours catches it."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _unmeasured():
-    """What follows the trained folder is not what these tests are about."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bindllm.verbs.fit._measure", lambda *_: 0)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,9 +13,10 @@ import bindllm.atomic as atomic
 import bindllm.checkpoint.folder as checkpoint
 import bindllm.training.state as state
 from bindllm import BindLLM
-from bindllm.training.callbacks import SampleCaptions
 from bindllm.training.module import BindModule
 from tiny_run import run, tiny_parts, tiny_recipe
+
+pytestmark = pytest.mark.usefixtures("unmeasured")
 
 FILES = ("checkpoints/tiny/bind.safetensors", "runs/tiny/metrics.csv", "runs/tiny/captions.jsonl")
 ADAPTER = "checkpoints/tiny/adapter/adapter_model.safetensors"
@@ -31,15 +31,6 @@ def recipe(tmp_path_factory):
     """2 epochs of 5 steps; a state is saved at every step that allows it."""
     parts = tiny_parts(tmp_path_factory.mktemp("parts"))
     return tiny_recipe(parts, trainer={"log_every_n_steps": 1})
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _unmeasured():
-    """Long answers, and what follows the trained folder, are not what these tests are about."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bindllm.verbs.fit._measure", lambda *_: 0)
-        patch.setattr("bindllm.verbs.fit.SampleCaptions", partial(SampleCaptions, max_new_tokens=4))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from bindllm.checkpoint.folder import read_manifest
@@ -26,7 +25,7 @@ from bindllm.training.runlog import RunLog
 from bindllm.training.state import RunState
 from bindllm.verbs.recipe import quiet
 from tiny import ColourEncoder
-from tiny_run import tiny_parts
+from tiny_run import make_trainer, tiny_parts
 
 
 @pytest.fixture(scope="module")
@@ -59,18 +58,8 @@ def make(parts, tmp_path):
 @pytest.fixture
 def trainer(tmp_path):
     """Return a function that makes a silent trainer on the CPU."""
-    quiet_trainer = partial(
-        Trainer,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        default_root_dir=tmp_path,
-    )
     with quiet():
-        yield quiet_trainer
+        yield partial(make_trainer, tmp_path)
 
 
 def test_the_decoder_is_not_loaded_before_the_run(make):
@@ -245,7 +234,7 @@ def test_a_second_stage_tunes_the_decoder_and_starts_from_the_first(make, traine
     }
     module, data = make(**options)
     data.setup()
-    trainer(max_epochs=1, logger=False).fit(module, data)
+    trainer(max_epochs=1).fit(module, data)
     second = module.model.trainable_state()
     assert all(torch.equal(second[name], first[name]) for name in first)
     tuned = [name for name in second if name.endswith("lora_B.weight")]

@@ -13,7 +13,6 @@ from preference_parts import (
     conversation,
     judged,
     lookup,
-    make_trainer,
     pairs,
     row,
 )
@@ -25,19 +24,9 @@ from bindllm.errors import InputError
 from bindllm.training.objectives import DPO, KTO, ORPO, NextToken
 from bindllm.training.objectives.kto import mismatch
 from bindllm.training.objectives.log_probs import answer_log_probs
-from bindllm.verbs.recipe import quiet
-from tiny import save_tiny_decoder
+from tiny_run import make_trainer
 
-
-@pytest.fixture(scope="module")
-def decoder(tmp_path_factory):
-    return save_tiny_decoder(tmp_path_factory.mktemp("decoder"))
-
-
-@pytest.fixture(autouse=True)
-def _quiet():
-    with quiet():
-        yield
+pytestmark = pytest.mark.usefixtures("silent")
 
 
 def open_gates(module):

@@ -2,7 +2,6 @@
 
 import csv
 import json
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,12 +9,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from bindllm.training.callbacks import SampleCaptions
 from bindllm.training.module import BindModule
 from bindllm.verbs import fit
 from tiny import COLOURS
 from tiny_run import run, tiny_parts, tiny_recipe
 from two_processes import run_pair, told
+
+pytestmark = pytest.mark.usefixtures("unmeasured")
 
 FILES = ("checkpoints/tiny/bind.safetensors", "runs/tiny/metrics.csv", "runs/tiny/reference.safetensors")
 
@@ -24,15 +24,6 @@ MEASURE = fit._measure
 
 class Killed(BaseException):
     """Stands for kill -9: nothing of ours catches it."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _unmeasured():
-    """Long answers, and what follows the trained folder, are not what these tests are about."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bindllm.verbs.fit._measure", lambda *_: 0)
-        patch.setattr("bindllm.verbs.fit.SampleCaptions", partial(SampleCaptions, max_new_tokens=4))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 from lightning.pytorch.callbacks import Checkpoint
-from preference_parts import Preferences, build, lookup, make_trainer, pairs, row
+from preference_parts import Preferences, build, lookup, pairs, row
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -15,19 +15,9 @@ from bindllm.training.module import BindModule
 from bindllm.training.objectives import DPO, KTO
 from bindllm.training.objectives.log_probs import answer_log_probs
 from bindllm.training.objectives.reference import _arranged, _compute
-from bindllm.verbs.recipe import quiet
-from tiny import save_tiny_decoder
+from tiny_run import make_trainer
 
-
-@pytest.fixture(scope="module")
-def decoder(tmp_path_factory):
-    return save_tiny_decoder(tmp_path_factory.mktemp("decoder"))
-
-
-@pytest.fixture(autouse=True)
-def _quiet():
-    with quiet():
-        yield
+pytestmark = pytest.mark.usefixtures("silent")
 
 
 @pytest.fixture

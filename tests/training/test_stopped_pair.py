@@ -11,7 +11,7 @@ from bindllm.training.module import BindModule
 from tiny_run import run, tiny_parts, tiny_recipe
 from two_processes import kill_in, run_pair, told
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("unmeasured")]
 
 FILES = (
     "checkpoints/tiny/bind.safetensors",
@@ -33,13 +33,6 @@ def recipe(tmp_path_factory):
         },
         trainer={"log_every_n_steps": 1, "devices": 2, "strategy": "ddp"},
     )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _unmeasured():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bindllm.verbs.fit._measure", lambda *_: 0)
-        yield
 
 
 @pytest.fixture(scope="module")

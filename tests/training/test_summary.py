@@ -82,7 +82,7 @@ def test_what_was_not_measured_is_left_out():
     nothing = dict.fromkeys(METRICS)
     text = headline(shuffled=nothing, zero_gates=nothing, nearest=nothing)
     assert text == "On 400 held-out pictures the loss is 3.50 per token (perplexity 32.34)."
-    assert headline(heldout=nothing) == "The held-out loss could not be measured."
+    assert headline(heldout=nothing) == "The loss on 400 held-out pictures could not be measured."
 
 
 def test_the_best_of_a_row():

@@ -126,31 +126,29 @@ def summarise(metrics: Metrics, *, num_pictures: int, modalities: Iterable[str] 
 
 
 def _chat_sentences(metrics: Metrics) -> list[str]:
-    held = metrics["heldout"]
-    if held["loss"] is None:
-        return ["The loss of the held-out conversations could not be measured."]
-    sentences = [
-        f"On {held['count']:,} held-out conversations the loss is {held['loss']:.2f} per token"
-        f" (perplexity {METRICS['perplexity'].show(held['perplexity'])})."
-    ]
-    sentences += _against_blind(held["loss"], metrics["zero_gates"]["loss"])
-    return sentences + _against_shuffled(held["loss"], metrics["shuffled"]["loss"])
+    return _loss_sentences(metrics, f"{metrics['heldout']['count']:,} held-out conversations")
 
 
 def _caption_sentences(metrics: Metrics, num_pictures: int) -> list[str]:
     held = metrics["heldout"]
+    sentences = _loss_sentences(metrics, f"{num_pictures:,} held-out pictures")
     if held["loss"] is None:
-        return ["The held-out loss could not be measured."]
-    sentences = [
-        f"On {num_pictures:,} held-out pictures the loss is {held['loss']:.2f} per token"
-        f" (perplexity {METRICS['perplexity'].show(held['perplexity'])})."
-    ]
-    sentences += _against_blind(held["loss"], metrics["zero_gates"]["loss"])
-    sentences += _against_shuffled(held["loss"], metrics["shuffled"]["loss"])
+        return sentences
     sentences += _against_nearest(held, metrics["nearest"])
     if num_pictures < FEW_PICTURES:
         sentences.append(f"{num_pictures:,} pictures are few: small differences here can be chance.")
     return sentences
+
+
+def _loss_sentences(metrics: Metrics, what: str) -> list[str]:
+    """The loss on some rows, beside that of the blind model and of wrong pictures."""
+    held = metrics["heldout"]
+    if held["loss"] is None:
+        return [f"The loss on {what} could not be measured."]
+    perplexity = METRICS["perplexity"].show(held["perplexity"])
+    sentences = [f"On {what} the loss is {held['loss']:.2f} per token (perplexity {perplexity})."]
+    sentences += _against_blind(held["loss"], metrics["zero_gates"]["loss"])
+    return sentences + _against_shuffled(held["loss"], metrics["shuffled"]["loss"])
 
 
 def _against_blind(loss: float, blind: float | None) -> list[str]:

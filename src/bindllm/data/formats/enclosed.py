@@ -43,7 +43,7 @@ class Enclosed:
 
     @property
     def any_taken(self) -> bool:
-        """Whether a placeholder asked for media, or was refused."""
+        """Whether anything in the texts has stood for media, whether or not there were any."""
         return any(self._taken.values())
 
     def take(self, modality: str) -> Media | None:
