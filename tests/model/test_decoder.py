@@ -22,6 +22,18 @@ def test_a_loaded_decoder_is_frozen_and_in_eval_mode(tmp_path):
     assert load_tokenizer(DecoderConfig(str(tmp_path / "d"))).pad_token_id == 0
 
 
+def test_the_vocabulary_projection_is_one_multiplication_for_a_batch(tmp_path):
+    decoder = load_decoder(
+        DecoderConfig(str(save_tiny_decoder(tmp_path / "d")), dtype="float32"), device="cpu"
+    )
+    ids, given = torch.tensor([[5, 6, 7], [8, 9, 10]]), []
+    decoder.get_output_embeddings().register_forward_pre_hook(lambda _, args: given.append(args[0]))
+    last = decoder(ids, logits_to_keep=1).logits
+    assert given[0].shape[:2] == (2, 1)
+    assert given[0].is_contiguous()  # the slice that transformers takes is not
+    assert torch.allclose(last[:, 0], decoder(ids).logits[:, -1], atol=1e-6)
+
+
 def test_tokenizers_that_lack_something_name_the_remedy(tmp_path):
     tokenizer, folder = tiny_tokenizer(), save_tiny_decoder(tmp_path / "d")
     config = DecoderConfig(str(folder))

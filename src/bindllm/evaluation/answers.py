@@ -98,7 +98,7 @@ def evaluate_answers(
     *,
     train_samples: Sequence[Sample],
     lookup: Lookup,
-    batch_size: int = 64,
+    batch_size: int = 128,
     max_new_tokens: int | None = None,
     shuffled_limit: int | None = None,
     progress: bool = False,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -181,7 +182,14 @@ def load_decoder(config: DecoderConfig, *, device: str | torch.device | None = N
         keep_gradients(decoder)
     else:
         decoder.to(device)
+    if (head := decoder.get_output_embeddings()) is not None:
+        head.register_forward_pre_hook(_in_one_piece)
     return decoder.eval().requires_grad_(False)
+
+
+def _in_one_piece(head: nn.Module, args: tuple) -> tuple:
+    """Copy the last position of each row next to one another: torch multiplies a slice one row at a time."""
+    return (args[0].contiguous(), *args[1:])
 
 
 def fingerprint_decoder(folder: str | Path) -> str:
