@@ -118,3 +118,5 @@ def test_it_tunes_the_decoder_and_leaves_the_first_stage_as_it_is(recipe, tmp_pa
     assert run("fit", recipe) == 1
     assert "checkpoints/stage2 has an adapter" in capsys.readouterr().err
     assert not Path("checkpoints/third").exists()
+    assert run("fit", recipe, "--output", "checkpoints/stage2") == 1
+    assert "output checkpoints/stage2 is model.start_from too" in capsys.readouterr().err

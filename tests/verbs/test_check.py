@@ -100,6 +100,8 @@ def test_a_stage_before_that_was_made_for_another_base(parts, capsys):
     assert "decoder.quantise null, this run has nf4" in " ".join(capsys.readouterr().out.split())
     assert run("check", recipe, "--model.inject.kind", "residual") == 1
     assert "inject.kind is value there and residual here" in " ".join(capsys.readouterr().out.split())
+    assert run("check", recipe, "--output", "first") == 1
+    assert "output first is model.start_from too" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(

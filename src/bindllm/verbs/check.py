@@ -119,7 +119,7 @@ def _check_recipe(chosen: Namespace, overrides: Sequence[str], problems: Problem
         return
     model, data = config.model.as_dict(), config.data.as_dict()
     with problems.noted():
-        run_folder(config.output)
+        run_folder(config.output, start_from=config.model.start_from)
     built = {name: build_part(kind, model[name], problems) for name, kind in KINDS.items()}
     if model["adapter"] is not None:
         built["adapter"] = build_part(AdapterConfig, model["adapter"], problems)

@@ -54,7 +54,7 @@ def fit(args: list[str]) -> int:
             raise InputError(
                 "model.trainable is empty: nothing would be trained; name groups, such as [bind, inject]"
             )
-        folder = run_folder(cli.config.output)
+        folder = run_folder(cli.config.output, start_from=cli.config.model.start_from)
         state = RunState(folder, RunLog(folder), every_seconds=cli.config.save_every_seconds)
         trainer = _trainer(cli, state)
         with claimed(folder):

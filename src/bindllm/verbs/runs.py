@@ -26,13 +26,23 @@ _PROCESSES = ("trainer.devices", "trainer.num_nodes")
 _PLACES = (*_PROCESSES, "trainer.strategy")
 
 
-def run_folder(output: str | Path) -> Path:
+def run_folder(output: str | Path, *, start_from: str | Path | None = None) -> Path:
     """Return the folder of the run that writes a checkpoint folder.
 
+    Args:
+        output: the checkpoint folder.
+        start_from: the checkpoint folder that the run begins with, if any.
+
     Raises:
-        InputError: ``output`` holds something else than a checkpoint, which the run would replace at its end.
+        InputError: ``output`` holds something else than a checkpoint, or the one that the run starts from: either
+            would be replaced at its end.
     """
     output = Path(output)
+    if start_from is not None and output.resolve() == Path(start_from).resolve():
+        raise InputError(
+            f"output {output} is model.start_from too: the run would replace what it starts from, and could not be "
+            "run twice with the same result; choose another output"
+        )
     if output.is_dir() and any(output.iterdir()) and not (output / MANIFEST).is_file():
         raise InputError(
             f"output {output} is a folder with other content (no {MANIFEST}); choose another one"
