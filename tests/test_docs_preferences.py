@@ -29,14 +29,14 @@ def test_the_table_of_options_is_that_of_the_code():
     assert told == real
 
 
-@pytest.mark.parametrize("source", ["the page", "the recipe"])
-def test_the_objective_of_a_recipe_is_built(source):
+@pytest.mark.parametrize(("source", "beta"), [("the page", 0.1), ("the recipe", 0.5)])
+def test_the_objective_of_a_recipe_is_built(source, beta):
     text = blocks("yaml")[0] if source == "the page" else (ROOT / "recipes/easyvqa-dpo.yaml").read_text()
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--objective", type=Objective)
     built = parser.instantiate(parser.parse_object({"objective": yaml.safe_load(text)["model"]["objective"]}))
     assert isinstance(built.objective, DPO)
-    assert built.objective.beta == 0.1
+    assert built.objective.beta == beta
 
 
 def test_the_objective_of_ones_own_has_a_loss():
