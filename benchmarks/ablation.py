@@ -24,19 +24,19 @@ from torch import Tensor
 from benchmarks.ablation_tables import draw, tables
 from benchmarks.measure import RESULTS, run_bindllm
 from bindllm.atomic import write_json
+from bindllm.cache.index import VectorIndex
+from bindllm.cache.visual_cache import VisualCache
 from bindllm.conversation import Conversation
 from bindllm.data.collate import MediaGroup
 from bindllm.data.datamodule import BindData
 from bindllm.data.sources import SourceConfig
 from bindllm.data.tokenise import Sample
+from bindllm.embeddings.embedder import fill
+from bindllm.embeddings.store import EmbeddingStore
 from bindllm.encoders import Aligned, EfficientNetLite, Encoder
 from bindllm.evaluation.run import measure_captions
 from bindllm.media import Media
 from bindllm.model.bindllm import BindLLM
-from bindllm.retrieval.cache import VisualCache
-from bindllm.retrieval.fill import fill
-from bindllm.retrieval.index import VectorIndex
-from bindllm.retrieval.store import EmbeddingStore
 
 FOLDER, STORE = Path("checkpoints/ablation"), "data/store"
 SEEDS = (0, 1, 2)

@@ -27,7 +27,7 @@ from benchmarks.clusters import ClusteredVectors
 from benchmarks.measure import RESULTS, Figure, machine_kind, paired
 from bindllm import VisualCache
 from bindllm.atomic import write_json
-from bindllm.retrieval.index import VectorIndex, choose
+from bindllm.cache.index import VectorIndex, choose
 
 WORK = Path("runs/benchmark-cache")
 SIZES, LONG_SIZES, TARGET = (10_000, 100_000, 1_000_000), (3_000_000,), 1_000_000

@@ -20,7 +20,7 @@ import torch
 from benchmarks.clusters import CHUNK, ClusteredVectors
 from benchmarks.measure import seconds
 from bindllm import EmbeddingStore, Media, VisualCache
-from bindllm.retrieval.index import VectorIndex
+from bindllm.cache.index import VectorIndex
 
 SIZE, FINGERPRINT = 1024, "c1" * 32
 TOP, JUDGED, BATCH = 10, 512, 256

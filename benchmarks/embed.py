@@ -14,9 +14,9 @@ from torch import Tensor
 
 from benchmarks.measure import Figure, paired, seconds
 from bindllm import EmbeddingStore, Media
+from bindllm.embeddings.embedder import fill
 from bindllm.encoders import EfficientNetLite
 from bindllm.model.decoder import default_device
-from bindllm.retrieval.fill import fill
 
 PICTURES, WIDTH, HEIGHT = 512, 640, 480
 BATCH = 32

@@ -11,8 +11,8 @@ import torch
 from benchmarks.measure import Figure, paired, seconds
 from benchmarks.parts import bound_loss, bound_model, training_batch
 from bindllm import EmbeddingStore, Media
+from bindllm.embeddings.embedder import fill
 from bindllm.encoders import EfficientNetLite
-from bindllm.retrieval.fill import fill
 
 PICTURES = Path("data/openmoji")
 ROWS, BATCH = 64, 16

@@ -11,9 +11,9 @@ from PIL import Image
 from torch import nn
 
 from bindllm import BindLLM, EmbeddingStore, Media
+from bindllm.embeddings.embedder import fill
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.decoder import DecoderConfig
-from bindllm.retrieval.fill import fill
 from tiny import ColourEncoder, save_tiny_decoder
 
 ALLOW = ["cache_parts.Senses", "cache_parts.Words", "tiny.ColourEncoder"]

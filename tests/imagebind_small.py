@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bindllm.assets.clip_vocabulary import tokenizer_tree
-from bindllm.checkpoint.imagebind import convert_imagebind
+from bindllm.convert.imagebind import convert_imagebind
+from bindllm.quickstart.clip_vocabulary import tokenizer_tree
 from goldens import filled, golden, keys
 
 HEADS = {"vision": 4, "text": 2, "audio": 4, "depth": 4, "thermal": 3, "imu": 8}

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import torch
 
-from bindllm.training.objectives import NextToken
+from bindllm.objectives import NextToken
 
 
 class Noisy(NextToken):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from bindllm.retrieval.ranks import Ranks
+from bindllm.parallel.ranks import Ranks
 
 SECONDS = 60
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from bindllm.retrieval import fill
+from bindllm.embeddings import embedder as fill
 from tiny import ColourEncoder
 
 # In the processes that the tests start each embedding is written at once; a mere import changes nothing.

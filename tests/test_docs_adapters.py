@@ -9,9 +9,9 @@ from pathlib import Path
 import yaml
 from jsonargparse import ArgumentParser
 
+from bindllm.cli.generate import _read_arguments
 from bindllm.model.adapter import AdapterConfig
 from bindllm.model.decoder import DecoderConfig
-from bindllm.verbs.generate import _read_arguments
 
 PAGE = (Path(__file__).parents[1] / "docs/adapters.md").read_text(encoding="utf-8")
 

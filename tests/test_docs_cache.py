@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bindllm.cli import VERBS
+from bindllm.cache.factories import choose
+from bindllm.cli import VERBS, generate, index
 from bindllm.model.cache import CacheConfig
-from bindllm.retrieval.factories import choose
-from bindllm.verbs import generate, index
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/cache.md").read_text(encoding="utf-8")

@@ -12,7 +12,6 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from bindllm.assets.clip_vocabulary import tokenizer_tree
 from bindllm.cli import main
 from bindllm.encoders import EfficientNetLite, HuggingFace, ImageBind, PointBind
 from bindllm.encoders.imagebind.config import HUGE
@@ -21,6 +20,7 @@ from bindllm.encoders.imagebind.motion import imu_input
 from bindllm.encoders.imagebind.text import Tokenizer
 from bindllm.encoders.imagebind.video import video_input
 from bindllm.media.maps import open_depth
+from bindllm.quickstart.clip_vocabulary import tokenizer_tree
 from goldens import FOLDER
 from imagebind_small import write_small_imagebind
 

@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser
 
 from bindllm.conversation import Conversation, Message
 from bindllm.data.tokenise import tokenise
-from bindllm.training.objectives import GRPO, ExactAnswer, Objective
+from bindllm.objectives import GRPO, ExactAnswer, Objective
 from tiny import tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]

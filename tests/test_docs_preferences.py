@@ -9,7 +9,7 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser
 
-from bindllm.training.objectives import DPO, KTO, ORPO, Objective
+from bindllm.objectives import DPO, KTO, ORPO, Objective
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/preferences.md").read_text(encoding="utf-8")

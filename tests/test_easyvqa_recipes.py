@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bindllm.assets import ASSETS, assets_of, easyvqa
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.decoder import DecoderConfig
 from bindllm.model.injection import InjectConfig
+from bindllm.quickstart import ASSETS, assets_of, easyvqa
 from easyvqa_parts import published
 from tiny import ColourEncoder, save_tiny_decoder
 from tiny_run import run

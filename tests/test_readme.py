@@ -9,8 +9,8 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
-from bindllm.assets import ASSETS, easyvqa
 from bindllm.cli import VERBS, main
+from bindllm.quickstart import ASSETS, easyvqa
 from bindllm.testing import check_encoder
 from easyvqa_parts import published
 from goldens import make_wave
@@ -88,7 +88,7 @@ def test_commands_and_python_blocks_run(project, tmp_path, monkeypatch, capsys):
             assert set(words[1:]) <= ASSETS.keys()
             continue
         if words[0] == "convert":
-            # Nobody may ship the published weights; tests/verbs/test_convert.py converts made-up ones.
+            # Nobody may ship the published weights; tests/cli/test_convert.py converts made-up ones.
             with monkeypatch.context() as elsewhere:
                 elsewhere.chdir(tmp_path)
                 assert main(words) == 1

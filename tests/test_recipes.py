@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from bindllm.cli.recipe import RecipeCLI, quiet
 from bindllm.training.strategies import SHARDED
-from bindllm.verbs.recipe import RecipeCLI, quiet
 from tiny_run import run, tiny_parts
 
-# Those of `bindllm align` have sections of their own: tests/verbs/test_align.py. What the published second stage needs
+# Those of `bindllm align` have sections of their own: tests/cli/test_align.py. What the published second stage needs
 # cannot be fetched: tests/test_stage2.py.
 RECIPES = sorted(
     file

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from bindllm import BindLLM
+from bindllm.cli.recipe import RecipeCLI, quiet
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.decoder import DecoderConfig
 from bindllm.model.injection import InjectConfig
-from bindllm.verbs.recipe import RecipeCLI, quiet
 from tiny import ColourEncoder, tiny_tokenizer
 from tiny_run import run, tiny_parts
 

@@ -9,13 +9,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bindllm.cache.visual_cache import VisualCache
     from bindllm.conversation import Conversation, Message
+    from bindllm.embeddings.store import EmbeddingStore
     from bindllm.encoders import Encoder
     from bindllm.errors import BindLLMError
     from bindllm.media import Media
     from bindllm.model.bindllm import BindLLM
-    from bindllm.retrieval.cache import VisualCache
-    from bindllm.retrieval.store import EmbeddingStore
 
 __version__ = "0.1.0"
 
@@ -23,11 +23,11 @@ _HOMES = {
     "BindLLM": "bindllm.model.bindllm",
     "BindLLMError": "bindllm.errors",
     "Conversation": "bindllm.conversation",
-    "EmbeddingStore": "bindllm.retrieval.store",
+    "EmbeddingStore": "bindllm.embeddings.store",
     "Encoder": "bindllm.encoders",
     "Media": "bindllm.media",
     "Message": "bindllm.conversation",
-    "VisualCache": "bindllm.retrieval.cache",
+    "VisualCache": "bindllm.cache.visual_cache",
 }
 
 __all__ = [

@@ -5,7 +5,7 @@ from bindllm.data.embeddings import MediaEmbeddings
 from bindllm.encoders.fusion import fuse
 from bindllm.errors import InputError
 from bindllm.media import Media
-from bindllm.retrieval.ranks import Ranks
+from bindllm.parallel.ranks import Ranks
 from side_by_side import together
 from tiny import ColourEncoder, colour_pictures
 

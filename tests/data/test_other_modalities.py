@@ -9,9 +9,9 @@ import torch
 
 from bindllm import BindLLM
 from bindllm.data.sources import SourceConfig, read_source
+from bindllm.embeddings.store import EmbeddingStore
 from bindllm.errors import InputError, MediaError
 from bindllm.media import Media
-from bindllm.retrieval.store import EmbeddingStore
 from tiny import ColourEncoder
 from tiny_run import run, tiny_parts, tiny_recipe
 

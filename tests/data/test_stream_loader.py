@@ -16,7 +16,7 @@ from bindllm.data.stream.embed import CANNOT_EMBED
 from bindllm.data.stream.training import StreamOptions, check_streams, stream_loader
 from bindllm.errors import EncoderError, InputError
 from bindllm.media import Media
-from bindllm.retrieval.ranks import Ranks
+from bindllm.parallel.ranks import Ranks
 from stream_parts import captioned, picture, write_shard, write_shards
 from tiny import COLOURS, ColourEncoder, tiny_tokenizer
 

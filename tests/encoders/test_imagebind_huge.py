@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from bindllm.assets.clip_vocabulary import tokenizer_tree
-from bindllm.checkpoint.imagebind import convert_imagebind
+from bindllm.convert.imagebind import convert_imagebind
 from bindllm.encoders.imagebind import ImageBind
+from bindllm.quickstart.clip_vocabulary import tokenizer_tree
 from goldens import fill, fill_input, golden, keys
 from imagebind_small import constants
 

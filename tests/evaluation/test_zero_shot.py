@@ -8,14 +8,14 @@ import pytest
 import torch
 
 import tiny_layouts as tiny
+from bindllm.cache.visual_cache import VisualCache
+from bindllm.embeddings.embedder import fill
+from bindllm.embeddings.store import EmbeddingStore
 from bindllm.errors import EncoderError, InputError, StoreError
 from bindllm.evaluation import measures
 from bindllm.evaluation.layouts import Choice, Column, Item, Task, read_layout
 from bindllm.evaluation.zero_shot import evaluate_zero_shot
 from bindllm.media import Media
-from bindllm.retrieval.cache import VisualCache
-from bindllm.retrieval.fill import fill
-from bindllm.retrieval.store import EmbeddingStore
 from tiny_layouts import WordEncoder, write
 
 

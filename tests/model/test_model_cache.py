@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from bindllm import BindLLM, VisualCache
-from bindllm.checkpoint.folder import name_cache, read_manifest
 from bindllm.errors import CheckpointError, InputError, StoreError
 from bindllm.model.cache import CacheConfig, open_index
+from bindllm.model.checkpoint import name_cache, read_manifest
 from cache_parts import ALLOW, TEXT, Senses, Words, filled_store, save_tiny_model, write_pictures
 from tiny import ColourEncoder
 
@@ -171,7 +171,7 @@ def test_what_is_no_cache(project):
 
 
 def test_places_of_milvus_are_told_from_folders(monkeypatch):
-    milvus = pytest.importorskip("bindllm.retrieval.milvus")
+    milvus = pytest.importorskip("bindllm.cache.milvus")
     monkeypatch.setattr(milvus.MilvusIndex, "open", lambda place, token: f"{place} {token}")
     monkeypatch.setenv("MILVUS_TOKEN", "secret")
     assert open_index("caches/a.db") == "caches/a.db secret"

@@ -4,8 +4,8 @@ from functools import partial
 
 import pytest
 
+from bindllm.cli.recipe import quiet
 from bindllm.training.callbacks import SampleCaptions
-from bindllm.verbs.recipe import quiet
 from tiny import save_tiny_decoder
 
 
@@ -26,6 +26,6 @@ def silent():
 def unmeasured():
     """Long answers, and what follows the trained folder, are not what the tests of a file are about."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bindllm.verbs.fit._measure", lambda *_: 0)
-        patch.setattr("bindllm.verbs.fit.SampleCaptions", partial(SampleCaptions, max_new_tokens=4))
+        patch.setattr("bindllm.cli.fit._measure", lambda *_: 0)
+        patch.setattr("bindllm.cli.fit.SampleCaptions", partial(SampleCaptions, max_new_tokens=4))
         yield

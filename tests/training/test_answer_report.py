@@ -7,15 +7,15 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from bindllm.checkpoint.folder import write_checkpoint
 from bindllm.errors import InputError
 from bindllm.evaluation.answers import ANSWER_VARIANTS, AnswerRow
 from bindllm.evaluation.chat import CHAT_VARIANTS
 from bindllm.evaluation.run import CaptionRow
 from bindllm.evaluation.tasks import KINDS as MEASURED_KINDS
-from bindllm.training import answers, page, summary
-from bindllm.training.report import RunFacts, rebuild_report, write_report
-from bindllm.training.summary import measured_kinds, summarise
+from bindllm.model.checkpoint import write_checkpoint
+from bindllm.report import answers, page, summary
+from bindllm.report.report import RunFacts, rebuild_report, write_report
+from bindllm.report.summary import measured_kinds, summarise
 
 REST = {"seconds": {"embed": 1.5, "train": 336.0, "evaluate": 70.2}, "trainable_parameters": 12}
 CAPTION = {"loss": 3.5, "perplexity": 33.1, "cider": 1.2, "bleu4": 0.0, "rouge_l": 0.3, "exact_match": 0.25}

@@ -60,8 +60,8 @@ def say_what_is_measured(cli, *_):
 def _unmeasured():
     """Long answers, and the measurement, are not what these tests are about."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bindllm.verbs.fit._measure", say_what_is_measured)
-        patch.setattr("bindllm.verbs.fit.SampleCaptions", partial(SampleCaptions, max_new_tokens=4))
+        patch.setattr("bindllm.cli.fit._measure", say_what_is_measured)
+        patch.setattr("bindllm.cli.fit.SampleCaptions", partial(SampleCaptions, max_new_tokens=4))
         yield
 
 

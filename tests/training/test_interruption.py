@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import bindllm.atomic as atomic
-import bindllm.checkpoint.folder as checkpoint
+import bindllm.model.checkpoint as checkpoint
 import bindllm.training.state as state
 from bindllm import BindLLM
 from bindllm.training.module import BindModule

@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from bindllm.checkpoint.folder import read_manifest
+from bindllm.cli.recipe import quiet
 from bindllm.data.collate import answer_batch
 from bindllm.data.datamodule import BindData
 from bindllm.data.sources import SourceConfig
@@ -17,13 +17,13 @@ from bindllm.media import Media
 from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.cache import CacheConfig
+from bindllm.model.checkpoint import read_manifest
 from bindllm.model.decoder import DecoderConfig
 from bindllm.model.injection import InjectConfig
 from bindllm.training.module import AnyEncoder, BindModule
 from bindllm.training.optim import OptimConfig
 from bindllm.training.runlog import RunLog
 from bindllm.training.state import RunState
-from bindllm.verbs.recipe import quiet
 from tiny import ColourEncoder
 from tiny_run import make_trainer, tiny_parts
 

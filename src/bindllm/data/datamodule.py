@@ -36,10 +36,10 @@ from bindllm.data.stream.processes import processes_of
 from bindllm.data.stream.shards import expand_shards, is_stream
 from bindllm.data.stream.training import StreamOptions, check_streams, is_training_stream, stream_loader
 from bindllm.data.tokenise import Sample, make_sample
+from bindllm.embeddings.embedder import ALONE
 from bindllm.errors import InputError, known_names
 from bindllm.media import Media
-from bindllm.retrieval.fill import ALONE
-from bindllm.retrieval.ranks import Ranks
+from bindllm.parallel.ranks import Ranks
 
 
 class BindData(LightningDataModule):

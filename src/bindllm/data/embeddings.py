@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from bindllm.data.collate import MediaGroup
+from bindllm.embeddings.embedder import ALONE, fill
+from bindllm.embeddings.store import EmbeddingStore
 from bindllm.encoders import Encoder, encoder_for
 from bindllm.encoders.fusion import common_size, fuse
 from bindllm.errors import InputError, MediaError
 from bindllm.media import Media
-from bindllm.retrieval.fill import ALONE, fill
-from bindllm.retrieval.ranks import Ranks
-from bindllm.retrieval.store import EmbeddingStore
+from bindllm.parallel.ranks import Ranks
 
 
 @dataclass

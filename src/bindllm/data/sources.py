@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from bindllm.assets import fetch_hint
 from bindllm.conversation import Conversation, Message
 from bindllm.data.arrow_tables import HUB
 from bindllm.data.captions import CaptionedPicture, find_table, read_captions
@@ -20,6 +19,7 @@ from bindllm.data.source_config import SPLITS, SourceConfig, Split, split_named
 from bindllm.data.tables import READERS, is_table, read_table
 from bindllm.errors import InputError
 from bindllm.media import Media
+from bindllm.quickstart import fetch_hint
 
 __all__ = ["Row", "SourceConfig", "hashed_split", "read_source"]
 

@@ -20,10 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bindllm.assets import fetch_hint
 from bindllm.atomic import atomic_folder
 from bindllm.encoders.head import HeadConfig
 from bindllm.errors import EncoderError, InputError
+from bindllm.quickstart import fetch_hint
 
 FORMAT = 1
 MANIFEST = "align.json"

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bindllm.cache.recall import Places, chance, cosines, find_places, hit_rate, join_places
+from bindllm.cache.visual_cache import VisualCache
 from bindllm.data.collate import MediaGroup
 from bindllm.data.embeddings import MediaEmbeddings
 from bindllm.encoders import Encoder
@@ -16,8 +18,6 @@ from bindllm.evaluation.layouts import Kind, Task
 from bindllm.evaluation.precision import average_precisions, chance_of_precision
 from bindllm.evaluation.result import Measure, Result
 from bindllm.media import Media
-from bindllm.retrieval.cache import VisualCache
-from bindllm.retrieval.recall import Places, chance, cosines, find_places, hit_rate, join_places
 
 TOP = (1, 5, 10)
 """Places that a right answer may take, in retrieval; the first two in classification."""

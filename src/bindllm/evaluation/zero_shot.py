@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from bindllm.cache.visual_cache import VisualCache
 from bindllm.data.collate import MediaGroup
 from bindllm.data.embeddings import MediaEmbeddings
 from bindllm.data.report import Skipped
@@ -24,7 +25,6 @@ from bindllm.evaluation.measures import MEASURES, Row, Scores
 from bindllm.evaluation.prompts import NAME, fill_templates, templates_for
 from bindllm.evaluation.result import Result
 from bindllm.media import Media
-from bindllm.retrieval.cache import VisualCache
 
 
 def evaluate_zero_shot(

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bindllm.checkpoint.card import write_card
-from bindllm.checkpoint.folder import check_keys, write_checkpoint
+from bindllm.cache.visual_cache import VisualCache
 from bindllm.conversation import Conversation
 from bindllm.encoders import Encoder, passed_over
 from bindllm.encoders.alignment import alignment_warnings
@@ -28,12 +27,13 @@ from bindllm.media import Media
 from bindllm.model.adapter import Adapter, AdapterConfig
 from bindllm.model.bind_network import BindConfig, BindNetwork
 from bindllm.model.cache import CacheChoice, CacheConfig, choose_cache
+from bindllm.model.card import write_card
+from bindllm.model.checkpoint import check_keys, write_checkpoint
 from bindllm.model.decoder import DecoderConfig, has_plain_logits, load_decoder, load_tokenizer
 from bindllm.model.forward import BindOutput, run_decoder
 from bindllm.model.generation import Prompt, check_media, check_options, prepare_batch, stream_text
 from bindllm.model.injection import InjectConfig, Injection
 from bindllm.model.pretrained import describe, read_parts
-from bindllm.retrieval.cache import VisualCache
 
 
 class BindLLM(nn.Module):

@@ -9,13 +9,13 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from bindllm.cache.blend import check_settings
+from bindllm.cache.index import VectorIndex
+from bindllm.cache.visual_cache import VisualCache
 from bindllm.errors import InputError, StoreError
-from bindllm.retrieval.blend import check_settings
-from bindllm.retrieval.cache import VisualCache
-from bindllm.retrieval.index import VectorIndex
 
 if TYPE_CHECKING:
-    from bindllm.retrieval.cache import Index
+    from bindllm.cache.visual_cache import Index
 
 _DEFAULTS: dict[str, Any] = {name: one.default for name, one in signature(VisualCache).parameters.items()}
 
@@ -91,7 +91,7 @@ def open_index(place: str) -> Index:
     """
     if not is_milvus(place):
         return VectorIndex.open(place)
-    from bindllm.retrieval.milvus import MilvusIndex
+    from bindllm.cache.milvus import MilvusIndex
 
     return MilvusIndex.open(place, token=os.environ.get(MILVUS_TOKEN))
 

@@ -19,10 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from bindllm import __version__
 from bindllm.atomic import atomic_folder, write_json
-from bindllm.checkpoint.card import licence_of
-from bindllm.checkpoint.folder import check_keys, read_manifest, read_weights
 from bindllm.errors import CheckpointError, InputError, known_names
 from bindllm.model.adapter import PREFIX, TARGETS, Adapter, AdapterConfig
+from bindllm.model.card import licence_of
+from bindllm.model.checkpoint import check_keys, read_manifest, read_weights
 from bindllm.model.decoder import DTYPES, DecoderConfig, find_folder, load_decoder, load_tokenizer
 from bindllm.model.pretrained import read_configs, read_decoder
 

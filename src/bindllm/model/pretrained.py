@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from bindllm import __version__
-from bindllm.checkpoint.folder import (
+from bindllm.encoders.fusion import common_size
+from bindllm.errors import CheckpointError, EncoderError, InputError
+from bindllm.model.adapter import AdapterConfig
+from bindllm.model.bind_network import BindConfig
+from bindllm.model.cache import CacheConfig
+from bindllm.model.checkpoint import (
     MANIFEST,
     build_object,
     read_manifest,
@@ -18,11 +23,6 @@ from bindllm.checkpoint.folder import (
     resolve_cache,
     resolve_path,
 )
-from bindllm.encoders.fusion import common_size
-from bindllm.errors import CheckpointError, EncoderError, InputError
-from bindllm.model.adapter import AdapterConfig
-from bindllm.model.bind_network import BindConfig
-from bindllm.model.cache import CacheConfig
 from bindllm.model.decoder import DecoderConfig, find_folder, fingerprint_decoder
 from bindllm.model.injection import InjectConfig
 

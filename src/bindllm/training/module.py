@@ -26,8 +26,8 @@ from bindllm.model.bindllm import BindLLM
 from bindllm.model.cache import CacheConfig
 from bindllm.model.decoder import DecoderConfig, load_decoder, load_tokenizer
 from bindllm.model.injection import InjectConfig
-from bindllm.training.objectives import NextToken, Objective
-from bindllm.training.objectives.log_probs import answer_log_probs
+from bindllm.objectives import NextToken, Objective
+from bindllm.objectives.log_probs import answer_log_probs
 from bindllm.training.optim import OptimConfig, build_optimizer, build_schedule
 from bindllm.training.stages import take_over
 from bindllm.training.step_mean import StepMean

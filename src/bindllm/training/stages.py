@@ -15,10 +15,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bindllm.checkpoint.folder import read_manifest, read_weights
 from bindllm.errors import CheckpointError
 from bindllm.model.adapter import PREFIX, AdapterConfig
 from bindllm.model.bind_network import BindConfig
+from bindllm.model.checkpoint import read_manifest, read_weights
 from bindllm.model.decoder import DecoderConfig, find_folder, fingerprint_decoder
 from bindllm.model.injection import InjectConfig
 from bindllm.model.pretrained import encoder_fingerprints, read_configs

@@ -5,7 +5,7 @@ import pytest
 import torch
 from pointbind_parts import point_rows
 
-from bindllm.checkpoint.pointbind import convert_pointbind
+from bindllm.convert.pointbind import convert_pointbind
 from bindllm.encoders import PointBind
 from goldens import golden
 

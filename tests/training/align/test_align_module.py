@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 
 from align_parts import BeatTower, FrozenModule, LetterEncoder, colour_table, patchwork_table, radar_table
+from bindllm.cli.recipe import quiet
 from bindllm.encoders.head import HeadConfig
 from bindllm.errors import EncoderError, InputError, TrainingError
 from bindllm.training.align.data import AlignData
@@ -14,7 +15,6 @@ from bindllm.training.align.loss import TemperatureConfig, contrastive_loss
 from bindllm.training.align.module import AlignModule
 from bindllm.training.align.pairs import PairSource
 from bindllm.training.optim import OptimConfig
-from bindllm.verbs.recipe import quiet
 from tiny import ColourEncoder
 
 

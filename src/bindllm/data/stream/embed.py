@@ -20,7 +20,7 @@ from bindllm.encoders import Encoder, encoder_for
 from bindllm.encoders.fusion import common_size, fuse
 from bindllm.errors import InputError, MediaError
 from bindllm.media import Media
-from bindllm.retrieval.ahead import ahead_in_threads
+from bindllm.parallel.ahead import ahead_in_threads
 
 CANNOT_EMBED = "media that cannot be embedded"
 

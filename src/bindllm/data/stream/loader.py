@@ -15,7 +15,7 @@ from bindllm.data.stream.chunks import Chunk
 from bindllm.data.stream.plan import Bookmark
 from bindllm.data.tokenise import Sample
 from bindllm.errors import InputError
-from bindllm.retrieval.ranks import Ranks
+from bindllm.parallel.ranks import Ranks
 
 
 class StreamLoader:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bindllm.retrieval.ranks import Ranks
+from bindllm.parallel.ranks import Ranks
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer

@@ -23,7 +23,7 @@ from bindllm.data.stream.remote import is_remote
 from bindllm.data.stream.shards import expand_shards, is_stream
 from bindllm.encoders import Encoder
 from bindllm.errors import InputError
-from bindllm.retrieval.ranks import Ranks
+from bindllm.parallel.ranks import Ranks
 
 _ORDER_OF_ROWS = 3
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from bindllm.assets.clip_vocabulary import END, START, write_tokenizer
 from bindllm.encoders.imagebind.stems import CONTEXT
 from bindllm.errors import EncoderError, InputError, MissingExtraError
+from bindllm.quickstart.clip_vocabulary import END, START, write_tokenizer
 
 if TYPE_CHECKING:
     import tokenizers

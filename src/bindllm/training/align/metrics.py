@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bindllm.retrieval.recall import chance, cosines, find_places, hit_rate, join_places, mean_ranks
+from bindllm.cache.recall import chance, cosines, find_places, hit_rate, join_places, mean_ranks
 
 RECALL_AT = (1, 5, 10)
 

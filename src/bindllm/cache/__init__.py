@@ -1,0 +1,1 @@
+"""The visual cache: kNN retrieval over image embeddings."""

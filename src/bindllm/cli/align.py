@@ -1,0 +1,120 @@
+"""``bindllm align``: teach a modality to the joint space of an encoder, and leave an encoder folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.cli import LightningArgumentParser
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from bindllm.cli.recipe import RecipeCLI, quiet
+from bindllm.encoders.aligned_folder import refuse_other_content
+from bindllm.training.align.data import AlignData
+from bindllm.training.align.folder import save_aligned
+from bindllm.training.align.metrics import RECALL_AT
+from bindllm.training.align.module import AlignModule
+from bindllm.training.optim import describe_groups
+from bindllm.training.progress import RunProgress
+
+
+class AlignCLI(RecipeCLI):
+    """Reads the recipe of an alignment; the sections `model` and `data` are those of its own module and data."""
+
+    kinds = (AlignModule, AlignData)
+
+    def __init__(self, args: Sequence[str]) -> None:
+        super().__init__("align", args)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the folder, and hand the encoders to the data."""
+        parser.add_argument(
+            "--output", type=str, required=True, help="folder of the encoder that the run writes"
+        )
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+        parser.link_arguments("model.tower", "data.tower", apply_on="instantiate")
+        parser.link_arguments("model.target", "data.target", apply_on="instantiate")
+
+
+def align(args: list[str]) -> int:
+    """Train as a recipe says, measure on held-out pairs, and write the folder of the encoder."""
+    console = Console(highlight=False)
+    with quiet():
+        cli = AlignCLI(args)
+        output = Path(cli.config.output)
+        refuse_other_content(output)
+        model, data = cli.model, cli.datamodule
+        options = cli.trainer_options
+        progress = [] if options.get("enable_progress_bar") is False else [RunProgress()]
+        trainer = cli.make_trainer(
+            callbacks=progress, enable_checkpointing=False, logger=options.get("logger") or False
+        )
+        started = time.perf_counter()
+        data.trainer = trainer
+        data.setup()
+        if trainer.is_global_zero:
+            for line in data.report.lines():
+                console.print(line, markup=False, soft_wrap=True)
+        try:
+            trainer.fit(model, data)
+        except SystemExit as stop:
+            # So Lightning ends after a Ctrl-C.
+            raise KeyboardInterrupt from stop
+    if not trainer.is_global_zero:
+        return 0
+    best = model.take_best()
+    metrics = {
+        "validation": best.metrics,
+        "test": model.measure(data, "test"),
+        "epoch": best.epoch,
+        "epochs": trainer.current_epoch,
+        "temperature": round(1 / model.temperature().item(), 4),
+        "pairs": data.report.pairs,
+        "left_out": data.report.skipped.total,
+        "trained_parameters": sum(row["parameters"] for row in describe_groups(model.groups())),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    replaced = output.exists()
+    save_aligned(output, model, data, metrics=metrics, recipe=cli.resolved())
+    _print(console, output, metrics, replaced=replaced)
+    foreign = type(model.tower)
+    if not foreign.__module__.startswith("bindllm."):
+        console.print(
+            f"it stands on {foreign.__module__}.{foreign.__qualname__}, which is imported only where allowed: "
+            f"allow: [{foreign.__module__}.{foreign.__qualname__}] under init_args, or --allow",
+            markup=False,
+            soft_wrap=True,
+        )
+    return 0
+
+
+def _print(console: Console, output: Path, metrics: dict[str, Any], *, replaced: bool) -> None:
+    """Print where the encoder is and how well it retrieves."""
+    console.print(
+        f"aligned encoder: {output} (epoch {metrics['epoch']} of {metrics['epochs']}, temperature "
+        f"{metrics['temperature']:g}, {metrics['seconds']:.0f} s){', in place of an earlier one' if replaced else ''}",
+        markup=False,
+        soft_wrap=True,
+    )
+    split = "test" if metrics["test"] else "validation"
+    if not metrics[split]:
+        console.print(
+            "there are no held-out pairs, so nothing is measured, and the weights of the last epoch are kept"
+        )
+        return
+    title = f"held-out pairs ({split}): per cent, in brackets by chance"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False, collapse_padding=True)
+    for column in ("", "asked", "of", *(f"recall@{k}" for k in RECALL_AT), "median\nrank"):
+        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
+    for way, found in metrics[split].items():
+        if isinstance(found, dict):
+            recalls = (
+                f"{100 * found[f'recall@{k}']:.1f} ({100 * found[f'chance@{k}']:.1f})" for k in RECALL_AT
+            )
+            counts = (str(found["queries"]), str(found["gallery"]))
+            table.add_row(way.replace("_", " "), *counts, *recalls, f"{found['median_rank']:g}")
+    console.print(table)

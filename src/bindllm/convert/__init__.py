@@ -1,0 +1,1 @@
+"""Converters of published weights to bindllm's own folders."""

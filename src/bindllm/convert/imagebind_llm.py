@@ -1,0 +1,249 @@
+"""The adapter files of ImageBind-LLM (arXiv 2309.03905): which phase is inside, and what its tensors are called here.
+
+Four kinds have the same names: after the first stage (bind network, queries and gates) or the second (LoRA, biases and
+norms as well), with the bridge of the paper or the older one (LayerNorm and biases). A training checkpoint holds the
+encoder and the base LLaMA too; they are not taken over.
+
+The published LLaMA rotates adjacent components of each head, Hugging Face's the two halves of a head: the rows of
+everything that makes queries and keys are reordered, those of its LoRA and its bias included.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from bindllm.convert.keymap import Accounting, Rule, rename, require_weights
+from bindllm.errors import CheckpointError
+
+SOURCE = "the ImageBind-LLM checkpoint"
+
+_LAYER = r"lla?ma[.]layers[.](\d+)[.]"
+_PROJECTIONS = {
+    "attention[.]{}wq": "self_attn.q_proj",
+    "attention[.]{}wk": "self_attn.k_proj",
+    "attention[.]{}wv": "self_attn.v_proj",
+    "attention[.]{}wo": "self_attn.o_proj",
+    "feed_forward[.]{}w1": "mlp.gate_proj",
+    "feed_forward[.]{}w2": "mlp.down_proj",
+    "feed_forward[.]{}w3": "mlp.up_proj",
+}
+_UNBIASED = ("self_attn.k_proj", "self_attn.v_proj")
+_NORMS = {
+    rf"{_LAYER}attention_norm": r"model.layers.\1.input_layernorm",
+    rf"{_LAYER}ffn_norm": r"model.layers.\1.post_attention_layernorm",
+    r"lla?ma[.]norm": "model.norm",
+}
+_ENDS = {r"lla?ma[.]tok_embeddings": "model.embed_tokens", r"lla?ma[.]output": "lm_head"}
+_PARTS = {"norm": "norm", "f1": "gate", "f2": "down", "f3": "up"}
+_ADAPTER = "adapter.base_model.model."
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the tensors of an adapter file tell of the model.
+
+    Attributes:
+        embedding_size: E, of the encoder.
+        width: D, of the decoder.
+        num_layers: layers of the decoder.
+        num_heads: its attention heads.
+        served: how many of the last layers have a query.
+        depth: residual blocks of the bind network.
+        expansion: their inner width over the decoder's.
+        legacy: whether they are the older kind, with LayerNorm and biases.
+        rank: of the LoRA; None after the first stage.
+        bias: whether the projections have biases.
+    """
+
+    embedding_size: int
+    width: int
+    num_layers: int
+    num_heads: int
+    served: int
+    depth: int
+    expansion: int
+    legacy: bool
+    rank: int | None
+    bias: bool
+
+    @property
+    def phase(self) -> str:
+        """``pretrain`` or ``finetune``: the stage of training that the file was saved after."""
+        return "pretrain" if self.rank is None else "finetune"
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A published adapter in our terms.
+
+    Attributes:
+        shape: of the model.
+        tensors: trained tensors by our names, complete.
+        base: what the file holds of the decoder itself by Hugging Face's names: always the norms, in a training
+            checkpoint all of it; for comparison.
+        accounting: what became of every tensor.
+    """
+
+    shape: Shape
+    tensors: dict[str, Tensor]
+    base: dict[str, Tensor]
+    accounting: Accounting
+
+
+def is_imagebind_llm(state: Mapping[str, Tensor]) -> bool:
+    """Return whether tensors are those of an ImageBind-LLM adapter or training checkpoint."""
+    return "prefix_query.weight" in state and "image_bind_proj.weight" in state
+
+
+def read_imagebind_llm(state: Mapping[str, Tensor]) -> Adapted:
+    """Rename the tensors of a published checkpoint.
+
+    Args:
+        state: by published names.
+
+    Raises:
+        CheckpointError: unknown tensors, missing or misshapen ones that tell the model's shape, or numbers that are
+            no finite floating-point ones.
+    """
+    shape = read_shape(state)
+    renamed, accounting = rename(state, _rules(shape))
+    accounting.require_complete(SOURCE)
+    gates = [
+        renamed.pop(f"injection.gates.{n}") for n in range(shape.num_layers - shape.served, shape.num_layers)
+    ]
+    renamed["injection.gates"] = torch.stack(gates)
+    if shape.bias:
+        for name in [name for name in renamed if name.endswith("lora_B.weight")]:
+            bias = name.removesuffix("weight") + "bias"
+            if any(part in name for part in _UNBIASED):
+                # The published keys and values have none.
+                renamed[bias] = renamed[name].new_zeros(len(renamed[name]))
+    require_weights(renamed, source=SOURCE)
+    return Adapted(shape, renamed, rename(state, _base_rules(shape))[0], accounting)
+
+
+def read_shape(state: Mapping[str, Tensor]) -> Shape:
+    """Find phase and sizes from names and shapes.
+
+    Raises:
+        CheckpointError: a tensor that tells them is missing, or they contradict each other.
+    """
+    gates = {
+        int(match[1]): name for name in state if (match := re.fullmatch(rf"{_LAYER}attention[.]gate", name))
+    }
+    blocks = [name for name in state if re.fullmatch(r"image_bind_norm_\d+[.]weight", name)]
+    needed = ["image_bind_proj.weight", "prefix_query.weight", "image_bind_f1_1.weight"]
+    missing = [name for name in needed if name not in state]
+    if missing or not gates or sorted(gates) != list(range(len(gates))):
+        lacks = (
+            ", ".join([*missing, *(() if gates else ["layers.0.attention.gate"])]) or "gates of some layers"
+        )
+        raise CheckpointError(
+            f"{SOURCE} lacks {lacks}; a whole file has the bind network, the queries and all gates"
+        )
+    ranks = [name for name in state if re.fullmatch(rf"{_LAYER}attention[.]lora_wq_l1[.]weight", name)]
+    for name in [*needed, *ranks]:
+        if state[name].dim() != 2 or not state[name].numel():
+            raise CheckpointError(
+                f"{SOURCE}: {name} has shape {list(state[name].shape)}, expected a matrix; it is damaged"
+            )
+    heads = sorted({state[name].numel() for name in gates.values()})
+    if len(heads) != 1 or not heads[0]:
+        raise CheckpointError(
+            f"{SOURCE} has gates for {' and '.join(map(str, heads))} heads: expected the same number in each layer"
+        )
+    width, embedding_size = state["image_bind_proj.weight"].shape
+    served = len(state["prefix_query.weight"])
+    if served > len(gates):
+        raise CheckpointError(
+            f"{SOURCE} has {served} queries for {len(gates)} layers: expected at most one for each"
+        )
+    return Shape(
+        embedding_size=embedding_size,
+        width=width,
+        num_layers=len(gates),
+        num_heads=heads[0],
+        served=served,
+        depth=len(blocks),
+        expansion=len(state["image_bind_f1_1.weight"]) // width,
+        legacy="image_bind_norm_1.bias" in state,
+        rank=len(state[ranks[0]]) if ranks else None,
+        bias=any(re.fullmatch(rf"{_LAYER}.*[.]bias", name) for name in state),
+    )
+
+
+def halve_rotation(rows: Tensor, *, num_heads: int) -> Tensor:
+    """Reorder the rows of every head from adjacent pairs to pairs of halves: even components first, then the odd.
+
+    Args:
+        rows: [H * head size, ...], of a projection to queries or keys, or what is added to its output.
+        num_heads: H.
+
+    Example:
+        >>> halve_rotation(torch.arange(8), num_heads=2)
+        tensor([0, 2, 1, 3, 4, 6, 5, 7])
+    """
+    return rows.unflatten(0, (num_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def _rotation(ours: str, shape: Shape) -> partial[Tensor] | None:
+    """What is done to the rows of a projection: published models have as many key heads as query heads."""
+    if ours in ("self_attn.q_proj", "self_attn.k_proj"):
+        return partial(halve_rotation, num_heads=shape.num_heads)
+    return None
+
+
+def _rules(shape: Shape) -> list[Rule]:
+    unserved = shape.num_layers - shape.served
+    rules = [Rule(r"image_bind_proj[.](weight|bias)", r"bind.projection.\1")]
+    for number in range(1, shape.depth + 1):
+        rules += [
+            Rule(rf"image_bind_{theirs}_{number}[.](weight|bias)", rf"bind.blocks.{number - 1}.{ours}.\1")
+            for theirs, ours in _PARTS.items()
+        ]
+    rules += [Rule(r"prefix_query[.]weight", "injection.queries")]
+    if unserved:
+        numbers = "|".join(map(str, range(unserved)))
+        why = f"no query serves the layer: there are {shape.served}, for the last layers"
+        rules.append(Rule(rf"lla?ma[.]layers[.](?:{numbers})[.]attention[.]gate", None, why))
+    rules.append(Rule(rf"{_LAYER}attention[.]gate", r"injection.gates.\1", change=torch.flatten))
+    for theirs, ours in _PROJECTIONS.items():
+        place, change = rf"{_ADAPTER}model.layers.\1.{ours}", _rotation(ours, shape)
+        rules.append(Rule(_LAYER + rf"{theirs.format('lora_')}_l1[.]weight", f"{place}.lora_A.weight"))
+        rules.append(
+            Rule(_LAYER + rf"{theirs.format('lora_')}_l2[.]weight", f"{place}.lora_B.weight", change=change)
+        )
+        if ours not in _UNBIASED:
+            rules.append(Rule(_LAYER + rf"{theirs.format('')}[.]bias", f"{place}.lora_B.bias", change=change))
+    if shape.rank is not None:
+        rules += [Rule(rf"{theirs}[.]weight", f"{_ADAPTER}{ours}.weight") for theirs, ours in _NORMS.items()]
+    compared = "the base model's own: compared with the given one, not taken over"
+    return [
+        *rules,
+        *(Rule(rule.pattern, None, compared) for rule in _base_rules(shape)),
+        Rule(r"(?:lla?ma[.])?rope[.]freqs", None, "computed from the configuration"),
+        Rule(r"(?:lla?ma[.])?prefix_projector_norm[.].*", None, "left over from another model, used by none"),
+        Rule(r"image_bind[.].*", None, "the encoder: converted from its own file"),
+    ]
+
+
+def _base_rules(shape: Shape) -> list[Rule]:
+    """Rules from the base model inside a checkpoint to the names of a Hugging Face copy."""
+    matrices = [
+        Rule(
+            _LAYER + rf"{theirs.format('')}[.]weight",
+            rf"model.layers.\1.{ours}.weight",
+            change=_rotation(ours, shape),
+        )
+        for theirs, ours in _PROJECTIONS.items()
+    ]
+    return [
+        *matrices,
+        *(Rule(rf"{theirs}[.]weight", f"{ours}.weight") for theirs, ours in (_NORMS | _ENDS).items()),
+    ]

@@ -1,0 +1,261 @@
+"""Point-Bind's published checkpoints: which encoder is inside, what its tensors are called here, and a folder of them.
+
+Three files hold one: `pointbind_i2pmae.pt`, `pointbind_pointbert.pt` (each with a whole ImageBind under ``bind.``)
+and the `imagebind_w3D.pth` that ImageBind-LLM uses (Point-BERT beside ImageBind's own names).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import chain
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bindllm.atomic import atomic_folder, write_json
+from bindllm.convert.keymap import Accounting, Rule, rename, require_weights
+from bindllm.errors import CheckpointError
+from bindllm.model.checkpoint import REPORT, check_keys
+
+LICENCE = "published with MIT-licensed code; made from ImageBind, whose weights are CC-BY-NC 4.0 (no commercial use)"
+
+_MARKS = {"i2p-mae": "point_encoder.h_encoder.", "point-bert": "point_encoder.cls_token"}
+
+_IMAGEBIND = r"(?:bind[.])?(modality_(?:preprocessors|trunks|heads|postprocessors)[.](?!point[.]).*)"
+_ENCODER = r"(?:point_trunk[.])?point_encoder[.]"
+
+
+def _without_kernel(weight: Tensor) -> Tensor:
+    """A convolution over single points is a matrix: [out, in, 1] -> [out, in]."""
+    return weight.squeeze(-1)
+
+
+def _group_rules(theirs: str, ours: str) -> list[Rule]:
+    """The network over a group; ``theirs`` is a pattern with the groups that ``ours`` refers to."""
+    rules = [Rule(rf"{theirs}(?:first|second)_conv[.]1[.]num_batches_tracked", None, "counts training steps")]
+    for place, name in (("first_conv[.]0", "first"), ("first_conv[.]3", "second"),
+                        ("second_conv[.]0", "third"), ("second_conv[.]3", "fourth")):  # fmt: skip
+        rules.append(Rule(rf"{theirs}{place}[.]weight", f"{ours}{name}.weight", change=_without_kernel))
+        rules.append(Rule(rf"{theirs}{place}[.]bias", f"{ours}{name}.bias"))
+    for place, name in (("first_conv[.]1", "first_norm"), ("second_conv[.]1", "third_norm")):
+        rules += [
+            Rule(rf"{theirs}{place}[.]{part}", f"{ours}{name}.{part}")
+            for part in ("weight", "bias", "running_mean", "running_var")
+        ]
+    return rules
+
+
+def _block_rules(theirs: str, ours: str) -> list[Rule]:
+    """A transformer block, likewise."""
+    names = {
+        "norm1": "attention_norm", "attn[.]qkv": "qkv", "attn[.]proj": "output",
+        "norm2": "mlp_norm", "mlp[.]fc1": "widen", "mlp[.]fc2": "narrow",
+    }  # fmt: skip
+    return [
+        Rule(rf"{theirs}{place}[.]{part}", f"{ours}{name}.{part}")
+        for place, name in names.items()
+        for part in ("weight", "bias")
+    ]
+
+
+_RULES = [
+    Rule(r"logit_scale", None, "temperature of the training loss"),
+    Rule(
+        r"(?:bind[.])?modality_postprocessors?[._]point[.]1[.]log_logit_scale",
+        None,
+        "scale of the published output, which is 1; embeddings here have unit norm",
+    ),
+    Rule(r"(?:point_trunk[.])?pc_projection", "head.projection"),
+    Rule(r"(?:bind[.]modality_head_point|modality_heads[.]point)[.]0[.](weight|bias)", r"head.norm.\1"),
+    Rule(r"(?:bind[.]modality_head_point|modality_heads[.]point)[.]2[.]weight", "head.linear.weight"),
+    Rule(rf"{_ENCODER}norm[.](weight|bias)", r"norm.\1"),
+    # Point-BERT
+    Rule(rf"{_ENCODER}cls_token", "class_token"),
+    Rule(rf"{_ENCODER}cls_pos", "class_position"),
+    Rule(rf"{_ENCODER}reduce_dim[.](weight|bias)", r"reduce.\1"),
+    Rule(rf"{_ENCODER}pos_embed[.]([02])[.](weight|bias)", r"position.\1.\2"),
+    *_group_rules(rf"{_ENCODER}encoder[.]", "groups."),
+    *_block_rules(rf"{_ENCODER}blocks[.]blocks[.](\d+)[.]", r"blocks.\1."),
+    # I2P-MAE
+    Rule(
+        rf"{_ENCODER}h_encoder[.]encoder_pos_embeds[.](\d)[.]([02])[.](weight|bias)",
+        r"scales.\1.position.\2.\3",
+    ),
+    *_group_rules(rf"{_ENCODER}h_encoder[.]token_embed[.](\d)[.]", r"scales.\1.groups."),
+    *_block_rules(
+        rf"{_ENCODER}h_encoder[.]encoder_blocks[.](\d)[.]blocks[.](\d+)[.]", r"scales.\1.blocks.\2."
+    ),
+    Rule(_IMAGEBIND, None, "part of ImageBind, which has a folder of its own"),
+]
+
+
+def find_variant(state: Mapping[str, Tensor]) -> str | None:
+    """Return "i2p-mae" or "point-bert", or None where a state dict holds no point encoder."""
+    found = [
+        variant
+        for variant, mark in _MARKS.items()
+        if any(name.removeprefix("point_trunk.").startswith(mark) for name in state)
+    ]
+    return found[0] if len(found) == 1 else None
+
+
+def imagebind_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the ImageBind inside a checkpoint of Point-Bind, under ImageBind's own names; empty where none is."""
+    return rename(state, [Rule(_IMAGEBIND, r"\1")])[0]
+
+
+def rename_pointbind(
+    state: Mapping[str, Tensor], *, source: str = "the checkpoint"
+) -> tuple[str, dict[str, Tensor], Accounting]:
+    """Return the variant, the tensors of its encoder by our names, and what became of every tensor.
+
+    Args:
+        state: the checkpoint's tensors by their published names.
+        source: what it is called in messages.
+
+    Raises:
+        CheckpointError: no point encoder inside, unknown tensors, missing or misshapen ones, or numbers that are no
+            finite floating-point ones.
+    """
+    variant = find_variant(state)
+    if variant is None:
+        raise CheckpointError(
+            f"{source} is not a checkpoint of Point-Bind: none of its {len(state)} tensors is of a point encoder. "
+            "Expected pointbind_i2pmae.pt, pointbind_pointbert.pt or imagebind_w3D.pth"
+        )
+    tensors, accounting = rename(state, _RULES)
+    accounting.require_complete(source)
+    shapes = _shapes(variant)
+    expected = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    check_keys(expected, tensors, source=source)
+    require_weights(tensors, source=source)
+    return variant, tensors, accounting
+
+
+def convert_pointbind(
+    state: Mapping[str, Tensor], folder: str | Path, *, source: str = "the checkpoint"
+) -> Accounting:
+    """Write the point encoder of a published checkpoint as a folder that `bindllm.encoders.PointBind` reads.
+
+    Args:
+        state: the checkpoint's tensors by their published names.
+        folder: where it goes; a folder that an earlier conversion wrote is replaced.
+        source: what the checkpoint is called in messages.
+
+    Returns:
+        What became of every tensor, as it is written to ``conversion.tsv``.
+
+    Raises:
+        CheckpointError: this is no checkpoint of Point-Bind, or the folder holds something else.
+    """
+    folder = Path(folder)
+    variant, tensors, accounting = rename_pointbind(state, source=source)
+    if folder.exists() and any(folder.iterdir()) and not (folder / REPORT).is_file():
+        raise CheckpointError(
+            f"{folder} exists and was not written by a conversion (no {REPORT}); nothing was written. Choose another "
+            "folder or empty it"
+        )
+    with atomic_folder(folder) as part:
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(plain, part / "model.safetensors", metadata={"format": "pt"})
+        write_json(part / "config.json", {"model": "pointbind", "variant": variant})
+        packages = [{"name": f"Point-Bind (weights, {variant})", "licence": LICENCE}]
+        write_json(part / "SOURCE.json", {"model": "pointbind", "packages": packages})
+        accounting.write(part / REPORT)
+        (part / "README.md").write_text(_CARD.format(variant=variant), encoding="utf-8")
+    return accounting
+
+
+_CARD = """\
+# Point-Bind's point encoder ({variant})
+
+Converted by bindllm from the published weights of Point-Bind (https://arxiv.org/abs/2309.00615); `conversion.tsv`
+tells what became of each of their tensors.
+
+```python
+from bindllm import Media
+from bindllm.encoders import PointBind
+
+encoder = PointBind("THIS_FOLDER")
+encoder.embed("point", [encoder.prepare(Media.point("chair.ply"))])  # [1, 1024], in the space of ImageBind
+```
+
+## Licence
+
+The code of Point-Bind is published under the MIT licence. Its weights were trained towards the embeddings of
+ImageBind, whose own weights are for non-commercial use only (CC-BY-NC 4.0). Ask the authors before any use beyond that.
+"""
+
+
+def _shapes(variant: str) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of every tensor of a published encoder, batch norms not yet folded."""
+    if variant == "point-bert":
+        shapes = {"class_token": (1, 1, 384), "class_position": (1, 1, 384)}
+        parts = chain(
+            _group_shapes("groups.", 3, (128, 256, 512, 256)),
+            _linear("reduce", 256, 384),
+            _linear("position.0", 3, 128),
+            _linear("position.2", 128, 384),
+            *(_block_shapes(f"blocks.{n}.", 384) for n in range(12)),
+            _tail(feature=768, width=384),
+        )
+        return shapes | dict(parts)
+    levels = ((3, (128, 256, 512, 96)), (96, (96, 96, 192, 192)), (192, (192, 192, 384, 384)))
+    parts = chain(
+        *(_group_shapes(f"scales.{n}.groups.", *level) for n, level in enumerate(levels)),
+        *(_linear(f"scales.{n}.position.0", 3, widths[-1]) for n, (_, widths) in enumerate(levels)),
+        *(_linear(f"scales.{n}.position.2", widths[-1], widths[-1]) for n, (_, widths) in enumerate(levels)),
+        *(
+            _block_shapes(f"scales.{n}.blocks.{block}.", widths[-1])
+            for n, (_, widths) in enumerate(levels)
+            for block in range(5)
+        ),
+        _tail(feature=384, width=384),
+    )
+    return dict(parts)
+
+
+_Shapes = list[tuple[str, tuple[int, ...]]]
+
+
+def _linear(name: str, width: int, out: int) -> _Shapes:
+    return [(f"{name}.weight", (out, width)), (f"{name}.bias", (out,))]
+
+
+def _norm(name: str, width: int, parts: tuple[str, ...] = ("weight", "bias")) -> _Shapes:
+    return [(f"{name}.{part}", (width,)) for part in parts]
+
+
+def _group_shapes(name: str, inputs: int, widths: tuple[int, ...]) -> _Shapes:
+    first, second, third, fourth = widths
+    statistics = ("weight", "bias", "running_mean", "running_var")
+    return [
+        *_linear(f"{name}first", inputs, first),
+        *_norm(f"{name}first_norm", first, statistics),
+        *_linear(f"{name}second", first, second),
+        *_linear(f"{name}third", 2 * second, third),
+        *_norm(f"{name}third_norm", third, statistics),
+        *_linear(f"{name}fourth", third, fourth),
+    ]
+
+
+def _block_shapes(name: str, width: int) -> _Shapes:
+    return [
+        *_norm(f"{name}attention_norm", width),
+        (f"{name}qkv.weight", (3 * width, width)),
+        *_linear(f"{name}output", width, width),
+        *_norm(f"{name}mlp_norm", width),
+        *_linear(f"{name}widen", width, 4 * width),
+        *_linear(f"{name}narrow", 4 * width, width),
+    ]
+
+
+def _tail(*, feature: int, width: int) -> _Shapes:
+    return [
+        *_norm("norm", width),
+        ("head.projection", (feature, 512)),
+        *_norm("head.norm", 512),
+        ("head.linear.weight", (1024, 512)),
+    ]

@@ -1,0 +1,311 @@
+"""Embeddings on disk: each media is encoded once, ever, and every later use reads it from here.
+
+Layout: ``<folder>/<first 16 letters of the encoder's fingerprint>/`` holds ``encoder.json``, ``embeddings-*.arrow``
+(content hash, modality, source, embedding) and ``files-*.arrow`` (which file, at which size and time, has which
+content hash, so that an unchanged file is not read again). Any Arrow reader opens them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from bindllm.atomic import write_json
+from bindllm.embeddings.records import as_hex, as_keys, read_keys
+from bindllm.embeddings.shards import KEY, KEY_BYTES, Shards
+from bindllm.errors import StoreError
+from bindllm.media import Media
+
+if TYPE_CHECKING:
+    from bindllm.encoders import Encoder
+
+FORMAT = 1
+"""Number of the layout; a store of a newer one is refused."""
+
+SETTLED_NS = 2_000_000_000
+"""Age in nanoseconds from which a file's time is trusted: a file written twice within one tick of its file
+system's clock keeps its time, and the coarsest clock in use (FAT) ticks every 2 seconds."""
+
+_FILES = pa.schema([("file", pa.binary(KEY_BYTES)), ("key", pa.binary(KEY_BYTES))])
+
+
+class EmbeddingStore:
+    """The embeddings of one encoder, keyed by content.
+
+    Several processes may read and append at the same time. A store can be pickled to a data-loader worker, which
+    opens it again by its path; nothing is written unless something is appended.
+
+    Args:
+        folder: holds one sub-folder per encoder; made where missing.
+        encoder_fingerprint: identifies weights and preprocessing, in hex; each has its own sub-folder.
+        embedding_size: E, the width of an embedding.
+        encoder_class: import path of the encoder, noted in ``encoder.json`` for people.
+
+    Raises:
+        StoreError: the folder holds another width, another encoder or a newer format, or cannot be used.
+
+    Example:
+        >>> import tempfile
+        >>> store = EmbeddingStore(tempfile.mkdtemp(), "0" * 64, 2)
+        >>> dog = Media.text("a dog")
+        >>> store.append([store.key_of(dog)], torch.tensor([[0.6, 0.8]]), [dog])
+        >>> store.get([store.key_of(dog)])
+        tensor([[0.6000, 0.8000]])
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        encoder_fingerprint: str,
+        embedding_size: int,
+        *,
+        encoder_class: str | None = None,
+    ) -> None:
+        if not re.fullmatch("[0-9a-f]{16,}", encoder_fingerprint):
+            raise StoreError(
+                f"a fingerprint must be at least 16 hexadecimal digits, not {encoder_fingerprint!r}; "
+                "a sha256 of weights and preprocessing is one"
+            )
+        self.root = Path(folder).absolute()
+        self.folder = self.root / encoder_fingerprint[:16]
+        self.fingerprint = encoder_fingerprint
+        self.embedding_size = embedding_size
+        # Files whose content was hashed since the last write: 32 bytes that stand for a file -> key.
+        self._hashed: dict[bytes, bytes] = {}
+        with self._explained():
+            self._check_encoder(encoder_class)
+            self._embeddings = Shards(
+                self.folder, kind="embeddings", schema=_embedding_schema(embedding_size)
+            )
+            self._files = Shards(self.folder, kind="files", schema=_FILES)
+
+    @classmethod
+    def for_encoder(cls, folder: str | Path, encoder: Encoder) -> EmbeddingStore:
+        """Open or make the store of an encoder."""
+        kind = type(encoder)
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        return cls(folder, encoder.fingerprint(), encoder.embedding_size, encoder_class=name)
+
+    def __len__(self) -> int:
+        """Return the number of embeddings."""
+        return len(self._embeddings)
+
+    def __contains__(self, key: str) -> bool:
+        return bool(self.has([key])[0])
+
+    def __repr__(self) -> str:
+        return f"EmbeddingStore({str(self.folder)!r}, {len(self)} embeddings of size {self.embedding_size})"
+
+    def __reduce__(self) -> tuple:
+        # No memory map or open file travels to another process: it opens the store by its path.
+        return type(self), (self.root, self.fingerprint, self.embedding_size)
+
+    def key_of(self, media: Media) -> str:
+        """Return the key of media: its content hash.
+
+        A file that was hashed before and has the same path, size and time since is not read again.
+
+        Raises:
+            MediaError: the file cannot be read.
+        """
+        file = _file_state(media)
+        if file is None:
+            return media.content_hash()
+        key = self._hashed.get(file)
+        if key is None:
+            keys, found = self._files.get(np.array([file], KEY))
+            if found[0]:
+                return keys.tobytes().hex()
+            key = bytes.fromhex(media.content_hash())
+            self._hashed[file] = key
+        return key.hex()
+
+    def has(self, keys: Sequence[str]) -> np.ndarray:
+        """Return for each of the keys [N] whether its embedding is stored, bool [N]."""
+        return self._embeddings.has(as_keys(keys))
+
+    def get(self, keys: Sequence[str]) -> Tensor:
+        """Return the embeddings of the keys, float32 [N, E], exactly as they were appended.
+
+        Raises:
+            StoreError: keys that are not stored; says how many and names the first.
+        """
+        wanted = as_keys(keys)
+        embeddings, found = self._embeddings.get(wanted)
+        if not found.all():
+            # Another process may have appended them since this one last looked.
+            self.refresh()
+            embeddings, found = self._embeddings.get(wanted)
+        if not found.all():
+            missing = np.flatnonzero(~found)
+            raise StoreError(
+                f"{self.folder}: {len(missing)} of {len(keys)} embeddings are not stored, "
+                f"the first with key {keys[missing[0]]}; fill the store with these media first"
+            )
+        return torch.from_numpy(embeddings)
+
+    def keys(self, modality: str | None = None) -> list[str]:
+        """Return the keys of all embeddings, or of those of one modality, sorted, each once."""
+        return as_hex(read_keys(self.folder, modality))
+
+    def sources(self, keys: Sequence[str]) -> list[str | None]:
+        """Return the path or the text that each embedding came from; None: from memory, or it is not stored."""
+        self.refresh()
+        return self._embeddings.column(as_keys(keys), "source")
+
+    def append(self, keys: Sequence[str], embeddings: Tensor, media: Sequence[Media]) -> None:
+        """Write embeddings as one new shard; keys that are stored already are left out.
+
+        Args:
+            keys: what `key_of` gave for the media.
+            embeddings: [N, E].
+            media: what was encoded; modality and source are recorded.
+
+        Raises:
+            StoreError: shapes that do not fit, an embedding that is not finite (its source is named), or a disk
+                that cannot be written. Nothing of this call is stored then, and what was stored before is intact.
+        """
+        rows = embeddings.detach().to("cpu", torch.float32).numpy()
+        if rows.shape != (len(keys), self.embedding_size) or len(media) != len(keys):
+            raise StoreError(
+                f"{self.folder}: got {len(keys)} keys, {len(media)} media and embeddings {list(rows.shape)}; "
+                f"expected one key, one media and {self.embedding_size} numbers for each embedding"
+            )
+        broken = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+        if len(broken):
+            raise StoreError(
+                f"{self.folder}: {len(broken)} of {len(rows)} embeddings are not finite, the first that of "
+                f"{media[broken[0]].name}; nothing was stored. Check this media, and the encoder's weights and dtype"
+            )
+        table = pa.table(
+            [
+                _as_column(as_keys(keys)),
+                pa.array([item.modality for item in media], pa.string()),
+                pa.array([_source(item) for item in media], pa.string()),
+                pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), self.embedding_size),
+            ],
+            schema=_embedding_schema(self.embedding_size),
+        )
+        with self._explained():
+            self._embeddings.append(table)
+
+    def save_files(self) -> None:
+        """Write which files `key_of` has read since the last time, so that no later run reads them again.
+
+        In a folder that this user may only read, nothing is written: the files are read again next time.
+
+        Raises:
+            StoreError: the disk cannot be written.
+        """
+        hashed = dict(self._hashed)
+        if hashed and os.access(self.folder, os.W_OK):
+            columns = (np.array(list(part), KEY) for part in (hashed.keys(), hashed.values()))
+            with self._explained():
+                self._files.append(pa.table([_as_column(column) for column in columns], schema=_FILES))
+        for file in hashed:
+            del self._hashed[file]
+
+    def refresh(self) -> None:
+        """See what other processes have appended since."""
+        with self._explained():
+            self._embeddings.refresh()
+            self._files.refresh()
+
+    def compact(self) -> None:
+        """Merge small shards where there are many; a crash in between loses nothing.
+
+        Raises:
+            StoreError: the disk cannot be written; nothing is lost.
+        """
+        with self._explained():
+            self._embeddings.compact()
+            self._files.compact()
+
+    def _check_encoder(self, encoder_class: str | None) -> None:
+        """Write ``encoder.json``, or compare it with what was asked for."""
+        path = self.folder / "encoder.json"
+        expected = {"fingerprint": self.fingerprint, "embedding_size": self.embedding_size}
+        if not path.exists():
+            write_json(path, {"format": FORMAT, **expected, "encoder": encoder_class})
+            return
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            format_number = int(found["format"])
+            found = {name: found[name] for name in expected}
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreError(
+                f"{path} is damaged ({error!r}); remove it if the folder belongs to this encoder, else the folder"
+            ) from error
+        if format_number > FORMAT:
+            raise StoreError(
+                f"{path}: the store has format {format_number}, this bindllm reads up to {FORMAT}; "
+                "update bindllm or choose another folder"
+            )
+        for name, value in expected.items():
+            if found[name] != value:
+                raise StoreError(
+                    f"{path}: the store was made with {name} {found[name]}, the encoder has {value}; "
+                    "choose another folder"
+                )
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StoreError(
+                f"{self.folder}: the store cannot be read or written ({error}); what was stored before is intact. "
+                "Check the free space and the permissions, then start again"
+            ) from error
+
+
+def _embedding_schema(embedding_size: int) -> pa.Schema:
+    return pa.schema(
+        [
+            ("key", pa.binary(KEY_BYTES)),
+            ("modality", pa.string()),
+            ("source", pa.string()),
+            ("embedding", pa.list_(pa.float32(), embedding_size)),
+        ]
+    )
+
+
+def _as_column(keys: np.ndarray) -> pa.Array:
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(KEY_BYTES), len(keys), [None, pa.py_buffer(keys)])
+
+
+def _source(media: Media) -> str | None:
+    """Return the path or the text of media, None for what came from memory."""
+    if not isinstance(media.source, str | Path):
+        return None
+    # File names may hold bytes that are not UTF-8, which Arrow's strings must be.
+    return str(media.source).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _file_state(media: Media) -> bytes | None:
+    """Return 32 bytes that stand for a file in its present state, None for what is not a file at rest."""
+    if media.modality == "text" or not isinstance(media.source, str | Path):
+        return None
+    try:
+        # The real path: a link that points elsewhere tomorrow is another file, even of the same size and time.
+        path = os.path.realpath(media.source)
+        state = os.stat(path)
+    except (OSError, ValueError):
+        # Reading the content will say better what is wrong.
+        return None
+    if state.st_mtime_ns > time.time_ns() - SETTLED_NS:
+        return None
+    text = f"{media.modality}\n{state.st_size} {state.st_mtime_ns}\n".encode()
+    return hashlib.sha256(text + os.fsencode(path)).digest()

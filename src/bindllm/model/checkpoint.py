@@ -1,0 +1,343 @@
+"""The checkpoint folder: one directory, safetensors and JSON only, written whole or not at all.
+
+    bindllm.json        format version, every config, decoder and encoders with their fingerprints
+    bind.safetensors    bind network, gates and queries; frozen weights are referenced, never copied
+    cache/              optional: a visual cache that travels with the checkpoint; stays when it is saved again
+    adapter/            where the decoder is tuned: adapter_config.json and adapter_model.safetensors, peft's own files
+    README.md           model card
+    conversion.tsv      where foreign weights were converted: what became of each of their tensors
+    recipe.yaml, metrics.json, report.html ...   added by a training run
+
+Loading never unpickles, and builds only encoders under ``bindllm.`` unless the caller allows others by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bindllm.atomic import atomic_folder, set_aside_name, write_json
+from bindllm.convert.keymap import Accounting
+from bindllm.errors import BindLLMError, CheckpointError, known_names
+
+FORMAT = 1
+MANIFEST = "bindllm.json"
+WEIGHTS = "bind.safetensors"
+REPORT = "conversion.tsv"
+ADAPTER = "adapter"
+CACHE = "cache"
+ADAPTER_WEIGHTS = f"{ADAPTER}/adapter_model.safetensors"
+_ADAPTER_CONFIG = f"{ADAPTER}/adapter_config.json"
+_ADAPTER_PREFIX = "adapter."
+# Methods of `bindllm.encoders.Encoder`; its other members may be made by the constructor.
+_ENCODER_METHODS = ("fingerprint", "to", "prepare", "embed")
+_PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"}
+
+
+def write_checkpoint(
+    folder: str | Path,
+    manifest: dict[str, Any],
+    tensors: Mapping[str, Tensor],
+    card: str,
+    *,
+    adapter_config: Mapping[str, Any] | None = None,
+    report: Accounting | None = None,
+) -> None:
+    """Write a checkpoint folder in one step; an existing checkpoint there is replaced, anything else refused.
+
+    Args:
+        folder: where it goes.
+        manifest: JSON-able content of ``bindllm.json``; format, hashes of the weights and root are added.
+        tensors: trainable tensors by name; those of the adapter have ``adapter.`` ahead of peft's name.
+        card: text of the model card.
+        adapter_config: content of peft's ``adapter_config.json``, where there is an adapter.
+        report: where foreign weights were converted: what became of each, for ``conversion.tsv``.
+
+    Raises:
+        CheckpointError: the folder exists and is not a checkpoint of ours.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+        raise CheckpointError(
+            f"{folder} exists and is not a bindllm checkpoint (no {MANIFEST}); nothing was written. "
+            "Choose another folder or empty it."
+        )
+    tuned = {name for name in tensors if name.startswith(_ADAPTER_PREFIX)}
+    assert bool(tuned) == (adapter_config is not None), "an adapter's tensors and its config go together"
+    cache = {"cache": _keep_path(entry, folder)} if (entry := manifest.get("cache")) else {}
+    with atomic_folder(folder) as part:
+        if (folder / CACHE).is_dir():
+            # Files of an index are replaced and never written again, so both folders may share them for a while.
+            shutil.copytree(folder / CACHE, part / CACHE, copy_function=_link)
+        _save(part / WEIGHTS, {name: tensor for name, tensor in tensors.items() if name not in tuned})
+        hashes = {"weights_sha256": _sha256(part / WEIGHTS)}
+        if adapter_config is not None:
+            (part / ADAPTER).mkdir()
+            named = {name.removeprefix(_ADAPTER_PREFIX): tensors[name] for name in tensors if name in tuned}
+            _save(part / ADAPTER_WEIGHTS, named)
+            _write_json(part / _ADAPTER_CONFIG, adapter_config)
+            hashes["adapter_sha256"] = _sha256(part / ADAPTER_WEIGHTS)
+        root = os.path.relpath(Path.cwd(), folder.resolve())
+        _write_json(part / MANIFEST, {"format": FORMAT, **manifest, **cache, **hashes, "root": root})
+        (part / "README.md").write_text(card, encoding="utf-8")
+        if report is not None:
+            report.write(part / REPORT)
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """Read and check ``bindllm.json``.
+
+    Raises:
+        CheckpointError: no such folder, no manifest, a newer format, or a pickle beside it.
+    """
+    folder = Path(folder)
+    if folder.is_file():
+        raise CheckpointError(f"{folder} is a file; give its folder, {str(folder.parent)!r}")
+    if not folder.is_dir():
+        if (aside := set_aside_name(folder)).is_dir():
+            raise CheckpointError(
+                f"a save into {folder} was killed just as it took the place of the earlier checkpoint, which is whole "
+                f"in {aside}: rename it to {folder.name}, or save again"
+            )
+        raise CheckpointError(f"checkpoint folder {str(folder)!r} does not exist. {_siblings(folder)}")
+    pickles = sorted(file.name for file in folder.rglob("*") if file.suffix in _PICKLES)
+    if pickles:
+        raise CheckpointError(
+            f"{folder} holds {', '.join(pickles)}: such files can run code when opened, and no bindllm checkpoint "
+            "has them. Remove them, or load a folder from a source you trust."
+        )
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder} has no {MANIFEST}, so it is not a bindllm checkpoint") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{folder / MANIFEST} is not valid JSON: {error}") from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("format", 0), int):
+        raise CheckpointError(
+            f"{folder / MANIFEST} is not the description of a checkpoint: expected an object whose format is a "
+            f"number, not {json.dumps(manifest)[:80]}"
+        )
+    if manifest.get("format", 0) > FORMAT:
+        raise CheckpointError(
+            f"{folder} has format {manifest['format']}, this bindllm reads up to {FORMAT}: upgrade bindllm"
+        )
+    return manifest
+
+
+def name_cache(folder: str | Path, entry: Mapping[str, Any] | None) -> None:
+    """Write into an existing checkpoint which visual cache it answers with, in one step.
+
+    Args:
+        folder: the checkpoint.
+        entry: ``folder`` of the cache, as it is reached from here, and settings; None: no cache.
+
+    Raises:
+        CheckpointError: there is no such checkpoint.
+    """
+    manifest = read_manifest(folder)
+    if entry is not None:
+        entry = _keep_path(entry, folder, root=Path(folder) / manifest.get("root", "."))
+    write_json(Path(folder) / MANIFEST, {**manifest, "cache": entry})
+
+
+def read_weights(folder: str | Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
+    """Read the trained tensors, and check their files against the hashes in the manifest."""
+    tensors = _load(folder, WEIGHTS, manifest.get("weights_sha256"))
+    if "adapter_sha256" in manifest:
+        tuned = _load(folder, ADAPTER_WEIGHTS, manifest["adapter_sha256"])
+        tensors |= {_ADAPTER_PREFIX + name: tensor for name, tensor in tuned.items()}
+    return tensors
+
+
+def check_keys(expected: dict[str, Tensor], found: dict[str, Tensor], *, source: str) -> None:
+    """Refuse tensors that do not match name by name and shape by shape.
+
+    Raises:
+        CheckpointError: lists every missing, unexpected and misshapen tensor.
+    """
+    problems = [f"missing {name}" for name in sorted(expected.keys() - found.keys())]
+    problems += [f"unexpected {name}" for name in sorted(found.keys() - expected.keys())]
+    problems += [
+        f"{name} has shape {list(found[name].shape)}, expected {list(expected[name].shape)}"
+        for name in sorted(expected.keys() & found.keys())
+        if expected[name].shape != found[name].shape
+    ]
+    if problems:
+        raise CheckpointError(f"{source} does not fit this model: {'; '.join(problems)}")
+
+
+def resolve_path(value: Any, folder: str | Path, manifest: dict[str, Any]) -> Any:
+    """Return a local path of the manifest as it is reached from here.
+
+    Paths are kept as the recipe gave them; one that does not exist from the current directory is looked up from
+    the directory in which the checkpoint was made, so that a moved project still loads from anywhere.
+    """
+    # A word without a separator is a setting, even where a folder of that name exists.
+    if not isinstance(value, str) or not {"/", os.sep} & set(value) or os.path.exists(value):
+        return value
+    beside = Path(folder) / manifest.get("root", ".") / value
+    return os.path.relpath(beside) if beside.exists() else value
+
+
+def resolve_cache(value: str, folder: str | Path, manifest: dict[str, Any]) -> str:
+    """Return the path of a checkpoint's visual cache as it is reached from here.
+
+    A relative one is looked up in the checkpoint's own folder first, so that a checkpoint can travel with its cache,
+    then like all paths (see `resolve_path`).
+    """
+    if "://" in value:
+        return value
+    places = [Path(folder) / value, Path(value), Path(folder) / manifest.get("root", ".") / value]
+    return os.path.relpath(found) if (found := next((p for p in places if p.exists()), None)) else value
+
+
+def build_object(entry: dict[str, Any], *, allow: Sequence[str] = ()) -> Any:
+    """Build the encoder that a manifest names by ``class_path`` and ``init_args``.
+
+    Args:
+        entry: ``{"class_path": ..., "init_args": {...}}``.
+        allow: import paths that the caller trusts, such as ``"my_lab.RadarEncoder"``; others must be classes of
+            encoders below ``bindllm.``.
+
+    Raises:
+        CheckpointError: the class is not allowed, does not exist, is no encoder, or cannot be imported or built.
+    """
+    path = entry.get("class_path")
+    if not isinstance(path, str) or not all(path.split(".")) or "." not in path:
+        raise CheckpointError(
+            f"{path!r} is not the import path of a class; expected one such as 'my_lab.RadarEncoder'"
+        )
+    if not path.startswith("bindllm.") and path not in allow:
+        raise CheckpointError(
+            f"the checkpoint names the class {path!r}, which is not part of bindllm and would run code from there. "
+            f"If you trust it, pass allow=[{path!r}], or --allow {path} on the command line."
+        )
+    module, _, name = path.rpartition(".")
+    arguments = entry.get("init_args", {})
+    try:
+        home = importlib.import_module(module)
+        try:
+            kind = getattr(home, name)
+        except AttributeError as error:
+            raise CheckpointError(
+                f"{path} cannot be built: {module} has no {name!r}. {known_names(name, classes_in(home))}"
+            ) from error
+        if path not in allow:
+            _refuse_other(path, kind)
+        return kind(**arguments)
+    except BindLLMError:
+        raise
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):
+            raise CheckpointError(
+                f"{path} cannot be built: it needs {error.name!r}, which is not installed"
+            ) from error
+        raise CheckpointError(
+            f"{path} cannot be built: there is no module {error.name!r}. It is looked for in {Path.cwd()} by the "
+            "command line, and in the folders of PYTHONPATH"
+        ) from error
+    # This may be a stranger's code: whatever it raises means that there is no such object.
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} cannot be built with {arguments}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _refuse_other(path: str, kind: Any) -> None:
+    """Refuse what is no class of an encoder, before it is called: a stranger's folder may name any function.
+
+    Raises:
+        CheckpointError: says what it lacks.
+    """
+    lacking = [name for name in _ENCODER_METHODS if not callable(getattr(kind, name, None))]
+    if not isinstance(kind, type) or lacking:
+        what = f"a class without {', '.join(lacking)}" if isinstance(kind, type) else "no class"
+        raise CheckpointError(
+            f"the checkpoint names {path!r} as an encoder, but it is {what}; nothing was called. Load only folders "
+            "from a source you trust, or copy the folder again"
+        )
+
+
+def classes_in(module: ModuleType) -> list[str]:
+    """Return the names of the classes that a module offers, without those that it only imports."""
+    names = vars(module)
+    own = [
+        name
+        for name, value in names.items()
+        if isinstance(value, type) and value.__module__ == module.__name__
+    ]
+    return list(names.get("__all__", own))
+
+
+def _keep_path(entry: Mapping[str, Any], folder: str | Path, *, root: Path | None = None) -> dict[str, Any]:
+    """Return the entry of a cache with its path as a manifest keeps it.
+
+    Inside the checkpoint it is relative to that, an absolute one stays so, and others are relative to the directory in
+    which the checkpoint was made.
+
+    Args:
+        entry: its ``folder`` as it is reached from here.
+        folder: the checkpoint.
+        root: the directory in which it was made; None: this one.
+    """
+    path, home = Path(entry["folder"]), Path(folder).resolve()
+    if path.resolve().is_relative_to(home):
+        return {**entry, "folder": path.resolve().relative_to(home).as_posix()}
+    if root is None or path.is_absolute():
+        return dict(entry)
+    # The real one: the way up from it must not depend on a link that led to the checkpoint.
+    return {**entry, "folder": os.path.relpath(path, root.resolve())}
+
+
+def _link(source: str, target: str) -> None:
+    """Give a file a second name; where the file system has no such thing, copy it."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _save(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, file, metadata={"format": "pt"})
+
+
+def _load(folder: str | Path, name: str, expected: str | None) -> dict[str, Tensor]:
+    file = Path(folder) / name
+    if not file.is_file():
+        raise CheckpointError(f"{folder} has no {name}: copy the whole folder")
+    if _sha256(file) != expected:
+        raise CheckpointError(
+            f"{file} is not the file that {MANIFEST} was written with: damaged or exchanged"
+        )
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+
+
+def _write_json(file: Path, value: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _siblings(folder: Path) -> str:
+    """List the checkpoints beside a folder that does not exist."""
+    parent = folder.parent
+    names: Iterable[str] = (f.parent.name for f in parent.glob(f"*/{MANIFEST}")) if parent.is_dir() else ()
+    return known_names(folder.name, names)

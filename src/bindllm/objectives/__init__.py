@@ -1,0 +1,34 @@
+"""What training minimises: one small class per objective, named by its import path in a recipe.
+
+model:
+  objective: {class_path: bindllm.objectives.DPO, init_args: {beta: 0.1}}
+"""
+
+from bindllm.objectives.base import Figures, Needs, Objective
+from bindllm.objectives.dpo import DPO, dpo_loss
+from bindllm.objectives.grpo import GRPO
+from bindllm.objectives.kto import KTO, kto_loss
+from bindllm.objectives.log_probs import answer_log_probs
+from bindllm.objectives.next_token import NextToken, next_token_loss
+from bindllm.objectives.orpo import ORPO, log_odds
+from bindllm.objectives.rewards import CaptionMetric, ExactAnswer, OptionLetter, Reward
+
+__all__ = [
+    "DPO",
+    "GRPO",
+    "KTO",
+    "ORPO",
+    "CaptionMetric",
+    "ExactAnswer",
+    "Figures",
+    "Needs",
+    "NextToken",
+    "Objective",
+    "OptionLetter",
+    "Reward",
+    "answer_log_probs",
+    "dpo_loss",
+    "kto_loss",
+    "log_odds",
+    "next_token_loss",
+]

@@ -1,0 +1,111 @@
+"""Direct preference optimisation: the chosen answer becomes likelier than the rejected one, against the start.
+
+DPO (arXiv 2305.18290, eq. 7), its label smoothing (E. Mitchell, "A note on DPO with noisy preferences", 2023) and IPO
+(arXiv 2310.12036, eq. 17).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from bindllm.data.collate import Batch
+from bindllm.errors import InputError, known_names
+from bindllm.model.bindllm import BindLLM
+from bindllm.objectives.base import Figures, Needs, Objective, above_zero
+from bindllm.objectives.log_probs import answer_log_probs
+from bindllm.objectives.reference import References
+
+if TYPE_CHECKING:
+    from bindllm.training.module import BindModule
+
+LOSSES = ("sigmoid", "ipo")
+
+
+class DPO(Objective):
+    """Learns from pairs of a chosen and a rejected answer, held near the model that training starts from.
+
+    Args:
+        beta: how strongly the start holds; larger is stronger. For ``ipo`` the paper's tau.
+        loss: sigmoid (DPO) or ipo.
+        label_smoothing: share of pairs, 0 to below 0.5, that are taken to be the wrong way round (sigmoid alone).
+        normalise_length: take means over the tokens of an answer in place of sums, so that long answers weigh no
+            more than short ones (arXiv 2411.15124, section 5.1). The papers of both losses take sums.
+
+    Raises:
+        InputError: a value outside of its range, or options that exclude each other.
+    """
+
+    needs: ClassVar[Needs] = "pairs"
+    uses_reference: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        beta: float = 0.1,
+        loss: Literal["sigmoid", "ipo"] = "sigmoid",
+        label_smoothing: float = 0.0,
+        normalise_length: bool = False,
+    ) -> None:
+        if loss not in LOSSES:
+            raise InputError(f"DPO: unknown loss {loss!r}. {known_names(loss, LOSSES)}")
+        if not 0 <= label_smoothing < 0.5:
+            raise InputError(f"DPO: label_smoothing must be from 0 to below 0.5, not {label_smoothing}")
+        if label_smoothing and loss == "ipo":
+            raise InputError("DPO: label_smoothing is for loss sigmoid; with ipo leave it out")
+        self.beta = above_zero("DPO: beta", beta)
+        self.kind, self.label_smoothing, self.normalise_length = loss, label_smoothing, normalise_length
+        self._references = References()
+
+    def note_start(self, model: BindLLM) -> None:
+        """Remember which weights are the reference."""
+        self._references.note_start(model)
+
+    def prepare(self, module: BindModule) -> None:
+        """Compute, or read, the reference log-probabilities of all training and validation pairs."""
+        splits = {split: module.trainer.datamodule.samples(split) for split in ("train", "validation")}
+        columns = {
+            split: [samples, [sample.rejected for sample in samples]]
+            for split, samples in splits.items()
+            if samples
+        }
+        self._references.prepare(module, columns)
+
+    def complete(self, batch: Batch, split: str) -> Batch:
+        """Add ``reference``, the reference log-probability of each row, [2B]."""
+        # Columns below each other, as the rows of the batch are: the chosen answers, then the rejected.
+        return {**batch, "reference": self._references.of(split, batch["numbers"]).T.flatten()}
+
+    def loss(self, model: BindLLM, batch: Batch) -> tuple[Tensor, Figures]:
+        """Return the mean loss of the pairs; logged are rewards, their margin, and how often it is positive."""
+        log_probs, num_tokens = answer_log_probs(model, batch)
+        ratio = log_probs - batch["reference"]
+        chosen, rejected = (ratio / num_tokens if self.normalise_length else ratio).chunk(2)
+        gap = chosen - rejected
+        loss = dpo_loss(gap, beta=self.beta, kind=self.kind, label_smoothing=self.label_smoothing)
+        chosen, rejected, gap = (self.beta * value.detach() for value in (chosen, rejected, gap))
+        figures = {"margin": gap, "accuracy": gap > 0, "chosen_reward": chosen, "rejected_reward": rejected}
+        return loss.mean(), {name: value.float().mean() for name, value in figures.items()}
+
+
+def dpo_loss(gap: Tensor, *, beta: float, kind: str = "sigmoid", label_smoothing: float = 0.0) -> Tensor:
+    """Return the loss of each pair.
+
+    Args:
+        gap: log ratio (trained to reference) of the chosen answer minus that of the rejected one, [B].
+        beta: as for `DPO`.
+        kind: sigmoid or ipo.
+        label_smoothing: as for `DPO`.
+
+    Returns:
+        [B].
+
+    Example:
+        >>> import torch
+        >>> [round(value, 4) for value in dpo_loss(torch.tensor([0.0, 10.0]), beta=0.1).tolist()]  # log(2), less
+        [0.6931, 0.3133]
+    """
+    if kind == "ipo":
+        return (gap - 1 / (2 * beta)) ** 2
+    right, wrong = nn.functional.logsigmoid(beta * gap), nn.functional.logsigmoid(-beta * gap)
+    return -(1 - label_smoothing) * right - label_smoothing * wrong

@@ -1,0 +1,334 @@
+"""Group relative policy optimisation: answers that earn more than others to the same question become likelier.
+
+DeepSeekMath (arXiv 2402.03300), section 4.1: equation 3 with outcome supervision and the KL estimator of equation 4.
+Dr. GRPO (arXiv 2503.20783), section 3.2, leaves out two of its divisions.
+
+Letters: `B` prompts, `G` answers to each, `R = B * G`, `N` tokens of all answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from bindllm.data.collate import Batch, prompt_batch
+from bindllm.data.datamodule import BindData
+from bindllm.data.source_config import SPLITS
+from bindllm.data.tokenise import IGNORE, Sample
+from bindllm.errors import InputError
+from bindllm.model.bindllm import BindLLM
+from bindllm.objectives.base import Figures, Needs, Objective, above_zero
+from bindllm.objectives.rewards import ExactAnswer, Reward
+from bindllm.objectives.rollouts import draw_answers, greedy_answers, token_log_probs
+
+if TYPE_CHECKING:
+    from bindllm.training.module import BindModule
+
+
+@dataclass
+class Rollout:
+    """Answers that were drawn and judged, and what is compared with while they are learnt from.
+
+    Attributes:
+        batch: what the model takes, R rows.
+        advantages: of each answer within its group, [R].
+        reference: log-probabilities of the tokens under the model at the start, [N]; None where ``beta`` is 0.
+        figures: what is logged about the answers.
+        old: log-probabilities of the tokens when the answers were drawn, [N]; set when they are first learnt from.
+        uses: how many steps have learnt from them.
+    """
+
+    batch: Batch
+    advantages: Tensor
+    reference: Tensor | None
+    figures: Figures
+    old: Tensor | None = None
+    uses: int = 0
+
+
+class GRPO(Objective):
+    """Learns from its own answers, by a reward that can be verified, held near the model that training starts from.
+
+    To each question of a batch the model draws a group of answers; those that earn more than the mean of their group
+    become likelier, the others less likely. The rows need true answers, and their wording is never imitated.
+
+    Args:
+        reward: what an answer earns; null: `ExactAnswer`.
+        group_size: answers drawn to each question, 2 or more; a step learns from ``data.batch_size * group_size``.
+        beta: how strongly the start holds, 0 or more. At 0 no start weights are kept, a forward is saved, and answers
+            that are as good as the mean of their group are not run through the model again.
+        clip: how far from 1 the ratio of a token's probability to that when it was drawn still counts; of effect from
+            the second step on the same answers.
+        temperature: that answers are drawn with; 1 is the model itself.
+        max_new_tokens: longest answer, its end token included. A longer one is cut, and judged as it is.
+        steps_per_rollout: optimizer steps on the answers to one batch of questions.
+        normalise_std: divide the rewards of a group by their standard deviation. False as in Dr. GRPO: questions that
+            are nearly always or nearly never answered right weigh less.
+        normalise_length: mean over the tokens of an answer. False as in Dr. GRPO: the sum over them, divided by
+            ``max_new_tokens``, so that long wrong answers are not spared.
+
+    Raises:
+        InputError: a value outside of its range.
+    """
+
+    needs: ClassVar[Needs] = "prompts"
+
+    def __init__(
+        self,
+        reward: Reward | None = None,
+        group_size: int = 8,
+        beta: float = 0.04,
+        clip: float = 0.2,
+        temperature: float = 1.0,
+        max_new_tokens: int = 64,
+        steps_per_rollout: int = 1,
+        normalise_std: bool = True,
+        normalise_length: bool = True,
+    ) -> None:
+        for name, value, least in (
+            ("group_size", group_size, 2),
+            ("beta", beta, 0),
+            ("max_new_tokens", max_new_tokens, 1),
+            ("steps_per_rollout", steps_per_rollout, 1),
+        ):
+            if not least <= value < float("inf"):
+                raise InputError(f"GRPO: {name} must be at least {least}, not {value}")
+        if not 0 < clip < 1:
+            raise InputError(f"GRPO: clip must be between 0 and 1, not {clip}")
+        self.reward = ExactAnswer() if reward is None else reward
+        self.group_size, self.beta, self.clip = group_size, beta, clip
+        self.temperature = above_zero("GRPO: temperature", temperature)
+        self.max_new_tokens, self.steps_per_rollout = max_new_tokens, steps_per_rollout
+        self.normalise_std, self.normalise_length = normalise_std, normalise_length
+        self._data: BindData
+        self._pad_id = 0
+        self._start: dict[str, Tensor] = {}
+        self._epoch: Callable[[], int] = lambda: 0
+        self._held: tuple[tuple[int, ...], Rollout] | None = None
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether no answers are waiting to be learnt from once more."""
+        return self._held is None
+
+    def check(self, data: BindData, stage: str) -> None:
+        """Refuse rows that the reward cannot judge, and keep the others at hand.
+
+        Raises:
+            InputError: names the source, a row of it, and what the row lacks; or a run that cannot be repeated.
+        """
+        if data.streamed:
+            raise InputError(
+                "GRPO looks up the true answers of a row, which takes rows that are known beforehand. Take data on "
+                "disk (a table) in place of streamed shards"
+            )
+        super().check(data, stage)
+        splits = {"fit": ("train", "validation"), "validate": ("validation",)}.get(stage, ("test",))
+        self.reward.check([sample for split in splits for sample in data.samples(split)])
+        if stage == "fit" and self.steps_per_rollout > 1 and data.trainer.accumulate_grad_batches > 1:
+            raise InputError(
+                "GRPO: steps_per_rollout above 1 goes on with a batch that the weights have moved since, and "
+                "trainer.accumulate_grad_batches would not have moved them; set one of the two to 1"
+            )
+        self._data, self._pad_id = data, data.tokenizer.pad_token_id
+        data.steps_per_batch = self.steps_per_rollout
+
+    def note_start(self, model: BindLLM) -> None:
+        """Copy the weights that are trained: the reference, where there is one."""
+        if self.beta:
+            trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+            self._start = {name: value.detach().clone() for name, value in trained.items()}
+
+    def prepare(self, module: BindModule) -> None:
+        """Put the start weights where the model is."""
+        self._start = {name: value.to(module.device) for name, value in self._start.items()}
+        self._epoch = lambda: module.trainer.current_epoch
+        self._held = None
+
+    def complete(self, batch: Batch, split: str) -> Batch:
+        """Return the prompts of a batch, padded on the left, with ``numbers`` and the ``split`` they count in."""
+        numbers = batch["numbers"]
+        samples = self._data.samples(split)
+        rows = [samples[n] for n in numbers.tolist()]
+        prompts = prompt_batch(rows, self._data.lookup, pad_id=self._pad_id)
+        place = torch.tensor(SPLITS.index(split))
+        return {
+            **{name: value.to(numbers.device) for name, value in prompts.items()},
+            "numbers": numbers,
+            "split": place,
+        }
+
+    def loss(self, model: BindLLM, batch: Batch) -> tuple[Tensor, Figures]:
+        """Draw answers, or go on with those of the step before, and return the loss of all of them.
+
+        Logged are the mean ``reward``, the share of ``useful`` groups (with answers of different rewards: only they
+        say what is better), mean ``length`` in tokens, the share of ``cut`` answers, and ``kl`` from the start.
+
+        Raises:
+            InputError: the reward gives anything but a finite number for each answer.
+        """
+        # A state is saved at the end of every epoch, so nothing may outlive it.
+        key = (self._epoch(), *batch["numbers"].tolist())
+        if self._held is None or self._held[0] != key:
+            self._held = key, self.roll_out(model, batch)
+        rollout = self._held[1]
+        found = self.learn(model, rollout)
+        if rollout.uses == self.steps_per_rollout:
+            self._held = None
+        return found
+
+    def held_out(self, model: BindLLM, batch: Batch) -> tuple[Tensor, int, Figures]:
+        """Return minus the mean reward of greedy answers, which is what the best weights have least of."""
+        samples = self._samples(batch)
+        texts = greedy_answers(model, _prompts(batch), max_new_tokens=self.max_new_tokens)
+        reward = self._judge(texts, samples).mean().to(model.device)
+        return -reward, len(samples), {"reward": reward}
+
+    @torch.no_grad()
+    def roll_out(self, model: BindLLM, batch: Batch) -> Rollout:
+        """Draw a group of answers to each prompt, and judge them.
+
+        Args:
+            model: in any mode.
+            batch: as `complete` returned it.
+        """
+        samples = [sample for sample in self._samples(batch) for _ in range(self.group_size)]
+        answers = draw_answers(
+            model,
+            _prompts(batch),
+            group_size=self.group_size,
+            temperature=self.temperature,
+            max_new_tokens=self.max_new_tokens,
+        )
+        rewards = self._judge(answers.texts, samples).reshape(-1, self.group_size).to(model.device)
+        advantages = group_advantages(rewards, normalise_std=self.normalise_std)
+        reference = None
+        if self.beta:
+            # Tensors in place of the parameters for this call alone: the parameters themselves never change.
+            start = lambda **inputs: functional_call(model, self._start, kwargs=inputs)  # noqa: E731
+            reference = token_log_probs(start, answers.batch, temperature=self.temperature)
+        # Under autocast older releases of torch would use weights again that were cast without gradients.
+        torch.clear_autocast_cache()
+        figures = {
+            "reward": rewards.mean(),
+            "useful": (advantages != 0).any(1).float().mean(),
+            "length": (answers.batch["labels"] != IGNORE).sum(1).float().mean(),
+            "cut": answers.cut.float().mean(),
+        }
+        return Rollout(answers.batch, advantages.flatten().float(), reference, figures)
+
+    def learn(self, model: BindLLM, rollout: Rollout) -> tuple[Tensor, Figures]:
+        """Return the loss of judged answers, a mean over all of them, and what is logged.
+
+        Where no group is useful and ``beta`` is 0 the loss is zero, with a gradient of zeros.
+        """
+        batch, advantages = rollout.batch, rollout.advantages
+        if rollout.reference is None:
+            # The others have no gradient. One at least, so that devices that share a decoder run it together.
+            kept = advantages != 0
+            kept[0] |= not kept.any()
+            batch, advantages = {name: value[kept] for name, value in batch.items()}, advantages[kept]
+        labels = batch["labels"]
+        log_probs = token_log_probs(model, batch, temperature=self.temperature)
+        if rollout.old is None:
+            rollout.old = log_probs.detach()
+        rollout.uses += 1
+        rows = (labels[:, 1:] != IGNORE).nonzero()[:, 0]
+        own = rows == torch.arange(len(labels), device=rows.device)[:, None]
+        surrogate = clipped_surrogate(log_probs, rollout.old, advantages[rows], clip=self.clip)
+        figures = dict(rollout.figures)
+        each = -surrogate
+        if rollout.reference is not None:
+            divergence = kl_estimate(log_probs, rollout.reference)
+            each = each + self.beta * divergence
+            # Not index_add: on GPUs it adds in any order, and a resumed run would differ in the last bits.
+            means = torch.where(own, divergence.detach(), 0).sum(1) / own.sum(1)
+            figures["kl"] = means.mean()
+        sums = torch.where(own, each, 0).sum(1)
+        lengths = own.sum(1) if self.normalise_length else self.max_new_tokens
+        return (sums / lengths).sum() / len(rollout.advantages), figures
+
+    def _samples(self, batch: Batch) -> list[Sample]:
+        samples = self._data.samples(SPLITS[int(batch["split"])])
+        return [samples[n] for n in batch["numbers"].tolist()]
+
+    def _judge(self, texts: Sequence[str], samples: Sequence[Sample]) -> Tensor:
+        rewards = torch.as_tensor(self.reward(texts, samples), dtype=torch.float32)
+        name, shape = type(self.reward).__name__, list(rewards.shape)
+        if shape != [len(texts)]:
+            raise InputError(
+                f"{name} gave rewards of shape {shape} for {len(texts)} answers; expected one for each"
+            )
+        if not bool((good := rewards.isfinite()).all()):
+            worst = texts[int(good.long().argmin())]
+            raise InputError(
+                f"{name} gave a reward that is not finite, for the answer {worst!r}; expected a number"
+            )
+        return rewards
+
+
+def group_advantages(rewards: Tensor, *, normalise_std: bool = True) -> Tensor:
+    """Return how much better each answer is than its group (section 4.1.2), with the population's deviation.
+
+    Args:
+        rewards: [B, G].
+        normalise_std: divide by the standard deviation of the group.
+
+    Returns:
+        float64, [B, G]; exactly 0 in a group whose answers all have the same reward.
+
+    Example:
+        >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]])).tolist()
+        [[1.0, -1.0, -1.0, 1.0], [0.0, 0.0, 0.0, 0.0]]
+    """
+    rewards = rewards.double()
+    away = rewards - rewards.mean(1, keepdim=True)
+    if normalise_std:
+        away = away / rewards.std(1, correction=0, keepdim=True)
+    # Not where the deviation is 0: the mean of equal rewards may miss them by a rounding.
+    same = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
+    return torch.where(same, 0, away)
+
+
+def clipped_surrogate(log_probs: Tensor, old: Tensor, advantages: Tensor, *, clip: float) -> Tensor:
+    """Return what is maximised of each token beside the divergence (equation 3).
+
+    Args:
+        log_probs: of the tokens now, [N].
+        old: of the tokens when they were drawn, without gradient, [N].
+        advantages: of the answers that the tokens belong to, [N].
+        clip: the paper's epsilon.
+
+    Returns:
+        [N].
+
+    Example:
+        >>> now, old = torch.tensor([0.8, 0.8]).log(), torch.tensor([0.4, 0.4]).log()
+        >>> clipped_surrogate(now, old, torch.tensor([1.0, -1.0]), clip=0.2)
+        tensor([ 1.2000, -2.0000])
+    """
+    ratio = (log_probs - old).exp()
+    return torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+
+
+def kl_estimate(log_probs: Tensor, reference: Tensor) -> Tensor:
+    """Return the unbiased estimate of the divergence from the reference at each token (equation 4).
+
+    Args:
+        log_probs: of the tokens now, [N].
+        reference: of the tokens under the reference, without gradient, [N].
+
+    Returns:
+        at least 0, [N].
+    """
+    ratio = reference - log_probs
+    return torch.expm1(ratio) - ratio
+
+
+def _prompts(batch: Batch) -> Batch:
+    return {name: value for name, value in batch.items() if name not in ("numbers", "split")}

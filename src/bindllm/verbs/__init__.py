@@ -1,1 +1,0 @@
-"""The verbs of the command line; each file is imported when its verb runs."""

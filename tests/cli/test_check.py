@@ -1,0 +1,332 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bindllm.cache.index import VectorIndex
+from bindllm.cli import main
+from bindllm.errors import MediaError
+from bindllm.model.bindllm import BindLLM
+from bindllm.model.checkpoint import name_cache
+from bindllm.model.decoder import DecoderConfig
+from cache_parts import filled_store, save_tiny_model, write_pictures
+from tiny import ColourEncoder
+from tiny_run import run, tiny_parts, tiny_recipe
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    return tiny_parts(tmp_path_factory.mktemp("parts"))
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_sound_recipe_has_no_problems_and_is_previewed(parts, capsys):
+    assert run("check", tiny_recipe(parts)) == 0
+    told = capsys.readouterr().out
+    assert "no problems" in told
+    assert "20 train, 4 validation, 4 test" in told
+    assert "learnt 'red square<|im_end|>'" in told
+    assert not Path("data").exists()
+
+
+def test_rows_that_the_objective_cannot_learn_from_are_a_problem(parts, capsys):
+    options = ("--model.objective", "bindllm.objectives.DPO")
+    assert run("check", tiny_recipe(parts), *options) == 1
+    told = capsys.readouterr().out
+    assert "1. DPO learns from pairs" in told
+    assert f"Of the 24 rows of {parts / 'pictures'}, 24 are not such rows" in told
+    assert run("check", tiny_recipe(parts), *options, "--model.objective.beta", "-1") == 1
+    assert "beta must be finite and above 0" in capsys.readouterr().out
+
+
+def test_all_problems_are_named_at_once(parts, capsys):
+    recipe = tiny_recipe(parts, output=str(parts))
+    recipe["outputt"] = 1
+    recipe["model"] |= {"bind": {"depth": -1, "expansoin": 2}, "optim": {"lr": "fast", "warmup": -1}}
+    recipe["model"]["decoder"]["name"] = "checkpoints/nope"
+    recipe["data"]["sources"] += [{"path": "nowhere"}, {"path": str(parts / "pictures"), "weight": -1}]
+    recipe["trainer"]["max_epoch"] = 3
+    assert run("check", recipe, "--data.batchsize", "4") == 1
+    told = capsys.readouterr().out
+    for expected in (
+        "'output'",
+        "'expansion'",
+        "model.optim.lr",
+        "warmup is -1",
+        "'max_epochs'",
+        "'batch_size'",
+        "depth -1",
+        "other content",
+        "'checkpoints/nope'",
+        "nowhere",
+        "weight must be",
+    ):
+        assert expected in told, expected
+    assert "11 problems" in told
+
+
+def test_a_decoder_that_cannot_be_hooked_is_found_without_its_weights(parts, tmp_path, capsys):
+    config = json.loads((parts / "decoder" / "config.json").read_text())
+    folder = tmp_path / "other"
+    folder.mkdir()
+    for file in (parts / "decoder").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    gpt = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": config["vocab_size"]}
+    (folder / "config.json").write_text(json.dumps(gpt))
+    assert run("check", tiny_recipe(parts), "--model.decoder.name", str(folder)) == 1
+    assert "1 problem\n" in capsys.readouterr().out
+
+
+def test_an_unknown_group_to_train_is_found_without_weights(parts, capsys):
+    assert run("check", tiny_recipe(parts), "--model.trainable", "[bnd]") == 1
+    assert "Did you mean 'bind'?" in capsys.readouterr().out
+
+
+def test_a_stage_before_that_was_made_for_another_base(parts, capsys):
+    torch.manual_seed(0)
+    decoder = DecoderConfig(str(parts / "decoder"), dtype="float32")
+    first = BindLLM.build(decoder, device="cpu", encoders=[ColourEncoder()])
+    first.save_pretrained("first")
+    recipe = tiny_recipe(parts)
+    recipe["model"] |= {"start_from": "first", "adapter": {"rank": 2}, "trainable": ["adapter"]}
+    assert run("check", recipe) == 0
+    assert run("check", recipe, "--model.decoder.quantise", "nf4") == 0
+    assert "decoder.quantise null, this run has nf4" in " ".join(capsys.readouterr().out.split())
+    assert run("check", recipe, "--model.inject.kind", "residual") == 1
+    assert "inject.kind is value there and residual here" in " ".join(capsys.readouterr().out.split())
+    assert run("check", recipe, "--output", "first") == 1
+    assert "output first is model.start_from too" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--model.trainable", "[]"], "model.trainable is empty"),
+        (["--model.trainable", "[bnd]", "--data.store", "recipe.yaml"], "Did you mean 'bind'?"),
+        (["--data.max_length", "2"], "none of 20 rows can be used: 20 x the prompt leaves no room"),
+        (["--data.store", "recipe.yaml/store"], "recipe.yaml is a file"),
+    ],
+)
+def test_a_recipe_that_cannot_train_has_problems(options, told, parts, capsys):
+    assert run("check", tiny_recipe(parts), *options) == 1
+    assert told in capsys.readouterr().out
+
+
+def test_pictures_are_opened(tmp_path, parts, capsys):
+    picture = parts / "pictures/images/red0.png"
+    (tmp_path / "damaged.png").write_bytes(picture.read_bytes()[:40])
+    damaged, sound = {"image": "damaged.png", "caption": "x"}, {"image": str(picture), "caption": "red"}
+    recipe = tiny_recipe(parts, data={"sources": [{"path": "rows.jsonl", "split": "train"}]})
+    for rows, code in (([damaged, sound], 0), ([damaged], 1)):
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert run("check", recipe) == code
+        told = capsys.readouterr().out
+        assert f"1 x picture that cannot be opened (of {len(rows)} tried)" in told
+        assert ("not one picture can be opened" in told) == bool(code)
+
+
+def test_sources_without_training_rows_are_a_problem(parts, capsys):
+    source = {"path": str(parts / "pictures"), "split": "test"}
+    assert run("check", tiny_recipe(parts, data={"sources": [source]})) == 1
+    assert "no row to train on" in capsys.readouterr().out
+
+
+def test_rows_that_are_left_out_are_counted_with_examples(tmp_path, parts, capsys):
+    rows = [
+        {"image": "a.png", "caption": "x"},
+        {"image": str(parts / "pictures/images/red0.png"), "caption": "red"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = tiny_recipe(parts, data={"sources": [{"path": "rows.jsonl", "split": "train"}]})
+    assert run("check", recipe) == 0
+    assert "1 x no such picture" in capsys.readouterr().out
+
+
+def test_a_checkpoint_folder(parts, capsys):
+    assert run("fit", tiny_recipe(parts, trainer={"max_epochs": 1, "limit_train_batches": 1})) == 0
+    allow = ["--allow", "tiny.ColourEncoder"]
+    assert main(["check", "--folder", "checkpoints/tiny", *allow]) == 0
+    manifest = Path("checkpoints/tiny/bindllm.json")
+    content = json.loads(manifest.read_text())
+    content["decoder"]["fingerprint"] = "0" * 64
+    manifest.write_text(json.dumps(content))
+    weights = Path("checkpoints/tiny/bind.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-4])
+    assert main(["check", "--folder", "checkpoints/tiny", *allow]) == 1
+    told = capsys.readouterr().out
+    assert "2 problems" in told
+    assert "decoder" in told
+    assert "bind.safetensors" in told
+
+
+def test_an_encoder(capsys):
+    assert main(["check", "--encoder", "tiny.ColourEncoder"]) == 0
+    assert main(["check", "--encoder", "collections.OrderedDict"]) == 1
+    assert "it lacks" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (["--config", "nope.yaml"], "nope.yaml"),
+        (["--folder", "nope"], "'nope' does not exist"),
+        (["--encoder", "tiny.ColorEncoder"], "Did you mean 'ColourEncoder'?"),
+        (["--encoder", "Nope"], "'Nope' is not the import path of a class"),
+    ],
+)
+def test_what_does_not_exist_is_a_problem_and_not_a_traceback(line, told, capsys):
+    assert main(["check", *line]) == 1
+    assert told in capsys.readouterr().out
+
+
+def test_a_recipe_that_is_not_yaml(capsys):
+    Path("broken.yaml").write_text("a: [1, 2\nb: {")
+    assert main(["check", "--config", "broken.yaml"]) == 1
+    Path("list.yaml").write_text("- 1")
+    assert main(["check", "--config", "list.yaml"]) == 1
+    assert "expected keys and values" in capsys.readouterr().out
+    assert main(["check"]) == 2
+
+
+def test_every_item_of_a_list_and_every_field_is_checked(parts, capsys):
+    recipe = tiny_recipe(parts)
+    recipe["data"]["sources"] = [
+        {"path": str(parts / "pictures"), "wieght": 1, "limit": "x"},
+        {"path": "b", "weight": -1, "held_out": 3, "limit": 0},
+        {"paht": "c"},
+        {"path": "nowhere"},
+    ]
+    recipe["model"]["encoders"] = [
+        {"class_path": "tiny.ColourEncoder", "init_args": {"gird": 1, "embedding_size": "z"}},
+        {"class_path": "tiny.Nope"},
+    ]
+    recipe["model"]["bind"] = {"depth": -1, "expansion": -2}
+    assert run("check", recipe) == 1
+    told = capsys.readouterr().out
+    for expected in (
+        "data.sources, item 1 (SourceConfig): limit: Expected int",
+        "data.sources, item 1 (SourceConfig): Option 'wieght' is not accepted\nDid you mean 'weight'?",
+        "b: weight must be",
+        "b: held_out must be",
+        "b: limit must be",
+        "data.sources, item 3 (SourceConfig): Option 'paht' is not accepted",
+        f"data source nowhere does not exist in {Path.cwd()}",
+        "model.encoders, item 1 (ColourEncoder): Option 'gird' is not accepted",
+        "model.encoders, item 1 (ColourEncoder): embedding_size: Expected int",
+        "model.encoders, item 2 (Nope): module 'tiny' has no attribute 'Nope'",
+        "depth -1",
+        "expansion -2",
+        f"relative paths are looked up from {Path.cwd()}",
+        "12 problems",
+    ):
+        assert expected in told, expected
+
+
+def test_a_list_on_the_command_line_is_checked_too(parts, capsys):
+    assert run("check", tiny_recipe(parts), "--data.sources", '[{"paht": "c"}]') == 1
+    told = capsys.readouterr().out
+    assert "Did you mean 'path'?" in told
+    assert "\n1 problem\n" in told
+
+
+class Ears(ColourEncoder):
+    modalities = ("audio",)
+
+    def prepare(self, media):
+        if not isinstance(media.source, np.ndarray):
+            raise MediaError(f"{media.name}: expected an array")
+        return torch.from_numpy(np.resize(media.source, 48))
+
+
+def test_a_modality_without_readable_media_is_no_fault_of_its_encoder(parts, capsys):
+    recipe = tiny_recipe(parts)
+    recipe["model"]["encoders"] = [{"class_path": "test_check.Sonar"}]
+    recipe["data"]["sources"][0]["modality"] = "sonr"
+    assert run("check", recipe) == 1
+    told = capsys.readouterr().out
+    assert "test_check.Sonar is not tried on sonar: no source has two different media of it" in told
+    assert "no column 'sonr'" in told
+    assert "breaks the contract" not in told
+
+
+class Sonar(ColourEncoder):
+    modalities = ("sonar",)
+
+
+def test_encoders_that_were_never_trained_together_are_warned_of(parts, capsys):
+    recipe = tiny_recipe(parts)
+    recipe["model"]["encoders"] += [{"class_path": "test_check.Ears"}]
+    assert run("check", recipe) == 0
+    assert "warning: Ears (audio; no space named) was never trained together" in capsys.readouterr().out
+
+
+def test_an_encoder_with_arguments_and_media(capsys, parts):
+    picture = str(parts / "pictures/images/red0.png")
+    media = ["--media", picture, "--media", str(parts / "pictures/images/blue0.png")]
+    line = ["check", "--encoder", "tiny.ColourEncoder"]
+    assert main([*line, *media, "--encoder.grid", "2"]) == 0
+    assert main([*line, "--media", picture]) == 1
+    assert "at least two different samples" in capsys.readouterr().out
+    assert main([*line, "--encoder.gird", "2"]) == 1
+    assert "Did you mean 'grid'?" in capsys.readouterr().out
+
+
+def test_the_cache_of_a_recipe(parts, capsys):
+    pytest.importorskip("faiss")
+    assert run("check", tiny_recipe(parts), "--model.cache.folder", "caches/a") == 0
+    assert "bindllm index caches/a --checkpoint checkpoints/tiny" in capsys.readouterr().out
+    assert (
+        run("check", tiny_recipe(parts), "--model.cache.folder", "caches/a", "--model.cache.weight", "2") == 1
+    )
+    assert "weight is 2.0, expected a number from 0 to 1" in capsys.readouterr().out
+    assert run("check", tiny_recipe(parts), "--model.cache", "caches/a") == 0
+    assert "the visual cache caches/a is not there" in capsys.readouterr().out
+    assert run("check", tiny_recipe(parts), "--model.cache", "{fodler: caches/a}") == 1
+    assert "expected the path of a folder, or of settings folder, top_k" in capsys.readouterr().out
+    recipe = tiny_recipe(parts)
+    for entry, close in (({"topk": 3}, "top_k"), ({"formula": "releasedd"}, "released")):
+        recipe["model"]["cache"] = {"folder": "caches/a", **entry}
+        assert run("check", recipe) == 1
+        assert f"Did you mean '{close}'?" in capsys.readouterr().out
+    Path("caches/a").mkdir(parents=True)
+    assert run("check", tiny_recipe(parts), "--model.cache.folder", "caches/a") == 1
+    assert "caches/a is not the folder of an index" in capsys.readouterr().out
+    store = filled_store(Path("store"), write_pictures(Path("pictures"), 3), ColourEncoder(grid=3))
+    VectorIndex.build("caches/other", store)
+    assert run("check", tiny_recipe(parts), "--model.cache.folder", "caches/other") == 1
+    assert f"built with the encoder {ColourEncoder(grid=3).fingerprint()[:16]}" in capsys.readouterr().out
+
+
+def test_the_cache_of_a_checkpoint(parts, capsys):
+    pytest.importorskip("faiss")
+    save_tiny_model(Path("checkpoints/model"), parts / "decoder")
+    line = ["check", "--folder", "checkpoints/model", "--allow", "cache_parts.Senses"]
+    name_cache("checkpoints/model", {"folder": "caches/own"})
+    assert main(line) == 1
+    told = capsys.readouterr().out
+    assert "1 problem\n" in told
+    assert "bindllm index caches/own --checkpoint checkpoints/model" in told
+    VectorIndex.build("caches/own", filled_store(Path("store"), write_pictures(Path("pictures"), 3)))
+    assert main(line) == 0
+    next(Path("caches/own").glob("part-*.faiss")).write_bytes(b"")
+    # Told beside what else is wrong.
+    (parts / "decoder").rename(parts / "moved")
+    assert main(line) == 1
+    (parts / "moved").rename(parts / "decoder")
+    assert "2 problems" in capsys.readouterr().out
+
+
+def test_the_folder_of_an_encoder_is_told_from_a_checkpoint(tmp_path, capsys):
+    (tmp_path / "encoder").mkdir()
+    (tmp_path / "encoder" / "config.json").write_text(json.dumps({"model": "imagebind"}))
+    assert main(["check", "--folder", "encoder"]) == 1
+    assert "no checkpoint: bindllm check --encoder encoder" in capsys.readouterr().out
+    (tmp_path / "encoder" / "config.json").write_text("{}")
+    assert main(["check", "--folder", "encoder"]) == 1
+    assert "has no bindllm.json" in capsys.readouterr().out

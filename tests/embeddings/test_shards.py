@@ -1,0 +1,173 @@
+"""The shards of a store: damage, a full disk, merging, and several processes at once."""
+
+import errno
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import torch
+
+from bindllm.embeddings import shards
+from bindllm.errors import StoreError
+from store_parts import add, keys_of, open_store, texts, vectors
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.5, 0.99])
+def test_a_truncated_shard_is_moved_aside_and_the_rest_lives_on(tmp_path, kept):
+    store = open_store(tmp_path)
+    add(store, 1, 2)
+    (shard,) = store.folder.glob("embeddings-*.arrow")
+    add(store, 3)
+    content = shard.read_bytes()
+    shard.write_bytes(content[: int(len(content) * kept)])
+    with pytest.warns(UserWarning, match=shard.name):
+        store = open_store(tmp_path)
+    assert [path.name for path in store.folder.glob("*.damaged")] == [f"{shard.name}.damaged"]
+    assert store.has(keys_of(texts(1, 2, 3))).tolist() == [False, False, True]
+    add(store, 1, 2)
+    assert torch.equal(open_store(tmp_path).get(keys_of(texts(1, 2, 3))), vectors(1, 2, 3))
+
+
+def test_an_error_of_the_system_is_not_taken_for_damage(tmp_path, monkeypatch):
+    add(open_store(tmp_path), 1)
+
+    def no_more_files(_path):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pa, "memory_map", no_more_files)
+        with pytest.raises(StoreError, match="Too many open files"):
+            open_store(tmp_path)
+    assert torch.equal(open_store(tmp_path).get(keys_of(texts(1))), vectors(1))
+
+
+def test_a_file_of_another_program_is_not_read_as_a_shard(tmp_path):
+    store = open_store(tmp_path)
+    with pa.ipc.new_file(str(store.folder / "embeddings-x.arrow"), pa.schema([("a", pa.int64())])) as writer:
+        writer.write_table(pa.table({"a": [1]}))
+    with pytest.warns(UserWarning, match="columns are not those"):
+        store.refresh()
+    assert len(store) == 0
+
+
+def test_a_full_disk_is_reported_and_leaves_the_old_rows(tmp_path, monkeypatch):
+    store = open_store(tmp_path)
+    add(store, 1)
+    before = sorted(path.name for path in store.folder.iterdir())
+
+    def full(*_args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pa.ipc.RecordBatchFileWriter, "write_table", full)
+    with pytest.raises(StoreError, match="No space left on device.*stored before is intact"):
+        add(store, 2)
+    assert sorted(path.name for path in store.folder.iterdir()) == before
+    monkeypatch.undo()
+    assert torch.equal(store.get(keys_of(texts(1))), vectors(1))
+    add(store, 2)
+    assert len(open_store(tmp_path)) == 2
+
+
+def test_many_small_shards_become_one(tmp_path):
+    store = open_store(tmp_path)
+    count = shards.MANY_SMALL + 5
+    for n in range(count):
+        add(store, n)
+    other = open_store(tmp_path)
+    store.compact()
+    assert len(list(store.folder.glob("embeddings-*.arrow"))) == 6
+    for reader in (store, other, open_store(tmp_path)):
+        assert torch.equal(reader.get(keys_of(texts(*range(count)))), vectors(*range(count)))
+
+
+def test_a_crash_between_merging_and_removing_loses_nothing(tmp_path, monkeypatch):
+    store = open_store(tmp_path)
+    count = shards.MANY_SMALL + 1
+    for n in range(count):
+        add(store, n)
+
+    def killed(*_args, **_options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            store.compact()
+    again = open_store(tmp_path)
+    assert len(again) == count
+    assert len(list(again.folder.glob("embeddings-*.arrow"))) == count + 1
+    assert torch.equal(again.get(keys_of(texts(*range(count)))), vectors(*range(count)))
+    again.compact()
+    assert len(list(again.folder.glob("embeddings-*.arrow"))) < count
+    assert torch.equal(open_store(tmp_path).get(keys_of(texts(*range(count)))), vectors(*range(count)))
+
+
+def test_two_processes_that_merge_the_same_shards_write_the_same_file(tmp_path):
+    store = open_store(tmp_path)
+    for n in range(shards.MANY_SMALL + 1):
+        add(store, n)
+    copies = {path: path.read_bytes() for path in store.folder.glob("embeddings-*.arrow")}
+    other = open_store(tmp_path)
+    store.compact()
+    for path, content in copies.items():
+        path.write_bytes(content)
+    other.compact()
+    assert len(list(store.folder.glob("embeddings-*.arrow"))) == 2
+
+
+def test_large_shards_are_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "SMALL_BYTES", 0)
+    store = open_store(tmp_path)
+    for n in range(shards.MANY_SMALL + 1):
+        add(store, n)
+    before = set(store.folder.iterdir())
+    store.compact()
+    assert set(store.folder.iterdir()) == before
+
+
+def test_only_old_part_files_are_removed(tmp_path):
+    store = open_store(tmp_path)
+    old, young = store.folder / ".embeddings-a.arrow.1.part", store.folder / ".embeddings-b.arrow.2.part"
+    old.write_bytes(b"x")
+    young.write_bytes(b"x")
+    os.utime(old, (1, 1))
+    store.compact()
+    assert (old.exists(), young.exists()) == (False, True)
+
+
+def test_a_shard_merged_away_while_the_folder_is_listed(tmp_path, monkeypatch):
+    store = open_store(tmp_path)
+    add(store, 1)
+    add(store, 2)
+    victim = sorted(store.folder.glob("embeddings-*.arrow"))[0]
+    original = shards._Shard.__init__
+
+    def vanish(self, path, schema):
+        victim.unlink(missing_ok=True)
+        original(self, path, schema)
+
+    monkeypatch.setattr(shards._Shard, "__init__", vanish)
+    assert len(open_store(tmp_path)) == 1
+
+
+def test_rows_of_another_process_are_seen(tmp_path):
+    reader, writer = open_store(tmp_path), open_store(tmp_path)
+    add(writer, 1)
+    assert torch.equal(reader.get(keys_of(texts(1))), vectors(1))
+
+
+def test_what_a_killed_merge_has_left_behind_is_removed(tmp_path):
+    store = open_store(tmp_path)
+    for n in range(shards.MANY_SMALL + 1):
+        add(store, n)
+    files = {file: file.read_bytes() for file in store.folder.glob("embeddings-*.arrow")}
+    store.compact()
+    merged = set(store.folder.glob("embeddings-*.arrow"))
+    # As if it had been killed with five of its removals to go.
+    for file, content in [(file, files[file]) for file in sorted(files.keys() - merged)[:5]]:
+        file.write_bytes(content)
+    store = open_store(tmp_path)
+    store.compact()
+    assert set(store.folder.glob("embeddings-*.arrow")) == merged
+    assert len(store) == shards.MANY_SMALL + 1

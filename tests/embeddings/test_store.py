@@ -1,0 +1,286 @@
+"""The embedding store: bytes kept, keys found, unchanged files not read twice, other stores refused."""
+
+import json
+import os
+import pickle
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from bindllm import EmbeddingStore, Media
+from bindllm.embeddings import store as store_module
+from bindllm.errors import MediaError, StoreError
+from store_parts import FINGERPRINT, SIZE, add, keys_of, open_store, texts, vectors, write_settled
+
+
+def test_round_trip_keeps_every_bit_and_the_order_asked_for(tmp_path):
+    special = torch.tensor([[1e-45, -0.0, 3.4028235e38, 1 / 3]])
+    store = open_store(tmp_path)
+    add(store, 1, 2, 3)
+    store.append(keys_of(texts(9)), special, texts(9))
+    again = open_store(tmp_path)
+    got = again.get(keys_of(texts(3, 9, 1, 3)))
+    assert got.dtype == torch.float32
+    expected = torch.cat([vectors(3), special, vectors(1), vectors(3)])
+    assert got.numpy().tobytes() == expected.numpy().tobytes()
+    assert len(again) == 4
+
+
+def test_what_get_returns_belongs_to_the_caller(tmp_path):
+    store = open_store(tmp_path)
+    add(store, 1)
+    store.get(keys_of(texts(1))).zero_()
+    assert torch.equal(store.get(keys_of(texts(1))), vectors(1))
+
+
+def test_keys_are_found_whatever_bytes_they_hold(tmp_path):
+    # Zero bytes at the end and in the middle are where fixed-width strings go wrong.
+    keys = ["00" * 32, "00" * 31 + "01", "01" + "00" * 31, "01" + "00" * 30 + "01", "ff" * 32, "7f" * 32]
+    store = open_store(tmp_path)
+    store.append(keys, vectors(*range(6)), texts(*range(6)))
+    assert torch.equal(store.get(keys[::-1]), vectors(5, 4, 3, 2, 1, 0))
+    assert "01" + "00" * 30 + "02" not in store
+    assert store.has([keys[0], "80" * 32]).tolist() == [True, False]
+
+
+def test_any_arrow_reader_can_open_a_shard(tmp_path):
+    picture = write_settled(tmp_path / "a.png", b"x")
+    media = [Media.image(picture), Media.image(b"in memory"), Media.text("a dog")]
+    store = open_store(tmp_path / "store")
+    store.append([store.key_of(item) for item in media], vectors(0, 1, 2), media)
+    (shard,) = store.folder.glob("embeddings-*.arrow")
+    rows = pa.ipc.open_file(shard).read_all().to_pylist()
+    found = {row["key"].hex(): (row["modality"], row["source"], row["embedding"]) for row in rows}
+    assert found == {
+        store.key_of(media[0]): ("image", str(picture), vectors(0)[0].tolist()),
+        store.key_of(media[1]): ("image", None, vectors(1)[0].tolist()),
+        store.key_of(media[2]): ("text", "a dog", vectors(2)[0].tolist()),
+    }
+
+
+def test_missing_keys_are_counted_and_the_first_is_named(tmp_path):
+    store = open_store(tmp_path)
+    add(store, 1)
+    with pytest.raises(
+        StoreError, match=f"2 of 3 embeddings are not stored, the first with key {keys_of(texts(7))[0]}"
+    ):
+        store.get(keys_of(texts(1, 7, 8)))
+    assert store.get([]).shape == (0, SIZE)
+
+
+@pytest.mark.parametrize("key", ["abc", "zz" * 32, "", "a" * 63])
+def test_what_is_no_key_is_refused(tmp_path, key):
+    with pytest.raises(StoreError, match=r"64 hexadecimal digits|hexadecimal"):
+        open_store(tmp_path).get([key])
+
+
+def test_appending_the_same_key_twice_writes_it_once(tmp_path):
+    store = open_store(tmp_path)
+    store.append(keys_of(texts(1, 2, 1)), vectors(1, 2, 1), texts(1, 2, 1))
+    add(store, 2)
+    assert len(store) == 2
+    assert len(list(store.folder.glob("embeddings-*.arrow"))) == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_embeddings_that_are_not_finite_are_refused_with_their_source(tmp_path, value):
+    store = open_store(tmp_path)
+    embeddings = vectors(1, 2)
+    embeddings[1, 2] = value
+    media = [Media.text("fine"), Media.text("broken one")]
+    with pytest.raises(StoreError, match="1 of 2 embeddings are not finite, the first that of 'broken one'"):
+        store.append(keys_of(media), embeddings, media)
+    assert len(open_store(tmp_path)) == 0
+
+
+def test_shapes_that_do_not_fit_are_refused(tmp_path):
+    store = open_store(tmp_path)
+    with pytest.raises(StoreError, match=r"got 1 keys, 1 media and embeddings \[1, 5\]; .*4 numbers"):
+        store.append(keys_of(texts(1)), torch.ones(1, SIZE + 1), texts(1))
+    with pytest.raises(StoreError, match="got 1 keys, 2 media"):
+        store.append(keys_of(texts(1)), torch.ones(1, SIZE), texts(1, 2))
+
+
+def test_each_encoder_has_its_own_folder(tmp_path):
+    first, second = open_store(tmp_path), EmbeddingStore(tmp_path, "b2" * 32, SIZE)
+    add(first, 1)
+    assert len(second) == 0
+    assert first.folder != second.folder
+    described = json.loads((first.folder / "encoder.json").read_text())
+    assert described == {"format": 1, "fingerprint": FINGERPRINT, "embedding_size": SIZE, "encoder": None}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 2}, "format 2, this bindllm reads up to 1"),
+        ({"embedding_size": 5}, "made with embedding_size 5, the encoder has 4"),
+        ({"fingerprint": FINGERPRINT[:16] + "00" * 24}, "made with fingerprint a1a1"),
+    ],
+)
+def test_a_store_of_another_encoder_or_format_is_refused(tmp_path, change, message):
+    path = open_store(tmp_path).folder / "encoder.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(StoreError, match=message):
+        open_store(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 1}'])
+def test_a_damaged_description_is_refused(tmp_path, content):
+    path = open_store(tmp_path).folder / "encoder.json"
+    path.write_text(content)
+    with pytest.raises(StoreError, match=r"encoder.json is damaged"):
+        open_store(tmp_path)
+
+
+@pytest.mark.parametrize("fingerprint", ["", "abc", "../" * 8, "G" * 64])
+def test_a_fingerprint_must_be_hexadecimal(tmp_path, fingerprint):
+    with pytest.raises(StoreError, match="16 hexadecimal digits"):
+        EmbeddingStore(tmp_path, fingerprint, SIZE)
+
+
+def test_a_folder_that_cannot_be_made_is_reported(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="cannot be read or written"):
+        open_store(tmp_path / "file")
+
+
+def test_an_unchanged_file_is_hashed_once_ever(tmp_path, hashed, monkeypatch):
+    picture = write_settled(tmp_path / "a.png", b"content")
+    store = open_store(tmp_path / "store")
+    key = store.key_of(Media.image(picture))
+    store.key_of(Media.image(picture))
+    store.save_files()
+    monkeypatch.chdir(tmp_path)
+    again = open_store(tmp_path / "store")
+    assert again.key_of(Media.image("a.png")) == key
+    assert hashed == [str(picture)]
+    assert key == Media.image(b"content").content_hash()
+
+
+def test_another_modality_of_the_same_file_is_another_key(tmp_path):
+    picture = write_settled(tmp_path / "a.png", b"content")
+    store = open_store(tmp_path / "store")
+    image = store.key_of(Media.image(picture))
+    assert store.key_of(Media.depth(picture)) == Media.depth(picture).content_hash() != image
+
+
+@pytest.mark.parametrize("change", ["size", "time", "link"])
+def test_a_file_that_looks_different_is_hashed_again(tmp_path, change):
+    picture = write_settled(tmp_path / "a.png", b"content")
+    other = write_settled(tmp_path / "b.png", b"CONTENT")
+    link = tmp_path / "link.png"
+    link.symlink_to(picture)
+    store = open_store(tmp_path / "store")
+    assert store.key_of(Media.image(link)) == Media.image(b"content").content_hash()
+    if change == "size":
+        write_settled(picture, b"new content")
+    elif change == "time":
+        picture.write_bytes(b"CONTENT")
+        os.utime(picture, ns=(10**18, 10**18 + 1))
+    else:
+        link.unlink()
+        link.symlink_to(other)
+    assert store.key_of(Media.image(link)) == Media.image(link.read_bytes()).content_hash()
+
+
+def test_the_time_of_a_file_written_just_now_is_not_trusted(tmp_path):
+    picture = tmp_path / "a.png"
+    picture.write_bytes(b"content")
+    now = time.time_ns()
+    os.utime(picture, ns=(now, now))
+    store = open_store(tmp_path / "store")
+    store.key_of(Media.image(picture))
+    picture.write_bytes(b"CONTENT")
+    os.utime(picture, ns=(now, now))
+    assert store.key_of(Media.image(picture)) == Media.image(b"CONTENT").content_hash()
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(MediaError, match=r"nowhere\.png"):
+        open_store(tmp_path).key_of(Media.image(tmp_path / "nowhere.png"))
+
+
+def test_a_pickled_store_travels_without_its_maps(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    store = open_store(Path("store"))
+    add(store, *range(50))
+    pickled = pickle.dumps(store)
+    assert len(pickled) < 1000
+    monkeypatch.chdir("/")
+    assert torch.equal(pickle.loads(pickled).get(keys_of(texts(7, 3))), vectors(7, 3))
+
+
+class Rows(torch.utils.data.Dataset):
+    def __init__(self, store: EmbeddingStore, keys: list[str]) -> None:
+        self.store, self.keys = store, keys
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.store.get([self.keys[index]])[0]
+
+
+def test_data_loader_workers_read_it(tmp_path):
+    store = open_store(tmp_path)
+    add(store, *range(20))
+    rows = Rows(store, keys_of(texts(*range(20))))
+    loader = torch.utils.data.DataLoader(rows, batch_size=4, num_workers=2)
+    assert torch.equal(torch.cat(list(loader)), vectors(*range(20)))
+
+
+def test_a_store_that_may_only_be_read_is_used_as_it_is(tmp_path, monkeypatch):
+    picture = write_settled(tmp_path / "a.png", b"content")
+    store = open_store(tmp_path / "store")
+    add(store, 1)
+    before = set(store.folder.iterdir())
+    monkeypatch.setattr(store_module.os, "access", lambda *_args: False)
+    reader = open_store(tmp_path / "store")
+    reader.key_of(Media.image(picture))
+    reader.save_files()
+    assert torch.equal(reader.get(keys_of(texts(1))), vectors(1))
+    assert set(store.folder.iterdir()) == before
+
+
+def test_a_file_name_that_is_not_utf8_is_recorded(tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")
+    Path(path).write_bytes(b"content")
+    store = open_store(tmp_path / "store")
+    media = Media.image(path)
+    store.append([store.key_of(media)], vectors(1), [media])
+    assert np.allclose(store.get([store.key_of(media)]), vectors(1))
+
+
+def test_keys_of_a_modality_are_sorted_and_each_once(tmp_path):
+    store = open_store(tmp_path)
+    assert store.keys() == []
+    add(store, 3, 1, 2)
+    pictures = [Media.image(f"picture {n}".encode()) for n in range(2)]
+    store.append(keys_of(pictures), vectors(4, 5), pictures)
+    # The same shard twice, as two processes leave it that filled the store at the same time.
+    shard = next(store.folder.glob("embeddings-*.arrow"))
+    shard.with_name("embeddings-again.arrow").write_bytes(shard.read_bytes())
+    assert store.keys("text") == sorted(keys_of(texts(1, 2, 3)))
+    assert store.keys("image") == sorted(keys_of(pictures))
+    assert store.keys() == sorted(keys_of(texts(1, 2, 3)) + keys_of(pictures))
+    assert store.keys("audio") == []
+    shard.write_bytes(b"damaged")
+    with pytest.raises(StoreError, match=f"{shard.name} cannot be read"):
+        store.keys()
+
+
+def test_sources_in_the_order_of_the_keys(tmp_path):
+    store = open_store(tmp_path / "store")
+    add(store, 1, 2)
+    file = write_settled(tmp_path / "a.png", b"picture")
+    media = [Media.image(file), Media.image(b"from memory")]
+    # Another process appends.
+    open_store(tmp_path / "store").append(keys_of(media), vectors(3, 4), media)
+    keys = keys_of([*texts(2), *media, *texts(9, 1)])
+    assert store.sources(keys) == ["text 2", str(file), None, None, "text 1"]
+    assert store.sources([]) == []

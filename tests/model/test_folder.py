@@ -1,0 +1,263 @@
+import json
+import os
+
+import pytest
+import torch
+
+from bindllm.errors import CheckpointError
+from bindllm.model.checkpoint import (
+    build_object,
+    check_keys,
+    name_cache,
+    read_manifest,
+    read_weights,
+    resolve_cache,
+    resolve_path,
+    write_checkpoint,
+)
+
+TENSORS = {"bind.a": torch.arange(6.0).reshape(2, 3), "injection.gates": torch.zeros(2)}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_checkpoint(tmp_path / "model", {"decoder": {"name": "d"}}, TENSORS, "# card")
+    return tmp_path / "model"
+
+
+def test_round_trip(folder):
+    manifest = read_manifest(folder)
+    assert manifest["decoder"] == {"name": "d"}
+    found = read_weights(folder, manifest)
+    assert all(torch.equal(found[name], TENSORS[name]) for name in TENSORS)
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "bind.safetensors", "bindllm.json"]
+
+
+def test_saving_again_replaces_a_checkpoint_and_nothing_else(folder, tmp_path):
+    write_checkpoint(folder, {"decoder": {"name": "e"}}, TENSORS, "")
+    assert read_manifest(folder)["decoder"]["name"] == "e"
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("precious")
+    with pytest.raises(CheckpointError, match="not a bindllm checkpoint"):
+        write_checkpoint(tmp_path / "home", {}, TENSORS, "")
+    assert (tmp_path / "home" / "thesis.tex").read_text() == "precious"
+
+
+def test_disk_full_while_saving_leaves_the_old_checkpoint(folder, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("bindllm.model.checkpoint.save_file", fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_checkpoint(folder, {"decoder": {"name": "new"}}, TENSORS, "")
+    assert read_manifest(folder)["decoder"]["name"] == "d"
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def test_a_missing_folder_names_the_closest(folder):
+    with pytest.raises(CheckpointError, match="Did you mean 'model'"):
+        read_manifest(folder.parent / "mode")
+
+
+def test_a_killed_save_is_told_with_the_place_of_the_earlier_checkpoint(folder):
+    folder.rename(folder.parent / ".model.old")
+    with pytest.raises(CheckpointError, match=r"killed.*\.model\.old.*rename it to model"):
+        read_manifest(folder)
+
+
+def test_a_newer_format_is_refused(folder):
+    manifest = json.loads((folder / "bindllm.json").read_text())
+    (folder / "bindllm.json").write_text(json.dumps({**manifest, "format": 99}))
+    with pytest.raises(CheckpointError, match="format 99.*upgrade"):
+        read_manifest(folder)
+
+
+def test_a_damaged_manifest_is_refused(folder):
+    (folder / "bindllm.json").write_text('{"format": 1,')
+    with pytest.raises(CheckpointError, match="not valid JSON"):
+        read_manifest(folder)
+    (folder / "bindllm.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no bindllm\.json"):
+        read_manifest(folder)
+
+
+@pytest.mark.parametrize("content", ["[]", '"x"', '{"format": "2"}', "null"])
+def test_json_that_is_no_manifest_is_refused(content, folder):
+    (folder / "bindllm.json").write_text(content)
+    with pytest.raises(CheckpointError, match="not the description of a checkpoint"):
+        read_manifest(folder)
+
+
+def test_a_file_instead_of_its_folder_is_named(folder):
+    with pytest.raises(CheckpointError, match="is a file; give its folder"):
+        read_manifest(folder / "bindllm.json")
+
+
+def test_a_folder_with_a_pickle_is_refused_before_anything_is_read(folder):
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "weights.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"weights\.pt.*run code"):
+        read_manifest(folder)
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-8], lambda data: data[:-1] + b"x", lambda data: b""])
+def test_damaged_weights_are_refused(folder, damage):
+    file = folder / "bind.safetensors"
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(CheckpointError, match="damaged or exchanged"):
+        read_weights(folder, read_manifest(folder))
+
+
+def test_missing_weights_are_named(folder):
+    (folder / "bind.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"no bind\.safetensors"):
+        read_weights(folder, read_manifest(folder))
+
+
+def test_every_key_is_accounted_for():
+    found = {"bind.a": torch.zeros(3, 2), "bind.b": torch.zeros(1)}
+    with pytest.raises(
+        CheckpointError, match=r"missing injection\.gates; unexpected bind\.b; bind\.a has shape \[3, 2\]"
+    ):
+        check_keys(TENSORS, found, source="it")
+    check_keys(TENSORS, dict(TENSORS), source="it")
+
+
+def test_paths_are_found_from_another_directory(tmp_path, monkeypatch):
+    project = tmp_path / "project"
+    (project / "checkpoints" / "decoder").mkdir(parents=True)
+    monkeypatch.chdir(project)
+    write_checkpoint("checkpoints/model", {}, TENSORS, "")
+    manifest = read_manifest("checkpoints/model")
+    assert resolve_path("checkpoints/decoder", "checkpoints/model", manifest) == "checkpoints/decoder"
+    monkeypatch.chdir(tmp_path)
+    assert (
+        resolve_path("checkpoints/decoder", "project/checkpoints/model", manifest)
+        == "project/checkpoints/decoder"
+    )
+    project.rename(tmp_path / "moved")
+    assert (
+        resolve_path("checkpoints/decoder", "moved/checkpoints/model", manifest)
+        == "moved/checkpoints/decoder"
+    )
+    assert resolve_path("not/there", "moved/checkpoints/model", manifest) == "not/there"
+    (tmp_path / "moved" / "whole").mkdir()
+    assert resolve_path("whole", "moved/checkpoints/model", manifest) == "whole"
+    assert resolve_path(7, "moved/checkpoints/model", manifest) == 7
+
+
+def test_classes_outside_bindllm_need_permission():
+    entry = {"class_path": "tiny.ColourEncoder", "init_args": {"grid": 2}}
+    with pytest.raises(CheckpointError, match=r"allow=\['tiny.ColourEncoder'\]"):
+        build_object(entry)
+    assert build_object(entry, allow=["tiny.ColourEncoder"]).grid == 2
+    with pytest.raises(CheckpointError, match="cannot be built"):
+        build_object({**entry, "init_args": {"grids": 2}}, allow=["tiny.ColourEncoder"])
+    with pytest.raises(CheckpointError, match="cannot be built"):
+        build_object({"class_path": "bindllm.encoders.Nothing"})
+
+
+@pytest.mark.parametrize(
+    ("path", "what"),
+    [
+        ("bindllm.atomic.write_json", "no class"),
+        ("bindllm.atomic.Path", "a class without fingerprint, to, prepare, embed"),
+        ("bindllm.encoders.efficientnet.EfficientNetLite.config", "cannot be built"),
+        ("bindllm.embeddings.store.EmbeddingStore", "a class without fingerprint"),
+    ],
+)
+def test_a_strangers_folder_calls_nothing_but_encoders(tmp_path, monkeypatch, path, what):
+    monkeypatch.chdir(tmp_path)
+    arguments = {"path": "written.json", "value": 1}
+    with pytest.raises(CheckpointError, match=what):
+        build_object({"class_path": path, "init_args": arguments})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_module_that_is_not_there_is_told_from_one_that_lacks_a_package(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "half_lab.py").write_text("import no_such_package\n")
+    for path, told in (
+        ("tiny_lab.Encoder", "there is no module 'tiny_lab'. It is looked for in "),
+        ("half_lab.Encoder", "it needs 'no_such_package', which is not installed"),
+    ):
+        with pytest.raises(CheckpointError, match=f"{path} cannot be built: {told}"):
+            build_object({"class_path": path}, allow=[path])
+
+
+class Broken:
+    """Cannot be built."""
+
+    def __init__(self):
+        raise RuntimeError("no such device")
+
+
+def test_whatever_a_constructor_raises_is_named():
+    path = f"{Broken.__module__}.Broken"
+    with pytest.raises(CheckpointError, match=f"{path} cannot be built.*RuntimeError: no such device"):
+        build_object({"class_path": path}, allow=[path])
+
+
+@pytest.mark.parametrize("path", ["", "Encoder", ".Encoder", "tiny.", None])
+def test_what_is_no_import_path_is_refused(path):
+    with pytest.raises(CheckpointError, match="is not the import path of a class"):
+        build_object({"class_path": path}, allow=[path])
+
+
+def test_a_misspelt_class_gets_the_closest_one_and_a_forbidden_one_the_option():
+    with pytest.raises(CheckpointError, match="Did you mean 'ColourEncoder'"):
+        build_object({"class_path": "tiny.ColorEncoder"}, allow=["tiny.ColorEncoder"])
+    with pytest.raises(CheckpointError, match=r"--allow tiny\.ColourEncoder on the command line"):
+        build_object({"class_path": "tiny.ColourEncoder"})
+
+
+def test_a_cache_inside_stays_when_the_checkpoint_is_saved_again(folder):
+    (folder / "cache").mkdir()
+    (folder / "cache" / "part-a.faiss").write_bytes(b"vectors")
+    write_checkpoint(folder, {"cache": {"folder": str(folder / "cache"), "top_k": 3}}, TENSORS, "")
+    assert read_manifest(folder)["cache"] == {"folder": "cache", "top_k": 3}
+    assert (folder / "cache" / "part-a.faiss").read_bytes() == b"vectors"
+    # Also where the new model names none.
+    write_checkpoint(folder, {"cache": None}, TENSORS, "")
+    assert (folder / "cache" / "part-a.faiss").read_bytes() == b"vectors"
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def test_a_cache_inside_is_copied_where_files_cannot_have_two_names(folder, monkeypatch):
+    (folder / "cache").mkdir()
+    (folder / "cache" / "part-a.faiss").write_bytes(b"vectors")
+
+    def fail(*_):
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr("bindllm.model.checkpoint.os.link", fail)
+    write_checkpoint(folder, {}, TENSORS, "")
+    assert (folder / "cache" / "part-a.faiss").read_bytes() == b"vectors"
+
+
+def test_naming_a_cache_changes_nothing_else(folder, monkeypatch):
+    before = read_manifest(folder)
+    monkeypatch.chdir(folder.parent)
+    name_cache("model", {"folder": "caches/a"})
+    root = (folder / before["root"]).resolve()
+    expected = os.path.relpath(folder.parent / "caches/a", root)
+    assert read_manifest(folder) == {**before, "cache": {"folder": expected}}
+    name_cache("model", None)
+    assert read_manifest(folder) == {**before, "cache": None}
+    with pytest.raises(CheckpointError, match="Did you mean 'model'"):
+        name_cache("mode", {"folder": "caches/a"})
+
+
+def test_a_cache_is_looked_up_inside_then_here_then_where_the_checkpoint_was_made(folder, monkeypatch):
+    home = folder.parent / "home"
+    (home / "here").mkdir(parents=True)
+    monkeypatch.chdir(home / "here")
+    manifest = {"root": "../home"}
+    assert resolve_cache("caches/a", folder, manifest) == "caches/a"
+    (home / "caches/a").mkdir(parents=True)
+    assert resolve_cache("caches/a", folder, manifest) == "../caches/a"
+    (home / "here/caches/a").mkdir(parents=True)
+    assert resolve_cache("caches/a", folder, manifest) == "caches/a"
+    (folder / "caches/a").mkdir(parents=True)
+    assert resolve_cache("caches/a", folder, manifest) == "../../model/caches/a"
+    assert resolve_cache("http://there:19530", folder, manifest) == "http://there:19530"

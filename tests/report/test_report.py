@@ -1,0 +1,337 @@
+"""The report: files that stay, a page that needs nothing else, and text that cannot break out of it."""
+
+import copy
+import json
+import re
+from dataclasses import asdict
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bindllm.data.report import DataReport, SourceReport
+from bindllm.errors import CheckpointError, InputError
+from bindllm.evaluation.run import CaptionRow
+from bindllm.model.checkpoint import write_checkpoint
+from bindllm.report import page, report
+from bindllm.report.html import SHEET_SIZE
+from bindllm.report.report import RunFacts, git_revision, rebuild_report, software_versions, write_report
+from tiny import colour_pictures
+
+NUMBERS = {"loss": 3.5, "perplexity": 33.1, "cider": 1.2, "bleu4": 0.0, "rouge_l": 0.3, "exact_match": 0.25}
+METRICS = {
+    "heldout": NUMBERS,
+    "zero_gates": {**NUMBERS, "loss": 8.2, "perplexity": 3641.0, "cider": 0.0},
+    "shuffled": {**NUMBERS, "loss": 4.9, "cider": 0.1},
+    "nearest": {**NUMBERS, "loss": None, "perplexity": None, "cider": 0.9},
+    "seconds": {"embed": 1.5, "train": 336.0, "evaluate": 70.2},
+    "trainable_parameters": 12_345_678,
+}
+LOG = "epoch,step,train_loss,val_loss,lr\n0,10,7.5,,0.1\n0,20,5.5,,0.1\n0,30,nan,,0.1\n0,30,,4.0,\n"
+
+
+class Page(HTMLParser):
+    """Collects tags, texts and what the page would fetch; complains of tags that are not closed."""
+
+    VOID = frozenset(["meta", "img", "path", "use", "rect", "image"])
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.open, self.sources, self.texts = [], [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.sources += [value for name, value in attrs if name in ("src", "href")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """Figures drawn so far, by their data: most pages here have the same ones."""
+    return {}
+
+
+@pytest.fixture(autouse=True)
+def _draw_once(drawn, monkeypatch):
+    def once(draw):
+        def drawing(*data):
+            key = f"{draw.__name__} {data}"
+            if key not in drawn:
+                drawn[key] = draw(*data)
+            return drawn[key]
+
+        return drawing
+
+    monkeypatch.setattr(page, "gate_figure", once(page.gate_figure))
+    monkeypatch.setattr(page, "loss_figure", once(page.loss_figure))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A checkpoint folder beside pictures, with the current directory above both."""
+    monkeypatch.chdir(tmp_path)
+    colour_pictures(tmp_path / "pictures")
+    manifest = {"decoder": {"name": "tiny"}, "encoders": [], "inject": {"kind": "value", "queries": True}}
+    write_checkpoint(tmp_path / "checkpoint", manifest, {"injection.gates": torch.full((3, 4), 0.5)}, "card")
+    return tmp_path / "checkpoint"
+
+
+def row(colour, number=0, **changes):
+    usual = CaptionRow(
+        picture=f"pictures/images/{colour}{number}.png",
+        references=[f"{colour} square"],
+        generated="a guess",
+        zero_gates="blind words",
+        nearest="copied words",
+        nearest_picture="pictures/images/red2.png",
+    )
+    return {**asdict(usual), **changes}
+
+
+def write(folder, captions=None, *, metrics=METRICS, log=LOG, **facts):
+    (folder.parent / "log.csv").write_text(log or "")
+    captions = [row("red"), row("green"), row("blue")] if captions is None else captions
+    return write_report(
+        folder,
+        metrics=metrics,
+        captions=captions,
+        facts=RunFacts(**facts),
+        log=folder.parent / "log.csv" if log else None,
+    ).read_text(encoding="utf-8")
+
+
+def test_metrics_json_is_what_was_given(folder):
+    write(folder)
+    assert json.loads((folder / "metrics.json").read_text()) == METRICS
+
+
+def test_the_page_stands_alone(folder):
+    text = write(folder, title="A run")
+    parsed = Page(text)
+    assert "http" not in text
+    assert not {"script", "link", "iframe", "object"} & set(parsed.tags)
+    assert "@import" not in text
+    assert "url(" not in text.replace('clip-path="url(#', "")
+    assert len([source for source in parsed.sources if source.startswith("data:image/webp")]) == 6
+    assert all(source.startswith(("data:image/", "#")) for source in parsed.sources)
+    assert len(text) < 200_000
+
+
+def test_the_page_shows_numbers_captions_and_facts(folder):
+    (folder / "recipe.yaml").write_text("seed_everything: 0\n")
+    skipped = DataReport(sources=[SourceReport("pictures", 16, 17)], rows={"train": 8, "test": 4})
+    skipped.skipped.add("empty caption", "captions.jsonl, line 7")
+    text = write(
+        folder,
+        [row("red", exact=True, generated="Red square!"), row("blue", generated="")],
+        title="A run",
+        parameters=[{"group": "bind", "tensors": 19, "parameters": 12_000, "trainable": True}],
+        data=asdict(skipped),
+        licences=[{"part": "training data", "name": "pictures", "licence": "CC BY-SA 4.0"}],
+        device="one old CPU",
+    )
+    words = " ".join(" ".join(Page(text).texts).split())
+    for expected in (
+        "On 2 held-out pictures the loss is 3.50",
+        "trained in 5 min 36 s",
+        "12,345,678 trainable parameters",
+        "one old CPU",
+        "3,641",
+        "says of every picture: blind words",
+        "Red square! ✓ right",
+        "(nothing)",
+        "copied words",
+        "empty caption 1 captions.jsonl, line 7",
+        "bind 19 12,000 yes",
+        "CC BY-SA 4.0",
+        "seed_everything: 0",
+        f"Mean {np.tanh(0.5):.3f}",
+    ):
+        assert expected in words
+    assert words.count("✓ right") == 2  # the legend and one caption
+
+
+def test_text_cannot_break_out(folder):
+    evil = "<script>alert('x')</script>"
+    data = DataReport(sources=[SourceReport(evil)])
+    data.skipped.add(evil, evil)
+    (folder / "recipe.yaml").write_text(evil)
+    text = write(
+        folder,
+        [
+            row(
+                "red",
+                references=[evil],
+                generated=evil,
+                nearest=evil,
+                zero_gates=evil,
+                picture=f'"><img {evil}',
+            )
+        ],
+        title=evil,
+        device=evil,
+        problems={evil: evil},
+        data=asdict(data),
+        licences=[{"part": evil, "name": evil, "licence": evil}],
+        parameters=[{"group": evil, "tensors": 1, "parameters": 1, "trainable": False}],
+        software={evil: evil},
+        revision=evil,
+    )
+    assert "script" not in Page(text).tags
+    assert "<script" not in text
+    assert text.count("&lt;script&gt;") > 10
+
+
+def test_the_page_can_be_made_again(folder):
+    text = write(folder, title="A run")
+    (folder / "report.html").unlink()
+    assert rebuild_report(folder).read_text(encoding="utf-8") == text
+
+
+def test_missing_pictures_become_tiles(folder, tmp_path):
+    write(folder)
+    (tmp_path / "pictures/images/red0.png").unlink()
+    (tmp_path / "pictures/images/green0.png").write_bytes(b"")
+    text = rebuild_report(folder).read_text(encoding="utf-8")
+    assert re.findall(r'class="missing"[^>]*>([^<]*)<', text) == ["red0.png", "green0.png"]
+    assert "the file is empty" in text
+
+
+def test_what_is_no_picture_is_a_tile_that_says_what_it_is(folder):
+    source = asdict(SourceReport("sweeps", 16, 17, modality="radar"))
+    captions = [
+        row("red", picture="a/5.npy", modality="radar", nearest_picture="a/7.npy", nearest_modality="radar"),
+        row("blue", picture="'a <b> dog'", modality="text"),
+    ]
+    text = write(folder, captions, data={**asdict(DataReport()), "sources": [source]})
+    tiles = re.findall(r'class="missing"[^>]*>([^<]*)<', text)
+    assert sorted(tiles) == ["&#x27;a &lt;b&gt; dog&#x27;", "radar: 5.npy", "radar: 7.npy"]
+    assert "expected JPEG" not in text
+    words = " ".join(" ".join(Page(text).texts).split())
+    assert "picture" not in words
+    for told in ("2 of 2 held-out media", "says of every media: blind words", "nearest media", "16 radar"):
+        assert told in words
+
+
+def test_pictures_are_found_from_another_directory(folder, tmp_path, monkeypatch):
+    text = write(folder)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert rebuild_report(folder).read_text(encoding="utf-8") == text
+
+
+def test_the_sheet_is_a_fixed_sample_of_all_rows(folder, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "one.png")
+    captions = [
+        row("red", picture="one.png", nearest=None, references=[f"<{n}>"]) for n in range(SHEET_SIZE + 40)
+    ]
+    first, second = write(folder, captions, finished=""), write(folder, captions, finished="")
+    assert first == second
+    assert first.count("<article") == SHEET_SIZE
+    assert f"{SHEET_SIZE} of {SHEET_SIZE + 40} held-out pictures, drawn by a fixed seed" in first
+    shown = [int(n) for n in re.findall(r'<dd dir="auto">&lt;(\d+)&gt;</dd>', first)]
+    assert shown == sorted(shown) != list(range(SHEET_SIZE))
+    assert len((folder / "report/captions.jsonl").read_text().splitlines()) == SHEET_SIZE + 40
+
+
+def test_what_was_not_measured_is_shown_as_such(folder):
+    metrics = copy.deepcopy(METRICS)
+    metrics["shuffled"] = dict.fromkeys(NUMBERS)
+    text = write(
+        folder,
+        [row("red", generated=None, zero_gates=None, nearest=None, nearest_picture=None)],
+        metrics=metrics,
+        log=None,
+        problems={"shuffled": "OutOfMemoryError: no memory left"},
+    )
+    words = " ".join(" ".join(Page(text).texts).split())
+    assert "What did not work shuffled : OutOfMemoryError: no memory left" in words
+    assert "every picture:" not in words
+    assert "Loss per token by optimiser step" not in words
+    assert "Not recorded." in words
+
+
+def test_an_earlier_log_does_not_stay(folder):
+    assert "Loss per token by optimiser step" in write(folder)
+    assert "Loss per token by optimiser step" not in write(folder, log=None)
+
+
+def test_captions_with_odd_characters_stay_whole(folder):
+    odd = "one\u2028two\x85three\x00four\x0bfive"
+    text = write(folder, [row("red", generated=odd)])
+    assert "one two three\ufffdfour five" in text
+    assert json.loads((folder / "report/captions.jsonl").read_text(encoding="utf-8"))["generated"] == odd
+
+
+def test_file_names_that_are_not_utf8(folder):
+    text = write(folder, [row("red", picture="pictures/\udc80.png")], problems={"\udc80": "no name"})
+    assert "\\udc80.png" in text
+    assert json.loads((folder / "report/captions.jsonl").read_text())["picture"] == "pictures/\udc80.png"
+
+
+def test_long_captions_are_cut_on_the_page_alone(folder):
+    text = write(folder, [row("red", generated="word " * 500)])
+    assert "word word…" in text
+    assert text.count("word") < 60
+    assert (folder / "report/captions.jsonl").read_text().count("word") > 500
+
+
+def test_a_log_without_finite_losses(folder):
+    assert (
+        report._series([{"step": "1", "a": "nan"}, {"step": "2", "a": "inf"}, {"step": "", "a": "1"}], "a")
+        == []
+    )
+    assert report._series([{"step": "3", "a": "2.5"}, {"step": "4", "a": ""}], "a") == [(3, 2.5)]
+
+
+def test_a_number_that_is_missing_is_refused_before_anything_is_written(folder):
+    metrics = copy.deepcopy(METRICS)
+    del metrics["shuffled"]["cider"], metrics["seconds"]["embed"], metrics["trainable_parameters"]
+    with pytest.raises(InputError, match=r"shuffled\.cider, seconds\.embed, trainable_parameters"):
+        write(folder, metrics=metrics)
+    assert not (folder / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "report/captions.jsonl", "report/facts.json"])
+def test_missing_and_damaged_files_are_named(folder, name):
+    write(folder)
+    (folder / name).write_text("{")
+    with pytest.raises(InputError, match=f"{name} is damaged"):
+        rebuild_report(folder)
+    (folder / name).unlink()
+    with pytest.raises(InputError, match=f"{name} does not exist"):
+        rebuild_report(folder)
+
+
+def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"bindllm\.json"):
+        rebuild_report(tmp_path)
+
+
+def test_facts_of_an_older_report_may_be_fewer(folder):
+    write(folder)
+    (folder / "report/facts.json").write_text('{"title": "Old run"}')
+    assert "git revision: unknown" in rebuild_report(folder).read_text(encoding="utf-8")
+
+
+def test_versions_and_revision(tmp_path):
+    assert software_versions()["torch"] == torch.__version__
+    assert git_revision(tmp_path) is None
+    assert git_revision(tmp_path / "gone") is None

@@ -1,0 +1,106 @@
+"""Rows for a store, pictures to fill it with, and an encoder that counts."""
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from bindllm import EmbeddingStore, Media
+from bindllm.embeddings.embedder import FillReport, fill
+from tiny import ColourEncoder
+
+FINGERPRINT = "a1" * 32
+SIZE = 4
+
+
+def texts(*numbers: int) -> list[Media]:
+    return [Media.text(f"text {n}") for n in numbers]
+
+
+def keys_of(media: list[Media]) -> list[str]:
+    return [item.content_hash() for item in media]
+
+
+def vectors(*numbers: int) -> torch.Tensor:
+    return torch.stack([torch.randn(SIZE, generator=torch.Generator().manual_seed(n)) for n in numbers])
+
+
+def open_store(folder: Path) -> EmbeddingStore:
+    return EmbeddingStore(folder, FINGERPRINT, SIZE)
+
+
+def add(store: EmbeddingStore, *numbers: int) -> None:
+    media = texts(*numbers)
+    store.append(keys_of(media), vectors(*numbers), media)
+
+
+def write_settled(path: Path, content: bytes) -> Path:
+    """Write a file whose time is old enough to be trusted."""
+    path.write_bytes(content)
+    os.utime(path, ns=(10**18, 10**18))
+    return path
+
+
+class CountingEncoder(ColourEncoder):
+    """Counts what it is asked for, and can act when it embeds."""
+
+    def __init__(self, **changes) -> None:
+        super().__init__(**changes)
+        self.prepared: list[str] = []
+        self.batches: list[int] = []
+
+    def prepare(self, media: Media) -> torch.Tensor:
+        inputs = super().prepare(media)
+        self.prepared.append(media.name)
+        return inputs
+
+    def embed(self, modality: str, inputs: list[torch.Tensor]) -> torch.Tensor:
+        self.batches.append(len(inputs))
+        self.before_embed()
+        return super().embed(modality, inputs)
+
+    def before_embed(self) -> None:
+        """Tests replace this."""
+
+
+def picture(n: int) -> bytes:
+    """The bytes of a small PNG that differs for each number."""
+    pixels = np.random.default_rng(n).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def pictures(folder: Path, count: int, *, start: int = 0) -> list[Media]:
+    """Write pictures with a time that is old enough to be trusted."""
+    folder.mkdir(exist_ok=True)
+    media = []
+    for n in range(start, start + count):
+        path = folder / f"{n:03}.png"
+        path.write_bytes(picture(n))
+        os.utime(path, (10**9, 10**9))
+        media.append(Media.image(path))
+    return media
+
+
+def counts(report: FillReport) -> tuple[int, int, int, int]:
+    return report.encoded, report.reused, report.duplicates, len(report.failed)
+
+
+def expected(media: list[Media]) -> torch.Tensor:
+    encoder = ColourEncoder()
+    return torch.cat([encoder.embed("image", [encoder.prepare(item)]) for item in media])
+
+
+def run(folder: Path, media, encoder: ColourEncoder | None = None, **options) -> FillReport:
+    encoder = encoder or CountingEncoder()
+    store = EmbeddingStore.for_encoder(folder, encoder)
+    return fill(store, encoder, media, **{"batch_size": 4, "workers": 2, "progress": False, **options})
+
+
+def stored(folder: Path, media: list[Media]) -> torch.Tensor:
+    store = EmbeddingStore.for_encoder(folder, ColourEncoder())
+    return store.get([store.key_of(item) for item in media])
