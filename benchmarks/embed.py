@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.measure import Figure, paired, seconds
 from bindllm import EmbeddingStore, Media
-from bindllm.embeddings.embedder import fill
+from bindllm.embeddings.precompute import precompute_embeddings
 from bindllm.encoders import EfficientNetLite
 from bindllm.model.decoder import default_device
 
@@ -65,7 +65,7 @@ def figures() -> list[Figure]:
             encoder.seconds = 0.0
             with tempfile.TemporaryDirectory(dir=folder) as place:
                 store = EmbeddingStore.for_encoder(place, encoder)
-                whole = seconds(lambda: fill(store, encoder, media, progress=False))
+                whole = seconds(lambda: precompute_embeddings(store, encoder, media, progress=False))
             shares.append(encoder.seconds / whole)
 
         def encoder_alone() -> None:

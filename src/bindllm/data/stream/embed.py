@@ -20,7 +20,7 @@ from bindllm.encoders import Encoder, encoder_for
 from bindllm.encoders.fusion import common_size, fuse
 from bindllm.errors import InputError, MediaError
 from bindllm.media import Media
-from bindllm.parallel.ahead import ahead_in_threads
+from bindllm.parallel import prefetch
 
 CANNOT_EMBED = "media that cannot be embedded"
 
@@ -112,7 +112,7 @@ class StreamEmbedder:
         kept: list[Sample] = []
         vectors: dict[Media, Tensor] = {}
         waiting: defaultdict[str, dict[Media, Tensor]] = defaultdict(dict)
-        works = ahead_in_threads(self._pool, self._prepare, samples, ahead=self._ahead)
+        works = prefetch(self._pool, self._prepare, samples, limit=self._ahead)
         while (work := self._next(works)) is not None:
             if work.error:
                 left_out(CANNOT_EMBED, work.error)

@@ -1,7 +1,7 @@
 """Encoding what a store lacks: files are read and prepared in threads while the encoder embeds the batch before.
 
 Threads and not processes: Pillow and hashing leave Python's lock, an encoder with its weights need not be copied,
-and the encoder is what takes the time. Where there are several devices, each has a process of its own (`Ranks`).
+and the encoder is what takes the time. Where there are several devices, each has a process of its own (`Processes`).
 """
 
 from __future__ import annotations
@@ -18,13 +18,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from torch import Tensor
 
 from bindllm.embeddings.store import EmbeddingStore
 from bindllm.errors import InputError, MediaError, StoreError
 from bindllm.media import Media
-from bindllm.parallel.ahead import ahead_in_threads, bar_on_stderr, chunks
-from bindllm.parallel.ranks import Ranks
+from bindllm.parallel import SINGLE_PROCESS, Processes, chunks, prefetch
 
 if TYPE_CHECKING:
     from bindllm.encoders import Encoder
@@ -38,11 +46,9 @@ PREPARED_BYTES = 1 << 30
 HASH_CHUNK = 32
 """Media whose content is hashed by one task; a task for each would cost more than an unchanged file does."""
 
-ALONE = Ranks()
-
 
 @dataclass(frozen=True)
-class FillReport:
+class PrecomputeReport:
     """What became of the media: each is counted once, in ``encoded``, ``reused``, ``duplicates`` or ``failed``.
 
     Args:
@@ -59,10 +65,10 @@ class FillReport:
     failed: tuple[tuple[str, str], ...]
     seconds: float
 
-    def together(self, ranks: Ranks) -> FillReport:
+    def together(self, processes: Processes) -> PrecomputeReport:
         """Return the report of all processes; waits for all of them."""
-        reports = [FillReport(**fields) for fields in ranks.gather(asdict(self))]
-        return FillReport(
+        reports = [PrecomputeReport(**fields) for fields in processes.gather(asdict(self))]
+        return PrecomputeReport(
             encoded=sum(report.encoded for report in reports),
             reused=sum(report.reused for report in reports),
             duplicates=sum(report.duplicates for report in reports),
@@ -74,9 +80,9 @@ class FillReport:
         """Return the counts as a sentence.
 
         Example:
-            >>> FillReport(encoded=3, reused=1, duplicates=0, failed=(), seconds=1.26).summary()
+            >>> PrecomputeReport(encoded=3, reused=1, duplicates=0, failed=(), seconds=1.26).summary()
             '3 media embedded in 1.3 s, 1 embedded before, 0 duplicates, 0 failed.'
-            >>> FillReport(0, 0, 0, (("a.png", "a.png: the file is empty"),), 0.1).summary()
+            >>> PrecomputeReport(0, 0, 0, (("a.png", "a.png: the file is empty"),), 0.1).summary()
             '0 media embedded in 0.1 s, 0 embedded before, 0 duplicates, 1 failed (first: a.png: the file is empty).'
         """
         first = f" (first: {self.failed[0][1]})" if self.failed else ""
@@ -86,7 +92,7 @@ class FillReport:
         )
 
 
-def fill(
+def precompute_embeddings(
     store: EmbeddingStore,
     encoder: Encoder,
     media: Iterable[Media],
@@ -95,8 +101,8 @@ def fill(
     workers: int | None = None,
     flush_rows: int = 4096,
     progress: bool = True,
-    ranks: Ranks = ALONE,
-) -> FillReport:
+    processes: Processes = SINGLE_PROCESS,
+) -> PrecomputeReport:
     """Embed the media whose content is not in the store yet.
 
     Media that cannot be read are reported and do not stop the run. When it is stopped (Ctrl-C, a full disk, an
@@ -110,10 +116,10 @@ def fill(
         encoder: prepares and embeds.
         media: may be a generator, which several processes hold in memory; duplicates are embedded once.
         batch_size: media of one modality that are embedded together; fewer where they are large.
-        workers: threads that read and prepare; None: as ``ranks`` says.
+        workers: threads that read and prepare; None: as ``processes`` says.
         flush_rows: embeddings are written in shards of about this many rows, or every `FLUSH_SECONDS`.
         progress: show a bar with the time left.
-        ranks: which of several processes this one is.
+        processes: which of several processes this one is.
 
     Returns:
         What became of all media, in all processes together.
@@ -127,12 +133,12 @@ def fill(
             f"{store.folder}: the store belongs to the encoder {store.fingerprint[:16]}, not to "
             f"{encoder.fingerprint()[:16]}; open it with EmbeddingStore.for_encoder(folder, encoder)"
         )
-    media = media if ranks.count == 1 else list(media)
-    workers = max(1, (ranks.threads or os.cpu_count() or 1) if workers is None else workers)
+    media = media if processes.world_size == 1 else list(media)
+    workers = max(1, (processes.threads or os.cpu_count() or 1) if workers is None else workers)
     pool = ThreadPoolExecutor(workers, thread_name_prefix="fill")
-    with bar_on_stderr(shown=progress) as bar:
+    with _progress_bar(shown=progress) as bar:
         task = bar.add_task("embedding", total=len(media) if isinstance(media, Sized) else None)
-        run = _Run(store, encoder, flush_rows, ranks, advance=lambda: bar.advance(task))
+        run = _Run(store, encoder, flush_rows, processes, advance=lambda: bar.advance(task))
         try:
             run.work_through(media, pool, workers=workers, batch_size=batch_size)
         except StoreError:
@@ -165,14 +171,14 @@ class _Run:
         store: EmbeddingStore,
         encoder: Encoder,
         flush_rows: int,
-        ranks: Ranks,
+        processes: Processes,
         *,
         advance: Callable[[], None],
     ) -> None:
         self._store = store
         self._encoder = encoder
         self._flush_rows = flush_rows
-        self._ranks = ranks
+        self._processes = processes
         self._advance = advance
         self._counts: Counter[str] = Counter()
         self._failed: list[tuple[str, str]] = []
@@ -185,11 +191,11 @@ class _Run:
         self, media: Iterable[Media], pool: ThreadPoolExecutor, *, workers: int, batch_size: int
     ) -> None:
         """Do this process's part, with threads that hash and prepare ahead of the encoder."""
-        if self._ranks.count > 1:
+        if self._processes.world_size > 1:
             self.hash_share(media, pool, ahead=workers + 1)
-        keyed = ahead_in_threads(pool, self.find_keys, chunks(media, HASH_CHUNK), ahead=lambda: workers + 1)
+        keyed = prefetch(pool, self.find_keys, chunks(media, HASH_CHUNK), limit=lambda: workers + 1)
         ahead = partial(self.fitting, workers + batch_size)
-        prepared = ahead_in_threads(pool, self.prepare, self.select(keyed), ahead=ahead)
+        prepared = prefetch(pool, self.prepare, self.select(keyed), limit=ahead)
         for batch in self.batches(prepared, batch_size):
             self.embed(batch)
         self.flush()
@@ -199,12 +205,12 @@ class _Run:
 
         The sources are the same in each process, so their places can divide what has no key yet.
         """
-        share = islice(media, self._ranks.number, None, self._ranks.count)
-        for _ in ahead_in_threads(pool, self.find_keys, chunks(share, HASH_CHUNK), ahead=lambda: ahead):
+        share = islice(media, self._processes.rank, None, self._processes.world_size)
+        for _ in prefetch(pool, self.find_keys, chunks(share, HASH_CHUNK), limit=lambda: ahead):
             if time.monotonic() - self._flushed >= FLUSH_SECONDS:
                 self.flush()
         self.flush()
-        self._ranks.wait()
+        self._processes.barrier()
         self._store.refresh()
 
     def find_keys(self, chunk: list[Media]) -> list[_Work]:
@@ -246,8 +252,8 @@ class _Run:
     def _owns(self, work: _Work, place: int) -> bool:
         """Whether media is for this process to count; what cannot be read has no key, and goes by its place."""
         if work.error is not None:
-            return place % self._ranks.count == self._ranks.number
-        return self._ranks.owns(work.key)
+            return place % self._processes.world_size == self._processes.rank
+        return self._processes.owns(work.key)
 
     def prepare(self, work: _Work) -> _Work:
         """Read and prepare one media (in a thread)."""
@@ -311,22 +317,22 @@ class _Run:
             self._counts["stored"] += len(keys)
             self._rows = []
             # Two processes that merge the same shards at once may leave rows twice.
-            if self._ranks.first:
+            if self._processes.is_first:
                 self._store.compact()
         self._store.save_files()
 
-    def finish(self) -> FillReport:
+    def finish(self) -> PrecomputeReport:
         """Return what became of the media, when every process is done."""
-        report = FillReport(
+        report = PrecomputeReport(
             encoded=self._counts["stored"],
             reused=self._counts["reused"],
             duplicates=self._counts["duplicates"],
             failed=tuple(self._failed),
             seconds=time.monotonic() - self._started,
-        ).together(self._ranks)
-        if self._ranks.count > 1:
+        ).together(self._processes)
+        if self._processes.world_size > 1:
             self._store.refresh()
-            if self._ranks.first:
+            if self._processes.is_first:
                 self._store.compact()
         return report
 
@@ -340,3 +346,15 @@ class _Run:
         self._advance()
         if len(self._rows) >= self._flush_rows or time.monotonic() - self._flushed >= FLUSH_SECONDS:
             self.flush()
+
+
+def _progress_bar(*, shown: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=not shown,
+    )

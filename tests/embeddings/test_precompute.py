@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from bindllm import EmbeddingStore, Media
-from bindllm.embeddings import embedder as fill_module
-from bindllm.embeddings.embedder import fill
+from bindllm.embeddings import precompute as precompute_module
+from bindllm.embeddings.precompute import precompute_embeddings
 from bindllm.errors import InputError, StoreError
 from store_parts import CountingEncoder, counts, expected, picture, pictures, run, stored
 from tiny import ColourEncoder
@@ -74,7 +74,7 @@ def test_another_encoder_embeds_for_itself(tmp_path):
 def test_a_store_of_another_encoder_is_refused(tmp_path):
     store = EmbeddingStore.for_encoder(tmp_path, ColourEncoder(grid=2))
     with pytest.raises(StoreError, match="the store belongs to the encoder"):
-        fill(store, ColourEncoder(), [], progress=False)
+        precompute_embeddings(store, ColourEncoder(), [], progress=False)
 
 
 def test_bad_media_are_named_and_the_others_are_embedded(tmp_path):
@@ -152,7 +152,7 @@ def test_a_generator_is_read_as_the_work_goes_on(tmp_path):
 
     run(tmp_path / "store", endless(), Watching(), batch_size=4, workers=2)
     # Two chunks to be hashed beside the one in hand, and the window of prepared media.
-    assert max(ahead) <= 4 * fill_module.HASH_CHUNK + 6
+    assert max(ahead) <= 4 * precompute_module.HASH_CHUNK + 6
     assert given == 400
 
 
@@ -167,7 +167,7 @@ def test_a_path_with_a_zero_byte_is_one_bad_file(tmp_path):
 def test_large_inputs_are_held_and_embedded_few_at_a_time(fitting, batches, tmp_path, monkeypatch):
     media = pictures(tmp_path / "in", 12)
     size = ColourEncoder().prepare(media[0]).nbytes
-    monkeypatch.setattr(fill_module, "PREPARED_BYTES", int(2 * fitting * size))
+    monkeypatch.setattr(precompute_module, "PREPARED_BYTES", int(2 * fitting * size))
     held: list[int] = []
 
     class Watching(CountingEncoder):
@@ -194,7 +194,7 @@ def test_files_are_prepared_in_several_threads(tmp_path):
 
 
 def test_rows_are_written_when_it_is_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(fill_module, "FLUSH_SECONDS", 0.0)
+    monkeypatch.setattr(precompute_module, "FLUSH_SECONDS", 0.0)
     written: list[int] = []
     original = EmbeddingStore.append
     monkeypatch.setattr(
