@@ -10,6 +10,7 @@ from PIL import Image
 
 from bindllm import EmbeddingStore, Media
 from bindllm.embeddings.precompute import PrecomputeReport, precompute_embeddings
+from bindllm.parallel import Processes
 from tiny import ColourEncoder
 
 FINGERPRINT = "a1" * 32
@@ -99,7 +100,10 @@ def run(folder: Path, media, encoder: ColourEncoder | None = None, **options) ->
     encoder = encoder or CountingEncoder()
     store = EmbeddingStore.for_encoder(folder, encoder)
     return precompute_embeddings(
-        store, encoder, media, **{"batch_size": 4, "workers": 2, "progress": False, **options}
+        store,
+        encoder,
+        media,
+        **{"batch_size": 4, "processes": Processes(threads=2), "progress": False, **options},
     )
 
 

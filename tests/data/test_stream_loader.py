@@ -15,7 +15,7 @@ from bindllm.data.stream.embed import CANNOT_EMBED
 from bindllm.data.stream.training import StreamOptions, check_streams, stream_loader
 from bindllm.errors import EncoderError, InputError
 from bindllm.media import Media
-from bindllm.parallel import Prefetcher, Processes
+from bindllm.parallel import Processes
 from stream_parts import captioned, picture, write_shard, write_shards
 from tiny import COLOURS, ColourEncoder, tiny_tokenizer
 
@@ -56,7 +56,7 @@ def equal(ours, theirs):
 
 
 def threads():
-    return [thread for thread in threading.enumerate() if thread.name.startswith(("stream", "decode"))]
+    return [thread for thread in threading.enumerate() if thread.name.startswith(("stream", "prepare"))]
 
 
 @pytest.fixture(scope="module")
@@ -309,12 +309,6 @@ def test_waiting_is_measured(shards):
     assert slow.report.waiting_share > 0.8
     assert fast.report.waiting_share < 0.2
     assert "training waited" in next(slow.report.lines())
-
-
-def test_ahead_passes_items_on_and_ends_with_its_iterator():
-    with Prefetcher(lambda stopped: iter(range(50))) as items:
-        assert list(items) == list(range(50))
-    assert not threads()
 
 
 def source(path, **options):

@@ -175,10 +175,3 @@ def test_every_process_refuses_media_that_the_encoder_does_not_serve(tmp_path):
         2, lambda processes: run(tmp_path / "store", [Media.text("a dog")] * 2, processes=processes)
     )
     assert any(isinstance(end, InputError) for end in ends)
-
-
-def test_content_is_shared_evenly():
-    keys = [Media.text(str(n)).content_hash() for n in range(3000)]
-    owned = [sum(Processes(number, 3).owns(key) for key in keys) for number in range(3)]
-    assert sum(owned) == 3000
-    assert max(owned) < 1.1 * min(owned)

@@ -6,7 +6,6 @@ import copy
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -16,11 +15,11 @@ import torch
 from bindllm.data.collate import collate
 from bindllm.data.source_config import SourceConfig
 from bindllm.data.stream.chunks import Chunk, ChunkReader
-from bindllm.data.stream.embed import StreamEmbedder
 from bindllm.data.stream.loader import StreamLoader
 from bindllm.data.stream.plan import Bookmark, Mixture, ShardStream
 from bindllm.data.stream.remote import is_remote
 from bindllm.data.stream.shards import expand_shards, is_stream
+from bindllm.embeddings.embedder import Embedder
 from bindllm.encoders import Encoder
 from bindllm.errors import InputError
 from bindllm.parallel import Processes
@@ -160,9 +159,8 @@ class _Streams:
 
     def chunks(self, start: Bookmark, stopped: Callable[[], bool]) -> Iterator[Chunk]:
         """Read in the loader's thread, with a tokenizer of its own: none may be used by two at the same time."""
-        # The processors are shared by the processes of a machine.
-        workers = self.processes.threads or os.cpu_count() or 1
-        with closing(StreamEmbedder(self.encoders, self.device, workers)) as embedder:
+        threads = self.processes.num_threads
+        with Embedder(self.encoders, device=self.device, threads=threads) as embedder:
             reader = ChunkReader(
                 self.mixture,
                 self.numbered,
@@ -173,7 +171,12 @@ class _Streams:
                 batch_size=self.options.batch_size,
                 seed=(self.options.seed, _ORDER_OF_ROWS, self.processes.rank),
             )
-            yield from reader.read(start, stopped)
+            try:
+                yield from reader.read(start, stopped)
+            finally:
+                # Frees their memory on the accelerator.
+                for encoder in self.encoders:
+                    encoder.to("cpu")
 
     def fingerprint(self) -> str:
         """Hex digits that change when any batch would, as far as can be told without reading the shards."""

@@ -1,0 +1,246 @@
+"""Media to embeddings: threads read and prepare files while the encoder embeds the batch before.
+
+Threads, not processes: Pillow and hashing release Python's lock, an encoder with its weights is not copied, and the
+encoder takes most of the time. With several devices, each has its own process (`bindllm.parallel.Processes`).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Generic, NamedTuple, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from bindllm.encoders import Encoder, encoder_for
+from bindllm.encoders.fusion import fuse
+from bindllm.errors import InputError, MediaError
+from bindllm.media import Media
+from bindllm.parallel import prefetch
+
+Key = TypeVar("Key")
+
+BATCH_SIZE = 32
+"""Media of one modality that are embedded together, by default."""
+
+PREPARED_BYTES = 1 << 30
+"""Prepared inputs held in memory at the same time, approximately: one long video can take 200 MB."""
+
+
+class Work(NamedTuple, Generic[Key]):
+    """One media to embed.
+
+    Args:
+        key: returned with the result.
+        media: read in a thread, and not referenced after that: only the prepared input stays in memory.
+        name: for error messages; None: the name of the media.
+    """
+
+    key: Key
+    media: Media
+    name: str | None = None
+
+
+@dataclass(frozen=True)
+class Embedded(Generic[Key]):
+    """The result for one media: its embedding or the reason why it has none.
+
+    Args:
+        key: of the `Work`.
+        embedding: unit norm, float32, on the CPU, [E]; None after an error.
+        error: why the media could not be read or embedded.
+    """
+
+    key: Key
+    embedding: Tensor | None = None
+    error: Exception | None = None
+
+
+class _Prepared(NamedTuple):
+    """A media between the threads and the encoder."""
+
+    key: object
+    name: str
+    modality: str
+    inputs: Tensor | None = None
+    error: Exception | None = None
+
+
+class Embedder:
+    """Prepares media in threads, groups them by modality and embeds them in batches.
+
+    About `PREPARED_BYTES` of prepared inputs are held at a time: half for the next batch, half for the media that
+    wait for it. Batches depend only on the order and the sizes of the media, so the same media give the same bits.
+
+    Args:
+        encoders: the first that serves a modality embeds it.
+        device: where encoders are moved before their first batch; None: they stay where they are.
+        batch_size: maximum number of media in a batch.
+        threads: number of threads that read and prepare; None: one for each CPU core.
+        reported: types of errors that are returned as the result of one media. Others are raised with a note that
+            names the media.
+
+    Attributes:
+        pool: the threads; the owner may use them for other work.
+        seconds_waiting: time in which the encoders waited for prepared media.
+        seconds_embedding: time in which they worked.
+    """
+
+    def __init__(
+        self,
+        encoders: Sequence[Encoder],
+        *,
+        device: torch.device | str | None = None,
+        batch_size: int = BATCH_SIZE,
+        threads: int | None = None,
+        reported: tuple[type[Exception], ...] = (MediaError,),
+    ) -> None:
+        self.encoders, self.device, self.batch_size = tuple(encoders), device, batch_size
+        self.threads = max(1, (os.cpu_count() or 1) if threads is None else threads)
+        self.reported = reported
+        self.pool = ThreadPoolExecutor(self.threads, thread_name_prefix="prepare")
+        self.seconds_waiting = self.seconds_embedding = 0.0
+        self._serving: dict[str, Encoder] = {}
+        self._largest = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Cancel waiting work and end the threads; the encoders stay on their device."""
+        self.pool.shutdown(cancel_futures=True)
+
+    def embed(
+        self, works: Iterable[Work[Key]], *, check: Callable[[Work[Key]], None] | None = None
+    ) -> Iterator[Embedded[Key]]:
+        """Yield the result for each media, in the order in which batches are complete.
+
+        Args:
+            works: may be a generator; it is read only as far ahead as memory allows.
+            check: called in the thread after a media was prepared; may raise like reading does.
+
+        Raises:
+            Exception: of a type that is not in ``reported``; a note names the media, or all media of the batch.
+        """
+        waiting: defaultdict[str, list[_Prepared]] = defaultdict(list)
+        prepared = prefetch(self.pool, partial(self._prepare, check), works, limit=self._limit)
+        while (item := self._next(prepared)) is not None:
+            if item.error is not None:
+                yield Embedded(item.key, error=item.error)
+                continue
+            batch = waiting[item.modality]
+            batch.append(item)
+            if self._is_full(batch):
+                yield from self._embed_batch(waiting.pop(item.modality))
+        for batch in waiting.values():
+            yield from self._embed_batch(batch)
+
+    def embed_in_order(self, media: Iterable[Media]) -> list[Embedded[int]]:
+        """Return the results for media in their order; keys are positions."""
+        works = (Work(position, item) for position, item in enumerate(media))
+        return sorted(self.embed(works), key=lambda result: result.key)
+
+    def _prepare(self, check: Callable[[Work], None] | None, work: Work) -> _Prepared:
+        """Read and prepare one media (in a thread)."""
+        media = work.media
+        prepared = _Prepared(work.key, work.name or media.name, media.modality)
+        try:
+            inputs = encoder_for(media.modality, self.encoders).prepare(media)
+            if check is not None:
+                check(work)
+        except self.reported as error:
+            return prepared._replace(error=error)
+        except Exception as error:
+            error.add_note(f"while preparing {prepared.name}")
+            raise
+        self._largest = max(self._largest, inputs.nbytes)
+        return prepared._replace(inputs=inputs)
+
+    def _next(self, prepared: Iterator[_Prepared]) -> _Prepared | None:
+        started = time.perf_counter()
+        try:
+            return next(prepared, None)
+        finally:
+            self.seconds_waiting += time.perf_counter() - started
+
+    def _limit(self) -> int:
+        """Return how many media may be in work or waiting for a batch."""
+        if not self._largest:
+            # No size is known yet; two are enough to keep reading.
+            return 2
+        return min(self.threads + self.batch_size, max(1, PREPARED_BYTES // 2 // self._largest))
+
+    def _is_full(self, batch: list[_Prepared]) -> bool:
+        # Whether one more media, as large as the largest here, would exceed the limit: sizes decide, never timing.
+        size = (len(batch) + 1) * max(item.inputs.nbytes for item in batch)
+        return len(batch) >= self.batch_size or size > PREPARED_BYTES // 2
+
+    def _embed_batch(self, batch: list[_Prepared]) -> Iterator[Embedded]:
+        """Embed media of one modality, and report those whose embedding is not finite."""
+        started = time.perf_counter()
+        try:
+            rows = self._rows(batch)
+        except Exception as error:
+            error.add_note(f"while embedding {', '.join(item.name for item in batch)}")
+            raise
+        finally:
+            self.seconds_embedding += time.perf_counter() - started
+        for item, row, finite in zip(batch, rows, rows.isfinite().all(dim=1).tolist(), strict=True):
+            if finite:
+                yield Embedded(item.key, row)
+                continue
+            error = MediaError(f"{item.name}: its embedding is not finite")
+            if not isinstance(error, self.reported):
+                raise error
+            yield Embedded(item.key, error=error)
+
+    def _rows(self, batch: list[_Prepared]) -> Tensor:
+        modality = batch[0].modality
+        if modality not in self._serving:
+            encoder = encoder_for(modality, self.encoders)
+            self._serving[modality] = encoder if self.device is None else encoder.to(self.device)
+        with torch.no_grad():
+            return self._serving[modality].embed(modality, [item.inputs for item in batch]).cpu()
+
+
+def embed_groups(
+    groups: Sequence[Sequence[Media]],
+    encoders: Sequence[Encoder],
+    *,
+    device: torch.device | str,
+    normalize: bool = True,
+) -> Tensor:
+    """Embed the media of each group and fuse them; batches are made by modality, across all groups.
+
+    Args:
+        groups: N groups of at least one media each.
+        encoders: the first that serves a modality embeds it.
+        device: where the encoders run.
+        normalize: see `fuse`.
+
+    Returns:
+        embeddings of the groups, unit norm (if normalized), [N, E], float32, on the CPU.
+
+    Raises:
+        InputError: a group is empty, or no encoder serves a modality.
+        MediaError: a media cannot be read, or its embedding is not finite.
+    """
+    if not all(groups):
+        raise InputError("a list of media to be fused is empty: leave it out, or put a Media into it")
+    with Embedder(encoders, device=device, reported=()) as embedder:
+        results = embedder.embed_in_order(media for group in groups for media in group)
+    rows = iter([result.embedding for result in results])
+    fused = []
+    for group in groups:
+        weights = torch.tensor([media.weight for media in group], dtype=torch.float64)
+        fused.append(fuse(torch.stack([next(rows) for _ in group]), weights, normalize=normalize))
+    return torch.stack(fused)
