@@ -25,13 +25,14 @@ from benchmarks.ablation_tables import draw, tables
 from benchmarks.measure import RESULTS, run_bindllm
 from bindllm.atomic import write_json
 from bindllm.cache.index import VectorIndex
+from bindllm.cache.settings import CacheSettings
 from bindllm.cache.visual_cache import VisualCache
 from bindllm.conversation import Conversation
 from bindllm.data.collate import MediaGroup
 from bindllm.data.datamodule import BindData
 from bindllm.data.sources import SourceConfig
 from bindllm.data.tokenise import Sample
-from bindllm.embeddings.embedder import fill
+from bindllm.embeddings.precompute import precompute_embeddings
 from bindllm.embeddings.store import EmbeddingStore
 from bindllm.encoders import Aligned, EfficientNetLite, Encoder
 from bindllm.evaluation.run import measure_captions
@@ -101,8 +102,8 @@ def sweep() -> list[Setting]:
 
 
 def chosen() -> Setting:
-    """Return the defaults of `VisualCache`."""
-    defaults = VisualCache.__init__.__kwdefaults__
+    """Return the defaults of `CacheSettings`."""
+    defaults = asdict(CacheSettings())
     return Setting(**{name: defaults[name] for name in RELEASED.blend})
 
 
@@ -196,7 +197,7 @@ class Bench:
 def embed(encoder: Encoder, media: Sequence[Media]) -> Tensor:
     """Return the embeddings of media, [N, E], each encoded once, ever."""
     store = EmbeddingStore.for_encoder(STORE, encoder)
-    if failed := fill(store, encoder, media).failed:
+    if failed := precompute_embeddings(store, encoder, media).failed:
         raise SystemExit(f"{len(failed)} media cannot be embedded, the first: {failed[0][1]}")
     return store.get([store.key_of(item) for item in media])
 

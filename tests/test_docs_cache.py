@@ -11,7 +11,7 @@ import yaml
 
 from bindllm.cache.factories import choose
 from bindllm.cli import VERBS, generate, index
-from bindllm.model.cache import CacheConfig
+from bindllm.cache.settings import CacheConfig
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/cache.md").read_text(encoding="utf-8")

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from bindllm import VisualCache
-from bindllm.cache.manifest import IndexInfo, StoreState
+from bindllm.cache.folder import IndexInfo, StoreState
 from bindllm.cli import main
 from bindllm.cli.generate import SENSES
 from bindllm.cli.media import encoder_folder
@@ -152,7 +152,7 @@ def test_the_pictures_that_are_mixed_in_are_named(tmp_path, capsys, monkeypatch)
     assert main(line) == 0
     assert "nothing was shown" in capsys.readouterr().out
     # Without its store only content hashes are known.
-    keys = cache.index.keys(cache.neighbours(query)[0].numpy())
+    keys = cache.index.keys(cache.neighbors(query)[0].numpy())
     shutil.rmtree("store")
     assert main([*line, "--text", "a dog"]) == 0
     told = capsys.readouterr().out

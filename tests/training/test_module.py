@@ -16,7 +16,7 @@ from bindllm.errors import CheckpointError, InputError, TrainingError
 from bindllm.media import Media
 from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
-from bindllm.model.cache import CacheConfig
+from bindllm.cache.settings import CacheConfig
 from bindllm.model.checkpoint import read_manifest
 from bindllm.model.decoder import DecoderConfig
 from bindllm.model.injection import InjectConfig

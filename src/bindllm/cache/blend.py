@@ -5,12 +5,49 @@ After ImageBind-LLM (https://arxiv.org/abs/2309.03905), section 3.4, and its rel
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from bindllm.cache.settings import CacheSettings
+from bindllm.embeddings.shards import as_hex
+from bindllm.errors import StoreError
+
+if TYPE_CHECKING:
+    from bindllm.embeddings.store import EmbeddingStore
 
 # If the mean of unit vectors is shorter than this, they cancel out and no direction is left.
 _SHORTEST = 1e-4
+
+
+def unit_rows(rows: np.ndarray) -> np.ndarray:
+    """Return rows [..., E] at unit length, float32; a row without direction becomes NaN.
+
+    Example:
+        >>> unit_rows(np.array([[3.0, 4.0]], np.float32))
+        array([[0.6, 0.8]], dtype=float32)
+    """
+    rows = np.asarray(rows, np.float32)
+    # In double precision the square of a float32 neither overflows nor underflows to zero.
+    norms = np.sqrt(np.square(rows, dtype=np.float64).sum(axis=-1, keepdims=True))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (rows / norms).astype(np.float32)
+
+
+def read_units(store: EmbeddingStore, keys: np.ndarray) -> np.ndarray:
+    """Return the embeddings of keys [N] at unit length, float32 [N, E].
+
+    Raises:
+        StoreError: A key that is not stored, or an embedding without direction; names the key.
+    """
+    names = as_hex(keys)
+    rows = unit_rows(store.get(names).numpy())
+    broken = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+    if len(broken):
+        raise StoreError(
+            f"{store.folder}: the embedding with key {names[broken[0]]} is zero or not finite, so it has no direction"
+        )
+    return rows
 
 
 def similarities_of(queries: np.ndarray, ids: np.ndarray, vectors: np.ndarray) -> np.ndarray:

@@ -11,7 +11,6 @@ file keep using it.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -24,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from bindllm.atomic import atomic_file, write_json
+from bindllm.atomic import atomic_file, file_sha256, write_json
 from bindllm.cache.factories import limit_threads, load_faiss, reason
 from bindllm.embeddings.shards import KEY, KEY_BYTES
 from bindllm.errors import StoreError
@@ -36,7 +35,6 @@ MANIFEST = "index.json"
 
 _OURS = ("vectors-*.faiss", "vectors-*.keys", ".vectors-*.part")
 _VECTORS = re.compile(r"vectors-[0-9a-f]{16}\.faiss")
-_READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class StoreState:
 
     Attributes:
         path: From the index folder to the encoder's folder in the store.
-        digest: `bindllm.embeddings.records.shards_digest` at the time of building.
+        digest: `bindllm.embeddings.shards.shards_digest` at the time of building.
         chosen: The index holds chosen keys instead of all embeddings of the modality.
     """
 
@@ -68,7 +66,7 @@ class IndexInfo:
         store: Where the vectors came from; None if unknown.
         file: Name of the Faiss file; "" for an index without a folder.
         num_bytes: Size of the Faiss file.
-        sha256: Over the Faiss file and the keys after it, in hex.
+        sha256: Over the keys and then the Faiss file, in hex.
     """
 
     fingerprint: str
@@ -224,7 +222,7 @@ def publish(folder: Path, info: IndexInfo, keys: np.ndarray, write: Callable[[Pa
     temporary = folder / f".vectors-{uuid.uuid4().hex[:8]}.part"
     try:
         write(temporary)
-        digest = _sha256(temporary, keys)
+        digest = file_sha256(temporary, prefix=keys.tobytes())
         info = replace(
             info,
             file=f"vectors-{digest[:16]}.faiss",
@@ -257,7 +255,7 @@ def map_files(folder: Path, info: IndexInfo, *, verify: bool) -> tuple[Any, np.n
         if path.stat().st_size != size:
             raise _exchanged(path)
     keys = np.memmap(keys_file, KEY, mode="r")
-    if verify and _sha256(file, keys) != info.sha256:
+    if verify and file_sha256(file, prefix=keys.tobytes()) != info.sha256:
         raise _exchanged(file)
     return read_faiss(file), keys
 
@@ -284,12 +282,3 @@ def _exchanged(file: Path) -> StoreError:
     return StoreError(
         f"{file} is not the file that {MANIFEST} was written with: damaged or exchanged; build the index again"
     )
-
-
-def _sha256(file: Path, keys: np.ndarray) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while content := stream.read(_READ_BYTES):
-            digest.update(content)
-    digest.update(np.ascontiguousarray(keys).view(np.uint8))
-    return digest.hexdigest()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bindllm.embeddings.embedder import fill
+from bindllm.embeddings.precompute import precompute_embeddings
 from bindllm.errors import InputError, MediaError
 from bindllm.media import Media
 
@@ -33,7 +33,7 @@ def embed_images(
         InputError: None of the images can be read.
     """
     media = [Media.image(file) for file in find_images(images)]
-    report = fill(store, encoder, media)
+    report = precompute_embeddings(store, encoder, media)
     if report.failed:
         logging.getLogger("bindllm").warning(
             "%d of %d images cannot be read and are skipped; the first: %s",

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from bindllm.cache import factories
+from bindllm.cache.blend import read_units
 from bindllm.cache.factories import load_faiss
 from bindllm.cache.folder import (
     MANIFEST,
@@ -30,12 +31,11 @@ from bindllm.cache.folder import (
     write_manifest,
     writing,
 )
-from bindllm.embeddings.records import (
+from bindllm.embeddings.shards import (
     as_hex,
     as_keys,
     missing_from,
     read_keys,
-    read_units,
     shards_digest,
     unique,
 )
@@ -91,6 +91,9 @@ class VectorIndex:
         inverted = None if isinstance(index, faiss.IndexRefine) else faiss.try_extract_index_ivf(index)
         self._unmapped = inverted
         try:
+            if inverted is not None and isinstance(faiss.downcast_index(inverted), faiss.IndexIVFFastScan):
+                # Faiss would crash.
+                raise RuntimeError("fast scan")
             if inverted is not None:
                 _reconstruct_first(inverted)
             else:
@@ -154,7 +157,7 @@ class VectorIndex:
                 modality=modality,
                 store=state,
             )
-            publish(folder, info, wanted, partial(factories.write, index, factory, wanted, read))
+            publish(folder, info, wanted, partial(cls._write, index, info, wanted, read, folder))
         return cls.open(folder)
 
     @classmethod
@@ -303,7 +306,7 @@ class VectorIndex:
                     self._unmapped = None
         found = np.zeros((len(flat), self.info.embedding_size), np.float32)
         found[flat >= 0] = self._index.reconstruct_batch(flat[flat >= 0])
-        return found.reshape(*ids.shape, -1)
+        return found.reshape(*ids.shape, self.info.embedding_size)
 
     def keys(self, ids: np.ndarray) -> list[str | None]:
         """Return the content hashes of the media with these ids [N]; None for -1, and for a bare file.
@@ -389,6 +392,14 @@ class VectorIndex:
         _warn_outgrown(folder, info, after)
         return IndexChange(len(added), len(removed), len(keys))
 
+    @classmethod
+    def _write(
+        cls, index: Any, info: IndexInfo, keys: np.ndarray, read: factories.Read, source: Path, file: Path
+    ) -> Self:
+        """Write the vectors of the keys to a file, and make sure that it can be opened before it is published."""
+        factories.write(index, info.factory, keys, read, file)
+        return cls(read_faiss(file), info, source=source)
+
     def _rewrite(self, info: IndexInfo, keys: np.ndarray, store: EmbeddingStore | None, file: Path) -> None:
         """Write an index of other keys that is trained like this one.
 
@@ -410,8 +421,7 @@ class VectorIndex:
             kept.append(some[own])
             return rows
 
-        factories.write(index, info.factory, keys, read, file)
-        written = VectorIndex(read_faiss(file), info, source=file)
+        written = self._write(index, info, keys, read, Path(self.source), file)
         for some in kept:
             old, new = (np.searchsorted(one, some) for one in (self._keys, keys))
             if not np.array_equal(self.vectors(old), written.vectors(new)):

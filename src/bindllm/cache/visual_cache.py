@@ -2,7 +2,8 @@
 
 The bind network is trained on images only, and the embedding of an audio clip or a text lies next to those of images
 in the joint space. Before the bind network sees it, its nearest image embeddings are mixed in: ImageBind-LLM
-(https://arxiv.org/abs/2309.03905), section 3.4, after Tip-Adapter (https://arxiv.org/abs/2111.03930). Nothing is trained.
+(https://arxiv.org/abs/2309.03905), section 3.4, after Tip-Adapter (https://arxiv.org/abs/2111.03930). Nothing is
+trained.
 """
 
 from __future__ import annotations
@@ -18,11 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bindllm.cache.blend import best, mix, retrieve, similarities_of
+from bindllm.cache.blend import best, mix, retrieve, similarities_of, unit_rows
 from bindllm.cache.factories import check_factory
 from bindllm.cache.index import VectorIndex
 from bindllm.cache.settings import MILVUS_TOKEN, CacheConfig, CacheSettings, is_milvus
-from bindllm.embeddings.records import unit_rows
 from bindllm.errors import InputError, StoreError
 
 if TYPE_CHECKING:
@@ -163,7 +163,9 @@ class VisualCache:
         return len(self.index)
 
     def __repr__(self) -> str:
-        return f"VisualCache({self.index.source!r}, {len(self)} images of size {self.index.info.embedding_size})"
+        return (
+            f"VisualCache({self.index.source!r}, {len(self)} images of size {self.index.info.embedding_size})"
+        )
 
     def blend(self, embedding: Tensor, **changes: Any) -> Tensor:
         """Mix the nearest image embeddings into others.

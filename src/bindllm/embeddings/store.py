@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 
 from bindllm.atomic import write_json
-from bindllm.embeddings.records import as_hex, as_keys, read_keys
-from bindllm.embeddings.shards import KEY, KEY_BYTES, Shards
+from bindllm.embeddings.shards import KEY, KEY_BYTES, Shards, as_hex, as_keys, read_keys
 from bindllm.errors import StoreError
 from bindllm.media import Media
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -123,7 +124,7 @@ def _fill(
     wanted = dict.fromkeys(row.media for row in rows)
     for groups in (*(row.answers for row in rows), prompts):
         wanted |= dict.fromkeys(media for group in groups for media in group)
-    totals = embeddings.fill(wanted, device=device, progress=progress)
+    totals = embeddings.precompute(wanted, device=device, progress=progress)
     failed = totals.failed
     if broken := [media for prompt in prompts for media in prompt if media in failed]:
         raise InputError(f"the prompt {broken[0].name} cannot be embedded: {failed[broken[0]]}")
@@ -161,10 +162,7 @@ def _settings(cache: VisualCache) -> dict[str, object]:
     return {
         "folder": str(cache.index.source),
         "pictures": len(cache),
-        "top_k": cache.top_k,
-        "temperature": cache.temperature,
-        "weight": cache.weight,
-        "formula": cache.formula,
+        **{name: value for name, value in asdict(cache.settings).items() if name not in ("folder", "skip")},
     }
 
 
@@ -173,5 +171,5 @@ def _notes_on_cache(task: Task, cache: VisualCache | None) -> list[str]:
     if cache is None:
         return []
     asked = {task.modality, task.answer} if task.kind == "retrieve" else {task.modality}
-    left = sorted(asked & set(cache.skip))
+    left = sorted(asked & set(cache.settings.skip))
     return [f"the cache leaves {' and '.join(left)} queries as they are"] if left else []
