@@ -60,7 +60,7 @@ def test_a_full_disk_is_reported_and_leaves_the_old_rows(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(pa.ipc.RecordBatchFileWriter, "write_table", full)
-    with pytest.raises(StoreError, match="No space left on device.*stored before is intact"):
+    with pytest.raises(StoreError, match="No space left on device.*earlier embeddings are intact"):
         add(store, 2)
     assert sorted(path.name for path in store.folder.iterdir()) == before
     monkeypatch.undo()

@@ -118,8 +118,8 @@ def test_each_encoder_has_its_own_folder(tmp_path):
     ("change", "message"),
     [
         ({"format": 2}, "format 2, this bindllm reads up to 1"),
-        ({"embedding_size": 5}, "made with embedding_size 5, the encoder has 4"),
-        ({"fingerprint": FINGERPRINT[:16] + "00" * 24}, "made with fingerprint a1a1"),
+        ({"embedding_size": 5}, "created with embedding_size 5, the encoder has 4"),
+        ({"fingerprint": FINGERPRINT[:16] + "00" * 24}, "created with fingerprint a1a1"),
     ],
 )
 def test_a_store_of_another_encoder_or_format_is_refused(tmp_path, change, message):
