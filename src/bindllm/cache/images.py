@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bindllm.embeddings.precompute import precompute_embeddings
-from bindllm.errors import InputError, MediaError
+from bindllm.errors import InputError
 from bindllm.media import Media
 
 if TYPE_CHECKING:
@@ -39,14 +39,7 @@ def embed_images(
             "%d of %d images cannot be read and are skipped; the first: %s",
             *(len(report.failed), len(media), report.failed[0][1]),
         )
-    keys: dict[str, None] = {}
-    for item in media:
-        try:
-            keys[store.key_of(item)] = None
-        except MediaError:
-            continue
-    known = list(keys)
-    stored = [key for key, has in zip(known, store.has(known), strict=True) if has]
+    stored = list(dict.fromkeys(store.keys_of(media).values()))
     if not stored:
         raise InputError(f"none of the {len(media)} images can be read; the first: {report.failed[0][1]}")
     return stored

@@ -190,8 +190,8 @@ def embed_files(
     reported = (InputError, MissingExtraError)
     with Embedder(encoders, device=device, reported=reported) as embedder:
         results = embedder.embed_in_order(media)
-    failed += [str(result.error) for result in results if result.error is not None]
-    kept = [result for result in results if result.error is None]
+    failed += [result.error for result in results if result.error]
+    kept = [result for result in results if not result.error]
     rows = [result.embedding for result in kept]
     return [media[result.key] for result in kept], torch.stack(rows) if rows else torch.empty(0)
 

@@ -14,7 +14,7 @@ from bindllm.embeddings.precompute import precompute_embeddings
 from bindllm.embeddings.store import EmbeddingStore
 from bindllm.encoders import Encoder, encoder_for
 from bindllm.encoders.fusion import common_size, fuse
-from bindllm.errors import InputError, MediaError
+from bindllm.errors import InputError
 from bindllm.media import Media
 from bindllm.parallel import SINGLE_PROCESS, Processes
 
@@ -96,7 +96,13 @@ class MediaEmbeddings:
             totals.reused += report.reused + report.duplicates
             totals.seconds += report.seconds
             if processes.is_first:
-                totals.failed |= self._find_keys(store, items, reasons=dict(report.failed))
+                reasons = dict(report.failed)
+                self._keys |= (keys := store.keys_of(items))
+                totals.failed |= {
+                    item: reasons.get(item.name, f"{item.name}: its content cannot be embedded")
+                    for item in items
+                    if item not in keys
+                }
         return totals
 
     def key(self, media: Media) -> str:
@@ -140,21 +146,3 @@ class MediaEmbeddings:
         if number not in self._stores:
             self._stores[number] = EmbeddingStore.for_encoder(self._folder, self._encoders[number])
         return self._stores[number]
-
-    def _find_keys(
-        self, store: EmbeddingStore, items: list[Media], *, reasons: dict[str, str]
-    ) -> dict[Media, str]:
-        """Note the key of each media that is stored, and return why the others are not."""
-        failed: dict[Media, str] = {}
-        keys: dict[Media, str] = {}
-        for media in items:
-            try:
-                keys[media] = store.key_of(media)
-            except MediaError as error:
-                failed[media] = str(error)
-        for (media, key), stored in zip(keys.items(), store.has(list(keys.values())), strict=True):
-            if stored:
-                self._keys[media] = key
-            else:
-                failed[media] = reasons.get(media.name, f"{media.name}: its content cannot be embedded")
-        return failed

@@ -11,7 +11,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from typing import Generic, NamedTuple, Self, TypeVar
 
@@ -47,29 +46,25 @@ class Work(NamedTuple, Generic[Key]):
     name: str | None = None
 
 
-@dataclass(frozen=True)
-class Embedded(Generic[Key]):
+class Embedded(NamedTuple, Generic[Key]):
     """The result for one media: its embedding or the reason why it has none.
 
     Args:
         key: of the `Work`.
+        name: for error messages.
+        modality: of the media.
+        inputs: prepared by the encoder, until they are embedded.
         embedding: unit norm, float32, on the CPU, [E]; None after an error.
-        error: why the media could not be read or embedded.
+        error: why the media could not be read or embedded; empty: it was embedded. A string, because an exception
+            would keep the content of the media in memory through its traceback.
     """
 
     key: Key
-    embedding: Tensor | None = None
-    error: Exception | None = None
-
-
-class _Prepared(NamedTuple):
-    """A media between the threads and the encoder."""
-
-    key: object
     name: str
     modality: str
     inputs: Tensor | None = None
-    error: Exception | None = None
+    embedding: Tensor | None = None
+    error: str = ""
 
 
 class Embedder:
@@ -131,11 +126,11 @@ class Embedder:
         Raises:
             Exception: of a type that is not in ``reported``; a note names the media, or all media of the batch.
         """
-        waiting: defaultdict[str, list[_Prepared]] = defaultdict(list)
+        waiting: defaultdict[str, list[Embedded[Key]]] = defaultdict(list)
         prepared = prefetch(self.pool, partial(self._prepare, check), works, limit=self._limit)
         while (item := self._next(prepared)) is not None:
-            if item.error is not None:
-                yield Embedded(item.key, error=item.error)
+            if item.error:
+                yield item
                 continue
             batch = waiting[item.modality]
             batch.append(item)
@@ -149,23 +144,23 @@ class Embedder:
         works = (Work(position, item) for position, item in enumerate(media))
         return sorted(self.embed(works), key=lambda result: result.key)
 
-    def _prepare(self, check: Callable[[Work], None] | None, work: Work) -> _Prepared:
+    def _prepare(self, check: Callable[[Work], None] | None, work: Work) -> Embedded:
         """Read and prepare one media (in a thread)."""
         media = work.media
-        prepared = _Prepared(work.key, work.name or media.name, media.modality)
+        prepared = Embedded(work.key, work.name or media.name, media.modality)
         try:
             inputs = encoder_for(media.modality, self.encoders).prepare(media)
             if check is not None:
                 check(work)
         except self.reported as error:
-            return prepared._replace(error=error)
+            return prepared._replace(error=str(error))
         except Exception as error:
             error.add_note(f"while preparing {prepared.name}")
             raise
         self._largest = max(self._largest, inputs.nbytes)
         return prepared._replace(inputs=inputs)
 
-    def _next(self, prepared: Iterator[_Prepared]) -> _Prepared | None:
+    def _next(self, prepared: Iterator[Embedded]) -> Embedded | None:
         started = time.perf_counter()
         try:
             return next(prepared, None)
@@ -179,37 +174,30 @@ class Embedder:
             return 2
         return min(self.threads + self.batch_size, max(1, PREPARED_BYTES // 2 // self._largest))
 
-    def _is_full(self, batch: list[_Prepared]) -> bool:
+    def _is_full(self, batch: list[Embedded]) -> bool:
         # Whether one more media, as large as the largest here, would exceed the limit: sizes decide, never timing.
         size = (len(batch) + 1) * max(item.inputs.nbytes for item in batch)
         return len(batch) >= self.batch_size or size > PREPARED_BYTES // 2
 
-    def _embed_batch(self, batch: list[_Prepared]) -> Iterator[Embedded]:
+    def _embed_batch(self, batch: list[Embedded]) -> Iterator[Embedded]:
         """Embed media of one modality, and report those whose embedding is not finite."""
         started = time.perf_counter()
+        modality = batch[0].modality
         try:
-            rows = self._rows(batch)
+            if modality not in self._serving:
+                encoder = encoder_for(modality, self.encoders)
+                self._serving[modality] = encoder if self.device is None else encoder.to(self.device)
+            with torch.no_grad():
+                rows = self._serving[modality].embed(modality, [item.inputs for item in batch]).cpu()
         except Exception as error:
             error.add_note(f"while embedding {', '.join(item.name for item in batch)}")
             raise
-        finally:
-            self.seconds_embedding += time.perf_counter() - started
+        self.seconds_embedding += time.perf_counter() - started
         for item, row, finite in zip(batch, rows, rows.isfinite().all(dim=1).tolist(), strict=True):
-            if finite:
-                yield Embedded(item.key, row)
-                continue
-            error = MediaError(f"{item.name}: its embedding is not finite")
-            if not isinstance(error, self.reported):
-                raise error
-            yield Embedded(item.key, error=error)
-
-    def _rows(self, batch: list[_Prepared]) -> Tensor:
-        modality = batch[0].modality
-        if modality not in self._serving:
-            encoder = encoder_for(modality, self.encoders)
-            self._serving[modality] = encoder if self.device is None else encoder.to(self.device)
-        with torch.no_grad():
-            return self._serving[modality].embed(modality, [item.inputs for item in batch]).cpu()
+            error = "" if finite else f"{item.name}: its embedding is not finite"
+            if error and not issubclass(MediaError, self.reported):
+                raise MediaError(error)
+            yield item._replace(inputs=None, embedding=row if finite else None, error=error)
 
 
 def embed_groups(

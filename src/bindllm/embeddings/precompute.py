@@ -8,18 +8,11 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import asdict, dataclass
 from itertools import count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import MofNCompleteColumn, Progress
 from torch import Tensor
 
 from bindllm.embeddings.embedder import BATCH_SIZE, Embedder, Work
@@ -67,21 +60,6 @@ class PrecomputeReport:
             seconds=max(report.seconds for report in reports),
         )
 
-    def summary(self) -> str:
-        """Return the counts as a sentence.
-
-        Example:
-            >>> PrecomputeReport(encoded=3, reused=1, duplicates=0, failed=(), seconds=1.26).summary()
-            '3 media embedded in 1.3 s, 1 embedded before, 0 duplicates, 0 failed.'
-            >>> PrecomputeReport(0, 0, 0, (("a.png", "a.png: the file is empty"),), 0.1).summary()
-            '0 media embedded in 0.1 s, 0 embedded before, 0 duplicates, 1 failed (first: a.png: the file is empty).'
-        """
-        first = f" (first: {self.failed[0][1]})" if self.failed else ""
-        return (
-            f"{self.encoded} media embedded in {self.seconds:.1f} s, {self.reused} embedded before, "
-            f"{self.duplicates} duplicates, {len(self.failed)} failed{first}."
-        )
-
 
 def precompute_embeddings(
     store: EmbeddingStore,
@@ -123,8 +101,9 @@ def precompute_embeddings(
             f"{encoder.fingerprint()[:16]}; open it with EmbeddingStore.for_encoder(folder, encoder)"
         )
     media = media if processes.world_size == 1 else list(media)
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     with (
-        _progress_bar(shown=progress) as bar,
+        Progress(*columns, console=Console(stderr=True), disable=not progress) as bar,
         Embedder([encoder], batch_size=batch_size, threads=processes.num_threads) as embedder,
     ):
         task = bar.add_task("embedding", total=len(media) if isinstance(media, Sized) else None)
@@ -142,12 +121,8 @@ def precompute_embeddings(
     return run.report()
 
 
-class _Keyed(NamedTuple):
-    """A media with its content hash, or the reason why it has none."""
-
-    media: Media
-    key: str = ""
-    error: MediaError | None = None
+_Keyed = tuple[Media, str | MediaError]
+"""A media with its content hash, or the reason why it has none."""
 
 
 class _Run:
@@ -178,11 +153,11 @@ class _Run:
         works = self._select(self._with_keys(media))
         for result in self._embedder.embed(works, check=self._check_unchanged):
             key, item = result.key
-            if result.error is None:
+            if result.error:
+                self._fail(item, result.error)
+            else:
                 self._rows.append((key, result.embedding, item))
                 self._count("embedded")
-            else:
-                self._fail(item, result.error)
         self.flush()
 
     def flush(self) -> None:
@@ -237,26 +212,26 @@ class _Run:
         return prefetch(self._embedder.pool, self._find_keys, chunks(media, HASH_CHUNK), limit=lambda: limit)
 
     def _find_keys(self, chunk: list[Media]) -> list[_Keyed]:
-        return [self._find_key(media) for media in chunk]
+        return [(media, self._find_key(media)) for media in chunk]
 
-    def _find_key(self, media: Media) -> _Keyed:
+    def _find_key(self, media: Media) -> str | MediaError:
         try:
-            return _Keyed(media, self._store.key_of(media))
+            return self._store.key_of(media)
         except MediaError as error:
-            return _Keyed(media, error=error)
+            return error
 
     def _select(self, keyed: Iterable[list[_Keyed]]) -> Iterator[Work[tuple[str, Media]]]:
         """Yield the media that this process has to embed, and count the others."""
         positions = count()
         for chunk in keyed:
-            mine = [item for item in chunk if self._owns(item, next(positions))]
+            mine = [(media, key) for media, key in chunk if self._owns(key, next(positions))]
             for _ in range(len(chunk) - len(mine)):
                 self._advance()
-            keys = [item.key for item in mine if item.error is None]
+            keys = [key for _, key in mine if isinstance(key, str)]
             stored = dict(zip(keys, self._store.has(keys), strict=True))
-            for media, key, error in mine:
-                if error is not None:
-                    self._fail(media, error)
+            for media, key in mine:
+                if isinstance(key, MediaError):
+                    self._fail(media, str(key))
                 elif key in self._seen:
                     self._count("duplicates")
                 else:
@@ -266,11 +241,11 @@ class _Run:
                     else:
                         yield Work((key, media), media)
 
-    def _owns(self, item: _Keyed, position: int) -> bool:
-        """Return whether this process counts a media; without a hash its position decides."""
-        if item.error is not None:
+    def _owns(self, key: str | MediaError, position: int) -> bool:
+        """Return whether this process counts a media; without a content hash its position decides."""
+        if isinstance(key, MediaError):
             return position % self._processes.world_size == self._processes.rank
-        return self._processes.owns(item.key)
+        return self._processes.owns(key)
 
     def _check_unchanged(self, work: Work[tuple[str, Media]]) -> None:
         """Raise if a file changed while it was read (in a thread).
@@ -281,8 +256,8 @@ class _Run:
         if isinstance(media.source, str | Path) and self._store.key_of(media) != key:
             raise MediaError(f"{media.name}: the file changed while it was read; run again")
 
-    def _fail(self, media: Media, error: Exception) -> None:
-        self._failed.append((media.name, str(error)))
+    def _fail(self, media: Media, error: str) -> None:
+        self._failed.append((media.name, error))
         self._count("failed")
 
     def _count(self, outcome: str) -> None:
@@ -291,15 +266,3 @@ class _Run:
         self._advance()
         if len(self._rows) >= self._flush_rows or time.monotonic() - self._flushed >= FLUSH_SECONDS:
             self.flush()
-
-
-def _progress_bar(*, shown: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not shown,
-    )
