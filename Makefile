@@ -15,12 +15,12 @@ help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo 'Settings: RECIPE=$(RECIPE)  RUN=$(RUN)  ARGS="options for the command"  PYTHON=python3.12'
 
-train: $(VENV)/.has-quickstart ## fetch what RECIPE names, embed its pictures, train, and write the report
+train: $(VENV)/.has-quickstart ## fetch what RECIPE names, embed its images, train, and write the report
 	@$(bindllm) fetch $(RECIPE)
 	@$(bindllm) fit --config $(RECIPE) $(ARGS)
 
 test: $(VENV)/.has-test checkpoints/clip-vocabulary/SOURCE.json ## run the tests; ARGS="-k store" picks some
-	@$(python) -m pytest $(ARGS)
+	@$(python) -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 test-slow: $(VENV)/.has-test checkpoints/quickstart/bindllm.json ## run the slow tests; trains the quickstart first if needed
 	@$(python) -m pytest -m slow $(ARGS)
