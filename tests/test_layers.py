@@ -10,7 +10,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "bindllm"
 FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = {
-    0: {"", "errors", "atomic", "media", "conversation", "assets"},
+    0: {"", "errors", "atomic", "imports", "media", "conversation", "assets"},
     1: {"encoders", "retrieval", "checkpoint"},
     2: {"model", "data", "testing"},
     3: {"training", "evaluation"},
