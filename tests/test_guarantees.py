@@ -66,7 +66,9 @@ def test_text_alone_gives_the_bits_of_the_base_model(trained):
 def test_an_image_costs_no_token(trained):
     model, _ = trained
     without = Conversation((Message("user", ["Describe this image."]),))
-    several = Conversation((Message("user", [*(Media.image(b"") for _ in range(16)), "Describe this image."]),))
+    several = Conversation(
+        (Message("user", [*(Media.image(b"") for _ in range(16)), "Describe this image."]),)
+    )
     expected = render_prompts([without], model.tokenizer)[0]
     for conversation in (IMAGE, several):
         assert torch.equal(render_prompts([conversation], model.tokenizer)[0], expected)

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from bindllm.cli.media import build_encoder, encoder_folder, read_media
+from bindllm.cli.media import build_encoder, build_own, encoder_folder, read_media
 from bindllm.cli.memory import RunPlan, memory_lines, plan_run, read_size
 from bindllm.cli.problems import Problems, build_part, read_recipe
 from bindllm.cli.recipe import RecipeCLI, quiet
@@ -31,7 +31,7 @@ from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.cache import CacheConfig, choose_cache, open_cache
-from bindllm.model.checkpoint import MANIFEST, build_object, read_manifest, read_weights
+from bindllm.model.checkpoint import MANIFEST, read_manifest, read_weights
 from bindllm.model.decoder import DecoderConfig, find_folder, fingerprint_decoder, load_tokenizer
 from bindllm.model.injection import InjectConfig
 from bindllm.model.pretrained import encoder_fingerprints, read_cache_config, read_parts
@@ -148,8 +148,7 @@ def _check_recipe(chosen: Namespace, overrides: Sequence[str], problems: Problem
         if cache is not None and all_encoders:
             _check_cache(cache, encoders, problems, console, output=config.output)
     if model["start_from"] is not None:
-        allow = [entry["class_path"] for entry in model["encoders"]]
-        _check_folder(model["start_from"], problems, allow=allow)
+        _check_folder(model["start_from"], problems, allow=_trusted(model["encoders"]))
         if parts.keys() == built.keys() and all_encoders and not problems:
             own = {name: parts.get(name) for name in ("decoder", "bind", "inject", "adapter")}
             with problems.noted():
@@ -231,10 +230,7 @@ def _check_encoder(
     one embedding are enough.
     """
     with problems.noted():
-        encoder = build_object(
-            {"class_path": entry["class_path"], "init_args": entry.get("init_args", {})},
-            allow=[entry["class_path"]],
-        )
+        encoder = build_own(entry)
         if entry["class_path"].startswith("bindllm."):
             encoder.fingerprint()
             first = next((item.modality for item in media if item.modality in encoder.modalities), None)
@@ -261,6 +257,12 @@ def _check_encoder(
             )
         return encoder
     return None
+
+
+def _trusted(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the classes that a recipe trusts: its encoders, and the classes that it allows them to import."""
+    allowed = [entry.get("init_args", {}).get("allow") or [] for entry in entries]
+    return [entry["class_path"] for entry in entries] + [path for own in allowed for path in own]
 
 
 def _check_cache(
