@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from bindllm.cli.media import build_encoder, build_own, encoder_folder, read_media
 from bindllm.cli.memory import RunPlan, memory_lines, plan_run, read_size
@@ -25,16 +23,23 @@ from bindllm.data.rows import Row
 from bindllm.data.source_config import SourceConfig
 from bindllm.encoders import HasExamples, passed_over
 from bindllm.encoders.alignment import alignment_warnings
-from bindllm.errors import CheckpointError, DecoderError
+from bindllm.errors import CheckpointError
 from bindllm.media import MODALITIES, Media
 from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.cache import CacheConfig, choose_cache, open_cache
 from bindllm.model.checkpoint import MANIFEST, read_manifest, read_weights
-from bindllm.model.decoder import DecoderConfig, find_folder, fingerprint_decoder, load_tokenizer
+from bindllm.model.decoder import (
+    DecoderConfig,
+    find_folder,
+    fingerprint_decoder,
+    load_tokenizer,
+    read_config,
+    without_weights,
+)
 from bindllm.model.injection import InjectConfig
-from bindllm.model.pretrained import encoder_fingerprints, read_cache_config, read_parts
+from bindllm.model.pretrained import encoder_fingerprints, read_cache_config, read_decoder, read_parts
 from bindllm.testing import check_encoder, made_up_media
 from bindllm.training.callbacks import refuse_unmeasured
 from bindllm.training.optim import OptimConfig
@@ -192,6 +197,7 @@ def _check_decoder(config: DecoderConfig, problems: Problems) -> Any:
         tokenizer = load_tokenizer(config)
     with problems.noted():
         fingerprint_decoder(find_folder(config))
+        read_config(find_folder(config))
     # A missing folder is one problem, not two.
     problems[:] = dict.fromkeys(problems)
     return tokenizer
@@ -201,12 +207,7 @@ def _check_model(
     parts: dict[str, Any], tokenizer: Any, encoders: Sequence[Any], trainable: list[str]
 ) -> None:
     """Join the parts without their weights: whether the decoder has what the injection needs, and all sizes fit."""
-    folder = find_folder(parts["decoder"])
-    try:
-        with torch.device("meta"):
-            decoder = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    except (OSError, ValueError, KeyError) as error:
-        raise DecoderError(f"{folder} does not hold a causal language model: {error}") from error
+    decoder = without_weights(find_folder(parts["decoder"]))
     check_vocabulary(tokenizer, decoder.get_input_embeddings().num_embeddings)
     joined = {"encoders": encoders, **{name: parts.get(name) for name in ("bind", "inject", "adapter")}}
     BindLLM(decoder, tokenizer, parts["decoder"], **joined).set_trainable(trainable)
@@ -294,5 +295,7 @@ def _check_folder(folder: str, problems: Problems, *, allow: Sequence[str]) -> N
         with problems.noted():
             known = encoder_fingerprints(folder, manifest)
             choose_cache(None, read_cache_config(folder, manifest), known, checkpoint=folder)
+        with problems.noted():
+            _check_decoder(read_decoder(folder, manifest), problems)
         read_parts(folder, decoder=None, dtype=None, allow=allow)
     problems[:] = dict.fromkeys(problems)
