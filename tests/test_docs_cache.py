@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from bindllm.cache.factories import choose
-from bindllm.cli import VERBS, generate, index
 from bindllm.cache.settings import CacheConfig
+from bindllm.cli import VERBS, generate, index
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/cache.md").read_text(encoding="utf-8")

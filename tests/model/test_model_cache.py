@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from bindllm import BindLLM, VisualCache
-from bindllm.errors import CheckpointError, InputError, StoreError
 from bindllm.cache.settings import CacheConfig, CacheSettings
 from bindllm.cache.visual_cache import open_index
+from bindllm.errors import CheckpointError, InputError, StoreError
 from bindllm.model.checkpoint import name_cache, read_manifest
 from cache_parts import ALLOW, TEXT, Senses, Words, filled_store, save_tiny_model, write_pictures
 from tiny import ColourEncoder
