@@ -11,6 +11,7 @@ import pytest
 
 from bindllm import VisualCache
 from bindllm.cache.folder import IndexInfo, StoreState
+from bindllm.cache.settings import CacheSettings
 from bindllm.cli import main
 from bindllm.cli.generate import SENSES
 from bindllm.cli.media import encoder_folder
@@ -64,8 +65,8 @@ def loaded(monkeypatch):
 
     def load(folder, **options):
         calls.append(options)
-        cache = None if options["cache"] is False else SimpleNamespace(weight=0.5, top_k=10)
-        return SimpleNamespace(cache=cache, generate=lambda *_, **__: str(vars(cache) if cache else "none"))
+        cache = None if options["cache"] is False else SimpleNamespace(settings=CacheSettings())
+        return SimpleNamespace(cache=cache, generate=lambda *_, **__: str(cache and cache.settings))
 
     monkeypatch.setattr(BindLLM, "from_pretrained", load)
     return calls
@@ -77,7 +78,7 @@ def test_the_cache_that_is_asked_for(loaded, capsys):
     assert main(["generate", "folder", "--no_cache"]) == 0
     assert [options["cache"] for options in loaded] == [None, "caches/a", False]
     told = capsys.readouterr().out.splitlines()
-    assert told == ["{'weight': 0.5, 'top_k': 10}", "{'weight': 0.3, 'top_k': 10}", "none"]
+    assert told == [str(CacheSettings()), str(CacheSettings(weight=0.3)), "None"]
 
 
 def test_the_decoder_in_fewer_bits(loaded):

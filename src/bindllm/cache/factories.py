@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from bindllm.errors import InputError, MissingExtraError
+from bindllm.errors import InputError, MissingExtraError, StoreError
 
 EXACT_FLOATS = 100_000 * 1024
 """Up to this many floats (vectors times width) the exact search is fast enough."""
@@ -120,6 +120,39 @@ def train_count(index: Any, count: int) -> int:
     centroids = max(_CODEBOOK, inverted.nlist if inverted is not None else 0)
     fitting = max(_CODEBOOK, TRAIN_BYTES // (4 * index.d))
     return min(count, centroids * ROWS_PER_CENTROID, fitting)
+
+
+def check_index(index: Any, source: str) -> Any | None:
+    """Check that an index can serve a cache, and return its inverted file if that must be mapped for reconstruction.
+
+    An inverted file looks vectors up through a map of 8 bytes a row, made by ``make_direct_map``. A refining index
+    keeps the vectors in order and needs none.
+
+    Raises:
+        StoreError: The index is empty, has another metric, or cannot reconstruct its vectors.
+    """
+    faiss = load_faiss()
+    if index.metric_type != faiss.METRIC_INNER_PRODUCT:
+        raise StoreError(f"{source} is a Faiss index of another metric, expected one of inner product")
+    if not index.ntotal:
+        raise StoreError(f"{source} is an empty index; fill it with the embeddings of images first")
+    inverted = None if isinstance(index, faiss.IndexRefine) else faiss.try_extract_index_ivf(index)
+    try:
+        if inverted is None:
+            index.reconstruct(0)
+        elif isinstance(faiss.downcast_index(inverted), faiss.IndexIVFFastScan):
+            # Faiss does not refuse, it crashes.
+            raise RuntimeError("fast scan")
+        else:
+            lists, vector = inverted.invlists, np.zeros(inverted.d, np.float32)
+            filled = next(number for number in range(inverted.nlist) if lists.list_size(number))
+            inverted.reconstruct_from_offset(filled, 0, faiss.swig_ptr(vector))
+    except (RuntimeError, StopIteration) as error:
+        raise StoreError(
+            f"{source}: an index of the type {type(index).__name__} cannot reconstruct its vectors, which a cache "
+            "needs; build it with another factory, such as 'Flat'"
+        ) from error
+    return inverted
 
 
 def set_search(index: Any, search: str) -> None:

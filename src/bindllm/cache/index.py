@@ -19,7 +19,6 @@ import numpy as np
 
 from bindllm.cache import factories
 from bindllm.cache.blend import read_units
-from bindllm.cache.factories import load_faiss
 from bindllm.cache.folder import (
     MANIFEST,
     IndexInfo,
@@ -79,30 +78,9 @@ class VectorIndex:
     def __init__(
         self, index: Any, info: IndexInfo, *, source: str | Path, keys: np.ndarray | None = None
     ) -> None:
-        faiss = load_faiss()
         self.info, self.source = info, str(source)
         self._index, self._keys, self._lock = index, keys, threading.Lock()
-        if index.metric_type != faiss.METRIC_INNER_PRODUCT:
-            raise StoreError(f"{source} is a Faiss index of another metric, expected one of inner product")
-        if not index.ntotal:
-            raise StoreError(f"{source} is an empty index; fill it with the embeddings of images first")
-        # An inverted file looks vectors up through a map of 8 bytes a row, which is made when it is first needed.
-        # A refining index keeps the vectors in order and needs none.
-        inverted = None if isinstance(index, faiss.IndexRefine) else faiss.try_extract_index_ivf(index)
-        self._unmapped = inverted
-        try:
-            if inverted is not None and isinstance(faiss.downcast_index(inverted), faiss.IndexIVFFastScan):
-                # Faiss would crash.
-                raise RuntimeError("fast scan")
-            if inverted is not None:
-                _reconstruct_first(inverted)
-            else:
-                index.reconstruct(0)
-        except RuntimeError as error:
-            raise StoreError(
-                f"{source}: an index of the type {type(index).__name__} cannot reconstruct its vectors, which a cache "
-                "needs; build it with another factory, such as 'Flat'"
-            ) from error
+        self._unmapped = factories.check_index(index, str(source))
 
     @classmethod
     def build(
@@ -462,16 +440,6 @@ class VectorIndex:
 
 
 _Wanted = tuple[np.ndarray, StoreState | None]
-
-
-def _reconstruct_first(inverted: Any) -> None:
-    """Reconstruct the first vector of an inverted file, which does not need the map."""
-    lists = inverted.invlists
-    for number in range(inverted.nlist):
-        if lists.list_size(number):
-            vector = np.zeros(inverted.d, np.float32)
-            inverted.reconstruct_from_offset(number, 0, load_faiss().swig_ptr(vector))
-            return
 
 
 def _warn_outgrown(folder: Path, before: IndexInfo, after: IndexInfo) -> None:
