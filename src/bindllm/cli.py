@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from bindllm import __version__
 from bindllm.errors import BindLLMError, known_names
+from bindllm.imports import find_named_modules
 from bindllm.verbs.usage import UsageError
 
 VERBS = {
@@ -71,9 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"error: unknown verb {verb!r}. {known_names(SYNONYMS.get(verb, verb), VERBS)}", file=sys.stderr
         )
         return 2
-    # A recipe may name an encoder in a file beside it, as with `python -m`.
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+    # A recipe may name an encoder in a file of this folder. No other file here may be imported.
+    find_named_modules()
     try:
         home = importlib.import_module(f"bindllm.verbs.{VERBS[verb][0]}")
         return vars(home)[verb](arguments)

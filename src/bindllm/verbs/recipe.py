@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from bindllm.data.datamodule import BindData
 from bindllm.errors import BindLLMError, InputError
 from bindllm.training.module import BindModule
-from bindllm.verbs.parser import RecipeParser
+from bindllm.verbs.parser import RecipeParser, name_classes
 from bindllm.verbs.usage import GIVE_RECIPE, UsageError, refuse_bare_names
 
 TRAINER_DEFAULTS = {
@@ -85,6 +85,7 @@ class RecipeCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; Lightning's own version warns whenever a process has arguments of its own."""
+        name_classes(args)
         try:
             self.config = parser.parse_args(args)
         except UsageError as error:
