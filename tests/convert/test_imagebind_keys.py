@@ -31,9 +31,9 @@ def convert(state, folder, **changes):
 
 
 def test_every_published_name_gets_the_name_and_shape_that_our_networks_have():
-    ours, accounting = rename(empty("imagebind_huge"), RULES)
-    assert accounting.unknown == []
-    assert [name for name, _ in accounting.dropped] == ["modality_preprocessors.text.mask"]
+    ours, report = rename(empty("imagebind_huge"), RULES)
+    assert report.unknown == []
+    assert [name for name, _ in report.dropped] == ["modality_preprocessors.text.mask"]
     with torch.device("meta"):
         networks = {name: Trunk(name, size, HUGE.embedding_size) for name, size in HUGE.trunks.items()}
     expected = {
@@ -64,8 +64,8 @@ def test_the_heads_of_the_published_widths_are_known():
 def test_a_folder_holds_each_trunk_once_with_its_values(tmp_path):
     state, folder = small_state(), tmp_path / "imagebind"
     (tmp_path / "words.json").write_text("{}")
-    accounting = convert(state, folder, tokenizer_file=tmp_path / "words.json")
-    assert len(accounting.mapped) == len(state) - 1
+    report = convert(state, folder, tokenizer_file=tmp_path / "words.json")
+    assert len(report.mapped) == len(state) - 1
     names = {"README.md", "SOURCE.json", "config.json", "conversion.tsv", "tokenizer.json"}
     assert {file.name for file in folder.iterdir()} == names | {f"{trunk}.safetensors" for trunk in TRUNKS}
     assert len((folder / "conversion.tsv").read_text().splitlines()) == 1 + len(state)
@@ -94,8 +94,8 @@ def test_the_licence_of_the_weights_reaches_every_card(tmp_path):
 
 @pytest.mark.parametrize("table", ["pointbind_pointbert", "pointbind_i2pmae", "imagebind_w3d"])
 def test_larger_checkpoints_are_accounted_for_with_the_rules_of_their_other_parts(table):
-    ours, accounting = rename(empty(table), [*POINT, *RULES])
-    assert accounting.unknown == []
+    ours, report = rename(empty(table), [*POINT, *RULES])
+    assert report.unknown == []
     assert ours.keys() == rename(empty("imagebind_huge"), RULES)[0].keys()
     assert rename(empty(table), RULES)[1].unknown != []
 

@@ -201,7 +201,7 @@ def test_other_precisions_of_the_file_are_the_same_base(tmp_path, base, dtype):
         done = convert_imagebind_llm(
             state, tmp_path / phase, base=DecoderConfig(base), encoders=[GivenEncoder()]
         )
-        assert done.accounting.unknown == []
+        assert done.report.unknown == []
         assert done.shape.phase == phase
         assert (tmp_path / phase / "bind.safetensors").is_file()
 
@@ -365,7 +365,7 @@ def test_the_published_7b_files_are_accounted_for(table, phase, legacy, trained)
     adapted = read_imagebind_llm(state)
     assert (adapted.shape.phase, adapted.shape.legacy) == (phase, legacy)
     assert (adapted.shape.width, adapted.shape.num_layers, adapted.shape.num_heads) == (4096, 32, 32)
-    assert len(adapted.accounting.mapped) + len(adapted.accounting.dropped) == len(state)
+    assert len(adapted.report.mapped) + len(adapted.report.dropped) == len(state)
     # The zero biases of keys and values are ours.
     added = 2 * 32 * 4096 if phase == "finetune" else 0
     assert sum(tensor.numel() for tensor in adapted.tensors.values()) == trained + added

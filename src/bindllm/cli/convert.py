@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from bindllm.convert.keymap import Accounting
+    from bindllm.convert.keymap import ConversionReport
     from bindllm.encoders import Encoder
 
 KINDS = ("imagebind", "pointbind", "imagebind-llm")
@@ -43,10 +43,10 @@ def convert(args: list[str]) -> int:
     state = read_foreign(chosen.file)
     kind = chosen.kind or find_kind(state, chosen.file)
     print(f"{chosen.file}: {kind}, {len(state):,} tensors")
-    accounting, licence = _CONVERTERS[kind](state, chosen)
+    report, licence = _CONVERTERS[kind](state, chosen)
     print(
-        f"{output}: {len(accounting.mapped):,} tensors taken over, {len(accounting.dropped):,} dropped by rule, "
-        f"{len(accounting.unknown):,} unknown; each is listed in {output / 'conversion.tsv'}"
+        f"{output}: {len(report.mapped):,} tensors taken over, {len(report.dropped):,} dropped by rule, "
+        f"{len(report.unknown):,} unknown; each is listed in {output / 'conversion.tsv'}"
     )
     print(f"licence: {licence}")
     return 0
@@ -142,10 +142,10 @@ def _parse(args: list[str]) -> Namespace:
     return chosen
 
 
-def _imagebind(state: Mapping[str, Tensor], chosen: Namespace) -> tuple[Accounting, str]:
+def _imagebind(state: Mapping[str, Tensor], chosen: Namespace) -> tuple[ConversionReport, str]:
     from bindllm.convert.imagebind import LICENCE, convert_imagebind
     from bindllm.convert.keymap import Rule
-    from bindllm.quickstart.clip_vocabulary import write_tokenizer
+    from bindllm.encoders.imagebind.vocabulary import write_tokenizer
 
     given = chosen.tokenizer or str(_TOKENIZER)
     has_texts = any(name.removeprefix("bind.").startswith("modality_trunks.text.") for name in state)
@@ -157,15 +157,13 @@ def _imagebind(state: Mapping[str, Tensor], chosen: Namespace) -> tuple[Accounti
         )
     with tempfile.TemporaryDirectory() as scratch:
         if file is not None and file.suffix == ".gz":
-            write_tokenizer(file, Path(scratch) / "tokenizer.json")
+            write_tokenizer(file.read_bytes(), Path(scratch) / "tokenizer.json")
             file = Path(scratch) / "tokenizer.json"
         if file is not None:
             _check_tokenizer(file)
         rules = [Rule(_POINT_PARTS, None, "the point encoder: bindllm convert pointbind")]
-        accounting = convert_imagebind(
-            state, chosen.output, tokenizer_file=file, rules=rules, source=chosen.file
-        )
-    return accounting, LICENCE
+        report = convert_imagebind(state, chosen.output, tokenizer_file=file, rules=rules, source=chosen.file)
+    return report, LICENCE
 
 
 def _check_tokenizer(file: Path) -> None:
@@ -176,7 +174,7 @@ def _check_tokenizer(file: Path) -> None:
     """
     from tokenizers import Tokenizer
 
-    from bindllm.quickstart.clip_vocabulary import tokenizer_tree
+    from bindllm.encoders.imagebind.vocabulary import tokenizer_tree
 
     try:
         tokenizer = Tokenizer.from_file(str(file))
@@ -193,16 +191,16 @@ def _check_tokenizer(file: Path) -> None:
             )
 
 
-def _pointbind(state: Mapping[str, Tensor], chosen: Namespace) -> tuple[Accounting, str]:
+def _pointbind(state: Mapping[str, Tensor], chosen: Namespace) -> tuple[ConversionReport, str]:
     from bindllm.convert.pointbind import convert_pointbind, imagebind_part
 
-    accounting = convert_pointbind(state, chosen.output, source=chosen.file)
+    report = convert_pointbind(state, chosen.output, source=chosen.file)
     if imagebind_part(state):
         print(f"the ImageBind in it: bindllm convert imagebind {chosen.file} --output FOLDER")
-    return accounting, _POINT_LICENCE
+    return report, _POINT_LICENCE
 
 
-def _imagebind_llm(state: Mapping[str, Tensor], chosen: Namespace) -> tuple[Accounting, str]:
+def _imagebind_llm(state: Mapping[str, Tensor], chosen: Namespace) -> tuple[ConversionReport, str]:
     if not chosen.base or not chosen.encoder:
         raise UsageError(
             "an ImageBind-LLM adapter is nothing without what it was trained on: give --base FOLDER, a Hugging "
@@ -220,7 +218,7 @@ def _imagebind_llm(state: Mapping[str, Tensor], chosen: Namespace) -> tuple[Acco
     )
     bridge = "the older bridge" if done.shape.legacy else "the bridge of the paper"
     print(f"{done.shape.phase} phase, {bridge}, {done.shape.served} of {done.shape.num_layers} layers served")
-    return done.accounting, LICENCE
+    return done.report, LICENCE
 
 
 _ENCODERS = {"imagebind": "ImageBind", "pointbind": "PointBind"}

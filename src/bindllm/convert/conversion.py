@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bindllm.convert.base_model import check_base
 from bindllm.convert.imagebind_llm import Shape, read_imagebind_llm
-from bindllm.convert.keymap import Accounting
+from bindllm.convert.keymap import REPORT, ConversionReport
 from bindllm.encoders import Encoder
 from bindllm.encoders.fusion import common_size
 from bindllm.errors import CheckpointError, DecoderError
@@ -23,7 +23,7 @@ from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.card import write_card
-from bindllm.model.checkpoint import REPORT, check_keys, write_checkpoint
+from bindllm.model.checkpoint import check_keys, write_checkpoint
 from bindllm.model.decoder import DecoderConfig, find_folder, load_tokenizer
 from bindllm.model.injection import InjectConfig
 from bindllm.model.pretrained import describe
@@ -45,11 +45,11 @@ class Conversion:
 
     Attributes:
         shape: phase and sizes of the published file.
-        accounting: what became of every tensor.
+        report: what became of every tensor.
     """
 
     shape: Shape
-    accounting: Accounting
+    report: ConversionReport
 
 
 def convert_imagebind_llm(
@@ -92,9 +92,9 @@ def convert_imagebind_llm(
         adapted.tensors,
         write_card(manifest),
         adapter_config=None if model.adapter is None else model.adapter.peft_config(),
-        report=adapted.accounting,
+        files={REPORT: adapted.report.text()},
     )
-    return Conversion(adapted.shape, adapted.accounting)
+    return Conversion(adapted.shape, adapted.report)
 
 
 def _empty_model(shape: Shape, base: DecoderConfig, encoders: Sequence[Encoder]) -> BindLLM:

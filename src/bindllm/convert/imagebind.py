@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bindllm.atomic import atomic_folder, write_json
-from bindllm.convert.keymap import Accounting, Rule, rename, require_weights
+from bindllm.convert.keymap import REPORT, ConversionReport, Rule, rename, require_weights
 from bindllm.errors import CheckpointError
 
 LICENCE = "CC-BY-NC 4.0 (no commercial use)"
@@ -127,7 +127,7 @@ def convert_imagebind(
     heads: Mapping[str, int] | None = None,
     rules: Sequence[Rule] = (),
     source: str = "the checkpoint",
-) -> Accounting:
+) -> ConversionReport:
     """Write a converted folder; an earlier one is replaced, in one step.
 
     Args:
@@ -150,9 +150,9 @@ def convert_imagebind(
         raise CheckpointError(
             f"{folder} exists and is not a converted ImageBind; choose another folder or empty it"
         )
-    renamed, accounting = rename(state, [*rules, *RULES])
-    accounting.require_complete(source)
-    _require_published(accounting, source)
+    renamed, report = rename(state, [*rules, *RULES])
+    report.require_complete(source)
+    _require_published(report, source)
     require_weights(renamed, source=source)
     trunks: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in renamed.items():
@@ -165,13 +165,13 @@ def convert_imagebind(
             save_file(ours, part / f"{trunk}.safetensors", metadata={"format": "pt"})
         if tokenizer_file is not None:
             shutil.copyfile(tokenizer_file, part / "tokenizer.json")
-        accounting.write(part / "conversion.tsv")
+        (part / REPORT).write_text(report.text(), encoding="utf-8")
         card = _CARD.format(licence=LICENCE, trunks=", ".join(config["trunks"]))
         (part / "README.md").write_text(card, encoding="utf-8")
         packages = [{"name": "ImageBind (weights)", "licence": LICENCE}]
         write_json(part / "SOURCE.json", {"model": config["model"], "packages": packages})
         write_json(part / "config.json", config)
-    return accounting
+    return report
 
 
 def published_shapes(trunk: str, *, width: int, blocks: int, out: int) -> dict[str, tuple[int, ...]]:
@@ -216,10 +216,10 @@ def _block_shapes(name: str, trunk: str, width: int) -> dict[str, tuple[int, ...
     return shapes
 
 
-def _require_published(accounting: Accounting, source: str) -> None:
+def _require_published(report: ConversionReport, source: str) -> None:
     """Refuse a checkpoint whose trunks lack tensors, have others than published, or of other shapes."""
     found: defaultdict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
-    for old, new, shape in accounting.mapped:
+    for old, new, shape in report.mapped:
         found[new.partition(".")[0]][old.removeprefix("bind.")] = shape
     problems = [] if found else ["it holds no tensor of ImageBind"]
     for trunk, shapes in found.items():
@@ -271,4 +271,4 @@ def _describe(
 
 def _is_ours(folder: Path) -> bool:
     """Tell whether a folder may be replaced: it is empty, or an earlier conversion."""
-    return folder.is_dir() and (not any(folder.iterdir()) or (folder / "conversion.tsv").is_file())
+    return folder.is_dir() and (not any(folder.iterdir()) or (folder / REPORT).is_file())

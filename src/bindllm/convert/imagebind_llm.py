@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bindllm.convert.keymap import Accounting, Rule, rename, require_weights
+from bindllm.convert.keymap import ConversionReport, Rule, rename, require_weights
 from bindllm.errors import CheckpointError
 
 SOURCE = "the ImageBind-LLM checkpoint"
@@ -87,13 +87,13 @@ class Adapted:
         tensors: trained tensors by our names, complete.
         base: what the file holds of the decoder itself by Hugging Face's names: always the norms, in a training
             checkpoint all of it; for comparison.
-        accounting: what became of every tensor.
+        report: what became of every tensor.
     """
 
     shape: Shape
     tensors: dict[str, Tensor]
     base: dict[str, Tensor]
-    accounting: Accounting
+    report: ConversionReport
 
 
 def is_imagebind_llm(state: Mapping[str, Tensor]) -> bool:
@@ -112,8 +112,8 @@ def read_imagebind_llm(state: Mapping[str, Tensor]) -> Adapted:
             no finite floating-point ones.
     """
     shape = read_shape(state)
-    renamed, accounting = rename(state, _rules(shape))
-    accounting.require_complete(SOURCE)
+    renamed, report = rename(state, _rules(shape))
+    report.require_complete(SOURCE)
     gates = [
         renamed.pop(f"injection.gates.{n}") for n in range(shape.num_layers - shape.served, shape.num_layers)
     ]
@@ -125,7 +125,7 @@ def read_imagebind_llm(state: Mapping[str, Tensor]) -> Adapted:
                 # The published keys and values have none.
                 renamed[bias] = renamed[name].new_zeros(len(renamed[name]))
     require_weights(renamed, source=SOURCE)
-    return Adapted(shape, renamed, rename(state, _base_rules(shape))[0], accounting)
+    return Adapted(shape, renamed, rename(state, _base_rules(shape))[0], report)
 
 
 def read_shape(state: Mapping[str, Tensor]) -> Shape:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from bindllm.atomic import atomic_file
 from bindllm.errors import CheckpointError
+
+REPORT = "conversion.tsv"
+"""File of a converted folder that lists every tensor of the published file and its outcome."""
 
 _SHOWN = 20
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -35,7 +36,7 @@ class Rule:
 
 
 @dataclass
-class Accounting:
+class ConversionReport:
     """What became of every tensor of a foreign checkpoint.
 
     Attributes:
@@ -48,8 +49,8 @@ class Accounting:
     dropped: list[tuple[str, str]] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
 
-    def write(self, file: str | Path) -> None:
-        """Write the report: one line per tensor, tab-separated."""
+    def text(self) -> str:
+        """Return the content of ``conversion.tsv``: one line per tensor, tab-separated."""
         lines = ["key\toutcome\tname or reason\tshape"]
         lines += [
             f"{old}\tmapped\t{new}\t{'x'.join(map(str, shape)) or 'scalar'}"
@@ -57,8 +58,7 @@ class Accounting:
         ]
         lines += [f"{old}\tdropped\t{why}\t" for old, why in self.dropped]
         lines += [f"{old}\tunknown\t\t" for old in self.unknown]
-        with atomic_file(file) as part:
-            part.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return "\n".join(lines) + "\n"
 
     def require_complete(self, source: str) -> None:
         """Refuse a checkpoint with tensors that no rule speaks of.
@@ -75,7 +75,9 @@ class Accounting:
             )
 
 
-def rename(tensors: Mapping[str, Tensor], rules: Sequence[Rule]) -> tuple[dict[str, Tensor], Accounting]:
+def rename(
+    tensors: Mapping[str, Tensor], rules: Sequence[Rule]
+) -> tuple[dict[str, Tensor], ConversionReport]:
     r"""Rename the tensors of a foreign checkpoint.
 
     Args:
@@ -84,7 +86,7 @@ def rename(tensors: Mapping[str, Tensor], rules: Sequence[Rule]) -> tuple[dict[s
 
     Returns:
         the tensors by our names, and what became of each; unknown ones are only counted, see
-        `Accounting.require_complete`.
+        `ConversionReport.require_complete`.
 
     Raises:
         CheckpointError: two tensors get the same name, or one has a shape that its rule cannot change.
@@ -92,21 +94,21 @@ def rename(tensors: Mapping[str, Tensor], rules: Sequence[Rule]) -> tuple[dict[s
     Example:
         >>> import torch
         >>> rules = [Rule(r"w1[.](.*)", r"gate.\g<1>"), Rule("rope[.].*", None, "computed from the config")]
-        >>> ours, accounting = rename({"w1.weight": torch.ones(2), "rope.freqs": torch.ones(3)}, rules)
-        >>> list(ours), accounting.dropped, accounting.unknown
+        >>> ours, report = rename({"w1.weight": torch.ones(2), "rope.freqs": torch.ones(3)}, rules)
+        >>> list(ours), report.dropped, report.unknown
         (['gate.weight'], [('rope.freqs', 'computed from the config')], [])
     """
     compiled = [(re.compile(rule.pattern), rule) for rule in rules]
     renamed: dict[str, Tensor] = {}
-    accounting = Accounting()
+    report = ConversionReport()
     for name, tensor in tensors.items():
         match, rule = next(
             ((found, rule) for pattern, rule in compiled if (found := pattern.fullmatch(name))), (None, None)
         )
         if match is None or rule is None:
-            accounting.unknown.append(name)
+            report.unknown.append(name)
         elif rule.to is None:
-            accounting.dropped.append((name, rule.why))
+            report.dropped.append((name, rule.why))
         else:
             new = match.expand(rule.to)
             if new in renamed:
@@ -114,8 +116,8 @@ def rename(tensors: Mapping[str, Tensor], rules: Sequence[Rule]) -> tuple[dict[s
                     f"{name} and another both become {new}: this is another kind of checkpoint"
                 )
             renamed[new] = _change(name, tensor, rule)
-            accounting.mapped.append((name, new, tuple(tensor.shape)))
-    return renamed, accounting
+            report.mapped.append((name, new, tuple(tensor.shape)))
+    return renamed, report
 
 
 def _change(name: str, tensor: Tensor, rule: Rule) -> Tensor:

