@@ -139,7 +139,7 @@ def test_unknown_missing_unexpected_and_misshapen_tensors_are_refused(tmp_path):
 def test_heads_are_never_guessed(tmp_path):
     with pytest.raises(CheckpointError, match="its vision trunk is 64 wide"):
         convert(small_state(), tmp_path / "never", heads=None)
-    with pytest.raises(CheckpointError, match="do not tell the number of attention heads \\(5 given\\)"):
+    with pytest.raises(CheckpointError, match="do not determine the number of attention heads \\(5 given\\)"):
         convert(small_state(), tmp_path / "never", heads={**HEADS, "audio": 5})
 
 
@@ -148,10 +148,10 @@ def test_only_an_earlier_conversion_is_replaced(tmp_path):
     convert({n: t for n, t in small_state().items() if ".imu." in n}, folder)
     assert json.loads((folder / "config.json").read_text())["trunks"].keys() == {"imu"}
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("dear")
-    with pytest.raises(CheckpointError, match="is not a converted ImageBind"):
+    (tmp_path / "mine" / "notes.txt").write_text("text")
+    with pytest.raises(CheckpointError, match="was not written by a conversion"):
         convert(small_state(), tmp_path / "mine")
-    assert (tmp_path / "mine" / "thesis.txt").read_text() == "dear"
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "text"
 
 
 def test_the_stored_precision_is_kept(tmp_path):

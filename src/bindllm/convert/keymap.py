@@ -1,14 +1,19 @@
-"""Renaming the tensors of foreign checkpoints by a table, with every one of them accounted for."""
+"""Rename the tensors of foreign checkpoints by a table, report the outcome for each, and write converted folders."""
 
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+from bindllm.atomic import atomic_folder, write_json
 from bindllm.errors import CheckpointError
 
 REPORT = "conversion.tsv"
@@ -20,13 +25,13 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class Rule:
-    r"""What becomes of the tensors whose whole name matches a pattern; the first rule that matches decides.
+    r"""One row of a table: renames or drops the tensors whose whole name matches a pattern.
 
     Args:
         pattern: regular expression for the foreign name.
         to: our name, with ``\1`` for the pattern's groups; None drops the tensor.
         why: why it is dropped, for the report.
-        change: what turns the foreign tensor into ours; None leaves it.
+        change: turns the foreign tensor into ours; None: unchanged.
     """
 
     pattern: str
@@ -37,12 +42,12 @@ class Rule:
 
 @dataclass
 class ConversionReport:
-    """What became of every tensor of a foreign checkpoint.
+    """Outcome of a conversion for every tensor of the foreign checkpoint.
 
     Attributes:
         mapped: (foreign name, our name, shape).
         dropped: (foreign name, why).
-        unknown: foreign names that no rule speaks of.
+        unknown: foreign names that no rule matches.
     """
 
     mapped: list[tuple[str, str, tuple[int, ...]]] = field(default_factory=list)
@@ -61,10 +66,10 @@ class ConversionReport:
         return "\n".join(lines) + "\n"
 
     def require_complete(self, source: str) -> None:
-        """Refuse a checkpoint with tensors that no rule speaks of.
+        """Raise if a tensor matched no rule.
 
         Raises:
-            CheckpointError: names them.
+            CheckpointError: names the unknown tensors.
         """
         if self.unknown:
             shown = ", ".join(self.unknown[:_SHOWN])
@@ -81,11 +86,11 @@ def rename(
     r"""Rename the tensors of a foreign checkpoint.
 
     Args:
-        tensors: by foreign name.
-        rules: tried in their order.
+        tensors: the tensors by their foreign names.
+        rules: the table; the first rule that matches a name applies.
 
     Returns:
-        the tensors by our names, and what became of each; unknown ones are only counted, see
+        the tensors by our names, and the outcome for each. Unknown tensors are only listed there; see
         `ConversionReport.require_complete`.
 
     Raises:
@@ -125,20 +130,20 @@ def _change(name: str, tensor: Tensor, rule: Rule) -> Tensor:
         return tensor if rule.change is None else rule.change(tensor)
     except (RuntimeError, IndexError) as error:
         raise CheckpointError(
-            f"{name} has shape {list(tensor.shape)}, which no tensor of this name has: this is another kind of "
-            "checkpoint, or a damaged one"
+            f"{name} has shape {list(tensor.shape)}, impossible for this name: it is another kind of checkpoint, or a "
+            "damaged one"
         ) from error
 
 
 def require_weights(tensors: Mapping[str, Tensor], *, source: str) -> None:
-    """Refuse what cannot be weights: whole numbers, quantised or sparse tensors, NaN and infinity.
+    """Raise if tensors cannot be weights: integers, quantized or sparse tensors, NaN and infinity.
 
     Args:
-        tensors: by name; of those without values ("meta") only the types are looked at.
-        source: what the checkpoint is called in messages.
+        tensors: the tensors by name; on the meta device only their types are checked.
+        source: name of the checkpoint in messages.
 
     Raises:
-        CheckpointError: names some of them.
+        CheckpointError: names the first of them.
     """
     kinds = [
         f"{name} ({str(tensor.dtype).removeprefix('torch.')})"
@@ -147,11 +152,53 @@ def require_weights(tensors: Mapping[str, Tensor], *, source: str) -> None:
     ]
     if kinds:
         raise CheckpointError(
-            f"{source} holds tensors that are no plain floating-point numbers: {', '.join(kinds[:_SHOWN])}. It is "
-            "quantised or damaged; give the file as published"
+            f"{source} holds tensors that are not plain floating-point numbers: {', '.join(kinds[:_SHOWN])}. It is "
+            "quantized or damaged; give the file as published"
         )
     broken = [name for name, tensor in tensors.items() if not (tensor.is_meta or tensor.isfinite().all())]
     if broken:
         raise CheckpointError(
-            f"{source} holds numbers that are not finite in {', '.join(broken[:_SHOWN])}: it is damaged"
+            f"{source} holds values that are not finite in {', '.join(broken[:_SHOWN])}: it is damaged"
         )
+
+
+def write_encoder(
+    folder: str | Path,
+    weights: Mapping[str, Mapping[str, Tensor]],
+    *,
+    config: Mapping[str, Any],
+    package: Mapping[str, str],
+    card: str,
+    report: ConversionReport,
+    files: Mapping[str, Path] | None = None,
+) -> None:
+    """Write the folder of a converted encoder in one step; an earlier conversion there is replaced.
+
+    Args:
+        folder: the folder to write.
+        weights: the tensors of each safetensors file, by the file's name.
+        config: content of ``config.json``; its ``model`` names the encoder.
+        package: ``name`` and ``licence`` of the published weights, for ``SOURCE.json``.
+        card: content of ``README.md``.
+        report: content of ``conversion.tsv``.
+        files: further files to copy, by their names in the folder.
+
+    Raises:
+        CheckpointError: the folder holds something else; nothing was written.
+    """
+    folder = Path(folder)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / REPORT).is_file()):
+        raise CheckpointError(
+            f"{folder} exists and was not written by a conversion (no {REPORT}); nothing was written. Choose another "
+            "folder or empty it"
+        )
+    with atomic_folder(folder) as part:
+        for name, tensors in weights.items():
+            plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+            save_file(plain, part / name, metadata={"format": "pt"})
+        for name, file in (files or {}).items():
+            shutil.copyfile(file, part / name)
+        (part / REPORT).write_text(report.text(), encoding="utf-8")
+        (part / "README.md").write_text(card, encoding="utf-8")
+        write_json(part / "SOURCE.json", {"model": config["model"], "packages": [dict(package)]})
+        write_json(part / "config.json", dict(config))
