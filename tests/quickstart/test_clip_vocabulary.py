@@ -1,4 +1,4 @@
-"""CLIP's vocabulary out of a wheel: its order, and that no other list passes for it."""
+"""CLIP's vocabulary from a wheel: its order, and that another list is refused."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import pytest
 from bindllm.encoders.imagebind import vocabulary
 from bindllm.encoders.imagebind.vocabulary import tokenizer_tree, write_tokenizer
 from bindllm.errors import AssetError
-from bindllm.quickstart.clip_vocabulary import PACKAGES, build
+from bindllm.quickstart.wheels import OPEN_CLIP, build_clip_vocabulary
 
 LICENCE = "open_clip_torch-3.3.0.dist-info/licenses/LICENSE"
 
 
 @pytest.fixture
 def packed(monkeypatch) -> bytes:
-    """A list of two merges that are used and one that is not, taken for the published one."""
+    """A list of two used merges and an unused one, in place of the published list."""
     data = gzip.compress(b"#version\ni n\nin g</w>\nt h\n")
     monkeypatch.setattr(vocabulary, "SHA256", hashlib.sha256(data).hexdigest())
     monkeypatch.setattr(vocabulary, "NUM_MERGES", 2)
@@ -28,7 +28,7 @@ def packed(monkeypatch) -> bytes:
 
 
 def wheel(folder: Path, packed: bytes) -> Path:
-    path = folder / PACKAGES[0].file
+    path = folder / OPEN_CLIP.file
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("open_clip/bpe_simple_vocab_16e6.txt.gz", packed)
         archive.writestr(LICENCE, "MIT")
@@ -38,7 +38,7 @@ def wheel(folder: Path, packed: bytes) -> Path:
 def test_the_folder_holds_a_tokenizer_and_the_licence(packed, tmp_path):
     folder = tmp_path / "made"
     folder.mkdir()
-    facts = build([wheel(tmp_path, packed)], folder)
+    facts = build_clip_vocabulary([wheel(tmp_path, packed)], folder)
     assert facts["sha256"] == vocabulary.SHA256
     assert sorted(path.name for path in folder.iterdir()) == ["LICENSE", "tokenizer.json"]
     tree = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
@@ -51,7 +51,7 @@ def test_the_folder_holds_a_tokenizer_and_the_licence(packed, tmp_path):
 
 def test_another_list_is_refused(tmp_path):
     with pytest.raises(AssetError, match="sha256 .*, expected 924691ac"):
-        build([wheel(tmp_path, gzip.compress(b"#version\ni n\n"))], tmp_path)
+        build_clip_vocabulary([wheel(tmp_path, gzip.compress(b"#version\ni n\n"))], tmp_path)
 
 
 def test_the_order_of_the_vocabulary():
