@@ -92,7 +92,7 @@ def test_empty_predictions_match_nothing():
     ("predictions", "references", "message"),
     [
         (["a"], [["a"], ["b"]], "1 predictions for 2"),
-        ([], [], "at least one picture"),
+        ([], [], "at least one image"),
         (["a", "b"], [["a"], []], r"references\[1\]"),
         (["a"], ["a"], r"references\[0\] is 'a'"),
     ],

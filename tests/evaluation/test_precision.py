@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from bindllm.evaluation.precision import average_precisions, chance_of_precision
+from bindllm.evaluation.measures import average_precisions, chance_of_precision
 
 
 def precision_by_hand(scores: np.ndarray, targets: np.ndarray) -> float:

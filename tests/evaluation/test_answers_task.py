@@ -8,9 +8,10 @@ import torch
 from bindllm.conversation import Conversation, Message
 from bindllm.data.tokenise import tokenise
 from bindllm.errors import InputError
-from bindllm.evaluation.answers import evaluate_answers, frequent_answers, longest_answer
-from bindllm.evaluation.chat import evaluate_chat
-from bindllm.evaluation.tasks import evaluate_held_out, held_out_rows
+from bindllm.evaluation import task
+from bindllm.evaluation.answers import answers_task, longest_answer, majority_answers
+from bindllm.evaluation.held_out import conversations_task, evaluate_held_out, held_out_rows
+from bindllm.evaluation.task import Task
 from bindllm.media import Media
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.decoder import DecoderConfig
@@ -75,8 +76,9 @@ def scripted(model, monkeypatch):
     return script
 
 
-def evaluate(model, samples, **changes):
-    return evaluate_answers(model, samples, **{"train_samples": TRAINING, "lookup": lookup, **changes})
+def evaluate(model, samples, *, train_samples=TRAINING, batch_size=128, **options):
+    answers = answers_task(samples, train_samples=train_samples, tokenizer=model.tokenizer, **options)
+    return task.evaluate(model, [answers], lookup=lookup, batch_size=batch_size)
 
 
 def test_accuracy_by_type_beside_what_needs_no_looking(model, scripted):
@@ -95,21 +97,24 @@ def test_accuracy_by_type_beside_what_needs_no_looking(model, scripted):
 
     scripted(answer)
     result = evaluate(model, samples)
-    assert result.metrics["test"] == {
+    assert result.metrics["answers"]["model"] == {
         "accuracy": 1.0,
         "by_type": {"colour": 1.0, "yes/no": 1.0},
         "count": 4,
         "count_by_type": {"colour": 2, "yes/no": 2},
     }
     # Most training rows say that it is not red, and the only training colour is blue.
-    assert result.metrics["question_only"]["by_type"] == {"colour": 0.5, "yes/no": 0.5}
-    assert result.metrics["blind"]["by_type"] == {"colour": 0.5, "yes/no": 0.5}
-    assert result.metrics["shuffled"]["accuracy"] < 1
-    assert [row.generated for row in result.rows] == ["no", "yes", "Red.", "Navy."]
-    assert all(row.right for row in result.rows)
-    assert [row.question_only for row in result.rows] == ["no", "no", "blue", "blue"]
-    assert result.rows[3].references == ["blue", "navy"]
-    assert (result.rows[0].picture, result.rows[0].question) == ("4.png", "is it red?")
+    assert result.metrics["answers"]["majority_answer"]["by_type"] == {"colour": 0.5, "yes/no": 0.5}
+    assert result.metrics["answers"]["no_media"]["by_type"] == {"colour": 0.5, "yes/no": 0.5}
+    assert result.metrics["answers"]["shuffled_media"]["accuracy"] < 1
+    assert [row["model"] for row in result.rows["answers"]] == ["no", "yes", "Red.", "Navy."]
+    assert all(row["right"] for row in result.rows["answers"])
+    assert [row["majority_answer"] for row in result.rows["answers"]] == ["no", "no", "blue", "blue"]
+    assert result.rows["answers"][3]["references"] == ["blue", "navy"]
+    assert (result.rows["answers"][0]["media"], result.rows["answers"][0]["question"]) == (
+        "4.png",
+        "is it red?",
+    )
     assert result.problems == {}
 
 
@@ -127,18 +132,18 @@ def test_answers_are_those_of_generate_and_a_wrong_picture_is_another_one(model)
         }
         blind = model.generate("is it red?", max_new_tokens=5)
     assert len(set(said.values())) == 3
-    assert [row.generated for row in result.rows] == list(said.values())
-    assert {row.blind for row in result.rows} == {blind}
-    assert sorted(row.shuffled for row in result.rows) == sorted(said.values())
-    assert all(row.shuffled != row.generated for row in result.rows)
+    assert [row["model"] for row in result.rows["answers"]] == list(said.values())
+    assert {row["no_media"] for row in result.rows["answers"]} == {blind}
+    assert sorted(row["shuffled_media"] for row in result.rows["answers"]) == sorted(said.values())
+    assert all(row["shuffled_media"] != row["model"] for row in result.rows["answers"])
 
 
 def test_equal_inputs_are_run_once_and_answers_stay_short(model, scripted):
     batches = scripted(lambda question, shown: "no")
     samples = [asked("is it red?", "no", n % 3) for n in range(12)]
     evaluate(model, samples, batch_size=64)
-    # Three pictures, three exchanged ones, and one question without a picture.
-    assert [size for size, _ in batches] == [3, 3, 1]
+    # Three images, one question without an image, and three exchanged images.
+    assert [size for size, _ in batches] == [3, 1, 3]
     # Two letters, the end token and the margin.
     assert {options["max_new_tokens"] for _, options in batches} == {3 + 4}
     assert all(options["do_sample"] is False for _, options in batches)
@@ -149,15 +154,15 @@ def test_a_fixed_sample_of_questions_is_asked_about_wrong_pictures(model, script
     samples = [asked(f"is it {n}?", "yes" if n % 2 else "no", 4 + n % 2, type="yes/no") for n in range(10)]
     result = evaluate(model, samples, shuffled_limit=5)
     again = evaluate(model, samples, shuffled_limit=5)
-    assert result.answers() == again.answers()
-    drawn = [n for n, row in enumerate(result.rows) if row.shuffled is not None]
+    assert result.rows == again.rows
+    drawn = [n for n, row in enumerate(result.rows["answers"]) if row["shuffled_media"] is not None]
     assert len(drawn) == 5 != drawn[-1] + 1
-    assert result.metrics["shuffled"]["count"] == 5
+    assert result.metrics["answers"]["shuffled_media"]["count"] == 5
     # It is always wrong, and wrong pictures make it right: 4 for 5 and 5 for 4.
-    assert result.metrics["test"]["accuracy"] == 0
-    assert result.metrics["shuffled"]["accuracy"] == 1
-    assert result.metrics["shuffled"]["model_accuracy"] == 0
-    assert evaluate(model, samples, shuffled_limit=50).metrics["shuffled"]["count"] == 10
+    assert result.metrics["answers"]["model"]["accuracy"] == 0
+    assert result.metrics["answers"]["shuffled_media"]["accuracy"] == 1
+    assert result.metrics["answers"]["shuffled_media"]["model_accuracy"] == 0
+    assert evaluate(model, samples, shuffled_limit=50).metrics["answers"]["shuffled_media"]["count"] == 10
 
 
 def test_questions_without_pictures_count_in_the_test_alone(model, scripted):
@@ -168,16 +173,21 @@ def test_questions_without_pictures_count_in_the_test_alone(model, scripted):
         asked("two and two?", "four", None),
     ]
     result = evaluate(model, samples)
-    assert result.metrics["test"]["count"] == 3
-    assert result.metrics["test"]["by_type"] == {}
-    assert result.metrics["test"]["accuracy"] == pytest.approx(2 / 3)
-    for name in ("shuffled", "blind"):
-        assert result.metrics[name]["count"] == 2
-        assert result.metrics[name]["model_accuracy"] == 1
-    assert result.rows[2].picture is None
-    assert result.rows[2].blind is None
+    assert result.metrics["answers"]["model"]["count"] == 3
+    assert result.metrics["answers"]["model"]["by_type"] == {}
+    assert result.metrics["answers"]["model"]["accuracy"] == pytest.approx(2 / 3)
+    for name in ("shuffled_media", "no_media"):
+        assert result.metrics["answers"][name]["count"] == 2
+        assert result.metrics["answers"][name]["model_accuracy"] == 1
+    assert result.rows["answers"][2]["media"] is None
+    assert result.rows["answers"][2]["no_media"] is None
     alone = evaluate(model, samples[2:])
-    assert alone.metrics["shuffled"] == {"accuracy": None, "by_type": {}, "count": 0, "count_by_type": {}}
+    assert alone.metrics["answers"]["shuffled_media"] == {
+        "accuracy": None,
+        "by_type": {},
+        "count": 0,
+        "count_by_type": {},
+    }
     assert alone.problems == {}
 
 
@@ -186,7 +196,7 @@ def test_multiple_choice_counts_the_letter(model, scripted):
     options, true = ("a rose", "the sea"), "The answer is (B)."
     samples = [asked("which?", true, n, options=options) for n in (4, 5)]
     result = evaluate(model, samples)
-    assert [row.right for row in result.rows] == [True, False]
+    assert [row["right"] for row in result.rows["answers"]] == [True, False]
 
 
 def test_the_most_frequent_answer_falls_back_to_the_type_and_then_to_all():
@@ -195,7 +205,7 @@ def test_the_most_frequent_answer_falls_back_to_the_type_and_then_to_all():
         asked("is it black?", "x", type="yes/no"),
         asked("what is it?", "x", type="shape"),
     ]
-    assert frequent_answers(samples, TRAINING) == ["no", "yes", "yes"]
+    assert [answer.text for answer in majority_answers(samples, TRAINING)] == ["no", "yes", "yes"]
 
 
 def test_wanted_answers_of_preferences_are_training_answers():
@@ -205,25 +215,25 @@ def test_wanted_answers_of_preferences_are_training_answers():
         replace(rows[1], desirable=False),
         replace(rows[2], desirable=False),
     ]
-    assert frequent_answers(rows[:1], wanted) == ["no"]
+    assert [answer.text for answer in majority_answers(rows[:1], wanted)] == ["no"]
     with pytest.raises(InputError, match="no training answers"):
-        frequent_answers(rows[:1], rows)
+        majority_answers(rows[:1], rows)
 
 
 def test_answers_that_no_training_row_has_are_a_problem_and_not_the_end(model, scripted):
     scripted(lambda question, shown: "no")
     result = evaluate(model, [asked("is it red?", "no", 4), asked("is it red?", "yes", 5)], train_samples=[])
-    assert "no training answers" in result.problems["question_only answers"]
-    assert result.metrics["question_only"]["accuracy"] is None
-    assert result.metrics["test"]["accuracy"] == 0.5
+    assert "no training answers" in result.problems["answers: majority_answer"]
+    assert result.metrics["answers"]["majority_answer"]["accuracy"] is None
+    assert result.metrics["answers"]["model"]["accuracy"] == 0.5
 
 
 def test_one_picture_cannot_be_exchanged(model, scripted):
     scripted(lambda question, shown: "no")
     result = evaluate(model, [asked("is it red?", "no", 4), asked("is it blue?", "no", 4)])
-    assert "all held-out pictures are the same" in result.problems["shuffled answers"]
-    assert result.metrics["shuffled"]["accuracy"] is None
-    assert result.metrics["blind"]["accuracy"] == 1
+    assert "all held-out media are the same" in result.problems["answers: shuffled_media"]
+    assert result.metrics["answers"]["shuffled_media"]["accuracy"] is None
+    assert result.metrics["answers"]["no_media"]["accuracy"] == 1
 
 
 def test_rows_without_a_true_answer_are_refused(model):
@@ -242,48 +252,74 @@ def test_the_longest_answer_leaves_room_for_a_lettered_one():
     assert longest_answer([asked("a?", "word " * 10, references=("B",))], tokenizer) == 55
 
 
+def conversations(model, samples):
+    result = task.evaluate(model, [conversations_task(samples)], lookup=lookup)
+    assert (result.problems, result.rows) == ({}, {})
+    return result.metrics["conversations"]
+
+
 def test_conversations_are_measured_by_their_loss(model):
     samples = [asked("hello", "good day", None, task="chat"), asked("look", "a cat", 4, task="chat")]
-    result = evaluate_chat(model, [*samples, asked("look", "a dog", 5, task="chat")], lookup=lookup)
-    assert result.metrics["heldout"]["count"] == 3
-    assert result.metrics["heldout"]["with_media"] == 2
-    losses = [result.metrics[name]["loss"] for name in ("heldout", "zero_gates", "shuffled")]
+    metrics = conversations(model, [*samples, asked("look", "a dog", 5, task="chat")])
+    assert metrics["model"]["count"] == 3
+    assert metrics["model"]["with_media"] == 2
+    losses = [metrics[name]["loss"] for name in ("model", "no_media", "shuffled_media")]
     assert len(set(losses)) == 3
-    text = evaluate_chat(model, samples[:1], lookup=lookup)
-    assert text.metrics["heldout"]["loss"] > 0
-    assert text.metrics["zero_gates"] == {"loss": None, "perplexity": None}
-    assert text.problems == {}
+    text = conversations(model, samples[:1])
+    assert text["model"]["loss"] > 0
+    assert text["no_media"] == text["shuffled_media"] == {"loss": None, "perplexity": None}
 
 
 def test_unwanted_answers_are_counted_and_their_loss_is_not(model):
     wanted = [asked("look", "a cat", n, task="chat") for n in (4, 5)]
     unwanted = replace(asked("look", "a dog", 6, task="chat"), desirable=False)
-    both = evaluate_chat(model, [*wanted, unwanted], lookup=lookup).metrics
-    alone = evaluate_chat(model, wanted, lookup=lookup).metrics
-    assert both["heldout"].pop("unwanted") == 1
+    both, alone = conversations(model, [*wanted, unwanted]), conversations(model, wanted)
+    assert both["model"].pop("unwanted") == 1
     assert both == alone
     with pytest.raises(InputError, match="all 1 held-out answers are unwanted"):
-        evaluate_chat(model, [unwanted], lookup=lookup)
+        conversations_task([unwanted])
+    with pytest.raises(InputError, match="no held-out conversations"):
+        conversations_task([])
 
 
-def test_each_kind_is_measured_on_its_own_rows(model):
+def test_each_task_is_measured_on_its_own_rows(model):
     rows = [asked("is it red?", answer, n) for n, answer in ((4, "no"), (5, "yes"))]
     rows += [asked("Say.", "a cat", n, task="chat") for n in (6, 7)]
     held_out = held_out_rows({"test": rows, "validation": rows[:1]}.__getitem__)
-    assert held_out == {"answers": rows[:2], "chat": rows[2:]}
+    assert held_out == {"answers": rows[:2], "conversations": rows[2:]}
     assert held_out_rows({"test": [], "validation": rows[:1]}.__getitem__) == {"answers": rows[:1]}
     assert held_out_rows({"test": [], "validation": []}.__getitem__) == {}
     both = evaluate_held_out(model, held_out, train_samples=[], lookup=lookup)
-    assert both.metrics.keys() == {"answers", "chat"}
-    assert both.metrics["answers"]["test"]["count"] == 2
-    assert both.metrics["chat"]["heldout"]["count"] == 2
-    assert list(both.problems) == ["answers: question_only answers"]
-    assert len(both.answers) == 2
-    one = evaluate_held_out(model, {"chat": held_out["chat"]}, train_samples=[], lookup=lookup)
-    assert one.metrics == both.metrics["chat"]
+    assert both.metrics.keys() == {"answers", "conversations"}
+    assert both.metrics["answers"]["model"]["count"] == 2
+    assert both.metrics["conversations"]["model"]["count"] == 2
+    assert list(both.problems) == ["answers: majority_answer"]
+    assert {name: len(rows) for name, rows in both.rows.items()} == {"answers": 2}
+    one = {"conversations": held_out["conversations"]}
+    one = evaluate_held_out(model, one, train_samples=[], lookup=lookup)
+    assert one.metrics == {"conversations": both.metrics["conversations"]}
     held_out["captions"] = [asked("Say.", "a cat", None, task="caption")]
     several = evaluate_held_out(model, held_out, train_samples=[], lookup=lookup)
     assert "captions" not in several.metrics
     assert "has media" in several.problems["captions"]
     with pytest.raises(InputError, match="has media"):
         evaluate_held_out(model, {"captions": held_out["captions"]}, train_samples=[], lookup=lookup)
+
+
+def test_a_task_of_ones_own_needs_items_and_a_metric(model, scripted):
+    scripted(lambda question, shown: "four" if question == "two and two?" else "no")
+
+    def shortness(items, answers):
+        return {"letters": sum(map(len, answers)) / len(answers) if items else None}
+
+    items = [asked("two and two?", "four", None), asked("is it red?", "no", 4), asked("is it red?", "no", 5)]
+    result = task.evaluate(model, [Task("shortness", items, shortness)], lookup=lookup)
+    assert result.metrics["shortness"] == {
+        "model": {"letters": 8 / 3},
+        "no_media": {"letters": 2},
+        "shuffled_media": {"letters": 2},
+    }
+    failing = Task("failing", items, lambda items, answers: {"x": None} if not items else 1 / 0)
+    result = task.evaluate(model, [failing], lookup=lookup)
+    assert result.metrics["failing"] == {name: {"x": None} for name in failing.variants}
+    assert "division by zero" in result.problems["failing: model metrics"]

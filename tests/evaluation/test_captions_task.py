@@ -1,4 +1,4 @@
-"""Held-out evaluation of a tiny model, each number against one worked out another way."""
+"""Captions of a tiny model: each number is compared with one computed another way."""
 
 import io
 import math
@@ -13,10 +13,10 @@ from bindllm.conversation import Conversation, Message
 from bindllm.data.collate import answer_batch
 from bindllm.data.tokenise import tokenise
 from bindllm.errors import InputError
-from bindllm.evaluation.baselines import blind, exchange, neighbours, subject_name
-from bindllm.evaluation.measuring import loss_numbers
+from bindllm.evaluation import task
+from bindllm.evaluation.captions import captions_task, nearest_captions
 from bindllm.evaluation.metrics import caption_metrics
-from bindllm.evaluation.run import VARIANTS, evaluate_captions, measure_captions
+from bindllm.evaluation.task import VARIANTS, loss_metrics, media_name, shuffle_media, without_media
 from bindllm.media import Media
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.decoder import DecoderConfig
@@ -61,12 +61,11 @@ def held():
     return [sample("red"), sample("green"), sample("blue", "a big blue square"), sample("white")]
 
 
-def evaluate(model, samples, **changes):
-    options = {
-        "train_samples": [sample("red", "dark red", shade=-20), sample("blue", shade=-20)],
-        "lookup": lookup,
-    }
-    return evaluate_captions(model, samples, max_new_tokens=6, **{**options, **changes})
+def evaluate(model, samples, *, train_samples=None, lookup=lookup, **options):
+    if train_samples is None:
+        train_samples = [sample("red", "dark red", shade=-20), sample("blue", shade=-20)]
+    captions = captions_task(samples, train_samples=train_samples, lookup=lookup, max_new_tokens=6)
+    return task.evaluate(model, [captions], lookup=lookup, **options)
 
 
 def one_by_one_loss(model, samples, lookup):
@@ -83,30 +82,32 @@ def one_by_one_loss(model, samples, lookup):
 def test_losses_are_means_over_all_tokens(model, held):
     result = evaluate(model, held, batch_size=3)
     with torch.no_grad():
-        assert result.metrics["heldout"]["loss"] == pytest.approx(
+        assert result.metrics["captions"]["model"]["loss"] == pytest.approx(
             one_by_one_loss(model, held, lookup), abs=1e-5
         )
-        wrong = one_by_one_loss(model, held, exchange(held, lookup))
-        assert result.metrics["shuffled"]["loss"] == pytest.approx(wrong, abs=1e-5)
+        wrong = one_by_one_loss(model, held, shuffle_media(held, lookup))
+        assert result.metrics["captions"]["shuffled_media"]["loss"] == pytest.approx(wrong, abs=1e-5)
         gates = model.injection.gates.clone()
         model.injection.gates.zero_()
         blind_loss = one_by_one_loss(model, held, lookup)
         model.injection.gates.copy_(gates)
-    assert result.metrics["zero_gates"]["loss"] == pytest.approx(blind_loss, abs=1e-5)
-    assert result.metrics["nearest"]["loss"] is None
-    assert result.metrics["nearest"]["perplexity"] is None
-    for name in ("heldout", "zero_gates", "shuffled"):
-        assert result.metrics[name]["perplexity"] == pytest.approx(math.exp(result.metrics[name]["loss"]))
+    assert result.metrics["captions"]["no_media"]["loss"] == pytest.approx(blind_loss, abs=1e-5)
+    assert result.metrics["captions"]["nearest_caption"]["loss"] is None
+    assert result.metrics["captions"]["nearest_caption"]["perplexity"] is None
+    for name in ("model", "no_media", "shuffled_media"):
+        assert result.metrics["captions"][name]["perplexity"] == pytest.approx(
+            math.exp(result.metrics["captions"][name]["loss"])
+        )
     assert result.problems == {}
 
 
 def test_captions_are_those_of_generate(model, held):
     result = evaluate(model, held, batch_size=3)
-    for row, one in zip(result.rows, held, strict=True):
+    for row, one in zip(result.rows["captions"], held, strict=True):
         media = list(one.media[0])
-        assert row.generated == model.generate(PROMPT, media=media, max_new_tokens=6)
-        assert row.zero_gates == model.generate(PROMPT, max_new_tokens=6)
-    assert any(row.shuffled != row.generated for row in result.rows)
+        assert row["model"] == model.generate(PROMPT, media=media, max_new_tokens=6)
+        assert row["no_media"] == model.generate(PROMPT, max_new_tokens=6)
+    assert any(row["shuffled_media"] != row["model"] for row in result.rows["captions"])
 
 
 def test_a_blind_model_is_asked_once_per_prompt(model, held, monkeypatch):
@@ -124,47 +125,48 @@ def test_a_blind_model_is_asked_once_per_prompt(model, held, monkeypatch):
 
 def test_metrics_compare_each_variant_with_the_references(model, held):
     result = evaluate(model, held)
-    references = [row.references for row in result.rows]
+    references = [row["references"] for row in result.rows["captions"]]
     said = {
-        "heldout": [row.generated for row in result.rows],
-        "zero_gates": [row.zero_gates for row in result.rows],
-        "shuffled": [row.shuffled for row in result.rows],
-        "nearest": [row.nearest for row in result.rows],
+        "model": [row["model"] for row in result.rows["captions"]],
+        "no_media": [row["no_media"] for row in result.rows["captions"]],
+        "shuffled_media": [row["shuffled_media"] for row in result.rows["captions"]],
+        "nearest_caption": [row["nearest_caption"] for row in result.rows["captions"]],
     }
-    assert tuple(result.metrics) == tuple(said) == VARIANTS
+    assert tuple(result.metrics["captions"]) == tuple(said) == VARIANTS["captions"]
     for name, captions in said.items():
         expected = caption_metrics(captions, references)
-        assert {key: result.metrics[name][key] for key in expected} == expected
+        assert {key: result.metrics["captions"][name][key] for key in expected} == expected
 
 
 def test_the_nearest_training_picture(model, held):
     result = evaluate(model, held)
-    assert result.rows[0].nearest == "dark red"
-    assert not result.rows[0].nearest_exact
-    assert result.rows[2].nearest == "blue square"
-    assert 0.9 < result.rows[0].nearest_similarity <= 1.0001
+    assert result.rows["captions"][0]["nearest_caption"] == "dark red"
+    assert not result.rows["captions"][0]["nearest_exact"]
+    assert result.rows["captions"][2]["nearest_caption"] == "blue square"
+    assert 0.9 < result.rows["captions"][0]["nearest_similarity"] <= 1.0001
 
 
 def test_nearest_is_searched_in_chunks(held, monkeypatch):
     training = [sample(colour, f"{colour} {shade}", shade=shade) for shade in (-90, 0) for colour in COLOURS]
     held = held[:3]  # darker white is nearly parallel to white
-    whole = neighbours(held, training, lookup)
-    monkeypatch.setattr("bindllm.evaluation.baselines._CHUNK", 3)
-    assert neighbours(held, training, lookup) == whole
-    assert [one.caption for one in whole] == ["red 0", "green 0", "blue 0"]
+    whole = nearest_captions(held, training, lookup)
+    monkeypatch.setattr("bindllm.evaluation.captions._CHUNK", 3)
+    assert nearest_captions(held, training, lookup) == whole
+    assert [one.text for one in whole] == ["red 0", "green 0", "blue 0"]
     # Of equal pictures the first counts.
     assert (
-        neighbours(held[:1], [sample("red", "first"), sample("red", "second")], lookup)[0].caption == "first"
+        nearest_captions(held[:1], [sample("red", "first"), sample("red", "second")], lookup)[0].text
+        == "first"
     )
 
 
 def test_no_picture_keeps_its_place_and_the_exchange_is_fixed():
     held = [sample("red", shade=-shade) for shade in range(0, 60, 3)]
     groups = [one.media[0] for one in held]
-    true, wrong = lookup(groups), exchange(held, lookup)(groups)
+    true, wrong = lookup(groups), shuffle_media(held, lookup)(groups)
     assert all(not torch.equal(a, b) for a, b in zip(true, wrong, strict=True))
     assert {row.numpy().tobytes() for row in wrong} == {row.numpy().tobytes() for row in true}
-    assert torch.equal(wrong, exchange(held, lookup)(groups))
+    assert torch.equal(wrong, shuffle_media(held, lookup)(groups))
 
 
 def test_several_captions_of_a_picture_are_one_row(model):
@@ -175,9 +177,12 @@ def test_several_captions_of_a_picture_are_one_row(model):
     ]
     result = evaluate(model, held)
     assert result.problems == {}
-    assert [row.references for row in result.rows] == [["red square", "a red thing"], ["blue square"]]
+    assert [row["references"] for row in result.rows["captions"]] == [
+        ["red square", "a red thing"],
+        ["blue square"],
+    ]
     with torch.no_grad():
-        assert result.metrics["heldout"]["loss"] == pytest.approx(
+        assert result.metrics["captions"]["model"]["loss"] == pytest.approx(
             one_by_one_loss(model, held, lookup), abs=1e-5
         )
 
@@ -186,36 +191,40 @@ def test_one_picture_in_two_files_is_one_row(model):
     held = [sample("red"), sample("red", "rouge", file_format="BMP"), sample("blue")]
     assert held[0].media != held[1].media
     result = evaluate(model, held)
-    assert [row.references for row in result.rows] == [["red square", "rouge"], ["blue square"]]
+    assert [row["references"] for row in result.rows["captions"]] == [
+        ["red square", "rouge"],
+        ["blue square"],
+    ]
     assert result.problems == {}
 
 
 def test_a_picture_inside_a_table_is_called_like_its_row(held):
     one = replace(held[0], name="rows.parquet row 3")
-    assert subject_name(one) == "rows.parquet row 3"
-    (found,) = neighbours(held[:1], [one], lookup)
-    assert found.picture == "rows.parquet row 3"
+    assert media_name(one) == "rows.parquet row 3"
+    (found,) = nearest_captions(held[:1], [one], lookup)
+    assert found.media == "rows.parquet row 3"
     conversation = Conversation((Message("user", (Media.image("a/red.png"), "?")), Message("assistant", "!")))
-    assert subject_name(replace(one, conversation=conversation)) == "a/red.png"
+    assert media_name(replace(one, conversation=conversation)) == "a/red.png"
 
 
 def test_one_picture_cannot_be_shuffled(model):
     result = evaluate(model, [sample("red")])
-    assert result.metrics["shuffled"] == dict.fromkeys(result.metrics["heldout"])
-    assert "none to exchange" in result.problems["shuffled"]
-    assert result.metrics["heldout"]["loss"] is not None
+    assert result.metrics["captions"]["shuffled_media"] == dict.fromkeys(result.metrics["captions"]["model"])
+    assert "cannot be exchanged" in result.problems["captions: shuffled_media"]
+    assert result.metrics["captions"]["model"]["loss"] is not None
 
 
 def test_without_training_pictures_there_is_no_nearest(model, held):
     result = evaluate(model, held, train_samples=[sample("red", media=False)])
-    assert result.metrics["nearest"] == dict.fromkeys(result.metrics["heldout"])
-    assert result.rows[0].nearest is None
-    assert "no training pictures" in result.problems["nearest"]
+    assert result.metrics["captions"]["nearest_caption"] == dict.fromkeys(result.metrics["captions"]["model"])
+    assert result.rows["captions"][0]["nearest_caption"] is None
+    assert "training samples have no media" in result.problems["captions: nearest_caption"]
 
 
 def test_samples_without_media_are_left_out_and_counted(model, held):
     result = evaluate(model, [*held, sample("red", media=False)])
-    assert (len(result.rows), result.num_without_media) == (4, 1)
+    assert len(result.rows["captions"]) == 4
+    assert result.metrics["captions"]["model"]["without_media"] == 1
     with pytest.raises(InputError, match="none of the 1 held-out samples"):
         evaluate(model, [sample("red", media=False)])
 
@@ -230,11 +239,11 @@ def test_a_failed_measurement_leaves_the_others(model, held, monkeypatch):
 
     monkeypatch.setattr(BindLLM, "generate_from", failing)
     result = evaluate(model, held)
-    assert result.problems == {"zero_gates captions": "OutOfMemoryError: no memory left"}
-    assert result.metrics["zero_gates"]["cider"] is None
-    assert result.metrics["zero_gates"]["loss"] is not None
-    assert result.metrics["shuffled"]["cider"] is not None
-    assert result.rows[0].zero_gates is None
+    assert result.problems == {"captions: no_media answers": "OutOfMemoryError: no memory left"}
+    assert result.metrics["captions"]["no_media"]["cider"] is None
+    assert result.metrics["captions"]["no_media"]["loss"] is not None
+    assert result.metrics["captions"]["shuffled_media"]["cider"] is not None
+    assert result.rows["captions"][0]["no_media"] is None
 
 
 def test_a_loss_that_is_no_number_is_a_problem(model, held, monkeypatch):
@@ -247,14 +256,14 @@ def test_a_loss_that_is_no_number_is_a_problem(model, held, monkeypatch):
 
     monkeypatch.setattr(BindLLM, "forward", broken)
     result = evaluate(model, held)
-    assert result.metrics["heldout"]["loss"] is None
-    assert "not finite" in result.problems["heldout loss"]
+    assert result.metrics["captions"]["model"]["loss"] is None
+    assert "not finite" in result.problems["captions: model loss"]
 
 
 def test_a_perplexity_beyond_floats_is_none():
-    assert loss_numbers(800.0) == {"loss": 800.0, "perplexity": None}
-    assert loss_numbers(None) == {"loss": None, "perplexity": None}
-    assert loss_numbers(2.0)["perplexity"] == pytest.approx(math.exp(2))
+    assert loss_metrics(800.0) == {"loss": 800.0, "perplexity": None}
+    assert loss_metrics(None) == {"loss": None, "perplexity": None}
+    assert loss_metrics(2.0)["perplexity"] == pytest.approx(math.exp(2))
 
 
 def test_evaluation_repeats_and_leaves_the_model_alone(model, held):
@@ -262,7 +271,7 @@ def test_evaluation_repeats_and_leaves_the_model_alone(model, held):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     random_state = torch.get_rng_state()
     first, second = evaluate(model, held, batch_size=2), evaluate(model, held, batch_size=2)
-    assert (first.metrics, first.captions()) == (second.metrics, second.captions())
+    assert (first.metrics, first.rows) == (second.metrics, second.rows)
     assert model.bind.training
     assert not model.decoder.training
     assert torch.equal(random_state, torch.get_rng_state())
@@ -271,19 +280,15 @@ def test_evaluation_repeats_and_leaves_the_model_alone(model, held):
 
 
 def test_blind_samples_show_nothing(held):
-    assert [one.media for one in blind(held)] == [()] * 4
+    assert [one.media for one in without_media(held)] == [()] * 4
     assert held[0].media
 
 
-def test_a_single_measurement_gives_the_numbers_of_the_whole_evaluation(model, held):
-    expected = evaluate(model, held).metrics
-    assert measure_captions(model, held, lookup, max_new_tokens=6) == expected["heldout"]
-    exchanged = measure_captions(model, held, exchange(held, lookup), max_new_tokens=6)
-    assert exchanged == expected["shuffled"] != expected["heldout"]
-
-
-def test_a_single_measurement_that_fails_says_why(model, held):
-    with pytest.raises(InputError, match="leave out those that show nothing"):
-        measure_captions(model, [*held, sample("red", media=False)], lookup)
-    with pytest.raises(InputError, match="held-out loss: InputError: the loss is not finite"):
-        measure_captions(model, held, lambda groups: lookup(groups) * math.nan)
+def test_chosen_variants_are_measured_alone(model, held):
+    whole, alone = evaluate(model, held), evaluate(model, held, variants=["model"])
+    assert alone.metrics["captions"] == {"model": whole.metrics["captions"]["model"]}
+    assert alone.rows["captions"][0]["no_media"] is None
+    # Shuffled media are the same as the model with a shuffled lookup.
+    exchanged = evaluate(model, held, lookup=shuffle_media(held, lookup), variants=["model"])
+    assert exchanged.metrics["captions"]["model"] == whole.metrics["captions"]["shuffled_media"]
+    assert exchanged.metrics["captions"]["model"] != whole.metrics["captions"]["model"]
