@@ -85,6 +85,16 @@ def known_names(name: str, known: Iterable[str]) -> str:
     return f"{question}Known: {', '.join(known) or 'none'}."
 
 
+def printable(text: str) -> str:
+    r"""Return a text as it may be shown on a terminal: control characters, such as escape sequences, become "?".
+
+    Example:
+        >>> printable("red\x1b[31m")
+        'red?[31m'
+    """
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
 def known_asset(path: str | Path, *, root: Path = Path(".")) -> str | None:
     """Return the name of the quickstart asset whose folder is, or contains, ``path``.
 

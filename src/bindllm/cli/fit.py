@@ -21,7 +21,7 @@ from bindllm.atomic import atomic_file, remove_leftovers
 from bindllm.cli.processes import meet
 from bindllm.cli.recipe import RecipeCLI, quiet
 from bindllm.cli.runs import RECIPE, claimed, open_run, run_folder
-from bindllm.errors import BindLLMError, InputError
+from bindllm.errors import BindLLMError, InputError, printable
 from bindllm.evaluation.held_out import evaluate_held_out, held_out_rows
 from bindllm.evaluation.task import Evaluation
 from bindllm.model.card import licences
@@ -30,7 +30,7 @@ from bindllm.report.report import RunFacts, write_report
 from bindllm.report.summary import media_words, summarize
 from bindllm.training.callbacks import ParameterTable, SampleCaptions
 from bindllm.training.optim import describe_groups
-from bindllm.training.progress import RunProgress, printable
+from bindllm.training.progress import RunProgress
 from bindllm.training.runlog import METRICS, RunLog
 from bindllm.training.state import AtomicCheckpointIO, Interrupted, RunState, told_to_make_room
 
