@@ -252,6 +252,5 @@ def _table(
 
 def _short(media: Media) -> str:
     """The end of a path or the start of a text, without what a terminal would obey."""
-    name = media.name if media.modality == "text" else Path(media.name).name
-    name = printable(name)
+    name = printable(media.name if media.modality == "text" else Path(media.name).name)
     return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 3]}..."
