@@ -1,4 +1,4 @@
-"""Held-out questions of a tiny model: right answers by type, and what needs no looking, each worked out by hand."""
+"""Questions to a tiny model: accuracy by type, and the baselines, each computed by hand."""
 
 from dataclasses import replace
 
@@ -21,12 +21,12 @@ EYE = torch.eye(16)
 
 
 def lookup(groups):
-    """Picture n.png has the n-th unit vector."""
+    """Image n.png has the n-th unit vector."""
     return torch.stack([EYE[int(group[0].name.split(".")[0])] for group in groups]) if groups else EYE[:0]
 
 
-def asked(question, answer, picture=0, *, type="", references=None, task="answer", options=()):
-    parts = question if picture is None else (Media.image(f"{picture}.png"), question)
+def asked(question, answer, image=0, *, type="", references=None, task="answer", options=()):
+    parts = question if image is None else (Media.image(f"{image}.png"), question)
     conversation = Conversation((Message("user", parts), Message("assistant", answer)))
     sample = tokenise(conversation, tiny_tokenizer(), 200)
     return replace(
@@ -50,14 +50,14 @@ TRAINING = [
     asked("is it blue?", "yes", 1, type="yes/no"),
     asked("is it green?", "yes", 2, type="yes/no"),
     asked("is it grey?", "yes", 2, type="yes/no"),
-    asked("which colour?", "blue", 1, type="colour"),
+    asked("which color?", "blue", 1, type="color"),
     asked("Describe it.", "red red red", 1, task="caption"),
 ]
 
 
 @pytest.fixture
 def scripted(model, monkeypatch):
-    """Make the model say what a function of the pictures that a batch shows says; return the prompts it was asked."""
+    """Make the model answer by a function of question and image; return the sizes and options of its batches."""
     batches = []
 
     def script(answer):
@@ -81,31 +81,31 @@ def evaluate(model, samples, *, train_samples=TRAINING, batch_size=128, **option
     return task.evaluate(model, [answers], lookup=lookup, batch_size=batch_size)
 
 
-def test_accuracy_by_type_beside_what_needs_no_looking(model, scripted):
+def test_accuracy_by_type_and_of_the_baselines(model, scripted):
     samples = [
         asked("is it red?", "no", 4, type="yes/no"),
         asked("is it red?", "yes", 5, type="yes/no"),
-        asked("which colour?", "red", 5, type="colour"),
-        asked("which colour?", "blue", 6, type="colour", references=("blue", "navy", "blue")),
+        asked("which color?", "red", 5, type="color"),
+        asked("which color?", "blue", 6, type="color", references=("blue", "navy", "blue")),
     ]
-    colours = {4: "blue", 5: "red", 6: "navy", None: "blue"}
+    colors = {4: "blue", 5: "red", 6: "navy", None: "blue"}
 
     def answer(question, shown):
-        if question == "which colour?":
-            return f"  {colours[shown].title()}."
-        return "yes" if colours[shown] == "red" else "no"
+        if question == "which color?":
+            return f"  {colors[shown].title()}."
+        return "yes" if colors[shown] == "red" else "no"
 
     scripted(answer)
     result = evaluate(model, samples)
     assert result.metrics["answers"]["model"] == {
         "accuracy": 1.0,
-        "by_type": {"colour": 1.0, "yes/no": 1.0},
+        "by_type": {"color": 1.0, "yes/no": 1.0},
         "count": 4,
-        "count_by_type": {"colour": 2, "yes/no": 2},
+        "count_by_type": {"color": 2, "yes/no": 2},
     }
-    # Most training rows say that it is not red, and the only training colour is blue.
-    assert result.metrics["answers"]["majority_answer"]["by_type"] == {"colour": 0.5, "yes/no": 0.5}
-    assert result.metrics["answers"]["no_media"]["by_type"] == {"colour": 0.5, "yes/no": 0.5}
+    # Most training rows say that it is not red, and the only training color is blue.
+    assert result.metrics["answers"]["majority_answer"]["by_type"] == {"color": 0.5, "yes/no": 0.5}
+    assert result.metrics["answers"]["no_media"]["by_type"] == {"color": 0.5, "yes/no": 0.5}
     assert result.metrics["answers"]["shuffled_media"]["accuracy"] < 1
     assert [row["model"] for row in result.rows["answers"]] == ["no", "yes", "Red.", "Navy."]
     assert all(row["right"] for row in result.rows["answers"])
@@ -118,7 +118,7 @@ def test_accuracy_by_type_beside_what_needs_no_looking(model, scripted):
     assert result.problems == {}
 
 
-def test_answers_are_those_of_generate_and_a_wrong_picture_is_another_one(model):
+def test_answers_equal_generate_and_shuffled_media_are_other_media(model):
     samples = [asked("is it red?", "no", n) for n in (4, 5, 6)]
     result = evaluate(model, samples, max_new_tokens=5, batch_size=2)
     encode = {Media.image(f"{n}.png"): EYE[n] for n in range(16)}
@@ -149,7 +149,7 @@ def test_equal_inputs_are_run_once_and_answers_stay_short(model, scripted):
     assert all(options["do_sample"] is False for _, options in batches)
 
 
-def test_a_fixed_sample_of_questions_is_asked_about_wrong_pictures(model, scripted):
+def test_a_fixed_sample_of_questions_is_asked_with_shuffled_media(model, scripted):
     scripted(lambda question, shown: "yes" if shown == 4 else "no")
     samples = [asked(f"is it {n}?", "yes" if n % 2 else "no", 4 + n % 2, type="yes/no") for n in range(10)]
     result = evaluate(model, samples, shuffled_limit=5)
@@ -158,14 +158,14 @@ def test_a_fixed_sample_of_questions_is_asked_about_wrong_pictures(model, script
     drawn = [n for n, row in enumerate(result.rows["answers"]) if row["shuffled_media"] is not None]
     assert len(drawn) == 5 != drawn[-1] + 1
     assert result.metrics["answers"]["shuffled_media"]["count"] == 5
-    # It is always wrong, and wrong pictures make it right: 4 for 5 and 5 for 4.
+    # The model is always wrong, and exchanged images make it right: 4 for 5 and 5 for 4.
     assert result.metrics["answers"]["model"]["accuracy"] == 0
     assert result.metrics["answers"]["shuffled_media"]["accuracy"] == 1
     assert result.metrics["answers"]["shuffled_media"]["model_accuracy"] == 0
     assert evaluate(model, samples, shuffled_limit=50).metrics["answers"]["shuffled_media"]["count"] == 10
 
 
-def test_questions_without_pictures_count_in_the_test_alone(model, scripted):
+def test_questions_without_media_are_measured_only_for_the_model(model, scripted):
     scripted(lambda question, shown: "yes" if shown == 4 else "no")
     samples = [
         asked("is it red?", "yes", 4),
@@ -220,7 +220,7 @@ def test_wanted_answers_of_preferences_are_training_answers():
         majority_answers(rows[:1], rows)
 
 
-def test_answers_that_no_training_row_has_are_a_problem_and_not_the_end(model, scripted):
+def test_missing_training_answers_are_reported_as_a_problem(model, scripted):
     scripted(lambda question, shown: "no")
     result = evaluate(model, [asked("is it red?", "no", 4), asked("is it red?", "yes", 5)], train_samples=[])
     assert "no training answers" in result.problems["answers: majority_answer"]
@@ -228,7 +228,7 @@ def test_answers_that_no_training_row_has_are_a_problem_and_not_the_end(model, s
     assert result.metrics["answers"]["model"]["accuracy"] == 0.5
 
 
-def test_one_picture_cannot_be_exchanged(model, scripted):
+def test_one_image_cannot_be_exchanged(model, scripted):
     scripted(lambda question, shown: "no")
     result = evaluate(model, [asked("is it red?", "no", 4), asked("is it blue?", "no", 4)])
     assert "all held-out media are the same" in result.problems["answers: shuffled_media"]
@@ -306,7 +306,7 @@ def test_each_task_is_measured_on_its_own_rows(model):
         evaluate_held_out(model, {"captions": held_out["captions"]}, train_samples=[], lookup=lookup)
 
 
-def test_a_task_of_ones_own_needs_items_and_a_metric(model, scripted):
+def test_a_custom_task_needs_items_and_a_metric(model, scripted):
     scripted(lambda question, shown: "four" if question == "two and two?" else "no")
 
     def shortness(items, answers):

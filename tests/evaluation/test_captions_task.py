@@ -22,7 +22,7 @@ from bindllm.model.bindllm import BindLLM
 from bindllm.model.decoder import DecoderConfig
 from tiny import COLOURS, ColourEncoder, tiny_decoder, tiny_tokenizer
 
-PROMPT = "What colour?"
+PROMPT = "What color?"
 
 
 def lookup(groups):
@@ -33,16 +33,16 @@ def lookup(groups):
     return encoder.embed("image", [encoder.prepare(group[0]) for group in groups])
 
 
-def picture(colour, shade=0, *, file_format="PNG"):
-    pixels = (np.full((4, 4, 3), COLOURS[colour], dtype=np.int64) + shade).clip(0, 255).astype(np.uint8)
+def image(color, shade=0, *, file_format="PNG"):
+    pixels = (np.full((4, 4, 3), COLOURS[color], dtype=np.int64) + shade).clip(0, 255).astype(np.uint8)
     content = io.BytesIO()
     Image.fromarray(pixels).save(content, file_format)
     return Media.image(content.getvalue())
 
 
-def sample(colour, caption=None, *, shade=0, references=None, prompt=PROMPT, media=True, file_format="PNG"):
-    caption = caption or f"{colour} square"
-    content = [picture(colour, shade, file_format=file_format), prompt] if media else prompt
+def sample(color, caption=None, *, shade=0, references=None, prompt=PROMPT, media=True, file_format="PNG"):
+    caption = caption or f"{color} square"
+    content = [image(color, shade, file_format=file_format), prompt] if media else prompt
     conversation = Conversation((Message("user", content), Message("assistant", caption)))
     return replace(tokenise(conversation, tiny_tokenizer(), 200), references=references or (caption,))
 
@@ -89,9 +89,9 @@ def test_losses_are_means_over_all_tokens(model, held):
         assert result.metrics["captions"]["shuffled_media"]["loss"] == pytest.approx(wrong, abs=1e-5)
         gates = model.injection.gates.clone()
         model.injection.gates.zero_()
-        blind_loss = one_by_one_loss(model, held, lookup)
+        no_media_loss = one_by_one_loss(model, held, lookup)
         model.injection.gates.copy_(gates)
-    assert result.metrics["captions"]["no_media"]["loss"] == pytest.approx(blind_loss, abs=1e-5)
+    assert result.metrics["captions"]["no_media"]["loss"] == pytest.approx(no_media_loss, abs=1e-5)
     assert result.metrics["captions"]["nearest_caption"]["loss"] is None
     assert result.metrics["captions"]["nearest_caption"]["perplexity"] is None
     for name in ("model", "no_media", "shuffled_media"):
@@ -110,7 +110,7 @@ def test_captions_are_those_of_generate(model, held):
     assert any(row["shuffled_media"] != row["model"] for row in result.rows["captions"])
 
 
-def test_a_blind_model_is_asked_once_per_prompt(model, held, monkeypatch):
+def test_without_media_each_prompt_is_run_once(model, held, monkeypatch):
     sizes = []
     generate = BindLLM.generate_from
 
@@ -138,7 +138,7 @@ def test_metrics_compare_each_variant_with_the_references(model, held):
         assert {key: result.metrics["captions"][name][key] for key in expected} == expected
 
 
-def test_the_nearest_training_picture(model, held):
+def test_the_nearest_training_image(model, held):
     result = evaluate(model, held)
     assert result.rows["captions"][0]["nearest_caption"] == "dark red"
     assert not result.rows["captions"][0]["nearest_exact"]
@@ -147,20 +147,20 @@ def test_the_nearest_training_picture(model, held):
 
 
 def test_nearest_is_searched_in_chunks(held, monkeypatch):
-    training = [sample(colour, f"{colour} {shade}", shade=shade) for shade in (-90, 0) for colour in COLOURS]
+    training = [sample(color, f"{color} {shade}", shade=shade) for shade in (-90, 0) for color in COLOURS]
     held = held[:3]  # darker white is nearly parallel to white
     whole = nearest_captions(held, training, lookup)
     monkeypatch.setattr("bindllm.evaluation.captions._CHUNK", 3)
     assert nearest_captions(held, training, lookup) == whole
     assert [one.text for one in whole] == ["red 0", "green 0", "blue 0"]
-    # Of equal pictures the first counts.
+    # The first of equal images counts.
     assert (
         nearest_captions(held[:1], [sample("red", "first"), sample("red", "second")], lookup)[0].text
         == "first"
     )
 
 
-def test_no_picture_keeps_its_place_and_the_exchange_is_fixed():
+def test_every_image_is_exchanged_and_the_exchange_is_fixed():
     held = [sample("red", shade=-shade) for shade in range(0, 60, 3)]
     groups = [one.media[0] for one in held]
     true, wrong = lookup(groups), shuffle_media(held, lookup)(groups)
@@ -169,7 +169,7 @@ def test_no_picture_keeps_its_place_and_the_exchange_is_fixed():
     assert torch.equal(wrong, shuffle_media(held, lookup)(groups))
 
 
-def test_several_captions_of_a_picture_are_one_row(model):
+def test_several_captions_of_an_image_are_one_row(model):
     held = [
         sample("red", "red square", references=("red square", "a red thing")),
         sample("red", "a red thing", references=("red square", "a red thing")),
@@ -187,7 +187,7 @@ def test_several_captions_of_a_picture_are_one_row(model):
         )
 
 
-def test_one_picture_in_two_files_is_one_row(model):
+def test_one_image_in_two_files_is_one_row(model):
     held = [sample("red"), sample("red", "rouge", file_format="BMP"), sample("blue")]
     assert held[0].media != held[1].media
     result = evaluate(model, held)
@@ -198,7 +198,7 @@ def test_one_picture_in_two_files_is_one_row(model):
     assert result.problems == {}
 
 
-def test_a_picture_inside_a_table_is_called_like_its_row(held):
+def test_an_image_inside_a_table_has_the_name_of_its_row(held):
     one = replace(held[0], name="rows.parquet row 3")
     assert media_name(one) == "rows.parquet row 3"
     (found,) = nearest_captions(held[:1], [one], lookup)
@@ -207,21 +207,21 @@ def test_a_picture_inside_a_table_is_called_like_its_row(held):
     assert media_name(replace(one, conversation=conversation)) == "a/red.png"
 
 
-def test_one_picture_cannot_be_shuffled(model):
+def test_one_image_cannot_be_shuffled(model):
     result = evaluate(model, [sample("red")])
     assert result.metrics["captions"]["shuffled_media"] == dict.fromkeys(result.metrics["captions"]["model"])
     assert "cannot be exchanged" in result.problems["captions: shuffled_media"]
     assert result.metrics["captions"]["model"]["loss"] is not None
 
 
-def test_without_training_pictures_there_is_no_nearest(model, held):
+def test_without_training_media_there_is_no_nearest_caption(model, held):
     result = evaluate(model, held, train_samples=[sample("red", media=False)])
     assert result.metrics["captions"]["nearest_caption"] == dict.fromkeys(result.metrics["captions"]["model"])
     assert result.rows["captions"][0]["nearest_caption"] is None
     assert "training samples have no media" in result.problems["captions: nearest_caption"]
 
 
-def test_samples_without_media_are_left_out_and_counted(model, held):
+def test_samples_without_media_are_skipped_and_counted(model, held):
     result = evaluate(model, [*held, sample("red", media=False)])
     assert len(result.rows["captions"]) == 4
     assert result.metrics["captions"]["model"]["without_media"] == 1
@@ -233,7 +233,7 @@ def test_a_failed_measurement_leaves_the_others(model, held, monkeypatch):
     generate = BindLLM.generate_from
 
     def failing(self, input_ids, attention_mask, media_index, embeddings, **options):
-        if len(input_ids) == 1:  # only the blind model is asked one prompt
+        if len(input_ids) == 1:  # only without media is there a single distinct prompt
             raise torch.OutOfMemoryError("no memory left")
         return generate(self, input_ids, attention_mask, media_index, embeddings, **options)
 
@@ -246,7 +246,7 @@ def test_a_failed_measurement_leaves_the_others(model, held, monkeypatch):
     assert result.rows["captions"][0]["no_media"] is None
 
 
-def test_a_loss_that_is_no_number_is_a_problem(model, held, monkeypatch):
+def test_a_loss_that_is_not_finite_is_a_problem(model, held, monkeypatch):
     forward = BindLLM.forward
 
     def broken(self, *args, **kwargs):
@@ -279,7 +279,7 @@ def test_evaluation_repeats_and_leaves_the_model_alone(model, held):
     model.eval()
 
 
-def test_blind_samples_show_nothing(held):
+def test_samples_without_media(held):
     assert [one.media for one in without_media(held)] == [()] * 4
     assert held[0].media
 

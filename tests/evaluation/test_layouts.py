@@ -1,4 +1,4 @@
-"""Published data sets as they lie on the disk: what is read, what is counted as missing, what is refused and where."""
+"""Layouts of published data sets: items that are read, files that are missing, and errors with their position."""
 
 import json
 
@@ -24,12 +24,12 @@ CAPTIONED = {
 
 
 def contents(dataset) -> list[tuple[str, tuple[int, ...]]]:
-    """What stands in each file, and its classes."""
+    """The content of each file, and its labels."""
     return [(open(item.media.source).read(), item.labels) for item in dataset.items]
 
 
-def said(dataset) -> dict[str, list[str]]:
-    """What stands in each file, and its captions."""
+def captions_of(dataset) -> dict[str, list[str]]:
+    """The content of each file, and its captions."""
     return {open(item.media.source).read(): [text.source for text in item.targets] for item in dataset.items}
 
 
@@ -46,7 +46,7 @@ def test_imagenet(tmp_path, write_it):
     )
 
 
-def test_pictures_of_a_flat_imagenet_that_are_not_there_are_counted(tmp_path):
+def test_missing_images_of_a_flat_imagenet_are_counted(tmp_path):
     tiny.imagenet_flat(tmp_path)
     (tmp_path / "ILSVRC/Data/CLS-LOC/val/ILSVRC2012_val_n000000011.JPEG").unlink()
     with (tmp_path / "LOC_val_solution.csv").open("a") as table:
@@ -57,7 +57,7 @@ def test_pictures_of_a_flat_imagenet_that_are_not_there_are_counted(tmp_path):
     assert dataset.skipped.examples["no class"] == ["LOC_val_solution.csv line 6"]
 
 
-def test_names_of_classes_from_tables_of_ones_own(tmp_path):
+def test_class_names_from_custom_tables(tmp_path):
     tiny.imagenet(tmp_path)
     for name, content in (
         ("own.json", json.dumps({"n00000001": ["dog", "hound"], "n00000002": "cat"})),
@@ -131,7 +131,7 @@ def test_audioset_has_several_labels_and_lost_clips(tmp_path):
 def test_names_of_clips():
     assert "abc_30000_40000" in list(clip_stems("abc", 30, 40))
     assert "abc_30_40" in list(clip_stems("abc", 30, 40))
-    # The exact name comes first: another clip of the video may lie beside it.
+    # The exact name comes first: another clip of the same video may be in the folder.
     names = list(clip_stems("abc", 30.5))
     assert names.index("abc_30.5") < names.index("abc")
 
@@ -139,7 +139,7 @@ def test_names_of_clips():
 @pytest.mark.parametrize("name", CAPTIONED)
 def test_captions(tmp_path, name):
     dataset = read_layout(name.split()[0], CAPTIONED[name](tmp_path))
-    assert said(dataset) == tiny.CLIPS
+    assert captions_of(dataset) == tiny.CLIPS
     assert (dataset.kind, dataset.target_modality) == ("retrieve", "text")
     assert dataset.modality == ("audio" if name in ("audiocaps", "clotho") else "image")
     assert dataset.num_listed == len(dataset.items) + (name == "audiocaps")
@@ -147,7 +147,7 @@ def test_captions(tmp_path, name):
 
 def test_only_the_first_captions(tmp_path):
     dataset = read_layout("clotho", tiny.clotho(tmp_path), Choice(captions=1))
-    assert said(dataset) == {"dog": ["a dog"], "rain": ["rain"]}
+    assert captions_of(dataset) == {"dog": ["a dog"], "rain": ["rain"]}
 
 
 def test_clips_of_audiocaps_that_vanished_are_counted(tmp_path):
@@ -166,7 +166,7 @@ def test_rows_that_cannot_be_used_are_counted_with_their_line(tmp_path):
     assert skipped.examples["no caption"] == ["test.csv line 9"]
 
 
-def test_rows_of_json_that_cannot_be_used_are_counted_with_their_place(tmp_path):
+def test_rows_of_json_that_cannot_be_used_are_counted_with_their_position(tmp_path):
     tiny.coco(tmp_path)
     file = tmp_path / "annotations/captions_val2017.json"
     content = json.loads(file.read_text())
@@ -175,7 +175,7 @@ def test_rows_of_json_that_cannot_be_used_are_counted_with_their_place(tmp_path)
     content["annotations"].append({"image_id": 0, "caption": 5})
     write_json(file, content)
     dataset = read_layout("coco", tmp_path)
-    assert said(dataset) == tiny.CLIPS
+    assert captions_of(dataset) == tiny.CLIPS
     examples = dataset.skipped.examples
     assert examples["an image without id and file_name"] == [f"{file} images[2]"]
     assert examples["a caption without image_id and caption, or of an unknown image"] == [
@@ -188,7 +188,7 @@ def test_rows_of_json_that_cannot_be_used_are_counted_with_their_place(tmp_path)
 def test_karpathys_splits(tmp_path):
     tiny.flickr30k(tmp_path)
     dataset = read_layout("flickr30k", tmp_path, Choice(split="test"))
-    assert said(dataset) == tiny.CLIPS
+    assert captions_of(dataset) == tiny.CLIPS
     with pytest.raises(InputError, match="the file does not exist"):
         read_layout("flickr30k", tmp_path, Choice(split="train"))
     with pytest.raises(
@@ -204,7 +204,7 @@ def test_a_table_without_splits_says_so(tmp_path):
     assert "has no splits" in read_layout("flickr30k", tiny.flickr30k_csv(tmp_path)).notes[0]
 
 
-def test_folders_of_ones_own(tmp_path):
+def test_a_folder_for_each_class(tmp_path):
     for name, words in {
         "val/red_dog/a.png": "dog",
         "val/cat/deep/b.JPG": "cat",
@@ -242,12 +242,12 @@ def pairs(folder):
 
 def test_a_table_as_for_training(tmp_path):
     dataset = read_layout("table", pairs(tmp_path))
-    assert said(dataset) == {"a": ["a dog", "a hound"], "b": ["a cat"]}
+    assert captions_of(dataset) == {"a": ["a dog", "a hound"], "b": ["a cat"]}
     assert dataset.skipped.counts == {"no such picture": 1}
     assert dataset.notes[-1] == "split test; 1 media are in other splits"
     assert len(read_layout("table", tmp_path / "captions.jsonl", Choice(split="all")).items) == 3
     one = read_layout("table", tmp_path, Choice(captions=1))
-    assert said(one)["a"] == ["a dog"]
+    assert captions_of(one)["a"] == ["a dog"]
 
 
 def test_any_two_columns_of_a_table(tmp_path):
@@ -259,7 +259,7 @@ def test_any_two_columns_of_a_table(tmp_path):
     assert dataset.skipped.counts["the file does not exist"] == 1
     assert sum(dataset.skipped.counts.values()) == 2  # the row without a sound
     spoken = Choice(split="train", source=Column("audio", "sound"), target=Column("text", "caption"))
-    assert said(read_layout("table", tmp_path, spoken)) == {"sound c": ["rain"]}
+    assert captions_of(read_layout("table", tmp_path, spoken)) == {"sound c": ["rain"]}
 
 
 def test_a_limit_takes_the_same_media_every_time_from_everywhere(tmp_path):
@@ -274,7 +274,7 @@ def test_a_limit_takes_the_same_media_every_time_from_everywhere(tmp_path):
 
 
 def broken(folder, name):
-    """Break one thing of a data set, and return its layout and what the error must say."""
+    """Break one thing of a data set; return its layout, its folder and the expected error."""
     match name:
         case "no such folder":
             return "esc50", folder / "nowhere", r"nowhere does not exist"
@@ -361,9 +361,9 @@ def broken(folder, name):
         "no clip left",
     ],
 )
-def test_what_is_wrong_is_named_with_its_place(tmp_path, name):
-    layout, folder, told = broken(tmp_path, name)
-    with pytest.raises(InputError, match=told):
+def test_errors_name_the_position(tmp_path, name):
+    layout, folder, expected = broken(tmp_path, name)
+    with pytest.raises(InputError, match=expected):
         read_layout(layout, folder)
 
 
@@ -393,20 +393,20 @@ TABLES = {
 def test_damaged_tables_give_a_dataset_or_one_error_that_names_a_file(tmp_path, write_it):
     layout = write_it.__name__.partition("_")[0].replace("modelnet", "modelnet40")
     write_it(tmp_path)
-    random, told = np.random.default_rng(0), []
+    random, messages = np.random.default_rng(0), []
     for name in TABLES[write_it]:
         whole = (tmp_path / name).read_bytes()
         for trial in range(40):
             damaged = bytearray(whole)
-            for place in random.integers(0, len(whole), 3):
-                damaged[place] = random.choice(
-                    [0, 10, 34, 35, 44, 58, 91, 123, 124, 195, 255, damaged[place]]
+            for position in random.integers(0, len(whole), 3):
+                damaged[position] = random.choice(
+                    [0, 10, 34, 35, 44, 58, 91, 123, 124, 195, 255, damaged[position]]
                 )
             (tmp_path / name).write_bytes(damaged[: random.integers(0, len(whole))] if trial % 2 else damaged)
             try:
                 assert read_layout(layout, tmp_path).items
             except InputError as error:
-                told.append(str(error))
+                messages.append(str(error))
         (tmp_path / name).write_bytes(whole)
-    assert told
-    assert [message for message in told if str(tmp_path) not in message] == []
+    assert messages
+    assert [message for message in messages if str(tmp_path) not in message] == []

@@ -1,4 +1,4 @@
-"""Caption metrics against values worked out by hand and against what each metric promises."""
+"""Caption metrics compared with values computed by hand and with the promises of each metric."""
 
 import math
 import subprocess

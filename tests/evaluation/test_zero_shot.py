@@ -1,4 +1,4 @@
-"""Zero-shot measures on tiny data sets whose right numbers are known, and what is told about what was left out."""
+"""Zero-shot metrics on tiny data sets with known results, and the report of skipped media."""
 
 import json
 from collections import Counter
@@ -43,8 +43,7 @@ def test_accuracy(tmp_path, write_it):
     result = measure("imagenet", write_it(tmp_path / "set"))
     assert result["top-1 accuracy"] == 0.75
     assert result["mean accuracy per class"] == pytest.approx((2 / 3 + 1) / 2)
-    # To the picture of a cat among the dogs five classes are equally far away, and four of them are still in the first
-    # five.
+    # For the cat image among the dogs five classes are equally distant, and four of them fit into the first five.
     assert result["top-5 accuracy"] == pytest.approx((3 + 4 / 5) / 4)
     assert [one.chance for one in result.measures] == pytest.approx([1 / 6, 5 / 6, 1 / 6])
     assert [one.num_queries for one in result.measures] == [4, 4, 2]
@@ -120,7 +119,7 @@ def test_recall_in_both_directions(tmp_path, write_it):
 
 
 def test_equal_media_and_equal_texts_are_one(tmp_path):
-    """Two files of one content have all captions of both; a caption of two pictures is right for both."""
+    """Two files with the same content have all captions of both; a caption of two images is right for both."""
     write(
         tmp_path / "set/captions.csv",
         "image,caption\na.png,a dog\nb.png,the rain\nc.png,the rain\nc.png,a car\nd.png,a lamp\n",
@@ -147,24 +146,24 @@ def test_retrieval_between_any_two_modalities(tmp_path):
         write(tmp_path / f"set/{name}.ogg", heard)
     choice = Choice(source=Column("audio", "sound"), target=Column("image", "image"))
     result = measure("table", tmp_path / "set", choice=choice)
-    # The sound of the car is taken for the dog; the car's picture finds no sound nearer than any other.
+    # The car's audio is taken for the dog; to the car's image all audio clips are equally distant.
     assert result["audio to image recall@1"] == pytest.approx(2 / 3)
     assert result["image to audio recall@1"] == pytest.approx((2 + 1 / 3) / 3)
     with pytest.raises(InputError, match="prompts need texts, but image is retrieved"):
         measure("table", tmp_path / "set", choice=choice, templates=["a photo of a {}."])
 
 
-def test_sentences_around_captions_are_averaged(tmp_path):
-    """Beside each caption as it is, one that speaks of rain: the dog's captions all come closer to the rain."""
+def test_templates_of_captions_are_averaged(tmp_path):
+    """A second template mentions rain, so all captions of the dog come closer to the rain."""
     plain = measure("clotho", tiny.clotho(tmp_path / "set"))
     result = measure("clotho", tmp_path / "set", templates=["{}", "{} rain"])
-    # "a cat" in the rain is no longer like neither sound, but like the wrong one.
+    # "a cat" is equally distant from both clips; "a cat rain" is closer to the wrong one.
     assert plain["text to audio recall@1"] == 0.625
     assert result["text to audio recall@1"] == 0.5
     assert result.measures[0].num_candidates == 4
 
 
-def test_an_encoder_that_sees_nothing_reaches_exactly_chance(tmp_path):
+def test_an_encoder_with_one_constant_embedding_reaches_exactly_chance(tmp_path):
     class Blind(WordEncoder):
         def embed(self, modality, inputs):
             return torch.eye(self.embedding_size)[[3] * len(inputs)]
@@ -194,7 +193,7 @@ def test_a_second_run_only_reads_the_store(tmp_path):
     assert Counter(second.embedded)["audio"] == 2
 
 
-def test_files_that_cannot_be_read_are_skipped_and_told(tmp_path):
+def test_files_that_cannot_be_read_are_skipped_and_reported(tmp_path):
     folder = tiny.imagenet(tmp_path / "set")
     write(folder / "val/n00000002/ILSVRC2012_val_9.JPEG", "broken")
     result = measure("imagenet", folder)
@@ -244,39 +243,39 @@ def test_encoders_that_were_never_trained_together_get_a_warning(tmp_path):
     result = measure("esc50", folder, encoders=[WordEncoder("audio"), WordEncoder("text", space="other")])
     assert "was never trained together with" in result.warnings[0]
     assert result["top-1 accuracy"] == 0.75
-    # An encoder that the task does not need is no reason to warn.
+    # An encoder that the data set does not need is not a reason to warn.
     others = [WordEncoder("audio"), WordEncoder("text"), WordEncoder("image", space="other")]
     assert measure("esc50", folder, encoders=others).warnings == []
 
 
-def picture_cache(folder, words, **settings):
+def image_cache(folder, words, **settings):
     encoder = WordEncoder()
-    store = EmbeddingStore.for_encoder(folder / "pictures", encoder)
+    store = EmbeddingStore.for_encoder(folder / "images", encoder)
     files = [write(folder / f"{number}.png", content) for number, content in enumerate(words)]
     fill(store, encoder, [Media.image(file) for file in files])
     return VisualCache.build(folder / "cache", store, **settings)
 
 
 def test_queries_are_blended_with_a_cache(tmp_path):
-    """To a sound of rain and a little dog the nearest picture is a dog in the sea: blended it is taken for a dog."""
+    """The image nearest to a clip of rain and dog shows more dog: blended with it, the clip is taken for a dog."""
     write(tmp_path / "set/dog/a.wav", "dog dog dog dog rain rain rain rain rain")
     write(tmp_path / "set/rain/b.wav", "rain")
     assert measure("folder", tmp_path / "set")["top-1 accuracy"] == 0.5
-    cache = picture_cache(tmp_path, ["dog dog rain", "car"], top_k=1, weight=0.5)
+    cache = image_cache(tmp_path, ["dog dog rain", "car"], top_k=1, weight=0.5)
     result = measure("folder", tmp_path / "set", cache=cache)
-    # The other sound finds the same picture and stays rain all the same.
+    # The other clip finds the same image and is still classified as rain.
     assert result["top-1 accuracy"] == 1
     assert (result.cache["weight"], result.cache["images"]) == (0.5, 2)
     assert (
-        measure(
-            "folder", tmp_path / "set", cache=picture_cache(tmp_path / "b", ["dog dog rain"], weight=0.0)
-        )["top-1 accuracy"]
+        measure("folder", tmp_path / "set", cache=image_cache(tmp_path / "b", ["dog dog rain"], weight=0.0))[
+            "top-1 accuracy"
+        ]
         == 0.5
     )
 
 
-def test_a_cache_leaves_pictures_and_refuses_strangers(tmp_path):
-    cache = picture_cache(tmp_path, ["dog", "car"], weight=1.0)
+def test_a_cache_skips_images_and_needs_its_encoder(tmp_path):
+    cache = image_cache(tmp_path, ["dog", "car"], weight=1.0)
     result = measure("imagenet", tiny.imagenet(tmp_path / "set"), cache=cache)
     assert result["top-1 accuracy"] == 0.75
     assert "the cache skips image queries" in result.notes
@@ -301,7 +300,7 @@ def test_a_crash_of_the_encoder_loses_nothing_that_was_embedded(tmp_path):
     assert "audio" not in encoder.embedded
 
 
-def test_classes_of_one_name_are_told(tmp_path):
+def test_classes_with_the_same_name_are_reported(tmp_path):
     classes = write(tmp_path / "classes.tsv", "dog\tcrane\ncat\tcrane\n")
     for name in ("dog", "cat"):
         write(tmp_path / f"set/{name}/a.png", name)
@@ -310,8 +309,8 @@ def test_classes_of_one_name_are_told(tmp_path):
     assert "2 classes have the same name as another one and cannot be distinguished" in result.notes
 
 
-def test_many_items_and_classes_give_what_one_matrix_gives(tmp_path):
-    """A random task, against the whole matrix of cosines."""
+def test_blocks_give_the_result_of_one_matrix(tmp_path):
+    """A random data set, compared with the whole matrix of cosines."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.nn.functional.normalize(torch.randn(300, 12, generator=generator), dim=1)
 

@@ -1,6 +1,6 @@
 """The answers task: how many held-out questions a model answers right, compared with the most frequent answers.
 
-An answer is right according to `bindllm.data.answers.is_right`: it has the words of a true answer, or the letter of the
+An answer is right according to `bindllm.data.answers.is_right`: it has the words of a true answer, or chooses the
 right option.
 """
 
@@ -151,7 +151,7 @@ def majority_answers(samples: Sequence[Sample], train_samples: Iterable[Sample])
     counts: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
     spelling: dict[str, str] = {}
     for sample in train_samples:
-        # Preference rows are conversations, but they do say which answers are wanted.
+        # Preference rows are conversations, but they mark the answers that are wanted.
         has_preference = sample.rejected is not None or sample.desirable is not None
         if sample.desirable is False or (sample.task != "answer" and not has_preference):
             continue
@@ -161,7 +161,7 @@ def majority_answers(samples: Sequence[Sample], train_samples: Iterable[Sample])
             for key in _keys(sample):
                 counts[key][words] += 1
     if not counts:
-        raise InputError("there are no training answers, so there is no most frequent one")
+        raise InputError("there are no training answers, so the most frequent one is not defined")
     best = {key: spelling[found.most_common(1)[0][0]] for key, found in counts.items()}
     return [BaselineAnswer(next(best[key] for key in _keys(sample) if key in best)) for sample in samples]
 

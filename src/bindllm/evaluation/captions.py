@@ -114,7 +114,7 @@ def nearest_captions(
     """
     training = [sample for sample in train_samples if sample.media]
     if not training:
-        raise InputError("the training samples have no media, so there is no nearest caption")
+        raise InputError("the training samples have no media, so the nearest caption is not defined")
     held_out = lookup([media_of(sample) for sample in samples])
     best, position = torch.full((len(samples),), -math.inf), torch.zeros(len(samples), dtype=torch.long)
     for start in range(0, len(training), _CHUNK):

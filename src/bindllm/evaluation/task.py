@@ -277,7 +277,7 @@ class _Run:
             num_tokens += output.targets.numel()
             advance(len(rows))
         if not math.isfinite(total):
-            raise InputError("the loss is not finite; the weights or the embeddings hold NaN or infinity")
+            raise InputError("the loss is not finite; the weights or the embeddings contain NaN or infinity")
         return total / num_tokens
 
     def _answers(self, view: _View, advance: Callable[[int], None]) -> list[str]:

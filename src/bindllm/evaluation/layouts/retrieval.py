@@ -28,7 +28,7 @@ _FLICKR_FOLDERS = ("flickr30k-images", "flickr30k_images", "flickr30k_images/fli
 
 ALL = "all"
 HELD_OUT = 0.1
-"""Share of the media that the hash holds out if a table has no column ``split``; as in a recipe."""
+"""Share of held-out media, chosen by hash, if a table has no column ``split``; as in a recipe."""
 
 
 def read_audiocaps(folder: Path, choice: Choice) -> Dataset:
