@@ -163,6 +163,7 @@ def _check_sizes(adapted: Adapted, config: dict[str, Any], folder: str | Path) -
             config.get("num_key_value_heads", config.get("num_attention_heads")),
         ),
     }
+    # The inner width shows in the LoRA, or in the base's own weights if the file holds them.
     inner = [tensor for name, tensor in tensors.items() if name.endswith("gate_proj.lora_B.weight")]
     inner += [tensor for name, tensor in adapted.base.items() if name.endswith("gate_proj.weight")]
     if inner:
@@ -185,6 +186,7 @@ def _check_weights(adapted: Adapted, base: SafetensorsFolder, folder: str | Path
     for name, theirs in adapted.base.items():
         # Tied models keep one matrix for both ends.
         ours = base["model.embed_tokens.weight" if name == "lm_head.weight" and name not in base else name]
+        # The second stage tuned the norms, so they can only be similar; everything else must be equal.
         is_norm = name.endswith("norm.weight")
         if tuned and is_norm:
             correlations.append(_correlation(theirs, ours))

@@ -58,6 +58,7 @@ def _read_torch(file: Path) -> Any:
         # Files from before torch 1.6 are not archives, and cannot be mapped.
         is_archive = zipfile.is_zipfile(file)
         packed = _packed_size(file) if is_archive else 0
+        # A small file that unpacks to a huge one would fill the memory before any check of its content.
         if packed > file.stat().st_size:
             raise ValueError(f"a compressed archive of {packed:,} bytes; torch never writes one")
         # Training checkpoints of many projects keep their command line; its class holds only plain values.
@@ -85,6 +86,7 @@ def _packed_size(file: Path) -> int:
 
 
 def _find_tensors(content: Any, file: Path) -> dict[str, Tensor]:
+    # Plain state dicts first, then the usual containers of training checkpoints.
     for candidate in (content, *(content.get(name) for name in _CONTAINERS if isinstance(content, Mapping))):
         if isinstance(candidate, Mapping) and candidate and all(map(_is_entry, candidate.items())):
             return dict(candidate)

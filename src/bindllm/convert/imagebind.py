@@ -66,6 +66,7 @@ encoder = ImageBind("THIS_FOLDER")
 """
 
 
+# The published tensors have leading dimensions of 1 for broadcasting; ours do not.
 def _flat(tensor: Tensor) -> Tensor:
     return tensor.flatten()
 
@@ -77,6 +78,7 @@ def _table(tensor: Tensor) -> Tensor:
 def _rules() -> tuple[Rule, ...]:
     """Return the table; the first regex group of every pattern is the trunk."""
     start, inputs, trunk, head = "(?:bind[.])?", "modality_preprocessors", "modality_trunks", "modality_heads"
+    # `(\w+)` captures the trunk; \2 and on are the number of a block and the part of a layer.
     block = rf"{start}{trunk}[.](\w+)[.]blocks[.](\d+)"
     return (
         Rule(
@@ -146,6 +148,7 @@ def convert_imagebind(
     report.require_complete(source)
     _require_published(report, source)
     require_weights(renamed, source=source)
+    # One file per trunk: an encoder of images never reads the weights of the five other trunks.
     trunks: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in renamed.items():
         trunk, _, inner = name.partition(".")
@@ -168,6 +171,7 @@ def published_shapes(trunk: str, *, width: int, blocks: int, out: int) -> dict[s
     stem, kernel = _STEMS[trunk]
     inputs, head = f"modality_preprocessors.{trunk}", f"modality_heads.{trunk}"
     helper = "" if trunk in ("text", "imu") else "pos_embedding_helper."
+    # Positions of text and IMU are stored directly, those of the other trunks inside a helper module.
     shapes: dict[str, tuple[int, ...]] = {f"{inputs}.{helper}pos_embed": (1, _TOKENS[trunk], width)}
     shapes[f"{inputs}.{stem}.weight"] = (_VOCABULARY, width) if trunk == "text" else (width, *kernel)
     if trunk != "text":
@@ -200,6 +204,7 @@ def _block_shapes(name: str, trunk: str, width: int) -> dict[str, tuple[int, ...
         shapes |= {f"{name}.{layer}weight": (rows, columns), f"{name}.{layer}bias": (rows,)}
     for norm in ("norm_1", "norm_2"):
         shapes |= {f"{name}.{norm}.weight": (width,), f"{name}.{norm}.bias": (width,)}
+    # These trunks have a learned key and value that every token can attend to.
     if trunk not in ("vision", "text"):
         shapes |= {f"{name}.attn.bias_{part}": (1, 1, width) for part in "kv"}
     return shapes
@@ -215,6 +220,7 @@ def _require_published(report: ConversionReport, source: str) -> None:
         if trunk not in TRUNKS:
             problems.append(f"unknown trunk {trunk}")
             continue
+        # Sizes are read from the file itself, then all its names and shapes must follow from them.
         numbers = {int(match[1]) for name in shapes if (match := re.search(r"[.]blocks[.](\d+)[.]", name))}
         width = next((shape[-1] for name, shape in shapes.items() if name.endswith("pos_embed") and shape), 0)
         head = next(

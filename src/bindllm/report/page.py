@@ -74,6 +74,7 @@ def render_page(data: ReportData, *, resolve: Resolve = str) -> str:
         data: content of the page.
         resolve: turns a path of a row into one that can be opened from here.
     """
+    # StrictUndefined: a renamed value raises instead of leaving a gap on the page.
     loader = PackageLoader("bindllm.report")
     page = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -118,6 +119,7 @@ def _task(task: str, variants: Variants, many: str) -> dict[str, Any]:
     names = {name: titles[name] for name in VARIANTS[task]}
     head = ["", *names.values()]
     if task == "answers":
+        # Bars of shares fill the panel at 100 %, so that panels can be compared; bars of losses at the largest.
         lines, head = _answer_lines(variants, list(names)), ["type of question", "questions", *names.values()]
         panels = [_panel(title, row, names, "accuracy", full=1) for title, _, row in lines[: _PANELS + 1]]
         panels[0] |= {"title": METRICS["accuracy"].title, "note": "higher is better"}
@@ -224,6 +226,7 @@ def _group(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _sheet(task: str, rows: Sequence[dict[str, Any]], resolve: Resolve) -> dict[str, Any]:
     """Return cards of rows that a fixed seed draws, in their order."""
+    # A fixed seed: nobody selects the rows, and the page can be made again with the same ones.
     drawn = sorted(random.Random(_SHEET_SEED).sample(range(len(rows)), min(SHEET_SIZE, len(rows))))
     make = _answer_card if task == "answers" else _caption_card
     return {"total": len(rows), "cards": [make(rows[n], resolve) for n in drawn]}
@@ -258,6 +261,7 @@ def _line(
 
 def _tile(path: str, modality: str, resolve: Resolve, *, size: int = 160) -> dict[str, str]:
     """Return an image; for other media, and for an image that cannot be opened any more, a grey tile with its name."""
+    # Rows of text media hold the text itself instead of a path.
     if modality == "text":
         return {"src": "", "name": path, "title": "text"}
     name = path.replace("\\", "/").rsplit("/", 1)[-1]

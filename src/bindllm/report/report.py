@@ -128,6 +128,7 @@ def write_report(
             lines = (json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows.get(task, ()))
             _write(folder / name, "".join(lines))
         else:
+            # Rows of an earlier run in the same folder would be shown as this run's.
             (folder / name).unlink(missing_ok=True)
     _write(folder / FACTS_FILE, json.dumps(asdict(facts), indent=2, ensure_ascii=False) + "\n")
     if log is None:
@@ -152,6 +153,7 @@ def rebuild_report(folder: str | Path) -> Path:
     manifest = read_manifest(folder)
     metrics, facts = (_parse(_read(folder / name), folder / name) for name in (METRICS_FILE, FACTS_FILE))
     _check_metrics(metrics, source=str(folder / METRICS_FILE))
+    # Facts that were not recorded must not be replaced by those of this machine and this moment.
     unknown = RunFacts(finished="unknown", software={}, revision=None)
     log = _read_log(folder / LOG_FILE)
     recipe = folder / "recipe.yaml"

@@ -126,6 +126,7 @@ def _losses(variants: Variants, rows: str, one: str, many: str) -> list[str]:
 def _against_nearest(model: Mapping[str, Any], nearest: Mapping[str, Any], one: str) -> list[str]:
     """Compare the captions with a baseline that copies a training caption."""
     pairs = {key: (model[key], nearest[key]) for key in _CAPTION_METRICS}
+    # Metrics that could not be measured on either side are not compared.
     pairs = {key: pair for key, pair in pairs.items() if None not in pair}
     if not pairs:
         return []
@@ -166,6 +167,7 @@ def _answers(variants: Variants, one: str, many: str) -> list[str]:
         sentences.append(f"Without the {one} the same model answers {show(blind)} right{aside}.")
     if shuffled is not None:
         variant = variants["shuffled_media"]
+        # On the same questions: a sample may be easier than all of them.
         if shuffled >= variant.get("model_accuracy", own):
             verdict = f"not fewer: nothing here shows that it uses the {one}"
         else:
