@@ -12,7 +12,7 @@ from bindllm.convert.keymap import Rule, rename
 from bindllm.encoders.imagebind.config import HUGE, read_config
 from bindllm.encoders.imagebind.network import Trunk
 from bindllm.errors import CheckpointError
-from bindllm.model.card import licences
+from bindllm.model.card import licenses
 from goldens import keys
 from imagebind_small import HEADS, published_heads, small_state, write_small_imagebind
 
@@ -84,12 +84,12 @@ def test_a_folder_holds_each_trunk_once_with_its_values(tmp_path):
     assert config.sizes("imu") == {"embedding_size": 32, "width": 64, "num_blocks": 2, "num_heads": 8}
 
 
-def test_the_licence_of_the_weights_reaches_every_card(tmp_path):
+def test_the_license_of_the_weights_reaches_every_card(tmp_path):
     folder = write_small_imagebind(tmp_path / "imagebind")
     assert "CC-BY-NC 4.0" in (folder / "README.md").read_text()
     entry = {"class_path": "bindllm.encoders.imagebind.ImageBind", "init_args": {"weights": str(folder)}}
-    rows = licences({"decoder": {"name": "somewhere"}, "encoders": [entry]})
-    assert rows[1]["licence"].startswith("CC-BY-NC 4.0")
+    rows = licenses({"decoder": {"name": "somewhere"}, "encoders": [entry]})
+    assert rows[1]["license"].startswith("CC-BY-NC 4.0")
 
 
 @pytest.mark.parametrize("table", ["pointbind_pointbert", "pointbind_i2pmae", "imagebind_w3d"])

@@ -88,7 +88,7 @@ def test_the_folder_that_is_written(tmp_path):
     ]  # fmt: skip
     assert json.loads((folder / "config.json").read_text()) == {"model": "pointbind", "variant": "i2p-mae"}
     assert "CC-BY-NC 4.0" in (folder / "README.md").read_text()
-    assert "CC-BY-NC 4.0" in json.loads((folder / "SOURCE.json").read_text())["packages"][0]["licence"]
+    assert "CC-BY-NC 4.0" in json.loads((folder / "SOURCE.json").read_text())["packages"][0]["license"]
     assert len((folder / "conversion.tsv").read_text().splitlines()) == 1 + len(state)
     tensors = load_file(folder / "model.safetensors")
     assert len(tensors) == len(report.mapped)

@@ -20,7 +20,7 @@ PACKAGE = Package(
     version="1",
     file="toys-1.whl",
     sha256=hashlib.sha256(b"toys").hexdigest(),
-    licence="MIT",
+    license="MIT",
     megabytes=1,
 )
 
@@ -65,7 +65,7 @@ def test_fetch_builds_once_and_records_the_source(shelf, tmp_path):
     assert source["format"] == 1
     assert source["toys"] == 1
     assert source["packages"][0]["sha256"] == PACKAGE.sha256
-    assert source["packages"][0]["licence"] == "MIT"
+    assert source["packages"][0]["license"] == "MIT"
     (tmp_path / "kept" / PACKAGE.file).unlink()
     assert fetch("toys", **shelf(build)) == folder
     assert build.calls == 1

@@ -15,7 +15,7 @@ from bindllm.encoders.imagebind.vocabulary import tokenizer_tree, write_tokenize
 from bindllm.errors import AssetError
 from bindllm.quickstart.wheels import OPEN_CLIP, build_clip_vocabulary
 
-LICENCE = "open_clip_torch-3.3.0.dist-info/licenses/LICENSE"
+LICENSE = "open_clip_torch-3.3.0.dist-info/licenses/LICENSE"
 
 
 @pytest.fixture
@@ -31,11 +31,11 @@ def wheel(folder: Path, packed: bytes) -> Path:
     path = folder / OPEN_CLIP.file
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("open_clip/bpe_simple_vocab_16e6.txt.gz", packed)
-        archive.writestr(LICENCE, "MIT")
+        archive.writestr(LICENSE, "MIT")
     return path
 
 
-def test_the_folder_holds_a_tokenizer_and_the_licence(packed, tmp_path):
+def test_the_folder_holds_a_tokenizer_and_the_license(packed, tmp_path):
     folder = tmp_path / "made"
     folder.mkdir()
     facts = build_clip_vocabulary([wheel(tmp_path, packed)], folder)

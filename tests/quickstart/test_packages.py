@@ -12,11 +12,11 @@ WHEEL = Package(
     version="1.2",
     file="some_model-1.2-py3-none-any.whl",
     sha256=hashlib.sha256(CONTENT).hexdigest(),
-    licence="MIT",
+    license="MIT",
     megabytes=1,
 )
 DEB = Package(
-    name="pics", version="3-1", file="pics_3-1_all.deb", sha256="0" * 64, licence="MIT", megabytes=1
+    name="pics", version="3-1", file="pics_3-1_all.deb", sha256="0" * 64, license="MIT", megabytes=1
 )
 
 FAKE = """

@@ -150,7 +150,7 @@ def test_the_page_shows_numbers_captions_and_facts(folder):
         title="A run",
         parameters=[{"group": "bind", "tensors": 19, "parameters": 12_000, "trainable": True}],
         data=asdict(skipped),
-        licences=[{"part": "training data", "name": "pictures", "licence": "CC BY-SA 4.0"}],
+        licenses=[{"part": "training data", "name": "pictures", "license": "CC BY-SA 4.0"}],
         device="one old CPU",
     )
     words = " ".join(" ".join(Page(text).texts).split())
@@ -195,7 +195,7 @@ def test_text_cannot_break_out(folder):
         device=evil,
         problems={evil: evil},
         data=asdict(data),
-        licences=[{"part": evil, "name": evil, "licence": evil}],
+        licenses=[{"part": evil, "name": evil, "license": evil}],
         parameters=[{"group": evil, "tensors": 1, "parameters": 1, "trainable": False}],
         software={evil: evil},
         revision=evil,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bindllm.convert.foreign import SafetensorsFolder
-from bindllm.convert.imagebind_llm import LICENCE, SOURCE, Adapted, Shape, read_imagebind_llm
+from bindllm.convert.imagebind_llm import LICENSE, SOURCE, Adapted, Shape, read_imagebind_llm
 from bindllm.convert.keymap import REPORT
 from bindllm.encoders import Encoder
 from bindllm.encoders.fusion import common_size
@@ -45,7 +45,7 @@ _ACCEPT = "Give the right base; to convert onto this one anyway, add --accept_ba
 _ORIGIN = f"""\
 Converted by bindllm from the published weights of ImageBind-LLM (https://arxiv.org/abs/2309.03905), {{phase}} phase;
 `{REPORT}` of the converted folder lists the outcome for each of their tensors. Several media are fused as there, by
-their plain weighted mean. Licence: {LICENCE}."""
+their plain weighted mean. License: {LICENSE}."""
 
 
 def convert_imagebind_llm(

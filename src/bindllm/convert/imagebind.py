@@ -7,7 +7,7 @@ tensors with the prefix ``bind.``. A converted folder holds:
     TRUNK.safetensors     one file for each of vision, text, audio, depth, thermal, imu; with its head and its scale
     tokenizer.json        byte-pair encoding of the texts
     conversion.tsv        outcome for every tensor of the published file
-    README.md             card with the licence; SOURCE.json  the same for programs
+    README.md             card with the license; SOURCE.json  the same for programs
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from bindllm.convert.keymap import ConversionReport, Rule, rename, require_weights, write_encoder
 from bindllm.errors import CheckpointError
 
-LICENCE = "CC-BY-NC 4.0 (no commercial use)"
+LICENSE = "CC-BY-NC 4.0 (no commercial use)"
 TRUNKS = ("vision", "text", "audio", "depth", "thermal", "imu")
 
 # Shapes give every size of the published model except the number of attention heads.
@@ -53,8 +53,8 @@ _CARD = """\
 Weights of ImageBind (https://arxiv.org/abs/2305.05665) as published by its authors, converted for bindllm: tensors
 renamed, one file for each trunk, no value changed. `conversion.tsv` lists the outcome for every published tensor.
 
-**Licence of the weights: {licence}**, given by their authors. It holds for this folder and everything derived
-from it; the Apache-2.0 licence of bindllm's code does not change that.
+**License of the weights: {license}**, given by their authors. It holds for this folder and everything derived
+from it; the Apache-2.0 license of bindllm's code does not change that.
 
 Trunks: {trunks}.
 
@@ -158,8 +158,8 @@ def convert_imagebind(
         folder,
         {f"{trunk}.safetensors": tensors for trunk, tensors in trunks.items()},
         config=config,
-        package={"name": "ImageBind (weights)", "licence": LICENCE},
-        card=_CARD.format(licence=LICENCE, trunks=", ".join(config["trunks"])),
+        package={"name": "ImageBind (weights)", "license": LICENSE},
+        card=_CARD.format(license=LICENSE, trunks=", ".join(config["trunks"])),
         report=report,
         files={} if tokenizer_file is None else {"tokenizer.json": tokenizer_file},
     )

@@ -21,8 +21,8 @@ from torch import Tensor
 from bindllm.convert.keymap import ConversionReport, Rule, rename, require_weights
 from bindllm.errors import CheckpointError
 
-LICENCE = (
-    "the weights of ImageBind-LLM are published next to code under GPL-3, without a licence of their own; they derive "
+LICENSE = (
+    "the weights of ImageBind-LLM are published next to code under GPL-3, without a license of their own; they derive "
     "from LLaMA and ImageBind (CC-BY-NC 4.0), both for non-commercial use: ask the authors before any other"
 )
 SOURCE = "the ImageBind-LLM checkpoint"

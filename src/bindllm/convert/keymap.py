@@ -182,7 +182,7 @@ def write_encoder(
         folder: the folder to write.
         weights: the tensors of each safetensors file, by the file's name.
         config: content of ``config.json``; its ``model`` names the encoder.
-        package: ``name`` and ``licence`` of the published weights, for ``SOURCE.json``.
+        package: ``name`` and ``license`` of the published weights, for ``SOURCE.json``.
         card: content of ``README.md``.
         report: content of ``conversion.tsv``.
         files: further files to copy, by their names in the folder.
@@ -204,6 +204,6 @@ def write_encoder(
             shutil.copyfile(file, part / name)
         (part / REPORT).write_text(report.text(), encoding="utf-8")
         (part / "README.md").write_text(card, encoding="utf-8")
-        # SOURCE.json is read by the model card, which repeats the licence in every checkpoint.
+        # SOURCE.json is read by the model card, which repeats the license in every checkpoint.
         write_json(part / "SOURCE.json", {"model": config["model"], "packages": [dict(package)]})
         write_json(part / "config.json", dict(config))

@@ -17,7 +17,7 @@ from bindllm.convert.keymap import ConversionReport, Rule, rename, require_weigh
 from bindllm.errors import CheckpointError
 from bindllm.model.checkpoint import check_keys
 
-LICENCE = "published with MIT-licensed code; made from ImageBind, whose weights are CC-BY-NC 4.0 (no commercial use)"
+LICENSE = "published with MIT-licensed code; made from ImageBind, whose weights are CC-BY-NC 4.0 (no commercial use)"
 
 # A tensor that only this variant has.
 _MARKS = {"i2p-mae": "point_encoder.h_encoder.", "point-bert": "point_encoder.cls_token"}
@@ -157,7 +157,7 @@ def convert_pointbind(
         folder,
         {"model.safetensors": tensors},
         config={"model": "pointbind", "variant": variant},
-        package={"name": f"Point-Bind (weights, {variant})", "licence": LICENCE},
+        package={"name": f"Point-Bind (weights, {variant})", "license": LICENSE},
         card=_CARD.format(variant=variant),
         report=report,
     )
@@ -178,9 +178,9 @@ encoder = PointBind("THIS_FOLDER")
 encoder.embed("point", [encoder.prepare(Media.point("chair.ply"))])  # [1, 1024], in the space of ImageBind
 ```
 
-## Licence
+## License
 
-The code of Point-Bind is published under the MIT licence. Its weights were trained towards the embeddings of
+The code of Point-Bind is published under the MIT license. Its weights were trained towards the embeddings of
 ImageBind, whose own weights are for non-commercial use only (CC-BY-NC 4.0). Ask the authors before any use beyond that.
 """
 

@@ -51,18 +51,18 @@ def convert_published(
     kind = options.kind or find_kind(state, file)
     say(f"{file}: {kind}, {len(state):,} tensors")
     if kind == "imagebind":
-        report, licence = _convert_imagebind(state, file, folder, options.tokenizer), imagebind.LICENCE
+        report, license = _convert_imagebind(state, file, folder, options.tokenizer), imagebind.LICENSE
     elif kind == "pointbind":
-        report, licence = pointbind.convert_pointbind(state, folder, source=file), pointbind.LICENCE
+        report, license = pointbind.convert_pointbind(state, folder, source=file), pointbind.LICENSE
         if pointbind.imagebind_part(state):
             say(f"it also holds an ImageBind: bindllm convert imagebind {file} --output FOLDER")
     else:
-        report, licence = _convert_adapter(state, folder, options, say), imagebind_llm.LICENCE
+        report, license = _convert_adapter(state, folder, options, say), imagebind_llm.LICENSE
     say(
         f"{folder}: {len(report.mapped):,} tensors converted, {len(report.dropped):,} dropped by rule, "
         f"{len(report.unknown):,} unknown; each is listed in {folder / REPORT}"
     )
-    say(f"licence: {licence}")
+    say(f"license: {license}")
     return report
 
 

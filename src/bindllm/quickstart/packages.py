@@ -28,7 +28,7 @@ class Package:
         version: the pinned version.
         file: file name of the download.
         sha256: expected hexadecimal digest of the file.
-        licence: SPDX name of the licence of the content that is used.
+        license: SPDX name of the license of the content that is used.
         megabytes: size of the download, for messages.
     """
 
@@ -36,7 +36,7 @@ class Package:
     version: str
     file: str
     sha256: str
-    licence: str
+    license: str
     megabytes: float
 
     def __str__(self) -> str:
@@ -136,7 +136,7 @@ class Downloads:
         )
 
 
-def copy_licence(wheel: zipfile.ZipFile, folder: Path) -> None:
-    """Write the wheel's own licence as ``LICENSE`` into ``folder``."""
+def copy_license(wheel: zipfile.ZipFile, folder: Path) -> None:
+    """Write the wheel's own license as ``LICENSE`` into ``folder``."""
     member = next(name for name in wheel.namelist() if ".dist-info/" in name and name.endswith("/LICENSE"))
     (folder / "LICENSE").write_bytes(wheel.read(member))

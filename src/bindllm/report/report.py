@@ -75,7 +75,7 @@ class RunFacts:
         title: heading of the page.
         parameters: a row per parameter group: ``group``, ``tensors``, ``parameters``, ``trainable``.
         data: the fields of a `bindllm.data.report.DataReport`.
-        licences: a row per part: ``part``, ``name``, ``licence``.
+        licenses: a row per part: ``part``, ``name``, ``license``.
         problems: the error of each measurement that failed.
         device: device of the training.
         finished: end of the run, as text.
@@ -86,7 +86,7 @@ class RunFacts:
     title: str = "bindllm run"
     parameters: list[dict[str, Any]] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
-    licences: list[dict[str, str]] = field(default_factory=list)
+    licenses: list[dict[str, str]] = field(default_factory=list)
     problems: dict[str, str] = field(default_factory=dict)
     device: str = ""
     finished: str = field(default_factory=lambda: datetime.now().strftime("%Y-%m-%d %H:%M"))
