@@ -14,6 +14,7 @@ import yaml
 
 from bindllm.cli.usage import UsageError
 from bindllm.errors import CheckpointError, known_names
+from bindllm.imports import name_module
 from bindllm.media import MODALITIES, Media, is_modality
 from bindllm.model.checkpoint import MANIFEST, build_object
 
@@ -201,6 +202,7 @@ def _parameters(path: str) -> Mapping[str, inspect.Parameter]:
 def _find_class(path: str) -> Any:
     """Return a class by its import path; `build_object` says what is wrong with a path that leads nowhere."""
     module, _, name = path.rpartition(".")
+    name_module(path)
     try:
         # Names of a package may be made when they are asked for, so its dictionary is not enough.
         return getattr(import_module(module), name)

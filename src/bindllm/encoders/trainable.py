@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bindllm.encoders import Encoder
 from bindllm.errors import BindLLMError, EncoderError
-from bindllm.imports import replace_allow
+from bindllm.imports import name_module, replace_allow
 
 _KINDS = {
     "a frozen encoder": (
@@ -122,6 +122,8 @@ def build_tower(class_path: str, init_args: Mapping[str, Any], *, allow: Sequenc
             f"--allow {class_path}"
         )
     module, _, name = class_path.rpartition(".")
+    if class_path in allow:
+        name_module(class_path)
     try:
         kind = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from bindllm.atomic import atomic_folder, file_sha256, set_aside_name, write_json
 from bindllm.errors import BindLLMError, CheckpointError, known_names
-from bindllm.imports import replace_allow
+from bindllm.imports import name_module, replace_allow
 
 FORMAT = 1
 MANIFEST = "bindllm.json"
@@ -224,6 +224,8 @@ def build_object(entry: dict[str, Any], *, allow: Sequence[str] = ()) -> Any:
     module, _, name = path.rpartition(".")
     arguments = entry.get("init_args", {})
     try:
+        if path in allow:
+            name_module(path)
         home = importlib.import_module(module)
         try:
             kind = getattr(home, name)
