@@ -20,9 +20,9 @@ from benchmarks.parts import DECODER, bound_loss, bound_model
 from bindllm.data.source_config import SourceConfig
 from bindllm.data.stream.chunks import ChunkReader
 from bindllm.data.stream.embed import StreamEmbedder
+from bindllm.data.stream.loader import StreamOptions, stream_loader
 from bindllm.data.stream.plan import Bookmark, Mixture, Place, ShardStream
 from bindllm.data.stream.shards import TarSample, read_shard
-from bindllm.data.stream.training import StreamOptions, stream_loader
 from bindllm.encoders import EfficientNetLite, Encoder
 from bindllm.media import Media
 from bindllm.model.decoder import default_device, load_tokenizer
@@ -36,7 +36,7 @@ WORDS = "a photo of the small red house with two old trees by a quiet lake under
 
 
 class Instant:
-    """An encoder that costs nothing: what is left is reading, tokenising and batching."""
+    """An encoder that costs nothing: what is left is reading, tokenizing and batching."""
 
     modalities, embedding_size, config = ("image",), 1280, {}
 
@@ -121,7 +121,7 @@ def throughput(shards: Sequence[str], source: SourceConfig) -> list[Figure]:
             lambda encoder=encoder, count=count: drain(memory, tokenizer, encoder, source, count),
             repeats=5,
         )
-        what = "EfficientNet-Lite0 embeds" if name else "read, parsed, tokenised and grouped; no encoder"
+        what = "EfficientNet-Lite0 embeds" if name else "read, parsed, tokenized and grouped; no encoder"
         figures.append(
             Figure(
                 f"stream{name}_samples_per_second",

@@ -127,8 +127,8 @@ def render(
     conversation: Conversation,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    answer_follows: bool = False,
-    control_text: Literal["refuse", "defuse"] = "refuse",
+    add_generation_prompt: bool = False,
+    control_text: Literal["refuse", "escape"] = "refuse",
 ) -> Rendered:
     """Turn a conversation into tokens with the chat template of the tokenizer.
 
@@ -137,9 +137,9 @@ def render(
     Args:
         conversation: what to render; texts are kept as they are.
         tokenizer: a fast tokenizer with a chat template.
-        answer_follows: end with the header of an assistant message, ready for generation.
+        add_generation_prompt: end with the header of an assistant message, ready for generation.
         control_text: what to do where a text spells a control token such as ``<|im_end|>``, which would end
-            the message: refuse it, or defuse it by an invisible word joiner after its first character.
+            the message: refuse it, or escape it by an invisible word joiner after its first character.
 
     Raises:
         DecoderError: no offsets, no chat template, or a template that cannot be mapped to messages.
@@ -151,11 +151,11 @@ def render(
     """
     check_tokenizer(tokenizer)
     messages = conversation.messages
-    _check_roles(messages, answer_follows=answer_follows)
+    _check_roles(messages, add_generation_prompt=add_generation_prompt)
     control = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    defuse = control_text == "defuse"
-    turns = [{"role": m.role, "content": _guard(m.text, control, defuse=defuse)} for m in messages]
-    text = _apply_template(tokenizer, turns, header=answer_follows)
+    escape = control_text == "escape"
+    turns = [{"role": m.role, "content": _guard(m.text, control, escape=escape)} for m in messages]
+    text = _apply_template(tokenizer, turns, header=add_generation_prompt)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, starts = encoded["input_ids"], _token_starts(encoded["offset_mapping"])
 
@@ -239,21 +239,23 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, num_embeddings: int) ->
         )
 
 
-def _check_roles(messages: Sequence[Message], *, answer_follows: bool) -> None:
+def _check_roles(messages: Sequence[Message], *, add_generation_prompt: bool) -> None:
     if messages[0].role == "assistant":
         raise InputError("the conversation starts with an answer; put a user message ahead of it")
-    if answer_follows and messages[-1].role == "assistant":
-        raise InputError("the last message is an answer already; leave it out or set answer_follows=False")
+    if add_generation_prompt and messages[-1].role == "assistant":
+        raise InputError(
+            "the last message is an answer already; leave it out or set add_generation_prompt=False"
+        )
 
 
-def _guard(text: str, control: dict[str, int], *, defuse: bool) -> str:
+def _guard(text: str, control: dict[str, int], *, escape: bool) -> str:
     """Keep a text from opening or closing messages by itself."""
     for token in control:
         if token in text:
-            if not defuse:
+            if not escape:
                 raise InputError(
                     f"a message spells the control token {token!r} of the decoder; take it out, or render it "
-                    "with control_text='defuse'"
+                    "with control_text='escape'"
                 )
             text = text.replace(token, token[0] + WORD_JOINER + token[1:])
     return text

@@ -5,9 +5,8 @@ import sys
 import pyarrow as pa
 import pytest
 
-from bindllm.data.arrow_tables import parse_hub
 from bindllm.data.report import Skipped
-from bindllm.data.tables import is_table, read_table
+from bindllm.data.tables import is_table, parse_hub, read_table
 from bindllm.errors import InputError, MissingExtraError
 
 datasets = pytest.importorskip("datasets")

@@ -5,7 +5,7 @@ import tracemalloc
 
 import pytest
 
-from bindllm.data import json_lists
+from bindllm.data import tables as json_lists
 from bindllm.data.report import Skipped
 from bindllm.data.tables import read_table
 from bindllm.errors import InputError

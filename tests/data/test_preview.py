@@ -8,8 +8,7 @@ from rich.console import Console
 
 from bindllm.conversation import Conversation, Message
 from bindllm.data.preview import BAD, CONTROL, GOOD, GROUPS, legend, preview_lines, preview_rows
-from bindllm.data.rows import Row
-from bindllm.data.tokenise import make_sample, tokenise
+from bindllm.data.rows import Row, make_sample, tokenize
 from bindllm.media import Media
 from tiny import tiny_tokenizer
 
@@ -29,7 +28,7 @@ def plain(sample, tokenizer) -> list[str]:
 
 
 def test_it_marks_what_is_learnt_and_which_media_speaks(tokenizer):
-    assert plain(tokenise(TWO, tokenizer, WHOLE - 1), tokenizer) == [
+    assert plain(tokenize(TWO, tokenizer, WHOLE - 1), tokenizer) == [
         ": 50 tokens, 8 to learn in 2 answers, answer cut",
         "  media 0  given  '<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n'",
         "  media 0  learnt 'yoyo<|im_end|>'",
@@ -42,14 +41,14 @@ def test_it_marks_what_is_learnt_and_which_media_speaks(tokenizer):
 
 
 def test_turns_that_did_not_fit_are_named(tokenizer):
-    lines = plain(replace(tokenise(TWO, tokenizer, 30), name="t row 1", type="colour"), tokenizer)
+    lines = plain(replace(tokenize(TWO, tokenizer, 30), name="t row 1", type="colour"), tokenizer)
     assert lines[0] == "t row 1: 26 tokens, 5 to learn, 1 of 2 answers left out, type colour"
     assert lines[-1] == "  media 0: a.png"
 
 
 def test_letters_that_cannot_be_seen_are_written_out(tokenizer):
     conversation = Conversation((Message("user", "a\u200bb\tc"), Message("assistant", "d\u00a0\u202ee")))
-    lines = plain(tokenise(conversation, tokenizer, 100), tokenizer)
+    lines = plain(tokenize(conversation, tokenizer, 100), tokenizer)
     assert "a\\u200bb\\tc" in lines[1]
     assert lines[2] == "  no media learnt 'd\\xa0\\u202ee<|im_end|>'"
 
@@ -77,7 +76,7 @@ def test_a_judged_answer_says_how(tokenizer, desirable, word, style):
 
 
 def test_colours_tell_what_the_words_do(tokenizer):
-    lines = preview_lines(tokenise(TWO, tokenizer, WHOLE), tokenizer)
+    lines = preview_lines(tokenize(TWO, tokenizer, WHOLE), tokenizer)
     told = [(line.plain[span.start : span.end].strip(), span.style) for line in lines for span in line.spans]
     assert ("learnt", GOOD) in told
     assert ("<|im_end|>", CONTROL) in told
@@ -89,7 +88,7 @@ def test_colours_tell_what_the_words_do(tokenizer):
 
 
 def test_output_to_a_file_has_words_and_no_codes(tokenizer):
-    lines = [legend(), *preview_lines(tokenise(TWO, tokenizer, WHOLE), tokenizer)]
+    lines = [legend(), *preview_lines(tokenize(TWO, tokenizer, WHOLE), tokenizer)]
     for terminal in (False, True):
         console = Console(file=StringIO(), force_terminal=terminal, highlight=False, soft_wrap=True)
         for line in lines:

@@ -4,9 +4,15 @@ import os
 import pytest
 from PIL import Image
 
-from bindllm.data.captions import Columns, clean_caption, read_captions
 from bindllm.data.report import SourceReport
-from bindllm.data.sources import SourceConfig, hashed_split, read_source
+from bindllm.data.sources import (
+    Columns,
+    SourceConfig,
+    clean_caption,
+    hashed_split,
+    read_captions,
+    read_source,
+)
 from bindllm.errors import InputError
 from tiny import colour_pictures
 

@@ -13,7 +13,7 @@ from bindllm.data.source_config import SourceConfig
 from bindllm.data.stream.ahead import Ahead
 from bindllm.data.stream.chunks import BAD_SHARD
 from bindllm.data.stream.embed import CANNOT_EMBED
-from bindllm.data.stream.training import StreamOptions, check_streams, stream_loader
+from bindllm.data.stream.loader import StreamOptions, check_streams, stream_loader
 from bindllm.errors import EncoderError, InputError
 from bindllm.media import Media
 from bindllm.parallel.ranks import Ranks

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import pytest
 
-import bindllm.data.stream.remote as remote
+import bindllm.data.stream.shards as remote
 from bindllm.data.stream.shards import ShardError, expand_shards, is_stream, read_shard
 from bindllm.errors import InputError
 from stream_parts import captioned, write_shard, write_shards

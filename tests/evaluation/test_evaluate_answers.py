@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bindllm.conversation import Conversation, Message
-from bindllm.data.tokenise import tokenise
+from bindllm.data.rows import tokenize
 from bindllm.errors import InputError
 from bindllm.evaluation.answers import evaluate_answers, frequent_answers, longest_answer
 from bindllm.evaluation.chat import evaluate_chat
@@ -27,7 +27,7 @@ def lookup(groups):
 def asked(question, answer, picture=0, *, type="", references=None, task="answer", options=()):
     parts = question if picture is None else (Media.image(f"{picture}.png"), question)
     conversation = Conversation((Message("user", parts), Message("assistant", answer)))
-    sample = tokenise(conversation, tiny_tokenizer(), 200)
+    sample = tokenize(conversation, tiny_tokenizer(), 200)
     return replace(
         sample, references=references or (answer,), type=type, task=task, options=options, name=question
     )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import bindllm.data.datamodule as datamodule
-from bindllm.data.tokenise import IGNORE
+from bindllm.data.rows import IGNORE
 from tiny_run import run, tiny_parts, tiny_recipe
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bindllm.conversation import NO_MEDIA
-from bindllm.data.tokenise import IGNORE, Sample
+from bindllm.data.rows import IGNORE, Sample
 from bindllm.errors import InputError
 from bindllm.media import Media
 

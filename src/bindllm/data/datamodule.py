@@ -26,16 +26,20 @@ from bindllm.data.collate import Batch, Lookup, collate
 from bindllm.data.embeddings import MediaEmbeddings
 from bindllm.data.preview import preview_rows
 from bindllm.data.report import DataReport, SourceReport
-from bindllm.data.rows import Row
+from bindllm.data.rows import Row, Sample, make_sample
 from bindllm.data.source_config import SPLITS, SourceConfig
 from bindllm.data.sources import read_source
 from bindllm.data.stream.embed import CANNOT_EMBED
-from bindllm.data.stream.held_out import read_stream
-from bindllm.data.stream.loader import StreamLoader
-from bindllm.data.stream.processes import processes_of
+from bindllm.data.stream.loader import (
+    StreamLoader,
+    StreamOptions,
+    check_streams,
+    is_training_stream,
+    processes_of,
+    stream_loader,
+)
+from bindllm.data.stream.samples import read_stream
 from bindllm.data.stream.shards import expand_shards, is_stream
-from bindllm.data.stream.training import StreamOptions, check_streams, is_training_stream, stream_loader
-from bindllm.data.tokenise import Sample, make_sample
 from bindllm.embeddings.embedder import ALONE
 from bindllm.errors import InputError, known_names
 from bindllm.media import Media
@@ -49,7 +53,7 @@ class BindData(LightningDataModule):
     are no worker processes. Validation and test batches have twice the rows of a training batch.
 
     Sources that are tar shards are streamed where they are trained on: nothing of them is stored, and a thread reads,
-    embeds and tokenises them ahead of the training. Such a run has no epochs, so its trainer needs ``max_steps``.
+    embeds and tokenizes them ahead of the training. Such a run has no epochs, so its trainer needs ``max_steps``.
 
     Args:
         sources: where rows come from.
@@ -165,7 +169,7 @@ class BindData(LightningDataModule):
         if self._samples is not None:
             return
         started = time.perf_counter()
-        samples = {split: self._tokenise(rows) for split, rows in self._rows.items()}
+        samples = {split: self._tokenize(rows) for split, rows in self._rows.items()}
         if not any(samples.values()) and not self.streamed:
             raise InputError(f"no row of the data can be used: {'; '.join(self.report.skipped.lines())}")
         self._samples = samples
@@ -282,11 +286,11 @@ class BindData(LightningDataModule):
     def _sample(self, row: Row) -> Sample:
         return make_sample(row, self.tokenizer, self.max_length)
 
-    def _tokenise(self, rows: list[Row]) -> list[Sample]:
+    def _tokenize(self, rows: list[Row]) -> list[Sample]:
         """Make samples; what cannot become one is counted with its reason."""
         samples = []
         for row in track(
-            rows, "tokenising", console=Console(stderr=True), transient=True, disable=not _watched()
+            rows, "tokenizing", console=Console(stderr=True), transient=True, disable=not _watched()
         ):
             try:
                 samples.append(replace(self._sample(row), number=len(samples)))

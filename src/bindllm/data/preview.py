@@ -8,8 +8,7 @@ from itertools import groupby, zip_longest
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from bindllm.data.rows import Row
-from bindllm.data.tokenise import IGNORE, Sample, make_sample
+from bindllm.data.rows import IGNORE, Row, Sample, make_sample
 from bindllm.errors import InputError
 
 GOOD, BAD = "bold green", "bold red"

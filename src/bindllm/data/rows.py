@@ -1,11 +1,15 @@
-"""A row of training data: one conversation, what is true of its last answer, and how a held-out one is measured."""
+"""One row of training data: a conversation with facts about its last answer (`Row`), and its tokens (`Sample`)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from bindllm.conversation import Conversation
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from bindllm.conversation import Conversation, render
+from bindllm.errors import InputError
 from bindllm.media import Media
 
 Task = Literal["caption", "answer", "chat"]
@@ -42,3 +46,167 @@ class Row:
     def media(self) -> tuple[Media, ...]:
         """All media of the conversation."""
         return tuple(item for group in self.conversation.media_groups for item in group)
+
+
+IGNORE = -100
+"""Label of a token that gives no loss; no token id, unlike 0, is negative."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One row, ready for a batch. The arrays are int64 and have one entry per token, [T].
+
+    Args:
+        input_ids: token ids, up to the last one that gives a loss.
+        labels: the id where the token is supervised, else `IGNORE`; not shifted.
+        media_index: the media group that speaks to the token, or -1.
+        conversation: what was tokenized.
+        truncated: whether an answer was cut or left out to keep to the longest length.
+        references: all true answers to the last question, for metrics that take several.
+        name: where the row comes from, for messages.
+        source: number of its source in the recipe, from 0.
+        task: how the row is measured when it is held out.
+        type: kind of question, for accuracy by type.
+        rejected: the worse answer to the same prompt, tokenized alike.
+        desirable: whether the answer is a wanted one; None: the row does not say.
+        options: the options of a multiple choice as they are lettered in the prompt.
+        number: its place among the samples of its split, from 0; -1: it has none.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    media_index: np.ndarray
+    conversation: Conversation
+    truncated: bool = False
+    references: tuple[str, ...] = ()
+    name: str = ""
+    source: int = 0
+    task: Task = "caption"
+    type: str = ""
+    rejected: Sample | None = None
+    desirable: bool | None = None
+    options: tuple[str, ...] = ()
+    number: int = -1
+
+    @property
+    def media(self) -> tuple[tuple[Media, ...], ...]:
+        """The media groups that speak to these tokens."""
+        return self.conversation.media_groups[: int(self.media_index.max()) + 1]
+
+    @property
+    def length(self) -> int:
+        """Number of tokens that it takes in a batch: of a pair, those of the longer side."""
+        return max(len(self.input_ids), 0 if self.rejected is None else len(self.rejected.input_ids))
+
+    @property
+    def num_supervised(self) -> int:
+        """Number of tokens that give a loss."""
+        return int((self.labels != IGNORE).sum())
+
+    @property
+    def num_answers(self) -> int:
+        """Number of answers that give a loss."""
+        learnt = self.labels != IGNORE
+        return int(learnt[0]) + int((learnt[1:] & ~learnt[:-1]).sum())
+
+    @property
+    def prompt_length(self) -> int:
+        """Number of tokens ahead of the last answer: what the model is given to generate it."""
+        unsupervised = np.flatnonzero(self.labels == IGNORE)
+        return int(unsupervised[-1]) + 1
+
+
+def make_sample(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Sample:
+    """Turn a row into a sample of at most ``max_length`` tokens; of a pair, each side for itself.
+
+    A row that says how good its answer is speaks of its last answer alone, so only that one is learnt. Where
+    turns at the end do not fit, the last question is another one than the references answer: they are left out,
+    and the row is measured by its loss.
+
+    Raises:
+        InputError: the row cannot be used; the message is a reason to count it under.
+    """
+    judged = row.rejected is not None or row.desirable is not None
+    sample = tokenize(row.conversation, tokenizer, max_length, last_alone=judged)
+    whole = sample.num_answers == (1 if judged else _num_answers(row.conversation))
+    rejected = None
+    if row.rejected is not None:
+        rejected = tokenize(row.rejected, tokenizer, max_length, last_alone=True)
+        if np.array_equal(rejected.input_ids, sample.input_ids):
+            raise InputError("the answers of a pair differ only beyond max_length; raise that")
+        rejected = replace(rejected, name=row.name, source=row.source)
+    return replace(
+        sample,
+        truncated=sample.truncated or (rejected is not None and rejected.truncated),
+        references=row.references if whole else (),
+        name=row.name,
+        source=row.source,
+        task=row.task if whole else "chat",
+        type=row.type,
+        rejected=rejected,
+        desirable=row.desirable,
+        options=row.options,
+    )
+
+
+def tokenize(
+    conversation: Conversation,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    *,
+    last_alone: bool = False,
+) -> Sample:
+    """Turn a conversation into a sample of at most ``max_length`` tokens.
+
+    Every answer is learnt. One that is too long is cut and still ends with its end token, so that the model learns
+    to stop. Where not even the start of an answer fits, that turn and all after it are left out. Tokens after the
+    last answer teach nothing and are left out without counting as truncation.
+
+    Args:
+        conversation: ends with an answer.
+        tokenizer: a fast tokenizer with a chat template.
+        max_length: most tokens of a sample.
+        last_alone: learn the last answer only; the ones before it are given.
+
+    Raises:
+        InputError: no answer, one without text, one that does not fit at all (the first, or the only one that
+            would be learnt), or a text that spells a control token.
+
+    Example:
+        >>> tokenize(conversation, tokenizer, 128).input_ids.shape  # doctest: +SKIP
+        (23,)
+    """
+    if not _num_answers(conversation):
+        raise InputError("no answer: the conversation has no assistant message to learn from")
+    texts = [message.text for message in conversation.messages if message.role == "assistant"]
+    if not all(text.strip() for text in (texts[-1:] if last_alone else texts)):
+        raise InputError("an answer is empty")
+    rendered = render(conversation, tokenizer)
+    answers = rendered.answers[-1:] if last_alone else rendered.answers
+    ids, length = list(rendered.input_ids), 0
+    for start, stop in answers:
+        if stop <= max_length:
+            length = stop
+        # At least one token of the answer itself must stay beside its end token.
+        elif start + 2 <= max_length:
+            length = max_length
+            ids[max_length - 1] = ids[stop - 1]
+    if length == 0:
+        raise InputError(
+            f"the prompt leaves no room for an answer in max_length={max_length} tokens; shorten it or raise that"
+        )
+    input_ids = np.array(ids[:length], dtype=np.int64)
+    labels = np.full(length, IGNORE, dtype=np.int64)
+    for start, stop in answers:
+        labels[start:stop] = input_ids[start:stop]
+    return Sample(
+        input_ids=input_ids,
+        labels=labels,
+        media_index=np.array(rendered.media_index[:length], dtype=np.int64),
+        conversation=conversation,
+        truncated=length < answers[-1][1],
+    )
+
+
+def _num_answers(conversation: Conversation) -> int:
+    return sum(message.role == "assistant" for message in conversation.messages)

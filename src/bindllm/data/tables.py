@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from bindllm.data.arrow_tables import Record, is_dataset, read_dataset, read_parquet
-from bindllm.data.json_lists import read_list
 from bindllm.data.report import NOT_UTF8, Skipped
-from bindllm.errors import InputError, known_names
+from bindllm.data.source_config import split_named
+from bindllm.errors import InputError, MissingExtraError, known_names
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 _LONGEST_FIELD = 1 << 26
 """Letters of a field of CSV at most: room for a picture as a ``data:`` URI, and an end to a quotation that has none."""
@@ -147,3 +151,306 @@ READERS: Mapping[str, Callable[[Path, tuple[str, ...], Skipped], Iterator[tuple[
     ".tsv": _read_tsv,
     ".parquet": _read_parquet,
 }
+
+
+Record = dict[str, object]
+CheckColumns = Callable[[Sequence[str]], None]
+
+HUB = "hf://"
+ROWS_AT_ONCE = 64
+"""Rows in memory: few, since each may hold a picture."""
+
+_DATASET_FILES = ("dataset_dict.json", "state.json")
+
+
+def is_dataset(path: str | Path) -> bool:
+    """Tell whether this is a folder that ``save_to_disk`` of ``datasets`` wrote, or names a dataset of the hub."""
+    return str(path).startswith(HUB) or any(Path(path, name).is_file() for name in _DATASET_FILES)
+
+
+def read_parquet(path: Path, check: CheckColumns, skipped: Skipped) -> Iterator[tuple[str, Record]]:
+    """Yield the rows of a Parquet file, each with its name; at most one row group is in memory.
+
+    Args:
+        path: the file.
+        check: is given the names of the columns before the first row.
+        skipped: counts rows that are not UTF-8.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        # Mapped, since a row group is otherwise copied before it is decoded.
+        with pq.ParquetFile(path, memory_map=True) as file:
+            check(file.schema_arrow.names)
+            yield from _rows(file.iter_batches(ROWS_AT_ONCE), path.name, skipped)
+    except pa.ArrowException as error:
+        raise InputError(f"{path}: not a Parquet file that can be read ({error})") from error
+
+
+def read_dataset(path: str | Path, check: CheckColumns, skipped: Skipped) -> Iterator[tuple[str, Record]]:
+    """Yield the rows of a dataset of the library ``datasets``, each with its name.
+
+    Nothing is decoded: pictures and sounds stay ``{"bytes": ..., "path": ...}``. Classes become their names. Rows
+    of a dataset with several splits have a column ``split``, unless they have one of their own; where all rows
+    are for training, or one split was chosen, the path says nothing about them.
+
+    Args:
+        path: a folder that ``save_to_disk`` wrote; or ``hf://NAME``, ``hf://NAME/CONFIG`` or either with
+            ``@SPLIT``, where NAME is ``organisation/dataset`` on the hub or a folder.
+        check: is given the names of the columns before the first row of each split.
+        skipped: counts rows that are not UTF-8.
+
+    Raises:
+        MissingExtraError: the library is not installed.
+        InputError: no such dataset, a damaged one, or a split whose name says nothing to us.
+    """
+    name = str(path).removeprefix(HUB) if str(path).startswith(HUB) else Path(path).name
+    for split, dataset in _open(path).items():
+        check(dataset.column_names + ["split"] * bool(split))
+        classes = {
+            column: feature.names
+            for column, feature in dataset.features.items()
+            if type(feature).__name__ == "ClassLabel"
+        }
+        batches = dataset.with_format("arrow").iter(ROWS_AT_ONCE)
+        rows = _rows(batches, f"{name} {split}".rstrip(), skipped)
+        for row, record in rows:
+            for column, names in classes.items():
+                number = record[column]
+                record[column] = names[number] if number is not None and number >= 0 else None
+            yield row, {"split": split, **record} if split else record
+
+
+def _open(path: str | Path) -> Mapping[str, Any]:
+    """Open a dataset without reading it: its parts by split, or the one part under no name."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingExtraError("datasets", extra="datasets", purpose=f"read {path}") from error
+    named = parse_hub(str(path)) if str(path).startswith(HUB) else None
+    try:
+        if named is None:
+            opened = datasets.load_from_disk(str(path))
+        else:
+            name, config, split = named
+            opened = datasets.load_dataset(name, config, split=split)
+    # Whatever a stranger's files or the network make the library raise means that there is no such dataset.
+    except Exception as error:
+        raise InputError(
+            f"{path} cannot be opened by the library datasets ({type(error).__name__}: {error})"
+        ) from error
+    return {"": opened} if isinstance(opened, datasets.Dataset) else _named_splits(path, opened)
+
+
+def _named_splits(path: str | Path, parts: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the parts of a dataset by our names of their splits."""
+    named = {split_named(split) or split: part for split, part in parts.items()}
+    if list(named) == ["train"]:
+        return {"": named["train"]}
+    unknown = [split for split in named if split not in ("train", "validation", "test")]
+    if unknown:
+        one = f"{path}@{unknown[0]}" if str(path).startswith(HUB) else Path(path, unknown[0])
+        raise InputError(
+            f"{path} has the splits {', '.join(parts)}, and {unknown[0]!r} is none of train, validation, test. Make "
+            f"each split that you want a source of its own, such as {{path: {one}, split: train}}"
+        )
+    return named
+
+
+def parse_hub(path: str) -> tuple[str, str | None, str | None]:
+    """Return name, configuration and split of ``hf://NAME[/CONFIG][@SPLIT]``.
+
+    Raises:
+        InputError: another form.
+
+    Example:
+        >>> parse_hub("hf://HuggingFaceM4/the_cauldron/ai2d@train")
+        ('HuggingFaceM4/the_cauldron', 'ai2d', 'train')
+    """
+    name, _, split = path.removeprefix(HUB).partition("@")
+    if name and Path(name).is_dir():
+        return name, None, split or None
+    parts = name.split("/")
+    if not all(parts) or len(parts) > 3:
+        raise InputError(
+            f"{path}: expected hf://ORGANISATION/DATASET, with /CONFIG, @SPLIT or both where you want one of several"
+        )
+    return "/".join(parts[:2]), parts[2] if len(parts) > 2 else None, split or None
+
+
+def _rows(
+    batches: Iterable[pa.RecordBatch | pa.Table], name: str, skipped: Skipped
+) -> Iterator[tuple[str, Record]]:
+    """Yield the rows of batches as Python objects; where one is not UTF-8, its neighbours are kept."""
+    number = 0
+    for batch in batches:
+        try:
+            records = batch.to_pylist()
+        except UnicodeDecodeError:
+            records = [_one(batch, row) for row in range(batch.num_rows)]
+        for record in records:
+            number += 1
+            if record is None:
+                skipped.add(NOT_UTF8, f"{name} row {number}")
+            else:
+                yield f"{name} row {number}", record
+
+
+def _one(batch: pa.RecordBatch | pa.Table, row: int) -> Record | None:
+    try:
+        return batch.slice(row, 1).to_pylist()[0]
+    except UnicodeDecodeError:
+        return None
+
+
+_CHUNK = 1 << 20
+_SPACE = " \t\n\r"
+# Bytes that are not UTF-8 become lone surrogates, which no valid text holds.
+_NOT_UTF8 = re.compile("[\udc80-\udcff]")
+# A value that the end of the buffer cuts fails at most this many characters ahead of it (an escape, a literal).
+_NEAR_END = 16
+
+
+def read_list(path: Path, skipped: Skipped) -> Iterator[tuple[str, object]]:
+    """Yield the items of the list in a JSON file, each with its name.
+
+    The file holds a list, or an object of which one value is a list of objects, such as
+    ``{"info": {...}, "annotations": [...]}``. Only one item is in memory at a time.
+
+    Args:
+        path: the file, UTF-8 with or without a byte order mark.
+        skipped: counts items that are not UTF-8.
+
+    Raises:
+        InputError: damaged JSON, JSON Lines, an object without such a list, or one with several.
+    """
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
+        text = _Text(path, stream)
+        first = text.peek()
+        if first == "[":
+            yield from _items(text, path.name, skipped)
+        elif first == "{":
+            yield from _list_of_object(text, path.name, skipped)
+        else:
+            raise InputError(f"{path}: neither a JSON list of rows nor an object that holds one")
+        text.end()
+
+
+def _items(text: _Text, name: str, skipped: Skipped) -> Iterator[tuple[str, object]]:
+    text.take("[")
+    number = 0
+    while text.peek() != "]":
+        if number:
+            text.take(",")
+        number += 1
+        row = f"{name} row {number}"
+        item, is_utf8 = text.value(row)
+        if is_utf8:
+            yield row, item
+        else:
+            skipped.add(NOT_UTF8, row)
+    text.take("]")
+
+
+def _list_of_object(text: _Text, name: str, skipped: Skipped) -> Iterator[tuple[str, object]]:
+    """Yield the items of the one list of objects among the values of an object."""
+    text.take("{")
+    lists, is_first = [], True
+    while text.peek() != "}":
+        if not is_first:
+            text.take(",")
+        is_first = False
+        if text.peek() != '"':
+            raise InputError(
+                f"{text.path}: not valid JSON ({text.peek()!r} where a key in quotation marks belongs)"
+            )
+        key, _ = text.value("a key")
+        text.take(":")
+        if text.peek() != "[":
+            text.value(f"the value of {key!r}")
+            continue
+        # A list of other things, such as the names of the classes, holds no rows.
+        items = _items(text, name, skipped)
+        holds_rows = False
+        for number, (row, item) in enumerate(items):
+            holds_rows = holds_rows or (number == 0 and isinstance(item, dict))
+            if holds_rows and not lists:
+                yield row, item
+        lists += [str(key)] * holds_rows
+    text.take("}")
+    text.end()
+    if len(lists) != 1:
+        found = f"the lists {', '.join(lists)}" if lists else "no list of objects"
+        raise InputError(
+            f"{text.path}: the object holds {found}; expected one list of rows. Write the rows as a list of their own"
+        )
+
+
+class _Text:
+    """The characters of a JSON file from a place on, as many as are needed at a time."""
+
+    def __init__(self, path: Path, stream) -> None:
+        self.path = path
+        self._stream, self._buffer, self._place, self._ended = stream, "", 0, False
+        self._decoder = json.JSONDecoder()
+
+    def peek(self) -> str:
+        """Pass over white space; return the next character, or nothing at the end."""
+        while True:
+            while self._place < len(self._buffer):
+                if self._buffer[self._place] not in _SPACE:
+                    return self._buffer[self._place]
+                self._place += 1
+            if not self._more(_CHUNK):
+                return ""
+
+    def take(self, wanted: str) -> None:
+        """Pass over one character, which must be the next."""
+        found = self.peek()
+        if found != wanted:
+            what = (
+                f"{found!r} where {wanted!r} belongs" if found else f"the file ends where {wanted!r} belongs"
+            )
+            raise InputError(f"{self.path}: not valid JSON ({what})")
+        self._place += 1
+
+    def end(self) -> None:
+        """Make sure that nothing follows."""
+        if self.peek():
+            raise InputError(
+                f"{self.path}: more than one JSON value; if each line is a row, call the file .jsonl"
+            )
+
+    def value(self, name: str) -> tuple[object, bool]:
+        """Return the next value, and whether all of it is UTF-8."""
+        self.peek()
+        size = _CHUNK
+        while True:
+            try:
+                found, end = self._decoder.raw_decode(self._buffer, self._place)
+            except json.JSONDecodeError as error:
+                # A string that the end of the buffer cuts is reported at its start.
+                near_end = error.pos + _NEAR_END >= len(self._buffer) or "Unterminated" in error.msg
+                if not (near_end and self._more(size)):
+                    what = "the file ends in the middle of it" if near_end else error.msg
+                    raise InputError(f"{self.path}: {name} is not valid JSON ({what})") from error
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{self.path}: {name} is not valid JSON ({error})") from error
+            else:
+                # A number may go on behind the end of the buffer.
+                if end < len(self._buffer) or not self._more(size):
+                    is_utf8 = not _NOT_UTF8.search(self._buffer, self._place, end)
+                    self._place = end
+                    return found, is_utf8
+            size *= 2
+
+    def _more(self, size: int) -> bool:
+        """Read on; return whether there was anything."""
+        read = self._stream.read(size)
+        self._buffer = self._buffer[self._place :] + read
+        self._place = 0
+        return bool(read)

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bindllm.data.answers import answer_words, is_right
 from bindllm.data.collate import Lookup
-from bindllm.data.tokenise import Sample
+from bindllm.data.rows import Sample
 from bindllm.errors import InputError
 from bindllm.evaluation.baselines import blind, exchange, subject, subject_name
 from bindllm.evaluation.measuring import Measuring, evaluating

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bindllm.conversation import NO_MEDIA
 from bindllm.data.collate import Lookup, MediaGroup
-from bindllm.data.tokenise import Sample
+from bindllm.data.rows import Sample
 from bindllm.errors import InputError
 
 _SHUFFLE_SEED = 0

@@ -18,7 +18,7 @@ from typing import Any
 from rich.progress import Progress
 
 from bindllm.data.collate import Lookup
-from bindllm.data.tokenise import Sample
+from bindllm.data.rows import Sample
 from bindllm.errors import InputError
 from bindllm.evaluation.baselines import blind, exchange
 from bindllm.evaluation.measuring import Measuring, evaluating, loss_numbers

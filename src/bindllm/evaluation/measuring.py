@@ -16,7 +16,7 @@ from torch import nn
 
 from bindllm.data.batches import sorted_batches
 from bindllm.data.collate import Lookup, answer_batch, prompt_batch
-from bindllm.data.tokenise import Sample
+from bindllm.data.rows import Sample
 from bindllm.errors import BindLLMError, InputError
 from bindllm.model.bindllm import BindLLM
 

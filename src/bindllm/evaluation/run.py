@@ -17,7 +17,7 @@ from typing import Any
 from rich.progress import Progress
 
 from bindllm.data.collate import Lookup
-from bindllm.data.tokenise import Sample
+from bindllm.data.rows import Sample
 from bindllm.errors import InputError
 from bindllm.evaluation.baselines import Neighbour, blind, exchange, neighbours, subject, subject_name
 from bindllm.evaluation.measuring import Measuring, evaluating, input_digests, loss_numbers

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bindllm.data.collate import Lookup
-from bindllm.data.tokenise import Sample
+from bindllm.data.rows import Sample
 from bindllm.errors import BindLLMError
 from bindllm.evaluation.answers import evaluate_answers
 from bindllm.evaluation.chat import evaluate_chat

@@ -21,7 +21,7 @@ MINIGPT4_PICTURES = "image/{}.jpg"
 def caption(record: Record, place: Place) -> Parsed:
     """Read ``{"image": path, "caption": text or list of texts}``; the first caption is learnt, all are references.
 
-    A table or a folder of captions is read as a whole by `bindllm.data.captions`, which makes a row of each caption
+    A table or a folder of captions is read as a whole by `bindllm.data.sources`, which makes a row of each caption
     of a picture; this is for records that come one by one, from a stream.
     """
     value = written_list(require(record, place, "caption"), (str,))

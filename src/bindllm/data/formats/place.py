@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
-from bindllm.data.arrow_tables import HUB
 from bindllm.data.source_config import SourceConfig
+from bindllm.data.tables import HUB
 from bindllm.errors import InputError
 from bindllm.media import Media
 

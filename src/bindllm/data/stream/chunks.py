@@ -1,4 +1,4 @@
-"""From the samples of shards to chunks: read, tokenised, embedded, and grouped into batches."""
+"""From the samples of shards to chunks: read, tokenized, embedded, and grouped into batches."""
 
 from __future__ import annotations
 
@@ -9,15 +9,13 @@ from typing import Any
 
 from bindllm.data.formats import leave_out
 from bindllm.data.report import Skipped
+from bindllm.data.rows import Sample, make_sample
 from bindllm.data.source_config import SourceConfig
 from bindllm.data.stream.embed import EmbeddedSamples, StreamEmbedder
 from bindllm.data.stream.plan import Bookmark, Mixture, Place, group_by_length
 from bindllm.data.stream.samples import read_row
-from bindllm.data.stream.shards import TarSample
-from bindllm.data.tokenise import Sample, make_sample
+from bindllm.data.stream.shards import BAD_SHARD, TarSample
 from bindllm.errors import InputError
-
-BAD_SHARD = "shards that are missing, truncated or damaged, counted in each pass; what comes before the damage is used"
 
 MAX_BARREN_CHUNKS = 10
 """Chunks in a row without a row that can be used, after which a run ends."""
@@ -127,7 +125,7 @@ class _Reading:
         self._drawn.close()
 
     def samples(self, skipped: Skipped) -> Iterator[Sample]:
-        """Yield the samples of the next chunk that can be tokenised; count the others."""
+        """Yield the samples of the next chunk that can be tokenized; count the others."""
         laps: dict[int, int] = {}
         for _ in range(self.reader.size):
             if self.stopped():

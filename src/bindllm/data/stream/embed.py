@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bindllm.conversation import Conversation
 from bindllm.data.collate import MediaGroup
-from bindllm.data.tokenise import Sample
+from bindllm.data.rows import Sample
 from bindllm.encoders import Encoder, encoder_for
 from bindllm.encoders.fusion import common_size, fuse
 from bindllm.errors import InputError, MediaError

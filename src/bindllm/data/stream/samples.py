@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 
-from bindllm.data.captions import PICTURE_SUFFIXES
-from bindllm.data.formats import FORMATS, RowError, read_media
+from bindllm.data.formats import FORMATS, RowError, leave_out, read_media
 from bindllm.data.formats.place import thing
+from bindllm.data.report import SourceReport
 from bindllm.data.rows import Row
-from bindllm.data.source_config import SourceConfig, Split
-from bindllm.data.stream.shards import TarSample
+from bindllm.data.source_config import SPLITS, SourceConfig, Split
+from bindllm.data.sources import PICTURE_SUFFIXES
+from bindllm.data.stream.shards import BAD_SHARD, ShardError, TarSample, expand_shards, read_shard
 from bindllm.data.tables import Record
 from bindllm.errors import InputError
 from bindllm.media import Media
@@ -124,3 +125,45 @@ def _record(sample: TarSample, config: SourceConfig) -> Record:
     if not record:
         raise InputError("neither a member .json nor .txt that says something")
     return record
+
+
+def read_stream(
+    config: SourceConfig, number: int = 0, *, limit: int | None = None
+) -> tuple[dict[str, list[Row]], SourceReport]:
+    """Read the first rows of a stream, shard after shard.
+
+    Args:
+        config: what the recipe says about it.
+        number: its place among the sources of the recipe, from 0.
+        limit: rows that are read; None: as many as ``config.limit`` says.
+
+    Returns:
+        The rows, all in the split of the source (without one, train), and a report of what was left out.
+
+    Raises:
+        InputError: no sample can be used.
+    """
+    limit = limit or config.limit or 1
+    report = SourceReport(config.path, modality=config.modality, format=config.format)
+    rows: list[Row] = []
+    for shard in expand_shards(config.path):
+        try:
+            for sample in read_shard(shard):
+                try:
+                    row, _ = read_row(sample, config, number)
+                except InputError as error:
+                    leave_out(error, sample.name, report.skipped)
+                    continue
+                rows.append(row)
+                if len(rows) == limit:
+                    break
+        except ShardError as error:
+            report.skipped.add(BAD_SHARD, str(error))
+        if len(rows) == limit:
+            break
+    if not rows:
+        raise InputError(
+            f"data source {config.path} has no sample that can be used: {'; '.join(report.skipped.lines())}"
+        )
+    report.count(rows)
+    return {split: rows if split == (config.split or "train") else [] for split in SPLITS}, report

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bindllm.data.captions import PICTURE_SUFFIXES
+from bindllm.data.sources import PICTURE_SUFFIXES
 from bindllm.errors import InputError, known_names
 
 ENDINGS: dict[str, frozenset[str]] = {

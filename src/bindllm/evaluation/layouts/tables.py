@@ -6,9 +6,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from bindllm.data.captions import SPLITS, Columns, read_captions, require_table
 from bindllm.data.report import SourceReport
-from bindllm.data.sources import hashed_split
+from bindllm.data.sources import SPLITS, Columns, hashed_split, read_captions, require_table
 from bindllm.data.tables import read_table
 from bindllm.errors import InputError, known_names
 from bindllm.evaluation.layouts.task import NO_FILE, Choice, Column, Item, Task
