@@ -32,9 +32,9 @@ def conversation(colour: str, answer: str, question: str = "Colour?") -> Convers
 
 def row(number: int, colour: str, answer: str, rejected: str | None = None, **fields) -> Sample:
     """One row; its media are named by their colour, which `lookup` turns into an embedding."""
-    sample = tokenize(conversation(colour, answer), TOKENIZER, 64, last_alone=True)
+    sample = tokenize(conversation(colour, answer), TOKENIZER, 64, last_only=True)
     if rejected is not None:
-        fields["rejected"] = tokenize(conversation(colour, rejected), TOKENIZER, 64, last_alone=True)
+        fields["rejected"] = tokenize(conversation(colour, rejected), TOKENIZER, 64, last_only=True)
     return replace(sample, name=f"row {number}", number=number, **fields)
 
 

@@ -130,7 +130,7 @@ def test_what_is_saved_does_not_depend_on_how_far_the_thread_is(shards):
         states.append(loader.state_dict())
         batches.close()
     assert states[0] == states[1]
-    assert max(map(int, states[0]["bookmarks"][0])) == 3
+    assert max(map(int, states[0]["states"][0])) == 3
 
 
 def test_a_state_of_other_data_or_other_processes_is_refused(shards, tmp_path):
@@ -165,7 +165,7 @@ def test_two_processes_read_disjoint_samples_and_go_on_from_one_state(shards):
     loaders = [build(shards, ranks=Ranks(rank, 2, gather=lambda _: states)) for rank in (0, 1)]
     for rank, loader in enumerate(loaders):
         found.append(take(loader, 3))
-        states[rank] = {str(done): bookmark.as_dict() for done, bookmark in loader._bookmarks.items()}
+        states[rank] = {str(done): state.as_dict() for done, state in loader._states.items()}
     first, second = ({number_of(text) for batch in part for text in texts(batch)} for part in found)
     assert not first & second
     saved = loaders[0].state_dict()

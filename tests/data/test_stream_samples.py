@@ -6,7 +6,7 @@ import pytest
 
 from bindllm.data.formats import RowError
 from bindllm.data.source_config import Columns, SourceConfig
-from bindllm.data.stream.samples import TarPlace, read_row
+from bindllm.data.stream.samples import TarResolver, read_row
 from bindllm.data.stream.shards import TarSample
 from bindllm.errors import InputError
 from bindllm.media import Media
@@ -62,25 +62,25 @@ def test_a_split_that_a_sample_names_is_told():
     assert read_row(sample(jpg=b"J", txt=b"x"), config, 0)[1] is None
 
 
-def place(**members):
-    return TarPlace(SourceConfig("0.tar"), sample(**members))
+def position(**members):
+    return TarResolver(SourceConfig("0.tar"), sample(**members))
 
 
 @pytest.mark.parametrize("value", ["cat.left.jpg", "a/cat.left.jpg", "left.jpg", ".LEFT.jpg"])
 def test_members_are_named_by_their_name_or_end(value):
-    assert place(left_jpg=b"L", right_jpg=b"R", json=b"{}").media("image", value) == Media.image(b"L")
+    assert position(left_jpg=b"L", right_jpg=b"R", json=b"{}").media("image", value) == Media.image(b"L")
 
 
 def test_a_name_from_before_the_packing_means_the_only_picture():
-    assert place(jpg=b"J", wav=b"W").media("image", "images/000123.jpg") == Media.image(b"J")
-    assert place(jpg=b"J", wav=b"W").media("audio", None) == Media.audio(b"W")
-    assert place(depth_png=b"D", png=b"P", npy=b"N").media("depth", None) == Media.depth(b"D")
-    assert place(npy=b"N", json=b"{}", txt=b"t").media("radar", None) == Media("radar", b"N")
-    assert place(jpg=b"J").media("image", b"inside") == Media.image(b"inside")
+    assert position(jpg=b"J", wav=b"W").media("image", "images/000123.jpg") == Media.image(b"J")
+    assert position(jpg=b"J", wav=b"W").media("audio", None) == Media.audio(b"W")
+    assert position(depth_png=b"D", png=b"P", npy=b"N").media("depth", None) == Media.depth(b"D")
+    assert position(npy=b"N", json=b"{}", txt=b"t").media("radar", None) == Media("radar", b"N")
+    assert position(jpg=b"J").media("image", b"inside") == Media.image(b"inside")
 
 
 def test_two_names_from_before_the_packing_do_not_mean_the_same_picture():
-    one = place(jpg=b"J", mp3=b"M")
+    one = position(jpg=b"J", mp3=b"M")
     assert one.media("image", "first.jpg") == one.media("image", "first.jpg") == Media.image(b"J")
     assert one.media("audio", "second.mp3") == Media.audio(b"M")
     with pytest.raises(RowError, match="several names of a picture that no member has: second.jpg"):
@@ -98,7 +98,7 @@ def test_two_names_from_before_the_packing_do_not_mean_the_same_picture():
 )
 def test_media_that_cannot_be_told(members, modality, value, message):
     with pytest.raises(RowError, match=message):
-        place(**members).media(modality, value)
+        position(**members).media(modality, value)
 
 
 @pytest.mark.parametrize(

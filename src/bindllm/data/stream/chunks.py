@@ -12,12 +12,12 @@ from bindllm.data.report import Skipped
 from bindllm.data.rows import Sample, make_sample
 from bindllm.data.source_config import SourceConfig
 from bindllm.data.stream.embed import EmbeddedSamples, StreamEmbedder
-from bindllm.data.stream.plan import Bookmark, Mixture, Place, group_by_length
+from bindllm.data.stream.plan import StreamState, Mixture, Position, group_by_length
 from bindllm.data.stream.samples import read_row
 from bindllm.data.stream.shards import BAD_SHARD, TarSample
 from bindllm.errors import InputError
 
-MAX_BARREN_CHUNKS = 10
+MAX_EMPTY_CHUNKS = 10
 """Chunks in a row without a row that can be used, after which a run ends."""
 
 
@@ -29,13 +29,13 @@ class Chunk:
         start: the first batch.
         end: the first batch of the next chunk.
         embedded: those that can be used, in the order in which they were read.
-        batches: places in ``embedded`` of the rows of each batch.
+        batches: positions in ``embedded`` of the rows of each batch.
         read: samples that were read.
         skipped: what was left out.
     """
 
-    start: Bookmark
-    end: Bookmark
+    start: StreamState
+    end: StreamState
     embedded: EmbeddedSamples
     batches: list[list[int]]
     read: int = 0
@@ -68,8 +68,8 @@ class ChunkReader:
     batch_size: int
     seed: Sequence[int]
 
-    def read(self, start: Bookmark, stopped: Callable[[], bool] = lambda: False) -> Iterator[Chunk]:
-        """Yield chunks from the one of a bookmark on, without end.
+    def read(self, start: StreamState, stopped: Callable[[], bool] = lambda: False) -> Iterator[Chunk]:
+        """Yield chunks from the one of a state on, without end.
 
         Args:
             start: its chunk is the first.
@@ -78,10 +78,10 @@ class ChunkReader:
         Raises:
             InputError: nothing that is read can be used.
         """
-        with closing(_Reading(self, start.places, stopped)) as reading:
-            number, barren, fruitful = start.chunk, Skipped(), start
+        with closing(_Reading(self, start.positions, stopped)) as reading:
+            number, empty, last_used = start.chunk, Skipped(), start
             while True:
-                places = reading.places
+                positions = reading.positions
                 skipped, taken = Skipped(), reading.taken
                 embedded = self.embedder.embed(reading.samples(skipped), skipped.add)
                 if stopped():
@@ -92,33 +92,33 @@ class ChunkReader:
                     seed=(*self.seed, number),
                 )
                 number += 1
-                begin, end = Bookmark(number - 1, 0, places), Bookmark(number, 0, reading.places)
+                begin, end = StreamState(number - 1, 0, positions), StreamState(number, 0, reading.positions)
                 yield Chunk(begin, end, embedded, batches, reading.taken - taken, skipped)
                 if batches:
-                    barren, fruitful = Skipped(), end
+                    empty, last_used = Skipped(), end
                 else:
-                    barren.update(skipped)
-                    _check(barren, fruitful, end)
+                    empty.update(skipped)
+                    _check(empty, last_used, end)
 
 
-def _check(barren: Skipped, since: Bookmark, now: Bookmark) -> None:
+def _check(empty: Skipped, since: StreamState, now: StreamState) -> None:
     """Stop a run that reads and reads, and finds nothing to learn from."""
-    laps = min(end.lap - begin.lap for begin, end in zip(since.places, now.places, strict=True))
-    if laps > 1 or now.chunk - since.chunk >= MAX_BARREN_CHUNKS:
+    passes = min(end.pass_index - begin.pass_index for begin, end in zip(since.positions, now.positions, strict=True))
+    if passes > 1 or now.chunk - since.chunk >= MAX_EMPTY_CHUNKS:
         raise InputError(
-            f"none of the last {barren.total:,} samples of the stream can be used: {'; '.join(barren.lines())}"
+            f"none of the last {empty.total:,} samples of the stream can be used: {'; '.join(empty.lines())}"
         )
 
 
 class _Reading:
-    """One walk through the samples: the place after the last one that was given, and one that may be held back."""
+    """One walk through the samples: the position after the last one that was given, and one that may be held back."""
 
-    def __init__(self, reader: ChunkReader, places: Sequence[Place], stopped: Callable[[], bool]) -> None:
-        self.reader, self.places, self.stopped = reader, tuple(places), stopped
+    def __init__(self, reader: ChunkReader, positions: Sequence[Position], stopped: Callable[[], bool]) -> None:
+        self.reader, self.positions, self.stopped = reader, tuple(positions), stopped
         self.taken = 0
         self._bad: list[str] = []
-        self._drawn = reader.mixture.read(places, self._bad)
-        self._held: tuple[int, TarSample, tuple[Place, ...]] | None = None
+        self._drawn = reader.mixture.read(positions, self._bad)
+        self._held: tuple[int, TarSample, tuple[Position, ...]] | None = None
 
     def close(self) -> None:
         """Close the shards."""
@@ -126,17 +126,17 @@ class _Reading:
 
     def samples(self, skipped: Skipped) -> Iterator[Sample]:
         """Yield the samples of the next chunk that can be tokenized; count the others."""
-        laps: dict[int, int] = {}
+        passes: dict[int, int] = {}
         for _ in range(self.reader.size):
             if self.stopped():
                 return
             drawn = next(self._drawn) if self._held is None else self._held
             self._held = None
-            number, sample, places = drawn
-            if laps.setdefault(number, places[number].lap) != places[number].lap:
+            number, sample, positions = drawn
+            if passes.setdefault(number, positions[number].pass_index) != positions[number].pass_index:
                 self._held = drawn
                 return
-            self.places, self.taken = places, self.taken + 1
+            self.positions, self.taken = positions, self.taken + 1
             for message in self._bad:
                 skipped.add(BAD_SHARD, message)
             self._bad.clear()

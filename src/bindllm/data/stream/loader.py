@@ -21,7 +21,7 @@ from bindllm.data.source_config import SourceConfig
 from bindllm.data.stream.ahead import Ahead
 from bindllm.data.stream.chunks import Chunk, ChunkReader
 from bindllm.data.stream.embed import StreamEmbedder
-from bindllm.data.stream.plan import Bookmark, Mixture, ShardStream
+from bindllm.data.stream.plan import StreamState, Mixture, ShardStream
 from bindllm.data.stream.shards import expand_shards, is_remote, is_stream
 from bindllm.encoders import Encoder
 from bindllm.errors import InputError
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
 class StreamLoader:
     """Yields batches without end, from where the trainer stands.
 
-    A thread reads, decodes, embeds and tokenizes ahead. What is saved is the place of the next batch that the trainer
+    A thread reads, decodes, embeds and tokenizes ahead. What is saved is the position of the next batch that the trainer
     has not had, whatever the thread has made by then; and of the one before, for a step that was cut off.
 
     Args:
-        chunks: yields the chunks from a bookmark on; its second argument tells whether to stop.
+        chunks: yields the chunks from a state on; its second argument tells whether to stop.
         collate: makes a batch of samples.
         start: where a run begins.
         length: batches that the trainer will take; Lightning counts a run as one epoch of so many.
@@ -50,10 +50,10 @@ class StreamLoader:
 
     def __init__(
         self,
-        chunks: Callable[[Bookmark, Callable[[], bool]], Iterator[Chunk]],
+        chunks: Callable[[StreamState, Callable[[], bool]], Iterator[Chunk]],
         collate: Callable[[list[Sample], Lookup], Batch],
         *,
-        start: Bookmark,
+        start: StreamState,
         length: int,
         fingerprint: str,
         position: Callable[[], int] | None = None,
@@ -64,7 +64,7 @@ class StreamLoader:
         self._length, self._fingerprint = length, fingerprint
         self._position, self._ranks, self._device = position, ranks, device
         # The next batch after so many: of the last two numbers of batches.
-        self._bookmarks: dict[int, Bookmark] = {0: start}
+        self._states: dict[int, StreamState] = {0: start}
         self._ahead: Ahead[Chunk] | None = None
         self.report = StreamReport()
 
@@ -72,15 +72,15 @@ class StreamLoader:
         return self._length
 
     def __iter__(self) -> Iterator[Batch]:
-        # A generator: nothing here runs before the first batch is asked for, when the trainer knows its place.
+        # A generator: nothing here runs before the first batch is asked for, when the trainer knows its position.
         self.close()
-        done = max(self._bookmarks) if self._position is None else self._position()
-        if done not in self._bookmarks:
+        done = max(self._states) if self._position is None else self._position()
+        if done not in self._states:
             raise InputError(
-                f"this run cannot go on after batch {done}: its saved state is of batch {max(self._bookmarks)}; start "
+                f"this run cannot go on after batch {done}: its saved state is of batch {max(self._states)}; start "
                 "it afresh with --resume false"
             )
-        first = self._bookmarks[done]
+        first = self._states[done]
         started = time.perf_counter()
         self._ahead = ahead = Ahead(lambda stopped: self._chunks(first, stopped), device=self._device)
         try:
@@ -88,16 +88,16 @@ class StreamLoader:
             asked = started
             for chunk in ahead:
                 self._note_chunk(chunk, first)
-                places = [
-                    Bookmark(chunk.start.chunk, n, chunk.start.places) for n in range(len(chunk.batches))
+                positions = [
+                    StreamState(chunk.start.chunk, n, chunk.start.positions) for n in range(len(chunk.batches))
                 ]
-                places.append(chunk.end)
+                positions.append(chunk.end)
                 for number in range(
                     first.batch if chunk.start.chunk == first.chunk else 0, len(chunk.batches)
                 ):
                     rows = [chunk.embedded.samples[n] for n in chunk.batches[number]]
                     batch = self._collate(rows, chunk.embedded.lookup)
-                    self._bookmarks = {done: places[number], done + 1: places[number + 1]}
+                    self._states = {done: positions[number], done + 1: positions[number + 1]}
                     done += 1
                     now = time.perf_counter()
                     begun = self._note_batch(rows, now - asked, begun, now)
@@ -119,11 +119,11 @@ class StreamLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Return where every process stands, and what must not change until a resume; all of them call this."""
-        mine = {str(done): bookmark.as_dict() for done, bookmark in self._bookmarks.items()}
+        mine = {str(done): state.as_dict() for done, state in self._states.items()}
         return {
             "stream": self._fingerprint,
             "processes": self._ranks.count,
-            "bookmarks": self._ranks.gather(mine),
+            "states": self._ranks.gather(mine),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -144,10 +144,10 @@ class StreamLoader:
                 "size, max_length or seed differ. Restore them, or start a new run from the weights (start_from)"
             )
         self.close()
-        mine = state_dict["bookmarks"][self._ranks.number]
-        self._bookmarks = {int(done): Bookmark.from_dict(values) for done, values in mine.items()}
+        mine = state_dict["states"][self._ranks.number]
+        self._states = {int(done): StreamState.from_dict(values) for done, values in mine.items()}
 
-    def _note_chunk(self, chunk: Chunk, first: Bookmark) -> None:
+    def _note_chunk(self, chunk: Chunk, first: StreamState) -> None:
         """Count what was read anew; after a resume, the first batches of the first chunk were trained on before."""
         before = chunk.batches[: first.batch] if chunk.start.chunk == first.chunk else []
         seen = sum(map(len, before))
@@ -263,7 +263,7 @@ def stream_loader(
     return StreamLoader(
         streams.chunks,
         partial(collate, pad_id=tokenizer.pad_token_id),
-        start=Bookmark(0, 0, streams.mixture.start()),
+        start=StreamState(0, 0, streams.mixture.start()),
         length=length,
         fingerprint=streams.fingerprint(),
         position=position,
@@ -295,7 +295,7 @@ class _Streams:
         ]
         self.mixture = Mixture(streams, [config.weight for _, config in self.numbered])
 
-    def chunks(self, start: Bookmark, stopped: Callable[[], bool]) -> Iterator[Chunk]:
+    def chunks(self, start: StreamState, stopped: Callable[[], bool]) -> Iterator[Chunk]:
         """Read in the loader's thread, with a tokenizer of its own: none may be used by two at the same time."""
         # The processors are shared by the processes of a machine.
         workers = self.ranks.threads or os.cpu_count() or 1

@@ -21,45 +21,45 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Place:
+class Position:
     """How far a process has read a stream.
 
     Args:
-        lap: number of the pass over the shards, from 0.
-        shard: place of the shard in the order of this pass, from 0.
+        pass_index: number of the pass over the shards, from 0.
+        shard: position of the shard in the order of this pass, from 0.
         sample: samples of the shard that were read.
         drawn: samples of the stream that were read in all.
     """
 
-    lap: int = 0
+    pass_index: int = 0
     shard: int = 0
     sample: int = 0
     drawn: int = 0
 
 
 @dataclass(frozen=True)
-class Bookmark:
+class StreamState:
     """Where a process stands: the next batch to be handed out.
 
     Args:
         chunk: number of its chunk, from 0.
         batch: number of the batch in the chunk, from 0.
-        places: where the chunk starts in each stream.
+        positions: where the chunk starts in each stream.
     """
 
     chunk: int
     batch: int
-    places: tuple[Place, ...]
+    positions: tuple[Position, ...]
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values, for a saved state."""
-        return asdict(self) | {"places": [asdict(place) for place in self.places]}
+        return asdict(self) | {"positions": [asdict(position) for position in self.positions]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Return what `as_dict` was made of."""
-        places = tuple(Place(**place) for place in values["places"])
-        return cls(values["chunk"], values["batch"], places)
+        positions = tuple(Position(**position) for position in values["positions"])
+        return cls(values["chunk"], values["batch"], positions)
 
 
 @dataclass
@@ -93,42 +93,42 @@ class ShardStream:
                 "own: use more, smaller shards, or fewer devices"
             )
 
-    def lap(self, number: int) -> list[str]:
+    def shard_order(self, number: int) -> list[str]:
         """Return the shards that this process reads in a pass, in their order."""
         order = np.random.default_rng([self.seed, 2, self.source, number]).permutation(len(self.shards))
         return [self.shards[n] for n in order[self.rank :: self.world_size]]
 
-    def read(self, place: Place, bad: list[str]) -> Iterator[tuple[TarSample, Place]]:
-        """Yield samples from a place on, without end, each with the place after it.
+    def read(self, position: Position, bad: list[str]) -> Iterator[tuple[TarSample, Position]]:
+        """Yield samples from a position on, without end, each with the position after it.
 
         Args:
-            place: where to begin.
+            position: where to begin.
             bad: receives a message for each shard that ends too early or is not there.
 
         Raises:
             InputError: no shard of a whole pass gives a sample.
         """
-        barren: dict[str, str] = {}
+        empty: dict[str, str] = {}
         while True:
-            shards = self.lap(place.lap)
-            for number in range(place.shard, len(shards)):
-                place = place if number == place.shard else replace(place, shard=number, sample=0)
-                barren[shards[number]] = f"{shards[number]}: no sample"
+            shards = self.shard_order(position.pass_index)
+            for number in range(position.shard, len(shards)):
+                position = position if number == position.shard else replace(position, shard=number, sample=0)
+                empty[shards[number]] = f"{shards[number]}: no sample"
                 try:
-                    for sample in read_shard(shards[number], skip=place.sample):
-                        barren.clear()
-                        place = replace(place, sample=place.sample + 1, drawn=place.drawn + 1)
-                        yield sample, place
+                    for sample in read_shard(shards[number], skip=position.sample):
+                        empty.clear()
+                        position = replace(position, sample=position.sample + 1, drawn=position.drawn + 1)
+                        yield sample, position
                 except ShardError as error:
                     bad.append(str(error))
                     self._warn(shards[number], error)
                 # Across processes the shards of a pass differ: a process gives up when it has tried them all.
-                if len(barren) == len(self.shards):
+                if len(empty) == len(self.shards):
                     raise InputError(
                         f"data source {self.path}: none of its {len(self.shards)} shards gives a sample, "
-                        f"for example: {(bad or list(barren.values()))[-1]}"
+                        f"for example: {(bad or list(empty.values()))[-1]}"
                     )
-            place = replace(place, lap=place.lap + 1, shard=0, sample=0)
+            position = replace(position, pass_index=position.pass_index + 1, shard=0, sample=0)
 
     def _warn(self, shard: str, error: ShardError) -> None:
         if shard not in self._warned:
@@ -147,16 +147,16 @@ class Mixture:
     def __init__(self, streams: Sequence[ShardStream], weights: Sequence[float]) -> None:
         self.streams, self._weights = tuple(streams), tuple(weights)
 
-    def start(self) -> tuple[Place, ...]:
+    def start(self) -> tuple[Position, ...]:
         """Return where a run begins."""
-        return (Place(),) * len(self.streams)
+        return (Position(),) * len(self.streams)
 
     def read(
-        self, places: Sequence[Place], bad: list[str]
-    ) -> Iterator[tuple[int, TarSample, tuple[Place, ...]]]:
-        """Yield samples from some places on, without end: number of the stream, sample, and the places after it."""
-        current = list(places)
-        readers = [stream.read(place, bad) for stream, place in zip(self.streams, places, strict=True)]
+        self, positions: Sequence[Position], bad: list[str]
+    ) -> Iterator[tuple[int, TarSample, tuple[Position, ...]]]:
+        """Yield samples from some positions on, without end: number of the stream, sample, and the positions after it."""
+        current = list(positions)
+        readers = [stream.read(position, bad) for stream, position in zip(self.streams, positions, strict=True)]
         while True:
             # The stream that is furthest behind its share.
             number = min(range(len(current)), key=lambda n: ((current[n].drawn + 0.5) / self._weights[n], n))
