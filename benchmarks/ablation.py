@@ -31,7 +31,7 @@ from bindllm.data.collate import MediaGroup
 from bindllm.data.datamodule import BindData
 from bindllm.data.rows import Sample
 from bindllm.data.sources import SourceConfig
-from bindllm.embeddings.embedder import fill
+from bindllm.embeddings.precompute import precompute_embeddings
 from bindllm.embeddings.store import EmbeddingStore
 from bindllm.encoders import Aligned, EfficientNetLite, Encoder
 from bindllm.evaluation.run import measure_captions
@@ -196,7 +196,7 @@ class Bench:
 def embed(encoder: Encoder, media: Sequence[Media]) -> Tensor:
     """Return the embeddings of media, [N, E], each encoded once, ever."""
     store = EmbeddingStore.for_encoder(STORE, encoder)
-    if failed := fill(store, encoder, media).failed:
+    if failed := precompute_embeddings(store, encoder, media).failed:
         raise SystemExit(f"{len(failed)} media cannot be embedded, the first: {failed[0][1]}")
     return store.get([store.key_of(item) for item in media])
 

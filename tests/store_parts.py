@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from bindllm import EmbeddingStore, Media
-from bindllm.embeddings.embedder import FillReport, fill
+from bindllm.embeddings.precompute import PrecomputeReport, precompute_embeddings
+from bindllm.parallel import Processes
 from tiny import ColourEncoder
 
 FINGERPRINT = "a1" * 32
@@ -86,7 +87,7 @@ def pictures(folder: Path, count: int, *, start: int = 0) -> list[Media]:
     return media
 
 
-def counts(report: FillReport) -> tuple[int, int, int, int]:
+def counts(report: PrecomputeReport) -> tuple[int, int, int, int]:
     return report.encoded, report.reused, report.duplicates, len(report.failed)
 
 
@@ -95,10 +96,15 @@ def expected(media: list[Media]) -> torch.Tensor:
     return torch.cat([encoder.embed("image", [encoder.prepare(item)]) for item in media])
 
 
-def run(folder: Path, media, encoder: ColourEncoder | None = None, **options) -> FillReport:
+def run(folder: Path, media, encoder: ColourEncoder | None = None, **options) -> PrecomputeReport:
     encoder = encoder or CountingEncoder()
     store = EmbeddingStore.for_encoder(folder, encoder)
-    return fill(store, encoder, media, **{"batch_size": 4, "workers": 2, "progress": False, **options})
+    return precompute_embeddings(
+        store,
+        encoder,
+        media,
+        **{"batch_size": 4, "processes": Processes(threads=2), "progress": False, **options},
+    )
 
 
 def stored(folder: Path, media: list[Media]) -> torch.Tensor:

@@ -145,7 +145,7 @@ def test_rows_that_are_left_out_are_counted_with_examples(tmp_path, parts, capsy
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = tiny_recipe(parts, data={"sources": [{"path": "rows.jsonl", "split": "train"}]})
     assert run("check", recipe) == 0
-    assert "1 x no such picture" in capsys.readouterr().out
+    assert "1 x no such image file" in capsys.readouterr().out
 
 
 def test_a_checkpoint_folder(parts, capsys):

@@ -9,7 +9,7 @@ import pytest
 import tiny_layouts as tiny
 from bindllm.cache.visual_cache import VisualCache
 from bindllm.cli import main
-from bindllm.embeddings.embedder import fill
+from bindllm.embeddings.precompute import precompute_embeddings
 from bindllm.embeddings.store import EmbeddingStore
 from bindllm.media import Media
 
@@ -114,7 +114,7 @@ def test_columns_of_a_table():
 def test_a_cache_from_its_folder(capsys):
     encoder = tiny.WordEncoder()
     store = EmbeddingStore.for_encoder("pictures", encoder)
-    fill(store, encoder, [Media.image(tiny.write(Path("a.png"), "dog dog rain"))])
+    precompute_embeddings(store, encoder, [Media.image(tiny.write(Path("a.png"), "dog dog rain"))])
     VisualCache.build("cache", store)
     tiny.write(Path("set/dog/a.wav"), "dog dog dog dog rain rain rain rain rain")
     tiny.write(Path("set/rain/b.wav"), "rain")

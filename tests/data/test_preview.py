@@ -42,7 +42,7 @@ def test_it_marks_what_is_learnt_and_which_media_speaks(tokenizer):
 
 def test_turns_that_did_not_fit_are_named(tokenizer):
     lines = plain(replace(tokenize(TWO, tokenizer, 30), name="t row 1", type="colour"), tokenizer)
-    assert lines[0] == "t row 1: 26 tokens, 5 to learn, 1 of 2 answers left out, type colour"
+    assert lines[0] == "t row 1: 26 tokens, 5 to learn, 1 of 2 answers dropped, type colour"
     assert lines[-1] == "  media 0: a.png"
 
 
@@ -109,5 +109,5 @@ def test_a_few_rows_of_each_source_are_shown_in_turn(tokenizer):
     lines = [str(line) for line in preview_rows(rows, tokenizer, 100, number=5)]
     shown = [line for line in lines if not line.startswith(" ")]
     assert [line[:3] for line in shown] == ["0:0", "2:0", "5:0", "0:1", "5:1"]
-    assert shown[3].startswith("0:1: left out (a message spells the control token")
+    assert shown[3].startswith("0:1: skipped (a message spells the control token")
     assert list(preview_rows(rows, tokenizer, 100, number=0)) == []

@@ -6,7 +6,7 @@ from itertools import islice, pairwise
 
 import pytest
 
-from bindllm.data.stream.plan import StreamState, Mixture, Position, ShardStream, group_by_length
+from bindllm.data.stream.plan import Mixture, Position, ShardStream, StreamState, group_by_length
 from bindllm.data.stream.shards import expand_shards
 from bindllm.errors import InputError
 from stream_parts import captioned, write_shard, write_shards
@@ -61,9 +61,11 @@ def test_bad_shards_are_told_and_passed_over(shards, tmp_path, caplog):
     cut.write_bytes(cut.read_bytes()[:size])
     bad: list[str] = []
     stream = ShardStream("s", [*shards, str(cut), str(tmp_path / "none.tar")])
-    seen = Counter(sample.key for sample, position in islice(stream.read(Position(), bad), 63) if position.pass_index < 2)
+    seen = Counter(
+        sample.key for sample, position in islice(stream.read(Position(), bad), 63) if position.pass_index < 2
+    )
     assert len(caplog.records) == 2
-    assert "the stream goes on with the next shard" in caplog.text
+    assert "the stream continues with the next shard" in caplog.text
     assert set(seen.values()) == {2}
     # Of the three samples the last one is cut off.
     assert len(seen) == 21 + 2

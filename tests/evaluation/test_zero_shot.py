@@ -9,7 +9,7 @@ import torch
 
 import tiny_layouts as tiny
 from bindllm.cache.visual_cache import VisualCache
-from bindllm.embeddings.embedder import fill
+from bindllm.embeddings.precompute import precompute_embeddings
 from bindllm.embeddings.store import EmbeddingStore
 from bindllm.errors import EncoderError, InputError, StoreError
 from bindllm.evaluation import measures
@@ -253,7 +253,7 @@ def picture_cache(folder, words, **settings):
     encoder = WordEncoder()
     store = EmbeddingStore.for_encoder(folder / "pictures", encoder)
     files = [write(folder / f"{number}.png", content) for number, content in enumerate(words)]
-    fill(store, encoder, [Media.image(file) for file in files])
+    precompute_embeddings(store, encoder, [Media.image(file) for file in files])
     return VisualCache.build(folder / "cache", store, **settings)
 
 

@@ -6,10 +6,15 @@ After ImageBind-LLM (arXiv 2309.03905) section 3.4 and its released code.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bindllm.errors import InputError, known_names
+from bindllm.embeddings.shards import as_hex
+from bindllm.errors import InputError, StoreError, known_names
+
+if TYPE_CHECKING:
+    from bindllm.embeddings.store import EmbeddingStore
 
 FORMULAS = ("released", "paper")
 
@@ -29,6 +34,22 @@ def unit_rows(rows: np.ndarray) -> np.ndarray:
     norms = np.sqrt(np.square(rows, dtype=np.float64).sum(axis=-1, keepdims=True))
     with np.errstate(invalid="ignore", divide="ignore"):
         return (rows / norms).astype(np.float32)
+
+
+def read_units(store: EmbeddingStore, keys: np.ndarray) -> np.ndarray:
+    """Return the embeddings of keys [N] at unit length, float32 [N, E].
+
+    Raises:
+        StoreError: a key that is not stored, or an embedding without direction; names it.
+    """
+    names = as_hex(keys)
+    rows = unit_rows(store.get(names).numpy())
+    broken = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+    if len(broken):
+        raise StoreError(
+            f"{store.folder}: the embedding with key {names[broken[0]]} is zero or not finite, so it has no direction"
+        )
+    return rows
 
 
 def similarities_of(queries: np.ndarray, numbers: np.ndarray, vectors: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ from bindllm.cache.factories import choose
 from bindllm.cache.index_writer import IndexChange
 from bindllm.cache.manifest import MANIFEST, IndexInfo, read_manifest
 from bindllm.cache.parts import Part, open_part, read_index
-from bindllm.embeddings.records import as_hex, missing_from, read_keys, shards_digest
+from bindllm.embeddings.shards import as_hex, missing_from, read_keys, shards_digest
 from bindllm.errors import InputError, StoreError
 
 if TYPE_CHECKING:

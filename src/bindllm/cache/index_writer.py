@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bindllm.cache import factories
+from bindllm.cache.blend import read_units
 from bindllm.cache.index_folder import writing
 from bindllm.cache.manifest import (
     FileInfo,
@@ -27,12 +28,11 @@ from bindllm.cache.manifest import (
     write_manifest,
 )
 from bindllm.cache.parts import Part, open_part, read_trained, write_index
-from bindllm.embeddings.records import (
+from bindllm.embeddings.shards import (
     as_hex,
     as_keys,
     missing_from,
     read_keys,
-    read_units,
     shards_digest,
     unique,
 )

@@ -51,7 +51,7 @@ class StoreState:
 
     Attributes:
         path: from the index folder to the encoder's folder in the store.
-        digest: what `bindllm.embeddings.records.shards_digest` said.
+        digest: what `bindllm.embeddings.shards.shards_digest` said.
         chosen: the index is of chosen keys, not of all that the store has of the modality.
     """
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bindllm.embeddings.embedder import fill
-from bindllm.errors import InputError, MediaError
+from bindllm.embeddings.precompute import precompute_embeddings
+from bindllm.errors import InputError
 from bindllm.media import Media
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def embed_pictures(
         InputError: no picture there that can be read.
     """
     media = [Media.image(file) for file in find_pictures(pictures)]
-    report = fill(store, encoder, media)
+    report = precompute_embeddings(store, encoder, media)
     if report.failed:
         logging.getLogger("bindllm").warning(
             "%d of %d pictures cannot be read and are left out; the first: %s",
@@ -41,14 +41,7 @@ def embed_pictures(
             len(media),
             report.failed[0][1],
         )
-    keys: dict[str, None] = {}
-    for item in media:
-        try:
-            keys[store.key_of(item)] = None
-        except MediaError:
-            continue
-    known = list(keys)
-    stored = [key for key, has in zip(known, store.has(known), strict=True) if has]
+    stored = list(dict.fromkeys(store.keys_of(media).values()))
     if not stored:
         raise InputError(f"none of the {len(media)} pictures can be read; the first: {report.failed[0][1]}")
     return stored

@@ -73,7 +73,7 @@ def check_sources(
             with problems.noted():
                 lengths = _lengths(rows["train"], report.skipped, tokenizer, max_length)
         for line in report.skipped.lines():
-            console.print(f"  left out: {line}", markup=False)
+            console.print(f"  skipped: {line}", markup=False)
         if lengths is not None:
             console.print(f"  {lengths}", markup=False)
     if read and not num_train and len(problems) == before:

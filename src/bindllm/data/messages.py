@@ -81,7 +81,11 @@ class RecordMedia:
         needs_placeholders: bool = False,
         unnamed: Callable[[], Mapping[str, Sequence[object]]] = dict,
     ) -> None:
-        self.modalities, self._resolve, self._needs_placeholders = tuple(modalities), resolve, needs_placeholders
+        self.modalities, self._resolve, self._needs_placeholders = (
+            tuple(modalities),
+            resolve,
+            needs_placeholders,
+        )
         self._values, self._columns, self._unnamed = dict(values or {}), columns or {}, unnamed
         self._is_named = any(self._values.values())
         self._taken: dict[str, int] = {}
@@ -129,7 +133,12 @@ class RecordMedia:
             taken = self._taken.get(modality, 0)
             if taken < len(values) and (self._taken or self._needs_placeholders):
                 raise self._mismatch("fewer", taken, modality)
-        return [self.take(modality) for modality, values in self._values.items() if not self._taken.get(modality) for _ in values]
+        return [
+            self.take(modality)
+            for modality, values in self._values.items()
+            if not self._taken.get(modality)
+            for _ in values
+        ]
 
     def _mismatch(self, word: str, count: int, modality: str) -> RowError:
         column, available = self._columns.get(modality, modality), len(self._values.get(modality, ()))
@@ -138,7 +147,7 @@ class RecordMedia:
 
 
 def parse_messages(messages: Sequence[object], media: RecordMedia) -> list[Message]:
-    """Parse OpenAI-style messages.
+    r"""Parse OpenAI-style messages.
 
     A placeholder such as ``<image>`` in a user's text counts only if the row has media of that modality left;
     otherwise it is text. White space around a message is removed. Two successive messages of one role become one,
@@ -156,7 +165,7 @@ def parse_messages(messages: Sequence[object], media: RecordMedia) -> list[Messa
         RowError: a message that cannot be used; the reason says why.
 
     Example:
-        >>> messages = [{"role": "user", "content": "2 + 2?\\n"}, {"role": "assistant", "content": "4"}]
+        >>> messages = [{"role": "user", "content": "2 + 2?\n"}, {"role": "assistant", "content": "4"}]
         >>> [message.text for message in parse_messages(messages, RecordMedia(Media))]
         ['2 + 2?', '4']
     """

@@ -58,7 +58,7 @@ def preview_rows(
         try:
             sample = make_sample(row, tokenizer, max_length)
         except InputError as error:
-            yield Text(f"{row.name}: left out ({error})")
+            yield Text(f"{row.name}: skipped ({error})")
         else:
             yield from preview_lines(sample, tokenizer)
 
@@ -102,7 +102,7 @@ def _title(sample: Sample) -> str:
         parts[0] += f" in {kept} answers"
     if sample.truncated:
         parts.append(
-            "answer cut" if judged or kept == answers else f"{answers - kept} of {answers} answers left out"
+            "answer cut" if judged or kept == answers else f"{answers - kept} of {answers} answers dropped"
         )
     if sample.type:
         parts.append(f"type {sample.type}")

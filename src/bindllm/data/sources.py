@@ -111,7 +111,9 @@ def _read_captioned(config: SourceConfig, number: int, report: SourceReport) -> 
         split = config.split or one.split or hashed_split(one.key, config.held_out)
         question = {"role": "user", "content": [Media(config.modality, one.file), config.prompt]}
         for caption, name in one.captions.items():
-            messages = parse_messages([question, {"role": "assistant", "content": caption}], RecordMedia(Media))
+            messages = parse_messages(
+                [question, {"role": "assistant", "content": caption}], RecordMedia(Media)
+            )
             rows[split].append(Row(answered(messages), tuple(one.captions), name, number))
     return rows
 
@@ -205,7 +207,9 @@ def _format_hint(config: SourceConfig) -> str:
     except InputError:
         return ""
     found = looks_like(record)
-    return f". Its first row looks like {found}; set format: {found}" if found not in (None, "caption") else ""
+    return (
+        f". Its first row looks like {found}; set format: {found}" if found not in (None, "caption") else ""
+    )
 
 
 def read_captions(
@@ -257,7 +261,9 @@ def find_table(path: Path) -> Path | None:
         return path
     tables = [file for suffix in READERS if (file := path / f"{TABLE_NAME}{suffix}").is_file()]
     if len(tables) > 1:
-        raise InputError(f"{path} holds {' and '.join(table.name for table in tables)}; give the path of the one to use")
+        raise InputError(
+            f"{path} holds {' and '.join(table.name for table in tables)}; give the path of the one to use"
+        )
     return tables[0] if tables else None
 
 
@@ -304,7 +310,11 @@ def _folder_rows(folder: Path, report: SourceReport, modality: str) -> Iterator[
     files = sorted(file for file in folder.rglob("*") if _is_media_file(file, modality) and file.is_file())
     if not files:
         endings = ", ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
-        wanted = f"images ({endings})" if modality == "image" else f"{modality} files with a .txt file of the same name"
+        wanted = (
+            f"images ({endings})"
+            if modality == "image"
+            else f"{modality} files with a .txt file of the same name"
+        )
         raise InputError(
             f"{folder} holds no table {TABLE_NAME}.* ({', '.join(READERS)}) and no {wanted}; expected one or the other"
         )

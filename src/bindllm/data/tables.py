@@ -9,7 +9,6 @@ import csv
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -147,7 +146,9 @@ def _list_of_object(text: _JsonText, skipped: Skipped) -> Iterator[tuple[str, ob
             text.take(",")
         is_first = False
         if text.peek() != '"':
-            raise InputError(f"{text.path}: not valid JSON ({text.peek()!r} instead of a key in quotation marks)")
+            raise InputError(
+                f"{text.path}: not valid JSON ({text.peek()!r} instead of a key in quotation marks)"
+            )
         key, _ = text.value("a key")
         text.take(":")
         if text.peek() != "[":

@@ -7,19 +7,22 @@ share its pages, and a look-up is a binary search in each shard: there is no ind
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from bindllm.atomic import atomic_file
+from bindllm.errors import StoreError
 
 KEY_BYTES = 32
 KEY = np.dtype(f"S{KEY_BYTES}")
@@ -59,9 +62,7 @@ class Shards:
         """Return the number of different keys."""
         if not self._shards:
             return 0
-        keys = np.concatenate([shard.keys for shard in self._shards])
-        # With the index asked for, numpy sorts, which is several times faster here than its hashing.
-        return len(np.unique(keys, return_index=True)[0])
+        return len(unique(np.concatenate([shard.keys for shard in self._shards])))
 
     def has(self, keys: np.ndarray) -> np.ndarray:
         """Return for each of the keys [N] whether it is stored, bool [N]."""
@@ -227,3 +228,90 @@ def _layout(kind: pa.DataType) -> tuple[np.dtype, tuple[int, ...]]:
     if pa.types.is_fixed_size_list(kind):
         return np.dtype(kind.value_type.to_pandas_dtype()), (kind.list_size,)
     return np.dtype(f"S{kind.byte_width}"), ()
+
+
+def as_keys(keys: Sequence[str]) -> np.ndarray:
+    """Return content hashes in hex as an array of 32 bytes each, [N].
+
+    Raises:
+        StoreError: not a content hash; names the first.
+    """
+    for key in keys:
+        if len(key) != 2 * KEY_BYTES:
+            raise StoreError(
+                f"a key must be a content hash of {2 * KEY_BYTES} hexadecimal digits, not {key!r}"
+            )
+    try:
+        return np.frombuffer(bytes.fromhex("".join(keys)), KEY)
+    except ValueError as error:
+        raise StoreError(f"keys must be content hashes in hexadecimal digits ({error})") from error
+
+
+def as_hex(keys: np.ndarray) -> list[str]:
+    """Return keys [N] as content hashes in hex.
+
+    Example:
+        >>> as_hex(as_keys(["ab" * 32])) == ["ab" * 32]
+        True
+    """
+    text = keys.tobytes().hex()
+    return [text[start : start + 2 * KEY_BYTES] for start in range(0, len(text), 2 * KEY_BYTES)]
+
+
+def unique(keys: np.ndarray) -> np.ndarray:
+    """Return keys sorted, each once."""
+    # With the index asked for, numpy sorts, which is several times faster here than its hashing.
+    return np.unique(keys, return_index=True)[0]
+
+
+def missing_from(keys: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Return those of the keys that are not among others; both sorted, each once."""
+    if not len(others):
+        return keys
+    places = np.minimum(np.searchsorted(others, keys), len(others) - 1)
+    return keys[others[places] != keys]
+
+
+def read_keys(folder: Path, modality: str | None) -> np.ndarray:
+    """Return the keys of all embeddings of a modality (None: of any) in a store, sorted, each once, [N].
+
+    Args:
+        folder: of one encoder in a store: `EmbeddingStore.folder`.
+        modality: which embeddings.
+
+    Raises:
+        StoreError: a shard that cannot be read.
+    """
+    while True:
+        found = [np.zeros(0, KEY)]
+        try:
+            for shard in sorted(folder.glob("embeddings-*.arrow")):
+                batch = pa.ipc.open_file(pa.memory_map(str(shard))).get_batch(0)
+                column = batch.column("key")
+                if modality is not None:
+                    column = column.filter(pc.equal(batch.column("modality"), modality))
+                if len(column):
+                    # A copy, so that the shard need not stay mapped.
+                    found.append(keys_in(column).copy())
+        except FileNotFoundError:
+            # Another process has merged this shard into a new one since the folder was listed.
+            continue
+        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+            raise StoreError(f"{shard} cannot be read ({error}); open the store to set it aside") from error
+        return unique(np.concatenate(found))
+
+
+def shards_digest(folder: Path) -> str:
+    """Return a sha256 over names and sizes of a store's shards, in hex: as long as it stays, so do its rows.
+
+    Shards are never changed, so that no content has to be read. When they are merged it differs although the rows
+    are the same.
+    """
+    digest = hashlib.sha256()
+    for shard in sorted(folder.glob("embeddings-*.arrow")):
+        try:
+            digest.update(f"{shard.name} {shard.stat().st_size}\n".encode())
+        except FileNotFoundError:
+            # Merged into another since the folder was listed: the digest is of no state, and fits none.
+            digest.update(f"{shard.name} gone\n".encode())
+    return digest.hexdigest()

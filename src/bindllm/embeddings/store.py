@@ -12,8 +12,8 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,9 +23,8 @@ import torch
 from torch import Tensor
 
 from bindllm.atomic import write_json
-from bindllm.embeddings.records import as_hex, as_keys, read_keys
-from bindllm.embeddings.shards import KEY, KEY_BYTES, Shards
-from bindllm.errors import StoreError
+from bindllm.embeddings.shards import KEY, KEY_BYTES, Shards, as_hex, as_keys, read_keys
+from bindllm.errors import MediaError, StoreError
 from bindllm.media import Media
 
 if TYPE_CHECKING:
@@ -131,6 +130,18 @@ class EmbeddingStore:
             key = bytes.fromhex(media.content_hash())
             self._hashed[file] = key
         return key.hex()
+
+    def keys_of(self, media: Iterable[Media]) -> dict[Media, str]:
+        """Return the key of each media that is stored, without files that cannot be read."""
+        keys: dict[Media, str] = {}
+        for item in media:
+            with suppress(MediaError):
+                keys[item] = self.key_of(item)
+        return {
+            item: key
+            for (item, key), stored in zip(keys.items(), self.has([*keys.values()]), strict=True)
+            if stored
+        }
 
     def has(self, keys: Sequence[str]) -> np.ndarray:
         """Return for each of the keys [N] whether its embedding is stored, bool [N]."""

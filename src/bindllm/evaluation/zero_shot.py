@@ -123,7 +123,7 @@ def _fill(
     wanted = dict.fromkeys(row.media for row in rows)
     for groups in (*(row.answers for row in rows), prompts):
         wanted |= dict.fromkeys(media for group in groups for media in group)
-    totals = embeddings.fill(wanted, device=device, progress=progress)
+    totals = embeddings.precompute(wanted, device=device, progress=progress)
     failed = totals.failed
     if broken := [media for prompt in prompts for media in prompt if media in failed]:
         raise InputError(f"the prompt {broken[0].name} cannot be embedded: {failed[broken[0]]}")

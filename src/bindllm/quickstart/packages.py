@@ -6,7 +6,6 @@ folder, where a file that was put there by hand serves as well.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from bindllm.atomic import file_sha256
 from bindllm.errors import AssetError
 
 
@@ -70,7 +70,7 @@ class Downloads:
         """
         kept = self.folder / package.file
         if kept.exists():
-            found = sha256_of(kept)
+            found = file_sha256(kept)
             if found == package.sha256:
                 return kept
             refused = kept.with_name(f"{kept.name}.refused")
@@ -84,7 +84,7 @@ class Downloads:
             if not arrived.exists():
                 names = ", ".join(sorted(path.name for path in Path(fresh).iterdir())) or "nothing"
                 raise self._error(package, f"the download brought {names} in place of {package.file}")
-            found = sha256_of(arrived)
+            found = file_sha256(arrived)
             if found != package.sha256:
                 raise self._error(
                     package, f"the downloaded {package.file} has sha256 {found}, expected {package.sha256}"
@@ -131,9 +131,3 @@ class Downloads:
             f"    {elsewhere}\ncopy {package.file} (sha256 {package.sha256})\ninto {self.folder}{os.sep} here, "
             "and run the same command again."
         )
-
-
-def sha256_of(path: Path) -> str:
-    """Return the hexadecimal sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

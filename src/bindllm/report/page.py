@@ -247,7 +247,7 @@ def _data(page: ReportData) -> str:
     data = page.facts["data"]
     if not data:
         return "<p>Not recorded.</p>"
-    sources = [[escape(s["path"]), _counted(s), f"{s['captions']:,}"] for s in data["sources"]]
+    sources = [[escape(s["path"]), _counted(s), f"{s['num_rows']:,}"] for s in data["sources"]]
     cleaned = sum(source["control_characters"] for source in data["sources"])
     notes = {
         "answers cut to the longest length": data["truncated"],
@@ -284,7 +284,7 @@ def _rows_of(data: dict[str, Any]) -> str:
 
 def _counted(source: dict[str, Any]) -> str:
     modality = source.get("modality", "image")
-    return f"{source['pictures']:,}" + ("" if modality == "image" else f" {escape(modality)}")
+    return f"{source['num_media']:,}" + ("" if modality == "image" else f" {escape(modality)}")
 
 
 def _run_facts(data: ReportData) -> str:

@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from bindllm.conversation import Message
-from bindllm.data.messages import FILE_MODALITIES, MediaResolver, RecordMedia, RowError, answered, parse_messages
+from bindllm.data.messages import (
+    FILE_MODALITIES,
+    MediaResolver,
+    RecordMedia,
+    RowError,
+    answered,
+    parse_messages,
+)
 from bindllm.data.rows import Row, Task
 from bindllm.data.source_config import SPLITS, Format, SourceConfig, Split, split_named
 from bindllm.data.tables import Record

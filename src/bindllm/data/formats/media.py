@@ -101,7 +101,9 @@ def read_media(modality: str, value: object, find: Callable[[str], str | bytes])
         raise RowError(f"no path to the {modality} file")
     scheme = value[: value.find(":")].lower() if ":" in value[:6] else ""
     if scheme in ("http", "https"):
-        raise RowError(f"a web address as {modality} file; download it first and give its path: runs are offline", value)
+        raise RowError(
+            f"a web address as {modality} file; download it first and give its path: runs are offline", value
+        )
     if scheme == "data":
         return Media(modality, _decode_uri(modality, value))
     return Media(modality, find(unquote(urlsplit(value).path) if scheme == "file" else value))

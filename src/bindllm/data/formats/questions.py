@@ -53,11 +53,12 @@ def vqa(fields: Fields) -> Row:
     The answers of VQAv2, ``[{"answer": ...}, ...]``, are a list too. The most frequent answer is learned, the first
     of them in a tie; all answers are references, as often as they were given.
     """
-    media, question = fields.media(required=True), fields.require_text("question")
+    question = fields.require_text("question")
     if QUESTION in fields.config.prompt:
         question = fields.config.prompt.replace(QUESTION, question)
     answers = _answers(fields.require("answer"))
     answer, _ = Counter(answers).most_common(1)[0]
+    media = fields.media(required=True)
     return fields.row(_exchange(question, answer), media, "answer", references=tuple(answers))
 
 
@@ -74,7 +75,9 @@ def choice(fields: Fields) -> Row:
     # A placeholder counts in the question only: an option may spell one.
     rest = Verbatim(_listing(options, fields.text("hint")))
     question = [f"Question: {fields.require_text('question')}", rest]
-    return fields.row(_exchange(question, answer), fields.media(), "answer", references=(right,), options=options)
+    return fields.row(
+        _exchange(question, answer), fields.media(), "answer", references=(right,), options=options
+    )
 
 
 def alpaca(fields: Fields) -> Row:
@@ -122,7 +125,9 @@ def _exchange(question: str | list[str], answer: str) -> list[dict[str, object]]
 
 def _listing(options: tuple[str, ...], hint: str) -> str:
     context = f"\nContext: {hint}" if hint else ""
-    lettered = " ".join(f"({letter}) {option}" for letter, option in zip(ascii_uppercase, options, strict=False))
+    lettered = " ".join(
+        f"({letter}) {option}" for letter, option in zip(ascii_uppercase, options, strict=False)
+    )
     return f"{context}\nOptions: {lettered}"
 
 

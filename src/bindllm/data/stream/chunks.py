@@ -7,18 +7,19 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
-from bindllm.data.formats import leave_out
+from bindllm.data.formats import skip
 from bindllm.data.report import Skipped
 from bindllm.data.rows import Sample, make_sample
 from bindllm.data.source_config import SourceConfig
-from bindllm.data.stream.embed import EmbeddedSamples, StreamEmbedder
-from bindllm.data.stream.plan import StreamState, Mixture, Position, group_by_length
+from bindllm.data.stream.embed import EmbeddedSamples, embed_samples
+from bindllm.data.stream.plan import Mixture, Position, StreamState, group_by_length
 from bindllm.data.stream.samples import read_row
 from bindllm.data.stream.shards import BAD_SHARD, TarSample
+from bindllm.embeddings.embedder import Embedder
 from bindllm.errors import InputError
 
 MAX_EMPTY_CHUNKS = 10
-"""Chunks in a row without a row that can be used, after which a run ends."""
+"""Successive chunks without a usable row after which a run ends."""
 
 
 @dataclass
@@ -28,10 +29,10 @@ class Chunk:
     Args:
         start: the first batch.
         end: the first batch of the next chunk.
-        embedded: those that can be used, in the order in which they were read.
-        batches: positions in ``embedded`` of the rows of each batch.
-        read: samples that were read.
-        skipped: what was left out.
+        embedded: the usable samples, in the order in which they were read.
+        batches: indices into ``embedded`` of the rows of each batch.
+        read: number of samples that were read.
+        skipped: samples and shards that cannot be used.
     """
 
     start: StreamState
@@ -46,44 +47,44 @@ class Chunk:
 class ChunkReader:
     """Makes chunks, each a pure function of the one before.
 
-    A chunk ends after ``size`` samples, or where a stream begins its next pass: no sample is twice in a chunk.
+    A chunk ends after ``size`` samples, or when a stream begins its next pass: no sample is in a chunk twice.
 
     Args:
-        mixture: where samples come from.
-        sources: what the recipe says about each stream of the mixture, and its number there.
-        tokenizer: used by this reader alone.
-        embedder: of their media.
-        max_length: longest sample in tokens.
-        size: samples of a chunk at most.
-        batch_size: rows of a batch at most.
+        mixture: source of the samples.
+        sources: the recipe's index and configuration of each stream of the mixture.
+        tokenizer: used only by this reader.
+        embedder: embeds the media of the samples.
+        max_length: maximum number of tokens of a sample.
+        size: maximum number of samples of a chunk.
+        batch_size: maximum number of rows of a batch.
         seed: of the order inside the chunks.
     """
 
     mixture: Mixture
     sources: Sequence[tuple[int, SourceConfig]]
     tokenizer: Any
-    embedder: StreamEmbedder
+    embedder: Embedder
     max_length: int
     size: int
     batch_size: int
     seed: Sequence[int]
 
     def read(self, start: StreamState, stopped: Callable[[], bool] = lambda: False) -> Iterator[Chunk]:
-        """Yield chunks from the one of a state on, without end.
+        """Yield chunks, starting with the chunk of a state, without end.
 
         Args:
             start: its chunk is the first.
-            stopped: asked before each sample; true ends the reading.
+            stopped: called before each sample; reading ends once it returns true.
 
         Raises:
-            InputError: nothing that is read can be used.
+            InputError: no sample can be used.
         """
         with closing(_Reading(self, start.positions, stopped)) as reading:
             number, empty, last_used = start.chunk, Skipped(), start
             while True:
                 positions = reading.positions
                 skipped, taken = Skipped(), reading.taken
-                embedded = self.embedder.embed(reading.samples(skipped), skipped.add)
+                embedded = embed_samples(self.embedder, reading.samples(skipped), skipped.add)
                 if stopped():
                     return
                 batches = group_by_length(
@@ -91,19 +92,19 @@ class ChunkReader:
                     batch_size=self.batch_size,
                     seed=(*self.seed, number),
                 )
-                number += 1
-                begin, end = StreamState(number - 1, 0, positions), StreamState(number, 0, reading.positions)
+                begin, end = StreamState(number, 0, positions), StreamState(number + 1, 0, reading.positions)
                 yield Chunk(begin, end, embedded, batches, reading.taken - taken, skipped)
+                number += 1
                 if batches:
                     empty, last_used = Skipped(), end
                 else:
                     empty.update(skipped)
-                    _check(empty, last_used, end)
+                    _check_not_empty(empty, last_used, end)
 
 
-def _check(empty: Skipped, since: StreamState, now: StreamState) -> None:
-    """Stop a run that reads and reads, and finds nothing to learn from."""
-    passes = min(end.pass_index - begin.pass_index for begin, end in zip(since.positions, now.positions, strict=True))
+def _check_not_empty(empty: Skipped, since: StreamState, now: StreamState) -> None:
+    """Stop a run that keeps reading without finding a row to train on."""
+    passes = min(b.pass_index - a.pass_index for a, b in zip(since.positions, now.positions, strict=True))
     if passes > 1 or now.chunk - since.chunk >= MAX_EMPTY_CHUNKS:
         raise InputError(
             f"none of the last {empty.total:,} samples of the stream can be used: {'; '.join(empty.lines())}"
@@ -111,9 +112,11 @@ def _check(empty: Skipped, since: StreamState, now: StreamState) -> None:
 
 
 class _Reading:
-    """One walk through the samples: the position after the last one that was given, and one that may be held back."""
+    """Reads samples in order: tracks the position after the last one, and may hold one back for the next chunk."""
 
-    def __init__(self, reader: ChunkReader, positions: Sequence[Position], stopped: Callable[[], bool]) -> None:
+    def __init__(
+        self, reader: ChunkReader, positions: Sequence[Position], stopped: Callable[[], bool]
+    ) -> None:
         self.reader, self.positions, self.stopped = reader, tuple(positions), stopped
         self.taken = 0
         self._bad: list[str] = []
@@ -133,24 +136,25 @@ class _Reading:
             drawn = next(self._drawn) if self._held is None else self._held
             self._held = None
             number, sample, positions = drawn
-            if passes.setdefault(number, positions[number].pass_index) != positions[number].pass_index:
+            pass_index = positions[number].pass_index
+            if passes.setdefault(number, pass_index) != pass_index:
                 self._held = drawn
                 return
             self.positions, self.taken = positions, self.taken + 1
             for message in self._bad:
                 skipped.add(BAD_SHARD, message)
             self._bad.clear()
-            if (made := self._made(number, sample, skipped)) is not None:
+            if (made := self._make(number, sample, skipped)) is not None:
                 yield made
 
-    def _made(self, number: int, sample: TarSample, skipped: Skipped) -> Sample | None:
+    def _make(self, number: int, sample: TarSample, skipped: Skipped) -> Sample | None:
         reader = self.reader
         source, config = reader.sources[number]
         try:
-            row, split = read_row(sample, config, source)
-            if split not in (None, "train"):
-                raise InputError(f"a row of the split {split}")
+            row = read_row(sample, config, source)
+            if row.split not in (None, "train"):
+                raise InputError(f"a row of the split {row.split}")
             return make_sample(row, reader.tokenizer, reader.max_length)
         except InputError as error:
-            leave_out(error, sample.name, skipped)
+            skip(error, sample.name, skipped)
             return None

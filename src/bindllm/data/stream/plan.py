@@ -1,8 +1,8 @@
-"""The order of streamed samples: a pure function of the seed and of how far each stream has been read.
+"""The order of streamed samples: a pure function of the seed and of the position in each stream.
 
 A pass reads the shards of a source in a shuffled order; each process takes every ``world_size``-th of them. Samples are
-read in the order of their shard into a chunk, which alone is shuffled and grouped by length. So where a run stands is
-a few numbers, and going on reads one chunk again at most.
+read in the order of their shard into a chunk; only the chunk is shuffled and grouped by length. So the state of a run
+is a few numbers, and resuming reads at most one chunk again.
 """
 
 from __future__ import annotations
@@ -17,18 +17,21 @@ import numpy as np
 from bindllm.data.stream.shards import ShardError, TarSample, read_shard
 from bindllm.errors import InputError
 
+# Third entry of the seed of a random generator, so that different orders are independent.
+_ORDER_OF_SHARDS = 2
+
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Position:
-    """How far a process has read a stream.
+    """The position of a process in a stream.
 
     Args:
-        pass_index: number of the pass over the shards, from 0.
-        shard: position of the shard in the order of this pass, from 0.
+        pass_index: current pass over the shards, from 0.
+        shard: index of the shard in the order of this pass, from 0.
         sample: samples of the shard that were read.
-        drawn: samples of the stream that were read in all.
+        drawn: samples of the stream that were read in total.
     """
 
     pass_index: int = 0
@@ -39,11 +42,11 @@ class Position:
 
 @dataclass(frozen=True)
 class StreamState:
-    """Where a process stands: the next batch to be handed out.
+    """The next batch of a process.
 
     Args:
-        chunk: number of its chunk, from 0.
-        batch: number of the batch in the chunk, from 0.
+        chunk: index of its chunk, from 0.
+        batch: index of the batch in the chunk, from 0.
         positions: where the chunk starts in each stream.
     """
 
@@ -52,27 +55,27 @@ class StreamState:
     positions: tuple[Position, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain values, for a saved state."""
+        """Return plain values for a saved state."""
         return asdict(self) | {"positions": [asdict(position) for position in self.positions]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Return what `as_dict` was made of."""
+        """Return the state that `as_dict` wrote."""
         positions = tuple(Position(**position) for position in values["positions"])
         return cls(values["chunk"], values["batch"], positions)
 
 
 @dataclass
 class ShardStream:
-    """The samples of one source, pass after pass over its shards.
+    """The samples of one source, in endless passes over its shards.
 
     Args:
-        path: what the recipe calls the source.
+        path: the source in the recipe.
         shards: all of them.
         seed: of the order of shards.
-        source: number of the source in the recipe.
+        source: index of the source in the recipe.
         world_size: processes that share a pass.
-        rank: number of this one.
+        rank: index of this process.
 
     Raises:
         InputError: fewer shards than processes.
@@ -93,17 +96,17 @@ class ShardStream:
                 "own: use more, smaller shards, or fewer devices"
             )
 
-    def shard_order(self, number: int) -> list[str]:
+    def shard_order(self, pass_index: int) -> list[str]:
         """Return the shards that this process reads in a pass, in their order."""
-        order = np.random.default_rng([self.seed, 2, self.source, number]).permutation(len(self.shards))
-        return [self.shards[n] for n in order[self.rank :: self.world_size]]
+        rng = np.random.default_rng([self.seed, _ORDER_OF_SHARDS, self.source, pass_index])
+        return [self.shards[n] for n in rng.permutation(len(self.shards))[self.rank :: self.world_size]]
 
     def read(self, position: Position, bad: list[str]) -> Iterator[tuple[TarSample, Position]]:
         """Yield samples from a position on, without end, each with the position after it.
 
         Args:
-            position: where to begin.
-            bad: receives a message for each shard that ends too early or is not there.
+            position: of the first sample.
+            bad: receives a message for each shard that is missing or damaged.
 
         Raises:
             InputError: no shard of a whole pass gives a sample.
@@ -112,7 +115,8 @@ class ShardStream:
         while True:
             shards = self.shard_order(position.pass_index)
             for number in range(position.shard, len(shards)):
-                position = position if number == position.shard else replace(position, shard=number, sample=0)
+                if number != position.shard:
+                    position = replace(position, shard=number, sample=0)
                 empty[shards[number]] = f"{shards[number]}: no sample"
                 try:
                     for sample in read_shard(shards[number], skip=position.sample):
@@ -122,7 +126,7 @@ class ShardStream:
                 except ShardError as error:
                     bad.append(str(error))
                     self._warn(shards[number], error)
-                # Across processes the shards of a pass differ: a process gives up when it has tried them all.
+                # The shards of a process differ from pass to pass: it gives up once it has tried all of them.
                 if len(empty) == len(self.shards):
                     raise InputError(
                         f"data source {self.path}: none of its {len(self.shards)} shards gives a sample, "
@@ -133,11 +137,11 @@ class ShardStream:
     def _warn(self, shard: str, error: ShardError) -> None:
         if shard not in self._warned:
             self._warned.add(shard)
-            logger.warning("%s; the stream goes on with the next shard", error)
+            logger.warning("%s; the stream continues with the next shard", error)
 
 
 class Mixture:
-    """Several streams as one, in the proportion of their weights at any moment.
+    """Several streams as one, in proportion to their weights at any moment.
 
     Args:
         streams: at least one.
@@ -148,30 +152,35 @@ class Mixture:
         self.streams, self._weights = tuple(streams), tuple(weights)
 
     def start(self) -> tuple[Position, ...]:
-        """Return where a run begins."""
+        """Return the positions at the start of a run."""
         return (Position(),) * len(self.streams)
 
     def read(
         self, positions: Sequence[Position], bad: list[str]
     ) -> Iterator[tuple[int, TarSample, tuple[Position, ...]]]:
-        """Yield samples from some positions on, without end: number of the stream, sample, and the positions after it."""
+        """Yield samples from these positions on, without end: index of the stream, sample, and the positions after it.
+
+        Args:
+            positions: one for each stream.
+            bad: receives a message for each shard that is missing or damaged.
+        """
         current = list(positions)
-        readers = [stream.read(position, bad) for stream, position in zip(self.streams, positions, strict=True)]
+        readers = [stream.read(start, bad) for stream, start in zip(self.streams, positions, strict=True)]
         while True:
-            # The stream that is furthest behind its share.
+            # The stream with the lowest count relative to its weight; the half avoids a tie of zeros at the start.
             number = min(range(len(current)), key=lambda n: ((current[n].drawn + 0.5) / self._weights[n], n))
             sample, current[number] = next(readers[number])
             yield number, sample, tuple(current)
 
 
 def group_by_length(lengths: Sequence[int], *, batch_size: int, seed: Sequence[int]) -> list[list[int]]:
-    """Return the rows of a chunk in batches of like length, in a shuffled order.
+    """Return the rows of a chunk in batches of similar length, in a shuffled order.
 
-    The batches are of equal size, give or take one row: a short one would count as much as a full one in training.
+    The batch sizes differ by at most one row: a short batch would count as much as a full one in training.
 
     Args:
         lengths: tokens of each row.
-        batch_size: rows of a batch at most.
+        batch_size: maximum rows of a batch.
         seed: of this chunk.
 
     Example:

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bindllm.data.sources import PICTURE_SUFFIXES
+from bindllm.data.sources import IMAGE_SUFFIXES
 from bindllm.errors import InputError, known_names
 
 ENDINGS: dict[str, frozenset[str]] = {
-    "image": PICTURE_SUFFIXES,
+    "image": IMAGE_SUFFIXES,
     "audio": frozenset((".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".m4a", ".aac")),
     "video": frozenset((".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg")),
     "point": frozenset((".off", ".ply", ".obj", ".stl", ".glb", ".xyz", ".pts", ".pcd")),

@@ -54,8 +54,11 @@ def test_an_error_of_the_encoder_keeps_what_is_embedded(tmp_path):
             if len(self.batches) == 2:
                 raise RuntimeError("out of memory")
 
-    with pytest.raises(RuntimeError, match="out of memory"):
-        run(tmp_path / "store", pictures(tmp_path / "in", 12), Failing())
+    media = pictures(tmp_path / "in", 12)
+    with pytest.raises(RuntimeError, match="out of memory") as caught:
+        run(tmp_path / "store", media, Failing())
+    names = ", ".join(item.name for item in media[4:8])
+    assert caught.value.__notes__ == [f"while embedding {names}"]
     assert counts(run(tmp_path / "store", pictures(tmp_path / "in", 12))) == (8, 4, 0, 0)
 
 

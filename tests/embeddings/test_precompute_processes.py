@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from bindllm import EmbeddingStore, Media
-from bindllm.embeddings import embedder as fill_module
+from bindllm.embeddings import precompute as precompute_module
 from bindllm.errors import InputError
-from bindllm.parallel.ranks import Ranks
+from bindllm.parallel import Processes
 from side_by_side import together
 from store_parts import CountingEncoder, counts, expected, picture, pictures, stored
 from store_parts import run as run_one
@@ -61,7 +61,7 @@ def test_several_fill_as_one_does(count, tmp_path, mixed, hashed):
     hashed.clear()
     encoders = [RowwiseEncoder() for _ in range(count)]
     reports = together(
-        count, lambda ranks: run(tmp_path / "many", mixed, encoders[ranks.number], ranks=ranks)
+        count, lambda processes: run(tmp_path / "many", mixed, encoders[processes.rank], processes=processes)
     )
     assert rows(tmp_path / "many") == rows(tmp_path / "one")
     assert len(rows(tmp_path / "many")) == 20
@@ -80,7 +80,9 @@ def test_a_second_run_reads_and_embeds_nothing(tmp_path, mixed, hashed):
     run(tmp_path / "store", good)
     hashed.clear()
     encoders = [RowwiseEncoder() for _ in range(3)]
-    reports = together(3, lambda ranks: run(tmp_path / "store", good, encoders[ranks.number], ranks=ranks))
+    reports = together(
+        3, lambda processes: run(tmp_path / "store", good, encoders[processes.rank], processes=processes)
+    )
     assert [counts(report) for report in reports] == [(0, 7, 0, 0)] * 3
     assert hashed == []
     assert not any(encoder.batches for encoder in encoders)
@@ -88,7 +90,7 @@ def test_a_second_run_reads_and_embeds_nothing(tmp_path, mixed, hashed):
 
 def test_more_processes_than_media(tmp_path):
     media = pictures(tmp_path / "in", 2)
-    reports = together(5, lambda ranks: run(tmp_path / "store", iter(media), ranks=ranks))
+    reports = together(5, lambda processes: run(tmp_path / "store", iter(media), processes=processes))
     assert [counts(report) for report in reports] == [(2, 0, 0, 0)] * 5
     torch.testing.assert_close(stored(tmp_path / "store", media), expected(media))
 
@@ -98,7 +100,9 @@ def test_media_from_memory_and_fresh_files_have_one_owner(tmp_path):
     media = [Media.image(picture(n % 6)) for n in range(12)]
     fresh = tmp_path / "fresh.png"
     fresh.write_bytes(picture(3))
-    reports = together(3, lambda ranks: run(tmp_path / "store", [*media, Media.image(fresh)], ranks=ranks))
+    reports = together(
+        3, lambda processes: run(tmp_path / "store", [*media, Media.image(fresh)], processes=processes)
+    )
     assert counts(reports[0]) == (6, 0, 7, 0)
     assert len(rows(tmp_path / "store")) == 6
 
@@ -116,16 +120,16 @@ def test_what_a_stopped_run_has_embedded_is_kept_for_any_number_of_processes(nex
     media = pictures(tmp_path / "in", 40)
     ends = together(
         2,
-        lambda ranks: run(
-            tmp_path / "store", media, Failing() if ranks.number else RowwiseEncoder(), ranks=ranks
+        lambda processes: run(
+            tmp_path / "store", media, Failing() if processes.rank else RowwiseEncoder(), processes=processes
         ),
     )
     assert isinstance(ends[0], threading.BrokenBarrierError)
     assert str(ends[1]) == "out of memory"
     before = len(rows(tmp_path / "store"))
-    shares = [sum(Ranks(n, 2).owns(item.content_hash()) for item in media) for n in range(2)]
+    shares = [sum(Processes(n, 2).owns(item.content_hash()) for item in media) for n in range(2)]
     assert before == shares[0] + 4, "all of the first process, and one batch of the second"
-    reports = together(next_count, lambda ranks: run(tmp_path / "store", media, ranks=ranks))
+    reports = together(next_count, lambda processes: run(tmp_path / "store", media, processes=processes))
     assert counts(reports[0]) == (40 - before, before, 0, 0)
     run(tmp_path / "one", media)
     assert rows(tmp_path / "store") == rows(tmp_path / "one")
@@ -141,7 +145,9 @@ def test_one_process_merges_the_shards_of_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr(EmbeddingStore, "compact", compact)
     media = pictures(tmp_path / "in", 60)
-    together(3, lambda ranks: run(tmp_path / "store", media, batch_size=1, flush_rows=1, ranks=ranks))
+    together(
+        3, lambda processes: run(tmp_path / "store", media, batch_size=1, flush_rows=1, processes=processes)
+    )
     assert len(compacting) == 1
     for kind in ("embeddings", "files"):
         assert len(list((tmp_path / "store").rglob(f"{kind}-*.arrow"))) <= 17
@@ -149,8 +155,8 @@ def test_one_process_merges_the_shards_of_all(tmp_path, monkeypatch):
 
 
 def test_hashed_files_are_written_while_others_are_still_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(fill_module, "FLUSH_SECONDS", 0.0)
-    monkeypatch.setattr(fill_module, "HASH_CHUNK", 2)
+    monkeypatch.setattr(precompute_module, "FLUSH_SECONDS", 0.0)
+    monkeypatch.setattr(precompute_module, "HASH_CHUNK", 2)
     records: list[int] = []
     original = EmbeddingStore.save_files
 
@@ -159,18 +165,13 @@ def test_hashed_files_are_written_while_others_are_still_read(tmp_path, monkeypa
         original(self)
 
     monkeypatch.setattr(EmbeddingStore, "save_files", save_files)
-    run(tmp_path / "store", pictures(tmp_path / "in", 8), ranks=Ranks(1, 2, lambda value: [value]))
+    run(tmp_path / "store", pictures(tmp_path / "in", 8), processes=Processes(1, 2, lambda value: [value]))
     assert records[0] >= 2
     assert records[1] <= 2
 
 
 def test_every_process_refuses_media_that_the_encoder_does_not_serve(tmp_path):
-    ends = together(2, lambda ranks: run(tmp_path / "store", [Media.text("a dog")] * 2, ranks=ranks))
+    ends = together(
+        2, lambda processes: run(tmp_path / "store", [Media.text("a dog")] * 2, processes=processes)
+    )
     assert any(isinstance(end, InputError) for end in ends)
-
-
-def test_content_is_shared_evenly():
-    keys = [Media.text(str(n)).content_hash() for n in range(3000)]
-    owned = [sum(Ranks(number, 3).owns(key) for key in keys) for number in range(3)]
-    assert sum(owned) == 3000
-    assert max(owned) < 1.1 * min(owned)

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from bindllm import EmbeddingStore, Media
-from bindllm.embeddings import embedder as fill_module
-from bindllm.embeddings.embedder import fill
+from bindllm.embeddings import embedder as embedder_module
+from bindllm.embeddings import precompute as precompute_module
+from bindllm.embeddings.precompute import precompute_embeddings
 from bindllm.errors import InputError, StoreError
+from bindllm.parallel import Processes
 from store_parts import CountingEncoder, counts, expected, picture, pictures, run, stored
 from tiny import ColourEncoder
 
@@ -74,7 +76,7 @@ def test_another_encoder_embeds_for_itself(tmp_path):
 def test_a_store_of_another_encoder_is_refused(tmp_path):
     store = EmbeddingStore.for_encoder(tmp_path, ColourEncoder(grid=2))
     with pytest.raises(StoreError, match="the store belongs to the encoder"):
-        fill(store, ColourEncoder(), [], progress=False)
+        precompute_embeddings(store, ColourEncoder(), [], progress=False)
 
 
 def test_bad_media_are_named_and_the_others_are_embedded(tmp_path):
@@ -133,7 +135,7 @@ def test_modalities_are_embedded_apart_and_unknown_ones_refused(tmp_path):
     media = [kind(picture(n)) for n in range(3) for kind in (Media.image, Media.thermal)]
     assert counts(run(tmp_path / "store", media, encoder, batch_size=2)) == (6, 0, 0, 0)
     assert encoder.seen == [("image", 2), ("thermal", 2), ("image", 1), ("thermal", 1)]
-    with pytest.raises(InputError, match="'a dog' is text media; the encoder serves image, thermal"):
+    with pytest.raises(InputError, match="'text'; the encoders here serve: image, thermal(.|\\n)*'a dog'"):
         run(tmp_path / "store", [Media.text("a dog")], encoder)
 
 
@@ -150,9 +152,9 @@ def test_a_generator_is_read_as_the_work_goes_on(tmp_path):
         def before_embed(self):
             ahead.append(given - sum(self.batches))
 
-    run(tmp_path / "store", endless(), Watching(), batch_size=4, workers=2)
+    run(tmp_path / "store", endless(), Watching(), batch_size=4)
     # Two chunks to be hashed beside the one in hand, and the window of prepared media.
-    assert max(ahead) <= 4 * fill_module.HASH_CHUNK + 6
+    assert max(ahead) <= 4 * precompute_module.HASH_CHUNK + 6
     assert given == 400
 
 
@@ -167,7 +169,7 @@ def test_a_path_with_a_zero_byte_is_one_bad_file(tmp_path):
 def test_large_inputs_are_held_and_embedded_few_at_a_time(fitting, batches, tmp_path, monkeypatch):
     media = pictures(tmp_path / "in", 12)
     size = ColourEncoder().prepare(media[0]).nbytes
-    monkeypatch.setattr(fill_module, "PREPARED_BYTES", int(2 * fitting * size))
+    monkeypatch.setattr(embedder_module, "PREPARED_BYTES", int(2 * fitting * size))
     held: list[int] = []
 
     class Watching(CountingEncoder):
@@ -175,7 +177,8 @@ def test_large_inputs_are_held_and_embedded_few_at_a_time(fitting, batches, tmp_
             held.append(len(self.prepared) - sum(self.batches[:-1]))
 
     encoder = Watching()
-    assert counts(run(tmp_path / "store", media, encoder, batch_size=8, workers=4)) == (12, 0, 0, 0)
+    report = run(tmp_path / "store", media, encoder, batch_size=8, processes=Processes(threads=4))
+    assert counts(report) == (12, 0, 0, 0)
     assert encoder.batches == batches
     # The batch in hand, and what waits beside it; two are under way before the first one's size is known.
     assert max(held) <= max(2, 2 * fitting)
@@ -194,7 +197,7 @@ def test_files_are_prepared_in_several_threads(tmp_path):
 
 
 def test_rows_are_written_when_it_is_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(fill_module, "FLUSH_SECONDS", 0.0)
+    monkeypatch.setattr(precompute_module, "FLUSH_SECONDS", 0.0)
     written: list[int] = []
     original = EmbeddingStore.append
     monkeypatch.setattr(
