@@ -31,7 +31,7 @@ def test_a_sound_recipe_has_no_problems_and_is_previewed(parts, capsys):
     told = capsys.readouterr().out
     assert "no problems" in told
     assert "20 train, 4 validation, 4 test" in told
-    assert "learnt 'red square<|im_end|>'" in told
+    assert "learned 'red square<|im_end|>'" in told
     assert not Path("data").exists()
 
 

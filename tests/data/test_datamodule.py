@@ -150,7 +150,7 @@ def test_preview_shows_rows_and_embeds_nothing(folder):
     data = build(folder, encoders=[])
     lines = [str(line) for line in data.preview(2)]
     assert lines[0] == "captions.jsonl line 3: 50 tokens, 11 to learn"
-    assert lines[2] == "  media 0  learnt 'red square<|im_end|>'"
+    assert lines[2] == "  media 0  learned 'red square<|im_end|>'"
     assert lines[4].startswith("captions.jsonl line 17: skipped (a message spells the control token")
     assert not (folder / "store").exists()
 

@@ -7,10 +7,10 @@ from typing import get_args
 import pytest
 
 from bindllm.data.formats import FORMATS, read_row, skip
-from bindllm.data.formats.media import FolderResolver
-from bindllm.data.rows import Row
 from bindllm.data.formats.columns import looks_like
+from bindllm.data.formats.media import FolderResolver
 from bindllm.data.report import Skipped
+from bindllm.data.rows import Row
 from bindllm.data.source_config import Columns, Format, SourceConfig
 from bindllm.errors import InputError
 from format_rows import TRUE_ROWS

@@ -27,14 +27,14 @@ def plain(sample, tokenizer) -> list[str]:
     return [line.plain for line in preview_lines(sample, tokenizer)]
 
 
-def test_it_marks_what_is_learnt_and_which_media_speaks(tokenizer):
+def test_it_marks_what_is_learned_and_which_media_speaks(tokenizer):
     assert plain(tokenize(TWO, tokenizer, WHOLE - 1), tokenizer) == [
         ": 50 tokens, 8 to learn in 2 answers, answer cut",
-        "  media 0  given  '<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n'",
-        "  media 0  learnt 'yoyo<|im_end|>'",
-        "  media 0  given  '\\n'",
-        "  media 1  given  '<|im_start|>user\\n2<|im_end|>\\n<|im_start|>assistant\\n'",
-        "  media 1  learnt 'xy<|im_end|>'",
+        "  media 0  given   '<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n'",
+        "  media 0  learned 'yoyo<|im_end|>'",
+        "  media 0  given   '\\n'",
+        "  media 1  given   '<|im_start|>user\\n2<|im_end|>\\n<|im_start|>assistant\\n'",
+        "  media 1  learned 'xy<|im_end|>'",
         "  media 0: a.png",
         "  media 1: b.png",
     ]
@@ -50,7 +50,7 @@ def test_letters_that_cannot_be_seen_are_written_out(tokenizer):
     conversation = Conversation((Message("user", "a\u200bb\tc"), Message("assistant", "d\u00a0\u202ee")))
     lines = plain(tokenize(conversation, tokenizer, 100), tokenizer)
     assert "a\\u200bb\\tc" in lines[1]
-    assert lines[2] == "  no media learnt 'd\\xa0\\u202ee<|im_end|>'"
+    assert lines[2] == "  no media learned 'd\\xa0\\u202ee<|im_end|>'"
 
 
 def test_a_pair_shows_both_answers(tokenizer):
@@ -59,26 +59,26 @@ def test_a_pair_shows_both_answers(tokenizer):
     lines = plain(sample, tokenizer)
     assert lines[0] == "t row 1: 51 tokens, 4 to learn or 3 not to"
     assert lines[-4:] == [
-        "  media 1  chosen 'xyz<|im_end|>'",
+        "  media 1  chosen  'xyz<|im_end|>'",
         "  media 1  rejected 'no<|im_end|>'",
         "  media 0: a.png",
         "  media 1: b.png",
     ]
-    assert not any("learnt" in line for line in lines)
+    assert not any("learned" in line for line in lines)
 
 
 @pytest.mark.parametrize(("desirable", "word", "style"), [(True, "wanted", GOOD), (False, "unwanted", BAD)])
 def test_a_judged_answer_says_how(tokenizer, desirable, word, style):
     sample = make_sample(Row(ONE, (), "t row 1", desirable=desirable), tokenizer, 100)
     line = preview_lines(sample, tokenizer)[2]
-    assert line.plain == f"  media 0  {word} 'yoyo<|im_end|>'"
+    assert line.plain == f"  media 0  {word:7} 'yoyo<|im_end|>'"
     assert word in [line.plain[span.start : span.end].strip() for span in line.spans if span.style == style]
 
 
 def test_colours_tell_what_the_words_do(tokenizer):
     lines = preview_lines(tokenize(TWO, tokenizer, WHOLE), tokenizer)
     told = [(line.plain[span.start : span.end].strip(), span.style) for line in lines for span in line.spans]
-    assert ("learnt", GOOD) in told
+    assert ("learned", GOOD) in told
     assert ("<|im_end|>", CONTROL) in told
     assert not any(word == "given" and style for word, style in told)
     for group, name in enumerate(("a.png", "b.png")):
@@ -95,7 +95,7 @@ def test_output_to_a_file_has_words_and_no_codes(tokenizer):
             console.print(line, markup=False)
         told = console.file.getvalue()
         assert ("\x1b[" in told) == terminal
-        assert terminal or "media 1  learnt 'xyz<|im_end|>'\n" in told
+        assert terminal or "media 1  learned 'xyz<|im_end|>'\n" in told
 
 
 def test_a_few_rows_of_each_source_are_shown_in_turn(tokenizer):
