@@ -319,6 +319,8 @@ def _split_at_placeholders(text: str, media: RecordMedia) -> list[str | Media]:
 
     A placeholder goes away with the line breaks around it; if there is text on both sides, those of one side stay.
     """
+    if "<" not in text:
+        return [text]
     spaces, found, edges = [], [], [0]
     for match in _PLACEHOLDER.finditer(text):
         if media.is_left(match[2]):

@@ -110,11 +110,12 @@ def _read_captioned(config: SourceConfig, number: int, report: SourceReport) -> 
     for one in found:
         split = config.split or one.split or hashed_split(one.key, config.held_out)
         question = {"role": "user", "content": [Media(config.modality, one.file), config.prompt]}
+        references = tuple(one.captions)
         for caption, name in one.captions.items():
             messages = parse_messages(
                 [question, {"role": "assistant", "content": caption}], RecordMedia(Media)
             )
-            rows[split].append(Row(answered(messages), tuple(one.captions), name, number))
+            rows[split].append(Row(answered(messages), references, name, number))
     return rows
 
 

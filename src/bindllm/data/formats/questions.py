@@ -114,7 +114,10 @@ def clean_caption(text: str) -> tuple[str, bool]:
         >>> clean_caption(" a red  square ")
         ('a red square', False)
     """
-    kept = "".join(char for char in text if char.isspace() or not _is_control(char))
+    kept = text
+    # Nearly all captions are printable, and a loop over characters is slow.
+    if not text.isprintable():
+        kept = "".join(char for char in text if char.isspace() or not _is_control(char))
     words = " ".join(unicodedata.normalize("NFC", kept).split())
     return words, len(kept) < len(text)
 
