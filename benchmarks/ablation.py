@@ -34,7 +34,8 @@ from bindllm.data.sources import SourceConfig
 from bindllm.embeddings.precompute import precompute_embeddings
 from bindllm.embeddings.store import EmbeddingStore
 from bindllm.encoders import Aligned, EfficientNetLite, Encoder
-from bindllm.evaluation.run import measure_captions
+from bindllm.evaluation.captions import captions_task
+from bindllm.evaluation.task import MODEL, evaluate
 from bindllm.media import Media
 from bindllm.model.bindllm import BindLLM
 
@@ -231,8 +232,12 @@ def measure(bench: Bench, model: BindLLM, questions: Questions, setting: Setting
     def lookup(groups: Sequence[MediaGroup]) -> Tensor:
         return shown[[names.index(group[0]) for group in groups]]
 
+    task = captions_task(samples, train_samples=[], lookup=lookup)
+    result = evaluate(model, [task], lookup=lookup, variants=[MODEL], batch_size=BATCH)
+    if result.problems:
+        raise SystemExit("; ".join(f"{name}: {reason}" for name, reason in result.problems.items()))
     return {
-        **measure_captions(model, samples, lookup, batch_size=BATCH),
+        **result.metrics["captions"][MODEL],
         "cosine": (shown * questions.pictures).sum(1).mean().item(),
         "questions": len(samples),
     }

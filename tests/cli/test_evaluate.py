@@ -58,8 +58,8 @@ def test_what_is_missing_is_printed(capsys):
     assert main(["evaluate", "audiocaps", "set", *ENCODER]) == 0
     told = capsys.readouterr().out
     assert "1 of 3 audio media measured" in told
-    assert "left out: 1 x the file is not there (vanishedxxx from 20 s)" in told
-    assert "left out: 1 x the file cannot be read (set/audio/rain1.wav: broken)" in told
+    assert "skipped: 1 x the file does not exist (vanishedxxx from 20 s)" in told
+    assert "skipped: 1 x the file cannot be read (set/audio/rain1.wav: broken)" in told
 
 
 def test_names_of_files_do_not_command_the_terminal(capsys):
@@ -69,7 +69,7 @@ def test_names_of_files_do_not_command_the_terminal(capsys):
     )
     assert main(["evaluate", "esc50", "set", *ENCODER]) == 0
     told = capsys.readouterr().out
-    assert "1 x the file is not there (?[31m.wav)" in told
+    assert "1 x the file does not exist (?[31m.wav)" in told
     assert "\x1b" not in told
 
 

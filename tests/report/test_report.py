@@ -13,7 +13,7 @@ from PIL import Image
 
 from bindllm.data.report import DataReport, SourceReport
 from bindllm.errors import CheckpointError, InputError
-from bindllm.evaluation.run import CaptionRow
+from bindllm.evaluation.captions import CaptionRow
 from bindllm.model.checkpoint import write_checkpoint
 from bindllm.report import page, report
 from bindllm.report.html import SHEET_SIZE
@@ -22,10 +22,14 @@ from tiny import colour_pictures
 
 NUMBERS = {"loss": 3.5, "perplexity": 33.1, "cider": 1.2, "bleu4": 0.0, "rouge_l": 0.3, "exact_match": 0.25}
 METRICS = {
-    "heldout": NUMBERS,
-    "zero_gates": {**NUMBERS, "loss": 8.2, "perplexity": 3641.0, "cider": 0.0},
-    "shuffled": {**NUMBERS, "loss": 4.9, "cider": 0.1},
-    "nearest": {**NUMBERS, "loss": None, "perplexity": None, "cider": 0.9},
+    "tasks": {
+        "captions": {
+            "model": NUMBERS,
+            "no_media": {**NUMBERS, "loss": 8.2, "perplexity": 3641.0, "cider": 0.0},
+            "shuffled_media": {**NUMBERS, "loss": 4.9, "cider": 0.1},
+            "nearest_caption": {**NUMBERS, "loss": None, "perplexity": None, "cider": 0.9},
+        }
+    },
     "seconds": {"embed": 1.5, "train": 336.0, "evaluate": 70.2},
     "trainable_parameters": 12_345_678,
 }
@@ -95,12 +99,14 @@ def folder(tmp_path, monkeypatch):
 
 def row(colour, number=0, **changes):
     usual = CaptionRow(
-        picture=f"pictures/images/{colour}{number}.png",
+        media=f"pictures/images/{colour}{number}.png",
+        modality="image",
         references=[f"{colour} square"],
-        generated="a guess",
-        zero_gates="blind words",
-        nearest="copied words",
-        nearest_picture="pictures/images/red2.png",
+        model="a guess",
+        no_media="blind words",
+        nearest_caption="copied words",
+        nearest_media="pictures/images/red2.png",
+        nearest_modality="image",
     )
     return {**asdict(usual), **changes}
 
@@ -140,7 +146,7 @@ def test_the_page_shows_numbers_captions_and_facts(folder):
     skipped.skipped.add("empty caption", "captions.jsonl, line 7")
     text = write(
         folder,
-        [row("red", exact=True, generated="Red square!"), row("blue", generated="")],
+        [row("red", exact=True, model="Red square!"), row("blue", model="")],
         title="A run",
         parameters=[{"group": "bind", "tensors": 19, "parameters": 12_000, "trainable": True}],
         data=asdict(skipped),
@@ -179,10 +185,10 @@ def test_text_cannot_break_out(folder):
             row(
                 "red",
                 references=[evil],
-                generated=evil,
-                nearest=evil,
-                zero_gates=evil,
-                picture=f'"><img {evil}',
+                model=evil,
+                nearest_caption=evil,
+                no_media=evil,
+                media=f'"><img {evil}',
             )
         ],
         title=evil,
@@ -217,8 +223,8 @@ def test_missing_pictures_become_tiles(folder, tmp_path):
 def test_what_is_no_picture_is_a_tile_that_says_what_it_is(folder):
     source = asdict(SourceReport("sweeps", 16, 17, modality="radar"))
     captions = [
-        row("red", picture="a/5.npy", modality="radar", nearest_picture="a/7.npy", nearest_modality="radar"),
-        row("blue", picture="'a <b> dog'", modality="text"),
+        row("red", media="a/5.npy", modality="radar", nearest_media="a/7.npy", nearest_modality="radar"),
+        row("blue", media="'a <b> dog'", modality="text"),
     ]
     text = write(folder, captions, data={**asdict(DataReport()), "sources": [source]})
     tiles = re.findall(r'class="missing"[^>]*>([^<]*)<', text)
@@ -240,7 +246,8 @@ def test_pictures_are_found_from_another_directory(folder, tmp_path, monkeypatch
 def test_the_sheet_is_a_fixed_sample_of_all_rows(folder, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "one.png")
     captions = [
-        row("red", picture="one.png", nearest=None, references=[f"<{n}>"]) for n in range(SHEET_SIZE + 40)
+        row("red", media="one.png", nearest_caption=None, references=[f"<{n}>"])
+        for n in range(SHEET_SIZE + 40)
     ]
     first, second = write(folder, captions, finished=""), write(folder, captions, finished="")
     assert first == second
@@ -253,10 +260,10 @@ def test_the_sheet_is_a_fixed_sample_of_all_rows(folder, tmp_path):
 
 def test_what_was_not_measured_is_shown_as_such(folder):
     metrics = copy.deepcopy(METRICS)
-    metrics["shuffled"] = dict.fromkeys(NUMBERS)
+    metrics["tasks"]["captions"]["shuffled_media"] = dict.fromkeys(NUMBERS)
     text = write(
         folder,
-        [row("red", generated=None, zero_gates=None, nearest=None, nearest_picture=None)],
+        [row("red", model=None, no_media=None, nearest_caption=None, nearest_media=None)],
         metrics=metrics,
         log=None,
         problems={"shuffled": "OutOfMemoryError: no memory left"},
@@ -275,19 +282,19 @@ def test_an_earlier_log_does_not_stay(folder):
 
 def test_captions_with_odd_characters_stay_whole(folder):
     odd = "one\u2028two\x85three\x00four\x0bfive"
-    text = write(folder, [row("red", generated=odd)])
+    text = write(folder, [row("red", model=odd)])
     assert "one two three\ufffdfour five" in text
-    assert json.loads((folder / "report/captions.jsonl").read_text(encoding="utf-8"))["generated"] == odd
+    assert json.loads((folder / "report/captions.jsonl").read_text(encoding="utf-8"))["model"] == odd
 
 
 def test_file_names_that_are_not_utf8(folder):
-    text = write(folder, [row("red", picture="pictures/\udc80.png")], problems={"\udc80": "no name"})
+    text = write(folder, [row("red", media="pictures/\udc80.png")], problems={"\udc80": "no name"})
     assert "\\udc80.png" in text
-    assert json.loads((folder / "report/captions.jsonl").read_text())["picture"] == "pictures/\udc80.png"
+    assert json.loads((folder / "report/captions.jsonl").read_text())["media"] == "pictures/\udc80.png"
 
 
 def test_long_captions_are_cut_on_the_page_alone(folder):
-    text = write(folder, [row("red", generated="word " * 500)])
+    text = write(folder, [row("red", model="word " * 500)])
     assert "word word…" in text
     assert text.count("word") < 60
     assert (folder / "report/captions.jsonl").read_text().count("word") > 500
@@ -303,8 +310,14 @@ def test_a_log_without_finite_losses(folder):
 
 def test_a_number_that_is_missing_is_refused_before_anything_is_written(folder):
     metrics = copy.deepcopy(METRICS)
-    del metrics["shuffled"]["cider"], metrics["seconds"]["embed"], metrics["trainable_parameters"]
-    with pytest.raises(InputError, match=r"shuffled\.cider, seconds\.embed, trainable_parameters"):
+    del (
+        metrics["tasks"]["captions"]["shuffled_media"]["cider"],
+        metrics["seconds"]["embed"],
+        metrics["trainable_parameters"],
+    )
+    with pytest.raises(
+        InputError, match=r"captions\.shuffled_media\.cider, seconds\.embed, trainable_parameters"
+    ):
         write(folder, metrics=metrics)
     assert not (folder / "metrics.json").exists()
 

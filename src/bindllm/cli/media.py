@@ -14,6 +14,7 @@ import yaml
 
 from bindllm.cli.usage import UsageError
 from bindllm.errors import CheckpointError, known_names
+from bindllm.imports import name_module
 from bindllm.media import MODALITIES, Media, is_modality
 from bindllm.model.checkpoint import MANIFEST, build_object
 
@@ -128,9 +129,24 @@ def build_encoder(path: str, options: Sequence[str], *, allow: Sequence[str] = (
             raise UsageError(f"{path} has no argument {name!r}. {known_names(name, parameters)}")
         is_text = name in parameters and parameters[name].annotation in (str, "str", "str | None")
         arguments[name] = text if is_text else _read_yaml(name, text)
-    if allow and path == _ALIGNED:
-        arguments.setdefault("allow", list(allow))
-    return build_object({"class_path": path, "init_args": arguments}, allow=[path])
+    return build_own({"class_path": path, "init_args": arguments}, allow=allow)
+
+
+def build_own(entry: Mapping[str, Any], *, allow: Sequence[str] = ()) -> Any:
+    """Build an encoder that the user names, on the command line or in a recipe; its own ``allow`` counts.
+
+    Args:
+        entry: ``{"class_path": ..., "init_args": {...}}``.
+        allow: further classes outside bindllm that may be imported.
+
+    Raises:
+        CheckpointError: the class does not exist or cannot be built.
+        UsageError: ``allow`` is not a list of import paths.
+    """
+    own = entry.get("init_args", {}).get("allow") or []
+    if not isinstance(own, list) or not all(isinstance(path, str) for path in own):
+        raise UsageError(f"allow must be a list of import paths, such as [my_lab.RadarTower], not {own!r}")
+    return build_object(dict(entry), allow=[entry["class_path"], *allow, *own])
 
 
 def encoder_folder(folder: str | Path) -> tuple[str, str] | None:
@@ -186,6 +202,7 @@ def _parameters(path: str) -> Mapping[str, inspect.Parameter]:
 def _find_class(path: str) -> Any:
     """Return a class by its import path; `build_object` says what is wrong with a path that leads nowhere."""
     module, _, name = path.rpartition(".")
+    name_module(path)
     try:
         # Names of a package may be made when they are asked for, so its dictionary is not enough.
         return getattr(import_module(module), name)

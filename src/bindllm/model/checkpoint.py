@@ -29,6 +29,7 @@ from torch import Tensor
 from bindllm.atomic import atomic_folder, file_sha256, set_aside_name, write_json
 from bindllm.convert.keymap import Accounting
 from bindllm.errors import BindLLMError, CheckpointError, known_names
+from bindllm.imports import name_module, replace_allow
 
 FORMAT = 1
 MANIFEST = "bindllm.json"
@@ -207,7 +208,7 @@ def build_object(entry: dict[str, Any], *, allow: Sequence[str] = ()) -> Any:
     Args:
         entry: ``{"class_path": ..., "init_args": {...}}``.
         allow: import paths that the caller trusts, such as ``"my_lab.RadarEncoder"``; others must be classes of
-            encoders below ``bindllm.``.
+            encoders below ``bindllm.``. It replaces any ``allow`` in ``init_args``.
 
     Raises:
         CheckpointError: the class is not allowed, does not exist, is no encoder, or cannot be imported or built.
@@ -225,6 +226,8 @@ def build_object(entry: dict[str, Any], *, allow: Sequence[str] = ()) -> Any:
     module, _, name = path.rpartition(".")
     arguments = entry.get("init_args", {})
     try:
+        if path in allow:
+            name_module(path)
         home = importlib.import_module(module)
         try:
             kind = getattr(home, name)
@@ -234,7 +237,7 @@ def build_object(entry: dict[str, Any], *, allow: Sequence[str] = ()) -> Any:
             ) from error
         if path not in allow:
             _refuse_other(path, kind)
-        return kind(**arguments)
+        return kind(**replace_allow(kind, arguments, allow))
     except BindLLMError:
         raise
     except ModuleNotFoundError as error:

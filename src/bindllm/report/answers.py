@@ -8,10 +8,10 @@ from typing import Any
 from bindllm.report import html
 
 VARIANTS = {
-    "test": "this model",
-    "question_only": "question alone",
-    "shuffled": "wrong pictures",
-    "blind": "no picture",
+    "model": "this model",
+    "no_media": "no picture",
+    "shuffled_media": "wrong pictures",
+    "majority_answer": "question alone",
 }
 MEASURES = ("accuracy", "by_type", "count", "count_by_type")
 FEW_QUESTIONS = 100
@@ -36,13 +36,13 @@ def show(share: float | None) -> str:
 
 def sentences(metrics: Mapping[str, Any]) -> list[str]:
     """Return the headline: the share of right answers against the three baselines, one sentence each."""
-    own = metrics["test"]
+    own = metrics["model"]
     if own["accuracy"] is None:
         return ["The answers to the held-out questions could not be measured."]
     told = [f"Of {own['count']:,} held-out questions the model answers {show(own['accuracy'])} right."]
-    told += _against_question(own["accuracy"], metrics["question_only"]["accuracy"])
-    told += _against_blind(metrics["blind"], own)
-    told += _against_shuffled(metrics["shuffled"], own)
+    told += _against_question(own["accuracy"], metrics["majority_answer"]["accuracy"])
+    told += _against_blind(metrics["no_media"], own)
+    told += _against_shuffled(metrics["shuffled_media"], own)
     if own["count"] < FEW_QUESTIONS:
         told.append(f"{own['count']:,} questions are few: small differences here can be chance.")
     return told
@@ -90,7 +90,7 @@ def _aside(variant: Mapping[str, Any], own: Mapping[str, Any]) -> str:
 
 def figures(metrics: Mapping[str, Any], say: Say) -> str:
     """Return the HTML of the numbers: bars for all questions and for each type, and a table."""
-    own, names = metrics["test"], {name: say(title) for name, title in VARIANTS.items()}
+    own, names = metrics["model"], {name: say(title) for name, title in VARIANTS.items()}
     types = list(own["by_type"])
 
     def bars(title: str, pick: Callable[[Mapping[str, Any]], float | None]) -> str:
@@ -109,8 +109,8 @@ def figures(metrics: Mapping[str, Any], say: Say) -> str:
         "or the letter of the right option. <b>This model</b> sees the right picture. <b>Question alone</b>: no model, "
         "the most frequent training answer to the same question, else to questions of its type. <b>Wrong pictures</b>: "
         "the same model, every picture exchanged for another one"
-        f"{_measured_on(metrics['shuffled'], own)}. <b>No picture</b>: the same model, asked without it"
-        f"{_measured_on(metrics['blind'], own)}."
+        f"{_measured_on(metrics['shuffled_media'], own)}. <b>No picture</b>: the same model, asked without it"
+        f"{_measured_on(metrics['no_media'], own)}."
     )
     head = ["type of question", "questions", *names.values()]
     return (
@@ -142,9 +142,9 @@ def _card(row: Mapping[str, Any], resolve: Callable[[str], str]) -> str:
         f'<dt>asked</dt><dd dir="auto">{html.text(row["question"])}</dd>',
         f'<dt>true</dt><dd dir="auto">{html.text(" / ".join(row["references"]))}</dd>',
     ]
-    if row["generated"] is not None:
-        lines.append(html.said("model", row["generated"], right=row["right"]))
-    if row["question_only"] is not None:
-        lines.append(f'<dt>guess</dt><dd class="nearest" dir="auto">{html.text(row["question_only"])}</dd>')
-    picture = "" if row["picture"] is None else html.tile(row["picture"], row["modality"], resolve)
+    if row["model"] is not None:
+        lines.append(html.said("model", row["model"], right=row["right"]))
+    if row["majority_answer"] is not None:
+        lines.append(f'<dt>guess</dt><dd class="nearest" dir="auto">{html.text(row["majority_answer"])}</dd>')
+    picture = "" if row["media"] is None else html.tile(row["media"], row["modality"], resolve)
     return html.card(picture, lines, right=row["right"])

@@ -50,7 +50,7 @@ def panel(
     """
     own, full = next(iter(names)), full or max(values.values(), default=0) or 1
     bars = "".join(
-        f'<li class="{"heldout" if name == own else name}"><span class="name">{names[name]}</span>'
+        f'<li class="{"model" if name == own else name}"><span class="name">{names[name]}</span>'
         f'<span class="bar"><i style="width:{100 * value / full:.1f}%"></i></span>'
         f"<span>{show(value)}</span></li>"
         for name, value in values.items()

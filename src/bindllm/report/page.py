@@ -24,7 +24,6 @@ from bindllm.report.summary import (
     Metrics,
     best_variants,
     in_words_of,
-    measured_kinds,
     summarise,
 )
 
@@ -35,10 +34,8 @@ class ReportData:
 
     Args:
         metrics: content of ``metrics.json``.
-        captions: one row per held-out picture: ``picture``, ``references``, ``generated``, ``zero_gates``,
-            ``exact``, ``nearest``, ``nearest_picture``, ``nearest_exact``, ``modality``, ``nearest_modality``.
-        answers: one row per held-out question: ``picture``, ``modality``, ``question``, ``type``, ``references``,
-            ``generated``, ``right``, ``question_only``.
+        captions: one row per held-out picture: fields of `bindllm.evaluation.captions.CaptionRow`.
+        answers: one row per held-out question: fields of `bindllm.evaluation.answers.AnswerRow`.
         facts: the fields of `bindllm.report.report.RunFacts`.
         training: training loss by step.
         validation: validation loss by step.
@@ -117,16 +114,16 @@ def _problems(problems: dict[str, str]) -> str:
     return f'<section class="problems"><h2>What did not work</h2><ul>{items}</ul></section>\n'
 
 
-_HEADINGS = {"captions": "Captions", "answers": "Questions and answers", "chat": "Conversations"}
+_HEADINGS = {"captions": "Captions", "answers": "Questions and answers", "conversations": "Conversations"}
 
 
 def _figures(data: ReportData) -> str:
     """The numbers of each kind of held-out rows; a heading tells several kinds apart."""
     drawn = {}
-    for kind, metrics in measured_kinds(data.metrics).items():
+    for kind, metrics in data.metrics["tasks"].items():
         if kind == "answers":
             drawn[kind] = answers.figures(metrics, data.say)
-        elif kind == "chat":
+        elif kind == "conversations":
             drawn[kind] = _panels(data, metrics, CHAT_MEASURES, CHAT_VARIANTS) + _chat_table(data, metrics)
         else:
             shown = ("loss", "cider", "rouge_l", "exact_match")
@@ -220,7 +217,7 @@ def _captions_sheet(data: ReportData, resolve: Callable[[str], str]) -> str:
     captions = data.captions
     places = html.sample(len(captions))
     cards = "".join(_card(captions[n], resolve) for n in places)
-    blind = {row["zero_gates"] for row in captions if row["zero_gates"] is not None}
+    blind = {row["no_media"] for row in captions if row["no_media"] is not None}
     text = data.say(
         f"{len(places)} of {len(captions)} held-out pictures, drawn by a fixed seed and not chosen by anyone; all rows "
         f"are in <code>report/captions.jsonl</code>. {html.RIGHT} marks a caption that has exactly the true words."
@@ -233,12 +230,12 @@ def _captions_sheet(data: ReportData, resolve: Callable[[str], str]) -> str:
 
 def _card(row: dict[str, Any], resolve: Callable[[str], str]) -> str:
     lines = [f'<dt>true</dt><dd dir="auto">{html.text(" / ".join(row["references"]))}</dd>']
-    if row["generated"] is not None:
-        lines.append(html.said("model", row["generated"], right=row["exact"]))
-    if row["nearest"] is not None:
-        small = html.tile(row["nearest_picture"], row.get("nearest_modality", "image"), resolve, size=64)
-        lines.append(html.said("nearest", row["nearest"], right=row["nearest_exact"], below=small))
-    picture = html.tile(row["picture"], row.get("modality", "image"), resolve)
+    if row["model"] is not None:
+        lines.append(html.said("model", row["model"], right=row["exact"]))
+    if row["nearest_caption"] is not None:
+        small = html.tile(row["nearest_media"], row["nearest_modality"], resolve, size=64)
+        lines.append(html.said("nearest", row["nearest_caption"], right=row["nearest_exact"], below=small))
+    picture = html.tile(row["media"], row["modality"], resolve)
     return html.card(picture, lines, right=row["exact"])
 
 

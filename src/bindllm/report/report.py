@@ -33,7 +33,7 @@ from bindllm.atomic import atomic_file, write_json
 from bindllm.errors import InputError
 from bindllm.model.checkpoint import read_manifest, read_weights, resolve_path
 from bindllm.report.page import ReportData, render_page
-from bindllm.report.summary import KINDS, measured_kinds
+from bindllm.report.summary import KINDS
 
 METRICS_FILE = "metrics.json"
 PAGE_FILE = "report.html"
@@ -107,12 +107,12 @@ def write_report(
 
     Args:
         folder: a checkpoint folder.
-        metrics: the content of ``metrics.json``: for each variant its numbers (None where not defined; of several
-            kinds of rows under the name of each, as `bindllm.report.summary.KINDS` lists them), ``seconds``
-            (``embed``, ``train``, ``evaluate``) and ``trainable_parameters``.
+        metrics: the content of ``metrics.json``: ``tasks`` (the metrics of each variant of each task, None if not
+            defined; see `bindllm.report.summary.KINDS`), ``seconds`` (``embed``, ``train``, ``evaluate``) and
+            ``trainable_parameters``.
         facts: the rest.
-        captions: rows as `bindllm.evaluation.run.HeldOutResult.captions` returns them.
-        answers: rows as `bindllm.evaluation.answers.AnswerResult.answers` returns them.
+        captions: rows with the fields of `bindllm.evaluation.captions.CaptionRow`.
+        answers: rows with the fields of `bindllm.evaluation.answers.AnswerRow`.
         log: CSV file with the columns ``step``, ``train_loss`` and ``val_loss``, or None.
 
     Returns:
@@ -125,7 +125,7 @@ def write_report(
     folder = Path(folder)
     _check_metrics(metrics, source="metrics")
     write_json(folder / METRICS_FILE, dict(metrics))
-    kinds = measured_kinds(metrics)
+    kinds = metrics["tasks"]
     for kind, name, rows in (("captions", CAPTIONS_FILE, captions), ("answers", ANSWERS_FILE, answers)):
         if kind in kinds:
             lines = (json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows)
@@ -155,7 +155,7 @@ def rebuild_report(folder: str | Path) -> Path:
     manifest = read_manifest(folder)
     metrics, facts = (_parse(_read(folder / name), folder / name) for name in (METRICS_FILE, FACTS_FILE))
     _check_metrics(metrics, source=str(folder / METRICS_FILE))
-    kinds = measured_kinds(metrics)
+    kinds = metrics["tasks"]
     unknown = RunFacts(finished="unknown", software={}, revision=None)
     log = _read_log(folder / LOG_FILE)
     recipe = folder / "recipe.yaml"
@@ -175,12 +175,11 @@ def rebuild_report(folder: str | Path) -> Path:
 
 
 def _check_metrics(metrics: Mapping[str, Any], *, source: str) -> None:
-    missing = []
-    for kind, numbers in measured_kinds(metrics).items():
-        place = "" if numbers is metrics else f"{kind}."
+    missing = [] if metrics.get("tasks") else ["tasks"]
+    for kind, numbers in metrics.get("tasks", {}).items():
         variants, keys = KINDS[kind]
         missing += [
-            f"{place}{name}.{key}" for name in variants for key in keys if key not in numbers.get(name, ())
+            f"{kind}.{name}.{key}" for name in variants for key in keys if key not in numbers.get(name, ())
         ]
     missing += [f"seconds.{key}" for key in SECONDS if key not in metrics.get("seconds", ())]
     missing += [name for name in ("trainable_parameters",) if name not in metrics]

@@ -12,12 +12,12 @@ Metrics = Mapping[str, Any]
 """Content of ``metrics.json``: a mapping of numbers (or None) for each variant, and facts of the run."""
 
 VARIANTS = {
-    "heldout": "this model",
-    "zero_gates": "gates at zero",
-    "shuffled": "wrong pictures",
-    "nearest": "nearest picture",
+    "model": "this model",
+    "no_media": "gates at zero",
+    "shuffled_media": "wrong pictures",
+    "nearest_caption": "nearest picture",
 }
-CHAT_VARIANTS = ("heldout", "zero_gates", "shuffled")
+CHAT_VARIANTS = ("model", "no_media", "shuffled_media")
 CHAT_MEASURES = ("loss", "perplexity")
 FEW_PICTURES = 100
 """Below this number of held-out pictures the text warns that chance is large."""
@@ -55,30 +55,11 @@ METRICS = {
 KINDS: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
     "captions": (tuple(VARIANTS), tuple(METRICS)),
     "answers": (tuple(answers.VARIANTS), answers.MEASURES),
-    "chat": (CHAT_VARIANTS, CHAT_MEASURES),
+    "conversations": (CHAT_VARIANTS, CHAT_MEASURES),
 }
 """What is measured of each kind of held-out rows: its variants, and the numbers of each variant."""
 
 CAPTION_METRICS = ("cider", "bleu4", "rouge_l", "exact_match")
-
-
-def measured_kinds(metrics: Metrics) -> dict[str, Metrics]:
-    """Return the numbers of each kind of held-out rows.
-
-    Args:
-        metrics: content of ``metrics.json``: of one kind the variants stand at its top, of several under the names
-            of the kinds.
-
-    Example:
-        >>> list(measured_kinds({"test": {}, "question_only": {}, "seconds": {}}))
-        ['answers']
-    """
-    named = {kind: metrics[kind] for kind in KINDS if kind in metrics}
-    if named:
-        return named
-    if "test" in metrics:
-        return {"answers": metrics}
-    return {"chat" if "heldout" in metrics and "nearest" not in metrics else "captions": metrics}
 
 
 def best_variants(metrics: Metrics, key: str, variants: Iterable[str] = tuple(VARIANTS)) -> list[str]:
@@ -115,10 +96,10 @@ def summarise(metrics: Metrics, *, num_pictures: int, modalities: Iterable[str] 
         modalities: what the run was trained on.
     """
     known, sentences = set(modalities), []
-    for kind, numbers in measured_kinds(metrics).items():
+    for kind, numbers in metrics["tasks"].items():
         if kind == "answers":
             sentences += answers.sentences(numbers)
-        elif kind == "chat":
+        elif kind == "conversations":
             sentences += _chat_sentences(numbers)
         else:
             sentences += _caption_sentences(numbers, num_pictures)
@@ -126,15 +107,15 @@ def summarise(metrics: Metrics, *, num_pictures: int, modalities: Iterable[str] 
 
 
 def _chat_sentences(metrics: Metrics) -> list[str]:
-    return _loss_sentences(metrics, f"{metrics['heldout']['count']:,} held-out conversations")
+    return _loss_sentences(metrics, f"{metrics['model']['count']:,} held-out conversations")
 
 
 def _caption_sentences(metrics: Metrics, num_pictures: int) -> list[str]:
-    held = metrics["heldout"]
+    held = metrics["model"]
     sentences = _loss_sentences(metrics, f"{num_pictures:,} held-out pictures")
     if held["loss"] is None:
         return sentences
-    sentences += _against_nearest(held, metrics["nearest"])
+    sentences += _against_nearest(held, metrics["nearest_caption"])
     if num_pictures < FEW_PICTURES:
         sentences.append(f"{num_pictures:,} pictures are few: small differences here can be chance.")
     return sentences
@@ -142,13 +123,13 @@ def _caption_sentences(metrics: Metrics, num_pictures: int) -> list[str]:
 
 def _loss_sentences(metrics: Metrics, what: str) -> list[str]:
     """The loss on some rows, beside that of the blind model and of wrong pictures."""
-    held = metrics["heldout"]
+    held = metrics["model"]
     if held["loss"] is None:
         return [f"The loss on {what} could not be measured."]
     perplexity = METRICS["perplexity"].show(held["perplexity"])
     sentences = [f"On {what} the loss is {held['loss']:.2f} per token (perplexity {perplexity})."]
-    sentences += _against_blind(held["loss"], metrics["zero_gates"]["loss"])
-    return sentences + _against_shuffled(held["loss"], metrics["shuffled"]["loss"])
+    sentences += _against_blind(held["loss"], metrics["no_media"]["loss"])
+    return sentences + _against_shuffled(held["loss"], metrics["shuffled_media"]["loss"])
 
 
 def _against_blind(loss: float, blind: float | None) -> list[str]:
