@@ -13,7 +13,7 @@ from bindllm.errors import InputError, StoreError
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.decoder import DecoderConfig
 from goldens import fill_input, golden
-from store_parts import FINGERPRINT, expected, pictures, run
+from store_parts import FINGERPRINT, expected, run, write_images
 from tiny import ColourEncoder, save_tiny_decoder
 
 faiss = pytest.importorskip("faiss")
@@ -253,14 +253,14 @@ class Senses(ColourEncoder):
 
 @pytest.fixture
 def built(tmp_path) -> VisualCache:
-    media = pictures(tmp_path / "pictures", 12)
+    media = write_images(tmp_path / "pictures", 12)
     run(tmp_path / "store", media)
     store = EmbeddingStore.for_encoder(tmp_path / "store", ColourEncoder())
     return VisualCache.build(tmp_path / "cache", store, top_k=3)
 
 
 def test_a_cache_is_built_from_a_store_and_opened_again(built, tmp_path):
-    rows = expected(pictures(tmp_path / "pictures", 12))
+    rows = expected(write_images(tmp_path / "pictures", 12))
     query = torch.from_numpy(random_rows(1, 16, seed=4))
     again = VisualCache.open(tmp_path / "cache", top_k=3)
     assert torch.equal(again.blend(query), built.blend(query))
@@ -274,7 +274,7 @@ def test_a_cache_is_built_from_a_store_and_opened_again(built, tmp_path):
 
 
 def test_groups_with_a_picture_stay_as_they_are_unless_asked(built, tmp_path):
-    picture, text = pictures(tmp_path / "pictures", 1)[0], Media.text("a dog")
+    picture, text = write_images(tmp_path / "pictures", 1)[0], Media.text("a dog")
     groups = [[picture], [text], [picture, text]]
     embeddings = nn.functional.normalize(
         torch.randn(3, 16, generator=torch.Generator().manual_seed(0)), dim=1
@@ -304,7 +304,7 @@ def model(tmp_path_factory) -> BindLLM:
 
 
 def test_the_model_answers_from_the_blended_embedding(model, built, tmp_path, monkeypatch):
-    picture, text = pictures(tmp_path / "pictures", 1)[0], Media.text("a dog")
+    picture, text = write_images(tmp_path / "pictures", 1)[0], Media.text("a dog")
     plain, blended = model.encode([picture, text]), model.encode([picture, text], cache=built)
     assert torch.equal(blended[0], plain[0])
     assert torch.equal(blended[1:], built.blend(plain[1:]))

@@ -9,17 +9,17 @@ import torch
 from bindllm import EmbeddingStore, VisualCache
 from bindllm.cache.pictures import find_pictures
 from bindllm.errors import InputError, StoreError
-from store_parts import CountingEncoder, expected, picture, pictures, write_settled
+from store_parts import CountingEncoder, expected, image_bytes, write_images, write_settled
 from tiny import ColourEncoder
 
 pytest.importorskip("faiss")
 
 
 def test_a_folder_of_pictures_becomes_a_cache_of_these_alone(tmp_path, caplog):
-    media = pictures(tmp_path / "pictures", 6)
-    pictures(tmp_path / "pictures" / "more", 2, start=6)
-    write_settled(tmp_path / "pictures" / "again.PNG", picture(0))
-    others = pictures(tmp_path / "others", 3, start=20)
+    media = write_images(tmp_path / "pictures", 6)
+    write_images(tmp_path / "pictures" / "more", 2, start=6)
+    write_settled(tmp_path / "pictures" / "again.PNG", image_bytes(0))
+    others = write_images(tmp_path / "others", 3, start=20)
     where = {"folder": tmp_path / "cache", "store": tmp_path / "store"}
     VisualCache.from_pictures([item.source for item in others], CountingEncoder(), **where)
     encoder = CountingEncoder()
@@ -46,7 +46,7 @@ def test_a_folder_of_pictures_becomes_a_cache_of_these_alone(tmp_path, caplog):
 
 def test_pictures_that_cannot_be_read_are_counted_and_named(tmp_path, caplog):
     caplog.set_level(logging.INFO, "bindllm")
-    media = pictures(tmp_path / "pictures", 3)
+    media = write_images(tmp_path / "pictures", 3)
     (tmp_path / "pictures" / "0broken.png").write_bytes(b"not a picture")
     (tmp_path / "pictures" / "captions.txt").write_text("a cat")
     where = {"folder": tmp_path / "cache", "store": tmp_path / "store"}
@@ -78,7 +78,7 @@ def test_what_is_no_folder_of_pictures(tmp_path):
 
 
 def test_factory_and_search_settings_reach_the_index(tmp_path):
-    pictures(tmp_path / "pictures", 40)
+    write_images(tmp_path / "pictures", 40)
     where = {"folder": tmp_path / "cache", "store": tmp_path / "store"}
     options = {"factory": "IVF4,SQ8", "search": "nprobe=2"}
     cache = VisualCache.from_pictures(tmp_path / "pictures", ColourEncoder(), **where, **options)
@@ -114,7 +114,7 @@ class Elsewhere:
 
 
 def test_any_object_with_the_same_methods_is_an_index(tmp_path):
-    pictures(tmp_path / "pictures", 12)
+    write_images(tmp_path / "pictures", 12)
     where = {"folder": tmp_path / "cache", "store": tmp_path / "store"}
     cache = VisualCache.from_pictures(tmp_path / "pictures", ColourEncoder(), **where)
     queries = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))

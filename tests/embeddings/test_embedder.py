@@ -7,7 +7,7 @@ from bindllm import Media
 from bindllm.embeddings import embedder as embedder_module
 from bindllm.embeddings.embedder import Embedder, Work, embed_groups
 from bindllm.errors import InputError, MediaError
-from store_parts import CountingEncoder, expected, picture, pictures
+from store_parts import CountingEncoder, expected, image_bytes, write_images
 
 
 class Letters(CountingEncoder):
@@ -29,7 +29,7 @@ class NotFinite(CountingEncoder):
 
 
 def test_results_in_order_whatever_the_batches():
-    images = [Media.image(picture(n)) for n in range(5)]
+    images = [Media.image(image_bytes(n)) for n in range(5)]
     media = [images[0], Media.text("a"), *images[1:], Media.text("b")]
     encoder = CountingEncoder()
     with Embedder([encoder, Letters()], batch_size=2, threads=3) as embedder:
@@ -64,11 +64,11 @@ def test_batches_depend_on_sizes_only(monkeypatch):
 
 
 def test_unreadable_media_are_reported_and_others_embedded(tmp_path):
-    good, missing = Media.image(picture(1)), Media.image(tmp_path / "none.png")
+    good, missing = Media.image(image_bytes(1)), Media.image(tmp_path / "none.png")
     with Embedder([CountingEncoder()]) as embedder:
         first, second = embedder.embed_in_order([missing, good])
     assert first.embedding is None
-    assert "none.png" in str(first.error)
+    assert "none.png" in first.error
     torch.testing.assert_close(second.embedding[None], expected([good]))
 
 
@@ -76,18 +76,18 @@ def test_the_caller_chooses_which_errors_are_reported():
     text = Media.text("a dog")
     with Embedder([CountingEncoder()], reported=(InputError,)) as embedder:
         (result,) = embedder.embed_in_order([text])
-    assert "no encoder serves the modality 'text'" in str(result.error)
+    assert "no encoder serves the modality 'text'" in result.error
     with Embedder([CountingEncoder()]) as embedder, pytest.raises(InputError) as caught:
         embedder.embed_in_order([text])
     assert caught.value.__notes__ == ["while preparing 'a dog'"]
 
 
 def test_embeddings_that_are_not_finite_are_reported_or_raised(tmp_path):
-    media = pictures(tmp_path, 3)
+    media = write_images(tmp_path, 3)
     with Embedder([NotFinite()]) as embedder:
         results = embedder.embed_in_order(media)
-    assert [result.error is None for result in results] == [True, False, True]
-    assert str(results[1].error) == f"{media[1].name}: its embedding is not finite"
+    assert [bool(result.error) for result in results] == [False, True, False]
+    assert results[1].error == f"{media[1].name}: its embedding is not finite"
     with pytest.raises(MediaError, match=r"001\.png: its embedding is not finite"):
         embed_groups([media], [NotFinite()], device="cpu")
 
@@ -97,14 +97,14 @@ def test_names_of_the_caller_stand_in_errors():
         def before_embed(self):
             raise RuntimeError("out of memory")
 
-    works = [Work(n, Media.image(picture(n)), f"shard 7 sample {n}") for n in range(2)]
+    works = [Work(n, Media.image(image_bytes(n)), f"shard 7 sample {n}") for n in range(2)]
     with Embedder([Broken()]) as embedder, pytest.raises(RuntimeError) as caught:
         list(embedder.embed(works))
     assert caught.value.__notes__ == ["while embedding shard 7 sample 0, shard 7 sample 1"]
 
 
 def test_groups_are_fused_by_weight(tmp_path):
-    first, second = pictures(tmp_path, 2)
+    first, second = write_images(tmp_path, 2)
     heavy = Media.image(second.source, weight=3)
     encoder = CountingEncoder()
     found = embed_groups([(first,), (first, heavy)], [encoder], device="cpu")

@@ -1,4 +1,4 @@
-"""Several processes fill one store: here threads, each with its own store and encoder, that meet as processes do."""
+"""Several processes share one store; here they are threads, each with its own store and encoder."""
 
 import threading
 from pathlib import Path
@@ -12,7 +12,7 @@ from bindllm.embeddings import precompute as precompute_module
 from bindllm.errors import InputError
 from bindllm.parallel import Processes
 from side_by_side import together
-from store_parts import CountingEncoder, counts, expected, picture, pictures, stored
+from store_parts import CountingEncoder, counts, expected, image_bytes, stored, write_images
 from store_parts import run as run_one
 from tiny import ColourEncoder
 
@@ -42,21 +42,21 @@ def rows(folder: Path) -> list[tuple[bytes, bytes]]:
 
 @pytest.fixture
 def mixed(tmp_path):
-    """20 pictures, the first 5 again under another name, one twice, and 4 files that fail (two of one content)."""
-    media = pictures(tmp_path / "in", 20)
-    copies = pictures(tmp_path / "copies", 5)
+    """20 images, the first 5 again under another name, one twice, and 4 files that fail (two of one content)."""
+    media = write_images(tmp_path / "in", 20)
+    copies = write_images(tmp_path / "copies", 5)
     empty, truncated, again, missing = (
         tmp_path / f"{n}.png" for n in ("empty", "truncated", "again", "none")
     )
     empty.write_bytes(b"")
-    truncated.write_bytes(picture(7)[:60])
-    again.write_bytes(picture(7)[:60])
+    truncated.write_bytes(image_bytes(7)[:60])
+    again.write_bytes(image_bytes(7)[:60])
     bad = [Media.image(path) for path in (empty, truncated, again, missing)]
     return [*media[:7], bad[0], *copies, *bad[1:], *media[7:], media[3]]
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_several_fill_as_one_does(count, tmp_path, mixed, hashed):
+def test_several_processes_store_the_same_rows_as_one(count, tmp_path, mixed, hashed):
     alone = run(tmp_path / "one", mixed)
     hashed.clear()
     encoders = [RowwiseEncoder() for _ in range(count)]
@@ -89,7 +89,7 @@ def test_a_second_run_reads_and_embeds_nothing(tmp_path, mixed, hashed):
 
 
 def test_more_processes_than_media(tmp_path):
-    media = pictures(tmp_path / "in", 2)
+    media = write_images(tmp_path / "in", 2)
     reports = together(5, lambda processes: run(tmp_path / "store", iter(media), processes=processes))
     assert [counts(report) for report in reports] == [(2, 0, 0, 0)] * 5
     torch.testing.assert_close(stored(tmp_path / "store", media), expected(media))
@@ -97,9 +97,9 @@ def test_more_processes_than_media(tmp_path):
 
 def test_media_from_memory_and_fresh_files_have_one_owner(tmp_path):
     """Their hashes are in no file record: every process finds them by itself."""
-    media = [Media.image(picture(n % 6)) for n in range(12)]
+    media = [Media.image(image_bytes(n % 6)) for n in range(12)]
     fresh = tmp_path / "fresh.png"
-    fresh.write_bytes(picture(3))
+    fresh.write_bytes(image_bytes(3))
     reports = together(
         3, lambda processes: run(tmp_path / "store", [*media, Media.image(fresh)], processes=processes)
     )
@@ -116,8 +116,8 @@ class Failing(RowwiseEncoder):
 
 
 @pytest.mark.parametrize("next_count", [1, 3])
-def test_what_a_stopped_run_has_embedded_is_kept_for_any_number_of_processes(next_count, tmp_path):
-    media = pictures(tmp_path / "in", 40)
+def test_rows_of_a_stopped_run_are_kept_for_any_number_of_processes(next_count, tmp_path):
+    media = write_images(tmp_path / "in", 40)
     ends = together(
         2,
         lambda processes: run(
@@ -144,7 +144,7 @@ def test_one_process_merges_the_shards_of_all(tmp_path, monkeypatch):
         original(self)
 
     monkeypatch.setattr(EmbeddingStore, "compact", compact)
-    media = pictures(tmp_path / "in", 60)
+    media = write_images(tmp_path / "in", 60)
     together(
         3, lambda processes: run(tmp_path / "store", media, batch_size=1, flush_rows=1, processes=processes)
     )
@@ -165,7 +165,9 @@ def test_hashed_files_are_written_while_others_are_still_read(tmp_path, monkeypa
         original(self)
 
     monkeypatch.setattr(EmbeddingStore, "save_files", save_files)
-    run(tmp_path / "store", pictures(tmp_path / "in", 8), processes=Processes(1, 2, lambda value: [value]))
+    run(
+        tmp_path / "store", write_images(tmp_path / "in", 8), processes=Processes(1, 2, lambda value: [value])
+    )
     assert records[0] >= 2
     assert records[1] <= 2
 

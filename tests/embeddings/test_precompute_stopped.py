@@ -1,4 +1,4 @@
-"""A fill that is stopped (Ctrl-C, an error, a full disk, kill -9) keeps its rows and goes on where it was."""
+"""An interrupted run (Ctrl-C, an error, a full disk, kill -9) keeps its rows, and the next one resumes."""
 
 import errno
 import multiprocessing
@@ -13,16 +13,16 @@ import torch
 from bindllm import Media
 from bindllm.embeddings.shards import Shards
 from bindllm.errors import StoreError
-from store_parts import CountingEncoder, counts, expected, pictures, run, stored
+from store_parts import CountingEncoder, counts, expected, run, stored, write_images
 
 
-def test_ctrl_c_keeps_what_is_embedded(tmp_path):
+def test_ctrl_c_keeps_all_embeddings(tmp_path):
     class Interrupted(CountingEncoder):
         def before_embed(self):
             if len(self.batches) == 3:
                 signal.raise_signal(signal.SIGINT)
 
-    media = pictures(tmp_path / "in", 20)
+    media = write_images(tmp_path / "in", 20)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "store", media, Interrupted())
     torch.testing.assert_close(stored(tmp_path / "store", media[:8]), expected(media[:8]))
@@ -39,7 +39,7 @@ def test_ctrl_c_at_the_end_of_a_write_doubles_no_row(tmp_path, monkeypatch):
             signal.raise_signal(signal.SIGINT)
         original(self)
 
-    media = pictures(tmp_path / "in", 12)
+    media = write_images(tmp_path / "in", 12)
     monkeypatch.setattr(Shards, "refresh", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "store", media, flush_rows=4)
@@ -48,18 +48,18 @@ def test_ctrl_c_at_the_end_of_a_write_doubles_no_row(tmp_path, monkeypatch):
     assert counts(run(tmp_path / "store", media)) == (8, 4, 0, 0)
 
 
-def test_an_error_of_the_encoder_keeps_what_is_embedded(tmp_path):
+def test_an_error_of_the_encoder_keeps_embeddings_and_names_its_batch(tmp_path):
     class Failing(CountingEncoder):
         def before_embed(self):
             if len(self.batches) == 2:
                 raise RuntimeError("out of memory")
 
-    media = pictures(tmp_path / "in", 12)
+    media = write_images(tmp_path / "in", 12)
     with pytest.raises(RuntimeError, match="out of memory") as caught:
         run(tmp_path / "store", media, Failing())
     names = ", ".join(item.name for item in media[4:8])
     assert caught.value.__notes__ == [f"while embedding {names}"]
-    assert counts(run(tmp_path / "store", pictures(tmp_path / "in", 12))) == (8, 4, 0, 0)
+    assert counts(run(tmp_path / "store", write_images(tmp_path / "in", 12))) == (8, 4, 0, 0)
 
 
 def test_an_unexpected_error_while_preparing_names_the_media(tmp_path):
@@ -67,14 +67,14 @@ def test_an_unexpected_error_while_preparing_names_the_media(tmp_path):
         def prepare(self, media):
             raise ZeroDivisionError
 
-    media = pictures(tmp_path / "in", 1)
+    media = write_images(tmp_path / "in", 1)
     with pytest.raises(ZeroDivisionError) as caught:
         run(tmp_path / "store", media, Failing())
     assert caught.value.__notes__ == [f"while preparing {media[0].name}"]
 
 
-def test_a_full_disk_says_what_is_stored(tmp_path, monkeypatch):
-    media = pictures(tmp_path / "in", 20)
+def test_a_full_disk_reports_how_much_is_stored(tmp_path, monkeypatch):
+    media = write_images(tmp_path / "in", 20)
     original = pa.ipc.RecordBatchFileWriter.write_table
 
     def full(self, table, *args, **options):
@@ -90,7 +90,7 @@ def test_a_full_disk_says_what_is_stored(tmp_path, monkeypatch):
             StoreError, match="No space left.*8 embeddings of this run are stored, 4 are lost"
         ):
             run(tmp_path / "store", media, flush_rows=4)
-    assert full.attempts == 3, "what cannot be written is not tried again"
+    assert full.attempts == 3, "a failed write is not tried again"
     assert not list((tmp_path / "store").rglob("*.part"))
     torch.testing.assert_close(stored(tmp_path / "store", media[:8]), expected(media[:8]))
     assert counts(run(tmp_path / "store", media)) == (12, 8, 0, 0)
@@ -125,7 +125,7 @@ def killed_while_writing(folder: Path, media: list[Media]) -> None:
 
 
 def test_kill_9_loses_only_what_was_not_flushed(tmp_path):
-    media = pictures(tmp_path / "in", 20)
+    media = write_images(tmp_path / "in", 20)
     process = in_process(killed_while_writing, tmp_path / "store", media)
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
@@ -137,8 +137,8 @@ def test_kill_9_loses_only_what_was_not_flushed(tmp_path):
     assert torch.equal(stored(tmp_path / "store", media[:8]), before)
 
 
-def test_two_processes_fill_at_the_same_time(tmp_path):
-    media = pictures(tmp_path / "in", 40)
+def test_two_independent_runs_at_the_same_time(tmp_path):
+    media = write_images(tmp_path / "in", 40)
     halves = media[:30], media[10:]
     processes = [in_process(run, tmp_path / "store", half, None) for half in halves]
     for process in processes:

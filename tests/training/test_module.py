@@ -224,7 +224,7 @@ def test_starting_from_a_folder_of_other_parts_is_refused(make, tmp_path):
 def test_a_second_stage_tunes_the_decoder_and_starts_from_the_first(make, trainer, tmp_path):
     module, _ = make()
     module.configure_model()
-    module.model.origin = "Somebody's weights, under their licence."
+    module.model.origin = "Somebody's weights, under their license."
     module.model.save_pretrained(tmp_path / "first")
     first = {name: value.clone() for name, value in module.model.trainable_state().items()}
     options = {

@@ -16,9 +16,8 @@ from bindllm.data.report import Skipped, SourceReport
 from bindllm.data.rows import Row
 from bindllm.data.source_config import SPLITS, Columns, SourceConfig, Split, split_named
 from bindllm.data.tables import HUB, NOT_UTF8, READERS, is_table, read_table
-from bindllm.errors import InputError, known_names
+from bindllm.errors import InputError, fetch_hint, known_names
 from bindllm.media import Media
-from bindllm.quickstart import fetch_hint
 
 IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".svg"))
 TABLE_NAME = "captions"

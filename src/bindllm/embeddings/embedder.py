@@ -55,7 +55,8 @@ class Embedded(NamedTuple, Generic[Key]):
         modality: of the media.
         inputs: prepared by the encoder, until they are embedded.
         embedding: unit norm, float32, on the CPU, [E]; None after an error.
-        error: why the media could not be read or embedded.
+        error: why the media could not be read or embedded; empty: it was embedded. A string, because an exception
+            would keep the content of the media in memory through its traceback.
     """
 
     key: Key
@@ -63,7 +64,7 @@ class Embedded(NamedTuple, Generic[Key]):
     modality: str
     inputs: Tensor | None = None
     embedding: Tensor | None = None
-    error: Exception | None = None
+    error: str = ""
 
 
 class Embedder:
@@ -128,7 +129,7 @@ class Embedder:
         waiting: defaultdict[str, list[Embedded[Key]]] = defaultdict(list)
         prepared = prefetch(self.pool, partial(self._prepare, check), works, limit=self._limit)
         while (item := self._next(prepared)) is not None:
-            if item.error is not None:
+            if item.error:
                 yield item
                 continue
             batch = waiting[item.modality]
@@ -152,7 +153,7 @@ class Embedder:
             if check is not None:
                 check(work)
         except self.reported as error:
-            return prepared._replace(error=error)
+            return prepared._replace(error=str(error))
         except Exception as error:
             error.add_note(f"while preparing {prepared.name}")
             raise
@@ -193,9 +194,9 @@ class Embedder:
             raise
         self.seconds_embedding += time.perf_counter() - started
         for item, row, finite in zip(batch, rows, rows.isfinite().all(dim=1).tolist(), strict=True):
-            error = None if finite else MediaError(f"{item.name}: its embedding is not finite")
-            if error is not None and not isinstance(error, self.reported):
-                raise error
+            error = "" if finite else f"{item.name}: its embedding is not finite"
+            if error and not issubclass(MediaError, self.reported):
+                raise MediaError(error)
             yield item._replace(inputs=None, embedding=row if finite else None, error=error)
 
 

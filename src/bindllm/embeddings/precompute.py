@@ -153,11 +153,11 @@ class _Run:
         works = self._select(self._with_keys(media))
         for result in self._embedder.embed(works, check=self._check_unchanged):
             key, item = result.key
-            if result.error is None:
+            if result.error:
+                self._fail(item, result.error)
+            else:
                 self._rows.append((key, result.embedding, item))
                 self._count("embedded")
-            else:
-                self._fail(item, result.error)
         self.flush()
 
     def flush(self) -> None:
@@ -231,7 +231,7 @@ class _Run:
             stored = dict(zip(keys, self._store.has(keys), strict=True))
             for media, key in mine:
                 if isinstance(key, MediaError):
-                    self._fail(media, key)
+                    self._fail(media, str(key))
                 elif key in self._seen:
                     self._count("duplicates")
                 else:
@@ -256,8 +256,8 @@ class _Run:
         if isinstance(media.source, str | Path) and self._store.key_of(media) != key:
             raise MediaError(f"{media.name}: the file changed while it was read; run again")
 
-    def _fail(self, media: Media, error: Exception) -> None:
-        self._failed.append((media.name, str(error)))
+    def _fail(self, media: Media, error: str) -> None:
+        self._failed.append((media.name, error))
         self._count("failed")
 
     def _count(self, outcome: str) -> None:

@@ -26,7 +26,7 @@ from bindllm.data.embeddings import MediaEmbeddings
 from bindllm.data.report import Skipped
 from bindllm.encoders import Encoder, encoder_for, passed_over
 from bindllm.encoders.alignment import alignment_warnings, space_of
-from bindllm.errors import InputError
+from bindllm.errors import InputError, printable
 from bindllm.evaluation.layouts import Dataset
 from bindllm.evaluation.measures import MEASURES, Measure, Row, Scores
 from bindllm.evaluation.prompts import NAME, fill_templates, templates_for
@@ -88,7 +88,7 @@ class Result:
 
     def __rich__(self) -> RenderableType:
         """Return a table with a chance column, followed by the skipped media and all remarks."""
-        table = Table(title=Text(_printable(f"{self.layout} {self.folder}".strip())), title_justify="left")
+        table = Table(title=Text(printable(f"{self.layout} {self.folder}".strip())), title_justify="left")
         table.add_column("metric")
         for column in ("result", "chance", "queries", "candidates"):
             table.add_column(column, justify="right")
@@ -109,12 +109,7 @@ class Result:
         lines += [f"note: {note}" for note in self.notes]
         lines += [f"warning: {warning}" for warning in self.warnings]
         lines.append(f"{self.num_encoded:,} encoded now, {self.seconds:.1f} s")
-        return Group(table, *(Text(_printable(line)) for line in lines))
-
-
-def _printable(line: str) -> str:
-    """Return a line without control characters, as names of files and texts may contain any."""
-    return "".join(character if character.isprintable() else "?" for character in line)
+        return Group(table, *(Text(printable(line)) for line in lines))
 
 
 def evaluate_zero_shot(

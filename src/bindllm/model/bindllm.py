@@ -49,7 +49,7 @@ class BindLLM(nn.Module):
         inject: kind of injection.
         adapter: what of the decoder is tuned; None: nothing.
         cache_config: the visual cache that checkpoints name; `from_pretrained` opens it, and nothing else does.
-        origin: whose trained tensors these are or derive from, and their licence; for the cards of all folders.
+        origin: whose trained tensors these are or derive from, and their license; for the cards of all folders.
 
     Attributes:
         cache: the visual cache that answers are made with where a call does not say otherwise, or None.

@@ -80,8 +80,8 @@ def embed_samples(
 
 def _fuse(group: MediaGroup, results: dict[Media, Embedded[Media]]) -> Tensor:
     for media in group:
-        if (error := results[media].error) is not None:
-            raise error
+        if error := results[media].error:
+            raise InputError(error)
     rows = torch.stack([results[media].embedding for media in group])
     return fuse(rows, torch.tensor([media.weight for media in group]))
 
