@@ -260,10 +260,7 @@ def _settings(cache: VisualCache) -> dict[str, object]:
     return {
         "folder": str(cache.index.source),
         "images": len(cache),
-        "top_k": cache.top_k,
-        "temperature": cache.temperature,
-        "weight": cache.weight,
-        "formula": cache.formula,
+        **{name: value for name, value in asdict(cache.settings).items() if name not in ("folder", "skip")},
     }
 
 
@@ -274,5 +271,5 @@ def _notes_on_cache(dataset: Dataset, cache: VisualCache | None) -> list[str]:
     queries = (
         {dataset.modality, dataset.target_modality} if dataset.kind == "retrieve" else {dataset.modality}
     )
-    skipped = sorted(queries & set(cache.skip))
+    skipped = sorted(queries & set(cache.settings.skip))
     return [f"the cache skips {' and '.join(skipped)} queries"] if skipped else []
