@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from bindllm.cache.settings import CacheConfig
 from bindllm.cli.recipe import quiet
 from bindllm.data.collate import answer_batch
 from bindllm.data.datamodule import BindData
@@ -16,7 +17,6 @@ from bindllm.errors import CheckpointError, InputError, TrainingError
 from bindllm.media import Media
 from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
-from bindllm.model.cache import CacheConfig
 from bindllm.model.checkpoint import read_manifest
 from bindllm.model.decoder import DecoderConfig
 from bindllm.model.injection import InjectConfig
