@@ -49,10 +49,10 @@ def docs():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "docs"))
         import draw_encoders
-        import made_up_media
+        import synthetic_media
 
-        yield draw_encoders, made_up_media
-    for name in ("draw_encoders", "made_up_media", "drawing"):
+        yield draw_encoders, synthetic_media
+    for name in ("draw_encoders", "synthetic_media", "drawing"):
         sys.modules.pop(name, None)
 
 
@@ -67,8 +67,8 @@ def project(docs, tmp_path_factory):
     made.write_depth(folder / "room.png")
     made.write_heat(folder / "heat.png")
     made.write_walk(folder / "walk.csv")
-    made.write_film(folder / "ball.mp4")
-    Image.fromarray(made.look(64, 48).picture).save(folder / "car.jpg")
+    made.write_video(folder / "ball.mp4")
+    Image.fromarray(made.look(64, 48).image).save(folder / "car.jpg")
     return folder
 
 
