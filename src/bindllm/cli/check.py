@@ -12,7 +12,6 @@ from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bindllm.cli.media import build_encoder, encoder_folder, read_media
-from bindllm.cli.memory import RunPlan, memory_lines, plan_run, read_size
 from bindllm.cli.problems import Problems, build_part, read_recipe
 from bindllm.cli.recipe import RecipeCLI, quiet
 from bindllm.cli.runs import run_folder
@@ -37,6 +36,7 @@ from bindllm.model.injection import InjectConfig
 from bindllm.model.pretrained import encoder_fingerprints, read_cache_config, read_parts
 from bindllm.testing import check_encoder, made_up_media
 from bindllm.training.callbacks import refuse_unmeasured
+from bindllm.training.memory import RunPlan, memory_lines, plan_run
 from bindllm.training.optim import OptimConfig
 from bindllm.training.stages import check_base
 
@@ -215,7 +215,7 @@ def _check_model(
 
 def _check_memory(plan: RunPlan, limit: str | None, problems: Problems, console: Console) -> None:
     """Show what a run needs; that it does not fit is a problem, with what would."""
-    lines, problem = memory_lines(plan, None if limit is None else read_size(limit))
+    lines, problem = memory_lines(plan, limit)
     for line in lines:
         console.print(line, markup=False)
     if problem:
