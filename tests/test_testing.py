@@ -16,7 +16,7 @@ from torch.nn.functional import dropout, normalize
 from bindllm import testing
 from bindllm.errors import EncoderError, MediaError
 from bindllm.media import MODALITIES, Media
-from bindllm.testing import check_encoder, made_up_media
+from bindllm.testing import check_encoder, synthetic_media
 from tiny import ColourEncoder
 
 
@@ -351,9 +351,9 @@ def test_samples_are_made_up_or_given():
 
 @pytest.mark.parametrize("modality", MODALITIES)
 def test_made_up_media_are_different(modality):
-    hashes = [media.content_hash() for media in made_up_media(modality)]
+    hashes = [media.content_hash() for media in synthetic_media(modality)]
     assert len(set(hashes)) == len(hashes) >= 2
-    assert hashes == [media.content_hash() for media in made_up_media(modality)]
+    assert hashes == [media.content_hash() for media in synthetic_media(modality)]
 
 
 class RadarEncoder(LetterEncoder):

@@ -9,14 +9,11 @@ from typing import TYPE_CHECKING
 
 from bindllm.embeddings.embedder import fill
 from bindllm.errors import InputError, MediaError
-from bindllm.media import Media
+from bindllm.media import ENDINGS, Media
 
 if TYPE_CHECKING:
     from bindllm.embeddings.store import EmbeddingStore
     from bindllm.encoders import Encoder
-
-PICTURE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".svg"))
-"""Endings of the files that are taken from a folder; a path that is named itself may have any."""
 
 
 def embed_pictures(
@@ -72,8 +69,8 @@ def find_pictures(pictures: str | Path | Sequence[str | Path]) -> list[Path]:
         what = "is a file; write it as a list of one path" if folder.exists() else "does not exist"
         raise InputError(f"expected a folder of pictures, but {str(folder)!r} {what}")
     files = sorted(file for file in folder.rglob("*") if file.is_file())
-    found = [file for file in files if file.suffix.lower() in PICTURE_SUFFIXES]
-    endings = ", ".join(sorted(PICTURE_SUFFIXES))
+    found = [file for file in files if file.suffix.lower() in ENDINGS["image"]]
+    endings = ", ".join(sorted(ENDINGS["image"]))
     if not found:
         raise InputError(f"{folder} holds {len(files)} files and no picture ({endings})")
     if len(found) < len(files):

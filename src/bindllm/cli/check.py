@@ -34,7 +34,7 @@ from bindllm.model.checkpoint import MANIFEST, build_object, read_manifest, read
 from bindllm.model.decoder import DecoderConfig, find_folder, fingerprint_decoder, load_tokenizer
 from bindllm.model.injection import InjectConfig
 from bindllm.model.pretrained import encoder_fingerprints, read_cache_config, read_parts
-from bindllm.testing import check_encoder, made_up_media
+from bindllm.testing import check_encoder, synthetic_media
 from bindllm.training.callbacks import refuse_unmeasured
 from bindllm.training.memory import RunPlan, memory_lines, plan_run
 from bindllm.training.optim import OptimConfig
@@ -238,7 +238,7 @@ def _check_encoder(
         if entry["class_path"].startswith("bindllm."):
             encoder.fingerprint()
             first = next((item.modality for item in media if item.modality in encoder.modalities), None)
-            for item in made_up_media(first or encoder.modalities[0])[:1]:
+            for item in synthetic_media(first or encoder.modalities[0])[:1]:
                 encoder.embed(item.modality, [encoder.prepare(item)])
         else:
             own = [

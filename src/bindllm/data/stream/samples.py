@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 
-from bindllm.data.captions import PICTURE_SUFFIXES
 from bindllm.data.formats import FORMATS, RowError, read_media
 from bindllm.data.formats.place import thing
 from bindllm.data.rows import Row
@@ -13,16 +12,11 @@ from bindllm.data.source_config import SourceConfig, Split
 from bindllm.data.stream.shards import TarSample
 from bindllm.data.tables import Record
 from bindllm.errors import InputError
-from bindllm.media import Media
+from bindllm.media import ENDINGS, Media
 
 _TEXTS = ("txt", "text", "caption")
 # What image-text sets keep beside the media and the JSON: none of it is media.
 _NO_MEDIA = frozenset(("json", "cls", "id", "index", "url", *_TEXTS))
-_SUFFIXES = {
-    "image": frozenset(suffix[1:] for suffix in PICTURE_SUFFIXES),
-    "audio": frozenset(("wav", "mp3", "flac", "ogg", "opus", "m4a", "aac")),
-    "video": frozenset(("mp4", "webm", "mkv", "mov", "avi")),
-}
 
 
 @dataclass
@@ -68,12 +62,13 @@ class TarPlace:
     def _only(self, modality: str) -> bytes:
         """The only member of a modality: of that name, or of an ending that its files have."""
         media = {end: content for end, content in self.sample.members.items() if end not in _NO_MEDIA}
-        suffixes = _SUFFIXES.get(modality)
+        # Point clouds may be NPY files too, so every member may be one.
+        endings = None if modality == "point" else ENDINGS.get(modality)
         named = [content for end, content in media.items() if modality in end.split(".")]
         fitting = [
             content
             for end, content in media.items()
-            if suffixes is None or end.rpartition(".")[2] in suffixes
+            if endings is None or f".{end.rpartition('.')[2]}" in endings
         ]
         for found in (named, fitting):
             if len(found) == 1:

@@ -8,20 +8,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bindllm.data.captions import PICTURE_SUFFIXES
 from bindllm.errors import InputError, known_names
-
-ENDINGS: dict[str, frozenset[str]] = {
-    "image": PICTURE_SUFFIXES,
-    "audio": frozenset((".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".m4a", ".aac")),
-    "video": frozenset((".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg")),
-    "point": frozenset((".off", ".ply", ".obj", ".stl", ".glb", ".xyz", ".pts", ".pcd")),
-}
-"""By which endings files are found. A sound may lie in a video file too, so those count for audio as well."""
+from bindllm.media import ENDINGS
 
 
 def endings_of(modality: str) -> frozenset[str]:
-    """Return the endings of a modality's files; none for one whose files may be called anything."""
+    """Return the file endings of a modality, none if its files may have any; video files may hold audio too."""
     extra = ENDINGS["video"] if modality == "audio" else frozenset()
     return ENDINGS.get(modality, frozenset()) | extra
 

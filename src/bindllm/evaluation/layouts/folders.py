@@ -9,7 +9,6 @@ from bindllm.data.tables import read_table
 from bindllm.errors import InputError, known_names
 from bindllm.evaluation.layouts.classes import number_of, read_classes, spell
 from bindllm.evaluation.layouts.files import (
-    ENDINGS,
     Files,
     endings_of,
     list_files,
@@ -19,6 +18,7 @@ from bindllm.evaluation.layouts.files import (
     walk,
 )
 from bindllm.evaluation.layouts.task import Choice, Task
+from bindllm.media import ENDINGS
 
 IMAGENET_NAMES = ("LOC_synset_mapping.txt", "classes.json", "classes.tsv", "imagenet_class_index.json")
 IMAGENET_SOLUTION = "LOC_{split}_solution.csv"
