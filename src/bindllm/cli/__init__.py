@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from bindllm import __version__
 from bindllm.cli.usage import UsageError
 from bindllm.errors import BindLLMError, known_names
+from bindllm.imports import find_named_modules
 
 VERBS = {
     "fetch": ("fetch", "fetch and verify the embedded default: decoder, encoder, pictures"),
@@ -71,9 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"error: unknown verb {verb!r}. {known_names(SYNONYMS.get(verb, verb), VERBS)}", file=sys.stderr
         )
         return 2
-    # A recipe may name an encoder in a file beside it, as with `python -m`.
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+    # A recipe may name an encoder in a file of this folder. No other file here may be imported.
+    find_named_modules()
     try:
         home = importlib.import_module(f"bindllm.cli.{VERBS[verb][0]}")
         return vars(home)[verb](arguments)

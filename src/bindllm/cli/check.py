@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from bindllm.cli.media import build_encoder, encoder_folder, read_media
+from bindllm.cache.settings import CacheConfig
+from bindllm.cache.visual_cache import choose_cache, open_cache
+from bindllm.cli.media import build_encoder, build_own, encoder_folder, read_media
 from bindllm.cli.problems import Problems, build_part, read_recipe
 from bindllm.cli.recipe import RecipeCLI, quiet
 from bindllm.cli.runs import run_folder
@@ -24,16 +24,22 @@ from bindllm.data.rows import Row
 from bindllm.data.source_config import SourceConfig
 from bindllm.encoders import HasExamples, passed_over
 from bindllm.encoders.alignment import alignment_warnings
-from bindllm.errors import CheckpointError, DecoderError
+from bindllm.errors import CheckpointError
 from bindllm.media import MODALITIES, Media
 from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.bindllm import BindLLM
-from bindllm.model.cache import CacheConfig, choose_cache, open_cache
-from bindllm.model.checkpoint import MANIFEST, build_object, read_manifest, read_weights
-from bindllm.model.decoder import DecoderConfig, find_folder, fingerprint_decoder, load_tokenizer
+from bindllm.model.checkpoint import MANIFEST, read_manifest, read_weights
+from bindllm.model.decoder import (
+    DecoderConfig,
+    find_folder,
+    fingerprint_decoder,
+    load_tokenizer,
+    read_config,
+    without_weights,
+)
 from bindllm.model.injection import InjectConfig
-from bindllm.model.pretrained import encoder_fingerprints, read_cache_config, read_parts
+from bindllm.model.pretrained import encoder_fingerprints, read_cache_config, read_decoder, read_parts
 from bindllm.testing import check_encoder, synthetic_media
 from bindllm.training.callbacks import refuse_unmeasured
 from bindllm.training.memory import RunPlan, memory_lines, plan_run
@@ -148,8 +154,7 @@ def _check_recipe(chosen: Namespace, overrides: Sequence[str], problems: Problem
         if cache is not None and all_encoders:
             _check_cache(cache, encoders, problems, console, output=config.output)
     if model["start_from"] is not None:
-        allow = [entry["class_path"] for entry in model["encoders"]]
-        _check_folder(model["start_from"], problems, allow=allow)
+        _check_folder(model["start_from"], problems, allow=_trusted(model["encoders"]))
         if parts.keys() == built.keys() and all_encoders and not problems:
             own = {name: parts.get(name) for name in ("decoder", "bind", "inject", "adapter")}
             with problems.noted():
@@ -193,6 +198,7 @@ def _check_decoder(config: DecoderConfig, problems: Problems) -> Any:
         tokenizer = load_tokenizer(config)
     with problems.noted():
         fingerprint_decoder(find_folder(config))
+        read_config(find_folder(config))
     # A missing folder is one problem, not two.
     problems[:] = dict.fromkeys(problems)
     return tokenizer
@@ -202,12 +208,7 @@ def _check_model(
     parts: dict[str, Any], tokenizer: Any, encoders: Sequence[Any], trainable: list[str]
 ) -> None:
     """Join the parts without their weights: whether the decoder has what the injection needs, and all sizes fit."""
-    folder = find_folder(parts["decoder"])
-    try:
-        with torch.device("meta"):
-            decoder = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    except (OSError, ValueError, KeyError) as error:
-        raise DecoderError(f"{folder} does not hold a causal language model: {error}") from error
+    decoder = without_weights(find_folder(parts["decoder"]))
     check_vocabulary(tokenizer, decoder.get_input_embeddings().num_embeddings)
     joined = {"encoders": encoders, **{name: parts.get(name) for name in ("bind", "inject", "adapter")}}
     BindLLM(decoder, tokenizer, parts["decoder"], **joined).set_trainable(trainable)
@@ -231,10 +232,7 @@ def _check_encoder(
     one embedding are enough.
     """
     with problems.noted():
-        encoder = build_object(
-            {"class_path": entry["class_path"], "init_args": entry.get("init_args", {})},
-            allow=[entry["class_path"]],
-        )
+        encoder = build_own(entry)
         if entry["class_path"].startswith("bindllm."):
             encoder.fingerprint()
             first = next((item.modality for item in media if item.modality in encoder.modalities), None)
@@ -263,6 +261,12 @@ def _check_encoder(
     return None
 
 
+def _trusted(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the classes that a recipe trusts: its encoders, and the classes that it allows them to import."""
+    allowed = [entry.get("init_args", {}).get("allow") or [] for entry in entries]
+    return [entry["class_path"] for entry in entries] + [path for own in allowed for path in own]
+
+
 def _check_cache(
     config: CacheConfig, encoders: Sequence[Any], problems: Problems, console: Console, *, output: str
 ) -> None:
@@ -276,7 +280,7 @@ def _check_cache(
         return
     with problems.noted():
         known = [encoder.fingerprint() for encoder in encoders]
-        open_cache(config.folder, known, checkpoint=output, **config.settings)
+        open_cache(config.folder, known, checkpoint=output, settings=config)
 
 
 def _check_folder(folder: str, problems: Problems, *, allow: Sequence[str]) -> None:
@@ -292,5 +296,7 @@ def _check_folder(folder: str, problems: Problems, *, allow: Sequence[str]) -> N
         with problems.noted():
             known = encoder_fingerprints(folder, manifest)
             choose_cache(None, read_cache_config(folder, manifest), known, checkpoint=folder)
+        with problems.noted():
+            _check_decoder(read_decoder(folder, manifest), problems)
         read_parts(folder, decoder=None, dtype=None, allow=allow)
     problems[:] = dict.fromkeys(problems)

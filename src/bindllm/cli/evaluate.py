@@ -37,13 +37,13 @@ def evaluate(args: list[str]) -> int:
 
     templates = _templates(chosen)
     device = find_device(chosen.device)
-    task = read_layout(_known_layout(chosen.layout), chosen.folder, _choice(chosen))
+    dataset = read_layout(_known_layout(chosen.layout), chosen.folder, _choice(chosen))
     if chosen.limit is not None:
-        task.limit(chosen.limit)
+        dataset.limit(chosen.limit)
     encoders = checkpoint_encoders(chosen.checkpoint, chosen.allow) if chosen.checkpoint else []
     encoders += [build_encoder(text, options, allow=chosen.allow) for text in chosen.encoder]
     result = evaluate_zero_shot(
-        task,
+        dataset,
         encoders,
         store=chosen.store,
         device=device,
@@ -190,7 +190,6 @@ def _cache(chosen: Any) -> VisualCache | None:
         if settings:
             raise UsageError(f"--cache_{next(iter(settings))} needs a visual cache: give --cache FOLDER")
         return None
-    from bindllm.cache.visual_cache import VisualCache
-    from bindllm.model.cache import open_index
+    from bindllm.cache.visual_cache import VisualCache, open_index
 
     return VisualCache(open_index(chosen.cache), **settings)

@@ -21,15 +21,16 @@ from bindllm.atomic import atomic_file, remove_leftovers
 from bindllm.cli.processes import meet
 from bindllm.cli.recipe import RecipeCLI, quiet
 from bindllm.cli.runs import RECIPE, claimed, open_run, run_folder
-from bindllm.errors import BindLLMError, InputError
-from bindllm.evaluation.tasks import Measured, evaluate_held_out, held_out_rows
-from bindllm.model.card import licences
+from bindllm.errors import BindLLMError, InputError, printable
+from bindllm.evaluation.held_out import evaluate_held_out, held_out_rows
+from bindllm.evaluation.task import Evaluation
+from bindllm.model.card import licenses
 from bindllm.model.pretrained import describe
 from bindllm.report.report import RunFacts, write_report
-from bindllm.report.summary import in_words_of, summarise
+from bindllm.report.summary import media_words, summarize
 from bindllm.training.callbacks import ParameterTable, SampleCaptions
 from bindllm.training.optim import describe_groups
-from bindllm.training.progress import RunProgress, printable
+from bindllm.training.progress import RunProgress
 from bindllm.training.runlog import METRICS, RunLog
 from bindllm.training.state import AtomicCheckpointIO, Interrupted, RunState, told_to_make_room
 
@@ -157,7 +158,7 @@ def _measure(cli: RecipeCLI, state: RunState, console: Console) -> int:
         groups = describe_groups(model.parameter_groups())
         seconds = {**state.seconds, "evaluate": measured.seconds}
         metrics = {
-            **measured.metrics,
+            "tasks": measured.metrics,
             "seconds": {name: round(value, 1) for name, value in seconds.items()},
             "trainable_parameters": sum(row["parameters"] for row in groups if row["trainable"]),
         }
@@ -165,13 +166,12 @@ def _measure(cli: RecipeCLI, state: RunState, console: Console) -> int:
             title=output.name,
             parameters=groups,
             data=asdict(data.report),
-            licences=licences(describe(model), data=_data_names(cli)),
+            licenses=licenses(describe(model), data=_data_names(cli)),
             problems=measured.problems,
             device=str(model.device),
         )
         log = state.folder / METRICS
-        rows = {"captions": measured.captions, "answers": measured.answers}
-        page = write_report(output, metrics=metrics, facts=facts, log=log, **rows)
+        page = write_report(output, metrics=metrics, facts=facts, rows=measured.rows, log=log)
     except BindLLMError as error:
         console.print(f"the report is not complete: {error}", style="yellow", markup=False)
         return 1
@@ -180,13 +180,14 @@ def _measure(cli: RecipeCLI, state: RunState, console: Console) -> int:
 
 
 def _summary(
-    console: Console, metrics: dict[str, Any], measured: Measured, page: Path, *, modalities: set[str]
+    console: Console, metrics: dict[str, Any], measured: Evaluation, page: Path, *, modalities: set[str]
 ) -> None:
     """Print the headline, a few captions and answers, and where everything is."""
     console.print(f"report:        {page}\n", markup=False)
-    for sentence in summarise(metrics, num_pictures=len(measured.captions), modalities=modalities):
+    num_captions = len(measured.rows.get("captions", ()))
+    for sentence in summarize(metrics, num_captions=num_captions, modalities=modalities):
         console.print(sentence, markup=False)
-    for rows in (measured.captions, measured.answers):
+    for rows in measured.rows.values():
         if rows:
             console.print(_shown(rows, modalities))
 
@@ -195,7 +196,7 @@ def _shown(rows: list[dict[str, Any]], modalities: set[str]) -> Table:
     """Return a table of a few held-out rows, evenly spread."""
     # Shares of the width: a long caption of one column must not squeeze the others out.
     table = Table(box=box.SIMPLE, expand=True)
-    table.add_column(in_words_of("held-out picture", modalities), ratio=1, overflow="fold")
+    table.add_column(f"held-out {media_words(modalities)[0]}", ratio=1, overflow="fold")
     asked = "question" in rows[0]
     if asked:
         table.add_column("question", ratio=2)
@@ -204,6 +205,6 @@ def _shown(rows: list[dict[str, Any]], modalities: set[str]) -> Table:
     step = max(1, len(rows) // SHOWN_ROWS)
     for row in rows[::step][:SHOWN_ROWS]:
         question = (row["question"],) if asked else ()
-        cells = (Path(row["picture"] or "").name, *question, row["references"][0], row["generated"] or "")
+        cells = (Path(row["media"] or "").name, *question, row["references"][0], row["model"] or "")
         table.add_row(*(Text(printable(cell)) for cell in cells))
     return table

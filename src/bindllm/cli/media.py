@@ -14,12 +14,13 @@ import yaml
 
 from bindllm.cli.usage import UsageError
 from bindllm.errors import CheckpointError, known_names
-from bindllm.media import ENDINGS, MODALITIES, Media, is_modality
+from bindllm.imports import name_module
+from bindllm.media import MODALITIES, SUFFIXES, Media, is_modality
 from bindllm.model.checkpoint import MANIFEST, build_object
 
 RULES = "; ".join(
     f"{modality}: {' '.join(sorted(ending[1:] for ending in endings))}"
-    for modality, endings in ENDINGS.items()
+    for modality, endings in SUFFIXES.items()
 )
 """The modality that a file ending means. Other endings (npy, npz, csv, txt) may be anything."""
 
@@ -53,7 +54,7 @@ def read_media(text: str) -> Media:
     if colon and len(modality) > 1 and is_modality(modality) and not os.path.exists(text):
         return Media(modality, source)
     ending = os.path.splitext(text)[1].lower()
-    for name, endings in ENDINGS.items():
+    for name, endings in SUFFIXES.items():
         if ending in endings and not (name == "image" and _is_wide(text)):
             return Media(name, text)
     if os.path.isdir(text):
@@ -124,9 +125,24 @@ def build_encoder(path: str, options: Sequence[str], *, allow: Sequence[str] = (
             raise UsageError(f"{path} has no argument {name!r}. {known_names(name, parameters)}")
         is_text = name in parameters and parameters[name].annotation in (str, "str", "str | None")
         arguments[name] = text if is_text else _read_yaml(name, text)
-    if allow and path == _ALIGNED:
-        arguments.setdefault("allow", list(allow))
-    return build_object({"class_path": path, "init_args": arguments}, allow=[path])
+    return build_own({"class_path": path, "init_args": arguments}, allow=allow)
+
+
+def build_own(entry: Mapping[str, Any], *, allow: Sequence[str] = ()) -> Any:
+    """Build an encoder that the user names, on the command line or in a recipe; its own ``allow`` counts.
+
+    Args:
+        entry: ``{"class_path": ..., "init_args": {...}}``.
+        allow: further classes outside bindllm that may be imported.
+
+    Raises:
+        CheckpointError: the class does not exist or cannot be built.
+        UsageError: ``allow`` is not a list of import paths.
+    """
+    own = entry.get("init_args", {}).get("allow") or []
+    if not isinstance(own, list) or not all(isinstance(path, str) for path in own):
+        raise UsageError(f"allow must be a list of import paths, such as [my_lab.RadarTower], not {own!r}")
+    return build_object(dict(entry), allow=[entry["class_path"], *allow, *own])
 
 
 def encoder_folder(folder: str | Path) -> tuple[str, str] | None:
@@ -182,6 +198,7 @@ def _parameters(path: str) -> Mapping[str, inspect.Parameter]:
 def _find_class(path: str) -> Any:
     """Return a class by its import path; `build_object` says what is wrong with a path that leads nowhere."""
     module, _, name = path.rpartition(".")
+    name_module(path)
     try:
         # Names of a package may be made when they are asked for, so its dictionary is not enough.
         return getattr(import_module(module), name)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from inspect import signature
-from typing import NoReturn, get_type_hints
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NoReturn, get_type_hints
 
 import lightning.pytorch.callbacks
 import lightning.pytorch.loggers
+import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
 from bindllm.cli.usage import UsageError
 from bindllm.errors import known_names
+from bindllm.imports import name_module
 from bindllm.model.checkpoint import classes_in
 
 # What jsonargparse says, and where in it the unknown name and the place that should know it are.
@@ -51,6 +55,53 @@ class RecipeParser(LightningArgumentParser):
         plain = _plain(message)
         hint = _hint(message, known) or _hint_of_choice(plain)
         raise UsageError(f"{plain}\n{hint}".rstrip(), key=_key(message)) from ex
+
+
+def name_classes(args: Sequence[str]) -> None:
+    """Make the modules visible whose classes a command line and its recipes name.
+
+    jsonargparse imports classes while it parses, so this comes first. A class may be anywhere in a recipe, also without
+    ``class_path``: every string that reads as an import path of a file in the working directory counts.
+
+    Args:
+        args: options with values, such as ``--config FILE`` and ``--model.encoders+=my_lab.RadarEncoder``.
+    """
+    words = [part for word in args for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    configs = [value for option, value in pairwise(words) if option == "--config"]
+    waiting: list[tuple[Any, Path]] = [(_read_yaml(word), Path()) for word in words]
+    read = {Path(file).resolve() for file in configs}
+    waiting += [(_read_yaml(file), file.parent) for file in read]
+    while waiting:
+        tree, folder = waiting.pop()
+        for text in _strings(tree):
+            # A recipe may name further recipes, relative to itself.
+            file = (folder / text).resolve() if text.endswith((".yaml", ".yml")) else None
+            if file is not None and file not in read:
+                read.add(file)
+                waiting.append((_read_yaml(file), file.parent))
+            elif (
+                "." in text
+                and all(part.isidentifier() for part in text.split("."))
+                and not Path(text).exists()
+            ):
+                name_module(text)
+
+
+def _read_yaml(source: str | Path) -> Any:
+    """Return the content of a file or a text; None if it cannot be read: the parser reports that."""
+    try:
+        return yaml.safe_load(source.read_text(encoding="utf-8") if isinstance(source, Path) else source)
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+
+
+def _strings(tree: Any) -> Iterator[str]:
+    """Yield all strings among the values of a recipe."""
+    if isinstance(tree, str):
+        yield tree
+    elif isinstance(tree, dict | list):
+        for value in tree.values() if isinstance(tree, dict) else tree:
+            yield from _strings(value)
 
 
 def _plain(message: str) -> str:

@@ -26,7 +26,8 @@ from lightning.fabric.strategies import DDPStrategy
 from torch import distributed
 
 from bindllm.errors import BindLLMError, InputError, StoreError
-from bindllm.parallel.ranks import Ranks
+from bindllm.imports import find_named_modules
+from bindllm.parallel import Processes
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -58,7 +59,7 @@ class ProcessEnded(StoreError):
 
 def on_every_device(
     options: Mapping[str, Any],
-    work: Callable[[torch.device, Ranks], Any],
+    work: Callable[[torch.device, Processes], Any],
     *,
     again: Callable[[], int],
 ) -> bool:
@@ -89,6 +90,8 @@ def on_every_device(
         "MASTER_PORT": str(environment.main_port),
         "NODE_RANK": str(environment.node_rank()),
         "LOCAL_RANK": "0",
+        # A spawned process would put the working directory first on its path, ahead of the standard library.
+        "PYTHONSAFEPATH": "1",
     }
     with _environment(by_hand), _Others(fabric.strategy.num_processes - 1, again):
         return _launch(fabric, work)
@@ -153,7 +156,7 @@ def _fabric(options: Mapping[str, Any]) -> Fabric:
     return fabric
 
 
-def _launch(fabric: Fabric, work: Callable[[torch.device, Ranks], Any]) -> bool:
+def _launch(fabric: Fabric, work: Callable[[torch.device, Processes], Any]) -> bool:
     """Connect the processes, and do this one's part."""
     alone = fabric.world_size == 1
     connected = False
@@ -163,7 +166,7 @@ def _launch(fabric: Fabric, work: Callable[[torch.device, Ranks], Any]) -> bool:
         gather = {} if alone else {"gather": _Gather(fabric.world_size)}
         connected = True
         threads = max(1, (os.cpu_count() or 1) // (1 if alone else fabric.strategy.num_processes))
-        work(fabric.device, Ranks(fabric.global_rank, fabric.world_size, threads=threads, **gather))
+        work(fabric.device, Processes(fabric.global_rank, fabric.world_size, threads=threads, **gather))
 
     try:
         fabric.launch(part)
@@ -265,6 +268,7 @@ class _Others:
 def _further_process(number: int, again: Callable[[], int]) -> None:
     """Do the part of one more process on this machine; leave with its exit code."""
     os.environ["LOCAL_RANK"] = str(number)
+    find_named_modules()
     threading.Thread(target=_watch_parent, daemon=True).start()
     try:
         code = again()

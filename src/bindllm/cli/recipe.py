@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from bindllm.cli.parser import RecipeParser
+from bindllm.cli.parser import RecipeParser, name_classes
 from bindllm.cli.usage import GIVE_RECIPE, UsageError, refuse_bare_names
 from bindllm.data.datamodule import BindData
 from bindllm.errors import BindLLMError, InputError
@@ -85,6 +85,7 @@ class RecipeCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; Lightning's own version warns whenever a process has arguments of its own."""
+        name_classes(args)
         try:
             self.config = parser.parse_args(args)
         except UsageError as error:

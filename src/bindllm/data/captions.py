@@ -15,7 +15,7 @@ from bindllm.data.source_config import SPLITS, Columns, split_named
 from bindllm.data.tables import NOT_UTF8, READERS, is_table, read_table
 from bindllm.data.texts import clean_caption, is_visible
 from bindllm.errors import InputError, known_names
-from bindllm.media import ENDINGS
+from bindllm.media import SUFFIXES
 
 TABLE_NAME = "captions"
 
@@ -143,7 +143,7 @@ def _folder_rows(folder: Path, report: SourceReport, modality: str) -> Iterator[
             "of the same name beside them; expected one or the other"
         )
     if not files:
-        endings = ", ".join(sorted(ending[1:] for ending in ENDINGS["image"]))
+        endings = ", ".join(sorted(ending[1:] for ending in SUFFIXES["image"]))
         raise InputError(
             f"{folder} holds no table {TABLE_NAME}.* ({', '.join(READERS)}) and no pictures ({endings}); "
             "expected one or the other"
@@ -167,7 +167,7 @@ def _folder_rows(folder: Path, report: SourceReport, modality: str) -> Iterator[
 def _is_wanted(file: Path, modality: str) -> bool:
     """Pictures are known by their ending; nobody knows the endings of all else, so a text file must be beside it."""
     if modality == "image":
-        return file.suffix.lower() in ENDINGS["image"]
+        return file.suffix.lower() in SUFFIXES["image"]
     return file.suffix.lower() != ".txt" and file.with_suffix(".txt").is_file()
 
 

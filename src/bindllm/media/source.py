@@ -18,7 +18,7 @@ Source = str | Path | bytes | np.ndarray | Image.Image
 CHUNK = 1 << 20
 """Bytes that are read at once."""
 
-ENDINGS: dict[str, frozenset[str]] = {
+SUFFIXES: dict[str, frozenset[str]] = {
     "image": frozenset((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".svg", ".svgz")),
     "video": frozenset((".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg")),
     "audio": frozenset((".wav", ".mp3", ".flac", ".ogg", ".oga", ".opus", ".m4a", ".aac")),

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 from bindllm.errors import DecoderError
 from bindllm.model.bindllm import BindLLM
-from bindllm.model.decoder import DecoderConfig, find_folder
+from bindllm.model.decoder import DecoderConfig, find_folder, without_weights
 
 # Bytes of a weight. nf4: half a byte, a scale of one byte for 64 weights, and one of four for 256 of those.
 _QUANTIZED = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
@@ -57,13 +57,7 @@ def meta_decoder(config: DecoderConfig, dtype: torch.dtype) -> PreTrainedModel:
         DecoderError: the folder does not hold a causal language model.
     """
     folder = find_folder(config)
-    try:
-        with torch.device("meta"):
-            decoder = AutoModelForCausalLM.from_config(
-                AutoConfig.from_pretrained(folder), dtype=dtype, attn_implementation=_FUSED
-            )
-    except (OSError, ValueError, KeyError) as error:
-        raise DecoderError(f"{folder} does not hold a causal language model: {error}") from error
+    decoder = without_weights(folder, dtype=dtype, attn_implementation=_FUSED)
     if config.quantise == "int8":
         # Its layers save their inputs for the backward pass, although their weights are frozen.
         for linear in quantized_layers(decoder):

@@ -12,7 +12,7 @@ from bindllm.data.source_config import SourceConfig, Split
 from bindllm.data.stream.shards import TarSample
 from bindllm.data.tables import Record
 from bindllm.errors import InputError
-from bindllm.media import ENDINGS, Media
+from bindllm.media import SUFFIXES, Media
 
 _TEXTS = ("txt", "text", "caption")
 # What image-text sets keep beside the media and the JSON: none of it is media.
@@ -63,12 +63,12 @@ class TarPlace:
         """The only member of a modality: of that name, or of an ending that its files have."""
         media = {end: content for end, content in self.sample.members.items() if end not in _NO_MEDIA}
         # Point clouds may be NPY files too, so every member may be one.
-        endings = None if modality == "point" else ENDINGS.get(modality)
+        suffixes = None if modality == "point" else SUFFIXES.get(modality)
         named = [content for end, content in media.items() if modality in end.split(".")]
         fitting = [
             content
             for end, content in media.items()
-            if endings is None or f".{end.rpartition('.')[2]}" in endings
+            if suffixes is None or f".{end.rpartition('.')[2]}" in suffixes
         ]
         for found in (named, fitting):
             if len(found) == 1:
