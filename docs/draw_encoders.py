@@ -18,7 +18,7 @@ import numpy as np
 import synthetic_media
 import torch
 from drawing import (
-    COLOURS,
+    COLORS,
     FIRST,
     HEADING,
     INK,
@@ -240,7 +240,7 @@ def draw_imu(folder: Path) -> Figure:
     kinds = ((0, "acceleration, m/s²"), (3, "rotation, rad/s"))
     for row, (first, unit) in zip(panels, kinds, strict=True):
         for axis in range(first, first + 3):
-            style = {"color": COLOURS[axis - first], "label": AXES[axis][-1]}
+            style = {"color": COLORS[axis - first], "label": AXES[axis][-1]}
             row[0].plot(table[:, 0], table[:, 1 + axis], linestyle="", marker=".", markersize=3, **style)
             row[1].plot(signal[axis], linewidth=1.2, **style)
         row[0].set_ylabel(unit)

@@ -11,16 +11,16 @@ from lightning.pytorch import LightningDataModule
 from bindllm.conversation import Conversation, Message
 from bindllm.data.batches import BatchLoader, sorted_batches
 from bindllm.data.collate import collate
-from bindllm.data.tokenise import Sample, tokenise
+from bindllm.data.rows import Sample, tokenize
 from bindllm.media import Media
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.decoder import DecoderConfig
 from bindllm.model.injection import InjectConfig
 from bindllm.training.module import BindModule
 from bindllm.training.optim import OptimConfig
-from tiny import ColourEncoder, tiny_tokenizer
+from tiny import ColorEncoder, tiny_tokenizer
 
-COLOURS = ("red", "green", "blue", "white")
+COLORS = ("red", "green", "blue", "white")
 TOKENIZER = tiny_tokenizer()
 
 
@@ -32,21 +32,21 @@ def conversation(colour: str, answer: str, question: str = "Colour?") -> Convers
 
 def row(number: int, colour: str, answer: str, rejected: str | None = None, **fields) -> Sample:
     """One row; its media are named by their colour, which `lookup` turns into an embedding."""
-    sample = tokenise(conversation(colour, answer), TOKENIZER, 64, last_alone=True)
+    sample = tokenize(conversation(colour, answer), TOKENIZER, 64, last_only=True)
     if rejected is not None:
-        fields["rejected"] = tokenise(conversation(colour, rejected), TOKENIZER, 64, last_alone=True)
+        fields["rejected"] = tokenize(conversation(colour, rejected), TOKENIZER, 64, last_only=True)
     return replace(sample, name=f"row {number}", number=number, **fields)
 
 
 def pairs() -> list[Sample]:
     """Of each picture its own colour is chosen, every other one rejected; lengths differ."""
-    options = [(mine, other) for mine in COLOURS for other in COLOURS if mine != other]
+    options = [(mine, other) for mine in COLORS for other in COLORS if mine != other]
     return [row(n, mine, mine, other) for n, (mine, other) in enumerate(options)]
 
 
 def judged() -> list[Sample]:
     """The same as rows on their own: the right colour is desirable, a wrong one is not."""
-    options = [(mine, said) for mine in COLOURS for said in COLOURS]
+    options = [(mine, said) for mine in COLORS for said in COLORS]
     return [row(n, mine, said, desirable=mine == said) for n, (mine, said) in enumerate(options)]
 
 
@@ -54,7 +54,7 @@ def lookup(groups, *, turn: int = 0) -> torch.Tensor:
     """One unit vector per colour; with ``turn`` every picture is taken for one of another colour."""
     found = torch.zeros(len(groups), 16)
     for n, group in enumerate(groups):
-        found[n, (COLOURS.index(group[0].source) + turn) % len(COLOURS)] = 1
+        found[n, (COLORS.index(group[0].source) + turn) % len(COLORS)] = 1
     return found
 
 
@@ -84,7 +84,7 @@ class Preferences(LightningDataModule):
 def build(decoder, objective, **changes) -> BindModule:
     """A module on a tiny decoder; the gates are open, so that pictures matter from the start."""
     options = {
-        "encoders": [ColourEncoder()],
+        "encoders": [ColorEncoder()],
         "bind": BindConfig(depth=1),
         "inject": InjectConfig(),
         "optim": OptimConfig(lr=0.02, warmup=2),

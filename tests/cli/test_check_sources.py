@@ -10,19 +10,19 @@ from rich.console import Console
 from bindllm.cli.problems import Problems
 from bindllm.cli.sources import check_sources, read_sources
 from bindllm.data.source_config import SourceConfig
-from tiny import ColourEncoder, colour_pictures, tiny_tokenizer
+from tiny import ColorEncoder, color_images, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return colour_pictures(tmp_path_factory.mktemp("pictures"), per_colour=2)
+    return color_images(tmp_path_factory.mktemp("pictures"), per_colour=2)
 
 
 def check(*sources: SourceConfig, max_length: int = 200) -> tuple[str, list[str]]:
     """What is printed, and the problems."""
     problems, console = Problems(), Console(file=io.StringIO(), highlight=False, soft_wrap=True)
     read = read_sources(sources, problems)
-    check_sources(read, [ColourEncoder()], tiny_tokenizer(), max_length, problems, console)
+    check_sources(read, [ColorEncoder()], tiny_tokenizer(), max_length, problems, console)
     return console.file.getvalue(), list(problems)
 
 
@@ -58,9 +58,9 @@ def test_conversations_are_counted_with_what_nobody_can_find(folder):
     path = write(folder, "talk.json", rows)
     told, problems = check(SourceConfig(path, format="llava", split="train"))
     assert problems == []
-    assert f"{path}: 4 rows (llava), 6 answers, 2 pictures, 1 rows without media; 4 train" in told
+    assert f"{path}: 4 rows (llava), 6 answers, 2 images, 1 rows without media; 4 train" in told
     assert (
-        "left out: 2 x no such picture (talk.json row 3: images/gone.png, talk.json row 4: images/away.png)"
+        "skipped: 2 x no such image file (talk.json row 3: images/gone.png, talk.json row 4: images/away.png)"
         in told
     )
     assert "of 4 rows 1 are cut, 0 cannot be used" in told

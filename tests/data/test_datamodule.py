@@ -9,7 +9,7 @@ from bindllm.data.sources import SourceConfig
 from bindllm.errors import InputError
 from bindllm.media import Media
 from stream_parts import write_shards
-from tiny import COLOURS, ColourEncoder, colour_pictures, tiny_tokenizer
+from tiny import COLORS, ColorEncoder, color_images, tiny_tokenizer
 
 
 def build(folder, *, sources=None, encoders=None, **options) -> BindData:
@@ -17,7 +17,7 @@ def build(folder, *, sources=None, encoders=None, **options) -> BindData:
         sources or [SourceConfig(str(folder))],
         store=str(folder / "store"),
         tokenizer=tiny_tokenizer(),
-        encoders=[ColourEncoder()] if encoders is None else encoders,
+        encoders=[ColorEncoder()] if encoders is None else encoders,
         **options,
     )
 
@@ -30,7 +30,7 @@ def add_rows(folder, *rows: dict) -> None:
 @pytest.fixture
 def folder(tmp_path):
     """16 pictures: 8 for training, 4 for validation, 4 for test."""
-    return colour_pictures(tmp_path, per_colour=4)
+    return color_images(tmp_path, per_colour=4)
 
 
 def test_batches_hold_each_row_with_the_embedding_of_its_picture(folder):
@@ -41,13 +41,13 @@ def test_batches_hold_each_row_with_the_embedding_of_its_picture(folder):
         assert batch["input_ids"].shape == batch["labels"].shape == batch["media_index"].shape
         for labels, embedding in zip(batch["labels"], batch["embeddings"], strict=True):
             seen.append((data.tokenizer.decode(labels[labels >= 0]), embedding[0]))
-    encoder = ColourEncoder()
+    encoder = ColorEncoder()
     pictures = {
         f"{colour} square<|im_end|>": [
             encoder.embed("image", [encoder.prepare(Media.image(folder / "images" / f"{colour}{n}.png"))])[0]
             for n in (2, 3)
         ]
-        for colour in COLOURS
+        for colour in COLORS
     }
     assert len(seen) == 8
     for caption, embedding in seen:
@@ -76,7 +76,7 @@ def test_report_counts_everything(folder):
     assert report.supervised_tokens == sum(sample.num_supervised for sample in data.samples("train"))
     assert list(report.skipped.counts.values()) == [1, 1, 1]
     lines = "\n".join(report.skipped.lines())
-    assert "no such picture (captions.jsonl line 17: images/none.png)" in lines
+    assert "no such image file (captions.jsonl line 17: images/none.png)" in lines
     assert "media that cannot be embedded (captions.jsonl line 3: " in lines
     assert "red2.png: the file is empty" in lines
     assert "spells the control token '<|im_end|>'" in lines
@@ -150,8 +150,8 @@ def test_preview_shows_rows_and_embeds_nothing(folder):
     data = build(folder, encoders=[])
     lines = [str(line) for line in data.preview(2)]
     assert lines[0] == "captions.jsonl line 3: 50 tokens, 11 to learn"
-    assert lines[2] == "  media 0  learnt 'red square<|im_end|>'"
-    assert lines[4].startswith("captions.jsonl line 17: left out (a message spells the control token")
+    assert lines[2] == "  media 0  learned 'red square<|im_end|>'"
+    assert lines[4].startswith("captions.jsonl line 17: skipped (a message spells the control token")
     assert not (folder / "store").exists()
 
 
@@ -208,6 +208,6 @@ def test_streamed_rows_are_trained_on_and_held_out(folder):
     assert data.report.stream.rows == 12
     data.teardown("fit")
     held_out = next(iter(data.test_dataloader()))
-    encoder = ColourEncoder()
+    encoder = ColorEncoder()
     own = encoder.embed("image", [encoder.prepare(media[0]) for media in data.samples("test")[0].media])
     assert any(torch.allclose(row, own, atol=1e-6) for row in held_out["embeddings"])

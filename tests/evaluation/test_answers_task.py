@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bindllm.conversation import Conversation, Message
-from bindllm.data.tokenise import tokenise
+from bindllm.data.rows import tokenize
 from bindllm.errors import InputError
 from bindllm.evaluation import task
 from bindllm.evaluation.answers import answers_task, longest_answer, majority_answers
@@ -15,7 +15,7 @@ from bindllm.evaluation.task import Task
 from bindllm.media import Media
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.decoder import DecoderConfig
-from tiny import ColourEncoder, tiny_decoder, tiny_tokenizer
+from tiny import ColorEncoder, tiny_decoder, tiny_tokenizer
 
 EYE = torch.eye(16)
 
@@ -28,7 +28,7 @@ def lookup(groups):
 def asked(question, answer, image=0, *, type="", references=None, task="answer", options=()):
     parts = question if image is None else (Media.image(f"{image}.png"), question)
     conversation = Conversation((Message("user", parts), Message("assistant", answer)))
-    sample = tokenise(conversation, tiny_tokenizer(), 200)
+    sample = tokenize(conversation, tiny_tokenizer(), 200)
     return replace(
         sample, references=references or (answer,), type=type, task=task, options=options, name=question
     )
@@ -37,7 +37,7 @@ def asked(question, answer, image=0, *, type="", references=None, task="answer",
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    built = BindLLM(tiny_decoder(), tiny_tokenizer(), DecoderConfig("tiny"), encoders=[ColourEncoder()])
+    built = BindLLM(tiny_decoder(), tiny_tokenizer(), DecoderConfig("tiny"), encoders=[ColorEncoder()])
     with torch.no_grad():
         built.injection.gates.normal_(0, 1)
     return built

@@ -11,7 +11,7 @@ from bindllm.model.decoder import DecoderConfig
 from bindllm.model.injection import InjectConfig
 from bindllm.model.memory import LiveBytes, meta_decoder, trace_step
 from bindllm.objectives import next_token_loss
-from tiny import FAMILIES, ColourEncoder, save_tiny_decoder, tiny_decoder, tiny_tokenizer
+from tiny import FAMILIES, ColorEncoder, save_tiny_decoder, tiny_decoder, tiny_tokenizer
 
 # Sizes of which no two are equal, so that one cannot be taken for another.
 SIZES = {"hidden_size": 48, "intermediate_size": 112, "head_dim": 16, "num_hidden_layers": 3}
@@ -27,7 +27,7 @@ class Held:
 
 
 def build(decoder, *, trainable, adapter=None, inject=None, checkpointing=False):
-    parts = {"encoders": [ColourEncoder()], "adapter": adapter, "inject": inject}
+    parts = {"encoders": [ColorEncoder()], "adapter": adapter, "inject": inject}
     model = BindLLM(decoder, tiny_tokenizer(), DecoderConfig("tiny"), **parts)
     model.set_trainable(trainable)
     if checkpointing:

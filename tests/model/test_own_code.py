@@ -24,7 +24,7 @@ from bindllm.model.decoder import (
 )
 from bindllm.training.memory import RunPlan
 from cache_parts import save_tiny_model
-from tiny import ColourEncoder, save_tiny_decoder
+from tiny import ColorEncoder, save_tiny_decoder
 from tiny_run import run, tiny_parts, tiny_recipe
 
 SAYS = "names Python code of the folder, and bindllm never runs code of a folder"
@@ -64,7 +64,7 @@ def load_all(folder: Path):
     yield lambda: read_config(folder)
     yield lambda: without_weights(folder)
     yield lambda: load_decoder(config, device="cpu")
-    yield lambda: RunPlan(config, [ColourEncoder()], rows=1, tokens=8, supervised=8).estimate
+    yield lambda: RunPlan(config, [ColorEncoder()], rows=1, tokens=8, supervised=8).estimate
 
 
 def test_a_type_that_transformers_does_not_know_is_refused(decoder):

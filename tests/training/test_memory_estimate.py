@@ -10,7 +10,7 @@ from bindllm.model.bindllm import BindLLM
 from bindllm.model.decoder import DecoderConfig
 from bindllm.objectives import DPO, KTO, ORPO
 from bindllm.training.memory import RunPlan, read_size
-from tiny import ColourEncoder, save_tiny_decoder, tiny_decoder, tiny_tokenizer
+from tiny import ColorEncoder, save_tiny_decoder, tiny_decoder, tiny_tokenizer
 
 FORWARD, BACKWARD, OPTIMIZER = "the forward pass", "the backward pass", "the optimizer step"
 
@@ -19,7 +19,7 @@ FORWARD, BACKWARD, OPTIMIZER = "the forward pass", "the backward pass", "the opt
 def plan(tmp_path_factory):
     folder = save_tiny_decoder(tmp_path_factory.mktemp("decoder"))
     decoder = DecoderConfig(str(folder), dtype="float32")
-    return RunPlan(decoder, [ColourEncoder()], rows=4, tokens=16, supervised=8)
+    return RunPlan(decoder, [ColorEncoder()], rows=4, tokens=16, supervised=8)
 
 
 def parts(plan, moment=OPTIMIZER, **changes):
@@ -35,7 +35,7 @@ def test_parameters_are_those_of_the_model(plan):
     found = parts(plan, adapter=adapter, trainable=["adapter"])
     decoder = tiny_decoder()
     weights = 4 * sum(t.numel() for t in (*decoder.parameters(), *decoder.buffers()))
-    joined = {"encoders": [ColourEncoder()], "adapter": adapter}
+    joined = {"encoders": [ColorEncoder()], "adapter": adapter}
     model = BindLLM(decoder, tiny_tokenizer(), DecoderConfig("tiny"), **joined)
     sizes = {name: 4 * sum(p.numel() for _, p in group) for name, group in model.parameter_groups().items()}
     assert found["decoder"] == weights
@@ -50,20 +50,20 @@ def test_precision_and_quantization_shrink_only_the_decoder(plan):
     buffers = 4 * sum(buffer.numel() for buffer in tiny_decoder().buffers())
     assert (half["decoder"] - buffers) * 2 == whole["decoder"] - buffers
     assert half["bind"] == whole["bind"]
-    packed = parts(with_decoder(plan, dtype="bfloat16", quantise="nf4"))
+    packed = parts(with_decoder(plan, dtype="bfloat16", quantize="nf4"))
     # Per layer: attention 32 x (32 + 16 + 16 + 32) and the feed-forward layer 3 x 32 x 64, in 3 layers.
     projections = 3 * (32 * 96 + 3 * 32 * 64)
     saved = projections * (2 - 0.5 - 1 / 64 - 4 / (64 * 256))
     assert half["decoder"] - packed["decoder"] == pytest.approx(saved, abs=12)
     rows = 3 * (32 + 16 + 16 + 32 + 64 + 64 + 32)
-    packed = parts(with_decoder(plan, dtype="bfloat16", quantise="int8"))
+    packed = parts(with_decoder(plan, dtype="bfloat16", quantize="int8"))
     assert half["decoder"] - packed["decoder"] == projections - 4 * rows
 
 
 def test_int8_saves_the_inputs_of_its_layers_and_unpacks_one_matrix(plan):
     half = replace(with_decoder(plan, dtype="bfloat16"), rows=8, tokens=64)
     plain = parts(half, FORWARD)
-    packed = parts(with_decoder(half, quantise="int8"), FORWARD)
+    packed = parts(with_decoder(half, quantize="int8"), FORWARD)
     # Into queries, keys and values; into the output; into gate and up; into down.
     inputs = 8 * 64 * 2 * (32 + 32 + 32 + 64)
     assert packed["activations"] - plain["activations"] == pytest.approx(2.5 * inputs, rel=0.2)

@@ -22,7 +22,7 @@ from bindllm.data.datamodule import BindData
 from bindllm.data.preview import legend
 from bindllm.data.rows import Row
 from bindllm.data.source_config import SourceConfig
-from bindllm.encoders import HasExamples, passed_over
+from bindllm.encoders import HasExamples, skipped_encoders
 from bindllm.encoders.alignment import alignment_warnings
 from bindllm.errors import CheckpointError
 from bindllm.media import MODALITIES, Media
@@ -137,7 +137,7 @@ def _check_recipe(chosen: Namespace, overrides: Sequence[str], problems: Problem
     media = [item for rows_of, _ in read for row in rows_of["train"] for item in row.media]
     built_encoders = [_check_encoder(entry, media, problems, console) for entry in model["encoders"]]
     encoders = [encoder for encoder in built_encoders if encoder is not None]
-    for warning in (*alignment_warnings(encoders), *passed_over(encoders)):
+    for warning in (*alignment_warnings(encoders), *skipped_encoders(encoders)):
         console.print(f"warning: {warning}", markup=False)
     if not model["trainable"]:
         problems.append(

@@ -58,7 +58,7 @@ def meta_decoder(config: DecoderConfig, dtype: torch.dtype) -> PreTrainedModel:
     """
     folder = find_folder(config)
     decoder = without_weights(folder, dtype=dtype, attn_implementation=_FUSED)
-    if config.quantise == "int8":
+    if config.quantize == "int8":
         # Its layers save their inputs for the backward pass, although their weights are frozen.
         for linear in quantized_layers(decoder):
             linear.register_forward_hook(lambda _, args, output: _SaveInput.apply(output, args[0]))
@@ -89,7 +89,7 @@ def quantized_layers(decoder: PreTrainedModel) -> list[nn.Linear]:
 
 def weight_bytes(model: BindLLM) -> dict[Tensor, int]:
     """Return the bytes of each frozen tensor of the decoder, as it is stored on the device."""
-    decoder, kind = model.decoder, model.config.quantise
+    decoder, kind = model.decoder, model.config.quantize
     trained = {parameter for group in model.parameter_groups().values() for _, parameter in group}
     tensors = [t for t in (*decoder.parameters(), *decoder.buffers()) if t not in trained]
     sizes = {tensor: tensor.nbytes for tensor in tensors}

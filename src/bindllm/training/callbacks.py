@@ -12,9 +12,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
 from bindllm.data.collate import prompt_batch
-from bindllm.data.tokenise import Sample
+from bindllm.data.rows import Sample
 from bindllm.errors import InputError
-from bindllm.model.quantise import num_weights
+from bindllm.model.quantize import num_weights
 from bindllm.training.optim import groups_table
 from bindllm.training.runlog import RunLog
 

@@ -18,8 +18,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from bindllm.data.collate import Batch
-from bindllm.data.rows import Row
-from bindllm.data.tokenise import IGNORE, make_sample
+from bindllm.data.rows import IGNORE, Row, make_sample
 from bindllm.encoders import Encoder
 from bindllm.errors import InputError
 from bindllm.model.adapter import AdapterConfig
@@ -208,7 +207,7 @@ class RunPlan:
         }  # fmt: skip
         if strategy == "zero2":
             found["the backward pass"]["gradients"] = backward.get("gradients", 0) // share
-        if self.decoder.quantise is not None:
+        if self.decoder.quantize is not None:
             # Each product unpacks its matrix.
             matrix = max(linear.weight.nbytes for linear in quantized_layers(model.decoder))
             for moment in ("the forward pass", "the backward pass"):
@@ -240,13 +239,13 @@ class RunPlan:
             yield "model.decoder.dtype bfloat16", plan.estimate.total
         plain = plan
         # Packed weights cannot be divided, so a sharded run is not quantized.
-        packs = plan.decoder.quantise is None and plan.strategy != "sharded"
+        packs = plan.decoder.quantize is None and plan.strategy != "sharded"
         if packs and plan.estimate.total > available:
-            plan = replace(plan, decoder=replace(plan.decoder, quantise="nf4"))
-            yield "model.decoder.quantise nf4", plan.estimate.total
+            plan = replace(plan, decoder=replace(plan.decoder, quantize="nf4"))
+            yield "model.decoder.quantize nf4", plan.estimate.total
         if plan.estimate.total > available:
-            if plain.decoder.quantise is not None:
-                plain = replace(plain, decoder=replace(plain.decoder, quantise=None))
+            if plain.decoder.quantize is not None:
+                plain = replace(plain, decoder=replace(plain.decoder, quantize=None))
             totals = {n: plain.shared(n).total for n in _SHARDED_DEVICES if n > self.devices}
             enough = [n for n, total in totals.items() if total <= available]
             if enough:
@@ -379,7 +378,7 @@ _KEYS = {
     "activations": "data.batch_size, data.max_length, model.checkpoint_activations",
     "temporaries of the backward pass": "data.batch_size, data.max_length",
     "logits": "data.batch_size: supervised tokens times the vocabulary",
-    "decoder": "model.decoder.dtype, model.decoder.quantise, or more devices with a sharded decoder",
+    "decoder": "model.decoder.dtype, model.decoder.quantize, or more devices with a sharded decoder",
     "bind": "model.bind.depth, model.bind.expansion",
     "adapter": "model.adapter.rank",
     "optimizer": "model.bind, model.adapter.rank, or DeepSpeed stage 1",
