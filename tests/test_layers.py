@@ -22,7 +22,6 @@ UPWARD = {
     ("encoders", "quickstart"),
     ("model", "convert"),
     ("model", "quickstart"),
-    ("objectives", "training"),
     ("training", "quickstart"),
 }
 # Folders that still hold too many files. This set only shrinks.

@@ -6,15 +6,13 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
-
 from bindllm.data.collate import Batch, Lookup
 from bindllm.data.report import StreamReport
 from bindllm.data.stream.chunks import Chunk
 from bindllm.data.stream.plan import Bookmark
 from bindllm.data.tokenise import Sample
 from bindllm.errors import InputError
-from bindllm.parallel import Prefetcher, Processes
+from bindllm.parallel import Prefetcher, RunContext
 
 
 class StreamLoader:
@@ -30,8 +28,8 @@ class StreamLoader:
         length: batches that the trainer will take; Lightning counts a run as one epoch of so many.
         fingerprint: changes when any batch would.
         position: gives the number of batches that the trainer is done with; None: those that were handed out.
-        processes: the processes of the run; each calls `state_dict` when the others do.
-        device: where the encoders run.
+        context: the processes of the run, of which each calls `state_dict` when the others do, and the device that
+            the encoders run on.
     """
 
     def __init__(
@@ -43,12 +41,11 @@ class StreamLoader:
         length: int,
         fingerprint: str,
         position: Callable[[], int] | None = None,
-        processes: Processes = Processes(),  # noqa: B008 (frozen)
-        device: torch.device | str = "cpu",
+        context: RunContext = RunContext(),  # noqa: B008 (frozen)
     ) -> None:
         self._chunks, self._collate = chunks, collate
         self._length, self._fingerprint = length, fingerprint
-        self._position, self._processes, self._device = position, processes, device
+        self._position, self._processes, self._device = position, context.processes, context.device
         # The next batch after so many: of the last two numbers of batches.
         self._bookmarks: dict[int, Bookmark] = {0: start}
         self._ahead: Prefetcher[Chunk] | None = None

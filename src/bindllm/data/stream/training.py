@@ -10,8 +10,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-import torch
-
 from bindllm.data.collate import collate
 from bindllm.data.source_config import SourceConfig
 from bindllm.data.stream.chunks import Chunk, ChunkReader
@@ -22,7 +20,7 @@ from bindllm.data.stream.shards import expand_shards, is_stream
 from bindllm.embeddings.embedder import Embedder
 from bindllm.encoders import Encoder
 from bindllm.errors import InputError
-from bindllm.parallel import Processes
+from bindllm.parallel import RunContext
 
 _ORDER_OF_ROWS = 3
 
@@ -98,8 +96,7 @@ def stream_loader(
     options: StreamOptions,
     length: int,
     position: Callable[[], int] | None = None,
-    processes: Processes | None = None,
-    device: torch.device | str = "cpu",
+    context: RunContext = RunContext(),  # noqa: B008 (frozen)
 ) -> StreamLoader:
     """Return the loader of the streamed training sources of a recipe.
 
@@ -110,13 +107,12 @@ def stream_loader(
         options: what holds for all streams.
         length: batches that the trainer will take.
         position: number of batches that the trainer is done with.
-        processes: which process this is; None: the only one.
-        device: where the encoders run.
+        context: the processes of the run, and the device that the encoders run on.
 
     Raises:
         InputError: a stream with fewer shards than there are processes.
     """
-    streams = _Streams(sources, tokenizer, encoders, options, processes or Processes(), device)
+    streams = _Streams(sources, tokenizer, encoders, options, context)
     return StreamLoader(
         streams.chunks,
         partial(collate, pad_id=tokenizer.pad_token_id),
@@ -124,8 +120,7 @@ def stream_loader(
         length=length,
         fingerprint=streams.fingerprint(),
         position=position,
-        processes=streams.processes,
-        device=device,
+        context=context,
     )
 
 
@@ -138,11 +133,10 @@ class _Streams:
         tokenizer: Any,
         encoders: Sequence[Encoder],
         options: StreamOptions,
-        processes: Processes,
-        device: torch.device | str,
+        context: RunContext,
     ) -> None:
         self.tokenizer, self.encoders, self.options = tokenizer, encoders, options
-        self.processes, self.device = processes, device
+        self.processes, self.device = context.processes, context.device
         self.numbered = [(n, config) for n, config in enumerate(sources) if is_training_stream(config)]
         streams = [
             ShardStream(
@@ -150,8 +144,8 @@ class _Streams:
                 expand_shards(config.path),
                 options.seed,
                 number,
-                processes.world_size,
-                processes.rank,
+                self.processes.world_size,
+                self.processes.rank,
             )
             for number, config in self.numbered
         ]
