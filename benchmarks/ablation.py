@@ -25,12 +25,13 @@ from benchmarks.ablation_tables import draw, tables
 from benchmarks.measure import RESULTS, run_bindllm
 from bindllm.atomic import write_json
 from bindllm.cache.index import VectorIndex
+from bindllm.cache.settings import CacheSettings
 from bindllm.cache.visual_cache import VisualCache
 from bindllm.conversation import Conversation
 from bindllm.data.collate import MediaGroup
 from bindllm.data.datamodule import BindData
+from bindllm.data.rows import Sample
 from bindllm.data.sources import SourceConfig
-from bindllm.data.tokenise import Sample
 from bindllm.embeddings.precompute import precompute_embeddings
 from bindllm.embeddings.store import EmbeddingStore
 from bindllm.encoders import Aligned, EfficientNetLite, Encoder
@@ -102,8 +103,8 @@ def sweep() -> list[Setting]:
 
 
 def chosen() -> Setting:
-    """Return the defaults of `VisualCache`."""
-    defaults = VisualCache.__init__.__kwdefaults__
+    """Return the defaults of `CacheSettings`."""
+    defaults = asdict(CacheSettings())
     return Setting(**{name: defaults[name] for name in RELEASED.blend})
 
 
