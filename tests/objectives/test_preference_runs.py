@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from bindllm.cli import fit
 from bindllm.objectives import reference
 from bindllm.training.module import BindModule
-from tiny import COLOURS
+from tiny import COLORS
 from tiny_run import run, tiny_parts, tiny_recipe
 from two_processes import run_pair, told
 
@@ -32,16 +32,16 @@ def parts(tmp_path_factory):
     """The tiny parts, with pairs about their pictures."""
     folder = tiny_parts(tmp_path_factory.mktemp("parts"))
     rows = []
-    for number, mine in enumerate(COLOURS):
+    for number, mine in enumerate(COLORS):
         for n in range(7):
-            other = [colour for colour in COLOURS if colour != mine][(number + n) % 3]
+            other = [colour for colour in COLORS if colour != mine][(number + n) % 3]
             row = {"image": f"images/{mine}{n}.png", "prompt": "Which colour?", "chosen": mine}
             rows.append({**row, "rejected": other, "split": "validation" if n == 0 else "train"})
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "pictures/preferences.jsonl").write_text(text, encoding="utf-8")
     answers = [
         {"image": f"images/{mine}0.png", "question": "Which colour?", "answer": mine, "split": "test"}
-        for mine in COLOURS
+        for mine in COLORS
     ]
     text = "".join(json.dumps(row) + "\n" for row in answers)
     (folder / "pictures/answers.jsonl").write_text(text, encoding="utf-8")
@@ -141,7 +141,7 @@ def test_the_recipe_runs_on_tiny_parts(parts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipe = yaml.safe_load((Path(__file__).parents[2] / "recipes/easyvqa-dpo.yaml").read_text())
     recipe["model"]["decoder"] |= {"name": str(parts / "decoder"), "dtype": "float32"}
-    recipe["model"]["encoders"] = [{"class_path": "tiny.ColourEncoder"}]
+    recipe["model"]["encoders"] = [{"class_path": "tiny.ColorEncoder"}]
     recipe["model"].pop("start_from")
     pairs, answers = recipe["data"]["sources"]
     answers |= {"path": str(parts / "pictures/answers.jsonl")}

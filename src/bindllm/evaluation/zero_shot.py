@@ -24,7 +24,7 @@ from bindllm.cache.visual_cache import VisualCache
 from bindllm.data.collate import MediaGroup
 from bindllm.data.embeddings import MediaEmbeddings
 from bindllm.data.report import Skipped
-from bindllm.encoders import Encoder, encoder_for, passed_over
+from bindllm.encoders import Encoder, encoder_for, skipped_encoders
 from bindllm.encoders.alignment import alignment_warnings, space_of
 from bindllm.errors import InputError, printable
 from bindllm.evaluation.layouts import Dataset
@@ -168,7 +168,7 @@ def evaluate_zero_shot(
         templates=templates,
         encoders=[_describe(encoder) for encoder in needed],
         cache=None if cache is None else _settings(cache),
-        warnings=[*alignment_warnings(needed), *passed_over(encoders)],
+        warnings=[*alignment_warnings(needed), *skipped_encoders(encoders)],
         notes=[*dataset.notes, *_notes_on_cache(dataset, cache), *measured.notes],
         num_encoded=num_encoded,
         seconds=time.perf_counter() - started,

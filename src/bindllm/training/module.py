@@ -122,7 +122,7 @@ class BindModule(LightningModule):
         reset_seed()
         # A decoder that is to be spread over the devices may be too large for one of them.
         device = "cpu" if isinstance(strategy, ShardedDecoder) else self.device
-        if self.decoder_config.quantise is not None and strategy is not None:
+        if self.decoder_config.quantize is not None and strategy is not None:
             # Lightning moves the module after this, and weights in 8 bits cannot be moved.
             device = strategy.root_device
         decoder = load_decoder(self.decoder_config, device=device)
