@@ -25,6 +25,7 @@ from benchmarks.ablation_tables import draw, tables
 from benchmarks.measure import RESULTS, run_bindllm
 from bindllm.atomic import write_json
 from bindllm.cache.index import VectorIndex
+from bindllm.cache.settings import CacheSettings
 from bindllm.cache.visual_cache import VisualCache
 from bindllm.conversation import Conversation
 from bindllm.data.collate import MediaGroup
@@ -102,8 +103,8 @@ def sweep() -> list[Setting]:
 
 
 def chosen() -> Setting:
-    """Return the defaults of `VisualCache`."""
-    defaults = VisualCache.__init__.__kwdefaults__
+    """Return the defaults of `CacheSettings`."""
+    defaults = asdict(CacheSettings())
     return Setting(**{name: defaults[name] for name in RELEASED.blend})
 
 

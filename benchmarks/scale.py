@@ -23,7 +23,7 @@ from benchmarks.cache_cell import SIZE, keys_of, open_store
 from benchmarks.measure import RESULTS, machine_kind, seconds
 from bindllm import Media
 from bindllm.atomic import atomic_file
-from bindllm.cache.index import choose
+from bindllm.cache.factories import choose
 from bindllm.embeddings.shards import KEY, KEY_BYTES, MANY_SMALL, SMALL_BYTES, Shards
 from bindllm.model.bind_network import BindConfig, BindNetwork
 

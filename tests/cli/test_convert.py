@@ -19,8 +19,8 @@ from transformers import LlamaForCausalLM
 from bindllm import BindLLM, Media
 from bindllm.cli import main
 from bindllm.convert.imagebind import convert_imagebind, published_shapes
+from bindllm.encoders.imagebind.vocabulary import tokenizer_tree
 from bindllm.encoders.pointbind import PointBind
-from bindllm.quickstart.clip_vocabulary import tokenizer_tree
 from goldens import fill, filled, keys, make_image, make_wave
 from imagebind_llm_tiny import ALLOW, published, write_base
 from tiny import tiny_tokenizer
@@ -65,7 +65,7 @@ def test_an_adapter_becomes_a_folder_that_loads(tmp_path, base, capsys):
     assert (code, err) == (0, "")
     assert "imagebind-llm, 104 tensors" in out
     assert "finetune phase, the bridge of the paper, 4 of 4 layers served" in out
-    assert "104 tensors taken over, 0 dropped by rule, 0 unknown" in out
+    assert "104 tensors converted, 0 dropped by rule, 0 unknown" in out
     assert "GPL-3" in out
     model = BindLLM.from_pretrained(tmp_path / "m", device="cpu", allow=ALLOW)
     assert model.tokenizer.chat_template.count("### Response:") == 2
@@ -282,7 +282,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_file_is_read(tmp
         ("", "is the folder that this command runs in"),
         ("../empty", "is the folder that this command runs in"),
         (tmp_path / "file", "exists and is not empty"),
-        (tmp_path / "file" / "m", "file is a file; choose another place"),
+        (tmp_path / "file" / "m", "file is a file; choose another folder"),
     ):
         code, _, err = run(capsys, "nowhere.pth", "--output", output)
         assert code == 1

@@ -9,6 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
+from bindllm.cache.settings import CacheConfig
+from bindllm.cache.visual_cache import choose_cache, open_cache
 from bindllm.cli.media import build_encoder, build_own, encoder_folder, read_media
 from bindllm.cli.memory import RunPlan, memory_lines, plan_run, read_size
 from bindllm.cli.problems import Problems, build_part, read_recipe
@@ -28,7 +30,6 @@ from bindllm.media import MODALITIES, Media
 from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.bindllm import BindLLM
-from bindllm.model.cache import CacheConfig, choose_cache, open_cache
 from bindllm.model.checkpoint import MANIFEST, read_manifest, read_weights
 from bindllm.model.decoder import (
     DecoderConfig,
@@ -279,7 +280,7 @@ def _check_cache(
         return
     with problems.noted():
         known = [encoder.fingerprint() for encoder in encoders]
-        open_cache(config.folder, known, checkpoint=output, **config.settings)
+        open_cache(config.folder, known, checkpoint=output, settings=config)
 
 
 def _check_folder(folder: str, problems: Problems, *, allow: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bindllm.cli.usage import Arguments, add_allow, read_number
-from bindllm.errors import EncoderError, InputError, MissingExtraError
+from bindllm.errors import EncoderError, InputError, MissingExtraError, printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -243,6 +243,5 @@ def _table(
 
 def _short(media: Media) -> str:
     """The end of a path or the start of a text, without what a terminal would obey."""
-    name = media.name if media.modality == "text" else Path(media.name).name
-    name = "".join(letter if letter.isprintable() else "?" for letter in name)
+    name = printable(media.name if media.modality == "text" else Path(media.name).name)
     return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 3]}..."

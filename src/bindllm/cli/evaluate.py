@@ -190,7 +190,6 @@ def _cache(chosen: Any) -> VisualCache | None:
         if settings:
             raise UsageError(f"--cache_{next(iter(settings))} needs a visual cache: give --cache FOLDER")
         return None
-    from bindllm.cache.visual_cache import VisualCache
-    from bindllm.model.cache import open_index
+    from bindllm.cache.visual_cache import VisualCache, open_index
 
     return VisualCache(open_index(chosen.cache), **settings)

@@ -21,16 +21,16 @@ from bindllm.atomic import atomic_file, remove_leftovers
 from bindllm.cli.processes import meet
 from bindllm.cli.recipe import RecipeCLI, quiet
 from bindllm.cli.runs import RECIPE, claimed, open_run, run_folder
-from bindllm.errors import BindLLMError, InputError
+from bindllm.errors import BindLLMError, InputError, printable
 from bindllm.evaluation.held_out import evaluate_held_out, held_out_rows
 from bindllm.evaluation.task import Evaluation
-from bindllm.model.card import licences
+from bindllm.model.card import licenses
 from bindllm.model.pretrained import describe
 from bindllm.report.report import RunFacts, write_report
-from bindllm.report.summary import in_words_of, summarise
+from bindllm.report.summary import media_words, summarize
 from bindllm.training.callbacks import ParameterTable, SampleCaptions
 from bindllm.training.optim import describe_groups
-from bindllm.training.progress import RunProgress, printable
+from bindllm.training.progress import RunProgress
 from bindllm.training.runlog import METRICS, RunLog
 from bindllm.training.state import AtomicCheckpointIO, Interrupted, RunState, told_to_make_room
 
@@ -166,12 +166,12 @@ def _measure(cli: RecipeCLI, state: RunState, console: Console) -> int:
             title=output.name,
             parameters=groups,
             data=asdict(data.report),
-            licences=licences(describe(model), data=_data_names(cli)),
+            licenses=licenses(describe(model), data=_data_names(cli)),
             problems=measured.problems,
             device=str(model.device),
         )
         log = state.folder / METRICS
-        page = write_report(output, metrics=metrics, facts=facts, log=log, **measured.rows)
+        page = write_report(output, metrics=metrics, facts=facts, rows=measured.rows, log=log)
     except BindLLMError as error:
         console.print(f"the report is not complete: {error}", style="yellow", markup=False)
         return 1
@@ -184,9 +184,8 @@ def _summary(
 ) -> None:
     """Print the headline, a few captions and answers, and where everything is."""
     console.print(f"report:        {page}\n", markup=False)
-    for sentence in summarise(
-        metrics, num_pictures=len(measured.rows.get("captions", ())), modalities=modalities
-    ):
+    num_captions = len(measured.rows.get("captions", ()))
+    for sentence in summarize(metrics, num_captions=num_captions, modalities=modalities):
         console.print(sentence, markup=False)
     for rows in measured.rows.values():
         if rows:
@@ -197,7 +196,7 @@ def _shown(rows: list[dict[str, Any]], modalities: set[str]) -> Table:
     """Return a table of a few held-out rows, evenly spread."""
     # Shares of the width: a long caption of one column must not squeeze the others out.
     table = Table(box=box.SIMPLE, expand=True)
-    table.add_column(in_words_of("held-out picture", modalities), ratio=1, overflow="fold")
+    table.add_column(f"held-out {media_words(modalities)[0]}", ratio=1, overflow="fold")
     asked = "question" in rows[0]
     if asked:
         table.add_column("question", ratio=2)

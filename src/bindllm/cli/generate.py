@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from bindllm.cli.usage import Arguments, UsageError, add_allow, read_number
@@ -160,8 +161,8 @@ def _set_cache(model: Any, chosen: Any) -> None:
         raise UsageError(
             f"{option} needs a visual cache, and {chosen.checkpoint} names none: give --cache FOLDER"
         )
-    for name, value in asked.items():
-        setattr(model.cache, name, value)
+    if asked:
+        model.cache.settings = replace(model.cache.settings, **asked)
 
 
 def _chosen_media(chosen: Any) -> list[Any]:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bindllm.cache.manifest import IndexInfo
+from bindllm.cache.folder import IndexInfo
 from bindllm.embeddings.store import EmbeddingStore
 from bindllm.errors import StoreError
 
@@ -34,10 +34,10 @@ def print_neighbours(model: BindLLM, media: Sequence[Media]) -> None:
     if not media:
         console.print("no pictures were mixed in: nothing was shown to the model")
         return
-    if left := sorted({item.modality for item in media} & set(cache.skip)):
+    if left := sorted({item.modality for item in media} & set(cache.settings.skip)):
         console.print(f"no pictures were mixed in: media with {', '.join(left)} are left as they are")
         return
-    table = Table(title=f"mixed in with weight {cache.weight:g}", title_justify="left")
+    table = Table(title=f"mixed in with weight {cache.settings.weight:g}", title_justify="left")
     table.add_column("similarity", justify="right")
     table.add_column("picture", no_wrap=True)
     nearest = nearest_pictures(cache, model.encode([list(media)], cache=False))
@@ -50,7 +50,7 @@ def print_neighbours(model: BindLLM, media: Sequence[Media]) -> None:
 
 def nearest_pictures(cache: VisualCache, embedding: Tensor) -> list[tuple[float, str]]:
     """Return the pictures that a cache mixes into one embedding [1, E]: similarity and name, the nearest first."""
-    numbers = cache.neighbours(embedding)[0].numpy()
+    numbers = cache.neighbors(embedding)[0].numpy()
     numbers = numbers[numbers >= 0]
     unit = (embedding[0] / embedding[0].norm()).numpy()
     similarities = cache.index.vectors(numbers) @ unit

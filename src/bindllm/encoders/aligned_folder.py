@@ -21,8 +21,7 @@ from torch import Tensor
 
 from bindllm.atomic import atomic_folder, file_sha256
 from bindllm.encoders.head import HeadConfig
-from bindllm.errors import EncoderError, InputError
-from bindllm.quickstart import fetch_hint
+from bindllm.errors import EncoderError, InputError, fetch_hint
 
 FORMAT = 1
 MANIFEST = "align.json"

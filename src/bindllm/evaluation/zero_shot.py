@@ -26,7 +26,7 @@ from bindllm.data.embeddings import MediaEmbeddings
 from bindllm.data.report import Skipped
 from bindllm.encoders import Encoder, encoder_for, passed_over
 from bindllm.encoders.alignment import alignment_warnings, space_of
-from bindllm.errors import InputError
+from bindllm.errors import InputError, printable
 from bindllm.evaluation.layouts import Dataset
 from bindllm.evaluation.measures import MEASURES, Measure, Row, Scores
 from bindllm.evaluation.prompts import NAME, fill_templates, templates_for
@@ -88,7 +88,7 @@ class Result:
 
     def __rich__(self) -> RenderableType:
         """Return a table with a chance column, followed by the skipped media and all remarks."""
-        table = Table(title=Text(_printable(f"{self.layout} {self.folder}".strip())), title_justify="left")
+        table = Table(title=Text(printable(f"{self.layout} {self.folder}".strip())), title_justify="left")
         table.add_column("metric")
         for column in ("result", "chance", "queries", "candidates"):
             table.add_column(column, justify="right")
@@ -109,12 +109,7 @@ class Result:
         lines += [f"note: {note}" for note in self.notes]
         lines += [f"warning: {warning}" for warning in self.warnings]
         lines.append(f"{self.num_encoded:,} encoded now, {self.seconds:.1f} s")
-        return Group(table, *(Text(_printable(line)) for line in lines))
-
-
-def _printable(line: str) -> str:
-    """Return a line without control characters, as names of files and texts may contain any."""
-    return "".join(character if character.isprintable() else "?" for character in line)
+        return Group(table, *(Text(printable(line)) for line in lines))
 
 
 def evaluate_zero_shot(
@@ -151,8 +146,10 @@ def evaluate_zero_shot(
     needed = _needed(dataset, encoders)
     templates = _templates(dataset, templates)
     embeddings = MediaEmbeddings(needed, store)
+    # Before anything is encoded, as it fails if the cache belongs to another encoder.
     scores = Scores(embeddings, encoders, cache)
     prompts = [_texts(names, templates) for names in dataset.classes]
+    # A copy, so that a data set can be measured again.
     skipped = Skipped()
     skipped.update(dataset.skipped)
     wanted = [Row(item.media, item.labels, _targets(item.targets, templates)) for item in dataset.items]
@@ -226,6 +223,7 @@ def _fill(
         wanted |= dict.fromkeys(media for group in groups for media in group)
     totals = embeddings.precompute(wanted, device=device, progress=progress)
     failed = totals.failed
+    # A missing prompt would change the task, while a missing file only makes it smaller.
     if broken := [media for prompt in prompts for media in prompt if media in failed]:
         raise InputError(f"the prompt {broken[0].name} cannot be embedded: {failed[broken[0]]}")
     kept = []
@@ -262,10 +260,7 @@ def _settings(cache: VisualCache) -> dict[str, object]:
     return {
         "folder": str(cache.index.source),
         "images": len(cache),
-        "top_k": cache.top_k,
-        "temperature": cache.temperature,
-        "weight": cache.weight,
-        "formula": cache.formula,
+        **{name: value for name, value in asdict(cache.settings).items() if name not in ("folder", "skip")},
     }
 
 
@@ -276,5 +271,5 @@ def _notes_on_cache(dataset: Dataset, cache: VisualCache | None) -> list[str]:
     queries = (
         {dataset.modality, dataset.target_modality} if dataset.kind == "retrieve" else {dataset.modality}
     )
-    skipped = sorted(queries & set(cache.skip))
+    skipped = sorted(queries & set(cache.settings.skip))
     return [f"the cache skips {' and '.join(skipped)} queries"] if skipped else []

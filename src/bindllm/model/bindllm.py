@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bindllm.cache.visual_cache import VisualCache
+from bindllm.cache.settings import CacheConfig
+from bindllm.cache.visual_cache import CacheChoice, VisualCache, choose_cache
 from bindllm.conversation import Conversation
 from bindllm.embeddings.embedder import embed_groups
 from bindllm.encoders import Encoder, passed_over
@@ -27,7 +28,6 @@ from bindllm.errors import InputError, known_names
 from bindllm.media import Media
 from bindllm.model.adapter import Adapter, AdapterConfig
 from bindllm.model.bind_network import BindConfig, BindNetwork
-from bindllm.model.cache import CacheChoice, CacheConfig, choose_cache
 from bindllm.model.card import write_card
 from bindllm.model.checkpoint import check_keys, write_checkpoint
 from bindllm.model.decoder import DecoderConfig, has_plain_logits, load_decoder, load_tokenizer
@@ -49,7 +49,7 @@ class BindLLM(nn.Module):
         inject: kind of injection.
         adapter: what of the decoder is tuned; None: nothing.
         cache_config: the visual cache that checkpoints name; `from_pretrained` opens it, and nothing else does.
-        origin: whose trained tensors these are or derive from, and their licence; for the cards of all folders.
+        origin: whose trained tensors these are or derive from, and their license; for the cards of all folders.
 
     Attributes:
         cache: the visual cache that answers are made with where a call does not say otherwise, or None.

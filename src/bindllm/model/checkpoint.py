@@ -27,14 +27,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bindllm.atomic import atomic_folder, file_sha256, set_aside_name, write_json
-from bindllm.convert.keymap import Accounting
 from bindllm.errors import BindLLMError, CheckpointError, known_names
 from bindllm.imports import name_module, replace_allow
 
 FORMAT = 1
 MANIFEST = "bindllm.json"
 WEIGHTS = "bind.safetensors"
-REPORT = "conversion.tsv"
 ADAPTER = "adapter"
 CACHE = "cache"
 ADAPTER_WEIGHTS = f"{ADAPTER}/adapter_model.safetensors"
@@ -52,7 +50,7 @@ def write_checkpoint(
     card: str,
     *,
     adapter_config: Mapping[str, Any] | None = None,
-    report: Accounting | None = None,
+    files: Mapping[str, str] | None = None,
 ) -> None:
     """Write a checkpoint folder in one step; an existing checkpoint there is replaced, anything else refused.
 
@@ -62,7 +60,7 @@ def write_checkpoint(
         tensors: trainable tensors by name; those of the adapter have ``adapter.`` ahead of peft's name.
         card: text of the model card.
         adapter_config: content of peft's ``adapter_config.json``, where there is an adapter.
-        report: where foreign weights were converted: what became of each, for ``conversion.tsv``.
+        files: text of further files by name, such as ``conversion.tsv`` of a conversion.
 
     Raises:
         CheckpointError: the folder exists and is not a checkpoint of ours.
@@ -91,8 +89,8 @@ def write_checkpoint(
         root = os.path.relpath(Path.cwd(), folder.resolve())
         _write_json(part / MANIFEST, {"format": FORMAT, **manifest, **cache, **hashes, "root": root})
         (part / "README.md").write_text(card, encoding="utf-8")
-        if report is not None:
-            report.write(part / REPORT)
+        for name, text in (files or {}).items():
+            (part / name).write_text(text, encoding="utf-8")
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:

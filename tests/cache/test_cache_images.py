@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bindllm import EmbeddingStore, VisualCache
-from bindllm.cache.pictures import find_pictures
+from bindllm.cache.images import find_images
 from bindllm.errors import InputError, StoreError
 from store_parts import CountingEncoder, expected, image_bytes, write_images, write_settled
 from tiny import ColourEncoder
@@ -21,20 +21,20 @@ def test_a_folder_of_pictures_becomes_a_cache_of_these_alone(tmp_path, caplog):
     write_settled(tmp_path / "pictures" / "again.PNG", image_bytes(0))
     others = write_images(tmp_path / "others", 3, start=20)
     where = {"folder": tmp_path / "cache", "store": tmp_path / "store"}
-    VisualCache.from_pictures([item.source for item in others], CountingEncoder(), **where)
+    VisualCache.from_images([item.source for item in others], CountingEncoder(), **where)
     encoder = CountingEncoder()
-    cache = VisualCache.from_pictures(tmp_path / "pictures", encoder, **where, top_k=3, weight=0.25)
-    assert (len(cache), cache.top_k, cache.weight) == (8, 3, 0.25)
+    cache = VisualCache.from_images(tmp_path / "pictures", encoder, **where, top_k=3, weight=0.25)
+    assert (len(cache), cache.settings.top_k, cache.settings.weight) == (8, 3, 0.25)
     assert len(encoder.prepared) == 8
     again = CountingEncoder()
-    assert len(VisualCache.from_pictures(str(tmp_path / "pictures"), again, **where)) == 8
+    assert len(VisualCache.from_images(str(tmp_path / "pictures"), again, **where)) == 8
     assert again.prepared == []
     opened = VisualCache.open(tmp_path / "cache", top_k=3, weight=0.25)
     assert not caplog.records
 
     # The nearest picture of a picture is itself, and its key leads back to its file.
     rows = expected(media)
-    nearest = opened.neighbours(rows, 1)[:, 0].numpy()
+    nearest = opened.neighbors(rows, 1)[:, 0].numpy()
     store = EmbeddingStore.for_encoder(tmp_path / "store", ColourEncoder())
     keys = opened.index.keys(nearest)
     assert keys == [item.content_hash() for item in media]
@@ -50,16 +50,16 @@ def test_pictures_that_cannot_be_read_are_counted_and_named(tmp_path, caplog):
     (tmp_path / "pictures" / "0broken.png").write_bytes(b"not a picture")
     (tmp_path / "pictures" / "captions.txt").write_text("a cat")
     where = {"folder": tmp_path / "cache", "store": tmp_path / "store"}
-    cache = VisualCache.from_pictures(tmp_path / "pictures", ColourEncoder(), **where)
-    assert "1 of 4 pictures cannot be read and are left out; the first: " in caplog.text
+    cache = VisualCache.from_images(tmp_path / "pictures", ColourEncoder(), **where)
+    assert "1 of 4 images cannot be read and are skipped; the first: " in caplog.text
     assert "0broken.png" in caplog.text
-    assert "1 of 5 files are no pictures" in caplog.text
+    assert "1 of 5 files are not images" in caplog.text
     assert sorted(cache.index.keys(np.arange(3))) == sorted(item.content_hash() for item in media)
     missing = [media[0].source, tmp_path / "nowhere.png"]
-    assert len(VisualCache.from_pictures(missing, ColourEncoder(), **where)) == 1
+    assert len(VisualCache.from_images(missing, ColourEncoder(), **where)) == 1
     assert "nowhere.png" in caplog.text
-    with pytest.raises(InputError, match=r"none of the 1 pictures can be read; the first: .*nowhere\.png"):
-        VisualCache.from_pictures(missing[1:], ColourEncoder(), **where)
+    with pytest.raises(InputError, match=r"none of the 1 images can be read; the first: .*nowhere\.png"):
+        VisualCache.from_images(missing[1:], ColourEncoder(), **where)
     assert len(VisualCache.open(tmp_path / "cache")) == 1
 
 
@@ -69,26 +69,26 @@ def test_what_is_no_folder_of_pictures(tmp_path):
     for given, message in (
         (tmp_path / "nowhere", "'.*nowhere' does not exist"),
         (tmp_path / "a.txt", r"a\.txt' is a file; write it as a list of one path"),
-        (tmp_path / "empty", "holds 0 files and no picture"),
-        (tmp_path, "holds 1 files and no picture"),
-        ([], "no pictures were named"),
+        (tmp_path / "empty", "holds 0 files and no images"),
+        (tmp_path, "holds 1 files and no images"),
+        ([], "the list of images is empty"),
     ):
         with pytest.raises(InputError, match=message):
-            find_pictures(given)
+            find_images(given)
 
 
 def test_factory_and_search_settings_reach_the_index(tmp_path):
     write_images(tmp_path / "pictures", 40)
     where = {"folder": tmp_path / "cache", "store": tmp_path / "store"}
     options = {"factory": "IVF4,SQ8", "search": "nprobe=2"}
-    cache = VisualCache.from_pictures(tmp_path / "pictures", ColourEncoder(), **where, **options)
+    cache = VisualCache.from_images(tmp_path / "pictures", ColourEncoder(), **where, **options)
     assert (cache.index.info.factory, cache.index.info.search) == ("IVF4,SQ8", "nprobe=2")
     store = EmbeddingStore.for_encoder(tmp_path / "store", ColourEncoder())
     built = VisualCache.build(tmp_path / "built", store, **options, top_k=30)
     queries = torch.eye(16)
-    assert (built.neighbours(queries) == -1).any()
+    assert (built.neighbors(queries) == -1).any()
     every = VisualCache.open(tmp_path / "built", search="nprobe=4", top_k=30)
-    assert not (every.neighbours(queries) == -1).any()
+    assert not (every.neighbors(queries) == -1).any()
     with pytest.raises(StoreError, match="another process|not the folder"):
         VisualCache.open(tmp_path / "nowhere")
 
@@ -116,8 +116,8 @@ class Elsewhere:
 def test_any_object_with_the_same_methods_is_an_index(tmp_path):
     write_images(tmp_path / "pictures", 12)
     where = {"folder": tmp_path / "cache", "store": tmp_path / "store"}
-    cache = VisualCache.from_pictures(tmp_path / "pictures", ColourEncoder(), **where)
+    cache = VisualCache.from_images(tmp_path / "pictures", ColourEncoder(), **where)
     queries = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
     other = VisualCache(Elsewhere(cache.index))
     assert torch.equal(other.blend(queries), cache.blend(queries))
-    assert repr(other) == "VisualCache('elsewhere', 12 pictures of size 16)"
+    assert repr(other) == "VisualCache('elsewhere', 12 images of size 16)"

@@ -1,4 +1,4 @@
-"""Which kind of index is chosen, and how wide it searches."""
+"""Which kind of index is chosen, and its search settings."""
 
 import pytest
 
@@ -9,12 +9,12 @@ faiss = pytest.importorskip("faiss")
 
 @pytest.mark.parametrize("embedding_size", [32, 384, 1024, 1280])
 @pytest.mark.parametrize("count", [1, 100, 10_000, 100_000, 299_999, 300_001, 10**6, 3 * 10**6, 10**8])
-def test_what_is_chosen_can_be_built_and_trained(count, embedding_size):
+def test_the_choice_can_be_built_and_trained(count, embedding_size):
     factory, search = factories.choose(count, embedding_size)
     index = factories.make_index(factory, embedding_size)
     factories.set_search(index, search)
     if not index.is_trained:
-        # Faiss trains on as many rows as each centroid needs, and never gets more memory than there is.
+        # Every centroid gets enough training rows, within the memory limit.
         rows = factories.train_count(index, count)
         lists = faiss.try_extract_index_ivf(index).nlist
         assert rows >= min(32 * lists, factories.TRAIN_BYTES // (4 * embedding_size))
@@ -43,17 +43,3 @@ def test_the_choice_by_size():
 def test_default_settings_are_of_the_kind(factory, search):
     assert factories.default_search(factory) == search
     factories.set_search(factories.make_index(factory, 32), search)
-
-
-@pytest.mark.parametrize(
-    ("factory", "num_bytes"),
-    [
-        ("Flat", 128),
-        ("SQfp16", 64),
-        ("IVF4,SQ8", 41),
-        ("IVF4,PQ8x4fs,Refine(SQfp16)", 64 + 13),
-        ("HNSW8", 640),
-    ],
-)
-def test_the_size_of_a_row(factory, num_bytes):
-    assert factories.bytes_per_row(factories.make_index(factory, 32)) == num_bytes

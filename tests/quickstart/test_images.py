@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from bindllm.errors import AssetError
-from bindllm.quickstart import efficientnet, openmoji, stamps
-from bindllm.quickstart.captions import split_of
+from bindllm.quickstart import openmoji, stamps
 from bindllm.quickstart.openmoji import caption_of
+from bindllm.quickstart.tables import split_of
+from bindllm.quickstart.wheels import build_efficientnet
 
 
 def write_wheel(path, members):
@@ -133,7 +134,7 @@ def test_openmoji_keeps_each_drawing_once_with_all_its_true_names(emoji_folder):
     assert toned["images/1F9D1-1F3FF.svg"]["group"] == "skin-tone"
     assert {image: toned[image] for image in plain} == plain
     assert {f"images/{path.name}" for path in (folder / "images").iterdir()} == toned.keys()
-    assert facts["pictures"] == {"in the package": 9, "with a name": 7, "kept, each drawing once": 5}
+    assert facts["images"] == {"in the package": 9, "with a name": 7, "kept, each drawing once": 5}
     assert sum(facts["captions.jsonl"].values()) == 4
     assert (folder / "LICENSE").read_text() == "CC BY-SA"
 
@@ -153,7 +154,7 @@ def test_efficientnet_tensors_keep_names_and_values(tmp_path):
     wheel = write_wheel(
         tmp_path / "w.whl", {"m/net.pth": buffer.getvalue(), "m-1.dist-info/LICENSE": "Apache"}
     )
-    facts = efficientnet.build([wheel], tmp_path)
+    facts = build_efficientnet([wheel], tmp_path)
     made = load_file(tmp_path / "model.safetensors")
     assert made.keys() == tensors.keys()
     assert all(torch.equal(made[name], tensors[name]) for name in tensors)
@@ -213,11 +214,11 @@ def test_stamps_take_the_english_line_and_the_sounds(tmp_path):
         if path.suffix in (".png", ".svg", ".ogg")
     }
     assert kept == {bear["image"], bear["sound"], bear["spoken"], car["image"]}
-    assert facts["left_out"] == {"captions without a picture": 1, "pictures that show what another shows": 1}
+    assert facts["skipped"] == {"captions without an image": 1, "images equal to another one": 1}
     assert facts["with"] == {"sound": 1, "spoken": 1}
 
 
 def test_a_deb_without_data_is_refused(tmp_path):
     (tmp_path / "empty.deb").write_bytes(b"!<arch>\n")
-    with pytest.raises(AssetError, match=r"empty\.deb: no data\.tar in it"):
+    with pytest.raises(AssetError, match=r"empty\.deb: it has no data\.tar"):
         stamps.build([tmp_path / "empty.deb"], tmp_path)
