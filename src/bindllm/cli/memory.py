@@ -17,8 +17,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from bindllm.cli.sources import MEASURED_ROWS
-from bindllm.data.rows import Row
-from bindllm.data.tokenise import make_sample
+from bindllm.data.rows import Row, make_sample
 from bindllm.encoders import Encoder
 from bindllm.errors import InputError
 from bindllm.model.activations import TrainingStep

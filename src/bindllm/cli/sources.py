@@ -11,13 +11,12 @@ from rich.console import Console
 
 from bindllm.cli.problems import Problems
 from bindllm.data.report import Skipped, SourceReport
-from bindllm.data.rows import Row
+from bindllm.data.rows import Row, Sample, make_sample
 from bindllm.data.source_config import SourceConfig
 from bindllm.data.sources import read_source
-from bindllm.data.stream.held_out import read_stream
+from bindllm.data.stream.loader import check_streams, is_training_stream
+from bindllm.data.stream.samples import read_stream
 from bindllm.data.stream.shards import expand_shards, is_stream
-from bindllm.data.stream.training import check_streams, is_training_stream
-from bindllm.data.tokenise import Sample, make_sample
 from bindllm.encoders import Encoder, encoder_for
 from bindllm.errors import BindLLMError, InputError
 from bindllm.media import Media, open_image
@@ -74,7 +73,7 @@ def check_sources(
             with problems.noted():
                 lengths = _lengths(rows["train"], report.skipped, tokenizer, max_length)
         for line in report.skipped.lines():
-            console.print(f"  left out: {line}", markup=False)
+            console.print(f"  skipped: {line}", markup=False)
         if lengths is not None:
             console.print(f"  {lengths}", markup=False)
     if read and not num_train and len(problems) == before:

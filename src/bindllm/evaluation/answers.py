@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from bindllm.data.answers import answer_words, is_right
-from bindllm.data.tokenise import Sample
+from bindllm.data.rows import Sample
 from bindllm.errors import InputError
 from bindllm.evaluation.task import (
     MAJORITY_ANSWER,

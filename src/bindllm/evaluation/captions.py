@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from bindllm.data.collate import Lookup
-from bindllm.data.tokenise import Sample
+from bindllm.data.rows import Sample
 from bindllm.errors import InputError
 from bindllm.evaluation.metrics import METRICS, caption_metrics, same_caption
 from bindllm.evaluation.task import (

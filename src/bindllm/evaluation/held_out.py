@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from bindllm.data.collate import Lookup
-from bindllm.data.tokenise import Sample
+from bindllm.data.rows import Sample
 from bindllm.errors import BindLLMError, InputError
 from bindllm.evaluation.answers import answers_task
 from bindllm.evaluation.captions import captions_task

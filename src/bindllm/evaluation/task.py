@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from bindllm import conversation
 from bindllm.data.batches import sorted_batches
 from bindllm.data.collate import Lookup, MediaGroup, answer_batch, prompt_batch
-from bindllm.data.tokenise import Sample
+from bindllm.data.rows import Sample
 from bindllm.errors import BindLLMError, InputError
 from bindllm.model.bindllm import BindLLM
 

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bindllm.data.captions import PICTURE_SUFFIXES
+from bindllm.data.sources import IMAGE_SUFFIXES
 from bindllm.errors import InputError, known_names
 
 SUFFIXES: dict[str, frozenset[str]] = {
-    "image": PICTURE_SUFFIXES,
+    "image": IMAGE_SUFFIXES,
     "audio": frozenset((".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".m4a", ".aac")),
     "video": frozenset((".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg")),
     "point": frozenset((".off", ".ply", ".obj", ".stl", ".glb", ".xyz", ".pts", ".pcd")),

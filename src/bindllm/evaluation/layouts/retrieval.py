@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bindllm.data.captions import SPLITS, Columns, read_captions, require_table
 from bindllm.data.report import Skipped, SourceReport
-from bindllm.data.sources import hashed_split
+from bindllm.data.sources import SPLITS, Columns, hashed_split, read_captions, require_table
 from bindllm.data.tables import read_table
 from bindllm.errors import InputError, known_names
 from bindllm.evaluation.layouts.dataset import NO_FILE, Captions, Choice, Column, Dataset, Item
