@@ -23,7 +23,7 @@ from bindllm.data.datamodule import BindData
 from bindllm.data.preview import legend
 from bindllm.data.rows import Row
 from bindllm.data.source_config import SourceConfig
-from bindllm.encoders import HasExamples, passed_over
+from bindllm.encoders import HasExamples, skipped_encoders
 from bindllm.encoders.alignment import alignment_warnings
 from bindllm.errors import CheckpointError
 from bindllm.media import MODALITIES, Media
@@ -41,7 +41,7 @@ from bindllm.model.decoder import (
 )
 from bindllm.model.injection import InjectConfig
 from bindllm.model.pretrained import encoder_fingerprints, read_cache_config, read_decoder, read_parts
-from bindllm.testing import check_encoder, made_up_media
+from bindllm.testing import check_encoder, synthetic_media
 from bindllm.training.callbacks import refuse_unmeasured
 from bindllm.training.optim import OptimConfig
 from bindllm.training.stages import check_base
@@ -137,7 +137,7 @@ def _check_recipe(chosen: Namespace, overrides: Sequence[str], problems: Problem
     media = [item for rows_of, _ in read for row in rows_of["train"] for item in row.media]
     built_encoders = [_check_encoder(entry, media, problems, console) for entry in model["encoders"]]
     encoders = [encoder for encoder in built_encoders if encoder is not None]
-    for warning in (*alignment_warnings(encoders), *passed_over(encoders)):
+    for warning in (*alignment_warnings(encoders), *skipped_encoders(encoders)):
         console.print(f"warning: {warning}", markup=False)
     if not model["trainable"]:
         problems.append(
@@ -236,7 +236,7 @@ def _check_encoder(
         if entry["class_path"].startswith("bindllm."):
             encoder.fingerprint()
             first = next((item.modality for item in media if item.modality in encoder.modalities), None)
-            for item in made_up_media(first or encoder.modalities[0])[:1]:
+            for item in synthetic_media(first or encoder.modalities[0])[:1]:
                 encoder.embed(item.modality, [encoder.prepare(item)])
         else:
             own = [
