@@ -1,7 +1,7 @@
 """`python -m benchmarks.ablation`: does the visual cache help text and audio queries of models trained on images only?
 
 Trains the quickstart and the stamps with three seeds. Each model then describes held-out images that it gets as their
-caption (`recipes/align-text.yaml`) or their sound (`recipes/align-sound.yaml`). The variants are no cache, caches of
+caption (`recipes/align-text.yaml`) or their sound (`recipes/align-audio.yaml`). The variants are no cache, caches of
 several sizes and settings, the image itself (the ceiling), the mean of all images, and a shuffled cache (the floor).
 Settings are compared on the validation split. The defaults are measured on the test split. Rows of
 benchmarks/results/ablation.json are not measured again. Takes two hours on 2 cores, most of it training. Then it
@@ -134,7 +134,7 @@ class Bench:
         if split == "validation":
             pairs = pairs[:: -(-len(pairs) // SWEPT_QUESTIONS)]
         samples, media = [sample for sample, _ in pairs], [item for _, item in pairs]
-        aligned = Aligned(f"checkpoints/align-{'text' if self.case.modality == 'text' else 'sound'}")
+        aligned = Aligned(f"checkpoints/align-{self.case.modality}")
         return Questions(samples, embed(aligned, media), self.data.lookup([s.media[0] for s in samples]))
 
     def show(self, questions: Questions, setting: Setting) -> Tensor:
@@ -250,7 +250,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.parse_args()
-    for name in ("align-text", "align-sound"):
+    for name in ("align-text", "align-audio"):
         if not (Path("checkpoints") / name / "metrics.json").is_file():
             run_bindllm("align", "--config", f"recipes/{name}.yaml")
     file = RESULTS / "ablation.json"

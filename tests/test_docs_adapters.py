@@ -35,5 +35,5 @@ def test_its_recipe_keys_are_read():
 
 
 def test_its_commands_are_understood():
-    assert _read_arguments(["folder", "--quantise", "none"])[0].quantise == "none"
-    assert "bindllm generate folder --quantise none" in PAGE
+    assert _read_arguments(["folder", "--quantize", "none"])[0].quantize == "none"
+    assert "bindllm generate folder --quantize none" in PAGE

@@ -10,19 +10,19 @@ from rich.console import Console
 from bindllm.cli.problems import Problems
 from bindllm.cli.sources import check_sources, read_sources
 from bindllm.data.source_config import SourceConfig
-from tiny import ColourEncoder, colour_pictures, tiny_tokenizer
+from tiny import ColorEncoder, color_images, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return colour_pictures(tmp_path_factory.mktemp("pictures"), per_colour=2)
+    return color_images(tmp_path_factory.mktemp("pictures"), per_colour=2)
 
 
 def check(*sources: SourceConfig, max_length: int = 200) -> tuple[str, list[str]]:
     """What is printed, and the problems."""
     problems, console = Problems(), Console(file=io.StringIO(), highlight=False, soft_wrap=True)
     read = read_sources(sources, problems)
-    check_sources(read, [ColourEncoder()], tiny_tokenizer(), max_length, problems, console)
+    check_sources(read, [ColorEncoder()], tiny_tokenizer(), max_length, problems, console)
     return console.file.getvalue(), list(problems)
 
 

@@ -1,4 +1,4 @@
-"""From rows of every format to samples: what is learnt, and which picture speaks to it."""
+"""From rows of every format to samples: what is learned, and which image speaks to it."""
 
 import json
 
@@ -10,13 +10,13 @@ from bindllm.data.formats import FORMATS
 from bindllm.data.rows import IGNORE
 from bindllm.data.source_config import SourceConfig
 from format_rows import TRUE_ROWS
-from tiny import ColourEncoder, colour_pictures, tiny_tokenizer
+from tiny import ColorEncoder, color_images, tiny_tokenizer
 
 
 @pytest.fixture
 def data(tmp_path):
     """Gives the data of sources, each of one format and one row, all trained on."""
-    colour_pictures(tmp_path / "pictures", per_colour=2)
+    color_images(tmp_path / "pictures", per_colour=2)
     picture, other = sorted((tmp_path / "pictures/images").iterdir())[:2]
 
     def data(rows: dict) -> BindData:
@@ -32,7 +32,7 @@ def data(tmp_path):
             str(tmp_path / "store"),
             batch_size=16,
             tokenizer=tiny_tokenizer(),
-            encoders=[ColourEncoder()],
+            encoders=[ColorEncoder()],
             max_length=400,
         )
 
@@ -63,7 +63,7 @@ def test_every_format_reaches_a_batch(data):
     assert read.report.skipped.total == 0
 
 
-def test_each_turn_is_learnt_with_its_own_picture(data):
+def test_each_turn_is_learned_with_its_own_image(data):
     turns = ["<image>\nOne?", "red", "Sure?", "yes", "<image>\nTwo?", "blue"]
     conversations = [{"from": ("human", "gpt")[n % 2], "value": words} for n, words in enumerate(turns)]
     read = data({"llava": {"image": ["a.png", "b.png"], "conversations": conversations}})

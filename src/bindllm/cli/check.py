@@ -12,7 +12,6 @@ from rich.console import Console
 from bindllm.cache.settings import CacheConfig
 from bindllm.cache.visual_cache import choose_cache, open_cache
 from bindllm.cli.media import build_encoder, build_own, encoder_folder, read_media
-from bindllm.cli.memory import RunPlan, memory_lines, plan_run, read_size
 from bindllm.cli.problems import Problems, build_part, read_recipe
 from bindllm.cli.recipe import RecipeCLI, quiet
 from bindllm.cli.runs import run_folder
@@ -23,7 +22,7 @@ from bindllm.data.datamodule import BindData
 from bindllm.data.preview import legend
 from bindllm.data.rows import Row
 from bindllm.data.source_config import SourceConfig
-from bindllm.encoders import HasExamples, passed_over
+from bindllm.encoders import HasExamples, skipped_encoders
 from bindllm.encoders.alignment import alignment_warnings
 from bindllm.errors import CheckpointError
 from bindllm.media import MODALITIES, Media
@@ -41,8 +40,9 @@ from bindllm.model.decoder import (
 )
 from bindllm.model.injection import InjectConfig
 from bindllm.model.pretrained import encoder_fingerprints, read_cache_config, read_decoder, read_parts
-from bindllm.testing import check_encoder, made_up_media
+from bindllm.testing import check_encoder, synthetic_media
 from bindllm.training.callbacks import refuse_unmeasured
+from bindllm.training.memory import RunPlan, memory_lines, plan_run
 from bindllm.training.optim import OptimConfig
 from bindllm.training.stages import check_base
 
@@ -137,7 +137,7 @@ def _check_recipe(chosen: Namespace, overrides: Sequence[str], problems: Problem
     media = [item for rows_of, _ in read for row in rows_of["train"] for item in row.media]
     built_encoders = [_check_encoder(entry, media, problems, console) for entry in model["encoders"]]
     encoders = [encoder for encoder in built_encoders if encoder is not None]
-    for warning in (*alignment_warnings(encoders), *passed_over(encoders)):
+    for warning in (*alignment_warnings(encoders), *skipped_encoders(encoders)):
         console.print(f"warning: {warning}", markup=False)
     if not model["trainable"]:
         problems.append(
@@ -216,7 +216,7 @@ def _check_model(
 
 def _check_memory(plan: RunPlan, limit: str | None, problems: Problems, console: Console) -> None:
     """Show what a run needs; that it does not fit is a problem, with what would."""
-    lines, problem = memory_lines(plan, None if limit is None else read_size(limit))
+    lines, problem = memory_lines(plan, limit)
     for line in lines:
         console.print(line, markup=False)
     if problem:
@@ -236,7 +236,7 @@ def _check_encoder(
         if entry["class_path"].startswith("bindllm."):
             encoder.fingerprint()
             first = next((item.modality for item in media if item.modality in encoder.modalities), None)
-            for item in made_up_media(first or encoder.modalities[0])[:1]:
+            for item in synthetic_media(first or encoder.modalities[0])[:1]:
                 encoder.embed(item.modality, [encoder.prepare(item)])
         else:
             own = [

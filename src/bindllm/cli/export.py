@@ -35,9 +35,9 @@ def export(args: list[str]) -> int:
         print(
             f"rounded to {done.dtype}: what a short training changes may be as small as that; --dtype float32 keeps it"
         )
-    if done.quantised:
+    if done.quantized:
         print(
-            f"merged into the full decoder: in training it was held in {done.quantised}, so the two answer nearly, not "
+            f"merged into the full decoder: in training it was held in {done.quantized}, so the two answer nearly, not "
             "exactly, alike"
         )
     print(

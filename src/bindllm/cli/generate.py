@@ -42,7 +42,7 @@ def generate(args: list[str]) -> int:
         allow=chosen.allow,
         encoders=[build_encoder(text, encoder_options, allow=chosen.allow) for text in chosen.encoder],
         cache=False if chosen.no_cache else chosen.cache,
-        quantise=False if chosen.quantise == "none" else chosen.quantise,
+        quantize=False if chosen.quantize == "none" else chosen.quantize,
     )
     _set_cache(model, chosen)
     seed_everything(chosen.seed, verbose=False)
@@ -74,7 +74,7 @@ def _read_arguments(args: list[str]) -> tuple[Any, list[str]]:
         "--decoder", metavar="FOLDER", help="where the decoder is, if not where it was in training"
     )
     parser.add_argument(
-        "--quantise",
+        "--quantize",
         choices=("nf4", "int8", "none"),
         help="hold the decoder in 4 or 8 bits, or in full; by default as in training",
     )
