@@ -19,7 +19,7 @@ from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from bindllm.cache.recall import chance, cosines, find_places, hit_rate, join_places, mean_ranks
+from bindllm.cache.recall import chance, cosines, find_positions, hit_rate, join_positions, mean_ranks
 from bindllm.encoders.head import Head, HeadConfig
 from bindllm.encoders.trainable import is_trainable
 from bindllm.errors import InputError, TrainingError
@@ -330,13 +330,15 @@ def retrieval_metrics(queries: Tensor, gallery: Tensor, right: Sequence[Sequence
     """
     step = max(1, _SCORES_AT_ONCE // len(gallery))
     parts = [slice(start, start + step) for start in range(0, len(queries), step)]
-    places = join_places([find_places(cosines(queries[part], gallery).cpu(), right[part]) for part in parts])
+    positions = join_positions(
+        [find_positions(cosines(queries[part], gallery).cpu(), right[part]) for part in parts]
+    )
     counts = torch.tensor([len(numbers) for numbers in right])
     measured: dict[str, Any] = {"queries": len(queries), "gallery": len(gallery)}
     for k in RECALL_AT:
-        measured[f"recall@{k}"] = round(float(hit_rate(places, k).mean()), 4)
+        measured[f"recall@{k}"] = round(float(hit_rate(positions, k).mean()), 4)
         measured[f"chance@{k}"] = round(chance(counts, len(gallery), k), 4)
-    measured["median_rank"] = round(float(mean_ranks(places).median()), 1)
+    measured["median_rank"] = round(float(mean_ranks(positions).median()), 1)
     return measured
 
 
