@@ -12,7 +12,6 @@ from rich.console import Console
 from bindllm.cache.settings import CacheConfig
 from bindllm.cache.visual_cache import choose_cache, open_cache
 from bindllm.cli.media import build_encoder, build_own, encoder_folder, read_media
-from bindllm.cli.memory import RunPlan, memory_lines, plan_run, read_size
 from bindllm.cli.problems import Problems, build_part, read_recipe
 from bindllm.cli.recipe import RecipeCLI, quiet
 from bindllm.cli.runs import run_folder
@@ -43,6 +42,7 @@ from bindllm.model.injection import InjectConfig
 from bindllm.model.pretrained import encoder_fingerprints, read_cache_config, read_decoder, read_parts
 from bindllm.testing import check_encoder, synthetic_media
 from bindllm.training.callbacks import check_monitors
+from bindllm.training.memory import RunPlan, memory_lines, plan_run
 from bindllm.training.optim import OptimConfig
 from bindllm.training.stages import check_base
 
@@ -216,7 +216,7 @@ def _check_model(
 
 def _check_memory(plan: RunPlan, limit: str | None, problems: Problems, console: Console) -> None:
     """Show what a run needs; that it does not fit is a problem, with what would."""
-    lines, problem = memory_lines(plan, None if limit is None else read_size(limit))
+    lines, problem = memory_lines(plan, limit)
     for line in lines:
         console.print(line, markup=False)
     if problem:
