@@ -30,7 +30,7 @@ from bindllm.errors import InputError, known_names
 from bindllm.model.activations import FLOAT, Activations, TrainingStep, Widths
 from bindllm.model.adapter import Adapter, AdapterConfig
 from bindllm.model.bind_network import BindConfig, BindNetwork
-from bindllm.model.decoder import DTYPES, DecoderConfig, choose_dtype, find_folder, without_weights
+from bindllm.model.decoder import DTYPES, DecoderConfig, choose_dtype, without_weights
 from bindllm.model.injection import InjectConfig, Injection
 
 GROUPS = ("bind", "inject", "adapter")
@@ -184,7 +184,7 @@ class _Sizes:
 
     @classmethod
     def of(cls, plan: ModelPlan) -> _Sizes:
-        decoder = without_weights(find_folder(plan.decoder))
+        decoder = without_weights(plan.decoder.folder())
         widths, number = Widths.of(decoder), plan.dtype.itemsize
         layer = _bytes_of(decoder.get_decoder().layers[0], number, plan.decoder.quantize)
         everything = sum(parameter.numel() for parameter in decoder.parameters()) * number

@@ -29,7 +29,6 @@ from bindllm.data.collate import Batch, answer_batch
 from bindllm.data.rows import Sample
 from bindllm.errors import TrainingError
 from bindllm.model.bindllm import BindLLM
-from bindllm.model.pretrained import describe
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -51,7 +50,7 @@ class References:
 
     def note_start(self, model: BindLLM) -> None:
         """Take the fingerprint of the weights that a run starts from; a resumed run restores others later."""
-        parts = describe(model)
+        parts = model.describe()
         own = {name: parts[name] for name in ("decoder", "bind", "inject", "adapter")}
         digest = hashlib.sha256(json.dumps(own, sort_keys=True, default=str).encode())
         for name, value in sorted(model.trainable_state().items()):
