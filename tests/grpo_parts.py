@@ -51,9 +51,9 @@ def started(decoder, objective, data=None):
     module.configure_model()
     with torch.no_grad():
         module.model.injection.gates.fill_(0.7)
-    objective.note_start(module.model)
+    objective.on_start(module.model)
     rows = [data.samples("train")[n] for n in (0, 5, 2)]
-    batch = objective.complete(collate(rows, data.lookup, pad_id=0), "train")
+    batch = objective.add_reference(collate(rows, data.lookup, pad_id=0), "train")
     return module.model.eval(), batch
 
 

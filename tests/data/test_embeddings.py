@@ -5,7 +5,7 @@ from bindllm.data.embeddings import MediaEmbeddings
 from bindllm.encoders.fusion import fuse
 from bindllm.errors import InputError
 from bindllm.media import Media
-from bindllm.parallel import Processes
+from bindllm.parallel import Processes, RunContext
 from side_by_side import together
 from tiny import ColorEncoder, color_images
 
@@ -89,7 +89,7 @@ def test_several_processes_fill_the_stores_of_all_encoders(tmp_path, pictures):
     def part(processes):
         embeddings = MediaEmbeddings([ColorEncoder(), WordEncoder()], tmp_path / "store")
         # The last one finds no texts in its sources: it fills the store of texts with nothing.
-        totals = embeddings.precompute(media if processes.rank < 2 else media[:4], processes=processes)
+        totals = embeddings.precompute(media if processes.rank < 2 else media[:4], RunContext(processes))
         return embeddings, totals
 
     ends = together(3, part)
@@ -137,5 +137,7 @@ def test_an_encoder_that_fails_gives_the_accelerator_back(tmp_path, pictures):
 
     encoder = Failing()
     with pytest.raises(RuntimeError, match="out of memory"):
-        MediaEmbeddings([encoder], tmp_path / "store").precompute(pictures.values(), device="cuda:1")
+        MediaEmbeddings([encoder], tmp_path / "store").precompute(
+            pictures.values(), RunContext(device="cuda:1")
+        )
     assert encoder.places == ["cuda:1", "cpu"]

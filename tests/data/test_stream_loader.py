@@ -15,7 +15,7 @@ from bindllm.data.stream.embed import CANNOT_EMBED
 from bindllm.data.stream.loader import StreamOptions, check_streams, stream_loader
 from bindllm.errors import EncoderError, InputError
 from bindllm.media import Media
-from bindllm.parallel import Processes
+from bindllm.parallel import Processes, RunContext
 from stream_parts import captioned, picture, write_shard, write_shards
 from tiny import COLORS, ColorEncoder, tiny_tokenizer
 
@@ -145,7 +145,7 @@ def test_a_state_of_other_data_or_other_processes_is_refused(shards, tmp_path):
     ):
         with pytest.raises(InputError, match="shards or their sizes, formats, weights, chunk"):
             other.load_state_dict(state)
-    two = build(shards, processes=Processes(0, 2, gather=lambda value: [value, value]))
+    two = build(shards, context=RunContext(Processes(0, 2, gather=lambda value: [value, value])))
     with pytest.raises(InputError, match="saved by 1 processes and cannot resume in 2"):
         two.load_state_dict(state)
 
@@ -161,7 +161,9 @@ def test_a_shard_that_grew_is_another_shard(tmp_path):
 
 def test_two_processes_read_disjoint_samples_and_go_on_from_one_state(shards):
     states, found = [{}, {}], []
-    loaders = [build(shards, processes=Processes(rank, 2, gather=lambda _: states)) for rank in (0, 1)]
+    loaders = [
+        build(shards, context=RunContext(Processes(rank, 2, gather=lambda _: states))) for rank in (0, 1)
+    ]
     for rank, loader in enumerate(loaders):
         found.append(take(loader, 3))
         states[rank] = {str(done): state.as_dict() for done, state in loader._states.items()}
@@ -169,7 +171,7 @@ def test_two_processes_read_disjoint_samples_and_go_on_from_one_state(shards):
     assert not first & second
     saved = loaders[0].state_dict()
     for rank, loader in enumerate(loaders):
-        on = build(shards, processes=Processes(rank, 2, gather=lambda _: states))
+        on = build(shards, context=RunContext(Processes(rank, 2, gather=lambda _: states)))
         on.load_state_dict(saved)
         assert equal(take(on, 4), take(loader, 4))
 

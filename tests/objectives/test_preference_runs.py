@@ -10,6 +10,7 @@ import yaml
 from safetensors.torch import load_file
 
 from bindllm.cli import fit
+from bindllm.objectives import reference
 from bindllm.training.module import BindModule
 from tiny import COLORS
 from tiny_run import run, tiny_parts, tiny_recipe
@@ -87,11 +88,17 @@ def test_the_log_of_a_run_holds_margins_and_accuracies(uninterrupted):
 
 
 PLACES = {
-    "while the reference is computed": ("predict_step", 2, 12),
+    "while the reference is computed": ("answer_log_probs", 2, 12),
     "in the first epoch": ("training_step", 4, 9),
     "in the first step": ("training_step", 1, 12),
     "in a validation": ("validation_step", 1, 7),
 }
+
+
+def owner_of(name):
+    return reference if name == "answer_log_probs" else BindModule
+
+
 SLOW = ("in the first step", "in a validation")
 
 
@@ -101,7 +108,7 @@ SLOW = ("in the first step", "in a validation")
 def test_a_killed_run_goes_on_to_the_same_end(place, recipe, uninterrupted, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name, at, left = PLACES[place]
-    counts = dict.fromkeys(("predict_step", "training_step", "validation_step"), 0)
+    counts = dict.fromkeys(("answer_log_probs", "training_step", "validation_step"), 0)
 
     def counting(name, original):
         def work(self, batch, *args):
@@ -114,16 +121,18 @@ def test_a_killed_run_goes_on_to_the_same_end(place, recipe, uninterrupted, tmp_
 
     stop = at
     with monkeypatch.context() as patch:
-        patch.setattr(BindModule, name, counting(name, getattr(BindModule, name)))
+        owner = owner_of(name)
+        patch.setattr(owner, name, counting(name, getattr(owner, name)))
         with pytest.raises(Killed):
             run("fit", recipe)
     counts, stop = dict.fromkeys(counts, 0), None
     for name in counts:
-        monkeypatch.setattr(BindModule, name, counting(name, getattr(BindModule, name)))
+        owner = owner_of(name)
+        monkeypatch.setattr(owner, name, counting(name, getattr(owner, name)))
     state = Path("runs/tiny/last.ckpt").exists()
     assert run("fit", recipe) == 0
     assert counts["training_step"] == left
-    assert (counts["predict_step"] == 0) == state, "a run that goes on computes no reference"
+    assert (counts["answer_log_probs"] == 0) == state, "a run that goes on computes no reference"
     assert ending(tmp_path) == ending(uninterrupted)
 
 

@@ -31,6 +31,7 @@ from bindllm.evaluation.layouts import Dataset
 from bindllm.evaluation.measures import MEASURES, Measure, Row, Scores
 from bindllm.evaluation.prompts import NAME, fill_templates, templates_for
 from bindllm.media import Media
+from bindllm.parallel import RunContext
 
 FORMAT = 1
 """Version of the JSON file."""
@@ -221,7 +222,7 @@ def _fill(
     wanted = dict.fromkeys(row.media for row in rows)
     for groups in (*(row.targets for row in rows), prompts):
         wanted |= dict.fromkeys(media for group in groups for media in group)
-    totals = embeddings.precompute(wanted, device=device, progress=progress)
+    totals = embeddings.precompute(wanted, RunContext(device=device, progress=progress))
     failed = totals.failed
     # A missing prompt would change the task, while a missing file only makes it smaller.
     if broken := [media for prompt in prompts for media in prompt if media in failed]:
