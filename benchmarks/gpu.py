@@ -14,12 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 from benchmarks.measure import Figure, forget_peak, matrix_rate, peak_bytes, seconds
 from benchmarks.parts import DECODER, SEVEN_BILLION, bound_loss, training_batch
 from bindllm.encoders import EfficientNetLite
-from bindllm.model.activations import TrainingStep
 from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.decoder import DecoderConfig, load_tokenizer
-from bindllm.model.memory import MemoryEstimate, ModelPlan, estimate_memory
 from bindllm.model.quantize import quantization_config
+from bindllm.training.memory import RunPlan
 
 # The published stage 1: a prompt and its caption. Stage 2: an instruction with its answer.
 SHAPES = {
@@ -74,15 +73,17 @@ def _run(name: str) -> dict[str, float | str]:
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         AutoConfig.for_model("llama", **SEVEN_BILLION).save_pretrained(folder)
-        plan = ModelPlan(
+        plan = RunPlan(
             DecoderConfig(folder, dtype="bfloat16", quantize=quantize),
-            EfficientNetLite().embedding_size,
+            [EfficientNetLite()],
+            rows=shape["rows"],
+            tokens=shape["tokens"],
+            supervised=shape["rows"] * shape["answer"],
             adapter=adapter,
             trainable=trainable,
             device="cuda",
         )
-        step = TrainingStep(shape["rows"], shape["tokens"], shape["rows"] * shape["answer"])
-        estimate: MemoryEstimate = estimate_memory(plan, step)
+        estimate = plan.estimate
         decoder = _decoder(Path(folder), quantization_config("nf4", torch.bfloat16) if stage2 else None)
     model = BindLLM(decoder, load_tokenizer(DECODER), DECODER, encoders=[EfficientNetLite()], adapter=adapter)
     model.set_trainable(trainable)

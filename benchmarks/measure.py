@@ -105,7 +105,7 @@ def peak_bytes() -> int:
 def used_bytes() -> int:
     """Memory in use now: of the GPU's allocator, or of this process."""
     # Not above: every process that measures something would import it all.
-    from bindllm.cli.memory import resident_bytes
+    from bindllm.training.memory import resident_bytes
 
     return torch.cuda.memory_allocated() if torch.cuda.is_available() else resident_bytes()
 

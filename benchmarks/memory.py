@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -17,12 +17,11 @@ from torch.utils.data import DataLoader
 from benchmarks.measure import Figure, forget_peak, peak_bytes, used_bytes
 from benchmarks.parts import DECODER, training_batch
 from bindllm.encoders import EfficientNetLite
-from bindllm.model.activations import TrainingStep
 from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.decoder import default_device
 from bindllm.model.injection import InjectConfig
-from bindllm.model.memory import ModelPlan, Placement, estimate_memory
+from bindllm.training.memory import RunPlan
 
 STEPS = 2
 """In the second one gradients and moments of the first are there: later ones need no more."""
@@ -129,16 +128,21 @@ def _run(setting: Setting) -> dict[str, int]:
             enable_model_summary=False, gradient_clip_val=1.0, devices=1, default_root_dir=folder,
         )  # fmt: skip
         torch.randn(512, 512) @ torch.randn(512, 512)
-        step = TrainingStep(
-            setting.rows, setting.tokens, setting.rows * setting.answer, checkpointing=setting.checkpointing
-        )
-        plan = ModelPlan(
-            DECODER, encoder.embedding_size, adapter=adapter, trainable=trainable, device=default_device()
+        plan = RunPlan(
+            DECODER,
+            [encoder],
+            rows=setting.rows,
+            tokens=setting.tokens,
+            supervised=setting.rows * setting.answer,
+            adapter=adapter,
+            trainable=trainable,
+            checkpointing=setting.checkpointing,
+            device=default_device(),
         )
         # As the check has done by then, which brings the code of this decoder and of peft into the process.
-        estimate_memory(plan, step)
+        assert plan.estimate.total > 0
         libraries = used_bytes()
-        estimate = estimate_memory(plan, step, Placement(framework=libraries))
+        estimate = replace(plan, framework=libraries).estimate
         module = BindModule(
             DECODER, [encoder], BindConfig(), InjectConfig(), OptimConfig(warmup=1), trainable, adapter,
             checkpoint_activations=setting.checkpointing,

@@ -44,10 +44,10 @@ from bindllm.encoders.imagebind import audio, clips, image, motion, video
 from bindllm.encoders.pointbind.cloud import fit_cloud
 from bindllm.encoders.pointbind.loading import build_network
 from bindllm.media import open_image
+from bindllm.media.audio import cut_audio
 from bindllm.media.maps import open_depth, open_thermal
 from bindllm.media.motion import AXES
 from bindllm.media.points import open_points
-from bindllm.media.sound import cut_sound
 from bindllm.media.source import Source
 
 FOLDER = Path(__file__).parent / "encoders"
@@ -128,7 +128,7 @@ def draw_audio(folder: Path) -> Figure:
     """A melody, its three clips, and their spectrograms."""
     file = synthetic_media.write_melody(folder / "melody.wav")
     spectra = audio.audio_input(file, coverage="published", max_clips=64)[:, 0].numpy()
-    (wave,) = cut_sound(file, rate=audio.RATE, cut=lambda length: [(0, length)])
+    (wave,) = cut_audio(file, rate=audio.RATE, cut=lambda length: [(0, length)])
     short = audio.audio_input(wave[:, : int(0.7 * audio.RATE)], coverage="published", max_clips=64)[
         0, 0
     ].numpy()
