@@ -41,7 +41,7 @@ from bindllm.model.decoder import (
 from bindllm.model.injection import InjectConfig
 from bindllm.model.pretrained import encoder_fingerprints, read_cache_config, read_decoder, read_parts
 from bindllm.testing import check_encoder, synthetic_media
-from bindllm.training.callbacks import refuse_unmeasured
+from bindllm.training.callbacks import check_monitors
 from bindllm.training.memory import RunPlan, memory_lines, plan_run
 from bindllm.training.optim import OptimConfig
 from bindllm.training.stages import check_base
@@ -125,7 +125,7 @@ def _check_recipe(chosen: Namespace, overrides: Sequence[str], problems: Problem
         return
     model, data = config.model.as_dict(), config.data.as_dict()
     with problems.noted():
-        run_folder(config.output, start_from=config.model.start_from)
+        run_folder(config.output, init_from=config.model.init_from)
     built = {name: build_part(kind, model[name], problems) for name, kind in KINDS.items()}
     if model["adapter"] is not None:
         built["adapter"] = build_part(AdapterConfig, model["adapter"], problems)
@@ -153,12 +153,12 @@ def _check_recipe(chosen: Namespace, overrides: Sequence[str], problems: Problem
         cache = build_part(CacheConfig, entry, problems)
         if cache is not None and all_encoders:
             _check_cache(cache, encoders, problems, console, output=config.output)
-    if model["start_from"] is not None:
-        _check_folder(model["start_from"], problems, allow=_trusted(model["encoders"]))
+    if model["init_from"] is not None:
+        _check_folder(model["init_from"], problems, allow=_trusted(model["encoders"]))
         if parts.keys() == built.keys() and all_encoders and not problems:
             own = {name: parts.get(name) for name in ("decoder", "bind", "inject", "adapter")}
             with problems.noted():
-                for remark in check_base(model["start_from"], encoders=encoders, **own):
+                for remark in check_base(model["init_from"], encoders=encoders, **own):
                     console.print(f"warning: {remark}", markup=False)
     served = encoders if all_encoders else None
     check_sources(read, served, tokenizer, data["max_length"], problems, console)
@@ -188,7 +188,7 @@ def _check_run(
     with problems.noted():
         cli.model.objective.check_rows([row for rows in read for row in rows["train"]] + validation, sources)
     trainer = cli.make_trainer(logger=False)
-    refuse_unmeasured(trainer.callbacks, num_validation=trainer.limit_val_batches and len(validation))
+    check_monitors(trainer.callbacks, num_validation=trainer.limit_val_batches and len(validation))
 
 
 def _check_decoder(config: DecoderConfig, problems: Problems) -> Any:

@@ -6,7 +6,7 @@ from functools import partial
 
 from rich.console import Console
 
-from bindllm.cli.processes import on_every_device, stopping_in_order
+from bindllm.cli.processes import graceful_stop, launch
 from bindllm.cli.recipe import RecipeCLI, quiet
 
 
@@ -16,12 +16,12 @@ def embed(args: list[str]) -> int:
     The recipe's trainer says on which devices and nodes. Stopped or killed, the same command goes on, with any
     number of processes.
     """
-    with quiet(), stopping_in_order():
+    with quiet(), graceful_stop():
         cli = RecipeCLI("embed", args)
         data = cli.datamodule
         # What is wrong with the sources is said once, before there are further processes to say it too.
         data.read()
-        first = on_every_device(cli.trainer_options, data.embed, again=partial(embed, args))
+        first = launch(cli.trainer_options, data.embed, again=partial(embed, args))
         if not first:
             return 0
         data.setup()

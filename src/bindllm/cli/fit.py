@@ -18,9 +18,9 @@ from rich.table import Table
 from rich.text import Text
 
 from bindllm.atomic import atomic_file, remove_leftovers
-from bindllm.cli.processes import meet
+from bindllm.cli.processes import wait_for_rank_zero
 from bindllm.cli.recipe import RecipeCLI, quiet
-from bindllm.cli.runs import RECIPE, claimed, open_run, run_folder
+from bindllm.cli.runs import RECIPE, lock_run, open_run, run_folder
 from bindllm.errors import BindLLMError, InputError, printable
 from bindllm.evaluation.held_out import evaluate_held_out, held_out_rows
 from bindllm.evaluation.task import Evaluation
@@ -32,7 +32,7 @@ from bindllm.training.callbacks import ParameterTable, SampleCaptions
 from bindllm.training.optim import describe_groups
 from bindllm.training.progress import RunProgress
 from bindllm.training.runlog import METRICS, RunLog
-from bindllm.training.state import AtomicCheckpointIO, Interrupted, RunState, told_to_make_room
+from bindllm.training.state import AtomicCheckpointIO, Interrupted, RunState, map_write_errors
 
 SHOWN_ROWS = 5
 SHUFFLED_LIMIT = 1000
@@ -55,10 +55,10 @@ def fit(args: list[str]) -> int:
             raise InputError(
                 "model.trainable is empty: nothing would be trained; name groups, such as [bind, inject]"
             )
-        folder = run_folder(cli.config.output, start_from=cli.config.model.start_from)
+        folder = run_folder(cli.config.output, init_from=cli.config.model.init_from)
         state = RunState(folder, RunLog(folder), every_seconds=cli.config.save_every_seconds)
         trainer = _trainer(cli, state)
-        with claimed(folder):
+        with lock_run(folder):
             return _run(cli, state, trainer, console)
 
 
@@ -68,7 +68,7 @@ def _run(cli: RecipeCLI, state: RunState, trainer: Trainer, console: Console) ->
     # Processes that Lightning starts for further devices find the folder as the first one made it ready.
     if rank_zero_only.rank == 0:
         open_run(folder, recipe, resume=cli.config.resume, say=partial(console.print, markup=False))
-    meet(trainer)
+    wait_for_rank_zero(trainer)
     handler = signal.getsignal(signal.SIGINT)
     try:
         going_on = state.last if state.last.exists() else None
@@ -87,7 +87,7 @@ def _run(cli: RecipeCLI, state: RunState, trainer: Trainer, console: Console) ->
         model.load_trainable_state(best, source=str(folder))
     # The run's folder is this process's alone, and so is the checkpoint's: what is there, a kill has left.
     remove_leftovers(output)
-    with told_to_make_room(output):
+    with map_write_errors(output):
         model.save_pretrained(output, data=_data_names(cli))
         with atomic_file(output / RECIPE) as part:
             part.write_text(recipe, encoding="utf-8")

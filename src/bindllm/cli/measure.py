@@ -25,13 +25,13 @@ def _measure(verb: str, args: list[str]) -> int:
     with quiet():
         cli = RecipeCLI(verb, args)
         module = cli.model
-        # A second stage's own start_from is where its training began, not what came of it.
-        if not any(option.partition("=")[0] == "--model.start_from" for option in args):
-            module.start_from = cli.config.output
-        if not (Path(module.start_from) / MANIFEST).is_file():
+        # A second stage's own init_from is where its training began, not what came of it.
+        if not any(option.partition("=")[0] == "--model.init_from" for option in args):
+            module.init_from = cli.config.output
+        if not (Path(module.init_from) / MANIFEST).is_file():
             raise InputError(
-                f"{module.start_from} holds no trained model: run bindllm fit first, or name another checkpoint "
-                "folder with --model.start_from"
+                f"{module.init_from} holds no trained model: run bindllm fit first, or name another checkpoint "
+                "folder with --model.init_from"
             )
         watched = sys.stdout.isatty()
         trainer = cli.make_trainer(logger=False, enable_checkpointing=False, enable_progress_bar=watched)

@@ -26,21 +26,21 @@ _PROCESSES = ("trainer.devices", "trainer.num_nodes")
 _PLACES = (*_PROCESSES, "trainer.strategy")
 
 
-def run_folder(output: str | Path, *, start_from: str | Path | None = None) -> Path:
+def run_folder(output: str | Path, *, init_from: str | Path | None = None) -> Path:
     """Return the folder of the run that writes a checkpoint folder.
 
     Args:
         output: the checkpoint folder.
-        start_from: the checkpoint folder that the run begins with, if any.
+        init_from: the checkpoint folder that the run begins with, if any.
 
     Raises:
         InputError: ``output`` holds something else than a checkpoint, or the one that the run starts from: either
             would be replaced at its end.
     """
     output = Path(output)
-    if start_from is not None and output.resolve() == Path(start_from).resolve():
+    if init_from is not None and output.resolve() == Path(init_from).resolve():
         raise InputError(
-            f"output {output} is model.start_from too: the run would replace what it starts from, and could not be "
+            f"output {output} is model.init_from too: the run would replace what it starts from, and could not be "
             "run twice with the same result; choose another output"
         )
     if output.is_dir() and any(output.iterdir()) and not (output / MANIFEST).is_file():
@@ -51,7 +51,7 @@ def run_folder(output: str | Path, *, start_from: str | Path | None = None) -> P
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
+def lock_run(folder: Path) -> Iterator[None]:
     """Keep a second run out of the folder for the length of the block; the system lets go if this process dies.
 
     Raises:

@@ -60,7 +60,7 @@ class TarResolver:
             if end.lower() in members and end.lower() not in _NOT_MEDIA:
                 return members[end.lower()]
         if self._foreign.setdefault(modality, name) != name:
-            raise RowError(f"several names of a {modality} file that are not members", name)
+            raise RowError(f"several {modality} names that are not members", name)
         return self._only(modality)
 
     def _only(self, modality: str) -> bytes:
