@@ -42,6 +42,10 @@ class TrainingError(BindLLMError):
     """A run that cannot go on; the last good state has been saved."""
 
 
+class UsageError(BindLLMError):
+    """A command line or a recipe that cannot be read; the command ends with exit code 2."""
+
+
 class MissingExtraError(BindLLMError, ImportError):
     """An optional package that is not installed.
 
@@ -58,14 +62,19 @@ class MissingExtraError(BindLLMError, ImportError):
         )
 
 
-def known_names(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return a sentence that lists the known names and the closest match to an unknown one.
 
     Example:
-        >>> known_names("residul", ["residual", "value"])
+        >>> did_you_mean("residul", ["residual", "value"])
         "Did you mean 'residual'? Known: residual, value."
     """
     known = sorted(known)
     close = get_close_matches(name, known, n=1, cutoff=0.5)
     question = f"Did you mean {close[0]!r}? " if close else ""
     return f"{question}Known: {', '.join(known) or 'none'}."
+
+
+def printable(text: str) -> str:
+    """Return a text as it may be shown on a terminal: control characters become ``?``."""
+    return "".join(character if character.isprintable() else "?" for character in text)

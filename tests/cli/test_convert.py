@@ -65,7 +65,7 @@ def test_an_adapter_becomes_a_folder_that_loads(tmp_path, base, capsys):
     assert (code, err) == (0, "")
     assert "imagebind-llm, 104 tensors" in out
     assert "finetune phase, the bridge of the paper, 4 of 4 layers served" in out
-    assert "104 tensors taken over, 0 dropped by rule, 0 unknown" in out
+    assert "104 tensors converted, 0 dropped by rule, 0 unknown" in out
     assert "GPL-3" in out
     model = BindLLM.from_pretrained(tmp_path / "m", device="cpu", allow=ALLOW)
     assert model.tokenizer.chat_template.count("### Response:") == 2

@@ -106,7 +106,7 @@ def test_no_weight_is_made_for_a_large_bind_network(folder, monkeypatch):
     assert set(made) == {"meta"}
 
 
-def test_unknown_names_are_named(folder):
+def test_undid_you_mean_are_named(folder):
     with pytest.raises(InputError, match="Did you mean 'bind'"):
         parts(folder, trainable=["bnd"])
     with pytest.raises(InputError, match="unknown strategy 'fsdp'"):

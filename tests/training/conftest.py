@@ -26,6 +26,6 @@ def silent():
 def unmeasured():
     """Long answers, and what follows the trained folder, are not what the tests of a file are about."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bindllm.cli.fit._measure", lambda *_: 0)
+        patch.setattr("bindllm.training.run.Run._measure", lambda *_: 0)
         patch.setattr("bindllm.cli.fit.SampleCaptions", partial(SampleCaptions, max_new_tokens=4))
         yield

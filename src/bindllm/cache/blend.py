@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from bindllm.errors import InputError, known_names
+from bindllm.errors import InputError, did_you_mean
 
 FORMULAS = ("released", "paper")
 
@@ -100,4 +100,4 @@ def check_settings(top_k: int, temperature: float, weight: float, formula: str) 
     if not 0 <= weight <= 1:
         raise InputError(f"weight is {weight}, expected a number from 0 to 1")
     if formula not in FORMULAS:
-        raise InputError(f"unknown formula {formula!r}. {known_names(formula, FORMULAS)}")
+        raise InputError(f"unknown formula {formula!r}. {did_you_mean(formula, FORMULAS)}")

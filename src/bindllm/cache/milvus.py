@@ -28,7 +28,7 @@ from bindllm.cache.milvus_collection import (
 )
 from bindllm.cache.milvus_server import MilvusServer, RefusedError
 from bindllm.embeddings.records import read_keys
-from bindllm.errors import InputError, StoreError, known_names
+from bindllm.errors import InputError, StoreError, did_you_mean
 
 if TYPE_CHECKING:
     from bindllm.embeddings.store import EmbeddingStore
@@ -129,7 +129,7 @@ class MilvusIndex:
         try:
             name = target(server, collection)
             if name is None:
-                known = known_names(collection, known_collections(server))
+                known = did_you_mean(collection, known_collections(server))
                 raise StoreError(f"{server.address} has no collection {collection!r}. {known}")
             info = read_info(server, name)
             load(server, name)

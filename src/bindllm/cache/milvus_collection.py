@@ -23,7 +23,7 @@ import numpy as np
 
 from bindllm.cache.milvus_server import MilvusServer, RefusedError, UnreachableError
 from bindllm.embeddings.records import as_hex, read_units
-from bindllm.errors import InputError, StoreError, known_names
+from bindllm.errors import InputError, StoreError, did_you_mean
 
 if TYPE_CHECKING:
     from bindllm.embeddings.store import EmbeddingStore
@@ -79,7 +79,7 @@ def check_index_type(index_type: str) -> None:
     """Refuse a kind of index that is not known, listing those that are."""
     known = ("auto", *INDEX_TYPES)
     if index_type not in known:
-        raise InputError(f"unknown index type {index_type!r}. {known_names(index_type, known)}")
+        raise InputError(f"unknown index type {index_type!r}. {did_you_mean(index_type, known)}")
 
 
 def rows_at_once(embedding_size: int) -> int:

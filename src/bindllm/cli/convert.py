@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bindllm.cli.usage import Arguments, UsageError
-from bindllm.errors import CheckpointError, known_names
+from bindllm.errors import CheckpointError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
-    from argparse import Namespace
-
     from torch import Tensor
 
     from bindllm.convert.keymap import Accounting
@@ -32,23 +30,54 @@ _POINT_LICENCE = (
 )
 
 
-def convert(args: list[str]) -> int:
-    """Convert one published file, and print what became of its tensors."""
-    chosen = _parse(args)
-    output = Path(chosen.output)
-    _check_output(output)
+def convert(
+    what: tuple[str, ...],
+    *,
+    output: str,
+    tokenizer: str | None = None,
+    base: str | None = None,
+    encoder: tuple[str, ...] = (),
+    accept_base: bool = False,
+) -> int:
+    """Convert published weights of ImageBind, Point-Bind or ImageBind-LLM.
+
+    Every tensor is accounted for: converted, or dropped by a rule. The
+    report is conversion.tsv in the output folder.
+
+    Args:
+        what: the published FILE; before it its kind (imagebind, pointbind or imagebind-llm), if the file holds several
+        output: a folder that does not exist yet, or an empty one
+        tokenizer: for imagebind: tokenizer.json of CLIP, or its packed list of merges, or none to convert without the
+            text encoder (default: checkpoints/clip-vocabulary/tokenizer.json, from bindllm fetch clip-vocabulary)
+        base: for imagebind-llm: Hugging Face folder of the LLaMA that it was trained on
+        encoder: for imagebind-llm: folder of a converted ImageBind or Point-Bind, or import path of another encoder;
+            may be repeated
+        accept_base: for imagebind-llm: convert although the weights of the base differ from those in training
+
+    Example:
+        bindllm convert imagebind_huge.pth --output checkpoints/imagebind
+    """
+    *kinds, file = what
+    if len(kinds) > 1:
+        raise UsageError(f"one file at a time, not {len(kinds)}")
+    if kinds and kinds[0] not in KINDS:
+        raise UsageError(f"unknown kind {kinds[0]!r}. {did_you_mean(kinds[0], KINDS)}")
+    chosen = Namespace(
+        file=file, output=output, tokenizer=tokenizer, base=base, encoder=encoder, accept_base=accept_base
+    )
+    _check_output(Path(output))
 
     from bindllm.convert.foreign import read_foreign
 
-    state = read_foreign(chosen.file)
-    kind = chosen.kind or find_kind(state, chosen.file)
-    print(f"{chosen.file}: {kind}, {len(state):,} tensors")
+    state = read_foreign(file)
+    kind = kinds[0] if kinds else find_kind(state, file)
+    print(f"{file}: {kind}, {len(state):,} tensors")
     accounting, licence = _CONVERTERS[kind](state, chosen)
     print(
-        f"{output}: {len(accounting.mapped):,} tensors taken over, {len(accounting.dropped):,} dropped by rule, "
-        f"{len(accounting.unknown):,} unknown; each is listed in {output / 'conversion.tsv'}"
+        f"{output}: {len(accounting.mapped):,} tensors converted, {len(accounting.dropped):,} dropped by rule, "
+        f"{len(accounting.unknown):,} unknown; each is listed in {Path(output) / 'conversion.tsv'}"
     )
-    print(f"licence: {licence}")
+    print(f"license: {licence}")
     return 0
 
 
@@ -96,50 +125,6 @@ def _check_output(output: Path) -> None:
     if not there.is_dir() or not os.access(there, os.W_OK):
         why = "not writable" if there.is_dir() else "a file"
         raise CheckpointError(f"{output} cannot be made: {there} is {why}; choose another place")
-
-
-def _parse(args: list[str]) -> Namespace:
-    parser = Arguments("convert", "Turn published weights into a folder of ours, every tensor accounted for.")
-    parser.add_argument(
-        "what",
-        nargs="+",
-        metavar="[KIND] FILE",
-        help=f"the published file; ahead of it {', '.join(KINDS)}, where the file holds more than one of them",
-    )
-    parser.add_argument(
-        "--output", required=True, metavar="FOLDER", help="a folder that is not there yet, or empty"
-    )
-    texts = parser.add_argument_group("imagebind")
-    texts.add_argument(
-        "--tokenizer",
-        metavar="FILE",
-        help=f"tokenizer.json of CLIP, or its packed list of merges; by default {_TOKENIZER}, which bindllm fetch "
-        "clip-vocabulary makes; 'none' to do without texts",
-    )
-    adapter = parser.add_argument_group("imagebind-llm")
-    adapter.add_argument(
-        "--base", metavar="FOLDER", help="Hugging Face folder of the LLaMA that it was trained on"
-    )
-    adapter.add_argument(
-        "--encoder",
-        action="append",
-        default=[],
-        metavar="FOLDER",
-        help="converted ImageBind or Point-Bind, or the import path of another encoder; may be repeated",
-    )
-    adapter.add_argument(
-        "--accept_base",
-        action="store_true",
-        help="convert although the base's numbers differ from those in training",
-    )
-    chosen = parser.parse_args(args)
-    *kind, chosen.file = chosen.what
-    if len(kind) > 1:
-        parser.error(f"one file at a time, not {len(kind)}")
-    if kind and kind[0] not in KINDS:
-        raise UsageError(f"unknown kind {kind[0]!r}. {known_names(kind[0], KINDS)}")
-    chosen.kind = kind[0] if kind else None
-    return chosen
 
 
 def _imagebind(state: Mapping[str, Tensor], chosen: Namespace) -> tuple[Accounting, str]:

@@ -16,7 +16,6 @@ from rich.table import Table
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from bindllm.cli.sources import MEASURED_ROWS
 from bindllm.data.rows import Row
 from bindllm.data.tokenise import make_sample
 from bindllm.encoders import Encoder
@@ -24,6 +23,7 @@ from bindllm.errors import InputError
 from bindllm.model.activations import TrainingStep
 from bindllm.model.decoder import default_device
 from bindllm.model.memory import MemoryEstimate, ModelPlan, Placement, estimate_memory
+from bindllm.training.preflight import MEASURED_ROWS
 
 CUDA_CONTEXT = 600_000_000
 """What a process takes of a GPU before its first tensor: context and kernels, as nvidia-smi shows it."""

@@ -14,7 +14,7 @@ from bindllm.data.report import SourceReport
 from bindllm.data.source_config import SPLITS, Columns, split_named
 from bindllm.data.tables import NOT_UTF8, READERS, is_table, read_table
 from bindllm.data.texts import clean_caption, is_visible
-from bindllm.errors import InputError, known_names
+from bindllm.errors import InputError, did_you_mean
 
 PICTURE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".svg"))
 TABLE_NAME = "captions"
@@ -129,7 +129,7 @@ def _table_rows(
             leave_out(error, name, report.skipped)
             continue
         if said is not None and split is None:
-            report.skipped.add(f"unknown split {said!r}. {known_names(str(said), SPLITS)}", name)
+            report.skipped.add(f"unknown split {said!r}. {did_you_mean(str(said), SPLITS)}", name)
             continue
         yield _Row(media.source, media_key(media, root), split, name, captions)
 

@@ -37,7 +37,7 @@ from bindllm.data.stream.shards import expand_shards, is_stream
 from bindllm.data.stream.training import StreamOptions, check_streams, is_training_stream, stream_loader
 from bindllm.data.tokenise import Sample, make_sample
 from bindllm.embeddings.embedder import ALONE
-from bindllm.errors import InputError, known_names
+from bindllm.errors import InputError, did_you_mean
 from bindllm.media import Media
 from bindllm.parallel.ranks import Ranks
 
@@ -179,7 +179,7 @@ class BindData(LightningDataModule):
             InputError: an unknown split.
         """
         if split not in SPLITS:
-            raise InputError(f"unknown split {split!r}. {known_names(split, SPLITS)}")
+            raise InputError(f"unknown split {split!r}. {did_you_mean(split, SPLITS)}")
         self.setup()
         return self._samples[split]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from bindllm.data.arrow_tables import Record, is_dataset, read_dataset, read_parquet
 from bindllm.data.json_lists import read_list
 from bindllm.data.report import NOT_UTF8, Skipped
-from bindllm.errors import InputError, known_names
+from bindllm.errors import InputError, did_you_mean
 
 _LONGEST_FIELD = 1 << 26
 """Letters of a field of CSV at most: room for a picture as a ``data:`` URI, and an end to a quotation that has none."""
@@ -48,7 +48,7 @@ def read_table(path: str | Path, required: tuple[str, ...], skipped: Skipped) ->
     path = Path(path)
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise InputError(f"{path}: not a table. {known_names(path.suffix.lower(), READERS)}")
+        raise InputError(f"{path}: not a table. {did_you_mean(path.suffix.lower(), READERS)}")
     try:
         yield from reader(path, required, skipped)
     except OSError as error:
@@ -137,7 +137,7 @@ def _check_columns(path: str | Path, required: tuple[str, ...], known: Sequence[
 
 
 def _no_column(column: str, known: Mapping | Sequence[str]) -> str:
-    return f"no column {column!r}. {known_names(column, known)}"
+    return f"no column {column!r}. {did_you_mean(column, known)}"
 
 
 READERS: Mapping[str, Callable[[Path, tuple[str, ...], Skipped], Iterator[tuple[str, Record]]]] = {

@@ -14,6 +14,7 @@ from rich.text import Text
 from bindllm import __version__
 from bindllm.atomic import write_json
 from bindllm.data.report import Skipped
+from bindllm.errors import printable
 
 FORMAT = 1
 """Number of the layout of the JSON file."""
@@ -91,7 +92,7 @@ class Result:
 
     def __rich__(self) -> RenderableType:
         """Return a table with chance beside each number, and lines for all that a reader must know."""
-        table = Table(title=Text(_printable(f"{self.layout} {self.folder}".strip())), title_justify="left")
+        table = Table(title=Text(printable(f"{self.layout} {self.folder}".strip())), title_justify="left")
         table.add_column("measure")
         for column in ("result", "chance", "queries", "candidates"):
             table.add_column(column, justify="right")
@@ -112,9 +113,4 @@ class Result:
         lines += [f"note: {note}" for note in self.notes]
         lines += [f"warning: {warning}" for warning in self.warnings]
         lines.append(f"{self.num_encoded:,} encoded now, {self.seconds:.1f} s")
-        return Group(table, *(Text(_printable(line)) for line in lines))
-
-
-def _printable(line: str) -> str:
-    """Return a line without what a terminal would obey: names of files and texts may hold anything."""
-    return "".join(letter if letter.isprintable() else "?" for letter in line)
+        return Group(table, *(Text(printable(line)) for line in lines))

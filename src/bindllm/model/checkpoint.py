@@ -29,7 +29,7 @@ from torch import Tensor
 
 from bindllm.atomic import atomic_folder, set_aside_name, write_json
 from bindllm.convert.keymap import Accounting
-from bindllm.errors import BindLLMError, CheckpointError, known_names
+from bindllm.errors import BindLLMError, CheckpointError, did_you_mean
 
 FORMAT = 1
 MANIFEST = "bindllm.json"
@@ -231,7 +231,7 @@ def build_object(entry: dict[str, Any], *, allow: Sequence[str] = ()) -> Any:
             kind = getattr(home, name)
         except AttributeError as error:
             raise CheckpointError(
-                f"{path} cannot be built: {module} has no {name!r}. {known_names(name, classes_in(home))}"
+                f"{path} cannot be built: {module} has no {name!r}. {did_you_mean(name, classes_in(home))}"
             ) from error
         if path not in allow:
             _refuse_other(path, kind)
@@ -340,4 +340,4 @@ def _siblings(folder: Path) -> str:
     """List the checkpoints beside a folder that does not exist."""
     parent = folder.parent
     names: Iterable[str] = (f.parent.name for f in parent.glob(f"*/{MANIFEST}")) if parent.is_dir() else ()
-    return known_names(folder.name, names)
+    return did_you_mean(folder.name, names)

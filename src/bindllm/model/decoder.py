@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging as transformers_logging
 
 from bindllm.conversation import check_tokenizer
-from bindllm.errors import DecoderError, InputError, known_names
+from bindllm.errors import DecoderError, InputError, did_you_mean
 from bindllm.model.quantise import QUANTISATIONS, keep_gradients, quantisation_config
 from bindllm.model.templates import TEMPLATES, apply_template
 from bindllm.quickstart import fetch_hint
@@ -58,15 +58,15 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", *DTYPES):
             raise InputError(
-                f"unknown dtype {self.dtype!r}. {known_names(str(self.dtype), ['auto', *DTYPES])}"
+                f"unknown dtype {self.dtype!r}. {did_you_mean(str(self.dtype), ['auto', *DTYPES])}"
             )
         if self.template is not None and self.template not in TEMPLATES:
             raise InputError(
-                f"unknown template {self.template!r}. {known_names(str(self.template), TEMPLATES)}"
+                f"unknown template {self.template!r}. {did_you_mean(str(self.template), TEMPLATES)}"
             )
         if self.quantise is not None and self.quantise not in QUANTISATIONS:
             raise InputError(
-                f"unknown quantisation {self.quantise!r}. {known_names(str(self.quantise), QUANTISATIONS)}"
+                f"unknown quantisation {self.quantise!r}. {did_you_mean(str(self.quantise), QUANTISATIONS)}"
             )
 
 

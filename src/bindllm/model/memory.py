@@ -27,7 +27,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from bindllm.errors import DecoderError, InputError, known_names
+from bindllm.errors import DecoderError, InputError, did_you_mean
 from bindllm.model.activations import FLOAT, Activations, TrainingStep, Widths
 from bindllm.model.adapter import Adapter, AdapterConfig
 from bindllm.model.bind_network import BindConfig, BindNetwork
@@ -64,7 +64,7 @@ class Placement:
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
-            raise InputError(f"unknown strategy {self.strategy!r}. {known_names(self.strategy, STRATEGIES)}")
+            raise InputError(f"unknown strategy {self.strategy!r}. {did_you_mean(self.strategy, STRATEGIES)}")
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def estimate_memory(
     """
     placement = placement or Placement()
     if unknown := [name for name in plan.trainable if name not in GROUPS]:
-        raise InputError(f"unknown parameter group {unknown[0]!r}. {known_names(unknown[0], GROUPS)}")
+        raise InputError(f"unknown parameter group {unknown[0]!r}. {did_you_mean(unknown[0], GROUPS)}")
     sizes = _Sizes.of(plan)
     number = plan.dtype.itemsize
     activations = Activations(

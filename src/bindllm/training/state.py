@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import signal
 import threading
 import time
@@ -21,22 +22,26 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.strategies import Strategy
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, distributed
 
 from bindllm.atomic import atomic_file
 from bindllm.errors import BindLLMError, CheckpointError, InputError, TrainingError
-from bindllm.training.randomness import RandomState, random_state, restore_random_state
 from bindllm.training.runlog import RunLog
 from bindllm.training.watch import Watch
 
 LAST = "last.ckpt"
 BEST = "best-*.safetensors"
+RandomState = dict[str, Tensor]
+"""States of random generators by name, one row for each process."""
+
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -316,3 +321,53 @@ def _in_short(error: BaseException) -> str:
     """Our own errors explain themselves; of others the kind tells more than the text."""
     lines = str(error).splitlines() or [""]
     return lines[0] if isinstance(error, BindLLMError) else f"{type(error).__name__}: {lines[0]}".rstrip(": ")
+
+
+def random_state(strategy: Strategy) -> RandomState:
+    """Return the states of the random generators of all processes; every process must call this.
+
+    Args:
+        strategy: strategy that connects the processes.
+    """
+    own = _own_random_state(strategy.root_device)
+    if not distributed.is_initialized():
+        return {name: value.unsqueeze(0) for name, value in own.items()}
+    gathered = {}
+    for name, value in own.items():
+        sent = value.to(strategy.root_device)
+        rows = [torch.empty_like(sent) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(rows, sent)
+        gathered[name] = torch.stack(rows).cpu()
+    return gathered
+
+
+def restore_random_state(state: RandomState, strategy: Strategy) -> None:
+    """Restore the random generators of this process.
+
+    Args:
+        state: the result of `random_state` with the same number of processes.
+        strategy: strategy that connects the processes.
+    """
+    # A copy: torch reads a generator's state from the start of the storage.
+    own = {name: rows[strategy.global_rank].clone() for name, rows in state.items()}
+    torch.set_rng_state(own["torch"])
+    *words, position, has_normal, normal = own["numpy"].view(torch.float64).tolist()
+    np.random.set_state(("MT19937", np.array(words, dtype=np.uint32), int(position), int(has_normal), normal))
+    *words, has_normal, normal = own["python"].view(torch.float64).tolist()
+    random.setstate((3, tuple(int(word) for word in words), normal if has_normal else None))
+    if strategy.root_device.type == "cuda" and "cuda" in own:
+        torch.cuda.set_rng_state(own["cuda"], strategy.root_device)
+
+
+def _own_random_state(device: torch.device) -> RandomState:
+    """Return the random generators of this process, as bytes: a float64 holds a 32-bit word exactly."""
+    _, words, position, has_normal, normal = np.random.get_state(legacy=True)
+    numpy_state = [*words.tolist(), position, has_normal, normal]
+    _, words, normal = random.getstate()
+    python_state = [*words, normal is not None, normal or 0.0]
+    state = {
+        "torch": torch.get_rng_state(),
+        "numpy": torch.tensor(numpy_state, dtype=torch.float64).view(torch.uint8),
+        "python": torch.tensor(python_state, dtype=torch.float64).view(torch.uint8),
+    }
+    return {**state, "cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state

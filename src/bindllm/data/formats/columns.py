@@ -14,7 +14,7 @@ from bindllm.data.formats.turns import Turn
 from bindllm.data.rows import Task
 from bindllm.data.source_config import SPLITS, Format, Split, split_named
 from bindllm.data.tables import Record
-from bindllm.errors import known_names
+from bindllm.errors import did_you_mean
 
 # Other common names, tried where a recipe leaves the name of a column as it is and a record lacks it.
 _OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
@@ -74,7 +74,7 @@ def require(record: Record, place: Place, field: str) -> object:
         if column in record:
             raise RowError(f"nothing in column {column!r}")
         raise RowError(
-            f"no column {column!r}. {known_names(column, record)}{hint(record, place.config.format)}"
+            f"no column {column!r}. {did_you_mean(column, record)}{hint(record, place.config.format)}"
         )
     return value
 
@@ -212,5 +212,5 @@ def _split(record: Record, place: Place) -> Split | None:
     value = (record.get(column) if column and place.config.split is None else None) or None
     split = split_named(value)
     if value is not None and split is None:
-        raise RowError(f"unknown split {reprlib.repr(value)}. {known_names(str(value), SPLITS)}")
+        raise RowError(f"unknown split {reprlib.repr(value)}. {did_you_mean(str(value), SPLITS)}")
     return split

@@ -11,7 +11,7 @@ from bindllm.data.formats.place import Place, RowError
 from bindllm.data.formats.turns import Turn, converse
 from bindllm.data.tables import Record
 from bindllm.data.texts import clean_caption, is_visible
-from bindllm.errors import known_names
+from bindllm.errors import did_you_mean
 from bindllm.media import Media
 
 MINIGPT4_PICTURES = "image/{}.jpg"
@@ -36,7 +36,7 @@ def minigpt4(record: Record, place: Place) -> Parsed:
     number = record.get("image_id")
     if not isinstance(number, str | int) or not str(number).strip():
         told = hint(record, place.config.format)
-        raise RowError(f"no column 'image_id'. {known_names('image_id', record)}{told}")
+        raise RowError(f"no column 'image_id'. {did_you_mean('image_id', record)}{told}")
     picture = place.media("image", MINIGPT4_PICTURES.format(number))
     return _described(record, place, [picture], [_clean(require(record, place, "caption"))])
 

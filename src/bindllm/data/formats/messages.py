@@ -12,7 +12,7 @@ from bindllm.data.formats.parsed import Parsed
 from bindllm.data.formats.place import Place, RowError, from_base64
 from bindllm.data.formats.turns import Turn, converse, role_of
 from bindllm.data.tables import Record
-from bindllm.errors import known_names
+from bindllm.errors import did_you_mean
 from bindllm.media import Media
 
 ROLES: dict[str, Role] = {
@@ -98,7 +98,7 @@ def _read_part(part: object, place: Place, enclosed: Enclosed) -> str | Media:
     modality = str(kind).removeprefix("input_").removesuffix("_url")
     if modality not in known:
         parts = (*_TEXTS[:1], *known, "image_url", "input_audio")
-        raise RowError(f"unknown content part {reprlib.repr(kind)}. {known_names(str(kind), parts)}")
+        raise RowError(f"unknown content part {reprlib.repr(kind)}. {did_you_mean(str(kind), parts)}")
     value = next((part[key] for key in (kind, modality, "url", "path") if part.get(key) is not None), None)
     if value is None:
         # What is missing is counted by `Enclosed.check`.

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from bindllm.conversation import Conversation, Message, Role
 from bindllm.data.formats.place import RowError
 from bindllm.data.texts import is_visible
-from bindllm.errors import known_names
+from bindllm.errors import did_you_mean
 from bindllm.media import Media
 
 BETWEEN = "\n\n"
@@ -53,7 +53,7 @@ def role_of(name: object, roles: dict[str, Role]) -> Role:
     if name in _TOOLS:
         raise RowError(f"a turn of the role {name!r}: tool calls are not supported")
     if not isinstance(name, str) or name not in roles:
-        raise RowError(f"unknown role {reprlib.repr(name)}. {known_names(str(name), roles)}")
+        raise RowError(f"unknown role {reprlib.repr(name)}. {did_you_mean(str(name), roles)}")
     return roles[name]
 
 

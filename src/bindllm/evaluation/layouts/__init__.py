@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from bindllm.errors import InputError, known_names
+from bindllm.errors import InputError, did_you_mean
 from bindllm.evaluation.layouts.captions import read_audiocaps, read_clotho, read_coco, read_flickr30k
 from bindllm.evaluation.layouts.folders import read_folders, read_imagenet, read_modelnet
 from bindllm.evaluation.layouts.sounds import read_audioset, read_esc50
@@ -77,7 +77,7 @@ def read_layout(name: str, folder: str | Path, choice: Choice | None = None) -> 
             the file, and the line where there is one.
     """
     if name not in LAYOUTS:
-        raise InputError(f"unknown layout {name!r}. {known_names(name, LAYOUTS)}")
+        raise InputError(f"unknown layout {name!r}. {did_you_mean(name, LAYOUTS)}")
     layout, choice, folder = LAYOUTS[name], choice or Choice(), Path(folder)
     for field in fields(Choice):
         if getattr(choice, field.name) != field.default and field.name not in layout.uses:

@@ -8,7 +8,7 @@ from typing import Any
 
 from bindllm.data.report import Skipped
 from bindllm.data.tables import read_table
-from bindllm.errors import InputError, known_names
+from bindllm.errors import InputError, did_you_mean
 from bindllm.evaluation.layouts.files import Files, read_entries, read_lines, require_file
 from bindllm.evaluation.layouts.sounds import clip_stems, read_seconds
 from bindllm.evaluation.layouts.task import Captioned, Choice, Task
@@ -142,7 +142,7 @@ def _read_karpathy(table: Path, folder: Path, choice: Choice, split: str, *, pla
                 captions.add(name, sentence.get("raw") if isinstance(sentence, dict) else None, row)
             captions.place(name, _find_coco(files, name, str(image.get("filepath", "")), places))
     if seen and split not in seen:
-        raise InputError(f"{table} has no split {split!r}. {known_names(split, seen)}")
+        raise InputError(f"{table} has no split {split!r}. {did_you_mean(split, seen)}")
     captions.finish()
     return task
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from bindllm.errors import InputError, known_names
+from bindllm.errors import InputError, did_you_mean
 from bindllm.evaluation.layouts.files import read_json, read_lines
 
 _WNID = re.compile(r"n\d{8}")
@@ -37,7 +37,7 @@ def read_classes(path: Path) -> dict[str, tuple[str, ...]]:
     """
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise InputError(f"{path}: not a table of class names. {known_names(path.suffix.lower(), READERS)}")
+        raise InputError(f"{path}: not a table of class names. {did_you_mean(path.suffix.lower(), READERS)}")
     classes: dict[str, tuple[str, ...]] = {}
     for row, key, names in reader(path):
         if not key or not names or not all(names):
@@ -58,9 +58,9 @@ def number_of(key: str, numbers: Mapping[str, int], *, row: str, table: Path | s
     """
     if key not in numbers:
         closest = (
-            known_names(key, numbers).partition(" Known:")[0]
+            did_you_mean(key, numbers).partition(" Known:")[0]
             if len(numbers) > 50
-            else known_names(key, numbers)
+            else did_you_mean(key, numbers)
         )
         raise InputError(f"{row}: the class {key!r} is not in {table}. {closest}".rstrip())
     return numbers[key]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bindllm.data.captions import PICTURE_SUFFIXES
-from bindllm.errors import InputError, known_names
+from bindllm.errors import InputError, did_you_mean
 
 ENDINGS: dict[str, frozenset[str]] = {
     "image": PICTURE_SUFFIXES,
@@ -113,7 +113,7 @@ def require_file(folder: Path, names: Sequence[str], *, purpose: str) -> Path:
     present = [entry.name for entry in os.scandir(folder)]
     raise InputError(
         f"{folder} has no {' and no '.join(names)} ({purpose}). "
-        f"{known_names(Path(names[0]).name, present[:50]).replace('Known:', 'It holds:')}"
+        f"{did_you_mean(Path(names[0]).name, present[:50]).replace('Known:', 'It holds:')}"
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bindllm.data.tables import read_table
-from bindllm.errors import InputError, known_names
+from bindllm.errors import InputError, did_you_mean
 from bindllm.evaluation.layouts.classes import number_of, read_classes, spell
 from bindllm.evaluation.layouts.files import (
     ENDINGS,
@@ -86,7 +86,7 @@ def read_modelnet(folder: Path, choice: Choice) -> Task:
             "folder for each class"
         )
     if not any((place / split).is_dir() for place in shapes):
-        raise InputError(f"{folder} has no split {split!r}. {known_names(split, MODELNET_SPLITS)}")
+        raise InputError(f"{folder} has no split {split!r}. {did_you_mean(split, MODELNET_SPLITS)}")
     names, table = _names(choice, [place.name for place in shapes])
     numbers = {key: number for number, key in enumerate(names)}
     task = Task("classify", "point", classes=list(names.values()))
@@ -142,7 +142,7 @@ def _split_folder(folder: Path, places: Sequence[str]) -> Path:
         return found
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; give the folder of the data set")
-    present = known_names(places[0], [place.name for place in list_folders(folder)])
+    present = did_you_mean(places[0], [place.name for place in list_folders(folder)])
     raise InputError(
         f"{folder} has no folder {' and no '.join(places)}. {present.replace('Known:', 'It holds:')}"
     )

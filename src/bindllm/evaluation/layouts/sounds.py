@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bindllm.data.tables import read_table
-from bindllm.errors import InputError, known_names
+from bindllm.errors import InputError, did_you_mean
 from bindllm.evaluation.layouts.classes import number_of, read_classes, spell
 from bindllm.evaluation.layouts.files import Files, read_lines, require_file
 from bindllm.evaluation.layouts.task import Choice, Task
@@ -55,7 +55,7 @@ def _check_folds(table: Path, asked: tuple[int, ...], present: set[int]) -> None
     for fold in asked:
         if fold not in present:
             raise InputError(
-                f"{table} has no fold {fold}. {known_names(str(fold), map(str, sorted(present)))}"
+                f"{table} has no fold {fold}. {did_you_mean(str(fold), map(str, sorted(present)))}"
             )
 
 
@@ -67,7 +67,7 @@ def read_audioset(folder: Path, choice: Choice) -> Task:
     """
     split = choice.split or "eval"
     if split not in AUDIOSET_SPLITS:
-        raise InputError(f"audioset has no split {split!r}. {known_names(split, AUDIOSET_SPLITS)}")
+        raise InputError(f"audioset has no split {split!r}. {did_you_mean(split, AUDIOSET_SPLITS)}")
     segments = require_file(folder, (AUDIOSET_SPLITS[split],), purpose="the table of clips")
     names = require_file(folder, ("class_labels_indices.csv",), purpose="the names of the classes")
     task = Task("tag", "audio")

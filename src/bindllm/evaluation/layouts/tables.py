@@ -10,7 +10,7 @@ from bindllm.data.captions import SPLITS, Columns, read_captions, require_table
 from bindllm.data.report import SourceReport
 from bindllm.data.sources import hashed_split
 from bindllm.data.tables import read_table
-from bindllm.errors import InputError, known_names
+from bindllm.errors import InputError, did_you_mean
 from bindllm.evaluation.layouts.task import NO_FILE, Choice, Column, Item, Task
 from bindllm.media import Media
 
@@ -28,7 +28,7 @@ def read_pairs(folder: Path, choice: Choice) -> Task:
     """
     split = choice.split or "test"
     if split not in (*SPLITS, ALL):
-        raise InputError(f"unknown split {split!r}. {known_names(split, (*SPLITS, ALL))}")
+        raise InputError(f"unknown split {split!r}. {did_you_mean(split, (*SPLITS, ALL))}")
     if not folder.exists():
         raise InputError(f"{folder} does not exist; give a table, or a folder with one")
     source = choice.source or Column(choice.modality or "image", choice.modality or "image")
@@ -71,7 +71,7 @@ def _read_columns(path: Path, source: Column, target: Column, task: Task) -> _Pa
     for row, record in read_table(path, (source.name, target.name), task.skipped):
         split = record.get("split") or None
         if split is not None and split not in SPLITS:
-            task.skipped.add(f"unknown split {split!r}. {known_names(str(split), SPLITS)}", row)
+            task.skipped.add(f"unknown split {split!r}. {did_you_mean(str(split), SPLITS)}", row)
             continue
         ends = [_media(column, record[column.name], path) for column in (source, target)]
         if not all(ends):
