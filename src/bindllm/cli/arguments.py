@@ -12,6 +12,7 @@ import argparse
 import inspect
 import os
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
@@ -111,11 +112,12 @@ def _parser(
     name: str, function: Callable[..., int], helps: dict[str, str | None]
 ) -> tuple[_Words, dict[str, str]]:
     """Return the parser of a command's words, and the key of the schema for each of its arguments."""
-    description, _, rest = (inspect.getdoc(function) or "").partition("\n\nArgs:")
-    example = inspect.cleandoc(rest.partition("\n\nExample:\n")[2])
+    text, _, example = (inspect.getdoc(function) or "").partition("\n\nExample:\n")
+    purpose, *more = text.partition("\n\nArgs:")[0].split("\n\n")
+    example = inspect.cleandoc(example)
     parser = _Words(
         prog=f"bindllm {name}",
-        description=description,
+        description="\n\n".join([textwrap.fill(purpose, 78, break_on_hyphens=False), *more]),
         epilog=f"example:\n  {example}" if example else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -17,6 +17,7 @@ from bindllm.errors import UsageError, did_you_mean
 if TYPE_CHECKING:
     from bindllm.cache.visual_cache import VisualCache
     from bindllm.evaluation.layouts import Column, Task
+    from bindllm.evaluation.result import Result
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,15 @@ class MeasuringOptions:
             return read_templates(self.prompts)
         return [check_template(template, where="--prompt: ") for template in self.prompt] or None
 
+    def show(self, result: Result) -> None:
+        """Print the result, and write it to the output file."""
+        from rich.console import Console
+
+        Console(highlight=False, soft_wrap=True).print(result)
+        if self.output:
+            result.save(self.output)
+            print(f"written to {self.output}")
+
 
 def evaluate(
     layout: str,
@@ -125,8 +135,6 @@ def evaluate(
             "no encoder to evaluate: name one with --encoder, or a trained folder with --checkpoint"
         )
 
-    from rich.console import Console
-
     from bindllm.evaluation.zero_shot import evaluate_zero_shot
 
     templates, device = measuring.templates(), encoders.find_device()
@@ -141,10 +149,7 @@ def evaluate(
         progress=sys.stderr.isatty(),
     )
     result.layout, result.folder = layout, str(folder)
-    Console(highlight=False, soft_wrap=True).print(result)
-    if measuring.output:
-        result.save(measuring.output)
-        print(f"written to {measuring.output}")
+    measuring.show(result)
     return 0
 
 

@@ -23,6 +23,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from bindllm.cli import COMMANDS
 from bindllm.cli.arguments import plain_message
 from bindllm.data.datamodule import BindData
 from bindllm.errors import BindLLMError, InputError, UsageError, did_you_mean
@@ -139,6 +140,9 @@ class RecipeCLI(LightningCLI):
     kinds: tuple[type, type] = (BindModule, BindData)
     """Classes of the sections `model` and `data`."""
 
+    example = "recipes/quickstart.yaml"
+    """A recipe for the help."""
+
     def __init__(self, command: str, args: Sequence[str], *, build: bool = True) -> None:
         self.build, self.command = build, command
         _require_recipe(command, args)
@@ -152,7 +156,10 @@ class RecipeCLI(LightningCLI):
             parser_kwargs={
                 "prog": f"bindllm {command}",
                 "allow_abbrev": False,
-                "description": "A recipe is a YAML file; every key of it is an option too.",
+                "usage": f"bindllm {command} --config RECIPE [options]",
+                "description": f"{COMMANDS[command][1].capitalize()}. A recipe is a YAML file; every key of it is an "
+                "option too.",
+                "epilog": f"example: bindllm {command} --config {self.example}",
             },
             save_config_callback=None,
             seed_everything_default=0,
