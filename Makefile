@@ -9,18 +9,18 @@ bindllm := $(VENV)/bin/bindllm
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test test-slow lint format bench report clean clean-all
+.PHONY: help train test test-slow lint format docs bench report clean clean-all
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo 'Settings: RECIPE=$(RECIPE)  RUN=$(RUN)  ARGS="options for the command"  PYTHON=python3.12'
 
-train: $(VENV)/.has-quickstart ## fetch what RECIPE names, embed its pictures, train, and write the report
+train: $(VENV)/.has-quickstart ## fetch what RECIPE names, embed its images, train, and write the report
 	@$(bindllm) fetch $(RECIPE)
 	@$(bindllm) fit --config $(RECIPE) $(ARGS)
 
 test: $(VENV)/.has-test checkpoints/clip-vocabulary/SOURCE.json ## run the tests; ARGS="-k store" picks some
-	@$(python) -m pytest $(ARGS)
+	@$(python) -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 test-slow: $(VENV)/.has-test checkpoints/quickstart/bindllm.json ## run the slow tests; trains the quickstart first if needed
 	@$(python) -m pytest -m slow $(ARGS)
@@ -34,6 +34,9 @@ format: $(VENV)/.has-test ## put the code into the project's style
 	@$(python) -m ruff check --fix .
 	@$(python) -m ruff format .
 
+docs: $(VENV)/.has-docs ## build the docs site into site/; a broken link or reference fails
+	@NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict --quiet
+
 bench: $(VENV)/.has-test ## measure speed and memory, and write benchmarks/results/
 	@$(python) -m benchmarks $(ARGS)
 
@@ -41,7 +44,7 @@ report: $(VENV)/.has-quickstart ## write the report of the trained folder RUN ag
 	@$(bindllm) report $(RUN)
 
 clean: ## remove caches and build outputs; data/, checkpoints/ and .venv stay
-	@rm -rf build dist .pytest_cache .ruff_cache
+	@rm -rf build dist site .pytest_cache .ruff_cache
 	@find src tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 clean-all: clean ## also remove .venv, downloads and stored embeddings; pictures, models and what you trained stay

@@ -15,6 +15,7 @@ NAMES = (
     "startup",
     "train_step",
     "generation",
+    "media_cost",
     "store",
     "embed",
     "encoders",

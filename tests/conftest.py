@@ -33,3 +33,31 @@ def _ctrl_c_interrupts():
     earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, earlier)
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory):
+    """Folder of a tiny decoder."""
+    from tiny import save_tiny_decoder
+
+    return save_tiny_decoder(tmp_path_factory.mktemp("decoder"))
+
+
+@pytest.fixture
+def silent():
+    """Lightning says nothing about the run."""
+    from bindllm.cli.recipe import quiet
+
+    with quiet():
+        yield
+
+
+@pytest.fixture(scope="module")
+def unmeasured():
+    """Long answers, and what follows the trained folder, are not what the tests of a file are about."""
+    from bindllm.training.callbacks import SampleCaptions
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bindllm.training.run.Run._measure", lambda *_: 0)
+        patch.setattr("bindllm.cli.fit.SampleCaptions", functools.partial(SampleCaptions, max_new_tokens=4))
+        yield

@@ -50,7 +50,9 @@ def test_threads_share_the_loading_of_a_trunk(folder, monkeypatch):
         rows = list(pool.map(lambda _: encoder.embed("imu", [SIGNAL]), range(4)))
     assert loaded == ["imu"]
     assert all(torch.equal(row, rows[0]) for row in rows)
-    assert torch.equal(pickle.loads(pickle.dumps(encoder)).embed("imu", [SIGNAL]), rows[0])
+    copy = pickle.loads(pickle.dumps(encoder))
+    # Unpickled weights lie elsewhere in memory, and some CPUs then add in another order.
+    torch.testing.assert_close(copy.embed("imu", [SIGNAL]), rows[0], rtol=0, atol=1e-6)
 
 
 def test_a_missing_folder_names_the_command_that_makes_it(tmp_path):

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from bindllm import __version__
 from bindllm.errors import BindLLMError, UsageError, did_you_mean
+from bindllm.imports import find_named_modules
 
 COMMANDS = {
     "fetch": ("folders", "download and verify the quickstart: decoder, encoder, images"),
@@ -72,9 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = did_you_mean(SYNONYMS.get(name, name), COMMANDS)
         print(f"error: unknown command {name!r}. {hint}", file=sys.stderr)
         return 2
-    # A recipe may name an encoder in a file beside it, as with `python -m`.
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+    # A recipe may name an encoder in a file of this folder. No other file here may be imported.
+    find_named_modules()
     try:
         function = vars(importlib.import_module(f"bindllm.cli.{COMMANDS[name][0]}"))[name]
         if name in RECIPES:

@@ -16,8 +16,9 @@ import yaml
 from jsonargparse.typing import ClosedUnitInterval, PositiveInt, restricted_number_type
 
 from bindllm.errors import CheckpointError, UsageError, did_you_mean
+from bindllm.imports import name_module
 from bindllm.media import MODALITIES, Media, is_modality
-from bindllm.model.checkpoint import MANIFEST, build_object
+from bindllm.model.checkpoint import MANIFEST, build_object, build_own
 
 PositiveNumber = restricted_number_type("PositiveNumber", float, [(">", 0), ("<", math.inf)])
 Probability = restricted_number_type("Probability", float, [(">", 0), ("<=", 1)])
@@ -214,9 +215,7 @@ def build_encoder(path: str, options: Sequence[str], *, allow: Sequence[str] = (
             raise UsageError(f"{path} has no argument {name!r}. {did_you_mean(name, parameters)}")
         is_text = name in parameters and parameters[name].annotation in (str, "str", "str | None")
         arguments[name] = text if is_text else _read_yaml(name, text)
-    if allow and path == _ALIGNED:
-        arguments.setdefault("allow", list(allow))
-    return build_object({"class_path": path, "init_args": arguments}, allow=[path])
+    return build_own({"class_path": path, "init_args": arguments}, allow=allow)
 
 
 def encoder_folder(folder: str | Path) -> tuple[str, str] | None:
@@ -272,6 +271,7 @@ def _parameters(path: str) -> Mapping[str, inspect.Parameter]:
 def _find_class(path: str) -> Any:
     """Return a class by its import path; `build_object` says what is wrong with a path that leads nowhere."""
     module, _, name = path.rpartition(".")
+    name_module(path)
     try:
         # Names of a package may be made when they are asked for, so its dictionary is not enough.
         return getattr(import_module(module), name)

@@ -26,6 +26,7 @@ from lightning.fabric.strategies import DDPStrategy
 from torch import distributed
 
 from bindllm.errors import BindLLMError, InputError, StoreError
+from bindllm.imports import find_named_modules
 from bindllm.parallel.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -89,6 +90,8 @@ def on_every_device(
         "MASTER_PORT": str(environment.main_port),
         "NODE_RANK": str(environment.node_rank()),
         "LOCAL_RANK": "0",
+        # A spawned process would put the working directory first on its path, ahead of the standard library.
+        "PYTHONSAFEPATH": "1",
     }
     with _environment(by_hand), _Others(fabric.strategy.num_processes - 1, again):
         return _launch(fabric, work)
@@ -265,6 +268,7 @@ class _Others:
 def _further_process(number: int, again: Callable[[], int]) -> None:
     """Do the part of one more process on this machine; leave with its exit code."""
     os.environ["LOCAL_RANK"] = str(number)
+    find_named_modules()
     threading.Thread(target=_watch_parent, daemon=True).start()
     try:
         code = again()

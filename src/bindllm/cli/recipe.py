@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
@@ -27,6 +28,7 @@ from bindllm.cli import COMMANDS
 from bindllm.cli.arguments import plain_message
 from bindllm.data.datamodule import BindData
 from bindllm.errors import BindLLMError, InputError, UsageError, did_you_mean
+from bindllm.imports import name_module
 from bindllm.model.checkpoint import classes_in
 from bindllm.training.module import BindModule
 from bindllm.training.preflight import Problems
@@ -120,6 +122,53 @@ def _children(owner: Any) -> dict[str, Any]:
     return {name: hints.get(name) for name in inspect.signature(owner).parameters}
 
 
+def name_classes(args: Sequence[str]) -> None:
+    """Make the modules visible whose classes a command line and its recipes name.
+
+    jsonargparse imports classes while it parses, so this comes first. A class may be anywhere in a recipe, also without
+    ``class_path``: every string that reads as an import path of a file in the working directory counts.
+
+    Args:
+        args: options with values, such as ``--config FILE`` and ``--model.encoders+=my_lab.RadarEncoder``.
+    """
+    words = [part for word in args for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    configs = [value for option, value in pairwise(words) if option == "--config"]
+    waiting: list[tuple[Any, Path]] = [(_try_yaml(word), Path()) for word in words]
+    read = {Path(file).resolve() for file in configs}
+    waiting += [(_try_yaml(file), file.parent) for file in read]
+    while waiting:
+        tree, folder = waiting.pop()
+        for text in _strings(tree):
+            # A recipe may name further recipes, relative to itself.
+            file = (folder / text).resolve() if text.endswith((".yaml", ".yml")) else None
+            if file is not None and file not in read:
+                read.add(file)
+                waiting.append((_try_yaml(file), file.parent))
+            elif (
+                "." in text
+                and all(part.isidentifier() for part in text.split("."))
+                and not Path(text).exists()
+            ):
+                name_module(text)
+
+
+def _try_yaml(source: str | Path) -> Any:
+    """Return the content of a file or a text; None if it cannot be read: the parser reports that."""
+    try:
+        return yaml.safe_load(source.read_text(encoding="utf-8") if isinstance(source, Path) else source)
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+
+
+def _strings(tree: Any) -> Iterator[str]:
+    """Yield all strings among the values of a recipe."""
+    if isinstance(tree, str):
+        yield tree
+    elif isinstance(tree, dict | list):
+        for value in tree.values() if isinstance(tree, dict) else tree:
+            yield from _strings(value)
+
+
 class RecipeCLI(LightningCLI):
     """Reads a recipe, and builds model and data from it.
 
@@ -183,6 +232,7 @@ class RecipeCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; Lightning's own version warns whenever a process has arguments of its own."""
+        name_classes(args)
         try:
             self.config = parser.parse_args(args)
         except UsageError as error:
@@ -288,6 +338,7 @@ class CheckedRecipe(RecipeCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the recipe part by part, then its overrides one by one."""
         self.config, self.is_complete = Namespace(), False
+        name_classes(args)
         recipe = _read_yaml(args[1], self._problems)
         if recipe is None:
             return

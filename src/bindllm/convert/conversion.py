@@ -11,20 +11,19 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from bindllm.convert.base_model import check_base
 from bindllm.convert.imagebind_llm import Shape, read_imagebind_llm
 from bindllm.convert.keymap import Accounting
 from bindllm.encoders import Encoder
 from bindllm.encoders.fusion import common_size
-from bindllm.errors import CheckpointError, DecoderError
+from bindllm.errors import CheckpointError
 from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.card import write_card
 from bindllm.model.checkpoint import REPORT, check_keys, write_checkpoint
-from bindllm.model.decoder import DecoderConfig, find_folder, load_tokenizer
+from bindllm.model.decoder import DecoderConfig, find_folder, load_tokenizer, without_weights
 from bindllm.model.injection import InjectConfig
 from bindllm.model.pretrained import describe
 
@@ -101,15 +100,8 @@ def _empty_model(shape: Shape, base: DecoderConfig, encoders: Sequence[Encoder])
     """Return the model that would load the tensors: names and shapes alone, and a tokenizer that has been tried."""
     decoder = replace(base, template=base.template or "alpaca")
     tokenizer = load_tokenizer(decoder)
-    folder = find_folder(base)
+    network = without_weights(find_folder(base))
     with torch.device("meta"):
-        try:
-            network = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-        # Whatever a stranger's config makes the library raise means that there is no such model.
-        except Exception as error:
-            raise DecoderError(
-                f"{folder} does not hold a causal language model ({type(error).__name__}: {error})"
-            ) from error
         return BindLLM(
             network,
             tokenizer,

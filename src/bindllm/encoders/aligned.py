@@ -35,6 +35,10 @@ class Aligned:
     Args:
         weights: folder that `bindllm align` wrote.
         allow: import paths of tower classes outside bindllm that may be imported; they run code from there.
+            Loading ignores the value in a file: each caller decides again.
+
+    Raises:
+        InputError: ``allow`` is not a list of import paths.
 
     Example:
         Aligned("checkpoints/align-text").modalities
@@ -43,6 +47,12 @@ class Aligned:
     _loading = threading.RLock()
 
     def __init__(self, weights: str = "checkpoints/align-text", *, allow: list[str] | None = None) -> None:
+        if not isinstance(allow, list | tuple | None) or not all(
+            isinstance(path, str) for path in allow or ()
+        ):
+            raise InputError(
+                f"allow must be a list of import paths such as ['my_lab.RadarTower'], not {allow!r}"
+            )
         self.config: dict[str, Any] = {"weights": str(weights)} | ({"allow": list(allow)} if allow else {})
         self._folder, self._allow = Path(weights), tuple(allow or ())
         self._device = torch.device("cpu")

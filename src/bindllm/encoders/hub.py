@@ -244,9 +244,21 @@ def explained(folder: Path, *, what: str = "model") -> Iterator[None]:
         raise
     # It raises nearly anything about files of other people: each means that the folder cannot be used.
     except Exception as error:
-        raise EncoderError(f"{folder}: no usable {what} here ({type(error).__name__}: {error})") from error
+        raise EncoderError(f"{folder}: no usable {what} here ({loading_error(folder, error)})") from error
     finally:
         logging.set_verbosity(verbosity)
+
+
+def loading_error(folder: str | Path, error: Exception) -> str:
+    """Describe an error of transformers; explain if the folder needs code of its own (``auto_map``), never run here."""
+    if "trust_remote_code" not in str(error):
+        return f"{type(error).__name__}: {error}"
+    files = [file for file in sorted(Path(folder).glob("*.json")) if '"auto_map"' in file.read_text("utf-8")]
+    names = ", ".join(file.name for file in files) or "its config"
+    return (
+        f"auto_map in {names} names Python code of the folder, and bindllm never runs code of a folder. Use a model "
+        "of a type that transformers has built in, or upgrade transformers if it was added since"
+    )
 
 
 def _width(values: dict[str, Any], *, joint: bool, folder: Path) -> int:

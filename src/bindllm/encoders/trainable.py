@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bindllm.encoders import Encoder
 from bindllm.errors import BindLLMError, EncoderError
+from bindllm.imports import name_module, replace_allow
 
 _KINDS = {
     "a frozen encoder": (
@@ -109,7 +110,7 @@ def build_tower(class_path: str, init_args: Mapping[str, Any], *, allow: Sequenc
     Args:
         class_path: import path of the class.
         init_args: arguments of its constructor.
-        allow: import paths outside ``bindllm.`` that may be imported.
+        allow: import paths outside ``bindllm.`` that may be imported. It replaces any ``allow`` in ``init_args``.
 
     Raises:
         EncoderError: the class is not allowed, does not exist, is no tower, or cannot be built.
@@ -121,6 +122,8 @@ def build_tower(class_path: str, init_args: Mapping[str, Any], *, allow: Sequenc
             f"--allow {class_path}"
         )
     module, _, name = class_path.rpartition(".")
+    if class_path in allow:
+        name_module(class_path)
     try:
         kind = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
@@ -130,12 +133,8 @@ def build_tower(class_path: str, init_args: Mapping[str, Any], *, allow: Sequenc
         raise EncoderError(
             f"{class_path} is not the class of a tower; expected an encoder or a trainable tower"
         )
-    # Whom to trust is for the caller to say, never for the folder.
-    trusted = init_args.get("allow")
-    if isinstance(trusted, list):
-        init_args = {**init_args, "allow": [name for name in trusted if name in allow]}
     try:
-        return kind(**init_args)
+        return kind(**replace_allow(kind, init_args, allow))
     except BindLLMError:
         raise
     # This may be a stranger's code: whatever it raises means that there is no such tower.

@@ -29,7 +29,8 @@ from torch import Tensor
 
 from bindllm.atomic import atomic_folder, set_aside_name, write_json
 from bindllm.convert.keymap import Accounting
-from bindllm.errors import BindLLMError, CheckpointError, did_you_mean
+from bindllm.errors import BindLLMError, CheckpointError, UsageError, did_you_mean
+from bindllm.imports import name_module, replace_allow
 
 FORMAT = 1
 MANIFEST = "bindllm.json"
@@ -208,7 +209,7 @@ def build_object(entry: dict[str, Any], *, allow: Sequence[str] = ()) -> Any:
     Args:
         entry: ``{"class_path": ..., "init_args": {...}}``.
         allow: import paths that the caller trusts, such as ``"my_lab.RadarEncoder"``; others must be classes of
-            encoders below ``bindllm.``.
+            encoders below ``bindllm.``. It replaces any ``allow`` in ``init_args``.
 
     Raises:
         CheckpointError: the class is not allowed, does not exist, is no encoder, or cannot be imported or built.
@@ -226,6 +227,8 @@ def build_object(entry: dict[str, Any], *, allow: Sequence[str] = ()) -> Any:
     module, _, name = path.rpartition(".")
     arguments = entry.get("init_args", {})
     try:
+        if path in allow:
+            name_module(path)
         home = importlib.import_module(module)
         try:
             kind = getattr(home, name)
@@ -235,7 +238,7 @@ def build_object(entry: dict[str, Any], *, allow: Sequence[str] = ()) -> Any:
             ) from error
         if path not in allow:
             _refuse_other(path, kind)
-        return kind(**arguments)
+        return kind(**replace_allow(kind, arguments, allow))
     except BindLLMError:
         raise
     except ModuleNotFoundError as error:
@@ -252,6 +255,23 @@ def build_object(entry: dict[str, Any], *, allow: Sequence[str] = ()) -> Any:
         raise CheckpointError(
             f"{path} cannot be built with {arguments}: {type(error).__name__}: {error}"
         ) from error
+
+
+def build_own(entry: Mapping[str, Any], *, allow: Sequence[str] = ()) -> Any:
+    """Build an encoder that the user names, on the command line or in a recipe; its own ``allow`` counts.
+
+    Args:
+        entry: ``{"class_path": ..., "init_args": {...}}``.
+        allow: further classes outside bindllm that may be imported.
+
+    Raises:
+        CheckpointError: the class does not exist or cannot be built.
+        UsageError: ``allow`` is not a list of import paths.
+    """
+    own = entry.get("init_args", {}).get("allow") or []
+    if not isinstance(own, list) or not all(isinstance(path, str) for path in own):
+        raise UsageError(f"allow must be a list of import paths, such as [my_lab.RadarTower], not {own!r}")
+    return build_object(dict(entry), allow=[entry["class_path"], *allow, *own])
 
 
 def _refuse_other(path: str, kind: Any) -> None:

@@ -10,10 +10,18 @@ from typing import Literal
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from bindllm.conversation import check_tokenizer
+from bindllm.encoders.hub import loading_error
 from bindllm.errors import DecoderError, InputError, did_you_mean
 from bindllm.model.quantise import QUANTISATIONS, keep_gradients, quantisation_config
 from bindllm.model.templates import TEMPLATES, apply_template
@@ -122,10 +130,10 @@ def load_tokenizer(config: DecoderConfig) -> PreTrainedTokenizerBase:
     """
     folder = find_folder(config)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
     # Whatever a stranger's file makes the library raise means that there is no such tokenizer.
     except Exception as error:
-        raise DecoderError(f"no usable tokenizer in {folder} ({type(error).__name__}: {error})") from error
+        raise DecoderError(f"no usable tokenizer in {folder} ({loading_error(folder, error)})") from error
     if tokenizer.pad_token_id is None:
         # Some copies name it as an empty text.
         if not tokenizer.eos_token:
@@ -171,10 +179,12 @@ def load_decoder(config: DecoderConfig, *, device: str | torch.device | None = N
     quiet = transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     try:
-        decoder = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, **options)
+        decoder = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, **options
+        )
     except (OSError, ValueError, KeyError) as error:
         raise DecoderError(
-            f"{folder} does not hold a causal language model in safetensors: {error}"
+            f"{folder} does not hold a causal language model in safetensors ({loading_error(folder, error)})"
         ) from error
     finally:
         transformers_logging.set_verbosity(quiet)
@@ -185,6 +195,41 @@ def load_decoder(config: DecoderConfig, *, device: str | torch.device | None = N
     if (head := decoder.get_output_embeddings()) is not None:
         head.register_forward_pre_hook(_in_one_piece)
     return decoder.eval().requires_grad_(False)
+
+
+def read_config(folder: str | Path) -> PretrainedConfig:
+    """Read a decoder's ``config.json``; code of the folder is never run.
+
+    Raises:
+        DecoderError: it cannot be read, or its type needs code of the folder.
+    """
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    # Whatever an untrusted file makes the library raise means that there is no such decoder.
+    except Exception as error:
+        raise DecoderError(
+            f"{folder} does not hold a causal language model ({loading_error(folder, error)})"
+        ) from error
+
+
+def without_weights(folder: str | Path, config: PretrainedConfig | None = None) -> PreTrainedModel:
+    """Build a decoder on the meta device: names and shapes only.
+
+    Args:
+        folder: the decoder, also for messages.
+        config: used instead of the folder's own.
+
+    Raises:
+        DecoderError: it is not a causal language model, or needs code of the folder.
+    """
+    config = config or read_config(folder)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:
+        raise DecoderError(
+            f"{folder} does not hold a causal language model ({loading_error(folder, error)})"
+        ) from error
 
 
 def _in_one_piece(head: nn.Module, args: tuple) -> tuple:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from bindllm import __version__
 from bindllm.atomic import atomic_folder, write_json
@@ -23,7 +23,15 @@ from bindllm.errors import CheckpointError, InputError, did_you_mean
 from bindllm.model.adapter import PREFIX, TARGETS, Adapter, AdapterConfig
 from bindllm.model.card import licence_of
 from bindllm.model.checkpoint import check_keys, read_manifest, read_weights
-from bindllm.model.decoder import DTYPES, DecoderConfig, find_folder, load_decoder, load_tokenizer
+from bindllm.model.decoder import (
+    DTYPES,
+    DecoderConfig,
+    find_folder,
+    load_decoder,
+    load_tokenizer,
+    read_config,
+    without_weights,
+)
 from bindllm.model.pretrained import read_configs, read_decoder
 
 RECORD = "bindllm_export.json"
@@ -162,7 +170,7 @@ def _plain_config(config: DecoderConfig, adapter: AdapterConfig, checkpoint: str
         CheckpointError: it has not, or its files are quantised.
     """
     folder = find_folder(config)
-    plain = AutoConfig.from_pretrained(folder)
+    plain = read_config(folder)
     if plain.to_dict().get("quantization_config"):
         raise CheckpointError(
             f"the files of {config.name} are quantised themselves: nothing can be merged into them. Load the "
@@ -174,8 +182,7 @@ def _plain_config(config: DecoderConfig, adapter: AdapterConfig, checkpoint: str
         for setting in _BIAS_SETTINGS:
             if setting in part.to_dict():
                 setattr(part, setting, True)
-    with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(plain)
+    network = without_weights(folder, plain)
     lacking = {
         kind: None
         for name, module in network.named_modules()
@@ -197,8 +204,7 @@ def _take_config(network: PreTrainedModel, plain: PretrainedConfig) -> None:
         for setting in _BIAS_SETTINGS:
             if setting in other.to_dict():
                 setattr(own, setting, getattr(other, setting))
-    with torch.device("meta"):
-        expected = AutoModelForCausalLM.from_config(network.config).state_dict()
+    expected = without_weights(network.name_or_path, network.config).state_dict()
     check_keys(expected, network.state_dict(), source="the merged decoder")
 
 

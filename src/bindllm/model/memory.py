@@ -25,13 +25,12 @@ from typing import Literal
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from bindllm.errors import DecoderError, InputError, did_you_mean
+from bindllm.errors import InputError, did_you_mean
 from bindllm.model.activations import FLOAT, Activations, TrainingStep, Widths
 from bindllm.model.adapter import Adapter, AdapterConfig
 from bindllm.model.bind_network import BindConfig, BindNetwork
-from bindllm.model.decoder import DTYPES, DecoderConfig, choose_dtype, find_folder
+from bindllm.model.decoder import DTYPES, DecoderConfig, choose_dtype, find_folder, without_weights
 from bindllm.model.injection import InjectConfig, Injection
 
 GROUPS = ("bind", "inject", "adapter")
@@ -185,7 +184,7 @@ class _Sizes:
 
     @classmethod
     def of(cls, plan: ModelPlan) -> _Sizes:
-        decoder = _without_weights(plan.decoder)
+        decoder = without_weights(find_folder(plan.decoder))
         widths, number = Widths.of(decoder), plan.dtype.itemsize
         layer = _bytes_of(decoder.get_decoder().layers[0], number, plan.decoder.quantise)
         everything = sum(parameter.numel() for parameter in decoder.parameters()) * number
@@ -205,15 +204,6 @@ class _Sizes:
             groups={name: FLOAT * count for name, count in counts.items()},
             trained=sum(counts[name] for name in plan.trainable),
         )
-
-
-def _without_weights(config: DecoderConfig) -> PreTrainedModel:
-    folder = find_folder(config)
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    except (OSError, ValueError, KeyError) as error:
-        raise DecoderError(f"{folder} does not hold a causal language model: {error}") from error
 
 
 def _bytes_of(layer: nn.Module, number: int, quantise: str | None) -> int:

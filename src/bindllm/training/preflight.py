@@ -13,9 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
 from jsonargparse import ArgumentParser
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from bindllm.conversation import check_vocabulary
 from bindllm.data.datamodule import BindData
@@ -30,16 +28,23 @@ from bindllm.data.stream.training import check_streams, is_training_stream
 from bindllm.data.tokenise import Sample, make_sample
 from bindllm.encoders import Encoder, HasExamples, encoder_for, passed_over
 from bindllm.encoders.alignment import alignment_warnings
-from bindllm.errors import BindLLMError, DecoderError, InputError
+from bindllm.errors import BindLLMError, InputError
 from bindllm.media import MODALITIES, Media, open_image
 from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.cache import CacheConfig, choose_cache, open_cache
-from bindllm.model.checkpoint import build_object, read_manifest, read_weights
-from bindllm.model.decoder import DecoderConfig, find_folder, fingerprint_decoder, load_tokenizer
+from bindllm.model.checkpoint import build_own, read_manifest, read_weights
+from bindllm.model.decoder import (
+    DecoderConfig,
+    find_folder,
+    fingerprint_decoder,
+    load_tokenizer,
+    read_config,
+    without_weights,
+)
 from bindllm.model.injection import InjectConfig
-from bindllm.model.pretrained import encoder_fingerprints, read_cache_config, read_parts
+from bindllm.model.pretrained import encoder_fingerprints, read_cache_config, read_decoder, read_parts
 from bindllm.testing import check_encoder, made_up_media
 from bindllm.training.optim import OptimConfig
 from bindllm.training.run import run_folder
@@ -138,8 +143,7 @@ def check_recipe(
     if model["cache"] is not None:
         _check_cache(model["cache"], served, problems, say, output=output)
     if model["start_from"] is not None:
-        allow = [entry["class_path"] for entry in model["encoders"]]
-        check_checkpoint(model["start_from"], problems, allow=allow)
+        check_checkpoint(model["start_from"], problems, allow=_trusted(model["encoders"]))
         if checked.is_whole and not problems:
             own = {name: parts.get(name) for name in ("decoder", "bind", "inject", "adapter")}
             with problems.noted():
@@ -170,6 +174,8 @@ def check_checkpoint(folder: str, problems: Problems, *, allow: Sequence[str]) -
         with problems.noted():
             fingerprints = encoder_fingerprints(folder, manifest)
             choose_cache(None, read_cache_config(folder, manifest), fingerprints, checkpoint=folder)
+        with problems.noted():
+            _check_decoder(read_decoder(folder, manifest), problems)
         read_parts(folder, decoder=None, dtype=None, allow=allow)
     problems[known:] = dict.fromkeys(problems[known:])
 
@@ -287,6 +293,7 @@ def _check_decoder(config: DecoderConfig, problems: Problems) -> Any:
         tokenizer = load_tokenizer(config)
     with problems.noted():
         fingerprint_decoder(find_folder(config))
+        read_config(find_folder(config))
     # A missing folder is one problem, not two.
     problems[known:] = dict.fromkeys(problems[known:])
     return tokenizer
@@ -295,12 +302,7 @@ def _check_decoder(config: DecoderConfig, problems: Problems) -> Any:
 def _check_model(checked: CheckedParts, trainable: list[str]) -> None:
     """Build the model without its weights: the injection finds its layers, and all sizes fit."""
     parts, tokenizer = checked.parts, checked.tokenizer
-    folder = find_folder(parts["decoder"])
-    try:
-        with torch.device("meta"):
-            decoder = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    except (OSError, ValueError, KeyError) as error:
-        raise DecoderError(f"{folder} does not hold a causal language model: {error}") from error
+    decoder = without_weights(find_folder(parts["decoder"]))
     check_vocabulary(tokenizer, decoder.get_input_embeddings().num_embeddings)
     joined = {name: parts.get(name) for name in ("bind", "inject", "adapter")}
     BindLLM(decoder, tokenizer, parts["decoder"], encoders=checked.encoders, **joined).set_trainable(
@@ -318,7 +320,7 @@ def _check_encoder(
     """
     path = entry["class_path"]
     with problems.noted():
-        encoder = build_object({"class_path": path, "init_args": entry.get("init_args", {})}, allow=[path])
+        encoder = build_own(entry)
         if path.startswith("bindllm."):
             encoder.fingerprint()
             first = next((item.modality for item in media if item.modality in encoder.modalities), None)
@@ -342,6 +344,12 @@ def _check_encoder(
         )
         return encoder
     return None
+
+
+def _trusted(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the classes that a recipe trusts: its encoders, and the classes that it allows them to import."""
+    allowed = [entry.get("init_args", {}).get("allow") or [] for entry in entries]
+    return [entry["class_path"] for entry in entries] + [path for own in allowed for path in own]
 
 
 def _check_cache(

@@ -1,0 +1,111 @@
+"""Importing classes by name: which ones a folder may name, and which modules of the working directory are visible.
+
+The command imports from the working directory only modules that a class path of the user names, and modules that
+those import themselves. Libraries probe for many optional packages (``cuda``, ``pydot``, ...), and with the directory
+on ``sys.path`` any file of such a name would run.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+
+class _NamedModules:
+    """Finds in a folder the top-level modules that were named; everything else there is invisible."""
+
+    def __init__(self) -> None:
+        self.folders: dict[str, str] = {}
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        folder = self.folders.get(name) if path is None else None
+        return None if folder is None else PathFinder.find_spec(name, [folder], target)
+
+
+_NAMED = _NamedModules()
+
+
+def find_named_modules() -> None:
+    """Let modules of the working directory be imported from now on, once `name_module` names them."""
+    _NAMED.folders.clear()
+    if _NAMED not in sys.meta_path:
+        # Last, so that a file cannot replace an installed package.
+        sys.meta_path.append(_NAMED)
+
+
+def name_module(path: str) -> None:
+    """Make the module of an import path visible, and the modules that it imports.
+
+    Modules are read, not imported, to find their own imports. Without `find_named_modules` this has no effect.
+
+    Args:
+        path: import path of a class or function, such as ``"my_lab.RadarEncoder"``.
+    """
+    if _NAMED not in sys.meta_path:
+        return
+    seen, waiting = set(), [path]
+    while waiting:
+        name = waiting.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        files = list(_files(name))
+        if files:
+            _NAMED.folders.setdefault(name.partition(".")[0], os.getcwd())
+        for package, file in files:
+            waiting += _imported(file, package)
+
+
+def _files(name: str) -> Iterator[tuple[list[str], Path]]:
+    """Yield the files along a dotted path, each with the names of the package that it belongs to."""
+    parts = name.split(".")
+    if not all(part.isidentifier() for part in parts):
+        return
+    for depth in range(1, len(parts) + 1):
+        module = Path(*parts[:depth])
+        candidates = (parts[:depth], module / "__init__.py"), (parts[: depth - 1], module.with_suffix(".py"))
+        yield from ((package, file) for package, file in candidates if file.is_file())
+
+
+def _imported(file: Path, package: Sequence[str]) -> Iterator[str]:
+    """Yield the dotted names that a file imports, wherever in it."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):
+        # Importing it will report the error.
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            base = [*above, *([node.module] if node.module else [])]
+            yield from (".".join([*base, alias.name]) for alias in node.names)
+
+
+def replace_allow(kind: Any, arguments: Mapping[str, Any], allow: Sequence[str]) -> dict[str, Any]:
+    """Return constructor arguments with the caller's ``allow`` in place of the file's.
+
+    A file must not extend what its reader allows, so its own value is dropped, whatever its type.
+
+    Args:
+        kind: the class to build.
+        arguments: the arguments as the file gives them.
+        allow: import paths that the caller trusts; passed on if the constructor has a parameter ``allow``.
+    """
+    kept = {name: value for name, value in arguments.items() if name != "allow"}
+    try:
+        takes_allow = "allow" in inspect.signature(kind).parameters
+    except (TypeError, ValueError):
+        # Classes that are not written in Python may have no signature.
+        takes_allow = False
+    return {**kept, "allow": list(allow)} if takes_allow else kept
