@@ -25,16 +25,18 @@ from benchmarks.ablation_tables import draw, tables
 from benchmarks.measure import RESULTS, run_bindllm
 from bindllm.atomic import write_json
 from bindllm.cache.index import VectorIndex
+from bindllm.cache.settings import CacheSettings
 from bindllm.cache.visual_cache import VisualCache
 from bindllm.conversation import Conversation
 from bindllm.data.collate import MediaGroup
 from bindllm.data.datamodule import BindData
 from bindllm.data.sources import SourceConfig
 from bindllm.data.tokenise import Sample
-from bindllm.embeddings.embedder import fill
+from bindllm.embeddings.precompute import precompute_embeddings
 from bindllm.embeddings.store import EmbeddingStore
 from bindllm.encoders import Aligned, EfficientNetLite, Encoder
-from bindllm.evaluation.run import measure_captions
+from bindllm.evaluation.captions import captions_task
+from bindllm.evaluation.task import MODEL, evaluate
 from bindllm.media import Media
 from bindllm.model.bindllm import BindLLM
 
@@ -101,8 +103,8 @@ def sweep() -> list[Setting]:
 
 
 def chosen() -> Setting:
-    """Return the defaults of `VisualCache`."""
-    defaults = VisualCache.__init__.__kwdefaults__
+    """Return the defaults of `CacheSettings`."""
+    defaults = asdict(CacheSettings())
     return Setting(**{name: defaults[name] for name in RELEASED.blend})
 
 
@@ -196,7 +198,7 @@ class Bench:
 def embed(encoder: Encoder, media: Sequence[Media]) -> Tensor:
     """Return the embeddings of media, [N, E], each encoded once, ever."""
     store = EmbeddingStore.for_encoder(STORE, encoder)
-    if failed := fill(store, encoder, media).failed:
+    if failed := precompute_embeddings(store, encoder, media).failed:
         raise SystemExit(f"{len(failed)} media cannot be embedded, the first: {failed[0][1]}")
     return store.get([store.key_of(item) for item in media])
 
@@ -231,8 +233,12 @@ def measure(bench: Bench, model: BindLLM, questions: Questions, setting: Setting
     def lookup(groups: Sequence[MediaGroup]) -> Tensor:
         return shown[[names.index(group[0]) for group in groups]]
 
+    task = captions_task(samples, train_samples=[], lookup=lookup)
+    result = evaluate(model, [task], lookup=lookup, variants=[MODEL], batch_size=BATCH)
+    if result.problems:
+        raise SystemExit("; ".join(f"{name}: {reason}" for name, reason in result.problems.items()))
     return {
-        **measure_captions(model, samples, lookup, batch_size=BATCH),
+        **result.metrics["captions"][MODEL],
         "cosine": (shown * questions.pictures).sum(1).mean().item(),
         "questions": len(samples),
     }

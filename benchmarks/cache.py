@@ -27,7 +27,8 @@ from benchmarks.clusters import ClusteredVectors
 from benchmarks.measure import RESULTS, Figure, machine_kind, paired
 from bindllm import VisualCache
 from bindllm.atomic import write_json
-from bindllm.cache.index import VectorIndex, choose
+from bindllm.cache.factories import choose
+from bindllm.cache.index import VectorIndex
 
 WORK = Path("runs/benchmark-cache")
 SIZES, LONG_SIZES, TARGET = (10_000, 100_000, 1_000_000), (3_000_000,), 1_000_000
@@ -103,8 +104,7 @@ def bare_search(cache: VisualCache, folder: Path) -> Callable[[np.ndarray], np.n
     """Return Faiss itself over the same file: the vectors of the ``top_k`` nearest, [N, K, E]."""
     import faiss
 
-    (part,) = cache.index.info.parts
-    index = faiss.read_index(str(folder / part.file), faiss.IO_FLAG_MMAP_IFC)
+    index = faiss.read_index(str(folder / cache.index.info.file), faiss.IO_FLAG_MMAP_IFC)
     if cache.index.info.search:
         faiss.ParameterSpace().set_index_parameters(index, cache.index.info.search)
     if (inverted := faiss.try_extract_index_ivf(index)) is not None:
@@ -112,7 +112,7 @@ def bare_search(cache: VisualCache, folder: Path) -> Callable[[np.ndarray], np.n
     faiss.omp_set_num_threads(torch.get_num_threads())
 
     def search(queries: np.ndarray) -> np.ndarray:
-        numbers = index.search(queries, cache.top_k)[1]
+        numbers = index.search(queries, cache.settings.top_k)[1]
         return index.reconstruct_batch(numbers.reshape(-1)).reshape(*numbers.shape, -1)
 
     return search

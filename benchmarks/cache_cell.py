@@ -71,7 +71,6 @@ def build(folder: Path, store_folder: Path, count: int, factory: str) -> dict[st
         "count": len(index),
         "factory": index.info.factory,
         "search": index.info.search,
-        "parts": len(index.info.parts),
         "build_seconds": taken,
         "bytes": size,
     }

@@ -18,7 +18,8 @@ from bindllm.data.captions import SPLITS
 from bindllm.data.datamodule import BindData
 from bindllm.data.sources import SourceConfig
 from bindllm.data.tokenise import Sample
-from bindllm.evaluation.run import evaluate_captions
+from bindllm.evaluation.captions import captions_task
+from bindllm.evaluation.task import MODEL, evaluate
 from bindllm.model.bindllm import BindLLM
 
 RECIPE = "recipes/quickstart.yaml"
@@ -82,8 +83,9 @@ def judge(folder: Path) -> dict[str, dict[str, float | None]]:
     }
     found = {}
     for name, samples in groups.items():
-        result = evaluate_captions(model, samples, train_samples=data.samples("train"), lookup=data.lookup)
-        found[name] = {**result.metrics["heldout"], "pictures": len(result.rows)}
+        task = captions_task(samples, train_samples=[], lookup=data.lookup)
+        result = evaluate(model, [task], lookup=data.lookup, variants=[MODEL])
+        found[name] = {**result.metrics["captions"][MODEL], "pictures": len(task.items)}
     return found
 
 

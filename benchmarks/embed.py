@@ -14,13 +14,13 @@ from torch import Tensor
 
 from benchmarks.measure import Figure, paired, seconds
 from bindllm import EmbeddingStore, Media
-from bindllm.embeddings.embedder import fill
+from bindllm.embeddings.precompute import precompute_embeddings
 from bindllm.encoders import EfficientNetLite
 from bindllm.model.decoder import default_device
 
 PICTURES, WIDTH, HEIGHT = 512, 640, 480
 BATCH = 32
-"""As `fill` has it by default."""
+"""As `precompute_embeddings` has it by default."""
 REPEATS = 3
 
 
@@ -65,7 +65,7 @@ def figures() -> list[Figure]:
             encoder.seconds = 0.0
             with tempfile.TemporaryDirectory(dir=folder) as place:
                 store = EmbeddingStore.for_encoder(place, encoder)
-                whole = seconds(lambda: fill(store, encoder, media, progress=False))
+                whole = seconds(lambda: precompute_embeddings(store, encoder, media, progress=False))
             shares.append(encoder.seconds / whole)
 
         def encoder_alone() -> None:
@@ -81,8 +81,8 @@ def figures() -> list[Figure]:
     return [
         Figure(
             "embed_encoder_share", statistics.median(shares[1:]), "share", 1.0,
-            f"of the time of `fill`, inside encoder.embed; {PICTURES} JPEG files, {WIDTH}x{HEIGHT}, {kilobytes:.0f} kB "
-            f"each, EfficientNet-Lite0 on {device}",
+            f"of the time of `precompute_embeddings`, inside encoder.embed; {PICTURES} JPEG files, {WIDTH}x{HEIGHT}, "
+            f"{kilobytes:.0f} kB each, EfficientNet-Lite0 on {device}",
         ),
         Figure(
             "embed_over_encoder", ratio, "ratio", 1 + behind if device == "cpu" else max(1.0, behind),

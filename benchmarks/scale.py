@@ -1,8 +1,8 @@
-"""`python -m benchmarks.scale [--pairs 3e6 --gpus 8 ...]`: the plan of docs/scale.md, computed.
+"""`python -m benchmarks.scale [--pairs 3e6 --gpus 8 ...]`: computes the tables of docs/scale.md.
 
-Every number comes from one of three places: an assumption below, which an option of the same name changes; a small
-measurement made now (what a row of the store takes, what a look-up costs); or a figure that another benchmark has
-left in benchmarks/results/. ``--write`` puts the tables into docs/scale.md, between its two marks.
+Every number comes from one of three sources: an assumption below, which an option of the same name changes; a small
+measurement made now (the size of a row of the store, the time of a lookup); or a result of another benchmark in
+benchmarks/results/. ``--write`` writes the tables into docs/scale.md, between its two marks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from benchmarks.cache_cell import SIZE, keys_of, open_store
 from benchmarks.measure import RESULTS, machine_kind, seconds
 from bindllm import Media
 from bindllm.atomic import atomic_file
-from bindllm.cache.index import choose
+from bindllm.cache.factories import choose
 from bindllm.embeddings.shards import KEY, KEY_BYTES, MANY_SMALL, SMALL_BYTES, Shards
 from bindllm.model.bind_network import BindConfig, BindNetwork
 
@@ -37,40 +37,40 @@ def _assumed(value: float, words: str) -> float:
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What is planned, and with which machines."""
+    """The planned run and its machines."""
 
     pairs: float = _assumed(940e6, "image-text pairs of stage 1 (arXiv 2309.03905)")
-    epochs: float = _assumed(3, "epochs of training; pictures are embedded once")
-    batch: float = _assumed(1024, "samples of a step")
-    cached: float = _assumed(3e6, "pictures of the cache (CC3M)")
-    picture_bytes: float = _assumed(60e3, "bytes of a picture file: JPEG, short side about 256 to 512")
+    epochs: float = _assumed(3, "epochs of training; images are embedded once")
+    batch: float = _assumed(1024, "samples in a step")
+    cached: float = _assumed(3e6, "images in the cache (CC3M)")
+    image_bytes: float = _assumed(60e3, "bytes of an image file: JPEG, short side about 256 to 512")
     caption_bytes: float = _assumed(100, "bytes of a caption")
     source_bytes: float = _assumed(40, "bytes of a path, kept as the source in the store")
     flush_rows: float = _assumed(4096, "rows that `bindllm embed` writes at a time, before they are merged")
     gpus: float = _assumed(64, "GPUs: H100 SXM")
-    gpus_per_node: float = _assumed(8, "GPUs of a node")
-    gpu_rate: float = _assumed(989e12, "FLOP/s of a GPU: dense bfloat16, by the data sheet")
+    gpus_per_node: float = _assumed(8, "GPUs in a node")
+    gpu_rate: float = _assumed(989e12, "FLOP/s of a GPU: dense bfloat16, from the data sheet")
     gpu_bytes: float = _assumed(80e9, "bytes of memory of a GPU")
-    encoder_share: float = _assumed(0.4, "of that rate, reached by the encoder")
-    decoder_share: float = _assumed(0.35, "of that rate, reached in training")
-    reading_rate: float = _assumed(150, "pictures that one core reads, decodes and scales in a second")
-    node_cores: float = _assumed(96, "cores of a node")
-    disk_rate: float = _assumed(2e9, "bytes/s that a node reads of the shared file system")
-    network_rate: float = _assumed(50e9, "bytes/s between nodes, each GPU: 400 Gbit/s")
-    tokens: float = _assumed(64, "tokens of a sample: the prompt and a caption")
-    decoder_parameters: float = _assumed(6.74e9, "of the decoder: LLaMA 7B, frozen, bfloat16")
+    encoder_share: float = _assumed(0.4, "share of that rate that the encoder reaches")
+    decoder_share: float = _assumed(0.35, "share of that rate that training reaches")
+    reading_rate: float = _assumed(150, "images that one core reads, decodes and resizes in a second")
+    node_cores: float = _assumed(96, "cores in a node")
+    disk_rate: float = _assumed(2e9, "bytes/s that a node reads from the shared file system")
+    network_rate: float = _assumed(50e9, "bytes/s between nodes for each GPU: 400 Gbit/s")
+    tokens: float = _assumed(64, "tokens in a sample: the prompt and a caption")
+    decoder_parameters: float = _assumed(6.74e9, "parameters of the decoder: LLaMA 7B, frozen, bfloat16")
     decoder_width: float = _assumed(4096, "D")
     decoder_layers: float = _assumed(32, "L")
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What is measured now, on this machine.
+    """Measurements made now, on this machine.
 
     Args:
         row_bytes: of one embedding in a store on disk.
-        look_up: seconds for one key in one shard of the size that compacting leaves.
-        media_bytes: of memory for one picture whose embedding a training run looks up: media, path and key.
+        look_up: seconds for one key in one shard, at the size after compacting.
+        media_bytes: of memory for one image whose embedding a training run looks up: media, path and key.
     """
 
     row_bytes: float
@@ -79,13 +79,13 @@ class Measured:
 
 
 def vision_flops() -> float:
-    """Operations for one picture in ImageBind's vision trunk: 32 blocks of width 1280 over 257 tokens."""
+    """Operations for one image in ImageBind's vision trunk: 32 blocks of width 1280 over 257 tokens."""
     width, blocks, tokens = 1280, 32, 257
     return blocks * (2 * tokens * 12 * width**2 + 4 * tokens**2 * width)
 
 
 def measure(plan: Assumptions) -> Measured:
-    """Make a small store and a few shards, and measure them."""
+    """Create a small store and a few shards, and measure them."""
     with tempfile.TemporaryDirectory() as folder:
         return Measured(_row_bytes(Path(folder), plan), _look_up(Path(folder), plan), _media_bytes(plan))
 
@@ -102,12 +102,12 @@ def _row_bytes(folder: Path, plan: Assumptions, rows: int = 4096) -> float:
 
 
 def _shard_rows(plan: Assumptions, row_bytes: float) -> float:
-    """Rows of a shard that is merged no more: of `MANY_SMALL` small ones together."""
+    """Rows of a shard that is not merged any more: `MANY_SMALL` small ones together."""
     return MANY_SMALL * min(plan.flush_rows, SMALL_BYTES / row_bytes)
 
 
 def _look_up(folder: Path, plan: Assumptions, shards: int = 32) -> float:
-    """Look a batch up that no shard has, as nearly all shards have not what is looked for."""
+    """Look up a batch that no shard has: nearly all shards lack a given key."""
     schema = pa.schema([("key", pa.binary(KEY_BYTES)), ("value", pa.binary(1))])
     rows, draw = int(_shard_rows(plan, 4 * SIZE)), np.random.default_rng(0)
     (folder / "shards").mkdir()
@@ -146,61 +146,61 @@ def assumptions_table(plan: Assumptions) -> Rows:
 
 
 def embedding_table(plan: Assumptions, found: Measured) -> Rows:
-    """From picture files to the store."""
+    """From image files to the store."""
     a_gpu = plan.gpu_rate * plan.encoder_share / vision_flops()
     a_node = min(
         plan.gpus_per_node * a_gpu,
         plan.node_cores * plan.reading_rate,
-        plan.disk_rate / plan.picture_bytes,
+        plan.disk_rate / plan.image_bytes,
     )
     nodes = plan.gpus / plan.gpus_per_node
     rows = [
-        ("picture files", _bytes(plan.pairs * plan.picture_bytes)),
+        ("image files", _bytes(plan.pairs * plan.image_bytes)),
         ("captions", _bytes(plan.pairs * plan.caption_bytes)),
-        ("operations of a picture", f"{vision_flops() / 1e9:.0f} GFLOP"),
-        ("pictures/s of a GPU", f"{a_gpu:,.0f}"),
-        ("pictures/s of a node: GPUs; cores that read; disk", " ; ".join(
+        ("operations for an image", f"{vision_flops() / 1e9:.0f} GFLOP"),
+        ("images/s of a GPU", f"{a_gpu:,.0f}"),
+        ("images/s of a node: limit of GPUs; cores; disk", " ; ".join(
             f"{value:,.0f}" for value in (
-                plan.gpus_per_node * a_gpu, plan.node_cores * plan.reading_rate, plan.disk_rate / plan.picture_bytes
+                plan.gpus_per_node * a_gpu, plan.node_cores * plan.reading_rate, plan.disk_rate / plan.image_bytes
             )
         )),
         ("cores that keep a GPU busy", f"{a_gpu / plan.reading_rate:.0f}"),
-        ("one GPU, if nothing else limits it", _time(plan.pairs / a_gpu)),
-        (f"{nodes:.0f} nodes, at the least of the three", _time(plan.pairs / a_node / nodes)),
-        ("the cache's pictures on one GPU", _time(plan.cached / a_gpu)),
+        ("one GPU, if nothing else is slower", _time(plan.pairs / a_gpu)),
+        (f"{nodes:.0f} nodes, at the smallest of the three", _time(plan.pairs / a_node / nodes)),
+        ("images of the cache on one GPU", _time(plan.cached / a_gpu)),
     ]  # fmt: skip
     if (here := _figure("imagebind_image_per_second")) is not None:
         rows += [
-            (f"pictures/s measured here ({machine_kind()})", f"{here:.2f}"),
+            (f"images/s measured here ({machine_kind()})", f"{here:.2f}"),
             ("all pairs on this machine", _time(plan.pairs / here)),
-            ("the cache's pictures on this machine", _time(plan.cached / here)),
+            ("images of the cache on this machine", _time(plan.cached / here)),
         ]
     return rows
 
 
 def store_table(plan: Assumptions, found: Measured) -> Rows:
-    """What the store comes to, and what finding a row in it costs."""
+    """The size of the store, and the time to find a row in it."""
     shards = plan.pairs / _shard_rows(plan, found.row_bytes)
     # A key is found half way through the shards, on average.
     step = plan.batch * shards / 2 * found.look_up
     return [
         ("bytes of a row on disk (measured)", f"{found.row_bytes:,.0f}"),
-        ("of these the vector and its key", f"{4 * SIZE} + {KEY_BYTES}"),
+        ("for the vector and its key", f"{4 * SIZE} + {KEY_BYTES}"),
         ("the store", _bytes(plan.pairs * found.row_bytes)),
-        ("its keys alone, which every look-up searches", _bytes(plan.pairs * KEY_BYTES)),
-        ("the store of the cache's pictures", _bytes(plan.cached * found.row_bytes)),
-        ("rows of a shard that is merged no more", f"{_shard_rows(plan, found.row_bytes):,.0f}"),
+        ("its keys, which every lookup searches", _bytes(plan.pairs * KEY_BYTES)),
+        ("the store for the images of the cache", _bytes(plan.cached * found.row_bytes)),
+        ("rows of a shard that is not merged any more", f"{_shard_rows(plan, found.row_bytes):,.0f}"),
         ("shards", f"{shards:,.0f}"),
-        ("look-up of a key in a shard (measured)", f"{found.look_up * 1e6:.2f} µs"),
-        ("look-up of a batch, half of the shards for each key", _time(step)),
-        ("all look-ups of the run", _time(step * steps(plan))),
+        ("lookup of a key in a shard (measured)", f"{found.look_up * 1e6:.2f} µs"),
+        ("lookup of a batch, half of the shards for each key", _time(step)),
+        ("all lookups of the run", _time(step * steps(plan))),
         (
-            "... if each shard held a range of keys of its own",
+            "... if each shard held its own range of keys",
             _time(plan.batch * found.look_up * steps(plan)),
         ),
-        ("shards of the cache's pictures", f"{plan.cached / _shard_rows(plan, found.row_bytes):,.0f}"),
-        ("memory of a picture in the lists of a run (measured)", f"{found.media_bytes:,.0f} bytes"),
-        ("memory of these lists, in every process", _bytes(plan.pairs * found.media_bytes)),
+        ("shards for the images of the cache", f"{plan.cached / _shard_rows(plan, found.row_bytes):,.0f}"),
+        ("memory for an image in the lists of a run (measured)", f"{found.media_bytes:,.0f} bytes"),
+        ("memory for these lists, in every process", _bytes(plan.pairs * found.media_bytes)),
     ]
 
 
@@ -226,23 +226,23 @@ def training_table(plan: Assumptions, found: Measured) -> Rows:
     return [
         ("steps", f"{steps(plan):,.0f}"),
         ("trained parameters", f"{trained / 1e6:,.0f} million"),
-        ("operations of a sample", f"{sample / 1e12:.2f} TFLOP"),
+        ("operations for a sample", f"{sample / 1e12:.2f} TFLOP"),
         ("a step, computing", _time(step)),
         ("a step, summing gradients in float32", _time(gradients)),
         ("GPU-hours", f"{steps(plan) * step * plan.gpus / 3600:,.0f}"),
         (
-            f"{plan.gpus:.0f} GPUs, the sums hidden behind computing",
+            f"{plan.gpus:.0f} GPUs, sums overlapped with computing",
             _time(steps(plan) * max(step, gradients)),
         ),
-        (f"{plan.gpus:.0f} GPUs, one after the other", _time(steps(plan) * (step + gradients))),
+        (f"{plan.gpus:.0f} GPUs, without overlap", _time(steps(plan) * (step + gradients))),
         ("embeddings read in a step", _bytes(plan.batch * 4 * SIZE)),
-        (f"memory of a GPU: decoder, trained, activations of {own:.0f} samples", _bytes(memory)),
-        ("of the GPU's", f"{memory / plan.gpu_bytes:.0%}"),
+        (f"memory on a GPU: decoder, trained parameters, activations of {own:.0f} samples", _bytes(memory)),
+        ("share of the GPU's memory", f"{memory / plan.gpu_bytes:.0%}"),
     ]
 
 
 def cache_table(plan: Assumptions, found: Measured) -> Rows:
-    """What the cache takes by kind of index: from the largest one measured here, else from the kind itself."""
+    """The size of the cache by kind of index: from the largest one measured here, else computed."""
     rows = [(f"`choose({plan.cached:,.0f}, {SIZE})`", ", ".join(choose(int(plan.cached), SIZE)))]
     for kind, words, own in (
         ("exact", "Flat", 4 * SIZE),
@@ -261,7 +261,7 @@ def cache_table(plan: Assumptions, found: Measured) -> Rows:
         if largest and kind == "lists":
             rows += [
                 ("... building it here", _time(plan.cached * largest["build_seconds"] / largest["count"])),
-                ("... one query here, at the same number of rows looked through", _time(
+                ("... one query here, searching the same number of rows", _time(
                     plan.cached / largest["count"] / largest["queries_per_second_b1"]
                 )),
             ]  # fmt: skip

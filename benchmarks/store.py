@@ -11,7 +11,7 @@ import torch
 from benchmarks.measure import Figure, paired, seconds
 from benchmarks.parts import bound_loss, bound_model, training_batch
 from bindllm import EmbeddingStore, Media
-from bindllm.embeddings.embedder import fill
+from bindllm.embeddings.precompute import precompute_embeddings
 from bindllm.encoders import EfficientNetLite
 
 PICTURES = Path("data/openmoji")
@@ -26,7 +26,7 @@ def figures() -> list[Figure]:
     batch = training_batch(model.decoder, rows=BATCH, tokens=24, answer=6)
     with tempfile.TemporaryDirectory() as folder:
         store = EmbeddingStore.for_encoder(folder, encoder)
-        first = seconds(lambda: fill(store, encoder, media, progress=False))
+        first = seconds(lambda: precompute_embeddings(store, encoder, media, progress=False))
 
         def epoch(embed) -> None:
             for start in range(0, ROWS, BATCH):

@@ -19,10 +19,10 @@ from benchmarks.measure import Figure, paired, seconds
 from benchmarks.parts import DECODER, bound_loss, bound_model
 from bindllm.data.source_config import SourceConfig
 from bindllm.data.stream.chunks import ChunkReader
-from bindllm.data.stream.embed import StreamEmbedder
 from bindllm.data.stream.plan import Bookmark, Mixture, Place, ShardStream
 from bindllm.data.stream.shards import TarSample, read_shard
 from bindllm.data.stream.training import StreamOptions, stream_loader
+from bindllm.embeddings.embedder import Embedder
 from bindllm.encoders import EfficientNetLite, Encoder
 from bindllm.media import Media
 from bindllm.model.decoder import default_device, load_tokenizer
@@ -94,9 +94,9 @@ def write_shards(folder: Path) -> list[str]:
 
 def drain(
     mixture: Mixture | InMemory, tokenizer: Any, encoder: Encoder, source: SourceConfig, samples: int
-) -> StreamEmbedder:
+) -> Embedder:
     """Make chunks as fast as it goes, until so many samples are in batches; return who did the embedding."""
-    embedder = StreamEmbedder([encoder], default_device())
+    embedder = Embedder([encoder], device=default_device())
     reader = ChunkReader(
         mixture, [(0, source)], tokenizer, embedder,
         max_length=MAX_LENGTH, size=min(CHUNK, samples), batch_size=BATCH, seed=[0],
@@ -132,12 +132,12 @@ def throughput(shards: Sequence[str], source: SourceConfig) -> list[Figure]:
             )
         )
     busy = drain(stream, tokenizer, EfficientNetLite(), source, EMBEDDED)
-    share = busy.seconds_waited / (busy.seconds_waited + busy.seconds_embedding)
+    share = busy.seconds_waiting / (busy.seconds_waiting + busy.seconds_embedding)
     figures.append(
         Figure(
             "stream_encoder_waiting", share, "share", 0.0,
             f"of its time the encoder has nothing to embed while chunks are made as fast as it goes "
-            f"({busy.workers} threads decode)",
+            f"({busy.threads} threads decode)",
         )
     )  # fmt: skip
     return figures
@@ -169,9 +169,9 @@ def waiting(source: SourceConfig) -> list[Figure]:
     kept = list(islice(batches, WARM))
     for batch in kept:
         step(batch)
-    before = loader.report.seconds_waited
+    before = loader.report.seconds_waiting
     streamed = [step(batch) for batch in islice(batches, STEPS)]
-    waited = loader.report.seconds_waited - before
+    waited = loader.report.seconds_waiting - before
     batches.close()
     alone = [step(batch) for batch in (kept * STEPS)[:STEPS]]
     slower = np.median(streamed) / np.median(alone)

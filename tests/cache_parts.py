@@ -11,9 +11,10 @@ from PIL import Image
 from torch import nn
 
 from bindllm import BindLLM, EmbeddingStore, Media
-from bindllm.embeddings.embedder import fill
+from bindllm.embeddings.precompute import precompute_embeddings
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.decoder import DecoderConfig
+from bindllm.parallel import Processes
 from tiny import ColourEncoder, save_tiny_decoder
 
 ALLOW = ["cache_parts.Senses", "cache_parts.Words", "tiny.ColourEncoder"]
@@ -69,7 +70,7 @@ def filled_store(folder: Path, media: list[Media], encoder: ColourEncoder | None
     """Embed media into a store."""
     encoder = encoder or Senses()
     store = EmbeddingStore.for_encoder(folder, encoder)
-    fill(store, encoder, media, progress=False, workers=1)
+    precompute_embeddings(store, encoder, media, progress=False, processes=Processes(threads=1))
     return store
 
 

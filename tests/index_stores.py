@@ -6,7 +6,8 @@ import numpy as np
 import torch
 
 from bindllm import EmbeddingStore, Media
-from bindllm.cache.index import VectorIndex, unit_rows
+from bindllm.cache.blend import unit_rows
+from bindllm.cache.index import VectorIndex
 from store_parts import FINGERPRINT, keys_of
 
 WIDTH = 16

@@ -1,4 +1,4 @@
-"""Several ranks in one process: threads that wait for each other as processes do."""
+"""Several processes in one process: threads that wait for each other as processes do."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from bindllm.parallel.ranks import Ranks
+from bindllm.parallel import Processes
 
 SECONDS = 60
 
 
-def together(count: int, part: Callable[[Ranks], Any]) -> list[Any]:
-    """Call ``part(ranks)`` for each rank at the same time; a rank that fails leaves the others without an answer."""
+def together(count: int, part: Callable[[Processes], Any]) -> list[Any]:
+    """Call ``part(processes)`` for each rank at the same time; a rank that fails breaks the barrier of the others."""
     barrier = threading.Barrier(count, timeout=SECONDS)
     values = [None] * count
 
@@ -26,7 +26,7 @@ def together(count: int, part: Callable[[Ranks], Any]) -> list[Any]:
             return gathered
 
         try:
-            return part(Ranks(number, count, gather))
+            return part(Processes(number, count, gather))
         except BaseException as error:
             barrier.abort()
             return error

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from bindllm.embeddings import embedder as fill
+from bindllm.embeddings import embedder, precompute
 from tiny import ColourEncoder
 
 # In the processes that the tests start each embedding is written at once; a mere import changes nothing.
 if "EMBED_AT_ONCE" in os.environ:
-    fill.FLUSH_SECONDS = 0.0
-    fill.PREPARED_BYTES = 2
+    precompute.FLUSH_SECONDS = 0.0
+    embedder.PREPARED_BYTES = 2
 
 
 class SlowEncoder(ColourEncoder):

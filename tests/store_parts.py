@@ -1,4 +1,4 @@
-"""Rows for a store, pictures to fill it with, and an encoder that counts."""
+"""Rows for a store, images to embed, and an encoder that counts."""
 
 import io
 import os
@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from bindllm import EmbeddingStore, Media
-from bindllm.embeddings.embedder import FillReport, fill
+from bindllm.embeddings.precompute import PrecomputeReport, precompute_embeddings
+from bindllm.parallel import Processes
 from tiny import ColourEncoder
 
 FINGERPRINT = "a1" * 32
@@ -45,7 +46,7 @@ def write_settled(path: Path, content: bytes) -> Path:
 
 
 class CountingEncoder(ColourEncoder):
-    """Counts what it is asked for, and can act when it embeds."""
+    """Counts its calls; tests can act before it embeds."""
 
     def __init__(self, **changes) -> None:
         super().__init__(**changes)
@@ -63,10 +64,10 @@ class CountingEncoder(ColourEncoder):
         return super().embed(modality, inputs)
 
     def before_embed(self) -> None:
-        """Tests replace this."""
+        """Overridden by tests."""
 
 
-def picture(n: int) -> bytes:
+def image_bytes(n: int) -> bytes:
     """The bytes of a small PNG that differs for each number."""
     pixels = np.random.default_rng(n).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     stream = io.BytesIO()
@@ -74,19 +75,19 @@ def picture(n: int) -> bytes:
     return stream.getvalue()
 
 
-def pictures(folder: Path, count: int, *, start: int = 0) -> list[Media]:
-    """Write pictures with a time that is old enough to be trusted."""
+def write_images(folder: Path, count: int, *, start: int = 0) -> list[Media]:
+    """Write images with a time that is old enough to be trusted."""
     folder.mkdir(exist_ok=True)
     media = []
     for n in range(start, start + count):
         path = folder / f"{n:03}.png"
-        path.write_bytes(picture(n))
+        path.write_bytes(image_bytes(n))
         os.utime(path, (10**9, 10**9))
         media.append(Media.image(path))
     return media
 
 
-def counts(report: FillReport) -> tuple[int, int, int, int]:
+def counts(report: PrecomputeReport) -> tuple[int, int, int, int]:
     return report.encoded, report.reused, report.duplicates, len(report.failed)
 
 
@@ -95,10 +96,15 @@ def expected(media: list[Media]) -> torch.Tensor:
     return torch.cat([encoder.embed("image", [encoder.prepare(item)]) for item in media])
 
 
-def run(folder: Path, media, encoder: ColourEncoder | None = None, **options) -> FillReport:
+def run(folder: Path, media, encoder: ColourEncoder | None = None, **options) -> PrecomputeReport:
     encoder = encoder or CountingEncoder()
     store = EmbeddingStore.for_encoder(folder, encoder)
-    return fill(store, encoder, media, **{"batch_size": 4, "workers": 2, "progress": False, **options})
+    return precompute_embeddings(
+        store,
+        encoder,
+        media,
+        **{"batch_size": 4, "processes": Processes(threads=2), "progress": False, **options},
+    )
 
 
 def stored(folder: Path, media: list[Media]) -> torch.Tensor:

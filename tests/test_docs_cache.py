@@ -10,11 +10,11 @@ import pytest
 import yaml
 
 from bindllm.cache.factories import choose
+from bindllm.cache.settings import CacheConfig
 from bindllm.cli import COMMANDS
 from bindllm.cli.arguments import read_command
 from bindllm.cli.generate import generate
 from bindllm.cli.index import index
-from bindllm.model.cache import CacheConfig
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/cache.md").read_text(encoding="utf-8")
@@ -56,7 +56,7 @@ def test_the_recipe_has_all_settings_with_their_defaults():
 
 def test_the_kinds_are_those_that_are_chosen():
     pytest.importorskip("faiss")
-    limits = [int(number.replace(",", "")) for number in re.findall(r"up to ([\d,]+)", str(rows("pictures")))]
-    kinds = [row[1].strip("`") for row in rows("pictures")]
+    limits = [int(number.replace(",", "")) for number in re.findall(r"up to ([\d,]+)", str(rows("images")))]
+    kinds = [row[1].strip("`") for row in rows("images")]
     assert [choose(limit, 1024)[0] for limit in limits] == kinds[:1]
     assert re.fullmatch(kinds[1].replace("<lists>", r"\d+"), choose(limits[0] + 1, 1024)[0])

@@ -19,8 +19,8 @@ from bindllm.encoders.imagebind.image import depth_input, image_input, thermal_i
 from bindllm.encoders.imagebind.motion import imu_input
 from bindllm.encoders.imagebind.text import Tokenizer
 from bindllm.encoders.imagebind.video import video_input
+from bindllm.encoders.imagebind.vocabulary import tokenizer_tree
 from bindllm.media.maps import open_depth
-from bindllm.quickstart.clip_vocabulary import tokenizer_tree
 from goldens import FOLDER
 from imagebind_small import write_small_imagebind
 

@@ -78,7 +78,7 @@ def test_every_layout_is_in_the_table_and_has_a_command():
 
 
 def test_the_names_of_clips_are_those_that_are_found():
-    from bindllm.evaluation.layouts.sounds import clip_stems
+    from bindllm.evaluation.layouts.files import clip_stems
 
     told = {"id", "Yid", "id_20", "id_20000", "id_20_30"}
     assert told <= set(clip_stems("id", 20, 30))

@@ -92,14 +92,9 @@ def test_a_recipe_runs_and_leaves_its_files(file, parts, tmp_path, monkeypatch):
     adapter = ADAPTER_FILES if recipe["model"].get("adapter") else set()
     assert {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()} == FILES | adapter
     metrics = json.loads((output / "metrics.json").read_text())
-    assert metrics.keys() == {
-        "heldout",
-        "zero_gates",
-        "shuffled",
-        "nearest",
-        "seconds",
-        "trainable_parameters",
-    }
+    assert metrics.keys() == {"tasks", "seconds", "trainable_parameters"}
+    variants = {"model", "no_media", "shuffled_media", "nearest_caption"}
+    assert {task: set(found) for task, found in metrics["tasks"].items()} == {"captions": variants}
     assert metrics["seconds"]["train"] > 0
     with Path("runs", output.name, "metrics.csv").open(newline="") as stream:
         steps = [row["step"] for row in csv.DictReader(stream) if row["train_loss"]]

@@ -1,4 +1,4 @@
-"""Tiny data sets in the layouts of published ones, and an encoder of whose right answers there is no doubt."""
+"""Tiny data sets in the layouts of published ones, and an encoder with known results."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ WORDS = ("nothing", "dog", "cat", "rain", "car", "chair", "lamp", "desk", "speec
 
 
 class WordEncoder:
-    """A file holds words, and so does a text: the embedding is the sum of the axes of the known ones, at unit length.
+    """Files and texts contain words: the embedding is the normalized sum of the axes of the known words.
 
     Args:
-        modalities: what it serves; text by default too.
+        modalities: supported modalities.
         space: name of its joint space.
     """
 
@@ -49,7 +49,7 @@ class WordEncoder:
             raise MediaError(f"{media.name}: cannot be read ({error})") from error
         if "broken" in words:
             raise MediaError(f"{media.name}: broken")
-        words = "".join(letter if letter.isalpha() else " " for letter in words.lower()).split()
+        words = "".join(char if char.isalpha() else " " for char in words.lower()).split()
         axes = torch.tensor([float(words.count(word)) for word in WORDS])
         return axes if axes.any() else torch.eye(len(WORDS))[0]
 
@@ -81,14 +81,14 @@ SYNSETS = {"n00000001": "dog, domestic dog", "n00000002": "cat", "n00000003": "r
     "n00000005": "chair",
     "n00000006": "lamp",
 }
-PICTURES = {"n00000001": ["dog", "dog two", "cat"], "n00000002": ["cat"]}
+IMAGES = {"n00000001": ["dog", "dog two", "cat"], "n00000002": ["cat"]}
 """Three of the four are right: 0.75, by class 2/3 and 1."""
 
 
 def imagenet(folder: Path) -> Path:
     """`val/<wnid>/*.JPEG` and Kaggle's table of names."""
     write(folder / "LOC_synset_mapping.txt", "".join(f"{key} {names}\n" for key, names in SYNSETS.items()))
-    for key, contents in PICTURES.items():
+    for key, contents in IMAGES.items():
         for number, words in enumerate(contents):
             write(folder / "val" / key / f"ILSVRC2012_val_{key}{number}.JPEG", words)
     write(folder / "val" / "n00000001" / "._ILSVRC2012_val_0.JPEG", "left by an archive of macOS")
@@ -99,7 +99,7 @@ def imagenet_flat(folder: Path) -> Path:
     """The flat validation folder of the Kaggle release, with its solution."""
     write(folder / "LOC_synset_mapping.txt", "".join(f"{key} {names}\n" for key, names in SYNSETS.items()))
     rows = []
-    for key, contents in PICTURES.items():
+    for key, contents in IMAGES.items():
         for number, words in enumerate(contents):
             name = f"ILSVRC2012_val_{key}{number}"
             write(folder / "ILSVRC/Data/CLS-LOC/val" / f"{name}.JPEG", words)
@@ -209,7 +209,7 @@ def coco(folder: Path) -> Path:
 
 
 def coco_karpathy(folder: Path) -> Path:
-    """Karpathy's splits over the pictures of 2017, which lie in other folders and have lost their prefix."""
+    """Karpathy's splits over the images of 2017, which are in other folders and have lost their prefix."""
     write_json(
         folder / "dataset_coco.json", {"dataset": "coco", "images": karpathy("COCO_val2014_{:012}.jpg")}
     )
@@ -219,7 +219,7 @@ def coco_karpathy(folder: Path) -> Path:
 
 
 def karpathy(name: str) -> list[dict]:
-    """Two test pictures and one of the training split."""
+    """Two test images and one of the training split."""
     images = []
     for number, captions in enumerate([*CLIPS.values(), ["wind"]]):
         sentences = [{"raw": caption, "tokens": caption.split()} for caption in captions]
@@ -230,7 +230,7 @@ def karpathy(name: str) -> list[dict]:
 
 
 def flickr30k(folder: Path) -> Path:
-    """Karpathy's split, and a folder of pictures."""
+    """Karpathy's split, and a folder of images."""
     write_json(folder / "dataset_flickr30k.json", {"images": karpathy("{}.jpg")})
     for number, words in enumerate(CLIPS):
         write(folder / "flickr30k-images" / f"{number}.jpg", words)

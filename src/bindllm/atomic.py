@@ -1,7 +1,8 @@
-"""Writing files so that a reader sees the old content or the new, never a part of either."""
+"""Writing files so that a reader sees the old content or the new, never a part of either; the checksum of a file."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -118,3 +119,14 @@ def write_json(path: str | Path, value: Any) -> None:
     """Write ``value`` as indented JSON, atomically."""
     with atomic_file(path) as part:
         part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def file_sha256(path: str | Path, *, prefix: bytes = b"") -> str:
+    """Return the sha256 of a file's content after ``prefix``, in hex; reads it in pieces.
+
+    Example:
+        >>> file_sha256(os.devnull)[:8]
+        'e3b0c442'
+    """
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.sha256(prefix)).hexdigest()

@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
+
+ASSET_FOLDERS = {
+    "smollm2-135m-instruct": "checkpoints/smollm2-135m-instruct",
+    "efficientnet-lite0": "checkpoints/efficientnet-lite0",
+    "minilm": "checkpoints/minilm-l6",
+    "openmoji": "data/openmoji",
+    "stamps": "data/stamps",
+    "easyvqa": "data/easyvqa",
+    "clip-vocabulary": "checkpoints/clip-vocabulary",
+}
+"""Folder of each quickstart asset, relative to the working directory. It is kept here, and not in
+`bindllm.quickstart`, because every room suggests ``bindllm fetch`` when such a folder is missing."""
 
 
 class BindLLMError(Exception):
@@ -76,5 +90,37 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def printable(text: str) -> str:
-    """Return a text as it may be shown on a terminal: control characters become ``?``."""
+    r"""Return a text as it may be shown on a terminal: control characters, such as escape sequences, become "?".
+
+    Example:
+        >>> printable("red\x1b[31m")
+        'red?[31m'
+    """
     return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def known_asset(path: str | Path, *, root: Path = Path(".")) -> str | None:
+    """Return the name of the quickstart asset whose folder is, or contains, ``path``.
+
+    Example:
+        >>> known_asset("./data/openmoji/captions.jsonl")
+        'openmoji'
+    """
+    given = Path(os.path.abspath(root / path))
+    for name, folder in ASSET_FOLDERS.items():
+        if given.is_relative_to(os.path.abspath(root / folder)):
+            return name
+    return None
+
+
+def fetch_hint(path: str | Path) -> str:
+    """Return a sentence for an error about a missing path: how to fetch it, or "" if it is not an asset.
+
+    Example:
+        >>> fetch_hint("data/stamps")
+        ' It is part of the quickstart; run: bindllm fetch stamps'
+        >>> fetch_hint("data/mine")
+        ''
+    """
+    name = known_asset(path)
+    return f" It is part of the quickstart; run: bindllm fetch {name}" if name else ""

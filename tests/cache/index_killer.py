@@ -1,6 +1,6 @@
-"""Run by test_index_stopped.py: does something to an index, and is killed at the n-th change to the disk.
+"""Run by test_index_files.py: changes an index, and is killed at the n-th change to the disk.
 
-Forks once for each change, after everything is imported and before any thread runs; prints how many there were.
+Forks once for each change, after everything is imported and before any thread runs; prints the number of changes.
 """
 
 import json
@@ -14,7 +14,6 @@ import faiss
 import torch
 
 from bindllm import EmbeddingStore
-from bindllm.cache import index_writer
 from bindllm.cache.index import VectorIndex
 from index_stores import picture_keys
 from store_parts import FINGERPRINT
@@ -22,7 +21,7 @@ from store_parts import FINGERPRINT
 
 def operations(folder: Path, store: EmbeddingStore) -> dict:
     return {
-        "build": lambda: VectorIndex.build(folder, store, factory="Flat"),
+        "build": lambda: VectorIndex.build(folder, store),
         "update": lambda: VectorIndex.update(folder, store, keys=store.keys("image")),
         "remove": lambda: VectorIndex.remove(folder, picture_keys(0, 5, 11)),
     }
@@ -58,7 +57,6 @@ def die_at(point: int) -> None:
 
 def main(base: Path) -> None:
     torch.set_num_threads(1)
-    index_writer.PART_BYTES = 10 * 16 * 4
     counts = {}
     for name in ("build", "update", "remove"):
         for point in range(1000):

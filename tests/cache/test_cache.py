@@ -1,4 +1,4 @@
-"""The visual cache: the published formula to the last digit, whatever the batch, and what it refuses."""
+"""The visual cache: the published formula to the last digit, whatever the batch, and the inputs that it refuses."""
 
 from pathlib import Path
 
@@ -8,12 +8,13 @@ import torch
 from torch import nn
 
 from bindllm import BindLLM, EmbeddingStore, Media, VisualCache
-from bindllm.cache.index import unit_rows
+from bindllm.cache.blend import unit_rows
+from bindllm.cache.settings import CacheConfig
 from bindllm.errors import InputError, StoreError
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.decoder import DecoderConfig
 from goldens import fill_input, golden
-from store_parts import FINGERPRINT, expected, pictures, run
+from store_parts import FINGERPRINT, expected, run, write_images
 from tiny import ColourEncoder, save_tiny_decoder
 
 faiss = pytest.importorskip("faiss")
@@ -59,10 +60,10 @@ def published(tmp_path_factory) -> tuple[VisualCache, torch.Tensor]:
     return VisualCache.open_bare(file, FINGERPRINT), torch.from_numpy(unit_rows(queries) * PUBLISHED_NORM)
 
 
-def test_the_published_feature_and_neighbours(published):
+def test_the_published_feature_and_neighbors(published):
     cache, queries = published
     expected = golden("imagebind_llm_tiny")
-    assert np.array_equal(cache.neighbours(queries).numpy(), expected["cache/neighbours"])
+    assert np.array_equal(cache.neighbors(queries).numpy(), expected["cache/neighbours"])
     found = cache.blend(queries, temperature=20.0)
     np.testing.assert_allclose(found.numpy(), expected["cache/feature"], atol=1e-7, rtol=0)
     one_by_one = torch.cat([cache.blend(query[None], temperature=20.0) for query in queries])
@@ -96,16 +97,16 @@ def test_a_row_does_not_depend_on_its_batch(tmp_path, factory, monkeypatch):
     whole = cache.blend(queries, top_k=9)
     # Enough for Faiss to multiply matrices, which rounds otherwise.
     assert torch.equal(cache.blend(queries.repeat(50, 1), top_k=9), whole.repeat(50, 1))
-    monkeypatch.setattr("bindllm.cache.visual_cache._NUMBERS", 64 * 17 * 7)
+    monkeypatch.setattr("bindllm.cache.visual_cache._FLOATS", 64 * 17 * 7)
     assert torch.equal(cache.blend(queries, top_k=9), whole)
     assert torch.equal(torch.cat([cache.blend(query[None], top_k=9) for query in queries]), whole)
     assert torch.equal(cache.blend(queries.flip(0), top_k=9).flip(0), whole)
 
 
-def test_equal_neighbours_come_in_the_order_of_their_numbers(tmp_path):
+def test_equal_neighbors_come_in_the_order_of_their_numbers(tmp_path):
     cache = open_cache(tmp_path, np.repeat(random_rows(2), 6, axis=0)[::-1].copy())
     queries = torch.from_numpy(random_rows(2).repeat(15, axis=0))
-    assert cache.neighbours(queries, 4).tolist() == [[6, 7, 8, 9]] * 15 + [[0, 1, 2, 3]] * 15
+    assert cache.neighbors(queries, 4).tolist() == [[6, 7, 8, 9]] * 15 + [[0, 1, 2, 3]] * 15
 
 
 def test_what_was_not_found_comes_last_also_where_all_else_points_away(tmp_path, monkeypatch):
@@ -113,25 +114,25 @@ def test_what_was_not_found_comes_last_also_where_all_else_points_away(tmp_path,
     cache = open_cache(tmp_path, rows)
     query = -rows[4:5] - 0.1 * rows[7:8]
     monkeypatch.setattr(type(cache.index), "search", lambda *_: np.array([[-1, 4, -1, 7]]))
-    assert cache.neighbours(torch.from_numpy(query), 3)[0].tolist() == [7, 4, -1]
+    assert cache.neighbors(torch.from_numpy(query), 3)[0].tolist() == [7, 4, -1]
     found = cache.blend(torch.from_numpy(query), top_k=2, weight=0.3)
     np.testing.assert_allclose(found[0], by_hand(query[0], rows[[4, 7]], weight=0.3), atol=1e-7, rtol=0)
 
 
-def test_fewer_rows_than_neighbours(tmp_path):
+def test_fewer_rows_than_neighbors(tmp_path):
     rows, query = random_rows(3), random_rows(1, seed=1)
     cache = open_cache(tmp_path, rows)
     np.testing.assert_allclose(
         cache.blend(torch.from_numpy(query))[0], by_hand(query[0], rows), atol=1e-7, rtol=0
     )
-    assert sorted(cache.neighbours(torch.from_numpy(query))[0].tolist()) == [0, 1, 2]
+    assert sorted(cache.neighbors(torch.from_numpy(query))[0].tolist()) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("formula", ["released", "paper"])
-def test_neighbours_that_an_inverted_file_does_not_find_are_masked(tmp_path, formula):
+def test_neighbors_that_an_inverted_file_does_not_find_are_masked(tmp_path, formula):
     rows, queries = random_rows(64), random_rows(6, seed=1)
     cache = open_cache(tmp_path, rows, "IVF16,Flat")
-    numbers = cache.neighbours(torch.from_numpy(queries), 20)
+    numbers = cache.neighbors(torch.from_numpy(queries), 20)
     assert (numbers == -1).any(dim=1).all()
     found = cache.blend(torch.from_numpy(queries), top_k=20, formula=formula)
     for query, row, ids in zip(queries, found, numbers, strict=True):
@@ -172,7 +173,7 @@ def test_weight_zero_is_the_identity_bit_for_bit(published):
     found.zero_()
     assert queries.any()
     assert cache.blend(queries[:0]).shape == (0, 1024)
-    assert cache.neighbours(queries[:0]).shape == (0, 10)
+    assert cache.neighbors(queries[:0]).shape == (0, 10)
 
 
 def test_the_length_of_a_query_does_not_matter(published):
@@ -231,6 +232,8 @@ def test_settings_out_of_range(tmp_path, settings, message):
         cache.blend(torch.ones(1, 24), **settings)
     with pytest.raises(InputError, match=message):
         VisualCache(cache.index, **settings)
+    with pytest.raises(InputError, match=message):
+        CacheConfig("caches/a", **settings)
 
 
 def test_large_temperatures_do_not_overflow(tmp_path):
@@ -253,14 +256,14 @@ class Senses(ColourEncoder):
 
 @pytest.fixture
 def built(tmp_path) -> VisualCache:
-    media = pictures(tmp_path / "pictures", 12)
+    media = write_images(tmp_path / "pictures", 12)
     run(tmp_path / "store", media)
     store = EmbeddingStore.for_encoder(tmp_path / "store", ColourEncoder())
     return VisualCache.build(tmp_path / "cache", store, top_k=3)
 
 
 def test_a_cache_is_built_from_a_store_and_opened_again(built, tmp_path):
-    rows = expected(pictures(tmp_path / "pictures", 12))
+    rows = expected(write_images(tmp_path / "pictures", 12))
     query = torch.from_numpy(random_rows(1, 16, seed=4))
     again = VisualCache.open(tmp_path / "cache", top_k=3)
     assert torch.equal(again.blend(query), built.blend(query))
@@ -268,13 +271,13 @@ def test_a_cache_is_built_from_a_store_and_opened_again(built, tmp_path):
         built.blend(query)[0], by_hand(query[0].numpy(), rows.numpy(), top_k=3), atol=3e-7
     )
     assert len(again) == 12
-    next((tmp_path / "cache").glob("part-*.faiss")).write_bytes(b"")
-    with pytest.raises(StoreError, match=r"part-[0-9a-f]+\.faiss is not the file"):
+    next((tmp_path / "cache").glob("vectors-*.faiss")).write_bytes(b"")
+    with pytest.raises(StoreError, match=r"vectors-[0-9a-f]+\.faiss is not the file"):
         VisualCache.open(tmp_path / "cache")
 
 
 def test_groups_with_a_picture_stay_as_they_are_unless_asked(built, tmp_path):
-    picture, text = pictures(tmp_path / "pictures", 1)[0], Media.text("a dog")
+    picture, text = write_images(tmp_path / "pictures", 1)[0], Media.text("a dog")
     groups = [[picture], [text], [picture, text]]
     embeddings = nn.functional.normalize(
         torch.randn(3, 16, generator=torch.Generator().manual_seed(0)), dim=1
@@ -304,7 +307,7 @@ def model(tmp_path_factory) -> BindLLM:
 
 
 def test_the_model_answers_from_the_blended_embedding(model, built, tmp_path, monkeypatch):
-    picture, text = pictures(tmp_path / "pictures", 1)[0], Media.text("a dog")
+    picture, text = write_images(tmp_path / "pictures", 1)[0], Media.text("a dog")
     plain, blended = model.encode([picture, text]), model.encode([picture, text], cache=built)
     assert torch.equal(blended[0], plain[0])
     assert torch.equal(blended[1:], built.blend(plain[1:]))

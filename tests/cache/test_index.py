@@ -1,18 +1,17 @@
-"""The vector index: built from a store in parts, and the same whatever the number of parts."""
+"""The vector index: built from a store, searched, and opened from a single Faiss file."""
 
 import json
+import sys
 import threading
-import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 
-from bindllm.cache import factories, index_writer
+from bindllm.cache import factories
+from bindllm.cache.folder import MANIFEST
 from bindllm.cache.index import VectorIndex
-from bindllm.cache.manifest import MANIFEST
-from bindllm.cache.parts import Part
 from bindllm.errors import InputError, MissingExtraError, StoreError
 from index_stores import expected_rows, file_names, held, holds, picture_keys, picture_store
 from store_parts import FINGERPRINT, SIZE, add, keys_of, open_store, texts, vectors
@@ -22,6 +21,7 @@ faiss = pytest.importorskip("faiss")
 LOSSY = {
     "Flat": 0.0,
     "SQfp16": 1e-3,
+    "SQ8": 0.02,
     "HNSW8": 0.0,
     "IVF4,Flat": 0.0,
     "IVF4,SQ8": 0.02,
@@ -29,59 +29,48 @@ LOSSY = {
     "IVF4,PQ8x4fs,Refine(SQfp16)": 1e-3,
     "OPQ8,IVF4,PQ8x4fs,RFlat": 0.0,
 }
-"""How far a vector may be from the one that went in, by kind."""
+"""Largest difference of a vector from the one that was built, by kind."""
 
 
-def parts_of(monkeypatch, rows: int, width: int = 16) -> None:
-    """Cut an exact index into parts of so many rows."""
-    monkeypatch.setattr(index_writer, "PART_BYTES", rows * width * 4)
-
-
-@pytest.mark.parametrize("part_rows", [1000, 30])
-def test_every_row_of_the_modality_is_there_once_in_the_order_of_the_keys(tmp_path, monkeypatch, part_rows):
-    monkeypatch.setattr(index_writer, "CHUNK", 7)
-    parts_of(monkeypatch, part_rows)
+def test_every_row_of_the_modality_is_there_once_in_the_order_of_the_keys(tmp_path, monkeypatch):
+    monkeypatch.setattr(factories, "CHUNK", 7)
     store = picture_store(tmp_path / "store", 250)
     store.append(keys_of(texts(1)), torch.ones(1, 16), texts(1))
-    # The same shard twice, as two processes leave it that filled the store at the same time.
+    # The same shard twice, as left by two processes that filled the store at the same time.
     shard = next(store.folder.glob("embeddings-*.arrow"))
     shard.with_name("embeddings-again.arrow").write_bytes(shard.read_bytes())
     index = VectorIndex.build(tmp_path / "index", store)
     keys = sorted(picture_keys(*range(250)))
     rows = expected_rows(store, keys)
     assert (len(index), index.info.factory) == (250, "Flat")
-    assert len(index.info.parts) == -(-250 // part_rows)
     assert index.keys(np.arange(250)) == keys == store.keys("image")
     assert np.array_equal(index.vectors(np.arange(250)), rows)
-    # Faiss counts otherwise for one query than for many.
+    # Faiss computes one query differently from many.
     for some in (rows, rows[[200]]):
         order = np.argsort(-(some.astype(np.float64) @ rows.T), axis=1)[:, :12]
         assert np.array_equal(index.search(some, 12), order)
-    told = json.loads((tmp_path / "index" / MANIFEST).read_text())
-    assert (told["fingerprint"], told["count"], told["embedding_size"]) == (FINGERPRINT, 250, 16)
+    written = json.loads((tmp_path / "index" / MANIFEST).read_text())
+    assert (written["fingerprint"], written["count"], written["embedding_size"]) == (FINGERPRINT, 250, 16)
 
 
-def test_the_same_embeddings_give_the_same_files_whatever_the_order_they_came_in(tmp_path):
+def test_the_same_embeddings_give_the_same_files_in_whatever_order_they_came(tmp_path):
     content = []
     for name, order in (("a", (1, 2, 3)), ("b", (3, 1, 2))):
         store = open_store(tmp_path / name)
         for n in order:
             add(store, n)
         VectorIndex.build(tmp_path / f"index-{name}", store, modality="text")
-        files = sorted((tmp_path / f"index-{name}").glob("part-*"))
+        files = sorted((tmp_path / f"index-{name}").glob("vectors-*"))
         content.append([(file.name, file.read_bytes()) for file in files])
     assert len(content[0]) == 2
     assert content[0] == content[1]
 
 
-@pytest.mark.parametrize("num_parts", [1, 3])
 @pytest.mark.parametrize("factory", LOSSY)
-def test_every_kind_gives_its_vectors_back_and_finds_them(tmp_path, monkeypatch, factory, num_parts):
+def test_every_kind_gives_its_vectors_back_and_finds_them(tmp_path, monkeypatch, factory):
+    monkeypatch.setattr(factories, "CHUNK", 70)
     store = picture_store(tmp_path / "store", 300)
-    per_row = factories.bytes_per_row(factories.make_index(factory, 16))
-    monkeypatch.setattr(index_writer, "PART_BYTES", per_row * (300 // num_parts))
     index = VectorIndex.build(tmp_path / "index", store, factory=factory)
-    assert len(index.info.parts) == num_parts
     expected = expected_rows(store, store.keys())
     found = index.vectors(np.array([[0, 299], [-1, 5]]))
     assert np.abs(found[0] - expected[[0, 299]]).max() <= LOSSY[factory]
@@ -91,55 +80,33 @@ def test_every_kind_gives_its_vectors_back_and_finds_them(tmp_path, monkeypatch,
     assert index.keys(np.array([7, -1, 299])) == [store.keys()[7], None, store.keys()[299]]
 
 
-def test_fewer_vectors_than_asked_for_and_lists_without_enough(tmp_path, monkeypatch):
-    parts_of(monkeypatch, 5)
+@pytest.mark.parametrize("factory", ["Flat", "SQfp16", "SQ8"])
+def test_a_file_that_is_written_in_chunks_is_the_one_that_faiss_writes(tmp_path, factory):
+    store = picture_store(tmp_path / "store", 300)
+    index = VectorIndex.build(tmp_path / "index", store, factory=factory)
+    rows = expected_rows(store, store.keys())
+    whole = factories.make_index(factory, 16)
+    if not whole.is_trained:
+        whole.train(rows)
+    whole.add(rows)
+    written = (tmp_path / "index" / index.info.file).read_bytes()
+    assert written == faiss.serialize_index(whole).tobytes()
+
+
+def test_fewer_vectors_than_asked_for_and_lists_without_enough(tmp_path):
     store = picture_store(tmp_path / "store", 12)
     queries = expected_rows(store, store.keys())[:4]
     exact = VectorIndex.build(tmp_path / "exact", store)
-    assert len(exact.info.parts) == 3
     assert np.array_equal(np.sort(exact.search(queries, 50), axis=1), np.tile(np.arange(12), (4, 1)))
     lists = VectorIndex.build(tmp_path / "lists", store, factory="IVF4,Flat", search="nprobe=1")
-    search = Part.search
-
-    def careless(*args):
-        # What Faiss says of a place that it could not fill differs from kind to kind.
-        similarities, rows = search(*args)
-        return np.where(rows < 0, np.float32(3e38), similarities), rows
-
-    monkeypatch.setattr(Part, "search", careless)
-    numbers = lists.search(queries, 50)
-    assert numbers.shape == (4, 12)
-    assert np.array_equal(numbers[:, 0], np.arange(4))
-    # All that were found come first, each once, then only -1.
-    for row in numbers:
+    ids = lists.search(queries, 50)
+    assert ids.shape == (4, 12)
+    assert np.array_equal(ids[:, 0], np.arange(4))
+    # Vectors that were found come first, each once, then only -1.
+    for row in ids:
         real = row[row >= 0]
         assert 1 <= len(set(real)) == len(real) < 12
         assert (row[len(real) :] == -1).all()
-
-
-def test_a_build_holds_one_part_in_memory(tmp_path, monkeypatch):
-    """Counted, not weighed: rows in indexes that are alive, and rows that are read at a time."""
-    monkeypatch.setattr(index_writer, "CHUNK", 20)
-    parts_of(monkeypatch, 50)
-    store = picture_store(tmp_path / "store", 430)
-    made, most, reads = [], [], []
-    make, write, get = factories.make_index, index_writer.write_index, store.get
-
-    def noted(*args):
-        index = make(*args)
-        made.append(weakref.ref(index))
-        return index
-
-    def written(*args, **options):
-        most.append(sum(index().ntotal for index in made if index() is not None))
-        return write(*args, **options)
-
-    monkeypatch.setattr(factories, "make_index", noted)
-    monkeypatch.setattr(index_writer, "write_index", written)
-    monkeypatch.setattr(store, "get", lambda keys: reads.append(len(keys)) or get(keys))
-    VectorIndex.build(tmp_path / "index", store, factory="Flat")
-    assert most == [48] * 7 + [47] * 2
-    assert (max(reads), sum(reads)) == (20, 430)
 
 
 def test_training_rows_are_spread_and_bounded(tmp_path, monkeypatch):
@@ -151,10 +118,10 @@ def test_training_rows_are_spread_and_bounded(tmp_path, monkeypatch):
     keys = store.keys()
     trained, added = seen[:256], seen[256:]
     assert added == keys
-    places = [keys.index(key) for key in trained]
-    assert set(np.diff(places)) == {1, 2}
-    assert places[0] == 0
-    assert places[-1] >= 498
+    rows = [keys.index(key) for key in trained]
+    assert set(np.diff(rows)) == {1, 2}
+    assert rows[0] == 0
+    assert rows[-1] >= 498
     monkeypatch.setattr(factories, "TRAIN_BYTES", 300 * 16 * 4)
     monkeypatch.setattr(factories, "ROWS_PER_CENTROID", 64)
     assert factories.train_count(factories.make_index("IVF4,Flat", 16), 10**6) == 300
@@ -164,7 +131,7 @@ def test_training_rows_are_spread_and_bounded(tmp_path, monkeypatch):
     ("options", "message"),
     [
         ({"factory": "Nonsense"}, r"'Nonsense'.*could not parse.*'Flat'"),
-        ({"factory": "PQ7"}, r"'PQ7' of inner product over 16 numbers"),
+        ({"factory": "PQ7"}, r"'PQ7' of inner product with 16 dimensions"),
         ({"factory": "IVF64,Flat"}, "'IVF64,Flat' of 20 vectors.*'auto' chooses"),
         ({"factory": "IVF4,PQ4"}, "'IVF4,PQ4' of 20 vectors.*'auto' chooses"),
         ({"factory": "Flat", "search": "nprobe=3"}, "no search setting 'nprobe'.*exact ones none"),
@@ -172,19 +139,18 @@ def test_training_rows_are_spread_and_bounded(tmp_path, monkeypatch):
         ({"factory": "IVF4,Flat", "search": "nprobe=0"}, "'nprobe=0' is not of the form"),
         ({"factory": "IVF4,Flat", "search": "nprobe"}, "'nprobe' is not of the form"),
         ({"factory": "IVF4,Flat", "search": "nprobe=-1"}, "'nprobe=-1' is not of the form"),
-        ({"keys": []}, "no keys to index"),
+        ({"keys": []}, "the list of keys is empty"),
     ],
 )
-def test_kinds_and_settings_that_cannot_be(tmp_path, options, message):
+def test_kinds_and_settings_that_do_not_exist_leave_neither_a_folder_nor_a_lock(tmp_path, options, message):
+    store = picture_store(tmp_path / "store", 20)
     with pytest.raises(InputError, match=message):
-        VectorIndex.build(tmp_path / "index", picture_store(tmp_path / "store", 20), **options)
-    assert not (tmp_path / "index").exists()
+        VectorIndex.build(tmp_path / "caches" / "index", store, **options)
+    assert not (tmp_path / "caches").exists() or file_names(tmp_path / "caches") == set()
 
 
-def test_search_settings_reach_every_part_and_can_be_changed_when_it_is_opened(tmp_path, monkeypatch):
+def test_search_settings_are_kept_and_can_be_changed_when_it_is_opened(tmp_path):
     store = picture_store(tmp_path / "store", 400)
-    per_row = factories.bytes_per_row(factories.make_index("IVF16,SQ8,RFlat", 16))
-    monkeypatch.setattr(index_writer, "PART_BYTES", per_row * 200)
     VectorIndex.build(tmp_path / "index", store, factory="IVF16,SQ8,RFlat", search="nprobe=1")
     queries = np.random.default_rng(0).standard_normal((50, 16), np.float32)
     rows = expected_rows(store, store.keys())
@@ -222,39 +188,17 @@ def test_a_store_without_such_embeddings_or_with_one_of_no_direction(tmp_path):
     assert not (tmp_path / "index").exists()
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_a_build_that_ends_while_writing_leaves_the_old_index(tmp_path, monkeypatch, error):
-    store = picture_store(tmp_path / "a", 20)
-    VectorIndex.build(tmp_path / "index", store)
-    before = file_names(tmp_path / "index")
-    write, calls = faiss.write_index, []
-
-    def stopped(index, path):
-        calls.append(path)
-        write(index, path)
-        if len(calls) == 3:
-            raise error
-
-    monkeypatch.setattr(faiss, "write_index", stopped)
-    parts_of(monkeypatch, 6)
-    with pytest.raises(StoreError if isinstance(error, OSError) else KeyboardInterrupt):
-        VectorIndex.build(tmp_path / "index", picture_store(tmp_path / "b", 30))
-    assert holds(VectorIndex.open(tmp_path / "index"), store, *range(20))
-    assert file_names(tmp_path / "index") == before
-    assert file_names(tmp_path) == {"a", "b", "index"}
-
-
-def test_queries_and_numbers_that_do_not_fit(tmp_path):
+def test_queries_and_ids_that_do_not_fit(tmp_path):
     index = VectorIndex.build(tmp_path / "index", picture_store(tmp_path / "store", 20))
     for queries in (np.ones((2, 15), np.float32), np.ones(16, np.float32)):
         with pytest.raises(InputError, match=r"takes queries \[N, 16\]"):
             index.search(queries, 1)
     for ask in (index.vectors, index.keys):
-        with pytest.raises(InputError, match="has 20 vectors, and none with the number 20"):
+        with pytest.raises(InputError, match="has 20 vectors; the id 20 does not exist"):
             ask(np.array([3, 20]))
 
 
-def test_faiss_keeps_to_the_threads_of_torch_in_every_thread(tmp_path):
+def test_faiss_uses_the_threads_of_torch_in_every_thread(tmp_path):
     index = VectorIndex.build(tmp_path / "index", picture_store(tmp_path / "store", 20))
     found = []
 
@@ -285,21 +229,74 @@ def test_threads_may_ask_for_vectors_of_inverted_lists_at_once(tmp_path):
                 assert np.array_equal(found, expected)
 
 
-def test_an_index_that_cannot_give_vectors_back_is_refused(tmp_path):
-    bare = faiss.IndexIDMap(faiss.IndexFlatIP(SIZE))
-    bare.add_with_ids(vectors(1, 2).numpy(), np.array([5, 6]))
-    faiss.write_index(bare, str(tmp_path / "ids.index"))
-    with pytest.raises(StoreError, match=r"ids\.index: .*IndexIDMap cannot give its vectors back"):
-        VectorIndex.open_bare(tmp_path / "ids.index", FINGERPRINT)
-
-
-def test_a_missing_faiss_is_told_with_its_extra(tmp_path, monkeypatch):
+def test_a_missing_faiss_is_reported_with_its_extra(tmp_path, monkeypatch):
     store = picture_store(tmp_path / "store", 20)
     VectorIndex.build(tmp_path / "index", store)
-    monkeypatch.setitem(__import__("sys").modules, "faiss", None)
+    monkeypatch.setitem(sys.modules, "faiss", None)
     for ask in (
         lambda: VectorIndex.open(tmp_path / "index"),
         lambda: VectorIndex.build(tmp_path / "i", store),
     ):
         with pytest.raises(MissingExtraError, match=r"bindllm\[cache\]"):
             ask()
+
+
+@pytest.mark.parametrize("factory", ["IVF4,PQ8x4fs", "IDMap,Flat", "LSH"])
+def test_a_kind_that_cannot_give_its_vectors_back_does_not_replace_an_index(tmp_path, factory):
+    store = picture_store(tmp_path / "store", 300)
+    before = held(VectorIndex.build(tmp_path / "index", store))
+    with pytest.raises((StoreError, InputError), match="cannot (reconstruct its vectors|build)"):
+        VectorIndex.build(tmp_path / "index", store, factory=factory)
+    assert held(VectorIndex.open(tmp_path / "index")) == before
+
+
+# ---- Single Faiss files
+
+
+@pytest.mark.parametrize("content", [b"", b"Ix", b"not an index at all" * 50, b"IxFI" + b"\x00" * 20])
+def test_a_bare_file_that_is_not_an_index(tmp_path, content):
+    (tmp_path / "knn.index").write_bytes(content)
+    with pytest.raises(StoreError, match=r"knn\.index cannot be read as a Faiss index"):
+        VectorIndex.open_bare(tmp_path / "knn.index", FINGERPRINT)
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF2,SQ8", "HNSW8", "IVF2,PQ2x4fs,Refine(SQfp16)"])
+def test_a_bare_file_that_is_cut_off_anywhere(tmp_path, factory):
+    index = faiss.index_factory(SIZE, factory, faiss.METRIC_INNER_PRODUCT)
+    rows = np.random.default_rng(0).standard_normal((40, SIZE), np.float32)
+    if not index.is_trained:
+        index.train(rows)
+    index.add(rows)
+    file = tmp_path / "knn.index"
+    faiss.write_index(index, str(file))
+    content = file.read_bytes()
+    assert len(VectorIndex.open_bare(file, FINGERPRINT)) == 40
+    for size in range(0, len(content), max(1, len(content) // 60)):
+        file.write_bytes(content[:size])
+        with pytest.raises(StoreError, match=r"knn\.index"):
+            VectorIndex.open_bare(file, FINGERPRINT)
+
+
+def test_bare_files_of_another_metric_without_vectors_or_that_cannot_give_them_back(tmp_path):
+    with pytest.raises(StoreError, match="does not exist"):
+        VectorIndex.open_bare(tmp_path / "nowhere.index", FINGERPRINT)
+    mapped = faiss.IndexIDMap(faiss.IndexFlatIP(SIZE))
+    mapped.add_with_ids(vectors(1, 2).numpy(), np.array([5, 6]))
+    for index, message in (
+        (faiss.IndexFlatL2(SIZE), " is an?.* another metric"),
+        (faiss.IndexFlatIP(SIZE), " is an?.* empty index"),
+        (mapped, ": .*IndexIDMap cannot reconstruct its vectors"),
+    ):
+        faiss.write_index(index, str(tmp_path / "a.index"))
+        with pytest.raises(StoreError, match=rf"a\.index{message}"):
+            VectorIndex.open_bare(tmp_path / "a.index", FINGERPRINT)
+
+
+def test_the_vectors_of_a_bare_file_have_no_keys(tmp_path):
+    index = faiss.IndexFlatIP(SIZE)
+    index.add(np.eye(SIZE, dtype=np.float32))
+    faiss.write_index(index, str(tmp_path / "knn.index"))
+    bare = VectorIndex.open_bare(tmp_path / "knn.index", FINGERPRINT)
+    assert bare.keys(np.array([0, -1])) == [None, None]
+    assert (bare.info.fingerprint, bare.info.count, bare.info.embedding_size) == (FINGERPRINT, SIZE, SIZE)
+    assert bare.open_store() is None

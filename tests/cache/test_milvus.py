@@ -38,11 +38,11 @@ def client_of(path: Path) -> "pymilvus.MilvusClient":
     return pymilvus.MilvusClient(str(path), dedicated=True)
 
 
-def test_the_same_neighbours_and_mixtures_as_with_faiss(built):
+def test_the_same_neighbors_and_mixtures_as_with_faiss(built):
     _, cache, faiss_cache = built
     queries = torch.from_numpy(unit_queries(64))
     for top_k in (1, 10, 290):
-        assert torch.equal(cache.neighbours(queries, top_k), faiss_cache.neighbours(queries, top_k))
+        assert torch.equal(cache.neighbors(queries, top_k), faiss_cache.neighbors(queries, top_k))
     for formula in ("released", "paper"):
         found, expected = (one.blend(queries, formula=formula) for one in (cache, faiss_cache))
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
@@ -84,11 +84,11 @@ def test_a_large_store_is_written_in_several_requests(tmp_path, monkeypatch):
         assert np.array_equal(index.vectors(np.arange(50)), expected_rows(store))
 
 
-def test_fewer_rows_than_neighbours(tmp_path):
+def test_fewer_rows_than_neighbors(tmp_path):
     store = picture_store(tmp_path / "store", 3)
     with MilvusIndex.build(tmp_path / "a.db", store) as index:
         cache = VisualCache(index, temperature=20.0)
-        assert sorted(cache.neighbours(torch.from_numpy(unit_queries(1)))[0].tolist()) == [0, 1, 2]
+        assert sorted(cache.neighbors(torch.from_numpy(unit_queries(1)))[0].tolist()) == [0, 1, 2]
         query = torch.from_numpy(unit_queries(1)).double()
         rows = torch.from_numpy(expected_rows(store)).double()
         mixed = torch.nn.functional.normalize(torch.softmax(20 * query @ rows.T, dim=1) @ rows)
@@ -266,7 +266,7 @@ def test_a_collection_that_has_lost_a_row_is_refused_at_opening_and_in_use(tmp_p
         index._server.call("delete", name, ids=[7])
         with pytest.raises(StoreError, match="gave 2 of 3 rows: it was built again or changed"):
             index.vectors(np.array([6, 7, 8]))
-        with pytest.raises(StoreError, match="found 19 of 20 neighbours although its index is exact"):
+        with pytest.raises(StoreError, match="found 19 of 20 neighbors although its index is exact"):
             index.search(unit_queries(1), 20)
         with pytest.raises(StoreError, match="has 19 rows, expected 20"):
             MilvusIndex.open(tmp_path / "a.db")

@@ -149,8 +149,8 @@ def hits(*numbers: int) -> list[dict]:
         ([], "answered 0 of 2 queries"),
         ([hits(1, 2)] * 3, "answered 3 of 2 queries"),
         ([hits(1, 2), hits(1, 2, 3)], "answered 2 of 2 queries"),
-        ([hits(1, 2), hits(1)], "found 1 of 2 neighbours although its index is exact"),
-        ([hits(1, 2), []], "found 0 of 2 neighbours"),
+        ([hits(1, 2), hits(1)], "found 1 of 2 neighbors although its index is exact"),
+        ([hits(1, 2), []], "found 0 of 2 neighbors"),
         ([hits(1, 2), hits(1, 30)], "names the vector 30 of 30"),
     ],
 )

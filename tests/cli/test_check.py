@@ -289,7 +289,7 @@ def test_the_cache_of_a_recipe(parts, capsys):
     assert run("check", tiny_recipe(parts), "--model.cache", "caches/a") == 0
     assert "the visual cache caches/a does not exist" in capsys.readouterr().out
     assert run("check", tiny_recipe(parts), "--model.cache", "{fodler: caches/a}") == 1
-    assert "expected the path of a folder, or of settings folder, top_k" in capsys.readouterr().out
+    assert "expected the path of a folder, or a mapping with the keys folder" in capsys.readouterr().out
     recipe = tiny_recipe(parts)
     for entry, close in (({"topk": 3}, "top_k"), ({"formula": "releasedd"}, "released")):
         recipe["model"]["cache"] = {"folder": "caches/a", **entry}
@@ -315,7 +315,7 @@ def test_the_cache_of_a_checkpoint(parts, capsys):
     assert "bindllm index caches/own --checkpoint checkpoints/model" in told
     VectorIndex.build("caches/own", filled_store(Path("store"), write_pictures(Path("pictures"), 3)))
     assert main(line) == 0
-    next(Path("caches/own").glob("part-*.faiss")).write_bytes(b"")
+    next(Path("caches/own").glob("vectors-*.faiss")).write_bytes(b"")
     # Told beside what else is wrong.
     (parts / "decoder").rename(parts / "moved")
     assert main(line) == 1

@@ -261,7 +261,8 @@ def test_embed_fills_the_store_once(parts, tmp_path, monkeypatch, capsys):
 
 
 def test_validate_and_test_measure_the_trained_folder(here, parts, capsys):
-    held_out = json.loads(Path("checkpoints/tiny/metrics.json").read_text())["heldout"]["loss"]
+    metrics = json.loads(Path("checkpoints/tiny/metrics.json").read_text())
+    held_out = metrics["tasks"]["captions"]["model"]["loss"]
     assert run("test", tiny_recipe(parts)) == 0
     name, loss = capsys.readouterr().out.split()
     assert name == "test_loss"

@@ -19,8 +19,8 @@ from transformers import LlamaForCausalLM
 from bindllm import BindLLM, Media
 from bindllm.cli import main
 from bindllm.convert.imagebind import convert_imagebind, published_shapes
+from bindllm.encoders.imagebind.vocabulary import tokenizer_tree
 from bindllm.encoders.pointbind import PointBind
-from bindllm.quickstart.clip_vocabulary import tokenizer_tree
 from goldens import fill, filled, keys, make_image, make_wave
 from imagebind_llm_tiny import ALLOW, published, write_base
 from tiny import tiny_tokenizer
@@ -282,7 +282,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_file_is_read(tmp
         ("", "is the folder that this command runs in"),
         ("../empty", "is the folder that this command runs in"),
         (tmp_path / "file", "exists and is not empty"),
-        (tmp_path / "file" / "m", "file is a file; choose another place"),
+        (tmp_path / "file" / "m", "file is a file; choose another folder"),
     ):
         code, _, err = run(capsys, "nowhere.pth", "--output", output)
         assert code == 1

@@ -9,7 +9,7 @@ import pytest
 import tiny_layouts as tiny
 from bindllm.cache.visual_cache import VisualCache
 from bindllm.cli import main
-from bindllm.embeddings.embedder import fill
+from bindllm.embeddings.precompute import precompute_embeddings
 from bindllm.embeddings.store import EmbeddingStore
 from bindllm.media import Media
 
@@ -58,8 +58,8 @@ def test_what_is_missing_is_printed(capsys):
     assert main(["evaluate", "audiocaps", "set", *ENCODER]) == 0
     told = capsys.readouterr().out
     assert "1 of 3 audio media measured" in told
-    assert "left out: 1 x the file is not there (vanishedxxx from 20 s)" in told
-    assert "left out: 1 x the file cannot be read (set/audio/rain1.wav: broken)" in told
+    assert "skipped: 1 x the file does not exist (vanishedxxx from 20 s)" in told
+    assert "skipped: 1 x the file cannot be read (set/audio/rain1.wav: broken)" in told
 
 
 def test_names_of_files_do_not_command_the_terminal(capsys):
@@ -69,7 +69,7 @@ def test_names_of_files_do_not_command_the_terminal(capsys):
     )
     assert main(["evaluate", "esc50", "set", *ENCODER]) == 0
     told = capsys.readouterr().out
-    assert "1 x the file is not there (?[31m.wav)" in told
+    assert "1 x the file does not exist (?[31m.wav)" in told
     assert "\x1b" not in told
 
 
@@ -114,7 +114,7 @@ def test_columns_of_a_table():
 def test_a_cache_from_its_folder(capsys):
     encoder = tiny.WordEncoder()
     store = EmbeddingStore.for_encoder("pictures", encoder)
-    fill(store, encoder, [Media.image(tiny.write(Path("a.png"), "dog dog rain"))])
+    precompute_embeddings(store, encoder, [Media.image(tiny.write(Path("a.png"), "dog dog rain"))])
     VisualCache.build("cache", store)
     tiny.write(Path("set/dog/a.wav"), "dog dog dog dog rain rain rain rain rain")
     tiny.write(Path("set/rain/b.wav"), "rain")

@@ -62,20 +62,16 @@ def trained(tmp_path_factory):
 def test_it_learns_to_look(trained, monkeypatch):
     monkeypatch.chdir(trained)
     metrics = json.loads(Path("checkpoints/tiny/metrics.json").read_text())
-    assert metrics.keys() == {
-        "test",
-        "question_only",
-        "shuffled",
-        "blind",
-        "seconds",
-        "trainable_parameters",
-    }
-    assert metrics["test"]["count_by_type"] == {"colour": 4, "yes/no": 4}
-    assert metrics["test"]["accuracy"] == 1
+    assert metrics.keys() == {"tasks", "seconds", "trainable_parameters"}
+    assert metrics["tasks"].keys() == {"answers"}
+    metrics = metrics["tasks"]["answers"]
+    assert metrics.keys() == {"model", "no_media", "shuffled_media", "majority_answer"}
+    assert metrics["model"]["count_by_type"] == {"colour": 4, "yes/no": 4}
+    assert metrics["model"]["accuracy"] == 1
     # One of four colours, and three of four are not red.
-    assert metrics["question_only"]["by_type"] == {"colour": 0.25, "yes/no": 0.75}
-    assert metrics["shuffled"]["accuracy"] < 0.8
-    assert metrics["blind"]["by_type"]["colour"] <= 0.25
+    assert metrics["majority_answer"]["by_type"] == {"colour": 0.25, "yes/no": 0.75}
+    assert metrics["shuffled_media"]["accuracy"] < 0.8
+    assert metrics["no_media"]["by_type"]["colour"] <= 0.25
     model = BindLLM.from_pretrained("checkpoints/tiny", allow=["tiny.ColourEncoder"])
     said = {
         colour: model.generate(

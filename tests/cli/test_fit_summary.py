@@ -6,17 +6,17 @@ from pathlib import Path
 from rich.console import Console
 
 from bindllm.evaluation.answers import AnswerRow
-from bindllm.evaluation.run import VARIANTS, CaptionRow
-from bindllm.evaluation.tasks import Measured
+from bindllm.evaluation.captions import CaptionRow
+from bindllm.evaluation.task import VARIANTS, Evaluation
 from bindllm.training.run import print_summary
 
 NUMBERS = {"loss": 2.0, "perplexity": 7.4, **dict.fromkeys(("cider", "bleu4", "rouge_l", "exact_match"), 0.5)}
-METRICS = {name: NUMBERS for name in VARIANTS}
+METRICS = {"tasks": {"captions": {name: NUMBERS for name in VARIANTS["captions"]}}}
 
 
 def test_a_long_caption_leaves_room_for_the_file_and_the_true_caption(capsys):
-    row = CaptionRow("data/radar/sweeps/0.npy", ["something near"], generated="It is a metaphor. " * 20)
-    measured = Measured(METRICS, captions=[asdict(row)])
+    row = CaptionRow("data/radar/sweeps/0.npy", "radar", ["something near"], model="It is a metaphor. " * 20)
+    measured = Evaluation(METRICS["tasks"], {"captions": [asdict(row)]})
     print_summary(Console(width=80), METRICS, measured, Path("report.html"), modalities={"radar"})
     told = capsys.readouterr().out
     assert "0.npy" in told
@@ -27,12 +27,12 @@ def test_a_long_caption_leaves_room_for_the_file_and_the_true_caption(capsys):
 def test_questions_are_shown_with_their_answers(capsys):
     numbers = {"accuracy": 0.75, "by_type": {}, "count": 400, "count_by_type": {}}
     nothing = {"accuracy": None, "by_type": {}, "count": 0, "count_by_type": {}}
-    metrics = {"test": numbers, **dict.fromkeys(("question_only", "shuffled", "blind"), nothing)}
+    metrics = {"tasks": {"answers": {**dict.fromkeys(VARIANTS["answers"], nothing), "model": numbers}}}
     rows = [
-        AnswerRow("is it red?", ["yes", "yep"], "data/images/7.png", generated="no"),
-        AnswerRow("what is two and two?", ["four"], generated="four", right=True),
+        AnswerRow("is it red?", ["yes", "yep"], media="data/images/7.png", modality="image", model="no"),
+        AnswerRow("what is two and two?", ["four"], model="four", right=True),
     ]
-    measured = Measured(metrics, answers=[asdict(row) for row in rows])
+    measured = Evaluation(metrics["tasks"], {"answers": [asdict(row) for row in rows]})
     print_summary(Console(width=100), metrics, measured, Path("report.html"), modalities={"image"})
     told = capsys.readouterr().out
     assert "Of 400 held-out questions the model answers 75.0% right." in told

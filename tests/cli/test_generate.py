@@ -10,8 +10,9 @@ from types import SimpleNamespace
 import pytest
 
 from bindllm import VisualCache
-from bindllm.cache.manifest import IndexInfo, StoreState
+from bindllm.cache.folder import IndexInfo, StoreState
 from bindllm.cache.neighbors import image_names
+from bindllm.cache.settings import CacheSettings
 from bindllm.cli import main
 from bindllm.cli.generate import MediaOptions
 from bindllm.cli.options import encoder_folder
@@ -64,8 +65,8 @@ def loaded(monkeypatch):
 
     def load(folder, **options):
         calls.append(options)
-        cache = None if options["cache"] is False else SimpleNamespace(weight=0.5, top_k=10)
-        return SimpleNamespace(cache=cache, generate=lambda *_, **__: str(vars(cache) if cache else "none"))
+        cache = None if options["cache"] is False else SimpleNamespace(settings=CacheSettings())
+        return SimpleNamespace(cache=cache, generate=lambda *_, **__: str(cache and cache.settings))
 
     monkeypatch.setattr(BindLLM, "from_pretrained", load)
     return calls
@@ -77,7 +78,7 @@ def test_the_cache_that_is_asked_for(loaded, capsys):
     assert main(["generate", "folder", "--no_cache"]) == 0
     assert [options["cache"] for options in loaded] == [None, "caches/a", False]
     told = capsys.readouterr().out.splitlines()
-    assert told == ["{'weight': 0.5, 'top_k': 10}", "{'weight': 0.3, 'top_k': 10}", "none"]
+    assert told == [str(CacheSettings()), str(CacheSettings(weight=0.3)), "None"]
 
 
 def test_the_decoder_in_fewer_bits(loaded):
@@ -152,7 +153,7 @@ def test_the_pictures_that_are_mixed_in_are_named(tmp_path, capsys, monkeypatch)
     assert main(line) == 0
     assert "the prompt has no media" in capsys.readouterr().out
     # Without its store only content hashes are known.
-    keys = cache.index.keys(cache.neighbours(query)[0].numpy())
+    keys = cache.index.keys(cache.neighbors(query)[0].numpy())
     shutil.rmtree("store")
     assert main([*line, "--text", "a dog"]) == 0
     told = capsys.readouterr().out

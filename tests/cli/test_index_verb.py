@@ -59,13 +59,14 @@ def test_it_builds_from_the_store_of_the_checkpoints_encoder(project, capsys):
 
 def test_where_it_is_there_already_it_is_renewed(project, capsys):
     run(capsys, "caches/a", *BY_CLASS)
-    parts = {file.name for file in Path("caches/a").glob("part-*.faiss")}
+    (first,) = Path("caches/a").glob("vectors-*.faiss")
     assert "pictures 12 (renewed: 0 added, 0 removed)" in run(capsys, "caches/a", *BY_CLASS)
+    assert [*Path("caches/a").glob("vectors-*.faiss")] == [first]
     filled_store(Path("data/store"), write_pictures(Path("pictures"), 5, start=12))
     capsys.readouterr()
     assert "pictures 17 (renewed: 5 added, 0 removed)" in run(capsys, "caches/a", *BY_CLASS)
-    # What was there has not been written again.
-    assert parts < {file.name for file in Path("caches/a").glob("part-*.faiss")}
+    (second,) = Path("caches/a").glob("vectors-*.faiss")
+    assert second != first
     assert "kind SQfp16" in run(capsys, "caches/a", *BY_CLASS, "--factory", "SQfp16")
     assert VectorIndex.open("caches/a").info.factory == "SQfp16"
     told = run(capsys, "caches/a", *BY_CLASS)
@@ -165,7 +166,7 @@ def test_a_place_inside_a_checkpoint_that_a_save_would_empty(project, capsys):
 
 def test_a_damaged_index_is_built_again_when_asked(project, capsys):
     run(capsys, "caches/a", *BY_CLASS)
-    part = next(Path("caches/a").glob("part-*.faiss"))
+    part = next(Path("caches/a").glob("vectors-*.faiss"))
     part.write_bytes(part.read_bytes()[:-9])
     assert "To build it from scratch, add --rebuild" in run(capsys, "caches/a", *BY_CLASS, code=1)
     Path("caches/a/index.json").write_text("{")
@@ -201,9 +202,9 @@ def test_what_cannot_be_is_refused_and_leaves_nothing(project, capsys, line, cod
 
 
 def test_a_mistake_is_told_ahead_of_the_pictures_and_so_is_a_missing_faiss(project, capsys, monkeypatch):
-    monkeypatch.setattr("bindllm.cache.pictures.embed_pictures", lambda *_: pytest.fail("embedded"))
+    monkeypatch.setattr("bindllm.cache.images.embed_images", lambda *_: pytest.fail("embedded"))
     line = ("caches/a", *BY_CLASS, "--images", "pictures")
-    assert "builds no index 'Flatt'" in run(capsys, *line, "--factory", "Flatt", code=1)
+    assert "cannot build an index 'Flatt'" in run(capsys, *line, "--factory", "Flatt", code=1)
     monkeypatch.setitem(sys.modules, "faiss", None)
     assert "bindllm[cache]" in run(capsys, *line, code=1)
 

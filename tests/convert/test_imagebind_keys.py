@@ -12,7 +12,7 @@ from bindllm.convert.keymap import Rule, rename
 from bindllm.encoders.imagebind.config import HUGE, read_config
 from bindllm.encoders.imagebind.network import Trunk
 from bindllm.errors import CheckpointError
-from bindllm.model.card import licences
+from bindllm.model.card import licenses
 from goldens import keys
 from imagebind_small import HEADS, published_heads, small_state, write_small_imagebind
 
@@ -31,9 +31,9 @@ def convert(state, folder, **changes):
 
 
 def test_every_published_name_gets_the_name_and_shape_that_our_networks_have():
-    ours, accounting = rename(empty("imagebind_huge"), RULES)
-    assert accounting.unknown == []
-    assert [name for name, _ in accounting.dropped] == ["modality_preprocessors.text.mask"]
+    ours, report = rename(empty("imagebind_huge"), RULES)
+    assert report.unknown == []
+    assert [name for name, _ in report.dropped] == ["modality_preprocessors.text.mask"]
     with torch.device("meta"):
         networks = {name: Trunk(name, size, HUGE.embedding_size) for name, size in HUGE.trunks.items()}
     expected = {
@@ -64,8 +64,8 @@ def test_the_heads_of_the_published_widths_are_known():
 def test_a_folder_holds_each_trunk_once_with_its_values(tmp_path):
     state, folder = small_state(), tmp_path / "imagebind"
     (tmp_path / "words.json").write_text("{}")
-    accounting = convert(state, folder, tokenizer_file=tmp_path / "words.json")
-    assert len(accounting.mapped) == len(state) - 1
+    report = convert(state, folder, tokenizer_file=tmp_path / "words.json")
+    assert len(report.mapped) == len(state) - 1
     names = {"README.md", "SOURCE.json", "config.json", "conversion.tsv", "tokenizer.json"}
     assert {file.name for file in folder.iterdir()} == names | {f"{trunk}.safetensors" for trunk in TRUNKS}
     assert len((folder / "conversion.tsv").read_text().splitlines()) == 1 + len(state)
@@ -84,18 +84,18 @@ def test_a_folder_holds_each_trunk_once_with_its_values(tmp_path):
     assert config.sizes("imu") == {"embedding_size": 32, "width": 64, "num_blocks": 2, "num_heads": 8}
 
 
-def test_the_licence_of_the_weights_reaches_every_card(tmp_path):
+def test_the_license_of_the_weights_reaches_every_card(tmp_path):
     folder = write_small_imagebind(tmp_path / "imagebind")
     assert "CC-BY-NC 4.0" in (folder / "README.md").read_text()
     entry = {"class_path": "bindllm.encoders.imagebind.ImageBind", "init_args": {"weights": str(folder)}}
-    rows = licences({"decoder": {"name": "somewhere"}, "encoders": [entry]})
-    assert rows[1]["licence"].startswith("CC-BY-NC 4.0")
+    rows = licenses({"decoder": {"name": "somewhere"}, "encoders": [entry]})
+    assert rows[1]["license"].startswith("CC-BY-NC 4.0")
 
 
 @pytest.mark.parametrize("table", ["pointbind_pointbert", "pointbind_i2pmae", "imagebind_w3d"])
 def test_larger_checkpoints_are_accounted_for_with_the_rules_of_their_other_parts(table):
-    ours, accounting = rename(empty(table), [*POINT, *RULES])
-    assert accounting.unknown == []
+    ours, report = rename(empty(table), [*POINT, *RULES])
+    assert report.unknown == []
     assert ours.keys() == rename(empty("imagebind_huge"), RULES)[0].keys()
     assert rename(empty(table), RULES)[1].unknown != []
 
@@ -139,7 +139,7 @@ def test_unknown_missing_unexpected_and_misshapen_tensors_are_refused(tmp_path):
 def test_heads_are_never_guessed(tmp_path):
     with pytest.raises(CheckpointError, match="its vision trunk is 64 wide"):
         convert(small_state(), tmp_path / "never", heads=None)
-    with pytest.raises(CheckpointError, match="do not tell the number of attention heads \\(5 given\\)"):
+    with pytest.raises(CheckpointError, match="do not determine the number of attention heads \\(5 given\\)"):
         convert(small_state(), tmp_path / "never", heads={**HEADS, "audio": 5})
 
 
@@ -148,10 +148,10 @@ def test_only_an_earlier_conversion_is_replaced(tmp_path):
     convert({n: t for n, t in small_state().items() if ".imu." in n}, folder)
     assert json.loads((folder / "config.json").read_text())["trunks"].keys() == {"imu"}
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("dear")
-    with pytest.raises(CheckpointError, match="is not a converted ImageBind"):
+    (tmp_path / "mine" / "notes.txt").write_text("text")
+    with pytest.raises(CheckpointError, match="was not written by a conversion"):
         convert(small_state(), tmp_path / "mine")
-    assert (tmp_path / "mine" / "thesis.txt").read_text() == "dear"
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "text"
 
 
 def test_the_stored_precision_is_kept(tmp_path):

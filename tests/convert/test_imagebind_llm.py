@@ -11,7 +11,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bindllm import BindLLM
-from bindllm.convert.conversion import convert_imagebind_llm
+from bindllm.convert.adapter import convert_imagebind_llm
 from bindllm.convert.foreign import read_foreign
 from bindllm.convert.imagebind_llm import halve_rotation, is_imagebind_llm, read_imagebind_llm
 from bindllm.errors import CheckpointError, DecoderError
@@ -201,7 +201,7 @@ def test_other_precisions_of_the_file_are_the_same_base(tmp_path, base, dtype):
         done = convert_imagebind_llm(
             state, tmp_path / phase, base=DecoderConfig(base), encoders=[GivenEncoder()]
         )
-        assert done.accounting.unknown == []
+        assert done.report.unknown == []
         assert done.shape.phase == phase
         assert (tmp_path / phase / "bind.safetensors").is_file()
 
@@ -306,12 +306,12 @@ def test_shapes_that_cannot_be_are_refused_by_name(tmp_path, base):
         ({f"{query}lora_wq_l1.weight": torch.tensor(1.0)}, r"lora_wq_l1\.weight has shape \[\]"),
         (
             {f"{query}lora_wq_l2.weight": torch.ones(63, 16)},
-            r"lora_wq_l2\.weight has shape \[63, 16\], which no",
+            r"lora_wq_l2\.weight has shape \[63, 16\], impossible for this name",
         ),
-        ({f"{query}wq.bias": torch.tensor(0.0)}, r"wq\.bias has shape \[\], which no"),
+        ({f"{query}wq.bias": torch.tensor(0.0)}, r"wq\.bias has shape \[\], impossible for this name"),
         ({gates[1]: torch.ones(1, 8, 1, 1)}, "gates for 4 and 8 heads"),
         (dict.fromkeys(gates, torch.ones(0)), "gates for 0 heads"),
-        (dict.fromkeys(gates, torch.ones(1, 3, 1, 1)), r"has shape \[64.*which no tensor"),
+        (dict.fromkeys(gates, torch.ones(1, 3, 1, 1)), r"has shape \[64.*impossible for this name"),
     ):
         with pytest.raises(CheckpointError, match=words):
             convert(published("finetune") | changes, tmp_path / "m", base)
@@ -365,7 +365,7 @@ def test_the_published_7b_files_are_accounted_for(table, phase, legacy, trained)
     adapted = read_imagebind_llm(state)
     assert (adapted.shape.phase, adapted.shape.legacy) == (phase, legacy)
     assert (adapted.shape.width, adapted.shape.num_layers, adapted.shape.num_heads) == (4096, 32, 32)
-    assert len(adapted.accounting.mapped) + len(adapted.accounting.dropped) == len(state)
+    assert len(adapted.report.mapped) + len(adapted.report.dropped) == len(state)
     # The zero biases of keys and values are ours.
     added = 2 * 32 * 4096 if phase == "finetune" else 0
     assert sum(tensor.numel() for tensor in adapted.tensors.values()) == trained + added

@@ -23,10 +23,10 @@ def hollow(table: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("table", VARIANTS)
 def test_every_tensor_is_accounted_for_and_fills_the_network(table):
     state = hollow(table)
-    variant, tensors, accounting = rename_pointbind(state)
+    variant, tensors, report = rename_pointbind(state)
     assert variant == find_variant(state) == VARIANTS[table]
-    assert accounting.unknown == []
-    assert len(accounting.mapped) + len(accounting.dropped) == len(state)
+    assert report.unknown == []
+    assert len(report.mapped) + len(report.dropped) == len(state)
     network = build_network({"variant": variant}, source="test").state_dict()
     folded = fold_norms(tensors)
     assert {name: t.shape for name, t in folded.items()} == {name: t.shape for name, t in network.items()}
@@ -34,13 +34,13 @@ def test_every_tensor_is_accounted_for_and_fills_the_network(table):
 
 @pytest.mark.parametrize("table", VARIANTS)
 def test_what_is_dropped_is_imagebind_or_has_no_use(table):
-    _, _, accounting = rename_pointbind(hollow(table))
+    _, _, report = rename_pointbind(hollow(table))
     inside = set(imagebind_part(hollow(table)))
-    others = {name for name, _ in accounting.dropped if name.removeprefix("bind.") not in inside}
-    assert len(accounting.dropped) == len(inside) + len(others)
+    others = {name for name, _ in report.dropped if name.removeprefix("bind.") not in inside}
+    assert len(report.dropped) == len(inside) + len(others)
     last = {name.split(".")[-1] for name in others}
     assert last == {"log_logit_scale", "num_batches_tracked"} | ({"logit_scale"} & set(keys(table)))
-    assert all(why for _, why in accounting.dropped)
+    assert all(why for _, why in report.dropped)
 
 
 @pytest.mark.parametrize("table", VARIANTS)
@@ -82,16 +82,16 @@ def test_the_folder_that_is_written(tmp_path):
     }
     state["pc_projection"] = torch.arange(384 * 512.0).view(384, 512)
     folder = tmp_path / "pointbind"
-    accounting = convert_pointbind(state, folder)
+    report = convert_pointbind(state, folder)
     assert sorted(file.name for file in folder.iterdir()) == [
         "README.md", "SOURCE.json", "config.json", "conversion.tsv", "model.safetensors",
     ]  # fmt: skip
     assert json.loads((folder / "config.json").read_text()) == {"model": "pointbind", "variant": "i2p-mae"}
     assert "CC-BY-NC 4.0" in (folder / "README.md").read_text()
-    assert "CC-BY-NC 4.0" in json.loads((folder / "SOURCE.json").read_text())["packages"][0]["licence"]
+    assert "CC-BY-NC 4.0" in json.loads((folder / "SOURCE.json").read_text())["packages"][0]["license"]
     assert len((folder / "conversion.tsv").read_text().splitlines()) == 1 + len(state)
     tensors = load_file(folder / "model.safetensors")
-    assert len(tensors) == len(accounting.mapped)
+    assert len(tensors) == len(report.mapped)
     assert torch.equal(tensors["head.projection"], state["pc_projection"])
     assert tensors["scales.2.groups.third.weight"].shape == (384, 384)
 

@@ -5,7 +5,7 @@ from bindllm.data.embeddings import MediaEmbeddings
 from bindllm.encoders.fusion import fuse
 from bindllm.errors import InputError
 from bindllm.media import Media
-from bindllm.parallel.ranks import Ranks
+from bindllm.parallel import Processes
 from side_by_side import together
 from tiny import ColourEncoder, colour_pictures
 
@@ -35,7 +35,7 @@ def embed(encoder, *media):
 def test_lookup_gives_what_the_encoder_of_each_modality_gives(tmp_path, pictures):
     word = Media.text("a word")
     embeddings = MediaEmbeddings([ColourEncoder(), WordEncoder()], tmp_path / "store")
-    totals = embeddings.fill([*pictures.values(), word, pictures["red"]])
+    totals = embeddings.precompute([*pictures.values(), word, pictures["red"]])
     assert (totals.encoded, totals.reused, totals.failed) == (4, 0, {})
     found = embeddings.lookup([(pictures["blue"],), (word,), (pictures["red"],)])
     expected = torch.cat(
@@ -52,7 +52,7 @@ def test_group_of_several_is_fused_by_weight(tmp_path, pictures):
     group = (pictures["red"], Media.image(pictures["blue"].source, weight=3.0))
     embeddings = MediaEmbeddings([ColourEncoder()], tmp_path / "store")
     # The weight is no part of the content: both uses of the blue picture are one embedding.
-    assert embeddings.fill([*group, pictures["blue"]]).encoded == 2
+    assert embeddings.precompute([*group, pictures["blue"]]).encoded == 2
     expected = fuse(embed(ColourEncoder(), *group), torch.tensor([1.0, 3.0]))
     torch.testing.assert_close(embeddings.lookup([group])[0], expected)
     single = embeddings.lookup([(pictures["blue"],)])
@@ -64,8 +64,8 @@ def test_no_groups_give_no_rows(tmp_path):
 
 
 def test_second_fill_reuses_the_store(tmp_path, pictures):
-    MediaEmbeddings([ColourEncoder()], tmp_path / "store").fill(pictures.values())
-    totals = MediaEmbeddings([ColourEncoder()], tmp_path / "store").fill(pictures.values())
+    MediaEmbeddings([ColourEncoder()], tmp_path / "store").precompute(pictures.values())
+    totals = MediaEmbeddings([ColourEncoder()], tmp_path / "store").precompute(pictures.values())
     assert (totals.encoded, totals.reused) == (0, 3)
 
 
@@ -74,7 +74,7 @@ def test_media_that_cannot_be_read_are_named_with_the_reason(tmp_path, pictures)
     broken.write_bytes(b"no picture")
     copy.write_bytes(b"no picture")
     media = [Media.image(str(path)) for path in (broken, copy, tmp_path / "missing.png")]
-    totals = MediaEmbeddings([ColourEncoder()], tmp_path / "store").fill([*media, pictures["red"]])
+    totals = MediaEmbeddings([ColourEncoder()], tmp_path / "store").precompute([*media, pictures["red"]])
     assert totals.encoded == 1
     assert set(totals.failed) == set(media)
     assert "broken.png: not a picture" in totals.failed[media[0]]
@@ -86,14 +86,14 @@ def test_several_processes_fill_the_stores_of_all_encoders(tmp_path, pictures):
     words = [Media.text(str(n)) for n in range(6)]
     media = [*pictures.values(), Media.image(str(tmp_path / "missing.png")), *words]
 
-    def part(ranks):
+    def part(processes):
         embeddings = MediaEmbeddings([ColourEncoder(), WordEncoder()], tmp_path / "store")
         # The last one finds no texts in its sources: it fills the store of texts with nothing.
-        totals = embeddings.fill(media if ranks.number < 2 else media[:4], ranks=ranks)
+        totals = embeddings.precompute(media if processes.rank < 2 else media[:4], processes=processes)
         return embeddings, totals
 
     ends = together(3, part)
-    nobodys = [word for word in words if Ranks(2, 3).owns(word.content_hash())]
+    nobodys = [word for word in words if Processes(2, 3).owns(word.content_hash())]
     assert 0 < len(nobodys) < 6
     assert [totals.encoded for _, totals in ends] == [3 + 6 - len(nobodys)] * 3
     embeddings, totals = ends[0]
@@ -101,7 +101,7 @@ def test_several_processes_fill_the_stores_of_all_encoders(tmp_path, pictures):
     found = embeddings.lookup([(pictures["red"],)])
     torch.testing.assert_close(found, embed(ColourEncoder(), pictures["red"]))
     again = MediaEmbeddings([ColourEncoder(), WordEncoder()], tmp_path / "store")
-    assert again.fill(media).encoded == len(nobodys)
+    assert again.precompute(media).encoded == len(nobodys)
 
 
 def test_media_that_were_not_filled_are_refused(tmp_path, pictures):
@@ -112,7 +112,7 @@ def test_media_that_were_not_filled_are_refused(tmp_path, pictures):
 
 def test_modality_that_no_encoder_serves_is_refused(tmp_path):
     with pytest.raises(InputError, match="no encoder serves the modality 'audio'"):
-        MediaEmbeddings([ColourEncoder()], tmp_path / "store").fill([Media.audio("a.wav")])
+        MediaEmbeddings([ColourEncoder()], tmp_path / "store").precompute([Media.audio("a.wav")])
 
 
 def test_encoders_must_share_one_size(tmp_path):
@@ -137,5 +137,5 @@ def test_an_encoder_that_fails_gives_the_accelerator_back(tmp_path, pictures):
 
     encoder = Failing()
     with pytest.raises(RuntimeError, match="out of memory"):
-        MediaEmbeddings([encoder], tmp_path / "store").fill(pictures.values(), device="cuda:1")
+        MediaEmbeddings([encoder], tmp_path / "store").precompute(pictures.values(), device="cuda:1")
     assert encoder.places == ["cuda:1", "cpu"]

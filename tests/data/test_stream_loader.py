@@ -10,13 +10,12 @@ import pytest
 import torch
 
 from bindllm.data.source_config import SourceConfig
-from bindllm.data.stream.ahead import Ahead
 from bindllm.data.stream.chunks import BAD_SHARD
 from bindllm.data.stream.embed import CANNOT_EMBED
 from bindllm.data.stream.training import StreamOptions, check_streams, stream_loader
 from bindllm.errors import EncoderError, InputError
 from bindllm.media import Media
-from bindllm.parallel.ranks import Ranks
+from bindllm.parallel import Processes
 from stream_parts import captioned, picture, write_shard, write_shards
 from tiny import COLOURS, ColourEncoder, tiny_tokenizer
 
@@ -57,7 +56,7 @@ def equal(ours, theirs):
 
 
 def threads():
-    return [thread for thread in threading.enumerate() if thread.name.startswith(("stream", "decode"))]
+    return [thread for thread in threading.enumerate() if thread.name.startswith(("stream", "prepare"))]
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +145,7 @@ def test_a_state_of_other_data_or_other_processes_is_refused(shards, tmp_path):
     ):
         with pytest.raises(InputError, match="shards or their sizes, formats, weights, chunk"):
             other.load_state_dict(state)
-    two = build(shards, ranks=Ranks(0, 2, gather=lambda value: [value, value]))
+    two = build(shards, processes=Processes(0, 2, gather=lambda value: [value, value]))
     with pytest.raises(InputError, match="saved by 1 processes and cannot go on in 2"):
         two.load_state_dict(state)
 
@@ -162,7 +161,7 @@ def test_a_shard_that_grew_is_another_shard(tmp_path):
 
 def test_two_processes_read_disjoint_samples_and_go_on_from_one_state(shards):
     states, found = [{}, {}], []
-    loaders = [build(shards, ranks=Ranks(rank, 2, gather=lambda _: states)) for rank in (0, 1)]
+    loaders = [build(shards, processes=Processes(rank, 2, gather=lambda _: states)) for rank in (0, 1)]
     for rank, loader in enumerate(loaders):
         found.append(take(loader, 3))
         states[rank] = {str(done): bookmark.as_dict() for done, bookmark in loader._bookmarks.items()}
@@ -170,7 +169,7 @@ def test_two_processes_read_disjoint_samples_and_go_on_from_one_state(shards):
     assert not first & second
     saved = loaders[0].state_dict()
     for rank, loader in enumerate(loaders):
-        on = build(shards, ranks=Ranks(rank, 2, gather=lambda _: states))
+        on = build(shards, processes=Processes(rank, 2, gather=lambda _: states))
         on.load_state_dict(saved)
         assert equal(take(on, 4), take(loader, 4))
 
@@ -310,12 +309,6 @@ def test_waiting_is_measured(shards):
     assert slow.report.waiting_share > 0.8
     assert fast.report.waiting_share < 0.2
     assert "training waited" in next(slow.report.lines())
-
-
-def test_ahead_passes_items_on_and_ends_with_its_iterator():
-    with Ahead(lambda stopped: iter(range(50))) as items:
-        assert list(items) == list(range(50))
-    assert not threads()
 
 
 def source(path, **options):

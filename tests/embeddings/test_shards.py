@@ -14,7 +14,7 @@ from store_parts import add, keys_of, open_store, texts, vectors
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.5, 0.99])
-def test_a_truncated_shard_is_moved_aside_and_the_rest_lives_on(tmp_path, kept):
+def test_a_truncated_shard_is_renamed_and_the_others_are_read(tmp_path, kept):
     store = open_store(tmp_path)
     add(store, 1, 2)
     (shard,) = store.folder.glob("embeddings-*.arrow")
@@ -29,7 +29,7 @@ def test_a_truncated_shard_is_moved_aside_and_the_rest_lives_on(tmp_path, kept):
     assert torch.equal(open_store(tmp_path).get(keys_of(texts(1, 2, 3))), vectors(1, 2, 3))
 
 
-def test_an_error_of_the_system_is_not_taken_for_damage(tmp_path, monkeypatch):
+def test_a_system_error_is_not_treated_as_damage(tmp_path, monkeypatch):
     add(open_store(tmp_path), 1)
 
     def no_more_files(_path):
@@ -60,7 +60,7 @@ def test_a_full_disk_is_reported_and_leaves_the_old_rows(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(pa.ipc.RecordBatchFileWriter, "write_table", full)
-    with pytest.raises(StoreError, match="No space left on device.*stored before is intact"):
+    with pytest.raises(StoreError, match="No space left on device.*earlier embeddings are intact"):
         add(store, 2)
     assert sorted(path.name for path in store.folder.iterdir()) == before
     monkeypatch.undo()
@@ -116,7 +116,7 @@ def test_two_processes_that_merge_the_same_shards_write_the_same_file(tmp_path):
     assert len(list(store.folder.glob("embeddings-*.arrow"))) == 2
 
 
-def test_large_shards_are_left_alone(tmp_path, monkeypatch):
+def test_large_shards_are_not_merged(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "SMALL_BYTES", 0)
     store = open_store(tmp_path)
     for n in range(shards.MANY_SMALL + 1):
@@ -151,13 +151,13 @@ def test_a_shard_merged_away_while_the_folder_is_listed(tmp_path, monkeypatch):
     assert len(open_store(tmp_path)) == 1
 
 
-def test_rows_of_another_process_are_seen(tmp_path):
+def test_rows_of_another_process_are_found(tmp_path):
     reader, writer = open_store(tmp_path), open_store(tmp_path)
     add(writer, 1)
     assert torch.equal(reader.get(keys_of(texts(1))), vectors(1))
 
 
-def test_what_a_killed_merge_has_left_behind_is_removed(tmp_path):
+def test_leftovers_of_a_killed_merge_are_removed(tmp_path):
     store = open_store(tmp_path)
     for n in range(shards.MANY_SMALL + 1):
         add(store, n)

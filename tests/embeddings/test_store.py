@@ -17,7 +17,7 @@ from bindllm.errors import MediaError, StoreError
 from store_parts import FINGERPRINT, SIZE, add, keys_of, open_store, texts, vectors, write_settled
 
 
-def test_round_trip_keeps_every_bit_and_the_order_asked_for(tmp_path):
+def test_round_trip_keeps_every_bit_in_the_order_of_the_keys(tmp_path):
     special = torch.tensor([[1e-45, -0.0, 3.4028235e38, 1 / 3]])
     store = open_store(tmp_path)
     add(store, 1, 2, 3)
@@ -30,15 +30,15 @@ def test_round_trip_keeps_every_bit_and_the_order_asked_for(tmp_path):
     assert len(again) == 4
 
 
-def test_what_get_returns_belongs_to_the_caller(tmp_path):
+def test_get_returns_a_copy(tmp_path):
     store = open_store(tmp_path)
     add(store, 1)
     store.get(keys_of(texts(1))).zero_()
     assert torch.equal(store.get(keys_of(texts(1))), vectors(1))
 
 
-def test_keys_are_found_whatever_bytes_they_hold(tmp_path):
-    # Zero bytes at the end and in the middle are where fixed-width strings go wrong.
+def test_keys_with_any_bytes_are_found(tmp_path):
+    # Fixed-width strings often fail for zero bytes at the end and in the middle.
     keys = ["00" * 32, "00" * 31 + "01", "01" + "00" * 31, "01" + "00" * 30 + "01", "ff" * 32, "7f" * 32]
     store = open_store(tmp_path)
     store.append(keys, vectors(*range(6)), texts(*range(6)))
@@ -48,15 +48,15 @@ def test_keys_are_found_whatever_bytes_they_hold(tmp_path):
 
 
 def test_any_arrow_reader_can_open_a_shard(tmp_path):
-    picture = write_settled(tmp_path / "a.png", b"x")
-    media = [Media.image(picture), Media.image(b"in memory"), Media.text("a dog")]
+    file = write_settled(tmp_path / "a.png", b"x")
+    media = [Media.image(file), Media.image(b"in memory"), Media.text("a dog")]
     store = open_store(tmp_path / "store")
     store.append([store.key_of(item) for item in media], vectors(0, 1, 2), media)
     (shard,) = store.folder.glob("embeddings-*.arrow")
     rows = pa.ipc.open_file(shard).read_all().to_pylist()
     found = {row["key"].hex(): (row["modality"], row["source"], row["embedding"]) for row in rows}
     assert found == {
-        store.key_of(media[0]): ("image", str(picture), vectors(0)[0].tolist()),
+        store.key_of(media[0]): ("image", str(file), vectors(0)[0].tolist()),
         store.key_of(media[1]): ("image", None, vectors(1)[0].tolist()),
         store.key_of(media[2]): ("text", "a dog", vectors(2)[0].tolist()),
     }
@@ -73,7 +73,7 @@ def test_missing_keys_are_counted_and_the_first_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("key", ["abc", "zz" * 32, "", "a" * 63])
-def test_what_is_no_key_is_refused(tmp_path, key):
+def test_a_malformed_key_is_refused(tmp_path, key):
     with pytest.raises(StoreError, match=r"64 hexadecimal digits|hexadecimal"):
         open_store(tmp_path).get([key])
 
@@ -118,8 +118,8 @@ def test_each_encoder_has_its_own_folder(tmp_path):
     ("change", "message"),
     [
         ({"format": 2}, "format 2, this bindllm reads up to 1"),
-        ({"embedding_size": 5}, "made with embedding_size 5, the encoder has 4"),
-        ({"fingerprint": FINGERPRINT[:16] + "00" * 24}, "made with fingerprint a1a1"),
+        ({"embedding_size": 5}, "created with embedding_size 5, the encoder has 4"),
+        ({"fingerprint": FINGERPRINT[:16] + "00" * 24}, "created with fingerprint a1a1"),
     ],
 )
 def test_a_store_of_another_encoder_or_format_is_refused(tmp_path, change, message):
@@ -149,39 +149,39 @@ def test_a_folder_that_cannot_be_made_is_reported(tmp_path):
         open_store(tmp_path / "file")
 
 
-def test_an_unchanged_file_is_hashed_once_ever(tmp_path, hashed, monkeypatch):
-    picture = write_settled(tmp_path / "a.png", b"content")
+def test_an_unchanged_file_is_hashed_once(tmp_path, hashed, monkeypatch):
+    file = write_settled(tmp_path / "a.png", b"content")
     store = open_store(tmp_path / "store")
-    key = store.key_of(Media.image(picture))
-    store.key_of(Media.image(picture))
+    key = store.key_of(Media.image(file))
+    store.key_of(Media.image(file))
     store.save_files()
     monkeypatch.chdir(tmp_path)
     again = open_store(tmp_path / "store")
     assert again.key_of(Media.image("a.png")) == key
-    assert hashed == [str(picture)]
+    assert hashed == [str(file)]
     assert key == Media.image(b"content").content_hash()
 
 
 def test_another_modality_of_the_same_file_is_another_key(tmp_path):
-    picture = write_settled(tmp_path / "a.png", b"content")
+    file = write_settled(tmp_path / "a.png", b"content")
     store = open_store(tmp_path / "store")
-    image = store.key_of(Media.image(picture))
-    assert store.key_of(Media.depth(picture)) == Media.depth(picture).content_hash() != image
+    image = store.key_of(Media.image(file))
+    assert store.key_of(Media.depth(file)) == Media.depth(file).content_hash() != image
 
 
 @pytest.mark.parametrize("change", ["size", "time", "link"])
 def test_a_file_that_looks_different_is_hashed_again(tmp_path, change):
-    picture = write_settled(tmp_path / "a.png", b"content")
+    file = write_settled(tmp_path / "a.png", b"content")
     other = write_settled(tmp_path / "b.png", b"CONTENT")
     link = tmp_path / "link.png"
-    link.symlink_to(picture)
+    link.symlink_to(file)
     store = open_store(tmp_path / "store")
     assert store.key_of(Media.image(link)) == Media.image(b"content").content_hash()
     if change == "size":
-        write_settled(picture, b"new content")
+        write_settled(file, b"new content")
     elif change == "time":
-        picture.write_bytes(b"CONTENT")
-        os.utime(picture, ns=(10**18, 10**18 + 1))
+        file.write_bytes(b"CONTENT")
+        os.utime(file, ns=(10**18, 10**18 + 1))
     else:
         link.unlink()
         link.symlink_to(other)
@@ -189,15 +189,15 @@ def test_a_file_that_looks_different_is_hashed_again(tmp_path, change):
 
 
 def test_the_time_of_a_file_written_just_now_is_not_trusted(tmp_path):
-    picture = tmp_path / "a.png"
-    picture.write_bytes(b"content")
+    file = tmp_path / "a.png"
+    file.write_bytes(b"content")
     now = time.time_ns()
-    os.utime(picture, ns=(now, now))
+    os.utime(file, ns=(now, now))
     store = open_store(tmp_path / "store")
-    store.key_of(Media.image(picture))
-    picture.write_bytes(b"CONTENT")
-    os.utime(picture, ns=(now, now))
-    assert store.key_of(Media.image(picture)) == Media.image(b"CONTENT").content_hash()
+    store.key_of(Media.image(file))
+    file.write_bytes(b"CONTENT")
+    os.utime(file, ns=(now, now))
+    assert store.key_of(Media.image(file)) == Media.image(b"CONTENT").content_hash()
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -205,7 +205,7 @@ def test_a_missing_file_is_named(tmp_path):
         open_store(tmp_path).key_of(Media.image(tmp_path / "nowhere.png"))
 
 
-def test_a_pickled_store_travels_without_its_maps(tmp_path, monkeypatch):
+def test_a_pickled_store_does_not_contain_its_maps(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     store = open_store(Path("store"))
     add(store, *range(50))
@@ -234,14 +234,14 @@ def test_data_loader_workers_read_it(tmp_path):
     assert torch.equal(torch.cat(list(loader)), vectors(*range(20)))
 
 
-def test_a_store_that_may_only_be_read_is_used_as_it_is(tmp_path, monkeypatch):
-    picture = write_settled(tmp_path / "a.png", b"content")
+def test_a_read_only_store_is_used_without_writing(tmp_path, monkeypatch):
+    file = write_settled(tmp_path / "a.png", b"content")
     store = open_store(tmp_path / "store")
     add(store, 1)
     before = set(store.folder.iterdir())
     monkeypatch.setattr(store_module.os, "access", lambda *_args: False)
     reader = open_store(tmp_path / "store")
-    reader.key_of(Media.image(picture))
+    reader.key_of(Media.image(file))
     reader.save_files()
     assert torch.equal(reader.get(keys_of(texts(1))), vectors(1))
     assert set(store.folder.iterdir()) == before
@@ -256,18 +256,18 @@ def test_a_file_name_that_is_not_utf8_is_recorded(tmp_path):
     assert np.allclose(store.get([store.key_of(media)]), vectors(1))
 
 
-def test_keys_of_a_modality_are_sorted_and_each_once(tmp_path):
+def test_keys_of_a_modality_are_sorted_without_repetitions(tmp_path):
     store = open_store(tmp_path)
     assert store.keys() == []
     add(store, 3, 1, 2)
-    pictures = [Media.image(f"picture {n}".encode()) for n in range(2)]
-    store.append(keys_of(pictures), vectors(4, 5), pictures)
+    images = [Media.image(f"file {n}".encode()) for n in range(2)]
+    store.append(keys_of(images), vectors(4, 5), images)
     # The same shard twice, as two processes leave it that filled the store at the same time.
     shard = next(store.folder.glob("embeddings-*.arrow"))
     shard.with_name("embeddings-again.arrow").write_bytes(shard.read_bytes())
     assert store.keys("text") == sorted(keys_of(texts(1, 2, 3)))
-    assert store.keys("image") == sorted(keys_of(pictures))
-    assert store.keys() == sorted(keys_of(texts(1, 2, 3)) + keys_of(pictures))
+    assert store.keys("image") == sorted(keys_of(images))
+    assert store.keys() == sorted(keys_of(texts(1, 2, 3)) + keys_of(images))
     assert store.keys("audio") == []
     shard.write_bytes(b"damaged")
     with pytest.raises(StoreError, match=f"{shard.name} cannot be read"):
@@ -277,7 +277,7 @@ def test_keys_of_a_modality_are_sorted_and_each_once(tmp_path):
 def test_sources_in_the_order_of_the_keys(tmp_path):
     store = open_store(tmp_path / "store")
     add(store, 1, 2)
-    file = write_settled(tmp_path / "a.png", b"picture")
+    file = write_settled(tmp_path / "a.png", b"file")
     media = [Media.image(file), Media.image(b"from memory")]
     # Another process appends.
     open_store(tmp_path / "store").append(keys_of(media), vectors(3, 4), media)

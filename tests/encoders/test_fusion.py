@@ -5,7 +5,7 @@ from bindllm.encoders.fusion import fuse
 from bindllm.errors import InputError
 
 
-def test_fused_embedding_is_the_normalised_weighted_mean():
+def test_fused_embedding_is_the_normalized_weighted_mean():
     embeddings = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
     # Mean (3, 4, 0) / 7 before normalising; (0.6, 0.8, 0) after.
     torch.testing.assert_close(fuse(embeddings, torch.tensor([3.0, 4.0])), torch.tensor([0.6, 0.8, 0.0]))
@@ -27,27 +27,27 @@ def test_opposite_embeddings_are_refused():
         fuse(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), torch.tensor([1.0, 1.0]))
 
 
-@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize(
     "weights", [[1.0, 0.0], [0.0, 0.0], [2.0, -1.0], [-1.0, -1.0], [1.0, float("nan")], [1.0, float("inf")]]
 )
-def test_weights_that_are_not_finite_and_above_zero_are_refused(weights, normalise):
+def test_weights_that_are_not_finite_and_above_zero_are_refused(weights, normalize):
     with pytest.raises(InputError, match="finite and above 0, not \\["):
-        fuse(torch.eye(2), torch.tensor(weights), normalise=normalise)
+        fuse(torch.eye(2), torch.tensor(weights), normalize=normalize)
     with pytest.raises(InputError, match="finite and above 0"):
-        fuse(torch.eye(2)[:1], torch.tensor([min(weights[1], 0.0)]), normalise=normalise)
+        fuse(torch.eye(2)[:1], torch.tensor([min(weights[1], 0.0)]), normalize=normalize)
 
 
-def test_the_published_mean_is_not_normalised_again():
+def test_the_published_mean_is_not_normalized_again():
     embeddings = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     # Shares 1 / 1.500001 and 0.5 / 1.500001.
-    found = fuse(embeddings, torch.tensor([1.0, 0.5]), normalise=False)
+    found = fuse(embeddings, torch.tensor([1.0, 0.5]), normalize=False)
     torch.testing.assert_close(found, torch.tensor([0.66666622, 0.33333311]), atol=1e-8, rtol=1e-7)
-    single = fuse(embeddings[:1], torch.tensor([0.5]), normalise=False)
+    single = fuse(embeddings[:1], torch.tensor([0.5]), normalize=False)
     assert single[0].item() == pytest.approx(0.5 / 0.500001, abs=1e-7)
     assert single[0].item() < 1
     opposite = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
-    assert fuse(opposite, torch.ones(2), normalise=False).tolist() == [0, 0]
+    assert fuse(opposite, torch.ones(2), normalize=False).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(("rows", "weights"), [(0, 0), (2, 1)])

@@ -1,4 +1,4 @@
-"""Published data sets as they lie on the disk: what is read, what is counted as missing, what is refused and where."""
+"""Layouts of published data sets: items that are read, files that are missing, and errors with their position."""
 
 import json
 
@@ -8,8 +8,7 @@ import pytest
 import tiny_layouts as tiny
 from bindllm.errors import InputError
 from bindllm.evaluation.layouts import LAYOUTS, Choice, Column, read_layout
-from bindllm.evaluation.layouts.classes import read_classes
-from bindllm.evaluation.layouts.sounds import clip_stems
+from bindllm.evaluation.layouts.files import clip_stems, read_classes
 from bindllm.media.points import open_points
 from tiny_layouts import write, write_csv, write_json
 
@@ -24,43 +23,48 @@ CAPTIONED = {
 }
 
 
-def contents(task) -> list[tuple[str, tuple[int, ...]]]:
-    """What stands in each file, and its classes."""
-    return [(open(item.media.source).read(), item.labels) for item in task.items]
+def contents(dataset) -> list[tuple[str, tuple[int, ...]]]:
+    """The content of each file, and its labels."""
+    return [(open(item.media.source).read(), item.labels) for item in dataset.items]
 
 
-def said(task) -> dict[str, list[str]]:
-    """What stands in each file, and its captions."""
-    return {open(item.media.source).read(): [text.source for text in item.answers] for item in task.items}
+def captions_of(dataset) -> dict[str, list[str]]:
+    """The content of each file, and its captions."""
+    return {open(item.media.source).read(): [text.source for text in item.targets] for item in dataset.items}
 
 
 @pytest.mark.parametrize("write_it", [tiny.imagenet, tiny.imagenet_flat])
 def test_imagenet(tmp_path, write_it):
-    task = read_layout("imagenet", write_it(tmp_path))
-    assert contents(task) == [("dog", (0,)), ("dog two", (0,)), ("cat", (0,)), ("cat", (1,))]
-    assert task.classes == [("dog",), ("cat",), ("rain",), ("car",), ("chair",), ("lamp",)]
-    assert (task.kind, task.modality, task.num_listed, task.skipped.total) == ("classify", "image", 4, 0)
+    dataset = read_layout("imagenet", write_it(tmp_path))
+    assert contents(dataset) == [("dog", (0,)), ("dog two", (0,)), ("cat", (0,)), ("cat", (1,))]
+    assert dataset.classes == [("dog",), ("cat",), ("rain",), ("car",), ("chair",), ("lamp",)]
+    assert (dataset.kind, dataset.modality, dataset.num_listed, dataset.skipped.total) == (
+        "classify",
+        "image",
+        4,
+        0,
+    )
 
 
-def test_pictures_of_a_flat_imagenet_that_are_not_there_are_counted(tmp_path):
+def test_missing_images_of_a_flat_imagenet_are_counted(tmp_path):
     tiny.imagenet_flat(tmp_path)
     (tmp_path / "ILSVRC/Data/CLS-LOC/val/ILSVRC2012_val_n000000011.JPEG").unlink()
     with (tmp_path / "LOC_val_solution.csv").open("a") as table:
         table.write("ILSVRC2012_val_9,\n")
-    task = read_layout("imagenet", tmp_path)
-    assert (len(task.items), task.num_listed) == (3, 4)
-    assert task.skipped.counts == {"the file is not there": 1, "no class": 1}
-    assert task.skipped.examples["no class"] == ["LOC_val_solution.csv line 6"]
+    dataset = read_layout("imagenet", tmp_path)
+    assert (len(dataset.items), dataset.num_listed) == (3, 4)
+    assert dataset.skipped.counts == {"the file does not exist": 1, "no class": 1}
+    assert dataset.skipped.examples["no class"] == ["LOC_val_solution.csv line 6"]
 
 
-def test_names_of_classes_from_tables_of_ones_own(tmp_path):
+def test_class_names_from_custom_tables(tmp_path):
     tiny.imagenet(tmp_path)
     for name, content in (
         ("own.json", json.dumps({"n00000001": ["dog", "hound"], "n00000002": "cat"})),
         ("own.tsv", "n00000001\tdog\thound\nn00000002\tcat\n"),
     ):
-        task = read_layout("imagenet", tmp_path, Choice(classes=write(tmp_path / name, content)))
-        assert task.classes == [("dog", "hound"), ("cat",)]
+        dataset = read_layout("imagenet", tmp_path, Choice(classes=write(tmp_path / name, content)))
+        assert dataset.classes == [("dog", "hound"), ("cat",)]
     keras = {"0": ["n00000001", "golden_retriever"], "1": ["n00000002", "cat"]}
     assert read_classes(write_json(tmp_path / "index.json", keras)) == {
         "n00000001": ("golden retriever",),
@@ -70,9 +74,9 @@ def test_names_of_classes_from_tables_of_ones_own(tmp_path):
 
 def test_esc50_and_its_folds(tmp_path):
     tiny.esc50(tmp_path)
-    task = read_layout("esc50", tmp_path)
-    assert contents(task) == [("dog", (0,)), ("sea wind", (1,)), ("rain", (0,)), ("rain", (2,))]
-    assert task.classes == [("dog",), ("sea wind",), ("rain",)]
+    dataset = read_layout("esc50", tmp_path)
+    assert contents(dataset) == [("dog", (0,)), ("sea wind", (1,)), ("rain", (0,)), ("rain", (2,))]
+    assert dataset.classes == [("dog",), ("sea wind",), ("rain",)]
     second = read_layout("esc50", tmp_path, Choice(folds=(2,)))
     # The classes stay those of the whole set.
     assert (len(second.items), second.num_listed, len(second.classes)) == (2, 2, 3)
@@ -82,9 +86,9 @@ def test_esc50_and_its_folds(tmp_path):
 
 @pytest.mark.parametrize("write_it", [tiny.modelnet, tiny.modelnet_resampled])
 def test_modelnet(tmp_path, write_it):
-    task = read_layout("modelnet40", write_it(tmp_path))
-    assert contents(task) == [("chair", (0,)), ("lamp", (0,)), ("lamp", (1,)), ("desk", (2,))]
-    assert (task.modality, task.classes) == ("point", [("chair",), ("lamp",), ("night desk",)])
+    dataset = read_layout("modelnet40", write_it(tmp_path))
+    assert contents(dataset) == [("chair", (0,)), ("lamp", (0,)), ("lamp", (1,)), ("desk", (2,))]
+    assert (dataset.modality, dataset.classes) == ("point", [("chair",), ("lamp",), ("night desk",)])
 
 
 def test_other_splits_of_modelnet(tmp_path):
@@ -95,7 +99,7 @@ def test_other_splits_of_modelnet(tmp_path):
     write(tmp_path / "points/modelnet40_train.txt", "lamp_0002\nchair_0001\n")
     train = read_layout("modelnet40", tmp_path / "points", Choice(split="train"))
     assert (contents(train), train.num_listed) == ([("lamp", (1,))], 2)
-    assert list(train.skipped.lines()) == ["1 x the file is not there (chair/chair_0001.txt)"]
+    assert list(train.skipped.lines()) == ["1 x the file does not exist (chair/chair_0001.txt)"]
     with pytest.raises(
         InputError, match=r"has no modelnet40_dev\.txt .* Did you mean 'modelnet40_test\.txt'\?"
     ):
@@ -112,43 +116,43 @@ def test_resampled_shapes_are_points_that_can_be_opened(tmp_path):
 
 
 def test_audioset_has_several_labels_and_lost_clips(tmp_path):
-    task = read_layout("audioset", tiny.audioset(tmp_path))
-    assert contents(task) == [
+    dataset = read_layout("audioset", tiny.audioset(tmp_path))
+    assert contents(dataset) == [
         ("speech dog", (0, 1)),
         ("speech", (1,)),
         ("dog", (1,)),
         ("car", (0,)),
     ]
-    assert task.classes == [("Speech",), ("Dog, domestic",), ("Car",)]
-    assert (task.kind, task.num_listed) == ("tag", 5)
-    assert list(task.skipped.lines()) == ["1 x the file is not there (vanishedxxx from 0 s)"]
+    assert dataset.classes == [("Speech",), ("Dog, domestic",), ("Car",)]
+    assert (dataset.kind, dataset.num_listed) == ("tag", 5)
+    assert list(dataset.skipped.lines()) == ["1 x the file does not exist (vanishedxxx from 0 s)"]
 
 
 def test_names_of_clips():
     assert "abc_30000_40000" in list(clip_stems("abc", 30, 40))
     assert "abc_30_40" in list(clip_stems("abc", 30, 40))
-    # The exact name comes first: another clip of the video may lie beside it.
+    # The exact name comes first: another clip of the same video may be in the folder.
     names = list(clip_stems("abc", 30.5))
     assert names.index("abc_30.5") < names.index("abc")
 
 
 @pytest.mark.parametrize("name", CAPTIONED)
 def test_captions(tmp_path, name):
-    task = read_layout(name.split()[0], CAPTIONED[name](tmp_path))
-    assert said(task) == tiny.CLIPS
-    assert (task.kind, task.answer) == ("retrieve", "text")
-    assert task.modality == ("audio" if name in ("audiocaps", "clotho") else "image")
-    assert task.num_listed == len(task.items) + (name == "audiocaps")
+    dataset = read_layout(name.split()[0], CAPTIONED[name](tmp_path))
+    assert captions_of(dataset) == tiny.CLIPS
+    assert (dataset.kind, dataset.target_modality) == ("retrieve", "text")
+    assert dataset.modality == ("audio" if name in ("audiocaps", "clotho") else "image")
+    assert dataset.num_listed == len(dataset.items) + (name == "audiocaps")
 
 
 def test_only_the_first_captions(tmp_path):
-    task = read_layout("clotho", tiny.clotho(tmp_path), Choice(captions=1))
-    assert said(task) == {"dog": ["a dog"], "rain": ["rain"]}
+    dataset = read_layout("clotho", tiny.clotho(tmp_path), Choice(captions=1))
+    assert captions_of(dataset) == {"dog": ["a dog"], "rain": ["rain"]}
 
 
 def test_clips_of_audiocaps_that_vanished_are_counted(tmp_path):
-    task = read_layout("audiocaps", tiny.audiocaps(tmp_path))
-    assert list(task.skipped.lines()) == ["1 x the file is not there (vanishedxxx from 20 s)"]
+    dataset = read_layout("audiocaps", tiny.audiocaps(tmp_path))
+    assert list(dataset.skipped.lines()) == ["1 x the file does not exist (vanishedxxx from 20 s)"]
 
 
 def test_rows_that_cannot_be_used_are_counted_with_their_line(tmp_path):
@@ -162,7 +166,7 @@ def test_rows_that_cannot_be_used_are_counted_with_their_line(tmp_path):
     assert skipped.examples["no caption"] == ["test.csv line 9"]
 
 
-def test_rows_of_json_that_cannot_be_used_are_counted_with_their_place(tmp_path):
+def test_rows_of_json_that_cannot_be_used_are_counted_with_their_position(tmp_path):
     tiny.coco(tmp_path)
     file = tmp_path / "annotations/captions_val2017.json"
     content = json.loads(file.read_text())
@@ -170,9 +174,9 @@ def test_rows_of_json_that_cannot_be_used_are_counted_with_their_place(tmp_path)
     content["annotations"] += [{"image_id": 99, "caption": "of nothing"}, "not even an object"]
     content["annotations"].append({"image_id": 0, "caption": 5})
     write_json(file, content)
-    task = read_layout("coco", tmp_path)
-    assert said(task) == tiny.CLIPS
-    examples = task.skipped.examples
+    dataset = read_layout("coco", tmp_path)
+    assert captions_of(dataset) == tiny.CLIPS
+    examples = dataset.skipped.examples
     assert examples["an image without id and file_name"] == [f"{file} images[2]"]
     assert examples["a caption without image_id and caption, or of an unknown image"] == [
         f"{file} annotations[4]",
@@ -183,9 +187,9 @@ def test_rows_of_json_that_cannot_be_used_are_counted_with_their_place(tmp_path)
 
 def test_karpathys_splits(tmp_path):
     tiny.flickr30k(tmp_path)
-    task = read_layout("flickr30k", tmp_path, Choice(split="test"))
-    assert said(task) == tiny.CLIPS
-    with pytest.raises(InputError, match="the file is not there"):
+    dataset = read_layout("flickr30k", tmp_path, Choice(split="test"))
+    assert captions_of(dataset) == tiny.CLIPS
+    with pytest.raises(InputError, match="the file does not exist"):
         read_layout("flickr30k", tmp_path, Choice(split="train"))
     with pytest.raises(
         InputError, match=r"dataset_flickr30k\.json has no split 'tset'\. Did you mean 'test'\?"
@@ -200,16 +204,16 @@ def test_a_table_without_splits_says_so(tmp_path):
     assert "has no splits" in read_layout("flickr30k", tiny.flickr30k_csv(tmp_path)).notes[0]
 
 
-def test_folders_of_ones_own(tmp_path):
+def test_a_folder_for_each_class(tmp_path):
     for name, words in {
         "val/red_dog/a.png": "dog",
         "val/cat/deep/b.JPG": "cat",
         "val/cat/notes.txt": "x",
     }.items():
         write(tmp_path / name, words)
-    task = read_layout("folder", tmp_path, Choice(split="val"))
-    assert (contents(task), task.classes) == ([("cat", (0,)), ("dog", (1,))], [("cat",), ("red dog",)])
-    assert task.skipped.counts == {"not called like a file of image": 1}
+    dataset = read_layout("folder", tmp_path, Choice(split="val"))
+    assert (contents(dataset), dataset.classes) == ([("cat", (0,)), ("dog", (1,))], [("cat",), ("red dog",)])
+    assert dataset.skipped.counts == {"not a file suffix of image": 1}
     sounds = write(tmp_path / "other/dog/a.wav", "dog").parents[1]
     with pytest.raises(InputError, match=r"other: the only class here is 'dog'; expected at least two"):
         read_layout("folder", sounds)
@@ -217,7 +221,7 @@ def test_folders_of_ones_own(tmp_path):
     assert read_layout("folder", sounds).modality == "audio"
     for animal in ("dog", "cat"):
         write(tmp_path / f"npy/{animal}/a.npy", animal)
-    with pytest.raises(InputError, match="say it with --modality"):
+    with pytest.raises(InputError, match="give it with --modality"):
         read_layout("folder", tmp_path / "npy")
     assert read_layout("folder", tmp_path / "npy", Choice(modality="depth")).modality == "depth"
 
@@ -237,40 +241,40 @@ def pairs(folder):
 
 
 def test_a_table_as_for_training(tmp_path):
-    task = read_layout("table", pairs(tmp_path))
-    assert said(task) == {"a": ["a dog", "a hound"], "b": ["a cat"]}
-    assert task.skipped.counts == {"no such picture": 1}
-    assert task.notes[-1] == "split test; 1 media are in other splits"
+    dataset = read_layout("table", pairs(tmp_path))
+    assert captions_of(dataset) == {"a": ["a dog", "a hound"], "b": ["a cat"]}
+    assert dataset.skipped.counts == {"no such picture": 1}
+    assert dataset.notes[-1] == "split test; 1 media are in other splits"
     assert len(read_layout("table", tmp_path / "captions.jsonl", Choice(split="all")).items) == 3
     one = read_layout("table", tmp_path, Choice(captions=1))
-    assert said(one)["a"] == ["a dog"]
+    assert captions_of(one)["a"] == ["a dog"]
 
 
 def test_any_two_columns_of_a_table(tmp_path):
     choice = Choice(split="all", source=Column("audio", "sound"), target=Column("image", "image"))
-    task = read_layout("table", pairs(tmp_path), choice)
-    found = {item.media.source: [answer.source for answer in item.answers] for item in task.items}
+    dataset = read_layout("table", pairs(tmp_path), choice)
+    found = {item.media.source: [target.source for target in item.targets] for item in dataset.items}
     assert found == {str(tmp_path / f"{n}.ogg"): [str(tmp_path / f"{n}.png")] for n in "ac"}
-    assert (task.modality, task.answer) == ("audio", "image")
-    assert task.skipped.counts["the file is not there"] == 1
-    assert sum(task.skipped.counts.values()) == 2  # the row without a sound
+    assert (dataset.modality, dataset.target_modality) == ("audio", "image")
+    assert dataset.skipped.counts["the file does not exist"] == 1
+    assert sum(dataset.skipped.counts.values()) == 2  # the row without a sound
     spoken = Choice(split="train", source=Column("audio", "sound"), target=Column("text", "caption"))
-    assert said(read_layout("table", tmp_path, spoken)) == {"sound c": ["rain"]}
+    assert captions_of(read_layout("table", tmp_path, spoken)) == {"sound c": ["rain"]}
 
 
 def test_a_limit_takes_the_same_media_every_time_from_everywhere(tmp_path):
     for number in range(40):
         write(tmp_path / "ab"[number % 2] / f"{number}.png", "dog")
-    task = read_layout("folder", tmp_path).limit(10)
+    dataset = read_layout("folder", tmp_path).limit(10)
     again = read_layout("folder", tmp_path).limit(10)
-    assert [item.media for item in task.items] == [item.media for item in again.items]
-    assert len(task.items) == task.num_listed == 10
-    assert {item.labels for item in task.items} == {(0,), (1,)}
-    assert "10 of 40 media" in task.notes[0]
+    assert [item.media for item in dataset.items] == [item.media for item in again.items]
+    assert len(dataset.items) == dataset.num_listed == 10
+    assert {item.labels for item in dataset.items} == {(0,), (1,)}
+    assert "10 of 40 media" in dataset.notes[0]
 
 
 def broken(folder, name):
-    """Break one thing of a data set, and return its layout and what the error must say."""
+    """Break one thing of a data set; return its layout, its folder and the expected error."""
     match name:
         case "no such folder":
             return "esc50", folder / "nowhere", r"nowhere does not exist"
@@ -294,7 +298,7 @@ def broken(folder, name):
             return "coco", folder, r"captions_val2017\.json line 2: not valid JSON"
         case "other JSON":
             write_json(tiny.coco(folder) / "annotations/captions_val2017.json", {"info": {}, "images": []})
-            return "coco", folder, r"lists under 'images' and 'annotations'; it holds info, images"
+            return "coco", folder, r"lists under 'images' and 'annotations'; it contains info, images"
         case "unknown class":
             write(tiny.imagenet(folder) / "val/n00000009/x.JPEG", "dog")
             return "imagenet", folder, r"n00000009: the class 'n00000009' is not in .*LOC_synset_mapping\.txt"
@@ -304,11 +308,11 @@ def broken(folder, name):
             return "imagenet", folder, r"LOC_val_solution\.csv line 6: the class 'n00000008' is not in"
         case "no names":
             (tiny.imagenet(folder) / "LOC_synset_mapping.txt").unlink()
-            return "imagenet", folder, "names of the classes; or give a table of your own with --classes"
+            return "imagenet", folder, "names of the classes; or give your own table with --classes"
         case "a name twice":
             with (tiny.imagenet(folder) / "LOC_synset_mapping.txt").open("a") as table:
                 table.write("n00000002 feline\n")
-            return "imagenet", folder, r"LOC_synset_mapping\.txt line 7: the class 'n00000002' stands twice"
+            return "imagenet", folder, r"LOC_synset_mapping\.txt line 7: the class 'n00000002' occurs twice"
         case "unknown label":
             with (tiny.audioset(folder) / "eval_segments.csv").open("a") as table:
                 table.write('eeeeeeeeeee, 0.000, 10.000, "/m/9"\n')
@@ -332,7 +336,7 @@ def broken(folder, name):
             return (
                 "audiocaps",
                 folder,
-                r"nothing to evaluate here: 3 x the file is not there \(vid-dogxxxx from 30 s",
+                r"nothing to evaluate here: 3 x the file does not exist \(vid-dogxxxx from 30 s",
             )
 
 
@@ -357,9 +361,9 @@ def broken(folder, name):
         "no clip left",
     ],
 )
-def test_what_is_wrong_is_named_with_its_place(tmp_path, name):
-    layout, folder, told = broken(tmp_path, name)
-    with pytest.raises(InputError, match=told):
+def test_errors_name_the_position(tmp_path, name):
+    layout, folder, expected = broken(tmp_path, name)
+    with pytest.raises(InputError, match=expected):
         read_layout(layout, folder)
 
 
@@ -386,23 +390,23 @@ TABLES = {
 
 
 @pytest.mark.parametrize("write_it", TABLES, ids=lambda write_it: write_it.__name__)
-def test_damaged_tables_give_a_task_or_one_error_that_names_a_file(tmp_path, write_it):
+def test_damaged_tables_give_a_dataset_or_one_error_that_names_a_file(tmp_path, write_it):
     layout = write_it.__name__.partition("_")[0].replace("modelnet", "modelnet40")
     write_it(tmp_path)
-    random, told = np.random.default_rng(0), []
+    random, messages = np.random.default_rng(0), []
     for name in TABLES[write_it]:
         whole = (tmp_path / name).read_bytes()
         for trial in range(40):
             damaged = bytearray(whole)
-            for place in random.integers(0, len(whole), 3):
-                damaged[place] = random.choice(
-                    [0, 10, 34, 35, 44, 58, 91, 123, 124, 195, 255, damaged[place]]
+            for position in random.integers(0, len(whole), 3):
+                damaged[position] = random.choice(
+                    [0, 10, 34, 35, 44, 58, 91, 123, 124, 195, 255, damaged[position]]
                 )
             (tmp_path / name).write_bytes(damaged[: random.integers(0, len(whole))] if trial % 2 else damaged)
             try:
                 assert read_layout(layout, tmp_path).items
             except InputError as error:
-                told.append(str(error))
+                messages.append(str(error))
         (tmp_path / name).write_bytes(whole)
-    assert told
-    assert [message for message in told if str(tmp_path) not in message] == []
+    assert messages
+    assert [message for message in messages if str(tmp_path) not in message] == []

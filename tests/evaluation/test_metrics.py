@@ -1,4 +1,4 @@
-"""Caption metrics against values worked out by hand and against what each metric promises."""
+"""Caption metrics compared with values computed by hand and with the promises of each metric."""
 
 import math
 import subprocess
@@ -92,7 +92,7 @@ def test_empty_predictions_match_nothing():
     ("predictions", "references", "message"),
     [
         (["a"], [["a"], ["b"]], "1 predictions for 2"),
-        ([], [], "at least one picture"),
+        ([], [], "at least one image"),
         (["a", "b"], [["a"], []], r"references\[1\]"),
         (["a"], ["a"], r"references\[0\] is 'a'"),
     ],

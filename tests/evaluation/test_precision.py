@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from bindllm.evaluation.precision import average_precisions, chance_of_precision
+from bindllm.evaluation.measures import average_precisions, chance_of_precision
 
 
 def precision_by_hand(scores: np.ndarray, targets: np.ndarray) -> float:
@@ -34,7 +34,7 @@ def test_average_precision_is_the_plain_definition_also_with_ties(decimals):
 @pytest.mark.parametrize(("num_right", "num_items"), [(1, 1), (1, 2), (2, 5), (3, 6), (6, 6)])
 def test_chance_of_precision_is_the_mean_over_all_orders(num_right, num_items):
     found = []
-    for places in itertools.combinations(range(num_items), num_right):
-        found.append(np.mean([(n + 1) / (place + 1) for n, place in enumerate(places)]))
+    for positions in itertools.combinations(range(num_items), num_right):
+        found.append(np.mean([(n + 1) / (position + 1) for n, position in enumerate(positions)]))
     by_chance = chance_of_precision(torch.tensor([num_right]), num_items)
     assert float(by_chance) == pytest.approx(np.mean(found))

@@ -29,7 +29,7 @@ def test_a_file_of_templates(tmp_path):
     with pytest.raises(InputError, match=r"prompts\.txt line 2: 'a photo' has no \{\} for the class name"):
         read_templates(file)
     file.write_text("# nothing\n")
-    with pytest.raises(InputError, match="no template in it"):
+    with pytest.raises(InputError, match="contains no template"):
         read_templates(file)
     with pytest.raises(InputError, match="nowhere.txt: cannot be read"):
         read_templates(tmp_path / "nowhere.txt")

@@ -1,4 +1,4 @@
-"""Zero-shot measures on tiny data sets whose right numbers are known, and what is told about what was left out."""
+"""Zero-shot metrics on tiny data sets with known results, and the report of skipped media."""
 
 import json
 from collections import Counter
@@ -9,20 +9,20 @@ import torch
 
 import tiny_layouts as tiny
 from bindllm.cache.visual_cache import VisualCache
-from bindllm.embeddings.embedder import fill
+from bindllm.embeddings.precompute import precompute_embeddings
 from bindllm.embeddings.store import EmbeddingStore
 from bindllm.errors import EncoderError, InputError, StoreError
 from bindllm.evaluation import measures
-from bindllm.evaluation.layouts import Choice, Column, Item, Task, read_layout
+from bindllm.evaluation.layouts import Choice, Column, Dataset, Item, read_layout
 from bindllm.evaluation.zero_shot import evaluate_zero_shot
 from bindllm.media import Media
 from tiny_layouts import WordEncoder, write
 
 
 def measure(layout, folder, *, encoders=None, choice=None, **settings):
-    task = read_layout(layout, folder, choice)
+    dataset = read_layout(layout, folder, choice)
     return evaluate_zero_shot(
-        task,
+        dataset,
         encoders or [WordEncoder()],
         store=folder.parent / "store",
         templates=settings.pop("templates", None),
@@ -43,8 +43,7 @@ def test_accuracy(tmp_path, write_it):
     result = measure("imagenet", write_it(tmp_path / "set"))
     assert result["top-1 accuracy"] == 0.75
     assert result["mean accuracy per class"] == pytest.approx((2 / 3 + 1) / 2)
-    # To the picture of a cat among the dogs five classes are equally far away, and four of them are still in the first
-    # five.
+    # For the cat image among the dogs five classes are equally distant, and four of them fit into the first five.
     assert result["top-5 accuracy"] == pytest.approx((3 + 4 / 5) / 4)
     assert [one.chance for one in result.measures] == pytest.approx([1 / 6, 5 / 6, 1 / 6])
     assert [one.num_queries for one in result.measures] == [4, 4, 2]
@@ -89,7 +88,7 @@ def test_mean_average_precision(tmp_path):
     assert found == [pytest.approx(speech, abs=1e-6), pytest.approx(dog, abs=1e-6), None]
     assert "1 of 3 classes have no media here" in result.notes
     assert (result.num_measured, result.num_listed, result.measures[0].num_queries) == (4, 5, 2)
-    assert list(result.left_out.lines()) == ["1 x the file is not there (vanishedxxx from 0 s)"]
+    assert list(result.skipped.lines()) == ["1 x the file does not exist (vanishedxxx from 0 s)"]
 
 
 @pytest.mark.usefixtures("_chunks")
@@ -120,7 +119,7 @@ def test_recall_in_both_directions(tmp_path, write_it):
 
 
 def test_equal_media_and_equal_texts_are_one(tmp_path):
-    """Two files of one content have all captions of both; a caption of two pictures is right for both."""
+    """Two files with the same content have all captions of both; a caption of two images is right for both."""
     write(
         tmp_path / "set/captions.csv",
         "image,caption\na.png,a dog\nb.png,the rain\nc.png,the rain\nc.png,a car\nd.png,a lamp\n",
@@ -134,7 +133,7 @@ def test_equal_media_and_equal_texts_are_one(tmp_path):
     assert result["text to image recall@1"] == pytest.approx((3 + 1 / 3) / 4)
     queries = [(one.num_queries, one.num_candidates) for one in result.measures]
     assert queries == [(3, 4), (4, 3)]
-    assert any(note.startswith("1 media have the content of another one") for note in result.notes)
+    assert any(note.startswith("1 media have the same content as another one") for note in result.notes)
 
 
 def test_retrieval_between_any_two_modalities(tmp_path):
@@ -147,24 +146,24 @@ def test_retrieval_between_any_two_modalities(tmp_path):
         write(tmp_path / f"set/{name}.ogg", heard)
     choice = Choice(source=Column("audio", "sound"), target=Column("image", "image"))
     result = measure("table", tmp_path / "set", choice=choice)
-    # The sound of the car is taken for the dog; the car's picture finds no sound nearer than any other.
+    # The car's audio is taken for the dog; to the car's image all audio clips are equally distant.
     assert result["audio to image recall@1"] == pytest.approx(2 / 3)
     assert result["image to audio recall@1"] == pytest.approx((2 + 1 / 3) / 3)
-    with pytest.raises(InputError, match="prompts are put around texts, and here image is retrieved"):
+    with pytest.raises(InputError, match="prompts need texts, but image is retrieved"):
         measure("table", tmp_path / "set", choice=choice, templates=["a photo of a {}."])
 
 
-def test_sentences_around_captions_are_averaged(tmp_path):
-    """Beside each caption as it is, one that speaks of rain: the dog's captions all come closer to the rain."""
+def test_templates_of_captions_are_averaged(tmp_path):
+    """A second template mentions rain, so all captions of the dog come closer to the rain."""
     plain = measure("clotho", tiny.clotho(tmp_path / "set"))
     result = measure("clotho", tmp_path / "set", templates=["{}", "{} rain"])
-    # "a cat" in the rain is no longer like neither sound, but like the wrong one.
+    # "a cat" is equally distant from both clips; "a cat rain" is closer to the wrong one.
     assert plain["text to audio recall@1"] == 0.625
     assert result["text to audio recall@1"] == 0.5
     assert result.measures[0].num_candidates == 4
 
 
-def test_an_encoder_that_sees_nothing_reaches_exactly_chance(tmp_path):
+def test_an_encoder_with_one_constant_embedding_reaches_exactly_chance(tmp_path):
     class Blind(WordEncoder):
         def embed(self, modality, inputs):
             return torch.eye(self.embedding_size)[[3] * len(inputs)]
@@ -194,13 +193,13 @@ def test_a_second_run_only_reads_the_store(tmp_path):
     assert Counter(second.embedded)["audio"] == 2
 
 
-def test_files_that_cannot_be_read_are_left_out_and_told(tmp_path):
+def test_files_that_cannot_be_read_are_skipped_and_reported(tmp_path):
     folder = tiny.imagenet(tmp_path / "set")
     write(folder / "val/n00000002/ILSVRC2012_val_9.JPEG", "broken")
     result = measure("imagenet", folder)
     assert (result["top-1 accuracy"], result.num_measured, result.num_listed) == (0.75, 4, 5)
-    assert result.left_out.counts == {"the file cannot be read": 1}
-    assert result.left_out.examples["the file cannot be read"][0].endswith("ILSVRC2012_val_9.JPEG: broken")
+    assert result.skipped.counts == {"the file cannot be read": 1}
+    assert result.skipped.examples["the file cannot be read"][0].endswith("ILSVRC2012_val_9.JPEG: broken")
     clotho = tiny.clotho(tmp_path / "clotho")
     with (clotho / "clotho_captions_evaluation.csv").open("a") as table:
         table.write("broken.wav,wind,wind,wind,wind,wind\n")
@@ -214,10 +213,10 @@ def test_files_that_cannot_be_read_are_left_out_and_told(tmp_path):
 def test_a_task_can_be_measured_again(tmp_path):
     folder = tiny.audiocaps(tmp_path / "set")
     write(folder / "audio/rain1.wav", "broken")
-    task = read_layout("audiocaps", folder)
-    one, two = (evaluate_zero_shot(task, [WordEncoder()], store=tmp_path / "store") for _ in range(2))
-    assert (one.left_out, one.measures, one.notes) == (two.left_out, two.measures, two.notes)
-    assert one.left_out.total == 2
+    dataset = read_layout("audiocaps", folder)
+    one, two = (evaluate_zero_shot(dataset, [WordEncoder()], store=tmp_path / "store") for _ in range(2))
+    assert (one.skipped, one.measures, one.notes) == (two.skipped, two.measures, two.notes)
+    assert one.skipped.total == 2
 
 
 def test_nothing_to_measure_is_an_error(tmp_path):
@@ -232,10 +231,10 @@ def test_nothing_to_measure_is_an_error(tmp_path):
 def test_encoders_that_do_not_serve_the_modality(tmp_path):
     folder = tiny.esc50(tmp_path / "set")
     with pytest.raises(
-        InputError, match=r"needs an encoder of audio for its media; the encoders here serve image, text"
+        InputError, match=r"needs an encoder of audio for its media; the given encoders support image, text"
     ):
         measure("esc50", folder, encoders=[WordEncoder("image text")])
-    with pytest.raises(InputError, match=r"needs an encoder of text for what is compared with them"):
+    with pytest.raises(InputError, match=r"needs an encoder of text for the texts or media to compare"):
         measure("esc50", folder, encoders=[WordEncoder("audio")])
 
 
@@ -244,42 +243,42 @@ def test_encoders_that_were_never_trained_together_get_a_warning(tmp_path):
     result = measure("esc50", folder, encoders=[WordEncoder("audio"), WordEncoder("text", space="other")])
     assert "was never trained together with" in result.warnings[0]
     assert result["top-1 accuracy"] == 0.75
-    # An encoder that the task does not need is no reason to warn.
+    # An encoder that the data set does not need is not a reason to warn.
     others = [WordEncoder("audio"), WordEncoder("text"), WordEncoder("image", space="other")]
     assert measure("esc50", folder, encoders=others).warnings == []
 
 
-def picture_cache(folder, words, **settings):
+def image_cache(folder, words, **settings):
     encoder = WordEncoder()
-    store = EmbeddingStore.for_encoder(folder / "pictures", encoder)
+    store = EmbeddingStore.for_encoder(folder / "images", encoder)
     files = [write(folder / f"{number}.png", content) for number, content in enumerate(words)]
-    fill(store, encoder, [Media.image(file) for file in files])
+    precompute_embeddings(store, encoder, [Media.image(file) for file in files])
     return VisualCache.build(folder / "cache", store, **settings)
 
 
 def test_queries_are_blended_with_a_cache(tmp_path):
-    """To a sound of rain and a little dog the nearest picture is a dog in the sea: blended it is taken for a dog."""
+    """The image nearest to a clip of rain and dog shows more dog: blended with it, the clip is taken for a dog."""
     write(tmp_path / "set/dog/a.wav", "dog dog dog dog rain rain rain rain rain")
     write(tmp_path / "set/rain/b.wav", "rain")
     assert measure("folder", tmp_path / "set")["top-1 accuracy"] == 0.5
-    cache = picture_cache(tmp_path, ["dog dog rain", "car"], top_k=1, weight=0.5)
+    cache = image_cache(tmp_path, ["dog dog rain", "car"], top_k=1, weight=0.5)
     result = measure("folder", tmp_path / "set", cache=cache)
-    # The other sound finds the same picture and stays rain all the same.
+    # The other clip finds the same image and is still classified as rain.
     assert result["top-1 accuracy"] == 1
-    assert (result.cache["weight"], result.cache["pictures"]) == (0.5, 2)
+    assert (result.cache["weight"], result.cache["images"]) == (0.5, 2)
     assert (
-        measure(
-            "folder", tmp_path / "set", cache=picture_cache(tmp_path / "b", ["dog dog rain"], weight=0.0)
-        )["top-1 accuracy"]
+        measure("folder", tmp_path / "set", cache=image_cache(tmp_path / "b", ["dog dog rain"], weight=0.0))[
+            "top-1 accuracy"
+        ]
         == 0.5
     )
 
 
-def test_a_cache_leaves_pictures_and_refuses_strangers(tmp_path):
-    cache = picture_cache(tmp_path, ["dog", "car"], weight=1.0)
+def test_a_cache_skips_images_and_needs_its_encoder(tmp_path):
+    cache = image_cache(tmp_path, ["dog", "car"], weight=1.0)
     result = measure("imagenet", tiny.imagenet(tmp_path / "set"), cache=cache)
     assert result["top-1 accuracy"] == 0.75
-    assert "the cache leaves image queries as they are" in result.notes
+    assert "the cache skips image queries" in result.notes
     other = WordEncoder("image text", space="other")
     with pytest.raises(StoreError, match="was built with the encoder"):
         measure("imagenet", tmp_path / "set", encoders=[other], cache=cache)
@@ -301,17 +300,17 @@ def test_a_crash_of_the_encoder_loses_nothing_that_was_embedded(tmp_path):
     assert "audio" not in encoder.embedded
 
 
-def test_classes_of_one_name_are_told(tmp_path):
+def test_classes_with_the_same_name_are_reported(tmp_path):
     classes = write(tmp_path / "classes.tsv", "dog\tcrane\ncat\tcrane\n")
     for name in ("dog", "cat"):
         write(tmp_path / f"set/{name}/a.png", name)
     result = measure("folder", tmp_path / "set", choice=Choice(classes=classes))
     assert result["top-1 accuracy"] == 0.5
-    assert "2 classes share their name with another one, so nothing tells them apart" in result.notes
+    assert "2 classes have the same name as another one and cannot be distinguished" in result.notes
 
 
-def test_many_items_and_classes_give_what_one_matrix_gives(tmp_path):
-    """A random task, against the whole matrix of cosines."""
+def test_blocks_give_the_result_of_one_matrix(tmp_path):
+    """A random data set, compared with the whole matrix of cosines."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.nn.functional.normalize(torch.randn(300, 12, generator=generator), dim=1)
 
@@ -328,8 +327,8 @@ def test_many_items_and_classes_give_what_one_matrix_gives(tmp_path):
     for number in range(260):
         write(tmp_path / f"set/{number}", str(number))
     items = [Item(Media.audio(f"{tmp_path}/set/{n}"), labels=(int(label),)) for n, label in enumerate(labels)]
-    task = Task("classify", "audio", items, num_listed=260, classes=[(f"k{n}",) for n in range(40)])
-    result = evaluate_zero_shot(task, [Given()], store=tmp_path / "store", templates=["{}"])
+    dataset = Dataset("classify", "audio", items, num_listed=260, classes=[(f"k{n}",) for n in range(40)])
+    result = evaluate_zero_shot(dataset, [Given()], store=tmp_path / "store", templates=["{}"])
     scores = rows[:260] @ rows[260:].T
     assert result["top-1 accuracy"] == pytest.approx(float((scores.argmax(1) == labels).double().mean()))
     five = (scores.topk(5).indices == labels[:, None]).any(dim=1)

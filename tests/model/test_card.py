@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from bindllm.model.card import licences, write_card
+from bindllm.model.card import licenses, write_card
 
 MANIFEST = {
     "decoder": {"name": "checkpoints/some-decoder"},
@@ -12,8 +12,8 @@ MANIFEST = {
 }
 
 
-def test_the_card_names_parts_data_and_their_licences(tmp_path):
-    source = {"packages": [{"licence": "CC BY-SA 4.0"}, {"licence": "BSD"}, {"licence": "BSD"}]}
+def test_the_card_names_parts_data_and_their_licenses(tmp_path):
+    source = {"packages": [{"license": "CC BY-SA 4.0"}, {"license": "BSD"}, {"license": "BSD"}]}
     (tmp_path / "SOURCE.json").write_text(json.dumps(source))
     card = write_card(MANIFEST, data=[str(tmp_path)])
     assert f"| training data | `{tmp_path}` | CC BY-SA 4.0, BSD |" in card
@@ -27,7 +27,7 @@ def test_the_card_names_parts_data_and_their_licences(tmp_path):
 @pytest.mark.parametrize("content", ["{}", "[]", "{", '{"packages": [1]}', '{"packages": {"a": 1}}'])
 def test_a_source_file_of_somebody_else_does_not_lose_the_model(tmp_path, content):
     (tmp_path / "SOURCE.json").write_text(content)
-    assert licences(MANIFEST, data=[str(tmp_path)])[-1]["licence"] == "see its own page"
+    assert licenses(MANIFEST, data=[str(tmp_path)])[-1]["license"] == "see its own page"
 
 
 def test_the_card_says_what_of_the_decoder_is_tuned():

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from bindllm import BindLLM, VisualCache
+from bindllm.cache.settings import CacheConfig, CacheSettings
+from bindllm.cache.visual_cache import open_index
 from bindllm.errors import CheckpointError, InputError, StoreError
-from bindllm.model.cache import CacheConfig, open_index
 from bindllm.model.checkpoint import name_cache, read_manifest
 from cache_parts import ALLOW, TEXT, Senses, Words, filled_store, save_tiny_model, write_pictures
 from tiny import ColourEncoder
@@ -181,13 +182,7 @@ def test_places_of_milvus_are_told_from_folders(monkeypatch):
 
 def test_the_defaults_are_those_of_the_cache(project):
     cache, config = VisualCache.open("caches/own"), CacheConfig("caches/own")
-    assert config.settings == {
-        "top_k": cache.top_k,
-        "temperature": cache.temperature,
-        "weight": cache.weight,
-        "formula": cache.formula,
-        "skip": list(cache.skip),
-    }
+    assert CacheSettings(**config.settings) == cache.settings
     with pytest.raises(StoreError, match="was built with the encoder"):
         cache.check_encoders(["ab" * 32])
 

@@ -141,7 +141,7 @@ def test_the_recipe_runs_on_tiny_parts(parts, tmp_path, monkeypatch):
     monkeypatch.setattr("bindllm.training.run.Run._measure", MEASURE)
     assert run("fit", recipe) == 0
     metrics = json.loads(Path(recipe["output"], "metrics.json").read_text())
-    assert metrics["test"]["count"] == 4
+    assert metrics["tasks"]["answers"]["model"]["count"] == 4
     assert Path(recipe["output"], "adapter/adapter_model.safetensors").is_file()
     assert Path("runs/easyvqa-dpo/reference.safetensors").is_file()
 

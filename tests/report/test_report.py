@@ -1,4 +1,4 @@
-"""The report: files that stay, a page that needs nothing else, and text that cannot break out of it."""
+"""The report: its files, a page that loads nothing else, and text that cannot become markup."""
 
 import copy
 import json
@@ -13,19 +13,23 @@ from PIL import Image
 
 from bindllm.data.report import DataReport, SourceReport
 from bindllm.errors import CheckpointError, InputError
-from bindllm.evaluation.run import CaptionRow
+from bindllm.evaluation.captions import CaptionRow
 from bindllm.model.checkpoint import write_checkpoint
 from bindllm.report import page, report
-from bindllm.report.html import SHEET_SIZE
+from bindllm.report.page import SHEET_SIZE
 from bindllm.report.report import RunFacts, git_revision, rebuild_report, software_versions, write_report
 from tiny import colour_pictures
 
 NUMBERS = {"loss": 3.5, "perplexity": 33.1, "cider": 1.2, "bleu4": 0.0, "rouge_l": 0.3, "exact_match": 0.25}
 METRICS = {
-    "heldout": NUMBERS,
-    "zero_gates": {**NUMBERS, "loss": 8.2, "perplexity": 3641.0, "cider": 0.0},
-    "shuffled": {**NUMBERS, "loss": 4.9, "cider": 0.1},
-    "nearest": {**NUMBERS, "loss": None, "perplexity": None, "cider": 0.9},
+    "tasks": {
+        "captions": {
+            "model": NUMBERS,
+            "no_media": {**NUMBERS, "loss": 8.2, "perplexity": 3641.0, "cider": 0.0},
+            "shuffled_media": {**NUMBERS, "loss": 4.9, "cider": 0.1},
+            "nearest_caption": {**NUMBERS, "loss": None, "perplexity": None, "cider": 0.9},
+        }
+    },
     "seconds": {"embed": 1.5, "train": 336.0, "evaluate": 70.2},
     "trainable_parameters": 12_345_678,
 }
@@ -33,7 +37,7 @@ LOG = "epoch,step,train_loss,val_loss,lr\n0,10,7.5,,0.1\n0,20,5.5,,0.1\n0,30,nan
 
 
 class Page(HTMLParser):
-    """Collects tags, texts and what the page would fetch; complains of tags that are not closed."""
+    """Collects tags, texts and what the page would fetch; fails on tags that are not closed."""
 
     VOID = frozenset(["meta", "img", "path", "use", "rect", "image"])
 
@@ -85,7 +89,7 @@ def _draw_once(drawn, monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A checkpoint folder beside pictures, with the current directory above both."""
+    """A checkpoint folder next to images; the working directory is the parent of both."""
     monkeypatch.chdir(tmp_path)
     colour_pictures(tmp_path / "pictures")
     manifest = {"decoder": {"name": "tiny"}, "encoders": [], "inject": {"kind": "value", "queries": True}}
@@ -95,12 +99,14 @@ def folder(tmp_path, monkeypatch):
 
 def row(colour, number=0, **changes):
     usual = CaptionRow(
-        picture=f"pictures/images/{colour}{number}.png",
+        media=f"pictures/images/{colour}{number}.png",
+        modality="image",
         references=[f"{colour} square"],
-        generated="a guess",
-        zero_gates="blind words",
-        nearest="copied words",
-        nearest_picture="pictures/images/red2.png",
+        model="a guess",
+        no_media="blind words",
+        nearest_caption="copied words",
+        nearest_media="pictures/images/red2.png",
+        nearest_modality="image",
     )
     return {**asdict(usual), **changes}
 
@@ -111,7 +117,7 @@ def write(folder, captions=None, *, metrics=METRICS, log=LOG, **facts):
     return write_report(
         folder,
         metrics=metrics,
-        captions=captions,
+        rows={"captions": captions},
         facts=RunFacts(**facts),
         log=folder.parent / "log.csv" if log else None,
     ).read_text(encoding="utf-8")
@@ -122,7 +128,7 @@ def test_metrics_json_is_what_was_given(folder):
     assert json.loads((folder / "metrics.json").read_text()) == METRICS
 
 
-def test_the_page_stands_alone(folder):
+def test_the_page_loads_nothing(folder):
     text = write(folder, title="A run")
     parsed = Page(text)
     assert "http" not in text
@@ -140,21 +146,21 @@ def test_the_page_shows_numbers_captions_and_facts(folder):
     skipped.skipped.add("empty caption", "captions.jsonl, line 7")
     text = write(
         folder,
-        [row("red", exact=True, generated="Red square!"), row("blue", generated="")],
+        [row("red", exact=True, model="Red square!"), row("blue", model="")],
         title="A run",
         parameters=[{"group": "bind", "tensors": 19, "parameters": 12_000, "trainable": True}],
         data=asdict(skipped),
-        licences=[{"part": "training data", "name": "pictures", "licence": "CC BY-SA 4.0"}],
+        licenses=[{"part": "training data", "name": "pictures", "license": "CC BY-SA 4.0"}],
         device="one old CPU",
     )
     words = " ".join(" ".join(Page(text).texts).split())
     for expected in (
-        "On 2 held-out pictures the loss is 3.50",
+        "On 2 held-out images the loss is 3.50",
         "trained in 5 min 36 s",
         "12,345,678 trainable parameters",
         "one old CPU",
         "3,641",
-        "says of every picture: blind words",
+        "Without images the model always says: blind words",
         "Red square! ✓ right",
         "(nothing)",
         "copied words",
@@ -179,17 +185,17 @@ def test_text_cannot_break_out(folder):
             row(
                 "red",
                 references=[evil],
-                generated=evil,
-                nearest=evil,
-                zero_gates=evil,
-                picture=f'"><img {evil}',
+                model=evil,
+                nearest_caption=evil,
+                no_media=evil,
+                media=f'"><img {evil}',
             )
         ],
         title=evil,
         device=evil,
         problems={evil: evil},
         data=asdict(data),
-        licences=[{"part": evil, "name": evil, "licence": evil}],
+        licenses=[{"part": evil, "name": evil, "license": evil}],
         parameters=[{"group": evil, "tensors": 1, "parameters": 1, "trainable": False}],
         software={evil: evil},
         revision=evil,
@@ -205,7 +211,7 @@ def test_the_page_can_be_made_again(folder):
     assert rebuild_report(folder).read_text(encoding="utf-8") == text
 
 
-def test_missing_pictures_become_tiles(folder, tmp_path):
+def test_missing_images_become_tiles(folder, tmp_path):
     write(folder)
     (tmp_path / "pictures/images/red0.png").unlink()
     (tmp_path / "pictures/images/green0.png").write_bytes(b"")
@@ -214,23 +220,24 @@ def test_missing_pictures_become_tiles(folder, tmp_path):
     assert "the file is empty" in text
 
 
-def test_what_is_no_picture_is_a_tile_that_says_what_it_is(folder):
+def test_media_without_an_image_are_tiles_with_their_name(folder):
     source = asdict(SourceReport("sweeps", 16, 17, modality="radar"))
     captions = [
-        row("red", picture="a/5.npy", modality="radar", nearest_picture="a/7.npy", nearest_modality="radar"),
-        row("blue", picture="'a <b> dog'", modality="text"),
+        row("red", media="a/5.npy", modality="radar", nearest_media="a/7.npy", nearest_modality="radar"),
+        row("blue", media="'a <b> dog'", modality="text"),
     ]
     text = write(folder, captions, data={**asdict(DataReport()), "sources": [source]})
     tiles = re.findall(r'class="missing"[^>]*>([^<]*)<', text)
-    assert sorted(tiles) == ["&#x27;a &lt;b&gt; dog&#x27;", "radar: 5.npy", "radar: 7.npy"]
+    assert sorted(tiles) == ["&#39;a &lt;b&gt; dog&#39;", "radar: 5.npy", "radar: 7.npy"]
     assert "expected JPEG" not in text
-    words = " ".join(" ".join(Page(text).texts).split())
-    assert "picture" not in words
-    for told in ("2 of 2 held-out media", "says of every media: blind words", "nearest media", "16 radar"):
+    body = re.sub("<style>.*</style>", "", text, flags=re.DOTALL)
+    words = " ".join(" ".join(Page(body).texts).split())
+    assert "image" not in words
+    for told in ("2 of 2 held-out media", "Without media the model always says: blind words", "16 radar"):
         assert told in words
 
 
-def test_pictures_are_found_from_another_directory(folder, tmp_path, monkeypatch):
+def test_images_are_found_from_another_directory(folder, tmp_path, monkeypatch):
     text = write(folder)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -240,54 +247,55 @@ def test_pictures_are_found_from_another_directory(folder, tmp_path, monkeypatch
 def test_the_sheet_is_a_fixed_sample_of_all_rows(folder, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "one.png")
     captions = [
-        row("red", picture="one.png", nearest=None, references=[f"<{n}>"]) for n in range(SHEET_SIZE + 40)
+        row("red", media="one.png", nearest_caption=None, references=[f"<{n}>"])
+        for n in range(SHEET_SIZE + 40)
     ]
     first, second = write(folder, captions, finished=""), write(folder, captions, finished="")
     assert first == second
     assert first.count("<article") == SHEET_SIZE
-    assert f"{SHEET_SIZE} of {SHEET_SIZE + 40} held-out pictures, drawn by a fixed seed" in first
+    assert f"{SHEET_SIZE} of {SHEET_SIZE + 40} held-out images, drawn with a fixed seed" in first
     shown = [int(n) for n in re.findall(r'<dd dir="auto">&lt;(\d+)&gt;</dd>', first)]
     assert shown == sorted(shown) != list(range(SHEET_SIZE))
     assert len((folder / "report/captions.jsonl").read_text().splitlines()) == SHEET_SIZE + 40
 
 
-def test_what_was_not_measured_is_shown_as_such(folder):
+def test_missing_measurements_are_shown_as_such(folder):
     metrics = copy.deepcopy(METRICS)
-    metrics["shuffled"] = dict.fromkeys(NUMBERS)
+    metrics["tasks"]["captions"]["shuffled_media"] = dict.fromkeys(NUMBERS)
     text = write(
         folder,
-        [row("red", generated=None, zero_gates=None, nearest=None, nearest_picture=None)],
+        [row("red", model=None, no_media=None, nearest_caption=None, nearest_media=None)],
         metrics=metrics,
         log=None,
         problems={"shuffled": "OutOfMemoryError: no memory left"},
     )
     words = " ".join(" ".join(Page(text).texts).split())
-    assert "What did not work shuffled : OutOfMemoryError: no memory left" in words
-    assert "every picture:" not in words
-    assert "Loss per token by optimiser step" not in words
+    assert "Problems shuffled : OutOfMemoryError: no memory left" in words
+    assert "always says" not in words
+    assert "Loss per token by optimizer step" not in words
     assert "Not recorded." in words
 
 
-def test_an_earlier_log_does_not_stay(folder):
-    assert "Loss per token by optimiser step" in write(folder)
-    assert "Loss per token by optimiser step" not in write(folder, log=None)
+def test_an_earlier_log_is_removed(folder):
+    assert "Loss per token by optimizer step" in write(folder)
+    assert "Loss per token by optimizer step" not in write(folder, log=None)
 
 
-def test_captions_with_odd_characters_stay_whole(folder):
+def test_captions_with_unusual_characters_are_kept(folder):
     odd = "one\u2028two\x85three\x00four\x0bfive"
-    text = write(folder, [row("red", generated=odd)])
+    text = write(folder, [row("red", model=odd)])
     assert "one two three\ufffdfour five" in text
-    assert json.loads((folder / "report/captions.jsonl").read_text(encoding="utf-8"))["generated"] == odd
+    assert json.loads((folder / "report/captions.jsonl").read_text(encoding="utf-8"))["model"] == odd
 
 
 def test_file_names_that_are_not_utf8(folder):
-    text = write(folder, [row("red", picture="pictures/\udc80.png")], problems={"\udc80": "no name"})
+    text = write(folder, [row("red", media="pictures/\udc80.png")], problems={"\udc80": "no name"})
     assert "\\udc80.png" in text
-    assert json.loads((folder / "report/captions.jsonl").read_text())["picture"] == "pictures/\udc80.png"
+    assert json.loads((folder / "report/captions.jsonl").read_text())["media"] == "pictures/\udc80.png"
 
 
-def test_long_captions_are_cut_on_the_page_alone(folder):
-    text = write(folder, [row("red", generated="word " * 500)])
+def test_long_captions_are_cut_only_on_the_page(folder):
+    text = write(folder, [row("red", model="word " * 500)])
     assert "word word…" in text
     assert text.count("word") < 60
     assert (folder / "report/captions.jsonl").read_text().count("word") > 500
@@ -301,10 +309,16 @@ def test_a_log_without_finite_losses(folder):
     assert report._series([{"step": "3", "a": "2.5"}, {"step": "4", "a": ""}], "a") == [(3, 2.5)]
 
 
-def test_a_number_that_is_missing_is_refused_before_anything_is_written(folder):
+def test_a_missing_metric_is_refused_before_anything_is_written(folder):
     metrics = copy.deepcopy(METRICS)
-    del metrics["shuffled"]["cider"], metrics["seconds"]["embed"], metrics["trainable_parameters"]
-    with pytest.raises(InputError, match=r"shuffled\.cider, seconds\.embed, trainable_parameters"):
+    del (
+        metrics["tasks"]["captions"]["shuffled_media"]["cider"],
+        metrics["seconds"]["embed"],
+        metrics["trainable_parameters"],
+    )
+    with pytest.raises(
+        InputError, match=r"captions\.shuffled_media\.cider, seconds\.embed, trainable_parameters"
+    ):
         write(folder, metrics=metrics)
     assert not (folder / "metrics.json").exists()
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from bindllm.cache.settings import CacheConfig
 from bindllm.cli.recipe import quiet
 from bindllm.data.collate import answer_batch
 from bindllm.data.datamodule import BindData
@@ -16,7 +17,6 @@ from bindllm.errors import CheckpointError, InputError, TrainingError
 from bindllm.media import Media
 from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
-from bindllm.model.cache import CacheConfig
 from bindllm.model.checkpoint import read_manifest
 from bindllm.model.decoder import DecoderConfig
 from bindllm.model.injection import InjectConfig
@@ -224,7 +224,7 @@ def test_starting_from_a_folder_of_other_parts_is_refused(make, tmp_path):
 def test_a_second_stage_tunes_the_decoder_and_starts_from_the_first(make, trainer, tmp_path):
     module, _ = make()
     module.configure_model()
-    module.model.origin = "Somebody's weights, under their licence."
+    module.model.origin = "Somebody's weights, under their license."
     module.model.save_pretrained(tmp_path / "first")
     first = {name: value.clone() for name, value in module.model.trainable_state().items()}
     options = {

@@ -5,7 +5,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from bindllm.training.progress import RunProgress, printable
+from bindllm.training.progress import RunProgress
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_a_log_file_gets_few_lines(trainer):
     lines = shown(RunProgress(captions), trainer, terminal=False).splitlines()
     assert lines == [
         "epoch 1  step 10  train loss 4.000  validation loss 1.250",
-        "  red square  →  blue·[31m·",
+        "  red square  →  blue?[31m?",
     ]
 
 
@@ -46,13 +46,9 @@ def test_a_log_file_gets_lines_with_the_time_left_when_a_run_takes_long(trainer)
     assert len(lines) == 11
 
 
-def test_a_terminal_gets_a_bar_of_the_whole_run_that_goes_on_where_the_run_does(trainer):
+def test_a_terminal_gets_a_bar_of_the_whole_run_that_resumes_with_it(trainer):
     trainer.global_step = 4
     text = shown(RunProgress(), trainer, terminal=True)
     assert " 4/10" in text
     assert "10/10" in text
     assert "validation loss 1.250" in text
-
-
-def test_generated_text_cannot_steer_the_terminal():
-    assert printable("a\x1b]0;title\x07b") == "a·]0;title·b"

@@ -1,19 +1,22 @@
-"""The formulas of the visual cache, on arrays: in double precision, each row by itself.
+"""The formulas of the visual cache on arrays, in double precision, each row on its own.
 
-After ImageBind-LLM (arXiv 2309.03905) section 3.4 and its released code.
+After ImageBind-LLM (https://arxiv.org/abs/2309.03905), section 3.4, and its released code.
 """
 
 from __future__ import annotations
 
-import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bindllm.errors import InputError, did_you_mean
+from bindllm.cache.settings import CacheSettings
+from bindllm.embeddings.shards import as_hex
+from bindllm.errors import StoreError
 
-FORMULAS = ("released", "paper")
+if TYPE_CHECKING:
+    from bindllm.embeddings.store import EmbeddingStore
 
-# Unit vectors whose mean is shorter than this point in opposite directions: no direction is left.
+# If the mean of unit vectors is shorter than this, they cancel out and no direction is left.
 _SHORTEST = 1e-4
 
 
@@ -25,79 +28,75 @@ def unit_rows(rows: np.ndarray) -> np.ndarray:
         array([[0.6, 0.8]], dtype=float32)
     """
     rows = np.asarray(rows, np.float32)
-    # In double precision no square of a float32 overflows, or becomes zero.
+    # In double precision the square of a float32 neither overflows nor underflows to zero.
     norms = np.sqrt(np.square(rows, dtype=np.float64).sum(axis=-1, keepdims=True))
     with np.errstate(invalid="ignore", divide="ignore"):
         return (rows / norms).astype(np.float32)
 
 
-def similarities_of(queries: np.ndarray, numbers: np.ndarray, vectors: np.ndarray) -> np.ndarray:
-    """Return the cosine of each query and each of its candidates, [N, C], float64; minus infinity for a missing one.
+def read_units(store: EmbeddingStore, keys: np.ndarray) -> np.ndarray:
+    """Return the embeddings of keys [N] at unit length, float32 [N, E].
 
-    In double precision and row by row, so that the batch does not matter.
+    Raises:
+        StoreError: A key that is not stored, or an embedding without direction; names the key.
+    """
+    names = as_hex(keys)
+    rows = unit_rows(store.get(names).numpy())
+    broken = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+    if len(broken):
+        raise StoreError(
+            f"{store.folder}: the embedding with key {names[broken[0]]} is zero or not finite, so it has no direction"
+        )
+    return rows
+
+
+def similarities_of(queries: np.ndarray, ids: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+    """Return the cosine of each query and each of its candidates, float64 [N, C]; minus infinity for a missing one.
+
+    Computed in double precision and row by row, so the result does not depend on the batch.
 
     Args:
-        queries: unit norm, [N, E].
-        numbers: of the candidates, -1 for a missing one, [N, C].
-        vectors: theirs, unit norm, [N, C, E].
+        queries: Unit norm, [N, E].
+        ids: Ids of the candidates, -1 for a missing one, [N, C].
+        vectors: Vectors of the candidates, unit norm, [N, C, E].
     """
     products = queries[:, None].astype(np.float64) * vectors
-    return np.where(numbers < 0, -np.inf, products.sum(axis=-1))
+    return np.where(ids < 0, -np.inf, products.sum(axis=-1))
 
 
 def best(similarities: np.ndarray, top_k: int) -> np.ndarray:
-    """Return the places of the K most alike candidates, best first, [N, K]; of equal ones the first wins."""
+    """Return the columns of the K most similar candidates, best first, [N, K]; the first of equal ones wins."""
     return np.argsort(-similarities, axis=1, kind="stable")[:, :top_k]
 
 
-def retrieve(
-    similarities: np.ndarray, vectors: np.ndarray, top_k: int, temperature: float, formula: str
-) -> np.ndarray:
-    """Return the weighted sum of the neighbours of each query, [N, E], float64; zero where there are none.
+def retrieve(similarities: np.ndarray, vectors: np.ndarray, settings: CacheSettings) -> np.ndarray:
+    """Return the weighted sum of the neighbors of each query, float64 [N, E]; zero if it has none.
 
     Args:
-        similarities: of the candidates, in any order, minus infinity for a missing one, [N, C].
-        vectors: of the candidates, [N, C, E].
-        top_k: how many of them are neighbours.
-        temperature: sharpness of the released formula.
-        formula: one of `FORMULAS`.
+        similarities: Of the candidates in any order, minus infinity for a missing one, [N, C].
+        vectors: Of the candidates, [N, C, E].
+        settings: Number of neighbors, temperature and formula.
     """
-    places = best(similarities, top_k)
-    near = np.take_along_axis(similarities, places, axis=1)
+    columns = best(similarities, settings.top_k)
+    near = np.take_along_axis(similarities, columns, axis=1)
     found = near > -np.inf
     safe = np.where(found, near, 0.0)
-    if formula == "released":
-        # The first is the best, and where it is missing all are.
-        shares = np.where(found, np.exp(temperature * (safe - safe[:, :1])), 0.0)
+    if settings.formula == "released":
+        # Softmax. The first column is the largest; if it is missing, all are.
+        shares = np.where(found, np.exp(settings.temperature * (safe - safe[:, :1])), 0.0)
         shares /= np.maximum(shares.sum(axis=1, keepdims=True), 1.0)
     else:
         shares = safe
-    # A few shares are moved instead of many vectors; candidates that are no neighbours have a share of 0.
+    # Scatter the few shares instead of gathering many vectors; all other candidates get a share of 0.
     placed = np.zeros_like(similarities)
-    np.put_along_axis(placed, places, shares, axis=1)
+    np.put_along_axis(placed, columns, shares, axis=1)
     return (placed[..., None] * vectors).sum(axis=1)
 
 
 def mix(queries: np.ndarray, retrieved: np.ndarray, weight: float) -> tuple[np.ndarray, int]:
-    """Return ``unit((1 - weight) * query + weight * unit(retrieved))``, and how many rows had to stay as they are."""
+    """Return ``unit((1 - weight) * query + weight * unit(retrieved))`` and the number of rows left unchanged."""
     lengths = np.linalg.norm(retrieved, axis=1, keepdims=True)
     mixed = (1 - weight) * queries + weight * retrieved / np.where(lengths > 0, lengths, 1.0)
     norms = np.linalg.norm(mixed, axis=1, keepdims=True)
     lost = (lengths <= _SHORTEST) | (norms <= _SHORTEST)
     return np.where(lost, queries, mixed / np.where(norms > 0, norms, 1.0)), int(lost.sum())
-
-
-def check_settings(top_k: int, temperature: float, weight: float, formula: str) -> None:
-    """Refuse settings out of their range.
-
-    Raises:
-        InputError: names the setting.
-    """
-    if not isinstance(top_k, int) or top_k < 1:
-        raise InputError(f"top_k is {top_k!r}, expected a whole number of at least 1")
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise InputError(f"temperature is {temperature}, expected a finite number of at least 0")
-    if not 0 <= weight <= 1:
-        raise InputError(f"weight is {weight}, expected a number from 0 to 1")
-    if formula not in FORMULAS:
-        raise InputError(f"unknown formula {formula!r}. {did_you_mean(formula, FORMULAS)}")

@@ -1,45 +1,53 @@
-"""Kinds of Faiss index (arXiv 2401.08281): which one fits, how it is made and trained, how wide it searches."""
+"""Kinds of Faiss index (https://arxiv.org/abs/2401.08281): choosing, making, training, filling, and search settings."""
 
 from __future__ import annotations
 
 import math
 import os
 import re
+import struct
 import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bindllm.errors import InputError, MissingExtraError
+from bindllm.errors import InputError, MissingExtraError, StoreError
 
-EXACT_NUMBERS = 100_000 * 1024
-"""Up to this many numbers (vectors times width) the exact search is fast enough."""
+EXACT_FLOATS = 100_000 * 1024
+"""Up to this many floats (vectors times width) the exact search is fast enough."""
 
 ROWS_PER_CENTROID = 32
-"""Rows that a list's centroid is trained on: with half of them recall was the same (docs/scale.md)."""
+"""Training rows of each centroid; with half of them recall was the same (docs/scale.md)."""
 
 TRAIN_ROUNDS = 6
-"""Rounds of k-means over the lists: it is most of a build's time, and more of them found no more."""
+"""Rounds of k-means over the lists, which is most of a build's time; more rounds did not raise recall."""
 
 TRAIN_BYTES = 1 << 30
-"""Memory that training rows take at most."""
+"""Memory limit of the training rows."""
+
+CHUNK = 8192
+"""Rows that are read and added at once: 32 MiB at E = 1,024."""
+
+Read = Callable[[np.ndarray], np.ndarray]
+"""Returns the unit vectors [N, E] of keys [N]."""
 
 _KERNELS = {"AVX2": "HASWELL", "AVX512": "SKYLAKEX"}
 _CODEBOOK = 256
-_GRAPH_BYTES = 512
 
 
 def choose(count: int, embedding_size: int) -> tuple[str, str]:
-    """Return the kind of index, and its search settings, that fit so many vectors of this width.
+    """Return the kind of index and its search settings that fit so many vectors of this width.
 
-    All are compared, exactly, while that is fast; then those of the nearest lists, in 8 bits. Half precision ("SQfp16")
-    is never chosen: it halves the memory, but Faiss has no fast way to compare it in batches.
+    Exact search while that is fast, then inverted lists of 8-bit vectors. Half precision ("SQfp16") is never chosen:
+    it halves the memory, but Faiss has no fast kernel for batches of queries.
 
     Example:
         >>> choose(10_000, 1024), choose(1_000_000, 1024)
         (('Flat', ''), ('IVF4096,SQ8', 'nprobe=16'))
     """
-    if count * embedding_size <= EXACT_NUMBERS:
+    if count * embedding_size <= EXACT_FLOATS:
         return "Flat", ""
     num_lists = 2 ** round(math.log2(4 * math.sqrt(count)))
     factory = f"IVF{num_lists},SQ8"
@@ -47,7 +55,7 @@ def choose(count: int, embedding_size: int) -> tuple[str, str]:
 
 
 def default_search(factory: str) -> str:
-    """Return search settings for a kind of index whose own defaults find too little.
+    """Return search settings for a kind of index, because the defaults of Faiss find too few neighbors.
 
     Example:
         >>> default_search("IVF1024,PQ32x4fs,Refine(SQfp16)"), default_search("Flat")
@@ -67,36 +75,36 @@ def make_index(factory: str, embedding_size: int) -> Any:
     """Return an empty index of inner product.
 
     Raises:
-        InputError: Faiss does not know such a factory for this width.
+        InputError: Faiss does not know the factory, or it does not fit this width.
     """
     faiss = load_faiss()
     try:
         index = faiss.index_factory(embedding_size, factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
         raise InputError(
-            f"Faiss builds no index {factory!r} of inner product over {embedding_size} numbers "
+            f"Faiss cannot build an index {factory!r} of inner product with {embedding_size} dimensions "
             f"({reason(error)}); 'Flat' is exact and always works"
         ) from error
-    # Below 39 rows a centroid Faiss would print a warning.
+    # Faiss prints a warning for fewer than 39 rows per centroid.
     if (inverted := faiss.try_extract_index_ivf(index)) is not None:
         inverted.cp.niter = TRAIN_ROUNDS
         inverted.cp.min_points_per_centroid = 1
-    quantised = faiss.downcast_index(index if inverted is None else inverted)
-    if isinstance(quantised, faiss.IndexIVFPQ | faiss.IndexIVFPQFastScan | faiss.IndexPQ):
-        quantised.pq.cp.min_points_per_centroid = 1
+    quantized = faiss.downcast_index(index if inverted is None else inverted)
+    if isinstance(quantized, faiss.IndexIVFPQ | faiss.IndexIVFPQFastScan | faiss.IndexPQ):
+        quantized.pq.cp.min_points_per_centroid = 1
     return index
 
 
 def check_factory(factory: str, search: str, embedding_size: int) -> None:
-    """Refuse a kind of index or its search settings ahead of long work, so that a mistake shows at once.
+    """Check a kind of index and its search settings before long work.
 
     Args:
-        factory: as for `make_index`, or "auto".
-        search: as for `set_search`, or "auto"; with the factory "auto" they cannot be known to fit yet.
+        factory: As for `make_index`, or "auto".
+        search: As for `set_search`, or "auto". With the factory "auto" they are checked later.
         embedding_size: E.
 
     Raises:
-        InputError: Faiss does not know such a kind for this width, or it has no such settings.
+        InputError: Faiss does not know the factory, or this kind does not have the setting.
         MissingExtraError: Faiss is not installed.
     """
     index = make_index("Flat" if factory == "auto" else factory, embedding_size)
@@ -105,7 +113,7 @@ def check_factory(factory: str, search: str, embedding_size: int) -> None:
 
 
 def train_count(index: Any, count: int) -> int:
-    """Return on how many of so many rows an index is trained; 0 where there is nothing to train."""
+    """Return the number of training rows for an index of so many rows; 0 if it needs no training."""
     if index.is_trained:
         return 0
     inverted = load_faiss().try_extract_index_ivf(index)
@@ -114,26 +122,48 @@ def train_count(index: Any, count: int) -> int:
     return min(count, centroids * ROWS_PER_CENTROID, fitting)
 
 
-def bytes_per_row(index: Any) -> int:
-    """Return what one vector takes in an index, about; never too little by much."""
+def check_index(index: Any, source: str) -> Any | None:
+    """Check that an index can serve a cache, and return its inverted file if that must be mapped for reconstruction.
+
+    An inverted file looks vectors up through a map of 8 bytes a row, made by ``make_direct_map``. A refining index
+    keeps the vectors in order and needs none.
+
+    Raises:
+        StoreError: The index is empty, has another metric, or cannot reconstruct its vectors.
+    """
+    faiss = load_faiss()
+    if index.metric_type != faiss.METRIC_INNER_PRODUCT:
+        raise StoreError(f"{source} is a Faiss index of another metric, expected one of inner product")
+    if not index.ntotal:
+        raise StoreError(f"{source} is an empty index; fill it with the embeddings of images first")
+    inverted = None if isinstance(index, faiss.IndexRefine) else faiss.try_extract_index_ivf(index)
     try:
-        size = index.sa_code_size()
-    except RuntimeError:
-        # Graphs do not tell: their vectors in full, and their links.
-        return 4 * index.d + _GRAPH_BYTES
-    return size + (8 if load_faiss().try_extract_index_ivf(index) is not None else 0)
+        if inverted is None:
+            index.reconstruct(0)
+        elif isinstance(faiss.downcast_index(inverted), faiss.IndexIVFFastScan):
+            # Faiss does not refuse, it crashes.
+            raise RuntimeError("fast scan")
+        else:
+            lists, vector = inverted.invlists, np.zeros(inverted.d, np.float32)
+            filled = next(number for number in range(inverted.nlist) if lists.list_size(number))
+            inverted.reconstruct_from_offset(filled, 0, faiss.swig_ptr(vector))
+    except (RuntimeError, StopIteration) as error:
+        raise StoreError(
+            f"{source}: an index of the type {type(index).__name__} cannot reconstruct its vectors, which a cache "
+            "needs; build it with another factory, such as 'Flat'"
+        ) from error
+    return inverted
 
 
 def set_search(index: Any, search: str) -> None:
-    """Set how wide an index searches, also inside a refining or transforming one.
+    """Set how thoroughly an index searches, including an index inside a refining or transforming one.
 
     Args:
-        index: of the kind that the settings are for.
-        search: names and numbers as Faiss's ``ParameterSpace`` takes them, such as ``"nprobe=32,k_factor_rf=8"``; ""
-            leaves all as they are.
+        index: A Faiss index.
+        search: Settings of Faiss's ``ParameterSpace``, such as ``"nprobe=32,k_factor_rf=8"``; "" changes nothing.
 
     Raises:
-        InputError: not such a list, a number that is not above 0, or a setting that this kind has not.
+        InputError: Not such a list, a number that is not above 0, or a setting that this kind does not have.
     """
     for part in filter(None, search.split(",")):
         name, _, value = part.partition("=")
@@ -146,45 +176,90 @@ def set_search(index: Any, search: str) -> None:
         except RuntimeError as error:
             raise InputError(
                 f"an index of the type {type(index).__name__} has no search setting {name!r} ({reason(error)}); "
-                "inverted files have nprobe, refining ones k_factor_rf, graphs efSearch, and exact ones none"
+                "inverted files have nprobe, refining indexes k_factor_rf, graphs efSearch, and exact ones none"
             ) from error
 
 
-def cannot_build(factory: str, count: int, error: Exception) -> InputError:
-    """Return the error for what Faiss says while it trains or adds."""
+def train(factory: str, embedding_size: int, keys: np.ndarray, read: Read) -> Any:
+    """Return an empty index, trained on vectors that are evenly spread over the keys if the kind needs it."""
+    index = make_index(factory, embedding_size)
+    count = train_count(index, len(keys))
+    if count:
+        some = keys[np.arange(count) * len(keys) // count]
+        rows = np.empty((count, embedding_size), np.float32)
+        for start in range(0, count, CHUNK):
+            rows[start : start + CHUNK] = read(some[start : start + CHUNK])
+        try:
+            index.train(rows)
+        except RuntimeError as error:
+            raise _cannot_build(factory, len(keys), error) from error
+    return index
+
+
+def write(index: Any, factory: str, keys: np.ndarray, read: Read, file: Path) -> None:
+    """Write a file with the vectors of the keys; an empty index gives the kind and what was trained."""
+    faiss = load_faiss()
+    chunks = (read(keys[start : start + CHUNK]) for start in range(0, len(keys), CHUNK))
+    try:
+        if isinstance(index, faiss.IndexFlat | faiss.IndexScalarQuantizer):
+            _write_codes(index, len(keys), chunks, file)
+            return
+        for rows in chunks:
+            index.add(rows)
+    except RuntimeError as error:
+        raise _cannot_build(factory, len(keys), error) from error
+    faiss.write_index(index, str(file))
+
+
+def _write_codes(index: Any, count: int, chunks: Iterator[np.ndarray], file: Path) -> None:
+    """Append the code of each row to the file of an empty index, so that memory holds one chunk.
+
+    Faiss writes these kinds as: type (4 bytes), width (4 bytes), number of rows (8 bytes), ..., number of values
+    (8 bytes), values. A value of "Flat" is a float32, one of a scalar quantizer is a byte.
+    """
+    faiss = load_faiss()
+    faiss.write_index(index, str(file))
+    with file.open("r+b") as stream:
+        start = stream.seek(0, os.SEEK_END)
+        for rows in chunks:
+            stream.write(index.sa_encode(rows).data)
+        values = (stream.tell() - start) // (4 if isinstance(index, faiss.IndexFlat) else 1)
+        stream.seek(start - 8)
+        stream.write(struct.pack("<Q", values))
+        stream.seek(8)
+        stream.write(struct.pack("<q", count))
+
+
+def _cannot_build(factory: str, count: int, error: Exception) -> InputError:
+    """Return the error for a failure of Faiss while it trains or adds."""
     return InputError(
         f"Faiss cannot build an index {factory!r} of {count} vectors ({reason(error)}); 'auto' chooses one that "
         "fits, and 'Flat' always works"
     )
 
 
-def spread(keys: np.ndarray, count: int) -> np.ndarray:
-    """Return so many of the keys, evenly spread."""
-    return keys[np.arange(count) * len(keys) // max(1, count)]
-
-
 def reason(error: Exception) -> str:
-    """Return what an error of the system says, or one of Faiss without the C++ signature ahead of it."""
+    """Return the message of a system error, or of a Faiss error without its C++ signature."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error).rpartition(": ")[2].strip()
 
 
 def limit_threads() -> None:
-    """Let Faiss use as many threads as torch: it brings an OpenMP of its own, which counts for each thread."""
+    """Let Faiss use as many threads as torch; it has its own OpenMP, whose limit belongs to the calling thread."""
     import torch
 
     load_faiss().omp_set_num_threads(torch.get_num_threads())
 
 
 def load_faiss() -> Any:
-    """Return the module, its matrix products as fast as this processor allows.
+    """Return the module, loaded with the fastest kernels for this processor.
 
-    Faiss brings an OpenBLAS of its own. Where that is older than the processor it takes its slowest kernels (a fifth of
-    the speed, on the machine of docs/scale.md), unless its environment names the right ones while it loads.
+    Faiss has its own OpenBLAS. If that is older than the processor it uses its slowest kernels (a fifth of the speed on
+    the machine of docs/scale.md), unless an environment variable names better ones while it loads.
 
     Raises:
-        MissingExtraError: it is not installed.
+        MissingExtraError: Faiss is not installed.
     """
     if (loaded := sys.modules.get("faiss")) is not None:
         return loaded

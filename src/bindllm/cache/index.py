@@ -1,63 +1,86 @@
-"""Vectors that are found by their direction: indexes of Faiss (arXiv 2401.08281) in a folder, built from a store.
+"""The vector index: unit vectors that are searched by inner product, a Faiss index (https://arxiv.org/abs/2401.08281).
 
-index.json           what the index is made of: the only file that is ever replaced
-part-<id>.faiss      vectors, as Faiss writes them, memory-mapped
-part-<id>.keys       content hashes of these vectors, 32 bytes each, in the same order
-trained-<id>.faiss   what new parts are copies of, for kinds that are trained
+An index folder is built from an embedding store, and every change builds its file again: vectors come from the store,
+and the trained parts (lists, codebooks) stay, so that the vectors of the other images do not change.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import os
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from bindllm.cache import factories, index_writer
-from bindllm.cache.blend import unit_rows
-from bindllm.cache.factories import choose
-from bindllm.cache.index_writer import IndexChange
-from bindllm.cache.manifest import MANIFEST, IndexInfo, read_manifest
-from bindllm.cache.parts import Part, open_part, read_index
-from bindllm.embeddings.records import as_hex, missing_from, read_keys, shards_digest
+from bindllm.cache import factories
+from bindllm.cache.blend import read_units
+from bindllm.cache.folder import (
+    MANIFEST,
+    IndexInfo,
+    StoreState,
+    map_files,
+    publish,
+    read_faiss,
+    read_manifest,
+    write_manifest,
+    writing,
+)
+from bindllm.embeddings.shards import (
+    as_hex,
+    as_keys,
+    missing_from,
+    read_keys,
+    shards_digest,
+    unique,
+)
 from bindllm.errors import InputError, StoreError
 
 if TYPE_CHECKING:
     from bindllm.embeddings.store import EmbeddingStore
 
-__all__ = ["IndexChange", "IndexInfo", "VectorIndex", "choose", "unit_rows"]
-
 VERIFY_BYTES = 1 << 28
-"""An index up to this size is hashed whenever it is opened; of larger ones only the sizes are compared."""
+"""A file up to this size is hashed whenever it is opened; of a larger one only the size is compared."""
+
+
+@dataclass(frozen=True)
+class IndexChange:
+    """The result of a change to an index.
+
+    Attributes:
+        added: Number of vectors that are new.
+        removed: Number of vectors that are gone.
+        count: Number of vectors now.
+    """
+
+    added: int
+    removed: int
+    count: int
 
 
 class VectorIndex:
-    """Unit vectors, found by inner product; a vector's number is its place among all parts.
+    """Unit vectors, searched by inner product; the id of a vector is its row.
 
     Args:
-        parts: at least one vector in all.
-        info: what the index is made of.
-        source: path that errors name.
+        index: A Faiss index of inner product that can reconstruct its vectors.
+        info: Facts about the index.
+        source: The path that error messages name.
+        keys: Content hashes of the rows, [rows]; None if unknown.
 
     Raises:
-        StoreError: the index is empty, or of another width.
+        StoreError: The index is empty, has another metric, or cannot reconstruct its vectors.
     """
 
-    def __init__(self, parts: Sequence[Part], info: IndexInfo, *, source: str | Path) -> None:
+    def __init__(
+        self, index: Any, info: IndexInfo, *, source: str | Path, keys: np.ndarray | None = None
+    ) -> None:
         self.info, self.source = info, str(source)
-        self._parts = tuple(parts)
-        # The number of the first vector of each part, and of the end.
-        self._starts = np.cumsum([0, *map(len, parts)])
-        for part in parts:
-            if part.embedding_size != info.embedding_size:
-                raise StoreError(
-                    f"{part.file} holds vectors of size {part.embedding_size}, expected {info.embedding_size}: "
-                    "exchanged; build it again"
-                )
-        if not self._starts[-1]:
-            raise StoreError(f"{source} is an empty index; fill it with the embeddings of pictures first")
+        self._index, self._keys, self._lock = index, keys, threading.Lock()
+        self._unmapped = factories.check_index(index, str(source))
 
     @classmethod
     def build(
@@ -72,135 +95,173 @@ class VectorIndex:
     ) -> Self:
         """Build the index of a store's embeddings, and open it.
 
-        Vectors are scaled to unit length. Their order follows from the content hashes, so the same embeddings give
-        the same files. Memory holds one part, never all vectors.
+        Vectors are scaled to unit length and sorted by content hash, so the same embeddings give the same files.
+        "Flat" and "SQ..." are written in chunks; the other kinds are held in memory until they are written.
 
         Args:
-            folder: where it goes; an earlier index there is replaced at the very end, any other non-empty folder
-                refused.
-            store: read in chunks.
-            factory: kind of index, in the words of Faiss's ``index_factory``; "Flat" is exact and keeps float32,
-                "SQfp16" compares all in half the memory; "auto": what `choose` says.
-            search: settings of Faiss's ``ParameterSpace``, such as ``"nprobe=32,k_factor_rf=8"``; "auto": what fits
-                the kind.
-            modality: which embeddings.
-            keys: only these; None: all of the modality.
+            folder: Where the index is written. An earlier index there is replaced at the very end; any other
+                non-empty folder is refused.
+            store: The embeddings, read in chunks.
+            factory: Kind of index as in Faiss's ``index_factory``: "Flat" is exact and keeps float32, "SQfp16"
+                compares all vectors in half the memory; "auto": as `factories.choose` says.
+            search: Settings of Faiss's ``ParameterSpace``, such as ``"nprobe=32,k_factor_rf=8"``; "auto": the
+                defaults of the kind.
+            modality: Modality of the embeddings.
+            keys: Content hashes of the embeddings; None: all of the modality.
 
         Raises:
-            InputError: Faiss does not know such a factory or setting, or has too few vectors to train it.
-            StoreError: no such embeddings, one without direction, the folder holds something else, another process
-                is writing it, or the disk.
+            InputError: Faiss does not know the factory or setting, or has too few vectors to train it.
+            StoreError: No such embeddings, one without direction, the folder holds something else, another process
+                is writing it, or the disk fails.
         """
         folder = Path(folder)
-        index_writer.build(folder, store, factory=factory, search=search, modality=modality, keys=keys)
+        state = _state_of(folder, store, chosen=keys is not None)
+        wanted = _wanted_keys(store, modality, keys)
+        if factory == "auto":
+            factory = factories.choose(len(wanted), store.embedding_size)[0]
+        if search == "auto":
+            search = factories.default_search(factory)
+        # Before the lock and the folder, so that a mistake leaves nothing behind.
+        factories.check_factory(factory, search, store.embedding_size)
+        read = partial(read_units, store)
+        with writing(folder):
+            index = factories.train(factory, store.embedding_size, wanted, read)
+            info = IndexInfo(
+                fingerprint=store.fingerprint,
+                count=len(wanted),
+                embedding_size=store.embedding_size,
+                factory=factory,
+                search=search,
+                modality=modality,
+                store=state,
+            )
+            publish(folder, info, wanted, partial(cls._write, index, info, wanted, read, folder))
         return cls.open(folder)
 
-    @staticmethod
+    @classmethod
     def update(
-        folder: str | Path, store: EmbeddingStore, *, keys: Sequence[str] | None = None
+        cls, folder: str | Path, store: EmbeddingStore, *, keys: Sequence[str] | None = None
     ) -> IndexChange:
-        """Add what a store has more, and remove what it has no longer; the kind of index stays.
+        """Add the embeddings that are new in a store, and remove the ones it no longer has; the kind stays.
 
         Args:
-            folder: of an index; one that is open elsewhere goes on as it was.
-            store: of the same encoder.
-            keys: exactly these are in the index afterwards. None: all of the modality; of an index of chosen keys
-                (built with ``keys``, or some were removed), those among them that the store still has.
+            folder: Of an index. Processes that have it open keep using the earlier version.
+            store: Of the same encoder.
+            keys: Exactly these are in the index afterwards. None: all of the modality, or, for an index of chosen
+                keys (built with ``keys``, or after a removal), those of its keys that the store still has.
 
         Raises:
-            StoreError: no index there, a store of another encoder, nothing would be left, another process is
-                writing it, or the disk. The index is as it was then.
+            StoreError: No index there, a store of another encoder, nothing would be left, another process is
+                writing it, or the disk fails. The index is unchanged then.
         """
-        return index_writer.update(Path(folder), store, keys)
+        folder = Path(folder)
 
-    @staticmethod
-    def add(folder: str | Path, store: EmbeddingStore, keys: Sequence[str]) -> IndexChange:
-        """Add the embeddings with these keys; those that are there already are not counted.
+        def wanted(info: IndexInfo, held: np.ndarray) -> _Wanted:
+            chosen = keys is not None or (info.store is not None and info.store.chosen)
+            state = _state_of(folder, store, chosen=chosen)
+            found = _wanted_keys(store, info.modality, keys)
+            if chosen and keys is None:
+                found = missing_from(held, missing_from(held, found))
+            return found, state
 
-        Small parts are merged when there are many, from the vectors as they keep them: nothing is lost by that in
-        "Flat", "SQfp16" and refined kinds; kinds of 8 bits or less are rounded once more.
+        return cls._change(folder, store, wanted)
+
+    @classmethod
+    def add(cls, folder: str | Path, store: EmbeddingStore, keys: Sequence[str]) -> IndexChange:
+        """Add the embeddings with these keys; keys that are already in the index do not count.
 
         Raises:
-            StoreError: as for `update`, and a key that is not stored.
+            StoreError: As for `update`, and for a key that is not stored.
         """
-        return index_writer.add(Path(folder), store, keys)
 
-    @staticmethod
-    def remove(folder: str | Path, keys: Sequence[str]) -> IndexChange:
-        """Remove the embeddings with these keys; those that are not there are not counted.
+        def wanted(info: IndexInfo, held: np.ndarray) -> _Wanted:
+            new = missing_from(unique(as_keys(keys)), held)
+            if len(new):
+                new = _of_modality(as_hex(new), read_keys(store.folder, info.modality), info.modality, store)
+            return unique(np.concatenate([held, new])), info.store
 
-        The parts that hold them are written again, without them: afterwards they are in no file of the index. The
-        index is then one of chosen keys, so that `update` does not bring them back.
+        return cls._change(Path(folder), store, wanted)
+
+    @classmethod
+    def remove(cls, folder: str | Path, keys: Sequence[str]) -> IndexChange:
+        """Remove the embeddings with these keys; keys that are not in the index do not count.
+
+        Afterwards they are in no file of the index, and the index is one of chosen keys: `update` does not bring
+        them back. The vectors of the other images do not change. If the store of the index no longer exists, they
+        are taken from the index itself, which is refused for a kind that would round them a second time.
 
         Raises:
-            StoreError: as for `update`.
+            StoreError: As for `update`.
         """
-        return index_writer.remove(Path(folder), keys)
+
+        def wanted(info: IndexInfo, held: np.ndarray) -> _Wanted:
+            left = missing_from(held, unique(as_keys(keys)))
+            chosen = info.store is not None and len(left) < len(held)
+            return left, replace(info.store, chosen=True) if chosen else info.store
+
+        return cls._change(Path(folder), None, wanted)
 
     @classmethod
     def open(cls, folder: str | Path, *, verify: bool | None = None, search: str | None = None) -> Self:
         """Open the index in a folder, memory-mapped.
 
-        A warning is logged when the store that it was built from is still where it was and has more or fewer
-        embeddings by now.
+        Logs a warning if its store is still there and has gained or lost embeddings since.
 
         Args:
-            folder: written by `build`.
-            verify: compare the hashes of the files, which reads all of them; None: up to `VERIFY_BYTES`.
-            search: settings on top of those it was built with, such as ``"nprobe=64"``; "auto": what fits the kind.
+            folder: Written by `build`.
+            verify: Compare the hashes of the files, which reads all of them; None: up to `VERIFY_BYTES`.
+            search: Settings on top of the index's own, such as ``"nprobe=64"``; "auto": the defaults of the kind.
 
         Raises:
-            InputError: settings that this kind has not.
-            StoreError: names the file that is missing, damaged, exchanged, foreign or of another format.
+            InputError: This kind does not have the setting.
+            StoreError: Names the file that is missing, damaged, exchanged, foreign or of another format.
         """
         folder = Path(folder)
-        info, parts = _open_parts(folder, verify)
+        opened = cls._map(folder, verify)
         try:
-            for part in parts:
-                part.set_search(info.search)
+            factories.set_search(opened._index, opened.info.search)
         except InputError as error:
             raise StoreError(
                 f"{folder / MANIFEST} asks for a search that is not possible: {error}"
             ) from error
         if search is not None:
-            for part in parts:
-                part.set_search(factories.default_search(info.factory) if search == "auto" else search)
-        index = cls(parts, info, source=folder)
-        _tell_changes(folder, index)
-        return index
+            own = factories.default_search(opened.info.factory) if search == "auto" else search
+            factories.set_search(opened._index, own)
+        opened._warn_of_changes(folder)
+        return opened
 
     @classmethod
     def open_bare(cls, file: str | Path, fingerprint: str, *, search: str = "") -> Self:
-        """Open a file of Faiss alone, such as the published ``knn.index``, memory-mapped; its keys are not known.
+        """Open a single Faiss file, such as the published ``knn.index``, memory-mapped; its keys are unknown.
 
         Args:
-            file: an index of inner product over unit vectors.
-            fingerprint: of the encoder that made them: the file does not tell, and you vouch for it.
-            search: settings, as for `build`.
+            file: An index of inner product over unit vectors.
+            fingerprint: Of the encoder that made them. The file does not say, so you vouch for it.
+            search: Settings, as for `build`.
 
         Raises:
-            InputError: settings that this kind has not.
-            StoreError: not a file of Faiss, damaged, of another metric, or unable to give its vectors back.
+            InputError: This kind does not have the setting.
+            StoreError: Not a Faiss file, damaged, of another metric, or unable to reconstruct its vectors.
         """
         file = Path(file)
         if not file.is_file():
-            raise StoreError(f"there is no index file {str(file)!r}")
+            raise StoreError(f"the index file {str(file)!r} does not exist")
         if file.stat().st_size <= VERIFY_BYTES:
-            # Faiss crashes over some files that were cut short when it maps them, but not when it reads them.
-            read_index(file, mapped=False)
-        part = Part(read_index(file), file)
-        part.set_search(search)
-        return cls([part], IndexInfo(fingerprint, len(part), part.embedding_size, search=search), source=file)
+            # Faiss crashes on some truncated files when it maps them, but not when it reads them.
+            read_faiss(file, mapped=False)
+        index = read_faiss(file)
+        factories.set_search(index, search)
+        return cls(index, IndexInfo(fingerprint, index.ntotal, index.d, search=search), source=file)
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._index.ntotal
 
     def search(self, queries: np.ndarray, count: int) -> np.ndarray:
-        """Return the numbers of the nearest vectors, best first, -1 where none is left.
+        """Return the ids of the nearest vectors, best first, -1 if there are no more.
 
         Args:
             queries: float32 [N, E].
-            count: at most this many for each.
+            count: Most neighbors of a query.
 
         Returns:
             int64 [N, min(count, len)].
@@ -211,89 +272,210 @@ class VectorIndex:
             raise InputError(
                 f"{self.source} takes queries [N, {self.info.embedding_size}], not {list(queries.shape)}"
             )
-        count = min(count, len(self))
-        found = [part.search(queries, count) for part in self._parts]
-        if len(found) == 1:
-            return found[0][1]
-        numbers = np.concatenate(
-            [
-                np.where(rows < 0, -1, rows + start)
-                for (_, rows), start in zip(found, self._starts, strict=False)
-            ],
-            axis=1,
-        )
-        similarities = np.concatenate([part for part, _ in found], axis=1)
-        similarities[numbers < 0] = -np.inf
-        best = np.argsort(-similarities, axis=1, kind="stable")[:, :count]
-        return np.take_along_axis(numbers, best, axis=1)
+        return self._index.search(queries, min(count, len(self)))[1]
 
-    def vectors(self, numbers: np.ndarray) -> np.ndarray:
-        """Return the vectors [..., E] with these numbers [...], as the index keeps them; zeros for -1."""
-        flat = numbers.reshape(-1)
+    def vectors(self, ids: np.ndarray) -> np.ndarray:
+        """Return the vectors [..., E] with these ids [...], as the index keeps them; zeros for -1."""
+        flat = self._checked(ids)
+        if self._unmapped is not None:
+            with self._lock:
+                if self._unmapped is not None:
+                    self._unmapped.make_direct_map()
+                    self._unmapped = None
         found = np.zeros((len(flat), self.info.embedding_size), np.float32)
-        for part, places, rows in self._located(flat):
-            found[places] = part.vectors(rows)
-        return found.reshape(*numbers.shape, -1)
+        found[flat >= 0] = self._index.reconstruct_batch(flat[flat >= 0])
+        return found.reshape(*ids.shape, self.info.embedding_size)
 
-    def keys(self, numbers: np.ndarray) -> list[str | None]:
-        """Return the content hashes of the media with these numbers [N]; None for -1, and in a bare file.
+    def keys(self, ids: np.ndarray) -> list[str | None]:
+        """Return the content hashes of the media with these ids [N]; None for -1, and for a bare file.
 
-        `EmbeddingStore.sources` tells which files they are.
+        `EmbeddingStore.sources` maps them to files.
         """
-        flat = np.asarray(numbers).reshape(-1)
-        found: list[str | None] = [None] * len(flat)
-        for part, places, rows in self._located(flat):
-            if part.keys is not None:
-                for place, key in zip(places, as_hex(part.keys[rows]), strict=True):
-                    found[place] = key
-        return found
+        flat = self._checked(np.asarray(ids))
+        if self._keys is None:
+            return [None] * len(flat)
+        return [None if n < 0 else key for n, key in zip(flat, as_hex(self._keys[flat]), strict=True)]
 
-    def _located(self, numbers: np.ndarray) -> list[tuple[Part, np.ndarray, np.ndarray]]:
-        """Return part by part which of the numbers [N] it holds, by their places, and their rows in it."""
-        if len(numbers) and numbers.max() >= len(self):
-            raise InputError(
-                f"{self.source} has {len(self)} vectors, and none with the number {numbers.max()}"
-            )
-        of_part = np.searchsorted(self._starts, numbers, side="right") - 1
-        located = []
-        for n in np.unique(of_part[numbers >= 0]):
-            places = np.flatnonzero(of_part == n)
-            located.append((self._parts[n], places, numbers[places] - self._starts[n]))
-        return located
+    def open_store(self) -> EmbeddingStore | None:
+        """Return the store that the index was built from, or None if it is no longer there."""
+        from bindllm.embeddings.store import EmbeddingStore
 
-
-def _open_parts(folder: Path, verify: bool | None) -> tuple[IndexInfo, list[Part]]:
-    while True:
-        info = read_manifest(folder)
-        checked = info.num_bytes <= VERIFY_BYTES if verify is None else verify
+        fingerprint = self.info.fingerprint
+        if self.info.store is None:
+            return None
+        place = (Path(self.source) / self.info.store.path).resolve()
+        # Opening makes a store where none is, and an untrusted index may name any place.
+        if place.name != fingerprint[:16] or not (place / "encoder.json").is_file():
+            return None
         try:
-            return info, [open_part(folder, part, verify=checked) for part in info.parts]
-        except FileNotFoundError as error:
-            # A writer may have replaced this part since the manifest was read.
-            if read_manifest(folder) == info:
+            return EmbeddingStore(place.parent, fingerprint, self.info.embedding_size)
+        except StoreError:
+            return None
+
+    @classmethod
+    def _map(cls, folder: Path, verify: bool | None) -> Self:
+        while True:
+            info = read_manifest(folder)
+            checked = info.num_bytes <= VERIFY_BYTES if verify is None else verify
+            try:
+                index, keys = map_files(folder, info, verify=checked)
+            except FileNotFoundError as error:
+                # A writer may have replaced the file since the manifest was read.
+                if read_manifest(folder) != info:
+                    continue
                 raise StoreError(
                     f"{folder} has no {Path(error.filename).name}: copy the whole folder, or build it again"
                 ) from error
+            if (index.ntotal, index.d) != (info.count, info.embedding_size):
+                raise StoreError(
+                    f"{folder / info.file} holds {index.ntotal} vectors of size {index.d}, expected {info.count} of "
+                    f"size {info.embedding_size}: exchanged; build it again"
+                )
+            return cls(index, info, source=folder, keys=keys)
+
+    @classmethod
+    def _change(
+        cls, folder: Path, store: EmbeddingStore | None, wanted: Callable[[IndexInfo, np.ndarray], _Wanted]
+    ) -> IndexChange:
+        """Write the index again with other keys.
+
+        Args:
+            folder: Of an index.
+            store: The source of new vectors; None: the index's own store, for a removal.
+            wanted: Returns the new keys, sorted, from the manifest and the present keys.
+        """
+        read_manifest(folder)
+        with writing(folder):
+            before = cls._map(folder, True)
+            info, held = before.info, np.asarray(before._keys)
+            if store is not None and store.fingerprint != info.fingerprint:
+                raise StoreError(
+                    f"{folder} was built with the encoder {info.fingerprint[:16]}, the store is of "
+                    f"{store.fingerprint[:16]}: pass the store of the same encoder, or build the index again"
+                )
+            keys, state = wanted(info, held)
+            added, removed = missing_from(keys, held), missing_from(held, keys)
+            if not len(added) and not len(removed):
+                if state != info.store:
+                    write_manifest(folder, replace(info, store=state))
+                return IndexChange(0, 0, len(keys))
+            if not len(keys):
+                raise StoreError(
+                    f"{folder}: no vectors would be left, and an empty index cannot be searched; the index is "
+                    "unchanged. Delete the folder instead"
+                )
+            after = replace(info, count=len(keys), store=state)
+            source = before.open_store() if store is None else store
+            publish(folder, after, keys, partial(before._rewrite, after, keys, source))
+        _warn_outgrown(folder, info, after)
+        return IndexChange(len(added), len(removed), len(keys))
+
+    @classmethod
+    def _write(
+        cls, index: Any, info: IndexInfo, keys: np.ndarray, read: factories.Read, source: Path, file: Path
+    ) -> Self:
+        """Write the vectors of the keys to a file, and make sure that it can be opened before it is published."""
+        factories.write(index, info.factory, keys, read, file)
+        return cls(read_faiss(file), info, source=source)
+
+    def _rewrite(self, info: IndexInfo, keys: np.ndarray, store: EmbeddingStore | None, file: Path) -> None:
+        """Write an index of other keys that is trained like this one.
+
+        Vectors that the store lacks are taken from this index. They must come out as they went in: a lossy kind may
+        round them a second time, and the answers for these images would change.
+        """
+        index = factories.make_index(info.factory, info.embedding_size)
+        if not index.is_trained:
+            index = read_faiss(Path(self.source) / self.info.file, mapped=False)
+            index.reset()
+        kept = []
+
+        def read(some: np.ndarray) -> np.ndarray:
+            rows = np.empty((len(some), info.embedding_size), np.float32)
+            own = np.ones(len(some), bool) if store is None else ~store.has(as_hex(some))
+            rows[own] = self.vectors(np.searchsorted(self._keys, some[own]))
+            if not own.all():
+                rows[~own] = read_units(store, some[~own])
+            kept.append(some[own])
+            return rows
+
+        written = self._write(index, info, keys, read, Path(self.source), file)
+        for some in kept:
+            old, new = (np.searchsorted(one, some) for one in (self._keys, keys))
+            if not np.array_equal(self.vectors(old), written.vectors(new)):
+                raise StoreError(
+                    f"{self.source}: its store is missing or incomplete, and without it an index {info.factory!r} "
+                    "would round the vectors of other images again; the index is unchanged. Bring the store back, or "
+                    "build the index again"
+                )
+
+    def _warn_of_changes(self, folder: Path) -> None:
+        """Log a warning if the store has changed since; a store that is gone is not needed."""
+        state = self.info.store
+        store = folder / state.path if state is not None else None
+        if store is None or not store.is_dir() or shards_digest(store) == state.digest:
+            return
+        log = logging.getLogger("bindllm")
+        try:
+            stored = read_keys(store, self.info.modality)
+        except StoreError as error:
+            log.warning("%s: cannot compare it with its store: %s", folder, error)
+            return
+        held = np.asarray(self._keys)
+        more = 0 if state.chosen else len(missing_from(stored, held))
+        fewer = len(missing_from(held, stored))
+        if more or fewer:
+            log.warning(
+                "%s: the store %s has changed since: %d %s embeddings more and %d fewer than this index. The index is "
+                "used unchanged; 'bindllm index %s ...' updates it",
+                *(folder, store.resolve(), more, self.info.modality, fewer, folder),
+            )
+
+    def _checked(self, ids: np.ndarray) -> np.ndarray:
+        """Return ids flat, all of them in the index or -1."""
+        flat = np.ascontiguousarray(ids.reshape(-1))
+        if len(flat) and flat.max() >= len(self):
+            raise InputError(f"{self.source} has {len(self)} vectors; the id {flat.max()} does not exist")
+        return flat
 
 
-def _tell_changes(folder: Path, index: VectorIndex) -> None:
-    """Warn when the store has changed since; one that is not there any more is not needed."""
-    state = index.info.store
-    store = folder / state.path if state is not None else None
-    if store is None or not store.is_dir() or shards_digest(store) == state.digest:
-        return
-    log = logging.getLogger("bindllm")
-    try:
-        stored = read_keys(store, index.info.modality)
-    except StoreError as error:
-        log.warning("%s: whether its store has changed cannot be told: %s", folder, error)
-        return
-    held = np.sort(np.concatenate([part.keys for part in index._parts]))
-    more = 0 if state.chosen else len(missing_from(stored, held))
-    fewer = len(missing_from(held, stored))
-    if more or fewer:
-        log.warning(
-            "%s: the store %s has changed since: %d %s embeddings more and %d fewer than this index. It is used as it "
-            "is; 'bindllm index %s ...' renews it",
-            *(folder, store.resolve(), more, index.info.modality, fewer, folder),
+_Wanted = tuple[np.ndarray, StoreState | None]
+
+
+def _warn_outgrown(folder: Path, before: IndexInfo, after: IndexInfo) -> None:
+    """Log a warning if "auto" would no longer choose this kind for so many vectors."""
+    was, fits = (factories.choose(info.count, info.embedding_size)[0] for info in (before, after))
+    if before.factory == was != fits:
+        logging.getLogger("bindllm").warning(
+            "%s now holds %d vectors, for which %r is faster than %r: rebuild it if searching takes too long",
+            *(folder, after.count, fits, was),
         )
+
+
+def _wanted_keys(store: EmbeddingStore, modality: str, keys: Sequence[str] | None) -> np.ndarray:
+    """Return the keys to index, sorted, each once."""
+    if keys is not None and not len(keys):
+        raise InputError("the list of keys is empty, and an empty index cannot be searched")
+    stored = read_keys(store.folder, modality)
+    if not len(stored):
+        raise StoreError(
+            f"{store.folder} holds no {modality} embeddings: fill the store with such media first"
+        )
+    return stored if keys is None else _of_modality(keys, stored, modality, store)
+
+
+def _of_modality(keys: Sequence[str], stored: np.ndarray, modality: str, store: EmbeddingStore) -> np.ndarray:
+    """Return chosen keys sorted, each once, all of them stored for the modality."""
+    chosen = unique(as_keys(keys))
+    if len(others := missing_from(chosen, stored)):
+        raise StoreError(
+            f"{store.folder} holds no {modality} embeddings of {len(others)} of these {len(chosen)} keys, the first "
+            f"{as_hex(others[:1])[0]}: store them first, or leave them out"
+        )
+    return chosen
+
+
+def _state_of(folder: Path, store: EmbeddingStore, *, chosen: bool) -> StoreState:
+    # Relative, so that both can be moved together; from the real folder, because that is where ".." leads.
+    path = os.path.relpath(store.folder.resolve(), folder.resolve())
+    return StoreState(path, shards_digest(store.folder), chosen)

@@ -27,7 +27,7 @@ from bindllm.cache.milvus_collection import (
     target,
 )
 from bindllm.cache.milvus_server import MilvusServer, RefusedError
-from bindllm.embeddings.records import read_keys
+from bindllm.embeddings.shards import read_keys
 from bindllm.errors import InputError, StoreError, did_you_mean
 
 if TYPE_CHECKING:

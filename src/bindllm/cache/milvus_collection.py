@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from bindllm.cache.blend import read_units
 from bindllm.cache.milvus_server import MilvusServer, RefusedError, UnreachableError
-from bindllm.embeddings.records import as_hex, read_units
+from bindllm.embeddings.shards import as_hex
 from bindllm.errors import InputError, StoreError, did_you_mean
 
 if TYPE_CHECKING:

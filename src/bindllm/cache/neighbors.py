@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bindllm.cache.manifest import IndexInfo
+from bindllm.cache.folder import IndexInfo
 from bindllm.embeddings.store import EmbeddingStore
 from bindllm.errors import StoreError
 
@@ -21,7 +21,7 @@ STORE = "data/store"
 
 def nearest_images(cache: VisualCache, embedding: Tensor) -> list[tuple[float, str]]:
     """Return similarity and name of the images that a cache retrieves for one embedding [1, E], nearest first."""
-    numbers = cache.neighbours(embedding)[0].numpy()
+    numbers = cache.neighbors(embedding)[0].numpy()
     numbers = numbers[numbers >= 0]
     unit = (embedding[0] / embedding[0].norm()).numpy()
     similarities = cache.index.vectors(numbers) @ unit

@@ -1,24 +1,28 @@
-"""The visual cache: embeddings of other senses are drawn towards those of real pictures.
+"""The visual cache: kNN retrieval over image embeddings, mixed into the embeddings of other modalities.
 
-The bind network has learnt from pictures alone, and the embedding of a sound or a text lies beside those of pictures
-in the joint space. The nearest picture embeddings are mixed in before it sees them: ImageBind-LLM (arXiv
-2309.03905) section 3.4, after Tip-Adapter (arXiv 2111.03930). Nothing is trained.
+The bind network is trained on images only, and the embedding of an audio clip or a text lies next to those of images
+in the joint space. Before the bind network sees it, its nearest image embeddings are mixed in: ImageBind-LLM
+(https://arxiv.org/abs/2309.03905), section 3.4, after Tip-Adapter (https://arxiv.org/abs/2111.03930). Nothing is
+trained.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bindllm.cache.blend import best, check_settings, mix, retrieve, similarities_of, unit_rows
+from bindllm.cache.blend import best, mix, retrieve, similarities_of, unit_rows
 from bindllm.cache.factories import check_factory
 from bindllm.cache.index import VectorIndex
+from bindllm.cache.settings import MILVUS_TOKEN, CacheConfig, CacheSettings, is_milvus
 from bindllm.errors import InputError, StoreError
 
 if TYPE_CHECKING:
@@ -26,18 +30,19 @@ if TYPE_CHECKING:
     from bindllm.encoders import Encoder
     from bindllm.media import Media
 
-# Faiss rounds otherwise for a batch than for one query: neighbours are looked for a little further and ranked again.
+# Faiss rounds differently for a batch than for one query. A few more candidates than `top_k` are fetched and ranked
+# again exactly, so that rounding does not decide which neighbors are mixed in.
 _SPARE = 8
-# Numbers of candidates that are compared at the same time, about: what a processor's cache holds in double precision.
-_NUMBERS = 1 << 18
+# Floats of the candidates that are compared at once, about: what fits into a processor's cache in double precision.
+_FLOATS = 1 << 18
 
 
 class Info(Protocol):
-    """What a cache asks of an index about itself."""
+    """The facts about an index that a cache needs."""
 
     @property
     def fingerprint(self) -> str:
-        """Of the encoder that made the vectors."""
+        """Fingerprint of the encoder that made the vectors."""
 
     @property
     def count(self) -> int:
@@ -49,43 +54,37 @@ class Info(Protocol):
 
 
 class Index(Protocol):
-    """Unit vectors that are found by inner product: a `VectorIndex`, or one on a server."""
+    """Unit vectors that are searched by inner product: a `VectorIndex`, a `MilvusIndex`, or your own."""
 
     source: str
 
     @property
     def info(self) -> Info:
-        """What it is made of."""
+        """Facts about the index."""
 
     def __len__(self) -> int:
         """Return the number of vectors."""
 
     def search(self, queries: np.ndarray, count: int) -> np.ndarray:
-        """Return the numbers of the nearest, int64 [N, min(count, len)], best first, -1 where none."""
+        """Return the ids of the nearest vectors, int64 [N, min(count, len)], best first, -1 if there are no more."""
 
-    def vectors(self, numbers: np.ndarray) -> np.ndarray:
-        """Return the vectors with these numbers [...], float32 [..., E]; zeros for -1."""
+    def vectors(self, ids: np.ndarray) -> np.ndarray:
+        """Return the vectors with these ids [...], float32 [..., E]; zeros for -1."""
 
-    def keys(self, numbers: np.ndarray) -> list[str | None]:
-        """Return the content hashes of the media with these numbers; None for -1 or where not known."""
+    def keys(self, ids: np.ndarray) -> list[str | None]:
+        """Return the content hashes of the media with these ids; None for -1 or if unknown."""
 
 
 class VisualCache:
-    """Picture embeddings of one encoder, and how they are mixed into others.
+    """Image embeddings of one encoder, and the settings for mixing them into other embeddings.
 
     Args:
-        index: of picture embeddings.
-        top_k: neighbours that are mixed, at least 1; fewer where the cache is smaller.
-        temperature: sharpness of the released formula, at least 0 (all neighbours alike). The released code has 20; the
-            default did better wherever it was measured (docs/results.md).
-        weight: share of the neighbours, 0 (no cache) to 1.
-        formula: "released", the code of ImageBind-LLM: softmax over ``temperature`` times similarity; or "paper": the
-            similarities themselves.
-        skip: media groups with any of these modalities are left as they are by a model. Pictures need no cache;
-            the published demo asks it for every group, which is ``()``.
+        index: The image embeddings.
+        settings: How they are mixed in; None: the defaults of `CacheSettings`.
+        **changes: Single settings by name, such as ``top_k=3``.
 
     Raises:
-        InputError: a setting out of its range.
+        InputError: A setting is out of its range.
 
     Example:
         cache = VisualCache.build("runs/cache", EmbeddingStore.for_encoder("data/store", encoder))
@@ -93,21 +92,9 @@ class VisualCache:
         model.generate("What do you hear?", media=[Media.audio("bark.wav")], cache=cache)
     """
 
-    def __init__(
-        self,
-        index: Index,
-        *,
-        top_k: int = 10,
-        temperature: float = 100.0,
-        weight: float = 0.5,
-        formula: str = "released",
-        skip: Sequence[str] = ("image",),
-    ) -> None:
-        check_settings(top_k, temperature, weight, formula)
-        if isinstance(skip, str):
-            raise InputError(f"skip takes a list of modalities: write [{skip!r}]")
-        self.index, self.skip = index, tuple(skip)
-        self.top_k, self.temperature, self.weight, self.formula = top_k, temperature, weight, formula
+    def __init__(self, index: Index, settings: CacheSettings | None = None, **changes: Any) -> None:
+        self.index = index
+        self.settings = replace(settings or CacheSettings(), **changes)
 
     @classmethod
     def build(
@@ -119,13 +106,13 @@ class VisualCache:
         search: str = "auto",
         **settings: Any,
     ) -> Self:
-        """Build a cache of all picture embeddings in a store; see `VectorIndex.build` and the class."""
+        """Build a cache of all image embeddings in a store; see `VectorIndex.build` and `CacheSettings`."""
         return cls(VectorIndex.build(folder, store, factory=factory, search=search), **settings)
 
     @classmethod
-    def from_pictures(
+    def from_images(
         cls,
-        pictures: str | Path | Sequence[str | Path],
+        images: str | Path | Sequence[str | Path],
         encoder: Encoder,
         folder: str | Path,
         *,
@@ -134,155 +121,142 @@ class VisualCache:
         search: str = "auto",
         **settings: Any,
     ) -> Self:
-        """Build a cache of these pictures alone.
+        """Build a cache of exactly these images.
 
-        Those whose content is in the store already are not embedded again; those that cannot be read are counted,
-        and the first is named, in a warning.
+        Images whose content is already in the store are not embedded again. Unreadable ones are skipped; a warning
+        gives their number and the first of them.
 
         Args:
-            pictures: a folder, with all its sub-folders, or paths of pictures.
-            encoder: embeds them.
-            folder: where the cache goes.
-            store: keeps the embeddings.
-            factory: as for `VectorIndex.build`.
-            search: likewise.
-            **settings: of the class.
+            images: A folder, including its subfolders, or paths of images.
+            encoder: Embeds the images.
+            folder: Where the cache is written.
+            store: Where the embeddings are kept.
+            factory: Kind of index, as for `VectorIndex.build`.
+            search: Search settings, as for `VectorIndex.build`.
+            **settings: As for `CacheSettings`.
 
         Raises:
-            InputError: no picture there that can be read.
-            StoreError: as for `VectorIndex.build`.
+            InputError: None of the images can be read.
+            StoreError: As for `VectorIndex.build`.
         """
-        from bindllm.cache.pictures import embed_pictures
+        from bindllm.cache.images import embed_images
         from bindllm.embeddings.store import EmbeddingStore
 
-        # Ahead of the pictures, which may take hours to embed.
+        # Fail before the images are embedded, which may take hours.
         check_factory(factory, search, encoder.embedding_size)
         opened = EmbeddingStore.for_encoder(store, encoder)
-        keys = embed_pictures(pictures, encoder, opened)
+        keys = embed_images(images, encoder, opened)
         return cls(VectorIndex.build(folder, opened, factory=factory, search=search, keys=keys), **settings)
 
     @classmethod
     def open(cls, folder: str | Path, *, search: str | None = None, **settings: Any) -> Self:
-        """Open a cache that was built before; see `VectorIndex.open` and the class."""
+        """Open a cache that was built earlier; see `VectorIndex.open` and `CacheSettings`."""
         return cls(VectorIndex.open(folder, search=search), **settings)
 
     @classmethod
     def open_bare(cls, file: str | Path, fingerprint: str, **settings: Any) -> Self:
-        """Open a file of Faiss, such as the published ``knn.index``; see `VectorIndex.open_bare`."""
+        """Open a single Faiss file, such as the published ``knn.index``; see `VectorIndex.open_bare`."""
         return cls(VectorIndex.open_bare(file, fingerprint), **settings)
 
     def __len__(self) -> int:
-        """Return the number of picture embeddings."""
+        """Return the number of image embeddings."""
         return len(self.index)
 
     def __repr__(self) -> str:
-        return f"VisualCache({self.index.source!r}, {len(self)} pictures of size {self.index.info.embedding_size})"
+        return (
+            f"VisualCache({self.index.source!r}, {len(self)} images of size {self.index.info.embedding_size})"
+        )
 
-    def blend(
-        self,
-        embedding: Tensor,
-        top_k: int | None = None,
-        temperature: float | None = None,
-        weight: float | None = None,
-        formula: str | None = None,
-    ) -> Tensor:
-        """Mix the nearest picture embeddings into others.
+    def blend(self, embedding: Tensor, **changes: Any) -> Tensor:
+        """Mix the nearest image embeddings into others.
 
-        For a query ``v`` and its neighbours ``x`` with similarities ``s``: ``r = unit(sum of p * x)`` with
+        For a query ``v`` and its neighbors ``x`` with similarities ``s``: ``r = unit(sum of p * x)`` with
         ``p = softmax(temperature * s)``, or ``p = s`` by the paper's formula, and the result is
-        ``unit((1 - weight) * v + weight * r)``. Each row depends on its own query alone, to the last bit.
+        ``unit((1 - weight) * v + weight * r)``. Each row depends only on its own query, to the last bit.
 
         Args:
-            embedding: the queries, [N, E], any float dtype and device; those of another length than 1 are scaled
-                to it first (fusing may have shortened them).
-            top_k: as for the class, like the others; None: what the cache was made with.
-            temperature: likewise.
-            weight: likewise; 0 returns the queries bit for bit, unscaled.
-            formula: likewise.
+            embedding: The queries, [N, E], any float dtype and device. They are scaled to unit length first, because
+                fusing several media may have shortened them.
+            **changes: Settings of this call, as for `CacheSettings`. ``weight=0`` returns the queries bit for bit.
 
         Returns:
-            unit norm, [N, E], dtype and device of the queries. A query for which an approximate index finds nothing,
-            or that its neighbours cancel out, stays itself at unit length, and a warning is logged.
+            Unit norm, [N, E], dtype and device of the queries. A query keeps its direction, and a warning is logged,
+            if an approximate index finds nothing for it or if its neighbors cancel it out.
 
         Raises:
-            InputError: queries of another width, zero or not finite; a setting out of its range.
+            InputError: Queries of another width, zero or not finite; a setting out of its range.
         """
-        top_k = self.top_k if top_k is None else top_k
-        temperature = self.temperature if temperature is None else temperature
-        weight = self.weight if weight is None else weight
-        formula = self.formula if formula is None else formula
-        check_settings(top_k, temperature, weight, formula)
+        settings = replace(self.settings, **changes)
         queries = self._unit_queries(embedding)
-        if weight == 0 or not len(queries):
+        if settings.weight == 0 or not len(queries):
             return embedding.clone()
-        numbers = self._candidates(queries, top_k)
+        ids = self._candidates(queries, settings.top_k)
         blended, kept = np.empty_like(queries), 0
-        for part in self._parts(numbers):
-            similarities, vectors = self._compare(queries[part], numbers[part])
-            retrieved = retrieve(similarities, vectors, top_k, temperature, formula)
-            blended[part], lost = mix(queries[part], retrieved, weight)
+        for rows in self._chunks(ids):
+            similarities, vectors = self._compare(queries[rows], ids[rows])
+            blended[rows], lost = mix(
+                queries[rows], retrieve(similarities, vectors, settings), settings.weight
+            )
             kept += lost
         if kept:
             logging.getLogger("bindllm").warning(
-                "%s: %d of %d queries found no neighbours to mix in and stay as they are",
-                self.index.source,
-                kept,
-                len(queries),
+                "%s: %d of %d queries have no neighbors to mix in and stay unchanged",
+                *(self.index.source, kept, len(queries)),
             )
         return torch.from_numpy(blended).to(embedding)
 
-    def neighbours(self, embedding: Tensor, top_k: int | None = None) -> Tensor:
-        """Return the numbers of the nearest pictures in the index, best first, -1 where there are no more.
+    def neighbors(self, embedding: Tensor, top_k: int | None = None) -> Tensor:
+        """Return the ids of the nearest images in the index, best first, -1 if there are no more.
 
         Args:
-            embedding: the queries, as for `blend`.
-            top_k: as for `blend`.
+            embedding: The queries, as for `blend`.
+            top_k: Number of neighbors; None: as in the settings.
 
         Returns:
             int64, [N, min(top_k, len)].
         """
-        top_k = self.top_k if top_k is None else top_k
-        check_settings(top_k, self.temperature, self.weight, self.formula)
+        top_k = replace(self.settings, **({} if top_k is None else {"top_k": top_k})).top_k
         queries = self._unit_queries(embedding)
-        numbers = self._candidates(queries, top_k)
-        ranked = [numbers[:0, :top_k]]
-        for part in self._parts(numbers):
-            places = best(self._compare(queries[part], numbers[part])[0], top_k)
-            ranked.append(np.take_along_axis(numbers[part], places, axis=1))
+        ids = self._candidates(queries, top_k)
+        ranked = [ids[:0, :top_k]]
+        for rows in self._chunks(ids):
+            columns = best(self._compare(queries[rows], ids[rows])[0], top_k)
+            ranked.append(np.take_along_axis(ids[rows], columns, axis=1))
         return torch.from_numpy(np.concatenate(ranked))
 
     def blend_groups(
         self, embeddings: Tensor, groups: Sequence[Sequence[Media]], encoders: Sequence[Encoder]
     ) -> Tensor:
-        """Blend the embeddings of media groups, leaving those with a modality in ``skip`` as they are.
+        """Blend the embeddings of media groups, except groups with a modality in ``skip``.
 
         Args:
-            embeddings: one of each group, [N, E].
-            groups: the media that each was made of.
-            encoders: those of the model.
+            embeddings: One of each group, [N, E].
+            groups: The media that each embedding was made of.
+            encoders: The encoders of the model.
 
         Raises:
-            StoreError: the cache was built with none of these encoders.
+            StoreError: The cache was not built with one of these encoders.
         """
         self.check_encoders({encoder.fingerprint() for encoder in encoders})
-        rows = [n for n, group in enumerate(groups) if not {item.modality for item in group} & set(self.skip)]
+        skip = set(self.settings.skip)
+        rows = [n for n, group in enumerate(groups) if not {item.modality for item in group} & skip]
         blended = embeddings.clone()
         if rows:
             blended[rows] = self.blend(embeddings[rows])
         return blended
 
     def check_encoders(self, fingerprints: Collection[str]) -> None:
-        """Refuse a model with none of whose encoders the cache was built.
+        """Raise if the cache was not built with one of the model's encoders.
 
         Raises:
-            StoreError: names both sides.
+            StoreError: Names the encoders of both sides.
         """
         own = self.index.info.fingerprint
         if own not in fingerprints:
             raise StoreError(
                 f"{self.index.source} was built with the encoder {own[:16]}, the model has "
-                f"{', '.join(sorted(name[:16] for name in fingerprints))}: to it these pictures mean nothing. Build a "
-                "cache with the model's own encoder"
+                f"{', '.join(sorted(name[:16] for name in fingerprints))}: the two embedding spaces differ. Rebuild "
+                "the cache with the model's encoder"
             )
 
     def _unit_queries(self, embedding: Tensor) -> np.ndarray:
@@ -303,16 +277,96 @@ class VisualCache:
             )
         return units
 
-    def _parts(self, numbers: np.ndarray) -> list[slice]:
-        """Cut candidates [N, C] into rows whose vectors fit into memory."""
-        step = max(1, _NUMBERS // (numbers.shape[1] * self.index.info.embedding_size))
-        return [slice(start, start + step) for start in range(0, len(numbers), step)]
+    def _chunks(self, ids: np.ndarray) -> list[slice]:
+        """Cut candidates [N, C] into rows whose vectors fit into the processor's cache."""
+        step = max(1, _FLOATS // (ids.shape[1] * self.index.info.embedding_size))
+        return [slice(start, start + step) for start in range(0, len(ids), step)]
 
     def _candidates(self, queries: np.ndarray, top_k: int) -> np.ndarray:
-        """Return the numbers of what may be nearest, [N, C], rising: ties go to the smaller number."""
+        """Return the ids of candidates for the nearest, [N, C], ascending: of equal neighbors the smaller id wins."""
         return np.sort(self.index.search(queries, top_k + _SPARE), axis=1)
 
-    def _compare(self, queries: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the exact similarities [N, C] of queries [N, E] to candidates, and the candidates' vectors."""
-        vectors = self.index.vectors(numbers)
-        return similarities_of(queries, numbers, vectors), vectors
+    def _compare(self, queries: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the exact similarities [N, C] of queries [N, E] to their candidates, and the candidates' vectors."""
+        vectors = self.index.vectors(ids)
+        return similarities_of(queries, ids, vectors), vectors
+
+
+CacheChoice = VisualCache | Literal[False] | None
+"""The cache of one call: this one; none; the one that the model has."""
+
+
+def open_index(place: str) -> Index:
+    """Open the index at a place: a folder, the path of an embedded Milvus, or the address of a server.
+
+    Raises:
+        StoreError: The index does not exist or cannot be used.
+        MissingExtraError: The package that reads it is not installed.
+    """
+    if not is_milvus(place):
+        return VectorIndex.open(place)
+    from bindllm.cache.milvus import MilvusIndex
+
+    return MilvusIndex.open(place, token=os.environ.get(MILVUS_TOKEN))
+
+
+def open_cache(
+    place: str,
+    fingerprints: Collection[str],
+    *,
+    checkpoint: str | Path = "CHECKPOINT",
+    settings: CacheSettings | None = None,
+) -> VisualCache:
+    """Open the cache at a place for a model with these encoders.
+
+    Args:
+        place: As for `open_index`.
+        fingerprints: Fingerprints of the model's encoders.
+        checkpoint: The model's folder, for the command in an error message.
+        settings: How the cache is mixed in; None: the defaults.
+
+    Raises:
+        StoreError: The cache is missing, damaged, or was built with another encoder; the message gives both fixes.
+    """
+    try:
+        cache = VisualCache(open_index(place), settings)
+        cache.check_encoders(fingerprints)
+    except StoreError as error:
+        output = f"--milvus {place}" if is_milvus(place) else place
+        raise StoreError(
+            f"the visual cache {place} cannot be used: {error}. Build it with `bindllm index {output} --checkpoint "
+            f"{checkpoint}`, or continue without it: cache=False, on the command line --no_cache"
+        ) from error
+    return cache
+
+
+def choose_cache(
+    asked: CacheChoice | str | Path,
+    named: CacheConfig | None,
+    fingerprints: Collection[str],
+    *,
+    checkpoint: str | Path,
+) -> VisualCache | None:
+    """Return the cache that a model answers with.
+
+    Args:
+        asked: A cache; the place of one, which is mixed in with the checkpoint's settings; False: none; None: the
+            one that the checkpoint names.
+        named: The checkpoint's entry, if it has one.
+        fingerprints: Fingerprints of the model's encoders.
+        checkpoint: The model's folder, for error messages.
+
+    Raises:
+        StoreError: The cache cannot be opened, or was built with another encoder.
+        InputError: ``asked`` is not a cache.
+    """
+    if isinstance(asked, VisualCache):
+        asked.check_encoders(fingerprints)
+        return asked
+    if isinstance(asked, str | Path):
+        return open_cache(str(asked), fingerprints, checkpoint=checkpoint, settings=named)
+    if asked is None and named is not None:
+        return open_cache(named.folder, fingerprints, checkpoint=checkpoint, settings=named)
+    if asked is None or asked is False:
+        return None
+    raise InputError(f"cache is {asked!r}, expected a VisualCache, the path of one, False or None")

@@ -117,37 +117,28 @@ def _default_encoder() -> Any:
 def embed_files(
     media: Sequence[Media], encoders: Sequence[Any], *, device: str, failed: list[str]
 ) -> tuple[list[Media], Tensor]:
-    """Embed media, one batch per modality; one that cannot be read does not lose the others.
+    """Embed media; the others are embedded if one cannot be read.
 
     Args:
         media: of any modalities.
         encoders: the first that serves a modality embeds it.
         device: where the encoders run.
-        failed: gets a message for each media that cannot be read or that no encoder serves.
+        failed: gets a message for each media that cannot be read or embedded, or that no encoder serves.
 
     Returns:
         the media that were embedded, in their order, and their embeddings, [N, E], unit norm, on the CPU.
     """
     import torch
 
-    from bindllm.encoders import encoder_for
+    from bindllm.embeddings.embedder import Embedder
 
-    prepared: dict[str, dict[int, Tensor]] = {}
-    for place, item in enumerate(media):
-        try:
-            inputs = encoder_for(item.modality, encoders).prepare(item)
-        except (InputError, MissingExtraError) as error:
-            failed.append(str(error))
-        else:
-            prepared.setdefault(item.modality, {})[place] = inputs
-    rows: dict[int, Tensor] = {}
-    for modality, inputs in prepared.items():
-        encoder = encoder_for(modality, encoders).to(device)
-        rows |= zip(inputs, encoder.embed(modality, list(inputs.values())).cpu(), strict=True)
-    order = sorted(rows)
-    return [media[place] for place in order], torch.stack(
-        [rows[place] for place in order]
-    ) if rows else torch.empty(0)
+    reported = (InputError, MissingExtraError)
+    with Embedder(encoders, device=device, reported=reported) as embedder:
+        results = embedder.embed_in_order(media)
+    failed += [result.error for result in results if result.error]
+    kept = [result for result in results if not result.error]
+    rows = [result.embedding for result in kept]
+    return [media[result.key] for result in kept], torch.stack(rows) if rows else torch.empty(0)
 
 
 def similarity_table(media: Sequence[Media], cosines: Tensor) -> Table:

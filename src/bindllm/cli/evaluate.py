@@ -56,10 +56,10 @@ class DataOptions:
             target=_column("--to", self.to),
             captions=self.captions,
         )
-        task = read_layout(layout, folder, choice)
+        dataset = read_layout(layout, folder, choice)
         if self.limit is not None:
-            task.limit(self.limit)
-        return task
+            dataset.limit(self.limit)
+        return dataset
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,6 @@ def _open_cache(options: CacheOptions) -> VisualCache | None:
             )
         return None
 
-    from bindllm.cache.visual_cache import VisualCache
-    from bindllm.model.cache import open_index
+    from bindllm.cache.visual_cache import VisualCache, open_index
 
     return VisualCache(open_index(options.cache), **options.settings)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse.typing import PositiveInt
@@ -162,8 +162,8 @@ def _load(
     if model.cache is None and (cache.settings or cache.show_neighbors):
         option = f"--cache_{next(iter(cache.settings))}" if cache.settings else "--show_neighbors"
         raise UsageError(f"{option} needs a visual cache, and {checkpoint} names none: give --cache FOLDER")
-    for name, value in cache.settings.items():
-        setattr(model.cache, name, value)
+    if cache.settings:
+        model.cache.settings = replace(model.cache.settings, **cache.settings)
     return model
 
 
@@ -179,10 +179,12 @@ def _print_neighbors(model: BindLLM, media: Sequence[Media]) -> None:
     if not media:
         console.print("no images were retrieved: the prompt has no media")
         return
-    if skipped := sorted({item.modality for item in media} & set(cache.skip)):
+    if skipped := sorted({item.modality for item in media} & set(cache.settings.skip)):
         console.print(f"no images were retrieved: media with {', '.join(skipped)} are not blended")
         return
-    table = Table(title=f"retrieved images, blended with weight {cache.weight:g}", title_justify="left")
+    table = Table(
+        title=f"retrieved images, blended with weight {cache.settings.weight:g}", title_justify="left"
+    )
     table.add_column("similarity", justify="right")
     table.add_column("image", no_wrap=True)
     nearest = nearest_images(cache, model.encode([list(media)], cache=False))

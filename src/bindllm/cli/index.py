@@ -15,9 +15,9 @@ from bindllm.errors import BindLLMError, CheckpointError, InputError, StoreError
 
 if TYPE_CHECKING:
     from bindllm.cache.index import VectorIndex
+    from bindllm.cache.settings import CacheConfig
     from bindllm.embeddings.store import EmbeddingStore
     from bindllm.encoders import Encoder
-    from bindllm.model.cache import CacheConfig
 
 # Width of the lines of the table next to its words.
 _LINES = 24
@@ -116,7 +116,7 @@ def _entry(place: str, checkpoint: str, encoder: Encoder) -> CacheConfig:
         UsageError: the cache would be lost when the checkpoint is saved again.
         InputError: a server's address, which no checkpoint may name.
     """
-    from bindllm.model.cache import CacheConfig
+    from bindllm.cache.settings import CacheConfig
     from bindllm.model.checkpoint import CACHE, read_manifest
     from bindllm.model.pretrained import encoder_fingerprints, read_cache_config
 
@@ -162,7 +162,7 @@ def _find_store(options: IndexOptions, encoder: Encoder) -> EmbeddingStore:
 def _build_milvus(uri: str, store: EmbeddingStore) -> dict[str, str]:
     """Build a collection of all pictures in the store, and return what it is."""
     from bindllm.cache.milvus import MilvusIndex
-    from bindllm.model.cache import MILVUS_TOKEN
+    from bindllm.cache.settings import MILVUS_TOKEN
 
     with MilvusIndex.build(uri, store, token=os.environ.get(MILVUS_TOKEN)) as built:
         return {"pictures": f"{len(built):,}", "kind": built.info.index_type, "where": built.source}
@@ -172,15 +172,15 @@ def _build_folder(
     folder: str, options: IndexOptions, store: EmbeddingStore, encoder: Encoder
 ) -> dict[str, str]:
     """Build or renew the index in a folder, and return what it is then."""
-    from bindllm.cache.factories import check_factory
-    from bindllm.cache.index import VectorIndex, choose
-    from bindllm.cache.pictures import embed_pictures
+    from bindllm.cache.factories import check_factory, choose
+    from bindllm.cache.images import embed_images
+    from bindllm.cache.index import VectorIndex
 
     # Ahead of the pictures, which may take hours to embed.
     check_factory(options.factory, "auto", store.embedding_size)
     before = None if options.rebuild else _read_before(folder, encoder)
     same = before is not None and options.factory in ("auto", before.factory)
-    keys = embed_pictures(options.images, encoder, store) if options.images else None
+    keys = embed_images(options.images, encoder, store) if options.images else None
     try:
         if same:
             change = VectorIndex.update(folder, store, keys=keys)
@@ -209,7 +209,7 @@ def _read_before(folder: str, encoder: Encoder) -> Any:
         InputError: it is of another encoder.
         StoreError: its manifest is damaged or of a newer format.
     """
-    from bindllm.cache.manifest import MANIFEST, read_manifest
+    from bindllm.cache.folder import MANIFEST, read_manifest
 
     if not Path(folder, MANIFEST).is_file():
         return None

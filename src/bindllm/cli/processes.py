@@ -27,7 +27,7 @@ from torch import distributed
 
 from bindllm.errors import BindLLMError, InputError, StoreError
 from bindllm.imports import find_named_modules
-from bindllm.parallel.ranks import Ranks
+from bindllm.parallel import Processes
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -59,7 +59,7 @@ class ProcessEnded(StoreError):
 
 def on_every_device(
     options: Mapping[str, Any],
-    work: Callable[[torch.device, Ranks], Any],
+    work: Callable[[torch.device, Processes], Any],
     *,
     again: Callable[[], int],
 ) -> bool:
@@ -156,7 +156,7 @@ def _fabric(options: Mapping[str, Any]) -> Fabric:
     return fabric
 
 
-def _launch(fabric: Fabric, work: Callable[[torch.device, Ranks], Any]) -> bool:
+def _launch(fabric: Fabric, work: Callable[[torch.device, Processes], Any]) -> bool:
     """Connect the processes, and do this one's part."""
     alone = fabric.world_size == 1
     connected = False
@@ -166,7 +166,7 @@ def _launch(fabric: Fabric, work: Callable[[torch.device, Ranks], Any]) -> bool:
         gather = {} if alone else {"gather": _Gather(fabric.world_size)}
         connected = True
         threads = max(1, (os.cpu_count() or 1) // (1 if alone else fabric.strategy.num_processes))
-        work(fabric.device, Ranks(fabric.global_rank, fabric.world_size, threads=threads, **gather))
+        work(fabric.device, Processes(fabric.global_rank, fabric.world_size, threads=threads, **gather))
 
     try:
         fabric.launch(part)

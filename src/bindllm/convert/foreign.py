@@ -1,7 +1,7 @@
-"""Reading weights that others publish: files of torch and safetensors, and folders of the latter.
+"""Read published weights: files of torch and safetensors, and folders of safetensors files.
 
 A torch file is a pickle. It is opened with ``weights_only``, which builds tensors and plain containers and refuses
-everything else, so nothing in it is ever executed. Tensors stay on the disk until they are used.
+everything else, so nothing in the file is ever executed. Tensors stay on the disk until they are used.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def read_foreign(file: str | Path) -> dict[str, Tensor]:
     """Read the tensors of a published checkpoint by their names in it.
 
     Args:
-        file: of `torch.save` or safetensors; a dictionary that holds the tensors under ``model`` or ``state_dict``
-            beside other entries (optimizer, settings) is looked into, and those are left out.
+        file: a file of `torch.save` or safetensors. If it is a dictionary with the tensors under ``model`` or
+            ``state_dict``, its other entries (optimizer, settings) are skipped.
 
     Raises:
         CheckpointError: no such file, a damaged one, one that would run code, or one that holds no tensors by name.
@@ -53,21 +53,19 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
 
 
 def _read_torch(file: Path) -> Any:
-    """Read a file of torch.
-
-    Whatever a stranger's bytes make torch raise means that the file cannot be read.
-    """
+    """Read a file of torch; untrusted bytes may make torch raise anything, so every error means a damaged file."""
     try:
-        # Files from before torch 1.6 are no archives, and cannot be mapped.
+        # Files from before torch 1.6 are not archives, and cannot be mapped.
         is_archive = zipfile.is_zipfile(file)
         packed = _packed_size(file) if is_archive else 0
+        # A small file that unpacks to a huge one would fill the memory before any check of its content.
         if packed > file.stat().st_size:
-            raise ValueError(f"a compressed archive of {packed:,} bytes, which torch never writes")
-        # Training checkpoints of many projects keep their command line, whose class holds plain values alone.
+            raise ValueError(f"a compressed archive of {packed:,} bytes; torch never writes one")
+        # Training checkpoints of many projects keep their command line; its class holds only plain values.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=is_archive)
     except Exception as error:
-        # Torch's own words advise to open such a file without protection; only the line that says why is passed on.
+        # Torch's message advises to open such a file without protection; only the line with the reason is repeated.
         lines = [line.strip() for line in str(error).splitlines()]
         reasons = (
             [line for line in lines if "GLOBAL" in line or line.startswith("Unsupported")] or lines or [""]
@@ -75,7 +73,7 @@ def _read_torch(file: Path) -> Any:
         if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in reasons[0]:
             raise CheckpointError(
                 f"{file} is not a plain file of tensors, and was refused ({reasons[0][:200]}). It could run code when "
-                "opened; nothing in it was run. If its tensors are wanted, ask its makers for safetensors"
+                "opened; nothing in it was run. If you need its tensors, ask its authors for safetensors"
             ) from error
         raise CheckpointError(
             f"{file} cannot be read as a file of torch ({type(error).__name__}: {reasons[0][:150]}); download it again"
@@ -88,6 +86,7 @@ def _packed_size(file: Path) -> int:
 
 
 def _find_tensors(content: Any, file: Path) -> dict[str, Tensor]:
+    # Plain state dicts first, then the usual containers of training checkpoints.
     for candidate in (content, *(content.get(name) for name in _CONTAINERS if isinstance(content, Mapping))):
         if isinstance(candidate, Mapping) and candidate and all(map(_is_entry, candidate.items())):
             return dict(candidate)
@@ -95,7 +94,7 @@ def _find_tensors(content: Any, file: Path) -> dict[str, Tensor]:
     if isinstance(content, Mapping):
         entries = [f"{name} ({type(value).__name__})" for name, value in content.items()]
         found = f"a dictionary of {', '.join(entries[:10]) or 'nothing'}"
-    raise CheckpointError(f"{file} holds {found}; expected tensors by name, alone or under 'model'")
+    raise CheckpointError(f"{file} holds {found}; expected tensors by name, at the top or under 'model'")
 
 
 def _is_entry(item: tuple[Any, Any]) -> bool:
@@ -103,13 +102,13 @@ def _is_entry(item: tuple[Any, Any]) -> bool:
 
 
 class SafetensorsFolder:
-    """The tensors of a folder's safetensors files, each read when it is asked for.
+    """The tensors of a folder's safetensors files, each read on access.
 
     Args:
-        folder: of a Hugging Face model, in one file or in shards.
+        folder: folder of a Hugging Face model, in one file or in shards.
 
     Raises:
-        CheckpointError: there is none, or one cannot be read.
+        CheckpointError: the folder has no safetensors file, or one cannot be read.
     """
 
     def __init__(self, folder: str | Path) -> None:

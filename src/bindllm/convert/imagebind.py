@@ -1,35 +1,32 @@
-"""The published ImageBind checkpoint, renamed and cut into one file per trunk.
+"""Convert the published ImageBind checkpoint: rename its tensors and split them into one file per trunk.
 
 The published file is a plain state dict (https://arxiv.org/abs/2305.05665); Point-Bind's checkpoints hold the same
-tensors behind ``bind.``. A converted folder holds:
+tensors with the prefix ``bind.``. A converted folder holds:
 
     config.json           sizes of the trunks
     TRUNK.safetensors     one file for each of vision, text, audio, depth, thermal, imu; with its head and its scale
     tokenizer.json        byte-pair encoding of the texts
-    conversion.tsv        what became of every tensor of the published file
-    README.md             card with the licence; SOURCE.json  the same for programs
+    conversion.tsv        outcome for every tensor of the published file
+    README.md             card with the license; SOURCE.json  the same for programs
 """
 
 from __future__ import annotations
 
 import re
-import shutil
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
-from bindllm.atomic import atomic_folder, write_json
-from bindllm.convert.keymap import Accounting, Rule, rename, require_weights
+from bindllm.convert.keymap import ConversionReport, Rule, rename, require_weights, write_encoder
 from bindllm.errors import CheckpointError
 
-LICENCE = "CC-BY-NC 4.0 (no commercial use)"
+LICENSE = "CC-BY-NC 4.0 (no commercial use)"
 TRUNKS = ("vision", "text", "audio", "depth", "thermal", "imu")
 
-# The published model: shapes tell everything but how a width is cut into heads.
+# Shapes give every size of the published model except the number of attention heads.
 _HEADS = {
     ("vision", 1280): 16,
     ("text", 1024): 16,
@@ -54,10 +51,10 @@ _CARD = """\
 # ImageBind
 
 Weights of ImageBind (https://arxiv.org/abs/2305.05665) as published by its authors, converted for bindllm: tensors
-renamed, one file for each trunk, no value changed. `conversion.tsv` lists what became of every published tensor.
+renamed, one file for each trunk, no value changed. `conversion.tsv` lists the outcome for every published tensor.
 
-**Licence of the weights: {licence}**, given by their authors. It holds for this folder and for what is derived from
-it; the Apache-2.0 licence of bindllm's code does not change that.
+**License of the weights: {license}**, given by their authors. It holds for this folder and everything derived
+from it; the Apache-2.0 license of bindllm's code does not change that.
 
 Trunks: {trunks}.
 
@@ -69,6 +66,7 @@ encoder = ImageBind("THIS_FOLDER")
 """
 
 
+# The published tensors have leading dimensions of 1 for broadcasting; ours do not.
 def _flat(tensor: Tensor) -> Tensor:
     return tensor.flatten()
 
@@ -78,8 +76,9 @@ def _table(tensor: Tensor) -> Tensor:
 
 
 def _rules() -> tuple[Rule, ...]:
-    """Return the table; the first group of every pattern is the trunk."""
+    """Return the table; the first regex group of every pattern is the trunk."""
     start, inputs, trunk, head = "(?:bind[.])?", "modality_preprocessors", "modality_trunks", "modality_heads"
+    # `(\w+)` captures the trunk; \2 and on are the number of a block and the part of a layer.
     block = rf"{start}{trunk}[.](\w+)[.]blocks[.](\d+)"
     return (
         Rule(
@@ -127,58 +126,52 @@ def convert_imagebind(
     heads: Mapping[str, int] | None = None,
     rules: Sequence[Rule] = (),
     source: str = "the checkpoint",
-) -> Accounting:
+) -> ConversionReport:
     """Write a converted folder; an earlier one is replaced, in one step.
 
     Args:
         state: the published tensors, all of them; trunks may be missing as a whole.
-        folder: where it goes.
-        tokenizer_file: ``tokenizer.json`` for the texts; None: the folder embeds token ids alone.
-        heads: attention heads of each trunk; None: those of the published model, told by its widths.
+        folder: the folder to write.
+        tokenizer_file: ``tokenizer.json`` for the texts; None: the folder embeds only token ids.
+        heads: attention heads of each trunk; None: as in the published model, by its widths.
         rules: tried before `RULES`, for the tensors of a larger checkpoint that are not ImageBind's.
-        source: what the checkpoint is called in messages.
+        source: name of the checkpoint in messages.
 
     Returns:
-        what became of every tensor.
+        the outcome for every tensor.
 
     Raises:
-        CheckpointError: unknown, missing or misshapen tensors, numbers that are no finite floating-point ones, an
-            unknown size without ``heads``, or a folder that holds something else. Nothing is written then.
+        CheckpointError: unknown, missing or misshapen tensors, values that are not finite floating-point numbers, an
+            unknown size without ``heads``, or a folder that holds something else; nothing was written.
     """
-    folder = Path(folder)
-    if folder.exists() and not _is_ours(folder):
-        raise CheckpointError(
-            f"{folder} exists and is not a converted ImageBind; choose another folder or empty it"
-        )
-    renamed, accounting = rename(state, [*rules, *RULES])
-    accounting.require_complete(source)
-    _require_published(accounting, source)
+    renamed, report = rename(state, [*rules, *RULES])
+    report.require_complete(source)
+    _require_published(report, source)
     require_weights(renamed, source=source)
+    # One file per trunk: an encoder of images never reads the weights of the five other trunks.
     trunks: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in renamed.items():
         trunk, _, inner = name.partition(".")
         trunks[trunk][inner] = tensor
     config = _describe(trunks, heads or {}, source)
-    with atomic_folder(folder) as part:
-        for trunk, tensors in trunks.items():
-            ours = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-            save_file(ours, part / f"{trunk}.safetensors", metadata={"format": "pt"})
-        if tokenizer_file is not None:
-            shutil.copyfile(tokenizer_file, part / "tokenizer.json")
-        accounting.write(part / "conversion.tsv")
-        card = _CARD.format(licence=LICENCE, trunks=", ".join(config["trunks"]))
-        (part / "README.md").write_text(card, encoding="utf-8")
-        packages = [{"name": "ImageBind (weights)", "licence": LICENCE}]
-        write_json(part / "SOURCE.json", {"model": config["model"], "packages": packages})
-        write_json(part / "config.json", config)
-    return accounting
+    write_encoder(
+        folder,
+        {f"{trunk}.safetensors": tensors for trunk, tensors in trunks.items()},
+        config=config,
+        package={"name": "ImageBind (weights)", "license": LICENSE},
+        card=_CARD.format(license=LICENSE, trunks=", ".join(config["trunks"])),
+        report=report,
+        files={} if tokenizer_file is None else {"tokenizer.json": tokenizer_file},
+    )
+    return report
 
 
 def published_shapes(trunk: str, *, width: int, blocks: int, out: int) -> dict[str, tuple[int, ...]]:
-    """Return names and shapes of the tensors that a trunk has in the published file, the text mask left out."""
+    """Return names and shapes of a trunk's tensors in the published file, without the text mask."""
     stem, kernel = _STEMS[trunk]
     inputs, head = f"modality_preprocessors.{trunk}", f"modality_heads.{trunk}"
     helper = "" if trunk in ("text", "imu") else "pos_embedding_helper."
+    # Positions of text and IMU are stored directly, those of the other trunks inside a helper module.
     shapes: dict[str, tuple[int, ...]] = {f"{inputs}.{helper}pos_embed": (1, _TOKENS[trunk], width)}
     shapes[f"{inputs}.{stem}.weight"] = (_VOCABULARY, width) if trunk == "text" else (width, *kernel)
     if trunk != "text":
@@ -211,21 +204,23 @@ def _block_shapes(name: str, trunk: str, width: int) -> dict[str, tuple[int, ...
         shapes |= {f"{name}.{layer}weight": (rows, columns), f"{name}.{layer}bias": (rows,)}
     for norm in ("norm_1", "norm_2"):
         shapes |= {f"{name}.{norm}.weight": (width,), f"{name}.{norm}.bias": (width,)}
+    # These trunks have a learned key and value that every token can attend to.
     if trunk not in ("vision", "text"):
         shapes |= {f"{name}.attn.bias_{part}": (1, 1, width) for part in "kv"}
     return shapes
 
 
-def _require_published(accounting: Accounting, source: str) -> None:
-    """Refuse a checkpoint whose trunks lack tensors, have others than published, or of other shapes."""
+def _require_published(report: ConversionReport, source: str) -> None:
+    """Raise if a trunk has missing or unexpected tensors, or tensors of other shapes than published."""
     found: defaultdict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
-    for old, new, shape in accounting.mapped:
+    for old, new, shape in report.mapped:
         found[new.partition(".")[0]][old.removeprefix("bind.")] = shape
     problems = [] if found else ["it holds no tensor of ImageBind"]
     for trunk, shapes in found.items():
         if trunk not in TRUNKS:
             problems.append(f"unknown trunk {trunk}")
             continue
+        # Sizes are read from the file itself, then all its names and shapes must follow from them.
         numbers = {int(match[1]) for name in shapes if (match := re.search(r"[.]blocks[.](\d+)[.]", name))}
         width = next((shape[-1] for name, shape in shapes.items() if name.endswith("pos_embed") and shape), 0)
         head = next(
@@ -257,8 +252,8 @@ def _describe(
         num_heads = heads.get(trunk) or _HEADS.get((trunk, width))
         if num_heads is None or width % num_heads:
             raise CheckpointError(
-                f"{source}: its {trunk} trunk is {width} wide, and shapes do not tell the number of attention heads "
-                f"({num_heads} given); pass heads={{{trunk!r}: ...}}"
+                f"{source}: its {trunk} trunk is {width} wide, and shapes do not determine the number of attention "
+                f"heads ({num_heads} given); pass heads={{{trunk!r}: ...}}"
             )
         blocks = sum(name.endswith("attention.qkv.weight") for name in tensors)
         sizes[trunk] = {"width": width, "num_blocks": blocks, "num_heads": num_heads}
@@ -267,8 +262,3 @@ def _describe(
             f"{source}: its trunks end in different widths, {outs}; they must share one joint space"
         )
     return {"model": "imagebind", "embedding_size": next(iter(outs.values())), "trunks": sizes}
-
-
-def _is_ours(folder: Path) -> bool:
-    """Tell whether a folder may be replaced: it is empty, or an earlier conversion."""
-    return folder.is_dir() and (not any(folder.iterdir()) or (folder / "conversion.tsv").is_file())

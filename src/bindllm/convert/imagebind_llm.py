@@ -1,11 +1,11 @@
-"""The adapter files of ImageBind-LLM (arXiv 2309.03905): which phase is inside, and what its tensors are called here.
+"""Read the adapter files of ImageBind-LLM (arXiv 2309.03905): find the phase and sizes, and rename the tensors.
 
 Four kinds have the same names: after the first stage (bind network, queries and gates) or the second (LoRA, biases and
 norms as well), with the bridge of the paper or the older one (LayerNorm and biases). A training checkpoint holds the
-encoder and the base LLaMA too; they are not taken over.
+encoder and the base LLaMA too; they are not converted.
 
-The published LLaMA rotates adjacent components of each head, Hugging Face's the two halves of a head: the rows of
-everything that makes queries and keys are reordered, those of its LoRA and its bias included.
+The published LLaMA rotates adjacent components of each head, Hugging Face rotates the two halves of a head. So the
+rows of everything that makes queries and keys are reordered, including the LoRA and the bias.
 """
 
 from __future__ import annotations
@@ -18,11 +18,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bindllm.convert.keymap import Accounting, Rule, rename, require_weights
+from bindllm.convert.keymap import ConversionReport, Rule, rename, require_weights
 from bindllm.errors import CheckpointError
 
+LICENSE = (
+    "the weights of ImageBind-LLM are published next to code under GPL-3, without a license of their own; they derive "
+    "from LLaMA and ImageBind (CC-BY-NC 4.0), both for non-commercial use: ask the authors before any other"
+)
 SOURCE = "the ImageBind-LLM checkpoint"
 
+# The authors misspelled "llama" in some files.
 _LAYER = r"lla?ma[.]layers[.](\d+)[.]"
 _PROJECTIONS = {
     "attention[.]{}wq": "self_attn.q_proj",
@@ -46,18 +51,18 @@ _ADAPTER = "adapter.base_model.model."
 
 @dataclass(frozen=True)
 class Shape:
-    """What the tensors of an adapter file tell of the model.
+    """Sizes of the model, read from the tensors of an adapter file.
 
     Attributes:
-        embedding_size: E, of the encoder.
-        width: D, of the decoder.
-        num_layers: layers of the decoder.
-        num_heads: its attention heads.
-        served: how many of the last layers have a query.
-        depth: residual blocks of the bind network.
-        expansion: their inner width over the decoder's.
-        legacy: whether they are the older kind, with LayerNorm and biases.
-        rank: of the LoRA; None after the first stage.
+        embedding_size: embedding size E of the encoder.
+        width: width D of the decoder.
+        num_layers: number of layers L of the decoder.
+        num_heads: number of attention heads H of the decoder.
+        served: number of layers, counted from the last, that have a query.
+        depth: number of residual blocks of the bind network.
+        expansion: inner width of the blocks divided by the decoder's width.
+        legacy: whether the blocks are the older kind, with LayerNorm and biases.
+        rank: rank of the LoRA; None after the first stage.
         bias: whether the projections have biases.
     """
 
@@ -74,7 +79,7 @@ class Shape:
 
     @property
     def phase(self) -> str:
-        """``pretrain`` or ``finetune``: the stage of training that the file was saved after."""
+        """``pretrain`` or ``finetune``: the training stage after which the file was saved."""
         return "pretrain" if self.rank is None else "finetune"
 
 
@@ -83,17 +88,17 @@ class Adapted:
     """A published adapter in our terms.
 
     Attributes:
-        shape: of the model.
-        tensors: trained tensors by our names, complete.
-        base: what the file holds of the decoder itself by Hugging Face's names: always the norms, in a training
-            checkpoint all of it; for comparison.
-        accounting: what became of every tensor.
+        shape: sizes of the model.
+        tensors: all trained tensors by our names.
+        base: the decoder's own tensors in the file by Hugging Face's names, for comparison: always the norms, in a
+            training checkpoint all of them.
+        report: the outcome for every tensor.
     """
 
     shape: Shape
     tensors: dict[str, Tensor]
     base: dict[str, Tensor]
-    accounting: Accounting
+    report: ConversionReport
 
 
 def is_imagebind_llm(state: Mapping[str, Tensor]) -> bool:
@@ -105,15 +110,16 @@ def read_imagebind_llm(state: Mapping[str, Tensor]) -> Adapted:
     """Rename the tensors of a published checkpoint.
 
     Args:
-        state: by published names.
+        state: the tensors by their published names.
 
     Raises:
-        CheckpointError: unknown tensors, missing or misshapen ones that tell the model's shape, or numbers that are
-            no finite floating-point ones.
+        CheckpointError: unknown tensors, missing or misshapen tensors that determine the sizes, or values that are
+            not finite floating-point numbers.
     """
     shape = read_shape(state)
-    renamed, accounting = rename(state, _rules(shape))
-    accounting.require_complete(SOURCE)
+    renamed, report = rename(state, _rules(shape))
+    report.require_complete(SOURCE)
+    # Published gates are one tensor per layer; ours are one [L, H] for the layers that have a query.
     gates = [
         renamed.pop(f"injection.gates.{n}") for n in range(shape.num_layers - shape.served, shape.num_layers)
     ]
@@ -122,17 +128,17 @@ def read_imagebind_llm(state: Mapping[str, Tensor]) -> Adapted:
         for name in [name for name in renamed if name.endswith("lora_B.weight")]:
             bias = name.removesuffix("weight") + "bias"
             if any(part in name for part in _UNBIASED):
-                # The published keys and values have none.
+                # The published keys and values have no bias.
                 renamed[bias] = renamed[name].new_zeros(len(renamed[name]))
     require_weights(renamed, source=SOURCE)
-    return Adapted(shape, renamed, rename(state, _base_rules(shape))[0], accounting)
+    return Adapted(shape, renamed, rename(state, _base_rules(shape))[0], report)
 
 
 def read_shape(state: Mapping[str, Tensor]) -> Shape:
-    """Find phase and sizes from names and shapes.
+    """Return phase and sizes, read from names and shapes.
 
     Raises:
-        CheckpointError: a tensor that tells them is missing, or they contradict each other.
+        CheckpointError: a tensor that determines them is missing, or two contradict each other.
     """
     gates = {
         int(match[1]): name for name in state if (match := re.fullmatch(rf"{_LAYER}attention[.]gate", name))
@@ -182,8 +188,8 @@ def halve_rotation(rows: Tensor, *, num_heads: int) -> Tensor:
     """Reorder the rows of every head from adjacent pairs to pairs of halves: even components first, then the odd.
 
     Args:
-        rows: [H * head size, ...], of a projection to queries or keys, or what is added to its output.
-        num_heads: H.
+        rows: [H * head size, ...], the weight or bias of a projection to queries or keys.
+        num_heads: number of heads H.
 
     Example:
         >>> halve_rotation(torch.arange(8), num_heads=2)
@@ -193,13 +199,14 @@ def halve_rotation(rows: Tensor, *, num_heads: int) -> Tensor:
 
 
 def _rotation(ours: str, shape: Shape) -> partial[Tensor] | None:
-    """What is done to the rows of a projection: published models have as many key heads as query heads."""
+    """Return the change of a projection's rows; published models have as many key heads as query heads."""
     if ours in ("self_attn.q_proj", "self_attn.k_proj"):
         return partial(halve_rotation, num_heads=shape.num_heads)
     return None
 
 
 def _rules(shape: Shape) -> list[Rule]:
+    # Queries serve the last layers; the gates of earlier layers have no effect.
     unserved = shape.num_layers - shape.served
     rules = [Rule(r"image_bind_proj[.](weight|bias)", r"bind.projection.\1")]
     for number in range(1, shape.depth + 1):
@@ -223,12 +230,12 @@ def _rules(shape: Shape) -> list[Rule]:
             rules.append(Rule(_LAYER + rf"{theirs.format('')}[.]bias", f"{place}.lora_B.bias", change=change))
     if shape.rank is not None:
         rules += [Rule(rf"{theirs}[.]weight", f"{_ADAPTER}{ours}.weight") for theirs, ours in _NORMS.items()]
-    compared = "the base model's own: compared with the given one, not taken over"
+    compared = "the base model's own: compared with the given one, not converted"
     return [
         *rules,
         *(Rule(rule.pattern, None, compared) for rule in _base_rules(shape)),
         Rule(r"(?:lla?ma[.])?rope[.]freqs", None, "computed from the configuration"),
-        Rule(r"(?:lla?ma[.])?prefix_projector_norm[.].*", None, "left over from another model, used by none"),
+        Rule(r"(?:lla?ma[.])?prefix_projector_norm[.].*", None, "left over from another model, unused"),
         Rule(r"image_bind[.].*", None, "the encoder: converted from its own file"),
     ]
 

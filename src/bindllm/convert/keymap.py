@@ -1,31 +1,38 @@
-"""Renaming the tensors of foreign checkpoints by a table, with every one of them accounted for."""
+"""Rename the tensors of foreign checkpoints by a table, report the outcome for each, and write converted folders."""
 
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
-from bindllm.atomic import atomic_file
+from bindllm.atomic import atomic_folder, write_json
 from bindllm.errors import CheckpointError
 
+REPORT = "conversion.tsv"
+"""File of a converted folder that lists every tensor of the published file and its outcome."""
+
 _SHOWN = 20
+# Types that published weights may have; integers and float8 mean a quantized copy.
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
 class Rule:
-    r"""What becomes of the tensors whose whole name matches a pattern; the first rule that matches decides.
+    r"""One row of a table: renames or drops the tensors whose whole name matches a pattern.
 
     Args:
         pattern: regular expression for the foreign name.
         to: our name, with ``\1`` for the pattern's groups; None drops the tensor.
         why: why it is dropped, for the report.
-        change: what turns the foreign tensor into ours; None leaves it.
+        change: turns the foreign tensor into ours; None: unchanged.
     """
 
     pattern: str
@@ -35,21 +42,21 @@ class Rule:
 
 
 @dataclass
-class Accounting:
-    """What became of every tensor of a foreign checkpoint.
+class ConversionReport:
+    """Outcome of a conversion for every tensor of the foreign checkpoint.
 
     Attributes:
         mapped: (foreign name, our name, shape).
         dropped: (foreign name, why).
-        unknown: foreign names that no rule speaks of.
+        unknown: foreign names that no rule matches.
     """
 
     mapped: list[tuple[str, str, tuple[int, ...]]] = field(default_factory=list)
     dropped: list[tuple[str, str]] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
 
-    def write(self, file: str | Path) -> None:
-        """Write the report: one line per tensor, tab-separated."""
+    def text(self) -> str:
+        """Return the content of ``conversion.tsv``: one line per tensor, tab-separated."""
         lines = ["key\toutcome\tname or reason\tshape"]
         lines += [
             f"{old}\tmapped\t{new}\t{'x'.join(map(str, shape)) or 'scalar'}"
@@ -57,14 +64,13 @@ class Accounting:
         ]
         lines += [f"{old}\tdropped\t{why}\t" for old, why in self.dropped]
         lines += [f"{old}\tunknown\t\t" for old in self.unknown]
-        with atomic_file(file) as part:
-            part.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return "\n".join(lines) + "\n"
 
     def require_complete(self, source: str) -> None:
-        """Refuse a checkpoint with tensors that no rule speaks of.
+        """Raise if a tensor matched no rule.
 
         Raises:
-            CheckpointError: names them.
+            CheckpointError: names the unknown tensors.
         """
         if self.unknown:
             shown = ", ".join(self.unknown[:_SHOWN])
@@ -75,16 +81,18 @@ class Accounting:
             )
 
 
-def rename(tensors: Mapping[str, Tensor], rules: Sequence[Rule]) -> tuple[dict[str, Tensor], Accounting]:
+def rename(
+    tensors: Mapping[str, Tensor], rules: Sequence[Rule]
+) -> tuple[dict[str, Tensor], ConversionReport]:
     r"""Rename the tensors of a foreign checkpoint.
 
     Args:
-        tensors: by foreign name.
-        rules: tried in their order.
+        tensors: the tensors by their foreign names.
+        rules: the table; the first rule that matches a name applies.
 
     Returns:
-        the tensors by our names, and what became of each; unknown ones are only counted, see
-        `Accounting.require_complete`.
+        the tensors by our names, and the outcome for each. Unknown tensors are only listed there; see
+        `ConversionReport.require_complete`.
 
     Raises:
         CheckpointError: two tensors get the same name, or one has a shape that its rule cannot change.
@@ -92,30 +100,32 @@ def rename(tensors: Mapping[str, Tensor], rules: Sequence[Rule]) -> tuple[dict[s
     Example:
         >>> import torch
         >>> rules = [Rule(r"w1[.](.*)", r"gate.\g<1>"), Rule("rope[.].*", None, "computed from the config")]
-        >>> ours, accounting = rename({"w1.weight": torch.ones(2), "rope.freqs": torch.ones(3)}, rules)
-        >>> list(ours), accounting.dropped, accounting.unknown
+        >>> ours, report = rename({"w1.weight": torch.ones(2), "rope.freqs": torch.ones(3)}, rules)
+        >>> list(ours), report.dropped, report.unknown
         (['gate.weight'], [('rope.freqs', 'computed from the config')], [])
     """
+    # The first rule that matches the whole name decides, so special cases come first in a table.
     compiled = [(re.compile(rule.pattern), rule) for rule in rules]
     renamed: dict[str, Tensor] = {}
-    accounting = Accounting()
+    report = ConversionReport()
     for name, tensor in tensors.items():
         match, rule = next(
             ((found, rule) for pattern, rule in compiled if (found := pattern.fullmatch(name))), (None, None)
         )
         if match is None or rule is None:
-            accounting.unknown.append(name)
+            report.unknown.append(name)
         elif rule.to is None:
-            accounting.dropped.append((name, rule.why))
+            report.dropped.append((name, rule.why))
         else:
             new = match.expand(rule.to)
+            # Silently keeping the later one would convert half of two models.
             if new in renamed:
                 raise CheckpointError(
                     f"{name} and another both become {new}: this is another kind of checkpoint"
                 )
             renamed[new] = _change(name, tensor, rule)
-            accounting.mapped.append((name, new, tuple(tensor.shape)))
-    return renamed, accounting
+            report.mapped.append((name, new, tuple(tensor.shape)))
+    return renamed, report
 
 
 def _change(name: str, tensor: Tensor, rule: Rule) -> Tensor:
@@ -123,20 +133,20 @@ def _change(name: str, tensor: Tensor, rule: Rule) -> Tensor:
         return tensor if rule.change is None else rule.change(tensor)
     except (RuntimeError, IndexError) as error:
         raise CheckpointError(
-            f"{name} has shape {list(tensor.shape)}, which no tensor of this name has: this is another kind of "
-            "checkpoint, or a damaged one"
+            f"{name} has shape {list(tensor.shape)}, impossible for this name: it is another kind of checkpoint, or a "
+            "damaged one"
         ) from error
 
 
 def require_weights(tensors: Mapping[str, Tensor], *, source: str) -> None:
-    """Refuse what cannot be weights: whole numbers, quantised or sparse tensors, NaN and infinity.
+    """Raise if tensors cannot be weights: integers, quantized or sparse tensors, NaN and infinity.
 
     Args:
-        tensors: by name; of those without values ("meta") only the types are looked at.
-        source: what the checkpoint is called in messages.
+        tensors: the tensors by name; on the meta device only their types are checked.
+        source: name of the checkpoint in messages.
 
     Raises:
-        CheckpointError: names some of them.
+        CheckpointError: names the first of them.
     """
     kinds = [
         f"{name} ({str(tensor.dtype).removeprefix('torch.')})"
@@ -145,11 +155,55 @@ def require_weights(tensors: Mapping[str, Tensor], *, source: str) -> None:
     ]
     if kinds:
         raise CheckpointError(
-            f"{source} holds tensors that are no plain floating-point numbers: {', '.join(kinds[:_SHOWN])}. It is "
-            "quantised or damaged; give the file as published"
+            f"{source} holds tensors that are not plain floating-point numbers: {', '.join(kinds[:_SHOWN])}. It is "
+            "quantized or damaged; give the file as published"
         )
+    # One NaN in a frozen weight would make every answer of the model NaN, without an error.
     broken = [name for name, tensor in tensors.items() if not (tensor.is_meta or tensor.isfinite().all())]
     if broken:
         raise CheckpointError(
-            f"{source} holds numbers that are not finite in {', '.join(broken[:_SHOWN])}: it is damaged"
+            f"{source} holds values that are not finite in {', '.join(broken[:_SHOWN])}: it is damaged"
         )
+
+
+def write_encoder(
+    folder: str | Path,
+    weights: Mapping[str, Mapping[str, Tensor]],
+    *,
+    config: Mapping[str, Any],
+    package: Mapping[str, str],
+    card: str,
+    report: ConversionReport,
+    files: Mapping[str, Path] | None = None,
+) -> None:
+    """Write the folder of a converted encoder in one step; an earlier conversion there is replaced.
+
+    Args:
+        folder: the folder to write.
+        weights: the tensors of each safetensors file, by the file's name.
+        config: content of ``config.json``; its ``model`` names the encoder.
+        package: ``name`` and ``license`` of the published weights, for ``SOURCE.json``.
+        card: content of ``README.md``.
+        report: content of ``conversion.tsv``.
+        files: further files to copy, by their names in the folder.
+
+    Raises:
+        CheckpointError: the folder holds something else; nothing was written.
+    """
+    folder = Path(folder)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / REPORT).is_file()):
+        raise CheckpointError(
+            f"{folder} exists and was not written by a conversion (no {REPORT}); nothing was written. Choose another "
+            "folder or empty it"
+        )
+    with atomic_folder(folder) as part:
+        for name, tensors in weights.items():
+            plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+            save_file(plain, part / name, metadata={"format": "pt"})
+        for name, file in (files or {}).items():
+            shutil.copyfile(file, part / name)
+        (part / REPORT).write_text(report.text(), encoding="utf-8")
+        (part / "README.md").write_text(card, encoding="utf-8")
+        # SOURCE.json is read by the model card, which repeats the license in every checkpoint.
+        write_json(part / "SOURCE.json", {"model": config["model"], "packages": [dict(package)]})
+        write_json(part / "config.json", dict(config))

@@ -1,7 +1,7 @@
-"""Point-Bind's published checkpoints: which encoder is inside, what its tensors are called here, and a folder of them.
+"""Point-Bind's published checkpoints: find the point encoder inside, rename its tensors, and write its folder.
 
-Three files hold one: `pointbind_i2pmae.pt`, `pointbind_pointbert.pt` (each with a whole ImageBind under ``bind.``)
-and the `imagebind_w3D.pth` that ImageBind-LLM uses (Point-BERT beside ImageBind's own names).
+Three published files hold one: `pointbind_i2pmae.pt`, `pointbind_pointbert.pt` (each with a whole ImageBind under
+``bind.``) and the `imagebind_w3D.pth` that ImageBind-LLM uses (Point-BERT next to ImageBind's own names).
 """
 
 from __future__ import annotations
@@ -11,29 +11,29 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from bindllm.atomic import atomic_folder, write_json
-from bindllm.convert.keymap import Accounting, Rule, rename, require_weights
+from bindllm.convert.keymap import ConversionReport, Rule, rename, require_weights, write_encoder
 from bindllm.errors import CheckpointError
-from bindllm.model.checkpoint import REPORT, check_keys
+from bindllm.model.checkpoint import check_keys
 
-LICENCE = "published with MIT-licensed code; made from ImageBind, whose weights are CC-BY-NC 4.0 (no commercial use)"
+LICENSE = "published with MIT-licensed code; made from ImageBind, whose weights are CC-BY-NC 4.0 (no commercial use)"
 
+# A tensor that only this variant has.
 _MARKS = {"i2p-mae": "point_encoder.h_encoder.", "point-bert": "point_encoder.cls_token"}
 
+# ImageBind's own tensors, with or without the prefix of Point-Bind's files; its point head is Point-Bind's.
 _IMAGEBIND = r"(?:bind[.])?(modality_(?:preprocessors|trunks|heads|postprocessors)[.](?!point[.]).*)"
 _ENCODER = r"(?:point_trunk[.])?point_encoder[.]"
 
 
 def _without_kernel(weight: Tensor) -> Tensor:
-    """A convolution over single points is a matrix: [out, in, 1] -> [out, in]."""
+    """Turn a convolution over single points into a matrix: [out, in, 1] -> [out, in]."""
     return weight.squeeze(-1)
 
 
 def _group_rules(theirs: str, ours: str) -> list[Rule]:
-    """The network over a group; ``theirs`` is a pattern with the groups that ``ours`` refers to."""
+    """Return the rules of the network over a group; ``ours`` refers to the regex groups of ``theirs``."""
     rules = [Rule(rf"{theirs}(?:first|second)_conv[.]1[.]num_batches_tracked", None, "counts training steps")]
     for place, name in (("first_conv[.]0", "first"), ("first_conv[.]3", "second"),
                         ("second_conv[.]0", "third"), ("second_conv[.]3", "fourth")):  # fmt: skip
@@ -48,7 +48,7 @@ def _group_rules(theirs: str, ours: str) -> list[Rule]:
 
 
 def _block_rules(theirs: str, ours: str) -> list[Rule]:
-    """A transformer block, likewise."""
+    """Return the rules of a transformer block."""
     names = {
         "norm1": "attention_norm", "attn[.]qkv": "qkv", "attn[.]proj": "output",
         "norm2": "mlp_norm", "mlp[.]fc1": "widen", "mlp[.]fc2": "narrow",
@@ -60,6 +60,7 @@ def _block_rules(theirs: str, ours: str) -> list[Rule]:
     ]
 
 
+# How to read a rule: published name (a pattern over all three files) -> our name, or None and why it is dropped.
 _RULES = [
     Rule(r"logit_scale", None, "temperature of the training loss"),
     Rule(
@@ -92,7 +93,7 @@ _RULES = [
 
 
 def find_variant(state: Mapping[str, Tensor]) -> str | None:
-    """Return "i2p-mae" or "point-bert", or None where a state dict holds no point encoder."""
+    """Return "i2p-mae" or "point-bert", or None if a state dict holds no point encoder."""
     found = [
         variant
         for variant, mark in _MARKS.items()
@@ -102,77 +103,72 @@ def find_variant(state: Mapping[str, Tensor]) -> str | None:
 
 
 def imagebind_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the ImageBind inside a checkpoint of Point-Bind, under ImageBind's own names; empty where none is."""
+    """Return the ImageBind inside a checkpoint of Point-Bind, by ImageBind's own names; empty if it has none."""
     return rename(state, [Rule(_IMAGEBIND, r"\1")])[0]
 
 
 def rename_pointbind(
     state: Mapping[str, Tensor], *, source: str = "the checkpoint"
-) -> tuple[str, dict[str, Tensor], Accounting]:
-    """Return the variant, the tensors of its encoder by our names, and what became of every tensor.
+) -> tuple[str, dict[str, Tensor], ConversionReport]:
+    """Return the variant, the tensors of its encoder by our names, and the outcome for every tensor.
 
     Args:
         state: the checkpoint's tensors by their published names.
-        source: what it is called in messages.
+        source: name of the checkpoint in messages.
 
     Raises:
-        CheckpointError: no point encoder inside, unknown tensors, missing or misshapen ones, or numbers that are no
-            finite floating-point ones.
+        CheckpointError: no point encoder inside, unknown, missing or misshapen tensors, or values that are not finite
+            floating-point numbers.
     """
     variant = find_variant(state)
     if variant is None:
         raise CheckpointError(
-            f"{source} is not a checkpoint of Point-Bind: none of its {len(state)} tensors is of a point encoder. "
+            f"{source} is not a checkpoint of Point-Bind: none of its {len(state)} tensors belongs to a point encoder. "
             "Expected pointbind_i2pmae.pt, pointbind_pointbert.pt or imagebind_w3D.pth"
         )
-    tensors, accounting = rename(state, _RULES)
-    accounting.require_complete(source)
+    tensors, report = rename(state, _RULES)
+    report.require_complete(source)
     shapes = _shapes(variant)
+    # On the meta device a tensor is only a shape: the check allocates nothing.
     expected = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     check_keys(expected, tensors, source=source)
     require_weights(tensors, source=source)
-    return variant, tensors, accounting
+    return variant, tensors, report
 
 
 def convert_pointbind(
     state: Mapping[str, Tensor], folder: str | Path, *, source: str = "the checkpoint"
-) -> Accounting:
+) -> ConversionReport:
     """Write the point encoder of a published checkpoint as a folder that `bindllm.encoders.PointBind` reads.
 
     Args:
         state: the checkpoint's tensors by their published names.
-        folder: where it goes; a folder that an earlier conversion wrote is replaced.
-        source: what the checkpoint is called in messages.
+        folder: the folder to write; an earlier conversion there is replaced.
+        source: name of the checkpoint in messages.
 
     Returns:
-        What became of every tensor, as it is written to ``conversion.tsv``.
+        the outcome for every tensor, as in ``conversion.tsv``.
 
     Raises:
-        CheckpointError: this is no checkpoint of Point-Bind, or the folder holds something else.
+        CheckpointError: this is not a checkpoint of Point-Bind, or the folder holds something else.
     """
-    folder = Path(folder)
-    variant, tensors, accounting = rename_pointbind(state, source=source)
-    if folder.exists() and any(folder.iterdir()) and not (folder / REPORT).is_file():
-        raise CheckpointError(
-            f"{folder} exists and was not written by a conversion (no {REPORT}); nothing was written. Choose another "
-            "folder or empty it"
-        )
-    with atomic_folder(folder) as part:
-        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(plain, part / "model.safetensors", metadata={"format": "pt"})
-        write_json(part / "config.json", {"model": "pointbind", "variant": variant})
-        packages = [{"name": f"Point-Bind (weights, {variant})", "licence": LICENCE}]
-        write_json(part / "SOURCE.json", {"model": "pointbind", "packages": packages})
-        accounting.write(part / REPORT)
-        (part / "README.md").write_text(_CARD.format(variant=variant), encoding="utf-8")
-    return accounting
+    variant, tensors, report = rename_pointbind(state, source=source)
+    write_encoder(
+        folder,
+        {"model.safetensors": tensors},
+        config={"model": "pointbind", "variant": variant},
+        package={"name": f"Point-Bind (weights, {variant})", "license": LICENSE},
+        card=_CARD.format(variant=variant),
+        report=report,
+    )
+    return report
 
 
 _CARD = """\
 # Point-Bind's point encoder ({variant})
 
 Converted by bindllm from the published weights of Point-Bind (https://arxiv.org/abs/2309.00615); `conversion.tsv`
-tells what became of each of their tensors.
+lists the outcome for each of their tensors.
 
 ```python
 from bindllm import Media
@@ -182,9 +178,9 @@ encoder = PointBind("THIS_FOLDER")
 encoder.embed("point", [encoder.prepare(Media.point("chair.ply"))])  # [1, 1024], in the space of ImageBind
 ```
 
-## Licence
+## License
 
-The code of Point-Bind is published under the MIT licence. Its weights were trained towards the embeddings of
+The code of Point-Bind is published under the MIT license. Its weights were trained towards the embeddings of
 ImageBind, whose own weights are for non-commercial use only (CC-BY-NC 4.0). Ask the authors before any use beyond that.
 """
 
@@ -202,6 +198,7 @@ def _shapes(variant: str) -> dict[str, tuple[int, ...]]:
             _tail(feature=768, width=384),
         )
         return shapes | dict(parts)
+    # Input and widths of the group network at each of I2P-MAE's three scales.
     levels = ((3, (128, 256, 512, 96)), (96, (96, 96, 192, 192)), (192, (192, 192, 384, 384)))
     parts = chain(
         *(_group_shapes(f"scales.{n}.groups.", *level) for n, level in enumerate(levels)),

@@ -32,14 +32,12 @@ from bindllm.data.sources import read_source
 from bindllm.data.stream.embed import CANNOT_EMBED
 from bindllm.data.stream.held_out import read_stream
 from bindllm.data.stream.loader import StreamLoader
-from bindllm.data.stream.processes import processes_of
 from bindllm.data.stream.shards import expand_shards, is_stream
 from bindllm.data.stream.training import StreamOptions, check_streams, is_training_stream, stream_loader
 from bindllm.data.tokenise import Sample, make_sample
-from bindllm.embeddings.embedder import ALONE
 from bindllm.errors import InputError, did_you_mean
 from bindllm.media import Media
-from bindllm.parallel.ranks import Ranks
+from bindllm.parallel import SINGLE_PROCESS, Processes
 
 
 class BindData(LightningDataModule):
@@ -136,19 +134,21 @@ class BindData(LightningDataModule):
             self._check_steps()
         self.embed("cpu" if self.trainer is None else self.trainer.strategy.root_device)
 
-    def embed(self, device: torch.device | str, ranks: Ranks = ALONE) -> None:
+    def embed(self, device: torch.device | str, processes: Processes = SINGLE_PROCESS) -> None:
         """Read the sources and embed what the stores lack, once.
 
         Args:
             device: where the encoders run.
-            ranks: which of several processes this one is; only the first can go on to make samples.
+            processes: which of several processes this one is; only the first can go on to make samples.
         """
         self.read()
         if self._embeddings is not None:
             return
         embeddings = MediaEmbeddings(self.encoders, self.store)
         media = (item for rows in self._rows.values() for row in rows for item in row.media)
-        totals = embeddings.fill(media, device=device, progress=_watched() and ranks.first, ranks=ranks)
+        totals = embeddings.precompute(
+            media, device=device, progress=_watched() and processes.is_first, processes=processes
+        )
         self._rows = {split: self._without(rows, totals.failed) for split, rows in self._rows.items()}
         self._embeddings = embeddings
         self.report.encoded, self.report.reused = totals.encoded, totals.reused
@@ -262,7 +262,7 @@ class BindData(LightningDataModule):
             options=StreamOptions(self.batch_size, self.max_length, self.seed, self.chunk),
             length=sys.maxsize if trainer is None else trainer.max_steps * trainer.accumulate_grad_batches,
             position=None if trainer is None else self._batches_done,
-            ranks=processes_of(trainer),
+            processes=Processes.of_trainer(trainer),
             device="cpu" if trainer is None else trainer.strategy.root_device,
         )
         self.report.stream = self._streaming.report

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 from bindllm.data.collate import MediaGroup
-from bindllm.embeddings.embedder import ALONE, fill
+from bindllm.embeddings.precompute import precompute_embeddings
 from bindllm.embeddings.store import EmbeddingStore
 from bindllm.encoders import Encoder, encoder_for
 from bindllm.encoders.fusion import common_size, fuse
-from bindllm.errors import InputError, MediaError
+from bindllm.errors import InputError
 from bindllm.media import Media
-from bindllm.parallel.ranks import Ranks
+from bindllm.parallel import SINGLE_PROCESS, Processes
 
 
 @dataclass
-class FillTotals:
+class PrecomputeTotals:
     """What filling all stores came to.
 
     Args:
@@ -53,21 +53,21 @@ class MediaEmbeddings:
         self._stores: dict[int, EmbeddingStore] = {}
         self._keys: dict[Media, str] = {}
 
-    def fill(
+    def precompute(
         self,
         media: Iterable[Media],
         *,
         device: torch.device | str = "cpu",
         progress: bool = False,
-        ranks: Ranks = ALONE,
-    ) -> FillTotals:
+        processes: Processes = SINGLE_PROCESS,
+    ) -> PrecomputeTotals:
         """Embed what the stores lack.
 
         Args:
             media: of modalities that the encoders serve.
             device: where the encoders run; they are on the CPU again afterwards.
             progress: show a bar.
-            ranks: which of several processes this one is; each is given the same media. The first one knows the
+            processes: which of several processes this one is; each is given the same media. The first one knows the
                 keys afterwards, for the others the work ends here.
 
         Returns:
@@ -77,24 +77,32 @@ class MediaEmbeddings:
             InputError: media of a modality that no encoder serves.
             StoreError: a store that cannot be written.
         """
-        totals = FillTotals()
+        totals = PrecomputeTotals()
         wanted: dict[int, list[Media]] = {}
         for item in dict.fromkeys(media):
             wanted.setdefault(self._number(item), []).append(item)
         # Processes that work together fill the same stores in the same order, even one that read nothing for them.
-        for number in sorted({number for numbers in ranks.gather(list(wanted)) for number in numbers}):
+        for number in sorted({number for numbers in processes.gather(list(wanted)) for number in numbers}):
             items = wanted.get(number, [])
             encoder, store = self._encoders[number], self._store(number)
             try:
-                report = fill(store, encoder.to(device), items, progress=progress, ranks=ranks)
+                report = precompute_embeddings(
+                    store, encoder.to(device), items, progress=progress, processes=processes
+                )
             finally:
                 # An encoder that failed must not keep the accelerator's memory either.
                 encoder.to("cpu")
             totals.encoded += report.encoded
             totals.reused += report.reused + report.duplicates
             totals.seconds += report.seconds
-            if ranks.first:
-                totals.failed |= self._find_keys(store, items, reasons=dict(report.failed))
+            if processes.is_first:
+                reasons = dict(report.failed)
+                self._keys |= (keys := store.keys_of(items))
+                totals.failed |= {
+                    item: reasons.get(item.name, f"{item.name}: its content cannot be embedded")
+                    for item in items
+                    if item not in keys
+                }
         return totals
 
     def key(self, media: Media) -> str:
@@ -138,21 +146,3 @@ class MediaEmbeddings:
         if number not in self._stores:
             self._stores[number] = EmbeddingStore.for_encoder(self._folder, self._encoders[number])
         return self._stores[number]
-
-    def _find_keys(
-        self, store: EmbeddingStore, items: list[Media], *, reasons: dict[str, str]
-    ) -> dict[Media, str]:
-        """Note the key of each media that is stored, and return why the others are not."""
-        failed: dict[Media, str] = {}
-        keys: dict[Media, str] = {}
-        for media in items:
-            try:
-                keys[media] = store.key_of(media)
-            except MediaError as error:
-                failed[media] = str(error)
-        for (media, key), stored in zip(keys.items(), store.has(list(keys.values())), strict=True):
-            if stored:
-                self._keys[media] = key
-            else:
-                failed[media] = reasons.get(media.name, f"{media.name}: its content cannot be embedded")
-        return failed

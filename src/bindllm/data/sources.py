@@ -17,9 +17,8 @@ from bindllm.data.report import Skipped, SourceReport
 from bindllm.data.rows import Row
 from bindllm.data.source_config import SPLITS, SourceConfig, Split, split_named
 from bindllm.data.tables import READERS, is_table, read_table
-from bindllm.errors import InputError
+from bindllm.errors import InputError, fetch_hint
 from bindllm.media import Media
-from bindllm.quickstart import fetch_hint
 
 __all__ = ["Row", "SourceConfig", "hashed_split", "read_source"]
 

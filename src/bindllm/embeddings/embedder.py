@@ -1,342 +1,234 @@
-"""Encoding what a store lacks: files are read and prepared in threads while the encoder embeds the batch before.
+"""Media to embeddings: threads read and prepare files while the encoder embeds the batch before.
 
-Threads and not processes: Pillow and hashing leave Python's lock, an encoder with its weights need not be copied,
-and the encoder is what takes the time. Where there are several devices, each has a process of its own (`Ranks`).
+Threads, not processes: Pillow and hashing release Python's lock, an encoder with its weights is not copied, and the
+encoder takes most of the time. With several devices, each has its own process (`bindllm.parallel.Processes`).
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import count, islice
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Generic, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
 
-from bindllm.embeddings.store import EmbeddingStore
-from bindllm.errors import InputError, MediaError, StoreError
+from bindllm.encoders import Encoder, encoder_for
+from bindllm.encoders.fusion import fuse
+from bindllm.errors import InputError, MediaError
 from bindllm.media import Media
-from bindllm.parallel.ahead import ahead_in_threads, bar_on_stderr, chunks
-from bindllm.parallel.ranks import Ranks
+from bindllm.parallel import prefetch
 
-if TYPE_CHECKING:
-    from bindllm.encoders import Encoder
+Key = TypeVar("Key")
 
-FLUSH_SECONDS = 30.0
-"""Embeddings are written at least this often: a killed run loses no more than this."""
+BATCH_SIZE = 32
+"""Media of one modality that are embedded together, by default."""
 
 PREPARED_BYTES = 1 << 30
-"""Prepared inputs that are held at the same time, about: a long video alone can be 200 MB."""
-
-HASH_CHUNK = 32
-"""Media whose content is hashed by one task; a task for each would cost more than an unchanged file does."""
-
-ALONE = Ranks()
+"""Prepared inputs held in memory at the same time, approximately: one long video can take 200 MB."""
 
 
-@dataclass(frozen=True)
-class FillReport:
-    """What became of the media: each is counted once, in ``encoded``, ``reused``, ``duplicates`` or ``failed``.
+class Work(NamedTuple, Generic[Key]):
+    """One media to embed.
 
     Args:
-        encoded: embedded and stored by this run.
-        reused: their content was in the store before.
-        duplicates: their content came earlier in the same run.
-        failed: (name, reason) of media that could not be read or embedded.
-        seconds: wall-clock time.
+        key: returned with the result.
+        media: read in a thread, and not referenced after that: only the prepared input stays in memory.
+        name: for error messages; None: the name of the media.
     """
 
-    encoded: int
-    reused: int
-    duplicates: int
-    failed: tuple[tuple[str, str], ...]
-    seconds: float
-
-    def together(self, ranks: Ranks) -> FillReport:
-        """Return the report of all processes; waits for all of them."""
-        reports = [FillReport(**fields) for fields in ranks.gather(asdict(self))]
-        return FillReport(
-            encoded=sum(report.encoded for report in reports),
-            reused=sum(report.reused for report in reports),
-            duplicates=sum(report.duplicates for report in reports),
-            failed=tuple((name, reason) for report in reports for name, reason in report.failed),
-            seconds=max(report.seconds for report in reports),
-        )
-
-    def summary(self) -> str:
-        """Return the counts as a sentence.
-
-        Example:
-            >>> FillReport(encoded=3, reused=1, duplicates=0, failed=(), seconds=1.26).summary()
-            '3 media embedded in 1.3 s, 1 embedded before, 0 duplicates, 0 failed.'
-            >>> FillReport(0, 0, 0, (("a.png", "a.png: the file is empty"),), 0.1).summary()
-            '0 media embedded in 0.1 s, 0 embedded before, 0 duplicates, 1 failed (first: a.png: the file is empty).'
-        """
-        first = f" (first: {self.failed[0][1]})" if self.failed else ""
-        return (
-            f"{self.encoded} media embedded in {self.seconds:.1f} s, {self.reused} embedded before, "
-            f"{self.duplicates} duplicates, {len(self.failed)} failed{first}."
-        )
-
-
-def fill(
-    store: EmbeddingStore,
-    encoder: Encoder,
-    media: Iterable[Media],
-    *,
-    batch_size: int = 32,
-    workers: int | None = None,
-    flush_rows: int = 4096,
-    progress: bool = True,
-    ranks: Ranks = ALONE,
-) -> FillReport:
-    """Embed the media whose content is not in the store yet.
-
-    Media that cannot be read are reported and do not stop the run. When it is stopped (Ctrl-C, a full disk, an
-    error of the encoder), what was embedded before is stored, and the next run goes on from there.
-
-    Several processes fill a store together when each calls this with the same media in the same order. Each hashes
-    its share of the files; then each embeds the content that falls to it by its hash, so nothing is embedded twice.
-
-    Args:
-        store: a store of this encoder.
-        encoder: prepares and embeds.
-        media: may be a generator, which several processes hold in memory; duplicates are embedded once.
-        batch_size: media of one modality that are embedded together; fewer where they are large.
-        workers: threads that read and prepare; None: as ``ranks`` says.
-        flush_rows: embeddings are written in shards of about this many rows, or every `FLUSH_SECONDS`.
-        progress: show a bar with the time left.
-        ranks: which of several processes this one is.
-
-    Returns:
-        What became of all media, in all processes together.
-
-    Raises:
-        InputError: media of a modality that the encoder does not serve.
-        StoreError: the store belongs to another encoder, or cannot be written; says how much is saved.
-    """
-    if store.fingerprint != encoder.fingerprint():
-        raise StoreError(
-            f"{store.folder}: the store belongs to the encoder {store.fingerprint[:16]}, not to "
-            f"{encoder.fingerprint()[:16]}; open it with EmbeddingStore.for_encoder(folder, encoder)"
-        )
-    media = media if ranks.count == 1 else list(media)
-    workers = max(1, (ranks.threads or os.cpu_count() or 1) if workers is None else workers)
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="fill")
-    with bar_on_stderr(shown=progress) as bar:
-        task = bar.add_task("embedding", total=len(media) if isinstance(media, Sized) else None)
-        run = _Run(store, encoder, flush_rows, ranks, advance=lambda: bar.advance(task))
-        try:
-            run.work_through(media, pool, workers=workers, batch_size=batch_size)
-        except StoreError:
-            # What could not be written a moment ago is not tried again.
-            raise
-        except BaseException:
-            # In the midst of a write, perhaps: what is written already is not to be written twice.
-            store.refresh()
-            run.flush()
-            raise
-        finally:
-            pool.shutdown(cancel_futures=True)
-    return run.finish()
-
-
-class _Work(NamedTuple):
-    """One media on its way: its key, then what the encoder takes, or why it cannot be read."""
-
+    key: Key
     media: Media
-    key: str = ""
+    name: str | None = None
+
+
+class Embedded(NamedTuple, Generic[Key]):
+    """The result for one media: its embedding or the reason why it has none.
+
+    Args:
+        key: of the `Work`.
+        name: for error messages.
+        modality: of the media.
+        inputs: prepared by the encoder, until they are embedded.
+        embedding: unit norm, float32, on the CPU, [E]; None after an error.
+        error: why the media could not be read or embedded; empty: it was embedded. A string, because an exception
+            would keep the content of the media in memory through its traceback.
+    """
+
+    key: Key
+    name: str
+    modality: str
     inputs: Tensor | None = None
-    error: MediaError | None = None
+    embedding: Tensor | None = None
+    error: str = ""
 
 
-class _Run:
-    """The steps of one fill, in their order, and what they have counted."""
+class Embedder:
+    """Prepares media in threads, groups them by modality and embeds them in batches.
+
+    About `PREPARED_BYTES` of prepared inputs are held at a time: half for the next batch, half for the media that
+    wait for it. Batches depend only on the order and the sizes of the media, so the same media give the same bits.
+
+    Args:
+        encoders: the first that serves a modality embeds it.
+        device: where encoders are moved before their first batch; None: they stay where they are.
+        batch_size: maximum number of media in a batch.
+        threads: number of threads that read and prepare; None: one for each CPU core.
+        reported: types of errors that are returned as the result of one media. Others are raised with a note that
+            names the media.
+
+    Attributes:
+        pool: the threads; the owner may use them for other work.
+        seconds_waiting: time in which the encoders waited for prepared media.
+        seconds_embedding: time in which they worked.
+    """
 
     def __init__(
         self,
-        store: EmbeddingStore,
-        encoder: Encoder,
-        flush_rows: int,
-        ranks: Ranks,
+        encoders: Sequence[Encoder],
         *,
-        advance: Callable[[], None],
+        device: torch.device | str | None = None,
+        batch_size: int = BATCH_SIZE,
+        threads: int | None = None,
+        reported: tuple[type[Exception], ...] = (MediaError,),
     ) -> None:
-        self._store = store
-        self._encoder = encoder
-        self._flush_rows = flush_rows
-        self._ranks = ranks
-        self._advance = advance
-        self._counts: Counter[str] = Counter()
-        self._failed: list[tuple[str, str]] = []
-        self._seen: set[str] = set()
-        self._rows: list[tuple[str, Tensor, Media]] = []
+        self.encoders, self.device, self.batch_size = tuple(encoders), device, batch_size
+        self.threads = max(1, (os.cpu_count() or 1) if threads is None else threads)
+        self.reported = reported
+        self.pool = ThreadPoolExecutor(self.threads, thread_name_prefix="prepare")
+        self.seconds_waiting = self.seconds_embedding = 0.0
+        self._serving: dict[str, Encoder] = {}
         self._largest = 0
-        self._started = self._flushed = time.monotonic()
 
-    def work_through(
-        self, media: Iterable[Media], pool: ThreadPoolExecutor, *, workers: int, batch_size: int
-    ) -> None:
-        """Do this process's part, with threads that hash and prepare ahead of the encoder."""
-        if self._ranks.count > 1:
-            self.hash_share(media, pool, ahead=workers + 1)
-        keyed = ahead_in_threads(pool, self.find_keys, chunks(media, HASH_CHUNK), ahead=lambda: workers + 1)
-        ahead = partial(self.fitting, workers + batch_size)
-        prepared = ahead_in_threads(pool, self.prepare, self.select(keyed), ahead=ahead)
-        for batch in self.batches(prepared, batch_size):
-            self.embed(batch)
-        self.flush()
+    def __enter__(self) -> Self:
+        return self
 
-    def hash_share(self, media: Iterable[Media], pool: ThreadPoolExecutor, *, ahead: int) -> None:
-        """Hash this process's share of the files, and wait for the others: the store then knows every file.
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
-        The sources are the same in each process, so their places can divide what has no key yet.
+    def close(self) -> None:
+        """Cancel waiting work and end the threads; the encoders stay on their device."""
+        self.pool.shutdown(cancel_futures=True)
+
+    def embed(
+        self, works: Iterable[Work[Key]], *, check: Callable[[Work[Key]], None] | None = None
+    ) -> Iterator[Embedded[Key]]:
+        """Yield the result for each media, in the order in which batches are complete.
+
+        Args:
+            works: may be a generator; it is read only as far ahead as memory allows.
+            check: called in the thread after a media was prepared; may raise like reading does.
+
+        Raises:
+            Exception: of a type that is not in ``reported``; a note names the media, or all media of the batch.
         """
-        share = islice(media, self._ranks.number, None, self._ranks.count)
-        for _ in ahead_in_threads(pool, self.find_keys, chunks(share, HASH_CHUNK), ahead=lambda: ahead):
-            if time.monotonic() - self._flushed >= FLUSH_SECONDS:
-                self.flush()
-        self.flush()
-        self._ranks.wait()
-        self._store.refresh()
+        waiting: defaultdict[str, list[Embedded[Key]]] = defaultdict(list)
+        prepared = prefetch(self.pool, partial(self._prepare, check), works, limit=self._limit)
+        while (item := self._next(prepared)) is not None:
+            if item.error:
+                yield item
+                continue
+            batch = waiting[item.modality]
+            batch.append(item)
+            if self._is_full(batch):
+                yield from self._embed_batch(waiting.pop(item.modality))
+        for batch in waiting.values():
+            yield from self._embed_batch(batch)
 
-    def find_keys(self, chunk: list[Media]) -> list[_Work]:
-        """Hash the content of files that are new or changed (in a thread)."""
-        return [self._find_key(media) for media in chunk]
+    def embed_in_order(self, media: Iterable[Media]) -> list[Embedded[int]]:
+        """Return the results for media in their order; keys are positions."""
+        works = (Work(position, item) for position, item in enumerate(media))
+        return sorted(self.embed(works), key=lambda result: result.key)
 
-    def _find_key(self, media: Media) -> _Work:
-        try:
-            return _Work(media, self._store.key_of(media))
-        except MediaError as error:
-            return _Work(media, error=error)
-
-    def select(self, keyed: Iterable[list[_Work]]) -> Iterator[_Work]:
-        """Pass on what must be encoded, by this process."""
-        places = count()
-        for chunk in keyed:
-            mine = [work for work in chunk if self._owns(work, next(places))]
-            for _ in range(len(chunk) - len(mine)):
-                self._advance()
-            keys = [work.key for work in mine if work.error is None]
-            stored = dict(zip(keys, self._store.has(keys), strict=True))
-            for work in mine:
-                if work.media.modality not in self._encoder.modalities:
-                    raise InputError(
-                        f"{work.media.name} is {work.media.modality} media; "
-                        f"the encoder serves {', '.join(self._encoder.modalities)}"
-                    )
-                if work.error is not None:
-                    self._fail(work.media, str(work.error))
-                elif work.key in self._seen:
-                    self._done("duplicates")
-                else:
-                    self._seen.add(work.key)
-                    if stored[work.key]:
-                        self._done("reused")
-                    else:
-                        yield work
-
-    def _owns(self, work: _Work, place: int) -> bool:
-        """Whether media is for this process to count; what cannot be read has no key, and goes by its place."""
-        if work.error is not None:
-            return place % self._ranks.count == self._ranks.number
-        return self._ranks.owns(work.key)
-
-    def prepare(self, work: _Work) -> _Work:
+    def _prepare(self, check: Callable[[Work], None] | None, work: Work) -> Embedded:
         """Read and prepare one media (in a thread)."""
         media = work.media
+        prepared = Embedded(work.key, work.name or media.name, media.modality)
         try:
-            inputs = self._encoder.prepare(media)
-            # Files may still be arriving: an embedding must never be stored under the key of other content.
-            if isinstance(media.source, str | Path) and self._store.key_of(media) != work.key:
-                raise MediaError(f"{media.name}: the file changed while it was read; run again")
-        except MediaError as error:
-            return work._replace(error=error)
+            inputs = encoder_for(media.modality, self.encoders).prepare(media)
+            if check is not None:
+                check(work)
+        except self.reported as error:
+            return prepared._replace(error=str(error))
         except Exception as error:
-            error.add_note(f"while preparing {media.name}")
+            error.add_note(f"while preparing {prepared.name}")
             raise
         self._largest = max(self._largest, inputs.nbytes)
-        return work._replace(inputs=inputs)
+        return prepared._replace(inputs=inputs)
 
-    def fitting(self, number: int) -> int:
-        """Return how many prepared media may be held beside the next batch, or in it: at most ``number``.
+    def _next(self, prepared: Iterator[Embedded]) -> Embedded | None:
+        started = time.perf_counter()
+        try:
+            return next(prepared, None)
+        finally:
+            self.seconds_waiting += time.perf_counter() - started
 
-        Half of the memory is for either. Until one is prepared its size is not known, and two must do.
-        """
-        return min(number, max(1, PREPARED_BYTES // 2 // self._largest) if self._largest else 2)
+    def _limit(self) -> int:
+        """Return how many media may be in work or waiting for a batch."""
+        if not self._largest:
+            # No size is known yet; two are enough to keep reading.
+            return 2
+        return min(self.threads + self.batch_size, max(1, PREPARED_BYTES // 2 // self._largest))
 
-    def batches(self, prepared: Iterable[_Work], size: int) -> Iterator[list[_Work]]:
-        """Group what is prepared by modality, in order."""
-        waiting: defaultdict[str, list[_Work]] = defaultdict(list)
-        for work in prepared:
-            if work.error is not None:
-                self._fail(work.media, str(work.error))
-                continue
-            batch = waiting[work.media.modality]
-            batch.append(work)
-            # Not below one: media that are larger than all of the memory are embedded one by one.
-            if len(batch) >= self.fitting(size):
-                yield waiting.pop(work.media.modality)
-        yield from waiting.values()
+    def _is_full(self, batch: list[Embedded]) -> bool:
+        # Whether one more media, as large as the largest here, would exceed the limit: sizes decide, never timing.
+        size = (len(batch) + 1) * max(item.inputs.nbytes for item in batch)
+        return len(batch) >= self.batch_size or size > PREPARED_BYTES // 2
 
-    def embed(self, batch: list[_Work]) -> None:
-        """Embed one batch, and keep its rows for the next flush."""
-        embeddings = self._encoder.embed(batch[0].media.modality, [work.inputs for work in batch]).cpu()
-        for work, embedding in zip(batch, embeddings, strict=True):
-            if embedding.isfinite().all():
-                self._rows.append((work.key, embedding, work.media))
-                self._done("embedded")
-            else:
-                self._fail(work.media, f"{work.media.name}: its embedding is not finite")
+    def _embed_batch(self, batch: list[Embedded]) -> Iterator[Embedded]:
+        """Embed media of one modality, and report those whose embedding is not finite."""
+        started = time.perf_counter()
+        modality = batch[0].modality
+        try:
+            if modality not in self._serving:
+                encoder = encoder_for(modality, self.encoders)
+                self._serving[modality] = encoder if self.device is None else encoder.to(self.device)
+            with torch.no_grad():
+                rows = self._serving[modality].embed(modality, [item.inputs for item in batch]).cpu()
+        except Exception as error:
+            error.add_note(f"while embedding {', '.join(item.name for item in batch)}")
+            raise
+        self.seconds_embedding += time.perf_counter() - started
+        for item, row, finite in zip(batch, rows, rows.isfinite().all(dim=1).tolist(), strict=True):
+            error = "" if finite else f"{item.name}: its embedding is not finite"
+            if error and not issubclass(MediaError, self.reported):
+                raise MediaError(error)
+            yield item._replace(inputs=None, embedding=row if finite else None, error=error)
 
-    def flush(self) -> None:
-        """Write what is embedded and hashed; it stays in hand when that fails."""
-        self._flushed = time.monotonic()
-        if self._rows:
-            keys, embeddings, media = zip(*self._rows, strict=True)
-            try:
-                self._store.append(keys, torch.stack(embeddings), media)
-            except StoreError as error:
-                raise StoreError(
-                    f"{error}. {self._counts['stored']} embeddings of this run are stored, {len(keys)} are lost; "
-                    "the next run goes on from there"
-                ) from error
-            self._counts["stored"] += len(keys)
-            self._rows = []
-            # Two processes that merge the same shards at once may leave rows twice.
-            if self._ranks.first:
-                self._store.compact()
-        self._store.save_files()
 
-    def finish(self) -> FillReport:
-        """Return what became of the media, when every process is done."""
-        report = FillReport(
-            encoded=self._counts["stored"],
-            reused=self._counts["reused"],
-            duplicates=self._counts["duplicates"],
-            failed=tuple(self._failed),
-            seconds=time.monotonic() - self._started,
-        ).together(self._ranks)
-        if self._ranks.count > 1:
-            self._store.refresh()
-            if self._ranks.first:
-                self._store.compact()
-        return report
+def embed_groups(
+    groups: Sequence[Sequence[Media]],
+    encoders: Sequence[Encoder],
+    *,
+    device: torch.device | str,
+    normalize: bool = True,
+) -> Tensor:
+    """Embed the media of each group and fuse them; batches are made by modality, across all groups.
 
-    def _fail(self, media: Media, reason: str) -> None:
-        self._failed.append((media.name, reason))
-        self._done("failed")
+    Args:
+        groups: N groups of at least one media each.
+        encoders: the first that serves a modality embeds it.
+        device: where the encoders run.
+        normalize: see `fuse`.
 
-    def _done(self, how: str) -> None:
-        """Count one media; write when there is enough or it is time."""
-        self._counts[how] += 1
-        self._advance()
-        if len(self._rows) >= self._flush_rows or time.monotonic() - self._flushed >= FLUSH_SECONDS:
-            self.flush()
+    Returns:
+        embeddings of the groups, unit norm (if normalized), [N, E], float32, on the CPU.
+
+    Raises:
+        InputError: a group is empty, or no encoder serves a modality.
+        MediaError: a media cannot be read, or its embedding is not finite.
+    """
+    if not all(groups):
+        raise InputError("a list of media to be fused is empty: leave it out, or put a Media into it")
+    with Embedder(encoders, device=device, reported=()) as embedder:
+        results = embedder.embed_in_order(media for group in groups for media in group)
+    rows = iter([result.embedding for result in results])
+    fused = []
+    for group in groups:
+        weights = torch.tensor([media.weight for media in group], dtype=torch.float64)
+        fused.append(fuse(torch.stack([next(rows) for _ in group]), weights, normalize=normalize))
+    return torch.stack(fused)

@@ -1,48 +1,51 @@
-"""Sorted Arrow files in one folder, searched as if they were one table.
+"""Sorted Arrow files in one folder, searched as if they were one table, and arrays of their keys.
 
 A shard is an Arrow IPC file (https://arrow.apache.org/docs/format/Columnar.html) of one record batch, sorted by a
-32-byte key, written in one step and never changed. It is memory-mapped, so opening it costs nothing, processes
-share its pages, and a look-up is a binary search in each shard: there is no index to build, to hold or to lose.
+32-byte key, written atomically and never changed. It is memory-mapped: opening is fast, and processes share its
+pages. A lookup is a binary search in each shard, so no index has to be built or kept in memory.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from bindllm.atomic import atomic_file
+from bindllm.errors import StoreError
 
 KEY_BYTES = 32
 KEY = np.dtype(f"S{KEY_BYTES}")
-"""Keys compare as bytes; all have the same length, so that trailing zero bytes do not matter."""
+"""Keys compare as bytes. All have the same length, so trailing zero bytes do not matter."""
 
 SMALL_BYTES = 32 * 2**20
-"""Shards below this size are merged when there are many: a merge then needs 1 GiB of memory at most."""
+"""Shards below this size are merged if there are many; a merge needs at most 1 GiB of memory."""
 
 MANY_SMALL = 16
-"""More small shards than this are merged: every look-up searches each shard."""
+"""More small shards than this are merged, because every lookup searches each shard."""
 
 ABANDONED_SECONDS = 3600
-"""No shard takes this long to write: an older part file is what a killed process left behind."""
+"""Writing a shard takes less than this: an older part file belongs to a killed process."""
 
 
 class Shards:
     """All shards of one kind in a folder: rows of a key, optional records, and a value of fixed width.
 
-    Any number of processes may read and append at the same time. The same key in two shards is harmless: a key
-    stands for content, so both rows hold the same value.
+    Any number of processes may read and append at the same time. The same key in two shards is harmless: a key is a
+    content hash, so both rows hold the same value.
 
     Args:
-        folder: where the shards are; it must exist.
+        folder: holds the shards; it must exist.
         kind: first part of their file names.
         schema: the columns; the first is the key (32 bytes), the last is the value (bytes or a list of floats,
             of fixed size).
@@ -59,40 +62,38 @@ class Shards:
         """Return the number of different keys."""
         if not self._shards:
             return 0
-        keys = np.concatenate([shard.keys for shard in self._shards])
-        # With the index asked for, numpy sorts, which is several times faster here than its hashing.
-        return len(np.unique(keys, return_index=True)[0])
+        return len(unique(np.concatenate([shard.keys for shard in self._shards])))
 
     def has(self, keys: np.ndarray) -> np.ndarray:
         """Return for each of the keys [N] whether it is stored, bool [N]."""
         found = np.zeros(len(keys), bool)
-        for _, places, _ in self._matches(keys):
-            found[places] = True
+        for _, positions, _ in self._matches(keys):
+            found[positions] = True
         return found
 
     def get(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the values of the keys [N], zero where a key is not stored, and where one is, bool [N]."""
+        """Return the values of the keys [N] (zero if a key is not stored), and whether each is stored, bool [N]."""
         dtype, shape = _layout(self._schema.field(-1).type)
         values = np.zeros((len(keys), *shape), dtype)
         found = np.zeros(len(keys), bool)
-        for shard, places, rows in self._matches(keys):
-            values[places] = shard.values[rows]
-            found[places] = True
+        for shard, positions, rows in self._matches(keys):
+            values[positions] = shard.values[rows]
+            found[positions] = True
         return values, found
 
     def column(self, keys: np.ndarray, name: str) -> list[Any]:
-        """Return what a column holds for each of the keys [N], None where a key is not stored."""
-        records: list[Any] = [None] * len(keys)
-        for shard, places, rows in self._matches(keys):
-            for place, record in zip(places, shard.batch.column(name).take(pa.array(rows)), strict=True):
-                records[place] = record.as_py()
-        return records
+        """Return the value of a column for each of the keys [N], None for keys that are not stored."""
+        values: list[Any] = [None] * len(keys)
+        for shard, positions, rows in self._matches(keys):
+            for position, value in zip(positions, shard.batch.column(name).take(pa.array(rows)), strict=True):
+                values[position] = value.as_py()
+        return values
 
     def append(self, table: pa.Table) -> None:
         """Write the rows whose key is not stored yet as one new shard.
 
         Raises:
-            OSError: the shard cannot be written; nothing of it is left.
+            OSError: the shard cannot be written; no part of it remains.
         """
         keys = keys_in(table.column(0).combine_chunks())
         keys, first = np.unique(keys, return_index=True)
@@ -102,14 +103,14 @@ class Shards:
         self.refresh()
 
     def compact(self) -> None:
-        """Merge small shards while there are many, and remove what killed writers left behind.
+        """Merge small shards while there are many, and remove the files of killed writers.
 
-        The merged shard is written before the old ones are removed, so a crash leaves some rows twice, until the
-        next call. Its name follows from theirs, so two processes that merge the same shards write the same file.
+        The merged shard is written before the old ones are removed, so a crash leaves some rows twice until the
+        next call. Its name is computed from theirs, so two processes that merge the same shards write the same file.
         """
         self._remove_merged()
         while len(small := [shard for shard in self._shards if shard.num_bytes < SMALL_BYTES]) > MANY_SMALL:
-            # The smallest, so that rows are not written again with each merge.
+            # Shards are in order of size. The smallest ones, so that rows are not written again with each merge.
             small = small[-MANY_SMALL:]
             _, order = np.unique(np.concatenate([shard.keys for shard in small]), return_index=True)
             table = pa.Table.from_batches([shard.batch for shard in small]).combine_chunks()
@@ -125,12 +126,12 @@ class Shards:
                     part.unlink()
 
     def _remove_merged(self) -> None:
-        """Remove small shards whose rows are all in one larger shard: a killed merge has left them behind."""
+        """Remove small shards whose rows are all in one larger shard: a killed merge left them."""
         merged = [
             shard
-            for place, shard in enumerate(self._shards)
+            for position, shard in enumerate(self._shards)
             if shard.num_bytes < SMALL_BYTES
-            and any(_contains(larger.keys, shard.keys) for larger in self._shards[:place])
+            and any(_contains(larger.keys, shard.keys) for larger in self._shards[:position])
         ]
         for shard in merged:
             shard.path.unlink(missing_ok=True)
@@ -138,7 +139,7 @@ class Shards:
             self.refresh()
 
     def refresh(self) -> None:
-        """See the shards that other processes have written or merged since."""
+        """Open the shards that other processes have written or merged since the last call."""
         while True:
             opened = {shard.path: shard for shard in self._shards}
             paths = self._folder.glob(f"{self._kind}-*.arrow")
@@ -152,7 +153,7 @@ class Shards:
             return
 
     def _matches(self, keys: np.ndarray) -> Iterator[tuple[_Shard, np.ndarray, np.ndarray]]:
-        """Yield, shard by shard, the places of the keys it holds and their rows; each key is found once."""
+        """Yield each shard with the positions in ``keys`` that it holds and their rows; each key is found once."""
         left = np.arange(len(keys))
         for shard in self._shards:
             wanted = keys[left]
@@ -173,17 +174,17 @@ class Shards:
             writer.write_table(table.combine_chunks())
 
     def _open(self, path: Path) -> _Shard | None:
-        """Map one shard; a damaged one (by the file system: our writes are atomic) is moved aside."""
+        """Map one shard; a damaged one (by the file system, since writes are atomic) is renamed."""
         try:
             return _Shard(path, self._schema)
         except (OSError, ValueError, pa.ArrowException) as error:
-            # Arrow also reports damage as an OSError, but only those of the system carry a number.
+            # Arrow also reports damage as an OSError, but only errors of the system have an errno.
             if isinstance(error, OSError) and error.errno is not None:
                 raise
             aside = path.with_name(path.name + ".damaged")
             os.replace(path, aside)
             warnings.warn(
-                f"{path} is damaged ({error}); it was moved aside as {aside.name}, and its rows will be made again",
+                f"{path} is damaged ({error}); it was renamed to {aside.name}, and its rows will be computed again",
                 stacklevel=2,
             )
             return None
@@ -207,14 +208,12 @@ class _Shard:
 
 
 def _contains(larger: np.ndarray, smaller: np.ndarray) -> bool:
-    """Whether all of some sorted keys are among more sorted keys; most often the first one tells that they are not."""
+    """Return whether all of some sorted keys are among more sorted keys."""
+    # Of two equal shards both stay: another process may be removing the other one.
     if len(larger) <= len(smaller):
-        # Of two equal shards both stay: another process may be removing the other one.
         return False
-    for keys in (smaller[:1], smaller):
-        if (larger[np.minimum(np.searchsorted(larger, keys), len(larger) - 1)] != keys).any():
-            return False
-    return True
+    # The first key is almost always enough to see that they are not.
+    return not any(len(missing_from(keys, larger)) for keys in (smaller[:1], smaller))
 
 
 def keys_in(column: pa.FixedSizeBinaryArray) -> np.ndarray:
@@ -227,3 +226,91 @@ def _layout(kind: pa.DataType) -> tuple[np.dtype, tuple[int, ...]]:
     if pa.types.is_fixed_size_list(kind):
         return np.dtype(kind.value_type.to_pandas_dtype()), (kind.list_size,)
     return np.dtype(f"S{kind.byte_width}"), ()
+
+
+def as_keys(keys: Sequence[str]) -> np.ndarray:
+    """Return content hashes in hex as an array of 32 bytes each, [N].
+
+    Raises:
+        StoreError: not a content hash; names the first.
+    """
+    for key in keys:
+        if len(key) != 2 * KEY_BYTES:
+            raise StoreError(
+                f"a key must be a content hash of {2 * KEY_BYTES} hexadecimal digits, not {key!r}"
+            )
+    try:
+        return np.frombuffer(bytes.fromhex("".join(keys)), KEY)
+    except ValueError as error:
+        raise StoreError(f"keys must be content hashes in hexadecimal digits ({error})") from error
+
+
+def as_hex(keys: np.ndarray) -> list[str]:
+    """Return keys [N] as content hashes in hex.
+
+    Example:
+        >>> as_hex(as_keys(["ab" * 32])) == ["ab" * 32]
+        True
+    """
+    text = keys.tobytes().hex()
+    return [text[start : start + 2 * KEY_BYTES] for start in range(0, len(text), 2 * KEY_BYTES)]
+
+
+def unique(keys: np.ndarray) -> np.ndarray:
+    """Return keys sorted, without repetitions."""
+    # With return_index numpy sorts, which is several times faster here than its hashing.
+    return np.unique(keys, return_index=True)[0]
+
+
+def missing_from(keys: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Return the keys that are not among ``others``; both sorted, without repetitions."""
+    if not len(others):
+        return keys
+    positions = np.minimum(np.searchsorted(others, keys), len(others) - 1)
+    return keys[others[positions] != keys]
+
+
+def read_keys(folder: Path, modality: str | None) -> np.ndarray:
+    """Return the keys of all embeddings in a store, sorted, without repetitions, [N].
+
+    Reads the shards without opening the store, so nothing is written or renamed.
+
+    Args:
+        folder: `EmbeddingStore.folder`.
+        modality: of the embeddings; None: all.
+
+    Raises:
+        StoreError: a shard that cannot be read.
+    """
+    while True:
+        found = [np.zeros(0, KEY)]
+        try:
+            for shard in sorted(folder.glob("embeddings-*.arrow")):
+                batch = pa.ipc.open_file(pa.memory_map(str(shard))).get_batch(0)
+                column = batch.column("key")
+                if modality is not None:
+                    column = column.filter(pc.equal(batch.column("modality"), modality))
+                if len(column):
+                    # A copy, so that the shard need not stay mapped.
+                    found.append(keys_in(column).copy())
+        except FileNotFoundError:
+            # Another process has merged this shard into a new one since the folder was listed.
+            continue
+        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+            raise StoreError(f"{shard} cannot be read ({error}); open the store to repair it") from error
+        return unique(np.concatenate(found))
+
+
+def shards_digest(folder: Path) -> str:
+    """Return a sha256 of the names and sizes of a store's shards, in hex; if it is unchanged, so are the rows.
+
+    Shards are never changed, so no content has to be read. After a merge it differs although the rows are the same.
+    """
+    digest = hashlib.sha256()
+    for shard in sorted(folder.glob("embeddings-*.arrow")):
+        try:
+            digest.update(f"{shard.name} {shard.stat().st_size}\n".encode())
+        except FileNotFoundError:
+            # Merged into another one since the folder was listed: the digest matches no state of the store.
+            digest.update(f"{shard.name} gone\n".encode())
+    return digest.hexdigest()

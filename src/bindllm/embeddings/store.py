@@ -1,8 +1,8 @@
-"""Embeddings on disk: each media is encoded once, ever, and every later use reads it from here.
+"""The embedding store: each media is encoded once, and its embedding is cached on disk.
 
-Layout: ``<folder>/<first 16 letters of the encoder's fingerprint>/`` holds ``encoder.json``, ``embeddings-*.arrow``
-(content hash, modality, source, embedding) and ``files-*.arrow`` (which file, at which size and time, has which
-content hash, so that an unchanged file is not read again). Any Arrow reader opens them.
+Layout: ``<folder>/<first 16 characters of the encoder's fingerprint>/`` holds ``encoder.json``,
+``embeddings-*.arrow`` (content hash, modality, source, embedding) and ``files-*.arrow`` (the content hash of each
+file at its size and time, so that an unchanged file is not read again). Any Arrow reader opens them.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,20 +23,19 @@ import torch
 from torch import Tensor
 
 from bindllm.atomic import write_json
-from bindllm.embeddings.records import as_hex, as_keys, read_keys
-from bindllm.embeddings.shards import KEY, KEY_BYTES, Shards
-from bindllm.errors import StoreError
+from bindllm.embeddings.shards import KEY, KEY_BYTES, Shards, as_hex, as_keys, read_keys
+from bindllm.errors import MediaError, StoreError
 from bindllm.media import Media
 
 if TYPE_CHECKING:
     from bindllm.encoders import Encoder
 
 FORMAT = 1
-"""Number of the layout; a store of a newer one is refused."""
+"""Version of the layout; a store of a newer version is refused."""
 
 SETTLED_NS = 2_000_000_000
-"""Age in nanoseconds from which a file's time is trusted: a file written twice within one tick of its file
-system's clock keeps its time, and the coarsest clock in use (FAT) ticks every 2 seconds."""
+"""Age in nanoseconds from which a file's modification time is trusted. A file written twice within one tick of the
+file system's clock keeps its time, and the coarsest clock in use (FAT) ticks every 2 seconds."""
 
 _FILES = pa.schema([("file", pa.binary(KEY_BYTES)), ("key", pa.binary(KEY_BYTES))])
 
@@ -45,13 +44,13 @@ class EmbeddingStore:
     """The embeddings of one encoder, keyed by content.
 
     Several processes may read and append at the same time. A store can be pickled to a data-loader worker, which
-    opens it again by its path; nothing is written unless something is appended.
+    opens it again by its path.
 
     Args:
-        folder: holds one sub-folder per encoder; made where missing.
-        encoder_fingerprint: identifies weights and preprocessing, in hex; each has its own sub-folder.
+        folder: holds one subfolder for each encoder; created if missing.
+        encoder_fingerprint: identifies weights and preprocessing, in hex; each has its own subfolder.
         embedding_size: E, the width of an embedding.
-        encoder_class: import path of the encoder, noted in ``encoder.json`` for people.
+        encoder_class: import path of the encoder, written to ``encoder.json`` for information.
 
     Raises:
         StoreError: the folder holds another width, another encoder or a newer format, or cannot be used.
@@ -82,9 +81,9 @@ class EmbeddingStore:
         self.folder = self.root / encoder_fingerprint[:16]
         self.fingerprint = encoder_fingerprint
         self.embedding_size = embedding_size
-        # Files whose content was hashed since the last write: 32 bytes that stand for a file -> key.
+        # Files whose content was hashed since the last write: 32 bytes that identify a file -> key.
         self._hashed: dict[bytes, bytes] = {}
-        with self._explained():
+        with self._map_os_errors():
             self._check_encoder(encoder_class)
             self._embeddings = Shards(
                 self.folder, kind="embeddings", schema=_embedding_schema(embedding_size)
@@ -93,7 +92,7 @@ class EmbeddingStore:
 
     @classmethod
     def for_encoder(cls, folder: str | Path, encoder: Encoder) -> EmbeddingStore:
-        """Open or make the store of an encoder."""
+        """Open or create the store of an encoder."""
         kind = type(encoder)
         name = f"{kind.__module__}.{kind.__qualname__}"
         return cls(folder, encoder.fingerprint(), encoder.embedding_size, encoder_class=name)
@@ -109,13 +108,13 @@ class EmbeddingStore:
         return f"EmbeddingStore({str(self.folder)!r}, {len(self)} embeddings of size {self.embedding_size})"
 
     def __reduce__(self) -> tuple:
-        # No memory map or open file travels to another process: it opens the store by its path.
+        # Memory maps and open files are not pickled: the other process opens the store by its path.
         return type(self), (self.root, self.fingerprint, self.embedding_size)
 
     def key_of(self, media: Media) -> str:
         """Return the key of media: its content hash.
 
-        A file that was hashed before and has the same path, size and time since is not read again.
+        A file that was hashed before is not read again while its path, size and time are the same.
 
         Raises:
             MediaError: the file cannot be read.
@@ -132,6 +131,15 @@ class EmbeddingStore:
             self._hashed[file] = key
         return key.hex()
 
+    def keys_of(self, media: Iterable[Media]) -> dict[Media, str]:
+        """Return the key of each media that is stored, without files that cannot be read."""
+        keys: dict[Media, str] = {}
+        for item in media:
+            with suppress(MediaError):
+                keys[item] = self.key_of(item)
+        found = self.has(list(keys.values()))
+        return {item: key for (item, key), stored in zip(keys.items(), found, strict=True) if stored}
+
     def has(self, keys: Sequence[str]) -> np.ndarray:
         """Return for each of the keys [N] whether its embedding is stored, bool [N]."""
         return self._embeddings.has(as_keys(keys))
@@ -145,37 +153,37 @@ class EmbeddingStore:
         wanted = as_keys(keys)
         embeddings, found = self._embeddings.get(wanted)
         if not found.all():
-            # Another process may have appended them since this one last looked.
+            # Another process may have appended them since the last refresh.
             self.refresh()
             embeddings, found = self._embeddings.get(wanted)
         if not found.all():
             missing = np.flatnonzero(~found)
             raise StoreError(
                 f"{self.folder}: {len(missing)} of {len(keys)} embeddings are not stored, "
-                f"the first with key {keys[missing[0]]}; fill the store with these media first"
+                f"the first with key {keys[missing[0]]}; precompute the embeddings of these media first"
             )
         return torch.from_numpy(embeddings)
 
     def keys(self, modality: str | None = None) -> list[str]:
-        """Return the keys of all embeddings, or of those of one modality, sorted, each once."""
+        """Return the keys of all embeddings, or of one modality, sorted, without repetitions."""
         return as_hex(read_keys(self.folder, modality))
 
     def sources(self, keys: Sequence[str]) -> list[str | None]:
-        """Return the path or the text that each embedding came from; None: from memory, or it is not stored."""
+        """Return the path or the text of each embedding; None: it came from memory or is not stored."""
         self.refresh()
         return self._embeddings.column(as_keys(keys), "source")
 
     def append(self, keys: Sequence[str], embeddings: Tensor, media: Sequence[Media]) -> None:
-        """Write embeddings as one new shard; keys that are stored already are left out.
+        """Write embeddings as one new shard; keys that are stored already are skipped.
 
         Args:
-            keys: what `key_of` gave for the media.
+            keys: `key_of` of each media, N of them.
             embeddings: [N, E].
-            media: what was encoded; modality and source are recorded.
+            media: N of them; modality and source are recorded.
 
         Raises:
-            StoreError: shapes that do not fit, an embedding that is not finite (its source is named), or a disk
-                that cannot be written. Nothing of this call is stored then, and what was stored before is intact.
+            StoreError: shapes that do not fit, an embedding that is not finite (the error names its source), or a
+                disk that cannot be written. Nothing of this call is stored then; earlier rows are intact.
         """
         rows = embeddings.detach().to("cpu", torch.float32).numpy()
         if rows.shape != (len(keys), self.embedding_size) or len(media) != len(keys):
@@ -198,13 +206,13 @@ class EmbeddingStore:
             ],
             schema=_embedding_schema(self.embedding_size),
         )
-        with self._explained():
+        with self._map_os_errors():
             self._embeddings.append(table)
 
     def save_files(self) -> None:
-        """Write which files `key_of` has read since the last time, so that no later run reads them again.
+        """Write a record of the files that `key_of` has read since the last call, so that later runs skip them.
 
-        In a folder that this user may only read, nothing is written: the files are read again next time.
+        Without write permission for the folder nothing is written, and the next run reads the files again.
 
         Raises:
             StoreError: the disk cannot be written.
@@ -212,29 +220,29 @@ class EmbeddingStore:
         hashed = dict(self._hashed)
         if hashed and os.access(self.folder, os.W_OK):
             columns = (np.array(list(part), KEY) for part in (hashed.keys(), hashed.values()))
-            with self._explained():
+            with self._map_os_errors():
                 self._files.append(pa.table([_as_column(column) for column in columns], schema=_FILES))
         for file in hashed:
             del self._hashed[file]
 
     def refresh(self) -> None:
-        """See what other processes have appended since."""
-        with self._explained():
+        """Open the shards that other processes have appended since the last call."""
+        with self._map_os_errors():
             self._embeddings.refresh()
             self._files.refresh()
 
     def compact(self) -> None:
-        """Merge small shards where there are many; a crash in between loses nothing.
+        """Merge small shards if there are many; a crash during the merge loses nothing.
 
         Raises:
             StoreError: the disk cannot be written; nothing is lost.
         """
-        with self._explained():
+        with self._map_os_errors():
             self._embeddings.compact()
             self._files.compact()
 
     def _check_encoder(self, encoder_class: str | None) -> None:
-        """Write ``encoder.json``, or compare it with what was asked for."""
+        """Write ``encoder.json``, or compare it with the arguments."""
         path = self.folder / "encoder.json"
         expected = {"fingerprint": self.fingerprint, "embedding_size": self.embedding_size}
         if not path.exists():
@@ -246,7 +254,8 @@ class EmbeddingStore:
             found = {name: found[name] for name in expected}
         except (ValueError, KeyError, TypeError) as error:
             raise StoreError(
-                f"{path} is damaged ({error!r}); remove it if the folder belongs to this encoder, else the folder"
+                f"{path} is damaged ({error!r}); delete the file if the folder belongs to this encoder, otherwise "
+                "delete the folder"
             ) from error
         if format_number > FORMAT:
             raise StoreError(
@@ -256,18 +265,18 @@ class EmbeddingStore:
         for name, value in expected.items():
             if found[name] != value:
                 raise StoreError(
-                    f"{path}: the store was made with {name} {found[name]}, the encoder has {value}; "
+                    f"{path}: the store was created with {name} {found[name]}, the encoder has {value}; "
                     "choose another folder"
                 )
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _map_os_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             raise StoreError(
-                f"{self.folder}: the store cannot be read or written ({error}); what was stored before is intact. "
-                "Check the free space and the permissions, then start again"
+                f"{self.folder}: the store cannot be read or written ({error}); earlier embeddings are intact. "
+                "Check the free space and the permissions, then run again"
             ) from error
 
 
@@ -287,7 +296,7 @@ def _as_column(keys: np.ndarray) -> pa.Array:
 
 
 def _source(media: Media) -> str | None:
-    """Return the path or the text of media, None for what came from memory."""
+    """Return the path or the text of media, None for media from memory."""
     if not isinstance(media.source, str | Path):
         return None
     # File names may hold bytes that are not UTF-8, which Arrow's strings must be.
@@ -295,15 +304,15 @@ def _source(media: Media) -> str | None:
 
 
 def _file_state(media: Media) -> bytes | None:
-    """Return 32 bytes that stand for a file in its present state, None for what is not a file at rest."""
+    """Return 32 bytes that identify a file in its present state; None if it is not a file, or was just written."""
     if media.modality == "text" or not isinstance(media.source, str | Path):
         return None
     try:
-        # The real path: a link that points elsewhere tomorrow is another file, even of the same size and time.
+        # The real path: a link whose target changes is another file, even with the same size and time.
         path = os.path.realpath(media.source)
         state = os.stat(path)
     except (OSError, ValueError):
-        # Reading the content will say better what is wrong.
+        # Reading the content raises a better error.
         return None
     if state.st_mtime_ns > time.time_ns() - SETTLED_NS:
         return None

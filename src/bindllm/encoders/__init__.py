@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from bindllm.atomic import file_sha256
 from bindllm.errors import EncoderError, InputError, did_you_mean
 from bindllm.media import MODALITIES, Media
 
@@ -49,8 +50,6 @@ _HOMES = {
     "PointBind": "bindllm.encoders.pointbind",
     "SoundTower": "bindllm.encoders.sound_tower",
 }
-
-_CHUNK = 1 << 20
 
 
 class Encoder(Protocol):
@@ -188,14 +187,10 @@ def fingerprint(config: Mapping[str, Any], *parts: bytes | str | Path) -> str:
 
 def _digest(part: bytes | str | Path) -> bytes:
     if isinstance(part, Path):
-        digest = hashlib.sha256(b"file")
         try:
-            with part.open("rb") as stream:
-                while chunk := stream.read(_CHUNK):
-                    digest.update(chunk)
+            return bytes.fromhex(file_sha256(part, prefix=b"file"))
         except OSError as error:
             raise EncoderError(f"{part}: cannot be read ({error.strerror})") from error
-        return digest.digest()
     return hashlib.sha256(b"word" + part.encode() if isinstance(part, str) else b"data" + part).digest()
 
 

@@ -8,7 +8,6 @@ metrics.json, README.md, recipe.yaml   what the run that made it measured, says 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -20,10 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bindllm.atomic import atomic_folder
+from bindllm.atomic import atomic_folder, file_sha256
 from bindllm.encoders.head import HeadConfig
-from bindllm.errors import EncoderError, InputError
-from bindllm.quickstart import fetch_hint
+from bindllm.errors import EncoderError, InputError, fetch_hint
 
 FORMAT = 1
 MANIFEST = "align.json"
@@ -112,7 +110,7 @@ def read_tensors(folder: str | Path, name: str, manifest: AlignedManifest) -> di
     file = Path(folder) / name
     if not file.is_file():
         raise EncoderError(f"{folder} has no {name}: copy the whole folder")
-    if _sha256(file) != manifest.sha256.get(name):
+    if file_sha256(file) != manifest.sha256.get(name):
         raise EncoderError(f"{file} is not the file that {MANIFEST} was written with: damaged or exchanged")
     try:
         return load_file(file)
@@ -147,7 +145,7 @@ def write_aligned(
             contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
             save_file(contiguous, part / name, metadata={"format": "pt"})
         content = asdict(manifest) | {
-            "sha256": {name: _sha256(part / name) for name in weights},
+            "sha256": {name: file_sha256(part / name) for name in weights},
             "root": os.path.relpath(Path.cwd(), folder.resolve()),
         }
         for name, value in ((MANIFEST, content), ("metrics.json", metrics)):
@@ -171,8 +169,3 @@ def refuse_other_content(folder: Path) -> None:
         raise InputError(
             f"output {folder} holds other content (no {MANIFEST}); choose another folder or empty it"
         )
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

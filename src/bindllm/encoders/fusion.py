@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bindllm.encoders import Encoder, encoder_for
+from bindllm.encoders import Encoder
 from bindllm.errors import InputError
-from bindllm.media import Media
 
 # Unit embeddings whose weighted mean is shorter than this point in opposite directions: no direction is left.
 _SHORTEST_MEAN = 1e-4
@@ -17,21 +16,21 @@ _SHORTEST_MEAN = 1e-4
 _PUBLISHED_EPS = 1e-6
 
 
-def fuse(embeddings: Tensor, weights: Tensor, *, normalise: bool = True) -> Tensor:
-    """Fuse the embeddings of one media group: their weighted mean, normalised again.
+def fuse(embeddings: Tensor, weights: Tensor, *, normalize: bool = True) -> Tensor:
+    """Fuse the embeddings of one media group: their weighted mean, normalized again.
 
     The bind network sees unit embeddings in training, and a mean of unit vectors is shorter: without the second
-    normalisation two orthogonal embeddings would arrive at 0.7 of their length.
+    normalization two orthogonal embeddings would arrive at 0.7 of their length.
 
     Args:
         embeddings: unit norm, [K, E], K at least 1. A single embedding is returned as it is.
         weights: share of each, above 0, [K]; only their ratios count.
-        normalise: False gives the mean as the released ImageBind-LLM (arXiv 2309.03905) computes it, for its
-            converted weights: not normalised, each share being ``weight / (sum of weights + 1e-6)``; so a single
+        normalize: False gives the mean as the released ImageBind-LLM (arXiv 2309.03905) computes it, for its
+            converted weights: not normalized, each share being ``weight / (sum of weights + 1e-6)``; so a single
             embedding is a millionth shorter.
 
     Returns:
-        The fused embedding, unit norm (if normalised), [E], in the dtype of ``embeddings``.
+        The fused embedding, unit norm (if normalized), [E], in the dtype of ``embeddings``.
 
     Raises:
         InputError: the shapes do not fit, a weight is not finite and above 0, or the embeddings cancel out.
@@ -39,7 +38,7 @@ def fuse(embeddings: Tensor, weights: Tensor, *, normalise: bool = True) -> Tens
     Example:
         >>> fuse(torch.eye(2), torch.tensor([3.0, 4.0]))
         tensor([0.6000, 0.8000])
-        >>> fuse(torch.eye(2), torch.tensor([3.0, 1.0]), normalise=False)
+        >>> fuse(torch.eye(2), torch.tensor([3.0, 1.0]), normalize=False)
         tensor([0.7500, 0.2500])
     """
     if embeddings.dim() != 2 or len(embeddings) == 0 or weights.shape != embeddings.shape[:1]:
@@ -51,7 +50,7 @@ def fuse(embeddings: Tensor, weights: Tensor, *, normalise: bool = True) -> Tens
             f"the weights of fused media must be finite and above 0, not {weights.tolist()}; leave out a media that "
             "shall not count"
         )
-    if not normalise:
+    if not normalize:
         weights = weights.double()
         return (weights / (weights.sum() + _PUBLISHED_EPS)).to(embeddings) @ embeddings
     if len(embeddings) == 1:
@@ -65,47 +64,6 @@ def fuse(embeddings: Tensor, weights: Tensor, *, normalise: bool = True) -> Tens
             "change the weights, or give each media a message of its own"
         )
     return torch.nn.functional.normalize(mean, dim=0)
-
-
-@torch.no_grad()
-def embed_groups(
-    groups: Sequence[Sequence[Media]],
-    encoders: Sequence[Encoder],
-    *,
-    device: torch.device | str,
-    normalise: bool = True,
-) -> Tensor:
-    """Embed the media of each group and fuse them: one batch per modality, whatever the groups.
-
-    Args:
-        groups: the media of each.
-        encoders: the first that serves a modality embeds it.
-        device: where the encoders run.
-        normalise: as for `fuse`.
-
-    Returns:
-        embeddings of the N groups, unit norm (if normalised), [N, E], float32, on the CPU.
-
-    Raises:
-        InputError: a group is empty, or no encoder serves a modality.
-        MediaError: a media cannot be read.
-    """
-    flat = [item for group in groups for item in group]
-    embeddings: dict[int, Tensor] = {}
-    for modality in dict.fromkeys(item.modality for item in flat):
-        encoder = encoder_for(modality, encoders).to(device)
-        places = [place for place, item in enumerate(flat) if item.modality == modality]
-        embedded = encoder.embed(modality, [encoder.prepare(flat[place]) for place in places])
-        embeddings |= zip(places, embedded.cpu(), strict=True)
-    fused, start = [], 0
-    for group in groups:
-        if not group:
-            raise InputError("a list of media to be fused is empty: leave it out, or put a Media into it")
-        rows = torch.stack([embeddings[start + place] for place in range(len(group))])
-        weights = torch.tensor([item.weight for item in group], dtype=torch.float64)
-        fused.append(fuse(rows, weights, normalise=normalise))
-        start += len(group)
-    return torch.stack(fused)
 
 
 def common_size(encoders: Sequence[Encoder]) -> int:

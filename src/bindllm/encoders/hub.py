@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bindllm.errors import EncoderError
-from bindllm.quickstart import fetch_hint
+from bindllm.errors import EncoderError, fetch_hint
 
 if TYPE_CHECKING:
     from torch import nn

@@ -1,1 +1,1 @@
-"""Measuring what a trained model says about held-out media."""
+"""Evaluation of trained models on held-out rows, and zero-shot evaluation of encoders."""

@@ -1,10 +1,11 @@
-"""The measures of zero-shot evaluation: accuracy, mean average precision, and recall in both directions."""
+"""Zero-shot metrics: accuracy, mean average precision, and recall in both directions."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,44 +15,77 @@ from bindllm.cache.visual_cache import VisualCache
 from bindllm.data.collate import MediaGroup
 from bindllm.data.embeddings import MediaEmbeddings
 from bindllm.encoders import Encoder
-from bindllm.evaluation.layouts import Kind, Task
-from bindllm.evaluation.precision import average_precisions, chance_of_precision
-from bindllm.evaluation.result import Measure, Result
+from bindllm.errors import MissingExtraError
+from bindllm.evaluation.layouts import Dataset, Kind
 from bindllm.media import Media
 
 TOP = (1, 5, 10)
-"""Places that a right answer may take, in retrieval; the first two in classification."""
+"""The k of recall@k; the first two are also those of top-k accuracy."""
 
 BLOCK = 1 << 22
-"""Scores that are in memory at the same time, about: 32 MiB."""
+"""Approximate number of scores in memory at the same time: 32 MiB."""
 
 _CHUNK = 1024
 
 
-class Row(NamedTuple):
-    """One media that is embedded, with what is right for it.
+@dataclass(frozen=True)
+class Measure:
+    """One number.
 
     Args:
-        media: what the encoder saw.
-        labels: numbers of its classes.
-        answers: what belongs to it; each is one media, or several sentences that are averaged.
+        name: name of the metric.
+        value: 0..1.
+        chance: expected value for a random order, 0..1.
+        num_queries: number of media, texts or classes that it is averaged over.
+        num_candidates: number of candidates that each query is compared with.
+    """
+
+    name: str
+    value: float
+    chance: float
+    num_queries: int
+    num_candidates: int
+
+
+@dataclass
+class Measured:
+    """The numbers of a data set.
+
+    Args:
+        measures: the numbers.
+        classes: name, number of items, and accuracy or average precision of each class; None if it has no item.
+        notes: remarks for the reader of the result.
+    """
+
+    measures: list[Measure] = field(default_factory=list)
+    classes: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+class Row(NamedTuple):
+    """One media object that is embedded, and the right results for it.
+
+    Args:
+        media: input of the encoder.
+        labels: indices of its classes.
+        targets: media that belong to it; each is one media object, or several sentences that are averaged.
     """
 
     media: Media
     labels: tuple[int, ...] = ()
-    answers: tuple[MediaGroup, ...] = ()
+    targets: tuple[MediaGroup, ...] = ()
 
 
 class Scores:
-    """Cosines of embeddings in the store; a part of them is in memory at a time.
+    """Cosines of embeddings in the store, computed in blocks.
 
     Args:
-        embeddings: filled with all media that are asked for.
-        encoders: all that are at hand; the cache may be that of another one of the same space.
-        cache: queries are blended with it, except those of the modalities that it skips; None: as they are.
+        embeddings: contains all media that are compared.
+        encoders: all available encoders; the cache may have been built with another one of the same space.
+        cache: queries are blended with it, except those of the modalities that it skips; None: no blending.
 
     Raises:
-        StoreError: the cache was built with none of the encoders.
+        StoreError: the cache was not built with one of the encoders.
     """
 
     def __init__(
@@ -59,11 +93,11 @@ class Scores:
     ) -> None:
         self._embeddings, self._encoders, self._cache = embeddings, encoders, cache
         if cache is not None:
-            # A cache of another encoder is refused before hours of encoding, not after.
+            # Fail before hours of encoding if the cache belongs to another encoder.
             cache.blend_groups(torch.empty(0, embeddings.embedding_size), [], encoders)
 
     def key(self, media: Media) -> str:
-        """Return what media of equal content have in common."""
+        """Return the content key of media; equal for equal content."""
         return self._embeddings.key(media)
 
     def rows(self, groups: Sequence[MediaGroup]) -> Tensor:
@@ -72,7 +106,7 @@ class Scores:
         return torch.cat(parts)
 
     def blocks(self, queries: Sequence[MediaGroup], candidates: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Yield which queries, and their cosines with all candidates [C, E]: float64, [Q, C], rounded."""
+        """Yield a slice of the queries and their rounded cosines with all candidates [C, E]: float64, [Q, C]."""
         step = max(1, min(_CHUNK, BLOCK // len(candidates)))
         for start in range(0, len(queries), step):
             part = slice(start, min(start + step, len(queries)))
@@ -84,36 +118,34 @@ class Scores:
     def places(
         self, queries: Sequence[MediaGroup], candidates: Tensor, right: Sequence[Sequence[int]]
     ) -> Places:
-        """Return where the best right candidate of each query stands."""
+        """Return the position of the best right candidate of each query."""
         blocks = self.blocks(queries, candidates)
         return join_places([find_places(block, right[part]) for part, block in blocks])
 
 
-def _classify(task: Task, rows: list[Row], prompts: list[MediaGroup], scores: Scores, result: Result) -> None:
-    """Measure how often the class of the nearest prompt is right, over all media and as a mean over classes."""
+def _classify(dataset: Dataset, rows: list[Row], prompts: list[MediaGroup], scores: Scores) -> Measured:
+    """Return how often the class of the nearest prompt is right, over all media and as a mean over classes."""
     queries = [(row.media,) for row in rows]
     places = scores.places(queries, scores.rows(prompts), [row.labels for row in rows])
     labels = torch.tensor([row.labels[0] for row in rows])
-    counts = torch.bincount(labels, minlength=len(prompts))
-    first = hit_rate(places, 1)
-    right = torch.zeros(len(prompts), dtype=torch.float64).index_add(0, labels, first)
+    counts, size = torch.bincount(labels, minlength=len(prompts)), len(prompts)
+    right = torch.zeros(size, dtype=torch.float64).index_add(0, labels, hit_rate(places, 1))
     means = right[counts > 0] / counts[counts > 0]
-    size = len(prompts)
+    found = Measured(notes=_notes_on_classes(prompts, counts))
     for k in [k for k in TOP[:2] if k == 1 or k < size]:
         rate = float(hit_rate(places, k).mean())
-        result.measures.append(Measure(f"top-{k} accuracy", rate, min(k, size) / size, len(rows), size))
-    result.measures.append(
-        Measure("mean accuracy per class", float(means.mean()), 1 / size, len(means), size)
-    )
-    result.classes = [
+        found.measures.append(Measure(f"top-{k} accuracy", rate, min(k, size) / size, len(rows), size))
+    mean = float(means.mean())
+    found.measures.append(Measure("mean accuracy per class", mean, 1 / size, len(means), size))
+    found.classes = [
         {"name": names[0], "num_items": count, "accuracy": hits / count if count else None}
-        for names, count, hits in zip(task.classes, counts.tolist(), right.tolist(), strict=True)
+        for names, count, hits in zip(dataset.classes, counts.tolist(), right.tolist(), strict=True)
     ]
-    result.notes += _notes_on_classes(prompts, counts)
+    return found
 
 
-def _tag(task: Task, rows: list[Row], prompts: list[MediaGroup], scores: Scores, result: Result) -> None:
-    """Measure the mean average precision: for each class, how far ahead its media stand among all media."""
+def _tag(dataset: Dataset, rows: list[Row], prompts: list[MediaGroup], scores: Scores) -> Measured:
+    """Return the mean average precision: for each class, all media are ranked."""
     targets = torch.zeros(len(rows), len(prompts), dtype=torch.bool)
     for number, row in enumerate(rows):
         targets[number, list(row.labels)] = True
@@ -124,30 +156,31 @@ def _tag(task: Task, rows: list[Row], prompts: list[MediaGroup], scores: Scores,
         cosine[part] = block.float()
     precisions = average_precisions(cosine, targets[:, kept])
     by_chance = chance_of_precision(counts[kept], len(rows))
-    result.measures.append(
-        Measure("mAP", float(precisions.mean()), float(by_chance.mean()), int(kept.sum()), len(rows))
-    )
-    found = iter(precisions.tolist())
-    result.classes = [
-        {"name": names[0], "num_items": count, "average_precision": next(found) if count else None}
-        for names, count in zip(task.classes, counts.tolist(), strict=True)
+    found = Measured(notes=_notes_on_classes(prompts, counts))
+    mean = (float(precisions.mean()), float(by_chance.mean()))
+    found.measures.append(Measure("mAP", *mean, int(kept.sum()), len(rows)))
+    values = iter(precisions.tolist())
+    found.classes = [
+        {"name": names[0], "num_items": count, "average_precision": next(values) if count else None}
+        for names, count in zip(dataset.classes, counts.tolist(), strict=True)
     ]
-    result.notes += _notes_on_classes(prompts, counts)
+    return found
 
 
-def _retrieve(task: Task, rows: list[Row], prompts: list[MediaGroup], scores: Scores, result: Result) -> None:
-    """Measure how often something right is among the first, from the media to their answers and back."""
-    media, answers = _Distinct(scores.key), _Distinct(scores.key)
-    pairs = {(media.number((row.media,)), answers.number(group)) for row in rows for group in row.answers}
+def _retrieve(dataset: Dataset, rows: list[Row], prompts: list[MediaGroup], scores: Scores) -> Measured:
+    """Return how often a right result is among the first k, from the media to their targets and back."""
+    media, targets, found = _Distinct(scores.key), _Distinct(scores.key), Measured()
+    pairs = {(media.number((row.media,)), targets.number(group)) for row in rows for group in row.targets}
     if (equal := len(rows) - len(media.groups)) > 0:
-        result.notes.append(
-            f"{equal:,} media have the content of another one: they count once, with all answers"
+        found.notes.append(
+            f"{equal:,} media have the same content as another one: they count once, with all their targets"
         )
+    names = (dataset.modality, dataset.target_modality)
     directions = (
-        (task.modality, task.answer, media, answers, sorted(pairs)),
-        (task.answer, task.modality, answers, media, sorted((answer, one) for one, answer in pairs)),
+        (names, media, targets, sorted(pairs)),
+        (names[::-1], targets, media, sorted((target, one) for one, target in pairs)),
     )
-    for source, target, queries, candidates, links in directions:
+    for (source, target), queries, candidates, links in directions:
         right: list[list[int]] = [[] for _ in queries.groups]
         for query, candidate in links:
             right[query].append(candidate)
@@ -155,13 +188,13 @@ def _retrieve(task: Task, rows: list[Row], prompts: list[MediaGroup], scores: Sc
         counts, size = torch.tensor([len(numbers) for numbers in right]), len(candidates.groups)
         for k in [k for k in TOP if k == 1 or k < size]:
             rate, by_chance = float(hit_rate(places, k).mean()), chance(counts, size, k)
-            result.measures.append(
-                Measure(f"{source} to {target} recall@{k}", rate, by_chance, len(right), size)
-            )
+            name = f"{source} to {target} recall@{k}"
+            found.measures.append(Measure(name, rate, by_chance, len(right), size))
+    return found
 
 
 class _Distinct:
-    """Media groups of which each content occurs once, numbered in their order."""
+    """Media groups with distinct content, numbered in their order."""
 
     def __init__(self, key: Callable[[Media], str]) -> None:
         self.groups: list[MediaGroup] = []
@@ -178,17 +211,57 @@ class _Distinct:
 
 
 def _notes_on_classes(prompts: list[MediaGroup], counts: Tensor) -> list[str]:
-    """Return what a reader must know about the classes: those without media, and those that no prompt tells apart."""
+    """Return remarks on classes without media, and on classes with equal prompts."""
     notes = []
     if empty := int((counts == 0).sum()):
         notes.append(f"{empty:,} of {len(prompts):,} classes have no media here")
     repeated = sum(times for times in Counter(prompts).values() if times > 1)
     if repeated:
-        notes.append(f"{repeated:,} classes share their name with another one, so nothing tells them apart")
+        notes.append(f"{repeated:,} classes have the same name as another one and cannot be distinguished")
     return notes
 
 
-Measurement = Callable[[Task, list[Row], list[MediaGroup], Scores, Result], None]
+Measurement = Callable[[Dataset, list[Row], list[MediaGroup], Scores], Measured]
 
 MEASURES: Mapping[Kind, Measurement] = {"classify": _classify, "tag": _tag, "retrieve": _retrieve}
-"""How each kind of task is measured: the numbers are added to the result."""
+"""The measurement of each kind of data set."""
+
+
+def average_precisions(scores: Tensor, targets: Tensor) -> Tensor:
+    """Return the average precision of each class: float64, [C].
+
+    Args:
+        scores: cosine of each item with each class, -1..1, [N, C].
+        targets: whether the class is right, bool [N, C]; each class is right for at least one item, as the
+            number is undefined otherwise.
+
+    Raises:
+        MissingExtraError: torchmetrics is not installed.
+    """
+    try:
+        from torchmetrics.functional.classification import binary_average_precision
+    except ImportError as error:
+        raise MissingExtraError(
+            "torchmetrics", extra="report", purpose="compute average precision"
+        ) from error
+    # Outside of 0..1 torchmetrics treats scores as logits, and its sigmoid would create new ties.
+    shares = ((scores.double() + 1) / 2).clamp(0, 1)
+    # Class by class, as its mean over classes counts a class without a right item as 0.
+    parts = zip(shares.unbind(dim=1), targets.long().unbind(dim=1), strict=True)
+    return torch.stack([binary_average_precision(share, target).double() for share, target in parts])
+
+
+def chance_of_precision(num_right: Tensor, num_items: int) -> Tensor:
+    """Return the expected average precision of items in random order: float64, [C].
+
+    Args:
+        num_right: number of items for which the class is right, at least 1, [C].
+        num_items: number of all items.
+
+    Example:
+        >>> chance_of_precision(torch.tensor([1]), 2)
+        tensor([0.7500], dtype=torch.float64)
+    """
+    harmonic = float((1 / torch.arange(1, num_items + 1, dtype=torch.float64)).sum())
+    others = (num_right.double() - 1) / max(num_items - 1, 1)
+    return (harmonic + others * (num_items - harmonic)) / num_items

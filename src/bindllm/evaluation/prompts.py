@@ -1,4 +1,4 @@
-"""The sentences that a class name is put into: CLIP (https://arxiv.org/abs/2103.00020), section 3.1.4."""
+"""Prompt templates for class names: CLIP (https://arxiv.org/abs/2103.00020), section 3.1.4."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from bindllm.errors import InputError
 from bindllm.evaluation.layouts.files import read_lines
 
 NAME = "{}"
-"""What stands for the class name in a template."""
+"""Placeholder of the class name in a template."""
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
-    # The sentence of the paper, and the seven that its authors found to be enough for ImageNet.
+    # The template of the paper, and the seven that its authors selected for ImageNet.
     "image": (
         "a photo of a {}.",
         "itap of a {}.",
@@ -31,7 +31,7 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     "depth": ("a depth map of a {}.", "a photo of a {}."),
     "thermal": ("a thermal image of a {}.", "a photo of a {}."),
 }
-"""Templates by the modality of what is classified; for all others the class name alone."""
+"""Templates by modality of the classified media; for all others only the class name."""
 
 
 def templates_for(modality: str) -> tuple[str, ...]:
@@ -45,10 +45,10 @@ def templates_for(modality: str) -> tuple[str, ...]:
 
 
 def read_templates(path: Path) -> tuple[str, ...]:
-    """Return the templates of a text file: one a line, each with {} for the class name; # starts a comment.
+    """Return the templates of a text file: one per line, each with {} for the class name; # starts a comment.
 
     Raises:
-        InputError: it cannot be read or holds none, or a line is no template; names file and line.
+        InputError: it cannot be read or has no template, or a line is not a template; names file and line.
     """
     templates = []
     for row, line in read_lines(path):
@@ -56,7 +56,7 @@ def read_templates(path: Path) -> tuple[str, ...]:
             check_template(line, where=f"{row}: ")
             templates.append(line.strip())
     if not templates:
-        raise InputError(f"{path}: no template in it; write one a line, such as: a photo of a {NAME}.")
+        raise InputError(f"{path}: contains no template; write one per line, such as: a photo of a {NAME}.")
     return tuple(templates)
 
 
@@ -64,7 +64,7 @@ def check_template(template: str, *, where: str = "") -> str:
     """Return a template.
 
     Raises:
-        InputError: nothing stands for the class name in it.
+        InputError: it has no placeholder of the class name.
     """
     if NAME not in template:
         raise InputError(

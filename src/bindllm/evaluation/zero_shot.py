@@ -1,34 +1,119 @@
-"""Classifying and retrieving across modalities, from embeddings alone: no language model takes part.
+"""Zero-shot classification and retrieval across modalities, from embeddings only, without a language model.
 
-Each file and each text is encoded once, ever, into the `EmbeddingStore`; a second run only reads it. The score of two
-embeddings is their cosine. Classes are prompts: the mean of the unit embeddings of all sentences with the class name,
-normalised again (CLIP, https://arxiv.org/abs/2103.00020, section 3.1.4).
+Each file and each text is encoded once and cached in the `EmbeddingStore`. The score of two embeddings is their cosine.
+Classes are prompts: the mean of the unit embeddings of all sentences with the class name, normalized again (CLIP,
+https://arxiv.org/abs/2103.00020, section 3.1.4).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
 
+from bindllm import __version__
+from bindllm.atomic import write_json
 from bindllm.cache.visual_cache import VisualCache
 from bindllm.data.collate import MediaGroup
 from bindllm.data.embeddings import MediaEmbeddings
 from bindllm.data.report import Skipped
 from bindllm.encoders import Encoder, encoder_for, passed_over
 from bindllm.encoders.alignment import alignment_warnings, space_of
-from bindllm.errors import InputError
-from bindllm.evaluation.layouts import Task
-from bindllm.evaluation.measures import MEASURES, Row, Scores
+from bindllm.errors import InputError, printable
+from bindllm.evaluation.layouts import Dataset
+from bindllm.evaluation.measures import MEASURES, Measure, Row, Scores
 from bindllm.evaluation.prompts import NAME, fill_templates, templates_for
-from bindllm.evaluation.result import Result
 from bindllm.media import Media
+
+FORMAT = 1
+"""Version of the JSON file."""
+
+
+@dataclass
+class Result:
+    """The numbers of a zero-shot evaluation, and the conditions.
+
+    Args:
+        kind: classify, tag or retrieve.
+        modality: modality of the media.
+        target_modality: modality of the retrieved media, or of the prompts.
+        measures: the numbers.
+        num_listed: number of media that the data set lists.
+        num_measured: number of media that were measured.
+        skipped: media and rows that were not measured, and why.
+        classes: name, number of items, and accuracy or average precision of each class; None if it has no item.
+        templates: the sentences around each class name or caption.
+        encoders: class, modalities, space and fingerprint of the encoders.
+        cache: folder and settings of the visual cache, if one was used.
+        warnings: reasons why the numbers may be meaningless.
+        notes: further remarks for the reader.
+        num_encoded: number of media and texts encoded by this run; the others were in the store.
+        seconds: wall time.
+        layout: name of the layout, set by the caller.
+        folder: folder of the data set, set by the caller.
+    """
+
+    kind: str
+    modality: str
+    target_modality: str
+    measures: list[Measure]
+    num_listed: int
+    num_measured: int
+    skipped: Skipped = field(default_factory=Skipped)
+    classes: list[dict[str, Any]] = field(default_factory=list)
+    templates: Sequence[str] = ()
+    encoders: list[dict[str, Any]] = field(default_factory=list)
+    cache: Mapping[str, Any] | None = None
+    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    num_encoded: int = 0
+    seconds: float = 0.0
+    layout: str = ""
+    folder: str = ""
+
+    def __getitem__(self, name: str) -> float:
+        """Return the value of a measure."""
+        return next(measure.value for measure in self.measures if measure.name == name)
+
+    def save(self, path: str | Path) -> None:
+        """Write everything as JSON, atomically."""
+        write_json(path, {"format": FORMAT, "bindllm": __version__, **asdict(self)})
+
+    def __rich__(self) -> RenderableType:
+        """Return a table with a chance column, followed by the skipped media and all remarks."""
+        table = Table(title=Text(printable(f"{self.layout} {self.folder}".strip())), title_justify="left")
+        table.add_column("metric")
+        for column in ("result", "chance", "queries", "candidates"):
+            table.add_column(column, justify="right")
+        for one in self.measures:
+            numbers = (
+                f"{one.value:.4f}",
+                f"{one.chance:.4f}",
+                f"{one.num_queries:,}",
+                f"{one.num_candidates:,}",
+            )
+            table.add_row(one.name, *numbers)
+        lines = [f"{self.num_measured:,} of {self.num_listed:,} {self.modality} media measured"]
+        lines += [f"  skipped: {line}" for line in self.skipped.lines()]
+        if self.templates != ("{}",):
+            lines.append(f"prompts: {'; '.join(self.templates)}")
+        if self.cache is not None:
+            lines.append("cache: " + ", ".join(f"{name} {value}" for name, value in self.cache.items()))
+        lines += [f"note: {note}" for note in self.notes]
+        lines += [f"warning: {warning}" for warning in self.warnings]
+        lines.append(f"{self.num_encoded:,} encoded now, {self.seconds:.1f} s")
+        return Group(table, *(Text(printable(line)) for line in lines))
 
 
 def evaluate_zero_shot(
-    task: Task,
+    dataset: Dataset,
     encoders: Sequence[Encoder],
     *,
     store: str | Path,
@@ -39,65 +124,66 @@ def evaluate_zero_shot(
 ) -> Result:
     """Measure how well encoders classify or retrieve.
 
-    Media whose file cannot be read are left out, counted and reported. In retrieval media of equal content are one,
-    and so are equal texts: each is right for all that it belongs to.
+    Media whose file cannot be read are skipped, counted and reported. In retrieval, media with the same content count
+    once, and so do equal texts: each is right for everything that it belongs to.
 
     Args:
-        task: a data set; see `bindllm.evaluation.layouts.read_layout`.
-        encoders: the first that serves a modality embeds it.
+        dataset: a data set; see `bindllm.evaluation.layouts.read_layout`.
+        encoders: the first one that supports a modality embeds it.
         store: folder of the embedding stores.
-        device: where the encoders run.
-        templates: sentences with {} for the class name, or for the caption; None: those of the modality, and captions
-            as they are.
-        cache: every query whose modality the cache does not skip is blended with its pictures first: the media in
-            classification, and both directions in retrieval. Candidates stay as they are.
+        device: device of the encoders.
+        templates: sentences with {} for the class name or the caption; None: the defaults of the modality, and plain
+            captions.
+        cache: every query is blended with this visual cache, unless the cache skips its modality: the media in
+            classification, both directions in retrieval. Candidates are not blended.
         progress: show a bar.
 
     Raises:
-        InputError: no encoder serves a modality, their widths differ, or no media can be read.
-        StoreError: the cache was built with none of the encoders, or the store cannot be used.
+        InputError: no encoder supports a modality, their widths differ, or no media can be read.
+        StoreError: the cache was not built with one of the encoders, or the store cannot be used.
     """
     started = time.perf_counter()
-    needed = _needed(task, encoders)
-    templates = tuple(templates or ((NAME,) if task.kind == "retrieve" else templates_for(task.modality)))
-    if task.kind == "retrieve" and task.answer != "text" and templates != (NAME,):
-        raise InputError(f"prompts are put around texts, and here {task.answer} is retrieved; leave them out")
+    needed = _needed(dataset, encoders)
+    templates = _templates(dataset, templates)
     embeddings = MediaEmbeddings(needed, store)
     scores = Scores(embeddings, encoders, cache)
-    prompts = [_texts(names, templates) for names in task.classes]
-    left_out = Skipped()
-    left_out.update(task.skipped)
-    wanted = [Row(item.media, item.labels, _answers(item.answers, templates)) for item in task.items]
-    num_encoded, rows = _fill(embeddings, wanted, prompts, left_out, device=device, progress=progress)
-    result = Result(
-        kind=task.kind,
-        modality=task.modality,
-        answer=task.answer,
-        measures=[],
-        num_listed=task.num_listed,
+    prompts = [_texts(names, templates) for names in dataset.classes]
+    skipped = Skipped()
+    skipped.update(dataset.skipped)
+    wanted = [Row(item.media, item.labels, _targets(item.targets, templates)) for item in dataset.items]
+    num_encoded, rows = _fill(embeddings, wanted, prompts, skipped, device=device, progress=progress)
+    measured = MEASURES[dataset.kind](dataset, rows, prompts, scores)
+    return Result(
+        kind=dataset.kind,
+        modality=dataset.modality,
+        target_modality=dataset.target_modality,
+        measures=measured.measures,
+        num_listed=dataset.num_listed,
         num_measured=len(rows),
-        left_out=left_out,
+        skipped=skipped,
+        classes=measured.classes,
         templates=templates,
         encoders=[_describe(encoder) for encoder in needed],
         cache=None if cache is None else _settings(cache),
         warnings=[*alignment_warnings(needed), *passed_over(encoders)],
-        notes=[*task.notes, *_notes_on_cache(task, cache)],
+        notes=[*dataset.notes, *_notes_on_cache(dataset, cache), *measured.notes],
         num_encoded=num_encoded,
+        seconds=time.perf_counter() - started,
     )
-    MEASURES[task.kind](task, rows, prompts, scores, result)
-    result.seconds = time.perf_counter() - started
-    return result
 
 
-def _needed(task: Task, encoders: Sequence[Encoder]) -> list[Encoder]:
-    """Return the encoders that the task needs, that of the media first."""
+def _needed(dataset: Dataset, encoders: Sequence[Encoder]) -> list[Encoder]:
+    """Return the encoders that the data set needs, the encoder of its media first."""
     needed: list[Encoder] = []
-    for modality, purpose in ((task.modality, "its media"), (task.answer, "what is compared with them")):
+    for modality, purpose in (
+        (dataset.modality, "its media"),
+        (dataset.target_modality, "the texts or media to compare"),
+    ):
         if not any(modality in encoder.modalities for encoder in encoders):
-            served = sorted({name for encoder in encoders for name in encoder.modalities})
+            supported = sorted({name for encoder in encoders for name in encoder.modalities})
             raise InputError(
-                f"the task needs an encoder of {modality} for {purpose}; the encoders here serve "
-                f"{', '.join(served) or 'nothing'}. Name one more that does, of the same joint space"
+                f"the data set needs an encoder of {modality} for {purpose}; the given encoders support "
+                f"{', '.join(supported) or 'nothing'}. Add one of the same joint space"
             )
         encoder = encoder_for(modality, encoders)
         if not any(encoder is other for other in needed):
@@ -105,8 +191,18 @@ def _needed(task: Task, encoders: Sequence[Encoder]) -> list[Encoder]:
     return needed
 
 
+def _templates(dataset: Dataset, templates: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the given templates, else those of the modality."""
+    if dataset.kind != "retrieve":
+        return tuple(templates or templates_for(dataset.modality))
+    templates = tuple(templates or (NAME,))
+    if dataset.target_modality != "text" and templates != (NAME,):
+        raise InputError(f"prompts need texts, but {dataset.target_modality} is retrieved; remove them")
+    return templates
+
+
 def _texts(names: Sequence[str], templates: Sequence[str]) -> MediaGroup:
-    """Return the sentences that stand for one class or caption; their embeddings are averaged."""
+    """Return the sentences for one class or caption; their embeddings are averaged."""
     return tuple(map(Media.text, fill_templates(names, templates)))
 
 
@@ -114,37 +210,37 @@ def _fill(
     embeddings: MediaEmbeddings,
     rows: list[Row],
     prompts: list[MediaGroup],
-    left_out: Skipped,
+    skipped: Skipped,
     *,
     device: torch.device | str,
     progress: bool,
 ) -> tuple[int, list[Row]]:
-    """Embed what the store lacks: return how much that was, and the rows that can be measured."""
+    """Embed media that are not in the store; return their number, and the rows that can be measured."""
     wanted = dict.fromkeys(row.media for row in rows)
-    for groups in (*(row.answers for row in rows), prompts):
+    for groups in (*(row.targets for row in rows), prompts):
         wanted |= dict.fromkeys(media for group in groups for media in group)
-    totals = embeddings.fill(wanted, device=device, progress=progress)
+    totals = embeddings.precompute(wanted, device=device, progress=progress)
     failed = totals.failed
     if broken := [media for prompt in prompts for media in prompt if media in failed]:
         raise InputError(f"the prompt {broken[0].name} cannot be embedded: {failed[broken[0]]}")
     kept = []
     for row in rows:
-        answers = tuple(group for group in row.answers if not any(media in failed for media in group))
+        targets = tuple(group for group in row.targets if not any(media in failed for media in group))
         if row.media in failed:
-            left_out.add("the file cannot be read", failed[row.media])
-        elif row.answers and not answers:
-            left_out.add("nothing that belongs to it can be read", row.media.name)
+            skipped.add("the file cannot be read", failed[row.media])
+        elif row.targets and not targets:
+            skipped.add("none of its targets can be read", row.media.name)
         else:
-            kept.append(row._replace(answers=answers))
+            kept.append(row._replace(targets=targets))
     if not kept:
-        raise InputError(f"none of {len(rows):,} media can be measured: {'; '.join(left_out.lines())}")
+        raise InputError(f"none of {len(rows):,} media can be measured: {'; '.join(skipped.lines())}")
     return totals.encoded, kept
 
 
-def _answers(answers: Sequence[Media], templates: Sequence[str]) -> tuple[MediaGroup, ...]:
+def _targets(targets: Sequence[Media], templates: Sequence[str]) -> tuple[MediaGroup, ...]:
     if tuple(templates) == (NAME,):
-        return tuple((answer,) for answer in answers)
-    return tuple(_texts([str(answer.source)], templates) for answer in answers)
+        return tuple((target,) for target in targets)
+    return tuple(_texts([str(target.source)], templates) for target in targets)
 
 
 def _describe(encoder: Encoder) -> dict[str, object]:
@@ -160,18 +256,17 @@ def _describe(encoder: Encoder) -> dict[str, object]:
 def _settings(cache: VisualCache) -> dict[str, object]:
     return {
         "folder": str(cache.index.source),
-        "pictures": len(cache),
-        "top_k": cache.top_k,
-        "temperature": cache.temperature,
-        "weight": cache.weight,
-        "formula": cache.formula,
+        "images": len(cache),
+        **{name: value for name, value in asdict(cache.settings).items() if name not in ("folder", "skip")},
     }
 
 
-def _notes_on_cache(task: Task, cache: VisualCache | None) -> list[str]:
-    """Return what a reader must know about the cache."""
+def _notes_on_cache(dataset: Dataset, cache: VisualCache | None) -> list[str]:
+    """Return remarks on the cache."""
     if cache is None:
         return []
-    asked = {task.modality, task.answer} if task.kind == "retrieve" else {task.modality}
-    left = sorted(asked & set(cache.skip))
-    return [f"the cache leaves {' and '.join(left)} queries as they are"] if left else []
+    queries = (
+        {dataset.modality, dataset.target_modality} if dataset.kind == "retrieve" else {dataset.modality}
+    )
+    skipped = sorted(queries & set(cache.settings.skip))
+    return [f"the cache skips {' and '.join(skipped)} queries"] if skipped else []

@@ -17,16 +17,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bindllm.cache.visual_cache import VisualCache
+from bindllm.cache.settings import CacheConfig
+from bindllm.cache.visual_cache import CacheChoice, VisualCache, choose_cache
 from bindllm.conversation import Conversation
+from bindllm.embeddings.embedder import embed_groups
 from bindllm.encoders import Encoder, passed_over
 from bindllm.encoders.alignment import alignment_warnings
-from bindllm.encoders.fusion import common_size, embed_groups
+from bindllm.encoders.fusion import common_size
 from bindllm.errors import InputError, did_you_mean
 from bindllm.media import Media
 from bindllm.model.adapter import Adapter, AdapterConfig
 from bindllm.model.bind_network import BindConfig, BindNetwork
-from bindllm.model.cache import CacheChoice, CacheConfig, choose_cache
 from bindllm.model.card import write_card
 from bindllm.model.checkpoint import check_keys, write_checkpoint
 from bindllm.model.decoder import DecoderConfig, has_plain_logits, load_decoder, load_tokenizer
@@ -48,7 +49,7 @@ class BindLLM(nn.Module):
         inject: kind of injection.
         adapter: what of the decoder is tuned; None: nothing.
         cache_config: the visual cache that checkpoints name; `from_pretrained` opens it, and nothing else does.
-        origin: whose trained tensors these are or derive from, and their licence; for the cards of all folders.
+        origin: whose trained tensors these are or derive from, and their license; for the cards of all folders.
 
     Attributes:
         cache: the visual cache that answers are made with where a call does not say otherwise, or None.
@@ -171,8 +172,8 @@ class BindLLM(nn.Module):
         if isinstance(media, Media) or not media:
             raise InputError(f"encode takes a list of Media with at least one in it, not {media!r}")
         groups = [(item,) if isinstance(item, Media) else check_media(item) for item in media]
-        normalise = self.bind_config.fusion == "unit"
-        found = embed_groups(groups, self.encoders, device=self.device, normalise=normalise)
+        normalize = self.bind_config.fusion == "unit"
+        found = embed_groups(groups, self.encoders, device=self.device, normalize=normalize)
         cache = self.cache if cache is None else cache
         return cache.blend_groups(found, groups, self.encoders) if cache else found
 

@@ -1,4 +1,4 @@
-"""The model card: what a checkpoint is, what it was trained on, and under which licences it may be used."""
+"""The model card: what a checkpoint is, what it was trained on, and under which licenses it may be used."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-UNKNOWN_LICENCE = "see its own page"
+UNKNOWN_LICENSE = "see its own page"
 
 _LIMITS = """\
 The model says what is likely, not what is true. It has learnt from {data} and from nothing else, so it
@@ -21,7 +21,7 @@ def write_card(manifest: dict[str, Any], *, data: list[str] | None = None) -> st
 
     Args:
         manifest: content of ``bindllm.json``.
-        data: folders or tables that the model was trained on; their ``SOURCE.json`` gives the licence.
+        data: folders or tables that the model was trained on; their ``SOURCE.json`` gives the license.
     """
     decoder, adapter = manifest["decoder"], manifest.get("adapter")
     tuned = ", and an adapter that tunes that model" if adapter else ""
@@ -31,9 +31,9 @@ def write_card(manifest: dict[str, Any], *, data: list[str] | None = None) -> st
         "Trained parts of a [bindllm](https://arxiv.org/abs/2309.03905) model: a bind network and the gates that add",
         f"its output to the tokens of a frozen language model{tuned}. The frozen parts are named here, not contained.",
         "",
-        "| part | is | licence |",
+        "| part | is | license |",
         "|---|---|---|",
-        *(f"| {row['part']} | `{row['name']}` | {row['licence']} |" for row in licences(manifest, data=data)),
+        *(f"| {row['part']} | `{row['name']}` | {row['license']} |" for row in licenses(manifest, data=data)),
         "",
         f"Bind network: depth {manifest['bind']['depth']}, expansion {manifest['bind']['expansion']}. "
         f"Injection: kind `{manifest['inject']['kind']}`, queries {manifest['inject']['queries']}.",
@@ -53,7 +53,7 @@ def write_card(manifest: dict[str, Any], *, data: list[str] | None = None) -> st
         "## Limits",
         "",
         _LIMITS.format(data="the data named above" if data else "its training data"),
-        "Code of bindllm: Apache-2.0. The weights here derive from the parts in the table: their licences, and those",
+        "Code of bindllm: Apache-2.0. The weights here derive from the parts in the table: their licenses, and those",
         "of the training data, hold for them as well.",
     ]
     return "\n".join(lines) + "\n"
@@ -72,26 +72,26 @@ def _adapter_lines(adapter: dict[str, Any] | None) -> list[str]:
     ]
 
 
-def licences(manifest: dict[str, Any], *, data: list[str] | None = None) -> list[dict[str, str]]:
-    """Return a row ``part``, ``name``, ``licence`` for each part that a model stands on; arguments as for the card."""
+def licenses(manifest: dict[str, Any], *, data: list[str] | None = None) -> list[dict[str, str]]:
+    """Return a row ``part``, ``name``, ``license`` for each part that a model stands on; arguments as for the card."""
     decoder = manifest["decoder"]["name"]
     rows = [("decoder", decoder, decoder)]
     for encoder in manifest["encoders"]:
         weights = str(encoder["init_args"].get("weights", ""))
         rows.append(("encoder", f"{encoder['class_path']} {weights}".rstrip(), weights))
     rows += [("training data", folder, folder) for folder in data or []]
-    return [{"part": part, "name": name, "licence": licence_of(folder)} for part, name, folder in rows]
+    return [{"part": part, "name": name, "license": license_of(folder)} for part, name, folder in rows]
 
 
-def licence_of(folder: str) -> str:
-    """Return the licences of the packages that a folder, or that of a table, was made from, as its SOURCE.json says."""
+def license_of(folder: str) -> str:
+    """Return the licenses of the packages that a folder, or that of a table, was made from, as its SOURCE.json says."""
     place = Path(folder)
     file = (place.parent if place.is_file() else place) / "SOURCE.json"
     if not folder or not file.is_file():
-        return UNKNOWN_LICENCE
+        return UNKNOWN_LICENSE
     try:
         packages = json.loads(file.read_text(encoding="utf-8"))["packages"]
-        return ", ".join(dict.fromkeys(str(package["licence"]) for package in packages)) or UNKNOWN_LICENCE
+        return ", ".join(dict.fromkeys(str(package["license"]) for package in packages)) or UNKNOWN_LICENSE
     except (KeyError, TypeError, ValueError):
         # Somebody else's file of that name: no reason to lose a trained model.
-        return UNKNOWN_LICENCE
+        return UNKNOWN_LICENSE

@@ -13,7 +13,6 @@ Loading never unpickles, and builds only encoders under ``bindllm.`` unless the 
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 import os
@@ -27,15 +26,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bindllm.atomic import atomic_folder, set_aside_name, write_json
-from bindllm.convert.keymap import Accounting
+from bindllm.atomic import atomic_folder, file_sha256, set_aside_name, write_json
 from bindllm.errors import BindLLMError, CheckpointError, UsageError, did_you_mean
 from bindllm.imports import name_module, replace_allow
 
 FORMAT = 1
 MANIFEST = "bindllm.json"
 WEIGHTS = "bind.safetensors"
-REPORT = "conversion.tsv"
 ADAPTER = "adapter"
 CACHE = "cache"
 ADAPTER_WEIGHTS = f"{ADAPTER}/adapter_model.safetensors"
@@ -53,7 +50,7 @@ def write_checkpoint(
     card: str,
     *,
     adapter_config: Mapping[str, Any] | None = None,
-    report: Accounting | None = None,
+    files: Mapping[str, str] | None = None,
 ) -> None:
     """Write a checkpoint folder in one step; an existing checkpoint there is replaced, anything else refused.
 
@@ -63,7 +60,7 @@ def write_checkpoint(
         tensors: trainable tensors by name; those of the adapter have ``adapter.`` ahead of peft's name.
         card: text of the model card.
         adapter_config: content of peft's ``adapter_config.json``, where there is an adapter.
-        report: where foreign weights were converted: what became of each, for ``conversion.tsv``.
+        files: text of further files by name, such as ``conversion.tsv`` of a conversion.
 
     Raises:
         CheckpointError: the folder exists and is not a checkpoint of ours.
@@ -82,18 +79,18 @@ def write_checkpoint(
             # Files of an index are replaced and never written again, so both folders may share them for a while.
             shutil.copytree(folder / CACHE, part / CACHE, copy_function=_link)
         _save(part / WEIGHTS, {name: tensor for name, tensor in tensors.items() if name not in tuned})
-        hashes = {"weights_sha256": _sha256(part / WEIGHTS)}
+        hashes = {"weights_sha256": file_sha256(part / WEIGHTS)}
         if adapter_config is not None:
             (part / ADAPTER).mkdir()
             named = {name.removeprefix(_ADAPTER_PREFIX): tensors[name] for name in tensors if name in tuned}
             _save(part / ADAPTER_WEIGHTS, named)
             _write_json(part / _ADAPTER_CONFIG, adapter_config)
-            hashes["adapter_sha256"] = _sha256(part / ADAPTER_WEIGHTS)
+            hashes["adapter_sha256"] = file_sha256(part / ADAPTER_WEIGHTS)
         root = os.path.relpath(Path.cwd(), folder.resolve())
         _write_json(part / MANIFEST, {"format": FORMAT, **manifest, **cache, **hashes, "root": root})
         (part / "README.md").write_text(card, encoding="utf-8")
-        if report is not None:
-            report.write(part / REPORT)
+        for name, text in (files or {}).items():
+            (part / name).write_text(text, encoding="utf-8")
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -337,7 +334,7 @@ def _load(folder: str | Path, name: str, expected: str | None) -> dict[str, Tens
     file = Path(folder) / name
     if not file.is_file():
         raise CheckpointError(f"{folder} has no {name}: copy the whole folder")
-    if _sha256(file) != expected:
+    if file_sha256(file) != expected:
         raise CheckpointError(
             f"{file} is not the file that {MANIFEST} was written with: damaged or exchanged"
         )
@@ -349,11 +346,6 @@ def _load(folder: str | Path, name: str, expected: str | None) -> dict[str, Tens
 
 def _write_json(file: Path, value: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _siblings(folder: Path) -> str:

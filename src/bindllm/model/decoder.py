@@ -22,10 +22,9 @@ from transformers.utils import logging as transformers_logging
 
 from bindllm.conversation import check_tokenizer
 from bindllm.encoders.hub import loading_error
-from bindllm.errors import DecoderError, InputError, did_you_mean
+from bindllm.errors import DecoderError, InputError, did_you_mean, fetch_hint
 from bindllm.model.quantise import QUANTISATIONS, keep_gradients, quantisation_config
 from bindllm.model.templates import TEMPLATES, apply_template
-from bindllm.quickstart import fetch_hint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -21,7 +21,7 @@ from bindllm import __version__
 from bindllm.atomic import atomic_folder, write_json
 from bindllm.errors import CheckpointError, InputError, did_you_mean
 from bindllm.model.adapter import PREFIX, TARGETS, Adapter, AdapterConfig
-from bindllm.model.card import licence_of
+from bindllm.model.card import license_of
 from bindllm.model.checkpoint import check_keys, read_manifest, read_weights
 from bindllm.model.decoder import (
     DTYPES,
@@ -225,7 +225,7 @@ def _card(config: DecoderConfig, checkpoint: str | Path, manifest: dict[str, Any
     """Return the text of the folder's model card."""
     name = config.name.rstrip("/").rsplit("/", 1)[-1]
     sentences = [
-        f"A plain Hugging Face folder: `{config.name}` (licence: {licence_of(config.name)}) with the adapter of the "
+        f"A plain Hugging Face folder: `{config.name}` (license: {license_of(config.name)}) with the adapter of the "
         f"bindllm checkpoint `{Path(checkpoint).name}` merged into it: {done.num_merged} projections, "
         f"{done.num_replaced} norms, {done.dtype}.",
     ]

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from bindllm import __version__
+from bindllm.cache.settings import CacheConfig
 from bindllm.encoders.fusion import common_size
 from bindllm.errors import CheckpointError, EncoderError, InputError
 from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
-from bindllm.model.cache import CacheConfig
 from bindllm.model.checkpoint import (
     MANIFEST,
     build_object,

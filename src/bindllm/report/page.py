@@ -1,321 +1,294 @@
 """The page of a report: plain data in, one self-contained HTML text out.
 
-Nothing on the page is fetched or run: styles, figures and pictures are inside it, and there is no script. Every
-text that comes from data goes through `html.escape`.
+The page fetches and runs nothing: styles, figures and images are inside it, and it has no script. The template escapes
+every text; only the figures, which are drawn here, are inserted as markup.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from html import escape
-from importlib.resources import files
+import random
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
-from bindllm.report import answers, html
-from bindllm.report.figures import Series, gate_figure, loss_figure
-from bindllm.report.summary import (
-    CHAT_MEASURES,
-    CHAT_VARIANTS,
-    METRICS,
-    VARIANTS,
-    Metrics,
-    best_variants,
-    in_words_of,
-    measured_kinds,
-    summarise,
-)
+from bindllm.errors import BindLLMError
+from bindllm.evaluation.task import VARIANTS
+from bindllm.report.figures import Series, gate_figure, loss_figure, thumbnail
+from bindllm.report.summary import KEYS, METRICS, Variants, media_words, summarize
+
+SHEET_SIZE = 60
+"""Rows on a sheet of cards."""
+
+_SHEET_SEED = 0
+_LONGEST = 160
+"""Characters shown of a text; one endless caption must not fill the page."""
+_PANELS = 8
+"""Types of questions with a panel of bars; the table has all."""
+
+Resolve = Callable[[str], str]
+"""Turns a path of a row into one that can be opened from here."""
+
+
+class Best(str):
+    """Text of a table's cell that is drawn bold."""
 
 
 @dataclass
 class ReportData:
-    """What a page shows.
+    """Content of a page.
 
     Args:
         metrics: content of ``metrics.json``.
-        captions: one row per held-out picture: ``picture``, ``references``, ``generated``, ``zero_gates``,
-            ``exact``, ``nearest``, ``nearest_picture``, ``nearest_exact``, ``modality``, ``nearest_modality``.
-        answers: one row per held-out question: ``picture``, ``modality``, ``question``, ``type``, ``references``,
-            ``generated``, ``right``, ``question_only``.
+        rows: held-out rows by task: `bindllm.evaluation.captions.CaptionRow` and
+            `bindllm.evaluation.answers.AnswerRow` as dictionaries.
         facts: the fields of `bindllm.report.report.RunFacts`.
+        gates: effective gates, [L] or [L, H].
         training: training loss by step.
         validation: validation loss by step.
-        gates: effective gates, [L] or [L, H].
         recipe: text of ``recipe.yaml``, or empty.
     """
 
     metrics: dict[str, Any]
-    captions: list[dict[str, Any]]
+    rows: Mapping[str, Sequence[dict[str, Any]]]
     facts: dict[str, Any]
     gates: np.ndarray
-    answers: Sequence[dict[str, Any]] = ()
-    training: Series = ()
-    validation: Series = ()
+    training: Series = field(default=())
+    validation: Series = field(default=())
     recipe: str = ""
 
     @property
     def modalities(self) -> set[str]:
-        """What the sources of the run are of."""
+        """Modalities of the run's sources."""
         return {source.get("modality", "image") for source in self.facts["data"].get("sources", ())}
 
-    def say(self, text: str) -> str:
-        """Return a text of the page about pictures in words that fit what the run is about."""
-        return in_words_of(text, self.modalities)
 
-
-def render_page(data: ReportData, *, resolve: Callable[[str], str] = str) -> str:
+def render_page(data: ReportData, *, resolve: Resolve = str) -> str:
     """Return the HTML of a report.
 
     Args:
-        data: what to show.
-        resolve: turns a picture's path in the rows into one that can be opened from here.
+        data: content of the page.
+        resolve: turns a path of a row into one that can be opened from here.
     """
-    title = escape(data.facts["title"])
-    style = files("bindllm.report").joinpath("report.css").read_text(encoding="utf-8")
-    sections = [
-        _header(data, title),
-        _problems(data.facts["problems"]),
-        _section("How good it is", _figures(data)),
-        _section("How it learnt", _learning(data)),
-        _section("What it says", _sheets(data, resolve)),
-        _section("What it learnt from", _data(data)),
-        _section("The run", _run_facts(data)),
-        _section("Licences", _licences(data.facts["licences"])),
+    # StrictUndefined: a renamed value raises instead of leaving a gap on the page.
+    loader = PackageLoader("bindllm.report")
+    page = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    page.filters |= {"brief": brief, "duration": duration}
+    page.tests["best"] = lambda cell: isinstance(cell, Best)
+    one, many = media_words(data.modalities)
+    lead = summarize(
+        data.metrics, num_captions=len(data.rows.get("captions", ())), modalities=data.modalities
+    )
+    logged = data.training or data.validation
+    sheets = {task: _sheet(task, rows, resolve) for task, rows in data.rows.items() if rows}
+    return page.get_template("report.html.j2").render(
+        data.facts,
+        metrics=data.metrics,
+        lead=" ".join(lead),
+        one=one,
+        many=many,
+        data_tables=_data_tables(data.facts["data"], one, many),
+        groups=[_group(row) for row in data.facts["parameters"]],
+        parts=[(row["part"], row["name"], row["license"]) for row in data.facts["licenses"]],
+        tasks={task: _task(task, variants, many) for task, variants in data.metrics["tasks"].items()},
+        losses=Markup(loss_figure(data.training, data.validation)) if logged else "",
+        gates=Markup(gate_figure(data.gates)),
+        largest_gate=_largest(data.gates),
+        sizes=np.abs(data.gates),
+        sheets=sheets,
+        blind={row["no_media"] for row in data.rows.get("captions", ())} - {None},
+        recipe=data.recipe,
+    )
+
+
+def _task(task: str, variants: Variants, many: str) -> dict[str, Any]:
+    """Return panels of bars and a table with the metrics of a task."""
+    titles = {
+        "model": "this model",
+        "no_media": f"no {many}",
+        "shuffled_media": f"wrong {many}",
+        "nearest_caption": "nearest caption",
+        "majority_answer": "majority answer",
+    }
+    names = {name: titles[name] for name in VARIANTS[task]}
+    head = ["", *names.values()]
+    if task == "answers":
+        # Bars of shares fill the panel at 100 %, so that panels can be compared; bars of losses at the largest.
+        lines, head = _answer_lines(variants, list(names)), ["type of question", "questions", *names.values()]
+        panels = [_panel(title, row, names, "accuracy", full=1) for title, _, row in lines[: _PANELS + 1]]
+        panels[0] |= {"title": METRICS["accuracy"].title, "note": "higher is better"}
+        rows = [
+            (title, f"{count:,}", *(METRICS["accuracy"].show(share) for share in row.values()))
+            for title, count, row in lines
+        ]
+        return {"panels": panels, "head": head, "rows": rows, "variants": variants}
+    panels, rows = [], []
+    for key in KEYS[task]:
+        metric, row = METRICS[key], {name: variants[name][key] for name in names}
+        better, arrow = ("lower", "↓") if metric.lower_is_better else ("higher", "↑")
+        if task == "conversations" or key in ("loss", "cider", "rouge_l", "exact_match"):
+            panels.append(_panel(metric.title, row, names, key) | {"note": f"{better} is better"})
+        best = best_variants(row, lower=metric.lower_is_better)
+        cells = [(Best if name in best else str)(metric.show(value)) for name, value in row.items()]
+        rows.append((f"{metric.title} {arrow}", *cells))
+    return {"panels": panels, "head": head, "rows": rows, "variants": variants}
+
+
+def _answer_lines(variants: Variants, names: Sequence[str]) -> list[tuple[str, int, dict[str, float | None]]]:
+    """Return title, number of questions and share of right answers of each variant: of all, then of each type."""
+    model = variants["model"]
+    lines = [("all", model["count"], {name: variants[name]["accuracy"] for name in names})]
+    for kind, count in model["count_by_type"].items():
+        lines.append((kind, count, {name: variants[name]["by_type"].get(kind) for name in names}))
+    return lines
+
+
+def _panel(
+    title: str, row: Mapping[str, float | None], names: Mapping[str, str], key: str, *, full: float = 0
+) -> dict[str, Any]:
+    """Return bars for the values of several variants; ``full`` is the value of a full bar, 0 for the largest."""
+    values = {name: value for name, value in row.items() if value is not None}
+    full = full or max(values.values(), default=0) or 1
+    bars = [
+        {"variant": name, "name": names[name], "width": 100 * value / full, "value": METRICS[key].show(value)}
+        for name, value in values.items()
     ]
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{title}</title>\n'
-        f"<style>\n{style}</style>\n</head>\n<body>\n<main>\n{''.join(sections)}</main>\n</body>\n</html>\n"
-    )
+    return {"title": title, "note": "", "bars": bars}
 
 
-def _section(heading: str, body: str) -> str:
-    return f"<section>\n<h2>{heading}</h2>\n{body}\n</section>\n"
+def best_variants(row: Mapping[str, float | None], *, lower: bool = False) -> set[str]:
+    """Return the variants that share the best value; empty if all are equal or undefined.
+
+    Example:
+        >>> best_variants({"model": 3.5, "no_media": 8.2, "nearest_caption": None}, lower=True)
+        {'model'}
+    """
+    known = {name: value for name, value in row.items() if value is not None}
+    if len(set(known.values())) < 2:
+        return set()
+    best = min(known.values()) if lower else max(known.values())
+    return {name for name, value in known.items() if value == best}
 
 
-def _header(data: ReportData, title: str) -> str:
-    seconds = data.metrics["seconds"]
-    facts = [
-        f"trained in {_duration(seconds['train'])}",
-        f"{data.say('pictures')} embedded in {_duration(seconds['embed'])}",
-        f"evaluated in {_duration(seconds['evaluate'])}",
-        f"{data.metrics['trainable_parameters']:,} trainable parameters",
-        data.facts["device"],
-        f"finished {data.facts['finished']}",
-    ]
-    text = " ".join(summarise(data.metrics, num_pictures=len(data.captions), modalities=data.modalities))
-    line = "".join(f"<li>{escape(fact)}</li>" for fact in facts if fact)
-    return f'<header>\n<h1>{title}</h1>\n<ul class="meta">{line}</ul>\n<p class="lead">{escape(text)}</p>\n</header>\n'
-
-
-def _problems(problems: dict[str, str]) -> str:
-    if not problems:
-        return ""
-    items = "".join(f"<li><b>{escape(name)}</b>: {escape(text)}</li>" for name, text in problems.items())
-    return f'<section class="problems"><h2>What did not work</h2><ul>{items}</ul></section>\n'
-
-
-_HEADINGS = {"captions": "Captions", "answers": "Questions and answers", "chat": "Conversations"}
-
-
-def _figures(data: ReportData) -> str:
-    """The numbers of each kind of held-out rows; a heading tells several kinds apart."""
-    drawn = {}
-    for kind, metrics in measured_kinds(data.metrics).items():
-        if kind == "answers":
-            drawn[kind] = answers.figures(metrics, data.say)
-        elif kind == "chat":
-            drawn[kind] = _panels(data, metrics, CHAT_MEASURES, CHAT_VARIANTS) + _chat_table(data, metrics)
-        else:
-            shown = ("loss", "cider", "rouge_l", "exact_match")
-            drawn[kind] = _panels(data, metrics, shown, VARIANTS) + _captions_table(data, metrics)
-    return _headed(drawn)
-
-
-def _headed(parts: dict[str, str]) -> str:
-    if len(parts) == 1:
-        return next(iter(parts.values()))
-    return "".join(f"<h3>{_HEADINGS[kind]}</h3>\n{part}" for kind, part in parts.items())
-
-
-def _panels(data: ReportData, metrics: Metrics, keys: Sequence[str], variants: Sequence[str]) -> str:
-    """Bars for the headline metrics: this model beside its baselines."""
-    panels = []
-    names = {name: data.say(VARIANTS[name]) for name in variants}
-    for key in keys:
-        metric = METRICS[key]
-        known = {name: metrics[name][key] for name in variants if metrics[name][key] is not None}
-        better = "lower is better" if metric.lower_is_better else "higher is better"
-        title = f"{metric.title} <small>{better}</small>"
-        panels.append(html.panel(title, known, names=names, show=metric.show))
-    return f'<div class="panels">{"".join(panels)}</div>\n'
-
-
-def _numbers_table(data: ReportData, metrics: Metrics, keys: Sequence[str], variants: Sequence[str]) -> str:
-    rows = []
-    for key in keys:
-        metric, best = METRICS[key], best_variants(metrics, key, variants)
-        cells = {name: metric.show(metrics[name][key]) for name in variants}
-        arrow = "↓" if metric.lower_is_better else "↑"
-        bold = [f"<b>{cell}</b>" if name in best else cell for name, cell in cells.items()]
-        rows.append([f"{metric.title} {arrow}", *bold])
-    return html.table(["", *(data.say(VARIANTS[name]) for name in variants)], rows, kind="numbers")
-
-
-_NOTES = (
-    "↓ lower is better, ↑ higher is better; the best of each row is bold. "
-    "<b>This model</b> sees the right picture. <b>Gates at zero</b>: the same model, blind. "
-    "<b>Wrong pictures</b>: the same model, every picture exchanged for another one. "
-)
-
-
-def _captions_table(data: ReportData, metrics: Metrics) -> str:
-    notes = (
-        f"{_NOTES}<b>Nearest picture</b>: no model at all, the caption of the training picture that is most alike "
-        "(a look-up has no loss). CIDEr goes from 0 to 10, and a right caption of two words reaches 5; papers print "
-        "it times 100. BLEU-4 counts phrases of four words, so it stays near 0 where captions are shorter."
-    )
-    table = _numbers_table(data, metrics, list(METRICS), list(VARIANTS))
-    return f'{table}<p class="note">{data.say(notes)}</p>'
-
-
-def _chat_table(data: ReportData, metrics: Metrics) -> str:
-    notes = f"{_NOTES}Conversations without pictures are the same in all three."
-    return (
-        f'{_numbers_table(data, metrics, CHAT_MEASURES, CHAT_VARIANTS)}<p class="note">{data.say(notes)}</p>'
-    )
-
-
-def _learning(data: ReportData) -> str:
-    figures = []
-    if data.training or data.validation:
-        drawing = loss_figure(data.training, data.validation)
-        text = "Loss per token by optimiser step. Faint: every logged step; strong: running mean."
-        figures.append(f"<figure>{drawing}<figcaption>{text}</figcaption></figure>")
-    sizes = np.abs(data.gates)
-    place = np.unravel_index(int(sizes.argmax()), sizes.shape)
-    names = ", ".join(f"{name} {index}" for name, index in zip(("layer", "head"), place, strict=False))
-    text = (
-        "Size of the gates; layer 0 is next to the words, and every gate started at zero. "
-        f"Mean {sizes.mean():.3f}, largest {sizes.max():.3f} ({names})."
-    )
-    figures.append(f"<figure>{gate_figure(data.gates)}<figcaption>{text}</figcaption></figure>")
-    return f'<div class="figures">{"".join(figures)}</div>'
-
-
-def _sheets(data: ReportData, resolve: Callable[[str], str]) -> str:
-    parts = {}
-    if data.captions:
-        parts["captions"] = _captions_sheet(data, resolve)
-    if data.answers:
-        parts["answers"] = answers.sheet(data.answers, resolve, data.say)
-    if not parts:
-        return "<p>Of held-out conversations the loss alone is measured.</p>"
-    return _headed(parts)
-
-
-def _captions_sheet(data: ReportData, resolve: Callable[[str], str]) -> str:
-    captions = data.captions
-    places = html.sample(len(captions))
-    cards = "".join(_card(captions[n], resolve) for n in places)
-    blind = {row["zero_gates"] for row in captions if row["zero_gates"] is not None}
-    text = data.say(
-        f"{len(places)} of {len(captions)} held-out pictures, drawn by a fixed seed and not chosen by anyone; all rows "
-        f"are in <code>report/captions.jsonl</code>. {html.RIGHT} marks a caption that has exactly the true words."
-    )
-    if len(blind) == 1:
-        words = html.text(blind.pop())
-        text += f" With its gates at zero the model says of every {data.say('picture')}: <q>{words}</q>"
-    return f'<p>{text}</p>\n<div class="sheet">{cards}</div>'
-
-
-def _card(row: dict[str, Any], resolve: Callable[[str], str]) -> str:
-    lines = [f'<dt>true</dt><dd dir="auto">{html.text(" / ".join(row["references"]))}</dd>']
-    if row["generated"] is not None:
-        lines.append(html.said("model", row["generated"], right=row["exact"]))
-    if row["nearest"] is not None:
-        small = html.tile(row["nearest_picture"], row.get("nearest_modality", "image"), resolve, size=64)
-        lines.append(html.said("nearest", row["nearest"], right=row["nearest_exact"], below=small))
-    picture = html.tile(row["picture"], row.get("modality", "image"), resolve)
-    return html.card(picture, lines, right=row["exact"])
-
-
-def _data(page: ReportData) -> str:
-    """What a `bindllm.data.report.DataReport` says: sources, rows, and what was left out and why."""
-    data = page.facts["data"]
+def _data_tables(data: Mapping[str, Any], one: str, many: str) -> list[dict[str, Any]]:
+    """Return tables of a `bindllm.data.report.DataReport`: sources, counts, and skipped rows; none without data."""
     if not data:
-        return "<p>Not recorded.</p>"
-    sources = [[escape(s["path"]), _counted(s), f"{s['captions']:,}"] for s in data["sources"]]
-    cleaned = sum(source["control_characters"] for source in data["sources"])
+        return []
+    rows = (
+        "rows"
+        if any(source.get("format", "caption") != "caption" for source in data["sources"])
+        else "captions"
+    )
+    sources = [
+        (
+            source["path"],
+            f"{source['pictures']:,}" + ("" if source["modality"] == "image" else f" {source['modality']}"),
+            f"{source['captions']:,}",
+        )
+        for source in data["sources"]
+    ]
+    counts = [
+        ("rows", ", ".join(f"{count:,} {split}" for split, count in data["rows"].items())),
+        ("training tokens", f"{data['supervised_tokens']:,} in the answers, in one pass"),
+        ("embeddings", f"{data['encoded']:,} made for this run, {data['reused']:,} from the store"),
+    ]
     notes = {
         "answers cut to the longest length": data["truncated"],
         "rows without media": data["text_only"],
-        f"{_rows_of(data)} with control characters removed": cleaned,
-        page.say("held-out rows whose picture is in the training rows too"): data["shared_media"],
+        f"{rows} with control characters removed": sum(
+            each["control_characters"] for each in data["sources"]
+        ),
+        f"held-out rows whose {one} is also in the training rows": data["shared_media"],
     }
-    counts = {
-        "rows": ", ".join(f"{count:,} {split}" for split, count in data["rows"].items()),
-        "training tokens": f"{data['supervised_tokens']:,} in the answers, in one pass",
-        "embeddings": f"{data['encoded']:,} made for this run, {data['reused']:,} from the store",
-        **{name: f"{count:,}" for name, count in notes.items() if count},
-    }
-    pairs = [[escape(name), escape(value)] for name, value in counts.items()]
-    parts = [
-        html.table(["source", page.say("pictures"), _rows_of(data)], sources, kind="numbers"),
-        html.table([], pairs, kind="pairs"),
+    counts += [(name, f"{count:,}") for name, count in notes.items() if count]
+    tables = [
+        {"head": ["source", many, rows], "rows": sources, "kind": "numbers"},
+        {"head": [], "rows": counts, "kind": "pairs"},
     ]
-    skipped = sorted(data["skipped"]["counts"].items(), key=lambda item: -item[1])
-    if skipped:
+    if skipped := data["skipped"]["counts"]:
         examples = data["skipped"]["examples"]
-        rows = [[html.text(why), f"{count:,}", html.text(", ".join(examples[why]))] for why, count in skipped]
-        parts.append(html.table(["left out because", "rows", "such as"], rows))
-    else:
-        parts.append("<p>No row was left out.</p>")
-    return "".join(parts)
+        reasons = sorted(skipped, key=lambda reason: -skipped[reason])
+        lines = [(brief(why), f"{skipped[why]:,}", brief(", ".join(examples[why]))) for why in reasons]
+        tables.append({"head": ["reason for skipping", "rows", "for example"], "rows": lines})
+    return tables
 
 
-def _rows_of(data: dict[str, Any]) -> str:
-    """What the rows of the sources are called: captions, where all are."""
-    formats = {source.get("format", "caption") for source in data["sources"]}
-    return "captions" if formats <= {"caption"} else "rows"
+def _group(row: Mapping[str, Any]) -> tuple[str, ...]:
+    trained = "yes" if row["trainable"] else "frozen"
+    return row["group"], f"{row['tensors']:,}", f"{row['parameters']:,}", trained
 
 
-def _counted(source: dict[str, Any]) -> str:
-    modality = source.get("modality", "image")
-    return f"{source['pictures']:,}" + ("" if modality == "image" else f" {escape(modality)}")
+def _sheet(task: str, rows: Sequence[dict[str, Any]], resolve: Resolve) -> dict[str, Any]:
+    """Return cards of rows that a fixed seed draws, in their order."""
+    # A fixed seed: nobody selects the rows, and the page can be made again with the same ones.
+    drawn = sorted(random.Random(_SHEET_SEED).sample(range(len(rows)), min(SHEET_SIZE, len(rows))))
+    make = _answer_card if task == "answers" else _caption_card
+    return {"total": len(rows), "cards": [make(rows[n], resolve) for n in drawn]}
 
 
-def _run_facts(data: ReportData) -> str:
-    groups = [
-        [
-            escape(row["group"]),
-            f"{row['tensors']:,}",
-            f"{row['parameters']:,}",
-            "yes" if row["trainable"] else "frozen",
-        ]
-        for row in data.facts["parameters"]
-    ]
-    parts = (
-        [html.table(["group", "tensors", "parameters", "trained"], groups, kind="numbers")] if groups else []
+def _caption_card(row: dict[str, Any], resolve: Resolve) -> dict[str, Any]:
+    lines = [_line("true", " / ".join(row["references"]))]
+    if row["model"] is not None:
+        lines.append(_line("model", row["model"], kind="model", right=row["exact"]))
+    if row["nearest_caption"] is not None:
+        small = _tile(row["nearest_media"], row["nearest_modality"], resolve, size=64)
+        said = row["nearest_caption"]
+        lines.append(_line("nearest", said, kind="nearest", right=row["nearest_exact"], tile=small))
+    return {"tile": _tile(row["media"], row["modality"], resolve), "lines": lines, "right": row["exact"]}
+
+
+def _answer_card(row: dict[str, Any], resolve: Resolve) -> dict[str, Any]:
+    lines = [_line("asked", row["question"]), _line("true", " / ".join(row["references"]))]
+    if row["model"] is not None:
+        lines.append(_line("model", row["model"], kind="model", right=row["right"]))
+    if row["majority_answer"] is not None:
+        lines.append(_line("majority", row["majority_answer"], kind="nearest"))
+    tile = None if row["media"] is None else _tile(row["media"], row["modality"], resolve)
+    return {"tile": tile, "lines": lines, "right": row["right"]}
+
+
+def _line(
+    name: str, text: str, *, kind: str = "", right: bool = False, tile: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    return {"name": name, "text": text, "kind": kind, "right": right, "tile": tile}
+
+
+def _tile(path: str, modality: str, resolve: Resolve, *, size: int = 160) -> dict[str, str]:
+    """Return an image; for other media, and for an image that cannot be opened any more, a grey tile with its name."""
+    # Rows of text media hold the text itself instead of a path.
+    if modality == "text":
+        return {"src": "", "name": path, "title": "text"}
+    name = path.replace("\\", "/").rsplit("/", 1)[-1]
+    if modality != "image":
+        return {"src": "", "name": f"{modality}: {name}", "title": name}
+    try:
+        return {"src": thumbnail(resolve(path), size=size), "name": name, "title": name}
+    except BindLLMError as error:
+        return {"src": "", "name": name, "title": str(error)}
+
+
+def _largest(gates: np.ndarray) -> str:
+    """Return layer (and head) of the largest gate, as text."""
+    index = np.unravel_index(int(np.abs(gates).argmax()), gates.shape)
+    return ", ".join(f"{name} {number}" for name, number in zip(("layer", "head"), index, strict=False))
+
+
+def brief(text: str) -> str:
+    """Return a text on one line, control characters made visible, and no longer than a card can hold."""
+    visible = "".join(
+        letter if unicodedata.category(letter) != "Cc" else "\ufffd" for letter in " ".join(text.split())
     )
-    software = ", ".join(f"{name} {number}" for name, number in data.facts["software"].items())
-    revision = data.facts["revision"] or "unknown"
-    parts.append(f"<p>{escape(software)}; git revision: {escape(revision)}</p>")
-    if data.recipe:
-        parts.append(f"<details><summary>Recipe</summary><pre>{escape(data.recipe)}</pre></details>")
-    return "".join(parts)
+    return visible if len(visible) <= _LONGEST else visible[: _LONGEST - 1] + "…"
 
 
-def _licences(licences: Sequence[dict[str, str]]) -> str:
-    if not licences:
-        return "<p>See the model card, <code>README.md</code>.</p>"
-    rows = [[escape(row["part"]), escape(row["name"]), escape(row["licence"])] for row in licences]
-    return html.table(["part", "is", "licence"], rows)
-
-
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return seconds as text, in hours, minutes and seconds."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

@@ -1,13 +1,13 @@
-"""The report of a run: the files it is made from, and the page that is made of them.
+"""The report of a run: its files, and the page that is made from them.
 
-    metrics.json            the numbers, for programs
-    report.html             the same for people: one file, nothing to fetch
-    report/captions.jsonl   one row per held-out picture with captions, where there are any
-    report/answers.jsonl    one row per held-out question, where there are any
+    metrics.json            the metrics, for programs
+    report.html             the page, for people: one file that loads nothing else
+    report/captions.jsonl   one row per held-out image with captions, if there are any
+    report/answers.jsonl    one row per held-out question, if there are any
     report/log.csv          the training log
-    report/facts.json       what else the page says about the run
+    report/facts.json       further facts of the run
 
-The page is always made from these files (and the recipe and gates beside them), so it can be made again at any time.
+The page is always made from these files and the folder's recipe and gates, so it can be made again at any time.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ import torch
 
 from bindllm.atomic import atomic_file, write_json
 from bindllm.errors import InputError
+from bindllm.evaluation.task import VARIANTS
 from bindllm.model.checkpoint import read_manifest, read_weights, resolve_path
 from bindllm.report.page import ReportData, render_page
-from bindllm.report.summary import KINDS, measured_kinds
+from bindllm.report.summary import KEYS
 
 METRICS_FILE = "metrics.json"
 PAGE_FILE = "report.html"
-CAPTIONS_FILE = "report/captions.jsonl"
-ANSWERS_FILE = "report/answers.jsonl"
+ROW_FILES = {"captions": "report/captions.jsonl", "answers": "report/answers.jsonl"}
 LOG_FILE = "report/log.csv"
 FACTS_FILE = "report/facts.json"
 SECONDS = ("embed", "train", "evaluate")
@@ -47,7 +47,7 @@ _PACKAGES = ("bindllm", "torch", "transformers", "lightning", "torchmetrics", "p
 
 
 def software_versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that numbers depend on; those not installed are left out."""
+    """Return the versions of Python and of the installed packages that metrics depend on."""
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -58,7 +58,7 @@ def software_versions() -> dict[str, str]:
 
 
 def git_revision(folder: str | Path = ".") -> str | None:
-    """Return the commit that is checked out around a folder, marked where files differ from it, or None."""
+    """Return the commit that is checked out around a folder, marked if files differ from it, or None."""
     command = ["git", "describe", "--always", "--dirty=, with changes", "--exclude=*", "--abbrev=12"]
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10, check=False)
@@ -69,16 +69,16 @@ def git_revision(folder: str | Path = ".") -> str | None:
 
 @dataclass
 class RunFacts:
-    """What a report says about a run besides its numbers, captions, log, recipe and gates. All JSON-able.
+    """Facts of a run besides its metrics, rows, log, recipe and gates. All JSON-able.
 
     Args:
         title: heading of the page.
         parameters: a row per parameter group: ``group``, ``tensors``, ``parameters``, ``trainable``.
         data: the fields of a `bindllm.data.report.DataReport`.
-        licences: a row per part: ``part``, ``name``, ``licence``.
-        problems: what could not be measured, and why.
-        device: where the model was trained.
-        finished: when, as text.
+        licenses: a row per part: ``part``, ``name``, ``license``.
+        problems: the error of each measurement that failed.
+        device: device of the training.
+        finished: end of the run, as text.
         software: versions by package.
         revision: git revision, or None.
     """
@@ -86,7 +86,7 @@ class RunFacts:
     title: str = "bindllm run"
     parameters: list[dict[str, Any]] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
-    licences: list[dict[str, str]] = field(default_factory=list)
+    licenses: list[dict[str, str]] = field(default_factory=list)
     problems: dict[str, str] = field(default_factory=dict)
     device: str = ""
     finished: str = field(default_factory=lambda: datetime.now().strftime("%Y-%m-%d %H:%M"))
@@ -99,38 +99,36 @@ def write_report(
     *,
     metrics: Mapping[str, Any],
     facts: RunFacts,
-    captions: Sequence[Mapping[str, Any]] = (),
-    answers: Sequence[Mapping[str, Any]] = (),
+    rows: Mapping[str, Sequence[Mapping[str, Any]]],
     log: str | Path | None = None,
 ) -> Path:
     """Write ``metrics.json``, the files that the page is made from, and the page.
 
     Args:
         folder: a checkpoint folder.
-        metrics: the content of ``metrics.json``: for each variant its numbers (None where not defined; of several
-            kinds of rows under the name of each, as `bindllm.report.summary.KINDS` lists them), ``seconds``
-            (``embed``, ``train``, ``evaluate``) and ``trainable_parameters``.
-        facts: the rest.
-        captions: rows as `bindllm.evaluation.run.HeldOutResult.captions` returns them.
-        answers: rows as `bindllm.evaluation.answers.AnswerResult.answers` returns them.
+        metrics: the content of ``metrics.json``: ``tasks`` (the metrics of each variant of each task, None if not
+            defined; see `bindllm.report.summary.KEYS`), ``seconds`` (``embed``, ``train``, ``evaluate``) and
+            ``trainable_parameters``.
+        facts: further facts of the run.
+        rows: held-out rows by task, as in `bindllm.evaluation.task.Evaluation.rows`.
         log: CSV file with the columns ``step``, ``train_loss`` and ``val_loss``, or None.
 
     Returns:
         the path of the page.
 
     Raises:
-        InputError: a number is missing from the metrics; nothing was written.
+        InputError: a metric is missing; nothing was written.
         MissingExtraError: matplotlib is not installed; everything but the page was written.
     """
     folder = Path(folder)
     _check_metrics(metrics, source="metrics")
     write_json(folder / METRICS_FILE, dict(metrics))
-    kinds = measured_kinds(metrics)
-    for kind, name, rows in (("captions", CAPTIONS_FILE, captions), ("answers", ANSWERS_FILE, answers)):
-        if kind in kinds:
-            lines = (json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows)
+    for task, name in ROW_FILES.items():
+        if task in metrics["tasks"]:
+            lines = (json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows.get(task, ()))
             _write(folder / name, "".join(lines))
         else:
+            # Rows of an earlier run in the same folder would be shown as this run's.
             (folder / name).unlink(missing_ok=True)
     _write(folder / FACTS_FILE, json.dumps(asdict(facts), indent=2, ensure_ascii=False) + "\n")
     if log is None:
@@ -144,7 +142,7 @@ def write_report(
 def rebuild_report(folder: str | Path) -> Path:
     """Make the page again from the files in a checkpoint folder, and return its path.
 
-    A picture that cannot be opened any more becomes a grey tile with its name.
+    An image that cannot be opened any more becomes a grey tile with its name.
 
     Raises:
         CheckpointError: the folder is not a checkpoint folder.
@@ -155,14 +153,15 @@ def rebuild_report(folder: str | Path) -> Path:
     manifest = read_manifest(folder)
     metrics, facts = (_parse(_read(folder / name), folder / name) for name in (METRICS_FILE, FACTS_FILE))
     _check_metrics(metrics, source=str(folder / METRICS_FILE))
-    kinds = measured_kinds(metrics)
+    # Facts that were not recorded must not be replaced by those of this machine and this moment.
     unknown = RunFacts(finished="unknown", software={}, revision=None)
     log = _read_log(folder / LOG_FILE)
     recipe = folder / "recipe.yaml"
     data = ReportData(
         metrics=metrics,
-        captions=_read_rows(folder / CAPTIONS_FILE) if "captions" in kinds else [],
-        answers=_read_rows(folder / ANSWERS_FILE) if "answers" in kinds else [],
+        rows={
+            task: _read_rows(folder / name) for task, name in ROW_FILES.items() if task in metrics["tasks"]
+        },
         facts={**asdict(unknown), **facts},
         training=_series(log, "train_loss"),
         validation=_series(log, "val_loss"),
@@ -175,24 +174,26 @@ def rebuild_report(folder: str | Path) -> Path:
 
 
 def _check_metrics(metrics: Mapping[str, Any], *, source: str) -> None:
-    missing = []
-    for kind, numbers in measured_kinds(metrics).items():
-        place = "" if numbers is metrics else f"{kind}."
-        variants, keys = KINDS[kind]
+    tasks = metrics.get("tasks") or {}
+    missing = [] if tasks else ["tasks"]
+    if unknown := [task for task in tasks if task not in VARIANTS]:
+        raise InputError(f"{source} has unknown tasks {', '.join(unknown)}; expected {', '.join(VARIANTS)}")
+    for task, variants in tasks.items():
         missing += [
-            f"{place}{name}.{key}" for name in variants for key in keys if key not in numbers.get(name, ())
+            f"tasks.{task}.{name}.{key}"
+            for name in VARIANTS[task]
+            for key in KEYS[task]
+            if key not in variants.get(name, ())
         ]
     missing += [f"seconds.{key}" for key in SECONDS if key not in metrics.get("seconds", ())]
     missing += [name for name in ("trainable_parameters",) if name not in metrics]
     if missing:
-        raise InputError(
-            f"{source} lacks {', '.join(missing)}; give every number, None where it is not defined"
-        )
+        raise InputError(f"{source} lacks {', '.join(missing)}; give every metric, None if it is not defined")
 
 
 def _write(file: Path, text: str) -> None:
     with atomic_file(file) as part:
-        # File names may hold bytes that are not UTF-8; written as \udc.., JSON reads them back as they were.
+        # File names may hold bytes that are not UTF-8; they are written as \udc.., and JSON reads them back unchanged.
         part.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
@@ -213,7 +214,7 @@ def _parse(text: str, file: Path) -> Any:
 
 
 def _read_rows(file: Path) -> list[dict[str, Any]]:
-    # Not splitlines(): texts may hold the separators at which it would cut, and JSON leaves them as they are.
+    # Not splitlines(): it would also split at separators inside texts, which JSON does not escape.
     return [_parse(line, file) for line in _read(file).split("\n") if line]
 
 
@@ -225,7 +226,7 @@ def _read_log(file: Path) -> list[dict[str, str]]:
 
 
 def _series(log: Sequence[Mapping[str, str]], column: str) -> list[tuple[int, float]]:
-    """Return the finite values of a column with their steps; most rows of a log have only some of its columns."""
+    """Return the finite values of a column with their steps; most rows of a log lack some of its columns."""
     points = [(int(row["step"]), float(row[column])) for row in log if row.get(column) and row.get("step")]
     return [(step, value) for step, value in points if math.isfinite(value)]
 

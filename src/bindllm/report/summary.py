@@ -1,4 +1,4 @@
-"""What the numbers of a run say, in plain sentences that are as ready to report a loss as a win."""
+"""Plain sentences about the numbers of a run, the headline of its report; losses are stated as plainly as wins."""
 
 from __future__ import annotations
 
@@ -6,29 +6,25 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bindllm.report import answers
+Variants = Mapping[str, Mapping[str, Any]]
+"""The metrics of one task, by variant."""
 
-Metrics = Mapping[str, Any]
-"""Content of ``metrics.json``: a mapping of numbers (or None) for each variant, and facts of the run."""
-
-VARIANTS = {
-    "heldout": "this model",
-    "zero_gates": "gates at zero",
-    "shuffled": "wrong pictures",
-    "nearest": "nearest picture",
-}
-CHAT_VARIANTS = ("heldout", "zero_gates", "shuffled")
-CHAT_MEASURES = ("loss", "perplexity")
-FEW_PICTURES = 100
-"""Below this number of held-out pictures the text warns that chance is large."""
+FEW_ROWS = 100
+"""Below this number of held-out rows the text warns that chance is large."""
 
 _SMALL_SHARE = 0.02
-"""A loss that moves by less than this share counts as hardly moved."""
+"""A loss that changes by less than this share has hardly changed."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """How a metric is named and shown."""
+    """Name and format of a metric.
+
+    Args:
+        name: name inside a sentence.
+        pattern: format of its values.
+        lower_is_better: whether lower values are better.
+    """
 
     name: str
     pattern: str
@@ -36,11 +32,11 @@ class Metric:
 
     @property
     def title(self) -> str:
-        """The name as the start of a line."""
+        """The name at the start of a line."""
         return self.name[0].upper() + self.name[1:]
 
     def show(self, value: float | None) -> str:
-        """Return the number as text, or a dash where it is not defined."""
+        """Return a value as text, or a dash if it is not defined."""
         return "-" if value is None else self.pattern.format(value)
 
 
@@ -51,152 +47,139 @@ METRICS = {
     "bleu4": Metric("BLEU-4", "{:.3f}"),
     "rouge_l": Metric("ROUGE-L", "{:.3f}"),
     "exact_match": Metric("exact match", "{:.1%}"),
+    "accuracy": Metric("right answers", "{:.1%}"),
 }
-KINDS: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
-    "captions": (tuple(VARIANTS), tuple(METRICS)),
-    "answers": (tuple(answers.VARIANTS), answers.MEASURES),
-    "chat": (CHAT_VARIANTS, CHAT_MEASURES),
+KEYS = {
+    "captions": ("loss", "perplexity", "cider", "bleu4", "rouge_l", "exact_match"),
+    "answers": ("accuracy", "by_type", "count", "count_by_type"),
+    "conversations": ("loss", "perplexity"),
 }
-"""What is measured of each kind of held-out rows: its variants, and the numbers of each variant."""
+"""Keys that each variant of a task has in ``metrics.json``."""
 
-CAPTION_METRICS = ("cider", "bleu4", "rouge_l", "exact_match")
+_CAPTION_METRICS = KEYS["captions"][2:]
 
 
-def measured_kinds(metrics: Metrics) -> dict[str, Metrics]:
-    """Return the numbers of each kind of held-out rows.
-
-    Args:
-        metrics: content of ``metrics.json``: of one kind the variants stand at its top, of several under the names
-            of the kinds.
+def media_words(modalities: Iterable[str]) -> tuple[str, str]:
+    """Return how texts name the media of a run, in singular and plural.
 
     Example:
-        >>> list(measured_kinds({"test": {}, "question_only": {}, "seconds": {}}))
-        ['answers']
+        >>> media_words(["image"]), media_words(["image", "radar"])
+        (('image', 'images'), ('media', 'media'))
     """
-    named = {kind: metrics[kind] for kind in KINDS if kind in metrics}
-    if named:
-        return named
-    if "test" in metrics:
-        return {"answers": metrics}
-    return {"chat" if "heldout" in metrics and "nearest" not in metrics else "captions": metrics}
+    return ("image", "images") if set(modalities) <= {"image"} else ("media", "media")
 
 
-def best_variants(metrics: Metrics, key: str, variants: Iterable[str] = tuple(VARIANTS)) -> list[str]:
-    """Return the variants that share the best value of a metric; none where all are equal or undefined."""
-    known = {name: metrics[name][key] for name in variants if metrics[name][key] is not None}
-    if len(set(known.values())) < 2:
-        return []
-    best = min(known.values()) if METRICS[key].lower_is_better else max(known.values())
-    return [name for name, value in known.items() if value == best]
-
-
-def in_words_of(text: str, modalities: Iterable[str]) -> str:
-    """Return a text about pictures, or the same about media where there are others than pictures.
-
-    Args:
-        text: our own words; nothing of the data is in it.
-        modalities: what the run was trained on.
-
-    Example:
-        >>> in_words_of("Wrong pictures", ["image"]), in_words_of("Wrong pictures", ["image", "radar"])
-        ('Wrong pictures', 'Wrong media')
-    """
-    if set(modalities) <= {"image"}:
-        return text
-    return text.replace("pictures", "media").replace("picture", "media")
-
-
-def summarise(metrics: Metrics, *, num_pictures: int, modalities: Iterable[str] = ("image",)) -> list[str]:
-    """Return the headline: what was measured, against its baselines, one sentence each.
+def summarize(
+    metrics: Mapping[str, Any], *, num_captions: int, modalities: Iterable[str] = ("image",)
+) -> list[str]:
+    """Return the headline: every task compared with its baselines, one sentence for each comparison.
 
     Args:
         metrics: content of ``metrics.json``.
-        num_pictures: number of held-out pictures with captions, or other media.
-        modalities: what the run was trained on.
+        num_captions: number of held-out images (or other media) with captions.
+        modalities: modalities of the training data.
     """
-    known, sentences = set(modalities), []
-    for kind, numbers in measured_kinds(metrics).items():
-        if kind == "answers":
-            sentences += answers.sentences(numbers)
-        elif kind == "chat":
-            sentences += _chat_sentences(numbers)
+    words, sentences = media_words(modalities), []
+    for task, variants in metrics["tasks"].items():
+        if task == "answers":
+            sentences += _answers(variants, *words)
+        elif task == "captions":
+            sentences += _captions(variants, num_captions, *words)
         else:
-            sentences += _caption_sentences(numbers, num_pictures)
-    return [in_words_of(sentence, known) for sentence in sentences]
-
-
-def _chat_sentences(metrics: Metrics) -> list[str]:
-    return _loss_sentences(metrics, f"{metrics['heldout']['count']:,} held-out conversations")
-
-
-def _caption_sentences(metrics: Metrics, num_pictures: int) -> list[str]:
-    held = metrics["heldout"]
-    sentences = _loss_sentences(metrics, f"{num_pictures:,} held-out pictures")
-    if held["loss"] is None:
-        return sentences
-    sentences += _against_nearest(held, metrics["nearest"])
-    if num_pictures < FEW_PICTURES:
-        sentences.append(f"{num_pictures:,} pictures are few: small differences here can be chance.")
+            sentences += _losses(variants, f"{variants['model']['count']:,} held-out conversations", *words)
     return sentences
 
 
-def _loss_sentences(metrics: Metrics, what: str) -> list[str]:
-    """The loss on some rows, beside that of the blind model and of wrong pictures."""
-    held = metrics["heldout"]
-    if held["loss"] is None:
-        return [f"The loss on {what} could not be measured."]
-    perplexity = METRICS["perplexity"].show(held["perplexity"])
-    sentences = [f"On {what} the loss is {held['loss']:.2f} per token (perplexity {perplexity})."]
-    sentences += _against_blind(held["loss"], metrics["zero_gates"]["loss"])
-    return sentences + _against_shuffled(held["loss"], metrics["shuffled"]["loss"])
+def _captions(variants: Variants, count: int, one: str, many: str) -> list[str]:
+    sentences = _losses(variants, f"{count:,} held-out {many}", one, many)
+    if variants["model"]["loss"] is None:
+        return sentences
+    sentences += _against_nearest(variants["model"], variants["nearest_caption"], one)
+    return sentences + _few(count, many)
 
 
-def _against_blind(loss: float, blind: float | None) -> list[str]:
-    if blind is None:
-        return []
-    if loss >= blind:
-        return [
-            f"The same model with its gates at zero has {blind:.2f}: training has not helped it on this data."
-        ]
-    return [f"The same model with its gates at zero, which sees nothing, has {blind:.2f}."]
+def _few(count: int, rows: str) -> list[str]:
+    return [f"{count:,} {rows} are few: small differences can be chance."] if count < FEW_ROWS else []
 
 
-def _against_shuffled(loss: float, shuffled: float | None) -> list[str]:
-    if shuffled is None:
-        return []
-    if shuffled <= loss:
-        return [
-            f"Shown wrong pictures it has {shuffled:.2f}, no worse: nothing here shows that it uses the picture."
-        ]
-    if shuffled < loss * (1 + _SMALL_SHARE):
-        return [
-            f"Shown wrong pictures it has {shuffled:.2f}, hardly worse: it makes little use of the picture."
-        ]
-    return [f"Shown wrong pictures it has {shuffled:.2f}, so what it says does depend on what it sees."]
+def _losses(variants: Variants, rows: str, one: str, many: str) -> list[str]:
+    """Compare the loss with that of the same model without media and with wrong media."""
+    model, blind, shuffled = (variants[name]["loss"] for name in ("model", "no_media", "shuffled_media"))
+    if model is None:
+        return [f"The loss on {rows} could not be measured."]
+    perplexity = METRICS["perplexity"].show(variants["model"]["perplexity"])
+    sentences = [f"On {rows} the loss is {model:.2f} per token (perplexity {perplexity})."]
+    if blind is not None:
+        useless = ": training has not helped it on this data" if model >= blind else ""
+        sentences.append(f"Without {many} (gates at zero) the same model has {blind:.2f}{useless}.")
+    if shuffled is not None:
+        if shuffled <= model:
+            verdict = f"not worse: nothing here shows that it uses the {one}"
+        elif shuffled < model * (1 + _SMALL_SHARE):
+            verdict = f"hardly worse: it makes little use of the {one}"
+        else:
+            verdict = f"so its output does depend on the {one}"
+        sentences.append(f"With wrong {many} it has {shuffled:.2f}, {verdict}.")
+    return sentences
 
 
-def _against_nearest(held: Metrics, nearest: Metrics) -> list[str]:
-    pairs = {key: (held[key], nearest[key]) for key in CAPTION_METRICS}
+def _against_nearest(model: Mapping[str, Any], nearest: Mapping[str, Any], one: str) -> list[str]:
+    """Compare the captions with a baseline that copies a training caption."""
+    pairs = {key: (model[key], nearest[key]) for key in _CAPTION_METRICS}
+    # Metrics that could not be measured on either side are not compared.
     pairs = {key: pair for key, pair in pairs.items() if None not in pair}
-    better = [key for key, (own, other) in pairs.items() if own > other]
-    worse = [key for key, (own, other) in pairs.items() if own < other]
     if not pairs:
         return []
-    copying = "copying the caption of the nearest training picture"
+
+    def listed(keys: Sequence[str]) -> str:
+        return ", ".join(
+            f"{METRICS[key].name} {' against '.join(map(METRICS[key].show, pairs[key]))}" for key in keys
+        )
+
+    better = [key for key, (own, other) in pairs.items() if own > other]
+    worse = [key for key, (own, other) in pairs.items() if own < other]
+    copying = f"copying the caption of the nearest training {one}"
     if not better and not worse:
         return [f"Its captions score the same as {copying}."]
     if not worse:
-        return [f"Its captions beat {copying}: {_listed(better, pairs)}."]
+        return [f"Its captions beat {copying}: {listed(better)}."]
     if not better:
-        return [f"Its captions are worse than {copying}: {_listed(worse, pairs)}. Plain look-up wins here."]
-    return [
-        f"Its captions beat {copying} in {_listed(better, pairs)}; copying is better in {_listed(worse, pairs)}."
-    ]
+        return [f"Its captions are worse than {copying}: {listed(worse)}. Plain look-up wins here."]
+    return [f"Its captions beat {copying} in {listed(better)}; copying is better in {listed(worse)}."]
 
 
-def _listed(keys: Sequence[str], pairs: Mapping[str, tuple[float, float]]) -> str:
-    def one(key: str) -> str:
-        metric, (own, other) = METRICS[key], pairs[key]
-        return f"{metric.name} {metric.show(own)} against {metric.show(other)}"
+def _answers(variants: Variants, one: str, many: str) -> list[str]:
+    """Compare the share of right answers with the three baselines."""
+    model, show = variants["model"], METRICS["accuracy"].show
+    own, guess, blind, shuffled = (
+        variants[name]["accuracy"] for name in ("model", "majority_answer", "no_media", "shuffled_media")
+    )
+    if own is None:
+        return ["The answers to the held-out questions could not be measured."]
+    sentences = [f"Of {model['count']:,} held-out questions the model answers {show(own)} right."]
+    if guess is not None:
+        useless = ": the model knows no more than the questions reveal" if own <= guess else ""
+        sentences.append(
+            f"The most frequent training answer to each question is right for {show(guess)}{useless}."
+        )
+    if blind is not None:
+        aside = _aside(variants["no_media"], model)
+        sentences.append(f"Without the {one} the same model answers {show(blind)} right{aside}.")
+    if shuffled is not None:
+        variant = variants["shuffled_media"]
+        # On the same questions: a sample may be easier than all of them.
+        if shuffled >= variant.get("model_accuracy", own):
+            verdict = f"not fewer: nothing here shows that it uses the {one}"
+        else:
+            verdict = f"so its answers do depend on the {one}"
+        aside = _aside(variant, model)
+        sentences.append(f"With wrong {many} it answers {show(shuffled)} right{aside}, {verdict}.")
+    return sentences + _few(model["count"], "questions")
 
-    return ", ".join(one(key) for key in keys)
+
+def _aside(variant: Mapping[str, Any], model: Mapping[str, Any]) -> str:
+    """Return on which questions a variant was measured, if not on all, for a fair comparison with the model."""
+    if "model_accuracy" not in variant or variant["count"] == model["count"]:
+        return ""
+    right = METRICS["accuracy"].show(variant["model_accuracy"])
+    return f" (on {variant['count']:,} questions, of which it answers {right} right with the right one)"

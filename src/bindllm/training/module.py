@@ -17,13 +17,13 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from bindllm.cache.settings import CacheConfig
 from bindllm.conversation import check_vocabulary
 from bindllm.data.collate import Batch
 from bindllm.errors import InputError, TrainingError
 from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.bindllm import BindLLM
-from bindllm.model.cache import CacheConfig
 from bindllm.model.decoder import DecoderConfig, load_decoder, load_tokenizer
 from bindllm.model.injection import InjectConfig
 from bindllm.objectives import NextToken, Objective

@@ -15,6 +15,8 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
+from bindllm.cache.settings import CacheConfig
+from bindllm.cache.visual_cache import choose_cache, open_cache
 from bindllm.conversation import check_vocabulary
 from bindllm.data.datamodule import BindData
 from bindllm.data.preview import legend
@@ -33,7 +35,6 @@ from bindllm.media import MODALITIES, Media, open_image
 from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.bindllm import BindLLM
-from bindllm.model.cache import CacheConfig, choose_cache, open_cache
 from bindllm.model.checkpoint import build_own, read_manifest, read_weights
 from bindllm.model.decoder import (
     DecoderConfig,

@@ -1,4 +1,8 @@
-"""Progress of a run: one bar with the time left on a terminal, a line now and then in a log file."""
+"""Progress of a run: one bar with the time left on a terminal, a line at intervals in a log file.
+
+Lightning's `RichProgressBar` has one bar per epoch, estimates the time left from the last 30 seconds, and prints
+nothing readable into a log file. This bar spans the whole run, also after a resume.
+"""
 
 from __future__ import annotations
 
@@ -19,18 +23,18 @@ _SMOOTH_OVER = 20
 
 
 class _TimeLeft(ProgressColumn):
-    """The time left as the run measured it: rich's own estimate forgets everything older than half a minute."""
+    """The time left as the run measured it; rich's own estimate uses only the last 30 seconds."""
 
     def render(self, task: Task) -> Text:
         return Text(task.fields.get("left", ""), style="cyan")
 
 
 class RunProgress(ProgressBar):
-    """Shows where a run is and how long it will take.
+    """Shows the step, the loss and the time left of a run.
 
     Args:
-        captions: its latest answers are shown after each validation.
-        every_seconds: without a terminal, a line is printed at this interval.
+        captions: callback whose latest answers are shown after each validation.
+        every_seconds: interval of the printed lines without a terminal, in seconds.
     """
 
     def __init__(self, captions: SampleCaptions | None = None, *, every_seconds: float = 30.0) -> None:
@@ -42,15 +46,15 @@ class RunProgress(ProgressBar):
         self._first_step, self._started, self._printed = 0, 0.0, 0.0
 
     def disable(self) -> None:
-        """Show nothing (Lightning asks for it on all processes but the first)."""
+        """Show nothing; Lightning calls this on all processes but the first."""
         self.console = Console(quiet=True)
 
     def enable(self) -> None:
-        """Show again."""
+        """Show the progress again."""
         self.console = Console()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the bar at the step that the run goes on from."""
+        """Start the bar at the step from which the run resumes."""
         self._first_step, self._started = trainer.global_step, time.monotonic()
         self._printed = self._started
         if self.console.is_terminal:
@@ -63,8 +67,8 @@ class RunProgress(ProgressBar):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Move on."""
-        # Not the output of the step, which is weighed for the gradient; between two steps there is none yet.
+        """Update the bar, or print a line."""
+        # Not the output of the step, which is weighted for the gradient; before the first optimizer step it is missing.
         if (loss := trainer.callback_metrics.get("train_loss")) is not None:
             self._losses += 1
             self._loss += (float(loss) - self._loss) / min(self._losses, _SMOOTH_OVER)
@@ -80,12 +84,12 @@ class RunProgress(ProgressBar):
             )
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say why the bar stands still."""
+        """Label the bar while it stands still."""
         if self._bar is not None:
             self._bar.update(self._task, description="validating", left="")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the validation loss and a few answers; these lines stay on the terminal."""
+        """Print the validation loss and a few answers above the bar."""
         loss = trainer.callback_metrics.get("val_loss")
         if not self._losses or loss is None:
             return
@@ -100,11 +104,11 @@ class RunProgress(ProgressBar):
             self.console.print(line, overflow="ellipsis", no_wrap=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remove the bar."""
+        """Stop the bar."""
         self._close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the terminal as it was."""
+        """Stop the bar, so that the terminal is usable."""
         self._close()
 
     def _close(self) -> None:
@@ -113,7 +117,7 @@ class RunProgress(ProgressBar):
             self._bar = None
 
     def _time_left(self, trainer: Trainer) -> str:
-        """Estimate from all steps of this part of the run, its validations included."""
+        """Estimate from all steps since the start or resume, including validations."""
         done = trainer.global_step - self._first_step
         if done < 3:
             return ""

@@ -26,12 +26,13 @@ from rich.text import Text
 from bindllm.atomic import atomic_file, remove_leftovers
 from bindllm.data.datamodule import BindData
 from bindllm.errors import BindLLMError, InputError, printable
-from bindllm.evaluation.tasks import Measured, evaluate_held_out, held_out_rows
-from bindllm.model.card import licences
+from bindllm.evaluation.held_out import evaluate_held_out, held_out_rows
+from bindllm.evaluation.task import Evaluation
+from bindllm.model.card import licenses
 from bindllm.model.checkpoint import MANIFEST
 from bindllm.model.pretrained import describe
 from bindllm.report.report import RunFacts, write_report
-from bindllm.report.summary import in_words_of, summarise
+from bindllm.report.summary import media_words, summarize
 from bindllm.training.module import BindModule
 from bindllm.training.optim import describe_groups
 from bindllm.training.runlog import METRICS
@@ -255,13 +256,13 @@ class Run:
         print_summary(self.console, metrics, measured, page, modalities=self.data.report.modalities)
         return 0
 
-    def _report(self, measured: Measured) -> tuple[dict[str, Any], Path]:
+    def _report(self, measured: Evaluation) -> tuple[dict[str, Any], Path]:
         """Write the report; return the metrics and the page."""
         model = self.module.model
         groups = describe_groups(model.parameter_groups())
         seconds = {**self.state.seconds, "evaluate": measured.seconds}
         metrics = {
-            **measured.metrics,
+            "tasks": measured.metrics,
             "seconds": {name: round(value, 1) for name, value in seconds.items()},
             "trainable_parameters": sum(row["parameters"] for row in groups if row["trainable"]),
         }
@@ -269,13 +270,12 @@ class Run:
             title=self.output.name,
             parameters=groups,
             data=asdict(self.data.report),
-            licences=licences(describe(model), data=self._data_names),
+            licenses=licenses(describe(model), data=self._data_names),
             problems=measured.problems,
             device=str(model.device),
         )
-        rows = {"captions": measured.captions, "answers": measured.answers}
         log = self.state.folder / METRICS
-        return metrics, write_report(self.output, metrics=metrics, facts=facts, log=log, **rows)
+        return metrics, write_report(self.output, metrics=metrics, facts=facts, rows=measured.rows, log=log)
 
 
 def make_loggers(chosen: Any, folder: Path) -> list[Logger]:
@@ -293,13 +293,14 @@ def make_loggers(chosen: Any, folder: Path) -> list[Logger]:
 
 
 def print_summary(
-    console: Console, metrics: dict[str, Any], measured: Measured, page: Path, *, modalities: set[str]
+    console: Console, metrics: dict[str, Any], measured: Evaluation, page: Path, *, modalities: set[str]
 ) -> None:
     """Print the headline, a few captions and answers, and the path of the report."""
     console.print(f"report:        {page}\n", markup=False)
-    for sentence in summarise(metrics, num_pictures=len(measured.captions), modalities=modalities):
+    num_captions = len(measured.rows.get("captions", ()))
+    for sentence in summarize(metrics, num_captions=num_captions, modalities=modalities):
         console.print(sentence, markup=False)
-    for rows in (measured.captions, measured.answers):
+    for rows in measured.rows.values():
         if rows:
             console.print(_shown(rows, modalities))
 
@@ -308,7 +309,7 @@ def _shown(rows: list[dict[str, Any]], modalities: set[str]) -> Table:
     """Return a table of a few held-out rows, evenly spread."""
     # Relative widths: a long caption in one column must not squeeze the others.
     table = Table(box=box.SIMPLE, expand=True)
-    table.add_column(in_words_of("held-out image", modalities), ratio=1, overflow="fold")
+    table.add_column(f"held-out {media_words(modalities)[0]}", ratio=1, overflow="fold")
     asked = "question" in rows[0]
     if asked:
         table.add_column("question", ratio=2)
@@ -317,6 +318,6 @@ def _shown(rows: list[dict[str, Any]], modalities: set[str]) -> Table:
     step = max(1, len(rows) // _SHOWN_ROWS)
     for row in rows[::step][:_SHOWN_ROWS]:
         question = (row["question"],) if asked else ()
-        cells = (Path(row["picture"] or "").name, *question, row["references"][0], row["generated"] or "")
+        cells = (Path(row["media"] or "").name, *question, row["references"][0], row["model"] or "")
         table.add_row(*(Text(printable(cell)) for cell in cells))
     return table

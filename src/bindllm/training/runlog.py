@@ -1,6 +1,6 @@
 """The log of a run as two plain files: ``metrics.csv`` and ``captions.jsonl``.
 
-Lightning's own CSV logger deletes the file of an earlier part of the run; this one goes on with it.
+Lightning's own CSV logger deletes the file of an interrupted run; this one appends to it after a resume.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from bindllm.atomic import atomic_file
 METRICS = "metrics.csv"
 CAPTIONS = "captions.jsonl"
 COLUMNS = ("epoch", "step", "train_loss", "val_loss", "lr", "gradient_norm")
-"""First columns of ``metrics.csv``; others follow as they are logged."""
+"""First columns of ``metrics.csv``; others follow when they are first logged."""
 
 
 class RunLog(Logger):
-    """Writes each row as it comes, so that a killed run keeps its log.
+    """Writes each row immediately, so that a killed run keeps its log.
 
     Args:
         folder: the run's folder.
@@ -46,7 +46,7 @@ class RunLog(Logger):
 
     @property
     def version(self) -> str:
-        """Empty: a run has one log, whatever it was interrupted by."""
+        """Empty: a run has one log, also when it was interrupted."""
         return ""
 
     @property
@@ -61,7 +61,7 @@ class RunLog(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: the recipe lies beside the log."""
+        """Do nothing: the folder holds the recipe."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -77,20 +77,20 @@ class RunLog(Logger):
 
     @rank_zero_only
     def log_captions(self, captions: Sequence[Mapping[str, Any]], step: int) -> None:
-        """Append captions of one moment, each with its step."""
+        """Append captions, each with its step."""
         with (self.folder / CAPTIONS).open("a", encoding="utf-8") as stream:
             for caption in captions:
                 stream.write(json.dumps({"step": step, **caption}, ensure_ascii=False) + "\n")
 
     @rank_zero_only
     def keep_before(self, step: int) -> None:
-        """Drop what was logged at or after a step: the run goes on from there and will log it again."""
+        """Drop rows logged at or after a step: the run resumes there and will log them again."""
         rows = [row for row in self._rows() if row["step"].isdigit() and int(row["step"]) < step]
         self._columns += [name for row in rows[:1] for name in row if name not in self._columns]
         self._write(rows)
         file = self.folder / CAPTIONS
         if file.exists():
-            # Not splitlines(): it also cuts at characters that JSON leaves inside a caption, such as U+2028.
+            # Not splitlines(): it also splits at characters that JSON does not escape, such as U+2028.
             lines = file.read_text(encoding="utf-8").split("\n")
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < step]
             with atomic_file(file) as part:

@@ -50,7 +50,7 @@ def take_over(model: BindLLM, folder: str | Path) -> None:
     for warning in warnings:
         logging.getLogger("bindllm").warning(warning)
     manifest = read_manifest(folder)
-    # What is trained on from somebody's weights stays under their licence.
+    # What is trained on from somebody's weights stays under their license.
     model.origin = manifest.get("origin", "")
     tensors = read_weights(folder, manifest)
     if not manifest.get("adapter"):

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from bindllm.encoders.imagebind.text import Tokenizer, clean
+from bindllm.encoders.imagebind.vocabulary import tokenizer_tree
 from bindllm.errors import EncoderError, InputError, MissingExtraError
-from bindllm.quickstart.clip_vocabulary import tokenizer_tree
 from goldens import FOLDER, golden
 
 WHOLE = Path(__file__).parents[3] / "checkpoints" / "clip-vocabulary" / "tokenizer.json"

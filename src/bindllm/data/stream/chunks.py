@@ -10,11 +10,12 @@ from typing import Any
 from bindllm.data.formats import leave_out
 from bindllm.data.report import Skipped
 from bindllm.data.source_config import SourceConfig
-from bindllm.data.stream.embed import EmbeddedSamples, StreamEmbedder
+from bindllm.data.stream.embed import EmbeddedSamples, embed_samples
 from bindllm.data.stream.plan import Bookmark, Mixture, Place, group_by_length
 from bindllm.data.stream.samples import read_row
 from bindllm.data.stream.shards import TarSample
 from bindllm.data.tokenise import Sample, make_sample
+from bindllm.embeddings.embedder import Embedder
 from bindllm.errors import InputError
 
 BAD_SHARD = "shards that are missing, truncated or damaged, counted in each pass; what comes before the damage is used"
@@ -64,7 +65,7 @@ class ChunkReader:
     mixture: Mixture
     sources: Sequence[tuple[int, SourceConfig]]
     tokenizer: Any
-    embedder: StreamEmbedder
+    embedder: Embedder
     max_length: int
     size: int
     batch_size: int
@@ -85,7 +86,7 @@ class ChunkReader:
             while True:
                 places = reading.places
                 skipped, taken = Skipped(), reading.taken
-                embedded = self.embedder.embed(reading.samples(skipped), skipped.add)
+                embedded = embed_samples(self.embedder, reading.samples(skipped), skipped.add)
                 if stopped():
                     return
                 batches = group_by_length(

@@ -10,12 +10,11 @@ import torch
 
 from bindllm.data.collate import Batch, Lookup
 from bindllm.data.report import StreamReport
-from bindllm.data.stream.ahead import Ahead
 from bindllm.data.stream.chunks import Chunk
 from bindllm.data.stream.plan import Bookmark
 from bindllm.data.tokenise import Sample
 from bindllm.errors import InputError
-from bindllm.parallel.ranks import Ranks
+from bindllm.parallel import Prefetcher, Processes
 
 
 class StreamLoader:
@@ -31,7 +30,7 @@ class StreamLoader:
         length: batches that the trainer will take; Lightning counts a run as one epoch of so many.
         fingerprint: changes when any batch would.
         position: gives the number of batches that the trainer is done with; None: those that were handed out.
-        ranks: the processes of the run; each calls `state_dict` when the others do.
+        processes: the processes of the run; each calls `state_dict` when the others do.
         device: where the encoders run.
     """
 
@@ -44,15 +43,15 @@ class StreamLoader:
         length: int,
         fingerprint: str,
         position: Callable[[], int] | None = None,
-        ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
+        processes: Processes = Processes(),  # noqa: B008 (frozen)
         device: torch.device | str = "cpu",
     ) -> None:
         self._chunks, self._collate = chunks, collate
         self._length, self._fingerprint = length, fingerprint
-        self._position, self._ranks, self._device = position, ranks, device
+        self._position, self._processes, self._device = position, processes, device
         # The next batch after so many: of the last two numbers of batches.
         self._bookmarks: dict[int, Bookmark] = {0: start}
-        self._ahead: Ahead[Chunk] | None = None
+        self._ahead: Prefetcher[Chunk] | None = None
         self.report = StreamReport()
 
     def __len__(self) -> int:
@@ -69,7 +68,7 @@ class StreamLoader:
             )
         first = self._bookmarks[done]
         started = time.perf_counter()
-        self._ahead = ahead = Ahead(lambda stopped: self._chunks(first, stopped), device=self._device)
+        self._ahead = ahead = Prefetcher(lambda stopped: self._chunks(first, stopped), device=self._device)
         try:
             begun: float | None = None
             asked = started
@@ -94,7 +93,7 @@ class StreamLoader:
         finally:
             self.close(ahead)
 
-    def close(self, ahead: Ahead[Chunk] | None = None) -> None:
+    def close(self, ahead: Prefetcher[Chunk] | None = None) -> None:
         """End the thread; a later iteration starts another.
 
         Args:
@@ -109,8 +108,8 @@ class StreamLoader:
         mine = {str(done): bookmark.as_dict() for done, bookmark in self._bookmarks.items()}
         return {
             "stream": self._fingerprint,
-            "processes": self._ranks.count,
-            "bookmarks": self._ranks.gather(mine),
+            "processes": self._processes.world_size,
+            "bookmarks": self._processes.gather(mine),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -119,11 +118,11 @@ class StreamLoader:
         Raises:
             InputError: it is of another number of processes, or of other data.
         """
-        if state_dict.get("processes") != self._ranks.count:
+        if state_dict.get("processes") != self._processes.world_size:
             raise InputError(
                 f"this run was saved by {state_dict.get('processes')} processes and cannot go on in "
-                f"{self._ranks.count}: each has a share of the shards. Start it with as many devices as before, or "
-                "start a new run from the weights (start_from)"
+                f"{self._processes.world_size}: each has a share of the shards. Start it with as many devices as "
+                "before, or start a new run from the weights (start_from)"
             )
         if state_dict.get("stream") != self._fingerprint:
             raise InputError(
@@ -131,7 +130,7 @@ class StreamLoader:
                 "size, max_length or seed differ. Restore them, or start a new run from the weights (start_from)"
             )
         self.close()
-        mine = state_dict["bookmarks"][self._ranks.number]
+        mine = state_dict["bookmarks"][self._processes.rank]
         self._bookmarks = {int(done): Bookmark.from_dict(values) for done, values in mine.items()}
 
     def _note_chunk(self, chunk: Chunk, first: Bookmark) -> None:

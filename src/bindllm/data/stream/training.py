@@ -6,7 +6,6 @@ import copy
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -16,14 +15,14 @@ import torch
 from bindllm.data.collate import collate
 from bindllm.data.source_config import SourceConfig
 from bindllm.data.stream.chunks import Chunk, ChunkReader
-from bindllm.data.stream.embed import StreamEmbedder
 from bindllm.data.stream.loader import StreamLoader
 from bindllm.data.stream.plan import Bookmark, Mixture, ShardStream
 from bindllm.data.stream.remote import is_remote
 from bindllm.data.stream.shards import expand_shards, is_stream
+from bindllm.embeddings.embedder import Embedder
 from bindllm.encoders import Encoder
 from bindllm.errors import InputError
-from bindllm.parallel.ranks import Ranks
+from bindllm.parallel import Processes
 
 _ORDER_OF_ROWS = 3
 
@@ -99,7 +98,7 @@ def stream_loader(
     options: StreamOptions,
     length: int,
     position: Callable[[], int] | None = None,
-    ranks: Ranks | None = None,
+    processes: Processes | None = None,
     device: torch.device | str = "cpu",
 ) -> StreamLoader:
     """Return the loader of the streamed training sources of a recipe.
@@ -111,13 +110,13 @@ def stream_loader(
         options: what holds for all streams.
         length: batches that the trainer will take.
         position: number of batches that the trainer is done with.
-        ranks: which process this is; None: the only one.
+        processes: which process this is; None: the only one.
         device: where the encoders run.
 
     Raises:
         InputError: a stream with fewer shards than there are processes.
     """
-    streams = _Streams(sources, tokenizer, encoders, options, ranks or Ranks(), device)
+    streams = _Streams(sources, tokenizer, encoders, options, processes or Processes(), device)
     return StreamLoader(
         streams.chunks,
         partial(collate, pad_id=tokenizer.pad_token_id),
@@ -125,7 +124,7 @@ def stream_loader(
         length=length,
         fingerprint=streams.fingerprint(),
         position=position,
-        ranks=streams.ranks,
+        processes=streams.processes,
         device=device,
     )
 
@@ -139,15 +138,20 @@ class _Streams:
         tokenizer: Any,
         encoders: Sequence[Encoder],
         options: StreamOptions,
-        ranks: Ranks,
+        processes: Processes,
         device: torch.device | str,
     ) -> None:
         self.tokenizer, self.encoders, self.options = tokenizer, encoders, options
-        self.ranks, self.device = ranks, device
+        self.processes, self.device = processes, device
         self.numbered = [(n, config) for n, config in enumerate(sources) if is_training_stream(config)]
         streams = [
             ShardStream(
-                config.path, expand_shards(config.path), options.seed, number, ranks.count, ranks.number
+                config.path,
+                expand_shards(config.path),
+                options.seed,
+                number,
+                processes.world_size,
+                processes.rank,
             )
             for number, config in self.numbered
         ]
@@ -155,9 +159,8 @@ class _Streams:
 
     def chunks(self, start: Bookmark, stopped: Callable[[], bool]) -> Iterator[Chunk]:
         """Read in the loader's thread, with a tokenizer of its own: none may be used by two at the same time."""
-        # The processors are shared by the processes of a machine.
-        workers = self.ranks.threads or os.cpu_count() or 1
-        with closing(StreamEmbedder(self.encoders, self.device, workers)) as embedder:
+        threads = self.processes.num_threads
+        with Embedder(self.encoders, device=self.device, threads=threads) as embedder:
             reader = ChunkReader(
                 self.mixture,
                 self.numbered,
@@ -166,9 +169,14 @@ class _Streams:
                 max_length=self.options.max_length,
                 size=self.options.chunk,
                 batch_size=self.options.batch_size,
-                seed=(self.options.seed, _ORDER_OF_ROWS, self.ranks.number),
+                seed=(self.options.seed, _ORDER_OF_ROWS, self.processes.rank),
             )
-            yield from reader.read(start, stopped)
+            try:
+                yield from reader.read(start, stopped)
+            finally:
+                # Frees their memory on the accelerator.
+                for encoder in self.encoders:
+                    encoder.to("cpu")
 
     def fingerprint(self) -> str:
         """Hex digits that change when any batch would, as far as can be told without reading the shards."""

@@ -10,20 +10,18 @@ import torch
 from torch import Tensor
 
 from bindllm.encoders.imagebind.stems import CONTEXT
+from bindllm.encoders.imagebind.vocabulary import END, START
 from bindllm.errors import EncoderError, InputError, MissingExtraError
-from bindllm.quickstart.clip_vocabulary import END, START, write_tokenizer
 
 if TYPE_CHECKING:
     import tokenizers
-
-__all__ = ["Tokenizer", "clean", "write_tokenizer"]
 
 
 class Tokenizer:
     """CLIP's tokenizer (https://arxiv.org/abs/2103.00020, section 2.4) with its cleaning of texts.
 
     Args:
-        file: a ``tokenizer.json``, as `write_tokenizer` makes it; read at the first text.
+        file: a ``tokenizer.json``, as `bindllm fetch clip-vocabulary` makes it; read at the first text.
 
     Example:
         >>> tokenizer = Tokenizer("checkpoints/clip-vocabulary/tokenizer.json")

@@ -1,61 +1,63 @@
-"""Finding a data set's files, and reading its tables and lists with errors that name file and line."""
+"""Find the files of a data set and read its tables and class names, with errors that name file and line."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bindllm.data.captions import PICTURE_SUFFIXES
 from bindllm.errors import InputError, did_you_mean
 
-ENDINGS: dict[str, frozenset[str]] = {
+SUFFIXES: dict[str, frozenset[str]] = {
     "image": PICTURE_SUFFIXES,
     "audio": frozenset((".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".m4a", ".aac")),
     "video": frozenset((".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg")),
     "point": frozenset((".off", ".ply", ".obj", ".stl", ".glb", ".xyz", ".pts", ".pcd")),
 }
-"""By which endings files are found. A sound may lie in a video file too, so those count for audio as well."""
+"""Suffixes of each modality's files. A video file may contain sound, so video suffixes count for audio as well."""
 
 
-def endings_of(modality: str) -> frozenset[str]:
-    """Return the endings of a modality's files; none for one whose files may be called anything."""
-    extra = ENDINGS["video"] if modality == "audio" else frozenset()
-    return ENDINGS.get(modality, frozenset()) | extra
+def suffixes_of(modality: str) -> frozenset[str]:
+    """Return the suffixes of a modality's files; empty if they may have any suffix."""
+    extra = SUFFIXES["video"] if modality == "audio" else frozenset()
+    return SUFFIXES.get(modality, frozenset()) | extra
 
 
 class Files:
-    """The files below a folder, by name: archives are unpacked in many ways, and names say enough.
+    """The files below a folder by name, as archives are unpacked into different folders.
 
-    Files whose name starts with a dot are not seen (macOS leaves one beside each file of an archive). Of several
-    files of one name the first in alphabetical order counts.
+    Files whose name starts with a dot are ignored (macOS adds one for each file of an archive). Among files of the same
+    name the first in alphabetical order counts.
 
     Args:
-        folder: where to look; read once, when the first name is asked for.
-        modality: only files with its endings are found.
+        folder: folder to search; it is read once, at the first lookup.
+        modality: only files with its suffixes are found.
     """
 
     def __init__(self, folder: Path, modality: str) -> None:
-        self._folder, self._endings = folder, endings_of(modality)
+        self._folder, self._suffixes = folder, suffixes_of(modality)
         self._names: dict[str, str] | None = None
         self._stems: dict[str, str] = {}
 
-    def find(self, name: str, *places: str) -> str | None:
+    def find(self, name: str, *folders: str) -> str | None:
         """Return the path of a file.
 
         Args:
-            name: its name, with its ending.
-            places: folders to look into first, below the folder.
+            name: file name with suffix.
+            folders: subfolders to search first.
         """
-        for place in places:
-            if os.path.isfile(file := os.path.join(self._folder, place, name)):
+        for folder in folders:
+            if os.path.isfile(file := os.path.join(self._folder, folder, name)):
                 return file
         return self._index().get(os.path.basename(name))
 
     def find_stem(self, stems: Iterable[str]) -> str | None:
-        """Return the path of the first file that is called like one of these, without its ending."""
+        """Return the path of the first file with one of these names, suffix excluded."""
         self._index()
         return next((self._stems[stem] for stem in stems if stem in self._stems), None)
 
@@ -63,28 +65,28 @@ class Files:
         if self._names is None:
             self._names = {}
             for file in sorted(walk(self._folder)):
-                stem, ending = os.path.splitext(os.path.basename(file))
-                if not self._endings or ending.lower() in self._endings:
-                    self._names.setdefault(stem + ending, file)
+                stem, suffix = os.path.splitext(os.path.basename(file))
+                if not self._suffixes or suffix.lower() in self._suffixes:
+                    self._names.setdefault(stem + suffix, file)
                     self._stems.setdefault(stem, file)
         return self._names
 
 
 def walk(folder: str | Path) -> Iterator[str]:
-    """Yield the paths of all files below a folder but hidden ones."""
-    for place, folders, names in os.walk(folder):
+    """Yield the paths of all files below a folder except hidden ones."""
+    for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (os.path.join(place, name) for name in names if not name.startswith("."))
+        yield from (os.path.join(parent, name) for name in names if not name.startswith("."))
 
 
 def list_files(folder: Path, modality: str) -> list[str]:
     """Return the files of a modality directly in a folder, sorted."""
-    endings = endings_of(modality)
+    suffixes = suffixes_of(modality)
     return sorted(
         entry.path
         for entry in os.scandir(folder)
         if not entry.name.startswith(".")
-        and (not endings or os.path.splitext(entry.name)[1].lower() in endings)
+        and (not suffixes or os.path.splitext(entry.name)[1].lower() in suffixes)
         and entry.is_file()
     )
 
@@ -98,12 +100,12 @@ def require_file(folder: Path, names: Sequence[str], *, purpose: str) -> Path:
     """Return the first of these files that exists.
 
     Args:
-        folder: where they are looked for.
+        folder: folder to search.
         names: paths below it, best first.
-        purpose: what the file is, for the error.
+        purpose: description of the file, for the error.
 
     Raises:
-        InputError: there is none of them, or no such folder; the closest existing name is given.
+        InputError: none of them exists, or the folder does not; gives the closest existing name.
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; give the folder of the data set")
@@ -113,12 +115,12 @@ def require_file(folder: Path, names: Sequence[str], *, purpose: str) -> Path:
     present = [entry.name for entry in os.scandir(folder)]
     raise InputError(
         f"{folder} has no {' and no '.join(names)} ({purpose}). "
-        f"{did_you_mean(Path(names[0]).name, present[:50]).replace('Known:', 'It holds:')}"
+        f"{did_you_mean(Path(names[0]).name, present[:50]).replace('Known:', 'It contains:')}"
     )
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield the lines of a text that are not blank, each with its name for messages.
+    """Yield the lines of a text that are not blank, each with its position for messages.
 
     Raises:
         InputError: it cannot be read, or is not UTF-8.
@@ -138,7 +140,7 @@ def read_json(path: Path) -> Any:
     """Return the content of a JSON file.
 
     Raises:
-        InputError: it cannot be read; names the line where the JSON breaks off.
+        InputError: it cannot be read; names the line of a syntax error.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
@@ -151,10 +153,10 @@ def read_json(path: Path) -> Any:
 
 
 def read_entries(path: Path, *keys: str) -> list[list[Any]]:
-    """Return lists that a JSON file holds under these keys.
+    """Return the lists under these keys of a JSON file.
 
     Raises:
-        InputError: it holds no such lists.
+        InputError: it has no such lists.
     """
     content = read_json(path)
     lists = [content.get(key) if isinstance(content, dict) else None for key in keys]
@@ -162,6 +164,137 @@ def read_entries(path: Path, *keys: str) -> list[list[Any]]:
         wanted = " and ".join(repr(key) for key in keys)
         has = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise InputError(
-            f"{path}: expected an object with lists under {wanted}; it holds {has[:100] or 'nothing'}"
+            f"{path}: expected an object with lists under {wanted}; it contains {has[:100] or 'nothing'}"
         )
     return lists
+
+
+def clip_stems(video: str, start: float, end: float | None = None) -> Iterator[str]:
+    """Yield the usual file names of a clip of a video, without suffix, the most specific first.
+
+    Args:
+        video: id of the video at YouTube.
+        start: start of the clip, in seconds.
+        end: end of the clip, in seconds, if it is known.
+
+    Example:
+        >>> list(clip_stems("r1nicOVtvkQ", 130))
+        ['r1nicOVtvkQ_130', 'r1nicOVtvkQ_130000', 'r1nicOVtvkQ_130.000', 'r1nicOVtvkQ', 'Yr1nicOVtvkQ']
+    """
+    starts = (f"{start:g}", f"{round(start * 1000)}", f"{start:.3f}")
+    if end is not None:
+        ends = (f"{end:g}", f"{round(end * 1000)}", f"{end:.3f}")
+        yield from (f"{video}_{first}_{last}" for first, last in zip(starts, ends, strict=True))
+    yield from (f"{video}_{first}" for first in starts)
+    yield from (video, f"Y{video}")
+
+
+def read_seconds(text: str) -> float:
+    """Return a time in seconds.
+
+    Raises:
+        ValueError: it is not a finite number.
+    """
+    seconds = float(text)
+    if not math.isfinite(seconds):
+        raise ValueError(f"{text} is not a time")
+    return seconds
+
+
+_WNID = re.compile(r"n\d{8}")
+
+
+def spell(name: str) -> str:
+    """Return a class name with spaces instead of underscores.
+
+    Example:
+        >>> spell("night_stand")
+        'night stand'
+    """
+    return " ".join(name.replace("_", " ").split())
+
+
+def read_classes(path: Path) -> dict[str, tuple[str, ...]]:
+    """Return the names of each class, by its key (a WordNet id, the name of a folder, ...), in the order of the file.
+
+    - ``.json``: ``{"key": "name"}``, or a list of synonyms, whose prompts are averaged. Keras'
+      ``imagenet_class_index.json`` (``{"0": ["n01440764", "tench"]}``) is supported too.
+    - ``.tsv``: key, tab, name; further names after further tabs.
+    - ``.txt``: as ``LOC_synset_mapping.txt`` of ImageNet: key, space, names separated by commas. Only the first name
+      counts.
+
+    Raises:
+        InputError: an unknown suffix, a table that cannot be read, a class without name or a repeated class; names
+            file and line.
+    """
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise InputError(f"{path}: not a table of class names. {did_you_mean(path.suffix.lower(), READERS)}")
+    classes: dict[str, tuple[str, ...]] = {}
+    for row, key, names in reader(path):
+        if not key or not names or not all(names):
+            raise InputError(f"{row}: expected the key of a class and at least one name")
+        if key in classes:
+            raise InputError(f"{row}: the class {key!r} occurs twice in this table")
+        classes[key] = tuple(names)
+    if not classes:
+        raise InputError(f"{path}: contains no class")
+    return classes
+
+
+class Classes:
+    """Names of classes by their key, and their indices.
+
+    Args:
+        names: names of each class.
+        source: the table or folder that they come from, for messages.
+    """
+
+    def __init__(self, names: Mapping[str, tuple[str, ...]], source: Path | str) -> None:
+        self.names, self._source = list(names.values()), source
+        self._indices = {key: index for index, key in enumerate(names)}
+
+    def index(self, key: str, *, row: str) -> int:
+        """Return the index of a class.
+
+        Raises:
+            InputError: the class is unknown; names the row that uses it.
+        """
+        if key not in self._indices:
+            hint = did_you_mean(key, self._indices)
+            # A thousand class names do not help; the closest one does.
+            hint = hint.partition(" Known:")[0] if len(self._indices) > 50 else hint
+            raise InputError(f"{row}: the class {key!r} is not in {self._source}. {hint}".rstrip())
+        return self._indices[key]
+
+
+def _read_json(path: Path) -> list[tuple[str, str, list[str]]]:
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected an object of class names, not {type(content).__name__}")
+    rows = []
+    for key, names in content.items():
+        names = [names] if isinstance(names, str) else names
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise InputError(f"{path}: the class {key!r} must have a name or a list of names, not {names!r}")
+        if key.isdecimal() and len(names) == 2 and _WNID.fullmatch(names[0]):
+            key, names = names[0], [spell(names[1])]
+        rows.append((f"{path}, class {key!r}", key, [name.strip() for name in names]))
+    return rows
+
+
+def _read_tsv(path: Path) -> list[tuple[str, str, list[str]]]:
+    rows = [(row, [cell.strip() for cell in line.split("\t")]) for row, line in read_lines(path)]
+    return [(row, cells[0], cells[1:]) for row, cells in rows]
+
+
+def _read_txt(path: Path) -> list[tuple[str, str, list[str]]]:
+    rows = [(row, *line.strip().partition(" ")) for row, line in read_lines(path)]
+    return [(row, key, [names.split(",")[0].strip()]) for row, key, _, names in rows]
+
+
+READERS: Mapping[str, Callable[[Path], list[tuple[str, str, list[str]]]]] = {
+    ".json": _read_json,
+    ".tsv": _read_tsv,
+    ".txt": _read_txt,
+}

@@ -9,7 +9,7 @@ from typing import Any
 from bindllm.atomic import remove_leftovers
 from bindllm.encoders.aligned_folder import HEAD, TOWER, AlignedManifest, write_aligned
 from bindllm.encoders.alignment import space_of
-from bindllm.model.card import licence_of
+from bindllm.model.card import license_of
 from bindllm.training.align.data import AlignData
 from bindllm.training.align.metrics import RECALL_AT
 from bindllm.training.align.module import AlignModule
@@ -74,9 +74,9 @@ def write_card(manifest: AlignedManifest, data: AlignData, metrics: Mapping[str,
         f"`{manifest.target['class_path']}`. It was aligned as in [ImageBind](https://arxiv.org/abs/2305.05665), by a",
         "contrastive loss against frozen embeddings of paired media.",
         "",
-        "| part | is | licence |",
+        "| part | is | license |",
         "|---|---|---|",
-        *(f"| {part} | `{name}` | {licence} |" for part, name, licence in _parts(manifest, data)),
+        *(f"| {part} | `{name}` | {license} |" for part, name, license in _parts(manifest, data)),
         "",
         f"Trained: {metrics['trained_parameters']:,} parameters, "
         f"{'tower and head' if manifest.trained else 'the head alone'}, on {metrics['pairs']['train']:,} pairs. "
@@ -94,7 +94,7 @@ def write_card(manifest: AlignedManifest, data: AlignData, metrics: Mapping[str,
         "    init_args: {weights: THIS_FOLDER}",
         "```",
         "",
-        "The licences of the parts in the table, and of the data, hold for these weights as well.",
+        "The licenses of the parts in the table, and of the data, hold for these weights as well.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -103,9 +103,9 @@ def _parts(manifest: AlignedManifest, data: AlignData) -> list[tuple[str, str, s
     rows = []
     for part, entry in (("tower", manifest.tower), ("target", manifest.target)):
         folder = str(entry["init_args"].get("weights") or entry["init_args"].get("name") or "")
-        licence = "trained here" if part == "tower" and manifest.trained else licence_of(folder)
-        rows.append((part, f"{entry['class_path']} {folder}".rstrip(), licence))
-    return rows + [("training data", source.path, licence_of(source.path)) for source in data.sources]
+        license = "trained here" if part == "tower" and manifest.trained else license_of(folder)
+        rows.append((part, f"{entry['class_path']} {folder}".rstrip(), license))
+    return rows + [("training data", source.path, license_of(source.path)) for source in data.sources]
 
 
 def _table(metrics: Mapping[str, Any]) -> list[str]:

@@ -12,9 +12,8 @@ from bindllm.data.captions import SPLITS, clean_caption, require_table
 from bindllm.data.report import Skipped
 from bindllm.data.sources import hashed_split
 from bindllm.data.tables import Record, read_table
-from bindllm.errors import InputError, did_you_mean
+from bindllm.errors import InputError, did_you_mean, fetch_hint
 from bindllm.media import MODALITIES, Media, is_modality
-from bindllm.quickstart import fetch_hint
 
 Split = Literal["train", "validation", "test"]
 

@@ -41,7 +41,7 @@ class StoredSide:
         Returns:
             The key of each media that is stored, and the reason for each that is not.
         """
-        totals = self._embeddings.fill(media, device=device, progress=progress)
+        totals = self._embeddings.precompute(media, device=device, progress=progress)
         self.encoded += totals.encoded
         keys = {item: self._embeddings.key(item) for item in media if item not in totals.failed}
         return keys, totals.failed

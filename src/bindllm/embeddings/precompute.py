@@ -1,0 +1,268 @@
+"""Precomputing the embeddings of a data set: files that the store does not have are embedded and written to it."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sized
+from dataclasses import asdict, dataclass
+from itertools import count, islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress
+from torch import Tensor
+
+from bindllm.embeddings.embedder import BATCH_SIZE, Embedder, Work
+from bindllm.embeddings.store import EmbeddingStore
+from bindllm.errors import MediaError, StoreError
+from bindllm.media import Media
+from bindllm.parallel import SINGLE_PROCESS, Processes, chunks, prefetch
+
+if TYPE_CHECKING:
+    from bindllm.encoders import Encoder
+
+FLUSH_SECONDS = 30.0
+"""Embeddings are written at least this often: a killed run loses at most this much work."""
+
+HASH_CHUNK = 32
+"""Media whose content is hashed by one task; one task for each would cost more than checking an unchanged file."""
+
+
+@dataclass(frozen=True)
+class PrecomputeReport:
+    """Counts of a run; each media is counted once, in ``encoded``, ``reused``, ``duplicates`` or ``failed``.
+
+    Args:
+        encoded: embedded and stored by this run.
+        reused: their content was in the store before.
+        duplicates: their content came earlier in the same run.
+        failed: (name, reason) of media that could not be read or embedded.
+        seconds: wall-clock time.
+    """
+
+    encoded: int
+    reused: int
+    duplicates: int
+    failed: tuple[tuple[str, str], ...]
+    seconds: float
+
+    def over(self, processes: Processes) -> PrecomputeReport:
+        """Return the sum over all processes; waits for all of them."""
+        reports = [PrecomputeReport(**fields) for fields in processes.gather(asdict(self))]
+        return PrecomputeReport(
+            encoded=sum(report.encoded for report in reports),
+            reused=sum(report.reused for report in reports),
+            duplicates=sum(report.duplicates for report in reports),
+            failed=tuple((name, reason) for report in reports for name, reason in report.failed),
+            seconds=max(report.seconds for report in reports),
+        )
+
+
+def precompute_embeddings(
+    store: EmbeddingStore,
+    encoder: Encoder,
+    media: Iterable[Media],
+    *,
+    batch_size: int = BATCH_SIZE,
+    flush_rows: int = 4096,
+    progress: bool = True,
+    processes: Processes = SINGLE_PROCESS,
+) -> PrecomputeReport:
+    """Embed the media whose content is not in the store yet.
+
+    Media that cannot be read are reported and do not stop the run. If the run is interrupted (Ctrl-C, a full disk,
+    an error of the encoder), all embeddings so far are stored, and the next run continues from there.
+
+    Several processes share a store if each calls this with the same media in the same order. Each hashes its share
+    of the files, then embeds the content that its rank owns by hash, so no content is embedded twice.
+
+    Args:
+        store: a store of this encoder.
+        encoder: prepares and embeds.
+        media: may be a generator, which several processes hold in memory; duplicates are embedded once.
+        batch_size: maximum number of media of one modality that are embedded together; fewer if they are large.
+        flush_rows: embeddings are written in shards of about this many rows, or every `FLUSH_SECONDS`.
+        progress: show a progress bar with the remaining time.
+        processes: all processes, with the rank and the number of reader threads of this one.
+
+    Returns:
+        Counts of all media, over all processes.
+
+    Raises:
+        InputError: media of a modality that the encoder does not serve.
+        StoreError: the store belongs to another encoder or cannot be written; says how much is saved.
+    """
+    if store.fingerprint != encoder.fingerprint():
+        raise StoreError(
+            f"{store.folder}: the store belongs to the encoder {store.fingerprint[:16]}, not to "
+            f"{encoder.fingerprint()[:16]}; open it with EmbeddingStore.for_encoder(folder, encoder)"
+        )
+    media = media if processes.world_size == 1 else list(media)
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    with (
+        Progress(*columns, console=Console(stderr=True), disable=not progress) as bar,
+        Embedder([encoder], batch_size=batch_size, threads=processes.num_threads) as embedder,
+    ):
+        task = bar.add_task("embedding", total=len(media) if isinstance(media, Sized) else None)
+        run = _Run(store, embedder, flush_rows, processes, advance=lambda: bar.advance(task))
+        try:
+            run.process(media)
+        except StoreError:
+            # A write that has just failed is not tried again.
+            raise
+        except BaseException:
+            # A write may have been interrupted: rows that reached the disk must not be written twice.
+            store.refresh()
+            run.flush()
+            raise
+    return run.report()
+
+
+_Keyed = tuple[Media, str | MediaError]
+"""A media with its content hash, or the reason why it has none."""
+
+
+class _Run:
+    """The steps of one run in their order, with its counts and the rows that are not written yet."""
+
+    def __init__(
+        self,
+        store: EmbeddingStore,
+        embedder: Embedder,
+        flush_rows: int,
+        processes: Processes,
+        *,
+        advance: Callable[[], None],
+    ) -> None:
+        self._store, self._embedder, self._processes = store, embedder, processes
+        self._flush_rows = flush_rows
+        self._advance = advance
+        self._counts: Counter[str] = Counter()
+        self._failed: list[tuple[str, str]] = []
+        self._seen: set[str] = set()
+        self._rows: list[tuple[str, Tensor, Media]] = []
+        self._started = self._flushed = time.monotonic()
+
+    def process(self, media: Iterable[Media]) -> None:
+        """Hash, embed and store this process's part of the media."""
+        if self._processes.world_size > 1:
+            self._hash_share(media)
+        works = self._select(self._with_keys(media))
+        for result in self._embedder.embed(works, check=self._check_unchanged):
+            key, item = result.key
+            if result.error:
+                self._fail(item, result.error)
+            else:
+                self._rows.append((key, result.embedding, item))
+                self._count("embedded")
+        self.flush()
+
+    def flush(self) -> None:
+        """Write the rows and file records in memory; they stay in memory if writing fails."""
+        self._flushed = time.monotonic()
+        if self._rows:
+            keys, embeddings, media = zip(*self._rows, strict=True)
+            try:
+                self._store.append(keys, torch.stack(embeddings), media)
+            except StoreError as error:
+                raise StoreError(
+                    f"{error}. {self._counts['stored']} embeddings of this run are stored, {len(keys)} are lost; "
+                    "the next run continues from there"
+                ) from error
+            self._counts["stored"] += len(keys)
+            self._rows = []
+            # Two processes that merge the same shards at once could leave rows twice.
+            if self._processes.is_first:
+                self._store.compact()
+        self._store.save_files()
+
+    def report(self) -> PrecomputeReport:
+        """Return the counts over all processes; waits for all of them."""
+        report = PrecomputeReport(
+            encoded=self._counts["stored"],
+            reused=self._counts["reused"],
+            duplicates=self._counts["duplicates"],
+            failed=tuple(self._failed),
+            seconds=time.monotonic() - self._started,
+        ).over(self._processes)
+        if self._processes.world_size > 1:
+            self._store.refresh()
+            if self._processes.is_first:
+                self._store.compact()
+        return report
+
+    def _hash_share(self, media: Iterable[Media]) -> None:
+        """Hash this process's share of the files and wait for the others: then the store has a record of every file.
+
+        Files without a record have no key yet, so positions divide them; media are the same in each process.
+        """
+        for _ in self._with_keys(islice(media, self._processes.rank, None, self._processes.world_size)):
+            if time.monotonic() - self._flushed >= FLUSH_SECONDS:
+                self.flush()
+        self.flush()
+        self._processes.barrier()
+        self._store.refresh()
+
+    def _with_keys(self, media: Iterable[Media]) -> Iterator[list[_Keyed]]:
+        """Hash the content of files that are new or changed (in threads)."""
+        limit = self._embedder.threads + 1
+        return prefetch(self._embedder.pool, self._find_keys, chunks(media, HASH_CHUNK), limit=lambda: limit)
+
+    def _find_keys(self, chunk: list[Media]) -> list[_Keyed]:
+        return [(media, self._find_key(media)) for media in chunk]
+
+    def _find_key(self, media: Media) -> str | MediaError:
+        try:
+            return self._store.key_of(media)
+        except MediaError as error:
+            return error
+
+    def _select(self, keyed: Iterable[list[_Keyed]]) -> Iterator[Work[tuple[str, Media]]]:
+        """Yield the media that this process has to embed, and count the others."""
+        positions = count()
+        for chunk in keyed:
+            mine = [(media, key) for media, key in chunk if self._owns(key, next(positions))]
+            for _ in range(len(chunk) - len(mine)):
+                self._advance()
+            keys = [key for _, key in mine if isinstance(key, str)]
+            stored = dict(zip(keys, self._store.has(keys), strict=True))
+            for media, key in mine:
+                if isinstance(key, MediaError):
+                    self._fail(media, str(key))
+                elif key in self._seen:
+                    self._count("duplicates")
+                else:
+                    self._seen.add(key)
+                    if stored[key]:
+                        self._count("reused")
+                    else:
+                        yield Work((key, media), media)
+
+    def _owns(self, key: str | MediaError, position: int) -> bool:
+        """Return whether this process counts a media; without a content hash its position decides."""
+        if isinstance(key, MediaError):
+            return position % self._processes.world_size == self._processes.rank
+        return self._processes.owns(key)
+
+    def _check_unchanged(self, work: Work[tuple[str, Media]]) -> None:
+        """Raise if a file changed while it was read (in a thread).
+
+        Files may still be arriving: an embedding must never be stored under the key of other content.
+        """
+        media, (key, _) = work.media, work.key
+        if isinstance(media.source, str | Path) and self._store.key_of(media) != key:
+            raise MediaError(f"{media.name}: the file changed while it was read; run again")
+
+    def _fail(self, media: Media, error: str) -> None:
+        self._failed.append((media.name, error))
+        self._count("failed")
+
+    def _count(self, outcome: str) -> None:
+        """Count one media, and write the rows if there are enough or it is time."""
+        self._counts[outcome] += 1
+        self._advance()
+        if len(self._rows) >= self._flush_rows or time.monotonic() - self._flushed >= FLUSH_SECONDS:
+            self.flush()

@@ -1,0 +1,96 @@
+"""Held-out rows, each measured by its task: captions by metrics, answers by accuracy, conversations by their loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from bindllm.data.collate import Lookup
+from bindllm.data.tokenise import Sample
+from bindllm.errors import BindLLMError, InputError
+from bindllm.evaluation.answers import answers_task
+from bindllm.evaluation.captions import captions_task
+from bindllm.evaluation.task import Evaluation, Task, evaluate
+from bindllm.model.bindllm import BindLLM
+
+TASKS = {"caption": "captions", "answer": "answers", "chat": "conversations"}
+"""Name of the evaluation task of each `Sample.task`."""
+
+
+def held_out_rows(samples: Callable[[str], Sequence[Sample]]) -> dict[str, list[Sample]]:
+    """Return the rows of each task: the test rows or, if there are none, the validation rows.
+
+    Args:
+        samples: returns the samples of a split.
+    """
+    rows = samples("test") or samples("validation")
+    by_task = {name: [row for row in rows if row.task == kind] for kind, name in TASKS.items()}
+    return {name: found for name, found in by_task.items() if found}
+
+
+def evaluate_held_out(
+    model: BindLLM,
+    held_out: Mapping[str, Sequence[Sample]],
+    *,
+    train_samples: Sequence[Sample],
+    lookup: Lookup,
+    shuffled_limit: int | None = None,
+    progress: bool = False,
+) -> Evaluation:
+    """Measure a model on held-out rows.
+
+    Args:
+        model: the trained model; its training mode is restored at the end.
+        held_out: rows by task, as from `held_out_rows`.
+        train_samples: samples for the baselines.
+        lookup: returns the embeddings of media groups.
+        shuffled_limit: answer at most this many questions with shuffled media; None: all.
+        progress: show bars.
+
+    Raises:
+        BindLLMError: the only task cannot be measured. If there are several, it is reported as a problem.
+    """
+    tasks, problems = [], {}
+    for name, rows in held_out.items():
+        try:
+            if name == "captions":
+                tasks.append(captions_task(rows, train_samples=train_samples, lookup=lookup))
+            elif name == "answers":
+                tasks.append(
+                    answers_task(
+                        rows,
+                        train_samples=train_samples,
+                        tokenizer=model.tokenizer,
+                        shuffled_limit=shuffled_limit,
+                    )
+                )
+            else:
+                tasks.append(conversations_task(rows))
+        except BindLLMError as error:
+            if len(held_out) == 1:
+                raise
+            problems[name] = str(error)
+    result = evaluate(model, tasks, lookup=lookup, progress=progress)
+    result.problems = problems | result.problems
+    return result
+
+
+def conversations_task(samples: Sequence[Sample]) -> Task:
+    """Return the task of conversations: only their loss, as no metric decides which answer is right.
+
+    Answers that their rows call unwanted are skipped and counted as ``unwanted``: a model that gives them less often
+    is not worse. ``count`` and ``with_media`` are the conversations that are measured and those with media.
+
+    Raises:
+        InputError: there are no samples, or all answers are unwanted.
+    """
+    if not samples:
+        raise InputError("there are no held-out conversations; give at least one")
+    wanted = [sample for sample in samples if sample.desirable is not False]
+    if not wanted:
+        raise InputError(
+            f"all {len(samples)} held-out answers are unwanted, so their loss has no meaning; hold out wanted ones too"
+        )
+    counts = {"count": len(wanted), "with_media": sum(bool(sample.media) for sample in wanted)}
+    if unwanted := len(samples) - len(wanted):
+        counts["unwanted"] = unwanted
+    return Task("conversations", loss_items=wanted, counts=counts)

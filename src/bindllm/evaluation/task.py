@@ -1,0 +1,377 @@
+"""The evaluation loop: a task is items, a metric and a baseline; every task is measured in the same variants.
+
+- ``model``: the model as it is.
+- ``no_media``: the same model without the media, bit-equal to gates of zero.
+- ``shuffled_media``: the same model, all media exchanged among the held-out items. If this is as good as ``model``, the
+  model does not use its media.
+- the task's baseline, which needs no model: ``nearest_caption`` or ``majority_answer``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import random
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from bindllm import conversation
+from bindllm.data.batches import sorted_batches
+from bindllm.data.collate import Lookup, MediaGroup, answer_batch, prompt_batch
+from bindllm.data.tokenise import Sample
+from bindllm.errors import BindLLMError, InputError
+from bindllm.model.bindllm import BindLLM
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+MODEL, NO_MEDIA, SHUFFLED_MEDIA = "model", "no_media", "shuffled_media"
+NEAREST_CAPTION, MAJORITY_ANSWER = "nearest_caption", "majority_answer"
+VARIANTS = {
+    "captions": (MODEL, NO_MEDIA, SHUFFLED_MEDIA, NEAREST_CAPTION),
+    "answers": (MODEL, NO_MEDIA, SHUFFLED_MEDIA, MAJORITY_ANSWER),
+    "conversations": (MODEL, NO_MEDIA, SHUFFLED_MEDIA),
+}
+"""The variants of each task of held-out rows, as the report shows them."""
+
+BATCH_SIZE = 128
+LOSS_BATCH_SIZE = 32
+"""A loss needs the logits of all supervised tokens of a batch at the same time, so its batches are smaller."""
+
+_SEED = 0
+_CHUNK = 1024
+"""Samples whose embeddings are read at a time, so that memory does not grow with their number."""
+
+
+class BaselineAnswer(NamedTuple):
+    """An answer without a model; if it was copied, also the training media that it was copied from.
+
+    Args:
+        text: the answer.
+        media: path or row of the training media.
+        modality: its modality.
+        similarity: cosine to the item's media, -1..1.
+    """
+
+    text: str
+    media: str | None = None
+    modality: str | None = None
+    similarity: float | None = None
+
+
+Metrics = dict[str, Any]
+Metric = Callable[[Sequence[Sample], Sequence[str]], Metrics]
+"""Compares one answer per item with the references. Without items it returns the same keys with empty values."""
+MakeRow = Callable[[Sample, Mapping[str, str | None], BaselineAnswer | None], Mapping[str, Any]]
+"""Makes the JSON-able row of an item from the text of each variant and the answer of the baseline."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Held-out items and how the answers to them are scored.
+
+    Args:
+        name: key in ``metrics.json``.
+        items: samples whose last question is answered; each has references.
+        metric: scores the answers; None: only the loss is measured.
+        loss_items: samples whose loss is measured.
+        baseline: name of the variant without a model; empty: the task has none.
+        baseline_answers: returns one answer per item.
+        make_row: makes a row for the report; None: the task has no rows.
+        max_new_tokens: longest answer.
+        shuffled_limit: answer at most this many items with shuffled media, drawn with a fixed seed; None: all.
+        counts: further numbers about the items, added to the metrics of ``model``.
+
+    Example:
+        >>> Task("spelling", metric=lambda items, answers: {"accuracy": None}).variants
+        ('model', 'no_media', 'shuffled_media')
+    """
+
+    name: str
+    items: Sequence[Sample] = ()
+    metric: Metric | None = None
+    loss_items: Sequence[Sample] = ()
+    baseline: str = ""
+    baseline_answers: Callable[[], Sequence[BaselineAnswer]] | None = None
+    make_row: MakeRow | None = None
+    max_new_tokens: int = 32
+    shuffled_limit: int | None = None
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """Names of the variants, in the order of the report."""
+        return (MODEL, NO_MEDIA, SHUFFLED_MEDIA, *([self.baseline] if self.baseline else []))
+
+
+@dataclass
+class Evaluation:
+    """Results of the tasks.
+
+    Attributes:
+        metrics: metrics of each variant of each task. ``loss`` is in nats per supervised token and ``perplexity`` its
+            exponential. If a variant was measured on a part of the items, ``model_accuracy`` is the accuracy of
+            ``model`` on the same part. A number that could not be measured is None.
+        rows: one JSON-able row per item, for tasks that have rows.
+        problems: why something could not be measured, by task and measurement.
+        seconds: wall time.
+    """
+
+    metrics: dict[str, dict[str, Metrics]] = field(default_factory=dict)
+    rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+def evaluate(
+    model: BindLLM,
+    tasks: Iterable[Task],
+    *,
+    lookup: Lookup,
+    variants: Sequence[str] | None = None,
+    batch_size: int = BATCH_SIZE,
+    progress: bool = False,
+) -> Evaluation:
+    """Measure a model on tasks, in all variants.
+
+    Decoding is greedy. The same inputs give the same numbers, and no global random state is touched. A measurement
+    that fails (out of memory, for example) is logged and reported in `Evaluation.problems`; the others still run.
+
+    Args:
+        model: the trained model; its training mode is restored at the end.
+        tasks: the tasks.
+        lookup: returns the embeddings of media groups.
+        variants: measure only these; None: all variants of each task.
+        batch_size: answers generated at the same time. Losses use at most `LOSS_BATCH_SIZE`.
+        progress: show a bar for each variant.
+    """
+    started, result = time.perf_counter(), Evaluation()
+    with _eval_mode(model), Progress(disable=not progress) as bar:
+        for task in tasks:
+            run = _Run(model, task, batch_size, bar, result.problems)
+            chosen = [name for name in task.variants if variants is None or name in variants]
+            result.metrics[task.name], rows = _evaluate_task(run, chosen, lookup)
+            if task.make_row is not None:
+                result.rows[task.name] = rows
+    result.seconds = time.perf_counter() - started
+    return result
+
+
+class _View(NamedTuple):
+    """A variant of the model: the items as it gets them, and their positions in the task."""
+
+    positions: Sequence[int]
+    items: Sequence[Sample]
+    loss_items: Sequence[Sample]
+    lookup: Lookup
+
+
+def _evaluate_task(
+    run: _Run, variants: Sequence[str], lookup: Lookup
+) -> tuple[dict[str, Metrics], list[dict[str, Any]]]:
+    """Return the metrics of each variant, and the rows."""
+    task, losses = run.task, {}
+    answers: dict[str, dict[int, str]] = {name: {} for name in task.variants}
+    copied: Sequence[BaselineAnswer] | None = None
+    if task.baseline in variants and task.baseline_answers is not None:
+        copied = run.attempt(task.baseline, task.baseline_answers)
+        answers[task.baseline] = {n: answer.text for n, answer in enumerate(copied or ())}
+    for name in variants:
+        if name != task.baseline and (view := _view(run, name, lookup)) is not None:
+            losses[name], answers[name] = run.measure(name, view)
+    metrics = {name: _metrics(run, name, losses.get(name), answers) for name in variants}
+    if MODEL in metrics:
+        metrics[MODEL] |= task.counts
+    rows = []
+    for n, item in enumerate(task.items if task.make_row is not None else ()):
+        texts = {name: given.get(n) for name, given in answers.items()}
+        rows.append(dict(task.make_row(item, texts, copied[n] if copied else None)))
+    return metrics, rows
+
+
+def _view(run: _Run, variant: str, lookup: Lookup) -> _View | None:
+    """Return a variant of the task's items, or None if there are no media, or none to exchange them for."""
+    task = run.task
+    if variant == MODEL:
+        return _View(range(len(task.items)), task.items, task.loss_items, lookup)
+    positions = [n for n, item in enumerate(task.items) if item.media]
+    if not positions and not any(sample.media for sample in task.loss_items):
+        return None
+    if variant == NO_MEDIA:
+        items = [task.items[n] for n in positions]
+        return _View(positions, without_media(items), without_media(task.loss_items), lookup)
+    if task.shuffled_limit is not None and task.shuffled_limit < len(positions):
+        positions = sorted(random.Random(_SEED).sample(positions, task.shuffled_limit))
+    items = [task.items[n] for n in positions]
+    exchanged = run.attempt(variant, lambda: shuffle_media([*items, *task.loss_items], lookup))
+    return exchanged and _View(positions, items, task.loss_items, exchanged)
+
+
+def _metrics(run: _Run, variant: str, loss: float | None, answers: Mapping[str, dict[int, str]]) -> Metrics:
+    """Return the metrics of one variant."""
+    task, metric, given = run.task, run.task.metric, answers[variant]
+    metrics: Metrics = loss_metrics(loss) if task.loss_items else {}
+    if metric is None:
+        return metrics
+    items = [task.items[n] for n in given]
+    scored = run.attempt(f"{variant} metrics", lambda: metric(items, list(given.values())))
+    metrics |= metric([], []) if scored is None else scored
+    if "accuracy" in metrics and 0 < len(items) < len(task.items) and (own := answers[MODEL]):
+        metrics["model_accuracy"] = metric(items, [own[n] for n in given])["accuracy"]
+    return metrics
+
+
+@dataclass
+class _Run:
+    """A model in eval mode and the task that it is measured on."""
+
+    model: BindLLM
+    task: Task
+    batch_size: int
+    bar: Progress
+    problems: dict[str, str]
+
+    def attempt(self, name: str, work: Callable[[], T]) -> T | None:
+        """Return the result of the work, or None with a problem noted: other measurements must not be lost."""
+        try:
+            return work()
+        except Exception as error:
+            name = f"{self.task.name}: {name}"
+            self.problems[name] = f"{type(error).__name__}: {error}"
+            logger.warning("no %s: %s", name, error, exc_info=not isinstance(error, BindLLMError))
+            return None
+
+    def measure(self, name: str, view: _View) -> tuple[float | None, dict[int, str]]:
+        """Return the loss of a variant, and its answers by position."""
+        total = len(view.items) + len(view.loss_items)
+        advance = partial(self.bar.advance, self.bar.add_task(f"{self.task.name}: {name}", total=total))
+        loss = texts = None
+        if view.loss_items:
+            loss = self.attempt(f"{name} loss", lambda: self._loss(view, advance))
+        if view.items:
+            texts = self.attempt(f"{name} answers", lambda: self._answers(view, advance))
+        return loss, {} if texts is None else dict(zip(view.positions, texts, strict=True))
+
+    def _loss(self, view: _View, advance: Callable[[int], None]) -> float:
+        """Return the mean over all supervised tokens, in nats."""
+        total, num_tokens, samples = 0.0, 0, view.loss_items
+        lengths = [len(sample.input_ids) for sample in samples]
+        for rows in sorted_batches(lengths, batch_size=min(self.batch_size, LOSS_BATCH_SIZE)):
+            pad_id = self.model.tokenizer.pad_token_id
+            batch = answer_batch([samples[n] for n in rows], view.lookup, pad_id=pad_id)
+            output = self.model(**{key: value.to(self.model.device) for key, value in batch.items()})
+            logits = output.logits.float()
+            total += nn.functional.cross_entropy(logits, output.targets, reduction="sum").item()
+            num_tokens += output.targets.numel()
+            advance(len(rows))
+        if not math.isfinite(total):
+            raise InputError("the loss is not finite; the weights or the embeddings contain NaN or infinity")
+        return total / num_tokens
+
+    def _answers(self, view: _View, advance: Callable[[int], None]) -> list[str]:
+        """Return a greedy answer to the last question of each item; equal inputs are answered once."""
+        inputs = input_digests(view.items, view.lookup)
+        distinct = list(dict(zip(inputs, view.items, strict=True)).items())
+        advance(len(inputs) - len(distinct))
+        tokenizer, texts = self.model.tokenizer, {}
+        # Prompts of similar length share a batch, padded on the left, so that generation starts at one position.
+        lengths = [sample.prompt_length for _, sample in distinct]
+        for rows in sorted_batches(lengths, batch_size=self.batch_size):
+            batch = prompt_batch([distinct[n][1] for n in rows], view.lookup, pad_id=tokenizer.pad_token_id)
+            ids = self.model.generate_from(
+                **batch, do_sample=False, num_beams=1, max_new_tokens=self.task.max_new_tokens
+            )
+            decoded = tokenizer.batch_decode(ids, skip_special_tokens=True)
+            texts.update((distinct[n][0], text.strip()) for n, text in zip(rows, decoded, strict=True))
+            advance(len(rows))
+        return [texts[key] for key in inputs]
+
+
+@contextmanager
+def _eval_mode(model: BindLLM) -> Iterator[None]:
+    """Switch to eval mode without gradients, and restore the training mode afterwards."""
+    mode = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(mode)
+
+
+def loss_metrics(loss: float | None) -> Metrics:
+    """Return a loss and its perplexity, which is None if it exceeds the largest float."""
+    finite = loss is not None and loss < math.log(sys.float_info.max)
+    return {"loss": loss, "perplexity": math.exp(loss) if finite else None}
+
+
+def input_digests(samples: Sequence[Sample], lookup: Lookup) -> list[bytes]:
+    """Return a digest of the model's input for each sample: the prompt, its media index and the embeddings."""
+    digests = []
+    for start in range(0, len(samples), _CHUNK):
+        chunk = samples[start : start + _CHUNK]
+        vectors = iter(lookup([group for sample in chunk for group in sample.media]))
+        for sample in chunk:
+            digest = hashlib.sha256(sample.input_ids[: sample.prompt_length].tobytes())
+            digest.update(sample.media_index[: sample.prompt_length].tobytes())
+            for _ in sample.media:
+                digest.update(next(vectors).numpy().tobytes())
+            digests.append(digest.digest())
+    return digests
+
+
+def without_media(samples: Sequence[Sample]) -> list[Sample]:
+    """Return the samples without media: nothing is added to any token."""
+    none = conversation.NO_MEDIA
+    return [replace(sample, media_index=np.full_like(sample.media_index, none)) for sample in samples]
+
+
+def shuffle_media(samples: Sequence[Sample], lookup: Lookup) -> Lookup:
+    """Return a lookup that gives each media group of the samples the embedding of another one.
+
+    Two files with the same embedding count as one. The distinct embeddings form one cycle, in an order drawn with a
+    fixed seed, and each is exchanged for the next. So none stays the same, and media that occur several times are
+    exchanged for the same ones everywhere.
+
+    Raises:
+        InputError: all samples show the same media.
+    """
+    groups = list(dict.fromkeys(group for sample in samples for group in sample.media))
+    vectors = dict(zip(groups, lookup(groups), strict=True))
+    distinct = list({vector.numpy().tobytes(): vector for vector in vectors.values()}.items())
+    if len(distinct) < 2:
+        raise InputError("all held-out media are the same, so they cannot be exchanged; hold out more media")
+    random.Random(_SEED).shuffle(distinct)
+    following = distinct[1:] + distinct[:1]
+    other = {key: vector for (key, _), (_, vector) in zip(distinct, following, strict=True)}
+
+    def exchanged(groups: Sequence[MediaGroup]) -> Tensor:
+        return torch.stack([other[vectors[group].numpy().tobytes()] for group in groups])
+
+    return exchanged
+
+
+def media_of(sample: Sample) -> MediaGroup:
+    """Return the media group that the last answer of a sample listens to; empty: it listens to none."""
+    index = int(sample.media_index[-1])
+    return sample.media[index] if index >= 0 else ()
+
+
+def media_name(sample: Sample) -> str | None:
+    """Return the path of these media, or the name of the row if a table or a shard contains them."""
+    group = media_of(sample)
+    if not group:
+        return None
+    return (isinstance(group[0].source, bytes) and sample.name) or group[0].name

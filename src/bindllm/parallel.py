@@ -1,0 +1,213 @@
+"""Working in parallel: the processes of a run, and threads that compute ahead of their consumer."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from queue import Empty, Full, Queue
+from threading import Event, Thread
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+
+import torch
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+POLL_SECONDS = 0.1
+"""How often a waiting thread checks whether it should end."""
+
+JOIN_SECONDS = 10.0
+"""How long `Prefetcher.close` waits for its thread; a thread that hangs on a server ends with the process."""
+
+_SHARE_DIGITS = 8
+
+
+def _gather_one(value: Any) -> list[Any]:
+    return [value]
+
+
+def _gather_objects(value: Any) -> list[Any]:
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run, as one of them sees them; without arguments, a single process.
+
+    Args:
+        rank: index of this process, from 0.
+        world_size: number of processes.
+        gather: takes a JSON-compatible value, waits for all processes, and returns their values in order of rank.
+            It raises if a process has ended.
+        threads: number of reader threads for this process; None: one for each CPU core.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    gather: Callable[[Any], list[Any]] = _gather_one
+    threads: int | None = None
+
+    @classmethod
+    def of_trainer(cls, trainer: Trainer | None) -> Processes:
+        """Return the processes of a Lightning run; None: a single process."""
+        if trainer is None or trainer.world_size == 1:
+            return cls()
+        # The processes of one machine share its CPU cores.
+        threads = max(1, (os.cpu_count() or 1) // trainer.num_devices)
+        return cls(trainer.global_rank, trainer.world_size, gather=_gather_objects, threads=threads)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which does the work that only one process may do."""
+        return self.rank == 0
+
+    @property
+    def num_threads(self) -> int:
+        """Number of reader threads, at least 1."""
+        return max(1, self.threads or os.cpu_count() or 1)
+
+    def barrier(self) -> None:
+        """Wait until every process has called this."""
+        self.gather(None)
+
+    def owns(self, key: str) -> bool:
+        """Return whether this process embeds the content with this sha256.
+
+        Equal content meets in one process, whatever the order and the names of the files. The assignment needs
+        no state, so the next run may have another number of processes.
+
+        Example:
+            >>> [Processes(rank, 2).owns("0000000b" + 56 * "0") for rank in range(2)]
+            [False, True]
+        """
+        return int(key[:_SHARE_DIGITS], 16) % self.world_size == self.rank
+
+
+SINGLE_PROCESS = Processes()
+
+
+def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Yield lists of ``size`` items; the last one may be shorter.
+
+    Example:
+        >>> list(chunks("abcde", 2))
+        [['a', 'b'], ['c', 'd'], ['e']]
+    """
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
+        yield chunk
+
+
+def prefetch(
+    pool: ThreadPoolExecutor,
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    *,
+    limit: Callable[[], int],
+) -> Iterator[Result]:
+    """Yield ``function(item)`` for each item, in order, computed in a thread pool.
+
+    Args:
+        pool: runs ``function``; ``items`` is iterated in the consumer's thread.
+        function: an exception in it is raised to the consumer.
+        items: may be endless.
+        limit: how many results may be in work or waiting; asked again for each item.
+    """
+    waiting: deque[Future[Result]] = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        while len(waiting) >= limit():
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+class Prefetcher(Generic[Item]):
+    """Iterates in one background thread: while an item is in use, one waits and the next is computed.
+
+    In contrast to `prefetch`, the iterator itself runs in the thread. An exception there is raised to the consumer.
+
+    Args:
+        make: returns the iterator; called in the thread with a function that returns whether to stop.
+        device: on a GPU the thread has its own stream, so it does not wait for the kernels of training.
+
+    Example:
+        >>> with Prefetcher(lambda stopped: iter("ab")) as items:
+        ...     list(items)
+        ['a', 'b']
+    """
+
+    def __init__(
+        self,
+        make: Callable[[Callable[[], bool]], Iterator[Item]],
+        *,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self._make, self._device = make, torch.device(device)
+        self._queue: Queue[tuple[Item | None, BaseException | None]] = Queue(maxsize=1)
+        self._stop = Event()
+        # A daemon thread: the process can end even if the thread hangs.
+        self._thread = Thread(target=self._run, name="stream", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Item:
+        while not self._stop.is_set():
+            try:
+                item, error = self._queue.get(timeout=POLL_SECONDS)
+            except Empty:
+                continue
+            if error is None:
+                return item
+            self.close()
+            raise error
+        raise StopIteration
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the thread and discard its results."""
+        self._stop.set()
+        self._thread.join(JOIN_SECONDS)
+
+    def _run(self) -> None:
+        try:
+            if self._device.type == "cuda":
+                with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.Stream(self._device)):
+                    self._put_all()
+            else:
+                self._put_all()
+        except BaseException as error:  # of any kind: it belongs to the consumer
+            self._put(None, error)
+        else:
+            self._put(None, StopIteration())
+
+    def _put_all(self) -> None:
+        for item in self._make(self._stop.is_set):
+            if not self._put(item, None):
+                return
+
+    def _put(self, item: Item | None, error: BaseException | None) -> bool:
+        """Wait for room in the queue; return False if the consumer has closed it."""
+        while not self._stop.is_set():
+            try:
+                self._queue.put((item, error), timeout=POLL_SECONDS)
+            except Full:
+                continue
+            return True
+        return False

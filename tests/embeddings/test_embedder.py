@@ -1,0 +1,116 @@
+"""The embedder: batches by modality, results by media, and errors that name their files."""
+
+import pytest
+import torch
+
+from bindllm import Media
+from bindllm.embeddings import embedder as embedder_module
+from bindllm.embeddings.embedder import Embedder, Work, embed_groups
+from bindllm.errors import InputError, MediaError
+from store_parts import CountingEncoder, expected, image_bytes, write_images
+
+
+class Letters(CountingEncoder):
+    """Embeds texts."""
+
+    modalities = ("text",)
+
+    def prepare(self, media):
+        return torch.tensor([float(ord(letter)) for letter in media.source[:48].ljust(48)]) / 64 - 1
+
+
+class NotFinite(CountingEncoder):
+    """Its second embedding of a batch is NaN."""
+
+    def embed(self, modality, inputs):
+        embeddings = super().embed(modality, inputs)
+        embeddings[1, 0] = float("nan")
+        return embeddings
+
+
+def test_results_in_order_whatever_the_batches():
+    images = [Media.image(image_bytes(n)) for n in range(5)]
+    media = [images[0], Media.text("a"), *images[1:], Media.text("b")]
+    encoder = CountingEncoder()
+    with Embedder([encoder, Letters()], batch_size=2, threads=3) as embedder:
+        results = embedder.embed_in_order(media)
+        assert embedder.seconds_embedding > 0
+    assert [result.key for result in results] == list(range(7))
+    assert encoder.batches == [2, 2, 1]
+    rows = torch.stack([results[n].embedding for n in (0, 2, 3, 4, 5)])
+    torch.testing.assert_close(rows, expected(images))
+
+
+def test_batches_depend_on_sizes_only(monkeypatch):
+    """So a stream that resumes makes the same batches, however fast its threads are."""
+
+    class Sizes(CountingEncoder):
+        def prepare(self, media):
+            return torch.zeros(int(media.source.decode()), dtype=torch.uint8)
+
+        def embed(self, modality, inputs):
+            self.batches.append([len(item) for item in inputs])
+            return torch.ones(len(inputs), 1)
+
+    monkeypatch.setattr(embedder_module, "PREPARED_BYTES", 200)
+    found = []
+    for threads in (1, 4):
+        encoder = Sizes()
+        with Embedder([encoder], threads=threads, batch_size=5) as embedder:
+            sizes = [20] * 6 + [60, 10, 500, 30, 30, 30, 30]
+            embedder.embed_in_order(Media.image(str(size).encode()) for size in sizes)
+        found.append(encoder.batches)
+    assert found[0] == found[1] == [[20] * 5, [20, 60], [10, 500], [30, 30, 30], [30]]
+
+
+def test_unreadable_media_are_reported_and_others_embedded(tmp_path):
+    good, missing = Media.image(image_bytes(1)), Media.image(tmp_path / "none.png")
+    with Embedder([CountingEncoder()]) as embedder:
+        first, second = embedder.embed_in_order([missing, good])
+    assert first.embedding is None
+    assert "none.png" in first.error
+    torch.testing.assert_close(second.embedding[None], expected([good]))
+
+
+def test_the_caller_chooses_which_errors_are_reported():
+    text = Media.text("a dog")
+    with Embedder([CountingEncoder()], reported=(InputError,)) as embedder:
+        (result,) = embedder.embed_in_order([text])
+    assert "no encoder serves the modality 'text'" in result.error
+    with Embedder([CountingEncoder()]) as embedder, pytest.raises(InputError) as caught:
+        embedder.embed_in_order([text])
+    assert caught.value.__notes__ == ["while preparing 'a dog'"]
+
+
+def test_embeddings_that_are_not_finite_are_reported_or_raised(tmp_path):
+    media = write_images(tmp_path, 3)
+    with Embedder([NotFinite()]) as embedder:
+        results = embedder.embed_in_order(media)
+    assert [bool(result.error) for result in results] == [False, True, False]
+    assert results[1].error == f"{media[1].name}: its embedding is not finite"
+    with pytest.raises(MediaError, match=r"001\.png: its embedding is not finite"):
+        embed_groups([media], [NotFinite()], device="cpu")
+
+
+def test_names_of_the_caller_stand_in_errors():
+    class Broken(CountingEncoder):
+        def before_embed(self):
+            raise RuntimeError("out of memory")
+
+    works = [Work(n, Media.image(image_bytes(n)), f"shard 7 sample {n}") for n in range(2)]
+    with Embedder([Broken()]) as embedder, pytest.raises(RuntimeError) as caught:
+        list(embedder.embed(works))
+    assert caught.value.__notes__ == ["while embedding shard 7 sample 0, shard 7 sample 1"]
+
+
+def test_groups_are_fused_by_weight(tmp_path):
+    first, second = write_images(tmp_path, 2)
+    heavy = Media.image(second.source, weight=3)
+    encoder = CountingEncoder()
+    found = embed_groups([(first,), (first, heavy)], [encoder], device="cpu")
+    rows = expected([first, second])
+    mean = torch.nn.functional.normalize(rows[0] + 3 * rows[1], dim=0)
+    torch.testing.assert_close(found, torch.stack([rows[0], mean]))
+    assert encoder.batches == [3]
+    with pytest.raises(InputError, match="is empty"):
+        embed_groups([()], [encoder], device="cpu")
