@@ -30,8 +30,8 @@ from bindllm.cache.visual_cache import VisualCache
 from bindllm.conversation import Conversation
 from bindllm.data.collate import MediaGroup
 from bindllm.data.datamodule import BindData
+from bindllm.data.rows import Sample
 from bindllm.data.sources import SourceConfig
-from bindllm.data.tokenise import Sample
 from bindllm.embeddings.precompute import precompute_embeddings
 from bindllm.embeddings.store import EmbeddingStore
 from bindllm.encoders import Aligned, EfficientNetLite, Encoder

@@ -14,10 +14,9 @@ from pathlib import Path
 
 from benchmarks.measure import RESULTS, run_bindllm
 from bindllm.atomic import write_json
-from bindllm.data.captions import SPLITS
 from bindllm.data.datamodule import BindData
-from bindllm.data.sources import SourceConfig
-from bindllm.data.tokenise import Sample
+from bindllm.data.rows import Sample
+from bindllm.data.sources import SPLITS, SourceConfig
 from bindllm.evaluation.captions import captions_task
 from bindllm.evaluation.task import MODEL, evaluate
 from bindllm.model.bindllm import BindLLM

@@ -19,9 +19,9 @@ from benchmarks.measure import Figure, paired, seconds
 from benchmarks.parts import DECODER, bound_loss, bound_model
 from bindllm.data.source_config import SourceConfig
 from bindllm.data.stream.chunks import ChunkReader
-from bindllm.data.stream.plan import Bookmark, Mixture, Place, ShardStream
+from bindllm.data.stream.loader import StreamOptions, stream_loader
+from bindllm.data.stream.plan import Mixture, Position, ShardStream, StreamState
 from bindllm.data.stream.shards import TarSample, read_shard
-from bindllm.data.stream.training import StreamOptions, stream_loader
 from bindllm.embeddings.embedder import Embedder
 from bindllm.encoders import EfficientNetLite, Encoder
 from bindllm.media import Media
@@ -36,7 +36,7 @@ WORDS = "a photo of the small red house with two old trees by a quiet lake under
 
 
 class Instant:
-    """An encoder that costs nothing: what is left is reading, tokenising and batching."""
+    """An encoder that costs nothing: what is left is reading, tokenizing and batching."""
 
     modalities, embedding_size, config = ("image",), 1280, {}
 
@@ -60,13 +60,13 @@ class InMemory:
         self.samples = samples
 
     def read(
-        self, places: Sequence[Place], bad: list[str]
-    ) -> Iterator[tuple[int, TarSample, tuple[Place, ...]]]:
-        lap = 0
+        self, positions: Sequence[Position], bad: list[str]
+    ) -> Iterator[tuple[int, TarSample, tuple[Position, ...]]]:
+        pass_index = 0
         while True:
             for number, sample in enumerate(self.samples, start=1):
-                yield 0, sample, (Place(lap, 0, number, lap * len(self.samples) + number),)
-            lap += 1
+                yield 0, sample, (Position(pass_index, 0, number, pass_index * len(self.samples) + number),)
+            pass_index += 1
 
 
 def write_shards(folder: Path) -> list[str]:
@@ -101,7 +101,7 @@ def drain(
         mixture, [(0, source)], tokenizer, embedder,
         max_length=MAX_LENGTH, size=min(CHUNK, samples), batch_size=BATCH, seed=[0],
     )  # fmt: skip
-    chunks = reader.read(Bookmark(0, 0, (Place(),)))
+    chunks = reader.read(StreamState(0, 0, (Position(),)))
     done = 0
     while done < samples:
         done += len(next(chunks).embedded.samples)
@@ -121,7 +121,7 @@ def throughput(shards: Sequence[str], source: SourceConfig) -> list[Figure]:
             lambda encoder=encoder, count=count: drain(memory, tokenizer, encoder, source, count),
             repeats=5,
         )
-        what = "EfficientNet-Lite0 embeds" if name else "read, parsed, tokenised and grouped; no encoder"
+        what = "EfficientNet-Lite0 embeds" if name else "read, parsed, tokenized and grouped; no encoder"
         figures.append(
             Figure(
                 f"stream{name}_samples_per_second",

@@ -8,7 +8,7 @@ import torch
 
 from bindllm.data.batches import BatchLoader
 from bindllm.data.collate import collate
-from bindllm.data.tokenise import tokenise
+from bindllm.data.rows import tokenize
 from bindllm.objectives import Reward
 from preference_parts import COLOURS, TOKENIZER, Preferences, build, conversation, lookup
 from tiny_run import make_trainer
@@ -32,7 +32,7 @@ class Questions(Preferences):
 
     def __init__(self, **options):
         asked = [conversation(colour, colour, question) for question in QUESTIONS for colour in COLOURS]
-        samples = [tokenise(each, TOKENIZER, 64) for each in asked]
+        samples = [tokenize(each, TOKENIZER, 64) for each in asked]
         facts = [
             {"number": n, "references": (COLOURS[n % 4],), "name": f"row {n}"} for n in range(len(asked))
         ]

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningDataModule
 from bindllm.conversation import Conversation, Message
 from bindllm.data.batches import BatchLoader, sorted_batches
 from bindllm.data.collate import collate
-from bindllm.data.tokenise import Sample, tokenise
+from bindllm.data.rows import Sample, tokenize
 from bindllm.media import Media
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.decoder import DecoderConfig
@@ -32,9 +32,9 @@ def conversation(colour: str, answer: str, question: str = "Colour?") -> Convers
 
 def row(number: int, colour: str, answer: str, rejected: str | None = None, **fields) -> Sample:
     """One row; its media are named by their colour, which `lookup` turns into an embedding."""
-    sample = tokenise(conversation(colour, answer), TOKENIZER, 64, last_alone=True)
+    sample = tokenize(conversation(colour, answer), TOKENIZER, 64, last_only=True)
     if rejected is not None:
-        fields["rejected"] = tokenise(conversation(colour, rejected), TOKENIZER, 64, last_alone=True)
+        fields["rejected"] = tokenize(conversation(colour, rejected), TOKENIZER, 64, last_only=True)
     return replace(sample, name=f"row {number}", number=number, **fields)
 
 

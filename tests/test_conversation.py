@@ -106,14 +106,14 @@ def test_turns_before_the_first_picture_hear_it():
 
 def test_answer_follows_ends_with_the_header_of_the_answer():
     tokenizer = tiny_tokenizer()
-    rendered = render(talk(("u", A, "Hi")), tokenizer, answer_follows=True)
+    rendered = render(talk(("u", A, "Hi")), tokenizer, add_generation_prompt=True)
     assert marks(rendered, tokenizer) == ("<user|Hi>|<assistant|", "." * 21, "0" * 21)
     whole = render(talk(("u", A, "Hi"), ("a", "yo")), tokenizer)
     assert whole.input_ids[:21] == rendered.input_ids
 
 
 def test_header_of_the_answer_hears_the_nearest_picture_before_it():
-    rendered = render(talk(("u", A), ("a", "x"), ("u", B)), tiny_tokenizer(), answer_follows=True)
+    rendered = render(talk(("u", A), ("a", "x"), ("u", B)), tiny_tokenizer(), add_generation_prompt=True)
     assert rendered.media_index[-1] == 1
 
 
@@ -180,12 +180,12 @@ def test_space_that_the_offsets_leave_out_is_still_its_tokens():
     assert tokenizer.convert_ids_to_tokens(learnt) == ["y", "o", "<|im_end|>"]
 
 
-def test_control_token_in_a_text_is_refused_or_defused():
+def test_control_token_in_a_text_is_refused_or_escaped():
     tokenizer = tiny_tokenizer()
     conversation = talk(("u", A, "Hi <|im_end|>", "<|im_start|>system"), ("a", "yo"))
-    with pytest.raises(InputError, match=r"spells the control token .*<\|im_(end|start)\|>.*defuse"):
+    with pytest.raises(InputError, match=r"spells the control token .*<\|im_(end|start)\|>.*escape"):
         render(conversation, tokenizer)
-    rendered = render(conversation, tokenizer, control_text="defuse")
+    rendered = render(conversation, tokenizer, control_text="escape")
     control = [token for token in rendered.input_ids if token in tokenizer.all_special_ids]
     assert tokenizer.convert_ids_to_tokens(control) == ["<|im_start|>", "<|im_end|>"] * 2
 
@@ -227,8 +227,8 @@ def test_conversations_that_cannot_be_rendered():
         Conversation(())
     with pytest.raises(InputError, match="starts with an answer"):
         render(talk(("a", "yo")), tokenizer)
-    with pytest.raises(InputError, match="an answer already"):
-        render(talk(("u", "Hi"), ("a", "yo")), tokenizer, answer_follows=True)
+    with pytest.raises(InputError, match="already an answer"):
+        render(talk(("u", "Hi"), ("a", "yo")), tokenizer, add_generation_prompt=True)
     with pytest.raises(InputError, match=r"refuses messages of the roles user, user: roles must alternate"):
         render(talk(("u", "1"), ("u", "2")), tokenizer_with(IN_BRACKETS))
 
@@ -237,9 +237,9 @@ def test_templates_that_cannot_be_used_say_why():
     conversation = talk(("u", A), ("u", B), ("a", "y"))
     with pytest.raises(DecoderError, match=r"no chat template.*chat_template\.jinja.*template: alpaca"):
         render(conversation, tokenizer_with(None))
-    with pytest.raises(DecoderError, match="renders what comes before message 2 differently"):
+    with pytest.raises(DecoderError, match="renders the messages before message 2 differently"):
         render(conversation, tokenizer_with(REWRITES_ALL))
-    with pytest.raises(DecoderError, match="no control token"):
+    with pytest.raises(DecoderError, match="without a control token"):
         render(conversation, tokenizer_with("{% for m in messages %}{{ m['content'] }}|{% endfor %}"))
 
 
@@ -258,19 +258,19 @@ def test_tokens_beyond_the_embedding_are_named_where_they_can_occur():
     tokenizer = tiny_tokenizer()
     check_vocabulary(tokenizer, 259)
     with pytest.raises(
-        DecoderError, match=r"256 token embeddings, .* 3 tokens an id beyond them: .* \(256\)"
+        DecoderError, match=r"256 token embeddings, .* 3 tokens with an id beyond them: .* \(256\)"
     ):
         check_vocabulary(tokenizer, 256)
     # As Gemma 3 does: a control token that no text spells and no template writes.
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     check_vocabulary(tokenizer, 259)
     tokenizer.pad_token = "<image>"
-    with pytest.raises(DecoderError, match=r"'<image>' \(259\)\. .*take pad_token out"):
+    with pytest.raises(DecoderError, match=r"'<image>' \(259\)\. .*remove pad_token"):
         check_vocabulary(tokenizer, 259)
     # A word that texts do spell.
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens([AddedToken("<think>", special=False)])
-    with pytest.raises(DecoderError, match=r"1 tokens an id beyond them: '<think>'"):
+    with pytest.raises(DecoderError, match=r"1 tokens with an id beyond them: '<think>'"):
         check_vocabulary(tokenizer, 259)
 
 
@@ -282,10 +282,10 @@ def test_many_answers_are_found_where_rendering_each_prefix_finds_them(monkeypat
     turns = [(role, text) for text, role in zip(texts, "uauauaua", strict=True)]
     conversation = talk(("s", "S"), *turns, *[("u", "assistant\n")] * asks_again)
     tokenizer, calls = tokenizer_with(template), []
-    found = render(conversation, tokenizer, answer_follows=asks_again)
+    found = render(conversation, tokenizer, add_generation_prompt=asks_again)
     with monkeypatch.context() as patch:
         patch.setattr(conversation_module.re, "finditer", lambda *_: calls.append(1) or [])
-        rendered = render(conversation, tokenizer, answer_follows=asks_again)
+        rendered = render(conversation, tokenizer, add_generation_prompt=asks_again)
     # Without a header there is nothing to look for.
     assert len(calls) == (template != IN_BRACKETS)
     assert found == rendered

@@ -10,7 +10,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from bindllm.conversation import Conversation, Message
-from bindllm.data.tokenise import tokenise
+from bindllm.data.rows import tokenize
 from bindllm.objectives import GRPO, ExactAnswer, Objective
 from tiny import tiny_tokenizer
 
@@ -43,6 +43,6 @@ def test_the_reward_of_ones_own_judges():
     names: dict = {}
     exec(block("python"), names)
     conversation = Conversation((Message("user", "Shape?"), Message("assistant", "circle")))
-    sample = replace(tokenise(conversation, tiny_tokenizer(), 64), references=("circle",))
+    sample = replace(tokenize(conversation, tiny_tokenizer(), 64), references=("circle",))
     rewards = names["RightAndShort"]()(["circle", "a circle", "no idea"], [sample] * 3)
     assert rewards.tolist() == pytest.approx([1.0, 0.9, -0.1])

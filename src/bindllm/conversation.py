@@ -1,8 +1,8 @@
 """Conversations of text and media, and how they become token ids, a loss mask and a media index.
 
-Every data format and every request becomes a `Conversation`. `render` turns it into tokens through the chat
-template of the decoder's tokenizer, in one pass over the whole text, so that no token is cut differently in
-training and in generation. The media index is the routing rule of the injection (`docs/architecture.md`).
+Every data format and every request becomes a `Conversation`. `render` turns it into tokens with the chat template of
+the decoder's tokenizer, in one pass over the whole text, so that training and generation see the same tokens. The
+media index routes media groups to tokens in the injection (`docs/architecture.md`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Role = Literal["system", "user", "assistant"]
 WORD_JOINER = "\u2060"
 NO_MEDIA = -1
 INPUT_HEADER = "\n\n### Input:\n"
-"""What stands between instruction and input in one user message, in the public Alpaca texts."""
+"""Separates instruction and input in one user message, in the public Alpaca texts."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Message:
     """One turn of a conversation.
 
     Args:
-        role: who speaks.
+        role: the speaker.
         content: a text, or a sequence of parts, each a text or a `Media`; kept as a tuple of parts. The texts
-            are joined as they are; media add no text.
+            are joined unchanged; media add no text.
 
     Raises:
         InputError: an unknown role, a part of another type, or a text that is not valid Unicode.
@@ -90,7 +90,7 @@ class Conversation:
         for message in self.messages:
             if not isinstance(message, Message):
                 raise InputError(
-                    f"a conversation holds {message!r}, which is no Message; write Message('user', ...)"
+                    f"a conversation holds {message!r}, which is not a Message; write Message('user', ...)"
                 )
 
     @cached_property
@@ -105,9 +105,9 @@ class Rendered:
 
     Args:
         input_ids: token ids, [T].
-        media_index: the media group that speaks to the token, or -1 everywhere when there is no media, [T].
-        answers: first token and token after the last of what the model shall learn to say: the text of each
-            assistant message and the token that ends it.
+        media_index: the media group that the token listens to, or -1 everywhere without media, [T].
+        answers: first token and token after the last of each answer to learn: the text of an assistant message and
+            the token that ends it.
     """
 
     input_ids: list[int]
@@ -116,7 +116,7 @@ class Rendered:
 
     @property
     def supervised(self) -> list[bool]:
-        """True for the tokens of all answers, [T]."""
+        """Whether each token belongs to an answer, [T]."""
         supervised = [False] * len(self.input_ids)
         for start, stop in self.answers:
             supervised[start:stop] = [True] * (stop - start)
@@ -127,23 +127,23 @@ def render(
     conversation: Conversation,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    answer_follows: bool = False,
-    control_text: Literal["refuse", "defuse"] = "refuse",
+    add_generation_prompt: bool = False,
+    control_text: Literal["refuse", "escape"] = "refuse",
 ) -> Rendered:
     """Turn a conversation into tokens with the chat template of the tokenizer.
 
-    A token that reaches over a border belongs to the side of its first character.
+    A token that crosses a boundary between messages belongs to the side of its first character.
 
     Args:
-        conversation: what to render; texts are kept as they are.
+        conversation: its texts are kept unchanged.
         tokenizer: a fast tokenizer with a chat template.
-        answer_follows: end with the header of an assistant message, ready for generation.
-        control_text: what to do where a text spells a control token such as ``<|im_end|>``, which would end
-            the message: refuse it, or defuse it by an invisible word joiner after its first character.
+        add_generation_prompt: end with the header of an assistant message, ready for generation.
+        control_text: how to handle a text that spells a control token such as ``<|im_end|>``, which would end the
+            message: refuse it, or escape it with an invisible word joiner after its first character.
 
     Raises:
-        DecoderError: no offsets, no chat template, or a template that cannot be mapped to messages.
-        InputError: a text that spells a control token, or a conversation which the template refuses.
+        DecoderError: no offsets, no chat template, or a template whose text cannot be mapped to messages.
+        InputError: a text that spells a control token, or a conversation that the template refuses.
 
     Example:
         >>> render(Conversation((Message("user", "Hi"),)), tokenizer).input_ids  # doctest: +SKIP
@@ -151,34 +151,34 @@ def render(
     """
     check_tokenizer(tokenizer)
     messages = conversation.messages
-    _check_roles(messages, answer_follows=answer_follows)
+    _check_roles(messages, add_generation_prompt=add_generation_prompt)
     control = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    defuse = control_text == "defuse"
-    turns = [{"role": m.role, "content": _guard(m.text, control, defuse=defuse)} for m in messages]
-    text = _apply_template(tokenizer, turns, header=answer_follows)
+    escape = control_text == "escape"
+    turns = [{"role": m.role, "content": _guard(m.text, control, escape=escape)} for m in messages]
+    text = _apply_template(tokenizer, turns, header=add_generation_prompt)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, starts = encoded["input_ids"], _token_starts(encoded["offset_mapping"])
 
-    def first_token(place: int | None) -> int | None:
-        """First token that starts at a place in the text or after it."""
-        return None if place is None else bisect_left(starts, place)
+    def first_token(position: int | None) -> int | None:
+        """Return the first token that starts at a position of the text or after it."""
+        return None if position is None else bisect_left(starts, position)
 
-    answer_places = _answer_places(tokenizer, turns, text, control)
+    answer_starts = _answer_starts(tokenizer, turns, text, control)
     answers = []
     media_index = [0 if conversation.media_groups else NO_MEDIA] * len(ids)
     group, answer_end, control_ids = -1, None, set(control.values())
     for turn, message in enumerate(messages):
         if message.media:
             group += 1
-            # Everything ahead of the first group belongs to it already. Some templates (Qwen3) render an answer
-            # differently once it is no longer the last one; what follows it starts after its end token.
+            # Everything before the first group belongs to it already. Some templates (Qwen3) render an answer
+            # differently once it is no longer the last one; then the next message starts after its end token.
             if group > 0:
-                first = first_token(_place(tokenizer, turns[:turn], text))
+                first = first_token(_prefix_length(tokenizer, turns[:turn], text))
                 first = _found(answer_end if first is None else first, turn, tokenizer)
                 media_index[first:] = [group] * (len(ids) - first)
         answer_end = None
         if message.role == "assistant":
-            first = _found(first_token(answer_places[turn]), turn, tokenizer)
+            first = _found(first_token(answer_starts[turn]), turn, tokenizer)
             answer_end = _answer_end(ids, first, control_ids)
             answers.append((first, answer_end))
     return Rendered(ids, media_index, answers)
@@ -199,7 +199,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     """
     if not tokenizer.is_fast:
         raise DecoderError(
-            f"{type(tokenizer).__name__} gives no character offsets, which the loss mask needs; "
+            f"{type(tokenizer).__name__} has no character offsets, which the loss mask needs; "
             "use a decoder folder with a tokenizer.json (a fast tokenizer)"
         )
     if not tokenizer.chat_template:
@@ -213,15 +213,15 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, num_embeddings: int) -> None:
     """Make sure that a decoder has an embedding for every token that can occur.
 
-    Some tokenizers list control tokens for which the weights have no row. That does no harm where neither padding nor
-    the chat template uses them: texts cannot spell control tokens.
+    Some tokenizers list control tokens for which the weights have no row. That is harmless if neither padding nor the
+    chat template uses them: texts cannot spell control tokens.
 
     Args:
         tokenizer: with a chat template.
         num_embeddings: rows of the decoder's token embedding.
 
     Raises:
-        DecoderError: tokens beyond the embedding; they are named.
+        DecoderError: tokens beyond the embedding; the message names them.
     """
     words = {token: i for token, i in tokenizer.get_vocab().items() if i >= num_embeddings}
     if not words:
@@ -233,27 +233,29 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, num_embeddings: int) ->
     if beyond:
         named = ", ".join(f"{token!r} ({i})" for i, token in beyond[:5])
         raise DecoderError(
-            f"the decoder has {num_embeddings:,} token embeddings, and its tokenizer gives {len(beyond):,} tokens an "
-            f"id beyond them: {named}{', ...' * (len(beyond) > 5)}. Use the tokenizer that came with these weights; "
-            "where only the padding token is named, take pad_token out of tokenizer_config.json"
+            f"the decoder has {num_embeddings:,} token embeddings, and its tokenizer has {len(beyond):,} tokens with "
+            f"an id beyond them: {named}{', ...' * (len(beyond) > 5)}. Use the tokenizer that came with these weights; "
+            "if only the padding token is named, remove pad_token from tokenizer_config.json"
         )
 
 
-def _check_roles(messages: Sequence[Message], *, answer_follows: bool) -> None:
+def _check_roles(messages: Sequence[Message], *, add_generation_prompt: bool) -> None:
     if messages[0].role == "assistant":
-        raise InputError("the conversation starts with an answer; put a user message ahead of it")
-    if answer_follows and messages[-1].role == "assistant":
-        raise InputError("the last message is an answer already; leave it out or set answer_follows=False")
+        raise InputError("the conversation starts with an answer; put a user message before it")
+    if add_generation_prompt and messages[-1].role == "assistant":
+        raise InputError(
+            "the last message is already an answer; remove it or set add_generation_prompt=False"
+        )
 
 
-def _guard(text: str, control: dict[str, int], *, defuse: bool) -> str:
-    """Keep a text from opening or closing messages by itself."""
+def _guard(text: str, control: dict[str, int], *, escape: bool) -> str:
+    """Keep a text from opening or closing messages."""
     for token in control:
         if token in text:
-            if not defuse:
+            if not escape:
                 raise InputError(
-                    f"a message spells the control token {token!r} of the decoder; take it out, or render it "
-                    "with control_text='defuse'"
+                    f"a message spells the control token {token!r} of the decoder; remove it, or render it "
+                    "with control_text='escape'"
                 )
             text = text.replace(token, token[0] + WORD_JOINER + token[1:])
     return text
@@ -272,50 +274,50 @@ def _apply_template(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, st
         ) from error
 
 
-def _place(
+def _prefix_length(
     tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], text: str, *, header: bool = False
 ) -> int | None:
-    """Where the first messages (and the header of an answer) end in the text; None: it starts otherwise."""
+    """Return where the first messages (and the header of an answer) end in the text; None if it starts otherwise."""
     prefix = _apply_template(tokenizer, turns, header=header)
     return len(prefix) if text.startswith(prefix) else None
 
 
-def _answer_places(
+def _answer_starts(
     tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], text: str, control: Iterable[str]
 ) -> dict[int, int | None]:
-    """Where in the text each answer starts, by its turn; None where what comes before it is rendered differently."""
+    """Return the start of each answer in the text, by its turn; None if it was not found."""
     answers = [turn for turn, message in enumerate(turns) if message["role"] == "assistant"]
-    places = {turn: _place(tokenizer, turns[:turn], text, header=True) for turn in answers[:1]}
-    if len(answers) > 2 and (first := places[answers[0]]) is not None:
-        # To render what comes before each single answer takes a time that grows with the square of their number. A
-        # header with a control token can be looked for instead: no message spells one.
-        before = _place(tokenizer, turns[: answers[0]], text)
+    starts = {turn: _prefix_length(tokenizer, turns[:turn], text, header=True) for turn in answers[:1]}
+    if len(answers) > 2 and (first := starts[answers[0]]) is not None:
+        # Rendering the messages before every single answer takes quadratic time. A header with a control token can be
+        # searched for instead: no message spells one.
+        before = _prefix_length(tokenizer, turns[: answers[0]], text)
         header = "" if before is None else text[before:first]
         if any(token in header for token in control):
             ends = [match.end() for match in re.finditer(re.escape(header), text) if match.start() >= first]
-            # One at the very end waits for an answer.
+            # A header at the very end is the generation prompt.
             ends = [end for end in ends if end < len(text)]
             if len(ends) == len(answers) - 1:
-                return places | dict(zip(answers[1:], ends, strict=True))
-    return places | {turn: _place(tokenizer, turns[:turn], text, header=True) for turn in answers[1:]}
+                return starts | dict(zip(answers[1:], ends, strict=True))
+    return starts | {turn: _prefix_length(tokenizer, turns[:turn], text, header=True) for turn in answers[1:]}
 
 
 def _found(token: int | None, turn: int, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Pass on the first token of a message, or say why there is none."""
+    """Return the first token of a message, or raise if it was not found."""
     if token is None:
         raise DecoderError(
-            f"the chat template of {tokenizer.name_or_path!r} renders what comes before message {turn + 1} "
-            "differently once it follows, so tokens cannot be mapped to messages; give the decoder a template "
-            "that does not rewrite earlier messages"
+            f"the chat template of {tokenizer.name_or_path!r} renders the messages before message {turn + 1} "
+            "differently once it follows, so tokens cannot be mapped to messages; use a template that does not "
+            "rewrite earlier messages"
         )
     return token
 
 
 def _token_starts(offsets: list[tuple[int, int]]) -> list[int]:
-    """First character of each token, never decreasing.
+    """Return the first character of each token, never decreasing.
 
-    Byte-level tokenizers leave a leading space out of a token's offsets; it is the token's all the same, so a
-    token starts no later than the one before ends. The tokens of one multi-byte character share its start.
+    Byte-level tokenizers exclude a leading space from a token's offsets; it still belongs to the token, so a token
+    starts no later than the previous one ends. The tokens of one multi-byte character share its start.
     """
     starts, end = [], 0
     for start, stop in offsets:
@@ -325,11 +327,11 @@ def _token_starts(offsets: list[tuple[int, int]]) -> list[int]:
 
 
 def _answer_end(ids: list[int], first: int, control_ids: set[int]) -> int:
-    """Token after the control token that ends an answer; texts spell none, so it is the first one."""
+    """Return the token after the control token that ends an answer: the first one, since texts spell none."""
     for position in range(first, len(ids)):
         if ids[position] in control_ids:
             return position + 1
     raise DecoderError(
-        "the chat template closes an answer with no control token, so the model could not learn to stop; "
-        "give the decoder a template that ends each assistant message with its end-of-sequence token"
+        "the chat template ends an answer without a control token, so the model could not learn to stop; "
+        "use a template that ends each assistant message with its end-of-sequence token"
     )

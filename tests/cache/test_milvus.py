@@ -1,4 +1,4 @@
-"""A cache in Milvus: the same answers as with Faiss, replaced in one step, and nothing else taken for one."""
+"""A cache in Milvus: the same answers as with Faiss, replaced in one step, and foreign collections are refused."""
 
 import fcntl
 import logging
@@ -13,9 +13,8 @@ import torch
 from milvus_parts import WIDTH, expected_rows, picture_store, unit_queries
 
 from bindllm import Media, VisualCache
-from bindllm.cache import milvus, milvus_collection
-from bindllm.cache.milvus import MilvusIndex
-from bindllm.cache.milvus_collection import FORMAT, INDEX_TYPES
+from bindllm.cache import milvus
+from bindllm.cache.milvus import FORMAT, INDEX_TYPES, MilvusIndex
 from bindllm.errors import InputError, MissingExtraError, StoreError
 from store_parts import FINGERPRINT, keys_of, texts
 from tiny import ColourEncoder
@@ -71,14 +70,14 @@ def test_the_size_of_a_request_does_not_matter(built, monkeypatch):
     _, cache, _ = built
     queries = torch.from_numpy(unit_queries(20))
     expected = cache.blend(queries)
-    monkeypatch.setattr(milvus, "rows_at_once", lambda size: 7)
+    monkeypatch.setattr(milvus, "_rows_at_once", lambda size: 7)
     assert torch.equal(cache.blend(queries), expected)
-    monkeypatch.setattr(milvus, "_HITS", 40)
+    monkeypatch.setattr(milvus, "_REQUEST_HITS", 40)
     assert torch.equal(cache.blend(queries), expected)
 
 
 def test_a_large_store_is_written_in_several_requests(tmp_path, monkeypatch):
-    monkeypatch.setattr(milvus_collection, "rows_at_once", lambda size: 16)
+    monkeypatch.setattr(milvus, "_rows_at_once", lambda size: 16)
     store = picture_store(tmp_path / "store", 50)
     with MilvusIndex.build(tmp_path / "a.db", store) as index:
         assert np.array_equal(index.vectors(np.arange(50)), expected_rows(store))
@@ -137,7 +136,7 @@ def test_a_closed_index_opens_again_and_lets_go_of_its_path(tmp_path):
         assert third.info == first.info == milvus.MilvusInfo(FINGERPRINT, 20, WIDTH, "image", "FLAT")
 
 
-def test_a_new_build_takes_the_place_of_the_old_one_and_who_had_it_open_is_told(tmp_path):
+def test_a_new_build_replaces_the_old_one_and_readers_of_the_old_one_get_an_error(tmp_path):
     old = MilvusIndex.build(tmp_path / "a.db", picture_store(tmp_path / "store", 20))
     store = picture_store(tmp_path / "store", 10, start=20)
     with MilvusIndex.build(tmp_path / "a.db", store) as new:
@@ -148,7 +147,7 @@ def test_a_new_build_takes_the_place_of_the_old_one_and_who_had_it_open_is_told(
         ]
         client.close()
         for ask in (lambda: old.search(unit_queries(1), 3), lambda: old.keys(np.array([1]))):
-            with pytest.raises(StoreError, match="is gone: it was built again or changed .* open it again"):
+            with pytest.raises(StoreError, match="not rebuilt or removed since it was opened"):
                 ask()
     old.close()
 
@@ -161,7 +160,7 @@ def test_a_build_that_stops_leaves_the_old_collection_and_nothing_else(tmp_path,
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(milvus, "load", stopped)
+        patch.setattr(milvus, "_load", stopped)
         with pytest.raises(KeyboardInterrupt):
             MilvusIndex.build(tmp_path / "a.db", store)
     with MilvusIndex.open(tmp_path / "a.db") as index:
@@ -174,7 +173,7 @@ import os, signal, sys
 from bindllm import EmbeddingStore
 from bindllm.cache import milvus
 
-milvus.check_count = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+milvus._load = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 store = EmbeddingStore(sys.argv[1], sys.argv[2], int(sys.argv[3]))
 milvus.MilvusIndex.build(sys.argv[4], store)
 """
@@ -264,7 +263,7 @@ def test_a_collection_that_has_lost_a_row_is_refused_at_opening_and_in_use(tmp_p
     with MilvusIndex.build(tmp_path / "a.db", picture_store(tmp_path / "store", 20)) as index:
         name = index.source.rpartition(" ")[2]
         index._server.call("delete", name, ids=[7])
-        with pytest.raises(StoreError, match="gave 2 of 3 rows: it was built again or changed"):
+        with pytest.raises(StoreError, match="returned 2 of 3 rows: the collection was rebuilt or changed"):
             index.vectors(np.array([6, 7, 8]))
         with pytest.raises(StoreError, match="found 19 of 20 neighbors although its index is exact"):
             index.search(unit_queries(1), 20)
@@ -272,21 +271,21 @@ def test_a_collection_that_has_lost_a_row_is_refused_at_opening_and_in_use(tmp_p
             MilvusIndex.open(tmp_path / "a.db")
 
 
-def test_what_cannot_be_asked_is_said(built, tmp_path):
+def test_invalid_arguments_are_refused(built, tmp_path):
     store, cache, _ = built
     with pytest.raises(InputError, match=r"takes queries \[N, 24\], not \[2, 5\]"):
         cache.index.search(np.zeros((2, 5), np.float32), 3)
-    with pytest.raises(InputError, match="has 300 vectors, and none with the number 300"):
+    with pytest.raises(InputError, match="has 300 vectors; the id 300 does not exist"):
         cache.index.vectors(np.array([300]))
-    with pytest.raises(InputError, match=r"'a/b' is no name of a collection"):
+    with pytest.raises(InputError, match=r"'a/b' is not the name of a collection"):
         MilvusIndex.build(tmp_path / "a.db", store, collection="a/b")
     with pytest.raises(InputError, match=r"unknown index type 'HNWS'. Did you mean 'HNSW'\?"):
         MilvusIndex.build(tmp_path / "a.db", store, index_type="HNWS")
-    with pytest.raises(InputError, match=r"'localhost:19530' is no address of Milvus"):
+    with pytest.raises(InputError, match=r"'localhost:19530' is not an address of Milvus"):
         MilvusIndex.open("localhost:19530")
     with pytest.raises(InputError, match="timeout is 0"):
         MilvusIndex.open(tmp_path / "a.db", timeout=0)
-    with pytest.raises(StoreError, match=r"there is no embedded Milvus .*a\.db"):
+    with pytest.raises(StoreError, match=r"the embedded Milvus .*a\.db"):
         MilvusIndex.open(tmp_path / "a.db")
     (tmp_path / "b.db").write_text("a database of an older kind")
     with pytest.raises(StoreError, match=r"b\.db cannot be opened as an embedded Milvus \(.*File exists"):
@@ -317,7 +316,7 @@ def test_nothing_is_printed(tmp_path, capfd, caplog):
     assert [record.message for record in caplog.records if record.name != "bindllm"] == []
 
 
-def test_a_missing_pymilvus_is_told_with_its_extra(tmp_path, monkeypatch):
+def test_a_missing_pymilvus_is_reported_with_its_extra(tmp_path, monkeypatch):
     store = picture_store(tmp_path / "store", 5)
     monkeypatch.setitem(sys.modules, "pymilvus", None)
     with pytest.raises(MissingExtraError, match=r"bindllm\[milvus\]"):

@@ -31,7 +31,7 @@ def test_a_sound_recipe_has_no_problems_and_is_previewed(parts, capsys):
     told = capsys.readouterr().out
     assert "no problems" in told
     assert "20 train, 4 validation, 4 test" in told
-    assert "learnt 'red square<|im_end|>'" in told
+    assert "learned 'red square<|im_end|>'" in told
     assert not Path("data").exists()
 
 
@@ -145,7 +145,7 @@ def test_rows_that_are_left_out_are_counted_with_examples(tmp_path, parts, capsy
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = tiny_recipe(parts, data={"sources": [{"path": "rows.jsonl", "split": "train"}]})
     assert run("check", recipe) == 0
-    assert "1 x no such picture" in capsys.readouterr().out
+    assert "1 x no such image file" in capsys.readouterr().out
 
 
 def test_a_checkpoint_folder(parts, capsys):

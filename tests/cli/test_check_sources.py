@@ -56,9 +56,9 @@ def test_conversations_are_counted_with_what_nobody_can_find(folder):
     path = write(folder, "talk.json", rows)
     told, problems = check(SourceConfig(path, format="llava", split="train"))
     assert problems == []
-    assert f"{path}: 4 rows (llava), 6 answers, 2 pictures, 1 rows without media; 4 train" in told
+    assert f"{path}: 4 rows (llava), 6 answers, 2 images, 1 rows without media; 4 train" in told
     assert (
-        "skipped: 2 x no such picture (talk.json row 3: images/gone.png, talk.json row 4: images/away.png)"
+        "skipped: 2 x no such image file (talk.json row 3: images/gone.png, talk.json row 4: images/away.png)"
         in told
     )
     assert "of 4 rows 1 are truncated, 0 cannot be used" in told

@@ -5,9 +5,8 @@ import sys
 import pyarrow as pa
 import pytest
 
-from bindllm.data.arrow_tables import parse_hub
 from bindllm.data.report import Skipped
-from bindllm.data.tables import is_table, read_table
+from bindllm.data.tables import is_table, parse_hub, read_table
 from bindllm.errors import InputError, MissingExtraError
 
 datasets = pytest.importorskip("datasets")
@@ -95,7 +94,7 @@ def test_hub_names_are_handed_to_the_library(monkeypatch, dataset):
 def test_hub_names_of_other_forms_are_refused(tmp_path):
     assert parse_hub(f"hf://{tmp_path}@train") == (str(tmp_path), None, "train")
     for name in ("hf://", "hf://a/b/c/d", "hf://a//b", "hf://@train"):
-        with pytest.raises(InputError, match="expected hf://ORGANISATION/DATASET"):
+        with pytest.raises(InputError, match="expected hf://ORGANIZATION/DATASET"):
             records(name)
 
 

@@ -6,7 +6,7 @@ import torch
 
 from bindllm.conversation import Conversation, Message
 from bindllm.data.collate import answer_batch, collate, model_inputs, prompt_batch
-from bindllm.data.tokenise import Sample
+from bindllm.data.rows import Sample
 from bindllm.errors import InputError
 from bindllm.media import Media
 

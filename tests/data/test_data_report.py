@@ -20,10 +20,10 @@ def row(*questions, rejected: bool = False) -> Row:
 def test_rows_are_counted_with_their_answers_and_different_media():
     report = SourceReport("talks", format="messages")
     report.count([row([A, "?"], "?"), row([A, B, "?"]), row("?"), row("?", rejected=True)])
-    assert (report.captions, report.answers, report.pairs, report.text_only) == (4, 5, 1, 2)
-    assert (report.pictures, report.media) == (2, {"image": 1, "audio": 1})
+    assert (report.num_rows, report.answers, report.pairs, report.text_only) == (4, 5, 1, 2)
+    assert (report.num_media, report.media) == (2, {"image": 1, "audio": 1})
     assert report.counted == (
-        "4 rows (messages), 5 answers, 1 pairs of a better and a worse answer, 1 pictures, 1 audio media, "
+        "4 rows (messages), 5 answers, 1 pairs of a better and a worse answer, 1 images, 1 audio media, "
         "2 rows without media"
     )
 
@@ -61,10 +61,10 @@ def test_the_table_names_what_was_cut_and_left_out():
     told = " ".join(capture.get().replace("│", " ").split())
     for line in (
         "talks 1 rows (llava), 1 audio media",
-        "pictures 1 pictures, 1 captions",
+        "pictures 1 images, 1 captions",
         "rows 1 train, 1 test",
         "rows cut to max_length 3",
         "rows without media 2",
-        "left out: 1 x empty answer (talks row 7)",
+        "skipped: 1 x empty answer (talks row 7)",
     ):
         assert line in told

@@ -76,7 +76,7 @@ def test_report_counts_everything(folder):
     assert report.supervised_tokens == sum(sample.num_supervised for sample in data.samples("train"))
     assert list(report.skipped.counts.values()) == [1, 1, 1]
     lines = "\n".join(report.skipped.lines())
-    assert "no such picture (captions.jsonl line 17: images/none.png)" in lines
+    assert "no such image file (captions.jsonl line 17: images/none.png)" in lines
     assert "media that cannot be embedded (captions.jsonl line 3: " in lines
     assert "red2.png: the file is empty" in lines
     assert "spells the control token '<|im_end|>'" in lines
@@ -150,8 +150,8 @@ def test_preview_shows_rows_and_embeds_nothing(folder):
     data = build(folder, encoders=[])
     lines = [str(line) for line in data.preview(2)]
     assert lines[0] == "captions.jsonl line 3: 50 tokens, 11 to learn"
-    assert lines[2] == "  media 0  learnt 'red square<|im_end|>'"
-    assert lines[4].startswith("captions.jsonl line 17: left out (a message spells the control token")
+    assert lines[2] == "  media 0  learned 'red square<|im_end|>'"
+    assert lines[4].startswith("captions.jsonl line 17: skipped (a message spells the control token")
     assert not (folder / "store").exists()
 
 

@@ -3,7 +3,8 @@
 import pytest
 
 from bindllm.conversation import INPUT_HEADER
-from bindllm.data.formats import FORMATS, FolderPlace
+from bindllm.data.formats import read_row
+from bindllm.data.formats.media import FolderResolver
 from bindllm.data.source_config import SourceConfig
 from bindllm.errors import InputError
 from bindllm.media import Media
@@ -17,9 +18,8 @@ def read(tmp_path):
         (tmp_path / name).touch()
 
     def read(format, record, **options):
-        return FORMATS[format](
-            record, FolderPlace(SourceConfig(str(tmp_path / "rows.csv"), format, **options))
-        )
+        config = SourceConfig(str(tmp_path / "rows.csv"), format, **options)
+        return read_row(record, config, FolderResolver.of(config))
 
     return read
 
@@ -56,8 +56,11 @@ def test_instructions_may_have_media(read, format):
     assert names(parsed) == ["a.png", "bark.wav"]
     # Without media it is a word like any other.
     assert said(read(format, {"instruction": "Write <image>.", "output": "ok"}))[0] == "Write <image>."
-    with pytest.raises(InputError, match="more placeholders <image> than media: 2 for 1"):
-        read(format, {"instruction": "<image> <image>", "output": "same", "image": "a.png"})
+    record = {"instruction": "Is <image> an <image>?", "output": "yes", "image": "a.png"}
+    assert said(read(format, record))[0] == "Is an <image>?"
+    record = {"instruction": "Compare <image>", "output": "same", "images": ["a.png", "b.png"]}
+    with pytest.raises(InputError, match="fewer placeholders <image> than media: 1 for 2"):
+        read(format, record)
 
 
 @pytest.mark.parametrize(
@@ -67,8 +70,8 @@ def test_instructions_may_have_media(read, format):
         ({"instruction": "", "output": "2"}, "nothing in column 'instruction'"),
         ({"instruction": "Add.", "output": " "}, "nothing in column 'output'"),
         ({"instruction": "Add.", "output": None}, "nothing in column 'output'"),
-        ({"instruction": ["Add."], "output": "2"}, "column 'instruction' holds no text"),
-        ({"instruction": "Add.", "output": "2", "input": {"a": 1}}, "column 'input' holds no text"),
+        ({"instruction": ["Add."], "output": "2"}, "column 'instruction' does not hold a text"),
+        ({"instruction": "Add.", "output": "2", "input": {"a": 1}}, "column 'input' does not hold a text"),
     ],
 )
 def test_bad_instructions(read, record, reason):
@@ -98,10 +101,10 @@ def test_pictures_of_minigpt4_are_found_by_their_number(read):
         ("caption", {"image": "a.png", "caption": []}, "no caption"),
         ("caption", {"image": "a.png", "caption": ["red", " \u200b"]}, "empty caption"),
         ("caption", {"image": "a.png", "caption": 7}, "the caption is not a text"),
-        ("caption", {"image": "gone.png", "caption": "red"}, "no such picture: gone.png"),
-        ("caption", {"caption": "red"}, "no path of a picture: no column 'image'$"),
-        ("caption", {"caption": "red", "image": ""}, "no path of a picture$"),
-        ("minigpt4", {"image_id": 3, "caption": "red"}, "no such picture: image/3.jpg"),
+        ("caption", {"image": "gone.png", "caption": "red"}, "no such image file: gone.png"),
+        ("caption", {"caption": "red"}, "no path to the image file: no column 'image'$"),
+        ("caption", {"caption": "red", "image": ""}, "no path to the image file$"),
+        ("minigpt4", {"image_id": 3, "caption": "red"}, "no such image file: image/3.jpg"),
         ("minigpt4", {"image": "a.png", "caption": "red"}, "no column 'image_id'.*looks like caption"),
     ],
 )
@@ -141,7 +144,7 @@ def test_media_of_vqa(read):
     assert names(read("vqa", {**record, "audio": "bark.wav"}, modality="audio")) == ["bark.wav"]
     assert names(read("vqa", {**record, "image": ["a.png", "b.png"]})) == ["a.png", "b.png"]
     for nothing in ({}, {"image": None}, {"image": {"bytes": None, "path": None}}):
-        with pytest.raises(InputError, match="no path of a picture"):
+        with pytest.raises(InputError, match="no path to the image file"):
             read("vqa", {**record, **nothing})
 
 
@@ -154,7 +157,7 @@ def test_media_of_vqa(read):
         (float("nan"), "empty answer"),
         (None, "nothing in column 'answer'"),
         ({"text": "red"}, "empty answer"),
-        ([["red"]], "column 'answer' holds no text"),
+        ([["red"]], "column 'answer' does not hold a text"),
     ],
 )
 def test_bad_answers(read, answer, reason):
@@ -192,7 +195,7 @@ def test_multiple_choice_without_and_with_a_rationale(read):
 def test_media_of_a_choice(read):
     assert names(read("choice", {**CHOICE, "image": "a.png"})) == ["a.png"]
     assert names(read("choice", {**CHOICE, "image": None})) == []
-    with pytest.raises(InputError, match="no such picture: gone.png"):
+    with pytest.raises(InputError, match="no such image file: gone.png"):
         read("choice", {**CHOICE, "image": "gone.png"})
 
 
@@ -230,7 +233,7 @@ def test_options_in_columns_called_like_their_letters(read):
         ({"answer": 3}, "the answer is none of the choices"),
         ({"answer": -1}, "the answer is none of the choices"),
         ({"answer": "D"}, "the answer is none of the choices"),
-        ({"answer": True}, "column 'answer' holds no text"),
+        ({"answer": True}, "column 'answer' does not hold a text"),
         ({"answer": None}, "nothing in column 'answer'"),
         # The text of option C, and the number of option B.
         ({"answer": "1"}, "the answer can be read as more than one of the choices"),
@@ -238,8 +241,8 @@ def test_options_in_columns_called_like_their_letters(read):
         ({"choices": ["only"], "answer": 0}, "1 choices; expected 2 to 26"),
         ({"choices": [f"{n}" for n in range(27)]}, "27 choices; expected 2 to 26"),
         ({"choices": ["a", ""], "answer": 0}, "an empty choice"),
-        ({"choices": "a|b"}, "the choices are no list"),
-        ({"choices": 7}, "the choices are no list"),
+        ({"choices": "a|b"}, "the choices are not a list"),
+        ({"choices": 7}, "the choices are not a list"),
         ({"choices": {"text": ["a", "b"], "label": ["1"]}}, "1 labels for 2 choices"),
         ({"question": ""}, "nothing in column 'question'"),
     ],

@@ -7,8 +7,8 @@ import pytest
 from bindllm.conversation import NO_MEDIA
 from bindllm.data.datamodule import BindData
 from bindllm.data.formats import FORMATS
+from bindllm.data.rows import IGNORE
 from bindllm.data.source_config import SourceConfig
-from bindllm.data.tokenise import IGNORE
 from format_rows import TRUE_ROWS
 from tiny import ColourEncoder, colour_pictures, tiny_tokenizer
 

@@ -6,9 +6,11 @@ from typing import get_args
 
 import pytest
 
-from bindllm.data.formats import FORMATS, FolderPlace, Parsed, leave_out
+from bindllm.data.formats import FORMATS, read_row, skip
 from bindllm.data.formats.columns import looks_like
+from bindllm.data.formats.media import FolderResolver
 from bindllm.data.report import Skipped
+from bindllm.data.rows import Row
 from bindllm.data.source_config import Columns, Format, SourceConfig
 from bindllm.errors import InputError
 from format_rows import TRUE_ROWS
@@ -42,11 +44,12 @@ def place(tmp_path):
     (tmp_path / "image").mkdir()
     for name in ("a.png", "image/7.jpg"):
         (tmp_path / name).touch()
-    return lambda format, **options: FolderPlace(SourceConfig(str(tmp_path / "rows.json"), format, **options))
+    return lambda format, **options: SourceConfig(str(tmp_path / "rows.json"), format, **options)
 
 
-def parse(format: Format, record: dict, place) -> Parsed:
-    return FORMATS[format](record, place(format))
+def parse(format: Format, record: dict, place, **options) -> Row:
+    config = place(format, **options)
+    return read_row(record, config, FolderResolver.of(config))
 
 
 def reason(format: Format, record: dict, place) -> str:
@@ -54,7 +57,7 @@ def reason(format: Format, record: dict, place) -> str:
     with pytest.raises(InputError) as caught:
         parse(format, record, place)
     skipped = Skipped()
-    leave_out(caught.value, "row", skipped)
+    skip(caught.value, "row", skipped)
     (counted,) = skipped.counts
     return counted
 
@@ -124,8 +127,8 @@ def replaced(record: dict, path: tuple, value) -> dict:
 def test_splits_are_read_and_unknown_ones_refused(format, place):
     record = {**TRUE_ROWS[format], "split": "test"}
     assert parse(format, record, place).split == "test"
-    assert FORMATS[format](record, place(format, split="train")).split is None
-    assert FORMATS[format](record, place(format, columns=Columns(split=None))).split is None
+    assert parse(format, record, place, split="train").split is None
+    assert parse(format, record, place, columns=Columns(split=None)).split is None
     assert parse(format, {**record, "split": ""}, place).split is None
     assert parse(format, {**record, "split": "val"}, place).split == "validation"
     assert reason(format, {**record, "split": "held"}, place) == (
@@ -157,7 +160,7 @@ def test_a_row_that_looks_like_nothing_names_its_columns(place):
 def test_columns_can_have_other_names(place):
     columns = Columns(image="file", question="q", answer="a", type="kind")
     record = {"file": "a.png", "q": "Which?", "a": "red", "kind": "colour"}
-    parsed = FORMATS["vqa"](record, place("vqa", columns=columns))
+    parsed = parse("vqa", record, place, columns=columns)
     assert (parsed.references, parsed.type) == (("red",), "colour")
     assert [media.source.rsplit("/")[-1] for (media,) in parsed.conversation.media_groups] == ["a.png"]
 
@@ -182,7 +185,7 @@ def test_a_list_may_be_json_text_as_csv_has_it(format, place):
     flat = {key: json.dumps(value) if isinstance(value, list) else value for key, value in record.items()}
     assert parse(format, flat, place) == parse(format, record, place)
     column = "messages" if format == "messages" else "conversations"
-    assert reason(format, {**record, column: "Hello"}, place) == f"column {column!r} holds no list"
+    assert reason(format, {**record, column: "Hello"}, place) == f"column {column!r} does not hold a list"
 
 
 @pytest.mark.parametrize(

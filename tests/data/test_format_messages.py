@@ -3,7 +3,8 @@ import base64
 import pytest
 
 from bindllm.conversation import Message
-from bindllm.data.formats import FORMATS, FolderPlace
+from bindllm.data.formats import read_row
+from bindllm.data.formats.media import FolderResolver
 from bindllm.data.source_config import SourceConfig
 from bindllm.errors import InputError
 from bindllm.media import Media
@@ -19,8 +20,8 @@ def read(tmp_path):
 
     def read(*messages, modality="image", **record):
         config = SourceConfig(str(tmp_path / "rows.jsonl"), "messages", modality=modality)
-        parsed = FORMATS["messages"]({"messages": list(messages), **record}, FolderPlace(config))
-        return parsed.conversation.messages
+        row = read_row({"messages": list(messages), **record}, config, FolderResolver.of(config))
+        return row.conversation.messages
 
     return read
 
@@ -176,7 +177,7 @@ def test_turns_after_the_last_answer_are_left_out_with_their_media(read):
         ),
         ([user(text(" ")), ANSWER], "a question without text or media"),
         ([user(), ANSWER], "a question without text or media"),
-        (["Which?", ANSWER], "a message that is no object"),
+        (["Which?", ANSWER], "a message that is not an object"),
         ([{"role": "user"}, ANSWER], "neither a text nor a list of parts"),
         ([{"role": "usr", "content": "Which?"}, ANSWER], r"unknown role 'usr'\. Did you mean 'user'\?"),
         ([{"content": "Which?"}, ANSWER], r"unknown role None\."),
@@ -190,25 +191,28 @@ def test_turns_after_the_last_answer_are_left_out_with_their_media(read):
         ),
         (
             [user(text("?")), {**ANSWER, "weight": 0}, user(text("?")), ANSWER],
-            "of weight 0; every answer is learnt",
+            "of weight 0; every answer is learned",
         ),
         ([user(text("?")), {"role": "assistant", "content": [image("a.png")]}], "media in an answer"),
-        ([user("?", 7), ANSWER], "a content part that is no object"),
+        ([user("?", 7), ANSWER], "a content part that is not an object"),
         ([user({"type": "text"}), ANSWER], "a text part without a text"),
         (
             [user({"type": "imge_url", "imge_url": "a.png"}), ANSWER],
             r"unknown content part 'imge_url'\. Did you mean 'image",
         ),
         ([user({"type": "radar", "radar": "sweep.bin"}), ANSWER], "unknown content part 'radar'"),
-        ([user(image("https://example.org/a.png")), ANSWER], "a picture on the web; download it first"),
-        ([user(image("gone.png")), ANSWER], "no such picture: gone.png"),
+        (
+            [user(image("https://example.org/a.png")), ANSWER],
+            "a web address as image file; download it first",
+        ),
+        ([user(image("gone.png")), ANSWER], "no such image file: gone.png"),
         (
             [user({"type": "input_audio", "input_audio": {"data": "gone.wav"}}), ANSWER],
             "no such audio file: gone.wav",
         ),
-        ([user(image("data:image/png;base64,!!")), ANSWER], r"a data: URI that is no picture"),
-        ([user(image("data:image/png")), ANSWER], r"a data: URI that is no picture"),
-        ([user({"type": "image_url", "image_url": {"detail": "low"}}), ANSWER], "no path of a picture"),
+        ([user(image("data:image/png;base64,!!")), ANSWER], r"a data: URI without image content"),
+        ([user(image("data:image/png")), ANSWER], r"a data: URI without image content"),
+        ([user({"type": "image_url", "image_url": {"detail": "low"}}), ANSWER], "no path to the image file"),
         (
             [user({"type": "image"}), ANSWER],
             "more placeholders <image> than media: 1 for 0 in column 'image'",

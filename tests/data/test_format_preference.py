@@ -1,6 +1,7 @@
 import pytest
 
-from bindllm.data.formats import FORMATS, FolderPlace
+from bindllm.data.formats import read_row
+from bindllm.data.formats.media import FolderResolver
 from bindllm.data.source_config import SourceConfig
 from bindllm.errors import InputError
 
@@ -13,8 +14,8 @@ RED, BLUE = ({"role": "assistant", "content": word} for word in ("red", "blue"))
 def read(tmp_path):
     """Reads a record in a folder with the picture a.png."""
     (tmp_path / "a.png").touch()
-    place = FolderPlace(SourceConfig(str(tmp_path / "pairs.jsonl"), "preference"))
-    return lambda record: FORMATS["preference"](record, place)
+    config = SourceConfig(str(tmp_path / "pairs.jsonl"), "preference")
+    return lambda record: read_row(record, config, FolderResolver.of(config))
 
 
 def said(conversation) -> list[tuple[str, str]]:
@@ -114,7 +115,7 @@ def test_an_answer_with_a_label(read, label, unwanted, completion):
         ({"prompt": "Which?", "completion": "red", "label": 2}, "the label is neither true nor false"),
         (
             {"prompt": "Which?", "chosen": "red", "rejected": "blue", "image": "gone.png"},
-            "no such picture: gone.png",
+            "no such image file: gone.png",
         ),
     ],
 )

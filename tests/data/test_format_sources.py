@@ -43,7 +43,7 @@ def test_rows_carry_what_the_format_found(folder):
     (found,) = rows["test"]
     assert (found.name, found.source, found.task) == ("x.jsonl line 1", 3, "answer")
     assert (found.type, found.options, found.references) == ("letters", ("a", "b"), ("The answer is (B).",))
-    assert (report.format, report.pictures, report.captions, report.text_only) == ("choice", 0, 1, 1)
+    assert (report.format, report.num_media, report.num_rows, report.text_only) == ("choice", 0, 1, 1)
     pair = {"prompt": "?", "chosen": "a", "rejected": "b"}
     rows, _ = read_source(SourceConfig(write(folder / "y.jsonl", [pair]), "preference", split="train"))
     assert rows["train"][0].rejected.messages[-1].text == "b"
@@ -98,14 +98,14 @@ def test_media_inside_a_table_go_by_their_content(folder):
         split = hashed_split(sha256(picture).hexdigest(), 0.9)
         assert {f"{number}" for number in range(first, 21, 2)} <= set(found[split])
     rows, report = read_source(SourceConfig(str(folder / "x.parquet"), "vqa"))
-    assert report.pictures == 2
+    assert report.num_media == 2
     assert {media.source for split in rows.values() for row in split for media in row.media} == {
         b"one",
         b"two",
     }
     # Captions of such a table are joined by their picture as well.
     rows, report = read_source(SourceConfig(str(folder / "x.parquet")))
-    assert (report.pictures, report.captions) == (2, 20)
+    assert (report.num_media, report.num_rows) == (2, 20)
 
 
 def test_the_split_of_the_recipe_then_of_the_row_then_of_the_file(folder):
@@ -146,7 +146,7 @@ def test_a_folder_with_one_table(folder):
     for named in (path, str(folder)):
         found, report = read_source(SourceConfig(named, "minigpt4", split="train"))
         assert [media.source for media in found["train"][0].media] == [str(folder / "image/2.jpg")]
-        assert report.counted == "1 rows (minigpt4), 1 pictures"
+        assert report.counted == "1 rows (minigpt4), 1 images"
 
 
 def test_folders_that_do_not_say_which_table(folder):
@@ -186,7 +186,7 @@ def test_media_are_looked_for_in_the_folder_that_the_recipe_names(folder):
     path = write(folder / "tables/x.jsonl", [asked(0)])
     captions = write(folder / "tables/captions.jsonl", [{"image": "0.png", "caption": "red"}])
     for named, format in ((path, "vqa"), (captions, "caption"), (str(folder / "tables"), "caption")):
-        with pytest.raises(InputError, match="1 x no such picture"):
+        with pytest.raises(InputError, match="1 x no such image file"):
             read_source(SourceConfig(named, format))
         rows, _ = read_source(SourceConfig(named, format, media=str(folder), split="train"))
         assert rows["train"][0].media[0].source == str(folder / "0.png")
@@ -208,19 +208,19 @@ def test_bad_rows_are_counted_by_reason_with_what_is_at_fault(folder):
         stream.write("[]\n{")
     _, report = read_source(SourceConfig(path, "vqa"))
     assert report.skipped.counts == {
-        "no such picture": 4,
+        "no such image file": 4,
         "empty answer": 1,
         "no column 'question'. Known: frage.": 1,
         "unknown split 'held'. Known: test, train, validation.": 1,
         "not a JSON object": 1,
         "not valid JSON": 1,
     }
-    assert report.skipped.examples["no such picture"] == [
+    assert report.skipped.examples["no such image file"] == [
         "x.jsonl line 2: 99.png",
         "x.jsonl line 3: 98.png",
         "x.jsonl line 4: 97.png",
     ]
-    assert report.captions == 1
+    assert report.num_rows == 1
 
 
 LLAVA = {
@@ -249,7 +249,7 @@ def test_a_folder_of_tables_left_at_the_format_caption_is_told_so_too(folder):
 
 def test_captions_that_cannot_be_used_are_told_nothing_of_formats(folder):
     path = write(folder / "x.jsonl", [{"image": "gone.png", "caption": "red"}])
-    with pytest.raises(InputError, match=r"1 x no such picture \(x.jsonl line 1: gone.png\)$"):
+    with pytest.raises(InputError, match=r"1 x no such image file \(x.jsonl line 1: gone.png\)$"):
         read_source(SourceConfig(path))
 
 

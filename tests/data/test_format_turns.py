@@ -2,7 +2,8 @@
 
 import pytest
 
-from bindllm.data.formats import FORMATS, FolderPlace
+from bindllm.data.formats import read_row
+from bindllm.data.formats.media import FolderResolver
 from bindllm.data.source_config import Columns, SourceConfig
 from bindllm.errors import InputError
 from bindllm.media import Media
@@ -19,7 +20,8 @@ def read(tmp_path):
             str(tmp_path / "x.json"), format, modality=modality, columns=columns or Columns()
         )
         turns = [{"from": ("human", "gpt")[n % 2], "value": words} for n, words in enumerate(said)]
-        return FORMATS[format]({"conversations": turns, **record}, FolderPlace(config)).conversation.messages
+        row = read_row({"conversations": turns, **record}, config, FolderResolver.of(config))
+        return row.conversation.messages
 
     return read
 
@@ -90,19 +92,21 @@ def test_answers_are_taken_as_they_are(read):
 @pytest.mark.parametrize(
     ("said", "record", "reason"),
     [
-        (("<image> Which?", "red"), {}, "more placeholders <image> than media: 1 for 0 in column 'image'"),
-        (("<image> Which?", "red"), {"image": ""}, "more placeholders <image> than media: 1 for 0"),
         (("Which?", "red"), {"image": "a.png"}, "fewer placeholders <image> than media: 0 for 1"),
         (("Which?", "<image> red"), {"image": "a.png"}, "fewer placeholders <image> than media: 0 for 1"),
-        (("<image><image> ?", "red"), {"image": ["a.png"]}, "more placeholders <image> than media: 2 for 1"),
-        (("<image> ?", "red"), {"video": "film.mp4"}, "more placeholders <image> than media: 1 for 0"),
+        (
+            ("<image> ?", "red"),
+            {"image": ["a.png", "b.png"]},
+            "fewer placeholders <image> than media: 1 for 2",
+        ),
+        (("<image> ?", "red"), {"video": "film.mp4"}, "fewer placeholders <video> than media: 0 for 1"),
         (("<video> ?", "red"), {"image": "a.png"}, "fewer placeholders <image> than media: 0 for 1"),
-        (("<image> ?", "red"), {"image": "gone.png"}, "no such picture: gone.png"),
-        (("<image> ?", "red"), {"image": 7}, "no path of a picture"),
+        (("<image> ?", "red"), {"image": "gone.png"}, "no such image file: gone.png"),
+        (("<image> ?", "red"), {"image": 7}, "no path to the image file"),
         (("Which?",), {}, "no answer"),
         (("", "red"), {}, "a question without text or media"),
         (("Which?", ""), {}, "empty answer"),
-        ((7, "red"), {}, "a turn whose value is no text"),
+        ((7, "red"), {}, "a turn whose value is not a text"),
     ],
 )
 def test_bad_rows_of_llava(read, said, record, reason):
@@ -142,8 +146,8 @@ def test_sharegpt_takes_a_placeholder_for_a_word(read):
         ([{"from": "narrator", "value": "?"}], "unknown role 'narrator'"),
         ([{"from": "function_call", "value": "?"}], "role 'function_call': tool calls are not supported"),
         ([{"from": "gpt", "value": "red"}, {"from": "human", "value": "?"}], "it starts with an answer"),
-        (["red"], "a turn that is no object with 'from' and 'value'"),
-        ({"human": "?"}, "column 'conversations' holds no list"),
+        (["red"], "a turn that is not an object with 'from' and 'value'"),
+        ({"human": "?"}, "column 'conversations' does not hold a list"),
     ],
 )
 def test_bad_rows_of_sharegpt(read, turns, reason):

@@ -5,7 +5,7 @@ import tracemalloc
 
 import pytest
 
-from bindllm.data import json_lists
+from bindllm.data import tables as json_lists
 from bindllm.data.report import Skipped
 from bindllm.data.tables import read_table
 from bindllm.errors import InputError
@@ -67,10 +67,10 @@ def test_bad_rows_are_counted_and_their_neighbours_kept(read):
     [
         ("", "neither a JSON list of rows nor an object"),
         ("7", "neither a JSON list of rows nor an object"),
-        ('[{"a": 1}', "the file ends where ',' belongs"),
+        ('[{"a": 1}', "the file ends before ','"),
         ('[{"a": 1}, {"a": "tex', "row 2 is not valid JSON .the file ends in the middle"),
         ('[{"a": 1}, {"a": }, {"a": 2}]' + " " * 50, "row 2 is not valid JSON .Expecting value"),
-        ('[{"a": 1} {"a": 2}]', r"'{' where ',' belongs"),
+        ('[{"a": 1} {"a": 2}]', r"'{' instead of ','"),
         ("[" * 100_000, "row 1 is not valid JSON"),
         ('{"a": 1}\n{"a": 2}\n', "more than one JSON value; if each line is a row, call the file .jsonl"),
         ('{"a": [{"b": 1}]}\n{"a": [{"b": 1}]}\n', "more than one JSON value"),
@@ -79,8 +79,8 @@ def test_bad_rows_are_counted_and_their_neighbours_kept(read):
             '{"images": [{"a": 1}], "annotations": [{"b": 1}]}',
             "the object holds the lists images, annotations",
         ),
-        ("{7: 1}", "'7' where a key in quotation marks belongs"),
-        ('{"a": 1,', "'' where a key in quotation marks belongs"),
+        ("{7: 1}", "'7' instead of a key in quotation marks"),
+        ('{"a": 1,', "'' instead of a key in quotation marks"),
     ],
 )
 def test_files_that_cannot_be_read_say_where(read, content, message):

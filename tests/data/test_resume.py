@@ -119,7 +119,7 @@ def test_resume_from_a_state_that_was_saved_inside_a_step(folder, whole, tmp_pat
 def test_resume_on_other_data_is_refused(folder, tmp_path, changes):
     keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1)
     run(folder, tmp_path, callbacks=[keep], stop_after=3)
-    with pytest.raises(InputError, match="cannot go on from that checkpoint"):
+    with pytest.raises(InputError, match="cannot resume from that checkpoint"):
         run(folder, tmp_path, resume=tmp_path / "step=2.ckpt", **changes)
 
 

@@ -4,9 +4,15 @@ import os
 import pytest
 from PIL import Image
 
-from bindllm.data.captions import Columns, clean_caption, read_captions
 from bindllm.data.report import SourceReport
-from bindllm.data.sources import SourceConfig, hashed_split, read_source
+from bindllm.data.sources import (
+    Columns,
+    SourceConfig,
+    clean_caption,
+    hashed_split,
+    read_captions,
+    read_source,
+)
 from bindllm.errors import InputError
 from tiny import colour_pictures
 
@@ -42,7 +48,7 @@ def test_rows_become_conversations_with_prompt_answer_and_references(folder):
     assert second.conversation.messages[1].text == "one cat"
     assert first.references == second.references == ("a cat", "one cat")
     assert (first.name, first.source) == ("captions.jsonl line 1", 3)
-    assert (report.pictures, report.captions, report.skipped.total) == (1, 2, 0)
+    assert (report.num_media, report.num_rows, report.skipped.total) == (1, 2, 0)
 
 
 def test_repeated_rows_of_a_picture_are_joined(folder):
@@ -111,24 +117,24 @@ def test_bad_rows_are_counted_with_reasons_and_examples(folder):
     rows, report = read_source(SourceConfig(str(folder)))
     assert [row.references for split in rows.values() for row in split] == [("good",)]
     assert report.skipped.counts == {
-        "no such picture": 3,
-        "no path of a picture": 2,
+        "no such image file": 3,
+        "no path to the image file": 2,
         "no caption": 2,
         "the caption is not a text": 1,
         "empty caption": 1,
-        "same picture and caption as an earlier row": 1,
-        "this picture is in another split already": 1,
+        "same image and caption as an earlier row": 1,
+        "this image is in another split already": 1,
         "unknown split 'held'. Known: test, train, validation.": 1,
         "no column 'caption'. Known: image.": 1,
     }
-    assert report.skipped.examples["no such picture"][0] == "captions.jsonl line 2: missing.png"
+    assert report.skipped.examples["no such image file"][0] == "captions.jsonl line 2: missing.png"
     assert report.skipped.total == 13
 
 
 def test_source_whose_rows_are_all_bad_is_an_error_with_reasons(folder):
     write_rows(folder, {"image": "no.png", "caption": "x"}, {"image": "a.png", "caption": ""})
     with pytest.raises(
-        InputError, match=r"no row that can be used: 1 x no such picture \(.*no\.png\); 1 x empty"
+        InputError, match=r"no row that can be used: 1 x no such image file \(.*no\.png\); 1 x empty"
     ):
         read_source(SourceConfig(str(folder)))
 
@@ -143,7 +149,7 @@ def test_paths_that_cannot_be_a_source(tmp_path, folder):
     with pytest.raises(InputError, match=r"nowhere does not exist\.$"):
         read_source(SourceConfig(str(tmp_path / "nowhere")))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"no table captions\.\* .* and no pictures"):
+    with pytest.raises(InputError, match=r"no table captions\.\* .* and no images"):
         read_source(SourceConfig(str(tmp_path / "empty")))
     write_rows(folder)
     write_rows(folder, name="captions.csv")
@@ -221,7 +227,7 @@ def test_limit_takes_pictures_with_all_their_captions_from_everywhere(tmp_path):
     rows, report = read_source(SourceConfig(str(tmp_path), limit=12))
     again, _ = read_source(SourceConfig(str(tmp_path), limit=12))
     assert rows == again
-    assert report.pictures == 12
+    assert report.num_media == 12
     assert len({reference for found in rows.values() for row in found for reference in row.references}) > 2
 
 

@@ -12,7 +12,7 @@ import torch
 from bindllm.data.source_config import SourceConfig
 from bindllm.data.stream.chunks import BAD_SHARD
 from bindllm.data.stream.embed import CANNOT_EMBED
-from bindllm.data.stream.training import StreamOptions, check_streams, stream_loader
+from bindllm.data.stream.loader import StreamOptions, check_streams, stream_loader
 from bindllm.errors import EncoderError, InputError
 from bindllm.media import Media
 from bindllm.parallel import Processes
@@ -114,7 +114,7 @@ def test_a_step_that_was_cut_off_gets_its_batch_again(shards, whole):
     assert equal(take(rest, 2), whole[4:6])
     lost = build(shards, position=lambda: 2)
     lost.load_state_dict(first.state_dict())
-    with pytest.raises(InputError, match="cannot go on after batch 2: its saved state is of batch 5"):
+    with pytest.raises(InputError, match="cannot resume after batch 2: its saved state is of batch 5"):
         take(lost, 1)
 
 
@@ -129,7 +129,7 @@ def test_what_is_saved_does_not_depend_on_how_far_the_thread_is(shards):
         states.append(loader.state_dict())
         batches.close()
     assert states[0] == states[1]
-    assert max(map(int, states[0]["bookmarks"][0])) == 3
+    assert max(map(int, states[0]["states"][0])) == 3
 
 
 def test_a_state_of_other_data_or_other_processes_is_refused(shards, tmp_path):
@@ -146,7 +146,7 @@ def test_a_state_of_other_data_or_other_processes_is_refused(shards, tmp_path):
         with pytest.raises(InputError, match="shards or their sizes, formats, weights, chunk"):
             other.load_state_dict(state)
     two = build(shards, processes=Processes(0, 2, gather=lambda value: [value, value]))
-    with pytest.raises(InputError, match="saved by 1 processes and cannot go on in 2"):
+    with pytest.raises(InputError, match="saved by 1 processes and cannot resume in 2"):
         two.load_state_dict(state)
 
 
@@ -155,7 +155,7 @@ def test_a_shard_that_grew_is_another_shard(tmp_path):
     loader = build(shards)
     take(loader, 1)
     write_shards(tmp_path, [9, 4])
-    with pytest.raises(InputError, match="cannot go on from that checkpoint"):
+    with pytest.raises(InputError, match="cannot resume from that checkpoint"):
         build(shards).load_state_dict(loader.state_dict())
 
 
@@ -164,7 +164,7 @@ def test_two_processes_read_disjoint_samples_and_go_on_from_one_state(shards):
     loaders = [build(shards, processes=Processes(rank, 2, gather=lambda _: states)) for rank in (0, 1)]
     for rank, loader in enumerate(loaders):
         found.append(take(loader, 3))
-        states[rank] = {str(done): bookmark.as_dict() for done, bookmark in loader._bookmarks.items()}
+        states[rank] = {str(done): state.as_dict() for done, state in loader._states.items()}
     first, second = ({number_of(text) for batch in part for text in texts(batch)} for part in found)
     assert not first & second
     saved = loaders[0].state_dict()
@@ -322,7 +322,7 @@ def test_what_cannot_be_streamed_together_is_refused(shards, tmp_path):
     for sources, message in (
         ([source(stream, limit=5)], "has no limit"),
         ([source(stream), source(own, split="test")], "give this source a limit"),
-        ([source(stream), source("a.jsonl")], "a run trains on streams alone or on none"),
+        ([source(stream), source("a.jsonl")], "a run trains only on streams or on none"),
         (
             [source(stream), source(stream, split="validation", limit=3)],
             "is held out by .* and trained on by",

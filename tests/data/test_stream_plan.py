@@ -6,7 +6,7 @@ from itertools import islice, pairwise
 
 import pytest
 
-from bindllm.data.stream.plan import Bookmark, Mixture, Place, ShardStream, group_by_length
+from bindllm.data.stream.plan import Mixture, Position, ShardStream, StreamState, group_by_length
 from bindllm.data.stream.shards import expand_shards
 from bindllm.errors import InputError
 from stream_parts import captioned, write_shard, write_shards
@@ -18,8 +18,8 @@ def shards(tmp_path_factory):
     return expand_shards(str(write_shards(tmp_path_factory.mktemp("shards"), [4, 5, 3, 6, 3])))
 
 
-def keys(stream, count, place=Place()):  # noqa: B008 (frozen)
-    return [sample.key for sample, _ in islice(stream.read(place, []), count)]
+def keys(stream, count, position=Position()):  # noqa: B008 (frozen)
+    return [sample.key for sample, _ in islice(stream.read(position, []), count)]
 
 
 def test_each_pass_gives_every_sample_once_in_another_order_of_shards(shards):
@@ -34,21 +34,21 @@ def test_each_pass_gives_every_sample_once_in_another_order_of_shards(shards):
 
 def test_processes_have_disjoint_shares_that_cover_each_pass(shards):
     streams = [ShardStream("s", shards, seed=1, world_size=2, rank=rank) for rank in (0, 1)]
-    for lap in range(3):
-        first, second = (stream.lap(lap) for stream in streams)
+    for pass_index in range(3):
+        first, second = (stream.shard_order(pass_index) for stream in streams)
         assert not set(first) & set(second)
         assert sorted(first + second) == sorted(shards)
         assert (len(first), len(second)) == (3, 2)
-    assert streams[0].lap(0) != streams[0].lap(1)
+    assert streams[0].shard_order(0) != streams[0].shard_order(1)
 
 
 def test_reading_goes_on_from_any_place(shards):
     stream = ShardStream("s", shards, seed=1)
-    read = list(islice(stream.read(Place(), []), 50))
+    read = list(islice(stream.read(Position(), []), 50))
     for done in (1, 3, 4, 20, 21, 22, 45):
-        place = read[done - 1][1]
-        assert place.drawn == done
-        assert [sample.key for sample, _ in islice(stream.read(place, []), 5)] == [
+        position = read[done - 1][1]
+        assert position.drawn == done
+        assert [sample.key for sample, _ in islice(stream.read(position, []), 5)] == [
             sample.key for sample, _ in read[done : done + 5]
         ]
 
@@ -61,9 +61,11 @@ def test_bad_shards_are_told_and_passed_over(shards, tmp_path, caplog):
     cut.write_bytes(cut.read_bytes()[:size])
     bad: list[str] = []
     stream = ShardStream("s", [*shards, str(cut), str(tmp_path / "none.tar")])
-    seen = Counter(sample.key for sample, place in islice(stream.read(Place(), bad), 63) if place.lap < 2)
+    seen = Counter(
+        sample.key for sample, position in islice(stream.read(Position(), bad), 63) if position.pass_index < 2
+    )
     assert len(caplog.records) == 2
-    assert "the stream goes on with the next shard" in caplog.text
+    assert "the stream continues with the next shard" in caplog.text
     assert set(seen.values()) == {2}
     # Of the three samples the last one is cut off.
     assert len(seen) == 21 + 2
@@ -78,7 +80,7 @@ def test_a_pass_that_gives_nothing_is_an_error(tmp_path):
     with pytest.raises(
         InputError, match=r"data/\*\.tar: none of its 2 shards gives a sample.*a\.tar: truncated"
     ):
-        next(stream.read(Place(), []))
+        next(stream.read(Position(), []))
 
 
 def test_each_process_needs_a_shard(shards):
@@ -114,5 +116,5 @@ def test_batches_have_like_lengths_and_equal_sizes():
 
 
 def test_bookmarks_survive_being_saved():
-    bookmark = Bookmark(3, 7, (Place(1, 2, 3, 4), Place(5, 6, 7, 8)))
-    assert Bookmark.from_dict(bookmark.as_dict()) == bookmark
+    state = StreamState(3, 7, (Position(1, 2, 3, 4), Position(5, 6, 7, 8)))
+    assert StreamState.from_dict(state.as_dict()) == state

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from bindllm.data.formats import RowError
+from bindllm.data.messages import RowError
 from bindllm.data.source_config import Columns, SourceConfig
-from bindllm.data.stream.samples import TarPlace, read_row
+from bindllm.data.stream.samples import TarResolver, read_row
 from bindllm.data.stream.shards import TarSample
 from bindllm.errors import InputError
 from bindllm.media import Media
@@ -19,7 +19,7 @@ def sample(key="a/cat", /, problem="", **members):
 
 
 def row(one, **config):
-    return read_row(one, SourceConfig("0.tar", **config), 2)[0]
+    return read_row(one, SourceConfig("0.tar", **config), 2)
 
 
 def test_picture_and_text_are_a_captioned_row():
@@ -58,33 +58,33 @@ def test_other_formats_take_media_from_the_members():
 
 def test_a_split_that_a_sample_names_is_told():
     config = SourceConfig("0.tar")
-    assert read_row(sample(jpg=b"J", json=b'{"caption": "x", "split": "test"}'), config, 0)[1] == "test"
-    assert read_row(sample(jpg=b"J", txt=b"x"), config, 0)[1] is None
+    assert read_row(sample(jpg=b"J", json=b'{"caption": "x", "split": "test"}'), config, 0).split == "test"
+    assert read_row(sample(jpg=b"J", txt=b"x"), config, 0).split is None
 
 
-def place(**members):
-    return TarPlace(SourceConfig("0.tar"), sample(**members))
+def resolver(**members):
+    return TarResolver(sample(**members))
 
 
 @pytest.mark.parametrize("value", ["cat.left.jpg", "a/cat.left.jpg", "left.jpg", ".LEFT.jpg"])
 def test_members_are_named_by_their_name_or_end(value):
-    assert place(left_jpg=b"L", right_jpg=b"R", json=b"{}").media("image", value) == Media.image(b"L")
+    assert resolver(left_jpg=b"L", right_jpg=b"R", json=b"{}")("image", value) == Media.image(b"L")
 
 
 def test_a_name_from_before_the_packing_means_the_only_picture():
-    assert place(jpg=b"J", wav=b"W").media("image", "images/000123.jpg") == Media.image(b"J")
-    assert place(jpg=b"J", wav=b"W").media("audio", None) == Media.audio(b"W")
-    assert place(depth_png=b"D", png=b"P", npy=b"N").media("depth", None) == Media.depth(b"D")
-    assert place(npy=b"N", json=b"{}", txt=b"t").media("radar", None) == Media("radar", b"N")
-    assert place(jpg=b"J").media("image", b"inside") == Media.image(b"inside")
+    assert resolver(jpg=b"J", wav=b"W")("image", "images/000123.jpg") == Media.image(b"J")
+    assert resolver(jpg=b"J", wav=b"W")("audio", None) == Media.audio(b"W")
+    assert resolver(depth_png=b"D", png=b"P", npy=b"N")("depth", None) == Media.depth(b"D")
+    assert resolver(npy=b"N", json=b"{}", txt=b"t")("radar", None) == Media("radar", b"N")
+    assert resolver(jpg=b"J")("image", b"inside") == Media.image(b"inside")
 
 
 def test_two_names_from_before_the_packing_do_not_mean_the_same_picture():
-    one = place(jpg=b"J", mp3=b"M")
-    assert one.media("image", "first.jpg") == one.media("image", "first.jpg") == Media.image(b"J")
-    assert one.media("audio", "second.mp3") == Media.audio(b"M")
-    with pytest.raises(RowError, match="several names of a picture that no member has: second.jpg"):
-        one.media("image", "second.jpg")
+    one = resolver(jpg=b"J", mp3=b"M")
+    assert one("image", "first.jpg") == one("image", "first.jpg") == Media.image(b"J")
+    assert one("audio", "second.mp3") == Media.audio(b"M")
+    with pytest.raises(RowError, match="several names of a image file that are not members: second.jpg"):
+        one("image", "second.jpg")
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_two_names_from_before_the_packing_do_not_mean_the_same_picture():
 )
 def test_media_that_cannot_be_told(members, modality, value, message):
     with pytest.raises(RowError, match=message):
-        place(**members).media(modality, value)
+        resolver(**members)(modality, value)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_media_that_cannot_be_told(members, modality, value, message):
         (sample(jpg=b"J"), "neither a member .json nor .txt"),
         (sample(jpg=b"J", json=b"{"), "not valid JSON"),
         (sample(jpg=b"J", json=b"[" * 100_000), "not valid JSON"),
-        (sample(jpg=b"J", json=b"[1]"), "no JSON object"),
+        (sample(jpg=b"J", json=b"[1]"), "not a JSON object"),
         (sample(jpg=b"J", txt=b"\xff\xfe"), "not UTF-8"),
         (sample(jpg=b"J", txt=b"x", problem="two members .jpg"), "two members .jpg"),
         (sample(txt=b"A cat."), "no member that is its image"),

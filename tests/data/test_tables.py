@@ -69,7 +69,7 @@ def test_csv_holds_a_picture_as_text(write):
 
 
 def test_csv_field_that_is_too_long_is_one_bad_row(write, monkeypatch):
-    monkeypatch.setattr("bindllm.data.tables._LONGEST_FIELD", 100_000)
+    monkeypatch.setattr("bindllm.data.tables._MAX_FIELD", 100_000)
     path = write("t.csv", b"image,caption\na," + b"x" * 200_000 + b"\nb,y\n")
     rows, counts = read(path)
     assert rows == [("t.csv line 3", ["b", "y"])]

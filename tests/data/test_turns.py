@@ -3,8 +3,7 @@
 import pytest
 
 from bindllm.conversation import Conversation, Message
-from bindllm.data.rows import Row
-from bindllm.data.tokenise import IGNORE, make_sample, tokenise
+from bindllm.data.rows import IGNORE, Row, make_sample, tokenize
 from bindllm.errors import InputError
 from bindllm.media import Media
 from bindllm.model.templates import apply_template
@@ -101,7 +100,7 @@ def marked(sample, tokenizer) -> str:
 @pytest.mark.parametrize("family", EXPECTED)
 def test_every_answer_and_its_end_token_are_learnt_and_nothing_else(family):
     tokenizer = tokenizer_like(family)
-    sample = tokenise(TALK, tokenizer, 1000)
+    sample = tokenize(TALK, tokenizer, 1000)
     assert marked(sample, tokenizer) == EXPECTED[family]
     assert sample.num_answers == 3
     assert sample.media == ()
@@ -111,11 +110,11 @@ def test_every_answer_and_its_end_token_are_learnt_and_nothing_else(family):
 @pytest.mark.parametrize("family", EXPECTED)
 def test_every_length_keeps_whole_turns_or_a_cut_answer_with_its_end(family):
     tokenizer = tokenizer_like(family)
-    whole = tokenise(TALK, tokenizer, 1000)
+    whole = tokenize(TALK, tokenizer, 1000)
     shortest = int((whole.labels != IGNORE).argmax()) + 2
     kept = []
     for max_length in range(len(whole.input_ids), shortest - 1, -1):
-        sample = tokenise(TALK, tokenizer, max_length)
+        sample = tokenize(TALK, tokenizer, max_length)
         assert len(sample.input_ids) <= max_length
         assert sample.truncated == (max_length < len(whole.input_ids))
         end = tokenizer.convert_tokens_to_ids("<|eot_id|>" if family == "llama3" else "<|im_end|>")
@@ -126,7 +125,7 @@ def test_every_length_keeps_whole_turns_or_a_cut_answer_with_its_end(family):
         kept.append(sample.num_answers)
     assert list(dict.fromkeys(kept)) == [3, 2, 1]
     with pytest.raises(InputError, match="no room for an answer"):
-        tokenise(TALK, tokenizer, shortest - 1)
+        tokenize(TALK, tokenizer, shortest - 1)
 
 
 def test_pictures_of_later_turns_speak_from_their_turn_on():
@@ -136,7 +135,7 @@ def test_pictures_of_later_turns_speak_from_their_turn_on():
     messages[4] = Message("user", ["Bye", pictures[1]])
     for family in EXPECTED:
         tokenizer = tokenizer_like(family)
-        sample = tokenise(Conversation(tuple(messages)), tokenizer, 1000)
+        sample = tokenize(Conversation(tuple(messages)), tokenizer, 1000)
         first = sample.media_index.tolist().index(1)
         assert set(sample.media_index[:first]) == {0}
         assert set(sample.media_index[first:]) == {1}
@@ -187,7 +186,7 @@ def test_a_row_of_a_preference_is_learnt_from_its_last_answer_alone(tokenizer):
 
 
 def test_an_answer_that_does_not_fit_at_all_is_none_to_prefer(tokenizer):
-    length = tokenise(TALK, tokenizer, 1000).prompt_length
+    length = tokenize(TALK, tokenizer, 1000).prompt_length
     for options in ({"rejected": other("Go")}, {"desirable": True}):
         with pytest.raises(InputError, match="no room for an answer"):
             make_sample(row(**options), tokenizer, length + 1)
@@ -201,7 +200,7 @@ def test_an_answer_that_does_not_fit_at_all_is_none_to_prefer(tokenizer):
 
 
 def test_where_the_last_turn_is_left_out_its_references_are_too(tokenizer):
-    whole = tokenise(TALK, tokenizer, 1000)
+    whole = tokenize(TALK, tokenizer, 1000)
     cut = make_sample(row(), tokenizer, len(whole.input_ids) - 3)
     assert (cut.num_answers, cut.task, cut.references) == (3, "answer", ("So long", "Farewell"))
     short = make_sample(row(), tokenizer, whole.prompt_length)

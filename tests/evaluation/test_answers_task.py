@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bindllm.conversation import Conversation, Message
-from bindllm.data.tokenise import tokenise
+from bindllm.data.rows import tokenize
 from bindllm.errors import InputError
 from bindllm.evaluation import task
 from bindllm.evaluation.answers import answers_task, longest_answer, majority_answers
@@ -28,7 +28,7 @@ def lookup(groups):
 def asked(question, answer, image=0, *, type="", references=None, task="answer", options=()):
     parts = question if image is None else (Media.image(f"{image}.png"), question)
     conversation = Conversation((Message("user", parts), Message("assistant", answer)))
-    sample = tokenise(conversation, tiny_tokenizer(), 200)
+    sample = tokenize(conversation, tiny_tokenizer(), 200)
     return replace(
         sample, references=references or (answer,), type=type, task=task, options=options, name=question
     )

@@ -11,7 +11,7 @@ from PIL import Image
 
 from bindllm.conversation import Conversation, Message
 from bindllm.data.collate import answer_batch
-from bindllm.data.tokenise import tokenise
+from bindllm.data.rows import tokenize
 from bindllm.errors import InputError
 from bindllm.evaluation import task
 from bindllm.evaluation.captions import captions_task, nearest_captions
@@ -44,7 +44,7 @@ def sample(color, caption=None, *, shade=0, references=None, prompt=PROMPT, medi
     caption = caption or f"{color} square"
     content = [image(color, shade, file_format=file_format), prompt] if media else prompt
     conversation = Conversation((Message("user", content), Message("assistant", caption)))
-    return replace(tokenise(conversation, tiny_tokenizer(), 200), references=references or (caption,))
+    return replace(tokenize(conversation, tiny_tokenizer(), 200), references=references or (caption,))
 
 
 @pytest.fixture(scope="module")

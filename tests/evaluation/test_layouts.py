@@ -243,7 +243,7 @@ def pairs(folder):
 def test_a_table_as_for_training(tmp_path):
     dataset = read_layout("table", pairs(tmp_path))
     assert captions_of(dataset) == {"a": ["a dog", "a hound"], "b": ["a cat"]}
-    assert dataset.skipped.counts == {"no such picture": 1}
+    assert dataset.skipped.counts == {"no such image file": 1}
     assert dataset.notes[-1] == "split test; 1 media are in other splits"
     assert len(read_layout("table", tmp_path / "captions.jsonl", Choice(split="all")).items) == 3
     one = read_layout("table", tmp_path, Choice(captions=1))

@@ -46,7 +46,7 @@ def test_the_answer_is_glued_to_the_header_and_ends_with_the_end_token():
     rendered = render(answer, tokenizer)
     learnt = [token for token, wanted in zip(rendered.input_ids, rendered.supervised, strict=True) if wanted]
     assert tokenizer.decode(learnt) == "Yes.<|im_end|>"
-    prompt = render(Conversation((Message("user", "X"),)), tokenizer, answer_follows=True).input_ids
+    prompt = render(Conversation((Message("user", "X"),)), tokenizer, add_generation_prompt=True).input_ids
     assert rendered.input_ids[: len(prompt)] == prompt
     assert tokenizer.decode(prompt).endswith("### Response:")
 
@@ -60,7 +60,7 @@ def test_further_turns_and_system_texts_have_a_form():
         Message("assistant", "A cat."),
         Message("user", [pictures[1], "And this?"]),
     )
-    rendered = render(Conversation(turns), tokenizer, answer_follows=True)
+    rendered = render(Conversation(turns), tokenizer, add_generation_prompt=True)
     assert tokenizer.decode(rendered.input_ids) == (
         "<|im_start|>Be brief.\n\n### Instruction:\nWhat?\n\n### Response:A cat.<|im_end|>"
         "\n\n### Instruction:\nAnd this?\n\n### Response:"
@@ -89,7 +89,7 @@ def sentencepiece(*, everywhere: bool) -> PreTrainedTokenizerFast:
 def test_the_prompt_has_the_tokens_of_the_begin_token_and_the_text(everywhere):
     tokenizer = sentencepiece(everywhere=everywhere)
     apply_template("alpaca", tokenizer)
-    found = render(Conversation((Message("user", "X"),)), tokenizer, answer_follows=True).input_ids
+    found = render(Conversation((Message("user", "X"),)), tokenizer, add_generation_prompt=True).input_ids
     text = text_of(alpaca(), ("user", "X")).removeprefix("<|im_start|>")
     assert found == [1, *tokenizer(text, add_special_tokens=False)["input_ids"]]
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from bindllm.data.collate import collate, model_inputs
-from bindllm.data.rows import Row
-from bindllm.data.tokenise import make_sample
+from bindllm.data.rows import Row, make_sample
 from bindllm.errors import InputError
 from bindllm.objectives import DPO, KTO, ORPO, NextToken
 from bindllm.objectives.kto import mismatch

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
 from bindllm.conversation import Conversation, Message
-from bindllm.data.tokenise import Sample
+from bindllm.data.rows import Sample
 from bindllm.errors import InputError
 from bindllm.media import Media
 from bindllm.model.adapter import AdapterConfig

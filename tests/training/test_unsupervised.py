@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import bindllm.data.datamodule as datamodule
-from bindllm.data.tokenise import IGNORE
+from bindllm.data.rows import IGNORE
 from tiny_run import run, tiny_parts, tiny_recipe
 
 
@@ -40,7 +40,7 @@ def test_rows_whose_prompt_leaves_no_room_are_counted_and_the_run_goes_on(
     assert reason.startswith("the prompt leaves no room for an answer in max_length=64 tokens")
     assert count == 28
     assert facts["data"]["rows"] == {"train": 20, "validation": 4, "test": 4}
-    assert "left out: 28 x the prompt leaves no room" in capsys.readouterr().out
+    assert "skipped: 28 x the prompt leaves no room" in capsys.readouterr().out
 
 
 def test_a_run_of_which_no_row_has_an_answer_stops_with_the_reason(recipe, tmp_path, monkeypatch, capsys):

@@ -16,8 +16,7 @@ from rich.table import Table
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from bindllm.data.rows import Row
-from bindllm.data.tokenise import make_sample
+from bindllm.data.rows import Row, make_sample
 from bindllm.encoders import Encoder
 from bindllm.errors import InputError
 from bindllm.model.activations import TrainingStep

@@ -1,4 +1,4 @@
-"""Whether an answer to a question is right: the same words as a true one, or the same option of a multiple choice."""
+"""Whether an answer is right: the same words as a reference, or the same option of a multiple choice."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from string import ascii_uppercase
 ARTICLES = frozenset(["a", "an", "the"])
 
 _ANSWER_IS = r"\banswer\s*(?:is|:)"
-# A small a ahead of a word is an article.
-_SAID = re.compile(
+# A lower-case a before a word is an article.
+_STATED = re.compile(
     rf"{_ANSWER_IS}\s*(?:option\s+|:\s*)?(?!(?-i:a)\s+\w)\(?([A-Z])\b(?!['\u2019])", re.IGNORECASE
 )
 _UP_TO_ANSWER = re.compile(rf".*{_ANSWER_IS}", re.IGNORECASE | re.DOTALL)
-_ALONE = re.compile(r"\(?([A-Z])(?:[).:]+(?:\s|$)|$)", re.IGNORECASE)
-# The point, commas ahead of three digits, and the sign.
+_LETTER_ONLY = re.compile(r"\(?([A-Z])(?:[).:]+(?:\s|$)|$)", re.IGNORECASE)
+# The point, commas before three digits, and the sign.
 _IN_NUMBER = re.compile(r"(?<=\d)(?:\.(?=\d)|,(?=\d{3}(?!\d)))|(?<!\w)-(?=\d)")
 _MINUS = "\u2212"
 
@@ -25,7 +25,7 @@ def answer_words(text: str) -> list[str]:
     """Return the words by which answers are compared.
 
     Unicode NFKC, lower case, punctuation to spaces, split at white space, without the articles a, an and the (kept
-    where nothing else is said). The point and the sign of a number stay, and its commas go: 1,000 is 1000.
+    if they are the whole answer). The point and the sign of a number stay, and its commas are removed: 1,000 is 1000.
 
     Example:
         >>> answer_words("A circle."), answer_words("-3.5"), answer_words("The.")
@@ -33,13 +33,13 @@ def answer_words(text: str) -> list[str]:
     """
     text = unicodedata.normalize("NFKC", text).lower().replace(_MINUS, "-")
     in_numbers = {match.start() for match in _IN_NUMBER.finditer(text)}
-    letters = []
-    for place, letter in enumerate(text):
-        if place in in_numbers:
-            letters.append("" if letter == "," else letter)
+    chars = []
+    for position, char in enumerate(text):
+        if position in in_numbers:
+            chars.append("" if char == "," else char)
         else:
-            letters.append(" " if unicodedata.category(letter).startswith("P") else letter)
-    words = "".join(letters).split()
+            chars.append(" " if unicodedata.category(char).startswith("P") else char)
+    words = "".join(chars).split()
     return [word for word in words if word not in ARTICLES] or words
 
 
@@ -55,10 +55,10 @@ def same_answer(prediction: str, references: Sequence[str]) -> bool:
 
 
 def option_letter(text: str, options: Sequence[str]) -> str | None:
-    """Return the letter of the option that an answer chooses, or None where it chooses none.
+    """Return the letter of the option that an answer chooses, or None if it chooses none.
 
-    In this order: the last "answer is (B)" or "answer: B" of the text; an answer that is or starts with a letter
-    of its own, as "B", "(B)" or "b. the sea"; an answer that has, in all or behind its last "answer is", the words of
+    In this order: the last "answer is (B)" or "answer: B" of the text; an answer that is a letter or starts with one,
+    such as "B", "(B)" or "b. the sea"; an answer whose words, in total or after its last "answer is", are those of
     exactly one option.
 
     Args:
@@ -72,23 +72,23 @@ def option_letter(text: str, options: Sequence[str]) -> str | None:
         'B'
     """
     known = ascii_uppercase[: len(options)]
-    said = _SAID.findall(text)
-    if said and said[-1].upper() in known:
-        return said[-1].upper()
-    alone = _ALONE.match(text.strip())
-    if alone and alone[1].upper() in known:
-        return alone[1].upper()
-    told = (text, _UP_TO_ANSWER.sub("", text))
+    stated = _STATED.findall(text)
+    if stated and stated[-1].upper() in known:
+        return stated[-1].upper()
+    letter = _LETTER_ONLY.match(text.strip())
+    if letter and letter[1].upper() in known:
+        return letter[1].upper()
+    parts = (text, _UP_TO_ANSWER.sub("", text))
     named = [
         letter
         for letter, option in zip(known, options, strict=False)
-        if any(same_answer(part, [option]) for part in told)
+        if any(same_answer(part, [option]) for part in parts)
     ]
     return named[0] if len(named) == 1 else None
 
 
 def is_right(prediction: str, references: Sequence[str], options: Sequence[str] = ()) -> bool:
-    """Whether an answer is right: by its option where there are options, else by its words.
+    """Whether an answer is right: by its option if there are options, else by its words.
 
     Args:
         prediction: the answer.

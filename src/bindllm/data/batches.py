@@ -1,7 +1,7 @@
-"""Which rows meet in which batch, and a loader that goes on exactly where a run stopped.
+"""The assignment of rows to batches, and a loader that resumes exactly after an interruption.
 
-Rows of like length share a batch, so little is padded. The order is a pure function of the seed and the epoch;
-where a run stands is known to the trainer alone. So a resumed run sees the batches that it would have seen.
+Rows of similar length share a batch, so there is little padding. The order is a pure function of the seed and the
+epoch, and only the trainer keeps the position in it. So a resumed run sees the batches that it would have seen.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ import numpy as np
 from bindllm.data.collate import Batch
 from bindllm.errors import InputError
 
-# Rows are sorted by length inside chunks of this many batches: enough to find neighbours of nearly the same
+# Rows are sorted by length inside chunks of this many batches: enough to find neighbors of nearly the same
 # length, few enough that the rows of a batch still change from epoch to epoch.
 CHUNK_BATCHES = 50
 
 
 class LengthGroupedBatches:
-    """The batches of each epoch, as lists of row numbers.
+    """The batches of each epoch, as lists of row indices.
 
     An epoch draws ``round(weight * rows)`` rows of each source (at least one). The draws walk through shuffled
-    passes over the source, one pass after the other and on into the next epoch: with weight 1 each row comes
-    exactly once an epoch, with weight 2 twice, with weight 0.5 every second epoch, and over any number of
-    epochs no row of a source comes more than once more often than another. The last batch may be short.
+    passes over the source, one pass after the other, also across epochs: with weight 1 each row comes exactly once
+    per epoch, with weight 2 twice, with weight 0.5 every second epoch, and over any number of epochs the counts of
+    two rows of a source differ by at most one. The last batch may be short.
 
     Args:
         lengths: number of tokens of each row.
         batch_size: rows in a batch.
         seed: of all shuffling.
-        sources: number of the source of each row, from 0; all rows are of one source by default.
+        sources: index of the source of each row, from 0; all rows are of one source by default.
         weights: draws per row and epoch of each source; 1 by default.
-        world_size: number of processes that share an epoch. Each takes every ``world_size``-th batch; where they
-            do not come out even, the first batches are repeated.
-        rank: number of this process, from 0.
+        world_size: number of processes that share an epoch. Each takes every ``world_size``-th batch; the first
+            batches are repeated until all processes have as many.
+        rank: index of this process, from 0.
 
     Raises:
         InputError: a batch size below 1.
@@ -70,7 +70,7 @@ class LengthGroupedBatches:
         self._world_size, self._rank = world_size, rank
 
     def __len__(self) -> int:
-        """Number of batches of an epoch, for one process."""
+        """Number of batches of an epoch in one process."""
         batches = -(-sum(self._draws) // self._batch_size)
         return -(-batches // self._world_size)
 
@@ -91,7 +91,7 @@ class LengthGroupedBatches:
         return share(batches, world_size=self._world_size, rank=self._rank)
 
     def fingerprint(self) -> str:
-        """Hex digits that change when any epoch would."""
+        """Return hex digits that change when any epoch would."""
         digest = hashlib.sha256(self._lengths.tobytes())
         for rows in self._rows:
             digest.update(rows.astype(np.int64).tobytes())
@@ -99,7 +99,7 @@ class LengthGroupedBatches:
         return digest.hexdigest()
 
     def _drawn(self, source: int, epoch: int) -> np.ndarray:
-        """Rows of a source in an epoch: a window on its endless sequence of shuffled passes."""
+        """Return the rows of a source in an epoch: a window on its endless sequence of shuffled passes."""
         rows, draws = self._rows[source], self._draws[source]
         if not draws:
             return rows
@@ -109,12 +109,12 @@ class LengthGroupedBatches:
         skip = first - passes.start * len(rows)
         return sequence[skip : skip + draws]
 
-    def _rng(self, *place: int) -> np.random.Generator:
-        return np.random.default_rng([self._seed, *place])
+    def _rng(self, *stream: int) -> np.random.Generator:
+        return np.random.default_rng([self._seed, *stream])
 
 
 def sorted_batches(lengths: Sequence[int], *, batch_size: int) -> list[list[int]]:
-    """Return all rows once, in order of length: for evaluation, where the order of batches does not matter.
+    """Return all rows once, in order of length: for evaluation, in which the order of batches does not matter.
 
     Example:
         >>> sorted_batches([3, 9, 4], batch_size=2)
@@ -134,8 +134,8 @@ class BatchLoader:
     """Yields the same batches, in the same order, every time.
 
     Args:
-        batches: row numbers of each batch.
-        make: turns row numbers into a batch.
+        batches: row indices of each batch.
+        make: turns row indices into a batch.
     """
 
     def __init__(self, batches: list[list[int]], make: Callable[[list[int]], Batch]) -> None:
@@ -149,17 +149,17 @@ class BatchLoader:
 
 
 class ResumableLoader:
-    """Yields the batches of an epoch, from where the trainer stands.
+    """Yields the batches of an epoch, starting at the trainer's position.
 
-    Lightning keeps count of epochs and of batches done, and restores both on resume; this loader asks it at the
-    start of each epoch instead of counting a second time. What it adds to a checkpoint is a fingerprint of the
-    data, so that a run is not resumed on other rows.
+    Lightning counts epochs and completed batches, and restores both on resume; this loader asks it at the start of
+    each epoch instead of counting a second time. To a checkpoint it adds a fingerprint of the data, so that a run is
+    not resumed on other rows.
 
     Args:
         batches: the plan of all epochs.
-        make: turns row numbers into a batch.
-        position: gives the current epoch and the number of its batches that are done.
-        repeat: how often each batch comes, one after the other.
+        make: turns row indices into a batch.
+        position: returns the current epoch and the number of its completed batches.
+        repeat: how many times in a row each batch comes.
     """
 
     def __init__(
@@ -176,24 +176,24 @@ class ResumableLoader:
         return len(self._batches) * self._repeat
 
     def __iter__(self) -> Iterator[Batch]:
-        # A generator: nothing here runs before the first batch is asked for, when the trainer knows its place.
+        # A generator: nothing here runs before the first batch is requested, when the trainer knows its position.
         epoch, done = self._position()
         batches = self._batches.epoch(epoch)
-        for place in range(done, len(self)):
-            yield self._make(batches[place // self._repeat])
+        for step in range(done, len(self)):
+            yield self._make(batches[step // self._repeat])
 
     def state_dict(self) -> dict[str, str]:
-        """Return what must not change until a resume."""
+        """Return the fingerprint that a resumed run must have, too."""
         return {"rows": f"{self._batches.fingerprint()}{f' x {self._repeat}' if self._repeat > 1 else ''}"}
 
     def load_state_dict(self, state_dict: dict[str, str]) -> None:
         """Compare with the run that wrote the checkpoint.
 
         Raises:
-            InputError: the rows, the batch size, the seed or the weights are not what they were.
+            InputError: the rows, the batch size, the seed or the weights have changed.
         """
         if state_dict != self.state_dict():
             raise InputError(
-                "this run cannot go on from that checkpoint: its training rows, batch size, seed, source weights "
+                "this run cannot resume from that checkpoint: its training rows, batch size, seed, source weights "
                 "or number of processes differ. Restore them, or start a new run from the weights (start_from)"
             )

@@ -9,36 +9,36 @@ import torch
 from torch import Tensor
 
 from bindllm.conversation import NO_MEDIA
-from bindllm.data.tokenise import IGNORE, Sample
+from bindllm.data.rows import IGNORE, Sample
 from bindllm.errors import InputError
 from bindllm.media import Media
 
 Batch = dict[str, Tensor]
 MediaGroup = tuple[Media, ...]
 Lookup = Callable[[Sequence[MediaGroup]], Tensor]
-"""Gives the fused embedding of each of N media groups: [N, E], unit norm."""
+"""Returns the fused embedding of each of N media groups: [N, E], unit norm."""
 MODEL_INPUTS = ("input_ids", "attention_mask", "media_index", "embeddings", "labels")
 """Entries of a training batch that `BindLLM.forward` takes; the others are for the objective."""
 
 
 def collate(samples: Sequence[Sample], lookup: Lookup, *, pad_id: int) -> Batch:
-    """Make a training batch, padded on the right: B rows, and below them the rejected answers of preference pairs.
+    """Make a training batch, padded on the right: B rows, followed by the rejected answers of preference pairs.
 
     Args:
         samples: the rows, B of them; R of them have a rejected answer.
-        lookup: where embeddings come from; called once for the whole batch, and a pair's answers share theirs.
+        lookup: source of the embeddings; called once for the whole batch. The answers of a pair share theirs.
         pad_id: token id of padding; masked, so any id does.
 
     Returns:
-        What the model takes (`model_inputs`): ``input_ids``, ``attention_mask`` (1 on tokens), ``labels`` (-100 on
+        Inputs of the model (`model_inputs`): ``input_ids``, ``attention_mask`` (1 on tokens), ``labels`` (-100 on
         padding) and ``media_index`` (-1 on padding), each int64 [B + R, T], and ``embeddings``, [B + R, M, E],
-        zeros where a row has fewer than M groups. M is the largest number of groups, at least 1.
-        What objectives take: ``numbers``, the place of each row in its split, int64 [B]; and where every row is
-        judged, ``desirable``, bool [B]: whether its answer is a wanted one, as the chosen one of a pair is.
+        zeros if a row has fewer than M groups. M is the largest number of groups, at least 1.
+        Inputs of the objective: ``numbers``, the index of each row in its split, int64 [B]; and if every row is
+        judged, ``desirable``, bool [B]: whether its answer is a wanted one, like the chosen one of a pair.
 
     Raises:
-        InputError: there are no rows, or rows without a supervised token, which would make the loss NaN; they
-            are named.
+        InputError: no rows, or rows without a supervised token, which would make the loss NaN; the message names
+            them.
     """
     paired = [n for n, sample in enumerate(samples) if sample.rejected is not None]
     rows = [*samples, *(samples[n].rejected for n in paired)]
@@ -54,7 +54,7 @@ def collate(samples: Sequence[Sample], lookup: Lookup, *, pad_id: int) -> Batch:
 
 
 def answer_batch(samples: Sequence[Sample], lookup: Lookup, *, pad_id: int) -> Batch:
-    """Make a batch of the rows alone, without rejected answers, as `collate` does: just what the model takes."""
+    """Make a batch as `collate` does, without rejected answers: only the inputs of the model."""
     embeddings = _embeddings(samples, lookup) if samples else torch.zeros(0)
     return {**_answers(samples, pad_id=pad_id), "embeddings": embeddings}
 
@@ -69,7 +69,7 @@ def prompt_batch(samples: Sequence[Sample], lookup: Lookup, *, pad_id: int) -> B
 
     Args:
         samples: the rows, B of them.
-        lookup: where embeddings come from; called once for the whole batch.
+        lookup: source of the embeddings; called once for the whole batch.
         pad_id: token id of padding.
 
     Returns:
@@ -85,8 +85,10 @@ def _answers(samples: Sequence[Sample], *, pad_id: int) -> dict[str, Tensor]:
     """Tokens, mask, media index and labels of whole rows."""
     if not samples:
         raise InputError("a batch without rows")
-    if mute := [sample.name for sample in samples if not sample.num_supervised]:
-        raise InputError(f"{len(mute)} rows of a batch have no token to learn from: {', '.join(mute[:5])}")
+    if unsupervised := [sample.name for sample in samples if not sample.num_supervised]:
+        raise InputError(
+            f"{len(unsupervised)} rows of a batch have no token to learn from: {', '.join(unsupervised[:5])}"
+        )
     lengths = [len(sample.input_ids) for sample in samples]
     return {
         **_pad(samples, lengths, pad_id=pad_id, left=False),

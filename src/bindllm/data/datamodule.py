@@ -1,4 +1,4 @@
-"""Everything between the data section of a recipe and the batches of a run."""
+"""The data module: from the data section of a recipe to the batches of a run."""
 
 from __future__ import annotations
 
@@ -26,43 +26,47 @@ from bindllm.data.collate import Batch, Lookup, collate
 from bindllm.data.embeddings import MediaEmbeddings
 from bindllm.data.preview import preview_rows
 from bindllm.data.report import DataReport, SourceReport
-from bindllm.data.rows import Row
+from bindllm.data.rows import Row, Sample, make_sample
 from bindllm.data.source_config import SPLITS, SourceConfig
 from bindllm.data.sources import read_source
 from bindllm.data.stream.embed import CANNOT_EMBED
-from bindllm.data.stream.held_out import read_stream
-from bindllm.data.stream.loader import StreamLoader
+from bindllm.data.stream.loader import (
+    StreamLoader,
+    StreamOptions,
+    check_streams,
+    is_training_stream,
+    stream_loader,
+)
+from bindllm.data.stream.samples import read_stream
 from bindllm.data.stream.shards import expand_shards, is_stream
-from bindllm.data.stream.training import StreamOptions, check_streams, is_training_stream, stream_loader
-from bindllm.data.tokenise import Sample, make_sample
 from bindllm.errors import InputError, did_you_mean
 from bindllm.media import Media
 from bindllm.parallel import SINGLE_PROCESS, Processes
 
 
 class BindData(LightningDataModule):
-    """Reads the sources, embeds their media once, and gives batches.
+    """Reads the sources, embeds their media once, and makes batches.
 
-    Embeddings are read from the memory-mapped store when a batch is made, which takes so little time that there
-    are no worker processes. Validation and test batches have twice the rows of a training batch.
+    Embeddings are read from the memory-mapped store when a batch is made. This is so fast that worker processes are
+    not needed. Validation and test batches have twice the rows of a training batch.
 
-    Sources that are tar shards are streamed where they are trained on: nothing of them is stored, and a thread reads,
-    embeds and tokenises them ahead of the training. Such a run has no epochs, so its trainer needs ``max_steps``.
+    Tar shards for training are streamed: their embeddings are not stored, and a thread reads, embeds and tokenizes
+    them ahead of training. Such a run has no epochs, so its trainer needs ``max_steps``.
 
     Args:
-        sources: where rows come from.
+        sources: of the rows.
         store: folder of the embedding stores.
         batch_size: rows of a training batch, per device.
-        max_length: longest row in tokens; a longer answer is cut.
+        max_length: maximum number of tokens of a row; a longer answer is cut.
         seed: of the order of rows.
         chunk: samples of streamed sources that are read, shuffled and grouped by length together; they are in memory
             without their media.
-        tokenizer: of the decoder; the command line hands it over.
-        encoders: serve the modalities of the data; the command line hands them over.
+        tokenizer: of the decoder; set by the command line.
+        encoders: for the modalities of the data; set by the command line.
 
     Attributes:
-        report: what was read, left out and embedded.
-        steps_per_batch: how often each training batch comes, one after the other; an objective may ask for it.
+        report: counts of rows that were read and skipped, and of media that were embedded.
+        steps_per_batch: how many times in a row each training batch comes; set by an objective.
 
     Raises:
         InputError: no sources, or a size below 1.
@@ -97,14 +101,14 @@ class BindData(LightningDataModule):
 
     @property
     def streamed(self) -> bool:
-        """Whether the training rows come from streams: then `samples("train")` is empty."""
+        """Whether the training rows come from streams; then `samples("train")` is empty."""
         return any(is_training_stream(config) for config in self.sources)
 
     def read(self) -> None:
         """Read the sources, once.
 
         Raises:
-            InputError: a source that is missing or has no row that can be used, or streams that cannot be joined.
+            InputError: a source that is missing or has no usable row, or streams that cannot be combined.
         """
         if self._rows is not None:
             return
@@ -125,7 +129,7 @@ class BindData(LightningDataModule):
         self.report.seconds += time.perf_counter() - started
 
     def prepare_data(self) -> None:
-        """Read the sources and embed what the stores lack, once. Lightning calls this in one process first.
+        """Read the sources and embed media that are not in the stores, once. Lightning calls this in one process first.
 
         Raises:
             InputError: a run with streamed sources whose trainer has no ``max_steps``.
@@ -135,11 +139,11 @@ class BindData(LightningDataModule):
         self.embed("cpu" if self.trainer is None else self.trainer.strategy.root_device)
 
     def embed(self, device: torch.device | str, processes: Processes = SINGLE_PROCESS) -> None:
-        """Read the sources and embed what the stores lack, once.
+        """Read the sources and embed media that are not in the stores, once.
 
         Args:
             device: where the encoders run.
-            processes: which of several processes this one is; only the first can go on to make samples.
+            processes: which of several processes this is; only the first can make samples afterwards.
         """
         self.read()
         if self._embeddings is not None:
@@ -147,7 +151,7 @@ class BindData(LightningDataModule):
         embeddings = MediaEmbeddings(self.encoders, self.store)
         media = (item for rows in self._rows.values() for row in rows for item in row.media)
         totals = embeddings.precompute(
-            media, device=device, progress=_watched() and processes.is_first, processes=processes
+            media, device=device, progress=_shows_progress() and processes.is_first, processes=processes
         )
         self._rows = {split: self._without(rows, totals.failed) for split, rows in self._rows.items()}
         self._embeddings = embeddings
@@ -159,13 +163,13 @@ class BindData(LightningDataModule):
         """Make the samples of all splits, once.
 
         Raises:
-            InputError: not one row of any split can be used.
+            InputError: no row of any split can be used.
         """
         self.prepare_data()
         if self._samples is not None:
             return
         started = time.perf_counter()
-        samples = {split: self._tokenise(rows) for split, rows in self._rows.items()}
+        samples = {split: self._tokenize(rows) for split, rows in self._rows.items()}
         if not any(samples.values()) and not self.streamed:
             raise InputError(f"no row of the data can be used: {'; '.join(self.report.skipped.lines())}")
         self._samples = samples
@@ -185,12 +189,12 @@ class BindData(LightningDataModule):
 
     @property
     def lookup(self) -> Lookup:
-        """Gives the embeddings of the media groups of any sample, [N, E]."""
+        """The function that returns the embeddings of media groups, [N, E]."""
         self.prepare_data()
         return self._embeddings.lookup
 
     def train_dataloader(self) -> ResumableLoader | StreamLoader:
-        """Return the loader of training batches; it goes on where the trainer stands.
+        """Return the loader of training batches; it resumes at the trainer's position.
 
         Raises:
             InputError: there are no training rows.
@@ -227,28 +231,26 @@ class BindData(LightningDataModule):
         """Yield lines that show a few training rows with their loss mask and media; embeds nothing."""
         self.read()
         rows = list(self._rows["train"])
-        for place, config in enumerate(self.sources):
+        for index, config in enumerate(self.sources):
             if number and is_training_stream(config):
-                rows += read_stream(config, place, limit=number)[0]["train"]
+                rows += read_stream(config, index, limit=number)[0]["train"]
         yield from preview_rows(rows, self.tokenizer, self.max_length, number=number)
 
     def teardown(self, stage: str) -> None:
-        """End the thread of a stream, and say what it gave; Lightning calls this at the end of a run."""
+        """End the thread of a stream and print its counts; Lightning calls this at the end of a run."""
         if self._streaming is not None:
             self._streaming.close()
             if self.trainer is None or self.trainer.is_global_zero:
                 Console(highlight=False).print("\n".join(self._streaming.report.lines()), markup=False)
 
     def on_exception(self, exception: BaseException) -> None:
-        """End the thread of a stream; Lightning calls this when a run ends before its time."""
+        """End the thread of a stream; Lightning calls this when a run fails or is interrupted."""
         if self._streaming is not None:
             self._streaming.close()
 
     def _check_steps(self) -> None:
         if self.streamed and self.trainer.max_steps < 1:
-            raise InputError(
-                "data.sources are streamed, and a stream has no end: say with trainer.max_steps how many steps to take"
-            )
+            raise InputError("data.sources are streamed, and a stream has no end: set trainer.max_steps")
 
     def _stream_loader(self) -> StreamLoader:
         self.setup()
@@ -269,7 +271,7 @@ class BindData(LightningDataModule):
         return self._streaming
 
     def _without(self, rows: list[Row], failed: dict[Media, str]) -> list[Row]:
-        """Leave out rows with failed media, and count them."""
+        """Skip rows with media that cannot be embedded, and count them."""
         kept = []
         for row in rows:
             reasons = [failed[item] for item in row.media if item in failed]
@@ -282,11 +284,11 @@ class BindData(LightningDataModule):
     def _sample(self, row: Row) -> Sample:
         return make_sample(row, self.tokenizer, self.max_length)
 
-    def _tokenise(self, rows: list[Row]) -> list[Sample]:
-        """Make samples; what cannot become one is counted with its reason."""
+    def _tokenize(self, rows: list[Row]) -> list[Sample]:
+        """Make samples; rows that cannot be used are counted with the reason."""
         samples = []
         for row in track(
-            rows, "tokenising", console=Console(stderr=True), transient=True, disable=not _watched()
+            rows, "tokenizing", console=Console(stderr=True), transient=True, disable=not _shows_progress()
         ):
             try:
                 samples.append(replace(self._sample(row), number=len(samples)))
@@ -295,7 +297,7 @@ class BindData(LightningDataModule):
         return samples
 
     def _count(self, samples: dict[str, list[Sample]]) -> None:
-        """Fill the report with what became of the rows."""
+        """Count the samples in the report."""
         everything = [sample for split in samples.values() for sample in split]
         self.report.rows = {
             split: len(samples[split]) for split in SPLITS if split != "train" or not self.streamed
@@ -322,20 +324,20 @@ class BindData(LightningDataModule):
         return collate([samples[n] for n in rows], self.lookup, pad_id=self.tokenizer.pad_token_id)
 
     def _process(self) -> tuple[int, int]:
-        """Number of this process and of all."""
+        """Return the rank of this process and the number of processes."""
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
     def _position(self) -> tuple[int, int]:
-        """Epoch, and number of its batches that are done."""
+        """Return the epoch and the number of its completed batches."""
         if self.trainer is None:
             return 0, 0
         return self.trainer.current_epoch, self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
     def _batches_done(self) -> int:
-        """Number of batches of the whole run that are done."""
+        """Return the number of completed batches of the whole run."""
         return self.trainer.fit_loop.epoch_loop.batch_progress.total.completed
 
 
-def _watched() -> bool:
-    """Whether somebody sees a progress bar."""
+def _shows_progress() -> bool:
+    """Whether a progress bar is visible: standard error is a terminal."""
     return sys.stderr.isatty()

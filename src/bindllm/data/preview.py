@@ -1,4 +1,4 @@
-"""Rows as a model sees them, for people: which part is learnt, and which media speaks to which part."""
+"""Rows as the model sees them, in color: the part that is learned, and the media that each part listens to."""
 
 from __future__ import annotations
 
@@ -8,23 +8,22 @@ from itertools import groupby, zip_longest
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from bindllm.data.rows import Row
-from bindllm.data.tokenise import IGNORE, Sample, make_sample
+from bindllm.data.rows import IGNORE, Row, Sample, make_sample
 from bindllm.errors import InputError
 
 GOOD, BAD = "bold green", "bold red"
-"""Colours of what is learnt, and of what is learnt not to be said."""
+"""Colors of answers to learn, and of answers to avoid."""
 GROUPS = ("cyan", "magenta", "yellow", "blue")
-"""Colours of the media groups, in turn."""
+"""Colors of the media groups, in turn."""
 NO_GROUP, CONTROL = "dim", "dim"
 
 
 def legend() -> Text:
-    """Return a line that explains words and colours of `preview_lines`."""
+    """Return a line that explains the words and colors of `preview_lines`."""
     return Text.assemble(
-        "rows as the model sees them: given to read, ",
-        ("learnt", GOOD),
-        " to say (of preferences: ",
+        "rows as the model sees them: given, ",
+        ("learned", GOOD),
+        " (in preferences: ",
         ("chosen", GOOD),
         " or ",
         ("wanted", GOOD),
@@ -33,8 +32,8 @@ def legend() -> Text:
         " or ",
         ("unwanted", BAD),
         "); ",
-        *[(f"media {group}, ", colour) for group, colour in enumerate(GROUPS[:2])],
-        "...: what speaks to the tokens",
+        *[(f"media {group}, ", color) for group, color in enumerate(GROUPS[:2])],
+        "...: the media that the tokens listen to",
     )
 
 
@@ -46,7 +45,7 @@ def preview_rows(
     Args:
         rows: of all sources.
         tokenizer: of the decoder.
-        max_length: most tokens of a row.
+        max_length: maximum number of tokens of a row.
         number: rows to show.
     """
     by_source: dict[int, list[Row]] = {}
@@ -59,41 +58,41 @@ def preview_rows(
         try:
             sample = make_sample(row, tokenizer, max_length)
         except InputError as error:
-            yield Text(f"{row.name}: left out ({error})")
+            yield Text(f"{row.name}: skipped ({error})")
         else:
             yield from preview_lines(sample, tokenizer)
 
 
 def preview_lines(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[Text]:
-    r"""Return a title, a line for each stretch of tokens with the same media and the same use, and the media.
+    r"""Return a title, a line for each run of tokens with the same media and the same use, and the media.
 
-    The words alone tell everything that the colours do. Letters that cannot be seen are written as in Python. Of a
-    preference pair the worse answer follows the better one.
+    The words give the same information as the colors. Invisible characters are written as in Python. In a preference
+    pair, the worse answer follows the better one.
 
     Example:
         >>> [line.plain for line in preview_lines(sample, tokenizer)]  # doctest: +SKIP
         ['captions.jsonl line 1: 27 tokens, 4 to learn',
-         "  media 0  given  '<|im_start|>user\nDescribe this image.<|im_end|>\n<|im_start|>assistant\n'",
-         "  media 0  learnt 'red square<|im_end|>'",
+         "  media 0  given   '<|im_start|>user\nDescribe this image.<|im_end|>\n<|im_start|>assistant\n'",
+         "  media 0  learned 'red square<|im_end|>'",
          '  media 0: a.png']
     """
-    good, bad = "learnt", "rejected"
+    good, bad = "learned", "rejected"
     if sample.rejected is not None:
         good = "chosen"
     elif sample.desirable is not None:
         good = "wanted" if sample.desirable else "unwanted"
     lines = [Text(_title(sample), "bold")]
-    lines += _stretches(sample, tokenizer, learnt=good, style=BAD if good == "unwanted" else GOOD)
+    lines += _runs(sample, tokenizer, learned=good, style=BAD if good == "unwanted" else GOOD)
     if sample.rejected is not None:
         rejected, start = sample.rejected, sample.rejected.prompt_length
-        lines += _stretches(rejected, tokenizer, learnt=bad, style=BAD, start=start)
+        lines += _runs(rejected, tokenizer, learned=bad, style=BAD, start=start)
     for number, group in enumerate(sample.media):
-        lines.append(Text(f"  media {number}: {', '.join(media.name for media in group)}", _colour(number)))
+        lines.append(Text(f"  media {number}: {', '.join(media.name for media in group)}", _color(number)))
     return lines
 
 
 def _title(sample: Sample) -> str:
-    """Say how long a row is, and what of it did not fit."""
+    """Return the length of a row, and the parts of it that did not fit."""
     kept, answers = sample.num_answers, sum(m.role == "assistant" for m in sample.conversation.messages)
     judged = sample.rejected is not None or sample.desirable is not None
     parts = [f"{len(sample.input_ids):,} tokens, {sample.num_supervised:,} to learn"]
@@ -103,30 +102,30 @@ def _title(sample: Sample) -> str:
         parts[0] += f" in {kept} answers"
     if sample.truncated:
         parts.append(
-            "answer cut" if judged or kept == answers else f"{answers - kept} of {answers} answers left out"
+            "answer cut" if judged or kept == answers else f"{answers - kept} of {answers} answers dropped"
         )
     if sample.type:
         parts.append(f"type {sample.type}")
     return f"{sample.name}: {', '.join(parts)}"
 
 
-def _stretches(
-    sample: Sample, tokenizer: PreTrainedTokenizerBase, *, learnt: str, style: str, start: int = 0
+def _runs(
+    sample: Sample, tokenizer: PreTrainedTokenizerBase, *, learned: str, style: str, start: int = 0
 ) -> Iterable[Text]:
-    """Yield a line for each stretch of tokens from ``start`` on that have the same media and the same use."""
+    """Yield a line for each run of tokens from ``start`` on with the same media and the same use."""
     control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    is_learnt = (sample.labels != IGNORE).tolist()
-    tokens = list(zip(sample.media_index.tolist(), is_learnt, sample.input_ids.tolist(), strict=True))
-    for (group, teaches), stretch in groupby(tokens[start:], key=lambda token: token[:2]):
-        text = tokenizer.decode([token[2] for token in stretch], clean_up_tokenization_spaces=False)
+    is_learned = (sample.labels != IGNORE).tolist()
+    tokens = list(zip(sample.media_index.tolist(), is_learned, sample.input_ids.tolist(), strict=True))
+    for (group, teaches), run in groupby(tokens[start:], key=lambda token: token[:2]):
+        text = tokenizer.decode([token[2] for token in run], clean_up_tokenization_spaces=False)
         media = "no media" if group < 0 else f"media {group} "
-        use = learnt if teaches else "given"
+        use = learned if teaches else "given"
         shown = Text(repr(text), style if teaches else "")
         shown.highlight_words(control, CONTROL)
         yield Text.assemble(
-            "  ", (media, _colour(group)), " ", (f"{use:6}", style if teaches else ""), " ", shown
+            "  ", (media, _color(group)), " ", (f"{use:7}", style if teaches else ""), " ", shown
         )
 
 
-def _colour(group: int) -> str:
+def _color(group: int) -> str:
     return NO_GROUP if group < 0 else GROUPS[group % len(GROUPS)]

@@ -1,4 +1,4 @@
-"""What was read, what was left out and why: nothing is dropped without a count."""
+"""Counts of rows that were read, and of rows that were skipped with the reason: no row is dropped without a count."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from bindllm.data.messages import placeholders_in
+
 if TYPE_CHECKING:
     from bindllm.data.rows import Row
     from bindllm.media import Media
 
 MAX_EXAMPLES = 3
 MAX_REASONS = 20
-"""Different reasons that are counted apart: words of a row may be part of one, and no report is as long as the data."""
+"""Reasons that are counted separately: a reason may quote a row, and a report must stay short."""
 OTHER_REASON = "for other reasons"
 NOT_UTF8 = "not UTF-8 text"
-"""Why a row of a table was left out."""
+"""Why a row of a table was skipped."""
 
 
 @dataclass
 class Skipped:
-    """Rows left out: how many for each of at most `MAX_REASONS` reasons and for all others, the first few by name."""
+    """Skipped rows: their number and first names for each of at most `MAX_REASONS` reasons and for all others."""
 
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
@@ -39,7 +41,7 @@ class Skipped:
             examples.append(name if kept == reason else f"{name}: {reason}")
 
     def update(self, other: Skipped) -> None:
-        """Count the rows of another report as well."""
+        """Add the rows of another report."""
         for reason, count in other.counts.items():
             kept = self._kept(reason)
             self.counts[kept] = self.counts.get(kept, 0) + count
@@ -48,12 +50,12 @@ class Skipped:
             examples += [name if kept == reason else f"{name}: {reason}" for name in names]
 
     def _kept(self, reason: str) -> str:
-        """The reason that a row is counted under."""
+        """Return the reason under which a row is counted."""
         return reason if reason in self.counts or len(self.counts) < MAX_REASONS else OTHER_REASON
 
     @property
     def total(self) -> int:
-        """Number of rows left out."""
+        """Number of skipped rows."""
         return sum(self.counts.values())
 
     def lines(self) -> Iterator[str]:
@@ -72,26 +74,27 @@ class Skipped:
 
 @dataclass
 class SourceReport:
-    """What one source gave.
+    """Counts of one source.
 
     Args:
         path: the source.
-        pictures: different pictures (or media of another modality) of its rows.
-        captions: its rows; of the format caption, one for each caption.
-        skipped: rows left out.
+        num_media: different images (or media of another modality) of its rows.
+        num_rows: its rows; in the format caption, one for each caption.
+        skipped: skipped rows.
         control_characters: captions from which control characters were removed.
-        modality: what the source is of.
-        format: how its rows were read.
+        modality: of the source.
+        format: of its rows.
         shards: of a source that is streamed for training; its samples are counted in `StreamReport`.
         media: different media by modality.
         answers: answers of all rows; a conversation may have several.
-        pairs: rows with a worse answer beside the better one.
+        pairs: rows with a better and a worse answer.
         text_only: rows without media.
+        spelled: rows whose questions spell a placeholder, such as ``<image>``, for which they have no media.
     """
 
     path: str
-    pictures: int = 0
-    captions: int = 0
+    num_media: int = 0
+    num_rows: int = 0
     skipped: Skipped = field(default_factory=Skipped)
     control_characters: int = 0
     modality: str = "image"
@@ -101,59 +104,67 @@ class SourceReport:
     answers: int = 0
     pairs: int = 0
     text_only: int = 0
+    spelled: int = 0
 
     def count(self, rows: Iterable[Row]) -> None:
-        """Count the rows that the source gives, of all splits together."""
+        """Count the rows of the source, of all splits together."""
         found: dict[Media, None] = {}
         for row in rows:
-            media = row.media
+            media, messages = row.media, row.conversation.messages
             found.update(dict.fromkeys(media))
-            self.captions += 1
-            self.answers += sum(message.role == "assistant" for message in row.conversation.messages)
+            self.num_rows += 1
+            self.answers += sum(message.role == "assistant" for message in messages)
             self.pairs += row.rejected is not None
             self.text_only += not media
+            self.spelled += any(
+                placeholders_in(m.text) for m in messages if m.role == "user" and "<" in m.text
+            )
         self.media = dict(Counter(media.modality for media in found))
-        self.pictures = len(found)
+        self.num_media = len(found)
 
     @property
     def counted(self) -> str:
-        """What there is, in words.
+        """The counts in words.
 
         Example:
-            >>> SourceReport("sweeps", pictures=1200, captions=1300, modality="radar").counted
+            >>> SourceReport("sweeps", num_media=1200, num_rows=1300, modality="radar").counted
             '1,200 radar media, 1,300 captions'
-            >>> SourceReport("talks", captions=90, format="llava", answers=200, media={"image": 80}).counted
-            '90 rows (llava), 200 answers, 80 pictures'
+            >>> SourceReport("talks", num_rows=90, format="llava", answers=200, media={"image": 80}).counted
+            '90 rows (llava), 200 answers, 80 images'
         """
         if self.shards:
             return f"{self.shards:,} shards, streamed"
         if self.format == "caption":
-            return f"{_count_media(self.modality, self.pictures)}, {self.captions:,} captions"
-        parts = [f"{self.captions:,} rows ({self.format})"]
-        if self.answers > self.captions:
+            return f"{_count_media(self.modality, self.num_media)}, {self.num_rows:,} captions"
+        parts = [f"{self.num_rows:,} rows ({self.format})"]
+        if self.answers > self.num_rows:
             parts.append(f"{self.answers:,} answers")
         if self.pairs:
             parts.append(f"{self.pairs:,} pairs of a better and a worse answer")
         parts += [_count_media(modality, count) for modality, count in self.media.items()]
         if self.text_only:
             parts.append(f"{self.text_only:,} rows without media")
+        if self.spelled:
+            parts.append(
+                f"{self.spelled:,} rows with a placeholder such as <image> but no media for it, kept as text"
+            )
         return ", ".join(parts)
 
 
 def _count_media(modality: str, count: int) -> str:
-    return f"{count:,} {'pictures' if modality == 'image' else f'{modality} media'}"
+    return f"{count:,} {'images' if modality == 'image' else f'{modality} media'}"
 
 
 @dataclass
 class StreamReport:
-    """What a stream gave to one process, since it was started last.
+    """Counts of a stream in one process, since its last start.
 
     Args:
-        read: samples that were read for the batches which were handed out, and for those that wait.
-        rows: rows in these batches.
-        batches: their number.
-        waiting: rows that were read together with these, and wait for their batches.
-        skipped: samples and shards that were left out.
+        read: samples that were read.
+        rows: rows of the batches that training has taken.
+        batches: number of these batches.
+        waiting: rows that are ready for later batches.
+        skipped: samples and shards that cannot be used.
         seconds_first: time until the first batch.
         seconds_waited: time that the training waited for later batches.
         seconds: time from the first batch to the last one.
@@ -170,11 +181,11 @@ class StreamReport:
 
     @property
     def waiting_share(self) -> float:
-        """Share of the time, 0..1, that the training stood still for want of a batch; the first is not counted."""
+        """Share of the time, 0..1, that training waited for a batch; the first batch is not counted."""
         return self.seconds_waited / self.seconds if self.seconds else 0.0
 
     def lines(self) -> Iterator[str]:
-        """Yield what it comes to, and a line for each reason why something was left out.
+        """Yield the counts, and a line for each reason why samples were skipped.
 
         Example:
             >>> report = StreamReport(read=9, rows=8, batches=2, seconds_first=1.5)
@@ -187,26 +198,26 @@ class StreamReport:
             f"{self.seconds_first:.1f} s, then training waited {100 * self.waiting_share:.1f} % of its time"
         )
         for line in self.skipped.lines():
-            yield f"  left out: {line}"
+            yield f"  skipped: {line}"
 
 
 @dataclass
 class DataReport:
-    """What all sources gave, and what became of it.
+    """Counts of all sources and of the samples made from them.
 
     Args:
         sources: one report per source.
         rows: samples per split.
-        skipped: rows left out, by all steps together.
-        truncated: samples of which an answer was cut or left out to keep to the longest length.
+        skipped: rows skipped in all steps together.
+        truncated: samples with an answer that was cut or dropped to keep to the maximum length.
         text_only: samples without media.
-        supervised_tokens: tokens of the training split that give a loss, in one pass over its samples.
-        shared_media: held-out samples of which a file with the same content is in the training split too.
-        encoded: files that were encoded now.
+        supervised_tokens: tokens of the training split with a loss, in one pass over its samples.
+        shared_media: held-out samples with a file whose content is in the training split too.
+        encoded: files that were encoded in this run.
         reused: files whose embeddings were in the store.
         seconds_embedding: time of embedding.
-        seconds: time of all this together.
-        stream: what was streamed for training, by this process; None: nothing.
+        seconds: total time.
+        stream: counts of the training stream in this process, if there is one.
     """
 
     sources: list[SourceReport] = field(default_factory=list)
@@ -224,11 +235,11 @@ class DataReport:
 
     @property
     def modalities(self) -> set[str]:
-        """What the sources are of."""
+        """Modalities of the sources."""
         return {modality for source in self.sources for modality in source.media or (source.modality,)}
 
     def __rich__(self) -> RenderableType:
-        """Return a table for the terminal, and a line for each reason why rows were left out."""
+        """Return a table for the terminal, and a line for each reason why rows were skipped."""
         table = Table(title="data", show_header=False, title_justify="left")
         table.add_column()
         table.add_column(justify="right")
@@ -240,12 +251,13 @@ class DataReport:
         notes = {
             "rows cut to max_length": self.truncated,
             "rows without media": self.text_only,
+            "rows with a placeholder but no media for it, kept as text": sum(s.spelled for s in self.sources),
             "captions with control characters removed": sum(s.control_characters for s in self.sources),
             "held-out rows whose media is in train too": self.shared_media,
-            "rows left out": self.skipped.total,
+            "rows skipped": self.skipped.total,
         }
         for note, count in notes.items():
             if count:
                 table.add_row(note, f"{count:,}")
         table.add_row("seconds", f"{self.seconds:.1f}")
-        return Group(table, *(Text(f"  left out: {line}") for line in self.skipped.lines()))
+        return Group(table, *(Text(f"  skipped: {line}") for line in self.skipped.lines()))

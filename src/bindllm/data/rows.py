@@ -1,15 +1,25 @@
-"""A row of training data: one conversation, what is true of its last answer, and how a held-out one is measured."""
+"""One row of training data: a conversation with facts about its last answer (`Row`), and its tokens (`Sample`)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
-from bindllm.conversation import Conversation
+import numpy as np
+
+from bindllm.conversation import Conversation, render
+from bindllm.data.source_config import Split
+from bindllm.errors import InputError
 from bindllm.media import Media
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORE = -100
+"""Label of a token without a loss; no token id is negative, while 0 is one."""
+
 Task = Literal["caption", "answer", "chat"]
-"""How held-out rows are measured: by metrics of captions, by exact answers, or by their loss alone."""
+"""How held-out rows are measured: by metrics of captions, by exact answers, or only by their loss."""
 
 
 @dataclass(frozen=True)
@@ -17,15 +27,16 @@ class Row:
     """One conversation of a source.
 
     Args:
-        conversation: with the answer to learn as last message.
+        conversation: its last message is the answer to learn.
         references: all true answers to the last question.
         name: where the row comes from, for messages.
-        source: number of the source in the recipe, from 0.
-        task: how it is measured where it is held out.
-        type: kind of question, for accuracy by type; empty where the row does not say.
-        rejected: in a preference pair, the conversation with the worse answer; it differs in its last message alone.
-        desirable: whether the answer is a wanted one; None where the row does not say.
+        source: index of the source in the recipe, from 0.
+        task: how it is measured if it is held out.
+        type: kind of question, for accuracy by type; empty if the row does not give one.
+        rejected: in a preference pair, the conversation with the worse answer; only its last message differs.
+        desirable: whether the answer is a wanted one; None if the row does not say so.
         options: in a multiple choice, the texts of the options in the order of their letters in the prompt.
+        split: the split that the row itself names, if any.
     """
 
     conversation: Conversation
@@ -37,8 +48,169 @@ class Row:
     rejected: Conversation | None = None
     desirable: bool | None = None
     options: tuple[str, ...] = ()
+    split: Split | None = None
 
     @property
     def media(self) -> tuple[Media, ...]:
         """All media of the conversation."""
         return tuple(item for group in self.conversation.media_groups for item in group)
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One row, ready for a batch. The arrays are int64 and have one entry per token, [T].
+
+    Args:
+        input_ids: token ids, up to the last one with a loss.
+        labels: the id if the token is supervised, else `IGNORE`; not shifted.
+        media_index: the media group that the token listens to, or -1.
+        conversation: the tokenized conversation.
+        truncated: whether an answer was cut or dropped to keep to the maximum length.
+        references: all true answers to the last question, for metrics that take several.
+        name: where the row comes from, for messages.
+        source: index of its source in the recipe, from 0.
+        task: how the row is measured if it is held out.
+        type: kind of question, for accuracy by type.
+        rejected: the worse answer to the same prompt, tokenized in the same way.
+        desirable: whether the answer is a wanted one; None if the row does not say so.
+        options: the options of a multiple choice, in the order of their letters in the prompt.
+        number: index among the samples of its split; -1 if it has none.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    media_index: np.ndarray
+    conversation: Conversation
+    truncated: bool = False
+    references: tuple[str, ...] = ()
+    name: str = ""
+    source: int = 0
+    task: Task = "caption"
+    type: str = ""
+    rejected: Sample | None = None
+    desirable: bool | None = None
+    options: tuple[str, ...] = ()
+    number: int = -1
+
+    @property
+    def media(self) -> tuple[tuple[Media, ...], ...]:
+        """The media groups that these tokens listen to."""
+        return self.conversation.media_groups[: int(self.media_index.max()) + 1]
+
+    @property
+    def length(self) -> int:
+        """Number of tokens in a batch; for a pair, those of the longer side."""
+        return max(len(self.input_ids), 0 if self.rejected is None else len(self.rejected.input_ids))
+
+    @property
+    def num_supervised(self) -> int:
+        """Number of tokens with a loss."""
+        return int((self.labels != IGNORE).sum())
+
+    @property
+    def num_answers(self) -> int:
+        """Number of answers with a loss."""
+        learned = self.labels != IGNORE
+        return int(learned[0]) + int((learned[1:] & ~learned[:-1]).sum())
+
+    @property
+    def prompt_length(self) -> int:
+        """Number of tokens before the last answer: the input for generating it."""
+        unsupervised = np.flatnonzero(self.labels == IGNORE)
+        return int(unsupervised[-1]) + 1
+
+
+def make_sample(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Sample:
+    """Turn a row into a sample of at most ``max_length`` tokens; for a pair, each side separately.
+
+    In a row that says how good its answer is, only the last answer is learned. If the last turns do not fit, the last
+    question is no longer the one that the references answer: the references are dropped, and the row is measured by
+    its loss.
+
+    Raises:
+        InputError: the row cannot be used; it is counted by this message.
+    """
+    judged = row.rejected is not None or row.desirable is not None
+    sample = tokenize(row.conversation, tokenizer, max_length, last_only=judged)
+    whole = sample.num_answers == (1 if judged else _num_answers(row.conversation))
+    rejected = None
+    if row.rejected is not None:
+        rejected = tokenize(row.rejected, tokenizer, max_length, last_only=True)
+        if np.array_equal(rejected.input_ids, sample.input_ids):
+            raise InputError("the answers of a pair differ only beyond max_length; raise max_length")
+        rejected = replace(rejected, name=row.name, source=row.source)
+    return replace(
+        sample,
+        truncated=sample.truncated or (rejected is not None and rejected.truncated),
+        references=row.references if whole else (),
+        name=row.name,
+        source=row.source,
+        task=row.task if whole else "chat",
+        type=row.type,
+        rejected=rejected,
+        desirable=row.desirable,
+        options=row.options,
+    )
+
+
+def tokenize(
+    conversation: Conversation,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    *,
+    last_only: bool = False,
+) -> Sample:
+    """Turn a conversation into a sample of at most ``max_length`` tokens.
+
+    Every answer is learned. One that is too long is cut and still ends with its end token, so that the model learns
+    to stop. If not even the start of an answer fits, that turn and all turns after it are dropped. Tokens after the
+    last answer teach nothing; they are dropped without counting as truncation.
+
+    Args:
+        conversation: ends with an answer.
+        tokenizer: a fast tokenizer with a chat template.
+        max_length: maximum number of tokens of a sample.
+        last_only: learn only the last answer; earlier ones are part of the prompt.
+
+    Raises:
+        InputError: no answer, one without text, one that does not fit at all (the first, or the only one that
+            would be learned), or a text that spells a control token.
+
+    Example:
+        >>> tokenize(conversation, tokenizer, 128).input_ids.shape  # doctest: +SKIP
+        (23,)
+    """
+    if not _num_answers(conversation):
+        raise InputError("no answer: the conversation has no assistant message to learn from")
+    texts = [message.text for message in conversation.messages if message.role == "assistant"]
+    if not all(text.strip() for text in (texts[-1:] if last_only else texts)):
+        raise InputError("an answer is empty")
+    rendered = render(conversation, tokenizer)
+    answers = rendered.answers[-1:] if last_only else rendered.answers
+    ids, length = list(rendered.input_ids), 0
+    for start, stop in answers:
+        if stop <= max_length:
+            length = stop
+        # At least one token of the answer itself must stay in addition to its end token.
+        elif start + 2 <= max_length:
+            length = max_length
+            ids[max_length - 1] = ids[stop - 1]
+    if length == 0:
+        raise InputError(
+            f"the prompt leaves no room for an answer in max_length={max_length} tokens; shorten it or raise max_length"
+        )
+    input_ids = np.array(ids[:length], dtype=np.int64)
+    labels = np.full(length, IGNORE, dtype=np.int64)
+    for start, stop in answers:
+        labels[start:stop] = input_ids[start:stop]
+    return Sample(
+        input_ids=input_ids,
+        labels=labels,
+        media_index=np.array(rendered.media_index[:length], dtype=np.int64),
+        conversation=conversation,
+        truncated=length < answers[-1][1],
+    )
+
+
+def _num_answers(conversation: Conversation) -> int:
+    return sum(message.role == "assistant" for message in conversation.messages)

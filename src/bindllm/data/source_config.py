@@ -1,4 +1,4 @@
-"""What a recipe says about one source of data."""
+"""The configuration of one data source in a recipe."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _OTHER_NAMES: dict[object, Split] = {"val": "validation", "valid": "validation",
 
 
 def split_named(name: object) -> Split | None:
-    """Return the split that a table, a row or a library calls by this name, or None where it means none.
+    """Return the split that a table, a row or a library calls by this name, or None if it is not a split.
 
     Example:
         >>> split_named("test"), split_named("val"), split_named("extra")
@@ -38,29 +38,29 @@ def split_named(name: object) -> Split | None:
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns of a table, or of the keys of a JSON object; a format looks at its own alone.
+    """Names of the columns of a table, or of the keys of a JSON object; each format uses only its own.
 
-    Where a column keeps its name of here and a row lacks it, the names in brackets are tried.
+    If a column keeps its default name and a row lacks it, the names in parentheses are tried.
 
     Args:
-        image: path of the picture, relative to the folder of the table. In a source of another modality the column
-            is called like the modality, unless this says otherwise; for ``text`` it holds the text itself.
+        image: path of the image, relative to the folder of the table. In a source of another modality the column is
+            called like the modality by default; for ``text`` it holds the text itself.
         caption: a text or a list of texts.
-        split: train, validation (or val, valid, dev) or test; a table may lack this column. None: it is not looked at.
+        split: train, validation (or val, valid, dev) or test; a table may lack this column. None: it is ignored.
         messages: OpenAI messages.
         conversations: the turns of LLaVA and ShareGPT (conversation).
-        instruction: what is to be done.
-        input: what it is to be done with (context); may be empty or missing.
-        output: the answer to an instruction (response).
+        instruction: the task.
+        input: its input (context); may be empty or missing.
+        output: the answer to an instruction (response, completion).
         system: a system prompt; may be missing.
-        question: of vqa and choice.
-        answer: a text or a list of texts; of choice: the number of an option from 0, its letter or its text (answers).
+        question: in vqa and choice.
+        answer: a text or a list of texts; in choice, the index of an option from 0, its letter or its text (answers).
         type: kind of question, for accuracy by type; may be missing.
         choices: the options, a list of texts (options, or a column for each letter: A, B, ...).
-        hint: what helps to answer (context); may be empty or missing.
-        lecture: what is to be known, ahead of the explanation; may be empty or missing.
+        hint: context of the question (context); may be empty or missing.
+        lecture: background knowledge, before the explanation; may be empty or missing.
         solution: the explanation (explanation, rationale); may be empty or missing.
-        prompt: of preference (question, instruction); a text or messages.
+        prompt: in preference (question, instruction); a text or messages.
         chosen: the better answer; a text or messages.
         rejected: the worse answer; a text or messages.
         completion: the only answer of a row without a pair; a text or messages.
@@ -96,23 +96,23 @@ class SourceConfig:
 
     Args:
         path: a table (.json, .jsonl, .csv, .tsv, .parquet), a folder with such tables, a folder that
-            ``save_to_disk`` of Hugging Face ``datasets`` wrote, ``hf://NAME``, or tar shards, which are streamed. Of
-            the format caption: also a folder with a table named captions.*, or a folder of pictures, each with a .txt
-            file of the same name that has one caption a line.
-        format: how the rows are to be read; docs/data.md shows each.
-        modality: what the files are: image, another modality of `bindllm.media.MODALITIES`, or any lower-case word
-            that an encoder of the recipe serves. In a table their column is then called like the modality.
-        prompt: what the user asks about each picture (or other media) of captions. In vqa, a prompt that holds
-            ``{question}`` is what the question is put into.
+            ``save_to_disk`` of Hugging Face ``datasets`` wrote, ``hf://NAME``, or tar shards, which are streamed. For
+            the format caption, also a folder with a table named captions.*, or a folder of images, each with a .txt
+            file of the same name that has one caption per line.
+        format: of the rows; docs/data.md shows each.
+        modality: of the files: image, another modality of `bindllm.media.MODALITIES`, or any lower-case word that an
+            encoder of the recipe serves. In a table, their column is then called like the modality.
+        prompt: the question about each image (or other media) with captions. In vqa, ``{question}`` in the prompt is
+            replaced by the question.
         weight: how often each row is drawn in an epoch: 2 is twice, 0.5 every second epoch.
-        split: put the whole source into one split. Otherwise the column split of the table decides, and where
-            there is none, the hash of the media's path (or of the question); rows that share media share a split.
-        held_out: share of media, 0 to 1, that the hash holds out: half of them for validation, half for test.
-        limit: use only this many pictures of captions, or this many rows of another format, chosen by hash.
-        columns: what the columns of the table are called.
-        media: folder that paths of media are relative to; the folder of their table where this is not given.
-        rationale: of multiple choice: learn the lecture and the explanation, then the answer (QCM-LE-A), not the
-            answer alone (QCM-A).
+        split: put the whole source into one split. Otherwise the column split of the table decides, and without it,
+            the hash of the media's path (or of the question); rows that share media share a split.
+        held_out: share of media, 0 to 1, that the hash holds out: half for validation, half for test.
+        limit: use only this many images with captions, or this many rows of another format, chosen by hash.
+        columns: names of the columns of the table.
+        media: folder that paths of media are relative to; by default, the folder of their table.
+        rationale: in multiple choice, learn the lecture and the explanation before the answer (QCM-LE-A) instead of
+            only the answer (QCM-A).
     """
 
     path: str

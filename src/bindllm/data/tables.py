@@ -1,49 +1,68 @@
-"""Reading tables row by row: JSON, JSON Lines, CSV, TSV, Parquet and ``datasets``, each with a name."""
+"""Reads tables row by row, each row with a name: JSON, JSON Lines, CSV, TSV, Parquet and Hugging Face ``datasets``.
+
+A few rows are in memory at a time, however large the file is.
+"""
 
 from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
-from bindllm.data.arrow_tables import Record, is_dataset, read_dataset, read_parquet
-from bindllm.data.json_lists import read_list
 from bindllm.data.report import NOT_UTF8, Skipped
-from bindllm.errors import InputError, did_you_mean
+from bindllm.data.source_config import split_named
+from bindllm.errors import InputError, MissingExtraError, did_you_mean
 
-_LONGEST_FIELD = 1 << 26
-"""Letters of a field of CSV at most: room for a picture as a ``data:`` URI, and an end to a quotation that has none."""
+if TYPE_CHECKING:
+    import pyarrow as pa
 
-__all__ = ["NOT_UTF8", "READERS", "Record", "is_table", "read_table"]
+__all__ = ["HUB", "NOT_UTF8", "READERS", "Record", "is_table", "parse_hub", "read_table"]
+
+Record = dict[str, object]
+
+HUB = "hf://"
+ROWS_AT_ONCE = 64
+"""Rows of an Arrow table in memory: few, since each may hold an image."""
+
+_MAX_FIELD = 1 << 26
+"""Characters of a CSV field: room for an image as a ``data:`` URI, and a limit for a quotation that never ends."""
+_DATASET_FILES = ("dataset_dict.json", "state.json")
+_CHUNK = 1 << 20
+_SPACE = re.compile(r"[ \t\n\r]*")
+# Bytes that are not UTF-8 are read as lone surrogates in this range, which no valid text holds.
+_NOT_UTF8 = re.compile("[\udc80-\udcff]")
+# A value cut by the end of the buffer fails at most this many characters before that end (an escape, a literal).
+_NEAR_END = 16
 
 
 def is_table(path: str | Path) -> bool:
-    """Tell whether `read_table` is what reads this: a file by its ending, else a dataset."""
+    """Tell whether `read_table` reads this: a file by its ending, or a dataset."""
     return Path(path).suffix.lower() in READERS or is_dataset(path)
 
 
 def read_table(path: str | Path, required: tuple[str, ...], skipped: Skipped) -> Iterator[tuple[str, Record]]:
     """Yield the rows of a table, each with its name; a few of them are in memory at a time.
 
-    CSV follows RFC 4180 with a header line; in TSV a quotation mark is an ordinary character. A byte order
-    mark is accepted. A row that cannot be read is counted in ``skipped`` and the next one follows. Bytes that are
-    in a table, and pictures and sounds of ``datasets`` (``{"bytes": ..., "path": ...}``), stay as they are.
+    CSV follows RFC 4180 with a header line; in TSV a quotation mark is an ordinary character. A byte order mark is
+    accepted. A row that cannot be read is counted in ``skipped``, and reading continues with the next one. Bytes in a
+    table, and images and audio of ``datasets`` (``{"bytes": ..., "path": ...}``), stay as they are.
 
     Args:
         path: a file ending in .json (a list of objects, or an object that holds one such list), .jsonl, .csv, .tsv
             or .parquet; a folder that ``save_to_disk`` of ``datasets`` wrote; or ``hf://NAME[/CONFIG][@SPLIT]``.
             Rows of a dataset with several splits have a column ``split``.
         required: columns that every row must have.
-        skipped: counts what cannot be read.
+        skipped: counts rows that cannot be read.
 
     Raises:
-        InputError: another ending, a table without one of the required columns, or one that is damaged.
+        InputError: another ending, a table without one of the required columns, or a damaged file.
         MissingExtraError: a dataset, and the library that reads it is not installed.
     """
     if is_dataset(path):
-        yield from read_dataset(path, partial(_check_columns, path, required), skipped)
+        yield from _read_dataset(path, required, skipped)
         return
     path = Path(path)
     reader = READERS.get(path.suffix.lower())
@@ -73,14 +92,26 @@ def _read_jsonl(path: Path, required: tuple[str, ...], skipped: Skipped) -> Iter
 
 
 def _read_json(path: Path, required: tuple[str, ...], skipped: Skipped) -> Iterator[tuple[str, Record]]:
-    for name, record in read_list(path, skipped):
-        yield from _usable(name, record, required, skipped)
+    """Yield the rows of a list, or of an object such as ``{"info": {...}, "annotations": [...]}``.
+
+    Raises:
+        InputError: damaged JSON, JSON Lines, an object without a list of objects, or one with several.
+    """
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
+        text = _JsonText(path, stream)
+        start = text.peek()
+        if start not in ("[", "{"):
+            raise InputError(f"{path}: neither a JSON list of rows nor an object that holds one")
+        items = _items(text, skipped) if start == "[" else _list_of_object(text, skipped)
+        for name, record in items:
+            yield from _usable(name, record, required, skipped)
+        text.end()
 
 
 def _usable(
     name: str, record: object, required: tuple[str, ...], skipped: Skipped
 ) -> Iterable[tuple[str, Record]]:
-    """Return the row of JSON, or nothing where it is no row with these columns."""
+    """Return the row of a JSON value, or nothing if it is not a row with these columns."""
     if not isinstance(record, dict):
         skipped.add("not a JSON object", name)
     elif missing := [column for column in required if column not in record]:
@@ -88,6 +119,118 @@ def _usable(
     else:
         return ((name, record),)
     return ()
+
+
+def _items(text: _JsonText, skipped: Skipped) -> Iterator[tuple[str, object]]:
+    text.take("[")
+    number = 0
+    while text.peek() != "]":
+        if number:
+            text.take(",")
+        number += 1
+        row = f"{text.path.name} row {number}"
+        item, is_utf8 = text.value(row)
+        if is_utf8:
+            yield row, item
+        else:
+            skipped.add(NOT_UTF8, row)
+    text.take("]")
+
+
+def _list_of_object(text: _JsonText, skipped: Skipped) -> Iterator[tuple[str, object]]:
+    """Yield the items of the one list of objects among the values of an object."""
+    text.take("{")
+    lists, is_first = [], True
+    while text.peek() != "}":
+        if not is_first:
+            text.take(",")
+        is_first = False
+        if text.peek() != '"':
+            raise InputError(
+                f"{text.path}: not valid JSON ({text.peek()!r} instead of a key in quotation marks)"
+            )
+        key, _ = text.value("a key")
+        text.take(":")
+        if text.peek() != "[":
+            text.value(f"the value of {key!r}")
+            continue
+        # A list of other things, such as the names of the classes, does not hold rows.
+        holds_rows = False
+        for number, (row, item) in enumerate(_items(text, skipped)):
+            holds_rows = holds_rows or (number == 0 and isinstance(item, dict))
+            if holds_rows and not lists:
+                yield row, item
+        lists += [str(key)] * holds_rows
+    text.take("}")
+    text.end()
+    if len(lists) != 1:
+        found = f"the lists {', '.join(lists)}" if lists else "no list of objects"
+        raise InputError(
+            f"{text.path}: the object holds {found}; expected one list of rows. Write the rows as a list of their own"
+        )
+
+
+class _JsonText:
+    """The characters of a JSON file from a position on; as many as needed are in memory."""
+
+    def __init__(self, path: Path, stream: TextIO) -> None:
+        self.path = path
+        self._stream, self._buffer, self._position = stream, "", 0
+        self._decoder = json.JSONDecoder()
+
+    def peek(self) -> str:
+        """Skip white space; return the next character, or an empty text at the end."""
+        while True:
+            self._position = _SPACE.match(self._buffer, self._position).end()
+            if self._position < len(self._buffer):
+                return self._buffer[self._position]
+            if not self._read_more(_CHUNK):
+                return ""
+
+    def take(self, wanted: str) -> None:
+        """Skip one character, which must be the next."""
+        found = self.peek()
+        if found != wanted:
+            problem = f"{found!r} instead of {wanted!r}" if found else f"the file ends before {wanted!r}"
+            raise InputError(f"{self.path}: not valid JSON ({problem})")
+        self._position += 1
+
+    def end(self) -> None:
+        """Make sure that nothing follows."""
+        if self.peek():
+            raise InputError(
+                f"{self.path}: more than one JSON value; if each line is a row, call the file .jsonl"
+            )
+
+    def value(self, name: str) -> tuple[object, bool]:
+        """Return the next value, and whether all of it is UTF-8."""
+        self.peek()
+        size = _CHUNK
+        while True:
+            try:
+                found, end = self._decoder.raw_decode(self._buffer, self._position)
+            except json.JSONDecodeError as error:
+                # A string that the end of the buffer cuts is reported at its start.
+                near_end = error.pos + _NEAR_END >= len(self._buffer) or "Unterminated" in error.msg
+                if not (near_end and self._read_more(size)):
+                    problem = "the file ends in the middle of it" if near_end else error.msg
+                    raise InputError(f"{self.path}: {name} is not valid JSON ({problem})") from error
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{self.path}: {name} is not valid JSON ({error})") from error
+            else:
+                # A number may continue after the end of the buffer.
+                if end < len(self._buffer) or not self._read_more(size):
+                    is_utf8 = not _NOT_UTF8.search(self._buffer, self._position, end)
+                    self._position = end
+                    return found, is_utf8
+            # Doubled, so that decoding a large value again and again takes linear time in all.
+            size *= 2
+
+    def _read_more(self, size: int) -> bool:
+        read = self._stream.read(size)
+        self._buffer = self._buffer[self._position :] + read
+        self._position = 0
+        return bool(read)
 
 
 def _read_csv(path: Path, required: tuple[str, ...], skipped: Skipped) -> Iterator[tuple[str, Record]]:
@@ -101,8 +244,7 @@ def _read_tsv(path: Path, required: tuple[str, ...], skipped: Skipped) -> Iterat
 def _read_delimited(
     path: Path, required: tuple[str, ...], skipped: Skipped, *, dialect: Mapping
 ) -> Iterator[tuple[str, Record]]:
-    csv.field_size_limit(_LONGEST_FIELD)
-    # Bytes that are not UTF-8 become lone surrogates, which no valid text holds: the row is found by them.
+    csv.field_size_limit(_MAX_FIELD)
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
         reader = csv.reader(stream, **dialect)
         header = [name.strip() for name in next(reader, [])]
@@ -120,14 +262,147 @@ def _read_delimited(
                 continue
             if len(fields) != len(header):
                 skipped.add(f"not {len(header)} fields as in the header", name)
-            elif any("\udc80" <= letter <= "\udcff" for field in fields for letter in field):
+            elif any(map(_NOT_UTF8.search, fields)):
                 skipped.add(NOT_UTF8, name)
             else:
                 yield name, dict(zip(header, fields, strict=True))
 
 
 def _read_parquet(path: Path, required: tuple[str, ...], skipped: Skipped) -> Iterator[tuple[str, Record]]:
-    return read_parquet(path, partial(_check_columns, path, required), skipped)
+    """Yield the rows of a Parquet file; at most one row group is in memory."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        # Memory-mapped, since a row group is otherwise copied before it is decoded.
+        with pq.ParquetFile(path, memory_map=True) as file:
+            _check_columns(path, required, file.schema_arrow.names)
+            yield from _arrow_rows(file.iter_batches(ROWS_AT_ONCE), path.name, skipped)
+    except pa.ArrowException as error:
+        raise InputError(f"{path}: not a Parquet file that can be read ({error})") from error
+
+
+READERS: Mapping[str, Callable[[Path, tuple[str, ...], Skipped], Iterator[tuple[str, Record]]]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".parquet": _read_parquet,
+}
+
+
+def is_dataset(path: str | Path) -> bool:
+    """Tell whether this is a folder that ``save_to_disk`` of ``datasets`` wrote, or names a dataset of the hub."""
+    return str(path).startswith(HUB) or any(Path(path, name).is_file() for name in _DATASET_FILES)
+
+
+def _read_dataset(
+    path: str | Path, required: tuple[str, ...], skipped: Skipped
+) -> Iterator[tuple[str, Record]]:
+    """Yield the rows of a dataset of the library ``datasets``, each with its name.
+
+    Nothing is decoded: images and audio stay ``{"bytes": ..., "path": ...}``. Classes become their names. Rows of a
+    dataset with several splits have a column ``split``, unless they have one of their own. If all rows are for
+    training, or one split was chosen, the column is not added.
+    """
+    name = str(path).removeprefix(HUB) if str(path).startswith(HUB) else Path(path).name
+    for split, dataset in _open_dataset(path).items():
+        _check_columns(path, required, dataset.column_names + ["split"] * bool(split))
+        classes = {
+            column: feature.names
+            for column, feature in dataset.features.items()
+            if type(feature).__name__ == "ClassLabel"
+        }
+        batches = dataset.with_format("arrow").iter(ROWS_AT_ONCE)
+        for row, record in _arrow_rows(batches, f"{name} {split}".rstrip(), skipped):
+            for column, names in classes.items():
+                number = record[column]
+                record[column] = names[number] if number is not None and number >= 0 else None
+            yield row, {"split": split, **record} if split else record
+
+
+def _open_dataset(path: str | Path) -> Mapping[str, Any]:
+    """Open a dataset without reading it: its parts by split, or the only part with an empty name."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingExtraError("datasets", extra="datasets", purpose=f"read {path}") from error
+    named = parse_hub(str(path)) if str(path).startswith(HUB) else None
+    try:
+        if named is None:
+            opened = datasets.load_from_disk(str(path))
+        else:
+            name, config, split = named
+            opened = datasets.load_dataset(name, config, split=split)
+    # Untrusted files and the network make the library raise anything; each error means that it cannot be opened.
+    except Exception as error:
+        raise InputError(
+            f"{path} cannot be opened by the library datasets ({type(error).__name__}: {error})"
+        ) from error
+    return {"": opened} if isinstance(opened, datasets.Dataset) else _named_splits(path, opened)
+
+
+def _named_splits(path: str | Path, parts: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the parts of a dataset by our names of their splits."""
+    named = {split_named(split) or split: part for split, part in parts.items()}
+    if list(named) == ["train"]:
+        return {"": named["train"]}
+    unknown = [split for split in named if split not in ("train", "validation", "test")]
+    if unknown:
+        one = f"{path}@{unknown[0]}" if str(path).startswith(HUB) else Path(path, unknown[0])
+        raise InputError(
+            f"{path} has the splits {', '.join(parts)}, and {unknown[0]!r} is none of train, validation, test. Make "
+            f"each split that you want a source of its own, such as {{path: {one}, split: train}}"
+        )
+    return named
+
+
+def parse_hub(path: str) -> tuple[str, str | None, str | None]:
+    """Return name, configuration and split of ``hf://NAME[/CONFIG][@SPLIT]``.
+
+    NAME is ``organization/dataset`` on the hub or a folder.
+
+    Raises:
+        InputError: another form.
+
+    Example:
+        >>> parse_hub("hf://HuggingFaceM4/the_cauldron/ai2d@train")
+        ('HuggingFaceM4/the_cauldron', 'ai2d', 'train')
+    """
+    name, _, split = path.removeprefix(HUB).partition("@")
+    if name and Path(name).is_dir():
+        return name, None, split or None
+    parts = name.split("/")
+    if not all(parts) or len(parts) > 3:
+        raise InputError(
+            f"{path}: expected hf://ORGANIZATION/DATASET, with /CONFIG, @SPLIT or both to choose one of several"
+        )
+    return "/".join(parts[:2]), parts[2] if len(parts) > 2 else None, split or None
+
+
+def _arrow_rows(
+    batches: Iterable[pa.RecordBatch | pa.Table], name: str, skipped: Skipped
+) -> Iterator[tuple[str, Record]]:
+    """Yield the rows of batches as Python objects; one that is not UTF-8 is counted, and its neighbors are kept."""
+    number = 0
+    for batch in batches:
+        try:
+            records = batch.to_pylist()
+        except UnicodeDecodeError:
+            records = [_arrow_row(batch, row) for row in range(batch.num_rows)]
+        for record in records:
+            number += 1
+            if record is None:
+                skipped.add(NOT_UTF8, f"{name} row {number}")
+            else:
+                yield f"{name} row {number}", record
+
+
+def _arrow_row(batch: pa.RecordBatch | pa.Table, row: int) -> Record | None:
+    try:
+        return batch.slice(row, 1).to_pylist()[0]
+    except UnicodeDecodeError:
+        return None
 
 
 def _check_columns(path: str | Path, required: tuple[str, ...], known: Sequence[str]) -> None:
@@ -138,12 +413,3 @@ def _check_columns(path: str | Path, required: tuple[str, ...], known: Sequence[
 
 def _no_column(column: str, known: Mapping | Sequence[str]) -> str:
     return f"no column {column!r}. {did_you_mean(column, known)}"
-
-
-READERS: Mapping[str, Callable[[Path, tuple[str, ...], Skipped], Iterator[tuple[str, Record]]]] = {
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".tsv": _read_tsv,
-    ".parquet": _read_parquet,
-}

@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from bindllm.data.answers import answer_words, is_right
-from bindllm.data.tokenise import Sample
+from bindllm.data.rows import Sample
 from bindllm.errors import InputError
 from bindllm.evaluation.task import (
     MAJORITY_ANSWER,
@@ -119,6 +119,7 @@ def accuracy_metrics(items: Sequence[Sample], answers: Sequence[str]) -> Metrics
     types: dict[str, list[bool]] = defaultdict(list)
     for item, hit in zip(items, right, strict=True):
         types[item.type or UNTYPED].append(hit)
+    # A set without types has no table by type.
     if set(types) == {UNTYPED}:
         types.clear()
     return {
@@ -133,8 +134,10 @@ def longest_answer(samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase
     """Return the token limit of an answer: a few more than the longest true answer and its end token."""
     texts = list({text for sample in samples for text in sample.references})
     longest = max(len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids) + 1
+    # The row's own answer may be longer than its references, with a rationale for example.
     longest = max(longest, *(len(sample.input_ids) - sample.prompt_length for sample in samples))
     if any(sample.options for sample in samples):
+        # Room for "The answer is (B)." even if the true answer is only the letter.
         longest = max(longest, _LETTERED)
     return min(longest + _MARGIN, _LONGEST)
 
@@ -156,6 +159,7 @@ def majority_answers(samples: Sequence[Sample], train_samples: Iterable[Sample])
         if sample.desirable is False or (sample.task != "answer" and not has_preference):
             continue
         for text in sample.references:
+            # Counted by words, as "No." and "no" are the same answer; shown in the first spelling.
             words = " ".join(answer_words(text))
             spelling.setdefault(words, text)
             for key in _keys(sample):

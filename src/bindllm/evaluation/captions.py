@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from bindllm.data.collate import Lookup
-from bindllm.data.tokenise import Sample
+from bindllm.data.rows import Sample
 from bindllm.errors import InputError
 from bindllm.evaluation.metrics import METRICS, caption_metrics, same_caption
 from bindllm.evaluation.task import (
@@ -86,6 +86,7 @@ def captions_task(
         raise InputError(f"none of the {len(samples)} held-out samples has media; give captioned media")
     first: dict[bytes, Sample] = {}
     references: dict[bytes, dict[str, None]] = {}
+    # Grouped by input: a prompt with the same embedding has one caption, whatever the file is called.
     for key, sample in zip(input_digests(shown, lookup), shown, strict=True):
         first.setdefault(key, sample)
         references.setdefault(key, {}).update(dict.fromkeys(sample.references))
@@ -115,12 +116,14 @@ def nearest_captions(
     training = [sample for sample in train_samples if sample.media]
     if not training:
         raise InputError("the training samples have no media, so the nearest caption is not defined")
+    # Unit embeddings, so the product is the cosine.
     held_out = lookup([media_of(sample) for sample in samples])
     best, position = torch.full((len(samples),), -math.inf), torch.zeros(len(samples), dtype=torch.long)
     for start in range(0, len(training), _CHUNK):
         vectors = lookup([media_of(sample) for sample in training[start : start + _CHUNK]])
         # Rounded, so that equal media stay equal in whatever order the products are summed.
         top, column = (held_out @ vectors.T).round(decimals=6).max(dim=1)
+        # Strictly greater, so that the first of equal media is kept across chunks.
         position = torch.where(top > best, column + start, position)
         best = torch.maximum(top, best)
     return [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from bindllm.data.collate import Lookup
-from bindllm.data.tokenise import Sample
+from bindllm.data.rows import Sample
 from bindllm.errors import BindLLMError, InputError
 from bindllm.evaluation.answers import answers_task
 from bindllm.evaluation.captions import captions_task
@@ -66,6 +66,7 @@ def evaluate_held_out(
             else:
                 tasks.append(conversations_task(rows))
         except BindLLMError as error:
+            # One task that cannot be measured must not cost the metrics of the others.
             if len(held_out) == 1:
                 raise
             problems[name] = str(error)

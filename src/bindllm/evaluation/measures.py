@@ -107,6 +107,7 @@ class Scores:
 
     def blocks(self, queries: Sequence[MediaGroup], candidates: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Yield a slice of the queries and their rounded cosines with all candidates [C, E]: float64, [Q, C]."""
+        # Memory does not depend on the number of queries.
         step = max(1, min(_CHUNK, BLOCK // len(candidates)))
         for start in range(0, len(queries), step):
             part = slice(start, min(start + step, len(queries)))
@@ -130,6 +131,7 @@ def _classify(dataset: Dataset, rows: list[Row], prompts: list[MediaGroup], scor
     labels = torch.tensor([row.labels[0] for row in rows])
     counts, size = torch.bincount(labels, minlength=len(prompts)), len(prompts)
     right = torch.zeros(size, dtype=torch.float64).index_add(0, labels, hit_rate(places, 1))
+    # Classes without media have no accuracy, so the mean leaves them out.
     means = right[counts > 0] / counts[counts > 0]
     found = Measured(notes=_notes_on_classes(prompts, counts))
     for k in [k for k in TOP[:2] if k == 1 or k < size]:
@@ -150,6 +152,7 @@ def _tag(dataset: Dataset, rows: list[Row], prompts: list[MediaGroup], scores: S
     for number, row in enumerate(rows):
         targets[number, list(row.labels)] = True
     counts = targets.sum(dim=0)
+    # The ranking of a class needs the scores of all media, so this matrix is held as float32.
     kept = counts > 0
     cosine = torch.empty(len(rows), int(kept.sum()))
     for part, block in scores.blocks([(row.media,) for row in rows], scores.rows(prompts)[kept]):
@@ -170,6 +173,7 @@ def _tag(dataset: Dataset, rows: list[Row], prompts: list[MediaGroup], scores: S
 def _retrieve(dataset: Dataset, rows: list[Row], prompts: list[MediaGroup], scores: Scores) -> Measured:
     """Return how often a right result is among the first k, from the media to their targets and back."""
     media, targets, found = _Distinct(scores.key), _Distinct(scores.key), Measured()
+    # Grouped by content: a caption of two files with the same image is right for both of them.
     pairs = {(media.number((row.media,)), targets.number(group)) for row in rows for group in row.targets}
     if (equal := len(rows) - len(media.groups)) > 0:
         found.notes.append(
@@ -180,6 +184,7 @@ def _retrieve(dataset: Dataset, rows: list[Row], prompts: list[MediaGroup], scor
         (names, media, targets, sorted(pairs)),
         (names[::-1], targets, media, sorted((target, one) for one, target in pairs)),
     )
+    # The same links in both directions; a query may have several right candidates.
     for (source, target), queries, candidates, links in directions:
         right: list[list[int]] = [[] for _ in queries.groups]
         for query, candidate in links:
@@ -262,6 +267,7 @@ def chance_of_precision(num_right: Tensor, num_items: int) -> Tensor:
         >>> chance_of_precision(torch.tensor([1]), 2)
         tensor([0.7500], dtype=torch.float64)
     """
+    # The right item at rank r has precision (1 + (r - 1) * (right - 1) / (items - 1)) / r; averaged over all ranks.
     harmonic = float((1 / torch.arange(1, num_items + 1, dtype=torch.float64)).sum())
     others = (num_right.double() - 1) / max(num_items - 1, 1)
     return (harmonic + others * (num_items - harmonic)) / num_items

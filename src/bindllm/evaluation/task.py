@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from bindllm import conversation
 from bindllm.data.batches import sorted_batches
 from bindllm.data.collate import Lookup, MediaGroup, answer_batch, prompt_batch
-from bindllm.data.tokenise import Sample
+from bindllm.data.rows import Sample
 from bindllm.errors import BindLLMError, InputError
 from bindllm.model.bindllm import BindLLM
 
@@ -185,12 +185,14 @@ def _evaluate_task(
     task, losses = run.task, {}
     answers: dict[str, dict[int, str]] = {name: {} for name in task.variants}
     copied: Sequence[BaselineAnswer] | None = None
+    # First, as it is cheap: a missing training split is reported before hours of generation.
     if task.baseline in variants and task.baseline_answers is not None:
         copied = run.attempt(task.baseline, task.baseline_answers)
         answers[task.baseline] = {n: answer.text for n, answer in enumerate(copied or ())}
     for name in variants:
         if name != task.baseline and (view := _view(run, name, lookup)) is not None:
             losses[name], answers[name] = run.measure(name, view)
+    # After all answers are known, because partial variants are compared with the model on the same items.
     metrics = {name: _metrics(run, name, losses.get(name), answers) for name in variants}
     if MODEL in metrics:
         metrics[MODEL] |= task.counts
@@ -206,15 +208,19 @@ def _view(run: _Run, variant: str, lookup: Lookup) -> _View | None:
     task = run.task
     if variant == MODEL:
         return _View(range(len(task.items)), task.items, task.loss_items, lookup)
+    # Items without media get the same input in every variant, so their answers would only dilute the comparison.
     positions = [n for n, item in enumerate(task.items) if item.media]
+    # The mean loss, in contrast, stays over all samples: the differences between variants come only from media.
     if not positions and not any(sample.media for sample in task.loss_items):
         return None
     if variant == NO_MEDIA:
         items = [task.items[n] for n in positions]
         return _View(positions, without_media(items), without_media(task.loss_items), lookup)
     if task.shuffled_limit is not None and task.shuffled_limit < len(positions):
+        # A generator of its own, so that no global random state is touched.
         positions = sorted(random.Random(_SEED).sample(positions, task.shuffled_limit))
     items = [task.items[n] for n in positions]
+    # One exchange for losses and answers, so that both describe the same wrong media.
     exchanged = run.attempt(variant, lambda: shuffle_media([*items, *task.loss_items], lookup))
     return exchanged and _View(positions, items, task.loss_items, exchanged)
 
@@ -226,8 +232,10 @@ def _metrics(run: _Run, variant: str, loss: float | None, answers: Mapping[str, 
     if metric is None:
         return metrics
     items = [task.items[n] for n in given]
+    # A metric may need an optional package; its absence must not cost the losses and the rows.
     scored = run.attempt(f"{variant} metrics", lambda: metric(items, list(given.values())))
     metrics |= metric([], []) if scored is None else scored
+    # The accuracy of a part is comparable only with the model's accuracy on the same part.
     if "accuracy" in metrics and 0 < len(items) < len(task.items) and (own := answers[MODEL]):
         metrics["model_accuracy"] = metric(items, [own[n] for n in given])["accuracy"]
     return metrics
@@ -272,6 +280,7 @@ class _Run:
             pad_id = self.model.tokenizer.pad_token_id
             batch = answer_batch([samples[n] for n in rows], view.lookup, pad_id=pad_id)
             output = self.model(**{key: value.to(self.model.device) for key, value in batch.items()})
+            # Summed, not averaged: batches differ in their number of supervised tokens.
             logits = output.logits.float()
             total += nn.functional.cross_entropy(logits, output.targets, reduction="sum").item()
             num_tokens += output.targets.numel()
@@ -282,6 +291,7 @@ class _Run:
 
     def _answers(self, view: _View, advance: Callable[[int], None]) -> list[str]:
         """Return a greedy answer to the last question of each item; equal inputs are answered once."""
+        # Without media every wording of a question is one input, however many images it was asked about.
         inputs = input_digests(view.items, view.lookup)
         distinct = list(dict(zip(inputs, view.items, strict=True)).items())
         advance(len(inputs) - len(distinct))
@@ -324,6 +334,7 @@ def input_digests(samples: Sequence[Sample], lookup: Lookup) -> list[bytes]:
         chunk = samples[start : start + _CHUNK]
         vectors = iter(lookup([group for sample in chunk for group in sample.media]))
         for sample in chunk:
+            # The embeddings, not the file names: two files with the same content are the same input.
             digest = hashlib.sha256(sample.input_ids[: sample.prompt_length].tobytes())
             digest.update(sample.media_index[: sample.prompt_length].tobytes())
             for _ in sample.media:
@@ -353,6 +364,7 @@ def shuffle_media(samples: Sequence[Sample], lookup: Lookup) -> Lookup:
     distinct = list({vector.numpy().tobytes(): vector for vector in vectors.values()}.items())
     if len(distinct) < 2:
         raise InputError("all held-out media are the same, so they cannot be exchanged; hold out more media")
+    # A cycle has no fixed point, unlike a random permutation.
     random.Random(_SEED).shuffle(distinct)
     following = distinct[1:] + distinct[:1]
     other = {key: vector for (key, _), (_, vector) in zip(distinct, following, strict=True)}
@@ -374,4 +386,5 @@ def media_name(sample: Sample) -> str | None:
     group = media_of(sample)
     if not group:
         return None
+    # Media in memory have no name of their own, only a size.
     return (isinstance(group[0].source, bytes) and sample.name) or group[0].name

@@ -146,8 +146,10 @@ def evaluate_zero_shot(
     needed = _needed(dataset, encoders)
     templates = _templates(dataset, templates)
     embeddings = MediaEmbeddings(needed, store)
+    # Before anything is encoded, as it fails if the cache belongs to another encoder.
     scores = Scores(embeddings, encoders, cache)
     prompts = [_texts(names, templates) for names in dataset.classes]
+    # A copy, so that a data set can be measured again.
     skipped = Skipped()
     skipped.update(dataset.skipped)
     wanted = [Row(item.media, item.labels, _targets(item.targets, templates)) for item in dataset.items]
@@ -221,6 +223,7 @@ def _fill(
         wanted |= dict.fromkeys(media for group in groups for media in group)
     totals = embeddings.precompute(wanted, device=device, progress=progress)
     failed = totals.failed
+    # A missing prompt would change the task, while a missing file only makes it smaller.
     if broken := [media for prompt in prompts for media in prompt if media in failed]:
         raise InputError(f"the prompt {broken[0].name} cannot be embedded: {failed[broken[0]]}")
     kept = []

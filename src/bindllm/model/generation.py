@@ -130,7 +130,9 @@ def render_prompts(
     conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Render conversations up to the header of the answer, as a left-padded batch."""
-    rendered = [render(c, tokenizer, answer_follows=True, control_text="defuse") for c in conversations]
+    rendered = [
+        render(c, tokenizer, add_generation_prompt=True, control_text="escape") for c in conversations
+    ]
     return pad_left(rendered, tokenizer.pad_token_id)
 
 

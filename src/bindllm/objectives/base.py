@@ -12,9 +12,8 @@ from torch import Tensor
 
 from bindllm.data.collate import Batch
 from bindllm.data.datamodule import BindData
-from bindllm.data.rows import Row
+from bindllm.data.rows import Row, Sample
 from bindllm.data.source_config import SourceConfig
-from bindllm.data.tokenise import Sample
 from bindllm.errors import InputError
 from bindllm.model.bindllm import BindLLM
 
@@ -86,7 +85,7 @@ class Objective(ABC):
         """Refuse rows that the objective cannot learn from.
 
         Args:
-            rows: to learn from, tokenised or not.
+            rows: to learn from, tokenized or not.
             sources: of the recipe.
 
         Raises:

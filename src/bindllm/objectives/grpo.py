@@ -18,8 +18,8 @@ from torch.func import functional_call
 
 from bindllm.data.collate import Batch, prompt_batch
 from bindllm.data.datamodule import BindData
+from bindllm.data.rows import IGNORE, Sample
 from bindllm.data.source_config import SPLITS
-from bindllm.data.tokenise import IGNORE, Sample
 from bindllm.errors import InputError
 from bindllm.model.bindllm import BindLLM
 from bindllm.objectives.base import Figures, Needs, Objective, above_zero

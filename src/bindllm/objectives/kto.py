@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bindllm.data.collate import Batch, answer_batch
-from bindllm.data.tokenise import IGNORE, Sample
+from bindllm.data.rows import IGNORE, Sample
 from bindllm.errors import InputError
 from bindllm.model.bindllm import BindLLM
 from bindllm.objectives.base import Figures, Needs, Objective, above_zero

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from bindllm.data.collate import Batch, model_inputs
-from bindllm.data.tokenise import IGNORE
+from bindllm.data.rows import IGNORE
 from bindllm.errors import InputError
 from bindllm.model.bindllm import BindLLM
 from bindllm.objectives.base import Figures, Objective

@@ -26,7 +26,7 @@ from torch import Tensor
 from bindllm.atomic import atomic_file
 from bindllm.data.batches import share, sorted_batches
 from bindllm.data.collate import Batch, answer_batch
-from bindllm.data.tokenise import Sample
+from bindllm.data.rows import Sample
 from bindllm.errors import TrainingError
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.pretrained import describe

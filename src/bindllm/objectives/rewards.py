@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bindllm.data.answers import answer_words, is_right, option_letter
-from bindllm.data.tokenise import Sample
+from bindllm.data.rows import Sample
 from bindllm.errors import InputError, did_you_mean
 
 

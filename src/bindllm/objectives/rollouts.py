@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bindllm.conversation import NO_MEDIA
 from bindllm.data.collate import Batch, model_inputs
-from bindllm.data.tokenise import IGNORE
+from bindllm.data.rows import IGNORE
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.forward import BindOutput
 

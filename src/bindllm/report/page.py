@@ -188,8 +188,8 @@ def _data_tables(data: Mapping[str, Any], one: str, many: str) -> list[dict[str,
     sources = [
         (
             source["path"],
-            f"{source['pictures']:,}" + ("" if source["modality"] == "image" else f" {source['modality']}"),
-            f"{source['captions']:,}",
+            f"{source['num_media']:,}" + ("" if source["modality"] == "image" else f" {source['modality']}"),
+            f"{source['num_rows']:,}",
         )
         for source in data["sources"]
     ]

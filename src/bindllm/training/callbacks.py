@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
 from bindllm.data.collate import prompt_batch
-from bindllm.data.tokenise import Sample
+from bindllm.data.rows import Sample
 from bindllm.errors import InputError
 from bindllm.model.quantise import num_weights
 from bindllm.training.optim import groups_table

@@ -21,13 +21,12 @@ from bindllm.conversation import check_vocabulary
 from bindllm.data.datamodule import BindData
 from bindllm.data.preview import legend
 from bindllm.data.report import Skipped, SourceReport
-from bindllm.data.rows import Row
+from bindllm.data.rows import Row, Sample, make_sample
 from bindllm.data.source_config import SourceConfig
 from bindllm.data.sources import read_source
-from bindllm.data.stream.held_out import read_stream
+from bindllm.data.stream.loader import check_streams, is_training_stream
+from bindllm.data.stream.samples import read_stream
 from bindllm.data.stream.shards import expand_shards, is_stream
-from bindllm.data.stream.training import check_streams, is_training_stream
-from bindllm.data.tokenise import Sample, make_sample
 from bindllm.encoders import Encoder, HasExamples, encoder_for, passed_over
 from bindllm.encoders.alignment import alignment_warnings
 from bindllm.errors import BindLLMError, InputError
@@ -373,7 +372,7 @@ def _check_cache(
         return
     with problems.noted():
         known = [encoder.fingerprint() for encoder in encoders]
-        open_cache(config.folder, known, checkpoint=output, **config.settings)
+        open_cache(config.folder, known, checkpoint=output, settings=config)
 
 
 def _spread(media: Sequence[Media], modality: str, count: int) -> list[Media]:

@@ -1,20 +1,23 @@
-"""The forms that rows of training data come in, and what each becomes: a conversation that ends with an answer."""
+"""Formats of training rows. Each writes a record as OpenAI messages; one parser turns those into a `Row`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
-from bindllm.data.formats.choice import choice
-from bindllm.data.formats.described import caption, minigpt4
-from bindllm.data.formats.instruction import alpaca, instruction
-from bindllm.data.formats.llava import llava, sharegpt
-from bindllm.data.formats.messages import messages
-from bindllm.data.formats.parsed import Parsed, RowFormat, leave_out
-from bindllm.data.formats.place import FolderPlace, Place, RowError, read_media
-from bindllm.data.formats.preference import preference
-from bindllm.data.formats.vqa import vqa
+from bindllm.data.formats.columns import Fields
+from bindllm.data.formats.dialogs import llava, messages, preference, sharegpt
+from bindllm.data.formats.questions import alpaca, caption, choice, instruction, minigpt4, vqa
+from bindllm.data.messages import MediaResolver, RowError
+from bindllm.data.report import Skipped
+from bindllm.data.rows import Row
+from bindllm.data.source_config import SourceConfig
+from bindllm.data.tables import Record
+from bindllm.errors import InputError
 
-__all__ = ["FORMATS", "FolderPlace", "Parsed", "Place", "RowError", "RowFormat", "leave_out", "read_media"]
+__all__ = ["FORMATS", "RowFormat", "read_row", "skip"]
+
+RowFormat = Callable[[Fields], Row]
+"""Reads one record; raises InputError with the reason if it cannot be used. It keeps nothing between calls."""
 
 FORMATS: Mapping[str, RowFormat] = {
     "caption": caption,
@@ -28,4 +31,46 @@ FORMATS: Mapping[str, RowFormat] = {
     "choice": choice,
     "preference": preference,
 }
-"""What reads a record, by the name that recipes give as the ``format`` of a source."""
+"""The reader of each format, by the name that recipes use."""
+
+
+def read_row(
+    record: Record,
+    config: SourceConfig,
+    resolve: MediaResolver,
+    *,
+    unnamed: Callable[[], Mapping[str, Sequence[object]]] = dict,
+    name: str = "",
+    source: int = 0,
+) -> Row:
+    """Return the row of a record.
+
+    Args:
+        record: of a table, or the JSON of a streamed sample; not changed.
+        config: of the source; names the format.
+        resolve: finds the media that the record refers to.
+        unnamed: returns media, by modality, that belong to the record without being named in it.
+        name: of the record, for messages.
+        source: index of the source in the recipe, from 0.
+
+    Raises:
+        InputError: the record cannot be used.
+    """
+    return FORMATS[config.format](Fields(record, config, resolve, unnamed, name, source))
+
+
+def skip(error: InputError, name: str, skipped: Skipped) -> None:
+    """Count a record that cannot be used.
+
+    The parts of the reason that differ from record to record, such as the path of a missing file, go with the name,
+    so that equal reasons are counted together.
+
+    Args:
+        error: raised by `read_row`.
+        name: of the record.
+        skipped: where it is counted.
+    """
+    if isinstance(error, RowError) and error.detail:
+        skipped.add(error.reason, f"{name}: {error.detail}")
+    else:
+        skipped.add(str(error), name)

@@ -1,22 +1,29 @@
-"""Reading the columns of a record, and telling which format a record looks like."""
+"""The columns of a record, read by the names that a recipe gives them; and which format a record looks like."""
 
 from __future__ import annotations
 
 import json
 import math
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from bindllm.conversation import Conversation
-from bindllm.data.formats.parsed import Parsed
-from bindllm.data.formats.place import Place, RowError
-from bindllm.data.formats.turns import Turn
-from bindllm.data.rows import Task
-from bindllm.data.source_config import SPLITS, Format, Split, split_named
+from bindllm.conversation import Message
+from bindllm.data.messages import (
+    FILE_MODALITIES,
+    MediaResolver,
+    RecordMedia,
+    RowError,
+    answered,
+    parse_messages,
+)
+from bindllm.data.rows import Row, Task
+from bindllm.data.source_config import SPLITS, Format, SourceConfig, Split, split_named
 from bindllm.data.tables import Record
 from bindllm.errors import did_you_mean
 
-# Other common names, tried where a recipe leaves the name of a column as it is and a record lacks it.
+# Other common names of columns, tried if a recipe does not rename the column and a record lacks it.
 _OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
     "conversations": ("conversation",),
     "instruction": ("prompt", "question"),
@@ -28,7 +35,7 @@ _OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
     "solution": ("explanation", "rationale"),
     "prompt": ("question", "instruction"),
 }
-# What a record of a format has, the first that fits decides.
+# The columns of each format; the first entry that fits a record decides.
 _MARKS: tuple[tuple[Format, tuple[str, ...]], ...] = (
     ("preference", ("chosen", "rejected")),
     ("preference", ("prompt", "completion", "label")),
@@ -45,64 +52,173 @@ _MARKS: tuple[tuple[Format, tuple[str, ...]], ...] = (
 _MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios")
 
 
-def value_of(record: Record, place: Place, field: str) -> object:
-    """Return what a record has in a column; None where it lacks the column or leaves it empty.
+@dataclass(frozen=True)
+class Fields:
+    """Reads one record: its columns, its media, and the row that it becomes.
 
     Args:
-        record: the row.
-        place: knows the names of the columns.
-        field: of `bindllm.data.source_config.Columns`.
+        record: as the table has it.
+        config: the source; names the columns.
+        resolve: finds the media that the record refers to.
+        unnamed: returns media, by modality, that belong to the record without being named in it.
+        name: of the record, for messages.
+        source: index of the source in the recipe, from 0.
     """
-    column = _column(place, field)
-    value = record.get(column)
-    if value is None and column == field:
-        value = next(
-            (record[name] for name in _OTHER_NAMES.get(field, ()) if record.get(name) is not None), None
+
+    record: Record
+    config: SourceConfig
+    resolve: MediaResolver
+    unnamed: Callable[[], Mapping[str, Sequence[object]]] = dict
+    name: str = ""
+    source: int = 0
+
+    def column(self, field: str) -> str:
+        """Return the name of a column of `bindllm.data.source_config.Columns`."""
+        return vars(self.config.columns)[field]
+
+    def value(self, field: str) -> object:
+        """Return the value of a column; None if the record lacks the column or leaves it empty."""
+        column = self.column(field)
+        value = self.record.get(column)
+        if value is None and column == field:
+            others = (self.record.get(name) for name in _OTHER_NAMES.get(field, ()))
+            value = next((other for other in others if other is not None), None)
+        return value
+
+    def require(self, field: str) -> object:
+        """Return the value of a column.
+
+        Raises:
+            RowError: the column is missing or empty; the message names the format that the record looks like.
+        """
+        value = self.value(field)
+        if value is None:
+            column = self.column(field)
+            if column in self.record:
+                raise RowError(f"nothing in column {column!r}")
+            raise RowError(f"no column {column!r}. {did_you_mean(column, self.record)}{self.hint()}")
+        return value
+
+    def text(self, field: str) -> str:
+        """Return the text of a column, without white space around it; empty if there is none."""
+        return as_text(self.value(field), self.column(field))
+
+    def require_text(self, field: str) -> str:
+        """Return the text of a column, without white space around it.
+
+        Raises:
+            RowError: no column, or no text in it.
+        """
+        text = as_text(self.require(field), self.column(field))
+        if not text:
+            raise RowError(f"nothing in column {self.column(field)!r}")
+        return text
+
+    def system(self) -> list[dict[str, str]]:
+        """Return the message of the column ``system``, if the record has one."""
+        text = self.text("system")
+        return [{"role": "system", "content": text}] if text else []
+
+    def media(self, *, required: bool = False, needs_placeholders: bool = False) -> RecordMedia:
+        """Return the media in the columns of the record: ``image`` or ``images``, and so on for each modality.
+
+        Args:
+            required: refuse a record without media.
+            needs_placeholders: refuse media for which there is no placeholder.
+
+        Raises:
+            RowError: the record has no media, and they are required.
+        """
+        own = self.config.modality
+        modalities = (*FILE_MODALITIES, own) if own not in FILE_MODALITIES else FILE_MODALITIES
+        columns = {modality: self._media_column(modality) for modality in modalities}
+        values = {modality: self._media_values(column) for modality, column in columns.items()}
+        if required and not any(values.values()):
+            self._check_unnamed(columns[own])
+            values[own] = [None]
+        return RecordMedia(
+            self.resolve,
+            values,
+            modalities=modalities,
+            columns=columns,
+            needs_placeholders=needs_placeholders,
+            unnamed=self.unnamed,
         )
-    return value
 
+    def has_media(self) -> bool:
+        """Whether the record names media in a column, or some belong to it without being named."""
+        columns = {self._media_column(modality) for modality in (*FILE_MODALITIES, self.config.modality)}
+        return any(self._media_values(column) for column in columns) or bool(self.unnamed())
 
-def require(record: Record, place: Place, field: str) -> object:
-    """Return what a record has in a column.
+    def row(self, messages: Sequence[object], media: RecordMedia, task: Task, **facts: Any) -> Row:
+        """Return the row of messages that end with an answer.
 
-    Raises:
-        RowError: it lacks the column, or has nothing there; the message says which format the record looks like.
-    """
-    value = value_of(record, place, field)
-    if value is None:
-        column = _column(place, field)
-        if column in record:
-            raise RowError(f"nothing in column {column!r}")
-        raise RowError(
-            f"no column {column!r}. {did_you_mean(column, record)}{hint(record, place.config.format)}"
+        Args:
+            messages: OpenAI messages.
+            media: for their placeholders.
+            task: how the row is measured if it is held out.
+            facts: other fields of `Row`; the only reference is the answer itself by default.
+
+        Raises:
+            RowError: messages that cannot be used, or an unknown split.
+        """
+        return self.row_of(parse_messages(messages, media), task, **facts)
+
+    def row_of(self, messages: Sequence[Message], task: Task, **facts: Any) -> Row:
+        """Return the row of parsed messages, as `row` does."""
+        conversation, kind = answered(messages), self.value("type")
+        facts = {"references": (conversation.messages[-1].text,), **facts}
+        return Row(
+            conversation,
+            name=self.name,
+            source=self.source,
+            task=task,
+            type=kind.strip() if isinstance(kind, str) else "",
+            split=self._split(),
+            **facts,
         )
-    return value
 
+    def hint(self) -> str:
+        """Return a sentence that names the format which the record looks like, if it is another one."""
+        found = looks_like(self.record)
+        other = found is not None and found != self.config.format
+        return f" This row looks like {found}; set format: {found}" if other else ""
 
-def text_of(record: Record, place: Place, field: str) -> str:
-    """Return the text in a column, without white space around it; empty where there is none.
+    def _media_column(self, modality: str) -> str:
+        named = self.config.columns.image
+        return named if modality == self.config.modality and named != "image" else modality
 
-    Raises:
-        RowError: something else than a text or a number.
-    """
-    return as_text(value_of(record, place, field), _column(place, field))
+    def _media_values(self, column: str) -> list[object]:
+        """Return the values of a column and of its plural; a value that both have counts once."""
+        one, several = (_listed(self.record.get(name)) for name in (column, f"{column}s"))
+        return several if all(value in several for value in one) else one + several
 
+    def _check_unnamed(self, column: str) -> None:
+        """Make sure that a record without media columns has media all the same.
 
-def require_text(record: Record, place: Place, field: str) -> str:
-    """Return the text in a column, without white space around it.
+        Raises:
+            RowError: it has none; the reason names the missing column.
+        """
+        try:
+            self.resolve(self.config.modality, None)
+        except RowError as error:
+            # A resolver that looked elsewhere for the media gives a detail of its own.
+            is_explained = error.detail or column in self.record or f"{column}s" in self.record
+            reason = error.reason if is_explained else f"{error.reason}: no column {column!r}"
+            hint = self.hint()
+            raise RowError(f"{reason}.{hint}" if hint else reason, error.detail) from error
 
-    Raises:
-        RowError: no column, or no text in it.
-    """
-    column = _column(place, field)
-    text = as_text(require(record, place, field), column)
-    if not text:
-        raise RowError(f"nothing in column {column!r}")
-    return text
+    def _split(self) -> Split | None:
+        column = self.config.columns.split
+        value = (self.record.get(column) if column and self.config.split is None else None) or None
+        split = split_named(value)
+        if value is not None and split is None:
+            raise RowError(f"unknown split {reprlib.repr(value)}. {did_you_mean(str(value), SPLITS)}")
+        return split
 
 
 def as_text(value: object, column: str) -> str:
-    """Return a value as text, without white space around it: a number as its digits, and None or NaN as nothing.
+    """Return a value as text, without white space around it: a number as its digits, None and NaN as no text.
 
     Raises:
         RowError: neither of these.
@@ -112,15 +228,15 @@ def as_text(value: object, column: str) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str):
-        raise RowError(f"column {column!r} holds no text")
+        raise RowError(f"column {column!r} does not hold a text")
     return value.strip()
 
 
 def as_list(value: object, column: str) -> list:
-    """Return a value as a list; a text, as CSV has it, is read as JSON.
+    """Return a value as a list; a text is read as JSON, since CSV has no lists.
 
     Raises:
-        RowError: it is none.
+        RowError: it is not a list.
     """
     if isinstance(value, str):
         try:
@@ -128,19 +244,19 @@ def as_list(value: object, column: str) -> list:
         except (ValueError, RecursionError):
             value = None
     if not isinstance(value, list):
-        raise RowError(f"column {column!r} holds no list")
+        raise RowError(f"column {column!r} does not hold a list")
     return value
 
 
-def written_list(value: object, of: tuple[type, ...] = (str, Mapping)) -> object:
-    """Return the list that a text is in JSON, as CSV has it; every other value, and every other text, as it is.
+def json_list(value: object, of: tuple[type, ...] = (str, Mapping)) -> object:
+    """Return the list that a text holds in JSON; every other value, and every other text, as it is.
 
     Args:
         value: of a column that may hold a text or a list.
-        of: what all items of such a list are; a text such as ``[1, 2]`` may be an answer.
+        of: types of the items of such a list; a text such as ``[1, 2]`` may be an answer.
 
     Example:
-        >>> written_list('["a.png", "b.png"]'), written_list("[1, 2]")
+        >>> json_list('["a.png", "b.png"]'), json_list("[1, 2]")
         (['a.png', 'b.png'], '[1, 2]')
     """
     if not isinstance(value, str) or not value.lstrip().startswith("["):
@@ -152,44 +268,8 @@ def written_list(value: object, of: tuple[type, ...] = (str, Mapping)) -> object
     return items if items and all(isinstance(item, of) for item in items) else value
 
 
-def system_turn(record: Record, place: Place) -> Turn:
-    """Return the system prompt that a record has in a column of its own; a turn without text where it has none.
-
-    Raises:
-        RowError: the column holds no text.
-    """
-    return Turn("system", [text_of(record, place, "system")])
-
-
-def finish(record: Record, place: Place, conversation: Conversation, task: Task) -> Parsed:
-    """Return a conversation with what every format reads alike: references, type and split.
-
-    Raises:
-        RowError: an unknown split.
-    """
-    kind = value_of(record, place, "type")
-    return Parsed(
-        conversation,
-        references=(conversation.messages[-1].text,),
-        task=task,
-        type=kind.strip() if isinstance(kind, str) else "",
-        split=_split(record, place),
-    )
-
-
-def hint(record: Record, format: Format) -> str:
-    """Return a sentence that names the format which a record looks like, or nothing where it is this one.
-
-    Example:
-        >>> hint({"messages": []}, "llava")
-        ' This row looks like messages; set format: messages'
-    """
-    found = looks_like(record)
-    return f" This row looks like {found}; set format: {found}" if found and found != format else ""
-
-
 def looks_like(record: Record) -> Format | None:
-    """Return the format that a record looks like, by the names that its columns usually have; None: like no format.
+    """Return the format that a record looks like by its column names; None if it looks like no format.
 
     Example:
         >>> looks_like({"conversations": [{"from": "human", "value": "<image> What?"}]})
@@ -197,20 +277,13 @@ def looks_like(record: Record) -> Format | None:
     """
     turns = record.get("conversations", record.get("conversation"))
     if turns is not None:
-        return (
-            "llava" if any(record.get(key) for key in _MEDIA_KEYS) or "<image>" in str(turns) else "sharegpt"
-        )
+        has_media = any(record.get(key) for key in _MEDIA_KEYS) or "<image>" in str(turns)
+        return "llava" if has_media else "sharegpt"
     return next((format for format, names in _MARKS if all(name in record for name in names)), None)
 
 
-def _column(place: Place, field: str) -> str:
-    return vars(place.config.columns)[field]
-
-
-def _split(record: Record, place: Place) -> Split | None:
-    column = place.config.columns.split
-    value = (record.get(column) if column and place.config.split is None else None) or None
-    split = split_named(value)
-    if value is not None and split is None:
-        raise RowError(f"unknown split {reprlib.repr(value)}. {did_you_mean(str(value), SPLITS)}")
-    return split
+def _listed(value: object) -> list[object]:
+    """Return the media values of a column; Arrow writes missing media as a struct of empty values."""
+    value = json_list(value)
+    values = value if isinstance(value, list) else [value]
+    return [one for one in values if (any(one.values()) if isinstance(one, Mapping) else bool(one))]

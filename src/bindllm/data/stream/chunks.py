@@ -1,4 +1,4 @@
-"""From the samples of shards to chunks: read, tokenised, embedded, and grouped into batches."""
+"""From the samples of shards to chunks: read, tokenized, embedded, and grouped into batches."""
 
 from __future__ import annotations
 
@@ -7,21 +7,19 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
-from bindllm.data.formats import leave_out
+from bindllm.data.formats import skip
 from bindllm.data.report import Skipped
+from bindllm.data.rows import Sample, make_sample
 from bindllm.data.source_config import SourceConfig
 from bindllm.data.stream.embed import EmbeddedSamples, embed_samples
-from bindllm.data.stream.plan import Bookmark, Mixture, Place, group_by_length
+from bindllm.data.stream.plan import Mixture, Position, StreamState, group_by_length
 from bindllm.data.stream.samples import read_row
-from bindllm.data.stream.shards import TarSample
-from bindllm.data.tokenise import Sample, make_sample
+from bindllm.data.stream.shards import BAD_SHARD, TarSample
 from bindllm.embeddings.embedder import Embedder
 from bindllm.errors import InputError
 
-BAD_SHARD = "shards that are missing, truncated or damaged, counted in each pass; what comes before the damage is used"
-
-MAX_BARREN_CHUNKS = 10
-"""Chunks in a row without a row that can be used, after which a run ends."""
+MAX_EMPTY_CHUNKS = 10
+"""Successive chunks without a usable row after which a run ends."""
 
 
 @dataclass
@@ -31,14 +29,14 @@ class Chunk:
     Args:
         start: the first batch.
         end: the first batch of the next chunk.
-        embedded: those that can be used, in the order in which they were read.
-        batches: places in ``embedded`` of the rows of each batch.
-        read: samples that were read.
-        skipped: what was left out.
+        embedded: the usable samples, in the order in which they were read.
+        batches: indices into ``embedded`` of the rows of each batch.
+        read: number of samples that were read.
+        skipped: samples and shards that cannot be used.
     """
 
-    start: Bookmark
-    end: Bookmark
+    start: StreamState
+    end: StreamState
     embedded: EmbeddedSamples
     batches: list[list[int]]
     read: int = 0
@@ -49,16 +47,16 @@ class Chunk:
 class ChunkReader:
     """Makes chunks, each a pure function of the one before.
 
-    A chunk ends after ``size`` samples, or where a stream begins its next pass: no sample is twice in a chunk.
+    A chunk ends after ``size`` samples, or when a stream begins its next pass: no sample is in a chunk twice.
 
     Args:
-        mixture: where samples come from.
-        sources: what the recipe says about each stream of the mixture, and its number there.
-        tokenizer: used by this reader alone.
-        embedder: of their media.
-        max_length: longest sample in tokens.
-        size: samples of a chunk at most.
-        batch_size: rows of a batch at most.
+        mixture: source of the samples.
+        sources: the recipe's index and configuration of each stream of the mixture.
+        tokenizer: used only by this reader.
+        embedder: embeds the media of the samples.
+        max_length: maximum number of tokens of a sample.
+        size: maximum number of samples of a chunk.
+        batch_size: maximum number of rows of a batch.
         seed: of the order inside the chunks.
     """
 
@@ -71,20 +69,20 @@ class ChunkReader:
     batch_size: int
     seed: Sequence[int]
 
-    def read(self, start: Bookmark, stopped: Callable[[], bool] = lambda: False) -> Iterator[Chunk]:
-        """Yield chunks from the one of a bookmark on, without end.
+    def read(self, start: StreamState, stopped: Callable[[], bool] = lambda: False) -> Iterator[Chunk]:
+        """Yield chunks, starting with the chunk of a state, without end.
 
         Args:
             start: its chunk is the first.
-            stopped: asked before each sample; true ends the reading.
+            stopped: called before each sample; reading ends once it returns true.
 
         Raises:
-            InputError: nothing that is read can be used.
+            InputError: no sample can be used.
         """
-        with closing(_Reading(self, start.places, stopped)) as reading:
-            number, barren, fruitful = start.chunk, Skipped(), start
+        with closing(_Reading(self, start.positions, stopped)) as reading:
+            number, empty, last_used = start.chunk, Skipped(), start
             while True:
-                places = reading.places
+                positions = reading.positions
                 skipped, taken = Skipped(), reading.taken
                 embedded = embed_samples(self.embedder, reading.samples(skipped), skipped.add)
                 if stopped():
@@ -94,66 +92,69 @@ class ChunkReader:
                     batch_size=self.batch_size,
                     seed=(*self.seed, number),
                 )
-                number += 1
-                begin, end = Bookmark(number - 1, 0, places), Bookmark(number, 0, reading.places)
+                begin, end = StreamState(number, 0, positions), StreamState(number + 1, 0, reading.positions)
                 yield Chunk(begin, end, embedded, batches, reading.taken - taken, skipped)
+                number += 1
                 if batches:
-                    barren, fruitful = Skipped(), end
+                    empty, last_used = Skipped(), end
                 else:
-                    barren.update(skipped)
-                    _check(barren, fruitful, end)
+                    empty.update(skipped)
+                    _check_not_empty(empty, last_used, end)
 
 
-def _check(barren: Skipped, since: Bookmark, now: Bookmark) -> None:
-    """Stop a run that reads and reads, and finds nothing to learn from."""
-    laps = min(end.lap - begin.lap for begin, end in zip(since.places, now.places, strict=True))
-    if laps > 1 or now.chunk - since.chunk >= MAX_BARREN_CHUNKS:
+def _check_not_empty(empty: Skipped, since: StreamState, now: StreamState) -> None:
+    """Stop a run that keeps reading without finding a row to train on."""
+    passes = min(b.pass_index - a.pass_index for a, b in zip(since.positions, now.positions, strict=True))
+    if passes > 1 or now.chunk - since.chunk >= MAX_EMPTY_CHUNKS:
         raise InputError(
-            f"none of the last {barren.total:,} samples of the stream can be used: {'; '.join(barren.lines())}"
+            f"none of the last {empty.total:,} samples of the stream can be used: {'; '.join(empty.lines())}"
         )
 
 
 class _Reading:
-    """One walk through the samples: the place after the last one that was given, and one that may be held back."""
+    """Reads samples in order: tracks the position after the last one, and may hold one back for the next chunk."""
 
-    def __init__(self, reader: ChunkReader, places: Sequence[Place], stopped: Callable[[], bool]) -> None:
-        self.reader, self.places, self.stopped = reader, tuple(places), stopped
+    def __init__(
+        self, reader: ChunkReader, positions: Sequence[Position], stopped: Callable[[], bool]
+    ) -> None:
+        self.reader, self.positions, self.stopped = reader, tuple(positions), stopped
         self.taken = 0
         self._bad: list[str] = []
-        self._drawn = reader.mixture.read(places, self._bad)
-        self._held: tuple[int, TarSample, tuple[Place, ...]] | None = None
+        self._drawn = reader.mixture.read(positions, self._bad)
+        self._held: tuple[int, TarSample, tuple[Position, ...]] | None = None
 
     def close(self) -> None:
         """Close the shards."""
         self._drawn.close()
 
     def samples(self, skipped: Skipped) -> Iterator[Sample]:
-        """Yield the samples of the next chunk that can be tokenised; count the others."""
-        laps: dict[int, int] = {}
+        """Yield the samples of the next chunk that can be tokenized; count the others."""
+        passes: dict[int, int] = {}
         for _ in range(self.reader.size):
             if self.stopped():
                 return
             drawn = next(self._drawn) if self._held is None else self._held
             self._held = None
-            number, sample, places = drawn
-            if laps.setdefault(number, places[number].lap) != places[number].lap:
+            number, sample, positions = drawn
+            pass_index = positions[number].pass_index
+            if passes.setdefault(number, pass_index) != pass_index:
                 self._held = drawn
                 return
-            self.places, self.taken = places, self.taken + 1
+            self.positions, self.taken = positions, self.taken + 1
             for message in self._bad:
                 skipped.add(BAD_SHARD, message)
             self._bad.clear()
-            if (made := self._made(number, sample, skipped)) is not None:
+            if (made := self._make(number, sample, skipped)) is not None:
                 yield made
 
-    def _made(self, number: int, sample: TarSample, skipped: Skipped) -> Sample | None:
+    def _make(self, number: int, sample: TarSample, skipped: Skipped) -> Sample | None:
         reader = self.reader
         source, config = reader.sources[number]
         try:
-            row, split = read_row(sample, config, source)
-            if split not in (None, "train"):
-                raise InputError(f"a row of the split {split}")
+            row = read_row(sample, config, source)
+            if row.split not in (None, "train"):
+                raise InputError(f"a row of the split {row.split}")
             return make_sample(row, reader.tokenizer, reader.max_length)
         except InputError as error:
-            leave_out(error, sample.name, skipped)
+            skip(error, sample.name, skipped)
             return None

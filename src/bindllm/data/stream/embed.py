@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bindllm.conversation import Conversation
 from bindllm.data.collate import MediaGroup
-from bindllm.data.tokenise import Sample
+from bindllm.data.rows import Sample
 from bindllm.embeddings.embedder import Embedded, Embedder, Work
 from bindllm.encoders.fusion import common_size, fuse
 from bindllm.errors import InputError

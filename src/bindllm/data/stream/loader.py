@@ -1,45 +1,54 @@
-"""A loader of streamed batches: filled ahead of the training, and resumed at the batch that it has not had yet."""
+"""Loads streamed batches: prefetched in a thread, and resumed at the next batch that training has not had."""
 
 from __future__ import annotations
 
+import copy
+import hashlib
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
-from bindllm.data.collate import Batch, Lookup
+from bindllm.data.collate import Batch, Lookup, collate
 from bindllm.data.report import StreamReport
-from bindllm.data.stream.chunks import Chunk
-from bindllm.data.stream.plan import Bookmark
-from bindllm.data.tokenise import Sample
+from bindllm.data.rows import Sample
+from bindllm.data.source_config import SourceConfig
+from bindllm.data.stream.chunks import Chunk, ChunkReader
+from bindllm.data.stream.plan import Mixture, ShardStream, StreamState
+from bindllm.data.stream.shards import expand_shards, is_remote, is_stream
+from bindllm.embeddings.embedder import Embedder
+from bindllm.encoders import Encoder
 from bindllm.errors import InputError
 from bindllm.parallel import Prefetcher, Processes
 
 
 class StreamLoader:
-    """Yields batches without end, from where the trainer stands.
+    """Yields batches without end, starting at the trainer's position.
 
-    A thread reads, decodes, embeds and tokenises ahead. What is saved is the place of the next batch that the trainer
-    has not had, whatever the thread has made by then; and of the one before, for a step that was cut off.
+    A thread reads, decodes, embeds and tokenizes ahead. The saved state is that of the next batch that the trainer has
+    not had, however far ahead the thread is; and of the batch before it, for a step that was interrupted.
 
     Args:
-        chunks: yields the chunks from a bookmark on; its second argument tells whether to stop.
+        chunks: yields chunks, starting with that of a state; its second argument tells whether to stop.
         collate: makes a batch of samples.
-        start: where a run begins.
-        length: batches that the trainer will take; Lightning counts a run as one epoch of so many.
-        fingerprint: changes when any batch would.
-        position: gives the number of batches that the trainer is done with; None: those that were handed out.
+        start: the state at the start of a run.
+        length: batches that the trainer will take; to Lightning they are one epoch.
+        fingerprint: changes whenever any batch would.
+        position: returns how many batches the trainer has completed; by default, how many were yielded.
         processes: the processes of the run; each calls `state_dict` when the others do.
         device: where the encoders run.
     """
 
     def __init__(
         self,
-        chunks: Callable[[Bookmark, Callable[[], bool]], Iterator[Chunk]],
+        chunks: Callable[[StreamState, Callable[[], bool]], Iterator[Chunk]],
         collate: Callable[[list[Sample], Lookup], Batch],
         *,
-        start: Bookmark,
+        start: StreamState,
         length: int,
         fingerprint: str,
         position: Callable[[], int] | None = None,
@@ -49,8 +58,8 @@ class StreamLoader:
         self._chunks, self._collate = chunks, collate
         self._length, self._fingerprint = length, fingerprint
         self._position, self._processes, self._device = position, processes, device
-        # The next batch after so many: of the last two numbers of batches.
-        self._bookmarks: dict[int, Bookmark] = {0: start}
+        # The state after a number of batches, for the last two numbers.
+        self._states: dict[int, StreamState] = {0: start}
         self._ahead: Prefetcher[Chunk] | None = None
         self.report = StreamReport()
 
@@ -58,15 +67,15 @@ class StreamLoader:
         return self._length
 
     def __iter__(self) -> Iterator[Batch]:
-        # A generator: nothing here runs before the first batch is asked for, when the trainer knows its place.
+        # A generator: nothing here runs before the first batch is requested, when the trainer knows its position.
         self.close()
-        done = max(self._bookmarks) if self._position is None else self._position()
-        if done not in self._bookmarks:
+        done = max(self._states) if self._position is None else self._position()
+        if done not in self._states:
             raise InputError(
-                f"this run cannot go on after batch {done}: its saved state is of batch {max(self._bookmarks)}; start "
-                "it afresh with --resume false"
+                f"this run cannot resume after batch {done}: its saved state is of batch {max(self._states)}; start "
+                "it from scratch with --resume false"
             )
-        first = self._bookmarks[done]
+        first = self._states[done]
         started = time.perf_counter()
         self._ahead = ahead = Prefetcher(lambda stopped: self._chunks(first, stopped), device=self._device)
         try:
@@ -74,16 +83,12 @@ class StreamLoader:
             asked = started
             for chunk in ahead:
                 self._note_chunk(chunk, first)
-                places = [
-                    Bookmark(chunk.start.chunk, n, chunk.start.places) for n in range(len(chunk.batches))
-                ]
-                places.append(chunk.end)
-                for number in range(
-                    first.batch if chunk.start.chunk == first.chunk else 0, len(chunk.batches)
-                ):
+                states = [replace(chunk.start, batch=n) for n in range(len(chunk.batches))] + [chunk.end]
+                skip = first.batch if chunk.start.chunk == first.chunk else 0
+                for number in range(skip, len(chunk.batches)):
                     rows = [chunk.embedded.samples[n] for n in chunk.batches[number]]
                     batch = self._collate(rows, chunk.embedded.lookup)
-                    self._bookmarks = {done: places[number], done + 1: places[number + 1]}
+                    self._states = {done: states[number], done + 1: states[number + 1]}
                     done += 1
                     now = time.perf_counter()
                     begun = self._note_batch(rows, now - asked, begun, now)
@@ -97,44 +102,44 @@ class StreamLoader:
         """End the thread; a later iteration starts another.
 
         Args:
-            ahead: end this one only; None: whichever there is.
+            ahead: end only this one; by default, the current one.
         """
         if self._ahead is not None and ahead in (None, self._ahead):
             self._ahead.close()
             self._ahead = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where every process stands, and what must not change until a resume; all of them call this."""
-        mine = {str(done): bookmark.as_dict() for done, bookmark in self._bookmarks.items()}
+        """Return the state of every process, and the fingerprint; all processes call this together."""
+        mine = {str(done): state.as_dict() for done, state in self._states.items()}
         return {
             "stream": self._fingerprint,
             "processes": self._processes.world_size,
-            "bookmarks": self._processes.gather(mine),
+            "states": self._processes.gather(mine),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a state of `state_dict`.
+        """Resume from a state of `state_dict`.
 
         Raises:
-            InputError: it is of another number of processes, or of other data.
+            InputError: it was saved by another number of processes, or with other data.
         """
         if state_dict.get("processes") != self._processes.world_size:
             raise InputError(
-                f"this run was saved by {state_dict.get('processes')} processes and cannot go on in "
+                f"this run was saved by {state_dict.get('processes')} processes and cannot resume in "
                 f"{self._processes.world_size}: each has a share of the shards. Start it with as many devices as "
                 "before, or start a new run from the weights (start_from)"
             )
         if state_dict.get("stream") != self._fingerprint:
             raise InputError(
-                "this run cannot go on from that checkpoint: its shards or their sizes, formats, weights, chunk, batch "
-                "size, max_length or seed differ. Restore them, or start a new run from the weights (start_from)"
+                "this run cannot resume from that checkpoint: its shards or their sizes, formats, weights, chunk, "
+                "batch size, max_length or seed differ. Restore them, or start a new run from the weights (start_from)"
             )
         self.close()
-        mine = state_dict["bookmarks"][self._processes.rank]
-        self._bookmarks = {int(done): Bookmark.from_dict(values) for done, values in mine.items()}
+        mine = state_dict["states"][self._processes.rank]
+        self._states = {int(done): StreamState.from_dict(values) for done, values in mine.items()}
 
-    def _note_chunk(self, chunk: Chunk, first: Bookmark) -> None:
-        """Count what was read anew; after a resume, the first batches of the first chunk were trained on before."""
+    def _note_chunk(self, chunk: Chunk, first: StreamState) -> None:
+        """Count new samples; after a resume, the first batches of the first chunk were trained on before."""
         before = chunk.batches[: first.batch] if chunk.start.chunk == first.chunk else []
         seen = sum(map(len, before))
         self.report.read += chunk.read - seen
@@ -142,7 +147,7 @@ class StreamLoader:
         self.report.skipped.update(chunk.skipped)
 
     def _note_batch(self, rows: list[Sample], waited: float, begun: float | None, now: float) -> float:
-        """Count a batch that is handed out; return when the first one was."""
+        """Count a batch; return the time of the first one."""
         self.report.rows += len(rows)
         self.report.waiting -= len(rows)
         self.report.batches += 1
@@ -151,3 +156,168 @@ class StreamLoader:
             return now
         self.report.seconds_waited += waited
         return begun
+
+
+_ORDER_OF_ROWS = 3
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """Settings of the data section of a recipe that hold for all streams.
+
+    Args:
+        batch_size: rows of a batch, per process.
+        max_length: maximum number of tokens of a row.
+        seed: of the order.
+        chunk: samples that are shuffled and grouped by length together.
+    """
+
+    batch_size: int
+    max_length: int
+    seed: int
+    chunk: int
+
+
+def is_training_stream(config: SourceConfig) -> bool:
+    """Tell whether a source is streamed for training."""
+    return is_stream(config.path) and config.split in (None, "train")
+
+
+def check_streams(sources: Sequence[SourceConfig]) -> None:
+    """Refuse sources that cannot be streamed together.
+
+    Raises:
+        InputError: streamed and other training sources in one recipe, shards that are both trained on and held out,
+            a training stream with a limit, or a held-out one without.
+    """
+    streams = [config for config in sources if is_training_stream(config)]
+    for config in streams:
+        if config.limit is not None:
+            raise InputError(
+                f"{config.path}: a stream that is trained on has no limit; name fewer shards, or give it a split"
+            )
+    held_out = [config for config in sources if is_stream(config.path) and not is_training_stream(config)]
+    for config in held_out:
+        if config.limit is None:
+            raise InputError(
+                f"{config.path}: held-out rows of a stream are kept in memory, so give this source a limit, such as 500"
+            )
+    others = [config for config in sources if not is_stream(config.path)]
+    mixed = [config.path for config in others if config.split in (None, "train")]
+    if streams and mixed:
+        raise InputError(
+            f"{streams[0].path} is streamed and {mixed[0]} is not: a run trains only on streams or on none. Pack the "
+            "other source into shards too (docs/streaming.md), or only evaluate on it, with split: validation or test"
+        )
+    trained = {_whole(shard): config.path for config in streams for shard in expand_shards(config.path)}
+    for config in held_out:
+        if both := [shard for shard in expand_shards(config.path) if _whole(shard) in trained]:
+            other = trained[_whole(both[0])]
+            raise InputError(
+                f"{both[0]} is held out by {config.path} and trained on by {other}; give each its own shards"
+            )
+
+
+def _whole(shard: str) -> str:
+    """Return a shard's URL or absolute path, which is the same however a recipe writes it."""
+    return shard if is_remote(shard) else os.path.abspath(shard)
+
+
+def stream_loader(
+    sources: Sequence[SourceConfig],
+    *,
+    tokenizer: Any,
+    encoders: Sequence[Encoder],
+    options: StreamOptions,
+    length: int,
+    position: Callable[[], int] | None = None,
+    processes: Processes | None = None,
+    device: torch.device | str = "cpu",
+) -> StreamLoader:
+    """Return the loader of the streamed training sources of a recipe.
+
+    Args:
+        sources: all of the recipe; those that are not streamed for training are ignored.
+        tokenizer: of the decoder; copied.
+        encoders: for the media.
+        options: settings of all streams.
+        length: batches that the trainer will take.
+        position: returns how many batches the trainer has completed.
+        processes: which process this is; by default, the only one.
+        device: where the encoders run.
+
+    Raises:
+        InputError: a stream with fewer shards than there are processes.
+    """
+    streams = _Streams(sources, tokenizer, encoders, options, processes or Processes(), device)
+    return StreamLoader(
+        streams.chunks,
+        partial(collate, pad_id=tokenizer.pad_token_id),
+        start=StreamState(0, 0, streams.mixture.start()),
+        length=length,
+        fingerprint=streams.fingerprint(),
+        position=position,
+        processes=streams.processes,
+        device=device,
+    )
+
+
+class _Streams:
+    """The training streams of a recipe, and the way from their samples to chunks."""
+
+    def __init__(
+        self,
+        sources: Sequence[SourceConfig],
+        tokenizer: Any,
+        encoders: Sequence[Encoder],
+        options: StreamOptions,
+        processes: Processes,
+        device: torch.device | str,
+    ) -> None:
+        self.tokenizer, self.encoders, self.options = tokenizer, encoders, options
+        self.processes, self.device = processes, device
+        self.numbered = [(n, config) for n, config in enumerate(sources) if is_training_stream(config)]
+        streams = [
+            ShardStream(
+                config.path,
+                expand_shards(config.path),
+                options.seed,
+                number,
+                processes.world_size,
+                processes.rank,
+            )
+            for number, config in self.numbered
+        ]
+        self.mixture = Mixture(streams, [config.weight for _, config in self.numbered])
+
+    def chunks(self, start: StreamState, stopped: Callable[[], bool]) -> Iterator[Chunk]:
+        """Read in the loader's thread, with a tokenizer of its own: a tokenizer must not be used by two threads."""
+        threads = self.processes.num_threads
+        with Embedder(self.encoders, device=self.device, threads=threads) as embedder:
+            reader = ChunkReader(
+                self.mixture,
+                self.numbered,
+                copy.deepcopy(self.tokenizer),
+                embedder,
+                max_length=self.options.max_length,
+                size=self.options.chunk,
+                batch_size=self.options.batch_size,
+                seed=(self.options.seed, _ORDER_OF_ROWS, self.processes.rank),
+            )
+            try:
+                yield from reader.read(start, stopped)
+            finally:
+                # Frees their memory on the accelerator.
+                for encoder in self.encoders:
+                    encoder.to("cpu")
+
+    def fingerprint(self) -> str:
+        """Return hex digits that change when any batch would, as far as known without reading the shards."""
+        digest = hashlib.sha256(repr(self.options).encode())
+        for stream, (number, config) in zip(self.mixture.streams, self.numbered, strict=True):
+            digest.update(repr((number, sorted(asdict(config).items()))).encode())
+            for shard in stream.shards:
+                # Web servers are not contacted; a file that is missing now may exist in a later pass.
+                size = os.path.getsize(shard) if os.path.isfile(shard) else -1
+                digest.update(f"{shard}\n{size}\n".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()

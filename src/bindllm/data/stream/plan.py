@@ -1,8 +1,8 @@
-"""The order of streamed samples: a pure function of the seed and of how far each stream has been read.
+"""The order of streamed samples: a pure function of the seed and of the position in each stream.
 
 A pass reads the shards of a source in a shuffled order; each process takes every ``world_size``-th of them. Samples are
-read in the order of their shard into a chunk, which alone is shuffled and grouped by length. So where a run stands is
-a few numbers, and going on reads one chunk again at most.
+read in the order of their shard into a chunk; only the chunk is shuffled and grouped by length. So the state of a run
+is a few numbers, and resuming reads at most one chunk again.
 """
 
 from __future__ import annotations
@@ -17,62 +17,65 @@ import numpy as np
 from bindllm.data.stream.shards import ShardError, TarSample, read_shard
 from bindllm.errors import InputError
 
+# Third entry of the seed of a random generator, so that different orders are independent.
+_ORDER_OF_SHARDS = 2
+
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Place:
-    """How far a process has read a stream.
+class Position:
+    """The position of a process in a stream.
 
     Args:
-        lap: number of the pass over the shards, from 0.
-        shard: place of the shard in the order of this pass, from 0.
+        pass_index: current pass over the shards, from 0.
+        shard: index of the shard in the order of this pass, from 0.
         sample: samples of the shard that were read.
-        drawn: samples of the stream that were read in all.
+        drawn: samples of the stream that were read in total.
     """
 
-    lap: int = 0
+    pass_index: int = 0
     shard: int = 0
     sample: int = 0
     drawn: int = 0
 
 
 @dataclass(frozen=True)
-class Bookmark:
-    """Where a process stands: the next batch to be handed out.
+class StreamState:
+    """The next batch of a process.
 
     Args:
-        chunk: number of its chunk, from 0.
-        batch: number of the batch in the chunk, from 0.
-        places: where the chunk starts in each stream.
+        chunk: index of its chunk, from 0.
+        batch: index of the batch in the chunk, from 0.
+        positions: where the chunk starts in each stream.
     """
 
     chunk: int
     batch: int
-    places: tuple[Place, ...]
+    positions: tuple[Position, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain values, for a saved state."""
-        return asdict(self) | {"places": [asdict(place) for place in self.places]}
+        """Return plain values for a saved state."""
+        return asdict(self) | {"positions": [asdict(position) for position in self.positions]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Return what `as_dict` was made of."""
-        places = tuple(Place(**place) for place in values["places"])
-        return cls(values["chunk"], values["batch"], places)
+        """Return the state that `as_dict` wrote."""
+        positions = tuple(Position(**position) for position in values["positions"])
+        return cls(values["chunk"], values["batch"], positions)
 
 
 @dataclass
 class ShardStream:
-    """The samples of one source, pass after pass over its shards.
+    """The samples of one source, in endless passes over its shards.
 
     Args:
-        path: what the recipe calls the source.
+        path: the source in the recipe.
         shards: all of them.
         seed: of the order of shards.
-        source: number of the source in the recipe.
+        source: index of the source in the recipe.
         world_size: processes that share a pass.
-        rank: number of this one.
+        rank: index of this process.
 
     Raises:
         InputError: fewer shards than processes.
@@ -93,51 +96,52 @@ class ShardStream:
                 "own: use more, smaller shards, or fewer devices"
             )
 
-    def lap(self, number: int) -> list[str]:
+    def shard_order(self, pass_index: int) -> list[str]:
         """Return the shards that this process reads in a pass, in their order."""
-        order = np.random.default_rng([self.seed, 2, self.source, number]).permutation(len(self.shards))
-        return [self.shards[n] for n in order[self.rank :: self.world_size]]
+        rng = np.random.default_rng([self.seed, _ORDER_OF_SHARDS, self.source, pass_index])
+        return [self.shards[n] for n in rng.permutation(len(self.shards))[self.rank :: self.world_size]]
 
-    def read(self, place: Place, bad: list[str]) -> Iterator[tuple[TarSample, Place]]:
-        """Yield samples from a place on, without end, each with the place after it.
+    def read(self, position: Position, bad: list[str]) -> Iterator[tuple[TarSample, Position]]:
+        """Yield samples from a position on, without end, each with the position after it.
 
         Args:
-            place: where to begin.
-            bad: receives a message for each shard that ends too early or is not there.
+            position: of the first sample.
+            bad: receives a message for each shard that is missing or damaged.
 
         Raises:
             InputError: no shard of a whole pass gives a sample.
         """
-        barren: dict[str, str] = {}
+        empty: dict[str, str] = {}
         while True:
-            shards = self.lap(place.lap)
-            for number in range(place.shard, len(shards)):
-                place = place if number == place.shard else replace(place, shard=number, sample=0)
-                barren[shards[number]] = f"{shards[number]}: no sample"
+            shards = self.shard_order(position.pass_index)
+            for number in range(position.shard, len(shards)):
+                if number != position.shard:
+                    position = replace(position, shard=number, sample=0)
+                empty[shards[number]] = f"{shards[number]}: no sample"
                 try:
-                    for sample in read_shard(shards[number], skip=place.sample):
-                        barren.clear()
-                        place = replace(place, sample=place.sample + 1, drawn=place.drawn + 1)
-                        yield sample, place
+                    for sample in read_shard(shards[number], skip=position.sample):
+                        empty.clear()
+                        position = replace(position, sample=position.sample + 1, drawn=position.drawn + 1)
+                        yield sample, position
                 except ShardError as error:
                     bad.append(str(error))
                     self._warn(shards[number], error)
-                # Across processes the shards of a pass differ: a process gives up when it has tried them all.
-                if len(barren) == len(self.shards):
+                # The shards of a process differ from pass to pass: it gives up once it has tried all of them.
+                if len(empty) == len(self.shards):
                     raise InputError(
                         f"data source {self.path}: none of its {len(self.shards)} shards gives a sample, "
-                        f"for example: {(bad or list(barren.values()))[-1]}"
+                        f"for example: {(bad or list(empty.values()))[-1]}"
                     )
-            place = replace(place, lap=place.lap + 1, shard=0, sample=0)
+            position = replace(position, pass_index=position.pass_index + 1, shard=0, sample=0)
 
     def _warn(self, shard: str, error: ShardError) -> None:
         if shard not in self._warned:
             self._warned.add(shard)
-            logger.warning("%s; the stream goes on with the next shard", error)
+            logger.warning("%s; the stream continues with the next shard", error)
 
 
 class Mixture:
-    """Several streams as one, in the proportion of their weights at any moment.
+    """Several streams as one, in proportion to their weights at any moment.
 
     Args:
         streams: at least one.
@@ -147,31 +151,36 @@ class Mixture:
     def __init__(self, streams: Sequence[ShardStream], weights: Sequence[float]) -> None:
         self.streams, self._weights = tuple(streams), tuple(weights)
 
-    def start(self) -> tuple[Place, ...]:
-        """Return where a run begins."""
-        return (Place(),) * len(self.streams)
+    def start(self) -> tuple[Position, ...]:
+        """Return the positions at the start of a run."""
+        return (Position(),) * len(self.streams)
 
     def read(
-        self, places: Sequence[Place], bad: list[str]
-    ) -> Iterator[tuple[int, TarSample, tuple[Place, ...]]]:
-        """Yield samples from some places on, without end: number of the stream, sample, and the places after it."""
-        current = list(places)
-        readers = [stream.read(place, bad) for stream, place in zip(self.streams, places, strict=True)]
+        self, positions: Sequence[Position], bad: list[str]
+    ) -> Iterator[tuple[int, TarSample, tuple[Position, ...]]]:
+        """Yield samples from these positions on, without end: index of the stream, sample, and the positions after it.
+
+        Args:
+            positions: one for each stream.
+            bad: receives a message for each shard that is missing or damaged.
+        """
+        current = list(positions)
+        readers = [stream.read(start, bad) for stream, start in zip(self.streams, positions, strict=True)]
         while True:
-            # The stream that is furthest behind its share.
+            # The stream with the lowest count relative to its weight; the half avoids a tie of zeros at the start.
             number = min(range(len(current)), key=lambda n: ((current[n].drawn + 0.5) / self._weights[n], n))
             sample, current[number] = next(readers[number])
             yield number, sample, tuple(current)
 
 
 def group_by_length(lengths: Sequence[int], *, batch_size: int, seed: Sequence[int]) -> list[list[int]]:
-    """Return the rows of a chunk in batches of like length, in a shuffled order.
+    """Return the rows of a chunk in batches of similar length, in a shuffled order.
 
-    The batches are of equal size, give or take one row: a short one would count as much as a full one in training.
+    The batch sizes differ by at most one row: a short batch would count as much as a full one in training.
 
     Args:
         lengths: tokens of each row.
-        batch_size: rows of a batch at most.
+        batch_size: maximum rows of a batch.
         seed: of this chunk.
 
     Example:

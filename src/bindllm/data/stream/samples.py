@@ -1,112 +1,159 @@
-"""From a sample of a shard to a row: its JSON or text says what there is, its other members show it."""
+"""From the samples of a shard to rows: the JSON or text of a sample is the row, its other members are media."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from bindllm.data.captions import PICTURE_SUFFIXES
-from bindllm.data.formats import FORMATS, RowError, read_media
-from bindllm.data.formats.place import thing
+from bindllm.data import formats
+from bindllm.data.formats.media import read_media
+from bindllm.data.messages import RowError
+from bindllm.data.report import SourceReport
 from bindllm.data.rows import Row
-from bindllm.data.source_config import SourceConfig, Split
-from bindllm.data.stream.shards import TarSample
+from bindllm.data.source_config import SPLITS, SourceConfig
+from bindllm.data.sources import IMAGE_SUFFIXES
+from bindllm.data.stream.shards import BAD_SHARD, ShardError, TarSample, expand_shards, read_shard
 from bindllm.data.tables import Record
 from bindllm.errors import InputError
 from bindllm.media import Media
 
 _TEXTS = ("txt", "text", "caption")
-# What image-text sets keep beside the media and the JSON: none of it is media.
-_NO_MEDIA = frozenset(("json", "cls", "id", "index", "url", *_TEXTS))
+# Members that image-text sets keep next to the media and the JSON.
+_NOT_MEDIA = frozenset(("json", "cls", "id", "index", "url", *_TEXTS))
 _SUFFIXES = {
-    "image": frozenset(suffix[1:] for suffix in PICTURE_SUFFIXES),
+    "image": frozenset(suffix[1:] for suffix in IMAGE_SUFFIXES),
     "audio": frozenset(("wav", "mp3", "flac", "ogg", "opus", "m4a", "aac")),
     "video": frozenset(("mp4", "webm", "mkv", "mov", "avi")),
 }
 
 
 @dataclass
-class TarPlace:
-    """The media of a sample: its members, which a row names by their whole name, its end, or not at all.
+class TarResolver:
+    """Resolves media among the members of a sample: by their whole name, their ending, or as the only one.
 
     Args:
-        config: what the recipe says about the source.
         sample: the members.
 
     Example:
-        >>> place = TarPlace(SourceConfig("0.tar"), TarSample("0.tar", "a/cat", 0, {"jpg": b"...", "txt": b"A cat."}))
-        >>> place.media("image", "cat.jpg") == place.media("image", "jpg") == place.media("image", None)
+        >>> resolve = TarResolver(TarSample("0.tar", "a/cat", 0, {"jpg": b"...", "txt": b"A cat."}))
+        >>> resolve("image", "cat.jpg") == resolve("image", "jpg") == resolve("image", None)
         True
     """
 
-    config: SourceConfig
     sample: TarSample
-    _strangers: dict[str, str] = field(default_factory=dict, init=False, repr=False)
+    _foreign: dict[str, str] = field(default_factory=dict, init=False, repr=False)
 
-    def media(self, modality: str, value: object) -> Media:
-        """Return the media that a value stands for.
+    def __call__(self, modality: str, value: object) -> Media:
+        """Return the media that a value refers to; None refers to the only member of this modality.
 
-        A name that is no member's stands for the only media of this modality, as sets that were packed into shards
-        still have the names of before in their JSON.
+        So does a name that no member has: sets that were packed into shards keep the earlier names in their JSON.
 
         Raises:
-            RowError: there is no such member, none alone, or two different names that would mean the same one.
+            RowError: no such member, several, or two different names that would refer to the same one.
         """
         if value is None:
             return Media(modality, self._only(modality))
         return read_media(modality, value, lambda name: self._find(modality, name))
 
+    def unnamed(self, modality: str) -> Mapping[str, Sequence[object]]:
+        """Return the media of a row that names none: the only member of the modality, if there are such members."""
+        return {modality: [None]} if modality != "text" and self._candidates(modality) else {}
+
     def _find(self, modality: str, name: str) -> bytes:
         members, file = self.sample.members, self.sample.key.rpartition("/")[2]
         for end in (name.rpartition("/")[2].removeprefix(f"{file}."), name.removeprefix(".")):
-            if end.lower() in members and end.lower() not in _NO_MEDIA:
+            if end.lower() in members and end.lower() not in _NOT_MEDIA:
                 return members[end.lower()]
-        if self._strangers.setdefault(modality, name) != name:
-            raise RowError(f"several names of a {thing(modality)} that no member has", name)
+        if self._foreign.setdefault(modality, name) != name:
+            raise RowError(f"several names of a {modality} file that are not members", name)
         return self._only(modality)
 
     def _only(self, modality: str) -> bytes:
-        """The only member of a modality: of that name, or of an ending that its files have."""
-        media = {end: content for end, content in self.sample.members.items() if end not in _NO_MEDIA}
-        suffixes = _SUFFIXES.get(modality)
+        """Return the only member of a modality."""
+        found, listed = self._candidates(modality), ", ".join(f".{end}" for end in self.sample.members)
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise RowError(f"several members that may be its {modality}; name one in the JSON", listed)
+        raise RowError(f"no member that is its {modality}", listed)
+
+    def _candidates(self, modality: str) -> list[bytes]:
+        """Return the one member with the modality in its name, else those with an ending that its files have."""
+        media = {end: content for end, content in self.sample.members.items() if end not in _NOT_MEDIA}
         named = [content for end, content in media.items() if modality in end.split(".")]
-        fitting = [
-            content
-            for end, content in media.items()
-            if suffixes is None or end.rpartition(".")[2] in suffixes
-        ]
-        for found in (named, fitting):
-            if len(found) == 1:
-                return found[0]
-        if len(fitting) > 1:
-            raise RowError(
-                f"several members that may be its {modality}; name one in the JSON", self._listed()
-            )
-        raise RowError(f"no member that is its {modality}", self._listed())
-
-    def _listed(self) -> str:
-        return ", ".join(f".{end}" for end in self.sample.members)
+        if len(named) == 1:
+            return named
+        suffixes = _SUFFIXES.get(modality)
+        return [c for end, c in media.items() if suffixes is None or end.rpartition(".")[2] in suffixes]
 
 
-def read_row(sample: TarSample, config: SourceConfig, source: int) -> tuple[Row, Split | None]:
-    """Return the row that a sample is, and the split that it names, if any.
+def read_row(sample: TarSample, config: SourceConfig, source: int) -> Row:
+    """Return the row of a sample.
 
     Args:
         sample: of a shard.
-        config: what the recipe says about the source.
-        source: its number in the recipe, from 0.
+        config: the source in the recipe.
+        source: its index in the recipe, from 0.
 
     Raises:
         InputError: the sample cannot be used.
     """
     if sample.problem:
         raise InputError(sample.problem)
-    parsed = FORMATS[config.format](_record(sample, config), TarPlace(config, sample))
-    return parsed.row(sample.name, source), parsed.split
+    resolve, record = TarResolver(sample), _record(sample, config)
+    return formats.read_row(
+        record,
+        config,
+        resolve,
+        unnamed=lambda: resolve.unnamed(config.modality),
+        name=sample.name,
+        source=source,
+    )
+
+
+def read_stream(
+    config: SourceConfig, number: int = 0, *, limit: int | None = None
+) -> tuple[dict[str, list[Row]], SourceReport]:
+    """Read the first rows of a stream into memory, shard after shard: rows that are evaluated, not trained on.
+
+    Args:
+        config: the source in the recipe.
+        number: its index in the recipe, from 0.
+        limit: rows to read; ``config.limit`` by default.
+
+    Returns:
+        The rows, all in the split of the source (train, if it has none), and a report of the skipped rows.
+
+    Raises:
+        InputError: no sample can be used.
+    """
+    limit = limit or config.limit or 1
+    report = SourceReport(config.path, modality=config.modality, format=config.format)
+    rows: list[Row] = []
+    for shard in expand_shards(config.path):
+        try:
+            for sample in read_shard(shard):
+                try:
+                    rows.append(read_row(sample, config, number))
+                except InputError as error:
+                    formats.skip(error, sample.name, report.skipped)
+                if len(rows) == limit:
+                    break
+        except ShardError as error:
+            report.skipped.add(BAD_SHARD, str(error))
+        if len(rows) == limit:
+            break
+    if not rows:
+        raise InputError(
+            f"data source {config.path} has no sample that can be used: {'; '.join(report.skipped.lines())}"
+        )
+    report.count(rows)
+    return {split: rows if split == (config.split or "train") else [] for split in SPLITS}, report
 
 
 def _record(sample: TarSample, config: SourceConfig) -> Record:
-    """What the sample says: its JSON, and its text as caption where the JSON has none."""
+    """Return the JSON of a sample; its text becomes the caption if the JSON has none."""
     record: Record = {}
     if "json" in sample.members:
         try:
@@ -114,7 +161,7 @@ def _record(sample: TarSample, config: SourceConfig) -> Record:
         except (ValueError, RecursionError) as error:
             raise InputError("the member .json is not valid JSON") from error
         if not isinstance(record, dict):
-            raise InputError("the member .json is no JSON object")
+            raise InputError("the member .json is not a JSON object")
     texts = [sample.members[end] for end in _TEXTS if end in sample.members]
     if texts and not record.get(config.columns.caption):
         try:
@@ -122,5 +169,5 @@ def _record(sample: TarSample, config: SourceConfig) -> Record:
         except UnicodeDecodeError as error:
             raise InputError("its text is not UTF-8") from error
     if not record:
-        raise InputError("neither a member .json nor .txt that says something")
+        raise InputError("neither a member .json nor .txt with content")
     return record

@@ -1,4 +1,4 @@
-"""Tar shards in the layout of WebDataset: which ones a pattern names, and the samples of one, from start to end.
+"""Tar shards in the layout of WebDataset: the shards that a pattern names, and the samples of each.
 
 Members that follow each other and have the same path up to the first dot of their name are one sample
 (https://github.com/webdataset/webdataset, "The WebDataset Format"): ``000.jpg`` and ``000.json``, say.
@@ -7,23 +7,29 @@ Members that follow each other and have the same path up to the first dot of the
 from __future__ import annotations
 
 import glob
+import http.client
 import re
 import tarfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import BinaryIO
+from types import TracebackType
+from typing import BinaryIO, Self
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
 
-from bindllm.data.stream.remote import RemoteFile, is_remote
 from bindllm.errors import InputError
+
+BAD_SHARD = "shards that are missing or damaged, counted in each pass; the samples before the damage are used"
 
 SUFFIX = ".tar"
 
 MAX_SHARDS = 1_000_000
-"""Shards that a pattern may name."""
+"""Maximum number of shards of a pattern."""
 
 MAX_MEMBER_BYTES = 1 << 30
 """Largest member that is read: 1 GiB. A damaged header may claim any size."""
@@ -44,9 +50,9 @@ class TarSample:
     Args:
         shard: where the shard is.
         key: their common path in the shard.
-        number: place among the samples of the shard, from 0.
-        members: contents by what follows the key and a dot, in lower case: ``{"jpg": ..., "json": ...}``.
-        problem: why the sample cannot be used; empty: it can.
+        number: index among the samples of the shard, from 0.
+        members: contents by the rest of their name after the key and a dot, in lower case: ``{"jpg": ..., ...}``.
+        problem: why the sample cannot be used; empty if it can.
     """
 
     shard: str
@@ -57,7 +63,7 @@ class TarSample:
 
     @property
     def name(self) -> str:
-        """What the sample is called in messages; no other sample of a run has this name."""
+        """The name of the sample in messages, unique in a run."""
         key = self.key.encode("utf-8", "backslashreplace").decode()
         return f"{self.shard} sample {self.number + 1} ({key})"
 
@@ -99,31 +105,27 @@ def expand_shards(pattern: str) -> list[str]:
         return list(dict.fromkeys(named))
     found = [file for name in named for file in (sorted(glob.glob(name)) if glob.has_magic(name) else [name])]
     if not any(Path(file).is_file() for file in found):
-        place = (
-            ""
-            if Path(pattern).is_absolute()
-            else f" in {Path.cwd()}, from where the recipe's paths are looked up"
-        )
+        place = "" if Path(pattern).is_absolute() else f" in {Path.cwd()}, the working directory"
         raise InputError(f"data source {pattern} names no shard that exists{place}; check the pattern")
     return list(dict.fromkeys(found))
 
 
 def read_shard(shard: str, *, skip: int = 0) -> Iterator[TarSample]:
-    """Yield the samples of a shard, in its order; members that are no files, hidden or without a dot are passed over.
+    """Yield the samples of a shard, in its order; members that are hidden, without a dot or not files are ignored.
 
     Args:
         shard: path or http(s) URL of an uncompressed tar file.
-        skip: samples at its start that are passed over.
+        skip: number of samples at its start that are not read.
 
     Raises:
-        ShardError: it cannot be opened, or ends too early, or is damaged; samples ahead of that place were yielded,
-            all but the last one, which may lack members.
+        ShardError: it cannot be opened, is truncated or is damaged. The samples before the damage were yielded,
+            except the last one, which may lack members.
     """
     number, key, members, problem = 0, None, {}, ""
     try:
         with _opened(shard) as stream, _strict_tar(stream) as tar:
             for member in tar:
-                # The archive would remember every member of the shard.
+                # Otherwise the archive keeps every member of the shard in memory.
                 tar.members = []
                 own, extension = _split(member.name)
                 if not own or not member.isfile():
@@ -149,7 +151,7 @@ def read_shard(shard: str, *, skip: int = 0) -> Iterator[TarSample]:
 
 
 class _StrictHeader(tarfile.TarInfo):
-    """Takes nothing but zeros for the end of a shard; tarfile itself stops at whatever is no header."""
+    """Accepts only zeros as the end of a shard; tarfile itself stops at anything that is not a header."""
 
     @classmethod
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> tarfile.TarInfo:
@@ -167,7 +169,7 @@ def _strict_tar(stream: BinaryIO) -> tarfile.TarFile:
 
 @contextmanager
 def _opened(shard: str) -> Iterator[BinaryIO]:
-    """Open a shard; that it is not there is told apart from damage."""
+    """Open a shard; the error for a missing one differs from that for damage."""
     try:
         file = RemoteFile(shard) if is_remote(shard) else open(shard, "rb")  # noqa: SIM115 (closed below)
     except OSError as error:
@@ -177,7 +179,7 @@ def _opened(shard: str) -> Iterator[BinaryIO]:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Key and extension of a member; both empty where it belongs to no sample."""
+    """Return key and extension of a member; both are empty if it does not belong to a sample."""
     folder, slash, file = name.rpartition("/")
     stem, dot, extension = file.partition(".")
     if not stem or not dot or (stem.startswith("__") and stem.endswith("__")):
@@ -186,7 +188,7 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _choices(inside: str, pattern: str) -> list[str]:
-    """What a pair of braces stands for."""
+    """Return the alternatives in a pair of braces."""
     if (bounds := _RANGE.fullmatch(inside)) is None:
         return inside.split(",")
     first, last = bounds.groups()
@@ -195,3 +197,121 @@ def _choices(inside: str, pattern: str) -> list[str]:
     if int(last) - int(first) >= MAX_SHARDS:
         raise InputError(f"{pattern}: the range {{{inside}}} names more than {MAX_SHARDS:,} shards")
     return [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+
+
+PAUSES = (0.5, 2.0, 8.0)
+"""Seconds before each retry; after the last one, reading fails."""
+
+TIMEOUT = 30.0
+"""Seconds without a byte after which a connection counts as broken."""
+
+_TEMPORARY = frozenset((408, 425, 429, 500, 502, 503, 504))
+
+
+def is_remote(path: str) -> bool:
+    """Tell whether this is an http(s) URL.
+
+    Example:
+        >>> is_remote("https://example.org/0.tar"), is_remote("data/0.tar")
+        (True, False)
+    """
+    return path.startswith(("http://", "https://"))
+
+
+class RemoteFile:
+    """Reads a file of a web server from start to end; after a broken connection it continues at the same byte.
+
+    Args:
+        url: http(s).
+
+    Raises:
+        OSError: the server does not have the file, or cannot be reached after several tries.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url, self._position = url, 0
+        self._size: int | None = None
+        self._failures = 0
+        self._response: http.client.HTTPResponse | None = None
+        while self._response is None:
+            self._connect()
+
+    def read(self, size: int) -> bytes:
+        """Return up to ``size`` bytes, and none only at the end.
+
+        Raises:
+            OSError: the connection broke and could not be restored.
+        """
+        while True:
+            while self._response is None:
+                self._connect()
+            try:
+                data = self._response.read(size)
+            except (OSError, http.client.HTTPException) as error:
+                self.close()
+                self._pause(str(error))
+                continue
+            if data:
+                self._position += len(data)
+                self._failures = 0
+            elif self._size not in (None, self._position):
+                self.close()
+                self._pause("the connection ended too early")
+                continue
+            return data
+
+    def close(self) -> None:
+        """Close the connection."""
+        if self._response is not None:
+            self._response.close()
+            self._response = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _connect(self) -> None:
+        """Request the rest of the file; after a temporary failure, pause and leave no response."""
+        headers = {"User-Agent": "bindllm"}
+        if self._position:
+            headers["Range"] = f"bytes={self._position}-"
+        try:
+            response = urlopen(Request(self._url, headers=headers), timeout=TIMEOUT)
+            length = response.headers.get("Content-Length")
+            if self._position and response.status != http.client.PARTIAL_CONTENT:
+                # A server without ranges starts at the first byte again.
+                self._discard_start(response)
+            elif not self._position:
+                self._size = None if length is None else int(length)
+        except HTTPError as error:
+            error.close()
+            if error.code not in _TEMPORARY:
+                raise OSError(f"the server answers {error.code} {error.reason}") from error
+            self._pause(f"the server answers {error.code} {error.reason}")
+        except (OSError, http.client.HTTPException) as error:
+            self._pause(str(error))
+        else:
+            self._response = response
+
+    def _discard_start(self, response: http.client.HTTPResponse) -> None:
+        left = self._position
+        while left:
+            data = response.read(min(left, 1 << 20))
+            if not data:
+                raise OSError("the connection ended too early")
+            left -= len(data)
+
+    def _pause(self, reason: str) -> None:
+        """Wait before a retry.
+
+        Raises:
+            OSError: too many failures in a row.
+        """
+        if self._failures >= len(PAUSES):
+            raise OSError(f"{reason}; {self._failures + 1} tries failed")
+        time.sleep(PAUSES[self._failures])
+        self._failures += 1

@@ -90,6 +90,7 @@ def read_layout(name: str, folder: str | Path, choice: Choice | None = None) -> 
         raise InputError(f"unknown layout {name!r}. {did_you_mean(name, LAYOUTS)}")
     layout, choice, folder = LAYOUTS[name], choice or Choice(), Path(folder)
     for field in fields(Choice):
+        # An option without effect would give numbers of another set than the user expects.
         if getattr(choice, field.name) != field.default and field.name not in layout.uses:
             raise InputError(f"the layout {name} takes no {field.name}; it takes {', '.join(layout.uses)}")
     if not folder.exists():

@@ -79,6 +79,7 @@ def read_modelnet(folder: Path, choice: Choice) -> Dataset:
     The latter has ``modelnet40_shape_names.txt``, ``modelnet40_test.txt`` and ``<class>/<class>_0001.txt``.
     """
     split = choice.split or "test"
+    # The resampled release is recognized by its list of shapes.
     kinds = [kind for kind in ("modelnet40", "modelnet10") if (folder / f"{kind}_shape_names.txt").is_file()]
     if kinds:
         return _read_resampled(folder, choice, kinds[0], split)
@@ -110,6 +111,7 @@ def _read_resampled(folder: Path, choice: Choice, kind: str, split: str) -> Data
     table = require_file(folder, (f"{kind}_{split}.txt",), purpose="the shapes of the split")
     for row, line in read_lines(table):
         shape = line.strip()
+        # Class names contain underscores themselves: night_stand_0001.
         key = shape.rpartition("_")[0]
         label = classes.index(key, row=row)
         file = folder / key / f"{shape}.txt"
@@ -185,6 +187,7 @@ def read_esc50(folder: Path, choice: Choice) -> Dataset:
             dataset.skipped.add("fold or target is not a number", row)
         else:
             clips.append((row, str(record["filename"]), int(fold), int(target), str(record["category"])))
+    # The classes are those of all folds, so that every fold has the same candidates.
     categories: dict[int, str] = {}
     for row, _, _, target, category in clips:
         if categories.setdefault(target, category) != category:

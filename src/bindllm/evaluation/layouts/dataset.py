@@ -125,6 +125,7 @@ class Dataset:
             self.notes.append(
                 f"{count:,} of {len(self.items):,} media, chosen by hash (--limit), not the whole set"
             )
+            # By file name, so that the choice does not depend on the folder; bytes, as names may not be UTF-8.
             names = [Path(item.media.name).name.encode("utf-8", "surrogateescape") for item in self.items]
             order = sorted(range(len(names)), key=lambda n: (hashlib.sha256(names[n]).digest(), n))
             self.items = [self.items[n] for n in sorted(order[:count])]
@@ -167,9 +168,11 @@ class Captions:
     def finish(self) -> None:
         """Add the items to the data set."""
         for name, captions in self._captions.items():
+            # Listed even if the file is missing, as the share of missing media is reported.
             self._dataset.num_listed += 1
             if (file := self._files.get(name)) is None:
                 self._dataset.skipped.add(NO_FILE, name)
             elif captions:
+                # Repeated captions of one item count once.
                 targets = tuple(Media.text(caption) for caption in dict.fromkeys(captions))
                 self._dataset.items.append(Item(Media(self._dataset.modality, file), targets=targets))

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bindllm.data.captions import PICTURE_SUFFIXES
+from bindllm.data.sources import IMAGE_SUFFIXES
 from bindllm.errors import InputError, did_you_mean
 
 SUFFIXES: dict[str, frozenset[str]] = {
-    "image": PICTURE_SUFFIXES,
+    "image": IMAGE_SUFFIXES,
     "audio": frozenset((".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".m4a", ".aac")),
     "video": frozenset((".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg")),
     "point": frozenset((".off", ".ply", ".obj", ".stl", ".glb", ".xyz", ".pts", ".pcd")),
@@ -64,6 +64,7 @@ class Files:
     def _index(self) -> dict[str, str]:
         if self._names is None:
             self._names = {}
+            # Sorted, so that the choice between files of one name does not depend on the file system.
             for file in sorted(walk(self._folder)):
                 stem, suffix = os.path.splitext(os.path.basename(file))
                 if not self._suffixes or suffix.lower() in self._suffixes:
@@ -109,6 +110,7 @@ def require_file(folder: Path, names: Sequence[str], *, purpose: str) -> Path:
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; give the folder of the data set")
+    # The releases of a data set differ in their folders.
     found = next((folder / name for name in names if (folder / name).is_file()), None)
     if found is not None:
         return found
@@ -126,6 +128,7 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
         InputError: it cannot be read, or is not UTF-8.
     """
     try:
+        # "utf-8-sig" also reads files that a spreadsheet has saved with a byte order mark.
         with path.open(encoding="utf-8-sig") as stream:
             for number, line in enumerate(stream, start=1):
                 if line.strip():
@@ -277,6 +280,7 @@ def _read_json(path: Path) -> list[tuple[str, str, list[str]]]:
         names = [names] if isinstance(names, str) else names
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise InputError(f"{path}: the class {key!r} must have a name or a list of names, not {names!r}")
+        # Keras: the key is an index, and the first name the WordNet id.
         if key.isdecimal() and len(names) == 2 and _WNID.fullmatch(names[0]):
             key, names = names[0], [spell(names[1])]
         rows.append((f"{path}, class {key!r}", key, [name.strip() for name in names]))

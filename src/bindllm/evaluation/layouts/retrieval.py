@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bindllm.data.captions import SPLITS, Columns, read_captions, require_table
 from bindllm.data.report import Skipped, SourceReport
-from bindllm.data.sources import hashed_split
+from bindllm.data.sources import SPLITS, Columns, hashed_split, read_captions, require_table
 from bindllm.data.tables import read_table
 from bindllm.errors import InputError, did_you_mean
 from bindllm.evaluation.layouts.dataset import NO_FILE, Captions, Choice, Column, Dataset, Item
@@ -53,6 +52,7 @@ def read_audiocaps(folder: Path, choice: Choice) -> Dataset:
             continue
         name = f"{video} from {seconds:g} s"
         captions.add(name, caption, row)
+        # A row number of AudioCaps is more specific than the names of AudioSet's clips.
         captions.set_file(name, files.find_stem((number, *clip_stems(video, seconds))))
     captions.finish()
     return dataset
@@ -165,6 +165,7 @@ def _read_karpathy(
 
 def _find_coco(files: Files, name: str, folder: str, folders: tuple[str, ...]) -> str | None:
     """Return the path of an image; COCO names the images of 2014 only by their number since 2017."""
+    # COCO_val2014_000000000042.jpg is 000000000042.jpg in the folders of 2017.
     number = name.rpartition("_")[2]
     return files.find(name, folder, *folders) or (
         files.find(number, "val2017", "train2017") if name.startswith("COCO_") else None
@@ -182,6 +183,7 @@ def _read_flickr_lines(path: Path, skipped: Skipped) -> Iterator[tuple[str, str,
                 f"{row or path}: expected image_name| comment_number| comment, not {header[:60]!r}"
             )
     for row, line in lines:
+        # One row of the published file lacks its second separator, so there a space separates.
         if path.suffix == ".csv":
             name, _, rest = line.partition("|")
             number, _, caption = (
@@ -249,6 +251,7 @@ def _read_columns(path: Path, source: Column, target: Column, dataset: Dataset) 
         if split is not None and split not in SPLITS:
             dataset.skipped.add(f"unknown split {split!r}. {did_you_mean(str(split), SPLITS)}", row)
             continue
+        # Both ends must exist: a pair with one end is not a pair.
         ends = [_media(column, record[column.name], path) for column in (source, target)]
         if not all(ends):
             names = [

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from bindllm.data.captions import SPLITS
+from bindllm.data.sources import SPLITS
 from bindllm.encoders.trainable import CanMix, is_trainable
 from bindllm.errors import InputError
 from bindllm.media import Media

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from bindllm.conversation import Conversation, Message, render
-from bindllm.data.tokenise import IGNORE, tokenise
+from bindllm.data.rows import IGNORE, tokenize
 from bindllm.errors import InputError
 from bindllm.media import Media
 from tiny import tiny_tokenizer
@@ -25,7 +25,7 @@ def learnt(sample, tokenizer) -> str:
 
 
 def test_labels_are_the_supervised_ids_and_the_sample_ends_with_them(tokenizer):
-    sample = tokenise(ONE, tokenizer, 100)
+    sample = tokenize(ONE, tokenizer, 100)
     rendered = render(ONE, tokenizer)
     # The newline after the end token teaches nothing and is left out.
     assert sample.input_ids.tolist() == rendered.input_ids[:-1]
@@ -38,7 +38,7 @@ def test_labels_are_the_supervised_ids_and_the_sample_ends_with_them(tokenizer):
 
 
 def test_answer_of_exactly_the_longest_length_is_not_cut(tokenizer):
-    assert not tokenise(ONE, tokenizer, FIRST_ANSWER).truncated
+    assert not tokenize(ONE, tokenizer, FIRST_ANSWER).truncated
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_answer_of_exactly_the_longest_length_is_not_cut(tokenizer):
     [(25, "yoy<|im_end|>"), (24, "yo<|im_end|>"), (23, "y<|im_end|>")],
 )
 def test_cut_answer_keeps_its_end_token(tokenizer, max_length, answer):
-    sample = tokenise(ONE, tokenizer, max_length)
+    sample = tokenize(ONE, tokenizer, max_length)
     assert len(sample.input_ids) == max_length
     assert learnt(sample, tokenizer) == answer
     assert sample.truncated
@@ -55,7 +55,7 @@ def test_cut_answer_keeps_its_end_token(tokenizer, max_length, answer):
 @pytest.mark.parametrize("max_length", [1, PROMPT, PROMPT + 1])
 def test_prompt_that_leaves_no_room_is_refused(tokenizer, max_length):
     with pytest.raises(InputError, match=f"no room for an answer in max_length={max_length}"):
-        tokenise(ONE, tokenizer, max_length)
+        tokenize(ONE, tokenizer, max_length)
 
 
 @pytest.mark.parametrize(
@@ -70,31 +70,31 @@ def test_prompt_that_leaves_no_room_is_refused(tokenizer, max_length):
     ],
 )
 def test_truncation_of_two_turns(tokenizer, max_length, length, answers):
-    sample = tokenise(TWO, tokenizer, max_length)
+    sample = tokenize(TWO, tokenizer, max_length)
     assert len(sample.input_ids) == len(sample.labels) == len(sample.media_index) == length
     assert learnt(sample, tokenizer) == answers
     assert sample.truncated == (max_length < WHOLE)
 
 
 def test_turns_that_are_left_out_take_their_pictures_along(tokenizer):
-    assert tokenise(TWO, tokenizer, WHOLE).media == ((A,), (B,))
-    assert tokenise(TWO, tokenizer, FIRST_ANSWER).media == ((A,),)
+    assert tokenize(TWO, tokenizer, WHOLE).media == ((A,), (B,))
+    assert tokenize(TWO, tokenizer, FIRST_ANSWER).media == ((A,),)
 
 
 def test_prompt_is_what_a_request_would_render(tokenizer):
     for conversation in (ONE, TWO):
-        sample = tokenise(conversation, tokenizer, 100)
-        asked = render(Conversation(conversation.messages[:-1]), tokenizer, answer_follows=True)
+        sample = tokenize(conversation, tokenizer, 100)
+        asked = render(Conversation(conversation.messages[:-1]), tokenizer, add_generation_prompt=True)
         assert sample.input_ids[: sample.prompt_length].tolist() == asked.input_ids
         assert sample.media_index[: sample.prompt_length].tolist() == asked.media_index
 
 
 def test_text_only_conversation_has_no_media(tokenizer):
-    sample = tokenise(Conversation((Message("user", "Hi"), Message("assistant", "yo"))), tokenizer, 100)
+    sample = tokenize(Conversation((Message("user", "Hi"), Message("assistant", "yo"))), tokenizer, 100)
     assert sample.media == ()
     assert set(sample.media_index.tolist()) == {-1}
 
 
 def test_conversation_without_answer_is_refused(tokenizer):
     with pytest.raises(InputError, match="no answer"):
-        tokenise(Conversation((Message("user", [A, "Hi"]),)), tokenizer, 100)
+        tokenize(Conversation((Message("user", [A, "Hi"]),)), tokenizer, 100)

@@ -1,0 +1,118 @@
+"""Media that a row refers to: a file in a folder, bytes in the row itself, or a ``data:`` URI."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, unquote_to_bytes, urlsplit
+
+from bindllm.data.messages import RowError, from_base64
+from bindllm.data.source_config import SourceConfig
+from bindllm.data.tables import HUB
+from bindllm.media import Media
+
+
+@dataclass(frozen=True)
+class FolderResolver:
+    """Resolves media in a folder.
+
+    Args:
+        root: folder that paths are relative to.
+
+    Example:
+        >>> FolderResolver.of(SourceConfig("data/qa/train.jsonl")).root
+        'data/qa'
+    """
+
+    root: str
+
+    @classmethod
+    def of(cls, config: SourceConfig) -> FolderResolver:
+        """Return the resolver of a source: for the folder that it names, else for that of its table."""
+        return cls(folder_of(config.path) if config.media is None else config.media)
+
+    def __call__(self, modality: str, value: object) -> Media:
+        """Return the media that a value refers to."""
+        return read_media(modality, value, lambda name: find_file(self.root, modality, name))
+
+
+def folder_of(table: str | Path) -> str:
+    """Return the folder that paths in a table are relative to; for a dataset of the hub the working directory.
+
+    Example:
+        >>> folder_of("data/qa/train.jsonl"), folder_of("hf://organization/dataset")
+        ('data/qa', '')
+    """
+    if str(table).startswith(HUB):
+        return ""
+    return str(table) if os.path.isdir(table) else os.path.dirname(table)
+
+
+def find_file(root: str, modality: str, name: str) -> str:
+    """Return the path of a file that a row names.
+
+    Raises:
+        RowError: it does not exist.
+    """
+    file = os.path.join(root, name)
+    if not os.path.isfile(file):
+        raise RowError(f"no such {modality} file", name)
+    return file
+
+
+def media_key(media: Media, root: str) -> str:
+    """Return the key that decides the split of media: the path in the folder, the text, or the hash of the content.
+
+    Example:
+        >>> media_key(Media.image("data/qa/./cat.png"), "data/qa")
+        'cat.png'
+    """
+    if isinstance(media.source, bytes):
+        return hashlib.sha256(media.source).hexdigest()
+    if media.modality == "text":
+        return str(media.source)
+    return os.path.normpath(str(media.source).removeprefix(os.path.join(root, "")))
+
+
+def read_media(modality: str, value: object, find: Callable[[str], str | bytes]) -> Media:
+    """Return the media that a value of a row refers to.
+
+    Args:
+        modality: of the media.
+        value: a path, a ``file:`` URL, a ``data:`` URI, the bytes of a file, or ``{"bytes": ..., "path": ...}``; for
+            the modality ``text`` the text itself.
+        find: returns the full path or the bytes of a named file, or raises `RowError`.
+
+    Raises:
+        RowError: the value does not refer to media, or refers to a web address.
+    """
+    if isinstance(value, Mapping):
+        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+    if modality == "text":
+        if not isinstance(value, str) or not value.strip():
+            raise RowError("no text")
+        return Media.text(value)
+    if isinstance(value, bytes | bytearray | memoryview) and value:
+        return Media(modality, bytes(value))
+    if not isinstance(value, str) or not value.strip():
+        raise RowError(f"no path to the {modality} file")
+    scheme = value[: value.find(":")].lower() if ":" in value[:6] else ""
+    if scheme in ("http", "https"):
+        raise RowError(
+            f"a web address as {modality} file; download it first and give its path: runs are offline", value
+        )
+    if scheme == "data":
+        return Media(modality, _decode_uri(modality, value))
+    return Media(modality, find(unquote(urlsplit(value).path) if scheme == "file" else value))
+
+
+def _decode_uri(modality: str, uri: str) -> bytes:
+    """Return the content of a ``data:`` URI (RFC 2397)."""
+    head, comma, text = uri.partition(",")
+    content = from_base64(unquote(text)) if head.lower().endswith(";base64") else unquote_to_bytes(text)
+    if not comma or not content:
+        raise RowError(f"a data: URI without {modality} content; expected data:TYPE;base64,CONTENT", head)
+    return content
