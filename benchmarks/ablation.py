@@ -1,7 +1,7 @@
 """`python -m benchmarks.ablation`: does the visual cache help? Models that saw pictures alone, asked by text and sound.
 
 Trains the quickstart and the stamps with three seeds, and shows each held-out pictures by their captions
-(`recipes/align-text.yaml`) or their sounds (`recipes/align-sound.yaml`): without a cache, with caches of several sizes
+(`recipes/align-text.yaml`) or their sounds (`recipes/align-audio.yaml`): without a cache, with caches of several sizes
 and settings, beside the picture itself (the ceiling), the mean of all pictures, and a shuffled cache (the floor).
 Settings are compared on the validation split; the defaults are measured on the test split. What stands in
 benchmarks/results/ablation.json is not done again. Two hours on 2 cores, most of it training; then it prints the
@@ -250,7 +250,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.parse_args()
-    for name in ("align-text", "align-sound"):
+    for name in ("align-text", "align-audio"):
         if not (Path("checkpoints") / name / "metrics.json").is_file():
             run_bindllm("align", "--config", f"recipes/{name}.yaml")
     file = RESULTS / "ablation.json"

@@ -20,7 +20,7 @@ BOUNDS = {
     "shuffled": "a shuffled cache",
 }
 INK, FAINT = "#1b1d21", "#656b76"
-COLOURS = {"picture": "#0b7a43", "none": "#c2410c", "mean": "#b88a00", "shuffled": "#9a9fa8"}
+COLORS = {"picture": "#0b7a43", "none": "#c2410c", "mean": "#b88a00", "shuffled": "#9a9fa8"}
 
 
 def tables(rows: list[Row]) -> str:
@@ -112,7 +112,7 @@ def _draw_panel(axes: Any, rows: list[Row], swept: str) -> None:
         [mean - min(column) for mean, column in zip(means, values, strict=True)],
         [max(column) - mean for mean, column in zip(means, values, strict=True)],
     ]
-    for kind, colour in COLOURS.items():
+    for kind, colour in COLORS.items():
         if bound := [row["cider"] for row in rows if row["kind"] == kind]:
             axes.axhline(statistics.mean(bound), color=colour, linewidth=1.2, label=BOUNDS[kind])
     axes.errorbar(

@@ -24,7 +24,7 @@ from benchmarks.measure import Figure
 ROOT = Path(__file__).parents[1]
 DECODER = ROOT / "checkpoints/smollm2-135m-instruct"
 ENCODER = ROOT / "checkpoints/efficientnet-lite0"
-COLOURS = ("red", "green", "blue", "white", "black", "yellow", "cyan", "magenta")
+COLORS = ("red", "green", "blue", "white", "black", "yellow", "cyan", "magenta")
 STEPS = 6
 ROWS = 8
 """Of a batch; each step has two of them, one after the other or one in each process."""
@@ -57,7 +57,7 @@ def figures() -> list[Figure]:
     """Train the same few steps with one process, with two, and with two that share the decoder."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        _made_up_pictures(folder / "pictures")
+        _synthetic_images(folder / "pictures")
         runs = {side: _train(folder, side, options) for side, options in _SIDES.items()}
     losses = {side: [float(row["train_loss"]) for row in rows] for side, rows in runs.items()}
     seconds = {side: _seconds_of_a_step(rows) for side, rows in runs.items()}
@@ -92,14 +92,14 @@ def _seconds_of_a_step(rows: list[dict[str, str]]) -> float:
     return min(float(row["step_seconds"]) for row in rows if row["step_seconds"])
 
 
-def _made_up_pictures(folder: Path) -> None:
+def _synthetic_images(folder: Path) -> None:
     """Plain colours, with captions of many lengths: so the batches of a step differ in their number of tokens."""
     folder.mkdir()
     with (folder / "captions.csv").open("w", newline="") as stream:
         table = csv.writer(stream)
         table.writerow(["image", "caption", "split"])
         for number in range(2 * ROWS * STEPS):
-            colour = COLOURS[number % len(COLOURS)]
+            colour = COLORS[number % len(COLORS)]
             Image.new("RGB", (32, 32), colour).save(folder / f"{number}.png")
             caption = " ".join([f"a {colour} square"] * (1 + number % 7))
             table.writerow([f"{number}.png", caption, "train"])

@@ -19,7 +19,7 @@ from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.decoder import DecoderConfig, load_tokenizer
 from bindllm.model.memory import MemoryEstimate, ModelPlan, estimate_memory
-from bindllm.model.quantise import quantisation_config
+from bindllm.model.quantize import quantization_config
 
 # The published stage 1: a prompt and its caption. Stage 2: an instruction with its answer.
 SHAPES = {
@@ -69,13 +69,13 @@ def figures() -> list[Figure]:
 def _run(name: str) -> dict[str, float | str]:
     """Run one stage in this process, and return what was measured."""
     shape, stage2 = SHAPES[name], name.startswith("stage2")
-    quantise, adapter = ("nf4", AdapterConfig(rank=16)) if stage2 else (None, None)
+    quantize, adapter = ("nf4", AdapterConfig(rank=16)) if stage2 else (None, None)
     trainable = ["adapter"] if stage2 else ["bind", "inject"]
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         AutoConfig.for_model("llama", **SEVEN_BILLION).save_pretrained(folder)
         plan = ModelPlan(
-            DecoderConfig(folder, dtype="bfloat16", quantise=quantise),
+            DecoderConfig(folder, dtype="bfloat16", quantize=quantize),
             EfficientNetLite().embedding_size,
             adapter=adapter,
             trainable=trainable,
@@ -83,7 +83,7 @@ def _run(name: str) -> dict[str, float | str]:
         )
         step = TrainingStep(shape["rows"], shape["tokens"], shape["rows"] * shape["answer"])
         estimate: MemoryEstimate = estimate_memory(plan, step)
-        decoder = _decoder(Path(folder), quantisation_config("nf4", torch.bfloat16) if stage2 else None)
+        decoder = _decoder(Path(folder), quantization_config("nf4", torch.bfloat16) if stage2 else None)
     model = BindLLM(decoder, load_tokenizer(DECODER), DECODER, encoders=[EfficientNetLite()], adapter=adapter)
     model.set_trainable(trainable)
     torch.nn.init.constant_(model.injection.gates, 0.01)
@@ -120,16 +120,16 @@ def _run(name: str) -> dict[str, float | str]:
     }
 
 
-def _decoder(folder: Path, quantised: BitsAndBytesConfig | None) -> PreTrainedModel:
-    """A decoder of random weights on the GPU; to be quantised it is written first, as a real one would be read."""
+def _decoder(folder: Path, quantized: BitsAndBytesConfig | None) -> PreTrainedModel:
+    """A decoder of random weights on the GPU; to be quantized it is written first, as a real one would be read."""
     with torch.device("cuda"):
         decoder = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
-    if quantised is not None:
+    if quantized is not None:
         decoder.save_pretrained(folder)
         del decoder
         torch.cuda.empty_cache()
         decoder = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.bfloat16, quantization_config=quantised, device_map={"": 0}
+            folder, dtype=torch.bfloat16, quantization_config=quantized, device_map={"": 0}
         )
     return decoder.eval().requires_grad_(False)
 

@@ -30,7 +30,7 @@ def figures() -> list[Figure]:
     found = [preparation()]
     for variant in VARIANTS:
         with tempfile.TemporaryDirectory() as folder:
-            write_made_up(Path(folder), variant)
+            write_synthetic(Path(folder), variant)
             found += speed(PointBind(folder).to(device), variant.replace("-", ""), rate)
     return found
 
@@ -87,7 +87,7 @@ def shell(seed: int, count: int) -> np.ndarray:
     return (directions * bumps * (1, 0.8, 0.6)).astype(np.float32)
 
 
-def write_made_up(folder: Path, variant: str) -> None:
+def write_synthetic(folder: Path, variant: str) -> None:
     """Write a converted folder of the published sizes with small random weights."""
     torch.manual_seed(0)
     shapes = build_network({"variant": variant}, source=variant).state_dict()

@@ -2,7 +2,7 @@
 
     python docs/draw_encoders.py [--output docs/encoders]
 
-The files are made first, in a temporary folder, by `made_up_media.py`. No weights are needed, and nothing is fetched.
+The files are made first, in a temporary folder, by `synthetic_media.py`. No weights are needed, and nothing is fetched.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from fractions import Fraction
 from pathlib import Path
 from unittest import mock
 
-import made_up_media
 import numpy as np
+import synthetic_media
 import torch
 from drawing import (
-    COLOURS,
+    COLORS,
     FIRST,
     HEADING,
     INK,
@@ -58,7 +58,7 @@ _MEAN, _DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258
 
 def draw_image(folder: Path) -> Figure:
     """As stored, upright with the square that is cut out, and what the trunk sees."""
-    file = made_up_media.write_photograph(folder / "photo.jpg")
+    file = synthetic_media.write_photograph(folder / "photo.jpg")
     figure = new_figure(2.9)
     stored, whole, seen = figure.subplots(1, 3, width_ratios=(0.625, 1.6, 1))
     with Image.open(file) as picture:
@@ -78,7 +78,7 @@ def draw_image(folder: Path) -> Figure:
 
 def draw_video(folder: Path) -> Figure:
     """Which frames of a film are taken, and the three crops of one clip."""
-    file = made_up_media.write_film(folder / "ball.mp4")
+    file = synthetic_media.write_film(folder / "ball.mp4")
     frames: dict[int, np.ndarray] = {}
     length: list[Fraction] = []
 
@@ -102,14 +102,14 @@ def draw_video(folder: Path) -> Figure:
     line = top.subplots()
     draw_clips(line, length[0], published=5)
     for number in numbers:
-        at = number / made_up_media.FILM_RATE
+        at = number / synthetic_media.FILM_RATE
         line.plot(at, 0.12, marker="v", color=SECOND, markersize=7, clip_on=False)
         line.annotate(str(number), (at, 0.38), ha="center", color=SECOND, fontsize=9, annotation_clip=False)
     line.set_yticks([0.5, *line.get_yticks()], ["frames\ntaken", *line.get_yticklabels()])
     line.set_title("ball.mp4: 8 seconds, 10 frames a second, 384 x 216", **TITLE)
     for axes, start in zip(middle.subplots(1, 5), starts, strict=True):
         shown = [
-            n for n in numbers if start <= Fraction(n, made_up_media.FILM_RATE) < start + clips.CLIP_SECONDS
+            n for n in numbers if start <= Fraction(n, synthetic_media.FILM_RATE) < start + clips.CLIP_SECONDS
         ]
         show(axes, frames[shown[0]], f"clip {starts.index(start) + 1}: frames {shown[0]}, {shown[-1]}")
     crops = views.view(5, 3, 3, 2, 224, 224)[2] * _column(_DEVIATION) + _column(_MEAN)
@@ -126,7 +126,7 @@ def draw_video(folder: Path) -> Figure:
 
 def draw_audio(folder: Path) -> Figure:
     """A melody, its three clips, and their spectrograms."""
-    file = made_up_media.write_melody(folder / "melody.wav")
+    file = synthetic_media.write_melody(folder / "melody.wav")
     spectra = audio.audio_input(file, coverage="published", max_clips=64)[:, 0].numpy()
     (wave,) = cut_sound(file, rate=audio.RATE, cut=lambda length: [(0, length)])
     short = audio.audio_input(wave[:, : int(0.7 * audio.RATE)], coverage="published", max_clips=64)[
@@ -172,7 +172,7 @@ def draw_audio(folder: Path) -> Figure:
 
 def draw_depth(folder: Path) -> Figure:
     """Metres, the curve from metres to input, and the input."""
-    file = made_up_media.write_depth(folder / "room.png")
+    file = synthetic_media.write_depth(folder / "room.png")
     metres = open_depth(file)
     figure = new_figure(3.2)
     left, middle, right = figure.subplots(1, 3, width_ratios=(1.25, 1, 1.1))
@@ -202,7 +202,7 @@ def draw_depth(folder: Path) -> Figure:
 
 def draw_thermal(folder: Path) -> Figure:
     """Stored values, where they are cut, and the input."""
-    file = made_up_media.write_heat(folder / "heat.png")
+    file = synthetic_media.write_heat(folder / "heat.png")
     with Image.open(file) as picture:
         stored = np.asarray(picture).astype(np.float64)
     brightness = open_thermal(file)
@@ -232,7 +232,7 @@ def draw_thermal(folder: Path) -> Figure:
 
 def draw_imu(folder: Path) -> Figure:
     """The readings of a file, and the even steps that become of them."""
-    file = made_up_media.write_walk(folder / "walk.csv")
+    file = synthetic_media.write_walk(folder / "walk.csv")
     table = np.loadtxt(file, delimiter=",", skiprows=1)
     signal = motion.imu_input(file).numpy()
     figure = new_figure(4.6)
@@ -240,7 +240,7 @@ def draw_imu(folder: Path) -> Figure:
     kinds = ((0, "acceleration, m/s²"), (3, "rotation, rad/s"))
     for row, (first, unit) in zip(panels, kinds, strict=True):
         for axis in range(first, first + 3):
-            style = {"color": COLOURS[axis - first], "label": AXES[axis][-1]}
+            style = {"color": COLORS[axis - first], "label": AXES[axis][-1]}
             row[0].plot(table[:, 0], table[:, 1 + axis], linestyle="", marker=".", markersize=3, **style)
             row[1].plot(signal[axis], linewidth=1.2, **style)
         row[0].set_ylabel(unit)
@@ -257,7 +257,7 @@ def draw_point(folder: Path) -> Figure:
     """A mesh, the cloud that becomes of it, and the groups of both networks."""
     import trimesh
 
-    file = made_up_media.write_chair(folder / "chair.ply")
+    file = synthetic_media.write_chair(folder / "chair.ply")
     cloud = fit_cloud(open_points(file), 8192)
     figure = new_figure(6.6)
     panels = figure.subplots(2, 3).ravel()

@@ -20,7 +20,7 @@ from bindllm.encoders.imagebind import clips
 from bindllm.encoders.pointbind.grouping import Level, gather
 
 INK, FAINT, LINE, FIRST, SECOND = "#1b1d21", "#656b76", "#dfe2e7", "#2457d6", "#c2410c"
-COLOURS = ("#2457d6", "#c2410c", "#0b7a43", "#9333a8", "#b88a00", "#0e7f8c")
+COLORS = ("#2457d6", "#c2410c", "#0b7a43", "#9333a8", "#b88a00", "#0e7f8c")
 MAX_BYTES = 150_000
 """Largest picture that a page takes."""
 
@@ -114,7 +114,7 @@ def draw_groups(axes: Axes, below: torch.Tensor, level: Level) -> None:
     centres = project(level.centres[0].numpy())
     axes.scatter(centres[:, 0], centres[:, 1], s=5, color=INK, linewidths=0)
     # The first ones that farthest-point sampling picks lie far apart.
-    for number, colour in enumerate(COLOURS):
+    for number, colour in enumerate(COLORS):
         group = project(members[number])
         axes.scatter(group[:, 0], group[:, 1], s=5 if len(across) > 1000 else 14, color=colour, linewidths=0)
         axes.scatter(*centres[number, :2], s=60, marker="x", color=colour, linewidths=2)

@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 from bindllm.cli import main
 from bindllm.errors import MediaError
 from bindllm.media import Media
-from tiny import colour_pictures
+from tiny import color_images
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz 0123456789"
 
@@ -101,7 +101,7 @@ class BeatTower(nn.Module):
 
 def colour_table(folder: Path, *, per_colour: int = 8) -> Path:
     """Write pictures of four colours with captions in which picture and number are told; return the folder."""
-    colour_pictures(folder, per_colour=per_colour)
+    color_images(folder, per_colour=per_colour)
     return folder
 
 
@@ -152,7 +152,7 @@ def align_recipe(pictures: Path, **sections: dict) -> dict:
         "output": "checkpoints/taught",
         "model": {
             "tower": {"class_path": "align_parts.LetterEncoder"},
-            "target": {"class_path": "tiny.ColourEncoder"},
+            "target": {"class_path": "tiny.ColorEncoder"},
             "head": {"depth": 2, "width": 32, "dropout": 0.0},
             "optim": {"lr": 0.01},
         },

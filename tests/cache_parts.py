@@ -15,9 +15,9 @@ from bindllm.embeddings.precompute import precompute_embeddings
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.decoder import DecoderConfig
 from bindllm.parallel import Processes
-from tiny import ColourEncoder, save_tiny_decoder
+from tiny import ColorEncoder, save_tiny_decoder
 
-ALLOW = ["cache_parts.Senses", "cache_parts.Words", "tiny.ColourEncoder"]
+ALLOW = ["cache_parts.Senses", "cache_parts.Words", "tiny.ColorEncoder"]
 TEXT = Media.text("a dog")
 
 
@@ -27,7 +27,7 @@ def hashed(media: Media, count: int = 48) -> torch.Tensor:
     return torch.from_numpy(np.resize(numbers, count).astype(np.float32) / 127.5 - 1)
 
 
-class Senses(ColourEncoder):
+class Senses(ColorEncoder):
     """Serves texts and sounds beside pictures."""
 
     modalities = ("image", "text", "audio")
@@ -37,7 +37,7 @@ class Senses(ColourEncoder):
         return super().prepare(media) if media.modality == "image" else hashed(media)
 
 
-class Words(ColourEncoder):
+class Words(ColorEncoder):
     """Serves texts alone, elsewhere in the space than `Senses`."""
 
     modalities = ("text",)
@@ -66,7 +66,7 @@ def write_pictures(folder: Path, count: int, *, start: int = 0) -> list[Media]:
     return [Media.image(folder / f"{n:03}.png") for n in range(start, start + count)]
 
 
-def filled_store(folder: Path, media: list[Media], encoder: ColourEncoder | None = None) -> EmbeddingStore:
+def filled_store(folder: Path, media: list[Media], encoder: ColorEncoder | None = None) -> EmbeddingStore:
     """Embed media into a store."""
     encoder = encoder or Senses()
     store = EmbeddingStore.for_encoder(folder, encoder)
@@ -74,7 +74,7 @@ def filled_store(folder: Path, media: list[Media], encoder: ColourEncoder | None
     return store
 
 
-def save_tiny_model(folder: Path, decoder: Path, *, encoder: ColourEncoder | None = None) -> Path:
+def save_tiny_model(folder: Path, decoder: Path, *, encoder: ColorEncoder | None = None) -> Path:
     """Write a checkpoint with open gates, so that answers depend on embeddings; return its folder."""
     if not decoder.is_dir():
         save_tiny_decoder(decoder)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from tiny import COLOURS
+from tiny import COLORS
 
 
 def published(folder: Path, *, train: int = 60) -> Path:
@@ -18,9 +18,9 @@ def published(folder: Path, *, train: int = 60) -> Path:
         for split, count in (("train", train), ("test", 8)):
             rows = []
             for n in range(count):
-                color = list(COLOURS)[n % 3]
+                color = list(COLORS)[n % 3]
                 image = io.BytesIO()
-                Image.new("RGB", (8, 8), (*COLOURS[color][:2], n)).save(image, "PNG")
+                Image.new("RGB", (8, 8), (*COLORS[color][:2], n)).save(image, "PNG")
                 archive.writestr(f"easy_vqa/data/{split}/images/{n}.png", image.getvalue())
                 rows.append(["what color is the shape?", color, n])
                 rows.append(["is there a red shape?", "yes" if color == "red" else "no", n])

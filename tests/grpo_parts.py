@@ -10,7 +10,7 @@ from bindllm.data.batches import BatchLoader
 from bindllm.data.collate import collate
 from bindllm.data.rows import tokenize
 from bindllm.objectives import Reward
-from preference_parts import COLOURS, TOKENIZER, Preferences, build, conversation, lookup
+from preference_parts import COLORS, TOKENIZER, Preferences, build, conversation, lookup
 from tiny_run import make_trainer
 
 QUESTIONS = ("Colour?", "What colour is it?")
@@ -20,7 +20,7 @@ class LetterClass(Reward):
     """1 where the first letter is of the class of letters that belongs to the true colour: a quarter of all letters."""
 
     def __call__(self, answers, samples):
-        classes = [COLOURS.index(sample.references[0]) for sample in samples]
+        classes = [COLORS.index(sample.references[0]) for sample in samples]
         right = [bool(text) and ord(text[0]) % 4 == n for text, n in zip(answers, classes, strict=True)]
         return torch.tensor(right, dtype=torch.float32)
 
@@ -31,11 +31,9 @@ class Questions(Preferences):
     tokenizer = TOKENIZER
 
     def __init__(self, **options):
-        asked = [conversation(colour, colour, question) for question in QUESTIONS for colour in COLOURS]
+        asked = [conversation(colour, colour, question) for question in QUESTIONS for colour in COLORS]
         samples = [tokenize(each, TOKENIZER, 64) for each in asked]
-        facts = [
-            {"number": n, "references": (COLOURS[n % 4],), "name": f"row {n}"} for n in range(len(asked))
-        ]
+        facts = [{"number": n, "references": (COLORS[n % 4],), "name": f"row {n}"} for n in range(len(asked))]
         samples = [replace(sample, **known) for sample, known in zip(samples, facts, strict=True)]
         super().__init__(samples, **{"batch_size": 4, **options})
 
@@ -53,9 +51,9 @@ def started(decoder, objective, data=None):
     module.configure_model()
     with torch.no_grad():
         module.model.injection.gates.fill_(0.7)
-    objective.note_start(module.model)
+    objective.on_start(module.model)
     rows = [data.samples("train")[n] for n in (0, 5, 2)]
-    batch = objective.complete(collate(rows, data.lookup, pad_id=0), "train")
+    batch = objective.add_reference(collate(rows, data.lookup, pad_id=0), "train")
     return module.model.eval(), batch
 
 

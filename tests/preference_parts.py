@@ -18,9 +18,9 @@ from bindllm.model.decoder import DecoderConfig
 from bindllm.model.injection import InjectConfig
 from bindllm.training.module import BindModule
 from bindllm.training.optim import OptimConfig
-from tiny import ColourEncoder, tiny_tokenizer
+from tiny import ColorEncoder, tiny_tokenizer
 
-COLOURS = ("red", "green", "blue", "white")
+COLORS = ("red", "green", "blue", "white")
 TOKENIZER = tiny_tokenizer()
 
 
@@ -40,13 +40,13 @@ def row(number: int, colour: str, answer: str, rejected: str | None = None, **fi
 
 def pairs() -> list[Sample]:
     """Of each picture its own colour is chosen, every other one rejected; lengths differ."""
-    options = [(mine, other) for mine in COLOURS for other in COLOURS if mine != other]
+    options = [(mine, other) for mine in COLORS for other in COLORS if mine != other]
     return [row(n, mine, mine, other) for n, (mine, other) in enumerate(options)]
 
 
 def judged() -> list[Sample]:
     """The same as rows on their own: the right colour is desirable, a wrong one is not."""
-    options = [(mine, said) for mine in COLOURS for said in COLOURS]
+    options = [(mine, said) for mine in COLORS for said in COLORS]
     return [row(n, mine, said, desirable=mine == said) for n, (mine, said) in enumerate(options)]
 
 
@@ -54,7 +54,7 @@ def lookup(groups, *, turn: int = 0) -> torch.Tensor:
     """One unit vector per colour; with ``turn`` every picture is taken for one of another colour."""
     found = torch.zeros(len(groups), 16)
     for n, group in enumerate(groups):
-        found[n, (COLOURS.index(group[0].source) + turn) % len(COLOURS)] = 1
+        found[n, (COLORS.index(group[0].source) + turn) % len(COLORS)] = 1
     return found
 
 
@@ -84,7 +84,7 @@ class Preferences(LightningDataModule):
 def build(decoder, objective, **changes) -> BindModule:
     """A module on a tiny decoder; the gates are open, so that pictures matter from the start."""
     options = {
-        "encoders": [ColourEncoder()],
+        "encoders": [ColorEncoder()],
         "bind": BindConfig(depth=1),
         "inject": InjectConfig(),
         "optim": OptimConfig(lr=0.02, warmup=2),

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from bindllm.embeddings import embedder, precompute
-from tiny import ColourEncoder
+from tiny import ColorEncoder
 
 # In the processes that the tests start each embedding is written at once; a mere import changes nothing.
 if "EMBED_AT_ONCE" in os.environ:
@@ -18,7 +18,7 @@ if "EMBED_AT_ONCE" in os.environ:
     embedder.PREPARED_BYTES = 2
 
 
-class SlowEncoder(ColourEncoder):
+class SlowEncoder(ColorEncoder):
     """Notes its process's number in ``process-<rank>``; each media takes SLOW_SECONDS, and FAILING_RANK fails."""
 
     def __init__(self) -> None:

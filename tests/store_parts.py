@@ -11,7 +11,7 @@ from PIL import Image
 from bindllm import EmbeddingStore, Media
 from bindllm.embeddings.precompute import PrecomputeReport, precompute_embeddings
 from bindllm.parallel import Processes
-from tiny import ColourEncoder
+from tiny import ColorEncoder
 
 FINGERPRINT = "a1" * 32
 SIZE = 4
@@ -45,7 +45,7 @@ def write_settled(path: Path, content: bytes) -> Path:
     return path
 
 
-class CountingEncoder(ColourEncoder):
+class CountingEncoder(ColorEncoder):
     """Counts its calls; tests can act before it embeds."""
 
     def __init__(self, **changes) -> None:
@@ -92,11 +92,11 @@ def counts(report: PrecomputeReport) -> tuple[int, int, int, int]:
 
 
 def expected(media: list[Media]) -> torch.Tensor:
-    encoder = ColourEncoder()
+    encoder = ColorEncoder()
     return torch.cat([encoder.embed("image", [encoder.prepare(item)]) for item in media])
 
 
-def run(folder: Path, media, encoder: ColourEncoder | None = None, **options) -> PrecomputeReport:
+def run(folder: Path, media, encoder: ColorEncoder | None = None, **options) -> PrecomputeReport:
     encoder = encoder or CountingEncoder()
     store = EmbeddingStore.for_encoder(folder, encoder)
     return precompute_embeddings(
@@ -108,5 +108,5 @@ def run(folder: Path, media, encoder: ColourEncoder | None = None, **options) ->
 
 
 def stored(folder: Path, media: list[Media]) -> torch.Tensor:
-    store = EmbeddingStore.for_encoder(folder, ColourEncoder())
+    store = EmbeddingStore.for_encoder(folder, ColorEncoder())
     return store.get([store.key_of(item) for item in media])

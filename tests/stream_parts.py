@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tiny import COLOURS
+from tiny import COLORS
 
 
 def write_shard(file: Path, members: Sequence[tuple[str, bytes]]) -> Path:
@@ -28,7 +28,7 @@ def write_shard(file: Path, members: Sequence[tuple[str, bytes]]) -> Path:
 def picture(colour: str, number: int) -> bytes:
     """A PNG of noise around a colour, another one for each number."""
     rng = np.random.default_rng([number])
-    pixels = np.clip(rng.normal(COLOURS[colour], 12, (16, 16, 3)), 0, 255).astype(np.uint8)
+    pixels = np.clip(rng.normal(COLORS[colour], 12, (16, 16, 3)), 0, 255).astype(np.uint8)
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "PNG")
     return stream.getvalue()
@@ -36,7 +36,7 @@ def picture(colour: str, number: int) -> bytes:
 
 def captioned(number: int) -> list[tuple[str, bytes]]:
     """The members of a sample: a picture, a caption that names it, and JSON as img2dataset writes it."""
-    colour = list(COLOURS)[number % len(COLOURS)]
+    colour = list(COLORS)[number % len(COLORS)]
     caption = f"{colour} square {'x' * (number % 7)}{number}"
     facts = {"key": f"{number:05}", "caption": caption, "status": "success"}
     return [

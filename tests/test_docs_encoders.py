@@ -49,10 +49,10 @@ def docs():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "docs"))
         import draw_encoders
-        import made_up_media
+        import synthetic_media
 
-        yield draw_encoders, made_up_media
-    for name in ("draw_encoders", "made_up_media", "drawing"):
+        yield draw_encoders, synthetic_media
+    for name in ("draw_encoders", "synthetic_media", "drawing"):
         sys.modules.pop(name, None)
 
 

@@ -12,7 +12,7 @@ from bindllm.model.decoder import DecoderConfig
 from bindllm.model.injection import InjectConfig
 from bindllm.quickstart import ASSETS, assets_of, easyvqa
 from easyvqa_parts import published
-from tiny import ColourEncoder, save_tiny_decoder
+from tiny import ColorEncoder, save_tiny_decoder
 from tiny_run import run
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -32,14 +32,14 @@ def save_quickstart() -> None:
     config = yaml.safe_load((RECIPES / "quickstart.yaml").read_text())["model"]
     parts = {"bind": BindConfig(**config["bind"]), "inject": InjectConfig(**config["inject"])}
     decoder = DecoderConfig(**config["decoder"])
-    model = BindLLM.build(decoder, device="cpu", encoders=[ColourEncoder()], **parts)
+    model = BindLLM.build(decoder, device="cpu", encoders=[ColorEncoder()], **parts)
     model.save_pretrained("checkpoints/quickstart")
 
 
 def fit(name: str) -> dict:
     """Run a recipe, as it is but for its encoder and length; return its metrics."""
     recipe = yaml.safe_load((RECIPES / name).read_text())
-    recipe["model"]["encoders"] = [{"class_path": "tiny.ColourEncoder"}]
+    recipe["model"]["encoders"] = [{"class_path": "tiny.ColorEncoder"}]
     recipe["trainer"] |= {"accelerator": "cpu", "max_epochs": 1, "max_steps": 2, "logger": False}
     recipe["trainer"] |= {"val_check_interval": 1.0, "limit_train_batches": 2}
     assert run("fit", recipe) == 0

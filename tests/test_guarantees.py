@@ -10,7 +10,7 @@ from bindllm.model.bindllm import BindLLM
 from bindllm.model.decoder import DecoderConfig
 from bindllm.model.generation import render_prompts
 from bindllm.model.injection import InjectConfig
-from tiny import ColourEncoder, tiny_decoder, tiny_tokenizer
+from tiny import ColorEncoder, tiny_decoder, tiny_tokenizer
 
 TEXT = Conversation((Message("user", ["How are you today?"]),))
 IMAGE = Conversation((Message("user", [Media.image(b""), "Describe this image."]),))
@@ -28,7 +28,7 @@ def trained(request) -> tuple[BindLLM, torch.nn.Module]:
         copy.deepcopy(base),
         tiny_tokenizer(),
         DecoderConfig("tiny"),
-        encoders=[ColourEncoder()],
+        encoders=[ColorEncoder()],
         inject=InjectConfig(kind=request.param),
     )
     model.set_trainable(["bind", "inject"])

@@ -30,7 +30,7 @@ TRAPS = [name for name in PROBED.split() if find_spec(name) is None]
 def here(tmp_path, monkeypatch) -> Path:
     """A working directory with an encoder, the module that it imports, and traps."""
     (tmp_path / "my_lab.py").write_text("from my_net import Base\n\n\nclass Encoder(Base):\n    pass\n")
-    (tmp_path / "my_net.py").write_text("from tiny import ColourEncoder as Base\n")
+    (tmp_path / "my_net.py").write_text("from tiny import ColorEncoder as Base\n")
     for name in TRAPS:
         (tmp_path / f"{name}.py").write_text("open('trapped', 'a').write(__name__ + ' ')\n")
     monkeypatch.chdir(tmp_path)

@@ -16,7 +16,7 @@ from easyvqa_parts import published
 from goldens import make_wave
 from imagebind_small import write_small_imagebind
 from recordings import wav
-from tiny import made_up_efficientnet, save_tiny_decoder, save_tiny_text_encoder
+from tiny import save_tiny_decoder, save_tiny_text_encoder, synthetic_efficientnet
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -39,7 +39,7 @@ def project(tmp_path_factory):
     folder = tmp_path_factory.mktemp("project")
     save_tiny_decoder(folder / "checkpoints/smollm2-135m-instruct")
     (folder / "checkpoints/efficientnet-lite0").mkdir()
-    save_file(made_up_efficientnet(), folder / "checkpoints/efficientnet-lite0/model.safetensors")
+    save_file(synthetic_efficientnet(), folder / "checkpoints/efficientnet-lite0/model.safetensors")
     save_tiny_text_encoder(folder / "checkpoints/minilm-l6")
     (folder / "data/openmoji/images").mkdir(parents=True)
     (folder / "data/openmoji/images/1F431.svg").write_text(DRAWING.format(3))

@@ -16,7 +16,7 @@ from bindllm.cli.recipe import RecipeCLI, quiet
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.decoder import DecoderConfig
 from bindllm.model.injection import InjectConfig
-from tiny import ColourEncoder, tiny_tokenizer
+from tiny import ColorEncoder, tiny_tokenizer
 from tiny_run import run, tiny_parts
 
 FILE = Path(__file__).parents[1] / "recipes" / "stage2.yaml"
@@ -51,14 +51,14 @@ def recipe(tmp_path):
     first = BindLLM.build(
         decoder,
         device="cpu",
-        encoders=[ColourEncoder()],
+        encoders=[ColorEncoder()],
         bind=BindConfig(**model["bind"]),
         inject=InjectConfig(**model["inject"]),
     )
     nn.init.normal_(first.injection.gates)
     first.save_pretrained(tmp_path / "first")
     model["decoder"]["name"] = decoder.name
-    model["encoders"] = [{"class_path": "tiny.ColourEncoder"}]
+    model["encoders"] = [{"class_path": "tiny.ColorEncoder"}]
     model["start_from"] = str(tmp_path / "first")
     for source in recipe["data"]["sources"]:
         source |= {"path": tables[source["format"]], "held_out": 0.0}

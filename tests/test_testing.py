@@ -16,69 +16,69 @@ from torch.nn.functional import dropout, normalize
 from bindllm import testing
 from bindllm.errors import EncoderError, MediaError
 from bindllm.media import MODALITIES, Media
-from bindllm.testing import check_encoder, made_up_media
-from tiny import ColourEncoder
+from bindllm.testing import check_encoder, synthetic_media
+from tiny import ColorEncoder
 
 
-class NotNormalised(ColourEncoder):
+class NotNormalised(ColorEncoder):
     def embed(self, modality, inputs):
         return 2 * super().embed(modality, inputs)
 
 
-class RandomPrepare(ColourEncoder):
+class RandomPrepare(ColorEncoder):
     def prepare(self, media):
         return super().prepare(media) + random.random()
 
 
-class PreparesAnotherShape(ColourEncoder):
+class PreparesAnotherShape(ColorEncoder):
     def prepare(self, media):
         return super().prepare(media).tolist()
 
 
-class BatchDependent(ColourEncoder):
+class BatchDependent(ColorEncoder):
     def embed(self, modality, inputs):
         stacked = torch.stack(list(inputs))
         return super().embed(modality, list(stacked - 0.5 * stacked.mean(0)))
 
 
-class Sorted(ColourEncoder):
+class Sorted(ColorEncoder):
     def embed(self, modality, inputs):
         rows = super().embed(modality, inputs)
         return rows[rows[:, 0].argsort()]
 
 
-class WrongShape(ColourEncoder):
+class WrongShape(ColorEncoder):
     def embed(self, modality, inputs):
         return super().embed(modality, inputs)[:, :-1]
 
 
-class WrongType(ColourEncoder):
+class WrongType(ColorEncoder):
     def embed(self, modality, inputs):
         return super().embed(modality, inputs).double()
 
 
-class WithGradient(ColourEncoder):
+class WithGradient(ColorEncoder):
     def embed(self, modality, inputs):
         return super().embed(modality, inputs) * torch.ones((), requires_grad=True)
 
 
-class InferenceMode(ColourEncoder):
+class InferenceMode(ColorEncoder):
     @torch.inference_mode()
     def embed(self, modality, inputs):
         return super().embed(modality, inputs)
 
 
-class NotFinite(ColourEncoder):
+class NotFinite(ColorEncoder):
     def embed(self, modality, inputs):
         return super().embed(modality, inputs) * float("nan")
 
 
-class Constant(ColourEncoder):
+class Constant(ColorEncoder):
     def embed(self, modality, inputs):
         return normalize(torch.ones(len(inputs), self.embedding_size), dim=-1)
 
 
-class ChangesItsInputs(ColourEncoder):
+class ChangesItsInputs(ColorEncoder):
     def embed(self, modality, inputs):
         rows = super().embed(modality, inputs)
         for tensor in inputs:
@@ -86,7 +86,7 @@ class ChangesItsInputs(ColourEncoder):
         return rows
 
 
-class ChangesTheArray(ColourEncoder):
+class ChangesTheArray(ColorEncoder):
     def prepare(self, media):
         prepared = super().prepare(media)
         if isinstance(media.source, np.ndarray):
@@ -94,10 +94,10 @@ class ChangesTheArray(ColourEncoder):
         return prepared
 
 
-class NotFrozen(ColourEncoder, torch.nn.Module):
+class NotFrozen(ColorEncoder, torch.nn.Module):
     def __init__(self, embedding_size: int = 16, grid: int = 4) -> None:
         torch.nn.Module.__init__(self)
-        ColourEncoder.__init__(self, embedding_size, grid)
+        ColorEncoder.__init__(self, embedding_size, grid)
         self.eval()
 
     def to(self, device):
@@ -107,12 +107,12 @@ class NotFrozen(ColourEncoder, torch.nn.Module):
         return normalize(dropout(super().embed(modality, inputs), 0.5, self.training), dim=-1)
 
 
-class UnstableFingerprint(ColourEncoder):
+class UnstableFingerprint(ColorEncoder):
     def fingerprint(self):
         return f"{time.perf_counter_ns():032x}"
 
 
-class FingerprintOfTheInstance(ColourEncoder):
+class FingerprintOfTheInstance(ColorEncoder):
     counter = itertools.count()
 
     def __init__(self, embedding_size: int = 16, grid: int = 4) -> None:
@@ -123,7 +123,7 @@ class FingerprintOfTheInstance(ColourEncoder):
         return f"{self.number:032x}"
 
 
-class FingerprintChangesWithUse(ColourEncoder):
+class FingerprintChangesWithUse(ColorEncoder):
     used = False
 
     def embed(self, modality, inputs):
@@ -134,18 +134,18 @@ class FingerprintChangesWithUse(ColourEncoder):
         return ("b" if self.used else "a") * 64
 
 
-class FingerprintNotHex(ColourEncoder):
+class FingerprintNotHex(ColorEncoder):
     def fingerprint(self):
         return "version one of mine"
 
 
-class WrongConfig(ColourEncoder):
+class WrongConfig(ColorEncoder):
     @property
     def config(self):
         return {"size": self.embedding_size}
 
 
-class ForgetfulConfig(ColourEncoder):
+class ForgetfulConfig(ColorEncoder):
     @property
     def config(self):
         return {}
@@ -156,45 +156,45 @@ class ForgetfulConfig(ColourEncoder):
     sizes = itertools.count(16)
 
 
-class ConfigWithATuple(ColourEncoder):
+class ConfigWithATuple(ColorEncoder):
     @property
     def config(self):
         return {**super().config, "means": (0.5, 0.5)}
 
 
-class UnknownModality(ColourEncoder):
+class UnknownModality(ColorEncoder):
     modalities = ("image", "imge")
 
 
-class ModalityNoWord(ColourEncoder):
+class ModalityNoWord(ColorEncoder):
     modalities = ("image", "Range Doppler")
 
 
-class ModalityAsText(ColourEncoder):
+class ModalityAsText(ColorEncoder):
     modalities = "image"
 
 
-class SpaceNoWord(ColourEncoder):
+class SpaceNoWord(ColorEncoder):
     space = 7
 
 
-class ExamplesRaise(ColourEncoder):
+class ExamplesRaise(ColorEncoder):
     def examples(self):
         raise RuntimeError("none here")
 
 
-class SizeAsFloat(ColourEncoder):
+class SizeAsFloat(ColorEncoder):
     def __init__(self) -> None:
         super().__init__()
         self.embedding_size = 16.0
 
 
-class MovesToACopy(ColourEncoder):
+class MovesToACopy(ColorEncoder):
     def to(self, device):
-        return ColourEncoder(**self.config)
+        return ColorEncoder(**self.config)
 
 
-class NoMediaError(ColourEncoder):
+class NoMediaError(ColorEncoder):
     def prepare(self, media):
         try:
             return super().prepare(media)
@@ -202,26 +202,26 @@ class NoMediaError(ColourEncoder):
             raise KeyError(media.name) from error
 
 
-class NamelessMediaError(ColourEncoder):
+class NamelessMediaError(ColorEncoder):
     def prepare(self, media):
         if isinstance(media.source, str) and not Path(media.source).exists():
             raise MediaError("something is wrong")
         return super().prepare(media)
 
 
-class MissingFilesAreGrey(ColourEncoder):
+class MissingFilesAreGrey(ColorEncoder):
     def prepare(self, media):
         if isinstance(media.source, str):
             return torch.zeros(48)
         return super().prepare(media)
 
 
-class PrepareRaises(ColourEncoder):
+class PrepareRaises(ColorEncoder):
     def prepare(self, media):
         raise RuntimeError("no such sense")
 
 
-class Raises(ColourEncoder):
+class Raises(ColorEncoder):
     def embed(self, modality, inputs):
         raise RuntimeError("out of luck")
 
@@ -263,7 +263,7 @@ BROKEN = {
 
 
 def test_good_encoder_passes():
-    assert check_encoder(ColourEncoder()) is None
+    assert check_encoder(ColorEncoder()) is None
 
 
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda kind: kind.__name__)
@@ -295,7 +295,7 @@ def test_a_bad_file_must_be_a_media_error():
 
 
 def test_a_constructor_that_computes_is_told_of(monkeypatch):
-    class Slow(ColourEncoder):
+    class Slow(ColorEncoder):
         def __init__(self, embedding_size: int = 16, grid: int = 4) -> None:
             super().__init__(embedding_size, grid)
             while time.process_time() < self.until:
@@ -314,7 +314,7 @@ def test_a_constructor_that_computes_is_told_of(monkeypatch):
 
 
 def test_only_some_modalities_may_be_checked():
-    class Both(ColourEncoder):
+    class Both(ColorEncoder):
         modalities = ("image", "radar")
 
     check_encoder(Both(), modalities=["image"])
@@ -332,7 +332,7 @@ def test_missing_members_are_named():
         check_encoder(Half())
 
 
-class LetterEncoder(ColourEncoder):
+class LetterEncoder(ColorEncoder):
     modalities = ("text",)
 
     def prepare(self, media):
@@ -350,10 +350,10 @@ def test_samples_are_made_up_or_given():
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
-def test_made_up_media_are_different(modality):
-    hashes = [media.content_hash() for media in made_up_media(modality)]
+def test_synthetic_media_are_different(modality):
+    hashes = [media.content_hash() for media in synthetic_media(modality)]
     assert len(set(hashes)) == len(hashes) >= 2
-    assert hashes == [media.content_hash() for media in made_up_media(modality)]
+    assert hashes == [media.content_hash() for media in synthetic_media(modality)]
 
 
 class RadarEncoder(LetterEncoder):
@@ -391,7 +391,7 @@ def test_samples_of_another_modality():
         check_encoder(LetterEncoder(), samples)
 
 
-class ConfigRaises(ColourEncoder):
+class ConfigRaises(ColorEncoder):
     @property
     def config(self):
         raise RuntimeError("not ready")
@@ -400,11 +400,11 @@ class ConfigRaises(ColourEncoder):
 @pytest.mark.parametrize(
     ("encoder", "samples", "told"),
     [
-        (ColourEncoder(), ["a.png"], r"'a\.png' is no Media; wrap it, as in Media\.image\('a\.png'\)"),
-        (ColourEncoder(), Media.image("a.png"), "samples must be a list of Media"),
-        (ColourEncoder(), [Media.image("nowhere.png")], "nowhere.png: cannot be opened"),
+        (ColorEncoder(), ["a.png"], r"'a\.png' is no Media; wrap it, as in Media\.image\('a\.png'\)"),
+        (ColorEncoder(), Media.image("a.png"), "samples must be a list of Media"),
+        (ColorEncoder(), [Media.image("nowhere.png")], "nowhere.png: cannot be opened"),
         (ConfigRaises(), None, "config raised RuntimeError: not ready"),
-        (ColourEncoder, None, "ColourEncoder breaks .*\n- it is a class; give an instance"),
+        (ColorEncoder, None, "ColorEncoder breaks .*\n- it is a class; give an instance"),
     ],
 )
 def test_what_cannot_be_checked_is_listed(encoder, samples, told):

@@ -89,7 +89,7 @@ def save_tiny_text_encoder(folder: Path) -> Path:
     return Path(folder)
 
 
-class ColourEncoder:
+class ColorEncoder:
     """Mean colours of a grid over the picture, through a fixed random projection: instant and deterministic.
 
     Args:
@@ -110,9 +110,9 @@ class ColourEncoder:
         return {"embedding_size": self.embedding_size, "grid": self.grid}
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(f"ColourEncoder {sorted(self.config.items())}".encode()).hexdigest()
+        return hashlib.sha256(f"ColorEncoder {sorted(self.config.items())}".encode()).hexdigest()
 
-    def to(self, device) -> ColourEncoder:
+    def to(self, device) -> ColorEncoder:
         self._projection = self._projection.to(device)
         return self
 
@@ -125,16 +125,16 @@ class ColourEncoder:
         return torch.nn.functional.normalize(stacked @ self._projection + 1e-3, dim=-1)
 
 
-COLOURS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220), "white": (250, 250, 250)}
+COLORS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220), "white": (250, 250, 250)}
 
 
-def colour_pictures(folder: Path, *, per_colour: int = 4, split: bool = True) -> Path:
+def color_images(folder: Path, *, per_colour: int = 4, split: bool = True) -> Path:
     """Write plain PNG pictures and `captions.jsonl` (image, caption, split); return the folder."""
     import json
 
     (folder / "images").mkdir(parents=True, exist_ok=True)
     rows, rng = [], np.random.default_rng(0)
-    for colour, value in COLOURS.items():
+    for colour, value in COLORS.items():
         for n in range(per_colour):
             pixels = np.clip(rng.normal(value, 12, (24, 24, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(folder / "images" / f"{colour}{n}.png")
@@ -146,7 +146,7 @@ def colour_pictures(folder: Path, *, per_colour: int = 4, split: bool = True) ->
     return folder
 
 
-def made_up_efficientnet() -> dict[str, torch.Tensor]:
+def synthetic_efficientnet() -> dict[str, torch.Tensor]:
     """Fill every published tensor with fixed numbers that keep the activations in a normal range.
 
     The golden numbers were made from these by the package efficientnet-lite-pytorch 0.1.0, so the generator

@@ -9,13 +9,13 @@ import yaml
 from lightning.pytorch import Trainer
 
 from bindllm.cli import main
-from tiny import colour_pictures, save_tiny_decoder
+from tiny import color_images, save_tiny_decoder
 
 
 def tiny_parts(folder: Path) -> Path:
     """Write a tiny decoder and coloured pictures, once for many runs."""
     save_tiny_decoder(folder / "decoder")
-    colour_pictures(folder / "pictures", per_colour=7)
+    color_images(folder / "pictures", per_colour=7)
     return folder
 
 
@@ -27,7 +27,7 @@ def tiny_recipe(parts: Path, **sections: dict) -> dict:
         "save_every_seconds": 0,
         "model": {
             "decoder": {"name": str(parts / "decoder"), "dtype": "float32"},
-            "encoders": [{"class_path": "tiny.ColourEncoder"}],
+            "encoders": [{"class_path": "tiny.ColorEncoder"}],
             "optim": {"lr": 0.01},
         },
         "data": {"sources": [{"path": str(parts / "pictures")}], "store": "data/store", "batch_size": 4},

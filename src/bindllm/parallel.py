@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from queue import Empty, Full, Queue
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
@@ -93,6 +95,40 @@ class Processes:
 
 
 SINGLE_PROCESS = Processes()
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """Where a run works; without arguments, a single process on the CPU.
+
+    Args:
+        processes: the processes of the run, and which of them this one is.
+        device: device of this process.
+        folder: folder of the run's own files.
+        progress: whether this process shows progress bars.
+        resumed: whether training continues from a saved state.
+    """
+
+    processes: Processes = SINGLE_PROCESS
+    device: torch.device | str = "cpu"
+    folder: Path = Path()
+    progress: bool = False
+    resumed: bool = False
+
+    @classmethod
+    def of_trainer(cls, trainer: Trainer | None) -> RunContext:
+        """Return the context of a Lightning run; None: a single process on the CPU."""
+        processes = Processes.of_trainer(trainer)
+        progress = processes.is_first and sys.stderr.isatty()
+        if trainer is None:
+            return cls(processes, progress=progress)
+        return cls(
+            processes,
+            trainer.strategy.root_device,
+            Path(trainer.default_root_dir),
+            progress=progress,
+            resumed=trainer.ckpt_path is not None,
+        )
 
 
 def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from bindllm.encoders import Encoder, HasExamples, HasSpace
 from bindllm.errors import EncoderError, MediaError
 from bindllm.media import MODALITIES, Media, is_modality
-from bindllm.media.made_up import made_up_media
+from bindllm.media.synthetic import synthetic_media
 
-__all__ = ["check_encoder", "made_up_media"]
+__all__ = ["check_encoder", "synthetic_media"]
 
 _MEMBERS = ("modalities", "embedding_size", "config", "fingerprint", "to", "prepare", "embed")
 
@@ -69,7 +69,7 @@ def check_encoder(
         samples += check.examples(unless={media.modality for media in samples})
         for modality in encoder.modalities if modalities is None else modalities:
             given = [media for media in samples if media.modality == modality]
-            check.modality(modality, given or made_up_media(modality), twin)
+            check.modality(modality, given or synthetic_media(modality), twin)
         if fingerprint is not None:
             same = check.attempt("fingerprint()", encoder.fingerprint) == fingerprint
             check.require(same, "fingerprint() changed after embed()")

@@ -15,7 +15,7 @@ from bindllm.model.bind_network import BindConfig
 from bindllm.model.decoder import DecoderConfig
 from goldens import fill_input, golden
 from store_parts import FINGERPRINT, expected, run, write_images
-from tiny import ColourEncoder, save_tiny_decoder
+from tiny import ColorEncoder, save_tiny_decoder
 
 faiss = pytest.importorskip("faiss")
 
@@ -242,7 +242,7 @@ def test_large_temperatures_do_not_overflow(tmp_path):
     torch.testing.assert_close(found, torch.from_numpy(rows[:2]), atol=1e-7, rtol=0)
 
 
-class Senses(ColourEncoder):
+class Senses(ColorEncoder):
     """Serves texts too: each its own direction."""
 
     modalities = ("image", "text")
@@ -258,7 +258,7 @@ class Senses(ColourEncoder):
 def built(tmp_path) -> VisualCache:
     media = write_images(tmp_path / "pictures", 12)
     run(tmp_path / "store", media)
-    store = EmbeddingStore.for_encoder(tmp_path / "store", ColourEncoder())
+    store = EmbeddingStore.for_encoder(tmp_path / "store", ColorEncoder())
     return VisualCache.build(tmp_path / "cache", store, top_k=3)
 
 
@@ -292,8 +292,8 @@ def test_groups_with_a_picture_stay_as_they_are_unless_asked(built, tmp_path):
 
 
 def test_a_cache_of_another_encoder_is_refused(built):
-    with pytest.raises(StoreError, match=f"{ColourEncoder().fingerprint()[:16]}, the model has"):
-        built.blend_groups(torch.ones(1, 16), [[Media.text("a")]], [ColourEncoder(grid=3)])
+    with pytest.raises(StoreError, match=f"{ColorEncoder().fingerprint()[:16]}, the model has"):
+        built.blend_groups(torch.ones(1, 16), [[Media.text("a")]], [ColorEncoder(grid=3)])
 
 
 @pytest.fixture(scope="module")

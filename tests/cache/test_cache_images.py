@@ -10,7 +10,7 @@ from bindllm import EmbeddingStore, VisualCache
 from bindllm.cache.images import find_images
 from bindllm.errors import InputError, StoreError
 from store_parts import CountingEncoder, expected, image_bytes, write_images, write_settled
-from tiny import ColourEncoder
+from tiny import ColorEncoder
 
 pytest.importorskip("faiss")
 
@@ -35,7 +35,7 @@ def test_a_folder_of_pictures_becomes_a_cache_of_these_alone(tmp_path, caplog):
     # The nearest picture of a picture is itself, and its key leads back to its file.
     rows = expected(media)
     nearest = opened.neighbors(rows, 1)[:, 0].numpy()
-    store = EmbeddingStore.for_encoder(tmp_path / "store", ColourEncoder())
+    store = EmbeddingStore.for_encoder(tmp_path / "store", ColorEncoder())
     keys = opened.index.keys(nearest)
     assert keys == [item.content_hash() for item in media]
     sources = store.sources(keys)
@@ -50,16 +50,16 @@ def test_pictures_that_cannot_be_read_are_counted_and_named(tmp_path, caplog):
     (tmp_path / "pictures" / "0broken.png").write_bytes(b"not a picture")
     (tmp_path / "pictures" / "captions.txt").write_text("a cat")
     where = {"folder": tmp_path / "cache", "store": tmp_path / "store"}
-    cache = VisualCache.from_images(tmp_path / "pictures", ColourEncoder(), **where)
+    cache = VisualCache.from_images(tmp_path / "pictures", ColorEncoder(), **where)
     assert "1 of 4 images cannot be read and are skipped; the first: " in caplog.text
     assert "0broken.png" in caplog.text
     assert "1 of 5 files are not images" in caplog.text
     assert sorted(cache.index.keys(np.arange(3))) == sorted(item.content_hash() for item in media)
     missing = [media[0].source, tmp_path / "nowhere.png"]
-    assert len(VisualCache.from_images(missing, ColourEncoder(), **where)) == 1
+    assert len(VisualCache.from_images(missing, ColorEncoder(), **where)) == 1
     assert "nowhere.png" in caplog.text
     with pytest.raises(InputError, match=r"none of the 1 images can be read; the first: .*nowhere\.png"):
-        VisualCache.from_images(missing[1:], ColourEncoder(), **where)
+        VisualCache.from_images(missing[1:], ColorEncoder(), **where)
     assert len(VisualCache.open(tmp_path / "cache")) == 1
 
 
@@ -81,9 +81,9 @@ def test_factory_and_search_settings_reach_the_index(tmp_path):
     write_images(tmp_path / "pictures", 40)
     where = {"folder": tmp_path / "cache", "store": tmp_path / "store"}
     options = {"factory": "IVF4,SQ8", "search": "nprobe=2"}
-    cache = VisualCache.from_images(tmp_path / "pictures", ColourEncoder(), **where, **options)
+    cache = VisualCache.from_images(tmp_path / "pictures", ColorEncoder(), **where, **options)
     assert (cache.index.info.factory, cache.index.info.search) == ("IVF4,SQ8", "nprobe=2")
-    store = EmbeddingStore.for_encoder(tmp_path / "store", ColourEncoder())
+    store = EmbeddingStore.for_encoder(tmp_path / "store", ColorEncoder())
     built = VisualCache.build(tmp_path / "built", store, **options, top_k=30)
     queries = torch.eye(16)
     assert (built.neighbors(queries) == -1).any()
@@ -116,7 +116,7 @@ class Elsewhere:
 def test_any_object_with_the_same_methods_is_an_index(tmp_path):
     write_images(tmp_path / "pictures", 12)
     where = {"folder": tmp_path / "cache", "store": tmp_path / "store"}
-    cache = VisualCache.from_images(tmp_path / "pictures", ColourEncoder(), **where)
+    cache = VisualCache.from_images(tmp_path / "pictures", ColorEncoder(), **where)
     queries = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
     other = VisualCache(Elsewhere(cache.index))
     assert torch.equal(other.blend(queries), cache.blend(queries))

@@ -17,7 +17,7 @@ from bindllm.cache import milvus
 from bindllm.cache.milvus import FORMAT, INDEX_TYPES, MilvusIndex
 from bindllm.errors import InputError, MissingExtraError, StoreError
 from store_parts import FINGERPRINT, keys_of, texts
-from tiny import ColourEncoder
+from tiny import ColorEncoder
 
 pymilvus = pytest.importorskip("pymilvus")
 pytest.importorskip("milvus_lite")
@@ -98,7 +98,7 @@ def test_fewer_rows_than_neighbors(tmp_path):
 def test_a_cache_of_another_encoder_is_refused(built):
     _, cache, _ = built
     with pytest.raises(StoreError, match=r"a\.db, collection bindllm_.* was built with the encoder a1a1"):
-        cache.blend_groups(torch.zeros(1, WIDTH), [[Media.text("a dog")]], [ColourEncoder()])
+        cache.blend_groups(torch.zeros(1, WIDTH), [[Media.text("a dog")]], [ColorEncoder()])
 
 
 @pytest.mark.parametrize("index_type", sorted(set(INDEX_TYPES) - {"FLAT"}))

@@ -16,7 +16,7 @@ from bindllm.encoders import Aligned
 from bindllm.encoders.alignment import alignment_warnings
 from bindllm.media import Media
 from bindllm.quickstart import assets_of
-from tiny import ColourEncoder
+from tiny import ColorEncoder
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 FILES = {"align.json", "head.safetensors", "metrics.json", "README.md", "recipe.yaml"}
@@ -67,7 +67,7 @@ def test_a_frozen_tower_gets_a_head_and_a_folder(texts, capsys):
 
 def test_the_folder_is_an_encoder_with_the_numbers_of_the_run(texts):
     assert run_align(align_recipe(texts)) == 0
-    encoder, target = Aligned("checkpoints/taught", allow=["align_parts.LetterEncoder"]), ColourEncoder()
+    encoder, target = Aligned("checkpoints/taught", allow=["align_parts.LetterEncoder"]), ColorEncoder()
     rows = [row for row in rewrite(texts, lambda n, row: row) if row["split"] == "test"]
     media = encoder.embed("text", [encoder.prepare(Media.text(row["caption"])) for row in rows])
     pictures = target.embed("image", [target.prepare(Media.image(str(texts / row["image"]))) for row in rows])
@@ -79,7 +79,7 @@ def test_the_folder_is_an_encoder_with_the_numbers_of_the_run(texts):
         again.embed("text", [again.prepare(Media.text("red"))]),
         encoder.embed("text", [again.prepare(Media.text("red"))]),
     )
-    assert alignment_warnings([target, encoder]) != []  # ColourEncoder names no space
+    assert alignment_warnings([target, encoder]) != []  # ColorEncoder names no space
 
 
 def test_a_tower_from_scratch_is_in_the_folder(work):
@@ -181,7 +181,7 @@ def test_a_run_that_fails_leaves_the_earlier_encoder(texts):
         (["--model.best", "recalls"], 2, "Did you mean 'recall'"),
         (["--model.temperature.start", "5"], 1, "expected 0.01 to 1"),
         (["--data.sources", "[{path: nowhere}]"], 1, "data source nowhere does not exist"),
-        (["--model.tower", "tiny.ColourEncoder"], 1, "serves image media; the sources have text"),
+        (["--model.tower", "tiny.ColorEncoder"], 1, "serves image media; the sources have text"),
     ],
 )
 def test_a_mistake_in_the_recipe_names_what_is_right(texts, capsys, options, code, message):

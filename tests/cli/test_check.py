@@ -12,7 +12,7 @@ from bindllm.model.bindllm import BindLLM
 from bindllm.model.checkpoint import name_cache
 from bindllm.model.decoder import DecoderConfig
 from cache_parts import filled_store, save_tiny_model, write_pictures
-from tiny import ColourEncoder
+from tiny import ColorEncoder
 from tiny_run import run, tiny_parts, tiny_recipe
 
 
@@ -91,13 +91,13 @@ def test_an_unknown_group_to_train_is_found_without_weights(parts, capsys):
 def test_a_stage_before_that_was_made_for_another_base(parts, capsys):
     torch.manual_seed(0)
     decoder = DecoderConfig(str(parts / "decoder"), dtype="float32")
-    first = BindLLM.build(decoder, device="cpu", encoders=[ColourEncoder()])
+    first = BindLLM.build(decoder, device="cpu", encoders=[ColorEncoder()])
     first.save_pretrained("first")
     recipe = tiny_recipe(parts)
     recipe["model"] |= {"start_from": "first", "adapter": {"rank": 2}, "trainable": ["adapter"]}
     assert run("check", recipe) == 0
-    assert run("check", recipe, "--model.decoder.quantise", "nf4") == 0
-    assert "decoder.quantise null, this run has nf4" in " ".join(capsys.readouterr().out.split())
+    assert run("check", recipe, "--model.decoder.quantize", "nf4") == 0
+    assert "decoder.quantize null, this run has nf4" in " ".join(capsys.readouterr().out.split())
     assert run("check", recipe, "--model.inject.kind", "residual") == 1
     assert "inject.kind is value there and residual here" in " ".join(capsys.readouterr().out.split())
     assert run("check", recipe, "--output", "first") == 1
@@ -150,7 +150,7 @@ def test_rows_that_are_left_out_are_counted_with_examples(tmp_path, parts, capsy
 
 def test_a_checkpoint_folder(parts, capsys):
     assert run("fit", tiny_recipe(parts, trainer={"max_epochs": 1, "limit_train_batches": 1})) == 0
-    allow = ["--allow", "tiny.ColourEncoder"]
+    allow = ["--allow", "tiny.ColorEncoder"]
     assert main(["check", "--folder", "checkpoints/tiny", *allow]) == 0
     manifest = Path("checkpoints/tiny/bindllm.json")
     content = json.loads(manifest.read_text())
@@ -166,7 +166,7 @@ def test_a_checkpoint_folder(parts, capsys):
 
 
 def test_an_encoder(capsys):
-    assert main(["check", "--encoder", "tiny.ColourEncoder"]) == 0
+    assert main(["check", "--encoder", "tiny.ColorEncoder"]) == 0
     assert main(["check", "--encoder", "collections.OrderedDict"]) == 1
     assert "it lacks" in capsys.readouterr().out
 
@@ -176,7 +176,7 @@ def test_an_encoder(capsys):
     [
         (["--config", "nope.yaml"], "nope.yaml"),
         (["--folder", "nope"], "'nope' does not exist"),
-        (["--encoder", "tiny.ColorEncoder"], "Did you mean 'ColourEncoder'?"),
+        (["--encoder", "tiny.ColorEncoder"], "Did you mean 'ColorEncoder'?"),
         (["--encoder", "Nope"], "'Nope' is not the import path of a class"),
     ],
 )
@@ -203,7 +203,7 @@ def test_every_item_of_a_list_and_every_field_is_checked(parts, capsys):
         {"path": "nowhere"},
     ]
     recipe["model"]["encoders"] = [
-        {"class_path": "tiny.ColourEncoder", "init_args": {"gird": 1, "embedding_size": "z"}},
+        {"class_path": "tiny.ColorEncoder", "init_args": {"gird": 1, "embedding_size": "z"}},
         {"class_path": "tiny.Nope"},
     ]
     recipe["model"]["bind"] = {"depth": -1, "expansion": -2}
@@ -218,8 +218,8 @@ def test_every_item_of_a_list_and_every_field_is_checked(parts, capsys):
         "b: limit must be",
         f"data.sources, item 3: {source}Option 'paht' is not accepted",
         f"data source nowhere does not exist in {Path.cwd()}",
-        "model.encoders, item 1: Problem with given class_path 'tiny.ColourEncoder': Option 'gird' is not accepted",
-        "model.encoders, item 1: Problem with given class_path 'tiny.ColourEncoder': embedding_size: Expected int",
+        "model.encoders, item 1: Problem with given class_path 'tiny.ColorEncoder': Option 'gird' is not accepted",
+        "model.encoders, item 1: Problem with given class_path 'tiny.ColorEncoder': embedding_size: Expected int",
         "model.encoders, item 2: Problem with given class_path 'tiny.Nope': module 'tiny' has no attribute 'Nope'",
         "depth -1",
         "expansion -2",
@@ -236,7 +236,7 @@ def test_a_list_on_the_command_line_is_checked_too(parts, capsys):
     assert "\n1 problem\n" in told
 
 
-class Ears(ColourEncoder):
+class Ears(ColorEncoder):
     modalities = ("audio",)
 
     def prepare(self, media):
@@ -256,7 +256,7 @@ def test_a_modality_without_readable_media_is_no_fault_of_its_encoder(parts, cap
     assert "breaks the contract" not in told
 
 
-class Sonar(ColourEncoder):
+class Sonar(ColorEncoder):
     modalities = ("sonar",)
 
 
@@ -270,7 +270,7 @@ def test_encoders_that_were_never_trained_together_are_warned_of(parts, capsys):
 def test_an_encoder_with_arguments_and_media(capsys, parts):
     picture = str(parts / "pictures/images/red0.png")
     media = ["--media", picture, "--media", str(parts / "pictures/images/blue0.png")]
-    line = ["check", "--encoder", "tiny.ColourEncoder"]
+    line = ["check", "--encoder", "tiny.ColorEncoder"]
     assert main([*line, *media, "--encoder.grid", "2"]) == 0
     assert main([*line, "--media", picture]) == 1
     assert "at least two different samples" in capsys.readouterr().out
@@ -298,10 +298,10 @@ def test_the_cache_of_a_recipe(parts, capsys):
     Path("caches/a").mkdir(parents=True)
     assert run("check", tiny_recipe(parts), "--model.cache.folder", "caches/a") == 1
     assert "caches/a is not the folder of an index" in capsys.readouterr().out
-    store = filled_store(Path("store"), write_pictures(Path("pictures"), 3), ColourEncoder(grid=3))
+    store = filled_store(Path("store"), write_pictures(Path("pictures"), 3), ColorEncoder(grid=3))
     VectorIndex.build("caches/other", store)
     assert run("check", tiny_recipe(parts), "--model.cache.folder", "caches/other") == 1
-    assert f"built with the encoder {ColourEncoder(grid=3).fingerprint()[:16]}" in capsys.readouterr().out
+    assert f"built with the encoder {ColorEncoder(grid=3).fingerprint()[:16]}" in capsys.readouterr().out
 
 
 def test_the_cache_of_a_checkpoint(parts, capsys):

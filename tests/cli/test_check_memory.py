@@ -44,7 +44,7 @@ def test_a_run_that_does_not_fit_is_a_problem_with_a_way_out(parts, capsys):
     assert run("check", recipe, "--memory_limit", "1MB", "--rows", "0") == 1
     told = capsys.readouterr().out
     assert "which has 1.0 MB" in told
-    order = ["checkpoint_activations true", "data.batch_size 1 and 4 times", "bfloat16", "quantise nf4"]
+    order = ["checkpoint_activations true", "data.batch_size 1 and 4 times", "bfloat16", "quantize nf4"]
     assert [told.index(words) for words in order] == sorted(told.index(words) for words in order)
     assert "1 problem" in told
 

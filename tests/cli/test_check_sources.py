@@ -8,19 +8,19 @@ import pytest
 
 from bindllm.data.source_config import SourceConfig
 from bindllm.training.preflight import Problems, check_sources, read_sources
-from tiny import ColourEncoder, colour_pictures, tiny_tokenizer
+from tiny import ColorEncoder, color_images, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return colour_pictures(tmp_path_factory.mktemp("pictures"), per_colour=2)
+    return color_images(tmp_path_factory.mktemp("pictures"), per_colour=2)
 
 
 def check(*sources: SourceConfig, max_length: int = 200) -> tuple[str, list[str]]:
     """What is printed, and the problems."""
     problems, printed = Problems(), []
     read = read_sources(sources, problems)
-    check_sources(read, [ColourEncoder()], tiny_tokenizer(), max_length, problems, printed.append)
+    check_sources(read, [ColorEncoder()], tiny_tokenizer(), max_length, problems, printed.append)
     return "\n".join(printed), list(problems)
 
 

@@ -113,11 +113,11 @@ MISTAKES = {
     "a misspelt class": (
         {"model": {"encoders": [{"class_path": "tiny.ColorEncoder"}]}},
         [],
-        "'ColourEncoder'",
+        "'ColorEncoder'",
     ),
     "a misspelt module": ({"model": {"encoders": [{"class_path": "tny.X"}]}}, [], "full import path"),
     "a misspelt argument of a class": (
-        {"model": {"encoders": [{"class_path": "tiny.ColourEncoder", "init_args": {"gridd": 2}}]}},
+        {"model": {"encoders": [{"class_path": "tiny.ColorEncoder", "init_args": {"gridd": 2}}]}},
         [],
         "Did you mean 'grid'?",
     ),
@@ -158,9 +158,9 @@ MISTAKES = {
         "Did you mean 'CSVLogger'?",
     ),
     "an encoder without its module": (
-        {"model": {"encoders": [{"class_path": "ColourEncoder"}]}},
+        {"model": {"encoders": [{"class_path": "ColorEncoder"}]}},
         [],
-        "Expected a dot import path string: ColourEncoder\nGive the full import path",
+        "Expected a dot import path string: ColorEncoder\nGive the full import path",
     ),
     "a value that is none of several types": (
         {"trainer": {"precision": "bf17"}},
@@ -307,10 +307,10 @@ def test_what_a_part_says_of_its_arguments_is_told(parts, tmp_path, monkeypatch,
 def test_generate_answers(options, here, parts, capsys):
     picture = str(parts / "pictures" / "images" / "red0.png")
     line = ["generate", "checkpoints/tiny", "What?", "--image", picture, "--max_new_tokens", "4", *options]
-    assert main([*line, "--allow", "tiny.ColourEncoder"]) == 0
+    assert main([*line, "--allow", "tiny.ColorEncoder"]) == 0
     assert capsys.readouterr().out
     assert main(line) == 1
-    assert "tiny.ColourEncoder" in capsys.readouterr().err
+    assert "tiny.ColorEncoder" in capsys.readouterr().err
 
 
 def test_generate_with_a_misspelt_option(capsys):

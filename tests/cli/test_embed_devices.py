@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from tiny import colour_pictures, save_tiny_decoder
+from tiny import color_images, save_tiny_decoder
 from tiny_run import tiny_recipe, write_recipe
 
 pytestmark = pytest.mark.slow
@@ -25,7 +25,7 @@ def parts(tmp_path_factory):
     """40 pictures of two modalities, a copy of 4 of them, and two files that cannot be read."""
     folder = tmp_path_factory.mktemp("parts")
     save_tiny_decoder(folder / "decoder")
-    colour_pictures(folder / "pictures", per_colour=10, split=False)
+    color_images(folder / "pictures", per_colour=10, split=False)
     images = folder / "pictures/images"
     (images / "empty.png").write_bytes(b"")
     (images / "broken.png").write_bytes((images / "red0.png").read_bytes()[:70])

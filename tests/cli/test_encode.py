@@ -13,9 +13,9 @@ from bindllm.cli.encode import embed_files, softmax_tables
 from bindllm.cli.options import build_encoder, read_media
 from bindllm.errors import CheckpointError, UsageError
 from bindllm.media import Media
-from tiny import ColourEncoder
+from tiny import ColorEncoder
 
-ENCODER = ["--encoder", "tiny.ColourEncoder", "--device", "cpu"]
+ENCODER = ["--encoder", "tiny.ColorEncoder", "--device", "cpu"]
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def numbers(text: str) -> list[list[float]]:
 def test_the_table_holds_the_cosines(capsys):
     assert main(["encode", "red.png", "dark.png", "blue.png", *ENCODER]) == 0
     found = np.array(numbers(capsys.readouterr().out))
-    encoder = ColourEncoder()
+    encoder = ColorEncoder()
     rows = encoder.embed("image", [encoder.prepare(Media.image(f"{n}.png")) for n in ("red", "dark", "blue")])
     np.testing.assert_allclose(found, (rows @ rows.T).numpy(), atol=6e-4)
     assert found[0, 1] > found[0, 2]
@@ -100,7 +100,7 @@ def test_softmax_is_along_each_row():
 
 
 def test_several_encoders_serve_their_own_modalities():
-    class Letters(ColourEncoder):
+    class Letters(ColorEncoder):
         modalities = ("text",)
 
         def prepare(self, media):
@@ -108,20 +108,20 @@ def test_several_encoders_serve_their_own_modalities():
 
     failed = []
     media = [Media.text("a dog"), Media.image("red.png"), Media.image("nowhere.png")]
-    kept, rows = embed_files(media, [ColourEncoder(), Letters()], device="cpu", failed=failed)
+    kept, rows = embed_files(media, [ColorEncoder(), Letters()], device="cpu", failed=failed)
     assert (kept, rows.shape, len(failed)) == (media[:2], (2, 16), 1)
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(2))
 
 
 def test_the_encoders_of_a_checkpoint(capsys):
     Path("folder").mkdir()
-    entry = {"class_path": "tiny.ColourEncoder", "init_args": {"grid": 2}}
-    entry["fingerprint"] = ColourEncoder(grid=2).fingerprint()
+    entry = {"class_path": "tiny.ColorEncoder", "init_args": {"grid": 2}}
+    entry["fingerprint"] = ColorEncoder(grid=2).fingerprint()
     Path("folder/bindllm.json").write_text(json.dumps({"format": 1, "encoders": [entry]}))
     line = ["encode", "red.png", "blue.png", "--checkpoint", "folder", "--device", "cpu"]
     assert main(line) == 1
-    assert "--allow tiny.ColourEncoder" in capsys.readouterr().err
-    assert main([*line, "--allow", "tiny.ColourEncoder"]) == 0
+    assert "--allow tiny.ColorEncoder" in capsys.readouterr().err
+    assert main([*line, "--allow", "tiny.ColorEncoder"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_mistakes_are_explained(line, code, told, capsys):
 
 
 def test_arguments_of_an_encoder_are_read_as_its_types():
-    encoder = build_encoder("tiny.ColourEncoder", ["--encoder.grid", "2", "--encoder.embedding_size=8"])
+    encoder = build_encoder("tiny.ColorEncoder", ["--encoder.grid", "2", "--encoder.embedding_size=8"])
     assert encoder.config == {"embedding_size": 8, "grid": 2}
     # A text stays one, whatever it looks like.
     other = build_encoder(

@@ -11,9 +11,9 @@ from bindllm.cli import main
 from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.decoder import DecoderConfig
-from tiny import ColourEncoder, save_tiny_decoder
+from tiny import ColorEncoder, save_tiny_decoder
 
-PARTS = {"encoders": [ColourEncoder()], "bind": BindConfig(depth=1)}
+PARTS = {"encoders": [ColorEncoder()], "bind": BindConfig(depth=1)}
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from PIL import Image
 
 from bindllm import BindLLM, Media
 from bindllm.cli import main
-from tiny import COLOURS, save_tiny_decoder
+from tiny import COLORS, save_tiny_decoder
 from tiny_run import run, tiny_recipe
 
 ASKED = {"what colour?": "colour", "is it red?": "yes/no"}
@@ -20,7 +20,7 @@ def questions(folder: Path, *, per_colour: int = 10) -> Path:
     folder.mkdir(parents=True)
     rows, rng = [], np.random.default_rng(0)
     for n in range(per_colour):
-        for colour, value in COLOURS.items():
+        for colour, value in COLORS.items():
             pixels = np.clip(rng.normal(value, 12, (8, 8, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(folder / f"{colour}{n}.png")
             answers = (colour[0], "y" if colour == "red" else "n")
@@ -53,7 +53,7 @@ def trained(tmp_path_factory):
         )
         recipe["model"] |= {
             "decoder": {"name": str(folder / "decoder"), "dtype": "float32"},
-            "encoders": [{"class_path": "tiny.ColourEncoder"}],
+            "encoders": [{"class_path": "tiny.ColorEncoder"}],
         }
         assert run("fit", recipe) == 0
     return folder
@@ -72,14 +72,14 @@ def test_it_learns_to_look(trained, monkeypatch):
     assert metrics["majority_answer"]["by_type"] == {"colour": 0.25, "yes/no": 0.75}
     assert metrics["shuffled_media"]["accuracy"] < 0.8
     assert metrics["no_media"]["by_type"]["colour"] <= 0.25
-    model = BindLLM.from_pretrained("checkpoints/tiny", allow=["tiny.ColourEncoder"])
+    model = BindLLM.from_pretrained("checkpoints/tiny", allow=["tiny.ColorEncoder"])
     said = {
         colour: model.generate(
             "what colour?", media=[Media.image(f"pictures/{colour}0.png")], max_new_tokens=4
         )
-        for colour in COLOURS
+        for colour in COLORS
     }
-    assert said == {colour: colour[0] for colour in COLOURS}
+    assert said == {colour: colour[0] for colour in COLORS}
 
 
 def test_the_report_shows_questions_and_can_be_made_again(trained, monkeypatch, capsys):

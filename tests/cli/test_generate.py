@@ -84,7 +84,7 @@ def test_the_cache_that_is_asked_for(loaded, capsys):
 def test_the_decoder_in_fewer_bits(loaded):
     for options in ([], ["--quantize", "none"], ["--quantize", "nf4"]):
         assert main(["generate", "folder", *options]) == 0
-    assert [options["quantise"] for options in loaded] == [None, False, "nf4"]
+    assert [options["quantize"] for options in loaded] == [None, False, "nf4"]
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_the_decoder_in_fewer_bits(loaded):
         (["--cache_weight", "1.5"], "does not conform to restriction v>=0 and v<=1; Given value: 1.5"),
         (["--cache_wieght", "1"], "Did you mean '--cache_weight'?"),
         (["--encoder.grid", "3"], "--encoder.grid needs exactly one --encoder"),
-        (["--encoder", "tiny.ColourEncoder", "--encoder.gird", "3"], "Did you mean 'grid'?"),
+        (["--encoder", "tiny.ColorEncoder", "--encoder.gird", "3"], "Did you mean 'grid'?"),
         (["--encoder", "no/where"], "no such folder"),
     ],
 )
@@ -107,8 +107,8 @@ def test_mistakes_about_caches_and_encoders(loaded, capsys, options, words):
 
 def test_further_encoders_by_class_and_by_folder(loaded, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
-    assert main(["generate", "folder", "--encoder", "tiny.ColourEncoder", "--encoder", str(tmp_path)]) == 0
-    assert main(["generate", "folder", "--encoder", "tiny.ColourEncoder", "--encoder.grid", "3"]) == 0
+    assert main(["generate", "folder", "--encoder", "tiny.ColorEncoder", "--encoder", str(tmp_path)]) == 0
+    assert main(["generate", "folder", "--encoder", "tiny.ColorEncoder", "--encoder.grid", "3"]) == 0
     (first, second), (third,) = (options["encoders"] for options in loaded)
     assert (first.config["grid"], third.config["grid"]) == (4, 3)
     assert second.config["name"] == str(tmp_path)

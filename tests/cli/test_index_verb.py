@@ -14,7 +14,7 @@ from bindllm.cli import main
 from bindllm.model.checkpoint import read_manifest
 from bindllm.model.pretrained import read_cache_config
 from cache_parts import ALLOW, Senses, filled_store, save_tiny_model, write_pictures
-from tiny import ColourEncoder
+from tiny import ColorEncoder
 
 pytest.importorskip("faiss")
 
@@ -140,10 +140,10 @@ def test_a_full_disk_leaves_the_checkpoint_as_it_was(project, capsys, monkeypatc
 
 
 def test_an_index_of_another_encoder_is_refused_and_stays(project, capsys):
-    other = filled_store(Path("data/store"), write_pictures(Path("pictures"), 3), ColourEncoder(grid=3))
+    other = filled_store(Path("data/store"), write_pictures(Path("pictures"), 3), ColorEncoder(grid=3))
     VectorIndex.build("caches/other", other)
     told = run(capsys, "caches/other", *BY_CLASS, code=1)
-    assert f"built with the encoder {ColourEncoder(grid=3).fingerprint()[:16]}" in told
+    assert f"built with the encoder {ColorEncoder(grid=3).fingerprint()[:16]}" in told
     assert "replace it with --rebuild" in told
     assert len(VectorIndex.open("caches/other")) == 3
     assert "pictures 12 (built)" in run(capsys, "caches/other", *BY_CLASS, "--rebuild")
@@ -151,7 +151,7 @@ def test_an_index_of_another_encoder_is_refused_and_stays(project, capsys):
 
 def test_a_checkpoint_of_another_encoder_is_not_told_of_it(project, capsys):
     before = Path("checkpoints/model/bindllm.json").read_bytes()
-    line = ("--encoder", "tiny.ColourEncoder", "--encoder.grid", "3", "--images", "pictures")
+    line = ("--encoder", "tiny.ColorEncoder", "--encoder.grid", "3", "--images", "pictures")
     told = run(capsys, "caches/a", *line, "--name_in", "checkpoints/model", code=1)
     assert "would mean nothing there" in told
     assert Path("checkpoints/model/bindllm.json").read_bytes() == before

@@ -24,16 +24,17 @@ def unused(*_):
 def test_one_device_is_worked_on_in_this_process():
     seen = []
     options = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "plugins": None}
-    assert on_every_device(options, lambda device, processes: seen.append((device, processes)), again=unused)
-    ((device, processes),) = seen
-    assert device == torch.device("cpu")
+    assert on_every_device(options, seen.append, again=unused)
+    (context,) = seen
+    processes = context.processes
+    assert context.device == torch.device("cpu")
     assert (processes.rank, processes.world_size, processes.threads) == (0, 1, os.cpu_count())
     assert processes.gather("alone") == ["alone"]
     assert not distributed.is_initialized()
 
 
 def test_an_error_of_the_work_is_passed_on_as_it_is():
-    def broken(device, processes):
+    def broken(context):
         raise ValueError("of an encoder")
 
     with pytest.raises(ValueError, match="^of an encoder$"):

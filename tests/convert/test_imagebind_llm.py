@@ -319,11 +319,11 @@ def test_shapes_that_cannot_be_are_refused_by_name(tmp_path, base):
 
 
 def test_encoders_of_another_width_are_refused(tmp_path, base):
-    from tiny import ColourEncoder
+    from tiny import ColorEncoder
 
     with pytest.raises(CheckpointError, match="embeddings of size 1024, the encoders give 16"):
         convert_imagebind_llm(
-            published("pretrain"), tmp_path / "m", base=DecoderConfig(base), encoders=[ColourEncoder()]
+            published("pretrain"), tmp_path / "m", base=DecoderConfig(base), encoders=[ColorEncoder()]
         )
 
 

@@ -9,7 +9,7 @@ from bindllm.data.sources import SourceConfig
 from bindllm.errors import InputError
 from bindllm.media import Media
 from stream_parts import write_shards
-from tiny import COLOURS, ColourEncoder, colour_pictures, tiny_tokenizer
+from tiny import COLORS, ColorEncoder, color_images, tiny_tokenizer
 
 
 def build(folder, *, sources=None, encoders=None, **options) -> BindData:
@@ -17,7 +17,7 @@ def build(folder, *, sources=None, encoders=None, **options) -> BindData:
         sources or [SourceConfig(str(folder))],
         store=str(folder / "store"),
         tokenizer=tiny_tokenizer(),
-        encoders=[ColourEncoder()] if encoders is None else encoders,
+        encoders=[ColorEncoder()] if encoders is None else encoders,
         **options,
     )
 
@@ -30,7 +30,7 @@ def add_rows(folder, *rows: dict) -> None:
 @pytest.fixture
 def folder(tmp_path):
     """16 pictures: 8 for training, 4 for validation, 4 for test."""
-    return colour_pictures(tmp_path, per_colour=4)
+    return color_images(tmp_path, per_colour=4)
 
 
 def test_batches_hold_each_row_with_the_embedding_of_its_picture(folder):
@@ -41,13 +41,13 @@ def test_batches_hold_each_row_with_the_embedding_of_its_picture(folder):
         assert batch["input_ids"].shape == batch["labels"].shape == batch["media_index"].shape
         for labels, embedding in zip(batch["labels"], batch["embeddings"], strict=True):
             seen.append((data.tokenizer.decode(labels[labels >= 0]), embedding[0]))
-    encoder = ColourEncoder()
+    encoder = ColorEncoder()
     pictures = {
         f"{colour} square<|im_end|>": [
             encoder.embed("image", [encoder.prepare(Media.image(folder / "images" / f"{colour}{n}.png"))])[0]
             for n in (2, 3)
         ]
-        for colour in COLOURS
+        for colour in COLORS
     }
     assert len(seen) == 8
     for caption, embedding in seen:
@@ -208,6 +208,6 @@ def test_streamed_rows_are_trained_on_and_held_out(folder):
     assert data.report.stream.rows == 12
     data.teardown("fit")
     held_out = next(iter(data.test_dataloader()))
-    encoder = ColourEncoder()
+    encoder = ColorEncoder()
     own = encoder.embed("image", [encoder.prepare(media[0]) for media in data.samples("test")[0].media])
     assert any(torch.allclose(row, own, atol=1e-6) for row in held_out["embeddings"])

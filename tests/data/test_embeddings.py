@@ -5,12 +5,12 @@ from bindllm.data.embeddings import MediaEmbeddings
 from bindllm.encoders.fusion import fuse
 from bindllm.errors import InputError
 from bindllm.media import Media
-from bindllm.parallel import Processes
+from bindllm.parallel import Processes, RunContext
 from side_by_side import together
-from tiny import ColourEncoder, colour_pictures
+from tiny import ColorEncoder, color_images
 
 
-class WordEncoder(ColourEncoder):
+class WordEncoder(ColorEncoder):
     """Serves text, in the same space as the pictures."""
 
     modalities = ("text",)
@@ -24,7 +24,7 @@ class WordEncoder(ColourEncoder):
 
 @pytest.fixture
 def pictures(tmp_path):
-    colour_pictures(tmp_path, per_colour=1)
+    color_images(tmp_path, per_colour=1)
     return {name: Media.image(str(tmp_path / "images" / f"{name}0.png")) for name in ("red", "green", "blue")}
 
 
@@ -34,15 +34,15 @@ def embed(encoder, *media):
 
 def test_lookup_gives_what_the_encoder_of_each_modality_gives(tmp_path, pictures):
     word = Media.text("a word")
-    embeddings = MediaEmbeddings([ColourEncoder(), WordEncoder()], tmp_path / "store")
+    embeddings = MediaEmbeddings([ColorEncoder(), WordEncoder()], tmp_path / "store")
     totals = embeddings.precompute([*pictures.values(), word, pictures["red"]])
     assert (totals.encoded, totals.reused, totals.failed) == (4, 0, {})
     found = embeddings.lookup([(pictures["blue"],), (word,), (pictures["red"],)])
     expected = torch.cat(
         [
-            embed(ColourEncoder(), pictures["blue"]),
+            embed(ColorEncoder(), pictures["blue"]),
             embed(WordEncoder(), word),
-            embed(ColourEncoder(), pictures["red"]),
+            embed(ColorEncoder(), pictures["red"]),
         ]
     )
     torch.testing.assert_close(found, expected)
@@ -50,22 +50,22 @@ def test_lookup_gives_what_the_encoder_of_each_modality_gives(tmp_path, pictures
 
 def test_group_of_several_is_fused_by_weight(tmp_path, pictures):
     group = (pictures["red"], Media.image(pictures["blue"].source, weight=3.0))
-    embeddings = MediaEmbeddings([ColourEncoder()], tmp_path / "store")
+    embeddings = MediaEmbeddings([ColorEncoder()], tmp_path / "store")
     # The weight is no part of the content: both uses of the blue picture are one embedding.
     assert embeddings.precompute([*group, pictures["blue"]]).encoded == 2
-    expected = fuse(embed(ColourEncoder(), *group), torch.tensor([1.0, 3.0]))
+    expected = fuse(embed(ColorEncoder(), *group), torch.tensor([1.0, 3.0]))
     torch.testing.assert_close(embeddings.lookup([group])[0], expected)
     single = embeddings.lookup([(pictures["blue"],)])
-    torch.testing.assert_close(single, embed(ColourEncoder(), pictures["blue"]))
+    torch.testing.assert_close(single, embed(ColorEncoder(), pictures["blue"]))
 
 
 def test_no_groups_give_no_rows(tmp_path):
-    assert MediaEmbeddings([ColourEncoder()], tmp_path / "store").lookup([]).shape == (0, 16)
+    assert MediaEmbeddings([ColorEncoder()], tmp_path / "store").lookup([]).shape == (0, 16)
 
 
 def test_second_fill_reuses_the_store(tmp_path, pictures):
-    MediaEmbeddings([ColourEncoder()], tmp_path / "store").precompute(pictures.values())
-    totals = MediaEmbeddings([ColourEncoder()], tmp_path / "store").precompute(pictures.values())
+    MediaEmbeddings([ColorEncoder()], tmp_path / "store").precompute(pictures.values())
+    totals = MediaEmbeddings([ColorEncoder()], tmp_path / "store").precompute(pictures.values())
     assert (totals.encoded, totals.reused) == (0, 3)
 
 
@@ -74,7 +74,7 @@ def test_media_that_cannot_be_read_are_named_with_the_reason(tmp_path, pictures)
     broken.write_bytes(b"no picture")
     copy.write_bytes(b"no picture")
     media = [Media.image(str(path)) for path in (broken, copy, tmp_path / "missing.png")]
-    totals = MediaEmbeddings([ColourEncoder()], tmp_path / "store").precompute([*media, pictures["red"]])
+    totals = MediaEmbeddings([ColorEncoder()], tmp_path / "store").precompute([*media, pictures["red"]])
     assert totals.encoded == 1
     assert set(totals.failed) == set(media)
     assert "broken.png: not a picture" in totals.failed[media[0]]
@@ -87,9 +87,9 @@ def test_several_processes_fill_the_stores_of_all_encoders(tmp_path, pictures):
     media = [*pictures.values(), Media.image(str(tmp_path / "missing.png")), *words]
 
     def part(processes):
-        embeddings = MediaEmbeddings([ColourEncoder(), WordEncoder()], tmp_path / "store")
+        embeddings = MediaEmbeddings([ColorEncoder(), WordEncoder()], tmp_path / "store")
         # The last one finds no texts in its sources: it fills the store of texts with nothing.
-        totals = embeddings.precompute(media if processes.rank < 2 else media[:4], processes=processes)
+        totals = embeddings.precompute(media if processes.rank < 2 else media[:4], RunContext(processes))
         return embeddings, totals
 
     ends = together(3, part)
@@ -99,31 +99,31 @@ def test_several_processes_fill_the_stores_of_all_encoders(tmp_path, pictures):
     embeddings, totals = ends[0]
     assert list(totals.failed) == [media[3], *nobodys]
     found = embeddings.lookup([(pictures["red"],)])
-    torch.testing.assert_close(found, embed(ColourEncoder(), pictures["red"]))
-    again = MediaEmbeddings([ColourEncoder(), WordEncoder()], tmp_path / "store")
+    torch.testing.assert_close(found, embed(ColorEncoder(), pictures["red"]))
+    again = MediaEmbeddings([ColorEncoder(), WordEncoder()], tmp_path / "store")
     assert again.precompute(media).encoded == len(nobodys)
 
 
 def test_media_that_were_not_filled_are_refused(tmp_path, pictures):
-    embeddings = MediaEmbeddings([ColourEncoder()], tmp_path / "store")
+    embeddings = MediaEmbeddings([ColorEncoder()], tmp_path / "store")
     with pytest.raises(InputError, match=r"red0\.png was not embedded"):
         embeddings.lookup([(pictures["red"],)])
 
 
 def test_modality_that_no_encoder_serves_is_refused(tmp_path):
     with pytest.raises(InputError, match="no encoder serves the modality 'audio'"):
-        MediaEmbeddings([ColourEncoder()], tmp_path / "store").precompute([Media.audio("a.wav")])
+        MediaEmbeddings([ColorEncoder()], tmp_path / "store").precompute([Media.audio("a.wav")])
 
 
 def test_encoders_must_share_one_size(tmp_path):
-    with pytest.raises(InputError, match="ColourEncoder 16, WordEncoder 8"):
-        MediaEmbeddings([ColourEncoder(), WordEncoder(8)], tmp_path)
+    with pytest.raises(InputError, match="ColorEncoder 16, WordEncoder 8"):
+        MediaEmbeddings([ColorEncoder(), WordEncoder(8)], tmp_path)
     with pytest.raises(InputError, match="no encoder;"):
         MediaEmbeddings([], tmp_path)
 
 
 def test_an_encoder_that_fails_gives_the_accelerator_back(tmp_path, pictures):
-    class Failing(ColourEncoder):
+    class Failing(ColorEncoder):
         def __init__(self):
             super().__init__()
             self.places = []
@@ -137,5 +137,7 @@ def test_an_encoder_that_fails_gives_the_accelerator_back(tmp_path, pictures):
 
     encoder = Failing()
     with pytest.raises(RuntimeError, match="out of memory"):
-        MediaEmbeddings([encoder], tmp_path / "store").precompute(pictures.values(), device="cuda:1")
+        MediaEmbeddings([encoder], tmp_path / "store").precompute(
+            pictures.values(), RunContext(device="cuda:1")
+        )
     assert encoder.places == ["cuda:1", "cpu"]

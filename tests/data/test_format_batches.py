@@ -10,13 +10,13 @@ from bindllm.data.formats import FORMATS
 from bindllm.data.rows import IGNORE
 from bindllm.data.source_config import SourceConfig
 from format_rows import TRUE_ROWS
-from tiny import ColourEncoder, colour_pictures, tiny_tokenizer
+from tiny import ColorEncoder, color_images, tiny_tokenizer
 
 
 @pytest.fixture
 def data(tmp_path):
     """Gives the data of sources, each of one format and one row, all trained on."""
-    colour_pictures(tmp_path / "pictures", per_colour=2)
+    color_images(tmp_path / "pictures", per_colour=2)
     picture, other = sorted((tmp_path / "pictures/images").iterdir())[:2]
 
     def data(rows: dict) -> BindData:
@@ -32,7 +32,7 @@ def data(tmp_path):
             str(tmp_path / "store"),
             batch_size=16,
             tokenizer=tiny_tokenizer(),
-            encoders=[ColourEncoder()],
+            encoders=[ColorEncoder()],
             max_length=400,
         )
 

@@ -12,13 +12,13 @@ from bindllm.data.sources import SourceConfig, read_source
 from bindllm.embeddings.store import EmbeddingStore
 from bindllm.errors import InputError, MediaError
 from bindllm.media import Media
-from tiny import ColourEncoder
+from tiny import ColorEncoder
 from tiny_run import run, tiny_parts, tiny_recipe
 
 PLACES = ("near", "far")
 
 
-class SpectrumEncoder(ColourEncoder):
+class SpectrumEncoder(ColorEncoder):
     """Magnitudes of the Fourier transform of a signal in an .npy file."""
 
     modalities = ("radar",)

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from bindllm.data.datamodule import BindData
 from bindllm.data.sources import SourceConfig
 from bindllm.errors import InputError
-from tiny import ColourEncoder, colour_pictures, tiny_tokenizer
+from tiny import ColorEncoder, color_images, tiny_tokenizer
 
 pytestmark = [
     # Lightning 2.6 asks torch 2.13 in a way that torch will drop.
@@ -48,7 +48,7 @@ class Recorder(LightningModule):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pictures")
-    return colour_pictures(folder, per_colour=5)
+    return color_images(folder, per_colour=5)
 
 
 def run(folder, out, *, callbacks=(), stop_after=None, resume=None, seed=0, weight=1.0, **options):
@@ -59,7 +59,7 @@ def run(folder, out, *, callbacks=(), stop_after=None, resume=None, seed=0, weig
         batch_size=3,
         seed=seed,
         tokenizer=tiny_tokenizer(),
-        encoders=[ColourEncoder()],
+        encoders=[ColorEncoder()],
     )
     module = Recorder(stop_after)
     trainer = Trainer(

@@ -14,7 +14,7 @@ from bindllm.data.sources import (
     read_source,
 )
 from bindllm.errors import InputError
-from tiny import colour_pictures
+from tiny import color_images
 
 
 @pytest.fixture
@@ -223,7 +223,7 @@ def test_whole_source_into_one_split(folder):
 
 
 def test_limit_takes_pictures_with_all_their_captions_from_everywhere(tmp_path):
-    colour_pictures(tmp_path, per_colour=10)
+    color_images(tmp_path, per_colour=10)
     rows, report = read_source(SourceConfig(str(tmp_path), limit=12))
     again, _ = read_source(SourceConfig(str(tmp_path), limit=12))
     assert rows == again

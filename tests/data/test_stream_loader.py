@@ -15,9 +15,9 @@ from bindllm.data.stream.embed import CANNOT_EMBED
 from bindllm.data.stream.loader import StreamOptions, check_streams, stream_loader
 from bindllm.errors import EncoderError, InputError
 from bindllm.media import Media
-from bindllm.parallel import Processes
+from bindllm.parallel import Processes, RunContext
 from stream_parts import captioned, picture, write_shard, write_shards
-from tiny import COLOURS, ColourEncoder, tiny_tokenizer
+from tiny import COLORS, ColorEncoder, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 
@@ -26,7 +26,7 @@ def build(*sources, batch_size=4, chunk=16, seed=0, max_length=96, encoders=None
     return stream_loader(
         [source if isinstance(source, SourceConfig) else SourceConfig(str(source)) for source in sources],
         tokenizer=TOKENIZER,
-        encoders=encoders or [ColourEncoder()],
+        encoders=encoders or [ColorEncoder()],
         options=StreamOptions(batch_size, max_length, seed, chunk),
         length=1000,
         **options,
@@ -72,11 +72,11 @@ def whole(shards):
 
 
 def test_each_pass_has_every_row_once_with_the_embedding_of_its_picture(whole):
-    encoder, seen = ColourEncoder(), []
+    encoder, seen = ColorEncoder(), []
     for batch in whole[:10]:
         for text, embedding in zip(texts(batch), batch["embeddings"], strict=True):
             number = number_of(text)
-            content = picture(list(COLOURS)[number % len(COLOURS)], number)
+            content = picture(list(COLORS)[number % len(COLORS)], number)
             own = encoder.embed("image", [encoder.prepare(Media.image(content))])
             assert torch.allclose(embedding, own, atol=1e-6)
             seen.append(number)
@@ -145,7 +145,7 @@ def test_a_state_of_other_data_or_other_processes_is_refused(shards, tmp_path):
     ):
         with pytest.raises(InputError, match="shards or their sizes, formats, weights, chunk"):
             other.load_state_dict(state)
-    two = build(shards, processes=Processes(0, 2, gather=lambda value: [value, value]))
+    two = build(shards, context=RunContext(Processes(0, 2, gather=lambda value: [value, value])))
     with pytest.raises(InputError, match="saved by 1 processes and cannot resume in 2"):
         two.load_state_dict(state)
 
@@ -161,7 +161,9 @@ def test_a_shard_that_grew_is_another_shard(tmp_path):
 
 def test_two_processes_read_disjoint_samples_and_go_on_from_one_state(shards):
     states, found = [{}, {}], []
-    loaders = [build(shards, processes=Processes(rank, 2, gather=lambda _: states)) for rank in (0, 1)]
+    loaders = [
+        build(shards, context=RunContext(Processes(rank, 2, gather=lambda _: states))) for rank in (0, 1)
+    ]
     for rank, loader in enumerate(loaders):
         found.append(take(loader, 3))
         states[rank] = {str(done): state.as_dict() for done, state in loader._states.items()}
@@ -169,7 +171,7 @@ def test_two_processes_read_disjoint_samples_and_go_on_from_one_state(shards):
     assert not first & second
     saved = loaders[0].state_dict()
     for rank, loader in enumerate(loaders):
-        on = build(shards, processes=Processes(rank, 2, gather=lambda _: states))
+        on = build(shards, context=RunContext(Processes(rank, 2, gather=lambda _: states)))
         on.load_state_dict(saved)
         assert equal(take(on, 4), take(loader, 4))
 
@@ -249,14 +251,14 @@ def test_rows_without_media_and_with_several(tmp_path):
     write_shard(tmp_path / "a.tar", members)
     (batch,) = take(build(SourceConfig(str(tmp_path / "a.tar"), format="messages")), 1)
     by_text = dict(zip(texts(batch), batch["embeddings"], strict=True))
-    encoder = ColourEncoder()
+    encoder = ColorEncoder()
     both = encoder.embed("image", [encoder.prepare(Media.image(content)) for content in pictures])
     assert torch.equal(by_text["Hello"], torch.zeros(1, 16))
     assert torch.allclose(by_text["No"][0], torch.nn.functional.normalize(both.mean(0), dim=0), atol=1e-6)
 
 
 def test_an_error_in_the_thread_is_raised_where_batches_are_taken(shards):
-    class Broken(ColourEncoder):
+    class Broken(ColorEncoder):
         def embed(self, modality, inputs):
             raise EncoderError("the weights are gone")
 
@@ -283,7 +285,7 @@ def test_no_thread_outlives_the_run(shards, end):
 def test_the_thread_is_no_further_ahead_than_two_chunks(shards):
     encoded = []
 
-    class Counting(ColourEncoder):
+    class Counting(ColorEncoder):
         def embed(self, modality, inputs):
             encoded.append(len(inputs))
             return super().embed(modality, inputs)
@@ -297,7 +299,7 @@ def test_the_thread_is_no_further_ahead_than_two_chunks(shards):
 
 
 def test_waiting_is_measured(shards):
-    class Slow(ColourEncoder):
+    class Slow(ColorEncoder):
         def embed(self, modality, inputs):
             time.sleep(0.05)
             return super().embed(modality, inputs)

@@ -14,7 +14,7 @@ from bindllm.embeddings.precompute import precompute_embeddings
 from bindllm.errors import InputError, StoreError
 from bindllm.parallel import Processes
 from store_parts import CountingEncoder, counts, expected, image_bytes, run, stored, write_images
-from tiny import ColourEncoder
+from tiny import ColorEncoder
 
 
 def test_content_is_embedded_once(tmp_path, hashed):
@@ -74,9 +74,9 @@ def test_another_encoder_embeds_for_itself(tmp_path):
 
 
 def test_a_store_of_another_encoder_is_refused(tmp_path):
-    store = EmbeddingStore.for_encoder(tmp_path, ColourEncoder(grid=2))
+    store = EmbeddingStore.for_encoder(tmp_path, ColorEncoder(grid=2))
     with pytest.raises(StoreError, match="the store belongs to the encoder"):
-        precompute_embeddings(store, ColourEncoder(), [], progress=False)
+        precompute_embeddings(store, ColorEncoder(), [], progress=False)
 
 
 def test_bad_media_are_named_and_the_others_are_embedded(tmp_path):
@@ -168,7 +168,7 @@ def test_a_path_with_a_zero_byte_is_one_bad_file(tmp_path):
 @pytest.mark.parametrize(("fitting", "batches"), [(3, [3, 3, 3, 3]), (0.5, [1] * 12), (100, [8, 4])])
 def test_large_inputs_are_held_and_embedded_few_at_a_time(fitting, batches, tmp_path, monkeypatch):
     media = write_images(tmp_path / "in", 12)
-    size = ColourEncoder().prepare(media[0]).nbytes
+    size = ColorEncoder().prepare(media[0]).nbytes
     monkeypatch.setattr(embedder_module, "PREPARED_BYTES", int(2 * fitting * size))
     held: list[int] = []
 

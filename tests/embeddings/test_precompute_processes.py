@@ -14,7 +14,7 @@ from bindllm.parallel import Processes
 from side_by_side import together
 from store_parts import CountingEncoder, counts, expected, image_bytes, stored, write_images
 from store_parts import run as run_one
-from tiny import ColourEncoder
+from tiny import ColorEncoder
 
 
 class RowwiseEncoder(CountingEncoder):
@@ -23,7 +23,7 @@ class RowwiseEncoder(CountingEncoder):
     def embed(self, modality, inputs):
         self.batches.append(len(inputs))
         self.before_embed()
-        return torch.cat([ColourEncoder.embed(self, modality, [one]) for one in inputs])
+        return torch.cat([ColorEncoder.embed(self, modality, [one]) for one in inputs])
 
 
 def run(folder, media, encoder=None, **options):

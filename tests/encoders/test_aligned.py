@@ -42,7 +42,7 @@ def save(folder: Path, tower, class_path: str, *, head: HeadConfig | None = None
         tower=entry,
         tower_size=tower.embedding_size,
         head=head,
-        target={"class_path": "tiny.ColourEncoder", "init_args": {}, "fingerprint": "0" * 64},
+        target={"class_path": "tiny.ColorEncoder", "init_args": {}, "fingerprint": "0" * 64},
         sha256={},
         **changes,
     )

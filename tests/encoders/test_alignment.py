@@ -5,14 +5,14 @@ import pytest
 from bindllm.encoders import EfficientNetLite, HuggingFace, encoder_for
 from bindllm.encoders.alignment import alignment_warnings, space_of
 from bindllm.errors import InputError
-from tiny import ColourEncoder
+from tiny import ColorEncoder
 
 
-class Ears(ColourEncoder):
+class Ears(ColorEncoder):
     modalities = ("audio",)
 
 
-class Radar(ColourEncoder):
+class Radar(ColorEncoder):
     modalities = ("radar", "sonar")
 
 
@@ -24,22 +24,22 @@ def in_space(kind, space):
 
 def test_encoders_of_one_space_are_not_warned_of():
     assert alignment_warnings([]) == []
-    assert alignment_warnings([ColourEncoder()]) == []
-    assert alignment_warnings([in_space(ColourEncoder, "a"), in_space(Ears, "a"), in_space(Radar, "a")]) == []
+    assert alignment_warnings([ColorEncoder()]) == []
+    assert alignment_warnings([in_space(ColorEncoder, "a"), in_space(Ears, "a"), in_space(Radar, "a")]) == []
 
 
 def test_each_space_that_is_not_the_first_is_named_with_its_encoders():
-    first, second, third = in_space(ColourEncoder, "a"), in_space(Ears, "b"), in_space(Radar, "b")
+    first, second, third = in_space(ColorEncoder, "a"), in_space(Ears, "b"), in_space(Radar, "b")
     (warning,) = alignment_warnings([first, second, third])
     told = "Ears (audio; space 'b') and Radar (radar, sonar; space 'b') were never trained together with "
-    assert warning.startswith(f"{told}ColourEncoder (image; space 'a'): ")
+    assert warning.startswith(f"{told}ColorEncoder (image; space 'a'): ")
     assert len(alignment_warnings([first, second, in_space(Radar, "c")])) == 2
 
 
 def test_an_encoder_without_a_space_belongs_to_nobody():
-    warnings = alignment_warnings([ColourEncoder(), Ears(), in_space(Radar, "a")])
+    warnings = alignment_warnings([ColorEncoder(), Ears(), in_space(Radar, "a")])
     assert [warning.split(" ")[0] for warning in warnings] == ["Ears", "Radar"]
-    assert "ColourEncoder (image; no space named)" in warnings[0]
+    assert "ColorEncoder (image; no space named)" in warnings[0]
 
 
 def test_the_spaces_of_shipped_encoders():
@@ -52,7 +52,7 @@ def test_the_spaces_of_shipped_encoders():
 
 def test_the_first_encoder_that_serves_a_modality_wins():
     first, second = Ears(), Ears(grid=2)
-    assert encoder_for("audio", [ColourEncoder(), first, second]) is first
+    assert encoder_for("audio", [ColorEncoder(), first, second]) is first
 
 
 @pytest.mark.parametrize(
@@ -69,4 +69,4 @@ def test_the_first_encoder_that_serves_a_modality_wins():
 )
 def test_what_no_encoder_serves_is_named_with_the_closest(modality, told):
     with pytest.raises(InputError, match=told):
-        encoder_for(modality, [ColourEncoder(), Radar()])
+        encoder_for(modality, [ColorEncoder(), Radar()])

@@ -48,7 +48,7 @@ def save_aligned(folder: Path, class_path: str, init_args: dict, *, fingerprint:
         tower={"class_path": class_path, "init_args": init_args, "fingerprint": fingerprint},
         tower_size=size,
         head=head,
-        target={"class_path": "tiny.ColourEncoder", "init_args": {}, "fingerprint": "0" * 64},
+        target={"class_path": "tiny.ColorEncoder", "init_args": {}, "fingerprint": "0" * 64},
         sha256={},
     )
     write_aligned(folder, manifest, {HEAD: Head(size, 16, head).state_dict()}, metrics={}, texts={})

@@ -18,7 +18,7 @@ from bindllm.encoders.efficientnet import EfficientNetLite
 from bindllm.errors import EncoderError, InputError, MediaError
 from bindllm.media import Media
 from bindllm.testing import check_encoder
-from tiny import made_up_efficientnet
+from tiny import synthetic_efficientnet
 
 GOLDEN = Path(__file__).parent / "golden" / "efficientnet_lite0.json"
 
@@ -33,7 +33,7 @@ def wavy_picture(seed: int = 0) -> np.ndarray:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("efficientnet")
-    save_file(made_up_efficientnet(), path / "model.safetensors")
+    save_file(synthetic_efficientnet(), path / "model.safetensors")
     return path
 
 
@@ -216,7 +216,7 @@ def test_found_by_its_import_path():
         _ = bindllm.encoders.EfficientNetLight
 
 
-@pytest.mark.parametrize("path", ["bindllm.encoders.EfficientNetLite", "tiny.ColourEncoder"])
+@pytest.mark.parametrize("path", ["bindllm.encoders.EfficientNetLite", "tiny.ColorEncoder"])
 def test_a_recipe_names_encoders_by_import_path(path):
     # jsonargparse compares the annotations of a class with those of the protocol, word for word.
     parser = ArgumentParser()

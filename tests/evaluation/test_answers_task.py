@@ -15,7 +15,7 @@ from bindllm.evaluation.task import Task
 from bindllm.media import Media
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.decoder import DecoderConfig
-from tiny import ColourEncoder, tiny_decoder, tiny_tokenizer
+from tiny import ColorEncoder, tiny_decoder, tiny_tokenizer
 
 EYE = torch.eye(16)
 
@@ -37,7 +37,7 @@ def asked(question, answer, image=0, *, type="", references=None, task="answer",
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    built = BindLLM(tiny_decoder(), tiny_tokenizer(), DecoderConfig("tiny"), encoders=[ColourEncoder()])
+    built = BindLLM(tiny_decoder(), tiny_tokenizer(), DecoderConfig("tiny"), encoders=[ColorEncoder()])
     with torch.no_grad():
         built.injection.gates.normal_(0, 1)
     return built

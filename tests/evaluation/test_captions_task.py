@@ -20,21 +20,21 @@ from bindllm.evaluation.task import VARIANTS, loss_metrics, media_name, shuffle_
 from bindllm.media import Media
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.decoder import DecoderConfig
-from tiny import COLOURS, ColourEncoder, tiny_decoder, tiny_tokenizer
+from tiny import COLORS, ColorEncoder, tiny_decoder, tiny_tokenizer
 
 PROMPT = "What color?"
 
 
 def lookup(groups):
     """Embeddings by the tiny encoder."""
-    encoder = ColourEncoder()
+    encoder = ColorEncoder()
     if not groups:
         return torch.zeros(0, encoder.embedding_size)
     return encoder.embed("image", [encoder.prepare(group[0]) for group in groups])
 
 
 def image(color, shade=0, *, file_format="PNG"):
-    pixels = (np.full((4, 4, 3), COLOURS[color], dtype=np.int64) + shade).clip(0, 255).astype(np.uint8)
+    pixels = (np.full((4, 4, 3), COLORS[color], dtype=np.int64) + shade).clip(0, 255).astype(np.uint8)
     content = io.BytesIO()
     Image.fromarray(pixels).save(content, file_format)
     return Media.image(content.getvalue())
@@ -50,7 +50,7 @@ def sample(color, caption=None, *, shade=0, references=None, prompt=PROMPT, medi
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    built = BindLLM(tiny_decoder(), tiny_tokenizer(), DecoderConfig("tiny"), encoders=[ColourEncoder()])
+    built = BindLLM(tiny_decoder(), tiny_tokenizer(), DecoderConfig("tiny"), encoders=[ColorEncoder()])
     with torch.no_grad():
         built.injection.gates.normal_(0, 1)
     return built
@@ -147,7 +147,7 @@ def test_the_nearest_training_image(model, held):
 
 
 def test_nearest_is_searched_in_chunks(held, monkeypatch):
-    training = [sample(color, f"{color} {shade}", shade=shade) for shade in (-90, 0) for color in COLOURS]
+    training = [sample(color, f"{color} {shade}", shade=shade) for shade in (-90, 0) for color in COLORS]
     held = held[:3]  # darker white is nearly parallel to white
     whole = nearest_captions(held, training, lookup)
     monkeypatch.setattr("bindllm.evaluation.captions._CHUNK", 3)

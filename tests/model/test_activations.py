@@ -12,7 +12,7 @@ from bindllm.model.bind_network import BindConfig
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.decoder import DecoderConfig
 from bindllm.model.injection import InjectConfig
-from tiny import FAMILIES, ColourEncoder, tiny_decoder, tiny_tokenizer
+from tiny import FAMILIES, ColorEncoder, tiny_decoder, tiny_tokenizer
 
 # Sizes of which no two are equal, so that one cannot be taken for another.
 SIZES = {"hidden_size": 48, "intermediate_size": 112, "head_dim": 16, "num_hidden_layers": 3}
@@ -33,7 +33,7 @@ def saved_bytes(family, dtype, step, *, trainable, adapter=None, inject=None, **
         tiny_decoder(family, **SIZES, **changes).to(dtype),
         tiny_tokenizer(),
         DecoderConfig("tiny"),
-        encoders=[ColourEncoder()],
+        encoders=[ColorEncoder()],
         adapter=adapter,
         inject=inject,
     )

@@ -16,7 +16,7 @@ from bindllm.model.adapter import TARGETS, Adapter, AdapterConfig
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.decoder import DecoderConfig
 from bindllm.model.injection import InjectConfig, Injection
-from tiny import FAMILIES, ColourEncoder, save_tiny_decoder, tiny_decoder
+from tiny import FAMILIES, ColorEncoder, save_tiny_decoder, tiny_decoder
 
 IDS = torch.arange(3, 19).reshape(2, 8)
 KINDS = {
@@ -38,7 +38,7 @@ def build(folder, *, open_up=True, dtype="float32", **adapter) -> BindLLM:
     model = BindLLM.build(
         DecoderConfig(folder, dtype=dtype),
         device="cpu",
-        encoders=[ColourEncoder()],
+        encoders=[ColorEncoder()],
         bind=BindConfig(depth=1, expansion=2),
         adapter=AdapterConfig(**{"rank": 4, **adapter}),
     )
@@ -161,7 +161,7 @@ def test_saved_and_loaded_it_gives_the_same_logits(folder, tmp_path, kind, dtype
     model.save_pretrained(tmp_path / "m")
     files = {str(file.relative_to(tmp_path / "m")) for file in (tmp_path / "m").rglob("*") if file.is_file()}
     assert {"bind.safetensors", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"} <= files
-    again = BindLLM.from_pretrained(tmp_path / "m", device="cpu", allow=["tiny.ColourEncoder"])
+    again = BindLLM.from_pretrained(tmp_path / "m", device="cpu", allow=["tiny.ColorEncoder"])
     assert torch.equal(model(**batch()).logits, again(**batch()).logits)
     assert again.adapter.config == model.adapter.config
 
@@ -188,15 +188,15 @@ def test_an_adapter_that_is_damaged_or_gone_is_refused(folder, tmp_path):
     whole = file.read_bytes()
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(CheckpointError, match="damaged or exchanged"):
-        BindLLM.from_pretrained(tmp_path / "m", allow=["tiny.ColourEncoder"])
+        BindLLM.from_pretrained(tmp_path / "m", allow=["tiny.ColorEncoder"])
     file.unlink()
     with pytest.raises(CheckpointError, match="has no adapter/adapter_model"):
-        BindLLM.from_pretrained(tmp_path / "m", allow=["tiny.ColourEncoder"])
+        BindLLM.from_pretrained(tmp_path / "m", allow=["tiny.ColorEncoder"])
     file.write_bytes(whole)
     manifest = tmp_path / "m" / "bindllm.json"
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "adapter": None}))
     with pytest.raises(CheckpointError, match=r"unexpected adapter\.base_model"):
-        BindLLM.from_pretrained(tmp_path / "m", device="cpu", allow=["tiny.ColourEncoder"])
+        BindLLM.from_pretrained(tmp_path / "m", device="cpu", allow=["tiny.ColorEncoder"])
 
 
 @with_and_without_dora

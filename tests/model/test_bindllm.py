@@ -18,7 +18,7 @@ from bindllm.errors import CheckpointError, InputError, MediaError
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.decoder import DecoderConfig
 from bindllm.model.injection import InjectConfig
-from tiny import COLOURS, ColourEncoder, save_tiny_decoder
+from tiny import COLORS, ColorEncoder, save_tiny_decoder
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def build(folder, *, kind="value", open_gates=True, system=None) -> BindLLM:
     model = BindLLM.build(
         DecoderConfig(folder, dtype="float32", system=system),
         device="cpu",
-        encoders=[ColourEncoder()],
+        encoders=[ColorEncoder()],
         bind=BindConfig(depth=1, expansion=2),
         inject=InjectConfig(kind=kind),
     )
@@ -46,7 +46,7 @@ def model(decoder_folder):
 
 
 def picture(colour: str) -> Media:
-    return Media.image(np.full((8, 8, 3), COLOURS[colour], dtype=np.uint8))
+    return Media.image(np.full((8, 8, 3), COLORS[colour], dtype=np.uint8))
 
 
 def batch(model, *, groups=1, rows=2, length=8):
@@ -79,13 +79,13 @@ def test_the_published_mean_is_chosen_by_name(decoder_folder, tmp_path):
     model = BindLLM.build(
         DecoderConfig(decoder_folder, dtype="float32"),
         device="cpu",
-        encoders=[ColourEncoder()],
+        encoders=[ColorEncoder()],
         bind=BindConfig(depth=0, fusion="mean"),
     )
     model.save_pretrained(tmp_path / "m")
-    model = BindLLM.from_pretrained(tmp_path / "m", device="cpu", allow=["tiny.ColourEncoder"])
+    model = BindLLM.from_pretrained(tmp_path / "m", device="cpu", allow=["tiny.ColorEncoder"])
     red, blue = picture("red"), Media.image(picture("blue").source, weight=3.0)
-    units = ColourEncoder().embed("image", [ColourEncoder().prepare(media) for media in (red, blue)])
+    units = ColorEncoder().embed("image", [ColorEncoder().prepare(media) for media in (red, blue)])
     found = model.encode([[red, blue]])[0]
     torch.testing.assert_close(found, (units[0] + 3 * units[1]) / 4.000001)
     assert found.norm() < 0.999
@@ -299,7 +299,7 @@ def test_the_system_text_of_the_model_goes_ahead_of_every_prompt(decoder_folder)
 def test_saved_and_loaded_it_gives_the_same_logits(decoder_folder, tmp_path, kind):
     model = build(decoder_folder, kind=kind, system="Be brief.")
     model.save_pretrained(tmp_path / "m")
-    again = BindLLM.from_pretrained(tmp_path / "m", device="cpu", allow=["tiny.ColourEncoder"])
+    again = BindLLM.from_pretrained(tmp_path / "m", device="cpu", allow=["tiny.ColorEncoder"])
     inputs = batch(model)
     assert torch.equal(model(**inputs).logits, again(**inputs).logits)
     assert again.config == model.config
@@ -310,20 +310,20 @@ def test_another_decoder_or_encoder_is_refused(decoder_folder, tmp_path):
     build(decoder_folder).save_pretrained(tmp_path / "m")
     other = str(save_tiny_decoder(tmp_path / "other", seed=1))
     with pytest.raises(CheckpointError, match=r"decoder .*other.* is not the one"):
-        BindLLM.from_pretrained(tmp_path / "m", decoder=other, allow=["tiny.ColourEncoder"])
+        BindLLM.from_pretrained(tmp_path / "m", decoder=other, allow=["tiny.ColorEncoder"])
     with pytest.raises(CheckpointError, match="allow="):
         BindLLM.from_pretrained(tmp_path / "m")
     text = (tmp_path / "m" / "bindllm.json").read_text()
     (tmp_path / "m" / "bindllm.json").write_text(text.replace('"grid": 4', '"grid": 2'))
-    with pytest.raises(CheckpointError, match="encoder 'tiny.ColourEncoder' is not the one"):
-        BindLLM.from_pretrained(tmp_path / "m", allow=["tiny.ColourEncoder"])
+    with pytest.raises(CheckpointError, match="encoder 'tiny.ColorEncoder' is not the one"):
+        BindLLM.from_pretrained(tmp_path / "m", allow=["tiny.ColorEncoder"])
     for name in ("init_args", "fingerprint", "decoder"):
         (tmp_path / "m" / "bindllm.json").write_text(text.replace(f'"{name}"', '"other"'))
         with pytest.raises(CheckpointError, match=name):
-            BindLLM.from_pretrained(tmp_path / "m", allow=["tiny.ColourEncoder"])
+            BindLLM.from_pretrained(tmp_path / "m", allow=["tiny.ColorEncoder"])
     (tmp_path / "m" / "bindllm.json").write_text(text.replace('"inject"', '"injct"'))
     with pytest.raises(CheckpointError, match="inject"):
-        BindLLM.from_pretrained(tmp_path / "m", allow=["tiny.ColourEncoder"])
+        BindLLM.from_pretrained(tmp_path / "m", allow=["tiny.ColorEncoder"])
 
 
 def test_groups_are_chosen_by_name_and_the_decoder_stays_frozen(decoder_folder):
@@ -380,12 +380,12 @@ def test_only_gates_learn_at_the_first_step_then_everything(decoder_folder):
 def test_encoders_must_share_one_embedding_size(decoder_folder):
     with pytest.raises(InputError, match="share one embedding size"):
         BindLLM.build(
-            DecoderConfig(decoder_folder), device="cpu", encoders=[ColourEncoder(16), ColourEncoder(8)]
+            DecoderConfig(decoder_folder), device="cpu", encoders=[ColorEncoder(16), ColorEncoder(8)]
         )
 
 
 def test_pictures_of_the_disk_are_read(model, tmp_path):
-    Image.new("RGB", (9, 5), COLOURS["green"]).save(tmp_path / "g.png")
+    Image.new("RGB", (9, 5), COLORS["green"]).save(tmp_path / "g.png")
     a = model.encode([Media.image(tmp_path / "g.png")])
     b = model.encode([Media.image((tmp_path / "g.png").read_bytes())])
     assert torch.equal(a, b)
@@ -441,7 +441,7 @@ def test_a_missing_and_an_extra_tensor_are_both_named(decoder_folder, tmp_path):
     entries["weights_sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
     manifest.write_text(json.dumps(entries))
     with pytest.raises(CheckpointError) as caught:
-        BindLLM.from_pretrained(tmp_path / "m", device="cpu", allow=["tiny.ColourEncoder"])
+        BindLLM.from_pretrained(tmp_path / "m", device="cpu", allow=["tiny.ColorEncoder"])
     told = str(caught.value)
     assert "missing injection.gates; unexpected injection.gate;" in told
     assert "bind.projection.weight has shape [32, 3], expected [32, 16]" in told

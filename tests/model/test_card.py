@@ -38,7 +38,7 @@ def test_the_card_says_what_of_the_decoder_is_tuned():
     assert "LoRA of rank 16 and scale 1, new biases True, tuned norms False" in card
     assert "rank 16 and scale 2," in write_card({**MANIFEST, "adapter": {**adapter, "alpha": 32.0}})
     variant = {**adapter, "alpha": 8.0, "dora": True, "rslora": True}
-    card = write_card({**MANIFEST, "adapter": variant, "decoder": {**MANIFEST["decoder"], "quantise": "nf4"}})
+    card = write_card({**MANIFEST, "adapter": variant, "decoder": {**MANIFEST["decoder"], "quantize": "nf4"}})
     assert "DoRA of rank 16 and scale 2," in card
     assert "Trained on the decoder in nf4." in card
 

@@ -15,7 +15,7 @@ from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.decoder import DecoderConfig
 from bindllm.model.export import RECORD, export_decoder
-from tiny import FAMILIES, ColourEncoder, save_tiny_decoder
+from tiny import FAMILIES, ColorEncoder, save_tiny_decoder
 
 IDS = torch.arange(3, 19).reshape(2, 8)
 NO_BIAS = {"rank": 4, "bias": False}
@@ -29,7 +29,7 @@ def checkpoint(place, family="llama", *, adapter=NO_BIAS, dtype="float32", syste
     model = BindLLM.build(
         DecoderConfig(str(folder), dtype=dtype, system=system),
         device="cpu",
-        encoders=[ColourEncoder()],
+        encoders=[ColorEncoder()],
         bind=BindConfig(depth=1, expansion=2),
         adapter=None if adapter is None else AdapterConfig(**adapter),
     )
@@ -176,5 +176,5 @@ def test_an_export_is_no_decoder_for_the_checkpoint(tmp_path):
     export_decoder(tmp_path / "checkpoint", tmp_path / "plain")
     with pytest.raises(CheckpointError, match="is not the one"):
         BindLLM.from_pretrained(
-            tmp_path / "checkpoint", decoder=str(tmp_path / "plain"), allow=["tiny.ColourEncoder"]
+            tmp_path / "checkpoint", decoder=str(tmp_path / "plain"), allow=["tiny.ColorEncoder"]
         )

@@ -147,12 +147,12 @@ def test_paths_are_found_from_another_directory(tmp_path, monkeypatch):
 
 
 def test_classes_outside_bindllm_need_permission():
-    entry = {"class_path": "tiny.ColourEncoder", "init_args": {"grid": 2}}
-    with pytest.raises(CheckpointError, match=r"allow=\['tiny.ColourEncoder'\]"):
+    entry = {"class_path": "tiny.ColorEncoder", "init_args": {"grid": 2}}
+    with pytest.raises(CheckpointError, match=r"allow=\['tiny.ColorEncoder'\]"):
         build_object(entry)
-    assert build_object(entry, allow=["tiny.ColourEncoder"]).grid == 2
+    assert build_object(entry, allow=["tiny.ColorEncoder"]).grid == 2
     with pytest.raises(CheckpointError, match="cannot be built"):
-        build_object({**entry, "init_args": {"grids": 2}}, allow=["tiny.ColourEncoder"])
+        build_object({**entry, "init_args": {"grids": 2}}, allow=["tiny.ColorEncoder"])
     with pytest.raises(CheckpointError, match="cannot be built"):
         build_object({"class_path": "bindllm.encoders.Nothing"})
 
@@ -205,10 +205,10 @@ def test_what_is_no_import_path_is_refused(path):
 
 
 def test_a_misspelt_class_gets_the_closest_one_and_a_forbidden_one_the_option():
-    with pytest.raises(CheckpointError, match="Did you mean 'ColourEncoder'"):
+    with pytest.raises(CheckpointError, match="Did you mean 'ColorEncoder'"):
         build_object({"class_path": "tiny.ColorEncoder"}, allow=["tiny.ColorEncoder"])
-    with pytest.raises(CheckpointError, match=r"--allow tiny\.ColourEncoder on the command line"):
-        build_object({"class_path": "tiny.ColourEncoder"})
+    with pytest.raises(CheckpointError, match=r"--allow tiny\.ColorEncoder on the command line"):
+        build_object({"class_path": "tiny.ColorEncoder"})
 
 
 def test_a_cache_inside_stays_when_the_checkpoint_is_saved_again(folder):

@@ -8,7 +8,7 @@ from bindllm.model.bind_network import BindConfig
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.decoder import DecoderConfig
 from bindllm.model.memory import ModelPlan, Placement, estimate_memory
-from tiny import ColourEncoder, save_tiny_decoder, tiny_decoder, tiny_tokenizer
+from tiny import ColorEncoder, save_tiny_decoder, tiny_decoder, tiny_tokenizer
 
 STEP = TrainingStep(rows=4, tokens=16, supervised=8)
 
@@ -28,7 +28,7 @@ def test_parameters_are_those_of_the_model(folder):
     found = parts(folder, adapter=adapter, trainable=["adapter"])
     decoder = tiny_decoder()
     weights = 4 * sum(p.numel() for p in decoder.parameters())
-    joined = {"encoders": [ColourEncoder()], "adapter": adapter}
+    joined = {"encoders": [ColorEncoder()], "adapter": adapter}
     model = BindLLM(decoder, tiny_tokenizer(), DecoderConfig("tiny"), **joined)
     sizes = {name: 4 * sum(p.numel() for _, p in group) for name, group in model.parameter_groups().items()}
     assert found["decoder"] == weights
@@ -38,18 +38,18 @@ def test_parameters_are_those_of_the_model(folder):
     assert found["optimizer"] == 2 * sizes["adapter"]
 
 
-def test_precision_and_quantisation_shrink_the_decoder_alone(folder):
+def test_precision_and_quantization_shrink_the_decoder_alone(folder):
     whole = parts(folder)
     half = parts(folder, decoder=DecoderConfig(folder, dtype="bfloat16"))
     assert half["decoder"] * 2 == whole["decoder"]
     assert half["bind"] == whole["bind"]
-    packed = parts(folder, decoder=DecoderConfig(folder, dtype="bfloat16", quantise="nf4"))
+    packed = parts(folder, decoder=DecoderConfig(folder, dtype="bfloat16", quantize="nf4"))
     # Per layer: attention 32 x (32 + 16 + 16 + 32) and the feed-forward layer 3 x 32 x 64, in 3 layers.
     projections = 3 * (32 * 96 + 3 * 32 * 64)
     saved = projections * (2 - 0.5 - 1 / 64 - 4 / (64 * 256))
     assert half["decoder"] - packed["decoder"] == pytest.approx(saved, abs=6)
     rows = 3 * (32 + 16 + 16 + 32 + 64 + 64 + 32)
-    packed = parts(folder, decoder=DecoderConfig(folder, dtype="bfloat16", quantise="int8"))
+    packed = parts(folder, decoder=DecoderConfig(folder, dtype="bfloat16", quantize="int8"))
     assert half["decoder"] - packed["decoder"] == projections - 4 * rows
 
 

@@ -15,7 +15,7 @@ from bindllm.cache.visual_cache import open_index
 from bindllm.errors import CheckpointError, InputError, StoreError
 from bindllm.model.checkpoint import name_cache, read_manifest
 from cache_parts import ALLOW, TEXT, Senses, Words, filled_store, save_tiny_model, write_pictures
-from tiny import ColourEncoder
+from tiny import ColorEncoder
 
 pytest.importorskip("faiss")
 
@@ -29,7 +29,7 @@ def made(tmp_path_factory) -> Path:
         save_tiny_model(Path("checkpoints/model"), Path("decoder"))
         store = filled_store(Path("data/store"), write_pictures(Path("pictures"), 12))
         VisualCache.build("caches/own", store)
-        other = filled_store(Path("data/store"), write_pictures(Path("pictures"), 3), ColourEncoder(grid=3))
+        other = filled_store(Path("data/store"), write_pictures(Path("pictures"), 3), ColorEncoder(grid=3))
         VisualCache.build("caches/other", other)
     return home
 
@@ -106,7 +106,7 @@ def test_a_cache_of_another_encoder_is_refused_ahead_of_the_decoder(project, how
     asked = {"path": "caches/other", "object": VisualCache.open("caches/other")}.get(how)
     if how == "named":
         name_cache("checkpoints/model", {"folder": "caches/other"})
-    with pytest.raises(StoreError, match=f"{ColourEncoder(grid=3).fingerprint()[:16]}, the model has"):
+    with pytest.raises(StoreError, match=f"{ColorEncoder(grid=3).fingerprint()[:16]}, the model has"):
         load(cache=asked)
 
 
@@ -188,7 +188,7 @@ def test_the_defaults_are_those_of_the_cache(project):
 
 
 def test_a_further_encoder_serves_what_the_checkpoint_does_not(project, caplog):
-    save_tiny_model(Path("checkpoints/eyes"), Path("decoder"), encoder=ColourEncoder())
+    save_tiny_model(Path("checkpoints/eyes"), Path("decoder"), encoder=ColorEncoder())
     with pytest.raises(InputError, match="no encoder serves the modality 'text'"):
         load("checkpoints/eyes").encode([TEXT])
     with caplog.at_level(logging.WARNING, "bindllm"):

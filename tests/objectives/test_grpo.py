@@ -10,7 +10,7 @@ from bindllm.objectives import GRPO, Reward
 from bindllm.objectives.grpo import clipped_surrogate, group_advantages, kl_estimate
 from bindllm.objectives.rollouts import draw_answers
 from grpo_parts import LetterClass, started
-from preference_parts import COLOURS, TOKENIZER, lookup
+from preference_parts import COLORS, TOKENIZER, lookup
 
 pytestmark = pytest.mark.usefixtures("silent")
 
@@ -72,9 +72,9 @@ def test_the_whole_loss_is_the_formula_answer_by_answer(case, decoder):
 
     labels = rollout.batch["labels"]
     texts = [TOKENIZER.decode(row[row != -100], skip_special_tokens=True).strip() for row in labels]
-    truth = [COLOURS[n] for n in (0, 1, 2) for _ in range(size)]
+    truth = [COLORS[n] for n in (0, 1, 2) for _ in range(size)]
     earned = np.array(
-        [float(bool(t) and ord(t[0]) % 4 == COLOURS.index(c)) for t, c in zip(texts, truth, strict=True)]
+        [float(bool(t) and ord(t[0]) % 4 == COLORS.index(c)) for t, c in zip(texts, truth, strict=True)]
     )
     terms, divergences, clipped = [], [], 0
     for r in range(3 * size):

@@ -21,7 +21,7 @@ def greedy_reward(module, trainer, *, turn=0) -> float:
     found = []
     for batch in data.val_dataloader():
         loss, count, figures = module.objective.held_out(
-            module.model.eval(), module.objective.complete(batch, "validation")
+            module.model.eval(), module.objective.add_reference(batch, "validation")
         )
         assert count == len(batch["numbers"])
         assert loss.item() == -figures["reward"].item()

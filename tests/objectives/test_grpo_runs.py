@@ -9,7 +9,7 @@ import yaml
 
 from bindllm.training.module import BindModule
 from bindllm.training.run import Run
-from tiny import COLOURS
+from tiny import COLORS
 from tiny_run import run, tiny_parts, tiny_recipe
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
@@ -35,7 +35,7 @@ def parts(tmp_path_factory):
             "answer": mine,
             "split": splits.get(n, "train"),
         }
-        for mine in COLOURS
+        for mine in COLORS
         for n in range(7)
     ]
     text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -112,7 +112,7 @@ def test_the_recipe_runs_on_tiny_parts(parts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipe = yaml.safe_load((Path(__file__).parents[2] / "recipes/easyvqa-grpo.yaml").read_text())
     recipe["model"]["decoder"] |= {"name": str(parts / "decoder"), "dtype": "float32"}
-    recipe["model"]["encoders"] = [{"class_path": "tiny.ColourEncoder"}]
+    recipe["model"]["encoders"] = [{"class_path": "tiny.ColorEncoder"}]
     recipe["model"].pop("start_from")
     for source in recipe["data"]["sources"]:
         source["path"] = str(parts / "pictures/answers.jsonl")

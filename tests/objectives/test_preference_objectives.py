@@ -65,7 +65,7 @@ def moved(decoder, objective, samples, folder):
     model = module.model.eval()
     start = open_started(decoder)
     rows = [0, 5, 7]
-    batch = objective.complete(collate([samples[n] for n in rows], lookup, pad_id=0), "train")
+    batch = objective.add_reference(collate([samples[n] for n in rows], lookup, pad_id=0), "train")
     return model, start, [samples[n] for n in rows], batch, rows
 
 
@@ -203,7 +203,7 @@ def test_preferences_about_pictures_are_learnt_from_the_pictures(
         batch = collate([samples[n] for n in good], partial(lookup, turn=turn), pad_id=0)
         with torch.no_grad():
             margins.append(
-                objective.loss(module.model, objective.complete(batch, "train"))[1]["margin"].item()
+                objective.loss(module.model, objective.add_reference(batch, "train"))[1]["margin"].item()
             )
     assert margins[1] < 0.5 * margins[0], margins
 

@@ -9,9 +9,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from bindllm.objectives import reference
 from bindllm.training.module import BindModule
 from bindllm.training.run import Run
-from tiny import COLOURS
+from tiny import COLORS
 from tiny_run import run, tiny_parts, tiny_recipe
 from two_processes import run_pair, told
 
@@ -31,16 +32,16 @@ def parts(tmp_path_factory):
     """The tiny parts, with pairs about their pictures."""
     folder = tiny_parts(tmp_path_factory.mktemp("parts"))
     rows = []
-    for number, mine in enumerate(COLOURS):
+    for number, mine in enumerate(COLORS):
         for n in range(7):
-            other = [colour for colour in COLOURS if colour != mine][(number + n) % 3]
+            other = [colour for colour in COLORS if colour != mine][(number + n) % 3]
             row = {"image": f"images/{mine}{n}.png", "prompt": "Which colour?", "chosen": mine}
             rows.append({**row, "rejected": other, "split": "validation" if n == 0 else "train"})
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "pictures/preferences.jsonl").write_text(text, encoding="utf-8")
     answers = [
         {"image": f"images/{mine}0.png", "question": "Which colour?", "answer": mine, "split": "test"}
-        for mine in COLOURS
+        for mine in COLORS
     ]
     text = "".join(json.dumps(row) + "\n" for row in answers)
     (folder / "pictures/answers.jsonl").write_text(text, encoding="utf-8")
@@ -87,11 +88,17 @@ def test_the_log_of_a_run_holds_margins_and_accuracies(uninterrupted):
 
 
 PLACES = {
-    "while the reference is computed": ("predict_step", 2, 12),
+    "while the reference is computed": ("answer_log_probs", 2, 12),
     "in the first epoch": ("training_step", 4, 9),
     "in the first step": ("training_step", 1, 12),
     "in a validation": ("validation_step", 1, 7),
 }
+
+
+def owner_of(name):
+    return reference if name == "answer_log_probs" else BindModule
+
+
 SLOW = ("in the first step", "in a validation")
 
 
@@ -101,7 +108,7 @@ SLOW = ("in the first step", "in a validation")
 def test_a_killed_run_goes_on_to_the_same_end(place, recipe, uninterrupted, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name, at, left = PLACES[place]
-    counts = dict.fromkeys(("predict_step", "training_step", "validation_step"), 0)
+    counts = dict.fromkeys(("answer_log_probs", "training_step", "validation_step"), 0)
 
     def counting(name, original):
         def work(self, batch, *args):
@@ -114,16 +121,18 @@ def test_a_killed_run_goes_on_to_the_same_end(place, recipe, uninterrupted, tmp_
 
     stop = at
     with monkeypatch.context() as patch:
-        patch.setattr(BindModule, name, counting(name, getattr(BindModule, name)))
+        owner = owner_of(name)
+        patch.setattr(owner, name, counting(name, getattr(owner, name)))
         with pytest.raises(Killed):
             run("fit", recipe)
     counts, stop = dict.fromkeys(counts, 0), None
     for name in counts:
-        monkeypatch.setattr(BindModule, name, counting(name, getattr(BindModule, name)))
+        owner = owner_of(name)
+        monkeypatch.setattr(owner, name, counting(name, getattr(owner, name)))
     state = Path("runs/tiny/last.ckpt").exists()
     assert run("fit", recipe) == 0
     assert counts["training_step"] == left
-    assert (counts["predict_step"] == 0) == state, "a run that goes on computes no reference"
+    assert (counts["answer_log_probs"] == 0) == state, "a run that goes on computes no reference"
     assert ending(tmp_path) == ending(uninterrupted)
 
 
@@ -132,7 +141,7 @@ def test_the_recipe_runs_on_tiny_parts(parts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipe = yaml.safe_load((Path(__file__).parents[2] / "recipes/easyvqa-dpo.yaml").read_text())
     recipe["model"]["decoder"] |= {"name": str(parts / "decoder"), "dtype": "float32"}
-    recipe["model"]["encoders"] = [{"class_path": "tiny.ColourEncoder"}]
+    recipe["model"]["encoders"] = [{"class_path": "tiny.ColorEncoder"}]
     recipe["model"].pop("start_from")
     pairs, answers = recipe["data"]["sources"]
     answers |= {"path": str(parts / "pictures/answers.jsonl")}

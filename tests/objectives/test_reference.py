@@ -13,7 +13,7 @@ from bindllm.errors import TrainingError
 from bindllm.objectives import DPO, KTO
 from bindllm.objectives.log_probs import answer_log_probs
 from bindllm.objectives.reference import _arranged, _compute
-from bindllm.training.module import BindModule
+from bindllm.parallel import Processes, RunContext
 from preference_parts import Preferences, build, lookup, pairs, row
 from tiny_run import make_trainer
 
@@ -23,13 +23,13 @@ pytestmark = pytest.mark.usefixtures("silent")
 @pytest.fixture
 def computed(monkeypatch):
     """Collects the number of rows of each batch whose reference is computed."""
-    original, rows = BindModule.predict_step, []
+    rows = []
 
-    def counting(self, batch, *args):
+    def counting(model, batch):
         rows.append(len(batch["labels"]))
-        return original(self, batch, *args)
+        return answer_log_probs(model, batch)
 
-    monkeypatch.setattr(BindModule, "predict_step", counting)
+    monkeypatch.setattr("bindllm.objectives.reference.answer_log_probs", counting)
     return rows
 
 
@@ -50,7 +50,7 @@ def test_they_are_those_of_the_model_as_it_started_whatever_has_been_learnt_sinc
     with torch.no_grad():
         expected = answer_log_probs(start.model.eval(), batch)[0]
         trained = answer_log_probs(module.model.eval(), batch)[0]
-    found = module.objective.complete(batch, "validation")["reference"]
+    found = module.objective.add_reference(batch, "validation")["reference"]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     assert (found - trained).abs().max() > 0.1
     kept = load_file(tmp_path / "reference.safetensors")
@@ -142,47 +142,28 @@ def test_a_disk_without_room_is_told(decoder, tmp_path, monkeypatch):
         fit(decoder, tmp_path)
 
 
-class Ranks:
-    """Stands for the trainers of several processes, one thread each, that add up what they have."""
-
-    def __init__(self, world_size):
-        self.world_size, self.sums = world_size, [None] * world_size
-        self.barrier = threading.Barrier(world_size)
-        self.seen = [[] for _ in range(world_size)]
-
-    def trainer(self, rank):
-        def reduce(values, reduce_op):
-            assert reduce_op == "sum"
-            self.sums[rank] = values
-            self.barrier.wait()
-            return torch.stack(self.sums).sum(0)
-
-        def predict_step(batch):
-            self.seen[rank].append(batch)
-            return torch.tensor([100.0 + n for n in batch])
-
-        strategy = type(
-            "Strategy",
-            (),
-            {
-                "root_device": torch.device("cpu"),
-                "reduce": staticmethod(reduce),
-                "predict_step": staticmethod(predict_step),
-                "batch_to_device": staticmethod(lambda batch: batch),
-            },
-        )
-        members = {"global_rank": rank, "world_size": self.world_size, "strategy": strategy}
-        return type("Trainer", (), {**members, "is_global_zero": rank == 0})
-
-
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_processes_share_the_work_and_all_get_every_value(world_size):
+def test_processes_share_the_work_and_all_get_every_value(world_size, monkeypatch):
+    """Each process is played by a thread."""
     plan = [[4, 0], [1, 3], [2, 5], [6]]
-    batches = [lambda rows=rows: rows for rows in plan]
-    ranks, results = Ranks(world_size), {}
+    batches = [lambda rows=rows: {"rows": torch.tensor(rows)} for rows in plan]
+    values, barrier = [None] * world_size, threading.Barrier(world_size)
+    seen, results = [[] for _ in range(world_size)], {}
+
+    def log_probs(rank, batch):
+        seen[rank].append(batch)
+        return 100.0 + batch["rows"], None
+
+    monkeypatch.setattr("bindllm.objectives.reference.answer_log_probs", log_probs)
 
     def work(rank):
-        results[rank] = _compute(ranks.trainer(rank), plan, batches, 7)
+        def gather(value):
+            values[rank] = value
+            barrier.wait()
+            return list(values)
+
+        context = RunContext(Processes(rank, world_size, gather=gather))
+        results[rank] = _compute(rank, plan, batches, 7, context)
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world_size)]
     for thread in threads:
@@ -191,7 +172,7 @@ def test_processes_share_the_work_and_all_get_every_value(world_size):
         thread.join()
     assert [result.tolist() for result in results.values()] == [[100.0 + n for n in range(7)]] * world_size
     # As many batches for each, or a sharded decoder would wait for a process that is done.
-    assert len({len(batches) for batches in ranks.seen}) == 1
+    assert len({len(batches) for batches in seen}) == 1
 
 
 def test_values_are_put_beside_the_row_that_they_belong_to():

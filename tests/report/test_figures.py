@@ -13,7 +13,7 @@ from PIL import Image
 
 from bindllm.errors import MediaError, MissingExtraError
 from bindllm.report.figures import gate_figure, loss_figure, thumbnail
-from tiny import COLOURS
+from tiny import COLORS
 
 TRAINING = [(step, 8 * math.exp(-step / 50) + 3) for step in range(0, 300, 10)]
 VALIDATION = [(100, 4.5), (200, 3.6)]
@@ -51,12 +51,12 @@ def test_the_same_data_give_the_same_bytes():
 
 
 def test_thumbnails_are_small_and_keep_the_shape(tmp_path):
-    Image.new("RGB", (400, 200), COLOURS["red"]).save(tmp_path / "a.png")
+    Image.new("RGB", (400, 200), COLORS["red"]).save(tmp_path / "a.png")
     head, _, content = thumbnail(str(tmp_path / "a.png"), size=80).partition(",")
     assert head == "data:image/webp;base64"
     picture = Image.open(io.BytesIO(base64.b64decode(content)))
     assert picture.size == (80, 40)
-    assert np.abs(np.asarray(picture)[20, 40].astype(int) - COLOURS["red"]).max() < 20
+    assert np.abs(np.asarray(picture)[20, 40].astype(int) - COLORS["red"]).max() < 20
 
 
 def test_a_missing_image_is_named(tmp_path):

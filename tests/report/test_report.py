@@ -18,7 +18,7 @@ from bindllm.model.checkpoint import write_checkpoint
 from bindllm.report import page, report
 from bindllm.report.page import SHEET_SIZE
 from bindllm.report.report import RunFacts, git_revision, rebuild_report, software_versions, write_report
-from tiny import colour_pictures
+from tiny import color_images
 
 NUMBERS = {"loss": 3.5, "perplexity": 33.1, "cider": 1.2, "bleu4": 0.0, "rouge_l": 0.3, "exact_match": 0.25}
 METRICS = {
@@ -91,7 +91,7 @@ def _draw_once(drawn, monkeypatch):
 def folder(tmp_path, monkeypatch):
     """A checkpoint folder next to images; the working directory is the parent of both."""
     monkeypatch.chdir(tmp_path)
-    colour_pictures(tmp_path / "pictures")
+    color_images(tmp_path / "pictures")
     manifest = {"decoder": {"name": "tiny"}, "encoders": [], "inject": {"kind": "value", "queries": True}}
     write_checkpoint(tmp_path / "checkpoint", manifest, {"injection.gates": torch.full((3, 4), 0.5)}, "card")
     return tmp_path / "checkpoint"

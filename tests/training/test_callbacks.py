@@ -20,7 +20,7 @@ from bindllm.training.callbacks import (
     refuse_unmeasured,
     spread,
 )
-from tiny import ColourEncoder, save_tiny_decoder, tiny_decoder
+from tiny import ColorEncoder, save_tiny_decoder, tiny_decoder
 
 
 def sample(number: int, *, shows: bool = True) -> Sample:
@@ -66,7 +66,7 @@ def captioned(tmp_path_factory):
     """Return a function that captions samples as after step 7, and gives what was logged and looked up."""
     folder = save_tiny_decoder(tmp_path_factory.mktemp("decoder"))
     config = DecoderConfig(str(folder), dtype="float32")
-    model = BindLLM.build(config, device="cpu", encoders=[ColourEncoder()]).eval()
+    model = BindLLM.build(config, device="cpu", encoders=[ColorEncoder()]).eval()
 
     def caption(samples):
         shown, log = [], Log()
@@ -120,7 +120,7 @@ def test_rows_whose_picture_speaks_to_none_of_their_tokens_are_not_captioned(cap
 @pytest.mark.parametrize("adapter", [None, AdapterConfig(rank=2)])
 def test_the_table_counts_every_parameter_once(tmp_path, capsys, adapter):
     decoder = DecoderConfig(str(save_tiny_decoder(tmp_path / "d")), dtype="float32")
-    model = BindLLM.build(decoder, device="cpu", encoders=[ColourEncoder()], adapter=adapter)
+    model = BindLLM.build(decoder, device="cpu", encoders=[ColorEncoder()], adapter=adapter)
     model.set_trainable(list(model.parameter_groups()))
     trainer = SimpleNamespace(is_global_zero=True, datamodule=SimpleNamespace(report=""))
     ParameterTable().on_train_start(trainer, SimpleNamespace(model=model))

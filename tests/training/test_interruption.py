@@ -321,7 +321,7 @@ def test_kill_9_inside_a_save_of_the_checkpoint_folder_keeps_the_earlier_one(
     before = Path("checkpoints/tiny/bind.safetensors").read_bytes()
     run_killed(recipe, monkeypatch, arm)
     assert Path("checkpoints", earlier, "bind.safetensors").read_bytes() == before != uninterrupted[FILES[0]]
-    BindLLM.from_pretrained(Path("checkpoints", earlier), device="cpu", allow=["tiny.ColourEncoder"])
+    BindLLM.from_pretrained(Path("checkpoints", earlier), device="cpu", allow=["tiny.ColorEncoder"])
     steps = count_calls(monkeypatch, BindModule, "training_step")
     assert run("fit", recipe) == 0
     assert steps == []

@@ -24,7 +24,7 @@ from bindllm.training.module import AnyEncoder, BindModule
 from bindllm.training.optim import OptimConfig
 from bindllm.training.runlog import RunLog
 from bindllm.training.state import RunState
-from tiny import ColourEncoder
+from tiny import ColorEncoder
 from tiny_run import make_trainer, tiny_parts
 
 
@@ -39,7 +39,7 @@ def make(parts, tmp_path):
 
     def build(**changes):
         options = {
-            "encoders": [ColourEncoder()],
+            "encoders": [ColorEncoder()],
             "bind": BindConfig(depth=1),
             "inject": InjectConfig(),
             "optim": OptimConfig(lr=0.02, warmup=2),
@@ -69,7 +69,7 @@ def test_the_decoder_is_not_loaded_before_the_run(make):
 
 
 def test_any_class_with_the_methods_is_an_encoder():
-    assert issubclass(ColourEncoder, AnyEncoder)
+    assert issubclass(ColorEncoder, AnyEncoder)
     assert not issubclass(dict, AnyEncoder)
 
 
@@ -216,7 +216,7 @@ def test_starting_from_a_folder_of_other_parts_is_refused(make, tmp_path):
     module, _ = make()
     module.configure_model()
     module.model.save_pretrained(tmp_path / "folder")
-    other, _ = make(encoders=[ColourEncoder(grid=3)], start_from=str(tmp_path / "folder"))
+    other, _ = make(encoders=[ColorEncoder(grid=3)], start_from=str(tmp_path / "folder"))
     with pytest.raises(CheckpointError, match="other encoders"):
         other.configure_model()
 
@@ -279,7 +279,7 @@ def test_checkpointed_activations_train_the_same_weights(make, trainer):
         torch.testing.assert_close(states[0][name], states[1][name], rtol=1e-4, atol=1e-6)
 
 
-class NetworkEncoder(ColourEncoder):
+class NetworkEncoder(ColorEncoder):
     """An encoder with all that training could spoil: weights, dropout and running statistics."""
 
     def __init__(self):

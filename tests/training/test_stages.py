@@ -17,7 +17,7 @@ from bindllm.model.bind_network import BindConfig
 from bindllm.model.decoder import DecoderConfig
 from bindllm.model.injection import InjectConfig
 from bindllm.training.stages import check_base, take_over
-from tiny import ColourEncoder, save_tiny_decoder
+from tiny import ColorEncoder, save_tiny_decoder
 
 IDS = torch.arange(3, 11).reshape(1, 8)
 LORA = AdapterConfig(rank=4, alpha=8.0)
@@ -31,7 +31,7 @@ def decoder(tmp_path_factory):
 def build(decoder, *, seed=0, **changes) -> BindLLM:
     """A model whose parts all have something to say."""
     torch.manual_seed(seed)
-    options = {"encoders": [ColourEncoder()], "bind": BindConfig(depth=1, expansion=2), **changes}
+    options = {"encoders": [ColorEncoder()], "bind": BindConfig(depth=1, expansion=2), **changes}
     model = BindLLM.build(decoder, device="cpu", **options)
     nn.init.normal_(model.injection.gates)
     for parameter in model.adapter.parameters().values() if model.adapter else ():
@@ -50,7 +50,7 @@ def test_a_new_adapter_starts_from_nothing(decoder, tmp_path):
     first = build(decoder)
     first.save_pretrained(tmp_path / "first")
     torch.manual_seed(1)
-    parts = {"encoders": [ColourEncoder()], "bind": first.bind_config}
+    parts = {"encoders": [ColorEncoder()], "bind": first.bind_config}
     second = BindLLM.build(decoder, device="cpu", adapter=LORA, **parts).eval()
     take_over(second, tmp_path / "first")
     assert torch.equal(logits(second), logits(first))
@@ -76,7 +76,7 @@ def test_the_same_adapter_goes_on(decoder, tmp_path, adapter):
         ({"bind": BindConfig(depth=2, expansion=2)}, r"bind\.depth is 1 there and 2 here"),
         ({"inject": InjectConfig(kind="residual")}, r"inject\.kind is value there and residual here"),
         ({"inject": InjectConfig(layers=2)}, r"inject\.layers is null there and 2 here"),
-        ({"encoders": [ColourEncoder(grid=3)]}, r"another encoders than .*tiny\.ColourEncoder"),
+        ({"encoders": [ColorEncoder(grid=3)]}, r"another encoders than .*tiny\.ColorEncoder"),
         (
             {"adapter": None},
             r"this recipe has none.*\{rank: 4, alpha: 8\.0, bias: true, norm: true, dora: false",
@@ -110,9 +110,9 @@ def test_what_may_differ_is_said(decoder, tmp_path, caplog):
     model.save_pretrained(tmp_path / "m")
     parts = {"encoders": model.encoders, "bind": model.bind_config, "inject": model.inject_config}
     assert check_base(tmp_path / "m", decoder=decoder, adapter=LORA, **parts) == []
-    on_bits = replace(decoder, quantise="nf4")
+    on_bits = replace(decoder, quantize="nf4")
     (remark,) = check_base(tmp_path / "m", decoder=on_bits, adapter=LORA, **parts)
-    assert "decoder.quantise null, this run has nf4" in remark
+    assert "decoder.quantize null, this run has nf4" in remark
     in_other_words = replace(decoder, system="", template=None)
     (remark,) = check_base(tmp_path / "m", decoder=in_other_words, adapter=LORA, **parts)
     assert 'decoder.system null, this run has "": its prompts read differently' in remark

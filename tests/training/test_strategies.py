@@ -43,13 +43,13 @@ def test_strategies_that_leave_it_whole_are_not(strategy):
     assert averages_gradients(strategy) is not isinstance(strategy, DeepSpeedStrategy)
 
 
-def test_a_quantised_decoder_cannot_be_cut_and_stays_as_it_was():
+def test_a_quantized_decoder_cannot_be_cut_and_stays_as_it_was():
     decoder = tiny_decoder()
     projection = decoder.get_decoder().layers[0].mlp.up_proj
     projection.weight = torch.nn.Parameter(torch.zeros(4, 1, dtype=torch.uint8), requires_grad=False)
     before = type(decoder.get_decoder().layers[0])
     with pytest.raises(
-        InputError, match=r"quantised \(model\.layers\.0\.mlp\.up_proj\.weight.*trainer\.strategy ddp"
+        InputError, match=r"quantized \(model\.layers\.0\.mlp\.up_proj\.weight.*trainer\.strategy ddp"
     ):
         shard_decoder(decoder, mesh=None)
     assert type(decoder.get_decoder().layers[0]) is before

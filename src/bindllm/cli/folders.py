@@ -61,9 +61,9 @@ def export(
         print(
             f"rounded to {done.dtype}: changes of a short training may be smaller than that; --dtype float32 keeps them"
         )
-    if done.quantised:
+    if done.quantized:
         print(
-            f"merged into the full decoder: training used {done.quantised}, so the answers are similar, not identical"
+            f"merged into the full decoder: training used {done.quantized}, so the answers are similar, not identical"
         )
     print(
         "not included: bind network and injection. A plain model has no input for media, and this folder cannot be the "

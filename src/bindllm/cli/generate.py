@@ -157,7 +157,7 @@ def _load(
         allow=options.allow,
         encoders=build_encoders(options.encoder, overrides, allow=options.allow),
         cache=False if cache.no_cache else cache.cache,
-        quantise=False if options.quantize == "none" else options.quantize,
+        quantize=False if options.quantize == "none" else options.quantize,
     )
     if model.cache is None and (cache.settings or cache.show_neighbors):
         option = f"--cache_{next(iter(cache.settings))}" if cache.settings else "--show_neighbors"

@@ -33,7 +33,7 @@ _TURNS = {
     "activations": "data.batch_size, data.max_length, model.checkpoint_activations",
     "gradients of activations": "data.batch_size, data.max_length",
     "logits": "data.batch_size: supervised tokens times the vocabulary",
-    "decoder": "model.decoder.dtype, model.decoder.quantise, or more devices with a sharded decoder",
+    "decoder": "model.decoder.dtype, model.decoder.quantize, or more devices with a sharded decoder",
     "bind": "model.bind.depth, model.bind.expansion",
     "adapter": "model.adapter.rank",
     "optimizer": "model.bind, model.adapter.rank, or DeepSpeed stage 1",
@@ -167,7 +167,7 @@ def ways(plan: RunPlan, available: int) -> Iterator[tuple[str, int]]:
 
     First what costs time alone, then what costs precision, then further devices.
     """
-    for change in (_checkpointed, _smaller_batch, _halved, _quantised, _spread):
+    for change in (_checkpointed, _smaller_batch, _halved, _quantized, _spread):
         found = change(plan, available)
         if found is None:
             continue
@@ -207,20 +207,20 @@ def _halved(plan: RunPlan, available: int) -> Way:
     return "model.decoder.dtype bfloat16", _with_decoder(plan, dtype="bfloat16")
 
 
-def _quantised(plan: RunPlan, available: int) -> Way:
-    # Packed weights cannot be cut, so a run in shards is not quantised.
-    if plan.model.decoder.quantise is not None or plan.placement.strategy == "sharded":
+def _quantized(plan: RunPlan, available: int) -> Way:
+    # Packed weights cannot be cut, so a run in shards is not quantized.
+    if plan.model.decoder.quantize is not None or plan.placement.strategy == "sharded":
         return None
-    return "model.decoder.quantise nf4", _with_decoder(plan, quantise="nf4")
+    return "model.decoder.quantize nf4", _with_decoder(plan, quantize="nf4")
 
 
 def _spread(plan: RunPlan, available: int) -> Way:
-    plain = _with_decoder(plan, quantise=None)
+    plain = _with_decoder(plan, quantize=None)
     for devices in _SHARDED_DEVICES:
         placement = replace(plan.placement, devices=devices, strategy="sharded")
         shared = replace(plain, placement=placement)
         if devices > plan.placement.devices and shared.estimate().total <= available:
-            return f"{devices} devices that share a decoder that is not quantised", shared
+            return f"{devices} devices that share a decoder that is not quantized", shared
     return None
 
 

@@ -27,7 +27,7 @@ from torch import distributed
 
 from bindllm.errors import BindLLMError, InputError, StoreError
 from bindllm.imports import find_named_modules
-from bindllm.parallel import Processes
+from bindllm.parallel import Processes, RunContext
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -59,7 +59,7 @@ class ProcessEnded(StoreError):
 
 def on_every_device(
     options: Mapping[str, Any],
-    work: Callable[[torch.device, Processes], Any],
+    work: Callable[[RunContext], Any],
     *,
     again: Callable[[], int],
 ) -> bool:
@@ -68,7 +68,7 @@ def on_every_device(
     Args:
         options: of the recipe's trainer: accelerator, devices, num_nodes, and a cluster environment among the
             plugins. Its strategy says how to train, and is not looked at.
-        work: takes the device and the number of its process; any process may end only where all others do.
+        work: takes the device of its process, and which one of all it is; any process may end only where all others do.
         again: what further processes on this machine run; it comes to this function as well, and can be pickled.
 
     Returns:
@@ -156,7 +156,7 @@ def _fabric(options: Mapping[str, Any]) -> Fabric:
     return fabric
 
 
-def _launch(fabric: Fabric, work: Callable[[torch.device, Processes], Any]) -> bool:
+def _launch(fabric: Fabric, work: Callable[[RunContext], Any]) -> bool:
     """Connect the processes, and do this one's part."""
     alone = fabric.world_size == 1
     connected = False
@@ -166,7 +166,9 @@ def _launch(fabric: Fabric, work: Callable[[torch.device, Processes], Any]) -> b
         gather = {} if alone else {"gather": _Gather(fabric.world_size)}
         connected = True
         threads = max(1, (os.cpu_count() or 1) // (1 if alone else fabric.strategy.num_processes))
-        work(fabric.device, Processes(fabric.global_rank, fabric.world_size, threads=threads, **gather))
+        processes = Processes(fabric.global_rank, fabric.world_size, threads=threads, **gather)
+        progress = processes.is_first and sys.stderr.isatty()
+        work(RunContext(processes, fabric.device, progress=progress))
 
     try:
         fabric.launch(part)

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
@@ -41,7 +40,7 @@ from bindllm.data.stream.samples import read_stream
 from bindllm.data.stream.shards import expand_shards, is_stream
 from bindllm.errors import InputError, did_you_mean
 from bindllm.media import Media
-from bindllm.parallel import SINGLE_PROCESS, Processes
+from bindllm.parallel import SINGLE_PROCESS, Processes, RunContext
 
 
 class BindData(LightningDataModule):
@@ -136,23 +135,22 @@ class BindData(LightningDataModule):
         """
         if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self._check_steps()
-        self.embed("cpu" if self.trainer is None else self.trainer.strategy.root_device)
+        # Lightning calls this in one process of each run, which embeds for all of them.
+        self.embed(replace(RunContext.of_trainer(self.trainer), processes=SINGLE_PROCESS))
 
-    def embed(self, device: torch.device | str, processes: Processes = SINGLE_PROCESS) -> None:
+    def embed(self, context: RunContext) -> None:
         """Read the sources and embed media that are not in the stores, once.
 
         Args:
-            device: where the encoders run.
-            processes: which of several processes this is; only the first can make samples afterwards.
+            context: the processes that share the work, and the device of this one. Only the first process can make
+                samples afterwards.
         """
         self.read()
         if self._embeddings is not None:
             return
         embeddings = MediaEmbeddings(self.encoders, self.store)
         media = (item for rows in self._rows.values() for row in rows for item in row.media)
-        totals = embeddings.precompute(
-            media, device=device, progress=_shows_progress() and processes.is_first, processes=processes
-        )
+        totals = embeddings.precompute(media, context)
         self._rows = {split: self._without(rows, totals.failed) for split, rows in self._rows.items()}
         self._embeddings = embeddings
         self.report.encoded, self.report.reused = totals.encoded, totals.reused
@@ -206,15 +204,15 @@ class BindData(LightningDataModule):
             raise InputError(
                 f"no training rows; there are {self.report.rows}. Lower held_out, or check the column split"
             )
-        rank, world_size = self._process()
+        processes = Processes.of_trainer(self.trainer)
         batches = LengthGroupedBatches(
             [sample.length for sample in samples],
             batch_size=self.batch_size,
             seed=self.seed,
             sources=[sample.source for sample in samples],
             weights=[config.weight for config in self.sources],
-            world_size=world_size,
-            rank=rank,
+            world_size=processes.world_size,
+            rank=processes.rank,
         )
         make = lambda rows: self._batch(samples, rows)  # noqa: E731
         return ResumableLoader(batches, make, position=self._position, repeat=self.steps_per_batch)
@@ -264,8 +262,7 @@ class BindData(LightningDataModule):
             options=StreamOptions(self.batch_size, self.max_length, self.seed, self.chunk),
             length=sys.maxsize if trainer is None else trainer.max_steps * trainer.accumulate_grad_batches,
             position=None if trainer is None else self._batches_done,
-            processes=Processes.of_trainer(trainer),
-            device="cpu" if trainer is None else trainer.strategy.root_device,
+            context=RunContext.of_trainer(trainer),
         )
         self.report.stream = self._streaming.report
         return self._streaming
@@ -315,17 +312,13 @@ class BindData(LightningDataModule):
 
     def _evaluation_loader(self, split: str) -> BatchLoader:
         samples = self.samples(split)
-        rank, world_size = self._process()
+        processes = Processes.of_trainer(self.trainer)
         batches = sorted_batches([sample.length for sample in samples], batch_size=2 * self.batch_size)
-        batches = share(batches, world_size=world_size, rank=rank)
+        batches = share(batches, world_size=processes.world_size, rank=processes.rank)
         return BatchLoader(batches, lambda rows: self._batch(samples, rows))
 
     def _batch(self, samples: list[Sample], rows: list[int]) -> Batch:
         return collate([samples[n] for n in rows], self.lookup, pad_id=self.tokenizer.pad_token_id)
-
-    def _process(self) -> tuple[int, int]:
-        """Return the rank of this process and the number of processes."""
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
     def _position(self) -> tuple[int, int]:
         """Return the epoch and the number of its completed batches."""

@@ -16,7 +16,7 @@ from bindllm.encoders import Encoder, encoder_for
 from bindllm.encoders.fusion import common_size, fuse
 from bindllm.errors import InputError
 from bindllm.media import Media
-from bindllm.parallel import SINGLE_PROCESS, Processes
+from bindllm.parallel import RunContext
 
 
 @dataclass
@@ -53,22 +53,13 @@ class MediaEmbeddings:
         self._stores: dict[int, EmbeddingStore] = {}
         self._keys: dict[Media, str] = {}
 
-    def precompute(
-        self,
-        media: Iterable[Media],
-        *,
-        device: torch.device | str = "cpu",
-        progress: bool = False,
-        processes: Processes = SINGLE_PROCESS,
-    ) -> PrecomputeTotals:
+    def precompute(self, media: Iterable[Media], context: RunContext = RunContext()) -> PrecomputeTotals:  # noqa: B008
         """Embed what the stores lack.
 
         Args:
             media: of modalities that the encoders serve.
-            device: where the encoders run; they are on the CPU again afterwards.
-            progress: show a bar.
-            processes: which of several processes this one is; each is given the same media. The first one knows the
-                keys afterwards, for the others the work ends here.
+            context: the device that the encoders run on (they are on the CPU again afterwards), and the processes that
+                share the work; each is given the same media. Only the first one has the keys afterwards.
 
         Returns:
             What it came to, in all processes together.
@@ -77,7 +68,7 @@ class MediaEmbeddings:
             InputError: media of a modality that no encoder serves.
             StoreError: a store that cannot be written.
         """
-        totals = PrecomputeTotals()
+        totals, processes = PrecomputeTotals(), context.processes
         wanted: dict[int, list[Media]] = {}
         for item in dict.fromkeys(media):
             wanted.setdefault(self._number(item), []).append(item)
@@ -87,7 +78,7 @@ class MediaEmbeddings:
             encoder, store = self._encoders[number], self._store(number)
             try:
                 report = precompute_embeddings(
-                    store, encoder.to(device), items, progress=progress, processes=processes
+                    store, encoder.to(context.device), items, progress=context.progress, processes=processes
                 )
             finally:
                 # An encoder that failed must not keep the accelerator's memory either.

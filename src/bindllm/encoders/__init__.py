@@ -21,14 +21,15 @@ if TYPE_CHECKING:
     import torch
 
     from bindllm.encoders.aligned import Aligned
+    from bindllm.encoders.audio_tower import AudioTower
     from bindllm.encoders.efficientnet import EfficientNetLite
     from bindllm.encoders.huggingface import HuggingFace
     from bindllm.encoders.imagebind import ImageBind
     from bindllm.encoders.pointbind import PointBind
-    from bindllm.encoders.sound_tower import SoundTower
 
 __all__ = [
     "Aligned",
+    "AudioTower",
     "EfficientNetLite",
     "Encoder",
     "HasExamples",
@@ -36,10 +37,9 @@ __all__ = [
     "HuggingFace",
     "ImageBind",
     "PointBind",
-    "SoundTower",
     "encoder_for",
     "fingerprint",
-    "passed_over",
+    "skipped_encoders",
 ]
 
 _HOMES = {
@@ -48,7 +48,7 @@ _HOMES = {
     "HuggingFace": "bindllm.encoders.huggingface",
     "ImageBind": "bindllm.encoders.imagebind",
     "PointBind": "bindllm.encoders.pointbind",
-    "SoundTower": "bindllm.encoders.sound_tower",
+    "AudioTower": "bindllm.encoders.audio_tower",
 }
 
 
@@ -142,7 +142,7 @@ def encoder_for(modality: str, encoders: Sequence[Encoder]) -> Encoder:
     )
 
 
-def passed_over(encoders: Sequence[Encoder]) -> list[str]:
+def skipped_encoders(encoders: Sequence[Encoder]) -> list[str]:
     """Return one sentence for each encoder that serves a modality which an earlier one serves.
 
     `encoder_for` takes the first, so the later one is never asked for it.

@@ -24,13 +24,14 @@ from bindllm.cache.visual_cache import VisualCache
 from bindllm.data.collate import MediaGroup
 from bindllm.data.embeddings import MediaEmbeddings
 from bindllm.data.report import Skipped
-from bindllm.encoders import Encoder, encoder_for, passed_over
+from bindllm.encoders import Encoder, encoder_for, skipped_encoders
 from bindllm.encoders.alignment import alignment_warnings, space_of
 from bindllm.errors import InputError, printable
 from bindllm.evaluation.layouts import Dataset
 from bindllm.evaluation.measures import MEASURES, Measure, Row, Scores
 from bindllm.evaluation.prompts import NAME, fill_templates, templates_for
 from bindllm.media import Media
+from bindllm.parallel import RunContext
 
 FORMAT = 1
 """Version of the JSON file."""
@@ -167,7 +168,7 @@ def evaluate_zero_shot(
         templates=templates,
         encoders=[_describe(encoder) for encoder in needed],
         cache=None if cache is None else _settings(cache),
-        warnings=[*alignment_warnings(needed), *passed_over(encoders)],
+        warnings=[*alignment_warnings(needed), *skipped_encoders(encoders)],
         notes=[*dataset.notes, *_notes_on_cache(dataset, cache), *measured.notes],
         num_encoded=num_encoded,
         seconds=time.perf_counter() - started,
@@ -221,7 +222,7 @@ def _fill(
     wanted = dict.fromkeys(row.media for row in rows)
     for groups in (*(row.targets for row in rows), prompts):
         wanted |= dict.fromkeys(media for group in groups for media in group)
-    totals = embeddings.precompute(wanted, device=device, progress=progress)
+    totals = embeddings.precompute(wanted, RunContext(device=device, progress=progress))
     failed = totals.failed
     # A missing prompt would change the task, while a missing file only makes it smaller.
     if broken := [media for prompt in prompts for media in prompt if media in failed]:

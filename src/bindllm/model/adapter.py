@@ -8,7 +8,7 @@ each row of ``W + scale * B A`` as well, ``y = m * (W + scale * B A) x / |W + sc
 start.
 
 peft builds the layers and its files hold everything: plain peft loads the folder ``adapter/`` of a checkpoint onto
-the plain decoder. Order of construction: decoder, quantisation, adapter, injection.
+the plain decoder. Order of construction: decoder, quantization, adapter, injection.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bindllm.errors import DecoderError, InputError, MissingExtraError
-from bindllm.model.quantise import quiet_bitsandbytes
+from bindllm.model.quantize import quiet_bitsandbytes
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PREFIX = "adapter."

@@ -21,7 +21,7 @@ from bindllm.cache.settings import CacheConfig
 from bindllm.cache.visual_cache import CacheChoice, VisualCache, choose_cache
 from bindllm.conversation import Conversation
 from bindllm.embeddings.embedder import embed_groups
-from bindllm.encoders import Encoder, passed_over
+from bindllm.encoders import Encoder, skipped_encoders
 from bindllm.encoders.alignment import alignment_warnings
 from bindllm.encoders.fusion import common_size
 from bindllm.errors import InputError, did_you_mean
@@ -77,7 +77,7 @@ class BindLLM(nn.Module):
         self.cache: VisualCache | None = None
         self.bind_config, self.inject_config = bind or BindConfig(), inject or InjectConfig()
         self.tokenizer, self.encoders = tokenizer, tuple(encoders)
-        for warning in (*alignment_warnings(self.encoders), *passed_over(self.encoders)):
+        for warning in (*alignment_warnings(self.encoders), *skipped_encoders(self.encoders)):
             logging.getLogger("bindllm").warning(warning)
         width = decoder.config.get_text_config().hidden_size
         self.bind = BindNetwork(common_size(self.encoders), width, self.bind_config).to(decoder.device)
@@ -311,7 +311,7 @@ class BindLLM(nn.Module):
         allow: Sequence[str] = (),
         encoders: Sequence[Encoder] = (),
         cache: CacheChoice | str | Path = None,
-        quantise: str | bool | None = None,
+        quantize: str | bool | None = None,
     ) -> Self:
         """Load a checkpoint folder.
 
@@ -324,7 +324,7 @@ class BindLLM(nn.Module):
             encoders: further ones, for modalities that those of the checkpoint do not serve.
             cache: the visual cache of the model, or the place of one, mixed in as the checkpoint says; None: what
                 the checkpoint names, False: none. `save_pretrained` goes on naming what the checkpoint names.
-            quantise: ``nf4`` or ``int8`` (see `DecoderConfig`); None: as in training, False: not at all.
+            quantize: ``nf4`` or ``int8`` (see `DecoderConfig`); None: as in training, False: not at all.
 
         Raises:
             CheckpointError: another decoder or encoder than the one it was trained with, a newer format, missing
@@ -333,7 +333,7 @@ class BindLLM(nn.Module):
             StoreError: the cache is missing or damaged, or was built with another encoder.
         """
         config, parts, tensors = read_parts(
-            folder, decoder=decoder, dtype=dtype, allow=allow, encoders=encoders, quantise=quantise
+            folder, decoder=decoder, dtype=dtype, allow=allow, encoders=encoders, quantize=quantize
         )
         known = [encoder.fingerprint() for encoder in parts["encoders"]]
         # Ahead of the decoder, which may take minutes to load.

@@ -38,7 +38,7 @@ def write_card(manifest: dict[str, Any], *, data: list[str] | None = None) -> st
         f"Bind network: depth {manifest['bind']['depth']}, expansion {manifest['bind']['expansion']}. "
         f"Injection: kind `{manifest['inject']['kind']}`, queries {manifest['inject']['queries']}.",
         *_adapter_lines(adapter),
-        *([f"Trained on the decoder in {kind}."] if (kind := decoder.get("quantise")) else []),
+        *([f"Trained on the decoder in {kind}."] if (kind := decoder.get("quantize")) else []),
         *(("", "## Origin", "", manifest["origin"]) if manifest.get("origin") else ()),
         "",
         "## Use",

@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 from bindllm.conversation import check_tokenizer
 from bindllm.encoders.hub import loading_error
 from bindllm.errors import DecoderError, InputError, did_you_mean, fetch_hint
-from bindllm.model.quantise import QUANTISATIONS, keep_gradients, quantisation_config
+from bindllm.model.quantize import QUANTIZATIONS, keep_gradients, quantization_config
 from bindllm.model.templates import TEMPLATES, apply_template
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -59,7 +59,7 @@ class DecoderConfig:
     template: str | None = None
     """`alpaca`: the text template of the released ImageBind-LLM, for a base LLaMA; null: the tokenizer's own."""
 
-    quantise: Literal["nf4", "int8"] | None = None
+    quantize: Literal["nf4", "int8"] | None = None
     """Frozen projections in 4 bits (`nf4`, as in QLoRA) or 8 bits (`int8`), through bitsandbytes; null: as they are."""
 
     def __post_init__(self) -> None:
@@ -71,9 +71,9 @@ class DecoderConfig:
             raise InputError(
                 f"unknown template {self.template!r}. {did_you_mean(str(self.template), TEMPLATES)}"
             )
-        if self.quantise is not None and self.quantise not in QUANTISATIONS:
+        if self.quantize is not None and self.quantize not in QUANTIZATIONS:
             raise InputError(
-                f"unknown quantisation {self.quantise!r}. {did_you_mean(str(self.quantise), QUANTISATIONS)}"
+                f"unknown quantization {self.quantize!r}. {did_you_mean(str(self.quantize), QUANTIZATIONS)}"
             )
 
 
@@ -158,21 +158,21 @@ def load_decoder(config: DecoderConfig, *, device: str | torch.device | None = N
     """Load a causal language model, frozen and in eval mode.
 
     Args:
-        config: name, dtype, revision and quantisation.
+        config: name, dtype, revision and quantization.
         device: where it goes; by default the accelerator that torch finds, else the CPU.
 
     Raises:
         DecoderError: the folder is missing, not a causal language model, or holds pickled weights only.
-        MissingExtraError: it is to be quantised, and bitsandbytes is not installed.
+        MissingExtraError: it is to be quantized, and bitsandbytes is not installed.
     """
     device = device or default_device()
     folder = find_folder(config)
     dtype = choose_dtype(device) if config.dtype == "auto" else DTYPES[config.dtype]
     options = {}
-    if config.quantise is not None:
-        # Each projection is quantised where it is to stay: the whole decoder is never there in full.
+    if config.quantize is not None:
+        # Each projection is quantized where it is to stay: the whole decoder is never there in full.
         options = {
-            "quantization_config": quantisation_config(config.quantise, dtype),
+            "quantization_config": quantization_config(config.quantize, dtype),
             "device_map": {"": device},
         }
     quiet = transformers_logging.get_verbosity()
@@ -187,7 +187,7 @@ def load_decoder(config: DecoderConfig, *, device: str | torch.device | None = N
         ) from error
     finally:
         transformers_logging.set_verbosity(quiet)
-    if config.quantise is not None:
+    if config.quantize is not None:
         keep_gradients(decoder)
     else:
         decoder.to(device)

@@ -51,14 +51,14 @@ class Export:
         dtype: its precision.
         num_merged: number of projections that an adapter was merged into.
         num_replaced: number of tuned norms that took the place of the decoder's.
-        quantised: how the decoder was quantised in training, or None.
+        quantized: how the decoder was quantized in training, or None.
     """
 
     folder: Path
     dtype: str
     num_merged: int
     num_replaced: int
-    quantised: str | None
+    quantized: str | None
 
 
 def export_decoder(
@@ -93,11 +93,11 @@ def export_decoder(
     plain = _plain_config(config, adapter, checkpoint)
     of_files, dtype = _choose_dtypes(dtype, plain)
     tokenizer = load_tokenizer(config)
-    network = load_decoder(replace(config, dtype=of_files, quantise=None), device="cpu")
+    network = load_decoder(replace(config, dtype=of_files, quantize=None), device="cpu")
     tensors = {k: v for k, v in read_weights(checkpoint, manifest).items() if k.startswith(PREFIX)}
     num_merged, num_replaced = merge(network, adapter, tensors, DTYPES[dtype], source=str(checkpoint))
     _take_config(network, plain)
-    done = Export(output, dtype, num_merged, num_replaced, manifest["decoder"].get("quantise"))
+    done = Export(output, dtype, num_merged, num_replaced, manifest["decoder"].get("quantize"))
     with atomic_folder(output) as part:
         network.save_pretrained(part, max_shard_size=_SHARD)
         tokenizer.save_pretrained(part)
@@ -117,7 +117,7 @@ def merge(
     """Fold an adapter into a plain decoder.
 
     Args:
-        decoder: without adapter, injection or quantisation; changed in place.
+        decoder: without adapter, injection or quantization; changed in place.
         config: of the adapter.
         tensors: the adapter's, by their names in a checkpoint.
         dtype: the precision that the decoder gets.
@@ -167,13 +167,13 @@ def _plain_config(config: DecoderConfig, adapter: AdapterConfig, checkpoint: str
     """Return the config of the merged decoder: with the biases of the adapter, where the family has them.
 
     Raises:
-        CheckpointError: it has not, or its files are quantised.
+        CheckpointError: it has not, or its files are quantized.
     """
     folder = find_folder(config)
     plain = read_config(folder)
     if plain.to_dict().get("quantization_config"):
         raise CheckpointError(
-            f"the files of {config.name} are quantised themselves: nothing can be merged into them. Load the "
+            f"the files of {config.name} are quantized themselves: nothing can be merged into them. Load the "
             "checkpoint as it is (BindLLM.from_pretrained)"
         )
     if not adapter.bias:
@@ -229,8 +229,8 @@ def _card(config: DecoderConfig, checkpoint: str | Path, manifest: dict[str, Any
         f"bindllm checkpoint `{Path(checkpoint).name}` merged into it: {done.num_merged} projections, "
         f"{done.num_replaced} norms, {done.dtype}.",
     ]
-    if done.quantised:
-        sentences.append(f"Training held the decoder in {done.quantised}; this is the full one.")
+    if done.quantized:
+        sentences.append(f"Training held the decoder in {done.quantized}; this is the full one.")
     sentences += [
         "It reads text alone. The bind network and the injection, which bring pictures, sounds and other media in, are "
         "not part of it and cannot be put on top of it: for media, load the checkpoint with bindllm "

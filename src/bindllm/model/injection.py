@@ -116,7 +116,7 @@ def route_tokens(media_index: Tensor, num_groups: int) -> Tensor:
 class Injection(nn.Module):
     """Gates and queries, hooked onto the layers of a Hugging Face decoder.
 
-    Construct it last: decoder, quantisation, peft, then injection, so that the term passes through the adapter of
+    Construct it last: decoder, quantization, peft, then injection, so that the term passes through the adapter of
     the output projection like everything else in attention.
 
     Args:

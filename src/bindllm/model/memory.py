@@ -40,7 +40,7 @@ STRATEGIES = ("single", "ddp", "sharded", "zero1", "zero2")
 # Adam keeps two running means of every gradient.
 _MOMENTS = 2
 # Bytes of a weight. nf4: half a byte, a scale of one byte for 64 weights, and one of four for 256 of those.
-_QUANTISED = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
+_QUANTIZED = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class ModelPlan:
     """Everything about a model that its memory depends on, without any weight.
 
     Args:
-        decoder: which language model, its dtype and quantisation; only its config is read.
+        decoder: which language model, its dtype and quantization; only its config is read.
         embedding_size: E of the encoders.
         bind: shape of the bind network.
         inject: which layers are served, and how.
@@ -155,7 +155,7 @@ def estimate_memory(
         plan.inject,
         plan.adapter,
         frozenset(plan.trainable),
-        inputs=plan.decoder.quantise == "int8",
+        inputs=plan.decoder.quantize == "int8",
     )
     return MemoryEstimate(_moments(sizes, activations, placement), sizes.trained)
 
@@ -186,7 +186,7 @@ class _Sizes:
     def of(cls, plan: ModelPlan) -> _Sizes:
         decoder = without_weights(find_folder(plan.decoder))
         widths, number = Widths.of(decoder), plan.dtype.itemsize
-        layer = _bytes_of(decoder.get_decoder().layers[0], number, plan.decoder.quantise)
+        layer = _bytes_of(decoder.get_decoder().layers[0], number, plan.decoder.quantize)
         everything = sum(parameter.numel() for parameter in decoder.parameters()) * number
         plain = widths.layers * _bytes_of(decoder.get_decoder().layers[0], number, None)
         with torch.device("meta"):
@@ -200,20 +200,20 @@ class _Sizes:
             decoder=everything - plain + widths.layers * layer,
             layer=layer,
             head=decoder.get_output_embeddings().weight.numel() * number,
-            matrix=widths.width * widths.inner * number if plan.decoder.quantise else 0,
+            matrix=widths.width * widths.inner * number if plan.decoder.quantize else 0,
             groups={name: FLOAT * count for name, count in counts.items()},
             trained=sum(counts[name] for name in plan.trainable),
         )
 
 
-def _bytes_of(layer: nn.Module, number: int, quantise: str | None) -> int:
-    """Bytes of a layer's weights; its projections may be quantised, its norms and biases never are."""
+def _bytes_of(layer: nn.Module, number: int, quantize: str | None) -> int:
+    """Bytes of a layer's weights; its projections may be quantized, its norms and biases never are."""
     size = 0.0
     for module in layer.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if quantise is not None and isinstance(module, nn.Linear) and name == "weight":
-                rows = FLOAT * module.out_features if quantise == "int8" else 0
-                size += parameter.numel() * _QUANTISED[quantise] + rows
+            if quantize is not None and isinstance(module, nn.Linear) and name == "weight":
+                rows = FLOAT * module.out_features if quantize == "int8" else 0
+                size += parameter.numel() * _QUANTIZED[quantize] + rows
             else:
                 size += parameter.numel() * number
     return round(size)

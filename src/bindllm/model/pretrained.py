@@ -59,7 +59,7 @@ def read_parts(
     dtype: str | None,
     allow: Sequence[str],
     encoders: Sequence[Encoder] = (),
-    quantise: str | bool | None = None,
+    quantize: str | bool | None = None,
 ) -> tuple[DecoderConfig, dict[str, Any], dict[str, Tensor]]:
     """Read a checkpoint folder and check that decoder and encoders are those it was trained with.
 
@@ -69,14 +69,14 @@ def read_parts(
         dtype: another precision of the decoder.
         allow: encoder classes outside bindllm that may be imported.
         encoders: further ones, for modalities that those of the checkpoint do not serve.
-        quantise: as for `read_decoder`.
+        quantize: as for `read_decoder`.
 
     Returns:
         the decoder's config; the other arguments of `BindLLM.build`; the trained tensors.
     """
     manifest = read_manifest(folder)
     parts = read_configs(folder, manifest)
-    config = read_decoder(folder, manifest, decoder=decoder, dtype=dtype, quantise=quantise)
+    config = read_decoder(folder, manifest, decoder=decoder, dtype=dtype, quantize=quantize)
     parts["encoders"] = read_encoders(folder, manifest, allow=allow)
     _add_encoders(parts["encoders"], encoders)
     return config, parts, read_weights(folder, manifest)
@@ -106,7 +106,7 @@ def read_decoder(
     *,
     decoder: str | None = None,
     dtype: str | None = None,
-    quantise: str | bool | None = None,
+    quantize: str | bool | None = None,
 ) -> DecoderConfig:
     """Return the config of a checkpoint's decoder, as it is reached from here, and check that it is that decoder.
 
@@ -115,7 +115,7 @@ def read_decoder(
         manifest: its content.
         decoder: where the decoder is, if not at the place that the checkpoint names.
         dtype: another precision than in training.
-        quantise: another quantisation than in training; None: the same, False: none.
+        quantize: another quantization than in training; None: the same, False: none.
 
     Raises:
         CheckpointError: it is another one, or the manifest does not tell.
@@ -128,7 +128,7 @@ def read_decoder(
             revision=saved["revision"],
             system=saved["system"],
             template=saved.get("template"),
-            quantise=saved.get("quantise") if quantise is None else quantise or None,
+            quantize=saved.get("quantize") if quantize is None else quantize or None,
         )
         fingerprint = saved["fingerprint"]
     except (KeyError, TypeError, AttributeError) as error:

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -16,9 +16,7 @@ from bindllm.data.rows import Row, Sample
 from bindllm.data.source_config import SourceConfig
 from bindllm.errors import InputError
 from bindllm.model.bindllm import BindLLM
-
-if TYPE_CHECKING:
-    from bindllm.training.module import BindModule
+from bindllm.parallel import RunContext
 
 Needs = Literal["answers", "pairs", "labels", "prompts"]
 Figures = dict[str, Tensor]
@@ -52,8 +50,8 @@ class Objective(ABC):
     uses_reference: ClassVar[bool] = False
 
     @property
-    def at_rest(self) -> bool:
-        """Whether the next step needs nothing of the last one but what the run saves; else no state is saved."""
+    def can_checkpoint(self) -> bool:
+        """Whether a state may be saved now: False while the next step needs more than a saved state holds."""
         return True
 
     def check(self, data: BindData, stage: str) -> None:
@@ -103,19 +101,23 @@ class Objective(ABC):
             "model.objective"
         )
 
-    def note_start(self, model: BindLLM) -> None:  # noqa: B027 (most objectives need nothing of it)
-        """Look at the weights that training starts from, before those of a resumed run take their place."""
+    def on_start(self, model: BindLLM) -> None:  # noqa: B027 (most objectives do not need it)
+        """Record the initial weights; called before a resumed run restores its own."""
 
-    def prepare(self, module: BindModule) -> None:  # noqa: B027 (as above)
-        """Do what is done once, before the first step of a fit: the model is on its device, as it starts.
+    def prepare(self, model: BindLLM, data: BindData, context: RunContext) -> None:  # noqa: B027 (as above)
+        """Compute what all steps need; called once, before the first step.
 
         Args:
-            module: with its model (in eval mode) and, as ``module.trainer``, the run and its data. A resumed run
-                may have restored its weights already.
+            model: on its device, in eval mode. A resumed run has restored its weights.
+            data: the data of the run.
+            context: processes, device and folder of the run.
         """
 
-    def complete(self, batch: Batch, split: str) -> Batch:
-        """Return a batch with what `prepare` has found out about its rows.
+    def on_epoch_start(self) -> None:  # noqa: B027 (as above)
+        """Drop anything that belongs to the last epoch; called before each epoch."""
+
+    def add_reference(self, batch: Batch, split: str) -> Batch:
+        """Return a batch with the values that `prepare` computed for its rows.
 
         Args:
             batch: from `bindllm.data.collate.collate`, on the device.
@@ -129,7 +131,7 @@ class Objective(ABC):
 
         Args:
             model: in the mode of the moment.
-            batch: as `complete` returned it.
+            batch: as `add_reference` returned it.
 
         Raises:
             InputError: the batch has nothing to learn from.
@@ -145,7 +147,7 @@ class Objective(ABC):
         return loss, self.count(batch), figures
 
 
-def above_zero(name: str, value: float) -> float:
+def check_positive(name: str, value: float) -> float:
     """Return a number of a recipe, or refuse it.
 
     Raises:

@@ -6,19 +6,18 @@ DPO (arXiv 2305.18290, eq. 7), its label smoothing (E. Mitchell, "A note on DPO 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
 from bindllm.data.collate import Batch
+from bindllm.data.datamodule import BindData
 from bindllm.errors import InputError, did_you_mean
 from bindllm.model.bindllm import BindLLM
-from bindllm.objectives.base import Figures, Needs, Objective, above_zero
+from bindllm.objectives.base import Figures, Needs, Objective, check_positive
 from bindllm.objectives.log_probs import answer_log_probs
 from bindllm.objectives.reference import References
-
-if TYPE_CHECKING:
-    from bindllm.training.module import BindModule
+from bindllm.parallel import RunContext
 
 LOSSES = ("sigmoid", "ipo")
 
@@ -53,25 +52,25 @@ class DPO(Objective):
             raise InputError(f"DPO: label_smoothing must be from 0 to below 0.5, not {label_smoothing}")
         if label_smoothing and loss == "ipo":
             raise InputError("DPO: label_smoothing is for loss sigmoid; with ipo leave it out")
-        self.beta = above_zero("DPO: beta", beta)
+        self.beta = check_positive("DPO: beta", beta)
         self.kind, self.label_smoothing, self.normalise_length = loss, label_smoothing, normalise_length
         self._references = References()
 
-    def note_start(self, model: BindLLM) -> None:
+    def on_start(self, model: BindLLM) -> None:
         """Remember which weights are the reference."""
-        self._references.note_start(model)
+        self._references.on_start(model)
 
-    def prepare(self, module: BindModule) -> None:
+    def prepare(self, model: BindLLM, data: BindData, context: RunContext) -> None:
         """Compute, or read, the reference log-probabilities of all training and validation pairs."""
-        splits = {split: module.trainer.datamodule.samples(split) for split in ("train", "validation")}
+        splits = {split: data.samples(split) for split in ("train", "validation")}
         columns = {
             split: [samples, [sample.rejected for sample in samples]]
             for split, samples in splits.items()
             if samples
         }
-        self._references.prepare(module, columns)
+        self._references.prepare(model, data, context, columns)
 
-    def complete(self, batch: Batch, split: str) -> Batch:
+    def add_reference(self, batch: Batch, split: str) -> Batch:
         """Add ``reference``, the reference log-probability of each row, [2B]."""
         # Columns below each other, as the rows of the batch are: the chosen answers, then the rejected.
         return {**batch, "reference": self._references.of(split, batch["numbers"]).T.flatten()}

@@ -8,9 +8,9 @@ Letters: `B` prompts, `G` answers to each, `R = B * G`, `N` tokens of all answer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,12 +22,10 @@ from bindllm.data.rows import IGNORE, Sample
 from bindllm.data.source_config import SPLITS
 from bindllm.errors import InputError
 from bindllm.model.bindllm import BindLLM
-from bindllm.objectives.base import Figures, Needs, Objective, above_zero
+from bindllm.objectives.base import Figures, Needs, Objective, check_positive
 from bindllm.objectives.rewards import ExactAnswer, Reward
 from bindllm.objectives.rollouts import draw_answers, greedy_answers, token_log_probs
-
-if TYPE_CHECKING:
-    from bindllm.training.module import BindModule
+from bindllm.parallel import RunContext
 
 
 @dataclass
@@ -102,17 +100,16 @@ class GRPO(Objective):
             raise InputError(f"GRPO: clip must be between 0 and 1, not {clip}")
         self.reward = ExactAnswer() if reward is None else reward
         self.group_size, self.beta, self.clip = group_size, beta, clip
-        self.temperature = above_zero("GRPO: temperature", temperature)
+        self.temperature = check_positive("GRPO: temperature", temperature)
         self.max_new_tokens, self.steps_per_rollout = max_new_tokens, steps_per_rollout
         self.normalise_std, self.normalise_length = normalise_std, normalise_length
         self._data: BindData
         self._pad_id = 0
         self._start: dict[str, Tensor] = {}
-        self._epoch: Callable[[], int] = lambda: 0
         self._held: tuple[tuple[int, ...], Rollout] | None = None
 
     @property
-    def at_rest(self) -> bool:
+    def can_checkpoint(self) -> bool:
         """Whether no answers are waiting to be learnt from once more."""
         return self._held is None
 
@@ -138,19 +135,21 @@ class GRPO(Objective):
         self._data, self._pad_id = data, data.tokenizer.pad_token_id
         data.steps_per_batch = self.steps_per_rollout
 
-    def note_start(self, model: BindLLM) -> None:
+    def on_start(self, model: BindLLM) -> None:
         """Copy the weights that are trained: the reference, where there is one."""
         if self.beta:
             trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
             self._start = {name: value.detach().clone() for name, value in trained.items()}
 
-    def prepare(self, module: BindModule) -> None:
+    def prepare(self, model: BindLLM, data: BindData, context: RunContext) -> None:
         """Put the start weights where the model is."""
-        self._start = {name: value.to(module.device) for name, value in self._start.items()}
-        self._epoch = lambda: module.trainer.current_epoch
+        self._start = {name: value.to(context.device) for name, value in self._start.items()}
+
+    def on_epoch_start(self) -> None:
+        """Drop answers that an epoch was cut off from: the state at its end does not hold them."""
         self._held = None
 
-    def complete(self, batch: Batch, split: str) -> Batch:
+    def add_reference(self, batch: Batch, split: str) -> Batch:
         """Return the prompts of a batch, padded on the left, with ``numbers`` and the ``split`` they count in."""
         numbers = batch["numbers"]
         samples = self._data.samples(split)
@@ -172,8 +171,7 @@ class GRPO(Objective):
         Raises:
             InputError: the reward gives anything but a finite number for each answer.
         """
-        # A state is saved at the end of every epoch, so nothing may outlive it.
-        key = (self._epoch(), *batch["numbers"].tolist())
+        key = tuple(batch["numbers"].tolist())
         if self._held is None or self._held[0] != key:
             self._held = key, self.roll_out(model, batch)
         rollout = self._held[1]
@@ -195,7 +193,7 @@ class GRPO(Objective):
 
         Args:
             model: in any mode.
-            batch: as `complete` returned it.
+            batch: as `add_reference` returned it.
         """
         samples = [sample for sample in self._samples(batch) for _ in range(self.group_size)]
         answers = draw_answers(

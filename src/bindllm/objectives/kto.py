@@ -5,22 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bindllm.data.collate import Batch, answer_batch
+from bindllm.data.datamodule import BindData
 from bindllm.data.rows import IGNORE, Sample
 from bindllm.errors import InputError
 from bindllm.model.bindllm import BindLLM
-from bindllm.objectives.base import Figures, Needs, Objective, above_zero
+from bindllm.objectives.base import Figures, Needs, Objective, check_positive
 from bindllm.objectives.log_probs import answer_log_probs
 from bindllm.objectives.reference import References
-
-if TYPE_CHECKING:
-    from bindllm.training.module import BindModule
+from bindllm.parallel import RunContext
 
 _MISMATCHED = "mismatched_"
 
@@ -50,29 +49,29 @@ class KTO(Objective):
     def __init__(
         self, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
     ) -> None:
-        self.beta = above_zero("KTO: beta", beta)
-        self.desirable_weight = above_zero("KTO: desirable_weight", desirable_weight)
-        self.undesirable_weight = above_zero("KTO: undesirable_weight", undesirable_weight)
+        self.beta = check_positive("KTO: beta", beta)
+        self.desirable_weight = check_positive("KTO: desirable_weight", desirable_weight)
+        self.undesirable_weight = check_positive("KTO: undesirable_weight", undesirable_weight)
         self._references = References()
         self._mismatched: dict[str, list[Sample]] = {}
         self._make_batch: Callable[[list[Sample]], Batch]
 
-    def note_start(self, model: BindLLM) -> None:
+    def on_start(self, model: BindLLM) -> None:
         """Remember which weights are the reference."""
-        self._references.note_start(model)
+        self._references.on_start(model)
 
-    def prepare(self, module: BindModule) -> None:
+    def prepare(self, model: BindLLM, data: BindData, context: RunContext) -> None:
         """Draw the mismatched answers, and compute, or read, the reference log-probabilities of all answers."""
-        data, columns = module.trainer.datamodule, {}
+        columns = {}
         for split in ("train", "validation"):
             if samples := data.samples(split):
                 self._mismatched[split] = mismatch(samples, seed=data.seed)
                 rejected = [sample.rejected for sample in samples]
                 columns[split] = [samples, rejected, self._mismatched[split]]
-        self._make_batch = partial(answer_batch, lookup=data.lookup, pad_id=module.tokenizer.pad_token_id)
-        self._references.prepare(module, columns)
+        self._make_batch = partial(answer_batch, lookup=data.lookup, pad_id=model.tokenizer.pad_token_id)
+        self._references.prepare(model, data, context, columns)
 
-    def complete(self, batch: Batch, split: str) -> Batch:
+    def add_reference(self, batch: Batch, split: str) -> Batch:
         """Add the rows of mismatched answers, and the reference log-probabilities of these and of all others."""
         numbers = batch["numbers"]
         answers, rejected, reference = self._references.of(split, numbers).unbind(1)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bindllm.data.collate import Batch
 from bindllm.errors import InputError
 from bindllm.model.bindllm import BindLLM
-from bindllm.objectives.base import Figures, Needs, Objective, above_zero
+from bindllm.objectives.base import Figures, Needs, Objective, check_positive
 from bindllm.objectives.log_probs import answer_log_probs
 
 
@@ -27,7 +27,7 @@ class ORPO(Objective):
     needs: ClassVar[Needs] = "pairs"
 
     def __init__(self, weight: float = 0.1) -> None:
-        self.weight = above_zero("ORPO: weight", weight)
+        self.weight = check_positive("ORPO: weight", weight)
 
     def loss(self, model: BindLLM, batch: Batch) -> tuple[Tensor, Figures]:
         """Return the mean loss of the pairs; logged are the chosen answers' loss and the log odds ratio.

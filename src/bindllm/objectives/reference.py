@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -26,15 +24,13 @@ from torch import Tensor
 from bindllm.atomic import atomic_file
 from bindllm.data.batches import share, sorted_batches
 from bindllm.data.collate import Batch, answer_batch
+from bindllm.data.datamodule import BindData
 from bindllm.data.rows import Sample
 from bindllm.errors import TrainingError
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.pretrained import describe
-
-if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
-
-    from bindllm.training.module import BindModule
+from bindllm.objectives.log_probs import answer_log_probs
+from bindllm.parallel import RunContext
 
 REFERENCE = "reference.safetensors"
 
@@ -49,7 +45,7 @@ class References:
         self._start = ""
         self._values: dict[str, Tensor] = {}
 
-    def note_start(self, model: BindLLM) -> None:
+    def on_start(self, model: BindLLM) -> None:
         """Take the fingerprint of the weights that a run starts from; a resumed run restores others later."""
         parts = describe(model)
         own = {name: parts[name] for name in ("decoder", "bind", "inject", "adapter")}
@@ -58,38 +54,48 @@ class References:
             _add(digest, name, value)
         self._start = digest.hexdigest()
 
-    def prepare(self, module: BindModule, columns: Mapping[str, Columns]) -> None:
-        """Read the values of the run, or compute and keep them; every process then has all.
+    def prepare(
+        self, model: BindLLM, data: BindData, context: RunContext, columns: Mapping[str, Columns]
+    ) -> None:
+        """Read the values from the run's folder, or compute and write them; every process then has all of them.
 
         Args:
-            module: attached to a trainer, its model as the run starts, or as a resumed run goes on.
+            model: on its device, in eval mode.
+            data: the data of the run.
+            context: processes, device and folder of the run.
             columns: the answers of each split.
 
         Raises:
-            TrainingError: a resumed run without its values (its weights are no longer those at the start), a
-                value that is not finite, or a disk that is full.
+            TrainingError: the values of a resumed run are missing (its weights are no longer the initial ones), a
+                value is not finite, or the file cannot be written or read.
         """
-        trainer = module.trainer
-        data = trainer.datamodule
         for members in columns.values():
             assert all(sample.number == n for n, sample in enumerate(members[0])), "samples are not numbered"
         rows = [sample for split in columns.values() for column in split for sample in column if sample]
         plan = sorted_batches([len(sample.input_ids) for sample in rows], batch_size=2 * data.batch_size)
-        batch = partial(answer_batch, lookup=data.lookup, pad_id=module.tokenizer.pad_token_id)
+        batch = partial(answer_batch, lookup=data.lookup, pad_id=model.tokenizer.pad_token_id)
         batches = [partial(_of, batch, rows, numbers) for numbers in plan]
-        file = Path(trainer.default_root_dir) / REFERENCE
-        fingerprint = _fingerprint(self._start, columns, batches) if trainer.is_global_zero else ""
-        kept = trainer.strategy.broadcast(_read(file, fingerprint) if trainer.is_global_zero else None)
-        if kept is None:
-            if trainer.ckpt_path is not None:
+        processes, file = context.processes, context.folder / REFERENCE
+        own = _fingerprint(self._start, columns, batches) if processes.is_first else ""
+        fingerprint = processes.gather(own)[0]
+        kept = _read(file, fingerprint)
+        # All processes must take the same branch: it ends in collective operations.
+        if processes.gather(kept is not None)[0]:
+            if kept is None:
                 raise TrainingError(
-                    f"{file} is missing, or was made from other rows or weights, and this run has left its start: "
-                    "restore that file, or start afresh with --resume false"
+                    f"{file} can be read by the first process, but not by process {processes.rank + 1} of "
+                    f"{processes.world_size}: put the folder runs on a file system that all machines share"
                 )
-            kept = _arranged(_compute(trainer, plan, batches, len(rows)), columns)
-            if trainer.is_global_zero:
+        elif context.resumed:
+            raise TrainingError(
+                f"{file} is missing, or was made from other rows or weights, and this run has left its start: "
+                "restore that file, or start afresh with --resume false"
+            )
+        else:
+            kept = _arranged(_compute(model, plan, batches, len(rows), context), columns)
+            if processes.is_first:
                 _write(file, kept, fingerprint)
-        self._values = {split: values.to(module.device) for split, values in kept.items()}
+        self._values = {split: values.to(context.device) for split, values in kept.items()}
 
     def of(self, split: str, numbers: Tensor) -> Tensor:
         """Return the values of rows of a split, [B, columns]; NaN where a row has no such answer."""
@@ -117,31 +123,36 @@ def _fingerprint(start: str, columns: Mapping[str, Columns], batches: Sequence[C
     return digest.hexdigest()
 
 
+@torch.no_grad()
 def _compute(
-    trainer: Trainer, plan: list[list[int]], batches: Sequence[Callable[[], Batch]], count: int
+    model: BindLLM,
+    plan: list[list[int]],
+    batches: Sequence[Callable[[], Batch]],
+    count: int,
+    context: RunContext,
 ) -> Tensor:
-    """Log-probability of each row, [count]; every process computes a share, and gets all."""
-    rank, world_size = trainer.global_rank, trainer.world_size
+    """Log-probability of each row, [count]; every process computes a share and gets all."""
+    rank, world_size = context.processes.rank, context.processes.world_size
     # As many for each process: the parts of a sharded model are gathered by all of them together.
     mine = share(list(range(len(plan))), world_size=world_size, rank=rank)
-    values = torch.zeros(count, device=trainer.strategy.root_device)
-    watched = trainer.is_global_zero and sys.stderr.isatty()
     shown = track(
         enumerate(mine),
         "reference log-probabilities",
         total=len(mine),
         console=Console(stderr=True),
         transient=True,
-        disable=not watched,
+        disable=not context.progress,
     )
-    with torch.no_grad():
-        for turn, place in shown:
-            batch = trainer.strategy.batch_to_device(batches[place]())
-            found = trainer.strategy.predict_step(batch)
-            # The last batches of a share may repeat the first ones of another.
-            if rank + turn * world_size < len(plan):
-                values[plan[place]] = found.to(values)
-    values = trainer.strategy.reduce(values, reduce_op="sum").cpu()
+    found: list[tuple[list[int], list[float]]] = []
+    for turn, position in shown:
+        batch = {name: value.to(context.device) for name, value in batches[position]().items()}
+        log_probs, _ = answer_log_probs(model, batch)
+        # The last batches of a share may repeat the first ones of another.
+        if rank + turn * world_size < len(plan):
+            found.append((plan[position], log_probs.float().tolist()))
+    values = torch.zeros(count)
+    for rows, numbers in (pair for pairs in context.processes.gather(found) for pair in pairs):
+        values[rows] = torch.tensor(numbers)
     if not bool(values.isfinite().all()):
         raise TrainingError(
             "a reference log-probability is not finite: the model that the run starts from gives NaN or infinity. "

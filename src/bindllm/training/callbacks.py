@@ -14,7 +14,7 @@ from rich.console import Console
 from bindllm.data.collate import prompt_batch
 from bindllm.data.rows import Sample
 from bindllm.errors import InputError
-from bindllm.model.quantise import num_weights
+from bindllm.model.quantize import num_weights
 from bindllm.training.optim import groups_table
 from bindllm.training.runlog import RunLog
 

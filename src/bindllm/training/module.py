@@ -27,7 +27,7 @@ from bindllm.model.bindllm import BindLLM
 from bindllm.model.decoder import DecoderConfig, load_decoder, load_tokenizer
 from bindllm.model.injection import InjectConfig
 from bindllm.objectives import NextToken, Objective
-from bindllm.objectives.log_probs import answer_log_probs
+from bindllm.parallel import RunContext
 from bindllm.training.optim import OptimConfig, build_optimizer, build_schedule
 from bindllm.training.stages import take_over
 from bindllm.training.step_mean import StepMean
@@ -122,7 +122,7 @@ class BindModule(LightningModule):
         reset_seed()
         # A decoder that is to be spread over the devices may be too large for one of them.
         device = "cpu" if isinstance(strategy, ShardedDecoder) else self.device
-        if self.decoder_config.quantise is not None and strategy is not None:
+        if self.decoder_config.quantize is not None and strategy is not None:
             # Lightning moves the module after this, and weights in 8 bits cannot be moved.
             device = strategy.root_device
         decoder = load_decoder(self.decoder_config, device=device)
@@ -142,13 +142,18 @@ class BindModule(LightningModule):
             self.model.checkpoint_activations()
         if self.start_from is not None:
             take_over(self.model, self.start_from)
-        self.objective.note_start(self.model)
+        self.objective.on_start(self.model)
 
     def on_fit_start(self) -> None:
         """Prepare the objective, and set the modes that Lightning leaves alone: the decoder stays in eval mode."""
         self.eval()
-        self.objective.prepare(self)
+        with self.trainer.precision_plugin.predict_step_context():
+            self.objective.prepare(self.model, self.trainer.datamodule, RunContext.of_trainer(self.trainer))
         self.train()
+
+    def on_train_epoch_start(self) -> None:
+        """Tell the objective."""
+        self.objective.on_epoch_start()
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Return AdamW and a schedule that moves every step."""
@@ -159,7 +164,7 @@ class BindModule(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return what the gradient is taken of: the loss of a batch, weighed among those of its step."""
-        batch = self.objective.complete(batch, "train")
+        batch = self.objective.add_reference(batch, "train")
         loss, figures = self.objective.loss(self.model, batch)
         self.log_dict({"lr": self.lr_schedulers().get_last_lr()[0]})
         self.log_dict({f"train_{name}": value for name, value in figures.items()})
@@ -192,10 +197,6 @@ class BindModule(LightningModule):
         """Add a batch to the test loss, each token (or pair) counting the same."""
         self._log_held_out("test", batch)
 
-    def predict_step(self, batch: Batch, batch_idx: int = 0) -> Tensor:
-        """Return the log-probability of each row's learnt tokens, [B]."""
-        return answer_log_probs(self.model, batch)[0]
-
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Return the trainable tensors: frozen weights never enter a saved state."""
         return self.model.trainable_state()
@@ -207,7 +208,7 @@ class BindModule(LightningModule):
     def _log_held_out(self, split: str, batch: Batch) -> None:
         # Lightning weighs a batch's mean by batch_size, and sums both over devices: the mean over all tokens.
         prefix = {"validation": "val", "test": "test"}[split]
-        loss, count, figures = self.objective.held_out(self.model, self.objective.complete(batch, split))
+        loss, count, figures = self.objective.held_out(self.model, self.objective.add_reference(batch, split))
         options = {"batch_size": count, "on_epoch": True, "sync_dist": True}
         self.log(f"{prefix}_loss", loss, prog_bar=True, **options)
         self.log_dict({f"{prefix}_{name}": value for name, value in figures.items()}, **options)

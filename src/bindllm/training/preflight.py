@@ -27,7 +27,7 @@ from bindllm.data.sources import read_source
 from bindllm.data.stream.loader import check_streams, is_training_stream
 from bindllm.data.stream.samples import read_stream
 from bindllm.data.stream.shards import expand_shards, is_stream
-from bindllm.encoders import Encoder, HasExamples, encoder_for, passed_over
+from bindllm.encoders import Encoder, HasExamples, encoder_for, skipped_encoders
 from bindllm.encoders.alignment import alignment_warnings
 from bindllm.errors import BindLLMError, InputError
 from bindllm.media import MODALITIES, Media, open_image
@@ -45,7 +45,7 @@ from bindllm.model.decoder import (
 )
 from bindllm.model.injection import InjectConfig
 from bindllm.model.pretrained import encoder_fingerprints, read_cache_config, read_decoder, read_parts
-from bindllm.testing import check_encoder, made_up_media
+from bindllm.testing import check_encoder, synthetic_media
 from bindllm.training.optim import OptimConfig
 from bindllm.training.run import run_folder
 from bindllm.training.stages import check_base
@@ -129,7 +129,7 @@ def check_recipe(
         run_folder(output, start_from=model["start_from"])
     checked = _build_parts(model, data, problems, say)
     parts, encoders = checked.parts, checked.encoders
-    for warning in (*alignment_warnings(encoders), *passed_over(encoders)):
+    for warning in (*alignment_warnings(encoders), *skipped_encoders(encoders)):
         say(f"warning: {warning}")
     if not model["trainable"]:
         problems.append(
@@ -324,7 +324,7 @@ def _check_encoder(
         if path.startswith("bindllm."):
             encoder.fingerprint()
             first = next((item.modality for item in media if item.modality in encoder.modalities), None)
-            for item in made_up_media(first or encoder.modalities[0])[:1]:
+            for item in synthetic_media(first or encoder.modalities[0])[:1]:
                 encoder.embed(item.modality, [encoder.prepare(item)])
             return encoder
         own = [

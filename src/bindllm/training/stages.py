@@ -159,11 +159,11 @@ def _remarks(
 ) -> list[str]:
     """Say what differs and may.
 
-    Quantisation is a rounding of the same decoder: a first stage in bfloat16 and a second one on 4 bits is how QLoRA is
+    Quantization is a rounding of the same decoder: a first stage in bfloat16 and a second one on 4 bits is how QLoRA is
     used, and what was trained on the one works on the other.
     """
     remarks, saved = [], manifest["decoder"]
-    quantised = saved.get("quantise")
+    quantized = saved.get("quantize")
     for setting in ("template", "system"):
         before, now = saved.get(setting), getattr(decoder, setting)
         if before != now:
@@ -171,10 +171,10 @@ def _remarks(
                 f"{folder} was trained with decoder.{setting} {_shown(before)}, this run has {_shown(now)}: its "
                 "prompts read differently, so the loss may start higher"
             )
-    if quantised != decoder.quantise:
+    if quantized != decoder.quantize:
         remarks.append(
-            f"{folder} was trained with decoder.quantise {_shown(quantised)}, this run has "
-            f"{_shown(decoder.quantise)}: the same decoder, rounded differently, so the loss may start higher"
+            f"{folder} was trained with decoder.quantize {_shown(quantized)}, this run has "
+            f"{_shown(decoder.quantize)}: the same decoder, rounded differently, so the loss may start higher"
         )
     if there.fusion != bind.fusion:
         remarks.append(

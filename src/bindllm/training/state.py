@@ -232,7 +232,7 @@ class RunState(Checkpoint):
             else done
         )
         validates = trainer.is_last_batch or every % (trainer.val_check_batch or every + 1) == 0
-        pending = done % trainer.accumulate_grad_batches or not pl_module.objective.at_rest
+        pending = done % trainer.accumulate_grad_batches or not pl_module.objective.can_checkpoint
         if due and not validates and not pending:
             self._save(trainer)
 

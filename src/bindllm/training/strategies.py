@@ -63,7 +63,7 @@ class ShardedDecoder(DDPStrategy):
         """Spread the decoder over the devices, layer by layer, and move everything else.
 
         Raises:
-            InputError: the decoder is quantised.
+            InputError: the decoder is quantized.
         """
         module = self.lightning_module
         model = module.model
@@ -107,12 +107,12 @@ def shard_decoder(decoder: PreTrainedModel, mesh: DeviceMesh, *, whole: Iterable
         whole: parameters in it that are not cut.
 
     Raises:
-        InputError: the decoder is quantised: its packed weights cannot be cut.
+        InputError: the decoder is quantized: its packed weights cannot be cut.
     """
     if packed := [name for name, value in decoder.named_parameters() if not value.is_floating_point()]:
         raise InputError(
-            f"the decoder is quantised ({packed[0]}, ...), and packed weights cannot be spread over devices. Take "
-            "decoder.quantise out of the recipe, or give each device the whole decoder with trainer.strategy ddp"
+            f"the decoder is quantized ({packed[0]}, ...), and packed weights cannot be spread over devices. Take "
+            "decoder.quantize out of the recipe, or give each device the whole decoder with trainer.strategy ddp"
         )
     core = decoder.get_decoder()
     kept = {*whole, *decoder.get_output_embeddings().parameters()}

@@ -15,7 +15,7 @@ from bindllm.training.align.loss import TemperatureConfig, contrastive_loss
 from bindllm.training.align.module import AlignModule
 from bindllm.training.align.pairs import PairSource
 from bindllm.training.optim import OptimConfig
-from tiny import ColourEncoder
+from tiny import ColorEncoder
 
 
 def train(
@@ -33,7 +33,7 @@ def train(
     """Align in a few steps; return the module and the data."""
     seed_everything(0, verbose=False)
     data = AlignData(
-        [source], store=str(folder / "store"), tower=tower, target=ColourEncoder(), batch_size=batch_size
+        [source], store=str(folder / "store"), tower=tower, target=ColorEncoder(), batch_size=batch_size
     )
     head = HeadConfig(**{"depth": 2, "width": 32, "dropout": 0.0, **model.pop("head", {})})
     optim = OptimConfig(**{"lr": 0.01, **model.pop("optim", {})})
@@ -173,7 +173,7 @@ def test_embeddings_that_are_not_finite_are_no_hits_but_an_error(radar, tmp_path
 def test_media_and_targets_may_be_of_one_modality(radar, tmp_path):
     """Such as the pictures of a smaller encoder in the space of a larger one."""
     pictures = PairSource(radar.path, modality="image")
-    module, data = train(tmp_path, ColourEncoder(), pictures, epochs=20)
+    module, data = train(tmp_path, ColorEncoder(), pictures, epochs=20)
     found = module.measure(data, "test")
     assert found["taught_image_to_image"]["recall@1"] == found["image_to_taught_image"]["recall@1"] == 1
 
@@ -253,7 +253,7 @@ class Half:
 
 
 def test_what_is_no_tower_is_refused():
-    parts = (ColourEncoder(), HeadConfig(), TemperatureConfig(), OptimConfig())
+    parts = (ColorEncoder(), HeadConfig(), TemperatureConfig(), OptimConfig())
     with pytest.raises(
         EncoderError, match="Half is no tower. As a frozen encoder it lacks modalities, config"
     ):

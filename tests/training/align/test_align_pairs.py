@@ -15,7 +15,7 @@ from bindllm.evaluation.layouts import Choice, Column, read_layout
 from bindllm.training.align.data import AlignData
 from bindllm.training.align.pairs import PairSource, read_pairs
 from bindllm.training.align.sides import PairSet
-from tiny import ColourEncoder
+from tiny import ColorEncoder
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def data_of(*sources: PairSource, folder, tower=None, **settings) -> AlignData:
         list(sources),
         store=str(folder / "store"),
         tower=tower or LetterEncoder(),
-        target=ColourEncoder(),
+        target=ColorEncoder(),
         **settings,
     )
     data.setup()

@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
-
 from bindllm.data.collate import Batch, Lookup, collate
 from bindllm.data.report import StreamReport
 from bindllm.data.rows import Sample
@@ -23,7 +21,7 @@ from bindllm.data.stream.shards import expand_shards, is_remote, is_stream
 from bindllm.embeddings.embedder import Embedder
 from bindllm.encoders import Encoder
 from bindllm.errors import InputError
-from bindllm.parallel import Prefetcher, Processes
+from bindllm.parallel import Prefetcher, RunContext
 
 
 class StreamLoader:
@@ -39,8 +37,8 @@ class StreamLoader:
         length: batches that the trainer will take; to Lightning they are one epoch.
         fingerprint: changes whenever any batch would.
         position: returns how many batches the trainer has completed; by default, how many were yielded.
-        processes: the processes of the run; each calls `state_dict` when the others do.
-        device: where the encoders run.
+        context: the processes of the run, each of which calls `state_dict` when the others do, and the device that
+            the encoders run on.
     """
 
     def __init__(
@@ -52,12 +50,11 @@ class StreamLoader:
         length: int,
         fingerprint: str,
         position: Callable[[], int] | None = None,
-        processes: Processes = Processes(),  # noqa: B008 (frozen)
-        device: torch.device | str = "cpu",
+        context: RunContext = RunContext(),  # noqa: B008 (frozen)
     ) -> None:
         self._chunks, self._collate = chunks, collate
         self._length, self._fingerprint = length, fingerprint
-        self._position, self._processes, self._device = position, processes, device
+        self._position, self._processes, self._device = position, context.processes, context.device
         # The state after a number of batches, for the last two numbers.
         self._states: dict[int, StreamState] = {0: start}
         self._ahead: Prefetcher[Chunk] | None = None
@@ -231,8 +228,7 @@ def stream_loader(
     options: StreamOptions,
     length: int,
     position: Callable[[], int] | None = None,
-    processes: Processes | None = None,
-    device: torch.device | str = "cpu",
+    context: RunContext = RunContext(),  # noqa: B008 (frozen)
 ) -> StreamLoader:
     """Return the loader of the streamed training sources of a recipe.
 
@@ -243,13 +239,12 @@ def stream_loader(
         options: settings of all streams.
         length: batches that the trainer will take.
         position: returns how many batches the trainer has completed.
-        processes: which process this is; by default, the only one.
-        device: where the encoders run.
+        context: the processes of the run, and the device that the encoders run on.
 
     Raises:
         InputError: a stream with fewer shards than there are processes.
     """
-    streams = _Streams(sources, tokenizer, encoders, options, processes or Processes(), device)
+    streams = _Streams(sources, tokenizer, encoders, options, context)
     return StreamLoader(
         streams.chunks,
         partial(collate, pad_id=tokenizer.pad_token_id),
@@ -257,8 +252,7 @@ def stream_loader(
         length=length,
         fingerprint=streams.fingerprint(),
         position=position,
-        processes=streams.processes,
-        device=device,
+        context=context,
     )
 
 
@@ -271,11 +265,10 @@ class _Streams:
         tokenizer: Any,
         encoders: Sequence[Encoder],
         options: StreamOptions,
-        processes: Processes,
-        device: torch.device | str,
+        context: RunContext,
     ) -> None:
         self.tokenizer, self.encoders, self.options = tokenizer, encoders, options
-        self.processes, self.device = processes, device
+        self.processes, self.device = context.processes, context.device
         self.numbered = [(n, config) for n, config in enumerate(sources) if is_training_stream(config)]
         streams = [
             ShardStream(
@@ -283,8 +276,8 @@ class _Streams:
                 expand_shards(config.path),
                 options.seed,
                 number,
-                processes.world_size,
-                processes.rank,
+                self.processes.world_size,
+                self.processes.rank,
             )
             for number, config in self.numbered
         ]

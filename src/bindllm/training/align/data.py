@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import defaultdict
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from bindllm.data.sources import SPLITS
 from bindllm.encoders.trainable import CanMix, is_trainable
 from bindllm.errors import InputError
 from bindllm.media import Media
+from bindllm.parallel import SINGLE_PROCESS, RunContext
 from bindllm.training.align.pairs import Pair, PairReport, PairSource, read_pairs
 from bindllm.training.align.sides import PairSet, PreparedSide, StoredSide
 
@@ -86,12 +87,12 @@ class AlignData(LightningDataModule):
             PreparedSide(self.tower) if trained else StoredSide(self.tower, self.store),
             StoredSide(self.target, self.store),
         )
-        device = "cpu" if self.trainer is None else self.trainer.strategy.root_device
+        context = replace(RunContext.of_trainer(self.trainer), processes=SINGLE_PROCESS)
         keys: dict[Media, str] = {}
         failed: dict[Media, str] = {}
         wanted = ([pair.media for pair in pairs if pair.media], [pair.target for pair in pairs])
         for side, items in zip(self._sides, wanted, strict=True):
-            found = side.find_keys(list(dict.fromkeys(items)), device=device, progress=sys.stderr.isatty())
+            found = side.find_keys(list(dict.fromkeys(items)), context)
             keys |= found[0]
             failed |= found[1]
         self._splits = self._sorted(self._readable(pairs, failed), keys)

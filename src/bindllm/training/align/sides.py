@@ -16,6 +16,7 @@ from bindllm.data.embeddings import MediaEmbeddings
 from bindllm.encoders import Encoder
 from bindllm.errors import MediaError
 from bindllm.media import Media
+from bindllm.parallel import RunContext
 
 PREPARED_BYTES = 1 << 30
 """Prepared media that are kept from epoch to epoch; what is beyond is prepared again each time."""
@@ -34,14 +35,16 @@ class StoredSide:
         self.encoded = 0
 
     def find_keys(
-        self, media: Sequence[Media], *, device: Any = "cpu", progress: bool = False
+        self,
+        media: Sequence[Media],
+        context: RunContext = RunContext(),  # noqa: B008 (frozen)
     ) -> tuple[dict[Media, str], dict[Media, str]]:
         """Embed what the store lacks.
 
         Returns:
             The key of each media that is stored, and the reason for each that is not.
         """
-        totals = self._embeddings.precompute(media, device=device, progress=progress)
+        totals = self._embeddings.precompute(media, context)
         self.encoded += totals.encoded
         keys = {item: self._embeddings.key(item) for item in media if item not in totals.failed}
         return keys, totals.failed
@@ -66,7 +69,9 @@ class PreparedSide:
         self.encoded = 0
 
     def find_keys(
-        self, media: Sequence[Media], *, device: Any = "cpu", progress: bool = False
+        self,
+        media: Sequence[Media],
+        context: RunContext = RunContext(),  # noqa: B008 (frozen)
     ) -> tuple[dict[Media, str], dict[Media, str]]:
         """Open all media once, so that one that cannot be read is known before the first step.
 

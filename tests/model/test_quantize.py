@@ -16,8 +16,8 @@ from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.decoder import DecoderConfig, load_decoder
 from bindllm.model.export import export_decoder
-from bindllm.model.quantise import num_weights, quiet_bitsandbytes
-from tiny import ColourEncoder, save_tiny_decoder
+from bindllm.model.quantize import num_weights, quiet_bitsandbytes
+from tiny import ColorEncoder, save_tiny_decoder
 
 IDS = torch.arange(3, 19).reshape(2, 8)
 needs_bitsandbytes = pytest.mark.usefixtures("bitsandbytes")
@@ -35,12 +35,12 @@ def folder(tmp_path_factory):
     return str(save_tiny_decoder(tmp_path_factory.mktemp("decoder"), **sizes))
 
 
-def build(folder, quantise=None, *, adapter=None, dtype="float32") -> BindLLM:
+def build(folder, quantize=None, *, adapter=None, dtype="float32") -> BindLLM:
     torch.manual_seed(0)
     model = BindLLM.build(
-        DecoderConfig(folder, dtype=dtype, quantise=quantise),
+        DecoderConfig(folder, dtype=dtype, quantize=quantize),
         device="cpu",
-        encoders=[ColourEncoder()],
+        encoders=[ColorEncoder()],
         bind=BindConfig(depth=1, expansion=2),
         adapter=AdapterConfig(rank=4, **(adapter or {})),
     )
@@ -86,8 +86,8 @@ def gradients(model):
 @pytest.mark.parametrize(
     ("kind", "layer", "error"), [("nf4", "Linear4bit", 0.4), ("int8", "Linear8bitLt", 0.05)]
 )
-def test_the_projections_are_quantised_and_nothing_else(folder, kind, layer, error):
-    decoder = load_decoder(DecoderConfig(folder, dtype="float32", quantise=kind), device="cpu")
+def test_the_projections_are_quantized_and_nothing_else(folder, kind, layer, error):
+    decoder = load_decoder(DecoderConfig(folder, dtype="float32", quantize=kind), device="cpu")
     full = load_decoder(DecoderConfig(folder, dtype="float32"), device="cpu")
     kinds = {name: type(module).__name__ for name, module in decoder.named_modules()}
     assert {kinds[name] for name in kinds if name.endswith("_proj")} == {layer}
@@ -132,19 +132,19 @@ def test_checkpointed_gradients_through_nf4_are_the_same(folder):
 
 
 @needs_bitsandbytes
-def test_a_checkpoint_says_how_it_was_quantised_and_loads_otherwise_too(folder, tmp_path):
+def test_a_checkpoint_says_how_it_was_quantized_and_loads_otherwise_too(folder, tmp_path):
     model = build(folder, "nf4", adapter={"bias": False})
     model.save_pretrained(tmp_path / "m")
-    options = {"device": "cpu", "allow": ["tiny.ColourEncoder"]}
+    options = {"device": "cpu", "allow": ["tiny.ColorEncoder"]}
     same = BindLLM.from_pretrained(tmp_path / "m", **options)
-    assert same.config.quantise == "nf4"
+    assert same.config.quantize == "nf4"
     assert torch.equal(same(**batch()).logits, model(**batch()).logits)
-    full = BindLLM.from_pretrained(tmp_path / "m", quantise=False, **options)
-    assert full.config.quantise is None
+    full = BindLLM.from_pretrained(tmp_path / "m", quantize=False, **options)
+    assert full.config.quantize is None
     assert torch.equal(full(**batch()).logits, build(folder, adapter={"bias": False})(**batch()).logits)
     # Merged into the full decoder, not into the rounded one.
     done = export_decoder(tmp_path / "m", tmp_path / "plain")
-    assert done.quantised == "nf4"
+    assert done.quantized == "nf4"
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
     torch.testing.assert_close(plain(IDS).logits, full.decoder(IDS).logits, atol=1e-4, rtol=1e-3)
     assert "held the decoder in nf4" in (tmp_path / "plain" / "README.md").read_text()
@@ -153,12 +153,12 @@ def test_a_checkpoint_says_how_it_was_quantised_and_loads_otherwise_too(folder, 
 def test_without_bitsandbytes_the_message_says_how_to_get_it(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(MissingExtraError, match=r"hold a decoder in nf4.*bindllm\[qlora\]"):
-        load_decoder(DecoderConfig(folder, quantise="nf4"), device="cpu")
+        load_decoder(DecoderConfig(folder, quantize="nf4"), device="cpu")
 
 
-def test_an_unknown_quantisation_is_refused():
-    with pytest.raises(InputError, match="unknown quantisation 'nf8'. Did you mean 'nf4'"):
-        DecoderConfig("decoder", quantise="nf8")
+def test_an_unknown_quantization_is_refused():
+    with pytest.raises(InputError, match="unknown quantization 'nf8'. Did you mean 'nf4'"):
+        DecoderConfig("decoder", quantize="nf8")
 
 
 def test_what_bitsandbytes_tells_everyone_is_left_out_and_nothing_else(caplog):

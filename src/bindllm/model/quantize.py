@@ -1,11 +1,11 @@
 """Frozen projections in 4 or 8 bits, through bitsandbytes: what QLoRA (arXiv 2305.14314) trains an adapter on.
 
 - ``nf4``: 16 levels placed for normally distributed weights, a scale for each 64 weights, and the scales in 8 bits
-  themselves (double quantisation); products run in the decoder's dtype. About 0.52 bytes a weight.
+  themselves (double quantization); products run in the decoder's dtype. About 0.52 bytes a weight.
 - ``int8``: weights and activations in 8 bits, activations above a threshold in 16 (LLM.int8(), arXiv 2208.07339).
   About 1 byte a weight.
 
-Embeddings, norms and the vocabulary projection stay as they are. Order of construction: decoder, quantisation, adapter,
+Embeddings, norms and the vocabulary projection stay as they are. Order of construction: decoder, quantization, adapter,
 injection. The files of the decoder are the plain ones, and it is they that a checkpoint's fingerprint identifies.
 """
 
@@ -20,18 +20,18 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from bindllm.errors import MissingExtraError
 
-QUANTISATIONS = ("nf4", "int8")
+QUANTIZATIONS = ("nf4", "int8")
 
 # Of every projection of every step that products run in float16; and of a faster kernel for inference on some CPUs,
 # which `keep_gradients` keeps out.
 _SAID_TO_ALL = ("MatMul8bitLt: inputs will be cast", "Failed to load CPU gemm_4bit_forward")
 
 
-def quantisation_config(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+def quantization_config(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
     """Return what transformers needs to know.
 
     Args:
-        kind: one of `QUANTISATIONS`.
+        kind: one of `QUANTIZATIONS`.
         dtype: the decoder's, in which products run.
 
     Raises:

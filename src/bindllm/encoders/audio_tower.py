@@ -38,7 +38,7 @@ _STRETCH, _PITCH_BANDS, _QUIETER = 0.15, 2, 3.0
 _MASKS, _MASKED_BANDS, _MASKED_FRAMES = 2, 10, 25
 
 
-class SoundTower(nn.Module):
+class AudioTower(nn.Module):
     """Sounds of any length as vectors: windows of log-mel energies through a small convolutional network.
 
     Loudness does not count: energies are relative to the loudest moment of a sound. A long sound is heard in windows
@@ -59,7 +59,7 @@ class SoundTower(nn.Module):
         super().__init__()
         if width < 1 or not 0.5 <= seconds <= MAX_SECONDS:
             raise InputError(
-                f"SoundTower takes a width of at least 1 and windows of 0.5 to {MAX_SECONDS:g} seconds, not "
+                f"AudioTower takes a width of at least 1 and windows of 0.5 to {MAX_SECONDS:g} seconds, not "
                 f"width={width}, seconds={seconds}"
             )
         self.config: dict[str, Any] = {"width": width, "seconds": seconds}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from bindllm.encoders.sound_tower import BANDS, MAX_SECONDS, RATE, SoundTower, _mel_weights
+from bindllm.encoders.audio_tower import BANDS, MAX_SECONDS, RATE, AudioTower, _mel_weights
 from bindllm.errors import InputError, MediaError
 from bindllm.media import Media
 
@@ -21,9 +21,9 @@ def made_up(seconds: float, seed: int = 0) -> torch.Tensor:
     return tower().prepare(Media.audio(noise.astype(np.float32)))
 
 
-def tower(**settings) -> SoundTower:
+def tower(**settings) -> AudioTower:
     torch.manual_seed(0)
-    return SoundTower(**{"width": 4, "seconds": 1.0, **settings}).eval()
+    return AudioTower(**{"width": 4, "seconds": 1.0, **settings}).eval()
 
 
 def test_a_tone_is_loudest_in_its_own_band():

@@ -9,11 +9,11 @@ import numpy as np
 from bindllm.media import Media
 
 
-def made_up_media(modality: str) -> list[Media]:
+def synthetic_media(modality: str) -> list[Media]:
     """Return different media of one modality, as arrays or texts, of several sizes; none of an unknown modality.
 
     Example:
-        >>> [media.name for media in made_up_media("depth")]
+        >>> [media.name for media in synthetic_media("depth")]
         ['<array [48, 64] float32>', '<array [90, 60] float32>']
     """
     random = np.random.default_rng(0)
