@@ -396,7 +396,7 @@ def _fill(server: MilvusServer, name: str, store: EmbeddingStore, keys: np.ndarr
 
 
 def _remove_abandoned(server: MilvusServer, collection: str, current: str | None) -> None:
-    """Remove what killed builds left: at once from milvus-lite, which one process has to itself, else after a day."""
+    """Remove leftovers of killed builds: at once from milvus-lite, which one process owns, else after `ABANDONED`."""
     for name in server.call("list_collections"):
         match = re.fullmatch(rf"{collection}_([0-9]{{14}})_[0-9a-f]{{8}}", name)
         if match is None or name == current:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bindllm.cache.recall import chance, cosines, find_places, hit_rate, join_places, mean_ranks
+from bindllm.cache.recall import chance, cosines, find_positions, hit_rate, join_positions, mean_ranks
 
 RECALL_AT = (1, 5, 10)
 
@@ -29,7 +29,9 @@ def retrieval_metrics(queries: Tensor, gallery: Tensor, right: Sequence[Sequence
     """
     step = max(1, _SCORES_AT_ONCE // len(gallery))
     parts = [slice(start, start + step) for start in range(0, len(queries), step)]
-    places = join_places([find_places(cosines(queries[part], gallery).cpu(), right[part]) for part in parts])
+    places = join_positions(
+        [find_positions(cosines(queries[part], gallery).cpu(), right[part]) for part in parts]
+    )
     counts = torch.tensor([len(numbers) for numbers in right])
     measured: dict[str, Any] = {"queries": len(queries), "gallery": len(gallery)}
     for k in RECALL_AT:
