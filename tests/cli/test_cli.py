@@ -111,7 +111,7 @@ MISTAKES = {
     "a misspelt option": ({}, ["--model.optim.weight_deacy", "1"], "Did you mean 'weight_decay'?"),
     "an abbreviated option": ({}, ["--model.bind.dept", "1"], "Did you mean 'depth'?"),
     "a misspelt class": (
-        {"model": {"encoders": [{"class_path": "tiny.ColorEncoder"}]}},
+        {"model": {"encoders": [{"class_path": "tiny.ColourEncoder"}]}},
         [],
         "'ColorEncoder'",
     ),
