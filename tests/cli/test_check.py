@@ -94,14 +94,14 @@ def test_a_stage_before_that_was_made_for_another_base(parts, capsys):
     first = BindLLM.build(decoder, device="cpu", encoders=[ColorEncoder()])
     first.save_pretrained("first")
     recipe = tiny_recipe(parts)
-    recipe["model"] |= {"start_from": "first", "adapter": {"rank": 2}, "trainable": ["adapter"]}
+    recipe["model"] |= {"init_from": "first", "adapter": {"rank": 2}, "trainable": ["adapter"]}
     assert run("check", recipe) == 0
     assert run("check", recipe, "--model.decoder.quantize", "nf4") == 0
     assert "decoder.quantize null, this run has nf4" in " ".join(capsys.readouterr().out.split())
     assert run("check", recipe, "--model.inject.kind", "residual") == 1
     assert "inject.kind is value there and residual here" in " ".join(capsys.readouterr().out.split())
     assert run("check", recipe, "--output", "first") == 1
-    assert "output first is model.start_from too" in " ".join(capsys.readouterr().out.split())
+    assert "output first is model.init_from too" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(

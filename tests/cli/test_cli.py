@@ -278,10 +278,10 @@ def test_validate_without_a_trained_folder_says_what_to_do(parts, tmp_path, monk
 
 
 def test_a_second_stage_is_measured_as_it_ended_not_as_it_began(here, parts, capsys):
-    second = tiny_recipe(parts, model={"start_from": "checkpoints/tiny"}, output="checkpoints/second")
+    second = tiny_recipe(parts, model={"init_from": "checkpoints/tiny"}, output="checkpoints/second")
     assert run("test", second) == 1
     assert "checkpoints/second holds no trained model" in capsys.readouterr().err
-    assert run("test", second, "--model.start_from", "checkpoints/tiny") == 0
+    assert run("test", second, "--model.init_from", "checkpoints/tiny") == 0
     assert capsys.readouterr().out.startswith("test_loss ")
 
 
@@ -343,7 +343,7 @@ def test_after_a_loss_that_is_not_finite_the_advice_works(parts, tmp_path, monke
     error = capsys.readouterr().err
     assert "the loss is not finite at step 1" in error
     advice = error.split("learning rate: ")[1].split()
-    assert advice[0] == "--model.start_from"
+    assert advice[0] == "--model.init_from"
     assert run("fit", recipe, *advice) == 0
 
 

@@ -29,9 +29,9 @@ def test_the_folder_is_named_after_the_output(tmp_path, monkeypatch):
 
 def test_a_run_does_not_replace_what_it_starts_from(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert run_folder("checkpoints/second", start_from="checkpoints/first") == Path("runs/second")
-    with pytest.raises(InputError, match=r"output checkpoints/first is model\.start_from too"):
-        run_folder("checkpoints/first", start_from=tmp_path / "checkpoints/first/")
+    assert run_folder("checkpoints/second", init_from="checkpoints/first") == Path("runs/second")
+    with pytest.raises(InputError, match=r"output checkpoints/first is model\.init_from too"):
+        run_folder("checkpoints/first", init_from=tmp_path / "checkpoints/first/")
 
 
 def test_the_same_recipe_goes_on_and_leftovers_of_a_kill_are_removed(tmp_path, capsys):

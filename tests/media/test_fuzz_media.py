@@ -216,9 +216,9 @@ def opened(loader: str, data: bytes) -> list[np.ndarray]:
 
         return [image_input(data).numpy()]
     if loader == "audio":
-        from bindllm.media.sound import cut_sound
+        from bindllm.media.audio import cut_audio
 
-        return cut_sound(data, rate=16000, cut=lambda length: [(0, min(length, 32000))])
+        return cut_audio(data, rate=16000, cut=lambda length: [(0, min(length, 32000))])
     if loader == "video":
         from bindllm.media.video import read_frames
 

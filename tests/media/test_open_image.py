@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import bindllm.media.pictures as pictures_module
+import bindllm.media.images as images_module
 from bindllm.errors import MediaError, MissingExtraError
 from bindllm.media import MAX_PIXELS, Media, open_image
 
@@ -252,7 +252,7 @@ def test_huge_picture_is_refused_by_its_header(tmp_path):
 
 def test_the_limit_is_on_the_side_of_the_picture_and_pillow_stays_quiet(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    monkeypatch.setattr(pictures_module, "MAX_PIXELS", 32 * 24)
+    monkeypatch.setattr(images_module, "MAX_PIXELS", 32 * 24)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert open_image(encoded(picture(), "PNG")).size == (32, 24)

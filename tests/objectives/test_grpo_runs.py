@@ -113,7 +113,7 @@ def test_the_recipe_runs_on_tiny_parts(parts, tmp_path, monkeypatch):
     recipe = yaml.safe_load((Path(__file__).parents[2] / "recipes/easyvqa-grpo.yaml").read_text())
     recipe["model"]["decoder"] |= {"name": str(parts / "decoder"), "dtype": "float32"}
     recipe["model"]["encoders"] = [{"class_path": "tiny.ColorEncoder"}]
-    recipe["model"].pop("start_from")
+    recipe["model"].pop("init_from")
     for source in recipe["data"]["sources"]:
         source["path"] = str(parts / "pictures/answers.jsonl")
     recipe["trainer"] |= {"accelerator": "cpu", "max_steps": 2, "val_check_interval": 2}

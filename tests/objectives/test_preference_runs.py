@@ -142,7 +142,7 @@ def test_the_recipe_runs_on_tiny_parts(parts, tmp_path, monkeypatch):
     recipe = yaml.safe_load((Path(__file__).parents[2] / "recipes/easyvqa-dpo.yaml").read_text())
     recipe["model"]["decoder"] |= {"name": str(parts / "decoder"), "dtype": "float32"}
     recipe["model"]["encoders"] = [{"class_path": "tiny.ColorEncoder"}]
-    recipe["model"].pop("start_from")
+    recipe["model"].pop("init_from")
     pairs, answers = recipe["data"]["sources"]
     answers |= {"path": str(parts / "pictures/answers.jsonl")}
     recipe["data"]["sources"] = [{**pairs, "path": str(parts / "pictures/preferences.jsonl")}, answers]

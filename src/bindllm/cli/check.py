@@ -11,13 +11,13 @@ from jsonargparse.typing import NonNegativeInt
 from rich.console import Console
 
 from bindllm.cli.arguments import refuse_together
-from bindllm.cli.memory import memory_lines, plan_run, read_size
 from bindllm.cli.options import build_encoder, encoder_folder, read_media
 from bindllm.cli.recipe import CheckedRecipe, quiet
 from bindllm.errors import CheckpointError, UsageError
 from bindllm.model.checkpoint import MANIFEST
 from bindllm.testing import check_encoder
-from bindllm.training.callbacks import refuse_unmeasured
+from bindllm.training.callbacks import check_monitors
+from bindllm.training.memory import memory_lines, plan_run
 from bindllm.training.preflight import CheckedParts, Problems, check_checkpoint, check_recipe
 
 
@@ -116,9 +116,8 @@ def _check_recipe(
     checked = check_recipe(recipe, problems, say, previewed=options.rows)
     if not problems and (options.memory or options.memory_limit):
         with problems.noted():
-            limit = None if options.memory_limit is None else read_size(options.memory_limit)
             plan = plan_run(recipe, checked.parts, checked.encoders, checked.rows("train"), checked.tokenizer)
-            lines, problem = memory_lines(plan, limit)
+            lines, problem = memory_lines(plan, options.memory_limit)
             for line in lines:
                 say(line)
             problems += [problem] if problem else []
@@ -134,4 +133,4 @@ def _check_run(cli: CheckedRecipe, checked: CheckedParts, problems: Problems) ->
     with problems.noted():
         cli.model.objective.check_rows(checked.rows("train") + validation, checked.sources)
     trainer = cli.make_trainer(logger=False)
-    refuse_unmeasured(trainer.callbacks, num_validation=trainer.limit_val_batches and len(validation))
+    check_monitors(trainer.callbacks, num_validation=trainer.limit_val_batches and len(validation))

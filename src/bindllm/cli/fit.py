@@ -10,7 +10,7 @@ from pathlib import Path
 from lightning.pytorch import Trainer
 from rich.console import Console
 
-from bindllm.cli.processes import meet, on_every_device, stopping_in_order
+from bindllm.cli.processes import graceful_stop, launch, wait_for_rank_zero
 from bindllm.cli.recipe import RecipeCLI, quiet
 from bindllm.errors import InputError
 from bindllm.model.checkpoint import MANIFEST
@@ -38,12 +38,12 @@ def fit(args: list[str]) -> int:
             raise InputError(
                 "model.trainable is empty: nothing would be trained; name groups, such as [bind, inject]"
             )
-        folder = run_folder(cli.config.output, start_from=cli.config.model.start_from)
+        folder = run_folder(cli.config.output, init_from=cli.config.model.init_from)
         state = RunState(folder, RunLog(folder), every_seconds=cli.config.save_every_seconds)
         trainer, output = _trainer(cli, state), Path(cli.config.output)
         with lock_run(folder):
             run = Run(cli.model, cli.datamodule, trainer, state, output, cli.resolved(), console)
-            return run.train(resume=cli.config.resume, wait=meet)
+            return run.train(resume=cli.config.resume, wait=wait_for_rank_zero)
 
 
 def embed(args: list[str]) -> int:
@@ -51,12 +51,12 @@ def embed(args: list[str]) -> int:
 
     The recipe's trainer chooses devices and nodes. A stopped command resumes, with any number of processes.
     """
-    with quiet(), stopping_in_order():
+    with quiet(), graceful_stop():
         cli = RecipeCLI("embed", args)
         data = cli.datamodule
         # Problems of the sources are reported once, before there are further processes to report them too.
         data.read()
-        first = on_every_device(cli.trainer_options, data.embed, again=partial(embed, args))
+        first = launch(cli.trainer_options, data.embed, again=partial(embed, args))
         if not first:
             return 0
         data.setup()
@@ -79,13 +79,13 @@ def _measure(command: str, split: str, args: list[str]) -> int:
     with quiet():
         cli = RecipeCLI(command, args)
         module = cli.model
-        # The recipe's own start_from names the weights before training, not the trained ones.
-        if not any(option.partition("=")[0] == "--model.start_from" for option in args):
-            module.start_from = cli.config.output
-        if not (Path(module.start_from) / MANIFEST).is_file():
+        # The recipe's own init_from names the weights before training, not the trained ones.
+        if not any(option.partition("=")[0] == "--model.init_from" for option in args):
+            module.init_from = cli.config.output
+        if not (Path(module.init_from) / MANIFEST).is_file():
             raise InputError(
-                f"{module.start_from} holds no trained model: run bindllm fit first, or name another checkpoint "
-                "folder with --model.start_from"
+                f"{module.init_from} holds no trained model: run bindllm fit first, or name another checkpoint "
+                "folder with --model.init_from"
             )
         trainer = cli.make_trainer(
             logger=False, enable_checkpointing=False, enable_progress_bar=sys.stdout.isatty()

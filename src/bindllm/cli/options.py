@@ -17,21 +17,11 @@ from jsonargparse.typing import ClosedUnitInterval, PositiveInt, restricted_numb
 
 from bindllm.errors import CheckpointError, UsageError, did_you_mean
 from bindllm.imports import name_module
-from bindllm.media import MODALITIES, Media, is_modality
+from bindllm.media import MODALITIES, SUFFIXES, Media, is_modality
 from bindllm.model.checkpoint import MANIFEST, build_object, build_own
 
 PositiveNumber = restricted_number_type("PositiveNumber", float, [(">", 0), ("<", math.inf)])
 Probability = restricted_number_type("Probability", float, [(">", 0), ("<=", 1)])
-
-ENDINGS: dict[str, tuple[str, ...]] = {
-    "image": ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "svg", "svgz"),
-    "video": ("mp4", "webm", "mkv", "avi", "mov", "m4v", "mpg", "mpeg"),
-    "audio": ("wav", "mp3", "flac", "ogg", "oga", "opus", "m4a", "aac"),
-    "point": ("ply", "obj", "off", "stl", "glb", "xyz", "pts", "pcd"),
-}
-"""What a file is when nothing else is said. Other endings (npy, npz, csv, txt) may be anything: say which."""
-
-RULES = "; ".join(f"{modality}: {' '.join(endings)}" for modality, endings in ENDINGS.items())
 
 _ALIGNED = "bindllm.encoders.Aligned"
 
@@ -143,8 +133,8 @@ def read_media(text: str) -> Media:
     # A drive letter of Windows and an existing file called so are paths.
     if colon and len(modality) > 1 and is_modality(modality) and not os.path.exists(text):
         return Media(modality, source)
-    ending = os.path.splitext(text)[1].lower().removeprefix(".")
-    for name, endings in ENDINGS.items():
+    ending = os.path.splitext(text)[1].lower()
+    for name, endings in SUFFIXES.items():
         if ending in endings and not (name == "image" and _is_wide(text)):
             return Media(name, text)
     if os.path.isdir(text):

@@ -17,9 +17,8 @@ from bindllm.data.rows import Row
 from bindllm.data.source_config import SPLITS, Columns, SourceConfig, Split, split_named
 from bindllm.data.tables import HUB, NOT_UTF8, READERS, is_table, read_table
 from bindllm.errors import InputError, did_you_mean, fetch_hint
-from bindllm.media import Media
+from bindllm.media import SUFFIXES, Media
 
-IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".svg"))
 TABLE_NAME = "captions"
 
 
@@ -309,7 +308,7 @@ def _folder_rows(folder: Path, report: SourceReport, modality: str) -> Iterator[
     """Yield one row per image file, with the lines of its text file."""
     files = sorted(file for file in folder.rglob("*") if _is_media_file(file, modality) and file.is_file())
     if not files:
-        endings = ", ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
+        endings = ", ".join(sorted(suffix[1:] for suffix in SUFFIXES["image"]))
         wanted = (
             f"images ({endings})"
             if modality == "image"
@@ -337,7 +336,7 @@ def _folder_rows(folder: Path, report: SourceReport, modality: str) -> Iterator[
 def _is_media_file(file: Path, modality: str) -> bool:
     """Images are recognized by their ending; other modalities have any ending, so they need a text file."""
     if modality == "image":
-        return file.suffix.lower() in IMAGE_SUFFIXES
+        return file.suffix.lower() in SUFFIXES["image"]
     return file.suffix.lower() != ".txt" and file.with_suffix(".txt").is_file()
 
 

@@ -245,7 +245,7 @@ class HuggingFace:
         return torch.tensor(ids, dtype=torch.int64)
 
     def _prepare_audio(self, media: Media) -> Tensor:
-        from bindllm.media.sound import cut_sound
+        from bindllm.media.audio import cut_audio
 
         extractor = self._processor("audio")
         rate = extractor.sampling_rate
@@ -257,7 +257,7 @@ class HuggingFace:
             return [(start, start + window) for start in (0, (length - window) // 2, length - window)]
 
         clips = []
-        for sound in cut_sound(media.source, rate=rate, cut=spread):
+        for sound in cut_audio(media.source, rate=rate, cut=spread):
             mono = sound.mean(axis=0, dtype=np.float32)
             mono = np.pad(mono, (0, max(0, round(_SHORTEST_SECONDS * rate) - len(mono))))
             made = extractor(mono, sampling_rate=rate, return_tensors="pt")

@@ -16,10 +16,10 @@ import numpy as np
 from PIL import Image
 
 from bindllm.errors import InputError, did_you_mean
-from bindllm.media.pictures import MAX_PIXELS, open_image
-from bindllm.media.source import CHUNK, Source, name_of, open_stream
+from bindllm.media.images import MAX_PIXELS, open_image
+from bindllm.media.source import CHUNK, SUFFIXES, Source, name_of, open_stream
 
-__all__ = ["MAX_PIXELS", "MODALITIES", "Media", "Modality", "Source", "is_modality", "open_image"]
+__all__ = ["MAX_PIXELS", "MODALITIES", "SUFFIXES", "Media", "Modality", "Source", "is_modality", "open_image"]
 
 Modality = Literal["image", "video", "audio", "text", "point", "depth", "thermal", "imu"]
 MODALITIES: tuple[str, ...] = get_args(Modality)

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from bindllm.errors import MediaError, MissingExtraError
-from bindllm.media.pictures import MAX_PIXELS
+from bindllm.media.images import MAX_PIXELS
 from bindllm.media.source import Source, name_of, open_stream
 
 if TYPE_CHECKING:
@@ -48,8 +48,8 @@ _OPTIONS = {
 class _Opened:
     """A stream as FFmpeg sees it: bytes, and of the name only the ending, which helps to tell formats apart."""
 
-    def __init__(self, stream: BinaryIO, name: str) -> None:
-        ending = Path(name).suffix.lower()
+    def __init__(self, stream: BinaryIO, source: str | Path | bytes) -> None:
+        ending = Path(name_of(source)).suffix.lower()
         self.name = f"file{ending}" if re.fullmatch(r"\.[a-z0-9]{1,5}", ending) else "file"
         self.read, self.seek, self.tell = stream.read, stream.seek, stream.tell
 
@@ -69,38 +69,37 @@ def open_track(source: Source, track: Track) -> Iterator[tuple[InputContainer, S
         import av
     except ImportError as error:
         raise MissingExtraError("av", extra=track, purpose=f"read {_WORDS[track]} files") from error
-    name = name_of(source)
     if isinstance(source, np.ndarray | Image.Image):
-        raise MediaError(f"{name}: expected {_EXPECTED[track]}")
+        raise MediaError(f"expected {_EXPECTED[track]}")
     with open_stream(source) as stream:
         head = stream.read(12)
         stream.seek(0)
         if not head:
-            raise MediaError(f"{name}: the file is empty; expected {_EXPECTED[track]}")
+            raise MediaError(f"the file is empty; expected {_EXPECTED[track]}")
         try:
-            container = av.open(_Opened(stream, name), "r", options=_OPTIONS, metadata_errors="replace")
+            container = av.open(_Opened(stream, source), "r", options=_OPTIONS, metadata_errors="replace")
         except Exception as error:
             raise MediaError(
-                f"{name}: cannot be opened as {_WORDS[track]} (it starts with {head!r}: {_reason(error)}); "
+                f"cannot be opened as {_WORDS[track]} (it starts with {head!r}: {_reason(error)}); "
                 f"expected {_EXPECTED[track]}"
             ) from error
-        with reading(name, track), container:
-            yield container, _choose(container, track, name)
+        with decoding(track), container:
+            yield container, _choose(container, track)
 
 
-def _choose(container: InputContainer, track: Track, name: str) -> Stream:
+def _choose(container: InputContainer, track: Track) -> Stream:
     """Return the best track of a kind, ready to decode on one thread."""
     from av.stream import Disposition
 
     stream = container.streams.best(track)
     if stream is None or Disposition.attached_pic in stream.disposition:
         kinds = ", ".join(sorted({other.type for other in container.streams})) or "nothing"
-        raise MediaError(f"{name}: no {_WORDS[track]} track (it holds: {kinds}); expected {_EXPECTED[track]}")
+        raise MediaError(f"no {_WORDS[track]} track (it holds: {kinds}); expected {_EXPECTED[track]}")
     context = stream.codec_context
     if context is None:
-        raise MediaError(f"{name}: no decoder for its {_WORDS[track]} track; convert the file")
+        raise MediaError(f"no decoder for its {_WORDS[track]} track; convert the file")
     if track == "video":
-        check_frame_size(context.width, context.height, name)
+        check_frame_size(context.width, context.height)
     context.options = {"max_pixels": str(MAX_PIXELS)}
     # Files are read in several threads at once, so more threads for each would only get in each other's way.
     context.thread_count = 1
@@ -108,7 +107,7 @@ def _choose(container: InputContainer, track: Track, name: str) -> Stream:
 
 
 @contextmanager
-def reading(name: str, track: Track) -> Iterator[None]:
+def decoding(track: Track) -> Iterator[None]:
     """Turn what PyAV raises while a file is read into a MediaError."""
     from av.error import FFmpegError
 
@@ -119,11 +118,11 @@ def reading(name: str, track: Track) -> Iterator[None]:
     # Damaged files can make PyAV itself fail as well: with unknown formats, or numbers out of range.
     except (FFmpegError, ValueError, OverflowError, OSError, RuntimeError) as error:
         raise MediaError(
-            f"{name}: damaged or truncated {_WORDS[track]} ({_reason(error)}); replace the file"
+            f"damaged or truncated {_WORDS[track]} ({_reason(error)}); replace the file"
         ) from error
 
 
-def packets(container: InputContainer, stream: Stream, name: str) -> Iterator[Packet]:
+def packets(container: InputContainer, stream: Stream) -> Iterator[Packet]:
     """Yield the packets of a track that hold data, in the order of the file.
 
     Raises:
@@ -134,11 +133,11 @@ def packets(container: InputContainer, stream: Stream, name: str) -> Iterator[Pa
         if packet.size == 0:
             continue
         if packet.is_corrupt:
-            raise MediaError(f"{name}: damaged or truncated (it ends within a packet); replace the file")
+            raise MediaError("damaged or truncated (it ends within a packet); replace the file")
         yield packet
 
 
-def check_frame_size(width: int, height: int, name: str) -> None:
+def check_frame_size(width: int, height: int) -> None:
     """Refuse frames of more than `MAX_PIXELS`, and of 0 where FFmpeg could not decode any to learn their size.
 
     Raises:
@@ -146,7 +145,7 @@ def check_frame_size(width: int, height: int, name: str) -> None:
     """
     if not 1 <= width * height <= MAX_PIXELS:
         raise MediaError(
-            f"{name}: frames of {width} x {height} pixels; expected 1 to {MAX_PIXELS:,} pixels. "
+            f"frames of {width} x {height} pixels; expected 1 to {MAX_PIXELS:,} pixels. "
             "Scale the video down, or replace a damaged file"
         )
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from bindllm.errors import MediaError
+from bindllm.errors import MediaError, reading
 from bindllm.media.arrays import check_numbers, holds_array, read_array
-from bindllm.media.pictures import MAX_PIXELS, check_size, open_image, open_raster, reading
+from bindllm.media.images import MAX_PIXELS, check_size, decoding, open_image, open_raster
 from bindllm.media.source import Source, name_of, open_stream
 
 DARKEST, BRIGHTEST = 1.0, 99.0
@@ -37,22 +37,20 @@ def open_depth(source: Source) -> np.ndarray:
         MediaError: missing, damaged, of 8 bits or in colour, OpenEXR, above `MAX_PIXELS`, or nothing was measured at
             all; it names the file.
     """
-    name = name_of(source)
-    values = _read_values(source, name, key="depth")
-    if values is None or values.dtype.itemsize == 1:
-        raise MediaError(
-            f"{name}: 8 bits or colour cannot hold depth; expected a 16-bit PNG or TIFF in millimetres, or an NPY in "
-            "metres. Save the depth itself, not a picture of it"
-        )
-    is_float = values.dtype.kind == "f"
-    with np.errstate(over="ignore", invalid="ignore"):
-        metres = values.astype(np.float32) / np.float32(1 if is_float else _MILLIMETRES)
-    metres = np.where(np.isfinite(metres) & (metres > 0), metres, np.float32(0))
-    if not metres.any():
-        raise MediaError(
-            f"{name}: no pixel of this depth map was measured (all are 0, negative or not finite)"
-        )
-    return metres
+    with reading(name_of(source)):
+        values = _read_values(source, key="depth")
+        if values is None or values.dtype.itemsize == 1:
+            raise MediaError(
+                "8 bits or colour cannot hold depth; expected a 16-bit PNG or TIFF in millimetres, or an NPY in "
+                "metres. Save the depth itself, not a picture of it"
+            )
+        is_float = values.dtype.kind == "f"
+        with np.errstate(over="ignore", invalid="ignore"):
+            metres = values.astype(np.float32) / np.float32(1 if is_float else _MILLIMETRES)
+        metres = np.where(np.isfinite(metres) & (metres > 0), metres, np.float32(0))
+        if not metres.any():
+            raise MediaError("no pixel of this depth map was measured (all are 0, negative or not finite)")
+        return metres
 
 
 def open_thermal(source: Source) -> np.ndarray:
@@ -73,50 +71,50 @@ def open_thermal(source: Source) -> np.ndarray:
     Raises:
         MediaError: missing, damaged, above `MAX_PIXELS`, or without a finite value; it names the file.
     """
-    name = name_of(source)
-    values = _read_values(source, name, key="thermal")
-    if values is None or values.ndim == 3:
-        picture = open_image(source if values is None else values, size=None)
-        return np.asarray(picture.convert("L"), dtype=np.float32) / 255
-    if values.dtype == np.uint8:
-        return values.astype(np.float32) / 255
-    is_finite = np.isfinite(values)
-    if not is_finite.any():
-        raise MediaError(f"{name}: no value of this thermal image is finite")
-    finite = values[is_finite]
-    low, high = float(finite.min()), float(finite.max())
-    if values.dtype.kind != "f" or low < 0 or high > 1:
-        some = finite[:: 1 + finite.size // _ENOUGH].astype(np.float64)
-        low, high = (float(value) for value in np.percentile(some, (DARKEST, BRIGHTEST)))
-    else:
-        low, high = 0.0, 1.0
-    if high == low:
-        return np.zeros(values.shape, np.float32)
-    scaled = np.where(is_finite, values, low).clip(low, high).astype(np.float64)
-    # Halves, since the range of the largest floats overflows.
-    return ((scaled / 2 - low / 2) / (high / 2 - low / 2)).astype(np.float32)
+    with reading(name_of(source)):
+        values = _read_values(source, key="thermal")
+        if values is None or values.ndim == 3:
+            picture = open_image(source if values is None else values, size=None)
+            return np.asarray(picture.convert("L"), dtype=np.float32) / 255
+        if values.dtype == np.uint8:
+            return values.astype(np.float32) / 255
+        is_finite = np.isfinite(values)
+        if not is_finite.any():
+            raise MediaError("no value of this thermal image is finite")
+        finite = values[is_finite]
+        low, high = float(finite.min()), float(finite.max())
+        if values.dtype.kind != "f" or low < 0 or high > 1:
+            some = finite[:: 1 + finite.size // _ENOUGH].astype(np.float64)
+            low, high = (float(value) for value in np.percentile(some, (DARKEST, BRIGHTEST)))
+        else:
+            low, high = 0.0, 1.0
+        if high == low:
+            return np.zeros(values.shape, np.float32)
+        scaled = np.where(is_finite, values, low).clip(low, high).astype(np.float64)
+        # Halves, since the range of the largest floats overflows.
+        return ((scaled / 2 - low / 2) / (high / 2 - low / 2)).astype(np.float32)
 
 
-def _read_values(source: Source, name: str, *, key: str) -> np.ndarray | None:
+def _read_values(source: Source, *, key: str) -> np.ndarray | None:
     """Return the numbers [H, W], or [H, W, 3 or 4] of uint8, as stored; None: a picture of 8 bits or in colour."""
     if isinstance(source, np.ndarray):
-        return _from_array(source, name)
+        return _from_array(source)
     if isinstance(source, Image.Image):
-        with reading(name):
-            check_size(source, name)
+        with decoding():
+            check_size(source)
             return _from_picture(source)
     with open_stream(source) as stream:
         head = stream.read(_HEAD)
         stream.seek(0)
         if not head:
-            raise MediaError(f"{name}: the file is empty; expected a picture or an NPY file")
+            raise MediaError("the file is empty; expected a picture or an NPY file")
         if head.startswith(_EXR):
-            raise MediaError(f"{name}: OpenEXR is not read here; save it as NPY, or as a 16-bit PNG or TIFF")
+            raise MediaError("OpenEXR is not read here; save it as NPY, or as a 16-bit PNG or TIFF")
         if holds_array(head):
-            return _from_array(read_array(stream, name=name, keys=(key,)), name)
+            return _from_array(read_array(stream, keys=(key,)))
         if key == "thermal" and not head.startswith((b"\x89PNG", b"II", b"MM")):
             return None
-        with open_raster(stream, name=name) as image:
+        with open_raster(stream) as image:
             return _from_picture(image)
 
 
@@ -125,15 +123,15 @@ def _from_picture(image: Image.Image) -> np.ndarray | None:
     return np.asarray(image) if is_wide else None
 
 
-def _from_array(array: np.ndarray, name: str) -> np.ndarray:
-    check_numbers(array, name=name)
+def _from_array(array: np.ndarray) -> np.ndarray:
+    check_numbers(array)
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     is_colour = array.ndim == 3 and array.shape[2] in (3, 4) and array.dtype == np.uint8
     if not (is_colour or array.ndim == 2) or array.size == 0:
-        raise MediaError(f"{name}: an array {list(array.shape)}; expected [H, W] or [H, W, 1], not empty")
+        raise MediaError(f"an array {list(array.shape)}; expected [H, W] or [H, W, 1], not empty")
     if array.shape[0] * array.shape[1] > MAX_PIXELS:
         raise MediaError(
-            f"{name}: {array.shape[1]} x {array.shape[0]} pixels; at most {MAX_PIXELS:,} are read. Scale it down first"
+            f"{array.shape[1]} x {array.shape[0]} pixels; at most {MAX_PIXELS:,} are read. Scale it down first"
         )
     return array

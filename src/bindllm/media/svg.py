@@ -36,7 +36,7 @@ def looks_like_svg(head: bytes) -> bool:
     return head.startswith(_GZIP) or is_markup
 
 
-def render_svg(stream: BinaryIO, *, size: int, name: str) -> Image.Image:
+def render_svg(stream: BinaryIO, *, size: int) -> Image.Image:
     """Render an SVG on white so that its longer side is ``size`` pixels.
 
     The proportions come from width and height, else from the viewBox, else from the bounding box of what is
@@ -45,7 +45,6 @@ def render_svg(stream: BinaryIO, *, size: int, name: str) -> Image.Image:
     Args:
         stream: the file, plain or packed with gzip.
         size: longer side in pixels.
-        name: what the file is called in error messages.
 
     Raises:
         MediaError: not well-formed, without area, too large or nested too deeply.
@@ -57,11 +56,11 @@ def render_svg(stream: BinaryIO, *, size: int, name: str) -> Image.Image:
         raise MissingExtraError("resvg-py", extra="svg", purpose="render SVG pictures") from error
 
     try:
-        root = ElementTree.fromstring(_read(stream, name))
+        root = ElementTree.fromstring(_read(stream))
     except (ElementTree.ParseError, ValueError, LookupError) as error:
-        raise MediaError(f"{name}: not a well-formed SVG ({error})") from error
-    _check_depth(root, name)
-    _check_coordinates(root, name)
+        raise MediaError(f"not a well-formed SVG ({error})") from error
+    _check_depth(root)
+    _check_coordinates(root)
     _drop_outside_pictures(root)
     try:
         # Lengths in mm or inches need a resolution; 96 dots per inch is what CSS defines.
@@ -73,37 +72,37 @@ def render_svg(stream: BinaryIO, *, size: int, name: str) -> Image.Image:
             background="white",
         )
     except ValueError as error:
-        raise MediaError(f"{name}: an SVG that cannot be rendered ({error})") from error
+        raise MediaError(f"an SVG that cannot be rendered ({error})") from error
     # A panic of the renderer is a BaseException of a class that nothing exports.
     except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise
-        raise MediaError(f"{name}: an SVG that the renderer cannot handle ({error})") from error
+        raise MediaError(f"an SVG that the renderer cannot handle ({error})") from error
     with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
         return image.convert("RGB")
 
 
-def _read(stream: BinaryIO, name: str) -> bytes:
+def _read(stream: BinaryIO) -> bytes:
     """Read the whole text, unpacked, but never more than the limit."""
     packed = stream.read(2) == _GZIP
     stream.seek(0)
     try:
         text = (gzip.GzipFile(fileobj=stream) if packed else stream).read(MAX_SVG_BYTES + 1)
     except (OSError, EOFError, zlib.error) as error:
-        raise MediaError(f"{name}: a damaged gzip file ({error})") from error
+        raise MediaError(f"a damaged gzip file ({error})") from error
     if len(text) > MAX_SVG_BYTES:
-        raise MediaError(f"{name}: an SVG of more than {MAX_SVG_BYTES:,} bytes; simplify it first")
+        raise MediaError(f"an SVG of more than {MAX_SVG_BYTES:,} bytes; simplify it first")
     return text
 
 
-def _check_depth(root: ElementTree.Element, name: str) -> None:
+def _check_depth(root: ElementTree.Element) -> None:
     """Refuse an SVG whose elements, with ``#references`` followed, nest deeper than `MAX_DEPTH`."""
     by_id = {element.get("id"): element for element in root.iter() if element.get("id")}
     heights: dict[ElementTree.Element, int] = {}
 
     def height(element: ElementTree.Element, above: int) -> int:
         if above + heights.get(element, 1) > MAX_DEPTH:
-            raise MediaError(f"{name}: an SVG nested deeper than {MAX_DEPTH} levels; simplify it first")
+            raise MediaError(f"an SVG nested deeper than {MAX_DEPTH} levels; simplify it first")
         if element not in heights:
             heights[element] = 1  # also ends circular references, which the renderer ignores
             texts = [*element.attrib.values(), element.text or ""]
@@ -116,13 +115,13 @@ def _check_depth(root: ElementTree.Element, name: str) -> None:
     height(root, 0)
 
 
-def _check_coordinates(root: ElementTree.Element, name: str) -> None:
+def _check_coordinates(root: ElementTree.Element) -> None:
     """Refuse shapes with coordinates of a million or more; the size of the whole picture may be any."""
     shapes = (element for element in root.iter() if element is not root)
     for key, value in (item for element in shapes for item in element.attrib.items()):
         if _GEOMETRY.fullmatch(key) and (found := _LARGE.search(value)):
             raise MediaError(
-                f"{name}: an SVG with a coordinate of a million or more ({key}: {found[0]}); scale it down"
+                f"an SVG with a coordinate of a million or more ({key}: {found[0]}); scale it down"
             )
 
 

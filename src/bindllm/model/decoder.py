@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -211,12 +211,15 @@ def read_config(folder: str | Path) -> PretrainedConfig:
         ) from error
 
 
-def without_weights(folder: str | Path, config: PretrainedConfig | None = None) -> PreTrainedModel:
+def without_weights(
+    folder: str | Path, config: PretrainedConfig | None = None, **options: Any
+) -> PreTrainedModel:
     """Build a decoder on the meta device: names and shapes only.
 
     Args:
         folder: the decoder, also for messages.
         config: used instead of the folder's own.
+        **options: of `from_config`, such as ``dtype``.
 
     Raises:
         DecoderError: it is not a causal language model, or needs code of the folder.
@@ -224,7 +227,7 @@ def without_weights(folder: str | Path, config: PretrainedConfig | None = None) 
     config = config or read_config(folder)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
     except Exception as error:
         raise DecoderError(
             f"{folder} does not hold a causal language model ({loading_error(folder, error)})"

@@ -156,7 +156,7 @@ def _compute(
     if not bool(values.isfinite().all()):
         raise TrainingError(
             "a reference log-probability is not finite: the model that the run starts from gives NaN or infinity. "
-            "Look at start_from, or use another dtype of the decoder"
+            "Look at init_from, or use another dtype of the decoder"
         )
     return values
 

@@ -46,6 +46,7 @@ from bindllm.model.decoder import (
 from bindllm.model.injection import InjectConfig
 from bindllm.model.pretrained import encoder_fingerprints, read_cache_config, read_decoder, read_parts
 from bindllm.testing import check_encoder, synthetic_media
+from bindllm.training.memory import MEASURED_ROWS
 from bindllm.training.optim import OptimConfig
 from bindllm.training.run import run_folder
 from bindllm.training.stages import check_base
@@ -58,9 +59,6 @@ PREVIEWED_ROWS = 3
 
 SAMPLES = 3
 """Media of the sources that an encoder of a new modality is checked with if it has no examples of its own."""
-
-MEASURED_ROWS = 2000
-"""Rows whose tokens are counted: enough for the statistics, and a few seconds at most."""
 
 OPENED_IMAGES, OPENED_MEDIA = 200, 20
 """Images of a source, or media of another modality, that are opened, evenly spread over its training rows."""
@@ -126,7 +124,7 @@ def check_recipe(
     """
     model, data, output = recipe["model"], recipe["data"], recipe["output"]
     with problems.noted():
-        run_folder(output, start_from=model["start_from"])
+        run_folder(output, init_from=model["init_from"])
     checked = _build_parts(model, data, problems, say)
     parts, encoders = checked.parts, checked.encoders
     for warning in (*alignment_warnings(encoders), *skipped_encoders(encoders)):
@@ -142,12 +140,12 @@ def check_recipe(
     served = encoders if len(encoders) == len(model["encoders"]) else None
     if model["cache"] is not None:
         _check_cache(model["cache"], served, problems, say, output=output)
-    if model["start_from"] is not None:
-        check_checkpoint(model["start_from"], problems, allow=_trusted(model["encoders"]))
+    if model["init_from"] is not None:
+        check_checkpoint(model["init_from"], problems, allow=_trusted(model["encoders"]))
         if checked.is_whole and not problems:
             own = {name: parts.get(name) for name in ("decoder", "bind", "inject", "adapter")}
             with problems.noted():
-                for remark in check_base(model["start_from"], encoders=encoders, **own):
+                for remark in check_base(model["init_from"], encoders=encoders, **own):
                     say(f"warning: {remark}")
     check_sources(checked.read, served, checked.tokenizer, data["max_length"], problems, say)
     if checked.tokenizer is not None and not problems:

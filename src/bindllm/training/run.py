@@ -36,7 +36,7 @@ from bindllm.report.summary import media_words, summarize
 from bindllm.training.module import BindModule
 from bindllm.training.optim import describe_groups
 from bindllm.training.runlog import METRICS
-from bindllm.training.state import BEST, LAST, Interrupted, RunState, told_to_make_room
+from bindllm.training.state import BEST, LAST, Interrupted, RunState, map_write_errors
 
 RUNS = "runs"
 RECIPE = "recipe.yaml"
@@ -51,21 +51,21 @@ _PROCESSES = ("trainer.devices", "trainer.num_nodes")
 _PLACEMENT = (*_PROCESSES, "trainer.strategy")
 
 
-def run_folder(output: str | Path, *, start_from: str | Path | None = None) -> Path:
+def run_folder(output: str | Path, *, init_from: str | Path | None = None) -> Path:
     """Return the folder of the run that writes a checkpoint folder.
 
     Args:
         output: the checkpoint folder.
-        start_from: the checkpoint folder whose weights the run starts with, if any.
+        init_from: the checkpoint folder whose weights the run starts with, if any.
 
     Raises:
         InputError: ``output`` holds other files than a checkpoint, or the checkpoint that the run starts from; it
             would be replaced at the end of the run.
     """
     output = Path(output)
-    if start_from is not None and output.resolve() == Path(start_from).resolve():
+    if init_from is not None and output.resolve() == Path(init_from).resolve():
         raise InputError(
-            f"output {output} is model.start_from too: the run would replace what it starts from, and could not be "
+            f"output {output} is model.init_from too: the run would replace what it starts from, and could not be "
             "run twice with the same result; choose another output"
         )
     if output.is_dir() and any(output.iterdir()) and not (output / MANIFEST).is_file():
@@ -224,7 +224,7 @@ class Run:
             model.load_trainable_state(best, source=str(self.state.folder))
         # No other process writes to the checkpoint folder: temporary files in it are leftovers of a killed one.
         remove_leftovers(self.output)
-        with told_to_make_room(self.output):
+        with map_write_errors(self.output):
             model.save_pretrained(self.output, data=self._data_names)
             with atomic_file(self.output / RECIPE) as part:
                 part.write_text(self.recipe, encoding="utf-8")

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _NOT_COMPARED = ("fusion",)
 
 
-def take_over(model: BindLLM, folder: str | Path) -> None:
+def init_from_checkpoint(model: BindLLM, folder: str | Path) -> None:
     """Take over the trained tensors of a checkpoint folder.
 
     An adapter that the folder does not have stays as it is: it starts by changing nothing.

@@ -39,9 +39,6 @@ from bindllm.training.watch import Watch
 
 LAST = "last.ckpt"
 BEST = "best-*.safetensors"
-RandomState = dict[str, Tensor]
-"""States of random generators by name, one row for each process."""
-
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -84,12 +81,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 @contextmanager
 def _writing(path: str | Path) -> Iterator[Path]:
     """Write a file in one step; a disk that is full or not writable gives a `TrainingError`."""
-    with told_to_make_room(path), atomic_file(path) as part:
+    with map_write_errors(path), atomic_file(path) as part:
         yield part
 
 
 @contextmanager
-def told_to_make_room(path: str | Path) -> Iterator[None]:
+def map_write_errors(path: str | Path) -> Iterator[None]:
     """Turn what a full disk raises, here and in torch and safetensors, into one `TrainingError`."""
     try:
         yield
@@ -323,13 +320,17 @@ def _in_short(error: BaseException) -> str:
     return lines[0] if isinstance(error, BindLLMError) else f"{type(error).__name__}: {lines[0]}".rstrip(": ")
 
 
+RandomState = dict[str, Tensor]
+"""By generator, one row for each process."""
+
+
 def random_state(strategy: Strategy) -> RandomState:
-    """Return the states of the random generators of all processes; every process must call this.
+    """Return the state of the generators of all processes; all of them must call this.
 
     Args:
-        strategy: strategy that connects the processes.
+        strategy: connects the processes.
     """
-    own = _own_random_state(strategy.root_device)
+    own = _own(strategy.root_device)
     if not distributed.is_initialized():
         return {name: value.unsqueeze(0) for name, value in own.items()}
     gathered = {}
@@ -342,11 +343,11 @@ def random_state(strategy: Strategy) -> RandomState:
 
 
 def restore_random_state(state: RandomState, strategy: Strategy) -> None:
-    """Restore the random generators of this process.
+    """Set the generators of this process to what they were.
 
     Args:
-        state: the result of `random_state` with the same number of processes.
-        strategy: strategy that connects the processes.
+        state: as `random_state` returned it, of as many processes.
+        strategy: connects the processes.
     """
     # A copy: torch reads a generator's state from the start of the storage.
     own = {name: rows[strategy.global_rank].clone() for name, rows in state.items()}
@@ -359,8 +360,8 @@ def restore_random_state(state: RandomState, strategy: Strategy) -> None:
         torch.cuda.set_rng_state(own["cuda"], strategy.root_device)
 
 
-def _own_random_state(device: torch.device) -> RandomState:
-    """Return the random generators of this process, as bytes: a float64 holds a 32-bit word exactly."""
+def _own(device: torch.device) -> RandomState:
+    """The generators of this process, as bytes: a float64 holds a 32-bit word exactly."""
     _, words, position, has_normal, normal = np.random.get_state(legacy=True)
     numpy_state = [*words.tolist(), position, has_normal, normal]
     _, words, normal = random.getstate()

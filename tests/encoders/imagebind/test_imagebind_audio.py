@@ -60,7 +60,7 @@ def test_published_spans(name, monkeypatch):
         spans.extend(cut(int(16_000 * float(name.split("_")[3]))))
         return [np.ones((1, 400), np.float32)]
 
-    monkeypatch.setattr(audio_module, "cut_sound", recording)
+    monkeypatch.setattr(audio_module, "cut_audio", recording)
     published(b"")
     assert spans == [tuple(span) for span in golden("prep_audio")[f"{name}/spans"].tolist()]
 

@@ -190,7 +190,10 @@ class Fields:
 
     def _media_values(self, column: str) -> list[object]:
         """Return the values of a column and of its plural; a value that both have counts once."""
-        one, several = (_listed(self.record.get(name)) for name in (column, f"{column}s"))
+        named = [self.record[name] for name in (column, f"{column}s") if self.record.get(name) is not None]
+        if len(named) < 2:
+            return _listed(named[0]) if named else []
+        one, several = map(_listed, named)
         return several if all(value in several for value in one) else one + several
 
     def _check_unnamed(self, column: str) -> None:

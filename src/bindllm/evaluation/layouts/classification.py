@@ -10,7 +10,6 @@ from bindllm.data.tables import read_table
 from bindllm.errors import InputError, did_you_mean
 from bindllm.evaluation.layouts.dataset import Choice, Dataset
 from bindllm.evaluation.layouts.files import (
-    SUFFIXES,
     Classes,
     Files,
     clip_stems,
@@ -24,6 +23,7 @@ from bindllm.evaluation.layouts.files import (
     suffixes_of,
     walk,
 )
+from bindllm.media import SUFFIXES
 
 IMAGENET_NAMES = ("LOC_synset_mapping.txt", "classes.json", "classes.tsv", "imagenet_class_index.json")
 IMAGENET_SOLUTION = "LOC_{split}_solution.csv"

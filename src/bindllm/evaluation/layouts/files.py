@@ -10,16 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bindllm.data.sources import IMAGE_SUFFIXES
 from bindllm.errors import InputError, did_you_mean
-
-SUFFIXES: dict[str, frozenset[str]] = {
-    "image": IMAGE_SUFFIXES,
-    "audio": frozenset((".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".m4a", ".aac")),
-    "video": frozenset((".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg")),
-    "point": frozenset((".off", ".ply", ".obj", ".stl", ".glb", ".xyz", ".pts", ".pcd")),
-}
-"""Suffixes of each modality's files. A video file may contain sound, so video suffixes count for audio as well."""
+from bindllm.media import SUFFIXES
 
 
 def suffixes_of(modality: str) -> frozenset[str]:

@@ -11,8 +11,7 @@ from bindllm.encoders.aligned_folder import HEAD, TOWER, AlignedManifest, write_
 from bindllm.encoders.alignment import space_of
 from bindllm.model.card import license_of
 from bindllm.training.align.data import AlignData
-from bindllm.training.align.metrics import RECALL_AT
-from bindllm.training.align.module import AlignModule
+from bindllm.training.align.module import RECALL_AT, AlignModule
 
 
 def save_aligned(

@@ -20,7 +20,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from bindllm.errors import MediaError
+from bindllm.errors import MediaError, reading
 from bindllm.media.source import Source, name_of, open_stream
 from bindllm.media.svg import looks_like_svg, render_svg
 
@@ -64,63 +64,62 @@ def open_image(source: Source, *, size: int | None = 448) -> Image.Image:
         MediaError: missing, empty, truncated, not a picture, or above `MAX_PIXELS`; it names the file.
         MissingExtraError: an SVG without the extra ``svg``.
     """
-    name = name_of(source)
-    if isinstance(source, np.ndarray):
-        return _to_rgb(_from_array(source, name), name)
-    if isinstance(source, Image.Image):
-        with reading(name):
-            check_size(source, name)
-            return _to_rgb(source, name)
-    with open_stream(source) as stream:
-        head = stream.read(_HEAD)
-        stream.seek(0)
-        if not head:
-            raise MediaError(f"{name}: the file is empty; expected a picture")
-        if looks_like_svg(head):
-            return render_svg(stream, size=size or _DRAWN_SIDE, name=name)
-        with open_raster(stream, name=name) as image:
-            if size is not None and isinstance(image, JpegImagePlugin.JpegImageFile):
-                image.draft(None, (2 * size, 2 * size))
-            return _to_rgb(image, name)
+    with reading(name_of(source)):
+        if isinstance(source, np.ndarray):
+            return _to_rgb(_from_array(source))
+        if isinstance(source, Image.Image):
+            with decoding():
+                check_size(source)
+                return _to_rgb(source)
+        with open_stream(source) as stream:
+            head = stream.read(_HEAD)
+            stream.seek(0)
+            if not head:
+                raise MediaError("the file is empty; expected a picture")
+            if looks_like_svg(head):
+                return render_svg(stream, size=size or _DRAWN_SIDE)
+            with open_raster(stream) as image:
+                if size is not None and isinstance(image, JpegImagePlugin.JpegImageFile):
+                    image.draft(None, (2 * size, 2 * size))
+                return _to_rgb(image)
 
 
 @contextmanager
-def open_raster(stream: BinaryIO, *, name: str) -> Iterator[Image.Image]:
+def open_raster(stream: BinaryIO) -> Iterator[Image.Image]:
     """Yield the raster picture in a stream, not decoded yet, in the mode that it is stored in.
 
     Args:
         stream: the file, at its start.
-        name: what the file is called in error messages.
 
     Raises:
         MediaError: not a raster picture, above `MAX_PIXELS`, or whatever Pillow raises while it is open.
     """
     head = stream.read(_HEAD)
     stream.seek(0)
-    with reading(name), _raster_reader(head, name)(stream) as image:
-        check_size(image, name)
+    with decoding(), _raster_reader(head)(stream) as image:
+        check_size(image)
         yield image
 
 
-def _from_array(array: np.ndarray, name: str) -> Image.Image:
+def _from_array(array: np.ndarray) -> Image.Image:
     shape_fits = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
     if not shape_fits or array.dtype != np.uint8 or array.size == 0:
-        raise MediaError(f"{name}: expected a filled array [H, W], [H, W, 3] or [H, W, 4] of uint8")
+        raise MediaError("expected a filled array [H, W], [H, W, 3] or [H, W, 4] of uint8")
     return Image.fromarray(array)
 
 
-def _raster_reader(head: bytes, name: str) -> type[ImageFile.ImageFile]:
+def _raster_reader(head: bytes) -> type[ImageFile.ImageFile]:
     """Return the class that reads files which start like this one."""
     for signature, reader in _RASTER_READERS:
         if head.startswith(signature):
             return reader
     raise MediaError(
-        f"{name}: not a picture (it starts with {head[:12]!r}); expected JPEG, PNG, WebP, GIF, BMP, TIFF or SVG"
+        f"not a picture (it starts with {head[:12]!r}); expected JPEG, PNG, WebP, GIF, BMP, TIFF or SVG"
     )
 
 
 @contextmanager
-def reading(name: str) -> Iterator[None]:
+def decoding() -> Iterator[None]:
     """Turn what Pillow raises while it reads a picture into a MediaError."""
     try:
         yield
@@ -128,24 +127,24 @@ def reading(name: str) -> Iterator[None]:
         raise
     # Damaged files make it raise nearly every class of exception: all of them mean "cannot be decoded".
     except Exception as error:
-        raise MediaError(f"{name}: a damaged or truncated picture ({error}); replace the file") from error
+        raise MediaError(f"a damaged or truncated picture ({error}); replace the file") from error
 
 
-def check_size(image: Image.Image, name: str) -> None:
+def check_size(image: Image.Image) -> None:
     """Refuse a picture above `MAX_PIXELS` before it is decoded."""
     if image.width * image.height > MAX_PIXELS:
         raise MediaError(
-            f"{name}: {image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are decoded. "
+            f"{image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are decoded. "
             "Scale the picture down first"
         )
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+def _to_rgb(image: Image.Image) -> Image.Image:
     """Decode, turn upright, and convert every mode to RGB on white; the picture given keeps its mode."""
     image.load()
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        return _grey_from_wide(image, name)
+        return _grey_from_wide(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -153,7 +152,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _grey_from_wide(image: Image.Image, name: str) -> Image.Image:
+def _grey_from_wide(image: Image.Image) -> Image.Image:
     """Scale 16-bit and 32-bit grey to 8 bits by its range; Pillow itself would clip at 255."""
     values = np.asarray(image, dtype=np.float32)
     low, high = float(values.min()), float(values.max())
@@ -164,7 +163,7 @@ def _grey_from_wide(image: Image.Image, name: str) -> Image.Image:
         top = next((top for top in tops if high <= top), math.nan)
     if not (low >= 0 and high <= top):
         raise MediaError(
-            f"{name}: 32-bit values from {low:g} to {high:g}; expected 0..1 (floats), 0..255 or 0..65535. "
+            f"32-bit values from {low:g} to {high:g}; expected 0..1 (floats), 0..255 or 0..65535. "
             "Scale the values first"
         )
     return Image.fromarray(np.rint(values * (255.0 / top)).astype(np.uint8)).convert("RGB")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from math import gcd
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from bindllm.errors import MediaError
+from bindllm.errors import MediaError, reading
 from bindllm.media.container import open_track, packets
-from bindllm.media.resample import Resampler
 from bindllm.media.source import Source, name_of
 
 if TYPE_CHECKING:
@@ -37,6 +37,15 @@ _KEPT = 1 << 23
 
 _BLOCK = 1 << 16
 
+_CROSSINGS = 6
+"""Half width of the kernel, in zero crossings of its sinc."""
+
+_ROLLOFF_PERCENT = 99
+"""Cut-off frequency in percent of the lower of both Nyquist frequencies."""
+
+_PRODUCTS = 1 << 20
+"""Products that are held at once: outputs of a block times taps."""
+
 _log = logging.getLogger("bindllm")
 
 
@@ -47,7 +56,7 @@ class _Block(NamedTuple):
     samples: np.ndarray
 
 
-def cut_sound(
+def cut_audio(
     source: Source, *, rate: int, cut: Callable[[int], Sequence[tuple[int, int]]]
 ) -> list[np.ndarray]:
     """Return parts of a sound, resampled as `Resampler` would do it with the whole of it.
@@ -73,36 +82,38 @@ def cut_sound(
         MissingExtraError: PyAV is not installed.
 
     Example:
-        >>> [part.shape for part in cut_sound(np.zeros(48_000), rate=8_000, cut=lambda n: [(0, 10), (n - 5, n)])]
+        >>> [part.shape for part in cut_audio(np.zeros(48_000), rate=8_000, cut=lambda n: [(0, 10), (n - 5, n)])]
         [(1, 10), (1, 5)]
     """
-    name = name_of(source)
-    total, source_rate, kept = _survey(_blocks(source, name, warn=True), name)
-    resampler = Resampler(source_rate, rate)
-    length = resampler.length(total)
-    spans = [(min(max(0, start), length), min(max(0, start, stop), length)) for start, stop in cut(length)]
-    return _cut(_blocks(source, name) if kept is None else kept, spans, resampler, total, name)
+    with reading(name_of(source)):
+        total, source_rate, kept = _survey(_blocks(source, warn=True))
+        resampler = Resampler(source_rate, rate)
+        length = resampler.length(total)
+        spans = [
+            (min(max(0, start), length), min(max(0, start, stop), length)) for start, stop in cut(length)
+        ]
+        return _cut(_blocks(source) if kept is None else kept, spans, resampler, total)
 
 
-def _survey(blocks: Iterable[_Block], name: str) -> tuple[int, int, list[_Block] | None]:
+def _survey(blocks: Iterable[_Block]) -> tuple[int, int, list[_Block] | None]:
     """Return the number of samples, their rate, and the blocks unless they are too many to keep."""
     total, rate = 0, 0
     kept: list[_Block] | None = []
     for rate, samples in blocks:
         total += samples.shape[1]
         if total > MAX_SECONDS * rate:
-            raise MediaError(f"{name}: longer than {MAX_SECONDS // 3600} hours; cut the sound first")
+            raise MediaError(f"longer than {MAX_SECONDS // 3600} hours; cut the sound first")
         if kept is not None:
             kept.append(_Block(rate, samples))
             if total * len(samples) > _KEPT:
                 kept = None
     if total == 0:
-        raise MediaError(f"{name}: no samples; expected a sound")
+        raise MediaError("no samples; expected a sound")
     return total, rate, kept
 
 
 def _cut(
-    blocks: Iterable[_Block], spans: list[tuple[int, int]], resampler: Resampler, total: int, name: str
+    blocks: Iterable[_Block], spans: list[tuple[int, int]], resampler: Resampler, total: int
 ) -> list[np.ndarray]:
     """Resample the spans while the blocks pass by; held is only what the next span needs."""
     needs = [resampler.needs(*span) for span in spans]
@@ -124,33 +135,29 @@ def _cut(
         while held and first + held[0].shape[1] <= lowest:
             first += held.pop(0).shape[1]
     if waiting:
-        raise MediaError(f"{name}: the file changed while it was read; run again")
+        raise MediaError("the file changed while it was read; run again")
     return parts
 
 
-def _blocks(source: Source, name: str, *, warn: bool = False) -> Iterator[_Block]:
+def _blocks(source: Source, *, warn: bool = False) -> Iterator[_Block]:
     """Yield the samples of an array or a file, checked; ``warn`` of packets that could not be decoded."""
-    blocks = (
-        _array_blocks(source, name)
-        if isinstance(source, np.ndarray)
-        else _file_blocks(source, name, warn=warn)
-    )
+    blocks = _array_blocks(source) if isinstance(source, np.ndarray) else _file_blocks(source, warn=warn)
     for block in blocks:
         loudest = np.abs(block.samples).max(initial=0.0) if block.samples.dtype.kind == "f" else 0.0
         # Written so that NaN fails too.
         if not loudest <= LOUDEST:
             raise MediaError(
-                f"{name}: holds a sample of {loudest:g}; expected finite values with full scale at 1 "
+                f"holds a sample of {loudest:g}; expected finite values with full scale at 1 "
                 f"(at most {LOUDEST:g}). Scale or repair the sound first"
             )
         yield block
 
 
-def _array_blocks(array: np.ndarray, name: str) -> Iterator[_Block]:
+def _array_blocks(array: np.ndarray) -> Iterator[_Block]:
     fits = array.ndim in (1, 2) and (array.dtype == np.int16 or np.issubdtype(array.dtype, np.floating))
     if not fits or (array.ndim == 2 and not 1 <= len(array) <= MAX_CHANNELS):
         raise MediaError(
-            f"{name}: expected samples [N] or [C, N] (at most {MAX_CHANNELS} channels) of int16 or floats "
+            f"expected samples [N] or [C, N] (at most {MAX_CHANNELS} channels) of int16 or floats "
             f"in -1..1 at {ARRAY_RATE} a second"
         )
     channels = np.atleast_2d(array)
@@ -158,17 +165,17 @@ def _array_blocks(array: np.ndarray, name: str) -> Iterator[_Block]:
         yield _Block(ARRAY_RATE, channels[:, start : start + _BLOCK])
 
 
-def _file_blocks(source: Source, name: str, *, warn: bool) -> Iterator[_Block]:
+def _file_blocks(source: Source, *, warn: bool) -> Iterator[_Block]:
     known: tuple[int, int] | None = None
     with open_track(source, "audio") as (container, stream):
-        for frame in _frames(packets(container, stream, name), stream, name, warn=warn):
+        for frame in _frames(packets(container, stream), stream, name=name_of(source) if warn else ""):
             layout = frame.sample_rate, frame.layout.nb_channels
             if known is None:
                 known = layout
-                _check_layout(*layout, name)
+                _check_layout(*layout)
             if layout != known:
                 raise MediaError(
-                    f"{name}: changes from {known[0]} samples a second on {known[1]} channels to {layout[0]} "
+                    f"changes from {known[0]} samples a second on {known[1]} channels to {layout[0]} "
                     f"on {layout[1]}; convert it to one layout first"
                 )
             values = frame.to_ndarray()
@@ -178,8 +185,8 @@ def _file_blocks(source: Source, name: str, *, warn: bool) -> Iterator[_Block]:
             yield _Block(frame.sample_rate, values)
 
 
-def _frames(parts: Iterable[Packet], stream: AudioStream, name: str, *, warn: bool) -> Iterator[AudioFrame]:
-    """Decode packets; a few damaged ones are left out, as a player would, and said."""
+def _frames(parts: Iterable[Packet], stream: AudioStream, *, name: str) -> Iterator[AudioFrame]:
+    """Decode packets; a few damaged ones are skipped, as a player would, with a warning if there is a name."""
     from av.error import FFmpegError
 
     count = damaged = 0
@@ -193,15 +200,15 @@ def _frames(parts: Iterable[Packet], stream: AudioStream, name: str, *, warn: bo
             yield from frames
     yield from stream.decode(None)
     if damaged > 1 + count // 100:
-        raise MediaError(f"{name}: {damaged} of {count} packets of sound are damaged; replace the file")
-    if damaged and warn:
+        raise MediaError(f"{damaged} of {count} packets of sound are damaged; replace the file")
+    if damaged and name:
         _log.warning("%s: %d of %d packets of sound are damaged and left out", name, damaged, count)
 
 
-def _check_layout(rate: int, channels: int, name: str) -> None:
+def _check_layout(rate: int, channels: int) -> None:
     if not (1 <= rate <= MAX_RATE and 1 <= channels <= MAX_CHANNELS):
         raise MediaError(
-            f"{name}: {rate} samples a second on {channels} channels; "
+            f"{rate} samples a second on {channels} channels; "
             f"at most {MAX_RATE} on {MAX_CHANNELS} are read. Convert it first"
         )
 
@@ -213,3 +220,84 @@ def _as_float(values: np.ndarray) -> np.ndarray:
     if np.issubdtype(values.dtype, np.integer):
         return values.astype(np.float32) / np.float32(2 ** (8 * values.dtype.itemsize - 1))
     return values.astype(np.float32)
+
+
+class Resampler:
+    """Sinc interpolation with a Hann window: half width 6 zero crossings, roll-off 0.99, signal zero outside.
+
+    With o and n the rates divided by their greatest common divisor and f = 0.99 min(o, n), sample j of the result
+    is the sum over i of x[i] h((i/o - j/n) f) f/o, where h(t) = sinc(t) cos^2(pi t / 12) for |t| < 6 and 0 beyond.
+    The result has ceil(n N / o) samples. At equal rates the samples are passed on as they are.
+
+    Args:
+        source_rate: samples a second of what is given.
+        rate: samples a second of what is wanted.
+    """
+
+    def __init__(self, source_rate: int, rate: int) -> None:
+        divisor = gcd(source_rate, rate)
+        self._source, self._target = source_rate // divisor, rate // divisor
+        # The reach of the kernel in source samples, 6 o / f, as an exact fraction.
+        self._reach = (100 * _CROSSINGS * self._source, _ROLLOFF_PERCENT * min(self._source, self._target))
+
+    def length(self, samples: int) -> int:
+        """Return how many samples come out for ``samples`` that go in."""
+        return -(-self._target * samples // self._source)
+
+    def needs(self, start: int, stop: int) -> tuple[int, int]:
+        """Return the span of source samples that results ``start`` to ``stop`` depend on; may pass both ends."""
+        if self._source == self._target:
+            return start, max(start, stop)
+        first = self._first(start)
+        return first, first if stop <= start else self._first(stop - 1) + self._taps()
+
+    def apply(self, samples: np.ndarray, first: int, *, start: int, stop: int) -> np.ndarray:
+        """Return results ``start`` to ``stop``.
+
+        Args:
+            samples: [C, n] float32, the source from sample ``first`` on; it covers `needs` but for what lies
+                before or behind the whole sound, which counts as 0.
+            first: where ``samples`` starts in the whole sound.
+            start: first result.
+            stop: result to stop before.
+
+        Returns:
+            [C, stop - start] float32.
+        """
+        if stop <= start:
+            return np.empty((len(samples), 0), np.float32)
+        low, high = self.needs(start, stop)
+        before, after = max(0, first - low), max(0, high - first - samples.shape[1])
+        samples = samples[:, max(0, low - first) : max(0, high - first)]
+        samples = np.pad(samples, ((0, 0), (before, after)))
+        if self._source == self._target:
+            return samples
+        result = np.empty((len(samples), stop - start), np.float32)
+        step = max(1, _PRODUCTS // self._taps())
+        for at in range(start, stop, step):
+            outputs = np.arange(at, min(at + step, stop))
+            phases, which = np.unique(outputs % self._target, return_inverse=True)
+            weights = self._weights(phases)[which]
+            from_sample = self._first(outputs) - low
+            index = from_sample[:, None] + np.arange(self._taps())
+            for channel, values in enumerate(samples):
+                result[channel, outputs - start] = np.einsum("jt,jt->j", values[index], weights)
+        return result
+
+    def _taps(self) -> int:
+        reach, unit = self._reach
+        return 2 * reach // unit + 1
+
+    def _first(self, output: int | np.ndarray) -> int | np.ndarray:
+        """Return the first source sample within reach of an output: ceil(j o / n - reach), in integers."""
+        reach, unit = self._reach
+        return -((reach * self._target - output * self._source * unit) // (self._target * unit))
+
+    def _weights(self, phases: np.ndarray) -> np.ndarray:
+        """Return the kernel around outputs ``phases``: [P, taps] float32."""
+        samples = self._first(phases)[:, None] + np.arange(self._taps())
+        lowest = _ROLLOFF_PERCENT / 100 * min(self._source, self._target)
+        distance = (samples / self._source - phases[:, None] / self._target) * lowest
+        window = np.cos(np.pi * distance / (2 * _CROSSINGS)) ** 2
+        kernel = np.where(np.abs(distance) < _CROSSINGS, np.sinc(distance) * window, 0.0)
+        return (kernel * (lowest / self._source)).astype(np.float32)
