@@ -37,7 +37,6 @@ from bindllm.model.bindllm import BindLLM
 from bindllm.model.checkpoint import build_own, read_manifest, read_weights
 from bindllm.model.decoder import (
     DecoderConfig,
-    find_folder,
     fingerprint_decoder,
     load_tokenizer,
     read_config,
@@ -290,8 +289,8 @@ def _check_decoder(config: DecoderConfig, problems: Problems) -> Any:
     with problems.noted():
         tokenizer = load_tokenizer(config)
     with problems.noted():
-        fingerprint_decoder(find_folder(config))
-        read_config(find_folder(config))
+        fingerprint_decoder(config.folder())
+        read_config(config.folder())
     # A missing folder is one problem, not two.
     problems[known:] = dict.fromkeys(problems[known:])
     return tokenizer
@@ -300,7 +299,7 @@ def _check_decoder(config: DecoderConfig, problems: Problems) -> Any:
 def _check_model(checked: CheckedParts, trainable: list[str]) -> None:
     """Build the model without its weights: the injection finds its layers, and all sizes fit."""
     parts, tokenizer = checked.parts, checked.tokenizer
-    decoder = without_weights(find_folder(parts["decoder"]))
+    decoder = without_weights(parts["decoder"].folder())
     check_vocabulary(tokenizer, decoder.get_input_embeddings().num_embeddings)
     joined = {name: parts.get(name) for name in ("bind", "inject", "adapter")}
     BindLLM(decoder, tokenizer, parts["decoder"], encoders=checked.encoders, **joined).set_trainable(

@@ -28,9 +28,7 @@ from bindllm.data.datamodule import BindData
 from bindllm.errors import BindLLMError, InputError, printable
 from bindllm.evaluation.held_out import evaluate_held_out, held_out_rows
 from bindllm.evaluation.task import Evaluation
-from bindllm.model.card import licenses
-from bindllm.model.checkpoint import MANIFEST
-from bindllm.model.pretrained import describe
+from bindllm.model.checkpoint import MANIFEST, licenses
 from bindllm.report.report import RunFacts, write_report
 from bindllm.report.summary import media_words, summarize
 from bindllm.training.module import BindModule
@@ -270,7 +268,7 @@ class Run:
             title=self.output.name,
             parameters=groups,
             data=asdict(self.data.report),
-            licenses=licenses(describe(model), data=self._data_names),
+            licenses=licenses(model.describe(), data=self._data_names),
             problems=measured.problems,
             device=str(model.device),
         )
