@@ -171,7 +171,7 @@ def test_a_mismatched_answer_is_cut_to_the_longest_row():
     longest = max(len(sample.input_ids) for sample in samples)
     samples[1] = row(1, "red", "not so long", desirable=True)
     assert [len(sample.input_ids) <= longest for sample in mismatch(samples, seed=0)] == [True, True]
-    with pytest.raises(InputError, match=r"KTO needs at least 2 rows.*row 0 is alone"):
+    with pytest.raises(InputError, match=r"KTO needs at least 2 rows.*row 0 is the only one"):
         mismatch(samples[:1], seed=0)
 
 
@@ -250,7 +250,7 @@ def test_data_without_what_an_objective_learns_from_are_refused_by_name(
 
 
 def test_measuring_without_training_is_refused_with_what_to_do(decoder, tmp_path):
-    with pytest.raises(InputError, match=r"DPO compares with the model.*--model.objective null"):
+    with pytest.raises(InputError, match=r"DPO compares with the initial model.*--model.objective null"):
         make_trainer(tmp_path).validate(build(decoder, DPO()), Preferences(pairs()))
 
 

@@ -115,7 +115,7 @@ def test_what_may_differ_is_said(decoder, tmp_path, caplog):
     assert "decoder.quantize null, this run has nf4" in remark
     in_other_words = replace(decoder, system="", template=None)
     (remark,) = check_base(tmp_path / "m", decoder=in_other_words, adapter=LORA, **parts)
-    assert 'decoder.system null, this run has "": its prompts read differently' in remark
+    assert 'decoder.system null, this run has "": its prompts differ' in remark
     # A published checkpoint: media of one message fuse otherwise than in training.
     manifest = json.loads((tmp_path / "m" / "bindllm.json").read_text())
     manifest["bind"]["fusion"] = "mean"

@@ -1,4 +1,4 @@
-"""``bindllm embed``: fill the embedding store, in one process for each device."""
+"""``bindllm embed``: precompute embeddings, in one process for each device."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from bindllm.cli.recipe import RecipeCLI, quiet
 
 
 def embed(args: list[str]) -> int:
-    """Embed the media of all splits of a recipe, and print what was read and embedded.
+    """Embed the media of all splits of a recipe, and print a report.
 
-    The recipe's trainer says on which devices and nodes. Stopped or killed, the same command goes on, with any
-    number of processes.
+    The recipe's trainer specifies devices and nodes. The same command resumes after an interruption, with any number of
+    processes.
     """
     with quiet(), graceful_stop():
         cli = RecipeCLI("embed", args)
         data = cli.datamodule
-        # What is wrong with the sources is said once, before there are further processes to say it too.
+        # Errors of the sources are raised here once, before every process would raise them.
         data.read()
         first = launch(cli.trainer_options, data.embed, again=partial(embed, args))
         if not first:

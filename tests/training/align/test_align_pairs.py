@@ -200,11 +200,11 @@ def test_data_that_cannot_be_are_refused(sources, settings, message):
 
 def test_an_encoder_that_does_not_serve_its_side_is_refused(pictures, tmp_path):
     with pytest.raises(
-        InputError, match="the tower of the recipe serves text media; the sources have audio there"
+        InputError, match="the tower of the recipe serves text media, but the sources have audio"
     ):
         data_of(PairSource(str(pictures), modality="audio"), folder=tmp_path)
     with pytest.raises(
-        InputError, match="the target of the recipe serves image media; the sources have depth"
+        InputError, match="the target of the recipe serves image media, but the sources have depth"
     ):
         data_of(PairSource(str(pictures), target="depth"), folder=tmp_path)
 
@@ -223,7 +223,7 @@ def test_an_encoder_that_does_not_serve_its_side_is_refused(pictures, tmp_path):
 )
 def test_pairs_without_a_negative_are_an_error(pictures, tmp_path, change, counts):
     rewrite(pictures, change)
-    with pytest.raises(InputError, match=f"{counts}.*nothing to tell apart"):
+    with pytest.raises(InputError, match=f"{counts}.*there are no negatives"):
         data_of(PairSource(str(pictures)), folder=tmp_path)
 
 
@@ -232,7 +232,7 @@ def test_media_that_are_not_finite_once_prepared_are_left_out(tmp_path):
     np.save(folder / "3.npy", np.array([1.0, np.nan, 2.0]))
     data = data_of(PairSource(str(folder), modality="radar"), folder=tmp_path, tower=BeatTower())
     (line,) = data.report.skipped.lines()
-    assert "3.npy: the tower makes numbers of it that are not finite" in line
+    assert "3.npy: the tower prepares values that are not finite" in line
 
 
 def test_a_target_without_a_split_is_where_evaluation_looks_for_it(pictures):
