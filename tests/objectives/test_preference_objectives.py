@@ -257,7 +257,7 @@ def test_measuring_without_training_is_refused_with_what_to_do(decoder, tmp_path
 def test_streamed_rows_have_no_reference_and_are_refused_with_what_to_do(decoder, tmp_path):
     data = Preferences(pairs())
     data.streamed = True
-    with pytest.raises(InputError, match=r"KTO compares every training row.*ORPO"):
+    with pytest.raises(InputError, match=r"KTO compares all training rows.*ORPO"):
         make_trainer(tmp_path, max_epochs=1).fit(build(decoder, KTO()), data)
 
 
