@@ -233,9 +233,9 @@ def test_next_token_learns_the_chosen_answers_of_pairs_alone(decoder):
         (
             DPO(),
             [row(0, "red", "red", "blue"), row(1, "red", "red")],
-            r"DPO.*chosen and a rejected.*4 rows of data/colours, 2 are not",
+            r"DPO.*chosen and a rejected.*2 of the 4 rows of data/colours are not",
         ),
-        (ORPO(), judged(), r"ORPO learns from pairs.*Of the 32 rows.*32 are not.*row 0"),
+        (ORPO(), judged(), r"ORPO learns from pairs.*32 of the 32 rows.*are not.*row 0"),
         (KTO(), [row(0, "red", "red")], r"KTO.*desirable.*or pairs"),
     ],
 )
@@ -261,10 +261,10 @@ def test_streamed_rows_have_no_reference_and_are_refused_with_what_to_do(decoder
         make_trainer(tmp_path, max_epochs=1).fit(build(decoder, KTO()), data)
 
 
-def test_a_streamed_row_that_is_no_pair_is_refused_by_orpo(decoder):
+def test_a_streamed_row_that_is_not_a_pair_is_refused_by_orpo(decoder):
     model = open_gates(build(decoder, None)).model
     batch = collate([*pairs()[:2], row(2, "red", "red")], lookup, pad_id=0)
-    with pytest.raises(InputError, match="1 of 3 rows of a batch are none"):
+    with pytest.raises(InputError, match="1 of 3 rows of a batch are not pairs"):
         ORPO().loss(model, batch)
 
 

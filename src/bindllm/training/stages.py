@@ -119,8 +119,8 @@ def _check_frozen(
     for what, (found, expected) in compared.items():
         if found != expected:
             raise CheckpointError(
-                f"{folder} was trained with other {what} than those of this recipe: use its recipe.yaml "
-                f"({what} there: {theirs[what]})"
+                f"the {what} of {folder} ({theirs[what]}) differ from those of this recipe, by their fingerprint: use "
+                f"{Path(folder) / 'recipe.yaml'}"
             )
 
 

@@ -130,7 +130,7 @@ def test_copies_count_once_and_are_no_test(pictures, tmp_path):
     train, validation = data.pairs("train"), data.pairs("validation")
     assert (len(train.targets), len(train.media), len(train.links)) == (7, 8, 8)
     assert (len(validation.targets), len(validation.media)) == (3, 2)
-    assert data.report.alone == 1
+    assert data.report.without_media == 1
     assert sorted(map(len, train.media_of())) == [1] * 6 + [2]
 
 
@@ -188,7 +188,11 @@ def test_augmentation_and_mixing_follow_the_seed(tmp_path):
     ("sources", "settings", "message"),
     [
         ([], {}, r"data\.sources is empty"),
-        ([PairSource("a"), PairSource("b", modality="audio")], {}, "have one modality; here are audio, text"),
+        (
+            [PairSource("a"), PairSource("b", modality="audio")],
+            {},
+            "must have the same modality; found audio, text",
+        ),
         ([PairSource("a")], {"batch_size": 1}, r"data\.batch_size must be at least 2"),
         ([PairSource("a")], {"mix": 1.5}, r"data\.mix must be from 0 to 1"),
     ],
