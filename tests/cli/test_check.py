@@ -176,7 +176,7 @@ def test_an_encoder(capsys):
     [
         (["--config", "nope.yaml"], "nope.yaml"),
         (["--folder", "nope"], "'nope' does not exist"),
-        (["--encoder", "tiny.ColorEncoder"], "Did you mean 'ColorEncoder'?"),
+        (["--encoder", "tiny.ColorEncodr"], "Did you mean 'ColorEncoder'?"),
         (["--encoder", "Nope"], "'Nope' is not the import path of a class"),
     ],
 )

@@ -6,7 +6,7 @@ from bindllm.conversation import Conversation, Message
 from bindllm.data.rows import IGNORE, Row, make_sample, tokenize
 from bindllm.errors import InputError
 from bindllm.media import Media
-from bindllm.model.templates import apply_template
+from bindllm.model.decoder import apply_template
 from tiny import tiny_tokenizer
 
 # A default system text where the conversation brings none, as SmolLM2 does.

@@ -32,7 +32,6 @@ from bindllm.model.bindllm import BindLLM
 from bindllm.model.checkpoint import MANIFEST, read_manifest, read_weights
 from bindllm.model.decoder import (
     DecoderConfig,
-    find_folder,
     fingerprint_decoder,
     load_tokenizer,
     read_config,
@@ -197,8 +196,8 @@ def _check_decoder(config: DecoderConfig, problems: Problems) -> Any:
     with problems.noted():
         tokenizer = load_tokenizer(config)
     with problems.noted():
-        fingerprint_decoder(find_folder(config))
-        read_config(find_folder(config))
+        fingerprint_decoder(config.folder())
+        read_config(config.folder())
     # A missing folder is one problem, not two.
     problems[:] = dict.fromkeys(problems)
     return tokenizer
@@ -208,7 +207,7 @@ def _check_model(
     parts: dict[str, Any], tokenizer: Any, encoders: Sequence[Any], trainable: list[str]
 ) -> None:
     """Join the parts without their weights: whether the decoder has what the injection needs, and all sizes fit."""
-    decoder = without_weights(find_folder(parts["decoder"]))
+    decoder = without_weights(parts["decoder"].folder())
     check_vocabulary(tokenizer, decoder.get_input_embeddings().num_embeddings)
     joined = {"encoders": encoders, **{name: parts.get(name) for name in ("bind", "inject", "adapter")}}
     BindLLM(decoder, tokenizer, parts["decoder"], **joined).set_trainable(trainable)

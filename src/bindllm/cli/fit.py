@@ -24,8 +24,7 @@ from bindllm.cli.runs import RECIPE, lock_run, open_run, run_folder
 from bindllm.errors import BindLLMError, InputError, printable
 from bindllm.evaluation.held_out import evaluate_held_out, held_out_rows
 from bindllm.evaluation.task import Evaluation
-from bindllm.model.card import licenses
-from bindllm.model.pretrained import describe
+from bindllm.model.checkpoint import licenses
 from bindllm.report.report import RunFacts, write_report
 from bindllm.report.summary import media_words, summarize
 from bindllm.training.callbacks import ParameterTable, SampleCaptions
@@ -166,7 +165,7 @@ def _measure(cli: RecipeCLI, state: RunState, console: Console) -> int:
             title=output.name,
             parameters=groups,
             data=asdict(data.report),
-            licenses=licenses(describe(model), data=_data_names(cli)),
+            licenses=licenses(model.describe(), data=_data_names(cli)),
             problems=measured.problems,
             device=str(model.device),
         )

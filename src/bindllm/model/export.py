@@ -21,12 +21,10 @@ from bindllm import __version__
 from bindllm.atomic import atomic_folder, write_json
 from bindllm.errors import CheckpointError, InputError, known_names
 from bindllm.model.adapter import PREFIX, TARGETS, Adapter, AdapterConfig
-from bindllm.model.card import license_of
-from bindllm.model.checkpoint import check_keys, read_manifest, read_weights
+from bindllm.model.checkpoint import check_keys, license_of, read_manifest, read_weights
 from bindllm.model.decoder import (
     DTYPES,
     DecoderConfig,
-    find_folder,
     load_decoder,
     load_tokenizer,
     read_config,
@@ -169,7 +167,7 @@ def _plain_config(config: DecoderConfig, adapter: AdapterConfig, checkpoint: str
     Raises:
         CheckpointError: it has not, or its files are quantized.
     """
-    folder = find_folder(config)
+    folder = config.folder()
     plain = read_config(folder)
     if plain.to_dict().get("quantization_config"):
         raise CheckpointError(

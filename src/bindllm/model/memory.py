@@ -20,7 +20,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from bindllm.errors import DecoderError
 from bindllm.model.bindllm import BindLLM
-from bindllm.model.decoder import DecoderConfig, find_folder, without_weights
+from bindllm.model.decoder import DecoderConfig, without_weights
 
 # Bytes of a weight. nf4: half a byte, a scale of one byte for 64 weights, and one of four for 256 of those.
 _QUANTIZED = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
@@ -56,7 +56,7 @@ def meta_decoder(config: DecoderConfig, dtype: torch.dtype) -> PreTrainedModel:
     Raises:
         DecoderError: the folder does not hold a causal language model.
     """
-    folder = find_folder(config)
+    folder = config.folder()
     decoder = without_weights(folder, dtype=dtype, attn_implementation=_FUSED)
     if config.quantize == "int8":
         # Its layers save their inputs for the backward pass, although their weights are frozen.

@@ -73,7 +73,7 @@ class Objective(ABC):
         if self.uses_reference and data.streamed:
             raise InputError(
                 f"{type(self).__name__} compares all training rows with the initial model, so it needs them "
-                "before training. Use a table on disk instead of streamed shards, or the objective ORPO, which needs no "
+                "before training. Use a table on disk instead of streamed shards, or the objective ORPO, which has no "
                 "reference"
             )
         splits = {"fit": ("train", "validation"), "validate": ("validation",)}.get(stage, ("test",))

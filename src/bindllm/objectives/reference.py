@@ -28,7 +28,6 @@ from bindllm.data.datamodule import BindData
 from bindllm.data.rows import Sample
 from bindllm.errors import TrainingError
 from bindllm.model.bindllm import BindLLM
-from bindllm.model.pretrained import describe
 from bindllm.objectives.log_probs import answer_log_probs
 from bindllm.parallel import RunContext
 
@@ -47,7 +46,7 @@ class References:
 
     def on_start(self, model: BindLLM) -> None:
         """Take the fingerprint of the initial weights; a resumed run restores its own later."""
-        parts = describe(model)
+        parts = model.describe()
         own = {name: parts[name] for name in ("decoder", "bind", "inject", "adapter")}
         digest = hashlib.sha256(json.dumps(own, sort_keys=True, default=str).encode())
         for name, value in sorted(model.trainable_state().items()):

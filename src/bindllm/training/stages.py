@@ -19,7 +19,7 @@ from bindllm.errors import CheckpointError
 from bindllm.model.adapter import PREFIX, AdapterConfig
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.checkpoint import read_manifest, read_weights
-from bindllm.model.decoder import DecoderConfig, find_folder, fingerprint_decoder
+from bindllm.model.decoder import DecoderConfig, fingerprint_decoder
 from bindllm.model.injection import InjectConfig
 from bindllm.model.pretrained import encoder_fingerprints, read_configs
 
@@ -109,7 +109,7 @@ def _check_frozen(
     """Compare decoder and encoders by their fingerprints."""
     saved = manifest.get("decoder", {})
     compared = {
-        "decoder": (saved.get("fingerprint"), fingerprint_decoder(find_folder(decoder))),
+        "decoder": (saved.get("fingerprint"), fingerprint_decoder(decoder.folder())),
         "encoders": (encoder_fingerprints(folder, manifest), [encoder.fingerprint() for encoder in encoders]),
     }
     theirs = {
