@@ -13,13 +13,13 @@ from bindllm.cache.index import VectorIndex
 from bindllm.cli import main
 from bindllm.model.checkpoint import read_manifest
 from bindllm.model.pretrained import read_cache_config
-from cache_parts import ALLOW, Senses, filled_store, save_tiny_model, write_pictures
+from cache_parts import ALLOW, Multimodal, filled_store, save_tiny_model, write_images
 from tiny import ColorEncoder
 
 pytest.importorskip("faiss")
 
-BY_CLASS = ("--encoder", "cache_parts.Senses")
-OF_MODEL = ("--checkpoint", "checkpoints/model", "--allow", "cache_parts.Senses")
+BY_CLASS = ("--encoder", "cache_parts.Multimodal")
+OF_MODEL = ("--checkpoint", "checkpoints/model", "--allow", "cache_parts.Multimodal")
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def made(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
         save_tiny_model(Path("checkpoints/model"), Path("decoder"))
-        filled_store(Path("data/store"), write_pictures(Path("pictures"), 12))
+        filled_store(Path("data/store"), write_images(Path("pictures"), 12))
     return home
 
 
@@ -53,7 +53,7 @@ def test_it_builds_from_the_store_of_the_checkpoints_encoder(project, capsys):
     assert "pictures 12 (built)" in told
     assert "kind Flat" in told
     index = VectorIndex.open("caches/a")
-    assert (len(index), index.info.fingerprint) == (12, Senses().fingerprint())
+    assert (len(index), index.info.fingerprint) == (12, Multimodal().fingerprint())
     assert f"bytes {index.info.num_bytes:,}" in told
 
 
@@ -62,7 +62,7 @@ def test_where_it_is_there_already_it_is_renewed(project, capsys):
     (first,) = Path("caches/a").glob("vectors-*.faiss")
     assert "pictures 12 (renewed: 0 added, 0 removed)" in run(capsys, "caches/a", *BY_CLASS)
     assert [*Path("caches/a").glob("vectors-*.faiss")] == [first]
-    filled_store(Path("data/store"), write_pictures(Path("pictures"), 5, start=12))
+    filled_store(Path("data/store"), write_images(Path("pictures"), 5, start=12))
     capsys.readouterr()
     assert "pictures 17 (renewed: 5 added, 0 removed)" in run(capsys, "caches/a", *BY_CLASS)
     (second,) = Path("caches/a").glob("vectors-*.faiss")
@@ -75,17 +75,17 @@ def test_where_it_is_there_already_it_is_renewed(project, capsys):
 
 
 def test_pictures_of_a_folder_are_embedded_and_no_others_are_indexed(project, capsys):
-    write_pictures(Path("mine/deep"), 4, start=10)
+    write_images(Path("mine/deep"), 4, start=10)
     assert "pictures 4 (built)" in run(capsys, "caches/a", *BY_CLASS, "--images", "mine")
     assert len(filled_store(Path("data/store"), [])) == 14
     Path("mine/deep/010.png").unlink()
-    write_pictures(Path("mine"), 2, start=20)
+    write_images(Path("mine"), 2, start=20)
     told = run(capsys, "caches/a", *BY_CLASS, "--images", "mine")
     assert "pictures 5 (renewed: 2 added, 1 removed)" in told
     told = run(capsys, "caches/a", *BY_CLASS)
     assert "pictures 5 (renewed: 0 added, 0 removed)" in told
-    assert "To index all of the store, add --anew" in told
-    assert "pictures 16 (built)" in run(capsys, "caches/a", *BY_CLASS, "--anew")
+    assert "To index all of the store, add --rebuild" in told
+    assert "pictures 16 (built)" in run(capsys, "caches/a", *BY_CLASS, "--rebuild")
 
 
 def test_a_checkpoint_is_told_of_it_and_answers_with_it(project, capsys):
@@ -140,13 +140,13 @@ def test_a_full_disk_leaves_the_checkpoint_as_it_was(project, capsys, monkeypatc
 
 
 def test_an_index_of_another_encoder_is_refused_and_stays(project, capsys):
-    other = filled_store(Path("data/store"), write_pictures(Path("pictures"), 3), ColorEncoder(grid=3))
+    other = filled_store(Path("data/store"), write_images(Path("pictures"), 3), ColorEncoder(grid=3))
     VectorIndex.build("caches/other", other)
     told = run(capsys, "caches/other", *BY_CLASS, code=1)
     assert f"built with the encoder {ColorEncoder(grid=3).fingerprint()[:16]}" in told
-    assert "replace it with --anew" in told
+    assert "replace it with --rebuild" in told
     assert len(VectorIndex.open("caches/other")) == 3
-    assert "pictures 12 (built)" in run(capsys, "caches/other", *BY_CLASS, "--anew")
+    assert "pictures 12 (built)" in run(capsys, "caches/other", *BY_CLASS, "--rebuild")
 
 
 def test_a_checkpoint_of_another_encoder_is_not_told_of_it(project, capsys):
@@ -168,10 +168,10 @@ def test_a_damaged_index_is_built_again_when_asked(project, capsys):
     run(capsys, "caches/a", *BY_CLASS)
     part = next(Path("caches/a").glob("vectors-*.faiss"))
     part.write_bytes(part.read_bytes()[:-9])
-    assert "To build it from scratch, add --anew" in run(capsys, "caches/a", *BY_CLASS, code=1)
+    assert "To build it from scratch, add --rebuild" in run(capsys, "caches/a", *BY_CLASS, code=1)
     Path("caches/a/index.json").write_text("{")
-    assert "To build it from scratch, add --anew" in run(capsys, "caches/a", *BY_CLASS, code=1)
-    assert "pictures 12 (built)" in run(capsys, "caches/a", *BY_CLASS, "--anew")
+    assert "To build it from scratch, add --rebuild" in run(capsys, "caches/a", *BY_CLASS, code=1)
+    assert "pictures 12 (built)" in run(capsys, "caches/a", *BY_CLASS, "--rebuild")
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_a_damaged_index_is_built_again_when_asked(project, capsys):
         (("caches/a",), 2, "which encoder"),
         ((*BY_CLASS,), 2, "one place"),
         (("caches/a", *BY_CLASS, "--milvus", "a.db"), 2, "one place"),
-        (("--milvus", "a.db", *BY_CLASS, "--images", "pictures"), 2, "all pictures of the store"),
+        (("--milvus", "a.db", *BY_CLASS, "--images", "pictures"), 2, "all images of the store"),
         (("--milvus", "http://there:19530", *BY_CLASS, "--name_in", "checkpoints/model"), 1, "must not name"),
         (("caches/a", *BY_CLASS, "--facory", "Flat"), 2, "Did you mean '--factory'"),
         (("caches/a", *BY_CLASS, "--store", "data/stores"), 1, "data/stores has nothing of the encoder"),
