@@ -8,8 +8,8 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import RESULTS, write_figures
-from bindllm.errors import known_names
+from benchmarks.measure import RESULTS, write_metrics
+from bindllm.errors import did_you_mean
 
 NAMES = (
     "startup",
@@ -37,23 +37,23 @@ def main(names: list[str]) -> int:
     console = Console()
     for name in names:
         if name not in NAMES:
-            console.print(f"unknown benchmark {name!r}. {known_names(name, NAMES)}")
+            console.print(f"unknown benchmark {name!r}. {did_you_mean(name, NAMES)}")
             return 2
     table = Table("name", "value", "floor", "unit", "note")
     for name in names or NAMES:
         console.print(f"[dim]{name} ...[/dim]")
         try:
-            figures = importlib.import_module(f"benchmarks.{name}").figures()
+            metrics = importlib.import_module(f"benchmarks.{name}").metrics()
         except SystemExit as refusal:
-            # One that this machine cannot run does not keep the others from their table.
+            # A benchmark that cannot run on this machine must not stop the others.
             console.print(str(refusal), markup=False)
             if names:
                 return 1
             continue
-        for figure in figures:
-            floor = "" if figure.floor is None else f"{figure.floor:.3g}"
-            table.add_row(figure.name, f"{figure.value:.3g}", floor, figure.unit, figure.note)
-        write_figures(figures)
+        for metric in metrics:
+            floor = "" if metric.floor is None else f"{metric.floor:.3g}"
+            table.add_row(metric.name, f"{metric.value:.3g}", floor, metric.unit, metric.note)
+        write_metrics(metrics)
     console.print(table)
     console.print(f"written: {RESULTS}")
     return 0

@@ -1,11 +1,11 @@
-"""`python -m benchmarks.ablation`: does the visual cache help? Models that saw pictures alone, asked by text and sound.
+"""`python -m benchmarks.ablation`: does the visual cache help text and audio queries of models trained on images only?
 
-Trains the quickstart and the stamps with three seeds, and shows each held-out pictures by their captions
-(`recipes/align-text.yaml`) or their sounds (`recipes/align-audio.yaml`): without a cache, with caches of several sizes
-and settings, beside the picture itself (the ceiling), the mean of all pictures, and a shuffled cache (the floor).
-Settings are compared on the validation split; the defaults are measured on the test split. What stands in
-benchmarks/results/ablation.json is not done again. Two hours on 2 cores, most of it training; then it prints the
-tables of docs/results.md and draws docs/ablation.png.
+Trains the quickstart and the stamps with three seeds. Each model then describes held-out images that it gets as their
+caption (`recipes/align-text.yaml`) or their sound (`recipes/align-audio.yaml`). The variants are no cache, caches of
+several sizes and settings, the image itself (the ceiling), the mean of all images, and a shuffled cache (the floor).
+Settings are compared on the validation split. The defaults are measured on the test split. Rows of
+benchmarks/results/ablation.json are not measured again. Takes two hours on 2 cores, most of it training. Then it
+prints the tables of docs/results.md and draws docs/ablation.png.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ from bindllm.model.bindllm import BindLLM
 FOLDER, STORE = Path("checkpoints/ablation"), "data/store"
 SEEDS = (0, 1, 2)
 SWEPT_QUESTIONS, BATCH = 96, 160
-"""Settings are compared on at most so many questions, spread over the validation split; the test split is whole."""
+"""Maximum number of validation questions for comparing settings, spread evenly. The test split is used in full."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """Who is asked about what: a recipe, the pictures that the questions are about, and the sense they come by."""
+    """A recipe, the folder of the images that the questions are about, and the modality of the questions."""
 
     recipe: str
-    pictures: str
+    images: str
     modality: str
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """The splits of the questions: so few held-out pictures have a sound that theirs are taken together."""
+        """The splits of the questions. Few held-out images have a sound, so validation and test are joined for them."""
         return ("validation", "test") if self.modality == "text" else ("held-out",)
 
 
@@ -70,7 +70,7 @@ CASES = (
 
 @dataclass(frozen=True)
 class Setting:
-    """What a question passes through; ``size`` 0 stands for all training pictures."""
+    """How a question's embedding is changed; ``size`` 0 means a cache of all training images."""
 
     kind: str = "cache"
     size: int = 0
@@ -81,23 +81,23 @@ class Setting:
 
     @property
     def blend(self) -> dict[str, float | str]:
-        """The settings of `VisualCache.blend`."""
+        """The arguments of `VisualCache.blend`."""
         return {name: asdict(self)[name] for name in ("top_k", "temperature", "weight", "formula")}
 
 
 RELEASED = Setting()
-BOUNDS = (Setting("none"), Setting("shuffled"), Setting("mean"), Setting("picture"))
+BOUNDS = (Setting("none"), Setting("shuffled"), Setting("mean"), Setting("image"))
 SWEEPS: dict[str, tuple[float, ...]] = {
     "size": (64, 256, 0),
     "top_k": (1, 10, 30),
     "temperature": (0.0, 20.0, 100.0),
     "weight": (0.25, 0.5, 1.0),
 }
-"""One setting at a time is changed, the others stay as released."""
+"""One setting is changed at a time; the others keep the released values."""
 
 
 def sweep() -> list[Setting]:
-    """Return every setting once."""
+    """Return every setting without duplicates."""
     changed = [replace(RELEASED, **{name: value}) for name, values in SWEEPS.items() for value in values]
     return list(dict.fromkeys([*BOUNDS, *changed, replace(RELEASED, formula="paper")]))
 
@@ -110,48 +110,48 @@ def chosen() -> Setting:
 
 @dataclass(frozen=True)
 class Questions:
-    """Held-out samples, what each is asked by, [N, E], and the embedding of its picture, [N, E]."""
+    """Held-out samples, the query embedding of each, [N, E], and the embedding of its image, [N, E]."""
 
     samples: list[Sample]
     asked: Tensor
-    pictures: Tensor
+    images: Tensor
 
 
 class Bench:
-    """The questions of one case and the caches of its training pictures; the same for all seeds."""
+    """The questions of one case and the caches of its training images, the same for all seeds."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
         self.encoder = EfficientNetLite("checkpoints/efficientnet-lite0")
         self.model = BindLLM.from_pretrained(train(case.recipe, SEEDS[0]), cache=False)
-        self.data = self._read(case.pictures)
+        self.data = self._read(case.images)
         self._caches: dict[int, VisualCache] = {}
 
     def questions(self, split: str) -> Questions:
-        """Return what is asked in a split."""
+        """Return the questions of a split."""
         splits = ("validation", "test") if split == "held-out" else (split,)
         pairs = [pair for name in splits for pair in self._pairs(name)]
         if split == "validation":
             pairs = pairs[:: -(-len(pairs) // SWEPT_QUESTIONS)]
         samples, media = [sample for sample, _ in pairs], [item for _, item in pairs]
-        aligned = Aligned(f"checkpoints/align-{'text' if self.case.modality == 'text' else 'sound'}")
+        aligned = Aligned(f"checkpoints/align-{self.case.modality}")
         return Questions(samples, embed(aligned, media), self.data.lookup([s.media[0] for s in samples]))
 
     def show(self, questions: Questions, setting: Setting) -> Tensor:
-        """Return what the model is shown for each question, [N, E]."""
+        """Return the embedding that the model gets for each question, [N, E]."""
         match setting.kind:
-            case "picture":
-                return questions.pictures
+            case "image":
+                return questions.images
             case "none":
                 return questions.asked
             case "shuffled":
-                # Each question gets what the cache has for another one, drawn by chance.
+                # Each question gets the neighbors of another question, drawn at random.
                 order = torch.randperm(len(questions.asked), generator=torch.Generator().manual_seed(0))
                 others = torch.empty_like(questions.asked)
                 others[order] = questions.asked[order.roll(1)]
                 found = self.cache(setting.size).blend(others, **{**setting.blend, "weight": 1.0})
             case "mean":
-                # What is left of the cache when every question gets the same: the way towards pictures as such.
+                # The same vector for every question separates moving towards images in general from retrieval.
                 index = self.cache(setting.size).index
                 mean = torch.from_numpy(index.vectors(np.arange(len(index)))).mean(0)
                 found = torch.nn.functional.normalize(mean, dim=0).expand_as(questions.asked)
@@ -161,13 +161,13 @@ class Bench:
         return torch.nn.functional.normalize(mixed, dim=1)
 
     def cache(self, size: int) -> VisualCache:
-        """Return a cache of so many of the pictures that the model was trained on, 0 for all."""
+        """Return a cache of this many of the model's training images, 0 for all."""
         if size not in self._caches:
             media = dict.fromkeys(sample.media[0][0] for sample in self._trained_on.samples("train"))
             store = EmbeddingStore.for_encoder(STORE, self.encoder)
             keys = sorted({store.key_of(item) for item in media})
             folder = FOLDER / f"cache-{self.case.recipe}-{size or 'all'}"
-            # Keys are hashes of the content: the first of them are drawn by chance.
+            # Keys are content hashes, so the first ones are a random sample.
             index = VectorIndex.build(folder, store, keys=keys[: size or None], factory="Flat")
             self._caches[size] = VisualCache(index)
         return self._caches[size]
@@ -180,13 +180,13 @@ class Bench:
         return BindData([SourceConfig(path)], STORE, tokenizer=self.model.tokenizer, encoders=[self.encoder])
 
     def _pairs(self, split: str) -> Iterator[tuple[Sample, Media]]:
-        """Yield a sample of each picture with what is asked about it: its first caption, or each of its sounds."""
-        table = Path(self.case.pictures) / "captions.jsonl"
+        """Yield a sample of each image with its query: its first caption, or each of its sounds."""
+        table = Path(self.case.images) / "captions.jsonl"
         rows = [json.loads(line) for line in table.read_text(encoding="utf-8").splitlines()]
-        by_picture = {str(table.parent / row["image"]): row for row in rows}
+        by_image = {str(table.parent / row["image"]): row for row in rows}
         first = {str(sample.media[0][0].source): sample for sample in reversed(self.data.samples(split))}
-        for picture, sample in sorted(first.items()):
-            row = by_picture[picture]
+        for image, sample in sorted(first.items()):
+            row = by_image[image]
             if self.case.modality == "text":
                 yield sample, Media.text(sample.references[0])
                 continue
@@ -196,7 +196,7 @@ class Bench:
 
 
 def embed(encoder: Encoder, media: Sequence[Media]) -> Tensor:
-    """Return the embeddings of media, [N, E], each encoded once, ever."""
+    """Return the embeddings of media, [N, E], from the embedding store; missing ones are computed."""
     store = EmbeddingStore.for_encoder(STORE, encoder)
     if failed := precompute_embeddings(store, encoder, media).failed:
         raise SystemExit(f"{len(failed)} media cannot be embedded, the first: {failed[0][1]}")
@@ -204,7 +204,7 @@ def embed(encoder: Encoder, media: Sequence[Media]) -> Tensor:
 
 
 def train(recipe: str, seed: int) -> Path:
-    """Train a recipe with a seed, unless that is done, and return its folder."""
+    """Train a recipe with a seed unless its folder is complete, and return the folder."""
     output = FOLDER / f"{recipe}-{seed}"
     if not (output / "metrics.json").is_file():
         run_bindllm(
@@ -215,7 +215,7 @@ def train(recipe: str, seed: int) -> Path:
 
 
 def about(sample: Sample, media: Media) -> Sample:
-    """Return the sample with other media in the place of its picture; media add no token."""
+    """Return the sample with other media in place of its image. Media add no tokens."""
     messages = [
         replace(turn, content=tuple(media if isinstance(part, Media) else part for part in turn.content))
         for turn in sample.conversation.messages
@@ -224,9 +224,9 @@ def about(sample: Sample, media: Media) -> Sample:
 
 
 def measure(bench: Bench, model: BindLLM, questions: Questions, setting: Setting) -> dict[str, float | None]:
-    """Ask a model every question, and return its numbers."""
+    """Ask a model every question and return its metrics."""
     shown = bench.show(questions, setting)
-    # Several questions may be about one picture, or have the same words: each gets a name of its own.
+    # Several questions may share an image or a text, so each needs a unique name.
     names = [Media("question", str(n)) for n in range(len(shown))]
     samples = [about(sample, name) for sample, name in zip(questions.samples, names, strict=True)]
 
@@ -239,13 +239,13 @@ def measure(bench: Bench, model: BindLLM, questions: Questions, setting: Setting
         raise SystemExit("; ".join(f"{name}: {reason}" for name, reason in result.problems.items()))
     return {
         **result.metrics["captions"][MODEL],
-        "cosine": (shown * questions.pictures).sum(1).mean().item(),
+        "cosine": (shown * questions.images).sum(1).mean().item(),
         "questions": len(samples),
     }
 
 
 def main() -> None:
-    """Measure what is missing, case by case and seed by seed; print the tables and draw the plot."""
+    """Measure the missing rows, case by case and seed by seed, then print the tables and draw the plot."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""The tables and the plot of `benchmarks.ablation`: means of the seeds, with the smallest and the largest."""
+"""Tables and plot of `benchmarks.ablation`: means over the seeds, and the spread from the smallest to the largest."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 Row = dict[str, Any]
 
 NUMBERS = ("loss", "cider", "exact_match", "cosine")
-CASE = ("recipe", "pictures", "modality")
+CASE = ("recipe", "images", "modality")
 SETTINGS = ("size", "top_k", "temperature", "weight", "formula")
 SWEPT = ("size", "top_k", "temperature", "weight")
 BOUNDS = {
-    "picture": "the picture itself",
+    "image": "the image itself",
     "none": "no cache",
-    "mean": "the mean picture",
+    "mean": "the mean image",
     "shuffled": "a shuffled cache",
 }
 INK, FAINT = "#1b1d21", "#656b76"
-COLORS = {"picture": "#0b7a43", "none": "#c2410c", "mean": "#b88a00", "shuffled": "#9a9fa8"}
+COLORS = {"image": "#0b7a43", "none": "#c2410c", "mean": "#b88a00", "shuffled": "#9a9fa8"}
 
 
 def tables(rows: list[Row]) -> str:
@@ -28,9 +28,9 @@ def tables(rows: list[Row]) -> str:
     parts = []
     for case, split in dict.fromkeys((tuple(row[name] for name in CASE), row["split"]) for row in rows):
         own = _of(rows, case, split)
-        recipe, pictures, modality = case
+        recipe, images, modality = case
         parts += [
-            f"**{recipe}, asked by {modality} about {pictures}** ({split}, {own[0]['questions']} questions)",
+            f"**{recipe}, asked by {modality} about {images}** ({split}, {own[0]['questions']} questions)",
             f"| | {' | '.join(NUMBERS)} |\n|---|{'---|' * len(NUMBERS)}",
         ]
         lines = [f"| {name} | {_cells(same)} |" for name, same in _grouped(own)]
@@ -53,7 +53,7 @@ def _name(row: Row) -> str:
     if row["kind"] in BOUNDS:
         return BOUNDS[row["kind"]]
     said = f"K {row['top_k']}, temperature {row['temperature']:g}, weight {row['weight']:g}"
-    return f"{said}, {row['size'] or 'all'} pictures{', paper' if row['formula'] == 'paper' else ''}"
+    return f"{said}, {row['size'] or 'all'} images{', paper' if row['formula'] == 'paper' else ''}"
 
 
 def _cells(rows: Sequence[Row]) -> str:
@@ -66,7 +66,7 @@ def _cells(rows: Sequence[Row]) -> str:
 
 
 def draw(rows: list[Row], file: Path) -> None:
-    """Draw CIDEr over each swept setting, one row of panels for each case; bars reach over the seeds."""
+    """Draw CIDEr over each swept setting, one row of panels per case; error bars span the seeds."""
     from matplotlib.figure import Figure
 
     rows = [row for row in rows if row["split"] != "test"]
@@ -84,13 +84,11 @@ def draw(rows: list[Row], file: Path) -> None:
             axes.set_ylim(0, limit)
             axes.spines[["top", "right"]].set_visible(False)
             axes.tick_params(labelsize=8, colors=FAINT)
-        recipe, pictures, modality = case
+        recipe, images, modality = case
         count = own[0]["questions"]
-        title = (
-            f"{recipe} model, asked by {modality} about {count} held-out pictures of {Path(pictures).name}"
-        )
+        title = f"{recipe} model, asked by {modality} about {count} held-out images of {Path(images).name}"
         note = line[0].annotate(title, (0, 1.06), xycoords="axes fraction", fontsize=9, color=INK)
-        # It reaches over all panels, and must not widen the first.
+        # The title spans all panels and must not widen the first.
         note.set_in_layout(False)
         line[0].set_ylabel("CIDEr", fontsize=8, color=FAINT)
     for swept, axes in zip(SWEPT, panels[-1], strict=True):
@@ -101,7 +99,7 @@ def draw(rows: list[Row], file: Path) -> None:
 
 
 def _draw_panel(axes: Any, rows: list[Row], swept: str) -> None:
-    """Draw the sweep of one setting, the others as released, and the bounds as lines."""
+    """Draw the sweep of one setting with the others as released, and the bounds as lines."""
     released = {"size": 0, "top_k": 10, "temperature": 20.0, "weight": 0.5, "formula": "released"}
     others = {name: value for name, value in released.items() if name != swept}
     caches = [row for row in rows if row["kind"] == "cache" and others.items() <= row.items()]
@@ -112,9 +110,9 @@ def _draw_panel(axes: Any, rows: list[Row], swept: str) -> None:
         [mean - min(column) for mean, column in zip(means, values, strict=True)],
         [max(column) - mean for mean, column in zip(means, values, strict=True)],
     ]
-    for kind, colour in COLORS.items():
+    for kind, color in COLORS.items():
         if bound := [row["cider"] for row in rows if row["kind"] == kind]:
-            axes.axhline(statistics.mean(bound), color=colour, linewidth=1.2, label=BOUNDS[kind])
+            axes.axhline(statistics.mean(bound), color=color, linewidth=1.2, label=BOUNDS[kind])
     axes.errorbar(
         range(len(points)), means, reach, color="#2457d6", marker="o", markersize=4, capsize=2, label="cache"
     )

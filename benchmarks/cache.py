@@ -1,9 +1,9 @@
-"""`python -m benchmarks.cache [--long]`: caches of 10 thousand to 3 million pictures, and `blend` against bare Faiss.
+"""`python -m benchmarks.cache [--long]`: caches of 10 thousand to 3 million images, and `blend` against bare Faiss.
 
-The table takes about 15 minutes on 2 idle cores and 13 GB of disk; with ``--long`` (3 million, and graphs of a million)
-about 2 hours and 40 GB. Cells that stand in benchmarks/results/cache.json for this kind of machine are not measured
-again, so the command can be stopped at any time; remove the file to measure anew. What it writes lies in
-runs/benchmark-cache, and is removed at the end; after an interruption the next run goes on with it.
+The table takes about 15 minutes on 2 idle cores and 13 GB of disk. With ``--long`` (3 million, and graphs of a million)
+it takes about 2 hours and 40 GB. Cells in benchmarks/results/cache.json for this kind of machine are not measured
+again, so the command can be stopped at any time. Remove the file to measure again. Working files are written to
+runs/benchmark-cache and removed at the end. After an interruption the next run resumes from them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 
 from benchmarks.cache_cell import BATCH, SIZE, fill, keys_of, open_store
 from benchmarks.clusters import ClusteredVectors
-from benchmarks.measure import RESULTS, Figure, machine_kind, paired
+from benchmarks.measure import RESULTS, Metric, machine_kind, paired
 from bindllm import VisualCache
 from bindllm.atomic import write_json
 from bindllm.cache.factories import choose
@@ -33,22 +33,22 @@ from bindllm.cache.index import VectorIndex
 WORK = Path("runs/benchmark-cache")
 SIZES, LONG_SIZES, TARGET = (10_000, 100_000, 1_000_000), (3_000_000,), 1_000_000
 KINDS = ("exact", "half", "graph", "lists")
-"""Flat; SQfp16; HNSW over half precision; inverted lists, as `choose` takes them for a million."""
+"""Flat; SQfp16; HNSW over half precision; inverted lists as `choose` selects them for a million."""
 
 GRAPH_AT_MOST = 100_000
-"""A graph of more pictures takes long to build: only with ``--long``."""
+"""A graph of more images takes long to build, so it needs ``--long``."""
 
 BLEND_COUNT, BLEND_BATCHES = 100_000, {1: 40, 64: 9, 1024: 3}
-"""Pictures of the cache whose `blend` is timed, and how often for each batch size."""
+"""Images in the cache whose `blend` is timed, and repetitions for each batch size."""
 
 _DISK_PER_ROW = 3 * 4 * SIZE
-"""The store, the exact index, and one more beside it."""
+"""The store, the exact index, and one other index."""
 
 
-def figures() -> list[Figure]:
-    """`blend` over bare Faiss, and the targets at a million from the table, whose missing cells are measured."""
+def metrics() -> list[Metric]:
+    """Return `blend` over bare Faiss, and the targets at a million images; missing cells of the table are measured."""
     with kept_on_failure(WORK):
-        found = [figure for kind in ("auto", "lists") for figure in blend_figures(kind)]
+        found = [metric for kind in ("auto", "lists") for metric in blend_metrics(kind)]
         rows = {row["kind"]: row for row in measured([TARGET], kinds=("exact", "lists"))}
     ours, exact = rows["lists"], rows["exact"]
     ratios = [ours[name] / exact[name] for name in ("queries_per_second_b1", f"queries_per_second_b{BATCH}")]
@@ -56,25 +56,25 @@ def figures() -> list[Figure]:
     share = 1 / (4 * SIZE * TARGET)
     return [
         *found,
-        Figure(
+        Metric(
             "cache_1m_recall10", ours["recall10"], "share", 1.0,
-            f"{note}; of the 10 nearest, for queries of another sense; at least 0.95",
+            f"{note}; of the 10 nearest, for queries of another modality; at least 0.95",
         ),
-        Figure(
+        Metric(
             "cache_1m_speedup", min(ratios), "times faster", None,
             f"{note}; than the exact search: {ratios[0]:.0f} at batch 1, {ratios[1]:.0f} at {BATCH}; at least 10",
         ),
-        Figure(
+        Metric(
             "cache_1m_resident_share", ours["resident_bytes"] * share, "share", ours["opened_bytes"] * share,
             f"{note}; of the vectors in fp32, after all queries; floor: as opened; all of it: "
             f"{ours['bytes'] * share:.2f}; at most 0.5",
         ),
-        Figure("cache_1m_open_seconds", ours["open_seconds"], "s", None, f"{note}; memory-mapped; below 1"),
+        Metric("cache_1m_open_seconds", ours["open_seconds"], "s", None, f"{note}; memory-mapped; below 1"),
     ]  # fmt: skip
 
 
-def blend_figures(kind: str) -> list[Figure]:
-    """`VisualCache.blend` in turn with what it cannot do without: Faiss's search and gather, the formula left out."""
+def blend_metrics(kind: str) -> list[Metric]:
+    """Time `VisualCache.blend` against its lower bound: Faiss search and gather without the formula."""
     store, folder = open_store(WORK / "store"), WORK / f"blend-{kind}"
     fill(WORK / "store", BLEND_COUNT)
     factory = "auto" if kind == "auto" else factory_of(kind, BLEND_COUNT)
@@ -89,10 +89,10 @@ def blend_figures(kind: str) -> list[Figure]:
         )
         target = "; at most 1.1" if (kind, batch) == ("auto", 64) else ""
         found.append(
-            Figure(
+            Metric(
                 f"cache_blend_over_faiss_b{batch}" if kind == "auto" else f"cache_blend_over_faiss_lists_b{batch}",
                 ratio, "ratio", 1.0,
-                f"{BLEND_COUNT:,} pictures, {cache.index.info.factory}: {1000 * ours:.2f} ms over {1000 * theirs:.2f} "
+                f"{BLEND_COUNT:,} images, {cache.index.info.factory}: {1000 * ours:.2f} ms over {1000 * theirs:.2f} "
                 f"of search and reconstruct_batch{target}",
             )
         )  # fmt: skip
@@ -101,7 +101,7 @@ def blend_figures(kind: str) -> list[Figure]:
 
 
 def bare_search(cache: VisualCache, folder: Path) -> Callable[[np.ndarray], np.ndarray]:
-    """Return Faiss itself over the same file: the vectors of the ``top_k`` nearest, [N, K, E]."""
+    """Return a bare Faiss search over the same file: the vectors of the ``top_k`` nearest, [N, K, E]."""
     import faiss
 
     index = faiss.read_index(str(folder / cache.index.info.file), faiss.IO_FLAG_MMAP_IFC)
@@ -119,7 +119,7 @@ def bare_search(cache: VisualCache, folder: Path) -> Callable[[np.ndarray], np.n
 
 
 def factory_of(kind: str, count: int) -> str:
-    """Return the kind of index; inverted lists are as many as a million would have, times the root of the share."""
+    """Return the Faiss factory; the number of inverted lists grows with the square root of the count."""
     if kind != "lists":
         return {"exact": "Flat", "half": "SQfp16", "graph": "HNSW32_SQfp16"}[kind]
     factory, _ = choose(max(count, TARGET), SIZE)
@@ -130,7 +130,7 @@ def factory_of(kind: str, count: int) -> str:
 
 
 def measured(sizes: list[int], *, kinds: tuple[str, ...] = KINDS, long: bool = False) -> Iterator[dict]:
-    """Yield the rows of the table, measuring those that are missing and keeping each as it comes."""
+    """Yield the rows of the table; missing ones are measured and saved one by one."""
     for count in sizes:
         for kind in kinds:
             if kind == "graph" and count > GRAPH_AT_MOST and not long:
@@ -145,18 +145,18 @@ def measured(sizes: list[int], *, kinds: tuple[str, ...] = KINDS, long: bool = F
 
 
 def known_rows() -> list[dict]:
-    """Return what has been measured, on any machine."""
+    """Return the saved rows of all machines."""
     file = RESULTS / "cache.json"
     return json.loads(file.read_text()) if file.exists() else []
 
 
 def measure_cell(count: int, kind: str) -> dict:
-    """Build one index and search it, each in a process of its own; the exact one first, by which it is judged."""
+    """Build and search one index, each in its own process; the exact index first, as the reference for recall."""
     WORK.mkdir(parents=True, exist_ok=True)
     free, needed = shutil.disk_usage(WORK).free, count * _DISK_PER_ROW
     if free < needed:
         raise SystemExit(
-            f"{WORK} needs about {needed / 1e9:.0f} GB for {count:,} pictures; {free / 1e9:.0f} GB are free"
+            f"{WORK} needs about {needed / 1e9:.0f} GB for {count:,} images; {free / 1e9:.0f} GB are free"
         )
     truth = WORK / f"truth-{count}.npy"
     if kind != "exact" and not truth.exists():
@@ -170,7 +170,7 @@ def measure_cell(count: int, kind: str) -> dict:
 
 
 def child(*arguments: object) -> dict:
-    """Run one step in a process of its own and return what it prints."""
+    """Run one step in its own process and return its JSON output."""
     command = [sys.executable, "-m", "benchmarks.cache_cell", *map(str, arguments)]
     print(" ".join(command[2:]), file=sys.stderr, flush=True)
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
@@ -182,7 +182,7 @@ def child(*arguments: object) -> dict:
 def table(rows: list[dict]) -> str:
     """Return the rows as Markdown."""
     lines = [
-        "| pictures | index | build, s | on disk, MB | opened, MB | after queries, MB | open, ms | queries/s, 1 | "
+        "| images | index | build, s | on disk, MB | opened, MB | after queries, MB | open, ms | queries/s, 1 | "
         f"queries/s, {BATCH} | recall@10 |",
         "|" + "---|" * 10,
     ]
@@ -199,18 +199,18 @@ def table(rows: list[dict]) -> str:
 
 @contextmanager
 def kept_on_failure(folder: Path) -> Iterator[None]:
-    """Remove a folder at the end, but leave it where the work was interrupted, so that the next run goes on."""
+    """Remove a folder at the end. Keep it after an error, so that the next run can resume."""
     folder.mkdir(parents=True, exist_ok=True)
     yield
     shutil.rmtree(folder)
 
 
 def main() -> None:
-    """Measure the cells that are missing and print the table, row by row as they come."""
+    """Measure the missing cells and print the table row by row."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--long", action="store_true", help="also 3 million pictures, and larger graphs")
+    parser.add_argument("--long", action="store_true", help="also 3 million images, and larger graphs")
     long = parser.parse_args().long
     with kept_on_failure(WORK):
         print(table([]))

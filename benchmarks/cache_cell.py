@@ -1,7 +1,7 @@
-"""One cell of the table of caches, in a process of its own: `python -m benchmarks.cache_cell WHAT ARGUMENTS`.
+"""One step of a cell of the cache table: `python -m benchmarks.cache_cell STEP ARGUMENTS`.
 
-A process of its own so that memory is that of one index alone, and none is kept from cell to cell. Prints one line of
-JSON at the end.
+Each step runs in its own process, so that the measured memory belongs to one index only. Prints one line of JSON at
+the end.
 """
 
 from __future__ import annotations
@@ -24,36 +24,36 @@ from bindllm.cache.index import VectorIndex
 
 SIZE, FINGERPRINT = 1024, "c1" * 32
 TOP, JUDGED, BATCH = 10, 512, 256
-"""Neighbours that count, queries that recall is taken over, and the larger batch."""
+"""Neighbors per query, number of queries for recall, and the larger batch size."""
 
 SECONDS, LEAST = 2.0, {1: 5, BATCH: 2}
-"""A speed is measured for this long, over this many batches at least."""
+"""Time to measure a speed for, and the minimum number of batches."""
 
 
 def open_store(folder: Path) -> EmbeddingStore:
-    """Open or make the store of made-up pictures."""
+    """Open or create the store of synthetic images."""
     return EmbeddingStore(folder, FINGERPRINT, SIZE)
 
 
 def keys_of(start: int, stop: int) -> list[str]:
-    """Return the keys of rows: as spread as content hashes are."""
+    """Return the keys of rows, spread like content hashes."""
     return [hashlib.sha256(str(n).encode()).hexdigest() for n in range(start, stop)]
 
 
 def fill(folder: Path, count: int) -> dict[str, float]:
-    """Bring a store to at least so many rows; those that are there from an interrupted run are kept.
+    """Extend a store to at least ``count`` rows; rows of an interrupted run are kept.
 
     Returns:
-        bytes of a row on disk, and the seconds that writing took, without making the vectors up.
+        bytes of a row on disk, and the seconds spent writing (without generating the vectors).
     """
     store, space, writing = open_store(folder), ClusteredVectors(SIZE), 0.0
     step = 4 * CHUNK
-    # Rows come in order, so that their number says where an interrupted run stopped.
+    # Rows are written in order, so their count is the position where an interrupted run stopped.
     for start in range(len(store) // step * step, count, step):
         stop = min(start + step, count)
         keys = keys_of(start, stop)
         rows = torch.from_numpy(space.rows(start, stop))
-        media = [Media.image(f"pictures/{n // 10_000:05}/{n:09}.jpg") for n in range(start, stop)]
+        media = [Media.image(f"datasets/{n // 10_000:05}/{n:09}.jpg") for n in range(start, stop)]
         writing += seconds(lambda keys=keys, rows=rows, media=media: store.append(keys, rows, media))
     size = sum(file.stat().st_size for file in store.folder.glob("embeddings-*.arrow"))
     return {"bytes_per_row": size / len(store), "seconds": writing}
@@ -79,10 +79,10 @@ def build(folder: Path, store_folder: Path, count: int, factory: str) -> dict[st
 def measure(folder: Path, truth: Path) -> dict[str, float]:
     """Open an index and search it.
 
-    The exact index, which is measured first, writes what it finds to ``truth``; the others are judged by that.
+    The exact index is measured first and writes its neighbors to ``truth``. Recall of the others is relative to them.
     """
     queries = ClusteredVectors(SIZE).queries(JUDGED)
-    # What Python and the libraries take by themselves is no part of the cache: all of them have worked once by now.
+    # Python and the libraries allocate memory at first use, which must not count as memory of the cache.
     _warm_up(queries)
     before = resident_bytes()
     started = time.perf_counter()
@@ -110,7 +110,7 @@ def measure(folder: Path, truth: Path) -> dict[str, float]:
 def queries_per_second(
     search: Callable[[np.ndarray, int], object], queries: np.ndarray, batch_size: int
 ) -> float:
-    """Search batch after batch, as many as fit into `SECONDS`."""
+    """Search batches for `SECONDS` and return the rate."""
     done, started = 0, time.perf_counter()
     while (taken := time.perf_counter() - started) < SECONDS or done < LEAST[batch_size] * batch_size:
         start = done % (len(queries) - batch_size + 1)
@@ -120,7 +120,7 @@ def queries_per_second(
 
 
 def resident_bytes() -> int:
-    """Memory of this process, also of the pages of mapped files that it has touched (Linux alone)."""
+    """Memory of this process, including the touched pages of memory-mapped files (Linux only)."""
     status = Path("/proc/self/status").read_text()
     return 1024 * sum(int(re.search(rf"{name}:\s+(\d+) kB", status)[1]) for name in ("RssFile", "RssAnon"))
 
@@ -134,9 +134,9 @@ def _warm_up(queries: np.ndarray) -> None:
     index.search(queries, TOP)
 
 
-def main(what: str, *arguments: str) -> None:
-    """Do one of the three and print what came out."""
-    match what:
+def main(step: str, *arguments: str) -> None:
+    """Run one of the three steps and print its result."""
+    match step:
         case "fill":
             found = fill(Path(arguments[0]), int(arguments[1]))
         case "build":

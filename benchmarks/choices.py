@@ -1,8 +1,8 @@
-"""`python -m benchmarks.choices`: what the quickstart's choices of pictures and of learning rate rest on.
+"""`python -m benchmarks.choices`: compare images with and without skin tones, and learning rates, of the quickstart.
 
-Each run trains the quickstart recipe with one thing changed, for the same number of steps, and is judged on the same
-held-out pictures: those without versions in skin tones, and those with a skin tone. About 3 to 6 minutes a
-run on 2 cores. Runs that stand in benchmarks/results/choices.json are not done again.
+Each run trains the quickstart recipe with one option changed, for the same number of steps. All are evaluated on the
+same held-out images: those without versions in skin tones, and those with a skin tone. A run takes about 3 to 6
+minutes on 2 cores. Runs in benchmarks/results/choices.json are not repeated.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ FOLDER = Path("checkpoints/choices")
 PLAIN, TONES = "data/openmoji/captions.jsonl", "data/openmoji/captions-with-skin-tones.jsonl"
 TONE = "skin tone"
 EPOCH = 101
-"""Steps of an epoch of the quickstart: 1,592 pictures without skin tones in batches of 16, rounded down by length."""
+"""Steps of an epoch of the quickstart: 1,592 images without skin tones in batches of 16, rounded down by length."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One run: its name, the table that it trains on, its steps, and what else differs from the recipe."""
+    """One run: its name, its training table, its number of steps, and other changes to the recipe."""
 
     name: str
     table: str = PLAIN
@@ -40,7 +40,7 @@ class Choice:
 
 
 CHOICES = (
-    Choice("plain pictures, 3 epochs", steps=3 * EPOCH),
+    Choice("plain images, 3 epochs", steps=3 * EPOCH),
     Choice("with skin tones, as many steps", TONES, steps=3 * EPOCH),
     Choice("lr 1e-3"),
     Choice("lr 5e-4", changes=("--model.optim.lr", "5e-4")),
@@ -49,7 +49,7 @@ CHOICES = (
 
 
 def train(choice: Choice) -> Path:
-    """Train one choice, unless that is done, and return its folder."""
+    """Train one choice unless its folder is complete, and return the folder."""
     output = FOLDER / choice.name.replace(" ", "-").replace(",", "")
     if (output / "metrics.json").is_file():
         return output
@@ -63,9 +63,9 @@ def train(choice: Choice) -> Path:
 
 
 def judge(folder: Path) -> dict[str, dict[str, float | None]]:
-    """Measure a trained folder on the held-out pictures: those of which there are no toned ones, and the toned ones.
+    """Evaluate a trained folder on two groups of held-out images: those without toned versions, and the toned ones.
 
-    A held-out picture whose toned sisters are trained on would reward the tones for a copy in other colours.
+    Images with toned versions in the training split are left out, because a copy in another color would count as right.
     """
     model = BindLLM.from_pretrained(folder)
     data = BindData([SourceConfig(TONES)], tokenizer=model.tokenizer, encoders=model.encoders)
@@ -84,17 +84,17 @@ def judge(folder: Path) -> dict[str, dict[str, float | None]]:
     for name, samples in groups.items():
         task = captions_task(samples, train_samples=[], lookup=data.lookup)
         result = evaluate(model, [task], lookup=data.lookup, variants=[MODEL])
-        found[name] = {**result.metrics["captions"][MODEL], "pictures": len(task.items)}
+        found[name] = {**result.metrics["captions"][MODEL], "images": len(task.items)}
     return found
 
 
 def toned(sample: Sample) -> bool:
-    """Tell whether the caption of a picture names a skin tone."""
+    """Return whether a caption of the image names a skin tone."""
     return any(TONE in reference for reference in sample.references)
 
 
 def main() -> None:
-    """Do the runs that are missing and print the table after each."""
+    """Do the missing runs and print the table after each."""
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()

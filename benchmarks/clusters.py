@@ -1,17 +1,17 @@
-"""Unit vectors that lie as joint embeddings do, any number of them, made chunk by chunk.
+"""Synthetic unit vectors distributed like joint embeddings, any number of them, generated in chunks.
 
-Uniform noise has no near neighbours, and an index over it says nothing about one over pictures. Here a vector is
+Uniform noise has no near neighbors, so an index over it does not behave like one over images. Here a vector is
 
     unit(mean + offsets of a path down a tree of clusters + a spread of its own + noise in all directions)
 
 - The tree has seven levels; the sizes of siblings fall as in Zipf's law, so a few clusters hold most of the rows.
-- Offsets and spread live in 128 dimensions whose variance falls as a power law. Each cluster stretches them in its own
-  way (anisotropy) and is tighter or wider than others. A tenth of the variance is noise in all E dimensions.
+- Offsets and spread have 128 dimensions whose variance falls as a power law. Each cluster stretches them in its own
+  way (anisotropy) and has its own width. A tenth of the variance is noise in all E dimensions.
 - The mean is shared, so that any two rows lie in one cone (arXiv 2203.02053).
 
 The numbers below were chosen until 1,885 rows of size 1024 looked like the 1,885 OpenMoji drawings of the quickstart as
-EfficientNet-Lite0 embeds them. `python -m benchmarks.clusters` prints both beside each other: the cosine of random
-pairs and its spread, the length of the mean, the cosine to the 1st, 10th and 100th neighbour, the participation
+EfficientNet-Lite0 embeds them. `python -m benchmarks.clusters` prints both in one table: the cosine of random
+pairs and its spread, the length of the mean, the cosine to the 1st, 10th and 100th neighbor, the participation
 ratio of the spectrum and its largest shares, the local dimension.
 """
 
@@ -24,34 +24,34 @@ from pathlib import Path
 import numpy as np
 
 CHUNK = 8192
-"""Rows that are drawn together: 32 MB at 1,024 numbers each. Row n is the same however many are asked for."""
+"""Rows drawn together: 32 MB at 1,024 numbers each. Row n does not depend on the number of rows requested."""
 
 DIMENSIONS, DECAY = 128, 0.8
-"""Where clusters differ, and the exponent by which the variance of these dimensions falls."""
+"""Dimensions in which clusters differ, and the exponent by which their variance falls."""
 
 BRANCHES, ZIPF = (20, 8, 8, 8, 8, 8, 8), 1.2
 """Children of a cluster, level by level, and the exponent of their sizes."""
 
 SHRINK, LEAST = 0.68, 0.06
-"""Share of the variance that is left below each level, and the least that is left for a row of its own."""
+"""Share of the variance that remains below each level, and the minimum that remains for a single row."""
 
 NOISE, CONE = 0.10, 0.39
-"""Share of the centred variance that lies in all directions alike; squared length of the mean before scaling."""
+"""Share of the centered variance that is isotropic; squared length of the mean before scaling."""
 
 STRETCH, TIGHTNESS = 0.5, 0.25
-"""How much clusters differ in shape and in width: standard deviations of logarithms."""
+"""Variation of the clusters' shape and width: standard deviations of logarithms."""
 
 GAP, DIALECT = 1.1, 0.35
-"""What makes a query of another sense: the length of an offset shared by all queries, across to all that rows differ
-in, and the share of the variance of the 128 dimensions that the query has of its own. Between the mean query and the
-mean row then lies about 0.8, as between CLIP's texts and pictures (arXiv 2203.02053 figure 1)."""
+"""The modality gap of queries: the length of an offset shared by all queries, orthogonal to the differences of rows,
+and the share of the variance of the 128 dimensions that is the query's own. The distance from the mean query to the
+mean row is then about 0.8, as between CLIP's texts and images (arXiv 2203.02053 figure 1)."""
 
 _TABLE = 1 << 14
-"""Offsets that are drawn for a level; the nodes of deep levels share them, each below another parent."""
+"""Offsets drawn for a level. Nodes of deep levels share them, below different parents."""
 
 
 class ClusteredVectors:
-    """A space of clustered unit vectors, and queries of another sense.
+    """A space of clustered unit vectors, and queries of another modality.
 
     Args:
         size: E, numbers of a vector; more than 130.
@@ -73,13 +73,13 @@ class ClusteredVectors:
 
     @cached_property
     def _tables(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """For each level: offsets of nodes, and the stretch that a node gives to what lies below it."""
+        """For each level: offsets of nodes, and the stretch that a node applies to the levels below it."""
         rng = self._rng("tree")
         tables = []
         for _ in range(len(BRANCHES) + 1):
             offsets = rng.standard_normal((_TABLE, DIMENSIONS), dtype=np.float32)
             stretch = np.exp(STRETCH * rng.standard_normal((_TABLE, DIMENSIONS), dtype=np.float32))
-            # A shape alone: the width is set apart from it.
+            # Only the shape: the width is drawn separately.
             stretch /= np.sqrt(np.square(stretch * self._axes).sum(axis=1, keepdims=True))
             width = np.exp(TIGHTNESS * rng.standard_normal((_TABLE, 1), dtype=np.float32))
             tables.append((offsets, stretch * width))
@@ -99,11 +99,11 @@ class ClusteredVectors:
             yield self.rows(start, min(start + CHUNK, count))
 
     def queries(self, count: int, *, foreign: bool = True) -> np.ndarray:
-        """Return vectors that are no rows, float32 [count, E], unit norm.
+        """Return vectors that are not among the rows, float32 [count, E], unit norm.
 
         Args:
-            count: how many.
-            foreign: moved as another sense is (`GAP`, `DIALECT`); else further draws of the same distribution.
+            count: number of vectors.
+            foreign: shift them like another modality (`GAP`, `DIALECT`), else draw from the distribution of the rows.
         """
         rng = self._rng("queries")
         latent = self._latent(rng, count)
@@ -117,27 +117,27 @@ class ClusteredVectors:
         return self._finish(rng, self._latent(rng, CHUNK))
 
     def _latent(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        """Walk down the tree: [count, DIMENSIONS], float32, of unit variance in all."""
+        """Walk down the tree: float32 [count, DIMENSIONS], of unit total variance."""
         node = np.zeros(count, np.uint64)
         latent = np.zeros((count, DIMENSIONS), np.float32)
         left = 1.0
         for (offsets, stretch), branches in zip(self._tables, BRANCHES, strict=False):
             sizes = np.arange(1, branches + 1) ** -ZIPF
-            shape = stretch[_place(node)]
+            shape = stretch[_position(node)]
             node = _child(node, rng.choice(branches, count, p=sizes / sizes.sum()))
             below = max(left * SHRINK, LEAST)
-            latent += np.float32(np.sqrt(left - below)) * offsets[_place(node)] * shape
+            latent += np.float32(np.sqrt(left - below)) * offsets[_position(node)] * shape
             left = below
         own = rng.standard_normal(latent.shape, dtype=np.float32)
-        latent += np.float32(np.sqrt(left)) * own * self._tables[-1][1][_place(node)]
+        latent += np.float32(np.sqrt(left)) * own * self._tables[-1][1][_position(node)]
         return latent * self._axes
 
     def _finish(self, rng: np.random.Generator, latent: np.ndarray, *, gap: float = 0.0) -> np.ndarray:
         """Turn latent positions into unit vectors: mean, gap, noise."""
-        centred = 1 - CONE
+        centered = 1 - CONE
         rows = rng.standard_normal((len(latent), self.size), dtype=np.float32)
-        rows *= np.float32(np.sqrt(centred * NOISE / self.size))
-        rows += np.float32(np.sqrt(centred * (1 - NOISE))) * (latent @ self._basis)
+        rows *= np.float32(np.sqrt(centered * NOISE / self.size))
+        rows += np.float32(np.sqrt(centered * (1 - NOISE))) * (latent @ self._basis)
         rows += np.float32(np.sqrt(CONE)) * self._mean + np.float32(gap) * self._gap
         rows /= np.linalg.norm(rows, axis=1, keepdims=True)
         return rows
@@ -147,18 +147,18 @@ class ClusteredVectors:
 
 
 def _child(node: np.ndarray, choice: np.ndarray) -> np.ndarray:
-    """Return numbers that stand for the children of nodes: a mixing of bits, so that they look drawn at random."""
+    """Return ids of the children of nodes: a mix of bits, so that they look random."""
     mixed = (node + choice.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     return (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
 
 
-def _place(node: np.ndarray) -> np.ndarray:
-    """Return the places of nodes in a table."""
+def _position(node: np.ndarray) -> np.ndarray:
+    """Return the positions of nodes in a table."""
     return node >> np.uint64(64 - (_TABLE - 1).bit_length())
 
 
 def statistics_of(rows: np.ndarray) -> dict[str, float]:
-    """Return what was matched, of unit vectors [N, E] with N of some thousands at most."""
+    """Return the matched statistics of unit vectors [N, E], with N of at most some thousands."""
     cosines = rows @ rows.T
     pairs = cosines[np.triu_indices(len(rows), 1)]
     np.fill_diagonal(cosines, -2)
@@ -173,18 +173,18 @@ def statistics_of(rows: np.ndarray) -> dict[str, float]:
     }
     for rank in (1, 10, 100):
         for low in (10, 50, 90):
-            found[f"neighbour {rank}, {low} %"] = np.percentile(nearest[:, rank - 1], low)
+            found[f"neighbor {rank}, {low} %"] = np.percentile(nearest[:, rank - 1], low)
     found["participation ratio"] = variances.sum() ** 2 / np.square(variances).sum()
     for number in (1, 10, 50, 100, 200):
         found[f"share of {number} components"] = shares[number - 1]
-    # Levina and Bickel's estimate from 20 neighbours.
+    # Levina and Bickel's estimate from 20 neighbors.
     distances = np.sqrt(np.maximum(2 - 2 * nearest[:, :20], 1e-12))
     found["local dimension"] = np.median(1 / np.log(distances[:, -1:] / distances[:, :-1]).mean(axis=1))
     return {name: float(value) for name, value in found.items()}
 
 
-def stored_pictures(folder: str = "data/store") -> np.ndarray:
-    """Return the embeddings of the quickstart's store at unit length, [N, E]; `make train` fills it."""
+def stored_images(folder: str = "data/store") -> np.ndarray:
+    """Return the embeddings of the quickstart's store at unit length, [N, E]; `make train` creates it."""
     import pyarrow as pa
 
     tables = [
@@ -199,13 +199,13 @@ def stored_pictures(folder: str = "data/store") -> np.ndarray:
 
 
 def main() -> None:
-    """Print the statistics of the quickstart's pictures and of as many rows of a space."""
-    real = stored_pictures()
+    """Print the statistics of the quickstart's images and of the same number of synthetic rows."""
+    real = stored_images()
     space = ClusteredVectors()
     made = space.rows(0, len(real))
-    pictures, ours = statistics_of(real), statistics_of(made)
-    print("| statistic | OpenMoji | made up |\n|---|---|---|")
-    for name, value in pictures.items():
+    images, ours = statistics_of(real), statistics_of(made)
+    print("| statistic | OpenMoji | synthetic |\n|---|---|---|")
+    for name, value in images.items():
         print(f"| {name} | {value:.3f} | {ours[name]:.3f} |")
     queries = space.queries(len(real))
     print(f"\nqueries: {np.linalg.norm(queries.mean(0) - made.mean(0)):.2f} from mean to mean, ", end="")

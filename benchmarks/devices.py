@@ -1,6 +1,6 @@
-"""Two processes against one, and a decoder that two processes share against two whole ones: losses and throughput.
+"""Losses and throughput of two processes against one, and of a sharded decoder against DDP.
 
-On a machine with fewer than two GPUs the processes are two of its cores (gloo). The decoder is the embedded default.
+On a machine with fewer than two GPUs the two processes run on its cores (gloo). The decoder is the default one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import yaml
 from lightning.pytorch.callbacks import Callback
 from PIL import Image
 
-from benchmarks.measure import Figure
+from benchmarks.measure import Metric
 
 ROOT = Path(__file__).parents[1]
 DECODER = ROOT / "checkpoints/smollm2-135m-instruct"
@@ -27,7 +27,7 @@ ENCODER = ROOT / "checkpoints/efficientnet-lite0"
 COLORS = ("red", "green", "blue", "white", "black", "yellow", "cyan", "magenta")
 STEPS = 6
 ROWS = 8
-"""Of a batch; each step has two of them, one after the other or one in each process."""
+"""Rows of a batch. Each step has two batches, one after the other or one in each process."""
 
 ON_GPUS = torch.cuda.device_count() > 1
 
@@ -46,39 +46,39 @@ class StepTimes(Callback):
         self._last: float | None = None
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        """Look at the clock."""
+        """Log the time since the last step."""
         now = time.perf_counter()
         if self._last is not None:
             pl_module.log("step_seconds", now - self._last)
         self._last = now
 
 
-def figures() -> list[Figure]:
-    """Train the same few steps with one process, with two, and with two that share the decoder."""
+def metrics() -> list[Metric]:
+    """Train the same few steps with one process, with two, and with two that shard the decoder."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        _synthetic_images(folder / "pictures")
+        _write_images(folder / "images")
         runs = {side: _train(folder, side, options) for side, options in _SIDES.items()}
     losses = {side: [float(row["train_loss"]) for row in rows] for side, rows in runs.items()}
     seconds = {side: _seconds_of_a_step(rows) for side, rows in runs.items()}
     shape = f"{STEPS} steps of {2 * ROWS} rows, float32, {'2 GPUs' if ON_GPUS else 'CPU (gloo)'}"
     cores = f"{os.cpu_count()} cores"
     return [
-        Figure(
+        Metric(
             "ddp2_loss_difference", _difference(losses["ddp"], losses["one"]), "nats/token", 0.0,
-            f"largest over {shape}: 2 processes (DDP) against 1 that gathers 2 batches; at most 1e-5",
+            f"largest over {shape}: 2 processes (DDP) against 1 that accumulates 2 batches; at most 1e-5",
         ),
-        Figure(
+        Metric(
             "fsdp2_loss_difference", _difference(losses["sharded"], losses["ddp"]), "nats/token", 0.0,
             f"largest over {shape}: 2 processes that share the decoder (ShardedDecoder) against DDP; at most 1e-5",
         ),
-        Figure(
+        Metric(
             "ddp2_throughput", seconds["one"] / seconds["ddp"], "ratio", 2.0,
-            f"rows a second of 2 processes over 1, on {cores}, each process with its share of them; {shape}",
+            f"rows per second of 2 processes over 1, on {cores}, each process with its share of them; {shape}",
         ),
-        Figure(
+        Metric(
             "fsdp2_throughput", seconds["ddp"] / seconds["sharded"], "ratio", 1.0,
-            f"rows a second of 2 processes that share the decoder over 2 of DDP; {shape}",
+            f"rows per second of 2 processes that share the decoder over 2 of DDP; {shape}",
         ),
     ]  # fmt: skip
 
@@ -88,25 +88,25 @@ def _difference(ours: list[float], theirs: list[float]) -> float:
 
 
 def _seconds_of_a_step(rows: list[dict[str, str]]) -> float:
-    """The shortest step of a run; in the others there are first-time costs, and other programs."""
+    """The shortest step of a run: the others include first-time costs and other programs."""
     return min(float(row["step_seconds"]) for row in rows if row["step_seconds"])
 
 
-def _synthetic_images(folder: Path) -> None:
-    """Plain colours, with captions of many lengths: so the batches of a step differ in their number of tokens."""
+def _write_images(folder: Path) -> None:
+    """Write plain colors with captions of many lengths, so that the batches of a step differ in tokens."""
     folder.mkdir()
     with (folder / "captions.csv").open("w", newline="") as stream:
         table = csv.writer(stream)
         table.writerow(["image", "caption", "split"])
         for number in range(2 * ROWS * STEPS):
-            colour = COLORS[number % len(COLORS)]
-            Image.new("RGB", (32, 32), colour).save(folder / f"{number}.png")
-            caption = " ".join([f"a {colour} square"] * (1 + number % 7))
+            color = COLORS[number % len(COLORS)]
+            Image.new("RGB", (32, 32), color).save(folder / f"{number}.png")
+            caption = " ".join([f"a {color} square"] * (1 + number % 7))
             table.writerow([f"{number}.png", caption, "train"])
 
 
 def _train(folder: Path, side: str, options: dict[str, Any]) -> list[dict[str, str]]:
-    """Train a side in processes of its own; return a row for each step."""
+    """Train a side in its own processes and return one row per step."""
     recipe = {
         "output": f"trained/{side}",
         "save_every_seconds": 10_000,
@@ -123,7 +123,7 @@ def _train(folder: Path, side: str, options: dict[str, Any]) -> list[dict[str, s
             "optim": {},
         },
         "data": {
-            "sources": [{"path": "pictures"}],
+            "sources": [{"path": "images"}],
             "store": "store",
             "batch_size": ROWS,
         },
@@ -141,7 +141,7 @@ def _train(folder: Path, side: str, options: dict[str, Any]) -> list[dict[str, s
     }
     file = folder / f"{side}.yaml"
     file.write_text(yaml.safe_dump(recipe))
-    # As a module: the further processes are started by the same command line.
+    # As a module, because Lightning starts the other processes with the same command line.
     command = [sys.executable, "-m", "bindllm.cli", "fit", "--config", str(file)]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "src")])
     subprocess.run(command, check=True, cwd=folder, env={**os.environ, "PYTHONPATH": paths})

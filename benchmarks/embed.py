@@ -1,4 +1,4 @@
-"""`bindllm embed` from files to the store: how much of the time the encoder works, and what reading costs it."""
+"""`bindllm embed` from files to the store: share of time in the encoder, and the cost of reading files."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.measure import Figure, paired, seconds
+from benchmarks.measure import Metric, paired, seconds
 from bindllm import EmbeddingStore, Media
 from bindllm.embeddings.precompute import precompute_embeddings
 from bindllm.encoders import EfficientNetLite
 from bindllm.model.decoder import default_device
 
-PICTURES, WIDTH, HEIGHT = 512, 640, 480
+IMAGES, WIDTH, HEIGHT = 512, 640, 480
 BATCH = 32
-"""As `precompute_embeddings` has it by default."""
+"""The default of `precompute_embeddings`."""
 REPEATS = 3
 
 
@@ -30,18 +30,18 @@ class TimedEncoder(EfficientNetLite):
     seconds = 0.0
 
     def embed(self, modality: str, inputs: list[Tensor]) -> Tensor:
-        """Embed; what an accelerator still has to do is waited for, as its result is needed at once."""
+        """Embed and wait for the accelerator: `cpu()` blocks until the result exists."""
         started = time.perf_counter()
         embeddings = super().embed(modality, inputs).cpu()
         self.seconds += time.perf_counter() - started
         return embeddings
 
 
-def write_pictures(folder: Path) -> list[Media]:
-    """Write JPEG files as large as photographs of their size are: soft shapes, and the grain of a sensor."""
+def write_images(folder: Path) -> list[Media]:
+    """Write JPEG files with the file size of photographs: soft shapes with sensor noise."""
     rng = np.random.default_rng(0)
     media = []
-    for n in range(PICTURES):
+    for n in range(IMAGES):
         shapes = Image.fromarray(rng.integers(0, 256, (HEIGHT // 16, WIDTH // 16, 3), dtype=np.uint8))
         soft = np.asarray(shapes.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC), dtype=np.int16)
         grain = rng.integers(-6, 7, soft.shape, dtype=np.int16)
@@ -51,13 +51,13 @@ def write_pictures(folder: Path) -> list[Media]:
     return media
 
 
-def figures() -> list[Figure]:
-    """Fill new stores with the same pictures, in turn with the encoder alone on what was prepared before."""
+def metrics() -> list[Metric]:
+    """Fill new stores with the same images, alternating with the encoder only on prepared inputs."""
     device, cores = default_device(), os.cpu_count() or 1
     encoder = TimedEncoder().to(device)
     shares: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
-        media = write_pictures(Path(folder))
+        media = write_images(Path(folder))
         prepared: list[Tensor] = []
         reading = seconds(lambda: prepared.extend(encoder.prepare(item) for item in media))
 
@@ -68,25 +68,25 @@ def figures() -> list[Figure]:
                 whole = seconds(lambda: precompute_embeddings(store, encoder, media, progress=False))
             shares.append(encoder.seconds / whole)
 
-        def encoder_alone() -> None:
-            for start in range(0, PICTURES, BATCH):
+        def encoder_only() -> None:
+            for start in range(0, IMAGES, BATCH):
                 encoder.embed("image", prepared[start : start + BATCH])
 
-        # The first fill of all, which is not counted, loads the weights.
-        ratio, whole, alone = paired(from_files, encoder_alone, repeats=REPEATS)
-        kilobytes = sum(item.source.stat().st_size for item in media) / PICTURES / 1000
-    # One thread's reading shared among all cores: beside an encoder that needs these cores too, or behind one
-    # that does not.
-    behind = reading / cores / alone
+        # The first run, which is not counted, loads the weights.
+        ratio, whole, bare = paired(from_files, encoder_only, repeats=REPEATS)
+        kilobytes = sum(item.source.stat().st_size for item in media) / IMAGES / 1000
+    # The floor spreads the reading of one thread over all cores. On CPU it adds to the encoder, which needs the same
+    # cores; an accelerator runs at the same time.
+    reading_share = reading / cores / bare
     return [
-        Figure(
+        Metric(
             "embed_encoder_share", statistics.median(shares[1:]), "share", 1.0,
-            f"of the time of `precompute_embeddings`, inside encoder.embed; {PICTURES} JPEG files, {WIDTH}x{HEIGHT}, "
+            f"of the time of `precompute_embeddings`, inside encoder.embed; {IMAGES} JPEG files, {WIDTH}x{HEIGHT}, "
             f"{kilobytes:.0f} kB each, EfficientNet-Lite0 on {device}",
         ),
-        Figure(
-            "embed_over_encoder", ratio, "ratio", 1 + behind if device == "cpu" else max(1.0, behind),
-            f"{PICTURES / whole:.0f} pictures/s over {PICTURES / alone:.0f} of the encoder alone; one thread reads and "
-            f"prepares {PICTURES / reading:.0f}; floor: its work spread over {cores} cores",
+        Metric(
+            "embed_over_encoder", ratio, "ratio", 1 + reading_share if device == "cpu" else max(1.0, reading_share),
+            f"{IMAGES / whole:.0f} images/s over {IMAGES / bare:.0f} of the encoder only; one thread reads and "
+            f"prepares {IMAGES / reading:.0f}; floor: its work spread over {cores} cores",
         ),
     ]  # fmt: skip

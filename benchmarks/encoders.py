@@ -1,7 +1,7 @@
-"""ImageBind's huge trunks of random weights: their time beside that of their own matrix products alone.
+"""ImageBind's huge trunks with random weights: their time compared with that of only their matrix products.
 
-The products run with the trunk's own weights at its own number of rows, in turn with the trunk, into memory that is
-there already: nothing but reading weights and multiplying. A trunk that did nothing else would have share 1.
+The products use the trunk's weights and its number of rows, alternate with the trunk, and write to preallocated
+memory, so they only read weights and multiply. A trunk that did nothing else would have share 1.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import Figure, paired
+from benchmarks.measure import Metric, paired
 from bindllm.encoders.imagebind.config import HUGE, TRUNK_OF
 from bindllm.encoders.imagebind.network import Trunk
 from bindllm.encoders.imagebind.views import run_views
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-# Pictures of a batch, and how often it is timed; a batch of 32 takes a minute on two cores.
+# Batch sizes and their repetitions; a batch of 32 takes a minute on two cores.
 BATCHES = {1: 20, 8: 20, 32: 10} if ON_GPU else {1: 5, 8: 3, 32: 1}
 GPU_BATCH = 64
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -30,12 +30,12 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "thermal": (1, 224, 224),
     "imu": (6, 2000),
 }
-"""One prepared media of each modality under the published sampling; films and sounds have their views in front."""
+"""Input shape of one item of each modality under the published sampling; video and audio have a leading view axis."""
 VIEWED = ("video", "audio")
 
 
-def figures() -> list[Figure]:
-    """Share of the matrix rate, half precision over single, and embeddings a second of every modality."""
+def metrics() -> list[Metric]:
+    """Return the share of the matrix rate, half over single precision, and embeddings per second of every modality."""
     vision = random_trunk("vision", torch.float32)
     found = [_share(vision, batch, repeats) for batch, repeats in BATCHES.items()]
     found += _half_precision(vision)
@@ -46,7 +46,7 @@ def figures() -> list[Figure]:
 
 
 def random_trunk(name: str, dtype: torch.dtype) -> Trunk:
-    """A huge trunk whose activations stay of the order of 1."""
+    """Return a huge trunk whose activations stay of the order of 1."""
     generator = torch.Generator(DEVICE).manual_seed(0)
     with torch.device("meta"):
         trunk = Trunk(name, HUGE.trunks[name], HUGE.embedding_size)
@@ -64,7 +64,7 @@ def random_trunk(name: str, dtype: torch.dtype) -> Trunk:
 
 
 def random_views(modality: str, media: int) -> list[Tensor]:
-    """The views of some prepared media of one modality."""
+    """Return the views of some prepared media of one modality."""
     shape = SHAPES[modality]
     generator = torch.Generator().manual_seed(0)
     if modality == "text":
@@ -74,7 +74,7 @@ def random_views(modality: str, media: int) -> list[Tensor]:
 
 
 def runner(trunk: Trunk, modality: str, views: Sequence[Tensor]) -> Callable[[], Tensor]:
-    """What `ImageBind.embed` does once the weights are there."""
+    """Return a function that does the work of `ImageBind.embed` after the weights are loaded."""
 
     def run() -> Tensor:
         with torch.no_grad():
@@ -84,7 +84,7 @@ def runner(trunk: Trunk, modality: str, views: Sequence[Tensor]) -> Callable[[],
 
 
 def products(trunk: Trunk, rows: int) -> tuple[Callable[[], None], int]:
-    """The matrix products of all blocks at this number of rows, alone, and their floating point operations."""
+    """Return a function with only the matrix products of all blocks at this number of rows, and their FLOP."""
     weights = [
         layer.weight
         for block in trunk.blocks
@@ -109,31 +109,31 @@ def measured(
     repeats: int,
     run: Callable[[], object] | None = None,
 ) -> tuple[float, float, float]:
-    """Share of the matrix rate, seconds, and the seconds that all operations would take at that rate."""
+    """Return the share of the matrix rate, the seconds, and the seconds of all operations at that rate."""
     tokens = trunk.stem.count(views[0].shape)
     width = trunk.stem.positions.shape[1]
-    alone, work = products(trunk, len(views) * tokens)
-    # Mixing the values and comparing the keys, and the patches; norms, GELU and sums have no part in it.
+    multiply, work = products(trunk, len(views) * tokens)
+    # Attention products and patch embedding; norms, GELU and sums do not count as operations.
     attention = len(trunk.blocks) * 4 * tokens * tokens * width
     patches = 0 if modality == "text" else 2 * (tokens - 1) * trunk.stem.weight.numel()
     extra = len(views) * (attention + (patches // 2 if modality == "image" else patches))
-    ratio, ours, products_alone = paired(run or runner(trunk, modality, views), alone, repeats=repeats)
+    ratio, ours, products_only = paired(run or runner(trunk, modality, views), multiply, repeats=repeats)
     whole = (work + extra) / work
-    return whole / ratio, ours, whole * products_alone
+    return whole / ratio, ours, whole * products_only
 
 
-def _share(trunk: Trunk, batch: int, repeats: int) -> Figure:
+def _share(trunk: Trunk, batch: int, repeats: int) -> Metric:
     views = random_views("image", batch)
     share, ours, ideal = measured(trunk, "image", views, repeats=repeats)
-    return Figure(
+    return Metric(
         f"vision_huge_b{batch}_matrix_share", share, "share", 1.0,
         f"float32, batch {batch}: {ours:.2f} s, {ideal:.2f} s at the rate of its own matrix products; at least 0.85 "
         "at batch 8",
     )  # fmt: skip
 
 
-def _half_precision(vision: Trunk) -> list[Figure]:
-    """Speed and direction of bfloat16 beside float32 where the processor has its instructions."""
+def _half_precision(vision: Trunk) -> list[Metric]:
+    """Compare speed and direction of bfloat16 with float32 if the processor has its instructions."""
     if not (ON_GPU or has_bfloat16()):
         return []
     half = random_trunk("vision", torch.bfloat16)
@@ -147,12 +147,12 @@ def _half_precision(vision: Trunk) -> list[Figure]:
     cosine = float((single_run() * half_run()).sum(1).min())
     shape = f"batch {batch}"
     found = [
-        Figure(
+        Metric(
             "vision_huge_bf16_over_fp32", ratio, "times faster", allowed,
-            f"{shape}: {single_time:.2f} s over {half_time:.2f} s; floor: what the matrix products alone allow; "
+            f"{shape}: {single_time:.2f} s over {half_time:.2f} s; floor: the matrix products only; "
             "at least 1.6",
         ),
-        Figure(
+        Metric(
             "vision_huge_bf16_cosine", cosine, "cosine", 1.0,
             f"{shape}: least cosine between bfloat16 and float32 embeddings; at least 0.999",
         ),
@@ -160,8 +160,8 @@ def _half_precision(vision: Trunk) -> list[Figure]:
     return found + (_gpu_shares(half, views) if ON_GPU else [])
 
 
-def _gpu_shares(half: Trunk, views: Sequence[Tensor]) -> list[Figure]:
-    """Share of the matrix rate in bfloat16 at a batch that fills a GPU, eager and compiled."""
+def _gpu_shares(half: Trunk, views: Sequence[Tensor]) -> list[Metric]:
+    """Return the share of the matrix rate in bfloat16 at a batch that fills a GPU, eager and compiled."""
     found = []
     for name, network in (("eager", half), ("compiled", torch.compile(half))):
         inputs = torch.stack(list(views)).to(DEVICE, half.head.project.weight.dtype)
@@ -172,7 +172,7 @@ def _gpu_shares(half: Trunk, views: Sequence[Tensor]) -> list[Figure]:
 
         share, ours, ideal = measured(half, "image", views, repeats=20, run=run)
         found.append(
-            Figure(
+            Metric(
                 f"vision_huge_bf16_b{len(views)}_{name}_matrix_share", share, "share", 1.0,
                 f"{name}: {ours * 1e3:.0f} ms, {ideal * 1e3:.0f} ms at the rate of its matrix products; at least 0.6",
             )
@@ -180,13 +180,13 @@ def _gpu_shares(half: Trunk, views: Sequence[Tensor]) -> list[Figure]:
     return found
 
 
-def _speed(trunk: Trunk, modality: str) -> Figure:
+def _speed(trunk: Trunk, modality: str) -> Metric:
     media = 1 if modality in VIEWED else 8
     media *= 8 if ON_GPU else 1
     views = random_views(modality, media)
     share, ours, ideal = measured(trunk, modality, views, repeats=5 if ON_GPU else 2)
     views_each = f", {len(views) // media} views each" if modality in VIEWED else ""
-    return Figure(
+    return Metric(
         f"imagebind_{modality}_per_second", media / ours, "embeddings/s", media / ideal,
         f"float32, {media} at a time{views_each}; share of the matrix rate {share:.2f}; floor: all operations at the "
         "rate of its own matrix products",
@@ -194,6 +194,6 @@ def _speed(trunk: Trunk, modality: str) -> Figure:
 
 
 def has_bfloat16() -> bool:
-    """Tell whether the processor multiplies bfloat16 by instructions of its own."""
+    """Return whether the processor has bfloat16 multiplication instructions."""
     known = torch.cpu.get_capabilities()
     return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16"))

@@ -1,10 +1,10 @@
-"""Tokens a second of `generate` with media, against Hugging Face `generate` on the bare decoder."""
+"""Tokens per second of `generate` with media, against Hugging Face `generate` on the bare decoder."""
 
 from __future__ import annotations
 
 import torch
 
-from benchmarks.measure import Figure, paired
+from benchmarks.measure import Metric, paired
 from benchmarks.parts import bare_decoder, bound_model
 from bindllm import Conversation, Media, Message
 from bindllm.model.generation import render_prompts
@@ -12,8 +12,8 @@ from bindllm.model.generation import render_prompts
 NEW_TOKENS = 32
 
 
-def figures() -> list[Figure]:
-    """Batch 1 and batch 32; embeddings are made beforehand, as from a store: encoding is measured by itself."""
+def metrics() -> list[Metric]:
+    """Measure batch sizes 1 and 32, with precomputed embeddings because encoding is measured separately."""
     bare, model = bare_decoder(), bound_model().eval()
     options = {
         "max_new_tokens": NEW_TOKENS,
@@ -36,7 +36,7 @@ def figures() -> list[Figure]:
         ratio, a, b = paired(theirs, ours, repeats=repeats)
         speed[rows] = rows * NEW_TOKENS / b
         found.append(
-            Figure(
+            Metric(
                 f"generate_b{rows}_over_hf",
                 ratio,
                 "ratio of tokens/s",
@@ -46,7 +46,7 @@ def figures() -> list[Figure]:
         )
     weights = sum(p.numel() * p.element_size() for p in bare.parameters())
     found.append(
-        Figure(
+        Metric(
             "generate_b32_over_b1",
             speed[32] / speed[1],
             "ratio of tokens/s",

@@ -1,8 +1,8 @@
-"""`python -m benchmarks.learning`: what the two injection kinds learn, with and without queries, three seeds each.
+"""`python -m benchmarks.learning`: compare both injection kinds, with and without queries, three seeds each.
 
-Trains the quickstart recipe for one epoch per run, about 3 minutes each on 2 cores, 12 runs. A run that stands in
-benchmarks/results/learning.json is not done again, so the command can be stopped at any time; remove its row, or the
-file, to measure anew. Prints the table of docs/results.md.
+Trains the quickstart recipe for one epoch per run: 12 runs of about 3 minutes each on 2 cores. Runs in
+benchmarks/results/learning.json are not repeated, so the command can be stopped at any time. Remove a row, or the
+file, to measure again. Prints the table of docs/results.md.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def main() -> None:
     epochs = parser.parse_args().epochs
     file = RESULTS / "learning.json"
     rows = json.loads(file.read_text()) if file.exists() else []
-    # Seed by seed, so that an interrupted table still compares like with like.
+    # Seed by seed, so that an interrupted table still compares equal seeds.
     for seed, kind, queries in itertools.product(SEEDS, KINDS, QUERIES):
         cell = {"kind": kind, "queries": queries, "seed": seed, "epochs": epochs}
         if not any(cell.items() <= row.items() for row in rows):

@@ -1,4 +1,4 @@
-"""Sound and video as ImageBind takes them: seconds of media a second, and memory that does not grow with the file."""
+"""Loading audio and video for ImageBind: seconds of media per second, and peak memory for short and long files."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pathlib import Path
 import av
 import numpy as np
 
-from benchmarks.measure import Figure, paired
+from benchmarks.measure import Metric, paired
 from bindllm.encoders.imagebind.audio import audio_input
 from bindllm.encoders.imagebind.video import video_input
 
 SOUND_MINUTES, VIDEO_SECONDS = (1, 20), (20, 600)
 HEIGHT, WIDTH, RATE, KEY_EVERY = 360, 640, 25, 100
 
-# Peak memory of reading a second file after a first short one has loaded every library.
+# Peak memory of reading a second file, after a short first file has loaded every library.
 GROWTH = """
 import sys
 from benchmarks.measure import forget_peak, peak_bytes
@@ -31,20 +31,20 @@ print(peak_bytes() - before)
 """
 
 
-def figures() -> list[Figure]:
-    """An MP3 and an H.264 file, short and long, made up in a temporary folder."""
+def metrics() -> list[Metric]:
+    """Measure short and long synthetic MP3 and H.264 files in a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
         sounds = [_sound(Path(folder) / f"{minutes}.mp3", minutes) for minutes in SOUND_MINUTES]
         videos = [_video(Path(folder) / f"{seconds}.mp4", seconds) for seconds in VIDEO_SECONDS]
         return [
             _throughput(
                 "audio", 60 * SOUND_MINUTES[0], lambda: audio_input(sounds[0], coverage="published", max_clips=64),
-                lambda: _decode_sound(sounds[0]), "a stereo MP3 at 44,100 a second; floor: decoding it, no more",
+                lambda: _decode_sound(sounds[0]), "a stereo MP3 at 44,100 Hz; floor: decoding only",
             ),
             _throughput(
                 "video", VIDEO_SECONDS[0], lambda: video_input(videos[0], coverage="published", max_clips=64),
                 lambda: _decode_frames(videos[0], VIDEO_SECONDS[0]),
-                f"H.264 at {WIDTH} x {HEIGHT}; floor: seeking to the ten frames and decoding them, no more",
+                f"H.264 at {WIDTH} x {HEIGHT}; floor: seeking to the ten frames and decoding them only",
             ),
             _memory("audio", sounds, f"{SOUND_MINUTES[1]} minutes over {SOUND_MINUTES[0]}"),
             _memory("video", videos, f"{VIDEO_SECONDS[1]} seconds over {VIDEO_SECONDS[0]}"),
@@ -53,9 +53,9 @@ def figures() -> list[Figure]:
 
 def _throughput(
     kind: str, length: int, load: Callable[[], object], bare: Callable[[], object], note: str
-) -> Figure:
+) -> Metric:
     share, ours, floor = paired(load, bare, repeats=5)
-    return Figure(
+    return Metric(
         f"{kind}_load_seconds_per_second",
         length / ours,
         "s/s",
@@ -64,9 +64,9 @@ def _throughput(
     )
 
 
-def _memory(kind: str, files: list[Path], note: str) -> Figure:
+def _memory(kind: str, files: list[Path], note: str) -> Metric:
     short, long = (_growth(kind, files[0], file) for file in files)
-    return Figure(
+    return Metric(
         f"{kind}_memory_long_over_short", long / short, "ratio", 1.0,
         f"{note}: peak grows by {long / 1e6:.0f} MB and {short / 1e6:.0f} MB",
     )  # fmt: skip
@@ -75,12 +75,12 @@ def _memory(kind: str, files: list[Path], note: str) -> Figure:
 def _growth(kind: str, first: Path, second: Path) -> int:
     command = [sys.executable, "-c", GROWTH.format(kind=kind), str(first), str(second)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    # Nothing at all would make the ratio infinite.
+    # Zero growth would make the ratio infinite.
     return max(int(done.stdout), 1 << 20)
 
 
 def _sound(file: Path, minutes: int) -> Path:
-    """Write an MP3; a minute is encoded once and its frames are repeated."""
+    """Write an MP3: one minute is encoded once and its frames are repeated."""
     draw = np.random.default_rng(0)
     time = np.arange(60 * 44_100) / 44_100
     tones = [np.sin(2 * np.pi * hertz * time) + 0.1 * draw.standard_normal(len(time)) for hertz in (440, 660)]
@@ -100,7 +100,7 @@ def _sound(file: Path, minutes: int) -> Path:
 
 
 def _video(file: Path, seconds: int) -> Path:
-    """Write a drifting picture as H.264 with reordered frames."""
+    """Write a drifting image as H.264 with reordered frames."""
     wide = np.random.default_rng(0).integers(0, 256, (HEIGHT // 40, WIDTH // 20, 3), np.uint8)
     wide = wide.repeat(40, axis=0).repeat(40, axis=1)
     with av.open(str(file), "w") as output:
@@ -109,8 +109,8 @@ def _video(file: Path, seconds: int) -> Path:
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
         for number in range(RATE * seconds):
             shift = number % WIDTH
-            picture = np.ascontiguousarray(wide[:, shift : shift + WIDTH])
-            output.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            image = np.ascontiguousarray(wide[:, shift : shift + WIDTH])
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         output.mux(stream.encode(None))
     return file
 
@@ -123,7 +123,7 @@ def _decode_sound(file: Path) -> None:
 
 
 def _decode_frames(file: Path, seconds: int) -> None:
-    """Decode up to the first and last frame of five clips, on one thread as well."""
+    """Decode up to the first and last frame of five clips, also on one thread."""
     starts = [number * (seconds - 2) / 4 for number in range(5)]
     with av.open(str(file)) as container:
         stream = container.streams.video[0]

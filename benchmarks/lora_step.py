@@ -1,8 +1,8 @@
 """A training step of the second stage against the same step of plain peft LoRA on the bare decoder: time and memory.
 
-Both sides tune the same: rank, targets, biases and norms, in float32 over a frozen decoder, with the vocabulary
-projection at the supervised tokens alone (plain Hugging Face would project every token, and be slower for it), and
-AdamW with clipping. What ours does beyond that is the bind network, the routes of the media and the open gates.
+Both sides train the same parameters (rank, targets, biases and norms) in float32 over a frozen decoder, with AdamW and
+clipping. Both project only the supervised tokens to the vocabulary; plain Hugging Face would project every token and be
+slower. Our side also runs the bind network, the routing of the media and the open gates.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from benchmarks.measure import Figure, forget_peak, paired, peak_bytes
+from benchmarks.measure import Metric, forget_peak, paired, peak_bytes
 from benchmarks.parts import DECODER, bare_decoder, bound_loss, training_batch
 from bindllm.encoders import EfficientNetLite
 from bindllm.model.adapter import TARGETS, AdapterConfig
@@ -22,14 +22,14 @@ from bindllm.model.bindllm import BindLLM
 from bindllm.model.decoder import load_tokenizer
 
 ON_GPU = torch.cuda.is_available()
-# The shape of a question and its answer; on a GPU that of the published second stage's rows.
+# The shape of a question and its answer; on a GPU the shape of the published second stage.
 SHAPE = {"rows": 16, "tokens": 256, "answer": 128} if ON_GPU else {"rows": 8, "tokens": 64, "answer": 16}
 RANK = 16
 STEPS = 3
 
 
-def figures() -> list[Figure]:
-    """Time of a step, and peak memory, over plain peft's."""
+def metrics() -> list[Metric]:
+    """Return the time and peak memory of a step over those of plain peft."""
     (ours, ours_trained), (theirs, theirs_trained) = _bound_step(), _plain_step()
     ratio, a, b = paired(ours, theirs, repeats=5 if ON_GPU else 9)
     shape = f"batch {SHAPE['rows']} x {SHAPE['tokens']} tokens, {SHAPE['answer']} supervised, rank {RANK}"
@@ -38,12 +38,12 @@ def figures() -> list[Figure]:
         command = [sys.executable, "-m", "benchmarks.lora_step", side]
         peaks[side] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return [
-        Figure(
+        Metric(
             "lora_step_over_peft", ratio, "ratio", 1.0,
             f"{shape}; {a * 1e3:.0f} ms over {b * 1e3:.0f} ms; {ours_trained / 1e6:.2f} M parameters trained on ours, "
             f"{theirs_trained / 1e6:.2f} M on plain peft's; the same vocabulary projection on both; at most 1.10",
         ),
-        Figure(
+        Metric(
             "lora_memory_over_peft", peaks["bound"] / peaks["plain"], "ratio", 1.0,
             f"{peaks['bound'] / 1e6:.0f} MB over {peaks['plain'] / 1e6:.0f} MB; at most 1.05",
         ),
@@ -51,7 +51,7 @@ def figures() -> list[Figure]:
 
 
 def _bound_step() -> tuple[Callable[[], None], int]:
-    """Ours: adapter trained, bind network frozen, gates open."""
+    """Return our step: adapter trained, bind network frozen, gates open."""
     torch.manual_seed(0)
     model = BindLLM(
         bare_decoder(),
@@ -68,7 +68,7 @@ def _bound_step() -> tuple[Callable[[], None], int]:
 
 
 def _plain_step() -> tuple[Callable[[], None], int]:
-    """The yardstick: `get_peft_model` as its documentation has it, and the loss at the supervised tokens."""
+    """Return the reference step: `get_peft_model` as documented, and the loss at the supervised tokens."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
@@ -84,7 +84,7 @@ def _plain_step() -> tuple[Callable[[], None], int]:
     decoder = tuned.get_base_model()
     for parameter in tuned.parameters():
         if parameter.requires_grad:
-            # What peft's own `autocast_adapter_dtype` does for the matrices, for the norms as well: as on our side.
+            # As on our side: peft's `autocast_adapter_dtype` converts the matrices only, this also converts the norms.
             parameter.data = parameter.data.float()
     batch = training_batch(decoder, **SHAPE)
     labels = batch["labels"]
@@ -101,19 +101,19 @@ def _plain_step() -> tuple[Callable[[], None], int]:
 def _step(model: nn.Module, loss: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], int]:
     """Return a whole step (forward, backward, clipping, AdamW), and the number of parameters it trains."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
 
     def step() -> None:
         loss().backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
 
     return step, sum(parameter.numel() for parameter in trained)
 
 
 def _peak(side: str) -> int:
-    """Run a few steps of one side and return the peak bytes of this process (or of the GPU), loading left out."""
+    """Run a few steps of one side and return the peak bytes of this process (or of the GPU), without loading."""
     step, _ = _bound_step() if side == "bound" else _plain_step()
     forget_peak()
     for _ in range(STEPS):

@@ -1,4 +1,4 @@
-"""Figures of a benchmark run: timed as ratios inside one run, since machines differ and are noisy."""
+"""Metrics of a benchmark run. Times are compared as ratios within one run, because machines differ and are noisy."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass
-class Figure:
-    """One figure; ``floor`` is what physics or the yardstick allows, in the same unit, with its reason in ``note``."""
+class Metric:
+    """One metric; ``floor`` is the limit set by hardware or the reference, in the same unit, explained in ``note``."""
 
     name: str
     value: float
@@ -31,7 +31,7 @@ class Figure:
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """Wall time of one call, with the accelerator's queue emptied before and after."""
+    """Return the wall time of one call; the accelerator is synchronized before and after."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -44,7 +44,7 @@ def seconds(run: Callable[[], object]) -> float:
 def paired(
     first: Callable[[], object], second: Callable[[], object], *, repeats: int
 ) -> tuple[float, float, float]:
-    """Time two things in turn, A B A B ..., after one uncounted run of each.
+    """Time two functions in turn, A B B A ..., after one uncounted run of each.
 
     Returns:
         median of the ratios A / B pair by pair, and the median seconds of A and of B.
@@ -52,7 +52,7 @@ def paired(
     first(), second()
     a, b = [], []
     for n in range(repeats):
-        # The order alternates, so that a drift of the machine's speed does not favour one side.
+        # The order alternates, so that a drift of the machine's speed does not favor one side.
         for times, run in ((a, first), (b, second)) if n % 2 else ((b, second), (a, first)):
             times.append(seconds(run))
     ratios = [x / y for x, y in zip(a, b, strict=True)]
@@ -60,10 +60,10 @@ def paired(
 
 
 def run_bindllm(*arguments: str) -> None:
-    """Run a command line of bindllm in a process of its own, so that no memory is kept from run to run.
+    """Run a bindllm command in its own process, so that no memory is kept between runs.
 
     Raises:
-        SystemExit: the command failed; it has said why.
+        SystemExit: the command failed; it has printed the reason.
     """
     program = "import sys; from bindllm.cli import main; sys.exit(main())"
     if code := subprocess.run([sys.executable, "-c", program, *arguments]).returncode:
@@ -85,17 +85,17 @@ def matrix_rate(rows: int, inner: int, columns: int, dtype: torch.dtype, device:
 
 
 def forget_peak() -> None:
-    """Start measuring the peak anew: loading a model takes more memory than running it."""
+    """Reset the peak: loading a model takes more memory than running it."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     else:
-        # Linux lets a process reset its own high-water mark; elsewhere this file does not exist, and it raises.
+        # Linux lets a process reset its own peak. On other systems this file does not exist, and writing raises.
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_bytes() -> int:
-    """Peak memory since `forget_peak`: of the GPU's allocator, or of this process."""
+    """Return the peak memory since `forget_peak`, of the GPU's allocator or of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status").read_text()
@@ -103,9 +103,9 @@ def peak_bytes() -> int:
 
 
 def used_bytes() -> int:
-    """Memory in use now: of the GPU's allocator, or of this process."""
-    # Not above: every process that measures something would import it all.
-    from bindllm.cli.memory import resident_bytes
+    """Return the memory in use now, of the GPU's allocator or of this process."""
+    # Imported here, because every measuring process imports this module.
+    from bindllm.training.memory import resident_bytes
 
     return torch.cuda.memory_allocated() if torch.cuda.is_available() else resident_bytes()
 
@@ -120,11 +120,11 @@ def machine_kind() -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def write_figures(figures: list[Figure]) -> Path:
-    """Merge figures into the results of this machine kind, by name, and return the file."""
+def write_metrics(metrics: list[Metric]) -> Path:
+    """Merge metrics into the results of this machine kind, by name, and return the file."""
     file = RESULTS / f"{machine_kind()}.json"
     kept = {row["name"]: row for row in json.loads(file.read_text())} if file.exists() else {}
-    kept |= {figure.name: asdict(figure) for figure in figures}
+    kept |= {metric.name: asdict(metric) for metric in metrics}
     RESULTS.mkdir(exist_ok=True)
     file.write_text(json.dumps(list(kept.values()), indent=1) + "\n")
     return file

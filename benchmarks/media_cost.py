@@ -1,8 +1,8 @@
 """The cost of an image: the injection against inline image tokens, in the same decoder with the same text.
 
 Inline models (LLaVA and its relatives) put 64 to 576 image embeddings into the prompt, where every layer computes and
-caches them like words. The injection adds one bind vector per image to the tokens that are there. Both sides run the
-same weights; the floor is the prompt without any image.
+caches them like words. The injection adds one bind vector per image to the existing tokens. Both sides run the
+same weights. The floor is the prompt without images.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks.measure import Figure, paired, seconds
+from benchmarks.measure import Metric, paired, seconds
 from benchmarks.parts import bare_decoder, bound_loss, bound_model
 from bindllm.model.bindllm import BindLLM
 
 IMAGES, INLINE = (1, 4, 16), (64, 256, 576)
 TEXT_TOKENS, ANSWER_TOKENS, NEW_TOKENS = 64, 16, 16
 MOST_TRAINED_TOKENS = 5000
-"""Longest inline training row: activations of more do not fit the memory of a small machine."""
+"""Longest inline training row: activations of longer rows do not fit into the memory of a small machine."""
 
 
-def figures() -> list[Figure]:
+def metrics() -> list[Metric]:
     """Time to first token, key/value memory, decoding speed and a training step, for each number of images."""
     bare, model = bare_decoder(), bound_model()
     found = []
@@ -56,12 +56,12 @@ def _text(decoder: PreTrainedModel, images: int) -> dict[str, Tensor]:
 def _inline_embeddings(decoder: PreTrainedModel, ids: Tensor, count: int) -> Tensor:
     """The input of an inline model: ``count`` image embeddings, then the text, [1, count + T, D]."""
     words = decoder.get_input_embeddings()(ids)
-    # Image embeddings of the words' own size: their values change no time.
+    # Random values are enough, because they do not change the time.
     image = torch.randn(1, count, words.shape[-1], device=words.device, dtype=words.dtype)
     return torch.cat([image * words.std(), words], dim=1).detach()
 
 
-def _generation(bare: PreTrainedModel, model: BindLLM, batch: dict[str, Tensor], inline: int) -> list[Figure]:
+def _generation(bare: PreTrainedModel, model: BindLLM, batch: dict[str, Tensor], inline: int) -> list[Metric]:
     images = batch["embeddings"].shape[1]
     inputs = {
         "text": {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]},
@@ -90,16 +90,16 @@ def _generation(bare: PreTrainedModel, model: BindLLM, batch: dict[str, Tensor],
     step = {side: whole[side] - start for side, start in (("ours", ours), ("inline", theirs), ("text", text))}
     size = f"{images}x{inline}"
     return [
-        Figure(
+        Metric(
             f"media_cost_ttft_{size}", first, "ratio of seconds", text / theirs,
             f"time to first token: {ours * 1e3:.0f} ms over {theirs * 1e3:.0f} ms inline; floor: text only",
         ),
-        Figure(
+        Metric(
             f"media_cost_kv_{size}", memory["ours"] / memory["inline"], "ratio of bytes",
             memory["text"] / memory["inline"],
             f"key/value cache: {memory['ours'] / 1e6:.1f} MB over {memory['inline'] / 1e6:.1f} MB; floor: text only",
         ),
-        Figure(
+        Metric(
             f"media_cost_decode_{size}", step["inline"] / step["ours"], "ratio of tokens/s",
             step["inline"] / step["text"],
             f"{NEW_TOKENS / step['ours']:.1f} tokens/s over {NEW_TOKENS / step['inline']:.1f}; floor: text only",
@@ -107,7 +107,7 @@ def _generation(bare: PreTrainedModel, model: BindLLM, batch: dict[str, Tensor],
     ]  # fmt: skip
 
 
-def _training(bare: PreTrainedModel, model: BindLLM, batch: dict[str, Tensor], inline: int) -> Figure:
+def _training(bare: PreTrainedModel, model: BindLLM, batch: dict[str, Tensor], inline: int) -> Metric:
     images = batch["embeddings"].shape[1]
     count = images * inline
     labels = torch.nn.functional.pad(batch["labels"], (count, 0), value=-100)
@@ -123,7 +123,7 @@ def _training(bare: PreTrainedModel, model: BindLLM, batch: dict[str, Tensor], i
 
     ratio, ours, theirs = paired(lambda: bound_loss(model, batch).backward(), inline_step, repeats=3)
     text = _median(text_step)
-    return Figure(
+    return Metric(
         f"media_cost_train_{images}x{inline}", ratio, "ratio of seconds", text / theirs,
         f"forward and backward of one row: {ours * 1e3:.0f} ms over {theirs * 1e3:.0f} ms inline; floor: text only",
     )  # fmt: skip

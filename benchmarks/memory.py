@@ -8,31 +8,30 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from benchmarks.measure import Figure, forget_peak, peak_bytes, used_bytes
+from benchmarks.measure import Metric, forget_peak, peak_bytes, used_bytes
 from benchmarks.parts import DECODER, training_batch
 from bindllm.encoders import EfficientNetLite
-from bindllm.model.activations import TrainingStep
 from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.decoder import default_device
 from bindllm.model.injection import InjectConfig
-from bindllm.model.memory import ModelPlan, Placement, estimate_memory
+from bindllm.training.memory import RunPlan
 
 STEPS = 2
-"""In the second one gradients and moments of the first are there: later ones need no more."""
+"""In the second step the gradients and moments of the first exist; later steps need no more memory."""
 RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536"}
-"""Makes glibc take every larger piece of memory from the system, and give it back when it is freed."""
+"""Makes glibc map every larger allocation, so that freed memory is returned to the system."""
 
 
 @dataclass
 class Setting:
-    """One run: a stage, its batch, and whether activations are computed again."""
+    """One run: a stage, its batch, and whether activations are recomputed."""
 
     stage: int
     rows: int
@@ -52,7 +51,7 @@ SETTINGS = (
 
 
 class _Batches(LightningDataModule):
-    """The same batch at every step, and no rows behind it that an objective could refuse."""
+    """The same batch at every step, without rows that an objective could refuse."""
 
     sources = ()
 
@@ -61,7 +60,7 @@ class _Batches(LightningDataModule):
         self._batch = {**batch, "numbers": torch.arange(len(batch["labels"]))}
 
     def samples(self, split: str) -> list:
-        """Return none."""
+        """Return no samples."""
         return []
 
     def train_dataloader(self) -> DataLoader:
@@ -69,52 +68,52 @@ class _Batches(LightningDataModule):
         return DataLoader([self._batch] * STEPS, batch_size=None)
 
 
-def figures() -> list[Figure]:
-    """Largest relative error of the whole estimate, and of what is over a process that has loaded the decoder."""
-    whole, steps, told = [], [], []
+def metrics() -> list[Metric]:
+    """Return the largest relative errors of the whole estimate and of the step without the loaded decoder."""
+    whole, steps, notes = [], [], []
     for setting in SETTINGS:
         found = measure(setting)
         whole.append(found["estimate"] / found["peak"] - 1)
         steps.append(found["estimated_step"] / found["step"] - 1)
-        told.append(
+        notes.append(
             f"stage {setting.stage}, {setting.rows} x {setting.tokens}"
             f"{', checkpointing' if setting.checkpointing else ''}: {found['peak'] / 1e6:.0f} MB, {whole[-1]:+.1%}, "
-            f"step alone {found['step'] / 1e6:.0f} MB, {steps[-1]:+.1%}"
+            f"step only {found['step'] / 1e6:.0f} MB, {steps[-1]:+.1%}"
         )
     plain = measure(SETTINGS[0], returned=False)["peak"] / measure(SETTINGS[0])["peak"]
     return [
-        Figure(
+        Metric(
             "memory_estimate_error", max(map(abs, whole)), "ratio", 0.0,
-            f"largest of {len(SETTINGS)} settings, at most 0.15; {'; '.join(told)}",
+            f"largest of {len(SETTINGS)} settings, at most 0.15; {'; '.join(notes)}",
         ),
-        Figure(
+        Metric(
             "memory_estimate_step_error", max(map(abs, steps)), "ratio", 0.0,
-            "the same without libraries and frozen weights, which are there before the first step",
+            "the same without libraries and frozen weights, which are loaded before the first step",
         ),
-        Figure(
+        Metric(
             "memory_kept_by_allocator", plain, "ratio", 1.0,
-            "high-water mark of a CPU process as the C library leaves it, over the same with "
+            "peak of a CPU process with the C library's default allocator, over the same with "
             "MALLOC_MMAP_THRESHOLD_=65536, with which the errors above are measured",
         ),
     ]  # fmt: skip
 
 
 def measure(setting: Setting, *, returned: bool = True) -> dict[str, int]:
-    """Run one setting in a process of its own, and return its peak beside the estimate.
+    """Run one setting in its own process and return its peak and the estimate.
 
     Args:
-        setting: what is run.
-        returned: whether the C library gives memory back to the system as soon as it is free; by default it keeps much
-            of it in pieces, and the process's mark is then higher than all that was ever in use at once.
+        setting: the run.
+        returned: whether the C library returns freed memory to the system at once. By default it keeps much of it in
+            pieces, and the peak of the process is then higher than the memory in use at any time.
     """
     command = [sys.executable, "-m", "benchmarks.memory", json.dumps(asdict(setting))]
     environment = {**os.environ, **(RETURNED if returned else {})}
-    told = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
-    return json.loads(told.splitlines()[-1])
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+    return json.loads(printed.splitlines()[-1])
 
 
 def _run(setting: Setting) -> dict[str, int]:
-    """Train a few steps as ``bindllm fit`` does, and return bytes."""
+    """Train a few steps like ``bindllm fit`` and return the bytes."""
     from lightning.pytorch import Trainer
 
     from bindllm.training.module import BindModule
@@ -129,16 +128,21 @@ def _run(setting: Setting) -> dict[str, int]:
             enable_model_summary=False, gradient_clip_val=1.0, devices=1, default_root_dir=folder,
         )  # fmt: skip
         torch.randn(512, 512) @ torch.randn(512, 512)
-        step = TrainingStep(
-            setting.rows, setting.tokens, setting.rows * setting.answer, checkpointing=setting.checkpointing
+        plan = RunPlan(
+            DECODER,
+            [encoder],
+            rows=setting.rows,
+            tokens=setting.tokens,
+            supervised=setting.rows * setting.answer,
+            adapter=adapter,
+            trainable=trainable,
+            checkpointing=setting.checkpointing,
+            device=default_device(),
         )
-        plan = ModelPlan(
-            DECODER, encoder.embedding_size, adapter=adapter, trainable=trainable, device=default_device()
-        )
-        # As the check has done by then, which brings the code of this decoder and of peft into the process.
-        estimate_memory(plan, step)
+        # As `check` does before: this loads the code of the decoder and of peft into the process.
+        assert plan.estimate.total > 0
         libraries = used_bytes()
-        estimate = estimate_memory(plan, step, Placement(framework=libraries))
+        estimate = replace(plan, framework=libraries).estimate
         module = BindModule(
             DECODER, [encoder], BindConfig(), InjectConfig(), OptimConfig(warmup=1), trainable, adapter,
             checkpoint_activations=setting.checkpointing,

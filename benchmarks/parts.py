@@ -1,4 +1,4 @@
-"""What the benchmarks run on: the embedded default, or a LLaMA-shaped 7B decoder of random weights on a GPU."""
+"""Models and batches of the benchmarks: the default decoder, or on a GPU a LLaMA-shaped 7B one with random weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SEVEN_BILLION = {
 
 
 def bare_decoder() -> PreTrainedModel:
-    """A decoder that nothing is hooked onto."""
+    """Return a decoder without hooks."""
     if not torch.cuda.is_available():
         return load_decoder(DECODER)
     config = AutoConfig.for_model("llama", **SEVEN_BILLION)
@@ -32,7 +32,7 @@ def bare_decoder() -> PreTrainedModel:
 
 
 def bound_model(*, open_gates: bool = True) -> BindLLM:
-    """The same decoder with bind network and injection; gates open, so that nothing can be skipped."""
+    """Return the same decoder with bind network and injection; open gates, so that no computation can be skipped."""
     torch.manual_seed(0)
     model = BindLLM(bare_decoder(), load_tokenizer(DECODER), DECODER, encoders=[EfficientNetLite()])
     model.set_trainable(["bind", "inject"])
@@ -42,7 +42,7 @@ def bound_model(*, open_gates: bool = True) -> BindLLM:
 
 
 def training_batch(decoder: PreTrainedModel, *, rows: int, tokens: int, answer: int) -> dict[str, Tensor]:
-    """A batch of random ids with one media group per row; the last ``answer`` tokens are supervised."""
+    """Return a batch of random ids with one media group per row; the last ``answer`` tokens are supervised."""
     device = default_device()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(10, decoder.config.vocab_size, (rows, tokens), generator=generator).to(device)
@@ -59,7 +59,7 @@ def training_batch(decoder: PreTrainedModel, *, rows: int, tokens: int, answer: 
 
 
 def bare_loss(decoder: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    """Loss of the bare frozen decoder, with a gradient down to its input embeddings."""
+    """Return the loss of the bare frozen decoder, with a gradient down to its input embeddings."""
     labels = batch["labels"]
     inputs = decoder.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_(True)
     hidden = decoder.get_decoder()(inputs_embeds=inputs, use_cache=False).last_hidden_state
@@ -69,6 +69,6 @@ def bare_loss(decoder: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
 
 
 def bound_loss(model: BindLLM, batch: dict[str, Tensor]) -> Tensor:
-    """Loss of the bound model on the same batch."""
+    """Return the loss of the bound model on the same batch."""
     output = model(**batch)
     return torch.nn.functional.cross_entropy(output.logits.float(), output.targets)

@@ -1,4 +1,4 @@
-"""Point clouds a second: both of Point-Bind's encoders at full size with made-up weights, and what grouping costs."""
+"""Point clouds per second of both Point-Bind encoders at full size with random weights, and the cost of grouping."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measure import Figure, matrix_rate, seconds
+from benchmarks.measure import Metric, matrix_rate, seconds
 from bindllm import Media
 from bindllm.encoders import PointBind
 from bindllm.encoders.pointbind.loading import build_network
@@ -19,24 +19,24 @@ from bindllm.encoders.pointbind.loading import build_network
 VARIANTS = ("i2p-mae", "point-bert")
 BATCHES = (1, 8)
 REPEATS = 5
-# The largest product of both networks is over the points of all groups: rows, width in, width out.
+# The largest matrix product of both networks, over the points of all groups: rows, width in, width out.
 SHAPE = (16384, 256, 512)
 
 
-def figures() -> list[Figure]:
-    """Prepared clouds through `embed`, for each variant and batch; and the preparation of a larger cloud."""
+def metrics() -> list[Metric]:
+    """Measure `embed` of prepared clouds for each variant and batch, and the preparation of a larger cloud."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rate = matrix_rate(*SHAPE, torch.float32, device)
     found = [preparation()]
     for variant in VARIANTS:
         with tempfile.TemporaryDirectory() as folder:
-            write_synthetic(Path(folder), variant)
+            write_random_weights(Path(folder), variant)
             found += speed(PointBind(folder).to(device), variant.replace("-", ""), rate)
     return found
 
 
-def speed(encoder: PointBind, name: str, rate: float) -> list[Figure]:
-    """Clouds a second, and the share of the time that goes into sampling and grouping."""
+def speed(encoder: PointBind, name: str, rate: float) -> list[Metric]:
+    """Return clouds per second, and the share of time in sampling and grouping."""
     network, device, found = encoder.network, next(encoder.network.parameters()).device, []
     clouds = [encoder.prepare(Media.point(shell(seed, 8192))) for seed in range(max(BATCHES))]
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -49,28 +49,28 @@ def speed(encoder: PointBind, name: str, rate: float) -> list[Figure]:
         with torch.no_grad():
             grouping = best(lambda points=points: network.group(points))
         found += [
-            Figure(
+            Metric(
                 f"points_{name}_b{batch}_per_second", batch / whole, "clouds/s", ceiling,
                 f"8192 points, float32; floor: {counter.get_total_flops() / 1e9:.1f} GFLOP at the matrix rate",
             ),
-            Figure(
+            Metric(
                 f"points_{name}_b{batch}_grouping_share", grouping / whole, "ratio", None,
-                f"sampling and nearest neighbours: {grouping * 1e3:.0f} of {whole * 1e3:.0f} ms",
+                f"sampling and nearest neighbors: {grouping * 1e3:.0f} of {whole * 1e3:.0f} ms",
             ),
         ]  # fmt: skip
     return found
 
 
-def preparation() -> Figure:
-    """A cloud of a hundred thousand points brought to 8192."""
+def preparation() -> Metric:
+    """Measure the reduction of a cloud from 100,000 to 8192 points."""
     encoder, media = PointBind("nowhere"), Media.point(shell(0, 100_000))
     took = best(lambda: encoder.prepare(media))
-    return Figure(
+    return Metric(
         "points_prepare_per_second",
         1 / took,
         "clouds/s",
         None,
-        "100,000 points to 8192, one thread: centre, thin",
+        "100,000 points to 8192, one thread: center, thin",
     )
 
 
@@ -87,7 +87,7 @@ def shell(seed: int, count: int) -> np.ndarray:
     return (directions * bumps * (1, 0.8, 0.6)).astype(np.float32)
 
 
-def write_synthetic(folder: Path, variant: str) -> None:
+def write_random_weights(folder: Path, variant: str) -> None:
     """Write a converted folder of the published sizes with small random weights."""
     torch.manual_seed(0)
     shapes = build_network({"variant": variant}, source=variant).state_dict()

@@ -169,7 +169,7 @@ def embedding_table(plan: Assumptions, found: Measured) -> Rows:
         (f"{nodes:.0f} nodes, at the smallest of the three", _time(plan.pairs / a_node / nodes)),
         ("images of the cache on one GPU", _time(plan.cached / a_gpu)),
     ]  # fmt: skip
-    if (here := _figure("imagebind_image_per_second")) is not None:
+    if (here := _metric("imagebind_image_per_second")) is not None:
         rows += [
             (f"images/s measured here ({machine_kind()})", f"{here:.2f}"),
             ("all pairs on this machine", _time(plan.pairs / here)),
@@ -274,7 +274,7 @@ def _cells() -> list[dict]:
     return [row for row in rows if row["machine"] == machine_kind()]
 
 
-def _figure(name: str) -> float | None:
+def _metric(name: str) -> float | None:
     file = RESULTS / f"{machine_kind()}.json"
     rows = json.loads(file.read_text()) if file.exists() else []
     return next((row["value"] for row in rows if row["name"] == name), None)

@@ -1,4 +1,4 @@
-"""Training from tar shards: samples a second against the same samples in memory, and who waits for whom."""
+"""Training from tar shards: samples per second against the same samples in memory, and waiting times."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.measure import Figure, paired, seconds
+from benchmarks.measure import Metric, paired, seconds
 from benchmarks.parts import DECODER, bound_loss, bound_model
 from bindllm.data.source_config import SourceConfig
 from bindllm.data.stream.chunks import ChunkReader
@@ -32,11 +32,11 @@ SHARDS, SAMPLES, SIDE = 4, 512, 256
 CHUNK, BATCH, MAX_LENGTH = 512, 16, 96
 READ, EMBEDDED = 2048, 1024 if ON_GPU else 128
 WARM, STEPS = 8, 128 if ON_GPU else 24
-WORDS = "a photo of the small red house with two old trees by a quiet lake under grey clouds in winter"
+WORDS = "a photo of the small red house with two old trees by a quiet lake under gray clouds in winter"
 
 
 class Instant:
-    """An encoder that costs nothing: what is left is reading, tokenizing and batching."""
+    """An encoder that costs nothing, so that only reading, tokenizing and batching are timed."""
 
     modalities, embedding_size, config = ("image",), 1280, {}
 
@@ -54,7 +54,7 @@ class Instant:
 
 
 class InMemory:
-    """Stands for a `Mixture`: the samples of all shards, read beforehand."""
+    """Replaces a `Mixture`: the samples of all shards, already in memory."""
 
     def __init__(self, samples: Sequence[TarSample]) -> None:
         self.samples = samples
@@ -70,19 +70,19 @@ class InMemory:
 
 
 def write_shards(folder: Path) -> list[str]:
-    """JPEGs of noise over a drawn colour, 256 x 256, with captions of 5 to 15 words, as img2dataset packs them."""
+    """Write 256 x 256 JPEGs of smooth noise with captions of 5 to 15 words, packed like img2dataset."""
     draw, shards = np.random.default_rng(0), []
     for shard in range(SHARDS):
         shards.append(str(folder / f"{shard:05}.tar"))
         with tarfile.open(shards[-1], "w") as tar:
             for number in range(SAMPLES):
                 rough = draw.integers(0, 256, (SIDE // 16, SIDE // 16, 3), np.uint8)
-                picture = io.BytesIO()
-                Image.fromarray(rough).resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(picture, "JPEG")
+                image = io.BytesIO()
+                Image.fromarray(rough).resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(image, "JPEG")
                 caption = " ".join(draw.choice(WORDS.split(), draw.integers(5, 16)))
                 facts = json.dumps({"caption": caption, "key": f"{shard:05}{number:04}"})
                 for end, content in (
-                    ("jpg", picture.getvalue()),
+                    ("jpg", image.getvalue()),
                     ("txt", caption.encode()),
                     ("json", facts.encode()),
                 ):
@@ -95,7 +95,7 @@ def write_shards(folder: Path) -> list[str]:
 def drain(
     mixture: Mixture | InMemory, tokenizer: Any, encoder: Encoder, source: SourceConfig, samples: int
 ) -> Embedder:
-    """Make chunks as fast as it goes, until so many samples are in batches; return who did the embedding."""
+    """Make chunks at full speed until ``samples`` samples are in batches, and return the embedder."""
     embedder = Embedder([encoder], device=default_device())
     reader = ChunkReader(
         mixture, [(0, source)], tokenizer, embedder,
@@ -110,53 +110,53 @@ def drain(
     return embedder
 
 
-def throughput(shards: Sequence[str], source: SourceConfig) -> list[Figure]:
-    """From shards over from memory, without an encoder and with one."""
+def throughput(shards: Sequence[str], source: SourceConfig) -> list[Metric]:
+    """Compare reading from shards with reading from memory, without and with an encoder."""
     stream = Mixture([ShardStream(source.path, shards)], [1.0])
     memory = InMemory([sample for shard in shards for sample in read_shard(shard)])
-    figures, tokenizer = [], load_tokenizer(DECODER)
+    metrics, tokenizer = [], load_tokenizer(DECODER)
     for name, encoder, count in (("", Instant(), READ), ("_embedded", EfficientNetLite(), EMBEDDED)):
         ratio, ours, floor = paired(
             lambda encoder=encoder, count=count: drain(stream, tokenizer, encoder, source, count),
             lambda encoder=encoder, count=count: drain(memory, tokenizer, encoder, source, count),
             repeats=5,
         )
-        what = "EfficientNet-Lite0 embeds" if name else "read, parsed, tokenized and grouped; no encoder"
-        figures.append(
-            Figure(
+        work = "EfficientNet-Lite0 embeds" if name else "read, parsed, tokenized and grouped; no encoder"
+        metrics.append(
+            Metric(
                 f"stream{name}_samples_per_second",
                 count / ours,
                 "samples/s",
                 count / floor,
-                f"{what}; JPEGs of {SIDE} x {SIDE}; floor: the same samples in memory; takes {ratio:.2f} times that",
+                f"{work}; JPEGs of {SIDE} x {SIDE}; floor: the same samples in memory; takes {ratio:.2f} times that",
             )
         )
     busy = drain(stream, tokenizer, EfficientNetLite(), source, EMBEDDED)
     share = busy.seconds_waiting / (busy.seconds_waiting + busy.seconds_embedding)
-    figures.append(
-        Figure(
+    metrics.append(
+        Metric(
             "stream_encoder_waiting", share, "share", 0.0,
-            f"of its time the encoder has nothing to embed while chunks are made as fast as it goes "
+            f"of its time the encoder has nothing to embed while chunks are made at full speed "
             f"({busy.threads} threads decode)",
         )
     )  # fmt: skip
-    return figures
+    return metrics
 
 
-def waiting(source: SourceConfig) -> list[Figure]:
-    """Share of the time that a training run stands still for want of a batch, and what streaming costs a step."""
+def waiting(source: SourceConfig) -> list[Metric]:
+    """Return the share of time that training waits for a batch, and the slowdown of a step while embedding."""
     model = bound_model()
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(trainable, lr=1e-4, fused=True)
+    optimizer = torch.optim.AdamW(trainable, lr=1e-4, fused=True)
 
     def step(batch: dict[str, torch.Tensor]) -> float:
-        """Train on a batch until it is done; return the seconds."""
+        """Train on a batch, synchronized, and return the seconds."""
 
         def run() -> None:
             inputs = {name: value.to(model.device) for name, value in batch.items() if name != "numbers"}
             bound_loss(model, inputs).backward()
-            optimiser.step()
-            optimiser.zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
 
         return seconds(run)
 
@@ -173,19 +173,19 @@ def waiting(source: SourceConfig) -> list[Figure]:
     streamed = [step(batch) for batch in islice(batches, STEPS)]
     waited = loader.report.seconds_waiting - before
     batches.close()
-    alone = [step(batch) for batch in (kept * STEPS)[:STEPS]]
-    slower = np.median(streamed) / np.median(alone)
+    undisturbed = [step(batch) for batch in (kept * STEPS)[:STEPS]]
+    slower = np.median(streamed) / np.median(undisturbed)
     return [
-        Figure(
+        Metric(
             "stream_training_waiting", waited / (waited + sum(streamed)), "share", 0.0,
-            f"of {STEPS} steps of {BATCH} rows while EfficientNet-Lite0 embeds the next; a step beside it "
-            f"takes {slower:.2f} times one that has the device for itself",
+            f"of {STEPS} steps of {BATCH} rows while EfficientNet-Lite0 embeds the next; such a step "
+            f"takes {slower:.2f} times one that has the device to itself",
         )
     ]  # fmt: skip
 
 
-def figures() -> list[Figure]:
-    """Shards are made up in a temporary folder, so that they come from the disk's cache."""
+def metrics() -> list[Metric]:
+    """Measure synthetic shards in a temporary folder, so that they are read from the disk cache."""
     with tempfile.TemporaryDirectory() as folder:
         shards = write_shards(Path(folder))
         source = SourceConfig(f"{folder}/{{00000..{SHARDS - 1:05}}}.tar")

@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from benchmarks.measure import Figure, forget_peak, matrix_rate, paired, peak_bytes
+from benchmarks.measure import Metric, forget_peak, matrix_rate, paired, peak_bytes
 from benchmarks.parts import bare_decoder, bare_loss, bound_loss, bound_model, training_batch
 
 ON_GPU = torch.cuda.is_available()
@@ -15,23 +15,23 @@ ON_GPU = torch.cuda.is_available()
 SHAPE = {"rows": 32, "tokens": 96, "answer": 32} if ON_GPU else {"rows": 16, "tokens": 24, "answer": 6}
 
 
-def figures() -> list[Figure]:
-    """Time of a whole step (forward, backward, clipping, AdamW) over the bare forward and backward."""
+def metrics() -> list[Metric]:
+    """Compare a whole step (forward, backward, clipping, AdamW) with the bare forward and backward."""
     bare, model = bare_decoder(), bound_model()
     batch = training_batch(bare, **SHAPE)
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(trainable, lr=1e-4, fused=True)
+    optimizer = torch.optim.AdamW(trainable, lr=1e-4, fused=True)
 
     def step() -> None:
         bound_loss(model, batch).backward()
         torch.nn.utils.clip_grad_norm_(trainable, 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
 
     ratio, ours, theirs = paired(step, lambda: bare_loss(bare, batch).backward(), repeats=5 if ON_GPU else 9)
     tokens = SHAPE["rows"] * SHAPE["tokens"]
     layers = sum(p.numel() for p in bare.get_decoder().layers.parameters())
-    # Forward, and backward to the activations alone: two multiply-adds per weight and token.
+    # Forward, and backward to the activations only: two multiply-adds per weight and token.
     work = (
         4 * layers * tokens
         + 4 * bare.get_output_embeddings().weight.numel() * SHAPE["rows"] * SHAPE["answer"]
@@ -42,22 +42,22 @@ def figures() -> list[Figure]:
     halved, whole = (matrix_rate(4096, 1024, 1024, kind, device) for kind in (torch.bfloat16, torch.float32))
     shape = f"batch {SHAPE['rows']} x {SHAPE['tokens']} tokens, {str(bare.dtype)[6:]}"
     return [
-        Figure(
+        Metric(
             "train_step_over_bare", ratio, "ratio", 1.0,
             f"{shape}; {ours * 1e3:.0f} ms with AdamW over {theirs * 1e3:.0f} ms bare; at most 1.10",
         ),
-        Figure(
+        Metric(
             "train_samples_per_second", SHAPE["rows"] / ours, "samples/s", SHAPE["rows"] * rate / work,
             f"{shape}; floor: {work / 1e12:.2f} TFLOP at the matrix rate measured here, {rate / 1e9:.0f} GFLOP/s",
         ),
-        Figure(
+        Metric(
             "train_tokens_per_second", tokens / ours, "tokens/s", tokens * rate / work, f"{shape}; floor as above",
         ),
-        Figure(
+        Metric(
             "train_share_of_matrix_rate", work / rate / ours, "share", 1.0,
             "of the rate of one matrix product at the shapes of the decoder's feed-forward layer",
         ),
-        Figure(
+        Metric(
             "matrix_rate_bf16_over_fp32", halved / whole, "ratio", None,
             f"4096 x 1024 x 1024: {halved / 1e9:.0f} over {whole / 1e9:.0f} GFLOP/s; above 1, bfloat16 pays here",
         ),
@@ -65,15 +65,15 @@ def figures() -> list[Figure]:
     ]  # fmt: skip
 
 
-def _memory() -> Figure:
-    """Peak memory of a few training steps over the same of the bare decoder, each in a process of its own."""
+def _memory() -> Metric:
+    """Return the peak memory of a few training steps over that of the bare decoder, each in its own process."""
     peaks = {}
     for side in ("bare", "bound"):
         command = [sys.executable, "-m", "benchmarks.train_step", side]
         peaks[side] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     trainable = sum(p.numel() for p in bound_model().parameters() if p.requires_grad)
     floor = 1 + 12 * trainable / peaks["bare"]
-    return Figure(
+    return Metric(
         "train_peak_memory_over_bare", peaks["bound"] / peaks["bare"], "ratio", floor,
         f"{peaks['bound'] / 1e6:.0f} MB over {peaks['bare'] / 1e6:.0f} MB; floor: weights and both moments "
         f"of {trainable / 1e6:.1f} M trainable parameters, 12 bytes each; gradients come when activations have gone",
@@ -81,7 +81,7 @@ def _memory() -> Figure:
 
 
 def _peak(side: str) -> int:
-    """Run three steps of one side and return the peak bytes of this process (or of the GPU), loading left out."""
+    """Run three steps of one side and return the peak bytes of this process (or of the GPU), without loading."""
     if side == "bare":
         decoder = bare_decoder()
         batch = training_batch(decoder, **SHAPE)
@@ -91,12 +91,12 @@ def _peak(side: str) -> int:
     else:
         model = bound_model()
         batch = training_batch(model.decoder, **SHAPE)
-        optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
         forget_peak()
         for _ in range(3):
             bound_loss(model, batch).backward()
-            optimiser.step()
-            optimiser.zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
     return peak_bytes()
 
 

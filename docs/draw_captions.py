@@ -14,8 +14,9 @@ import textwrap
 from pathlib import Path
 
 import numpy as np
-from bindllm.media.images import open_image
 from drawing import INK, SECOND, new_figure, save, show
+
+from bindllm.media.images import open_image
 
 ROWS, COLUMNS, RIGHT = 2, 6, "#0b7a43"
 

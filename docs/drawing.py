@@ -1,4 +1,4 @@
-"""The style of the pictures of `docs/encoders.md`, and the parts that several of them have."""
+"""Style and shared parts of the images of the docs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from bindllm.encoders.pointbind.grouping import Level, gather
 INK, FAINT, LINE, FIRST, SECOND = "#1b1d21", "#656b76", "#dfe2e7", "#2457d6", "#c2410c"
 COLORS = ("#2457d6", "#c2410c", "#0b7a43", "#9333a8", "#b88a00", "#0e7f8c")
 MAX_BYTES = 150_000
-"""Largest picture that a page takes."""
+"""Maximum size of an image file."""
 
 _DOTS_PER_INCH = 120
 _WIDTH = 9.0
@@ -32,12 +32,12 @@ HEADING = {"x": 0.01, "ha": "left", "color": INK, "fontsize": 10.5}
 
 
 def new_figure(height: float) -> Figure:
-    """Return an empty figure; made without pyplot, so no display is touched."""
+    """Return an empty figure, made without pyplot, so that no display is needed."""
     return Figure(figsize=(_WIDTH, height), layout="constrained", facecolor="white")
 
 
 def show(axes: Axes, pixels: np.ndarray, title: str, **options: Any) -> AxesImage:
-    """Draw a picture without ticks."""
+    """Draw an image without ticks."""
     axes.set_title(title, **TITLE)
     axes.set_xticks([])
     axes.set_yticks([])
@@ -46,13 +46,13 @@ def show(axes: Axes, pixels: np.ndarray, title: str, **options: Any) -> AxesImag
 
 
 def add_bar(figure: Figure, drawn: AxesImage, axes: Axes) -> None:
-    """Add the scale of colours."""
+    """Add a color bar."""
     bar = figure.colorbar(drawn, ax=axes, fraction=0.046, pad=0.03)
     bar.outline.set_visible(False)
 
 
 def outline_middle(axes: Axes, height: int, width: int) -> None:
-    """Mark the square in the middle, which image, depth and thermal inputs are made of."""
+    """Outline the middle square, which is cropped for image, depth and thermal inputs."""
     side = min(height, width)
     corner = ((width - side) / 2 - 0.5, (height - side) / 2 - 0.5)
     axes.add_patch(Rectangle(corner, side, side, fill=False, edgecolor=SECOND, linewidth=2, clip_on=False))
@@ -60,14 +60,14 @@ def outline_middle(axes: Axes, height: int, width: int) -> None:
 
 def draw_clips(axes: Axes, seconds: Fraction, *, published: int) -> None:
     """Draw the clips of both coverages as bars on a time line."""
-    for height, coverage, colour in ((1.0, "published", FIRST), (2.6, "full", FAINT)):
+    for height, coverage, color in ((1.0, "published", FIRST), (2.6, "full", FAINT)):
         starts = clips.clip_starts(seconds, published=published, coverage=coverage, max_clips=64, name="")
         for number, start in enumerate(starts):
-            # Every other bar stands a little higher, so that those that overlap are told apart.
+            # Every other bar is a little higher, so that overlapping bars can be told apart.
             base = height + 0.55 * (number % 2)
-            axes.broken_barh([(float(start), clips.CLIP_SECONDS)], (base, 0.5), color=colour, alpha=0.85)
-            place = (float(start) + clips.CLIP_SECONDS / 2, base + 0.23)
-            axes.annotate(str(number + 1), place, color="white", ha="center", va="center", fontsize=8)
+            axes.broken_barh([(float(start), clips.CLIP_SECONDS)], (base, 0.5), color=color, alpha=0.85)
+            middle = (float(start) + clips.CLIP_SECONDS / 2, base + 0.23)
+            axes.annotate(str(number + 1), middle, color="white", ha="center", va="center", fontsize=8)
     axes.set_yticks([1.5, 3.1], ["coverage:\npublished", "coverage:\nfull"])
     axes.tick_params(axis="y", length=0, pad=10)
     axes.set_ylim(0, 3.8)
@@ -78,13 +78,13 @@ def draw_clips(axes: Axes, seconds: Fraction, *, published: int) -> None:
 
 
 def strip(*panels: Axes) -> None:
-    """Take the frame away but for both axes."""
+    """Remove the frame except for both axes."""
     for axes in panels:
         axes.spines[["right", "top"]].set_visible(False)
 
 
 def project(points: np.ndarray) -> np.ndarray:
-    """Return right, up and towards the eye of points [..., 3], seen from the front, the right and above."""
+    """Return points [..., 3] as (right, up, towards the viewer), viewed from the front, right and above."""
     turn, tilt = np.radians(32), np.radians(18)
     x, y, z = np.moveaxis(points, -1, 0)
     across, deep = x * np.cos(turn) - z * np.sin(turn), x * np.sin(turn) + z * np.cos(turn)
@@ -94,40 +94,40 @@ def project(points: np.ndarray) -> np.ndarray:
 
 
 def draw_mesh(axes: Axes, triangles: np.ndarray) -> None:
-    """Draw triangles [N, 3, 3] from far to near, those that face the light brighter."""
+    """Draw triangles [N, 3, 3] from far to near, brighter if they face the light."""
     seen = project(triangles)
     normals = np.cross(seen[:, 1] - seen[:, 0], seen[:, 2] - seen[:, 0])
     normals /= np.linalg.norm(normals, axis=1, keepdims=True)
     order = np.argsort(seen[:, :, 2].mean(1))
     order = order[normals[order, 2] > 0]
     bright = 0.45 + 0.5 * np.clip(normals[order] @ (-0.35, 0.8, 0.49), 0, 1)
-    colours = bright[:, None] * (0.95, 0.87, 0.72)
-    axes.add_collection(PolyCollection(seen[order, :, :2], facecolors=colours, edgecolors="face"))
+    colors = bright[:, None] * (0.95, 0.87, 0.72)
+    axes.add_collection(PolyCollection(seen[order, :, :2], facecolors=colors, edgecolors="face"))
     axes.autoscale_view()
 
 
 def draw_groups(axes: Axes, below: torch.Tensor, level: Level) -> None:
-    """Draw the points of the level below, some groups of them in colour, and all centres."""
+    """Draw the points of the level below, some of its groups in color, and all centers."""
     members = gather(below, level.neighbours)[0].numpy()
     across, up, _ = project(below[0].numpy()).T
     axes.scatter(across, up, s=1 if len(across) > 1000 else 4, color="#c9ced6", linewidths=0)
-    centres = project(level.centres[0].numpy())
-    axes.scatter(centres[:, 0], centres[:, 1], s=5, color=INK, linewidths=0)
-    # The first ones that farthest-point sampling picks lie far apart.
-    for number, colour in enumerate(COLORS):
+    centers = project(level.centres[0].numpy())
+    axes.scatter(centers[:, 0], centers[:, 1], s=5, color=INK, linewidths=0)
+    # The first centers of farthest-point sampling are far apart.
+    for number, color in enumerate(COLORS):
         group = project(members[number])
-        axes.scatter(group[:, 0], group[:, 1], s=5 if len(across) > 1000 else 14, color=colour, linewidths=0)
-        axes.scatter(*centres[number, :2], s=60, marker="x", color=colour, linewidths=2)
+        axes.scatter(group[:, 0], group[:, 1], s=5 if len(across) > 1000 else 14, color=color, linewidths=0)
+        axes.scatter(*centers[number, :2], s=60, marker="x", color=color, linewidths=2)
 
 
 def save(figure: Figure, file: Path) -> None:
-    """Write a figure as a PNG of at most `MAX_BYTES`, in 256 colours where it has to."""
+    """Write a figure as a PNG of at most `MAX_BYTES`, with 256 colors if necessary."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=_DOTS_PER_INCH)
-    with Image.open(content) as picture:
-        picture.convert("RGB").save(file, optimize=True)
+    with Image.open(content) as image:
+        image.convert("RGB").save(file, optimize=True)
         if file.stat().st_size > MAX_BYTES:
-            picture.convert("RGB").quantize(256, kmeans=2, dither=Image.Dither.NONE).save(file, optimize=True)
+            image.convert("RGB").quantize(256, kmeans=2, dither=Image.Dither.NONE).save(file, optimize=True)
     size = file.stat().st_size
     if size > MAX_BYTES:
-        raise SystemExit(f"{file}: {size:,} bytes; the page takes at most {MAX_BYTES:,}")
+        raise SystemExit(f"{file}: {size:,} bytes; expected at most {MAX_BYTES:,}")

@@ -1,6 +1,6 @@
-"""The media that the pictures of `docs/encoders.md` show, made here: a room in three senses, a melody, a chair, a walk.
+"""Synthetic media for the images of `docs/encoders.md`: a room in three modalities, a melody, a chair, a walk.
 
-Nothing is drawn by chance except from seeded generators, and nothing is read from anywhere.
+Random numbers come from seeded generators only, and no files are read.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import numpy as np
 from PIL import Image
 
 ARRIVES = 8.0
-"""Seconds that the ball of the film takes from left to right."""
+"""Seconds that the ball in the video needs from left to right."""
 
-FILM_RATE = 10
+FRAME_RATE = 10
 NOTES = (262, 330, 392, 523, 392, 330, 262, 196, 262)
-"""Fundamentals of the melody in hertz, one a second."""
+"""Fundamental frequencies of the melody in hertz, one per second."""
 
 _SOUND_RATE = 44_100
 _EYE = np.array([0.0, 1.5, 0.0])
@@ -25,30 +25,30 @@ _LIGHT = np.array([-0.45, 0.8, -0.4])
 
 
 class Ball(NamedTuple):
-    """A ball of the room: centre and radius in metres, colour 0..1, temperature in degrees Celsius."""
+    """A ball of the room: center and radius in meters, color 0..1, temperature in degrees Celsius."""
 
-    centre: tuple[float, float, float]
+    center: tuple[float, float, float]
     radius: float
-    colour: tuple[float, float, float]
+    color: tuple[float, float, float]
     celsius: float
 
 
 class View(NamedTuple):
-    """What a camera, a depth sensor and a thermal camera see of the room.
+    """The room as recorded by a camera, a depth sensor and a thermal camera.
 
     Attributes:
-        picture: uint8 [H, W, 3].
-        metres: float32 [H, W], along the optical axis.
+        image: uint8 [H, W, 3].
+        meters: float32 [H, W], along the optical axis.
         celsius: float32 [H, W].
     """
 
-    picture: np.ndarray
-    metres: np.ndarray
+    image: np.ndarray
+    meters: np.ndarray
     celsius: np.ndarray
 
 
 def look(width: int, height: int, *, seconds: float = 0.4 * ARRIVES) -> View:
-    """Trace the room at some time of its film: one ray for each pixel."""
+    """Render the room at some time of the video by tracing one ray per pixel."""
     down, across = np.mgrid[0:height, 0:width]
     scale = 0.9 / height
     rays = np.stack(
@@ -56,32 +56,32 @@ def look(width: int, height: int, *, seconds: float = 0.4 * ARRIVES) -> View:
         -1,
     )
     balls = _balls(seconds)
-    nearest, hit = _meet(rays, balls)
+    nearest, hit = _trace(rays, balls)
     points = _EYE + rays * nearest[..., None]
     normals = np.zeros_like(points)
     normals[hit == -1] = (0, 1, 0)
     normals[hit == -2] = (0, 0, -1)
     tiles = ((np.floor(points[..., 0]) + np.floor(points[..., 2])) % 2)[..., None]
-    colours = np.where(tiles > 0, (0.86, 0.82, 0.74), (0.62, 0.57, 0.5))
-    colours[hit == -2] = (0.70, 0.78, 0.84)
+    colors = np.where(tiles > 0, (0.86, 0.82, 0.74), (0.62, 0.57, 0.5))
+    colors[hit == -2] = (0.70, 0.78, 0.84)
     celsius = np.where(hit == -2, 17.5 + 0.6 * points[..., 1], 19.5)
     for number, ball in enumerate(balls):
         inside = hit == number
-        normals[inside] = (points[inside] - ball.centre) / ball.radius
-        colours[inside] = ball.colour
-        # A body is coolest where it is seen at a slant.
+        normals[inside] = (points[inside] - ball.center) / ball.radius
+        colors[inside] = ball.color
+        # Surfaces appear cooler at grazing angles.
         facing = np.clip(-(normals[inside] * _unit(rays[inside])).sum(-1), 0, 1)
         celsius[inside] = 19.5 + (ball.celsius - 19.5) * (0.55 + 0.45 * facing)
     light = _unit(_LIGHT)
     bright = np.clip((normals * light).sum(-1), 0, 1) * ~_in_shadow(points, normals, balls, light)
-    shaded = colours * (0.42 + 0.58 * bright[..., None])
+    shaded = colors * (0.42 + 0.58 * bright[..., None])
     return View(
         (255 * shaded.clip(0, 1)).astype(np.uint8), nearest.astype(np.float32), celsius.astype(np.float32)
     )
 
 
 def _balls(seconds: float) -> list[Ball]:
-    """Return the balls; the yellow one rolls from left to right, the others lie still."""
+    """Return the balls; the yellow one rolls from left to right, the others do not move."""
     rolled = -2.6 + 5.2 * seconds / ARRIVES
     return [
         Ball((-1.15, 0.75, 4.6), 0.75, (0.83, 0.26, 0.22), 36.0),
@@ -94,8 +94,8 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
-def _meet(rays: np.ndarray, balls: list[Ball]) -> tuple[np.ndarray, np.ndarray]:
-    """Return how far each ray goes and what it meets: the number of a ball, -1 the floor, -2 the wall."""
+def _trace(rays: np.ndarray, balls: list[Ball]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the length of each ray and the object it hits: the index of a ball, -1 the floor, -2 the wall."""
     nearest, hit = np.full(rays.shape[:2], 7.0), np.full(rays.shape[:2], -2)
     with np.errstate(divide="ignore"):
         floor = np.where(rays[..., 1] < 0, -_EYE[1] / rays[..., 1], np.inf)
@@ -109,8 +109,8 @@ def _meet(rays: np.ndarray, balls: list[Ball]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _distance(starts: np.ndarray, rays: np.ndarray, ball: Ball) -> np.ndarray:
-    """Return how many lengths of each ray away it enters a ball; infinity: never."""
-    offset = starts - np.array(ball.centre)
+    """Return the distance at which each ray enters a ball, in lengths of the ray; infinity if it misses."""
+    offset = starts - np.array(ball.center)
     a, b = (rays * rays).sum(-1), (rays * offset).sum(-1)
     under = b * b - a * ((offset * offset).sum(-1) - ball.radius**2)
     distance = (-b - np.sqrt(np.maximum(under, 0))) / a
@@ -123,31 +123,31 @@ def _in_shadow(points: np.ndarray, normals: np.ndarray, balls: list[Ball], light
 
 
 def write_photograph(file: Path) -> Path:
-    """Write a JPEG as telephones do: stored on its side, with the EXIF orientation that turns it upright."""
-    large = look(1280, 800).picture.astype(np.float32)
+    """Write a JPEG like phones do: stored sideways, with the EXIF orientation that makes it upright."""
+    large = look(1280, 800).image.astype(np.float32)
     smooth = large.reshape(400, 2, 640, 2, 3).mean((1, 3)).round().astype(np.uint8)
-    picture = Image.fromarray(smooth).transpose(Image.Transpose.ROTATE_90)
+    image = Image.fromarray(smooth).transpose(Image.Transpose.ROTATE_90)
     exif = Image.Exif()
     exif[0x0112] = 6
-    picture.save(file, quality=92, exif=exif)
+    image.save(file, quality=92, exif=exif)
     return file
 
 
 def write_depth(file: Path) -> Path:
-    """Write a 16-bit PNG in millimetres; the shiny blue ball, and what it hides from the projector, is not measured."""
+    """Write a 16-bit PNG in millimeters, without values for the shiny blue ball and its shadow."""
     view, (_, blue, _) = look(640, 480), _balls(0.4 * ARRIVES)
-    millimetres = (view.metres * 1000).round()
-    is_blue = (view.celsius < 15) & (view.metres < 4)
+    millimeters = (view.meters * 1000).round()
+    is_blue = (view.celsius < 15) & (view.meters < 4)
     rows, columns = np.nonzero(is_blue)
     shadow = np.zeros_like(is_blue)
     shadow[rows, np.minimum(columns + 26, 639)] = True
-    is_behind = view.metres > blue.centre[2] + 0.3
-    Image.fromarray(np.where(is_blue | (shadow & is_behind), 0, millimetres).astype(np.uint16)).save(file)
+    is_behind = view.meters > blue.center[2] + 0.3
+    Image.fromarray(np.where(is_blue | (shadow & is_behind), 0, millimeters).astype(np.uint16)).save(file)
     return file
 
 
 def write_heat(file: Path) -> Path:
-    """Write temperatures as a thermal camera stores them: 16 bits, hundredths of a kelvin, one hot pixel."""
+    """Write temperatures in the format of a thermal camera: 16 bits, hundredths of a kelvin, one hot pixel."""
     kelvin = look(320, 256).celsius + 273.15
     noise = np.random.default_rng(0).normal(0, 0.05, kelvin.shape)
     counts = ((kelvin + noise) * 100).round()
@@ -156,22 +156,22 @@ def write_heat(file: Path) -> Path:
     return file
 
 
-def write_film(file: Path) -> Path:
-    """Write the film of the rolling ball, `ARRIVES` seconds long."""
+def write_video(file: Path) -> Path:
+    """Write the video of the rolling ball, `ARRIVES` seconds long."""
     import av
 
     with av.open(str(file), "w") as output:
-        stream = output.add_stream("mpeg4", rate=FILM_RATE)
+        stream = output.add_stream("mpeg4", rate=FRAME_RATE)
         stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 384, 216, "yuv420p", 4_000_000
-        for number in range(round(ARRIVES * FILM_RATE)):
-            picture = look(384, 216, seconds=number / FILM_RATE).picture
-            output.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        for number in range(round(ARRIVES * FRAME_RATE)):
+            image = look(384, 216, seconds=number / FRAME_RATE).image
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         output.mux(stream.encode(None))
     return file
 
 
 def write_melody(file: Path) -> Path:
-    """Write a WAV file of `NOTES`, stereo, each note with overtones that fade sooner the higher they are."""
+    """Write a WAV file of `NOTES`, stereo, each note with overtones; higher overtones fade faster."""
     at = np.arange(_SOUND_RATE) / _SOUND_RATE
     notes = []
     for hertz in NOTES:
@@ -189,23 +189,23 @@ def write_melody(file: Path) -> Path:
 
 
 def write_chair(file: Path) -> Path:
-    """Write a chair of boxes as a mesh, in centimetres and far from the origin, as CAD programs do."""
+    """Write a chair of boxes as a mesh, in centimeters and far from the origin, like CAD programs do."""
     import trimesh
 
     legs = [(-20, 21, -20), (20, 21, -20), (-20, 21, 20), (20, 21, 20)]
     parts = [((44, 4, 44), (0, 44, 0)), ((44, 8, 4), (0, 88, -20)), ((44, 8, 4), (0, 66, -20))]
     parts += [((4, 42, 4), leg) for leg in legs] + [((4, 50, 4), (side, 69, -20)) for side in (-20, 20)]
     boxes = []
-    for size, place in parts:
+    for size, position in parts:
         box = trimesh.creation.box(extents=size)
-        box.apply_translation(np.add(place, (310, 0, 150)))
+        box.apply_translation(np.add(position, (310, 0, 150)))
         boxes.append(box)
     trimesh.util.concatenate(boxes).export(file)
     return file
 
 
 def write_walk(file: Path) -> Path:
-    """Write six seconds of a walk as CSV: about 50 readings a second, uneven in time, some of them lost."""
+    """Write six seconds of a walk as CSV: about 50 readings per second at uneven times, with a gap."""
     generator = np.random.default_rng(2)
     times = np.cumsum(generator.uniform(0.014, 0.026, 310))
     times = times[(times < 6) & ~((times > 2.6) & (times < 2.9))]

@@ -1,4 +1,4 @@
-"""Stores of made-up pictures for the tests of the index, and what an index of them must hold."""
+"""Stores of made-up images for the tests of the index, and what an index of them must hold."""
 
 from pathlib import Path
 
@@ -17,20 +17,20 @@ def made_up(*numbers: int) -> list[Media]:
     return [Media.image(f"picture {n}".encode()) for n in numbers]
 
 
-def picture_keys(*numbers: int) -> list[str]:
+def image_keys(*numbers: int) -> list[str]:
     return keys_of(made_up(*numbers))
 
 
 def extend(store: EmbeddingStore, *numbers: int) -> None:
-    """Append made-up pictures, each with an embedding that follows from its number."""
+    """Append made-up images, each with an embedding that follows from its number."""
     media = made_up(*numbers)
     width = store.embedding_size
     rows = torch.from_numpy(np.stack([np.random.default_rng(n).standard_normal(width) for n in numbers]))
     store.append(keys_of(media), rows, media)
 
 
-def picture_store(folder: Path, count: int, width: int = WIDTH) -> EmbeddingStore:
-    """A store of pictures 0 to count - 1, in several shards."""
+def image_store(folder: Path, count: int, width: int = WIDTH) -> EmbeddingStore:
+    """A store of images 0 to count - 1, in several shards."""
     store = EmbeddingStore(folder, FINGERPRINT, width)
     for start in range(0, count, 100):
         extend(store, *range(start, min(start + 100, count)))
@@ -51,8 +51,8 @@ def held(index: VectorIndex) -> dict[str, bytes]:
 
 
 def holds(index: VectorIndex, store: EmbeddingStore, *numbers: int) -> bool:
-    """Tell whether an exact index holds these pictures, each once and with its own vector, and finds each."""
-    keys = picture_keys(*numbers)
+    """Return whether an exact index holds these images, each once and with its own vector, and finds each."""
+    keys = image_keys(*numbers)
     rows = expected_rows(store, keys)
     same = held(index) == {key: row.tobytes() for key, row in zip(keys, rows, strict=True)}
     return same and index.keys(index.search(rows, 1)[:, 0]) == keys

@@ -14,5 +14,5 @@ class Noisy(NextToken):
     """A loss that hangs on random numbers of all kinds."""
 
     def loss(self, model, batch):
-        loss, figures = super().loss(model, batch)
-        return loss * (0.5 + (torch.rand(()) + np.random.rand() + random.random()) / 3), figures
+        loss, metrics = super().loss(model, batch)
+        return loss * (0.5 + (torch.rand(()) + np.random.rand() + random.random()) / 3), metrics

@@ -27,7 +27,7 @@ def test_rows_lie_in_a_cone_and_in_clusters(space):
     assert np.linalg.norm(rows, axis=1) == pytest.approx(np.ones(1000), abs=1e-5)
     found = statistics_of(rows)
     assert found["random pairs"] == pytest.approx(0.42, abs=0.06)
-    assert found["neighbour 1, 50 %"] > found["neighbour 10, 50 %"] > found["random pairs"] + 0.15
+    assert found["neighbor 1, 50 %"] > found["neighbor 10, 50 %"] > found["random pairs"] + 0.15
     assert 15 < found["participation ratio"] < 60
 
 

@@ -57,7 +57,7 @@ def marks(rendered, tokenizer) -> tuple[str, str, str]:
     )
 
 
-def test_answer_and_its_end_token_are_supervised_and_all_tokens_hear_the_picture():
+def test_answer_and_its_end_token_are_supervised_and_all_tokens_hear_the_image():
     tokenizer = tiny_tokenizer()
     rendered = render(talk(("u", A, "Hi"), ("a", "yo")), tokenizer)
     assert marks(rendered, tokenizer) == (
@@ -67,20 +67,20 @@ def test_answer_and_its_end_token_are_supervised_and_all_tokens_hear_the_picture
     )
 
 
-def test_two_pictures_route_to_their_own_turns():
+def test_two_images_route_to_their_own_turns():
     tokenizer = tiny_tokenizer()
     rendered = render(
         talk(("s", "S"), ("u", A, "1"), ("a", "x"), ("u", "2", B), ("a", "y"), ("u", "3"), ("a", "z")),
         tokenizer,
     )
     turns = (
-        # The system prompt is ahead of all media: it hears the first picture.
+        # The system prompt is before all media: it hears the first image.
         ("<system|S>|", "...........", "00000000000"),
         ("<user|1>|", ".........", "000000000"),
         ("<assistant|x>|", "...........xx.", "00000000000000"),
         ("<user|2>|", ".........", "111111111"),
         ("<assistant|y>|", "...........xx.", "11111111111111"),
-        # A question without a picture hears the nearest one before it.
+        # A question without an image hears the nearest one before it.
         ("<user|3>|", ".........", "111111111"),
         ("<assistant|z>|", "...........xx.", "11111111111111"),
     )
@@ -98,13 +98,13 @@ def test_no_media_gives_minus_one_everywhere():
     assert set(rendered.media_index) == {-1}
 
 
-def test_turns_before_the_first_picture_hear_it():
+def test_turns_before_the_first_image_hear_it():
     tokenizer = tiny_tokenizer()
     rendered = render(talk(("u", "1"), ("a", "x"), ("u", A), ("a", "y")), tokenizer)
     assert set(rendered.media_index) == {0}
 
 
-def test_answer_follows_ends_with_the_header_of_the_answer():
+def test_the_generation_prompt_ends_with_the_header_of_the_answer():
     tokenizer = tiny_tokenizer()
     rendered = render(talk(("u", A, "Hi")), tokenizer, add_generation_prompt=True)
     assert marks(rendered, tokenizer) == ("<user|Hi>|<assistant|", "." * 21, "0" * 21)
@@ -112,7 +112,7 @@ def test_answer_follows_ends_with_the_header_of_the_answer():
     assert whole.input_ids[:21] == rendered.input_ids
 
 
-def test_header_of_the_answer_hears_the_nearest_picture_before_it():
+def test_header_of_the_answer_sees_the_nearest_image_before_it():
     rendered = render(talk(("u", A), ("a", "x"), ("u", B)), tiny_tokenizer(), add_generation_prompt=True)
     assert rendered.media_index[-1] == 1
 
@@ -246,7 +246,7 @@ def test_templates_that_cannot_be_used_say_why():
 def test_template_that_rewrites_earlier_answers():
     tokenizer = tokenizer_with(REWRITES_ANSWERS)
     rendered = render(talk(("u", A, "1"), ("a", "x"), ("u", B, "2"), ("a", "y")), tokenizer)
-    # The second picture starts after the end token of the first answer.
+    # The second image starts after the end token of the first answer.
     assert marks(rendered, tokenizer) == (
         "<user|1>|<assistant|x>|<user|2>|<assistant|!y>|",
         "....................xx.....................xxx.",

@@ -67,8 +67,8 @@ def project(docs, tmp_path_factory):
     made.write_depth(folder / "room.png")
     made.write_heat(folder / "heat.png")
     made.write_walk(folder / "walk.csv")
-    made.write_film(folder / "ball.mp4")
-    Image.fromarray(made.look(64, 48).picture).save(folder / "car.jpg")
+    made.write_video(folder / "ball.mp4")
+    Image.fromarray(made.look(64, 48).image).save(folder / "car.jpg")
     return folder
 
 

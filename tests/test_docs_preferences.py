@@ -45,6 +45,6 @@ def test_the_objective_of_ones_own_has_a_loss():
     exec(blocks("python")[0], names)
     sums = torch.tensor([-1.0, -3.0, -2.0, -2.0])
     names["answer_log_probs"] = lambda *_: (sums, None)
-    loss, figures = names["Hinge"]().loss(None, {})
+    loss, metrics = names["Hinge"]().loss(None, {})
     assert loss.item() == 1.0  # (0 + 2) / 2
-    assert figures["accuracy"].item() == 0.5
+    assert metrics["accuracy"].item() == 0.5

@@ -69,6 +69,6 @@ def test_the_questions_are_asked_of_the_parts_that_the_quickstart_trained():
     first, second = (
         yaml.safe_load((RECIPES / name).read_text()) for name in ("quickstart.yaml", "easyvqa.yaml")
     )
-    assert second["model"]["start_from"] == first["output"]
+    assert second["model"]["init_from"] == first["output"]
     for part in ("decoder", "encoders", "bind", "inject"):
         assert second["model"][part] == first["model"][part]

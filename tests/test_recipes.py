@@ -48,7 +48,7 @@ def with_tiny_parts(recipe: dict, parts: Path) -> dict:
     recipe["model"]["decoder"] |= {"name": str(parts / "decoder"), "dtype": "float32"}
     for key in ("quantize", "template"):
         recipe["model"]["decoder"].pop(key, None)
-    recipe["model"].pop("start_from", None)
+    recipe["model"].pop("init_from", None)
     recipe["model"]["encoders"] = [{"class_path": "tiny.ColorEncoder"}]
     recipe["data"]["sources"] = [
         {"path": str(parts / "pictures"), "format": "caption"} for _ in recipe["data"]["sources"]

@@ -59,7 +59,7 @@ def recipe(tmp_path):
     first.save_pretrained(tmp_path / "first")
     model["decoder"]["name"] = decoder.name
     model["encoders"] = [{"class_path": "tiny.ColorEncoder"}]
-    model["start_from"] = str(tmp_path / "first")
+    model["init_from"] = str(tmp_path / "first")
     for source in recipe["data"]["sources"]:
         source |= {"path": tables[source["format"]], "held_out": 0.0}
         if "media" in source:
@@ -95,7 +95,7 @@ def test_its_header_names_all_that_the_user_brings():
     header = "\n".join(line for line in lines if line.startswith("#"))
     assert f"bindllm fit --config recipes/{FILE.name}" in header
     model = yaml.safe_load(FILE.read_text())["model"]
-    brought = (model["decoder"]["name"], model["encoders"][0]["init_args"]["weights"], model["start_from"])
+    brought = (model["decoder"]["name"], model["encoders"][0]["init_args"]["weights"], model["init_from"])
     assert all(place in header for place in brought)
 
 
@@ -113,10 +113,10 @@ def test_it_tunes_the_decoder_and_leaves_the_first_stage_as_it_is(recipe, tmp_pa
     assert all(tuned[name].abs().max() > 0 for name in learned)
     # A third stage may go on, and may not leave the adapter out.
     capsys.readouterr()
-    recipe["model"] |= {"start_from": recipe["output"], "adapter": None, "trainable": ["bind"]}
+    recipe["model"] |= {"init_from": recipe["output"], "adapter": None, "trainable": ["bind"]}
     recipe["output"] = "checkpoints/third"
     assert run("fit", recipe) == 1
     assert "checkpoints/stage2 has an adapter" in capsys.readouterr().err
     assert not Path("checkpoints/third").exists()
     assert run("fit", recipe, "--output", "checkpoints/stage2") == 1
-    assert "output checkpoints/stage2 is model.start_from too" in capsys.readouterr().err
+    assert "output checkpoints/stage2 is model.init_from too" in capsys.readouterr().err

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -29,7 +30,7 @@ class InputError(BindLLMError, ValueError):
 
 
 class MediaError(InputError):
-    """A picture, sound or other media that cannot be read; the message names the file."""
+    """An image, audio or other media that cannot be read; the message names the file."""
 
 
 class DecoderError(BindLLMError):
@@ -56,6 +57,10 @@ class TrainingError(BindLLMError):
     """A run that cannot go on; the last good state has been saved."""
 
 
+class UsageError(BindLLMError):
+    """A command line or a recipe that cannot be read; the command ends with exit code 2."""
+
+
 class MissingExtraError(BindLLMError, ImportError):
     """An optional package that is not installed.
 
@@ -72,11 +77,30 @@ class MissingExtraError(BindLLMError, ImportError):
         )
 
 
-def known_names(name: str, known: Iterable[str]) -> str:
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Put the name of a file before the message of every `MediaError` that is raised inside.
+
+    Example:
+        >>> with reading("cat.png"):
+        ...     raise MediaError("the file is empty")
+        Traceback (most recent call last):
+        bindllm.errors.MediaError: cat.png: the file is empty
+    """
+    try:
+        yield
+    except MediaError as error:
+        # One reader may call another with the same file.
+        if not str(error).startswith(f"{name}: "):
+            error.args = (f"{name}: {error}",)
+        raise
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return a sentence that lists the known names and the closest match to an unknown one.
 
     Example:
-        >>> known_names("residul", ["residual", "value"])
+        >>> did_you_mean("residul", ["residual", "value"])
         "Did you mean 'residual'? Known: residual, value."
     """
     known = sorted(known)

@@ -15,7 +15,7 @@ import torch
 
 from bindllm import EmbeddingStore
 from bindllm.cache.index import VectorIndex
-from index_stores import picture_keys
+from index_stores import image_keys
 from store_parts import FINGERPRINT
 
 
@@ -23,7 +23,7 @@ def operations(folder: Path, store: EmbeddingStore) -> dict:
     return {
         "build": lambda: VectorIndex.build(folder, store),
         "update": lambda: VectorIndex.update(folder, store, keys=store.keys("image")),
-        "remove": lambda: VectorIndex.remove(folder, picture_keys(0, 5, 11)),
+        "remove": lambda: VectorIndex.remove(folder, image_keys(0, 5, 11)),
     }
 
 

@@ -1,4 +1,4 @@
-"""Stores of pictures for Milvus, and a proxy that can cut or stall the connection to a server."""
+"""Stores of images for Milvus, and a proxy that can cut or stall the connection to a server."""
 
 import socket
 import threading
@@ -15,8 +15,8 @@ from store_parts import FINGERPRINT, keys_of
 WIDTH = 24
 
 
-def picture_store(folder: Path, count: int, *, start: int = 0) -> EmbeddingStore:
-    """A store with that many picture embeddings, of any length, and one text."""
+def image_store(folder: Path, count: int, *, start: int = 0) -> EmbeddingStore:
+    """A store with that many image embeddings, of any length, and one text."""
     store = EmbeddingStore(folder, FINGERPRINT, WIDTH)
     media = [Media.image(f"picture {n}".encode()) for n in range(start, start + count)]
     rows = 3 * torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(start))
@@ -31,7 +31,7 @@ def unit_queries(count: int, seed: int = 1) -> np.ndarray:
 
 
 def expected_rows(store: EmbeddingStore) -> np.ndarray:
-    """What an index of the pictures must hold, in the order of its numbers."""
+    """What an index of the images must hold, in the order of its numbers."""
     return unit_rows(store.get(store.keys("image")).numpy())
 
 

@@ -1,4 +1,4 @@
-"""A cache of the pictures of a folder, in one line, and which pictures it mixed in."""
+"""A cache of the images of a folder, and the images that it mixes in."""
 
 import logging
 
@@ -15,7 +15,7 @@ from tiny import ColorEncoder
 pytest.importorskip("faiss")
 
 
-def test_a_folder_of_pictures_becomes_a_cache_of_these_alone(tmp_path, caplog):
+def test_a_folder_of_images_becomes_a_cache_of_these_alone(tmp_path, caplog):
     media = write_images(tmp_path / "pictures", 6)
     write_images(tmp_path / "pictures" / "more", 2, start=6)
     write_settled(tmp_path / "pictures" / "again.PNG", image_bytes(0))
@@ -32,7 +32,7 @@ def test_a_folder_of_pictures_becomes_a_cache_of_these_alone(tmp_path, caplog):
     opened = VisualCache.open(tmp_path / "cache", top_k=3, weight=0.25)
     assert not caplog.records
 
-    # The nearest picture of a picture is itself, and its key leads back to its file.
+    # The nearest image of an image is itself, and its key leads back to its file.
     rows = expected(media)
     nearest = opened.neighbors(rows, 1)[:, 0].numpy()
     store = EmbeddingStore.for_encoder(tmp_path / "store", ColorEncoder())
@@ -44,7 +44,7 @@ def test_a_folder_of_pictures_becomes_a_cache_of_these_alone(tmp_path, caplog):
     assert torch.equal(opened.blend(rows), cache.blend(rows))
 
 
-def test_pictures_that_cannot_be_read_are_counted_and_named(tmp_path, caplog):
+def test_images_that_cannot_be_read_are_counted_and_named(tmp_path, caplog):
     caplog.set_level(logging.INFO, "bindllm")
     media = write_images(tmp_path / "pictures", 3)
     (tmp_path / "pictures" / "0broken.png").write_bytes(b"not a picture")
@@ -63,7 +63,7 @@ def test_pictures_that_cannot_be_read_are_counted_and_named(tmp_path, caplog):
     assert len(VisualCache.open(tmp_path / "cache")) == 1
 
 
-def test_what_is_no_folder_of_pictures(tmp_path):
+def test_a_wrong_folder_of_images_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.txt").write_text("a")
     for given, message in (
@@ -94,7 +94,7 @@ def test_factory_and_search_settings_reach_the_index(tmp_path):
 
 
 class Elsewhere:
-    """An index that is no `VectorIndex`: what a cache asks of one, and no more."""
+    """An index that is not a `VectorIndex`, with only the members that a cache needs."""
 
     def __init__(self, inner) -> None:
         self.info, self.source = inner.info, "elsewhere"

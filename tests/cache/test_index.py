@@ -13,7 +13,7 @@ from bindllm.cache import factories
 from bindllm.cache.folder import MANIFEST
 from bindllm.cache.index import VectorIndex
 from bindllm.errors import InputError, MissingExtraError, StoreError
-from index_stores import expected_rows, file_names, held, holds, picture_keys, picture_store
+from index_stores import expected_rows, file_names, held, holds, image_keys, image_store
 from store_parts import FINGERPRINT, SIZE, add, keys_of, open_store, texts, vectors
 
 faiss = pytest.importorskip("faiss")
@@ -34,13 +34,13 @@ LOSSY = {
 
 def test_every_row_of_the_modality_is_there_once_in_the_order_of_the_keys(tmp_path, monkeypatch):
     monkeypatch.setattr(factories, "CHUNK", 7)
-    store = picture_store(tmp_path / "store", 250)
+    store = image_store(tmp_path / "store", 250)
     store.append(keys_of(texts(1)), torch.ones(1, 16), texts(1))
     # The same shard twice, as left by two processes that filled the store at the same time.
     shard = next(store.folder.glob("embeddings-*.arrow"))
     shard.with_name("embeddings-again.arrow").write_bytes(shard.read_bytes())
     index = VectorIndex.build(tmp_path / "index", store)
-    keys = sorted(picture_keys(*range(250)))
+    keys = sorted(image_keys(*range(250)))
     rows = expected_rows(store, keys)
     assert (len(index), index.info.factory) == (250, "Flat")
     assert index.keys(np.arange(250)) == keys == store.keys("image")
@@ -69,7 +69,7 @@ def test_the_same_embeddings_give_the_same_files_in_whatever_order_they_came(tmp
 @pytest.mark.parametrize("factory", LOSSY)
 def test_every_kind_gives_its_vectors_back_and_finds_them(tmp_path, monkeypatch, factory):
     monkeypatch.setattr(factories, "CHUNK", 70)
-    store = picture_store(tmp_path / "store", 300)
+    store = image_store(tmp_path / "store", 300)
     index = VectorIndex.build(tmp_path / "index", store, factory=factory)
     expected = expected_rows(store, store.keys())
     found = index.vectors(np.array([[0, 299], [-1, 5]]))
@@ -82,7 +82,7 @@ def test_every_kind_gives_its_vectors_back_and_finds_them(tmp_path, monkeypatch,
 
 @pytest.mark.parametrize("factory", ["Flat", "SQfp16", "SQ8"])
 def test_a_file_that_is_written_in_chunks_is_the_one_that_faiss_writes(tmp_path, factory):
-    store = picture_store(tmp_path / "store", 300)
+    store = image_store(tmp_path / "store", 300)
     index = VectorIndex.build(tmp_path / "index", store, factory=factory)
     rows = expected_rows(store, store.keys())
     whole = factories.make_index(factory, 16)
@@ -94,7 +94,7 @@ def test_a_file_that_is_written_in_chunks_is_the_one_that_faiss_writes(tmp_path,
 
 
 def test_fewer_vectors_than_asked_for_and_lists_without_enough(tmp_path):
-    store = picture_store(tmp_path / "store", 12)
+    store = image_store(tmp_path / "store", 12)
     queries = expected_rows(store, store.keys())[:4]
     exact = VectorIndex.build(tmp_path / "exact", store)
     assert np.array_equal(np.sort(exact.search(queries, 50), axis=1), np.tile(np.arange(12), (4, 1)))
@@ -111,7 +111,7 @@ def test_fewer_vectors_than_asked_for_and_lists_without_enough(tmp_path):
 
 def test_training_rows_are_spread_and_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(factories, "ROWS_PER_CENTROID", 1)
-    store = picture_store(tmp_path / "store", 500)
+    store = image_store(tmp_path / "store", 500)
     seen, get = [], store.get
     monkeypatch.setattr(store, "get", lambda keys: seen.extend(keys) or get(keys))
     VectorIndex.build(tmp_path / "index", store, factory="IVF4,Flat")
@@ -143,14 +143,14 @@ def test_training_rows_are_spread_and_bounded(tmp_path, monkeypatch):
     ],
 )
 def test_kinds_and_settings_that_do_not_exist_leave_neither_a_folder_nor_a_lock(tmp_path, options, message):
-    store = picture_store(tmp_path / "store", 20)
+    store = image_store(tmp_path / "store", 20)
     with pytest.raises(InputError, match=message):
         VectorIndex.build(tmp_path / "caches" / "index", store, **options)
     assert not (tmp_path / "caches").exists() or file_names(tmp_path / "caches") == set()
 
 
 def test_search_settings_are_kept_and_can_be_changed_when_it_is_opened(tmp_path):
-    store = picture_store(tmp_path / "store", 400)
+    store = image_store(tmp_path / "store", 400)
     VectorIndex.build(tmp_path / "index", store, factory="IVF16,SQ8,RFlat", search="nprobe=1")
     queries = np.random.default_rng(0).standard_normal((50, 16), np.float32)
     rows = expected_rows(store, store.keys())
@@ -167,11 +167,11 @@ def test_search_settings_are_kept_and_can_be_changed_when_it_is_opened(tmp_path)
 
 
 def test_an_index_of_chosen_keys(tmp_path):
-    store = picture_store(tmp_path / "store", 20)
-    index = VectorIndex.build(tmp_path / "index", store, keys=picture_keys(3, 5, 3, 11))
+    store = image_store(tmp_path / "store", 20)
+    index = VectorIndex.build(tmp_path / "index", store, keys=image_keys(3, 5, 3, 11))
     assert holds(index, store, 3, 5, 11)
     with pytest.raises(StoreError, match="no image embeddings of 1 of these 2 keys"):
-        VectorIndex.build(tmp_path / "index", store, keys=picture_keys(3, 99))
+        VectorIndex.build(tmp_path / "index", store, keys=image_keys(3, 99))
     with pytest.raises(StoreError, match="content hash of 64"):
         VectorIndex.build(tmp_path / "index", store, keys=["cat.png"])
     assert held(VectorIndex.open(tmp_path / "index")) == held(index)
@@ -189,7 +189,7 @@ def test_a_store_without_such_embeddings_or_with_one_of_no_direction(tmp_path):
 
 
 def test_queries_and_ids_that_do_not_fit(tmp_path):
-    index = VectorIndex.build(tmp_path / "index", picture_store(tmp_path / "store", 20))
+    index = VectorIndex.build(tmp_path / "index", image_store(tmp_path / "store", 20))
     for queries in (np.ones((2, 15), np.float32), np.ones(16, np.float32)):
         with pytest.raises(InputError, match=r"takes queries \[N, 16\]"):
             index.search(queries, 1)
@@ -199,7 +199,7 @@ def test_queries_and_ids_that_do_not_fit(tmp_path):
 
 
 def test_faiss_uses_the_threads_of_torch_in_every_thread(tmp_path):
-    index = VectorIndex.build(tmp_path / "index", picture_store(tmp_path / "store", 20))
+    index = VectorIndex.build(tmp_path / "index", image_store(tmp_path / "store", 20))
     found = []
 
     def search() -> None:
@@ -219,7 +219,7 @@ def test_faiss_uses_the_threads_of_torch_in_every_thread(tmp_path):
 
 def test_threads_may_ask_for_vectors_of_inverted_lists_at_once(tmp_path):
     """The map that this needs is made when it is first asked for."""
-    store = picture_store(tmp_path / "store", 300)
+    store = image_store(tmp_path / "store", 300)
     VectorIndex.build(tmp_path / "index", store, factory="IVF4,Flat")
     expected = expected_rows(store, store.keys())
     for _ in range(5):
@@ -230,7 +230,7 @@ def test_threads_may_ask_for_vectors_of_inverted_lists_at_once(tmp_path):
 
 
 def test_a_missing_faiss_is_reported_with_its_extra(tmp_path, monkeypatch):
-    store = picture_store(tmp_path / "store", 20)
+    store = image_store(tmp_path / "store", 20)
     VectorIndex.build(tmp_path / "index", store)
     monkeypatch.setitem(sys.modules, "faiss", None)
     for ask in (
@@ -243,7 +243,7 @@ def test_a_missing_faiss_is_reported_with_its_extra(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("factory", ["IVF4,PQ8x4fs", "IDMap,Flat", "LSH"])
 def test_a_kind_that_cannot_give_its_vectors_back_does_not_replace_an_index(tmp_path, factory):
-    store = picture_store(tmp_path / "store", 300)
+    store = image_store(tmp_path / "store", 300)
     before = held(VectorIndex.build(tmp_path / "index", store))
     with pytest.raises((StoreError, InputError), match="cannot (reconstruct its vectors|build)"):
         VectorIndex.build(tmp_path / "index", store, factory=factory)

@@ -17,9 +17,9 @@ from index_stores import (
     file_names,
     held,
     holds,
+    image_keys,
+    image_store,
     made_up,
-    picture_keys,
-    picture_store,
 )
 from store_parts import FINGERPRINT
 
@@ -28,7 +28,7 @@ faiss = pytest.importorskip("faiss")
 
 @pytest.fixture
 def store(tmp_path) -> EmbeddingStore:
-    return picture_store(tmp_path / "store", 20)
+    return image_store(tmp_path / "store", 20)
 
 
 @pytest.fixture
@@ -38,10 +38,10 @@ def folder(tmp_path, store):
 
 
 def without(store: EmbeddingStore, folder, *numbers: int) -> EmbeddingStore:
-    """A store of the same encoder, without these of the first twenty pictures."""
+    """A store of the same encoder, without these of the first twenty images."""
     smaller = EmbeddingStore(folder, FINGERPRINT, WIDTH)
     left = [n for n in range(20) if n not in numbers]
-    smaller.append(picture_keys(*left), store.get(picture_keys(*left)), made_up(*left))
+    smaller.append(image_keys(*left), store.get(image_keys(*left)), made_up(*left))
     return smaller
 
 
@@ -61,11 +61,11 @@ def test_an_update_follows_the_store(folder, store, tmp_path):
 
 def test_keys_are_added_and_removed_by_name(folder, store):
     extend(store, 30, 31)
-    assert VectorIndex.add(folder, store, picture_keys(30, 3, 30)) == IndexChange(1, 0, 21)
-    assert VectorIndex.remove(folder, picture_keys(30, 5, 77)) == IndexChange(0, 2, 19)
+    assert VectorIndex.add(folder, store, image_keys(30, 3, 30)) == IndexChange(1, 0, 21)
+    assert VectorIndex.remove(folder, image_keys(30, 5, 77)) == IndexChange(0, 2, 19)
     assert holds(VectorIndex.open(folder), store, *(n for n in range(20) if n != 5))
     with pytest.raises(StoreError, match="no image embeddings of 1 of these 1 keys"):
-        VectorIndex.add(folder, store, picture_keys(99))
+        VectorIndex.add(folder, store, image_keys(99))
     assert len(VectorIndex.open(folder)) == 19
 
 
@@ -73,14 +73,14 @@ def test_a_change_of_nothing_writes_nothing(folder, store):
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     VectorIndex.update(folder, store)
     VectorIndex.add(folder, store, [])
-    VectorIndex.add(folder, store, picture_keys(3))
+    VectorIndex.add(folder, store, image_keys(3))
     VectorIndex.remove(folder, [])
-    VectorIndex.remove(folder, picture_keys(99))
+    VectorIndex.remove(folder, image_keys(99))
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
 def test_removed_images_do_not_come_back_unless_they_are_asked_for(folder, store):
-    VectorIndex.remove(folder, picture_keys(5))
+    VectorIndex.remove(folder, image_keys(5))
     extend(store, 30)
     assert VectorIndex.update(folder, store) == IndexChange(0, 0, 19)
     assert VectorIndex.update(folder, store, keys=store.keys("image")) == IndexChange(2, 0, 21)
@@ -88,12 +88,12 @@ def test_removed_images_do_not_come_back_unless_they_are_asked_for(folder, store
 
 
 def test_removed_vectors_are_in_no_file(folder, store):
-    vector = expected_rows(store, picture_keys(5)).tobytes()
-    key = bytes.fromhex(picture_keys(5)[0])
+    vector = expected_rows(store, image_keys(5)).tobytes()
+    key = bytes.fromhex(image_keys(5)[0])
     content = b"".join(path.read_bytes() for path in folder.iterdir())
     assert vector in content
     assert key in content
-    VectorIndex.remove(folder, picture_keys(5))
+    VectorIndex.remove(folder, image_keys(5))
     content = b"".join(path.read_bytes() for path in folder.iterdir())
     assert vector not in content
     assert key not in content
@@ -101,7 +101,7 @@ def test_removed_vectors_are_in_no_file(folder, store):
 
 def test_removing_everything_is_refused(folder, store):
     with pytest.raises(StoreError, match="no vectors would be left.*Delete the folder"):
-        VectorIndex.remove(folder, picture_keys(*range(20)))
+        VectorIndex.remove(folder, image_keys(*range(20)))
     with pytest.raises(StoreError, match="holds no image embeddings"):
         VectorIndex.update(folder, EmbeddingStore(store.root / "empty", FINGERPRINT, WIDTH))
     assert len(VectorIndex.open(folder)) == 20
@@ -124,14 +124,14 @@ LOSSY = ("IVF4,PQ8x4", "IVF4,SQ4", "IVF4,SQ8", "PQ8x4", "OPQ8,IVF4,PQ8x4", "IVF4
 def test_a_change_leaves_the_vectors_of_other_images_as_they_were(tmp_path, store, factory):
     extend(store, *range(20, 300))
     folder = tmp_path / "index"
-    before = held(VectorIndex.build(folder, store, factory=factory, keys=picture_keys(*range(290))))
-    VectorIndex.remove(folder, picture_keys(0, 5, 11))
-    VectorIndex.add(folder, store, picture_keys(*range(290, 300)))
+    before = held(VectorIndex.build(folder, store, factory=factory, keys=image_keys(*range(290))))
+    VectorIndex.remove(folder, image_keys(0, 5, 11))
+    VectorIndex.add(folder, store, image_keys(*range(290, 300)))
     after = held(VectorIndex.open(folder))
-    assert set(after) == set(picture_keys(*(n for n in range(300) if n not in (0, 5, 11))))
+    assert set(after) == set(image_keys(*(n for n in range(300) if n not in (0, 5, 11))))
     kept = set(after) & set(before)
     assert {key: after[key] for key in kept} == {key: before[key] for key in kept}
-    VectorIndex.add(folder, store, picture_keys(0, 5, 11))
+    VectorIndex.add(folder, store, image_keys(0, 5, 11))
     again = held(VectorIndex.open(folder))
     assert {key: again[key] for key in before} == before
 
@@ -142,7 +142,7 @@ def test_without_its_store_an_index_is_changed_only_if_nothing_is_rounded_again(
     folder = tmp_path / "index"
     before = held(VectorIndex.build(folder, store, factory=factory))
     shutil.rmtree(store.root)
-    gone = picture_keys(0, 5, 11)
+    gone = image_keys(0, 5, 11)
     if factory in LOSSY:
         with pytest.raises(StoreError, match="store is missing or incomplete.*'IVF4,PQ8x4' would round"):
             VectorIndex.remove(folder, gone)
@@ -157,7 +157,7 @@ def test_without_its_store_an_index_is_changed_only_if_nothing_is_rounded_again(
 def test_images_of_another_store_of_the_encoder_are_added(folder, store, tmp_path):
     other = EmbeddingStore(tmp_path / "other", FINGERPRINT, WIDTH)
     extend(other, 30)
-    assert VectorIndex.add(folder, other, picture_keys(30)) == IndexChange(1, 0, 21)
+    assert VectorIndex.add(folder, other, image_keys(30)) == IndexChange(1, 0, 21)
     extend(store, 30)
     assert holds(VectorIndex.open(folder), store, *range(20), 30)
 
@@ -209,7 +209,7 @@ def test_fewer_embeddings_are_reported_and_merged_or_other_ones_are_not(tmp_path
     for n in range(20):
         extend(store, n)
     VectorIndex.build(tmp_path / "index", store)
-    chosen = VectorIndex.build(tmp_path / "chosen", store, keys=picture_keys(1, 2))
+    chosen = VectorIndex.build(tmp_path / "chosen", store, keys=image_keys(1, 2))
     store.compact()
     VectorIndex.open(tmp_path / "index")
     extend(store, 30)
@@ -265,7 +265,7 @@ def test_keys_of_another_modality_are_refused(folder, store):
         lambda keys: VectorIndex.build(folder, store, keys=keys),
     ):
         with pytest.raises(StoreError, match=f"no image embeddings of 1 of .*{store.key_of(sound[0])}"):
-            write([*picture_keys(1), store.key_of(sound[0])])
+            write([*image_keys(1), store.key_of(sound[0])])
     assert held(VectorIndex.open(folder)) == before
     assert VectorIndex.update(folder, store) == IndexChange(0, 0, 20)
 

@@ -14,7 +14,7 @@ from bindllm.cache import index as index_module
 from bindllm.cache.folder import MANIFEST, writing
 from bindllm.cache.index import VectorIndex
 from bindllm.errors import StoreError
-from index_stores import extend, file_names, held, holds, made_up, picture_keys, picture_store
+from index_stores import extend, file_names, held, holds, image_keys, image_store, made_up
 from store_parts import FINGERPRINT
 
 faiss = pytest.importorskip("faiss")
@@ -25,7 +25,7 @@ PATHS = os.pathsep.join((str(HERE), str(HERE.parent), str(HERE.parents[1] / "src
 
 @pytest.fixture
 def store(tmp_path):
-    return picture_store(tmp_path / "store", 20)
+    return image_store(tmp_path / "store", 20)
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_a_large_index_is_hashed_on_request_and_before_a_change(built, store, mo
     assert len(VectorIndex.open(built)) == 20
     for act in (
         lambda: VectorIndex.open(built, verify=True),
-        lambda: VectorIndex.remove(built, picture_keys(1)),
+        lambda: VectorIndex.remove(built, image_keys(1)),
     ):
         with pytest.raises(StoreError, match=f"{file.name} is not the file"):
             act()
@@ -210,7 +210,7 @@ def test_a_build_that_fails_while_writing_leaves_the_old_index(
 
     monkeypatch.setattr(faiss, "write_index", stopped)
     with pytest.raises(StoreError if isinstance(error, OSError) else KeyboardInterrupt):
-        VectorIndex.build(built, picture_store(tmp_path / "b", 30), factory=factory)
+        VectorIndex.build(built, image_store(tmp_path / "b", 30), factory=factory)
     assert holds(VectorIndex.open(built), store, *range(20))
     assert file_names(built) == before
     assert file_names(tmp_path) == {"store", "b", "index"}
@@ -231,12 +231,12 @@ def start(*command: str) -> subprocess.Popen:
 
 
 def test_a_writer_killed_at_any_change_to_the_disk_leaves_the_index_whole(tmp_path, store):
-    old = held(VectorIndex.build(tmp_path / "index", store, keys=picture_keys(*range(18))))
+    old = held(VectorIndex.build(tmp_path / "index", store, keys=image_keys(*range(18))))
     everything = held(VectorIndex.build(tmp_path / "all", store))
     new = {
         "build": everything,
         "update": everything,
-        "remove": {key: row for key, row in old.items() if key not in picture_keys(0, 5, 11)},
+        "remove": {key: row for key, row in old.items() if key not in image_keys(0, 5, 11)},
     }
     process = start(str(HERE / "index_killer.py"), str(tmp_path))
     counts = json.loads(process.communicate(timeout=300)[0])
@@ -298,7 +298,7 @@ def test_of_two_processes_that_build_one_succeeds_and_the_other_fails_at_once(tm
         VectorIndex.build(tmp_path / "index", store)
     process.communicate("go\n", timeout=60)
     assert process.returncode == 0
-    assert sorted(held(VectorIndex.open(tmp_path / "index"))) == sorted(picture_keys(*range(20)))
+    assert sorted(held(VectorIndex.open(tmp_path / "index"))) == sorted(image_keys(*range(20)))
     assert VectorIndex.update(tmp_path / "index", store).added == 1
 
 

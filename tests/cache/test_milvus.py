@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from milvus_parts import WIDTH, expected_rows, picture_store, unit_queries
+from milvus_parts import WIDTH, expected_rows, image_store, unit_queries
 
 from bindllm import Media, VisualCache
 from bindllm.cache import milvus
@@ -25,10 +25,10 @@ pytest.importorskip("milvus_lite")
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """A store of 300 pictures, and a cache of them in Milvus and in Faiss."""
+    """A store of 300 images, and a cache of them in Milvus and in Faiss."""
     pytest.importorskip("faiss")
     folder = tmp_path_factory.mktemp("milvus")
-    store = picture_store(folder / "store", 300)
+    store = image_store(folder / "store", 300)
     with MilvusIndex.build(folder / "a.db", store) as index:
         yield store, VisualCache(index), VisualCache.build(folder / "faiss", store, factory="Flat")
 
@@ -78,13 +78,13 @@ def test_the_size_of_a_request_does_not_matter(built, monkeypatch):
 
 def test_a_large_store_is_written_in_several_requests(tmp_path, monkeypatch):
     monkeypatch.setattr(milvus, "_rows_at_once", lambda size: 16)
-    store = picture_store(tmp_path / "store", 50)
+    store = image_store(tmp_path / "store", 50)
     with MilvusIndex.build(tmp_path / "a.db", store) as index:
         assert np.array_equal(index.vectors(np.arange(50)), expected_rows(store))
 
 
 def test_fewer_rows_than_neighbors(tmp_path):
-    store = picture_store(tmp_path / "store", 3)
+    store = image_store(tmp_path / "store", 3)
     with MilvusIndex.build(tmp_path / "a.db", store) as index:
         cache = VisualCache(index, temperature=20.0)
         assert sorted(cache.neighbors(torch.from_numpy(unit_queries(1)))[0].tolist()) == [0, 1, 2]
@@ -103,7 +103,7 @@ def test_a_cache_of_another_encoder_is_refused(built):
 
 @pytest.mark.parametrize("index_type", sorted(set(INDEX_TYPES) - {"FLAT"}))
 def test_other_kinds_find_a_row_by_itself_and_keep_it_exactly(tmp_path, index_type):
-    store = picture_store(tmp_path / "store", 200)
+    store = image_store(tmp_path / "store", 200)
     with MilvusIndex.build(tmp_path / "a.db", store, index_type=index_type) as index:
         rows = expected_rows(store)
         assert index.info.index_type == index_type
@@ -118,7 +118,7 @@ def test_other_kinds_find_a_row_by_itself_and_keep_it_exactly(tmp_path, index_ty
 
 
 def test_a_closed_index_opens_again_and_lets_go_of_its_path(tmp_path):
-    store = picture_store(tmp_path / "store", 20)
+    store = image_store(tmp_path / "store", 20)
     first = MilvusIndex.build(tmp_path / "a.db", store)
     second = MilvusIndex.open(str(tmp_path / "a.db"))
     first.close()
@@ -137,8 +137,8 @@ def test_a_closed_index_opens_again_and_lets_go_of_its_path(tmp_path):
 
 
 def test_a_new_build_replaces_the_old_one_and_readers_of_the_old_one_get_an_error(tmp_path):
-    old = MilvusIndex.build(tmp_path / "a.db", picture_store(tmp_path / "store", 20))
-    store = picture_store(tmp_path / "store", 10, start=20)
+    old = MilvusIndex.build(tmp_path / "a.db", image_store(tmp_path / "store", 20))
+    store = image_store(tmp_path / "store", 10, start=20)
     with MilvusIndex.build(tmp_path / "a.db", store) as new:
         assert np.array_equal(new.vectors(np.arange(30)), expected_rows(store))
         client = client_of(tmp_path / "a.db")
@@ -153,8 +153,8 @@ def test_a_new_build_replaces_the_old_one_and_readers_of_the_old_one_get_an_erro
 
 
 def test_a_build_that_stops_leaves_the_old_collection_and_nothing_else(tmp_path, monkeypatch):
-    MilvusIndex.build(tmp_path / "a.db", picture_store(tmp_path / "store", 20)).close()
-    store = picture_store(tmp_path / "store", 10, start=20)
+    MilvusIndex.build(tmp_path / "a.db", image_store(tmp_path / "store", 20)).close()
+    store = image_store(tmp_path / "store", 10, start=20)
 
     def stopped(*_):
         raise KeyboardInterrupt
@@ -181,8 +181,8 @@ milvus.MilvusIndex.build(sys.argv[4], store)
 
 def test_a_killed_build_leaves_the_old_collection_and_the_next_one_cleans_up(tmp_path):
     path = tmp_path / "a.db"
-    MilvusIndex.build(path, picture_store(tmp_path / "store", 20)).close()
-    store = picture_store(tmp_path / "store", 10, start=20)
+    MilvusIndex.build(path, image_store(tmp_path / "store", 20)).close()
+    store = image_store(tmp_path / "store", 10, start=20)
     command = [sys.executable, "-c", KILLED, str(store.root), FINGERPRINT, str(WIDTH), str(path)]
     killed = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
@@ -197,7 +197,7 @@ def test_a_killed_build_leaves_the_old_collection_and_the_next_one_cleans_up(tmp
 
 
 def test_several_collections_live_side_by_side_and_an_unknown_one_lists_them(tmp_path):
-    store = picture_store(tmp_path / "store", 20)
+    store = image_store(tmp_path / "store", 20)
     MilvusIndex.build(tmp_path / "a.db", store, collection="pictures").close()
     with MilvusIndex.build(tmp_path / "a.db", store, collection="pictures_texts", modality="text") as index:
         assert len(index) == 1
@@ -227,7 +227,7 @@ def test_a_collection_of_something_else_is_neither_opened_nor_replaced(tmp_path,
         "was not built by bindllm" if as_alias else "not an alias as bindllm makes them; nothing was written"
     )
     with pytest.raises(StoreError, match=message):
-        MilvusIndex.build(tmp_path / "a.db", picture_store(tmp_path / "store", 20))
+        MilvusIndex.build(tmp_path / "a.db", image_store(tmp_path / "store", 20))
     client = client_of(tmp_path / "a.db")
     assert client.list_collections() == ["thesis" if as_alias else "bindllm"]
     client.close()
@@ -260,7 +260,7 @@ def test_a_collection_with_another_note_is_refused(tmp_path, note, message):
 
 
 def test_a_collection_that_has_lost_a_row_is_refused_at_opening_and_in_use(tmp_path):
-    with MilvusIndex.build(tmp_path / "a.db", picture_store(tmp_path / "store", 20)) as index:
+    with MilvusIndex.build(tmp_path / "a.db", image_store(tmp_path / "store", 20)) as index:
         name = index.source.rpartition(" ")[2]
         index._server.call("delete", name, ids=[7])
         with pytest.raises(StoreError, match="returned 2 of 3 rows: the collection was rebuilt or changed"):
@@ -294,7 +294,7 @@ def test_invalid_arguments_are_refused(built, tmp_path):
 
 
 def test_a_store_without_such_embeddings_or_with_one_of_no_direction(tmp_path):
-    store = picture_store(tmp_path / "store", 5)
+    store = image_store(tmp_path / "store", 5)
     with pytest.raises(StoreError, match="holds no audio embeddings"):
         MilvusIndex.build(tmp_path / "a.db", store, modality="audio")
     store.append(keys_of(texts(2)), torch.zeros(1, WIDTH), texts(2))
@@ -306,7 +306,7 @@ def test_a_store_without_such_embeddings_or_with_one_of_no_direction(tmp_path):
 
 
 def test_nothing_is_printed(tmp_path, capfd, caplog):
-    store = picture_store(tmp_path / "store", 20)
+    store = image_store(tmp_path / "store", 20)
     with caplog.at_level(logging.WARNING), MilvusIndex.build(tmp_path / "a.db", store) as index:
         VisualCache(index).blend(torch.from_numpy(unit_queries(2)))
         with pytest.raises(StoreError):
@@ -317,7 +317,7 @@ def test_nothing_is_printed(tmp_path, capfd, caplog):
 
 
 def test_a_missing_pymilvus_is_reported_with_its_extra(tmp_path, monkeypatch):
-    store = picture_store(tmp_path / "store", 5)
+    store = image_store(tmp_path / "store", 5)
     monkeypatch.setitem(sys.modules, "pymilvus", None)
     with pytest.raises(MissingExtraError, match=r"bindllm\[milvus\]"):
         MilvusIndex.build(tmp_path / "a.db", store)

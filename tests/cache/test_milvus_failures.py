@@ -8,7 +8,7 @@ from contextlib import suppress
 import numpy as np
 import pytest
 import torch
-from milvus_parts import WIDTH, Proxy, expected_rows, picture_store, unit_queries
+from milvus_parts import WIDTH, Proxy, expected_rows, image_store, unit_queries
 
 from bindllm import VisualCache
 from bindllm.cache import milvus
@@ -174,7 +174,7 @@ def test_a_server_that_never_answers_is_given_up_in_time():
 @pytest.fixture
 def proxied(tmp_path):
     """A store, and a proxy in front of an embedded Milvus that holds a cache of it."""
-    store = picture_store(tmp_path / "store", 60)
+    store = image_store(tmp_path / "store", 60)
     with MilvusIndex.build(tmp_path / "a.db", store):
         uri = server_manager.server_manager_instance.start_and_get_uri(str(tmp_path / "a.db"))
         with Proxy(int(uri.rpartition(":")[2])) as proxy:
@@ -213,7 +213,7 @@ def test_a_server_that_is_lost_or_stalls_in_use_gives_an_error_and_no_part_of_an
 def test_a_build_over_a_connection_that_is_cut_has_every_row_once(proxied, monkeypatch):
     """pymilvus sends a lost request again, so a row may arrive twice."""
     _, proxy = proxied
-    store = picture_store(proxied[0].root.parent / "more", 200, start=100)
+    store = image_store(proxied[0].root.parent / "more", 200, start=100)
     monkeypatch.setattr(milvus, "_rows_at_once", lambda size: 16)
     proxy.cut_after = 12_000
     with MilvusIndex.build(proxy.uri, store, collection="more", timeout=9.0) as index:
@@ -223,7 +223,7 @@ def test_a_build_over_a_connection_that_is_cut_has_every_row_once(proxied, monke
 
 def test_a_build_that_loses_its_server_leaves_the_old_collection(proxied, monkeypatch, caplog):
     store, proxy = proxied
-    more = picture_store(store.root, 30, start=100)
+    more = image_store(store.root, 30, start=100)
     with monkeypatch.context() as patch:
         patch.setattr(milvus, "_load", lambda *_: proxy.close() or MilvusServer.call(_[0], "query", _[1]))
         assert elapsed(lambda: MilvusIndex.build(proxy.uri, more, timeout=1.0)) < 20.0

@@ -1,4 +1,4 @@
-"""Where the right answer stands: against all orders of tied answers written out, and against plain definitions."""
+"""Recall, ranks and chance, compared with all orders of tied answers and with torchmetrics."""
 
 import itertools
 
@@ -8,7 +8,7 @@ import torch
 from torchmetrics.functional.classification import multiclass_accuracy
 from torchmetrics.functional.retrieval import retrieval_hit_rate
 
-from bindllm.cache.recall import chance, cosines, find_places, hit_rate, join_places, mean_ranks
+from bindllm.cache.recall import chance, cosines, find_positions, hit_rate, join_positions, mean_ranks
 
 
 def hits_by_hand(scores: list[float], right: set[int], k: int) -> float:
@@ -26,20 +26,20 @@ def hits_by_hand(scores: list[float], right: set[int], k: int) -> float:
     "scores", [[3, 2, 1, 5, 4, 0], [1, 1, 1, 1, 1, 1], [2, 2, 1, 1, 0, 2], [0, 3, 3, 0, 3, 0]]
 )
 def test_ties_are_taken_in_all_orders(scores, right, k):
-    rate = hit_rate(find_places(torch.tensor([scores], dtype=torch.float64), [sorted(right)]), k)
+    rate = hit_rate(find_positions(torch.tensor([scores], dtype=torch.float64), [sorted(right)]), k)
     assert float(rate) == pytest.approx(hits_by_hand(scores, right, k), abs=1e-12)
 
 
-def test_without_ties_it_is_what_torchmetrics_counts():
+def test_without_ties_it_agrees_with_torchmetrics():
     scores = torch.randn(200, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     labels = torch.arange(200) % 12
-    places = find_places(scores, [[int(label)] for label in labels])
+    places = find_positions(scores, [[int(label)] for label in labels])
     for k in (1, 5):
         expected = multiclass_accuracy(scores, labels, num_classes=12, average="micro", top_k=k)
         assert float(hit_rate(places, k).mean()) == pytest.approx(float(expected), abs=1e-6)
     several = torch.rand(200, 12, generator=torch.Generator().manual_seed(1)) < 0.3
     several[:, 0] |= ~several.any(dim=1)
-    places = find_places(scores, [row.nonzero().flatten().tolist() for row in several])
+    places = find_positions(scores, [row.nonzero().flatten().tolist() for row in several])
     for k in (1, 5, 10):
         expected = torch.stack(
             [retrieval_hit_rate(*row, top_k=k) for row in zip(scores, several, strict=True)]
@@ -49,7 +49,7 @@ def test_without_ties_it_is_what_torchmetrics_counts():
 
 def test_chance_is_what_an_encoder_reaches_that_gives_one_embedding_for_all():
     right = [[0], [1, 2], [3, 4, 5]]
-    places = find_places(torch.ones(3, 8, dtype=torch.float64), right)
+    places = find_positions(torch.ones(3, 8, dtype=torch.float64), right)
     counts = torch.tensor([1, 2, 3])
     for k in (1, 5, 8, 10):
         assert chance(counts, 8, k) == pytest.approx(float(hit_rate(places, k).mean()))
@@ -69,10 +69,10 @@ def test_cosines_of_equal_embeddings_are_equal():
 
 
 def test_embeddings_that_differ_by_rounding_alone_are_tied():
-    """As one text gives in two batches, or one picture in two processes."""
+    """As for one text in two batches, or one image in two processes."""
     row = torch.nn.functional.normalize(torch.randn(1, 64, generator=torch.Generator().manual_seed(4)), dim=1)
     noise = torch.randn(4, 64, generator=torch.Generator().manual_seed(5))
-    places = find_places(
+    places = find_positions(
         cosines(row, row + 1e-9 * torch.sign(noise) + torch.tensor([[0.0], [6e-8], [0.0], [-6e-8]])), [[1]]
     )
     assert [int(part) for part in places] == [0, 3, 1]
@@ -88,15 +88,15 @@ def test_the_mean_rank_is_that_over_all_orders_of_ties(scores, right):
         ranked = sorted(order, key=lambda n: -scores[n])
         first = min(place for place, n in enumerate(ranked) if n in right and scores[n] == best)
         found.append(1 + first)
-    places = find_places(torch.tensor([scores], dtype=torch.float64), [right])
+    places = find_positions(torch.tensor([scores], dtype=torch.float64), [right])
     assert float(mean_ranks(places)) == pytest.approx(np.mean(found))
 
 
-def test_a_score_that_is_no_number_is_no_hit():
+def test_a_score_that_is_nan_is_not_a_hit():
     scores = torch.tensor(
         [[0.5, torch.nan, 0.1], [torch.nan] * 3, [torch.nan, 0.2, 0.1]], dtype=torch.float64
     )
-    places = find_places(scores, [[0], [1], [0]])
+    places = find_positions(scores, [[0], [1], [0]])
     assert hit_rate(places, 1).tolist() == [0, 0, 0]
     assert hit_rate(places, 2).tolist() == [1, 0, 0]
 
@@ -104,6 +104,6 @@ def test_a_score_that_is_no_number_is_no_hit():
 def test_queries_may_be_ranked_in_parts():
     scores = torch.randn(9, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     right = [[n % 5, (n + 2) % 5] for n in range(9)]
-    whole = find_places(scores, right)
-    parts = [find_places(scores[n : n + 4], right[n : n + 4]) for n in (0, 4, 8)]
-    assert all(torch.equal(a, b) for a, b in zip(whole, join_places(parts), strict=True))
+    whole = find_positions(scores, right)
+    parts = [find_positions(scores[n : n + 4], right[n : n + 4]) for n in (0, 4, 8)]
+    assert all(torch.equal(a, b) for a, b in zip(whole, join_positions(parts), strict=True))

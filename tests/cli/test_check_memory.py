@@ -1,7 +1,5 @@
 import pytest
 
-from bindllm.cli.memory import read_size
-from bindllm.errors import InputError
 from tiny_run import run, tiny_parts, tiny_recipe
 
 
@@ -15,23 +13,10 @@ def _here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("text", "size"), [("24GB", 24e9), ("1.5 gib", 1.5 * 2**30), ("512mb", 512e6), ("80000", 80000)]
-)
-def test_sizes_are_read(text, size):
-    assert read_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["24 bananas", "", "0GB", "-1GB"])
-def test_other_sizes_are_refused(text):
-    with pytest.raises(InputError, match="such as 24GB"):
-        read_size(text)
-
-
 def test_parts_and_largest_batch_are_shown(parts, capsys):
     assert run("check", tiny_recipe(parts), "--memory", "--rows", "0") == 0
     told = capsys.readouterr().out
-    for part in ("decoder", "activations", "logits", "optimizer", "framework", "together"):
+    for part in ("decoder", "activations", "logits", "optimizer", "framework", "total"):
         assert part in told
     # "red square<|im_end|>" and its prompt, one token a letter.
     assert "with 4 rows of " in told

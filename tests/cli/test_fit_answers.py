@@ -97,4 +97,4 @@ def test_the_report_shows_questions_and_can_be_made_again(trained, monkeypatch, 
     assert main(["report", str(folder)]) == 0
     assert (folder / "report.html").read_text() == page
     logged = [json.loads(line) for line in Path("runs/tiny/captions.jsonl").read_text().splitlines()]
-    assert {"picture", "question", "true", "generated", "step"} == logged[0].keys()
+    assert {"media", "question", "reference", "model", "step"} == logged[0].keys()

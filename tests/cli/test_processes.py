@@ -11,7 +11,7 @@ import torch
 from torch import distributed
 
 from bindllm.cli import processes
-from bindllm.cli.processes import on_every_device, stopping_in_order
+from bindllm.cli.processes import graceful_stop, launch
 from bindllm.errors import InputError, StoreError
 
 SECONDS = 60
@@ -24,7 +24,7 @@ def unused(*_):
 def test_one_device_is_worked_on_in_this_process():
     seen = []
     options = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "plugins": None}
-    assert on_every_device(options, seen.append, again=unused)
+    assert launch(options, seen.append, again=unused)
     (context,) = seen
     processes = context.processes
     assert context.device == torch.device("cpu")
@@ -38,7 +38,7 @@ def test_an_error_of_the_work_is_passed_on_as_it_is():
         raise ValueError("of an encoder")
 
     with pytest.raises(ValueError, match="^of an encoder$"):
-        on_every_device({"accelerator": "cpu"}, broken, again=unused)
+        launch({"accelerator": "cpu"}, broken, again=unused)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_options_that_cannot_be_are_explained(options, variables, message, monke
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=message):
-        on_every_device(options, unused, again=unused)
+        launch(options, unused, again=unused)
 
 
 def test_devices_that_differ_from_what_was_started_are_an_error(monkeypatch):
@@ -73,7 +73,7 @@ def test_devices_that_differ_from_what_was_started_are_an_error(monkeypatch):
     for name, value in started.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match="cannot work together.*does not match the world size"):
-        on_every_device({"accelerator": "cpu", "devices": 2}, unused, again=unused)
+        launch({"accelerator": "cpu", "devices": 2}, unused, again=unused)
 
 
 def in_processes(count, part):
@@ -131,7 +131,7 @@ def test_a_process_that_waits_learns_that_another_one_is_gone():
 def test_the_first_request_to_stop_is_heard_and_a_scheduler_cannot_disturb_the_end(asked):
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     finished = False
-    with pytest.raises(KeyboardInterrupt), stopping_in_order():
+    with pytest.raises(KeyboardInterrupt), graceful_stop():
         try:
             signal.raise_signal(asked)
         except KeyboardInterrupt:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from bindllm.cli.runs import claimed, open_run, run_folder
 from bindllm.errors import InputError
+from bindllm.training.run import lock_run, open_run, run_folder
 
 RECIPE = "model:\n  lr: 1\n  name: a\n"
 
@@ -29,16 +29,16 @@ def test_the_folder_is_named_after_the_output(tmp_path, monkeypatch):
 
 def test_a_run_does_not_replace_what_it_starts_from(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert run_folder("checkpoints/second", start_from="checkpoints/first") == Path("runs/second")
-    with pytest.raises(InputError, match=r"output checkpoints/first is model\.start_from too"):
-        run_folder("checkpoints/first", start_from=tmp_path / "checkpoints/first/")
+    assert run_folder("checkpoints/second", init_from="checkpoints/first") == Path("runs/second")
+    with pytest.raises(InputError, match=r"output checkpoints/first is model\.init_from too"):
+        run_folder("checkpoints/first", init_from=tmp_path / "checkpoints/first/")
 
 
 def test_the_same_recipe_goes_on_and_leftovers_of_a_kill_are_removed(tmp_path, capsys):
     folder = interrupted(tmp_path / "run")
     (folder / ".last.ckpt.0123.part").write_text("half")
     open_run(folder, RECIPE)
-    assert "going on" in capsys.readouterr().out
+    assert "resuming" in capsys.readouterr().out
     assert sorted(file.name for file in folder.iterdir()) == ["last.ckpt", "recipe.yaml"]
 
 
@@ -76,14 +76,14 @@ def test_a_state_without_its_recipe_is_set_aside(tmp_path):
 def test_a_second_run_is_kept_out_while_the_first_goes_on(tmp_path):
     folder = tmp_path / "runs" / "x"
     code = (
-        "import sys; from pathlib import Path; from bindllm.cli.runs import claimed\n"
-        f"with claimed(Path({str(folder)!r})): print('in')"
+        "import sys; from pathlib import Path; from bindllm.training.run import lock_run\n"
+        f"with lock_run(Path({str(folder)!r})): print('in')"
     )
 
     def second() -> subprocess.CompletedProcess:
         return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
-    with claimed(folder):
+    with lock_run(folder):
         assert "another run is using" in second().stderr
     assert second().stdout == "in\n"
 

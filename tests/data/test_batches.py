@@ -109,7 +109,7 @@ def test_batch_size_below_one_is_refused():
         LengthGroupedBatches(LENGTHS, batch_size=0)
 
 
-def test_loader_starts_where_it_is_told_at_the_first_batch():
+def test_loader_starts_at_the_position_known_at_the_first_batch():
     plan = LengthGroupedBatches(LENGTHS, batch_size=100)
     place = [(0, 0)]
     loader = ResumableLoader(plan, lambda rows: rows, position=lambda: place[0])

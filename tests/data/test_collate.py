@@ -24,11 +24,11 @@ def sample(ids, labels, index, pictures="", name="row") -> Sample:
 
 
 ROWS = [
-    # Two pictures: tokens 5 6 hear a, 7 8 hear b; 6 and 8 are learnt.
+    # Two images: tokens 5 6 hear a, 7 8 hear b; 6 and 8 are learned.
     sample([5, 6, 7, 8], [-100, 6, -100, 8], [0, 0, 1, 1], "ab"),
     # Text only.
     sample([5, 9], [-100, 9], [-1, -1]),
-    # One picture.
+    # One image.
     sample([4, 5, 6], [-100, -100, 6], [0, 0, 0], "c"),
 ]
 

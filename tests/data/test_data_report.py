@@ -48,7 +48,7 @@ def test_captions_are_counted_as_captions():
     assert report.counted == "1 audio media, 2 captions"
 
 
-def test_the_table_names_what_was_cut_and_left_out():
+def test_the_table_names_what_was_cut_and_skipped():
     talks, pictures = SourceReport("talks", format="llava"), SourceReport("pictures")
     talks.count([row([B, "?"])])
     pictures.count([row([A, "?"])])

@@ -29,11 +29,11 @@ def add_rows(folder, *rows: dict) -> None:
 
 @pytest.fixture
 def folder(tmp_path):
-    """16 pictures: 8 for training, 4 for validation, 4 for test."""
+    """16 images: 8 for training, 4 for validation, 4 for test."""
     return color_images(tmp_path, per_colour=4)
 
 
-def test_batches_hold_each_row_with_the_embedding_of_its_picture(folder):
+def test_batches_hold_each_row_with_the_embedding_of_its_image(folder):
     data = build(folder, batch_size=3)
     data.setup("fit")
     seen = []

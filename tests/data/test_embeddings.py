@@ -11,7 +11,7 @@ from tiny import ColorEncoder, color_images
 
 
 class WordEncoder(ColorEncoder):
-    """Serves text, in the same space as the pictures."""
+    """Serves text, in the same space as the images."""
 
     modalities = ("text",)
 
@@ -51,7 +51,7 @@ def test_lookup_gives_what_the_encoder_of_each_modality_gives(tmp_path, pictures
 def test_group_of_several_is_fused_by_weight(tmp_path, pictures):
     group = (pictures["red"], Media.image(pictures["blue"].source, weight=3.0))
     embeddings = MediaEmbeddings([ColorEncoder()], tmp_path / "store")
-    # The weight is no part of the content: both uses of the blue picture are one embedding.
+    # The weight is no part of the content: both uses of the blue image are one embedding.
     assert embeddings.precompute([*group, pictures["blue"]]).encoded == 2
     expected = fuse(embed(ColorEncoder(), *group), torch.tensor([1.0, 3.0]))
     torch.testing.assert_close(embeddings.lookup([group])[0], expected)
@@ -77,7 +77,7 @@ def test_media_that_cannot_be_read_are_named_with_the_reason(tmp_path, pictures)
     totals = MediaEmbeddings([ColorEncoder()], tmp_path / "store").precompute([*media, pictures["red"]])
     assert totals.encoded == 1
     assert set(totals.failed) == set(media)
-    assert "broken.png: not a picture" in totals.failed[media[0]]
+    assert "broken.png: not an image" in totals.failed[media[0]]
     assert "copy.png" in totals.failed[media[1]]
     assert "missing.png: cannot be opened" in totals.failed[media[2]]
 

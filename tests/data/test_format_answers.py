@@ -89,7 +89,7 @@ def test_a_record_of_captions_learns_the_first_and_refers_to_all(read):
     assert parsed.conversation.media_groups == ((Media.text("Ein Hund"),),)
 
 
-def test_pictures_of_minigpt4_are_found_by_their_number(read):
+def test_images_of_minigpt4_are_found_by_their_number(read):
     for number in (2, "2"):
         parsed = read("minigpt4", {"image_id": number, "caption": "A red\nrose."}, prompt="What?")
         assert (said(parsed), names(parsed)) == (["What?", "A red rose."], ["2.jpg"])
@@ -113,7 +113,7 @@ def test_bad_captions(read, format, record, reason):
         read(format, record)
 
 
-def test_the_most_frequent_answer_is_learnt_and_all_are_references(read):
+def test_the_most_frequent_answer_is_learned_and_all_are_references(read):
     answers = [{"answer": word, "answer_confidence": "yes"} for word in ("blue", "red", "blue", "red", "red")]
     parsed = read("vqa", {"image": "a.png", "question": "Which?", "answers": answers, "type": "colour"})
     assert said(parsed) == ["Which?", "red"]

@@ -1,4 +1,4 @@
-"""From rows of every format to samples: what is learnt, and which picture speaks to it."""
+"""From rows of every format to samples: what is learned, and which image speaks to it."""
 
 import json
 
@@ -63,7 +63,7 @@ def test_every_format_reaches_a_batch(data):
     assert read.report.skipped.total == 0
 
 
-def test_each_turn_is_learnt_with_its_own_picture(data):
+def test_each_turn_is_learned_with_its_own_image(data):
     turns = ["<image>\nOne?", "red", "Sure?", "yes", "<image>\nTwo?", "blue"]
     conversations = [{"from": ("human", "gpt")[n % 2], "value": words} for n, words in enumerate(turns)]
     read = data({"llava": {"image": ["a.png", "b.png"], "conversations": conversations}})

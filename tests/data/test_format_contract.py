@@ -40,7 +40,7 @@ JUNK = (
 
 @pytest.fixture
 def place(tmp_path):
-    """Gives the place of a source of a format, with the pictures a.png and image/7.jpg."""
+    """Gives the place of a source of a format, with the images a.png and image/7.jpg."""
     (tmp_path / "image").mkdir()
     for name in ("a.png", "image/7.jpg"):
         (tmp_path / name).touch()

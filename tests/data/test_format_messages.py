@@ -121,7 +121,7 @@ def test_columns_fill_parts_without_media_in_their_order(read, tmp_path):
     ]
 
 
-def test_media_of_columns_that_no_part_stands_for_go_ahead_of_the_first_question(read, tmp_path):
+def test_media_of_columns_that_no_part_stands_for_go_before_the_first_question(read, tmp_path):
     system, question, _ = read(
         {"role": "system", "content": "Be brief."},
         user(text("Which?")),
@@ -154,7 +154,7 @@ def test_turns_of_one_role_become_one_unless_both_hold_media(read, tmp_path):
     assert messages[0].content == (picture, "One.")
 
 
-def test_turns_after_the_last_answer_are_left_out_with_their_media(read):
+def test_turns_after_the_last_answer_are_skipped_with_their_media(read):
     messages = read(user(text("Which?")), ANSWER, user(text("And?"), image("a.png")))
     assert [(m.role, m.media) for m in messages] == [("user", ()), ("assistant", ())]
 

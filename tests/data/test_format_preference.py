@@ -12,7 +12,7 @@ RED, BLUE = ({"role": "assistant", "content": word} for word in ("red", "blue"))
 
 @pytest.fixture
 def read(tmp_path):
-    """Reads a record in a folder with the picture a.png."""
+    """Reads a record in a folder with the image a.png."""
     (tmp_path / "a.png").touch()
     config = SourceConfig(str(tmp_path / "pairs.jsonl"), "preference")
     return lambda record: read_row(record, config, FolderResolver.of(config))
@@ -66,7 +66,7 @@ def test_a_pair_about_a_later_turn(read):
         {"question": [{"role": "user", "content": [{"type": "image", "image": "a.png"}, "Which?"]}]},
     ],
 )
-def test_pairs_about_a_picture(read, tmp_path, prompt):
+def test_pairs_about_an_image(read, tmp_path, prompt):
     parsed = read({**prompt, "chosen": "red", "rejected": "blue"})
     for conversation in (parsed.conversation, parsed.rejected):
         ((media,),) = conversation.media_groups

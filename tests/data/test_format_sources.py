@@ -14,7 +14,7 @@ from bindllm.errors import InputError
 
 @pytest.fixture
 def folder(tmp_path):
-    """Sixty pictures, 0.png to 59.png."""
+    """Sixty images, 0.png to 59.png."""
     for number in range(60):
         (tmp_path / f"{number}.png").write_bytes(b"picture %d" % number)
     return tmp_path
@@ -52,7 +52,7 @@ def test_rows_carry_what_the_format_found(folder):
     assert rows["train"][0].desirable is False
 
 
-def test_a_picture_is_in_the_same_split_whatever_the_format(folder):
+def test_an_image_is_in_the_same_split_whatever_the_format(folder):
     numbers = range(60)
     path = write(
         folder / "x.jsonl", [asked(number) for number in numbers] + [asked(number) for number in numbers]
@@ -103,7 +103,7 @@ def test_media_inside_a_table_go_by_their_content(folder):
         b"one",
         b"two",
     }
-    # Captions of such a table are joined by their picture as well.
+    # Captions of such a table are joined by their image as well.
     rows, report = read_source(SourceConfig(str(folder / "x.parquet")))
     assert (report.num_media, report.num_rows) == (2, 20)
 
@@ -230,7 +230,7 @@ LLAVA = {
 
 
 @pytest.mark.parametrize("name", ["x.json", "x.jsonl", "captions.jsonl", "x.csv"])
-def test_a_source_left_at_the_format_caption_is_told_what_it_looks_like(folder, name):
+def test_a_source_left_at_the_format_caption_names_what_it_looks_like(folder, name):
     if name == "x.csv":
         (folder / name).write_text("image,conversations\n0.png,[]\n")
     else:
@@ -240,14 +240,14 @@ def test_a_source_left_at_the_format_caption_is_told_what_it_looks_like(folder, 
         read_source(SourceConfig(str(path)))
 
 
-def test_a_folder_of_tables_left_at_the_format_caption_is_told_so_too(folder):
+def test_a_folder_of_tables_left_at_the_format_caption_names_it_too(folder):
     (folder / "qa").mkdir()
     write(folder / "qa/train.jsonl", [asked(0)])
     with pytest.raises(InputError, match=r"no table captions\.\*.*looks like vqa; set format: vqa"):
         read_source(SourceConfig(str(folder / "qa")))
 
 
-def test_captions_that_cannot_be_used_are_told_nothing_of_formats(folder):
+def test_captions_that_cannot_be_used_get_no_hint_of_formats(folder):
     path = write(folder / "x.jsonl", [{"image": "gone.png", "caption": "red"}])
     with pytest.raises(InputError, match=r"1 x no such image file \(x.jsonl line 1: gone.png\)$"):
         read_source(SourceConfig(path))

@@ -38,7 +38,7 @@ def test_all_rows_come_whatever_the_chunks_cut(read, monkeypatch, chunk, indent,
 
 
 @pytest.mark.parametrize("chunk", [1, 1 << 20])
-def test_an_object_may_hold_one_list_of_rows_beside_other_things(read, monkeypatch, chunk):
+def test_an_object_may_hold_one_list_of_rows_next_to_other_things(read, monkeypatch, chunk):
     monkeypatch.setattr(json_lists, "_CHUNK", chunk)
     whole = {
         "info": {"rows": [{"no": "row"}]},

@@ -58,7 +58,7 @@ def test_the_column_is_called_like_the_modality(tmp_path):
     assert list(report.skipped.lines()) == ["1 x no such radar file (captions.jsonl line 6: 5.npy)"]
 
 
-def test_a_folder_of_files_with_texts_beside_them(tmp_path):
+def test_a_folder_of_files_with_texts_next_to_them(tmp_path):
     for name, text in {"a.npy": "something near", "b.bin": "something far"}.items():
         (tmp_path / name).write_bytes(b"x")
         (tmp_path / name).with_suffix(".txt").write_text(text)

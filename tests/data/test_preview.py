@@ -1,4 +1,4 @@
-"""What `bindllm check` shows of a row: the words alone tell all, and the colours tell the same."""
+"""What `bindllm check` shows of a row: the words and the colors give the same information."""
 
 from dataclasses import replace
 from io import StringIO
@@ -75,7 +75,7 @@ def test_a_judged_answer_says_how(tokenizer, desirable, word, style):
     assert word in [line.plain[span.start : span.end].strip() for span in line.spans if span.style == style]
 
 
-def test_colours_tell_what_the_words_do(tokenizer):
+def test_colors_and_words_agree(tokenizer):
     lines = preview_lines(tokenize(TWO, tokenizer, WHOLE), tokenizer)
     told = [(line.plain[span.start : span.end].strip(), span.style) for line in lines for span in line.spans]
     assert ("learned", GOOD) in told

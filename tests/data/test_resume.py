@@ -52,7 +52,7 @@ def folder(tmp_path_factory):
 
 
 def run(folder, out, *, callbacks=(), stop_after=None, resume=None, seed=0, weight=1.0, **options):
-    """Train 3 epochs of 4 batches: 12 training pictures in batches of 3."""
+    """Train 3 epochs of 4 batches: 12 training images in batches of 3."""
     data = BindData(
         [SourceConfig(str(folder), weight=weight)],
         store=str(folder / "store"),
@@ -97,7 +97,7 @@ def test_each_epoch_has_every_row_in_another_order(whole):
 
 @pytest.mark.parametrize("validations", [{"val_check_interval": 2}, {"limit_val_batches": 0}])
 @pytest.mark.parametrize("step", [1, 4, 6, 11])
-def test_resume_after_any_step_goes_on_with_the_next_batch(folder, whole, tmp_path, step, validations):
+def test_resume_after_any_step_continues_with_the_next_batch(folder, whole, tmp_path, step, validations):
     keep = ModelCheckpoint(
         tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1, save_on_train_epoch_end=False
     )
@@ -107,7 +107,7 @@ def test_resume_after_any_step_goes_on_with_the_next_batch(folder, whole, tmp_pa
 
 
 def test_resume_from_a_state_that_was_saved_inside_a_step(folder, whole, tmp_path):
-    # The batch was fetched but not learnt: it comes again.
+    # The batch was fetched but not learned: it comes again.
     keep = OnExceptionCheckpoint(tmp_path, filename="state")
     first = run(folder, tmp_path, callbacks=[keep], stop_after=6)
     rest = run(folder, tmp_path, resume=tmp_path / "state.ckpt")

@@ -19,7 +19,7 @@ from tiny import color_images
 
 @pytest.fixture
 def folder(tmp_path):
-    """Pictures a.png to f.png, without captions."""
+    """Images a.png to f.png, without captions."""
     for letter in "abcdef":
         Image.new("RGB", (2, 2)).save(tmp_path / f"{letter}.png")
     return tmp_path
@@ -51,7 +51,7 @@ def test_rows_become_conversations_with_prompt_answer_and_references(folder):
     assert (report.num_media, report.num_rows, report.skipped.total) == (1, 2, 0)
 
 
-def test_repeated_rows_of_a_picture_are_joined(folder):
+def test_repeated_rows_of_an_image_are_joined(folder):
     write_rows(
         folder,
         {"image": "a.png", "caption": "one"},
@@ -70,7 +70,7 @@ def test_other_tables(folder, name):
     assert captions_of(path) == {"a.png": ["red"], "b.png": ["blue"]}
 
 
-def test_folder_of_pictures_with_text_files(folder):
+def test_folder_of_images_with_text_files(folder):
     (folder / "a.txt").write_text("a cat\n\n one  cat \n", encoding="utf-8-sig")
     (folder / "deep").mkdir()
     Image.new("RGB", (2, 2)).save(folder / "deep" / "x.JPG")
@@ -192,7 +192,7 @@ def test_hashed_split_is_stable_and_has_the_right_shares():
     splits = [hashed_split(key, 0.16) for key in keys]
     assert abs(splits.count("test") / 4000 - 0.08) < 0.015
     assert abs(splits.count("validation") / 4000 - 0.08) < 0.015
-    # Written down once: a picture must never change sides between versions.
+    # Written down once: an image must never change sides between versions.
     assert [hashed_split(key, 0.5) for key in keys[:6]] == [
         "train",
         "train",
@@ -206,7 +206,7 @@ def test_hashed_split_is_stable_and_has_the_right_shares():
     assert all(hashed_split(key, 0.3) != "train" for key in keys if hashed_split(key, 0.1) != "train")
 
 
-def test_captions_of_one_picture_never_straddle_the_split(folder):
+def test_captions_of_one_image_never_straddle_the_split(folder):
     write_rows(folder, *({"image": f"{x}.png", "caption": f"{x}{n}"} for n in range(5) for x in "abcdef"))
     rows, _ = read_source(SourceConfig(str(folder), held_out=0.5))
     where = {row.media[0].source: split for split, found in rows.items() for row in found}
@@ -222,7 +222,7 @@ def test_whole_source_into_one_split(folder):
     assert len(rows["validation"]) == 2
 
 
-def test_limit_takes_pictures_with_all_their_captions_from_everywhere(tmp_path):
+def test_limit_takes_images_with_all_their_captions_from_everywhere(tmp_path):
     color_images(tmp_path, per_colour=10)
     rows, report = read_source(SourceConfig(str(tmp_path), limit=12))
     again, _ = read_source(SourceConfig(str(tmp_path), limit=12))

@@ -1,4 +1,4 @@
-"""Streamed batches: what is in them, where they go on, what is left out, and how the thread behind them ends."""
+"""Streamed batches: what is in them, where they continue, what is skipped, and how their thread ends."""
 
 import json
 import os
@@ -71,7 +71,7 @@ def whole(shards):
     return take(build(shards), 30)
 
 
-def test_each_pass_has_every_row_once_with_the_embedding_of_its_picture(whole):
+def test_each_pass_has_every_row_once_with_the_embedding_of_its_image(whole):
     encoder, seen = ColorEncoder(), []
     for batch in whole[:10]:
         for text, embedding in zip(texts(batch), batch["embeddings"], strict=True):
@@ -93,7 +93,7 @@ def test_rows_of_a_batch_have_like_lengths(whole):
 
 
 @pytest.mark.parametrize("done", [1, 3, 4, 9, 10, 11, 17])
-def test_a_loader_goes_on_after_any_batch(shards, whole, done):
+def test_a_loader_continues_after_any_batch(shards, whole, done):
     first = build(shards)
     assert equal(take(first, done), whole[:done])
     rest = build(shards)
@@ -159,7 +159,7 @@ def test_a_shard_that_grew_is_another_shard(tmp_path):
         build(shards).load_state_dict(loader.state_dict())
 
 
-def test_two_processes_read_disjoint_samples_and_go_on_from_one_state(shards):
+def test_two_processes_read_disjoint_samples_and_continue_from_one_state(shards):
     states, found = [{}, {}], []
     loaders = [
         build(shards, context=RunContext(Processes(rank, 2, gather=lambda _: states))) for rank in (0, 1)

@@ -1,4 +1,4 @@
-"""The order of streamed samples, and how it is taken up again anywhere."""
+"""The order of streamed samples, and resuming it at any position."""
 
 import tarfile
 from collections import Counter
@@ -42,7 +42,7 @@ def test_processes_have_disjoint_shares_that_cover_each_pass(shards):
     assert streams[0].shard_order(0) != streams[0].shard_order(1)
 
 
-def test_reading_goes_on_from_any_place(shards):
+def test_reading_continues_from_any_place(shards):
     stream = ShardStream("s", shards, seed=1)
     read = list(islice(stream.read(Position(), []), 50))
     for done in (1, 3, 4, 20, 21, 22, 45):
@@ -53,7 +53,7 @@ def test_reading_goes_on_from_any_place(shards):
         ]
 
 
-def test_bad_shards_are_told_and_passed_over(shards, tmp_path, caplog):
+def test_bad_shards_are_reported_and_skipped(shards, tmp_path, caplog):
     cut = tmp_path / "cut.tar"
     write_shard(cut, [member for n in range(100, 103) for member in captioned(n)])
     with tarfile.open(cut) as tar:

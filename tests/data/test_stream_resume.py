@@ -44,7 +44,7 @@ def recipe(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _unmeasured(monkeypatch):
     """What follows the trained folder is not what these tests are about."""
-    monkeypatch.setattr("bindllm.cli.fit._measure", lambda *_: 0)
+    monkeypatch.setattr("bindllm.training.run.Run._measure", lambda *_: 0)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def uninterrupted(recipe, tmp_path_factory):
     told = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(told):
         patch.chdir(folder)
-        patch.setattr("bindllm.cli.fit._measure", lambda *_: 0)
+        patch.setattr("bindllm.training.run.Run._measure", lambda *_: 0)
         assert run("fit", recipe) == 0
     (folder / "told.txt").write_text(" ".join(told.getvalue().split()))
     return folder
@@ -64,7 +64,7 @@ def ending(folder: Path) -> dict[str, bytes]:
 
 
 def die_at(monkeypatch, step: int, how) -> list[int]:
-    """Count the training steps, and act ahead of one of them."""
+    """Count the training steps, and act before one of them."""
     original, steps = BindModule.training_step, []
 
     def counting(module, batch, batch_idx):
@@ -177,8 +177,8 @@ def test_preview_shows_streamed_rows(recipe):
 
 
 @pytest.mark.slow
-def test_two_processes_go_on_after_kill_9_to_the_same_end(recipe, tmp_path):
-    """Both processes of a run die; the same command goes on in two."""
+def test_two_processes_continue_after_kill_9_to_the_same_end(recipe, tmp_path):
+    """Both processes of a run die; the same command continues in two."""
 
     def start(folder: Path, *, dying: bool) -> int:
         folder.mkdir(exist_ok=True)

@@ -22,7 +22,7 @@ def row(one, **config):
     return read_row(one, SourceConfig("0.tar", **config), 2)
 
 
-def test_picture_and_text_are_a_captioned_row():
+def test_image_and_text_are_a_captioned_row():
     found = row(sample(jpg=b"J", txt="\ufeffA cat. \n".encode()))
     question, answer = found.conversation.messages
     assert question.content == (Media.image(b"J"), "Describe this image.")
@@ -56,7 +56,7 @@ def test_other_formats_take_media_from_the_members():
     assert text.media == ()
 
 
-def test_a_split_that_a_sample_names_is_told():
+def test_a_split_that_a_sample_names_is_reported():
     config = SourceConfig("0.tar")
     assert read_row(sample(jpg=b"J", json=b'{"caption": "x", "split": "test"}'), config, 0).split == "test"
     assert read_row(sample(jpg=b"J", txt=b"x"), config, 0).split is None
@@ -71,7 +71,7 @@ def test_members_are_named_by_their_name_or_end(value):
     assert resolver(left_jpg=b"L", right_jpg=b"R", json=b"{}")("image", value) == Media.image(b"L")
 
 
-def test_a_name_from_before_the_packing_means_the_only_picture():
+def test_a_name_from_before_the_packing_means_the_only_image():
     assert resolver(jpg=b"J", wav=b"W")("image", "images/000123.jpg") == Media.image(b"J")
     assert resolver(jpg=b"J", wav=b"W")("audio", None) == Media.audio(b"W")
     assert resolver(depth_png=b"D", png=b"P", npy=b"N")("depth", None) == Media.depth(b"D")
@@ -79,11 +79,11 @@ def test_a_name_from_before_the_packing_means_the_only_picture():
     assert resolver(jpg=b"J")("image", b"inside") == Media.image(b"inside")
 
 
-def test_two_names_from_before_the_packing_do_not_mean_the_same_picture():
+def test_two_names_from_before_the_packing_do_not_mean_the_same_image():
     one = resolver(jpg=b"J", mp3=b"M")
     assert one("image", "first.jpg") == one("image", "first.jpg") == Media.image(b"J")
     assert one("audio", "second.mp3") == Media.audio(b"M")
-    with pytest.raises(RowError, match="several names of a image file that are not members: second.jpg"):
+    with pytest.raises(RowError, match="several image names that are not members: second.jpg"):
         one("image", "second.jpg")
 
 
@@ -96,7 +96,7 @@ def test_two_names_from_before_the_packing_do_not_mean_the_same_picture():
         ({"jpg": b"J"}, "image", "https://x.org/1.jpg", "download it first"),
     ],
 )
-def test_media_that_cannot_be_told(members, modality, value, message):
+def test_media_that_cannot_be_resolved(members, modality, value, message):
     with pytest.raises(RowError, match=message):
         resolver(**members)(modality, value)
 

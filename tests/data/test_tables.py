@@ -23,7 +23,7 @@ def write(tmp_path):
     return write
 
 
-def test_jsonl_reports_each_bad_line_and_goes_on(write):
+def test_jsonl_reports_each_bad_line_and_continues(write):
     path = write(
         "t.jsonl",
         b'\xef\xbb\xbf{"image": "a", "caption": "\xc3\xa9"}\n'  # byte order mark, é
@@ -61,7 +61,7 @@ def test_csv_with_quotes_newlines_and_bad_rows(write):
     assert counts == {"not 2 fields as in the header": 2, "not UTF-8 text": 1}
 
 
-def test_csv_holds_a_picture_as_text(write):
+def test_csv_holds_an_image_as_text(write):
     picture = b"data:image/png;base64," + b"x" * 200_000
     rows, counts = read(write("t.csv", b'image,caption\n"' + picture + b'",y\n'))
     assert rows == [("t.csv line 2", [picture.decode(), "y"])]

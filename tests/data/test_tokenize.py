@@ -27,7 +27,7 @@ def learnt(sample, tokenizer) -> str:
 def test_labels_are_the_supervised_ids_and_the_sample_ends_with_them(tokenizer):
     sample = tokenize(ONE, tokenizer, 100)
     rendered = render(ONE, tokenizer)
-    # The newline after the end token teaches nothing and is left out.
+    # The newline after the end token teaches nothing and is skipped.
     assert sample.input_ids.tolist() == rendered.input_ids[:-1]
     assert sample.labels.tolist() == [IGNORE] * PROMPT + rendered.input_ids[PROMPT:-1]
     assert sample.media_index.tolist() == [0] * FIRST_ANSWER
@@ -64,7 +64,7 @@ def test_prompt_that_leaves_no_room_is_refused(tokenizer, max_length):
         (WHOLE, WHOLE, "yoyo<|im_end|>xyz<|im_end|>"),
         (WHOLE - 1, WHOLE - 1, "yoyo<|im_end|>xy<|im_end|>"),
         (SECOND_PROMPT + 2, SECOND_PROMPT + 2, "yoyo<|im_end|>x<|im_end|>"),
-        # Not even the start of the second answer fits: its whole turn is left out.
+        # Not even the start of the second answer fits: its whole turn is skipped.
         (SECOND_PROMPT + 1, FIRST_ANSWER, "yoyo<|im_end|>"),
         (FIRST_ANSWER + 3, FIRST_ANSWER, "yoyo<|im_end|>"),
     ],
@@ -76,7 +76,7 @@ def test_truncation_of_two_turns(tokenizer, max_length, length, answers):
     assert sample.truncated == (max_length < WHOLE)
 
 
-def test_turns_that_are_left_out_take_their_pictures_along(tokenizer):
+def test_turns_that_are_skipped_take_their_images_along(tokenizer):
     assert tokenize(TWO, tokenizer, WHOLE).media == ((A,), (B,))
     assert tokenize(TWO, tokenizer, FIRST_ANSWER).media == ((A,),)
 

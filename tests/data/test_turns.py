@@ -1,4 +1,4 @@
-"""Conversations of several turns under the templates of several families: which tokens are learnt, to the letter."""
+"""Conversations of several turns under the templates of several families: which tokens are learned, to the letter."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from bindllm.conversation import Conversation, Message
 from bindllm.data.rows import IGNORE, Row, make_sample, tokenize
 from bindllm.errors import InputError
 from bindllm.media import Media
-from bindllm.model.templates import apply_template
+from bindllm.model.decoder import apply_template
 from tiny import tiny_tokenizer
 
 # A default system text where the conversation brings none, as SmolLM2 does.
@@ -15,7 +15,7 @@ SMOLLM2 = (
     "{% endif %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# Only the last answer has a thought, an empty one, ahead of it, as in Qwen3.
+# Only the last answer has a thought, an empty one, before it, as in Qwen3.
 QWEN3 = (
     "{% set at = namespace(last=-1) %}{% for m in messages %}{% if m['role'] == 'user' %}"
     "{% set at.last = loop.index0 %}{% endif %}{% endfor %}{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
@@ -40,7 +40,7 @@ TALK = Conversation(
     )
 )
 
-# In brackets what is learnt.
+# In brackets what is learned.
 EXPECTED = {
     "smollm2": (
         "<|im_start|>system\nKind<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n[Yo.<|im_end|>]\n"
@@ -86,7 +86,7 @@ def tokenizer():
 
 
 def marked(sample, tokenizer) -> str:
-    """Text of a sample with brackets around what is learnt."""
+    """Text of a sample with brackets around what is learned."""
     text, learning = "", False
     for token, label in zip(sample.input_ids.tolist(), sample.labels.tolist(), strict=True):
         assert label in (IGNORE, token)
@@ -98,7 +98,7 @@ def marked(sample, tokenizer) -> str:
 
 
 @pytest.mark.parametrize("family", EXPECTED)
-def test_every_answer_and_its_end_token_are_learnt_and_nothing_else(family):
+def test_every_answer_and_its_end_token_are_learned_and_nothing_else(family):
     tokenizer = tokenizer_like(family)
     sample = tokenize(TALK, tokenizer, 1000)
     assert marked(sample, tokenizer) == EXPECTED[family]
@@ -128,7 +128,7 @@ def test_every_length_keeps_whole_turns_or_a_cut_answer_with_its_end(family):
         tokenize(TALK, tokenizer, shortest - 1)
 
 
-def test_pictures_of_later_turns_speak_from_their_turn_on():
+def test_images_of_later_turns_speak_from_their_turn_on():
     pictures = Media.image("a.png"), Media.image("b.png")
     messages = list(TALK.messages)
     messages[0] = Message("user", [pictures[0], "Hi"])
@@ -169,7 +169,7 @@ def test_a_sample_carries_what_the_row_says(tokenizer):
     assert (sample.rejected, sample.desirable, sample.number, sample.num_answers) == (None, None, -1, 3)
 
 
-def test_a_row_of_a_preference_is_learnt_from_its_last_answer_alone(tokenizer):
+def test_a_row_of_a_preference_is_learned_from_its_last_answer_alone(tokenizer):
     pair = make_sample(row(rejected=other("Go")), tokenizer, 1000)
     assert marked(pair, tokenizer).count("[") == 1
     assert marked(pair, tokenizer).endswith("assistant\n[So long<|im_end|>]")
@@ -199,7 +199,7 @@ def test_an_answer_that_does_not_fit_at_all_is_none_to_prefer(tokenizer):
     assert not make_sample(row(rejected=other("Go away")), tokenizer, length + 8).truncated
 
 
-def test_where_the_last_turn_is_left_out_its_references_are_too(tokenizer):
+def test_where_the_last_turn_is_skipped_its_references_are_too(tokenizer):
     whole = tokenize(TALK, tokenizer, 1000)
     cut = make_sample(row(), tokenizer, len(whole.input_ids) - 3)
     assert (cut.num_answers, cut.task, cut.references) == (3, "answer", ("So long", "Farewell"))
@@ -215,6 +215,6 @@ def test_empty_answers_are_refused(tokenizer, answer):
         make_sample(row(conversation=other(answer, "x")), tokenizer, 1000)
     with pytest.raises(InputError, match="an answer is empty"):
         make_sample(row(rejected=other(answer)), tokenizer, 1000)
-    # What is not learnt may be empty.
+    # What is not learned may be empty.
     given = other(answer, "x")
     assert make_sample(row(conversation=given, rejected=other(answer, "y")), tokenizer, 1000).num_answers == 1

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import bindllm.media.arrays as arrays_module
-from bindllm.errors import MediaError
+from bindllm.errors import MediaError, reading
 from bindllm.media.arrays import NPY, read_array, read_rows
 
 
@@ -21,11 +21,13 @@ def npy(header: str, body: bytes = b"", version: bytes = b"\1\0") -> bytes:
 
 
 def read(data: bytes) -> np.ndarray:
-    return read_array(io.BytesIO(data), name="a.npy", keys=("points",))
+    with reading("a.npy"):
+        return read_array(io.BytesIO(data), keys=("points",))
 
 
 def rows(text: bytes, columns: int) -> np.ndarray:
-    return np.concatenate(list(read_rows(io.BytesIO(text), name="a.csv", first=1, columns=columns)))
+    with reading("a.csv"):
+        return np.concatenate(list(read_rows(io.BytesIO(text), first=1, columns=columns)))
 
 
 def test_arrays_come_back_as_they_were_saved():
@@ -90,7 +92,7 @@ def test_archives_without_an_array():
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
         archive.writestr("mimetype", "application/zip")
-    with pytest.raises(MediaError, match="mimetype is no NPY file"):
+    with pytest.raises(MediaError, match="mimetype is not an NPY file"):
         read(stream.getvalue())
     with pytest.raises(MediaError, match="damaged or encrypted NPZ"):
         read(stream.getvalue()[:60])

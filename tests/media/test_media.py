@@ -45,7 +45,7 @@ def test_names_are_short():
     assert Media.image("a/cat.png").name == "a/cat.png"
     assert Media.image(b"x" * 1000).name == "<1000 bytes>"
     assert Media.image(np.zeros((4, 6, 3), np.uint8)).name == "<array [4, 6, 3] uint8>"
-    assert Media.image(Image.new("L", (4, 6))).name == "<picture 4x6 L>"
+    assert Media.image(Image.new("L", (4, 6))).name == "<image 4x6 L>"
     assert len(Media.text("word " * 50).name) == 42
     assert repr(Media.image(b"x" * 1000, weight=0.5)) == "Media.image('<1000 bytes>', weight=0.5)"
 
@@ -61,7 +61,7 @@ def test_hash_is_of_modality_and_content(tmp_path):
     assert Media.text("content").content_hash() != expected
 
 
-def test_hash_of_arrays_and_pictures():
+def test_hash_of_arrays_and_images():
     zeros = np.zeros((4, 6), np.uint8)
     hashes = [
         Media.image(source).content_hash()

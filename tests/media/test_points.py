@@ -10,6 +10,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import trimesh
+from plyfile import PlyData, PlyElement
 
 import bindllm.media.points as points_module
 from bindllm.errors import MediaError, MissingExtraError
@@ -85,6 +86,37 @@ def test_ply_properties_in_any_order_with_others_between():
     np.testing.assert_array_equal(open_points(data), [[1, 2, 3], [4, 5, 6]])
 
 
+@pytest.mark.parametrize("text", [False, True])
+@pytest.mark.parametrize("place", ["before", "after"])
+@pytest.mark.parametrize("with_list", [False, True])
+def test_ply_elements_next_to_the_vertices(text, place, with_list):
+    """Scanners write cameras before and edges after the vertices; in ASCII their lines have other columns."""
+    vertex = PlyElement.describe(np.rec.fromarrays(CORNERS.T, names="x,y,z"), "vertex")
+    entry = ([1, 2, 3],) if with_list else (7,)
+    kind = [("a", object)] if with_list else [("a", "u1")]
+    other = PlyElement.describe(
+        np.array([entry, entry], kind), "edge", val_types={"a": "i4"} if with_list else {}
+    )
+    stream = io.BytesIO()
+    PlyData([other, vertex] if place == "before" else [vertex, other], text=text).write(stream)
+    np.testing.assert_array_equal(open_points(stream.getvalue()), CORNERS)
+
+
+@pytest.mark.parametrize("kind", ["ascii", "binary_little_endian"])
+@pytest.mark.parametrize(
+    "properties", ["float x\nfloat y\nfloat z", "list uchar int a\nfloat x\nfloat y\nfloat z"]
+)
+def test_a_huge_count_in_a_ply_header_allocates_nothing(kind, properties):
+    data = ply(b"\0" * 20 if kind != "ascii" else b"1 2 3\n", 10**14, properties, kind)
+    tracemalloc.start()
+    try:
+        with pytest.raises(MediaError, match="truncated PLY file: 1 of|100,000,000,000,000 records"):
+            open_points(data)
+        assert tracemalloc.get_traced_memory()[1] < 20e6
+    finally:
+        tracemalloc.stop()
+
+
 def test_npy_and_npz(tmp_path):
     np.save(tmp_path / "a.npy", CORNERS)
     np.save(tmp_path / "f.npy", np.asfortranarray(CORNERS))
@@ -109,11 +141,11 @@ def test_coincident_points_stay():
     np.testing.assert_array_equal(open_points(np.ones((5, 3))), np.ones((5, 3)))
 
 
-def test_points_that_are_not_finite_are_counted_and_left_out(caplog, tmp_path):
+def test_points_that_are_not_finite_are_counted_and_skipped(caplog, tmp_path):
     path = tmp_path / "scan.xyz"
     path.write_text("0 0 0\nnan 1 2\n1 inf 3\n1e300 0 0\n4 5 6\n")
     np.testing.assert_array_equal(open_points(path), [[0, 0, 0], [4, 5, 6]])
-    assert f"{path}: 3 of 5 points are NaN or infinite, and were left out" in caplog.text
+    assert f"{path}: 3 of 5 points are NaN or infinite, and were skipped" in caplog.text
     with pytest.raises(MediaError, match="all 2 points are NaN"):
         open_points(np.full((2, 3), np.nan))
 
@@ -262,7 +294,7 @@ def test_without_trimesh_the_error_names_the_extra(monkeypatch):
     np.testing.assert_array_equal(open_points(b"1 2 3\n"), [[1, 2, 3]])
 
 
-# --- files that are no clouds ---
+# --- files that are not clouds ---
 
 
 @pytest.mark.parametrize(
@@ -280,8 +312,10 @@ def test_without_trimesh_the_error_names_the_extra(monkeypatch):
         (ply(b"1 2 3\n", 5), "truncated PLY file: 1 of 5 vertices"),
         (ply(b"\0" * 20, 5, kind="binary_little_endian"), "truncated PLY file: 1 of 5 vertices"),
         (ply(b"1 2\n", 1, "float x\nfloat y"), "without vertices that have x, y and z"),
-        (ply(b"", 1, "list uchar int a\nfloat x\nfloat y\nfloat z"), "lists in"),
-        (b"ply\nformat ascii 2\nelement vertex many\n", "damaged PLY header .line 3: 'element vertex many'"),
+        (ply(b"", 1, "list uchar int a\nfloat x\nfloat y\nfloat z"), "damaged or truncated PLY file"),
+        (ply(b"", 1).replace(b"vertex 1", b"vertex many"), "damaged PLY header .a count of b'many'"),
+        (ply(b"", 1).replace(b"end_header", b"nothing"), "damaged PLY header .no end_header"),
+        (ply(b"", 1).replace(b"float x", b"quaternion x"), "damaged PLY header"),
         (ply(b"", 0), "no points in it"),
         (b"OFF\n", "damaged OFF file"),
         (b"glTF\2\0\0\0", "damaged GLB file"),
@@ -317,7 +351,7 @@ def test_the_ending_decides_where_the_content_does_not(tmp_path):
         (np.array([[None, 1, 2]]), "an array of object"),
     ],
 )
-def test_arrays_that_are_no_clouds(array, reason):
+def test_arrays_that_are_not_clouds(array, reason):
     with pytest.raises(MediaError, match=reason):
         open_points(array)
 

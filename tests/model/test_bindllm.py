@@ -279,7 +279,7 @@ def test_nothing_to_encode_and_odd_prompts_are_refused(model):
         model.generate(3)
     with pytest.raises(InputError, match="no beams"):
         list(model.stream("What?", num_beams=2))
-    with pytest.raises(InputError, match="no Message"):
+    with pytest.raises(InputError, match="not a Message"):
         Conversation("hello")
     huge = Media.image(picture("red").source, weight=1e308)
     assert torch.isfinite(model.encode([[huge, huge]])).all()

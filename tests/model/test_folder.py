@@ -206,7 +206,7 @@ def test_what_is_no_import_path_is_refused(path):
 
 def test_a_misspelt_class_gets_the_closest_one_and_a_forbidden_one_the_option():
     with pytest.raises(CheckpointError, match="Did you mean 'ColorEncoder'"):
-        build_object({"class_path": "tiny.ColorEncoder"}, allow=["tiny.ColorEncoder"])
+        build_object({"class_path": "tiny.ColorEncodr"}, allow=["tiny.ColorEncodr"])
     with pytest.raises(CheckpointError, match=r"--allow tiny\.ColorEncoder on the command line"):
         build_object({"class_path": "tiny.ColorEncoder"})
 

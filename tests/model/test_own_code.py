@@ -16,7 +16,6 @@ from bindllm.cli import main
 from bindllm.encoders import HuggingFace
 from bindllm.encoders.hub import load_model, load_processor
 from bindllm.errors import BindLLMError
-from bindllm.model.activations import TrainingStep
 from bindllm.model.decoder import (
     DecoderConfig,
     fingerprint_decoder,
@@ -25,9 +24,9 @@ from bindllm.model.decoder import (
     read_config,
     without_weights,
 )
-from bindllm.model.memory import ModelPlan, estimate_memory
+from bindllm.training.memory import RunPlan
 from cache_parts import save_tiny_model
-from tiny import save_tiny_decoder
+from tiny import ColorEncoder, save_tiny_decoder
 from tiny_run import run, tiny_parts, tiny_recipe
 
 SAYS = "names Python code of the folder, and bindllm never runs code of a folder"
@@ -67,7 +66,7 @@ def load_all(folder: Path):
     yield lambda: read_config(folder)
     yield lambda: without_weights(folder)
     yield lambda: load_decoder(config, device="cpu")
-    yield lambda: estimate_memory(ModelPlan(config, 16), TrainingStep(rows=1, tokens=8, supervised=8))
+    yield lambda: RunPlan(config, [ColorEncoder()], rows=1, tokens=8, supervised=8).estimate
 
 
 def test_a_type_that_transformers_does_not_know_is_refused(decoder):

@@ -11,8 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from bindllm import Conversation, Media, Message
 from bindllm.conversation import render
 from bindllm.errors import DecoderError, InputError
-from bindllm.model.decoder import DecoderConfig, load_tokenizer
-from bindllm.model.templates import INPUT_HEADER, apply_template
+from bindllm.model.decoder import INPUT_HEADER, DecoderConfig, apply_template, load_tokenizer
 from tiny import save_tiny_decoder, tiny_tokenizer
 
 SHA256 = {

@@ -50,7 +50,7 @@ CASES = {
     "strong": {"beta": 0.5, "clip": 0.02},
     "without reference": {"beta": 0.0, "group_size": 2},
     "cool": {"temperature": 0.7},
-    "Dr. GRPO": {"normalise_std": False, "normalise_length": False},
+    "Dr. GRPO": {"normalize_std": False, "normalize_length": False},
 }
 
 
@@ -68,7 +68,7 @@ def test_the_whole_loss_is_the_formula_answer_by_answer(case, decoder):
     old = [alone(model, rollout, r, temperature) for r in range(3 * size)]
     first, _ = objective.learn(model, rollout)
     move(model, seed=2)
-    loss, figures = objective.learn(model, rollout)
+    loss, metrics = objective.learn(model, rollout)
 
     labels = rollout.batch["labels"]
     texts = [TOKENIZER.decode(row[row != -100], skip_special_tokens=True).strip() for row in labels]
@@ -80,7 +80,7 @@ def test_the_whole_loss_is_the_formula_answer_by_answer(case, decoder):
     for r in range(3 * size):
         group = earned[r // size * size :][:size]
         advantage = earned[r] - group.mean()
-        if options.get("normalise_std", True):
+        if options.get("normalize_std", True):
             advantage = advantage / group.std() if group.std() else 0.0
         now, reference = alone(model, rollout, r, temperature), alone(start, rollout, r, temperature)
         ratio = np.exp(now - old[r])
@@ -88,19 +88,19 @@ def test_the_whole_loss_is_the_formula_answer_by_answer(case, decoder):
         clipped += (kept != ratio).sum()
         divergence = np.exp(reference - now) - (reference - now) - 1
         tokens = np.minimum(ratio * advantage, kept * advantage) - options["beta"] * divergence
-        terms.append(tokens.mean() if options.get("normalise_length", True) else tokens.sum() / 5)
+        terms.append(tokens.mean() if options.get("normalize_length", True) else tokens.sum() / 5)
         divergences.append(divergence.mean())
     assert loss.item() == pytest.approx(-np.mean(terms), abs=2e-5)
     assert first.item() != pytest.approx(loss.item(), abs=1e-3)
-    assert figures["reward"].item() == pytest.approx(earned.mean())
+    assert metrics["reward"].item() == pytest.approx(earned.mean())
     useful = [len(set(earned[n * size :][:size])) > 1 for n in range(3)]
-    assert figures["useful"].item() == pytest.approx(np.mean(useful))
+    assert metrics["useful"].item() == pytest.approx(np.mean(useful))
     assert any(useful), "the case says something"
     assert case != "without reference" or not all(useful), "and so does this one"
-    assert figures["length"].item() == pytest.approx(np.mean([len(tokens) for tokens in old]))
-    assert figures["cut"].item() == pytest.approx(np.mean([2 not in row for row in labels]))
+    assert metrics["length"].item() == pytest.approx(np.mean([len(tokens) for tokens in old]))
+    assert metrics["cut"].item() == pytest.approx(np.mean([2 not in row for row in labels]))
     if options["beta"]:
-        assert figures["kl"].item() == pytest.approx(np.mean(divergences), abs=1e-5)
+        assert metrics["kl"].item() == pytest.approx(np.mean(divergences), abs=1e-5)
     if case == "strong":
         assert clipped
 
@@ -109,7 +109,7 @@ def test_advantages_are_distances_from_the_mean_of_the_group_in_deviations():
     rewards = torch.tensor([[1.0, 2.0, 3.0, 6.0], [0.1, 0.1, 0.1, 0.1]])
     expected = [-2 / math.sqrt(3.5), -1 / math.sqrt(3.5), 0, 3 / math.sqrt(3.5)]
     assert group_advantages(rewards)[0].tolist() == pytest.approx(expected)
-    assert group_advantages(rewards, normalise_std=False)[0].tolist() == pytest.approx([-2, -1, 0, 3])
+    assert group_advantages(rewards, normalize_std=False)[0].tolist() == pytest.approx([-2, -1, 0, 3])
     assert group_advantages(rewards)[1].tolist() == [0, 0, 0, 0]
     thirds = torch.full((1, 7), 1 / 3)
     assert group_advantages(thirds).tolist() == [[0] * 7], "no rounding is taken for a difference"
@@ -136,13 +136,13 @@ def test_at_the_start_the_divergence_is_zero_and_the_reference_stays_there(decod
     objective = GRPO(LetterClass(), group_size=4, max_new_tokens=3, beta=0.1)
     model, batch = started(decoder, objective)
     before = {name: value.clone() for name, value in model.named_parameters()}
-    _, figures = objective.learn(model, objective.roll_out(model, batch))
-    assert figures["kl"].item() == 0
+    _, metrics = objective.learn(model, objective.roll_out(model, batch))
+    assert metrics["kl"].item() == 0
     for name, value in model.named_parameters():
         assert torch.equal(value, before[name]), name
     move(model)
-    _, figures = objective.learn(model, objective.roll_out(model, batch))
-    assert figures["kl"].item() > 1e-4
+    _, metrics = objective.learn(model, objective.roll_out(model, batch))
+    assert metrics["kl"].item() > 1e-4
 
 
 def test_a_step_makes_better_answers_likelier_and_worse_ones_less_likely(decoder):
@@ -167,9 +167,9 @@ def test_groups_of_equal_rewards_leave_the_weights_to_the_reference(beta, decode
     objective = GRPO(Constant(), group_size=4, max_new_tokens=3, beta=beta)
     model, batch = started(decoder, objective)
     move(model)
-    loss, figures = objective.learn(model, objective.roll_out(model, batch))
+    loss, metrics = objective.learn(model, objective.roll_out(model, batch))
     loss.backward()
-    assert figures["useful"].item() == 0
+    assert metrics["useful"].item() == 0
     gradients = [value.grad for value in model.parameters() if value.requires_grad]
     assert all(gradient is not None for gradient in gradients)
     assert (loss.item() != 0) == any(bool(gradient.any()) for gradient in gradients) == bool(beta)

@@ -20,12 +20,12 @@ def greedy_reward(module, trainer, *, turn=0) -> float:
     module.objective.check(data, "validate")
     found = []
     for batch in data.val_dataloader():
-        loss, count, figures = module.objective.held_out(
+        loss, count, metrics = module.objective.held_out(
             module.model.eval(), module.objective.add_reference(batch, "validation")
         )
         assert count == len(batch["numbers"])
-        assert loss.item() == -figures["reward"].item()
-        found.append(figures["reward"].item())
+        assert loss.item() == -metrics["reward"].item()
+        found.append(metrics["reward"].item())
     return float(np.mean(found))
 
 

@@ -75,9 +75,9 @@ def open_started(decoder):
     return module.model.eval()
 
 
-@pytest.mark.parametrize("normalise_length", [False, True])
-def test_the_whole_dpo_loss_is_the_formula_row_by_row(normalise_length, decoder, tmp_path):
-    objective = DPO(beta=0.5, normalise_length=normalise_length)
+@pytest.mark.parametrize("normalize_length", [False, True])
+def test_the_whole_dpo_loss_is_the_formula_row_by_row(normalize_length, decoder, tmp_path):
+    objective = DPO(beta=0.5, normalize_length=normalize_length)
     model, start, samples, batch, _ = moved(decoder, objective, pairs(), tmp_path)
     expected, margins = [], []
     for sample in samples:
@@ -85,13 +85,13 @@ def test_the_whole_dpo_loss_is_the_formula_row_by_row(normalise_length, decoder,
         for side in (sample, sample.rejected):
             trained, reference = log_probs(model, side), log_probs(start, side)
             ratio = sum(trained) - sum(reference)
-            ratios.append(ratio / len(trained) if normalise_length else ratio)
+            ratios.append(ratio / len(trained) if normalize_length else ratio)
         margins.append(0.5 * (ratios[0] - ratios[1]))
         expected.append(-math.log(1 / (1 + math.exp(-margins[-1]))))
-    loss, figures = objective.loss(model, batch)
+    loss, metrics = objective.loss(model, batch)
     assert loss.item() == pytest.approx(np.mean(expected), abs=1e-4)
-    assert figures["margin"].item() == pytest.approx(np.mean(margins), abs=1e-4)
-    assert figures["accuracy"].item() == pytest.approx(np.mean([margin > 0 for margin in margins]))
+    assert metrics["margin"].item() == pytest.approx(np.mean(margins), abs=1e-4)
+    assert metrics["accuracy"].item() == pytest.approx(np.mean([margin > 0 for margin in margins]))
     assert abs(np.mean(expected) - math.log(2)) > 0.01, "the weights have moved"
 
 
@@ -103,9 +103,9 @@ def test_the_whole_orpo_loss_is_the_formula_row_by_row(decoder):
         odds = [math.exp(p) / (1 - math.exp(p)) for p in (chosen, rejected)]
         odds_ratio = math.log(odds[0] / odds[1])
         expected.append(-chosen + 0.3 * -math.log(1 / (1 + math.exp(-odds_ratio))))
-    loss, count, figures = ORPO(weight=0.3).held_out(model, collate(samples, lookup, pad_id=0))
+    loss, count, metrics = ORPO(weight=0.3).held_out(model, collate(samples, lookup, pad_id=0))
     assert (loss.item(), count) == (pytest.approx(np.mean(expected), abs=1e-5), 4)
-    assert figures.keys() == {"margin", "accuracy", "chosen_loss"}
+    assert metrics.keys() == {"margin", "accuracy", "chosen_loss"}
 
 
 @pytest.mark.parametrize("samples", [judged(), pairs()], ids=["rows", "pairs"])
@@ -124,9 +124,9 @@ def test_the_whole_kto_loss_is_the_formula_row_by_row(samples, decoder, tmp_path
     for sample, desirable in rows:
         ahead = (ratio(sample) - point) * (1 if desirable else -1)
         expected.append((1.5 if desirable else 0.8) * (1 - 1 / (1 + math.exp(-0.5 * ahead))))
-    loss, count, figures = objective.held_out(model, batch)
+    loss, count, metrics = objective.held_out(model, batch)
     assert (loss.item(), count) == (pytest.approx(np.mean(expected), abs=1e-4), len(rows))
-    assert figures["kl"].item() == pytest.approx(point, abs=1e-4)
+    assert metrics["kl"].item() == pytest.approx(point, abs=1e-4)
     assert abs(point) > 1e-3 or point == 0
 
 
@@ -138,8 +138,8 @@ def test_the_point_of_reference_is_never_below_zero_and_has_no_gradient(decoder)
     sums = answer_log_probs(module.model, batch)[0].detach()
     for shift, point in ((-3.0, 3.0), (2.0, 0.0)):
         extra = {"reference": sums, "mismatched_reference": sums + shift}
-        loss, figures = objective.loss(module.model, {**batch, **rows, **extra})
-        assert figures["kl"].item() == pytest.approx(point, abs=1e-4)
+        loss, metrics = objective.loss(module.model, {**batch, **rows, **extra})
+        assert metrics["kl"].item() == pytest.approx(point, abs=1e-4)
         module.model.zero_grad()
         loss.backward()
         found = module.model.injection.gates.grad.clone()
@@ -179,7 +179,7 @@ def test_a_mismatched_answer_is_cut_to_the_longest_row():
     ("objective", "samples", "threshold"),
     [
         (DPO(beta=0.5), pairs(), 1.0),
-        (DPO(beta=0.5, loss="ipo", normalise_length=True), pairs(), 1.0),
+        (DPO(beta=0.5, loss="ipo", normalize_length=True), pairs(), 1.0),
         (ORPO(weight=1.0), pairs(), 1.0),
         (KTO(beta=0.5), judged(), 0.8),
     ],
@@ -222,9 +222,9 @@ def test_checkpointed_activations_give_the_same_weights(decoder, tmp_path):
 def test_next_token_learns_the_chosen_answers_of_pairs_alone(decoder):
     model = open_gates(build(decoder, None)).model.eval()
     samples = pairs()[:4]
-    loss, count, figures = NextToken().held_out(model, collate(samples, lookup, pad_id=0))
+    loss, count, metrics = NextToken().held_out(model, collate(samples, lookup, pad_id=0))
     tokens = [value for sample in samples for value in log_probs(model, sample)]
-    assert (loss.item(), count, figures) == (pytest.approx(-np.mean(tokens), abs=1e-5), len(tokens), {})
+    assert (loss.item(), count, metrics) == (pytest.approx(-np.mean(tokens), abs=1e-5), len(tokens), {})
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,7 @@ def test_assets_of_finds_folders_anywhere_in_a_recipe():
     recipe = {
         "model": {
             "decoder": {"name": "./checkpoints/smollm2-135m-instruct/", "dtype": "auto"},
-            "start_from": None,
+            "init_from": None,
         },
         "data": {
             "sources": [{"path": "data/openmoji/captions-with-skin-tones.jsonl"}, {"path": "data/openmoji"}]

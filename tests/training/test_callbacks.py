@@ -17,7 +17,7 @@ from bindllm.training.callbacks import (
     ParameterTable,
     SampleCaptions,
     _markdown,
-    refuse_unmeasured,
+    check_monitors,
     spread,
 )
 from tiny import ColorEncoder, save_tiny_decoder, tiny_decoder
@@ -44,11 +44,9 @@ def test_a_callback_that_watches_what_is_not_measured_is_refused(callback):
     with pytest.raises(
         InputError, match=f"{type(callback).__name__} watches val_loss, but there are no valid"
     ):
-        refuse_unmeasured([Callback(), callback], num_validation=0)
-    refuse_unmeasured([callback], num_validation=1)
-    refuse_unmeasured(
-        [EarlyStopping("train_loss"), EarlyStopping("val_loss", strict=False)], num_validation=0
-    )
+        check_monitors([Callback(), callback], num_validation=0)
+    check_monitors([callback], num_validation=1)
+    check_monitors([EarlyStopping("train_loss"), EarlyStopping("val_loss", strict=False)], num_validation=0)
 
 
 class Log:
@@ -101,7 +99,7 @@ def test_captions_are_made_of_pictures_alone_and_rows_without_are_passed_over(ca
     samples = [tokens(sample(n, shows=n in (1, 4)), 3 + n) for n in range(6)]
     captions, shown = captioned(samples)
     assert shown == ["1.png", "4.png"]
-    assert [(row["step"], row["picture"], row["true"]) for row in captions] == [
+    assert [(row["step"], row["media"], row["reference"]) for row in captions] == [
         (7, "1.png", "x"),
         (7, "4.png", "x"),
     ]
@@ -114,7 +112,7 @@ def test_rows_whose_picture_speaks_to_none_of_their_tokens_are_not_captioned(cap
     assert unheard.conversation.media_groups
     assert captioned([unheard]) == ([], [])
     captions, shown = captioned([unheard, tokens(sample(1), 4)])
-    assert shown == ["1.png"] == [row["picture"] for row in captions]
+    assert shown == ["1.png"] == [row["media"] for row in captions]
 
 
 @pytest.mark.parametrize("adapter", [None, AdapterConfig(rank=2)])
@@ -137,9 +135,9 @@ def test_what_was_asked_is_kept_for_questions_and_each_reference_once(captioned)
         replace(tokens(sample(1), 3), task="caption", references=("x",)),
     ]
     first, second = captioned(samples)[0]
-    assert (first["question"], first["true"]) == ("What?", "yes | yep")
+    assert (first["question"], first["reference"]) == ("What?", "yes | yep")
     assert "question" not in second
     lines = _markdown([first, second]).splitlines()
-    assert lines[0] == "| picture | question | true | generated |"
+    assert lines[0] == "| media | question | reference | model |"
     assert lines[1] == "|---|---|---|---|"
     assert lines[3].startswith("| 1.png |  | x |")

@@ -189,9 +189,9 @@ def test_a_step_that_is_not_finite_keeps_the_weights_from_before(what, make, tra
         return original(self, batch, batch_idx)
 
     monkeypatch.setattr(BindModule, "training_step", broken)
-    with pytest.raises(TrainingError, match=rf"the {what} is not finite at step 3.*--model.start_from"):
+    with pytest.raises(TrainingError, match=rf"the {what} is not finite at step 3.*--model.init_from"):
         trainer(max_epochs=1).fit(module, data)
-    fresh, _ = make(start_from=f"{tmp_path}.last_good")
+    fresh, _ = make(init_from=f"{tmp_path}.last_good")
     fresh.configure_model()
     kept = fresh.state_dict()
     assert all(torch.equal(kept[name], seen[-1][name]) for name in kept)
@@ -216,7 +216,7 @@ def test_starting_from_a_folder_of_other_parts_is_refused(make, tmp_path):
     module, _ = make()
     module.configure_model()
     module.model.save_pretrained(tmp_path / "folder")
-    other, _ = make(encoders=[ColorEncoder(grid=3)], start_from=str(tmp_path / "folder"))
+    other, _ = make(encoders=[ColorEncoder(grid=3)], init_from=str(tmp_path / "folder"))
     with pytest.raises(CheckpointError, match="other encoders"):
         other.configure_model()
 
@@ -230,7 +230,7 @@ def test_a_second_stage_tunes_the_decoder_and_starts_from_the_first(make, traine
     options = {
         "adapter": AdapterConfig(rank=2),
         "trainable": ["adapter"],
-        "start_from": str(tmp_path / "first"),
+        "init_from": str(tmp_path / "first"),
     }
     module, data = make(**options)
     data.setup()
@@ -242,7 +242,7 @@ def test_a_second_stage_tunes_the_decoder_and_starts_from_the_first(make, traine
     assert all(second[name].abs().max() > 0 for name in tuned)
     module.model.save_pretrained(tmp_path / "second")
     assert "Somebody's weights" in (tmp_path / "second" / "README.md").read_text()
-    again, _ = make(**{**options, "start_from": str(tmp_path / "second")})
+    again, _ = make(**{**options, "init_from": str(tmp_path / "second")})
     again.configure_model()
     assert all(torch.equal(value, second[name]) for name, value in again.model.trainable_state().items())
 

@@ -32,7 +32,7 @@ def shown(progress, trainer, *, terminal):
 
 
 def test_a_log_file_gets_few_lines(trainer):
-    captions = SimpleNamespace(latest=[{"true": "red square", "generated": "blue\x1b[31m\n"}])
+    captions = SimpleNamespace(latest=[{"reference": "red square", "model": "blue\x1b[31m\n"}])
     lines = shown(RunProgress(captions), trainer, terminal=False).splitlines()
     assert lines == [
         "epoch 1  step 10  train loss 4.000  validation loss 1.250",

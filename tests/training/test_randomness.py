@@ -5,7 +5,7 @@ import numpy as np
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
-from bindllm.training.randomness import random_state, restore_random_state
+from bindllm.training.state import random_state, restore_random_state
 
 
 def draw():

@@ -16,7 +16,7 @@ from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.decoder import DecoderConfig
 from bindllm.model.injection import InjectConfig
-from bindllm.training.stages import check_base, take_over
+from bindllm.training.stages import check_base, init_from_checkpoint
 from tiny import ColorEncoder, save_tiny_decoder
 
 IDS = torch.arange(3, 11).reshape(1, 8)
@@ -52,7 +52,7 @@ def test_a_new_adapter_starts_from_nothing(decoder, tmp_path):
     torch.manual_seed(1)
     parts = {"encoders": [ColorEncoder()], "bind": first.bind_config}
     second = BindLLM.build(decoder, device="cpu", adapter=LORA, **parts).eval()
-    take_over(second, tmp_path / "first")
+    init_from_checkpoint(second, tmp_path / "first")
     assert torch.equal(logits(second), logits(first))
 
 
@@ -66,7 +66,7 @@ def test_the_same_adapter_goes_on(decoder, tmp_path, adapter):
     model.save_pretrained(tmp_path / "m")
     again = build(decoder, seed=1, adapter=adapter)
     assert not torch.equal(logits(again), logits(model))
-    take_over(again, tmp_path / "m")
+    init_from_checkpoint(again, tmp_path / "m")
     assert torch.equal(logits(again), logits(model))
 
 
@@ -94,7 +94,7 @@ def test_another_base_is_refused_by_what_differs(decoder, tmp_path, changes, mes
     model = build(decoder, seed=1, **{"adapter": LORA, **changes})
     before = {name: tensor.clone() for name, tensor in model.trainable_state().items()}
     with pytest.raises(CheckpointError, match=message):
-        take_over(model, tmp_path / "m")
+        init_from_checkpoint(model, tmp_path / "m")
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.trainable_state().items())
 
 
@@ -102,7 +102,7 @@ def test_another_decoder_is_refused(decoder, tmp_path):
     build(decoder).save_pretrained(tmp_path / "m")
     other = DecoderConfig(str(save_tiny_decoder(tmp_path / "other", seed=1)), dtype="float32")
     with pytest.raises(CheckpointError, match="another decoder than this recipe names"):
-        take_over(build(other), tmp_path / "m")
+        init_from_checkpoint(build(other), tmp_path / "m")
 
 
 def test_what_may_differ_is_said(decoder, tmp_path, caplog):
@@ -121,5 +121,5 @@ def test_what_may_differ_is_said(decoder, tmp_path, caplog):
     manifest["bind"]["fusion"] = "mean"
     (tmp_path / "m" / "bindllm.json").write_text(json.dumps(manifest))
     with caplog.at_level(logging.WARNING):
-        take_over(model, tmp_path / "m")
+        init_from_checkpoint(model, tmp_path / "m")
     assert "bind.fusion mean, this run with unit" in caplog.text

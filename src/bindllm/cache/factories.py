@@ -197,7 +197,7 @@ def train(factory: str, embedding_size: int, keys: np.ndarray, read: Read) -> An
 
 
 def write(index: Any, factory: str, keys: np.ndarray, read: Read, file: Path) -> None:
-    """Write a file with the vectors of the keys; an empty index gives the kind and what was trained."""
+    """Write a file with the vectors of the keys; the empty index has the kind and the trained parts."""
     faiss = load_faiss()
     chunks = (read(keys[start : start + CHUNK]) for start in range(0, len(keys), CHUNK))
     try:

@@ -9,14 +9,11 @@ from typing import TYPE_CHECKING
 
 from bindllm.embeddings.precompute import precompute_embeddings
 from bindllm.errors import InputError
-from bindllm.media import Media
+from bindllm.media import SUFFIXES, Media
 
 if TYPE_CHECKING:
     from bindllm.embeddings.store import EmbeddingStore
     from bindllm.encoders import Encoder
-
-IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".svg"))
-"""Endings of the files that are taken from a folder; a path that is given itself may have any."""
 
 
 def embed_images(
@@ -61,8 +58,8 @@ def find_images(images: str | Path | Sequence[str | Path]) -> list[Path]:
         problem = "is a file; write it as a list of one path" if folder.exists() else "does not exist"
         raise InputError(f"expected a folder of images, but {str(folder)!r} {problem}")
     files = sorted(file for file in folder.rglob("*") if file.is_file())
-    found = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
-    endings = ", ".join(sorted(IMAGE_SUFFIXES))
+    found = [file for file in files if file.suffix.lower() in SUFFIXES["image"]]
+    endings = ", ".join(sorted(SUFFIXES["image"]))
     if not found:
         raise InputError(f"{folder} holds {len(files)} files and no images ({endings})")
     if len(found) < len(files):

@@ -282,8 +282,8 @@ class VectorIndex:
                 if self._unmapped is not None:
                     self._unmapped.make_direct_map()
                     self._unmapped = None
-        found = np.zeros((len(flat), self.info.embedding_size), np.float32)
-        found[flat >= 0] = self._index.reconstruct_batch(flat[flat >= 0])
+        found = self._index.reconstruct_batch(np.maximum(flat, 0))
+        found[flat < 0] = 0
         return found.reshape(*ids.shape, self.info.embedding_size)
 
     def keys(self, ids: np.ndarray) -> list[str | None]:

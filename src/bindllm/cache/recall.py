@@ -1,7 +1,7 @@
-"""How often the right answer is among the first: recall with ties and several right answers, and what chance gives.
+"""Recall at k with ties and several right answers, mean ranks, and the recall of a random order.
 
-Scores that are equal are no ranking: such answers count as if drawn in random order. An encoder that gives everything
-the same embedding so reaches exactly chance, instead of whatever the order of the files makes of it.
+Equal scores do not rank: such answers count as if they were in random order. An encoder that gives every input the same
+embedding therefore reaches exactly chance, whatever the order of the files.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ import torch
 from torch import Tensor
 
 DECIMALS = 6
-"""Cosines are compared rounded to this: equal embeddings must stay equal whatever the order of summation was."""
+"""Cosines are rounded to this many decimals before they are compared, so that equal embeddings stay equal whatever the
+order of summation."""
 
 
-class Places(NamedTuple):
-    """Where the best right answer of each query stands, three times int64 [Q].
+class Positions(NamedTuple):
+    """The position of the best right answer of each query, three times int64 [Q].
 
     Args:
-        above: wrong answers with a higher score.
-        tied: wrong answers with the same score.
-        equals: right answers with that score, itself included.
+        above: Wrong answers with a higher score.
+        tied: Wrong answers with the same score.
+        equals: Right answers with that score, including itself.
     """
 
     above: Tensor
@@ -35,70 +36,71 @@ def cosines(queries: Tensor, candidates: Tensor) -> Tensor:
     return (queries.double() @ candidates.double().T).round(decimals=DECIMALS)
 
 
-def find_places(scores: Tensor, right: Sequence[Sequence[int]]) -> Places:
-    """Find the best right answer of each query. A score that is NaN is no score: all answers are above it.
+def find_positions(scores: Tensor, right: Sequence[Sequence[int]]) -> Positions:
+    """Find the best right answer of each query. If its score is NaN, all other answers are above it.
 
     Args:
-        scores: of each candidate, [Q, C].
-        right: numbers of the right candidates of each query, at least one each.
+        scores: Of each candidate, [Q, C].
+        right: Indices of the right candidates of each query, at least one each.
     """
-    counts = torch.tensor([len(numbers) for numbers in right])
+    counts = torch.tensor([len(indices) for indices in right])
     rows = torch.arange(len(right)).repeat_interleave(counts)
-    columns = torch.tensor([number for numbers in right for number in numbers])
+    columns = torch.tensor([index for indices in right for index in indices])
     values = scores[rows, columns]
     best = torch.full((len(right),), -torch.inf, dtype=scores.dtype).scatter_reduce(0, rows, values, "amax")
     equals = torch.zeros(len(right), dtype=torch.long).index_add(0, rows, (values == best[rows]).long())
+    # Not `scores > best`: with NaN on either side that would be False.
     above = (~(scores <= best[:, None])).sum(dim=1)
-    return Places(above, (scores == best[:, None]).sum(dim=1) - equals, equals)
+    return Positions(above, (scores == best[:, None]).sum(dim=1) - equals, equals)
 
 
-def join_places(parts: Sequence[Places]) -> Places:
-    """Return the places of all parts of the queries."""
-    return Places(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+def join_positions(parts: Sequence[Positions]) -> Positions:
+    """Return the positions of all parts of the queries."""
+    return Positions(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
 
-def hit_rate(places: Places, k: int) -> Tensor:
+def hit_rate(positions: Positions, k: int) -> Tensor:
     """Return for each query the probability that a right answer is among the first k: float64, [Q].
 
-    It is 0 or 1 where no score is tied; ties are taken to be in random order.
+    It is 0 or 1 without ties; tied answers count as being in random order.
 
     Example:
-        >>> hit_rate(find_places(torch.tensor([[0.9, 0.5, 0.5]]), [[1]]), 2)
+        >>> hit_rate(find_positions(torch.tensor([[0.9, 0.5, 0.5]]), [[1]]), 2)
         tensor([0.5000], dtype=torch.float64)
     """
-    free = (k - places.above).clamp(min=0)
+    free = (k - positions.above).clamp(min=0)
     miss = torch.ones(len(free), dtype=torch.float64)
-    # Drawing without replacement: every place is taken by a wrong one.
+    # Drawing without replacement: the probability that every free position goes to a wrong answer.
     for drawn in range(k):
-        wrong = (places.tied - drawn).clamp(min=0).double()
-        left = (places.tied + places.equals - drawn).clamp(min=1)
+        wrong = (positions.tied - drawn).clamp(min=0).double()
+        left = (positions.tied + positions.equals - drawn).clamp(min=1)
         miss = torch.where(drawn < free, miss * wrong / left, miss)
     return 1 - miss
 
 
-def mean_ranks(places: Places) -> Tensor:
+def mean_ranks(positions: Positions) -> Tensor:
     """Return the rank, from 1, of the best right answer of each query, a mean over the orders of ties: float64, [Q].
 
     Other right answers do not count against the best.
 
     Example:
-        >>> mean_ranks(find_places(torch.tensor([[0.9, 0.5, 0.5]]), [[1]]))
+        >>> mean_ranks(find_positions(torch.tensor([[0.9, 0.5, 0.5]]), [[1]]))
         tensor([2.5000], dtype=torch.float64)
     """
-    return places.above + (places.tied + places.equals + 1).double() / (places.equals + 1)
+    return positions.above + (positions.tied + positions.equals + 1).double() / (positions.equals + 1)
 
 
 def chance(num_right: Tensor, num_candidates: int, k: int) -> float:
     """Return the mean hit rate of a random order.
 
     Args:
-        num_right: right answers of each query, int64 [Q].
-        num_candidates: all answers.
-        k: as for `hit_rate`.
+        num_right: Number of right answers of each query, int64 [Q].
+        num_candidates: Number of all answers.
+        k: As for `hit_rate`.
 
     Example:
         >>> round(chance(torch.tensor([1]), 50, 5), 6)
         0.1
     """
-    everything_tied = Places(torch.zeros_like(num_right), num_candidates - num_right, num_right)
+    everything_tied = Positions(torch.zeros_like(num_right), num_candidates - num_right, num_right)
     return float(hit_rate(everything_tied, k).mean())

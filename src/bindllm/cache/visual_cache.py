@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 # Faiss rounds differently for a batch than for one query. A few more candidates than `top_k` are fetched and ranked
 # again exactly, so that rounding does not decide which neighbors are mixed in.
 _SPARE = 8
-# Floats of the candidates that are compared at once, about: what fits into a processor's cache in double precision.
+# Floats of the candidates that are compared at once, about: in double precision they fit into a processor's cache.
 _FLOATS = 1 << 18
 
 

@@ -16,8 +16,7 @@ from bindllm.cli.recipe import RecipeCLI, quiet
 from bindllm.encoders.aligned_folder import refuse_other_content
 from bindllm.training.align.data import AlignData
 from bindllm.training.align.folder import save_aligned
-from bindllm.training.align.metrics import RECALL_AT
-from bindllm.training.align.module import AlignModule
+from bindllm.training.align.module import RECALL_AT, AlignModule
 from bindllm.training.optim import describe_groups
 from bindllm.training.progress import RunProgress
 
@@ -26,6 +25,7 @@ class AlignCLI(RecipeCLI):
     """Reads the recipe of an alignment; the sections `model` and `data` are those of its own module and data."""
 
     kinds = (AlignModule, AlignData)
+    example = "recipes/align-text.yaml"
 
     def __init__(self, args: Sequence[str]) -> None:
         super().__init__("align", args)
@@ -74,7 +74,7 @@ def align(args: list[str]) -> int:
         "epochs": trainer.current_epoch,
         "temperature": round(1 / model.temperature().item(), 4),
         "pairs": data.report.pairs,
-        "left_out": data.report.skipped.total,
+        "skipped": data.report.skipped.total,
         "trained_parameters": sum(row["parameters"] for row in describe_groups(model.groups())),
         "seconds": round(time.perf_counter() - started, 1),
     }

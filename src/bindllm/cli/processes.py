@@ -57,7 +57,7 @@ class ProcessEnded(StoreError):
     """Another process of this run has ended before its work was done."""
 
 
-def on_every_device(
+def launch(
     options: Mapping[str, Any],
     work: Callable[[RunContext], Any],
     *,
@@ -97,7 +97,7 @@ def on_every_device(
         return _launch(fabric, work)
 
 
-def meet(trainer: Trainer) -> None:
+def wait_for_rank_zero(trainer: Trainer) -> None:
     """Wait for the first process of a run, where all of them were started from outside.
 
     Further processes that Lightning itself starts come later, when the first one has done what they rely on.
@@ -112,7 +112,7 @@ def meet(trainer: Trainer) -> None:
 
 
 @contextmanager
-def stopping_in_order() -> Iterator[None]:
+def graceful_stop() -> Iterator[None]:
     """Treat the system's request to end like a Ctrl-C, and let neither disturb what the first one has begun."""
     if threading.current_thread() is not threading.main_thread():
         yield

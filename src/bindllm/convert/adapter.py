@@ -24,11 +24,9 @@ from bindllm.errors import CheckpointError
 from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.bindllm import BindLLM
-from bindllm.model.card import write_card
-from bindllm.model.checkpoint import check_keys, write_checkpoint
-from bindllm.model.decoder import DecoderConfig, find_folder, load_tokenizer, without_weights
+from bindllm.model.checkpoint import check_keys, write_card, write_checkpoint
+from bindllm.model.decoder import DecoderConfig, load_tokenizer, without_weights
 from bindllm.model.injection import InjectConfig
-from bindllm.model.pretrained import describe
 
 ROUNDING = 2.0**-8
 """Largest relative difference between two copies of a tensor in different precisions (bfloat16 keeps 8 bits)."""
@@ -75,7 +73,7 @@ def convert_imagebind_llm(
         DecoderError: the base's folder, config or tokenizer cannot be used.
     """
     adapted = read_imagebind_llm(state)
-    check_base(adapted, find_folder(base), accept=accept_base)
+    check_base(adapted, base.folder(), accept=accept_base)
     if (size := common_size(encoders)) != adapted.shape.embedding_size:
         raise CheckpointError(
             f"the adapter takes embeddings of size {adapted.shape.embedding_size}, the encoders give {size}: it was "
@@ -84,7 +82,7 @@ def convert_imagebind_llm(
     model = _empty_model(adapted.shape, base, encoders)
     check_keys(model.trainable_state(), adapted.tensors, source=SOURCE)
     model.origin = _ORIGIN.format(phase=adapted.shape.phase)
-    manifest = describe(model)
+    manifest = model.describe()
     write_checkpoint(
         folder,
         manifest,
@@ -100,7 +98,7 @@ def _empty_model(shape: Shape, base: DecoderConfig, encoders: Sequence[Encoder])
     """Return the model that would load the tensors: on the meta device, but with a tokenizer that has been tried."""
     decoder = replace(base, template=base.template or "alpaca")
     tokenizer = load_tokenizer(decoder)
-    network = without_weights(find_folder(base))
+    network = without_weights(base.folder())
     with torch.device("meta"):
         return BindLLM(
             network,

@@ -195,5 +195,5 @@ class ResumableLoader:
         if state_dict != self.state_dict():
             raise InputError(
                 "this run cannot resume from that checkpoint: its training rows, batch size, seed, source weights "
-                "or number of processes differ. Restore them, or start a new run from the weights (start_from)"
+                "or number of processes differ. Restore them, or start a new run from the weights (init_from)"
             )

@@ -16,10 +16,9 @@ from bindllm.data.report import Skipped, SourceReport
 from bindllm.data.rows import Row
 from bindllm.data.source_config import SPLITS, Columns, SourceConfig, Split, split_named
 from bindllm.data.tables import HUB, NOT_UTF8, READERS, is_table, read_table
-from bindllm.errors import InputError, fetch_hint, known_names
-from bindllm.media import Media
+from bindllm.errors import InputError, did_you_mean, fetch_hint
+from bindllm.media import SUFFIXES, Media
 
-IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".svg"))
 TABLE_NAME = "captions"
 
 
@@ -300,7 +299,7 @@ def _table_rows(
             skip(error, name, report.skipped)
             continue
         if value is not None and split is None:
-            report.skipped.add(f"unknown split {value!r}. {known_names(str(value), SPLITS)}", name)
+            report.skipped.add(f"unknown split {value!r}. {did_you_mean(str(value), SPLITS)}", name)
             continue
         yield CaptionedMedia(media.source, media_key(media, root), split), captions, name
 
@@ -309,7 +308,7 @@ def _folder_rows(folder: Path, report: SourceReport, modality: str) -> Iterator[
     """Yield one row per image file, with the lines of its text file."""
     files = sorted(file for file in folder.rglob("*") if _is_media_file(file, modality) and file.is_file())
     if not files:
-        endings = ", ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
+        endings = ", ".join(sorted(suffix[1:] for suffix in SUFFIXES["image"]))
         wanted = (
             f"images ({endings})"
             if modality == "image"
@@ -337,7 +336,7 @@ def _folder_rows(folder: Path, report: SourceReport, modality: str) -> Iterator[
 def _is_media_file(file: Path, modality: str) -> bool:
     """Images are recognized by their ending; other modalities have any ending, so they need a text file."""
     if modality == "image":
-        return file.suffix.lower() in IMAGE_SUFFIXES
+        return file.suffix.lower() in SUFFIXES["image"]
     return file.suffix.lower() != ".txt" and file.with_suffix(".txt").is_file()
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from bindllm.atomic import file_sha256
-from bindllm.errors import EncoderError, InputError, known_names
+from bindllm.errors import EncoderError, InputError, did_you_mean
 from bindllm.media import MODALITIES, Media
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def encoder_for(modality: str, encoders: Sequence[Encoder]) -> Encoder:
             return encoder
     served = sorted({name for encoder in encoders for name in encoder.modalities})
     # A word that is nobody's may be a misspelling of one that is served here or known elsewhere.
-    hint = "" if modality in MODALITIES else f"{known_names(modality, {*MODALITIES, *served})} "
+    hint = "" if modality in MODALITIES else f"{did_you_mean(modality, {*MODALITIES, *served})} "
     raise InputError(
         f"no encoder serves the modality {modality!r}; the encoders here serve: {', '.join(served) or 'nothing'}. "
         f"{hint}Name one that does under `encoders` of the recipe"

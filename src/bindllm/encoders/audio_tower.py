@@ -79,7 +79,7 @@ class AudioTower(nn.Module):
         Raises:
             MediaError: the sound cannot be read.
         """
-        from bindllm.media.sound import cut_sound
+        from bindllm.media.audio import cut_audio
 
         third = round(MAX_SECONDS / 3 * RATE)
 
@@ -88,7 +88,7 @@ class AudioTower(nn.Module):
                 return [(0, length)]
             return [(start, start + third) for start in (0, (length - third) // 2, length - third)]
 
-        parts = cut_sound(media.source, rate=RATE, cut=spread)
+        parts = cut_audio(media.source, rate=RATE, cut=spread)
         mono = np.concatenate([part.mean(axis=0, dtype=np.float64) for part in parts])
         least = (self.frames - 1) * _STEP + _WINDOW
         return torch.from_numpy(_log_energies(np.pad(mono, (0, max(0, least - len(mono))))))

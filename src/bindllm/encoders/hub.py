@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from bindllm.errors import EncoderError, fetch_hint
+from bindllm.errors import DecoderError, EncoderError, fetch_hint
 
 if TYPE_CHECKING:
     from torch import nn
@@ -49,7 +49,11 @@ _SETTINGS = (
 _IMPLEMENTATIONS = {
     f"{kind}_implementation{end}" for kind in ("attn", "_attn", "_experts") for end in ("", "_internal")
 }
-_DOWNLOADED = ["*.json", "*.txt", "*.model", "model*.safetensors"]
+# Pickled weights are never downloaded, for either role.
+_DOWNLOADED = {
+    "encoder": {"allow_patterns": ["*.json", "*.txt", "*.model", "model*.safetensors"]},
+    "decoder": {"ignore_patterns": ["*.bin", "*.pth"]},
+}
 _SENTENCE_MODULES = ("Transformer", "Pooling", "Normalize")
 
 
@@ -74,33 +78,41 @@ class Design:
     max_tokens: int | None
 
 
-def find_folder(name: str, revision: str | None) -> Path:
-    """Return the local folder of a model; a hub id is looked up in the Hugging Face cache, then downloaded.
+def find_folder(name: str, revision: str | None, *, role: Literal["encoder", "decoder"] = "encoder") -> Path:
+    """Return the local folder of a model. A hub id is looked up in the Hugging Face cache, then downloaded.
+
+    Args:
+        name: a folder, or the id of a model on the hub.
+        revision: commit on the hub. An encoder's id needs one, since stored embeddings depend on its weights.
+        role: the part of a `BindLLM` that the model is for.
 
     Raises:
-        EncoderError: no such folder, a hub id without revision, or a model that cannot be downloaded.
+        EncoderError, DecoderError: the folder does not exist, an encoder's hub id has no revision, or the model cannot
+            be downloaded.
     """
     if Path(name).is_dir():
         return Path(name)
-    organisation, slash, rest = name.partition("/")
+    failure = EncoderError if role == "encoder" else DecoderError
+    organization, slash, rest = name.partition("/")
     looks_local = (
-        not slash or "/" in rest or organisation in ("", ".", "..", "~") or Path(organisation).is_dir()
+        not slash or "/" in rest or organization in ("", ".", "..", "~") or Path(organization).is_dir()
     )
-    if looks_local:
-        place = "" if Path(name).is_absolute() else f" in {Path.cwd()}"
-        raise EncoderError(f"encoder folder {name!r} does not exist{place}.{fetch_hint(name)}")
-    if revision is None:
-        raise EncoderError(
-            f"encoder {name!r} is no folder in {Path.cwd()}; if it is a model on the hub, give its revision too (the "
-            "commit, as its page shows it), so that every run gets the same weights"
+    if looks_local or fetch_hint(name):
+        where = "" if Path(name).is_absolute() else f" in {Path.cwd()}"
+        raise failure(f"{role} folder {name!r} does not exist{where}.{fetch_hint(name)}")
+    if role == "encoder" and revision is None:
+        raise failure(
+            f"encoder {name!r} is not a folder in {Path.cwd()}. If it is a model on the hub, give its revision too "
+            "(the commit, as its page shows it), so that every run gets the same weights"
         )
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_DOWNLOADED))
+        return Path(snapshot_download(name, revision=revision, **_DOWNLOADED[role]))
     except Exception as error:
-        raise EncoderError(
-            f"encoder {name!r} at revision {revision!r} is neither a folder here nor a model that could be downloaded "
+        at = f" at revision {revision!r}" if revision else ""
+        raise failure(
+            f"{role} {name!r}{at} is neither a folder here nor a model that could be downloaded "
             f"({type(error).__name__}: {error}). Give the path of a Hugging Face folder."
         ) from error
 
@@ -132,7 +144,7 @@ def read_config(folder: str | Path) -> PretrainedConfig:
 
     Raises:
         ValueError: transformers would take weights from files that a fingerprint does not cover.
-        Exception: what transformers raises about the files.
+        Exception: any error of transformers about the files.
     """
     from transformers import AutoConfig
 

@@ -29,7 +29,7 @@ from bindllm.encoders.hub import (
     weight_files,
 )
 from bindllm.encoders.towers import batch_fields, batches, max_tokens, takes_patches, tower_vectors
-from bindllm.errors import EncoderError, InputError, MediaError, known_names
+from bindllm.errors import EncoderError, InputError, MediaError, did_you_mean
 from bindllm.media import Media, open_image
 
 if TYPE_CHECKING:
@@ -85,10 +85,10 @@ class HuggingFace:
     ) -> None:
         if pooling not in get_args(Pooling):
             raise InputError(
-                f"pooling={pooling!r} is unknown. {known_names(str(pooling), get_args(Pooling))}"
+                f"pooling={pooling!r} is unknown. {did_you_mean(str(pooling), get_args(Pooling))}"
             )
         if dtype not in _DTYPES:
-            raise InputError(f"dtype={dtype!r} is unknown. {known_names(str(dtype), _DTYPES)}")
+            raise InputError(f"dtype={dtype!r} is unknown. {did_you_mean(str(dtype), _DTYPES)}")
         self._chosen = None if modalities is None else list(modalities)
         self.config: dict[str, Any] = {
             "name": str(name),
@@ -116,7 +116,7 @@ class HuggingFace:
         served = self._design.modalities
         for name in self._chosen or ():
             if name not in served:
-                raise EncoderError(f"{self._name} does not serve {name!r}. {known_names(str(name), served)}")
+                raise EncoderError(f"{self._name} does not serve {name!r}. {did_you_mean(str(name), served)}")
         return served if self._chosen is None else tuple(self._chosen)
 
     @property
@@ -245,7 +245,7 @@ class HuggingFace:
         return torch.tensor(ids, dtype=torch.int64)
 
     def _prepare_audio(self, media: Media) -> Tensor:
-        from bindllm.media.sound import cut_sound
+        from bindllm.media.audio import cut_audio
 
         extractor = self._processor("audio")
         rate = extractor.sampling_rate
@@ -257,7 +257,7 @@ class HuggingFace:
             return [(start, start + window) for start in (0, (length - window) // 2, length - window)]
 
         clips = []
-        for sound in cut_sound(media.source, rate=rate, cut=spread):
+        for sound in cut_audio(media.source, rate=rate, cut=spread):
             mono = sound.mean(axis=0, dtype=np.float32)
             mono = np.pad(mono, (0, max(0, round(_SHORTEST_SECONDS * rate) - len(mono))))
             made = extractor(mono, sampling_rate=rate, return_tensors="pt")

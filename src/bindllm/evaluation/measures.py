@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bindllm.cache.recall import Places, chance, cosines, find_places, hit_rate, join_places
+from bindllm.cache.recall import Positions, chance, cosines, find_positions, hit_rate, join_positions
 from bindllm.cache.visual_cache import VisualCache
 from bindllm.data.collate import MediaGroup
 from bindllm.data.embeddings import MediaEmbeddings
@@ -118,10 +118,10 @@ class Scores:
 
     def places(
         self, queries: Sequence[MediaGroup], candidates: Tensor, right: Sequence[Sequence[int]]
-    ) -> Places:
+    ) -> Positions:
         """Return the position of the best right candidate of each query."""
         blocks = self.blocks(queries, candidates)
-        return join_places([find_places(block, right[part]) for part, block in blocks])
+        return join_positions([find_positions(block, right[part]) for part, block in blocks])
 
 
 def _classify(dataset: Dataset, rows: list[Row], prompts: list[MediaGroup], scores: Scores) -> Measured:

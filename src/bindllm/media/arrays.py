@@ -14,13 +14,13 @@ from typing import BinaryIO
 
 import numpy as np
 
-from bindllm.errors import MediaError
+from bindllm.errors import MediaError, reading
 
 MAX_ARRAY_BYTES = 512 * 1024 * 1024
-"""Largest array, as it lies in memory, that is read."""
+"""Largest array that is read, in memory."""
 
 NPY, NPZ = b"\x93NUMPY", b"PK\x03\x04"
-"""How the two kinds of files begin."""
+"""First bytes of the two kinds of files."""
 
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 _MAX_MEMBERS = 1000
@@ -29,77 +29,74 @@ _BLOCK = 1 << 23
 
 
 def holds_array(head: bytes) -> bool:
-    """Tell from the first bytes of a file whether it is an NPY or NPZ file."""
+    """Return from the first bytes of a file whether it is an NPY or NPZ file."""
     return head.startswith((NPY, NPZ))
 
 
-def read_array(stream: BinaryIO, *, name: str, keys: Sequence[str]) -> np.ndarray:
+def read_array(stream: BinaryIO, *, keys: Sequence[str]) -> np.ndarray:
     """Return the array of an NPY file, or one array of an NPZ file.
 
     Args:
         stream: the file, at its start.
-        name: what the file is called in error messages.
-        keys: names under which the array is looked for in an NPZ file that holds several.
+        keys: possible names of the array in an NPZ file that holds several.
 
     Raises:
         MediaError: damaged, not numbers, larger than `MAX_ARRAY_BYTES`, or an NPZ file without a clear choice.
     """
     is_archive = stream.read(len(NPZ)) == NPZ
     stream.seek(0)
-    return _read_npz(stream, name, keys) if is_archive else _read_npy(stream, name)
+    return _read_npz(stream, keys) if is_archive else _read_npy(stream)
 
 
-def check_numbers(array: np.ndarray, *, name: str) -> None:
+def check_numbers(array: np.ndarray) -> None:
     """Refuse arrays of anything but real numbers.
 
     Raises:
         MediaError: objects, words, complex or boolean values, or records.
     """
     if array.dtype.kind not in "iuf":
-        raise MediaError(f"{name}: an array of {array.dtype}; expected integers or floats")
+        raise MediaError(f"an array of {array.dtype}; expected integers or floats")
 
 
-def _read_npy(stream: BinaryIO, name: str) -> np.ndarray:
+def _read_npy(stream: BinaryIO) -> np.ndarray:
     try:
         version = np.lib.format.read_magic(stream)
         if version not in _HEADERS:
-            raise MediaError(f"{name}: an NPY file of version {version}; expected 1.0 or 2.0. Save it again")
+            raise MediaError(f"an NPY file of version {version}; expected 1.0 or 2.0. Save it again")
         shape, is_fortran, dtype = _HEADERS[version](stream)
     except MediaError:
         raise
-    # The header is parsed as Python text; what is wrong with it raises many classes of exception.
+    # The header is parsed as Python text, so errors in it raise many classes of exception.
     except Exception as error:
-        raise MediaError(f"{name}: a damaged NPY file ({error}); replace the file") from error
+        raise MediaError(f"a damaged NPY file ({error}); replace the file") from error
     if dtype.subdtype is not None:
-        raise MediaError(f"{name}: an array of {dtype}; expected integers or floats")
-    check_numbers(np.empty(0, dtype), name=name)
+        raise MediaError(f"an array of {dtype}; expected integers or floats")
+    check_numbers(np.empty(0, dtype))
     size = math.prod(shape) * dtype.itemsize
     if size > MAX_ARRAY_BYTES or any(side < 0 for side in shape):
         raise MediaError(
-            f"{name}: an array {list(shape)} of {size:,} bytes; at most {MAX_ARRAY_BYTES:,} are read. Cut it first"
+            f"an array {list(shape)} of {size:,} bytes; at most {MAX_ARRAY_BYTES:,} are read. Cut it first"
         )
     data = stream.read(size)
     if len(data) < size:
         raise MediaError(
-            f"{name}: a truncated NPY file: {len(data):,} of {size:,} bytes of its array; replace the file"
+            f"a truncated NPY file: {len(data):,} of {size:,} bytes of its array; replace the file"
         )
     return np.frombuffer(data, dtype).reshape(shape, order="F" if is_fortran else "C")
 
 
-def _read_npz(stream: BinaryIO, name: str, keys: Sequence[str]) -> np.ndarray:
+def _read_npz(stream: BinaryIO, keys: Sequence[str]) -> np.ndarray:
     try:
         with zipfile.ZipFile(stream) as archive:
-            member = _choose(archive, name, keys)
+            member = _choose(archive, keys)
             if member.file_size > MAX_ARRAY_BYTES + 1024:
                 raise MediaError(
-                    f"{name}: {member.filename} unpacks to {member.file_size:,} bytes; at most "
+                    f"{member.filename} unpacks to {member.file_size:,} bytes; at most "
                     f"{MAX_ARRAY_BYTES:,} are read"
                 )
             if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise MediaError(
-                    f"{name}: {member.filename} is packed in a way that numpy never uses; save it again"
-                )
-            # A size must be given: without one, as much is unpacked as there is, whatever the header says.
+                raise MediaError(f"{member.filename} is packed in a way that numpy never uses; save it again")
+            # Without a size zipfile unpacks everything, whatever the header claims.
             with archive.open(member) as unpacked:
                 data = unpacked.read(member.file_size + 1)
     except (MediaError, MemoryError):
@@ -113,13 +110,14 @@ def _read_npz(stream: BinaryIO, name: str, keys: Sequence[str]) -> np.ndarray:
         RuntimeError,
         LookupError,
     ) as error:
-        raise MediaError(f"{name}: a damaged or encrypted NPZ file ({error}); replace the file") from error
+        raise MediaError(f"a damaged or encrypted NPZ file ({error}); replace the file") from error
     if not data.startswith(NPY):
-        raise MediaError(f"{name}: {member.filename} is no NPY file; expected an archive made by numpy.savez")
-    return _read_npy(io.BytesIO(data), f"{name}: {member.filename}")
+        raise MediaError(f"{member.filename} is not an NPY file; expected an archive made by numpy.savez")
+    with reading(member.filename):
+        return _read_npy(io.BytesIO(data))
 
 
-def _choose(archive: zipfile.ZipFile, name: str, keys: Sequence[str]) -> zipfile.ZipInfo:
+def _choose(archive: zipfile.ZipFile, keys: Sequence[str]) -> zipfile.ZipInfo:
     members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()[:_MAX_MEMBERS]}
     if len(members) == 1:
         return next(iter(members.values()))
@@ -127,46 +125,45 @@ def _choose(archive: zipfile.ZipFile, name: str, keys: Sequence[str]) -> zipfile
         if key in members:
             return members[key]
     found = ", ".join(list(members)[:20]) or "nothing"
-    raise MediaError(
-        f"{name}: the archive holds {found}; expected one array, or one called {' or '.join(keys)}"
-    )
+    raise MediaError(f"the archive holds {found}; expected one array, or one called {' or '.join(keys)}")
 
 
-def read_rows(stream: BinaryIO, *, name: str, first: int, columns: int) -> Iterator[np.ndarray]:
+def read_rows(stream: BinaryIO, *, first: int, columns: int, most: int | None = None) -> Iterator[np.ndarray]:
     """Yield the rows of a table of text in blocks [n, columns], float64, n at least 1.
 
-    Cells are parted by commas, else by semicolons, else by white space; empty lines and what follows ``#`` do not
-    count. Words such as ``nan`` and ``inf`` are numbers here: the caller decides what they mean.
+    Cells are separated by commas, else by semicolons, else by white space. Empty lines and text after ``#`` are
+    ignored. Words such as ``nan`` and ``inf`` are numbers here: the caller decides about their meaning.
 
     Args:
         stream: the file, at the line to begin with.
-        name: what the file is called in error messages.
         first: number of the line to begin with, 1 for the first of the file.
         columns: how many cells every row has.
+        most: lines that are read; by default all of them.
 
     Raises:
         MediaError: a row has more or fewer cells, or a cell is not a number; it names the line and the cell.
     """
-    while lines := _some_lines(stream):
+    while (most is None or most > 0) and (lines := _some_lines(stream, most)):
         block = _quickly(lines, columns)
         if block is None:
-            block = _carefully(lines, columns, first, name)
+            block = _carefully(lines, columns, first)
         if len(block):
             yield block
         first += len(lines)
+        most = None if most is None else most - len(lines)
 
 
-def _some_lines(stream: BinaryIO) -> list[bytes]:
+def _some_lines(stream: BinaryIO, most: int | None) -> list[bytes]:
     """Return the next lines, about `_BLOCK` bytes of them; a longer line than `_MAX_LINE` comes in pieces."""
     lines, size = [], 0
-    while size < _BLOCK and (line := stream.readline(_MAX_LINE)):
+    while size < _BLOCK and len(lines) != most and (line := stream.readline(_MAX_LINE)):
         lines.append(line)
         size += len(line)
     return lines
 
 
 def _quickly(lines: list[bytes], columns: int) -> np.ndarray | None:
-    """Read lines that all look alike; None where one does not."""
+    """Read lines that all have the same form; None if one differs."""
     filled = [line for line in lines if line.lstrip()[:1] not in (b"", b"#")]
     if not filled:
         return np.empty((0, columns))
@@ -178,24 +175,24 @@ def _quickly(lines: list[bytes], columns: int) -> np.ndarray | None:
     return block if block.shape[1] == columns else None
 
 
-def _carefully(lines: list[bytes], columns: int, first: int, name: str) -> np.ndarray:
+def _carefully(lines: list[bytes], columns: int, first: int) -> np.ndarray:
     """Read lines one by one, and name the one that cannot be read."""
     block = []
     for number, line in enumerate(lines, start=first):
         cells = cells_of(line)
         if cells and len(cells) != columns:
-            raise MediaError(f"{name}: line {number} has {len(cells)} cells; expected {columns} as above it")
+            raise MediaError(f"line {number} has {len(cells)} cells; expected {columns} as above it")
         for column, cell in enumerate(cells, start=1):
             if not is_number(cell):
                 text = cell[:40].decode("utf-8", "replace")
-                raise MediaError(f"{name}: line {number}, column {column} holds {text!r}; expected a number")
+                raise MediaError(f"line {number}, column {column} holds {text!r}; expected a number")
         if cells:
             block.append([float(cell) for cell in cells])
     return np.array(block).reshape(-1, columns)
 
 
 def cells_of(line: bytes) -> list[bytes]:
-    """Return the cells of one line of a table; none where it is empty or a comment.
+    """Return the cells of one line of a table; none if it is empty or a comment.
 
     Example:
         >>> cells_of(b"1, 2,3 # note"), cells_of(b"1  2 3"), cells_of(b"1,,3")
@@ -208,12 +205,12 @@ def cells_of(line: bytes) -> list[bytes]:
 
 
 def _delimiter(line: bytes) -> bytes | None:
-    """Return what parts the cells of a line; None: any white space."""
+    """Return the separator of the cells of a line; None: any white space."""
     return next((mark for mark in (b",", b";") if mark in line), None)
 
 
 def is_number(cell: bytes) -> bool:
-    """Tell whether a cell is a number, ``nan`` and ``inf`` included."""
+    """Return whether a cell is a number, ``nan`` and ``inf`` included."""
     try:
         float(cell)
     except ValueError:

@@ -19,7 +19,7 @@ MAX_MESH_BYTES = 128 * 1024 * 1024
 """Largest mesh file that is read; in memory it takes ten to twenty times as much."""
 
 MAX_VERTICES = 10_000_000
-"""Most vertices of a mesh, those of repeated parts counted each time."""
+"""Most vertices of a mesh; repeated parts count each time."""
 
 _MAX_NODES = 10_000
 _COMPRESSED = ("KHR_draco_mesh_compression", "EXT_meshopt_compression")
@@ -32,13 +32,12 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 _STEPS = np.array([0.7548776662466927, 0.5698402909980532])
 
 
-def sample_mesh(stream: BinaryIO, *, kind: str, name: str) -> np.ndarray:
+def sample_mesh(stream: BinaryIO, *, kind: str) -> np.ndarray:
     """Return `SAMPLES` points on the surface of a mesh, the same ones every time, or its vertices if it has no area.
 
     Args:
         stream: the file, at its start.
         kind: obj, off, stl, glb or ply.
-        name: what the file is called in error messages.
 
     Returns:
         [N, 3], float64, in the units of the file; vertices may be NaN or infinite, points on a surface are not.
@@ -50,37 +49,37 @@ def sample_mesh(stream: BinaryIO, *, kind: str, name: str) -> np.ndarray:
     try:
         import trimesh
     except ImportError as error:
-        raise MissingExtraError("trimesh", extra="point", purpose=f"read the mesh {name}") from error
+        raise MissingExtraError("trimesh", extra="point", purpose="read meshes") from error
 
     stream.seek(0, os.SEEK_END)
     size = stream.tell()
     stream.seek(0)
     if size > MAX_MESH_BYTES:
         raise MediaError(
-            f"{name}: a mesh of {size:,} bytes; at most {MAX_MESH_BYTES:,} are read. Simplify it, or save its points "
+            f"a mesh of {size:,} bytes; at most {MAX_MESH_BYTES:,} are read. Simplify it, or save its points "
             "as NPY"
         )
     data = stream.read()
     if kind == "glb":
-        _check_glb(data, name)
+        _check_glb(data)
     try:
         scene = trimesh.load_scene(
             io.BytesIO(data), file_type=kind, resolver=None, process=False, **_OPTIONS.get(kind, {})
         )
-        vertices, faces = _gather(scene, name)
+        vertices, faces = _gather(scene)
     except MediaError:
         raise
     # Damaged files make it raise nearly every class of exception, and ask for any amount of memory.
     except Exception as error:
         problem = str(error)[:200] or type(error).__name__
-        raise MediaError(f"{name}: a damaged {kind.upper()} file ({problem}); replace the file") from error
+        raise MediaError(f"a damaged {kind.upper()} file ({problem}); replace the file") from error
     if not len(vertices):
-        raise MediaError(f"{name}: no vertices in this {kind.upper()} file")
+        raise MediaError(f"no vertices in this {kind.upper()} file")
     return _spread(vertices, faces)
 
 
-def _check_glb(data: bytes, name: str) -> None:
-    """Refuse what the reader would leave out, or unpack to far more than the file holds."""
+def _check_glb(data: bytes) -> None:
+    """Refuse compressed meshes, which the reader would skip, and counts far beyond the size of the file."""
     length = int.from_bytes(data[12:16], "little")
     try:
         tree = json.loads(data[20 : 20 + length])
@@ -88,29 +87,29 @@ def _check_glb(data: bytes, name: str) -> None:
         count = sum(int(accessor.get("count", 0)) for accessor in tree.get("accessors", ()))
         nodes = len(tree.get("nodes", ()))
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise MediaError(f"{name}: a damaged GLB file ({error}); replace the file") from error
+        raise MediaError(f"a damaged GLB file ({error}); replace the file") from error
     if found := [key for key in _COMPRESSED if key in extensions]:
-        raise MediaError(f"{name}: a GLB file compressed with {found[0]}; save it without compression")
+        raise MediaError(f"a GLB file compressed with {found[0]}; save it without compression")
     if count > 6 * MAX_VERTICES or nodes > _MAX_NODES:
         raise MediaError(
-            f"{name}: a GLB file of {count:,} values and {nodes:,} nodes; at most {6 * MAX_VERTICES:,} and "
+            f"a GLB file of {count:,} values and {nodes:,} nodes; at most {6 * MAX_VERTICES:,} and "
             f"{_MAX_NODES:,} are read. Simplify it first"
         )
 
 
-def _gather(scene: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the vertices [V, 3] and triangles [F, 3] of everything that a scene shows, where it stands."""
+def _gather(scene: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return the vertices [V, 3] and triangles [F, 3] of everything that a scene shows, at its position."""
     vertices, faces, count = [], [], 0
     for part, triangles in _parts(scene):
         if len(triangles) and not (triangles.min() >= 0 and triangles.max() < len(part)):
             raise MediaError(
-                f"{name}: a damaged mesh: a face names a vertex that is not there; replace the file"
+                "a damaged mesh: a face refers to a vertex that does not exist; replace the file"
             )
         vertices.append(part)
         faces.append(triangles + count)
         count += len(part)
         if count > MAX_VERTICES or sum(map(len, faces)) > 2 * MAX_VERTICES:
-            raise MediaError(f"{name}: a mesh of more than {MAX_VERTICES:,} vertices; simplify it first")
+            raise MediaError(f"a mesh of more than {MAX_VERTICES:,} vertices; simplify it first")
     if not vertices:
         return np.empty((0, 3)), np.empty((0, 3), np.int64)
     return np.concatenate(vertices), np.concatenate(faces)
@@ -131,13 +130,13 @@ def _parts(scene: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def _spread(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
-    """Return points evenly spread over the triangles, or the vertices where those have no area."""
+    """Return points evenly spread over the triangles, or the vertices if those have no area."""
     faces = faces[np.isfinite(vertices).all(axis=1)[faces].all(axis=1)]
     corners = vertices[faces]
     scale = np.abs(corners).max(initial=0.0)
     if scale == 0:
         return vertices
-    # Within -1..1, so that no product overflows; around the centre, so that none is rounded away.
+    # Within -1..1, so that no product overflows; around the center, so that none is rounded away.
     corners = corners / scale
     middle = (corners.min(axis=(0, 1)) + corners.max(axis=(0, 1))) / 2
     corners = corners - middle

@@ -8,7 +8,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-from bindllm.errors import MediaError
+from bindllm.errors import MediaError, reading
 from bindllm.media.arrays import cells_of, check_numbers, holds_array, is_number, read_array, read_rows
 from bindllm.media.source import Source, name_of, open_stream
 
@@ -29,17 +29,17 @@ _UNIT = re.compile(r"[\[(].*?[\])]")
 def open_imu(source: Source, *, steps: int) -> np.ndarray:
     """Open a signal and stretch or squeeze it to a number of steps.
 
-    Files are tables of text or NPY. A table is parted by commas, semicolons, tabs or spaces. Its header, if it has
-    one, names the columns in any order, as in ``time, acc_x, acc_y, acc_z, gyro_x, gyro_y, gyro_z``; without one, six
-    columns are acceleration x y z and rotation x y z, and seven begin with the time. With times, which must rise, the
-    steps are even in time; otherwise the readings are taken as even. Steps lie between the first and the last reading,
-    both included, and are interpolated linearly, without smoothing. One reading alone is held throughout.
+    Files are tables of text or NPY files. Commas, semicolons, tabs or spaces separate the cells of a table. Its header,
+    if it has one, names the columns in any order, as in ``time, acc_x, acc_y, acc_z, gyro_x, gyro_y, gyro_z``. Without
+    one, six columns are acceleration x y z and rotation x y z, and seven begin with the time. With times, which must
+    rise, the steps are even in time; otherwise the readings are taken as even. Steps lie between the first and the last
+    reading, both included, and are interpolated linearly, without smoothing. A single reading is repeated.
 
-    Values keep their units; ImageBind was trained on metres per second squared and radians per second.
+    Values keep their units; ImageBind was trained on meters per second squared and radians per second.
 
     Args:
         source: path or bytes of a file, or an array [N, 6] or [6, N] (6 x 6 is refused: it could be either).
-        steps: how many there shall be, at least 1.
+        steps: length of the result, at least 1.
 
     Returns:
         [6, steps], float32: acceleration x y z, then rotation x y z.
@@ -48,122 +48,118 @@ def open_imu(source: Source, *, steps: int) -> np.ndarray:
         MediaError: missing, empty, an unknown column, an uneven row, a word, NaN or infinity (the line is named), or
             more than `MAX_READINGS`.
     """
-    name = name_of(source)
-    times: np.ndarray | None = None
-    if isinstance(source, Image.Image):
-        raise MediaError(f"{name}: a picture; expected a table or an array of six signals")
-    if isinstance(source, np.ndarray):
-        signal = _from_array(source, name)
-    else:
-        with open_stream(source) as stream:
-            head = stream.read(_HEAD)
-            stream.seek(0)
-            if not head:
-                raise MediaError(f"{name}: the file is empty; expected a table or an array of six signals")
-            if holds_array(head):
-                signal = _from_array(read_array(stream, name=name, keys=("imu", "signal")), name)
-            else:
-                signal, times = _from_table(stream, name)
-    with np.errstate(over="ignore"):
-        resampled = _resample(signal, times, steps).astype(np.float32)
-    if not np.isfinite(resampled).all():
-        raise MediaError(f"{name}: values beyond the range of 32-bit floats; check the units")
-    return resampled
+    with reading(name_of(source)):
+        times: np.ndarray | None = None
+        if isinstance(source, Image.Image):
+            raise MediaError("an image; expected a table or an array of six signals")
+        if isinstance(source, np.ndarray):
+            signal = _from_array(source)
+        else:
+            with open_stream(source) as stream:
+                head = stream.read(_HEAD)
+                stream.seek(0)
+                if not head:
+                    raise MediaError("the file is empty; expected a table or an array of six signals")
+                if holds_array(head):
+                    signal = _from_array(read_array(stream, keys=("imu", "signal")))
+                else:
+                    signal, times = _from_table(stream)
+        with np.errstate(over="ignore"):
+            resampled = _resample(signal, times, steps).astype(np.float32)
+        if not np.isfinite(resampled).all():
+            raise MediaError("values beyond the range of 32-bit floats; check the units")
+        return resampled
 
 
-def _from_array(array: np.ndarray, name: str) -> np.ndarray:
+def _from_array(array: np.ndarray) -> np.ndarray:
     """Return [6, N], float64."""
-    check_numbers(array, name=name)
+    check_numbers(array)
     if array.ndim != 2 or 6 not in array.shape or 0 in array.shape:
-        raise MediaError(f"{name}: an array {list(array.shape)}; expected [N, 6] or [6, N] with N at least 1")
+        raise MediaError(f"an array {list(array.shape)}; expected [N, 6] or [6, N] with N at least 1")
     if array.shape == (6, 6):
-        raise MediaError(f"{name}: an array [6, 6] could be read along either axis; give more readings")
+        raise MediaError("an array [6, 6] could be read along either axis; give more readings")
     if max(array.shape) > MAX_READINGS:
-        raise MediaError(
-            f"{name}: {max(array.shape):,} readings; at most {MAX_READINGS:,} are read. Cut it first"
-        )
+        raise MediaError(f"{max(array.shape):,} readings; at most {MAX_READINGS:,} are read. Cut it first")
     signal = (array if array.shape[0] == 6 else array.T).astype(np.float64)
     if not np.isfinite(signal).all():
         at = int(np.flatnonzero(~np.isfinite(signal).all(axis=0))[0])
-        raise MediaError(f"{name}: reading {at} is NaN or infinite; fill the gap or cut it out")
+        raise MediaError(f"reading {at} is NaN or infinite; fill the gap or cut it out")
     return signal
 
 
-def _from_table(stream: BinaryIO, name: str) -> tuple[np.ndarray, np.ndarray | None]:
+def _from_table(stream: BinaryIO) -> tuple[np.ndarray, np.ndarray | None]:
     """Return [6, N] and the times [N], if there are any."""
-    cells, number = _first_cells(stream, name)
+    cells, number = _first_cells(stream)
     if all(map(is_number, cells)):
         if len(cells) not in (6, 7):
             raise MediaError(
-                f"{name}: line {number} has {len(cells)} columns and there is no header; expected 6 "
+                f"line {number} has {len(cells)} columns and there is no header; expected 6 "
                 f"({', '.join(AXES)}), or 7 with the time first"
             )
         order, time = list(range(len(cells) - 6, len(cells))), 0 if len(cells) == 7 else None
         stream.seek(0)
         number = 1
     else:
-        order, time = _read_header(
-            [cell.decode("utf-8", "replace").strip("\"' \r\n") for cell in cells], name
-        )
+        order, time = _read_header([cell.decode("utf-8", "replace").strip("\"' \r\n") for cell in cells])
         number += 1
     blocks, count = [], 0
-    for block in read_rows(stream, name=name, first=number, columns=len(cells)):
+    for block in read_rows(stream, first=number, columns=len(cells)):
         count += len(block)
         if count > MAX_READINGS:
-            raise MediaError(f"{name}: more than {MAX_READINGS:,} readings; cut it first")
+            raise MediaError(f"more than {MAX_READINGS:,} readings; cut it first")
         if not np.isfinite(block).all():
             at = count - len(block) + int(np.flatnonzero(~np.isfinite(block).all(axis=1))[0])
-            raise MediaError(f"{name}: reading {at + 1} is NaN or infinite; fill the gap or cut it out")
+            raise MediaError(f"reading {at + 1} is NaN or infinite; fill the gap or cut it out")
         blocks.append(block)
     if not blocks:
-        raise MediaError(f"{name}: a header and no readings; expected at least one row of numbers")
+        raise MediaError("a header and no readings; expected at least one row of numbers")
     table = np.concatenate(blocks)
     times = None if time is None else table[:, time]
     if times is not None and (backwards := np.flatnonzero(np.diff(times) <= 0)).size:
         at = int(backwards[0]) + 1
         raise MediaError(
-            f"{name}: the time of reading {at + 1} is {times[at]:g}, after {times[at - 1]:g}; times must rise"
+            f"the time of reading {at + 1} is {times[at]:g}, after {times[at - 1]:g}; times must rise"
         )
     return table[:, order].T, times
 
 
-def _first_cells(stream: BinaryIO, name: str) -> tuple[list[bytes], int]:
-    """Return the cells of the first line that has any, and its number; the stream is left behind it."""
+def _first_cells(stream: BinaryIO) -> tuple[list[bytes], int]:
+    """Return the cells of the first line that has any, and its number; the stream is left after it."""
     for number, line in enumerate(iter(lambda: stream.readline(_HEAD), b""), start=1):
         line = line.removeprefix(b"\xef\xbb\xbf")
         if cells := cells_of(line):
-            # The names of a header parted by tabs may hold spaces.
+            # Names may contain spaces if tabs separate them.
             is_tabbed = b"\t" in line and b"," not in line and b";" not in line
             return line.split(b"\t") if is_tabbed and not all(map(is_number, cells)) else cells, number
-    raise MediaError(f"{name}: no readings; expected a table or an array of six signals")
+    raise MediaError("no readings; expected a table or an array of six signals")
 
 
-def _read_header(words: list[str], name: str) -> tuple[list[int], int | None]:
-    """Return where the six signals are, in the order of `AXES`, and where the time is."""
-    places: dict[int, int] = {}
+def _read_header(words: list[str]) -> tuple[list[int], int | None]:
+    """Return the columns of the six signals, in the order of `AXES`, and of the time."""
+    columns: dict[int, int] = {}
     time: int | None = None
     odd = []
     for column, word in enumerate(words):
         plain = re.sub(r"[^a-z0-9]", "", _UNIT.sub("", word.lower()))
         if found := _AXIS.fullmatch(plain):
             axis = "xyz".index(found[3]) + (3 if found[2] else 0)
-            if axis in places:
+            if axis in columns:
                 odd.append(word)
-            places[axis] = column
+            columns[axis] = column
         elif _TIME.fullmatch(plain) and time is None:
             time = column
         else:
             odd.append(word)
-    missing = [axis for place, axis in enumerate(AXES) if place not in places]
+    missing = [axis for row, axis in enumerate(AXES) if row not in columns]
     if odd or missing:
         shown = ", ".join(repr(word[:40]) for word in words[:30])
         problem = f"unknown or repeated: {', '.join(repr(word[:40]) for word in odd[:10])}" if odd else ""
         lacking = f"missing: {', '.join(missing)}" if missing else ""
         raise MediaError(
-            f"{name}: the columns are {shown} ({'; '.join(filter(None, (problem, lacking)))}). Expected acc_x, acc_y, "
+            f"the columns are {shown} ({'; '.join(filter(None, (problem, lacking)))}). Expected acc_x, acc_y, "
             "acc_z, gyro_x, gyro_y, gyro_z and, if there is one, time; rename or remove the others"
         )
-    return [places[axis] for axis in range(6)], time
+    return [columns[axis] for axis in range(6)], time
 
 
 def _resample(signal: np.ndarray, times: np.ndarray | None, steps: int) -> np.ndarray:

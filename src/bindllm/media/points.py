@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import logging
 import os
 import re
+from collections.abc import Iterator
 from pathlib import PurePath
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
 
-from bindllm.errors import MediaError
+from bindllm.errors import MediaError, MissingExtraError, reading
 from bindllm.media.arrays import cells_of, check_numbers, holds_array, is_number, read_array, read_rows
 from bindllm.media.meshes import sample_mesh
-from bindllm.media.ply import read_ply_points
 from bindllm.media.source import Source, name_of, open_stream
 
 MAX_POINTS = 1_000_000
-"""Most points that are returned; of more, every second, fourth, eighth, ... is taken."""
+"""Most points that are returned; above it, every second, fourth, eighth, ... is taken."""
 
 _KEYS = ("points", "xyz", "vertices", "pc")
 _MOST_COLUMNS = 64
 _HEAD = 1 << 16
+_BLOCK = 1 << 18
+_ELEMENT = re.compile(rb"^([ \t]*element[ \t]+\S+[ \t]+)(\S+)", re.MULTILINE)
 _COUNT = re.compile(rb"\s*\d+\s*")
 _AXES = re.compile(rb"[\s/#\"']*x[\s,;\"']+y[\s,;\"']+z\b", re.IGNORECASE)
 _OFF = re.compile(rb"\s*C?OFF\b")
@@ -36,14 +40,14 @@ _log = logging.getLogger("bindllm")
 def open_points(source: Source) -> np.ndarray:
     """Open a point cloud, or a mesh as points on its surface.
 
-    Files are recognised by their content; the ending of a path decides only where that says nothing. Of a mesh (OBJ,
-    OFF, STL, GLB, PLY with faces) `bindllm.media.meshes.SAMPLES` points are spread evenly over the surface, the same
-    ones every time; a mesh without area gives its vertices. Of more than `MAX_POINTS` points every second, fourth, ...
-    in the order of the file is taken. Points that are NaN, infinite or beyond the range of 32-bit floats are left out,
-    and a warning counts them. Columns behind x y z (colours, normals) are not read.
+    Files are recognized by their content; the suffix of a path decides only if the content is unclear. A mesh (OBJ,
+    OFF, STL, GLB, PLY with faces) becomes `bindllm.media.meshes.SAMPLES` points, spread evenly over its surface, the
+    same ones every time; a mesh without area gives its vertices. Above `MAX_POINTS` points, every second, fourth, ...
+    in the order of the file is taken. Points that are NaN, infinite or beyond the range of 32-bit floats are skipped,
+    and a warning counts them. Columns after x y z (colors, normals) are not read.
 
     Coordinates stay as they are, with one exception: a cloud so far from the origin that 32-bit floats would round its
-    shape away (surveyed coordinates, for example) is moved to its centre.
+    shape away (surveyed coordinates, for example) is moved to its center.
 
     Args:
         source: path or bytes of a file (PLY, OBJ, OFF, STL, GLB, NPY, NPZ with the array ``points``, or a table of
@@ -57,30 +61,31 @@ def open_points(source: Source) -> np.ndarray:
         MissingExtraError: a mesh without the extra ``point``.
     """
     name = name_of(source)
-    if isinstance(source, Image.Image):
-        raise MediaError(f"{name}: a picture; expected a point cloud")
-    if isinstance(source, np.ndarray):
-        return _finish(_from_array(source, name), name)
-    with open_stream(source) as stream:
-        head = stream.read(_HEAD)
-        stream.seek(0)
-        if not head:
-            raise MediaError(f"{name}: the file is empty; {_EXPECTED}")
-        if holds_array(head):
-            return _finish(_from_array(read_array(stream, name=name, keys=_KEYS), name), name)
-        suffix = "" if isinstance(source, bytes) else PurePath(source).suffix.lower()
-        kind = _kind(head, stream, suffix)
-        sieve = _Sieve()
-        if kind == "ply" and (blocks := read_ply_points(stream, name=name)) is not None:
-            for block in blocks:
-                sieve.add(block)
-        elif kind == "table":
-            _read_table(stream, sieve, name)
-        elif kind is not None:
-            sieve.add(sample_mesh(stream, kind=kind, name=name))
-        else:
-            raise MediaError(f"{name}: not a point cloud (it starts with {head[:12]!r}); {_EXPECTED}")
-    return _finish(sieve.points(), name)
+    with reading(name):
+        if isinstance(source, Image.Image):
+            raise MediaError("an image; expected a point cloud")
+        if isinstance(source, np.ndarray):
+            return _finish(_from_array(source), name)
+        with open_stream(source) as stream:
+            head = stream.read(_HEAD)
+            stream.seek(0)
+            if not head:
+                raise MediaError(f"the file is empty; {_EXPECTED}")
+            if holds_array(head):
+                return _finish(_from_array(read_array(stream, keys=_KEYS)), name)
+            suffix = "" if isinstance(source, bytes) else PurePath(source).suffix.lower()
+            kind = _kind(head, stream, suffix)
+            sieve = _Sieve()
+            if kind == "ply" and (blocks := _read_ply(stream)) is not None:
+                for block in blocks:
+                    sieve.add(block)
+            elif kind == "table":
+                _read_table(stream, sieve)
+            elif kind is not None:
+                sieve.add(sample_mesh(stream, kind=kind))
+            else:
+                raise MediaError(f"not a point cloud (it starts with {head[:12]!r}); {_EXPECTED}")
+        return _finish(sieve.points(), name)
 
 
 class _Sieve:
@@ -104,13 +109,11 @@ class _Sieve:
         return np.concatenate(self._blocks) if self._blocks else np.empty((0, 3))
 
 
-def _from_array(array: np.ndarray, name: str) -> np.ndarray:
-    check_numbers(array, name=name)
+def _from_array(array: np.ndarray) -> np.ndarray:
+    check_numbers(array)
     if array.ndim != 2 or not 3 <= array.shape[1] <= _MOST_COLUMNS:
         hint = "; transpose it" if array.ndim == 2 and array.shape[0] == 3 else ""
-        raise MediaError(
-            f"{name}: an array {list(array.shape)}; expected [N, 3] or more columns behind x y z{hint}"
-        )
+        raise MediaError(f"an array {list(array.shape)}; expected [N, 3] or more columns after x y z{hint}")
     sieve = _Sieve()
     for start in range(0, len(array), MAX_POINTS):
         sieve.add(array[start : start + MAX_POINTS])
@@ -118,7 +121,7 @@ def _from_array(array: np.ndarray, name: str) -> np.ndarray:
 
 
 def _kind(head: bytes, stream: BinaryIO, suffix: str) -> str | None:
-    """Return the format of a file, from what it holds; of an unclear one, from the ending of its name."""
+    """Return the format of a file by its content; if that is unclear, by its suffix."""
     if head.startswith((b"ply\n", b"ply\r")):
         return "ply"
     if head.startswith(b"glTF"):
@@ -141,15 +144,107 @@ def _kind(head: bytes, stream: BinaryIO, suffix: str) -> str | None:
     return _SUFFIXES.get(suffix)
 
 
+def _read_ply(stream: BinaryIO) -> Iterator[np.ndarray] | None:
+    """Return the vertices [n, 3] of a PLY file block by block; None if it has faces, so that it is a mesh."""
+    header = b"".join(itertools.takewhile(lambda line: line.strip() != b"end_header", _header_lines(stream)))
+    lines, start = header.count(b"\n") + 1, stream.tell()
+    ply, counts = _parse_ply_header(header + b"end_header\n")
+    if any(
+        element.name in ("face", "tristrips") and count for element, count in zip(ply, counts, strict=True)
+    ):
+        stream.seek(0)
+        return None
+    at = next((n for n, element in enumerate(ply) if element.name == "vertex"), None)
+    names = [] if at is None else [entry.name for entry in ply.elements[at].properties]
+    if at is None or not {"x", "y", "z"} <= set(names):
+        raise MediaError("a PLY file without vertices that have x, y and z")
+    if any(
+        hasattr(entry, "list_dtype") for element in ply.elements[: at + 1] for entry in element.properties
+    ):
+        return _ply_with_lists(stream, sum(counts))
+    count, before = counts[at], list(zip(ply.elements[:at], counts[:at], strict=True))
+    if ply.text:
+        skipped = sum(count for _, count in before)
+        for _ in range(skipped):
+            if not stream.readline():
+                raise MediaError("a truncated PLY file: it ends before its vertices; replace the file")
+        rows = read_rows(stream, first=lines + skipped + 1, columns=len(names), most=count)
+        return _all_of(count, (block[:, [names.index(axis) for axis in "xyz"]] for block in rows))
+    offset = start + sum(element.dtype(ply.byte_order).itemsize * count for element, count in before)
+    stream.seek(offset)
+    return _all_of(count, _records(stream, np.dtype(ply.elements[at].dtype(ply.byte_order)), count))
+
+
+def _records(stream: BinaryIO, record: np.dtype, count: int) -> Iterator[np.ndarray]:
+    """Yield x, y and z of binary records, at most `count`."""
+    while count and len(data := stream.read(min(_BLOCK, count) * record.itemsize)) >= record.itemsize:
+        block = np.frombuffer(data, record, len(data) // record.itemsize)
+        yield np.stack([block[axis] for axis in "xyz"], axis=1)
+        count -= len(block)
+
+
+def _header_lines(stream: BinaryIO) -> Iterator[bytes]:
+    while stream.tell() < _HEAD and (line := stream.readline(_HEAD)):
+        yield line
+    raise MediaError(f"a damaged PLY header (no end_header in {_HEAD:,} bytes); replace the file")
+
+
+def _parse_ply_header(header: bytes) -> tuple[Any, list[int]]:
+    """Return the elements as `plyfile` describes them, without data, and how many records each has."""
+    try:
+        from plyfile import PlyData
+    except ImportError as error:
+        raise MissingExtraError("plyfile", extra="point", purpose="read PLY files") from error
+    counts = [count for _, count in _ELEMENT.findall(header)]
+    if odd := [count for count in counts if not (count.isdigit() and len(count) < 16)]:
+        raise MediaError(f"a damaged PLY header (a count of {odd[0][:40]!r}); replace the file")
+    try:
+        # It allocates as many records as the header claims, so it sees a header that claims none.
+        ply = PlyData.read(io.BytesIO(_ELEMENT.sub(rb"\g<1>0", header)))
+    # Damaged headers make it raise several classes of exception.
+    except Exception as error:
+        raise MediaError(f"a damaged PLY header ({error}); replace the file") from error
+    if len(ply.elements) != len(counts):
+        raise MediaError("a damaged PLY header; replace the file")
+    return ply, [int(count) for count in counts]
+
+
+def _ply_with_lists(stream: BinaryIO, records: int) -> Iterator[np.ndarray]:
+    """Yield the vertices of a file whose records differ in size, which only a slow loop can read."""
+    from plyfile import PlyData
+
+    if records > MAX_POINTS:
+        raise MediaError(
+            f"a PLY file of {records:,} records with lists before or in its vertices; at most {MAX_POINTS:,} are read. "
+            "Save it again with the vertices first, of plain numbers"
+        )
+    stream.seek(0)
+    try:
+        vertex = PlyData.read(io.BytesIO(stream.read()), mmap=False)["vertex"]
+        yield np.stack([vertex[axis] for axis in "xyz"], axis=1).astype(np.float64)
+    except Exception as error:
+        raise MediaError(f"a damaged or truncated PLY file ({error}); replace the file") from error
+
+
+def _all_of(count: int, blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """Pass blocks on, and refuse a file that ends early."""
+    found = 0
+    for block in blocks:
+        found += len(block)
+        yield block
+    if found < count:
+        raise MediaError(f"a truncated PLY file: {found:,} of {count:,} vertices; replace the file")
+
+
 def _columns(text: bytes) -> int:
-    """Return the number of columns of the first line that is no comment; 0 where that is no row of numbers."""
+    """Return the number of columns of the first line that is not a comment; 0 if it is not a row of numbers."""
     for line in text.splitlines():
         if (cells := cells_of(line)) and not line.lstrip().startswith(b"//"):
             return len(cells) if all(map(is_number, cells)) and 3 <= len(cells) <= _MOST_COLUMNS else 0
     return 0
 
 
-def _read_table(stream: BinaryIO, sieve: _Sieve, name: str) -> None:
+def _read_table(stream: BinaryIO, sieve: _Sieve) -> None:
     """Read lines of x y z, which a count of points or the names of the columns may precede."""
     skipped, start = 0, 0
     while line := stream.readline(_HEAD):
@@ -161,21 +256,21 @@ def _read_table(stream: BinaryIO, sieve: _Sieve, name: str) -> None:
     columns = len(cells_of(line))
     stream.seek(start)
     if not 3 <= columns <= _MOST_COLUMNS:
-        raise MediaError(f"{name}: line {skipped + 1} has {columns} cells; expected lines of x y z")
-    for block in read_rows(stream, name=name, first=skipped + 1, columns=columns):
+        raise MediaError(f"line {skipped + 1} has {columns} cells; expected lines of x y z")
+    for block in read_rows(stream, first=skipped + 1, columns=columns):
         sieve.add(block)
 
 
 def _finish(points: np.ndarray, name: str) -> np.ndarray:
-    """Leave out what is not finite, and return float32."""
+    """Drop points that are not finite, and return float32."""
     if not len(points):
-        raise MediaError(f"{name}: no points in it; expected at least one")
+        raise MediaError("no points in it; expected at least one")
     is_good = (np.abs(points) <= np.finfo(np.float32).max).all(axis=1)  # also false for NaN
     if not is_good.all():
         bad = int((~is_good).sum())
         if bad == len(points):
-            raise MediaError(f"{name}: all {bad:,} points are NaN or infinite")
-        _log.warning("%s: %d of %d points are NaN or infinite, and were left out", name, bad, len(points))
+            raise MediaError(f"all {bad:,} points are NaN or infinite")
+        _log.warning("%s: %d of %d points are NaN or infinite, and were skipped", name, bad, len(points))
         points = points[is_good]
     low, high = points.min(axis=0), points.max(axis=0)
     extent = float((high - low).max())

@@ -1,4 +1,4 @@
-"""What the content of media can be, what it is called in messages, and how its bytes are reached."""
+"""The content of media: its types, its name in messages, its file endings, and how its bytes are opened."""
 
 from __future__ import annotations
 
@@ -11,42 +11,50 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-from bindllm.errors import MediaError
+from bindllm.errors import MediaError, reading
 
 Source = str | Path | bytes | np.ndarray | Image.Image
 
 CHUNK = 1 << 20
 """Bytes that are read at once."""
 
+SUFFIXES: dict[str, frozenset[str]] = {
+    "image": frozenset((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".svg", ".svgz")),
+    "video": frozenset((".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg")),
+    "audio": frozenset((".wav", ".mp3", ".flac", ".ogg", ".oga", ".opus", ".m4a", ".aac")),
+    "point": frozenset((".ply", ".obj", ".off", ".stl", ".glb", ".xyz", ".pts", ".pcd")),
+}
+"""File endings by modality, in lower case. Other files (npy, npz, csv, txt) may hold any modality."""
+
 
 def name_of(source: Source) -> str:
-    """Return the path, or a few words about bytes, an array or a Pillow picture."""
+    """Return the path, or a few words about bytes, an array or a Pillow image."""
     match source:
         case bytes():
             return f"<{len(source)} bytes>"
         case np.ndarray():
             return f"<array {list(source.shape)} {source.dtype}>"
         case Image.Image():
-            return f"<picture {source.width}x{source.height} {source.mode}>"
+            return f"<image {source.width}x{source.height} {source.mode}>"
         case _:
             return str(source)
 
 
 @contextmanager
 def open_stream(source: str | Path | bytes) -> Iterator[BinaryIO]:
-    """Open a file or bytes for reading; what the system refuses becomes a MediaError that names the file."""
+    """Open a file or bytes for reading; an error of the system becomes a MediaError that names the file."""
     if isinstance(source, bytes):
         yield io.BytesIO(source)
         return
-    path = Path(source)
-    if path.is_dir():
-        raise MediaError(f"{path}: this is a folder; expected a file")
-    try:
-        stream = path.open("rb")
-    except OSError as error:
-        raise MediaError(f"{path}: cannot be opened ({error.strerror}); check the path") from error
-    except ValueError as error:
-        # A zero byte, which no path has.
-        raise MediaError(f"{str(path)!r}: cannot be opened ({error}); check the path") from error
+    with reading(name_of(source)):
+        if Path(source).is_dir():
+            raise MediaError("this is a folder; expected a file")
+        try:
+            stream = Path(source).open("rb")  # noqa: SIM115 (closed by the last block)
+        except OSError as error:
+            raise MediaError(f"cannot be opened ({error.strerror}); check the path") from error
+        except ValueError as error:
+            # A zero byte, which no path has.
+            raise MediaError(f"cannot be opened ({error}); check the path") from error
     with stream:
         yield stream

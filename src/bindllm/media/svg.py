@@ -1,4 +1,4 @@
-"""Rendering SVG pictures, which may come from strangers: nothing outside the file is read."""
+"""Rendering SVG images, which may be untrusted: nothing outside the file is read."""
 
 from __future__ import annotations
 
@@ -29,23 +29,22 @@ _INLINE_RASTER = re.compile(r"\s*data:image/(png|jpe?g|gif|webp)[;,]", re.IGNORE
 
 
 def looks_like_svg(head: bytes) -> bool:
-    """Tell from the first bytes of a file whether it is an SVG; of pictures, only SVG is packed with gzip."""
+    """Return from the first bytes of a file whether it is an SVG; the only image format that is packed with gzip."""
     # Dropping the zero bytes makes UTF-16 readable enough to find the tag.
     text = head.replace(b"\0", b"").lstrip(b"\xef\xbb\xbf\xff\xfe \t\r\n").lower()
     is_markup = text.startswith(b"<?xml") or (text.startswith(b"<") and (b"<svg" in text or b":svg" in text))
     return head.startswith(_GZIP) or is_markup
 
 
-def render_svg(stream: BinaryIO, *, size: int, name: str) -> Image.Image:
+def render_svg(stream: BinaryIO, *, size: int) -> Image.Image:
     """Render an SVG on white so that its longer side is ``size`` pixels.
 
-    The proportions come from width and height, else from the viewBox, else from the bounding box of what is
-    drawn (100 x 100 when nothing is). Pictures inside are drawn only when they are embedded in the file.
+    The proportions come from width and height, else from the viewBox, else from the bounding box of the
+    drawing (100 x 100 if it is empty). Images inside are drawn only if they are embedded in the file.
 
     Args:
         stream: the file, plain or packed with gzip.
         size: longer side in pixels.
-        name: what the file is called in error messages.
 
     Raises:
         MediaError: not well-formed, without area, too large or nested too deeply.
@@ -54,17 +53,17 @@ def render_svg(stream: BinaryIO, *, size: int, name: str) -> Image.Image:
     try:
         import resvg_py
     except ImportError as error:
-        raise MissingExtraError("resvg-py", extra="svg", purpose="render SVG pictures") from error
+        raise MissingExtraError("resvg-py", extra="svg", purpose="render SVG images") from error
 
     try:
-        root = ElementTree.fromstring(_read(stream, name))
+        root = ElementTree.fromstring(_read(stream))
     except (ElementTree.ParseError, ValueError, LookupError) as error:
-        raise MediaError(f"{name}: not a well-formed SVG ({error})") from error
-    _check_depth(root, name)
-    _check_coordinates(root, name)
-    _drop_outside_pictures(root)
+        raise MediaError(f"not a well-formed SVG ({error})") from error
+    _check_depth(root)
+    _check_coordinates(root)
+    _drop_outside_images(root)
     try:
-        # Lengths in mm or inches need a resolution; 96 dots per inch is what CSS defines.
+        # Lengths in mm or inches need a resolution; CSS defines 96 dots per inch.
         png = resvg_py.svg_to_bytes(
             svg_string=ElementTree.tostring(root, encoding="unicode"),
             width=size,
@@ -73,37 +72,37 @@ def render_svg(stream: BinaryIO, *, size: int, name: str) -> Image.Image:
             background="white",
         )
     except ValueError as error:
-        raise MediaError(f"{name}: an SVG that cannot be rendered ({error})") from error
+        raise MediaError(f"an SVG that cannot be rendered ({error})") from error
     # A panic of the renderer is a BaseException of a class that nothing exports.
     except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise
-        raise MediaError(f"{name}: an SVG that the renderer cannot handle ({error})") from error
+        raise MediaError(f"an SVG that the renderer cannot handle ({error})") from error
     with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
         return image.convert("RGB")
 
 
-def _read(stream: BinaryIO, name: str) -> bytes:
+def _read(stream: BinaryIO) -> bytes:
     """Read the whole text, unpacked, but never more than the limit."""
     packed = stream.read(2) == _GZIP
     stream.seek(0)
     try:
         text = (gzip.GzipFile(fileobj=stream) if packed else stream).read(MAX_SVG_BYTES + 1)
     except (OSError, EOFError, zlib.error) as error:
-        raise MediaError(f"{name}: a damaged gzip file ({error})") from error
+        raise MediaError(f"a damaged gzip file ({error})") from error
     if len(text) > MAX_SVG_BYTES:
-        raise MediaError(f"{name}: an SVG of more than {MAX_SVG_BYTES:,} bytes; simplify it first")
+        raise MediaError(f"an SVG of more than {MAX_SVG_BYTES:,} bytes; simplify it first")
     return text
 
 
-def _check_depth(root: ElementTree.Element, name: str) -> None:
+def _check_depth(root: ElementTree.Element) -> None:
     """Refuse an SVG whose elements, with ``#references`` followed, nest deeper than `MAX_DEPTH`."""
     by_id = {element.get("id"): element for element in root.iter() if element.get("id")}
     heights: dict[ElementTree.Element, int] = {}
 
     def height(element: ElementTree.Element, above: int) -> int:
         if above + heights.get(element, 1) > MAX_DEPTH:
-            raise MediaError(f"{name}: an SVG nested deeper than {MAX_DEPTH} levels; simplify it first")
+            raise MediaError(f"an SVG nested deeper than {MAX_DEPTH} levels; simplify it first")
         if element not in heights:
             heights[element] = 1  # also ends circular references, which the renderer ignores
             texts = [*element.attrib.values(), element.text or ""]
@@ -116,18 +115,18 @@ def _check_depth(root: ElementTree.Element, name: str) -> None:
     height(root, 0)
 
 
-def _check_coordinates(root: ElementTree.Element, name: str) -> None:
-    """Refuse shapes with coordinates of a million or more; the size of the whole picture may be any."""
+def _check_coordinates(root: ElementTree.Element) -> None:
+    """Refuse shapes with coordinates of a million or more; the size of the whole image may be any."""
     shapes = (element for element in root.iter() if element is not root)
     for key, value in (item for element in shapes for item in element.attrib.items()):
         if _GEOMETRY.fullmatch(key) and (found := _LARGE.search(value)):
             raise MediaError(
-                f"{name}: an SVG with a coordinate of a million or more ({key}: {found[0]}); scale it down"
+                f"an SVG with a coordinate of a million or more ({key}: {found[0]}); scale it down"
             )
 
 
-def _drop_outside_pictures(root: ElementTree.Element) -> None:
-    """Remove links to files and addresses: only a raster picture embedded as data may be drawn."""
+def _drop_outside_images(root: ElementTree.Element) -> None:
+    """Remove links to files and addresses: only a raster image embedded as data may be drawn."""
     for element in root.iter():
         if element.tag.rpartition("}")[2] not in ("image", "feImage"):
             continue

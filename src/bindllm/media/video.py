@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from bindllm.errors import MediaError
+from bindllm.errors import MediaError, reading
 from bindllm.media.container import check_frame_size, open_track, packets
 from bindllm.media.source import Source, name_of
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 ARRAY_RATE = Fraction(25)
-"""Frames a second of a video that is given as an array, or whose file tells no rate."""
+"""Frames a second of a video that is given as an array, or whose file has no rate."""
 
 MAX_FRAMES = 10_000_000
 """Longest video that is read: 46 hours at 60 frames a second."""
@@ -37,14 +37,14 @@ def read_frames(source: Source, *, pick: Pick) -> Iterator[tuple[int, np.ndarray
 
     Frames are numbered in the order in which they are shown, without those that an edit list hides. The file is
     read once without decoding, for the time of every frame; then each picked frame is decoded from the key frame
-    before it. Where the times are missing or not unique, the frames are counted by decoding instead, still one
-    at a time. A rotation by quarter turns that the file asks for (telephones do) is applied, mirroring is not.
-    Transparent parts become white. What a truncated file still holds is read if its container does not tell.
+    before it. If the times are missing or not unique, the frames are counted by decoding instead, still one
+    at a time. A rotation by quarter turns that the file asks for (phones do) is applied, mirroring is not.
+    Transparent parts become white. A truncated file is read up to its end if its container allows it.
 
     Args:
         source: path or bytes of a video file, or an array [N, H, W, 3] of uint8 at `ARRAY_RATE`.
         pick: gets the number of frames and the average rate in frames a second, and returns rising numbers of
-            frames. It may be called twice, when the file turns out to hold other frames than it says.
+            frames. It may be called twice, if the file holds other frames than it claims.
 
     Yields:
         number of the frame, and the frame, uint8 [H, W, 3].
@@ -55,22 +55,22 @@ def read_frames(source: Source, *, pick: Pick) -> Iterator[tuple[int, np.ndarray
         MissingExtraError: PyAV is not installed.
 
     Example:
-        >>> film = np.zeros((50, 8, 8, 3), np.uint8)
-        >>> [number for number, _ in read_frames(film, pick=lambda count, rate: [0, count // 2])]
+        >>> video = np.zeros((50, 8, 8, 3), np.uint8)
+        >>> [number for number, _ in read_frames(video, pick=lambda count, rate: [0, count // 2])]
         [0, 25]
     """
-    name = name_of(source)
-    if isinstance(source, np.ndarray):
-        if source.ndim != 4 or source.shape[3] != 3 or source.dtype != np.uint8 or source.size == 0:
-            raise MediaError(f"{name}: expected a filled array [N, H, W, 3] of uint8")
-        yield from ((number, source[number]) for number in pick(len(source), ARRAY_RATE))
-        return
-    yield from _by_time(source, name, pick)
+    with reading(name_of(source)):
+        if isinstance(source, np.ndarray):
+            if source.ndim != 4 or source.shape[3] != 3 or source.dtype != np.uint8 or source.size == 0:
+                raise MediaError("expected a non-empty array [N, H, W, 3] of uint8")
+            yield from ((number, source[number]) for number in pick(len(source), ARRAY_RATE))
+            return
+        yield from _by_time(source, pick)
 
 
 @dataclass(frozen=True)
 class _Timeline:
-    """What the packets tell about a video.
+    """The times in the packets of a video.
 
     Args:
         times: of every frame that is shown, rising, in units of the track; None: some are missing or equal.
@@ -83,34 +83,34 @@ class _Timeline:
     rate: Fraction
 
 
-def _by_time(source: Source, name: str, pick: Pick) -> Iterator[tuple[int, np.ndarray]]:
+def _by_time(source: Source, pick: Pick) -> Iterator[tuple[int, np.ndarray]]:
     """Yield the picked frames, each found by its time."""
     with open_track(source, "video") as (container, stream):
-        timeline = _scan(container, stream, name)
+        timeline = _scan(container, stream)
     if timeline.times is None:
-        yield from _by_counting(source, name, pick)
+        yield from _by_counting(source, pick)
         return
     wanted = _checked(pick(len(timeline.times), timeline.rate), len(timeline.times))
-    with _Finder(source, name, timeline) as finder:
+    with _Finder(source, timeline) as finder:
         for position, number in enumerate(wanted):
             frame = finder.find(number)
             if frame is None and position == 0:
                 break
             if frame is None:
-                raise MediaError(f"{name}: frame {number} cannot be decoded; the file is damaged, replace it")
-            yield number, _as_rgb(frame, name)
+                raise MediaError(f"frame {number} cannot be decoded; the file is damaged, replace it")
+            yield number, _as_rgb(frame)
         else:
             return
-    # The times of the packets are not those of the frames: what decoding gives is what there is.
-    yield from _by_counting(source, name, pick)
+    # The times of the packets are not those of the frames, so the frames are counted by decoding.
+    yield from _by_counting(source, pick)
 
 
-def _scan(container: InputContainer, stream: VideoStream, name: str) -> _Timeline:
+def _scan(container: InputContainer, stream: VideoStream) -> _Timeline:
     """Read all packets without decoding them."""
     times, keys = array("q"), array("q")
-    # AVI keeps no times: those made up from the order of the packets are wrong where frames are reordered.
+    # AVI keeps no times. FFmpeg derives them from the order of the packets, which is wrong if frames are reordered.
     complete = not (container.format.name == "avi" and stream.codec_context.has_b_frames)
-    for packet in packets(container, stream, name):
+    for packet in packets(container, stream):
         if packet.is_discard or _is_invisible(packet, stream):
             continue
         if packet.pts is None:
@@ -120,10 +120,10 @@ def _scan(container: InputContainer, stream: VideoStream, name: str) -> _Timelin
         if packet.is_keyframe:
             keys.append(packet.pts)
         if len(times) > MAX_FRAMES:
-            raise MediaError(f"{name}: more than {MAX_FRAMES:,} frames; cut the video first")
+            raise MediaError(f"more than {MAX_FRAMES:,} frames; cut the video first")
     rising = np.sort(np.frombuffer(times, np.int64))
     if complete and len(rising) == 0:
-        raise MediaError(f"{name}: no frames; expected a video")
+        raise MediaError("no frames; expected a video")
     rate = stream.average_rate
     if not rate or rate < 0:
         seconds = (rising[-1] - rising[0]).item() * stream.time_base if len(rising) > 1 else Fraction(0)
@@ -138,18 +138,16 @@ def _is_invisible(packet: Packet, stream: VideoStream) -> bool:
 
 
 class _Finder:
-    """A video that is open for seeking; frames are told apart by their times.
+    """A video that is open for seeking; frames are identified by their times.
 
     Args:
         source: path or bytes.
-        name: for messages.
         timeline: of this video, with times.
     """
 
-    def __init__(self, source: Source, name: str, timeline: _Timeline) -> None:
+    def __init__(self, source: Source, timeline: _Timeline) -> None:
         assert timeline.times is not None
-        self._source, self._name = source, name
-        self._times, self._keys = timeline.times, timeline.keys
+        self._source, self._times, self._keys = source, timeline.times, timeline.keys
         self._resources = ExitStack()
         self._frames: Iterator[VideoFrame] = iter(())
         self._reached: int | None = None
@@ -162,7 +160,7 @@ class _Finder:
         self._resources.__exit__(*error)
 
     def find(self, number: int) -> VideoFrame | None:
-        """Return a frame; None: it is not where its time says, even when everything before it is decoded."""
+        """Return a frame; None if no frame has its time, even after everything before it is decoded."""
         target = self._times[number].item()
         key = bisect_right(self._keys, target) - 1
         if (
@@ -186,7 +184,7 @@ class _Finder:
         """Start from the beginning of the file."""
         self._resources.close()
         self._container, self._stream = self._resources.enter_context(open_track(self._source, "video"))
-        self._frames = _frames(self._container, self._stream, self._name)
+        self._frames = _frames(self._container, self._stream)
         self._reached = None
 
     def _seek(self, start: int) -> bool:
@@ -197,7 +195,7 @@ class _Finder:
             self._container.seek(start, stream=self._stream)
         except FFmpegError:
             return False
-        self._frames = _frames(self._container, self._stream, self._name)
+        self._frames = _frames(self._container, self._stream)
         self._reached = None
         return True
 
@@ -210,32 +208,32 @@ class _Finder:
         return None
 
 
-def _by_counting(source: Source, name: str, pick: Pick) -> Iterator[tuple[int, np.ndarray]]:
+def _by_counting(source: Source, pick: Pick) -> Iterator[tuple[int, np.ndarray]]:
     """Yield the picked frames of a video whose frames must be decoded to be counted."""
     with open_track(source, "video") as (container, stream):
         rate = stream.average_rate or stream.guessed_rate or ARRAY_RATE
         count = 0
-        for _ in _frames(container, stream, name):
+        for _ in _frames(container, stream):
             count += 1
             if count > MAX_FRAMES:
-                raise MediaError(f"{name}: more than {MAX_FRAMES:,} frames; cut the video first")
+                raise MediaError(f"more than {MAX_FRAMES:,} frames; cut the video first")
     if count == 0:
-        raise MediaError(f"{name}: no frame can be decoded; the file is damaged, replace it")
+        raise MediaError("no frame can be decoded; the file is damaged, replace it")
     wanted = _checked(pick(count, Fraction(rate)), count)
     with open_track(source, "video") as (container, stream):
-        frames = enumerate(_frames(container, stream, name))
+        frames = enumerate(_frames(container, stream))
         for number in wanted:
             frame = next((frame for at, frame in frames if at == number), None)
             if frame is None:
-                raise MediaError(f"{name}: the file changed while it was read; run again")
-            yield number, _as_rgb(frame, name)
+                raise MediaError("the file changed while it was read; run again")
+            yield number, _as_rgb(frame)
 
 
-def _frames(container: InputContainer, stream: VideoStream, name: str) -> Iterator[VideoFrame]:
-    """Decode from where the container stands; packets that cannot be decoded give no frame."""
+def _frames(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
+    """Decode from the current position; packets that cannot be decoded give no frame."""
     from av.error import FFmpegError
 
-    for packet in packets(container, stream, name):
+    for packet in packets(container, stream):
         try:
             frames = packet.decode()
         except FFmpegError:
@@ -244,9 +242,9 @@ def _frames(container: InputContainer, stream: VideoStream, name: str) -> Iterat
     yield from stream.decode(None)
 
 
-def _as_rgb(frame: VideoFrame, name: str) -> np.ndarray:
+def _as_rgb(frame: VideoFrame) -> np.ndarray:
     """Return a frame upright as uint8 [H, W, 3], transparent parts on white."""
-    check_frame_size(frame.width, frame.height, name)
+    check_frame_size(frame.width, frame.height)
     if any(part.is_alpha for part in frame.format.components):
         values = frame.to_ndarray(format="rgba").astype(np.uint16)
         alpha = values[..., 3:]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from bindllm import __version__
 from bindllm.cache.settings import CacheConfig
 from bindllm.cache.visual_cache import CacheChoice, VisualCache, choose_cache
 from bindllm.conversation import Conversation
@@ -24,17 +26,36 @@ from bindllm.embeddings.embedder import embed_groups
 from bindllm.encoders import Encoder, skipped_encoders
 from bindllm.encoders.alignment import alignment_warnings
 from bindllm.encoders.fusion import common_size
-from bindllm.errors import InputError, known_names
+from bindllm.errors import InputError, did_you_mean
 from bindllm.media import Media
 from bindllm.model.adapter import Adapter, AdapterConfig
 from bindllm.model.bind_network import BindConfig, BindNetwork
-from bindllm.model.card import write_card
-from bindllm.model.checkpoint import check_keys, write_checkpoint
-from bindllm.model.decoder import DecoderConfig, has_plain_logits, load_decoder, load_tokenizer
-from bindllm.model.forward import BindOutput, run_decoder
+from bindllm.model.checkpoint import check_keys, write_card, write_checkpoint
+from bindllm.model.decoder import (
+    DecoderConfig,
+    fingerprint_decoder,
+    has_plain_logits,
+    load_decoder,
+    load_tokenizer,
+)
 from bindllm.model.generation import Prompt, check_media, check_options, prepare_batch, stream_text
 from bindllm.model.injection import InjectConfig, Injection
-from bindllm.model.pretrained import describe, read_parts
+from bindllm.model.pretrained import read_parts
+
+
+@dataclass
+class BindOutput:
+    """What a forward gives.
+
+    Attributes:
+        logits: [B, T, V] without labels; with labels [N, V], at the N positions that predict a supervised token.
+        targets: the supervised tokens, [N], or None.
+        rows: the row of the batch that each of them is in, [N], or None.
+    """
+
+    logits: Tensor
+    targets: Tensor | None = None
+    rows: Tensor | None = None
 
 
 class BindLLM(nn.Module):
@@ -127,7 +148,7 @@ class BindLLM(nn.Module):
         for name in names:
             if name not in groups:
                 hint = "Give the model one, such as adapter: {rank: 16}. " if name == "adapter" else ""
-                raise InputError(f"unknown parameter group {name!r}. {hint}{known_names(name, groups)}")
+                raise InputError(f"unknown parameter group {name!r}. {hint}{did_you_mean(name, groups)}")
         self.requires_grad_(False)
         for name in names:
             for _, parameter in groups[name]:
@@ -195,15 +216,26 @@ class BindLLM(nn.Module):
             labels: the token ids that are supervised at their own place, -100 elsewhere, [B, T]. With labels the
                 vocabulary projection runs at the positions that predict a supervised token, and nowhere else.
         """
-        return run_decoder(
-            self.decoder,
-            input_ids,
-            attention_mask,
-            bind=self.bind(embeddings),
-            media_index=media_index,
-            labels=labels,
-            plain_logits=self._plain_logits,
-        )
+        padded_left = not bool(attention_mask[:, 0].all())
+        inputs = {
+            "input_ids": input_ids,
+            "use_cache": False,
+            "bind": self.bind(embeddings),
+            "media_index": media_index,
+        }
+        if padded_left:
+            inputs["attention_mask"] = attention_mask
+            inputs["position_ids"] = (attention_mask.cumsum(1) - 1).clamp_(min=0)
+        # Else neither: causal attention never looks at padding on the right, and runs faster without a mask.
+        if labels is None:
+            return BindOutput(self.decoder(**inputs).logits)
+        rows, columns = (labels[:, 1:] != -100).nonzero(as_tuple=True)
+        if self._plain_logits:
+            hidden = self.decoder.get_decoder()(**inputs).last_hidden_state
+            logits = self.decoder.get_output_embeddings()(hidden[rows, columns])
+        else:
+            logits = self.decoder(**inputs).logits[rows, columns]
+        return BindOutput(logits, labels[rows, columns + 1], rows)
 
     @torch.no_grad()
     def generate_from(
@@ -288,6 +320,26 @@ class BindLLM(nn.Module):
         encode = partial(self.encode, cache=cache)
         return prepare_batch(prompt, media, tokenizer=self.tokenizer, encode=encode)
 
+    def describe(self) -> dict[str, Any]:
+        """Return what identifies a model: its configs, its decoder and encoders with their fingerprints."""
+        return {
+            "bindllm": __version__,
+            "decoder": {**asdict(self.config), "fingerprint": fingerprint_decoder(self.config.folder())},
+            "encoders": [
+                {
+                    "class_path": f"{type(encoder).__module__}.{type(encoder).__qualname__}",
+                    "init_args": encoder.config,
+                    "fingerprint": encoder.fingerprint(),
+                }
+                for encoder in self.encoders
+            ],
+            "bind": asdict(self.bind_config),
+            "inject": asdict(self.inject_config),
+            "adapter": None if self.adapter is None else asdict(self.adapter.config),
+            "cache": None if self.cache_config is None else asdict(self.cache_config),
+            "origin": self.origin,
+        }
+
     def save_pretrained(self, folder: str | Path, *, data: list[str] | None = None) -> None:
         """Write a checkpoint folder, in one step.
 
@@ -295,7 +347,7 @@ class BindLLM(nn.Module):
             folder: where; an existing checkpoint is replaced, any other non-empty folder is refused.
             data: what the model was trained on, for the model card.
         """
-        manifest = describe(self)
+        manifest = self.describe()
         adapter = None if self.adapter is None else self.adapter.peft_config()
         card = write_card(manifest, data=data)
         write_checkpoint(folder, manifest, self.trainable_state(), card, adapter_config=adapter)

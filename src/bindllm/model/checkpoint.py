@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bindllm.atomic import atomic_folder, file_sha256, set_aside_name, write_json
-from bindllm.errors import BindLLMError, CheckpointError, known_names
+from bindllm.errors import BindLLMError, CheckpointError, UsageError, did_you_mean
 from bindllm.imports import name_module, replace_allow
 
 FORMAT = 1
@@ -41,6 +42,13 @@ _ADAPTER_PREFIX = "adapter."
 # Methods of `bindllm.encoders.Encoder`; its other members may be made by the constructor.
 _ENCODER_METHODS = ("fingerprint", "to", "prepare", "embed")
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"}
+UNKNOWN_LICENSE = "see its own page"
+
+_LIMITS = """\
+The model says what is likely, not what is true. It has learnt from {data} and from nothing else, so it
+confuses things that look alike, names things that are not there, and knows no picture style outside its data. Do not
+use it where a wrong description can hurt somebody.
+"""
 
 
 def write_checkpoint(
@@ -231,7 +239,7 @@ def build_object(entry: dict[str, Any], *, allow: Sequence[str] = ()) -> Any:
             kind = getattr(home, name)
         except AttributeError as error:
             raise CheckpointError(
-                f"{path} cannot be built: {module} has no {name!r}. {known_names(name, classes_in(home))}"
+                f"{path} cannot be built: {module} has no {name!r}. {did_you_mean(name, classes_in(home))}"
             ) from error
         if path not in allow:
             _refuse_other(path, kind)
@@ -252,6 +260,23 @@ def build_object(entry: dict[str, Any], *, allow: Sequence[str] = ()) -> Any:
         raise CheckpointError(
             f"{path} cannot be built with {arguments}: {type(error).__name__}: {error}"
         ) from error
+
+
+def build_own(entry: Mapping[str, Any], *, allow: Sequence[str] = ()) -> Any:
+    """Build an encoder that the user names, on the command line or in a recipe; its own ``allow`` counts.
+
+    Args:
+        entry: ``{"class_path": ..., "init_args": {...}}``.
+        allow: further classes outside bindllm that may be imported.
+
+    Raises:
+        CheckpointError: the class does not exist or cannot be built.
+        UsageError: ``allow`` is not a list of import paths.
+    """
+    own = entry.get("init_args", {}).get("allow") or []
+    if not isinstance(own, list) or not all(isinstance(path, str) for path in own):
+        raise UsageError(f"allow must be a list of import paths, such as [my_lab.RadarTower], not {own!r}")
+    return build_object(dict(entry), allow=[entry["class_path"], *allow, *own])
 
 
 def _refuse_other(path: str, kind: Any) -> None:
@@ -335,4 +360,85 @@ def _siblings(folder: Path) -> str:
     """List the checkpoints beside a folder that does not exist."""
     parent = folder.parent
     names: Iterable[str] = (f.parent.name for f in parent.glob(f"*/{MANIFEST}")) if parent.is_dir() else ()
-    return known_names(folder.name, names)
+    return did_you_mean(folder.name, names)
+
+
+def write_card(manifest: dict[str, Any], *, data: list[str] | None = None) -> str:
+    """Return the text of the card.
+
+    Args:
+        manifest: content of ``bindllm.json``.
+        data: folders or tables that the model was trained on; their ``SOURCE.json`` gives the license.
+    """
+    decoder, adapter = manifest["decoder"], manifest.get("adapter")
+    tuned = ", and an adapter that tunes that model" if adapter else ""
+    lines = [
+        f"# {decoder['name'].rstrip('/').rsplit('/', 1)[-1]} with new senses",
+        "",
+        "Trained parts of a [bindllm](https://arxiv.org/abs/2309.03905) model: a bind network and the gates that add",
+        f"its output to the tokens of a frozen language model{tuned}. The frozen parts are named here, not contained.",
+        "",
+        "| part | is | license |",
+        "|---|---|---|",
+        *(f"| {row['part']} | `{row['name']}` | {row['license']} |" for row in licenses(manifest, data=data)),
+        "",
+        f"Bind network: depth {manifest['bind']['depth']}, expansion {manifest['bind']['expansion']}. "
+        f"Injection: kind `{manifest['inject']['kind']}`, queries {manifest['inject']['queries']}.",
+        *_adapter_lines(adapter),
+        *([f"Trained on the decoder in {kind}."] if (kind := decoder.get("quantize")) else []),
+        *(("", "## Origin", "", manifest["origin"]) if manifest.get("origin") else ()),
+        "",
+        "## Use",
+        "",
+        "```python",
+        "from bindllm import BindLLM, Media",
+        "",
+        'model = BindLLM.from_pretrained("THIS_FOLDER")',
+        'model.generate("Describe this image.", media=[Media.image("picture.png")])',
+        "```",
+        "",
+        "## Limits",
+        "",
+        _LIMITS.format(data="the data named above" if data else "its training data"),
+        "Code of bindllm: Apache-2.0. The weights here derive from the parts in the table: their licenses, and those",
+        "of the training data, hold for them as well.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _adapter_lines(adapter: dict[str, Any] | None) -> list[str]:
+    """Say what of the decoder is tuned; nothing where nothing is."""
+    if not adapter:
+        return []
+    root = math.sqrt(adapter["rank"]) if adapter.get("rslora") else adapter["rank"]
+    scale = 1.0 if adapter["alpha"] is None else adapter["alpha"] / root
+    kind = "DoRA" if adapter.get("dora") else "LoRA"
+    return [
+        f"Adapter, in `adapter/` as peft reads it: {kind} of rank {adapter['rank']} and scale {scale:g}, new biases "
+        f"{adapter['bias']}, tuned norms {adapter['norm']}."
+    ]
+
+
+def licenses(manifest: dict[str, Any], *, data: list[str] | None = None) -> list[dict[str, str]]:
+    """Return a row ``part``, ``name``, ``license`` for each part that a model stands on; arguments as for the card."""
+    decoder = manifest["decoder"]["name"]
+    rows = [("decoder", decoder, decoder)]
+    for encoder in manifest["encoders"]:
+        weights = str(encoder["init_args"].get("weights", ""))
+        rows.append(("encoder", f"{encoder['class_path']} {weights}".rstrip(), weights))
+    rows += [("training data", folder, folder) for folder in data or []]
+    return [{"part": part, "name": name, "license": license_of(folder)} for part, name, folder in rows]
+
+
+def license_of(folder: str) -> str:
+    """Return the licenses of the packages that a folder, or that of a table, was made from, as its SOURCE.json says."""
+    place = Path(folder)
+    file = (place.parent if place.is_file() else place) / "SOURCE.json"
+    if not folder or not file.is_file():
+        return UNKNOWN_LICENSE
+    try:
+        packages = json.loads(file.read_text(encoding="utf-8"))["packages"]
+        return ", ".join(dict.fromkeys(str(package["license"]) for package in packages)) or UNKNOWN_LICENSE
+    except (KeyError, TypeError, ValueError):
+        # Somebody else's file of that name: no reason to lose a trained model.
+        return UNKNOWN_LICENSE

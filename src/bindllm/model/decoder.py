@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -19,11 +19,10 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from bindllm.conversation import check_tokenizer
+from bindllm.conversation import INPUT_HEADER, check_tokenizer
 from bindllm.encoders import hub
-from bindllm.errors import DecoderError, InputError, fetch_hint, known_names
+from bindllm.errors import DecoderError, InputError, did_you_mean
 from bindllm.model.quantize import QUANTIZATIONS, keep_gradients, quantization_config
-from bindllm.model.templates import TEMPLATES, apply_template
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -37,6 +36,34 @@ _LOGIT_CHANGES = {
 # What a config says of the copy rather than of the model.
 _CONFIG_OF_THE_COPY = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 _SAMPLED_BYTES = 256
+
+# The texts of Stanford Alpaca (2023). Nothing follows the last colon: the released ImageBind-LLM glues the answer to
+# it. A later turn has no preamble; a system text takes the preamble's place.
+_ALPACA = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+{%- if loop.first -%}{{- LEAD -}}{%- endif -%}
+{%- if message['role'] == 'assistant' -%}
+{{- '\\n\\n### Response:' + message['content'] + eos_token -}}
+{%- else -%}
+{%- if not loop.first and messages[loop.index0 - 1]['role'] != 'system' -%}{{- '\\n\\n' -}}{%- endif -%}
+{%- if message['role'] == 'system' -%}
+{{- message['content'] + '\\n\\n' -}}
+{%- else -%}
+{%- if loop.first -%}
+{{- 'Below is an instruction that describes a task' -}}
+{%- if INPUT in message['content'] -%}
+{{- ', paired with an input that provides further context' -}}
+{%- endif -%}
+{{- '. Write a response that appropriately completes the request.\\n\\n' -}}
+{%- endif -%}
+{{- '### Instruction:\\n' + message['content'] -}}
+{%- endif -%}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '\\n\\n### Response:' -}}{%- endif -%}"""
+
+TEMPLATES = {"alpaca": _ALPACA}
 
 
 @dataclass
@@ -64,16 +91,24 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", *DTYPES):
             raise InputError(
-                f"unknown dtype {self.dtype!r}. {known_names(str(self.dtype), ['auto', *DTYPES])}"
+                f"unknown dtype {self.dtype!r}. {did_you_mean(str(self.dtype), ['auto', *DTYPES])}"
             )
         if self.template is not None and self.template not in TEMPLATES:
             raise InputError(
-                f"unknown template {self.template!r}. {known_names(str(self.template), TEMPLATES)}"
+                f"unknown template {self.template!r}. {did_you_mean(str(self.template), TEMPLATES)}"
             )
         if self.quantize is not None and self.quantize not in QUANTIZATIONS:
             raise InputError(
-                f"unknown quantization {self.quantize!r}. {known_names(str(self.quantize), QUANTIZATIONS)}"
+                f"unknown quantization {self.quantize!r}. {did_you_mean(str(self.quantize), QUANTIZATIONS)}"
             )
+
+    def folder(self) -> Path:
+        """Return the local folder of the decoder; an id on the hub is downloaded.
+
+        Raises:
+            DecoderError: the folder does not exist, or the model cannot be downloaded.
+        """
+        return hub.find_folder(self.name, self.revision, role="decoder")
 
 
 def choose_dtype(device: str | torch.device) -> torch.dtype:
@@ -94,29 +129,6 @@ def default_device() -> str:
     return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
 
 
-def find_folder(config: DecoderConfig) -> Path:
-    """Return the local folder of a decoder; a hub id is looked up in the Hugging Face cache, then downloaded."""
-    if Path(config.name).is_dir():
-        return Path(config.name)
-    organisation, slash, rest = config.name.partition("/")
-    looks_local = (
-        not slash or "/" in rest or organisation in ("", ".", "..", "~") or Path(organisation).is_dir()
-    )
-    if looks_local or fetch_hint(config.name):
-        raise DecoderError(f"decoder folder {config.name!r} does not exist.{fetch_hint(config.name)}")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(config.name, revision=config.revision, ignore_patterns=["*.bin", "*.pth"])
-        )
-    except Exception as error:
-        raise DecoderError(
-            f"decoder {config.name!r} is neither a folder here nor a model that could be downloaded "
-            f"({type(error).__name__}: {error}). Give the path of a Hugging Face folder."
-        ) from error
-
-
 def load_tokenizer(config: DecoderConfig) -> PreTrainedTokenizerBase:
     """Load the tokenizer alone; padding falls back to the end token where none is set.
 
@@ -126,7 +138,7 @@ def load_tokenizer(config: DecoderConfig) -> PreTrainedTokenizerBase:
     Raises:
         DecoderError: no tokenizer, or one that lacks what conversations need: offsets, a chat template, an end token.
     """
-    folder = find_folder(config)
+    folder = config.folder()
     hub.never_ask()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
@@ -158,6 +170,39 @@ def load_tokenizer(config: DecoderConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def apply_template(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a tokenizer the template of a name in `TEMPLATES`.
+
+    Raises:
+        DecoderError: the tokenizer has no begin or end token.
+    """
+    tokens = {"begin": tokenizer.bos_token, "end": tokenizer.eos_token}
+    # Some copies of LLaMA name them as empty texts.
+    missing = [f"{what} token" for what, token in tokens.items() if not token]
+    if missing:
+        raise DecoderError(
+            f"the template {name!r} starts with the begin token and ends answers with the end token, but the tokenizer "
+            f"{tokenizer.name_or_path!r} has no {' and no '.join(missing)}"
+        )
+    lead = _lead(tokenizer)
+    text = TEMPLATES[name].replace("LEAD", repr(lead)).replace("INPUT", repr(INPUT_HEADER))
+    tokenizer.chat_template = text
+
+
+def _lead(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return what must stand between the begin token and a text for the text to keep its own tokens.
+
+    SentencePiece puts a space ahead of a text. Some tokenizers do so after a control token as well, others only at
+    the very start; there the space has to be written.
+    """
+    probe = "Below"
+    expected = [tokenizer.bos_token_id, *tokenizer(probe, add_special_tokens=False)["input_ids"]]
+    for lead in ("", " "):
+        if tokenizer(tokenizer.bos_token + lead + probe, add_special_tokens=False)["input_ids"] == expected:
+            return lead
+    return ""
+
+
 def load_decoder(config: DecoderConfig, *, device: str | torch.device | None = None) -> PreTrainedModel:
     """Load a causal language model, frozen and in eval mode.
 
@@ -170,7 +215,7 @@ def load_decoder(config: DecoderConfig, *, device: str | torch.device | None = N
         MissingExtraError: it is to be quantized, and bitsandbytes is not installed.
     """
     device = device or default_device()
-    folder = find_folder(config)
+    folder = config.folder()
     dtype = choose_dtype(device) if config.dtype == "auto" else DTYPES[config.dtype]
     options = {"config": read_config(folder)}
     if config.quantize is not None:
@@ -218,12 +263,15 @@ def read_config(folder: str | Path) -> PretrainedConfig:
         ) from error
 
 
-def without_weights(folder: str | Path, config: PretrainedConfig | None = None) -> PreTrainedModel:
+def without_weights(
+    folder: str | Path, config: PretrainedConfig | None = None, **options: Any
+) -> PreTrainedModel:
     """Build a decoder on the meta device: names and shapes only.
 
     Args:
         folder: the decoder, also for messages.
         config: used instead of the folder's own.
+        **options: of `from_config`, such as ``dtype``.
 
     Raises:
         DecoderError: it is not a causal language model, or needs code of the folder.
@@ -231,7 +279,7 @@ def without_weights(folder: str | Path, config: PretrainedConfig | None = None) 
     config = config or read_config(folder)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
     except Exception as error:
         raise DecoderError(
             f"{folder} does not hold a causal language model ({hub.loading_error(folder, error)})"

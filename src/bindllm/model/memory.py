@@ -1,265 +1,225 @@
-"""What a training run needs in memory, on each device, worked out before a weight is loaded.
+"""Traces the memory of one training step without allocating it.
 
-The decoder is built without its weights, so that every parameter is counted as it will be; what a step keeps comes from
-`bindllm.model.activations`. A step has a few moments that can be its peak, and the largest one is what must fit:
-
-- the end of the forward pass: all activations, the logits and their logarithms, and the gradients of the step before,
-  which Lightning drops only now;
-- the start of the backward pass: all activations, and the logits three times in float32;
-- the backward pass of one layer: all activations, and the gradients being computed (with activation checkpointing, the
-  activations of that layer as well);
-- its end: the gradients of all that is trained;
-- the step of the optimizer: these, and what it computes with.
-
-Of several devices, DDP sums gradients in buckets, a copy of them. Where the decoder is sharded, each device holds its
-share of the layers, the output projection, and two layers gathered: the one that runs and the next. DeepSpeed's ZeRO
-cuts the moments of the optimizer (stage 1) and the gradients too (stage 2, arXiv 1910.02054, section 5).
+The model is built on torch's meta device, where a tensor has a shape and a dtype but no data. A real forward and
+backward pass runs on it, and `LiveBytes` adds up the storages that are alive. So every activation that autograd saves
+is counted, for any decoder and any adapter, and none is predicted from a formula.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Literal
+import weakref
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from transformers import AttentionInterface, PreTrainedModel
 
-from bindllm.errors import InputError, known_names
-from bindllm.model.activations import FLOAT, Activations, TrainingStep, Widths
-from bindllm.model.adapter import Adapter, AdapterConfig
-from bindllm.model.bind_network import BindConfig, BindNetwork
-from bindllm.model.decoder import DTYPES, DecoderConfig, choose_dtype, find_folder, without_weights
-from bindllm.model.injection import InjectConfig, Injection
+from bindllm.errors import DecoderError
+from bindllm.model.bindllm import BindLLM
+from bindllm.model.decoder import DecoderConfig, without_weights
 
-GROUPS = ("bind", "inject", "adapter")
-Strategy = Literal["single", "ddp", "sharded", "zero1", "zero2"]
-STRATEGIES = ("single", "ddp", "sharded", "zero1", "zero2")
-
-# Adam keeps two running means of every gradient.
-_MOMENTS = 2
 # Bytes of a weight. nf4: half a byte, a scale of one byte for 64 weights, and one of four for 256 of those.
 _QUANTIZED = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
+# int8 keeps one float32 scale for each row of a matrix.
+_ROW_SCALE = {"nf4": 0, "int8": 4}
+_ATEN = torch.ops.aten
+_FUSED = "bindllm_traced"
 
 
-@dataclass(frozen=True)
-class Placement:
-    """How a run is laid out over devices.
-
-    Args:
-        devices: number of processes that share what the strategy cuts: all of them, or those of a node.
-        strategy: `single`, `ddp`, `sharded` (DDP with the frozen decoder in shards), or a ZeRO stage of DeepSpeed.
-        fused: whether the optimizer steps in one pass; otherwise it holds one more copy of the gradients.
-        accumulates: whether gradients are summed over several batches, and so are there during each of them.
-        framework: bytes of a process that has loaded its libraries and no model (measured), or of a GPU's context.
-    """
-
-    devices: int = 1
-    strategy: Strategy = "single"
-    fused: bool = True
-    accumulates: bool = False
-    framework: int = 0
-
-    def __post_init__(self) -> None:
-        if self.strategy not in STRATEGIES:
-            raise InputError(f"unknown strategy {self.strategy!r}. {known_names(self.strategy, STRATEGIES)}")
+def _fused_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention that saves no scores, as on real devices; on the meta device torch would choose another."""
+    output = _ATEN._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, is_causal=True, scale=scaling
+    )
+    return output[0].transpose(1, 2).contiguous(), None
 
 
-@dataclass(frozen=True)
-class ModelPlan:
-    """Everything about a model that its memory depends on, without any weight.
-
-    Args:
-        decoder: which language model, its dtype and quantization; only its config is read.
-        embedding_size: E of the encoders.
-        bind: shape of the bind network.
-        inject: which layers are served, and how.
-        adapter: what of the decoder is tuned; None: nothing.
-        trainable: names of the trained groups.
-        device: where it will be: decides on the dtype `auto`.
-    """
-
-    decoder: DecoderConfig
-    embedding_size: int
-    bind: BindConfig = field(default_factory=BindConfig)
-    inject: InjectConfig = field(default_factory=InjectConfig)
-    adapter: AdapterConfig | None = None
-    trainable: Sequence[str] = ("bind", "inject")
-    device: str = "cpu"
-
-    @cached_property
-    def dtype(self) -> torch.dtype:
-        """Precision of the frozen decoder."""
-        return choose_dtype(self.device) if self.decoder.dtype == "auto" else DTYPES[self.decoder.dtype]
+# Without a mask function of this name transformers builds no mask: padding on the right needs none.
+AttentionInterface.register(_FUSED, _fused_attention)
 
 
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """What a run needs on one device, in bytes, by moment and by part.
-
-    Attributes:
-        moments: parts by name, at each moment that may be the peak.
-        trained: number of trained parameters, of all devices together.
-    """
-
-    moments: dict[str, dict[str, int]]
-    trained: int
-
-    @property
-    def moment(self) -> str:
-        """The moment at which most is needed."""
-        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
-
-    @property
-    def parts(self) -> dict[str, int]:
-        """What is there at that moment, largest part first."""
-        return dict(sorted(self.moments[self.moment].items(), key=lambda item: -item[1]))
-
-    @property
-    def total(self) -> int:
-        """Bytes at that moment."""
-        return sum(self.parts.values())
-
-
-def estimate_memory(
-    plan: ModelPlan, step: TrainingStep, placement: Placement | None = None
-) -> MemoryEstimate:
-    """Estimate the peak of training, per device.
-
-    Args:
-        plan: the model.
-        step: the batch of one device.
-        placement: devices and strategy; one device by default.
+def meta_decoder(config: DecoderConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Build a frozen decoder on the meta device, from its config file only.
 
     Raises:
-        DecoderError: not a causal language model, or one whose layers are of another shape than LLaMA's.
-        InputError: an unknown group to train.
-        MissingExtraError: an adapter is asked for, and peft is not installed.
-
-    Example:
-        plan = ModelPlan(DecoderConfig("checkpoints/smollm2-135m-instruct"), embedding_size=1280)
-        estimate_memory(plan, TrainingStep(rows=16, tokens=128, supervised=512)).total
+        DecoderError: the folder does not hold a causal language model.
     """
-    placement = placement or Placement()
-    if unknown := [name for name in plan.trainable if name not in GROUPS]:
-        raise InputError(f"unknown parameter group {unknown[0]!r}. {known_names(unknown[0], GROUPS)}")
-    sizes = _Sizes.of(plan)
-    number = plan.dtype.itemsize
-    activations = Activations(
-        sizes.widths,
-        number,
-        step,
-        plan.bind,
-        plan.embedding_size,
-        plan.inject,
-        plan.adapter,
-        frozenset(plan.trainable),
-        inputs=plan.decoder.quantize == "int8",
-    )
-    return MemoryEstimate(_moments(sizes, activations, placement), sizes.trained)
+    folder = config.folder()
+    decoder = without_weights(folder, dtype=dtype, attn_implementation=_FUSED)
+    if config.quantize == "int8":
+        # Its layers save their inputs for the backward pass, although their weights are frozen.
+        for linear in quantized_layers(decoder):
+            linear.register_forward_hook(lambda _, args, output: _SaveInput.apply(output, args[0]))
+    return decoder.eval().requires_grad_(False)
 
 
-@dataclass(frozen=True)
-class _Sizes:
-    """Bytes of the parameters of a model, and the sizes of its decoder.
+class _SaveInput(torch.autograd.Function):
+    """Passes an output on and saves the input that it was made from."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, given: Tensor) -> Tensor:
+        ctx.save_for_backward(given)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def quantized_layers(decoder: PreTrainedModel) -> list[nn.Linear]:
+    """Return the projections that quantization applies to: those inside the layers, without peft's own."""
+    return [
+        module
+        for path, module in decoder.get_decoder().layers.named_modules()
+        if isinstance(module, nn.Linear) and "lora_" not in path
+    ]
+
+
+def weight_bytes(model: BindLLM) -> dict[Tensor, int]:
+    """Return the bytes of each frozen tensor of the decoder, as it is stored on the device."""
+    decoder, kind = model.decoder, model.config.quantize
+    trained = {parameter for group in model.parameter_groups().values() for _, parameter in group}
+    tensors = [t for t in (*decoder.parameters(), *decoder.buffers()) if t not in trained]
+    sizes = {tensor: tensor.nbytes for tensor in tensors}
+    if kind is not None:
+        for linear in quantized_layers(decoder):
+            weight = linear.weight
+            sizes[weight] = round(weight.numel() * _QUANTIZED[kind] + linear.out_features * _ROW_SCALE[kind])
+    return sizes
+
+
+class LiveBytes(TorchDispatchMode):
+    """Adds up the storages that are alive while operations run on the meta device, by kind.
+
+    Small tensors with data (token ids, labels) may be mixed with meta tensors. Results that depend only on them, such
+    as the positions of the supervised tokens, have their true values and shapes.
+
+    Args:
+        vocabulary: tensors of this last size are of kind ``logits``.
 
     Attributes:
-        widths: of the decoder.
-        decoder: frozen weights.
-        layer: frozen weights of one layer.
-        head: the output projection.
-        matrix: one frozen matrix as products see it, where it is kept in fewer bits; else 0.
-        groups: bytes of the groups, trained or not.
-        trained: number of trained parameters.
+        kind: kind of the storages made from now on.
     """
 
-    widths: Widths
-    decoder: int
-    layer: int
-    head: int
-    matrix: int
-    groups: dict[str, int]
-    trained: int
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.kind = "activations"
+        self._vocabulary = vocabulary
+        # Storage -> its kind and bytes. A storage leaves when its last tensor is gone, also one that autograd saved.
+        self._alive: dict[int, tuple[str, int]] = {}
+        self._now: Counter[str] = Counter()
+        self._peak: dict[str, int] = {}
 
-    @classmethod
-    def of(cls, plan: ModelPlan) -> _Sizes:
-        decoder = without_weights(find_folder(plan.decoder))
-        widths, number = Widths.of(decoder), plan.dtype.itemsize
-        layer = _bytes_of(decoder.get_decoder().layers[0], number, plan.decoder.quantize)
-        everything = sum(parameter.numel() for parameter in decoder.parameters()) * number
-        plain = widths.layers * _bytes_of(decoder.get_decoder().layers[0], number, None)
-        with torch.device("meta"):
-            bind = BindNetwork(plan.embedding_size, widths.width, plan.bind).parameters()
-            adapter = {} if plan.adapter is None else Adapter(decoder, plan.adapter).parameters()
-            inject = Injection(decoder, plan.inject).parameters()
-        parameters = {"bind": bind, "inject": inject, "adapter": adapter.values()}
-        counts = {name: sum(p.numel() for p in group) for name, group in parameters.items()}
-        return cls(
-            widths=widths,
-            decoder=everything - plain + widths.layers * layer,
-            layer=layer,
-            head=decoder.get_output_embeddings().weight.numel() * number,
-            matrix=widths.width * widths.inner * number if plan.decoder.quantize else 0,
-            groups={name: FLOAT * count for name, count in counts.items()},
-            trained=sum(counts[name] for name in plan.trainable),
-        )
+    def add(self, tensor: Tensor, kind: str, size: int | None = None) -> None:
+        """Count a tensor's storage as of a kind; one that is counted already changes its kind.
 
+        Args:
+            tensor: any tensor; views share a storage.
+            kind: name of the part.
+            size: bytes, if they differ from the bytes of the storage.
+        """
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._alive:
+            old, size = self._alive[key]
+            self._now[old] -= size
+        else:
+            size = storage.nbytes() if size is None else size
+            weakref.finalize(storage, self._free, key).atexit = False
+        self._alive[key] = (kind, size)
+        self._now[kind] += size
 
-def _bytes_of(layer: nn.Module, number: int, quantize: str | None) -> int:
-    """Bytes of a layer's weights; its projections may be quantized, its norms and biases never are."""
-    size = 0.0
-    for module in layer.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if quantize is not None and isinstance(module, nn.Linear) and name == "weight":
-                rows = FLOAT * module.out_features if quantize == "int8" else 0
-                size += parameter.numel() * _QUANTIZED[quantize] + rows
-            else:
-                size += parameter.numel() * number
-    return round(size)
+    def take_peak(self) -> dict[str, int]:
+        """Return the bytes by kind at the highest point since the last call, and forget it."""
+        peak, self._peak = self._peak, {}
+        return peak
 
+    def _free(self, key: int) -> None:
+        kind, size = self._alive.pop(key)
+        self._now[kind] -= size
 
-def _moments(sizes: _Sizes, activations: Activations, placement: Placement) -> dict[str, dict[str, int]]:
-    """Work out what is there at each moment that may be the peak."""
-    fixed = _fixed(sizes, placement)
-    trained = FLOAT * sizes.trained
-    gradients = trained // placement.devices if placement.strategy == "zero2" else trained
-    before = gradients if placement.accumulates else 0
-    kept, logits, number = activations.kept(), activations.logits(), activations.number
-    layer = activations.layer() if activations.step.checkpointing else 0
-    work = activations.working() + sizes.matrix
-    # Two copies, and a third where they are converted first.
-    forward = logits * (number + FLOAT + (FLOAT if number != FLOAT else 0))
-    return {
-        "the end of the forward pass": {
-            **fixed, "gradients": gradients, "activations": kept, "logits": forward,
-        },
-        "the start of the backward pass": {
-            **fixed, "gradients": before, "activations": kept, "logits": 3 * FLOAT * logits,
-        },
-        "the backward pass of a layer": {
-            **fixed, "gradients": before, "activations": kept + layer, "gradients of activations": work,
-        },
-        "the end of the backward pass": {
-            **fixed, "gradients": gradients, "activations": layer, "gradients of activations": work,
-        },
-        "the step of the optimizer": {
-            **fixed, "gradients": gradients, "copies of the optimizer": 0 if placement.fused else gradients,
-        },
-    }  # fmt: skip
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if func is _ATEN._local_scalar_dense.default and args[0].is_meta and args[0].dtype == torch.bool:
+            # transformers asks whether a mask may be skipped because all tokens count; in training they do.
+            return True
+        if any(t.is_meta for t in tensors) and func is not _ATEN._to_copy.default:
+            args, kwargs = tree_map_only(Tensor, _without_data, (args, kwargs))
+        output = func(*args, **kwargs)
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in self._alive:
+                is_logits = leaf.ndim > 1 and leaf.shape[-1] == self._vocabulary
+                self.add(leaf, "logits" if is_logits else self.kind)
+        if self._now.total() > sum(self._peak.values()):
+            self._peak = dict(self._now)
+        return output
 
 
-def _fixed(sizes: _Sizes, placement: Placement) -> dict[str, int]:
-    """What is there all the time, on one device."""
-    trained, cut = FLOAT * sizes.trained, placement.devices
-    moments = _MOMENTS * trained
-    fixed = {"decoder": sizes.decoder, **sizes.groups, "framework": placement.framework}
-    if placement.strategy == "sharded":
-        layers = sizes.widths.layers * sizes.layer
-        fixed["decoder"] = (sizes.decoder - sizes.head) // cut + sizes.head
-        fixed["gathered layers"] = sizes.decoder - sizes.head - layers + 2 * sizes.layer
-    if placement.strategy in ("ddp", "sharded"):
-        fixed["buckets of DDP"] = trained
-    return {
-        **fixed, "optimizer": moments // cut if placement.strategy in ("zero1", "zero2") else moments
-    }  # fmt: skip
+def _without_data(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_meta else torch.empty_like(tensor, device="meta")
+
+
+def trace_step(
+    model: BindLLM, loss: Callable[[], Tensor], *, accumulates: bool
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Run one forward and one backward pass, and return the bytes by part at the peak of each.
+
+    Args:
+        model: on the meta device, its decoder from `meta_decoder`.
+        loss: the forward pass; returns the loss.
+        accumulates: whether gradients of earlier batches are kept during the backward pass.
+
+    Raises:
+        DecoderError: the decoder's forward pass depends on values, so it cannot run without them.
+    """
+    live = LiveBytes(model.decoder.config.get_text_config().vocab_size)
+    for tensor, size in weight_bytes(model).items():
+        live.add(tensor, "decoder", size)
+    for name, group in model.parameter_groups().items():
+        for _, parameter in group:
+            live.add(parameter, name)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(lambda p: live.add(p.grad, "gradients"))
+        for parameter in trained
+    ]
+    try:
+        with live:
+            # Lightning drops the gradients of the last step only after the forward pass.
+            for parameter in trained:
+                parameter.grad = torch.empty_like(parameter)
+                live.add(parameter.grad, "gradients")
+            live.take_peak()
+            value = loss()
+            forward = live.take_peak()
+            if not accumulates:
+                for parameter in trained:
+                    parameter.grad = None
+            live.kind = "temporaries of the backward pass"
+            value.backward()
+            return forward, live.take_peak()
+    except (RuntimeError, NotImplementedError) as error:
+        name = type(model.decoder).__name__
+        raise DecoderError(
+            f"the memory of {name} cannot be traced: its forward pass depends on values ({error})"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter in trained:
+            parameter.grad = None

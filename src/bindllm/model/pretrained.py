@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from bindllm import __version__
 from bindllm.cache.settings import CacheConfig
 from bindllm.encoders.fusion import common_size
 from bindllm.errors import CheckpointError, EncoderError, InputError
@@ -23,33 +21,11 @@ from bindllm.model.checkpoint import (
     resolve_cache,
     resolve_path,
 )
-from bindllm.model.decoder import DecoderConfig, find_folder, fingerprint_decoder
+from bindllm.model.decoder import DecoderConfig, fingerprint_decoder
 from bindllm.model.injection import InjectConfig
 
 if TYPE_CHECKING:
     from bindllm.encoders import Encoder
-    from bindllm.model.bindllm import BindLLM
-
-
-def describe(model: BindLLM) -> dict[str, Any]:
-    """Return what identifies a model: its configs, its decoder and encoders with their fingerprints."""
-    return {
-        "bindllm": __version__,
-        "decoder": {**asdict(model.config), "fingerprint": fingerprint_decoder(find_folder(model.config))},
-        "encoders": [
-            {
-                "class_path": f"{type(encoder).__module__}.{type(encoder).__qualname__}",
-                "init_args": encoder.config,
-                "fingerprint": encoder.fingerprint(),
-            }
-            for encoder in model.encoders
-        ],
-        "bind": asdict(model.bind_config),
-        "inject": asdict(model.inject_config),
-        "adapter": None if model.adapter is None else asdict(model.adapter.config),
-        "cache": None if model.cache_config is None else asdict(model.cache_config),
-        "origin": model.origin,
-    }
 
 
 def read_parts(
@@ -133,7 +109,7 @@ def read_decoder(
         fingerprint = saved["fingerprint"]
     except (KeyError, TypeError, AttributeError) as error:
         raise _damaged(folder, error) from error
-    _check_fingerprint("decoder", config.name, fingerprint_decoder(find_folder(config)), fingerprint)
+    _check_fingerprint("decoder", config.name, fingerprint_decoder(config.folder()), fingerprint)
     return config
 
 

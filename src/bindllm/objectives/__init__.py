@@ -4,7 +4,7 @@ model:
   objective: {class_path: bindllm.objectives.DPO, init_args: {beta: 0.1}}
 """
 
-from bindllm.objectives.base import Figures, Needs, Objective
+from bindllm.objectives.base import Metrics, Needs, Objective
 from bindllm.objectives.dpo import DPO, dpo_loss
 from bindllm.objectives.grpo import GRPO
 from bindllm.objectives.kto import KTO, kto_loss
@@ -20,7 +20,7 @@ __all__ = [
     "ORPO",
     "CaptionMetric",
     "ExactAnswer",
-    "Figures",
+    "Metrics",
     "Needs",
     "NextToken",
     "Objective",

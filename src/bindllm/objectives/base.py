@@ -19,7 +19,7 @@ from bindllm.model.bindllm import BindLLM
 from bindllm.parallel import RunContext
 
 Needs = Literal["answers", "pairs", "labels", "prompts"]
-Figures = dict[str, Tensor]
+Metrics = dict[str, Tensor]
 """What is logged beside a loss: scalars without gradient, each a mean over the rows (or pairs) of a batch."""
 
 _SERVES: dict[Needs, Callable[[Row | Sample], bool]] = {
@@ -126,7 +126,7 @@ class Objective(ABC):
         return batch
 
     @abstractmethod
-    def loss(self, model: BindLLM, batch: Batch) -> tuple[Tensor, Figures]:
+    def loss(self, model: BindLLM, batch: Batch) -> tuple[Tensor, Metrics]:
         """Return what is minimised, a float32 scalar, and what is logged beside it.
 
         Args:
@@ -141,10 +141,10 @@ class Objective(ABC):
         """Return the number of things that a batch's loss is a mean of: its weight among other batches."""
         return len(batch["numbers"])
 
-    def held_out(self, model: BindLLM, batch: Batch) -> tuple[Tensor, int, Figures]:
-        """Return a held-out batch's mean loss, the number of things it is a mean of, and figures as in `loss`."""
-        loss, figures = self.loss(model, batch)
-        return loss, self.count(batch), figures
+    def held_out(self, model: BindLLM, batch: Batch) -> tuple[Tensor, int, Metrics]:
+        """Return a held-out batch's mean loss, the number of things it is a mean of, and metrics as in `loss`."""
+        loss, metrics = self.loss(model, batch)
+        return loss, self.count(batch), metrics
 
 
 def check_positive(name: str, value: float) -> float:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from bindllm.data.collate import Batch
 from bindllm.data.datamodule import BindData
-from bindllm.errors import InputError, known_names
+from bindllm.errors import InputError, did_you_mean
 from bindllm.model.bindllm import BindLLM
-from bindllm.objectives.base import Figures, Needs, Objective, check_positive
+from bindllm.objectives.base import Metrics, Needs, Objective, check_positive
 from bindllm.objectives.log_probs import answer_log_probs
 from bindllm.objectives.reference import References
 from bindllm.parallel import RunContext
@@ -29,7 +29,7 @@ class DPO(Objective):
         beta: how strongly the start holds; larger is stronger. For ``ipo`` the paper's tau.
         loss: sigmoid (DPO) or ipo.
         label_smoothing: share of pairs, 0 to below 0.5, that are taken to be the wrong way round (sigmoid alone).
-        normalise_length: take means over the tokens of an answer in place of sums, so that long answers weigh no
+        normalize_length: take means over the tokens of an answer in place of sums, so that long answers weigh no
             more than short ones (arXiv 2411.15124, section 5.1). The papers of both losses take sums.
 
     Raises:
@@ -44,16 +44,16 @@ class DPO(Objective):
         beta: float = 0.1,
         loss: Literal["sigmoid", "ipo"] = "sigmoid",
         label_smoothing: float = 0.0,
-        normalise_length: bool = False,
+        normalize_length: bool = False,
     ) -> None:
         if loss not in LOSSES:
-            raise InputError(f"DPO: unknown loss {loss!r}. {known_names(loss, LOSSES)}")
+            raise InputError(f"DPO: unknown loss {loss!r}. {did_you_mean(loss, LOSSES)}")
         if not 0 <= label_smoothing < 0.5:
             raise InputError(f"DPO: label_smoothing must be from 0 to below 0.5, not {label_smoothing}")
         if label_smoothing and loss == "ipo":
             raise InputError("DPO: label_smoothing is for loss sigmoid; with ipo leave it out")
         self.beta = check_positive("DPO: beta", beta)
-        self.kind, self.label_smoothing, self.normalise_length = loss, label_smoothing, normalise_length
+        self.kind, self.label_smoothing, self.normalize_length = loss, label_smoothing, normalize_length
         self._references = References()
 
     def on_start(self, model: BindLLM) -> None:
@@ -75,16 +75,16 @@ class DPO(Objective):
         # Columns below each other, as the rows of the batch are: the chosen answers, then the rejected.
         return {**batch, "reference": self._references.of(split, batch["numbers"]).T.flatten()}
 
-    def loss(self, model: BindLLM, batch: Batch) -> tuple[Tensor, Figures]:
+    def loss(self, model: BindLLM, batch: Batch) -> tuple[Tensor, Metrics]:
         """Return the mean loss of the pairs; logged are rewards, their margin, and how often it is positive."""
         log_probs, num_tokens = answer_log_probs(model, batch)
         ratio = log_probs - batch["reference"]
-        chosen, rejected = (ratio / num_tokens if self.normalise_length else ratio).chunk(2)
+        chosen, rejected = (ratio / num_tokens if self.normalize_length else ratio).chunk(2)
         gap = chosen - rejected
         loss = dpo_loss(gap, beta=self.beta, kind=self.kind, label_smoothing=self.label_smoothing)
         chosen, rejected, gap = (self.beta * value.detach() for value in (chosen, rejected, gap))
-        figures = {"margin": gap, "accuracy": gap > 0, "chosen_reward": chosen, "rejected_reward": rejected}
-        return loss.mean(), {name: value.float().mean() for name, value in figures.items()}
+        metrics = {"margin": gap, "accuracy": gap > 0, "chosen_reward": chosen, "rejected_reward": rejected}
+        return loss.mean(), {name: value.float().mean() for name, value in metrics.items()}
 
 
 def dpo_loss(gap: Tensor, *, beta: float, kind: str = "sigmoid", label_smoothing: float = 0.0) -> Tensor:

@@ -22,7 +22,7 @@ from bindllm.data.rows import IGNORE, Sample
 from bindllm.data.source_config import SPLITS
 from bindllm.errors import InputError
 from bindllm.model.bindllm import BindLLM
-from bindllm.objectives.base import Figures, Needs, Objective, check_positive
+from bindllm.objectives.base import Metrics, Needs, Objective, check_positive
 from bindllm.objectives.rewards import ExactAnswer, Reward
 from bindllm.objectives.rollouts import draw_answers, greedy_answers, token_log_probs
 from bindllm.parallel import RunContext
@@ -36,7 +36,7 @@ class Rollout:
         batch: what the model takes, R rows.
         advantages: of each answer within its group, [R].
         reference: log-probabilities of the tokens under the model at the start, [N]; None where ``beta`` is 0.
-        figures: what is logged about the answers.
+        metrics: what is logged about the answers.
         old: log-probabilities of the tokens when the answers were drawn, [N]; set when they are first learnt from.
         uses: how many steps have learnt from them.
     """
@@ -44,7 +44,7 @@ class Rollout:
     batch: Batch
     advantages: Tensor
     reference: Tensor | None
-    figures: Figures
+    metrics: Metrics
     old: Tensor | None = None
     uses: int = 0
 
@@ -65,9 +65,9 @@ class GRPO(Objective):
         temperature: that answers are drawn with; 1 is the model itself.
         max_new_tokens: longest answer, its end token included. A longer one is cut, and judged as it is.
         steps_per_rollout: optimizer steps on the answers to one batch of questions.
-        normalise_std: divide the rewards of a group by their standard deviation. False as in Dr. GRPO: questions that
+        normalize_std: divide the rewards of a group by their standard deviation. False as in Dr. GRPO: questions that
             are nearly always or nearly never answered right weigh less.
-        normalise_length: mean over the tokens of an answer. False as in Dr. GRPO: the sum over them, divided by
+        normalize_length: mean over the tokens of an answer. False as in Dr. GRPO: the sum over them, divided by
             ``max_new_tokens``, so that long wrong answers are not spared.
 
     Raises:
@@ -85,8 +85,8 @@ class GRPO(Objective):
         temperature: float = 1.0,
         max_new_tokens: int = 64,
         steps_per_rollout: int = 1,
-        normalise_std: bool = True,
-        normalise_length: bool = True,
+        normalize_std: bool = True,
+        normalize_length: bool = True,
     ) -> None:
         for name, value, least in (
             ("group_size", group_size, 2),
@@ -102,7 +102,7 @@ class GRPO(Objective):
         self.group_size, self.beta, self.clip = group_size, beta, clip
         self.temperature = check_positive("GRPO: temperature", temperature)
         self.max_new_tokens, self.steps_per_rollout = max_new_tokens, steps_per_rollout
-        self.normalise_std, self.normalise_length = normalise_std, normalise_length
+        self.normalize_std, self.normalize_length = normalize_std, normalize_length
         self._data: BindData
         self._pad_id = 0
         self._start: dict[str, Tensor] = {}
@@ -162,7 +162,7 @@ class GRPO(Objective):
             "split": place,
         }
 
-    def loss(self, model: BindLLM, batch: Batch) -> tuple[Tensor, Figures]:
+    def loss(self, model: BindLLM, batch: Batch) -> tuple[Tensor, Metrics]:
         """Draw answers, or go on with those of the step before, and return the loss of all of them.
 
         Logged are the mean ``reward``, the share of ``useful`` groups (with answers of different rewards: only they
@@ -180,7 +180,7 @@ class GRPO(Objective):
             self._held = None
         return found
 
-    def held_out(self, model: BindLLM, batch: Batch) -> tuple[Tensor, int, Figures]:
+    def held_out(self, model: BindLLM, batch: Batch) -> tuple[Tensor, int, Metrics]:
         """Return minus the mean reward of greedy answers, which is what the best weights have least of."""
         samples = self._samples(batch)
         texts = greedy_answers(model, _prompts(batch), max_new_tokens=self.max_new_tokens)
@@ -204,7 +204,7 @@ class GRPO(Objective):
             max_new_tokens=self.max_new_tokens,
         )
         rewards = self._judge(answers.texts, samples).reshape(-1, self.group_size).to(model.device)
-        advantages = group_advantages(rewards, normalise_std=self.normalise_std)
+        advantages = group_advantages(rewards, normalize_std=self.normalize_std)
         reference = None
         if self.beta:
             # Tensors in place of the parameters for this call alone: the parameters themselves never change.
@@ -212,15 +212,15 @@ class GRPO(Objective):
             reference = token_log_probs(start, answers.batch, temperature=self.temperature)
         # Under autocast older releases of torch would use weights again that were cast without gradients.
         torch.clear_autocast_cache()
-        figures = {
+        metrics = {
             "reward": rewards.mean(),
             "useful": (advantages != 0).any(1).float().mean(),
             "length": (answers.batch["labels"] != IGNORE).sum(1).float().mean(),
             "cut": answers.cut.float().mean(),
         }
-        return Rollout(answers.batch, advantages.flatten().float(), reference, figures)
+        return Rollout(answers.batch, advantages.flatten().float(), reference, metrics)
 
-    def learn(self, model: BindLLM, rollout: Rollout) -> tuple[Tensor, Figures]:
+    def learn(self, model: BindLLM, rollout: Rollout) -> tuple[Tensor, Metrics]:
         """Return the loss of judged answers, a mean over all of them, and what is logged.
 
         Where no group is useful and ``beta`` is 0 the loss is zero, with a gradient of zeros.
@@ -239,17 +239,17 @@ class GRPO(Objective):
         rows = (labels[:, 1:] != IGNORE).nonzero()[:, 0]
         own = rows == torch.arange(len(labels), device=rows.device)[:, None]
         surrogate = clipped_surrogate(log_probs, rollout.old, advantages[rows], clip=self.clip)
-        figures = dict(rollout.figures)
+        metrics = dict(rollout.metrics)
         each = -surrogate
         if rollout.reference is not None:
             divergence = kl_estimate(log_probs, rollout.reference)
             each = each + self.beta * divergence
             # Not index_add: on GPUs it adds in any order, and a resumed run would differ in the last bits.
             means = torch.where(own, divergence.detach(), 0).sum(1) / own.sum(1)
-            figures["kl"] = means.mean()
+            metrics["kl"] = means.mean()
         sums = torch.where(own, each, 0).sum(1)
-        lengths = own.sum(1) if self.normalise_length else self.max_new_tokens
-        return (sums / lengths).sum() / len(rollout.advantages), figures
+        lengths = own.sum(1) if self.normalize_length else self.max_new_tokens
+        return (sums / lengths).sum() / len(rollout.advantages), metrics
 
     def _samples(self, batch: Batch) -> list[Sample]:
         samples = self._data.samples(SPLITS[int(batch["split"])])
@@ -270,12 +270,12 @@ class GRPO(Objective):
         return rewards
 
 
-def group_advantages(rewards: Tensor, *, normalise_std: bool = True) -> Tensor:
+def group_advantages(rewards: Tensor, *, normalize_std: bool = True) -> Tensor:
     """Return how much better each answer is than its group (section 4.1.2), with the population's deviation.
 
     Args:
         rewards: [B, G].
-        normalise_std: divide by the standard deviation of the group.
+        normalize_std: divide by the standard deviation of the group.
 
     Returns:
         float64, [B, G]; exactly 0 in a group whose answers all have the same reward.
@@ -286,7 +286,7 @@ def group_advantages(rewards: Tensor, *, normalise_std: bool = True) -> Tensor:
     """
     rewards = rewards.double()
     away = rewards - rewards.mean(1, keepdim=True)
-    if normalise_std:
+    if normalize_std:
         away = away / rewards.std(1, correction=0, keepdim=True)
     # Not where the deviation is 0: the mean of equal rewards may miss them by a rounding.
     same = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)

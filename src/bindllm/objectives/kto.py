@@ -16,7 +16,7 @@ from bindllm.data.datamodule import BindData
 from bindllm.data.rows import IGNORE, Sample
 from bindllm.errors import InputError
 from bindllm.model.bindllm import BindLLM
-from bindllm.objectives.base import Figures, Needs, Objective, check_positive
+from bindllm.objectives.base import Metrics, Needs, Objective, check_positive
 from bindllm.objectives.log_probs import answer_log_probs
 from bindllm.objectives.reference import References
 from bindllm.parallel import RunContext
@@ -83,7 +83,7 @@ class KTO(Objective):
             **{_MISMATCHED + name: value.to(numbers.device) for name, value in rows.items()},
         }
 
-    def loss(self, model: BindLLM, batch: Batch) -> tuple[Tensor, Figures]:
+    def loss(self, model: BindLLM, batch: Batch) -> tuple[Tensor, Metrics]:
         """Return the mean loss of the rows; logged are the reference point, and how far rows are beyond it."""
         # First: under autocast, weights that were cast without gradients would be used again with them.
         ratio = answer_log_probs(model, batch)[0] - batch["reference"]
@@ -102,8 +102,8 @@ class KTO(Objective):
             weights=(self.desirable_weight, self.undesirable_weight),
         )
         ahead = self.beta * torch.where(desirable, ratio - point, point - ratio).detach()
-        figures = {"margin": ahead, "accuracy": ahead > 0, "kl": point}
-        return loss.mean(), {name: value.float().mean() for name, value in figures.items()}
+        metrics = {"margin": ahead, "accuracy": ahead > 0, "kl": point}
+        return loss.mean(), {name: value.float().mean() for name, value in metrics.items()}
 
     def count(self, batch: Batch) -> int:
         """Return the number of answers, of which a pair has two."""

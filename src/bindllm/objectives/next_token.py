@@ -9,13 +9,13 @@ from bindllm.data.collate import Batch, model_inputs
 from bindllm.data.rows import IGNORE
 from bindllm.errors import InputError
 from bindllm.model.bindllm import BindLLM
-from bindllm.objectives.base import Figures, Objective
+from bindllm.objectives.base import Metrics, Objective
 
 
 class NextToken(Objective):
     """Mean cross entropy of the supervised tokens; of a preference pair the chosen answer is learnt."""
 
-    def loss(self, model: BindLLM, batch: Batch) -> tuple[Tensor, Figures]:
+    def loss(self, model: BindLLM, batch: Batch) -> tuple[Tensor, Metrics]:
         """Return the loss of a batch, per supervised token."""
         rows = len(batch["numbers"])
         output = model(**{name: value[:rows] for name, value in model_inputs(batch).items()})

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bindllm.data.collate import Batch
 from bindllm.errors import InputError
 from bindllm.model.bindllm import BindLLM
-from bindllm.objectives.base import Figures, Needs, Objective, check_positive
+from bindllm.objectives.base import Metrics, Needs, Objective, check_positive
 from bindllm.objectives.log_probs import answer_log_probs
 
 
@@ -29,7 +29,7 @@ class ORPO(Objective):
     def __init__(self, weight: float = 0.1) -> None:
         self.weight = check_positive("ORPO: weight", weight)
 
-    def loss(self, model: BindLLM, batch: Batch) -> tuple[Tensor, Figures]:
+    def loss(self, model: BindLLM, batch: Batch) -> tuple[Tensor, Metrics]:
         """Return the mean loss of the pairs; logged are the chosen answers' loss and the log odds ratio.
 
         Raises:
@@ -45,8 +45,8 @@ class ORPO(Objective):
         chosen, rejected = (log_probs / num_tokens).chunk(2)
         ratio = log_odds(chosen) - log_odds(rejected)
         loss = -chosen - self.weight * nn.functional.logsigmoid(ratio)
-        figures = {"margin": ratio, "accuracy": chosen > rejected, "chosen_loss": -chosen}
-        return loss.mean(), {name: value.detach().float().mean() for name, value in figures.items()}
+        metrics = {"margin": ratio, "accuracy": chosen > rejected, "chosen_loss": -chosen}
+        return loss.mean(), {name: value.detach().float().mean() for name, value in metrics.items()}
 
 
 def log_odds(log_prob: Tensor) -> Tensor:

@@ -28,7 +28,6 @@ from bindllm.data.datamodule import BindData
 from bindllm.data.rows import Sample
 from bindllm.errors import TrainingError
 from bindllm.model.bindllm import BindLLM
-from bindllm.model.pretrained import describe
 from bindllm.objectives.log_probs import answer_log_probs
 from bindllm.parallel import RunContext
 
@@ -47,7 +46,7 @@ class References:
 
     def on_start(self, model: BindLLM) -> None:
         """Take the fingerprint of the weights that a run starts from; a resumed run restores others later."""
-        parts = describe(model)
+        parts = model.describe()
         own = {name: parts[name] for name in ("decoder", "bind", "inject", "adapter")}
         digest = hashlib.sha256(json.dumps(own, sort_keys=True, default=str).encode())
         for name, value in sorted(model.trainable_state().items()):
@@ -156,7 +155,7 @@ def _compute(
     if not bool(values.isfinite().all()):
         raise TrainingError(
             "a reference log-probability is not finite: the model that the run starts from gives NaN or infinity. "
-            "Look at start_from, or use another dtype of the decoder"
+            "Look at init_from, or use another dtype of the decoder"
         )
     return values
 

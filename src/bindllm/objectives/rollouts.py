@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from bindllm.conversation import NO_MEDIA
 from bindllm.data.collate import Batch, model_inputs
 from bindllm.data.rows import IGNORE
-from bindllm.model.bindllm import BindLLM
-from bindllm.model.forward import BindOutput
+from bindllm.model.bindllm import BindLLM, BindOutput
 
 _PLAIN = {
     "top_k": 0,

@@ -19,7 +19,7 @@ from bindllm.training.optim import groups_table
 from bindllm.training.runlog import RunLog
 
 
-def refuse_unmeasured(callbacks: Sequence[Callback], *, num_validation: int) -> None:
+def check_monitors(callbacks: Sequence[Callback], *, num_validation: int) -> None:
     """Refuse callbacks that watch a validation figure where there is nothing to validate with.
 
     Args:
@@ -49,7 +49,7 @@ class ParameterTable(Callback):
         """
         if stage == "fit":
             validated = trainer.limit_val_batches and len(trainer.datamodule.samples("validation"))
-            refuse_unmeasured(trainer.callbacks, num_validation=int(validated))
+            check_monitors(trainer.callbacks, num_validation=int(validated))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the report of the data, and the table."""
@@ -106,22 +106,22 @@ def spread(samples: Sequence[Sample], count: int) -> list[Sample]:
     return [shown[n * len(shown) // count] for n in range(count)]
 
 
-def _row(sample: Sample, generated: str) -> dict[str, str]:
+def _row(sample: Sample, answer: str) -> dict[str, str]:
     """What was shown, what was asked unless it is a caption, what is true and what was generated."""
     questions = [message.text for message in sample.conversation.messages if message.role == "user"]
     asked = {} if sample.task == "caption" else {"question": questions[-1]}
-    true = " | ".join(dict.fromkeys(sample.references))
-    return {"picture": _picture(sample), **asked, "true": true, "generated": generated}
+    reference = " | ".join(dict.fromkeys(sample.references))
+    return {"media": _media_name(sample), **asked, "reference": reference, "model": answer}
 
 
 def _markdown(rows: Sequence[dict[str, str]]) -> str:
     columns = [
-        name for name in ("picture", "question", "true", "generated") if any(name in row for row in rows)
+        name for name in ("media", "question", "reference", "model") if any(name in row for row in rows)
     ]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     return "\n".join([*lines, *(f"| {' | '.join(row.get(name, '') for name in columns)} |" for row in rows)])
 
 
-def _picture(sample: Sample) -> str:
+def _media_name(sample: Sample) -> str:
     source = sample.media[-1][0].source
     return str(source) if isinstance(source, str | Path) else sample.media[-1][0].name

@@ -7,13 +7,14 @@ embedding store never waits for it.
 from __future__ import annotations
 
 from abc import ABC
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from lightning.fabric.utilities.seed import reset_seed
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -29,9 +30,8 @@ from bindllm.model.injection import InjectConfig
 from bindllm.objectives import NextToken, Objective
 from bindllm.parallel import RunContext
 from bindllm.training.optim import OptimConfig, build_optimizer, build_schedule
-from bindllm.training.stages import take_over
-from bindllm.training.step_mean import StepMean
-from bindllm.training.strategies import ShardedDecoder, check_strategy
+from bindllm.training.stages import init_from_checkpoint
+from bindllm.training.strategies import ShardedDecoder, averages_gradients, check_strategy
 
 LAST_GOOD = "last_good"
 """Ending of the folder, beside the run's, that keeps the weights from before a step that was not finite."""
@@ -64,7 +64,7 @@ class BindModule(LightningModule):
         adapter: what of the decoder is tuned (group `adapter`); null: nothing.
         cache: the visual cache that the checkpoint names, for other senses at inference, or its folder alone; null:
             none. A run does not open it: pictures need none.
-        start_from: a checkpoint folder whose trained tensors are the starting point.
+        init_from: a checkpoint folder whose trained tensors are the starting point.
         objective: what is minimised; null: `NextToken`.
         checkpoint_activations: compute activations twice and keep few of them: less memory, more time.
     """
@@ -79,7 +79,7 @@ class BindModule(LightningModule):
         trainable: list[str] = ["bind", "inject"],  # noqa: B006 (jsonargparse shows it as the default; only read)
         adapter: AdapterConfig | None = None,
         cache: CacheConfig | str | None = None,
-        start_from: str | None = None,
+        init_from: str | None = None,
         objective: Objective | None = None,
         checkpoint_activations: bool = False,
     ) -> None:
@@ -91,12 +91,12 @@ class BindModule(LightningModule):
                 f"bind.fusion is {bind.fusion!r}, which is for the released weights: training fuses the media of a row "
                 "at unit length; leave it out"
             )
-        self.trainable, self.adapter_config, self.start_from = trainable, adapter, start_from
+        self.trainable, self.adapter_config, self.init_from = trainable, adapter, init_from
         self.objective = NextToken() if objective is None else objective
         self.cache_config = CacheConfig(cache) if isinstance(cache, str) else cache
         self.checkpoint_activations = checkpoint_activations
         self.model: BindLLM | None = None
-        self._step_mean = StepMean()
+        self._accumulation = WeightedAccumulation()
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -140,8 +140,8 @@ class BindModule(LightningModule):
         self.model.set_trainable(self.trainable)
         if self.checkpoint_activations:
             self.model.checkpoint_activations()
-        if self.start_from is not None:
-            take_over(self.model, self.start_from)
+        if self.init_from is not None:
+            init_from_checkpoint(self.model, self.init_from)
         self.objective.on_start(self.model)
 
     def on_fit_start(self) -> None:
@@ -165,10 +165,10 @@ class BindModule(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return what the gradient is taken of: the loss of a batch, weighed among those of its step."""
         batch = self.objective.add_reference(batch, "train")
-        loss, figures = self.objective.loss(self.model, batch)
+        loss, metrics = self.objective.loss(self.model, batch)
         self.log_dict({"lr": self.lr_schedulers().get_last_lr()[0]})
-        self.log_dict({f"train_{name}": value for name, value in figures.items()})
-        return self._step_mean.add(loss, self.objective.count(batch), trainer=self.trainer)
+        self.log_dict({f"train_{name}": value for name, value in metrics.items()})
+        return self._accumulation.add(loss, self.objective.count(batch), trainer=self.trainer)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Weigh the gradients of the step's batches, and look at the whole before it reaches the weights.
@@ -180,7 +180,7 @@ class BindModule(LightningModule):
         gradients = [
             p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
         ]
-        loss = self._step_mean.finish(gradients, trainer=self.trainer)
+        loss = self._accumulation.finish(gradients, trainer=self.trainer)
         if not torch.isfinite(loss):
             self._stop("loss")
         self.log("train_loss", loss)
@@ -208,10 +208,10 @@ class BindModule(LightningModule):
     def _log_held_out(self, split: str, batch: Batch) -> None:
         # Lightning weighs a batch's mean by batch_size, and sums both over devices: the mean over all tokens.
         prefix = {"validation": "val", "test": "test"}[split]
-        loss, count, figures = self.objective.held_out(self.model, self.objective.add_reference(batch, split))
+        loss, count, metrics = self.objective.held_out(self.model, self.objective.add_reference(batch, split))
         options = {"batch_size": count, "on_epoch": True, "sync_dist": True}
         self.log(f"{prefix}_loss", loss, prog_bar=True, **options)
-        self.log_dict({f"{prefix}_{name}": value for name, value in figures.items()}, **options)
+        self.log_dict({f"{prefix}_{name}": value for name, value in metrics.items()}, **options)
 
     def _stop(self, what: str) -> NoReturn:
         """End the run at a step that is not finite, keeping the weights from before it."""
@@ -224,6 +224,55 @@ class BindModule(LightningModule):
         self.trainer.strategy.barrier()
         raise TrainingError(
             f"the {what} is not finite at step {self.global_step + 1}; the weights from before it are kept in "
-            f"{folder}. Go on from them with a lower learning rate: --model.start_from {folder} "
+            f"{folder}. Go on from them with a lower learning rate: --model.init_from {folder} "
             f"--model.optim.lr {self.optim_config.lr / 3:.1g}"
         )
+
+
+class WeightedAccumulation:
+    """Weighs the batches of a step by what they hold.
+
+    A step of one batch on one device is left alone, to the bit. So is one of DeepSpeed, which keeps gradients to
+    itself: there each batch weighs the same.
+
+    Example:
+        loss = accumulation.add(loss, count, trainer=trainer)      # for each batch, before backward
+        mean = accumulation.finish(gradients, trainer=trainer)     # before the optimizer moves
+    """
+
+    def __init__(self) -> None:
+        self._batches: list[tuple[Tensor, int]] = []
+
+    def add(self, loss: Tensor, count: int, *, trainer: Trainer) -> Tensor:
+        """Return what to take the gradient of.
+
+        Args:
+            loss: of a batch, a mean.
+            count: the number of things that it is a mean of.
+            trainer: of the run.
+        """
+        self._batches.append((loss.detach(), count))
+        return loss * count if _divisor(trainer) > 1 else loss
+
+    def finish(self, gradients: Sequence[Tensor], *, trainer: Trainer) -> Tensor:
+        """Scale the gradients of a step in place, on all devices alike, and return the step's mean loss.
+
+        Args:
+            gradients: averaged over devices, and over batches by Lightning.
+            trainer: of the run.
+        """
+        batches, self._batches = self._batches, []
+        if len(batches) == 1 and _divisor(trainer) == 1 == trainer.world_size:
+            return batches[0][0]
+        own = sum(torch.stack([loss * count, torch.full_like(loss, count)]) for loss, count in batches)
+        total, count = trainer.strategy.reduce(own, reduce_op="sum")
+        if (divisor := _divisor(trainer)) > 1:
+            torch._foreach_mul_(list(gradients), divisor / count)
+        return total / count
+
+
+def _divisor(trainer: Trainer) -> int:
+    """How many batches the gradients of a step have been divided by."""
+    if not averages_gradients(trainer.strategy):
+        return 1
+    return trainer.world_size * trainer.accumulate_grad_batches

@@ -98,9 +98,9 @@ class RunProgress(ProgressBar):
             f"train loss {self._loss:.3f}  [bold]validation loss {float(loss):.3f}[/bold]"
         )
         for row in self.captions.latest if self.captions else ():
-            said = printable(row["generated"]) or "(nothing)"
+            said = printable(row["model"]) or "(nothing)"
             asked = f"{printable(row['question'])}  " if "question" in row else ""
-            line = Text.assemble("  ", asked, (row["true"], "dim"), "  →  ", said)
+            line = Text.assemble("  ", asked, (row["reference"], "dim"), "  →  ", said)
             self.console.print(line, overflow="ellipsis", no_wrap=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

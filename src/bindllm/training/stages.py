@@ -19,7 +19,7 @@ from bindllm.errors import CheckpointError
 from bindllm.model.adapter import PREFIX, AdapterConfig
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.checkpoint import read_manifest, read_weights
-from bindllm.model.decoder import DecoderConfig, find_folder, fingerprint_decoder
+from bindllm.model.decoder import DecoderConfig, fingerprint_decoder
 from bindllm.model.injection import InjectConfig
 from bindllm.model.pretrained import encoder_fingerprints, read_configs
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _NOT_COMPARED = ("fusion",)
 
 
-def take_over(model: BindLLM, folder: str | Path) -> None:
+def init_from_checkpoint(model: BindLLM, folder: str | Path) -> None:
     """Take over the trained tensors of a checkpoint folder.
 
     An adapter that the folder does not have stays as it is: it starts by changing nothing.
@@ -110,7 +110,7 @@ def _check_frozen(
     """Compare decoder and encoders by their fingerprints."""
     saved = manifest.get("decoder", {})
     compared = {
-        "decoder": (saved.get("fingerprint"), fingerprint_decoder(find_folder(decoder))),
+        "decoder": (saved.get("fingerprint"), fingerprint_decoder(decoder.folder())),
         "encoders": (encoder_fingerprints(folder, manifest), [encoder.fingerprint() for encoder in encoders]),
     }
     theirs = {

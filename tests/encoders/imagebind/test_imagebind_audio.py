@@ -60,7 +60,7 @@ def test_published_spans(name, monkeypatch):
         spans.extend(cut(int(16_000 * float(name.split("_")[3]))))
         return [np.ones((1, 400), np.float32)]
 
-    monkeypatch.setattr(audio_module, "cut_sound", recording)
+    monkeypatch.setattr(audio_module, "cut_audio", recording)
     published(b"")
     assert spans == [tuple(span) for span in golden("prep_audio")[f"{name}/spans"].tolist()]
 
@@ -164,5 +164,5 @@ def test_sound_track_of_a_video():
 def test_file_that_is_no_sound_is_named(tmp_path):
     path = tmp_path / "words.wav"
     path.write_text("just some words")
-    with pytest.raises(MediaError, match=r"words\.wav: cannot be opened as sound"):
+    with pytest.raises(MediaError, match=r"words\.wav: cannot be opened as audio"):
         published(path)

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import normalize
 
 from bindllm.errors import InputError
-from bindllm.training.align.loss import Temperature, TemperatureConfig, contrastive_loss
+from bindllm.training.align.module import Temperature, TemperatureConfig, contrastive_loss
 
 
 def rows(count: int, seed: int) -> torch.Tensor:

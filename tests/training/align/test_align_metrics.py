@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from bindllm.training.align import metrics
-from bindllm.training.align.metrics import retrieval_metrics
+from bindllm.training.align import module as metrics
+from bindllm.training.align.module import retrieval_metrics
 
 
 def test_recall_and_counts():

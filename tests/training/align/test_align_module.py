@@ -11,8 +11,7 @@ from bindllm.cli.recipe import quiet
 from bindllm.encoders.head import HeadConfig
 from bindllm.errors import EncoderError, InputError, TrainingError
 from bindllm.training.align.data import AlignData
-from bindllm.training.align.loss import TemperatureConfig, contrastive_loss
-from bindllm.training.align.module import AlignModule
+from bindllm.training.align.module import AlignModule, TemperatureConfig, contrastive_loss
 from bindllm.training.align.pairs import PairSource
 from bindllm.training.optim import OptimConfig
 from tiny import ColorEncoder
@@ -175,7 +174,7 @@ def test_media_and_targets_may_be_of_one_modality(radar, tmp_path):
     pictures = PairSource(radar.path, modality="image")
     module, data = train(tmp_path, ColorEncoder(), pictures, epochs=20)
     found = module.measure(data, "test")
-    assert found["taught_image_to_image"]["recall@1"] == found["image_to_taught_image"]["recall@1"] == 1
+    assert found["aligned_image_to_image"]["recall@1"] == found["image_to_aligned_image"]["recall@1"] == 1
 
 
 def test_a_run_without_an_epoch_is_an_error(texts, tmp_path):

@@ -12,9 +12,8 @@ from align_parts import BeatTower, LetterEncoder, colour_table, radar_table, rew
 from bindllm.data.report import Skipped
 from bindllm.errors import InputError
 from bindllm.evaluation.layouts import Choice, Column, read_layout
-from bindllm.training.align.data import AlignData
+from bindllm.training.align.data import AlignData, PairSet
 from bindllm.training.align.pairs import PairSource, read_pairs
-from bindllm.training.align.sides import PairSet
 from tiny import ColorEncoder
 
 

@@ -124,12 +124,12 @@ class StreamLoader:
             raise InputError(
                 f"this run was saved by {state_dict.get('processes')} processes and cannot resume in "
                 f"{self._processes.world_size}: each has a share of the shards. Start it with as many devices as "
-                "before, or start a new run from the weights (start_from)"
+                "before, or start a new run from the weights (init_from)"
             )
         if state_dict.get("stream") != self._fingerprint:
             raise InputError(
                 "this run cannot resume from that checkpoint: its shards or their sizes, formats, weights, chunk, "
-                "batch size, max_length or seed differ. Restore them, or start a new run from the weights (start_from)"
+                "batch size, max_length or seed differ. Restore them, or start a new run from the weights (init_from)"
             )
         self.close()
         mine = state_dict["states"][self._processes.rank]

@@ -12,20 +12,14 @@ from bindllm.data.messages import RowError
 from bindllm.data.report import SourceReport
 from bindllm.data.rows import Row
 from bindllm.data.source_config import SPLITS, SourceConfig
-from bindllm.data.sources import IMAGE_SUFFIXES
 from bindllm.data.stream.shards import BAD_SHARD, ShardError, TarSample, expand_shards, read_shard
 from bindllm.data.tables import Record
 from bindllm.errors import InputError
-from bindllm.media import Media
+from bindllm.media import SUFFIXES, Media
 
 _TEXTS = ("txt", "text", "caption")
 # Members that image-text sets keep next to the media and the JSON.
 _NOT_MEDIA = frozenset(("json", "cls", "id", "index", "url", *_TEXTS))
-_SUFFIXES = {
-    "image": frozenset(suffix[1:] for suffix in IMAGE_SUFFIXES),
-    "audio": frozenset(("wav", "mp3", "flac", "ogg", "opus", "m4a", "aac")),
-    "video": frozenset(("mp4", "webm", "mkv", "mov", "avi")),
-}
 
 
 @dataclass
@@ -66,7 +60,7 @@ class TarResolver:
             if end.lower() in members and end.lower() not in _NOT_MEDIA:
                 return members[end.lower()]
         if self._foreign.setdefault(modality, name) != name:
-            raise RowError(f"several names of a {modality} file that are not members", name)
+            raise RowError(f"several {modality} names that are not members", name)
         return self._only(modality)
 
     def _only(self, modality: str) -> bytes:
@@ -84,8 +78,9 @@ class TarResolver:
         named = [content for end, content in media.items() if modality in end.split(".")]
         if len(named) == 1:
             return named
-        suffixes = _SUFFIXES.get(modality)
-        return [c for end, c in media.items() if suffixes is None or end.rpartition(".")[2] in suffixes]
+        # Point clouds may be NPY files too, so every member may be one.
+        suffixes = None if modality == "point" else SUFFIXES.get(modality)
+        return [c for end, c in media.items() if suffixes is None or f".{end.rpartition('.')[2]}" in suffixes]
 
 
 def read_row(sample: TarSample, config: SourceConfig, source: int) -> Row:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bindllm.encoders.imagebind.clips import CLIP_SECONDS, clip_starts
-from bindllm.media.sound import cut_sound
+from bindllm.media.audio import cut_audio
 from bindllm.media.source import Source, name_of
 
 RATE = 16_000
@@ -43,7 +43,7 @@ def audio_input(source: Source, *, coverage: str, max_clips: int) -> Tensor:
     itself is the floor of the logarithm everywhere, -1.278 after scaling.
 
     Args:
-        source: path, bytes or array, as `cut_sound` takes them.
+        source: path, bytes or array, as `cut_audio` takes them.
         coverage: "published": three clips from start to end; "full": clips that cover all of it.
         max_clips: most clips under "full"; S does not pass it.
 
@@ -70,7 +70,7 @@ def audio_input(source: Source, *, coverage: str, max_clips: int) -> Tensor:
         )
         return [(int(start * RATE), int((start + CLIP_SECONDS) * RATE)) for start in starts]
 
-    clips = cut_sound(source, rate=RATE, cut=spans)
+    clips = cut_audio(source, rate=RATE, cut=spans)
     return torch.from_numpy(np.stack([_picture(clip) for clip in clips]))
 
 

@@ -9,10 +9,9 @@ from typing import Any
 from bindllm.atomic import remove_leftovers
 from bindllm.encoders.aligned_folder import HEAD, TOWER, AlignedManifest, write_aligned
 from bindllm.encoders.alignment import space_of
-from bindllm.model.card import license_of
+from bindllm.model.checkpoint import license_of
 from bindllm.training.align.data import AlignData
-from bindllm.training.align.metrics import RECALL_AT
-from bindllm.training.align.module import AlignModule
+from bindllm.training.align.module import RECALL_AT, AlignModule
 
 
 def save_aligned(

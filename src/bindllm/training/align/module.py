@@ -7,22 +7,23 @@ by a contrastive loss against embeddings that stay as they are.
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from bindllm.cache.recall import chance, cosines, find_positions, hit_rate, join_positions, mean_ranks
 from bindllm.encoders.head import Head, HeadConfig
 from bindllm.encoders.trainable import is_trainable
 from bindllm.errors import InputError, TrainingError
-from bindllm.training.align.data import AlignData
-from bindllm.training.align.loss import Temperature, TemperatureConfig, contrastive_loss
-from bindllm.training.align.metrics import mean_recall, retrieval_metrics
-from bindllm.training.align.sides import PairSet
+from bindllm.training.align.data import AlignData, PairSet
 from bindllm.training.module import AnyEncoder
 from bindllm.training.optim import OptimConfig, build_optimizer, build_schedule
 
@@ -205,7 +206,7 @@ class AlignModule(LightningModule):
         similar = (media[pairs.links[:, 0]] * targets[pairs.links[:, 1]]).sum(1).mean()
         names = data.modality, data.sources[0].target
         if names[0] == names[1]:
-            names = f"taught_{names[0]}", names[1]
+            names = f"aligned_{names[0]}", names[1]
         return {
             "pairs": len(pairs.links),
             "loss": round(sum(losses) / len(pairs.links), 4),
@@ -242,3 +243,112 @@ class AlignModule(LightningModule):
                 )
         self.train(was_training)
         return torch.cat(parts)
+
+
+MAX_SCALE = 100.0
+"""Largest factor of the similarities, as in CLIP (arXiv 2103.00020, section 2.5): a temperature of at least 0.01."""
+
+
+@dataclass
+class TemperatureConfig:
+    """Temperature of the softmax over similarities."""
+
+    start: float = 0.07
+    """Where it starts, 0.01 to 1."""
+
+    learned: bool = True
+    """Learnt with the head, never below 0.01; else it stays."""
+
+    def __post_init__(self) -> None:
+        if not 1 / MAX_SCALE <= self.start <= 1:
+            raise InputError(f"model.temperature.start is {self.start}, expected {1 / MAX_SCALE:g} to 1")
+
+
+class Temperature(nn.Module):
+    """The factor of the similarities: the exponential of one number, which is learnt or fixed.
+
+    Example:
+        >>> round(Temperature(TemperatureConfig(start=0.05))().item(), 3)
+        20.0
+    """
+
+    def __init__(self, config: TemperatureConfig) -> None:
+        super().__init__()
+        log_scale = torch.tensor(math.log(1 / config.start))
+        self.log_scale = nn.Parameter(log_scale, requires_grad=config.learned)
+
+    def forward(self) -> Tensor:
+        """Return 1 / temperature, a number."""
+        return self.log_scale.exp()
+
+    @torch.no_grad()
+    def clamp(self) -> None:
+        """Bring the temperature back to 0.01 to 1, after a step."""
+        self.log_scale.clamp_(0.0, math.log(MAX_SCALE))
+
+
+def contrastive_loss(media: Tensor, targets: Tensor, belongs: Tensor, scale: Tensor) -> Tensor:
+    """Return InfoNCE in both directions (arXiv 2305.05665, section 3.2), averaged over the pairs of a batch.
+
+    Each row is told from all rows of the other side that do not belong to it: what belongs to it besides its own
+    partner (a second caption of the picture, the same caption of another picture, a copy of the file) is left out of
+    the sum, neither pulled nor pushed.
+
+    Args:
+        media: unit embeddings [B, E] that are taught.
+        targets: unit embeddings [B, E] of their partners, frozen.
+        belongs: bool [B, B]: media i and target j are a pair of the data; true on the diagonal.
+        scale: 1 / temperature.
+
+    Example:
+        >>> rows = torch.eye(2)
+        >>> contrastive_loss(rows, rows, torch.eye(2, dtype=torch.bool), torch.tensor(1.0))
+        tensor(0.3133)
+    """
+    own = torch.eye(len(media), dtype=torch.bool, device=media.device)
+    logits = (scale * media @ targets.T).masked_fill(belongs & ~own, float("-inf"))
+    labels = torch.arange(len(media), device=media.device)
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+
+RECALL_AT = (1, 5, 10)
+
+_SCORES_AT_ONCE = 1 << 22
+
+
+def retrieval_metrics(queries: Tensor, gallery: Tensor, right: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Return recall@1/5/10 and what chance gives, the median rank, and how many there are of each.
+
+    Args:
+        queries: unit embeddings [Q, E], Q at least 1.
+        gallery: unit embeddings [G, E] to choose from.
+        right: for each query the numbers of its right answers, at least one.
+
+    Returns:
+        keys ``recall@k``, ``chance@k`` (0 to 1), ``median_rank`` (from 1; half ranks are ties), ``queries``,
+        ``gallery``. Ties count as drawn in random order, so embeddings that are all alike get chance.
+    """
+    step = max(1, _SCORES_AT_ONCE // len(gallery))
+    parts = [slice(start, start + step) for start in range(0, len(queries), step)]
+    positions = join_positions(
+        [find_positions(cosines(queries[part], gallery).cpu(), right[part]) for part in parts]
+    )
+    counts = torch.tensor([len(numbers) for numbers in right])
+    measured: dict[str, Any] = {"queries": len(queries), "gallery": len(gallery)}
+    for k in RECALL_AT:
+        measured[f"recall@{k}"] = round(float(hit_rate(positions, k).mean()), 4)
+        measured[f"chance@{k}"] = round(chance(counts, len(gallery), k), 4)
+    measured["median_rank"] = round(float(mean_ranks(positions).median()), 1)
+    return measured
+
+
+def mean_recall(metrics: dict[str, Any]) -> float:
+    """Return the mean of recall@1/5/10 over all directions of what an alignment has measured.
+
+    Example:
+        >>> mean_recall({"loss": 2.0, "text_to_image": {"recall@1": 0.25, "recall@5": 0.5, "recall@10": 0.75}})
+        0.5
+    """
+    ways = [value for value in metrics.values() if isinstance(value, dict)]
+    recalls = [way[f"recall@{k}"] for way in ways for k in RECALL_AT]
+    return sum(recalls) / len(recalls)

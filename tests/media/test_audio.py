@@ -1,4 +1,4 @@
-"""Parts of sounds equal those of the whole sound, from every kind of file, in flat memory; bad files are refused."""
+"""Parts of audio equal those of the whole, from every kind of file, in flat memory; bad files are refused."""
 
 import math
 import struct
@@ -11,10 +11,9 @@ import pytest
 from PIL import Image
 
 from bindllm.errors import MediaError, MissingExtraError
+from bindllm.media import audio as audio_module
 from bindllm.media import container as container_module
-from bindllm.media import sound as sound_module
-from bindllm.media.resample import Resampler
-from bindllm.media.sound import cut_sound
+from bindllm.media.audio import Resampler, cut_audio
 from goldens import golden, make_wave
 from recordings import numbered, sound_file, video_file, wav
 
@@ -29,7 +28,7 @@ def whole(length):
 
 
 def resampled_directly(samples: np.ndarray, source_rate: int, rate: int) -> np.ndarray:
-    """The formula over the whole sound, every output against every sample, in double precision."""
+    """The formula over the whole recording, every output against every sample, in double precision."""
     divisor = math.gcd(source_rate, rate)
     o, n = source_rate // divisor, rate // divisor
     f = 0.99 * min(o, n)
@@ -61,15 +60,15 @@ def test_published_resampling(channels, seconds):
     name = f"wav_44100_{channels}ch_{seconds}"
     data = wav(make_wave(name, 44_100, int(44_100 * seconds), channels), 44_100)
     lengths = []
-    [head] = cut_sound(data, rate=16_000, cut=lambda length: lengths.append(length) or [(0, 500)])
+    [head] = cut_audio(data, rate=16_000, cut=lambda length: lengths.append(length) or [(0, 500)])
     assert lengths == [golden("prep_audio")[f"{name}/resampled_len"]]
     np.testing.assert_allclose(head, golden("prep_audio")[f"{name}/resampled_head"], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kept", [0, 1 << 22])
 @pytest.mark.parametrize("rate", [8_000, 16_000, 22_050, 48_000])
-def test_parts_of_a_file_equal_parts_of_the_whole_sound(rate, kept, monkeypatch):
-    monkeypatch.setattr(sound_module, "_KEPT", kept)
+def test_parts_of_a_file_equal_parts_of_the_whole(rate, kept, monkeypatch):
+    monkeypatch.setattr(audio_module, "_KEPT", kept)
     samples = np.random.default_rng(0).integers(-9000, 9000, (2, 3 * rate), np.int16)
     data = sound_file("flac", "flac", samples / 32767, rate, form="s16")
     spans = [
@@ -81,21 +80,21 @@ def test_parts_of_a_file_equal_parts_of_the_whole_sound(rate, kept, monkeypatch)
         (47_990, 99_000),
         (30_000, 30_000),
     ]
-    [everything] = cut_sound(data, rate=16_000, cut=whole)
+    [everything] = cut_audio(data, rate=16_000, cut=whole)
     assert everything.shape == (2, 48_000)
-    parts = cut_sound(data, rate=16_000, cut=lambda length: spans)
+    parts = cut_audio(data, rate=16_000, cut=lambda length: spans)
     for (start, stop), part in zip(spans, parts, strict=True):
         np.testing.assert_allclose(part, everything[:, start:stop], atol=1e-6, rtol=0)
 
 
 def test_a_long_file_is_decoded_twice_and_a_short_one_once(monkeypatch):
     data, opened = wav(np.zeros((1, 9000), np.int16), 16_000), []
-    original = sound_module.open_track
-    monkeypatch.setattr(sound_module, "open_track", lambda *a: opened.append(a) or original(*a))
-    cut_sound(data, rate=16_000, cut=whole)
+    original = audio_module.open_track
+    monkeypatch.setattr(audio_module, "open_track", lambda *a: opened.append(a) or original(*a))
+    cut_audio(data, rate=16_000, cut=whole)
     assert len(opened) == 1
-    monkeypatch.setattr(sound_module, "_KEPT", 8999)
-    cut_sound(data, rate=16_000, cut=whole)
+    monkeypatch.setattr(audio_module, "_KEPT", 8999)
+    cut_audio(data, rate=16_000, cut=whole)
     assert len(opened) == 3
 
 
@@ -113,7 +112,7 @@ def test_a_long_file_is_decoded_twice_and_a_short_one_once(monkeypatch):
     ],
 )
 def test_wav_values(samples, codec, expected):
-    [values] = cut_sound(wav(samples, 16_000, codec=codec), rate=16_000, cut=whole)
+    [values] = cut_audio(wav(samples, 16_000, codec=codec), rate=16_000, cut=whole)
     assert values.dtype == np.float32
     assert values.tolist() == [expected]
 
@@ -136,7 +135,7 @@ def test_wav_values(samples, codec, expected):
 def test_kinds_of_files(container, codec, form, error, tmp_path):
     path = tmp_path / "tönes.bin"
     path.write_bytes(sound_file(container, codec, TONES, 48_000, form=form))
-    [values] = cut_sound(path, rate=48_000, cut=whole)
+    [values] = cut_audio(path, rate=48_000, cut=whole)
     assert len(values) == 2
     # Encoders may add silence at the end; what they add in front is taken off by the decoder.
     assert values.shape[1] + 2048 >= 48_000
@@ -147,7 +146,7 @@ def test_kinds_of_files(container, codec, form, error, tmp_path):
 def test_six_channels_keep_their_order():
     tones = np.stack([0.1 * (n + 1) * np.sin(2 * np.pi * 100 * (n + 1) * SECOND[:4800]) for n in range(6)])
     data = sound_file("wav", "pcm_s16le", tones, 48_000, form="s16")
-    [values] = cut_sound(data, rate=48_000, cut=whole)
+    [values] = cut_audio(data, rate=48_000, cut=whole)
     np.testing.assert_allclose(values, tones, atol=1e-4)
 
 
@@ -156,27 +155,27 @@ def test_mp3_behind_a_large_cover_picture():
     size = 2_500_000
     sevens = bytes(size >> shift & 127 for shift in (21, 14, 7, 0))
     tagged = b"ID3\x04\0\0" + sevens + bytes(size) + data[data.index(b"\xff\xfb") :]
-    [values] = cut_sound(tagged, rate=48_000, cut=whole)
+    [values] = cut_audio(tagged, rate=48_000, cut=whole)
     assert values.shape[1] >= 48_000
 
 
 # --- arrays ---
 
 
-def test_array_is_a_sound_at_16_000():
+def test_array_is_audio_at_16_000():
     ramp = np.array([0, 8192, 16384, -32768], np.int16)
-    [values] = cut_sound(ramp, rate=16_000, cut=whole)
+    [values] = cut_audio(ramp, rate=16_000, cut=whole)
     assert values.tolist() == [[0, 0.25, 0.5, -1]]
-    [values] = cut_sound(np.stack([ramp, -(ramp // 2)]) / 32768, rate=16_000, cut=whole)
+    [values] = cut_audio(np.stack([ramp, -(ramp // 2)]) / 32768, rate=16_000, cut=whole)
     assert values.tolist() == [[0, 0.25, 0.5, -1], [0, -0.125, -0.25, 0.5]]
-    [slow] = cut_sound(np.zeros(16_000, np.float32), rate=8_000, cut=whole)
+    [slow] = cut_audio(np.zeros(16_000, np.float32), rate=8_000, cut=whole)
     assert slow.shape == (1, 8_000)
 
 
 def test_array_is_left_as_it_was():
     values = np.linspace(-1, 1, 500)
     before = values.copy()
-    [part] = cut_sound(values.astype(np.float32), rate=16_000, cut=whole)
+    [part] = cut_audio(values.astype(np.float32), rate=16_000, cut=whole)
     part += 1
     np.testing.assert_array_equal(values, before)
 
@@ -196,20 +195,20 @@ def test_array_is_left_as_it_was():
 )
 def test_bad_arrays(array, reason):
     with pytest.raises(MediaError, match=reason):
-        cut_sound(array, rate=16_000, cut=whole)
+        cut_audio(array, rate=16_000, cut=whole)
 
 
 # --- bad files ---
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e30])
-def test_values_that_are_no_sound(value, tmp_path):
+def test_values_that_are_not_audio(value, tmp_path):
     path = tmp_path / "bad.wav"
     samples = np.zeros((1, 5000), np.float32)
     samples[0, 4000] = value
     path.write_bytes(wav(samples, 16_000, codec=3))
     with pytest.raises(MediaError, match=r"bad\.wav: holds a sample of"):
-        cut_sound(path, rate=16_000, cut=lambda length: [(0, 10)])
+        cut_audio(path, rate=16_000, cut=lambda length: [(0, 10)])
 
 
 @pytest.mark.parametrize(
@@ -217,13 +216,13 @@ def test_values_that_are_no_sound(value, tmp_path):
     [
         (None, "No such file"),
         (b"", "the file is empty"),
-        (b"just some words\n" * 30, "cannot be opened as sound"),
-        (b"RIFF\x10\0\0\0WAVEfmt ", "cannot be opened as sound"),
+        (b"just some words\n" * 30, "cannot be opened as audio"),
+        (b"RIFF\x10\0\0\0WAVEfmt ", "cannot be opened as audio"),
         (wav(np.zeros((1, 0), np.int16), 16_000), "no samples"),
         (wav(np.zeros((1, 9000), np.int16), 16_000)[:4000], "damaged or truncated"),
         (wav(np.zeros((1, 90), np.int16), 500_000), "500000 samples a second"),
         (wav(np.zeros((65, 90), np.int16), 16_000), "on 65 channels"),
-        (video_file("mp4", "mpeg4", [numbered(0)]), r"no sound track \(it holds: video\)"),
+        (video_file("mp4", "mpeg4", [numbered(0)]), r"no audio track \(it holds: video\)"),
     ],
 )
 def test_bad_files_are_named_with_the_reason(content, reason, tmp_path):
@@ -231,15 +230,15 @@ def test_bad_files_are_named_with_the_reason(content, reason, tmp_path):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(MediaError, match=reason) as caught:
-        cut_sound(path, rate=16_000, cut=whole)
+        cut_audio(path, rate=16_000, cut=whole)
     assert str(path) in str(caught.value)
 
 
-def test_pictures_and_folders_are_no_sounds(tmp_path):
-    with pytest.raises(MediaError, match="expected a sound"):
-        cut_sound(Image.new("RGB", (5, 5)), rate=16_000, cut=whole)
+def test_images_and_folders_are_not_audio(tmp_path):
+    with pytest.raises(MediaError, match="expected audio"):
+        cut_audio(Image.new("RGB", (5, 5)), rate=16_000, cut=whole)
     with pytest.raises(MediaError, match="this is a folder"):
-        cut_sound(tmp_path, rate=16_000, cut=whole)
+        cut_audio(tmp_path, rate=16_000, cut=whole)
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
@@ -255,7 +254,7 @@ def test_pictures_and_folders_are_no_sounds(tmp_path):
 def test_truncated_files_give_what_they_hold_or_a_media_error(container, codec, form, share):
     data = sound_file(container, codec, TONES, 48_000, form=form)
     try:
-        [values] = cut_sound(data[: int(share * len(data))], rate=48_000, cut=whole)
+        [values] = cut_audio(data[: int(share * len(data))], rate=48_000, cut=whole)
     except MediaError:
         return
     assert 0 < values.shape[1] < 48_000
@@ -266,21 +265,21 @@ def test_many_damaged_packets_are_refused():
     heads = [at for at in range(1000, len(data) - 4) if data[at : at + 2] == b"\xff\xfb"]
     for head in heads[10:150]:
         data[head + 4 : head + 40] = b"\xff" * 36
-    with pytest.raises(MediaError, match="packets of sound are damaged"):
-        cut_sound(bytes(data), rate=48_000, cut=whole)
+    with pytest.raises(MediaError, match="audio packets are damaged"):
+        cut_audio(bytes(data), rate=48_000, cut=whole)
 
 
-def test_one_damaged_packet_is_left_out_and_said_once(caplog, monkeypatch):
-    monkeypatch.setattr(sound_module, "_KEPT", 0)
+def test_one_damaged_packet_is_skipped_with_one_warning(caplog, monkeypatch):
+    monkeypatch.setattr(audio_module, "_KEPT", 0)
     data = sound_file("flac", "flac", TONES, 48_000, form="s16")
-    [values] = cut_sound(data[: len(data) // 2], rate=48_000, cut=whole)
+    [values] = cut_audio(data[: len(data) // 2], rate=48_000, cut=whole)
     assert 0 < values.shape[1] < 48_000
     [message] = [record.getMessage() for record in caplog.records]
-    assert message.endswith("packets of sound are damaged and left out")
+    assert message.endswith("audio packets are damaged and were skipped")
 
 
 @pytest.mark.parametrize("container", ["wav", "flac", "mp3", "ogg", "ipod", "webm"])
-def test_flipped_bytes_give_sound_or_a_media_error(container):
+def test_flipped_bytes_give_audio_or_a_media_error(container):
     codec, form = {
         "wav": ("pcm_s16le", "s16"), "flac": ("flac", "s16"), "mp3": ("libmp3lame", "fltp"),
         "ogg": ("libopus", "flt"), "ipod": ("aac", "fltp"), "webm": ("libopus", "flt"),
@@ -293,16 +292,16 @@ def test_flipped_bytes_give_sound_or_a_media_error(container):
             damaged[at] = draw.integers(256)
         # Whatever else escapes fails the test.
         try:
-            [values] = cut_sound(bytes(damaged), rate=16_000, cut=lambda length: [(0, min(length, 9000))])
+            [values] = cut_audio(bytes(damaged), rate=16_000, cut=lambda length: [(0, min(length, 9000))])
             assert np.isfinite(values).all()
         except MediaError:
             pass
 
 
-def test_endless_sound_is_refused(monkeypatch):
-    monkeypatch.setattr(sound_module, "MAX_SECONDS", 1)
+def test_endless_audio_is_refused(monkeypatch):
+    monkeypatch.setattr(audio_module, "MAX_SECONDS", 1)
     with pytest.raises(MediaError, match="longer than"):
-        cut_sound(np.zeros(16_001), rate=16_000, cut=whole)
+        cut_audio(np.zeros(16_001), rate=16_000, cut=whole)
 
 
 def test_nothing_outside_the_file_is_opened(tmp_path):
@@ -314,18 +313,18 @@ def test_nothing_outside_the_file_is_opened(tmp_path):
     }.items():
         path = tmp_path / name
         path.write_text(text)
-        with pytest.raises(MediaError, match="cannot be opened as sound"):
-            cut_sound(path, rate=16_000, cut=whole)
+        with pytest.raises(MediaError, match="cannot be opened as audio"):
+            cut_audio(path, rate=16_000, cut=whole)
     for address in (f"file:{real}", f"concat:{real}|{real}", "http://127.0.0.1:9/a.wav"):
         with pytest.raises(MediaError, match="No such file"):
-            cut_sound(address, rate=16_000, cut=whole)
+            cut_audio(address, rate=16_000, cut=whole)
     assert not {"hls", "dash", "concat", "image2", "lavfi"} & set(container_module._DEMUXERS)
 
 
-def test_sound_without_its_extra(monkeypatch):
+def test_audio_without_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'bindllm\[audio\]'"):
-        cut_sound(b"some bytes", rate=16_000, cut=whole)
+        cut_audio(b"some bytes", rate=16_000, cut=whole)
 
 
 # --- memory ---
@@ -333,11 +332,11 @@ def test_sound_without_its_extra(monkeypatch):
 MEASURE = """
 import resource, sys
 import numpy as np
-from bindllm.media.sound import cut_sound
+from bindllm.media.audio import cut_audio
 def cut(length): return [(0, 32_000), (length // 2, length // 2 + 32_000), (length - 32_000, length)]
-cut_sound(sys.argv[1], rate=16_000, cut=cut)
+cut_audio(sys.argv[1], rate=16_000, cut=cut)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-parts = cut_sound(sys.argv[2], rate=16_000, cut=cut)
+parts = cut_audio(sys.argv[2], rate=16_000, cut=cut)
 assert [part.shape for part in parts] == [(1, 32_000)] * 3
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """

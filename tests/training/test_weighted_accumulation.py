@@ -4,7 +4,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
-from bindllm.training.step_mean import StepMean
+from bindllm.training.module import WeightedAccumulation
 
 
 def trainer(*, processes=1, accumulate=1):
@@ -21,7 +21,7 @@ def test_the_batches_of_a_step_weigh_what_they_hold(processes):
     inputs, weight = torch.randn(12, 3), torch.randn(3, requires_grad=True)
     whole = (inputs @ weight).square().mean()
     (expected,) = torch.autograd.grad(whole, weight)
-    step, run = StepMean(), trainer(processes=processes, accumulate=3)
+    step, run = WeightedAccumulation(), trainer(processes=processes, accumulate=3)
     gathered = torch.zeros(3)
     for batch in inputs.split([1, 9, 2]):
         loss = (batch @ weight).square().mean()
@@ -33,14 +33,14 @@ def test_the_batches_of_a_step_weigh_what_they_hold(processes):
 
 
 def test_the_last_step_of_an_epoch_may_gather_fewer_batches():
-    weight, step, run = torch.tensor(2.0, requires_grad=True), StepMean(), trainer(accumulate=3)
+    weight, step, run = torch.tensor(2.0, requires_grad=True), WeightedAccumulation(), trainer(accumulate=3)
     (gradient,) = torch.autograd.grad(step.add(5 * weight, 7, trainer=run) / 3, weight)
     assert step.finish([gradient], trainer=run).item() == pytest.approx(10)
     assert gradient.item() == pytest.approx(5)
 
 
 def test_a_step_of_one_batch_is_left_alone_to_the_bit():
-    loss, step, run = torch.tensor(0.1), StepMean(), trainer()
+    loss, step, run = torch.tensor(0.1), WeightedAccumulation(), trainer()
     gradient = torch.tensor(0.3)
     assert step.add(loss, 7, trainer=run) is loss
     assert torch.equal(step.finish([gradient], trainer=run), loss)

@@ -1,0 +1,477 @@
+"""Estimates the memory of a recipe on each device, before a weight is loaded, and finds what would make it fit."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich import box
+from rich.table import Table
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from bindllm.data.collate import Batch
+from bindllm.data.rows import IGNORE, Row, make_sample
+from bindllm.encoders import Encoder
+from bindllm.errors import InputError
+from bindllm.model.adapter import AdapterConfig
+from bindllm.model.bind_network import BindConfig
+from bindllm.model.bindllm import BindLLM
+from bindllm.model.decoder import DTYPES, DecoderConfig, choose_dtype, default_device
+from bindllm.model.injection import InjectConfig
+from bindllm.model.memory import meta_decoder, quantized_layers, trace_step, weight_bytes
+from bindllm.objectives import KTO, ORPO, NextToken, Objective
+
+CUDA_CONTEXT = 600_000_000
+"""Bytes that a process takes of a GPU before its first tensor: context and kernels, as nvidia-smi shows it."""
+
+MEASURED_ROWS = 2000
+"""Rows that are tokenized to find the longest one, spread over the sources."""
+
+_SHARDED_DEVICES = (2, 4, 8, 16)
+_UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """The memory of a run on one device, in bytes, by moment and by part.
+
+    Attributes:
+        moments: parts by name, at each moment that may be the peak.
+    """
+
+    moments: dict[str, dict[str, int]]
+
+    @property
+    def moment(self) -> str:
+        """The moment of the peak."""
+        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """The parts at the peak, largest first."""
+        return dict(sorted(self.moments[self.moment].items(), key=lambda item: -item[1]))
+
+    @property
+    def total(self) -> int:
+        """Bytes at the peak."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Everything about a run that its memory depends on, without any weight.
+
+    Args:
+        decoder: the language model, its dtype and quantization; only its config file is read.
+        encoders: the encoders; only their embedding size is used.
+        rows: rows of a batch on one device, B; a preference pair is two rows.
+        tokens: tokens of a row with its padding, T.
+        supervised: supervised tokens of the whole batch, N.
+        media_groups: media groups of a row.
+        rejected: how many of the rows are rejected answers of preference pairs.
+        measured_rows: rows that this size was measured on; 0: it is the largest that the recipe allows.
+        bind: shape of the bind network.
+        inject: the injected layers and the kind of injection.
+        adapter: the tuned parts of the decoder, or None.
+        trainable: names of the trained parameter groups.
+        objective: the loss.
+        checkpointing: whether only each layer's input is kept, and the rest is computed again.
+        device: device type; it decides what dtype `auto` means.
+        devices: number of processes that share what the strategy divides: all of them, or those of a node.
+        strategy: `single`, `ddp`, `sharded` (DDP with the frozen decoder in shards), or a ZeRO stage of DeepSpeed.
+        fused: whether the optimizer steps in one pass; otherwise it holds one more copy of the gradients.
+        accumulates: whether gradients are summed over several batches, and so are kept during each of them.
+        framework: bytes of a process that has loaded its libraries and no model (measured), or of a GPU's context.
+
+    Example:
+        decoder = DecoderConfig("checkpoints/smollm2-135m-instruct")
+        RunPlan(decoder, [EfficientNetLite()], rows=16, tokens=128, supervised=512).estimate.total
+    """
+
+    decoder: DecoderConfig
+    encoders: Sequence[Encoder]
+    rows: int
+    tokens: int
+    supervised: int
+    media_groups: int = 1
+    rejected: int = 0
+    measured_rows: int = 0
+    bind: BindConfig = field(default_factory=BindConfig)
+    inject: InjectConfig = field(default_factory=InjectConfig)
+    adapter: AdapterConfig | None = None
+    trainable: Sequence[str] = ("bind", "inject")
+    objective: Objective = field(default_factory=NextToken)
+    checkpointing: bool = False
+    device: str = "cpu"
+    devices: int = 1
+    strategy: Literal["single", "ddp", "sharded", "zero1", "zero2"] = "single"
+    fused: bool = True
+    accumulates: bool = False
+    framework: int = 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the frozen decoder."""
+        return choose_dtype(self.device) if self.decoder.dtype == "auto" else DTYPES[self.decoder.dtype]
+
+    @cached_property
+    def estimate(self) -> MemoryEstimate:
+        """The memory of the run on each device.
+
+        Raises:
+            DecoderError: not a causal language model, or one that cannot run without values.
+            InputError: an unknown group to train.
+            MissingExtraError: an adapter is requested, and peft is not installed.
+        """
+        return self._divided(*self._traced)
+
+    def shared(self, devices: int) -> MemoryEstimate:
+        """Return the memory on each of several devices that share the decoder."""
+        return replace(self, devices=devices, strategy="sharded")._divided(*self._traced)
+
+    @cached_property
+    def _traced(self) -> tuple[BindLLM, dict[str, int], dict[str, int]]:
+        """The model, and the bytes by part at the peak of its forward and backward pass."""
+        decoder = meta_decoder(self.decoder, self.dtype)
+        with torch.device("meta"):
+            # One encoder: several would be compared, which the caller has done.
+            parts = {"bind": self.bind, "inject": self.inject, "adapter": self.adapter}
+            model = BindLLM(decoder, None, self.decoder, encoders=self.encoders[:1], **parts)
+        model.set_trainable(self.trainable)
+        if self.checkpointing:
+            model.checkpoint_activations()
+        model.train()
+        batch = self._batch()
+        peaks = trace_step(model, lambda: self.objective.loss(model, batch)[0], accumulates=self.accumulates)
+        return model, *peaks
+
+    def _batch(self) -> Batch:
+        """Return a batch of this shape, with zeros for content and the columns that objectives add."""
+        ids = torch.zeros(self.rows, self.tokens, dtype=torch.long)
+        labels = torch.full_like(ids, IGNORE)
+        labels[:, -max(1, self.supervised // self.rows) :] = 0
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "media_index": torch.zeros_like(ids),
+            "embeddings": torch.zeros(self.rows, self.media_groups, self.encoders[0].embedding_size),
+            "labels": labels,
+        }
+        numbers = torch.arange(self.rows - self.rejected)
+        return {
+            **inputs,
+            **{f"mismatched_{name}": value[: len(numbers)] for name, value in inputs.items()},
+            "numbers": numbers,
+            "desirable": torch.ones_like(numbers, dtype=torch.bool),
+            "reference": torch.zeros(self.rows),
+            "mismatched_reference": torch.zeros(len(numbers)),
+        }
+
+    def _divided(
+        self, model: BindLLM, forward: Mapping[str, int], backward: Mapping[str, int]
+    ) -> MemoryEstimate:
+        """Add what does not depend on the batch, and give each device its share (ZeRO: arXiv 1910.02054, section 5)."""
+        share, strategy, frozen = self.devices, self.strategy, weight_bytes(model)
+        groups = model.parameter_groups()
+        trained = sum(p.nbytes for name in self.trainable for _, p in groups[name])
+        # Adam keeps two running means of every gradient.
+        moments, gradients = 2 * trained, trained // share if strategy == "zero2" else trained
+        fixed = {name: sum(p.nbytes for _, p in group) for name, group in groups.items()}
+        fixed |= {"decoder": sum(frozen.values()), "framework": self.framework}
+        fixed["optimizer"] = moments // share if strategy in ("zero1", "zero2") else moments
+        if strategy in ("ddp", "sharded"):
+            fixed["buckets of DDP"] = trained
+        if strategy == "sharded":
+            # The layers are divided; the one that runs and the next one are gathered.
+            layers = [
+                sum(frozen.get(p, 0) for p in layer.parameters())
+                for layer in model.decoder.get_decoder().layers
+            ]
+            rest = fixed["decoder"] - frozen[model.decoder.get_output_embeddings().weight]
+            fixed["decoder"] -= rest - rest // share
+            fixed["gathered layers"] = rest - sum(layers) + 2 * layers[0]
+        found = {
+            "the forward pass": {**forward, **fixed, "gradients": gradients},
+            "the backward pass": {**backward, **fixed},
+            "the optimizer step": {
+                **fixed, "gradients": gradients, "copies of the optimizer": 0 if self.fused else gradients,
+            },
+        }  # fmt: skip
+        if strategy == "zero2":
+            found["the backward pass"]["gradients"] = backward.get("gradients", 0) // share
+        if self.decoder.quantize is not None:
+            # Each product unpacks its matrix.
+            matrix = max(linear.weight.nbytes for linear in quantized_layers(model.decoder))
+            for moment in ("the forward pass", "the backward pass"):
+                found[moment]["unpacked matrix"] = matrix
+        return MemoryEstimate(found)
+
+    def changes(self, available: int) -> Iterator[tuple[str, int]]:
+        """Yield changes of the recipe, each on top of the earlier ones, until the run fits.
+
+        First those that only cost time, then those that cost precision, then more devices.
+
+        Args:
+            available: bytes of a device.
+
+        Yields:
+            The changed keys of the recipe, and the bytes per device after the change.
+        """
+        plan = self
+        if not plan.checkpointing:
+            plan = replace(plan, checkpointing=True)
+            yield "model.checkpoint_activations true", plan.estimate.total
+        if plan.rows > 1 and plan.estimate.total > available:
+            plan = plan._with_fewer_rows(available)
+            times = -(-self.rows // plan.rows)
+            words = f"data.batch_size {plan.rows} and {times} times trainer.accumulate_grad_batches"
+            yield words, plan.estimate.total
+        if plan.dtype.itemsize > torch.bfloat16.itemsize and plan.estimate.total > available:
+            plan = replace(plan, decoder=replace(plan.decoder, dtype="bfloat16"))
+            yield "model.decoder.dtype bfloat16", plan.estimate.total
+        plain = plan
+        # Packed weights cannot be divided, so a sharded run is not quantized.
+        packs = plan.decoder.quantize is None and plan.strategy != "sharded"
+        if packs and plan.estimate.total > available:
+            plan = replace(plan, decoder=replace(plan.decoder, quantize="nf4"))
+            yield "model.decoder.quantize nf4", plan.estimate.total
+        if plan.estimate.total > available:
+            if plain.decoder.quantize is not None:
+                plain = replace(plain, decoder=replace(plain.decoder, quantize=None))
+            totals = {n: plain.shared(n).total for n in _SHARDED_DEVICES if n > self.devices}
+            enough = [n for n, total in totals.items() if total <= available]
+            if enough:
+                yield f"{enough[0]} devices that share a decoder that is not quantized", totals[enough[0]]
+
+    def _with_fewer_rows(self, available: int) -> RunPlan:
+        """Return the run with the largest batch of half the rows, a quarter, ... that fits, or with one row."""
+        plan = self
+        while plan.rows > 1 and (plan is self or plan.estimate.total > available):
+            rows = plan.rows // 2
+            plan = replace(
+                plan,
+                rows=rows,
+                supervised=max(1, self.supervised * rows // self.rows),
+                rejected=self.rejected * rows // self.rows,
+                accumulates=True,
+            )
+        return plan
+
+
+def plan_run(
+    recipe: Mapping[str, Any],
+    parts: Mapping[str, Any],
+    encoders: Sequence[Encoder],
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+) -> RunPlan:
+    """Read off a recipe what its memory depends on.
+
+    Args:
+        recipe: the resolved recipe, with `model`, `data` and `trainer`.
+        parts: the built parts `decoder`, `bind`, `inject` and, if it has one, `adapter` of the model.
+        encoders: the model's encoders.
+        rows: training rows, some of which are tokenized; without any, rows of the greatest length are assumed.
+        tokenizer: the decoder's tokenizer.
+    """
+    model, trainer = recipe["model"], recipe["trainer"]
+    device = str(trainer["accelerator"]).lower()
+    device = {"auto": default_device(), "gpu": "cuda"}.get(device, device)
+    needs = _needs(model.get("objective"))
+    shape = _batch_shape(recipe["data"], rows, tokenizer, pairs=needs in ("pairs", "labels"))
+    # Ours that run the model on the same rows: another class may need columns that only it adds.
+    objective = KTO() if needs == "labels" else ORPO() if shape.get("rejected") else NextToken()
+    return RunPlan(
+        **{name: parts[name] for name in ("decoder", "bind", "inject", "adapter") if name in parts},
+        **shape,
+        **_devices(trainer, device),
+        encoders=encoders,
+        trainable=tuple(model["trainable"]),
+        objective=objective,
+        checkpointing=bool(model["checkpoint_activations"]),
+    )
+
+
+def resident_bytes() -> int:
+    """Return the memory of this process: libraries and data, no decoder yet."""
+    status = Path("/proc/self/status")
+    found = re.search(r"VmRSS:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    if found:
+        return int(found[1]) * 1024
+    # Other systems than Linux only report the high-water mark; macOS counts bytes.
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _needs(entry: Mapping[str, Any] | None) -> str:
+    """Return which rows the objective of a recipe learns from."""
+    if not entry:
+        return NextToken.needs
+    module, _, name = entry["class_path"].rpartition(".")
+    return vars(import_module(module))[name].needs
+
+
+def _devices(trainer: Mapping[str, Any], device: str) -> dict[str, Any]:
+    """Read the fields of a plan off a trainer; processes that share memory are counted per node, or all of them."""
+    asked, strategy = trainer["devices"], trainer["strategy"]
+    if str(asked) in ("auto", "-1"):
+        devices = max(1, torch.cuda.device_count()) if device == "cuda" else 1
+    else:
+        devices = len(asked) if isinstance(asked, list) else int(asked) if str(asked).isdigit() else 1
+    total = devices * int(trainer["num_nodes"])
+    options = strategy.get("init_args") or {} if isinstance(strategy, Mapping) else {}
+    name = str(strategy["class_path"] if isinstance(strategy, Mapping) else strategy).lower()
+    kind, sharing = "ddp", total
+    if "shardeddecoder" in name:
+        kind, sharing = "sharded", total if options.get("across_nodes") else devices
+    elif "deepspeed" in name:
+        found = re.search(r"stage_(\d)", name)
+        kind = ("ddp", "zero1", "zero2")[min(int(found[1]) if found else int(options.get("stage", 2)), 2)]
+    return {
+        "device": device,
+        "devices": max(1, sharing),
+        "strategy": kind if total > 1 else "single",
+        # Lightning cannot clip the gradients of a fused optimizer in mixed precision.
+        "fused": not str(trainer["precision"] or "").endswith("mixed"),
+        "accumulates": int(trainer["accumulate_grad_batches"]) > 1,
+        "framework": resident_bytes() if device == "cpu" else CUDA_CONTEXT,
+    }
+
+
+def _batch_shape(
+    data: Mapping[str, Any], rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, pairs: bool
+) -> dict[str, int]:
+    """Return the fields of a plan for the largest batch."""
+    size, longest = data["batch_size"], data["max_length"]
+    samples = []
+    for row in rows[:: max(1, len(rows) // MEASURED_ROWS)]:
+        try:
+            samples.append(make_sample(row, tokenizer, longest))
+        except InputError:
+            # Counted and shown with the sources; it will be in no batch.
+            continue
+    if not samples:
+        return {"rows": size, "tokens": longest, "supervised": size * longest}
+    rejected = [sample.rejected for sample in samples if pairs and sample.rejected is not None]
+    count = size * (2 if rejected else 1)
+    return {
+        "rows": count,
+        "tokens": max(len(sample.input_ids) for sample in samples + rejected),
+        "supervised": count * max(sample.num_supervised for sample in samples + rejected),
+        "media_groups": max(1, *(len(sample.media) for sample in samples)),
+        "rejected": count - size,
+        "measured_rows": len(samples),
+    }
+
+
+# The part of a table, and the keys of a recipe that make it smaller.
+_KEYS = {
+    "activations": "data.batch_size, data.max_length, model.checkpoint_activations",
+    "temporaries of the backward pass": "data.batch_size, data.max_length",
+    "logits": "data.batch_size: supervised tokens times the vocabulary",
+    "decoder": "model.decoder.dtype, model.decoder.quantize, or more devices with a sharded decoder",
+    "bind": "model.bind.depth, model.bind.expansion",
+    "adapter": "model.adapter.rank",
+    "optimizer": "model.bind, model.adapter.rank, or DeepSpeed stage 1",
+    "gradients": "model.bind, model.adapter.rank, or DeepSpeed stage 2",
+    "buckets of DDP": "model.bind, model.adapter.rank",
+    "framework": "nothing: the libraries of every run",
+}
+
+
+def memory_lines(plan: RunPlan, limit: str | None) -> tuple[list[Any], str]:
+    """Return the lines to print, and the problem if the run does not fit, else an empty text.
+
+    Args:
+        plan: the run.
+        limit: memory of a device, such as ``24GB``; None: the memory of this machine.
+
+    Raises:
+        InputError: the limit is not a size.
+    """
+    available = _device_bytes(plan.device) if limit is None else read_size(limit)
+    estimate = plan.estimate
+    rows = (
+        f"longest of {plan.measured_rows:,} rows"
+        if plan.measured_rows
+        else "data.max_length, all of it supervised"
+    )
+    where = f"each of {plan.devices} devices" if plan.devices > 1 else "one device"
+    lines: list[Any] = [
+        f"memory of {where} ({plan.device}, decoder in {str(plan.dtype)[6:]}) at its peak, in "
+        f"{estimate.moment}, with {plan.rows} rows of {plan.tokens} tokens ({rows}):",
+        _table(estimate),
+    ]
+    if encoders := sum(_weights(encoder) for encoder in plan.encoders):
+        lines.append(
+            f"before that, while media are embedded: {_text(encoders)} of encoders, and their activations"
+        )
+    if plan.device == "cpu":
+        lines.append("the process may show more than this: the C library keeps freed memory (docs/memory.md)")
+    largest = next(iter(estimate.parts))
+    lines.append(f"largest part: {largest}; to change it: {_KEYS.get(largest, 'more or larger devices')}")
+    if available is None:
+        lines.append("this machine has no such device; give the memory of one with --memory_limit 24GB")
+        return lines, ""
+    if estimate.total <= available:
+        lines.append(f"fits into {_text(available)}: {estimate.total / available:.0%} of it")
+        return lines, ""
+    changes = [
+        f"{words}: {_text(total)}{', fits' if total <= available else ''}"
+        for words, total in plan.changes(available)
+    ]
+    advice = (
+        f"Changes, each on top of the others: {'; '.join(changes)}" if changes else "No change makes it fit"
+    )
+    return lines, f"the run needs {_text(estimate.total)} on {where}, which has {_text(available)}. {advice}"
+
+
+def read_size(text: str) -> int:
+    """Read a size such as ``24GB``, ``512MB`` or ``80GiB``, in bytes.
+
+    Raises:
+        InputError: not a size, or 0.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?B)?\s*", text.upper())
+    size = int(float(found[1]) * _UNITS[found[2] or ""]) if found else 0
+    if not size:
+        raise InputError(f"memory limit {text!r}: expected a size such as 24GB, 512MB or 80GiB")
+    return size
+
+
+def _device_bytes(device: str) -> int | None:
+    """Return the memory of this machine, or of its first GPU; None if it has no such device."""
+    if device != "cpu":
+        return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _table(estimate: MemoryEstimate) -> Table:
+    table = Table("part", "memory", "share", box=box.SIMPLE)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, size in estimate.parts.items():
+        if size:
+            table.add_row(name, _text(size), f"{size / estimate.total:.0%}")
+    table.add_section()
+    table.add_row("total", _text(estimate.total), "")
+    return table
+
+
+def _text(size: int) -> str:
+    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+
+
+def _weights(encoder: Encoder) -> int:
+    """Return the bytes of the weights of an encoder that are loaded by now."""
+    parts = [part for part in vars(encoder).values() if isinstance(part, nn.Module)]
+    return sum(value.nbytes for part in parts for value in (*part.parameters(), *part.buffers()))
