@@ -122,9 +122,9 @@ def test_a_file_of_data_names_no_module(here):
 def test_commands_import_what_is_named_and_nothing_else(here):
     save_tiny_model(here / "model", here / "decoder")
     manifest = here / "model/bindllm.json"
-    manifest.write_text(manifest.read_text().replace("cache_parts.Senses", "my_lab.Encoder"))
+    manifest.write_text(manifest.read_text().replace("cache_parts.Multimodal", "my_lab.Encoder"))
     # The encoder has the settings of the checkpoint's, and another fingerprint: it was imported to find that out.
-    (here / "my_net.py").write_text("from cache_parts import Senses as Base\n")
+    (here / "my_net.py").write_text("from cache_parts import Multimodal as Base\n")
     run_command("check", "--folder", "model", "--allow", "my_lab.Encoder")
     run_command("generate", "model", "What?", "--allow", "my_lab.Encoder", "--max_new_tokens", "2", flags=())
     assert not Path("trapped").exists(), Path("trapped").read_text()

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from align_parts import BeatTower, LetterEncoder, align_recipe, colour_table, radar_table, rewrite, run_align
+from align_parts import BeatTower, LetterEncoder, align_recipe, color_table, radar_table, rewrite, run_align
 from bindllm.cli import main
 from bindllm.encoders import Aligned
 from bindllm.encoders.alignment import alignment_warnings
@@ -30,7 +30,7 @@ def work(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def texts(work) -> Path:
-    folder = colour_table(work / "pictures")
+    folder = color_table(work / "pictures")
     rewrite(folder, lambda n, row: {**row, "caption": f"{row['caption']} number {n}"})
     return folder
 

@@ -25,7 +25,7 @@ def parts(tmp_path_factory):
     """40 pictures of two modalities, a copy of 4 of them, and two files that cannot be read."""
     folder = tmp_path_factory.mktemp("parts")
     save_tiny_decoder(folder / "decoder")
-    color_images(folder / "pictures", per_colour=10, split=False)
+    color_images(folder / "pictures", per_color=10, split=False)
     images = folder / "pictures/images"
     (images / "empty.png").write_bytes(b"")
     (images / "broken.png").write_bytes((images / "red0.png").read_bytes()[:70])

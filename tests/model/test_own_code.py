@@ -187,7 +187,7 @@ def test_a_pipe_of_yes_runs_nothing(tmp_path, decoder, line):
     content["decoder"]["fingerprint"] = fingerprint_decoder(decoder)
     manifest.write_text(json.dumps(content))
     done = subprocess.run(
-        [sys.executable, "-m", "bindllm.cli", *line, "--allow", "cache_parts.Senses"],
+        [sys.executable, "-m", "bindllm.cli", *line, "--allow", "cache_parts.Multimodal"],
         input="y\n" * 20,
         capture_output=True,
         text=True,

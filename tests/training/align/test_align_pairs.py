@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from align_parts import BeatTower, LetterEncoder, colour_table, radar_table, rewrite
+from align_parts import BeatTower, LetterEncoder, color_table, radar_table, rewrite
 from bindllm.data.report import Skipped
 from bindllm.errors import InputError
 from bindllm.evaluation.layouts import Choice, Column, read_layout
@@ -19,7 +19,7 @@ from tiny import ColorEncoder
 
 @pytest.fixture
 def pictures(tmp_path):
-    return colour_table(tmp_path / "pictures", per_colour=4)
+    return color_table(tmp_path / "pictures", per_color=4)
 
 
 def data_of(*sources: PairSource, folder, tower=None, **settings) -> AlignData:
