@@ -93,6 +93,7 @@ class BindData(LightningDataModule):
         self.tokenizer, self.encoders = tokenizer, encoders
         self.report = DataReport()
         self.steps_per_batch = 1
+        # Each step is done once: rows, embeddings, samples. None: not yet.
         self._rows: dict[str, list[Row]] | None = None
         self._embeddings: MediaEmbeddings | None = None
         self._samples: dict[str, list[Sample]] | None = None
@@ -112,6 +113,7 @@ class BindData(LightningDataModule):
         if self._rows is not None:
             return
         started = time.perf_counter()
+        # Before anything is read: names are enough to find these faults.
         check_streams(self.sources)
         rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
         for number, config in enumerate(self.sources):
@@ -151,6 +153,7 @@ class BindData(LightningDataModule):
         embeddings = MediaEmbeddings(self.encoders, self.store)
         media = (item for rows in self._rows.values() for row in rows for item in row.media)
         totals = embeddings.precompute(media, context)
+        # Without the media that failed, every later lookup succeeds.
         self._rows = {split: self._without(rows, totals.failed) for split, rows in self._rows.items()}
         self._embeddings = embeddings
         self.report.encoded, self.report.reused = totals.encoded, totals.reused
@@ -260,6 +263,7 @@ class BindData(LightningDataModule):
             tokenizer=self.tokenizer,
             encoders=self.encoders,
             options=StreamOptions(self.batch_size, self.max_length, self.seed, self.chunk),
+            # A stream has no end; to Lightning, all batches of the run are one epoch.
             length=sys.maxsize if trainer is None else trainer.max_steps * trainer.accumulate_grad_batches,
             position=None if trainer is None else self._batches_done,
             context=RunContext.of_trainer(trainer),
@@ -288,6 +292,7 @@ class BindData(LightningDataModule):
             rows, "tokenizing", console=Console(stderr=True), transient=True, disable=not _shows_progress()
         ):
             try:
+                # Numbers count only the samples that are kept: an objective finds a sample by its number.
                 samples.append(replace(self._sample(row), number=len(samples)))
             except InputError as error:
                 self.report.skipped.add(str(error), row.name)
@@ -302,6 +307,7 @@ class BindData(LightningDataModule):
         self.report.truncated = sum(sample.truncated for sample in everything)
         self.report.text_only = sum(not sample.media for sample in everything)
         self.report.supervised_tokens = sum(sample.num_supervised for sample in samples["train"])
+        # By content, because one image may have several paths.
         trained = {key for sample in samples["train"] for key in self._content(sample)}
         held_out = samples["validation"] + samples["test"]
         self.report.shared_media = sum(not trained.isdisjoint(self._content(sample)) for sample in held_out)
@@ -313,6 +319,7 @@ class BindData(LightningDataModule):
     def _evaluation_loader(self, split: str) -> BatchLoader:
         samples = self.samples(split)
         processes = Processes.of_trainer(self.trainer)
+        # Without gradients, twice as many rows fit.
         batches = sorted_batches([sample.length for sample in samples], batch_size=2 * self.batch_size)
         batches = share(batches, world_size=processes.world_size, rank=processes.rank)
         return BatchLoader(batches, lambda rows: self._batch(samples, rows))

@@ -19,9 +19,11 @@ from bindllm.errors import DecoderError, EncoderError, fetch_hint
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PretrainedConfig
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
 SERVED = ("image", "text", "audio")
 """Modalities for which transformers has processors that need nothing else."""
 
@@ -44,6 +46,9 @@ _SETTINGS = (
     "sentence_bert_config.json",
     "1_Pooling/config.json",
 )
+_IMPLEMENTATIONS = {
+    f"{kind}_implementation{end}" for kind in ("attn", "_attn", "_experts") for end in ("", "_internal")
+}
 # Pickled weights are never downloaded, for either role.
 _DOWNLOADED = {
     "encoder": {"allow_patterns": ["*.json", "*.txt", "*.model", "model*.safetensors"]},
@@ -134,17 +139,64 @@ def settings_files(folder: Path) -> list[tuple[str, Path]]:
     return [(name, folder / name) for name in _SETTINGS if (folder / name).is_file()]
 
 
+def read_config(folder: str | Path) -> PretrainedConfig:
+    """Read ``config.json`` without the keys by which transformers would run code for the model or a part of it.
+
+    Raises:
+        ValueError: transformers would take weights from files that a fingerprint does not cover.
+        Exception: any error of transformers about the files.
+    """
+    from transformers import AutoConfig
+
+    never_ask()
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    named = map(str, _read_json(Path(folder) / INDEX).get("weight_map", {}).values())
+    other = {name for name in named if Path(name).name != name or not name.endswith(".safetensors")}
+    other |= {name} if (name := vars(config).get("transformers_weights")) else set()
+    if (Path(folder) / ADAPTER).exists():
+        raise ValueError(
+            f"it holds {ADAPTER}: merge the adapter into the model, or remove it from the folder"
+        )
+    if other:
+        raise ValueError(
+            f"it names weights in {', '.join(sorted(other))}; expected {WEIGHTS}, or *.safetensors next to {INDEX}"
+        )
+    _forget_code(config)
+    return config
+
+
+def never_ask() -> None:
+    """Make transformers refuse code of a folder where it would ask: it loads parts without `trust_remote_code`."""
+    from transformers import dynamic_module_utils
+
+    # Seconds for an answer, in the whole process; with 0 it raises at once.
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+
+
+def _forget_code(part: Any) -> None:
+    """Remove Python code (``auto_map``) and kernels of the hub (``org/kernel``) from a config and its parts."""
+    from transformers import PretrainedConfig
+
+    values = part if isinstance(part, dict) else vars(part)
+    values.pop("auto_map", None)
+    for name in values.keys() & _IMPLEMENTATIONS:
+        values[name] = None if "/" in str(values[name]) else values[name]
+    for value in values.values():
+        for inner in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(inner, dict | PretrainedConfig):
+                _forget_code(inner)
+
+
 def read_design(folder: Path) -> Design:
     """Read from ``config.json`` what a model takes and gives, without loading it.
 
     Raises:
         EncoderError: a model that is no encoder with one vector per media, or whose width the config does not tell.
     """
-    from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
     with explained(folder):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = read_config(folder)
     if type(config) not in MODEL_MAPPING:
         raise EncoderError(f"{folder}: transformers has no AutoModel for the type {config.model_type!r}")
     model = MODEL_MAPPING[type(config)]
@@ -198,6 +250,7 @@ def load_model(folder: Path, *, dtype: torch.dtype, without_pooler: bool) -> nn.
     with explained(folder):
         model, report = AutoModel.from_pretrained(
             folder,
+            config=read_config(folder),
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
@@ -232,12 +285,12 @@ def load_processor(folder: Path, modality: str) -> Any:
         if modality == "audio":
             return AutoFeatureExtractor.from_pretrained(folder, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.is_fast:
-        # Setting these for a call would change the tokenizer under the feet of other threads.
-        tokenizer.backend_tokenizer.no_truncation()
-        tokenizer.backend_tokenizer.no_padding()
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        if tokenizer.is_fast:
+            # Setting these for a call would change the tokenizer under the feet of other threads.
+            tokenizer.backend_tokenizer.no_truncation()
+            tokenizer.backend_tokenizer.no_padding()
     return tokenizer
 
 
@@ -246,6 +299,7 @@ def explained(folder: Path, *, what: str = "model") -> Iterator[None]:
     """Turn what transformers raises about a folder into an EncoderError, and keep it quiet about the rest."""
     from transformers.utils import logging
 
+    never_ask()
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
