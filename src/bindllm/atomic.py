@@ -27,7 +27,7 @@ def _sync(path: Path) -> None:
 
 
 def _let_read(files: list[Path], *, like: Path) -> None:
-    """Give private files the rights that the process gives by default: safetensors writes for the owner alone."""
+    """Give private files the process's default rights: safetensors makes them readable only by the owner."""
     rights = stat.S_IMODE(like.stat().st_mode) & 0o666
     for file in files:
         if file.is_file() and stat.S_IMODE(file.stat().st_mode) == 0o600:
@@ -64,14 +64,14 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 
 def set_aside_name(path: str | Path) -> Path:
-    """Return where `atomic_folder` keeps the earlier folder for the moment in which the new one takes its place."""
+    """Return the path at which `atomic_folder` keeps the earlier folder while the new one replaces it."""
     path = Path(path)
     return path.with_name(f".{path.name}.old")
 
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder; on success it takes the place of ``path``, on an error it is removed.
+    """Yield a temporary folder; on success it replaces ``path``, on an error it is removed.
 
     An existing folder is moved aside first, to `set_aside_name`, and removed last: a kill between the two renames
     leaves it there, whole, and the next call brings it back before anything else.
@@ -106,7 +106,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 def remove_leftovers(path: str | Path) -> None:
-    """Remove what killed writers left beside ``path``; for callers that know that nobody is writing it."""
+    """Remove the files that killed writers left next to ``path``. The caller makes sure that no process writes it."""
     path = Path(path)
     for part in path.parent.glob(f".{path.name}.*.part"):
         if part.is_dir():

@@ -52,12 +52,12 @@ def name_module(path: str) -> None:
     """
     if _NAMED not in sys.meta_path:
         return
-    seen, waiting = set(), [path]
+    done, waiting = set(), [path]
     while waiting:
         name = waiting.pop()
-        if name in seen:
+        if name in done:
             continue
-        seen.add(name)
+        done.add(name)
         files = list(_files(name))
         if files:
             _NAMED.folders.setdefault(name.partition(".")[0], os.getcwd())
@@ -93,9 +93,9 @@ def _imported(file: Path, package: Sequence[str]) -> Iterator[str]:
 
 
 def replace_allow(kind: Any, arguments: Mapping[str, Any], allow: Sequence[str]) -> dict[str, Any]:
-    """Return constructor arguments with the caller's ``allow`` in place of the file's.
+    """Return constructor arguments with the caller's ``allow`` instead of the file's.
 
-    A file must not extend what its reader allows, so its own value is dropped, whatever its type.
+    A file must not extend the list that its reader allows, so its own value is dropped, whatever its type.
 
     Args:
         kind: the class to build.

@@ -30,8 +30,8 @@ def test_a_tone_is_loudest_in_its_own_band():
     for hertz in (200, 1000, 4000):
         energies = tower().prepare(Media.audio(tone(hertz, 2.0)))
         frequency = np.arange(513) * RATE / 1024
-        centre = frequency[_mel_weights()[:, int(energies[10].argmax())].argmax()]
-        assert centre == pytest.approx(hertz, rel=0.06)
+        center = frequency[_mel_weights()[:, int(energies[10].argmax())].argmax()]
+        assert center == pytest.approx(hertz, rel=0.06)
 
 
 def test_loudness_does_not_count():

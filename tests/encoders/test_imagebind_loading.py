@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from bindllm.encoders import Encoder
 from bindllm.encoders.imagebind import ImageBind
-from bindllm.encoders.imagebind.weights import load_trunk
+from bindllm.encoders.imagebind.network import load_trunk
 from bindllm.errors import EncoderError, InputError, MediaError
 from bindllm.media import Media
 from bindllm.testing import check_encoder
@@ -132,7 +132,7 @@ def test_a_folder_that_appears_later_is_read_or_refused(folder, tmp_path):
     early = ImageBind(str(tmp_path / "late"))
     shutil.copytree(folder, tmp_path / "late")
     # The small model does not have the sizes that were promised while there was no folder.
-    with pytest.raises(EncoderError, match="make the encoder anew"):
+    with pytest.raises(EncoderError, match="create the encoder again"):
         early.embed("imu", [SIGNAL])
 
 
@@ -147,7 +147,7 @@ def test_weights_that_do_not_fit_are_all_listed(copy):
     for words in (
         "missing blocks.1.norm_2.bias",
         "unexpected blocks.2.norm_1.bias",
-        "stem.weight has shape [64, 47], not [64, 48]",
+        "stem.weight has shape [64, 47], expected [64, 48]",
         "bindllm convert imagebind",
     ):
         assert words in str(caught.value)

@@ -45,8 +45,8 @@ def model(decoder_folder):
     return build(decoder_folder)
 
 
-def picture(colour: str) -> Media:
-    return Media.image(np.full((8, 8, 3), COLORS[colour], dtype=np.uint8))
+def picture(color: str) -> Media:
+    return Media.image(np.full((8, 8, 3), COLORS[color], dtype=np.uint8))
 
 
 def batch(model, *, groups=1, rows=2, length=8):
@@ -172,7 +172,7 @@ def test_two_pictures_with_turns_of_their_own(model):
     def ask(first, second):
         turns = (
             Message("user", [picture(first), "What?"]),
-            Message("assistant", "A colour."),
+            Message("assistant", "A color."),
             Message("user", [picture(second), "And this?"]),
         )
         batch, embeddings = model._prepare([Conversation(turns)], None)

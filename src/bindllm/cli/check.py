@@ -22,8 +22,7 @@ from bindllm.data.datamodule import BindData
 from bindllm.data.preview import legend
 from bindllm.data.rows import Row
 from bindllm.data.source_config import SourceConfig
-from bindllm.encoders import HasExamples, skipped_encoders
-from bindllm.encoders.alignment import alignment_warnings
+from bindllm.encoders import HasExamples, alignment_warnings, skipped_encoders
 from bindllm.errors import CheckpointError
 from bindllm.media import MODALITIES, Media
 from bindllm.model.adapter import AdapterConfig

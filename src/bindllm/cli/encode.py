@@ -31,7 +31,7 @@ def encode(args: list[str]) -> int:
 
     from bindllm.cli.media import read_media
     from bindllm.cli.usage import UsageError
-    from bindllm.encoders.alignment import alignment_warnings
+    from bindllm.encoders import alignment_warnings
     from bindllm.encoders.fusion import common_size
     from bindllm.media import Media
 

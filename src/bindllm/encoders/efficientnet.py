@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0, the picture encoder of the embedded default, in plain torch.
+"""EfficientNet-Lite0, the image encoder of the quickstart, in plain torch.
 
 The network is the B0 of EfficientNet (https://arxiv.org/abs/1905.11946, table 1) in its "Lite" variant: mobile
 inverted bottlenecks (https://arxiv.org/abs/1801.04381, section 3.3) without squeeze-and-excitation, and ReLU6
@@ -8,9 +8,10 @@ in place of swish. The weights were trained in TensorFlow, so strided convolutio
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -20,14 +21,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from bindllm.encoders import fingerprint
-from bindllm.encoders.threads import each_on_one_thread
+from bindllm.encoders import fingerprint, shape_problems
 from bindllm.errors import EncoderError, InputError, known_names
 from bindllm.media import Media, open_image
 
 Fit = Literal["whole", "crop"]
 
-# Raise the number when other numbers come out for the same picture: stored embeddings are then made anew.
+# Raise the number when other numbers come out for the same image: stored embeddings are then computed again.
 _REVISION = "efficientnet-lite0 1"
 
 _SIDE = 224
@@ -45,14 +45,40 @@ _STAGES = (
     (1, 3, 1, 6, 320),
 )
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def each_on_one_thread(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """Apply a function to each item, as many at the same time as torch has threads, each call on one thread.
+
+    Args:
+        function: runs in threads of its own, so it sets ``no_grad`` itself where it needs it.
+        items: such as the media of a batch.
+
+    Example:
+        >>> each_on_one_thread(lambda x: (x * 2, torch.get_num_threads()), [1, 2, 3])
+        [(2, 1), (4, 1), (6, 1)]
+    """
+    threads = torch.get_num_threads()
+    if threads == 1:
+        return [function(item) for item in items]
+    pool = ThreadPoolExecutor(threads, "single", initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        with pool:
+            return list(pool.map(function, items))
+    finally:
+        # What a thread sets holds for itself, and for threads that begin later.
+        torch.set_num_threads(threads)
+
 
 class EfficientNetLite:
-    """EfficientNet-Lite0 trained on ImageNet-1k: the pooled features of a picture, E = 1280.
+    """EfficientNet-Lite0 trained on ImageNet-1k: the pooled features of an image, E = 1280.
 
     Args:
         weights: folder with ``model.safetensors``, the tensors named as published.
-        fit: how a picture becomes 224 x 224: "whole" shrinks all of it and fills up with white, since a caption
-            speaks of the whole picture; "crop" takes the largest square in the middle, as in ImageNet's test.
+        fit: how an image becomes 224 x 224: "whole" shrinks all of it and fills up with white, since a caption
+            speaks of the whole image; "crop" takes the largest square in the middle, as in ImageNet's test.
 
     Raises:
         InputError: ``fit`` is neither.
@@ -99,10 +125,10 @@ class EfficientNetLite:
         return self
 
     def prepare(self, media: Media) -> Tensor:
-        """Return a picture as [224, 224, 3] of uint8.
+        """Return an image as [224, 224, 3] of uint8.
 
         Raises:
-            MediaError: the picture cannot be read.
+            MediaError: the image cannot be read.
         """
         image = open_image(media.source, size=_SIDE)
         if self._fit == "crop":
@@ -115,9 +141,9 @@ class EfficientNetLite:
         return torch.from_numpy(np.array(square))
 
     def embed(self, modality: str, inputs: Sequence[Tensor]) -> Tensor:
-        """Return the embeddings of prepared pictures: [B, 1280], float32, unit norm.
+        """Return the embeddings of prepared images: [B, 1280], float32, unit norm.
 
-        On a CPU their bits depend neither on what else is in the batch nor on the number of threads.
+        On a CPU their bits depend neither on the rest of the batch nor on the number of threads.
 
         Raises:
             InputError: a modality other than image.
@@ -135,14 +161,14 @@ class EfficientNetLite:
 
     @torch.no_grad()
     def _features(self, inputs: Sequence[Tensor]) -> Tensor:
-        pictures = torch.stack(list(inputs)).to(self._device)
-        # [B, H, W, 3] seen as [B, 3, H, W] is already in the channels-last order that is fastest.
-        pixels = (pictures.permute(0, 3, 1, 2).float() - 127) / 128
+        images = torch.stack(list(inputs)).to(self._device)
+        # Permuting [B, H, W, 3] to [B, 3, H, W] is free, and gives the channels-last order that is fastest.
+        pixels = (images.permute(0, 3, 1, 2).float() - 127) / 128
         return F.normalize(self._network(pixels), dim=-1)
 
 
 class _Convolution(nn.Module):
-    """Convolution with "SAME" padding, the batch norm folded into it, then ReLU6 where ``active``."""
+    """Convolution with "SAME" padding, the batch norm folded into it, then ReLU6 if ``active``."""
 
     def __init__(
         self, width: int, out: int, kernel: int, *, stride: int = 1, groups: int = 1, active: bool = True
@@ -170,7 +196,7 @@ class _Convolution(nn.Module):
 
 
 class _Block(nn.Module):
-    """Mobile inverted bottleneck: widen, filter each channel, narrow; added to its input where shapes agree."""
+    """Mobile inverted bottleneck: widen, filter each channel, narrow; added to its input if the shapes agree."""
 
     def __init__(self, width: int, out: int, kernel: int, *, stride: int, expansion: int) -> None:
         super().__init__()
@@ -187,7 +213,7 @@ class _Block(nn.Module):
 
 
 class _Network(nn.Module):
-    """Stem, blocks, head and the mean over the picture: [B, 3, 224, 224] -> [B, 1280]."""
+    """Stem, blocks, head and the mean over the image: [B, 3, 224, 224] -> [B, 1280]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -244,7 +270,7 @@ def _load(file: Path) -> _Network:
 
 
 def _compare(network: _Network, found: dict[str, tuple[int, ...]]) -> list[str]:
-    """Return what is missing, unexpected or of another shape, given the names and shapes in the file."""
+    """Compare the file's names and shapes with those of the network; see `shape_problems`."""
     expected: dict[str, tuple[int, ...]] = {}
     # The classifier and the counters of batch norm belong to the published file but make no features.
     unused = {"_fc.weight", "_fc.bias"}
@@ -253,11 +279,4 @@ def _compare(network: _Network, found: dict[str, tuple[int, ...]]) -> list[str]:
         for part in ("weight", "bias", "running_mean", "running_var"):
             expected[f"{norm}.{part}"] = convolution.published_shape[:1]
         unused.add(f"{norm}.num_batches_tracked")
-    missing = [f"missing {name}" for name in expected if name not in found]
-    unexpected = [f"unexpected {name}" for name in found if name not in expected and name not in unused]
-    misshaped = [
-        f"{name} has shape {list(found[name])}, not {list(shape)}"
-        for name, shape in expected.items()
-        if found.get(name, shape) != shape
-    ]
-    return missing + unexpected + misshaped
+    return shape_problems(expected, {name: shape for name, shape in found.items() if name not in unused})

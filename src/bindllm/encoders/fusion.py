@@ -10,7 +10,7 @@ from torch import Tensor
 from bindllm.encoders import Encoder
 from bindllm.errors import InputError
 
-# Unit embeddings whose weighted mean is shorter than this point in opposite directions: no direction is left.
+# A weighted mean of unit embeddings below this length has lost its direction: they point opposite ways.
 _SHORTEST_MEAN = 1e-4
 # The released ImageBind-LLM divides by the sum of the weights plus this.
 _PUBLISHED_EPS = 1e-6
@@ -70,7 +70,7 @@ def common_size(encoders: Sequence[Encoder]) -> int:
     """Return the embedding size E that all encoders of a model share.
 
     Raises:
-        InputError: there is none, or they differ.
+        InputError: the list is empty, or the sizes differ.
     """
     sizes = [encoder.embedding_size for encoder in encoders]
     if len(set(sizes)) != 1:

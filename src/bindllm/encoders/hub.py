@@ -1,7 +1,7 @@
-"""A Hugging Face folder as an encoder sees it: where it is, what its model takes and gives, and how it is loaded.
+"""Hugging Face folders: finding or downloading one, reading a model's spec, and loading models and processors.
 
-Only safetensors are read, nothing is unpickled, and no code from the folder ever runs. Pictures go through the
-Pillow processors of transformers, so that torchvision is not needed and everyone gets the same numbers.
+Only safetensors are read, nothing is unpickled, and no code from the folder ever runs. Images go through the
+Pillow processors of transformers, so torchvision is not needed and results are the same on every machine.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ INDEX = "model.safetensors.index.json"
 SERVED = ("image", "text", "audio")
 """Modalities for which transformers has processors that need nothing else."""
 
-# Everything that decides on an embedding, beside the weights.
+# All files other than the weights that affect an embedding.
 _SETTINGS = (
     "config.json",
     "preprocessor_config.json",
@@ -53,16 +53,16 @@ _SENTENCE_MODULES = ("Transformer", "Pooling", "Normalize")
 
 
 @dataclass(frozen=True)
-class Design:
-    """What the config of a model says about it.
+class ModelSpec:
+    """Properties of a model, read from its config.
 
     Args:
         family: its ``model_type``, such as "clip".
         joint: it has one projection per modality into one space; else it is a single tower.
-        modalities: those of `SERVED` that it takes.
+        modalities: its input modalities, out of `SERVED`.
         width: E, the width of its output.
-        pooling: what a sentence-transformers folder says of pooling, else None.
-        max_tokens: longest text in tokens that its positions or its sentence settings allow, if they say so.
+        pooling: the pooling of a sentence-transformers folder, else None.
+        max_tokens: longest text in tokens, if its positions or its sentence settings limit it.
     """
 
     family: str
@@ -134,16 +134,16 @@ def settings_files(folder: Path) -> list[tuple[str, Path]]:
     return [(name, folder / name) for name in _SETTINGS if (folder / name).is_file()]
 
 
-def read_design(folder: Path) -> Design:
-    """Read from ``config.json`` what a model takes and gives, without loading it.
+def read_spec(folder: Path) -> ModelSpec:
+    """Read the spec of a model from its ``config.json``, without loading it.
 
     Raises:
-        EncoderError: a model that is no encoder with one vector per media, or whose width the config does not tell.
+        EncoderError: the model does not give one vector per media, or its config lacks the output width.
     """
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
-    with explained(folder):
+    with loading(folder):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if type(config) not in MODEL_MAPPING:
         raise EncoderError(f"{folder}: transformers has no AutoModel for the type {config.model_type!r}")
@@ -156,8 +156,8 @@ def read_design(folder: Path) -> Design:
     lacking = [name for name in modalities if joint and f"get_{name}_features" not in dir(model)]
     if not modalities or lacking or config.is_encoder_decoder:
         raise EncoderError(
-            f"{folder}: {model.__name__} takes {taken} and is no encoder with one vector for each media; expected a "
-            f"joint model such as CLIP, SigLIP or CLAP, or a single tower for one of {', '.join(SERVED)}"
+            f"{folder}: {model.__name__} takes {taken} and is not an encoder with one vector for each media; expected "
+            f"a joint model such as CLIP, SigLIP or CLAP, or a single tower for one of {', '.join(SERVED)}"
         )
     text = values.get("text_config") or values
     positions = text.get("max_position_embeddings")
@@ -171,7 +171,7 @@ def read_design(folder: Path) -> Design:
         positions - offset if positions else None,
         _read_json(folder / "sentence_bert_config.json").get("max_seq_length"),
     ]
-    return Design(
+    return ModelSpec(
         family=config.model_type,
         joint=joint,
         modalities=modalities,
@@ -187,15 +187,15 @@ def load_model(folder: Path, *, dtype: torch.dtype, without_pooler: bool) -> nn.
     Args:
         folder: with safetensors.
         dtype: of its weights.
-        without_pooler: a pooler that the checkpoint has no weights for is taken out, and is no error.
+        without_pooler: whether a pooler without weights is removed instead of an error.
 
     Raises:
-        EncoderError: it cannot be loaded, or lacks weights: they would be random.
+        EncoderError: the model cannot be loaded, or lacks weights, which would be random.
     """
     from transformers import AutoModel
 
     weight_files(folder)
-    with explained(folder):
+    with loading(folder):
         model, report = AutoModel.from_pretrained(
             folder,
             dtype=dtype,
@@ -222,11 +222,11 @@ def load_processor(folder: Path, modality: str) -> Any:
     """Load the image processor (Pillow), tokenizer or feature extractor that a folder brings.
 
     Raises:
-        EncoderError: it has none, or one that needs a package which is not there.
+        EncoderError: the folder has none, or it needs a package that is not installed.
     """
     from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
 
-    with explained(folder, what=f"processor for {modality} media"):
+    with loading(folder, part=f"processor for {modality} media"):
         if modality == "image":
             return AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
         if modality == "audio":
@@ -235,15 +235,15 @@ def load_processor(folder: Path, modality: str) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.is_fast:
-        # Setting these for a call would change the tokenizer under the feet of other threads.
+        # Set once here: per-call settings would change the tokenizer while other threads use it.
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
     return tokenizer
 
 
 @contextmanager
-def explained(folder: Path, *, what: str = "model") -> Iterator[None]:
-    """Turn what transformers raises about a folder into an EncoderError, and keep it quiet about the rest."""
+def loading(folder: Path, *, part: str = "model") -> Iterator[None]:
+    """Turn exceptions of transformers about a folder into an EncoderError, and mute its log and progress bars."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
@@ -253,9 +253,9 @@ def explained(folder: Path, *, what: str = "model") -> Iterator[None]:
         yield
     except EncoderError:
         raise
-    # It raises nearly anything about files of other people: each means that the folder cannot be used.
+    # transformers raises many exception types about untrusted files; each means that the folder cannot be used.
     except Exception as error:
-        raise EncoderError(f"{folder}: no usable {what} here ({loading_error(folder, error)})") from error
+        raise EncoderError(f"{folder}: no usable {part} here ({loading_error(folder, error)})") from error
     finally:
         logging.set_verbosity(verbosity)
 
@@ -280,15 +280,15 @@ def _width(values: dict[str, Any], *, joint: bool, folder: Path) -> int:
     else:
         found = values.get("hidden_size") or (values.get("hidden_sizes") or [None])[-1]
     if not isinstance(found, int):
-        raise EncoderError(f"{folder}: its config does not tell the width of its output")
+        raise EncoderError(f"{folder}: its config lacks the width of its output")
     return found
 
 
 def _sentence_pooling(folder: Path) -> str | None:
-    """Return what a sentence-transformers folder says of pooling.
+    """Return the pooling of a sentence-transformers folder, or None.
 
     Raises:
-        EncoderError: it has modules or a pooling that we do not run.
+        EncoderError: its modules or its pooling are not supported.
     """
     listed = _read_json(folder / "modules.json") or []
     kinds = [str(module.get("type", "")).rpartition(".")[2] for module in listed]
@@ -309,7 +309,7 @@ def _sentence_pooling(folder: Path) -> str | None:
 
 
 def _read_json(file: Path) -> Any:
-    """Return the content of a JSON file, an empty dict when there is no such file."""
+    """Return the content of a JSON file, or an empty dict if it does not exist."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:

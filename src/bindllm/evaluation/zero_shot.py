@@ -24,8 +24,7 @@ from bindllm.cache.visual_cache import VisualCache
 from bindllm.data.collate import MediaGroup
 from bindllm.data.embeddings import MediaEmbeddings
 from bindllm.data.report import Skipped
-from bindllm.encoders import Encoder, encoder_for, skipped_encoders
-from bindllm.encoders.alignment import alignment_warnings, space_of
+from bindllm.encoders import Encoder, alignment_warnings, encoder_for, skipped_encoders, space_of
 from bindllm.errors import InputError, printable
 from bindllm.evaluation.layouts import Dataset
 from bindllm.evaluation.measures import MEASURES, Measure, Row, Scores

@@ -27,11 +27,11 @@ from bindllm.model.quantize import quiet_bitsandbytes
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PREFIX = "adapter."
-"""Ahead of peft's own name in the name of an adapter's tensor."""
+"""Prefix of an adapter's tensors, before the name that peft gives them."""
 
 _PEFT_PREFIX = "base_model.model."
 _ADAPTER_NAME = "default"
-# What peft calls the parts of its layers that are trained.
+# peft's names of the trained parts of its layers.
 _TUNED = {"lora_A", "lora_B", "lora_magnitude_vector", "modules_to_save"}
 # peft saves the vector of DoRA without the name of the parameter in it.
 _MAGNITUDE = ".lora_magnitude_vector"
@@ -39,7 +39,7 @@ _MAGNITUDE = ".lora_magnitude_vector"
 
 @dataclass
 class AdapterConfig:
-    """What of the decoder is tuned, and how."""
+    """Which tensors of the decoder are tuned, and how."""
 
     rank: int = 16
     """Rank of the low-rank matrices; 16 in the paper."""
@@ -70,14 +70,14 @@ class AdapterConfig:
             )
         if self.rslora and self.alpha is None:
             raise InputError(
-                "adapter with rslora and no alpha: rslora says what alpha is divided by, the square root of the rank, "
+                "adapter with rslora and no alpha: rslora divides alpha by the square root of the rank, "
                 f"and does nothing without one; give adapter.alpha (16 with rank {self.rank}: scale "
                 f"{16 / math.sqrt(self.rank):.3g})"
             )
 
     @property
     def scale(self) -> float:
-        """What the low-rank term and the new biases are multiplied by."""
+        """The factor of the low-rank term and of the new biases."""
         if self.alpha is None:
             return 1.0
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
@@ -112,7 +112,7 @@ class Adapter:
         self._peft_config = _peft_config(decoder, config)
         self._decoder = decoder
         with warnings.catch_warnings():
-            # Biases cannot be merged into layers that have none: known, and said where merging happens.
+            # peft warns that biases cannot be merged into layers without one; `export` checks that case itself.
             warnings.filterwarnings("ignore", message=".*lora_bias=True.*")
             inject_adapter_in_model(self._peft_config, decoder, adapter_name=_ADAPTER_NAME)
         decoder.eval()
@@ -178,7 +178,7 @@ def _peft_config(decoder: PreTrainedModel, config: AdapterConfig) -> Any:
     """Return the `LoraConfig`; naming it above would let jsonargparse import peft whenever it reads a recipe."""
     from peft import LoraConfig
 
-    # Class names are all that the norms of different families have in common.
+    # Families name their norm modules differently; only the class names have a common ending.
     norms = {
         path.rpartition(".")[2]
         for path, module in decoder.named_modules()

@@ -1,8 +1,8 @@
 """The bind network: from the joint space of the encoders to the width of the decoder.
 
 A projection, then residual blocks of RMSNorm and SwiGLU, as in ImageBind-LLM section 3.2 (arXiv 2309.03905).
-It is the largest trainable part and runs on one vector per media group, so its cost is small beside the
-decoder's.
+It is the largest trainable part and runs on one vector per media group, so its cost is small compared with
+the decoder's.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ FUSIONS = ("unit", "mean")
 
 @dataclass
 class BindConfig:
-    """Shape of the bind network, and what it is given."""
+    """Shape of the bind network, and how its input is made."""
 
     depth: int = 3
-    """Number of residual blocks after the projection; 3 in the paper, 0 leaves the projection alone."""
+    """Number of residual blocks after the projection; 3 in the paper, 0 leaves only the projection."""
 
     expansion: int = 4
     """Inner width of a block as a multiple of the decoder's width."""

@@ -3,12 +3,12 @@
     bindllm.json        format version, every config, decoder and encoders with their fingerprints
     bind.safetensors    bind network, gates and queries; frozen weights are referenced, never copied
     cache/              optional: a visual cache that travels with the checkpoint; stays when it is saved again
-    adapter/            where the decoder is tuned: adapter_config.json and adapter_model.safetensors, peft's own files
+    adapter/            if the decoder is tuned: adapter_config.json and adapter_model.safetensors, peft's own files
     README.md           model card
-    conversion.tsv      where foreign weights were converted: what became of each of their tensors
+    conversion.tsv      if foreign weights were converted: the outcome for each of their tensors
     recipe.yaml, metrics.json, report.html ...   added by a training run
 
-Loading never unpickles, and builds only encoders under ``bindllm.`` unless the caller allows others by name.
+Loading never unpickles. It builds only encoders under ``bindllm.`` unless the caller allows others by name.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bindllm.atomic import atomic_folder, file_sha256, set_aside_name, write_json
+from bindllm.encoders import shape_problems
 from bindllm.errors import BindLLMError, CheckpointError, known_names
 from bindllm.imports import name_module, replace_allow
 
@@ -45,9 +46,9 @@ _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"}
 UNKNOWN_LICENSE = "see its own page"
 
 _LIMITS = """\
-The model says what is likely, not what is true. It has learnt from {data} and from nothing else, so it
-confuses things that look alike, names things that are not there, and knows no picture style outside its data. Do not
-use it where a wrong description can hurt somebody.
+The model says what is likely, not what is true. It has learned from {data} and from nothing else, so it
+confuses things that look alike, names things that are not there, and has seen no image style outside its data. Do not
+use it if a wrong description can hurt someone.
 """
 
 
@@ -63,11 +64,11 @@ def write_checkpoint(
     """Write a checkpoint folder in one step; an existing checkpoint there is replaced, anything else refused.
 
     Args:
-        folder: where it goes.
+        folder: the output folder.
         manifest: JSON-able content of ``bindllm.json``; format, hashes of the weights and root are added.
-        tensors: trainable tensors by name; those of the adapter have ``adapter.`` ahead of peft's name.
+        tensors: trainable tensors by name; those of the adapter have the prefix ``adapter.`` before peft's name.
         card: text of the model card.
-        adapter_config: content of peft's ``adapter_config.json``, where there is an adapter.
+        adapter_config: content of peft's ``adapter_config.json``, if the model has an adapter.
         files: text of further files by name, such as ``conversion.tsv`` of a conversion.
 
     Raises:
@@ -105,7 +106,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     """Read and check ``bindllm.json``.
 
     Raises:
-        CheckpointError: no such folder, no manifest, a newer format, or a pickle beside it.
+        CheckpointError: the folder or its manifest is missing, the format is newer, or the folder holds a pickle.
     """
     folder = Path(folder)
     if folder.is_file():
@@ -146,10 +147,10 @@ def name_cache(folder: str | Path, entry: Mapping[str, Any] | None) -> None:
 
     Args:
         folder: the checkpoint.
-        entry: ``folder`` of the cache, as it is reached from here, and settings; None: no cache.
+        entry: ``folder`` of the cache, relative to the current directory, and settings; None: no cache.
 
     Raises:
-        CheckpointError: there is no such checkpoint.
+        CheckpointError: the checkpoint does not exist.
     """
     manifest = read_manifest(folder)
     if entry is not None:
@@ -172,40 +173,34 @@ def check_keys(expected: dict[str, Tensor], found: dict[str, Tensor], *, source:
     Raises:
         CheckpointError: lists every missing, unexpected and misshapen tensor.
     """
-    problems = [f"missing {name}" for name in sorted(expected.keys() - found.keys())]
-    problems += [f"unexpected {name}" for name in sorted(found.keys() - expected.keys())]
-    problems += [
-        f"{name} has shape {list(found[name].shape)}, expected {list(expected[name].shape)}"
-        for name in sorted(expected.keys() & found.keys())
-        if expected[name].shape != found[name].shape
-    ]
-    if problems:
+    shapes = ({name: tensors[name].shape for name in sorted(tensors)} for tensors in (expected, found))
+    if problems := shape_problems(*shapes):
         raise CheckpointError(f"{source} does not fit this model: {'; '.join(problems)}")
 
 
 def resolve_path(value: Any, folder: str | Path, manifest: dict[str, Any]) -> Any:
-    """Return a local path of the manifest as it is reached from here.
+    """Return a local path of the manifest relative to the current directory.
 
     Paths are kept as the recipe gave them; one that does not exist from the current directory is looked up from
     the directory in which the checkpoint was made, so that a moved project still loads from anywhere.
     """
-    # A word without a separator is a setting, even where a folder of that name exists.
+    # A word without a separator is a setting, even if a folder of that name exists.
     if not isinstance(value, str) or not {"/", os.sep} & set(value) or os.path.exists(value):
         return value
-    beside = Path(folder) / manifest.get("root", ".") / value
-    return os.path.relpath(beside) if beside.exists() else value
+    moved = Path(folder) / manifest.get("root", ".") / value
+    return os.path.relpath(moved) if moved.exists() else value
 
 
 def resolve_cache(value: str, folder: str | Path, manifest: dict[str, Any]) -> str:
-    """Return the path of a checkpoint's visual cache as it is reached from here.
+    """Return the path of a checkpoint's visual cache relative to the current directory.
 
     A relative one is looked up in the checkpoint's own folder first, so that a checkpoint can travel with its cache,
     then like all paths (see `resolve_path`).
     """
     if "://" in value:
         return value
-    places = [Path(folder) / value, Path(value), Path(folder) / manifest.get("root", ".") / value]
-    return os.path.relpath(found) if (found := next((p for p in places if p.exists()), None)) else value
+    candidates = [Path(folder) / value, Path(value), Path(folder) / manifest.get("root", ".") / value]
+    return os.path.relpath(found) if (found := next((p for p in candidates if p.exists()), None)) else value
 
 
 def build_object(entry: dict[str, Any], *, allow: Sequence[str] = ()) -> Any:
@@ -217,7 +212,7 @@ def build_object(entry: dict[str, Any], *, allow: Sequence[str] = ()) -> Any:
             encoders below ``bindllm.``. It replaces any ``allow`` in ``init_args``.
 
     Raises:
-        CheckpointError: the class is not allowed, does not exist, is no encoder, or cannot be imported or built.
+        CheckpointError: the class is not allowed, does not exist, is not an encoder, or cannot be imported or built.
     """
     path = entry.get("class_path")
     if not isinstance(path, str) or not all(path.split(".")) or "." not in path:
@@ -252,10 +247,10 @@ def build_object(entry: dict[str, Any], *, allow: Sequence[str] = ()) -> Any:
                 f"{path} cannot be built: it needs {error.name!r}, which is not installed"
             ) from error
         raise CheckpointError(
-            f"{path} cannot be built: there is no module {error.name!r}. It is looked for in {Path.cwd()} by the "
-            "command line, and in the folders of PYTHONPATH"
+            f"{path} cannot be built: the module {error.name!r} was not found. The command line "
+            f"searches {Path.cwd()}, and Python the folders of PYTHONPATH"
         ) from error
-    # This may be a stranger's code: whatever it raises means that there is no such object.
+    # This may be untrusted code: any exception of it means that the object cannot be built.
     except Exception as error:
         raise CheckpointError(
             f"{path} cannot be built with {arguments}: {type(error).__name__}: {error}"
@@ -263,22 +258,22 @@ def build_object(entry: dict[str, Any], *, allow: Sequence[str] = ()) -> Any:
 
 
 def _refuse_other(path: str, kind: Any) -> None:
-    """Refuse what is no class of an encoder, before it is called: a stranger's folder may name any function.
+    """Raise unless ``kind`` is the class of an encoder. An untrusted folder may name any function, so this runs first.
 
     Raises:
-        CheckpointError: says what it lacks.
+        CheckpointError: the object is not a class, or lacks methods of an encoder; lists them.
     """
     lacking = [name for name in _ENCODER_METHODS if not callable(getattr(kind, name, None))]
     if not isinstance(kind, type) or lacking:
-        what = f"a class without {', '.join(lacking)}" if isinstance(kind, type) else "no class"
+        kind_found = f"a class without {', '.join(lacking)}" if isinstance(kind, type) else "not a class"
         raise CheckpointError(
-            f"the checkpoint names {path!r} as an encoder, but it is {what}; nothing was called. Load only folders "
-            "from a source you trust, or copy the folder again"
+            f"the checkpoint names {path!r} as an encoder, but it is {kind_found}; nothing was called. Load only "
+            "folders from a source you trust, or copy the folder again"
         )
 
 
 def classes_in(module: ModuleType) -> list[str]:
-    """Return the names of the classes that a module offers, without those that it only imports."""
+    """Return the names of the classes that a module defines; imported ones do not count."""
     names = vars(module)
     own = [
         name
@@ -289,13 +284,13 @@ def classes_in(module: ModuleType) -> list[str]:
 
 
 def _keep_path(entry: Mapping[str, Any], folder: str | Path, *, root: Path | None = None) -> dict[str, Any]:
-    """Return the entry of a cache with its path as a manifest keeps it.
+    """Return the entry of a cache with its path in the form of a manifest.
 
     Inside the checkpoint it is relative to that, an absolute one stays so, and others are relative to the directory in
     which the checkpoint was made.
 
     Args:
-        entry: its ``folder`` as it is reached from here.
+        entry: its ``folder`` relative to the current directory.
         folder: the checkpoint.
         root: the directory in which it was made; None: this one.
     """
@@ -304,12 +299,12 @@ def _keep_path(entry: Mapping[str, Any], folder: str | Path, *, root: Path | Non
         return {**entry, "folder": path.resolve().relative_to(home).as_posix()}
     if root is None or path.is_absolute():
         return dict(entry)
-    # The real one: the way up from it must not depend on a link that led to the checkpoint.
+    # Resolved, so that the relative path does not depend on a link that leads to the checkpoint.
     return {**entry, "folder": os.path.relpath(path, root.resolve())}
 
 
 def _link(source: str, target: str) -> None:
-    """Give a file a second name; where the file system has no such thing, copy it."""
+    """Hard-link a file; copy it if the file system has no hard links."""
     try:
         os.link(source, target)
     except OSError:
@@ -340,7 +335,7 @@ def _write_json(file: Path, value: Mapping[str, Any]) -> None:
 
 
 def _siblings(folder: Path) -> str:
-    """List the checkpoints beside a folder that does not exist."""
+    """List the checkpoints next to a folder that does not exist."""
     parent = folder.parent
     names: Iterable[str] = (f.parent.name for f in parent.glob(f"*/{MANIFEST}")) if parent.is_dir() else ()
     return known_names(folder.name, names)
@@ -356,7 +351,7 @@ def write_card(manifest: dict[str, Any], *, data: list[str] | None = None) -> st
     decoder, adapter = manifest["decoder"], manifest.get("adapter")
     tuned = ", and an adapter that tunes that model" if adapter else ""
     lines = [
-        f"# {decoder['name'].rstrip('/').rsplit('/', 1)[-1]} with new senses",
+        f"# {decoder['name'].rstrip('/').rsplit('/', 1)[-1]} with new modalities",
         "",
         "Trained parts of a [bindllm](https://arxiv.org/abs/2309.03905) model: a bind network and the gates that add",
         f"its output to the tokens of a frozen language model{tuned}. The frozen parts are named here, not contained.",
@@ -377,7 +372,7 @@ def write_card(manifest: dict[str, Any], *, data: list[str] | None = None) -> st
         "from bindllm import BindLLM, Media",
         "",
         'model = BindLLM.from_pretrained("THIS_FOLDER")',
-        'model.generate("Describe this image.", media=[Media.image("picture.png")])',
+        'model.generate("Describe this image.", media=[Media.image("image.png")])',
         "```",
         "",
         "## Limits",
@@ -390,7 +385,7 @@ def write_card(manifest: dict[str, Any], *, data: list[str] | None = None) -> st
 
 
 def _adapter_lines(adapter: dict[str, Any] | None) -> list[str]:
-    """Say what of the decoder is tuned; nothing where nothing is."""
+    """Return the sentence about the adapter, or nothing without one."""
     if not adapter:
         return []
     root = math.sqrt(adapter["rank"]) if adapter.get("rslora") else adapter["rank"]
@@ -403,7 +398,7 @@ def _adapter_lines(adapter: dict[str, Any] | None) -> list[str]:
 
 
 def licenses(manifest: dict[str, Any], *, data: list[str] | None = None) -> list[dict[str, str]]:
-    """Return a row ``part``, ``name``, ``license`` for each part that a model stands on; arguments as for the card."""
+    """Return a row ``part``, ``name``, ``license`` for each part of a model; arguments as for `write_card`."""
     decoder = manifest["decoder"]["name"]
     rows = [("decoder", decoder, decoder)]
     for encoder in manifest["encoders"]:
@@ -414,14 +409,14 @@ def licenses(manifest: dict[str, Any], *, data: list[str] | None = None) -> list
 
 
 def license_of(folder: str) -> str:
-    """Return the licenses of the packages that a folder, or that of a table, was made from, as its SOURCE.json says."""
-    place = Path(folder)
-    file = (place.parent if place.is_file() else place) / "SOURCE.json"
+    """Return the licenses of a folder's (or table's) source packages, as listed in its SOURCE.json."""
+    path = Path(folder)
+    file = (path.parent if path.is_file() else path) / "SOURCE.json"
     if not folder or not file.is_file():
         return UNKNOWN_LICENSE
     try:
         packages = json.loads(file.read_text(encoding="utf-8"))["packages"]
         return ", ".join(dict.fromkeys(str(package["license"]) for package in packages)) or UNKNOWN_LICENSE
     except (KeyError, TypeError, ValueError):
-        # Somebody else's file of that name: no reason to lose a trained model.
+        # A foreign file of that name is not a reason to lose a trained model.
         return UNKNOWN_LICENSE

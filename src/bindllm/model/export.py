@@ -1,9 +1,9 @@
-"""Merging an adapter into its decoder: a plain Hugging Face folder, for programs that know nothing of bindllm.
+"""Merging an adapter into its decoder: a plain Hugging Face folder, for programs without bindllm.
 
-What the adapter does to a text is folded into the weights (``W + scale * B A``, in float32, rounded once), so the
+The effect of the adapter on text is folded into the weights (``W + scale * B A``, in float32, rounded once), so the
 logits of the folder are those of the checkpoint without media, to that rounding. Bind network and injection cannot be
-merged: no plain model has an input for media. The folder is no base for them either: injection kind ``value`` uses the
-decoder's own value projection, without the adapter, and that is no longer in it.
+merged: no plain model has an input for media. The folder cannot be their base either: injection kind ``value`` uses the
+decoder's own value projection without the adapter, and the folder no longer holds it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from bindllm.model.decoder import (
 from bindllm.model.pretrained import read_configs, read_decoder
 
 RECORD = "bindllm_export.json"
-"""Tells an exported folder from others, and what it was made from."""
+"""Marks an exported folder, and names its checkpoint and decoder."""
 
 # Settings of some families that give their projections the biases which the adapter has.
 _BIAS_SETTINGS = ("attention_bias", "mlp_bias")
@@ -42,13 +42,13 @@ _SHARD = "5GB"
 
 @dataclass(frozen=True)
 class Export:
-    """What was exported.
+    """Result of an export.
 
     Attributes:
         folder: the plain Hugging Face folder.
         dtype: its precision.
         num_merged: number of projections that an adapter was merged into.
-        num_replaced: number of tuned norms that took the place of the decoder's.
+        num_replaced: number of the decoder's norms that were replaced by tuned ones.
         quantized: how the decoder was quantized in training, or None.
     """
 
@@ -64,17 +64,17 @@ def export_decoder(
 ) -> Export:
     """Write decoder and adapter of a checkpoint as one plain Hugging Face folder, in one step; no GPU is needed.
 
-    The adapter is merged into the decoder's own files, also where training held them in 4 or 8 bits.
+    The adapter is merged into the decoder's own files, even if training held them in 4 or 8 bits.
 
     Args:
         checkpoint: a checkpoint folder with an adapter; its encoders are not needed.
-        output: where the folder goes; an earlier export there is replaced, any other non-empty folder refused.
-        decoder: where the decoder is, if not at the place that the checkpoint names.
+        output: the output folder. An earlier export there is replaced, any other non-empty folder is refused.
+        decoder: folder of the decoder, if it is not at the path that the checkpoint names.
         dtype: a name of `bindllm.model.decoder.DTYPES`; None: that of the decoder's files.
 
     Raises:
-        CheckpointError: no adapter, biases that this family of decoders has no place for, another decoder, or a damaged
-            checkpoint.
+        CheckpointError: the checkpoint has no adapter, has biases that this family of decoders cannot hold, names
+            another decoder, or is damaged.
         InputError: an unknown dtype, or an output folder that holds something else.
     """
     output = Path(output)
@@ -85,7 +85,7 @@ def export_decoder(
     if adapter is None:
         raise CheckpointError(
             f"{checkpoint} has no adapter: its decoder is as it was, so {config.name} is the plain folder already. "
-            "What was trained, bind network and injection, has no place in one: "
+            "What was trained, bind network and injection, cannot be part of one: "
             f"BindLLM.from_pretrained({str(checkpoint)!r}) loads it"
         )
     plain = _plain_config(config, adapter, checkpoint)
@@ -147,7 +147,7 @@ def merge(
 
 
 def _merged(layer: nn.Module, name: str, source: str) -> nn.Linear:
-    """Return the projection with what the adapter adds to it, in float32: it is rounded once, when all is added."""
+    """Return the projection with the adapter added, in float32, so that the sum is rounded only once."""
     linear = layer.get_base_layer().float()
     if linear.bias is None and any(layer.lora_bias.values()):
         linear.bias = nn.Parameter(torch.zeros(linear.out_features))
@@ -162,10 +162,10 @@ def _merged(layer: nn.Module, name: str, source: str) -> nn.Linear:
 
 
 def _plain_config(config: DecoderConfig, adapter: AdapterConfig, checkpoint: str | Path) -> PretrainedConfig:
-    """Return the config of the merged decoder: with the biases of the adapter, where the family has them.
+    """Return the config of the merged decoder, with biases switched on if the adapter has them.
 
     Raises:
-        CheckpointError: it has not, or its files are quantized.
+        CheckpointError: the family has no such biases, or the decoder's files are quantized.
     """
     folder = config.folder()
     plain = read_config(folder)
@@ -189,7 +189,7 @@ def _plain_config(config: DecoderConfig, adapter: AdapterConfig, checkpoint: str
     if lacking:
         raise CheckpointError(
             f"the adapter of {checkpoint} has biases for all projections, and a plain {type(network).__name__} has "
-            f"none for {', '.join(lacking)}, nor a setting for them: there is no place to merge them into. Load the "
+            f"none for {', '.join(lacking)}, nor a setting for them, so they cannot be merged. Load the "
             f"checkpoint as it is (BindLLM.from_pretrained, or peft with {Path(checkpoint) / 'adapter'} on the plain "
             "decoder), or train with model.adapter.bias: false, which can be merged into every decoder"
         )
@@ -207,7 +207,7 @@ def _take_config(network: PreTrainedModel, plain: PretrainedConfig) -> None:
 
 
 def _record(checkpoint: str | Path, manifest: dict[str, Any], done: Export) -> dict[str, Any]:
-    """Return what tells an exported folder from others, and where it is from."""
+    """Return the content of `RECORD`: where the folder is from, and the parts that were skipped."""
     return {
         "bindllm": __version__,
         "checkpoint": str(checkpoint),
@@ -215,7 +215,7 @@ def _record(checkpoint: str | Path, manifest: dict[str, Any], done: Export) -> d
         "adapter": manifest["adapter"],
         "adapter_sha256": manifest.get("adapter_sha256"),
         "dtype": done.dtype,
-        "left_out": ["bind network", "injection"],
+        "skipped": ["bind network", "injection"],
     }
 
 
@@ -230,7 +230,7 @@ def _card(config: DecoderConfig, checkpoint: str | Path, manifest: dict[str, Any
     if done.quantized:
         sentences.append(f"Training held the decoder in {done.quantized}; this is the full one.")
     sentences += [
-        "It reads text alone. The bind network and the injection, which bring pictures, sounds and other media in, are "
+        "It reads only text. The bind network and the injection, which bring images, audio and other media in, are "
         "not part of it and cannot be put on top of it: for media, load the checkpoint with bindllm "
         "(`BindLLM.from_pretrained`).",
     ]
@@ -256,6 +256,6 @@ def _check_output(output: Path, checkpoint: Path) -> None:
         return
     if not output.is_dir() or any(output.iterdir()):
         raise InputError(
-            f"{output} exists and is no earlier export (no {RECORD}); nothing was written. Choose another folder or "
-            "empty it"
+            f"{output} exists and is not an earlier export (no {RECORD}); nothing was written. Choose another folder "
+            "or empty it"
         )

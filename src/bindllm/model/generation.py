@@ -1,4 +1,4 @@
-"""Asking the model: prompts and media in, text out, one at a time, in a padded batch, or piece by piece."""
+"""Generation: prompts and media in, text out, for one prompt, a padded batch, or as a stream."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Prompt = str | Conversation
 MAX_NEW_TOKENS = 128
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
-# What Hugging Face `generate` takes beside the fields of a GenerationConfig.
+# Options of Hugging Face `generate` that are not fields of a GenerationConfig.
 _MORE_OPTIONS = ("generation_config", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn")
 
 
@@ -75,7 +75,7 @@ def check_media(row: Sequence[Media]) -> tuple[Media, ...]:
         raise InputError(f"media takes lists of Media, not {row!r}; write [Media.image('cat.png')]")
     for item in row:
         if not isinstance(item, Media):
-            raise InputError(f"media holds {item!r}, which is no Media; write Media.image('cat.png')")
+            raise InputError(f"media holds {item!r}, which is not a Media; write Media.image('cat.png')")
     return tuple(row)
 
 
@@ -83,7 +83,7 @@ def check_options(options: dict[str, Any]) -> dict[str, Any]:
     """Return the options of a generation with the defaults filled in: greedy, unless one asks for sampling.
 
     Raises:
-        InputError: a name that Hugging Face does not know, or a number out of its range.
+        InputError: a name is unknown to Hugging Face, or a number is out of its range.
     """
     known = {*GenerationConfig().to_dict(), *_MORE_OPTIONS}
     for name, value in options.items():
@@ -147,12 +147,12 @@ def prepare_batch(
 
     Args:
         prompt: one or several, as for `as_conversations`.
-        media: their media, likewise.
-        tokenizer: of the decoder.
-        encode: gives an embedding for each media group, [N, E].
+        media: the media of each prompt.
+        tokenizer: the decoder's tokenizer.
+        encode: returns an embedding for each media group, [N, E].
 
     Returns:
-        ids, mask and media index, each [B, T]; embeddings [B, M, E], or None where there is no media.
+        ids, mask and media index, each [B, T]; embeddings [B, M, E], or None without media.
     """
     conversations = as_conversations(prompt, media)
     groups = [conversation.media_groups for conversation in conversations]
@@ -170,7 +170,7 @@ def prepare_batch(
 
 
 class _Cancelled(StoppingCriteria):
-    """Ends a generation whose reader has gone away."""
+    """Ends a generation when its reader has stopped."""
 
     def __init__(self) -> None:
         self.event = threading.Event()
@@ -187,7 +187,7 @@ def stream_text(generate: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator[s
         tokenizer: turns ids into text.
 
     Raises:
-        whatever ``generate`` raises, in the reader's thread.
+        any exception of ``generate``, in the reader's thread.
     """
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     cancelled, failures = _Cancelled(), []

@@ -10,7 +10,7 @@ Two kinds:
   projection, ``out[b,t,h] += tanh(gate[l,h]) * v_proj(bind[b,m(t)] + query[l])[h]``. Attention over one key has
   weight 1, so no softmax is needed; with grouped key/value heads each value serves its group of heads. The value
   projection is the decoder's own, without its adapter. The published formula has no bias there, since LLaMA has
-  none; where a decoder has one (Qwen2), it belongs to the projection.
+  none; if a decoder has one (Qwen2), it belongs to the projection.
 
 The bind tensor travels as a keyword of the decoder's forward, so nothing outlives the call: several forwards
 before one backward and activation checkpointing see the tensors of their own call.
@@ -46,7 +46,7 @@ class InjectConfig:
     """Whether each layer adds its own learned query to the bind vector."""
 
     layers: int | None = None
-    """How many layers hear the bind vectors, counted from the last; by default all of them."""
+    """Number of layers that receive the bind vectors, counted from the last; by default all of them."""
 
     def __post_init__(self) -> None:
         if self.layers is not None and self.layers < 1:
@@ -56,12 +56,12 @@ class InjectConfig:
 
 
 @dataclass
-class Carried:
-    """What one forward of the decoder carries to its layers.
+class BindContext:
+    """Bind vectors and routes of one forward, passed to every layer.
 
     Attributes:
         bind: bind vectors, [B, M, D].
-        route: 1 where token ``t`` listens to group ``m``, else 0, [B, T, M].
+        route: 1 if token ``t`` listens to group ``m``, else 0, [B, T, M].
         terms: gated terms already computed, by layer; kept over the steps of a generation, None in training.
     """
 
@@ -79,16 +79,16 @@ class Carried:
 
 
 @dataclass
-class Held:
-    """Bind vectors and media index of a generation in progress, grown to the batch that it really runs."""
+class GenerationState:
+    """Bind vectors and media index of a running generation, repeated to its real batch size (beams, samples)."""
 
     injection: Injection
     bind: Tensor
     media_index: Tensor
     terms: dict[int, Tensor] = field(default_factory=dict)
 
-    def carry(self, batch: int, past: int, length: int) -> Carried:
-        """Return what the tokens ``past .. past + length`` need; generated tokens go on with the last group."""
+    def context(self, batch: int, past: int, length: int) -> BindContext:
+        """Return the context of tokens ``past .. past + length``; generated ones keep the last prompt token's group."""
         if batch != self.bind.shape[0]:
             repeats, rest = divmod(batch, self.bind.shape[0])
             if rest or not repeats:
@@ -99,12 +99,12 @@ class Held:
         last = self.media_index.shape[1] - 1
         columns = torch.arange(past, past + length, device=self.media_index.device).clamp_(max=last)
         route = route_tokens(self.media_index[:, columns], self.bind.shape[1])
-        return Carried(self.bind, route, self.terms)
+        return BindContext(self.bind, route, self.terms)
 
 
 # Both are empty outside a call; context variables keep concurrent threads apart.
-_HELD: ContextVar[Held | None] = ContextVar("bindllm_held", default=None)
-_TERM: ContextVar[tuple[Carried, Tensor] | None] = ContextVar("bindllm_term", default=None)
+_GENERATION: ContextVar[GenerationState | None] = ContextVar("bindllm_generation", default=None)
+_TERM: ContextVar[tuple[BindContext, Tensor] | None] = ContextVar("bindllm_term", default=None)
 
 
 def route_tokens(media_index: Tensor, num_groups: int) -> Tensor:
@@ -125,7 +125,7 @@ class Injection(nn.Module):
         config: kind, queries, and how many layers are served.
 
     Raises:
-        DecoderError: the decoder lacks one of these names, or has fewer layers; the message says which.
+        DecoderError: the decoder lacks one of these modules, or has fewer layers; the message names it.
 
     Attributes:
         gates: of the L served layers, zeros at the start, [L] for ``residual``, [L, H] for ``value``.
@@ -141,7 +141,7 @@ class Injection(nn.Module):
         core = decoder.get_decoder()
         hooks = core._forward_pre_hooks.values()
         if any(isinstance(hook, MethodType) and isinstance(hook.__self__, Injection) for hook in hooks):
-            # The older one would take the keywords away, and the newer one would add nothing.
+            # The older injection would take the keywords, and the newer one would add nothing.
             raise DecoderError(
                 "this decoder object carries an injection already; load the decoder again for another"
             )
@@ -153,7 +153,7 @@ class Injection(nn.Module):
         self.gates = nn.Parameter(torch.zeros(shape))
         self.queries = nn.Parameter(0.02 * torch.randn(len(layers), width)) if config.queries else None
         if self.kind == "value":
-            # All of them are looked at before the first hook, so that a refused decoder stays as it was.
+            # All layers are checked before the first hook, so that a refused decoder stays unchanged.
             attentions = [_attention(layer, n, type(decoder).__name__, num_heads) for n, layer in layers]
             for index, attention in enumerate(attentions):
                 attention.register_forward_pre_hook(partial(self._enter_attention, index), with_kwargs=True)
@@ -173,18 +173,18 @@ class Injection(nn.Module):
 
         Args:
             bind: [B, M, D].
-            media_index: [B, T] of the left-padded prompts; generated tokens go on with its last column.
+            media_index: [B, T] of the left-padded prompts; generated tokens use its last column.
         """
         if torch.is_grad_enabled():
             raise InputError(
                 "holding() is for generation: use it under torch.no_grad(), else pass bind= to the decoder"
             )
         _check(bind, media_index)
-        token = _HELD.set(Held(self, bind, media_index))
+        token = _GENERATION.set(GenerationState(self, bind, media_index))
         try:
             yield
         finally:
-            _HELD.reset(token)
+            _GENERATION.reset(token)
 
     def _carry(self, core: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Check the keywords once, before the layers, and turn the media index into a route."""
@@ -195,38 +195,38 @@ class Injection(nn.Module):
         tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
         if bind is not None:
             _check(bind, media_index, tokens)
-            kwargs["bind"] = Carried(bind, route_tokens(media_index, bind.shape[1]))
+            kwargs["bind"] = BindContext(bind, route_tokens(media_index, bind.shape[1]))
             return args, kwargs
-        held = _HELD.get()
-        if held is not None and held.injection is self:
+        state = _GENERATION.get()
+        if state is not None and state.injection is self:
             cache = kwargs.get("past_key_values")
             past = 0 if cache is None else int(cache.get_seq_length())
-            kwargs["bind"] = held.carry(tokens.shape[0], past, tokens.shape[1])
+            kwargs["bind"] = state.context(tokens.shape[0], past, tokens.shape[1])
         return args, kwargs
 
     def _add_to_input(
         self, index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict]:
         """Kind ``residual``: before a layer runs."""
-        carried = kwargs.pop("bind", None)
-        if carried is None:
+        context = kwargs.pop("bind", None)
+        if context is None:
             return args, kwargs
         if args:
-            return (carried.add(args[0], self._term(index, layer, carried, args[0].dtype)), *args[1:]), kwargs
+            return (context.add(args[0], self._term(index, layer, context, args[0].dtype)), *args[1:]), kwargs
         hidden = kwargs["hidden_states"]
-        kwargs["hidden_states"] = carried.add(hidden, self._term(index, layer, carried, hidden.dtype))
+        kwargs["hidden_states"] = context.add(hidden, self._term(index, layer, context, hidden.dtype))
         return args, kwargs
 
     def _enter_attention(
         self, index: int, attention: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple:
         """Kind ``value``: take the keyword out before attention sees it, leave the term for the output projection."""
-        carried = kwargs.pop("bind", None)
-        if carried is None:
+        context = kwargs.pop("bind", None)
+        if context is None:
             _TERM.set(None)
         else:
             hidden = args[0] if args else kwargs["hidden_states"]
-            _TERM.set((carried, self._term(index, attention, carried, hidden.dtype)))
+            _TERM.set((context, self._term(index, attention, context, hidden.dtype)))
         return args, kwargs
 
     def _add_to_heads(self, projection: nn.Module, args: tuple) -> tuple | None:
@@ -235,14 +235,14 @@ class Injection(nn.Module):
         if waiting is None:
             return None
         _TERM.set(None)
-        carried, term = waiting
-        return (carried.add(args[0], term), *args[1:])
+        context, term = waiting
+        return (context.add(args[0], term), *args[1:])
 
-    def _term(self, index: int, module: nn.Module, carried: Carried, dtype: torch.dtype) -> Tensor:
-        """Return what layer ``index`` adds for each media group, gated: [B, M, D] or [B, M, H * head size]."""
-        if carried.terms is not None and index in carried.terms:
-            return carried.terms[index]
-        vector = carried.bind if self.queries is None else carried.bind + self.queries[index]
+    def _term(self, index: int, module: nn.Module, context: BindContext, dtype: torch.dtype) -> Tensor:
+        """Return the gated term of layer ``index`` for each media group: [B, M, D] or [B, M, H * head size]."""
+        if context.terms is not None and index in context.terms:
+            return context.terms[index]
+        vector = context.bind if self.queries is None else context.bind + self.queries[index]
         if self.kind == "residual":
             term = (self.gates[index] * vector).to(dtype)
         else:
@@ -254,8 +254,8 @@ class Injection(nn.Module):
             )
             # [Hkv, 1, head size] times [Hkv, group, 1]: each key/value head serves the heads of its group.
             term = (value * gate.view(value.shape[-3], -1, 1)).flatten(-3)
-        if carried.terms is not None:
-            carried.terms[index] = term
+        if context.terms is not None:
+            context.terms[index] = term
         return term
 
 
@@ -283,7 +283,7 @@ def _check(bind: Tensor, media_index: Tensor, tokens: Tensor | None = None) -> N
 
 
 def _layers(core: nn.Module, name: str, *, at_least: int) -> list[tuple[int, nn.Module]]:
-    """Return the decoder's layers with their numbers."""
+    """Return the decoder's layers with their indices."""
     children = dict(core.named_children())
     if not isinstance(children.get("layers"), nn.ModuleList):
         raise DecoderError(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bindllm.encoders.imagebind.image import depth_input, image_input, thermal_input
+from bindllm.encoders.imagebind.inputs import depth_input, image_input, thermal_input
 from bindllm.errors import InputError, MediaError
 from goldens import golden, make_image
 
@@ -25,7 +25,7 @@ def encoded(picture: np.ndarray, kind: str, **options) -> bytes:
     return stream.getvalue()
 
 
-def standardised(disparity: float) -> float:
+def standardized(disparity: float) -> float:
     return (disparity / 75 - 0.0418) / 0.0295
 
 
@@ -88,35 +88,35 @@ def test_svg():
     assert image_input(data)[:, 112, 112].tolist() == [255, 0, 0]
 
 
-def test_depth_is_standardised_disparity():
-    metres = np.full((240, 320), 2.5, np.float32)
-    depth = depth_input(metres, **KINECT)
+def test_depth_is_standardized_disparity():
+    meters = np.full((240, 320), 2.5, np.float32)
+    depth = depth_input(meters, **KINECT)
     assert (depth.shape, depth.dtype) == ((1, 224, 224), torch.float32)
-    assert depth.numpy() == pytest.approx(standardised(15.0), abs=1e-4)
-    millimetres = encoded((metres * 1000).astype(np.uint16), "PNG")
+    assert depth.numpy() == pytest.approx(standardized(15.0), abs=1e-4)
+    millimetres = encoded((meters * 1000).astype(np.uint16), "PNG")
     assert torch.allclose(depth_input(millimetres, **KINECT), depth, atol=1e-5)
 
 
 def test_depth_is_clamped_and_what_was_not_measured_is_far():
-    metres = np.full((224, 224), 0.001, np.float32)  # below 0.01 m: the largest disparity
-    metres[:, 56:112] = 900  # beyond 50 m
-    metres[:, 112:] = 0
-    depth = depth_input(metres, **KINECT)[0, 100]
-    assert depth[10] == pytest.approx(standardised(75), abs=1e-4)
-    assert depth[80] == pytest.approx(standardised(0.75), abs=1e-4)
-    assert depth[200] == pytest.approx(standardised(0), abs=1e-4)
+    meters = np.full((224, 224), 0.001, np.float32)  # below 0.01 m: the largest disparity
+    meters[:, 56:112] = 900  # beyond 50 m
+    meters[:, 112:] = 0
+    depth = depth_input(meters, **KINECT)[0, 100]
+    assert depth[10] == pytest.approx(standardized(75), abs=1e-4)
+    assert depth[80] == pytest.approx(standardized(0.75), abs=1e-4)
+    assert depth[200] == pytest.approx(standardized(0), abs=1e-4)
 
 
 def test_holes_in_depth_do_not_darken_what_is_around_them():
-    metres = np.full((448, 448), 2.5, np.float32)
-    metres[::2, ::4] = 0  # one in eight, and never half of a pixel
-    assert depth_input(metres, **KINECT).numpy() == pytest.approx(standardised(15.0), abs=1e-3)
+    meters = np.full((448, 448), 2.5, np.float32)
+    meters[::2, ::4] = 0  # one in eight, and never half of a pixel
+    assert depth_input(meters, **KINECT).numpy() == pytest.approx(standardized(15.0), abs=1e-3)
 
 
 def test_the_middle_of_wide_maps_is_taken():
-    metres = np.full((224, 448), 5.0, np.float32)
-    metres[:, 112:336] = 1
-    assert depth_input(metres, **KINECT).numpy() == pytest.approx(standardised(37.5), abs=1e-3)
+    meters = np.full((224, 448), 5.0, np.float32)
+    meters[:, 112:336] = 1
+    assert depth_input(meters, **KINECT).numpy() == pytest.approx(standardized(37.5), abs=1e-3)
     thermal = np.zeros((448, 224), np.uint8)
     thermal[112:336] = 255
     assert thermal_input(thermal).min() == 1
@@ -136,8 +136,8 @@ def test_thermal_is_brightness_without_overshoot():
     assert (thermal.min(), thermal.max()) == (0, 1)
     assert thermal.mean() == pytest.approx(0.5, abs=0.01)
     # The same as resizing the 8-bit picture, which rounds after each of two passes.
-    grey = make_image("grey", 300, 400)[:, :, 0]
-    assert (thermal_input(grey)[0] * 255 - image_input(grey)[0]).abs().max() <= 1.5
+    gray = make_image("gray", 300, 400)[:, :, 0]
+    assert (thermal_input(gray)[0] * 255 - image_input(gray)[0]).abs().max() <= 1.5
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def video_input(source: Source, *, coverage: str, max_clips: int) -> Tensor:
     """Return the clips of a video, each its first and last frame in three crops along the longer side.
 
     A clip in which no frame starts (fewer than one frame in two seconds) shows the last one before it; a video of
-    one frame shows that frame in both places.
+    one frame shows that frame twice.
 
     Args:
         source: path, bytes or array, as `read_frames` takes them.
@@ -42,7 +42,7 @@ def video_input(source: Source, *, coverage: str, max_clips: int) -> Tensor:
         max_clips: most clips under "full".
 
     Returns:
-        [S * 3, 3, 2, 224, 224] float32, normalised RGB: S clips, the three crops of a clip next to each other.
+        [S * 3, 3, 2, 224, 224] float32, normalized RGB: S clips, the three crops of a clip next to each other.
 
     Raises:
         MediaError: the video cannot be read, or its frames are longer than `MAX_ASPECT` times their short side.
@@ -69,15 +69,15 @@ def video_input(source: Source, *, coverage: str, max_clips: int) -> Tensor:
             views = torch.empty(len(clips), CROPS, 3, 2, SIDE, SIDE)
         crops = _crops(frame, name)
         for clip, frames in enumerate(clips):
-            for place, shown in enumerate(frames):
+            for position, shown in enumerate(frames):
                 if shown == number:
-                    views[clip, :, :, place] = crops
+                    views[clip, :, :, position] = crops
     assert views is not None, "at least one frame is picked"
     return views.flatten(0, 1)
 
 
 def _first_and_last(start: Fraction, count: int, rate: Fraction) -> tuple[int, int]:
-    """Return the frames that a clip shows: the first and the last of those that start within it."""
+    """Return the first and the last frame that start within a clip."""
     first = min(ceil(rate * start), count - 1)
     stop = min(ceil(rate * (start + CLIP_SECONDS)), count)
     return first, max(first, stop - 1)
