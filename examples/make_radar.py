@@ -1,7 +1,7 @@
-"""Simulates the sweeps of a 77 GHz car radar with captions, and learns the weights of `radar_encoder.py` from them.
+"""Simulates sweeps of a 77 GHz car radar with captions, and trains the weights of `radar_encoder.py` on them.
 
-Writes data/radar/captions.csv (columns radar and caption), data/radar/sweeps/*.npy and data/radar/encoder.safetensors:
-the principal axes of the training sweeps' range-Doppler maps. That is a real if modest encoder, learnt without labels.
+Writes data/radar/captions.csv (columns radar and caption), data/radar/sweeps/*.npy and data/radar/encoder.safetensors.
+The weights are the principal axes of the training sweeps' range-Doppler maps: a simple encoder, trained without labels.
 """
 
 import csv
@@ -16,20 +16,18 @@ from examples.radar_encoder import RadarEncoder
 
 FOLDER = Path("data/radar")
 CHIRPS = SAMPLES = 64
-METRES, METRES_PER_SECOND = (
-    1.0,
-    0.3,
-)  # what one bin of range (150 MHz) and of speed (64 chirps of 0.1 ms) stands for
+# Size of one bin of range (150 MHz) and of speed (64 chirps of 0.1 ms).
+METERS, METERS_PER_SECOND = 1.0, 0.3
 SPEEDS = {"approaching": (-8, -3), "standing still": (-0.2, 0.2), "moving away": (3, 8)}
-PLACES = {"near": (4, 15), "at middle distance": (22, 38), "far away": (45, 60)}
+DISTANCES = {"near": (4, 15), "at middle distance": (22, 38), "far away": (45, 60)}
 
 
 def simulate(targets: list[tuple[float, float]], random: np.random.Generator) -> np.ndarray:
-    """Return the beat signal of targets (metres, metres a second) with noise: complex64 [chirps, samples]."""
+    """Return the beat signal of targets (meters, meters per second) with noise: complex64 [chirps, samples]."""
     chirp, sample = np.mgrid[:CHIRPS, :SAMPLES]
     signal = 0.5 * (random.standard_normal((2, CHIRPS, SAMPLES)) * [[[1]], [[1j]]]).sum(0)
     for distance, speed in targets:
-        cycles = distance / METRES * sample / SAMPLES + speed / METRES_PER_SECOND * chirp / CHIRPS
+        cycles = distance / METERS * sample / SAMPLES + speed / METERS_PER_SECOND * chirp / CHIRPS
         signal += np.exp(2j * np.pi * (cycles + random.random()))
     return signal.astype(np.complex64)
 
@@ -40,11 +38,11 @@ def main(count: int = 360) -> None:
     (FOLDER / "sweeps").mkdir(parents=True, exist_ok=True)
     rows = []
     for number in range(count):
-        place, motion = random.choice(list(PLACES)), random.choice(list(SPEEDS))
-        target = (random.uniform(*PLACES[place]), random.uniform(*SPEEDS[motion]))
+        distance, motion = random.choice(list(DISTANCES)), random.choice(list(SPEEDS))
+        target = (random.uniform(*DISTANCES[distance]), random.uniform(*SPEEDS[motion]))
         np.save(FOLDER / f"sweeps/{number}.npy", simulate([target], random))
         split = ("test", "validation", *["train"] * 8)[number % 10]
-        rows.append((f"sweeps/{number}.npy", f"something {place}, {motion}", split))
+        rows.append((f"sweeps/{number}.npy", f"something {distance}, {motion}", split))
     with open(FOLDER / "captions.csv", "w", newline="", encoding="utf-8") as stream:
         csv.writer(stream).writerows([("radar", "caption", "split"), *rows])
 

@@ -10,7 +10,7 @@ from bindllm.errors import MediaError
 from bindllm.media import Media
 
 
-class RadarEncoder:  # sweeps of an FMCW radar, complex [chirps, samples], through range-Doppler maps
+class RadarEncoder:  # embeds sweeps of an FMCW radar, complex [chirps, samples], by their range-Doppler maps
     modalities, embedding_size = ("radar",), 64
 
     def __init__(self, weights: str = "data/radar/encoder.safetensors") -> None:
@@ -20,7 +20,7 @@ class RadarEncoder:  # sweeps of an FMCW radar, complex [chirps, samples], throu
         return fingerprint({}, "range-doppler 1", Path(self.config["weights"]))
 
     def to(self, device) -> "RadarEncoder":
-        return self  # a product of 1024 x 64 numbers is faster here than the way to an accelerator
+        return self  # stays on CPU: a 1024 x 64 product is faster than a copy to an accelerator
 
     def prepare(self, media: Media) -> torch.Tensor:
         try:

@@ -77,7 +77,7 @@ def test_media_that_cannot_be_read_are_named_with_the_reason(tmp_path, pictures)
     totals = MediaEmbeddings([ColorEncoder()], tmp_path / "store").precompute([*media, pictures["red"]])
     assert totals.encoded == 1
     assert set(totals.failed) == set(media)
-    assert "broken.png: not a picture" in totals.failed[media[0]]
+    assert "broken.png: not an image" in totals.failed[media[0]]
     assert "copy.png" in totals.failed[media[1]]
     assert "missing.png: cannot be opened" in totals.failed[media[2]]
 

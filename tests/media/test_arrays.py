@@ -92,7 +92,7 @@ def test_archives_without_an_array():
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
         archive.writestr("mimetype", "application/zip")
-    with pytest.raises(MediaError, match="mimetype is no NPY file"):
+    with pytest.raises(MediaError, match="mimetype is not an NPY file"):
         read(stream.getvalue())
     with pytest.raises(MediaError, match="damaged or encrypted NPZ"):
         read(stream.getvalue()[:60])

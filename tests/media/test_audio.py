@@ -1,4 +1,4 @@
-"""Parts of sounds equal those of the whole sound, from every kind of file, in flat memory; bad files are refused."""
+"""Parts of audio equal those of the whole, from every kind of file, in flat memory; bad files are refused."""
 
 import math
 import struct
@@ -28,7 +28,7 @@ def whole(length):
 
 
 def resampled_directly(samples: np.ndarray, source_rate: int, rate: int) -> np.ndarray:
-    """The formula over the whole sound, every output against every sample, in double precision."""
+    """The formula over the whole recording, every output against every sample, in double precision."""
     divisor = math.gcd(source_rate, rate)
     o, n = source_rate // divisor, rate // divisor
     f = 0.99 * min(o, n)
@@ -67,7 +67,7 @@ def test_published_resampling(channels, seconds):
 
 @pytest.mark.parametrize("kept", [0, 1 << 22])
 @pytest.mark.parametrize("rate", [8_000, 16_000, 22_050, 48_000])
-def test_parts_of_a_file_equal_parts_of_the_whole_sound(rate, kept, monkeypatch):
+def test_parts_of_a_file_equal_parts_of_the_whole(rate, kept, monkeypatch):
     monkeypatch.setattr(audio_module, "_KEPT", kept)
     samples = np.random.default_rng(0).integers(-9000, 9000, (2, 3 * rate), np.int16)
     data = sound_file("flac", "flac", samples / 32767, rate, form="s16")
@@ -162,7 +162,7 @@ def test_mp3_behind_a_large_cover_picture():
 # --- arrays ---
 
 
-def test_array_is_a_sound_at_16_000():
+def test_array_is_audio_at_16_000():
     ramp = np.array([0, 8192, 16384, -32768], np.int16)
     [values] = cut_audio(ramp, rate=16_000, cut=whole)
     assert values.tolist() == [[0, 0.25, 0.5, -1]]
@@ -202,7 +202,7 @@ def test_bad_arrays(array, reason):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e30])
-def test_values_that_are_no_sound(value, tmp_path):
+def test_values_that_are_not_audio(value, tmp_path):
     path = tmp_path / "bad.wav"
     samples = np.zeros((1, 5000), np.float32)
     samples[0, 4000] = value
@@ -216,13 +216,13 @@ def test_values_that_are_no_sound(value, tmp_path):
     [
         (None, "No such file"),
         (b"", "the file is empty"),
-        (b"just some words\n" * 30, "cannot be opened as sound"),
-        (b"RIFF\x10\0\0\0WAVEfmt ", "cannot be opened as sound"),
+        (b"just some words\n" * 30, "cannot be opened as audio"),
+        (b"RIFF\x10\0\0\0WAVEfmt ", "cannot be opened as audio"),
         (wav(np.zeros((1, 0), np.int16), 16_000), "no samples"),
         (wav(np.zeros((1, 9000), np.int16), 16_000)[:4000], "damaged or truncated"),
         (wav(np.zeros((1, 90), np.int16), 500_000), "500000 samples a second"),
         (wav(np.zeros((65, 90), np.int16), 16_000), "on 65 channels"),
-        (video_file("mp4", "mpeg4", [numbered(0)]), r"no sound track \(it holds: video\)"),
+        (video_file("mp4", "mpeg4", [numbered(0)]), r"no audio track \(it holds: video\)"),
     ],
 )
 def test_bad_files_are_named_with_the_reason(content, reason, tmp_path):
@@ -234,8 +234,8 @@ def test_bad_files_are_named_with_the_reason(content, reason, tmp_path):
     assert str(path) in str(caught.value)
 
 
-def test_pictures_and_folders_are_no_sounds(tmp_path):
-    with pytest.raises(MediaError, match="expected a sound"):
+def test_images_and_folders_are_not_audio(tmp_path):
+    with pytest.raises(MediaError, match="expected audio"):
         cut_audio(Image.new("RGB", (5, 5)), rate=16_000, cut=whole)
     with pytest.raises(MediaError, match="this is a folder"):
         cut_audio(tmp_path, rate=16_000, cut=whole)
@@ -265,21 +265,21 @@ def test_many_damaged_packets_are_refused():
     heads = [at for at in range(1000, len(data) - 4) if data[at : at + 2] == b"\xff\xfb"]
     for head in heads[10:150]:
         data[head + 4 : head + 40] = b"\xff" * 36
-    with pytest.raises(MediaError, match="packets of sound are damaged"):
+    with pytest.raises(MediaError, match="audio packets are damaged"):
         cut_audio(bytes(data), rate=48_000, cut=whole)
 
 
-def test_one_damaged_packet_is_left_out_and_said_once(caplog, monkeypatch):
+def test_one_damaged_packet_is_skipped_with_one_warning(caplog, monkeypatch):
     monkeypatch.setattr(audio_module, "_KEPT", 0)
     data = sound_file("flac", "flac", TONES, 48_000, form="s16")
     [values] = cut_audio(data[: len(data) // 2], rate=48_000, cut=whole)
     assert 0 < values.shape[1] < 48_000
     [message] = [record.getMessage() for record in caplog.records]
-    assert message.endswith("packets of sound are damaged and left out")
+    assert message.endswith("audio packets are damaged and were skipped")
 
 
 @pytest.mark.parametrize("container", ["wav", "flac", "mp3", "ogg", "ipod", "webm"])
-def test_flipped_bytes_give_sound_or_a_media_error(container):
+def test_flipped_bytes_give_audio_or_a_media_error(container):
     codec, form = {
         "wav": ("pcm_s16le", "s16"), "flac": ("flac", "s16"), "mp3": ("libmp3lame", "fltp"),
         "ogg": ("libopus", "flt"), "ipod": ("aac", "fltp"), "webm": ("libopus", "flt"),
@@ -298,7 +298,7 @@ def test_flipped_bytes_give_sound_or_a_media_error(container):
             pass
 
 
-def test_endless_sound_is_refused(monkeypatch):
+def test_endless_audio_is_refused(monkeypatch):
     monkeypatch.setattr(audio_module, "MAX_SECONDS", 1)
     with pytest.raises(MediaError, match="longer than"):
         cut_audio(np.zeros(16_001), rate=16_000, cut=whole)
@@ -313,7 +313,7 @@ def test_nothing_outside_the_file_is_opened(tmp_path):
     }.items():
         path = tmp_path / name
         path.write_text(text)
-        with pytest.raises(MediaError, match="cannot be opened as sound"):
+        with pytest.raises(MediaError, match="cannot be opened as audio"):
             cut_audio(path, rate=16_000, cut=whole)
     for address in (f"file:{real}", f"concat:{real}|{real}", "http://127.0.0.1:9/a.wav"):
         with pytest.raises(MediaError, match="No such file"):
@@ -321,7 +321,7 @@ def test_nothing_outside_the_file_is_opened(tmp_path):
     assert not {"hls", "dash", "concat", "image2", "lavfi"} & set(container_module._DEMUXERS)
 
 
-def test_sound_without_its_extra(monkeypatch):
+def test_audio_without_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'bindllm\[audio\]'"):
         cut_audio(b"some bytes", rate=16_000, cut=whole)

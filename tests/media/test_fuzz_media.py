@@ -34,7 +34,7 @@ PIXELS = {"gif": "rgb8", "mjpeg": "yuvj420p"}
 # --- whole files ---
 
 
-def picture_files() -> list[bytes]:
+def image_files() -> list[bytes]:
     noise = np.random.default_rng(0).integers(0, 255, (40, 56, 3), np.uint8)
     image = Image.fromarray(noise)
     kinds = {"JPEG": {}, "PNG": {}, "WEBP": {"lossless": True}, "GIF": {}, "BMP": {}, "TIFF": {}}
@@ -93,8 +93,8 @@ def motion_files() -> list[bytes]:
     return [table.encode() for table in tables] + array_files([signal, signal.T.astype(np.float32)], "imu")
 
 
-def film(kind: str, video: str | None, audio: str | None) -> bytes:
-    """Return a short film or sound in a container."""
+def clip(kind: str, video: str | None, audio: str | None) -> bytes:
+    """Return a short video or audio file in a container."""
     import av
 
     stream = io.BytesIO()
@@ -122,9 +122,9 @@ def film(kind: str, video: str | None, audio: str | None) -> bytes:
     return stream.getvalue()
 
 
-def sound_files() -> list[bytes]:
+def audio_files() -> list[bytes]:
     kinds = [("wav", "pcm_s16le"), ("flac", "flac"), ("mp4", "aac"), ("ogg", "flac"), ("adts", "aac")]
-    return [film(kind, None, codec) for kind, codec in kinds] + [film("matroska", "mpeg4", "aac")]
+    return [clip(kind, None, codec) for kind, codec in kinds] + [clip("matroska", "mpeg4", "aac")]
 
 
 def video_files() -> list[bytes]:
@@ -134,12 +134,12 @@ def video_files() -> list[bytes]:
         ("avi", "mpeg4", None),
         ("gif", "gif", None),
     ]
-    return [film(*kind) for kind in [*kinds, ("mp4", "mpeg4", "aac"), ("webm", "libvpx", None)]]
+    return [clip(*kind) for kind in [*kinds, ("mp4", "mpeg4", "aac"), ("webm", "libvpx", None)]]
 
 
 FILES: dict[str, Callable[[], list[bytes]]] = {
-    "image": picture_files,
-    "audio": sound_files,
+    "image": image_files,
+    "audio": audio_files,
     "video": video_files,
     "point": point_files,
     "depth": map_files,

@@ -56,7 +56,7 @@ def npz(**arrays: np.ndarray) -> bytes:
         Image.frombytes("I;16B", (3, 2), MILLIMETRES.astype(">u2").tobytes()),
     ],
 )
-def test_integers_are_millimetres_and_floats_are_metres(source):
+def test_integers_are_millimeters_and_floats_are_meters(source):
     depth = open_depth(source)
     assert depth.dtype == np.float32
     np.testing.assert_allclose(depth, METRES, rtol=1e-6)
@@ -72,11 +72,11 @@ def test_what_was_not_measured_is_zero():
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "P", "1", "LA"])
-def test_pictures_of_eight_bits_are_refused_with_advice(mode, tmp_path):
+def test_images_of_eight_bits_are_refused_with_advice(mode, tmp_path):
     path = tmp_path / "depth.png"
     Image.new(mode, (4, 4)).save(path)
     with pytest.raises(
-        MediaError, match=r"depth\.png: 8 bits or colour cannot hold depth; .* Save the depth itself"
+        MediaError, match=r"depth\.png: 8 bits or color cannot hold depth; .* Save the depth values"
     ):
         open_depth(path)
 
@@ -87,7 +87,7 @@ def test_pictures_of_eight_bits_are_refused_with_advice(mode, tmp_path):
         (None, "No such file"),
         (b"", "the file is empty"),
         (b"\x76\x2f\x31\x01\2\0\0\0", "OpenEXR is not read here; save it as NPY"),
-        (b"words", "not a picture"),
+        (b"words", "not an image"),
         (saved(np.full((64, 64), 7, np.uint16), "PNG")[:70], "damaged or truncated"),
         (npy(np.zeros((2, 3, 4))), "an array .2, 3, 4.; expected .H, W."),
         (npy(np.zeros((0, 4))), "an array .0, 4."),
@@ -116,18 +116,18 @@ def test_arrays_above_the_limit_are_refused(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "BMP", "GIF"])
 def test_eight_bits_are_their_value(kind):
-    grey = np.array([[0, 51], [204, 255]], np.uint8)
+    gray = np.array([[0, 51], [204, 255]], np.uint8)
     for source in (
-        saved(grey, kind),
-        grey,
-        grey[:, :, None],
-        np.stack([grey] * 3, -1),
-        Image.fromarray(grey),
+        saved(gray, kind),
+        gray,
+        gray[:, :, None],
+        np.stack([gray] * 3, -1),
+        Image.fromarray(gray),
     ):
         np.testing.assert_allclose(open_thermal(source), [[0, 0.2], [0.8, 1]], atol=1e-6)
 
 
-def test_colours_are_their_luminance():
+def test_colors_are_their_luminance():
     source = saved(Image.new("RGB", (2, 2), (255, 0, 0)), "PNG")
     np.testing.assert_allclose(open_thermal(source), np.full((2, 2), 0.299), atol=2e-3)
 
@@ -173,7 +173,7 @@ def test_even_and_empty_images():
     [
         (None, "No such file"),
         (b"", "the file is empty"),
-        (b"words", "not a picture"),
+        (b"words", "not an image"),
         (b"\x76\x2f\x31\x01\2\0\0\0", "OpenEXR"),
         (npy(np.zeros((2, 3, 4, 5))), "an array .2, 3, 4, 5."),
         (npy(np.array([["a"]])), "expected integers or floats"),

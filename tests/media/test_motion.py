@@ -139,8 +139,8 @@ def test_bad_files_are_named_with_the_reason(content, reason, tmp_path):
     assert str(path) in str(caught.value)
 
 
-def test_a_picture_is_no_signal():
-    with pytest.raises(MediaError, match="a picture; expected a table"):
+def test_an_image_is_not_a_signal():
+    with pytest.raises(MediaError, match="an image; expected a table"):
         open_imu(Image.new("L", (6, 9)), steps=4)
 
 

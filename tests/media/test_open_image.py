@@ -1,4 +1,4 @@
-"""Opening pictures of every kind, good and bad."""
+"""Opening images of every kind, good and bad."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from bindllm.media import MAX_PIXELS, Media, open_image
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 128, 0), (0, 0, 255), (255, 255, 255)
 
 
-def picture(width: int = 32, height: int = 24) -> Image.Image:
+def sample(width: int = 32, height: int = 24) -> Image.Image:
     """Left half red, right half blue."""
     image = Image.new("RGB", (width, height), RED)
     image.paste(BLUE, (width // 2, 0, width, height))
@@ -50,9 +50,9 @@ HALVES = '<rect width="10" height="10" fill="red"/><rect x="10" width="10" heigh
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
 def test_every_format_from_path_and_bytes(kind, tmp_path):
-    data = encoded(picture(), kind, **({"lossless": True} if kind == "WEBP" else {}))
+    data = encoded(sample(), kind, **({"lossless": True} if kind == "WEBP" else {}))
     # The content decides, so the wrong ending does no harm.
-    path = tmp_path / "picture.dat"
+    path = tmp_path / "image.dat"
     path.write_bytes(data)
     for source in (path, str(path), data):
         image = open_image(source)
@@ -90,7 +90,7 @@ def test_arrays_that_are_no_pictures(array):
 
 
 def test_lazy_pillow_picture_keeps_size_and_hash():
-    with Image.open(io.BytesIO(encoded(picture(1000, 800), "JPEG"))) as lazy:
+    with Image.open(io.BytesIO(encoded(sample(1000, 800), "JPEG"))) as lazy:
         before = Media.image(lazy).content_hash()
         assert open_image(lazy, size=10).size == (1000, 800)
         assert Media.image(lazy).content_hash() == before
@@ -98,7 +98,7 @@ def test_lazy_pillow_picture_keeps_size_and_hash():
 
 def test_truncated_pillow_picture():
     with (
-        Image.open(io.BytesIO(encoded(picture(), "PNG")[:60])) as lazy,
+        Image.open(io.BytesIO(encoded(sample(), "PNG")[:60])) as lazy,
         pytest.raises(MediaError, match="damaged or truncated"),
     ):
         open_image(lazy)
@@ -113,7 +113,7 @@ def test_pillow_picture_is_left_as_it_was():
 # --- modes ---
 
 
-def test_cmyk_jpeg_has_the_right_colours():
+def test_cmyk_jpeg_has_the_right_colors():
     data = encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=100)
     assert near(open_image(data).getpixel((4, 4)), RED)
 
@@ -124,7 +124,7 @@ def test_cmyk_tiff_is_not_inverted():
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_16_bit_grey_is_scaled_not_clipped(kind):
+def test_16_bit_gray_is_scaled_not_clipped(kind):
     values = np.array([[0, 257, 32768, 65535]], np.uint16)
     image = open_image(encoded(Image.fromarray(values), kind))
     assert [image.getpixel((x, 0))[0] for x in range(4)] == [0, 1, 128, 255]
@@ -165,18 +165,18 @@ def test_transparent_parts_become_white():
     assert near(image.getpixel((6, 6)), (255, 127, 127))
 
 
-@pytest.mark.parametrize("kind", ["palette", "grey with alpha", "colour key", "one bit"])
+@pytest.mark.parametrize("kind", ["palette", "gray with alpha", "color key", "one bit"])
 def test_rarer_png_modes(kind):
     if kind == "palette":
         image = Image.new("P", (4, 4), 0)
         image.putpalette([9, 9, 9, 0, 128, 0])
         image.putpixel((3, 3), 1)
         data, seen = encoded(image, "PNG", transparency=0), GREEN
-    elif kind == "grey with alpha":
+    elif kind == "gray with alpha":
         image = Image.new("LA", (4, 4), (0, 0))
         image.putpixel((3, 3), (0, 255))
         data, seen = encoded(image, "PNG"), (0, 0, 0)
-    elif kind == "colour key":
+    elif kind == "color key":
         image = Image.new("RGB", (4, 4), (9, 9, 9))
         image.putpixel((3, 3), GREEN)
         data, seen = encoded(image, "PNG", transparency=(9, 9, 9)), GREEN
@@ -191,7 +191,7 @@ def test_rarer_png_modes(kind):
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
 def test_first_frame_of_an_animation(kind):
-    frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, BLUE)]
+    frames = [Image.new("RGB", (8, 8), color) for color in (RED, BLUE)]
     data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], duration=50, loop=0)
     with Image.open(io.BytesIO(data)) as image:
         assert image.n_frames == 2
@@ -205,14 +205,14 @@ def test_first_frame_of_an_animation(kind):
 def test_exif_orientation(orientation, size, top_left):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    image = open_image(encoded(picture(), "JPEG", exif=exif, quality=95))
+    image = open_image(encoded(sample(), "JPEG", exif=exif, quality=95))
     assert image.size == size
     assert near(image.getpixel((2, 2)), top_left)
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_broken_exif_does_not_hide_the_picture():
-    data = encoded(picture(), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xffgarbage")
+    data = encoded(sample(), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xffgarbage")
     assert open_image(data).size == (32, 24)
 
 
@@ -220,14 +220,14 @@ def test_broken_exif_does_not_hide_the_picture():
 
 
 def test_large_jpeg_is_decoded_at_reduced_size():
-    data = encoded(picture(1000, 800), "JPEG")
+    data = encoded(sample(1000, 800), "JPEG")
     assert open_image(data, size=100).size == (250, 200)
     assert open_image(data, size=448).size == (1000, 800)
     assert near(open_image(data, size=100).getpixel((10, 100)), RED)
 
 
 def test_other_formats_keep_their_size():
-    assert open_image(encoded(picture(1000, 800), "PNG"), size=100).size == (1000, 800)
+    assert open_image(encoded(sample(1000, 800), "PNG"), size=100).size == (1000, 800)
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -255,15 +255,15 @@ def test_the_limit_is_on_the_side_of_the_picture_and_pillow_stays_quiet(monkeypa
     monkeypatch.setattr(images_module, "MAX_PIXELS", 32 * 24)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert open_image(encoded(picture(), "PNG")).size == (32, 24)
+        assert open_image(encoded(sample(), "PNG")).size == (32, 24)
         with pytest.raises(MediaError, match="33 x 24 pixels"):
-            open_image(encoded(picture(33), "PNG"))
+            open_image(encoded(sample(33), "PNG"))
         with pytest.raises(MediaError, match="33 x 24 pixels"):
-            open_image(picture(33))
+            open_image(sample(33))
     assert MAX_PIXELS == 100_000_000
 
 
-# --- files that are no pictures ---
+# --- files that are not images ---
 
 
 @pytest.mark.parametrize(
@@ -271,12 +271,12 @@ def test_the_limit_is_on_the_side_of_the_picture_and_pillow_stays_quiet(monkeypa
     [
         (None, "No such file"),
         (b"", "the file is empty"),
-        (b"just some words\n", "not a picture"),
-        (b"<html><body>404</body></html>", "not a picture"),
-        (b"%PDF-1.7 ...", "not a picture"),
+        (b"just some words\n", "not an image"),
+        (b"<html><body>404</body></html>", "not an image"),
+        (b"%PDF-1.7 ...", "not an image"),
         (b"\x89PNG\r\n\x1a\n", "damaged or truncated"),
         (b"\x1f\x8bnot gzip at all", "a damaged gzip file"),
-        (b"RIFF\x10\0\0\0WAVEfmt ", "a damaged or truncated picture"),
+        (b"RIFF\x10\0\0\0WAVEfmt ", "a damaged or truncated image"),
     ],
 )
 def test_bad_files_are_named_with_the_reason(content, reason, tmp_path):
@@ -299,7 +299,7 @@ def test_truncated_files(kind, tmp_path):
     data = encoded(Image.fromarray(noise), kind)
     path = tmp_path / "cut.png"
     path.write_bytes(data[: len(data) // 2])
-    with pytest.raises(MediaError, match=r"cut\.png: a damaged or truncated picture"):
+    with pytest.raises(MediaError, match=r"cut\.png: a damaged or truncated image"):
         open_image(path)
 
 
@@ -332,8 +332,8 @@ def test_no_file_handle_is_left_open(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "open", recording)
     good, cut, drawn = tmp_path / "a.png", tmp_path / "b.png", tmp_path / "c.svg"
-    good.write_bytes(encoded(picture(), "PNG"))
-    cut.write_bytes(encoded(picture(), "PNG")[:40])
+    good.write_bytes(encoded(sample(), "PNG"))
+    cut.write_bytes(encoded(sample(), "PNG")[:40])
     drawn.write_bytes(svg(HALVES))
     opened.clear()
     open_image(good)
@@ -380,7 +380,7 @@ def test_svg_that_draws_nothing_and_has_no_size():
 
 
 def test_svg_packed_with_gzip_and_with_a_prologue(tmp_path):
-    path = tmp_path / "picture.svgz"
+    path = tmp_path / "image.svgz"
     path.write_bytes(gzip.compress(svg(HALVES)))
     assert open_image(path, size=40).getpixel((5, 5)) == RED
     prologue = b'\xef\xbb\xbf<?xml version="1.0"?>\n<!-- words -->\n' + svg(HALVES)

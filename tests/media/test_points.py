@@ -141,11 +141,11 @@ def test_coincident_points_stay():
     np.testing.assert_array_equal(open_points(np.ones((5, 3))), np.ones((5, 3)))
 
 
-def test_points_that_are_not_finite_are_counted_and_left_out(caplog, tmp_path):
+def test_points_that_are_not_finite_are_counted_and_skipped(caplog, tmp_path):
     path = tmp_path / "scan.xyz"
     path.write_text("0 0 0\nnan 1 2\n1 inf 3\n1e300 0 0\n4 5 6\n")
     np.testing.assert_array_equal(open_points(path), [[0, 0, 0], [4, 5, 6]])
-    assert f"{path}: 3 of 5 points are NaN or infinite, and were left out" in caplog.text
+    assert f"{path}: 3 of 5 points are NaN or infinite, and were skipped" in caplog.text
     with pytest.raises(MediaError, match="all 2 points are NaN"):
         open_points(np.full((2, 3), np.nan))
 
@@ -294,7 +294,7 @@ def test_without_trimesh_the_error_names_the_extra(monkeypatch):
     np.testing.assert_array_equal(open_points(b"1 2 3\n"), [[1, 2, 3]])
 
 
-# --- files that are no clouds ---
+# --- files that are not clouds ---
 
 
 @pytest.mark.parametrize(
@@ -351,7 +351,7 @@ def test_the_ending_decides_where_the_content_does_not(tmp_path):
         (np.array([[None, 1, 2]]), "an array of object"),
     ],
 )
-def test_arrays_that_are_no_clouds(array, reason):
+def test_arrays_that_are_not_clouds(array, reason):
     with pytest.raises(MediaError, match=reason):
         open_points(array)
 

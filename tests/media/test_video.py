@@ -54,7 +54,7 @@ FILES = {
 }  # fmt: skip
 
 
-def film(name: str, count: int = 60) -> bytes:
+def clip(name: str, count: int = 60) -> bytes:
     container, codec, settings = FILES[name]
     return video_file(container, codec, [numbered(n) for n in range(count)], **settings)
 
@@ -75,7 +75,7 @@ def decoded(data: bytes) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("name", FILES)
 def test_every_frame_is_the_one_that_its_number_says(name):
-    data = film(name)
+    data = clip(name)
     frames = decoded(data)
     assert [number_of(frame) for frame in frames] == list(range(60))
     asked = []
@@ -92,7 +92,7 @@ def test_every_frame_is_the_one_that_its_number_says(name):
 
 @pytest.mark.parametrize("name", ["mp4 h264 open groups", "webm vp9", "avi mpeg4", "avi h264 reordered"])
 def test_several_frames_of_one_file(name):
-    data, draw = film(name), random.Random(0)
+    data, draw = clip(name), random.Random(0)
     for _ in range(10):
         wanted = sorted(draw.sample(range(60), 5))
         found = read_frames(data, pick=lambda *_, wanted=wanted: wanted)
@@ -118,7 +118,7 @@ def test_seeking_decodes_a_part_of_the_file_only(monkeypatch):
 def test_rate_and_number_of_frames():
     asked = []
     for name in ("mkv h264 odd rate", "gif"):
-        list(read_frames(film(name), pick=lambda count, rate: asked.append((count, rate)) or [0]))
+        list(read_frames(clip(name), pick=lambda count, rate: asked.append((count, rate)) or [0]))
     assert asked == [(60, Fraction(30000, 1001)), (60, Fraction(10))]
 
 
@@ -161,7 +161,7 @@ def test_frames_are_counted_where_their_times_mislead(monkeypatch):
 
     monkeypatch.setattr(video_module, "_scan", misled)
     asked = []
-    found = read_frames(film("mp4 h264"), pick=lambda count, rate: asked.append(count) or [count // 2])
+    found = read_frames(clip("mp4 h264"), pick=lambda count, rate: asked.append(count) or [count // 2])
     assert [(number, number_of(frame)) for number, frame in found] == [(30, 30)]
     assert asked == [40, 60]
 
@@ -175,7 +175,7 @@ def test_frame_that_cannot_be_decoded_is_an_error_once_others_were_given(monkeyp
 
     monkeypatch.setattr(video_module, "_scan", misled)
     with pytest.raises(MediaError, match="frame 60 cannot be decoded"):
-        list(read_frames(film("mp4 h264"), pick=lambda *_: [0, 60]))
+        list(read_frames(clip("mp4 h264"), pick=lambda *_: [0, 60]))
 
 
 # --- upright, opaque RGB ---
@@ -210,7 +210,7 @@ def test_transparent_parts_become_white():
     assert first[5, 2].tolist() == [255, 0, 0]
 
 
-def test_lossless_colours_are_exact():
+def test_lossless_colors_are_exact():
     draw = np.random.default_rng(0)
     frames = draw.integers(0, 256, (3, 20, 30, 3), np.uint8)
     data = video_file("matroska", "ffv1", frames, pixels="bgr0")
@@ -220,7 +220,7 @@ def test_lossless_colours_are_exact():
 
 def test_one_frame(tmp_path):
     path = tmp_path / "still \u2603.mp4"
-    path.write_bytes(film("mp4 h264", count=1))
+    path.write_bytes(clip("mp4 h264", count=1))
     [(number, frame)] = read_frames(path, pick=first_and_last)
     assert (number, number_of(frame)) == (0, 0)
 
@@ -246,7 +246,7 @@ def test_array_is_a_video_at_25_frames_a_second():
     ],
 )
 def test_arrays_of_other_shapes_are_refused(array):
-    with pytest.raises(MediaError, match=r"expected a filled array \[N, H, W, 3\]"):
+    with pytest.raises(MediaError, match=r"expected a non-empty array \[N, H, W, 3\]"):
         list(read_frames(array, pick=everything))
 
 
@@ -284,7 +284,7 @@ def test_picture_is_no_video():
         list(read_frames(file.getvalue(), pick=everything))
 
 
-def test_sound_is_no_video():
+def test_audio_is_not_video():
     with pytest.raises(MediaError, match=r"no video track \(it holds: audio\)"):
         list(read_frames(wav(np.zeros((1, 800), np.int16), 8000), pick=everything))
 
@@ -292,7 +292,7 @@ def test_sound_is_no_video():
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
 @pytest.mark.parametrize("name", FILES)
 def test_truncated_files_give_what_they_hold_or_a_media_error(name, share):
-    data = film(name)
+    data = clip(name)
     try:
         found = list(read_frames(data[: int(share * len(data))], pick=everything))
     except MediaError:
@@ -304,7 +304,7 @@ def test_truncated_files_give_what_they_hold_or_a_media_error(name, share):
 
 @pytest.mark.parametrize("name", ["mp4 h264", "mkv h264 uneven", "avi mpeg4 reordered", "webm vp9", "gif"])
 def test_flipped_bytes_give_frames_or_a_media_error(name):
-    data, draw = film(name, count=20), np.random.default_rng(0)
+    data, draw = clip(name, count=20), np.random.default_rng(0)
     for _ in range(15):
         damaged = bytearray(data)
         for at in draw.integers(0, len(data), 5):
@@ -318,25 +318,25 @@ def test_flipped_bytes_give_frames_or_a_media_error(name):
 
 
 def test_huge_frames_are_refused(monkeypatch):
-    data = bytearray(film("gif", count=3))
+    data = bytearray(clip("gif", count=3))
     data[6:10] = struct.pack("<HH", 65535, 65535)
     with pytest.raises(MediaError, match="expected 1 to 100,000,000 pixels"):
         list(read_frames(bytes(data), pick=everything))
     monkeypatch.setattr(container_module, "MAX_PIXELS", 64 * 96 - 1)
     with pytest.raises(MediaError, match="frames of 96 x 64 pixels"):
-        list(read_frames(film("mp4 h264", count=3), pick=everything))
+        list(read_frames(clip("mp4 h264", count=3), pick=everything))
 
 
 @pytest.mark.parametrize("name", ["mp4 h264", "avi h264 reordered"])
 def test_endless_videos_are_refused(name, monkeypatch):
     monkeypatch.setattr(video_module, "MAX_FRAMES", 9)
     with pytest.raises(MediaError, match="more than 9 frames"):
-        list(read_frames(film(name, count=10), pick=everything))
+        list(read_frames(clip(name, count=10), pick=everything))
 
 
 def test_nothing_outside_the_file_is_opened(tmp_path, monkeypatch):
     real = tmp_path / "real.mp4"
-    real.write_bytes(film("mp4 h264", count=3))
+    real.write_bytes(clip("mp4 h264", count=3))
     playlists = {
         "a.m3u8": f"#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{real}\n#EXT-X-ENDLIST\n",
         "a.ffconcat": f"ffconcat version 1.0\nfile {real}\n",

@@ -239,8 +239,8 @@ def refuse_other_content(folder: Path) -> None:
 class Aligned:
     """One modality in the joint space of another encoder, as trained by `bindllm align`.
 
-    A frozen tower is an encoder that the folder names with its fingerprint. A trained tower is stored in the folder. The
-    embeddings lie in the target's space, so a model that was trained on images through the target needs no change.
+    A frozen tower is an encoder that the folder names with its fingerprint. A trained tower is stored in the folder.
+    The embeddings lie in the target's space, so a model that was trained on images through the target needs no change.
 
     Args:
         weights: folder that `bindllm align` wrote.

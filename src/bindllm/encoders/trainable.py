@@ -118,8 +118,8 @@ def build_tower(class_path: str, init_args: Mapping[str, Any], *, allow: Sequenc
     if not class_path.startswith("bindllm.") and class_path not in allow:
         raise EncoderError(
             f"the aligned encoder is built on the class {class_path!r}, which is not part of bindllm and would run "
-            f"code from there. If you trust it, give the encoder the argument allow=[{class_path!r}], or the command line "
-            f"--allow {class_path}"
+            f"code from there. If you trust it, give the encoder the argument allow=[{class_path!r}], or the command "
+            f"line --allow {class_path}"
         )
     module, _, name = class_path.rpartition(".")
     if class_path in allow:

@@ -1,6 +1,6 @@
-"""What a user hands in: one picture, sound, text, ... with a weight; and how the files are opened.
+"""Media: one image, audio, text, ... with a weight, and the functions that open files.
 
-A file reaches every encoder through one function per kind of media, so that it always means the same numbers.
+Every encoder reads a modality through the same function, so a file always gives the same numbers.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ __all__ = ["MAX_PIXELS", "MODALITIES", "SUFFIXES", "Media", "Modality", "Source"
 
 Modality = Literal["image", "video", "audio", "text", "point", "depth", "thermal", "imu"]
 MODALITIES: tuple[str, ...] = get_args(Modality)
-"""The modalities that files are opened for here; an encoder may serve any other, under any lower-case word."""
+"""The modalities whose files can be opened here. An encoder may serve others, under any lower-case word."""
 
 _WORD = re.compile("[a-z][a-z0-9_]*")
 
 
 def is_modality(name: object) -> bool:
-    """Tell whether this can be the name of a modality: a lower-case word, digits and _ after its first letter.
+    """Return whether this can be the name of a modality: a lower-case word, digits and _ after its first letter.
 
     Example:
         >>> is_modality("radar"), is_modality("Radar")
@@ -42,17 +42,17 @@ def is_modality(name: object) -> bool:
 class Media:
     """One image, video, audio, text, point cloud, depth map, thermal image or IMU signal, or anything else.
 
-    Nothing is opened here: a missing file is reported when an encoder prepares it, and a modality that no
-    encoder serves when one is looked for.
+    Nothing is opened here. A missing file is reported when an encoder prepares it, and an unknown modality when an
+    encoder for it is needed.
 
     Args:
         modality: one of `MODALITIES`, or any lower-case word that an encoder serves, such as ``"radar"``.
-        source: a path, the bytes of a file, an array or a Pillow picture; for text, the text itself.
-        weight: share of this media where several are fused into one group; finite and above 0.
+        source: a path, the bytes of a file, an array or a Pillow image; for text, the text itself.
+        weight: share of this media if several are fused into one group; finite and above 0.
 
     Raises:
-        InputError: a modality that is no lower-case word, wrong type of source, or a weight that is not finite and
-            above 0.
+        InputError: the modality is not a lower-case word, the source has the wrong type, or the weight is not finite
+            and above 0.
 
     Example:
         >>> Media.image("cat.jpg", weight=0.5)
@@ -84,7 +84,7 @@ class Media:
 
     @classmethod
     def image(cls, source: Source, weight: float = 1.0) -> Media:
-        """Return a picture: path, bytes of a file, array [H, W, 3] of uint8, or Pillow picture."""
+        """Return an image: path, bytes of a file, array [H, W, 3] of uint8, or Pillow image."""
         return cls("image", source, weight)
 
     @classmethod
@@ -94,7 +94,7 @@ class Media:
 
     @classmethod
     def audio(cls, source: Source, weight: float = 1.0) -> Media:
-        """Return a sound: path or bytes of a file, or an array of samples."""
+        """Return audio: path or bytes of a file, or an array of samples."""
         return cls("audio", source, weight)
 
     @classmethod
@@ -152,7 +152,7 @@ class Media:
 
 
 def _content(source: Source, *, is_text: bool) -> Iterator[bytes | memoryview]:
-    """Yield what identifies the content: a word for its kind first, so that kinds never collide."""
+    """Yield the bytes that identify the content: a word for its kind first, so that kinds never collide."""
     if is_text:
         yield b"text\n" + str(source).encode("utf-8", "surrogatepass")
     elif isinstance(source, np.ndarray):
@@ -160,7 +160,7 @@ def _content(source: Source, *, is_text: bool) -> Iterator[bytes | memoryview]:
         yield np.ascontiguousarray(source).tobytes()
     elif isinstance(source, Image.Image):
         orientation, transparency = source.getexif().get(0x0112), source.info.get("transparency")
-        yield f"picture {source.mode} {source.size} {orientation} {transparency}\n".encode()
+        yield f"image {source.mode} {source.size} {orientation} {transparency}\n".encode()
         yield bytes(source.getpalette() or ())
         yield source.tobytes()
     else:

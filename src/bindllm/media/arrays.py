@@ -17,10 +17,10 @@ import numpy as np
 from bindllm.errors import MediaError, reading
 
 MAX_ARRAY_BYTES = 512 * 1024 * 1024
-"""Largest array, as it lies in memory, that is read."""
+"""Largest array that is read, in memory."""
 
 NPY, NPZ = b"\x93NUMPY", b"PK\x03\x04"
-"""How the two kinds of files begin."""
+"""First bytes of the two kinds of files."""
 
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 _MAX_MEMBERS = 1000
@@ -29,7 +29,7 @@ _BLOCK = 1 << 23
 
 
 def holds_array(head: bytes) -> bool:
-    """Tell from the first bytes of a file whether it is an NPY or NPZ file."""
+    """Return from the first bytes of a file whether it is an NPY or NPZ file."""
     return head.startswith((NPY, NPZ))
 
 
@@ -38,7 +38,7 @@ def read_array(stream: BinaryIO, *, keys: Sequence[str]) -> np.ndarray:
 
     Args:
         stream: the file, at its start.
-        keys: names under which the array is looked for in an NPZ file that holds several.
+        keys: possible names of the array in an NPZ file that holds several.
 
     Raises:
         MediaError: damaged, not numbers, larger than `MAX_ARRAY_BYTES`, or an NPZ file without a clear choice.
@@ -66,7 +66,7 @@ def _read_npy(stream: BinaryIO) -> np.ndarray:
         shape, is_fortran, dtype = _HEADERS[version](stream)
     except MediaError:
         raise
-    # The header is parsed as Python text; what is wrong with it raises many classes of exception.
+    # The header is parsed as Python text, so errors in it raise many classes of exception.
     except Exception as error:
         raise MediaError(f"a damaged NPY file ({error}); replace the file") from error
     if dtype.subdtype is not None:
@@ -96,7 +96,7 @@ def _read_npz(stream: BinaryIO, keys: Sequence[str]) -> np.ndarray:
                 )
             if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise MediaError(f"{member.filename} is packed in a way that numpy never uses; save it again")
-            # A size must be given: without one, as much is unpacked as there is, whatever the header says.
+            # Without a size zipfile unpacks everything, whatever the header claims.
             with archive.open(member) as unpacked:
                 data = unpacked.read(member.file_size + 1)
     except (MediaError, MemoryError):
@@ -112,7 +112,7 @@ def _read_npz(stream: BinaryIO, keys: Sequence[str]) -> np.ndarray:
     ) as error:
         raise MediaError(f"a damaged or encrypted NPZ file ({error}); replace the file") from error
     if not data.startswith(NPY):
-        raise MediaError(f"{member.filename} is no NPY file; expected an archive made by numpy.savez")
+        raise MediaError(f"{member.filename} is not an NPY file; expected an archive made by numpy.savez")
     with reading(member.filename):
         return _read_npy(io.BytesIO(data))
 
@@ -131,8 +131,8 @@ def _choose(archive: zipfile.ZipFile, keys: Sequence[str]) -> zipfile.ZipInfo:
 def read_rows(stream: BinaryIO, *, first: int, columns: int, most: int | None = None) -> Iterator[np.ndarray]:
     """Yield the rows of a table of text in blocks [n, columns], float64, n at least 1.
 
-    Cells are parted by commas, else by semicolons, else by white space; empty lines and what follows ``#`` do not
-    count. Words such as ``nan`` and ``inf`` are numbers here: the caller decides what they mean.
+    Cells are separated by commas, else by semicolons, else by white space. Empty lines and text after ``#`` are
+    ignored. Words such as ``nan`` and ``inf`` are numbers here: the caller decides about their meaning.
 
     Args:
         stream: the file, at the line to begin with.
@@ -163,7 +163,7 @@ def _some_lines(stream: BinaryIO, most: int | None) -> list[bytes]:
 
 
 def _quickly(lines: list[bytes], columns: int) -> np.ndarray | None:
-    """Read lines that all look alike; None where one does not."""
+    """Read lines that all have the same form; None if one differs."""
     filled = [line for line in lines if line.lstrip()[:1] not in (b"", b"#")]
     if not filled:
         return np.empty((0, columns))
@@ -192,7 +192,7 @@ def _carefully(lines: list[bytes], columns: int, first: int) -> np.ndarray:
 
 
 def cells_of(line: bytes) -> list[bytes]:
-    """Return the cells of one line of a table; none where it is empty or a comment.
+    """Return the cells of one line of a table; none if it is empty or a comment.
 
     Example:
         >>> cells_of(b"1, 2,3 # note"), cells_of(b"1  2 3"), cells_of(b"1,,3")
@@ -205,12 +205,12 @@ def cells_of(line: bytes) -> list[bytes]:
 
 
 def _delimiter(line: bytes) -> bytes | None:
-    """Return what parts the cells of a line; None: any white space."""
+    """Return the separator of the cells of a line; None: any white space."""
     return next((mark for mark in (b",", b";") if mark in line), None)
 
 
 def is_number(cell: bytes) -> bool:
-    """Tell whether a cell is a number, ``nan`` and ``inf`` included."""
+    """Return whether a cell is a number, ``nan`` and ``inf`` included."""
     try:
         float(cell)
     except ValueError:

@@ -1,4 +1,7 @@
-"""Parts of sounds: any file or sound track, cut and resampled without holding a long sound in memory."""
+"""Parts of audio files and audio tracks, cut and resampled without holding a long recording in memory.
+
+`Resampler` gives the same numbers for any part as resampling the whole would.
+"""
 
 from __future__ import annotations
 
@@ -19,21 +22,21 @@ if TYPE_CHECKING:
     from av.packet import Packet
 
 ARRAY_RATE = 16_000
-"""Samples a second of a sound that is given as an array."""
+"""Sample rate of audio that is given as an array."""
 
 MAX_SECONDS = 24 * 3600
-"""Longest sound that is read; a few kilobytes can claim years of silence."""
+"""Longest audio that is read; a few kilobytes can claim years of silence."""
 
 MAX_RATE = 384_000
-"""Highest rate that is read, in samples a second."""
+"""Highest sample rate that is read, in samples a second."""
 
 MAX_CHANNELS = 64
 
 LOUDEST = 100.0
-"""Largest value that is read, where full scale is 1: a little above 1 is loud, far above is another unit."""
+"""Largest value that is read. Full scale is 1: a little above is loud, far above is another unit."""
 
 _KEPT = 1 << 23
-"""Values (samples times channels) up to which the first pass is kept, so that a short sound is decoded once."""
+"""Values (samples times channels) up to which the first pass is kept, so that short audio is decoded once."""
 
 _BLOCK = 1 << 16
 
@@ -59,25 +62,25 @@ class _Block(NamedTuple):
 def cut_audio(
     source: Source, *, rate: int, cut: Callable[[int], Sequence[tuple[int, int]]]
 ) -> list[np.ndarray]:
-    """Return parts of a sound, resampled as `Resampler` would do it with the whole of it.
+    """Return parts of an audio file, with the same numbers as if the whole was resampled.
 
     A file is decoded once to learn its exact length and, unless it is short, once more for the parts; memory
-    depends on the parts, not on the file. Gaps between packets are closed: what counts is the samples in their
+    depends on the parts, not on the file. Gaps between packets are closed: samples are taken in their
     order. Values of 8, 16 and 32 bits are divided by 128, 32768 and 2**31; floating-point values may pass 1 a
-    little, up to `LOUDEST`. Silence is a sound like any other.
+    little, up to `LOUDEST`. Silence is valid audio.
 
     Args:
-        source: path or bytes of a sound file or of a video with a sound track, or an array [N] or [C, N] of
+        source: path or bytes of an audio file or of a video with an audio track, or an array [N] or [C, N] of
             int16 or floats at `ARRAY_RATE`.
         rate: samples a second of the parts.
-        cut: gets the length of the sound in samples at ``rate`` and returns spans (start, stop) at ``rate``;
-            what lies outside the sound is left out.
+        cut: gets the length in samples at ``rate`` and returns spans (start, stop) at ``rate``; they are
+            limited to the length.
 
     Returns:
-        one [C, n] float32 for each span, C the channels of the sound, in -1..1.
+        one [C, n] float32 for each span, C channels, in -1..1.
 
     Raises:
-        MediaError: it cannot be opened or decoded, has no sound track or no samples, holds NaN or infinity, or
+        MediaError: it cannot be opened or decoded, has no audio track or no samples, holds NaN or infinity, or
             passes `MAX_SECONDS`, `MAX_RATE`, `MAX_CHANNELS` or `LOUDEST`; it names the file.
         MissingExtraError: PyAV is not installed.
 
@@ -102,20 +105,20 @@ def _survey(blocks: Iterable[_Block]) -> tuple[int, int, list[_Block] | None]:
     for rate, samples in blocks:
         total += samples.shape[1]
         if total > MAX_SECONDS * rate:
-            raise MediaError(f"longer than {MAX_SECONDS // 3600} hours; cut the sound first")
+            raise MediaError(f"longer than {MAX_SECONDS // 3600} hours; cut it first")
         if kept is not None:
             kept.append(_Block(rate, samples))
             if total * len(samples) > _KEPT:
                 kept = None
     if total == 0:
-        raise MediaError("no samples; expected a sound")
+        raise MediaError("no samples; expected audio")
     return total, rate, kept
 
 
 def _cut(
     blocks: Iterable[_Block], spans: list[tuple[int, int]], resampler: Resampler, total: int
 ) -> list[np.ndarray]:
-    """Resample the spans while the blocks pass by; held is only what the next span needs."""
+    """Resample the spans while the blocks pass by, and hold only the samples that the next span needs."""
     needs = [resampler.needs(*span) for span in spans]
     waiting = sorted(range(len(spans)), key=lambda number: spans[number], reverse=True)
     parts: list[np.ndarray] = [np.empty(0)] * len(spans)
@@ -148,7 +151,7 @@ def _blocks(source: Source, *, warn: bool = False) -> Iterator[_Block]:
         if not loudest <= LOUDEST:
             raise MediaError(
                 f"holds a sample of {loudest:g}; expected finite values with full scale at 1 "
-                f"(at most {LOUDEST:g}). Scale or repair the sound first"
+                f"(at most {LOUDEST:g}). Scale or repair it first"
             )
         yield block
 
@@ -200,9 +203,9 @@ def _frames(parts: Iterable[Packet], stream: AudioStream, *, name: str) -> Itera
             yield from frames
     yield from stream.decode(None)
     if damaged > 1 + count // 100:
-        raise MediaError(f"{damaged} of {count} packets of sound are damaged; replace the file")
+        raise MediaError(f"{damaged} of {count} audio packets are damaged; replace the file")
     if damaged and name:
-        _log.warning("%s: %d of %d packets of sound are damaged and left out", name, damaged, count)
+        _log.warning("%s: %d of %d audio packets are damaged and were skipped", name, damaged, count)
 
 
 def _check_layout(rate: int, channels: int) -> None:
@@ -227,11 +230,11 @@ class Resampler:
 
     With o and n the rates divided by their greatest common divisor and f = 0.99 min(o, n), sample j of the result
     is the sum over i of x[i] h((i/o - j/n) f) f/o, where h(t) = sinc(t) cos^2(pi t / 12) for |t| < 6 and 0 beyond.
-    The result has ceil(n N / o) samples. At equal rates the samples are passed on as they are.
+    The result has ceil(n N / o) samples. At equal rates the samples do not change.
 
     Args:
-        source_rate: samples a second of what is given.
-        rate: samples a second of what is wanted.
+        source_rate: sample rate of the input.
+        rate: sample rate of the output.
     """
 
     def __init__(self, source_rate: int, rate: int) -> None:
@@ -255,9 +258,9 @@ class Resampler:
         """Return results ``start`` to ``stop``.
 
         Args:
-            samples: [C, n] float32, the source from sample ``first`` on; it covers `needs` but for what lies
-                before or behind the whole sound, which counts as 0.
-            first: where ``samples`` starts in the whole sound.
+            samples: [C, n] float32, the source from sample ``first`` on. It covers `needs`; samples before or
+                after the whole recording count as 0.
+            first: position of ``samples`` in the whole recording.
             start: first result.
             stop: result to stop before.
 

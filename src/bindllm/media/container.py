@@ -1,4 +1,4 @@
-"""Opening sound and video files by PyAV: plain files only, known containers only, every failure names the file."""
+"""Opening audio and video files with PyAV: only plain files in known containers; every error names the file."""
 
 from __future__ import annotations
 
@@ -22,23 +22,21 @@ if TYPE_CHECKING:
 
 Track = Literal["audio", "video"]
 
-# Names of FFmpeg's demuxers. Playlists (hls, dash, concat), devices and picture sequences would open other files
+# Names of FFmpeg's demuxers. Playlists (hls, dash, concat), devices and image sequences would open other files
 # or addresses, so they are not among them.
 _DEMUXERS = ("aac", "aiff", "avi", "flac", "gif", "matroska", "mov", "mp3", "ogg", "w64", "wav")
 
 _EXPECTED = {
-    "audio": "a sound (WAV, MP3, FLAC, OGG, M4A, AAC, AIFF) or a video with a sound track (MP4, MOV, WebM, MKV, AVI)",
+    "audio": "audio (WAV, MP3, FLAC, OGG, M4A, AAC, AIFF) or a video with an audio track (MP4, MOV, WebM, MKV, AVI)",
     "video": "a video (MP4, MOV, WebM, MKV, AVI or GIF)",
 }
-_WORDS = {"audio": "sound", "video": "video"}
-
 _OPTIONS = {
     "format_whitelist": ",".join(_DEMUXERS),
     # The bytes come from us; a file that refers to others must not make FFmpeg open anything.
     "protocol_whitelist": "none",
-    # An MP3 may start with a cover picture of some megabytes.
+    # An MP3 may start with a cover image of some megabytes.
     "formatprobesize": str(1 << 23),
-    # Bytes of WAV that one packet holds: by default so few that handling packets takes most of the time.
+    # Bytes of WAV in one packet. The default is so small that handling packets takes most of the time.
     "max_size": str(1 << 17),
     # Frames are also decoded while a file is opened, to learn about its tracks.
     "max_pixels": str(MAX_PIXELS),
@@ -46,7 +44,7 @@ _OPTIONS = {
 
 
 class _Opened:
-    """A stream as FFmpeg sees it: bytes, and of the name only the ending, which helps to tell formats apart."""
+    """A stream as FFmpeg sees it: bytes, and only the ending of the name, which helps to recognize formats."""
 
     def __init__(self, stream: BinaryIO, source: str | Path | bytes) -> None:
         ending = Path(name_of(source)).suffix.lower()
@@ -56,19 +54,19 @@ class _Opened:
 
 @contextmanager
 def open_track(source: Source, track: Track) -> Iterator[tuple[InputContainer, Stream]]:
-    """Open a file and choose its best sound or video track (FFmpeg's choice; cover pictures are no video).
+    """Open a file and choose its best audio or video track (FFmpeg's choice; cover images are not video).
 
-    Only the containers of `_DEMUXERS` are opened, recognised by content, and nothing outside the file is read.
-    Whatever FFmpeg raises inside the ``with`` block becomes a MediaError that names the file.
+    Only the containers of `_DEMUXERS` are opened, recognized by content, and nothing outside the file is read.
+    Errors of FFmpeg inside the ``with`` block become a MediaError.
 
     Raises:
-        MediaError: missing, empty, damaged, no sound or video, without such a track, or frames above `MAX_PIXELS`.
+        MediaError: missing, empty, damaged, not audio or video, without such a track, or frames above `MAX_PIXELS`.
         MissingExtraError: PyAV is not installed.
     """
     try:
         import av
     except ImportError as error:
-        raise MissingExtraError("av", extra=track, purpose=f"read {_WORDS[track]} files") from error
+        raise MissingExtraError("av", extra=track, purpose=f"read {track} files") from error
     if isinstance(source, np.ndarray | Image.Image):
         raise MediaError(f"expected {_EXPECTED[track]}")
     with open_stream(source) as stream:
@@ -80,7 +78,7 @@ def open_track(source: Source, track: Track) -> Iterator[tuple[InputContainer, S
             container = av.open(_Opened(stream, source), "r", options=_OPTIONS, metadata_errors="replace")
         except Exception as error:
             raise MediaError(
-                f"cannot be opened as {_WORDS[track]} (it starts with {head!r}: {_reason(error)}); "
+                f"cannot be opened as {track} (it starts with {head!r}: {_reason(error)}); "
                 f"expected {_EXPECTED[track]}"
             ) from error
         with decoding(track), container:
@@ -94,21 +92,21 @@ def _choose(container: InputContainer, track: Track) -> Stream:
     stream = container.streams.best(track)
     if stream is None or Disposition.attached_pic in stream.disposition:
         kinds = ", ".join(sorted({other.type for other in container.streams})) or "nothing"
-        raise MediaError(f"no {_WORDS[track]} track (it holds: {kinds}); expected {_EXPECTED[track]}")
+        raise MediaError(f"no {track} track (it holds: {kinds}); expected {_EXPECTED[track]}")
     context = stream.codec_context
     if context is None:
-        raise MediaError(f"no decoder for its {_WORDS[track]} track; convert the file")
+        raise MediaError(f"no decoder for its {track} track; convert the file")
     if track == "video":
         check_frame_size(context.width, context.height)
     context.options = {"max_pixels": str(MAX_PIXELS)}
-    # Files are read in several threads at once, so more threads for each would only get in each other's way.
+    # Files are read in several threads at once, so more threads for each would only compete.
     context.thread_count = 1
     return stream
 
 
 @contextmanager
 def decoding(track: Track) -> Iterator[None]:
-    """Turn what PyAV raises while a file is read into a MediaError."""
+    """Turn errors of PyAV while a file is read into a MediaError."""
     from av.error import FFmpegError
 
     try:
@@ -117,9 +115,7 @@ def decoding(track: Track) -> Iterator[None]:
         raise
     # Damaged files can make PyAV itself fail as well: with unknown formats, or numbers out of range.
     except (FFmpegError, ValueError, OverflowError, OSError, RuntimeError) as error:
-        raise MediaError(
-            f"damaged or truncated {_WORDS[track]} ({_reason(error)}); replace the file"
-        ) from error
+        raise MediaError(f"damaged or truncated {track} ({_reason(error)}); replace the file") from error
 
 
 def packets(container: InputContainer, stream: Stream) -> Iterator[Packet]:
@@ -129,7 +125,7 @@ def packets(container: InputContainer, stream: Stream) -> Iterator[Packet]:
         MediaError: a packet is cut off by the end of the file.
     """
     for packet in container.demux(stream):
-        # An empty packet would tell the decoder that the file has ended.
+        # An empty packet would mean the end of the file to the decoder.
         if packet.size == 0:
             continue
         if packet.is_corrupt:
@@ -138,10 +134,10 @@ def packets(container: InputContainer, stream: Stream) -> Iterator[Packet]:
 
 
 def check_frame_size(width: int, height: int) -> None:
-    """Refuse frames of more than `MAX_PIXELS`, and of 0 where FFmpeg could not decode any to learn their size.
+    """Refuse frames of more than `MAX_PIXELS`, and of size 0, which means that FFmpeg could not decode any.
 
     Raises:
-        MediaError: names the file and the size.
+        MediaError: the message has the size.
     """
     if not 1 <= width * height <= MAX_PIXELS:
         raise MediaError(
@@ -154,7 +150,7 @@ def _reason(error: Exception) -> str:
     """Return FFmpeg's own words without its error number and file name."""
     from av.error import ArgumentError, FFmpegError
 
-    # What FFmpeg says of a format that is not among `_DEMUXERS`.
+    # FFmpeg's error for a format that is not among `_DEMUXERS`.
     if isinstance(error, ArgumentError):
         return "another kind of file"
     return error.strerror if isinstance(error, FFmpegError) else str(error)

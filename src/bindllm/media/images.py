@@ -1,4 +1,4 @@
-"""Opening pictures: every format and mode becomes upright 8-bit RGB."""
+"""Opening images: every format and mode becomes upright 8-bit RGB."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from bindllm.media.source import Source, name_of, open_stream
 from bindllm.media.svg import looks_like_svg, render_svg
 
 MAX_PIXELS = 100_000_000
-"""Largest picture (width times height) that is decoded: 100 megapixels, about 300 MB as RGB."""
+"""Largest image (width times height) that is decoded: 100 megapixels, about 300 MB as RGB."""
 
 _HEAD = 4096
 
 _DRAWN_SIDE = 448
 
 # Pillow's plugin is named for each signature, so only these formats are ever decoded, and the header can be
-# read without `Image.open`, which warns about large pictures according to a process-wide setting.
+# read without `Image.open`, which warns about large images according to a process-wide setting.
 _RASTER_READERS: tuple[tuple[bytes, type[ImageFile.ImageFile]], ...] = (
     (b"\xff\xd8\xff", JpegImagePlugin.JpegImageFile),
     (b"\x89PNG\r\n\x1a\n", PngImagePlugin.PngImageFile),
@@ -47,21 +47,21 @@ _RASTER_READERS: tuple[tuple[bytes, type[ImageFile.ImageFile]], ...] = (
 
 
 def open_image(source: Source, *, size: int | None = 448) -> Image.Image:
-    """Open a picture as upright RGB, transparent parts on white.
+    """Open an image as upright RGB, transparent parts on white.
 
-    JPEG, PNG, WebP, GIF, BMP, TIFF and SVG are recognised by their content, not by their name. The first
-    frame of an animation is taken and the EXIF orientation is applied; colour profiles are not. 16-bit grey
-    is scaled by its range (0..65535). 32-bit grey must lie in 0..1 (floats only), 0..255 or 0..65535.
+    JPEG, PNG, WebP, GIF, BMP, TIFF and SVG are recognized by their content, not by their name. The first
+    frame of an animation is taken and the EXIF orientation is applied; color profiles are not. 16-bit gray
+    is scaled by its range (0..65535). 32-bit gray must lie in 0..1 (floats only), 0..255 or 0..65535.
 
     Args:
-        source: path, bytes of a file, array [H, W], [H, W, 3] or [H, W, 4] of uint8, or Pillow picture.
-        size: side in pixels that the caller will shrink the picture to. An SVG is rendered so that its
-            longer side has this length. A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where both sides
+        source: path, bytes of a file, array [H, W], [H, W, 3] or [H, W, 4] of uint8, or Pillow image.
+        size: side in pixels that the caller will shrink the image to. An SVG is rendered so that its
+            longer side has this length. A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if both sides
             stay at least twice this length, which bounds time and memory. All others keep their size.
             None: every pixel of a JPEG is decoded as stored, and an SVG gets 448 pixels.
 
     Raises:
-        MediaError: missing, empty, truncated, not a picture, or above `MAX_PIXELS`; it names the file.
+        MediaError: missing, empty, truncated, not an image, or above `MAX_PIXELS`; it names the file.
         MissingExtraError: an SVG without the extra ``svg``.
     """
     with reading(name_of(source)):
@@ -75,7 +75,7 @@ def open_image(source: Source, *, size: int | None = 448) -> Image.Image:
             head = stream.read(_HEAD)
             stream.seek(0)
             if not head:
-                raise MediaError("the file is empty; expected a picture")
+                raise MediaError("the file is empty; expected an image")
             if looks_like_svg(head):
                 return render_svg(stream, size=size or _DRAWN_SIDE)
             with open_raster(stream) as image:
@@ -86,13 +86,13 @@ def open_image(source: Source, *, size: int | None = 448) -> Image.Image:
 
 @contextmanager
 def open_raster(stream: BinaryIO) -> Iterator[Image.Image]:
-    """Yield the raster picture in a stream, not decoded yet, in the mode that it is stored in.
+    """Yield the raster image in a stream, not decoded yet, in its stored mode.
 
     Args:
         stream: the file, at its start.
 
     Raises:
-        MediaError: not a raster picture, above `MAX_PIXELS`, or whatever Pillow raises while it is open.
+        MediaError: not a raster image, above `MAX_PIXELS`, or an error of Pillow while it is open.
     """
     head = stream.read(_HEAD)
     stream.seek(0)
@@ -114,37 +114,37 @@ def _raster_reader(head: bytes) -> type[ImageFile.ImageFile]:
         if head.startswith(signature):
             return reader
     raise MediaError(
-        f"not a picture (it starts with {head[:12]!r}); expected JPEG, PNG, WebP, GIF, BMP, TIFF or SVG"
+        f"not an image (it starts with {head[:12]!r}); expected JPEG, PNG, WebP, GIF, BMP, TIFF or SVG"
     )
 
 
 @contextmanager
 def decoding() -> Iterator[None]:
-    """Turn what Pillow raises while it reads a picture into a MediaError."""
+    """Turn errors of Pillow while it reads an image into a MediaError."""
     try:
         yield
     except (MediaError, MemoryError):
         raise
     # Damaged files make it raise nearly every class of exception: all of them mean "cannot be decoded".
     except Exception as error:
-        raise MediaError(f"a damaged or truncated picture ({error}); replace the file") from error
+        raise MediaError(f"a damaged or truncated image ({error}); replace the file") from error
 
 
 def check_size(image: Image.Image) -> None:
-    """Refuse a picture above `MAX_PIXELS` before it is decoded."""
+    """Refuse an image above `MAX_PIXELS` before it is decoded."""
     if image.width * image.height > MAX_PIXELS:
         raise MediaError(
             f"{image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are decoded. "
-            "Scale the picture down first"
+            "Scale the image down first"
         )
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Decode, turn upright, and convert every mode to RGB on white; the picture given keeps its mode."""
+    """Decode, turn upright, and convert every mode to RGB on white; the given image keeps its mode."""
     image.load()
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        return _grey_from_wide(image)
+        return _gray_from_wide(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -152,8 +152,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _grey_from_wide(image: Image.Image) -> Image.Image:
-    """Scale 16-bit and 32-bit grey to 8 bits by its range; Pillow itself would clip at 255."""
+def _gray_from_wide(image: Image.Image) -> Image.Image:
+    """Scale 16-bit and 32-bit gray to 8 bits by its range; Pillow itself would clip at 255."""
     values = np.asarray(image, dtype=np.float32)
     low, high = float(values.min()), float(values.max())
     if image.mode.startswith("I;16"):

@@ -1,4 +1,4 @@
-"""Opening maps: depth in metres, and thermal images, one number for each pixel."""
+"""Opening depth maps, in meters, and thermal images: one number for each pixel."""
 
 from __future__ import annotations
 
@@ -11,59 +11,59 @@ from bindllm.media.images import MAX_PIXELS, check_size, decoding, open_image, o
 from bindllm.media.source import Source, name_of, open_stream
 
 DARKEST, BRIGHTEST = 1.0, 99.0
-"""Percentiles of a thermal image that become 0 and 1, where its values have no range of their own."""
+"""Percentiles of a thermal image that become 0 and 1, if its values have no range of their own."""
 
 _HEAD = 4096
 _EXR = b"\x76\x2f\x31\x01"
-_MILLIMETRES = 1000  # in a metre
+_MILLIMETERS = 1000  # in a meter
 _ENOUGH = 1_000_000
 
 
 def open_depth(source: Source) -> np.ndarray:
     """Open a depth map.
 
-    Integers are millimetres and floats are metres, in pictures as in arrays: a 16-bit PNG or TIFF, a 32-bit TIFF, an
+    Integers are millimeters and floats are meters, in images as in arrays: a 16-bit PNG or TIFF, a 32-bit TIFF, an
     NPY or NPZ file (array ``depth``, if it holds several). 0, negative, NaN and infinite values mean that nothing was
-    measured. Files of other units have to be converted first; those of SUN RGB-D hold millimetres whose bits are
+    measured. Files of other units have to be converted first; those of SUN RGB-D hold millimeters whose bits are
     rotated left by 3 (https://rgbd.cs.princeton.edu, its toolbox's read3dPoints).
 
     Args:
-        source: path or bytes of a file, an array [H, W] or [H, W, 1], or a Pillow picture of 16 or 32 bits.
+        source: path or bytes of a file, an array [H, W] or [H, W, 1], or a Pillow image of 16 or 32 bits.
 
     Returns:
-        [H, W], float32: metres, 0 where nothing was measured.
+        [H, W], float32: meters, 0 where nothing was measured.
 
     Raises:
-        MediaError: missing, damaged, of 8 bits or in colour, OpenEXR, above `MAX_PIXELS`, or nothing was measured at
+        MediaError: missing, damaged, of 8 bits or in color, OpenEXR, above `MAX_PIXELS`, or nothing was measured at
             all; it names the file.
     """
     with reading(name_of(source)):
         values = _read_values(source, key="depth")
         if values is None or values.dtype.itemsize == 1:
             raise MediaError(
-                "8 bits or colour cannot hold depth; expected a 16-bit PNG or TIFF in millimetres, or an NPY in "
-                "metres. Save the depth itself, not a picture of it"
+                "8 bits or color cannot hold depth; expected a 16-bit PNG or TIFF in millimeters, or an NPY in "
+                "meters. Save the depth values, not an image of them"
             )
         is_float = values.dtype.kind == "f"
         with np.errstate(over="ignore", invalid="ignore"):
-            metres = values.astype(np.float32) / np.float32(1 if is_float else _MILLIMETRES)
-        metres = np.where(np.isfinite(metres) & (metres > 0), metres, np.float32(0))
-        if not metres.any():
+            meters = values.astype(np.float32) / np.float32(1 if is_float else _MILLIMETERS)
+        meters = np.where(np.isfinite(meters) & (meters > 0), meters, np.float32(0))
+        if not meters.any():
             raise MediaError("no pixel of this depth map was measured (all are 0, negative or not finite)")
-        return metres
+        return meters
 
 
 def open_thermal(source: Source) -> np.ndarray:
     """Open a thermal image as brightness.
 
-    Pictures of 8 bits, grey or colour, and arrays of uint8 are their luminance / 255. Arrays and TIFF files of floats
+    Images of 8 bits, gray or color, and arrays of uint8 are their luminance / 255. Arrays and TIFF files of floats
     within 0..1 are taken as they are. Everything else (16 bits, temperatures in any unit) has no range of its own:
-    its percentiles `DARKEST` and `BRIGHTEST` (of a million pixels, evenly taken, where there are more) become 0 and 1,
-    what lies beyond is clipped, and an even map becomes 0. NaN and infinite values become 0.
+    its percentiles `DARKEST` and `BRIGHTEST` (of a million evenly chosen pixels, if it has more) become 0 and 1,
+    values beyond are clipped, and a constant map becomes 0. NaN and infinite values become 0.
 
     Args:
-        source: path or bytes of a file (any picture, NPY, or NPZ with the array ``thermal``), an array [H, W],
-            [H, W, 1], or [H, W, 3] of uint8, or a Pillow picture.
+        source: path or bytes of a file (any image, NPY, or NPZ with the array ``thermal``), an array [H, W],
+            [H, W, 1], or [H, W, 3] of uint8, or a Pillow image.
 
     Returns:
         [H, W], float32, 0..1.
@@ -74,8 +74,8 @@ def open_thermal(source: Source) -> np.ndarray:
     with reading(name_of(source)):
         values = _read_values(source, key="thermal")
         if values is None or values.ndim == 3:
-            picture = open_image(source if values is None else values, size=None)
-            return np.asarray(picture.convert("L"), dtype=np.float32) / 255
+            image = open_image(source if values is None else values, size=None)
+            return np.asarray(image.convert("L"), dtype=np.float32) / 255
         if values.dtype == np.uint8:
             return values.astype(np.float32) / 255
         is_finite = np.isfinite(values)
@@ -96,18 +96,18 @@ def open_thermal(source: Source) -> np.ndarray:
 
 
 def _read_values(source: Source, *, key: str) -> np.ndarray | None:
-    """Return the numbers [H, W], or [H, W, 3 or 4] of uint8, as stored; None: a picture of 8 bits or in colour."""
+    """Return the numbers [H, W], or [H, W, 3 or 4] of uint8, as stored; None: an image of 8 bits or in color."""
     if isinstance(source, np.ndarray):
         return _from_array(source)
     if isinstance(source, Image.Image):
         with decoding():
             check_size(source)
-            return _from_picture(source)
+            return _from_image(source)
     with open_stream(source) as stream:
         head = stream.read(_HEAD)
         stream.seek(0)
         if not head:
-            raise MediaError("the file is empty; expected a picture or an NPY file")
+            raise MediaError("the file is empty; expected an image or an NPY file")
         if head.startswith(_EXR):
             raise MediaError("OpenEXR is not read here; save it as NPY, or as a 16-bit PNG or TIFF")
         if holds_array(head):
@@ -115,10 +115,10 @@ def _read_values(source: Source, *, key: str) -> np.ndarray | None:
         if key == "thermal" and not head.startswith((b"\x89PNG", b"II", b"MM")):
             return None
         with open_raster(stream) as image:
-            return _from_picture(image)
+            return _from_image(image)
 
 
-def _from_picture(image: Image.Image) -> np.ndarray | None:
+def _from_image(image: Image.Image) -> np.ndarray | None:
     is_wide = image.mode.startswith("I;16") or image.mode in ("I", "F")
     return np.asarray(image) if is_wide else None
 
@@ -127,8 +127,8 @@ def _from_array(array: np.ndarray) -> np.ndarray:
     check_numbers(array)
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
-    is_colour = array.ndim == 3 and array.shape[2] in (3, 4) and array.dtype == np.uint8
-    if not (is_colour or array.ndim == 2) or array.size == 0:
+    is_color = array.ndim == 3 and array.shape[2] in (3, 4) and array.dtype == np.uint8
+    if not (is_color or array.ndim == 2) or array.size == 0:
         raise MediaError(f"an array {list(array.shape)}; expected [H, W] or [H, W, 1], not empty")
     if array.shape[0] * array.shape[1] > MAX_PIXELS:
         raise MediaError(

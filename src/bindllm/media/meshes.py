@@ -19,7 +19,7 @@ MAX_MESH_BYTES = 128 * 1024 * 1024
 """Largest mesh file that is read; in memory it takes ten to twenty times as much."""
 
 MAX_VERTICES = 10_000_000
-"""Most vertices of a mesh, those of repeated parts counted each time."""
+"""Most vertices of a mesh; repeated parts count each time."""
 
 _MAX_NODES = 10_000
 _COMPRESSED = ("KHR_draco_mesh_compression", "EXT_meshopt_compression")
@@ -79,7 +79,7 @@ def sample_mesh(stream: BinaryIO, *, kind: str) -> np.ndarray:
 
 
 def _check_glb(data: bytes) -> None:
-    """Refuse what the reader would leave out, or unpack to far more than the file holds."""
+    """Refuse compressed meshes, which the reader would skip, and counts far beyond the size of the file."""
     length = int.from_bytes(data[12:16], "little")
     try:
         tree = json.loads(data[20 : 20 + length])
@@ -98,11 +98,13 @@ def _check_glb(data: bytes) -> None:
 
 
 def _gather(scene: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Return the vertices [V, 3] and triangles [F, 3] of everything that a scene shows, where it stands."""
+    """Return the vertices [V, 3] and triangles [F, 3] of everything that a scene shows, at its position."""
     vertices, faces, count = [], [], 0
     for part, triangles in _parts(scene):
         if len(triangles) and not (triangles.min() >= 0 and triangles.max() < len(part)):
-            raise MediaError("a damaged mesh: a face names a vertex that is not there; replace the file")
+            raise MediaError(
+                "a damaged mesh: a face refers to a vertex that does not exist; replace the file"
+            )
         vertices.append(part)
         faces.append(triangles + count)
         count += len(part)
@@ -128,13 +130,13 @@ def _parts(scene: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def _spread(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
-    """Return points evenly spread over the triangles, or the vertices where those have no area."""
+    """Return points evenly spread over the triangles, or the vertices if those have no area."""
     faces = faces[np.isfinite(vertices).all(axis=1)[faces].all(axis=1)]
     corners = vertices[faces]
     scale = np.abs(corners).max(initial=0.0)
     if scale == 0:
         return vertices
-    # Within -1..1, so that no product overflows; around the centre, so that none is rounded away.
+    # Within -1..1, so that no product overflows; around the center, so that none is rounded away.
     corners = corners / scale
     middle = (corners.min(axis=(0, 1)) + corners.max(axis=(0, 1))) / 2
     corners = corners - middle

@@ -29,17 +29,17 @@ _UNIT = re.compile(r"[\[(].*?[\])]")
 def open_imu(source: Source, *, steps: int) -> np.ndarray:
     """Open a signal and stretch or squeeze it to a number of steps.
 
-    Files are tables of text or NPY. A table is parted by commas, semicolons, tabs or spaces. Its header, if it has
-    one, names the columns in any order, as in ``time, acc_x, acc_y, acc_z, gyro_x, gyro_y, gyro_z``; without one, six
-    columns are acceleration x y z and rotation x y z, and seven begin with the time. With times, which must rise, the
-    steps are even in time; otherwise the readings are taken as even. Steps lie between the first and the last reading,
-    both included, and are interpolated linearly, without smoothing. One reading alone is held throughout.
+    Files are tables of text or NPY files. Commas, semicolons, tabs or spaces separate the cells of a table. Its header,
+    if it has one, names the columns in any order, as in ``time, acc_x, acc_y, acc_z, gyro_x, gyro_y, gyro_z``. Without
+    one, six columns are acceleration x y z and rotation x y z, and seven begin with the time. With times, which must
+    rise, the steps are even in time; otherwise the readings are taken as even. Steps lie between the first and the last
+    reading, both included, and are interpolated linearly, without smoothing. A single reading is repeated.
 
-    Values keep their units; ImageBind was trained on metres per second squared and radians per second.
+    Values keep their units; ImageBind was trained on meters per second squared and radians per second.
 
     Args:
         source: path or bytes of a file, or an array [N, 6] or [6, N] (6 x 6 is refused: it could be either).
-        steps: how many there shall be, at least 1.
+        steps: length of the result, at least 1.
 
     Returns:
         [6, steps], float32: acceleration x y z, then rotation x y z.
@@ -51,7 +51,7 @@ def open_imu(source: Source, *, steps: int) -> np.ndarray:
     with reading(name_of(source)):
         times: np.ndarray | None = None
         if isinstance(source, Image.Image):
-            raise MediaError("a picture; expected a table or an array of six signals")
+            raise MediaError("an image; expected a table or an array of six signals")
         if isinstance(source, np.ndarray):
             signal = _from_array(source)
         else:
@@ -124,33 +124,33 @@ def _from_table(stream: BinaryIO) -> tuple[np.ndarray, np.ndarray | None]:
 
 
 def _first_cells(stream: BinaryIO) -> tuple[list[bytes], int]:
-    """Return the cells of the first line that has any, and its number; the stream is left behind it."""
+    """Return the cells of the first line that has any, and its number; the stream is left after it."""
     for number, line in enumerate(iter(lambda: stream.readline(_HEAD), b""), start=1):
         line = line.removeprefix(b"\xef\xbb\xbf")
         if cells := cells_of(line):
-            # The names of a header parted by tabs may hold spaces.
+            # Names may contain spaces if tabs separate them.
             is_tabbed = b"\t" in line and b"," not in line and b";" not in line
             return line.split(b"\t") if is_tabbed and not all(map(is_number, cells)) else cells, number
     raise MediaError("no readings; expected a table or an array of six signals")
 
 
 def _read_header(words: list[str]) -> tuple[list[int], int | None]:
-    """Return where the six signals are, in the order of `AXES`, and where the time is."""
-    places: dict[int, int] = {}
+    """Return the columns of the six signals, in the order of `AXES`, and of the time."""
+    columns: dict[int, int] = {}
     time: int | None = None
     odd = []
     for column, word in enumerate(words):
         plain = re.sub(r"[^a-z0-9]", "", _UNIT.sub("", word.lower()))
         if found := _AXIS.fullmatch(plain):
             axis = "xyz".index(found[3]) + (3 if found[2] else 0)
-            if axis in places:
+            if axis in columns:
                 odd.append(word)
-            places[axis] = column
+            columns[axis] = column
         elif _TIME.fullmatch(plain) and time is None:
             time = column
         else:
             odd.append(word)
-    missing = [axis for place, axis in enumerate(AXES) if place not in places]
+    missing = [axis for row, axis in enumerate(AXES) if row not in columns]
     if odd or missing:
         shown = ", ".join(repr(word[:40]) for word in words[:30])
         problem = f"unknown or repeated: {', '.join(repr(word[:40]) for word in odd[:10])}" if odd else ""
@@ -159,7 +159,7 @@ def _read_header(words: list[str]) -> tuple[list[int], int | None]:
             f"the columns are {shown} ({'; '.join(filter(None, (problem, lacking)))}). Expected acc_x, acc_y, "
             "acc_z, gyro_x, gyro_y, gyro_z and, if there is one, time; rename or remove the others"
         )
-    return [places[axis] for axis in range(6)], time
+    return [columns[axis] for axis in range(6)], time
 
 
 def _resample(signal: np.ndarray, times: np.ndarray | None, steps: int) -> np.ndarray:

@@ -20,7 +20,7 @@ from bindllm.media.meshes import sample_mesh
 from bindllm.media.source import Source, name_of, open_stream
 
 MAX_POINTS = 1_000_000
-"""Most points that are returned; of more, every second, fourth, eighth, ... is taken."""
+"""Most points that are returned; above it, every second, fourth, eighth, ... is taken."""
 
 _KEYS = ("points", "xyz", "vertices", "pc")
 _MOST_COLUMNS = 64
@@ -40,14 +40,14 @@ _log = logging.getLogger("bindllm")
 def open_points(source: Source) -> np.ndarray:
     """Open a point cloud, or a mesh as points on its surface.
 
-    Files are recognised by their content; the ending of a path decides only where that says nothing. Of a mesh (OBJ,
-    OFF, STL, GLB, PLY with faces) `bindllm.media.meshes.SAMPLES` points are spread evenly over the surface, the same
-    ones every time; a mesh without area gives its vertices. Of more than `MAX_POINTS` points every second, fourth, ...
-    in the order of the file is taken. Points that are NaN, infinite or beyond the range of 32-bit floats are left out,
-    and a warning counts them. Columns behind x y z (colours, normals) are not read.
+    Files are recognized by their content; the suffix of a path decides only if the content is unclear. A mesh (OBJ,
+    OFF, STL, GLB, PLY with faces) becomes `bindllm.media.meshes.SAMPLES` points, spread evenly over its surface, the
+    same ones every time; a mesh without area gives its vertices. Above `MAX_POINTS` points, every second, fourth, ...
+    in the order of the file is taken. Points that are NaN, infinite or beyond the range of 32-bit floats are skipped,
+    and a warning counts them. Columns after x y z (colors, normals) are not read.
 
     Coordinates stay as they are, with one exception: a cloud so far from the origin that 32-bit floats would round its
-    shape away (surveyed coordinates, for example) is moved to its centre.
+    shape away (surveyed coordinates, for example) is moved to its center.
 
     Args:
         source: path or bytes of a file (PLY, OBJ, OFF, STL, GLB, NPY, NPZ with the array ``points``, or a table of
@@ -63,7 +63,7 @@ def open_points(source: Source) -> np.ndarray:
     name = name_of(source)
     with reading(name):
         if isinstance(source, Image.Image):
-            raise MediaError("a picture; expected a point cloud")
+            raise MediaError("an image; expected a point cloud")
         if isinstance(source, np.ndarray):
             return _finish(_from_array(source), name)
         with open_stream(source) as stream:
@@ -113,7 +113,7 @@ def _from_array(array: np.ndarray) -> np.ndarray:
     check_numbers(array)
     if array.ndim != 2 or not 3 <= array.shape[1] <= _MOST_COLUMNS:
         hint = "; transpose it" if array.ndim == 2 and array.shape[0] == 3 else ""
-        raise MediaError(f"an array {list(array.shape)}; expected [N, 3] or more columns behind x y z{hint}")
+        raise MediaError(f"an array {list(array.shape)}; expected [N, 3] or more columns after x y z{hint}")
     sieve = _Sieve()
     for start in range(0, len(array), MAX_POINTS):
         sieve.add(array[start : start + MAX_POINTS])
@@ -121,7 +121,7 @@ def _from_array(array: np.ndarray) -> np.ndarray:
 
 
 def _kind(head: bytes, stream: BinaryIO, suffix: str) -> str | None:
-    """Return the format of a file, from what it holds; of an unclear one, from the ending of its name."""
+    """Return the format of a file by its content; if that is unclear, by its suffix."""
     if head.startswith((b"ply\n", b"ply\r")):
         return "ply"
     if head.startswith(b"glTF"):
@@ -237,7 +237,7 @@ def _all_of(count: int, blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
 
 
 def _columns(text: bytes) -> int:
-    """Return the number of columns of the first line that is no comment; 0 where that is no row of numbers."""
+    """Return the number of columns of the first line that is not a comment; 0 if it is not a row of numbers."""
     for line in text.splitlines():
         if (cells := cells_of(line)) and not line.lstrip().startswith(b"//"):
             return len(cells) if all(map(is_number, cells)) and 3 <= len(cells) <= _MOST_COLUMNS else 0
@@ -262,7 +262,7 @@ def _read_table(stream: BinaryIO, sieve: _Sieve) -> None:
 
 
 def _finish(points: np.ndarray, name: str) -> np.ndarray:
-    """Leave out what is not finite, and return float32."""
+    """Drop points that are not finite, and return float32."""
     if not len(points):
         raise MediaError("no points in it; expected at least one")
     is_good = (np.abs(points) <= np.finfo(np.float32).max).all(axis=1)  # also false for NaN
@@ -270,7 +270,7 @@ def _finish(points: np.ndarray, name: str) -> np.ndarray:
         bad = int((~is_good).sum())
         if bad == len(points):
             raise MediaError(f"all {bad:,} points are NaN or infinite")
-        _log.warning("%s: %d of %d points are NaN or infinite, and were left out", name, bad, len(points))
+        _log.warning("%s: %d of %d points are NaN or infinite, and were skipped", name, bad, len(points))
         points = points[is_good]
     low, high = points.min(axis=0), points.max(axis=0)
     extent = float((high - low).max())

@@ -50,7 +50,7 @@ def open_stream(source: str | Path | bytes) -> Iterator[BinaryIO]:
         if Path(source).is_dir():
             raise MediaError("this is a folder; expected a file")
         try:
-            stream = Path(source).open("rb")  # noqa: SIM115 (closed below, where errors are not those of opening)
+            stream = Path(source).open("rb")  # noqa: SIM115 (closed by the last block)
         except OSError as error:
             raise MediaError(f"cannot be opened ({error.strerror}); check the path") from error
         except ValueError as error:

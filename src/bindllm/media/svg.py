@@ -1,4 +1,4 @@
-"""Rendering SVG pictures, which may come from strangers: nothing outside the file is read."""
+"""Rendering SVG images, which may be untrusted: nothing outside the file is read."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _INLINE_RASTER = re.compile(r"\s*data:image/(png|jpe?g|gif|webp)[;,]", re.IGNORE
 
 
 def looks_like_svg(head: bytes) -> bool:
-    """Tell from the first bytes of a file whether it is an SVG; of pictures, only SVG is packed with gzip."""
+    """Return from the first bytes of a file whether it is an SVG; the only image format that is packed with gzip."""
     # Dropping the zero bytes makes UTF-16 readable enough to find the tag.
     text = head.replace(b"\0", b"").lstrip(b"\xef\xbb\xbf\xff\xfe \t\r\n").lower()
     is_markup = text.startswith(b"<?xml") or (text.startswith(b"<") and (b"<svg" in text or b":svg" in text))
@@ -39,8 +39,8 @@ def looks_like_svg(head: bytes) -> bool:
 def render_svg(stream: BinaryIO, *, size: int) -> Image.Image:
     """Render an SVG on white so that its longer side is ``size`` pixels.
 
-    The proportions come from width and height, else from the viewBox, else from the bounding box of what is
-    drawn (100 x 100 when nothing is). Pictures inside are drawn only when they are embedded in the file.
+    The proportions come from width and height, else from the viewBox, else from the bounding box of the
+    drawing (100 x 100 if it is empty). Images inside are drawn only if they are embedded in the file.
 
     Args:
         stream: the file, plain or packed with gzip.
@@ -53,7 +53,7 @@ def render_svg(stream: BinaryIO, *, size: int) -> Image.Image:
     try:
         import resvg_py
     except ImportError as error:
-        raise MissingExtraError("resvg-py", extra="svg", purpose="render SVG pictures") from error
+        raise MissingExtraError("resvg-py", extra="svg", purpose="render SVG images") from error
 
     try:
         root = ElementTree.fromstring(_read(stream))
@@ -61,9 +61,9 @@ def render_svg(stream: BinaryIO, *, size: int) -> Image.Image:
         raise MediaError(f"not a well-formed SVG ({error})") from error
     _check_depth(root)
     _check_coordinates(root)
-    _drop_outside_pictures(root)
+    _drop_outside_images(root)
     try:
-        # Lengths in mm or inches need a resolution; 96 dots per inch is what CSS defines.
+        # Lengths in mm or inches need a resolution; CSS defines 96 dots per inch.
         png = resvg_py.svg_to_bytes(
             svg_string=ElementTree.tostring(root, encoding="unicode"),
             width=size,
@@ -116,7 +116,7 @@ def _check_depth(root: ElementTree.Element) -> None:
 
 
 def _check_coordinates(root: ElementTree.Element) -> None:
-    """Refuse shapes with coordinates of a million or more; the size of the whole picture may be any."""
+    """Refuse shapes with coordinates of a million or more; the size of the whole image may be any."""
     shapes = (element for element in root.iter() if element is not root)
     for key, value in (item for element in shapes for item in element.attrib.items()):
         if _GEOMETRY.fullmatch(key) and (found := _LARGE.search(value)):
@@ -125,8 +125,8 @@ def _check_coordinates(root: ElementTree.Element) -> None:
             )
 
 
-def _drop_outside_pictures(root: ElementTree.Element) -> None:
-    """Remove links to files and addresses: only a raster picture embedded as data may be drawn."""
+def _drop_outside_images(root: ElementTree.Element) -> None:
+    """Remove links to files and addresses: only a raster image embedded as data may be drawn."""
     for element in root.iter():
         if element.tag.rpartition("}")[2] not in ("image", "feImage"):
             continue

@@ -1,4 +1,4 @@
-"""Media that nobody has to bring: made-up arrays and texts on which encoders are tried."""
+"""Synthetic media for testing encoders: arrays and texts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bindllm.media import Media
 
 
 def synthetic_media(modality: str) -> list[Media]:
-    """Return different media of one modality, as arrays or texts, of several sizes; none of an unknown modality.
+    """Return different media of one modality, as arrays or texts of several sizes; none if the modality is unknown.
 
     Example:
         >>> [media.name for media in synthetic_media("depth")]
@@ -21,16 +21,16 @@ def synthetic_media(modality: str) -> list[Media]:
     def noise(*shape: int) -> np.ndarray:
         return random.random(shape, dtype=np.float32)
 
-    def grey(*shape: int) -> np.ndarray:
+    def gray(*shape: int) -> np.ndarray:
         return random.integers(0, 256, shape, dtype=np.uint8)
 
     def tone(pitch: float, seconds: float) -> np.ndarray:
         return np.sin(2 * np.pi * pitch * np.arange(round(16_000 * seconds)) / 16_000).astype(np.float32)
 
-    plain = [np.full((100, 100, 3), colour, np.uint8) for colour in ((200, 30, 30), (30, 30, 200))]
+    plain = [np.full((100, 100, 3), color, np.uint8) for color in ((200, 30, 30), (30, 30, 200))]
     made: dict[str, list[Any]] = {
-        "image": [grey(224, 224, 3), grey(180, 320, 3), grey(64, 48, 3), *plain],
-        "video": [grey(1, 48, 64, 3), grey(40, 60, 48, 3)],
+        "image": [gray(224, 224, 3), gray(180, 320, 3), gray(64, 48, 3), *plain],
+        "video": [gray(1, 48, 64, 3), gray(40, 60, 48, 3)],
         "audio": [tone(220, 0.3), tone(880, 3.0), np.stack([noise(48_000) - 0.5, tone(440, 3.0)])],
         "text": ["a dog", "two cats on a mat, asleep in the sun", "word " * 200],
         "point": [noise(300, 3), noise(5000, 3) * np.float32([1, 4, 0.1])],

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 ARRAY_RATE = Fraction(25)
-"""Frames a second of a video that is given as an array, or whose file tells no rate."""
+"""Frames a second of a video that is given as an array, or whose file has no rate."""
 
 MAX_FRAMES = 10_000_000
 """Longest video that is read: 46 hours at 60 frames a second."""
@@ -37,14 +37,14 @@ def read_frames(source: Source, *, pick: Pick) -> Iterator[tuple[int, np.ndarray
 
     Frames are numbered in the order in which they are shown, without those that an edit list hides. The file is
     read once without decoding, for the time of every frame; then each picked frame is decoded from the key frame
-    before it. Where the times are missing or not unique, the frames are counted by decoding instead, still one
-    at a time. A rotation by quarter turns that the file asks for (telephones do) is applied, mirroring is not.
-    Transparent parts become white. What a truncated file still holds is read if its container does not tell.
+    before it. If the times are missing or not unique, the frames are counted by decoding instead, still one
+    at a time. A rotation by quarter turns that the file asks for (phones do) is applied, mirroring is not.
+    Transparent parts become white. A truncated file is read up to its end if its container allows it.
 
     Args:
         source: path or bytes of a video file, or an array [N, H, W, 3] of uint8 at `ARRAY_RATE`.
         pick: gets the number of frames and the average rate in frames a second, and returns rising numbers of
-            frames. It may be called twice, when the file turns out to hold other frames than it says.
+            frames. It may be called twice, if the file holds other frames than it claims.
 
     Yields:
         number of the frame, and the frame, uint8 [H, W, 3].
@@ -55,14 +55,14 @@ def read_frames(source: Source, *, pick: Pick) -> Iterator[tuple[int, np.ndarray
         MissingExtraError: PyAV is not installed.
 
     Example:
-        >>> film = np.zeros((50, 8, 8, 3), np.uint8)
-        >>> [number for number, _ in read_frames(film, pick=lambda count, rate: [0, count // 2])]
+        >>> video = np.zeros((50, 8, 8, 3), np.uint8)
+        >>> [number for number, _ in read_frames(video, pick=lambda count, rate: [0, count // 2])]
         [0, 25]
     """
     with reading(name_of(source)):
         if isinstance(source, np.ndarray):
             if source.ndim != 4 or source.shape[3] != 3 or source.dtype != np.uint8 or source.size == 0:
-                raise MediaError("expected a filled array [N, H, W, 3] of uint8")
+                raise MediaError("expected a non-empty array [N, H, W, 3] of uint8")
             yield from ((number, source[number]) for number in pick(len(source), ARRAY_RATE))
             return
         yield from _by_time(source, pick)
@@ -70,7 +70,7 @@ def read_frames(source: Source, *, pick: Pick) -> Iterator[tuple[int, np.ndarray
 
 @dataclass(frozen=True)
 class _Timeline:
-    """What the packets tell about a video.
+    """The times in the packets of a video.
 
     Args:
         times: of every frame that is shown, rising, in units of the track; None: some are missing or equal.
@@ -101,14 +101,14 @@ def _by_time(source: Source, pick: Pick) -> Iterator[tuple[int, np.ndarray]]:
             yield number, _as_rgb(frame)
         else:
             return
-    # The times of the packets are not those of the frames: what decoding gives is what there is.
+    # The times of the packets are not those of the frames, so the frames are counted by decoding.
     yield from _by_counting(source, pick)
 
 
 def _scan(container: InputContainer, stream: VideoStream) -> _Timeline:
     """Read all packets without decoding them."""
     times, keys = array("q"), array("q")
-    # AVI keeps no times: those made up from the order of the packets are wrong where frames are reordered.
+    # AVI keeps no times. FFmpeg derives them from the order of the packets, which is wrong if frames are reordered.
     complete = not (container.format.name == "avi" and stream.codec_context.has_b_frames)
     for packet in packets(container, stream):
         if packet.is_discard or _is_invisible(packet, stream):
@@ -138,7 +138,7 @@ def _is_invisible(packet: Packet, stream: VideoStream) -> bool:
 
 
 class _Finder:
-    """A video that is open for seeking; frames are told apart by their times.
+    """A video that is open for seeking; frames are identified by their times.
 
     Args:
         source: path or bytes.
@@ -160,7 +160,7 @@ class _Finder:
         self._resources.__exit__(*error)
 
     def find(self, number: int) -> VideoFrame | None:
-        """Return a frame; None: it is not where its time says, even when everything before it is decoded."""
+        """Return a frame; None if no frame has its time, even after everything before it is decoded."""
         target = self._times[number].item()
         key = bisect_right(self._keys, target) - 1
         if (
@@ -230,7 +230,7 @@ def _by_counting(source: Source, pick: Pick) -> Iterator[tuple[int, np.ndarray]]
 
 
 def _frames(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
-    """Decode from where the container stands; packets that cannot be decoded give no frame."""
+    """Decode from the current position; packets that cannot be decoded give no frame."""
     from av.error import FFmpegError
 
     for packet in packets(container, stream):

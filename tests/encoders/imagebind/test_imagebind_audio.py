@@ -164,5 +164,5 @@ def test_sound_track_of_a_video():
 def test_file_that_is_no_sound_is_named(tmp_path):
     path = tmp_path / "words.wav"
     path.write_text("just some words")
-    with pytest.raises(MediaError, match=r"words\.wav: cannot be opened as sound"):
+    with pytest.raises(MediaError, match=r"words\.wav: cannot be opened as audio"):
         published(path)

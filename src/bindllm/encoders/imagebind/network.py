@@ -2,7 +2,7 @@
 
 ImageBind (https://arxiv.org/abs/2305.05665), section 3.2: a pre-norm Vision Transformer
 (https://arxiv.org/abs/2010.11929) for each modality; all six trunks are made of these modules. Letters: ``B`` views,
-``T`` tokens, ``D`` width of the trunk, ``E`` embedding width. For inference only: there is no dropout, and control flow
+``T`` tokens, ``D`` width of the trunk, ``E`` embedding width. For inference only: it has no dropout, and control flow
 depends only on shapes, so `torch.compile` compiles a whole trunk.
 """
 
