@@ -56,6 +56,8 @@ def check_encoder(
         bindllm.errors.EncoderError: Empty breaks the contract of an encoder:
         - it lacks modalities, embedding_size, config, fingerprint, to, prepare, embed
     """
+    # How to read this: each method checks one promise and adds to `problems`; nothing raises before the end, so the
+    # author sees all of them at once.
     check = _Check(encoder)
     check.members()
     samples = check.samples(samples)
@@ -66,6 +68,7 @@ def check_encoder(
         for media in samples:
             served = media.modality in encoder.modalities
             check.require(served, f"the sample {media!r} is of a modality that it does not serve")
+        # The caller's samples win over the encoder's own.
         samples += check.examples(unless={media.modality for media in samples})
         for modality in encoder.modalities if modalities is None else modalities:
             given = [media for media in samples if media.modality == modality]
@@ -112,6 +115,7 @@ class _Check:
         if not self.require(not missing, f"it lacks {', '.join(missing)}"):
             return
         before = len(self.problems)
+        # Properties may raise: reading each of them is an attempt of its own.
         names, size, config = (
             self.attempt(name, lambda name=name: getattr(encoder, name))
             for name in ("modalities", "embedding_size", "config")
@@ -160,7 +164,9 @@ class _Check:
         mine = self.encoder
         moved = self.attempt("to('cpu')", mine.to, "cpu")
         self.require(moved is mine, "to(device) must return the encoder itself")
+        # CPU time: other processes on the machine must not fail the check.
         start = time.process_time()
+        # A checkpoint stores class and config only, so this is how every loaded encoder comes to life.
         twin = self.attempt("type(encoder)(**encoder.config)", lambda: type(mine)(**mine.config))
         spent = time.process_time() - start
         self.require(
@@ -262,13 +268,16 @@ class _Check:
 
     def embedded(self, modality: str, inputs: list[Tensor]) -> None:
         """Embeddings have the promised form and depend only on their own input."""
+        # Copies, to find encoders that change their inputs.
         given = [tensor.clone() for tensor in inputs]
+        # A trainer may call it with gradients enabled; the encoder itself must switch them off.
         with torch.enable_grad():
             batch = self.attempt(f"{modality}: embed()", self.encoder.embed, modality, given)
         if batch is None or not self.form(modality, batch, len(inputs)):
             return
         untouched = all(torch.equal(a, b) for a, b in zip(given, inputs, strict=True))
         self.require(untouched, f"{modality}: embed() changes its inputs in place")
+        # A constant embedding would pass every other check.
         apart = torch.nn.functional.pdist(batch.detach().double()).min()
         self.require(bool(apart > _BATCH_TOLERANCE), f"{modality}: different media get the same embedding")
 
@@ -282,6 +291,7 @@ class _Check:
             "it must stay frozen, in evaluation mode and free of chance",
         ):
             single = max(self.distance(modality, [one], batch[n : n + 1]) for n, one in enumerate(inputs))
+            # Reversed order finds statistics over the batch and positions that leak between rows.
             turned = self.distance(modality, inputs[::-1], batch.flip(0))
             self.require(
                 max(single, turned) <= _BATCH_TOLERANCE,

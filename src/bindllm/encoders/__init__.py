@@ -42,6 +42,7 @@ __all__ = [
     "skipped_encoders",
 ]
 
+# Imported at first use: `import bindllm.encoders` must not import torch.
 _HOMES = {
     "Aligned": "bindllm.encoders.aligned",
     "EfficientNetLite": "bindllm.encoders.efficientnet",
@@ -52,6 +53,7 @@ _HOMES = {
 }
 
 
+# How to read this: the seven members below are the whole contract; there is no base class to inherit from.
 class Encoder(Protocol):
     """A frozen model from media to unit embeddings; any class with these members is one.
 
@@ -133,6 +135,7 @@ def encoder_for(modality: str, encoders: Sequence[Encoder]) -> Encoder:
     for encoder in encoders:
         if modality in encoder.modalities:
             return encoder
+    # No encoder serves it, so the message lists the modalities that would work.
     served = sorted({name for encoder in encoders for name in encoder.modalities})
     # An unknown word may be a misspelling of a modality that is served here or known elsewhere.
     hint = "" if modality in MODALITIES else f"{known_names(modality, {*MODALITIES, *served})} "
@@ -150,6 +153,7 @@ def skipped_encoders(encoders: Sequence[Encoder]) -> list[str]:
     first: dict[str, Encoder] = {}
     sentences = []
     for encoder in encoders:
+        # `setdefault` keeps the first encoder of each modality, as `encoder_for` does.
         twice = [name for name in encoder.modalities if first.setdefault(name, encoder) is not encoder]
         if twice:
             earlier = dict.fromkeys(type(first[name]).__name__ for name in twice)
@@ -181,6 +185,7 @@ def alignment_warnings(encoders: Sequence[Encoder]) -> list[str]:
 from one means nothing to it from the other. Train on each of these modalities, or take encoders of one space; if \
 they do share one, give both the same attribute `space`.
     """
+    # One group for each space; encoders without a space are never merged.
     groups: list[list[Encoder]] = []
     for encoder in encoders:
         space = space_of(encoder)
@@ -221,6 +226,7 @@ def fingerprint(config: Mapping[str, Any], *parts: bytes | str | Path) -> str:
         '4d3345ee'
     """
     try:
+        # Sorted keys: equal settings must give equal bytes.
         digest = hashlib.sha256(json.dumps(dict(config), sort_keys=True, allow_nan=False).encode())
     except (TypeError, ValueError) as error:
         raise EncoderError(f"the settings {dict(config)!r} are not plain JSON: {error}") from error
@@ -248,6 +254,7 @@ def shape_problems(expected: Mapping[str, Sequence[int]], found: Mapping[str, Se
 
 
 def _digest(part: bytes | str | Path) -> bytes:
+    # The prefixes keep a file, a word and bytes with the same content apart.
     if isinstance(part, Path):
         try:
             return bytes.fromhex(file_sha256(part, prefix=b"file"))

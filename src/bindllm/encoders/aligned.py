@@ -31,6 +31,7 @@ from bindllm.encoders.trainable import build_tower, is_trainable
 from bindllm.errors import EncoderError, InputError, fetch_hint
 from bindllm.media import Media
 
+# Raise the number when older versions of bindllm cannot read a new folder.
 FORMAT = 1
 MANIFEST = "align.json"
 HEAD = "head.safetensors"
@@ -56,6 +57,7 @@ class HeadConfig:
     """Share of hidden values that a training step leaves out, 0 to below 1."""
 
     def __post_init__(self) -> None:
+        # How to read this: name, value, whether it is in range, and the range for the message.
         for name, value, fits, expected in (
             ("depth", self.depth, self.depth >= 1, "at least 1"),
             ("width", self.width, self.width >= 1, "at least 1"),
@@ -81,6 +83,7 @@ class Head(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, config: HeadConfig) -> None:
         super().__init__()
+        # The norm first: towers differ in the scale of their vectors, and the head should not depend on it.
         layers: list[nn.Module] = [nn.LayerNorm(inputs)]
         width = inputs
         for _ in range(config.depth - 1):
@@ -124,6 +127,7 @@ class AlignedManifest:
     @property
     def trained(self) -> bool:
         """Whether the tower was trained, so that its weights are in the folder."""
+        # A frozen tower has a fingerprint instead.
         return "revision" in self.tower
 
 
@@ -147,6 +151,7 @@ def read_aligned(folder: str | Path) -> AlignedManifest:
         ) from error
     except (OSError, ValueError) as error:
         raise EncoderError(f"{file} cannot be read: {error}") from error
+    # The format comes first: a newer layout may lack or rename the other entries.
     number = content.get("format") if isinstance(content, dict) else None
     if isinstance(number, int) and number > FORMAT:
         raise EncoderError(f"{file} has format {number}, this bindllm reads up to {FORMAT}: upgrade bindllm")
@@ -175,6 +180,7 @@ def read_tensors(folder: str | Path, name: str, manifest: AlignedManifest) -> di
     file = Path(folder) / name
     if not file.is_file():
         raise EncoderError(f"{folder} has no {name}: copy the whole folder")
+    # The hash finds damage, and weights from another run.
     if file_sha256(file) != manifest.sha256.get(name):
         raise EncoderError(f"{file} is not the file that {MANIFEST} was written with: damaged or exchanged")
     try:
@@ -205,6 +211,7 @@ def write_aligned(
     """
     folder = Path(folder)
     refuse_other_content(folder)
+    # Readers see the old folder or the new one, never a half-written one.
     with atomic_folder(folder) as part:
         for name, tensors in weights.items():
             contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
@@ -254,6 +261,7 @@ class Aligned:
         Aligned("checkpoints/align-text").modalities
     """
 
+    # Threads that share an encoder must not load it twice. One lock for all, since a lock cannot be pickled.
     _loading = threading.RLock()
 
     def __init__(self, weights: str = "checkpoints/align-text", *, allow: list[str] | None = None) -> None:
@@ -263,6 +271,7 @@ class Aligned:
             raise InputError(
                 f"allow must be a list of import paths such as ['my_lab.RadarTower'], not {allow!r}"
             )
+        # Nothing is read here: a recipe constructs encoders without their weights.
         self.config: dict[str, Any] = {"weights": str(weights)} | ({"allow": list(allow)} if allow else {})
         self._folder, self._allow = Path(weights), tuple(allow or ())
         self._device = torch.device("cpu")
@@ -294,12 +303,15 @@ class Aligned:
         """
         if self._fingerprint is None:
             manifest = self._manifest
+            # Reading checks the hashes, so a fingerprint never describes damaged files.
             for name in manifest.sha256:
                 read_tensors(self._folder, name, manifest)
+            # The path of the folder and the device are not part of it: they do not change an embedding.
             settings = {"modality": manifest.modality, "depth": manifest.head.depth}
             parts: list[str | Path] = [_REVISION, self._folder / HEAD]
             if manifest.trained:
                 shape = json.dumps(manifest.tower["init_args"], sort_keys=True)
+                # A trained tower: its class, arguments, revision and weights decide.
                 parts += [manifest.tower["class_path"], shape, self._tower.revision, self._folder / TOWER]
             else:
                 parts.append(self._checked_tower().fingerprint())
@@ -333,6 +345,7 @@ class Aligned:
             EncoderError: weights are missing or damaged, or the frozen tower is not the one of the training.
         """
         self._refuse_others(modality)
+        # Loads tower and head at the first use.
         head = self._loaded()
         return torch.cat([head(vectors) for vectors in self._vectors(modality, inputs)])
 
@@ -391,6 +404,7 @@ class Aligned:
     def _load(self, module: nn.Module, name: str) -> None:
         """Fill a module from its file, every tensor accounted for; freeze it."""
         try:
+            # Strict by default: missing and unexpected tensors raise.
             module.load_state_dict(read_tensors(self._folder, name, self._manifest))
         except RuntimeError as error:
             raise EncoderError(f"{self._folder / name} does not fit: {error}") from error
@@ -412,6 +426,7 @@ class Aligned:
 
     def _resolved(self, value: Any) -> Any:
         """Return a path of the manifest as it is reached from here, so that a moved project still loads."""
+        # Only strings with a separator are paths; other settings stay as they are.
         if not isinstance(value, str) or not {"/", os.sep} & set(value) or os.path.exists(value):
             return value
         moved = self._folder / self._manifest.root / value

@@ -65,6 +65,7 @@ class AudioTower(nn.Module):
         self.config: dict[str, Any] = {"width": width, "seconds": seconds}
         self.embedding_size = 8 * width
         self.frames = round(seconds * RATE / _STEP)
+        # Four times convolution, batch norm, ReLU and pooling; widths double, so the output has 8 * width channels.
         layers: list[nn.Module] = []
         before = 1
         for channels in (width, 2 * width, 4 * width, 8 * width):
@@ -81,6 +82,7 @@ class AudioTower(nn.Module):
         """
         from bindllm.media.audio import cut_audio
 
+        # Long audio: a third of the limit at the start, in the middle and at the end.
         third = round(MAX_SECONDS / 3 * RATE)
 
         def spread(length: int) -> list[tuple[int, int]]:
@@ -89,6 +91,7 @@ class AudioTower(nn.Module):
             return [(start, start + third) for start in (0, (length - third) // 2, length - third)]
 
         parts = cut_audio(media.source, rate=RATE, cut=spread)
+        # In float64: a mean of float32 channels would round.
         mono = np.concatenate([part.mean(axis=0, dtype=np.float64) for part in parts])
         least = (self.frames - 1) * _STEP + _WINDOW
         return torch.from_numpy(_log_energies(np.pad(mono, (0, max(0, least - len(mono))))))
@@ -108,10 +111,12 @@ class AudioTower(nn.Module):
         bands = round(draw(-_PITCH_BANDS, _PITCH_BANDS))
         window = F.pad(window, (bands, -bands), value=_SILENCE)
         window = (window - draw(0, _QUIETER)).clamp_min(_SILENCE)
+        # Noise in the log domain: uniform energies, cut off at -30 dB, then shifted to a random level.
         noise = torch.rand(window.shape, generator=generator).clamp_min(1e-3).log()
         # Energies add up, so their logarithms combine by logaddexp.
         window = torch.logaddexp(window, noise + draw(2 * _SILENCE, _SILENCE / 3))
         for _ in range(_MASKS):
+            # One mask along time and one along frequency, as in SpecAugment.
             for side, most in ((0, _MASKED_FRAMES), (1, _MASKED_BANDS)):
                 size = round(draw(0, most))
                 at = round(draw(0, window.shape[side] - size))
@@ -124,14 +129,17 @@ class AudioTower(nn.Module):
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
         """Return [B, W] for B spectrograms [T, 64], each at least one window long."""
+        # How to read this: all windows of all inputs form one batch, then each input averages its own.
         windows = [self._windows(audio) for audio in inputs]
         stacked = torch.cat(windows)
+        # Batch norm needs the whole batch in training; in evaluation chunks bound the memory.
         chunks = [stacked] if self.training else stacked.split(_WINDOWS_AT_ONCE)
         rows = torch.cat([self._vectors(chunk) for chunk in chunks])
         return torch.stack([part.mean(dim=0) for part in rows.split([len(each) for each in windows])])
 
     def _windows(self, audio: Tensor) -> Tensor:
         """Return evenly spread windows that cover the audio, [S, frames, 64]."""
+        # As few windows as cover the audio; evenly spread ones overlap where it is no multiple of a window.
         count = -(-len(audio) // self.frames)
         last = len(audio) - self.frames
         starts = [round(n * last / max(1, count - 1)) for n in range(count)]
@@ -140,15 +148,18 @@ class AudioTower(nn.Module):
     def _vectors(self, windows: Tensor) -> Tensor:
         # From -1 (silence) to 1 (as loud as the loudest moment is on average), and little above.
         features = self.layers(1 - 2 * windows[:, None] / _SILENCE).mean(dim=3)
+        # Mean plus maximum over time, as PANNs pools its frames.
         return features.mean(dim=2) + features.amax(dim=2)
 
 
 def _log_energies(samples: np.ndarray) -> np.ndarray:
     """Return the logarithm of mel energies relative to the loudest moment: [N] -> float32 [frames, 64]."""
+    # A view: frames overlap by half without a copy.
     frames = np.lib.stride_tricks.sliding_window_view(samples, _WINDOW)[::_STEP]
     power = np.abs(np.fft.rfft(frames * np.hanning(_WINDOW), _PADDED)) ** 2
     energies = power @ _mel_weights()
     loudest = energies.mean(axis=1).max()
+    # Silence has no loudest moment; its energies are all zero already.
     relative = energies / loudest if loudest > 0 else energies
     return np.log(np.maximum(relative, _FLOOR)).astype(np.float32)
 

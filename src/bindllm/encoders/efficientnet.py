@@ -32,6 +32,7 @@ _REVISION = "efficientnet-lite0 1"
 
 _SIDE = 224
 _STEM_CHANNELS, _HEAD_CHANNELS = 32, 1280
+# Of the TensorFlow training; torch's default is 1e-5.
 _BATCH_NORM_EPSILON = 1e-3
 
 # repeats, kernel, stride of the first block, expansion, channels out
@@ -60,6 +61,7 @@ def each_on_one_thread(function: Callable[[Item], Result], items: Sequence[Item]
         >>> each_on_one_thread(lambda x: (x * 2, torch.get_num_threads()), [1, 2, 3])
         [(2, 1), (4, 1), (6, 1)]
     """
+    # How to read this: as many workers as torch has threads, each with torch set to one thread.
     threads = torch.get_num_threads()
     if threads == 1:
         return [function(item) for item in items]
@@ -99,6 +101,7 @@ class EfficientNetLite:
     def __init__(self, weights: str = "checkpoints/efficientnet-lite0", *, fit: Fit = "whole") -> None:
         if fit not in get_args(Fit):
             raise InputError(f"fit={fit!r} is unknown. {known_names(str(fit), get_args(Fit))}")
+        # Nothing is read here: a recipe constructs encoders without their weights.
         self.config: dict[str, Any] = {"weights": str(weights), "fit": fit}
         self._file = Path(weights) / "model.safetensors"
         self._fit = fit
@@ -112,6 +115,7 @@ class EfficientNetLite:
         Raises:
             EncoderError: the weights are missing.
         """
+        # Hashed once: a run asks for it at every lookup in the store.
         if self._fingerprint is None:
             _require(self._file)
             self._fingerprint = fingerprint({"fit": self._fit}, _REVISION, self._file)
@@ -130,6 +134,7 @@ class EfficientNetLite:
         Raises:
             MediaError: the image cannot be read.
         """
+        # The size allows JPEGs to be decoded at a reduced scale.
         image = open_image(media.source, size=_SIDE)
         if self._fit == "crop":
             square = ImageOps.fit(image, (_SIDE, _SIDE), Image.Resampling.BICUBIC)
@@ -163,6 +168,7 @@ class EfficientNetLite:
     def _features(self, inputs: Sequence[Tensor]) -> Tensor:
         images = torch.stack(list(inputs)).to(self._device)
         # Permuting [B, H, W, 3] to [B, 3, H, W] is free, and gives the channels-last order that is fastest.
+        # The published scaling: 0..255 to about -1..1.
         pixels = (images.permute(0, 3, 1, 2).float() - 127) / 128
         return F.normalize(self._network(pixels), dim=-1)
 
@@ -186,6 +192,7 @@ class _Convolution(nn.Module):
     def load(self, weight: Tensor, scale: Tensor, shift: Tensor) -> None:
         """Take a published kernel and the scale and shift of its batch norm, both [out]."""
         front = (self.extra, 0, self.extra, 0)
+        # Batch norm after a convolution is a scale and a shift per channel: both fit into kernel and bias.
         folded = F.pad(weight * scale[:, None, None, None], front)
         self.convolution.weight = nn.Parameter(folded, requires_grad=False)
         self.convolution.bias = nn.Parameter(shift, requires_grad=False)
@@ -218,6 +225,7 @@ class _Network(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = _Convolution(3, _STEM_CHANNELS, 3, stride=2)
+        # Only the first block of a stage has the stride; the others keep the resolution.
         blocks, width = [], _STEM_CHANNELS
         for repeats, kernel, first_stride, expansion, out in _STAGES:
             for stride in [first_stride] + [1] * (repeats - 1):
@@ -262,6 +270,7 @@ def _load(file: Path) -> _Network:
     if problems:
         raise EncoderError(f"{file}: these are not the weights of EfficientNet-Lite0: {'; '.join(problems)}")
     for convolution, kernel, norm in network.published_names():
+        # scale = gamma / sqrt(var + eps), shift = beta - mean * scale.
         deviation = (tensors[f"{norm}.running_var"] + _BATCH_NORM_EPSILON).sqrt()
         scale = tensors[f"{norm}.weight"] / deviation
         shift = tensors[f"{norm}.bias"] - tensors[f"{norm}.running_mean"] * scale

@@ -49,6 +49,7 @@ _DOWNLOADED = {
     "encoder": {"allow_patterns": ["*.json", "*.txt", "*.model", "model*.safetensors"]},
     "decoder": {"ignore_patterns": ["*.bin", "*.pth"]},
 }
+# Modules of sentence-transformers that can be computed here; any other would change the embedding.
 _SENTENCE_MODULES = ("Transformer", "Pooling", "Normalize")
 
 
@@ -88,6 +89,8 @@ def find_folder(name: str, revision: str | None, *, role: Literal["encoder", "de
     if Path(name).is_dir():
         return Path(name)
     failure = EncoderError if role == "encoder" else DecoderError
+    # How to read this: `organization/name` may be a hub id, anything else is a path. Paths that do not exist must
+    # never turn into downloads.
     organization, slash, rest = name.partition("/")
     looks_local = (
         not slash or "/" in rest or organization in ("", ".", "..", "~") or Path(organization).is_dir()
@@ -125,6 +128,7 @@ def weight_files(folder: Path) -> list[Path]:
             f"{folder} holds no {WEIGHTS}; other weights (*.bin, *.pt) are pickles, which are not read. Convert them: "
             "AutoModel.from_pretrained(...).save_pretrained(folder)"
         )
+    # Many tensors share a shard, and the order decides the fingerprint.
     shards = set(_read_json(folder / INDEX).get("weight_map", {}).values())
     return [folder / shard for shard in sorted(shards)]
 
@@ -145,14 +149,18 @@ def read_spec(folder: Path) -> ModelSpec:
 
     with loading(folder):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    # How to read this: from the config's class to the model's class, then its inputs, then its limits. No weight is
+    # read.
     if type(config) not in MODEL_MAPPING:
         raise EncoderError(f"{folder}: transformers has no AutoModel for the type {config.model_type!r}")
     model = MODEL_MAPPING[type(config)]
     values = config.to_dict()
+    # Families rename standard fields, such as n_embd for hidden_size; the alias table undoes it.
     values |= {alias: values.get(name) for alias, name in type(config).attribute_map.items()}
     taken = model.input_modalities
     modalities = tuple(name for name in SERVED if name in ((taken,) if isinstance(taken, str) else taken))
     joint = len(modalities) > 1
+    # A joint model needs one feature method per modality.
     lacking = [name for name in modalities if joint and f"get_{name}_features" not in dir(model)]
     if not modalities or lacking or config.is_encoder_decoder:
         raise EncoderError(
@@ -204,7 +212,9 @@ def load_model(folder: Path, *, dtype: torch.dtype, without_pooler: bool) -> nn.
             local_files_only=True,
             output_loading_info=True,
         )
+    # Position ids are constants, which newer versions do not save.
     missing = {name for name in report["missing_keys"] if not name.endswith("position_ids")}
+    # A pooler of random weights would give random embeddings.
     pooler = {name for name in missing if name.startswith("pooler.")}
     wrong = sorted(missing - pooler if without_pooler else missing)
     wrong += sorted(str(name) for name in report["mismatched_keys"])
@@ -232,6 +242,7 @@ def load_processor(folder: Path, modality: str) -> Any:
         if modality == "audio":
             return AutoFeatureExtractor.from_pretrained(folder, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
+    # Padding is masked, so the end token can serve as padding.
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.is_fast:
@@ -246,6 +257,7 @@ def loading(folder: Path, *, part: str = "model") -> Iterator[None]:
     """Turn exceptions of transformers about a folder into an EncoderError, and mute its log and progress bars."""
     from transformers.utils import logging
 
+    # Restored afterwards: the caller's setting is not ours to change.
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -264,6 +276,7 @@ def loading_error(folder: str | Path, error: Exception) -> str:
     """Describe an error of transformers; explain if the folder needs code of its own (``auto_map``), never run here."""
     if "trust_remote_code" not in str(error):
         return f"{type(error).__name__}: {error}"
+    # The files that ask for remote code, so that the user finds the entry.
     files = [file for file in sorted(Path(folder).glob("*.json")) if '"auto_map"' in file.read_text("utf-8")]
     names = ", ".join(file.name for file in files) or "its config"
     return (
@@ -292,12 +305,14 @@ def _sentence_pooling(folder: Path) -> str | None:
     """
     listed = _read_json(folder / "modules.json") or []
     kinds = [str(module.get("type", "")).rpartition(".")[2] for module in listed]
+    # A dense layer or another module would change every embedding.
     if strange := [kind for kind in kinds if kind not in _SENTENCE_MODULES]:
         raise EncoderError(f"{folder}: its sentence-transformers modules {strange} are not supported")
     settings = _read_json(folder / "1_Pooling/config.json")
     if not settings:
         return None
     names = {"cls": "first", "mean": "mean", "lasttoken": "last"}
+    # Old folders have one flag per pooling, newer ones a single name.
     chosen = [name for name in settings if name.startswith("pooling_mode_") and settings[name] is True]
     chosen = [
         name.removeprefix("pooling_mode_").removesuffix("_token").removesuffix("_tokens") for name in chosen

@@ -66,6 +66,7 @@ def batches(spec: ModelSpec, modality: str, inputs: Sequence[Tensor], *, size: i
     Audio and images of one shape form a batch, since padding would change some models' results. Texts and patches are
     padded under a mask, so any may be combined; sorting by length wastes the least padding.
     """
+    # How to read this: group by shape unless padding is masked, then sort and cut into batches.
     masked = modality == "text" or takes_patches(spec, modality)
     groups: dict[Any, list[int]] = {}
     for position, tensor in enumerate(inputs):
@@ -90,6 +91,7 @@ def batch_fields(
     if modality == "text":
         return _text_fields(spec, inputs, processor)
     if takes_patches(spec, modality):
+        # Patches of all images are padded to the longest sequence; the mask and the shapes undo it inside the model.
         lengths = torch.tensor([grid.shape[0] * grid.shape[1] for grid in inputs])
         flat = [grid.flatten(0, 1) for grid in inputs]
         return {
@@ -109,6 +111,7 @@ def batch_fields(
 
 def _text_fields(spec: ModelSpec, inputs: Sequence[Tensor], tokenizer: Any) -> dict[str, Tensor]:
     """Pad ids to the longest, or to the full length if the model was trained so: ids and mask [B, T]."""
+    # SigLIP reads its embedding at the last position, so the length must be that of its training.
     padded = spec.family in _PADDED_FAMILIES
     length = max_tokens(spec, tokenizer) if padded else max(len(ids) for ids in inputs)
     left = padded and tokenizer.padding_side == "left"
@@ -117,6 +120,7 @@ def _text_fields(spec: ModelSpec, inputs: Sequence[Tensor], tokenizer: Any) -> d
     for row, own in enumerate(inputs):
         own_columns = slice(length - len(own), length) if left else slice(0, len(own))
         ids[row, own_columns], mask[row, own_columns] = own, 1
+    # A model without masks in training must not get one now.
     if padded and "attention_mask" not in tokenizer.model_input_names:
         return {"input_ids": ids}
     return {"input_ids": ids, "attention_mask": mask}
@@ -132,6 +136,7 @@ def tower_vectors(
     """
     output = model(**fields)
     states, pooled = output.last_hidden_state, output.get("pooler_output")
+    # Order of preference: the folder's own setting, the pooler of image towers, then first or mean.
     if pooling == "auto":
         own = "pooler" if modality == "image" and pooled is not None else None
         fallback = "first" if modality == "image" and states.dim() == 3 else "mean"
@@ -140,6 +145,7 @@ def tower_vectors(
         if pooled is None:
             raise EncoderError(f"{type(model).__name__} has no pooler; choose another pooling")
         return pooled.flatten(1)
+    # Convolutional towers give a grid [B, C, H, W].
     if states.dim() == 4:
         states = states.flatten(2).transpose(1, 2)
     mask = fields.get("attention_mask")
@@ -162,6 +168,7 @@ def pool(states: Tensor, mask: Tensor, pooling: str) -> Tensor:
     if pooling == "first":
         return states[:, 0]
     if pooling == "last":
+        # The last position that is not padding.
         return states[torch.arange(len(states), device=states.device), mask.sum(1) - 1]
     weights = mask.unsqueeze(-1).float()
     return (states.float() * weights).sum(1) / weights.sum(1)
@@ -212,6 +219,7 @@ class HuggingFace:
         if dtype not in _DTYPES:
             raise InputError(f"dtype={dtype!r} is unknown. {known_names(str(dtype), _DTYPES)}")
         self._chosen = None if modalities is None else list(modalities)
+        # Plain settings only: config and fingerprint are read at the first use.
         self.config: dict[str, Any] = {
             "name": str(name),
             "revision": revision,
@@ -220,6 +228,7 @@ class HuggingFace:
             "dtype": dtype,
             "space": space,
         }
+        # Models at one revision share a space by default, also when they serve different modalities.
         self.space = space or (f"{name}@{revision}" if revision else str(name))
         self._device = torch.device("cpu")
         self._found: Path | None = None
@@ -255,6 +264,7 @@ class HuggingFace:
         if self._fingerprint is None:
             settings = {name: self.config[name] for name in ("pooling", "dtype")}
             parts: list[str | Path] = [_REVISION, *weight_files(self._folder)]
+            # Names and contents: a renamed file is another setting.
             for name, file in settings_files(self._folder):
                 parts += [name, file]
             self._fingerprint = fingerprint(settings, *parts)
@@ -297,6 +307,7 @@ class HuggingFace:
         self._served(modality)
         if modality != "audio":
             return self._embed_units(modality, list(inputs))
+        # Windows of all media in one batch; each media then averages its own unit embeddings.
         windows = [window for audio in inputs for window in audio]
         rows = self._embed_units(modality, windows).split([len(audio) for audio in inputs])
         return torch.stack([F.normalize(row.mean(0), dim=0) for row in rows])
@@ -347,6 +358,7 @@ class HuggingFace:
         if takes_patches(self._spec, "image"):
             rows, columns = made["spatial_shapes"][0].tolist()
             return made["pixel_values"][0, : rows * columns].reshape(rows, columns, -1).float()
+        # Tiles and other extra tensors would need a model with several vectors per image.
         if set(made.keys()) - {"pixel_mask"} != {"pixel_values"} or made["pixel_values"].dim() != 4:
             raise EncoderError(
                 f"the image processor of {self._name} gives {', '.join(made.keys())}; expected one tensor per image"
@@ -371,6 +383,7 @@ class HuggingFace:
 
         extractor = self._processor("audio")
         rate = extractor.sampling_rate
+        # CLAP's extractor names its own window.
         window = round(rate * extractor.to_dict().get("max_length_s", _WINDOW_SECONDS))
 
         def spread(length: int) -> list[tuple[int, int]]:
@@ -381,6 +394,7 @@ class HuggingFace:
         clips = []
         for audio in cut_audio(media.source, rate=rate, cut=spread):
             mono = audio.mean(axis=0, dtype=np.float32)
+            # Convolutional front ends fail on audio shorter than their kernel.
             mono = np.pad(mono, (0, max(0, round(_SHORTEST_SECONDS * rate) - len(mono))))
             made = extractor(mono, sampling_rate=rate, return_tensors="pt")
             clips.append(made[extractor.model_input_names[0]][0].float())
@@ -389,6 +403,7 @@ class HuggingFace:
     def _embed_units(self, modality: str, inputs: list[Tensor]) -> Tensor:
         """Embed images, texts or single audio windows: [N, E], unit norm."""
         model, processor = self._loaded(), self._processor(modality)
+        # Batches come in another order than the inputs, so rows are written by position.
         rows = torch.empty(len(inputs), self.embedding_size, device=self._device)
         size = _CPU_BATCH if self._device.type == "cpu" else _ACCELERATOR_BATCH
         dtype, pooling = _DTYPES[self.config["dtype"]], self.config["pooling"]
@@ -396,6 +411,7 @@ class HuggingFace:
             fields = batch_fields(
                 self._spec, modality, [inputs[position] for position in positions], processor
             )
+            # Ids and masks keep their integer type; everything else takes the model's.
             for name, value in fields.items():
                 fields[name] = value.to(self._device, dtype if value.is_floating_point() else None)
             if self._spec.joint:

@@ -16,6 +16,7 @@ from bindllm.encoders import Encoder
 from bindllm.errors import BindLLMError, EncoderError
 from bindllm.imports import name_module, replace_allow
 
+# Members by role, for a message that lists the missing ones. A tower with the members of an encoder is one.
 _KINDS = {
     "a frozen encoder": (
         "modalities",
@@ -36,6 +37,7 @@ _KINDS = {
         "forward",
     ),
 }
+# Checked on the class, before an instance exists: attributes may be set in the constructor.
 _METHODS = ({"fingerprint", "to", "prepare", "embed"}, {"prepare", "augment", "forward"})
 
 
@@ -94,6 +96,7 @@ def is_trainable(tower: Any) -> bool:
     """
     kind = type(tower)
     lacks = {role: [name for name in names if name not in dir(tower)] for role, names in _KINDS.items()}
+    # An encoder first: it may be a torch.nn.Module too, and must still stay frozen.
     if not lacks["a frozen encoder"]:
         return False
     if not lacks["a trainable tower"] and isinstance(tower, torch.nn.Module):
@@ -122,6 +125,7 @@ def build_tower(class_path: str, init_args: Mapping[str, Any], *, allow: Sequenc
             f"line --allow {class_path}"
         )
     module, _, name = class_path.rpartition(".")
+    # Registers the module, so that only named ones are imported from the working directory.
     if class_path in allow:
         name_module(class_path)
     try:

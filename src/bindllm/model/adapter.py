@@ -60,6 +60,7 @@ class AdapterConfig:
     """Whether `alpha` is a multiple of 1/sqrt(rank) instead of 1/rank, so that no rank learns slower; needs `alpha`."""
 
     def __post_init__(self) -> None:
+        # How to read this: each check names the two settings that contradict each other.
         if self.rank < 1 or not (self.alpha is None or self.alpha > 0):
             raise InputError(
                 f"adapter with rank {self.rank} and alpha {self.alpha}: rank must be at least 1 and alpha above 0"
@@ -115,6 +116,7 @@ class Adapter:
             # peft warns that biases cannot be merged into layers without one; `export` checks that case itself.
             warnings.filterwarnings("ignore", message=".*lora_bias=True.*")
             inject_adapter_in_model(self._peft_config, decoder, adapter_name=_ADAPTER_NAME)
+        # peft's new layers start in training mode; a frozen decoder is always in eval mode.
         decoder.eval()
         for module in decoder.modules():
             parts = dict(module.named_children())
@@ -132,11 +134,13 @@ class Adapter:
 
     def peft_config(self) -> dict[str, Any]:
         """Return the content of peft's ``adapter_config.json``."""
+        # peft keeps sets in it, which JSON cannot hold.
         entries = {**self._peft_config.to_dict(), "inference_mode": True}
         return {name: sorted(value) if isinstance(value, set) else value for name, value in entries.items()}
 
     def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name, parameter in self._decoder.named_parameters():
+            # peft's wrappers add these parts to a name; a name without them belongs to a frozen tensor.
             plain = name.replace(".modules_to_save.", ".").replace(f".{_ADAPTER_NAME}.", ".")
             if plain != name:
                 if plain.endswith(f"{_MAGNITUDE}.weight"):
@@ -162,8 +166,10 @@ def _measure_rows(layer: nn.Module) -> None:
 def _check(decoder: PreTrainedModel) -> None:
     """Refuse decoders that cannot be tuned, before anything is changed."""
     name, core = type(decoder).__name__, decoder.get_decoder()
+    # A hook on the core is the injection; it would miss peft's new projections.
     if core._forward_pre_hooks:
         raise DecoderError("this decoder carries an injection already; the adapter must come before it")
+    # By the last part of the path, as peft matches its targets.
     found = {path.rpartition(".")[2]: module for path, module in core.named_modules()}
     if missing := [target for target in TARGETS if target not in found]:
         raise DecoderError(
@@ -187,6 +193,7 @@ def _peft_config(decoder: PreTrainedModel, config: AdapterConfig) -> Any:
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=config.rank,
+        # Alpha equal to the rank gives scale 1.
         lora_alpha=config.rank if config.alpha is None else config.alpha,
         lora_bias=config.bias,
         use_dora=config.dora,

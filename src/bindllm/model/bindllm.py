@@ -99,12 +99,15 @@ class BindLLM(nn.Module):
         self.tokenizer, self.encoders = tokenizer, tuple(encoders)
         for warning in (*alignment_warnings(self.encoders), *skipped_encoders(self.encoders)):
             logging.getLogger("bindllm").warning(warning)
+        # Composite configs (image-text models) hold the language model's sizes in a text config.
         width = decoder.config.get_text_config().hidden_size
         self.bind = BindNetwork(common_size(self.encoders), width, self.bind_config).to(decoder.device)
         # Before the injection: its term then passes through the adapter of the output projection.
         self.adapter = None if adapter is None else Adapter(decoder, adapter)
+        # After the adapter, since hooks must see the final modules. Gates start at zero, so nothing changes yet.
         self.injection = Injection(decoder, self.inject_config).to(decoder.device)
         self.decoder = decoder
+        # With plain logits, `forward` may run the vocabulary projection on selected positions only.
         self._plain_logits = has_plain_logits(decoder)
         self._checkpointing = False
 
@@ -148,6 +151,7 @@ class BindLLM(nn.Module):
             if name not in groups:
                 hint = "Give the model one, such as adapter: {rank: 16}. " if name == "adapter" else ""
                 raise InputError(f"unknown parameter group {name!r}. {hint}{known_names(name, groups)}")
+        # Freeze first: the groups below are the only parameters that may get gradients.
         self.requires_grad_(False)
         for name in names:
             for _, parameter in groups[name]:
@@ -191,6 +195,7 @@ class BindLLM(nn.Module):
         """
         if isinstance(media, Media) or not media:
             raise InputError(f"encode takes a list of Media with at least one in it, not {media!r}")
+        # A single media is a group of one.
         groups = [(item,) if isinstance(item, Media) else check_media(item) for item in media]
         normalize = self.bind_config.fusion == "unit"
         found = embed_groups(groups, self.encoders, device=self.device, normalize=normalize)
@@ -215,6 +220,8 @@ class BindLLM(nn.Module):
             labels: the token ids that are supervised at their own position, -100 elsewhere, [B, T]. With labels the
                 vocabulary projection runs at the positions that predict a supervised token, and nowhere else.
         """
+        # How to read this: the mask is passed only if it is needed, and logits are computed only at the positions
+        # that predict a supervised token. Both save time, and neither changes a result.
         padded_left = not bool(attention_mask[:, 0].all())
         inputs = {
             "input_ids": input_ids,
@@ -224,12 +231,15 @@ class BindLLM(nn.Module):
         }
         if padded_left:
             inputs["attention_mask"] = attention_mask
+            # Positions count tokens, not columns, so padding does not shift the rotary embedding.
             inputs["position_ids"] = (attention_mask.cumsum(1) - 1).clamp_(min=0)
         # Else neither: causal attention never looks at padding on the right, and runs faster without a mask.
         if labels is None:
             return BindOutput(self.decoder(**inputs).logits)
+        # Token t is predicted at position t - 1.
         rows, columns = (labels[:, 1:] != -100).nonzero(as_tuple=True)
         if self._plain_logits:
+            # The projection to V logits is the largest product of a step; most positions need none.
             hidden = self.decoder.get_decoder()(**inputs).last_hidden_state
             logits = self.decoder.get_output_embeddings()(hidden[rows, columns])
         else:
@@ -258,10 +268,12 @@ class BindLLM(nn.Module):
             ids of the answers only, [B * returned sequences, at most max_new_tokens].
         """
         ids, mask, index = (x.to(self.device) for x in (input_ids, attention_mask, media_index))
+        # Passed explicitly: transformers warns at each call without it.
         options = {"pad_token_id": self.tokenizer.pad_token_id, **options}
         run = partial(self.decoder.generate, input_ids=ids, attention_mask=mask, **options)
         if embeddings is None:
             return run()[:, ids.shape[1] :]
+        # `generate` rejects unknown keywords, so the bind vectors reach the layers through a context variable.
         with self.injection.holding(self.bind(embeddings.to(self.device)), index):
             return run()[:, ids.shape[1] :]
 
@@ -294,6 +306,7 @@ class BindLLM(nn.Module):
         batch, embeddings = self._prepare(prompt, media, cache)
         answers = self.generate_from(*batch, embeddings, **options)
         texts = [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+        # Several returned sequences of one prompt stay a list.
         return texts[0] if isinstance(prompt, str | Conversation) and len(texts) == 1 else texts
 
     def stream(
@@ -306,6 +319,7 @@ class BindLLM(nn.Module):
     ) -> Iterator[str]:
         """Yield the answer to one prompt piece by piece; arguments as for `generate`."""
         options = check_options(options)
+        # Beam search may replace tokens that were already printed.
         if options.get("num_beams", 1) > 1:
             raise InputError("a stream has no beams: its pieces are final. Use generate, or num_beams=1")
         batch, embeddings = self._prepare(prompt, media, cache)
@@ -386,10 +400,12 @@ class BindLLM(nn.Module):
         config, parts, tensors = read_parts(
             folder, decoder=decoder, dtype=dtype, allow=allow, encoders=encoders, quantize=quantize
         )
+        # A cache holds embeddings, so it must come from one of these encoders.
         known = [encoder.fingerprint() for encoder in parts["encoders"]]
         # Before the decoder, which may take minutes to load.
         opened = choose_cache(cache, parts["cache_config"], known, checkpoint=folder)
         model = cls.build(config, device=device, **parts)
+        # Every tensor must match by name and shape, so that a wrong checkpoint fails here.
         model.load_trainable_state(tensors, source=str(folder))
         model.cache = opened
         return model.eval()

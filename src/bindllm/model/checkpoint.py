@@ -32,6 +32,7 @@ from bindllm.encoders import shape_problems
 from bindllm.errors import BindLLMError, CheckpointError, known_names
 from bindllm.imports import name_module, replace_allow
 
+# Raise the number when older versions of bindllm cannot read a new checkpoint.
 FORMAT = 1
 MANIFEST = "bindllm.json"
 WEIGHTS = "bind.safetensors"
@@ -42,6 +43,7 @@ _ADAPTER_CONFIG = f"{ADAPTER}/adapter_config.json"
 _ADAPTER_PREFIX = "adapter."
 # Methods of `bindllm.encoders.Encoder`; its other members may be made by the constructor.
 _ENCODER_METHODS = ("fingerprint", "to", "prepare", "embed")
+# Endings of files that may hold pickles. A checkpoint never has them, so one means that the folder was tampered with.
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"}
 UNKNOWN_LICENSE = "see its own page"
 
@@ -80,6 +82,7 @@ def write_checkpoint(
             f"{folder} exists and is not a bindllm checkpoint (no {MANIFEST}); nothing was written. "
             "Choose another folder or empty it."
         )
+    # The adapter goes into a folder of its own, which plain peft can load.
     tuned = {name for name in tensors if name.startswith(_ADAPTER_PREFIX)}
     assert bool(tuned) == (adapter_config is not None), "an adapter's tensors and its config go together"
     cache = {"cache": _keep_path(entry, folder)} if (entry := manifest.get("cache")) else {}
@@ -95,6 +98,7 @@ def write_checkpoint(
             _save(part / ADAPTER_WEIGHTS, named)
             _write_json(part / _ADAPTER_CONFIG, adapter_config)
             hashes["adapter_sha256"] = file_sha256(part / ADAPTER_WEIGHTS)
+        # Relative paths in the manifest start at this directory, so a project may be moved as a whole.
         root = os.path.relpath(Path.cwd(), folder.resolve())
         _write_json(part / MANIFEST, {"format": FORMAT, **manifest, **cache, **hashes, "root": root})
         (part / "README.md").write_text(card, encoding="utf-8")
@@ -118,6 +122,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
                 f"in {aside}: rename it to {folder.name}, or save again"
             )
         raise CheckpointError(f"checkpoint folder {str(folder)!r} does not exist. {_siblings(folder)}")
+    # Refused even though nothing here would open them: another tool might.
     pickles = sorted(file.name for file in folder.rglob("*") if file.suffix in _PICKLES)
     if pickles:
         raise CheckpointError(
@@ -135,6 +140,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
             f"{folder / MANIFEST} is not the description of a checkpoint: expected an object whose format is a "
             f"number, not {json.dumps(manifest)[:80]}"
         )
+    # Newer formats are refused, older ones are read.
     if manifest.get("format", 0) > FORMAT:
         raise CheckpointError(
             f"{folder} has format {manifest['format']}, this bindllm reads up to {FORMAT}: upgrade bindllm"
@@ -199,6 +205,7 @@ def resolve_cache(value: str, folder: str | Path, manifest: dict[str, Any]) -> s
     """
     if "://" in value:
         return value
+    # The checkpoint's own folder first: a cache that was copied with it must win over one of the same name here.
     candidates = [Path(folder) / value, Path(value), Path(folder) / manifest.get("root", ".") / value]
     return os.path.relpath(found) if (found := next((p for p in candidates if p.exists()), None)) else value
 
@@ -214,6 +221,8 @@ def build_object(entry: dict[str, Any], *, allow: Sequence[str] = ()) -> Any:
     Raises:
         CheckpointError: the class is not allowed, does not exist, is not an encoder, or cannot be imported or built.
     """
+    # How to read this: a class path from a file is untrusted. It must be well-formed, part of bindllm or allowed by
+    # the caller, importable, and the class of an encoder. Only then is it called.
     path = entry.get("class_path")
     if not isinstance(path, str) or not all(path.split(".")) or "." not in path:
         raise CheckpointError(
@@ -229,6 +238,7 @@ def build_object(entry: dict[str, Any], *, allow: Sequence[str] = ()) -> Any:
     try:
         if path in allow:
             name_module(path)
+        # Only now may code of the module run: the path passed the checks above.
         home = importlib.import_module(module)
         try:
             kind = getattr(home, name)
@@ -242,6 +252,7 @@ def build_object(entry: dict[str, Any], *, allow: Sequence[str] = ()) -> Any:
     except BindLLMError:
         raise
     except ModuleNotFoundError as error:
+        # The missing module is one that the class's module imports, not that module itself.
         if not f"{module}.".startswith(f"{error.name}."):
             raise CheckpointError(
                 f"{path} cannot be built: it needs {error.name!r}, which is not installed"
@@ -312,6 +323,7 @@ def _link(source: str, target: str) -> None:
 
 
 def _save(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    # safetensors refuses views that share memory.
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(contiguous, file, metadata={"format": "pt"})
 
@@ -320,6 +332,7 @@ def _load(folder: str | Path, name: str, expected: str | None) -> dict[str, Tens
     file = Path(folder) / name
     if not file.is_file():
         raise CheckpointError(f"{folder} has no {name}: copy the whole folder")
+    # The hash finds damage, and weights that were exchanged without their manifest.
     if file_sha256(file) != expected:
         raise CheckpointError(
             f"{file} is not the file that {MANIFEST} was written with: damaged or exchanged"
@@ -337,6 +350,7 @@ def _write_json(file: Path, value: Mapping[str, Any]) -> None:
 def _siblings(folder: Path) -> str:
     """List the checkpoints next to a folder that does not exist."""
     parent = folder.parent
+    # A missing folder is often a misspelled one.
     names: Iterable[str] = (f.parent.name for f in parent.glob(f"*/{MANIFEST}")) if parent.is_dir() else ()
     return known_names(folder.name, names)
 
@@ -388,6 +402,7 @@ def _adapter_lines(adapter: dict[str, Any] | None) -> list[str]:
     """Return the sentence about the adapter, or nothing without one."""
     if not adapter:
         return []
+    # rsLoRA divides by the root of the rank, see `AdapterConfig`.
     root = math.sqrt(adapter["rank"]) if adapter.get("rslora") else adapter["rank"]
     scale = 1.0 if adapter["alpha"] is None else adapter["alpha"] / root
     kind = "DoRA" if adapter.get("dora") else "LoRA"
@@ -402,6 +417,7 @@ def licenses(manifest: dict[str, Any], *, data: list[str] | None = None) -> list
     decoder = manifest["decoder"]["name"]
     rows = [("decoder", decoder, decoder)]
     for encoder in manifest["encoders"]:
+        # Only encoders with a weights folder can have a SOURCE.json with a license.
         weights = str(encoder["init_args"].get("weights", ""))
         rows.append(("encoder", f"{encoder['class_path']} {weights}".rstrip(), weights))
     rows += [("training data", folder, folder) for folder in data or []]

@@ -28,6 +28,7 @@ from bindllm.model.quantize import QUANTIZATIONS, keep_gradients, quantization_c
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Settings by which some families change the logits after the vocabulary projection, and their neutral values.
+# A family in this table needs logits at all positions: its change follows the projection inside its own forward.
 _LOGIT_CHANGES = {
     "final_logit_softcapping": (None,),
     "logit_scale": (None, 1, 1.0),
@@ -36,6 +37,7 @@ _LOGIT_CHANGES = {
 }
 # Entries of a config that describe the copy, not the model.
 _CONFIG_OF_THE_COPY = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+# Enough to notice a changed tensor, and few enough to fingerprint 7B parameters in milliseconds.
 _SAMPLED_BYTES = 256
 
 # The texts of Stanford Alpaca (2023). Nothing follows the last colon: the released ImageBind-LLM glues the answer to
@@ -90,6 +92,7 @@ class DecoderConfig:
     """Frozen projections in 4 bits (`nf4`, as in QLoRA) or 8 bits (`int8`), through bitsandbytes; null: as they are."""
 
     def __post_init__(self) -> None:
+        # How to read this: closed choices are checked here, since configs also come from files and Python.
         if self.dtype not in ("auto", *DTYPES):
             raise InputError(
                 f"unknown dtype {self.dtype!r}. {known_names(str(self.dtype), ['auto', *DTYPES])}"
@@ -118,6 +121,7 @@ def choose_dtype(device: str | torch.device) -> torch.dtype:
     bfloat16 if the hardware multiplies bfloat16 matrices: GPUs that report it, and CPUs with AMX tiles. Other CPUs
     convert on the fly and are slower than in float32; `benchmarks` measures it.
     """
+    # Emulated bfloat16 of old GPUs would be slower than float16.
     if torch.device(device).type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if torch.device(device).type == "cpu":
@@ -145,6 +149,7 @@ def load_tokenizer(config: DecoderConfig) -> PreTrainedTokenizerBase:
     # Any exception about an untrusted file means that its tokenizer cannot be used.
     except Exception as error:
         raise DecoderError(f"no usable tokenizer in {folder} ({loading_error(folder, error)})") from error
+    # Padding is masked, so the end token can serve as padding.
     if tokenizer.pad_token_id is None:
         # Some copies name it as an empty text.
         if not tokenizer.eos_token:
@@ -157,6 +162,7 @@ def load_tokenizer(config: DecoderConfig) -> PreTrainedTokenizerBase:
         apply_template(config.template, tokenizer)
     check_tokenizer(tokenizer)
     if config.system is not None:
+        # The system text becomes part of the template, so no caller can forget it.
         message = f"{{'role': 'system', 'content': {json.dumps(config.system, ensure_ascii=False)}}}"
         tokenizer.chat_template = (
             "{%- if messages[0]['role'] != 'system' -%}"
@@ -191,6 +197,7 @@ def _lead(tokenizer: PreTrainedTokenizerBase) -> str:
     SentencePiece puts a space before a text. Some tokenizers do so after a control token as well, others only at
     the very start; there the space has to be written.
     """
+    # Compared by token ids, since the space is invisible in decoded text.
     probe = "Below"
     expected = [tokenizer.bos_token_id, *tokenizer(probe, add_special_tokens=False)["input_ids"]]
     for lead in ("", " "):
@@ -212,6 +219,8 @@ def load_decoder(config: DecoderConfig, *, device: str | torch.device | None = N
     """
     device = device or default_device()
     folder = config.folder()
+    # How to read this: the precision is chosen for the device, weights load from safetensors without code of the
+    # folder, and the result is frozen.
     dtype = choose_dtype(device) if config.dtype == "auto" else DTYPES[config.dtype]
     options = {}
     if config.quantize is not None:
@@ -235,6 +244,7 @@ def load_decoder(config: DecoderConfig, *, device: str | torch.device | None = N
     if config.quantize is not None:
         keep_gradients(decoder)
     else:
+        # A quantized decoder was loaded onto its device already and cannot be moved.
         decoder.to(device)
     if (head := decoder.get_output_embeddings()) is not None:
         head.register_forward_pre_hook(_in_one_piece)
@@ -271,6 +281,7 @@ def without_weights(
     """
     config = config or read_config(folder)
     try:
+        # On the meta device a tensor has a shape and no memory.
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
     except Exception as error:
@@ -294,6 +305,7 @@ def fingerprint_decoder(folder: str | Path) -> str:
     Returns:
         64 hexadecimal digits.
     """
+    # How to read this: hash the settings, then the texts, then samples of every tensor, in a fixed order.
     digest = hashlib.sha256()
     try:
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
@@ -313,6 +325,7 @@ def fingerprint_decoder(folder: str | Path) -> str:
         with file.open("rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(size))
+            # Free text of the writer, such as the name of the library.
             header.pop("__metadata__", None)
             for name, entry in sorted(header.items()):
                 start, end = entry["data_offsets"]

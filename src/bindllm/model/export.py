@@ -32,11 +32,13 @@ from bindllm.model.decoder import (
 )
 from bindllm.model.pretrained import read_configs, read_decoder
 
+# An output folder with this file may be replaced, any other content may not.
 RECORD = "bindllm_export.json"
 """Marks an exported folder, and names its checkpoint and decoder."""
 
 # Settings of some families that give their projections the biases which the adapter has.
 _BIAS_SETTINGS = ("attention_bias", "mlp_bias")
+# Usual size of a shard on the Hugging Face hub.
 _SHARD = "5GB"
 
 
@@ -78,6 +80,7 @@ def export_decoder(
         InputError: an unknown dtype, or an output folder that holds something else.
     """
     output = Path(output)
+    # How to read this: every check runs before the decoder is loaded, which may take minutes.
     _check_output(output, Path(checkpoint))
     manifest = read_manifest(checkpoint)
     adapter = read_configs(checkpoint, manifest)["adapter"]
@@ -91,7 +94,9 @@ def export_decoder(
     plain = _plain_config(config, adapter, checkpoint)
     of_files, dtype = _choose_dtypes(dtype, plain)
     tokenizer = load_tokenizer(config)
+    # Always the full-precision files: merging into packed weights would round twice.
     network = load_decoder(replace(config, dtype=of_files, quantize=None), device="cpu")
+    # Bind network and injection stay behind; a plain folder has no input for media.
     tensors = {k: v for k, v in read_weights(checkpoint, manifest).items() if k.startswith(PREFIX)}
     num_merged, num_replaced = merge(network, adapter, tensors, DTYPES[dtype], source=str(checkpoint))
     _take_config(network, plain)
@@ -127,18 +132,21 @@ def merge(
     Raises:
         CheckpointError: tensors that do not fit, or that are not finite.
     """
+    # peft builds its layers around the plain ones, and its own merge computes W + scale * B A.
     parameters = Adapter(decoder, config).parameters()
     check_keys(parameters, dict(tensors), source=source)
     num_merged = num_replaced = 0
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
+        # A list, since submodules are replaced while iterating.
         for name, module in list(decoder.named_modules()):
             parts = dict(module.named_children())
             if "lora_A" in parts:
                 decoder.set_submodule(name, _merged(module, name, source).to(dtype))
                 num_merged += 1
             elif "modules_to_save" in parts:
+                # peft keeps a tuned copy next to each norm; the copy replaces the original.
                 (norm,) = module.modules_to_save.values()
                 decoder.set_submodule(name, norm)
                 num_replaced += 1
@@ -148,7 +156,9 @@ def merge(
 
 def _merged(layer: nn.Module, name: str, source: str) -> nn.Linear:
     """Return the projection with the adapter added, in float32, so that the sum is rounded only once."""
+    # In float32: in bfloat16 each addition would round.
     linear = layer.get_base_layer().float()
+    # A plain projection without bias gets one for peft to add the adapter's bias to.
     if linear.bias is None and any(layer.lora_bias.values()):
         linear.bias = nn.Parameter(torch.zeros(linear.out_features))
     try:
@@ -176,10 +186,12 @@ def _plain_config(config: DecoderConfig, adapter: AdapterConfig, checkpoint: str
         )
     if not adapter.bias:
         return plain
+    # Composite configs hold the setting in their text config.
     for part in (plain, plain.get_text_config()):
         for setting in _BIAS_SETTINGS:
             if setting in part.to_dict():
                 setattr(part, setting, True)
+    # Shapes only: this shows which projections get a bias under the new settings.
     network = without_weights(folder, plain)
     lacking = {
         kind: None
@@ -202,6 +214,7 @@ def _take_config(network: PreTrainedModel, plain: PretrainedConfig) -> None:
         for setting in _BIAS_SETTINGS:
             if setting in other.to_dict():
                 setattr(own, setting, getattr(other, setting))
+    # A folder whose config and tensors disagree would load with random biases.
     expected = without_weights(network.name_or_path, network.config).state_dict()
     check_keys(expected, network.state_dict(), source="the merged decoder")
 

@@ -89,6 +89,7 @@ class GenerationState:
 
     def context(self, batch: int, past: int, length: int) -> BindContext:
         """Return the context of tokens ``past .. past + length``; generated ones keep the last prompt token's group."""
+        # Beams and several returned sequences repeat each prompt; cached terms have the old batch size.
         if batch != self.bind.shape[0]:
             repeats, rest = divmod(batch, self.bind.shape[0])
             if rest or not repeats:
@@ -97,11 +98,14 @@ class GenerationState:
             self.media_index = self.media_index.repeat_interleave(repeats, dim=0)
             self.terms.clear()
         last = self.media_index.shape[1] - 1
+        # Positions after the prompt read the route of its last token.
         columns = torch.arange(past, past + length, device=self.media_index.device).clamp_(max=last)
         route = route_tokens(self.media_index[:, columns], self.bind.shape[1])
         return BindContext(self.bind, route, self.terms)
 
 
+# The two channels that are not keywords: the state of a running `generate`, and the term on its way from the entry of
+# an attention to its output projection.
 # Both are empty outside a call; context variables keep concurrent threads apart.
 _GENERATION: ContextVar[GenerationState | None] = ContextVar("bindllm_generation", default=None)
 _TERM: ContextVar[tuple[BindContext, Tensor] | None] = ContextVar("bindllm_term", default=None)
@@ -110,6 +114,7 @@ _TERM: ContextVar[tuple[BindContext, Tensor] | None] = ContextVar("bindllm_term"
 def route_tokens(media_index: Tensor, num_groups: int) -> Tensor:
     """Return the one-hot route [B, T, M] of a media index [B, T]; index -1 gives a row of zeros."""
     groups = torch.arange(num_groups, device=media_index.device)
+    # Index -1 equals no group, so its row is all zeros and nothing is added.
     return media_index.unsqueeze(-1) == groups
 
 
@@ -145,12 +150,16 @@ class Injection(nn.Module):
             raise DecoderError(
                 "this decoder object carries an injection already; load the decoder again for another"
             )
+        # How to read this: select the last layers, create gates and queries for them, then hook. Hooks run in this
+        # order in a forward: `_carry` once, then one pair per layer.
         every = _layers(core, type(decoder).__name__, at_least=config.layers or 1)
         layers = every[-(config.layers or len(every)) :]
         config_of_text = decoder.config.get_text_config()
         width, num_heads = config_of_text.hidden_size, config_of_text.num_attention_heads
         shape = (len(layers), num_heads) if self.kind == "value" else (len(layers),)
+        # Zero gates: the untrained model is exactly the plain decoder (tanh(0) = 0).
         self.gates = nn.Parameter(torch.zeros(shape))
+        # Small and random, so that layers can specialize from the first step.
         self.queries = nn.Parameter(0.02 * torch.randn(len(layers), width)) if config.queries else None
         if self.kind == "value":
             # All layers are checked before the first hook, so that a refused decoder stays unchanged.
@@ -161,8 +170,10 @@ class Injection(nn.Module):
         else:
             for index, (_, layer) in enumerate(layers):
                 layer.register_forward_pre_hook(partial(self._add_to_input, index), with_kwargs=True)
+        # Layers that are not served receive the keyword too, and must drop it.
         for _, layer in every[: len(every) - len(layers)]:
             layer.register_forward_pre_hook(_leave_out, with_kwargs=True)
+        # On the core, not the outer model: it runs once per forward, also under `generate` and checkpointing.
         core.register_forward_pre_hook(self._carry, with_kwargs=True)
 
     @contextmanager
@@ -175,6 +186,7 @@ class Injection(nn.Module):
             bind: [B, M, D].
             media_index: [B, T] of the left-padded prompts; generated tokens use its last column.
         """
+        # With gradients, checkpointing would recompute layers after the block has ended, without the vectors.
         if torch.is_grad_enabled():
             raise InputError(
                 "holding() is for generation: use it under torch.no_grad(), else pass bind= to the decoder"
@@ -191,6 +203,7 @@ class Injection(nn.Module):
         bind, media_index = kwargs.pop("bind", None), kwargs.pop("media_index", None)
         if (bind is None) != (media_index is None):
             raise InputError("bind and media_index go together: pass both to the decoder, or neither")
+        # Ids or embeddings: only their first two sizes are needed.
         tokens = args[0] if args else kwargs.get("input_ids")
         tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
         if bind is not None:
@@ -199,6 +212,7 @@ class Injection(nn.Module):
             return args, kwargs
         state = _GENERATION.get()
         if state is not None and state.injection is self:
+            # Steps after the first bring only new tokens; the cache's length gives their positions.
             cache = kwargs.get("past_key_values")
             past = 0 if cache is None else int(cache.get_seq_length())
             kwargs["bind"] = state.context(tokens.shape[0], past, tokens.shape[1])
@@ -242,6 +256,7 @@ class Injection(nn.Module):
         """Return the gated term of layer ``index`` for each media group: [B, M, D] or [B, M, H * head size]."""
         if context.terms is not None and index in context.terms:
             return context.terms[index]
+        # bind[b, m] + query[l], see the formulas in the module docstring.
         vector = context.bind if self.queries is None else context.bind + self.queries[index]
         if self.kind == "residual":
             term = (self.gates[index] * vector).to(dtype)
@@ -249,11 +264,13 @@ class Injection(nn.Module):
             # The published weights were trained with the base projection, without its LoRA part.
             project = dict(module.v_proj.named_children()).get("base_layer", module.v_proj)
             gate = torch.tanh(self.gates[index]).to(dtype)
+            # [B, M, Hkv * head size] -> [B, M, Hkv, 1, head size].
             value = project(vector.to(dtype)).unflatten(
                 -1, (-1, 1, module.o_proj.in_features // gate.numel())
             )
             # [Hkv, 1, head size] times [Hkv, group, 1]: each key/value head serves the heads of its group.
             term = (value * gate.view(value.shape[-3], -1, 1)).flatten(-3)
+        # During a generation the term is the same at every step, so it is computed once.
         if context.terms is not None:
             context.terms[index] = term
         return term
@@ -271,6 +288,7 @@ def _check(bind: Tensor, media_index: Tensor, tokens: Tensor | None = None) -> N
         raise InputError(
             f"bind {list(bind.shape)} and media_index {list(media_index.shape)}: expected [B, M, D] and [B, T]"
         )
+    # An index out of range would silently add nothing.
     if media_index.numel() and not -1 <= int(media_index.min()) <= int(media_index.max()) < bind.shape[1]:
         raise InputError(
             f"media_index reaches from {int(media_index.min())} to {int(media_index.max())}, but bind has "

@@ -50,6 +50,7 @@ def read_parts(
     Returns:
         the decoder's config; the other arguments of `BindLLM.build`; the trained tensors.
     """
+    # Cheap checks first: configs, decoder fingerprint, encoders, and the weights last.
     manifest = read_manifest(folder)
     parts = read_configs(folder, manifest)
     config = read_decoder(folder, manifest, decoder=decoder, dtype=dtype, quantize=quantize)
@@ -68,6 +69,7 @@ def read_configs(folder: str | Path, manifest: dict[str, Any]) -> dict[str, Any]
         return {
             "bind": BindConfig(**manifest["bind"]),
             "inject": InjectConfig(**manifest["inject"]),
+            # null in the manifest: the decoder is not tuned.
             "adapter": AdapterConfig(**tuned) if (tuned := manifest.get("adapter")) else None,
             "cache_config": read_cache_config(folder, manifest),
             "origin": manifest.get("origin", ""),
@@ -104,8 +106,10 @@ def read_decoder(
             revision=saved["revision"],
             system=saved["system"],
             template=saved.get("template"),
+            # None keeps the setting of the training, False becomes none.
             quantize=saved.get("quantize") if quantize is None else quantize or None,
         )
+        # Checked for a given decoder too: bind vectors mean something to one decoder only.
         fingerprint = saved["fingerprint"]
     except (KeyError, TypeError, AttributeError) as error:
         raise _damaged(folder, error) from error
@@ -119,6 +123,7 @@ def read_encoders(folder: str | Path, manifest: dict[str, Any], *, allow: Sequen
     Raises:
         CheckpointError: one is missing, or is not the one that the checkpoint was trained with.
     """
+    # Paths are resolved for all encoders before the first one is built.
     built, expected = [], encoder_fingerprints(folder, manifest)
     try:
         entries = [
@@ -134,6 +139,7 @@ def read_encoders(folder: str | Path, manifest: dict[str, Any], *, allow: Sequen
         try:
             encoder = build_object({"class_path": class_path, "init_args": arguments}, allow=allow)
             found = encoder.fingerprint()
+        # An error about an encoder should name the file in which it is listed.
         except EncoderError as error:
             raise CheckpointError(
                 f"{error}; it is named under encoders in {Path(folder) / MANIFEST}"
@@ -180,6 +186,7 @@ def _add_encoders(own: list[Encoder], further: Sequence[Encoder]) -> None:
         InputError: an encoder has another embedding size, or would never be asked.
     """
     for encoder in further:
+        # The first encoder that serves a modality is the one that is asked.
         served = {modality for one in own for modality in one.modalities}
         if not set(encoder.modalities) - served:
             raise InputError(
@@ -187,6 +194,7 @@ def _add_encoders(own: list[Encoder], further: Sequence[Encoder]) -> None:
                 "the encoders before it, and a model asks the first that serves a modality"
             )
         own.append(encoder)
+    # One bind network serves all encoders, so they must share E.
     common_size(own)
 
 

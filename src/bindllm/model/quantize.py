@@ -37,6 +37,7 @@ def quantization_config(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
     Raises:
         MissingExtraError: bitsandbytes or accelerate is not installed.
     """
+    # transformers needs accelerate to load quantized weights.
     for package in ("bitsandbytes", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise MissingExtraError(package, extra="qlora", purpose=f"hold a decoder in {kind}")
@@ -73,6 +74,7 @@ def keep_gradients(decoder: PreTrainedModel) -> None:
 
 def num_weights(parameter: nn.Parameter) -> int:
     """Return the number of weights in a parameter: in 4 bits, two are packed into each byte."""
+    # Only Linear4bit parameters have this attribute; its shape is that of the unpacked matrix.
     state = vars(parameter).get("quant_state")
     return parameter.numel() if state is None else state.shape.numel()
 

@@ -101,6 +101,8 @@ class ImageBind:
         dtype: Dtype = "float32",
         scale: Scale = "unit",
     ) -> None:
+        # How to read this: options are checked, then kept in `config`, from which the encoder can be rebuilt; no
+        # weight is read.
         for name, value, known in (
             ("coverage", coverage, Coverage),
             ("dtype", dtype, Dtype),
@@ -124,6 +126,7 @@ class ImageBind:
         }
         self._folder = Path(weights)
         # A recipe is read before its folder is made; the sizes are then those of the published model.
+        # The folder may have been written since the constructor assumed the published sizes.
         self._sizes = read_config(self._folder) if (self._folder / CONFIG).exists() else HUGE
         self.modalities = _choose(modalities, self._sizes, self._folder)
         self.embedding_size = self._sizes.embedding_size
@@ -142,6 +145,7 @@ class ImageBind:
         Raises:
             EncoderError: weights are missing.
         """
+        # How to read this: one hash over trunks, tokenizer and options, limited to the served modalities.
         if self._fingerprint is None:
             sizes = self._read_sizes()
             trunks = sorted({TRUNK_OF[modality] for modality in self.modalities})
@@ -223,17 +227,20 @@ class ImageBind:
         # A trainer's autocast would change the embeddings, and the fingerprint would not show it.
         with torch.autocast(self._device.type, enabled=False):
             embedded, sequences = run_views(trunk, modality, views, keep_tokens=tokens)
+            # Clips and crops are unit vectors; their mean is shorter, so it is normalized again.
             means = average_views(embedded, counts)
             embeddings = (
                 F.normalize(means, dim=-1) if self.config["scale"] == "unit" else means * trunk.scale()
             )
         if not tokens:
             return embeddings
+        # Tokens come as one flat list of views; each media takes as many as it has views.
         waiting = iter(sequences)
         return Embedded(embeddings, [torch.stack([next(waiting) for _ in range(count)]) for count in counts])
 
     def _require(self, modality: str) -> None:
         if modality not in self.modalities:
+            # Text is served only with a tokenizer; its absence is the likeliest cause.
             if modality == "text" and self.config["modalities"] is None:
                 self._require_tokenizer()
             raise InputError(
@@ -263,6 +270,7 @@ class ImageBind:
         names = ["dtype", "scale"]
         if served & {"audio", "video"}:
             names.append("coverage")
+            # Without full coverage the number of clips is fixed, so the option changes nothing.
             names += ["max_clips"] if self.config["coverage"] == "full" else []
         return names + (["depth_baseline", "depth_focal"] if "depth" in served else [])
 

@@ -60,6 +60,7 @@ def audio_input(source: Source, *, coverage: str, max_clips: int) -> Tensor:
         torch.Size([3, 1, 128, 204])
     """
 
+    # Called with the length of the audio: only the spans that it returns are decoded and kept.
     def spans(samples: int) -> list[tuple[int, int]]:
         starts = clip_starts(
             Fraction(samples, RATE),
@@ -81,6 +82,7 @@ def _image(clip: np.ndarray) -> np.ndarray:
     if len(samples) < _WINDOW:
         samples = np.pad(samples, (0, _WINDOW - len(samples)))
     energies = _filter_bank(samples)[:FRAMES]
+    # Missing frames stay 0 before scaling, which is louder than silence: as published.
     image = np.zeros((MEL_BANDS, FRAMES))
     image[:, : len(energies)] = energies.T
     return ((image - _MEAN) / _DEVIATION).astype(np.float32)[None]
@@ -89,6 +91,7 @@ def _image(clip: np.ndarray) -> np.ndarray:
 def _filter_bank(samples: np.ndarray) -> np.ndarray:
     """Return the log energies of whole frames: [N] -> [frames, 128]."""
     frames = np.lib.stride_tricks.sliding_window_view(samples, _WINDOW)[::_STEP]
+    # How to read this: Kaldi's filter bank, step by step: offset, pre-emphasis, Hann window, power, mel, log.
     frames = frames - frames.mean(axis=1, keepdims=True)
     # The first sample of a frame counts as its own predecessor.
     before = np.concatenate([frames[:, :1], frames[:, :-1]], axis=1)

@@ -50,9 +50,11 @@ def clip_starts(
         )
     if max_clips < 1:
         raise InputError(f"max_clips={max_clips}: expected at least 1")
+    # Fractions, since frame times are rational: floats would pick another frame at exact borders.
     last = max(duration - CLIP_SECONDS, Fraction(0))
     if coverage == "published":
         return _spread(last, published)
+    # Full coverage: the last clip ends with the file and may overlap the one before.
     count = max(1, ceil(duration / CLIP_SECONDS))
     if count <= max_clips:
         return [min(Fraction(number * CLIP_SECONDS), last) for number in range(count)]

@@ -14,6 +14,7 @@ from typing import Any
 
 from bindllm.errors import EncoderError
 
+# Images and video share one trunk, so six trunks serve seven modalities.
 TRUNK_OF = {
     "image": "vision",
     "video": "vision",
@@ -69,6 +70,7 @@ class ImageBindConfig:
         return {"embedding_size": self.embedding_size, **asdict(self.trunks[trunk])}
 
 
+# A converted folder states its own sizes; these are the ones of the published file.
 HUGE = ImageBindConfig(
     embedding_size=1024,
     trunks={
@@ -99,6 +101,7 @@ def read_config(folder: Path) -> ImageBindConfig:
     if not isinstance(entries, dict) or entries.get("model") != KIND:
         raise EncoderError(f"{file}: this is the folder of another model. {how_to_convert(folder)}")
     try:
+        # How to read this: every size is checked at this border, so that the modules need no checks.
         trunks = {name: _trunk(name, sizes) for name, sizes in entries["trunks"].items()}
         return ImageBindConfig(_count(entries["embedding_size"]), trunks)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -127,6 +130,7 @@ def _trunk(name: str, sizes: Mapping[str, Any]) -> TrunkConfig:
 
 
 def _count(value: Any) -> int:
+    # `type` and not isinstance: JSON's true is an int in Python.
     if type(value) is not int or value < 1:
         raise ValueError(f"{value!r} is not a whole number above 0")
     return value

@@ -84,6 +84,8 @@ def depth_input(source: Source, *, baseline: float, focal: float) -> Tensor:
     is_measured = meters > 0
     disparity = np.where(is_measured, baseline * focal / meters.clip(NEAREST, FARTHEST), 0)
     disparity = disparity.clip(0, LARGEST_DISPARITY).astype(np.float32) / LARGEST_DISPARITY
+    # How to read this: resize values and the mask of measured pixels, then divide. Holes then do not darken their
+    # surroundings.
     share = _middle_map(is_measured.astype(np.float32), Image.Resampling.BILINEAR)
     mean = _middle_map(disparity, Image.Resampling.BILINEAR) / np.maximum(share, np.float32(1e-6))
     measured = np.where(share >= _LEAST_MEASURED, mean, np.float32(0))

@@ -43,6 +43,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix tokens [B, T, D]."""
+        # [B, T, 3 D] -> three of [B, heads, T, D / heads].
         packed = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
         query, key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)
         if self.bias_key is not None:
@@ -98,6 +99,7 @@ class Trunk(nn.Module):
 
     def __init__(self, name: str, size: TrunkConfig, embedding_size: int) -> None:
         super().__init__()
+        # Text is read at its end token, all other modalities at the class token.
         self.pools_largest_id = name == "text"
         self.stem = build_stem(name, size.width)
         self.input_norm = nn.LayerNorm(size.width, eps=_NORM_EPSILON) if name == "vision" else nn.Identity()
@@ -106,6 +108,7 @@ class Trunk(nn.Module):
             for _ in range(size.num_blocks)
         )
         self.head = Head(size.width, embedding_size)
+        # The published model learns a temperature for every modality but the anchor, vision.
         self.register_parameter("log_scale", None if name == "vision" else nn.Parameter(torch.empty(())))
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,6 +137,7 @@ class Trunk(nn.Module):
 
     def widest_bytes(self, shape: Sequence[int]) -> int:
         """Return the bytes of the largest activation that one view of this shape makes."""
+        # The feed-forward layer is the widest: four times D for every token.
         inner = self.blocks[0].up
         return self.stem.count(shape) * inner.out_features * inner.weight.element_size()
 

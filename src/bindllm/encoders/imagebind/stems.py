@@ -41,6 +41,7 @@ class Patches:
     norm: bool
 
 
+# Audio patches overlap (stride 10 of 16); all others tile the image.
 PATCHES = {
     "vision": Patches(kernel=(3, 2, 14, 14), stride=14, grid=(16, 16), norm=False),
     "audio": Patches(kernel=(1, 16, 16), stride=10, grid=(12, 19), norm=True),
@@ -80,6 +81,7 @@ class ImageStem(nn.Module):
             # Two equal frames: convolving both is the same as convolving one with the sum of the two kernels.
             weight = weight.sum(2)
         size, stride = weight.shape[-1], self.patches.stride
+        # A convolution with stride, written as a matrix product: patches are rows, kernels are columns.
         windows = image.unfold(-2, size, stride).unfold(-2, size, stride)
         rows, columns = windows.shape[-4:-2]
         # [B, C, (frames,) rows, columns, height, width of a patch] with the grid in front, as rows of a product.
@@ -116,6 +118,7 @@ class SignalStem(nn.Module):
 
     def forward(self, signal: Tensor) -> Tensor:
         """Return tokens [B, 251, D] of a signal [B, 6, 2000]."""
+        # Windows do not overlap: 250 windows of 8 steps, all channels of a window in one row.
         windows = signal.unfold(2, _WINDOW, _WINDOW).transpose(1, 2).flatten(2)
         tokens = self.norm(F.linear(windows, self.weight))
         return torch.cat([self.class_token.expand(len(tokens), 1, -1), tokens], 1) + self.positions

@@ -63,6 +63,7 @@ def tokenizer_tree(merges: Mapping[int, tuple[str, str]]) -> dict[str, Any]:
         merges: the pairs of symbols to join, by rank; ranks may be missing, ids follow from the rank.
     """
     symbols = _symbols()
+    # Ids as published: bytes, bytes at the end of a word, merges by rank, then the two markers.
     vocabulary = {symbol: number for number, symbol in enumerate(symbols)}
     vocabulary |= {symbol + _WORD_END: number + len(symbols) for number, symbol in enumerate(symbols)}
     vocabulary |= {left + right: 2 * len(symbols) + rank for rank, (left, right) in sorted(merges.items())}
@@ -135,6 +136,7 @@ class Tokenizer:
         """
         ids = self.ids(text)
         if len(ids) > CONTEXT:
+            # The tokenizers inside Point-Bind and ImageBind-LLM drop the end id here; the trunk then reads another vector.
             ids = [*ids[: CONTEXT - 1], ids[-1]]
         return torch.tensor(ids + [0] * (CONTEXT - len(ids)))
 

@@ -55,6 +55,7 @@ def cut_views(modality: str, inputs: Sequence[Tensor]) -> tuple[list[Tensor], li
     views: list[Tensor] = []
     counts = []
     for number, tensor in enumerate(inputs):
+        # One more dimension than a view has: several views of one media.
         several = tensor.dim() == len(_SHAPES[modality]) + 1
         shape = tensor.shape[1:] if several else tensor.shape
         if not (_fits(modality, shape) and len(tensor)):
@@ -84,6 +85,7 @@ def _fits(modality: str, shape: Sequence[int]) -> bool:
     if modality not in ("image", "video", "depth", "thermal"):
         return True
     patch = PATCHES["vision" if modality in ("image", "video") else modality].kernel[-1]
+    # Square, and at least one patch wide.
     return shape[-2] == shape[-1] >= patch
 
 
@@ -98,6 +100,7 @@ def run_views(
     """
     weight = trunk.head.project.weight
     limit = _CPU_BYTES if weight.device.type == "cpu" else _ACCELERATOR_BYTES
+    # Views of a batch have one shape, so the first one decides for all.
     size = max(1, limit // trunk.widest_bytes(views[0].shape))
     embeddings, tokens = [], []
     for start in range(0, len(views), size):

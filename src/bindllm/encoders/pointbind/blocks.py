@@ -63,6 +63,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return [B, T, D]; ``mask`` [B, T, T] is true if a token attends to another; None: all do."""
         qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1))
+        # [B, T, 3, heads, head size] -> three of [B, heads, T, head size].
         queries, keys, values = qkv.permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(
             queries, keys, values, attn_mask=None if mask is None else mask.unsqueeze(1)
@@ -101,6 +102,7 @@ def fold_norms(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     Args:
         tensors: by name; those of a norm without all its parts, or without its layer, are left.
     """
+    # y = gain * (W x + b - mean) / sqrt(var + eps) + shift is again a linear layer.
     folded = dict(tensors)
     for name in [
         name.removesuffix("_norm.running_var") for name in tensors if name.endswith("_norm.running_var")

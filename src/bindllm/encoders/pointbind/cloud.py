@@ -37,6 +37,7 @@ class Level(NamedTuple):
 
 def make_level(points: Tensor, count: int, neighbors: int, *, dead_zone: float | None = None) -> Level:
     """Return ``count`` groups of points [B, N, 3]; see `farthest_points` and `nearest_points`."""
+    # Centers are points of the level below, so indices suffice to follow a group down.
     chosen = farthest_points(points, count, dead_zone=dead_zone)
     centers = gather(points, chosen)
     return Level(centers, chosen, nearest_points(points, centers, neighbors))

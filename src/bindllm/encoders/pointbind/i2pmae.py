@@ -70,6 +70,7 @@ class I2PMAE(nn.Module):
 
     def group(self, points: Tensor) -> list[Level]:
         """Group points [B, N, 3]; the centers of a level are picked among those of the level below."""
+        # Each level groups the centers of the one below it.
         levels: list[Level] = []
         for count, neighbors in zip(self.sizes.groups, self.sizes.neighbors, strict=True):
             levels.append(make_level(points, count, neighbors, dead_zone=DEAD_ZONE))
@@ -92,6 +93,7 @@ class I2PMAE(nn.Module):
         for scale, level in zip(self.scales[1:], levels[1:], strict=True):
             x = scale(gather(x, level.neighbors), level.centers)
         x = self.norm(x)
+        # Mean and maximum over the last groups, as in Point-M2AE's classifier.
         return x.mean(dim=1) + x.amax(dim=1), x
 
 

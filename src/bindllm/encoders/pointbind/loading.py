@@ -41,6 +41,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise EncoderError(
             f"{folder / CONFIG} cannot be read as JSON ({error}); convert the weights again"
         ) from error
+    # A config is untrusted: every entry is checked before a class is built from it.
     variant = config.get("variant") if isinstance(config, dict) else None
     if not isinstance(variant, str) or variant not in _VARIANTS:
         raise EncoderError(
@@ -87,6 +88,7 @@ def load_network(folder: Path, dtype: torch.dtype) -> PointBert | I2PMAE:
             raise EncoderError(
                 f"{folder / WEIGHTS}: not a readable safetensors file ({error}); convert it again"
             ) from error
+        # The file holds the norms separately; the network has them folded in.
         tensors = fold_norms(tensors)
         shapes = (
             {name: value.shape for name, value in part.items()} for part in (network.state_dict(), tensors)

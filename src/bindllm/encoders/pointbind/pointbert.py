@@ -72,12 +72,14 @@ class PointBert(nn.Module):
         """
         centers, _, neighbors = levels[0]
         dtype = self.class_token.dtype
+        # Coordinates relative to the center: a group describes its shape, the position network its place.
         around = (gather(points, neighbors) - centers.unsqueeze(2)).to(dtype)
         x = self.prepend(self.class_token, self.reduce(self.groups(around)))
         position = self.prepend(self.class_position, self.position(centers.to(dtype)))
         for block in self.blocks:
             # Added again before every block, so it accumulates in the stream: the weights were trained this way.
             x = block(x + position)
+        # Both summaries together: class token and maximum, as in the paper's classifier.
         x = self.norm(x)
         return torch.cat([x[:, 0], x[:, 1:].amax(dim=1)], dim=-1), x[:, 1:]
 
