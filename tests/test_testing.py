@@ -239,7 +239,7 @@ BROKEN = {
     NotFinite: "must be finite",
     Constant: "different media get the same embedding",
     ChangesItsInputs: r"embed\(\) changes its inputs in place",
-    ChangesTheArray: r"prepare\(\) changes the array or picture",
+    ChangesTheArray: r"prepare\(\) changes the array or image",
     NotFrozen: r"embed\(\) gives other numbers the second time",
     UnstableFingerprint: r"fingerprint\(\) differs from call to call",
     FingerprintOfTheInstance: r"rebuilt from config, its fingerprint\(\) is another",

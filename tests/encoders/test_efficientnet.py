@@ -212,7 +212,7 @@ def test_other_modalities_and_bad_files(encoder):
 def test_found_by_its_import_path():
     assert bindllm.encoders.EfficientNetLite is EfficientNetLite
     assert "EfficientNetLite" in dir(bindllm.encoders)
-    with pytest.raises(AttributeError, match="it has Aligned, EfficientNetLite"):
+    with pytest.raises(AttributeError, match="it has Aligned, AudioTower"):
         _ = bindllm.encoders.EfficientNetLight
 
 

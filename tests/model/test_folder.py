@@ -160,7 +160,7 @@ def test_classes_outside_bindllm_need_permission():
 @pytest.mark.parametrize(
     ("path", "what"),
     [
-        ("bindllm.atomic.write_json", "no class"),
+        ("bindllm.atomic.write_json", "not a class"),
         ("bindllm.atomic.Path", "a class without fingerprint, to, prepare, embed"),
         ("bindllm.encoders.efficientnet.EfficientNetLite.config", "cannot be built"),
         ("bindllm.embeddings.store.EmbeddingStore", "a class without fingerprint"),

@@ -136,7 +136,7 @@ class Tokenizer:
         """
         ids = self.ids(text)
         if len(ids) > CONTEXT:
-            # The tokenizers inside Point-Bind and ImageBind-LLM drop the end id here; the trunk then reads another vector.
+            # The tokenizers inside Point-Bind and ImageBind-LLM drop the end id, and the trunk reads another vector.
             ids = [*ids[: CONTEXT - 1], ids[-1]]
         return torch.tensor(ids + [0] * (CONTEXT - len(ids)))
 
