@@ -53,7 +53,7 @@ _HOMES = {
 }
 
 
-# How to read this: the seven members below are the whole contract; there is no base class to inherit from.
+# How to read this: the seven members below are the whole contract, without a base class to inherit from.
 class Encoder(Protocol):
     """A frozen model from media to unit embeddings; any class with these members is one.
 

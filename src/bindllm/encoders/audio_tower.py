@@ -139,7 +139,7 @@ class AudioTower(nn.Module):
 
     def _windows(self, audio: Tensor) -> Tensor:
         """Return evenly spread windows that cover the audio, [S, frames, 64]."""
-        # As few windows as cover the audio; evenly spread ones overlap where it is no multiple of a window.
+        # As few windows as cover the audio; evenly spread, they overlap unless it is a multiple of a window.
         count = -(-len(audio) // self.frames)
         last = len(audio) - self.frames
         starts = [round(n * last / max(1, count - 1)) for n in range(count)]

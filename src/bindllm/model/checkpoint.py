@@ -48,7 +48,7 @@ _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"}
 UNKNOWN_LICENSE = "see its own page"
 
 _LIMITS = """\
-The model says what is likely, not what is true. It has learned from {data} and from nothing else, so it
+The model gives likely answers, not verified ones. It has learned from {data} and from nothing else, so it
 confuses things that look alike, names things that are not there, and has seen no image style outside its data. Do not
 use it if a wrong description can hurt someone.
 """
