@@ -27,10 +27,12 @@ class _NamedModules:
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        # `path` is set for submodules, which Python finds through their package.
         folder = self.folders.get(name) if path is None else None
         return None if folder is None else PathFinder.find_spec(name, [folder], target)
 
 
+# One finder for the process: Python's own import table is global too.
 _NAMED = _NamedModules()
 
 
@@ -52,6 +54,7 @@ def name_module(path: str) -> None:
     """
     if _NAMED not in sys.meta_path:
         return
+    # How to read this: a walk over the import graph, from the named module to the local files that it needs.
     done, waiting = set(), [path]
     while waiting:
         name = waiting.pop()
@@ -60,6 +63,7 @@ def name_module(path: str) -> None:
         done.add(name)
         files = list(_files(name))
         if files:
+            # The first name wins: a later change of directory must not exchange a module.
             _NAMED.folders.setdefault(name.partition(".")[0], os.getcwd())
         for package, file in files:
             waiting += _imported(file, package)
@@ -87,6 +91,7 @@ def _imported(file: Path, package: Sequence[str]) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
+            # Relative imports: one dot is the package itself, each further dot one level up.
             above = package[: len(package) - node.level + 1] if node.level else []
             base = [*above, *([node.module] if node.module else [])]
             yield from (".".join([*base, alias.name]) for alias in node.names)

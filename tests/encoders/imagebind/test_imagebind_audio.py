@@ -85,8 +85,12 @@ def test_first_channel_is_heard_less_the_mean_of_all():
 def test_silence_is_the_floor():
     spectrograms = published(np.zeros(48_000, np.int16))
     assert spectrograms.shape == (3, 1, 128, 204)
-    torch.testing.assert_close(spectrograms[..., :198], torch.full((3, 1, 128, 198), SILENCE), rtol=1e-6, atol=0)
-    torch.testing.assert_close(spectrograms[..., 198:], torch.full((3, 1, 128, 6), PADDING), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        spectrograms[..., :198], torch.full((3, 1, 128, 198), SILENCE), rtol=1e-6, atol=0
+    )
+    torch.testing.assert_close(
+        spectrograms[..., 198:], torch.full((3, 1, 128, 6), PADDING), rtol=1e-6, atol=0
+    )
 
 
 @pytest.mark.parametrize(("samples", "frames"), [(1, 1), (160, 1), (399, 1), (400, 1), (559, 1), (560, 2)])
