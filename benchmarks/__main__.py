@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measure import RESULTS, write_metrics
-from bindllm.errors import known_names
+from bindllm.errors import did_you_mean
 
 NAMES = (
     "startup",
@@ -37,7 +37,7 @@ def main(names: list[str]) -> int:
     console = Console()
     for name in names:
         if name not in NAMES:
-            console.print(f"unknown benchmark {name!r}. {known_names(name, NAMES)}")
+            console.print(f"unknown benchmark {name!r}. {did_you_mean(name, NAMES)}")
             return 2
     table = Table("name", "value", "floor", "unit", "note")
     for name in names or NAMES:

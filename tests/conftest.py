@@ -58,6 +58,6 @@ def unmeasured():
     from bindllm.training.callbacks import SampleCaptions
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bindllm.cli.fit._measure", lambda *_: 0)
+        patch.setattr("bindllm.training.run.Run._measure", lambda *_: 0)
         patch.setattr("bindllm.cli.fit.SampleCaptions", functools.partial(SampleCaptions, max_new_tokens=4))
         yield

@@ -9,7 +9,8 @@ from pathlib import Path
 import yaml
 from jsonargparse import ArgumentParser
 
-from bindllm.cli.generate import _read_arguments
+from bindllm.cli.arguments import read_command
+from bindllm.cli.generate import generate
 from bindllm.model.adapter import AdapterConfig
 from bindllm.model.decoder import DecoderConfig
 
@@ -35,5 +36,5 @@ def test_its_recipe_keys_are_read():
 
 
 def test_its_commands_are_understood():
-    assert _read_arguments(["folder", "--quantize", "none"])[0].quantize == "none"
+    assert read_command("generate", generate, ["folder", "--quantize", "none"])["model"].quantize == "none"
     assert "bindllm generate folder --quantize none" in PAGE

@@ -11,7 +11,10 @@ import yaml
 
 from bindllm.cache.factories import choose
 from bindllm.cache.settings import CacheConfig
-from bindllm.cli import VERBS, generate, index
+from bindllm.cli import COMMANDS
+from bindllm.cli.arguments import read_command
+from bindllm.cli.generate import generate
+from bindllm.cli.index import index
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/cache.md").read_text(encoding="utf-8")
@@ -29,11 +32,11 @@ def rows(head: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("line", [line for block in blocks("bash") for line in block.splitlines()])
 def test_every_command_is_understood(line):
-    program, verb, *args = shlex.split(line)
+    program, command, *args = shlex.split(line)
     assert program == "bindllm"
-    assert verb in VERBS
-    if verb in ("index", "generate"):
-        {"index": index, "generate": generate}[verb]._read_arguments(args)
+    assert command in COMMANDS
+    if command in ("index", "generate"):
+        read_command(command, {"index": index, "generate": generate}[command], args)
 
 
 @pytest.mark.parametrize("block", blocks("python"))

@@ -9,8 +9,7 @@ import pytest
 
 import bindllm.encoders
 import tiny_layouts as tiny
-from bindllm.cli import main
-from bindllm.cli import media as cli_media
+from bindllm.cli import main, options
 from bindllm.evaluation.layouts import LAYOUTS
 
 PAGE = (Path(__file__).parents[1] / "docs/zero-shot.md").read_text(encoding="utf-8")
@@ -56,7 +55,7 @@ def project(tmp_path_factory):
 def _here(project, monkeypatch):
     """Every encoder of the page is the one that reads words."""
     monkeypatch.chdir(project)
-    monkeypatch.setattr(cli_media, "build_encoder", lambda path, options, **others: tiny.WordEncoder())
+    monkeypatch.setattr(options, "build_encoder", lambda path, options, **others: tiny.WordEncoder())
     monkeypatch.setattr(bindllm.encoders, "ImageBind", lambda weights: tiny.WordEncoder(), raising=False)
 
 

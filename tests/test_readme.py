@@ -9,7 +9,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
-from bindllm.cli import VERBS, main
+from bindllm.cli import COMMANDS, main
 from bindllm.quickstart import ASSETS, easyvqa
 from bindllm.testing import check_encoder
 from easyvqa_parts import published
@@ -82,7 +82,7 @@ def test_commands_and_python_blocks_run(project, tmp_path, monkeypatch, capsys):
     assert main(["fit", *recipe, "--trainer.logger", "false", "--model.decoder.dtype", "float32"]) == 0
     told = ""
     ran = [words[1:] for words in commands() if words[0] == "bindllm"]
-    assert {words[0] for words in ran} <= {*VERBS, "--help"}
+    assert {words[0] for words in ran} <= {*COMMANDS, "--help"}
     for words in ran:
         if words[0] == "fetch":
             assert set(words[1:]) <= ASSETS.keys()

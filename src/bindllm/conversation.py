@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, get_args
 
-from bindllm.errors import DecoderError, InputError, known_names
+from bindllm.errors import DecoderError, InputError, did_you_mean
 from bindllm.media import Media
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Message:
 
     def __post_init__(self) -> None:
         if self.role not in get_args(Role):
-            raise InputError(f"unknown role {self.role!r}. {known_names(str(self.role), get_args(Role))}")
+            raise InputError(f"unknown role {self.role!r}. {did_you_mean(str(self.role), get_args(Role))}")
         parts = (self.content,) if isinstance(self.content, (str, Media)) else self.content
         if not isinstance(parts, Sequence):
             raise InputError(f"the content of a message is a text or a list of parts, not {parts!r}")

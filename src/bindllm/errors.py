@@ -57,6 +57,10 @@ class TrainingError(BindLLMError):
     """A run that cannot go on; the last good state has been saved."""
 
 
+class UsageError(BindLLMError):
+    """A command line or a recipe that cannot be read; the command ends with exit code 2."""
+
+
 class MissingExtraError(BindLLMError, ImportError):
     """An optional package that is not installed.
 
@@ -92,11 +96,11 @@ def reading(name: str) -> Iterator[None]:
         raise
 
 
-def known_names(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return a sentence that lists the known names and the closest match to an unknown one.
 
     Example:
-        >>> known_names("residul", ["residual", "value"])
+        >>> did_you_mean("residul", ["residual", "value"])
         "Did you mean 'residual'? Known: residual, value."
     """
     known = sorted(known)

@@ -127,8 +127,8 @@ def test_pictures_are_opened(tmp_path, parts, capsys):
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         assert run("check", recipe) == code
         told = capsys.readouterr().out
-        assert f"1 x picture that cannot be opened (of {len(rows)} tried)" in told
-        assert ("not one picture can be opened" in told) == bool(code)
+        assert f"1 x image that cannot be opened (of {len(rows)} tried)" in told
+        assert ("not one image can be opened" in told) == bool(code)
 
 
 def test_sources_without_training_rows_are_a_problem(parts, capsys):
@@ -176,7 +176,7 @@ def test_an_encoder(capsys):
     [
         (["--config", "nope.yaml"], "nope.yaml"),
         (["--folder", "nope"], "'nope' does not exist"),
-        (["--encoder", "tiny.ColorEncodr"], "Did you mean 'ColorEncoder'?"),
+        (["--encoder", "tiny.ColourEncoder"], "Did you mean 'ColorEncoder'?"),
         (["--encoder", "Nope"], "'Nope' is not the import path of a class"),
     ],
 )
@@ -209,20 +209,21 @@ def test_every_item_of_a_list_and_every_field_is_checked(parts, capsys):
     recipe["model"]["bind"] = {"depth": -1, "expansion": -2}
     assert run("check", recipe) == 1
     told = capsys.readouterr().out
+    source = "Problem with given class_path 'bindllm.data.source_config.SourceConfig': "
     for expected in (
-        "data.sources, item 1 (SourceConfig): limit: Expected int",
-        "data.sources, item 1 (SourceConfig): Option 'wieght' is not accepted\nDid you mean 'weight'?",
+        f"data.sources, item 1: {source}limit: Expected int",
+        f"data.sources, item 1: {source}Option 'wieght' is not accepted\nDid you mean 'weight'?",
         "b: weight must be",
         "b: held_out must be",
         "b: limit must be",
-        "data.sources, item 3 (SourceConfig): Option 'paht' is not accepted",
+        f"data.sources, item 3: {source}Option 'paht' is not accepted",
         f"data source nowhere does not exist in {Path.cwd()}",
-        "model.encoders, item 1 (ColorEncoder): Option 'gird' is not accepted",
-        "model.encoders, item 1 (ColorEncoder): embedding_size: Expected int",
-        "model.encoders, item 2 (Nope): module 'tiny' has no attribute 'Nope'",
+        "model.encoders, item 1: Problem with given class_path 'tiny.ColorEncoder': Option 'gird' is not accepted",
+        "model.encoders, item 1: Problem with given class_path 'tiny.ColorEncoder': embedding_size: Expected int",
+        "model.encoders, item 2: Problem with given class_path 'tiny.Nope': module 'tiny' has no attribute 'Nope'",
         "depth -1",
         "expansion -2",
-        f"relative paths are looked up from {Path.cwd()}",
+        f"relative paths start from {Path.cwd()}",
         "12 problems",
     ):
         assert expected in told, expected
@@ -286,7 +287,7 @@ def test_the_cache_of_a_recipe(parts, capsys):
     )
     assert "weight is 2.0, expected a number from 0 to 1" in capsys.readouterr().out
     assert run("check", tiny_recipe(parts), "--model.cache", "caches/a") == 0
-    assert "the visual cache caches/a is not there" in capsys.readouterr().out
+    assert "the visual cache caches/a does not exist" in capsys.readouterr().out
     assert run("check", tiny_recipe(parts), "--model.cache", "{fodler: caches/a}") == 1
     assert "expected the path of a folder, or a mapping with the keys folder" in capsys.readouterr().out
     recipe = tiny_recipe(parts)
@@ -326,7 +327,7 @@ def test_the_folder_of_an_encoder_is_told_from_a_checkpoint(tmp_path, capsys):
     (tmp_path / "encoder").mkdir()
     (tmp_path / "encoder" / "config.json").write_text(json.dumps({"model": "imagebind"}))
     assert main(["check", "--folder", "encoder"]) == 1
-    assert "no checkpoint: bindllm check --encoder encoder" in capsys.readouterr().out
+    assert "not a checkpoint: bindllm check --encoder encoder" in capsys.readouterr().out
     (tmp_path / "encoder" / "config.json").write_text("{}")
     assert main(["check", "--folder", "encoder"]) == 1
     assert "has no bindllm.json" in capsys.readouterr().out

@@ -5,11 +5,9 @@ import json
 import tarfile
 
 import pytest
-from rich.console import Console
 
-from bindllm.cli.problems import Problems
-from bindllm.cli.sources import check_sources, read_sources
 from bindllm.data.source_config import SourceConfig
+from bindllm.training.preflight import Problems, check_sources, read_sources
 from tiny import ColorEncoder, color_images, tiny_tokenizer
 
 
@@ -20,10 +18,10 @@ def folder(tmp_path_factory):
 
 def check(*sources: SourceConfig, max_length: int = 200) -> tuple[str, list[str]]:
     """What is printed, and the problems."""
-    problems, console = Problems(), Console(file=io.StringIO(), highlight=False, soft_wrap=True)
+    problems, printed = Problems(), []
     read = read_sources(sources, problems)
-    check_sources(read, [ColorEncoder()], tiny_tokenizer(), max_length, problems, console)
-    return console.file.getvalue(), list(problems)
+    check_sources(read, [ColorEncoder()], tiny_tokenizer(), max_length, problems, printed.append)
+    return "\n".join(printed), list(problems)
 
 
 def write(folder, name: str, rows: list) -> str:
@@ -63,7 +61,7 @@ def test_conversations_are_counted_with_what_nobody_can_find(folder):
         "skipped: 2 x no such image file (talk.json row 3: images/gone.png, talk.json row 4: images/away.png)"
         in told
     )
-    assert "of 4 rows 1 are cut, 0 cannot be used" in told
+    assert "of 4 rows 1 are truncated, 0 cannot be used" in told
 
 
 def test_rows_that_cannot_be_learnt_from_say_why(folder):
@@ -72,7 +70,7 @@ def test_rows_that_cannot_be_learnt_from_say_why(folder):
         SourceConfig(write(folder, "bad.json", rows), format="llava", split="train"), max_length=32
     )
     assert "1 x a message spells the control token '<|im_end|>'" in told
-    assert "of 3 rows 1 are cut, 1 cannot be used" in told
+    assert "of 3 rows 1 are truncated, 1 cannot be used" in told
     told, problems = check(
         SourceConfig(write(folder, "bad.json", rows[1:2]), format="llava", split="train"), max_length=32
     )
@@ -88,7 +86,7 @@ def test_of_a_pair_the_longer_side_counts(folder):
     path = write(folder, "pairs.jsonl", rows)
     told, problems = check(SourceConfig(path, format="preference", split="train"))
     assert "pairs of a better and a worse answer" in told
-    assert "(longest 72), to learn: " in told
+    assert "(longest 72), supervised: " in told
     assert problems == []
 
 
@@ -98,8 +96,8 @@ def test_media_of_every_modality_need_an_encoder_and_are_opened(folder):
     content = [{"type": "image_url", "image_url": {"url": "damaged.png"}}, {"type": "text", "text": "?"}]
     rows = [{"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "a"}]}]
     told, problems = check(SourceConfig(write(folder, "m.jsonl", rows), format="messages", split="train"))
-    assert "1 x picture that cannot be opened (of 1 tried)" in told
-    assert "not one picture can be opened" in problems[0]
+    assert "1 x image that cannot be opened (of 1 tried)" in told
+    assert "not one image can be opened" in problems[0]
     content[0] = {"type": "input_audio", "input_audio": {"data": "hum.wav"}}
     _, problems = check(SourceConfig(write(folder, "m.jsonl", rows), format="messages", split="train"))
     assert "audio" in problems[0]

@@ -10,9 +10,8 @@ from PIL import Image
 
 from bindllm.cli import main
 from bindllm.cli.encode import embed_files, softmax_tables
-from bindllm.cli.media import build_encoder, read_media
-from bindllm.cli.usage import UsageError
-from bindllm.errors import CheckpointError
+from bindllm.cli.options import build_encoder, read_media
+from bindllm.errors import CheckpointError, UsageError
 from bindllm.media import Media
 from tiny import ColorEncoder
 

@@ -159,7 +159,11 @@ def test_encoders_of_a_checkpoint_and_further_ones(capsys):
             1,
             "the layout esc50 takes no split; it takes folds, classes",
         ),
-        (["esc50", "set", *ENCODER, "--fold", "0"], 2, "must be a whole number of at least 1, not 0"),
+        (
+            ["esc50", "set", *ENCODER, "--fold", "0"],
+            2,
+            "--fold: 0 does not conform to restriction v>0",
+        ),
         (["esc50", "set", *ENCODER, "--prompt", "a sound"], 1, "'a sound' has no {} for the class name"),
         (["esc50", "set", *ENCODER, "--promt", "a {}"], 2, "Did you mean '--prompt'?"),
         (["esc50", "set", *ENCODER, "--cache_weight", "0.5"], 2, "--cache_weight needs a visual cache"),

@@ -29,8 +29,8 @@ def test_it_says_what_is_in_the_folder_and_what_is_not(decoder, capsys):
     said = capsys.readouterr().out
     assert "plain: 21 projections merged, 7 norms replaced, bfloat16" in said
     assert "rounded to bfloat16" in said
-    assert "--dtype float32 keeps it" in said
-    assert "not in it: bind network and injection" in said
+    assert "--dtype float32 keeps them" in said
+    assert "not included: bind network and injection" in said
     assert "BindLLM.from_pretrained('m')" in said
     assert AutoModelForCausalLM.from_pretrained("plain").dtype == torch.bfloat16
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bindllm.cli.fit import _summary
 from bindllm.evaluation.answers import AnswerRow
 from bindllm.evaluation.captions import CaptionRow
 from bindllm.evaluation.task import VARIANTS, Evaluation
+from bindllm.training.run import print_summary
 
 NUMBERS = {"loss": 2.0, "perplexity": 7.4, **dict.fromkeys(("cider", "bleu4", "rouge_l", "exact_match"), 0.5)}
 METRICS = {"tasks": {"captions": {name: NUMBERS for name in VARIANTS["captions"]}}}
@@ -17,7 +17,7 @@ METRICS = {"tasks": {"captions": {name: NUMBERS for name in VARIANTS["captions"]
 def test_a_long_caption_leaves_room_for_the_file_and_the_true_caption(capsys):
     row = CaptionRow("data/radar/sweeps/0.npy", "radar", ["something near"], model="It is a metaphor. " * 20)
     measured = Evaluation(METRICS["tasks"], {"captions": [asdict(row)]})
-    _summary(Console(width=80), METRICS, measured, Path("report.html"), modalities={"radar"})
+    print_summary(Console(width=80), METRICS, measured, Path("report.html"), modalities={"radar"})
     told = capsys.readouterr().out
     assert "0.npy" in told
     assert "something near" in told
@@ -33,7 +33,7 @@ def test_questions_are_shown_with_their_answers(capsys):
         AnswerRow("what is two and two?", ["four"], model="four", right=True),
     ]
     measured = Evaluation(metrics["tasks"], {"answers": [asdict(row) for row in rows]})
-    _summary(Console(width=100), metrics, measured, Path("report.html"), modalities={"image"})
+    print_summary(Console(width=100), metrics, measured, Path("report.html"), modalities={"image"})
     told = capsys.readouterr().out
     assert "Of 400 held-out questions the model answers 75.0% right." in told
     lines = [line.split() for line in told.splitlines()]

@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,11 +11,11 @@ import pytest
 
 from bindllm import VisualCache
 from bindllm.cache.folder import IndexInfo, StoreState
+from bindllm.cache.neighbors import image_names
 from bindllm.cache.settings import CacheSettings
 from bindllm.cli import main
-from bindllm.cli.generate import SENSES
-from bindllm.cli.media import encoder_folder
-from bindllm.cli.neighbours import picture_names
+from bindllm.cli.generate import MediaOptions
+from bindllm.cli.options import encoder_folder
 from bindllm.media import MODALITIES, Media
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.checkpoint import name_cache
@@ -39,7 +39,7 @@ def asked(monkeypatch):
 
 
 def test_there_is_an_option_for_each_modality():
-    assert tuple(SENSES) == MODALITIES
+    assert {field.name for field in fields(MediaOptions)} == {*MODALITIES, "media"}
 
 
 def test_media_of_all_kinds(asked, capsys):
@@ -90,10 +90,10 @@ def test_the_decoder_in_fewer_bits(loaded):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--no_cache", "--cache", "a"], "not allowed with argument"),
+        (["--no_cache", "--cache", "a"], "cannot be given together"),
         (["--no_cache", "--cache_top_k", "3"], "--cache_top_k needs a visual cache"),
-        (["--no_cache", "--show_neighbours"], "--show_neighbours needs a visual cache"),
-        (["--cache_weight", "1.5"], "must be from 0 to 1, not 1.5"),
+        (["--no_cache", "--show_neighbors"], "--show_neighbors needs a visual cache"),
+        (["--cache_weight", "1.5"], "does not conform to restriction v>=0 and v<=1; Given value: 1.5"),
         (["--cache_wieght", "1"], "Did you mean '--cache_weight'?"),
         (["--encoder.grid", "3"], "--encoder.grid needs exactly one --encoder"),
         (["--encoder", "tiny.ColorEncoder", "--encoder.gird", "3"], "Did you mean 'grid'?"),
@@ -138,7 +138,7 @@ def test_the_pictures_that_are_mixed_in_are_named(tmp_path, capsys, monkeypatch)
     store = filled_store(Path("store"), pictures := write_pictures(Path("pictures"), 6))
     cache = VisualCache.build("caches/a", store, top_k=2)
     name_cache(folder, {"folder": "caches/a", "top_k": 2})
-    line = ["generate", str(folder), "?", "--allow", ALLOW[0], "--max_new_tokens", "2", "--show_neighbours"]
+    line = ["generate", str(folder), "?", "--allow", ALLOW[0], "--max_new_tokens", "2", "--show_neighbors"]
     assert main([*line, "--text", "a dog"]) == 0
     told = capsys.readouterr().out
     query = Senses().embed("text", [Senses().prepare(TEXT)])
@@ -149,9 +149,9 @@ def test_the_pictures_that_are_mixed_in_are_named(tmp_path, capsys, monkeypatch)
         assert re.search(rf"{similarity:.3f} +. {name}", told), told
     assert told.count(".png") == 2
     assert main([*line, "--text", "a dog", "--image", pictures[0].name]) == 0
-    assert "no pictures were mixed in: media with image" in capsys.readouterr().out
+    assert "no images were retrieved: media with image" in capsys.readouterr().out
     assert main(line) == 0
-    assert "nothing was shown" in capsys.readouterr().out
+    assert "the prompt has no media" in capsys.readouterr().out
     # Without its store only content hashes are known.
     keys = cache.index.keys(cache.neighbors(query)[0].numpy())
     shutil.rmtree("store")
@@ -168,9 +168,9 @@ def test_names_are_looked_up_without_writing_where_an_index_of_a_stranger_points
     state = StoreState("../home", "0" * 64, chosen=False)
     index = SimpleNamespace(info=IndexInfo("a1" * 32, 1, 16, store=state), source="index")
     (tmp_path / "index").mkdir()
-    assert picture_names(index, ["0" * 64, None])[0] == f"content hash {'0' * 64}"
+    assert image_names(index, ["0" * 64, None])[0] == f"content hash {'0' * 64}"
     # Nor where the folder has the right name: what is no store is not made one.
     (tmp_path / ("a1" * 8)).mkdir()
     index.info = replace(index.info, store=replace(state, path=f"../{'a1' * 8}"))
-    picture_names(index, ["0" * 64])
+    image_names(index, ["0" * 64])
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["a1" * 8, "home", "index"]

@@ -84,8 +84,8 @@ def test_pictures_of_a_folder_are_embedded_and_no_others_are_indexed(project, ca
     assert "pictures 5 (renewed: 2 added, 1 removed)" in told
     told = run(capsys, "caches/a", *BY_CLASS)
     assert "pictures 5 (renewed: 0 added, 0 removed)" in told
-    assert "To index all of the store, add --anew" in told
-    assert "pictures 16 (built)" in run(capsys, "caches/a", *BY_CLASS, "--anew")
+    assert "To index all of the store, add --rebuild" in told
+    assert "pictures 16 (built)" in run(capsys, "caches/a", *BY_CLASS, "--rebuild")
 
 
 def test_a_checkpoint_is_told_of_it_and_answers_with_it(project, capsys):
@@ -144,9 +144,9 @@ def test_an_index_of_another_encoder_is_refused_and_stays(project, capsys):
     VectorIndex.build("caches/other", other)
     told = run(capsys, "caches/other", *BY_CLASS, code=1)
     assert f"built with the encoder {ColorEncoder(grid=3).fingerprint()[:16]}" in told
-    assert "replace it with --anew" in told
+    assert "replace it with --rebuild" in told
     assert len(VectorIndex.open("caches/other")) == 3
-    assert "pictures 12 (built)" in run(capsys, "caches/other", *BY_CLASS, "--anew")
+    assert "pictures 12 (built)" in run(capsys, "caches/other", *BY_CLASS, "--rebuild")
 
 
 def test_a_checkpoint_of_another_encoder_is_not_told_of_it(project, capsys):
@@ -168,10 +168,10 @@ def test_a_damaged_index_is_built_again_when_asked(project, capsys):
     run(capsys, "caches/a", *BY_CLASS)
     part = next(Path("caches/a").glob("vectors-*.faiss"))
     part.write_bytes(part.read_bytes()[:-9])
-    assert "To build it from scratch, add --anew" in run(capsys, "caches/a", *BY_CLASS, code=1)
+    assert "To build it from scratch, add --rebuild" in run(capsys, "caches/a", *BY_CLASS, code=1)
     Path("caches/a/index.json").write_text("{")
-    assert "To build it from scratch, add --anew" in run(capsys, "caches/a", *BY_CLASS, code=1)
-    assert "pictures 12 (built)" in run(capsys, "caches/a", *BY_CLASS, "--anew")
+    assert "To build it from scratch, add --rebuild" in run(capsys, "caches/a", *BY_CLASS, code=1)
+    assert "pictures 12 (built)" in run(capsys, "caches/a", *BY_CLASS, "--rebuild")
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_a_damaged_index_is_built_again_when_asked(project, capsys):
         (("caches/a",), 2, "which encoder"),
         ((*BY_CLASS,), 2, "one place"),
         (("caches/a", *BY_CLASS, "--milvus", "a.db"), 2, "one place"),
-        (("--milvus", "a.db", *BY_CLASS, "--images", "pictures"), 2, "all pictures of the store"),
+        (("--milvus", "a.db", *BY_CLASS, "--images", "pictures"), 2, "all images of the store"),
         (("--milvus", "http://there:19530", *BY_CLASS, "--name_in", "checkpoints/model"), 1, "must not name"),
         (("caches/a", *BY_CLASS, "--facory", "Flat"), 2, "Did you mean '--factory'"),
         (("caches/a", *BY_CLASS, "--store", "data/stores"), 1, "data/stores has nothing of the encoder"),

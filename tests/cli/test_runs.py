@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from bindllm.cli.runs import lock_run, open_run, run_folder
 from bindllm.errors import InputError
+from bindllm.training.run import lock_run, open_run, run_folder
 
 RECIPE = "model:\n  lr: 1\n  name: a\n"
 
@@ -38,7 +38,7 @@ def test_the_same_recipe_goes_on_and_leftovers_of_a_kill_are_removed(tmp_path, c
     folder = interrupted(tmp_path / "run")
     (folder / ".last.ckpt.0123.part").write_text("half")
     open_run(folder, RECIPE)
-    assert "going on" in capsys.readouterr().out
+    assert "resuming" in capsys.readouterr().out
     assert sorted(file.name for file in folder.iterdir()) == ["last.ckpt", "recipe.yaml"]
 
 
@@ -76,7 +76,7 @@ def test_a_state_without_its_recipe_is_set_aside(tmp_path):
 def test_a_second_run_is_kept_out_while_the_first_goes_on(tmp_path):
     folder = tmp_path / "runs" / "x"
     code = (
-        "import sys; from pathlib import Path; from bindllm.cli.runs import lock_run\n"
+        "import sys; from pathlib import Path; from bindllm.training.run import lock_run\n"
         f"with lock_run(Path({str(folder)!r})): print('in')"
     )
 

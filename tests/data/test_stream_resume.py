@@ -44,7 +44,7 @@ def recipe(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _unmeasured(monkeypatch):
     """What follows the trained folder is not what these tests are about."""
-    monkeypatch.setattr("bindllm.cli.fit._measure", lambda *_: 0)
+    monkeypatch.setattr("bindllm.training.run.Run._measure", lambda *_: 0)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def uninterrupted(recipe, tmp_path_factory):
     told = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(told):
         patch.chdir(folder)
-        patch.setattr("bindllm.cli.fit._measure", lambda *_: 0)
+        patch.setattr("bindllm.training.run.Run._measure", lambda *_: 0)
         assert run("fit", recipe) == 0
     (folder / "told.txt").write_text(" ".join(told.getvalue().split()))
     return folder

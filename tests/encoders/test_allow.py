@@ -12,12 +12,11 @@ import pytest
 from align_parts import LetterEncoder
 from bindllm import BindLLM
 from bindllm.cli import main
-from bindllm.cli.media import build_own
 from bindllm.encoders import Aligned
 from bindllm.encoders.aligned import HEAD, AlignedManifest, Head, HeadConfig, write_aligned
 from bindllm.encoders.trainable import build_tower
 from bindllm.errors import BindLLMError, InputError
-from bindllm.model.checkpoint import MANIFEST, read_manifest
+from bindllm.model.checkpoint import MANIFEST, build_own, read_manifest
 from bindllm.model.pretrained import read_encoders
 from cache_parts import save_tiny_model
 from tiny import save_tiny_decoder

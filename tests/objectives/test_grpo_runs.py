@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bindllm.cli import fit
 from bindllm.training.module import BindModule
+from bindllm.training.run import Run
 from tiny import COLORS
 from tiny_run import run, tiny_parts, tiny_recipe
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("unmeasured")
 
 FILES = ("checkpoints/tiny/bind.safetensors", "runs/tiny/metrics.csv")
 
-MEASURE = fit._measure
+MEASURE = Run._measure
 
 
 class Killed(BaseException):
@@ -117,7 +117,7 @@ def test_the_recipe_runs_on_tiny_parts(parts, tmp_path, monkeypatch):
     for source in recipe["data"]["sources"]:
         source["path"] = str(parts / "pictures/answers.jsonl")
     recipe["trainer"] |= {"accelerator": "cpu", "max_steps": 2, "val_check_interval": 2}
-    monkeypatch.setattr("bindllm.cli.fit._measure", MEASURE)
+    monkeypatch.setattr("bindllm.training.run.Run._measure", MEASURE)
     assert run("fit", recipe) == 0
     metrics = json.loads(Path(recipe["output"], "metrics.json").read_text())
     assert metrics["tasks"]["answers"]["model"]["count"] == 4 * len(recipe["data"]["sources"])

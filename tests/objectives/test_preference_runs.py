@@ -9,9 +9,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from bindllm.cli import fit
 from bindllm.objectives import reference
 from bindllm.training.module import BindModule
+from bindllm.training.run import Run
 from tiny import COLORS
 from tiny_run import run, tiny_parts, tiny_recipe
 from two_processes import run_pair, told
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("unmeasured")
 
 FILES = ("checkpoints/tiny/bind.safetensors", "runs/tiny/metrics.csv", "runs/tiny/reference.safetensors")
 
-MEASURE = fit._measure
+MEASURE = Run._measure
 
 
 class Killed(BaseException):
@@ -147,7 +147,7 @@ def test_the_recipe_runs_on_tiny_parts(parts, tmp_path, monkeypatch):
     answers |= {"path": str(parts / "pictures/answers.jsonl")}
     recipe["data"]["sources"] = [{**pairs, "path": str(parts / "pictures/preferences.jsonl")}, answers]
     recipe["trainer"] |= {"accelerator": "cpu", "limit_train_batches": 2, "val_check_interval": 2}
-    monkeypatch.setattr("bindllm.cli.fit._measure", MEASURE)
+    monkeypatch.setattr("bindllm.training.run.Run._measure", MEASURE)
     assert run("fit", recipe) == 0
     metrics = json.loads(Path(recipe["output"], "metrics.json").read_text())
     assert metrics["tasks"]["answers"]["model"]["count"] == 4

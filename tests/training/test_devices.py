@@ -48,9 +48,9 @@ def with_trainer(recipe, **options):
     return {**recipe, "trainer": {**recipe["trainer"], **options}}
 
 
-def say_what_is_measured(cli, *_):
+def print_answer(run):
     """In place of the measurement: whether the first process has a whole decoder that answers."""
-    model = cli.model.model
+    model = run.module.model
     names = {type(value).__name__ for value in model.decoder.parameters()}
     print(sorted(names), repr(model.generate("Describe.", max_new_tokens=3)))
     return 0
@@ -60,7 +60,7 @@ def say_what_is_measured(cli, *_):
 def _unmeasured():
     """Long answers, and the measurement, are not what these tests are about."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bindllm.cli.fit._measure", say_what_is_measured)
+        patch.setattr("bindllm.training.run.Run._measure", print_answer)
         patch.setattr("bindllm.cli.fit.SampleCaptions", partial(SampleCaptions, max_new_tokens=4))
         yield
 
@@ -114,7 +114,7 @@ def test_a_pair_that_shares_the_decoder_and_loses_one_ends_in_the_bytes_of_ddp(r
     assert "Traceback" not in error
     assert AtomicCheckpointIO().load_checkpoint("runs/tiny/last.ckpt")["global_step"] == 3
     assert run_pair(lambda _: run("fit", sharded)) == [0, 0], told("err", 0)
-    assert "going on with the interrupted run" in told("out", 0)
+    assert "resuming the interrupted run" in told("out", 0)
     for file in (*WEIGHTS, "runs/tiny/metrics.csv", "runs/tiny/captions.jsonl"):
         assert Path(file).read_bytes() == (folders["ddp"] / file).read_bytes(), file
     # The first process alone saves and measures, and does so with a whole decoder.

@@ -71,7 +71,7 @@ def test_a_batch_without_a_token_to_learn_from_stops_the_run_and_names_its_rows(
     before = logged("train_loss")
     assert 0 < len(before) < 5
     assert run("fit", recipe) == 0
-    assert "going on with the interrupted run" in capsys.readouterr().out
+    assert "resuming the interrupted run" in capsys.readouterr().out
     losses = logged("train_loss")
     assert len(losses) == 5
     assert losses[: len(before)] == before

@@ -27,7 +27,7 @@ import numpy as np
 from bindllm.cache.blend import read_units
 from bindllm.cache.milvus_server import MilvusServer
 from bindllm.embeddings.shards import as_hex, read_keys
-from bindllm.errors import InputError, StoreError, known_names
+from bindllm.errors import InputError, StoreError, did_you_mean
 
 if TYPE_CHECKING:
     from bindllm.embeddings.store import EmbeddingStore
@@ -113,7 +113,7 @@ class MilvusIndex:
                 f"{collection!r} is not the name of a collection: letters, digits and underscores, not a digit first"
             )
         if index_type not in (known := ("auto", *INDEX_TYPES)):
-            raise InputError(f"unknown index type {index_type!r}. {known_names(index_type, known)}")
+            raise InputError(f"unknown index type {index_type!r}. {did_you_mean(index_type, known)}")
         keys = read_keys(store.folder, modality)
         if not len(keys):
             raise StoreError(
@@ -148,7 +148,7 @@ class MilvusIndex:
             raise StoreError(f"the embedded Milvus {str(uri)!r} does not exist; build it first")
         with server.closed_on_error():
             if (name := _target(server, collection)) is None:
-                known = known_names(collection, server.call("list_aliases")["aliases"])
+                known = did_you_mean(collection, server.call("list_aliases")["aliases"])
                 raise StoreError(f"{server.address} has no collection {collection!r}. {known}")
             info = _read_info(server, name)
             _load(server, name, info)

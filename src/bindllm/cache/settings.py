@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-from bindllm.errors import InputError, known_names
+from bindllm.errors import InputError, did_you_mean
 
 FORMULAS = ("released", "paper")
 
@@ -50,7 +50,7 @@ class CacheSettings:
         if not 0 <= self.weight <= 1:
             raise InputError(f"weight is {self.weight}, expected a number from 0 to 1")
         if self.formula not in FORMULAS:
-            raise InputError(f"unknown formula {self.formula!r}. {known_names(self.formula, FORMULAS)}")
+            raise InputError(f"unknown formula {self.formula!r}. {did_you_mean(self.formula, FORMULAS)}")
         if isinstance(self.skip, str):
             raise InputError(f"skip takes a list of modalities: write [{self.skip!r}]")
 

@@ -1,4 +1,4 @@
-"""The command ``bindllm``: a table of verbs. Help comes from the table; a verb's code is imported when it runs."""
+"""The command ``bindllm``: a table of commands. A command's module is imported only when the command runs."""
 
 from __future__ import annotations
 
@@ -9,79 +9,84 @@ import traceback
 from collections.abc import Sequence
 
 from bindllm import __version__
-from bindllm.cli.usage import UsageError
-from bindllm.errors import BindLLMError, known_names
+from bindllm.errors import BindLLMError, UsageError, did_you_mean
 from bindllm.imports import find_named_modules
 
-VERBS = {
-    "fetch": ("fetch", "fetch and verify the embedded default: decoder, encoder, pictures"),
-    "check": ("check", "find everything that is wrong with a recipe, a checkpoint folder or an encoder"),
-    "embed": ("embed", "fill the embedding store for a recipe"),
-    "fit": ("fit", "train as a recipe says; goes on with an interrupted run by itself"),
-    "validate": ("measure", "measure the loss of a trained recipe on its validation split"),
-    "test": ("measure", "measure the loss of a trained recipe on its test split"),
-    "generate": ("generate", "ask a checkpoint folder about pictures, sounds, texts, ..."),
-    "encode": ("encode", "print how alike files and texts are in an encoder's joint space"),
-    "convert": ("convert", "turn published weights into our folders, every key accounted for"),
-    "index": ("index", "build or renew the visual cache: an index of picture embeddings"),
-    "align": ("align", "teach a modality to the joint space of an encoder, from pairs"),
-    "evaluate": ("evaluate", "classify and retrieve across modalities, from embeddings alone"),
-    "export": ("export", "merge the adapter into a plain Hugging Face folder, for other programs"),
-    "report": ("report", "write the report of a checkpoint folder again"),
-    "version": ("report", "print the versions of bindllm and of what it stands on"),
+COMMANDS = {
+    "fetch": ("folders", "download and verify the quickstart: decoder, encoder, images"),
+    "check": ("check", "find all problems of a recipe, a checkpoint or an encoder"),
+    "embed": ("fit", "precompute the embeddings of a recipe's media"),
+    "fit": ("fit", "train a model from a recipe; resumes interrupted runs"),
+    "validate": ("fit", "print the loss of a trained model on the validation split"),
+    "test": ("fit", "print the loss of a trained model on the test split"),
+    "generate": ("generate", "ask a checkpoint about images, audio, texts, ..."),
+    "encode": ("encode", "print pairwise cosine similarities of files and texts"),
+    "convert": ("convert", "convert published weights; every tensor is accounted for"),
+    "index": ("index", "build or update a visual cache: an index of image embeddings"),
+    "align": ("align", "train an encoder of a new modality for a joint space, from pairs"),
+    "evaluate": ("evaluate", "zero-shot classification and retrieval from embeddings"),
+    "export": ("folders", "merge the adapter into a plain Hugging Face folder"),
+    "report": ("folders", "write the report of a checkpoint again"),
+    "version": ("folders", "print the versions of bindllm and its dependencies"),
 }
-"""Each verb: the file of `bindllm.cli` that holds its function, and what it does."""
+"""Each command: the module of `bindllm.cli` that holds its function, and its purpose."""
+
+RECIPES = ("embed", "fit", "validate", "test", "align")
+"""Commands whose options are the keys of a recipe, read by LightningCLI; the others are typed functions."""
 
 SYNONYMS = {"train": "fit", "eval": "evaluate", "predict": "generate"}
-"""What other programs call a verb."""
+"""Names that other programs use for a command."""
 
 EXAMPLES = """\
 examples:
   bindllm fit --config recipes/quickstart.yaml
-  bindllm fit --config recipes/quickstart.yaml --trainer.max_epochs 5 --model.bind.depth 2
+  bindllm fit --config recipes/quickstart.yaml --trainer.max_epochs 5
   bindllm check --config recipes/quickstart.yaml
   bindllm generate checkpoints/quickstart "Describe this image." --image cat.png
   bindllm convert imagebind_huge.pth --output checkpoints/imagebind
   bindllm encode dog.jpg bark.wav --text "a dog"
 
-Each verb explains itself: bindllm VERB --help. BINDLLM_DEBUG=1 shows where an error was raised."""
+Options of a command: bindllm COMMAND --help. BINDLLM_DEBUG=1 prints tracebacks."""
 
 
 def help_text() -> str:
     """Return the help of the command."""
-    verbs = "\n".join(f"  {verb:<10}{purpose}" for verb, (_, purpose) in VERBS.items())
-    purpose = "bindllm gives a language model new senses."
-    return f"usage: bindllm VERB [options]\n\n{purpose}\n\nverbs:\n{verbs}\n\n{EXAMPLES}"
+    commands = "\n".join(f"  {name:<10}{purpose}" for name, (_, purpose) in COMMANDS.items())
+    purpose = "bindllm gives a language model new modalities."
+    return f"usage: bindllm COMMAND [options]\n\n{purpose}\n\ncommands:\n{commands}\n\n{EXAMPLES}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line, and return its exit code.
 
-    0: done. 1: an error that the message explains. 2: a mistake on the command line or in a recipe. 130: stopped
+    0: success. 1: an error that the message explains. 2: a mistake on the command line or in a recipe. 130: stopped
     by the user.
     """
-    verb, *arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
-    if verb in ("-h", "--help", "help"):
+    name, *words = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help", "help"):
         print(help_text())
         return 0
-    if verb == "--version":
+    if name == "--version":
         print(__version__)
         return 0
-    if verb not in VERBS:
-        print(
-            f"error: unknown verb {verb!r}. {known_names(SYNONYMS.get(verb, verb), VERBS)}", file=sys.stderr
-        )
+    if name not in COMMANDS:
+        hint = did_you_mean(SYNONYMS.get(name, name), COMMANDS)
+        print(f"error: unknown command {name!r}. {hint}", file=sys.stderr)
         return 2
     # A recipe may name an encoder in a file of this folder. No other file here may be imported.
     find_named_modules()
     try:
-        home = importlib.import_module(f"bindllm.cli.{VERBS[verb][0]}")
-        return vars(home)[verb](arguments)
+        function = vars(importlib.import_module(f"bindllm.cli.{COMMANDS[name][0]}"))[name]
+        if name in RECIPES:
+            return function(words)
+        from bindllm.cli.arguments import read_command
+
+        return function(**read_command(name, function, words))
     except (BindLLMError, OSError) as error:
         if os.environ.get("BINDLLM_DEBUG"):
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
-        print("\nstopped; what is finished is kept, and the same command goes on from it", file=sys.stderr)
+        print("\nstopped; finished work is kept, and the same command resumes from it", file=sys.stderr)
         return 130

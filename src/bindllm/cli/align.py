@@ -25,6 +25,7 @@ class AlignCLI(RecipeCLI):
     """Reads the recipe of an alignment; the sections `model` and `data` are those of its own module and data."""
 
     kinds = (AlignModule, AlignData)
+    example = "recipes/align-text.yaml"
 
     def __init__(self, args: Sequence[str]) -> None:
         super().__init__("align", args)

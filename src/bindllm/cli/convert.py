@@ -2,59 +2,48 @@
 
 from __future__ import annotations
 
-from bindllm.cli.usage import Arguments, UsageError
-from bindllm.convert import KINDS, TOKENIZER, ConvertOptions
-from bindllm.errors import InputError, known_names
+from bindllm.convert import KINDS, ConvertOptions
+from bindllm.errors import InputError, UsageError, did_you_mean
 
 
-def convert(args: list[str]) -> int:
-    """Convert one published file, and print the outcome for its tensors."""
-    parser = Arguments("convert", "Turn published weights into a folder of ours, every tensor accounted for.")
-    parser.add_argument(
-        "what",
-        nargs="+",
-        metavar="[KIND] FILE",
-        help=f"the published file; before it {', '.join(KINDS)}, if the file holds more than one of them",
-    )
-    parser.add_argument(
-        "--output", required=True, metavar="FOLDER", help="a folder that does not exist yet, or is empty"
-    )
-    texts = parser.add_argument_group("imagebind")
-    texts.add_argument(
-        "--tokenizer",
-        metavar="FILE",
-        help=f"tokenizer.json of CLIP, or its packed list of merges; default: {TOKENIZER}, which bindllm fetch "
-        "clip-vocabulary makes; 'none' to convert without texts",
-    )
-    adapter = parser.add_argument_group("imagebind-llm")
-    adapter.add_argument(
-        "--base", metavar="FOLDER", help="Hugging Face folder of the LLaMA that it was trained on"
-    )
-    adapter.add_argument(
-        "--encoder",
-        action="append",
-        default=[],
-        metavar="FOLDER",
-        help="converted ImageBind or Point-Bind, or the import path of another encoder; may be repeated",
-    )
-    adapter.add_argument(
-        "--accept_base",
-        action="store_true",
-        help="convert although the base's weights differ from those in training",
-    )
-    chosen = parser.parse_args(args)
-    *kind, file = chosen.what
+def convert(
+    what: tuple[str, ...],
+    *,
+    output: str,
+    tokenizer: str | None = None,
+    base: str | None = None,
+    encoder: tuple[str, ...] = (),
+    accept_base: bool = False,
+) -> int:
+    """Convert published weights of ImageBind, Point-Bind or ImageBind-LLM.
+
+    Every tensor is accounted for: converted, or dropped by a rule. The
+    report is conversion.tsv in the output folder.
+
+    Args:
+        what: the published FILE; before it its kind (imagebind, pointbind or imagebind-llm), if the file holds several
+        output: a folder that does not exist yet, or an empty one
+        tokenizer: for imagebind: tokenizer.json of CLIP, or its packed list of merges, or none to convert without
+            texts (default: checkpoints/clip-vocabulary/tokenizer.json, which bindllm fetch clip-vocabulary makes)
+        base: for imagebind-llm: Hugging Face folder of the LLaMA that it was trained on
+        encoder: for imagebind-llm: folder of a converted ImageBind or Point-Bind, or import path of another encoder;
+            may be repeated
+        accept_base: for imagebind-llm: convert although the base's weights differ from those in training
+
+    Example:
+        bindllm convert imagebind_huge.pth --output checkpoints/imagebind
+    """
+    *kind, file = what
     if len(kind) > 1:
-        parser.error(f"one file at a time, not {len(kind)}")
+        raise UsageError(f"one file at a time, not {len(kind)}")
     if kind and kind[0] not in KINDS:
-        raise UsageError(f"unknown kind {kind[0]!r}. {known_names(kind[0], KINDS)}")
-    options = ConvertOptions(
-        kind[0] if kind else None, chosen.tokenizer, chosen.base, chosen.encoder, chosen.accept_base
-    )
+        raise UsageError(f"unknown kind {kind[0]!r}. {did_you_mean(kind[0], KINDS)}")
+
     from bindllm.convert.published import convert_published
 
+    options = ConvertOptions(kind[0] if kind else None, tokenizer, base, encoder, accept_base)
     try:
-        convert_published(file, chosen.output, options)
+        convert_published(file, output, options)
     except InputError as error:
         raise UsageError(str(error)) from error
     return 0

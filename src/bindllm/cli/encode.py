@@ -1,172 +1,117 @@
-"""``bindllm encode``: how alike files and texts are in an encoder's joint space."""
+"""``bindllm encode``: print pairwise cosine similarities of files and texts."""
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bindllm.cli.usage import Arguments, add_allow, read_number
-from bindllm.errors import EncoderError, InputError, MissingExtraError, printable
+from bindllm.cli.arguments import refuse_together
+from bindllm.cli.options import EncoderOptions, PositiveNumber, build_encoder, read_media
+from bindllm.errors import EncoderError, InputError, MissingExtraError, UsageError, printable
+from bindllm.media import Media
 
 if TYPE_CHECKING:
     from rich.table import Table
     from torch import Tensor
 
-    from bindllm.media import Media
-
 DEFAULT = "checkpoints/imagebind"
+"""Folder of the encoder that is used if none is named."""
+
 SCALE = 100.0
-"""By which cosines are multiplied before a softmax: what CLIP and ImageBind have learnt for texts."""
+"""Factor of the cosines before a softmax: the value that CLIP and ImageBind have learned for texts."""
+
 _LONGEST_NAME = 28
 
 
-def encode(args: list[str]) -> int:
-    """Print the table of cosines; exit code 1 when a file could not be read."""
-    chosen, options = _read_arguments(args)
+def encode(
+    files: tuple[str, ...] = (),
+    *,
+    text: tuple[str, ...] = (),
+    encoders: EncoderOptions = EncoderOptions(),
+    softmax: bool | PositiveNumber = False,
+    overrides: Sequence[str] = (),
+) -> int:
+    """Print the cosine similarity of every pair of files and texts.
 
-    from rich.console import Console
+    1 is the same direction, 0 is nothing in common. The modality of a file
+    follows from its ending:
 
-    from bindllm.cli.media import read_media
-    from bindllm.cli.usage import UsageError
-    from bindllm.encoders import alignment_warnings
+      image   png jpg jpeg webp gif bmp tif tiff svg svgz
+      video   mp4 webm mkv avi mov m4v mpg mpeg
+      audio   wav mp3 flac ogg oga opus m4a aac
+      point   ply obj off stl glb xyz pts pcd
+
+    Name the modality of all others: depth:room.png, thermal:yard.png,
+    imu:walk.csv, point:chair.npy, text:a dog.
+
+    Args:
+        files: FILE or MODALITY:FILE
+        text: a text; may be repeated
+        encoders: the encoders (default: ImageBind in checkpoints/imagebind)
+        softmax: also print, for each pair of modalities, the softmax over each row of this factor (100 if none is
+            given) times the cosines
+        overrides: arguments of the encoder
+
+    Example:
+        bindllm encode dog.jpg car.jpg bark.wav --text "a dog" --text "a car" --softmax
+    """
+    if not (files or text):
+        raise UsageError("nothing to encode: give files, or texts with --text")
+    refuse_together(encoder=encoders.encoder, checkpoint=encoders.checkpoint)
+
     from bindllm.encoders.fusion import common_size
-    from bindllm.media import Media
 
     media: list[Media] = []
     failed: list[str] = []
-    for text in chosen.files:
+    for name in files:
         try:
-            media.append(read_media(text))
+            media.append(read_media(name))
         except UsageError as error:
             failed.append(str(error))
-    media += [Media.text(text) for text in chosen.text]
-    device = find_device(chosen.device)
-    encoders = _find_encoders(chosen, options)
-    common_size(encoders)
-    console = Console(highlight=False, soft_wrap=True)
-    for warning in alignment_warnings(encoders):
-        console.print(f"warning: {warning}", markup=False)
-    kept, rows = embed_files(media, encoders, device=device, failed=failed)
-    if kept:
-        cosines = rows @ rows.T
-        # In a pipe there is no screen to fit: every column is printed.
-        console.width = max(console.width, 2 * _LONGEST_NAME + (_LONGEST_NAME + 3) * len(kept))
-        console.print(similarity_table(kept, cosines))
-        if chosen.softmax is not None:
-            for table in softmax_tables(kept, cosines, scale=chosen.softmax):
-                console.print(table)
+    media += [Media.text(words) for words in text]
+    device = encoders.find_device()
+    loaded = encoders.load(overrides) or [_default_encoder()]
+    common_size(loaded)
+    kept, rows = embed_files(media, loaded, device=device, failed=failed)
+    _print_tables(kept, rows @ rows.T, loaded, scale=SCALE if softmax is True else softmax)
     for message in failed:
         print(f"error: {message}", file=sys.stderr)
     return 1 if failed else 0
 
 
-def _read_arguments(args: list[str]) -> tuple[Any, list[str]]:
-    from bindllm.cli.media import RULES
+def _print_tables(media: Sequence[Media], cosines: Tensor, encoders: Sequence[Any], *, scale: float) -> None:
+    """Print the cosines of media, [N, N], and with a scale the softmax tables."""
+    from rich.console import Console
 
-    parser = Arguments(
-        "encode",
-        "Print the cosine of every pair of files and texts: 1 is the same direction, 0 is nothing in common.",
-    )
-    parser.epilog = (
-        f"What a file is follows from its ending ({RULES}). Say it for all others: depth:room.png, thermal:yard.png, "
-        "imu:walk.csv, point:chair.npy, text:a dog. An encoder's own arguments are --encoder.NAME VALUE. "
-        'Example: bindllm encode dog.jpg car.jpg bark.wav --text "a dog" --text "a car" --softmax'
-    )
-    scale = read_number(float, "a number above 0", lambda value: 0 < value < math.inf)
-    parser.add_argument(
-        "files", nargs="*", metavar="[MODALITY:]FILE", help="pictures, sounds, videos, ... of any kind"
-    )
-    parser.add_argument(
-        "--text", action="append", default=[], metavar="WORDS", help="a text; may be repeated"
-    )
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--encoder",
-        metavar="CLASS_OR_FOLDER",
-        help=f"import path or folder of an encoder (ImageBind in {DEFAULT})",
-    )
-    source.add_argument("--checkpoint", metavar="FOLDER", help="take the encoders of a folder of bindllm fit")
-    add_allow(parser)
-    parser.add_argument(
-        "--softmax",
-        nargs="?",
-        type=scale,
-        const=SCALE,
-        metavar="SCALE",
-        help=f"also print, for each pair of modalities, the softmax of SCALE ({SCALE:g}) x cosine along each row",
-    )
-    parser.add_argument("--device", help="cpu, cuda, ...: by default the accelerator that torch finds")
-    chosen, options = parser.parse_known_args(args)
-    if any(not option.startswith("--encoder.") for option in options[:1]) or (options and not chosen.encoder):
-        parser.error(f"unrecognized arguments: {' '.join(options)}")
-    if not (chosen.files or chosen.text):
-        parser.error("nothing to encode: give files, or words with --text")
-    return chosen, options
+    from bindllm.encoders import alignment_warnings
+
+    console = Console(highlight=False, soft_wrap=True)
+    for warning in alignment_warnings(encoders):
+        console.print(f"warning: {warning}", markup=False)
+    if not media:
+        return
+    # A pipe has no width to fit: every column is printed.
+    console.width = max(console.width, 2 * _LONGEST_NAME + (_LONGEST_NAME + 3) * len(media))
+    console.print(similarity_table(media, cosines))
+    for table in softmax_tables(media, cosines, scale=scale) if scale else ():
+        console.print(table)
 
 
-def _find_encoders(chosen: Any, options: Sequence[str]) -> list[Any]:
-    """Return the encoders that the command line asks for.
+def _default_encoder() -> Any:
+    """Return ImageBind from its default folder.
 
     Raises:
-        EncoderError: none was asked for, and the default is not there.
-        CheckpointError: a folder or class that cannot be used.
+        EncoderError: the folder does not exist.
     """
-    from bindllm.cli.media import build_encoder
-
-    if chosen.encoder:
-        return [build_encoder(chosen.encoder, options, allow=chosen.allow)]
-    if chosen.checkpoint:
-        return checkpoint_encoders(chosen.checkpoint, chosen.allow)
     if not Path(DEFAULT).is_dir():
         raise EncoderError(
-            f"no encoder to use: {DEFAULT} is not in {Path.cwd()}. Make it with `bindllm convert`, take those of "
+            f"no encoder to use: {DEFAULT} is not in {Path.cwd()}. Make it with `bindllm convert`, use those of "
             "a trained folder with --checkpoint FOLDER, or name one: --encoder bindllm.encoders.HuggingFace "
             "--encoder.name FOLDER"
         )
-    return [build_encoder("bindllm.encoders.ImageBind", [])]
-
-
-def checkpoint_encoders(folder: str, allow: Sequence[str]) -> list[Any]:
-    """Build the encoders of a folder of ``bindllm fit``.
-
-    Args:
-        folder: the checkpoint.
-        allow: import paths of encoders outside bindllm that it may name.
-
-    Raises:
-        CheckpointError: it is none, or an encoder of it cannot be built or is not the one it was trained with.
-    """
-    from bindllm.model.checkpoint import read_manifest
-    from bindllm.model.pretrained import read_encoders
-
-    return read_encoders(folder, read_manifest(folder), allow=allow)
-
-
-def find_device(name: str | None) -> str:
-    """Return the name of a device that torch can compute on: this one, or by default the accelerator that it finds.
-
-    Raises:
-        UsageError: torch cannot compute there.
-    """
-    import torch
-
-    from bindllm.cli.usage import UsageError
-    from bindllm.model.decoder import default_device
-
-    if name is None:
-        return str(default_device())
-    try:
-        torch.zeros(1, device=name)
-    # A driver, a build of torch or a word that is no device: each raises something of its own.
-    except Exception as error:
-        why = str(error).partition("\n")[0]
-        raise UsageError(
-            f"--device {name}: torch cannot compute there ({why}); leave it out for {default_device()}"
-        ) from error
-    return name
+    return build_encoder("bindllm.encoders.ImageBind", [])
 
 
 def embed_files(
@@ -242,6 +187,6 @@ def _table(
 
 
 def _short(media: Media) -> str:
-    """The end of a path or the start of a text, without what a terminal would obey."""
+    """Return the end of a path or the start of a text."""
     name = printable(media.name if media.modality == "text" else Path(media.name).name)
     return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 3]}..."

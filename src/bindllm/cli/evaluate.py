@@ -1,166 +1,160 @@
-"""``bindllm evaluate``: classify and retrieve across modalities, from embeddings alone."""
+"""``bindllm evaluate``: zero-shot classification and retrieval across modalities, from embeddings only."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from bindllm.cli.usage import Arguments, UsageError, add_allow, read_number
+from jsonargparse.typing import PositiveInt
+
+from bindllm.cli.arguments import refuse_together
+from bindllm.cli.options import CacheOptions, EncoderOptions
+from bindllm.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from bindllm.cache.visual_cache import VisualCache
-    from bindllm.evaluation.layouts import Choice, Column
+    from bindllm.evaluation.layouts import Column, Task
+    from bindllm.evaluation.result import Result
 
-STORE = "data/store"
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Data set."""
+
+    split: str | None = None
+    """the split (default: the one that is usually reported)"""
+    fold: tuple[PositiveInt, ...] = ()
+    """a fold of ESC-50; may be repeated"""
+    limit: PositiveInt | None = None
+    """only so many media, chosen by hash"""
+    captions: PositiveInt | None = None
+    """only so many captions of each media, the first ones"""
+    classes: Path | None = None
+    """file with the names of the classes: .json, .tsv or .txt"""
+    modality: str | None = None
+    """modality of the files, if their endings do not tell"""
+    from_: str | None = None
+    """MODALITY[:COLUMN], the column of a table that holds the media, as in audio:sound"""
+    to: str | None = None
+    """MODALITY[:COLUMN], the column that holds what belongs to them"""
+
+    def read(self, layout: str, folder: Path) -> Task:
+        """Return the chosen part of a data set, as a task."""
+        from bindllm.evaluation.layouts import LAYOUTS, Choice, read_layout
+
+        if layout not in LAYOUTS:
+            raise UsageError(f"unknown layout {layout!r}. {did_you_mean(layout, LAYOUTS)}")
+        choice = Choice(
+            split=self.split,
+            folds=tuple(self.fold),
+            modality=self.modality,
+            classes=self.classes,
+            source=_column("--from", self.from_),
+            target=_column("--to", self.to),
+            captions=self.captions,
+        )
+        dataset = read_layout(layout, folder, choice)
+        if self.limit is not None:
+            dataset.limit(self.limit)
+        return dataset
 
 
-def evaluate(args: list[str]) -> int:
-    """Print how well encoders do on a data set, and what of it could not be measured."""
-    parser = _parser()
-    chosen, options = parser.parse_known_args(args)
-    if options and not options[0].startswith("--encoder."):
-        parser.error(f"unrecognized arguments: {' '.join(options)}")
-    if options and len(chosen.encoder) != 1:
-        parser.error(f"{options[0]} needs exactly one --encoder, to which it belongs")
-    if not (chosen.encoder or chosen.checkpoint):
-        parser.error("no encoder to evaluate: name one with --encoder, or a trained folder with --checkpoint")
+@dataclass(frozen=True)
+class MeasuringOptions:
+    """Measuring."""
 
-    from rich.console import Console
+    prompt: tuple[str, ...] = ()
+    """template of a text, such as "a photo of a {}."; may be repeated"""
+    prompts: Path | None = None
+    """text file with one template a line"""
+    store: str = "data/store"
+    """folder of the embedding store"""
+    output: Path | None = None
+    """file to write the result to, as JSON"""
 
-    from bindllm.cli.encode import checkpoint_encoders, find_device
-    from bindllm.cli.media import build_encoder
-    from bindllm.evaluation.layouts import read_layout
+    def templates(self) -> Sequence[str] | None:
+        """Return the templates, checked; None for the default of the layout."""
+        from bindllm.evaluation.prompts import check_template, read_templates
+
+        refuse_together(prompt=self.prompt, prompts=self.prompts)
+        if self.prompts is not None:
+            return read_templates(self.prompts)
+        return [check_template(template, where="--prompt: ") for template in self.prompt] or None
+
+    def show(self, result: Result) -> None:
+        """Print the result, and write it to the output file."""
+        from rich.console import Console
+
+        Console(highlight=False, soft_wrap=True).print(result)
+        if self.output:
+            result.save(self.output)
+            print(f"written to {self.output}")
+
+
+def evaluate(
+    layout: str,
+    folder: Path,
+    *,
+    encoders: EncoderOptions = EncoderOptions(),
+    data: DataOptions = DataOptions(),
+    measuring: MeasuringOptions = MeasuringOptions(),
+    cache: CacheOptions = CacheOptions(),
+    overrides: Sequence[str] = (),
+) -> int:
+    """Classify and retrieve across modalities, from embeddings only (docs/zero-shot.md).
+
+    layouts:
+      imagenet   images, 1000 classes: val/<wnid>/*.JPEG or Kaggle's
+      esc50      audio, 50 classes: meta/esc50.csv, audio/*.wav
+      audioset   audio, 527 labels, several each: eval_segments.csv, clips
+      modelnet40 shapes, 40 classes: <class>/test/*.off or resampled
+      folder     any modality: a folder for each class
+      audiocaps  audio and captions: test.csv and clips
+      clotho     audio and captions: clotho_captions_evaluation.csv
+      coco       images and captions: captions_val2017.json or Karpathy's
+      flickr30k  images and captions: dataset_flickr30k.json, results.csv
+      table      any modality: captions.jsonl, or any table of pairs
+
+    Args:
+        layout: how the data set is stored: one of the list above
+        folder: folder of the data set
+        encoders: the encoders
+        data: part of the data set
+        measuring: prompts, store and result
+        cache: visual cache to blend every query with
+        overrides: arguments of the encoder
+
+    Example:
+        bindllm evaluate esc50 data/ESC-50-master --encoder checkpoints/imagebind
+    """
+    if not (encoders.encoder or encoders.checkpoint):
+        raise UsageError(
+            "no encoder to evaluate: name one with --encoder, or a trained folder with --checkpoint"
+        )
+
     from bindllm.evaluation.zero_shot import evaluate_zero_shot
 
-    templates = _templates(chosen)
-    device = find_device(chosen.device)
-    dataset = read_layout(_known_layout(chosen.layout), chosen.folder, _choice(chosen))
-    if chosen.limit is not None:
-        dataset.limit(chosen.limit)
-    encoders = checkpoint_encoders(chosen.checkpoint, chosen.allow) if chosen.checkpoint else []
-    encoders += [build_encoder(text, options, allow=chosen.allow) for text in chosen.encoder]
+    templates, device = measuring.templates(), encoders.find_device()
+    task = data.read(layout, folder)
     result = evaluate_zero_shot(
-        dataset,
-        encoders,
-        store=chosen.store,
+        task,
+        encoders.load(overrides),
+        store=measuring.store,
         device=device,
         templates=templates,
-        cache=_cache(chosen),
+        cache=_open_cache(cache),
         progress=sys.stderr.isatty(),
     )
-    result.layout, result.folder = chosen.layout, str(chosen.folder)
-    Console(highlight=False, soft_wrap=True).print(result)
-    if chosen.output:
-        result.save(chosen.output)
-        print(f"written to {chosen.output}")
+    result.layout, result.folder = layout, str(folder)
+    measuring.show(result)
     return 0
 
 
-def _parser() -> Arguments:
-    from bindllm.evaluation.layouts import LAYOUTS
-
-    parser = Arguments(
-        "evaluate",
-        "Classify and retrieve across modalities, from the embeddings of encoders alone. See docs/zero-shot.md.",
-    )
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    lines = "\n".join(f"  {name:<11}{layout.purpose}" for name, layout in LAYOUTS.items())
-    example = "bindllm evaluate esc50 data/ESC-50-master --encoder checkpoints/imagebind --fold 1"
-    parser.epilog = f"layouts:\n{lines}\n\nexample: {example}"
-    parser.add_argument("layout", help="how the data set lies on the disk: one of the list below")
-    parser.add_argument("folder", type=Path, help="where it is")
-    _add_encoders(parser)
-    _add_data(parser)
-    _add_measuring(parser)
-    return parser
-
-
-def _add_encoders(parser: Arguments) -> None:
-    group = parser.add_argument_group("encoders")
-    group.add_argument(
-        "--encoder",
-        action="append",
-        default=[],
-        metavar="CLASS_OR_FOLDER",
-        help="import path or folder of an encoder; may be repeated. --encoder.NAME VALUE are arguments of its "
-        "constructor",
-    )
-    group.add_argument("--checkpoint", metavar="FOLDER", help="take the encoders of a folder of bindllm fit")
-    add_allow(group)
-    group.add_argument("--device", help="cpu, cuda, ...: by default the accelerator that torch finds")
-
-
-def _add_data(parser: Arguments) -> None:
-    count = read_number(int, "a whole number of at least 1", lambda value: value >= 1)
-    group = parser.add_argument_group("what of the data set")
-    group.add_argument("--split", help="the split; by default the one that is usually reported")
-    group.add_argument(
-        "--fold", type=count, action="append", default=[], help="a fold of ESC-50; may be repeated"
-    )
-    group.add_argument("--limit", type=count, metavar="N", help="only N media, chosen by hash")
-    group.add_argument("--captions", type=count, metavar="N", help="only the first N captions of each media")
-    group.add_argument(
-        "--classes", type=Path, metavar="FILE", help="names of the classes: .json, .tsv or .txt"
-    )
-    group.add_argument("--modality", help="what the files are, where their endings do not tell")
-    group.add_argument(
-        "--from",
-        dest="source",
-        metavar="MODALITY[:COLUMN]",
-        help="column of a table that holds the media, as in audio:sound",
-    )
-    group.add_argument(
-        "--to", dest="target", metavar="MODALITY[:COLUMN]", help="column that holds what belongs to them"
-    )
-
-
-def _add_measuring(parser: Arguments) -> None:
-    count = read_number(int, "a whole number of at least 1", lambda value: value >= 1)
-    share = read_number(float, "from 0 to 1", lambda value: 0 <= value <= 1)
-    group = parser.add_argument_group("measuring")
-    prompts = group.add_mutually_exclusive_group()
-    prompts.add_argument(
-        "--prompt", action="append", metavar="TEXT", help='such as "a photo of a {}."; may be repeated'
-    )
-    prompts.add_argument("--prompts", type=Path, metavar="FILE", help="a text file with one prompt a line")
-    group.add_argument("--cache", metavar="FOLDER", help="blend each query with this visual cache first")
-    group.add_argument("--cache_weight", type=share, help="share of its pictures that is mixed in")
-    group.add_argument("--cache_top_k", type=count, help="number of its pictures that are mixed in")
-    group.add_argument(
-        "--store", default=STORE, metavar="FOLDER", help="where embeddings are kept (%(default)s)"
-    )
-    group.add_argument("--output", type=Path, metavar="FILE", help="write the result as JSON, too")
-
-
-def _known_layout(name: str) -> str:
-    from bindllm.errors import known_names
-    from bindllm.evaluation.layouts import LAYOUTS
-
-    if name not in LAYOUTS:
-        raise UsageError(f"unknown layout {name!r}. {known_names(name, LAYOUTS)}")
-    return name
-
-
-def _choice(chosen: Any) -> Choice:
-    """Return what of the data set the command line asks for."""
-    from bindllm.evaluation.layouts import Choice
-
-    return Choice(
-        split=chosen.split,
-        folds=tuple(chosen.fold),
-        modality=chosen.modality,
-        classes=chosen.classes,
-        source=_column("--from", chosen.source),
-        target=_column("--to", chosen.target),
-        captions=chosen.captions,
-    )
-
-
 def _column(option: str, text: str | None) -> Column | None:
-    """Return the modality and the column that an option names; the column is called like the modality otherwise."""
+    """Return the modality and the column of an option; the default column has the name of the modality."""
     from bindllm.evaluation.layouts import Column
     from bindllm.media import is_modality
 
@@ -172,24 +166,15 @@ def _column(option: str, text: str | None) -> Column | None:
     return Column(modality, name or ("caption" if modality == "text" else modality))
 
 
-def _templates(chosen: Any) -> Sequence[str] | None:
-    from bindllm.evaluation.prompts import check_template, read_templates
-
-    if chosen.prompts is not None:
-        return read_templates(chosen.prompts)
-    if chosen.prompt is not None:
-        return [check_template(template, where="--prompt: ") for template in chosen.prompt]
-    return None
-
-
-def _cache(chosen: Any) -> VisualCache | None:
-    """Open the cache that the command line names."""
-    settings = {"weight": chosen.cache_weight, "top_k": chosen.cache_top_k}
-    settings = {name: value for name, value in settings.items() if value is not None}
-    if chosen.cache is None:
-        if settings:
-            raise UsageError(f"--cache_{next(iter(settings))} needs a visual cache: give --cache FOLDER")
+def _open_cache(options: CacheOptions) -> VisualCache | None:
+    """Open the chosen visual cache."""
+    if options.cache is None:
+        if options.settings:
+            raise UsageError(
+                f"--cache_{next(iter(options.settings))} needs a visual cache: give --cache FOLDER"
+            )
         return None
+
     from bindllm.cache.visual_cache import VisualCache, open_index
 
-    return VisualCache(open_index(chosen.cache), **settings)
+    return VisualCache(open_index(options.cache), **options.settings)

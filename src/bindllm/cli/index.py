@@ -1,15 +1,17 @@
-"""``bindllm index``: build or renew the visual cache."""
+"""``bindllm index``: build or update the visual cache."""
 
 from __future__ import annotations
 
 import os
 import time
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bindllm.cli.usage import Arguments, UsageError, add_allow
-from bindllm.errors import BindLLMError, CheckpointError, InputError, StoreError
+from bindllm.cli.arguments import refuse_together
+from bindllm.cli.options import EncoderOptions
+from bindllm.errors import BindLLMError, CheckpointError, InputError, StoreError, UsageError
 
 if TYPE_CHECKING:
     from bindllm.cache.index import VectorIndex
@@ -17,127 +19,96 @@ if TYPE_CHECKING:
     from bindllm.embeddings.store import EmbeddingStore
     from bindllm.encoders import Encoder
 
-# Letters of a row of the table beside its words.
+# Width of the lines of the table next to its words.
 _LINES = 24
 
 
-def index(args: list[str]) -> int:
-    """Build or renew the index of picture embeddings, and print what it is now."""
-    chosen, options = _read_arguments(args)
+@dataclass(frozen=True)
+class IndexOptions:
+    """Index."""
+
+    images: str | None = None
+    """folder of images: index these and those of its subfolders, and no others"""
+    store: str = "data/store"
+    """folder of the embedding store; without --images all of its images are indexed"""
+    factory: str = "auto"
+    """kind of index as a Faiss factory string, such as Flat, SQfp16 or IVF1024,SQ8; auto chooses by the number of
+    images"""
+    rebuild: bool = False
+    """build the index from scratch even if it exists, also if it is damaged"""
+    name_in: str | None = None
+    """checkpoint folder that uses this visual cache from now on"""
+    milvus: str | None = None
+    """instead of OUTPUT: file of an embedded Milvus (.db), or http://host:port with the token in the environment
+    variable MILVUS_TOKEN"""
+
+
+def index(
+    output: str | None = None,
+    *,
+    encoders: EncoderOptions = EncoderOptions(),
+    options: IndexOptions = IndexOptions(),
+    overrides: Sequence[str] = (),
+) -> int:
+    """Build the visual cache: an index of image embeddings (docs/cache.md).
+
+    If the index exists, new images of the store are added, and images that
+    are no longer in the store are removed.
+
+    Args:
+        output: folder of the index
+        encoders: the encoder of the images (default: that of --name_in)
+        options: what is indexed, and how
+        overrides: arguments of the encoder
+
+    Example:
+        bindllm index caches/openmoji --name_in checkpoints/quickstart
+    """
+    _check_options(output, encoders, options)
 
     from rich.console import Console
 
+    from bindllm.encoders import encoder_for
     from bindllm.model.checkpoint import name_cache
 
     console = Console(highlight=False, soft_wrap=True)
-    encoder = _find_encoder(chosen, options)
-    named = _entry(chosen, encoder) if chosen.name_in else None
-    store = _find_store(chosen, encoder)
+    device = encoders.find_device()
+    if not (encoders.encoder or encoders.checkpoint):
+        encoders = replace(encoders, checkpoint=options.name_in)
+    encoder = encoder_for("image", encoders.load(overrides)).to(device)
+    folder = options.milvus or output
+    named = _entry(folder, options.name_in, encoder) if options.name_in else None
+    store = _find_store(options, encoder)
     started = time.perf_counter()
-    rows = _build_milvus(chosen, store) if chosen.milvus else _build_folder(chosen, store, encoder, console)
+    rows = _build_milvus(folder, store) if options.milvus else _build_folder(folder, options, store, encoder)
     rows["seconds"] = f"{time.perf_counter() - started:.1f}"
     if named is not None:
-        name_cache(chosen.name_in, asdict(named))
-        rows["named in"] = chosen.name_in
-    _print(console, {"visual cache": chosen.milvus or chosen.output, **rows})
+        name_cache(options.name_in, asdict(named))
+        rows["named in"] = options.name_in
+    _print(console, {"visual cache": folder, **rows})
     return 0
 
 
-def _read_arguments(args: list[str]) -> tuple[Any, list[str]]:
-    """Return what was chosen, and the words that belong to the encoder."""
-    parser = Arguments(
-        "index",
-        "Build the visual cache: an index of picture embeddings (docs/cache.md). Where it is there already, what the "
-        "store has more is added, and what it has no longer is removed.",
-    )
-    parser.epilog = "Example: bindllm index caches/openmoji --name_in checkpoints/quickstart"
-    parser.add_argument("output", nargs="?", metavar="OUTPUT", help="folder of the index")
-    _add_encoder(parser)
-    parser.add_argument(
-        "--images", metavar="FOLDER", help="the pictures of a folder and its sub-folders, and no others"
-    )
-    parser.add_argument(
-        "--store",
-        default="data/store",
-        metavar="FOLDER",
-        help="where embeddings are kept; without --images all of its pictures are indexed (%(default)s)",
-    )
-    parser.add_argument(
-        "--factory",
-        default="auto",
-        help="kind of index in the words of Faiss, such as Flat, SQfp16 or IVF1024,SQ8; auto: what fits the number",
-    )
-    parser.add_argument(
-        "--anew",
-        action="store_true",
-        help="build from scratch what is there already, also when it is damaged",
-    )
-    parser.add_argument(
-        "--name_in", metavar="CHECKPOINT", help="let this checkpoint answer with it from now on"
-    )
-    parser.add_argument(
-        "--milvus",
-        metavar="URI",
-        help="instead of a folder: a file of an embedded Milvus (.db), or http://host:port with the token in the "
-        "environment as MILVUS_TOKEN",
-    )
-    chosen, options = parser.parse_known_args(args)
-    _check_arguments(chosen, options, parser)
-    return chosen, options
+def _check_options(output: str | None, encoders: EncoderOptions, options: IndexOptions) -> None:
+    """Refuse options that do not go together.
 
-
-def _add_encoder(parser: Arguments) -> None:
-    """Add which encoder embeds the pictures, and where."""
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--checkpoint",
-        metavar="FOLDER",
-        help="take the picture encoder of a folder of bindllm fit (by default that of --name_in)",
-    )
-    source.add_argument(
-        "--encoder",
-        metavar="CLASS_OR_FOLDER",
-        help="import path or folder of an encoder; --encoder.NAME VALUE are arguments of its constructor",
-    )
-    add_allow(parser)
-    parser.add_argument("--device", help="cpu, cuda, ...: by default the accelerator that torch finds")
-
-
-def _check_arguments(chosen: Any, options: list[str], parser: Arguments) -> None:
-    """Refuse options that do not go together."""
-    if any(not option.startswith("--encoder.") for option in options[:1]) or (options and not chosen.encoder):
-        parser.error(f"unrecognized arguments: {' '.join(options)}")
-    if (chosen.output is None) == (chosen.milvus is None):
-        parser.error("give one place: a folder as OUTPUT, or --milvus URI")
-    if chosen.milvus and (chosen.images or chosen.factory != "auto" or chosen.anew):
-        parser.error(
-            "--milvus holds all pictures of the store and is built anew each time: without --images, --factory and "
-            "--anew"
+    Raises:
+        UsageError: says which.
+    """
+    refuse_together(encoder=encoders.encoder, checkpoint=encoders.checkpoint)
+    if (output is None) == (options.milvus is None):
+        raise UsageError("give one place for the index: a folder as OUTPUT, or --milvus URI")
+    if options.milvus and (options.images or options.factory != "auto" or options.rebuild):
+        raise UsageError(
+            "--milvus holds all images of the store and is always rebuilt: leave out --images, --factory and --rebuild"
         )
-    if not (chosen.checkpoint or chosen.encoder or chosen.name_in):
-        parser.error(
+    if not (encoders.checkpoint or encoders.encoder or options.name_in):
+        raise UsageError(
             "which encoder? Give --checkpoint FOLDER, --encoder CLASS_OR_FOLDER or --name_in CHECKPOINT"
         )
 
 
-def _find_encoder(chosen: Any, options: list[str]) -> Encoder:
-    """Return the encoder of pictures that the command line asks for."""
-    from bindllm.cli.encode import find_device
-    from bindllm.cli.media import build_encoder
-    from bindllm.encoders import encoder_for
-    from bindllm.model.checkpoint import read_manifest
-    from bindllm.model.pretrained import read_encoders
-
-    device = find_device(chosen.device)
-    if chosen.encoder:
-        encoders = [build_encoder(chosen.encoder, options, allow=chosen.allow)]
-    else:
-        folder = chosen.checkpoint or chosen.name_in
-        encoders = read_encoders(folder, read_manifest(folder), allow=chosen.allow)
-    return encoder_for("image", encoders).to(device)
-
-
-def _entry(chosen: Any, encoder: Encoder) -> CacheConfig:
+def _entry(place: str, checkpoint: str, encoder: Encoder) -> CacheConfig:
     """Return what a checkpoint is to say of the cache: how it is mixed in stays as it is there.
 
     Raises:
@@ -149,29 +120,29 @@ def _entry(chosen: Any, encoder: Encoder) -> CacheConfig:
     from bindllm.model.checkpoint import CACHE, read_manifest
     from bindllm.model.pretrained import encoder_fingerprints, read_cache_config
 
-    manifest, place = read_manifest(chosen.name_in), chosen.milvus or chosen.output
-    known = encoder_fingerprints(chosen.name_in, manifest)
+    manifest = read_manifest(checkpoint)
+    known = encoder_fingerprints(checkpoint, manifest)
     if encoder.fingerprint() not in known:
         raise CheckpointError(
-            f"{chosen.name_in} was trained with the encoder {', '.join(name[:16] for name in known)}, and this is "
+            f"{checkpoint} was trained with the encoder {', '.join(name[:16] for name in known)}, and this is "
             f"{encoder.fingerprint()[:16]}: a cache of it would mean nothing there. Leave out --name_in, or give "
-            f"--checkpoint {chosen.name_in}"
+            f"--checkpoint {checkpoint}"
         )
-    inside, home = Path(chosen.name_in, CACHE).resolve(), Path(chosen.name_in).resolve()
+    inside, home = Path(checkpoint, CACHE).resolve(), Path(checkpoint).resolve()
     if Path(place).resolve().is_relative_to(home) and not Path(place).resolve().is_relative_to(inside):
         raise UsageError(
-            f"{place} would be lost when {chosen.name_in} is saved again; inside a checkpoint the cache is called "
-            f"{os.path.join(chosen.name_in, CACHE)}"
+            f"{place} would be lost when {checkpoint} is saved again; inside a checkpoint the cache is called "
+            f"{os.path.join(checkpoint, CACHE)}"
         )
     try:
-        before = read_cache_config(chosen.name_in, manifest)
+        before = read_cache_config(checkpoint, manifest)
     except CheckpointError:
         # Naming a cache is what mends the entry.
         before = None
     return CacheConfig(place, **({} if before is None else before.settings))
 
 
-def _find_store(chosen: Any, encoder: Encoder) -> EmbeddingStore:
+def _find_store(options: IndexOptions, encoder: Encoder) -> EmbeddingStore:
     """Open the store of an encoder; without pictures of its own it must be there.
 
     Raises:
@@ -179,49 +150,51 @@ def _find_store(chosen: Any, encoder: Encoder) -> EmbeddingStore:
     """
     from bindllm.embeddings.store import EmbeddingStore
 
-    folder = Path(chosen.store, encoder.fingerprint()[:16])
-    if not chosen.images and not folder.is_dir():
+    folder = Path(options.store, encoder.fingerprint()[:16])
+    if not options.images and not folder.is_dir():
         raise InputError(
-            f"the store {chosen.store} has nothing of the encoder {encoder.fingerprint()[:16]}: give pictures with "
+            f"the store {options.store} has nothing of the encoder {encoder.fingerprint()[:16]}: give pictures with "
             "--images FOLDER, another --store, or fill it with `bindllm embed --config RECIPE`"
         )
-    return EmbeddingStore.for_encoder(chosen.store, encoder)
+    return EmbeddingStore.for_encoder(options.store, encoder)
 
 
-def _build_milvus(chosen: Any, store: EmbeddingStore) -> dict[str, str]:
+def _build_milvus(uri: str, store: EmbeddingStore) -> dict[str, str]:
     """Build a collection of all pictures in the store, and return what it is."""
     from bindllm.cache.milvus import MilvusIndex
     from bindllm.cache.settings import MILVUS_TOKEN
 
-    with MilvusIndex.build(chosen.milvus, store, token=os.environ.get(MILVUS_TOKEN)) as built:
+    with MilvusIndex.build(uri, store, token=os.environ.get(MILVUS_TOKEN)) as built:
         return {"pictures": f"{len(built):,}", "kind": built.info.index_type, "where": built.source}
 
 
-def _build_folder(chosen: Any, store: EmbeddingStore, encoder: Encoder, console: Any) -> dict[str, str]:
+def _build_folder(
+    folder: str, options: IndexOptions, store: EmbeddingStore, encoder: Encoder
+) -> dict[str, str]:
     """Build or renew the index in a folder, and return what it is then."""
     from bindllm.cache.factories import check_factory, choose
     from bindllm.cache.images import embed_images
     from bindllm.cache.index import VectorIndex
 
     # Ahead of the pictures, which may take hours to embed.
-    check_factory(chosen.factory, "auto", store.embedding_size)
-    before = None if chosen.anew else _read_before(chosen.output, encoder)
-    same = before is not None and chosen.factory in ("auto", before.factory)
-    keys = embed_images(chosen.images, encoder, store) if chosen.images else None
+    check_factory(options.factory, "auto", store.embedding_size)
+    before = None if options.rebuild else _read_before(folder, encoder)
+    same = before is not None and options.factory in ("auto", before.factory)
+    keys = embed_images(options.images, encoder, store) if options.images else None
     try:
         if same:
-            change = VectorIndex.update(chosen.output, store, keys=keys)
+            change = VectorIndex.update(folder, store, keys=keys)
             became = f"renewed: {change.added:,} added, {change.removed:,} removed"
-            built = VectorIndex.open(chosen.output)
+            built = VectorIndex.open(folder)
         else:
-            built = VectorIndex.build(chosen.output, store, factory=chosen.factory, keys=keys)
+            built = VectorIndex.build(folder, store, factory=options.factory, keys=keys)
             became = "built" if before is None else f"built anew, {before.factory} before"
     except StoreError as error:
         if not same:
             raise
-        raise StoreError(f"{error}. To build it from scratch, add --anew") from error
-    for line in _hints(chosen, built, choose(len(built), built.info.embedding_size)[0], renewed=same):
-        console.print(line, markup=False)
+        raise StoreError(f"{error}. To build it from scratch, add --rebuild") from error
+    for line in _hints(options, built, choose(len(built), built.info.embedding_size)[0], renewed=same):
+        print(line)
     return {
         "pictures": f"{len(built):,} ({became})",
         "kind": " ".join(filter(None, (built.info.factory, built.info.search))),
@@ -243,24 +216,24 @@ def _read_before(folder: str, encoder: Encoder) -> Any:
     try:
         info = read_manifest(Path(folder))
     except BindLLMError as error:
-        raise StoreError(f"{error}. To build it from scratch, add --anew") from error
+        raise StoreError(f"{error}. To build it from scratch, add --rebuild") from error
     if info.fingerprint != encoder.fingerprint():
         raise InputError(
             f"{folder} was built with the encoder {info.fingerprint[:16]}, and this is {encoder.fingerprint()[:16]}: "
-            "choose another OUTPUT, or replace it with --anew"
+            "choose another OUTPUT, or replace it with --rebuild"
         )
     return info
 
 
-def _hints(chosen: Any, built: VectorIndex, fitting: str, *, renewed: bool) -> list[str]:
+def _hints(options: IndexOptions, built: VectorIndex, fitting: str, *, renewed: bool) -> list[str]:
     """Return what may not be as it was meant."""
     hints = []
-    if renewed and not chosen.images and built.info.store is not None and built.info.store.chosen:
+    if renewed and not options.images and built.info.store is not None and built.info.store.chosen:
         hints.append(
             "this index is of chosen pictures (of --images, or some were removed): what the store has beside them is "
-            "not added. To index all of the store, add --anew"
+            "not added. To index all of the store, add --rebuild"
         )
-    if renewed and chosen.factory == "auto" and fitting != built.info.factory:
+    if renewed and options.factory == "auto" and fitting != built.info.factory:
         hints.append(
             f"for so many pictures a new index would be of the kind {fitting}: --factory '{fitting}' builds it"
         )

@@ -1,25 +1,55 @@
-"""A recipe, read by LightningCLI: model, data and trainer, with what belongs to the run as a whole."""
+"""Reading a recipe with LightningCLI: its model, data and trainer, with the closest name for every mistake."""
 
 from __future__ import annotations
 
+import inspect
 import logging
+import math
+import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from importlib import import_module
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NoReturn, get_type_hints
 
-from jsonargparse import set_parsing_settings
+import lightning.pytorch.callbacks
+import lightning.pytorch.loggers
+import yaml
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from bindllm.cli.parser import RecipeParser, name_classes
-from bindllm.cli.usage import GIVE_RECIPE, UsageError, refuse_bare_names
+from bindllm.cli import COMMANDS
+from bindllm.cli.arguments import plain_message
 from bindllm.data.datamodule import BindData
-from bindllm.errors import BindLLMError, InputError
+from bindllm.errors import BindLLMError, InputError, UsageError, did_you_mean
+from bindllm.imports import name_module
+from bindllm.model.checkpoint import classes_in
 from bindllm.training.module import BindModule
+from bindllm.training.preflight import Problems
+
+GIVE_RECIPE = "Give a recipe with --config"
+
+_FULL_PATH = "Give the full import path of a class, such as bindllm.encoders.EfficientNetLite."
+
+# Lightning finds these by the name of the class only.
+_BARE_NAMES = [*lightning.pytorch.callbacks.__all__, *lightning.pytorch.loggers.__all__]
+
+# The names in a message of jsonargparse, from the outermost part of a recipe to the mistake; or the value that is one.
+_NAMES = re.compile(
+    r"(?:class_path|module) '(?P<object>[\w.]+)'|(?:ption '|Group '|attribute '|--)(?P<name>[\w.]+)"
+)
+_VALUE = re.compile(r"(?:(?P<is_class>string)|value): (?P<value>[\w.-]+)$", re.MULTILINE)
+_CHOICES = re.compile(r"Literal\[(.*?)\]")
+
+# How jsonargparse says that required keys are missing, and a part of a recipe that has nothing valid in it.
+_INCOMPLETE = "the following arguments are required"
+_NOTHING = object()
 
 TRAINER_DEFAULTS = {
     "enable_model_summary": False,
@@ -28,13 +58,124 @@ TRAINER_DEFAULTS = {
 }
 
 
+class RecipeParser(LightningArgumentParser):
+    """Raises `UsageError` with the closest name that exists, instead of ending the process."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise; parsers of nested values pass the message on to the parser of the whole recipe."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        hint = closest_name(message, [action.dest for action in self._actions])
+        raise UsageError(f"{plain_message(message)}\n{hint}".rstrip()) from ex
+
+
+def closest_name(message: str, keys: Sequence[str]) -> str:
+    """Return a hint with the closest known name for the mistake in a message of jsonargparse.
+
+    The message names the parts of the recipe from the outside in, so the names are followed, through keys, modules and
+    the arguments of classes, until one of them is unknown.
+
+    Args:
+        message: the message.
+        keys: dotted keys of the recipe.
+    """
+    if found := _VALUE.search(message):
+        choices = re.findall(r"'([^']+)'", " ".join(_CHOICES.findall(message)))
+        hint = did_you_mean(found["value"], _BARE_NAMES if found["is_class"] else choices)
+        return hint if hint.startswith("Did you mean") else _FULL_PATH if found["is_class"] else ""
+    owner: Any = keys
+    for found in _NAMES.finditer(message):
+        if found["object"]:
+            owner = _find_object(found["object"])
+            continue
+        for part in found["name"].split("."):
+            children = _children(owner)
+            if part not in children:
+                return did_you_mean(part, children)
+            owner = children[part]
+    return _FULL_PATH if owner is None else ""
+
+
+def _find_object(path: str) -> Any:
+    """Return the module or the class with an import path, None if there is none."""
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(import_module(module), name) if module else import_module(path)
+    except (ImportError, AttributeError):
+        pass
+    try:
+        return import_module(path)
+    except ImportError:
+        return None
+
+
+def _children(owner: Any) -> dict[str, Any]:
+    """Return the names inside a part of a recipe: of dotted keys, a module, or the arguments of a class."""
+    if isinstance(owner, list):
+        heads = {key.partition(".")[0] for key in owner}
+        return {head: [key[len(head) + 1 :] for key in owner if key.startswith(f"{head}.")] for head in heads}
+    if inspect.ismodule(owner):
+        return dict.fromkeys(classes_in(owner))
+    if not inspect.isclass(owner):
+        return {}
+    hints = get_type_hints(owner.__init__)
+    return {name: hints.get(name) for name in inspect.signature(owner).parameters}
+
+
+def name_classes(args: Sequence[str]) -> None:
+    """Make the modules visible whose classes a command line and its recipes name.
+
+    jsonargparse imports classes while it parses, so this comes first. A class may be anywhere in a recipe, also without
+    ``class_path``: every string that reads as an import path of a file in the working directory counts.
+
+    Args:
+        args: options with values, such as ``--config FILE`` and ``--model.encoders+=my_lab.RadarEncoder``.
+    """
+    words = [part for word in args for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    configs = [value for option, value in pairwise(words) if option == "--config"]
+    waiting: list[tuple[Any, Path]] = [(_try_yaml(word), Path()) for word in words]
+    read = {Path(file).resolve() for file in configs}
+    waiting += [(_try_yaml(file), file.parent) for file in read]
+    while waiting:
+        tree, folder = waiting.pop()
+        for text in _strings(tree):
+            # A recipe may name further recipes, relative to itself.
+            file = (folder / text).resolve() if text.endswith((".yaml", ".yml")) else None
+            if file is not None and file not in read:
+                read.add(file)
+                waiting.append((_try_yaml(file), file.parent))
+            elif (
+                "." in text
+                and all(part.isidentifier() for part in text.split("."))
+                and not Path(text).exists()
+            ):
+                name_module(text)
+
+
+def _try_yaml(source: str | Path) -> Any:
+    """Return the content of a file or a text; None if it cannot be read: the parser reports that."""
+    try:
+        return yaml.safe_load(source.read_text(encoding="utf-8") if isinstance(source, Path) else source)
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+
+
+def _strings(tree: Any) -> Iterator[str]:
+    """Yield all strings among the values of a recipe."""
+    if isinstance(tree, str):
+        yield tree
+    elif isinstance(tree, dict | list):
+        for value in tree.values() if isinstance(tree, dict) else tree:
+            yield from _strings(value)
+
+
 class RecipeCLI(LightningCLI):
     """Reads a recipe, and builds model and data from it.
 
     Args:
-        verb: for the usage line.
+        command: name of the command, for the usage line.
         args: ``--config`` and overrides.
-        build: False only reads.
+        build: False only reads the recipe.
 
     Attributes:
         config: the resolved recipe.
@@ -48,10 +189,13 @@ class RecipeCLI(LightningCLI):
     kinds: tuple[type, type] = (BindModule, BindData)
     """Classes of the sections `model` and `data`."""
 
-    def __init__(self, verb: str, args: Sequence[str], *, build: bool = True) -> None:
-        self.build, self.verb = build, verb
-        refuse_bare_names(verb, args)
-        # Fields of our dataclasses are explained below each of them; that is where --help finds its words.
+    example = "recipes/quickstart.yaml"
+    """A recipe for the help."""
+
+    def __init__(self, command: str, args: Sequence[str], *, build: bool = True) -> None:
+        self.build, self.command = build, command
+        _require_recipe(command, args)
+        # The fields of our dataclasses are documented below each of them.
         set_parsing_settings(docstring_parse_attribute_docstrings=True)
         super().__init__(
             *self.kinds,
@@ -59,9 +203,12 @@ class RecipeCLI(LightningCLI):
             args=list(args),
             parser_class=RecipeParser,
             parser_kwargs={
-                "prog": f"bindllm {verb}",
+                "prog": f"bindllm {command}",
                 "allow_abbrev": False,
-                "description": "A recipe is a YAML file; every key of it is an option too.",
+                "usage": f"bindllm {command} --config RECIPE [options]",
+                "description": f"{COMMANDS[command][1].capitalize()}. A recipe is a YAML file; every key of it is an "
+                "option too.",
+                "epilog": f"example: bindllm {command} --config {self.example}",
             },
             save_config_callback=None,
             seed_everything_default=0,
@@ -71,10 +218,10 @@ class RecipeCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add what belongs to neither model, data nor trainer, and hand tokenizer and encoders to the data."""
+        """Add the keys of the run itself, and link tokenizer and encoders of the model to the data."""
         parser.add_argument("--output", type=str, required=True, help="checkpoint folder that the run writes")
         parser.add_argument(
-            "--resume", type=bool, default=True, help="go on with an interrupted run of the same recipe"
+            "--resume", type=bool, default=True, help="resume an interrupted run of the same recipe"
         )
         parser.add_argument(
             "--save_every_seconds", type=float, default=60.0, help="time between saved states of a run"
@@ -91,22 +238,24 @@ class RecipeCLI(LightningCLI):
         except UsageError as error:
             if any(option.partition("=")[0] == "--config" for option in args):
                 raise
-            raise UsageError(
-                f"{error}\n{GIVE_RECIPE}: bindllm {self.verb} --config FILE", key=error.key
-            ) from error
+            raise UsageError(f"{error}\n{GIVE_RECIPE}: bindllm {self.command} --config FILE") from error
 
     def instantiate_classes(self) -> None:
-        """Build model and data; the trainer depends on the verb.
+        """Build model and data, see `build_parts`; the trainer depends on the command."""
+        if self.build:
+            self.build_parts()
+
+    def build_parts(self) -> None:
+        """Build model and data from the recipe as it was read.
 
         Raises:
-            BindLLMError: what a part says of its own arguments.
+            BindLLMError: a part refuses its arguments.
         """
-        if self.build:
-            try:
-                built = self.parser.instantiate(self.config)
-            except ValueError as error:
-                raise _of_the_part(error) from error
-            self.model, self.datamodule, self.trainer_options = built.model, built.data, dict(built.trainer)
+        try:
+            built = self.parser.instantiate(self.config)
+        except ValueError as error:
+            raise _error_of_part(error) from error
+        self.model, self.datamodule, self.trainer_options = built.model, built.data, dict(built.trainer)
 
     def make_trainer(self, *, callbacks: Sequence[Callback] = (), **options: Any) -> Trainer:
         """Build the recipe's trainer with further callbacks, and options that replace the recipe's.
@@ -129,8 +278,22 @@ class RecipeCLI(LightningCLI):
         return self.parser.dump(config, skip_unset=False)
 
 
-def _of_the_part(error: ValueError) -> Exception:
-    """Return what a part said of its arguments: jsonargparse wraps that where the part may also be null."""
+def _require_recipe(command: str, args: Sequence[str]) -> None:
+    """Refuse an empty command line, or one that starts with the name of a file instead of an option.
+
+    Raises:
+        UsageError: says which option the name belongs to.
+    """
+    if not args:
+        raise UsageError(f"{command} needs a recipe. {GIVE_RECIPE}: bindllm {command} --config FILE")
+    if not args[0].startswith("-"):
+        raise UsageError(
+            f"{args[0]!r} has no option before it. {GIVE_RECIPE}: bindllm {command} --config {args[0]}"
+        )
+
+
+def _error_of_part(error: ValueError) -> Exception:
+    """Return the error of a part about its arguments; jsonargparse wraps it if the part may also be null."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, BindLLMError):
         cause = cause.__cause__
@@ -139,7 +302,7 @@ def _of_the_part(error: ValueError) -> Exception:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Leave out what Lightning says about every run; its warnings about this run stay."""
+    """Suppress the messages that Lightning prints in every run; its warnings about this run stay."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -153,3 +316,123 @@ def quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+class CheckedRecipe(RecipeCLI):
+    """Reads a recipe that has mistakes: each is noted and left out, until all of them are known.
+
+    Args:
+        file: the recipe.
+        overrides: options that change its keys.
+        problems: gets a message for each mistake.
+
+    Attributes:
+        config: the resolved recipe without its mistakes.
+        is_complete: all required keys are in it; otherwise it must not be used.
+    """
+
+    def __init__(self, file: str, overrides: Sequence[str], problems: Problems) -> None:
+        self._problems = problems
+        super().__init__("check", ["--config", file, *overrides], build=False)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the recipe part by part, then its overrides one by one."""
+        self.config, self.is_complete = Namespace(), False
+        name_classes(args)
+        recipe = _read_yaml(args[1], self._problems)
+        if recipe is None:
+            return
+        recipe = self._valid(recipe, lambda part: self._mistake([_as_option(part)]))
+        words = [_as_option({} if recipe is _NOTHING else recipe)]
+        for option in _split_options(args[2:]):
+            if message := self._mistake([*words, *option]):
+                self._problems.append(message)
+            else:
+                words += option
+        try:
+            self.config, self.is_complete = parser.parse_args(words), True
+        except UsageError as error:
+            self._problems.append(str(error))
+
+    def _mistake(self, words: Sequence[str]) -> str | None:
+        """Return the mistake in a command line; that keys of the recipe itself are missing is not one yet."""
+        try:
+            self.parser.parse_args(words)
+        except UsageError as error:
+            return None if str(error).startswith(_INCOMPLETE) else str(error)
+        return None
+
+    def _valid(self, part: Any, mistake: Callable[[Any], str | None], where: str = "") -> Any:
+        """Return the valid parts of a part of the recipe, `_NOTHING` if there are none; note its mistakes.
+
+        Args:
+            part: keys and values, a list or a plain value.
+            mistake: returns the mistake in a recipe that has a changed part instead of this one.
+            where: number of the item of a list that the part belongs to.
+        """
+        message, known = mistake(part), len(self._problems)
+        if message is None:
+            return part
+        kept: Any = _NOTHING
+        if isinstance(part, dict):
+            kept = self._valid_keys(part, mistake, where)
+        elif isinstance(part, list):
+            items = [
+                self._valid(item, lambda changed: mistake([changed]), where or f"item {number}")
+                for number, item in enumerate(part, start=1)
+            ]
+            kept = [item for item in items if item is not _NOTHING]
+        # Each part of it may be valid, and all together not.
+        if len(self._problems) == known:
+            key, colon, rest = message.partition(":")
+            self._problems.append(f"{key}, {where}{colon}{rest}" if where else message)
+        return kept
+
+    def _valid_keys(self, part: dict[str, Any], mistake: Callable[[Any], str | None], where: str) -> Any:
+        """Return the keys and values that are valid together, `_NOTHING` if something required is missing then."""
+        # The arguments of a class can only be read together with its path.
+        kept = {name: value for name, value in part.items() if name == "class_path"}
+        # As long as required keys are missing there is a message: a further key is valid if the message stays.
+        missing = mistake(kept)
+        if missing and _INCOMPLETE not in missing:
+            return _NOTHING
+        for name, value in part.items():
+            if name in kept:
+                continue
+
+            def changed(value: Any, name: str = name, missing: str | None = missing) -> str | None:
+                message = mistake({**kept, name: value})
+                return None if message == missing else message
+
+            if (valid := self._valid(value, changed, where)) is not _NOTHING:
+                kept[name] = valid
+                missing = mistake(kept)
+        return _NOTHING if missing else kept
+
+
+def _read_yaml(file: str, problems: Problems) -> dict[str, Any] | None:
+    """Read a recipe without checking it; note why that is impossible."""
+    try:
+        recipe = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        problems.append(f"the recipe {file} cannot be read: {error}")
+        return None
+    if not isinstance(recipe, dict):
+        problems.append(f"the recipe {file} holds {type(recipe).__name__}, expected keys and values")
+        return None
+    return recipe
+
+
+def _as_option(recipe: dict[str, Any]) -> str:
+    """Return the option that gives a recipe as text; jsonargparse takes that like the name of a file."""
+    return f"--config={yaml.safe_dump(recipe, default_flow_style=True, width=math.inf)}"
+
+
+def _split_options(words: Sequence[str]) -> list[list[str]]:
+    """Return each option of a command line with its value."""
+    options: list[list[str]] = []
+    for word in words:
+        if word.startswith("--") or not options:
+            options.append([])
+        options[-1].append(word)
+    return options

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from bindllm.conversation import Conversation, Message, Role
-from bindllm.errors import InputError, known_names
+from bindllm.errors import InputError, did_you_mean
 from bindllm.media import MODALITIES, Media
 
 BETWEEN = "\n\n"
@@ -207,7 +207,7 @@ def role_of(name: object, roles: Mapping[str, Role]) -> Role:
     if name in _TOOLS:
         raise RowError(f"a turn of the role {name!r}: tool calls are not supported")
     if not isinstance(name, str) or name not in roles:
-        raise RowError(f"unknown role {reprlib.repr(name)}. {known_names(str(name), roles)}")
+        raise RowError(f"unknown role {reprlib.repr(name)}. {did_you_mean(str(name), roles)}")
     return roles[name]
 
 
@@ -272,7 +272,7 @@ def _read_part(part: object, media: RecordMedia) -> _Part:
     modality = str(kind).removeprefix("input_").removesuffix("_url")
     if modality not in known:
         kinds = (*_TEXTS[:1], *known, "image_url", "input_audio")
-        raise RowError(f"unknown content part {reprlib.repr(kind)}. {known_names(str(kind), kinds)}")
+        raise RowError(f"unknown content part {reprlib.repr(kind)}. {did_you_mean(str(kind), kinds)}")
     value = next((part[key] for key in (kind, modality, "url", "path") if part.get(key) is not None), None)
     return _Slot(modality) if value is None else media.resolve(modality, _unwrap(value))
 

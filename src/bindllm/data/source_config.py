@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from bindllm.errors import InputError, known_names
+from bindllm.errors import InputError, did_you_mean
 from bindllm.media import MODALITIES, is_modality
 
 Format = Literal[
@@ -130,15 +130,15 @@ class SourceConfig:
     def __post_init__(self) -> None:
         if self.format not in get_args(Format):
             raise InputError(
-                f"{self.path}: unknown format {self.format!r}. {known_names(self.format, get_args(Format))}"
+                f"{self.path}: unknown format {self.format!r}. {did_you_mean(self.format, get_args(Format))}"
             )
         if not is_modality(self.modality):
             raise InputError(
                 f"{self.path}: a modality is a lower-case word, not {self.modality!r}. "
-                f"{known_names(str(self.modality).lower(), MODALITIES)}"
+                f"{did_you_mean(str(self.modality).lower(), MODALITIES)}"
             )
         if self.split is not None and self.split not in SPLITS:
-            raise InputError(f"{self.path}: unknown split {self.split!r}. {known_names(self.split, SPLITS)}")
+            raise InputError(f"{self.path}: unknown split {self.split!r}. {did_you_mean(self.split, SPLITS)}")
         if not (math.isfinite(self.weight) and self.weight > 0):
             raise InputError(f"{self.path}: weight must be finite and above 0, not {self.weight}")
         if not 0 <= self.held_out < 1:

@@ -16,7 +16,7 @@ from bindllm.data.report import Skipped, SourceReport
 from bindllm.data.rows import Row
 from bindllm.data.source_config import SPLITS, Columns, SourceConfig, Split, split_named
 from bindllm.data.tables import HUB, NOT_UTF8, READERS, is_table, read_table
-from bindllm.errors import InputError, fetch_hint, known_names
+from bindllm.errors import InputError, did_you_mean, fetch_hint
 from bindllm.media import SUFFIXES, Media
 
 TABLE_NAME = "captions"
@@ -299,7 +299,7 @@ def _table_rows(
             skip(error, name, report.skipped)
             continue
         if value is not None and split is None:
-            report.skipped.add(f"unknown split {value!r}. {known_names(str(value), SPLITS)}", name)
+            report.skipped.add(f"unknown split {value!r}. {did_you_mean(str(value), SPLITS)}", name)
             continue
         yield CaptionedMedia(media.source, media_key(media, root), split), captions, name
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from bindllm.data.report import NOT_UTF8, Skipped
 from bindllm.data.source_config import split_named
-from bindllm.errors import InputError, MissingExtraError, known_names
+from bindllm.errors import InputError, MissingExtraError, did_you_mean
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -67,7 +67,7 @@ def read_table(path: str | Path, required: tuple[str, ...], skipped: Skipped) ->
     path = Path(path)
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise InputError(f"{path}: not a table. {known_names(path.suffix.lower(), READERS)}")
+        raise InputError(f"{path}: not a table. {did_you_mean(path.suffix.lower(), READERS)}")
     try:
         yield from reader(path, required, skipped)
     except OSError as error:
@@ -412,4 +412,4 @@ def _check_columns(path: str | Path, required: tuple[str, ...], known: Sequence[
 
 
 def _no_column(column: str, known: Mapping | Sequence[str]) -> str:
-    return f"no column {column!r}. {known_names(column, known)}"
+    return f"no column {column!r}. {did_you_mean(column, known)}"

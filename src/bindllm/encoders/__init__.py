@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from bindllm.atomic import file_sha256
-from bindllm.errors import EncoderError, InputError, known_names
+from bindllm.errors import EncoderError, InputError, did_you_mean
 from bindllm.media import MODALITIES, Media
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def encoder_for(modality: str, encoders: Sequence[Encoder]) -> Encoder:
     # No encoder serves it, so the message lists the modalities that would work.
     served = sorted({name for encoder in encoders for name in encoder.modalities})
     # An unknown word may be a misspelling of a modality that is served here or known elsewhere.
-    hint = "" if modality in MODALITIES else f"{known_names(modality, {*MODALITIES, *served})} "
+    hint = "" if modality in MODALITIES else f"{did_you_mean(modality, {*MODALITIES, *served})} "
     raise InputError(
         f"no encoder serves the modality {modality!r}; the encoders here serve: {', '.join(served) or 'nothing'}. "
         f"{hint}Name one that does under `encoders` of the recipe"

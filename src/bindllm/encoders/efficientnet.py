@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bindllm.encoders import fingerprint, shape_problems
-from bindllm.errors import EncoderError, InputError, known_names
+from bindllm.errors import EncoderError, InputError, did_you_mean
 from bindllm.media import Media, open_image
 
 Fit = Literal["whole", "crop"]
@@ -100,7 +100,7 @@ class EfficientNetLite:
 
     def __init__(self, weights: str = "checkpoints/efficientnet-lite0", *, fit: Fit = "whole") -> None:
         if fit not in get_args(Fit):
-            raise InputError(f"fit={fit!r} is unknown. {known_names(str(fit), get_args(Fit))}")
+            raise InputError(f"fit={fit!r} is unknown. {did_you_mean(str(fit), get_args(Fit))}")
         # Nothing is read here: a recipe constructs encoders without their weights.
         self.config: dict[str, Any] = {"weights": str(weights), "fit": fit}
         self._file = Path(weights) / "model.safetensors"

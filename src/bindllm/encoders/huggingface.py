@@ -28,7 +28,7 @@ from bindllm.encoders.hub import (
     settings_files,
     weight_files,
 )
-from bindllm.errors import EncoderError, InputError, MediaError, known_names
+from bindllm.errors import EncoderError, InputError, MediaError, did_you_mean
 from bindllm.media import Media, open_image
 
 if TYPE_CHECKING:
@@ -214,10 +214,10 @@ class HuggingFace:
     ) -> None:
         if pooling not in get_args(Pooling):
             raise InputError(
-                f"pooling={pooling!r} is unknown. {known_names(str(pooling), get_args(Pooling))}"
+                f"pooling={pooling!r} is unknown. {did_you_mean(str(pooling), get_args(Pooling))}"
             )
         if dtype not in _DTYPES:
-            raise InputError(f"dtype={dtype!r} is unknown. {known_names(str(dtype), _DTYPES)}")
+            raise InputError(f"dtype={dtype!r} is unknown. {did_you_mean(str(dtype), _DTYPES)}")
         self._chosen = None if modalities is None else list(modalities)
         # Plain settings only: config and fingerprint are read at the first use.
         self.config: dict[str, Any] = {
@@ -247,7 +247,7 @@ class HuggingFace:
         served = self._spec.modalities
         for name in self._chosen or ():
             if name not in served:
-                raise EncoderError(f"{self._name} does not serve {name!r}. {known_names(str(name), served)}")
+                raise EncoderError(f"{self._name} does not serve {name!r}. {did_you_mean(str(name), served)}")
         return served if self._chosen is None else tuple(self._chosen)
 
     @property

@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import numpy as np
 from PIL import Image
 
-from bindllm.errors import InputError, known_names
+from bindllm.errors import InputError, did_you_mean
 from bindllm.media.images import MAX_PIXELS, open_image
 from bindllm.media.source import CHUNK, SUFFIXES, Source, name_of, open_stream
 
@@ -69,7 +69,7 @@ class Media:
         if not is_modality(self.modality):
             raise InputError(
                 f"a modality is a lower-case word, not {self.modality!r}. "
-                f"{known_names(str(self.modality).lower(), MODALITIES)}"
+                f"{did_you_mean(str(self.modality).lower(), MODALITIES)}"
             )
         expected = (str,) if self.modality == "text" else get_args(Source)
         if not isinstance(self.source, expected):

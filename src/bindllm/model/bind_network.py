@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from bindllm.errors import InputError, known_names
+from bindllm.errors import InputError, did_you_mean
 
 NORMS = ("rms", "layer")
 FUSIONS = ("unit", "mean")
@@ -42,7 +42,7 @@ class BindConfig:
         for what, value, known in (("norm", self.norm, NORMS), ("fusion", self.fusion, FUSIONS)):
             if value not in known:
                 raise InputError(
-                    f"unknown {what} {value!r} of the bind network. {known_names(str(value), known)}"
+                    f"unknown {what} {value!r} of the bind network. {did_you_mean(str(value), known)}"
                 )
         if self.depth < 0 or self.expansion < 1:
             raise InputError(

@@ -25,7 +25,7 @@ from bindllm.conversation import Conversation
 from bindllm.embeddings.embedder import embed_groups
 from bindllm.encoders import Encoder, alignment_warnings, skipped_encoders
 from bindllm.encoders.fusion import common_size
-from bindllm.errors import InputError, known_names
+from bindllm.errors import InputError, did_you_mean
 from bindllm.media import Media
 from bindllm.model.adapter import Adapter, AdapterConfig
 from bindllm.model.bind_network import BindConfig, BindNetwork
@@ -150,7 +150,7 @@ class BindLLM(nn.Module):
         for name in names:
             if name not in groups:
                 hint = "Give the model one, such as adapter: {rank: 16}. " if name == "adapter" else ""
-                raise InputError(f"unknown parameter group {name!r}. {hint}{known_names(name, groups)}")
+                raise InputError(f"unknown parameter group {name!r}. {hint}{did_you_mean(name, groups)}")
         # Freeze first: the groups below are the only parameters that may get gradients.
         self.requires_grad_(False)
         for name in names:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from bindllm.atomic import atomic_folder, file_sha256, set_aside_name, write_json
 from bindllm.encoders import shape_problems
-from bindllm.errors import BindLLMError, CheckpointError, known_names
+from bindllm.errors import BindLLMError, CheckpointError, UsageError, did_you_mean
 from bindllm.imports import name_module, replace_allow
 
 # Raise the number when older versions of bindllm cannot read a new checkpoint.
@@ -244,7 +244,7 @@ def build_object(entry: dict[str, Any], *, allow: Sequence[str] = ()) -> Any:
             kind = getattr(home, name)
         except AttributeError as error:
             raise CheckpointError(
-                f"{path} cannot be built: {module} has no {name!r}. {known_names(name, classes_in(home))}"
+                f"{path} cannot be built: {module} has no {name!r}. {did_you_mean(name, classes_in(home))}"
             ) from error
         if path not in allow:
             _refuse_other(path, kind)
@@ -266,6 +266,24 @@ def build_object(entry: dict[str, Any], *, allow: Sequence[str] = ()) -> Any:
         raise CheckpointError(
             f"{path} cannot be built with {arguments}: {type(error).__name__}: {error}"
         ) from error
+
+
+def build_own(entry: Mapping[str, Any], *, allow: Sequence[str] = ()) -> Any:
+    """Build an encoder that the user names, on the command line or in a recipe; its own ``allow`` counts.
+
+    Args:
+        entry: ``{"class_path": ..., "init_args": {...}}``.
+        allow: further classes outside bindllm that may be imported.
+
+    Raises:
+        CheckpointError: the class does not exist or cannot be built.
+        UsageError: ``allow`` is not a list of import paths.
+    """
+    own = entry.get("init_args", {}).get("allow") or []
+    if not isinstance(own, list) or not all(isinstance(path, str) for path in own):
+        raise UsageError(f"allow must be a list of import paths, such as [my_lab.RadarTower], not {own!r}")
+    # The user typed this class path, so it is trusted; a path from a file is not.
+    return build_object(dict(entry), allow=[entry["class_path"], *allow, *own])
 
 
 def _refuse_other(path: str, kind: Any) -> None:
@@ -352,7 +370,7 @@ def _siblings(folder: Path) -> str:
     parent = folder.parent
     # A missing folder is often a misspelled one.
     names: Iterable[str] = (f.parent.name for f in parent.glob(f"*/{MANIFEST}")) if parent.is_dir() else ()
-    return known_names(folder.name, names)
+    return did_you_mean(folder.name, names)
 
 
 def write_card(manifest: dict[str, Any], *, data: list[str] | None = None) -> str:

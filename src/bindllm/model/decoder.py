@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from bindllm.conversation import INPUT_HEADER, check_tokenizer
 from bindllm.encoders.hub import find_folder, loading_error
-from bindllm.errors import DecoderError, InputError, known_names
+from bindllm.errors import DecoderError, InputError, did_you_mean
 from bindllm.model.quantize import QUANTIZATIONS, keep_gradients, quantization_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -95,15 +95,15 @@ class DecoderConfig:
         # How to read this: closed choices are checked here, since configs also come from files and Python.
         if self.dtype not in ("auto", *DTYPES):
             raise InputError(
-                f"unknown dtype {self.dtype!r}. {known_names(str(self.dtype), ['auto', *DTYPES])}"
+                f"unknown dtype {self.dtype!r}. {did_you_mean(str(self.dtype), ['auto', *DTYPES])}"
             )
         if self.template is not None and self.template not in TEMPLATES:
             raise InputError(
-                f"unknown template {self.template!r}. {known_names(str(self.template), TEMPLATES)}"
+                f"unknown template {self.template!r}. {did_you_mean(str(self.template), TEMPLATES)}"
             )
         if self.quantize is not None and self.quantize not in QUANTIZATIONS:
             raise InputError(
-                f"unknown quantization {self.quantize!r}. {known_names(str(self.quantize), QUANTIZATIONS)}"
+                f"unknown quantization {self.quantize!r}. {did_you_mean(str(self.quantize), QUANTIZATIONS)}"
             )
 
     def folder(self) -> Path:

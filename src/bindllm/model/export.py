@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from bindllm import __version__
 from bindllm.atomic import atomic_folder, write_json
-from bindllm.errors import CheckpointError, InputError, known_names
+from bindllm.errors import CheckpointError, InputError, did_you_mean
 from bindllm.model.adapter import PREFIX, TARGETS, Adapter, AdapterConfig
 from bindllm.model.checkpoint import check_keys, license_of, read_manifest, read_weights
 from bindllm.model.decoder import (
@@ -255,7 +255,7 @@ def _card(config: DecoderConfig, checkpoint: str | Path, manifest: dict[str, Any
 def _choose_dtypes(asked: str | None, plain: PretrainedConfig) -> tuple[str, str]:
     """Return the precision of the decoder's files, and the one that is written."""
     if asked is not None and asked not in DTYPES:
-        raise InputError(f"unknown dtype {asked!r}. {known_names(asked, DTYPES)}")
+        raise InputError(f"unknown dtype {asked!r}. {did_you_mean(asked, DTYPES)}")
     of_files = str(plain.dtype).removeprefix("torch.")
     of_files = of_files if of_files in DTYPES else "float32"
     return of_files, asked or of_files

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from bindllm.conversation import Conversation, Message, Rendered, render
-from bindllm.errors import InputError, known_names
+from bindllm.errors import InputError, did_you_mean
 from bindllm.media import Media
 
 Prompt = str | Conversation
@@ -91,7 +91,7 @@ def check_options(options: dict[str, Any]) -> dict[str, Any]:
     known = {*GenerationConfig().to_dict(), *_MORE_OPTIONS}
     for name, value in options.items():
         if name not in known:
-            raise InputError(f"unknown option {name!r} of generate. {known_names(name, known)}")
+            raise InputError(f"unknown option {name!r} of generate. {did_you_mean(name, known)}")
         if (
             name in ("max_new_tokens", "num_beams", "num_return_sequences")
             and value is not None

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bindllm.errors import DecoderError, InputError, known_names
+from bindllm.errors import DecoderError, InputError, did_you_mean
 
 KINDS = ("residual", "value")
 
@@ -52,7 +52,7 @@ class InjectConfig:
         if self.layers is not None and self.layers < 1:
             raise InputError(f"inject.layers is {self.layers}, expected at least 1, or null for all layers")
         if self.kind not in KINDS:
-            raise InputError(f"unknown injection kind {self.kind!r}. {known_names(str(self.kind), KINDS)}")
+            raise InputError(f"unknown injection kind {self.kind!r}. {did_you_mean(str(self.kind), KINDS)}")
 
 
 @dataclass

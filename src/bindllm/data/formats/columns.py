@@ -21,7 +21,7 @@ from bindllm.data.messages import (
 from bindllm.data.rows import Row, Task
 from bindllm.data.source_config import SPLITS, Format, SourceConfig, Split, split_named
 from bindllm.data.tables import Record
-from bindllm.errors import known_names
+from bindllm.errors import did_you_mean
 
 # Other common names of columns, tried if a recipe does not rename the column and a record lacks it.
 _OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
@@ -96,7 +96,7 @@ class Fields:
             column = self.column(field)
             if column in self.record:
                 raise RowError(f"nothing in column {column!r}")
-            raise RowError(f"no column {column!r}. {known_names(column, self.record)}{self.hint()}")
+            raise RowError(f"no column {column!r}. {did_you_mean(column, self.record)}{self.hint()}")
         return value
 
     def text(self, field: str) -> str:
@@ -216,7 +216,7 @@ class Fields:
         value = (self.record.get(column) if column and self.config.split is None else None) or None
         split = split_named(value)
         if value is not None and split is None:
-            raise RowError(f"unknown split {reprlib.repr(value)}. {known_names(str(value), SPLITS)}")
+            raise RowError(f"unknown split {reprlib.repr(value)}. {did_you_mean(str(value), SPLITS)}")
         return split
 
 

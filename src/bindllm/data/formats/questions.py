@@ -16,7 +16,7 @@ from bindllm.conversation import INPUT_HEADER
 from bindllm.data.formats.columns import Fields, as_text, json_list
 from bindllm.data.messages import BETWEEN, RecordMedia, RowError, Verbatim, is_visible
 from bindllm.data.rows import Row
-from bindllm.errors import known_names
+from bindllm.errors import did_you_mean
 
 MINIGPT4_IMAGES = "image/{}.jpg"
 """Path of the image of an ``image_id`` in MiniGPT-4, relative to its table."""
@@ -42,7 +42,7 @@ def minigpt4(fields: Fields) -> Row:
     """Read ``{"image_id": "2", "caption": text}`` of MiniGPT-4's filter_cap.json; its image is ``image/2.jpg``."""
     number = fields.record.get("image_id")
     if not isinstance(number, str | int) or not str(number).strip():
-        raise RowError(f"no column 'image_id'. {known_names('image_id', fields.record)}{fields.hint()}")
+        raise RowError(f"no column 'image_id'. {did_you_mean('image_id', fields.record)}{fields.hint()}")
     media = RecordMedia(fields.resolve, {"image": [MINIGPT4_IMAGES.format(number)]})
     return _described(fields, [_clean(fields.require("caption"))], media)
 

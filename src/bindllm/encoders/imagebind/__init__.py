@@ -27,7 +27,7 @@ from bindllm.encoders.imagebind.config import (
 )
 from bindllm.encoders.imagebind.network import Trunk, load_trunk, require_trunk
 from bindllm.encoders.imagebind.views import average_views, cut_views, run_views
-from bindllm.errors import EncoderError, InputError, MediaError, known_names
+from bindllm.errors import EncoderError, InputError, MediaError, did_you_mean
 from bindllm.media import Media
 
 __all__ = ["Embedded", "ImageBind"]
@@ -109,7 +109,7 @@ class ImageBind:
             ("scale", scale, Scale),
         ):
             if value not in get_args(known):
-                raise InputError(f"{name}={value!r} is unknown. {known_names(str(value), get_args(known))}")
+                raise InputError(f"{name}={value!r} is unknown. {did_you_mean(str(value), get_args(known))}")
         if type(max_clips) is not int or max_clips < 1:
             raise InputError(f"max_clips={max_clips!r} is not a whole number above 0")
         if not (0 < depth_baseline < math.inf and 0 < depth_focal < math.inf):
@@ -244,7 +244,7 @@ class ImageBind:
             if modality == "text" and self.config["modalities"] is None:
                 self._require_tokenizer()
             raise InputError(
-                f"this ImageBind does not serve {modality!r} media. {known_names(modality, self.modalities)}"
+                f"this ImageBind does not serve {modality!r} media. {did_you_mean(modality, self.modalities)}"
             )
 
     def _trunk(self, name: str) -> Trunk:
@@ -315,9 +315,9 @@ def _choose(wanted: Sequence[str] | None, sizes: ImageBindConfig, folder: Path) 
         )
     for name in wanted:
         if name not in TRUNK_OF:
-            raise InputError(f"modalities: ImageBind has no {name!r}. {known_names(str(name), TRUNK_OF)}")
+            raise InputError(f"modalities: ImageBind has no {name!r}. {did_you_mean(str(name), TRUNK_OF)}")
         if name not in served:
             raise InputError(
-                f"modalities: {folder} has no {TRUNK_OF[name]} trunk, so no {name!r}. {known_names(name, served)}"
+                f"modalities: {folder} has no {TRUNK_OF[name]} trunk, so no {name!r}. {did_you_mean(name, served)}"
             )
     return tuple(dict.fromkeys(wanted))

@@ -7,7 +7,7 @@ from fractions import Fraction
 from math import ceil
 from typing import Literal, get_args
 
-from bindllm.errors import InputError, known_names
+from bindllm.errors import InputError, did_you_mean
 
 Coverage = Literal["published", "full"]
 
@@ -46,7 +46,7 @@ def clip_starts(
     """
     if coverage not in get_args(Coverage):
         raise InputError(
-            f"coverage={coverage!r} is unknown. {known_names(str(coverage), get_args(Coverage))}"
+            f"coverage={coverage!r} is unknown. {did_you_mean(str(coverage), get_args(Coverage))}"
         )
     if max_clips < 1:
         raise InputError(f"max_clips={max_clips}: expected at least 1")

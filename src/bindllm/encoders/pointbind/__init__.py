@@ -21,7 +21,7 @@ from bindllm.encoders.pointbind.cloud import fit_cloud
 from bindllm.encoders.pointbind.i2pmae import I2PMAE
 from bindllm.encoders.pointbind.loading import CONFIG, WEIGHTS, load_network, read_config
 from bindllm.encoders.pointbind.pointbert import PointBert
-from bindllm.errors import EncoderError, InputError, known_names
+from bindllm.errors import EncoderError, InputError, did_you_mean
 from bindllm.media import Media
 
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -77,7 +77,7 @@ class PointBind:
         self, weights: str = "checkpoints/pointbind", *, dtype: Precision = "float32", points: int = 8192
     ) -> None:
         if dtype not in get_args(Precision):
-            raise InputError(f"dtype={dtype!r} is unknown. {known_names(str(dtype), get_args(Precision))}")
+            raise InputError(f"dtype={dtype!r} is unknown. {did_you_mean(str(dtype), get_args(Precision))}")
         if isinstance(points, bool) or not isinstance(points, int) or points < 1:
             raise InputError(
                 f"points={points!r}: expected a number of points, at least 1; 8192 is the published one"

@@ -15,7 +15,7 @@ from bindllm.encoders import shape_problems
 from bindllm.encoders.pointbind.blocks import fold_norms
 from bindllm.encoders.pointbind.i2pmae import I2PMAE, I2PMAESizes
 from bindllm.encoders.pointbind.pointbert import PointBert, PointBertSizes
-from bindllm.errors import EncoderError, known_names
+from bindllm.errors import EncoderError, did_you_mean
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -45,7 +45,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     variant = config.get("variant") if isinstance(config, dict) else None
     if not isinstance(variant, str) or variant not in _VARIANTS:
         raise EncoderError(
-            f"{folder / CONFIG}: the variant {variant!r} is unknown. {known_names(str(variant), _VARIANTS)}"
+            f"{folder / CONFIG}: the variant {variant!r} is unknown. {did_you_mean(str(variant), _VARIANTS)}"
         )
     if not isinstance(config.get("sizes", {}), dict):
         raise EncoderError(f"{folder / CONFIG}: sizes must be an object of names and numbers")
@@ -64,7 +64,9 @@ def build_network(config: dict[str, Any], *, source: str) -> PointBert | I2PMAE:
     try:
         for name in sizes:
             if name not in known:
-                raise EncoderError(f"{source}: the size {name!r} is unknown. {known_names(str(name), known)}")
+                raise EncoderError(
+                    f"{source}: the size {name!r} is unknown. {did_you_mean(str(name), known)}"
+                )
         # Built without memory: initial weights would be thrown away, and drawing them would disturb a seeded run.
         with torch.device("meta"):
             return network(kind(**{name: _as_tuples(value) for name, value in sizes.items()}))

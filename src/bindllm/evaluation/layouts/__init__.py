@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from bindllm.errors import InputError, known_names
+from bindllm.errors import InputError, did_you_mean
 from bindllm.evaluation.layouts.classification import (
     read_audioset,
     read_esc50,
@@ -87,7 +87,7 @@ def read_layout(name: str, folder: str | Path, choice: Choice | None = None) -> 
             layout; names the file and, if there is one, the line.
     """
     if name not in LAYOUTS:
-        raise InputError(f"unknown layout {name!r}. {known_names(name, LAYOUTS)}")
+        raise InputError(f"unknown layout {name!r}. {did_you_mean(name, LAYOUTS)}")
     layout, choice, folder = LAYOUTS[name], choice or Choice(), Path(folder)
     for field in fields(Choice):
         # An option without effect would give numbers of another set than the user expects.

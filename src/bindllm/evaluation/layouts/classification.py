@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bindllm.data.tables import read_table
-from bindllm.errors import InputError, known_names
+from bindllm.errors import InputError, did_you_mean
 from bindllm.evaluation.layouts.dataset import Choice, Dataset
 from bindllm.evaluation.layouts.files import (
     Classes,
@@ -94,7 +94,7 @@ def read_modelnet(folder: Path, choice: Choice) -> Dataset:
             "folder for each class"
         )
     if not any((shape / split).is_dir() for shape in shapes):
-        raise InputError(f"{folder} has no split {split!r}. {known_names(split, MODELNET_SPLITS)}")
+        raise InputError(f"{folder} has no split {split!r}. {did_you_mean(split, MODELNET_SPLITS)}")
     classes = _classes(choice, [shape.name for shape in shapes])
     dataset = Dataset("classify", "point", classes=classes.names)
     for shape in shapes:
@@ -149,7 +149,7 @@ def _split_folder(folder: Path, names: Sequence[str]) -> Path:
         return found
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; give the folder of the data set")
-    present = known_names(names[0], [below.name for below in list_folders(folder)])
+    present = did_you_mean(names[0], [below.name for below in list_folders(folder)])
     raise InputError(
         f"{folder} has no folder {' and no '.join(names)}. {present.replace('Known:', 'It contains:')}"
     )
@@ -199,7 +199,7 @@ def read_esc50(folder: Path, choice: Choice) -> Dataset:
     folds = {fold for _, _, fold, _, _ in clips}
     for fold in choice.folds:
         if fold not in folds:
-            known = known_names(str(fold), map(str, sorted(folds)))
+            known = did_you_mean(str(fold), map(str, sorted(folds)))
             raise InputError(f"{table} has no fold {fold}. {known}")
     files = Files(folder, "audio")
     for row, name, fold, _, category in clips:
@@ -216,7 +216,7 @@ def read_audioset(folder: Path, choice: Choice) -> Dataset:
     """
     split = choice.split or "eval"
     if split not in AUDIOSET_SPLITS:
-        raise InputError(f"audioset has no split {split!r}. {known_names(split, AUDIOSET_SPLITS)}")
+        raise InputError(f"audioset has no split {split!r}. {did_you_mean(split, AUDIOSET_SPLITS)}")
     segments = require_file(folder, (AUDIOSET_SPLITS[split],), purpose="the table of clips")
     table = require_file(folder, ("class_labels_indices.csv",), purpose="the names of the classes")
     dataset = Dataset("tag", "audio")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bindllm.errors import InputError, known_names
+from bindllm.errors import InputError, did_you_mean
 from bindllm.media import SUFFIXES
 
 
@@ -109,7 +109,7 @@ def require_file(folder: Path, names: Sequence[str], *, purpose: str) -> Path:
     present = [entry.name for entry in os.scandir(folder)]
     raise InputError(
         f"{folder} has no {' and no '.join(names)} ({purpose}). "
-        f"{known_names(Path(names[0]).name, present[:50]).replace('Known:', 'It contains:')}"
+        f"{did_you_mean(Path(names[0]).name, present[:50]).replace('Known:', 'It contains:')}"
     )
 
 
@@ -224,7 +224,7 @@ def read_classes(path: Path) -> dict[str, tuple[str, ...]]:
     """
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise InputError(f"{path}: not a table of class names. {known_names(path.suffix.lower(), READERS)}")
+        raise InputError(f"{path}: not a table of class names. {did_you_mean(path.suffix.lower(), READERS)}")
     classes: dict[str, tuple[str, ...]] = {}
     for row, key, names in reader(path):
         if not key or not names or not all(names):
@@ -256,7 +256,7 @@ class Classes:
             InputError: the class is unknown; names the row that uses it.
         """
         if key not in self._indices:
-            hint = known_names(key, self._indices)
+            hint = did_you_mean(key, self._indices)
             # A thousand class names do not help; the closest one does.
             hint = hint.partition(" Known:")[0] if len(self._indices) > 50 else hint
             raise InputError(f"{row}: the class {key!r} is not in {self._source}. {hint}".rstrip())

@@ -10,7 +10,7 @@ from typing import Any
 from bindllm.data.report import Skipped, SourceReport
 from bindllm.data.sources import SPLITS, Columns, hashed_split, read_captions, require_table
 from bindllm.data.tables import read_table
-from bindllm.errors import InputError, known_names
+from bindllm.errors import InputError, did_you_mean
 from bindllm.evaluation.layouts.dataset import NO_FILE, Captions, Choice, Column, Dataset, Item
 from bindllm.evaluation.layouts.files import (
     Files,
@@ -158,7 +158,7 @@ def _read_karpathy(
                 captions.add(name, sentence.get("raw") if isinstance(sentence, dict) else None, row)
             captions.set_file(name, _find_coco(files, name, str(image.get("filepath", "")), folders))
     if seen and split not in seen:
-        raise InputError(f"{table} has no split {split!r}. {known_names(split, seen)}")
+        raise InputError(f"{table} has no split {split!r}. {did_you_mean(split, seen)}")
     captions.finish()
     return dataset
 
@@ -206,7 +206,7 @@ def read_pairs(folder: Path, choice: Choice) -> Dataset:
     """
     split = choice.split or "test"
     if split not in (*SPLITS, ALL):
-        raise InputError(f"unknown split {split!r}. {known_names(split, (*SPLITS, ALL))}")
+        raise InputError(f"unknown split {split!r}. {did_you_mean(split, (*SPLITS, ALL))}")
     if not folder.exists():
         raise InputError(f"{folder} does not exist; give a table, or a folder that has one")
     source = choice.source or Column(choice.modality or "image", choice.modality or "image")
@@ -249,7 +249,7 @@ def _read_columns(path: Path, source: Column, target: Column, dataset: Dataset) 
     for row, record in read_table(path, (source.name, target.name), dataset.skipped):
         split = record.get("split") or None
         if split is not None and split not in SPLITS:
-            dataset.skipped.add(f"unknown split {split!r}. {known_names(str(split), SPLITS)}", row)
+            dataset.skipped.add(f"unknown split {split!r}. {did_you_mean(str(split), SPLITS)}", row)
             continue
         # Both ends must exist: a pair with one end is not a pair.
         ends = [_media(column, record[column.name], path) for column in (source, target)]

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple, get_args
 from bindllm.data.report import Skipped
 from bindllm.data.sources import SPLITS, clean_caption, hashed_split, require_table
 from bindllm.data.tables import Record, read_table
-from bindllm.errors import InputError, fetch_hint, known_names
+from bindllm.errors import InputError, did_you_mean, fetch_hint
 from bindllm.media import MODALITIES, Media, is_modality
 
 Split = Literal["train", "validation", "test"]
@@ -52,10 +52,10 @@ class PairSource:
             if not is_modality(name):
                 raise InputError(
                     f"{self.path}: a modality is a lower-case word, not {name!r}. "
-                    f"{known_names(str(name).lower(), MODALITIES)}"
+                    f"{did_you_mean(str(name).lower(), MODALITIES)}"
                 )
         if self.split is not None and self.split not in get_args(Split):
-            raise InputError(f"{self.path}: unknown split {self.split!r}. {known_names(self.split, SPLITS)}")
+            raise InputError(f"{self.path}: unknown split {self.split!r}. {did_you_mean(self.split, SPLITS)}")
         if not 0 <= self.held_out < 1:
             raise InputError(f"{self.path}: held_out must be from 0 to below 1, not {self.held_out}")
         self.columns = self.columns or ["caption" if self.modality == "text" else self.modality]
@@ -127,7 +127,7 @@ def read_pairs(source: PairSource, skipped: Skipped) -> list[Pair]:
         pairs += _row_pairs(name, record, source, table.parent, splits, skipped)
     missing = [column for column in source.columns if column not in seen]
     if missing and seen:
-        raise InputError(f"{table}: no column {missing[0]!r}. {known_names(missing[0], seen)}")
+        raise InputError(f"{table}: no column {missing[0]!r}. {did_you_mean(missing[0], seen)}")
     return pairs
 
 
@@ -142,7 +142,7 @@ def _row_pairs(
     key = os.path.normpath(value) if source.target != "text" else value
     split = source.split or record.get(source.split_column) or hashed_split(key, source.held_out)
     if split not in SPLITS:
-        skipped.add(f"unknown split {split!r}. {known_names(str(split), SPLITS)}", name)
+        skipped.add(f"unknown split {split!r}. {did_you_mean(str(split), SPLITS)}", name)
         return
     if splits.setdefault(key, split) != split:
         skipped.add(f"this {source.target} is in another split already", name)

@@ -1,28 +1,27 @@
-"""Media and encoders on a command line: ``modality:path``, endings of files, an encoder's class or folder."""
+"""Options that several commands share: media (``modality:path``), encoders (a class or a folder), the visual cache."""
 
 from __future__ import annotations
 
 import inspect
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse.typing import ClosedUnitInterval, PositiveInt, restricted_number_type
 
-from bindllm.cli.usage import UsageError
-from bindllm.errors import CheckpointError, known_names
+from bindllm.errors import CheckpointError, UsageError, did_you_mean
 from bindllm.imports import name_module
 from bindllm.media import MODALITIES, SUFFIXES, Media, is_modality
-from bindllm.model.checkpoint import MANIFEST, build_object
+from bindllm.model.checkpoint import MANIFEST, build_object, build_own
 
-RULES = "; ".join(
-    f"{modality}: {' '.join(sorted(ending[1:] for ending in endings))}"
-    for modality, endings in SUFFIXES.items()
-)
-"""The modality that a file ending means. Other endings (npy, npz, csv, txt) may be anything."""
+PositiveNumber = restricted_number_type("PositiveNumber", float, [(">", 0), ("<", math.inf)])
+Probability = restricted_number_type("Probability", float, [(">", 0), ("<=", 1)])
 
 _ALIGNED = "bindllm.encoders.Aligned"
 
@@ -34,6 +33,87 @@ _OF_FOLDER = {
 
 # Pillow's names of pictures with more than 8 bits: of such a file nobody can tell depth or heat from grey.
 _WIDE = ("I", "F")
+
+
+@dataclass(frozen=True)
+class EncoderOptions:
+    """Encoders."""
+
+    encoder: tuple[str, ...] = ()
+    """import path of a class, or folder of an encoder; may be repeated. Arguments of its constructor are given as
+    --encoder.NAME VALUE"""
+    checkpoint: str | None = None
+    """use the encoders of this checkpoint folder"""
+    allow: tuple[str, ...] = ()
+    """import path of a class outside bindllm that a folder may name; may be repeated"""
+    device: str | None = None
+    """cpu, cuda, ... (default: the accelerator that torch finds)"""
+
+    def load(self, overrides: Sequence[str]) -> list[Any]:
+        """Build the encoders: those of the checkpoint, then the others.
+
+        Raises:
+            UsageError: overrides without exactly one ``--encoder`` that they belong to.
+            CheckpointError: a folder or a class that cannot be used.
+        """
+        others = build_encoders(self.encoder, overrides, allow=self.allow)
+        if self.checkpoint is None:
+            return others
+        from bindllm.model.checkpoint import read_manifest
+        from bindllm.model.pretrained import read_encoders
+
+        return [*read_encoders(self.checkpoint, read_manifest(self.checkpoint), allow=self.allow), *others]
+
+    def find_device(self) -> str:
+        """Return the name of a device that torch can compute on: the chosen one, or the accelerator that it finds.
+
+        Raises:
+            UsageError: torch cannot compute there.
+        """
+        import torch
+
+        from bindllm.model.decoder import default_device
+
+        if self.device is None:
+            return str(default_device())
+        try:
+            torch.zeros(1, device=self.device)
+        # A driver, a build of torch or an unknown word: each raises an exception of its own.
+        except Exception as error:
+            why = str(error).partition("\n")[0]
+            raise UsageError(
+                f"--device {self.device}: torch cannot compute there ({why}); leave it out for {default_device()}"
+            ) from error
+        return self.device
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """Visual cache (docs/cache.md)."""
+
+    cache: str | None = None
+    """folder of a visual cache, or the address of a Milvus server, to blend embeddings with"""
+    cache_weight: ClosedUnitInterval | None = None
+    """share of the retrieved images in the blend, 0 to 1"""
+    cache_top_k: PositiveInt | None = None
+    """number of images to retrieve"""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings that were given, by their names in `VisualCache`."""
+        settings = {"weight": self.cache_weight, "top_k": self.cache_top_k}
+        return {name: value for name, value in settings.items() if value is not None}
+
+
+def build_encoders(paths: Sequence[str], overrides: Sequence[str], *, allow: Sequence[str]) -> list[Any]:
+    """Build encoders by their classes or folders, see `build_encoder`.
+
+    Raises:
+        UsageError: overrides without exactly one encoder that they belong to.
+    """
+    if overrides and len(paths) != 1:
+        raise UsageError(f"{overrides[0]} needs exactly one --encoder, to which it belongs")
+    return [build_encoder(path, overrides, allow=allow) for path in paths]
 
 
 def read_media(text: str) -> Media:
@@ -122,27 +202,10 @@ def build_encoder(path: str, options: Sequence[str], *, allow: Sequence[str] = (
     for name, text in given.items():
         takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
         if name not in parameters and not takes_any:
-            raise UsageError(f"{path} has no argument {name!r}. {known_names(name, parameters)}")
+            raise UsageError(f"{path} has no argument {name!r}. {did_you_mean(name, parameters)}")
         is_text = name in parameters and parameters[name].annotation in (str, "str", "str | None")
         arguments[name] = text if is_text else _read_yaml(name, text)
     return build_own({"class_path": path, "init_args": arguments}, allow=allow)
-
-
-def build_own(entry: Mapping[str, Any], *, allow: Sequence[str] = ()) -> Any:
-    """Build an encoder that the user names, on the command line or in a recipe; its own ``allow`` counts.
-
-    Args:
-        entry: ``{"class_path": ..., "init_args": {...}}``.
-        allow: further classes outside bindllm that may be imported.
-
-    Raises:
-        CheckpointError: the class does not exist or cannot be built.
-        UsageError: ``allow`` is not a list of import paths.
-    """
-    own = entry.get("init_args", {}).get("allow") or []
-    if not isinstance(own, list) or not all(isinstance(path, str) for path in own):
-        raise UsageError(f"allow must be a list of import paths, such as [my_lab.RadarTower], not {own!r}")
-    return build_object(dict(entry), allow=[entry["class_path"], *allow, *own])
 
 
 def encoder_folder(folder: str | Path) -> tuple[str, str] | None:

@@ -1,0 +1,166 @@
+"""A command is a typed function: its parameters are the options, its docstring is the help.
+
+`argparse` splits the words of a command line into options; `jsonargparse` checks and converts the values by the type
+hints. The rules: positional parameters are positional arguments, keyword-only parameters are options, a dataclass is
+a group of options, a tuple is an option that may be repeated, a bool is a flag, ``bool | float`` is a flag that may
+have a value.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import os
+import re
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+from bindllm.errors import UsageError, did_you_mean
+
+OVERRIDES = "overrides"
+"""Parameter of a command that gets the options of an encoder (``--encoder.NAME VALUE``) or, with ``--config``, the keys
+of a recipe."""
+
+# Lines of jsonargparse that say nothing about the mistake, and the decoration around names and types.
+_NOISE = (
+    *(
+        "Does not validate against",
+        "Subtypes:",
+        "Errors:",
+        "Given value type:",
+        "- Expected a <class 'NoneType'>",
+    ),
+    *("- Not a valid subclass", "Subclass types expect", "- a class path (str)", "- a dict with"),
+    *("Given value: [", "Given value: {"),
+)
+_DECORATION = re.compile(r"Parser key \"|\"(?=:)|Not of type \w+: |\ba <class '|<class '|'>")
+
+
+class _Words(argparse.ArgumentParser):
+    """Splits a command line into options; raises `UsageError` instead of ending the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}. Options: {self.prog} --help")
+
+    def refuse(self, unknown: Sequence[str]) -> NoReturn:
+        """Raise for words that are not options of the command, with the closest option."""
+        if not unknown[0].startswith("-") and "--config" in self._option_string_actions:
+            option = "--folder" if os.path.isdir(unknown[0]) else "--config"
+            raise UsageError(f"{unknown[0]!r} has no option before it: {self.prog} {option} {unknown[0]}")
+        options = [name for name in self._option_string_actions if name.startswith("--")]
+        hint = did_you_mean(unknown[0].partition("=")[0], options)
+        raise UsageError(f"unrecognized arguments: {' '.join(unknown)}. {hint}")
+
+
+def read_command(name: str, function: Callable[..., int], words: Sequence[str]) -> dict[str, Any]:
+    """Read a command line by the signature of a function.
+
+    Args:
+        name: name of the command.
+        function: the command; its Google docstring explains every parameter.
+        words: the command line after the command's name.
+
+    Returns:
+        the arguments of the function.
+
+    Raises:
+        UsageError: unknown options, missing arguments, or values of a wrong type.
+    """
+    # The fields of our dataclasses are documented below each of them.
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    schema = ArgumentParser(exit_on_error=False)
+    schema.add_function_arguments(function, as_group=False, skip={OVERRIDES})
+    parser, keys = _parser(name, function, {action.dest: action.help for action in schema._actions})
+    given, unknown = parser.parse_known_args(words)
+    values = {keys[option]: value for option, value in vars(given).items()}
+    takes_overrides = OVERRIDES in inspect.signature(function).parameters
+    if unknown and not (takes_overrides and ("config" in values or unknown[0].startswith("--encoder."))):
+        parser.refuse(unknown)
+    try:
+        chosen = schema.instantiate(schema.parse_object(values))
+    except ArgumentError as error:
+        message = plain_message(str(error))
+        option = {key: f"--{option}" for option, key in keys.items()}.get(message.partition(":")[0])
+        raise UsageError(message if option is None else f"{option}:{message.partition(':')[2]}") from error
+    return {**vars(chosen), **({OVERRIDES: unknown} if takes_overrides else {})}
+
+
+def plain_message(message: str) -> str:
+    """Return a message of jsonargparse on one line, without the types that a value does not have."""
+    lines = [line.strip() for line in message.splitlines()]
+    kept = [line.removeprefix("- ") for line in lines if not line.startswith(_NOISE)]
+    text = " ".join(line if line.endswith(":") else f"{line};" for line in kept).rstrip(";")
+    return _DECORATION.sub("", text.replace("a typing.Literal", "one of "))
+
+
+def refuse_together(**options: Any) -> None:
+    """Refuse options that exclude each other.
+
+    Raises:
+        UsageError: more than one of them was given.
+    """
+    given = [f"--{name}" for name, value in options.items() if value not in (None, False, ())]
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)} cannot be given together; choose one")
+
+
+def _parser(
+    name: str, function: Callable[..., int], helps: dict[str, str | None]
+) -> tuple[_Words, dict[str, str]]:
+    """Return the parser of a command's words, and the key of the schema for each of its arguments."""
+    text, _, example = (inspect.getdoc(function) or "").partition("\n\nExample:\n")
+    purpose, *more = text.partition("\n\nArgs:")[0].split("\n\n")
+    example = inspect.cleandoc(example)
+    parser = _Words(
+        prog=f"bindllm {name}",
+        description="\n\n".join([textwrap.fill(purpose, 78, break_on_hyphens=False), *more]),
+        epilog=f"example:\n  {example}" if example else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    keys, hints = {}, get_type_hints(function)
+    for parameter in inspect.signature(function).parameters.values():
+        key, kind = parameter.name, hints[parameter.name]
+        if is_dataclass(kind):
+            group = parser.add_argument_group((inspect.getdoc(kind) or "").partition("\n")[0].rstrip("."))
+            kinds = get_type_hints(kind)
+            for field in fields(kind):
+                # A name that is a keyword of Python ends with an underscore: from_ is --from.
+                option = field.name.rstrip("_")
+                keys[option] = f"{key}.{field.name}"
+                default = getattr(parameter.default, field.name)
+                _add(group, f"--{option}", kinds[field.name], default, helps[keys[option]])
+        elif key != OVERRIDES:
+            keys[key] = key
+            option = f"--{key}" if parameter.kind is parameter.KEYWORD_ONLY else key
+            _add(parser, option, kind, parameter.default, helps[key])
+    needed = [action for action in parser._actions if action.required or not action.option_strings]
+    words = parser._get_formatter()
+    words.add_usage(None, needed, [], prefix="")
+    parser.usage = f"{' '.join(words.format_help().split())} [options]"
+    return parser, keys
+
+
+def _add(parser: argparse._ActionsContainer, option: str, kind: Any, default: Any, text: str | None) -> None:
+    """Add an argument whose value stays a text; the schema converts it and knows its default."""
+    kinds = [kind, *get_args(kind)]
+    choices = [choice for one in kinds if get_origin(one) is Literal for choice in get_args(one)]
+    is_many, is_positional = get_origin(kind) is tuple, not option.startswith("--")
+    is_required = default is inspect.Parameter.empty
+    shape: dict[str, Any] = {"metavar": "{" + ",".join(choices) + "}"} if choices else {}
+    if kind is bool:
+        shape = {"action": "store_true"}
+    elif bool in kinds:
+        shape = {"nargs": "?", "const": True}
+    elif is_positional:
+        shape["nargs"] = ("+" if is_required else "*") if is_many else (None if is_required else "?")
+    else:
+        shape |= {"action": "append" if is_many else "store", "required": is_required}
+    shown = "" if is_required or default in (None, False, "") else default
+    shown = " ".join(default) if is_many and not is_required else shown
+    help_text = (text or "").replace("%", "%%") + (f" (default: {shown})" if shown else "")
+    parser.add_argument(option, default=argparse.SUPPRESS, help=help_text, **shape)

@@ -1,0 +1,101 @@
+"""``bindllm fetch``, ``export``, ``report`` and ``version``: small commands on folders and packages."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+
+def fetch(wanted: tuple[str, ...] = ("recipes/quickstart.yaml",)) -> int:
+    """Download and verify models and data; complete folders stay as they are.
+
+    names:
+      smollm2-135m-instruct  decoder of the quickstart
+      efficientnet-lite0     image encoder of the quickstart
+      openmoji               images and captions of the quickstart
+      easyvqa                questions about images
+      stamps                 thumbnails with texts
+      minilm                 text encoder
+      clip-vocabulary        tokenizer for bindllm convert imagebind
+
+    Args:
+        wanted: names, or recipes whose models and data are fetched
+
+    Example:
+        bindllm fetch recipes/quickstart.yaml clip-vocabulary
+    """
+    from bindllm.quickstart import fetch_all
+
+    fetch_all(wanted)
+    return 0
+
+
+def export(
+    checkpoint: str,
+    output: str,
+    *,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    decoder: str | None = None,
+) -> int:
+    """Merge the adapter of a checkpoint into its decoder, as a plain Hugging Face folder.
+
+    The folder has no bind network and no injection: for media, load the
+    checkpoint itself.
+
+    Args:
+        checkpoint: folder that bindllm fit wrote, with an adapter
+        output: a folder that does not exist yet, or an earlier export
+        dtype: type of the weights (default: that of the decoder's files)
+        decoder: folder of the decoder, if it has moved since training
+
+    Example:
+        bindllm export checkpoints/pets exports/pets --dtype bfloat16
+    """
+    from bindllm.model.export import export_decoder
+
+    done = export_decoder(checkpoint, output, decoder=decoder, dtype=dtype)
+    print(
+        f"{done.folder}: {done.num_merged} projections merged, {done.num_replaced} norms replaced, {done.dtype}; "
+        "transformers, vLLM and all other programs that read Hugging Face folders can load it"
+    )
+    if done.dtype != "float32":
+        print(
+            f"rounded to {done.dtype}: changes of a short training may be smaller than that; --dtype float32 keeps them"
+        )
+    if done.quantized:
+        print(
+            f"merged into the full decoder: training used {done.quantized}, so the answers are similar, not identical"
+        )
+    print(
+        "not included: bind network and injection. A plain model has no input for media, and this folder cannot be the "
+        f"decoder of the checkpoint. For media: BindLLM.from_pretrained({checkpoint!r}), or bindllm generate "
+        f"{checkpoint}"
+    )
+    return 0
+
+
+def report(folder: str) -> int:
+    """Write report.html again, from the metrics, captions and log in a checkpoint folder.
+
+    Args:
+        folder: a checkpoint folder that bindllm fit wrote
+
+    Example:
+        bindllm report checkpoints/quickstart
+    """
+    from bindllm.report.report import rebuild_report
+
+    print(rebuild_report(folder))
+    return 0
+
+
+def version() -> int:
+    """Print the versions of bindllm and its dependencies.
+
+    Example:
+        bindllm version
+    """
+    from bindllm.report.report import software_versions
+
+    for package, number in software_versions().items():
+        print(f"{package} {number}")
+    return 0
