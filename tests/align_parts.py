@@ -99,9 +99,9 @@ class BeatTower(nn.Module):
         return torch.tanh(self.dropout(self.layer(torch.stack(facts))))
 
 
-def colour_table(folder: Path, *, per_colour: int = 8) -> Path:
+def color_table(folder: Path, *, per_color: int = 8) -> Path:
     """Write pictures of four colours with captions in which picture and number are told; return the folder."""
-    color_images(folder, per_colour=per_colour)
+    color_images(folder, per_color=per_color)
     return folder
 
 
@@ -129,9 +129,9 @@ def rewrite(folder: Path, change) -> list[dict]:
     return rows
 
 
-def radar_table(folder: Path, *, per_colour: int = 8) -> Path:
+def radar_table(folder: Path, *, per_color: int = 8) -> Path:
     """Write pictures of four colours, each with a signal whose level and spread tell the colour."""
-    colour_table(folder, per_colour=per_colour)
+    color_table(folder, per_color=per_color)
     rng, order = np.random.default_rng(1), []
 
     def add(number: int, row: dict) -> dict:

@@ -17,7 +17,7 @@ from bindllm.model.decoder import DecoderConfig
 from bindllm.parallel import Processes
 from tiny import ColorEncoder, save_tiny_decoder
 
-ALLOW = ["cache_parts.Senses", "cache_parts.Words", "tiny.ColorEncoder"]
+ALLOW = ["cache_parts.Multimodal", "cache_parts.Words", "tiny.ColorEncoder"]
 TEXT = Media.text("a dog")
 
 
@@ -27,7 +27,7 @@ def hashed(media: Media, count: int = 48) -> torch.Tensor:
     return torch.from_numpy(np.resize(numbers, count).astype(np.float32) / 127.5 - 1)
 
 
-class Senses(ColorEncoder):
+class Multimodal(ColorEncoder):
     """Serves texts and sounds beside pictures."""
 
     modalities = ("image", "text", "audio")
@@ -38,7 +38,7 @@ class Senses(ColorEncoder):
 
 
 class Words(ColorEncoder):
-    """Serves texts alone, elsewhere in the space than `Senses`."""
+    """Serves texts alone, elsewhere in the space than `Multimodal`."""
 
     modalities = ("text",)
 
@@ -57,7 +57,7 @@ class Words(ColorEncoder):
         return hashed(media).flip(0)
 
 
-def write_pictures(folder: Path, count: int, *, start: int = 0) -> list[Media]:
+def write_images(folder: Path, count: int, *, start: int = 0) -> list[Media]:
     """Write small pictures of noise with a time that is old enough to be trusted."""
     folder.mkdir(parents=True, exist_ok=True)
     for n in range(start, start + count):
@@ -68,7 +68,7 @@ def write_pictures(folder: Path, count: int, *, start: int = 0) -> list[Media]:
 
 def filled_store(folder: Path, media: list[Media], encoder: ColorEncoder | None = None) -> EmbeddingStore:
     """Embed media into a store."""
-    encoder = encoder or Senses()
+    encoder = encoder or Multimodal()
     store = EmbeddingStore.for_encoder(folder, encoder)
     precompute_embeddings(store, encoder, media, progress=False, processes=Processes(threads=1))
     return store
@@ -82,7 +82,7 @@ def save_tiny_model(folder: Path, decoder: Path, *, encoder: ColorEncoder | None
     model = BindLLM.build(
         DecoderConfig(str(decoder), dtype="float32"),
         device="cpu",
-        encoders=[encoder or Senses()],
+        encoders=[encoder or Multimodal()],
         bind=BindConfig(depth=1, expansion=2),
     )
     nn.init.normal_(model.injection.gates, std=2.0)

@@ -25,7 +25,7 @@ def write_shard(file: Path, members: Sequence[tuple[str, bytes]]) -> Path:
     return file
 
 
-def picture(colour: str, number: int) -> bytes:
+def image_bytes(colour: str, number: int) -> bytes:
     """A PNG of noise around a colour, another one for each number."""
     rng = np.random.default_rng([number])
     pixels = np.clip(rng.normal(COLORS[colour], 12, (16, 16, 3)), 0, 255).astype(np.uint8)
@@ -40,7 +40,7 @@ def captioned(number: int) -> list[tuple[str, bytes]]:
     caption = f"{colour} square {'x' * (number % 7)}{number}"
     facts = {"key": f"{number:05}", "caption": caption, "status": "success"}
     return [
-        (f"{number:05}.png", picture(colour, number)),
+        (f"{number:05}.png", image_bytes(colour, number)),
         (f"{number:05}.txt", caption.encode()),
         (f"{number:05}.json", json.dumps(facts).encode()),
     ]

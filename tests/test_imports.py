@@ -40,11 +40,11 @@ def here(tmp_path, monkeypatch) -> Path:
     imports._NAMED.folders.clear()
 
 
-def run_command(*line: str) -> str:
-    """Run a command as the installed script does: the working directory is not on the path. Return its output."""
+def run_command(*line: str, flags: tuple[str, ...] = ("-P",)) -> str:
+    """Run a command, by default as the installed script: without the working directory on the path."""
     paths = os.pathsep.join([str(TESTS), str(TESTS.parent / "src")])
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "bindllm.cli", *line],
+        [sys.executable, *flags, "-m", "bindllm.cli", *line],
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "PYTHONNOUSERSITE": "1"},
         capture_output=True,
         text=True,
@@ -122,11 +122,11 @@ def test_a_file_of_data_names_no_module(here):
 def test_commands_import_what_is_named_and_nothing_else(here):
     save_tiny_model(here / "model", here / "decoder")
     manifest = here / "model/bindllm.json"
-    manifest.write_text(manifest.read_text().replace("cache_parts.Senses", "my_lab.Encoder"))
+    manifest.write_text(manifest.read_text().replace("cache_parts.Multimodal", "my_lab.Encoder"))
     # The encoder has the settings of the checkpoint's, and another fingerprint: it was imported to find that out.
-    (here / "my_net.py").write_text("from cache_parts import Senses as Base\n")
+    (here / "my_net.py").write_text("from cache_parts import Multimodal as Base\n")
     run_command("check", "--folder", "model", "--allow", "my_lab.Encoder")
-    run_command("generate", "model", "What?", "--allow", "my_lab.Encoder", "--max_new_tokens", "2")
+    run_command("generate", "model", "What?", "--allow", "my_lab.Encoder", "--max_new_tokens", "2", flags=())
     assert not Path("trapped").exists(), Path("trapped").read_text()
 
 

@@ -128,14 +128,14 @@ class ColorEncoder:
 COLORS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220), "white": (250, 250, 250)}
 
 
-def color_images(folder: Path, *, per_colour: int = 4, split: bool = True) -> Path:
+def color_images(folder: Path, *, per_color: int = 4, split: bool = True) -> Path:
     """Write plain PNG pictures and `captions.jsonl` (image, caption, split); return the folder."""
     import json
 
     (folder / "images").mkdir(parents=True, exist_ok=True)
     rows, rng = [], np.random.default_rng(0)
     for colour, value in COLORS.items():
-        for n in range(per_colour):
+        for n in range(per_color):
             pixels = np.clip(rng.normal(value, 12, (24, 24, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(folder / "images" / f"{colour}{n}.png")
             row = {"image": f"images/{colour}{n}.png", "caption": f"{colour} square"}

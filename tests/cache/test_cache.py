@@ -242,7 +242,7 @@ def test_large_temperatures_do_not_overflow(tmp_path):
     torch.testing.assert_close(found, torch.from_numpy(rows[:2]), atol=1e-7, rtol=0)
 
 
-class Senses(ColorEncoder):
+class Multimodal(ColorEncoder):
     """Serves texts too: each its own direction."""
 
     modalities = ("image", "text")
@@ -283,10 +283,10 @@ def test_groups_with_a_picture_stay_as_they_are_unless_asked(built, tmp_path):
         torch.randn(3, 16, generator=torch.Generator().manual_seed(0)), dim=1
     )
     blended = built.blend(embeddings)
-    found = built.blend_groups(embeddings, groups, [Senses()])
+    found = built.blend_groups(embeddings, groups, [Multimodal()])
     assert torch.equal(found, torch.stack([embeddings[0], blended[1], embeddings[2]]))
     every = VisualCache(built.index, top_k=3, skip=())
-    assert torch.equal(every.blend_groups(embeddings, groups, [Senses()]), blended)
+    assert torch.equal(every.blend_groups(embeddings, groups, [Multimodal()]), blended)
     with pytest.raises(InputError, match=r"write \['image'\]"):
         VisualCache(built.index, skip="image")
 
@@ -300,7 +300,7 @@ def test_a_cache_of_another_encoder_is_refused(built):
 def model(tmp_path_factory) -> BindLLM:
     torch.manual_seed(0)
     folder = str(save_tiny_decoder(tmp_path_factory.mktemp("decoder")))
-    parts = {"encoders": [Senses()], "bind": BindConfig(depth=1, expansion=2)}
+    parts = {"encoders": [Multimodal()], "bind": BindConfig(depth=1, expansion=2)}
     model = BindLLM.build(DecoderConfig(folder, dtype="float32"), device="cpu", **parts)
     nn.init.normal_(model.injection.gates, std=2.0)
     return model.eval()

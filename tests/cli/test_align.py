@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from align_parts import BeatTower, LetterEncoder, align_recipe, colour_table, radar_table, rewrite, run_align
+from align_parts import BeatTower, LetterEncoder, align_recipe, color_table, radar_table, rewrite, run_align
 from bindllm.cli import main
 from bindllm.encoders import Aligned, alignment_warnings
 from bindllm.media import Media
@@ -29,7 +29,7 @@ def work(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def texts(work) -> Path:
-    folder = colour_table(work / "pictures")
+    folder = color_table(work / "pictures")
     rewrite(folder, lambda n, row: {**row, "caption": f"{row['caption']} number {n}"})
     return folder
 
@@ -180,7 +180,7 @@ def test_a_run_that_fails_leaves_the_earlier_encoder(texts):
         (["--model.best", "recalls"], 2, "Did you mean 'recall'"),
         (["--model.temperature.start", "5"], 1, "expected 0.01 to 1"),
         (["--data.sources", "[{path: nowhere}]"], 1, "data source nowhere does not exist"),
-        (["--model.tower", "tiny.ColorEncoder"], 1, "serves image media; the sources have text"),
+        (["--model.tower", "tiny.ColorEncoder"], 1, "serves image media, but the sources have text"),
     ],
 )
 def test_a_mistake_in_the_recipe_names_what_is_right(texts, capsys, options, code, message):

@@ -11,7 +11,7 @@ from bindllm.errors import MediaError
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.checkpoint import name_cache
 from bindllm.model.decoder import DecoderConfig
-from cache_parts import filled_store, save_tiny_model, write_pictures
+from cache_parts import filled_store, save_tiny_model, write_images
 from tiny import ColorEncoder
 from tiny_run import run, tiny_parts, tiny_recipe
 
@@ -40,7 +40,7 @@ def test_rows_that_the_objective_cannot_learn_from_are_a_problem(parts, capsys):
     assert run("check", tiny_recipe(parts), *options) == 1
     told = capsys.readouterr().out
     assert "1. DPO learns from pairs" in told
-    assert f"Of the 24 rows of {parts / 'pictures'}, 24 are not such rows" in told
+    assert f"24 of the 24 rows of {parts / 'pictures'} are not" in told
     assert run("check", tiny_recipe(parts), *options, "--model.objective.beta", "-1") == 1
     assert "beta must be finite and above 0" in capsys.readouterr().out
 
@@ -298,7 +298,7 @@ def test_the_cache_of_a_recipe(parts, capsys):
     Path("caches/a").mkdir(parents=True)
     assert run("check", tiny_recipe(parts), "--model.cache.folder", "caches/a") == 1
     assert "caches/a is not the folder of an index" in capsys.readouterr().out
-    store = filled_store(Path("store"), write_pictures(Path("pictures"), 3), ColorEncoder(grid=3))
+    store = filled_store(Path("store"), write_images(Path("pictures"), 3), ColorEncoder(grid=3))
     VectorIndex.build("caches/other", store)
     assert run("check", tiny_recipe(parts), "--model.cache.folder", "caches/other") == 1
     assert f"built with the encoder {ColorEncoder(grid=3).fingerprint()[:16]}" in capsys.readouterr().out
@@ -307,13 +307,13 @@ def test_the_cache_of_a_recipe(parts, capsys):
 def test_the_cache_of_a_checkpoint(parts, capsys):
     pytest.importorskip("faiss")
     save_tiny_model(Path("checkpoints/model"), parts / "decoder")
-    line = ["check", "--folder", "checkpoints/model", "--allow", "cache_parts.Senses"]
+    line = ["check", "--folder", "checkpoints/model", "--allow", "cache_parts.Multimodal"]
     name_cache("checkpoints/model", {"folder": "caches/own"})
     assert main(line) == 1
     told = capsys.readouterr().out
     assert "1 problem\n" in told
     assert "bindllm index caches/own --checkpoint checkpoints/model" in told
-    VectorIndex.build("caches/own", filled_store(Path("store"), write_pictures(Path("pictures"), 3)))
+    VectorIndex.build("caches/own", filled_store(Path("store"), write_images(Path("pictures"), 3)))
     assert main(line) == 0
     next(Path("caches/own").glob("vectors-*.faiss")).write_bytes(b"")
     # Told beside what else is wrong.

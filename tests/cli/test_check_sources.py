@@ -13,7 +13,7 @@ from tiny import ColorEncoder, color_images, tiny_tokenizer
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return color_images(tmp_path_factory.mktemp("pictures"), per_colour=2)
+    return color_images(tmp_path_factory.mktemp("pictures"), per_color=2)
 
 
 def check(*sources: SourceConfig, max_length: int = 200) -> tuple[str, list[str]]:

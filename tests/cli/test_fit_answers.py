@@ -15,11 +15,11 @@ from tiny_run import run, tiny_recipe
 ASKED = {"what colour?": "colour", "is it red?": "yes/no"}
 
 
-def questions(folder: Path, *, per_colour: int = 10) -> Path:
+def questions(folder: Path, *, per_color: int = 10) -> Path:
     """Write coloured pictures and two questions about each; return the table."""
     folder.mkdir(parents=True)
     rows, rng = [], np.random.default_rng(0)
-    for n in range(per_colour):
+    for n in range(per_color):
         for colour, value in COLORS.items():
             pixels = np.clip(rng.normal(value, 12, (8, 8, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(folder / f"{colour}{n}.png")

@@ -19,7 +19,7 @@ from bindllm.cli.options import encoder_folder
 from bindllm.media import MODALITIES, Media
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.checkpoint import name_cache
-from cache_parts import ALLOW, TEXT, Senses, filled_store, save_tiny_model, write_pictures
+from cache_parts import ALLOW, TEXT, Multimodal, filled_store, save_tiny_model, write_images
 
 
 @pytest.fixture
@@ -135,15 +135,16 @@ def test_the_pictures_that_are_mixed_in_are_named(tmp_path, capsys, monkeypatch)
     pytest.importorskip("faiss")
     monkeypatch.chdir(tmp_path)
     folder = save_tiny_model(Path("checkpoints/model"), Path("decoder"))
-    store = filled_store(Path("store"), pictures := write_pictures(Path("pictures"), 6))
+    store = filled_store(Path("store"), pictures := write_images(Path("pictures"), 6))
     cache = VisualCache.build("caches/a", store, top_k=2)
     name_cache(folder, {"folder": "caches/a", "top_k": 2})
     line = ["generate", str(folder), "?", "--allow", ALLOW[0], "--max_new_tokens", "2", "--show_neighbors"]
     assert main([*line, "--text", "a dog"]) == 0
     told = capsys.readouterr().out
-    query = Senses().embed("text", [Senses().prepare(TEXT)])
+    query = Multimodal().embed("text", [Multimodal().prepare(TEXT)])
     similarities = [
-        (float(query @ Senses().embed("image", [Senses().prepare(item)]).T), item.name) for item in pictures
+        (float(query @ Multimodal().embed("image", [Multimodal().prepare(item)]).T), item.name)
+        for item in pictures
     ]
     for similarity, name in sorted(similarities, reverse=True)[:2]:
         assert re.search(rf"{similarity:.3f} +. {name}", told), told

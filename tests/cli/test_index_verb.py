@@ -13,13 +13,13 @@ from bindllm.cache.index import VectorIndex
 from bindllm.cli import main
 from bindllm.model.checkpoint import read_manifest
 from bindllm.model.pretrained import read_cache_config
-from cache_parts import ALLOW, Senses, filled_store, save_tiny_model, write_pictures
+from cache_parts import ALLOW, Multimodal, filled_store, save_tiny_model, write_images
 from tiny import ColorEncoder
 
 pytest.importorskip("faiss")
 
-BY_CLASS = ("--encoder", "cache_parts.Senses")
-OF_MODEL = ("--checkpoint", "checkpoints/model", "--allow", "cache_parts.Senses")
+BY_CLASS = ("--encoder", "cache_parts.Multimodal")
+OF_MODEL = ("--checkpoint", "checkpoints/model", "--allow", "cache_parts.Multimodal")
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def made(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
         save_tiny_model(Path("checkpoints/model"), Path("decoder"))
-        filled_store(Path("data/store"), write_pictures(Path("pictures"), 12))
+        filled_store(Path("data/store"), write_images(Path("pictures"), 12))
     return home
 
 
@@ -53,7 +53,7 @@ def test_it_builds_from_the_store_of_the_checkpoints_encoder(project, capsys):
     assert "pictures 12 (built)" in told
     assert "kind Flat" in told
     index = VectorIndex.open("caches/a")
-    assert (len(index), index.info.fingerprint) == (12, Senses().fingerprint())
+    assert (len(index), index.info.fingerprint) == (12, Multimodal().fingerprint())
     assert f"bytes {index.info.num_bytes:,}" in told
 
 
@@ -62,7 +62,7 @@ def test_where_it_is_there_already_it_is_renewed(project, capsys):
     (first,) = Path("caches/a").glob("vectors-*.faiss")
     assert "pictures 12 (renewed: 0 added, 0 removed)" in run(capsys, "caches/a", *BY_CLASS)
     assert [*Path("caches/a").glob("vectors-*.faiss")] == [first]
-    filled_store(Path("data/store"), write_pictures(Path("pictures"), 5, start=12))
+    filled_store(Path("data/store"), write_images(Path("pictures"), 5, start=12))
     capsys.readouterr()
     assert "pictures 17 (renewed: 5 added, 0 removed)" in run(capsys, "caches/a", *BY_CLASS)
     (second,) = Path("caches/a").glob("vectors-*.faiss")
@@ -75,11 +75,11 @@ def test_where_it_is_there_already_it_is_renewed(project, capsys):
 
 
 def test_pictures_of_a_folder_are_embedded_and_no_others_are_indexed(project, capsys):
-    write_pictures(Path("mine/deep"), 4, start=10)
+    write_images(Path("mine/deep"), 4, start=10)
     assert "pictures 4 (built)" in run(capsys, "caches/a", *BY_CLASS, "--images", "mine")
     assert len(filled_store(Path("data/store"), [])) == 14
     Path("mine/deep/010.png").unlink()
-    write_pictures(Path("mine"), 2, start=20)
+    write_images(Path("mine"), 2, start=20)
     told = run(capsys, "caches/a", *BY_CLASS, "--images", "mine")
     assert "pictures 5 (renewed: 2 added, 1 removed)" in told
     told = run(capsys, "caches/a", *BY_CLASS)
@@ -140,7 +140,7 @@ def test_a_full_disk_leaves_the_checkpoint_as_it_was(project, capsys, monkeypatc
 
 
 def test_an_index_of_another_encoder_is_refused_and_stays(project, capsys):
-    other = filled_store(Path("data/store"), write_pictures(Path("pictures"), 3), ColorEncoder(grid=3))
+    other = filled_store(Path("data/store"), write_images(Path("pictures"), 3), ColorEncoder(grid=3))
     VectorIndex.build("caches/other", other)
     told = run(capsys, "caches/other", *BY_CLASS, code=1)
     assert f"built with the encoder {ColorEncoder(grid=3).fingerprint()[:16]}" in told

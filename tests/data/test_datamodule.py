@@ -30,7 +30,7 @@ def add_rows(folder, *rows: dict) -> None:
 @pytest.fixture
 def folder(tmp_path):
     """16 images: 8 for training, 4 for validation, 4 for test."""
-    return color_images(tmp_path, per_colour=4)
+    return color_images(tmp_path, per_color=4)
 
 
 def test_batches_hold_each_row_with_the_embedding_of_its_image(folder):

@@ -24,7 +24,7 @@ class WordEncoder(ColorEncoder):
 
 @pytest.fixture
 def pictures(tmp_path):
-    color_images(tmp_path, per_colour=1)
+    color_images(tmp_path, per_color=1)
     return {name: Media.image(str(tmp_path / "images" / f"{name}0.png")) for name in ("red", "green", "blue")}
 
 

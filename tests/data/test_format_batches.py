@@ -16,7 +16,7 @@ from tiny import ColorEncoder, color_images, tiny_tokenizer
 @pytest.fixture
 def data(tmp_path):
     """Gives the data of sources, each of one format and one row, all trained on."""
-    color_images(tmp_path / "pictures", per_colour=2)
+    color_images(tmp_path / "pictures", per_color=2)
     picture, other = sorted((tmp_path / "pictures/images").iterdir())[:2]
 
     def data(rows: dict) -> BindData:

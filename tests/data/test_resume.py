@@ -48,7 +48,7 @@ class Recorder(LightningModule):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pictures")
-    return color_images(folder, per_colour=5)
+    return color_images(folder, per_color=5)
 
 
 def run(folder, out, *, callbacks=(), stop_after=None, resume=None, seed=0, weight=1.0, **options):

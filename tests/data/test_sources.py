@@ -223,7 +223,7 @@ def test_whole_source_into_one_split(folder):
 
 
 def test_limit_takes_images_with_all_their_captions_from_everywhere(tmp_path):
-    color_images(tmp_path, per_colour=10)
+    color_images(tmp_path, per_color=10)
     rows, report = read_source(SourceConfig(str(tmp_path), limit=12))
     again, _ = read_source(SourceConfig(str(tmp_path), limit=12))
     assert rows == again

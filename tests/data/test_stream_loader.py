@@ -16,7 +16,7 @@ from bindllm.data.stream.loader import StreamOptions, check_streams, stream_load
 from bindllm.errors import EncoderError, InputError
 from bindllm.media import Media
 from bindllm.parallel import Processes, RunContext
-from stream_parts import captioned, picture, write_shard, write_shards
+from stream_parts import captioned, image_bytes, write_shard, write_shards
 from tiny import COLORS, ColorEncoder, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -76,7 +76,7 @@ def test_each_pass_has_every_row_once_with_the_embedding_of_its_image(whole):
     for batch in whole[:10]:
         for text, embedding in zip(texts(batch), batch["embeddings"], strict=True):
             number = number_of(text)
-            content = picture(list(COLORS)[number % len(COLORS)], number)
+            content = image_bytes(list(COLORS)[number % len(COLORS)], number)
             own = encoder.embed("image", [encoder.prepare(Media.image(content))])
             assert torch.allclose(embedding, own, atol=1e-6)
             seen.append(number)
@@ -187,7 +187,10 @@ def test_what_cannot_be_used_is_counted_with_its_name(tmp_path):
     members = [member for n in range(200, 204) for member in captioned(n)]
     members[0] = ("00200.png", b"")
     members[5] = ("00201.json", b"{")
-    members += [("held.png", picture("red", 2)), ("held.json", b'{"caption": "held out", "split": "test"}')]
+    members += [
+        ("held.png", image_bytes("red", 2)),
+        ("held.json", b'{"caption": "held out", "split": "test"}'),
+    ]
     write_shard(tmp_path / "a.tar", members)
     (tmp_path / "b.tar").write_bytes(b"no shard" * 100)
     loader = build(str(tmp_path / "{a,b}.tar"), chunk=6)
@@ -244,7 +247,7 @@ def test_rows_without_media_and_with_several(tmp_path):
         [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}],
         [{"role": "user", "content": [first, *texts_]}, {"role": "assistant", "content": "No"}],
     ]
-    pictures = [picture("red", 1), picture("blue", 2)]
+    pictures = [image_bytes("red", 1), image_bytes("blue", 2)]
     members = [("0.json", json.dumps({"messages": rows[0]}).encode())]
     members += [("1.a.png", pictures[0]), ("1.b.png", pictures[1])]
     members += [("1.json", json.dumps({"messages": rows[1]}).encode())]

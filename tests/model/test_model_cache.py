@@ -14,7 +14,7 @@ from bindllm.cache.settings import CacheConfig, CacheSettings
 from bindllm.cache.visual_cache import open_index
 from bindllm.errors import CheckpointError, InputError, StoreError
 from bindllm.model.checkpoint import name_cache, read_manifest
-from cache_parts import ALLOW, TEXT, Senses, Words, filled_store, save_tiny_model, write_pictures
+from cache_parts import ALLOW, TEXT, Multimodal, Words, filled_store, save_tiny_model, write_images
 from tiny import ColorEncoder
 
 pytest.importorskip("faiss")
@@ -27,9 +27,9 @@ def made(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
         save_tiny_model(Path("checkpoints/model"), Path("decoder"))
-        store = filled_store(Path("data/store"), write_pictures(Path("pictures"), 12))
+        store = filled_store(Path("data/store"), write_images(Path("pictures"), 12))
         VisualCache.build("caches/own", store)
-        other = filled_store(Path("data/store"), write_pictures(Path("pictures"), 3), ColorEncoder(grid=3))
+        other = filled_store(Path("data/store"), write_images(Path("pictures"), 3), ColorEncoder(grid=3))
         VisualCache.build("caches/other", other)
     return home
 
@@ -48,7 +48,7 @@ def load(folder="checkpoints/model", **options) -> BindLLM:
 
 def test_a_cache_that_the_checkpoint_names_is_used_and_saved(project):
     name_cache("checkpoints/model", {"folder": "caches/own", "top_k": 3, "weight": 0.25})
-    model, picture = load(), write_pictures(Path("pictures"), 1)[0]
+    model, picture = load(), write_images(Path("pictures"), 1)[0]
     plain = model.encode([picture, TEXT], cache=False)
     expected = VisualCache.open("caches/own", top_k=3, weight=0.25).blend(plain[1:])
     assert torch.equal(model.encode([picture, TEXT]), torch.cat([plain[:1], expected]))
@@ -208,7 +208,7 @@ def test_further_encoders_of_one_space_are_not_warned_of(project, caplog):
 
     with caplog.at_level(logging.WARNING, "bindllm"):
         assert [type(encoder).__name__ for encoder in load(encoders=[Radar()]).encoders] == [
-            "Senses",
+            "Multimodal",
             "Radar",
         ]
     assert not caplog.text
@@ -222,11 +222,11 @@ def test_a_further_encoder_that_would_never_be_asked_or_does_not_fit_is_refused(
     class Radar(Words):
         modalities = ("radar", "text")
 
-    with pytest.raises(InputError, match="Senses 16, Radar 8"):
+    with pytest.raises(InputError, match="Multimodal 16, Radar 8"):
         load(encoders=[Radar(embedding_size=8)])
     monkeypatch.undo()
     monkeypatch.chdir(project)
     with caplog.at_level(logging.WARNING, "bindllm"):
         model = load(encoders=[Radar()])
-    assert "Radar is not asked for text: Senses comes before it" in caplog.text
-    assert torch.equal(model.encode([TEXT]), Senses().embed("text", [Senses().prepare(TEXT)]))
+    assert "Radar is not asked for text: Multimodal comes before it" in caplog.text
+    assert torch.equal(model.encode([TEXT]), Multimodal().embed("text", [Multimodal().prepare(TEXT)]))

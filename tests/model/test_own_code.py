@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from bindllm.cli import main
 from bindllm.encoders import HuggingFace
+from bindllm.encoders.hub import load_model, load_processor
 from bindllm.errors import BindLLMError
 from bindllm.model.decoder import (
     DecoderConfig,
@@ -94,6 +96,79 @@ def test_a_tokenizer_of_the_folder_is_not_imported(decoder):
     assert not marker.exists()
 
 
+def test_code_of_a_part_of_a_model_is_not_run(tmp_path):
+    """Transformers builds a backbone without `trust_remote_code`, and would ask."""
+    decoder = save_tiny_decoder(tmp_path / "decoder")
+    marker = add_code(decoder, "config.json")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 16}
+    part = {
+        "model_type": "bert",
+        "auto_map": {"AutoBackbone": "own_code.Model"},
+        "name_or_path": str(decoder),
+    }
+    config = {"model_type": "dpt", "is_hybrid": True, "backbone_config": part | sizes, **sizes}
+    (decoder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BindLLMError, match="no usable model here"):
+        load_model(decoder, dtype=torch.float32, without_pooler=True)
+    assert not marker.exists()
+
+
+def test_code_of_a_part_of_a_tokenizer_is_not_run(tmp_path):
+    """RAG loads two tokenizers from subfolders without `trust_remote_code`, and would ask."""
+    decoder = save_tiny_decoder(tmp_path / "decoder")
+    parts = [decoder / "question_encoder_tokenizer", decoder / "generator_tokenizer"]
+    for part in parts:
+        save_tiny_decoder(part)
+    markers = [add_code(part, "tokenizer_config.json") for part in parts]
+    file = decoder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenizer_class": "RagTokenizer"}))
+    part = json.loads((decoder / "config.json").read_text())
+    config = {"model_type": "rag", "question_encoder": part, "generator": part}
+    (decoder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BindLLMError, match=SAYS):
+        load_tokenizer(DecoderConfig(str(decoder)))
+    with pytest.raises(BindLLMError, match=SAYS):
+        load_processor(decoder, "text")
+    assert not any(marker.exists() for marker in markers)
+
+
+def test_an_export_names_no_code_of_the_folder(decoder, tmp_path):
+    add_code(decoder, "config.json")
+    names = {"auto_map": {"AutoTokenizer": ["own_code.Words", "own_code.Words"]}}
+    file = decoder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | names))
+    config = DecoderConfig(str(decoder), dtype="float32")
+    load_decoder(config, device="cpu").save_pretrained(tmp_path / "out")
+    load_tokenizer(config).save_pretrained(tmp_path / "out")
+    assert not [file for file in (tmp_path / "out").glob("*.json") if "auto_map" in file.read_text()]
+
+
+@pytest.mark.parametrize("kernel", ["somebody/kernel", {"": "kernels-community/flash-attn2"}])
+def test_attention_is_built_in(decoder, kernel):
+    file = decoder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"attn_implementation": kernel}))
+    loaded = load_decoder(DecoderConfig(str(decoder), dtype="float32"), device="cpu")
+    assert loaded.config._attn_implementation in ("sdpa", "eager")
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("adapter_config.json", {"peft_type": "LORA"}),
+        ("model.safetensors.index.json", {"weight_map": {"a": "weights.bin"}}),
+        ("model.safetensors.index.json", {"weight_map": {"a": "../other/model.safetensors"}}),
+        ("config.json", {"transformers_weights": "adapter_model.bin"}),
+    ],
+)
+def test_weights_are_in_the_files_that_identify_a_folder(decoder, file, content):
+    path = decoder / file
+    path.write_text(json.dumps(content | (json.loads(path.read_text()) if path.exists() else {})))
+    with pytest.raises(BindLLMError, match=r"holds adapter_config\.json|names weights in"):
+        load_decoder(DecoderConfig(str(decoder)), device="cpu")
+    with pytest.raises(BindLLMError, match=r"holds adapter_config\.json|names weights in"):
+        load_model(decoder, dtype=torch.float32, without_pooler=True)
+
+
 def test_check_names_the_code_of_a_recipes_decoder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tiny_parts(tmp_path))
     marker = add_code(tmp_path / "decoder", "config.json", model_type="own")
@@ -112,7 +187,7 @@ def test_a_pipe_of_yes_runs_nothing(tmp_path, decoder, line):
     content["decoder"]["fingerprint"] = fingerprint_decoder(decoder)
     manifest.write_text(json.dumps(content))
     done = subprocess.run(
-        [sys.executable, "-m", "bindllm.cli", *line, "--allow", "cache_parts.Senses"],
+        [sys.executable, "-m", "bindllm.cli", *line, "--allow", "cache_parts.Multimodal"],
         input="y\n" * 20,
         capture_output=True,
         text=True,

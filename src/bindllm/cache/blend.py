@@ -60,7 +60,7 @@ def similarities_of(queries: np.ndarray, ids: np.ndarray, vectors: np.ndarray) -
         ids: Ids of the candidates, -1 for a missing one, [N, C].
         vectors: Vectors of the candidates, unit norm, [N, C, E].
     """
-    products = queries[:, None].astype(np.float64) * vectors
+    products = queries[:, None].astype(np.float64) * vectors  # [N, C, E]
     return np.where(ids < 0, -np.inf, products.sum(axis=-1))
 
 
@@ -77,8 +77,8 @@ def retrieve(similarities: np.ndarray, vectors: np.ndarray, settings: CacheSetti
         vectors: Of the candidates, [N, C, E].
         settings: Number of neighbors, temperature and formula.
     """
-    columns = best(similarities, settings.top_k)
-    near = np.take_along_axis(similarities, columns, axis=1)
+    columns = best(similarities, settings.top_k)  # [N, K]
+    near = np.take_along_axis(similarities, columns, axis=1)  # [N, K]
     found = near > -np.inf
     safe = np.where(found, near, 0.0)
     if settings.formula == "released":
@@ -86,6 +86,7 @@ def retrieve(similarities: np.ndarray, vectors: np.ndarray, settings: CacheSetti
         shares = np.where(found, np.exp(settings.temperature * (safe - safe[:, :1])), 0.0)
         shares /= np.maximum(shares.sum(axis=1, keepdims=True), 1.0)
     else:
+        # The paper weights by the similarity itself; `mix` makes the sum unit length.
         shares = safe
     # Scatter the few shares instead of gathering many vectors; all other candidates get a share of 0.
     placed = np.zeros_like(similarities)
@@ -96,6 +97,7 @@ def retrieve(similarities: np.ndarray, vectors: np.ndarray, settings: CacheSetti
 def mix(queries: np.ndarray, retrieved: np.ndarray, weight: float) -> tuple[np.ndarray, int]:
     """Return ``unit((1 - weight) * query + weight * unit(retrieved))`` and the number of rows left unchanged."""
     lengths = np.linalg.norm(retrieved, axis=1, keepdims=True)
+    # The 1.0 only prevents a division by zero: such rows are lost, and replaced below.
     mixed = (1 - weight) * queries + weight * retrieved / np.where(lengths > 0, lengths, 1.0)
     norms = np.linalg.norm(mixed, axis=1, keepdims=True)
     lost = (lengths <= _SHORTEST) | (norms <= _SHORTEST)

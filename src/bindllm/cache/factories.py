@@ -33,7 +33,9 @@ CHUNK = 8192
 Read = Callable[[np.ndarray], np.ndarray]
 """Returns the unit vectors [N, E] of keys [N]."""
 
+# Instruction set, as torch names it -> a processor that has it, as OpenBLAS names it.
 _KERNELS = {"AVX2": "HASWELL", "AVX512": "SKYLAKEX"}
+# Centroids of a product quantizer for each part of a vector: one byte.
 _CODEBOOK = 256
 
 
@@ -49,6 +51,7 @@ def choose(count: int, embedding_size: int) -> tuple[str, str]:
     """
     if count * embedding_size <= EXACT_FLOATS:
         return "Flat", ""
+    # About 4 sqrt(N) lists balance the search for the nearest centroids and the scan of their lists.
     num_lists = 2 ** round(math.log2(4 * math.sqrt(count)))
     factory = f"IVF{num_lists},SQ8"
     return factory, default_search(factory)
@@ -63,6 +66,7 @@ def default_search(factory: str) -> str:
     """
     settings = []
     if lists := re.search(r"(?:^|,)IVF(\d+)", factory):
+        # Never fewer than 16 lists: the neighbors of a query near a border are spread over several.
         settings.append(f"nprobe={min(int(lists[1]), max(16, int(lists[1]) // 256))}")
     elif re.match("HNSW", factory):
         settings.append("efSearch=64")
@@ -90,6 +94,7 @@ def make_index(factory: str, embedding_size: int) -> Any:
         inverted.cp.niter = TRAIN_ROUNDS
         inverted.cp.min_points_per_centroid = 1
     quantized = faiss.downcast_index(index if inverted is None else inverted)
+    # A product quantizer trains with a k-means of its own, which prints the same warning.
     if isinstance(quantized, faiss.IndexIVFPQ | faiss.IndexIVFPQFastScan | faiss.IndexPQ):
         quantized.pq.cp.min_points_per_centroid = 1
     return index
@@ -117,6 +122,7 @@ def train_count(index: Any, count: int) -> int:
     if index.is_trained:
         return 0
     inverted = load_faiss().try_extract_index_ivf(index)
+    # K-means needs more rows than centroids, of the lists and of the codebooks.
     centroids = max(_CODEBOOK, inverted.nlist if inverted is not None else 0)
     fitting = max(_CODEBOOK, TRAIN_BYTES // (4 * index.d))
     return min(count, centroids * ROWS_PER_CENTROID, fitting)
@@ -144,6 +150,7 @@ def check_index(index: Any, source: str) -> Any | None:
             # Faiss does not refuse, it crashes.
             raise RuntimeError("fast scan")
         else:
+            # Any filled list gives a vector by its offset, so the test needs no direct map.
             lists, vector = inverted.invlists, np.zeros(inverted.d, np.float32)
             filled = next(number for number in range(inverted.nlist) if lists.list_size(number))
             inverted.reconstruct_from_offset(filled, 0, faiss.swig_ptr(vector))
@@ -185,6 +192,7 @@ def train(factory: str, embedding_size: int, keys: np.ndarray, read: Read) -> An
     index = make_index(factory, embedding_size)
     count = train_count(index, len(keys))
     if count:
+        # Keys are sorted hashes: evenly spread ones are a fair sample, and the same one in every build.
         some = keys[np.arange(count) * len(keys) // count]
         rows = np.empty((count, embedding_size), np.float32)
         for start in range(0, count, CHUNK):
@@ -201,6 +209,7 @@ def write(index: Any, factory: str, keys: np.ndarray, read: Read, file: Path) ->
     faiss = load_faiss()
     chunks = (read(keys[start : start + CHUNK]) for start in range(0, len(keys), CHUNK))
     try:
+        # The code of a row depends on no other row in these kinds, so the file can be written in chunks.
         if isinstance(index, faiss.IndexFlat | faiss.IndexScalarQuantizer):
             _write_codes(index, len(keys), chunks, file)
             return
@@ -224,6 +233,7 @@ def _write_codes(index: Any, count: int, chunks: Iterator[np.ndarray], file: Pat
         for rows in chunks:
             stream.write(index.sa_encode(rows).data)
         values = (stream.tell() - start) // (4 if isinstance(index, faiss.IndexFlat) else 1)
+        # The header was written for an empty index; both counts in it are known only now.
         stream.seek(start - 8)
         stream.write(struct.pack("<Q", values))
         stream.seek(8)
@@ -261,6 +271,7 @@ def load_faiss() -> Any:
     Raises:
         MissingExtraError: Faiss is not installed.
     """
+    # Once Faiss is loaded its kernels are fixed.
     if (loaded := sys.modules.get("faiss")) is not None:
         return loaded
     import torch
@@ -274,6 +285,7 @@ def load_faiss() -> Any:
     except ImportError as error:
         raise MissingExtraError("faiss-cpu", extra="cache", purpose="search a visual cache") from error
     finally:
+        # Removed again, because other libraries with OpenBLAS read the same variable.
         if chosen:
             del os.environ["OPENBLAS_CORETYPE"]
     return faiss

@@ -114,6 +114,7 @@ def write_manifest(folder: Path, info: IndexInfo) -> None:
 
 def _parse(found: dict[str, Any]) -> IndexInfo:
     """Check every name and type: a manifest may be damaged or untrusted."""
+    # Exactly these names: an unknown one may be a setting that this version would ignore.
     if set(found) != {field.name for field in fields(IndexInfo)}:
         raise ValueError(f"it holds {', '.join(sorted(found))}")
     if found["store"] is not None:
@@ -132,6 +133,7 @@ def _parse(found: dict[str, Any]) -> IndexInfo:
 
 
 def _check_types(value: Any, *types: type) -> None:
+    # Exact types instead of isinstance: JSON's true must not pass as the number 1.
     if [type(one) for one in vars(value).values()] != list(types):
         raise TypeError("values of other types than expected")
 
@@ -149,10 +151,12 @@ def writing(folder: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     _refuse_foreign(folder)
+    # Two paths to one folder (a symbolic link, for example) must share one lock.
     real = folder.resolve()
     try:
         real.parent.mkdir(parents=True, exist_ok=True)
         lock = real.with_name(f".{real.name}.lock")
+        # No waiting: a build may take hours, so a second writer fails at once.
         with FileLock(lock, timeout=0):
             try:
                 limit_threads()
@@ -160,6 +164,7 @@ def writing(folder: Path) -> Iterator[None]:
                 _remove_unnamed(real)
                 yield
             finally:
+                # After a failure the folder is as before; a new one that stayed empty is removed.
                 if real.is_dir():
                     _remove_unnamed(real)
                     if not any(real.iterdir()):
@@ -171,6 +176,7 @@ def writing(folder: Path) -> Iterator[None]:
         raise StoreError(
             f"{folder}: another process is writing this index; wait until it has ended, then start again"
         ) from error
+    # Faiss raises RuntimeError if the disk is full.
     except (OSError, RuntimeError) as error:
         raise StoreError(
             f"{folder}: the index cannot be written ({reason(error)}); an earlier index there is unchanged. "
@@ -188,6 +194,7 @@ def _remove_unnamed(folder: Path) -> None:
             # Damaged or of another format: only a new build may replace it, and that has not finished yet.
             return
         kept = {info.file, info.keys_file}
+    # Patterns instead of everything: other files in the folder stay.
     for pattern in (*_OURS, f".{MANIFEST}.*.part"):
         for file in folder.glob(pattern):
             if file.name not in kept:
@@ -196,6 +203,7 @@ def _remove_unnamed(folder: Path) -> None:
 
 def _refuse_foreign(folder: Path) -> None:
     if folder.is_dir():
+        # Our files without a manifest are those of a killed first build.
         ours = (folder / MANIFEST).is_file() or any(file for name in _OURS for file in folder.glob(name))
         if ours or not any(folder.iterdir()):
             return
@@ -219,9 +227,11 @@ def publish(folder: Path, info: IndexInfo, keys: np.ndarray, write: Callable[[Pa
     Raises:
         OSError, RuntimeError: The disk; the earlier index is unchanged.
     """
+    # A random name, because the final one follows from the content.
     temporary = folder / f".vectors-{uuid.uuid4().hex[:8]}.part"
     try:
         write(temporary)
+        # One hash over both files: the keys of another index do not pass with these vectors.
         digest = file_sha256(temporary, prefix=keys.tobytes())
         info = replace(
             info,
@@ -229,6 +239,7 @@ def publish(folder: Path, info: IndexInfo, keys: np.ndarray, write: Callable[[Pa
             num_bytes=temporary.stat().st_size,
             sha256=digest,
         )
+        # The manifest comes last: all files that it names are complete.
         with atomic_file(folder / info.keys_file) as part:
             part.write_bytes(keys.tobytes())
         with atomic_file(folder / info.file) as part:
@@ -251,6 +262,7 @@ def map_files(folder: Path, info: IndexInfo, *, verify: bool) -> tuple[Any, np.n
         StoreError: Damaged, exchanged or foreign.
     """
     file, keys_file = folder / info.file, folder / info.keys_file
+    # Always, because it costs nothing and finds truncated copies.
     for path, size in ((file, info.num_bytes), (keys_file, info.count * KEY_BYTES)):
         if path.stat().st_size != size:
             raise _exchanged(path)
@@ -271,6 +283,7 @@ def read_faiss(file: Path, *, mapped: bool = True) -> Any:
     try:
         return faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC if mapped else 0)
     except (RuntimeError, MemoryError) as error:
+        # Faiss raises the same error for a missing file; readers then look at the manifest again.
         if not file.exists():
             raise FileNotFoundError(errno.ENOENT, "a writer has removed it", str(file)) from error
         raise StoreError(

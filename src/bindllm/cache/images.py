@@ -36,6 +36,7 @@ def embed_images(
             "%d of %d images cannot be read and are skipped; the first: %s",
             *(len(report.failed), len(media), report.failed[0][1]),
         )
+    # Files with the same content have one key, which is indexed once.
     stored = list(dict.fromkeys(store.keys_of(media).values()))
     if not stored:
         raise InputError(f"none of the {len(media)} images can be read; the first: {report.failed[0][1]}")
@@ -48,6 +49,7 @@ def find_images(images: str | Path | Sequence[str | Path]) -> list[Path]:
     Raises:
         InputError: The folder does not exist, is a file, or has no images.
     """
+    # Paths in a list are taken as given, whatever their ending.
     if not isinstance(images, str | Path):
         found = [Path(file) for file in images]
         if not found:
@@ -57,6 +59,7 @@ def find_images(images: str | Path | Sequence[str | Path]) -> list[Path]:
     if not folder.is_dir():
         problem = "is a file; write it as a list of one path" if folder.exists() else "does not exist"
         raise InputError(f"expected a folder of images, but {str(folder)!r} {problem}")
+    # Sorted, because the order of a file system differs between machines.
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     found = [file for file in files if file.suffix.lower() in SUFFIXES["image"]]
     endings = ", ".join(sorted(SUFFIXES["image"]))

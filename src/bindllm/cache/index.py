@@ -80,6 +80,7 @@ class VectorIndex:
     ) -> None:
         self.info, self.source = info, str(source)
         self._index, self._keys, self._lock = index, keys, threading.Lock()
+        # An inverted file finds a vector by its id through a map of 8 bytes a row, which is made at the first need.
         self._unmapped = factories.check_index(index, str(source))
 
     @classmethod
@@ -115,6 +116,7 @@ class VectorIndex:
                 is writing it, or the disk fails.
         """
         folder = Path(folder)
+        # Before the keys are read: embeddings that arrive in between then show as a change of the store.
         state = _state_of(folder, store, chosen=keys is not None)
         wanted = _wanted_keys(store, modality, keys)
         if factory == "auto":
@@ -161,6 +163,7 @@ class VectorIndex:
             state = _state_of(folder, store, chosen=chosen)
             found = _wanted_keys(store, info.modality, keys)
             if chosen and keys is None:
+                # Held keys, minus the ones that the store lacks: the intersection.
                 found = missing_from(held, missing_from(held, found))
             return found, state
 
@@ -176,6 +179,7 @@ class VectorIndex:
 
         def wanted(info: IndexInfo, held: np.ndarray) -> _Wanted:
             new = missing_from(unique(as_keys(keys)), held)
+            # Only new keys must be stored: the store may have lost some of the held ones since.
             if len(new):
                 new = _of_modality(as_hex(new), read_keys(store.folder, info.modality), info.modality, store)
             return unique(np.concatenate([held, new])), info.store
@@ -218,6 +222,7 @@ class VectorIndex:
         """
         folder = Path(folder)
         opened = cls._map(folder, verify)
+        # The manifest may be untrusted: a bad setting there is a damaged index, not a wrong argument.
         try:
             factories.set_search(opened._index, opened.info.search)
         except InputError as error:
@@ -266,22 +271,25 @@ class VectorIndex:
         Returns:
             int64 [N, min(count, len)].
         """
+        # In every call, because the limit belongs to the calling thread.
         factories.limit_threads()
         queries = np.ascontiguousarray(queries, np.float32)
         if queries.ndim != 2 or queries.shape[1] != self.info.embedding_size:
             raise InputError(
                 f"{self.source} takes queries [N, {self.info.embedding_size}], not {list(queries.shape)}"
             )
-        return self._index.search(queries, min(count, len(self)))[1]
+        return self._index.search(queries, min(count, len(self)))[1]  # [N, C]
 
     def vectors(self, ids: np.ndarray) -> np.ndarray:
         """Return the vectors [..., E] with these ids [...], as the index keeps them; zeros for -1."""
         flat = self._checked(ids)
         if self._unmapped is not None:
             with self._lock:
+                # Checked again under the lock: of two threads only the first makes the map.
                 if self._unmapped is not None:
                     self._unmapped.make_direct_map()
                     self._unmapped = None
+        # -1 is not a row: row 0 is read in its place, and zeroed below.
         found = self._index.reconstruct_batch(np.maximum(flat, 0))
         found[flat < 0] = 0
         return found.reshape(*ids.shape, self.info.embedding_size)
@@ -346,6 +354,7 @@ class VectorIndex:
         """
         read_manifest(folder)
         with writing(folder):
+            # Verified at any size: a damaged vector must not be copied into the next version.
             before = cls._map(folder, True)
             info, held = before.info, np.asarray(before._keys)
             if store is not None and store.fingerprint != info.fingerprint:
@@ -356,6 +365,7 @@ class VectorIndex:
             keys, state = wanted(info, held)
             added, removed = missing_from(keys, held), missing_from(held, keys)
             if not len(added) and not len(removed):
+                # The vectors are the same, but the store has changed or the keys now count as chosen.
                 if state != info.store:
                     write_manifest(folder, replace(info, store=state))
                 return IndexChange(0, 0, len(keys))
@@ -385,6 +395,7 @@ class VectorIndex:
         round them a second time, and the answers for these images would change.
         """
         index = factories.make_index(info.factory, info.embedding_size)
+        # New training would move every list and codebook: only the vectors are dropped.
         if not index.is_trained:
             index = read_faiss(Path(self.source) / self.info.file, mapped=False)
             index.reset()
@@ -393,6 +404,7 @@ class VectorIndex:
         def read(some: np.ndarray) -> np.ndarray:
             rows = np.empty((len(some), info.embedding_size), np.float32)
             own = np.ones(len(some), bool) if store is None else ~store.has(as_hex(some))
+            # Keys are sorted, so the position of a key is its row.
             rows[own] = self.vectors(np.searchsorted(self._keys, some[own]))
             if not own.all():
                 rows[~own] = read_units(store, some[~own])
@@ -400,6 +412,7 @@ class VectorIndex:
             return rows
 
         written = self._write(index, info, keys, read, Path(self.source), file)
+        # Rounding shows only in the vectors themselves, so they are read back from both files.
         for some in kept:
             old, new = (np.searchsorted(one, some) for one in (self._keys, keys))
             if not np.array_equal(self.vectors(old), written.vectors(new)):
@@ -413,6 +426,7 @@ class VectorIndex:
         """Log a warning if the store has changed since; a store that is gone is not needed."""
         state = self.info.store
         store = folder / state.path if state is not None else None
+        # The digest is cheap; the keys are read only if it differs.
         if store is None or not store.is_dir() or shards_digest(store) == state.digest:
             return
         log = logging.getLogger("bindllm")
@@ -422,6 +436,7 @@ class VectorIndex:
             log.warning("%s: cannot compare it with its store: %s", folder, error)
             return
         held = np.asarray(self._keys)
+        # New embeddings do not concern an index of chosen keys.
         more = 0 if state.chosen else len(missing_from(stored, held))
         fewer = len(missing_from(held, stored))
         if more or fewer:
@@ -445,6 +460,7 @@ _Wanted = tuple[np.ndarray, StoreState | None]
 def _warn_outgrown(folder: Path, before: IndexInfo, after: IndexInfo) -> None:
     """Log a warning if "auto" would no longer choose this kind for so many vectors."""
     was, fits = (factories.choose(info.count, info.embedding_size)[0] for info in (before, after))
+    # Only for the kind that "auto" chose earlier: any other was chosen on purpose.
     if before.factory == was != fits:
         logging.getLogger("bindllm").warning(
             "%s now holds %d vectors, for which %r is faster than %r: rebuild it if searching takes too long",

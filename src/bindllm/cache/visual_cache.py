@@ -187,13 +187,14 @@ class VisualCache:
             InputError: Queries of another width, zero or not finite; a setting out of its range.
         """
         settings = replace(self.settings, **changes)
-        queries = self._unit_queries(embedding)
+        queries = self._unit_queries(embedding)  # [N, E]
+        # The queries themselves, not their unit vectors: without retrieval not even rounding may change them.
         if settings.weight == 0 or not len(queries):
             return embedding.clone()
-        ids = self._candidates(queries, settings.top_k)
+        ids = self._candidates(queries, settings.top_k)  # [N, C]
         blended, kept = np.empty_like(queries), 0
         for rows in self._chunks(ids):
-            similarities, vectors = self._compare(queries[rows], ids[rows])
+            similarities, vectors = self._compare(queries[rows], ids[rows])  # [n, C], [n, C, E]
             blended[rows], lost = mix(
                 queries[rows], retrieve(similarities, vectors, settings), settings.weight
             )
@@ -215,9 +216,11 @@ class VisualCache:
         Returns:
             int64, [N, min(top_k, len)].
         """
+        # Through the settings, so that ``top_k`` takes their checks.
         top_k = replace(self.settings, **({} if top_k is None else {"top_k": top_k})).top_k
         queries = self._unit_queries(embedding)
         ids = self._candidates(queries, top_k)
+        # Starts with an empty block: without queries there is still something to concatenate.
         ranked = [ids[:0, :top_k]]
         for rows in self._chunks(ids):
             columns = best(self._compare(queries[rows], ids[rows])[0], top_k)
@@ -239,6 +242,7 @@ class VisualCache:
         """
         self.check_encoders({encoder.fingerprint() for encoder in encoders})
         skip = set(self.settings.skip)
+        # A group is skipped as a whole, because its embedding is already the fusion of all its media.
         rows = [n for n, group in enumerate(groups) if not {item.modality for item in group} & skip]
         blended = embeddings.clone()
         if rows:
@@ -266,8 +270,10 @@ class VisualCache:
                 f"the cache takes embeddings [N, {size}] of a float dtype, not {list(embedding.shape)} of "
                 f"{embedding.dtype}"
             )
+        # To float32 first: NumPy has no bfloat16.
         rows = embedding.detach().to("cpu", torch.float32).numpy()
         units = unit_rows(rows)
+        # NaN is found here: after the search it would spread into answers without an error.
         broken = np.flatnonzero(~np.isfinite(units).all(axis=1))
         if len(broken):
             kind = "zero" if not rows[broken[0]].any() else "not finite"
@@ -360,10 +366,12 @@ def choose_cache(
         StoreError: The cache cannot be opened, or was built with another encoder.
         InputError: ``asked`` is not a cache.
     """
+    # How to read this: an open cache, a place, the checkpoint's own, or none.
     if isinstance(asked, VisualCache):
         asked.check_encoders(fingerprints)
         return asked
     if isinstance(asked, str | Path):
+        # The place is the caller's; only the settings come from the checkpoint.
         return open_cache(str(asked), fingerprints, checkpoint=checkpoint, settings=named)
     if asked is None and named is not None:
         return open_cache(named.folder, fingerprints, checkpoint=checkpoint, settings=named)

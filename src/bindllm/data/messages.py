@@ -26,8 +26,10 @@ MAX_DETAIL = 80
 ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 FILE_MODALITIES = tuple(modality for modality in MODALITIES if modality != "text")
 
+# Roles of tool calls in the common formats, known so that the error can name the reason.
 _TOOLS = ("tool", "function", "function_call", "function_response", "observation", "ipython")
 _TEXTS = ("text", "input_text", "output_text")
+# White space belongs to the match, because it goes away with the placeholder.
 _PLACEHOLDER = re.compile(r"(\s*)<(\w+)>(\s*)")
 
 MediaResolver = Callable[[str, object], Media]
@@ -88,6 +90,7 @@ class RecordMedia:
         )
         self._values, self._columns, self._unnamed = dict(values or {}), columns or {}, unnamed
         self._is_named = any(self._values.values())
+        # Counts by modality: media handed out, and media promised to content parts.
         self._taken: dict[str, int] = {}
         self._reserved: dict[str, int] = {}
 
@@ -98,6 +101,7 @@ class RecordMedia:
 
     def settle(self) -> None:
         """Fall back to media that are not named, once all messages are read."""
+        # Media inside a message count as named: the fallback would add others to them.
         if not self._is_named:
             self._values = dict(self._unnamed())
 
@@ -131,6 +135,7 @@ class RecordMedia:
         """
         for modality, values in self._values.items():
             taken = self._taken.get(modality, 0)
+            # No placeholder at all is fine. If some media have one, the others were forgotten.
             if taken < len(values) and (self._taken or self._needs_placeholders):
                 raise self._mismatch("fewer", taken, modality)
         return [
@@ -169,7 +174,9 @@ def parse_messages(messages: Sequence[object], media: RecordMedia) -> list[Messa
         >>> [message.text for message in parse_messages(messages, RecordMedia(Media))]
         ['2 + 2?', '4']
     """
+    # How to read this: read all messages, fill content parts, then placeholders, then put the rest first.
     turns = [_read_message(message, media) for message in messages]
+    # Only after all messages is it known whether any of them names media.
     media.settle()
     # Content parts come first in the count: a placeholder is only a word once they have taken all media.
     for _, parts in turns:
@@ -228,12 +235,14 @@ def is_visible(text: str) -> bool:
         >>> is_visible(" \u200b"), is_visible(".")
         (False, True)
     """
+    # Cf and Cc print nothing: zero-width spaces, direction marks, control characters.
     return any(not char.isspace() and unicodedata.category(char) not in ("Cf", "Cc") for char in text)
 
 
 def from_base64(text: str) -> bytes | None:
     """Return the bytes that a text holds in base64, or None if it is not base64."""
     try:
+        # Writers wrap base64 in lines; empty content is not media.
         return base64.b64decode("".join(text.split()), validate=True) or None
     except (binascii.Error, ValueError):
         return None
@@ -246,6 +255,7 @@ def _read_message(message: object, media: RecordMedia) -> tuple[Role, list[_Part
     if not isinstance(message, Mapping):
         raise RowError("a message that is not an object with 'role' and 'content'")
     role, content = role_of(message.get("role"), ROLES), message.get("content")
+    # Before the content, which a message that calls a tool often lacks.
     if message.get("tool_calls") or message.get("function_call"):
         raise RowError("a message that calls a tool: tool calls are not supported")
     if message.get("weight") == 0:
@@ -269,10 +279,12 @@ def _read_part(part: object, media: RecordMedia) -> _Part:
         if not isinstance(text := part.get("text", part.get(kind)), str):
             raise RowError("a text part without a text")
         return text
+    # "input_audio" -> "audio", "image_url" -> "image".
     modality = str(kind).removeprefix("input_").removesuffix("_url")
     if modality not in known:
         kinds = (*_TEXTS[:1], *known, "image_url", "input_audio")
         raise RowError(f"unknown content part {reprlib.repr(kind)}. {did_you_mean(str(kind), kinds)}")
+    # Writers put the media under the type of the part, its modality, or a general key.
     value = next((part[key] for key in (kind, modality, "url", "path") if part.get(key) is not None), None)
     return _Slot(modality) if value is None else media.resolve(modality, _unwrap(value))
 
@@ -285,6 +297,7 @@ def _unwrap(value: object) -> object:
         # OpenAI has base64 here; a path is taken as well.
         content = from_base64(data)
         return data if content is None else content
+    # Without a URL it may be ``{"bytes": ..., "path": ...}``, which the resolver reads.
     return value["url"] if value.get("url") is not None else value
 
 
@@ -295,6 +308,7 @@ def _separate(parts: list[_Part]) -> list[_Part]:
     for part in parts:
         if isinstance(part, str) and part:
             if ends_open and not part[0].isspace():
+                # ``type(part)`` keeps a verbatim text verbatim.
                 part = type(part)("\n" + part)
             ends_open = not part[-1].isspace()
         separate.append(part)
@@ -310,6 +324,7 @@ def _place_media(role: Role, parts: list[_Part], media: RecordMedia) -> list[str
         elif role == "user" and isinstance(part, str) and not isinstance(part, Verbatim):
             placed += _split_at_placeholders(part, media)
         else:
+            # A plain text again: nothing looks for placeholders after this.
             placed.append(str(part) if isinstance(part, str) else part)
     return placed
 
@@ -321,17 +336,20 @@ def _split_at_placeholders(text: str, media: RecordMedia) -> list[str | Media]:
     """
     if "<" not in text:
         return [text]
+    # How to read this: found[n] goes between pieces[n] and pieces[n + 1], after spaces[n].
     spaces, found, edges = [], [], [0]
     for match in _PLACEHOLDER.finditer(text):
         if media.is_left(match[2]):
             spaces.append(max(match[1], match[3], key=lambda side: (side.count("\n"), len(side))))
             found.append(media.take(match[2]))
             edges += match.span()
+    # The spans include the white space, so no piece has it.
     edges.append(len(text))
     pieces = [text[start:end] for start, end in zip(edges[::2], edges[1::2], strict=True)]
     parts: list[str | Media] = [pieces[0]]
     before = pieces[0]
     for number, (space, item) in enumerate(zip(spaces, found, strict=True), start=1):
+        # White space is needed only between two texts, and only if they do not bring their own.
         is_between = before.strip() and "".join(pieces[number:]).strip()
         space = space if is_between and not before[-1].isspace() else ""
         parts += [space, item, pieces[number]]
@@ -344,6 +362,7 @@ def _strip(parts: list[str | Media]) -> list[str | Media]:
     parts = list(parts)
     texts = [number for number, part in enumerate(parts) if isinstance(part, str)]
     for strip, numbers in ((str.lstrip, texts), (str.rstrip, texts[::-1])):
+        # A text that becomes empty does not end the loop: the next one is then the edge of the message.
         for number in numbers:
             parts[number] = strip(parts[number])
             if parts[number]:
@@ -357,8 +376,10 @@ def _join(turns: list[tuple[Role, list[str | Media]]]) -> list[Message]:
     for role, parts in turns:
         message = _checked(role, parts)
         last = joined[-1] if joined else None
+        # Only a system message can be empty here (`_checked`).
         if not parts:
             continue
+        # Two messages with media stay apart, because the media of one message are fused.
         if last is None or last.role != role or (last.media and message.media):
             joined.append(message)
         else:

@@ -101,6 +101,7 @@ class Embedder:
         self.reported = reported
         self.pool = ThreadPoolExecutor(self.threads, thread_name_prefix="prepare")
         self.seconds_waiting = self.seconds_embedding = 0.0
+        # Encoders move to the device at their first batch: a modality without media takes no memory there.
         self._serving: dict[str, Encoder] = {}
         self._largest = 0
 
@@ -126,6 +127,7 @@ class Embedder:
         Raises:
             Exception: of a type that is not in ``reported``; a note names the media, or all media of the batch.
         """
+        # One open batch per modality, because an encoder embeds one modality at a time.
         waiting: defaultdict[str, list[Embedded[Key]]] = defaultdict(list)
         prepared = prefetch(self.pool, partial(self._prepare, check), works, limit=self._limit)
         while (item := self._next(prepared)) is not None:
@@ -155,8 +157,10 @@ class Embedder:
         except self.reported as error:
             return prepared._replace(error=str(error))
         except Exception as error:
+            # Such an error ends the run, so it must name the file.
             error.add_note(f"while preparing {prepared.name}")
             raise
+        # Without a lock: an update that is lost only delays the tighter limit.
         self._largest = max(self._largest, inputs.nbytes)
         return prepared._replace(inputs=inputs)
 
@@ -193,10 +197,13 @@ class Embedder:
             error.add_note(f"while embedding {', '.join(item.name for item in batch)}")
             raise
         self.seconds_embedding += time.perf_counter() - started
+        # Row by row, so that one bad media does not cost the whole batch.
         for item, row, finite in zip(batch, rows, rows.isfinite().all(dim=1).tolist(), strict=True):
             error = "" if finite else f"{item.name}: its embedding is not finite"
+            # A caller that wants no errors as results gets this one raised, too.
             if error and not issubclass(MediaError, self.reported):
                 raise MediaError(error)
+            # Without the prepared input, which would stay in memory with the result.
             yield item._replace(inputs=None, embedding=row if finite else None, error=error)
 
 
@@ -226,6 +233,7 @@ def embed_groups(
         raise InputError("a list of media to be fused is empty: leave it out, or put a Media into it")
     with Embedder(encoders, device=device, reported=()) as embedder:
         results = embedder.embed_in_order(media for group in groups for media in group)
+    # In the order of the media, group after group.
     rows = iter([result.embedding for result in results])
     fused = []
     for group in groups:

@@ -19,9 +19,11 @@ from bindllm.errors import DecoderError, EncoderError, fetch_hint
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PretrainedConfig
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
 SERVED = ("image", "text", "audio")
 """Modalities for which transformers has processors that need nothing else."""
 
@@ -44,6 +46,9 @@ _SETTINGS = (
     "sentence_bert_config.json",
     "1_Pooling/config.json",
 )
+_IMPLEMENTATIONS = {
+    f"{kind}_implementation{end}" for kind in ("attn", "_attn", "_experts") for end in ("", "_internal")
+}
 # Pickled weights are never downloaded, for either role.
 _DOWNLOADED = {
     "encoder": {"allow_patterns": ["*.json", "*.txt", "*.model", "model*.safetensors"]},
@@ -138,17 +143,64 @@ def settings_files(folder: Path) -> list[tuple[str, Path]]:
     return [(name, folder / name) for name in _SETTINGS if (folder / name).is_file()]
 
 
+def read_config(folder: str | Path) -> PretrainedConfig:
+    """Read ``config.json`` without the keys by which transformers would run code for the model or a part of it.
+
+    Raises:
+        ValueError: transformers would take weights from files that a fingerprint does not cover.
+        Exception: any error of transformers about the files.
+    """
+    from transformers import AutoConfig
+
+    never_ask()
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    named = map(str, _read_json(Path(folder) / INDEX).get("weight_map", {}).values())
+    other = {name for name in named if Path(name).name != name or not name.endswith(".safetensors")}
+    other |= {name} if (name := vars(config).get("transformers_weights")) else set()
+    if (Path(folder) / ADAPTER).exists():
+        raise ValueError(
+            f"it holds {ADAPTER}: merge the adapter into the model, or remove it from the folder"
+        )
+    if other:
+        raise ValueError(
+            f"it names weights in {', '.join(sorted(other))}; expected {WEIGHTS}, or *.safetensors next to {INDEX}"
+        )
+    _forget_code(config)
+    return config
+
+
+def never_ask() -> None:
+    """Make transformers refuse code of a folder if it would ask: it loads parts without `trust_remote_code`."""
+    from transformers import dynamic_module_utils
+
+    # Seconds for an answer, in the whole process; with 0 it raises at once.
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+
+
+def _forget_code(part: Any) -> None:
+    """Remove Python code (``auto_map``) and kernels of the hub (``org/kernel``) from a config and its parts."""
+    from transformers import PretrainedConfig
+
+    values = part if isinstance(part, dict) else vars(part)
+    values.pop("auto_map", None)
+    for name in values.keys() & _IMPLEMENTATIONS:
+        values[name] = None if "/" in str(values[name]) else values[name]
+    for value in values.values():
+        for inner in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(inner, dict | PretrainedConfig):
+                _forget_code(inner)
+
+
 def read_spec(folder: Path) -> ModelSpec:
     """Read the spec of a model from its ``config.json``, without loading it.
 
     Raises:
         EncoderError: the model does not give one vector per media, or its config lacks the output width.
     """
-    from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
     with loading(folder):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = read_config(folder)
     # How to read this: from the config's class to the model's class, then its inputs, then its limits. No weight is
     # read.
     if type(config) not in MODEL_MAPPING:
@@ -206,6 +258,7 @@ def load_model(folder: Path, *, dtype: torch.dtype, without_pooler: bool) -> nn.
     with loading(folder):
         model, report = AutoModel.from_pretrained(
             folder,
+            config=read_config(folder),
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
@@ -242,13 +295,13 @@ def load_processor(folder: Path, modality: str) -> Any:
         if modality == "audio":
             return AutoFeatureExtractor.from_pretrained(folder, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
-    # Padding is masked, so the end token can serve as padding.
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.is_fast:
-        # Set once here: per-call settings would change the tokenizer while other threads use it.
-        tokenizer.backend_tokenizer.no_truncation()
-        tokenizer.backend_tokenizer.no_padding()
+        # Padding is masked, so the end token can serve as padding.
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        if tokenizer.is_fast:
+            # Set once here: per-call settings would change the tokenizer while other threads use it.
+            tokenizer.backend_tokenizer.no_truncation()
+            tokenizer.backend_tokenizer.no_padding()
     return tokenizer
 
 
@@ -257,6 +310,7 @@ def loading(folder: Path, *, part: str = "model") -> Iterator[None]:
     """Turn exceptions of transformers about a folder into an EncoderError, and mute its log and progress bars."""
     from transformers.utils import logging
 
+    never_ask()
     # Restored afterwards: the caller's setting is not ours to change.
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()

@@ -182,6 +182,7 @@ def _evaluate_task(
     run: _Run, variants: Sequence[str], lookup: Lookup
 ) -> tuple[dict[str, Metrics], list[dict[str, Any]]]:
     """Return the metrics of each variant, and the rows."""
+    # How to read this: the baseline, each variant of the model, their metrics, then the rows.
     task, losses = run.task, {}
     answers: dict[str, dict[int, str]] = {name: {} for name in task.variants}
     copied: Sequence[BaselineAnswer] | None = None
@@ -275,6 +276,7 @@ class _Run:
     def _loss(self, view: _View, advance: Callable[[int], None]) -> float:
         """Return the mean over all supervised tokens, in nats."""
         total, num_tokens, samples = 0.0, 0, view.loss_items
+        # Sorted by length, so that a batch has little padding.
         lengths = [len(sample.input_ids) for sample in samples]
         for rows in sorted_batches(lengths, batch_size=min(self.batch_size, LOSS_BATCH_SIZE)):
             pad_id = self.model.tokenizer.pad_token_id
@@ -294,6 +296,7 @@ class _Run:
         # Without media every wording of a question is one input, however many images it was asked about.
         inputs = input_digests(view.items, view.lookup)
         distinct = list(dict(zip(inputs, view.items, strict=True)).items())
+        # The bar counts items, so repeated ones are done at once.
         advance(len(inputs) - len(distinct))
         tokenizer, texts = self.model.tokenizer, {}
         # Prompts of similar length share a batch, padded on the left, so that generation starts at one position.
@@ -323,6 +326,7 @@ def _eval_mode(model: BindLLM) -> Iterator[None]:
 
 def loss_metrics(loss: float | None) -> Metrics:
     """Return a loss and its perplexity, which is None if it exceeds the largest float."""
+    # `math.exp` raises OverflowError above this.
     finite = loss is not None and loss < math.log(sys.float_info.max)
     return {"loss": loss, "perplexity": math.exp(loss) if finite else None}
 
@@ -332,6 +336,7 @@ def input_digests(samples: Sequence[Sample], lookup: Lookup) -> list[bytes]:
     digests = []
     for start in range(0, len(samples), _CHUNK):
         chunk = samples[start : start + _CHUNK]
+        # One embedding for each media group, in the order of the samples.
         vectors = iter(lookup([group for sample in chunk for group in sample.media]))
         for sample in chunk:
             # The embeddings, not the file names: two files with the same content are the same input.
@@ -360,7 +365,8 @@ def shuffle_media(samples: Sequence[Sample], lookup: Lookup) -> Lookup:
         InputError: all samples show the same media.
     """
     groups = list(dict.fromkeys(group for sample in samples for group in sample.media))
-    vectors = dict(zip(groups, lookup(groups), strict=True))
+    vectors = dict(zip(groups, lookup(groups), strict=True))  # group -> [E]
+    # By their bytes: files with the same embedding count once.
     distinct = list({vector.numpy().tobytes(): vector for vector in vectors.values()}.items())
     if len(distinct) < 2:
         raise InputError("all held-out media are the same, so they cannot be exchanged; hold out more media")
@@ -377,6 +383,7 @@ def shuffle_media(samples: Sequence[Sample], lookup: Lookup) -> Lookup:
 
 def media_of(sample: Sample) -> MediaGroup:
     """Return the media group that the last answer of a sample listens to; empty: it listens to none."""
+    # The last token belongs to the last answer; a negative index means no media.
     index = int(sample.media_index[-1])
     return sample.media[index] if index >= 0 else ()
 

@@ -89,9 +89,11 @@ def cut_audio(
         [(1, 10), (1, 5)]
     """
     with reading(name_of(source)):
+        # The first pass finds the exact length, which ``cut`` needs before anything is resampled.
         total, source_rate, kept = _survey(_blocks(source, warn=True))
         resampler = Resampler(source_rate, rate)
         length = resampler.length(total)
+        # Limited to the recording; a span that ends before its start becomes empty.
         spans = [
             (min(max(0, start), length), min(max(0, start, stop), length)) for start, stop in cut(length)
         ]
@@ -109,6 +111,7 @@ def _survey(blocks: Iterable[_Block]) -> tuple[int, int, list[_Block] | None]:
         if kept is not None:
             kept.append(_Block(rate, samples))
             if total * len(samples) > _KEPT:
+                # Too long to keep: the blocks are decoded a second time.
                 kept = None
     if total == 0:
         raise MediaError("no samples; expected audio")
@@ -119,7 +122,9 @@ def _cut(
     blocks: Iterable[_Block], spans: list[tuple[int, int]], resampler: Resampler, total: int
 ) -> list[np.ndarray]:
     """Resample the spans while the blocks pass by, and hold only the samples that the next span needs."""
+    # How to read this: ``held`` covers the samples first..end; spans are resampled in the order of their starts.
     needs = [resampler.needs(*span) for span in spans]
+    # In reverse, so that `pop` gives the earliest.
     waiting = sorted(range(len(spans)), key=lambda number: spans[number], reverse=True)
     parts: list[np.ndarray] = [np.empty(0)] * len(spans)
     held: list[np.ndarray] = []
@@ -127,6 +132,7 @@ def _cut(
     for _, samples in blocks:
         held.append(samples)
         end += samples.shape[1]
+        # Needs may reach past the end of the recording; the signal is zero there.
         while waiting and end >= min(needs[waiting[-1]][1], total):
             number = waiting.pop()
             start, stop = spans[number]
@@ -135,6 +141,7 @@ def _cut(
         if not waiting:
             return parts
         lowest = needs[waiting[-1]][0]
+        # Later spans need nothing before this, so memory holds only the blocks from here on.
         while held and first + held[0].shape[1] <= lowest:
             first += held.pop(0).shape[1]
     if waiting:
@@ -146,6 +153,7 @@ def _blocks(source: Source, *, warn: bool = False) -> Iterator[_Block]:
     """Yield the samples of an array or a file, checked; ``warn`` of packets that could not be decoded."""
     blocks = _array_blocks(source) if isinstance(source, np.ndarray) else _file_blocks(source, warn=warn)
     for block in blocks:
+        # Integers can neither be NaN nor exceed full scale.
         loudest = np.abs(block.samples).max(initial=0.0) if block.samples.dtype.kind == "f" else 0.0
         # Written so that NaN fails too.
         if not loudest <= LOUDEST:
@@ -176,6 +184,7 @@ def _file_blocks(source: Source, *, warn: bool) -> Iterator[_Block]:
             if known is None:
                 known = layout
                 _check_layout(*layout)
+            # Some streams change in the middle, but a resampler has one rate.
             if layout != known:
                 raise MediaError(
                     f"changes from {known[0]} samples a second on {known[1]} channels to {layout[0]} "
@@ -201,7 +210,9 @@ def _frames(parts: Iterable[Packet], stream: AudioStream, *, name: str) -> Itera
             damaged += 1
         else:
             yield from frames
+    # None makes the decoder give the frames that it still holds.
     yield from stream.decode(None)
+    # A player skips a few as well; above one percent too much of the recording is missing.
     if damaged > 1 + count // 100:
         raise MediaError(f"{damaged} of {count} audio packets are damaged; replace the file")
     if damaged and name:
@@ -218,6 +229,7 @@ def _check_layout(rate: int, channels: int) -> None:
 
 def _as_float(values: np.ndarray) -> np.ndarray:
     """Return float32 with full scale at 1."""
+    # 8-bit samples are unsigned with silence at 128; all wider integers are signed.
     if values.dtype == np.uint8:
         return (values.astype(np.float32) - 128) / 128
     if np.issubdtype(values.dtype, np.integer):
@@ -245,6 +257,7 @@ class Resampler:
 
     def length(self, samples: int) -> int:
         """Return how many samples come out for ``samples`` that go in."""
+        # ``-(-a // b)`` rounds up without floats, which would be inexact for long recordings.
         return -(-self._target * samples // self._source)
 
     def needs(self, start: int, stop: int) -> tuple[int, int]:
@@ -269,6 +282,7 @@ class Resampler:
         """
         if stop <= start:
             return np.empty((len(samples), 0), np.float32)
+        # Cut or padded with zeros to low..high, so source sample i is at index i - low.
         low, high = self.needs(start, stop)
         before, after = max(0, first - low), max(0, high - first - samples.shape[1])
         samples = samples[:, max(0, low - first) : max(0, high - first)]
@@ -279,16 +293,18 @@ class Resampler:
         step = max(1, _PRODUCTS // self._taps())
         for at in range(start, stop, step):
             outputs = np.arange(at, min(at + step, stop))
+            # Weights depend only on j mod n: each phase is computed once.
             phases, which = np.unique(outputs % self._target, return_inverse=True)
             weights = self._weights(phases)[which]
             from_sample = self._first(outputs) - low
-            index = from_sample[:, None] + np.arange(self._taps())
+            index = from_sample[:, None] + np.arange(self._taps())  # [outputs, taps]
             for channel, values in enumerate(samples):
                 result[channel, outputs - start] = np.einsum("jt,jt->j", values[index], weights)
         return result
 
     def _taps(self) -> int:
         reach, unit = self._reach
+        # All source samples within reach on both sides of an output.
         return 2 * reach // unit + 1
 
     def _first(self, output: int | np.ndarray) -> int | np.ndarray:
@@ -299,8 +315,9 @@ class Resampler:
     def _weights(self, phases: np.ndarray) -> np.ndarray:
         """Return the kernel around outputs ``phases``: [P, taps] float32."""
         samples = self._first(phases)[:, None] + np.arange(self._taps())
+        # f of the class docstring.
         lowest = _ROLLOFF_PERCENT / 100 * min(self._source, self._target)
         distance = (samples / self._source - phases[:, None] / self._target) * lowest
         window = np.cos(np.pi * distance / (2 * _CROSSINGS)) ** 2
-        kernel = np.where(np.abs(distance) < _CROSSINGS, np.sinc(distance) * window, 0.0)
+        kernel = np.where(np.abs(distance) < _CROSSINGS, np.sinc(distance) * window, 0.0)  # [P, taps]
         return (kernel * (lowest / self._source)).astype(np.float32)

@@ -85,6 +85,7 @@ class _Timeline:
 
 def _by_time(source: Source, pick: Pick) -> Iterator[tuple[int, np.ndarray]]:
     """Yield the picked frames, each found by its time."""
+    # Opened again for decoding, because this pass ends at the end of the file.
     with open_track(source, "video") as (container, stream):
         timeline = _scan(container, stream)
     if timeline.times is None:
@@ -94,6 +95,7 @@ def _by_time(source: Source, pick: Pick) -> Iterator[tuple[int, np.ndarray]]:
     with _Finder(source, timeline) as finder:
         for position, number in enumerate(wanted):
             frame = finder.find(number)
+            # If not even the first one is found, the times are wrong; later, the file is damaged.
             if frame is None and position == 0:
                 break
             if frame is None:
@@ -107,10 +109,12 @@ def _by_time(source: Source, pick: Pick) -> Iterator[tuple[int, np.ndarray]]:
 
 def _scan(container: InputContainer, stream: VideoStream) -> _Timeline:
     """Read all packets without decoding them."""
+    # 8 bytes a frame, because a long video has millions of them.
     times, keys = array("q"), array("q")
     # AVI keeps no times. FFmpeg derives them from the order of the packets, which is wrong if frames are reordered.
     complete = not (container.format.name == "avi" and stream.codec_context.has_b_frames)
     for packet in packets(container, stream):
+        # An edit list hides discarded packets: they are decoded but not shown.
         if packet.is_discard or _is_invisible(packet, stream):
             continue
         if packet.pts is None:
@@ -121,13 +125,16 @@ def _scan(container: InputContainer, stream: VideoStream) -> _Timeline:
             keys.append(packet.pts)
         if len(times) > MAX_FRAMES:
             raise MediaError(f"more than {MAX_FRAMES:,} frames; cut the video first")
+    # Packets come in decoding order, which differs from that of display if there are B-frames.
     rising = np.sort(np.frombuffer(times, np.int64))
     if complete and len(rising) == 0:
         raise MediaError("no frames; expected a video")
     rate = stream.average_rate
+    # Without a rate in the file: intervals divided by seconds.
     if not rate or rate < 0:
         seconds = (rising[-1] - rising[0]).item() * stream.time_base if len(rising) > 1 else Fraction(0)
         rate = (len(rising) - 1) / seconds if seconds > 0 else ARRAY_RATE
+    # Times identify frames, so two of them must not be equal.
     unique = complete and bool((np.diff(rising) > 0).all())
     return _Timeline(rising if unique else None, np.sort(np.frombuffer(keys, np.int64)), Fraction(rate))
 
@@ -162,7 +169,9 @@ class _Finder:
     def find(self, number: int) -> VideoFrame | None:
         """Return a frame; None if no frame has its time, even after everything before it is decoded."""
         target = self._times[number].item()
+        # The last key frame at or before the target.
         key = bisect_right(self._keys, target) - 1
+        # Without a key frame in between, decoding further is cheaper than seeking.
         if (
             self._reached is not None
             and self._reached < target
@@ -177,6 +186,7 @@ class _Finder:
                 frame = self._decode_to(target)
                 if frame is not None and not frame.is_corrupt:
                     return frame
+        # At last from the beginning, which needs no seeking.
         self._open()
         return self._decode_to(target)
 
@@ -203,6 +213,7 @@ class _Finder:
         for frame in self._frames:
             if frame.pts is not None:
                 self._reached = frame.pts
+                # Frames come in the order of display: past the target, it cannot follow.
                 if frame.pts >= target:
                     return frame if frame.pts == target else None
         return None
@@ -210,6 +221,7 @@ class _Finder:
 
 def _by_counting(source: Source, pick: Pick) -> Iterator[tuple[int, np.ndarray]]:
     """Yield the picked frames of a video whose frames must be decoded to be counted."""
+    # Two passes with one frame in memory: ``pick`` needs the number of frames first.
     with open_track(source, "video") as (container, stream):
         rate = stream.average_rate or stream.guessed_rate or ARRAY_RATE
         count = 0
@@ -223,6 +235,7 @@ def _by_counting(source: Source, pick: Pick) -> Iterator[tuple[int, np.ndarray]]
     with open_track(source, "video") as (container, stream):
         frames = enumerate(_frames(container, stream))
         for number in wanted:
+            # Numbers rise, so one pass over the frames finds them all.
             frame = next((frame for at, frame in frames if at == number), None)
             if frame is None:
                 raise MediaError("the file changed while it was read; run again")
@@ -239,6 +252,7 @@ def _frames(container: InputContainer, stream: VideoStream) -> Iterator[VideoFra
         except FFmpegError:
             continue
         yield from frames
+    # None makes the decoder give the frames that it still holds.
     yield from stream.decode(None)
 
 
@@ -248,15 +262,18 @@ def _as_rgb(frame: VideoFrame) -> np.ndarray:
     if any(part.is_alpha for part in frame.format.components):
         values = frame.to_ndarray(format="rgba").astype(np.uint16)
         alpha = values[..., 3:]
+        # Over white in integers; 127 rounds to the nearest.
         rgb = ((values[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
     else:
         rgb = frame.to_ndarray(format="rgb24")
+    # Both count counterclockwise: the file in degrees, rot90 in quarter turns.
     turns, rest = divmod(frame.rotation, 90)
     return np.ascontiguousarray(np.rot90(rgb, turns)) if turns and not rest else rgb
 
 
 def _checked(wanted: Sequence[int], count: int) -> list[int]:
     wanted = list(wanted)
+    # Our own faults, never the file's.
     assert all(a < b for a, b in pairwise(wanted)), "frames are picked in rising order"
     assert all(0 <= number < count for number in wanted), f"frames are picked from {count}"
     return wanted

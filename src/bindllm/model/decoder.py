@@ -11,7 +11,6 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
@@ -21,7 +20,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from bindllm.conversation import INPUT_HEADER, check_tokenizer
-from bindllm.encoders.hub import find_folder, loading_error
+from bindllm.encoders import hub
 from bindllm.errors import DecoderError, InputError, did_you_mean
 from bindllm.model.quantize import QUANTIZATIONS, keep_gradients, quantization_config
 
@@ -112,7 +111,7 @@ class DecoderConfig:
         Raises:
             DecoderError: the folder does not exist, or the model cannot be downloaded.
         """
-        return find_folder(self.name, self.revision, role="decoder")
+        return hub.find_folder(self.name, self.revision, role="decoder")
 
 
 def choose_dtype(device: str | torch.device) -> torch.dtype:
@@ -144,11 +143,16 @@ def load_tokenizer(config: DecoderConfig) -> PreTrainedTokenizerBase:
         DecoderError: the tokenizer is missing, or lacks offsets, a chat template or an end token.
     """
     folder = config.folder()
+    hub.never_ask()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise TypeError(f"{type(tokenizer).__name__} is several tokenizers in one")
     # Any exception about an untrusted file means that its tokenizer cannot be used.
     except Exception as error:
-        raise DecoderError(f"no usable tokenizer in {folder} ({loading_error(folder, error)})") from error
+        raise DecoderError(f"no usable tokenizer in {folder} ({hub.loading_error(folder, error)})") from error
+    # An export must not pass on the name of code that was not run here.
+    tokenizer.init_kwargs.pop("auto_map", None)
     # Padding is masked, so the end token can serve as padding.
     if tokenizer.pad_token_id is None:
         # Some copies name it as an empty text.
@@ -222,10 +226,10 @@ def load_decoder(config: DecoderConfig, *, device: str | torch.device | None = N
     # How to read this: the precision is chosen for the device, weights load from safetensors without code of the
     # folder, and the result is frozen.
     dtype = choose_dtype(device) if config.dtype == "auto" else DTYPES[config.dtype]
-    options = {}
+    options = {"config": read_config(folder)}
     if config.quantize is not None:
         # Each projection is quantized on its target device, so the full-precision decoder never exists as a whole.
-        options = {
+        options |= {
             "quantization_config": quantization_config(config.quantize, dtype),
             "device_map": {"": device},
         }
@@ -235,9 +239,12 @@ def load_decoder(config: DecoderConfig, *, device: str | torch.device | None = N
         decoder = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, **options
         )
-    except (OSError, ValueError, KeyError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    # Whatever else an untrusted file makes the library raise means that there is no such decoder.
+    except Exception as error:
         raise DecoderError(
-            f"{folder} does not hold a causal language model in safetensors ({loading_error(folder, error)})"
+            f"{folder} does not hold a causal language model in safetensors ({hub.loading_error(folder, error)})"
         ) from error
     finally:
         transformers_logging.set_verbosity(quiet)
@@ -258,11 +265,11 @@ def read_config(folder: str | Path) -> PretrainedConfig:
         DecoderError: it cannot be read, or its type needs code of the folder.
     """
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return hub.read_config(folder)
     # Any exception about an untrusted file means that its decoder cannot be used.
     except Exception as error:
         raise DecoderError(
-            f"{folder} does not hold a causal language model ({loading_error(folder, error)})"
+            f"{folder} does not hold a causal language model ({hub.loading_error(folder, error)})"
         ) from error
 
 
@@ -286,7 +293,7 @@ def without_weights(
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
     except Exception as error:
         raise DecoderError(
-            f"{folder} does not hold a causal language model ({loading_error(folder, error)})"
+            f"{folder} does not hold a causal language model ({hub.loading_error(folder, error)})"
         ) from error
 
 

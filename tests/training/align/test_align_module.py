@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
 
-from align_parts import BeatTower, FrozenModule, LetterEncoder, colour_table, patchwork_table, radar_table
+from align_parts import BeatTower, FrozenModule, LetterEncoder, color_table, patchwork_table, radar_table
 from bindllm.cli.recipe import quiet
 from bindllm.encoders.aligned import HeadConfig
 from bindllm.errors import EncoderError, InputError, TrainingError
@@ -190,7 +190,7 @@ def test_weights_are_trained_in_single_precision(texts, tmp_path):
 
 def test_the_measured_loss_leaves_out_what_belongs_together(tmp_path):
     """Of 32 pictures, 8 each have the same caption."""
-    pictures = PairSource(str(colour_table(tmp_path / "pictures")), split="train")
+    pictures = PairSource(str(color_table(tmp_path / "pictures")), split="train")
     module, data = train(tmp_path, LetterEncoder(), pictures, epochs=1, batch_size=32)
     pairs = data.pairs("train")
     captions = pairs.links[:, 0]

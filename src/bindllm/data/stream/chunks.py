@@ -80,16 +80,20 @@ class ChunkReader:
             InputError: no sample can be used.
         """
         with closing(_Reading(self, start.positions, stopped)) as reading:
+            # ``empty`` holds the reasons since the last usable row, for the error message.
             number, empty, last_used = start.chunk, Skipped(), start
             while True:
+                # Before reading: the start of this chunk.
                 positions = reading.positions
                 skipped, taken = Skipped(), reading.taken
                 embedded = embed_samples(self.embedder, reading.samples(skipped), skipped.add)
+                # An incomplete chunk would have other batches than the same chunk after a resume.
                 if stopped():
                     return
                 batches = group_by_length(
                     [sample.length for sample in embedded.samples],
                     batch_size=self.batch_size,
+                    # With the chunk's index in the seed, a saved state needs no generator.
                     seed=(*self.seed, number),
                 )
                 begin, end = StreamState(number, 0, positions), StreamState(number + 1, 0, reading.positions)
@@ -104,6 +108,7 @@ class ChunkReader:
 
 def _check_not_empty(empty: Skipped, since: StreamState, now: StreamState) -> None:
     """Stop a run that keeps reading without finding a row to train on."""
+    # The slowest stream decides, so that each of them was read in full.
     passes = min(b.pass_index - a.pass_index for a, b in zip(since.positions, now.positions, strict=True))
     if passes > 1 or now.chunk - since.chunk >= MAX_EMPTY_CHUNKS:
         raise InputError(
@@ -129,6 +134,7 @@ class _Reading:
 
     def samples(self, skipped: Skipped) -> Iterator[Sample]:
         """Yield the samples of the next chunk that can be tokenized; count the others."""
+        # The pass of each stream in this chunk.
         passes: dict[int, int] = {}
         for _ in range(self.reader.size):
             if self.stopped():
@@ -137,10 +143,12 @@ class _Reading:
             self._held = None
             number, sample, positions = drawn
             pass_index = positions[number].pass_index
+            # The first sample of a pass waits for the next chunk, and the position stays before it.
             if passes.setdefault(number, pass_index) != pass_index:
                 self._held = drawn
                 return
             self.positions, self.taken = positions, self.taken + 1
+            # Damage shows while the next sample is read, so it counts in that sample's chunk.
             for message in self._bad:
                 skipped.add(BAD_SHARD, message)
             self._bad.clear()
@@ -152,6 +160,7 @@ class _Reading:
         source, config = reader.sources[number]
         try:
             row = read_row(sample, config, source)
+            # A row may name a split of its own; only training rows are trained on.
             if row.split not in (None, "train"):
                 raise InputError(f"a row of the split {row.split}")
             return make_sample(row, reader.tokenizer, reader.max_length)

@@ -61,16 +61,19 @@ def embed_samples(
     def works() -> Iterator[Work[Media]]:
         for sample in samples:
             names = _names(sample)
+            # Without its media: a chunk of their contents would not fit into memory.
             read.append(light := _renamed(sample, names))
             # Media of an answer that was cut off are not needed.
             needed = {name for group in light.media for name in group}
             yield from (Work(name, media, name.source) for media, name in names.items() if name in needed)
 
+    # All samples in one call, so that batches are filled across samples.
     results = {result.key: result for result in embedder.embed(works())}
     kept: list[Sample] = []
     embeddings: dict[MediaGroup, Tensor] = {}
     for sample in read:
         try:
+            # All or nothing: a sample is never trained on with a part of its media.
             embeddings |= {group: _fuse(group, results) for group in sample.media}
             kept.append(sample)
         except InputError as error:
@@ -82,7 +85,7 @@ def _fuse(group: MediaGroup, results: dict[Media, Embedded[Media]]) -> Tensor:
     for media in group:
         if error := results[media].error:
             raise InputError(error)
-    rows = torch.stack([results[media].embedding for media in group])
+    rows = torch.stack([results[media].embedding for media in group])  # [M, E]
     return fuse(rows, torch.tensor([media.weight for media in group]))
 
 
@@ -91,6 +94,7 @@ def _names(sample: Sample) -> dict[Media, Media]:
     # Of the whole conversation: an answer that was cut off may have had media too.
     media = dict.fromkeys(item for group in sample.conversation.media_groups for item in group)
     return {
+        # The weight stays with the name, for `_fuse`.
         item: Media(item.modality, f"{sample.name} media {number}", item.weight)
         for number, item in enumerate(media, start=1)
     }
@@ -99,6 +103,7 @@ def _names(sample: Sample) -> dict[Media, Media]:
 def _renamed(sample: Sample, names: dict[Media, Media]) -> Sample:
     """Return the sample with names instead of media, so that their contents are freed once they are prepared."""
     light = replace(sample, conversation=_with_names(sample.conversation, names))
+    # The rejected answer of preference data is a conversation of its own.
     if sample.rejected is not None:
         rejected = _with_names(sample.rejected.conversation, names)
         light = replace(light, rejected=replace(sample.rejected, conversation=rejected))

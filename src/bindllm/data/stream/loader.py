@@ -74,19 +74,24 @@ class StreamLoader:
             )
         first = self._states[done]
         started = time.perf_counter()
+        # The local name stays with this iteration; a later one replaces ``_ahead``.
         self._ahead = ahead = Prefetcher(lambda stopped: self._chunks(first, stopped), device=self._device)
         try:
             begun: float | None = None
             asked = started
             for chunk in ahead:
                 self._note_chunk(chunk, first)
+                # states[n] is the state before batch n; the last one begins the next chunk.
                 states = [replace(chunk.start, batch=n) for n in range(len(chunk.batches))] + [chunk.end]
+                # A resumed run reads its chunk from the start, and passes over the batches that it has trained on.
                 skip = first.batch if chunk.start.chunk == first.chunk else 0
                 for number in range(skip, len(chunk.batches)):
                     rows = [chunk.embedded.samples[n] for n in chunk.batches[number]]
                     batch = self._collate(rows, chunk.embedded.lookup)
+                    # Both states, because a step may be interrupted before or after the trainer counts it.
                     self._states = {done: states[number], done + 1: states[number + 1]}
                     done += 1
+                    # From the request of a batch until it is ready, the trainer waits.
                     now = time.perf_counter()
                     begun = self._note_batch(rows, now - asked, begun, now)
                     yield batch
@@ -111,6 +116,7 @@ class StreamLoader:
         return {
             "stream": self._fingerprint,
             "processes": self._processes.world_size,
+            # Each process reads its own shards, so a checkpoint needs the states of all of them.
             "states": self._processes.gather(mine),
         }
 
@@ -131,6 +137,7 @@ class StreamLoader:
                 "this run cannot resume from that checkpoint: its shards or their sizes, formats, weights, chunk, "
                 "batch size, max_length or seed differ. Restore them, or start a new run from the weights (init_from)"
             )
+        # The thread may have read ahead from the earlier position.
         self.close()
         mine = state_dict["states"][self._processes.rank]
         self._states = {int(done): StreamState.from_dict(values) for done, values in mine.items()}
@@ -155,6 +162,7 @@ class StreamLoader:
         return begun
 
 
+# Second entry of the seed, as `plan._ORDER_OF_SHARDS`.
 _ORDER_OF_ROWS = 3
 
 
@@ -187,6 +195,7 @@ def check_streams(sources: Sequence[SourceConfig]) -> None:
         InputError: streamed and other training sources in one recipe, shards that are both trained on and held out,
             a training stream with a limit, or a held-out one without.
     """
+    # How to read this: limits, then streams next to other sources, then shards on both sides.
     streams = [config for config in sources if is_training_stream(config)]
     for config in streams:
         if config.limit is not None:
@@ -206,6 +215,7 @@ def check_streams(sources: Sequence[SourceConfig]) -> None:
             f"{streams[0].path} is streamed and {mixed[0]} is not: a run trains only on streams or on none. Pack the "
             "other source into shards too (docs/streaming.md), or only evaluate on it, with split: validation or test"
         )
+    # By absolute path or URL, because two patterns may write one file in different ways.
     trained = {_whole(shard): config.path for config in streams for shard in expand_shards(config.path)}
     for config in held_out:
         if both := [shard for shard in expand_shards(config.path) if _whole(shard) in trained]:
@@ -269,6 +279,7 @@ class _Streams:
     ) -> None:
         self.tokenizer, self.encoders, self.options = tokenizer, encoders, options
         self.processes, self.device = context.processes, context.device
+        # The index in the recipe is part of the seed and of every row.
         self.numbered = [(n, config) for n, config in enumerate(sources) if is_training_stream(config)]
         streams = [
             ShardStream(

@@ -17,7 +17,7 @@ import numpy as np
 from bindllm.data.stream.shards import ShardError, TarSample, read_shard
 from bindllm.errors import InputError
 
-# Third entry of the seed of a random generator, so that different orders are independent.
+# Second entry of the seed of a random generator, so that different orders are independent.
 _ORDER_OF_SHARDS = 2
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,9 @@ class ShardStream:
 
     def shard_order(self, pass_index: int) -> list[str]:
         """Return the shards that this process reads in a pass, in their order."""
+        # A new generator for each pass: its order follows from its index, without the passes before it.
         rng = np.random.default_rng([self.seed, _ORDER_OF_SHARDS, self.source, pass_index])
+        # All processes draw the same permutation, and each takes every ``world_size``-th entry.
         return [self.shards[n] for n in rng.permutation(len(self.shards))[self.rank :: self.world_size]]
 
     def read(self, position: Position, bad: list[str]) -> Iterator[tuple[TarSample, Position]]:
@@ -111,12 +113,15 @@ class ShardStream:
         Raises:
             InputError: no shard of a whole pass gives a sample.
         """
+        # Shards without a sample since the last sample, with the reason.
         empty: dict[str, str] = {}
         while True:
             shards = self.shard_order(position.pass_index)
             for number in range(position.shard, len(shards)):
+                # The first shard is entered in the middle, all others at their start.
                 if number != position.shard:
                     position = replace(position, shard=number, sample=0)
+                # Counts as empty until it gives a sample.
                 empty[shards[number]] = f"{shards[number]}: no sample"
                 try:
                     for sample in read_shard(shards[number], skip=position.sample):
@@ -191,7 +196,9 @@ def group_by_length(lengths: Sequence[int], *, batch_size: int, seed: Sequence[i
     if not lengths:
         return []
     rng = np.random.default_rng(list(seed))
+    # Shuffled before the stable sort, so that rows of equal length are in random order.
     rows = rng.permutation(len(lengths))
     rows = rows[np.argsort(np.asarray(lengths)[rows], kind="stable")]
+    # ``-(-a // b)`` rounds up; array_split spreads the remainder over all batches.
     batches = np.array_split(rows, -(-len(rows) // batch_size))
     return [batches[n].tolist() for n in rng.permutation(len(batches))]

@@ -56,9 +56,11 @@ class TarResolver:
 
     def _find(self, modality: str, name: str) -> bytes:
         members, file = self.sample.members, self.sample.key.rpartition("/")[2]
+        # A name in the JSON may be that of the member, or only its ending.
         for end in (name.rpartition("/")[2].removeprefix(f"{file}."), name.removeprefix(".")):
             if end.lower() in members and end.lower() not in _NOT_MEDIA:
                 return members[end.lower()]
+        # One unknown name can only mean the only member; a second one would get the same media.
         if self._foreign.setdefault(modality, name) != name:
             raise RowError(f"several {modality} names that are not members", name)
         return self._only(modality)
@@ -75,6 +77,7 @@ class TarResolver:
     def _candidates(self, modality: str) -> list[bytes]:
         """Return the one member with the modality in its name, else those with an ending that its files have."""
         media = {end: content for end, content in self.sample.members.items() if end not in _NOT_MEDIA}
+        # A suffix does not decide between image, depth and thermal; a name such as 000.depth.png does.
         named = [content for end, content in media.items() if modality in end.split(".")]
         if len(named) == 1:
             return named
@@ -136,6 +139,7 @@ def read_stream(
                 if len(rows) == limit:
                     break
         except ShardError as error:
+            # Only the rest of this shard is lost.
             report.skipped.add(BAD_SHARD, str(error))
         if len(rows) == limit:
             break
@@ -152,6 +156,7 @@ def _record(sample: TarSample, config: SourceConfig) -> Record:
     record: Record = {}
     if "json" in sample.members:
         try:
+            # Some editors put a byte order mark first; utf-8-sig drops it.
             record = json.loads(sample.members["json"].decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
             raise InputError("the member .json is not valid JSON") from error

@@ -104,6 +104,7 @@ def expand_shards(pattern: str) -> list[str]:
     if is_remote(pattern):
         return list(dict.fromkeys(named))
     found = [file for name in named for file in (sorted(glob.glob(name)) if glob.has_magic(name) else [name])]
+    # One is enough: the others may be missing, which is counted while they are read.
     if not any(Path(file).is_file() for file in found):
         place = "" if Path(pattern).is_absolute() else f" in {Path.cwd()}, the working directory"
         raise InputError(f"data source {pattern} names no shard that exists{place}; check the pattern")
@@ -121,6 +122,7 @@ def read_shard(shard: str, *, skip: int = 0) -> Iterator[TarSample]:
         ShardError: it cannot be opened, is truncated or is damaged. The samples before the damage were yielded,
             except the last one, which may lack members.
     """
+    # How to read this: a sample is complete once a member with another key follows, or the shard ends.
     number, key, members, problem = 0, None, {}, ""
     try:
         with _opened(shard) as stream, _strict_tar(stream) as tar:
@@ -136,8 +138,10 @@ def read_shard(shard: str, *, skip: int = 0) -> Iterator[TarSample]:
                             yield TarSample(shard, key, number, members, problem)
                         number += 1
                     key, members, problem = own, {}, ""
+                # A skipped sample is counted, but its content is not read.
                 if number < skip:
                     continue
+                # With a problem, the sample is still yielded: it keeps its number and is counted as skipped.
                 if member.size > MAX_MEMBER_BYTES:
                     problem = f"a member of more than {MAX_MEMBER_BYTES >> 20} MiB"
                 elif extension in members:
@@ -146,6 +150,7 @@ def read_shard(shard: str, *, skip: int = 0) -> Iterator[TarSample]:
                     members[extension] = tar.extractfile(member).read()
     except (tarfile.TarError, OSError) as error:
         raise ShardError(f"{shard}: truncated or damaged after {number:,} samples ({error})") from error
+    # No member of another key follows the last sample.
     if key is not None and number >= skip:
         yield TarSample(shard, key, number, members, problem)
 
@@ -158,12 +163,14 @@ class _StrictHeader(tarfile.TarInfo):
         try:
             return super().fromtarfile(tarfile_)
         except tarfile.EOFHeaderError:
+            # A block of zeros, the regular end.
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(f"no end marker: {error}") from error
 
 
 def _strict_tar(stream: BinaryIO) -> tarfile.TarFile:
+    # "r|" never seeks, so that a web server can be read.
     return tarfile.open(fileobj=stream, mode="r|", bufsize=_READ_BYTES, tarinfo=_StrictHeader)
 
 
@@ -182,6 +189,7 @@ def _split(name: str) -> tuple[str, str]:
     """Return key and extension of a member; both are empty if it does not belong to a sample."""
     folder, slash, file = name.rpartition("/")
     stem, dot, extension = file.partition(".")
+    # Hidden files have no stem; names such as __this__ are metadata in WebDataset's layout.
     if not stem or not dot or (stem.startswith("__") and stem.endswith("__")):
         return "", ""
     return f"{folder}{slash}{stem}", extension.lower()
@@ -196,6 +204,7 @@ def _choices(inside: str, pattern: str) -> list[str]:
         raise InputError(f"{pattern}: the range {{{inside}}} goes backwards; write {{{last}..{first}}}")
     if int(last) - int(first) >= MAX_SHARDS:
         raise InputError(f"{pattern}: the range {{{inside}}} names more than {MAX_SHARDS:,} shards")
+    # As many digits as the first bound: {08..10} is 08, 09, 10.
     return [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
 
 
@@ -205,6 +214,7 @@ PAUSES = (0.5, 2.0, 8.0)
 TIMEOUT = 30.0
 """Seconds without a byte after which a connection counts as broken."""
 
+# Status codes after which the same request may succeed: timeouts, rate limits, overload.
 _TEMPORARY = frozenset((408, 425, 429, 500, 502, 503, 504))
 
 
@@ -253,8 +263,10 @@ class RemoteFile:
                 continue
             if data:
                 self._position += len(data)
+                # Only failures in a row count, so progress resets them.
                 self._failures = 0
             elif self._size not in (None, self._position):
+                # A connection that ends too early looks like the end of the file.
                 self.close()
                 self._pause("the connection ended too early")
                 continue
@@ -286,6 +298,7 @@ class RemoteFile:
                 # A server without ranges starts at the first byte again.
                 self._discard_start(response)
             elif not self._position:
+                # Only of the first answer: for a range it is the length of the rest.
                 self._size = None if length is None else int(length)
         except HTTPError as error:
             error.close()
