@@ -155,6 +155,7 @@ def read_rows(stream: BinaryIO, *, first: int, columns: int, most: int | None = 
             block = _carefully(lines, columns, first)
         if len(block):
             yield block
+        # The first line of the next block, for messages.
         first += len(lines)
         most = None if most is None else most - len(lines)
 

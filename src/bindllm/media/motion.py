@@ -148,6 +148,7 @@ def _read_header(words: list[str]) -> tuple[list[int], int | None]:
         # "acc_x [m/s^2]" becomes "accx".
         plain = re.sub(r"[^a-z0-9]", "", _UNIT.sub("", word.lower()))
         if found := _AXIS.fullmatch(plain):
+            # Acceleration takes the rows 0 to 2, rotation 3 to 5.
             axis = "xyz".index(found[3]) + (3 if found[2] else 0)
             if axis in columns:
                 odd.append(word)

@@ -163,6 +163,7 @@ def _read_ply(stream: BinaryIO) -> Iterator[np.ndarray] | None:
     names = [] if at is None else [entry.name for entry in ply.elements[at].properties]
     if at is None or not {"x", "y", "z"} <= set(names):
         raise MediaError("a PLY file without vertices that have x, y and z")
+    # Lists make the records differ in size, so the positions of the vertices are unknown.
     if any(
         hasattr(entry, "list_dtype") for element in ply.elements[: at + 1] for entry in element.properties
     ):

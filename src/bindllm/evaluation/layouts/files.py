@@ -233,6 +233,7 @@ def read_classes(path: Path) -> dict[str, tuple[str, ...]]:
         raise InputError(f"{path}: not a table of class names. {did_you_mean(path.suffix.lower(), READERS)}")
     classes: dict[str, tuple[str, ...]] = {}
     for row, key, names in reader(path):
+        # A class without a name has no prompt.
         if not key or not names or not all(names):
             raise InputError(f"{row}: expected the key of a class and at least one name")
         if key in classes:
@@ -275,6 +276,7 @@ def _read_json(path: Path) -> list[tuple[str, str, list[str]]]:
         raise InputError(f"{path}: expected an object of class names, not {type(content).__name__}")
     rows = []
     for key, names in content.items():
+        # A single name is a list of one.
         names = [names] if isinstance(names, str) else names
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise InputError(f"{path}: the class {key!r} must have a name or a list of names, not {names!r}")
