@@ -15,11 +15,9 @@ from safetensors.torch import load_file
 from bindllm.cli import main
 from bindllm.encoders import EfficientNetLite, HuggingFace, ImageBind, PointBind
 from bindllm.encoders.imagebind.config import HUGE
-from bindllm.encoders.imagebind.image import depth_input, image_input, thermal_input
-from bindllm.encoders.imagebind.motion import imu_input
-from bindllm.encoders.imagebind.text import Tokenizer
+from bindllm.encoders.imagebind.inputs import depth_input, image_input, imu_input, thermal_input
+from bindllm.encoders.imagebind.text import Tokenizer, tokenizer_tree
 from bindllm.encoders.imagebind.video import video_input
-from bindllm.encoders.imagebind.vocabulary import tokenizer_tree
 from bindllm.media.maps import open_depth
 from goldens import FOLDER
 from imagebind_small import write_small_imagebind

@@ -263,6 +263,7 @@ def _guard(text: str, control: dict[str, int], *, escape: bool) -> str:
                     f"a message spells the control token {token!r} of the decoder; remove it, or render it "
                     "with control_text='escape'"
                 )
+            # Inside the token, so that the tokenizer does not recognize it.
             text = text.replace(token, token[0] + WORD_JOINER + token[1:])
     return text
 
@@ -294,6 +295,7 @@ def _answer_starts(
 ) -> dict[int, int | None]:
     """Return the start of each answer in the text, by its turn; None if it was not found."""
     answers = [turn for turn, message in enumerate(turns) if message["role"] == "assistant"]
+    # The first answer is located by rendering, which also shows the header of all others.
     starts = {turn: _prefix_length(tokenizer, turns[:turn], text, header=True) for turn in answers[:1]}
     if len(answers) > 2 and (first := starts[answers[0]]) is not None:
         # Rendering the messages before every single answer takes quadratic time. A header with a control token can be

@@ -121,6 +121,7 @@ class RunContext:
     def of_trainer(cls, trainer: Trainer | None) -> RunContext:
         """Return the context of a Lightning run; None: a single process on the CPU."""
         processes = Processes.of_trainer(trainer)
+        # One process draws the bars, and only if someone can see them.
         progress = processes.is_first and sys.stderr.isatty()
         if trainer is None:
             return cls(processes, progress=progress)

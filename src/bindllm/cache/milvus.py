@@ -190,6 +190,7 @@ class MilvusIndex:
         count = min(count, len(self))
         # -1 stays if an approximate index finds fewer.
         found = np.full((len(queries), count), -1, np.int64)
+        # A request is limited by the floats that it sends and the neighbors that it gets back.
         step = max(1, min(_rows_at_once(self.info.embedding_size), _REQUEST_HITS // count))
         for start in range(0, len(queries), step):
             part = queries[start : start + step]

@@ -133,6 +133,7 @@ def _change(name: str, tensor: Tensor, rule: Rule) -> Tensor:
     try:
         return tensor if rule.change is None else rule.change(tensor)
     except (RuntimeError, IndexError) as error:
+        # A change such as `unflatten` fails only on shapes that this name never has.
         raise CheckpointError(
             f"{name} has shape {list(tensor.shape)}, impossible for this name: it is another kind of checkpoint, or a "
             "damaged one"

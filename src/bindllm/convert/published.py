@@ -16,7 +16,7 @@ from bindllm.convert.adapter import convert_imagebind_llm
 from bindllm.convert.foreign import read_foreign
 from bindllm.convert.keymap import REPORT, ConversionReport, Rule
 from bindllm.encoders import Encoder
-from bindllm.encoders.imagebind.vocabulary import tokenizer_tree, write_tokenizer
+from bindllm.encoders.imagebind.text import tokenizer_tree, write_tokenizer
 from bindllm.errors import CheckpointError, InputError
 from bindllm.model.checkpoint import build_object
 from bindllm.model.decoder import DecoderConfig

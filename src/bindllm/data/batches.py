@@ -72,6 +72,7 @@ class LengthGroupedBatches:
 
     def __len__(self) -> int:
         """Number of batches of an epoch in one process."""
+        # ``-(-a // b)`` rounds up.
         batches = -(-sum(self._draws) // self._batch_size)
         return -(-batches // self._world_size)
 
@@ -85,6 +86,7 @@ class LengthGroupedBatches:
         batches: list[list[int]] = []
         for start in range(0, len(rows), chunk):
             piece = rows[start : start + chunk]
+            # Stable, so that rows of equal length stay in random order.
             piece = piece[np.argsort(self._lengths[piece], kind="stable")]
             batches += [
                 piece[i : i + self._batch_size].tolist() for i in range(0, len(piece), self._batch_size)
@@ -130,6 +132,7 @@ def sorted_batches(lengths: Sequence[int], *, batch_size: int) -> list[list[int]
 
 def share(batches: list[list[int]], *, world_size: int, rank: int) -> list[list[int]]:
     """Return the batches of one process; the first ones are repeated until all processes have as many."""
+    # Up to a multiple of ``world_size``: with unequal numbers of steps the processes would wait for each other.
     even = -(-len(batches) // world_size) * world_size
     return list(islice(cycle(batches), rank, even, world_size))
 

@@ -234,6 +234,7 @@ class BindData(LightningDataModule):
         rows = list(self._rows["train"])
         for index, config in enumerate(self.sources):
             if number and is_training_stream(config):
+                # Only as many samples as the preview shows.
                 rows += read_stream(config, index, limit=number)[0]["train"]
         yield from preview_rows(rows, self.tokenizer, self.max_length, number=number)
 
@@ -241,6 +242,7 @@ class BindData(LightningDataModule):
         """End the thread of a stream and print its counts; Lightning calls this at the end of a run."""
         if self._streaming is not None:
             self._streaming.close()
+            # The counts are those of one process; rank 0 stands for all.
             if self.trainer is None or self.trainer.is_global_zero:
                 Console(highlight=False).print("\n".join(self._streaming.report.lines()), markup=False)
 
@@ -301,6 +303,7 @@ class BindData(LightningDataModule):
     def _count(self, samples: dict[str, list[Sample]]) -> None:
         """Count the samples in the report."""
         everything = [sample for split in samples.values() for sample in split]
+        # A stream has no fixed number of training rows.
         self.report.rows = {
             split: len(samples[split]) for split in SPLITS if split != "train" or not self.streamed
         }

@@ -46,6 +46,7 @@ class Skipped:
             kept = self._kept(reason)
             self.counts[kept] = self.counts.get(kept, 0) + count
             examples = self.examples.setdefault(kept, [])
+            # Both reports together keep at most this many examples.
             names = other.examples[reason][: MAX_EXAMPLES - len(examples)]
             examples += [name if kept == reason else f"{name}: {reason}" for name in names]
 
@@ -238,6 +239,7 @@ class DataReport:
     @property
     def modalities(self) -> set[str]:
         """Modalities of the sources."""
+        # A stream has not counted its media, so its own modality stands for them.
         return {modality for source in self.sources for modality in source.media or (source.modality,)}
 
     def __rich__(self) -> RenderableType:

@@ -101,6 +101,7 @@ class Sample:
     @property
     def length(self) -> int:
         """Number of tokens in a batch; for a pair, those of the longer side."""
+        # Both sides of a pair are in one batch.
         return max(len(self.input_ids), 0 if self.rejected is None else len(self.rejected.input_ids))
 
     @property

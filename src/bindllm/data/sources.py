@@ -342,6 +342,7 @@ def _folder_rows(folder: Path, report: SourceReport, modality: str) -> Iterator[
             report.skipped.add(NOT_UTF8, text_file.name)
         else:
             lines = [line for line in text.splitlines() if line.strip()]
+            # An empty file is one empty caption, which is counted as skipped.
             yield CaptionedMedia(str(file), key, None), lines or [text], key
 
 

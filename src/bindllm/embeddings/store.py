@@ -250,6 +250,7 @@ class EmbeddingStore:
         """Write ``encoder.json``, or compare it with the arguments."""
         path = self.folder / "encoder.json"
         expected = {"fingerprint": self.fingerprint, "embedding_size": self.embedding_size}
+        # The first process that opens the folder writes it, all others compare.
         if not path.exists():
             write_json(path, {"format": FORMAT, **expected, "encoder": encoder_class})
             return
