@@ -1,4 +1,4 @@
-"""What bindllm raises: every message says what was given, what was expected and what to do next."""
+"""Exceptions of bindllm. Every message names the given value, the expected values and the next step."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class AssetError(BindLLMError):
 
 
 class TrainingError(BindLLMError):
-    """A run that cannot go on; the last good state has been saved."""
+    """A run that cannot continue; the last good state has been saved."""
 
 
 class UsageError(BindLLMError):

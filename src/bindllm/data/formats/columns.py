@@ -101,7 +101,7 @@ class Fields:
         return value
 
     def text(self, field: str) -> str:
-        """Return the text of a column, without white space around it; empty if there is none."""
+        """Return the text of a column, without white space around it; empty if the column is missing."""
         return as_text(self.value(field), self.column(field))
 
     def require_text(self, field: str) -> str:
@@ -125,7 +125,7 @@ class Fields:
 
         Args:
             required: refuse a record without media.
-            needs_placeholders: refuse media for which there is no placeholder.
+            needs_placeholders: refuse media without a placeholder.
 
         Raises:
             RowError: the record has no media, and they are required.
