@@ -127,7 +127,7 @@ def type_of(question: str) -> str:
     Raises:
         AssetError: a question of another kind.
 
-    Example:
+    Examples:
         >>> type_of("what is the blue shape?")
         'shape'
         >>> type_of("is there not a circle in the image?")
@@ -147,7 +147,7 @@ def type_of(question: str) -> str:
 def wrong_answer(image: str, question: str, answer: str) -> str:
     """Return a wrong answer of the same kind, always the same for an image and a question.
 
-    Example:
+    Examples:
         >>> wrong_answer("images/train/0.png", "is a circle present?", "yes")
         'no'
     """

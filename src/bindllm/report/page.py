@@ -165,7 +165,7 @@ def _panel(
 def best_variants(row: Mapping[str, float | None], *, lower: bool = False) -> set[str]:
     """Return the variants that share the best value; empty if all are equal or undefined.
 
-    Example:
+    Examples:
         >>> best_variants({"model": 3.5, "no_media": 8.2, "nearest_caption": None}, lower=True)
         {'model'}
     """
