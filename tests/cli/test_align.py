@@ -181,7 +181,7 @@ def test_a_run_that_fails_leaves_the_earlier_encoder(texts):
         (["--model.best", "recalls"], 2, "Did you mean 'recall'"),
         (["--model.temperature.start", "5"], 1, "expected 0.01 to 1"),
         (["--data.sources", "[{path: nowhere}]"], 1, "data source nowhere does not exist"),
-        (["--model.tower", "tiny.ColorEncoder"], 1, "serves image media; the sources have text"),
+        (["--model.tower", "tiny.ColorEncoder"], 1, "serves image media, but the sources have text"),
     ],
 )
 def test_a_mistake_in_the_recipe_names_what_is_right(texts, capsys, options, code, message):

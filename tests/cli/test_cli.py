@@ -363,9 +363,9 @@ def test_a_callback_without_anything_to_watch_is_refused_before_training(
     source = {"path": str(parts / "pictures"), "split": "train"}
     recipe = tiny_recipe(parts, data={"sources": [source]}, trainer={"callbacks": [stopping]})
     assert run("fit", recipe) == 1
-    assert "EarlyStopping watches val_loss, but there are no validation rows" in capsys.readouterr().err
+    assert "EarlyStopping monitors val_loss, but there are no validation rows" in capsys.readouterr().err
     assert run("check", recipe) == 1
-    assert "EarlyStopping watches val_loss" in capsys.readouterr().out
+    assert "EarlyStopping monitors val_loss" in capsys.readouterr().out
     recipe["data"]["sources"][0].pop("split")
     assert run("check", recipe) == 0
     assert run("check", recipe, "--trainer.limit_val_batches", "0") == 1

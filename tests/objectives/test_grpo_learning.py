@@ -85,9 +85,9 @@ def test_values_outside_of_their_range_are_refused(options, reason):
     [
         (
             lambda count: [1.0] * (count - 1) + [math.nan],
-            "gave a reward that is not finite, for the answer '",
+            "returned a reward that is not finite for the answer '",
         ),
-        (lambda count: [1.0] * (count - 1), r"of shape \[5\] for 6 answers; expected one for each"),
+        (lambda count: [1.0] * (count - 1), r"of shape \[5\] for 6 answers; expected \[6\]"),
         (lambda count: torch.ones(count, 1), r"of shape \[6, 1\] for 6 answers"),
     ],
 )
@@ -108,7 +108,7 @@ def test_rows_without_true_answers_and_streams_are_refused(decoder, tmp_path):
     with pytest.raises(InputError, match="GRPO learns from rows with true answers.*one is row 0"):
         make_trainer(tmp_path, max_epochs=1).fit(build(decoder, GRPO()), data)
     data.streamed = True
-    with pytest.raises(InputError, match="GRPO looks up the true answers"):
+    with pytest.raises(InputError, match="GRPO looks up the reference answers"):
         make_trainer(tmp_path, max_epochs=1).fit(build(decoder, GRPO()), data)
 
 

@@ -36,7 +36,7 @@ def test_rows_without_options_are_refused_by_name():
     choice = asked("B", options=("a rose", "the sea"))
     OptionLetter().check([choice])
     unclear = replace(choice, references=("maybe",), name="unclear")
-    with pytest.raises(InputError, match="2 of 3 rows have no options.*one is plain"):
+    with pytest.raises(InputError, match="2 of 3 rows have no options.*the first is plain"):
         OptionLetter().check([choice, replace(asked("red"), name="plain"), unclear])
 
 

@@ -135,5 +135,5 @@ def test_a_multiple_choice_reward_refuses_questions_before_the_decoder_is_loaded
     recipe["model"]["objective"]["init_args"]["reward"] = reward
     assert run("fit", recipe) == 1
     assert (
-        "OptionLetter judges multiple choices, and 24 of 24 rows have no options" in capsys.readouterr().err
+        "OptionLetter judges multiple choices, but 24 of 24 rows have no options" in capsys.readouterr().err
     )

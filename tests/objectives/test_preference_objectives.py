@@ -171,7 +171,7 @@ def test_a_mismatched_answer_is_cut_to_the_longest_row():
     longest = max(len(sample.input_ids) for sample in samples)
     samples[1] = row(1, "red", "not so long", desirable=True)
     assert [len(sample.input_ids) <= longest for sample in mismatch(samples, seed=0)] == [True, True]
-    with pytest.raises(InputError, match=r"KTO needs at least 2 rows.*row 0 is alone"):
+    with pytest.raises(InputError, match=r"KTO needs at least 2 rows.*row 0 is the only one"):
         mismatch(samples[:1], seed=0)
 
 
@@ -233,9 +233,9 @@ def test_next_token_learns_the_chosen_answers_of_pairs_alone(decoder):
         (
             DPO(),
             [row(0, "red", "red", "blue"), row(1, "red", "red")],
-            r"DPO.*chosen and a rejected.*4 rows of data/colours, 2 are not",
+            r"DPO.*chosen and a rejected.*2 of the 4 rows of data/colours are not",
         ),
-        (ORPO(), judged(), r"ORPO learns from pairs.*Of the 32 rows.*32 are not.*row 0"),
+        (ORPO(), judged(), r"ORPO learns from pairs.*32 of the 32 rows.*are not.*row 0"),
         (KTO(), [row(0, "red", "red")], r"KTO.*desirable.*or pairs"),
     ],
 )
@@ -250,21 +250,21 @@ def test_data_without_what_an_objective_learns_from_are_refused_by_name(
 
 
 def test_measuring_without_training_is_refused_with_what_to_do(decoder, tmp_path):
-    with pytest.raises(InputError, match=r"DPO compares with the model.*--model.objective null"):
+    with pytest.raises(InputError, match=r"DPO compares with the initial model.*--model.objective null"):
         make_trainer(tmp_path).validate(build(decoder, DPO()), Preferences(pairs()))
 
 
 def test_streamed_rows_have_no_reference_and_are_refused_with_what_to_do(decoder, tmp_path):
     data = Preferences(pairs())
     data.streamed = True
-    with pytest.raises(InputError, match=r"KTO compares every training row.*ORPO"):
+    with pytest.raises(InputError, match=r"KTO compares all training rows.*ORPO"):
         make_trainer(tmp_path, max_epochs=1).fit(build(decoder, KTO()), data)
 
 
-def test_a_streamed_row_that_is_no_pair_is_refused_by_orpo(decoder):
+def test_a_streamed_row_that_is_not_a_pair_is_refused_by_orpo(decoder):
     model = open_gates(build(decoder, None)).model
     batch = collate([*pairs()[:2], row(2, "red", "red")], lookup, pad_id=0)
-    with pytest.raises(InputError, match="1 of 3 rows of a batch are none"):
+    with pytest.raises(InputError, match="1 of 3 rows of a batch are not pairs"):
         ORPO().loss(model, batch)
 
 

@@ -138,7 +138,9 @@ def test_a_disk_without_room_is_told(decoder, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("bindllm.objectives.reference.save_file", full)
-    with pytest.raises(TrainingError, match=r"reference\.safetensors cannot be written.*make room"):
+    with pytest.raises(
+        TrainingError, match=r"reference\.safetensors cannot be written.*free some disk space"
+    ):
         fit(decoder, tmp_path)
 
 

@@ -42,7 +42,7 @@ def test_samples_are_spread_and_show_something():
 @pytest.mark.parametrize("callback", [EarlyStopping("val_loss"), ModelCheckpoint(monitor="val_loss")])
 def test_a_callback_that_watches_what_is_not_measured_is_refused(callback):
     with pytest.raises(
-        InputError, match=f"{type(callback).__name__} watches val_loss, but there are no valid"
+        InputError, match=f"{type(callback).__name__} monitors val_loss, but there are no valid"
     ):
         check_monitors([Callback(), callback], num_validation=0)
     check_monitors([callback], num_validation=1)

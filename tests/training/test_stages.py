@@ -76,7 +76,7 @@ def test_the_same_adapter_goes_on(decoder, tmp_path, adapter):
         ({"bind": BindConfig(depth=2, expansion=2)}, r"bind\.depth is 1 there and 2 here"),
         ({"inject": InjectConfig(kind="residual")}, r"inject\.kind is value there and residual here"),
         ({"inject": InjectConfig(layers=2)}, r"inject\.layers is null there and 2 here"),
-        ({"encoders": [ColorEncoder(grid=3)]}, r"another encoders than .*tiny\.ColorEncoder"),
+        ({"encoders": [ColorEncoder(grid=3)]}, r"the encoders of .*tiny\.ColorEncoder"),
         (
             {"adapter": None},
             r"this recipe has none.*\{rank: 4, alpha: 8\.0, bias: true, norm: true, dora: false",
@@ -101,7 +101,7 @@ def test_another_base_is_refused_by_what_differs(decoder, tmp_path, changes, mes
 def test_another_decoder_is_refused(decoder, tmp_path):
     build(decoder).save_pretrained(tmp_path / "m")
     other = DecoderConfig(str(save_tiny_decoder(tmp_path / "other", seed=1)), dtype="float32")
-    with pytest.raises(CheckpointError, match="another decoder than this recipe names"):
+    with pytest.raises(CheckpointError, match="the decoder of .* differ"):
         init_from_checkpoint(build(other), tmp_path / "m")
 
 
@@ -115,7 +115,7 @@ def test_what_may_differ_is_said(decoder, tmp_path, caplog):
     assert "decoder.quantize null, this run has nf4" in remark
     in_other_words = replace(decoder, system="", template=None)
     (remark,) = check_base(tmp_path / "m", decoder=in_other_words, adapter=LORA, **parts)
-    assert 'decoder.system null, this run has "": its prompts read differently' in remark
+    assert 'decoder.system null, this run has "": its prompts differ' in remark
     # A published checkpoint: media of one message fuse otherwise than in training.
     manifest = json.loads((tmp_path / "m" / "bindllm.json").read_text())
     manifest["bind"]["fusion"] = "mean"

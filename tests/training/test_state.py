@@ -63,7 +63,11 @@ def test_the_earlier_file_outlives_a_full_disk(save, tmp_path):
     with state._writing(file) as part:
         save({"a": torch.zeros(10)}, part)
     before = file.read_bytes()
-    with full_disk(), pytest.raises(TrainingError, match="make room"), state._writing(file) as part:
+    with (
+        full_disk(),
+        pytest.raises(TrainingError, match="free some disk space"),
+        state._writing(file) as part,
+    ):
         save({"a": torch.zeros(10_000)}, part)
     assert file.read_bytes() == before
     assert os.listdir(tmp_path) == ["last"]
@@ -96,5 +100,7 @@ def test_a_state_of_another_version_is_refused_with_what_to_do(tmp_path):
     earlier = {
         name: value for name, value in run.state_dict().items() if name not in ("rows", "num_processes")
     }
-    with pytest.raises(CheckpointError, match=r"tiny is of another version of bindllm.*--resume false"):
+    with pytest.raises(
+        CheckpointError, match=r"tiny was saved by another version of bindllm.*--resume false"
+    ):
         run.load_state_dict(earlier)

@@ -1,4 +1,4 @@
-"""What training minimises: one small class per objective, named by its import path in a recipe.
+"""Training objectives: one small class each, named by its import path in a recipe.
 
 model:
   objective: {class_path: bindllm.objectives.DPO, init_args: {beta: 0.1}}

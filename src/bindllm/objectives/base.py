@@ -1,4 +1,4 @@
-"""What every objective is: what rows it learns from, what it prepares, and the loss of a batch."""
+"""The base class of objectives: which rows it can learn from, its preparation, and the loss of a batch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from bindllm.parallel import RunContext
 
 Needs = Literal["answers", "pairs", "labels", "prompts"]
 Metrics = dict[str, Tensor]
-"""What is logged beside a loss: scalars without gradient, each a mean over the rows (or pairs) of a batch."""
+"""Values that are logged with a loss: scalars without gradient, each a mean over the rows (or pairs) of a batch."""
 
 _SERVES: dict[Needs, Callable[[Row | Sample], bool]] = {
     "answers": lambda row: True,
@@ -31,19 +31,19 @@ _SERVES: dict[Needs, Callable[[Row | Sample], bool]] = {
 _WANTED: dict[Needs, str] = {
     "answers": "rows with an answer",
     "pairs": "pairs: rows with a chosen and a rejected answer (format preference)",
-    "labels": "rows that say whether their answer is a desirable one, or pairs (format preference)",
-    "prompts": "rows with true answers to compare with",
+    "labels": "rows whose answer is labeled desirable or undesirable, or pairs (format preference)",
+    "prompts": "rows with reference answers",
 }
 
 
 class Objective(ABC):
-    """What a run minimises.
+    """The loss that a run minimizes.
 
-    An instance is made while a recipe is read, so constructors only check their arguments.
+    The instance is created while the recipe is parsed, so constructors only check their arguments.
 
     Attributes:
-        needs: what it learns from; a data set whose rows lack it is refused before anything is loaded.
-        uses_reference: whether it compares with the model that training starts from.
+        needs: the kind of rows it learns from. Data of another kind is refused before anything is loaded.
+        uses_reference: whether the loss compares with the initial model.
     """
 
     needs: ClassVar[Needs] = "answers"
@@ -55,26 +55,26 @@ class Objective(ABC):
         return True
 
     def check(self, data: BindData, stage: str) -> None:
-        """Refuse data that the objective cannot learn from; the decoder is not loaded yet.
+        """Refuse data that the objective cannot learn from; called before the decoder is loaded.
 
         Args:
-            data: of the run.
+            data: the data of the run.
             stage: fit, validate or test.
 
         Raises:
-            InputError: names the source, a row of it, and what the row lacks.
+            InputError: names the source, one of its rows, and the missing field.
         """
         if self.uses_reference and stage != "fit":
             raise InputError(
-                f"{type(self).__name__} compares with the model that training started from, so its loss is measured "
-                "while training (val_loss in the run's metrics.csv). The trained model's loss per token of the true "
-                "answers: the same command with --model.objective null"
+                f"{type(self).__name__} compares with the initial model, so its loss is measured in training only "
+                "(val_loss in the run's metrics.csv). For the loss per token of the reference answers, add "
+                "--model.objective null"
             )
         if self.uses_reference and data.streamed:
             raise InputError(
-                f"{type(self).__name__} compares every training row with what the model said of it before training, "
-                "which takes rows that are known beforehand. Take data on disk (a table) in place of streamed "
-                "shards, or the objective ORPO, which compares with nothing"
+                f"{type(self).__name__} compares all training rows with the initial model, so it needs them "
+                "before training. Use a table on disk instead of streamed shards, or the objective ORPO, which has no "
+                "reference"
             )
         splits = {"fit": ("train", "validation"), "validate": ("validation",)}.get(stage, ("test",))
         self.check_rows([sample for split in splits for sample in data.samples(split)], data.sources)
@@ -87,7 +87,7 @@ class Objective(ABC):
             sources: of the recipe.
 
         Raises:
-            InputError: names the source, a row of it, and what the row lacks.
+            InputError: names the source, one of its rows, and the missing field.
         """
         lacking = [row for row in rows if not _SERVES[self.needs](row)]
         if not lacking:
@@ -96,9 +96,9 @@ class Objective(ABC):
         total = sum(row.source == worst for row in rows)
         example = next(row.name for row in lacking if row.source == worst)
         raise InputError(
-            f"{type(self).__name__} learns from {_WANTED[self.needs]}. Of the {total} rows of "
-            f"{sources[worst].path}, {count} are not such rows; one is {example}. Use other data, or another "
-            "model.objective"
+            f"{type(self).__name__} learns from {_WANTED[self.needs]}. {count} of the "
+            f"{total} rows of {sources[worst].path} are not; the first one is {example}. Use other data, or "
+            "another model.objective"
         )
 
     def on_start(self, model: BindLLM) -> None:  # noqa: B027 (most objectives do not need it)
@@ -120,17 +120,17 @@ class Objective(ABC):
         """Return a batch with the values that `prepare` computed for its rows.
 
         Args:
-            batch: from `bindllm.data.collate.collate`, on the device.
-            split: which samples ``batch["numbers"]`` counts: train, validation or test.
+            batch: a batch of `bindllm.data.collate.collate`, on the device.
+            split: the split that ``batch["numbers"]`` indexes: train, validation or test.
         """
         return batch
 
     @abstractmethod
     def loss(self, model: BindLLM, batch: Batch) -> tuple[Tensor, Metrics]:
-        """Return what is minimised, a float32 scalar, and what is logged beside it.
+        """Return the loss, a float32 scalar, and further values to log.
 
         Args:
-            model: in the mode of the moment.
+            model: in training or eval mode.
             batch: as `add_reference` returned it.
 
         Raises:
@@ -138,17 +138,17 @@ class Objective(ABC):
         """
 
     def count(self, batch: Batch) -> int:
-        """Return the number of things that a batch's loss is a mean of: its weight among other batches."""
+        """Return the number of terms in the mean loss of a batch, which is its weight among other batches."""
         return len(batch["numbers"])
 
     def held_out(self, model: BindLLM, batch: Batch) -> tuple[Tensor, int, Metrics]:
-        """Return a held-out batch's mean loss, the number of things it is a mean of, and metrics as in `loss`."""
+        """Return the mean loss of a held-out batch, the number of its terms, and metrics as in `loss`."""
         loss, metrics = self.loss(model, batch)
         return loss, self.count(batch), metrics
 
 
 def check_positive(name: str, value: float) -> float:
-    """Return a number of a recipe, or refuse it.
+    """Return a number of a recipe if it is finite and above 0.
 
     Raises:
         InputError: it is not finite, or not above 0.

@@ -1,4 +1,4 @@
-"""Direct preference optimisation: the chosen answer becomes likelier than the rejected one, against the start.
+"""Direct preference optimization: makes chosen answers likelier than rejected ones, relative to the initial model.
 
 DPO (arXiv 2305.18290, eq. 7), its label smoothing (E. Mitchell, "A note on DPO with noisy preferences", 2023) and IPO
 (arXiv 2310.12036, eq. 17).
@@ -23,17 +23,17 @@ LOSSES = ("sigmoid", "ipo")
 
 
 class DPO(Objective):
-    """Learns from pairs of a chosen and a rejected answer, held near the model that training starts from.
+    """Learns from pairs of a chosen and a rejected answer, and stays near the initial model.
 
     Args:
-        beta: how strongly the start holds; larger is stronger. For ``ipo`` the paper's tau.
+        beta: strength of the pull toward the initial model. For ``ipo`` the paper's tau.
         loss: sigmoid (DPO) or ipo.
-        label_smoothing: share of pairs, 0 to below 0.5, that are taken to be the wrong way round (sigmoid alone).
-        normalize_length: take means over the tokens of an answer in place of sums, so that long answers weigh no
-            more than short ones (arXiv 2411.15124, section 5.1). The papers of both losses take sums.
+        label_smoothing: expected share of swapped pairs, 0 to below 0.5 (only for sigmoid).
+        normalize_length: use the mean over the tokens of an answer instead of the sum, so that long answers do not
+            weigh more than short ones (arXiv 2411.15124, section 5.1). The papers of both losses use sums.
 
     Raises:
-        InputError: a value outside of its range, or options that exclude each other.
+        InputError: a value is out of range, or options exclude each other.
     """
 
     needs: ClassVar[Needs] = "pairs"
@@ -51,17 +51,17 @@ class DPO(Objective):
         if not 0 <= label_smoothing < 0.5:
             raise InputError(f"DPO: label_smoothing must be from 0 to below 0.5, not {label_smoothing}")
         if label_smoothing and loss == "ipo":
-            raise InputError("DPO: label_smoothing is for loss sigmoid; with ipo leave it out")
+            raise InputError("DPO: label_smoothing is only for loss sigmoid; remove it with ipo")
         self.beta = check_positive("DPO: beta", beta)
         self.kind, self.label_smoothing, self.normalize_length = loss, label_smoothing, normalize_length
         self._references = References()
 
     def on_start(self, model: BindLLM) -> None:
-        """Remember which weights are the reference."""
+        """Record the weights of the reference model."""
         self._references.on_start(model)
 
     def prepare(self, model: BindLLM, data: BindData, context: RunContext) -> None:
-        """Compute, or read, the reference log-probabilities of all training and validation pairs."""
+        """Compute or read the reference log-probabilities of all training and validation pairs."""
         splits = {split: data.samples(split) for split in ("train", "validation")}
         columns = {
             split: [samples, [sample.rejected for sample in samples]]
@@ -72,11 +72,11 @@ class DPO(Objective):
 
     def add_reference(self, batch: Batch, split: str) -> Batch:
         """Add ``reference``, the reference log-probability of each row, [2B]."""
-        # Columns below each other, as the rows of the batch are: the chosen answers, then the rejected.
+        # One column after the other, in the order of the batch: chosen answers, then rejected ones.
         return {**batch, "reference": self._references.of(split, batch["numbers"]).T.flatten()}
 
     def loss(self, model: BindLLM, batch: Batch) -> tuple[Tensor, Metrics]:
-        """Return the mean loss of the pairs; logged are rewards, their margin, and how often it is positive."""
+        """Return the mean loss of the pairs; logs rewards, their margin, and how often it is positive."""
         log_probs, num_tokens = answer_log_probs(model, batch)
         ratio = log_probs - batch["reference"]
         chosen, rejected = (ratio / num_tokens if self.normalize_length else ratio).chunk(2)
@@ -91,13 +91,13 @@ def dpo_loss(gap: Tensor, *, beta: float, kind: str = "sigmoid", label_smoothing
     """Return the loss of each pair.
 
     Args:
-        gap: log ratio (trained to reference) of the chosen answer minus that of the rejected one, [B].
-        beta: as for `DPO`.
+        gap: log ratio (trained / reference) of the chosen answer minus that of the rejected one, [B].
+        beta: see `DPO`.
         kind: sigmoid or ipo.
-        label_smoothing: as for `DPO`.
+        label_smoothing: see `DPO`.
 
     Returns:
-        [B].
+        Losses, [B].
 
     Example:
         >>> import torch

@@ -1,9 +1,9 @@
-"""Group relative policy optimisation: answers that earn more than others to the same question become likelier.
+"""Group relative policy optimization: answers with more reward than others to the same question become likelier.
 
 DeepSeekMath (arXiv 2402.03300), section 4.1: equation 3 with outcome supervision and the KL estimator of equation 4.
-Dr. GRPO (arXiv 2503.20783), section 3.2, leaves out two of its divisions.
+Dr. GRPO (arXiv 2503.20783), section 3.2, omits two of its divisions.
 
-Letters: `B` prompts, `G` answers to each, `R = B * G`, `N` tokens of all answers.
+Shapes: `B` prompts, `G` answers to each, `R = B * G`, `N` tokens of all answers.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from bindllm.parallel import RunContext
 
 @dataclass
 class Rollout:
-    """Answers that were drawn and judged, and what is compared with while they are learnt from.
+    """Sampled answers with their advantages, and the log-probabilities that the loss compares with.
 
     Attributes:
-        batch: what the model takes, R rows.
-        advantages: of each answer within its group, [R].
-        reference: log-probabilities of the tokens under the model at the start, [N]; None where ``beta`` is 0.
-        metrics: what is logged about the answers.
-        old: log-probabilities of the tokens when the answers were drawn, [N]; set when they are first learnt from.
-        uses: how many steps have learnt from them.
+        batch: inputs of the model, R rows.
+        advantages: advantage of each answer within its group, [R].
+        reference: log-probabilities of the tokens under the initial model, [N]; None if ``beta`` is 0.
+        metrics: values to log about the answers.
+        old: log-probabilities of the tokens when they were sampled, [N]; set at the first use.
+        uses: number of steps that have used the answers.
     """
 
     batch: Batch
@@ -50,28 +50,28 @@ class Rollout:
 
 
 class GRPO(Objective):
-    """Learns from its own answers, by a reward that can be verified, held near the model that training starts from.
+    """Learns from its own answers and a verifiable reward, and stays near the initial model.
 
-    To each question of a batch the model draws a group of answers; those that earn more than the mean of their group
-    become likelier, the others less likely. The rows need true answers, and their wording is never imitated.
+    The model samples a group of answers to each question of a batch. Answers with more reward than the mean of their
+    group become likelier, the others less likely. The rows need reference answers, whose wording is never imitated.
 
     Args:
-        reward: what an answer earns; null: `ExactAnswer`.
-        group_size: answers drawn to each question, 2 or more; a step learns from ``data.batch_size * group_size``.
-        beta: how strongly the start holds, 0 or more. At 0 no start weights are kept, a forward is saved, and answers
-            that are as good as the mean of their group are not run through the model again.
-        clip: how far from 1 the ratio of a token's probability to that when it was drawn still counts; of effect from
-            the second step on the same answers.
-        temperature: that answers are drawn with; 1 is the model itself.
-        max_new_tokens: longest answer, its end token included. A longer one is cut, and judged as it is.
+        reward: reward of an answer; null: `ExactAnswer`.
+        group_size: answers per question, at least 2; a step learns from ``data.batch_size * group_size``.
+        beta: weight of the KL divergence from the initial model, at least 0. With 0 no initial weights are kept, one
+            forward pass is saved, and answers with an advantage of 0 skip the second one.
+        clip: largest distance from 1 of the ratio of a token's probability to its probability at sampling; matters
+            from the second step on the same answers.
+        temperature: sampling temperature; 1 samples from the model's own distribution.
+        max_new_tokens: longest answer, including its end token. Longer ones are truncated, and judged as they are.
         steps_per_rollout: optimizer steps on the answers to one batch of questions.
         normalize_std: divide the rewards of a group by their standard deviation. False as in Dr. GRPO: questions that
             are nearly always or nearly never answered right weigh less.
-        normalize_length: mean over the tokens of an answer. False as in Dr. GRPO: the sum over them, divided by
-            ``max_new_tokens``, so that long wrong answers are not spared.
+        normalize_length: use the mean over the tokens of an answer. False as in Dr. GRPO: the sum divided by
+            ``max_new_tokens``, so that long wrong answers are not favored.
 
     Raises:
-        InputError: a value outside of its range.
+        InputError: a value is out of range.
     """
 
     needs: ClassVar[Needs] = "prompts"
@@ -110,66 +110,66 @@ class GRPO(Objective):
 
     @property
     def can_checkpoint(self) -> bool:
-        """Whether no answers are waiting to be learnt from once more."""
+        """False while answers are to be used again: a saved state does not hold them."""
         return self._held is None
 
     def check(self, data: BindData, stage: str) -> None:
-        """Refuse rows that the reward cannot judge, and keep the others at hand.
+        """Refuse rows that the reward cannot judge, and keep the data for `add_reference`.
 
         Raises:
-            InputError: names the source, a row of it, and what the row lacks; or a run that cannot be repeated.
+            InputError: names the source, one of its rows, and the missing field; or options exclude each other.
         """
         if data.streamed:
             raise InputError(
-                "GRPO looks up the true answers of a row, which takes rows that are known beforehand. Take data on "
-                "disk (a table) in place of streamed shards"
+                "GRPO looks up the reference answers of a row, so it needs all rows before training. Use a table on "
+                "disk instead of streamed shards"
             )
         super().check(data, stage)
         splits = {"fit": ("train", "validation"), "validate": ("validation",)}.get(stage, ("test",))
         self.reward.check([sample for split in splits for sample in data.samples(split)])
         if stage == "fit" and self.steps_per_rollout > 1 and data.trainer.accumulate_grad_batches > 1:
             raise InputError(
-                "GRPO: steps_per_rollout above 1 goes on with a batch that the weights have moved since, and "
-                "trainer.accumulate_grad_batches would not have moved them; set one of the two to 1"
+                "GRPO: steps_per_rollout above 1 uses a batch again after an optimizer step, and with "
+                "trainer.accumulate_grad_batches there would be none between; set one of the two to 1"
             )
         self._data, self._pad_id = data, data.tokenizer.pad_token_id
         data.steps_per_batch = self.steps_per_rollout
 
     def on_start(self, model: BindLLM) -> None:
-        """Copy the weights that are trained: the reference, where there is one."""
+        """Copy the trained weights, which are the reference, if there is one."""
         if self.beta:
             trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
             self._start = {name: value.detach().clone() for name, value in trained.items()}
 
     def prepare(self, model: BindLLM, data: BindData, context: RunContext) -> None:
-        """Put the start weights where the model is."""
+        """Move the initial weights to the device of the model."""
         self._start = {name: value.to(context.device) for name, value in self._start.items()}
 
     def on_epoch_start(self) -> None:
-        """Drop answers that an epoch was cut off from: the state at its end does not hold them."""
+        """Drop answers that the last epoch has not used up: the state saved at its end does not hold them."""
         self._held = None
 
     def add_reference(self, batch: Batch, split: str) -> Batch:
-        """Return the prompts of a batch, padded on the left, with ``numbers`` and the ``split`` they count in."""
+        """Return the prompts of a batch, padded on the left, with ``numbers`` and the ``split`` that they index."""
         numbers = batch["numbers"]
         samples = self._data.samples(split)
         rows = [samples[n] for n in numbers.tolist()]
         prompts = prompt_batch(rows, self._data.lookup, pad_id=self._pad_id)
-        place = torch.tensor(SPLITS.index(split))
+        index = torch.tensor(SPLITS.index(split))
         return {
             **{name: value.to(numbers.device) for name, value in prompts.items()},
             "numbers": numbers,
-            "split": place,
+            "split": index,
         }
 
     def loss(self, model: BindLLM, batch: Batch) -> tuple[Tensor, Metrics]:
-        """Draw answers, or go on with those of the step before, and return the loss of all of them.
+        """Sample answers, or use those of the last step again, and return their loss.
 
-        Logged are the mean ``reward``, the share of ``useful`` groups (with answers of different rewards: only they
-        say what is better), mean ``length`` in tokens, the share of ``cut`` answers, and ``kl`` from the start.
+        Logs the mean ``reward``, the share of ``useful`` groups (only groups with different rewards have a gradient),
+        the mean ``length`` in tokens, the share of ``cut`` answers, and the divergence ``kl`` from the initial model.
 
         Raises:
-            InputError: the reward gives anything but a finite number for each answer.
+            InputError: the reward does not return one finite number for each answer.
         """
         key = tuple(batch["numbers"].tolist())
         if self._held is None or self._held[0] != key:
@@ -181,7 +181,7 @@ class GRPO(Objective):
         return found
 
     def held_out(self, model: BindLLM, batch: Batch) -> tuple[Tensor, int, Metrics]:
-        """Return minus the mean reward of greedy answers, which is what the best weights have least of."""
+        """Return the negative mean reward of greedy answers: the best weights have the lowest value."""
         samples = self._samples(batch)
         texts = greedy_answers(model, _prompts(batch), max_new_tokens=self.max_new_tokens)
         reward = self._judge(texts, samples).mean().to(model.device)
@@ -189,7 +189,7 @@ class GRPO(Objective):
 
     @torch.no_grad()
     def roll_out(self, model: BindLLM, batch: Batch) -> Rollout:
-        """Draw a group of answers to each prompt, and judge them.
+        """Sample a group of answers to each prompt, and judge them.
 
         Args:
             model: in any mode.
@@ -207,10 +207,10 @@ class GRPO(Objective):
         advantages = group_advantages(rewards, normalize_std=self.normalize_std)
         reference = None
         if self.beta:
-            # Tensors in place of the parameters for this call alone: the parameters themselves never change.
+            # The initial weights replace the parameters for this call only; the parameters never change.
             start = lambda **inputs: functional_call(model, self._start, kwargs=inputs)  # noqa: E731
             reference = token_log_probs(start, answers.batch, temperature=self.temperature)
-        # Under autocast older releases of torch would use weights again that were cast without gradients.
+        # Autocast of older torch releases would use weights again that were cast without gradients.
         torch.clear_autocast_cache()
         metrics = {
             "reward": rewards.mean(),
@@ -221,13 +221,13 @@ class GRPO(Objective):
         return Rollout(answers.batch, advantages.flatten().float(), reference, metrics)
 
     def learn(self, model: BindLLM, rollout: Rollout) -> tuple[Tensor, Metrics]:
-        """Return the loss of judged answers, a mean over all of them, and what is logged.
+        """Return the mean loss of judged answers, and values to log.
 
-        Where no group is useful and ``beta`` is 0 the loss is zero, with a gradient of zeros.
+        If no group is useful and ``beta`` is 0, the loss is zero with a gradient of zeros.
         """
         batch, advantages = rollout.batch, rollout.advantages
         if rollout.reference is None:
-            # The others have no gradient. One at least, so that devices that share a decoder run it together.
+            # The others have no gradient. At least one, because devices that share a decoder run it together.
             kept = advantages != 0
             kept[0] |= not kept.any()
             batch, advantages = {name: value[kept] for name, value in batch.items()}, advantages[kept]
@@ -244,7 +244,7 @@ class GRPO(Objective):
         if rollout.reference is not None:
             divergence = kl_estimate(log_probs, rollout.reference)
             each = each + self.beta * divergence
-            # Not index_add: on GPUs it adds in any order, and a resumed run would differ in the last bits.
+            # Not index_add: on GPUs its order of additions varies, so a resumed run would differ in the last bits.
             means = torch.where(own, divergence.detach(), 0).sum(1) / own.sum(1)
             metrics["kl"] = means.mean()
         sums = torch.where(own, each, 0).sum(1)
@@ -260,50 +260,50 @@ class GRPO(Objective):
         name, shape = type(self.reward).__name__, list(rewards.shape)
         if shape != [len(texts)]:
             raise InputError(
-                f"{name} gave rewards of shape {shape} for {len(texts)} answers; expected one for each"
+                f"{name} returned rewards of shape {shape} for {len(texts)} answers; expected [{len(texts)}]"
             )
         if not bool((good := rewards.isfinite()).all()):
             worst = texts[int(good.long().argmin())]
             raise InputError(
-                f"{name} gave a reward that is not finite, for the answer {worst!r}; expected a number"
+                f"{name} returned a reward that is not finite for the answer {worst!r}; expected a number"
             )
         return rewards
 
 
 def group_advantages(rewards: Tensor, *, normalize_std: bool = True) -> Tensor:
-    """Return how much better each answer is than its group (section 4.1.2), with the population's deviation.
+    """Return the advantage of each answer within its group (section 4.1.2).
 
     Args:
         rewards: [B, G].
-        normalize_std: divide by the standard deviation of the group.
+        normalize_std: divide by the population standard deviation of the group.
 
     Returns:
-        float64, [B, G]; exactly 0 in a group whose answers all have the same reward.
+        Advantages, float64, [B, G]; exactly 0 in a group of equal rewards.
 
     Example:
         >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]])).tolist()
         [[1.0, -1.0, -1.0, 1.0], [0.0, 0.0, 0.0, 0.0]]
     """
     rewards = rewards.double()
-    away = rewards - rewards.mean(1, keepdim=True)
+    centered = rewards - rewards.mean(1, keepdim=True)
     if normalize_std:
-        away = away / rewards.std(1, correction=0, keepdim=True)
-    # Not where the deviation is 0: the mean of equal rewards may miss them by a rounding.
+        centered = centered / rewards.std(1, correction=0, keepdim=True)
+    # Compare the rewards: the mean of equal numbers may differ from them by a rounding error.
     same = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
-    return torch.where(same, 0, away)
+    return torch.where(same, 0, centered)
 
 
 def clipped_surrogate(log_probs: Tensor, old: Tensor, advantages: Tensor, *, clip: float) -> Tensor:
-    """Return what is maximised of each token beside the divergence (equation 3).
+    """Return the clipped surrogate of each token (equation 3 without the divergence), which is maximized.
 
     Args:
-        log_probs: of the tokens now, [N].
-        old: of the tokens when they were drawn, without gradient, [N].
-        advantages: of the answers that the tokens belong to, [N].
+        log_probs: log-probabilities of the tokens now, [N].
+        old: log-probabilities when the tokens were sampled, without gradient, [N].
+        advantages: advantages of the answers that the tokens belong to, [N].
         clip: the paper's epsilon.
 
     Returns:
-        [N].
+        Surrogates, [N].
 
     Example:
         >>> now, old = torch.tensor([0.8, 0.8]).log(), torch.tensor([0.4, 0.4]).log()
@@ -318,11 +318,11 @@ def kl_estimate(log_probs: Tensor, reference: Tensor) -> Tensor:
     """Return the unbiased estimate of the divergence from the reference at each token (equation 4).
 
     Args:
-        log_probs: of the tokens now, [N].
-        reference: of the tokens under the reference, without gradient, [N].
+        log_probs: log-probabilities of the tokens now, [N].
+        reference: log-probabilities under the reference, without gradient, [N].
 
     Returns:
-        at least 0, [N].
+        Estimates, at least 0, [N].
     """
     ratio = reference - log_probs
     return torch.expm1(ratio) - ratio

@@ -1,4 +1,4 @@
-"""Kahneman-Tversky optimisation (arXiv 2402.01306, eq. 8): answers that are wanted or not, without pairs."""
+"""Kahneman-Tversky optimization (arXiv 2402.01306, eq. 8): desirable and undesirable answers, without pairs."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ _MISMATCHED = "mismatched_"
 
 
 class KTO(Objective):
-    """Makes desirable answers likelier and undesirable ones less likely, each against a point of reference.
+    """Makes desirable answers likelier and undesirable ones less likely, each relative to a reference point.
 
-    That point is how far the model has moved from its start: the mean log ratio of mismatched answers, never below
-    0. The paper pairs each prompt of a batch with the answer of the next one; here every row keeps one partner from
-    its split, drawn once, so that these too are compared with reference values that are computed once.
+    The reference point estimates the KL divergence from the initial model: the mean log ratio of mismatched answers,
+    at least 0. The paper pairs each prompt of a batch with the answer of the next one. Here every row has one partner
+    from its split, drawn once, so that the reference values of mismatched answers are computed once as well.
 
     A pair (chosen, rejected) counts as a desirable and an undesirable row.
 
     Args:
-        beta: how strongly the start holds; larger is stronger.
-        desirable_weight: of the desirable answers; the paper's lambda_D.
-        undesirable_weight: of the undesirable answers; the paper's lambda_U. The paper wants weight times number
-            of the desirable rows to be 1 to 4/3 of that of the undesirable ones.
+        beta: strength of the pull toward the initial model.
+        desirable_weight: weight of desirable answers; the paper's lambda_D.
+        undesirable_weight: weight of undesirable answers; the paper's lambda_U. The paper recommends that weight times
+            number of rows is 1 to 4/3 times as large for desirable rows as for undesirable ones.
 
     Raises:
-        InputError: a value that is not above 0.
+        InputError: a value is not above 0.
     """
 
     needs: ClassVar[Needs] = "labels"
@@ -57,11 +57,11 @@ class KTO(Objective):
         self._make_batch: Callable[[list[Sample]], Batch]
 
     def on_start(self, model: BindLLM) -> None:
-        """Remember which weights are the reference."""
+        """Record the weights of the reference model."""
         self._references.on_start(model)
 
     def prepare(self, model: BindLLM, data: BindData, context: RunContext) -> None:
-        """Draw the mismatched answers, and compute, or read, the reference log-probabilities of all answers."""
+        """Draw the mismatched answers, and compute or read the reference log-probabilities of all answers."""
         columns = {}
         for split in ("train", "validation"):
             if samples := data.samples(split):
@@ -72,7 +72,7 @@ class KTO(Objective):
         self._references.prepare(model, data, context, columns)
 
     def add_reference(self, batch: Batch, split: str) -> Batch:
-        """Add the rows of mismatched answers, and the reference log-probabilities of these and of all others."""
+        """Add the rows of mismatched answers, and the reference log-probabilities of all answers."""
         numbers = batch["numbers"]
         answers, rejected, reference = self._references.of(split, numbers).unbind(1)
         rows = self._make_batch([self._mismatched[split][n] for n in numbers.tolist()])
@@ -84,8 +84,8 @@ class KTO(Objective):
         }
 
     def loss(self, model: BindLLM, batch: Batch) -> tuple[Tensor, Metrics]:
-        """Return the mean loss of the rows; logged are the reference point, and how far rows are beyond it."""
-        # First: under autocast, weights that were cast without gradients would be used again with them.
+        """Return the mean loss of the rows; logs the reference point and the distance of the rows from it."""
+        # With gradients first: autocast caches cast weights, and those cast without gradients would be used again.
         ratio = answer_log_probs(model, batch)[0] - batch["reference"]
         mismatched = {
             name.removeprefix(_MISMATCHED): value for name, value in batch.items() if _MISMATCHED in name
@@ -101,12 +101,12 @@ class KTO(Objective):
             beta=self.beta,
             weights=(self.desirable_weight, self.undesirable_weight),
         )
-        ahead = self.beta * torch.where(desirable, ratio - point, point - ratio).detach()
-        metrics = {"margin": ahead, "accuracy": ahead > 0, "kl": point}
+        margin = self.beta * torch.where(desirable, ratio - point, point - ratio).detach()
+        metrics = {"margin": margin, "accuracy": margin > 0, "kl": point}
         return loss.mean(), {name: value.float().mean() for name, value in metrics.items()}
 
     def count(self, batch: Batch) -> int:
-        """Return the number of answers, of which a pair has two."""
+        """Return the number of answers; a pair has two."""
         return len(batch["labels"])
 
 
@@ -116,29 +116,29 @@ def kto_loss(
     """Return the loss of each row.
 
     Args:
-        ratio: log ratio (trained to reference) of each answer, [R].
+        ratio: log ratio (trained / reference) of each answer, [R].
         point: the reference point, a scalar without gradient, at least 0.
-        desirable: whether each answer is a wanted one, bool, [R].
-        beta: as for `KTO`.
-        weights: of desirable and of undesirable answers.
+        desirable: whether each answer is desirable, bool, [R].
+        beta: see `KTO`.
+        weights: weights of desirable and of undesirable answers.
 
     Returns:
-        [R], each from 0 to its weight.
+        Losses, [R], each between 0 and its weight.
     """
-    ahead = torch.where(desirable, ratio - point, point - ratio)
+    margin = torch.where(desirable, ratio - point, point - ratio)
     weight = torch.where(desirable, *(torch.full_like(ratio, value) for value in weights))
-    return weight * (1 - torch.sigmoid(beta * ahead))
+    return weight * (1 - torch.sigmoid(beta * margin))
 
 
 def mismatch(samples: Sequence[Sample], *, seed: int) -> list[Sample]:
-    """Give each row the last answer of another row, cut where it would be longer than the longest row.
+    """Return each row with the last answer of another row, truncated to the length of the longest row.
 
     Raises:
-        InputError: a single row, which has no other.
+        InputError: there is only one row.
     """
     if len(samples) < 2:
         raise InputError(
-            f"KTO needs at least 2 rows in a split, for mismatched answers; {samples[0].name} is alone"
+            f"KTO needs at least 2 rows in a split, for mismatched answers; {samples[0].name} is the only one"
         )
     order = np.random.default_rng(seed).permutation(len(samples))
     partner = dict(zip(order.tolist(), np.roll(order, 1).tolist(), strict=True))
@@ -150,12 +150,12 @@ def _with_answer(sample: Sample, other: Sample, longest: int) -> Sample:
     start = sample.prompt_length
     answer = other.input_ids[other.prompt_length :][: longest - start]
     blank = np.full(start, IGNORE, dtype=np.int64)
-    # An answer hears what its own first token heard: the media of the question.
-    heard = np.full(len(answer), sample.media_index[start], dtype=np.int64)
+    # The answer attends to the media of the question, as its own first token did.
+    index = np.full(len(answer), sample.media_index[start], dtype=np.int64)
     return replace(
         sample,
         input_ids=np.concatenate([sample.input_ids[:start], answer]),
         labels=np.concatenate([blank, answer]),
-        media_index=np.concatenate([sample.media_index[:start], heard]),
+        media_index=np.concatenate([sample.media_index[:start], index]),
         rejected=None,
     )

@@ -1,4 +1,4 @@
-"""Next-token cross entropy over the answers: what captions and instructions are learnt with."""
+"""Next-token cross entropy over the answers: the objective for captions and instructions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bindllm.objectives.base import Metrics, Objective
 
 
 class NextToken(Objective):
-    """Mean cross entropy of the supervised tokens; of a preference pair the chosen answer is learnt."""
+    """Mean cross entropy of the supervised tokens; of a preference pair, those of the chosen answer."""
 
     def loss(self, model: BindLLM, batch: Batch) -> tuple[Tensor, Metrics]:
         """Return the loss of a batch, per supervised token."""
@@ -31,13 +31,13 @@ def next_token_loss(logits: Tensor, targets: Tensor | None) -> Tensor:
 
     Args:
         logits: at the positions that predict a supervised token, [N, V], any float dtype.
-        targets: these tokens, [N].
+        targets: the supervised tokens, [N].
 
     Returns:
-        a float32 scalar.
+        A float32 scalar.
 
     Raises:
-        InputError: no token is supervised: its mean would be NaN, and would end the run some steps later.
+        InputError: no token is supervised. Its mean would be NaN, and would end the run some steps later.
 
     Example:
         >>> round(next_token_loss(torch.zeros(3, 8), torch.tensor([0, 5, 7])).item(), 4)  # log(8)
@@ -45,7 +45,7 @@ def next_token_loss(logits: Tensor, targets: Tensor | None) -> Tensor:
     """
     if targets is None or targets.numel() == 0:
         raise InputError(
-            "a batch has no supervised token, so it has no loss. Look at the label mask of your rows: "
-            "bindllm check --config RECIPE; captions may be empty, or data.max_length too small for the prompt"
+            "a batch has no supervised token, so it has no loss. Check the label mask of your rows with "
+            "bindllm check --config RECIPE: captions may be empty, or data.max_length too small for the prompt"
         )
     return nn.functional.cross_entropy(logits.to(torch.float32), targets)

@@ -1,4 +1,4 @@
-"""Odds-ratio preference optimisation (arXiv 2403.07691, eq. 3 to 7): no reference model."""
+"""Odds-ratio preference optimization (arXiv 2403.07691, eq. 3 to 7), without a reference model."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from bindllm.objectives.log_probs import answer_log_probs
 
 
 class ORPO(Objective):
-    """Learns the chosen answer of each pair, and makes its odds larger than those of the rejected one.
+    """Learns the chosen answer of each pair, and raises its odds above those of the rejected one.
 
     Args:
-        weight: of the odds ratio beside the chosen answer's loss; the paper's lambda.
+        weight: weight of the odds ratio relative to the loss of the chosen answer; the paper's lambda.
 
     Raises:
-        InputError: a weight that is not above 0.
+        InputError: the weight is not above 0.
     """
 
     needs: ClassVar[Needs] = "pairs"
@@ -30,16 +30,16 @@ class ORPO(Objective):
         self.weight = check_positive("ORPO: weight", weight)
 
     def loss(self, model: BindLLM, batch: Batch) -> tuple[Tensor, Metrics]:
-        """Return the mean loss of the pairs; logged are the chosen answers' loss and the log odds ratio.
+        """Return the mean loss of the pairs; logs the loss of the chosen answers and the log odds ratio.
 
         Raises:
-            InputError: a streamed row, which nobody has looked at before, is not a pair.
+            InputError: a streamed row, which no earlier check has seen, is not a pair.
         """
         rows, pairs = len(batch["numbers"]), len(batch["labels"]) - len(batch["numbers"])
         if pairs < rows:
             raise InputError(
                 f"ORPO learns from pairs of a chosen and a rejected answer, and {rows - pairs} of {rows} rows of a "
-                "batch are none; use sources of format preference alone"
+                "batch are not pairs; use only sources of format preference"
             )
         log_probs, num_tokens = answer_log_probs(model, batch)
         chosen, rejected = (log_probs / num_tokens).chunk(2)
@@ -53,7 +53,7 @@ def log_odds(log_prob: Tensor) -> Tensor:
     """Return log(p / (1 - p)), of any shape.
 
     Args:
-        log_prob: log p, at most 0. A p of 1, whose odds are infinite, counts as the largest number below 1.
+        log_prob: log p, at most 0. A p of 1, whose odds are infinite, is treated as the largest number below 1.
 
     Example:
         >>> round(log_odds(torch.tensor(0.2).log()).item(), 4)  # log(0.2 / 0.8)

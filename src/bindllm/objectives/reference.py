@@ -1,9 +1,9 @@
-"""What the model thought of every answer before training: computed once, and kept in a file of the run.
+"""Log-probabilities of all answers under the initial model: computed once, and kept in a file of the run.
 
     runs/<name>/reference.safetensors    a tensor [rows, columns] per split; its metadata hold a fingerprint
 
-The fingerprint is one of the weights at the start and of the tokens and embeddings of all rows, so a resumed run finds
-its own values and any other run does not.
+The fingerprint covers the initial weights and the tokens and embeddings of all rows, so a resumed run finds its own
+values and any other run does not.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from bindllm.parallel import RunContext
 REFERENCE = "reference.safetensors"
 
 Columns = Sequence[Sequence[Sample | None]]
-"""Answers to compare, by column: that of each row, and others that belong to the same row, or None."""
+"""Answers by column: the answer of each row, and others (or None) that belong to the same row."""
 
 
 class References:
-    """Log-probabilities of answers under the model as a run starts."""
+    """Log-probabilities of answers under the initial model of a run."""
 
     def __init__(self) -> None:
         self._start = ""
         self._values: dict[str, Tensor] = {}
 
     def on_start(self, model: BindLLM) -> None:
-        """Take the fingerprint of the weights that a run starts from; a resumed run restores others later."""
+        """Take the fingerprint of the initial weights; a resumed run restores its own later."""
         parts = model.describe()
         own = {name: parts[name] for name in ("decoder", "bind", "inject", "adapter")}
         digest = hashlib.sha256(json.dumps(own, sort_keys=True, default=str).encode())
@@ -87,8 +87,8 @@ class References:
                 )
         elif context.resumed:
             raise TrainingError(
-                f"{file} is missing, or was made from other rows or weights, and this run has left its start: "
-                "restore that file, or start afresh with --resume false"
+                f"{file} is missing, or was made from other rows or weights, and this run no longer has its initial "
+                "weights: restore that file, or start again with --resume false"
             )
         else:
             kept = _arranged(_compute(model, plan, batches, len(rows), context), columns)
@@ -97,7 +97,7 @@ class References:
         self._values = {split: values.to(context.device) for split, values in kept.items()}
 
     def of(self, split: str, numbers: Tensor) -> Tensor:
-        """Return the values of rows of a split, [B, columns]; NaN where a row has no such answer."""
+        """Return the values of rows of a split, [B, columns]; NaN if a row has no such answer."""
         return self._values[split][numbers]
 
 
@@ -111,7 +111,7 @@ def _add(digest: hashlib._Hash, name: str, value: Tensor) -> None:
 
 
 def _fingerprint(start: str, columns: Mapping[str, Columns], batches: Sequence[Callable[[], Batch]]) -> str:
-    """Hex digits that change with the weights, and with tokens, media or order of the rows."""
+    """Return hex digits that change with the weights, and with tokens, media or order of the rows."""
     digest = hashlib.sha256(start.encode())
     for split, members in columns.items():
         shape = [[sample is not None for sample in column] for column in members]
@@ -130,9 +130,9 @@ def _compute(
     count: int,
     context: RunContext,
 ) -> Tensor:
-    """Log-probability of each row, [count]; every process computes a share and gets all."""
+    """Return the log-probability of each row, [count]; every process computes a share and gets all."""
     rank, world_size = context.processes.rank, context.processes.world_size
-    # As many for each process: the parts of a sharded model are gathered by all of them together.
+    # The same number for each process: all of them gather the layers of a sharded decoder together.
     mine = share(list(range(len(plan))), world_size=world_size, rank=rank)
     shown = track(
         enumerate(mine),
@@ -146,7 +146,7 @@ def _compute(
     for turn, position in shown:
         batch = {name: value.to(context.device) for name, value in batches[position]().items()}
         log_probs, _ = answer_log_probs(model, batch)
-        # The last batches of a share may repeat the first ones of another.
+        # The last batches of a share may repeat the first ones of another share.
         if rank + turn * world_size < len(plan):
             found.append((plan[position], log_probs.float().tolist()))
     values = torch.zeros(count)
@@ -154,23 +154,23 @@ def _compute(
         values[rows] = torch.tensor(numbers)
     if not bool(values.isfinite().all()):
         raise TrainingError(
-            "a reference log-probability is not finite: the model that the run starts from gives NaN or infinity. "
-            "Look at init_from, or use another dtype of the decoder"
+            "a reference log-probability is not finite: the initial model returns NaN or infinity. Check "
+            "model.init_from, or use another decoder.dtype"
         )
     return values
 
 
 def _arranged(values: Tensor, columns: Mapping[str, Columns]) -> dict[str, Tensor]:
-    """Put values into a table for each split, [rows, columns], NaN where there is no answer."""
-    tables, place = {}, iter(values.tolist())
+    """Arrange values in one table per split, [rows, columns]; NaN for a missing answer."""
+    tables, numbers = {}, iter(values.tolist())
     for split, members in columns.items():
-        table = [[next(place) if sample else float("nan") for sample in column] for column in members]
+        table = [[next(numbers) if sample else float("nan") for sample in column] for column in members]
         tables[split] = torch.tensor(table).T.contiguous()
     return tables
 
 
 def _read(file: Path, fingerprint: str) -> dict[str, Tensor] | None:
-    """Return what is kept under a fingerprint, or None."""
+    """Return the values that are stored under a fingerprint, or None."""
     if not file.is_file():
         return None
     try:
@@ -188,5 +188,5 @@ def _write(file: Path, values: dict[str, Tensor], fingerprint: str) -> None:
             save_file(values, part, metadata={"fingerprint": fingerprint})
     except (OSError, SafetensorError) as error:
         raise TrainingError(
-            f"{file} cannot be written ({error}): make room, and run the command again"
+            f"{file} cannot be written ({error}): free some disk space, and run the command again"
         ) from error

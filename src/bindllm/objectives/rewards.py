@@ -1,4 +1,4 @@
-"""Rewards that can be verified: how good an answer is, from the facts of its row and nothing else."""
+"""Verifiable rewards: the quality of an answer, computed from the reference answers of its row."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from bindllm.errors import InputError, did_you_mean
 
 
 class Reward(ABC):
-    """How good answers are. Derive from it, and name the class in a recipe by its import path.
+    """Rewards answers. Subclass it, and name the class in a recipe by its import path.
 
-    An instance is made while a recipe is read, so constructors only check their arguments.
+    The instance is created while the recipe is parsed, so constructors only check their arguments.
 
     Example:
         class Short(Reward):
@@ -30,10 +30,10 @@ class Reward(ABC):
         """Refuse rows whose answers cannot be judged; called once, before the decoder is loaded.
 
         Args:
-            samples: all rows of the run that are learnt from or validated with.
+            samples: all training and validation rows.
 
         Raises:
-            InputError: names a row and what it lacks.
+            InputError: names a row and its missing field.
         """
 
     @abstractmethod
@@ -41,17 +41,16 @@ class Reward(ABC):
         """Return the reward of each answer.
 
         Args:
-            answers: texts without control tokens, R of them.
-            samples: the row that each of them answers; it has ``references``, ``options``, ``type`` and
-                ``conversation``.
+            answers: R texts without control tokens.
+            samples: the row of each answer, with ``references``, ``options``, ``type`` and ``conversation``.
 
         Returns:
-            [R], finite; the scale is free where a group's rewards are divided by their deviation.
+            Finite rewards, [R]. Their scale does not matter if GRPO's ``normalize_std`` is on.
         """
 
 
 class ExactAnswer(Reward):
-    """1 for a right answer and 0 for a wrong one, as held-out answers are judged (`bindllm.data.answers.is_right`)."""
+    """1 for a right answer and 0 for a wrong one, by the rule of held-out answers (`bindllm.data.answers.is_right`)."""
 
     def __call__(self, answers: Sequence[str], samples: Sequence[Sample]) -> Tensor:
         """Return 0 or 1 for each answer, [R]."""
@@ -60,10 +59,10 @@ class ExactAnswer(Reward):
 
 
 class OptionLetter(Reward):
-    """1 for the letter of the right option of a multiple choice, 0 for that of another one.
+    """1 for the letter of the right option of a multiple choice, 0 for another option.
 
     Args:
-        unreadable: reward of an answer that chooses no option; below 0 it teaches to choose one.
+        unreadable: reward of an answer that chooses no option; a value below 0 discourages such answers.
 
     Raises:
         InputError: ``unreadable`` is 1 or more.
@@ -77,15 +76,15 @@ class OptionLetter(Reward):
         self.unreadable = unreadable
 
     def check(self, samples: Sequence[Sample]) -> None:
-        """Refuse rows without options, and rows whose true answers choose none.
+        """Refuse rows without options, and rows whose reference answers choose none.
 
         Raises:
             InputError: names one of them.
         """
         if lacking := [sample.name for sample in samples if not _letters(sample)]:
             raise InputError(
-                f"OptionLetter judges multiple choices, and {len(lacking)} of {len(samples)} rows have no options, or "
-                f"no true answer that chooses one; one is {lacking[0]}. Use rows of the format choice, or ExactAnswer"
+                f"OptionLetter judges multiple choices, but {len(lacking)} of {len(samples)} rows have no options, or "
+                f"no reference answer that chooses one; the first is {lacking[0]}. Use format choice, or ExactAnswer"
             )
 
     def __call__(self, answers: Sequence[str], samples: Sequence[Sample]) -> Tensor:
@@ -98,15 +97,15 @@ class OptionLetter(Reward):
 
 
 class CaptionMetric(Reward):
-    """How many words an answer shares with the closest of the true ones, 0..1.
+    """Share of words, 0..1, that an answer has in common with the closest reference answer.
 
     Args:
         metric: ``rouge_l``, the F-measure of the longest common subsequence of words
-            (https://aclanthology.org/W04-1013); or ``words``, that of the words in any order
+            (https://aclanthology.org/W04-1013); or ``words``, the F-measure of the words in any order
             (arXiv 1606.05250, section 6.1).
 
     Raises:
-        InputError: an unknown metric.
+        InputError: the metric is unknown.
     """
 
     def __init__(self, metric: Literal["rouge_l", "words"] = "rouge_l") -> None:
@@ -128,7 +127,7 @@ class CaptionMetric(Reward):
 
 
 def f_measure(words: Sequence[str], other: Sequence[str], shared: int) -> float:
-    """Return the harmonic mean of two shares: of the words that are shared, and of the other words that are.
+    """Return the F-measure: the harmonic mean of the shared fraction of ``words`` and of ``other``.
 
     Example:
         >>> f_measure(["red"], ["red", "square"], 1)
@@ -148,8 +147,8 @@ def longest_common(words: Sequence[str], other: Sequence[str]) -> int:
     for word in words:
         above = row
         row = [0]
-        for place, mine in enumerate(other):
-            row.append(above[place] + 1 if word == mine else max(row[-1], above[place + 1]))
+        for index, candidate in enumerate(other):
+            row.append(above[index] + 1 if word == candidate else max(row[-1], above[index + 1]))
     return row[-1]
 
 
@@ -164,7 +163,7 @@ _SHARED: dict[str, Callable[[Sequence[str], Sequence[str]], int]] = {
 
 
 def _letters(sample: Sample) -> set[str]:
-    """The options that the true answers of a row choose."""
+    """Return the options that the reference answers of a row choose."""
     if not sample.options:
         return set()
     return {letter for text in sample.references if (letter := option_letter(text, sample.options))}

@@ -1,4 +1,4 @@
-"""Answers that a model draws to prompts, and the batch that they are learnt from."""
+"""Sampling answers to prompts, and the training batch that is made of them."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ _PLAIN = {
     "repetition_penalty": 1.0,
     "num_beams": 1,
 }
-"""Options under which tokens are drawn from the whole distribution, whatever the decoder's folder recommends."""
+"""Options that sample from the full distribution, whatever the decoder's folder recommends."""
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model has said to B prompts, G times to each: R = B * G answers, those to one prompt side by side.
+    """The answers of a model to B prompts, G each: R = B * G answers, grouped by prompt.
 
     Attributes:
-        batch: prompts with their answers, padded on the right, as `bindllm.data.collate.answer_batch` makes them; the
-            labels are the drawn tokens, the end token included.
+        batch: prompts with their answers, padded on the right, as from `bindllm.data.collate.answer_batch`; the labels
+            are the sampled tokens, including the end token.
         texts: the answers without control tokens.
-        cut: whether the answer reached the longest length without an end, bool, [R].
+        cut: whether the answer reached the maximum length without an end token, bool, [R].
     """
 
     batch: Batch
@@ -44,14 +44,14 @@ class Answers:
 def draw_answers(
     model: BindLLM, prompts: Batch, *, group_size: int, temperature: float, max_new_tokens: int
 ) -> Answers:
-    """Draw answers from a model, all in one batch with a key/value cache; torch's random numbers are used.
+    """Sample answers, all in one batch with a key/value cache, with torch's global random numbers.
 
     Args:
-        model: in any mode; it answers in eval mode, without gradients.
-        prompts: as `bindllm.data.collate.prompt_batch` makes them, B of them.
+        model: in any mode; it generates in eval mode, without gradients.
+        prompts: a batch of `bindllm.data.collate.prompt_batch`, B rows.
         group_size: answers to each prompt, G.
-        temperature: divides the logits; 1 draws from the model itself.
-        max_new_tokens: longest answer, its end token included.
+        temperature: divisor of the logits; 1 samples from the model's own distribution.
+        max_new_tokens: longest answer, including its end token.
     """
     ids = _generate(
         model,
@@ -63,28 +63,28 @@ def draw_answers(
         **_PLAIN,
     )
     ended = torch.isin(ids, _end_tokens(model).to(ids.device))
-    # The first end token belongs to the answer; what follows it is padding.
-    said = ended.cumsum(1) - ended.long() == 0
-    batch = _join(prompts, ids, said, group_size)
+    # The first end token belongs to the answer; padding follows it.
+    in_answer = ended.cumsum(1) - ended.long() == 0
+    batch = _join(prompts, ids, in_answer, group_size)
     return Answers(batch, _texts(model, ids), ~ended.any(1))
 
 
 def greedy_answers(model: BindLLM, prompts: Batch, *, max_new_tokens: int) -> list[str]:
-    """Return the likeliest answer to each prompt, token by token; arguments as for `draw_answers`."""
+    """Return the greedy answer to each prompt; arguments as for `draw_answers`."""
     ids = _generate(model, prompts, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens)
     return _texts(model, ids)
 
 
 def token_log_probs(model: Callable[..., BindOutput], batch: Batch, *, temperature: float = 1.0) -> Tensor:
-    """Return the log-probability of each learnt token of a batch, row after row.
+    """Return the log-probability of each supervised token of a batch, row after row.
 
     Args:
-        model: a `BindLLM` in any mode; the result has a gradient where gradients are on.
-        batch: with what the model takes; the N learnt tokens are its labels after each row's first.
-        temperature: that the tokens were drawn with.
+        model: a `BindLLM` in any mode; the result has a gradient if gradients are enabled.
+        batch: inputs of the model; the N supervised tokens are its labels after the first of each row.
+        temperature: the sampling temperature.
 
     Returns:
-        In nats, [N], float32 (float64 from logits of that kind).
+        Log-probabilities in nats, [N], float32 (float64 if the logits are).
     """
     output = model(**model_inputs(batch))
     logits = output.logits.to(torch.promote_types(output.logits.dtype, torch.float32))
@@ -93,7 +93,7 @@ def token_log_probs(model: Callable[..., BindOutput], batch: Batch, *, temperatu
 
 def _generate(model: BindLLM, prompts: Batch, **options: Any) -> Tensor:
     mode = model.training
-    # Activation checkpointing, which train mode switches on, would do without the key/value cache.
+    # Activation checkpointing, which train mode enables, would disable the key/value cache.
     model.eval()
     try:
         return model.generate_from(**prompts, **options)
@@ -106,29 +106,22 @@ def _texts(model: BindLLM, ids: Tensor) -> list[str]:
 
 
 def _end_tokens(model: BindLLM) -> Tensor:
-    """Ids that end a generation."""
+    """Return the ids that end a generation."""
     ends = model.decoder.generation_config.eos_token_id
     return torch.tensor([] if ends is None else ends, dtype=torch.long).reshape(-1)
 
 
-def _join(prompts: Batch, ids: Tensor, said: Tensor, group_size: int) -> Batch:
-    """Put answers [R, A] behind their prompts, and all padding to the right.
-
-    Args:
-        prompts: padded on the left, B of them.
-        ids: tokens of the answers.
-        said: 1 on tokens that belong to an answer.
-        group_size: answers to each prompt.
-    """
+def _join(prompts: Batch, ids: Tensor, in_answer: Tensor, group_size: int) -> Batch:
+    """Append answers [R, A] to their prompts, and move all padding to the right."""
     given = {name: value.repeat_interleave(group_size, dim=0) for name, value in prompts.items()}
     mask, index = given["attention_mask"], given["media_index"]
     blank = torch.full_like(ids, IGNORE)
     columns = {
         "input_ids": torch.cat([given["input_ids"], ids], dim=1),
-        "attention_mask": torch.cat([mask, said.long()], dim=1),
-        # An answer hears what the end of its prompt hears, as in a generation.
-        "media_index": torch.cat([index, torch.where(said, index[:, -1:], NO_MEDIA)], dim=1),
-        "labels": torch.cat([torch.full_like(mask, IGNORE), torch.where(said, ids, blank)], dim=1),
+        "attention_mask": torch.cat([mask, in_answer.long()], dim=1),
+        # An answer attends to the media of the end of its prompt, as in generation.
+        "media_index": torch.cat([index, torch.where(in_answer, index[:, -1:], NO_MEDIA)], dim=1),
+        "labels": torch.cat([torch.full_like(mask, IGNORE), torch.where(in_answer, ids, blank)], dim=1),
     }
     width = columns["input_ids"].shape[1]
     padding = mask.shape[1] - mask.sum(1, keepdim=True)

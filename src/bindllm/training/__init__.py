@@ -1,1 +1,1 @@
-"""Training: objective, optimiser, Lightning module and report."""
+"""Training: the Lightning module, optimizer, saved states, strategies for several devices, and alignment."""

@@ -1,4 +1,4 @@
-"""What a run shows of itself: the table of parameters, and what the model says of a few held-out pictures."""
+"""Output of a run: the table of parameters, and the model's answers for a few validation rows."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ from bindllm.training.runlog import RunLog
 
 
 def check_monitors(callbacks: Sequence[Callback], *, num_validation: int) -> None:
-    """Refuse callbacks that watch a validation figure where there is nothing to validate with.
+    """Refuse callbacks that monitor a validation metric if there are no validation rows.
 
     Args:
-        callbacks: those of a trainer.
-        num_validation: validation rows (or batches) that a run will measure.
+        callbacks: the callbacks of a trainer.
+        num_validation: number of validation rows (or batches) that a run measures.
 
     Raises:
-        InputError: names the callback and what it watches.
+        InputError: names the callback and its metric.
     """
     for callback in callbacks:
-        watched, strict = vars(callback).get("monitor"), vars(callback).get("strict", True)
-        if not num_validation and strict and isinstance(watched, str) and watched.startswith("val_"):
+        monitor, strict = vars(callback).get("monitor"), vars(callback).get("strict", True)
+        if not num_validation and strict and isinstance(monitor, str) and monitor.startswith("val_"):
             raise InputError(
-                f"{type(callback).__name__} watches {watched}, but there are no validation rows to measure it "
+                f"{type(callback).__name__} monitors {monitor}, but there are no validation rows to measure it "
                 "with; raise held_out of a source, or remove the callback from trainer.callbacks"
             )
 
 
 class ParameterTable(Callback):
-    """Prints what became of the data, what is trained and what is frozen, before the first step."""
+    """Prints the report of the data, and the trained and frozen parameters, before the first step."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse callbacks that would find nothing to watch; the data are ready, the decoder is not loaded yet.
+        """Check the callbacks; the data is ready and the decoder is not loaded yet.
 
         Raises:
-            InputError: a callback watches the validation, and there is none.
+            InputError: a callback monitors the validation, and there are no validation rows.
         """
         if stage == "fit":
             validated = trainer.limit_val_batches and len(trainer.datamodule.samples("validation"))
@@ -54,7 +54,7 @@ class ParameterTable(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the report of the data, and the table."""
         groups = pl_module.model.parameter_groups()
-        # The adapter's parameters are inside the decoder, and have a row of their own.
+        # The adapter's parameters are part of the decoder, but have their own row.
         grouped = {id(value) for group in groups.values() for _, value in group}
         values = pl_module.model.decoder.parameters()
         frozen = sum(num_weights(value) for value in values if id(value) not in grouped)
@@ -63,13 +63,13 @@ class ParameterTable(Callback):
 
 
 class SampleCaptions(Callback):
-    """Lets the model answer for a few fixed validation pictures after each validation: the loss in words.
+    """Generates answers for a few fixed validation rows with media after each validation.
 
-    A row of `latest` says what was asked (``question``) where that differs from row to row: not for captions.
+    Rows of `latest` have the keys ``media``, ``reference``, ``model``, and ``question`` unless it is a caption.
 
     Args:
-        log: where the answers are kept.
-        count: number of pictures.
+        log: receives the answers.
+        count: number of rows.
         max_new_tokens: longest answer.
     """
 
@@ -83,7 +83,7 @@ class SampleCaptions(Callback):
         samples = spread(trainer.datamodule.samples("validation"), self.count)
         if trainer.sanity_checking or not samples:
             return
-        # On all processes: those that share a decoder run it together.
+        # On all processes, because processes that share a decoder run it together.
         model = pl_module.model
         batch = prompt_batch(samples, trainer.datamodule.lookup, pad_id=model.tokenizer.pad_token_id)
         ids = model.generate_from(**batch, do_sample=False, max_new_tokens=self.max_new_tokens)
@@ -91,7 +91,7 @@ class SampleCaptions(Callback):
         if not trainer.is_global_zero:
             return
         self.latest = [_row(sample, text) for sample, text in zip(samples, texts, strict=True)]
-        # The step under which Lightning logs the validation loss that belongs to these answers.
+        # The step under which Lightning logs the loss of this validation.
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
         self.run_log.log_captions(self.latest, step)
         for logger in trainer.loggers:
@@ -100,14 +100,14 @@ class SampleCaptions(Callback):
 
 
 def spread(samples: Sequence[Sample], count: int) -> list[Sample]:
-    """Return up to ``count`` samples that show something, evenly spread, so that they are not all of one kind."""
+    """Return up to ``count`` samples with media, evenly spread, so that they are not all of one source."""
     shown = [sample for sample in samples if sample.media]
     count = min(count, len(shown))
     return [shown[n * len(shown) // count] for n in range(count)]
 
 
 def _row(sample: Sample, answer: str) -> dict[str, str]:
-    """What was shown, what was asked unless it is a caption, what is true and what was generated."""
+    """Return media, question (unless it is a caption), reference answers and the model's answer."""
     questions = [message.text for message in sample.conversation.messages if message.role == "user"]
     asked = {} if sample.task == "caption" else {"question": questions[-1]}
     reference = " | ".join(dict.fromkeys(sample.references))

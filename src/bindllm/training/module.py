@@ -1,7 +1,7 @@
-"""The Lightning module: what one training step, one validation pass and one saved state are.
+"""The Lightning module: one training step, one validation pass, and the tensors of a saved state.
 
-The decoder is loaded in `configure_model`, after the data are ready: parsing a recipe, printing it, or filling the
-embedding store never waits for it.
+The decoder is loaded in `configure_model`, after the data is ready: parsing a recipe, printing it, or precomputing
+embeddings never waits for it.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from bindllm.training.stages import init_from_checkpoint
 from bindllm.training.strategies import ShardedDecoder, averages_gradients, check_strategy
 
 LAST_GOOD = "last_good"
-"""Ending of the folder, beside the run's, that keeps the weights from before a step that was not finite."""
+"""Suffix of the folder, next to the run's, for the weights from before a step that was not finite."""
 
 
-class AnyEncoder(ABC):  # noqa: B024 (its methods are looked for, never inherited)
-    """What a recipe accepts as an encoder: a class with the methods of `bindllm.encoders.Encoder`.
+class AnyEncoder(ABC):  # noqa: B024 (checked by its methods, never inherited)
+    """Type of an encoder in a recipe: a class with the methods of `bindllm.encoders.Encoder`.
 
-    jsonargparse compares the annotations of a Protocol word by word, and would refuse a stranger's class that
-    writes ``list[Tensor]`` where ours has ``Sequence[Tensor]``; this asks for the methods alone.
+    jsonargparse compares the annotations of a Protocol literally, and would refuse a user's class that has
+    ``list[Tensor]`` instead of ``Sequence[Tensor]``. This class only checks the names of the methods.
     """
 
     @classmethod
@@ -55,18 +55,18 @@ class BindModule(LightningModule):
     The signature is the ``model`` section of a recipe.
 
     Args:
-        decoder: which language model, and its dtype.
+        decoder: the language model and its dtype.
         encoders: the frozen encoders, each by its import path.
         bind: shape of the bind network.
         inject: kind of injection.
         optim: optimizer and schedule.
-        trainable: names of the parameter groups that are trained; all others are frozen.
-        adapter: what of the decoder is tuned (group `adapter`); null: nothing.
-        cache: the visual cache that the checkpoint names, for other senses at inference, or its folder alone; null:
-            none. A run does not open it: pictures need none.
-        init_from: a checkpoint folder whose trained tensors are the starting point.
-        objective: what is minimised; null: `NextToken`.
-        checkpoint_activations: compute activations twice and keep few of them: less memory, more time.
+        trainable: names of the trained parameter groups; all others are frozen.
+        adapter: adapter of the decoder (group `adapter`); null: none.
+        cache: the visual cache that the checkpoint names, for modalities other than images at inference, or only its
+            folder; null: none. Training does not open it.
+        init_from: a checkpoint folder whose trained tensors are the initial weights.
+        objective: the training objective; null: `NextToken`.
+        checkpoint_activations: recompute activations in the backward pass: less memory, more time.
     """
 
     def __init__(
@@ -88,8 +88,8 @@ class BindModule(LightningModule):
         self.bind_config, self.inject_config, self.optim_config = bind, inject, optim
         if bind.fusion != "unit":
             raise InputError(
-                f"bind.fusion is {bind.fusion!r}, which is for the released weights: training fuses the media of a row "
-                "at unit length; leave it out"
+                f"bind.fusion is {bind.fusion!r}, which is only for released weights: training fuses the media of a "
+                "row at unit length; remove bind.fusion from the recipe"
             )
         self.trainable, self.adapter_config, self.init_from = trainable, adapter, init_from
         self.objective = NextToken() if objective is None else objective
@@ -100,27 +100,27 @@ class BindModule(LightningModule):
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The decoder's tokenizer; the data need it long before the decoder."""
+        """The decoder's tokenizer; the data needs it before the decoder is loaded."""
         return load_tokenizer(self.decoder_config)
 
     def setup(self, stage: str) -> None:
-        """Refuse data that the objective cannot learn from; Lightning has made them ready.
+        """Refuse data that the objective cannot learn from; called when the data is ready.
 
         Raises:
-            InputError: names what the rows lack.
+            InputError: names the missing field.
         """
         self.objective.check(self.trainer.datamodule, stage)
 
     def configure_model(self) -> None:
-        """Load the decoder and join the parts to it; Lightning calls this before fit, validate and test."""
+        """Load the decoder and build the model; Lightning calls this before fit, validate and test."""
         if self.model is not None:
             return
         strategy = None if self._trainer is None else self._trainer.strategy
         if strategy is not None:
             check_strategy(strategy)
-        # Embedding the pictures may have drawn random numbers; the initial weights must not depend on that.
+        # Embedding media may have drawn random numbers; the initial weights must not depend on that.
         reset_seed()
-        # A decoder that is to be spread over the devices may be too large for one of them.
+        # A sharded decoder may be too large for one device.
         device = "cpu" if isinstance(strategy, ShardedDecoder) else self.device
         if self.decoder_config.quantize is not None and strategy is not None:
             # Lightning moves the module after this, and weights in 8 bits cannot be moved.
@@ -145,14 +145,14 @@ class BindModule(LightningModule):
         self.objective.on_start(self.model)
 
     def on_fit_start(self) -> None:
-        """Prepare the objective, and set the modes that Lightning leaves alone: the decoder stays in eval mode."""
+        """Prepare the objective, and set the modes, which Lightning does not change: the decoder stays in eval mode."""
         self.eval()
         with self.trainer.precision_plugin.predict_step_context():
             self.objective.prepare(self.model, self.trainer.datamodule, RunContext.of_trainer(self.trainer))
         self.train()
 
     def on_train_epoch_start(self) -> None:
-        """Tell the objective."""
+        """Forward the hook to the objective."""
         self.objective.on_epoch_start()
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -163,7 +163,7 @@ class BindModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return what the gradient is taken of: the loss of a batch, weighed among those of its step."""
+        """Return the loss of a batch, weighted among the batches of its step."""
         batch = self.objective.add_reference(batch, "train")
         loss, metrics = self.objective.loss(self.model, batch)
         self.log_dict({"lr": self.lr_schedulers().get_last_lr()[0]})
@@ -171,11 +171,11 @@ class BindModule(LightningModule):
         return self._accumulation.add(loss, self.objective.count(batch), trainer=self.trainer)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Weigh the gradients of the step's batches, and look at the whole before it reaches the weights.
+        """Weight the gradients of the step's batches, and check them before they change the weights.
 
         Raises:
-            TrainingError: loss or gradient is not finite, on all devices alike; the weights are kept as they were
-                before this step. In float16 the gradient is the loss scaler's business, which skips the step.
+            TrainingError: loss or gradient is not finite, on all devices alike; the weights from before this step are
+                saved. In float16 the loss scaler handles the gradient and skips the step.
         """
         gradients = [
             p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
@@ -202,11 +202,11 @@ class BindModule(LightningModule):
         return self.model.trainable_state()
 
     def load_state_dict(self, state_dict: dict[str, Tensor], *args: Any, **kwargs: Any) -> None:
-        """Take over a saved state; a missing or an extra tensor is an error."""
+        """Load a saved state; a missing or an extra tensor is an error."""
         self.model.load_trainable_state(state_dict, source="the saved state")
 
     def _log_held_out(self, split: str, batch: Batch) -> None:
-        # Lightning weighs a batch's mean by batch_size, and sums both over devices: the mean over all tokens.
+        # Lightning weights a mean by batch_size and sums both over devices, so this is the mean over all tokens.
         prefix = {"validation": "val", "test": "test"}[split]
         loss, count, metrics = self.objective.held_out(self.model, self.objective.add_reference(batch, split))
         options = {"batch_size": count, "on_epoch": True, "sync_dist": True}
@@ -214,26 +214,30 @@ class BindModule(LightningModule):
         self.log_dict({f"{prefix}_{name}": value for name, value in metrics.items()}, **options)
 
     def _stop(self, what: str) -> NoReturn:
-        """End the run at a step that is not finite, keeping the weights from before it."""
+        """End the run at a step that is not finite, and save the weights from before it."""
         run = Path(self.trainer.default_root_dir)
-        # Beside the run's folder: the next run sets that aside, and may start from these weights.
+        # Next to the run's folder: the next run renames that one, and may start from these weights.
         folder = run.with_name(f"{run.name}.{LAST_GOOD}")
         if self.trainer.is_global_zero:
             self.model.save_pretrained(folder)
-        # The others are here as well; the first to leave would stop one that is writing.
+        # All processes stop here; one that ended earlier would let the launcher kill the one that is writing.
         self.trainer.strategy.barrier()
         raise TrainingError(
             f"the {what} is not finite at step {self.global_step + 1}; the weights from before it are kept in "
-            f"{folder}. Go on from them with a lower learning rate: --model.init_from {folder} "
+            f"{folder}. Continue from them with a lower learning rate: --model.init_from {folder} "
             f"--model.optim.lr {self.optim_config.lr / 3:.1g}"
         )
 
 
 class WeightedAccumulation:
-    """Weighs the batches of a step by what they hold.
+    """Token-weighted gradient accumulation: every token (or pair) of a step counts the same.
 
-    A step of one batch on one device is left alone, to the bit. So is one of DeepSpeed, which keeps gradients to
-    itself: there each batch weighs the same.
+    A step sums the gradients of several batches: `accumulate_grad_batches` in turn, on every device. Lightning averages
+    the means of the batches, so a token of a short batch would weigh more. Here each mean is scaled by its number of
+    terms before the backward pass, and the sum is divided by the total, as in one large batch.
+
+    A step of one batch on one device is unchanged, to the bit. With DeepSpeed, which does not expose its gradients,
+    each batch weighs the same.
 
     Example:
         loss = accumulation.add(loss, count, trainer=trainer)      # for each batch, before backward
@@ -244,12 +248,12 @@ class WeightedAccumulation:
         self._batches: list[tuple[Tensor, int]] = []
 
     def add(self, loss: Tensor, count: int, *, trainer: Trainer) -> Tensor:
-        """Return what to take the gradient of.
+        """Return the scaled loss for the backward pass.
 
         Args:
-            loss: of a batch, a mean.
-            count: the number of things that it is a mean of.
-            trainer: of the run.
+            loss: mean loss of a batch.
+            count: number of terms in the mean.
+            trainer: the trainer of the run.
         """
         self._batches.append((loss.detach(), count))
         return loss * count if _divisor(trainer) > 1 else loss
@@ -258,8 +262,8 @@ class WeightedAccumulation:
         """Scale the gradients of a step in place, on all devices alike, and return the step's mean loss.
 
         Args:
-            gradients: averaged over devices, and over batches by Lightning.
-            trainer: of the run.
+            gradients: gradients as averaged over devices and batches by Lightning.
+            trainer: the trainer of the run.
         """
         batches, self._batches = self._batches, []
         if len(batches) == 1 and _divisor(trainer) == 1 == trainer.world_size:
@@ -272,7 +276,7 @@ class WeightedAccumulation:
 
 
 def _divisor(trainer: Trainer) -> int:
-    """How many batches the gradients of a step have been divided by."""
+    """Return the number of batches that the gradients of a step were divided by."""
     if not averages_gradients(trainer.strategy):
         return 1
     return trainer.world_size * trainer.accumulate_grad_batches

@@ -1,7 +1,7 @@
 """The optimizer: AdamW with a linear warm-up and a cosine decay, over named groups of parameters.
 
-What is trained is chosen by the names of groups, never by a substring of parameter names; `groups_table` shows
-the outcome before the first step.
+Trained parameters are selected by the names of groups, never by a substring of parameter names; `groups_table` shows
+the selection before the first step.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from bindllm.errors import InputError
 Groups = Mapping[str, Sequence[tuple[str, nn.Parameter]]]
 """Named groups of named parameters, as `BindLLM.parameter_groups` returns them."""
 
-# Gates and queries start at or near zero and carry the whole signal at first: decay would hold them there.
+# Gates and queries start at or near zero, and decay would keep them there.
 _UNDECAYED_GROUPS = frozenset({"inject"})
 
 
@@ -37,10 +37,10 @@ class OptimConfig:
     """Decay of the running means of the gradient and of its square."""
 
     weight_decay: float = 0.05
-    """Decoupled weight decay of matrices; gates, queries, norms and biases have none."""
+    """Decoupled weight decay of matrices; gates, queries, norms and biases have no decay."""
 
     warmup: float = 0.05
-    """Linear warm-up: a share of all steps when below 1, else a number of steps."""
+    """Linear warm-up: a share of all steps if below 1, else a number of steps."""
 
     final_lr: float = 0.1
     """Learning rate at the last step, as a share of `lr`; the decay is a cosine."""
@@ -72,11 +72,11 @@ def build_optimizer(groups: Groups, config: OptimConfig, *, fused: bool = True) 
     Args:
         groups: the named groups.
         config: learning rate, betas and decay.
-        fused: one pass over memory instead of ten; not together with Lightning's mixed precision, which refuses to
-            clip the gradients of such an optimizer.
+        fused: one pass over memory instead of ten; must be False with Lightning's mixed precision, which cannot clip
+            the gradients of a fused optimizer.
 
     Raises:
-        InputError: nothing is trainable.
+        InputError: no parameter is trainable.
     """
     decayed, plain = [], []
     for group, members in groups.items():
@@ -120,11 +120,11 @@ def build_schedule(
     """Return the schedule over ``total`` steps.
 
     Raises:
-        InputError: the run has no end, so the decay has no length.
+        InputError: the run has no end, so the length of the decay is unknown.
     """
     if not math.isfinite(total):
         raise InputError(
-            "the learning rate decays over the run, so it needs an end: set trainer.max_epochs or max_steps"
+            "the learning rate decays over the run, so the run needs an end: set trainer.max_epochs or max_steps"
         )
     return torch.optim.lr_scheduler.LambdaLR(optimizer, partial(lr_factor, total=int(total), config=config))
 
@@ -147,11 +147,11 @@ def describe_groups(groups: Groups) -> list[dict[str, Any]]:
 
 
 def groups_table(groups: Groups, frozen: int) -> Table:
-    """Return a table of what is trained.
+    """Return a table of trained and frozen parameters.
 
     Args:
         groups: the named groups.
-        frozen: number of parameters outside of all groups (the decoder's).
+        frozen: number of parameters outside of all groups (those of the decoder).
     """
     table = Table("group", "tensors", "parameters", "with weight decay", "", box=box.SIMPLE)
     for column in table.columns[1:4]:

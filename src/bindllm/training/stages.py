@@ -1,8 +1,8 @@
-"""Stages: a run goes on from the checkpoint folder of another one, if that was made for the same base.
+"""Stages: a run starts from the checkpoint folder of another run, if both have the same base.
 
-The first stage trains bind network and gates; the second (ImageBind-LLM, arXiv 2309.03905, section 3.3) adds an adapter
-and trains that alone; further ones go on with it. The trained tensors mean something on their own base alone, so
-whatever changes what they compute is compared, even where every name and shape would fit.
+The first stage trains bind network and gates. The second (ImageBind-LLM, arXiv 2309.03905, section 3.3) adds an adapter
+and trains only that; further stages continue with it. Trained tensors are only valid on their own base, so every
+setting that changes their effect is compared, even if all names and shapes fit.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ if TYPE_CHECKING:
     from bindllm.encoders import Encoder
     from bindllm.model.bindllm import BindLLM
 
-# Changes the embedding of several media in one message, and nothing else; the released weights have another one.
+# It only changes the embedding of several media in one message; the released weights use another one.
 _NOT_COMPARED = ("fusion",)
 
 
 def init_from_checkpoint(model: BindLLM, folder: str | Path) -> None:
-    """Take over the trained tensors of a checkpoint folder.
+    """Load the trained tensors of a checkpoint folder.
 
-    An adapter that the folder does not have stays as it is: it starts by changing nothing.
+    A new adapter, which the folder does not have, keeps its initial weights.
 
     Raises:
-        CheckpointError: the folder was made for another base; says what differs, and what to do.
+        CheckpointError: the folder was made for another base; lists the differences and a remedy.
     """
     warnings = check_base(
         folder,
@@ -50,7 +50,7 @@ def init_from_checkpoint(model: BindLLM, folder: str | Path) -> None:
     for warning in warnings:
         logging.getLogger("bindllm").warning(warning)
     manifest = read_manifest(folder)
-    # What is trained on from somebody's weights stays under their license.
+    # Weights that are trained from others stay under their license.
     model.origin = manifest.get("origin", "")
     tensors = read_weights(folder, manifest)
     if not manifest.get("adapter"):
@@ -68,22 +68,21 @@ def check_base(
     inject: InjectConfig,
     adapter: AdapterConfig | None,
 ) -> list[str]:
-    """Compare what a checkpoint folder was made for with what a recipe describes; no weights are loaded.
+    """Compare the base of a checkpoint folder with that of a recipe; no weights are loaded.
 
     Args:
-        folder: the checkpoint of the stage before.
-        decoder: the recipe's, as all that follows.
-        encoders: in their order.
+        folder: the checkpoint of the earlier stage.
+        decoder: decoder of the recipe, as all following arguments.
+        encoders: encoders in their order.
         bind: shape of the bind network.
         inject: kind of injection.
-        adapter: what of the decoder is tuned; None: nothing.
+        adapter: adapter of the decoder; None: none.
 
     Returns:
-        sentences about what differs and may.
+        Sentences about differences that are allowed.
 
     Raises:
-        CheckpointError: other decoder, encoders, bind network, injection or adapter, or an adapter that the recipe
-            leaves out.
+        CheckpointError: decoder, encoders, bind network, injection or adapter differ, or the recipe lacks the adapter.
     """
     manifest = read_manifest(folder)
     saved = read_configs(folder, manifest)
@@ -92,14 +91,14 @@ def check_base(
     if saved["adapter"] is not None:
         if adapter is None:
             raise CheckpointError(
-                f"{folder} has an adapter, on which all that it learned rests, and this recipe has none: its decoder "
-                f"would be another. Go on with the same one: model.adapter: {_as_yaml(saved['adapter'])}"
+                f"{folder} was trained with an adapter, and this recipe has none, so its decoder differs. Use the same "
+                f"adapter: model.adapter: {_as_yaml(saved['adapter'])}"
             )
         differing += _adapter_differences(saved["adapter"], adapter)
     if differing:
         raise CheckpointError(
-            f"{folder} was made for another base than this recipe describes: {'; '.join(differing)}. Take these values "
-            f"from {Path(folder) / 'recipe.yaml'} or bindllm.json there, or train the stage before with these here"
+            f"{folder} was made for another base than this recipe: {'; '.join(differing)}. Copy the values from "
+            f"{Path(folder) / 'recipe.yaml'} or bindllm.json there, or train the earlier stage with these values"
         )
     return _remarks(folder, manifest, saved["bind"], decoder, bind)
 
@@ -120,13 +119,13 @@ def _check_frozen(
     for what, (found, expected) in compared.items():
         if found != expected:
             raise CheckpointError(
-                f"{folder} was trained with another {what} than this recipe names: use the recipe.yaml in it "
-                f"({what} there: {theirs[what]}, as it was then)"
+                f"the {what} of {folder} ({theirs[what]}) differ from those of this recipe, by their fingerprint: use "
+                f"{Path(folder) / 'recipe.yaml'}"
             )
 
 
 def _differences(section: str, there: Any, here: Any) -> list[str]:
-    """Name the settings of a section that differ."""
+    """List the settings of a section that differ."""
     return [
         f"{section}.{field.name} is {_shown(getattr(there, field.name))} there and "
         f"{_shown(getattr(here, field.name))} here"
@@ -136,18 +135,18 @@ def _differences(section: str, there: Any, here: Any) -> list[str]:
 
 
 def _adapter_differences(there: AdapterConfig, here: AdapterConfig) -> list[str]:
-    """Name the settings of an adapter that change what it computes: alpha and rslora count by their scale."""
-    told = [
+    """List the settings of an adapter that differ in effect: alpha and rslora are compared by their scale."""
+    found = [
         difference
         for difference in _differences("adapter", there, here)
         if not difference.startswith(("adapter.alpha ", "adapter.rslora "))
     ]
     if not math.isclose(there.scale, here.scale):
-        told.append(
+        found.append(
             f"adapter.alpha is {_alpha(there)} there, which makes the scale {there.scale:g}, and {_alpha(here)} here, "
             f"which makes it {here.scale:g}"
         )
-    return told
+    return found
 
 
 def _alpha(config: AdapterConfig) -> str:
@@ -157,10 +156,9 @@ def _alpha(config: AdapterConfig) -> str:
 def _remarks(
     folder: str | Path, manifest: dict[str, Any], there: BindConfig, decoder: DecoderConfig, bind: BindConfig
 ) -> list[str]:
-    """Say what differs and may.
+    """Describe the allowed differences.
 
-    Quantization is a rounding of the same decoder: a first stage in bfloat16 and a second one on 4 bits is how QLoRA is
-    used, and what was trained on the one works on the other.
+    Quantization rounds the same decoder. A first stage in bfloat16 and a second one on 4 bits is the usual QLoRA setup.
     """
     remarks, saved = [], manifest["decoder"]
     quantized = saved.get("quantize")
@@ -169,7 +167,7 @@ def _remarks(
         if before != now:
             remarks.append(
                 f"{folder} was trained with decoder.{setting} {_shown(before)}, this run has {_shown(now)}: its "
-                "prompts read differently, so the loss may start higher"
+                "prompts differ, so the loss may start higher"
             )
     if quantized != decoder.quantize:
         remarks.append(
@@ -186,8 +184,8 @@ def _remarks(
 
 def _as_yaml(config: AdapterConfig) -> str:
     values = {field.name: getattr(config, field.name) for field in fields(config)}
-    told = (f"{name}: {_shown(value)}" for name, value in values.items() if value is not None)
-    return f"{{{', '.join(told)}}}"
+    shown = (f"{name}: {_shown(value)}" for name, value in values.items() if value is not None)
+    return f"{{{', '.join(shown)}}}"
 
 
 def _shown(value: Any) -> str:

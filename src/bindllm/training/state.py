@@ -1,11 +1,10 @@
-"""What a run keeps on disk while it runs, so that nothing but the last moments can be lost.
+"""The saved state of a run, so that an interrupted run resumes with the loss of at most its last minute.
 
-    runs/<name>/last.ckpt           everything that training needs to go on, replaced in one step
-    runs/<name>/best.safetensors    the trained tensors with the lowest validation loss so far
+    runs/<name>/last.ckpt               everything that training needs to resume, replaced atomically
+    runs/<name>/best-<step>.safetensors the trained tensors with the lowest validation loss so far
 
-Saved states lie between two steps that need nothing from each other: after a step that no validation follows, or
-after the validation and all that is decided from it. A run that goes on from one takes the same steps, to the bit,
-as a run that was never interrupted.
+States are saved where the next step needs nothing else: after a step that no validation follows, or after the
+validation and all decisions based on it. A resumed run takes the same steps, to the bit, as a run without interruption.
 """
 
 from __future__ import annotations
@@ -33,9 +32,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed
 
 from bindllm.atomic import atomic_file
-from bindllm.errors import BindLLMError, CheckpointError, InputError, TrainingError
+from bindllm.errors import CheckpointError, InputError, TrainingError
 from bindllm.training.runlog import RunLog
-from bindllm.training.watch import Watch
 
 LAST = "last.ckpt"
 BEST = "best-*.safetensors"
@@ -47,10 +45,10 @@ class Interrupted(Exception):
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes Lightning's states in one step, and reads them without unpickling.
+    """Writes Lightning's states atomically, and reads them without unpickling.
 
-    Lightning itself writes to the system's temporary folder and moves the file from there, which is a copy when
-    that is another file system: killed meanwhile, it leaves a part of a state where the whole one was.
+    Lightning writes to the system's temporary folder and moves the file, which is a copy on another file system:
+    killed during the copy, it leaves a partial state in place of the earlier one.
     """
 
     def save_checkpoint(
@@ -59,7 +57,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Write a state.
 
         Raises:
-            TrainingError: the disk is full or not writable; an earlier state at ``path`` is untouched.
+            TrainingError: the disk is full or not writable; an earlier state at ``path`` is unchanged.
         """
         with _writing(path) as part:
             torch.save(checkpoint, part)
@@ -72,40 +70,40 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises many kinds for a damaged file
+        except Exception as error:  # torch raises many types for a damaged file
             raise CheckpointError(
-                f"{path} cannot be read ({str(error).splitlines()[0]}); start the run afresh with --resume false"
+                f"{path} cannot be read ({str(error).splitlines()[0]}); start the run again with --resume false"
             ) from error
 
 
 @contextmanager
 def _writing(path: str | Path) -> Iterator[Path]:
-    """Write a file in one step; a disk that is full or not writable gives a `TrainingError`."""
+    """Write a file atomically; raises `TrainingError` if the disk is full or not writable."""
     with map_write_errors(path), atomic_file(path) as part:
         yield part
 
 
 @contextmanager
 def map_write_errors(path: str | Path) -> Iterator[None]:
-    """Turn what a full disk raises, here and in torch and safetensors, into one `TrainingError`."""
+    """Turn the errors of a full disk, also those of torch and safetensors, into a `TrainingError`."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         raise TrainingError(
-            f"{path} cannot be written ({error}). What was saved before is untouched: make room and run the same "
+            f"{path} cannot be written ({error}). Earlier files are unchanged: free some disk space and run the same "
             "command again"
         ) from error
 
 
 class RunState(Checkpoint):
-    """Saves the state of a run, keeps the best weights, and turns the first Ctrl-C into an orderly stop.
+    """Saves the state of a run, keeps the best weights, and makes the first Ctrl-C stop at a saved state.
 
-    Of several processes the first one writes, and what it writes is whole: what is trained is the same on all of them.
+    Only rank 0 writes, because all processes hold the same trained tensors.
 
     Args:
         folder: the run's folder.
-        log: what the run has logged so far.
-        every_seconds: a state is saved when this much time has passed since the last one.
+        log: the log of the run.
+        every_seconds: time between saved states.
 
     Attributes:
         best_loss: lowest validation loss so far, or None.
@@ -123,23 +121,22 @@ class RunState(Checkpoint):
         self._rows: dict[str, Any] | None = None
         self._random: RandomState | None = None
         self._num_processes = 1
-        self._watch: Watch | None = None
         self._interrupted = self._may_stop = False
         self._clock = self._saved_at = time.monotonic()
         self._handlers: dict[int, Any] = {}
 
     @property
     def last(self) -> Path:
-        """Where the state is."""
+        """Path of the saved state."""
         return self.folder / LAST
 
     @property
     def _best_file(self) -> Path:
-        """Where the best weights are; the step is in the name, so that a state never finds those of a later one."""
+        """Path of the best weights; its name has the step, so that a state never reads those of a later step."""
         return self.folder / BEST.replace("*", str(self.best_step))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the callback itself must know after a resume."""
+        """Return the values that the callback needs to resume."""
         return {
             "best_loss": self.best_loss,
             "best_step": self.best_step,
@@ -151,47 +148,40 @@ class RunState(Checkpoint):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned.
+        """Load the values of `state_dict`.
 
         Raises:
-            CheckpointError: the state is of another version of bindllm.
-            InputError: the state is of a run on another number of processes.
+            CheckpointError: the state was saved by another version of bindllm.
+            InputError: the state was saved by another number of processes.
         """
         if state_dict.keys() != self.state_dict().keys():
             raise CheckpointError(
-                f"the interrupted run in {self.folder} is of another version of bindllm, which kept other things. "
-                "Finish it with that version, or start afresh with --resume false (it is kept beside the new one)"
+                f"the interrupted run in {self.folder} was saved by another version of bindllm. Finish it with that "
+                "version, or start again with --resume false (it is kept next to the new one)"
             )
         if state_dict["num_processes"] != self._num_processes:
             raise InputError(
                 f"the interrupted run in {self.folder} had {state_dict['num_processes']} processes, this one has "
-                f"{self._num_processes}: it would see other rows in each step. Give it as many, or start afresh "
-                "with --resume false"
+                f"{self._num_processes}: each step would have other rows. Use the same number, or start again with "
+                "--resume false"
             )
         self.best_loss, self.best_step = state_dict["best_loss"], state_dict["best_step"]
         self.seconds, self._stopped_early = state_dict["seconds"], state_dict["stopped_early"]
         self._rows, self._random = state_dict["rows"], state_dict["random"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Connect the processes, where there are several, so that none waits for one that is gone."""
+        """Note the number of processes, because a state only resumes with the same number."""
         self._num_processes = trainer.world_size
-        if trainer.world_size > 1:
-            self._watch = Watch(
-                trainer.global_rank,
-                trainer.world_size,
-                host=trainer.strategy.cluster_environment.main_address,
-                broadcast=trainer.strategy.broadcast,
-            )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on being finished, if early stopping ended the run before the state was saved."""
+        """Do not train further if early stopping had ended the run when the state was saved."""
         trainer.should_stop = self._stopped_early
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that the data are the same, cut the log back to where the run goes on, and listen to signals.
+        """Check that the data is the same, truncate the log to the resumed step, and install signal handlers.
 
-        Lightning would compare the data itself, but only with loaders made after the state was read; the schedule
-        needs the length of an epoch, and so its loader, before that.
+        Lightning restores only loaders that are created after the state was read, but the schedule needs the length of
+        an epoch, and so its loader, before that.
         """
         if self._rows is not None:
             trainer.train_dataloader.load_state_dict(self._rows)
@@ -201,23 +191,23 @@ class RunState(Checkpoint):
         self.seconds["embed"] += trainer.datamodule.report.seconds_embedding
         self.run_log.keep_before(trainer.global_step)
         if threading.current_thread() is threading.main_thread():
-            # A run in the background has SIGINT ignored: Ctrl-C is meant for what is in the foreground.
-            heard = [number for number in _STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-            self._handlers = {number: signal.signal(number, self._on_signal) for number in heard}
+            # A background job ignores SIGINT: Ctrl-C is meant for the foreground job.
+            handled = [number for number in _STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+            self._handlers = {number: signal.signal(number, self._on_signal) for number in handled}
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Stop, if that was asked for and the state is saved."""
+        """Stop if requested and the state is saved."""
         self._stop_if_asked(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save when it is time or the run is asked to stop, unless a validation or an optimizer step is pending.
+        """Save if it is time or a stop is requested, unless a validation or an optimizer step is pending.
 
-        Lightning takes a validation that follows a saved step for done, and forgets accumulated gradients; an
-        objective that is to go on with the same batch forgets what it knows of it.
+        After a resume, Lightning skips a validation that was due at the saved step and loses accumulated gradients. An
+        objective loses its data about a batch that it uses again.
         """
         late = time.monotonic() - self._saved_at >= self.every_seconds
         due = trainer.strategy.reduce_boolean_decision(self._interrupted or late, all=False)
@@ -236,7 +226,7 @@ class RunState(Checkpoint):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the weights if they are the best so far."""
         loss = float(trainer.callback_metrics.get("val_loss", math.inf))
-        # Not "loss >= best": that is false for NaN, which would then be the best.
+        # Not "loss >= best", which is false for NaN: NaN would become the best loss.
         if trainer.sanity_checking or not loss < (math.inf if self.best_loss is None else self.best_loss):
             return
         self.best_loss, self.best_step = loss, trainer.global_step
@@ -251,30 +241,19 @@ class RunState(Checkpoint):
         self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop before the run is measured, if that was asked for."""
+        """Stop before the evaluation if requested."""
         self._stop_if_asked(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the signals back, and leave the other processes in order."""
+        """Restore the signal handlers."""
         self._release_signals()
-        if self._watch is not None:
-            self._watch.stop()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the signals back, and let the other processes know; Lightning calls no teardown after an exception."""
+        """Restore the signal handlers; Lightning calls no teardown after an exception."""
         self._release_signals()
-        if self._watch is None:
-            return
-        if isinstance(exception, Interrupted):
-            self._watch.stop()
-        elif self._watch.explains(exception):
-            # It has said so. What the library would do now is to wait for the lost process once more.
-            os._exit(1)
-        else:
-            self._watch.fail(_in_short(exception))
 
     def best_weights(self) -> dict[str, Tensor] | None:
-        """Return the tensors with the lowest validation loss, or None where none was measured."""
+        """Return the tensors with the lowest validation loss, or None without validation."""
         return None if self.best_loss is None else load_file(self._best_file)
 
     def forget(self) -> None:
@@ -289,23 +268,23 @@ class RunState(Checkpoint):
         self._rows = trainer.train_dataloader.state_dict()
         self._random = random_state(trainer.strategy)
         trainer.save_checkpoint(self.last)
-        # Only now: killed before, the run goes on from a state that names earlier best weights.
+        # After the save: a run that is killed before it resumes from a state that names earlier best weights.
         if trainer.is_global_zero:
             for file in set(self.folder.glob(BEST)) - {self._best_file}:
                 file.unlink()
-        # All processes or none: the signal may have reached one of them a moment before the others.
+        # All processes or none: the signal may reach one of them before the others.
         self._may_stop = trainer.strategy.reduce_boolean_decision(self._interrupted, all=False)
 
     def _stop_if_asked(self, trainer: Trainer) -> None:
-        # Not right after the save: Lightning logs a step when all callbacks are done with it.
+        # Not right after the save: Lightning logs a step after all callbacks.
         if self._may_stop:
             raise Interrupted(f"stopped at step {trainer.global_step}")
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        """Ask for a stop at the next saved state; a second signal does what it does elsewhere."""
+        """Request a stop at the next saved state; a second signal has its usual effect."""
         self._interrupted = True
         self._release_signals()
-        # A handler may interrupt a print, so it must not print itself.
+        # A handler may interrupt a print, so it must not call print.
         os.write(2, b"\nstopping as soon as the state can be saved; press Ctrl-C again to stop at once\n")
 
     def _release_signals(self) -> None:
@@ -314,21 +293,15 @@ class RunState(Checkpoint):
         self._handlers = {}
 
 
-def _in_short(error: BaseException) -> str:
-    """Our own errors explain themselves; of others the kind tells more than the text."""
-    lines = str(error).splitlines() or [""]
-    return lines[0] if isinstance(error, BindLLMError) else f"{type(error).__name__}: {lines[0]}".rstrip(": ")
-
-
 RandomState = dict[str, Tensor]
-"""By generator, one row for each process."""
+"""State of each generator, one row per process."""
 
 
 def random_state(strategy: Strategy) -> RandomState:
-    """Return the state of the generators of all processes; all of them must call this.
+    """Return the state of the random number generators of all processes; all of them must call this.
 
     Args:
-        strategy: connects the processes.
+        strategy: the strategy that connects the processes.
     """
     own = _own(strategy.root_device)
     if not distributed.is_initialized():
@@ -343,13 +316,13 @@ def random_state(strategy: Strategy) -> RandomState:
 
 
 def restore_random_state(state: RandomState, strategy: Strategy) -> None:
-    """Set the generators of this process to what they were.
+    """Restore the random number generators of this process.
 
     Args:
-        state: as `random_state` returned it, of as many processes.
-        strategy: connects the processes.
+        state: result of `random_state` with the same number of processes.
+        strategy: the strategy that connects the processes.
     """
-    # A copy: torch reads a generator's state from the start of the storage.
+    # A copy, because torch reads a generator's state from the start of the storage.
     own = {name: rows[strategy.global_rank].clone() for name, rows in state.items()}
     torch.set_rng_state(own["torch"])
     *words, position, has_normal, normal = own["numpy"].view(torch.float64).tolist()
@@ -361,7 +334,7 @@ def restore_random_state(state: RandomState, strategy: Strategy) -> None:
 
 
 def _own(device: torch.device) -> RandomState:
-    """The generators of this process, as bytes: a float64 holds a 32-bit word exactly."""
+    """Return the generators of this process as bytes; a float64 holds a 32-bit word exactly."""
     _, words, position, has_normal, normal = np.random.get_state(legacy=True)
     numpy_state = [*words.tolist(), position, has_normal, normal]
     _, words, normal = random.getstate()

@@ -130,7 +130,7 @@ def test_copies_count_once_and_are_no_test(pictures, tmp_path):
     train, validation = data.pairs("train"), data.pairs("validation")
     assert (len(train.targets), len(train.media), len(train.links)) == (7, 8, 8)
     assert (len(validation.targets), len(validation.media)) == (3, 2)
-    assert data.report.alone == 1
+    assert data.report.without_media == 1
     assert sorted(map(len, train.media_of())) == [1] * 6 + [2]
 
 
@@ -188,7 +188,11 @@ def test_augmentation_and_mixing_follow_the_seed(tmp_path):
     ("sources", "settings", "message"),
     [
         ([], {}, r"data\.sources is empty"),
-        ([PairSource("a"), PairSource("b", modality="audio")], {}, "have one modality; here are audio, text"),
+        (
+            [PairSource("a"), PairSource("b", modality="audio")],
+            {},
+            "must have the same modality; found audio, text",
+        ),
         ([PairSource("a")], {"batch_size": 1}, r"data\.batch_size must be at least 2"),
         ([PairSource("a")], {"mix": 1.5}, r"data\.mix must be from 0 to 1"),
     ],
@@ -200,11 +204,11 @@ def test_data_that_cannot_be_are_refused(sources, settings, message):
 
 def test_an_encoder_that_does_not_serve_its_side_is_refused(pictures, tmp_path):
     with pytest.raises(
-        InputError, match="the tower of the recipe serves text media; the sources have audio there"
+        InputError, match="the tower of the recipe serves text media, but the sources have audio"
     ):
         data_of(PairSource(str(pictures), modality="audio"), folder=tmp_path)
     with pytest.raises(
-        InputError, match="the target of the recipe serves image media; the sources have depth"
+        InputError, match="the target of the recipe serves image media, but the sources have depth"
     ):
         data_of(PairSource(str(pictures), target="depth"), folder=tmp_path)
 
@@ -223,7 +227,7 @@ def test_an_encoder_that_does_not_serve_its_side_is_refused(pictures, tmp_path):
 )
 def test_pairs_without_a_negative_are_an_error(pictures, tmp_path, change, counts):
     rewrite(pictures, change)
-    with pytest.raises(InputError, match=f"{counts}.*nothing to tell apart"):
+    with pytest.raises(InputError, match=f"{counts}.*there are no negatives"):
         data_of(PairSource(str(pictures)), folder=tmp_path)
 
 
@@ -232,7 +236,7 @@ def test_media_that_are_not_finite_once_prepared_are_left_out(tmp_path):
     np.save(folder / "3.npy", np.array([1.0, np.nan, 2.0]))
     data = data_of(PairSource(str(folder), modality="radar"), folder=tmp_path, tower=BeatTower())
     (line,) = data.report.skipped.lines()
-    assert "3.npy: the tower makes numbers of it that are not finite" in line
+    assert "3.npy: the tower prepares values that are not finite" in line
 
 
 def test_a_target_without_a_split_is_where_evaluation_looks_for_it(pictures):

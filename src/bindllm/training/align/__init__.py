@@ -1,1 +1,1 @@
-"""Teaching a modality to the joint space of an encoder: pairs, contrastive loss, measurement, and the folder."""
+"""Aligning a modality with the joint space of an encoder: pairs, contrastive training, retrieval metrics, folder."""

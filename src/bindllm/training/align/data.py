@@ -1,4 +1,4 @@
-"""The data of an alignment: pairs in three splits, embedded once where frozen, augmented where a tower is trained."""
+"""The data of an alignment: pairs in three splits. Frozen encoders embed once; a trained tower gets augmented media."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ class AlignData(LightningDataModule):
     The signature is the ``data`` section of a recipe.
 
     Args:
-        sources: tables of pairs, all of one modality and one target.
+        sources: tables of pairs, all of the same modality and target.
         store: folder of the embedding stores of the frozen encoders.
-        batch_size: pairs of a training step; each is told from the others of its batch.
-        mix: share of training rows in which a second media of the same target is laid over, 0 to 1; for a trained
-            tower that can mix.
-        seed: of order and augmentation.
-        tower: of the recipe's model.
-        target: of the recipe's model.
+        batch_size: pairs in a training step; the other pairs of the batch are the negatives.
+        mix: share of training rows, 0 to 1, that are mixed with a second media of the same target; for a trained tower
+            that can mix.
+        seed: seed of order and augmentation.
+        tower: the tower of the recipe's model.
+        target: the target of the recipe's model.
     """
 
     def __init__(
@@ -61,14 +61,16 @@ class AlignData(LightningDataModule):
             raise InputError("data.sources is empty; name at least one source of pairs")
         if batch_size < 2:
             raise InputError(
-                f"data.batch_size must be at least 2, to tell a pair from others; not {batch_size}"
+                f"data.batch_size must be at least 2, so that a pair has negatives; not {batch_size}"
             )
         if not 0 <= mix <= 1:
             raise InputError(f"data.mix must be from 0 to 1, not {mix}")
         for name in ("modality", "target"):
             found = sorted({vars(source)[name] for source in sources})
             if len(found) > 1:
-                raise InputError(f"all sources of a recipe have one {name}; here are {', '.join(found)}")
+                raise InputError(
+                    f"all sources of a recipe must have the same {name}; found {', '.join(found)}"
+                )
         self.sources, self.store, self.batch_size = sources, store, batch_size
         self.mix, self.seed, self.tower, self.target = mix, seed, tower, target
         self.modality = sources[0].modality
@@ -80,12 +82,12 @@ class AlignData(LightningDataModule):
         """Read the pairs, and embed or open all their media, once.
 
         Raises:
-            InputError: an encoder does not serve its side, or too few pairs are left to train with.
+            InputError: an encoder does not serve its side, or too few pairs remain.
         """
         if self._splits is not None:
             return
         started = time.perf_counter()
-        self._refuse_other_modalities()
+        self._check_modalities()
         pairs = [pair for source in self.sources for pair in read_pairs(source, self.report.skipped)]
         trained = is_trainable(self.tower)
         self._sides = (
@@ -103,7 +105,7 @@ class AlignData(LightningDataModule):
         self._splits = self._sorted(self._readable(pairs, failed), keys)
         self.report.encoded = sum(side.encoded for side in self._sides)
         self.report.seconds = time.perf_counter() - started
-        self._refuse_nothing_to_tell_apart(self._splits["train"])
+        self._check_negatives(self._splits["train"])
 
     def pairs(self, split: str) -> PairSet:
         """Return the pairs of a split."""
@@ -111,7 +113,7 @@ class AlignData(LightningDataModule):
         return self._splits[split]
 
     def media_inputs(self, pairs: PairSet, numbers: Tensor) -> Tensor | list[Tensor]:
-        """Return what the trained part takes for some media: a frozen tower's vectors [B, W], or prepared media."""
+        """Return the inputs of the trained part for some media: vectors [B, W] of a frozen tower, or prepared media."""
         chosen = numbers.tolist()
         return self._sides[0].inputs([pairs.media[n] for n in chosen], [pairs.media_keys[n] for n in chosen])
 
@@ -123,7 +125,7 @@ class AlignData(LightningDataModule):
         )
 
     def train_dataloader(self) -> DataLoader:
-        """Return the loader of training batches; its chance begins anew with each call."""
+        """Return the loader of training batches; each call starts again with the same random numbers."""
         pairs = self.pairs("train")
         generator = torch.Generator().manual_seed(self.seed)
         siblings = pairs.media_of()
@@ -158,19 +160,19 @@ class AlignData(LightningDataModule):
         siblings: list[list[int]],
         generator: torch.Generator,
     ) -> list[Tensor]:
-        """Lay a second media of the same target over some of the inputs."""
+        """Mix some of the inputs with a second media of the same target."""
         if not isinstance(self.tower, CanMix):
             return inputs
         drawn = torch.rand(len(inputs), 2, generator=generator)
-        for row, (share, place) in enumerate(drawn.tolist()):
+        for row, (share, draw) in enumerate(drawn.tolist()):
             others = [n for n in siblings[int(targets[row])] if n != int(media[row])]
             if others and share < self.mix:
-                other = torch.tensor([others[int(place * len(others))]])
+                other = torch.tensor([others[int(draw * len(others))]])
                 second = self.tower.augment(self.media_inputs(pairs, other)[0], generator)
                 inputs[row] = self.tower.mix(inputs[row], second, generator)
         return inputs
 
-    def _refuse_other_modalities(self) -> None:
+    def _check_modalities(self) -> None:
         trained = is_trainable(self.tower)
         for name, served, wanted in (
             ("tower", (self.tower.modality,) if trained else self.tower.modalities, self.modality),
@@ -178,22 +180,22 @@ class AlignData(LightningDataModule):
         ):
             if wanted not in served:
                 raise InputError(
-                    f"the {name} of the recipe serves {', '.join(served)} media; the sources have {wanted} there"
+                    f"the {name} of the recipe serves {', '.join(served)} media, but the sources have {wanted} media"
                 )
 
-    def _refuse_nothing_to_tell_apart(self, train: PairSet) -> None:
-        """Refuse training pairs of which everything belongs to everything, such as one pair."""
+    def _check_negatives(self, train: PairSet) -> None:
+        """Refuse training pairs without negatives, such as a single pair."""
         num_targets = len(set(train.links[:, 1].tolist()))
         if len(train.links) == len(train.media) * num_targets:
-            left_out = "; ".join(self.report.skipped.lines()) or "nothing was left out"
+            skipped = "; ".join(self.report.skipped.lines()) or "nothing was skipped"
             raise InputError(
                 f"{len(train.links)} training pairs of {len(train.media)} different {self.modality} media and "
-                f"{num_targets} different targets: there is nothing to tell apart. At least two of each are needed, "
-                f"that do not all belong together. {left_out}"
+                f"{num_targets} different targets: there are no negatives. At least two of each are needed that do not "
+                f"all belong together. {skipped}"
             )
 
     def _readable(self, pairs: list[Pair], failed: dict[Media, str]) -> list[Pair]:
-        """Leave out pairs with media that cannot be read, and count them."""
+        """Skip and count pairs with media that cannot be read."""
         kept = []
         for pair in pairs:
             reason = failed.get(pair.target) or (failed.get(pair.media) if pair.media else None)
@@ -204,10 +206,10 @@ class AlignData(LightningDataModule):
         return kept
 
     def _sorted(self, pairs: list[Pair], keys: dict[Media, str]) -> dict[str, PairSet]:
-        """Return the pairs of each split, told apart by content.
+        """Return the pairs of each split, deduplicated by content.
 
-        Held out is what training has not seen on either side: where a copy of the target is in the training split, the
-        pair is left out; where a copy of the media is, the target stays, to be chosen from.
+        Held-out pairs have no copy in training on either side. If a copy of the target is in the training split, the
+        pair is skipped; if a copy of the media is, the target stays in the gallery.
         """
         trained = {keys[item] for pair in pairs if pair.split == "train" for item in pair[:2] if item}
         by_split: dict[str, list[Pair]] = {split: [] for split in SPLITS}
@@ -223,17 +225,17 @@ class AlignData(LightningDataModule):
         for split, found in splits.items():
             self.report.pairs[split] = len(found.links)
             self.report.media[split], self.report.targets[split] = len(found.media), len(found.targets)
-            self.report.alone += len(found.targets) - len(set(found.links[:, 1].tolist()))
+            self.report.without_media += len(found.targets) - len(set(found.links[:, 1].tolist()))
         return splits
 
 
 def _pair_set(pairs: list[Pair], keys: dict[Media, str]) -> PairSet:
-    """Number media and targets by their content."""
+    """Index media and targets by their content."""
     media: dict[str, Media] = {}
     targets: dict[str, Media] = {}
     numbers: defaultdict[str, dict[str, int]] = defaultdict(dict)
     links: dict[tuple[int, int], None] = {}
-    # Targets without media come last, so that all others can be asked for by number.
+    # Targets without media come last, so that the queries are the first ones.
     for pair in sorted(pairs, key=lambda pair: pair.media is None):
         target = keys[pair.target]
         targets.setdefault(target, pair.target)
@@ -252,15 +254,15 @@ def _pair_set(pairs: list[Pair], keys: dict[Media, str]) -> PairSet:
 
 
 PREPARED_BYTES = 1 << 30
-"""Prepared media that are kept from epoch to epoch; what is beyond is prepared again each time."""
+"""Bytes of prepared media that are kept between epochs; further media are prepared again each time."""
 
 
 class StoredSide:
-    """Media of a frozen encoder: embedded once, ever, and read from its store.
+    """Media of a frozen encoder: embedded once, and read from its store.
 
     Args:
-        encoder: of this side.
-        folder: of the stores.
+        encoder: encoder of this side.
+        folder: folder of the stores.
     """
 
     def __init__(self, encoder: Encoder, folder: str | Path) -> None:
@@ -272,10 +274,10 @@ class StoredSide:
         media: Sequence[Media],
         context: RunContext = RunContext(),  # noqa: B008 (frozen)
     ) -> tuple[dict[Media, str], dict[Media, str]]:
-        """Embed what the store lacks.
+        """Embed media that are not in the store.
 
         Returns:
-            The key of each media that is stored, and the reason for each that is not.
+            The key of each stored media, and the reason for each of the others.
         """
         totals = self._embeddings.precompute(media, context)
         self.encoded += totals.encoded
@@ -288,11 +290,11 @@ class StoredSide:
 
 
 class PreparedSide:
-    """Media of a tower in training: prepared once as far as memory allows.
+    """Media of a trained tower: prepared once, as far as memory allows.
 
     Args:
-        tower: prepares them.
-        limit: bytes that are kept.
+        tower: prepares the media.
+        limit: bytes of prepared media that are kept.
     """
 
     def __init__(self, tower: Any, *, limit: int = PREPARED_BYTES) -> None:
@@ -306,10 +308,10 @@ class PreparedSide:
         media: Sequence[Media],
         context: RunContext = RunContext(),  # noqa: B008 (frozen)
     ) -> tuple[dict[Media, str], dict[Media, str]]:
-        """Open all media once, so that one that cannot be read is known before the first step.
+        """Open all media once, so that unreadable media are found before the first step.
 
         Returns:
-            The key of each media that can be read, and the reason for each that cannot.
+            The key of each readable media, and the reason for each of the others.
         """
         keys, failed = {}, {}
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -328,7 +330,7 @@ class PreparedSide:
         try:
             key = media.content_hash()
             if not self._prepare(media, key).isfinite().all():
-                return "", f"{media.name}: the tower makes numbers of it that are not finite"
+                return "", f"{media.name}: the tower prepares values that are not finite"
         except MediaError as error:
             return "", str(error)
         return key, None
@@ -345,12 +347,14 @@ class PreparedSide:
 
 @dataclass(frozen=True)
 class PairSet:
-    """The pairs of one split, over media and targets that are told apart by content.
+    """The pairs of one split, with media and targets deduplicated by content.
 
     Args:
-        media: M different media, and their keys.
-        targets: T different targets, those without media last, and their keys.
-        links: pairs of numbers (media, target), int64 [N, 2], each once.
+        media: M different media.
+        media_keys: their content hashes.
+        targets: T different targets; those without media are last.
+        target_keys: their content hashes.
+        links: unique pairs of indices (media, target), int64 [N, 2].
     """
 
     media: tuple[Media, ...]
@@ -360,18 +364,18 @@ class PairSet:
     links: Tensor
 
     def belongs(self, media: Tensor, targets: Tensor) -> Tensor:
-        """Return for media [B] and targets [C], by number, whether they are a pair: bool [B, C]."""
+        """Return whether media [B] and targets [C], given by index, are pairs: bool [B, C]."""
         codes = (self.links[:, 0] * len(self.targets) + self.links[:, 1]).sort().values
         asked = media[:, None] * len(self.targets) + targets
-        places = torch.searchsorted(codes, asked).clamp_max(len(codes) - 1)
-        return codes[places] == asked
+        found = torch.searchsorted(codes, asked).clamp_max(len(codes) - 1)
+        return codes[found] == asked
 
     def targets_of(self) -> list[list[int]]:
-        """Return for each media the numbers of its targets."""
+        """Return the indices of the targets of each media."""
         return _grouped(self.links, 0, len(self.media))
 
     def media_of(self) -> list[list[int]]:
-        """Return for each target the numbers of its media."""
+        """Return the indices of the media of each target."""
         return _grouped(self.links, 1, len(self.targets))
 
 

@@ -1,4 +1,4 @@
-"""What an alignment leaves: the folder of an aligned encoder, with its model card."""
+"""The result of an alignment: the folder of an aligned encoder, with its model card."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from bindllm.training.align.module import RECALL_AT, AlignModule
 def save_aligned(
     folder: str | Path, model: AlignModule, data: AlignData, *, metrics: Mapping[str, Any], recipe: str
 ) -> None:
-    """Write a trained model as the folder of an aligned encoder, in one step.
+    """Write a trained model as the folder of an aligned encoder, atomically.
 
     Args:
-        folder: where it goes.
-        model: with the weights that are to be kept.
-        data: of the run.
-        metrics: what was measured.
+        folder: path of the folder.
+        model: the model with its best weights.
+        data: the data of the run.
+        metrics: metrics of the run.
         recipe: the resolved recipe.
 
     Raises:
@@ -78,7 +78,7 @@ def write_card(manifest: AlignedManifest, data: AlignData, metrics: Mapping[str,
         *(f"| {part} | `{name}` | {license} |" for part, name, license in _parts(manifest, data)),
         "",
         f"Trained: {metrics['trained_parameters']:,} parameters, "
-        f"{'tower and head' if manifest.trained else 'the head alone'}, on {metrics['pairs']['train']:,} pairs. "
+        f"{'tower and head' if manifest.trained else 'only the head'}, on {metrics['pairs']['train']:,} pairs. "
         f"Kept: epoch {metrics['epoch']} of {metrics['epochs']}. Temperature: {metrics['temperature']:g}.",
         "",
         "## Held-out pairs",
@@ -108,10 +108,10 @@ def _parts(manifest: AlignedManifest, data: AlignData) -> list[tuple[str, str, s
 
 
 def _table(metrics: Mapping[str, Any]) -> list[str]:
-    """Return recall beside chance in both directions, for each split that was measured."""
+    """Return recall and chance level in both directions for each measured split."""
     recalls = [f"recall@{k} (chance)" for k in RECALL_AT]
     lines = [
-        f"| split | asked | queries | to choose from | {' | '.join(recalls)} |",
+        f"| split | direction | queries | gallery | {' | '.join(recalls)} |",
         "|---" * (4 + len(recalls)) + "|",
     ]
     for split in ("validation", "test"):

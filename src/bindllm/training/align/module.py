@@ -1,7 +1,7 @@
-"""The Lightning module of an alignment: a head, and perhaps a tower, against frozen embeddings of paired media.
+"""The Lightning module of an alignment: trains a head, and optionally a tower, on pairs with a frozen encoder.
 
-As ImageBind was made (arXiv 2305.05665, section 3.2): each further modality learns from pairs with pictures alone,
-by a contrastive loss against embeddings that stay as they are.
+The method of ImageBind (arXiv 2305.05665, section 3.2): each further modality is trained only on pairs with images, by
+a contrastive loss against their frozen embeddings.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from bindllm.training.optim import OptimConfig, build_optimizer, build_schedule
 _EMBEDDED_AT_ONCE = 32
 
 
-class AnyTower(ABC):  # noqa: B024 (its methods are looked for, never inherited)
-    """What a recipe accepts as a tower: an encoder, or a network with the methods of `TrainableTower`."""
+class AnyTower(ABC):  # noqa: B024 (checked by its methods, never inherited)
+    """Type of a tower in a recipe: an encoder, or a network with the methods of `TrainableTower`."""
 
     @classmethod
     def __subclasshook__(cls, other: type) -> bool:
@@ -45,12 +45,12 @@ class AnyTower(ABC):  # noqa: B024 (its methods are looked for, never inherited)
 
 @dataclass
 class Best:
-    """The epoch that is kept, with what was measured on the validation split.
+    """The best epoch so far, with its validation metrics.
 
     Args:
-        epoch: from 1.
-        score: larger is better.
-        metrics: None where there is nothing to validate with.
+        epoch: epoch, counted from 1.
+        score: validation score; larger is better.
+        metrics: None without validation pairs.
         weights: a copy of the trained tensors.
     """
 
@@ -66,13 +66,13 @@ class AlignModule(LightningModule):
     The signature is the ``model`` section of a recipe.
 
     Args:
-        tower: what takes the media: a frozen encoder, or a network that is trained with the head.
-        target: the frozen encoder whose space is learnt.
-        head: its shape.
-        temperature: of the softmax.
+        tower: processes the media: a frozen encoder, or a network that is trained with the head.
+        target: the frozen encoder of the joint space.
+        head: shape of the head.
+        temperature: temperature of the softmax.
         optim: optimizer and schedule.
-        best: which epoch is kept: that of the best validation "recall" (the mean of recall@1/5/10 in both directions)
-            or of the lowest validation "loss".
+        best: selects the epoch to keep: best validation "recall" (the mean of recall@1/5/10 in both directions) or
+            lowest validation "loss".
     """
 
     def __init__(
@@ -96,27 +96,27 @@ class AlignModule(LightningModule):
 
     @property
     def tower(self) -> Any:
-        """What takes the media."""
+        """The part that processes the media."""
         return self._encoders[0]
 
     @property
     def target(self) -> Any:
-        """The frozen encoder whose space is learnt."""
+        """The frozen encoder of the joint space."""
         return self._encoders[1]
 
     def configure_model(self) -> None:
-        """Make the head; Lightning calls this when the data are ready."""
+        """Create the head; Lightning calls this when the data is ready."""
         if self.head is None:
             # Embedding may have drawn random numbers; the initial weights must not depend on that.
             reset_seed()
             self.head = Head(self.tower.embedding_size, self.target.embedding_size, self.head_config)
 
     def forward(self, inputs: Tensor | list[Tensor]) -> Tensor:
-        """Return unit embeddings [B, E] of a frozen tower's vectors [B, W], or of B prepared media."""
+        """Return unit embeddings [B, E] from vectors [B, W] of a frozen tower, or from B prepared media."""
         return self.head(inputs if self.trained_tower is None else self.trained_tower(inputs))
 
     def on_fit_start(self) -> None:
-        """Set the mode, which Lightning leaves alone.
+        """Set the training mode, which Lightning does not change.
 
         Raises:
             InputError: a precision in which the weights are not float32.
@@ -159,7 +159,7 @@ class AlignModule(LightningModule):
         self.temperature.clamp()
 
     def on_train_epoch_end(self) -> None:
-        """Measure on the validation split, and keep the weights if they are the best so far."""
+        """Evaluate on the validation split, and keep the weights if they are the best so far."""
         data: AlignData = self.trainer.datamodule
         metrics = self.measure(data, "validation")
         score = float(self.current_epoch)
@@ -172,14 +172,14 @@ class AlignModule(LightningModule):
             self.best = Best(self.current_epoch + 1, score, metrics, weights)
 
     def take_best(self) -> Best:
-        """Take the weights of the best epoch, and return it.
+        """Load the weights of the best epoch, and return it.
 
         Raises:
-            TrainingError: the run ended before an epoch did.
+            TrainingError: no epoch was finished.
         """
         if self.best is None:
             raise TrainingError(
-                "no epoch was finished, so there is nothing to keep; look at trainer.max_epochs and trainer.max_steps"
+                "no epoch was finished, so there are no weights to keep; check trainer.max_epochs and trainer.max_steps"
             )
         self.load_state_dict(self.best.weights)
         return self.best
@@ -189,8 +189,8 @@ class AlignModule(LightningModule):
         """Return loss, retrieval in both directions and the mean similarity of pairs; None without pairs.
 
         Args:
-            data: of the run.
-            split: of the data.
+            data: the data of the run.
+            split: name of the split.
         """
         pairs = data.pairs(split)
         if not len(pairs.links):
@@ -212,7 +212,7 @@ class AlignModule(LightningModule):
             "loss": round(sum(losses) / len(pairs.links), 4),
             "pair_similarity": round(float(similar), 4),
             f"{names[0]}_to_{names[1]}": retrieval_metrics(media, targets, pairs.targets_of()),
-            # Targets without media are last: to be chosen from, but not to be asked for.
+            # Targets without media are last: they are in the gallery, but not among the queries.
             f"{names[1]}_to_{names[0]}": retrieval_metrics(
                 targets[:linked], media, pairs.media_of()[:linked]
             ),
@@ -238,8 +238,8 @@ class AlignModule(LightningModule):
             if len(wrong):
                 name = pairs.media[int(numbers[wrong[0]])].name
                 raise TrainingError(
-                    f"{name}: its embedding is not finite; nothing was written. Let `prepare` of the tower refuse "
-                    "such media by a MediaError, so that they are left out and counted"
+                    f"{name}: its embedding is not finite; nothing was written. Let `prepare` of the tower raise a "
+                    "MediaError for such media, so that they are skipped and counted"
                 )
         self.train(was_training)
         return torch.cat(parts)
@@ -254,10 +254,10 @@ class TemperatureConfig:
     """Temperature of the softmax over similarities."""
 
     start: float = 0.07
-    """Where it starts, 0.01 to 1."""
+    """Initial temperature, 0.01 to 1."""
 
     learned: bool = True
-    """Learnt with the head, never below 0.01; else it stays."""
+    """Train the temperature with the head, never below 0.01; else it is constant."""
 
     def __post_init__(self) -> None:
         if not 1 / MAX_SCALE <= self.start <= 1:
@@ -265,7 +265,7 @@ class TemperatureConfig:
 
 
 class Temperature(nn.Module):
-    """The factor of the similarities: the exponential of one number, which is learnt or fixed.
+    """The factor of the similarities: the exponential of one number, which is trained or fixed.
 
     Example:
         >>> round(Temperature(TemperatureConfig(start=0.05))().item(), 3)
@@ -283,21 +283,21 @@ class Temperature(nn.Module):
 
     @torch.no_grad()
     def clamp(self) -> None:
-        """Bring the temperature back to 0.01 to 1, after a step."""
+        """Clamp the temperature to 0.01 to 1, after a step."""
         self.log_scale.clamp_(0.0, math.log(MAX_SCALE))
 
 
 def contrastive_loss(media: Tensor, targets: Tensor, belongs: Tensor, scale: Tensor) -> Tensor:
     """Return InfoNCE in both directions (arXiv 2305.05665, section 3.2), averaged over the pairs of a batch.
 
-    Each row is told from all rows of the other side that do not belong to it: what belongs to it besides its own
-    partner (a second caption of the picture, the same caption of another picture, a copy of the file) is left out of
-    the sum, neither pulled nor pushed.
+    The negatives of a row are the rows of the other side that do not belong to it. Further positives (a second caption
+    of the image, the same caption of another image, a copy of the file) are removed from the sum, so they are neither
+    pulled nor pushed.
 
     Args:
-        media: unit embeddings [B, E] that are taught.
-        targets: unit embeddings [B, E] of their partners, frozen.
-        belongs: bool [B, B]: media i and target j are a pair of the data; true on the diagonal.
+        media: trained unit embeddings, [B, E].
+        targets: frozen unit embeddings of their partners, [B, E].
+        belongs: whether media i and target j are a pair of the data, bool [B, B]; True on the diagonal.
         scale: 1 / temperature.
 
     Example:
@@ -317,16 +317,16 @@ _SCORES_AT_ONCE = 1 << 22
 
 
 def retrieval_metrics(queries: Tensor, gallery: Tensor, right: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Return recall@1/5/10 and what chance gives, the median rank, and how many there are of each.
+    """Return recall@1/5/10 with its chance level, the median rank, and the numbers of queries and candidates.
 
     Args:
         queries: unit embeddings [Q, E], Q at least 1.
-        gallery: unit embeddings [G, E] to choose from.
-        right: for each query the numbers of its right answers, at least one.
+        gallery: unit embeddings of the candidates, [G, E].
+        right: indices of the right candidates of each query, at least one.
 
     Returns:
-        keys ``recall@k``, ``chance@k`` (0 to 1), ``median_rank`` (from 1; half ranks are ties), ``queries``,
-        ``gallery``. Ties count as drawn in random order, so embeddings that are all alike get chance.
+        Keys ``recall@k``, ``chance@k`` (0 to 1), ``median_rank`` (from 1; half ranks are ties), ``queries``,
+        ``gallery``. Ties count as if in random order, so equal embeddings score at chance level.
     """
     step = max(1, _SCORES_AT_ONCE // len(gallery))
     parts = [slice(start, start + step) for start in range(0, len(queries), step)]
@@ -343,7 +343,7 @@ def retrieval_metrics(queries: Tensor, gallery: Tensor, right: Sequence[Sequence
 
 
 def mean_recall(metrics: dict[str, Any]) -> float:
-    """Return the mean of recall@1/5/10 over all directions of what an alignment has measured.
+    """Return the mean of recall@1/5/10 over both directions.
 
     Example:
         >>> mean_recall({"loss": 2.0, "text_to_image": {"recall@1": 0.25, "recall@5": 0.5, "recall@10": 0.75}})

@@ -1,4 +1,4 @@
-"""Pairs to align with: the rows of tables, each a target (such as a picture) and the media that belong to it."""
+"""Training pairs: rows of tables, each with a target (such as an image) and the media that belong to it."""
 
 from __future__ import annotations
 
@@ -25,24 +25,23 @@ class PairSource:
     """A table (.jsonl, .csv, .tsv, .parquet) or a folder with one named captions.*; paths in it start at its folder."""
 
     modality: str = "text"
-    """What is to be taught; one for all sources of a recipe."""
+    """The modality to align; the same for all sources of a recipe."""
 
     columns: list[str] = field(default_factory=list)
-    """Columns of that modality, each with a path, a text or a list of them; by default `caption` for text, else one
-    column that is called like the modality. All that a row holds belongs to its target."""
+    """Columns of that modality, each with a path, a text, or a list of them; by default `caption` for text, else the
+    column with the name of the modality. All media of a row belong to its target."""
 
     target: str = "image"
     """Modality of the frozen side."""
 
     target_column: str | None = None
-    """Column of the frozen side; by default called like `target`."""
+    """Column of the frozen side; by default the name of `target`."""
 
     split: Split | None = None
-    """Put the whole source into one split. Otherwise the column `split_column` decides, and without it a hash of the
-    target."""
+    """Split of the whole source. Without it, the column `split_column` decides, or else a hash of the target."""
 
     split_column: str = "split"
-    """Column with train, validation or test; a table may lack it."""
+    """Optional column with train, validation or test."""
 
     held_out: float = 0.1
     """Share of targets, 0 to below 1, that the hash holds out: half for validation, half for test."""
@@ -63,7 +62,7 @@ class PairSource:
 
 
 class Pair(NamedTuple):
-    """A target and one media that belongs to it, or none: such a target is only one more to be told apart."""
+    """A target and one media that belongs to it; None: the target is only a further candidate in the gallery."""
 
     target: Media
     media: Media | None
@@ -73,51 +72,51 @@ class Pair(NamedTuple):
 
 @dataclass
 class PairReport:
-    """What the sources gave: counts, and what was left out and why.
+    """Counts of pairs, and of skipped rows with their reasons.
 
     Args:
         pairs: pairs per split.
-        targets: different targets per split, with those that nothing belongs to.
+        targets: different targets per split, including targets without media.
         media: different media per split.
-        alone: targets without media, which only widen what is chosen from.
-        skipped: pairs and rows left out.
-        encoded: media and targets that were embedded now; the others were in the store.
-        seconds: reading and embedding.
+        without_media: targets without media, which only enlarge the gallery.
+        skipped: skipped pairs and rows.
+        encoded: media and targets that this run embedded; the others were in the store.
+        seconds: time to read and embed.
     """
 
     pairs: dict[str, int] = field(default_factory=dict)
     targets: dict[str, int] = field(default_factory=dict)
     media: dict[str, int] = field(default_factory=dict)
-    alone: int = 0
+    without_media: int = 0
     skipped: Skipped = field(default_factory=Skipped)
     encoded: int = 0
     seconds: float = 0.0
 
     def lines(self) -> Iterator[str]:
-        """Yield what there is to say, a line each."""
+        """Yield the lines of the report."""
         for split in SPLITS:
             yield (
                 f"{split}: {self.pairs.get(split, 0):,} pairs of {self.media.get(split, 0):,} media and "
                 f"{self.targets.get(split, 0):,} targets"
             )
-        if self.alone:
-            yield f"{self.alone:,} targets have no media; the held-out ones are among those to choose from"
-        yield from (f"left out: {line}" for line in self.skipped.lines())
+        if self.without_media:
+            yield f"{self.without_media:,} targets have no media; the held-out ones are in the gallery"
+        yield from (f"skipped: {line}" for line in self.skipped.lines())
 
 
 def read_pairs(source: PairSource, skipped: Skipped) -> list[Pair]:
     """Return the pairs of a source, in its order.
 
     Args:
-        source: what the recipe says about it.
-        skipped: counts what is left out.
+        source: the source in the recipe.
+        skipped: counts skipped rows.
 
     Raises:
-        InputError: the source is missing, is no table, or has none of the columns.
+        InputError: the source is missing, is not a table, or has none of the columns.
     """
     path = Path(source.path)
     if not path.exists():
-        place = "" if path.is_absolute() else f" in {Path.cwd()}, from where the recipe's paths are looked up"
+        place = "" if path.is_absolute() else f" in {Path.cwd()}, the folder that the recipe's paths start at"
         raise InputError(f"data source {source.path} does not exist{place}.{fetch_hint(path)}")
     table, pairs = require_table(path), []
     seen: set[str] = set()
@@ -162,7 +161,7 @@ def _row_pairs(
 
 
 def _media(modality: str, value: object, folder: Path, name: str, skipped: Skipped) -> Media | None:
-    """Return the media of one cell; what is none is counted."""
+    """Return the media of one cell; a cell without media is counted as skipped."""
     if not isinstance(value, str) or not value.strip():
         skipped.add(f"no {'text' if modality == 'text' else f'path of {modality} media'}", name)
         return None
