@@ -1,4 +1,4 @@
-"""The verb convert: kinds are found, wrong and wicked files refused, and nothing is left behind."""
+"""The command convert: kinds are found, wrong and malicious files are refused, and no partial folder is left."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def project(made, tmp_path, monkeypatch, capsys) -> Path:
 
 
 def run(capsys, *line: str, code: int = 0) -> str:
-    """Run the verb; return what it prints, on one line, or its error."""
+    """Run the command; return its output on one line, or its error."""
     assert main(["index", *line]) == code
     printed = capsys.readouterr()
     return " ".join(re.sub("[│┃]", " ", printed.err if code else printed.out).split())
@@ -84,7 +84,7 @@ def test_pictures_of_a_folder_are_embedded_and_no_others_are_indexed(project, ca
     assert "images 5 (updated: 2 added, 1 removed)" in told
     told = run(capsys, "caches/a", *BY_CLASS)
     assert "images 5 (updated: 0 added, 0 removed)" in told
-    assert "To index all of the store, add --rebuild" in told
+    assert "To index the whole store, add --rebuild" in told
     assert "images 16 (built)" in run(capsys, "caches/a", *BY_CLASS, "--rebuild")
 
 
