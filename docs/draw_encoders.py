@@ -40,7 +40,7 @@ from matplotlib import style
 from matplotlib.figure import Figure
 from PIL import Image
 
-from bindllm.encoders.imagebind import audio, clips, image, motion, video
+from bindllm.encoders.imagebind import audio, clips, inputs, video
 from bindllm.encoders.pointbind.cloud import fit_cloud
 from bindllm.encoders.pointbind.loading import build_network
 from bindllm.media import open_image
@@ -72,7 +72,7 @@ def draw_image(folder: Path) -> Figure:
         whole, np.asarray(upright), f"upright: {upright.width} x {upright.height}\nthe middle square is used"
     )
     outline_middle(whole, upright.height, upright.width)
-    show(seen, image.image_input(file).permute(1, 2, 0).numpy(), "input of the trunk\nuint8 [3, 224, 224]")
+    show(seen, inputs.image_input(file).permute(1, 2, 0).numpy(), "input of the trunk\nuint8 [3, 224, 224]")
     return figure
 
 
@@ -185,11 +185,11 @@ def draw_depth(folder: Path) -> Figure:
     distances = np.geomspace(0.3, 60, 80)
     flat = (np.full((8, 8), meter, np.float32) for meter in distances)
     middle.semilogx(
-        distances, [image.depth_input(map, **_CAMERA)[0, 0, 0] for map in flat], color=FIRST, linewidth=2
+        distances, [inputs.depth_input(map, **_CAMERA)[0, 0, 0] for map in flat], color=FIRST, linewidth=2
     )
     middle.set_xticks([0.5, 1, 2, 5, 10, 50], ["0.5", "1", "2", "5", "10", "50"])
     middle.minorticks_off()
-    seen = image.depth_input(file, **_CAMERA)[0].numpy()
+    seen = inputs.depth_input(file, **_CAMERA)[0].numpy()
     middle.axhline(seen.min(), color=SECOND, linestyle=(0, (1, 2)), linewidth=1.5)
     middle.set_xlabel("meters")
     middle.set_title("input value by distance\ndotted: not measured", **TITLE)
@@ -222,7 +222,7 @@ def draw_thermal(folder: Path) -> Figure:
     middle.set_title("histogram of values;\nlimits mapped to 0 and 1", **TITLE)
     middle.set_xlabel("stored value")
     strip(middle)
-    seen = image.thermal_input(file)[0].numpy()
+    seen = inputs.thermal_input(file)[0].numpy()
     drawn = show(
         right, seen, "input of the trunk\nfloat32 [1, 224, 224], 0..1", cmap="inferno", vmin=0, vmax=1
     )
@@ -234,7 +234,7 @@ def draw_imu(folder: Path) -> Figure:
     """Draw the readings of a file and the evenly resampled input."""
     file = synthetic_media.write_walk(folder / "walk.csv")
     table = np.loadtxt(file, delimiter=",", skiprows=1)
-    signal = motion.imu_input(file).numpy()
+    signal = inputs.imu_input(file).numpy()
     figure = new_figure(4.6)
     panels = figure.subplots(2, 2, sharey="row")
     kinds = ((0, "acceleration, m/s²"), (3, "rotation, rad/s"))

@@ -17,7 +17,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from bindllm.encoders.imagebind import clips
-from bindllm.encoders.pointbind.grouping import Level, gather
+from bindllm.encoders.pointbind.cloud import Level, gather
 
 INK, FAINT, LINE, FIRST, SECOND = "#1b1d21", "#656b76", "#dfe2e7", "#2457d6", "#c2410c"
 COLORS = ("#2457d6", "#c2410c", "#0b7a43", "#9333a8", "#b88a00", "#0e7f8c")

@@ -1,4 +1,4 @@
-"""Tiny towers, and a recipe that aligns them with the colours of pictures in a second."""
+"""Tiny towers, and a recipe that aligns them with the colors of images in a second."""
 
 from __future__ import annotations
 
@@ -100,13 +100,13 @@ class BeatTower(nn.Module):
 
 
 def color_table(folder: Path, *, per_color: int = 8) -> Path:
-    """Write pictures of four colours with captions in which picture and number are told; return the folder."""
+    """Write images of four colors with captions in which image and number are told; return the folder."""
     color_images(folder, per_color=per_color)
     return folder
 
 
 def patchwork_table(folder: Path) -> Path:
-    """Write 24 pictures of random patches, each unlike the others, with a caption of its own; return the folder."""
+    """Write 24 images of random patches, each unlike the others, with a caption of its own; return the folder."""
     rng = np.random.default_rng(2)
     (folder / "images").mkdir(parents=True)
     rows = []
@@ -130,14 +130,14 @@ def rewrite(folder: Path, change) -> list[dict]:
 
 
 def radar_table(folder: Path, *, per_color: int = 8) -> Path:
-    """Write pictures of four colours, each with a signal whose level and spread tell the colour."""
+    """Write images of four colors, each with a signal whose level and spread tell the color."""
     color_table(folder, per_color=per_color)
     rng, order = np.random.default_rng(1), []
 
     def add(number: int, row: dict) -> dict:
-        colour = row["caption"].split()[0]
-        order.extend([colour] * (colour not in order))
-        place = order.index(colour)
+        color = row["caption"].split()[0]
+        order.extend([color] * (color not in order))
+        place = order.index(color)
         np.save(folder / f"{number}.npy", rng.normal(place - 1.5, 0.1 + 0.1 * place, 20 + number))
         return {**row, "radar": f"{number}.npy"}
 
@@ -145,7 +145,7 @@ def radar_table(folder: Path, *, per_color: int = 8) -> Path:
     return folder
 
 
-def align_recipe(pictures: Path, **sections: dict) -> dict:
+def align_recipe(images: Path, **sections: dict) -> dict:
     """A recipe of a few epochs; the sections given replace keys of the sections here."""
     recipe = {
         "seed_everything": 0,
@@ -156,7 +156,7 @@ def align_recipe(pictures: Path, **sections: dict) -> dict:
             "head": {"depth": 2, "width": 32, "dropout": 0.0},
             "optim": {"lr": 0.01},
         },
-        "data": {"sources": [{"path": str(pictures)}], "store": "data/store", "batch_size": 8},
+        "data": {"sources": [{"path": str(images)}], "store": "data/store", "batch_size": 8},
         "trainer": {"max_epochs": 3, "accelerator": "cpu"},
     }
     for name, section in sections.items():

@@ -1,4 +1,4 @@
-"""A tiny checkpoint whose encoder serves pictures and texts, a store of pictures for it, and further encoders."""
+"""A tiny checkpoint whose encoder serves images and texts, a store of images for it, and further encoders."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def hashed(media: Media, count: int = 48) -> torch.Tensor:
 
 
 class Multimodal(ColorEncoder):
-    """Serves texts and sounds beside pictures."""
+    """Serves texts and audio in addition to images."""
 
     modalities = ("image", "text", "audio")
     space = "colours"
@@ -38,7 +38,7 @@ class Multimodal(ColorEncoder):
 
 
 class Words(ColorEncoder):
-    """Serves texts alone, elsewhere in the space than `Multimodal`."""
+    """Serves texts only, elsewhere in the space than `Multimodal`."""
 
     modalities = ("text",)
 
@@ -58,7 +58,7 @@ class Words(ColorEncoder):
 
 
 def write_images(folder: Path, count: int, *, start: int = 0) -> list[Media]:
-    """Write small pictures of noise with a time that is old enough to be trusted."""
+    """Write small images of noise with a time that is old enough to be trusted."""
     folder.mkdir(parents=True, exist_ok=True)
     for n in range(start, start + count):
         pixels = np.random.default_rng(n).integers(0, 256, (6, 6, 3), dtype=np.uint8)

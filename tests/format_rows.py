@@ -1,4 +1,4 @@
-"""A row of each format; its answer is red, or of a multiple choice (B). Its pictures are a.png and image/7.jpg."""
+"""A row of each format; its answer is red, or of a multiple choice (B). Its images are a.png and image/7.jpg."""
 
 ASKED = {"role": "user", "content": "Which?"}
 TRUE_ROWS = {

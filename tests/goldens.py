@@ -103,7 +103,7 @@ def fill_ids(name: str, shape: tuple[int, ...], low: int, high: int, *, seed: in
 
 
 def make_image(name: str, height: int, width: int) -> np.ndarray:
-    """Return a picture of two ramps, a texture and noise: uint8 [H, W, 3]."""
+    """Return an image of two ramps, a texture and noise: uint8 [H, W, 3]."""
     y, x = np.mgrid[0:height, 0:width].astype(np.int64)
     ramps = [255 * x // (width - 1), 255 * y // (height - 1), (x * y // 37 + 3 * x) % 256]
     noise = fill_ids("image:" + name, (height, width, 3), -24, 25)
@@ -125,12 +125,12 @@ def make_wave(name: str, rate: int, samples: int, channels: int) -> np.ndarray:
 
 
 def make_frames(name: str, count: int, height: int, width: int) -> np.ndarray:
-    """Return a film of drifting ramps with noise, no two frames alike: uint8 [N, H, W, 3]."""
+    """Return a video of drifting ramps with noise, no two frames alike: uint8 [N, H, W, 3]."""
     t, y, x = np.mgrid[0:count, 0:height, 0:width].astype(np.int64)
     ramps = [
         (255 * x // (width - 1) + 11 * t) % 256,
         255 * y // (height - 1),
         (5 * t + x * y // 29) % 256,
     ]
-    film = np.stack(ramps, -1)
-    return np.clip(film + fill_ids("frames:" + name, film.shape, -16, 17), 0, 255).astype(np.uint8)
+    video = np.stack(ramps, -1)
+    return np.clip(video + fill_ids("frames:" + name, video.shape, -16, 17), 0, 255).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Questions about coloured pictures for GRPO, a reward that an untrained decoder earns, and models that answer."""
+"""Questions about colored images for GRPO, a reward that an untrained decoder earns, and models that answer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ QUESTIONS = ("Colour?", "What colour is it?")
 
 
 class LetterClass(Reward):
-    """1 where the first letter is of the class of letters that belongs to the true colour: a quarter of all letters."""
+    """1 where the first letter is of the class of letters that belongs to the true color: a quarter of all letters."""
 
     def __call__(self, answers, samples):
         classes = [COLORS.index(sample.references[0]) for sample in samples]
@@ -26,12 +26,12 @@ class LetterClass(Reward):
 
 
 class Questions(Preferences):
-    """A question about a picture of each colour, some with longer prompts."""
+    """A question about an image of each color, some with longer prompts."""
 
     tokenizer = TOKENIZER
 
     def __init__(self, **options):
-        asked = [conversation(colour, colour, question) for question in QUESTIONS for colour in COLORS]
+        asked = [conversation(color, color, question) for question in QUESTIONS for color in COLORS]
         samples = [tokenize(each, TOKENIZER, 64) for each in asked]
         facts = [{"number": n, "references": (COLORS[n % 4],), "name": f"row {n}"} for n in range(len(asked))]
         samples = [replace(sample, **known) for sample, known in zip(samples, facts, strict=True)]
@@ -45,7 +45,7 @@ class Questions(Preferences):
 
 
 def started(decoder, objective, data=None):
-    """A module as a run starts, whose open gates let pictures matter, and the first batch of prompts."""
+    """A module as a run starts, whose open gates let images matter, and the first batch of prompts."""
     module, data = build(decoder, objective), data or Questions()
     objective.check(data, "validate")
     module.configure_model()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bindllm.convert.imagebind import convert_imagebind
-from bindllm.encoders.imagebind.vocabulary import tokenizer_tree
+from bindllm.encoders.imagebind.text import tokenizer_tree
 from goldens import filled, golden, keys
 
 HEADS = {"vision": 4, "text": 2, "audio": 4, "depth": 4, "thermal": 3, "imu": 8}

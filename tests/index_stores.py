@@ -1,4 +1,4 @@
-"""Stores of made-up images for the tests of the index, and what an index of them must hold."""
+"""Stores of synthetic images for the tests of the index, and the expected content of an index."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Preferences about coloured pictures, and modules that learn them: instant data without files."""
+"""Preferences about colored images, and modules that learn them: instant data without files."""
 
 from __future__ import annotations
 
@@ -24,34 +24,34 @@ COLORS = ("red", "green", "blue", "white")
 TOKENIZER = tiny_tokenizer()
 
 
-def conversation(colour: str, answer: str, question: str = "Colour?") -> Conversation:
-    """A question about a picture, or about none if the colour is empty."""
-    content = (Media.image(colour), question) if colour else (question,)
+def conversation(color: str, answer: str, question: str = "Colour?") -> Conversation:
+    """A question about an image, or about none if the color is empty."""
+    content = (Media.image(color), question) if color else (question,)
     return Conversation((Message("user", content), Message("assistant", answer)))
 
 
-def row(number: int, colour: str, answer: str, rejected: str | None = None, **fields) -> Sample:
-    """One row; its media are named by their colour, which `lookup` turns into an embedding."""
-    sample = tokenize(conversation(colour, answer), TOKENIZER, 64, last_only=True)
+def row(number: int, color: str, answer: str, rejected: str | None = None, **fields) -> Sample:
+    """One row; its media are named by their color, which `lookup` turns into an embedding."""
+    sample = tokenize(conversation(color, answer), TOKENIZER, 64, last_only=True)
     if rejected is not None:
-        fields["rejected"] = tokenize(conversation(colour, rejected), TOKENIZER, 64, last_only=True)
+        fields["rejected"] = tokenize(conversation(color, rejected), TOKENIZER, 64, last_only=True)
     return replace(sample, name=f"row {number}", number=number, **fields)
 
 
 def pairs() -> list[Sample]:
-    """Of each picture its own colour is chosen, every other one rejected; lengths differ."""
+    """Of each image its own color is chosen, every other one rejected; lengths differ."""
     options = [(mine, other) for mine in COLORS for other in COLORS if mine != other]
     return [row(n, mine, mine, other) for n, (mine, other) in enumerate(options)]
 
 
 def judged() -> list[Sample]:
-    """The same as rows on their own: the right colour is desirable, a wrong one is not."""
+    """The same as rows on their own: the right color is desirable, a wrong one is not."""
     options = [(mine, said) for mine in COLORS for said in COLORS]
     return [row(n, mine, said, desirable=mine == said) for n, (mine, said) in enumerate(options)]
 
 
 def lookup(groups, *, turn: int = 0) -> torch.Tensor:
-    """One unit vector per colour; with ``turn`` every picture is taken for one of another colour."""
+    """One unit vector per color; with ``turn`` every image is taken for one of another color."""
     found = torch.zeros(len(groups), 16)
     for n, group in enumerate(groups):
         found[n, (COLORS.index(group[0].source) + turn) % len(COLORS)] = 1
@@ -82,7 +82,7 @@ class Preferences(LightningDataModule):
 
 
 def build(decoder, objective, **changes) -> BindModule:
-    """A module on a tiny decoder; the gates are open, so that pictures matter from the start."""
+    """A module on a tiny decoder; the gates are open, so that images matter from the start."""
     options = {
         "encoders": [ColorEncoder()],
         "bind": BindConfig(depth=1),

@@ -1,4 +1,4 @@
-"""Made-up sound and video files for the tests of loaders, and films whose frames show their own number."""
+"""Synthetic audio and video files for the tests of loaders, and videos whose frames show their own number."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small tar shards of coloured pictures with captions, written as WebDataset writes them."""
+"""Small tar shards of colored images with captions, written as WebDataset writes them."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ def write_shard(file: Path, members: Sequence[tuple[str, bytes]]) -> Path:
     return file
 
 
-def image_bytes(colour: str, number: int) -> bytes:
-    """A PNG of noise around a colour, another one for each number."""
+def image_bytes(color: str, number: int) -> bytes:
+    """A PNG of noise around a color, another one for each number."""
     rng = np.random.default_rng([number])
-    pixels = np.clip(rng.normal(COLORS[colour], 12, (16, 16, 3)), 0, 255).astype(np.uint8)
+    pixels = np.clip(rng.normal(COLORS[color], 12, (16, 16, 3)), 0, 255).astype(np.uint8)
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "PNG")
     return stream.getvalue()
 
 
 def captioned(number: int) -> list[tuple[str, bytes]]:
-    """The members of a sample: a picture, a caption that names it, and JSON as img2dataset writes it."""
-    colour = list(COLORS)[number % len(COLORS)]
-    caption = f"{colour} square {'x' * (number % 7)}{number}"
+    """The members of a sample: an image, a caption that names it, and JSON as img2dataset writes it."""
+    color = list(COLORS)[number % len(COLORS)]
+    caption = f"{color} square {'x' * (number % 7)}{number}"
     facts = {"key": f"{number:05}", "caption": caption, "status": "success"}
     return [
-        (f"{number:05}.png", image_bytes(colour, number)),
+        (f"{number:05}.png", image_bytes(color, number)),
         (f"{number:05}.txt", caption.encode()),
         (f"{number:05}.json", json.dumps(facts).encode()),
     ]
@@ -56,10 +56,10 @@ def write_shards(folder: Path, counts: Sequence[int], *, first: int = 0) -> Path
     return folder / f"{{000..{len(counts) - 1:03}}}.tar"
 
 
-def described(shard: Path, rows: Mapping[str, object], pictures: Mapping[str, bytes]) -> Path:
-    """Write a shard whose samples are JSON alone or JSON with a picture of the same key."""
+def described(shard: Path, rows: Mapping[str, object], images: Mapping[str, bytes]) -> Path:
+    """Write a shard whose samples are JSON alone or JSON with an image of the same key."""
     members = []
     for key, row in rows.items():
-        members += [(f"{key}.jpg", pictures[key])] if key in pictures else []
+        members += [(f"{key}.jpg", images[key])] if key in images else []
         members.append((f"{key}.json", json.dumps(row).encode()))
     return write_shard(shard, members)

@@ -1,4 +1,4 @@
-"""The made-up vectors that caches are measured with: any row by itself, and like the embeddings of pictures."""
+"""The synthetic vectors of the cache benchmarks: independent rows, distributed like image embeddings."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ def space() -> ClusteredVectors:
     return ClusteredVectors(SIZE)
 
 
-def test_a_row_is_the_same_whatever_is_asked_for(space):
+def test_a_row_does_not_depend_on_the_range(space):
     across = space.rows(CHUNK - 3, CHUNK + 2)
     assert np.array_equal(across[:3], space.rows(0, CHUNK)[-3:])
     assert np.array_equal(across[3:], ClusteredVectors(SIZE).rows(CHUNK, CHUNK + 2))
@@ -31,7 +31,7 @@ def test_rows_lie_in_a_cone_and_in_clusters(space):
     assert 15 < found["participation ratio"] < 60
 
 
-def test_queries_of_another_sense_stand_apart(space):
+def test_queries_of_another_modality_have_an_offset(space):
     rows = space.rows(0, 1000)
     nearest = {
         foreign: (space.queries(200, foreign=foreign) @ rows.T).max(axis=1) for foreign in (True, False)

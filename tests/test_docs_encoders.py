@@ -1,4 +1,4 @@
-"""docs/encoders.md: its pictures are drawn by its command, its commands and Python blocks run, its tables are true."""
+"""docs/encoders.md: its images are drawn by its command, its commands and Python blocks run, its tables are true."""
 
 import json
 import re
@@ -15,18 +15,16 @@ from safetensors.torch import load_file
 from bindllm.cli import main
 from bindllm.encoders import EfficientNetLite, HuggingFace, ImageBind, PointBind
 from bindllm.encoders.imagebind.config import HUGE
-from bindllm.encoders.imagebind.image import depth_input, image_input, thermal_input
-from bindllm.encoders.imagebind.motion import imu_input
-from bindllm.encoders.imagebind.text import Tokenizer
+from bindllm.encoders.imagebind.inputs import depth_input, image_input, imu_input, thermal_input
+from bindllm.encoders.imagebind.text import Tokenizer, tokenizer_tree
 from bindllm.encoders.imagebind.video import video_input
-from bindllm.encoders.imagebind.vocabulary import tokenizer_tree
 from bindllm.media.maps import open_depth
 from goldens import FOLDER
 from imagebind_small import write_small_imagebind
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/encoders.md").read_text(encoding="utf-8")
-PICTURES = sorted(Path(name).name for name in re.findall(r"!\[[^]]+\]\((encoders/\w+\.png)\)", PAGE))
+IMAGES = sorted(Path(name).name for name in re.findall(r"!\[[^]]+\]\((encoders/\w+\.png)\)", PAGE))
 
 
 def blocks(language: str) -> list[str]:
@@ -74,21 +72,21 @@ def project(docs, tmp_path_factory):
 
 def test_the_page_shows_what_is_committed():
     committed = sorted((ROOT / "docs/encoders").iterdir())
-    assert [file.name for file in committed] == PICTURES
+    assert [file.name for file in committed] == IMAGES
     for file in committed:
         assert file.stat().st_size < 150_000, file
-        with Image.open(file) as picture:
-            assert picture.width >= 900, file
+        with Image.open(file) as image:
+            assert image.width >= 900, file
 
 
 @pytest.mark.slow
 def test_the_command_draws_exactly_the_pictures_of_the_page(docs, tmp_path):
     docs[0].main(["--output", str(tmp_path)])
-    assert sorted(file.name for file in tmp_path.iterdir()) == PICTURES
-    for name in PICTURES:
+    assert sorted(file.name for file in tmp_path.iterdir()) == IMAGES
+    for name in IMAGES:
         with Image.open(tmp_path / name) as new, Image.open(ROOT / "docs/encoders" / name) as old:
             shrunk = [
-                np.asarray(picture.convert("L").resize((90, 60)), dtype=np.float64) for picture in (new, old)
+                np.asarray(image.convert("L").resize((90, 60)), dtype=np.float64) for image in (new, old)
             ]
         # Fonts and versions of matplotlib move single pixels; another content moves more.
         assert np.abs(shrunk[0] - shrunk[1]).mean() < 6, name
@@ -105,9 +103,9 @@ def test_the_media_are_what_the_pictures_say(project):
     upright = image_input(project / "dog.jpg").float()
     # The even wall is at the top, and nothing else, only when the EXIF orientation is applied.
     assert upright[:, :60].std(dim=(1, 2)).max() < 2
-    metres = open_depth(project / "room.png")
-    assert (metres == 0).mean() > 0.02
-    assert metres.max() == 7
+    meters = open_depth(project / "room.png")
+    assert (meters == 0).mean() > 0.02
+    assert meters.max() == 7
     assert thermal_input(project / "heat.png").unique().numel() > 100
     signal = imu_input(project / "walk.csv")
     assert signal.shape == (6, 2000)

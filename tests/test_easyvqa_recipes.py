@@ -46,7 +46,7 @@ def fit(name: str) -> dict:
     return json.loads(Path(recipe["output"], "metrics.json").read_text())["tasks"]["answers"]
 
 
-def test_each_stage_goes_on_from_the_one_before(workplace, monkeypatch):
+def test_each_stage_continues_from_the_one_before(workplace, monkeypatch):
     monkeypatch.chdir(workplace)
     save_quickstart()
     for name in ("easyvqa.yaml", "easyvqa-dpo.yaml"):
@@ -55,7 +55,7 @@ def test_each_stage_goes_on_from_the_one_before(workplace, monkeypatch):
         assert metrics["model"]["count_by_type"] == counts
         assert set(metrics) == {"model", "no_media", "shuffled_media", "majority_answer"}
         guessed = metrics["majority_answer"]["by_type"]
-        # Two of three pictures are not red, and the published test pictures are as the training ones.
+        # Two of three images are not red, and the published test images are as the training ones.
         assert guessed["yes/no colour"] == guessed["yes/no not colour"] == pytest.approx(5 / 8)
 
 

@@ -8,6 +8,6 @@ def test_an_unknown_name_gets_the_known_ones_and_the_closest():
 
 
 def test_a_missing_extra_says_what_to_install():
-    error = MissingExtraError("resvg_py", extra="svg", purpose="read SVG pictures")
+    error = MissingExtraError("resvg_py", extra="svg", purpose="read SVG images")
     assert "pip install 'bindllm[svg]'" in str(error)
     assert isinstance(error, ImportError)

@@ -52,8 +52,8 @@ def project(tmp_path_factory):
     easyvqa.build([published(folder, train=40)], folder / "data/easyvqa")
     (folder / "recipes").symlink_to(ROOT / "recipes")
     write_small_imagebind(folder / "checkpoints/imagebind")
-    for name, colour in (("dog.jpg", "brown"), ("car.jpg", "red")):
-        Image.new("RGB", (32, 24), colour).save(folder / name)
+    for name, color in (("dog.jpg", "brown"), ("car.jpg", "red")):
+        Image.new("RGB", (32, 24), color).save(folder / name)
     (folder / "bark.wav").write_bytes(wav(make_wave("bark", 16_000, 16_000, 1), 16_000))
     return folder
 
@@ -102,7 +102,7 @@ def test_commands_and_python_blocks_run(project, tmp_path, monkeypatch, capsys):
         told += capsys.readouterr().out
     assert "no problems" in told
     assert "bark.wav" in told
-    assert "images/0.svg" in told, "the neighbours of the cache"
+    assert "images/0.svg" in told, "the neighbors of the cache"
     names: dict = {"__name__": "readme"}
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), names)

@@ -20,7 +20,7 @@ from bindllm.testing import check_encoder, synthetic_media
 from tiny import ColorEncoder
 
 
-class NotNormalised(ColorEncoder):
+class NotNormalized(ColorEncoder):
     def embed(self, modality, inputs):
         return 2 * super().embed(modality, inputs)
 
@@ -227,11 +227,11 @@ class Raises(ColorEncoder):
 
 
 BROKEN = {
-    NotNormalised: r"must have norm 1, not 2 to 2; return torch\.nn\.functional\.normalize",
+    NotNormalized: r"must have norm 1, not 2 to 2; return torch\.nn\.functional\.normalize",
     RandomPrepare: r"prepare\(\) gives other bits a second time",
     PreparesAnotherShape: r"prepare\(\) must return a CPU tensor without gradient, not <class 'list'>",
-    BatchDependent: "must be that of its own input alone",
-    Sorted: "must be that of its own input alone",
+    BatchDependent: "must depend only on its own input",
+    Sorted: "must depend only on its own input",
     WrongShape: r"embed\(\) of 5 inputs must return a tensor \[5, 16\], not \[5, 15\]",
     WrongType: "must be float32, not torch.float64",
     WithGradient: "must have no gradient",
@@ -239,7 +239,7 @@ BROKEN = {
     NotFinite: "must be finite",
     Constant: "different media get the same embedding",
     ChangesItsInputs: r"embed\(\) changes its inputs in place",
-    ChangesTheArray: r"prepare\(\) changes the array or picture",
+    ChangesTheArray: r"prepare\(\) changes the array or image",
     NotFrozen: r"embed\(\) gives other numbers the second time",
     UnstableFingerprint: r"fingerprint\(\) differs from call to call",
     FingerprintOfTheInstance: r"rebuilt from config, its fingerprint\(\) is another",
@@ -255,7 +255,7 @@ BROKEN = {
     ModalityAsText: r"modalities must be a tuple of names such as \('image',\), not 'image'",
     SizeAsFloat: "embedding_size must be an int above 0, not 16.0",
     MovesToACopy: r"to\(device\) must return the encoder itself",
-    NamelessMediaError: r"of a missing file must name the file in its MediaError, not say: something is wrong",
+    NamelessMediaError: r"of a missing file must name the file in its MediaError, not only: something is wrong",
     MissingFilesAreGrey: r"prepare\(\) of a missing file must raise bindllm\.errors\.MediaError$",
     PrepareRaises: r"prepare\(\) of <array \[224, 224, 3\] uint8> raised RuntimeError: no such sense",
     Raises: r"image: embed\(\) raised RuntimeError: out of luck \(test_testing\.py, line \d+\)$",
@@ -275,7 +275,7 @@ def test_broken_encoders_are_told_what_is_wrong(broken):
 
 
 def test_all_broken_promises_are_listed():
-    class Bad(NotNormalised, WithGradient, FingerprintNotHex, MovesToACopy): ...
+    class Bad(NotNormalized, WithGradient, FingerprintNotHex, MovesToACopy): ...
 
     with pytest.raises(EncoderError) as caught:
         check_encoder(Bad())
@@ -400,7 +400,7 @@ class ConfigRaises(ColorEncoder):
 @pytest.mark.parametrize(
     ("encoder", "samples", "told"),
     [
-        (ColorEncoder(), ["a.png"], r"'a\.png' is no Media; wrap it, as in Media\.image\('a\.png'\)"),
+        (ColorEncoder(), ["a.png"], r"'a\.png' is not a Media; wrap it, as in Media\.image\('a\.png'\)"),
         (ColorEncoder(), Media.image("a.png"), "samples must be a list of Media"),
         (ColorEncoder(), [Media.image("nowhere.png")], "nowhere.png: cannot be opened"),
         (ConfigRaises(), None, "config raised RuntimeError: not ready"),

@@ -90,11 +90,11 @@ def save_tiny_text_encoder(folder: Path) -> Path:
 
 
 class ColorEncoder:
-    """Mean colours of a grid over the picture, through a fixed random projection: instant and deterministic.
+    """Mean colors of a grid over the image, through a fixed random projection: instant and deterministic.
 
     Args:
         embedding_size: width of the embedding.
-        grid: the picture is averaged over grid x grid cells.
+        grid: the image is averaged over grid x grid cells.
     """
 
     modalities = ("image",)
@@ -129,16 +129,16 @@ COLORS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220), "
 
 
 def color_images(folder: Path, *, per_color: int = 4, split: bool = True) -> Path:
-    """Write plain PNG pictures and `captions.jsonl` (image, caption, split); return the folder."""
+    """Write plain PNG images and `captions.jsonl` (image, caption, split); return the folder."""
     import json
 
     (folder / "images").mkdir(parents=True, exist_ok=True)
     rows, rng = [], np.random.default_rng(0)
-    for colour, value in COLORS.items():
+    for color, value in COLORS.items():
         for n in range(per_color):
             pixels = np.clip(rng.normal(value, 12, (24, 24, 3)), 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(folder / "images" / f"{colour}{n}.png")
-            row = {"image": f"images/{colour}{n}.png", "caption": f"{colour} square"}
+            Image.fromarray(pixels).save(folder / "images" / f"{color}{n}.png")
+            row = {"image": f"images/{color}{n}.png", "caption": f"{color} square"}
             if split:
                 row["split"] = {0: "test", 1: "validation"}.get(n, "train")
             rows.append(row)

@@ -166,7 +166,7 @@ def audioset(folder: Path) -> Path:
 
 
 CLIPS = {"dog": ["a dog", "a cat"], "rain": ["rain", "a dog again"]}
-"""What a sound or picture holds, and what is said about it.
+"""What a sound or image holds, and what is said about it.
 
 To the dog's sound "a dog" and "a dog again" are alike: it finds the right one in half of the orders, so recall@1 is
 0.75. Of the texts "a dog" and "rain" are right, "a dog again" is wrong and "a cat" is like neither: 0.625.

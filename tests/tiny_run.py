@@ -13,7 +13,7 @@ from tiny import color_images, save_tiny_decoder
 
 
 def tiny_parts(folder: Path) -> Path:
-    """Write a tiny decoder and coloured pictures, once for many runs."""
+    """Write a tiny decoder and colored images, once for many runs."""
     save_tiny_decoder(folder / "decoder")
     color_images(folder / "pictures", per_color=7)
     return folder

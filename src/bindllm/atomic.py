@@ -26,15 +26,15 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _let_read(files: list[Path], *, like: Path) -> None:
-    """Give private files the rights that the process gives by default: safetensors writes for the owner alone."""
+def _make_readable(files: list[Path], *, like: Path) -> None:
+    """Give private files the process's default rights: safetensors makes them readable only by the owner."""
     rights = stat.S_IMODE(like.stat().st_mode) & 0o666
     for file in files:
         if file.is_file() and stat.S_IMODE(file.stat().st_mode) == 0o600:
             file.chmod(rights)
 
 
-def _beside(path: Path) -> Path:
+def _part_name(path: Path) -> Path:
     """Return a fresh hidden name in the same folder: renames are atomic inside one file system only."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
 
@@ -53,9 +53,11 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = _beside(path)
+    part = _part_name(path)
     try:
         yield part
+        # How to read this: content first, then the rename, then the folder that holds the name; in this order no
+        # power loss leaves a name without its content.
         _sync(part)
         os.replace(part, path)
         _sync(path.parent)
@@ -64,21 +66,22 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 
 def set_aside_name(path: str | Path) -> Path:
-    """Return where `atomic_folder` keeps the earlier folder for the moment in which the new one takes its place."""
+    """Return the path at which `atomic_folder` keeps the earlier folder while the new one replaces it."""
     path = Path(path)
     return path.with_name(f".{path.name}.old")
 
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder; on success it takes the place of ``path``, on an error it is removed.
+    """Yield a temporary folder; on success it replaces ``path``, on an error it is removed.
 
     An existing folder is moved aside first, to `set_aside_name`, and removed last: a kill between the two renames
     leaves it there, whole, and the next call brings it back before anything else.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part, old = _beside(path), set_aside_name(path)
+    part, old = _part_name(path), set_aside_name(path)
+    # An earlier call was killed between the two renames: bring the folder back.
     if old.exists() and not path.exists():
         os.replace(old, path)
     shutil.rmtree(old, ignore_errors=True)
@@ -86,7 +89,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     try:
         yield part
         files = sorted(part.rglob("*"))
-        _let_read(files, like=part)
+        _make_readable(files, like=part)
+        # One sync of the whole file system is faster than thousands of small ones.
         if len(files) > _MANY:
             os.sync()
         else:
@@ -94,6 +98,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
                 _sync(file)
         _sync(part)
         if path.exists():
+            # A folder cannot be renamed onto one that is not empty.
             os.replace(path, old)
         os.replace(part, path)
         _sync(path.parent)
@@ -101,12 +106,13 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)
+        # The second rename failed: the earlier folder returns to its name.
         elif old.exists():
             os.replace(old, path)
 
 
 def remove_leftovers(path: str | Path) -> None:
-    """Remove what killed writers left beside ``path``; for callers that know that nobody is writing it."""
+    """Remove the files that killed writers left next to ``path``. The caller makes sure that no process writes it."""
     path = Path(path)
     for part in path.parent.glob(f".{path.name}.*.part"):
         if part.is_dir():

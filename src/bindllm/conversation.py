@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Role = Literal["system", "user", "assistant"]
 
+# Invisible and without width: a text with it looks unchanged but spells no control token.
 WORD_JOINER = "\u2060"
 NO_MEDIA = -1
 INPUT_HEADER = "\n\n### Input:\n"
@@ -59,6 +60,7 @@ class Message:
                 raise InputError(f"a part of a message is a text or a Media, not {part!r}")
             if isinstance(part, str):
                 _check_unicode(part)
+        # The way to set a field of a frozen dataclass.
         object.__setattr__(self, "content", tuple(parts))
 
     @property
@@ -152,6 +154,7 @@ def render(
     check_tokenizer(tokenizer)
     messages = conversation.messages
     _check_roles(messages, add_generation_prompt=add_generation_prompt)
+    # How to read this: messages -> text -> tokens with their offsets -> the boundaries of messages as tokens.
     control = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     escape = control_text == "escape"
     turns = [{"role": m.role, "content": _guard(m.text, control, escape=escape)} for m in messages]
@@ -185,6 +188,7 @@ def render(
 
 
 def _check_unicode(text: str) -> None:
+    # Python's texts may hold half of a surrogate pair, UTF-8 cannot.
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -226,9 +230,11 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, num_embeddings: int) ->
     words = {token: i for token, i in tokenizer.get_vocab().items() if i >= num_embeddings}
     if not words:
         return
+    # A short conversation shows which control tokens the template uses.
     exchange = Conversation((Message("user", "?"), Message("assistant", "!")))
     used = {tokenizer.pad_token_id, tokenizer.eos_token_id, *render(exchange, tokenizer).input_ids}
     control = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    # Texts may use every ordinary token, but no control token.
     beyond = sorted((i, token) for token, i in words.items() if i in used or i not in control)
     if beyond:
         named = ", ".join(f"{token!r} ({i})" for i, token in beyond[:5])
@@ -257,6 +263,7 @@ def _guard(text: str, control: dict[str, int], *, escape: bool) -> str:
                     f"a message spells the control token {token!r} of the decoder; remove it, or render it "
                     "with control_text='escape'"
                 )
+            # Inside the token, so that the tokenizer does not recognize it.
             text = text.replace(token, token[0] + WORD_JOINER + token[1:])
     return text
 
@@ -278,6 +285,7 @@ def _prefix_length(
     tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], text: str, *, header: bool = False
 ) -> int | None:
     """Return where the first messages (and the header of an answer) end in the text; None if it starts otherwise."""
+    # Templates that rewrite earlier messages start differently; the position is unknown then.
     prefix = _apply_template(tokenizer, turns, header=header)
     return len(prefix) if text.startswith(prefix) else None
 
@@ -287,6 +295,7 @@ def _answer_starts(
 ) -> dict[int, int | None]:
     """Return the start of each answer in the text, by its turn; None if it was not found."""
     answers = [turn for turn, message in enumerate(turns) if message["role"] == "assistant"]
+    # The first answer is located by rendering, which also shows the header of all others.
     starts = {turn: _prefix_length(tokenizer, turns[:turn], text, header=True) for turn in answers[:1]}
     if len(answers) > 2 and (first := starts[answers[0]]) is not None:
         # Rendering the messages before every single answer takes quadratic time. A header with a control token can be

@@ -27,10 +27,12 @@ class _NamedModules:
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        # `path` is set for submodules, which Python finds through their package.
         folder = self.folders.get(name) if path is None else None
         return None if folder is None else PathFinder.find_spec(name, [folder], target)
 
 
+# One finder for the process: Python's own import table is global too.
 _NAMED = _NamedModules()
 
 
@@ -52,14 +54,16 @@ def name_module(path: str) -> None:
     """
     if _NAMED not in sys.meta_path:
         return
-    seen, waiting = set(), [path]
+    # How to read this: a walk over the import graph, from the named module to the local files that it needs.
+    done, waiting = set(), [path]
     while waiting:
         name = waiting.pop()
-        if name in seen:
+        if name in done:
             continue
-        seen.add(name)
+        done.add(name)
         files = list(_files(name))
         if files:
+            # The first name wins: a later change of directory must not exchange a module.
             _NAMED.folders.setdefault(name.partition(".")[0], os.getcwd())
         for package, file in files:
             waiting += _imported(file, package)
@@ -87,15 +91,16 @@ def _imported(file: Path, package: Sequence[str]) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
+            # Relative imports: one dot is the package itself, each further dot one level up.
             above = package[: len(package) - node.level + 1] if node.level else []
             base = [*above, *([node.module] if node.module else [])]
             yield from (".".join([*base, alias.name]) for alias in node.names)
 
 
 def replace_allow(kind: Any, arguments: Mapping[str, Any], allow: Sequence[str]) -> dict[str, Any]:
-    """Return constructor arguments with the caller's ``allow`` in place of the file's.
+    """Return constructor arguments with the caller's ``allow`` instead of the file's.
 
-    A file must not extend what its reader allows, so its own value is dropped, whatever its type.
+    A file must not extend the list that its reader allows, so its own value is dropped, whatever its type.
 
     Args:
         kind: the class to build.

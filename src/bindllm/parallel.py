@@ -28,6 +28,7 @@ POLL_SECONDS = 0.1
 JOIN_SECONDS = 10.0
 """How long `Prefetcher.close` waits for its thread; a thread that hangs on a server ends with the process."""
 
+# Hex digits of a hash that assign it to a process: 32 bits spread evenly over any number of processes.
 _SHARE_DIGITS = 8
 
 
@@ -36,6 +37,7 @@ def _gather_one(value: Any) -> list[Any]:
 
 
 def _gather_objects(value: Any) -> list[Any]:
+    # A collective call: it returns after all processes have made it.
     values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
@@ -119,6 +121,7 @@ class RunContext:
     def of_trainer(cls, trainer: Trainer | None) -> RunContext:
         """Return the context of a Lightning run; None: a single process on the CPU."""
         processes = Processes.of_trainer(trainer)
+        # One process draws the bars, and only if someone can see them.
         progress = processes.is_first and sys.stderr.isatty()
         if trainer is None:
             return cls(processes, progress=progress)
@@ -160,6 +163,7 @@ def prefetch(
     """
     waiting: deque[Future[Result]] = deque()
     for item in items:
+        # Results keep the order of the items: a slow one delays the next ones but does not change it.
         waiting.append(pool.submit(function, item))
         while len(waiting) >= limit():
             yield waiting.popleft().result()
@@ -189,6 +193,7 @@ class Prefetcher(Generic[Item]):
         device: torch.device | str = "cpu",
     ) -> None:
         self._make, self._device = make, torch.device(device)
+        # One item waits while the thread computes the next.
         self._queue: Queue[tuple[Item | None, BaseException | None]] = Queue(maxsize=1)
         self._stop = Event()
         # A daemon thread: the process can end even if the thread hangs.
@@ -200,12 +205,14 @@ class Prefetcher(Generic[Item]):
 
     def __next__(self) -> Item:
         while not self._stop.is_set():
+            # With a timeout, so that closing ends the wait.
             try:
                 item, error = self._queue.get(timeout=POLL_SECONDS)
             except Empty:
                 continue
             if error is None:
                 return item
+            # The end of the iterator arrives as StopIteration, like any other error.
             self.close()
             raise error
         raise StopIteration
@@ -235,12 +242,14 @@ class Prefetcher(Generic[Item]):
 
     def _put_all(self) -> None:
         for item in self._make(self._stop.is_set):
+            # Closed: the rest is not computed.
             if not self._put(item, None):
                 return
 
     def _put(self, item: Item | None, error: BaseException | None) -> bool:
         """Wait for room in the queue; return False if the consumer has closed it."""
         while not self._stop.is_set():
+            # With a timeout, because a consumer that has ended takes no more items.
             try:
                 self._queue.put((item, error), timeout=POLL_SECONDS)
             except Full:

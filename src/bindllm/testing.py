@@ -1,4 +1,4 @@
-"""A check for anyone's encoder: does it keep every promise of `bindllm.encoders.Encoder`?
+"""Contract check for encoders: does a class keep every promise of `bindllm.encoders.Encoder`?
 
 The test of a new encoder is one line, ``check_encoder(MyEncoder())``.
 """
@@ -31,7 +31,7 @@ _MEMBERS = ("modalities", "embedding_size", "config", "fingerprint", "to", "prep
 _NORM_TOLERANCE = 1e-3
 _BATCH_TOLERANCE = 1e-4
 _REPEAT_TOLERANCE = 1e-6
-# Seconds of computing that a constructor may take: many times what is needed, and too few to load large weights.
+# CPU seconds of a constructor: many times more than needed, and too few to load large weights.
 _CONSTRUCTOR_SECONDS = 2.0
 
 
@@ -41,10 +41,10 @@ def check_encoder(
     """Check an encoder against its contract; return when it keeps all of it.
 
     Args:
-        encoder: the encoder to check, on the CPU and with its weights at hand.
-        samples: at least two different media of each modality that it serves. Where none are given, the encoder's own
-            ``examples()`` are taken, or else, for a modality of `bindllm.media.MODALITIES`, made-up ones.
-        modalities: check only these of what it serves; by default all.
+        encoder: the encoder to check, on the CPU, with its weights available.
+        samples: at least two different media of each modality that it serves. By default the encoder's own
+            ``examples()``, or else synthetic media for modalities of `bindllm.media.MODALITIES`.
+        modalities: check only these of its modalities; by default all.
 
     Raises:
         EncoderError: lists every broken promise, not only the first.
@@ -56,6 +56,8 @@ def check_encoder(
         bindllm.errors.EncoderError: Empty breaks the contract of an encoder:
         - it lacks modalities, embedding_size, config, fingerprint, to, prepare, embed
     """
+    # How to read this: each method checks one promise and adds to `problems`; nothing raises before the end, so the
+    # author sees all of them at once.
     check = _Check(encoder)
     check.members()
     samples = check.samples(samples)
@@ -66,6 +68,7 @@ def check_encoder(
         for media in samples:
             served = media.modality in encoder.modalities
             check.require(served, f"the sample {media!r} is of a modality that it does not serve")
+        # The caller's samples win over the encoder's own.
         samples += check.examples(unless={media.modality for media in samples})
         for modality in encoder.modalities if modalities is None else modalities:
             given = [media for media in samples if media.modality == modality]
@@ -80,7 +83,7 @@ def check_encoder(
 
 
 class _Check:
-    """Runs the parts of the check on one encoder and keeps what is wrong."""
+    """Runs the parts of the check on one encoder and collects the problems."""
 
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
@@ -92,13 +95,13 @@ class _Check:
             self.problems.append(problem)
         return holds
 
-    def attempt(self, what: str, call: Callable[..., Any], *args: Any) -> Any:
-        """Return the result of a call, or note what it raised and return None."""
+    def attempt(self, action: str, call: Callable[..., Any], *args: Any) -> Any:
+        """Return the result of a call, or note its exception and return None."""
         try:
             return call(*args)
-        # This is a stranger's code: whatever it raises is reported beside the other problems.
+        # This is untrusted code: any exception of it is reported with the other problems.
         except Exception as error:
-            self.problems.append(f"{what} raised {_told(error)}")
+            self.problems.append(f"{action} raised {_with_line(error)}")
             return None
 
     def members(self) -> None:
@@ -112,6 +115,7 @@ class _Check:
         if not self.require(not missing, f"it lacks {', '.join(missing)}"):
             return
         before = len(self.problems)
+        # Properties may raise: reading each of them is an attempt of its own.
         names, size, config = (
             self.attempt(name, lambda name=name: getattr(encoder, name))
             for name in ("modalities", "embedding_size", "config")
@@ -133,7 +137,7 @@ class _Check:
         )
 
     def samples(self, given: Any) -> list[Media]:
-        """The samples are a list of media; what is none is noted and left out."""
+        """The samples are a list of media; other items are noted and skipped."""
         if not self.require(
             given is None or isinstance(given, list | tuple),
             f"samples must be a list of Media, such as [Media.image('a.png'), ...], not {given!r}",
@@ -143,7 +147,7 @@ class _Check:
         for media in given or ():
             if self.require(
                 isinstance(media, Media),
-                f"the sample {media!r} is no Media; wrap it, as in Media.image({media!r})",
+                f"the sample {media!r} is not a Media; wrap it, as in Media.image({media!r})",
             ):
                 usable.append(media)
         return usable
@@ -160,7 +164,9 @@ class _Check:
         mine = self.encoder
         moved = self.attempt("to('cpu')", mine.to, "cpu")
         self.require(moved is mine, "to(device) must return the encoder itself")
+        # CPU time: other processes on the machine must not fail the check.
         start = time.process_time()
+        # A checkpoint stores class and config only, so this is how every loaded encoder comes to life.
         twin = self.attempt("type(encoder)(**encoder.config)", lambda: type(mine)(**mine.config))
         spent = time.process_time() - start
         self.require(
@@ -210,7 +216,7 @@ class _Check:
                 break
             inputs.append(tensor)
         untouched = hashes == [media.content_hash() for media in samples]
-        self.require(untouched, f"{modality}: prepare() changes the array or picture that it is given")
+        self.require(untouched, f"{modality}: prepare() changes the array or image that it is given")
         if len(inputs) == len(samples):
             # Text has no files.
             if modality != "text":
@@ -219,51 +225,59 @@ class _Check:
 
     def prepared(self, media: Media, twin: Encoder | None) -> Tensor | None:
         """Preparation gives a CPU tensor, with the same bits every time."""
-        what = f"{media.modality}: prepare()"
-        first = self.attempt(f"{what} of {media.name}", self.encoder.prepare, media)
+        action = f"{media.modality}: prepare()"
+        first = self.attempt(f"{action} of {media.name}", self.encoder.prepare, media)
         if first is None:
             return None
         is_plain = isinstance(first, Tensor) and first.device.type == "cpu" and not first.requires_grad
-        if not self.require(is_plain, f"{what} must return a CPU tensor without gradient, not {type(first)}"):
+        if not self.require(
+            is_plain, f"{action} must return a CPU tensor without gradient, not {type(first)}"
+        ):
             return None
         for encoder, how in ((self.encoder, "a second time"), (twin, "by the encoder rebuilt from config")):
             if encoder is not None:
-                again = self.attempt(what, encoder.prepare, media)
+                again = self.attempt(action, encoder.prepare, media)
                 same = isinstance(again, Tensor) and torch.equal(first, again)
-                if not self.require(same, f"{what} gives other bits {how}"):
+                if not self.require(same, f"{action} gives other bits {how}"):
                     break
         return first
 
     def unreadable(self, modality: str) -> None:
-        """A file that cannot be read is a MediaError with its name: a run leaves it out and goes on."""
+        """A file that cannot be read is a MediaError with its name: a run then skips it and continues."""
         with tempfile.TemporaryDirectory() as folder:
             for name, content in (("missing.bin", None), ("nonsense.bin", b"\0\xff no media")):
                 file = Path(folder, name)
                 if content is not None:
                     file.write_bytes(content)
-                told = f"{modality}: prepare() of a {'missing' if content is None else 'damaged'} file"
+                action = f"{modality}: prepare() of a {'missing' if content is None else 'damaged'} file"
                 try:
                     self.encoder.prepare(Media(modality, str(file)))
                 except MediaError as error:
                     self.require(
-                        name in str(error), f"{told} must name the file in its MediaError, not say: {error}"
+                        name in str(error),
+                        f"{action} must name the file in its MediaError, not only: {error}",
                     )
-                # This is a stranger's code: whatever it raises is reported beside the other problems.
+                # This is untrusted code: any exception of it is reported with the other problems.
                 except Exception as error:
-                    self.problems.append(f"{told} must raise bindllm.errors.MediaError, not {_told(error)}")
+                    self.problems.append(
+                        f"{action} must raise bindllm.errors.MediaError, not {_with_line(error)}"
+                    )
                 else:
                     # Nonsense may be a file of a kind that has no wrong content.
-                    self.require(content is not None, f"{told} must raise bindllm.errors.MediaError")
+                    self.require(content is not None, f"{action} must raise bindllm.errors.MediaError")
 
     def embedded(self, modality: str, inputs: list[Tensor]) -> None:
-        """Embeddings have the promised form and depend on their own input alone."""
+        """Embeddings have the promised form and depend only on their own input."""
+        # Copies, to find encoders that change their inputs.
         given = [tensor.clone() for tensor in inputs]
+        # A trainer may call it with gradients enabled; the encoder itself must switch them off.
         with torch.enable_grad():
             batch = self.attempt(f"{modality}: embed()", self.encoder.embed, modality, given)
         if batch is None or not self.form(modality, batch, len(inputs)):
             return
         untouched = all(torch.equal(a, b) for a, b in zip(given, inputs, strict=True))
         self.require(untouched, f"{modality}: embed() changes its inputs in place")
+        # A constant embedding would pass every other check.
         apart = torch.nn.functional.pdist(batch.detach().double()).min()
         self.require(bool(apart > _BATCH_TOLERANCE), f"{modality}: different media get the same embedding")
 
@@ -276,12 +290,13 @@ class _Check:
             f"{modality}: embed() gives other numbers the second time (by {again:.2g}); "
             "it must stay frozen, in evaluation mode and free of chance",
         ):
-            alone = max(self.distance(modality, [one], batch[n : n + 1]) for n, one in enumerate(inputs))
+            single = max(self.distance(modality, [one], batch[n : n + 1]) for n, one in enumerate(inputs))
+            # Reversed order finds statistics over the batch and positions that leak between rows.
             turned = self.distance(modality, inputs[::-1], batch.flip(0))
             self.require(
-                max(alone, turned) <= _BATCH_TOLERANCE,
-                f"{modality}: a row of embed() must be that of its own input alone, whatever the batch and its "
-                f"order (off by {alone:.2g} alone, by {turned:.2g} in reversed order)",
+                max(single, turned) <= _BATCH_TOLERANCE,
+                f"{modality}: a row of embed() must depend only on its own input, whatever the batch and its "
+                f"order (off by {single:.2g} embedded singly, by {turned:.2g} in reversed order)",
             )
 
     def form(self, modality: str, batch: Any, count: int) -> bool:
@@ -322,13 +337,13 @@ class _Check:
         return float((found.detach() - expected.detach()).abs().max())
 
 
-def _told(error: Exception) -> str:
-    """Return what was raised and the line of code that raised it."""
+def _with_line(error: Exception) -> str:
+    """Return an exception and the line of code that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
-    # The innermost frame that is no library's: there the mistake is.
+    # The innermost frame outside installed libraries: the mistake is there.
     own = [frame for frame in frames if _is_own(frame.filename)]
-    place = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
-    return f"{type(error).__name__}: {error}{place}"
+    line = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
+    return f"{type(error).__name__}: {error}{line}"
 
 
 def _is_own(file: str) -> bool:

@@ -12,8 +12,7 @@ import yaml
 
 from align_parts import BeatTower, LetterEncoder, align_recipe, color_table, radar_table, rewrite, run_align
 from bindllm.cli import main
-from bindllm.encoders import Aligned
-from bindllm.encoders.alignment import alignment_warnings
+from bindllm.encoders import Aligned, alignment_warnings
 from bindllm.media import Media
 from bindllm.quickstart import assets_of
 from tiny import ColorEncoder

@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM
 from bindllm import BindLLM, Media
 from bindllm.cli import main
 from bindllm.convert.imagebind import convert_imagebind, published_shapes
-from bindllm.encoders.imagebind.vocabulary import tokenizer_tree
+from bindllm.encoders.imagebind.text import tokenizer_tree
 from bindllm.encoders.pointbind import PointBind
 from goldens import fill, filled, keys, make_image, make_wave
 from imagebind_llm_tiny import ALLOW, published, write_base

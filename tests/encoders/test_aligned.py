@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from align_parts import BeatTower, LetterEncoder
 from bindllm.encoders import Aligned, HasSpace
-from bindllm.encoders.aligned_folder import HEAD, TOWER, AlignedManifest, write_aligned
-from bindllm.encoders.head import Head, HeadConfig
+from bindllm.encoders.aligned import HEAD, TOWER, AlignedManifest, Head, HeadConfig, write_aligned
 from bindllm.encoders.trainable import build_tower
 from bindllm.errors import CheckpointError, EncoderError, InputError, MediaError
 from bindllm.media import Media
@@ -38,7 +37,7 @@ def save(folder: Path, tower, class_path: str, *, head: HeadConfig | None = None
     manifest = AlignedManifest(
         modality=tower.modality if isinstance(tower, BeatTower) else "text",
         embedding_size=16,
-        space="colours",
+        space="colors",
         tower=entry,
         tower_size=tower.embedding_size,
         head=head,
@@ -69,7 +68,7 @@ def change_manifest(folder: Path, **changes) -> None:
 def test_it_keeps_the_contract_of_an_encoder_with_a_frozen_tower(letters):
     encoder = Aligned(str(letters), allow=[LETTERS])
     check_encoder(encoder)
-    assert (encoder.modalities, encoder.embedding_size, encoder.space) == (("text",), 16, "colours")
+    assert (encoder.modalities, encoder.embedding_size, encoder.space) == (("text",), 16, "colors")
     assert isinstance(encoder, HasSpace)
 
 

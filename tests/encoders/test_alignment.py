@@ -2,8 +2,7 @@
 
 import pytest
 
-from bindllm.encoders import EfficientNetLite, HuggingFace, encoder_for
-from bindllm.encoders.alignment import alignment_warnings, space_of
+from bindllm.encoders import EfficientNetLite, HuggingFace, alignment_warnings, encoder_for, space_of
 from bindllm.errors import InputError
 from tiny import ColorEncoder
 

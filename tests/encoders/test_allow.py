@@ -13,8 +13,7 @@ from align_parts import LetterEncoder
 from bindllm import BindLLM
 from bindllm.cli import main
 from bindllm.encoders import Aligned
-from bindllm.encoders.aligned_folder import HEAD, AlignedManifest, write_aligned
-from bindllm.encoders.head import Head, HeadConfig
+from bindllm.encoders.aligned import HEAD, AlignedManifest, Head, HeadConfig, write_aligned
 from bindllm.encoders.trainable import build_tower
 from bindllm.errors import BindLLMError, InputError
 from bindllm.model.checkpoint import MANIFEST, build_own, read_manifest
@@ -44,7 +43,7 @@ def save_aligned(folder: Path, class_path: str, init_args: dict, *, fingerprint:
     manifest = AlignedManifest(
         modality="text",
         embedding_size=16,
-        space="colours",
+        space="colors",
         tower={"class_path": class_path, "init_args": init_args, "fingerprint": fingerprint},
         tower_size=size,
         head=head,

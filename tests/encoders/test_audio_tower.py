@@ -16,7 +16,7 @@ def tone(hertz: float, seconds: float, *, level: float = 0.5) -> np.ndarray:
     return (level * np.sin(2 * np.pi * hertz * times)).astype(np.float32)
 
 
-def made_up(seconds: float, seed: int = 0) -> torch.Tensor:
+def synthetic(seconds: float, seed: int = 0) -> torch.Tensor:
     noise = np.random.default_rng(seed).normal(0, 0.1, round(seconds * RATE))
     return tower().prepare(Media.audio(noise.astype(np.float32)))
 
@@ -30,8 +30,8 @@ def test_a_tone_is_loudest_in_its_own_band():
     for hertz in (200, 1000, 4000):
         energies = tower().prepare(Media.audio(tone(hertz, 2.0)))
         frequency = np.arange(513) * RATE / 1024
-        centre = frequency[_mel_weights()[:, int(energies[10].argmax())].argmax()]
-        assert centre == pytest.approx(hertz, rel=0.06)
+        center = frequency[_mel_weights()[:, int(energies[10].argmax())].argmax()]
+        assert center == pytest.approx(hertz, rel=0.06)
 
 
 def test_loudness_does_not_count():
@@ -63,7 +63,7 @@ def test_a_long_sound_is_heard_at_three_places():
 def test_a_row_depends_on_its_own_sound_alone():
     network, sounds = (
         tower(),
-        [made_up(seconds, seed) for seed, seconds in enumerate((0.3, 1.0, 2.7, 5.0, 1.4))],
+        [synthetic(seconds, seed) for seed, seconds in enumerate((0.3, 1.0, 2.7, 5.0, 1.4))],
     )
     together = network(sounds)
     assert together.shape == (5, 32)
@@ -81,7 +81,7 @@ def test_windows_cover_the_sound():
 
 
 def test_augmentation_is_that_of_its_generator_and_leaves_the_sound_alone():
-    network, sound = tower(), made_up(2.0)
+    network, sound = tower(), synthetic(2.0)
     before = sound.clone()
     first, again = (network.augment(sound, torch.Generator().manual_seed(5)) for _ in range(2))
     other = network.augment(sound, torch.Generator().manual_seed(6))
@@ -93,7 +93,7 @@ def test_augmentation_is_that_of_its_generator_and_leaves_the_sound_alone():
 def test_augmentation_gives_one_window_of_any_sound():
     network = tower()
     for seed in range(40):
-        sound = made_up(0.2 + seed / 8, seed)
+        sound = synthetic(0.2 + seed / 8, seed)
         window = network.augment(sound, torch.Generator().manual_seed(seed))
         assert window.shape == (50, BANDS)
         assert window.isfinite().all()
@@ -109,7 +109,7 @@ def test_both_sounds_are_in_a_mix():
 
 def test_gradients_reach_every_layer():
     network = tower().train()
-    network([made_up(1.0, 1), made_up(1.0, 2)]).square().sum().backward()
+    network([synthetic(1.0, 1), synthetic(1.0, 2)]).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters())
 
 

@@ -24,7 +24,7 @@ GOLDEN = Path(__file__).parent / "golden" / "efficientnet_lite0.json"
 
 
 def wavy_picture(seed: int = 0) -> np.ndarray:
-    """A colourful picture [224, 224, 3] from a formula: smooth waves and a hard edge."""
+    """A colorful picture [224, 224, 3] from a formula: smooth waves and a hard edge."""
     y, x, c = np.mgrid[0:224, 0:224, 0:3].astype(np.float64)
     waves = np.sin(x / (9 + c + seed)) + np.cos(y / (13 - 2 * c)) + (x > y + 20 * c)
     return np.round((waves + 2) * 51).astype(np.uint8)
@@ -125,7 +125,7 @@ def test_missing_unexpected_and_misshaped_tensors_are_all_listed(folder, tmp_pat
     for words in (
         "missing _blocks.3._bn1.bias",
         "unexpected _blocks.16._bn1.bias",
-        "_conv_head.weight has shape [1280, 320, 3, 3], not [1280, 320, 1, 1]",
+        "_conv_head.weight has shape [1280, 320, 3, 3], expected [1280, 320, 1, 1]",
     ):
         assert words in str(caught.value)
 
@@ -212,7 +212,7 @@ def test_other_modalities_and_bad_files(encoder):
 def test_found_by_its_import_path():
     assert bindllm.encoders.EfficientNetLite is EfficientNetLite
     assert "EfficientNetLite" in dir(bindllm.encoders)
-    with pytest.raises(AttributeError, match="it has Aligned, EfficientNetLite"):
+    with pytest.raises(AttributeError, match="it has Aligned, AudioTower"):
         _ = bindllm.encoders.EfficientNetLight
 
 

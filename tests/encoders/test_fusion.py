@@ -7,7 +7,7 @@ from bindllm.errors import InputError
 
 def test_fused_embedding_is_the_normalized_weighted_mean():
     embeddings = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
-    # Mean (3, 4, 0) / 7 before normalising; (0.6, 0.8, 0) after.
+    # Mean (3, 4, 0) / 7 before normalizing; (0.6, 0.8, 0) after.
     torch.testing.assert_close(fuse(embeddings, torch.tensor([3.0, 4.0])), torch.tensor([0.6, 0.8, 0.0]))
 
 

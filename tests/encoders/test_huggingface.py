@@ -403,7 +403,7 @@ def test_what_is_no_encoder_is_refused(tmp_path):
     other = tmp_path / "t5"
     other.mkdir()
     (other / "config.json").write_text(json.dumps({"model_type": "t5"}))
-    with pytest.raises(EncoderError, match="T5Model takes .* is no encoder with one vector"):
+    with pytest.raises(EncoderError, match="T5Model takes .* is not an encoder with one vector"):
         HuggingFace(str(other)).modalities  # noqa: B018
     (other / "config.json").write_text(json.dumps({"auto_map": {"AutoConfig": "code.Config"}}))
     with pytest.raises(EncoderError, match="no usable model here"):

@@ -101,7 +101,7 @@ def test_the_learned_scale_is_capped(tmp_path):
 @pytest.mark.parametrize(
     "case", [case for case in CASES if "_quiet" not in case[0]], ids=lambda case: case[0]
 )
-def test_unit_embeddings_are_the_published_ones_normalised(encoder, case):
+def test_unit_embeddings_are_the_published_ones_normalized(encoder, case):
     name, modality, shape, limit = case
     embeddings = encoder.embed(modality, list(inputs_of(name, shape, limit)))
     expected = torch.from_numpy(RESULTS[f"{name}/out"])
@@ -138,7 +138,7 @@ def test_a_picture_is_a_film_of_two_equal_frames(encoder):
     assert (encoder.embed("video", [moving]) - image).abs().max() > 1e-3
 
 
-def test_pictures_of_8_bits_are_normalised(encoder):
+def test_pictures_of_8_bits_are_normalized(encoder):
     picture = (
         torch.arange(3 * 224 * 224, dtype=torch.int64)
         .mul(2654435761)
@@ -160,7 +160,7 @@ def test_depth_and_thermal_pictures_of_other_sizes_are_taken(encoder, modality, 
     table = encoder._trunk(modality).stem
     side = shape[-1] // 16
     positions = table._positions((side, side))
-    # Bicubic resizing reproduces its grid's corners' neighbourhood: the mean of a smooth table hardly moves.
+    # Bicubic resizing reproduces its grid's corners' neighborhood: the mean of a smooth table hardly moves.
     assert positions.shape == (1 + side * side, table.positions.shape[1])
     assert torch.equal(positions[0], table.positions[0])
     square = table.positions[1:].unflatten(0, (14, 14)).permute(2, 0, 1)[None]

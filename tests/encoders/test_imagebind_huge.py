@@ -12,7 +12,7 @@ import torch
 
 from bindllm.convert.imagebind import convert_imagebind
 from bindllm.encoders.imagebind import ImageBind
-from bindllm.encoders.imagebind.vocabulary import tokenizer_tree
+from bindllm.encoders.imagebind.text import tokenizer_tree
 from goldens import fill, fill_input, golden, keys
 from imagebind_small import constants
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from bindllm.encoders import Encoder
 from bindllm.encoders.imagebind import ImageBind
-from bindllm.encoders.imagebind.weights import load_trunk
+from bindllm.encoders.imagebind.network import load_trunk
 from bindllm.errors import EncoderError, InputError, MediaError
 from bindllm.media import Media
 from bindllm.testing import check_encoder
@@ -132,7 +132,7 @@ def test_a_folder_that_appears_later_is_read_or_refused(folder, tmp_path):
     early = ImageBind(str(tmp_path / "late"))
     shutil.copytree(folder, tmp_path / "late")
     # The small model does not have the sizes that were promised while there was no folder.
-    with pytest.raises(EncoderError, match="make the encoder anew"):
+    with pytest.raises(EncoderError, match="create the encoder again"):
         early.embed("imu", [SIGNAL])
 
 
@@ -147,7 +147,7 @@ def test_weights_that_do_not_fit_are_all_listed(copy):
     for words in (
         "missing blocks.1.norm_2.bias",
         "unexpected blocks.2.norm_1.bias",
-        "stem.weight has shape [64, 47], not [64, 48]",
+        "stem.weight has shape [64, 47], expected [64, 48]",
         "bindllm convert imagebind",
     ):
         assert words in str(caught.value)
@@ -187,18 +187,18 @@ def test_the_fingerprint_follows_what_decides_the_embeddings(copy):
     def mark(modalities, **options):
         return ImageBind(str(copy), modalities=modalities, **options).fingerprint()
 
-    imu, film, text, depth = mark(["imu"]), mark(["video"]), mark(["text"]), mark(["depth"])
-    assert len({imu, film, text, depth, mark(None), mark(["imu", "depth"])}) == 6
+    imu, video, text, depth = mark(["imu"]), mark(["video"]), mark(["text"]), mark(["depth"])
+    assert len({imu, video, text, depth, mark(None), mark(["imu", "depth"])}) == 6
     # Options of other modalities do not count, nor does the order, nor the other modality of the same trunk.
     assert mark(["imu"], coverage="full", depth_focal=600.0, max_clips=3) == imu
     assert mark(["depth"], coverage="full") == depth
-    assert mark(["video"], max_clips=3) == film
+    assert mark(["video"], max_clips=3) == video
     assert mark(["depth", "imu"]) == mark(["imu", "depth"])
-    assert mark(["image"]) != film
+    assert mark(["image"]) != video
     for changed, same in (
         (mark(["imu"], dtype="bfloat16"), imu),
         (mark(["imu"], scale="published"), imu),
-        (mark(["video"], coverage="full"), film),
+        (mark(["video"], coverage="full"), video),
         (mark(["video"], coverage="full", max_clips=3), mark(["video"], coverage="full")),
         (mark(["depth"], depth_focal=600.0), depth),
     ):
@@ -231,8 +231,8 @@ def test_options_reach_the_preparation(folder):
     for options, clips in (({}, 3), ({"coverage": "full"}, 5), ({"coverage": "full", "max_clips": 2}, 2)):
         sound = ImageBind(str(folder), **options).prepare(Media.audio(tone))
         assert sound.shape == (clips, 1, 128, 204)
-    film = ImageBind(str(folder)).prepare(Media.video(np.zeros((30, 24, 32, 3), np.uint8)))
-    assert film.shape == (15, 3, 2, 224, 224)
+    video = ImageBind(str(folder)).prepare(Media.video(np.zeros((30, 24, 32, 3), np.uint8)))
+    assert video.shape == (15, 3, 2, 224, 224)
     near, far = np.full((30, 30), 2.0, np.float32), np.full((30, 30), 4.0, np.float32)
     # Only baseline times focal length over depth counts.
     wide = ImageBind(str(folder), depth_baseline=0.15).prepare(Media.depth(far))

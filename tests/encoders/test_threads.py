@@ -3,7 +3,7 @@ import time
 import pytest
 import torch
 
-from bindllm.encoders.threads import each_on_one_thread
+from bindllm.encoders.efficientnet import each_on_one_thread
 
 
 @pytest.fixture(autouse=True)

@@ -212,7 +212,7 @@ def extreme(data, rng, files):
 def opened(loader: str, data: bytes) -> list[np.ndarray]:
     """Open a file with the loader and return its numbers."""
     if loader == "image":
-        from bindllm.encoders.imagebind.image import image_input
+        from bindllm.encoders.imagebind.inputs import image_input
 
         return [image_input(data).numpy()]
     if loader == "audio":
@@ -234,7 +234,7 @@ def opened(loader: str, data: bytes) -> list[np.ndarray]:
         from bindllm.media.motion import open_imu
 
         return [open_imu(data, steps=200)]
-    from bindllm.encoders.imagebind.image import depth_input, thermal_input
+    from bindllm.encoders.imagebind.inputs import depth_input, thermal_input
 
     if loader == "depth":
         return [depth_input(data, baseline=0.075, focal=500.0).numpy()]

@@ -45,8 +45,8 @@ def model(decoder_folder):
     return build(decoder_folder)
 
 
-def picture(colour: str) -> Media:
-    return Media.image(np.full((8, 8, 3), COLORS[colour], dtype=np.uint8))
+def image(color: str) -> Media:
+    return Media.image(np.full((8, 8, 3), COLORS[color], dtype=np.uint8))
 
 
 def batch(model, *, groups=1, rows=2, length=8):
@@ -65,7 +65,7 @@ def batch(model, *, groups=1, rows=2, length=8):
 
 
 def test_encode_gives_unit_vectors_and_fuses_lists(model):
-    red, blue = picture("red"), Media.image(picture("blue").source, weight=3.0)
+    red, blue = image("red"), Media.image(image("blue").source, weight=3.0)
     single = model.encode([red, blue])
     assert single.shape == (2, 16)
     torch.testing.assert_close(single.norm(dim=-1), torch.ones(2))
@@ -84,7 +84,7 @@ def test_the_published_mean_is_chosen_by_name(decoder_folder, tmp_path):
     )
     model.save_pretrained(tmp_path / "m")
     model = BindLLM.from_pretrained(tmp_path / "m", device="cpu", allow=["tiny.ColorEncoder"])
-    red, blue = picture("red"), Media.image(picture("blue").source, weight=3.0)
+    red, blue = image("red"), Media.image(image("blue").source, weight=3.0)
     units = ColorEncoder().embed("image", [ColorEncoder().prepare(media) for media in (red, blue)])
     found = model.encode([[red, blue]])[0]
     torch.testing.assert_close(found, (units[0] + 3 * units[1]) / 4.000001)
@@ -171,9 +171,9 @@ def test_a_generation_config_is_followed(model):
 def test_two_pictures_with_turns_of_their_own(model):
     def ask(first, second):
         turns = (
-            Message("user", [picture(first), "What?"]),
-            Message("assistant", "A colour."),
-            Message("user", [picture(second), "And this?"]),
+            Message("user", [image(first), "What?"]),
+            Message("assistant", "A color."),
+            Message("user", [image(second), "And this?"]),
         )
         batch, embeddings = model._prepare([Conversation(turns)], None)
         return batch[2], model(*batch, embeddings).logits
@@ -188,7 +188,7 @@ def test_two_pictures_with_turns_of_their_own(model):
 
 def test_generation_hears_the_picture_and_a_batch_equals_one_by_one(model):
     prompts = ["What is this?", "Describe this image, please."]
-    media = [[picture("red")], [picture("blue")]]
+    media = [[image("red")], [image("blue")]]
     together = model.generate(prompts, media=media, max_new_tokens=8)
     alone = [model.generate(p, media=m, max_new_tokens=8) for p, m in zip(prompts, media, strict=True)]
     assert together == alone
@@ -197,35 +197,35 @@ def test_generation_hears_the_picture_and_a_batch_equals_one_by_one(model):
 
 def test_rows_with_and_without_media_share_a_batch(model):
     base = build(model.config.name, open_gates=False)
-    mixed = model.generate(["What?", "What?"], media=[[], [picture("red")]], max_new_tokens=8)
+    mixed = model.generate(["What?", "What?"], media=[[], [image("red")]], max_new_tokens=8)
     assert mixed[0] == base.generate("What?", max_new_tokens=8) == model.generate("What?", max_new_tokens=8)
-    assert mixed[1] == model.generate("What?", media=[picture("red")], max_new_tokens=8)
+    assert mixed[1] == model.generate("What?", media=[image("red")], max_new_tokens=8)
 
 
 def test_sampling_options_are_those_of_hugging_face(model):
     def sample(seed):
         torch.manual_seed(seed)
-        return model.generate("What?", media=[picture("red")], max_new_tokens=8, temperature=1.5, top_p=0.95)
+        return model.generate("What?", media=[image("red")], max_new_tokens=8, temperature=1.5, top_p=0.95)
 
     assert sample(1) == sample(1)
     assert len({sample(seed) for seed in range(4)}) > 1
     three = model.generate(
-        "What?", media=[picture("red")], num_beams=3, num_return_sequences=3, max_new_tokens=4
+        "What?", media=[image("red")], num_beams=3, num_return_sequences=3, max_new_tokens=4
     )
     assert len(three) == 3
 
 
 def test_prompts_and_media_must_pair_up(model):
     with pytest.raises(InputError, match="2 prompts but 1 rows"):
-        model.generate(["a", "b"], media=[[picture("red")]])
+        model.generate(["a", "b"], media=[[image("red")]])
     with pytest.raises(InputError, match="no prompt"):
         model.generate([])
     with pytest.raises(InputError, match="holds its own media"):
-        model.generate(Conversation((Message("user", "hi"),)), media=[picture("red")])
+        model.generate(Conversation((Message("user", "hi"),)), media=[image("red")])
 
 
 def test_the_stream_is_the_answer_in_pieces(model):
-    options = {"media": [picture("red")], "max_new_tokens": 10}
+    options = {"media": [image("red")], "max_new_tokens": 10}
     pieces = list(model.stream("What?", **options))
     assert "".join(pieces).strip() == model.generate("What?", **options)
 
@@ -261,7 +261,7 @@ def test_options_out_of_range_are_refused(model, options, words):
         list(model.stream("What?", **options))
 
 
-@pytest.mark.parametrize("media", ["cat.png", ["cat.png"], [None], picture("red")])
+@pytest.mark.parametrize("media", ["cat.png", ["cat.png"], [None], image("red")])
 def test_media_that_is_no_list_of_media_is_refused_never_read_out_as_text(model, media):
     for ask in (model.generate, lambda *args: list(model.stream(*args))):
         with pytest.raises(InputError, match=r"Media"):
@@ -281,7 +281,7 @@ def test_nothing_to_encode_and_odd_prompts_are_refused(model):
         list(model.stream("What?", num_beams=2))
     with pytest.raises(InputError, match="not a Message"):
         Conversation("hello")
-    huge = Media.image(picture("red").source, weight=1e308)
+    huge = Media.image(image("red").source, weight=1e308)
     assert torch.isfinite(model.encode([[huge, huge]])).all()
 
 
@@ -303,7 +303,7 @@ def test_saved_and_loaded_it_gives_the_same_logits(decoder_folder, tmp_path, kin
     inputs = batch(model)
     assert torch.equal(model(**inputs).logits, again(**inputs).logits)
     assert again.config == model.config
-    assert model.generate("?", media=[picture("red")]) == again.generate("?", media=[picture("red")])
+    assert model.generate("?", media=[image("red")]) == again.generate("?", media=[image("red")])
 
 
 def test_another_decoder_or_encoder_is_refused(decoder_folder, tmp_path):

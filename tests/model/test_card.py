@@ -44,5 +44,5 @@ def test_the_card_says_what_of_the_decoder_is_tuned():
 
 
 def test_only_data_that_are_named_are_said_to_stand_above():
-    assert "learnt from its training data and" in write_card(MANIFEST)
-    assert "learnt from the data named above and" in write_card(MANIFEST, data=["data/pictures"])
+    assert "learned from its training data and" in write_card(MANIFEST)
+    assert "learned from the data named above and" in write_card(MANIFEST, data=["data/pictures"])

@@ -91,7 +91,7 @@ def test_the_folder_is_complete_and_says_what_it_is(tmp_path):
     assert rendered == model.tokenizer.apply_chat_template(messages, **options)
     assert "Be brief." in rendered
     record = json.loads((tmp_path / "plain" / RECORD).read_text())
-    assert record["left_out"] == ["bind network", "injection"]
+    assert record["skipped"] == ["bind network", "injection"]
     assert "BindLLM.from_pretrained" in (tmp_path / "plain" / "README.md").read_text()
     # The decoder's files are float32, whatever it ran in.
     assert record["dtype"] == "float32"

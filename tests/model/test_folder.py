@@ -160,7 +160,7 @@ def test_classes_outside_bindllm_need_permission():
 @pytest.mark.parametrize(
     ("path", "what"),
     [
-        ("bindllm.atomic.write_json", "no class"),
+        ("bindllm.atomic.write_json", "not a class"),
         ("bindllm.atomic.Path", "a class without fingerprint, to, prepare, embed"),
         ("bindllm.encoders.efficientnet.EfficientNetLite.config", "cannot be built"),
         ("bindllm.embeddings.store.EmbeddingStore", "a class without fingerprint"),
@@ -178,7 +178,7 @@ def test_a_module_that_is_not_there_is_told_from_one_that_lacks_a_package(tmp_pa
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "half_lab.py").write_text("import no_such_package\n")
     for path, told in (
-        ("tiny_lab.Encoder", "there is no module 'tiny_lab'. It is looked for in "),
+        ("tiny_lab.Encoder", "the module 'tiny_lab' was not found. The command line searches "),
         ("half_lab.Encoder", "it needs 'no_such_package', which is not installed"),
     ):
         with pytest.raises(CheckpointError, match=f"{path} cannot be built: {told}"):
@@ -204,7 +204,7 @@ def test_what_is_no_import_path_is_refused(path):
         build_object({"class_path": path}, allow=[path])
 
 
-def test_a_misspelt_class_gets_the_closest_one_and_a_forbidden_one_the_option():
+def test_a_misspelled_class_gets_the_closest_one_and_a_forbidden_one_the_option():
     with pytest.raises(CheckpointError, match="Did you mean 'ColorEncoder'"):
         build_object({"class_path": "tiny.ColorEncodr"}, allow=["tiny.ColorEncodr"])
     with pytest.raises(CheckpointError, match=r"--allow tiny\.ColorEncoder on the command line"):

@@ -43,8 +43,8 @@ def test_the_answer_is_glued_to_the_header_and_ends_with_the_end_token():
     tokenizer = alpaca()
     answer = Conversation((Message("user", "X"), Message("assistant", "Yes.")))
     rendered = render(answer, tokenizer)
-    learnt = [token for token, wanted in zip(rendered.input_ids, rendered.supervised, strict=True) if wanted]
-    assert tokenizer.decode(learnt) == "Yes.<|im_end|>"
+    learned = [token for token, wanted in zip(rendered.input_ids, rendered.supervised, strict=True) if wanted]
+    assert tokenizer.decode(learned) == "Yes.<|im_end|>"
     prompt = render(Conversation((Message("user", "X"),)), tokenizer, add_generation_prompt=True).input_ids
     assert rendered.input_ids[: len(prompt)] == prompt
     assert tokenizer.decode(prompt).endswith("### Response:")

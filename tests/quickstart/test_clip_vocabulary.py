@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from bindllm.encoders.imagebind import vocabulary
-from bindllm.encoders.imagebind.vocabulary import tokenizer_tree, write_tokenizer
+from bindllm.encoders.imagebind import text
+from bindllm.encoders.imagebind.text import tokenizer_tree, write_tokenizer
 from bindllm.errors import AssetError
 from bindllm.quickstart.wheels import OPEN_CLIP, build_clip_vocabulary
 
@@ -22,8 +22,8 @@ LICENSE = "open_clip_torch-3.3.0.dist-info/licenses/LICENSE"
 def packed(monkeypatch) -> bytes:
     """A list of two used merges and an unused one, in place of the published list."""
     data = gzip.compress(b"#version\ni n\nin g</w>\nt h\n")
-    monkeypatch.setattr(vocabulary, "SHA256", hashlib.sha256(data).hexdigest())
-    monkeypatch.setattr(vocabulary, "NUM_MERGES", 2)
+    monkeypatch.setattr(text, "SHA256", hashlib.sha256(data).hexdigest())
+    monkeypatch.setattr(text, "NUM_MERGES", 2)
     return data
 
 
@@ -39,7 +39,7 @@ def test_the_folder_holds_a_tokenizer_and_the_license(packed, tmp_path):
     folder = tmp_path / "made"
     folder.mkdir()
     facts = build_clip_vocabulary([wheel(tmp_path, packed)], folder)
-    assert facts["sha256"] == vocabulary.SHA256
+    assert facts["sha256"] == text.SHA256
     assert sorted(path.name for path in folder.iterdir()) == ["LICENSE", "tokenizer.json"]
     tree = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     assert tree["model"]["merges"] == [["i", "n"], ["in", "g</w>"]]

@@ -123,9 +123,11 @@ class MilvusIndex:
         if index_type == "auto":
             index_type = "FLAT" if server.is_lite or len(keys) <= EXACT_ROWS else "HNSW"
         info = MilvusInfo(store.fingerprint, len(keys), store.embedding_size, modality, index_type)
+        # A failed build must not keep the path of milvus-lite locked.
         with server.closed_on_error():
             if server.is_lite:
                 Path(uri).absolute().parent.mkdir(parents=True, exist_ok=True)
+            # The name moves to the new collection only after its rows were counted.
             with _replacement(server, collection, info) as name:
                 _fill(server, name, store, keys)
                 _load(server, name, info)
@@ -144,6 +146,7 @@ class MilvusIndex:
                 or is of a newer format, or Milvus does not answer or refuses.
         """
         server = MilvusServer(uri, token=token, timeout=timeout)
+        # milvus-lite would make a new, empty one.
         if server.is_lite and not Path(uri).exists():
             raise StoreError(f"the embedded Milvus {str(uri)!r} does not exist; build it first")
         with server.closed_on_error():
@@ -185,7 +188,9 @@ class MilvusIndex:
                 f"{self.source} takes queries [N, {self.info.embedding_size}], not {list(queries.shape)}"
             )
         count = min(count, len(self))
+        # -1 stays if an approximate index finds fewer.
         found = np.full((len(queries), count), -1, np.int64)
+        # A request is limited by the floats that it sends and the neighbors that it gets back.
         step = max(1, min(_rows_at_once(self.info.embedding_size), _REQUEST_HITS // count))
         for start in range(0, len(queries), step):
             part = queries[start : start + step]
@@ -201,6 +206,7 @@ class MilvusIndex:
             self._check_answers(answers, len(part), count)
             for row, hits in enumerate(answers, start):
                 found[row, : len(hits)] = [hit["id"] for hit in hits]
+        # A rebuilt collection may have more rows than this one had.
         if found.size and not -1 <= found.min() <= found.max() < len(self):
             raise self._changed(f"returned the id {found.max()} of {len(self)}")
         return found
@@ -212,6 +218,7 @@ class MilvusIndex:
             StoreError: Milvus does not answer, refuses, or lacks one of them.
         """
         size = self.info.embedding_size
+        # Each vector is fetched once, because queries share neighbors.
         wanted, rows_of = np.unique(ids, return_inverse=True)
         rows = np.zeros((len(wanted), size), np.float32)
         for row, vector in zip(np.flatnonzero(wanted >= 0), self._column("vector", wanted), strict=True):
@@ -240,6 +247,7 @@ class MilvusIndex:
             # Arrays at once: Python floats would take eight times the memory.
             convert = (lambda value: np.array(value, np.float32)) if field == "vector" else str
             got = {row["id"]: convert(row[field]) for row in answers}
+            # The answer has its rows in any order, and leaves out unknown ids.
             if missing := set(part) - set(got):
                 raise self._changed(f"returned {len(part) - len(missing)} of {len(part)} rows")
             found.extend(got[number] for number in part)
@@ -277,6 +285,7 @@ def _build_params(info: MilvusInfo) -> dict[str, int]:
 
 def _search_params(info: MilvusInfo, count: int) -> dict[str, int]:
     if info.index_type == "HNSW":
+        # HNSW needs at least as many candidates as neighbors; more of them raise recall.
         return {"ef": min(32_768, max(128, 4 * count))}
     lists = _build_params(info).get("nlist")
     return {"nprobe": max(1, lists // 16)} if lists else {}
@@ -331,6 +340,7 @@ def _load(server: MilvusServer, name: str, info: MilvusInfo) -> None:
         StoreError: Milvus does not answer, refuses, or has another number of rows.
     """
     server.call("load_collection", name, patience=_PATIENCE)
+    # Strong: rows that were written just now are counted.
     answer = server.call("query", name, output_fields=["count(*)"], consistency_level="Strong")
     if (count := answer[0]["count(*)"]) != info.count:
         raise StoreError(
@@ -353,12 +363,15 @@ def _replacement(server: MilvusServer, collection: str, info: MilvusInfo) -> Ite
             "was written. Choose another name or remove it"
         )
     if earlier is not None:
+        # Raises if bindllm has not built it: a foreign collection must not be replaced.
         _read_info(server, earlier)
     _remove_abandoned(server, collection, earlier)
+    # The time dates a collection that a killed build has left.
     name = f"{collection}_{datetime.now(UTC):%Y%m%d%H%M%S}_{uuid.uuid4().hex[:8]}"
     try:
         _create(server, name, info)
         yield name
+        # From here on, readers get the new collection.
         server.call("create_alias" if earlier is None else "alter_alias", name, collection)
     except BaseException:
         _remove(server, name)
@@ -370,6 +383,7 @@ def _replacement(server: MilvusServer, collection: str, info: MilvusInfo) -> Ite
 def _create(server: MilvusServer, name: str, info: MilvusInfo) -> None:
     from pymilvus import DataType, MilvusClient
 
+    # Written twice, because each kind of server drops one of both.
     note = json.dumps({"format": FORMAT, **asdict(info)})
     schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False, description=note)
     schema.add_field("id", DataType.INT64, is_primary=True)

@@ -59,6 +59,7 @@ class MilvusServer:
         self.address = uri if self.is_lite else uri.replace(parts.netloc, parts.netloc.rpartition("@")[2])
         self._uri, self._token = str(Path(uri).absolute()) if self.is_lite else uri, token or ""
         self._client: Any = None
+        # Two threads must not connect at once.
         self._connecting = threading.Lock()
 
     def call(self, name: str, *arguments: Any, patience: float = 1.0, **options: Any) -> Any:
@@ -105,6 +106,7 @@ class MilvusServer:
 
     def close(self) -> None:
         """Close the connection; the embedded server stops with the last one. A later call connects again."""
+        # Closing may take long, so it happens outside the lock.
         with self._connecting:
             client, self._client = self._client, None
         if client is not None:
@@ -120,6 +122,7 @@ class MilvusServer:
             if self._client is None:
                 if self.is_lite:
                     _enter_lite(self._uri, causes)
+                # A connection of its own: closing it leaves other clients connected.
                 self._client = pymilvus.MilvusClient(
                     self._uri, token=self._token, timeout=self.timeout, dedicated=True
                 )
@@ -147,6 +150,7 @@ def _leave_lite(path: str) -> None:
 
     with _lite_lock, _muffled():
         _lite_users[path] -= 1
+        # The last user releases the path for other processes.
         if not _lite_users[path]:
             del _lite_users[path]
             server_manager_instance.release_server(path)
@@ -175,6 +179,7 @@ def _reason(error: Any) -> str:
     """Return one line with the message of an error of pymilvus, or of the gRPC error inside it."""
     import grpc
 
+    # The error inside has the reason, the outer one only the name of the call.
     inner = error
     while inner is not None and not isinstance(inner, grpc.RpcError):
         inner = inner.__context__

@@ -43,6 +43,7 @@ def find_positions(scores: Tensor, right: Sequence[Sequence[int]]) -> Positions:
         scores: Of each candidate, [Q, C].
         right: Indices of the right candidates of each query, at least one each.
     """
+    # A flat list of pairs, because queries have different numbers of right answers.
     counts = torch.tensor([len(indices) for indices in right])
     rows = torch.arange(len(right)).repeat_interleave(counts)
     columns = torch.tensor([index for indices in right for index in indices])
@@ -87,6 +88,7 @@ def mean_ranks(positions: Positions) -> Tensor:
         >>> mean_ranks(find_positions(torch.tensor([[0.9, 0.5, 0.5]]), [[1]]))
         tensor([2.5000], dtype=torch.float64)
     """
+    # The first of r right answers among r + w tied ones has the mean rank (r + w + 1) / (r + 1).
     return positions.above + (positions.tied + positions.equals + 1).double() / (positions.equals + 1)
 
 
@@ -102,5 +104,6 @@ def chance(num_right: Tensor, num_candidates: int, k: int) -> float:
         >>> round(chance(torch.tensor([1]), 50, 5), 6)
         0.1
     """
+    # Equal scores count as a random order, so chance is the hit rate of a complete tie.
     everything_tied = Positions(torch.zeros_like(num_right), num_candidates - num_right, num_right)
     return float(hit_rate(everything_tied, k).mean())

@@ -51,6 +51,7 @@ class CacheSettings:
             raise InputError(f"weight is {self.weight}, expected a number from 0 to 1")
         if self.formula not in FORMULAS:
             raise InputError(f"unknown formula {self.formula!r}. {did_you_mean(self.formula, FORMULAS)}")
+        # A text is iterable too, and would count as a list of its characters.
         if isinstance(self.skip, str):
             raise InputError(f"skip takes a list of modalities: write [{self.skip!r}]")
 

@@ -218,8 +218,8 @@ class VisualCache:
         """
         # Through the settings, so that ``top_k`` takes their checks.
         top_k = replace(self.settings, **({} if top_k is None else {"top_k": top_k})).top_k
-        queries = self._unit_queries(embedding)
-        ids = self._candidates(queries, top_k)
+        queries = self._unit_queries(embedding)  # [N, E]
+        ids = self._candidates(queries, top_k)  # [N, C]
         # Starts with an empty block: without queries there is still something to concatenate.
         ranked = [ids[:0, :top_k]]
         for rows in self._chunks(ids):
@@ -240,6 +240,7 @@ class VisualCache:
         Raises:
             StoreError: The cache was not built with one of these encoders.
         """
+        # Also without any group, so that callers can refuse a wrong cache early.
         self.check_encoders({encoder.fingerprint() for encoder in encoders})
         skip = set(self.settings.skip)
         # A group is skipped as a whole, because its embedding is already the fusion of all its media.
@@ -294,7 +295,7 @@ class VisualCache:
 
     def _compare(self, queries: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the exact similarities [N, C] of queries [N, E] to their candidates, and the candidates' vectors."""
-        vectors = self.index.vectors(ids)
+        vectors = self.index.vectors(ids)  # [N, C, E]
         return similarities_of(queries, ids, vectors), vectors
 
 

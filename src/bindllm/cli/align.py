@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bindllm.cli.recipe import RecipeCLI, quiet
-from bindllm.encoders.aligned_folder import refuse_other_content
+from bindllm.encoders.aligned import refuse_other_content
 from bindllm.training.align.data import AlignData
 from bindllm.training.align.folder import save_aligned
 from bindllm.training.align.module import RECALL_AT, AlignModule

@@ -85,7 +85,7 @@ def _print_tables(media: Sequence[Media], cosines: Tensor, encoders: Sequence[An
     """Print the cosines of media, [N, N], and with a scale the softmax tables."""
     from rich.console import Console
 
-    from bindllm.encoders.alignment import alignment_warnings
+    from bindllm.encoders import alignment_warnings
 
     console = Console(highlight=False, soft_wrap=True)
     for warning in alignment_warnings(encoders):

@@ -79,7 +79,9 @@ def convert_imagebind_llm(
             f"the adapter takes embeddings of size {adapted.shape.embedding_size}, the encoders give {size}: it was "
             "trained with ImageBind; give the folder of the converted imagebind_w3D.pth or imagebind_huge.pth"
         )
+    # On the meta device: names and shapes are enough, and a base of 7B parameters takes no memory.
     model = _empty_model(adapted.shape, base, encoders)
+    # Before anything is written: each tensor has a place in the model, and each place a tensor.
     check_keys(model.trainable_state(), adapted.tensors, source=SOURCE)
     model.origin = _ORIGIN.format(phase=adapted.shape.phase)
     manifest = model.describe()
@@ -96,6 +98,7 @@ def convert_imagebind_llm(
 
 def _empty_model(shape: Shape, base: DecoderConfig, encoders: Sequence[Encoder]) -> BindLLM:
     """Return the model that would load the tensors: on the meta device, but with a tokenizer that has been tried."""
+    # The published weights were trained on Alpaca's texts.
     decoder = replace(base, template=base.template or "alpaca")
     tokenizer = load_tokenizer(decoder)
     network = without_weights(base.folder())
@@ -108,8 +111,10 @@ def _empty_model(shape: Shape, base: DecoderConfig, encoders: Sequence[Encoder])
             bind=BindConfig(
                 depth=shape.depth,
                 expansion=shape.expansion,
+                # The older bridge has LayerNorm and biases, the bridge of the paper RMSNorm without biases.
                 norm="layer" if shape.legacy else "rms",
                 bias=shape.legacy,
+                # As in the released code: the weighted mean, not scaled to unit length.
                 fusion="mean",
             ),
             inject=InjectConfig(layers=None if shape.served == shape.num_layers else shape.served),
@@ -134,6 +139,7 @@ def check_base(adapted: Adapted, folder: str | Path, *, accept: bool = False) ->
             f"{folder} holds a model of type {config.get('model_type')!r}; the adapter belongs to a LLaMA: give its "
             "Hugging Face folder"
         )
+    # Even if the weights are accepted: other sizes cannot work.
     _check_sizes(adapted, config, folder)
     if not accept:
         _check_weights(adapted, SafetensorsFolder(folder), folder)
@@ -193,6 +199,7 @@ def _check_weights(adapted: Adapted, base: SafetensorsFolder, folder: str | Path
                 f"{folder} is not the base model of this adapter: {name} differs from the one in training by up to "
                 f"{_difference(theirs, ours)}. {_ACCEPT}"
             )
+    # The median, because training may move a few norms far.
     if correlations and (median := torch.tensor(correlations).median().item()) < SMALLEST_CORRELATION:
         raise CheckpointError(
             f"{folder} is not the base model of this adapter: its norms and the tuned ones of the file have a median "

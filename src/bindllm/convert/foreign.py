@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bindllm.errors import CheckpointError
 
+# Entries under which training scripts usually keep the weights.
 _CONTAINERS = ("model", "state_dict")
 
 
@@ -63,6 +64,7 @@ def _read_torch(file: Path) -> Any:
             raise ValueError(f"a compressed archive of {packed:,} bytes; torch never writes one")
         # Training checkpoints of many projects keep their command line; its class holds only plain values.
         with torch.serialization.safe_globals([argparse.Namespace]):
+            # Mapped, so that an optimizer state next to the weights is never read.
             return torch.load(file, map_location="cpu", weights_only=True, mmap=is_archive)
     except Exception as error:
         # Torch's message advises to open such a file without protection; only the line with the reason is repeated.
@@ -113,6 +115,7 @@ class SafetensorsFolder:
 
     def __init__(self, folder: str | Path) -> None:
         self._folder = Path(folder)
+        # Tensor name -> its file; no tensor is read yet.
         self._files: dict[str, Path] = {}
         files = sorted(self._folder.glob("*.safetensors"))
         if not files:
@@ -132,5 +135,6 @@ class SafetensorsFolder:
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._files:
             raise CheckpointError(f"{self._folder} has no tensor {name}: it is another kind of model")
+        # Opened for each tensor, so that one base model does not stay in memory.
         with safe_open(self._files[name], framework="pt") as stream:
             return stream.get_tensor(name)

@@ -35,7 +35,9 @@ _HEADS = {
     ("thermal", 768): 12,
     ("imu", 512): 8,
 }
+# Positions of each trunk: 16 x 16 + 1 patches, 77 tokens, 12 x 19 + 1, 14 x 14 + 1 and 250 + 1 patches.
 _TOKENS = {"vision": 257, "text": 77, "audio": 229, "depth": 197, "thermal": 197, "imu": 251}
+# First layer and its kernel: 2 frames of 14 x 14 pixels, 16 x 16 pixels, or 8 readings of 6 axes.
 _STEMS = {
     "vision": ("rgbt_stem.proj.1", (3, 2, 14, 14)),
     "audio": ("rgbt_stem.proj", (1, 16, 16)),
@@ -80,6 +82,7 @@ def _rules() -> tuple[Rule, ...]:
     start, inputs, trunk, head = "(?:bind[.])?", "modality_preprocessors", "modality_trunks", "modality_heads"
     # `(\w+)` captures the trunk; \2 and on are the number of a block and the part of a layer.
     block = rf"{start}{trunk}[.](\w+)[.]blocks[.](\d+)"
+    # How to read this: published name, a pattern over all trunks -> trunk and our name; the first match decides.
     return (
         Rule(
             rf"{start}{inputs}[.](text)[.]mask",
@@ -176,6 +179,7 @@ def published_shapes(trunk: str, *, width: int, blocks: int, out: int) -> dict[s
     shapes[f"{inputs}.{stem}.weight"] = (_VOCABULARY, width) if trunk == "text" else (width, *kernel)
     if trunk != "text":
         shapes[f"{inputs}.cls_token"] = (1, 1, width)
+    # Texts have no norm after the stem, and vision has it as a layer of its own.
     if trunk not in ("text", "vision"):
         norm = stem.partition(".")[0]
         shapes |= {f"{inputs}.{norm}.norm_layer.{part}": (width,) for part in ("weight", "bias")}
@@ -184,9 +188,11 @@ def published_shapes(trunk: str, *, width: int, blocks: int, out: int) -> dict[s
         shapes |= {f"{norm}.{part}": (width,) for part in ("weight", "bias")}
     for number in range(blocks):
         shapes |= _block_shapes(f"modality_trunks.{trunk}.blocks.{number}", trunk, width)
+    # The indices differ because layers without weights lie between norm and projection.
     first, last = {"text": ("proj.0", "proj.1"), "imu": ("0", "3")}.get(trunk, ("0", "2"))
     shapes |= {f"{head}.{first}.{part}": (width,) for part in ("weight", "bias")}
     shapes[f"{head}.{last}.weight"] = (out, width)
+    # Vision has no learned scale in the published file.
     if trunk != "vision":
         shapes[f"modality_postprocessors.{trunk}.1.log_logit_scale"] = ()
     return shapes
@@ -195,6 +201,7 @@ def published_shapes(trunk: str, *, width: int, blocks: int, out: int) -> dict[s
 def _block_shapes(name: str, trunk: str, width: int) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     layers = (
+        # Query, key and value are one matrix.
         ("attn.in_proj_", 3 * width, width),
         ("attn.out_proj.", width, width),
         ("mlp.fc1.", 4 * width, width),

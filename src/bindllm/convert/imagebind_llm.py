@@ -29,6 +29,7 @@ SOURCE = "the ImageBind-LLM checkpoint"
 
 # The authors misspelled "llama" in some files.
 _LAYER = r"lla?ma[.]layers[.](\d+)[.]"
+# {} is empty in the names of the base's own tensors, and "lora_" in those of its LoRA.
 _PROJECTIONS = {
     "attention[.]{}wq": "self_attn.q_proj",
     "attention[.]{}wk": "self_attn.k_proj",
@@ -45,6 +46,7 @@ _NORMS = {
     r"lla?ma[.]norm": "model.norm",
 }
 _ENDS = {r"lla?ma[.]tok_embeddings": "model.embed_tokens", r"lla?ma[.]output": "lm_head"}
+# LLaMA's names of the gate, down and up projections of SwiGLU.
 _PARTS = {"norm": "norm", "f1": "gate", "f2": "down", "f3": "up"}
 _ADAPTER = "adapter.base_model.model."
 
@@ -124,6 +126,7 @@ def read_imagebind_llm(state: Mapping[str, Tensor]) -> Adapted:
         renamed.pop(f"injection.gates.{n}") for n in range(shape.num_layers - shape.served, shape.num_layers)
     ]
     renamed["injection.gates"] = torch.stack(gates)
+    # PEFT gives all projections a bias or none, so the missing ones are zero.
     if shape.bias:
         for name in [name for name in renamed if name.endswith("lora_B.weight")]:
             bias = name.removesuffix("weight") + "bias"
@@ -146,6 +149,7 @@ def read_shape(state: Mapping[str, Tensor]) -> Shape:
     blocks = [name for name in state if re.fullmatch(r"image_bind_norm_\d+[.]weight", name)]
     needed = ["image_bind_proj.weight", "prefix_query.weight", "image_bind_f1_1.weight"]
     missing = [name for name in needed if name not in state]
+    # Layers are counted from 0: a missing gate would shift all later ones.
     if missing or not gates or sorted(gates) != list(range(len(gates))):
         lacks = (
             ", ".join([*missing, *(() if gates else ["layers.0.attention.gate"])]) or "gates of some layers"
@@ -153,6 +157,7 @@ def read_shape(state: Mapping[str, Tensor]) -> Shape:
         raise CheckpointError(
             f"{SOURCE} lacks {lacks}; a whole file has the bind network, the queries and all gates"
         )
+    # One projection is enough: all LoRA matrices have the same rank.
     ranks = [name for name in state if re.fullmatch(rf"{_LAYER}attention[.]lora_wq_l1[.]weight", name)]
     for name in [*needed, *ranks]:
         if state[name].dim() != 2 or not state[name].numel():
@@ -195,6 +200,7 @@ def halve_rotation(rows: Tensor, *, num_heads: int) -> Tensor:
         >>> halve_rotation(torch.arange(8), num_heads=2)
         tensor([0, 2, 1, 3, 4, 6, 5, 7])
     """
+    # [H, pairs, 2, ...] -> [H, 2, pairs, ...]: adjacent components become two halves.
     return rows.unflatten(0, (num_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
@@ -208,6 +214,7 @@ def _rotation(ours: str, shape: Shape) -> partial[Tensor] | None:
 def _rules(shape: Shape) -> list[Rule]:
     # Queries serve the last layers; the gates of earlier layers have no effect.
     unserved = shape.num_layers - shape.served
+    # How to read this: bind network, queries, gates, LoRA with biases, norms, and then the tensors that are dropped.
     rules = [Rule(r"image_bind_proj[.](weight|bias)", r"bind.projection.\1")]
     for number in range(1, shape.depth + 1):
         rules += [
@@ -223,11 +230,13 @@ def _rules(shape: Shape) -> list[Rule]:
     for theirs, ours in _PROJECTIONS.items():
         place, change = rf"{_ADAPTER}model.layers.\1.{ours}", _rotation(ours, shape)
         rules.append(Rule(_LAYER + rf"{theirs.format('lora_')}_l1[.]weight", f"{place}.lora_A.weight"))
+        # Rows of lora_B are components of a head; lora_A reads the input, whose order stays.
         rules.append(
             Rule(_LAYER + rf"{theirs.format('lora_')}_l2[.]weight", f"{place}.lora_B.weight", change=change)
         )
         if ours not in _UNBIASED:
             rules.append(Rule(_LAYER + rf"{theirs.format('')}[.]bias", f"{place}.lora_B.bias", change=change))
+    # Only the second stage tunes the norms.
     if shape.rank is not None:
         rules += [Rule(rf"{theirs}[.]weight", f"{_ADAPTER}{ours}.weight") for theirs, ours in _NORMS.items()]
     compared = "the base model's own: compared with the given one, not converted"

@@ -109,6 +109,7 @@ def rename(
     renamed: dict[str, Tensor] = {}
     report = ConversionReport()
     for name, tensor in tensors.items():
+        # The whole name must match, not a part of a longer one.
         match, rule = next(
             ((found, rule) for pattern, rule in compiled if (found := pattern.fullmatch(name))), (None, None)
         )
@@ -132,6 +133,7 @@ def _change(name: str, tensor: Tensor, rule: Rule) -> Tensor:
     try:
         return tensor if rule.change is None else rule.change(tensor)
     except (RuntimeError, IndexError) as error:
+        # A change such as `unflatten` fails only on shapes that this name never has.
         raise CheckpointError(
             f"{name} has shape {list(tensor.shape)}, impossible for this name: it is another kind of checkpoint, or a "
             "damaged one"
@@ -191,6 +193,7 @@ def write_encoder(
         CheckpointError: the folder holds something else; nothing was written.
     """
     folder = Path(folder)
+    # Only a folder with our report may be replaced: any other may hold a user's files.
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / REPORT).is_file()):
         raise CheckpointError(
             f"{folder} exists and was not written by a conversion (no {REPORT}); nothing was written. Choose another "
@@ -198,6 +201,7 @@ def write_encoder(
         )
     with atomic_folder(folder) as part:
         for name, tensors in weights.items():
+            # Plain and contiguous, as safetensors requires.
             plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
             save_file(plain, part / name, metadata={"format": "pt"})
         for name, file in (files or {}).items():

@@ -35,6 +35,7 @@ def _without_kernel(weight: Tensor) -> Tensor:
 def _group_rules(theirs: str, ours: str) -> list[Rule]:
     """Return the rules of the network over a group; ``ours`` refers to the regex groups of ``theirs``."""
     rules = [Rule(rf"{theirs}(?:first|second)_conv[.]1[.]num_batches_tracked", None, "counts training steps")]
+    # Layers 0 and 3 are convolutions, 1 is the batch norm after the first of them.
     for place, name in (("first_conv[.]0", "first"), ("first_conv[.]3", "second"),
                         ("second_conv[.]0", "third"), ("second_conv[.]3", "fourth")):  # fmt: skip
         rules.append(Rule(rf"{theirs}{place}[.]weight", f"{ours}{name}.weight", change=_without_kernel))
@@ -99,6 +100,7 @@ def find_variant(state: Mapping[str, Tensor]) -> str | None:
         for variant, mark in _MARKS.items()
         if any(name.removeprefix("point_trunk.").startswith(mark) for name in state)
     ]
+    # A file with the marks of both variants is neither.
     return found[0] if len(found) == 1 else None
 
 
@@ -232,6 +234,7 @@ def _group_shapes(name: str, inputs: int, widths: tuple[int, ...]) -> _Shapes:
         *_linear(f"{name}first", inputs, first),
         *_norm(f"{name}first_norm", first, statistics),
         *_linear(f"{name}second", first, second),
+        # The second half sees each point next to the maximum over its group, so it is twice as wide.
         *_linear(f"{name}third", 2 * second, third),
         *_norm(f"{name}third_norm", third, statistics),
         *_linear(f"{name}fourth", third, fourth),
@@ -241,6 +244,7 @@ def _group_shapes(name: str, inputs: int, widths: tuple[int, ...]) -> _Shapes:
 def _block_shapes(name: str, width: int) -> _Shapes:
     return [
         *_norm(f"{name}attention_norm", width),
+        # Query, key and value are one matrix without bias.
         (f"{name}qkv.weight", (3 * width, width)),
         *_linear(f"{name}output", width, width),
         *_norm(f"{name}mlp_norm", width),

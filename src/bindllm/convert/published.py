@@ -16,7 +16,7 @@ from bindllm.convert.adapter import convert_imagebind_llm
 from bindllm.convert.foreign import read_foreign
 from bindllm.convert.keymap import REPORT, ConversionReport, Rule
 from bindllm.encoders import Encoder
-from bindllm.encoders.imagebind.vocabulary import tokenizer_tree, write_tokenizer
+from bindllm.encoders.imagebind.text import tokenizer_tree, write_tokenizer
 from bindllm.errors import CheckpointError, InputError
 from bindllm.model.checkpoint import build_object
 from bindllm.model.decoder import DecoderConfig
@@ -74,6 +74,7 @@ def find_kind(state: Mapping[str, Tensor], file: str) -> str:
     """
     if imagebind_llm.is_imagebind_llm(state):
         return "imagebind-llm"
+    # Without the prefix ``bind.``: Point-Bind's own files hold an ImageBind too, but count as point encoders.
     has_imagebind = any(name.startswith("modality_trunks.") for name in state)
     if pointbind.find_variant(state) is not None:
         if has_imagebind:
@@ -103,6 +104,7 @@ def check_output(folder: Path) -> None:
         raise CheckpointError(
             f"{folder} exists and is not empty; nothing was written. Choose another folder or empty it"
         )
+    # The nearest parent that exists decides whether the folder can be made.
     parent = next(path for path in folder.absolute().parents if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         why = "not writable" if parent.is_dir() else "a file"
@@ -141,6 +143,7 @@ def _check_tokenizer(file: Path) -> None:
         raise CheckpointError(
             f"{file} is not a tokenizer.json that can be read ({error}); bindllm fetch clip-vocabulary makes one"
         ) from error
+    # The ids of the special tokens differ between vocabularies, so they identify one.
     for marker in tokenizer_tree({})["added_tokens"]:
         if (found := tokenizer.token_to_id(marker["content"])) != marker["id"]:
             raise CheckpointError(
@@ -178,8 +181,10 @@ def _load_encoder(value: str) -> Encoder:
             raise CheckpointError(f"{value} is not a folder of bindllm convert imagebind or pointbind")
         entry = {"class_path": f"bindllm.encoders.{name}", "init_args": {"weights": _as_path(value)}}
         return build_object(entry)
+    # A name with dots and without slashes is an import path.
     if "/" in value or "." not in value:
         raise CheckpointError(f"encoder folder {value!r} does not exist; bindllm convert imagebind makes one")
+    # The user has typed this path, so the class may be imported.
     return build_object({"class_path": value}, allow=[value])
 
 

@@ -15,6 +15,7 @@ _STATED = re.compile(
     rf"{_ANSWER_IS}\s*(?:option\s+|:\s*)?(?!(?-i:a)\s+\w)\(?([A-Z])\b(?!['\u2019])", re.IGNORECASE
 )
 _UP_TO_ANSWER = re.compile(rf".*{_ANSWER_IS}", re.IGNORECASE | re.DOTALL)
+# The whole answer is a letter, or starts with one: B, (B), b. the sea.
 _LETTER_ONLY = re.compile(r"\(?([A-Z])(?:[).:]+(?:\s|$)|$)", re.IGNORECASE)
 # The point, commas before three digits, and the sign.
 _IN_NUMBER = re.compile(r"(?<=\d)(?:\.(?=\d)|,(?=\d{3}(?!\d)))|(?<!\w)-(?=\d)")
@@ -38,8 +39,10 @@ def answer_words(text: str) -> list[str]:
         if position in in_numbers:
             chars.append("" if char == "," else char)
         else:
+            # A mark becomes a space, so that medium-small is two words.
             chars.append(" " if unicodedata.category(char).startswith("P") else char)
     words = "".join(chars).split()
+    # An answer of articles only keeps them.
     return [word for word in words if word not in ARTICLES] or words
 
 
@@ -72,6 +75,7 @@ def option_letter(text: str, options: Sequence[str]) -> str | None:
         'B'
     """
     known = ascii_uppercase[: len(options)]
+    # The last statement counts, because a model that reasons may correct itself.
     stated = _STATED.findall(text)
     if stated and stated[-1].upper() in known:
         return stated[-1].upper()
@@ -84,6 +88,7 @@ def option_letter(text: str, options: Sequence[str]) -> str | None:
         for letter, option in zip(known, options, strict=False)
         if any(same_answer(part, [option]) for part in parts)
     ]
+    # Words of two options leave the choice open.
     return named[0] if len(named) == 1 else None
 
 

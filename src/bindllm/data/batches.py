@@ -63,6 +63,7 @@ class LengthGroupedBatches:
         self._lengths = np.asarray(lengths, dtype=np.int64)
         source_of = np.zeros_like(self._lengths) if sources is None else np.asarray(sources)
         self._rows = [np.flatnonzero(source_of == number) for number in range(len(weights))]
+        # At least one draw, so that a small weight does not remove a source.
         self._draws = [
             max(1, round(w * len(r))) if len(r) else 0 for w, r in zip(weights, self._rows, strict=True)
         ]
@@ -71,6 +72,7 @@ class LengthGroupedBatches:
 
     def __len__(self) -> int:
         """Number of batches of an epoch in one process."""
+        # ``-(-a // b)`` rounds up.
         batches = -(-sum(self._draws) // self._batch_size)
         return -(-batches // self._world_size)
 
@@ -78,15 +80,18 @@ class LengthGroupedBatches:
         """Return the batches of an epoch, counted from 0."""
         rows = np.concatenate([self._drawn(source, number) for source in range(len(self._rows))])
         rng = self._rng(0, number)
+        # Before grouping, so that a chunk has other rows in each epoch.
         rng.shuffle(rows)
         chunk = self._batch_size * CHUNK_BATCHES
         batches: list[list[int]] = []
         for start in range(0, len(rows), chunk):
             piece = rows[start : start + chunk]
+            # Stable, so that rows of equal length stay in random order.
             piece = piece[np.argsort(self._lengths[piece], kind="stable")]
             batches += [
                 piece[i : i + self._batch_size].tolist() for i in range(0, len(piece), self._batch_size)
             ]
+        # Batches come sorted by length; training must not see them in that order.
         batches = [batches[i] for i in rng.permutation(len(batches))]
         return share(batches, world_size=self._world_size, rank=self._rank)
 
@@ -104,6 +109,7 @@ class LengthGroupedBatches:
         if not draws:
             return rows
         first, last = epoch * draws, (epoch + 1) * draws - 1
+        # The window may begin in one pass and end in a later one.
         passes = range(first // len(rows), last // len(rows) + 1)
         sequence = np.concatenate([self._rng(1, source, number).permutation(rows) for number in passes])
         skip = first - passes.start * len(rows)
@@ -126,6 +132,7 @@ def sorted_batches(lengths: Sequence[int], *, batch_size: int) -> list[list[int]
 
 def share(batches: list[list[int]], *, world_size: int, rank: int) -> list[list[int]]:
     """Return the batches of one process; the first ones are repeated until all processes have as many."""
+    # Up to a multiple of ``world_size``: with unequal numbers of steps the processes would wait for each other.
     even = -(-len(batches) // world_size) * world_size
     return list(islice(cycle(batches), rank, even, world_size))
 
@@ -180,6 +187,7 @@ class ResumableLoader:
         epoch, done = self._position()
         batches = self._batches.epoch(epoch)
         for step in range(done, len(self)):
+            # An objective may take several steps on one batch.
             yield self._make(batches[step // self._repeat])
 
     def state_dict(self) -> dict[str, str]:

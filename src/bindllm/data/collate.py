@@ -42,12 +42,13 @@ def collate(samples: Sequence[Sample], lookup: Lookup, *, pad_id: int) -> Batch:
     """
     paired = [n for n, sample in enumerate(samples) if sample.rejected is not None]
     rows = [*samples, *(samples[n].rejected for n in paired)]
-    embeddings = _embeddings(samples, lookup) if samples else torch.zeros(0)
+    embeddings = _embeddings(samples, lookup) if samples else torch.zeros(0)  # [B, M, E]
     batch = {
         **_answers(rows, pad_id=pad_id),
-        "embeddings": torch.cat([embeddings, embeddings[paired]]),
-        "numbers": torch.tensor([sample.number for sample in samples]),
+        "embeddings": torch.cat([embeddings, embeddings[paired]]),  # [B + R, M, E]
+        "numbers": torch.tensor([sample.number for sample in samples]),  # [B]
     }
+    # An objective needs a judgment of every row, so a mixed batch has no such entry.
     if all(sample.rejected is not None or sample.desirable is not None for sample in samples):
         batch["desirable"] = torch.tensor([sample.desirable is not False for sample in samples])
     return batch
@@ -85,6 +86,7 @@ def _answers(samples: Sequence[Sample], *, pad_id: int) -> dict[str, Tensor]:
     """Tokens, mask, media index and labels of whole rows."""
     if not samples:
         raise InputError("a batch without rows")
+    # The mean over no tokens is NaN, which would reach the weights.
     if unsupervised := [sample.name for sample in samples if not sample.num_supervised]:
         raise InputError(
             f"{len(unsupervised)} rows of a batch have no token to learn from: {', '.join(unsupervised[:5])}"
@@ -109,7 +111,7 @@ def _pad(samples: Sequence[Sample], lengths: list[int], *, pad_id: int, left: bo
 
 def _stack(rows: Sequence[np.ndarray], fill: int, *, left: bool) -> Tensor:
     width = max(len(row) for row in rows)
-    batch = np.full((len(rows), width), fill, dtype=np.int64)
+    batch = np.full((len(rows), width), fill, dtype=np.int64)  # [B, T]
     for b, row in enumerate(rows):
         batch[b, slice(width - len(row), None) if left else slice(len(row))] = row
     return torch.from_numpy(batch)
@@ -118,8 +120,9 @@ def _stack(rows: Sequence[np.ndarray], fill: int, *, left: bool) -> Tensor:
 def _embeddings(samples: Sequence[Sample], lookup: Lookup) -> Tensor:
     groups = [group for sample in samples for group in sample.media]
     found = lookup(groups)
+    # At least one group, because the model takes embeddings even if a batch has no media.
     width = max(1, *(len(sample.media) for sample in samples))
-    embeddings = torch.zeros(len(samples), width, found.shape[1])
+    embeddings = torch.zeros(len(samples), width, found.shape[1])  # [B, M, E]
     start = 0
     for b, sample in enumerate(samples):
         count = len(sample.media)

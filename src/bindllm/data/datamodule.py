@@ -93,6 +93,7 @@ class BindData(LightningDataModule):
         self.tokenizer, self.encoders = tokenizer, encoders
         self.report = DataReport()
         self.steps_per_batch = 1
+        # Each step is done once: rows, embeddings, samples. None: not yet.
         self._rows: dict[str, list[Row]] | None = None
         self._embeddings: MediaEmbeddings | None = None
         self._samples: dict[str, list[Sample]] | None = None
@@ -112,6 +113,7 @@ class BindData(LightningDataModule):
         if self._rows is not None:
             return
         started = time.perf_counter()
+        # Before anything is read: names are enough to find these faults.
         check_streams(self.sources)
         rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
         for number, config in enumerate(self.sources):
@@ -151,6 +153,7 @@ class BindData(LightningDataModule):
         embeddings = MediaEmbeddings(self.encoders, self.store)
         media = (item for rows in self._rows.values() for row in rows for item in row.media)
         totals = embeddings.precompute(media, context)
+        # Without the media that failed, every later lookup succeeds.
         self._rows = {split: self._without(rows, totals.failed) for split, rows in self._rows.items()}
         self._embeddings = embeddings
         self.report.encoded, self.report.reused = totals.encoded, totals.reused
@@ -231,6 +234,7 @@ class BindData(LightningDataModule):
         rows = list(self._rows["train"])
         for index, config in enumerate(self.sources):
             if number and is_training_stream(config):
+                # Only as many samples as the preview shows.
                 rows += read_stream(config, index, limit=number)[0]["train"]
         yield from preview_rows(rows, self.tokenizer, self.max_length, number=number)
 
@@ -238,6 +242,7 @@ class BindData(LightningDataModule):
         """End the thread of a stream and print its counts; Lightning calls this at the end of a run."""
         if self._streaming is not None:
             self._streaming.close()
+            # The counts are those of one process; rank 0 stands for all.
             if self.trainer is None or self.trainer.is_global_zero:
                 Console(highlight=False).print("\n".join(self._streaming.report.lines()), markup=False)
 
@@ -260,6 +265,7 @@ class BindData(LightningDataModule):
             tokenizer=self.tokenizer,
             encoders=self.encoders,
             options=StreamOptions(self.batch_size, self.max_length, self.seed, self.chunk),
+            # A stream has no end; to Lightning, all batches of the run are one epoch.
             length=sys.maxsize if trainer is None else trainer.max_steps * trainer.accumulate_grad_batches,
             position=None if trainer is None else self._batches_done,
             context=RunContext.of_trainer(trainer),
@@ -288,6 +294,7 @@ class BindData(LightningDataModule):
             rows, "tokenizing", console=Console(stderr=True), transient=True, disable=not _shows_progress()
         ):
             try:
+                # Numbers count only the samples that are kept: an objective finds a sample by its number.
                 samples.append(replace(self._sample(row), number=len(samples)))
             except InputError as error:
                 self.report.skipped.add(str(error), row.name)
@@ -296,12 +303,14 @@ class BindData(LightningDataModule):
     def _count(self, samples: dict[str, list[Sample]]) -> None:
         """Count the samples in the report."""
         everything = [sample for split in samples.values() for sample in split]
+        # A stream has no fixed number of training rows.
         self.report.rows = {
             split: len(samples[split]) for split in SPLITS if split != "train" or not self.streamed
         }
         self.report.truncated = sum(sample.truncated for sample in everything)
         self.report.text_only = sum(not sample.media for sample in everything)
         self.report.supervised_tokens = sum(sample.num_supervised for sample in samples["train"])
+        # By content, because one image may have several paths.
         trained = {key for sample in samples["train"] for key in self._content(sample)}
         held_out = samples["validation"] + samples["test"]
         self.report.shared_media = sum(not trained.isdisjoint(self._content(sample)) for sample in held_out)
@@ -313,6 +322,7 @@ class BindData(LightningDataModule):
     def _evaluation_loader(self, split: str) -> BatchLoader:
         samples = self.samples(split)
         processes = Processes.of_trainer(self.trainer)
+        # Without gradients, twice as many rows fit.
         batches = sorted_batches([sample.length for sample in samples], batch_size=2 * self.batch_size)
         batches = share(batches, world_size=processes.world_size, rank=processes.rank)
         return BatchLoader(batches, lambda rows: self._batch(samples, rows))

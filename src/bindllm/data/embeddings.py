@@ -70,6 +70,7 @@ class MediaEmbeddings:
         """
         totals, processes = PrecomputeTotals(), context.processes
         wanted: dict[int, list[Media]] = {}
+        # Each media once, in order.
         for item in dict.fromkeys(media):
             wanted.setdefault(self._number(item), []).append(item)
         # Processes that work together fill the same stores in the same order, even one that read nothing for them.
@@ -113,11 +114,13 @@ class MediaEmbeddings:
             InputError: media that `fill` was not given, or could not embed.
         """
         flat = [media for group in groups for media in group]
-        rows = torch.zeros(len(flat), self.embedding_size)
+        rows = torch.zeros(len(flat), self.embedding_size)  # [M, E]
         numbers = torch.tensor([self._number(media) for media in flat], dtype=torch.long)
+        # One lookup in each store.
         for number in numbers.unique().tolist():
             places = (numbers == number).nonzero().flatten()
             rows[places] = self._store(number).get([self.key(flat[n]) for n in places.tolist()])
+        # Single media need no fusion and keep their bits.
         if len(flat) == len(groups):
             return rows
         pieces = rows.split([len(group) for group in groups])

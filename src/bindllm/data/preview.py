@@ -84,6 +84,7 @@ def preview_lines(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[Te
     lines = [Text(_title(sample), "bold")]
     lines += _runs(sample, tokenizer, learned=good, style=BAD if good == "unwanted" else GOOD)
     if sample.rejected is not None:
+        # The prompt is shown above; only the other answer follows.
         rejected, start = sample.rejected, sample.rejected.prompt_length
         lines += _runs(rejected, tokenizer, learned=bad, style=BAD, start=start)
     for number, group in enumerate(sample.media):
@@ -117,9 +118,11 @@ def _runs(
     is_learned = (sample.labels != IGNORE).tolist()
     tokens = list(zip(sample.media_index.tolist(), is_learned, sample.input_ids.tolist(), strict=True))
     for (group, teaches), run in groupby(tokens[start:], key=lambda token: token[:2]):
+        # Together, because one character may consist of several tokens.
         text = tokenizer.decode([token[2] for token in run], clean_up_tokenization_spaces=False)
         media = "no media" if group < 0 else f"media {group} "
         use = learned if teaches else "given"
+        # repr shows line breaks and other invisible characters.
         shown = Text(repr(text), style if teaches else "")
         shown.highlight_words(control, CONTROL)
         yield Text.assemble(

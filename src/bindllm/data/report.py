@@ -46,6 +46,7 @@ class Skipped:
             kept = self._kept(reason)
             self.counts[kept] = self.counts.get(kept, 0) + count
             examples = self.examples.setdefault(kept, [])
+            # Both reports together keep at most this many examples.
             names = other.examples[reason][: MAX_EXAMPLES - len(examples)]
             examples += [name if kept == reason else f"{name}: {reason}" for name in names]
 
@@ -108,6 +109,7 @@ class SourceReport:
 
     def count(self, rows: Iterable[Row]) -> None:
         """Count the rows of the source, of all splits together."""
+        # Media count once, however many rows show them.
         found: dict[Media, None] = {}
         for row in rows:
             media, messages = row.media, row.conversation.messages
@@ -116,6 +118,7 @@ class SourceReport:
             self.answers += sum(message.role == "assistant" for message in messages)
             self.pairs += row.rejected is not None
             self.text_only += not media
+            # Most texts have no "<", and the test is cheaper than the regular expression.
             self.spelled += any(
                 placeholders_in(m.text) for m in messages if m.role == "user" and "<" in m.text
             )
@@ -236,6 +239,7 @@ class DataReport:
     @property
     def modalities(self) -> set[str]:
         """Modalities of the sources."""
+        # A stream has not counted its media, so its own modality stands for them.
         return {modality for source in self.sources for modality in source.media or (source.modality,)}
 
     def __rich__(self) -> RenderableType:
@@ -248,6 +252,7 @@ class DataReport:
         table.add_row("rows", ", ".join(f"{count:,} {split}" for split, count in self.rows.items()))
         table.add_row("embeddings", f"{self.encoded:,} encoded, {self.reused:,} from the store")
         table.add_row("supervised tokens", f"{self.supervised_tokens:,}")
+        # How to read this: faults that a user should look at, shown only if there are any.
         notes = {
             "rows cut to max_length": self.truncated,
             "rows without media": self.text_only,

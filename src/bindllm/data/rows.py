@@ -95,11 +95,13 @@ class Sample:
     @property
     def media(self) -> tuple[tuple[Media, ...], ...]:
         """The media groups that these tokens listen to."""
+        # Groups of turns that were dropped are not needed.
         return self.conversation.media_groups[: int(self.media_index.max()) + 1]
 
     @property
     def length(self) -> int:
         """Number of tokens in a batch; for a pair, those of the longer side."""
+        # Both sides of a pair are in one batch.
         return max(len(self.input_ids), 0 if self.rejected is None else len(self.rejected.input_ids))
 
     @property
@@ -110,12 +112,14 @@ class Sample:
     @property
     def num_answers(self) -> int:
         """Number of answers with a loss."""
+        # Each run of learned tokens is one answer, so their starts are counted.
         learned = self.labels != IGNORE
         return int(learned[0]) + int((learned[1:] & ~learned[:-1]).sum())
 
     @property
     def prompt_length(self) -> int:
         """Number of tokens before the last answer: the input for generating it."""
+        # A sample ends with an answer, so the last token without a loss ends the header of that answer.
         unsupervised = np.flatnonzero(self.labels == IGNORE)
         return int(unsupervised[-1]) + 1
 
@@ -132,10 +136,12 @@ def make_sample(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int) -
     """
     judged = row.rejected is not None or row.desirable is not None
     sample = tokenize(row.conversation, tokenizer, max_length, last_only=judged)
+    # If an answer was dropped, the question that the references answer is gone.
     whole = sample.num_answers == (1 if judged else _num_answers(row.conversation))
     rejected = None
     if row.rejected is not None:
         rejected = tokenize(row.rejected, tokenizer, max_length, last_only=True)
+        # Once both sides are cut they may be equal; such a pair teaches nothing.
         if np.array_equal(rejected.input_ids, sample.input_ids):
             raise InputError("the answers of a pair differ only beyond max_length; raise max_length")
         rejected = replace(rejected, name=row.name, source=row.source)
@@ -187,6 +193,7 @@ def tokenize(
         raise InputError("an answer is empty")
     rendered = render(conversation, tokenizer)
     answers = rendered.answers[-1:] if last_only else rendered.answers
+    # How to read this: the sample ends with the last answer that fits, in full or cut.
     ids, length = list(rendered.input_ids), 0
     for start, stop in answers:
         if stop <= max_length:
@@ -194,6 +201,7 @@ def tokenize(
         # At least one token of the answer itself must stay in addition to its end token.
         elif start + 2 <= max_length:
             length = max_length
+            # The end token takes the last position, so that the model learns to stop.
             ids[max_length - 1] = ids[stop - 1]
     if length == 0:
         raise InputError(
@@ -201,6 +209,7 @@ def tokenize(
         )
     input_ids = np.array(ids[:length], dtype=np.int64)
     labels = np.full(length, IGNORE, dtype=np.int64)
+    # Slices past the end are empty: answers that were dropped get no labels.
     for start, stop in answers:
         labels[start:stop] = input_ids[start:stop]
     return Sample(

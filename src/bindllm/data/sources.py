@@ -64,6 +64,7 @@ def read_source(config: SourceConfig, number: int = 0) -> tuple[dict[str, list[R
     try:
         rows = read(config, number, report)
     except InputError as error:
+        # The usual mistakes: a folder of shards, or another format.
         if hint := _shards_hint(path) or _format_hint(config):
             raise InputError(f"{error}{hint}") from error
         raise
@@ -94,14 +95,18 @@ def hashed_split(key: str, held_out: float) -> Split:
 
 def _hash_position(key: str, purpose: str) -> float:
     """Return a position from 0 to 1 for a key, independent for each purpose."""
+    # With the purpose in the hash, a limit favors no split.
     digest = hashlib.sha256(f"{purpose}\n{key}".encode("utf-8", "surrogatepass")).digest()
+    # The first 64 bits as a fraction.
     return int.from_bytes(digest[:8]) / 2**64
 
 
 def _read_captioned(config: SourceConfig, number: int, report: SourceReport) -> dict[str, list[Row]]:
     """Read a table or a folder of captions."""
+    # A source with a split of its own ignores the column.
     columns = config.columns if config.split is None else replace(config.columns, split=None)
     found = read_captions(config.path, report, columns, config.modality, root=config.media)
+    # By hash: a larger limit keeps all rows of a smaller one, whatever the order of the file.
     if config.limit is not None:
         found = sorted(found, key=lambda one: _hash_position(one.key, "limit"))[: config.limit]
     rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
@@ -128,10 +133,12 @@ def _read_records(config: SourceConfig, number: int, report: SourceReport) -> di
                 skip(error, name, report.skipped)
             else:
                 found.append((row, config.split or row.split or table_split))
+    # Keys take a pass over all media, so they are computed only if the limit or a split depends on them.
     is_hashed = config.limit is not None or not all(split for _, split in found)
     keys = _shared_keys([row for row, _ in found], resolve.root) if is_hashed else [""] * len(found)
     chosen = range(len(found))
     if config.limit is not None:
+        # The choice is made by hash, then the rows are back in the order of the file.
         chosen = sorted(sorted(chosen, key=lambda n: _hash_position(keys[n], "limit"))[: config.limit])
     rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
     for n in chosen:
@@ -174,6 +181,7 @@ def _shared_keys(rows: Sequence[Row], root: str) -> list[str]:
 
     def first(key: str) -> str:
         while (parent := parents.setdefault(key, key)) != key:
+            # Path halving: each step shortens the way to the root, so later look-ups are fast.
             parents[key] = key = parents[parent]
         return key
 
@@ -183,6 +191,7 @@ def _shared_keys(rows: Sequence[Row], root: str) -> list[str]:
         own = [media_key(media, root) for media in row.media] or [asked]
         keys.append(own[0])
         for key in own[1:]:
+            # The smaller key becomes the root, whatever the order of the rows.
             one, other = sorted((first(own[0]), first(key)))
             parents[other] = one
     return [first(key) for key in keys]
@@ -235,6 +244,7 @@ def read_captions(
     """
     table = path if is_table(path) else find_table(Path(path))
     found: dict[str, CaptionedMedia] = {}
+    # A column that was not renamed is called like the modality.
     if table and modality != "image" and columns.image == Columns.image:
         columns = replace(columns, image=modality)
     if table:
@@ -242,6 +252,7 @@ def read_captions(
     else:
         rows = _folder_rows(Path(path), report, modality)
     for one, captions, name in rows:
+        # Rows of one image become one entry, so its captions share a split.
         first = found.setdefault(one.key, one)
         if one.split != first.split:
             report.skipped.add(f"this {modality} is in another split already", name)
@@ -290,6 +301,7 @@ def _table_rows(
     """Yield the rows of a table whose media exist."""
     for name, record in read_table(table, (columns.image, columns.caption), report.skipped):
         captions = json_list(record[columns.caption], (str,))
+        # An empty list becomes one missing caption, which is counted as skipped.
         captions = captions or [None] if isinstance(captions, list) else [captions]
         value = (record.get(columns.split) if columns.split else None) or None
         split = split_named(value)
@@ -330,6 +342,7 @@ def _folder_rows(folder: Path, report: SourceReport, modality: str) -> Iterator[
             report.skipped.add(NOT_UTF8, text_file.name)
         else:
             lines = [line for line in text.splitlines() if line.strip()]
+            # An empty file is one empty caption, which is counted as skipped.
             yield CaptionedMedia(str(file), key, None), lines or [text], key
 
 

@@ -29,6 +29,7 @@ ROWS_AT_ONCE = 64
 
 _MAX_FIELD = 1 << 26
 """Characters of a CSV field: room for an image as a ``data:`` URI, and a limit for a quotation that never ends."""
+# Files that mark a folder of ``save_to_disk``.
 _DATASET_FILES = ("dataset_dict.json", "state.json")
 _CHUNK = 1 << 20
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -81,6 +82,7 @@ def _read_jsonl(path: Path, required: tuple[str, ...], skipped: Skipped) -> Iter
             if not line.strip():
                 continue
             try:
+                # Only the first line can start with a byte order mark; elsewhere utf-8-sig is plain UTF-8.
                 record = json.loads(line.decode("utf-8-sig"))
             except UnicodeDecodeError:
                 skipped.add(NOT_UTF8, name)
@@ -97,6 +99,7 @@ def _read_json(path: Path, required: tuple[str, ...], skipped: Skipped) -> Itera
     Raises:
         InputError: damaged JSON, JSON Lines, an object without a list of objects, or one with several.
     """
+    # A byte that is not UTF-8 costs its row, not the file.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
         text = _JsonText(path, stream)
         start = text.peek()
@@ -158,6 +161,7 @@ def _list_of_object(text: _JsonText, skipped: Skipped) -> Iterator[tuple[str, ob
         holds_rows = False
         for number, (row, item) in enumerate(_items(text, skipped)):
             holds_rows = holds_rows or (number == 0 and isinstance(item, dict))
+            # A second list of rows is only counted: it is an error at the end.
             if holds_rows and not lists:
                 yield row, item
         lists += [str(key)] * holds_rows
@@ -228,6 +232,7 @@ class _JsonText:
 
     def _read_more(self, size: int) -> bool:
         read = self._stream.read(size)
+        # Only the unread part is kept.
         self._buffer = self._buffer[self._position :] + read
         self._position = 0
         return bool(read)
@@ -244,12 +249,15 @@ def _read_tsv(path: Path, required: tuple[str, ...], skipped: Skipped) -> Iterat
 def _read_delimited(
     path: Path, required: tuple[str, ...], skipped: Skipped, *, dialect: Mapping
 ) -> Iterator[tuple[str, Record]]:
+    # The default is too small for an image; csv has one limit for the whole process.
     csv.field_size_limit(_MAX_FIELD)
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
         reader = csv.reader(stream, **dialect)
         header = [name.strip() for name in next(reader, [])]
         _check_columns(path, required, header)
+        # Not a for loop, which an error would end.
         while True:
+            # The line on which the row starts: a quoted field may span several.
             name = f"{path.name} line {reader.line_num + 1}"
             try:
                 fields = next(reader)
@@ -258,6 +266,7 @@ def _read_delimited(
             except csv.Error as error:
                 skipped.add(f"not valid {path.suffix[1:].upper()} ({error})", name)
                 continue
+            # A blank line.
             if not fields:
                 continue
             if len(fields) != len(header):
@@ -308,6 +317,7 @@ def _read_dataset(
     name = str(path).removeprefix(HUB) if str(path).startswith(HUB) else Path(path).name
     for split, dataset in _open_dataset(path).items():
         _check_columns(path, required, dataset.column_names + ["split"] * bool(split))
+        # Classes are stored as numbers, and the model needs their names.
         classes = {
             column: feature.names
             for column, feature in dataset.features.items()
@@ -317,6 +327,7 @@ def _read_dataset(
         for row, record in _arrow_rows(batches, f"{name} {split}".rstrip(), skipped):
             for column, names in classes.items():
                 number = record[column]
+                # -1 marks a missing label.
                 record[column] = names[number] if number is not None and number >= 0 else None
             yield row, {"split": split, **record} if split else record
 
@@ -389,6 +400,7 @@ def _arrow_rows(
         try:
             records = batch.to_pylist()
         except UnicodeDecodeError:
+            # Row by row only if the batch fails, so that one bad row costs no others.
             records = [_arrow_row(batch, row) for row in range(batch.num_rows)]
         for record in records:
             number += 1

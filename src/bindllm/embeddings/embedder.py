@@ -131,6 +131,7 @@ class Embedder:
         waiting: defaultdict[str, list[Embedded[Key]]] = defaultdict(list)
         prepared = prefetch(self.pool, partial(self._prepare, check), works, limit=self._limit)
         while (item := self._next(prepared)) is not None:
+            # A media that failed is reported at once, as it belongs to no batch.
             if item.error:
                 yield item
                 continue
@@ -231,6 +232,7 @@ def embed_groups(
     """
     if not all(groups):
         raise InputError("a list of media to be fused is empty: leave it out, or put a Media into it")
+    # Any failure ends the call, because a group needs all of its media.
     with Embedder(encoders, device=device, reported=()) as embedder:
         results = embedder.embed_in_order(media for group in groups for media in group)
     # In the order of the media, group after group.

@@ -100,6 +100,7 @@ def precompute_embeddings(
             f"{store.folder}: the store belongs to the encoder {store.fingerprint[:16]}, not to "
             f"{encoder.fingerprint()[:16]}; open it with EmbeddingStore.for_encoder(folder, encoder)"
         )
+    # Several processes go through the media twice, which a generator does not allow.
     media = media if processes.world_size == 1 else list(media)
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     with (
@@ -142,6 +143,7 @@ class _Run:
         self._advance = advance
         self._counts: Counter[str] = Counter()
         self._failed: list[tuple[str, str]] = []
+        # Content that came earlier in this run.
         self._seen: set[str] = set()
         self._rows: list[tuple[str, Tensor, Media]] = []
         self._started = self._flushed = time.monotonic()
@@ -149,6 +151,7 @@ class _Run:
     def process(self, media: Iterable[Media]) -> None:
         """Hash, embed and store this process's part of the media."""
         if self._processes.world_size > 1:
+            # All files are hashed first, each by one process, so that content can be assigned by its hash.
             self._hash_share(media)
         works = self._select(self._with_keys(media))
         for result in self._embedder.embed(works, check=self._check_unchanged):
@@ -189,6 +192,7 @@ class _Run:
             seconds=time.monotonic() - self._started,
         ).over(self._processes)
         if self._processes.world_size > 1:
+            # Shards of the other processes can be merged now, too.
             self._store.refresh()
             if self._processes.is_first:
                 self._store.compact()
@@ -208,6 +212,7 @@ class _Run:
 
     def _with_keys(self, media: Iterable[Media]) -> Iterator[list[_Keyed]]:
         """Hash the content of files that are new or changed (in threads)."""
+        # A chunk for each thread, and one that is ready.
         limit = self._embedder.threads + 1
         return prefetch(self._embedder.pool, self._find_keys, chunks(media, HASH_CHUNK), limit=lambda: limit)
 
@@ -218,16 +223,20 @@ class _Run:
         try:
             return self._store.key_of(media)
         except MediaError as error:
+            # Returned, not raised: a file that cannot be read must not end the run.
             return error
 
     def _select(self, keyed: Iterable[list[_Keyed]]) -> Iterator[Work[tuple[str, Media]]]:
         """Yield the media that this process has to embed, and count the others."""
+        # Over all media, so it is the same in every process.
         positions = count()
         for chunk in keyed:
             mine = [(media, key) for media, key in chunk if self._owns(key, next(positions))]
+            # The bar of each process counts all media.
             for _ in range(len(chunk) - len(mine)):
                 self._advance()
             keys = [key for _, key in mine if isinstance(key, str)]
+            # One lookup for the whole chunk, because each searches all shards.
             stored = dict(zip(keys, self._store.has(keys), strict=True))
             for media, key in mine:
                 if isinstance(key, MediaError):

@@ -96,6 +96,7 @@ class Shards:
             OSError: the shard cannot be written; no part of it remains.
         """
         keys = keys_in(table.column(0).combine_chunks())
+        # Sorted, as a shard must be, and each key once.
         keys, first = np.unique(keys, return_index=True)
         new = first[~self.has(keys)]
         if len(new):
@@ -157,9 +158,11 @@ class Shards:
         left = np.arange(len(keys))
         for shard in self._shards:
             wanted = keys[left]
+            # A position past the end is moved to the last row, whose key then differs.
             rows = np.minimum(np.searchsorted(shard.keys, wanted), len(shard.keys) - 1)
             hit = shard.keys[rows] == wanted
             yield shard, left[hit], rows[hit]
+            # Keys that were found are not searched for in the smaller shards.
             left = left[~hit]
             if not len(left):
                 return
@@ -203,6 +206,7 @@ class _Shard:
         self.keys = keys_in(self.batch.column(0))
         dtype, shape = _layout(schema.field(-1).type)
         value = self.batch.column(self.batch.num_columns - 1)
+        # A list of fixed size keeps its numbers in a child array.
         buffer = value.values.buffers()[1] if shape else value.buffers()[1]
         self.values = np.frombuffer(buffer, dtype, count=len(value) * int(np.prod(shape))).reshape(-1, *shape)
 

@@ -37,6 +37,7 @@ SETTLED_NS = 2_000_000_000
 """Age in nanoseconds from which a file's modification time is trusted. A file written twice within one tick of the
 file system's clock keeps its time, and the coarsest clock in use (FAT) ticks every 2 seconds."""
 
+# Columns: the state of a file (`_file_state`), and the hash of its content at that time.
 _FILES = pa.schema([("file", pa.binary(KEY_BYTES)), ("key", pa.binary(KEY_BYTES))])
 
 
@@ -78,6 +79,7 @@ class EmbeddingStore:
                 "a sha256 of weights and preprocessing is one"
             )
         self.root = Path(folder).absolute()
+        # 16 digits keep paths short; encoder.json holds all of them, and they are compared.
         self.folder = self.root / encoder_fingerprint[:16]
         self.fingerprint = encoder_fingerprint
         self.embedding_size = embedding_size
@@ -124,6 +126,7 @@ class EmbeddingStore:
             return media.content_hash()
         key = self._hashed.get(file)
         if key is None:
+            # A record of an earlier run saves reading the file.
             keys, found = self._files.get(np.array([file], KEY))
             if found[0]:
                 return keys.tobytes().hex()
@@ -191,6 +194,7 @@ class EmbeddingStore:
                 f"{self.folder}: got {len(keys)} keys, {len(media)} media and embeddings {list(rows.shape)}; "
                 f"expected one key, one media and {self.embedding_size} numbers for each embedding"
             )
+        # A NaN in the store would spoil every batch that reads it.
         broken = np.flatnonzero(~np.isfinite(rows).all(axis=1))
         if len(broken):
             raise StoreError(
@@ -217,6 +221,7 @@ class EmbeddingStore:
         Raises:
             StoreError: the disk cannot be written.
         """
+        # A copy, because threads may add files meanwhile; these stay for the next call.
         hashed = dict(self._hashed)
         if hashed and os.access(self.folder, os.W_OK):
             columns = (np.array(list(part), KEY) for part in (hashed.keys(), hashed.values()))
@@ -245,6 +250,7 @@ class EmbeddingStore:
         """Write ``encoder.json``, or compare it with the arguments."""
         path = self.folder / "encoder.json"
         expected = {"fingerprint": self.fingerprint, "embedding_size": self.embedding_size}
+        # The first process that opens the folder writes it, all others compare.
         if not path.exists():
             write_json(path, {"format": FORMAT, **expected, "encoder": encoder_class})
             return
@@ -292,6 +298,7 @@ def _embedding_schema(embedding_size: int) -> pa.Schema:
 
 
 def _as_column(keys: np.ndarray) -> pa.Array:
+    # Without a copy: the keys are the buffer of the column.
     return pa.FixedSizeBinaryArray.from_buffers(pa.binary(KEY_BYTES), len(keys), [None, pa.py_buffer(keys)])
 
 
@@ -314,6 +321,7 @@ def _file_state(media: Media) -> bytes | None:
     except (OSError, ValueError):
         # Reading the content raises a better error.
         return None
+    # Its time may stay the same if it changes again (`SETTLED_NS`).
     if state.st_mtime_ns > time.time_ns() - SETTLED_NS:
         return None
     text = f"{media.modality}\n{state.st_size} {state.st_mtime_ns}\n".encode()

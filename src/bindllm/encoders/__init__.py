@@ -1,7 +1,7 @@
-"""Encoders: frozen models that turn media into unit embeddings, and what each of them promises.
+"""Encoders: frozen models that turn media into unit embeddings, and the contract of each.
 
-There is no registry: a recipe names an encoder by its import path, so anyone's class will do if it keeps the
-promises of `Encoder`. `bindllm.testing.check_encoder` tells whether it does.
+A recipe names an encoder by its import path instead of a registered name, so any class works that keeps the contract
+of `Encoder`. `bindllm.testing.check_encoder` checks it.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ __all__ = [
     "skipped_encoders",
 ]
 
+# Imported at first use: `import bindllm.encoders` must not import torch.
 _HOMES = {
     "Aligned": "bindllm.encoders.aligned",
     "EfficientNetLite": "bindllm.encoders.efficientnet",
@@ -52,20 +53,21 @@ _HOMES = {
 }
 
 
+# How to read this: the seven members below are the whole contract, without a base class to inherit from.
 class Encoder(Protocol):
     """A frozen model from media to unit embeddings; any class with these members is one.
 
-    ``prepare`` does what concerns one media alone (open, resize, scale) and may run in several threads or
+    ``prepare`` processes a single media (open, resize, scale) and may run in several threads or
     processes; ``embed`` runs the model on a batch. Encoders are never trained and never part of the model.
 
     Two more members are optional: `HasSpace` and `HasExamples`.
 
     The constructor is cheap, since a recipe is read without loading anything: weights load at the first `embed`.
-    `Any` stands where classes may differ: a recipe's reader compares all other annotations word for word.
+    `Any` marks annotations that may differ between classes: jsonargparse compares all others word for word.
     """
 
     modalities: Sequence[str]
-    """What it serves: names from `bindllm.media.MODALITIES`, or any other lower-case words."""
+    """Served modalities: names from `bindllm.media.MODALITIES`, or any other lower-case words."""
 
     @property
     def embedding_size(self) -> int:
@@ -102,14 +104,14 @@ class Encoder(Protocol):
 
         Args:
             modality: one of ``modalities``.
-            inputs: a sequence of B prepared tensors, B at least 1; row i depends on ``inputs[i]`` alone.
+            inputs: a sequence of B prepared tensors, B at least 1; row i depends only on ``inputs[i]``.
         """
         ...
 
 
 @runtime_checkable
 class HasSpace(Protocol):
-    """An encoder that names its joint space; see `bindllm.encoders.alignment`."""
+    """An encoder that names its joint space; see `bindllm.encoders`."""
 
     space: str
     """The same word for encoders that were trained together, so that their embeddings of one thing are alike."""
@@ -117,10 +119,10 @@ class HasSpace(Protocol):
 
 @runtime_checkable
 class HasExamples(Protocol):
-    """An encoder that brings media to be checked with; needed for modalities that we do not ship."""
+    """An encoder that brings media for its own check; needed for modalities without synthetic media here."""
 
     def examples(self) -> Sequence[Media]:
-        """Return at least two different media of each modality that it serves, made up or files of its own."""
+        """Return at least two different media of each modality that it serves, synthetic or files of its own."""
         ...
 
 
@@ -128,13 +130,14 @@ def encoder_for(modality: str, encoders: Sequence[Encoder]) -> Encoder:
     """Return the first encoder that serves a modality.
 
     Raises:
-        InputError: none does; the message names the closest modality, and lists those that are served.
+        InputError: no encoder does. The message lists the served modalities and the closest name.
     """
     for encoder in encoders:
         if modality in encoder.modalities:
             return encoder
+    # No encoder serves it, so the message lists the modalities that would work.
     served = sorted({name for encoder in encoders for name in encoder.modalities})
-    # A word that is nobody's may be a misspelling of one that is served here or known elsewhere.
+    # An unknown word may be a misspelling of a modality that is served here or known elsewhere.
     hint = "" if modality in MODALITIES else f"{did_you_mean(modality, {*MODALITIES, *served})} "
     raise InputError(
         f"no encoder serves the modality {modality!r}; the encoders here serve: {', '.join(served) or 'nothing'}. "
@@ -150,18 +153,65 @@ def skipped_encoders(encoders: Sequence[Encoder]) -> list[str]:
     first: dict[str, Encoder] = {}
     sentences = []
     for encoder in encoders:
+        # `setdefault` keeps the first encoder of each modality, as `encoder_for` does.
         twice = [name for name in encoder.modalities if first.setdefault(name, encoder) is not encoder]
         if twice:
-            ahead = dict.fromkeys(type(first[name]).__name__ for name in twice)
+            earlier = dict.fromkeys(type(first[name]).__name__ for name in twice)
             sentences.append(
-                f"{type(encoder).__name__} is not asked for {', '.join(twice)}: {' and '.join(ahead)} comes before it "
-                "and serves it too. To choose, limit the modalities of the one, or change the order"
+                f"{type(encoder).__name__} is not asked for {', '.join(twice)}: {' and '.join(earlier)} comes before "
+                "it and serves it too. To choose, limit the modalities of the one, or change the order"
             )
     return sentences
 
 
+def space_of(encoder: Encoder) -> str | None:
+    """Return the name of an encoder's joint space, or None when it does not name one."""
+    return encoder.space if isinstance(encoder, HasSpace) else None
+
+
+def alignment_warnings(encoders: Sequence[Encoder]) -> list[str]:
+    """Return one sentence for each space that was never trained together with that of the first encoder.
+
+    Encoders of one ``space`` belong together; an encoder without one forms a group of its own. Every group after
+    the first gets a warning, compared with the first, which most recipes train on.
+
+    Example:
+        >>> class Ears:
+        ...     modalities = ("audio",)
+        >>> class Eyes:
+        ...     modalities, space = ("image",), "clip"
+        >>> print(alignment_warnings([Eyes(), Ears()])[0])
+        Ears (audio; no space named) was never trained together with Eyes (image; space 'clip'): what a model learns \
+from one means nothing to it from the other. Train on each of these modalities, or take encoders of one space; if \
+they do share one, give both the same attribute `space`.
+    """
+    # One group for each space; encoders without a space are never merged.
+    groups: list[list[Encoder]] = []
+    for encoder in encoders:
+        space = space_of(encoder)
+        same = [group for group in groups if space is not None and space_of(group[0]) == space]
+        if same:
+            same[0].append(encoder)
+        else:
+            groups.append([encoder])
+    return [
+        f"{_names(group)} {'was' if len(group) == 1 else 'were'} never trained together with {_names(groups[0])}: "
+        "what a model learns from one means nothing to it from the other. Train on each of these modalities, or take "
+        "encoders of one space; if they do share one, give both the same attribute `space`."
+        for group in groups[1:]
+    ]
+
+
+def _names(group: Sequence[Encoder]) -> str:
+    space = space_of(group[0])
+    named = "no space named" if space is None else f"space {space!r}"
+    return " and ".join(
+        f"{type(encoder).__name__} ({', '.join(encoder.modalities)}; {named})" for encoder in group
+    )
+
+
 def fingerprint(config: Mapping[str, Any], *parts: bytes | str | Path) -> str:
-    """Return the sha256, in hex, of settings and parts: what an encoder's ``fingerprint`` can be made of.
+    """Return the sha256 of settings and parts, in hex, as a building block of an encoder's ``fingerprint``.
 
     Args:
         config: the settings that change embeddings, as JSON can hold them; no paths and no device.
@@ -176,6 +226,7 @@ def fingerprint(config: Mapping[str, Any], *parts: bytes | str | Path) -> str:
         '4d3345ee'
     """
     try:
+        # Sorted keys: equal settings must give equal bytes.
         digest = hashlib.sha256(json.dumps(dict(config), sort_keys=True, allow_nan=False).encode())
     except (TypeError, ValueError) as error:
         raise EncoderError(f"the settings {dict(config)!r} are not plain JSON: {error}") from error
@@ -185,7 +236,25 @@ def fingerprint(config: Mapping[str, Any], *parts: bytes | str | Path) -> str:
     return digest.hexdigest()
 
 
+def shape_problems(expected: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]]) -> list[str]:
+    """Return one phrase for each tensor that is missing, unexpected or of another shape.
+
+    Args:
+        expected: shapes by name.
+        found: shapes by name, as a weights file holds them.
+    """
+    missing = [f"missing {name}" for name in expected if name not in found]
+    unexpected = [f"unexpected {name}" for name in found if name not in expected]
+    misshaped = [
+        f"{name} has shape {list(found[name])}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and tuple(found[name]) != tuple(shape)
+    ]
+    return missing + unexpected + misshaped
+
+
 def _digest(part: bytes | str | Path) -> bytes:
+    # The prefixes keep a file, a word and bytes with the same content apart.
     if isinstance(part, Path):
         try:
             return bytes.fromhex(file_sha256(part, prefix=b"file"))

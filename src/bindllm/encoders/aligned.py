@@ -1,36 +1,253 @@
-"""An encoder that `bindllm align` has taught to another encoder's joint space: a tower, a head, and a folder."""
+"""Aligned encoders: a tower and a head that `bindllm align` trained into another encoder's joint space.
+
+The head is a norm and a linear map, as ImageBind ends each of its towers (arXiv 2305.05665, section 3.3), or a small
+MLP. The folder holds JSON and safetensors only, and is written whole or not at all:
+
+    align.json          format, modality, joint space, the tower by class path and fingerprint, hashes of the weights
+    head.safetensors    the head
+    tower.safetensors   a trained tower; a frozen tower is only named, never copied
+    metrics.json, README.md, recipe.yaml   results, model card and recipe of the run that made it
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from bindllm.atomic import atomic_folder, file_sha256
 from bindllm.encoders import fingerprint
-from bindllm.encoders.aligned_folder import HEAD, TOWER, AlignedManifest, read_aligned, read_tensors
-from bindllm.encoders.head import Head
 from bindllm.encoders.trainable import build_tower, is_trainable
-from bindllm.errors import EncoderError, InputError
+from bindllm.errors import EncoderError, InputError, fetch_hint
 from bindllm.media import Media
 
-# Raise the number when other numbers come out for the same media: stored embeddings are then made anew.
+# Raise the number when older versions of bindllm cannot read a new folder.
+FORMAT = 1
+MANIFEST = "align.json"
+HEAD = "head.safetensors"
+TOWER = "tower.safetensors"
+
+# Raise the number when other numbers come out for the same media: stored embeddings are then computed again.
 _REVISION = "aligned 1"
 
 _CPU_BATCH, _ACCELERATOR_BATCH = 8, 64
 
 
-class Aligned:
-    """One modality in the joint space of another encoder, as `bindllm align` has trained it.
+@dataclass
+class HeadConfig:
+    """Shape of the head."""
 
-    A frozen tower is the encoder that the folder names, with the fingerprint that it had in training; a trained one
-    is in the folder. Its embeddings are those of the target's space, so a model that was trained on pictures through
-    the target takes them as they are.
+    depth: int = 2
+    """Number of linear maps: 1 is a linear head, 2 an MLP with one hidden layer."""
+
+    width: int = 1024
+    """Width of the hidden layers; unused at depth 1."""
+
+    dropout: float = 0.1
+    """Share of hidden values that a training step leaves out, 0 to below 1."""
+
+    def __post_init__(self) -> None:
+        # How to read this: name, value, whether it is in range, and the range for the message.
+        for name, value, fits, expected in (
+            ("depth", self.depth, self.depth >= 1, "at least 1"),
+            ("width", self.width, self.width >= 1, "at least 1"),
+            ("dropout", self.dropout, 0 <= self.dropout < 1, "from 0 to below 1"),
+        ):
+            if not fits:
+                raise InputError(f"head.{name} is {value}, expected {expected}")
+
+
+class Head(nn.Module):
+    """Norm, hidden layers with GELU, a linear map, and unit length.
+
+    Args:
+        inputs: W, the width of the tower's vectors.
+        outputs: E, the embedding width of the joint space.
+        config: its shape.
+
+    Example:
+        >>> import torch
+        >>> Head(8, 16, HeadConfig(depth=1)).eval()(torch.ones(3, 8)).shape
+        torch.Size([3, 16])
+    """
+
+    def __init__(self, inputs: int, outputs: int, config: HeadConfig) -> None:
+        super().__init__()
+        # The norm first: towers differ in the scale of their vectors, and the head should not depend on it.
+        layers: list[nn.Module] = [nn.LayerNorm(inputs)]
+        width = inputs
+        for _ in range(config.depth - 1):
+            layers += [nn.Linear(width, config.width), nn.GELU(), nn.Dropout(config.dropout)]
+            width = config.width
+        self.layers = nn.Sequential(*layers, nn.Linear(width, outputs))
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """Return unit embeddings [B, E] of a tower's vectors [B, W]."""
+        return F.normalize(self.layers(vectors), dim=-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignedManifest:
+    """Content of ``align.json``.
+
+    Args:
+        modality: the modality that the encoder serves.
+        embedding_size: E, that of the target.
+        space: name of the target's joint space.
+        tower: ``class_path`` and ``init_args``; ``fingerprint`` of a frozen one, ``revision`` of a trained one.
+        tower_size: W, the width of the tower's vectors.
+        head: shape of the head.
+        target: ``class_path``, ``init_args`` and ``fingerprint`` of the encoder that it was aligned with.
+        sha256: of each weights file.
+        root: the working directory of the run, relative to the folder: paths of ``init_args`` start there.
+        format: number of the layout.
+    """
+
+    modality: str
+    embedding_size: int
+    space: str
+    tower: dict[str, Any]
+    tower_size: int
+    head: HeadConfig
+    target: dict[str, Any]
+    sha256: dict[str, str]
+    root: str = "."
+    format: int = FORMAT
+
+    @property
+    def trained(self) -> bool:
+        """Whether the tower was trained, so that its weights are in the folder."""
+        # A frozen tower has a fingerprint instead.
+        return "revision" in self.tower
+
+
+def read_aligned(folder: str | Path) -> AlignedManifest:
+    """Read and check ``align.json``.
+
+    Raises:
+        EncoderError: no such folder, another one, a newer format or a damaged file.
+    """
+    file = Path(folder) / MANIFEST
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        where = "" if file.is_absolute() else f" in {Path.cwd()}"
+        reason = (
+            f"has no {MANIFEST}, so it holds no aligned encoder" if file.parent.is_dir() else "does not exist"
+        )
+        raise EncoderError(
+            f"the folder {str(folder)!r}{where} {reason}. Make one with: bindllm align --config FILE."
+            f"{fetch_hint(folder)}"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise EncoderError(f"{file} cannot be read: {error}") from error
+    # The format comes first: a newer layout may lack or rename the other entries.
+    number = content.get("format") if isinstance(content, dict) else None
+    if isinstance(number, int) and number > FORMAT:
+        raise EncoderError(f"{file} has format {number}, this bindllm reads up to {FORMAT}: upgrade bindllm")
+    try:
+        manifest = AlignedManifest(**{**content, "head": HeadConfig(**content["head"])})
+        entry, sizes = manifest.tower, (manifest.embedding_size, manifest.tower_size)
+        words = manifest.modality, manifest.space, entry["class_path"]
+        # Checked at the border, so that a damaged file fails here and not at the first embedding.
+        fits = all(isinstance(word, str) for word in words) and all(type(size) is int for size in sizes)
+        files = {HEAD, TOWER} if manifest.trained else {HEAD}
+        if not (
+            fits and isinstance(entry["init_args"], dict) and min(sizes) > 0 and files == set(manifest.sha256)
+        ):
+            raise TypeError("a value of a wrong type")
+    except (TypeError, KeyError, AttributeError, InputError) as error:
+        raise EncoderError(f"{file} is not the description of an aligned encoder ({error!r})") from error
+    return manifest
+
+
+def read_tensors(folder: str | Path, name: str, manifest: AlignedManifest) -> dict[str, Tensor]:
+    """Read one weights file, checked against its hash.
+
+    Raises:
+        EncoderError: it is missing, damaged or another one.
+    """
+    file = Path(folder) / name
+    if not file.is_file():
+        raise EncoderError(f"{folder} has no {name}: copy the whole folder")
+    # The hash finds damage, and weights from another run.
+    if file_sha256(file) != manifest.sha256.get(name):
+        raise EncoderError(f"{file} is not the file that {MANIFEST} was written with: damaged or exchanged")
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise EncoderError(f"{file} cannot be read: {error}") from error
+
+
+def write_aligned(
+    folder: str | Path,
+    manifest: AlignedManifest,
+    weights: Mapping[str, Mapping[str, Tensor]],
+    *,
+    metrics: Mapping[str, Any],
+    texts: Mapping[str, str],
+) -> None:
+    """Write the folder in one step; an aligned encoder there is replaced, anything else refused.
+
+    Args:
+        folder: where it goes.
+        manifest: its ``sha256`` and ``root`` are filled in here.
+        weights: tensors by the name of their file, `HEAD` and perhaps `TOWER`.
+        metrics: content of ``metrics.json``.
+        texts: further files by name, such as ``README.md``.
+
+    Raises:
+        InputError: the folder holds something else.
+    """
+    folder = Path(folder)
+    refuse_other_content(folder)
+    # Readers see the old folder or the new one, never a half-written one.
+    with atomic_folder(folder) as part:
+        for name, tensors in weights.items():
+            contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+            save_file(contiguous, part / name, metadata={"format": "pt"})
+        content = asdict(manifest) | {
+            "sha256": {name: file_sha256(part / name) for name in weights},
+            "root": os.path.relpath(Path.cwd(), folder.resolve()),
+        }
+        for name, value in ((MANIFEST, content), ("metrics.json", metrics)):
+            text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+            (part / name).write_text(text, encoding="utf-8")
+        for name, text in texts.items():
+            (part / name).write_text(text, encoding="utf-8")
+
+
+def refuse_other_content(folder: Path) -> None:
+    """Raise if a folder holds anything but an aligned encoder, which a run would replace.
+
+    Raises:
+        InputError: the folder has other content and no `MANIFEST`.
+    """
+    if (
+        folder.exists()
+        and (not folder.is_dir() or any(folder.iterdir()))
+        and not (folder / MANIFEST).is_file()
+    ):
+        raise InputError(
+            f"output {folder} holds other content (no {MANIFEST}); choose another folder or empty it"
+        )
+
+
+class Aligned:
+    """One modality in the joint space of another encoder, as trained by `bindllm align`.
+
+    A frozen tower is an encoder that the folder names with its fingerprint. A trained tower is stored in the folder.
+    The embeddings lie in the target's space, so a model that was trained on images through the target needs no change.
 
     Args:
         weights: folder that `bindllm align` wrote.
@@ -44,6 +261,7 @@ class Aligned:
         Aligned("checkpoints/align-text").modalities
     """
 
+    # Threads that share an encoder must not load it twice. One lock for all, since a lock cannot be pickled.
     _loading = threading.RLock()
 
     def __init__(self, weights: str = "checkpoints/align-text", *, allow: list[str] | None = None) -> None:
@@ -53,6 +271,7 @@ class Aligned:
             raise InputError(
                 f"allow must be a list of import paths such as ['my_lab.RadarTower'], not {allow!r}"
             )
+        # Nothing is read here: a recipe constructs encoders without their weights.
         self.config: dict[str, Any] = {"weights": str(weights)} | ({"allow": list(allow)} if allow else {})
         self._folder, self._allow = Path(weights), tuple(allow or ())
         self._device = torch.device("cpu")
@@ -63,7 +282,7 @@ class Aligned:
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        """The one modality that was taught; reads the folder's description."""
+        """The one modality that was aligned; reads the manifest."""
         return (self._manifest.modality,)
 
     @property
@@ -84,12 +303,15 @@ class Aligned:
         """
         if self._fingerprint is None:
             manifest = self._manifest
+            # Reading checks the hashes, so a fingerprint never describes damaged files.
             for name in manifest.sha256:
                 read_tensors(self._folder, name, manifest)
+            # The path of the folder and the device are not part of it: they do not change an embedding.
             settings = {"modality": manifest.modality, "depth": manifest.head.depth}
             parts: list[str | Path] = [_REVISION, self._folder / HEAD]
             if manifest.trained:
                 shape = json.dumps(manifest.tower["init_args"], sort_keys=True)
+                # A trained tower: its class, arguments, revision and weights decide.
                 parts += [manifest.tower["class_path"], shape, self._tower.revision, self._folder / TOWER]
             else:
                 parts.append(self._checked_tower().fingerprint())
@@ -109,7 +331,7 @@ class Aligned:
 
         Raises:
             MediaError: it cannot be read; the message names it.
-            InputError: a modality that was not taught.
+            InputError: the encoder was trained for another modality.
         """
         self._refuse_others(media.modality)
         return self._tower.prepare(media)
@@ -119,10 +341,11 @@ class Aligned:
         """Return the embeddings of prepared media: [B, E], float32, unit norm.
 
         Raises:
-            InputError: a modality that was not taught.
+            InputError: the encoder was trained for another modality.
             EncoderError: weights are missing or damaged, or the frozen tower is not the one of the training.
         """
         self._refuse_others(modality)
+        # Loads tower and head at the first use.
         head = self._loaded()
         return torch.cat([head(vectors) for vectors in self._vectors(modality, inputs)])
 
@@ -139,21 +362,21 @@ class Aligned:
             if self._built is None:
                 entry = self._manifest.tower
                 arguments = {name: self._resolved(value) for name, value in entry["init_args"].items()}
-                # A network draws initial weights, which are replaced: the caller's chance is left as it was.
+                # A network draws initial weights, which are then replaced; the caller's random state must not change.
                 with torch.random.fork_rng(devices=[]):
                     tower = build_tower(entry["class_path"], arguments, allow=self._allow)
                 if is_trainable(tower) != self._manifest.trained or (
                     tower.embedding_size != self._manifest.tower_size
                 ):
                     raise EncoderError(
-                        f"{self._folder}: the tower {entry['class_path']} is not what it was in training "
-                        f"({self._manifest.tower_size} numbers); install the version of it that was used then"
+                        f"{self._folder}: the tower {entry['class_path']} differs from the one in training "
+                        f"({self._manifest.tower_size} features); install the version of it that was used then"
                     )
                 self._built = tower.eval() if isinstance(tower, nn.Module) else tower
             return self._built
 
     def _checked_tower(self) -> Any:
-        """The frozen tower, after a look at its fingerprint."""
+        """The frozen tower, after its fingerprint was checked."""
         expected, found = self._manifest.tower["fingerprint"], self._tower.fingerprint()
         if found != expected:
             raise EncoderError(
@@ -181,6 +404,7 @@ class Aligned:
     def _load(self, module: nn.Module, name: str) -> None:
         """Fill a module from its file, every tensor accounted for; freeze it."""
         try:
+            # Strict by default: missing and unexpected tensors raise.
             module.load_state_dict(read_tensors(self._folder, name, self._manifest))
         except RuntimeError as error:
             raise EncoderError(f"{self._folder / name} does not fit: {error}") from error
@@ -190,7 +414,7 @@ class Aligned:
         """Yield the tower's vectors, some rows at a time: [b, W]."""
         size = _CPU_BATCH if self._device.type == "cpu" else _ACCELERATOR_BATCH
         if not self._manifest.trained:
-            # A frozen encoder has its own way with batches.
+            # A frozen encoder chooses its own batch size.
             yield self._tower.embed(modality, inputs).to(self._device)
             return
         for start in range(0, len(inputs), size):
@@ -202,7 +426,8 @@ class Aligned:
 
     def _resolved(self, value: Any) -> Any:
         """Return a path of the manifest as it is reached from here, so that a moved project still loads."""
+        # Only strings with a separator are paths; other settings stay as they are.
         if not isinstance(value, str) or not {"/", os.sep} & set(value) or os.path.exists(value):
             return value
-        beside = self._folder / self._manifest.root / value
-        return os.path.relpath(beside) if beside.exists() else value
+        moved = self._folder / self._manifest.root / value
+        return os.path.relpath(moved) if moved.exists() else value

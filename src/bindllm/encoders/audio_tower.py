@@ -1,7 +1,7 @@
-"""A small network for sounds that is trained from scratch, for alignments that have no pretrained tower.
+"""A small network for audio that is trained from scratch, for alignments without a pretrained tower.
 
-Log-mel pictures and a plain convolutional network in the manner of PANNs (arXiv 1912.10211, section 3), small enough
-for a CPU; masked in training as in SpecAugment (arXiv 1904.08779, section 2).
+Log-mel spectrograms and a plain convolutional network in the manner of PANNs (arXiv 1912.10211, section 3), small
+enough for a CPU; masked in training as in SpecAugment (arXiv 1904.08779, section 2).
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ BANDS = 64
 """Mel bands, from 50 Hz to 8 kHz."""
 
 MAX_SECONDS = 24.0
-"""Longest sound that is heard as a whole; of longer ones a third of this at the start, in the middle and at the end."""
+"""Longest audio that is embedded whole. Longer audio gives three parts of a third of this: start, middle and end."""
 
 _WINDOW, _STEP, _PADDED = 640, 320, 1024
 _LOWEST_HZ, _HIGHEST_HZ = 50.0, 8000.0
-_FLOOR = 1e-5  # energy below that of the loudest moment, 50 dB: what is quieter counts as silence
+_FLOOR = 1e-5  # 50 dB below the energy of the loudest moment; anything quieter counts as silence
 _SILENCE = float(np.log(_FLOOR))
 _WINDOWS_AT_ONCE = 32
 
@@ -39,13 +39,13 @@ _MASKS, _MASKED_BANDS, _MASKED_FRAMES = 2, 10, 25
 
 
 class AudioTower(nn.Module):
-    """Sounds of any length as vectors: windows of log-mel energies through a small convolutional network.
+    """Vectors of audio of any length: windows of log-mel energies through a small convolutional network.
 
-    Loudness does not count: energies are relative to the loudest moment of a sound. A long sound is heard in windows
-    that cover it, and their vectors are averaged.
+    Loudness does not count: energies are relative to the loudest moment. Long audio is cut into windows that
+    cover it, and their vectors are averaged.
 
     Args:
-        width: channels of the first layer; each of the three further ones has twice as many.
+        width: channels of the first layer; each of the three following layers doubles them.
         seconds: length of a window, at least 0.5.
 
     Raises:
@@ -53,7 +53,7 @@ class AudioTower(nn.Module):
     """
 
     modality = "audio"
-    revision = "sound-tower 1"
+    revision = "audio-tower 1"
 
     def __init__(self, width: int = 32, seconds: float = 3.0) -> None:
         super().__init__()
@@ -65,6 +65,7 @@ class AudioTower(nn.Module):
         self.config: dict[str, Any] = {"width": width, "seconds": seconds}
         self.embedding_size = 8 * width
         self.frames = round(seconds * RATE / _STEP)
+        # Four times convolution, batch norm, ReLU and pooling; widths double, so the output has 8 * width channels.
         layers: list[nn.Module] = []
         before = 1
         for channels in (width, 2 * width, 4 * width, 8 * width):
@@ -74,13 +75,14 @@ class AudioTower(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def prepare(self, media: Media) -> Tensor:
-        """Return the log energies of a sound, float32 [T, 64], T at least one window.
+        """Return the log energies of audio, float32 [T, 64], T at least one window.
 
         Raises:
-            MediaError: the sound cannot be read.
+            MediaError: the audio cannot be read.
         """
         from bindllm.media.audio import cut_audio
 
+        # Long audio: a third of the limit at the start, in the middle and at the end.
         third = round(MAX_SECONDS / 3 * RATE)
 
         def spread(length: int) -> list[tuple[int, int]]:
@@ -89,28 +91,32 @@ class AudioTower(nn.Module):
             return [(start, start + third) for start in (0, (length - third) // 2, length - third)]
 
         parts = cut_audio(media.source, rate=RATE, cut=spread)
+        # In float64: a mean of float32 channels would round.
         mono = np.concatenate([part.mean(axis=0, dtype=np.float64) for part in parts])
         least = (self.frames - 1) * _STEP + _WINDOW
         return torch.from_numpy(_log_energies(np.pad(mono, (0, max(0, least - len(mono))))))
 
     def augment(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
-        """Return one window [frames, 64], elsewhere, faster or slower, higher or lower, noisier, and with holes."""
+        """Return one window [frames, 64]: stretched, shifted, transposed, quieter, noisier, masked (SpecAugment)."""
 
         def draw(low: float, high: float) -> float:
             return low + (high - low) * float(torch.rand((), generator=generator))
 
         length = round(len(inputs) * draw(1 - _STRETCH, 1 + _STRETCH))
-        sound = F.interpolate(inputs.T[None], size=max(1, length), mode="linear")[0].T
-        # A third of the window may be before or after the sound.
-        start = round(draw(-self.frames / 3, max(0, len(sound) - self.frames) + self.frames / 3))
-        window = F.pad(sound, (0, 0, self.frames, 2 * self.frames), value=_SILENCE)
+        audio = F.interpolate(inputs.T[None], size=max(1, length), mode="linear")[0].T
+        # Up to a third of the window may lie before or after the audio.
+        start = round(draw(-self.frames / 3, max(0, len(audio) - self.frames) + self.frames / 3))
+        window = F.pad(audio, (0, 0, self.frames, 2 * self.frames), value=_SILENCE)
         window = window[start + self.frames : start + 2 * self.frames]
         bands = round(draw(-_PITCH_BANDS, _PITCH_BANDS))
         window = F.pad(window, (bands, -bands), value=_SILENCE)
         window = (window - draw(0, _QUIETER)).clamp_min(_SILENCE)
+        # Noise in the log domain: uniform energies, cut off at -30 dB, then shifted to a random level.
         noise = torch.rand(window.shape, generator=generator).clamp_min(1e-3).log()
+        # Energies add up, so their logarithms combine by logaddexp.
         window = torch.logaddexp(window, noise + draw(2 * _SILENCE, _SILENCE / 3))
         for _ in range(_MASKS):
+            # One mask along time and one along frequency, as in SpecAugment.
             for side, most in ((0, _MASKED_FRAMES), (1, _MASKED_BANDS)):
                 size = round(draw(0, most))
                 at = round(draw(0, window.shape[side] - size))
@@ -118,36 +124,42 @@ class AudioTower(nn.Module):
         return window
 
     def mix(self, first: Tensor, second: Tensor, generator: torch.Generator) -> Tensor:
-        """Return two windows over each other, the second up to 9 dB below or above the first."""
+        """Return the sum of two windows, the second up to 9 dB below or above the first."""
         return torch.logaddexp(first, second + 4 * float(torch.rand((), generator=generator)) - 2)
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
-        """Return [B, W] for B sounds [T, 64] of any lengths T of at least one window."""
-        windows = [self._windows(sound) for sound in inputs]
+        """Return [B, W] for B spectrograms [T, 64], each at least one window long."""
+        # How to read this: all windows of all inputs form one batch, then each input averages its own.
+        windows = [self._windows(audio) for audio in inputs]
         stacked = torch.cat(windows)
+        # Batch norm needs the whole batch in training; in evaluation chunks bound the memory.
         chunks = [stacked] if self.training else stacked.split(_WINDOWS_AT_ONCE)
         rows = torch.cat([self._vectors(chunk) for chunk in chunks])
         return torch.stack([part.mean(dim=0) for part in rows.split([len(each) for each in windows])])
 
-    def _windows(self, sound: Tensor) -> Tensor:
-        """Return evenly spread windows that cover a sound, [S, frames, 64]."""
-        count = -(-len(sound) // self.frames)
-        last = len(sound) - self.frames
+    def _windows(self, audio: Tensor) -> Tensor:
+        """Return evenly spread windows that cover the audio, [S, frames, 64]."""
+        # As few windows as cover the audio; evenly spread, they overlap unless it is a multiple of a window.
+        count = -(-len(audio) // self.frames)
+        last = len(audio) - self.frames
         starts = [round(n * last / max(1, count - 1)) for n in range(count)]
-        return torch.stack([sound[start : start + self.frames] for start in starts])
+        return torch.stack([audio[start : start + self.frames] for start in starts])
 
     def _vectors(self, windows: Tensor) -> Tensor:
         # From -1 (silence) to 1 (as loud as the loudest moment is on average), and little above.
         features = self.layers(1 - 2 * windows[:, None] / _SILENCE).mean(dim=3)
+        # Mean plus maximum over time, as PANNs pools its frames.
         return features.mean(dim=2) + features.amax(dim=2)
 
 
 def _log_energies(samples: np.ndarray) -> np.ndarray:
     """Return the logarithm of mel energies relative to the loudest moment: [N] -> float32 [frames, 64]."""
+    # A view: frames overlap by half without a copy.
     frames = np.lib.stride_tricks.sliding_window_view(samples, _WINDOW)[::_STEP]
     power = np.abs(np.fft.rfft(frames * np.hanning(_WINDOW), _PADDED)) ** 2
     energies = power @ _mel_weights()
     loudest = energies.mean(axis=1).max()
+    # Silence has no loudest moment; its energies are all zero already.
     relative = energies / loudest if loudest > 0 else energies
     return np.log(np.maximum(relative, _FLOOR)).astype(np.float32)
 
@@ -160,6 +172,6 @@ def _mel_weights() -> np.ndarray:
         return 1127.0 * np.log1p(np.asarray(hertz) / 700.0)
 
     edges = np.linspace(mel(_LOWEST_HZ), mel(_HIGHEST_HZ), BANDS + 2)
-    places = mel(np.arange(_PADDED // 2 + 1) * (RATE / _PADDED))[:, None]
-    left, centre, right = edges[:-2], edges[1:-1], edges[2:]
-    return np.maximum(0.0, np.minimum((places - left) / (centre - left), (right - places) / (right - centre)))
+    bins = mel(np.arange(_PADDED // 2 + 1) * (RATE / _PADDED))[:, None]
+    left, center, right = edges[:-2], edges[1:-1], edges[2:]
+    return np.maximum(0.0, np.minimum((bins - left) / (center - left), (right - bins) / (right - center)))

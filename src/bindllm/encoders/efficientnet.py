@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0, the picture encoder of the embedded default, in plain torch.
+"""EfficientNet-Lite0, the image encoder of the quickstart, in plain torch.
 
 The network is the B0 of EfficientNet (https://arxiv.org/abs/1905.11946, table 1) in its "Lite" variant: mobile
 inverted bottlenecks (https://arxiv.org/abs/1801.04381, section 3.3) without squeeze-and-excitation, and ReLU6
@@ -8,9 +8,10 @@ in place of swish. The weights were trained in TensorFlow, so strided convolutio
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -20,18 +21,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from bindllm.encoders import fingerprint
-from bindllm.encoders.threads import each_on_one_thread
+from bindllm.encoders import fingerprint, shape_problems
 from bindllm.errors import EncoderError, InputError, did_you_mean
 from bindllm.media import Media, open_image
 
 Fit = Literal["whole", "crop"]
 
-# Raise the number when other numbers come out for the same picture: stored embeddings are then made anew.
+# Raise the number when other numbers come out for the same image: stored embeddings are then computed again.
 _REVISION = "efficientnet-lite0 1"
 
 _SIDE = 224
 _STEM_CHANNELS, _HEAD_CHANNELS = 32, 1280
+# Of the TensorFlow training; torch's default is 1e-5.
 _BATCH_NORM_EPSILON = 1e-3
 
 # repeats, kernel, stride of the first block, expansion, channels out
@@ -45,14 +46,41 @@ _STAGES = (
     (1, 3, 1, 6, 320),
 )
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def each_on_one_thread(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """Apply a function to each item, as many at the same time as torch has threads, each call on one thread.
+
+    Args:
+        function: runs in threads of its own, so it sets ``no_grad`` itself where it needs it.
+        items: such as the media of a batch.
+
+    Example:
+        >>> each_on_one_thread(lambda x: (x * 2, torch.get_num_threads()), [1, 2, 3])
+        [(2, 1), (4, 1), (6, 1)]
+    """
+    # How to read this: as many workers as torch has threads, each with torch set to one thread.
+    threads = torch.get_num_threads()
+    if threads == 1:
+        return [function(item) for item in items]
+    pool = ThreadPoolExecutor(threads, "single", initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        with pool:
+            return list(pool.map(function, items))
+    finally:
+        # What a thread sets holds for itself, and for threads that begin later.
+        torch.set_num_threads(threads)
+
 
 class EfficientNetLite:
-    """EfficientNet-Lite0 trained on ImageNet-1k: the pooled features of a picture, E = 1280.
+    """EfficientNet-Lite0 trained on ImageNet-1k: the pooled features of an image, E = 1280.
 
     Args:
         weights: folder with ``model.safetensors``, the tensors named as published.
-        fit: how a picture becomes 224 x 224: "whole" shrinks all of it and fills up with white, since a caption
-            speaks of the whole picture; "crop" takes the largest square in the middle, as in ImageNet's test.
+        fit: how an image becomes 224 x 224: "whole" shrinks all of it and fills up with white, since a caption
+            speaks of the whole image; "crop" takes the largest square in the middle, as in ImageNet's test.
 
     Raises:
         InputError: ``fit`` is neither.
@@ -73,6 +101,7 @@ class EfficientNetLite:
     def __init__(self, weights: str = "checkpoints/efficientnet-lite0", *, fit: Fit = "whole") -> None:
         if fit not in get_args(Fit):
             raise InputError(f"fit={fit!r} is unknown. {did_you_mean(str(fit), get_args(Fit))}")
+        # Nothing is read here: a recipe constructs encoders without their weights.
         self.config: dict[str, Any] = {"weights": str(weights), "fit": fit}
         self._file = Path(weights) / "model.safetensors"
         self._fit = fit
@@ -86,6 +115,7 @@ class EfficientNetLite:
         Raises:
             EncoderError: the weights are missing.
         """
+        # Hashed once: a run asks for it at every lookup in the store.
         if self._fingerprint is None:
             _require(self._file)
             self._fingerprint = fingerprint({"fit": self._fit}, _REVISION, self._file)
@@ -99,11 +129,12 @@ class EfficientNetLite:
         return self
 
     def prepare(self, media: Media) -> Tensor:
-        """Return a picture as [224, 224, 3] of uint8.
+        """Return an image as [224, 224, 3] of uint8.
 
         Raises:
-            MediaError: the picture cannot be read.
+            MediaError: the image cannot be read.
         """
+        # The size allows JPEGs to be decoded at a reduced scale.
         image = open_image(media.source, size=_SIDE)
         if self._fit == "crop":
             square = ImageOps.fit(image, (_SIDE, _SIDE), Image.Resampling.BICUBIC)
@@ -115,9 +146,9 @@ class EfficientNetLite:
         return torch.from_numpy(np.array(square))
 
     def embed(self, modality: str, inputs: Sequence[Tensor]) -> Tensor:
-        """Return the embeddings of prepared pictures: [B, 1280], float32, unit norm.
+        """Return the embeddings of prepared images: [B, 1280], float32, unit norm.
 
-        On a CPU their bits depend neither on what else is in the batch nor on the number of threads.
+        On a CPU their bits depend neither on the rest of the batch nor on the number of threads.
 
         Raises:
             InputError: a modality other than image.
@@ -135,14 +166,15 @@ class EfficientNetLite:
 
     @torch.no_grad()
     def _features(self, inputs: Sequence[Tensor]) -> Tensor:
-        pictures = torch.stack(list(inputs)).to(self._device)
-        # [B, H, W, 3] seen as [B, 3, H, W] is already in the channels-last order that is fastest.
-        pixels = (pictures.permute(0, 3, 1, 2).float() - 127) / 128
+        images = torch.stack(list(inputs)).to(self._device)
+        # Permuting [B, H, W, 3] to [B, 3, H, W] is free, and gives the channels-last order that is fastest.
+        # The published scaling: 0..255 to about -1..1.
+        pixels = (images.permute(0, 3, 1, 2).float() - 127) / 128
         return F.normalize(self._network(pixels), dim=-1)
 
 
 class _Convolution(nn.Module):
-    """Convolution with "SAME" padding, the batch norm folded into it, then ReLU6 where ``active``."""
+    """Convolution with "SAME" padding, the batch norm folded into it, then ReLU6 if ``active``."""
 
     def __init__(
         self, width: int, out: int, kernel: int, *, stride: int = 1, groups: int = 1, active: bool = True
@@ -160,6 +192,7 @@ class _Convolution(nn.Module):
     def load(self, weight: Tensor, scale: Tensor, shift: Tensor) -> None:
         """Take a published kernel and the scale and shift of its batch norm, both [out]."""
         front = (self.extra, 0, self.extra, 0)
+        # Batch norm after a convolution is a scale and a shift per channel: both fit into kernel and bias.
         folded = F.pad(weight * scale[:, None, None, None], front)
         self.convolution.weight = nn.Parameter(folded, requires_grad=False)
         self.convolution.bias = nn.Parameter(shift, requires_grad=False)
@@ -170,7 +203,7 @@ class _Convolution(nn.Module):
 
 
 class _Block(nn.Module):
-    """Mobile inverted bottleneck: widen, filter each channel, narrow; added to its input where shapes agree."""
+    """Mobile inverted bottleneck: widen, filter each channel, narrow; added to its input if the shapes agree."""
 
     def __init__(self, width: int, out: int, kernel: int, *, stride: int, expansion: int) -> None:
         super().__init__()
@@ -187,11 +220,12 @@ class _Block(nn.Module):
 
 
 class _Network(nn.Module):
-    """Stem, blocks, head and the mean over the picture: [B, 3, 224, 224] -> [B, 1280]."""
+    """Stem, blocks, head and the mean over the image: [B, 3, 224, 224] -> [B, 1280]."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stem = _Convolution(3, _STEM_CHANNELS, 3, stride=2)
+        # Only the first block of a stage has the stride; the others keep the resolution.
         blocks, width = [], _STEM_CHANNELS
         for repeats, kernel, first_stride, expansion, out in _STAGES:
             for stride in [first_stride] + [1] * (repeats - 1):
@@ -236,6 +270,7 @@ def _load(file: Path) -> _Network:
     if problems:
         raise EncoderError(f"{file}: these are not the weights of EfficientNet-Lite0: {'; '.join(problems)}")
     for convolution, kernel, norm in network.published_names():
+        # scale = gamma / sqrt(var + eps), shift = beta - mean * scale.
         deviation = (tensors[f"{norm}.running_var"] + _BATCH_NORM_EPSILON).sqrt()
         scale = tensors[f"{norm}.weight"] / deviation
         shift = tensors[f"{norm}.bias"] - tensors[f"{norm}.running_mean"] * scale
@@ -244,7 +279,7 @@ def _load(file: Path) -> _Network:
 
 
 def _compare(network: _Network, found: dict[str, tuple[int, ...]]) -> list[str]:
-    """Return what is missing, unexpected or of another shape, given the names and shapes in the file."""
+    """Compare the file's names and shapes with those of the network; see `shape_problems`."""
     expected: dict[str, tuple[int, ...]] = {}
     # The classifier and the counters of batch norm belong to the published file but make no features.
     unused = {"_fc.weight", "_fc.bias"}
@@ -253,11 +288,4 @@ def _compare(network: _Network, found: dict[str, tuple[int, ...]]) -> list[str]:
         for part in ("weight", "bias", "running_mean", "running_var"):
             expected[f"{norm}.{part}"] = convolution.published_shape[:1]
         unused.add(f"{norm}.num_batches_tracked")
-    missing = [f"missing {name}" for name in expected if name not in found]
-    unexpected = [f"unexpected {name}" for name in found if name not in expected and name not in unused]
-    misshaped = [
-        f"{name} has shape {list(found[name])}, not {list(shape)}"
-        for name, shape in expected.items()
-        if found.get(name, shape) != shape
-    ]
-    return missing + unexpected + misshaped
+    return shape_problems(expected, {name: shape for name, shape in found.items() if name not in unused})

@@ -10,7 +10,7 @@ from torch import Tensor
 from bindllm.encoders import Encoder
 from bindllm.errors import InputError
 
-# Unit embeddings whose weighted mean is shorter than this point in opposite directions: no direction is left.
+# A weighted mean of unit embeddings below this length has lost its direction: they point opposite ways.
 _SHORTEST_MEAN = 1e-4
 # The released ImageBind-LLM divides by the sum of the weights plus this.
 _PUBLISHED_EPS = 1e-6
@@ -41,6 +41,7 @@ def fuse(embeddings: Tensor, weights: Tensor, *, normalize: bool = True) -> Tens
         >>> fuse(torch.eye(2), torch.tensor([3.0, 1.0]), normalize=False)
         tensor([0.7500, 0.2500])
     """
+    # Wrong shapes would broadcast into a wrong mean.
     if embeddings.dim() != 2 or len(embeddings) == 0 or weights.shape != embeddings.shape[:1]:
         raise InputError(
             f"expected embeddings [K, E] and weights [K], got {list(embeddings.shape)} and {list(weights.shape)}"
@@ -50,11 +51,13 @@ def fuse(embeddings: Tensor, weights: Tensor, *, normalize: bool = True) -> Tens
             f"the weights of fused media must be finite and above 0, not {weights.tolist()}; leave out a media that "
             "shall not count"
         )
+    # How to read this: the published mean for converted weights, else the unit mean.
     if not normalize:
         weights = weights.double()
         return (weights / (weights.sum() + _PUBLISHED_EPS)).to(embeddings) @ embeddings
     if len(embeddings) == 1:
         return embeddings[0]
+    # Divided by the largest first, so that the sum of huge weights stays finite.
     weights = weights.double() / weights.max()
     shares = (weights / weights.sum()).to(embeddings)
     mean = shares @ embeddings
@@ -70,7 +73,7 @@ def common_size(encoders: Sequence[Encoder]) -> int:
     """Return the embedding size E that all encoders of a model share.
 
     Raises:
-        InputError: there is none, or they differ.
+        InputError: the list is empty, or the sizes differ.
     """
     sizes = [encoder.embedding_size for encoder in encoders]
     if len(set(sizes)) != 1:

@@ -1,7 +1,7 @@
-"""A Hugging Face folder as an encoder sees it: where it is, what its model takes and gives, and how it is loaded.
+"""Hugging Face folders: finding or downloading one, reading a model's spec, and loading models and processors.
 
-Only safetensors are read, nothing is unpickled, and no code from the folder ever runs. Pictures go through the
-Pillow processors of transformers, so that torchvision is not needed and everyone gets the same numbers.
+Only safetensors are read, nothing is unpickled, and no code from the folder ever runs. Images go through the
+Pillow processors of transformers, so torchvision is not needed and results are the same on every machine.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ADAPTER = "adapter_config.json"
 SERVED = ("image", "text", "audio")
 """Modalities for which transformers has processors that need nothing else."""
 
-# Everything that decides on an embedding, beside the weights.
+# All files other than the weights that affect an embedding.
 _SETTINGS = (
     "config.json",
     "preprocessor_config.json",
@@ -54,20 +54,21 @@ _DOWNLOADED = {
     "encoder": {"allow_patterns": ["*.json", "*.txt", "*.model", "model*.safetensors"]},
     "decoder": {"ignore_patterns": ["*.bin", "*.pth"]},
 }
+# Modules of sentence-transformers that can be computed here; any other would change the embedding.
 _SENTENCE_MODULES = ("Transformer", "Pooling", "Normalize")
 
 
 @dataclass(frozen=True)
-class Design:
-    """What the config of a model says about it.
+class ModelSpec:
+    """Properties of a model, read from its config.
 
     Args:
         family: its ``model_type``, such as "clip".
         joint: it has one projection per modality into one space; else it is a single tower.
-        modalities: those of `SERVED` that it takes.
+        modalities: its input modalities, out of `SERVED`.
         width: E, the width of its output.
-        pooling: what a sentence-transformers folder says of pooling, else None.
-        max_tokens: longest text in tokens that its positions or its sentence settings allow, if they say so.
+        pooling: the pooling of a sentence-transformers folder, else None.
+        max_tokens: longest text in tokens, if its positions or its sentence settings limit it.
     """
 
     family: str
@@ -93,6 +94,8 @@ def find_folder(name: str, revision: str | None, *, role: Literal["encoder", "de
     if Path(name).is_dir():
         return Path(name)
     failure = EncoderError if role == "encoder" else DecoderError
+    # How to read this: `organization/name` may be a hub id, anything else is a path. Paths that do not exist must
+    # never turn into downloads.
     organization, slash, rest = name.partition("/")
     looks_local = (
         not slash or "/" in rest or organization in ("", ".", "..", "~") or Path(organization).is_dir()
@@ -130,6 +133,7 @@ def weight_files(folder: Path) -> list[Path]:
             f"{folder} holds no {WEIGHTS}; other weights (*.bin, *.pt) are pickles, which are not read. Convert them: "
             "AutoModel.from_pretrained(...).save_pretrained(folder)"
         )
+    # Many tensors share a shard, and the order decides the fingerprint.
     shards = set(_read_json(folder / INDEX).get("weight_map", {}).values())
     return [folder / shard for shard in sorted(shards)]
 
@@ -166,7 +170,7 @@ def read_config(folder: str | Path) -> PretrainedConfig:
 
 
 def never_ask() -> None:
-    """Make transformers refuse code of a folder where it would ask: it loads parts without `trust_remote_code`."""
+    """Make transformers refuse code of a folder if it would ask: it loads parts without `trust_remote_code`."""
     from transformers import dynamic_module_utils
 
     # Seconds for an answer, in the whole process; with 0 it raises at once.
@@ -187,29 +191,33 @@ def _forget_code(part: Any) -> None:
                 _forget_code(inner)
 
 
-def read_design(folder: Path) -> Design:
-    """Read from ``config.json`` what a model takes and gives, without loading it.
+def read_spec(folder: Path) -> ModelSpec:
+    """Read the spec of a model from its ``config.json``, without loading it.
 
     Raises:
-        EncoderError: a model that is no encoder with one vector per media, or whose width the config does not tell.
+        EncoderError: the model does not give one vector per media, or its config lacks the output width.
     """
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
-    with explained(folder):
+    with loading(folder):
         config = read_config(folder)
+    # How to read this: from the config's class to the model's class, then its inputs, then its limits. No weight is
+    # read.
     if type(config) not in MODEL_MAPPING:
         raise EncoderError(f"{folder}: transformers has no AutoModel for the type {config.model_type!r}")
     model = MODEL_MAPPING[type(config)]
     values = config.to_dict()
+    # Families rename standard fields, such as n_embd for hidden_size; the alias table undoes it.
     values |= {alias: values.get(name) for alias, name in type(config).attribute_map.items()}
     taken = model.input_modalities
     modalities = tuple(name for name in SERVED if name in ((taken,) if isinstance(taken, str) else taken))
     joint = len(modalities) > 1
+    # A joint model needs one feature method per modality.
     lacking = [name for name in modalities if joint and f"get_{name}_features" not in dir(model)]
     if not modalities or lacking or config.is_encoder_decoder:
         raise EncoderError(
-            f"{folder}: {model.__name__} takes {taken} and is no encoder with one vector for each media; expected a "
-            f"joint model such as CLIP, SigLIP or CLAP, or a single tower for one of {', '.join(SERVED)}"
+            f"{folder}: {model.__name__} takes {taken} and is not an encoder with one vector for each media; expected "
+            f"a joint model such as CLIP, SigLIP or CLAP, or a single tower for one of {', '.join(SERVED)}"
         )
     text = values.get("text_config") or values
     positions = text.get("max_position_embeddings")
@@ -223,7 +231,7 @@ def read_design(folder: Path) -> Design:
         positions - offset if positions else None,
         _read_json(folder / "sentence_bert_config.json").get("max_seq_length"),
     ]
-    return Design(
+    return ModelSpec(
         family=config.model_type,
         joint=joint,
         modalities=modalities,
@@ -239,15 +247,15 @@ def load_model(folder: Path, *, dtype: torch.dtype, without_pooler: bool) -> nn.
     Args:
         folder: with safetensors.
         dtype: of its weights.
-        without_pooler: a pooler that the checkpoint has no weights for is taken out, and is no error.
+        without_pooler: whether a pooler without weights is removed instead of an error.
 
     Raises:
-        EncoderError: it cannot be loaded, or lacks weights: they would be random.
+        EncoderError: the model cannot be loaded, or lacks weights, which would be random.
     """
     from transformers import AutoModel
 
     weight_files(folder)
-    with explained(folder):
+    with loading(folder):
         model, report = AutoModel.from_pretrained(
             folder,
             config=read_config(folder),
@@ -257,7 +265,9 @@ def load_model(folder: Path, *, dtype: torch.dtype, without_pooler: bool) -> nn.
             local_files_only=True,
             output_loading_info=True,
         )
+    # Position ids are constants, which newer versions do not save.
     missing = {name for name in report["missing_keys"] if not name.endswith("position_ids")}
+    # A pooler of random weights would give random embeddings.
     pooler = {name for name in missing if name.startswith("pooler.")}
     wrong = sorted(missing - pooler if without_pooler else missing)
     wrong += sorted(str(name) for name in report["mismatched_keys"])
@@ -275,31 +285,33 @@ def load_processor(folder: Path, modality: str) -> Any:
     """Load the image processor (Pillow), tokenizer or feature extractor that a folder brings.
 
     Raises:
-        EncoderError: it has none, or one that needs a package which is not there.
+        EncoderError: the folder has none, or it needs a package that is not installed.
     """
     from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
 
-    with explained(folder, what=f"processor for {modality} media"):
+    with loading(folder, part=f"processor for {modality} media"):
         if modality == "image":
             return AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
         if modality == "audio":
             return AutoFeatureExtractor.from_pretrained(folder, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
+        # Padding is masked, so the end token can serve as padding.
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         if tokenizer.is_fast:
-            # Setting these for a call would change the tokenizer under the feet of other threads.
+            # Set once here: per-call settings would change the tokenizer while other threads use it.
             tokenizer.backend_tokenizer.no_truncation()
             tokenizer.backend_tokenizer.no_padding()
     return tokenizer
 
 
 @contextmanager
-def explained(folder: Path, *, what: str = "model") -> Iterator[None]:
-    """Turn what transformers raises about a folder into an EncoderError, and keep it quiet about the rest."""
+def loading(folder: Path, *, part: str = "model") -> Iterator[None]:
+    """Turn exceptions of transformers about a folder into an EncoderError, and mute its log and progress bars."""
     from transformers.utils import logging
 
     never_ask()
+    # Restored afterwards: the caller's setting is not ours to change.
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -307,9 +319,9 @@ def explained(folder: Path, *, what: str = "model") -> Iterator[None]:
         yield
     except EncoderError:
         raise
-    # It raises nearly anything about files of other people: each means that the folder cannot be used.
+    # transformers raises many exception types about untrusted files; each means that the folder cannot be used.
     except Exception as error:
-        raise EncoderError(f"{folder}: no usable {what} here ({loading_error(folder, error)})") from error
+        raise EncoderError(f"{folder}: no usable {part} here ({loading_error(folder, error)})") from error
     finally:
         logging.set_verbosity(verbosity)
 
@@ -318,6 +330,7 @@ def loading_error(folder: str | Path, error: Exception) -> str:
     """Describe an error of transformers; explain if the folder needs code of its own (``auto_map``), never run here."""
     if "trust_remote_code" not in str(error):
         return f"{type(error).__name__}: {error}"
+    # The files that ask for remote code, so that the user finds the entry.
     files = [file for file in sorted(Path(folder).glob("*.json")) if '"auto_map"' in file.read_text("utf-8")]
     names = ", ".join(file.name for file in files) or "its config"
     return (
@@ -334,24 +347,26 @@ def _width(values: dict[str, Any], *, joint: bool, folder: Path) -> int:
     else:
         found = values.get("hidden_size") or (values.get("hidden_sizes") or [None])[-1]
     if not isinstance(found, int):
-        raise EncoderError(f"{folder}: its config does not tell the width of its output")
+        raise EncoderError(f"{folder}: its config lacks the width of its output")
     return found
 
 
 def _sentence_pooling(folder: Path) -> str | None:
-    """Return what a sentence-transformers folder says of pooling.
+    """Return the pooling of a sentence-transformers folder, or None.
 
     Raises:
-        EncoderError: it has modules or a pooling that we do not run.
+        EncoderError: its modules or its pooling are not supported.
     """
     listed = _read_json(folder / "modules.json") or []
     kinds = [str(module.get("type", "")).rpartition(".")[2] for module in listed]
+    # A dense layer or another module would change every embedding.
     if strange := [kind for kind in kinds if kind not in _SENTENCE_MODULES]:
         raise EncoderError(f"{folder}: its sentence-transformers modules {strange} are not supported")
     settings = _read_json(folder / "1_Pooling/config.json")
     if not settings:
         return None
     names = {"cls": "first", "mean": "mean", "lasttoken": "last"}
+    # Old folders have one flag per pooling, newer ones a single name.
     chosen = [name for name in settings if name.startswith("pooling_mode_") and settings[name] is True]
     chosen = [
         name.removeprefix("pooling_mode_").removesuffix("_token").removesuffix("_tokens") for name in chosen
@@ -363,7 +378,7 @@ def _sentence_pooling(folder: Path) -> str | None:
 
 
 def _read_json(file: Path) -> Any:
-    """Return the content of a JSON file, an empty dict when there is no such file."""
+    """Return the content of a JSON file, or an empty dict if it does not exist."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:

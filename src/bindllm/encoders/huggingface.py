@@ -1,6 +1,6 @@
-"""Any encoder of the Hugging Face family with one vector for each media: joint models and single towers.
+"""Any Hugging Face encoder with one vector for each media: joint models and single towers.
 
-Joint models, whose modalities share a space: CLIP (https://arxiv.org/abs/2103.00020), SigLIP and SigLIP 2
+Joint models have one space for all modalities: CLIP (https://arxiv.org/abs/2103.00020), SigLIP and SigLIP 2
 (https://arxiv.org/abs/2502.14786), CLAP (https://arxiv.org/abs/2211.06687), ALIGN, Chinese-CLIP and others that have
 one ``get_..._features`` per modality. Single towers: DINOv2, ViT, Swin, ConvNeXt; BERT-like sentence encoders;
 wav2vec 2.0, HuBERT, AST. Each uses the processor of its own folder.
@@ -9,7 +9,7 @@ wav2vec 2.0, HuBERT, AST. Each uses the processor of its own folder.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
@@ -20,46 +20,175 @@ from torch import Tensor, nn
 
 from bindllm.encoders import fingerprint
 from bindllm.encoders.hub import (
-    Design,
+    ModelSpec,
     find_folder,
     load_model,
     load_processor,
-    read_design,
+    read_spec,
     settings_files,
     weight_files,
 )
-from bindllm.encoders.towers import batch_fields, batches, max_tokens, takes_patches, tower_vectors
 from bindllm.errors import EncoderError, InputError, MediaError, did_you_mean
 from bindllm.media import Media, open_image
 
 if TYPE_CHECKING:
     from transformers import BatchFeature
 
+
 Pooling = Literal["auto", "pooler", "first", "mean", "last"]
 
-# Raise the number when other numbers come out for the same media: stored embeddings are then made anew.
+# Raise the number when other numbers come out for the same media: stored embeddings are then computed again.
 _REVISION = "huggingface 1"
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CPU_BATCH, _ACCELERATOR_BATCH = 8, 64
 _WINDOW_SECONDS, _SHORTEST_SECONDS = 10.0, 0.1
 
+# These models were trained on texts padded to the full length, without an attention mask.
+_PADDED_FAMILIES = ("siglip", "siglip2", "siglip_text_model", "siglip2_text_model")
+# These take images of any shape, as patches under a mask.
+_PATCH_FAMILIES = ("siglip2", "siglip2_vision_model")
+
+
+def takes_patches(spec: ModelSpec, modality: str) -> bool:
+    """Return whether a model takes images of any shape, as a grid of patches each."""
+    return modality == "image" and spec.family in _PATCH_FAMILIES
+
+
+def max_tokens(spec: ModelSpec, tokenizer: Any) -> int:
+    """Return the longest text that both the tokenizer and the model's positions allow."""
+    return min(tokenizer.model_max_length, spec.max_tokens or tokenizer.model_max_length)
+
+
+def batches(spec: ModelSpec, modality: str, inputs: Sequence[Tensor], *, size: int) -> Iterator[list[int]]:
+    """Yield the positions of inputs that form one batch, at most ``size`` of them.
+
+    Audio and images of one shape form a batch, since padding would change some models' results. Texts and patches are
+    padded under a mask, so any may be combined; sorting by length wastes the least padding.
+    """
+    # How to read this: group by shape unless padding is masked, then sort and cut into batches.
+    masked = modality == "text" or takes_patches(spec, modality)
+    groups: dict[Any, list[int]] = {}
+    for position, tensor in enumerate(inputs):
+        groups.setdefault(None if masked else tensor.shape, []).append(position)
+    for positions in groups.values():
+        ordered = sorted(positions, key=lambda position: tuple(inputs[position].shape))
+        for start in range(0, len(ordered), size):
+            yield ordered[start : start + size]
+
+
+def batch_fields(
+    spec: ModelSpec, modality: str, inputs: Sequence[Tensor], processor: Any
+) -> dict[str, Tensor]:
+    """Return the keywords of the model's forward for one batch.
+
+    Args:
+        spec: of the model.
+        modality: image, text or audio.
+        inputs: images of one shape, patches, ids of texts, or audio windows of one shape.
+        processor: the tokenizer for text, the feature extractor for audio.
+    """
+    if modality == "text":
+        return _text_fields(spec, inputs, processor)
+    if takes_patches(spec, modality):
+        # Patches of all images are padded to the longest sequence; the mask and the shapes undo it inside the model.
+        lengths = torch.tensor([grid.shape[0] * grid.shape[1] for grid in inputs])
+        flat = [grid.flatten(0, 1) for grid in inputs]
+        return {
+            "pixel_values": nn.utils.rnn.pad_sequence(flat, batch_first=True),
+            "pixel_attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long(),
+            "spatial_shapes": torch.tensor([grid.shape[:2] for grid in inputs]),
+        }
+    if modality == "image":
+        return {"pixel_values": torch.stack(list(inputs))}
+    names = processor.model_input_names
+    fields = {names[0]: torch.stack(list(inputs))}
+    if "is_longer" in names:
+        # CLAP: each window counts as a complete audio clip.
+        fields["is_longer"] = torch.zeros(len(inputs), 1, dtype=torch.bool)
+    return fields
+
+
+def _text_fields(spec: ModelSpec, inputs: Sequence[Tensor], tokenizer: Any) -> dict[str, Tensor]:
+    """Pad ids to the longest, or to the full length if the model was trained so: ids and mask [B, T]."""
+    # SigLIP reads its embedding at the last position, so the length must be that of its training.
+    padded = spec.family in _PADDED_FAMILIES
+    length = max_tokens(spec, tokenizer) if padded else max(len(ids) for ids in inputs)
+    left = padded and tokenizer.padding_side == "left"
+    ids = torch.full((len(inputs), length), tokenizer.pad_token_id or 0)
+    mask = torch.zeros_like(ids)
+    for row, own in enumerate(inputs):
+        own_columns = slice(length - len(own), length) if left else slice(0, len(own))
+        ids[row, own_columns], mask[row, own_columns] = own, 1
+    # A model without masks in training must not get one now.
+    if padded and "attention_mask" not in tokenizer.model_input_names:
+        return {"input_ids": ids}
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def tower_vectors(
+    model: nn.Module, spec: ModelSpec, modality: str, fields: dict[str, Tensor], pooling: str
+) -> Tensor:
+    """Run a single tower on a batch and reduce its states to one vector each: [B, E].
+
+    Raises:
+        EncoderError: the pooler was asked for, and the model has none.
+    """
+    output = model(**fields)
+    states, pooled = output.last_hidden_state, output.get("pooler_output")
+    # Order of preference: the folder's own setting, the pooler of image towers, then first or mean.
+    if pooling == "auto":
+        own = "pooler" if modality == "image" and pooled is not None else None
+        fallback = "first" if modality == "image" and states.dim() == 3 else "mean"
+        pooling = spec.pooling or own or fallback
+    if pooling == "pooler":
+        if pooled is None:
+            raise EncoderError(f"{type(model).__name__} has no pooler; choose another pooling")
+        return pooled.flatten(1)
+    # Convolutional towers give a grid [B, C, H, W].
+    if states.dim() == 4:
+        states = states.flatten(2).transpose(1, 2)
+    mask = fields.get("attention_mask")
+    mask = torch.ones(states.shape[:2], dtype=torch.long, device=states.device) if mask is None else mask
+    return pool(states, mask, pooling)
+
+
+def pool(states: Tensor, mask: Tensor, pooling: str) -> Tensor:
+    """Reduce states [B, T, E] to [B, E] over the positions with mask 1, [B, T]; the padding is on the right.
+
+    Args:
+        states: [B, T, E].
+        mask: 1 or 0, [B, T].
+        pooling: "first", "last" or "mean".
+
+    Example:
+        >>> pool(torch.arange(6.0).view(1, 3, 2), torch.tensor([[1, 1, 0]]), "mean")
+        tensor([[1., 2.]])
+    """
+    if pooling == "first":
+        return states[:, 0]
+    if pooling == "last":
+        # The last position that is not padding.
+        return states[torch.arange(len(states), device=states.device), mask.sum(1) - 1]
+    weights = mask.unsqueeze(-1).float()
+    return (states.float() * weights).sum(1) / weights.sum(1)
+
 
 class HuggingFace:
     """A model of transformers as an encoder: modalities, width and preprocessing come from its own folder.
 
-    Pictures: opened as everywhere in bindllm, then its own image processor. Texts: its own tokenizer, cut to the
-    model's length with the end token kept. Sounds: mono at the model's rate; up to one window (CLAP's own length, 10
-    seconds elsewhere) as they are; longer ones are heard in three windows, at the start, in the middle and at the
-    end, whose unit embeddings are averaged. Nothing is drawn by chance, so CLAP never uses its fusion of random crops.
+    Images: opened as everywhere in bindllm, then the model's image processor. Texts: the model's tokenizer, cut to the
+    model's length with the end token kept. Audio: mono at the model's rate. Audio up to one window (CLAP's own length,
+    10 seconds elsewhere) is used whole. Longer audio gives three windows, at the start, in the middle and at the end;
+    their unit embeddings are averaged. Everything is deterministic, so CLAP never uses its fusion of random crops.
 
     Args:
         name: a folder with ``config.json`` and ``model.safetensors``, or the id of a model on the hub.
         revision: commit of a model on the hub; needed for an id, so that each run gets the same weights.
-        modalities: only these of what the model serves; by default all.
+        modalities: the modalities to serve, out of the model's; by default all.
         pooling: how a single tower's states become one vector: "pooler" (the model's own), "first" token, "mean" (over
-            tokens, frames or places) or "last" token. "auto": what a sentence-transformers folder says; else "mean"
-            for text and sound, and for pictures "pooler" where the checkpoint has one, otherwise "first". Joint
+            tokens, frames or positions) or "last" token. "auto": the setting of a sentence-transformers folder; else
+            "mean" for text and audio, and for images "pooler" if the checkpoint has one, otherwise "first". Joint
             models have their own.
         dtype: in which the model runs, float32, bfloat16 or float16; embeddings are float32 always.
         space: name of the joint space, when it is that of other encoders; by default one of its own.
@@ -90,6 +219,7 @@ class HuggingFace:
         if dtype not in _DTYPES:
             raise InputError(f"dtype={dtype!r} is unknown. {did_you_mean(str(dtype), _DTYPES)}")
         self._chosen = None if modalities is None else list(modalities)
+        # Plain settings only: config and fingerprint are read at the first use.
         self.config: dict[str, Any] = {
             "name": str(name),
             "revision": revision,
@@ -98,22 +228,23 @@ class HuggingFace:
             "dtype": dtype,
             "space": space,
         }
+        # Models at one revision share a space by default, also when they serve different modalities.
         self.space = space or (f"{name}@{revision}" if revision else str(name))
         self._device = torch.device("cpu")
         self._found: Path | None = None
-        self._read: Design | None = None
+        self._read: ModelSpec | None = None
         self._model: nn.Module | None = None
         self._processors: dict[str, Any] = {}
         self._fingerprint: str | None = None
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        """What the model serves, or the part of it that was asked for; reads its config.
+        """The model's modalities, or the requested part of them; reads its config.
 
         Raises:
-            EncoderError: no such model, or it does not serve what was asked for.
+            EncoderError: the model does not exist, or does not serve a requested modality.
         """
-        served = self._design.modalities
+        served = self._spec.modalities
         for name in self._chosen or ():
             if name not in served:
                 raise EncoderError(f"{self._name} does not serve {name!r}. {did_you_mean(str(name), served)}")
@@ -122,7 +253,7 @@ class HuggingFace:
     @property
     def embedding_size(self) -> int:
         """E; reads the model's config."""
-        return self._design.width
+        return self._spec.width
 
     def fingerprint(self) -> str:
         """Return the sha256 of weights, config, processor files, settings and the revision of this code.
@@ -133,6 +264,7 @@ class HuggingFace:
         if self._fingerprint is None:
             settings = {name: self.config[name] for name in ("pooling", "dtype")}
             parts: list[str | Path] = [_REVISION, *weight_files(self._folder)]
+            # Names and contents: a renamed file is another setting.
             for name, file in settings_files(self._folder):
                 parts += [name, file]
             self._fingerprint = fingerprint(settings, *parts)
@@ -149,8 +281,8 @@ class HuggingFace:
         """Return one media as its processor gives it.
 
         Returns:
-            a picture: float32 [C, H, W], or its patches [rows, columns, C * side * side] where the model takes any
-            shape (SigLIP 2); a text: int64 ids [T]; a sound: float32 [S, ...], one or three windows.
+            an image: float32 [C, H, W], or its patches [rows, columns, C * side * side] if the model takes any
+            shape (SigLIP 2); a text: int64 ids [T]; audio: float32 [S, ...], one or three windows.
 
         Raises:
             MediaError: it cannot be read; the message names it.
@@ -175,8 +307,9 @@ class HuggingFace:
         self._served(modality)
         if modality != "audio":
             return self._embed_units(modality, list(inputs))
-        windows = [window for sound in inputs for window in sound]
-        rows = self._embed_units(modality, windows).split([len(sound) for sound in inputs])
+        # Windows of all media in one batch; each media then averages its own unit embeddings.
+        windows = [window for audio in inputs for window in audio]
+        rows = self._embed_units(modality, windows).split([len(audio) for audio in inputs])
         return torch.stack([F.normalize(row.mean(0), dim=0) for row in rows])
 
     @property
@@ -190,15 +323,15 @@ class HuggingFace:
         return self._found
 
     @property
-    def _design(self) -> Design:
+    def _spec(self) -> ModelSpec:
         with self._loading:
             if self._read is None:
-                design = read_design(self._folder)
-                if design.joint and self.config["pooling"] != "auto":
+                spec = read_spec(self._folder)
+                if spec.joint and self.config["pooling"] != "auto":
                     raise EncoderError(
                         f"{self._name} is a joint model with a pooling of its own; leave `pooling` out"
                     )
-                self._read = design
+                self._read = spec
         return self._read
 
     def _served(self, modality: str) -> str:
@@ -213,27 +346,28 @@ class HuggingFace:
         return self._processors[modality]
 
     def _prepare_image(self, media: Media) -> Tensor:
-        picture = open_image(media.source, size=None)
+        image = open_image(media.source, size=None)
         processor = self._processor("image")
         try:
-            made: BatchFeature = processor(images=picture, return_tensors="pt")
+            made: BatchFeature = processor(images=image, return_tensors="pt")
         except (ValueError, ZeroDivisionError, OverflowError) as error:
             raise MediaError(
-                f"{media.name}: a picture of {picture.width} x {picture.height} pixels that the processor of "
+                f"{media.name}: an image of {image.width} x {image.height} pixels that the processor of "
                 f"{self._name} cannot take ({error}); scale it first"
             ) from error
-        if takes_patches(self._design, "image"):
+        if takes_patches(self._spec, "image"):
             rows, columns = made["spatial_shapes"][0].tolist()
             return made["pixel_values"][0, : rows * columns].reshape(rows, columns, -1).float()
+        # Tiles and other extra tensors would need a model with several vectors per image.
         if set(made.keys()) - {"pixel_mask"} != {"pixel_values"} or made["pixel_values"].dim() != 4:
             raise EncoderError(
-                f"the image processor of {self._name} gives {', '.join(made.keys())}; expected one tensor per picture"
+                f"the image processor of {self._name} gives {', '.join(made.keys())}; expected one tensor per image"
             )
         return made["pixel_values"][0].float()
 
     def _prepare_text(self, media: Media) -> Tensor:
         tokenizer = self._processor("text")
-        limit = max_tokens(self._design, tokenizer)
+        limit = max_tokens(self._spec, tokenizer)
         made = tokenizer(media.source, return_special_tokens_mask=True, verbose=False)
         ids, special = made["input_ids"], made["special_tokens_mask"]
         if not ids:
@@ -249,6 +383,7 @@ class HuggingFace:
 
         extractor = self._processor("audio")
         rate = extractor.sampling_rate
+        # CLAP's extractor names its own window.
         window = round(rate * extractor.to_dict().get("max_length_s", _WINDOW_SECONDS))
 
         def spread(length: int) -> list[tuple[int, int]]:
@@ -257,33 +392,38 @@ class HuggingFace:
             return [(start, start + window) for start in (0, (length - window) // 2, length - window)]
 
         clips = []
-        for sound in cut_audio(media.source, rate=rate, cut=spread):
-            mono = sound.mean(axis=0, dtype=np.float32)
+        for audio in cut_audio(media.source, rate=rate, cut=spread):
+            mono = audio.mean(axis=0, dtype=np.float32)
+            # Convolutional front ends fail on audio shorter than their kernel.
             mono = np.pad(mono, (0, max(0, round(_SHORTEST_SECONDS * rate) - len(mono))))
             made = extractor(mono, sampling_rate=rate, return_tensors="pt")
             clips.append(made[extractor.model_input_names[0]][0].float())
         return torch.stack(clips)
 
     def _embed_units(self, modality: str, inputs: list[Tensor]) -> Tensor:
-        """Embed pictures, texts or single windows of sound: [N, E], unit norm."""
+        """Embed images, texts or single audio windows: [N, E], unit norm."""
         model, processor = self._loaded(), self._processor(modality)
+        # Batches come in another order than the inputs, so rows are written by position.
         rows = torch.empty(len(inputs), self.embedding_size, device=self._device)
         size = _CPU_BATCH if self._device.type == "cpu" else _ACCELERATOR_BATCH
         dtype, pooling = _DTYPES[self.config["dtype"]], self.config["pooling"]
-        for places in batches(self._design, modality, inputs, size=size):
-            fields = batch_fields(self._design, modality, [inputs[place] for place in places], processor)
+        for positions in batches(self._spec, modality, inputs, size=size):
+            fields = batch_fields(
+                self._spec, modality, [inputs[position] for position in positions], processor
+            )
+            # Ids and masks keep their integer type; everything else takes the model's.
             for name, value in fields.items():
                 fields[name] = value.to(self._device, dtype if value.is_floating_point() else None)
-            if self._design.joint:
+            if self._spec.joint:
                 embedded = getattr(model, f"get_{modality}_features")(**fields).pooler_output
             else:
-                embedded = tower_vectors(model, self._design, modality, fields, pooling)
-            if embedded.shape != (len(places), self.embedding_size):
+                embedded = tower_vectors(model, self._spec, modality, fields, pooling)
+            if embedded.shape != (len(positions), self.embedding_size):
                 raise EncoderError(
-                    f"{self._name} gives {list(embedded.shape)} for {len(places)} media, its config says "
+                    f"{self._name} gives {list(embedded.shape)} for {len(positions)} media, its config says "
                     f"{self.embedding_size} numbers each; this model is not supported"
                 )
-            rows[places] = F.normalize(embedded.float(), dim=-1)
+            rows[positions] = F.normalize(embedded.float(), dim=-1)
         return rows
 
     def _loaded(self) -> nn.Module:
@@ -292,7 +432,7 @@ class HuggingFace:
                 model = load_model(
                     self._folder,
                     dtype=_DTYPES[self.config["dtype"]],
-                    without_pooler=not self._design.joint and self.config["pooling"] != "pooler",
+                    without_pooler=not self._spec.joint and self.config["pooling"] != "pooler",
                 )
                 self._model = model.to(self._device)
         return self._model

@@ -1,4 +1,4 @@
-"""Towers: what an aligned encoder stands on, either a frozen encoder or a network that was trained for it.
+"""Towers: the base of an aligned encoder, either a frozen encoder or a network that was trained for it.
 
 A trainable tower is a `torch.nn.Module` with the members of `TrainableTower`; any class will do, by its import path.
 """
@@ -16,6 +16,7 @@ from bindllm.encoders import Encoder
 from bindllm.errors import BindLLMError, EncoderError
 from bindllm.imports import name_module, replace_allow
 
+# Members by role, for a message that lists the missing ones. A tower with the members of an encoder is one.
 _KINDS = {
     "a frozen encoder": (
         "modalities",
@@ -36,18 +37,19 @@ _KINDS = {
         "forward",
     ),
 }
+# Checked on the class, before an instance exists: attributes may be set in the constructor.
 _METHODS = ({"fingerprint", "to", "prepare", "embed"}, {"prepare", "augment", "forward"})
 
 
 class TrainableTower(Protocol):
     """A network from prepared media of one modality to vectors; also a `torch.nn.Module`.
 
-    In evaluation mode nothing is drawn by chance, and a row depends on its own input alone. The constructor is cheap
+    In evaluation mode it is deterministic, and a row depends only on its own input. The constructor is cheap
     and draws the initial weights; trained ones come from the aligned encoder's folder.
     """
 
     modality: str
-    """What it takes: a name from `bindllm.media.MODALITIES`, or any other lower-case word."""
+    """Its input: a name from `bindllm.media.MODALITIES`, or any other lower-case word."""
 
     embedding_size: int
     """W, the width of its vectors."""
@@ -73,35 +75,36 @@ class TrainableTower(Protocol):
 
 @runtime_checkable
 class CanMix(Protocol):
-    """A tower that can lay two media over each other, such as two sounds of one picture."""
+    """A tower that can mix two media, such as two recordings that belong to one image."""
 
     def mix(self, first: Tensor, second: Tensor, generator: torch.Generator) -> Tensor:
-        """Return a prepared media in which both are heard."""
+        """Return a prepared media that contains both."""
         ...
 
 
 def is_trainable(tower: Any) -> bool:
-    """Tell a tower that is to be trained from a frozen encoder.
+    """Return whether a tower is trainable; a frozen encoder is not.
 
     Raises:
-        EncoderError: it is neither; lists what it lacks.
+        EncoderError: the tower is neither; lists the missing members.
 
     Example:
         >>> is_trainable("a tower")
         Traceback (most recent call last):
         ...
-        bindllm.errors.EncoderError: str is no tower. As a frozen encoder it lacks modalities, embedding_size, ...
+        bindllm.errors.EncoderError: str is not a tower. As a frozen encoder it lacks modalities, embedding_size, ...
     """
     kind = type(tower)
-    lacks = {what: [name for name in names if name not in dir(tower)] for what, names in _KINDS.items()}
+    lacks = {role: [name for name in names if name not in dir(tower)] for role, names in _KINDS.items()}
+    # An encoder first: it may be a torch.nn.Module too, and must still stay frozen.
     if not lacks["a frozen encoder"]:
         return False
     if not lacks["a trainable tower"] and isinstance(tower, torch.nn.Module):
         return True
     if not lacks["a trainable tower"]:
-        raise EncoderError(f"{kind.__name__} is no tower: a trainable one is a torch.nn.Module too")
-    told = "; ".join(f"as {what} it lacks {', '.join(names)}" for what, names in lacks.items())
-    raise EncoderError(f"{kind.__name__} is no tower. {told[0].upper()}{told[1:]}")
+        raise EncoderError(f"{kind.__name__} is not a tower: a trainable one is a torch.nn.Module too")
+    reasons = "; ".join(f"as {role} it lacks {', '.join(names)}" for role, names in lacks.items())
+    raise EncoderError(f"{kind.__name__} is not a tower. {reasons[0].upper()}{reasons[1:]}")
 
 
 def build_tower(class_path: str, init_args: Mapping[str, Any], *, allow: Sequence[str]) -> Encoder | Any:
@@ -113,22 +116,23 @@ def build_tower(class_path: str, init_args: Mapping[str, Any], *, allow: Sequenc
         allow: import paths outside ``bindllm.`` that may be imported. It replaces any ``allow`` in ``init_args``.
 
     Raises:
-        EncoderError: the class is not allowed, does not exist, is no tower, or cannot be built.
+        EncoderError: the class is not allowed, does not exist, is not a tower, or cannot be built.
     """
     if not class_path.startswith("bindllm.") and class_path not in allow:
         raise EncoderError(
-            f"the aligned encoder stands on the class {class_path!r}, which is not part of bindllm and would run code "
-            f"from there. If you trust it, give the encoder the argument allow=[{class_path!r}], or the command line "
-            f"--allow {class_path}"
+            f"the aligned encoder is built on the class {class_path!r}, which is not part of bindllm and would run "
+            f"code from there. If you trust it, give the encoder the argument allow=[{class_path!r}], or the command "
+            f"line --allow {class_path}"
         )
     module, _, name = class_path.rpartition(".")
+    # Registers the module, so that only named ones are imported from the working directory.
     if class_path in allow:
         name_module(class_path)
     try:
         kind = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise EncoderError(f"the tower {class_path} cannot be imported: {error}") from error
-    # Looked at before anything is called: a folder from a stranger may name any class and any arguments.
+    # Checked before anything is called: an untrusted folder may name any class and any arguments.
     if not isinstance(kind, type) or not any(methods <= set(dir(kind)) for methods in _METHODS):
         raise EncoderError(
             f"{class_path} is not the class of a tower; expected an encoder or a trainable tower"
@@ -137,7 +141,7 @@ def build_tower(class_path: str, init_args: Mapping[str, Any], *, allow: Sequenc
         return kind(**replace_allow(kind, init_args, allow))
     except BindLLMError:
         raise
-    # This may be a stranger's code: whatever it raises means that there is no such tower.
+    # This may be untrusted code: any exception of it means that the tower cannot be built.
     except Exception as error:
         raise EncoderError(
             f"the tower {class_path} cannot be built with {dict(init_args)}: {type(error).__name__}: {error}"

@@ -32,6 +32,7 @@ from bindllm.evaluation.task import (
 UNTYPED = "other"
 """Type of questions without one, if others of the same set have one."""
 
+# Tokens beyond the longest true answer, the limit of any answer, and the room for "The answer is (B).".
 _MARGIN = 4
 _LONGEST = 256
 _LETTERED = 16
@@ -133,6 +134,7 @@ def accuracy_metrics(items: Sequence[Sample], answers: Sequence[str]) -> Metrics
 def longest_answer(samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the token limit of an answer: a few more than the longest true answer and its end token."""
     texts = list({text for sample in samples for text in sample.references})
+    # One more for the end token.
     longest = max(len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids) + 1
     # The row's own answer may be longer than its references, with a rationale for example.
     longest = max(longest, *(len(sample.input_ids) - sample.prompt_length for sample in samples))
@@ -166,7 +168,9 @@ def majority_answers(samples: Sequence[Sample], train_samples: Iterable[Sample])
                 counts[key][words] += 1
     if not counts:
         raise InputError("there are no training answers, so the most frequent one is not defined")
+    # most_common keeps the order of equal counts, so the first one wins.
     best = {key: spelling[found.most_common(1)[0][0]] for key, found in counts.items()}
+    # The most specific key that occurs in training; "all" always does.
     return [BaselineAnswer(next(best[key] for key in _keys(sample) if key in best)) for sample in samples]
 
 
@@ -178,6 +182,7 @@ def _keys(sample: Sample) -> tuple[tuple[str, ...], ...]:
 def _question(sample: Sample) -> str:
     """Return the last question of a sample, as its row writes it."""
     questions = [message.text for message in sample.conversation.messages if message.role == "user"]
+    # Wordings that differ only in white space are one question.
     return " ".join(questions[-1].split()) if questions else ""
 
 

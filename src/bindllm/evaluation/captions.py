@@ -90,6 +90,7 @@ def captions_task(
     for key, sample in zip(input_digests(shown, lookup), shown, strict=True):
         first.setdefault(key, sample)
         references.setdefault(key, {}).update(dict.fromkeys(sample.references))
+    # One item for each input, with the references of all its rows.
     items = [replace(sample, references=tuple(references[key])) for key, sample in first.items()]
     skipped = len(samples) - len(shown)
     return Task(
@@ -120,7 +121,7 @@ def nearest_captions(
     held_out = lookup([media_of(sample) for sample in samples])
     best, position = torch.full((len(samples),), -math.inf), torch.zeros(len(samples), dtype=torch.long)
     for start in range(0, len(training), _CHUNK):
-        vectors = lookup([media_of(sample) for sample in training[start : start + _CHUNK]])
+        vectors = lookup([media_of(sample) for sample in training[start : start + _CHUNK]])  # [n, E]
         # Rounded, so that equal media stay equal in whatever order the products are summed.
         top, column = (held_out @ vectors.T).round(decimals=6).max(dim=1)
         # Strictly greater, so that the first of equal media is kept across chunks.
@@ -134,6 +135,7 @@ def nearest_captions(
 
 def _metric(items: Sequence[Sample], captions: Sequence[str]) -> Metrics:
     if not items:
+        # A variant that was not measured has the same keys.
         return dict.fromkeys(METRICS)
     return caption_metrics(captions, [item.references for item in items])
 

@@ -22,6 +22,7 @@ def held_out_rows(samples: Callable[[str], Sequence[Sample]]) -> dict[str, list[
     Args:
         samples: returns the samples of a split.
     """
+    # A small data set may have only a validation split.
     rows = samples("test") or samples("validation")
     by_task = {name: [row for row in rows if row.task == kind] for kind, name in TASKS.items()}
     return {name: found for name, found in by_task.items() if found}
@@ -86,6 +87,7 @@ def conversations_task(samples: Sequence[Sample]) -> Task:
     """
     if not samples:
         raise InputError("there are no held-out conversations; give at least one")
+    # None means that the row does not say so; its answer counts as wanted.
     wanted = [sample for sample in samples if sample.desirable is not False]
     if not wanted:
         raise InputError(

@@ -102,6 +102,7 @@ class Scores:
 
     def rows(self, groups: Sequence[MediaGroup]) -> Tensor:
         """Return the embeddings of groups, each fused into one: unit norm, [N, E]."""
+        # In parts, because a lookup copies its embeddings into memory.
         parts = [self._embeddings.lookup(groups[n : n + _CHUNK]) for n in range(0, len(groups), _CHUNK)]
         return torch.cat(parts)
 
@@ -112,6 +113,7 @@ class Scores:
         for start in range(0, len(queries), step):
             part = slice(start, min(start + step, len(queries)))
             rows = self.rows(queries[part])
+            # Only queries are blended; candidates stay as the encoder made them.
             if self._cache is not None:
                 rows = self._cache.blend_groups(rows, queries[part], self._encoders)
             yield part, cosines(rows, candidates)
@@ -130,10 +132,12 @@ def _classify(dataset: Dataset, rows: list[Row], prompts: list[MediaGroup], scor
     places = scores.places(queries, scores.rows(prompts), [row.labels for row in rows])
     labels = torch.tensor([row.labels[0] for row in rows])
     counts, size = torch.bincount(labels, minlength=len(prompts)), len(prompts)
+    # A hit is a fraction if there are ties.
     right = torch.zeros(size, dtype=torch.float64).index_add(0, labels, hit_rate(places, 1))
     # Classes without media have no accuracy, so the mean leaves them out.
     means = right[counts > 0] / counts[counts > 0]
     found = Measured(notes=_notes_on_classes(prompts, counts))
+    # With k as large as the number of classes every answer would be right.
     for k in [k for k in TOP[:2] if k == 1 or k < size]:
         rate = float(hit_rate(places, k).mean())
         found.measures.append(Measure(f"top-{k} accuracy", rate, min(k, size) / size, len(rows), size))
@@ -148,13 +152,13 @@ def _classify(dataset: Dataset, rows: list[Row], prompts: list[MediaGroup], scor
 
 def _tag(dataset: Dataset, rows: list[Row], prompts: list[MediaGroup], scores: Scores) -> Measured:
     """Return the mean average precision: for each class, all media are ranked."""
-    targets = torch.zeros(len(rows), len(prompts), dtype=torch.bool)
+    targets = torch.zeros(len(rows), len(prompts), dtype=torch.bool)  # [N, C]
     for number, row in enumerate(rows):
         targets[number, list(row.labels)] = True
     counts = targets.sum(dim=0)
     # The ranking of a class needs the scores of all media, so this matrix is held as float32.
     kept = counts > 0
-    cosine = torch.empty(len(rows), int(kept.sum()))
+    cosine = torch.empty(len(rows), int(kept.sum()))  # [N, classes with media]
     for part, block in scores.blocks([(row.media,) for row in rows], scores.rows(prompts)[kept]):
         cosine[part] = block.float()
     precisions = average_precisions(cosine, targets[:, kept])
@@ -220,6 +224,7 @@ def _notes_on_classes(prompts: list[MediaGroup], counts: Tensor) -> list[str]:
     notes = []
     if empty := int((counts == 0).sum()):
         notes.append(f"{empty:,} of {len(prompts):,} classes have no media here")
+    # Equal prompts tie, and a tie counts as a random order.
     repeated = sum(times for times in Counter(prompts).values() if times > 1)
     if repeated:
         notes.append(f"{repeated:,} classes have the same name as another one and cannot be distinguished")

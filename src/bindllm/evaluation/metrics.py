@@ -27,6 +27,7 @@ def caption_words(text: str) -> list[str]:
         >>> caption_words("A black medium-small Square.")
         ['a', 'black', 'medium', 'small', 'square']
     """
+    # NFKC also unifies the full-width and half-width forms of a character.
     text = unicodedata.normalize("NFKC", text).lower()
     return "".join(" " if unicodedata.category(char).startswith("P") else char for char in text).split()
 
@@ -69,6 +70,7 @@ def caption_metrics(predictions: Sequence[str], references: Sequence[Sequence[st
         0.5
     """
     _check(predictions, references)
+    # All four metrics get the same words.
     generated = [" ".join(caption_words(text)) for text in predictions]
     true = [[" ".join(caption_words(text)) for text in texts] for texts in references]
     matches = [same_caption(text, texts) for text, texts in zip(predictions, references, strict=True)]

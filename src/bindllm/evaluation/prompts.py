@@ -80,4 +80,5 @@ def fill_templates(names: Sequence[str], templates: Sequence[str]) -> tuple[str,
         >>> fill_templates(["dog"], ["a photo of a {}.", "{}"])
         ('a photo of a dog.', 'dog')
     """
+    # Several names of a class are synonyms: each goes into every template.
     return tuple(dict.fromkeys(template.replace(NAME, name) for name in names for template in templates))

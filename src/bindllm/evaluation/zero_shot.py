@@ -24,8 +24,7 @@ from bindllm.cache.visual_cache import VisualCache
 from bindllm.data.collate import MediaGroup
 from bindllm.data.embeddings import MediaEmbeddings
 from bindllm.data.report import Skipped
-from bindllm.encoders import Encoder, encoder_for, skipped_encoders
-from bindllm.encoders.alignment import alignment_warnings, space_of
+from bindllm.encoders import Encoder, alignment_warnings, encoder_for, skipped_encoders, space_of
 from bindllm.errors import InputError, printable
 from bindllm.evaluation.layouts import Dataset
 from bindllm.evaluation.measures import MEASURES, Measure, Row, Scores
@@ -103,6 +102,7 @@ class Result:
             table.add_row(one.name, *numbers)
         lines = [f"{self.num_measured:,} of {self.num_listed:,} {self.modality} media measured"]
         lines += [f"  skipped: {line}" for line in self.skipped.lines()]
+        # The plain name is not worth a line.
         if self.templates != ("{}",):
             lines.append(f"prompts: {'; '.join(self.templates)}")
         if self.cache is not None:
@@ -189,6 +189,7 @@ def _needed(dataset: Dataset, encoders: Sequence[Encoder]) -> list[Encoder]:
                 f"{', '.join(supported) or 'nothing'}. Add one of the same joint space"
             )
         encoder = encoder_for(modality, encoders)
+        # One encoder may serve both modalities.
         if not any(encoder is other for other in needed):
             needed.append(encoder)
     return needed
@@ -219,6 +220,7 @@ def _fill(
     progress: bool,
 ) -> tuple[int, list[Row]]:
     """Embed media that are not in the store; return their number, and the rows that can be measured."""
+    # A dictionary keeps the order and drops repeated media.
     wanted = dict.fromkeys(row.media for row in rows)
     for groups in (*(row.targets for row in rows), prompts):
         wanted |= dict.fromkeys(media for group in groups for media in group)
@@ -229,6 +231,7 @@ def _fill(
         raise InputError(f"the prompt {broken[0].name} cannot be embedded: {failed[broken[0]]}")
     kept = []
     for row in rows:
+        # Media stay as long as one of their targets can be read.
         targets = tuple(group for group in row.targets if not any(media in failed for media in group))
         if row.media in failed:
             skipped.add("the file cannot be read", failed[row.media])
@@ -242,6 +245,7 @@ def _fill(
 
 
 def _targets(targets: Sequence[Media], templates: Sequence[str]) -> tuple[MediaGroup, ...]:
+    # Without a sentence around them, targets may be of any modality.
     if tuple(templates) == (NAME,):
         return tuple((target,) for target in targets)
     return tuple(_texts([str(target.source)], templates) for target in targets)
@@ -261,6 +265,7 @@ def _settings(cache: VisualCache) -> dict[str, object]:
     return {
         "folder": str(cache.index.source),
         "images": len(cache),
+        # The folder is given above; a note names the skipped modalities.
         **{name: value for name, value in asdict(cache.settings).items() if name not in ("folder", "skip")},
     }
 
@@ -269,6 +274,7 @@ def _notes_on_cache(dataset: Dataset, cache: VisualCache | None) -> list[str]:
     """Return remarks on the cache."""
     if cache is None:
         return []
+    # In retrieval both sides are queries, once in each direction.
     queries = (
         {dataset.modality, dataset.target_modality} if dataset.kind == "retrieve" else {dataset.modality}
     )

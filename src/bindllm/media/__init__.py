@@ -71,12 +71,14 @@ class Media:
                 f"a modality is a lower-case word, not {self.modality!r}. "
                 f"{did_you_mean(str(self.modality).lower(), MODALITIES)}"
             )
+        # A str is always the text itself, never the path of a text file.
         expected = (str,) if self.modality == "text" else get_args(Source)
         if not isinstance(self.source, expected):
             names = " or ".join(kind.__name__ for kind in expected)
             raise InputError(
                 f"the source of {self.modality} media must be {names}, not {type(self.source).__name__}"
             )
+        # bool is a subclass of int, but a truth value is not a weight.
         if isinstance(self.weight, bool) or not isinstance(self.weight, int | float):
             raise InputError(f"the weight of {self.name} must be a number, not {self.weight!r}")
         if not (math.isfinite(self.weight) and self.weight > 0):
@@ -138,6 +140,7 @@ class Media:
         Raises:
             MediaError: the file cannot be read.
         """
+        # With the modality: one PNG as an image and as a depth map has two embeddings.
         digest = hashlib.sha256(f"{self.modality}\n".encode())
         for part in _content(self.source, is_text=self.modality == "text"):
             digest.update(part)
@@ -154,11 +157,14 @@ class Media:
 def _content(source: Source, *, is_text: bool) -> Iterator[bytes | memoryview]:
     """Yield the bytes that identify the content: a word for its kind first, so that kinds never collide."""
     if is_text:
+        # A text may hold half of a surrogate pair.
         yield b"text\n" + str(source).encode("utf-8", "surrogatepass")
     elif isinstance(source, np.ndarray):
+        # The same bytes with another shape or type are another array.
         yield f"array {source.dtype.str} {source.shape}\n".encode()
         yield np.ascontiguousarray(source).tobytes()
     elif isinstance(source, Image.Image):
+        # Everything that changes the conversion to RGB: EXIF orientation (0x0112), transparency and palette.
         orientation, transparency = source.getexif().get(0x0112), source.info.get("transparency")
         yield f"image {source.mode} {source.size} {orientation} {transparency}\n".encode()
         yield bytes(source.getpalette() or ())
@@ -166,5 +172,6 @@ def _content(source: Source, *, is_text: bool) -> Iterator[bytes | memoryview]:
     else:
         yield b"file\n"
         with open_stream(source) as stream:
+            # In pieces, because a video may be larger than memory.
             while chunk := stream.read(CHUNK):
                 yield chunk

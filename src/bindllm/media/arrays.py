@@ -22,6 +22,7 @@ MAX_ARRAY_BYTES = 512 * 1024 * 1024
 NPY, NPZ = b"\x93NUMPY", b"PK\x03\x04"
 """First bytes of the two kinds of files."""
 
+# Version 3.0 only adds names outside of Latin-1 to records, which are refused anyway.
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 _MAX_MEMBERS = 1000
 _MAX_LINE = 1 << 16
@@ -71,7 +72,9 @@ def _read_npy(stream: BinaryIO) -> np.ndarray:
         raise MediaError(f"a damaged NPY file ({error}); replace the file") from error
     if dtype.subdtype is not None:
         raise MediaError(f"an array of {dtype}; expected integers or floats")
+    # An array without rows has all that the check needs, before any data is read.
     check_numbers(np.empty(0, dtype))
+    # In Python's integers, so that claimed sizes cannot overflow.
     size = math.prod(shape) * dtype.itemsize
     if size > MAX_ARRAY_BYTES or any(side < 0 for side in shape):
         raise MediaError(
@@ -89,6 +92,7 @@ def _read_npz(stream: BinaryIO, keys: Sequence[str]) -> np.ndarray:
     try:
         with zipfile.ZipFile(stream) as archive:
             member = _choose(archive, keys)
+            # 1,024 bytes more, for the NPY header inside.
             if member.file_size > MAX_ARRAY_BYTES + 1024:
                 raise MediaError(
                     f"{member.filename} unpacks to {member.file_size:,} bytes; at most "
@@ -118,6 +122,7 @@ def _read_npz(stream: BinaryIO, keys: Sequence[str]) -> np.ndarray:
 
 
 def _choose(archive: zipfile.ZipFile, keys: Sequence[str]) -> zipfile.ZipInfo:
+    # Not all of them, because a small archive can claim millions.
     members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()[:_MAX_MEMBERS]}
     if len(members) == 1:
         return next(iter(members.values()))
@@ -144,11 +149,13 @@ def read_rows(stream: BinaryIO, *, first: int, columns: int, most: int | None = 
         MediaError: a row has more or fewer cells, or a cell is not a number; it names the line and the cell.
     """
     while (most is None or most > 0) and (lines := _some_lines(stream, most)):
+        # The fast reader takes only rows of one form; the slow one names the faulty line.
         block = _quickly(lines, columns)
         if block is None:
             block = _carefully(lines, columns, first)
         if len(block):
             yield block
+        # The first line of the next block, for messages.
         first += len(lines)
         most = None if most is None else most - len(lines)
 
@@ -165,6 +172,7 @@ def _some_lines(stream: BinaryIO, most: int | None) -> list[bytes]:
 def _quickly(lines: list[bytes], columns: int) -> np.ndarray | None:
     """Read lines that all have the same form; None if one differs."""
     filled = [line for line in lines if line.lstrip()[:1] not in (b"", b"#")]
+    # np.loadtxt warns of input without rows.
     if not filled:
         return np.empty((0, columns))
     delimiter = _delimiter(filled[0].strip())

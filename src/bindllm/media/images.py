@@ -27,8 +27,10 @@ from bindllm.media.svg import looks_like_svg, render_svg
 MAX_PIXELS = 100_000_000
 """Largest image (width times height) that is decoded: 100 megapixels, about 300 MB as RGB."""
 
+# Bytes that decide about the format: an SVG tag may come after long comments.
 _HEAD = 4096
 
+# Side of an SVG if the caller gives none.
 _DRAWN_SIDE = 448
 
 # Pillow's plugin is named for each signature, so only these formats are ever decoded, and the header can be
@@ -80,6 +82,7 @@ def open_image(source: Source, *, size: int | None = 448) -> Image.Image:
                 return render_svg(stream, size=size or _DRAWN_SIDE)
             with open_raster(stream) as image:
                 if size is not None and isinstance(image, JpegImagePlugin.JpegImageFile):
+                    # The decoder itself shrinks by 1/2, 1/4 or 1/8, so the full size is never in memory.
                     image.draft(None, (2 * size, 2 * size))
                 return _to_rgb(image)
 
@@ -97,6 +100,7 @@ def open_raster(stream: BinaryIO) -> Iterator[Image.Image]:
     head = stream.read(_HEAD)
     stream.seek(0)
     with decoding(), _raster_reader(head)(stream) as image:
+        # Only the header has been read so far.
         check_size(image)
         yield image
 
@@ -145,6 +149,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         return _gray_from_wide(image)
+    # A palette or a single color can be transparent, too.
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -160,7 +165,9 @@ def _gray_from_wide(image: Image.Image) -> Image.Image:
         top = 65535.0
     else:
         tops = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
+        # The smallest usual range that holds all values.
         top = next((top for top in tops if high <= top), math.nan)
+    # Written so that NaN fails too.
     if not (low >= 0 and high <= top):
         raise MediaError(
             f"32-bit values from {low:g} to {high:g}; expected 0..1 (floats), 0..255 or 0..65535. "

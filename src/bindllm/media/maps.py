@@ -16,6 +16,7 @@ DARKEST, BRIGHTEST = 1.0, 99.0
 _HEAD = 4096
 _EXR = b"\x76\x2f\x31\x01"
 _MILLIMETERS = 1000  # in a meter
+# Pixels that are enough for percentiles.
 _ENOUGH = 1_000_000
 
 
@@ -45,6 +46,7 @@ def open_depth(source: Source) -> np.ndarray:
                 "meters. Save the depth values, not an image of them"
             )
         is_float = values.dtype.kind == "f"
+        # Overflow gives infinity, which counts as not measured.
         with np.errstate(over="ignore", invalid="ignore"):
             meters = values.astype(np.float32) / np.float32(1 if is_float else _MILLIMETERS)
         meters = np.where(np.isfinite(meters) & (meters > 0), meters, np.float32(0))
@@ -73,6 +75,7 @@ def open_thermal(source: Source) -> np.ndarray:
     """
     with reading(name_of(source)):
         values = _read_values(source, key="thermal")
+        # 8 bits or color: the luminance is the brightness.
         if values is None or values.ndim == 3:
             image = open_image(source if values is None else values, size=None)
             return np.asarray(image.convert("L"), dtype=np.float32) / 255
@@ -83,6 +86,7 @@ def open_thermal(source: Source) -> np.ndarray:
             raise MediaError("no value of this thermal image is finite")
         finite = values[is_finite]
         low, high = float(finite.min()), float(finite.max())
+        # Integers, and floats beyond 0..1, have no range of their own.
         if values.dtype.kind != "f" or low < 0 or high > 1:
             some = finite[:: 1 + finite.size // _ENOUGH].astype(np.float64)
             low, high = (float(value) for value in np.percentile(some, (DARKEST, BRIGHTEST)))
@@ -112,6 +116,7 @@ def _read_values(source: Source, *, key: str) -> np.ndarray | None:
             raise MediaError("OpenEXR is not read here; save it as NPY, or as a 16-bit PNG or TIFF")
         if holds_array(head):
             return _from_array(read_array(stream, keys=(key,)))
+        # No other format holds more than 8 bits.
         if key == "thermal" and not head.startswith((b"\x89PNG", b"II", b"MM")):
             return None
         with open_raster(stream) as image:

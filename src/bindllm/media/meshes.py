@@ -63,6 +63,7 @@ def sample_mesh(stream: BinaryIO, *, kind: str) -> np.ndarray:
     if kind == "glb":
         _check_glb(data)
     try:
+        # ``resolver=None`` reads no other file, ``process=False`` keeps the vertices as stored.
         scene = trimesh.load_scene(
             io.BytesIO(data), file_type=kind, resolver=None, process=False, **_OPTIONS.get(kind, {})
         )
@@ -80,6 +81,7 @@ def sample_mesh(stream: BinaryIO, *, kind: str) -> np.ndarray:
 
 def _check_glb(data: bytes) -> None:
     """Refuse compressed meshes, which the reader would skip, and counts far beyond the size of the file."""
+    # GLB: 12 bytes of header, then length and type of the first chunk (4 bytes each), and its JSON.
     length = int.from_bytes(data[12:16], "little")
     try:
         tree = json.loads(data[20 : 20 + length])
@@ -106,6 +108,7 @@ def _gather(scene: Any) -> tuple[np.ndarray, np.ndarray]:
                 "a damaged mesh: a face refers to a vertex that does not exist; replace the file"
             )
         vertices.append(part)
+        # Each part counts its own vertices from 0.
         faces.append(triangles + count)
         count += len(part)
         if count > MAX_VERTICES or sum(map(len, faces)) > 2 * MAX_VERTICES:
@@ -123,6 +126,7 @@ def _parts(scene: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         geometry = scene.geometry[key]
         if isinstance(geometry, trimesh.Trimesh | trimesh.PointCloud):
             vertices = np.asarray(geometry.vertices, np.float64).reshape(-1, 3)
+            # Damaged matrices overflow; vertices that are not finite are dropped later.
             with np.errstate(all="ignore"):
                 placed = vertices @ matrix[:3, :3].T + matrix[:3, 3]
             is_mesh = isinstance(geometry, trimesh.Trimesh)
@@ -131,6 +135,7 @@ def _parts(scene: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 def _spread(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
     """Return points evenly spread over the triangles, or the vertices if those have no area."""
+    # Without triangles that touch a vertex which is not finite.
     faces = faces[np.isfinite(vertices).all(axis=1)[faces].all(axis=1)]
     corners = vertices[faces]
     scale = np.abs(corners).max(initial=0.0)
@@ -141,10 +146,12 @@ def _spread(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
     middle = (corners.min(axis=(0, 1)) + corners.max(axis=(0, 1))) / 2
     corners = corners - middle
     sides = corners[:, 1:] - corners[:, :1]
+    # Twice the area of each triangle: only the ratios matter.
     area = np.linalg.norm(np.cross(sides[:, 0], sides[:, 1]), axis=1)
     total = np.cumsum(area)
     if not total[-1] > 0:
         return vertices
+    # Even steps on the running sum of areas: large triangles get more points, and nothing is random.
     picks = (np.arange(SAMPLES) + 0.5) / SAMPLES * total[-1]
     chosen = np.minimum(np.searchsorted(total, picks), len(area) - 1)
     shares = np.arange(1, SAMPLES + 1)[:, None] * _STEPS % 1.0

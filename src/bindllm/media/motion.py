@@ -19,6 +19,7 @@ AXES = ("acceleration x", "acceleration y", "acceleration z", "rotation x", "rot
 """The six rows of a signal, in order."""
 
 _HEAD = 4096
+# Names of columns in common recorders, without separators and units.
 _ACCELERATION = r"a|acc|accl|accel|acceleration|accelerometer|linearacceleration"
 _ROTATION = r"g|w|gyr|gyro|gyroscope|rot|rotation|rotationrate|angularvelocity|angvel|omega"
 _AXIS = re.compile(rf"(?:({_ACCELERATION})|({_ROTATION}))([xyz])")
@@ -64,6 +65,7 @@ def open_imu(source: Source, *, steps: int) -> np.ndarray:
                     signal = _from_array(read_array(stream, keys=("imu", "signal")))
                 else:
                     signal, times = _from_table(stream)
+        # Values beyond float32 become infinite, and are refused below.
         with np.errstate(over="ignore"):
             resampled = _resample(signal, times, steps).astype(np.float32)
         if not np.isfinite(resampled).all():
@@ -96,7 +98,9 @@ def _from_table(stream: BinaryIO) -> tuple[np.ndarray, np.ndarray | None]:
                 f"line {number} has {len(cells)} columns and there is no header; expected 6 "
                 f"({', '.join(AXES)}), or 7 with the time first"
             )
+        # The signals are the last six columns; a seventh before them is the time.
         order, time = list(range(len(cells) - 6, len(cells))), 0 if len(cells) == 7 else None
+        # The first line is already a row.
         stream.seek(0)
         number = 1
     else:
@@ -105,6 +109,7 @@ def _from_table(stream: BinaryIO) -> tuple[np.ndarray, np.ndarray | None]:
     blocks, count = [], 0
     for block in read_rows(stream, first=number, columns=len(cells)):
         count += len(block)
+        # While reading, so that an endless file does not fill the memory.
         if count > MAX_READINGS:
             raise MediaError(f"more than {MAX_READINGS:,} readings; cut it first")
         if not np.isfinite(block).all():
@@ -140,8 +145,10 @@ def _read_header(words: list[str]) -> tuple[list[int], int | None]:
     time: int | None = None
     odd = []
     for column, word in enumerate(words):
+        # "acc_x [m/s^2]" becomes "accx".
         plain = re.sub(r"[^a-z0-9]", "", _UNIT.sub("", word.lower()))
         if found := _AXIS.fullmatch(plain):
+            # Acceleration takes the rows 0 to 2, rotation 3 to 5.
             axis = "xyz".index(found[3]) + (3 if found[2] else 0)
             if axis in columns:
                 odd.append(word)

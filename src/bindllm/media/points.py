@@ -76,6 +76,7 @@ def open_points(source: Source) -> np.ndarray:
             suffix = "" if isinstance(source, bytes) else PurePath(source).suffix.lower()
             kind = _kind(head, stream, suffix)
             sieve = _Sieve()
+            # A PLY file with faces gives None: it is read as a mesh below.
             if kind == "ply" and (blocks := _read_ply(stream)) is not None:
                 for block in blocks:
                     sieve.add(block)
@@ -96,11 +97,13 @@ class _Sieve:
         self._step, self._seen, self._kept = 1, 0, 0
 
     def add(self, block: np.ndarray) -> None:
+        # From the first point of the block whose position in the whole stream is a multiple of the step.
         taken = block[-self._seen % self._step :: self._step, :3].astype(np.float64)
         self._seen += len(block)
         self._kept += len(taken)
         self._blocks.append(taken)
         while self._kept > MAX_POINTS:
+            # As if the doubled step had been used from the start.
             self._blocks = [self.points()[::2]]
             self._kept = len(self._blocks[0])
             self._step *= 2
@@ -115,6 +118,7 @@ def _from_array(array: np.ndarray) -> np.ndarray:
         hint = "; transpose it" if array.ndim == 2 and array.shape[0] == 3 else ""
         raise MediaError(f"an array {list(array.shape)}; expected [N, 3] or more columns after x y z{hint}")
     sieve = _Sieve()
+    # In blocks, so that the copy in double precision stays small.
     for start in range(0, len(array), MAX_POINTS):
         sieve.add(array[start : start + MAX_POINTS])
     return sieve.points()
@@ -136,6 +140,7 @@ def _kind(head: bytes, stream: BinaryIO, suffix: str) -> str | None:
         return "stl"
     if _OFF.match(head):
         return "off"
+    # Text never contains a zero byte.
     if b"\0" not in head:
         if _OBJ.search(head):
             return "obj"
@@ -158,6 +163,7 @@ def _read_ply(stream: BinaryIO) -> Iterator[np.ndarray] | None:
     names = [] if at is None else [entry.name for entry in ply.elements[at].properties]
     if at is None or not {"x", "y", "z"} <= set(names):
         raise MediaError("a PLY file without vertices that have x, y and z")
+    # Lists make the records differ in size, so the positions of the vertices are unknown.
     if any(
         hasattr(entry, "list_dtype") for element in ply.elements[: at + 1] for entry in element.properties
     ):
@@ -170,6 +176,7 @@ def _read_ply(stream: BinaryIO) -> Iterator[np.ndarray] | None:
                 raise MediaError("a truncated PLY file: it ends before its vertices; replace the file")
         rows = read_rows(stream, first=lines + skipped + 1, columns=len(names), most=count)
         return _all_of(count, (block[:, [names.index(axis) for axis in "xyz"]] for block in rows))
+    # Binary records before the vertices are passed over by their size.
     offset = start + sum(element.dtype(ply.byte_order).itemsize * count for element, count in before)
     stream.seek(offset)
     return _all_of(count, _records(stream, np.dtype(ply.elements[at].dtype(ply.byte_order)), count))
@@ -178,6 +185,7 @@ def _read_ply(stream: BinaryIO) -> Iterator[np.ndarray] | None:
 def _records(stream: BinaryIO, record: np.dtype, count: int) -> Iterator[np.ndarray]:
     """Yield x, y and z of binary records, at most `count`."""
     while count and len(data := stream.read(min(_BLOCK, count) * record.itemsize)) >= record.itemsize:
+        # A record that the end of the file cuts is left to `_all_of`, which counts the vertices.
         block = np.frombuffer(data, record, len(data) // record.itemsize)
         yield np.stack([block[axis] for axis in "xyz"], axis=1)
         count -= len(block)
@@ -196,6 +204,7 @@ def _parse_ply_header(header: bytes) -> tuple[Any, list[int]]:
     except ImportError as error:
         raise MissingExtraError("plyfile", extra="point", purpose="read PLY files") from error
     counts = [count for _, count in _ELEMENT.findall(header)]
+    # int() also accepts signs and underscores; 15 digits are enough for any file.
     if odd := [count for count in counts if not (count.isdigit() and len(count) < 16)]:
         raise MediaError(f"a damaged PLY header (a count of {odd[0][:40]!r}); replace the file")
     try:

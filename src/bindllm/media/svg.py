@@ -87,6 +87,7 @@ def _read(stream: BinaryIO) -> bytes:
     packed = stream.read(2) == _GZIP
     stream.seek(0)
     try:
+        # One byte more than allowed shows that the text is too long.
         text = (gzip.GzipFile(fileobj=stream) if packed else stream).read(MAX_SVG_BYTES + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise MediaError(f"a damaged gzip file ({error})") from error
@@ -132,5 +133,6 @@ def _drop_outside_images(root: ElementTree.Element) -> None:
             continue
         for key, value in list(element.attrib.items()):
             is_link = key.rpartition("}")[2] == "href"
+            # Links within the file (#id) stay.
             if is_link and not value.startswith("#") and not _INLINE_RASTER.match(value):
                 del element.attrib[key]

@@ -16,6 +16,7 @@ def synthetic_media(modality: str) -> list[Media]:
         >>> [media.name for media in synthetic_media("depth")]
         ['<array [48, 64] float32>', '<array [90, 60] float32>']
     """
+    # A fixed seed, so that every run tests the same media.
     random = np.random.default_rng(0)
 
     def noise(*shape: int) -> np.ndarray:
@@ -29,6 +30,7 @@ def synthetic_media(modality: str) -> list[Media]:
 
     plain = [np.full((100, 100, 3), color, np.uint8) for color in ((200, 30, 30), (30, 30, 200))]
     made: dict[str, list[Any]] = {
+        # Several sizes and proportions, because encoders must accept all of them.
         "image": [gray(224, 224, 3), gray(180, 320, 3), gray(64, 48, 3), *plain],
         "video": [gray(1, 48, 64, 3), gray(40, 60, 48, 3)],
         "audio": [tone(220, 0.3), tone(880, 3.0), np.stack([noise(48_000) - 0.5, tone(440, 3.0)])],

@@ -27,11 +27,11 @@ from bindllm.model.quantize import quiet_bitsandbytes
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PREFIX = "adapter."
-"""Ahead of peft's own name in the name of an adapter's tensor."""
+"""Prefix of an adapter's tensors, before the name that peft gives them."""
 
 _PEFT_PREFIX = "base_model.model."
 _ADAPTER_NAME = "default"
-# What peft calls the parts of its layers that are trained.
+# peft's names of the trained parts of its layers.
 _TUNED = {"lora_A", "lora_B", "lora_magnitude_vector", "modules_to_save"}
 # peft saves the vector of DoRA without the name of the parameter in it.
 _MAGNITUDE = ".lora_magnitude_vector"
@@ -39,7 +39,7 @@ _MAGNITUDE = ".lora_magnitude_vector"
 
 @dataclass
 class AdapterConfig:
-    """What of the decoder is tuned, and how."""
+    """Which tensors of the decoder are tuned, and how."""
 
     rank: int = 16
     """Rank of the low-rank matrices; 16 in the paper."""
@@ -60,6 +60,7 @@ class AdapterConfig:
     """Whether `alpha` is a multiple of 1/sqrt(rank) instead of 1/rank, so that no rank learns slower; needs `alpha`."""
 
     def __post_init__(self) -> None:
+        # How to read this: each check names the two settings that contradict each other.
         if self.rank < 1 or not (self.alpha is None or self.alpha > 0):
             raise InputError(
                 f"adapter with rank {self.rank} and alpha {self.alpha}: rank must be at least 1 and alpha above 0"
@@ -70,14 +71,14 @@ class AdapterConfig:
             )
         if self.rslora and self.alpha is None:
             raise InputError(
-                "adapter with rslora and no alpha: rslora says what alpha is divided by, the square root of the rank, "
+                "adapter with rslora and no alpha: rslora divides alpha by the square root of the rank, "
                 f"and does nothing without one; give adapter.alpha (16 with rank {self.rank}: scale "
                 f"{16 / math.sqrt(self.rank):.3g})"
             )
 
     @property
     def scale(self) -> float:
-        """What the low-rank term and the new biases are multiplied by."""
+        """The factor of the low-rank term and of the new biases."""
         if self.alpha is None:
             return 1.0
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
@@ -112,9 +113,10 @@ class Adapter:
         self._peft_config = _peft_config(decoder, config)
         self._decoder = decoder
         with warnings.catch_warnings():
-            # Biases cannot be merged into layers that have none: known, and said where merging happens.
+            # peft warns that biases cannot be merged into layers without one; `export` checks that case itself.
             warnings.filterwarnings("ignore", message=".*lora_bias=True.*")
             inject_adapter_in_model(self._peft_config, decoder, adapter_name=_ADAPTER_NAME)
+        # peft's new layers start in training mode; a frozen decoder is always in eval mode.
         decoder.eval()
         for module in decoder.modules():
             parts = dict(module.named_children())
@@ -132,11 +134,13 @@ class Adapter:
 
     def peft_config(self) -> dict[str, Any]:
         """Return the content of peft's ``adapter_config.json``."""
+        # peft keeps sets in it, which JSON cannot hold.
         entries = {**self._peft_config.to_dict(), "inference_mode": True}
         return {name: sorted(value) if isinstance(value, set) else value for name, value in entries.items()}
 
     def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name, parameter in self._decoder.named_parameters():
+            # peft's wrappers add these parts to a name; a name without them belongs to a frozen tensor.
             plain = name.replace(".modules_to_save.", ".").replace(f".{_ADAPTER_NAME}.", ".")
             if plain != name:
                 if plain.endswith(f"{_MAGNITUDE}.weight"):
@@ -162,8 +166,10 @@ def _measure_rows(layer: nn.Module) -> None:
 def _check(decoder: PreTrainedModel) -> None:
     """Refuse decoders that cannot be tuned, before anything is changed."""
     name, core = type(decoder).__name__, decoder.get_decoder()
+    # A hook on the core is the injection; it would miss peft's new projections.
     if core._forward_pre_hooks:
         raise DecoderError("this decoder carries an injection already; the adapter must come before it")
+    # By the last part of the path, as peft matches its targets.
     found = {path.rpartition(".")[2]: module for path, module in core.named_modules()}
     if missing := [target for target in TARGETS if target not in found]:
         raise DecoderError(
@@ -178,7 +184,7 @@ def _peft_config(decoder: PreTrainedModel, config: AdapterConfig) -> Any:
     """Return the `LoraConfig`; naming it above would let jsonargparse import peft whenever it reads a recipe."""
     from peft import LoraConfig
 
-    # Class names are all that the norms of different families have in common.
+    # Families name their norm modules differently; only the class names have a common ending.
     norms = {
         path.rpartition(".")[2]
         for path, module in decoder.named_modules()
@@ -187,6 +193,7 @@ def _peft_config(decoder: PreTrainedModel, config: AdapterConfig) -> Any:
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=config.rank,
+        # Alpha equal to the rank gives scale 1.
         lora_alpha=config.rank if config.alpha is None else config.alpha,
         lora_bias=config.bias,
         use_dora=config.dora,

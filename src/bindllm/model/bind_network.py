@@ -1,8 +1,8 @@
 """The bind network: from the joint space of the encoders to the width of the decoder.
 
 A projection, then residual blocks of RMSNorm and SwiGLU, as in ImageBind-LLM section 3.2 (arXiv 2309.03905).
-It is the largest trainable part and runs on one vector per media group, so its cost is small beside the
-decoder's.
+It is the largest trainable part and runs on one vector per media group, so its cost is small compared with
+the decoder's.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ FUSIONS = ("unit", "mean")
 
 @dataclass
 class BindConfig:
-    """Shape of the bind network, and what it is given."""
+    """Shape of the bind network, and how its input is made."""
 
     depth: int = 3
-    """Number of residual blocks after the projection; 3 in the paper, 0 leaves the projection alone."""
+    """Number of residual blocks after the projection; 3 in the paper, 0 leaves only the projection."""
 
     expansion: int = 4
     """Inner width of a block as a multiple of the decoder's width."""
@@ -65,6 +65,7 @@ class SwiGLUBlock(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Return ``z`` with the block added: [..., D] to [..., D]."""
+        # Pre-norm residual block, as in LLaMA: the stream itself is never normalized.
         n = self.norm(z)
         return z + self.down(nn.functional.silu(self.gate(n)) * self.up(n))
 
@@ -85,6 +86,7 @@ class BindNetwork(nn.Module):
 
     def __init__(self, embedding_size: int, width: int, config: BindConfig) -> None:
         super().__init__()
+        # The projection has no norm before it: its input has unit length already.
         self.projection = nn.Linear(embedding_size, width)
         self.blocks = nn.ModuleList(SwiGLUBlock(width, config) for _ in range(config.depth))
         self.reset_parameters()
@@ -92,10 +94,12 @@ class BindNetwork(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Start with outputs of unit size: a unit vector times weights of unit variance has it."""
+        # Rows of unit variance times a unit vector: outputs of variance 1, whatever E is.
         nn.init.normal_(self.projection.weight)
         nn.init.zeros_(self.projection.bias)
         for block in self.blocks:
             for linear in (block.gate, block.up, block.down):
+                # Variance 1 / fan-in keeps the variance of activations through a block.
                 nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
                 if linear.bias is not None:
                     nn.init.zeros_(linear.bias)
@@ -109,6 +113,7 @@ class BindNetwork(nn.Module):
         Returns:
             bind vectors, [..., D], in the dtype of the network's weights.
         """
+        # Embeddings are float32; the network may run in another dtype.
         z = self.projection(embedding.to(self.projection.weight.dtype))
         for block in self.blocks:
             z = block(z)

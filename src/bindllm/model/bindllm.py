@@ -23,8 +23,7 @@ from bindllm.cache.settings import CacheConfig
 from bindllm.cache.visual_cache import CacheChoice, VisualCache, choose_cache
 from bindllm.conversation import Conversation
 from bindllm.embeddings.embedder import embed_groups
-from bindllm.encoders import Encoder, skipped_encoders
-from bindllm.encoders.alignment import alignment_warnings
+from bindllm.encoders import Encoder, alignment_warnings, skipped_encoders
 from bindllm.encoders.fusion import common_size
 from bindllm.errors import InputError, did_you_mean
 from bindllm.media import Media
@@ -45,7 +44,7 @@ from bindllm.model.pretrained import read_parts
 
 @dataclass
 class BindOutput:
-    """What a forward gives.
+    """Output of a forward pass.
 
     Attributes:
         logits: [B, T, V] without labels; with labels [N, V], at the N positions that predict a supervised token.
@@ -59,7 +58,7 @@ class BindOutput:
 
 
 class BindLLM(nn.Module):
-    """A language model with new senses.
+    """A language model with new modalities.
 
     Args:
         decoder: a frozen Hugging Face causal language model; hooks are placed on its layers.
@@ -68,12 +67,12 @@ class BindLLM(nn.Module):
         encoders: the frozen encoders; all must have the same embedding size.
         bind: shape of the bind network.
         inject: kind of injection.
-        adapter: what of the decoder is tuned; None: nothing.
-        cache_config: the visual cache that checkpoints name; `from_pretrained` opens it, and nothing else does.
-        origin: whose trained tensors these are or derive from, and their license; for the cards of all folders.
+        adapter: the tuned tensors of the decoder. None: the decoder stays as it is.
+        cache_config: the visual cache that checkpoints name. Only `from_pretrained` opens it.
+        origin: source and license of the trained tensors, for the model cards of all folders.
 
     Attributes:
-        cache: the visual cache that answers are made with where a call does not say otherwise, or None.
+        cache: the default visual cache of all calls, or None.
 
     Example:
         model = BindLLM.from_pretrained("checkpoints/quickstart")
@@ -100,18 +99,21 @@ class BindLLM(nn.Module):
         self.tokenizer, self.encoders = tokenizer, tuple(encoders)
         for warning in (*alignment_warnings(self.encoders), *skipped_encoders(self.encoders)):
             logging.getLogger("bindllm").warning(warning)
+        # Composite configs (image-text models) hold the language model's sizes in a text config.
         width = decoder.config.get_text_config().hidden_size
         self.bind = BindNetwork(common_size(self.encoders), width, self.bind_config).to(decoder.device)
-        # Ahead of the injection, whose term passes through the adapter of the output projection.
+        # Before the injection: its term then passes through the adapter of the output projection.
         self.adapter = None if adapter is None else Adapter(decoder, adapter)
+        # After the adapter, since hooks must see the final modules. Gates start at zero, so nothing changes yet.
         self.injection = Injection(decoder, self.inject_config).to(decoder.device)
         self.decoder = decoder
+        # With plain logits, `forward` may run the vocabulary projection on selected positions only.
         self._plain_logits = has_plain_logits(decoder)
         self._checkpointing = False
 
     @classmethod
     def build(cls, decoder: DecoderConfig, *, device: str | None = None, **parts: Any) -> Self:
-        """Load the decoder and join untrained parts to it: the model answers exactly like the decoder alone.
+        """Load the decoder and join untrained parts to it: the model answers exactly like the plain decoder.
 
         Args:
             decoder: which decoder, and its dtype.
@@ -122,7 +124,7 @@ class BindLLM(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the decoder is."""
+        """The device of the decoder."""
         return self.decoder.device
 
     def train(self, mode: bool = True) -> Self:
@@ -149,13 +151,14 @@ class BindLLM(nn.Module):
             if name not in groups:
                 hint = "Give the model one, such as adapter: {rank: 16}. " if name == "adapter" else ""
                 raise InputError(f"unknown parameter group {name!r}. {hint}{did_you_mean(name, groups)}")
+        # Freeze first: the groups below are the only parameters that may get gradients.
         self.requires_grad_(False)
         for name in names:
             for _, parameter in groups[name]:
                 parameter.requires_grad_(True)
 
     def trainable_state(self) -> dict[str, Tensor]:
-        """Return the tensors of all groups by name: what a checkpoint holds."""
+        """Return the tensors of all groups by name, as a checkpoint holds them."""
         return {name: value.detach() for group in self.parameter_groups().values() for name, value in group}
 
     @torch.no_grad()
@@ -178,8 +181,8 @@ class BindLLM(nn.Module):
 
         Args:
             media: one embedding is made of each item; an item that is itself a list is fused into one (weighted
-                mean of its unit embeddings, normalised again unless `BindConfig.fusion` says otherwise).
-            cache: mixes the nearest pictures into each embedding (of items without a picture, by default); None:
+                mean of its unit embeddings, normalized again unless `BindConfig.fusion` is ``mean``).
+            cache: mixes the nearest images into each embedding (by default, of items without an image); None:
                 the model's own, False: none.
 
         Returns:
@@ -192,6 +195,7 @@ class BindLLM(nn.Module):
         """
         if isinstance(media, Media) or not media:
             raise InputError(f"encode takes a list of Media with at least one in it, not {media!r}")
+        # A single media is a group of one.
         groups = [(item,) if isinstance(item, Media) else check_media(item) for item in media]
         normalize = self.bind_config.fusion == "unit"
         found = embed_groups(groups, self.encoders, device=self.device, normalize=normalize)
@@ -213,9 +217,11 @@ class BindLLM(nn.Module):
             attention_mask: 1 for tokens, 0 for padding on either side, [B, T].
             media_index: the media group that each token listens to, or -1, [B, T].
             embeddings: unit-norm embedding of each media group, [B, M, E]; rows that no token names are ignored.
-            labels: the token ids that are supervised at their own place, -100 elsewhere, [B, T]. With labels the
+            labels: the token ids that are supervised at their own position, -100 elsewhere, [B, T]. With labels the
                 vocabulary projection runs at the positions that predict a supervised token, and nowhere else.
         """
+        # How to read this: the mask is passed only if it is needed, and logits are computed only at the positions
+        # that predict a supervised token. Both save time, and neither changes a result.
         padded_left = not bool(attention_mask[:, 0].all())
         inputs = {
             "input_ids": input_ids,
@@ -225,12 +231,15 @@ class BindLLM(nn.Module):
         }
         if padded_left:
             inputs["attention_mask"] = attention_mask
+            # Positions count tokens, not columns, so padding does not shift the rotary embedding.
             inputs["position_ids"] = (attention_mask.cumsum(1) - 1).clamp_(min=0)
         # Else neither: causal attention never looks at padding on the right, and runs faster without a mask.
         if labels is None:
             return BindOutput(self.decoder(**inputs).logits)
+        # Token t is predicted at position t - 1.
         rows, columns = (labels[:, 1:] != -100).nonzero(as_tuple=True)
         if self._plain_logits:
+            # The projection to V logits is the largest product of a step; most positions need none.
             hidden = self.decoder.get_decoder()(**inputs).last_hidden_state
             logits = self.decoder.get_output_embeddings()(hidden[rows, columns])
         else:
@@ -256,13 +265,15 @@ class BindLLM(nn.Module):
             **options: as for Hugging Face ``generate``.
 
         Returns:
-            ids of the answers alone, [B * returned sequences, at most max_new_tokens].
+            ids of the answers only, [B * returned sequences, at most max_new_tokens].
         """
         ids, mask, index = (x.to(self.device) for x in (input_ids, attention_mask, media_index))
+        # Passed explicitly: transformers warns at each call without it.
         options = {"pad_token_id": self.tokenizer.pad_token_id, **options}
         run = partial(self.decoder.generate, input_ids=ids, attention_mask=mask, **options)
         if embeddings is None:
             return run()[:, ids.shape[1] :]
+        # `generate` rejects unknown keywords, so the bind vectors reach the layers through a context variable.
         with self.injection.holding(self.bind(embeddings.to(self.device)), index):
             return run()[:, ids.shape[1] :]
 
@@ -280,7 +291,7 @@ class BindLLM(nn.Module):
             prompt: a text or a `Conversation`, or a list of them.
             media: for one text the list of its media, fused into one embedding; for a list of texts one such list
                 each (empty: no media).
-            cache: as for `encode`.
+            cache: the visual cache, as for `encode`.
             **options: as for Hugging Face ``generate`` (``max_new_tokens``, ``do_sample``, ``temperature``,
                 ``top_p``, ``num_beams``, ...). Without any, the answer is greedy and at most 128 tokens long.
 
@@ -295,6 +306,7 @@ class BindLLM(nn.Module):
         batch, embeddings = self._prepare(prompt, media, cache)
         answers = self.generate_from(*batch, embeddings, **options)
         texts = [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+        # Several returned sequences of one prompt stay a list.
         return texts[0] if isinstance(prompt, str | Conversation) and len(texts) == 1 else texts
 
     def stream(
@@ -307,6 +319,7 @@ class BindLLM(nn.Module):
     ) -> Iterator[str]:
         """Yield the answer to one prompt piece by piece; arguments as for `generate`."""
         options = check_options(options)
+        # Beam search may replace tokens that were already printed.
         if options.get("num_beams", 1) > 1:
             raise InputError("a stream has no beams: its pieces are final. Use generate, or num_beams=1")
         batch, embeddings = self._prepare(prompt, media, cache)
@@ -321,7 +334,7 @@ class BindLLM(nn.Module):
         return prepare_batch(prompt, media, tokenizer=self.tokenizer, encode=encode)
 
     def describe(self) -> dict[str, Any]:
-        """Return what identifies a model: its configs, its decoder and encoders with their fingerprints."""
+        """Return the manifest of the model: its configs, its decoder and encoders with their fingerprints."""
         return {
             "bindllm": __version__,
             "decoder": {**asdict(self.config), "fingerprint": fingerprint_decoder(self.config.folder())},
@@ -344,8 +357,8 @@ class BindLLM(nn.Module):
         """Write a checkpoint folder, in one step.
 
         Args:
-            folder: where; an existing checkpoint is replaced, any other non-empty folder is refused.
-            data: what the model was trained on, for the model card.
+            folder: the output folder. An existing checkpoint is replaced, any other non-empty folder is refused.
+            data: folders or tables of the training data, for the model card.
         """
         manifest = self.describe()
         adapter = None if self.adapter is None else self.adapter.peft_config()
@@ -369,28 +382,30 @@ class BindLLM(nn.Module):
 
         Args:
             folder: a folder written by `save_pretrained`.
-            decoder: where the decoder is, when not at the place that the checkpoint names.
+            decoder: folder of the decoder, if it is not at the path that the checkpoint names.
             dtype: another precision of the decoder than the one in the checkpoint.
             device: by default the accelerator that torch finds, else the CPU.
             allow: import paths of encoder classes outside bindllm that may be imported.
-            encoders: further ones, for modalities that those of the checkpoint do not serve.
-            cache: the visual cache of the model, or the place of one, mixed in as the checkpoint says; None: what
-                the checkpoint names, False: none. `save_pretrained` goes on naming what the checkpoint names.
+            encoders: additional encoders, for modalities that the checkpoint's encoders do not serve.
+            cache: a visual cache, or the path of one, mixed in with the checkpoint's settings. None: the cache that the
+                checkpoint names, False: no cache. `save_pretrained` keeps the entry of the checkpoint.
             quantize: ``nf4`` or ``int8`` (see `DecoderConfig`); None: as in training, False: not at all.
 
         Raises:
             CheckpointError: another decoder or encoder than the one it was trained with, a newer format, missing
                 or extra tensors, a pickle in the folder, a class that is not allowed.
-            InputError: a further encoder of another embedding size, or whose modalities are all served already.
+            InputError: an additional encoder has another embedding size, or all its modalities are served already.
             StoreError: the cache is missing or damaged, or was built with another encoder.
         """
         config, parts, tensors = read_parts(
             folder, decoder=decoder, dtype=dtype, allow=allow, encoders=encoders, quantize=quantize
         )
+        # A cache holds embeddings, so it must come from one of these encoders.
         known = [encoder.fingerprint() for encoder in parts["encoders"]]
-        # Ahead of the decoder, which may take minutes to load.
+        # Before the decoder, which may take minutes to load.
         opened = choose_cache(cache, parts["cache_config"], known, checkpoint=folder)
         model = cls.build(config, device=device, **parts)
+        # Every tensor must match by name and shape, so that a wrong checkpoint fails here.
         model.load_trainable_state(tensors, source=str(folder))
         model.cache = opened
         return model.eval()

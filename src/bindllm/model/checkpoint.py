@@ -3,12 +3,12 @@
     bindllm.json        format version, every config, decoder and encoders with their fingerprints
     bind.safetensors    bind network, gates and queries; frozen weights are referenced, never copied
     cache/              optional: a visual cache that travels with the checkpoint; stays when it is saved again
-    adapter/            where the decoder is tuned: adapter_config.json and adapter_model.safetensors, peft's own files
+    adapter/            if the decoder is tuned: adapter_config.json and adapter_model.safetensors, peft's own files
     README.md           model card
-    conversion.tsv      where foreign weights were converted: what became of each of their tensors
+    conversion.tsv      if foreign weights were converted: the outcome for each of their tensors
     recipe.yaml, metrics.json, report.html ...   added by a training run
 
-Loading never unpickles, and builds only encoders under ``bindllm.`` unless the caller allows others by name.
+Loading never unpickles. It builds only encoders under ``bindllm.`` unless the caller allows others by name.
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bindllm.atomic import atomic_folder, file_sha256, set_aside_name, write_json
+from bindllm.encoders import shape_problems
 from bindllm.errors import BindLLMError, CheckpointError, UsageError, did_you_mean
 from bindllm.imports import name_module, replace_allow
 
+# Raise the number when older versions of bindllm cannot read a new checkpoint.
 FORMAT = 1
 MANIFEST = "bindllm.json"
 WEIGHTS = "bind.safetensors"
@@ -41,13 +43,14 @@ _ADAPTER_CONFIG = f"{ADAPTER}/adapter_config.json"
 _ADAPTER_PREFIX = "adapter."
 # Methods of `bindllm.encoders.Encoder`; its other members may be made by the constructor.
 _ENCODER_METHODS = ("fingerprint", "to", "prepare", "embed")
+# Endings of files that may hold pickles. A checkpoint never has them, so one means that the folder was tampered with.
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"}
 UNKNOWN_LICENSE = "see its own page"
 
 _LIMITS = """\
-The model says what is likely, not what is true. It has learnt from {data} and from nothing else, so it
-confuses things that look alike, names things that are not there, and knows no picture style outside its data. Do not
-use it where a wrong description can hurt somebody.
+The model gives likely answers, not verified ones. It has learned from {data} and from nothing else, so it
+confuses things that look alike, names things that are not there, and has seen no image style outside its data. Do not
+use it if a wrong description can hurt someone.
 """
 
 
@@ -63,11 +66,11 @@ def write_checkpoint(
     """Write a checkpoint folder in one step; an existing checkpoint there is replaced, anything else refused.
 
     Args:
-        folder: where it goes.
+        folder: the output folder.
         manifest: JSON-able content of ``bindllm.json``; format, hashes of the weights and root are added.
-        tensors: trainable tensors by name; those of the adapter have ``adapter.`` ahead of peft's name.
+        tensors: trainable tensors by name; those of the adapter have the prefix ``adapter.`` before peft's name.
         card: text of the model card.
-        adapter_config: content of peft's ``adapter_config.json``, where there is an adapter.
+        adapter_config: content of peft's ``adapter_config.json``, if the model has an adapter.
         files: text of further files by name, such as ``conversion.tsv`` of a conversion.
 
     Raises:
@@ -79,6 +82,7 @@ def write_checkpoint(
             f"{folder} exists and is not a bindllm checkpoint (no {MANIFEST}); nothing was written. "
             "Choose another folder or empty it."
         )
+    # The adapter goes into a folder of its own, which plain peft can load.
     tuned = {name for name in tensors if name.startswith(_ADAPTER_PREFIX)}
     assert bool(tuned) == (adapter_config is not None), "an adapter's tensors and its config go together"
     cache = {"cache": _keep_path(entry, folder)} if (entry := manifest.get("cache")) else {}
@@ -94,6 +98,7 @@ def write_checkpoint(
             _save(part / ADAPTER_WEIGHTS, named)
             _write_json(part / _ADAPTER_CONFIG, adapter_config)
             hashes["adapter_sha256"] = file_sha256(part / ADAPTER_WEIGHTS)
+        # Relative paths in the manifest start at this directory, so a project may be moved as a whole.
         root = os.path.relpath(Path.cwd(), folder.resolve())
         _write_json(part / MANIFEST, {"format": FORMAT, **manifest, **cache, **hashes, "root": root})
         (part / "README.md").write_text(card, encoding="utf-8")
@@ -105,7 +110,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     """Read and check ``bindllm.json``.
 
     Raises:
-        CheckpointError: no such folder, no manifest, a newer format, or a pickle beside it.
+        CheckpointError: the folder or its manifest is missing, the format is newer, or the folder holds a pickle.
     """
     folder = Path(folder)
     if folder.is_file():
@@ -117,6 +122,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
                 f"in {aside}: rename it to {folder.name}, or save again"
             )
         raise CheckpointError(f"checkpoint folder {str(folder)!r} does not exist. {_siblings(folder)}")
+    # Refused even though nothing here would open them: another tool might.
     pickles = sorted(file.name for file in folder.rglob("*") if file.suffix in _PICKLES)
     if pickles:
         raise CheckpointError(
@@ -134,6 +140,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
             f"{folder / MANIFEST} is not the description of a checkpoint: expected an object whose format is a "
             f"number, not {json.dumps(manifest)[:80]}"
         )
+    # Newer formats are refused, older ones are read.
     if manifest.get("format", 0) > FORMAT:
         raise CheckpointError(
             f"{folder} has format {manifest['format']}, this bindllm reads up to {FORMAT}: upgrade bindllm"
@@ -146,10 +153,10 @@ def name_cache(folder: str | Path, entry: Mapping[str, Any] | None) -> None:
 
     Args:
         folder: the checkpoint.
-        entry: ``folder`` of the cache, as it is reached from here, and settings; None: no cache.
+        entry: ``folder`` of the cache, relative to the current directory, and settings; None: no cache.
 
     Raises:
-        CheckpointError: there is no such checkpoint.
+        CheckpointError: the checkpoint does not exist.
     """
     manifest = read_manifest(folder)
     if entry is not None:
@@ -172,40 +179,35 @@ def check_keys(expected: dict[str, Tensor], found: dict[str, Tensor], *, source:
     Raises:
         CheckpointError: lists every missing, unexpected and misshapen tensor.
     """
-    problems = [f"missing {name}" for name in sorted(expected.keys() - found.keys())]
-    problems += [f"unexpected {name}" for name in sorted(found.keys() - expected.keys())]
-    problems += [
-        f"{name} has shape {list(found[name].shape)}, expected {list(expected[name].shape)}"
-        for name in sorted(expected.keys() & found.keys())
-        if expected[name].shape != found[name].shape
-    ]
-    if problems:
+    shapes = ({name: tensors[name].shape for name in sorted(tensors)} for tensors in (expected, found))
+    if problems := shape_problems(*shapes):
         raise CheckpointError(f"{source} does not fit this model: {'; '.join(problems)}")
 
 
 def resolve_path(value: Any, folder: str | Path, manifest: dict[str, Any]) -> Any:
-    """Return a local path of the manifest as it is reached from here.
+    """Return a local path of the manifest relative to the current directory.
 
     Paths are kept as the recipe gave them; one that does not exist from the current directory is looked up from
     the directory in which the checkpoint was made, so that a moved project still loads from anywhere.
     """
-    # A word without a separator is a setting, even where a folder of that name exists.
+    # A word without a separator is a setting, even if a folder of that name exists.
     if not isinstance(value, str) or not {"/", os.sep} & set(value) or os.path.exists(value):
         return value
-    beside = Path(folder) / manifest.get("root", ".") / value
-    return os.path.relpath(beside) if beside.exists() else value
+    moved = Path(folder) / manifest.get("root", ".") / value
+    return os.path.relpath(moved) if moved.exists() else value
 
 
 def resolve_cache(value: str, folder: str | Path, manifest: dict[str, Any]) -> str:
-    """Return the path of a checkpoint's visual cache as it is reached from here.
+    """Return the path of a checkpoint's visual cache relative to the current directory.
 
     A relative one is looked up in the checkpoint's own folder first, so that a checkpoint can travel with its cache,
     then like all paths (see `resolve_path`).
     """
     if "://" in value:
         return value
-    places = [Path(folder) / value, Path(value), Path(folder) / manifest.get("root", ".") / value]
-    return os.path.relpath(found) if (found := next((p for p in places if p.exists()), None)) else value
+    # The checkpoint's own folder first: a cache that was copied with it must win over one of the same name here.
+    candidates = [Path(folder) / value, Path(value), Path(folder) / manifest.get("root", ".") / value]
+    return os.path.relpath(found) if (found := next((p for p in candidates if p.exists()), None)) else value
 
 
 def build_object(entry: dict[str, Any], *, allow: Sequence[str] = ()) -> Any:
@@ -217,8 +219,10 @@ def build_object(entry: dict[str, Any], *, allow: Sequence[str] = ()) -> Any:
             encoders below ``bindllm.``. It replaces any ``allow`` in ``init_args``.
 
     Raises:
-        CheckpointError: the class is not allowed, does not exist, is no encoder, or cannot be imported or built.
+        CheckpointError: the class is not allowed, does not exist, is not an encoder, or cannot be imported or built.
     """
+    # How to read this: a class path from a file is untrusted. It must be well-formed, part of bindllm or allowed by
+    # the caller, importable, and the class of an encoder. Only then is it called.
     path = entry.get("class_path")
     if not isinstance(path, str) or not all(path.split(".")) or "." not in path:
         raise CheckpointError(
@@ -234,6 +238,7 @@ def build_object(entry: dict[str, Any], *, allow: Sequence[str] = ()) -> Any:
     try:
         if path in allow:
             name_module(path)
+        # Only now may code of the module run: the path passed the checks above.
         home = importlib.import_module(module)
         try:
             kind = getattr(home, name)
@@ -247,15 +252,16 @@ def build_object(entry: dict[str, Any], *, allow: Sequence[str] = ()) -> Any:
     except BindLLMError:
         raise
     except ModuleNotFoundError as error:
+        # The missing module is one that the class's module imports, not that module itself.
         if not f"{module}.".startswith(f"{error.name}."):
             raise CheckpointError(
                 f"{path} cannot be built: it needs {error.name!r}, which is not installed"
             ) from error
         raise CheckpointError(
-            f"{path} cannot be built: there is no module {error.name!r}. It is looked for in {Path.cwd()} by the "
-            "command line, and in the folders of PYTHONPATH"
+            f"{path} cannot be built: the module {error.name!r} was not found. The command line "
+            f"searches {Path.cwd()}, and Python the folders of PYTHONPATH"
         ) from error
-    # This may be a stranger's code: whatever it raises means that there is no such object.
+    # This may be untrusted code: any exception of it means that the object cannot be built.
     except Exception as error:
         raise CheckpointError(
             f"{path} cannot be built with {arguments}: {type(error).__name__}: {error}"
@@ -276,26 +282,27 @@ def build_own(entry: Mapping[str, Any], *, allow: Sequence[str] = ()) -> Any:
     own = entry.get("init_args", {}).get("allow") or []
     if not isinstance(own, list) or not all(isinstance(path, str) for path in own):
         raise UsageError(f"allow must be a list of import paths, such as [my_lab.RadarTower], not {own!r}")
+    # The user typed this class path, so it is trusted; a path from a file is not.
     return build_object(dict(entry), allow=[entry["class_path"], *allow, *own])
 
 
 def _refuse_other(path: str, kind: Any) -> None:
-    """Refuse what is no class of an encoder, before it is called: a stranger's folder may name any function.
+    """Raise unless ``kind`` is the class of an encoder. An untrusted folder may name any function, so this runs first.
 
     Raises:
-        CheckpointError: says what it lacks.
+        CheckpointError: the object is not a class, or lacks methods of an encoder; lists them.
     """
     lacking = [name for name in _ENCODER_METHODS if not callable(getattr(kind, name, None))]
     if not isinstance(kind, type) or lacking:
-        what = f"a class without {', '.join(lacking)}" if isinstance(kind, type) else "no class"
+        kind_found = f"a class without {', '.join(lacking)}" if isinstance(kind, type) else "not a class"
         raise CheckpointError(
-            f"the checkpoint names {path!r} as an encoder, but it is {what}; nothing was called. Load only folders "
-            "from a source you trust, or copy the folder again"
+            f"the checkpoint names {path!r} as an encoder, but it is {kind_found}; nothing was called. Load only "
+            "folders from a source you trust, or copy the folder again"
         )
 
 
 def classes_in(module: ModuleType) -> list[str]:
-    """Return the names of the classes that a module offers, without those that it only imports."""
+    """Return the names of the classes that a module defines; imported ones do not count."""
     names = vars(module)
     own = [
         name
@@ -306,13 +313,13 @@ def classes_in(module: ModuleType) -> list[str]:
 
 
 def _keep_path(entry: Mapping[str, Any], folder: str | Path, *, root: Path | None = None) -> dict[str, Any]:
-    """Return the entry of a cache with its path as a manifest keeps it.
+    """Return the entry of a cache with its path in the form of a manifest.
 
     Inside the checkpoint it is relative to that, an absolute one stays so, and others are relative to the directory in
     which the checkpoint was made.
 
     Args:
-        entry: its ``folder`` as it is reached from here.
+        entry: its ``folder`` relative to the current directory.
         folder: the checkpoint.
         root: the directory in which it was made; None: this one.
     """
@@ -321,12 +328,12 @@ def _keep_path(entry: Mapping[str, Any], folder: str | Path, *, root: Path | Non
         return {**entry, "folder": path.resolve().relative_to(home).as_posix()}
     if root is None or path.is_absolute():
         return dict(entry)
-    # The real one: the way up from it must not depend on a link that led to the checkpoint.
+    # Resolved, so that the relative path does not depend on a link that leads to the checkpoint.
     return {**entry, "folder": os.path.relpath(path, root.resolve())}
 
 
 def _link(source: str, target: str) -> None:
-    """Give a file a second name; where the file system has no such thing, copy it."""
+    """Hard-link a file; copy it if the file system has no hard links."""
     try:
         os.link(source, target)
     except OSError:
@@ -334,6 +341,7 @@ def _link(source: str, target: str) -> None:
 
 
 def _save(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    # safetensors refuses views that share memory.
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(contiguous, file, metadata={"format": "pt"})
 
@@ -342,6 +350,7 @@ def _load(folder: str | Path, name: str, expected: str | None) -> dict[str, Tens
     file = Path(folder) / name
     if not file.is_file():
         raise CheckpointError(f"{folder} has no {name}: copy the whole folder")
+    # The hash finds damage, and weights that were exchanged without their manifest.
     if file_sha256(file) != expected:
         raise CheckpointError(
             f"{file} is not the file that {MANIFEST} was written with: damaged or exchanged"
@@ -357,8 +366,9 @@ def _write_json(file: Path, value: Mapping[str, Any]) -> None:
 
 
 def _siblings(folder: Path) -> str:
-    """List the checkpoints beside a folder that does not exist."""
+    """List the checkpoints next to a folder that does not exist."""
     parent = folder.parent
+    # A missing folder is often a misspelled one.
     names: Iterable[str] = (f.parent.name for f in parent.glob(f"*/{MANIFEST}")) if parent.is_dir() else ()
     return did_you_mean(folder.name, names)
 
@@ -373,7 +383,7 @@ def write_card(manifest: dict[str, Any], *, data: list[str] | None = None) -> st
     decoder, adapter = manifest["decoder"], manifest.get("adapter")
     tuned = ", and an adapter that tunes that model" if adapter else ""
     lines = [
-        f"# {decoder['name'].rstrip('/').rsplit('/', 1)[-1]} with new senses",
+        f"# {decoder['name'].rstrip('/').rsplit('/', 1)[-1]} with new modalities",
         "",
         "Trained parts of a [bindllm](https://arxiv.org/abs/2309.03905) model: a bind network and the gates that add",
         f"its output to the tokens of a frozen language model{tuned}. The frozen parts are named here, not contained.",
@@ -394,7 +404,7 @@ def write_card(manifest: dict[str, Any], *, data: list[str] | None = None) -> st
         "from bindllm import BindLLM, Media",
         "",
         'model = BindLLM.from_pretrained("THIS_FOLDER")',
-        'model.generate("Describe this image.", media=[Media.image("picture.png")])',
+        'model.generate("Describe this image.", media=[Media.image("image.png")])',
         "```",
         "",
         "## Limits",
@@ -407,9 +417,10 @@ def write_card(manifest: dict[str, Any], *, data: list[str] | None = None) -> st
 
 
 def _adapter_lines(adapter: dict[str, Any] | None) -> list[str]:
-    """Say what of the decoder is tuned; nothing where nothing is."""
+    """Return the sentence about the adapter, or nothing without one."""
     if not adapter:
         return []
+    # rsLoRA divides by the root of the rank, see `AdapterConfig`.
     root = math.sqrt(adapter["rank"]) if adapter.get("rslora") else adapter["rank"]
     scale = 1.0 if adapter["alpha"] is None else adapter["alpha"] / root
     kind = "DoRA" if adapter.get("dora") else "LoRA"
@@ -420,10 +431,11 @@ def _adapter_lines(adapter: dict[str, Any] | None) -> list[str]:
 
 
 def licenses(manifest: dict[str, Any], *, data: list[str] | None = None) -> list[dict[str, str]]:
-    """Return a row ``part``, ``name``, ``license`` for each part that a model stands on; arguments as for the card."""
+    """Return a row ``part``, ``name``, ``license`` for each part of a model; arguments as for `write_card`."""
     decoder = manifest["decoder"]["name"]
     rows = [("decoder", decoder, decoder)]
     for encoder in manifest["encoders"]:
+        # Only encoders with a weights folder can have a SOURCE.json with a license.
         weights = str(encoder["init_args"].get("weights", ""))
         rows.append(("encoder", f"{encoder['class_path']} {weights}".rstrip(), weights))
     rows += [("training data", folder, folder) for folder in data or []]
@@ -431,14 +443,14 @@ def licenses(manifest: dict[str, Any], *, data: list[str] | None = None) -> list
 
 
 def license_of(folder: str) -> str:
-    """Return the licenses of the packages that a folder, or that of a table, was made from, as its SOURCE.json says."""
-    place = Path(folder)
-    file = (place.parent if place.is_file() else place) / "SOURCE.json"
+    """Return the licenses of a folder's (or table's) source packages, as listed in its SOURCE.json."""
+    path = Path(folder)
+    file = (path.parent if path.is_file() else path) / "SOURCE.json"
     if not folder or not file.is_file():
         return UNKNOWN_LICENSE
     try:
         packages = json.loads(file.read_text(encoding="utf-8"))["packages"]
         return ", ".join(dict.fromkeys(str(package["license"]) for package in packages)) or UNKNOWN_LICENSE
     except (KeyError, TypeError, ValueError):
-        # Somebody else's file of that name: no reason to lose a trained model.
+        # A foreign file of that name is not a reason to lose a trained model.
         return UNKNOWN_LICENSE

@@ -1,4 +1,4 @@
-"""Loading a frozen Hugging Face decoder and its tokenizer, and telling one decoder from another."""
+"""Loading a frozen Hugging Face decoder, its tokenizer and chat template; fingerprints of decoders."""
 
 from __future__ import annotations
 
@@ -27,18 +27,20 @@ from bindllm.model.quantize import QUANTIZATIONS, keep_gradients, quantization_c
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Settings by which some families change the logits after the vocabulary projection, and their neutral values.
+# A family in this table needs logits at all positions: its change follows the projection inside its own forward.
 _LOGIT_CHANGES = {
     "final_logit_softcapping": (None,),
     "logit_scale": (None, 1, 1.0),
     "logits_scaling": (None, 1, 1.0),
     "lm_head_multiplier": (None, 1, 1.0),
 }
-# What a config says of the copy rather than of the model.
+# Entries of a config that describe the copy, not the model.
 _CONFIG_OF_THE_COPY = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+# Enough to notice a changed tensor, and few enough to fingerprint 7B parameters in milliseconds.
 _SAMPLED_BYTES = 256
 
 # The texts of Stanford Alpaca (2023). Nothing follows the last colon: the released ImageBind-LLM glues the answer to
-# it. A later turn has no preamble; a system text takes the preamble's place.
+# it. A later turn has no preamble; a system text replaces the preamble.
 _ALPACA = """\
 {{- bos_token -}}
 {%- for message in messages -%}
@@ -68,19 +70,19 @@ TEMPLATES = {"alpaca": _ALPACA}
 
 @dataclass
 class DecoderConfig:
-    """Which language model answers, and in which precision it runs."""
+    """The language model that answers, and its precision."""
 
     name: str
     """A Hugging Face folder, or the id of a model in the local Hugging Face cache or on the hub."""
 
     dtype: str = "auto"
-    """`float32`, `bfloat16`, `float16`, or `auto`: what this machine computes natively and fastest."""
+    """`float32`, `bfloat16`, `float16`, or `auto`: the fastest type that this machine computes natively."""
 
     revision: str | None = None
     """Revision of a model on the hub; leave empty for a folder."""
 
     system: str | None = None
-    """System text of every conversation that brings none; without it the decoder's chat template decides."""
+    """System text of every conversation without one; by default the decoder's chat template decides."""
 
     template: str | None = None
     """`alpaca`: the text template of the released ImageBind-LLM, for a base LLaMA; null: the tokenizer's own."""
@@ -89,6 +91,7 @@ class DecoderConfig:
     """Frozen projections in 4 bits (`nf4`, as in QLoRA) or 8 bits (`int8`), through bitsandbytes; null: as they are."""
 
     def __post_init__(self) -> None:
+        # How to read this: closed choices are checked here, since configs also come from files and Python.
         if self.dtype not in ("auto", *DTYPES):
             raise InputError(
                 f"unknown dtype {self.dtype!r}. {did_you_mean(str(self.dtype), ['auto', *DTYPES])}"
@@ -114,9 +117,10 @@ class DecoderConfig:
 def choose_dtype(device: str | torch.device) -> torch.dtype:
     """Return the fastest safe dtype of a frozen decoder on this device.
 
-    bfloat16 where the hardware multiplies bfloat16 matrices: GPUs that say so, and CPUs with AMX tiles. Other CPUs
+    bfloat16 if the hardware multiplies bfloat16 matrices: GPUs that report it, and CPUs with AMX tiles. Other CPUs
     convert on the fly and are slower than in float32; `benchmarks` measures it.
     """
+    # Emulated bfloat16 of old GPUs would be slower than float16.
     if torch.device(device).type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if torch.device(device).type == "cpu":
@@ -125,18 +129,18 @@ def choose_dtype(device: str | torch.device) -> torch.dtype:
 
 
 def default_device() -> str:
-    """Return ``cuda`` or another accelerator where torch finds one, else ``cpu``."""
+    """Return ``cuda`` or another accelerator if torch finds one, else ``cpu``."""
     return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
 
 
 def load_tokenizer(config: DecoderConfig) -> PreTrainedTokenizerBase:
-    """Load the tokenizer alone; padding falls back to the end token where none is set.
+    """Load only the tokenizer. Padding falls back to the end token if no padding token is set.
 
     Template and system text of the config go into the chat template, so that training, evaluation and every
     request render alike.
 
     Raises:
-        DecoderError: no tokenizer, or one that lacks what conversations need: offsets, a chat template, an end token.
+        DecoderError: the tokenizer is missing, or lacks offsets, a chat template or an end token.
     """
     folder = config.folder()
     hub.never_ask()
@@ -144,11 +148,12 @@ def load_tokenizer(config: DecoderConfig) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise TypeError(f"{type(tokenizer).__name__} is several tokenizers in one")
-    # Whatever a stranger's file makes the library raise means that there is no such tokenizer.
+    # Any exception about an untrusted file means that its tokenizer cannot be used.
     except Exception as error:
         raise DecoderError(f"no usable tokenizer in {folder} ({hub.loading_error(folder, error)})") from error
     # An export must not pass on the name of code that was not run here.
     tokenizer.init_kwargs.pop("auto_map", None)
+    # Padding is masked, so the end token can serve as padding.
     if tokenizer.pad_token_id is None:
         # Some copies name it as an empty text.
         if not tokenizer.eos_token:
@@ -161,6 +166,7 @@ def load_tokenizer(config: DecoderConfig) -> PreTrainedTokenizerBase:
         apply_template(config.template, tokenizer)
     check_tokenizer(tokenizer)
     if config.system is not None:
+        # The system text becomes part of the template, so no caller can forget it.
         message = f"{{'role': 'system', 'content': {json.dumps(config.system, ensure_ascii=False)}}}"
         tokenizer.chat_template = (
             "{%- if messages[0]['role'] != 'system' -%}"
@@ -178,7 +184,7 @@ def apply_template(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """
     tokens = {"begin": tokenizer.bos_token, "end": tokenizer.eos_token}
     # Some copies of LLaMA name them as empty texts.
-    missing = [f"{what} token" for what, token in tokens.items() if not token]
+    missing = [f"{name} token" for name, token in tokens.items() if not token]
     if missing:
         raise DecoderError(
             f"the template {name!r} starts with the begin token and ends answers with the end token, but the tokenizer "
@@ -190,11 +196,12 @@ def apply_template(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _lead(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return what must stand between the begin token and a text for the text to keep its own tokens.
+    """Return the characters between the begin token and a text that let the text keep its own tokens.
 
-    SentencePiece puts a space ahead of a text. Some tokenizers do so after a control token as well, others only at
+    SentencePiece puts a space before a text. Some tokenizers do so after a control token as well, others only at
     the very start; there the space has to be written.
     """
+    # Compared by token ids, since the space is invisible in decoded text.
     probe = "Below"
     expected = [tokenizer.bos_token_id, *tokenizer(probe, add_special_tokens=False)["input_ids"]]
     for lead in ("", " "):
@@ -207,8 +214,8 @@ def load_decoder(config: DecoderConfig, *, device: str | torch.device | None = N
     """Load a causal language model, frozen and in eval mode.
 
     Args:
-        config: name, dtype, revision and quantization.
-        device: where it goes; by default the accelerator that torch finds, else the CPU.
+        config: name, dtype, revision and quantization of the decoder.
+        device: target device; by default the accelerator that torch finds, else the CPU.
 
     Raises:
         DecoderError: the folder is missing, not a causal language model, or holds pickled weights only.
@@ -216,10 +223,12 @@ def load_decoder(config: DecoderConfig, *, device: str | torch.device | None = N
     """
     device = device or default_device()
     folder = config.folder()
+    # How to read this: the precision is chosen for the device, weights load from safetensors without code of the
+    # folder, and the result is frozen.
     dtype = choose_dtype(device) if config.dtype == "auto" else DTYPES[config.dtype]
     options = {"config": read_config(folder)}
     if config.quantize is not None:
-        # Each projection is quantized where it is to stay: the whole decoder is never there in full.
+        # Each projection is quantized on its target device, so the full-precision decoder never exists as a whole.
         options |= {
             "quantization_config": quantization_config(config.quantize, dtype),
             "device_map": {"": device},
@@ -242,6 +251,7 @@ def load_decoder(config: DecoderConfig, *, device: str | torch.device | None = N
     if config.quantize is not None:
         keep_gradients(decoder)
     else:
+        # A quantized decoder was loaded onto its device already and cannot be moved.
         decoder.to(device)
     if (head := decoder.get_output_embeddings()) is not None:
         head.register_forward_pre_hook(_in_one_piece)
@@ -256,7 +266,7 @@ def read_config(folder: str | Path) -> PretrainedConfig:
     """
     try:
         return hub.read_config(folder)
-    # Whatever an untrusted file makes the library raise means that there is no such decoder.
+    # Any exception about an untrusted file means that its decoder cannot be used.
     except Exception as error:
         raise DecoderError(
             f"{folder} does not hold a causal language model ({hub.loading_error(folder, error)})"
@@ -278,6 +288,7 @@ def without_weights(
     """
     config = config or read_config(folder)
     try:
+        # On the meta device a tensor has a shape and no memory.
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
     except Exception as error:
@@ -294,13 +305,14 @@ def _in_one_piece(head: nn.Module, args: tuple) -> tuple:
 def fingerprint_decoder(folder: str | Path) -> str:
     """Identify a decoder folder without reading its weights whole.
 
-    Hashes what changes an answer: the config, the tokenizer, the chat template, and of each safetensors file the
-    header (names, shapes and types of all tensors) and a few bytes of every tensor. So another model, a fine-tuned
+    Hashes the files that change an answer: the config, the tokenizer, the chat template, and of each safetensors file
+    the header (names, shapes and types of all tensors) and a few bytes of every tensor. So another model, a fine-tuned
     copy or another precision gives another value, within milliseconds.
 
     Returns:
         64 hexadecimal digits.
     """
+    # How to read this: hash the settings, then the texts, then samples of every tensor, in a fixed order.
     digest = hashlib.sha256()
     try:
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
@@ -308,8 +320,8 @@ def fingerprint_decoder(folder: str | Path) -> str:
         raise DecoderError(
             f"{folder} has no readable config.json, so it cannot be identified: {error}"
         ) from error
-    told = {name: value for name, value in config.items() if name not in _CONFIG_OF_THE_COPY}
-    digest.update(json.dumps(told, sort_keys=True).encode())
+    entries = {name: value for name, value in config.items() if name not in _CONFIG_OF_THE_COPY}
+    digest.update(json.dumps(entries, sort_keys=True).encode())
     for name in ("tokenizer.json", "chat_template.jinja"):
         if (Path(folder) / name).is_file():
             digest.update((Path(folder) / name).read_bytes())
@@ -320,6 +332,7 @@ def fingerprint_decoder(folder: str | Path) -> str:
         with file.open("rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(size))
+            # Free text of the writer, such as the name of the library.
             header.pop("__metadata__", None)
             for name, entry in sorted(header.items()):
                 start, end = entry["data_offsets"]

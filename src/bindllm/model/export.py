@@ -1,9 +1,9 @@
-"""Merging an adapter into its decoder: a plain Hugging Face folder, for programs that know nothing of bindllm.
+"""Merging an adapter into its decoder: a plain Hugging Face folder, for programs without bindllm.
 
-What the adapter does to a text is folded into the weights (``W + scale * B A``, in float32, rounded once), so the
+The effect of the adapter on text is folded into the weights (``W + scale * B A``, in float32, rounded once), so the
 logits of the folder are those of the checkpoint without media, to that rounding. Bind network and injection cannot be
-merged: no plain model has an input for media. The folder is no base for them either: injection kind ``value`` uses the
-decoder's own value projection, without the adapter, and that is no longer in it.
+merged: no plain model has an input for media. The folder cannot be their base either: injection kind ``value`` uses the
+decoder's own value projection without the adapter, and the folder no longer holds it.
 """
 
 from __future__ import annotations
@@ -32,23 +32,25 @@ from bindllm.model.decoder import (
 )
 from bindllm.model.pretrained import read_configs, read_decoder
 
+# An output folder with this file may be replaced, any other content may not.
 RECORD = "bindllm_export.json"
-"""Tells an exported folder from others, and what it was made from."""
+"""Marks an exported folder, and names its checkpoint and decoder."""
 
 # Settings of some families that give their projections the biases which the adapter has.
 _BIAS_SETTINGS = ("attention_bias", "mlp_bias")
+# Usual size of a shard on the Hugging Face hub.
 _SHARD = "5GB"
 
 
 @dataclass(frozen=True)
 class Export:
-    """What was exported.
+    """Result of an export.
 
     Attributes:
         folder: the plain Hugging Face folder.
         dtype: its precision.
         num_merged: number of projections that an adapter was merged into.
-        num_replaced: number of tuned norms that took the place of the decoder's.
+        num_replaced: number of the decoder's norms that were replaced by tuned ones.
         quantized: how the decoder was quantized in training, or None.
     """
 
@@ -64,20 +66,21 @@ def export_decoder(
 ) -> Export:
     """Write decoder and adapter of a checkpoint as one plain Hugging Face folder, in one step; no GPU is needed.
 
-    The adapter is merged into the decoder's own files, also where training held them in 4 or 8 bits.
+    The adapter is merged into the decoder's own files, even if training held them in 4 or 8 bits.
 
     Args:
         checkpoint: a checkpoint folder with an adapter; its encoders are not needed.
-        output: where the folder goes; an earlier export there is replaced, any other non-empty folder refused.
-        decoder: where the decoder is, if not at the place that the checkpoint names.
+        output: the output folder. An earlier export there is replaced, any other non-empty folder is refused.
+        decoder: folder of the decoder, if it is not at the path that the checkpoint names.
         dtype: a name of `bindllm.model.decoder.DTYPES`; None: that of the decoder's files.
 
     Raises:
-        CheckpointError: no adapter, biases that this family of decoders has no place for, another decoder, or a damaged
-            checkpoint.
+        CheckpointError: the checkpoint has no adapter, has biases that this family of decoders cannot hold, names
+            another decoder, or is damaged.
         InputError: an unknown dtype, or an output folder that holds something else.
     """
     output = Path(output)
+    # How to read this: every check runs before the decoder is loaded, which may take minutes.
     _check_output(output, Path(checkpoint))
     manifest = read_manifest(checkpoint)
     adapter = read_configs(checkpoint, manifest)["adapter"]
@@ -85,13 +88,15 @@ def export_decoder(
     if adapter is None:
         raise CheckpointError(
             f"{checkpoint} has no adapter: its decoder is as it was, so {config.name} is the plain folder already. "
-            "What was trained, bind network and injection, has no place in one: "
+            "What was trained, bind network and injection, cannot be part of one: "
             f"BindLLM.from_pretrained({str(checkpoint)!r}) loads it"
         )
     plain = _plain_config(config, adapter, checkpoint)
     of_files, dtype = _choose_dtypes(dtype, plain)
     tokenizer = load_tokenizer(config)
+    # Always the full-precision files: merging into packed weights would round twice.
     network = load_decoder(replace(config, dtype=of_files, quantize=None), device="cpu")
+    # Bind network and injection stay behind; a plain folder has no input for media.
     tensors = {k: v for k, v in read_weights(checkpoint, manifest).items() if k.startswith(PREFIX)}
     num_merged, num_replaced = merge(network, adapter, tensors, DTYPES[dtype], source=str(checkpoint))
     _take_config(network, plain)
@@ -127,18 +132,21 @@ def merge(
     Raises:
         CheckpointError: tensors that do not fit, or that are not finite.
     """
+    # peft builds its layers around the plain ones, and its own merge computes W + scale * B A.
     parameters = Adapter(decoder, config).parameters()
     check_keys(parameters, dict(tensors), source=source)
     num_merged = num_replaced = 0
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
+        # A list, since submodules are replaced while iterating.
         for name, module in list(decoder.named_modules()):
             parts = dict(module.named_children())
             if "lora_A" in parts:
                 decoder.set_submodule(name, _merged(module, name, source).to(dtype))
                 num_merged += 1
             elif "modules_to_save" in parts:
+                # peft keeps a tuned copy next to each norm; the copy replaces the original.
                 (norm,) = module.modules_to_save.values()
                 decoder.set_submodule(name, norm)
                 num_replaced += 1
@@ -147,8 +155,10 @@ def merge(
 
 
 def _merged(layer: nn.Module, name: str, source: str) -> nn.Linear:
-    """Return the projection with what the adapter adds to it, in float32: it is rounded once, when all is added."""
+    """Return the projection with the adapter added, in float32, so that the sum is rounded only once."""
+    # In float32: in bfloat16 each addition would round.
     linear = layer.get_base_layer().float()
+    # A plain projection without bias gets one for peft to add the adapter's bias to.
     if linear.bias is None and any(layer.lora_bias.values()):
         linear.bias = nn.Parameter(torch.zeros(linear.out_features))
     try:
@@ -162,10 +172,10 @@ def _merged(layer: nn.Module, name: str, source: str) -> nn.Linear:
 
 
 def _plain_config(config: DecoderConfig, adapter: AdapterConfig, checkpoint: str | Path) -> PretrainedConfig:
-    """Return the config of the merged decoder: with the biases of the adapter, where the family has them.
+    """Return the config of the merged decoder, with biases switched on if the adapter has them.
 
     Raises:
-        CheckpointError: it has not, or its files are quantized.
+        CheckpointError: the family has no such biases, or the decoder's files are quantized.
     """
     folder = config.folder()
     plain = read_config(folder)
@@ -176,10 +186,12 @@ def _plain_config(config: DecoderConfig, adapter: AdapterConfig, checkpoint: str
         )
     if not adapter.bias:
         return plain
+    # Composite configs hold the setting in their text config.
     for part in (plain, plain.get_text_config()):
         for setting in _BIAS_SETTINGS:
             if setting in part.to_dict():
                 setattr(part, setting, True)
+    # Shapes only: this shows which projections get a bias under the new settings.
     network = without_weights(folder, plain)
     lacking = {
         kind: None
@@ -189,7 +201,7 @@ def _plain_config(config: DecoderConfig, adapter: AdapterConfig, checkpoint: str
     if lacking:
         raise CheckpointError(
             f"the adapter of {checkpoint} has biases for all projections, and a plain {type(network).__name__} has "
-            f"none for {', '.join(lacking)}, nor a setting for them: there is no place to merge them into. Load the "
+            f"none for {', '.join(lacking)}, nor a setting for them, so they cannot be merged. Load the "
             f"checkpoint as it is (BindLLM.from_pretrained, or peft with {Path(checkpoint) / 'adapter'} on the plain "
             "decoder), or train with model.adapter.bias: false, which can be merged into every decoder"
         )
@@ -202,12 +214,13 @@ def _take_config(network: PreTrainedModel, plain: PretrainedConfig) -> None:
         for setting in _BIAS_SETTINGS:
             if setting in other.to_dict():
                 setattr(own, setting, getattr(other, setting))
+    # A folder whose config and tensors disagree would load with random biases.
     expected = without_weights(network.name_or_path, network.config).state_dict()
     check_keys(expected, network.state_dict(), source="the merged decoder")
 
 
 def _record(checkpoint: str | Path, manifest: dict[str, Any], done: Export) -> dict[str, Any]:
-    """Return what tells an exported folder from others, and where it is from."""
+    """Return the content of `RECORD`: where the folder is from, and the parts that were skipped."""
     return {
         "bindllm": __version__,
         "checkpoint": str(checkpoint),
@@ -215,7 +228,7 @@ def _record(checkpoint: str | Path, manifest: dict[str, Any], done: Export) -> d
         "adapter": manifest["adapter"],
         "adapter_sha256": manifest.get("adapter_sha256"),
         "dtype": done.dtype,
-        "left_out": ["bind network", "injection"],
+        "skipped": ["bind network", "injection"],
     }
 
 
@@ -230,7 +243,7 @@ def _card(config: DecoderConfig, checkpoint: str | Path, manifest: dict[str, Any
     if done.quantized:
         sentences.append(f"Training held the decoder in {done.quantized}; this is the full one.")
     sentences += [
-        "It reads text alone. The bind network and the injection, which bring pictures, sounds and other media in, are "
+        "It reads only text. The bind network and the injection, which bring images, audio and other media in, are "
         "not part of it and cannot be put on top of it: for media, load the checkpoint with bindllm "
         "(`BindLLM.from_pretrained`).",
     ]
@@ -256,6 +269,6 @@ def _check_output(output: Path, checkpoint: Path) -> None:
         return
     if not output.is_dir() or any(output.iterdir()):
         raise InputError(
-            f"{output} exists and is no earlier export (no {RECORD}); nothing was written. Choose another folder or "
-            "empty it"
+            f"{output} exists and is not an earlier export (no {RECORD}); nothing was written. Choose another folder "
+            "or empty it"
         )

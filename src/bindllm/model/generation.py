@@ -1,4 +1,4 @@
-"""Asking the model: prompts and media in, text out, one at a time, in a padded batch, or piece by piece."""
+"""Generation: prompts and media in, text out, for one prompt, a padded batch, or as a stream."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ from bindllm.media import Media
 Prompt = str | Conversation
 MAX_NEW_TOKENS = 128
 
+# Options that only sampling uses: giving one of them switches sampling on.
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
-# What Hugging Face `generate` takes beside the fields of a GenerationConfig.
+# Options of Hugging Face `generate` that are not fields of a GenerationConfig.
 _MORE_OPTIONS = ("generation_config", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn")
 
 
@@ -35,6 +36,7 @@ def as_conversations(prompt: Prompt | Sequence[Prompt], media: Sequence[Any] | N
         InputError: no prompt, one of another type, another number of media rows than prompts, media that are no
             `Media`, or media for a `Conversation`, which holds its own.
     """
+    # How to read this: one prompt becomes a batch of one, then every prompt gets its row of media.
     if isinstance(prompt, str | Conversation):
         prompt, media = [prompt], [() if media is None else media]
     if not isinstance(prompt, list | tuple) or not all(
@@ -57,6 +59,7 @@ def as_conversations(prompt: Prompt | Sequence[Prompt], media: Sequence[Any] | N
                 )
             conversations.append(item)
         else:
+            # The order of media and text does not matter: the injection listens by message, not by position.
             conversations.append(Conversation((Message("user", [*row, item]),)))
     return conversations
 
@@ -75,7 +78,7 @@ def check_media(row: Sequence[Media]) -> tuple[Media, ...]:
         raise InputError(f"media takes lists of Media, not {row!r}; write [Media.image('cat.png')]")
     for item in row:
         if not isinstance(item, Media):
-            raise InputError(f"media holds {item!r}, which is no Media; write Media.image('cat.png')")
+            raise InputError(f"media holds {item!r}, which is not a Media; write Media.image('cat.png')")
     return tuple(row)
 
 
@@ -83,7 +86,7 @@ def check_options(options: dict[str, Any]) -> dict[str, Any]:
     """Return the options of a generation with the defaults filled in: greedy, unless one asks for sampling.
 
     Raises:
-        InputError: a name that Hugging Face does not know, or a number out of its range.
+        InputError: a name is unknown to Hugging Face, or a number is out of its range.
     """
     known = {*GenerationConfig().to_dict(), *_MORE_OPTIONS}
     for name, value in options.items():
@@ -103,6 +106,7 @@ def check_options(options: dict[str, Any]) -> dict[str, Any]:
         raise InputError(
             "return_dict_in_generate gives tensors, and this returns text: call model.decoder.generate"
         )
+    # A complete config of the caller wins: defaults would override parts of it.
     if options.get("generation_config") is not None:
         return options
     defaults: dict[str, Any] = {"do_sample": any(options.get(name) is not None for name in _SAMPLING)}
@@ -113,6 +117,7 @@ def check_options(options: dict[str, Any]) -> dict[str, Any]:
 
 def pad_left(rendered: Sequence[Rendered], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return input ids, attention mask and media index of a left-padded batch, each [B, T]."""
+    # Padding on the left: the next token follows the last column of every row.
     width = max(len(row.input_ids) for row in rendered)
 
     def pad(rows: list[list[int]], filler: int) -> Tensor:
@@ -122,6 +127,7 @@ def pad_left(rendered: Sequence[Rendered], pad_id: int) -> tuple[Tensor, Tensor,
     return (
         pad(ids, pad_id),
         pad([[1] * len(row) for row in ids], 0),
+        # Index -1: padding listens to no media.
         pad([row.media_index for row in rendered], -1),
     )
 
@@ -131,7 +137,9 @@ def render_prompts(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Render conversations up to the header of the answer, as a left-padded batch."""
     rendered = [
-        render(c, tokenizer, add_generation_prompt=True, control_text="escape") for c in conversations
+        # Control tokens in a prompt are escaped: text from outside must not end its turn.
+        render(c, tokenizer, add_generation_prompt=True, control_text="escape")
+        for c in conversations
     ]
     return pad_left(rendered, tokenizer.pad_token_id)
 
@@ -147,12 +155,12 @@ def prepare_batch(
 
     Args:
         prompt: one or several, as for `as_conversations`.
-        media: their media, likewise.
-        tokenizer: of the decoder.
-        encode: gives an embedding for each media group, [N, E].
+        media: the media of each prompt.
+        tokenizer: the decoder's tokenizer.
+        encode: returns an embedding for each media group, [N, E].
 
     Returns:
-        ids, mask and media index, each [B, T]; embeddings [B, M, E], or None where there is no media.
+        ids, mask and media index, each [B, T]; embeddings [B, M, E], or None without media.
     """
     conversations = as_conversations(prompt, media)
     groups = [conversation.media_groups for conversation in conversations]
@@ -160,7 +168,9 @@ def prepare_batch(
     batch = render_prompts(conversations, tokenizer)
     if not num_groups:
         return batch, None
+    # All groups of the batch in one call, then split by row again.
     encoded = encode([group for row in groups for group in row])
+    # Rows with fewer groups keep zeros there, which no token refers to.
     embeddings = torch.zeros(len(groups), num_groups, encoded.shape[1])
     rows = iter(encoded)
     for b, row in enumerate(groups):
@@ -170,7 +180,7 @@ def prepare_batch(
 
 
 class _Cancelled(StoppingCriteria):
-    """Ends a generation whose reader has gone away."""
+    """Ends a generation when its reader has stopped."""
 
     def __init__(self) -> None:
         self.event = threading.Event()
@@ -187,7 +197,7 @@ def stream_text(generate: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator[s
         tokenizer: turns ids into text.
 
     Raises:
-        whatever ``generate`` raises, in the reader's thread.
+        any exception of ``generate``, in the reader's thread.
     """
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     cancelled, failures = _Cancelled(), []
@@ -195,6 +205,7 @@ def stream_text(generate: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator[s
     def work() -> None:
         try:
             generate(streamer=streamer, stopping_criteria=StoppingCriteriaList([cancelled]))
+        # Raised again in the reader's thread; the end marker wakes the reader up.
         except Exception as error:
             failures.append(error)
             streamer.end()
@@ -204,6 +215,7 @@ def stream_text(generate: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator[s
     try:
         yield from (piece for piece in streamer if piece)
     finally:
+        # Also after a `break` of the reader: the next token then stops the thread.
         cancelled.event.set()
         thread.join()
     if failures:

@@ -10,7 +10,7 @@ Two kinds:
   projection, ``out[b,t,h] += tanh(gate[l,h]) * v_proj(bind[b,m(t)] + query[l])[h]``. Attention over one key has
   weight 1, so no softmax is needed; with grouped key/value heads each value serves its group of heads. The value
   projection is the decoder's own, without its adapter. The published formula has no bias there, since LLaMA has
-  none; where a decoder has one (Qwen2), it belongs to the projection.
+  none; if a decoder has one (Qwen2), it belongs to the projection.
 
 The bind tensor travels as a keyword of the decoder's forward, so nothing outlives the call: several forwards
 before one backward and activation checkpointing see the tensors of their own call.
@@ -46,7 +46,7 @@ class InjectConfig:
     """Whether each layer adds its own learned query to the bind vector."""
 
     layers: int | None = None
-    """How many layers hear the bind vectors, counted from the last; by default all of them."""
+    """Number of layers that receive the bind vectors, counted from the last; by default all of them."""
 
     def __post_init__(self) -> None:
         if self.layers is not None and self.layers < 1:
@@ -56,12 +56,12 @@ class InjectConfig:
 
 
 @dataclass
-class Carried:
-    """What one forward of the decoder carries to its layers.
+class BindContext:
+    """Bind vectors and routes of one forward, passed to every layer.
 
     Attributes:
         bind: bind vectors, [B, M, D].
-        route: 1 where token ``t`` listens to group ``m``, else 0, [B, T, M].
+        route: 1 if token ``t`` listens to group ``m``, else 0, [B, T, M].
         terms: gated terms already computed, by layer; kept over the steps of a generation, None in training.
     """
 
@@ -79,16 +79,17 @@ class Carried:
 
 
 @dataclass
-class Held:
-    """Bind vectors and media index of a generation in progress, grown to the batch that it really runs."""
+class GenerationState:
+    """Bind vectors and media index of a running generation, repeated to its real batch size (beams, samples)."""
 
     injection: Injection
     bind: Tensor
     media_index: Tensor
     terms: dict[int, Tensor] = field(default_factory=dict)
 
-    def carry(self, batch: int, past: int, length: int) -> Carried:
-        """Return what the tokens ``past .. past + length`` need; generated tokens go on with the last group."""
+    def context(self, batch: int, past: int, length: int) -> BindContext:
+        """Return the context of tokens ``past .. past + length``; generated ones keep the last prompt token's group."""
+        # Beams and several returned sequences repeat each prompt; cached terms have the old batch size.
         if batch != self.bind.shape[0]:
             repeats, rest = divmod(batch, self.bind.shape[0])
             if rest or not repeats:
@@ -97,19 +98,23 @@ class Held:
             self.media_index = self.media_index.repeat_interleave(repeats, dim=0)
             self.terms.clear()
         last = self.media_index.shape[1] - 1
+        # Positions after the prompt read the route of its last token.
         columns = torch.arange(past, past + length, device=self.media_index.device).clamp_(max=last)
         route = route_tokens(self.media_index[:, columns], self.bind.shape[1])
-        return Carried(self.bind, route, self.terms)
+        return BindContext(self.bind, route, self.terms)
 
 
+# The two channels that are not keywords: the state of a running `generate`, and the term on its way from the entry of
+# an attention to its output projection.
 # Both are empty outside a call; context variables keep concurrent threads apart.
-_HELD: ContextVar[Held | None] = ContextVar("bindllm_held", default=None)
-_TERM: ContextVar[tuple[Carried, Tensor] | None] = ContextVar("bindllm_term", default=None)
+_GENERATION: ContextVar[GenerationState | None] = ContextVar("bindllm_generation", default=None)
+_TERM: ContextVar[tuple[BindContext, Tensor] | None] = ContextVar("bindllm_term", default=None)
 
 
 def route_tokens(media_index: Tensor, num_groups: int) -> Tensor:
     """Return the one-hot route [B, T, M] of a media index [B, T]; index -1 gives a row of zeros."""
     groups = torch.arange(num_groups, device=media_index.device)
+    # Index -1 equals no group, so its row is all zeros and nothing is added.
     return media_index.unsqueeze(-1) == groups
 
 
@@ -125,7 +130,7 @@ class Injection(nn.Module):
         config: kind, queries, and how many layers are served.
 
     Raises:
-        DecoderError: the decoder lacks one of these names, or has fewer layers; the message says which.
+        DecoderError: the decoder lacks one of these modules, or has fewer layers; the message names it.
 
     Attributes:
         gates: of the L served layers, zeros at the start, [L] for ``residual``, [L, H] for ``value``.
@@ -141,19 +146,23 @@ class Injection(nn.Module):
         core = decoder.get_decoder()
         hooks = core._forward_pre_hooks.values()
         if any(isinstance(hook, MethodType) and isinstance(hook.__self__, Injection) for hook in hooks):
-            # The older one would take the keywords away, and the newer one would add nothing.
+            # The older injection would take the keywords, and the newer one would add nothing.
             raise DecoderError(
                 "this decoder object carries an injection already; load the decoder again for another"
             )
+        # How to read this: select the last layers, create gates and queries for them, then hook. Hooks run in this
+        # order in a forward: `_carry` once, then one pair per layer.
         every = _layers(core, type(decoder).__name__, at_least=config.layers or 1)
         layers = every[-(config.layers or len(every)) :]
         config_of_text = decoder.config.get_text_config()
         width, num_heads = config_of_text.hidden_size, config_of_text.num_attention_heads
         shape = (len(layers), num_heads) if self.kind == "value" else (len(layers),)
+        # Zero gates: the untrained model is exactly the plain decoder (tanh(0) = 0).
         self.gates = nn.Parameter(torch.zeros(shape))
+        # Small and random, so that layers can specialize from the first step.
         self.queries = nn.Parameter(0.02 * torch.randn(len(layers), width)) if config.queries else None
         if self.kind == "value":
-            # All of them are looked at before the first hook, so that a refused decoder stays as it was.
+            # All layers are checked before the first hook, so that a refused decoder stays unchanged.
             attentions = [_attention(layer, n, type(decoder).__name__, num_heads) for n, layer in layers]
             for index, attention in enumerate(attentions):
                 attention.register_forward_pre_hook(partial(self._enter_attention, index), with_kwargs=True)
@@ -161,8 +170,10 @@ class Injection(nn.Module):
         else:
             for index, (_, layer) in enumerate(layers):
                 layer.register_forward_pre_hook(partial(self._add_to_input, index), with_kwargs=True)
+        # Layers that are not served receive the keyword too, and must drop it.
         for _, layer in every[: len(every) - len(layers)]:
             layer.register_forward_pre_hook(_leave_out, with_kwargs=True)
+        # On the core, not the outer model: it runs once per forward, also under `generate` and checkpointing.
         core.register_forward_pre_hook(self._carry, with_kwargs=True)
 
     @contextmanager
@@ -173,60 +184,63 @@ class Injection(nn.Module):
 
         Args:
             bind: [B, M, D].
-            media_index: [B, T] of the left-padded prompts; generated tokens go on with its last column.
+            media_index: [B, T] of the left-padded prompts; generated tokens use its last column.
         """
+        # With gradients, checkpointing would recompute layers after the block has ended, without the vectors.
         if torch.is_grad_enabled():
             raise InputError(
                 "holding() is for generation: use it under torch.no_grad(), else pass bind= to the decoder"
             )
         _check(bind, media_index)
-        token = _HELD.set(Held(self, bind, media_index))
+        token = _GENERATION.set(GenerationState(self, bind, media_index))
         try:
             yield
         finally:
-            _HELD.reset(token)
+            _GENERATION.reset(token)
 
     def _carry(self, core: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Check the keywords once, before the layers, and turn the media index into a route."""
         bind, media_index = kwargs.pop("bind", None), kwargs.pop("media_index", None)
         if (bind is None) != (media_index is None):
             raise InputError("bind and media_index go together: pass both to the decoder, or neither")
+        # Ids or embeddings: only their first two sizes are needed.
         tokens = args[0] if args else kwargs.get("input_ids")
         tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
         if bind is not None:
             _check(bind, media_index, tokens)
-            kwargs["bind"] = Carried(bind, route_tokens(media_index, bind.shape[1]))
+            kwargs["bind"] = BindContext(bind, route_tokens(media_index, bind.shape[1]))
             return args, kwargs
-        held = _HELD.get()
-        if held is not None and held.injection is self:
+        state = _GENERATION.get()
+        if state is not None and state.injection is self:
+            # Steps after the first bring only new tokens; the cache's length gives their positions.
             cache = kwargs.get("past_key_values")
             past = 0 if cache is None else int(cache.get_seq_length())
-            kwargs["bind"] = held.carry(tokens.shape[0], past, tokens.shape[1])
+            kwargs["bind"] = state.context(tokens.shape[0], past, tokens.shape[1])
         return args, kwargs
 
     def _add_to_input(
         self, index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict]:
         """Kind ``residual``: before a layer runs."""
-        carried = kwargs.pop("bind", None)
-        if carried is None:
+        context = kwargs.pop("bind", None)
+        if context is None:
             return args, kwargs
         if args:
-            return (carried.add(args[0], self._term(index, layer, carried, args[0].dtype)), *args[1:]), kwargs
+            return (context.add(args[0], self._term(index, layer, context, args[0].dtype)), *args[1:]), kwargs
         hidden = kwargs["hidden_states"]
-        kwargs["hidden_states"] = carried.add(hidden, self._term(index, layer, carried, hidden.dtype))
+        kwargs["hidden_states"] = context.add(hidden, self._term(index, layer, context, hidden.dtype))
         return args, kwargs
 
     def _enter_attention(
         self, index: int, attention: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple:
         """Kind ``value``: take the keyword out before attention sees it, leave the term for the output projection."""
-        carried = kwargs.pop("bind", None)
-        if carried is None:
+        context = kwargs.pop("bind", None)
+        if context is None:
             _TERM.set(None)
         else:
             hidden = args[0] if args else kwargs["hidden_states"]
-            _TERM.set((carried, self._term(index, attention, carried, hidden.dtype)))
+            _TERM.set((context, self._term(index, attention, context, hidden.dtype)))
         return args, kwargs
 
     def _add_to_heads(self, projection: nn.Module, args: tuple) -> tuple | None:
@@ -235,27 +249,30 @@ class Injection(nn.Module):
         if waiting is None:
             return None
         _TERM.set(None)
-        carried, term = waiting
-        return (carried.add(args[0], term), *args[1:])
+        context, term = waiting
+        return (context.add(args[0], term), *args[1:])
 
-    def _term(self, index: int, module: nn.Module, carried: Carried, dtype: torch.dtype) -> Tensor:
-        """Return what layer ``index`` adds for each media group, gated: [B, M, D] or [B, M, H * head size]."""
-        if carried.terms is not None and index in carried.terms:
-            return carried.terms[index]
-        vector = carried.bind if self.queries is None else carried.bind + self.queries[index]
+    def _term(self, index: int, module: nn.Module, context: BindContext, dtype: torch.dtype) -> Tensor:
+        """Return the gated term of layer ``index`` for each media group: [B, M, D] or [B, M, H * head size]."""
+        if context.terms is not None and index in context.terms:
+            return context.terms[index]
+        # bind[b, m] + query[l], see the formulas in the module docstring.
+        vector = context.bind if self.queries is None else context.bind + self.queries[index]
         if self.kind == "residual":
             term = (self.gates[index] * vector).to(dtype)
         else:
             # The published weights were trained with the base projection, without its LoRA part.
             project = dict(module.v_proj.named_children()).get("base_layer", module.v_proj)
             gate = torch.tanh(self.gates[index]).to(dtype)
+            # [B, M, Hkv * head size] -> [B, M, Hkv, 1, head size].
             value = project(vector.to(dtype)).unflatten(
                 -1, (-1, 1, module.o_proj.in_features // gate.numel())
             )
             # [Hkv, 1, head size] times [Hkv, group, 1]: each key/value head serves the heads of its group.
             term = (value * gate.view(value.shape[-3], -1, 1)).flatten(-3)
-        if carried.terms is not None:
-            carried.terms[index] = term
+        # During a generation the term is the same at every step, so it is computed once.
+        if context.terms is not None:
+            context.terms[index] = term
         return term
 
 
@@ -271,6 +288,7 @@ def _check(bind: Tensor, media_index: Tensor, tokens: Tensor | None = None) -> N
         raise InputError(
             f"bind {list(bind.shape)} and media_index {list(media_index.shape)}: expected [B, M, D] and [B, T]"
         )
+    # An index out of range would silently add nothing.
     if media_index.numel() and not -1 <= int(media_index.min()) <= int(media_index.max()) < bind.shape[1]:
         raise InputError(
             f"media_index reaches from {int(media_index.min())} to {int(media_index.max())}, but bind has "
@@ -283,7 +301,7 @@ def _check(bind: Tensor, media_index: Tensor, tokens: Tensor | None = None) -> N
 
 
 def _layers(core: nn.Module, name: str, *, at_least: int) -> list[tuple[int, nn.Module]]:
-    """Return the decoder's layers with their numbers."""
+    """Return the decoder's layers with their indices."""
     children = dict(core.named_children())
     if not isinstance(children.get("layers"), nn.ModuleList):
         raise DecoderError(

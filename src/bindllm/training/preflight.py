@@ -27,8 +27,7 @@ from bindllm.data.sources import read_source
 from bindllm.data.stream.loader import check_streams, is_training_stream
 from bindllm.data.stream.samples import read_stream
 from bindllm.data.stream.shards import expand_shards, is_stream
-from bindllm.encoders import Encoder, HasExamples, encoder_for, skipped_encoders
-from bindllm.encoders.alignment import alignment_warnings
+from bindllm.encoders import Encoder, HasExamples, alignment_warnings, encoder_for, skipped_encoders
 from bindllm.errors import BindLLMError, InputError
 from bindllm.media import MODALITIES, Media, open_image
 from bindllm.model.adapter import AdapterConfig

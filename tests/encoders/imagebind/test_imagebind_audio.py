@@ -39,17 +39,17 @@ def noise(seconds: float, channels: int = 1) -> np.ndarray:
 def test_published_filter_banks(name):
     rate, channels, seconds = int(name.split("_")[1]), int(name.split("_")[2][0]), float(name.split("_")[3])
     data = wav(make_wave(name, rate, int(rate * seconds), channels), rate)
-    pictures = published(data)
-    assert pictures.shape == (3, 1, 128, 204)
-    assert pictures.dtype == torch.float32
-    # Every third mel band; of the short sounds, whose clips are all the same, the first clip.
+    spectrograms = published(data)
+    assert spectrograms.shape == (3, 1, 128, 204)
+    assert spectrograms.dtype == torch.float32
+    # Every third mel band; of the short recordings, whose clips are all the same, the first clip.
     expected = golden("prep_audio")[f"{name}/fbank_s3"]
-    difference = np.abs(pictures[: len(expected), 0, ::3].numpy() - expected)
+    difference = np.abs(spectrograms[: len(expected), 0, ::3].numpy() - expected)
     assert difference.max() < 1e-3
     assert difference.mean() < 2e-5
     if seconds <= 2:
-        assert torch.equal(pictures[0], pictures[1])
-        assert torch.equal(pictures[0], pictures[2])
+        assert torch.equal(spectrograms[0], spectrograms[1])
+        assert torch.equal(spectrograms[0], spectrograms[2])
 
 
 @pytest.mark.parametrize("name", SOUNDS)
@@ -68,10 +68,10 @@ def test_published_spans(name, monkeypatch):
 def test_clips_are_computed_from_their_own_samples():
     # Overlapping clips of a sound with an offset: each is the same as when it is given alone.
     sound = noise(5) + 0.3
-    pictures = published(sound)
+    spectrograms = published(sound)
     for number, start in enumerate((0, 24_000, 48_000)):
         alone = published(sound[:, start : start + 32_000])[0]
-        torch.testing.assert_close(pictures[number], alone, atol=1e-6, rtol=0)
+        torch.testing.assert_close(spectrograms[number], alone, atol=1e-6, rtol=0)
 
 
 def test_first_channel_is_heard_less_the_mean_of_all():
@@ -83,17 +83,21 @@ def test_first_channel_is_heard_less_the_mean_of_all():
 
 
 def test_silence_is_the_floor():
-    pictures = published(np.zeros(48_000, np.int16))
-    assert pictures.shape == (3, 1, 128, 204)
-    torch.testing.assert_close(pictures[..., :198], torch.full((3, 1, 128, 198), SILENCE), rtol=1e-6, atol=0)
-    torch.testing.assert_close(pictures[..., 198:], torch.full((3, 1, 128, 6), PADDING), rtol=1e-6, atol=0)
+    spectrograms = published(np.zeros(48_000, np.int16))
+    assert spectrograms.shape == (3, 1, 128, 204)
+    torch.testing.assert_close(
+        spectrograms[..., :198], torch.full((3, 1, 128, 198), SILENCE), rtol=1e-6, atol=0
+    )
+    torch.testing.assert_close(
+        spectrograms[..., 198:], torch.full((3, 1, 128, 6), PADDING), rtol=1e-6, atol=0
+    )
 
 
 @pytest.mark.parametrize(("samples", "frames"), [(1, 1), (160, 1), (399, 1), (400, 1), (559, 1), (560, 2)])
 def test_very_short_sounds(samples, frames):
-    pictures = published(noise(1)[:, :samples])
-    assert torch.isfinite(pictures).all()
-    filled = (pictures[0, 0] - PADDING).abs().amax(dim=0) > 1e-3
+    spectrograms = published(noise(1)[:, :samples])
+    assert torch.isfinite(spectrograms).all()
+    filled = (spectrograms[0, 0] - PADDING).abs().amax(dim=0) > 1e-3
     assert filled.tolist() == [True] * frames + [False] * (204 - frames)
 
 
@@ -106,21 +110,21 @@ def test_ten_milliseconds_are_filled_up_with_zeros():
 
 def test_full_coverage_tiles_the_sound():
     sound = noise(7)
-    pictures = published(sound, coverage="full")
-    assert pictures.shape == (4, 1, 128, 204)
+    spectrograms = published(sound, coverage="full")
+    assert spectrograms.shape == (4, 1, 128, 204)
     for number, start in enumerate((0, 2, 4, 5)):
         alone = published(sound[:, start * 16_000 : (start + 2) * 16_000])[0]
-        torch.testing.assert_close(pictures[number], alone, atol=1e-6, rtol=0)
+        torch.testing.assert_close(spectrograms[number], alone, atol=1e-6, rtol=0)
     assert published(noise(1.5), coverage="full").shape[0] == 1
     assert published(noise(2), coverage="full").shape[0] == 1
 
 
 def test_more_clips_than_allowed_are_spread_and_said_once(caplog):
     sound = noise(9)
-    pictures = published(sound, coverage="full", max_clips=3)
+    spectrograms = published(sound, coverage="full", max_clips=3)
     for number, start in enumerate((0, 3.5, 7)):
         alone = published(sound[:, int(start * 16_000) :][:, :32_000])[0]
-        torch.testing.assert_close(pictures[number], alone, atol=1e-6, rtol=0)
+        torch.testing.assert_close(spectrograms[number], alone, atol=1e-6, rtol=0)
     [record] = caplog.records
     assert "9 seconds need 5 clips of 2 seconds; only 3" in record.getMessage()
     assert record.name == "bindllm"
@@ -148,15 +152,15 @@ def test_sound_track_of_a_video():
     tone = (8000 * np.sin(np.arange(32_000) * 0.2)).astype(np.int16)[None]
     file = io.BytesIO()
     with av.open(file, "w", format="matroska") as output:
-        picture = output.add_stream("mpeg4", rate=25)
-        picture.height, picture.width = 64, 96
+        spectrogram = output.add_stream("mpeg4", rate=25)
+        spectrogram.height, spectrogram.width = 64, 96
         sound = output.add_stream("pcm_s16le", rate=16_000, layout="mono")
         for number in range(50):
-            output.mux(picture.encode(av.VideoFrame.from_ndarray(numbered(number), format="rgb24")))
+            output.mux(spectrogram.encode(av.VideoFrame.from_ndarray(numbered(number), format="rgb24")))
         frame = av.AudioFrame.from_ndarray(tone, format="s16", layout="mono")
         frame.sample_rate = 16_000
         output.mux(sound.encode(frame))
-        for stream in (picture, sound):
+        for stream in (spectrogram, sound):
             output.mux(stream.encode(None))
     assert torch.equal(published(file.getvalue()), published(wav(tone, 16_000)))
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from bindllm.encoders.imagebind.motion import imu_input
+from bindllm.encoders.imagebind.inputs import imu_input
 from bindllm.errors import MediaError
 
 

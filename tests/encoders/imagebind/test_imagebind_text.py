@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bindllm.encoders.imagebind.text import Tokenizer, clean
-from bindllm.encoders.imagebind.vocabulary import tokenizer_tree
+from bindllm.encoders.imagebind.text import Tokenizer, clean, tokenizer_tree
 from bindllm.errors import EncoderError, InputError, MissingExtraError
 from goldens import FOLDER, golden
 

@@ -27,7 +27,7 @@ def published(source, **settings):
 
 
 def greys(views: torch.Tensor) -> torch.Tensor:
-    """Mean 8-bit grey of every frame of views of plain frames: [views, 2]."""
+    """Mean 8-bit gray of every frame of views of plain frames: [views, 2]."""
     return ((views.mean(dim=(3, 4)) * DEVIATION[:, None] + MEAN[:, None]) * 255).mean(dim=1)
 
 

@@ -15,11 +15,11 @@ POINTS = 96
 
 SIZES = {
     "point-bert": {
-        "groups": 24, "neighbours": 8, "channels": [8, 12, 16, 12], "position": 8,
+        "groups": 24, "neighbors": 8, "channels": [8, 12, 16, 12], "position": 8,
         "width": 24, "depth": 2, "heads": 3, "projection": 16,
     },
     "i2p-mae": {
-        "groups": [24, 12, 6], "neighbours": [8, 6, 4],
+        "groups": [24, 12, 6], "neighbors": [8, 6, 4],
         "channels": [[8, 12, 16, 12], [12, 12, 24, 24], [24, 24, 36, 36]],
         "depth": [2, 1, 2], "heads": [3, 3, 3], "radius": [0.4, 0.8, 1.2], "projection": 16,
     },

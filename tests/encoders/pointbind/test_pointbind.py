@@ -92,7 +92,7 @@ def test_other_dtypes_differ_by_rounding_only(encoder, dtype):
         encoder.network.group(torch.stack(inputs)), other.network.group(torch.stack(inputs)), strict=True
     ):
         assert torch.equal(ours.chosen, theirs.chosen)
-        assert torch.equal(ours.neighbours, theirs.neighbours)
+        assert torch.equal(ours.neighbors, theirs.neighbors)
 
 
 def test_the_network_compiles_as_one_graph(encoder):
@@ -207,7 +207,7 @@ def test_missing_unexpected_and_misshaped_tensors_are_all_listed(tmp_path):
         "missing norm.bias",
         "unexpected extra",
         "unexpected groups.first_norm.running_var",
-        "class_token has shape [1, 1, 7], not [1, 1, 24]",
+        "class_token has shape [1, 1, 7], expected [1, 1, 24]",
     ):
         assert words in str(caught.value)
 
@@ -230,5 +230,5 @@ def test_a_recipe_can_name_it(encoder):
 def test_published_sizes_are_the_defaults(tmp_path):
     write_small(tmp_path, "point-bert")
     (tmp_path / "config.json").write_text('{"variant": "point-bert"}')
-    with pytest.raises(EncoderError, match=r"class_token has shape \[1, 1, 24\], not \[1, 1, 384\]"):
+    with pytest.raises(EncoderError, match=r"class_token has shape \[1, 1, 24\], expected \[1, 1, 384\]"):
         PointBind(str(tmp_path)).embed("point", [torch.zeros(8192, 3)])

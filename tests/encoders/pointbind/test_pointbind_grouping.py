@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from bindllm.encoders.pointbind import grouping
-from bindllm.encoders.pointbind.grouping import farthest_points, gather, make_level, nearest_points, within
+from bindllm.encoders.pointbind import cloud
+from bindllm.encoders.pointbind.cloud import farthest_points, gather, make_level, nearest_points, within
 from bindllm.encoders.pointbind.i2pmae import DEAD_ZONE
 from goldens import fill_input, golden
 
 
-def made_up(*shape: int, seed: int = 0) -> torch.Tensor:
+def synthetic(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -23,16 +23,16 @@ def test_picks_are_the_published_ones(dead_zone, name):
 
 @pytest.mark.parametrize("dead_zone", [None, 0.5])
 def test_the_loop_for_accelerators_picks_the_same(dead_zone):
-    points = made_up(3, 200, 3)
+    points = synthetic(3, 200, 3)
     axes = points.permute(2, 0, 1).contiguous()
     nearest = torch.full((3, 200), torch.inf)
     if dead_zone is not None:
         nearest[points.square().sum(-1) <= dead_zone] = -1
-    assert torch.equal(grouping._pick(axes, nearest, 50), farthest_points(points, 50, dead_zone=dead_zone))
+    assert torch.equal(cloud._pick(axes, nearest, 50), farthest_points(points, 50, dead_zone=dead_zone))
 
 
 def test_picks_are_those_of_the_definition():
-    points = made_up(1, 60, 3).double()
+    points = synthetic(1, 60, 3).double()
     chosen = [0]
     for _ in range(19):
         chosen.append(int(torch.cdist(points[0], points[0, chosen]).amin(dim=1).argmax()))
@@ -40,7 +40,7 @@ def test_picks_are_those_of_the_definition():
 
 
 def test_picks_depend_on_no_batch_and_no_dtype():
-    points = made_up(4, 100, 3).half().float()
+    points = synthetic(4, 100, 3).half().float()
     batch = farthest_points(points, 30)
     assert torch.equal(batch[2:3], farthest_points(points[2:3], 30))
     assert torch.equal(batch, farthest_points(points.half(), 30))
@@ -52,7 +52,7 @@ def test_more_picks_than_distinct_points():
 
 
 def test_points_near_the_origin_are_passed_over_even_when_there_are_no_others():
-    near = made_up(1, 50, 3) * 1e-3
+    near = synthetic(1, 50, 3) * 1e-3
     assert farthest_points(near, 8, dead_zone=DEAD_ZONE).tolist() == [[0] * 8]
     one = near.clone()
     one[0, 20] = 1.0
@@ -60,14 +60,14 @@ def test_points_near_the_origin_are_passed_over_even_when_there_are_no_others():
     assert farthest_points(one, 4, dead_zone=DEAD_ZONE).tolist() == [[0, 20, 20, 20]]
 
 
-def test_neighbours_are_those_of_a_full_sort():
-    points, centres = made_up(2, 300, 3), made_up(2, 20, 3, seed=1)
-    found = nearest_points(points, centres, 9).sort(dim=-1).values
-    expected = torch.cdist(centres.double(), points.double()).argsort(dim=-1)[..., :9].sort(dim=-1).values
+def test_neighbors_are_those_of_a_full_sort():
+    points, centers = synthetic(2, 300, 3), synthetic(2, 20, 3, seed=1)
+    found = nearest_points(points, centers, 9).sort(dim=-1).values
+    expected = torch.cdist(centers.double(), points.double()).argsort(dim=-1)[..., :9].sort(dim=-1).values
     assert torch.equal(found, expected)
 
 
-def test_equally_near_neighbours_are_taken_by_their_index():
+def test_equally_near_neighbors_are_taken_by_their_index():
     # All eight corners of a cube are equally far from its middle, and the middle is there twice.
     corners = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3)
     points = torch.cat([corners, torch.zeros(2, 3)])[None]
@@ -75,26 +75,26 @@ def test_equally_near_neighbours_are_taken_by_their_index():
     assert sorted(found.flatten().tolist()) == [0, 1, 2, 8, 9]
 
 
-def test_neighbours_do_not_depend_on_how_the_centres_are_cut(monkeypatch):
-    points, centres = made_up(1, 50, 3), made_up(1, 21, 3, seed=1)
-    whole = nearest_points(points, centres, 7)
-    monkeypatch.setattr(grouping, "_CPU_DISTANCES", 170)
-    assert torch.equal(whole, nearest_points(points, centres, 7))
+def test_neighbors_do_not_depend_on_how_the_centres_are_cut(monkeypatch):
+    points, centers = synthetic(1, 50, 3), synthetic(1, 21, 3, seed=1)
+    whole = nearest_points(points, centers, 7)
+    monkeypatch.setattr(cloud, "_CPU_DISTANCES", 170)
+    assert torch.equal(whole, nearest_points(points, centers, 7))
 
 
 def test_a_level_is_made_of_its_parts():
-    points = made_up(2, 40, 3)
+    points = synthetic(2, 40, 3)
     level = make_level(points, 6, 4)
-    assert torch.equal(level.centres[1], points[1, level.chosen[1]])
-    # Every centre is among its own neighbours.
-    assert (level.neighbours == level.chosen.unsqueeze(-1)).any(dim=-1).all()
-    assert torch.equal(gather(points, level.neighbours)[1, 5, 3], points[1, level.neighbours[1, 5, 3]])
+    assert torch.equal(level.centers[1], points[1, level.chosen[1]])
+    # Every center is among its own neighbors.
+    assert (level.neighbors == level.chosen.unsqueeze(-1)).any(dim=-1).all()
+    assert torch.equal(gather(points, level.neighbors)[1, 5, 3], points[1, level.neighbors[1, 5, 3]])
 
 
 def test_within_a_radius():
-    centres = torch.tensor([[[0.0, 0, 0], [0, 0.5, 0], [0.3, 0, 0.4]]])
+    centers = torch.tensor([[[0.0, 0, 0], [0, 0.5, 0], [0.3, 0, 0.4]]])
     # The third is exactly at the radius from the first, which is not within.
-    assert within(centres, 0.5).tolist() == [
+    assert within(centers, 0.5).tolist() == [
         [[True, False, False], [False, True, False], [False, False, True]]
     ]
-    assert within(centres, 0.51)[0].sum() == 7
+    assert within(centers, 0.51)[0].sum() == 7

@@ -50,7 +50,7 @@ def test_groups_are_the_published_ones(name, encoder, cloud):
     assert len(levels) == sum(key.startswith("fps_idx") for key in expected)
     for n, level in enumerate(levels):
         np.testing.assert_array_equal(level.chosen, expected[f"fps_idx{n}"])
-        found = level.neighbours[:, :6].sort(dim=-1).values
+        found = level.neighbors[:, :6].sort(dim=-1).values
         np.testing.assert_array_equal(found, expected[f"knn_set{n}"])
 
 

@@ -8,7 +8,7 @@ from lightning.pytorch import Trainer, seed_everything
 
 from align_parts import BeatTower, FrozenModule, LetterEncoder, color_table, patchwork_table, radar_table
 from bindllm.cli.recipe import quiet
-from bindllm.encoders.head import HeadConfig
+from bindllm.encoders.aligned import HeadConfig
 from bindllm.errors import EncoderError, InputError, TrainingError
 from bindllm.training.align.data import AlignData
 from bindllm.training.align.module import AlignModule, TemperatureConfig, contrastive_loss
@@ -254,7 +254,7 @@ class Half:
 def test_what_is_no_tower_is_refused():
     parts = (ColorEncoder(), HeadConfig(), TemperatureConfig(), OptimConfig())
     with pytest.raises(
-        EncoderError, match="Half is no tower. As a frozen encoder it lacks modalities, config"
+        EncoderError, match="Half is not a tower. As a frozen encoder it lacks modalities, config"
     ):
         AlignModule(Half(), *parts)
 

@@ -80,6 +80,7 @@ class Fields:
         """Return the value of a column; None if the record lacks the column or leaves it empty."""
         column = self.column(field)
         value = self.record.get(column)
+        # A column that the recipe has renamed has no other names: a wrong name must be an error.
         if value is None and column == field:
             others = (self.record.get(name) for name in _OTHER_NAMES.get(field, ()))
             value = next((other for other in others if other is not None), None)
@@ -129,10 +130,12 @@ class Fields:
         Raises:
             RowError: the record has no media, and they are required.
         """
+        # The modality of the source may be the user's own word, such as radar.
         own = self.config.modality
         modalities = (*FILE_MODALITIES, own) if own not in FILE_MODALITIES else FILE_MODALITIES
         columns = {modality: self._media_column(modality) for modality in modalities}
         values = {modality: self._media_values(column) for modality, column in columns.items()}
+        # Without a column, None asks the resolver for the media of the record itself.
         if required and not any(values.values()):
             self._check_unnamed(columns[own])
             values[own] = [None]
@@ -185,6 +188,7 @@ class Fields:
         return f" This row looks like {found}; set format: {found}" if other else ""
 
     def _media_column(self, modality: str) -> str:
+        # "image" is the default, so it means that the column was not renamed.
         named = self.config.columns.image
         return named if modality == self.config.modality and named != "image" else modality
 
@@ -194,6 +198,7 @@ class Fields:
         if len(named) < 2:
             return _listed(named[0]) if named else []
         one, several = map(_listed, named)
+        # Some data sets write the first image into both columns.
         return several if all(value in several for value in one) else one + several
 
     def _check_unnamed(self, column: str) -> None:
@@ -213,6 +218,7 @@ class Fields:
 
     def _split(self) -> Split | None:
         column = self.config.columns.split
+        # An empty cell is a row without a split.
         value = (self.record.get(column) if column and self.config.split is None else None) or None
         split = split_named(value)
         if value is not None and split is None:
@@ -226,8 +232,10 @@ def as_text(value: object, column: str) -> str:
     Raises:
         RowError: neither of these.
     """
+    # A missing text arrives as NaN from tables that were written with pandas.
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
+    # bool is a subclass of int, but a truth value is not a number here.
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str):
@@ -280,6 +288,7 @@ def looks_like(record: Record) -> Format | None:
     """
     turns = record.get("conversations", record.get("conversation"))
     if turns is not None:
+        # Both have the same columns; only LLaVA has media.
         has_media = any(record.get(key) for key in _MEDIA_KEYS) or "<image>" in str(turns)
         return "llava" if has_media else "sharegpt"
     return next((format for format, names in _MARKS if all(name in record for name in names)), None)

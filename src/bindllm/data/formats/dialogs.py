@@ -15,6 +15,7 @@ SHAREGPT_ROLES: dict[str, Role] = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "assistant", "model", "chatgpt", "bing", "bard"), "assistant"),
 }
+# CSV writes truth values as words or digits.
 _TRUTHS: Mapping[str, bool] = {"true": True, "false": False, "1": True, "0": False}
 
 
@@ -59,6 +60,7 @@ def preference(fields: Fields) -> Row:
     Raises:
         RowError: two equal answers, or answers to different prompts.
     """
+    # TRL's unpaired form: one answer, and whether it is wanted.
     if fields.value("completion") is not None and fields.value("chosen") is None:
         desirable = _TRUTHS.get(str(fields.require("label")).strip().lower())
         if desirable is None:
@@ -67,12 +69,14 @@ def preference(fields: Fields) -> Row:
         return fields.row_of([*_prompt(fields), answer], "chat", desirable=desirable)
     chosen, rejected = _messages_of(fields, "chosen"), _messages_of(fields, "rejected")
     better, worse = _answer(chosen, fields), _answer(rejected, fields)
+    # Whole conversations contain the prompt, which must be the same on both sides.
     if any(isinstance(side, list) and len(side) > 1 for side in (chosen, rejected)):
         if not isinstance(chosen, list) or not isinstance(rejected, list) or chosen[:-1] != rejected[:-1]:
             raise RowError("chosen and rejected differ before their last message")
         prompt = _parse_prompt(fields, chosen[:-1])
     else:
         prompt = _prompt(fields)
+    # After parsing, so that white space does not make two answers different.
     if better == worse:
         raise RowError("chosen and rejected are the same")
     row = fields.row_of([*prompt, better], "chat")
@@ -85,6 +89,7 @@ def _sharegpt_turns(fields: Fields) -> list[object]:
     for turn in as_list(fields.require("conversations"), fields.column("conversations")):
         if not isinstance(turn, Mapping):
             raise RowError("a turn that is not an object with 'from' and 'value'")
+        # Some data sets use OpenAI's keys in a list of ShareGPT.
         text = turn.get("value", turn.get("content"))
         if not isinstance(text, str):
             raise RowError("a turn whose value is not a text")
@@ -107,6 +112,7 @@ def _prompt(fields: Fields) -> list[Message]:
 
 def _parse_prompt(fields: Fields, turns: list) -> list[Message]:
     prompt = parse_messages([*fields.system(), *turns], fields.media())
+    # The answer follows separately, so the prompt must end before it.
     if not any(message.role == "user" for message in prompt) or prompt[-1].role == "assistant":
         raise RowError("the prompt does not end with a question")
     return prompt
@@ -118,6 +124,7 @@ def _answer(value: object, fields: Fields) -> Message:
         value = [{"role": "assistant", "content": value}]
     if not isinstance(value, list) or not value:
         raise RowError("an answer that is neither a text nor a list of messages")
+    # Only the last message is the answer; the earlier ones are the prompt.
     answer = parse_messages(value[-1:], RecordMedia(fields.resolve))
     if not answer or answer[0].role != "assistant":
         raise RowError("an answer whose last message is not the assistant's")

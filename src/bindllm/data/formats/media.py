@@ -74,6 +74,7 @@ def media_key(media: Media, root: str) -> str:
         return hashlib.sha256(media.source).hexdigest()
     if media.modality == "text":
         return str(media.source)
+    # Relative to the folder, so that a data set keeps its splits when it moves.
     return os.path.normpath(str(media.source).removeprefix(os.path.join(root, "")))
 
 
@@ -89,6 +90,7 @@ def read_media(modality: str, value: object, find: Callable[[str], str | bytes])
     Raises:
         RowError: the value does not refer to media, or refers to a web address.
     """
+    # The form of Hugging Face datasets. The path may be of another machine, so the bytes come first.
     if isinstance(value, Mapping):
         value = value["bytes"] if value.get("bytes") is not None else value.get("path")
     if modality == "text":
@@ -99,6 +101,7 @@ def read_media(modality: str, value: object, find: Callable[[str], str | bytes])
         return Media(modality, bytes(value))
     if not isinstance(value, str) or not value.strip():
         raise RowError(f"no path to the {modality} file")
+    # Schemes have at most five characters (https); a later colon belongs to the path.
     scheme = value[: value.find(":")].lower() if ":" in value[:6] else ""
     if scheme in ("http", "https"):
         raise RowError(
@@ -106,12 +109,14 @@ def read_media(modality: str, value: object, find: Callable[[str], str | bytes])
         )
     if scheme == "data":
         return Media(modality, _decode_uri(modality, value))
+    # A file: URL spells special characters as %20 and so on.
     return Media(modality, find(unquote(urlsplit(value).path) if scheme == "file" else value))
 
 
 def _decode_uri(modality: str, uri: str) -> bytes:
     """Return the content of a ``data:`` URI (RFC 2397)."""
     head, comma, text = uri.partition(",")
+    # Without ";base64" the content is percent-encoded.
     content = from_base64(unquote(text)) if head.lower().endswith(";base64") else unquote_to_bytes(text)
     if not comma or not content:
         raise RowError(f"a data: URI without {modality} content; expected data:TYPE;base64,CONTENT", head)

@@ -57,6 +57,7 @@ def vqa(fields: Fields) -> Row:
     if QUESTION in fields.config.prompt:
         question = fields.config.prompt.replace(QUESTION, question)
     answers = _answers(fields.require("answer"))
+    # The first of equally frequent answers: most_common keeps their order.
     answer, _ = Counter(answers).most_common(1)[0]
     media = fields.media(required=True)
     return fields.row(_exchange(question, answer), media, "answer", references=tuple(answers))
@@ -118,6 +119,7 @@ def clean_caption(text: str) -> tuple[str, bool]:
     # Nearly all captions are printable, and a loop over characters is slow.
     if not text.isprintable():
         kept = "".join(char for char in text if char.isspace() or not _is_control(char))
+    # Without line breaks: a caption is one line.
     words = " ".join(unicodedata.normalize("NFC", kept).split())
     return words, len(kept) < len(text)
 
@@ -128,6 +130,7 @@ def _exchange(question: str | list[str], answer: str) -> list[dict[str, object]]
 
 def _listing(options: tuple[str, ...], hint: str) -> str:
     context = f"\nContext: {hint}" if hint else ""
+    # There are 26 letters and usually fewer options.
     lettered = " ".join(
         f"({letter}) {option}" for letter, option in zip(ascii_uppercase, options, strict=False)
     )
@@ -157,12 +160,14 @@ def _clean(value: object) -> str:
 
 
 def _is_control(char: str) -> bool:
+    # Cc are control characters, Cs halves of surrogate pairs.
     return char == _BYTE_ORDER_MARK or unicodedata.category(char) in ("Cc", "Cs")
 
 
 def _answers(value: object) -> list[str]:
     answers, value = [], json_list(value)
     for one in value if isinstance(value, list) else [value]:
+        # VQAv2 wraps each answer in an object; a truth value answers a yes-no question.
         one = one.get("answer") if isinstance(one, Mapping) else one
         answers.append(("yes" if one else "no") if isinstance(one, bool) else as_text(one, "answer"))
     answers = [answer for answer in answers if answer]
@@ -174,6 +179,7 @@ def _answers(value: object) -> list[str]:
 def _options(fields: Fields) -> tuple[str, ...]:
     """Return the options: a list, a list as JSON text, or a column for each letter."""
     value, record = fields.value("choices"), fields.record
+    # Some tables have a column for each option; the first empty one ends the list.
     if value is None and "A" in record and "B" in record:
         lettered = [as_text(record.get(letter), letter) for letter in ascii_uppercase]
         value = lettered[: lettered.index("")] if "" in lettered else lettered
@@ -183,6 +189,7 @@ def _options(fields: Fields) -> tuple[str, ...]:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
             raise RowError("the choices are not a list") from error
+    # ARC: ``{"text": [...], "label": [...]}``.
     if isinstance(value, Mapping):
         value = value.get("text")
     if not isinstance(value, list):
@@ -209,11 +216,14 @@ def _labels(fields: Fields, options: tuple[str, ...]) -> list[str]:
 
 def _index(answer: object, options: tuple[str, ...], labels: list[str]) -> int:
     """Return the index of the right option."""
+    # Labels decide first: in ARC, "1" may be the name of the first option instead of an index.
     if labels and not isinstance(answer, bool) and (label := as_text(answer, "answer")) in labels:
         return labels.index(label)
+    # Tables with gaps turn whole numbers into floats.
     if isinstance(answer, float) and answer.is_integer():
         answer = int(answer)
     if isinstance(answer, int) and not isinstance(answer, bool):
+        # How to read this: all readings as index, letter or text are collected; exactly one must be left.
         readings = {answer}
     else:
         text = as_text(answer, "answer")
@@ -224,6 +234,7 @@ def _index(answer: object, options: tuple[str, ...], labels: list[str]) -> int:
         if text.isdecimal():
             readings.add(int(text))
     readings = {index for index in readings if 0 <= index < len(options)}
+    # "1" may be an index and also the text of an option.
     if len(readings) > 1:
         raise RowError("the answer can be read as more than one of the choices; give its index, from 0")
     if not readings:

@@ -1,4 +1,4 @@
-"""ImageBind: pictures, films, texts, sounds, depth maps, thermal pictures and movements in one joint space.
+"""ImageBind: images, video, text, audio, depth maps, thermal images and IMU signals in one joint space.
 
 Six frozen trunks (https://arxiv.org/abs/2305.05665, sections 3 and 4), written from the published facts and equal to
 the published results. The published weights are licensed CC-BY-NC 4.0: not for commercial use.
@@ -25,9 +25,8 @@ from bindllm.encoders.imagebind.config import (
     how_to_convert,
     read_config,
 )
-from bindllm.encoders.imagebind.network import Trunk
+from bindllm.encoders.imagebind.network import Trunk, load_trunk, require_trunk
 from bindllm.encoders.imagebind.views import average_views, cut_views, run_views
-from bindllm.encoders.imagebind.weights import load_trunk, require_trunk
 from bindllm.errors import EncoderError, InputError, MediaError, did_you_mean
 from bindllm.media import Media
 
@@ -37,19 +36,19 @@ Coverage = Literal["published", "full"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Scale = Literal["unit", "published"]
 
-# Raise the number when other numbers come out for the same media: stored embeddings are then made anew.
+# Raise the number when other numbers come out for the same media: stored embeddings are then computed again.
 _REVISION = "imagebind 1"
 
 _TOKENIZER = "tokenizer.json"
 
 
 class Embedded(NamedTuple):
-    """Embeddings with what they were made from.
+    """Embeddings with the tokens that they were computed from.
 
     Attributes:
         embeddings: [B, E], float32.
         tokens: for each of the B media its views' tokens, [S, T, D] in the dtype of the weights: the output of the
-            trunk's last block, before the head's norm. S views (clips times crops; 1 for a picture), T tokens with
+            trunk's last block, before the head's norm. S views (clips times crops; 1 for an image), T tokens with
             the class token first (257 for vision at 224 pixels; text has its 77 word pieces and no class token), D
             the width of the trunk.
     """
@@ -59,16 +58,16 @@ class Embedded(NamedTuple):
 
 
 class ImageBind:
-    """ImageBind's trunks over a converted folder; only those that are used are ever loaded.
+    """ImageBind's trunks over a converted folder; a trunk is loaded at its first use.
 
     Args:
         weights: folder made by ``bindllm convert imagebind``.
         modalities: those to serve; None: all that the folder has trunks for, and texts if it has the tokenizer. Media
             of another modality are refused, and their weights do not count in the fingerprint.
-        coverage: how much of a sound or film is seen: "published" takes three clips of two seconds of a sound and
-            five of a film, whatever the length; "full" lays clips over the whole file.
+        coverage: how much of an audio or video file is used: "published" takes three clips of two seconds of audio and
+            five of a video, whatever the length; "full" lays clips over the whole file.
         max_clips: with "full": most clips of one file.
-        depth_baseline: metres between the two lenses of the depth camera, for turning metres into disparity.
+        depth_baseline: meters between the two lenses of the depth camera, for turning meters into disparity.
         depth_focal: focal length of that camera, in pixels.
         dtype: precision of weights and activations; embeddings are float32 in any case.
         scale: "unit" gives embeddings of norm 1; "published" those of the released model, each view stretched by
@@ -102,6 +101,8 @@ class ImageBind:
         dtype: Dtype = "float32",
         scale: Scale = "unit",
     ) -> None:
+        # How to read this: options are checked, then kept in `config`, from which the encoder can be rebuilt; no
+        # weight is read.
         for name, value, known in (
             ("coverage", coverage, Coverage),
             ("dtype", dtype, Dtype),
@@ -125,6 +126,7 @@ class ImageBind:
         }
         self._folder = Path(weights)
         # A recipe is read before its folder is made; the sizes are then those of the published model.
+        # The folder may have been written since the constructor assumed the published sizes.
         self._sizes = read_config(self._folder) if (self._folder / CONFIG).exists() else HUGE
         self.modalities = _choose(modalities, self._sizes, self._folder)
         self.embedding_size = self._sizes.embedding_size
@@ -134,15 +136,16 @@ class ImageBind:
         self._fingerprint: str | None = None
 
     def fingerprint(self) -> str:
-        """Return the sha256 of what decides the embeddings of the modalities served.
+        """Return the sha256 of everything that affects the embeddings of the served modalities.
 
-        That is the content of their trunks' files, the tokenizer where texts are served, the options that touch
+        That is the content of their trunks' files, the tokenizer if texts are served, the options that touch
         them, the revision of the preprocessing, and the dtype: half precision turns an embedding by about a degree, and
         a store or an index must not mix the two kinds unnoticed.
 
         Raises:
             EncoderError: weights are missing.
         """
+        # How to read this: one hash over trunks, tokenizer and options, limited to the served modalities.
         if self._fingerprint is None:
             sizes = self._read_sizes()
             trunks = sorted({TRUNK_OF[modality] for modality in self.modalities})
@@ -178,7 +181,7 @@ class ImageBind:
         # Each modality stands on packages of its own, which the others do without.
         match media.modality:
             case "image" | "depth" | "thermal":
-                return self._prepare_picture(media)
+                return self._prepare_image(media)
             case "video":
                 from bindllm.encoders.imagebind.video import video_input
 
@@ -188,13 +191,13 @@ class ImageBind:
 
                 return audio_input(media.source, **clips)
             case "imu":
-                from bindllm.encoders.imagebind.motion import imu_input
+                from bindllm.encoders.imagebind.inputs import imu_input
 
                 return imu_input(media.source)
             case _:
                 return self._encode_text(media)
 
-    # The last annotation is the one that a recipe's reader compares with `Encoder`; these two tell the whole.
+    # jsonargparse compares the last annotation with `Encoder`; the two overloads describe both results.
     @overload
     def embed(self, modality: str, inputs: Sequence[Tensor], *, tokens: Literal[False] = False) -> Tensor: ...
 
@@ -205,14 +208,14 @@ class ImageBind:
     def embed(self, modality: str, inputs: Sequence[Tensor], *, tokens: bool = False) -> Tensor:
         """Return the embeddings of prepared media: [B, E], float32, norm 1 (see ``scale``), on the encoder's device.
 
-        The embedding of several views (clips, crops) is the mean of their unit embeddings, normalised again.
+        The embedding of several views (clips, crops) is the mean of their unit embeddings, normalized again.
 
         Args:
             modality: one of ``modalities``.
-            inputs: B prepared tensors, each one view or [S, ...] with S views, S free for each. 8-bit pictures and
-                frames are normalised here; float ones are taken as normalised. Square pictures of another size
+            inputs: B prepared tensors, each one view or [S, ...] with S views, S free for each. 8-bit images and
+                frames are normalized here; float ones are taken as normalized. Square images of another size
                 than 224 are taken too.
-            tokens: return the trunk's tokens beside the embeddings, see `Embedded`.
+            tokens: also return the trunk's tokens, see `Embedded`.
 
         Raises:
             InputError: a modality that is not served, or tensors of another shape.
@@ -221,20 +224,23 @@ class ImageBind:
         self._require(modality)
         views, counts = cut_views(modality, inputs)
         trunk = self._trunk(TRUNK_OF[modality])
-        # Under a trainer's autocast the embeddings would be others than those that the fingerprint stands for.
+        # A trainer's autocast would change the embeddings, and the fingerprint would not show it.
         with torch.autocast(self._device.type, enabled=False):
             embedded, sequences = run_views(trunk, modality, views, keep_tokens=tokens)
+            # Clips and crops are unit vectors; their mean is shorter, so it is normalized again.
             means = average_views(embedded, counts)
             embeddings = (
                 F.normalize(means, dim=-1) if self.config["scale"] == "unit" else means * trunk.scale()
             )
         if not tokens:
             return embeddings
+        # Tokens come as one flat list of views; each media takes as many as it has views.
         waiting = iter(sequences)
         return Embedded(embeddings, [torch.stack([next(waiting) for _ in range(count)]) for count in counts])
 
     def _require(self, modality: str) -> None:
         if modality not in self.modalities:
+            # Text is served only with a tokenizer; its absence is the likeliest cause.
             if modality == "text" and self.config["modalities"] is None:
                 self._require_tokenizer()
             raise InputError(
@@ -254,7 +260,7 @@ class ImageBind:
         if sizes != self._sizes:
             raise EncoderError(
                 f"{self._folder}: the folder was written after this encoder was made, and has other sizes than it "
-                "was taken to have; make the encoder anew"
+                "was taken to have; create the encoder again"
             )
         return sizes
 
@@ -264,11 +270,12 @@ class ImageBind:
         names = ["dtype", "scale"]
         if served & {"audio", "video"}:
             names.append("coverage")
+            # Without full coverage the number of clips is fixed, so the option changes nothing.
             names += ["max_clips"] if self.config["coverage"] == "full" else []
         return names + (["depth_baseline", "depth_focal"] if "depth" in served else [])
 
-    def _prepare_picture(self, media: Media) -> Tensor:
-        from bindllm.encoders.imagebind.image import depth_input, image_input, thermal_input
+    def _prepare_image(self, media: Media) -> Tensor:
+        from bindllm.encoders.imagebind.inputs import depth_input, image_input, thermal_input
 
         if media.modality == "depth":
             camera = {"baseline": self.config["depth_baseline"], "focal": self.config["depth_focal"]}

@@ -1,4 +1,4 @@
-"""Sounds as ImageBind hears them: clips of two seconds, each a picture of 128 mel bands by 204 frames.
+"""Audio input of ImageBind: clips of two seconds, each a spectrogram of 128 mel bands by 204 frames.
 
 The filter bank is Kaldi's (as in AST, arXiv 2104.01778, section 2.1) with ImageBind's own clips and scaling
 (arXiv 2305.05665, section 4). Computed in double precision: its logarithm makes much of small differences.
@@ -32,13 +32,13 @@ _MEAN, _DEVIATION = -4.268, 9.138
 
 
 def audio_input(source: Source, *, coverage: str, max_clips: int) -> Tensor:
-    """Return the clips of a sound, or of the sound track of a video, as pictures of log energies.
+    """Return the clips of an audio file, or of a video's audio track, as spectrograms of log energies.
 
-    Every clip is computed from its own samples. The released code shifts the clips of sounds under 6 seconds by
-    each other's mean, since they overlap and it subtracts in place: where a sound has an offset, single frames
+    Every clip is computed from its own samples. The released code shifts the clips of audio under 6 seconds by
+    each other's mean, since they overlap and it subtracts in place: if the audio has an offset, single frames
     then differ by up to 0.7. The weights were trained on clips of their own, so that is not repeated here.
 
-    A clip of fewer than 400 samples (25 ms, one frame), where the released code fails, is filled up with zeros
+    A clip of fewer than 400 samples (25 ms, one frame), on which the released code fails, is filled up with zeros
     to one frame. As published, frames that a short clip lacks are 0 after the logarithm, not silence. Silence
     itself is the floor of the logarithm everywhere, -1.278 after scaling.
 
@@ -51,7 +51,7 @@ def audio_input(source: Source, *, coverage: str, max_clips: int) -> Tensor:
         [S, 1, 128, 204] float32: mel bands from low to high, frames in time.
 
     Raises:
-        MediaError: the sound cannot be read.
+        MediaError: the audio cannot be read.
         InputError: unknown coverage.
         MissingExtraError: PyAV is not installed.
 
@@ -60,6 +60,7 @@ def audio_input(source: Source, *, coverage: str, max_clips: int) -> Tensor:
         torch.Size([3, 1, 128, 204])
     """
 
+    # Called with the length of the audio: only the spans that it returns are decoded and kept.
     def spans(samples: int) -> list[tuple[int, int]]:
         starts = clip_starts(
             Fraction(samples, RATE),
@@ -71,24 +72,26 @@ def audio_input(source: Source, *, coverage: str, max_clips: int) -> Tensor:
         return [(int(start * RATE), int((start + CLIP_SECONDS) * RATE)) for start in starts]
 
     clips = cut_audio(source, rate=RATE, cut=spans)
-    return torch.from_numpy(np.stack([_picture(clip) for clip in clips]))
+    return torch.from_numpy(np.stack([_image(clip) for clip in clips]))
 
 
-def _picture(clip: np.ndarray) -> np.ndarray:
+def _image(clip: np.ndarray) -> np.ndarray:
     """Return the scaled log energies of a clip [C, n]: [1, 128, 204] float32."""
-    # The mean is that of all channels, the sound that of the first: so it was trained.
+    # The mean of all channels is subtracted from the first channel: the model was trained this way.
     samples = clip[0] - clip.mean(dtype=np.float64)
     if len(samples) < _WINDOW:
         samples = np.pad(samples, (0, _WINDOW - len(samples)))
     energies = _filter_bank(samples)[:FRAMES]
-    picture = np.zeros((MEL_BANDS, FRAMES))
-    picture[:, : len(energies)] = energies.T
-    return ((picture - _MEAN) / _DEVIATION).astype(np.float32)[None]
+    # Missing frames stay 0 before scaling, which is louder than silence: as published.
+    image = np.zeros((MEL_BANDS, FRAMES))
+    image[:, : len(energies)] = energies.T
+    return ((image - _MEAN) / _DEVIATION).astype(np.float32)[None]
 
 
 def _filter_bank(samples: np.ndarray) -> np.ndarray:
     """Return the log energies of whole frames: [N] -> [frames, 128]."""
     frames = np.lib.stride_tricks.sliding_window_view(samples, _WINDOW)[::_STEP]
+    # How to read this: Kaldi's filter bank, step by step: offset, pre-emphasis, Hann window, power, mel, log.
     frames = frames - frames.mean(axis=1, keepdims=True)
     # The first sample of a frame counts as its own predecessor.
     before = np.concatenate([frames[:, :1], frames[:, :-1]], axis=1)
@@ -102,8 +105,8 @@ def _mel_weights() -> np.ndarray:
     """Return 128 triangles that are linear in mel, as weights of the frequencies: [257, 128]."""
     edges = np.linspace(_mel(_LOWEST_HZ), _mel(_HIGHEST_HZ), MEL_BANDS + 2)
     mel = _mel(np.arange(_PADDED // 2 + 1) * (RATE / _PADDED))[:, None]
-    left, centre, right = edges[:-2], edges[1:-1], edges[2:]
-    weights = np.maximum(0.0, np.minimum((mel - left) / (centre - left), (right - mel) / (right - centre)))
+    left, center, right = edges[:-2], edges[1:-1], edges[2:]
+    weights = np.maximum(0.0, np.minimum((mel - left) / (center - left), (right - mel) / (right - center)))
     # Kaldi leaves the highest frequency out.
     weights[-1] = 0.0
     return weights

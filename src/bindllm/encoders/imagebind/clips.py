@@ -1,4 +1,4 @@
-"""Where the clips of a sound or a video start: a few spread over it as published, or as many as cover all of it."""
+"""Start times of the clips of an audio or video file: a few spread over it as published, or enough to cover it."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ def clip_starts(
 ) -> list[Fraction]:
     """Return the starts of the clips of a file, in seconds, as exact fractions.
 
-    "published" spreads a fixed number of clips evenly from the start to the end; where the file is shorter than a
+    "published" spreads a fixed number of clips evenly from the start to the end; if the file is shorter than a
     clip, all of them are the same. "full" puts clips one after the other, the last one ending with the file; a
-    file that needs more than ``max_clips`` gets that many, evenly spread, and a warning says so.
+    file that needs more than ``max_clips`` gets that many, evenly spread, with a warning.
 
     Args:
-        duration: of the file, in seconds.
+        duration: length of the file, in seconds.
         published: number of clips that the published preprocessing takes.
         coverage: "published" or "full".
         max_clips: most clips under "full".
-        name: of the file, for the warning.
+        name: name of the file, for the warning.
 
     Raises:
         InputError: unknown coverage, or ``max_clips`` below 1.
@@ -50,9 +50,11 @@ def clip_starts(
         )
     if max_clips < 1:
         raise InputError(f"max_clips={max_clips}: expected at least 1")
+    # Fractions, since frame times are rational: floats would pick another frame at exact borders.
     last = max(duration - CLIP_SECONDS, Fraction(0))
     if coverage == "published":
         return _spread(last, published)
+    # Full coverage: the last clip ends with the file and may overlap the one before.
     count = max(1, ceil(duration / CLIP_SECONDS))
     if count <= max_clips:
         return [min(Fraction(number * CLIP_SECONDS), last) for number in range(count)]

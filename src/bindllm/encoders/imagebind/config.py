@@ -1,7 +1,7 @@
 """Sizes of ImageBind's six trunks, and which modality goes through which of them.
 
-The published model is "huge" (https://arxiv.org/abs/2305.05665, section 4 and appendix B). What a trunk makes of its
-input (patches, windows, positions) is fixed and stands in `bindllm.encoders.imagebind.stems`.
+The published model is "huge" (https://arxiv.org/abs/2305.05665, section 4 and appendix B). How a trunk cuts
+its input (patches, windows, positions) is fixed, see `bindllm.encoders.imagebind.stems`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 from bindllm.errors import EncoderError
 
+# Images and video share one trunk, so six trunks serve seven modalities.
 TRUNK_OF = {
     "image": "vision",
     "video": "vision",
@@ -23,13 +24,13 @@ TRUNK_OF = {
     "thermal": "thermal",
     "imu": "imu",
 }
-"""The trunk of each modality; a picture is a film of two equal frames."""
+"""The trunk of each modality; an image is a video of two equal frames."""
 
 TRUNKS = tuple(dict.fromkeys(TRUNK_OF.values()))
 
 CONFIG = "config.json"
 KIND = "imagebind"
-"""What ``config.json`` of a converted folder states under ``model``."""
+"""Value of ``model`` in the ``config.json`` of a converted folder."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,11 @@ class ImageBindConfig:
         return tuple(modality for modality, trunk in TRUNK_OF.items() if trunk in self.trunks)
 
     def sizes(self, trunk: str) -> dict[str, int]:
-        """Return what decides the embeddings of a trunk besides its weights, as JSON can hold it."""
+        """Return the settings of a trunk that affect its embeddings in addition to its weights, as plain JSON."""
         return {"embedding_size": self.embedding_size, **asdict(self.trunks[trunk])}
 
 
+# A converted folder states its own sizes; these are the ones of the published file.
 HUGE = ImageBindConfig(
     embedding_size=1024,
     trunks={
@@ -99,6 +101,7 @@ def read_config(folder: Path) -> ImageBindConfig:
     if not isinstance(entries, dict) or entries.get("model") != KIND:
         raise EncoderError(f"{file}: this is the folder of another model. {how_to_convert(folder)}")
     try:
+        # How to read this: every size is checked at this border, so that the modules need no checks.
         trunks = {name: _trunk(name, sizes) for name, sizes in entries["trunks"].items()}
         return ImageBindConfig(_count(entries["embedding_size"]), trunks)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -108,7 +111,7 @@ def read_config(folder: Path) -> ImageBindConfig:
 
 
 def how_to_convert(folder: Path) -> str:
-    """Return the sentence that says how a folder with the weights is made."""
+    """Return the sentence that describes how to make a folder with the weights."""
     return (
         f"`bindllm convert imagebind imagebind_huge.pth --output {folder}` makes it from the published weights; "
         "or set `weights` to a folder made so"
@@ -127,6 +130,7 @@ def _trunk(name: str, sizes: Mapping[str, Any]) -> TrunkConfig:
 
 
 def _count(value: Any) -> int:
+    # `type` and not isinstance: JSON's true is an int in Python.
     if type(value) is not int or value < 1:
         raise ValueError(f"{value!r} is not a whole number above 0")
     return value

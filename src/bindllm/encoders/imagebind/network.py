@@ -1,21 +1,25 @@
-"""One trunk of ImageBind: stem, transformer blocks, head; all six are made of these.
+"""One trunk of ImageBind: stem, transformer blocks and head; and loading its weights.
 
 ImageBind (https://arxiv.org/abs/2305.05665), section 3.2: a pre-norm Vision Transformer
-(https://arxiv.org/abs/2010.11929) for each modality. Letters: ``B`` views, ``T`` tokens, ``D`` width of the trunk,
-``E`` embedding width. For inference alone: there is no dropout, and nothing depends on values, only on shapes, so
-`torch.compile` takes a whole trunk.
+(https://arxiv.org/abs/2010.11929) for each modality; all six trunks are made of these modules. Letters: ``B`` views,
+``T`` tokens, ``D`` width of the trunk, ``E`` embedding width. For inference only: it has no dropout, and control flow
+depends only on shapes, so `torch.compile` compiles a whole trunk.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from bindllm.encoders.imagebind.config import TrunkConfig
+from bindllm.encoders import shape_problems
+from bindllm.encoders.imagebind.config import ImageBindConfig, TrunkConfig, how_to_convert
 from bindllm.encoders.imagebind.stems import build_stem
+from bindllm.errors import EncoderError
 
 _NORM_EPSILON = 1e-6
 _MLP_EXPANSION = 4
@@ -26,7 +30,7 @@ _WITH_BIAS_KEY = ("audio", "depth", "thermal", "imu")
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, with a learned extra key and value or a causal order where the trunk has them."""
+    """Multi-head self-attention, with a learned extra key and value, or a causal order, if the trunk has them."""
 
     def __init__(self, width: int, num_heads: int, *, bias_key: bool, causal: bool) -> None:
         super().__init__()
@@ -39,6 +43,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix tokens [B, T, D]."""
+        # [B, T, 3 D] -> three of [B, heads, T, D / heads].
         packed = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
         query, key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)
         if self.bias_key is not None:
@@ -47,13 +52,13 @@ class Attention(nn.Module):
         return self.out(mixed.transpose(1, 2).flatten(2))
 
     def _extended(self, heads: Tensor, extra: Tensor) -> Tensor:
-        """Put a vector [D] behind the positions of [B, heads, T, D / heads]; it passes through no projection."""
+        """Append a vector [D] to the positions of [B, heads, T, D / heads], without a projection."""
         last = extra.view(self.num_heads, 1, -1).expand(len(heads), -1, -1, -1)
         return torch.cat([heads, last], 2)
 
 
 class Block(nn.Module):
-    """Attention, then a feed-forward layer with exact GELU; each behind a norm and added to its input."""
+    """Attention, then a feed-forward layer with exact GELU; each after a norm and added to its input."""
 
     def __init__(self, width: int, num_heads: int, *, bias_key: bool, causal: bool) -> None:
         super().__init__()
@@ -65,7 +70,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return tokens of the same shape, [B, T, D]."""
-        # What a layer returns is fresh memory, so the sum may go there, with gradients too.
+        # A layer's output is fresh memory, so the sum may be written there, with gradients too.
         x = self.attention(self.norm_1(x)).add_(x)
         return self.down(F.gelu(self.up(self.norm_2(x)))).add_(x)
 
@@ -94,6 +99,7 @@ class Trunk(nn.Module):
 
     def __init__(self, name: str, size: TrunkConfig, embedding_size: int) -> None:
         super().__init__()
+        # Text is read at its end token, all other modalities at the class token.
         self.pools_largest_id = name == "text"
         self.stem = build_stem(name, size.width)
         self.input_norm = nn.LayerNorm(size.width, eps=_NORM_EPSILON) if name == "vision" else nn.Identity()
@@ -102,6 +108,7 @@ class Trunk(nn.Module):
             for _ in range(size.num_blocks)
         )
         self.head = Head(size.width, embedding_size)
+        # The published model learns a temperature for every modality but the anchor, vision.
         self.register_parameter("log_scale", None if name == "vision" else nn.Parameter(torch.empty(())))
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,7 +120,7 @@ class Trunk(nn.Module):
                 int64.
 
         Returns:
-            the head's vectors, [B, E], not normalised; the tokens before it, [B, T, D], class token first (text:
+            the head's vectors, [B, E], not normalized; the tokens before it, [B, T, D], class token first (text:
             the 77 word pieces). Both in the dtype of the weights.
         """
         tokens = self.input_norm(self.stem(inputs))
@@ -124,15 +131,67 @@ class Trunk(nn.Module):
     def _pooled(self, tokens: Tensor, inputs: Tensor) -> Tensor:
         if not self.pools_largest_id:
             return tokens[:, 0]
-        # The end token has the largest id; argmax takes the first one where a text names it itself.
+        # The end token has the largest id. If a text contains it, argmax takes the first one.
         ends = inputs.argmax(1)
         return tokens[torch.arange(len(tokens), device=tokens.device), ends]
 
     def widest_bytes(self, shape: Sequence[int]) -> int:
         """Return the bytes of the largest activation that one view of this shape makes."""
+        # The feed-forward layer is the widest: four times D for every token.
         inner = self.blocks[0].up
         return self.stem.count(shape) * inner.out_features * inner.weight.element_size()
 
     def scale(self) -> Tensor | float:
         """Return the factor by which the published model stretches its unit embeddings, float32."""
         return 1.0 if self.log_scale is None else self.log_scale.float().exp().clamp(max=_LARGEST_SCALE)
+
+
+def trunk_file(folder: Path, trunk: str) -> Path:
+    """Return the file with the weights of a trunk, which need not exist."""
+    return folder / f"{trunk}.safetensors"
+
+
+def require_trunk(folder: Path, trunk: str) -> Path:
+    """Return the file with the weights of a trunk.
+
+    Raises:
+        EncoderError: the file does not exist.
+    """
+    file = trunk_file(folder, trunk)
+    if not file.is_file():
+        raise EncoderError(f"{file}: no weights of ImageBind's {trunk} trunk here. {how_to_convert(folder)}")
+    return file
+
+
+# Tensors made in inference mode could never take part in training, even long after the first use.
+@torch.inference_mode(False)
+def load_trunk(
+    folder: Path, trunk: str, config: ImageBindConfig, *, dtype: torch.dtype, device: torch.device
+) -> Trunk:
+    """Build a trunk from its file, frozen.
+
+    Raises:
+        EncoderError: the file is missing, damaged, or has other tensors than the config asks for; lists them all.
+    """
+    file = require_trunk(folder, trunk)
+    # Built without memory: initial weights would be thrown away, and drawing them would disturb a seeded run.
+    with torch.device("meta"):
+        network = Trunk(trunk, config.trunks[trunk], config.embedding_size)
+    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    try:
+        with safe_open(file, framework="pt", device="cpu") as tensors:
+            found = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+            if problems := shape_problems(expected, found):
+                raise EncoderError(
+                    f"{file}: these are not the weights of ImageBind's {trunk} trunk in the size that config.json "
+                    f"states: {'; '.join(problems)}. {how_to_convert(folder)}"
+                )
+            # The scale is a logarithm of up to 100: half precision would change the published result visibly.
+            state = {
+                name: tensors.get_tensor(name).to(device, torch.float32 if name == "log_scale" else dtype)
+                for name in expected
+            }
+    except (SafetensorError, OSError) as error:
+        raise EncoderError(f"{file}: not a readable safetensors file ({error}); convert it again") from error
+    network.load_state_dict(state, assign=True)
+    return network.requires_grad_(False).eval()

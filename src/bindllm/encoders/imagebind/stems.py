@@ -26,10 +26,10 @@ _WINDOW = 8
 
 @dataclass(frozen=True)
 class Patches:
-    """How a picture is cut into patches.
+    """How an image is cut into patches.
 
     Args:
-        kernel: shape of a patch: channels, frames (where there are several), rows, columns.
+        kernel: shape of a patch: channels, frames (if there are several), rows, columns.
         stride: pixels from one patch to the next.
         grid: patches down and across that the position table is made for.
         norm: a layer norm follows.
@@ -41,6 +41,7 @@ class Patches:
     norm: bool
 
 
+# Audio patches overlap (stride 10 of 16); all others tile the image.
 PATCHES = {
     "vision": Patches(kernel=(3, 2, 14, 14), stride=14, grid=(16, 16), norm=False),
     "audio": Patches(kernel=(1, 16, 16), stride=10, grid=(12, 19), norm=True),
@@ -49,8 +50,8 @@ PATCHES = {
 }
 
 
-class PictureStem(nn.Module):
-    """Patches of a picture, a film of one or two frames or a spectrogram, each a token; the class token first."""
+class ImageStem(nn.Module):
+    """Patches of an image, a video of one or two frames or a spectrogram, each a token; the class token first."""
 
     def __init__(self, patches: Patches, width: int) -> None:
         super().__init__()
@@ -61,26 +62,27 @@ class PictureStem(nn.Module):
         self.class_token = nn.Parameter(torch.empty(width))
         self.positions = nn.Parameter(torch.empty(1 + rows * columns, width))
 
-    def forward(self, picture: Tensor) -> Tensor:
+    def forward(self, image: Tensor) -> Tensor:
         """Return tokens [B, 1 + rows * columns, D].
 
         Args:
-            picture: [B, C, H, W], or a film [B, C, frames, H, W] of one or two frames; a still picture counts as
+            image: [B, C, H, W], or a video [B, C, frames, H, W] of one or two frames; a still image counts as
                 two equal frames.
         """
-        tokens, grid = self.cut(picture)
+        tokens, grid = self.cut(image)
         return torch.cat([self.class_token.expand(len(tokens), 1, -1), tokens], 1) + self._positions(grid)
 
-    def cut(self, picture: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    def cut(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Return the patches as tokens [B, rows * columns, D], row by row, and the rows and columns."""
         weight = self.weight
-        if picture.dim() == 5 and picture.shape[2] == 1:
-            picture = picture[:, :, 0]
-        if picture.dim() == 4 and weight.dim() == 5:
-            # A frame seen twice is the same sum as the frame seen once with both kernels added.
+        if image.dim() == 5 and image.shape[2] == 1:
+            image = image[:, :, 0]
+        if image.dim() == 4 and weight.dim() == 5:
+            # Two equal frames: convolving both is the same as convolving one with the sum of the two kernels.
             weight = weight.sum(2)
         size, stride = weight.shape[-1], self.patches.stride
-        windows = picture.unfold(-2, size, stride).unfold(-2, size, stride)
+        # A convolution with stride, written as a matrix product: patches are rows, kernels are columns.
+        windows = image.unfold(-2, size, stride).unfold(-2, size, stride)
         rows, columns = windows.shape[-4:-2]
         # [B, C, (frames,) rows, columns, height, width of a patch] with the grid in front, as rows of a product.
         flat = windows.movedim((-4, -3), (1, 2)).flatten(3).flatten(1, 2)
@@ -93,7 +95,7 @@ class PictureStem(nn.Module):
         return 1 + rows * columns
 
     def _positions(self, grid: tuple[int, int]) -> Tensor:
-        """Return the position table, resized where the picture has another grid than the table."""
+        """Return the position table, resized if the image has another grid than the table."""
         if grid == self.patches.grid:
             return self.positions
         own, table = self.positions[:1], self.positions[1:]
@@ -116,6 +118,7 @@ class SignalStem(nn.Module):
 
     def forward(self, signal: Tensor) -> Tensor:
         """Return tokens [B, 251, D] of a signal [B, 6, 2000]."""
+        # Windows do not overlap: 250 windows of 8 steps, all channels of a window in one row.
         windows = signal.unfold(2, _WINDOW, _WINDOW).transpose(1, 2).flatten(2)
         tokens = self.norm(F.linear(windows, self.weight))
         return torch.cat([self.class_token.expand(len(tokens), 1, -1), tokens], 1) + self.positions
@@ -126,7 +129,7 @@ class SignalStem(nn.Module):
 
 
 class TextStem(nn.Module):
-    """Word pieces looked up in a table, with positions; there is no class token."""
+    """Word pieces looked up in a table, with positions and without a class token."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -148,4 +151,4 @@ def build_stem(trunk: str, width: int) -> nn.Module:
         return TextStem(width)
     if trunk == "imu":
         return SignalStem(width)
-    return PictureStem(PATCHES[trunk], width)
+    return ImageStem(PATCHES[trunk], width)

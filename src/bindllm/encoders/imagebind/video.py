@@ -34,7 +34,7 @@ def video_input(source: Source, *, coverage: str, max_clips: int) -> Tensor:
     """Return the clips of a video, each its first and last frame in three crops along the longer side.
 
     A clip in which no frame starts (fewer than one frame in two seconds) shows the last one before it; a video of
-    one frame shows that frame in both places.
+    one frame shows that frame twice.
 
     Args:
         source: path, bytes or array, as `read_frames` takes them.
@@ -42,7 +42,7 @@ def video_input(source: Source, *, coverage: str, max_clips: int) -> Tensor:
         max_clips: most clips under "full".
 
     Returns:
-        [S * 3, 3, 2, 224, 224] float32, normalised RGB: S clips, the three crops of a clip next to each other.
+        [S * 3, 3, 2, 224, 224] float32, normalized RGB: S clips, the three crops of a clip next to each other.
 
     Raises:
         MediaError: the video cannot be read, or its frames are longer than `MAX_ASPECT` times their short side.
@@ -56,6 +56,8 @@ def video_input(source: Source, *, coverage: str, max_clips: int) -> Tensor:
     name = name_of(source)
     clips: list[tuple[int, int]] = []
 
+    # How to read this: `pick` runs after the first pass over the file, which counts frames without decoding. It fills
+    # `clips`; the loop below then decodes only those frames, in order.
     def pick(count: int, rate: Fraction) -> Sequence[int]:
         starts = clip_starts(
             count / rate, published=_PUBLISHED_CLIPS, coverage=coverage, max_clips=max_clips, name=name
@@ -69,15 +71,17 @@ def video_input(source: Source, *, coverage: str, max_clips: int) -> Tensor:
             views = torch.empty(len(clips), CROPS, 3, 2, SIDE, SIDE)
         crops = _crops(frame, name)
         for clip, frames in enumerate(clips):
-            for place, shown in enumerate(frames):
+            # A frame may belong to several clips, or be both the first and the last of one.
+            for position, shown in enumerate(frames):
                 if shown == number:
-                    views[clip, :, :, place] = crops
+                    views[clip, :, :, position] = crops
     assert views is not None, "at least one frame is picked"
     return views.flatten(0, 1)
 
 
 def _first_and_last(start: Fraction, count: int, rate: Fraction) -> tuple[int, int]:
-    """Return the frames that a clip shows: the first and the last of those that start within it."""
+    """Return the first and the last frame that start within a clip."""
+    # ceil: the first frame that starts at or after the clip does.
     first = min(ceil(rate * start), count - 1)
     stop = min(ceil(rate * (start + CLIP_SECONDS)), count)
     return first, max(first, stop - 1)
@@ -92,6 +96,7 @@ def _crops(frame: np.ndarray, name: str) -> Tensor:
             f"{name}: frames of {width} x {height} pixels are longer than {MAX_ASPECT} times their short side; "
             "crop the video first"
         )
+    # The short side becomes 224; the crops slide along the long side.
     along = SIDE * long // short
     size = (SIDE, along) if width >= height else (along, SIDE)
     pixels = torch.from_numpy(np.ascontiguousarray(frame.transpose(2, 0, 1))).float() / 255
@@ -99,6 +104,7 @@ def _crops(frame: np.ndarray, name: str) -> Tensor:
         pixels = F.interpolate(pixels[None], size=size, mode="bilinear", align_corners=False)[0]
     offsets = (0, ceil((along - SIDE) / 2), along - SIDE)
     axis = 2 if width >= height else 1
+    # Crops are views until they are stacked.
     squares = torch.stack([pixels.narrow(axis, offset, SIDE) for offset in offsets])
     mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (_MEAN, _DEVIATION))
     return (squares - mean) / deviation

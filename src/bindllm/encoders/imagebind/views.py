@@ -1,7 +1,7 @@
 """From prepared media to embeddings: checked, cut into views, run in chunks, and averaged again.
 
-A view is what a trunk takes at once: a picture, two frames of a crop of a film, two seconds of sound. One media may
-have several, and each media of a batch another number of them.
+A view is one input of a trunk: an image, two frames of a crop of a video, two seconds of audio. A media may have
+several views, and the media of a batch may differ in their number.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from bindllm.errors import InputError
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 
-# The shape of a view; None: any size. Pictures are square, except for the spectrogram.
+# The shape of a view; None: any size. Images are square, except for the spectrogram.
 _SHAPES: dict[str, tuple[int | None, ...]] = {
     "image": (3, None, None),
     "video": (3, None, None, None),
@@ -36,8 +36,8 @@ _NAMES: dict[str, str] = {
     "thermal": "[1, H, H]",
 }
 
-# Bytes of the widest activation of a chunk. On a CPU larger ones are mapped and cleared by the system anew in every
-# layer, which costs more than reading the weights once more; on an accelerator this bounds the memory of long films.
+# Bytes of the widest activation of a chunk. On a CPU larger ones are mapped and cleared by the system again in every
+# layer, which costs more than reading the weights once more; on an accelerator this bounds the memory of long videos.
 _CPU_BYTES = 24 << 20
 _ACCELERATOR_BYTES = 512 << 20
 
@@ -55,6 +55,7 @@ def cut_views(modality: str, inputs: Sequence[Tensor]) -> tuple[list[Tensor], li
     views: list[Tensor] = []
     counts = []
     for number, tensor in enumerate(inputs):
+        # One more dimension than a view has: several views of one media.
         several = tensor.dim() == len(_SHAPES[modality]) + 1
         shape = tensor.shape[1:] if several else tensor.shape
         if not (_fits(modality, shape) and len(tensor)):
@@ -84,6 +85,7 @@ def _fits(modality: str, shape: Sequence[int]) -> bool:
     if modality not in ("image", "video", "depth", "thermal"):
         return True
     patch = PATCHES["vision" if modality in ("image", "video") else modality].kernel[-1]
+    # Square, and at least one patch wide.
     return shape[-2] == shape[-1] >= patch
 
 
@@ -98,6 +100,7 @@ def run_views(
     """
     weight = trunk.head.project.weight
     limit = _CPU_BYTES if weight.device.type == "cpu" else _ACCELERATOR_BYTES
+    # Views of a batch have one shape, so the first one decides for all.
     size = max(1, limit // trunk.widest_bytes(views[0].shape))
     embeddings, tokens = [], []
     for start in range(0, len(views), size):
@@ -115,7 +118,7 @@ def average_views(embeddings: Tensor, counts: Sequence[int]) -> Tensor:
 
 
 def _as_input(modality: str, chunk: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return what the trunk takes: 8-bit pictures normalised, everything but ids in the dtype of the weights."""
+    """Return the input of the trunk: 8-bit images normalized, everything but ids in the dtype of the weights."""
     if modality == "text":
         return chunk.long()
     if modality in ("image", "video") and chunk.dtype == torch.uint8:

@@ -1,6 +1,6 @@
 """Point-Bind: point clouds in ImageBind's joint space (https://arxiv.org/abs/2309.00615), in plain torch.
 
-Both published encoders, Point-BERT and I2P-MAE, without compiled operators and free of chance: the published code
+Both published encoders, Point-BERT and I2P-MAE, without compiled operators, and deterministic: the published code
 starts its sampling at a random point, and one of the two variants gives other embeddings at every call.
 """
 
@@ -26,7 +26,7 @@ from bindllm.media import Media
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
-# Raise the number when other numbers come out for the same cloud: stored embeddings are then made anew.
+# Raise the number when other numbers come out for the same cloud: stored embeddings are then computed again.
 _REVISION = "pointbind 1"
 
 # Clouds that pass through the network at once: on a CPU more gain nothing, elsewhere activations must stay bounded.
@@ -34,7 +34,7 @@ _CPU_BATCH, _BATCH = 2, 16
 
 
 class Embedded(NamedTuple):
-    """Embeddings with what they were made from.
+    """Embeddings with the tokens that they were computed from.
 
     Attributes:
         embeddings: [B, E], float32, unit norm.
@@ -49,7 +49,7 @@ class Embedded(NamedTuple):
 class PointBind:
     """Point-Bind's encoder of point clouds, E = 1024, in the same space as `ImageBind`.
 
-    The folder says which variant it holds: "i2p-mae" (78.0 % zero-shot on ModelNet40 as published) or "point-bert"
+    The folder's config names its variant: "i2p-mae" (78.0 % zero-shot on ModelNet40 as published) or "point-bert"
     (76.3 %). The published scale of point embeddings is 1, so these are also the published outputs.
 
     Args:
@@ -110,14 +110,14 @@ class PointBind:
         return self
 
     def prepare(self, media: Media) -> Tensor:
-        """Return a cloud as [points, 3], float32, centred, its largest norm 1; see `fit_cloud`.
+        """Return a cloud as [points, 3], float32, centered, its largest norm 1; see `fit_cloud`.
 
         Clouds of one point, or of coincident points, lie at the origin: all of them get the same embedding.
 
         Raises:
             MediaError: the cloud cannot be read.
         """
-        # Reading files needs what embedding does not.
+        # Imported here: reading files needs packages that embedding does not.
         from bindllm.media.points import open_points
 
         return fit_cloud(open_points(media.source), self._points)
@@ -141,7 +141,7 @@ class PointBind:
                 self._network = network.to(self._device)
         return self._network
 
-    # The last annotation is the one that a recipe's reader compares with `Encoder`; these two tell the whole.
+    # jsonargparse compares the last annotation with `Encoder`; the two overloads describe both results.
     @overload
     def embed(self, modality: str, inputs: Sequence[Tensor], *, tokens: Literal[False] = False) -> Tensor: ...
 
@@ -155,7 +155,7 @@ class PointBind:
         Args:
             modality: "point".
             inputs: prepared clouds, each [points, 3].
-            tokens: return the group tokens beside the embeddings, see `Embedded`.
+            tokens: also return the group tokens, see `Embedded`.
 
         Raises:
             InputError: a modality other than point, or a cloud of another shape.
@@ -172,7 +172,7 @@ class PointBind:
         network = self.network
         size = _CPU_BATCH if self._device.type == "cpu" else _BATCH
         parts = []
-        # Under a trainer's autocast the embeddings would be others than those that the fingerprint stands for.
+        # A trainer's autocast would change the embeddings, and the fingerprint would not show it.
         with torch.autocast(self._device.type, enabled=False):
             for start in range(0, len(inputs), size):
                 points = torch.stack(list(inputs[start : start + size])).to(self._device, torch.float32)

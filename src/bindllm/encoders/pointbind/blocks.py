@@ -1,4 +1,4 @@
-"""What the two encoders share: the network over a group, the transformer block, the head."""
+"""Modules of both encoders: the network over a group, the transformer block, the head."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class GroupNetwork(nn.Module):
         """Return [B, G, D] for points [B, G, K, C]."""
         each = self.second(F.relu(self.first(points)))
         both = each.amax(dim=2)
-        # The third layer sees the group's maximum beside every point. Its half of the product is the same for all
+        # The third layer takes the group's maximum next to every point. That half of the product is the same for all
         # points of a group, so it is computed once.
         of_group, of_point = self.third.weight.split(each.shape[-1], dim=1)
         shared = F.linear(both, of_group, self.third.bias).unsqueeze(2)
@@ -61,8 +61,9 @@ class Block(nn.Module):
         self.narrow = nn.Linear(_EXPANSION * width, width)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return [B, T, D]; ``mask`` [B, T, T] is true where a token attends, None where all do."""
+        """Return [B, T, D]; ``mask`` [B, T, T] is true if a token attends to another; None: all do."""
         qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1))
+        # [B, T, 3, heads, head size] -> three of [B, heads, T, head size].
         queries, keys, values = qkv.permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(
             queries, keys, values, attn_mask=None if mask is None else mask.unsqueeze(1)
@@ -72,7 +73,7 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """From an encoder's feature to the joint space: [B, feature] -> [B, 1024], not normalised.
+    """From an encoder's feature to the joint space: [B, feature] -> [B, 1024], not normalized.
 
     Both steps are Point-Bind's own: a projection to the width that it trains in, and the head of the point modality.
     """
@@ -89,7 +90,7 @@ class Head(nn.Module):
 
 
 def position_network(inner: int, width: int) -> nn.Sequential:
-    """Return what makes the position of a group from its centre: [..., 3] -> [..., D]."""
+    """Return the network from the center of a group to its position vector: [..., 3] -> [..., D]."""
     return nn.Sequential(nn.Linear(3, inner), nn.GELU(), nn.Linear(inner, width))
 
 
@@ -101,6 +102,7 @@ def fold_norms(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     Args:
         tensors: by name; those of a norm without all its parts, or without its layer, are left.
     """
+    # y = gain * (W x + b - mean) / sqrt(var + eps) + shift is again a linear layer.
     folded = dict(tensors)
     for name in [
         name.removesuffix("_norm.running_var") for name in tensors if name.endswith("_norm.running_var")

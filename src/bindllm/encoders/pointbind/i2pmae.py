@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from bindllm.encoders.pointbind.blocks import Block, GroupNetwork, Head, position_network
-from bindllm.encoders.pointbind.grouping import Level, gather, make_level, within
+from bindllm.encoders.pointbind.cloud import Level, gather, make_level, within
 
 # The sampling operator that the weights were trained with passes over points this near to the origin (squared).
 DEAD_ZONE = 1e-3
@@ -23,16 +23,16 @@ class I2PMAESizes:
 
     Args:
         groups: G, number of groups of each level.
-        neighbours: K, how many points (then: groups of the level below) make a group.
+        neighbors: K, how many points (then: groups of the level below) make a group.
         channels: widths of the networks over a group; the last of each is the width D of its transformer.
         depth: blocks of each transformer.
         heads: heads of a block.
-        radius: a token attends to those whose centres are nearer than this, in units of the cloud's radius.
+        radius: a token attends to tokens with a center nearer than this, in units of the cloud's radius.
         projection: width between feature and head.
     """
 
     groups: tuple[int, ...] = (512, 256, 64)
-    neighbours: tuple[int, ...] = (48, 24, 24)
+    neighbors: tuple[int, ...] = (48, 24, 24)
     channels: tuple[tuple[int, ...], ...] = ((128, 256, 512, 96), (96, 96, 192, 192), (192, 192, 384, 384))
     depth: tuple[int, ...] = (5, 5, 5)
     heads: tuple[int, ...] = (6, 6, 6)
@@ -40,16 +40,16 @@ class I2PMAESizes:
     projection: int = 512
 
     def __post_init__(self) -> None:
-        levels = [self.groups, self.neighbours, self.channels, self.depth, self.heads, self.radius]
+        levels = [self.groups, self.neighbors, self.channels, self.depth, self.heads, self.radius]
         if len({len(numbers) for numbers in levels}) > 1 or not self.groups:
             raise ValueError("every level needs all of its sizes")
-        if any(count < wanted for count, wanted in zip(self.groups, self.neighbours[1:], strict=False)):
+        if any(count < wanted for count, wanted in zip(self.groups, self.neighbors[1:], strict=False)):
             raise ValueError("a level has fewer groups than the next one gathers into one")
 
     @property
     def least_points(self) -> int:
         """How many points a cloud needs."""
-        return max(self.groups[0], self.neighbours[0])
+        return max(self.groups[0], self.neighbors[0])
 
 
 class I2PMAE(nn.Module):
@@ -69,11 +69,12 @@ class I2PMAE(nn.Module):
         self.head = Head(inputs[-1], sizes.projection)
 
     def group(self, points: Tensor) -> list[Level]:
-        """Group points [B, N, 3]; the centres of a level are picked among those of the level below."""
+        """Group points [B, N, 3]; the centers of a level are picked among those of the level below."""
+        # Each level groups the centers of the one below it.
         levels: list[Level] = []
-        for count, neighbours in zip(self.sizes.groups, self.sizes.neighbours, strict=True):
-            levels.append(make_level(points, count, neighbours, dead_zone=DEAD_ZONE))
-            points = levels[-1].centres
+        for count, neighbors in zip(self.sizes.groups, self.sizes.neighbors, strict=True):
+            levels.append(make_level(points, count, neighbors, dead_zone=DEAD_ZONE))
+            points = levels[-1].centers
         return levels
 
     def forward(self, points: Tensor, levels: list[Level]) -> tuple[Tensor, Tensor]:
@@ -81,17 +82,18 @@ class I2PMAE(nn.Module):
 
         Args:
             points: [B, N, 3], float32.
-            levels: what `group` made of them.
+            levels: the result of `group`.
 
         Returns:
             feature [B, D] and group tokens [B, G, D] of the last level.
         """
         first = levels[0]
-        around = gather(points, first.neighbours) - first.centres.unsqueeze(2)
-        x = self.scales[0](around.to(self.norm.weight.dtype), first.centres)
+        around = gather(points, first.neighbors) - first.centers.unsqueeze(2)
+        x = self.scales[0](around.to(self.norm.weight.dtype), first.centers)
         for scale, level in zip(self.scales[1:], levels[1:], strict=True):
-            x = scale(gather(x, level.neighbours), level.centres)
+            x = scale(gather(x, level.neighbors), level.centers)
         x = self.norm(x)
+        # Mean and maximum over the last groups, as in Point-M2AE's classifier.
         return x.mean(dim=1) + x.amax(dim=1), x
 
 
@@ -106,14 +108,14 @@ class Scale(nn.Module):
         self.position = position_network(width, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
 
-    def forward(self, members: Tensor, centres: Tensor) -> Tensor:
-        """Return tokens [B, G, D] for the members [B, G, K, C] of groups around centres [B, G, 3]."""
+    def forward(self, members: Tensor, centers: Tensor) -> Tensor:
+        """Return tokens [B, G, D] for the members [B, G, K, C] of groups around centers [B, G, 3]."""
         x = self.groups(members)
-        position = self.position(centres.to(members.dtype))
+        position = self.position(centers.to(members.dtype))
         # The published code adds -100000 to the other scores. The softmax turns those into exact zeros, as it does
         # here: a token always sees itself, and no two scores of a token lie that far apart.
-        near = within(centres, self.radius)
+        near = within(centers, self.radius)
         for block in self.blocks:
-            # Added anew before every block, so it adds up in the stream: so the weights were trained.
+            # Added again before every block, so it accumulates in the stream: the weights were trained this way.
             x = block(x + position, near)
         return x

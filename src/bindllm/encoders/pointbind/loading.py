@@ -1,4 +1,4 @@
-"""From a converted folder to a network: which variant, of which sizes, with every tensor accounted for."""
+"""Loading a converted folder: variant and sizes from its config, and every tensor of its weights checked."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
 
+from bindllm.encoders import shape_problems
 from bindllm.encoders.pointbind.blocks import fold_norms
 from bindllm.encoders.pointbind.i2pmae import I2PMAE, I2PMAESizes
 from bindllm.encoders.pointbind.pointbert import PointBert, PointBertSizes
@@ -26,7 +26,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Return the content of ``config.json``: ``variant``, and ``sizes`` where they are not the published ones.
 
     Raises:
-        EncoderError: there is no converted folder here, or the file says nothing that can be built.
+        EncoderError: the converted folder does not exist, or its config does not describe a network.
     """
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
@@ -41,6 +41,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise EncoderError(
             f"{folder / CONFIG} cannot be read as JSON ({error}); convert the weights again"
         ) from error
+    # A config is untrusted: every entry is checked before a class is built from it.
     variant = config.get("variant") if isinstance(config, dict) else None
     if not isinstance(variant, str) or variant not in _VARIANTS:
         raise EncoderError(
@@ -89,8 +90,12 @@ def load_network(folder: Path, dtype: torch.dtype) -> PointBert | I2PMAE:
             raise EncoderError(
                 f"{folder / WEIGHTS}: not a readable safetensors file ({error}); convert it again"
             ) from error
+        # The file holds the norms separately; the network has them folded in.
         tensors = fold_norms(tensors)
-        if problems := _compare(network.state_dict(), tensors):
+        shapes = (
+            {name: value.shape for name, value in part.items()} for part in (network.state_dict(), tensors)
+        )
+        if problems := shape_problems(*shapes):
             raise EncoderError(
                 f"{folder / WEIGHTS}: these are not the weights of Point-Bind's {config['variant']} variant: "
                 f"{'; '.join(problems)}"
@@ -101,15 +106,3 @@ def load_network(folder: Path, dtype: torch.dtype) -> PointBert | I2PMAE:
 
 def _as_tuples(value: Any) -> Any:
     return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
-
-
-def _compare(expected: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]:
-    """Return what is missing, unexpected or of another shape."""
-    missing = [f"missing {name}" for name in expected if name not in found]
-    unexpected = [f"unexpected {name}" for name in found if name not in expected]
-    misshaped = [
-        f"{name} has shape {list(found[name].shape)}, not {list(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in found and found[name].shape != tensor.shape
-    ]
-    return missing + unexpected + misshaped

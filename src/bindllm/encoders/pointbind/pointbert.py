@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bindllm.encoders.pointbind.blocks import Block, GroupNetwork, Head, position_network
-from bindllm.encoders.pointbind.grouping import Level, gather, make_level
+from bindllm.encoders.pointbind.cloud import Level, gather, make_level
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class PointBertSizes:
 
     Args:
         groups: G, number of groups.
-        neighbours: K, points of a group.
+        neighbors: K, points of a group.
         channels: widths of the network over a group; the last is reduced to ``width``.
         position: inner width of the position network.
         width: D of the transformer.
@@ -27,7 +27,7 @@ class PointBertSizes:
     """
 
     groups: int = 512
-    neighbours: int = 32
+    neighbors: int = 32
     channels: tuple[int, ...] = (128, 256, 512, 256)
     position: int = 128
     width: int = 384
@@ -38,11 +38,11 @@ class PointBertSizes:
     @property
     def least_points(self) -> int:
         """How many points a cloud needs."""
-        return max(self.groups, self.neighbours)
+        return max(self.groups, self.neighbors)
 
 
 class PointBert(nn.Module):
-    """Groups -> tokens -> transformer with a class token -> class token beside the maximum of the others."""
+    """Groups -> tokens -> transformer with a class token -> class token joined with the maximum of the others."""
 
     def __init__(self, sizes: PointBertSizes) -> None:
         super().__init__()
@@ -58,26 +58,28 @@ class PointBert(nn.Module):
 
     def group(self, points: Tensor) -> list[Level]:
         """Group points [B, N, 3]; sampling starts at point 0 (the published code starts anywhere)."""
-        return [make_level(points, self.sizes.groups, self.sizes.neighbours)]
+        return [make_level(points, self.sizes.groups, self.sizes.neighbors)]
 
     def forward(self, points: Tensor, levels: list[Level]) -> tuple[Tensor, Tensor]:
         """Encode grouped clouds.
 
         Args:
             points: [B, N, 3], float32.
-            levels: what `group` made of them.
+            levels: the result of `group`.
 
         Returns:
             feature [B, 2 * D] and group tokens [B, G, D].
         """
-        centres, _, neighbours = levels[0]
+        centers, _, neighbors = levels[0]
         dtype = self.class_token.dtype
-        around = (gather(points, neighbours) - centres.unsqueeze(2)).to(dtype)
+        # Coordinates relative to the center: a group describes its shape, the position network its place.
+        around = (gather(points, neighbors) - centers.unsqueeze(2)).to(dtype)
         x = self.prepend(self.class_token, self.reduce(self.groups(around)))
-        position = self.prepend(self.class_position, self.position(centres.to(dtype)))
+        position = self.prepend(self.class_position, self.position(centers.to(dtype)))
         for block in self.blocks:
-            # Added anew before every block, so it adds up in the stream: so the weights were trained.
+            # Added again before every block, so it accumulates in the stream: the weights were trained this way.
             x = block(x + position)
+        # Both summaries together: class token and maximum, as in the paper's classifier.
         x = self.norm(x)
         return torch.cat([x[:, 0], x[:, 1:].amax(dim=1)], dim=-1), x[:, 1:]
 

@@ -95,4 +95,5 @@ def read_layout(name: str, folder: str | Path, choice: Choice | None = None) -> 
             raise InputError(f"the layout {name} takes no {field.name}; it takes {', '.join(layout.uses)}")
     if not folder.exists():
         raise InputError(f"{folder} does not exist; give the folder of the data set")
+    # A folder without usable media is an error, not a result of 0.
     return layout.read(folder, choice).require(folder)

@@ -52,6 +52,7 @@ def read_imagenet(folder: Path, choice: Choice) -> Dataset:
     images = _split_folder(folder, (split, f"{_KAGGLE}/{split}"))
     classes = Classes(read_classes(table), table)
     dataset = Dataset("classify", "image", classes=classes.names)
+    # Either a folder for each class, or one folder and a table of labels.
     if below := list_folders(images):
         for one in below:
             label = classes.index(one.name, row=str(one))
@@ -85,6 +86,7 @@ def read_modelnet(folder: Path, choice: Choice) -> Dataset:
         return _read_resampled(folder, choice, kinds[0], split)
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; give the folder of the data set")
+    # Only folders with a split inside are classes.
     shapes = [
         below for below in list_folders(folder) if any((below / name).is_dir() for name in MODELNET_SPLITS)
     ]
@@ -115,6 +117,7 @@ def _read_resampled(folder: Path, choice: Choice, kind: str, split: str) -> Data
         key = shape.rpartition("_")[0]
         label = classes.index(key, row=row)
         file = folder / key / f"{shape}.txt"
+        # A file that does not exist is counted as missing.
         dataset.add(str(file) if file.is_file() else None, f"{key}/{shape}.txt", labels=(label,))
     return dataset
 
@@ -190,6 +193,7 @@ def read_esc50(folder: Path, choice: Choice) -> Dataset:
     # The classes are those of all folds, so that every fold has the same candidates.
     categories: dict[int, str] = {}
     for row, _, _, target, category in clips:
+        # One number with two names means a damaged table.
         if categories.setdefault(target, category) != category:
             raise InputError(
                 f"{table.parent}/{row}: the target {target} is called {category!r} here, {categories[target]!r} above"
@@ -203,6 +207,7 @@ def read_esc50(folder: Path, choice: Choice) -> Dataset:
             raise InputError(f"{table} has no fold {fold}. {known}")
     files = Files(folder, "audio")
     for row, name, fold, _, category in clips:
+        # Without a choice, all folds.
         if not choice.folds or fold in choice.folds:
             label = classes.index(category, row=f"{table.parent}/{row}")
             dataset.add(files.find(name, "audio"), name, labels=(label,))
@@ -230,6 +235,7 @@ def read_audioset(folder: Path, choice: Choice) -> Dataset:
     dataset.classes = classes.names
     files = Files(folder, "audio")
     for row, video, start, end, keys in _read_segments(segments, dataset):
+        # A clip may repeat a label.
         labels = tuple(sorted({classes.index(key, row=row) for key in keys}))
         if labels:
             file = files.find_stem(clip_stems(video, start, end))

@@ -98,6 +98,7 @@ class Dataset:
             name: its name in the data set, for the report.
             labels: indices of its classes.
         """
+        # Missing media are listed too, because the report gives their share.
         self.num_listed += 1
         if file is None:
             self.skipped.add(NO_FILE, name)
@@ -128,6 +129,7 @@ class Dataset:
             # By file name, so that the choice does not depend on the folder; bytes, as names may not be UTF-8.
             names = [Path(item.media.name).name.encode("utf-8", "surrogateescape") for item in self.items]
             order = sorted(range(len(names)), key=lambda n: (hashlib.sha256(names[n]).digest(), n))
+            # Back in the order of the data set.
             self.items = [self.items[n] for n in sorted(order[:count])]
             self.num_listed = count
         return self
@@ -154,6 +156,7 @@ class Captions:
             caption: a text; anything else is skipped and counted.
             row: its position in the table, for messages.
         """
+        # Even without a caption, so that the media are listed.
         captions = self._captions.setdefault(name, [])
         if not isinstance(caption, str) or not caption.strip():
             self._dataset.skipped.add("no caption", row)
@@ -163,6 +166,7 @@ class Captions:
     def set_file(self, name: str, file: str | None) -> None:
         """Set the path of the media; None: the file does not exist."""
         self._captions.setdefault(name, [])
+        # A later row may have found the file that an earlier one lacks.
         self._files[name] = file or self._files.get(name)
 
     def finish(self) -> None:

@@ -16,6 +16,7 @@ from bindllm.media import SUFFIXES
 
 def suffixes_of(modality: str) -> frozenset[str]:
     """Return the suffixes of a modality's files; empty if they may have any suffix."""
+    # Clips of AudioSet and AudioCaps are often kept as videos.
     extra = SUFFIXES["video"] if modality == "audio" else frozenset()
     return SUFFIXES.get(modality, frozenset()) | extra
 
@@ -43,6 +44,7 @@ class Files:
             name: file name with suffix.
             folders: subfolders to search first.
         """
+        # Before the index is made, because walking through a large archive takes long.
         for folder in folders:
             if os.path.isfile(file := os.path.join(self._folder, folder, name)):
                 return file
@@ -68,6 +70,7 @@ class Files:
 def walk(folder: str | Path) -> Iterator[str]:
     """Yield the paths of all files below a folder except hidden ones."""
     for parent, folders, names in os.walk(folder):
+        # In place, so that os.walk does not enter hidden folders.
         folders[:] = [name for name in folders if not name.startswith(".")]
         yield from (os.path.join(parent, name) for name in names if not name.startswith("."))
 
@@ -176,11 +179,13 @@ def clip_stems(video: str, start: float, end: float | None = None) -> Iterator[s
         >>> list(clip_stems("r1nicOVtvkQ", 130))
         ['r1nicOVtvkQ_130', 'r1nicOVtvkQ_130000', 'r1nicOVtvkQ_130.000', 'r1nicOVtvkQ', 'Yr1nicOVtvkQ']
     """
+    # Three common spellings: seconds, milliseconds, and seconds with three decimals.
     starts = (f"{start:g}", f"{round(start * 1000)}", f"{start:.3f}")
     if end is not None:
         ends = (f"{end:g}", f"{round(end * 1000)}", f"{end:.3f}")
         yield from (f"{video}_{first}_{last}" for first, last in zip(starts, ends, strict=True))
     yield from (f"{video}_{first}" for first in starts)
+    # Some archives put a Y before the id, which may itself start with a dash.
     yield from (video, f"Y{video}")
 
 
@@ -196,6 +201,7 @@ def read_seconds(text: str) -> float:
     return seconds
 
 
+# A WordNet id.
 _WNID = re.compile(r"n\d{8}")
 
 
@@ -227,6 +233,7 @@ def read_classes(path: Path) -> dict[str, tuple[str, ...]]:
         raise InputError(f"{path}: not a table of class names. {did_you_mean(path.suffix.lower(), READERS)}")
     classes: dict[str, tuple[str, ...]] = {}
     for row, key, names in reader(path):
+        # A class without a name has no prompt.
         if not key or not names or not all(names):
             raise InputError(f"{row}: expected the key of a class and at least one name")
         if key in classes:
@@ -269,6 +276,7 @@ def _read_json(path: Path) -> list[tuple[str, str, list[str]]]:
         raise InputError(f"{path}: expected an object of class names, not {type(content).__name__}")
     rows = []
     for key, names in content.items():
+        # A single name is a list of one.
         names = [names] if isinstance(names, str) else names
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise InputError(f"{path}: the class {key!r} must have a name or a list of names, not {names!r}")

@@ -23,6 +23,7 @@ from bindllm.evaluation.layouts.files import (
 from bindllm.media import Media
 
 KARPATHY_SPLITS = ("train", "val", "test", "restval")
+# Folders of the images in the usual archives.
 _FLICKR_FOLDERS = ("flickr30k-images", "flickr30k_images", "flickr30k_images/flickr30k_images", "images", "")
 
 ALL = "all"
@@ -50,6 +51,7 @@ def read_audiocaps(folder: Path, choice: Choice) -> Dataset:
         except ValueError:
             dataset.skipped.add("start_time is not a number", row)
             continue
+        # One name for all rows of a clip, so that their captions are joined.
         name = f"{video} from {seconds:g} s"
         captions.add(name, caption, row)
         # A row number of AudioCaps is more specific than the names of AudioSet's clips.
@@ -93,6 +95,7 @@ def read_coco(folder: Path, choice: Choice) -> Dataset:
     images, annotations = read_entries(table, "images", "annotations")
     dataset = Dataset("retrieve", "image")
     files, captions = Files(folder, "image"), Captions(dataset, choice.captions)
+    # The file name of each image by the id that its captions refer to.
     names: dict[Any, str] = {}
     for number, image in enumerate(images):
         row = f"{table} images[{number}]"
@@ -116,6 +119,7 @@ def read_coco(folder: Path, choice: Choice) -> Dataset:
 def read_flickr30k(folder: Path, choice: Choice) -> Dataset:
     """Read Karpathy's ``dataset_flickr30k.json``; or ``results.csv`` or ``results_20130124.token``, without splits."""
     tables = ("dataset_flickr30k.json", "results.csv", "results_20130124.token")
+    # Only the first table has splits, so a split needs that one.
     table = require_file(
         folder,
         tables if choice.split in (None, "all") else tables[:1],
@@ -144,6 +148,7 @@ def _read_karpathy(
     (images,) = read_entries(table, "images")
     dataset = Dataset("retrieve", "image")
     files, captions = Files(folder, "image"), Captions(dataset, choice.captions)
+    # The splits that occur, for the error message.
     seen: set[str] = set()
     for number, image in enumerate(images):
         row = f"{table} images[{number}]"
@@ -212,6 +217,7 @@ def read_pairs(folder: Path, choice: Choice) -> Dataset:
     source = choice.source or Column(choice.modality or "image", choice.modality or "image")
     target = choice.target or Column("text", "caption")
     dataset = Dataset("retrieve", source.modality)
+    # Media with captions are read as in training, and all other pairs column by column.
     read = _read_captions if target == Column("text", "caption") else _read_columns
     num_others = 0
     for media, targets, its_split in read(folder, source, target, dataset):
@@ -263,6 +269,7 @@ def _read_columns(path: Path, source: Column, target: Column, dataset: Dataset) 
             continue
         key = _split_key(split_by, record[split_by.name])
         its_split = split or hashed_split(key, HELD_OUT)
+        # A cell may list several media; each has all targets of the row.
         for media in ends[0]:
             found.setdefault((media, its_split), {}).update(dict.fromkeys(ends[1]))
     for (media, its_split), targets in found.items():

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from bindllm.atomic import remove_leftovers
-from bindllm.encoders.aligned_folder import HEAD, TOWER, AlignedManifest, write_aligned
-from bindllm.encoders.alignment import space_of
+from bindllm.encoders import space_of
+from bindllm.encoders.aligned import HEAD, TOWER, AlignedManifest, write_aligned
 from bindllm.model.checkpoint import license_of
 from bindllm.training.align.data import AlignData
 from bindllm.training.align.module import RECALL_AT, AlignModule

@@ -20,7 +20,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from bindllm.cache.recall import chance, cosines, find_positions, hit_rate, join_positions, mean_ranks
-from bindllm.encoders.head import Head, HeadConfig
+from bindllm.encoders.aligned import Head, HeadConfig
 from bindllm.encoders.trainable import is_trainable
 from bindllm.errors import InputError, TrainingError
 from bindllm.training.align.data import AlignData, PairSet
