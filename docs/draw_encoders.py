@@ -273,10 +273,10 @@ def draw_point(folder: Path) -> Figure:
         for number, level in enumerate(levels, start=1):
             axes = next(rest)
             draw_groups(axes, below, level)
-            groups, neighbors = level.neighbours.shape[1:]
+            groups, neighbors = level.neighbors.shape[1:]
             label = f"{name} {number}" if len(levels) > 1 else name
             axes.set_title(f"{label}: {groups} groups of {neighbors}", **TITLE)
-            below = level.centres
+            below = level.centers
     for axes in panels:
         axes.set_aspect("equal")
         axes.set_axis_off()

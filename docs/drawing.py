@@ -108,10 +108,10 @@ def draw_mesh(axes: Axes, triangles: np.ndarray) -> None:
 
 def draw_groups(axes: Axes, below: torch.Tensor, level: Level) -> None:
     """Draw the points of the level below, some of its groups in color, and all centers."""
-    members = gather(below, level.neighbours)[0].numpy()
+    members = gather(below, level.neighbors)[0].numpy()
     across, up, _ = project(below[0].numpy()).T
     axes.scatter(across, up, s=1 if len(across) > 1000 else 4, color="#c9ced6", linewidths=0)
-    centers = project(level.centres[0].numpy())
+    centers = project(level.centers[0].numpy())
     axes.scatter(centers[:, 0], centers[:, 1], s=5, color=INK, linewidths=0)
     # The first centers of farthest-point sampling are far apart.
     for number, color in enumerate(COLORS):

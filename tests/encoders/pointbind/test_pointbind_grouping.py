@@ -75,7 +75,7 @@ def test_equally_near_neighbors_are_taken_by_their_index():
     assert sorted(found.flatten().tolist()) == [0, 1, 2, 8, 9]
 
 
-def test_neighbors_do_not_depend_on_how_the_centres_are_cut(monkeypatch):
+def test_neighbors_do_not_depend_on_how_the_centers_are_cut(monkeypatch):
     points, centers = synthetic(1, 50, 3), synthetic(1, 21, 3, seed=1)
     whole = nearest_points(points, centers, 7)
     monkeypatch.setattr(cloud, "_CPU_DISTANCES", 170)
