@@ -116,7 +116,7 @@ def test_it_tunes_the_decoder_and_leaves_the_first_stage_as_it_is(recipe, tmp_pa
     recipe["model"] |= {"init_from": recipe["output"], "adapter": None, "trainable": ["bind"]}
     recipe["output"] = "checkpoints/third"
     assert run("fit", recipe) == 1
-    assert "checkpoints/stage2 has an adapter" in capsys.readouterr().err
+    assert "checkpoints/stage2 was trained with an adapter" in capsys.readouterr().err
     assert not Path("checkpoints/third").exists()
     assert run("fit", recipe, "--output", "checkpoints/stage2") == 1
     assert "output checkpoints/stage2 is model.init_from too" in capsys.readouterr().err
