@@ -13,14 +13,12 @@ Loading never unpickles. It builds only encoders under ``bindllm.`` unless the c
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from safetensors import SafetensorError
@@ -29,8 +27,8 @@ from torch import Tensor
 
 from bindllm.atomic import atomic_folder, file_sha256, set_aside_name, write_json
 from bindllm.encoders import shape_problems
-from bindllm.errors import BindLLMError, CheckpointError, UsageError, did_you_mean
-from bindllm.imports import name_module, replace_allow
+from bindllm.errors import CheckpointError, UsageError, did_you_mean
+from bindllm.imports import build_named
 
 # Raise the number when older versions of bindllm cannot read a new checkpoint.
 FORMAT = 1
@@ -221,51 +219,14 @@ def build_object(entry: dict[str, Any], *, allow: Sequence[str] = ()) -> Any:
     Raises:
         CheckpointError: the class is not allowed, does not exist, is not an encoder, or cannot be imported or built.
     """
-    # How to read this: a class path from a file is untrusted. It must be well-formed, part of bindllm or allowed by
-    # the caller, importable, and the class of an encoder. Only then is it called.
-    path = entry.get("class_path")
-    if not isinstance(path, str) or not all(path.split(".")) or "." not in path:
-        raise CheckpointError(
-            f"{path!r} is not the import path of a class; expected one such as 'my_lab.RadarEncoder'"
-        )
-    if not path.startswith("bindllm.") and path not in allow:
-        raise CheckpointError(
-            f"the checkpoint names the class {path!r}, which is not part of bindllm and would run code from there. "
-            f"If you trust it, pass allow=[{path!r}], or --allow {path} on the command line."
-        )
-    module, _, name = path.rpartition(".")
-    arguments = entry.get("init_args", {})
-    try:
-        if path in allow:
-            name_module(path)
-        # Only now may code of the module run: the path passed the checks above.
-        home = importlib.import_module(module)
-        try:
-            kind = getattr(home, name)
-        except AttributeError as error:
-            raise CheckpointError(
-                f"{path} cannot be built: {module} has no {name!r}. {did_you_mean(name, classes_in(home))}"
-            ) from error
-        if path not in allow:
-            _refuse_other(path, kind)
-        return kind(**replace_allow(kind, arguments, allow))
-    except BindLLMError:
-        raise
-    except ModuleNotFoundError as error:
-        # The missing module is one that the class's module imports, not that module itself.
-        if not f"{module}.".startswith(f"{error.name}."):
-            raise CheckpointError(
-                f"{path} cannot be built: it needs {error.name!r}, which is not installed"
-            ) from error
-        raise CheckpointError(
-            f"{path} cannot be built: the module {error.name!r} was not found. The command line "
-            f"searches {Path.cwd()}, and Python the folders of PYTHONPATH"
-        ) from error
-    # This may be untrusted code: any exception of it means that the object cannot be built.
-    except Exception as error:
-        raise CheckpointError(
-            f"{path} cannot be built with {arguments}: {type(error).__name__}: {error}"
-        ) from error
+    return build_named(
+        path := entry.get("class_path"),
+        entry.get("init_args", {}),
+        allow=allow,
+        # The caller knows what an allowed path leads to; bindllm itself holds more than encoders.
+        problem=lambda kind: "" if path in allow else _not_an_encoder(kind),
+        failure=CheckpointError,
+    )
 
 
 def build_own(entry: Mapping[str, Any], *, allow: Sequence[str] = ()) -> Any:
@@ -286,30 +247,12 @@ def build_own(entry: Mapping[str, Any], *, allow: Sequence[str] = ()) -> Any:
     return build_object(dict(entry), allow=[entry["class_path"], *allow, *own])
 
 
-def _refuse_other(path: str, kind: Any) -> None:
-    """Raise unless ``kind`` is the class of an encoder. An untrusted folder may name any function, so this runs first.
-
-    Raises:
-        CheckpointError: the object is not a class, or lacks methods of an encoder; lists them.
-    """
+def _not_an_encoder(kind: Any) -> str:
+    """Return why something is not the class of an encoder. An untrusted folder may name any function."""
+    if not isinstance(kind, type):
+        return "not a class"
     lacking = [name for name in _ENCODER_METHODS if not callable(getattr(kind, name, None))]
-    if not isinstance(kind, type) or lacking:
-        kind_found = f"a class without {', '.join(lacking)}" if isinstance(kind, type) else "not a class"
-        raise CheckpointError(
-            f"the checkpoint names {path!r} as an encoder, but it is {kind_found}; nothing was called. Load only "
-            "folders from a source you trust, or copy the folder again"
-        )
-
-
-def classes_in(module: ModuleType) -> list[str]:
-    """Return the names of the classes that a module defines; imported ones do not count."""
-    names = vars(module)
-    own = [
-        name
-        for name, value in names.items()
-        if isinstance(value, type) and value.__module__ == module.__name__
-    ]
-    return list(names.get("__all__", own))
+    return f"a class without {', '.join(lacking)}" if lacking else ""
 
 
 def _keep_path(entry: Mapping[str, Any], folder: str | Path, *, root: Path | None = None) -> dict[str, Any]:
