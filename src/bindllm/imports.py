@@ -164,6 +164,18 @@ def build_named(
         raise failure(f"{path} cannot be built{reason}") from error
 
 
+def resolve_path(value: Any, home: Path) -> Any:
+    """Return a constructor argument from a file; a local path is made relative to the current directory.
+
+    Paths are kept as the recipe gave them; one that does not exist from the current directory is looked up from
+    ``home``, the directory in which the file was made, so that a moved project still loads from anywhere.
+    """
+    # A word without a separator is a setting, even if a folder of that name exists.
+    if not isinstance(value, str) or not {"/", os.sep} & set(value) or os.path.exists(value):
+        return value
+    return os.path.relpath(moved) if (moved := home / value).exists() else value
+
+
 def classes_in(module: ModuleType) -> list[str]:
     """Return the names of the classes that a module defines; imported ones do not count."""
     names = vars(module)

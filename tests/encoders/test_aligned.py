@@ -243,10 +243,10 @@ def test_paths_are_found_from_where_the_run_was(tmp_path, monkeypatch):
     Path("weights").mkdir()
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    encoder = Aligned(str(tmp_path / folder))
-    found = encoder._resolved("./weights")
-    assert Path(found).resolve() == tmp_path / "weights"
-    assert encoder._resolved("word") == "word"
+    tower = {"class_path": LETTERS, "init_args": {"path": "./weights", "word": "weights"}, "fingerprint": "0"}
+    change_manifest(tmp_path / folder, tower=tower)
+    with pytest.raises(EncoderError, match=r"with \{'path': '\.\./weights', 'word': 'weights'\}"):
+        Aligned(str(tmp_path / folder), allow=[LETTERS]).fingerprint()
 
 
 def test_an_unreadable_media_is_a_media_error(beats, tmp_path):

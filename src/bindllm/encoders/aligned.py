@@ -29,6 +29,7 @@ from bindllm.atomic import atomic_folder, file_sha256
 from bindllm.encoders import fingerprint
 from bindllm.encoders.trainable import build_tower, is_trainable
 from bindllm.errors import EncoderError, InputError, fetch_hint
+from bindllm.imports import resolve_path
 from bindllm.media import Media
 
 # Raise the number when older versions of bindllm cannot read a new folder.
@@ -361,7 +362,8 @@ class Aligned:
         with self._loading:
             if self._built is None:
                 entry = self._manifest.tower
-                arguments = {name: self._resolved(value) for name, value in entry["init_args"].items()}
+                home = self._folder / self._manifest.root
+                arguments = {name: resolve_path(value, home) for name, value in entry["init_args"].items()}
                 # A network draws initial weights, which are then replaced; the caller's random state must not change.
                 with torch.random.fork_rng(devices=[]):
                     tower = build_tower(entry["class_path"], arguments, allow=self._allow)
@@ -423,11 +425,3 @@ class Aligned:
     def _refuse_others(self, modality: str) -> None:
         if modality not in self.modalities:
             raise InputError(f"{self._folder} embeds {self._manifest.modality} media, not {modality!r}")
-
-    def _resolved(self, value: Any) -> Any:
-        """Return a path of the manifest as it is reached from here, so that a moved project still loads."""
-        # Only strings with a separator are paths; other settings stay as they are.
-        if not isinstance(value, str) or not {"/", os.sep} & set(value) or os.path.exists(value):
-            return value
-        moved = self._folder / self._manifest.root / value
-        return os.path.relpath(moved) if moved.exists() else value

@@ -158,7 +158,7 @@ def name_cache(folder: str | Path, entry: Mapping[str, Any] | None) -> None:
     """
     manifest = read_manifest(folder)
     if entry is not None:
-        entry = _keep_path(entry, folder, root=Path(folder) / manifest.get("root", "."))
+        entry = _keep_path(entry, folder, root=home_of(folder, manifest))
     write_json(Path(folder) / MANIFEST, {**manifest, "cache": entry})
 
 
@@ -182,29 +182,21 @@ def check_keys(expected: dict[str, Tensor], found: dict[str, Tensor], *, source:
         raise CheckpointError(f"{source} does not fit this model: {'; '.join(problems)}")
 
 
-def resolve_path(value: Any, folder: str | Path, manifest: dict[str, Any]) -> Any:
-    """Return a local path of the manifest relative to the current directory.
-
-    Paths are kept as the recipe gave them; one that does not exist from the current directory is looked up from
-    the directory in which the checkpoint was made, so that a moved project still loads from anywhere.
-    """
-    # A word without a separator is a setting, even if a folder of that name exists.
-    if not isinstance(value, str) or not {"/", os.sep} & set(value) or os.path.exists(value):
-        return value
-    moved = Path(folder) / manifest.get("root", ".") / value
-    return os.path.relpath(moved) if moved.exists() else value
+def home_of(folder: str | Path, manifest: dict[str, Any]) -> Path:
+    """Return the directory in which a checkpoint was made: relative paths of its manifest start there."""
+    return Path(folder) / manifest.get("root", ".")
 
 
 def resolve_cache(value: str, folder: str | Path, manifest: dict[str, Any]) -> str:
     """Return the path of a checkpoint's visual cache relative to the current directory.
 
     A relative one is looked up in the checkpoint's own folder first, so that a checkpoint can travel with its cache,
-    then like all paths (see `resolve_path`).
+    then like all paths (see `bindllm.imports.resolve_path`).
     """
     if "://" in value:
         return value
     # The checkpoint's own folder first: a cache that was copied with it must win over one of the same name here.
-    candidates = [Path(folder) / value, Path(value), Path(folder) / manifest.get("root", ".") / value]
+    candidates = [Path(folder) / value, Path(value), home_of(folder, manifest) / value]
     return os.path.relpath(found) if (found := next((p for p in candidates if p.exists()), None)) else value
 
 
