@@ -47,7 +47,7 @@ clean: ## remove caches and build outputs; data/, checkpoints/ and .venv stay
 	@rm -rf build dist site .pytest_cache .ruff_cache
 	@find src tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
-clean-all: clean ## also remove .venv, downloads and stored embeddings; pictures, models and what you trained stay
+clean-all: clean ## also remove .venv, downloads and stored embeddings; images, models and trained checkpoints stay
 	@rm -rf $(VENV) data/downloads data/store
 
 checkpoints/clip-vocabulary/SOURCE.json: | $(VENV)/.has-test

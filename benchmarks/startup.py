@@ -1,4 +1,4 @@
-"""Startup time: `import bindllm` and `bindllm --help` compared with `import torch`."""
+"""Startup time: import, help, and from the start of `bindllm generate` to its first token."""
 
 from __future__ import annotations
 
@@ -6,6 +6,16 @@ import subprocess
 import sys
 
 from benchmarks.measure import Metric, paired
+
+CHECKPOINT, IMAGE = "checkpoints/quickstart", "data/openmoji/images/1F431.svg"
+
+# The floor: plain transformers loads the same decoder and answers with one token, without an image.
+PLAIN = """
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained("checkpoints/smollm2-135m-instruct")
+decoder = AutoModelForCausalLM.from_pretrained("checkpoints/smollm2-135m-instruct")
+decoder.generate(**tokenizer("Describe this image.", return_tensors="pt"), max_new_tokens=1)
+"""
 
 
 def metrics() -> list[Metric]:
@@ -24,4 +34,8 @@ def metrics() -> list[Metric]:
         note = f"{ours * 1e3:.0f} ms over {theirs * 1e3:.0f} ms; at most 0.3; floor: an empty Python process"
         _, empty, _ = paired(process("-c", "pass"), process("-c", "pass"), repeats=3)
         found.append(Metric(name, ratio, "ratio", empty / theirs, note))
+    generate = process("-m", "bindllm.cli", "generate", CHECKPOINT, "--image", IMAGE, "--max_new_tokens", "1")
+    ratio, ours, theirs = paired(generate, process("-c", PLAIN), repeats=3)
+    note = f"first token of `bindllm generate`: {ours:.1f} s over {theirs:.1f} s of plain transformers"
+    found.append(Metric("generate_start_over_transformers", ratio, "ratio", 1.0, note))
     return found

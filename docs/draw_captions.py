@@ -2,7 +2,7 @@
 
     python docs/draw_captions.py [--checkpoint checkpoints/quickstart] [--output docs/captions.png]
 
-The images are evenly spread over the held-out rows, so nobody chooses them. A caption is green
+The images are evenly spread over the held-out rows, not chosen by hand. A caption is green
 if it equals the reference word by word.
 """
 

@@ -177,7 +177,7 @@ def draw_depth(folder: Path) -> Figure:
     figure = new_figure(3.2)
     left, middle, right = figure.subplots(1, 3, width_ratios=(1.25, 1, 1.1))
     drawn = show(
-        left, np.where(meters > 0, meters, np.nan), "room.png: meters\ngrey: not measured", cmap="viridis_r"
+        left, np.where(meters > 0, meters, np.nan), "room.png: meters\ngray: not measured", cmap="viridis_r"
     )
     left.set_facecolor("#b9bec7")
     outline_middle(left, *meters.shape)

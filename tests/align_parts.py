@@ -165,6 +165,6 @@ def align_recipe(images: Path, **sections: dict) -> dict:
 
 
 def run_align(recipe: dict, *options: str) -> int:
-    """Run the verb with a recipe in the current folder; return the exit code."""
+    """Run the command with a recipe in the current folder; return the exit code."""
     Path("recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return main(["align", "--config", "recipe.yaml", *options])

@@ -12,7 +12,7 @@ TRUE_ROWS = {
     "alpaca": {"instruction": "Which?", "input": "this", "output": "red"},
     "instruction": {"instruction": "Which?", "response": "red"},
     "minigpt4": {"image_id": "7", "caption": "red"},
-    "vqa": {"image": "a.png", "question": "Which?", "answer": "red", "type": "colour"},
+    "vqa": {"image": "a.png", "question": "Which?", "answer": "red", "type": "color"},
     "choice": {"question": "Which?", "choices": ["blue", "red"], "answer": 1, "hint": "it burns"},
     "preference": {"prompt": "Which?", "chosen": "red", "rejected": "blue"},
 }

@@ -51,12 +51,12 @@ def test_each_stage_continues_from_the_one_before(workplace, monkeypatch):
     save_quickstart()
     for name in ("easyvqa.yaml", "easyvqa-dpo.yaml"):
         metrics = fit(name)
-        counts = {"colour": 8, "yes/no colour": 8, "yes/no not colour": 8}
+        counts = {"color": 8, "yes/no color": 8, "yes/no not color": 8}
         assert metrics["model"]["count_by_type"] == counts
         assert set(metrics) == {"model", "no_media", "shuffled_media", "majority_answer"}
         guessed = metrics["majority_answer"]["by_type"]
         # Two of three images are not red, and the published test images are as the training ones.
-        assert guessed["yes/no colour"] == guessed["yes/no not colour"] == pytest.approx(5 / 8)
+        assert guessed["yes/no color"] == guessed["yes/no not color"] == pytest.approx(5 / 8)
 
 
 def test_fetch_finds_what_the_recipe_needs():

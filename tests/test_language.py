@@ -22,7 +22,7 @@ FILES = sorted(
     if file.is_file() and file.name != "CHANGELOG.md"
 )
 PATTERNS = {
-    r"\bwhat (?:is|it|they|was|were|has|have|can|becomes)\b": "the name of the thing",
+    r"\bwhat (?:is(?! the | it here)|it|they|was|were|has|have|can|becomes)\b": "the name of the thing",
     r"\b(?:anew|afresh)\b": "again, from scratch",
     r"\blikewise\b": "the same",
     r"\bbeforehand\b": "before, in advance",
@@ -31,11 +31,11 @@ PATTERNS = {
     r"\bsenses\b": "modalities",
     r"\b(?:nobody|strangers?)\b": "no one; untrusted",
     r"\b(?:go|goes|going|went) on\b": "continue, resume",
-    r"\bis no [a-z]": "is not a",
+    r"\bis no (?!longer)[a-z]": "is not a",
     r"\bthere is none\b": "does not exist",
     r"\bat hand\b": "available",
     r"\bput right\b": "fix",
-    r"\bpictures?\b": "image",
+    r"(?<!b\"a )\bpictures?\b": "image",
     r"\bfilms?\b": "video",
     r"(?i)(?:quanti|token|normali|organi|initiali|generali|optimi|standardi)s(?:e|ed|er|ing|ation)\b": "-ize",
     r"(?i)neighbour|colour|grey|licence|favour|behaviour|centre|metre\b": "American spelling",

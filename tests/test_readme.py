@@ -117,10 +117,16 @@ def test_yaml_blocks_are_parts_of_a_recipe():
         assert part.keys() <= keys.keys() | keys["model"].keys()
 
 
-def test_the_numbers_of_the_tree_are_true():
-    for line in re.findall(r"^  (\S+/) .*|^(\S+/) ", README.split("## What is where")[1], flags=re.MULTILINE):
-        name = line[0] or line[1]
-        assert (ROOT / "src/bindllm" / name).is_dir() or (ROOT / name).is_dir(), name
+def test_links_lead_to_files():
+    for text in (README, CONTRIBUTING):
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+            assert (ROOT / target).is_file(), target
+
+
+def test_the_reading_order_names_files():
+    found = re.findall(r"^\d+\. `(src/\S+)`", CONTRIBUTING, flags=re.MULTILINE)
+    assert len(found) == 10
+    assert all((ROOT / name).is_file() for name in found)
 
 
 def test_the_encoder_of_the_contributing_guide_keeps_the_contract():

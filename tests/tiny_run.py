@@ -45,9 +45,9 @@ def write_recipe(recipe: dict) -> Path:
     return file
 
 
-def run(verb: str, recipe: dict, *options: str) -> int:
-    """Run a verb with a recipe from the current folder; return the exit code."""
-    return main([verb, "--config", str(write_recipe(recipe)), *options])
+def run(command: str, recipe: dict, *options: str) -> int:
+    """Run a command with a recipe from the current folder; return the exit code."""
+    return main([command, "--config", str(write_recipe(recipe)), *options])
 
 
 def make_trainer(folder: Path, **options) -> Trainer:

@@ -1,4 +1,4 @@
-"""bindllm gives a language model new senses.
+"""bindllm gives a language model new modalities.
 
 The public names are imported on first use, so that ``import bindllm`` stays instant.
 """

@@ -43,7 +43,7 @@ def _part_name(path: Path) -> Path:
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path; on success it replaces ``path`` in one step, on an error it is removed.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> folder = Path(tempfile.mkdtemp())
         >>> with atomic_file(folder / "a.txt") as part:
@@ -130,7 +130,7 @@ def write_json(path: str | Path, value: Any) -> None:
 def file_sha256(path: str | Path, *, prefix: bytes = b"") -> str:
     """Return the sha256 of a file's content after ``prefix``, in hex; reads it in pieces.
 
-    Example:
+    Examples:
         >>> file_sha256(os.devnull)[:8]
         'e3b0c442'
     """

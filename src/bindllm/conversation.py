@@ -41,7 +41,7 @@ class Message:
     Raises:
         InputError: an unknown role, a part of another type, or a text that is not valid Unicode.
 
-    Example:
+    Examples:
         >>> Message("user", "What is this?").text
         'What is this?'
     """
@@ -78,7 +78,7 @@ class Message:
 class Conversation:
     """Messages in order, at least one.
 
-    Example:
+    Examples:
         >>> Conversation((Message("user", "Hello"),)).media_groups
         ()
     """
@@ -147,7 +147,7 @@ def render(
         DecoderError: no offsets, no chat template, or a template whose text cannot be mapped to messages.
         InputError: a text that spells a control token, or a conversation that the template refuses.
 
-    Example:
+    Examples:
         >>> render(Conversation((Message("user", "Hi"),)), tokenizer).input_ids  # doctest: +SKIP
         [1, 9690, 198, ...]
     """

@@ -1,4 +1,4 @@
-"""What bindllm raises: every message says what was given, what was expected and what to do next."""
+"""Exceptions of bindllm. Every message names the given value, the expected values and the next step."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class AssetError(BindLLMError):
 
 
 class TrainingError(BindLLMError):
-    """A run that cannot go on; the last good state has been saved."""
+    """A run that cannot continue; the last good state has been saved."""
 
 
 class UsageError(BindLLMError):
@@ -81,7 +81,7 @@ class MissingExtraError(BindLLMError, ImportError):
 def reading(name: str) -> Iterator[None]:
     """Put the name of a file before the message of every `MediaError` that is raised inside.
 
-    Example:
+    Examples:
         >>> with reading("cat.png"):
         ...     raise MediaError("the file is empty")
         Traceback (most recent call last):
@@ -99,7 +99,7 @@ def reading(name: str) -> Iterator[None]:
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return a sentence that lists the known names and the closest match to an unknown one.
 
-    Example:
+    Examples:
         >>> did_you_mean("residul", ["residual", "value"])
         "Did you mean 'residual'? Known: residual, value."
     """
@@ -112,7 +112,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def printable(text: str) -> str:
     r"""Return a text as it may be shown on a terminal: control characters, such as escape sequences, become "?".
 
-    Example:
+    Examples:
         >>> printable("red\x1b[31m")
         'red?[31m'
     """
@@ -122,7 +122,7 @@ def printable(text: str) -> str:
 def known_asset(path: str | Path, *, root: Path = Path(".")) -> str | None:
     """Return the name of the quickstart asset whose folder is, or contains, ``path``.
 
-    Example:
+    Examples:
         >>> known_asset("./data/openmoji/captions.jsonl")
         'openmoji'
     """
@@ -136,7 +136,7 @@ def known_asset(path: str | Path, *, root: Path = Path(".")) -> str | None:
 def fetch_hint(path: str | Path) -> str:
     """Return a sentence for an error about a missing path: how to fetch it, or "" if it is not an asset.
 
-    Example:
+    Examples:
         >>> fetch_hint("data/stamps")
         ' It is part of the quickstart; run: bindllm fetch stamps'
         >>> fetch_hint("data/mine")

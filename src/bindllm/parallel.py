@@ -89,7 +89,7 @@ class Processes:
         Equal content meets in one process, whatever the order and the names of the files. The assignment needs
         no state, so the next run may have another number of processes.
 
-        Example:
+        Examples:
             >>> [Processes(rank, 2).owns("0000000b" + 56 * "0") for rank in range(2)]
             [False, True]
         """
@@ -137,7 +137,7 @@ class RunContext:
 def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     """Yield lists of ``size`` items; the last one may be shorter.
 
-    Example:
+    Examples:
         >>> list(chunks("abcde", 2))
         [['a', 'b'], ['c', 'd'], ['e']]
     """
@@ -180,7 +180,7 @@ class Prefetcher(Generic[Item]):
         make: returns the iterator; called in the thread with a function that returns whether to stop.
         device: on a GPU the thread has its own stream, so it does not wait for the kernels of training.
 
-    Example:
+    Examples:
         >>> with Prefetcher(lambda stopped: iter("ab")) as items:
         ...     list(items)
         ['a', 'b']

@@ -49,7 +49,7 @@ def check_encoder(
     Raises:
         EncoderError: lists every broken promise, not only the first.
 
-    Example:
+    Examples:
         >>> class Empty: ...
         >>> check_encoder(Empty())
         Traceback (most recent call last):

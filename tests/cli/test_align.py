@@ -100,7 +100,7 @@ def test_a_tower_from_scratch_is_in_the_folder(work):
 def test_a_class_of_ones_own_is_allowed_on_the_command_line(work, capsys):
     folder = radar_table(work / "radar")
     assert run_align(radar_recipe(folder)) == 0
-    assert "stands on align_parts.BeatTower, which is imported only where allowed" in capsys.readouterr().out
+    assert "uses align_parts.BeatTower, which is imported only if it is allowed" in capsys.readouterr().out
     files = [f"radar:{folder}/{number}.npy" for number in range(2)]
     line = ["encode", "--encoder", "checkpoints/taught", *files]
     assert main(line) == 1
@@ -154,7 +154,7 @@ def test_an_encoder_is_replaced_and_other_content_is_not(texts, capsys):
     assert run_align(align_recipe(texts)) == 0
     assert "in place of" not in capsys.readouterr().out
     assert run_align(align_recipe(texts), "--model.head.depth", "1") == 0
-    assert "in place of an earlier one" in capsys.readouterr().out
+    assert "replaced an earlier one" in capsys.readouterr().out
     assert json.loads(Path("checkpoints/taught/align.json").read_text())["head"]["depth"] == 1
     Path("mine").mkdir()
     Path("mine/notes.txt").write_text("mine")

@@ -1,4 +1,4 @@
-"""The command line: what it says, which exit codes it gives, and that mistakes get the closest known name."""
+"""The command line: output, exit codes, and the closest known name for mistakes."""
 
 import json
 import math
@@ -32,18 +32,18 @@ def here(trained, monkeypatch):
     return trained
 
 
-def test_help_lists_every_verb(capsys):
+def test_help_lists_every_command(capsys):
     assert main(["--help"]) == 0
     told = capsys.readouterr().out
-    assert all(f"  {verb} " in told for verb in COMMANDS)
+    assert all(f"  {name} " in told for name in COMMANDS)
 
 
-@pytest.mark.parametrize("verb", COMMANDS)
-def test_every_verb_explains_itself(verb, capsys):
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_a_help(name, capsys):
     with pytest.raises(SystemExit) as end:
-        main([verb, "--help"])
+        main([name, "--help"])
     assert end.value.code == 0
-    assert f"usage: bindllm {verb}" in capsys.readouterr().out
+    assert f"usage: bindllm {name}" in capsys.readouterr().out
 
 
 def test_help_of_a_recipe_explains_its_keys(capsys):
@@ -52,7 +52,7 @@ def test_help_of_a_recipe_explains_its_keys(capsys):
     assert "Highest learning rate" in " ".join(capsys.readouterr().out.split())
 
 
-def test_an_unknown_verb_gets_the_closest_one(capsys):
+def test_an_unknown_command_gets_the_closest_one(capsys):
     assert main(["trainn"]) == 2
     assert main(["fti"]) == 2
     assert "Did you mean 'fit'?" in capsys.readouterr().err

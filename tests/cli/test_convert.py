@@ -1,4 +1,4 @@
-"""The verb convert: kinds are found, wrong and wicked files refused, and nothing is left behind."""
+"""The command convert: kinds are found, wrong and malicious files are refused, and no partial folder is left."""
 
 from __future__ import annotations
 
@@ -110,7 +110,13 @@ def test_from_published_files_to_answers_and_after_a_move(tmp_path, project, cap
     code, _, err = run(capsys, "7B.pth", *arguments)
     assert (code, err) == (0, "")
     card = (home / "model" / "README.md").read_text()
-    for words in ("# base with", "CC-BY-NC 4.0", "LLaMA", "LoRA of rank 16", "learnt from its training data"):
+    for words in (
+        "# base with",
+        "CC-BY-NC 4.0",
+        "LLaMA",
+        "LoRA of rank 16",
+        "learned from its training data",
+    ):
         assert words in card
     monkeypatch.chdir(tmp_path)
     home = home.rename(tmp_path / "there")

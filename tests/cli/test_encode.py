@@ -78,7 +78,7 @@ def test_ambiguous_files_have_to_be_named():
     for name in ("walk.csv", "cloud.npy", "noending"):
         Path(name).touch()
     for word in ("wide.png", "walk.csv", "cloud.npy", "noending"):
-        with pytest.raises(UsageError, match=f"say what it is, as in depth:{word}"):
+        with pytest.raises(UsageError, match=f"name its modality, as in depth:{word}"):
             read_media(word)
     assert read_media("a:b.png") == Media.image("a:b.png")
 
@@ -87,7 +87,7 @@ def test_folders_and_words_are_not_files():
     Path("pets.v2").mkdir()
     with pytest.raises(UsageError, match=r"pets\.v2: this is a folder; give its files, as in pets\.v2.\*"):
         read_media("pets.v2")
-    with pytest.raises(UsageError, match="a dog: no such file; words are given as text:a dog"):
+    with pytest.raises(UsageError, match="a dog: no such file; a text is given as text:a dog"):
         read_media("a dog")
 
 

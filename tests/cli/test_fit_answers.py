@@ -12,7 +12,7 @@ from bindllm.cli import main
 from tiny import COLORS, save_tiny_decoder
 from tiny_run import run, tiny_recipe
 
-ASKED = {"what colour?": "colour", "is it red?": "yes/no"}
+ASKED = {"what colour?": "color", "is it red?": "yes/no"}
 
 
 def questions(folder: Path, *, per_color: int = 10) -> Path:
@@ -66,12 +66,12 @@ def test_it_learns_to_look(trained, monkeypatch):
     assert metrics["tasks"].keys() == {"answers"}
     metrics = metrics["tasks"]["answers"]
     assert metrics.keys() == {"model", "no_media", "shuffled_media", "majority_answer"}
-    assert metrics["model"]["count_by_type"] == {"colour": 4, "yes/no": 4}
+    assert metrics["model"]["count_by_type"] == {"color": 4, "yes/no": 4}
     assert metrics["model"]["accuracy"] == 1
     # One of four colours, and three of four are not red.
-    assert metrics["majority_answer"]["by_type"] == {"colour": 0.25, "yes/no": 0.75}
+    assert metrics["majority_answer"]["by_type"] == {"color": 0.25, "yes/no": 0.75}
     assert metrics["shuffled_media"]["accuracy"] < 0.8
-    assert metrics["no_media"]["by_type"]["colour"] <= 0.25
+    assert metrics["no_media"]["by_type"]["color"] <= 0.25
     model = BindLLM.from_pretrained("checkpoints/tiny", allow=["tiny.ColorEncoder"])
     said = {
         colour: model.generate(

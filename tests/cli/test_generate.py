@@ -54,7 +54,7 @@ def test_media_that_do_not_say_what_they_are(asked, capsys, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     Path("walk.csv").touch()
     assert main(["generate", "folder", "What?", "--media", "walk.csv"]) == 2
-    assert "say what it is, as in depth:walk.csv" in capsys.readouterr().err
+    assert "name its modality, as in depth:walk.csv" in capsys.readouterr().err
     assert not asked
 
 

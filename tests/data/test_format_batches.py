@@ -58,7 +58,7 @@ def test_every_format_reaches_a_batch(data):
     assert {format: learnt(sample, read.tokenizer) for format, sample in samples.items()} == answers
     has_media = {format: bool((sample.media_index != NO_MEDIA).all()) for format, sample in samples.items()}
     assert [format for format, has in has_media.items() if has] == ["caption", "llava", "minigpt4", "vqa"]
-    assert (samples["choice"].options, samples["vqa"].type) == (("blue", "red"), "colour")
+    assert (samples["choice"].options, samples["vqa"].type) == (("blue", "red"), "color")
     assert learnt(samples["preference"].rejected, read.tokenizer) == ["blue"]
     assert read.report.skipped.total == 0
 

@@ -74,7 +74,7 @@ def test_a_true_row_ends_with_its_answer(format, place):
     assert parsed.conversation.messages[-1].text == parsed.references[0] == answer
     assert "Which?" in parsed.conversation.messages[0].text or TASKS.get(format) == "caption"
     assert parsed.task == TASKS.get(format, "chat")
-    assert parsed.type == ("colour" if format == "vqa" else "")
+    assert parsed.type == ("color" if format == "vqa" else "")
     has_media = format in ("caption", "llava", "minigpt4", "vqa")
     assert sum(map(len, parsed.conversation.media_groups)) == has_media
     assert parsed.split is None
@@ -159,9 +159,9 @@ def test_a_row_that_looks_like_nothing_names_its_columns(place):
 
 def test_columns_can_have_other_names(place):
     columns = Columns(image="file", question="q", answer="a", type="kind")
-    record = {"file": "a.png", "q": "Which?", "a": "red", "kind": "colour"}
+    record = {"file": "a.png", "q": "Which?", "a": "red", "kind": "color"}
     parsed = parse("vqa", record, place, columns=columns)
-    assert (parsed.references, parsed.type) == (("red",), "colour")
+    assert (parsed.references, parsed.type) == (("red",), "color")
     assert [media.source.rsplit("/")[-1] for (media,) in parsed.conversation.media_groups] == ["a.png"]
 
 

@@ -17,7 +17,7 @@ def read_rows(path):
 
 def all_questions():
     """Every question that the published set has, with the type that a reader would give it."""
-    kinds = [*((shape, "shape") for shape in SHAPES), *((f"{colour} shape", "colour") for colour in COLORS)]
+    kinds = [*((shape, "shape") for shape in SHAPES), *((f"{colour} shape", "color") for colour in COLORS)]
     for words, what in kinds:
         for template in ("is there a {}?", "is there a {} in the image?", "is a {} present?"):
             yield template.format(words), f"yes/no {what}"
@@ -26,7 +26,7 @@ def all_questions():
             yield template.format(words), f"yes/no not {what}"
         yield f"does the image not contain a {words}?", f"yes/no not {what}"
     for start, shape in product(("what color is the", "what is the color of the"), (*SHAPES, "shape")):
-        yield f"{start} {shape}?", "colour"
+        yield f"{start} {shape}?", "color"
     for question in (
         "what shape does the image contain?",
         "what shape is in the image?",

@@ -28,8 +28,8 @@ CHAT = {
 
 def share(accuracy, count=400, **more):
     types = {
-        "by_type": {"colour": accuracy, "yes/no": accuracy},
-        "count_by_type": {"colour": 100, "yes/no": 300},
+        "by_type": {"color": accuracy, "yes/no": accuracy},
+        "count_by_type": {"color": 100, "yes/no": 300},
     }
     return {"accuracy": accuracy, "count": count, **types, **more}
 
@@ -54,7 +54,7 @@ def folder(tmp_path, monkeypatch):
 
 def row(question, **changes):
     usual = AnswerRow(
-        question, ["red"], "colour", "7.png", "image", "Red.", right=True, majority_answer="blue"
+        question, ["red"], "color", "7.png", "image", "Red.", right=True, majority_answer="blue"
     )
     return {**asdict(usual), **changes}
 

@@ -226,7 +226,7 @@ def test_ctrl_c_saves_first_and_nothing_is_lost(
         count_calls(patch, BindModule, name, at=at, before=lambda: os.kill(os.getpid(), signal.SIGINT))
         assert run("fit", slow) == 130
     assert signal.getsignal(signal.SIGINT) is handler
-    assert "the same command goes on from there" in capsys.readouterr().out
+    assert "the same command resumes the run" in capsys.readouterr().out
     steps = count_calls(monkeypatch, BindModule, "training_step")
     assert run("fit", slow) == 0
     assert len(steps) == left

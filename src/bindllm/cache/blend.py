@@ -23,7 +23,7 @@ _SHORTEST = 1e-4
 def unit_rows(rows: np.ndarray) -> np.ndarray:
     """Return rows [..., E] at unit length, float32; a row without direction becomes NaN.
 
-    Example:
+    Examples:
         >>> unit_rows(np.array([[3.0, 4.0]], np.float32))
         array([[0.6, 0.8]], dtype=float32)
     """

@@ -45,7 +45,7 @@ def choose(count: int, embedding_size: int) -> tuple[str, str]:
     Exact search while that is fast, then inverted lists of 8-bit vectors. Half precision ("SQfp16") is never chosen:
     it halves the memory, but Faiss has no fast kernel for batches of queries.
 
-    Example:
+    Examples:
         >>> choose(10_000, 1024), choose(1_000_000, 1024)
         (('Flat', ''), ('IVF4096,SQ8', 'nprobe=16'))
     """
@@ -60,7 +60,7 @@ def choose(count: int, embedding_size: int) -> tuple[str, str]:
 def default_search(factory: str) -> str:
     """Return search settings for a kind of index, because the defaults of Faiss find too few neighbors.
 
-    Example:
+    Examples:
         >>> default_search("IVF1024,PQ32x4fs,Refine(SQfp16)"), default_search("Flat")
         ('nprobe=16,k_factor_rf=8', '')
     """

@@ -65,7 +65,7 @@ def hit_rate(positions: Positions, k: int) -> Tensor:
 
     It is 0 or 1 without ties; tied answers count as being in random order.
 
-    Example:
+    Examples:
         >>> hit_rate(find_positions(torch.tensor([[0.9, 0.5, 0.5]]), [[1]]), 2)
         tensor([0.5000], dtype=torch.float64)
     """
@@ -84,7 +84,7 @@ def mean_ranks(positions: Positions) -> Tensor:
 
     Other right answers do not count against the best.
 
-    Example:
+    Examples:
         >>> mean_ranks(find_positions(torch.tensor([[0.9, 0.5, 0.5]]), [[1]]))
         tensor([2.5000], dtype=torch.float64)
     """
@@ -100,7 +100,7 @@ def chance(num_right: Tensor, num_candidates: int, k: int) -> float:
         num_candidates: Number of all answers.
         k: As for `hit_rate`.
 
-    Example:
+    Examples:
         >>> round(chance(torch.tensor([1]), 50, 5), 6)
         0.1
     """

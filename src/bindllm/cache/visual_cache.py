@@ -87,9 +87,11 @@ class VisualCache:
         InputError: A setting is out of its range.
 
     Example:
+        ```python
         cache = VisualCache.build("runs/cache", EmbeddingStore.for_encoder("data/store", encoder))
         cache = VisualCache.open("runs/cache", weight=0.3)
         model.generate("What do you hear?", media=[Media.audio("bark.wav")], cache=cache)
+        ```
     """
 
     def __init__(self, index: Index, settings: CacheSettings | None = None, **changes: Any) -> None:

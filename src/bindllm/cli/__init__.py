@@ -21,7 +21,7 @@ COMMANDS = {
     "test": ("fit", "print the loss of a trained model on the test split"),
     "generate": ("generate", "ask a checkpoint about images, audio, texts, ..."),
     "encode": ("encode", "print pairwise cosine similarities of files and texts"),
-    "convert": ("convert", "convert published weights; every tensor is accounted for"),
+    "convert": ("folders", "convert published weights; every tensor is accounted for"),
     "index": ("index", "build or update a visual cache: an index of image embeddings"),
     "align": ("align", "train an encoder of a new modality for a joint space, from pairs"),
     "evaluate": ("evaluate", "zero-shot classification and retrieval from embeddings"),

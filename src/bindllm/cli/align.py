@@ -1,4 +1,4 @@
-"""``bindllm align``: teach a modality to the joint space of an encoder, and leave an encoder folder."""
+"""``bindllm align``: train an encoder of a new modality for the joint space of another encoder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from bindllm.training.progress import RunProgress
 
 
 class AlignCLI(RecipeCLI):
-    """Reads the recipe of an alignment; the sections `model` and `data` are those of its own module and data."""
+    """Reads the recipe of an alignment, which has a module and data of its own."""
 
     kinds = (AlignModule, AlignData)
     example = "recipes/align-text.yaml"
@@ -31,7 +31,7 @@ class AlignCLI(RecipeCLI):
         super().__init__("align", args)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the folder, and hand the encoders to the data."""
+        """Add the folder, and link the encoders to the data."""
         parser.add_argument(
             "--output", type=str, required=True, help="folder of the encoder that the run writes"
         )
@@ -41,7 +41,7 @@ class AlignCLI(RecipeCLI):
 
 
 def align(args: list[str]) -> int:
-    """Train as a recipe says, measure on held-out pairs, and write the folder of the encoder."""
+    """Train from a recipe, measure on held-out pairs, and write the folder of the encoder."""
     console = Console(highlight=False)
     with quiet():
         cli = AlignCLI(args)
@@ -62,7 +62,7 @@ def align(args: list[str]) -> int:
         try:
             trainer.fit(model, data)
         except SystemExit as stop:
-            # So Lightning ends after a Ctrl-C.
+            # Lightning exits like this after a Ctrl-C.
             raise KeyboardInterrupt from stop
     if not trainer.is_global_zero:
         return 0
@@ -84,7 +84,7 @@ def align(args: list[str]) -> int:
     foreign = type(model.tower)
     if not foreign.__module__.startswith("bindllm."):
         console.print(
-            f"it stands on {foreign.__module__}.{foreign.__qualname__}, which is imported only where allowed: "
+            f"it uses {foreign.__module__}.{foreign.__qualname__}, which is imported only if it is allowed: "
             f"allow: [{foreign.__module__}.{foreign.__qualname__}] under init_args, or --allow",
             markup=False,
             soft_wrap=True,
@@ -93,10 +93,10 @@ def align(args: list[str]) -> int:
 
 
 def _print(console: Console, output: Path, metrics: dict[str, Any], *, replaced: bool) -> None:
-    """Print where the encoder is and how well it retrieves."""
+    """Print the folder of the encoder and how well it retrieves."""
     console.print(
         f"aligned encoder: {output} (epoch {metrics['epoch']} of {metrics['epochs']}, temperature "
-        f"{metrics['temperature']:g}, {metrics['seconds']:.0f} s){', in place of an earlier one' if replaced else ''}",
+        f"{metrics['temperature']:g}, {metrics['seconds']:.0f} s){', replaced an earlier one' if replaced else ''}",
         markup=False,
         soft_wrap=True,
     )
@@ -106,9 +106,9 @@ def _print(console: Console, output: Path, metrics: dict[str, Any], *, replaced:
             "there are no held-out pairs, so nothing is measured, and the weights of the last epoch are kept"
         )
         return
-    title = f"held-out pairs ({split}): per cent, in brackets by chance"
+    title = f"held-out pairs ({split}): percent, by chance in brackets"
     table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False, collapse_padding=True)
-    for column in ("", "asked", "of", *(f"recall@{k}" for k in RECALL_AT), "median\nrank"):
+    for column in ("", "queries", "gallery", *(f"recall@{k}" for k in RECALL_AT), "median\nrank"):
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
     for way, found in metrics[split].items():
         if isinstance(found, dict):

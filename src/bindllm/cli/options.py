@@ -31,7 +31,7 @@ _OF_FOLDER = {
     "efficientnet-lite0": "bindllm.encoders.EfficientNetLite",
 }
 
-# Pillow's names of pictures with more than 8 bits: of such a file nobody can tell depth or heat from grey.
+# Pillow's modes of images with more than 8 bits per channel: they may be depth or thermal maps.
 _WIDE = ("I", "F")
 
 
@@ -117,20 +117,20 @@ def build_encoders(paths: Sequence[str], overrides: Sequence[str], *, allow: Seq
 
 
 def read_media(text: str) -> Media:
-    """Return the media that a word of a command line names.
+    """Return the media that an argument of a command line names.
 
     Args:
-        text: ``modality:path`` or ``text:words``; a path alone where its ending tells what it is.
+        text: ``modality:path`` or ``text:words``, or only a path if its ending determines the modality.
 
     Raises:
-        UsageError: the ending does not tell, or it is a folder or nothing at all.
+        UsageError: the ending does not determine the modality, or the path is a folder or does not exist.
 
     Example:
         >>> read_media("dog.jpg"), read_media("depth:room.png"), read_media("text:a dog")
         (Media.image('dog.jpg'), Media.depth('room.png'), Media.text('a dog'))
     """
     modality, colon, source = text.partition(":")
-    # A drive letter of Windows and an existing file called so are paths.
+    # A drive letter of Windows, and an existing file whose name has a colon, are paths.
     if colon and len(modality) > 1 and is_modality(modality) and not os.path.exists(text):
         return Media(modality, source)
     ending = os.path.splitext(text)[1].lower()
@@ -140,22 +140,22 @@ def read_media(text: str) -> Media:
     if os.path.isdir(text):
         raise UsageError(f"{text}: this is a folder; give its files, as in {os.path.join(text, '*')}")
     if not os.path.exists(text):
-        raise UsageError(f"{text}: no such file; words are given as text:{text}")
-    why = "may be a depth map or heat, with more than 8 bits" if _is_wide(text) else "may be anything"
+        raise UsageError(f"{text}: no such file; a text is given as text:{text}")
+    why = "has more than 8 bits per channel" if _is_wide(text) else "may have any modality"
     raise UsageError(
-        f"{text}: such a file {why}; say what it is, as in depth:{text} ({', '.join(MODALITIES)}, or another that the "
-        "encoder serves)"
+        f"{text}: such a file {why}; name its modality, as in depth:{text} ({', '.join(MODALITIES)}, or another that "
+        "the encoder serves)"
     )
 
 
 def _is_wide(file: str) -> bool:
-    """Tell whether a file is a picture of more than 8 bits a channel."""
+    """Return whether a file is an image with more than 8 bits per channel."""
     from PIL import Image
 
     try:
         with Image.open(file) as picture:
             return picture.mode.startswith(_WIDE)
-    # Whatever it is, the encoder that opens it will say it better.
+    # The encoder that opens the file reports the error.
     except Exception:
         return False
 
@@ -164,13 +164,12 @@ def build_encoder(path: str, options: Sequence[str], *, allow: Sequence[str] = (
     """Build an encoder by its class or its folder, with ``--encoder.NAME VALUE`` as arguments of its constructor.
 
     Args:
-        path: of the class, such as ``my_lab.RadarEncoder``, or a folder that tells its class (see `encoder_folder`).
-        options: the words of the command line that belong to it; values are read as YAML.
-        allow: classes outside bindllm that an aligned encoder's folder may stand on.
+        path: import path of the class, such as ``my_lab.RadarEncoder``, or a folder (see `encoder_folder`).
+        options: the options that belong to it; values are read as YAML.
+        allow: classes outside bindllm that an aligned encoder's folder may name.
 
     Raises:
-        UsageError: a folder of no encoder, options that are not of this form, or that the constructor does not know
-            or cannot do without.
+        UsageError: not the folder of an encoder, options of another form, unknown arguments, or missing ones.
         CheckpointError: the class does not exist or cannot be built.
     """
     given: dict[str, str] = {}
@@ -188,7 +187,7 @@ def build_encoder(path: str, options: Sequence[str], *, allow: Sequence[str] = (
                 f"unrecognized arguments: {name}. Arguments of the encoder are --encoder.NAME VALUE"
             )
         if not equals and not words:
-            raise UsageError(f"{name} has no value behind it")
+            raise UsageError(f"{name} has no value")
         given[name.removeprefix("--encoder.")] = value if equals else words.pop(0)
     parameters = _parameters(path)
     gathering = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -209,13 +208,13 @@ def build_encoder(path: str, options: Sequence[str], *, allow: Sequence[str] = (
 
 
 def encoder_folder(folder: str | Path) -> tuple[str, str] | None:
-    """Return which encoder a folder holds: the import path of its class and the argument that takes the folder.
+    """Return the encoder of a folder: the import path of its class and the argument that takes the folder.
 
     Returns:
-        None where the folder does not tell.
+        None if the folder does not name an encoder.
 
     Raises:
-        UsageError: it is a checkpoint, which may have several.
+        UsageError: it is a checkpoint, which may have several encoders.
     """
     folder = Path(folder)
     if (folder / MANIFEST).is_file():
@@ -235,14 +234,14 @@ def _of_folder(folder: str) -> tuple[str, dict[str, str]]:
     found = encoder_folder(folder)
     if found is None:
         raise UsageError(
-            f"{folder} does not tell which encoder it holds; name the class, and the folder as its argument: --encoder "
+            f"{folder} does not name its encoder; give the class, and the folder as its argument: --encoder "
             f"my_lab.RadarEncoder --encoder.weights {folder}"
         )
     return found[0], {found[1]: folder}
 
 
 def _read_object(file: Path) -> Mapping[str, Any]:
-    """Return the object in a JSON file, empty where there is none: the encoder itself will say what is wrong."""
+    """Return the object in a JSON file; empty if it cannot be read: the encoder itself reports the error."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -251,7 +250,7 @@ def _read_object(file: Path) -> Mapping[str, Any]:
 
 
 def _parameters(path: str) -> Mapping[str, inspect.Parameter]:
-    """Return what the constructor of a class takes; classes that are not written in Python do not tell."""
+    """Return the parameters of a class; classes that are not written in Python may have no signature."""
     try:
         return inspect.signature(_find_class(path)).parameters
     except (TypeError, ValueError):
@@ -259,13 +258,13 @@ def _parameters(path: str) -> Mapping[str, inspect.Parameter]:
 
 
 def _find_class(path: str) -> Any:
-    """Return a class by its import path; `build_object` says what is wrong with a path that leads nowhere."""
+    """Return a class by its import path; `build_object` reports an error in the path."""
     module, _, name = path.rpartition(".")
     name_module(path)
     try:
-        # Names of a package may be made when they are asked for, so its dictionary is not enough.
+        # A package may create names when they are accessed, so its dictionary is not enough.
         return getattr(import_module(module), name)
-    # A stranger's module may raise anything when it is imported.
+    # An untrusted module may raise anything when it is imported.
     except Exception as error:
         build_object({"class_path": path}, allow=[path])
         raise CheckpointError(f"{path} cannot be imported ({error})") from error

@@ -196,7 +196,7 @@ def halve_rotation(rows: Tensor, *, num_heads: int) -> Tensor:
         rows: [H * head size, ...], the weight or bias of a projection to queries or keys.
         num_heads: number of heads H.
 
-    Example:
+    Examples:
         >>> halve_rotation(torch.arange(8), num_heads=2)
         tensor([0, 2, 1, 3, 4, 6, 5, 7])
     """

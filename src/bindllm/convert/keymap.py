@@ -97,7 +97,7 @@ def rename(
     Raises:
         CheckpointError: two tensors get the same name, or one has a shape that its rule cannot change.
 
-    Example:
+    Examples:
         >>> import torch
         >>> rules = [Rule(r"w1[.](.*)", r"gate.\g<1>"), Rule("rope[.].*", None, "computed from the config")]
         >>> ours, report = rename({"w1.weight": torch.ones(2), "rope.freqs": torch.ones(3)}, rules)

@@ -28,7 +28,7 @@ def answer_words(text: str) -> list[str]:
     Unicode NFKC, lower case, punctuation to spaces, split at white space, without the articles a, an and the (kept
     if they are the whole answer). The point and the sign of a number stay, and its commas are removed: 1,000 is 1000.
 
-    Example:
+    Examples:
         >>> answer_words("A circle."), answer_words("-3.5"), answer_words("The.")
         (['circle'], ['-3.5'], ['the'])
     """
@@ -49,7 +49,7 @@ def answer_words(text: str) -> list[str]:
 def same_answer(prediction: str, references: Sequence[str]) -> bool:
     """Whether a prediction has exactly the words of one of its references; no words never match.
 
-    Example:
+    Examples:
         >>> same_answer("A Circle.", ["square", "circle"]), same_answer("red circle", ["circle"])
         (True, False)
     """
@@ -68,7 +68,7 @@ def option_letter(text: str, options: Sequence[str]) -> str | None:
         text: the answer.
         options: the options in the order of their letters, at most 26.
 
-    Example:
+    Examples:
         >>> option_letter("It is salty, so the answer is (B).", ["a rose", "the sea"])
         'B'
         >>> option_letter("The sea", ["a rose", "the sea"])
@@ -100,7 +100,7 @@ def is_right(prediction: str, references: Sequence[str], options: Sequence[str] 
         references: the true answers.
         options: the options of a multiple choice, in the order of their letters.
 
-    Example:
+    Examples:
         >>> is_right("B", ["The answer is (B)."], ["a rose", "the sea"])
         True
     """

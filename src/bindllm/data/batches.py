@@ -41,7 +41,7 @@ class LengthGroupedBatches:
     Raises:
         InputError: a batch size below 1.
 
-    Example:
+    Examples:
         >>> batches = LengthGroupedBatches([3, 9, 4, 8], batch_size=2)
         >>> sorted(sorted(batch) for batch in batches.epoch(0))
         [[0, 2], [1, 3]]
@@ -122,7 +122,7 @@ class LengthGroupedBatches:
 def sorted_batches(lengths: Sequence[int], *, batch_size: int) -> list[list[int]]:
     """Return all rows once, in order of length: for evaluation, in which the order of batches does not matter.
 
-    Example:
+    Examples:
         >>> sorted_batches([3, 9, 4], batch_size=2)
         [[0, 2], [1]]
     """

@@ -169,7 +169,7 @@ def parse_messages(messages: Sequence[object], media: RecordMedia) -> list[Messa
     Raises:
         RowError: a message that cannot be used; the reason says why.
 
-    Example:
+    Examples:
         >>> messages = [{"role": "user", "content": "2 + 2?\n"}, {"role": "assistant", "content": "4"}]
         >>> [message.text for message in parse_messages(messages, RecordMedia(Media))]
         ['2 + 2?', '4']
@@ -221,7 +221,7 @@ def role_of(name: object, roles: Mapping[str, Role]) -> Role:
 def placeholders_in(text: str, modalities: Collection[str] = FILE_MODALITIES) -> list[str]:
     """Return the modalities of the placeholders that a text spells.
 
-    Example:
+    Examples:
         >>> placeholders_in("What does <image> do in <b>HTML</b>?")
         ['image']
     """
@@ -231,7 +231,7 @@ def placeholders_in(text: str, modalities: Collection[str] = FILE_MODALITIES) ->
 def is_visible(text: str) -> bool:
     r"""Tell whether a text has any visible character.
 
-    Example:
+    Examples:
         >>> is_visible(" \u200b"), is_visible(".")
         (False, True)
     """

@@ -69,7 +69,7 @@ def preview_lines(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[Te
     The words give the same information as the colors. Invisible characters are written as in Python. In a preference
     pair, the worse answer follows the better one.
 
-    Example:
+    Examples:
         >>> [line.plain for line in preview_lines(sample, tokenizer)]  # doctest: +SKIP
         ['captions.jsonl line 1: 27 tokens, 4 to learn',
          "  media 0  given   '<|im_start|>user\nDescribe this image.<|im_end|>\n<|im_start|>assistant\n'",

@@ -62,7 +62,7 @@ class Skipped:
     def lines(self) -> Iterator[str]:
         """Yield one line per reason, the most frequent first.
 
-        Example:
+        Examples:
             >>> skipped = Skipped()
             >>> skipped.add("empty caption", "line 7")
             >>> list(skipped.lines())
@@ -129,7 +129,7 @@ class SourceReport:
     def counted(self) -> str:
         """The counts in words.
 
-        Example:
+        Examples:
             >>> SourceReport("sweeps", num_media=1200, num_rows=1300, modality="radar").counted
             '1,200 radar media, 1,300 captions'
             >>> SourceReport("talks", num_rows=90, format="llava", answers=200, media={"image": 80}).counted
@@ -190,7 +190,7 @@ class StreamReport:
     def lines(self) -> Iterator[str]:
         """Yield the counts, and a line for each reason why samples were skipped.
 
-        Example:
+        Examples:
             >>> report = StreamReport(read=9, rows=8, batches=2, seconds_first=1.5)
             >>> list(report.lines())
             ['8 rows of 9 streamed samples in 2 batches; the first after 1.5 s, then training waited 0.0 % of its time']

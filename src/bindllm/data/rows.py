@@ -182,7 +182,7 @@ def tokenize(
         InputError: no answer, one without text, one that does not fit at all (the first, or the only one that
             would be learned), or a text that spells a control token.
 
-    Example:
+    Examples:
         >>> tokenize(conversation, tokenizer, 128).input_ids.shape  # doctest: +SKIP
         (23,)
     """

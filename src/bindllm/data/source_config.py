@@ -29,7 +29,7 @@ _OTHER_NAMES: dict[object, Split] = {"val": "validation", "valid": "validation",
 def split_named(name: object) -> Split | None:
     """Return the split that a table, a row or a library calls by this name, or None if it is not a split.
 
-    Example:
+    Examples:
         >>> split_named("test"), split_named("val"), split_named("extra")
         ('test', 'validation', None)
     """

@@ -83,7 +83,7 @@ def hashed_split(key: str, held_out: float) -> Split:
         key: the path of an image as its source writes it.
         held_out: share of keys, 0 to 1; half of it goes to validation and half to test.
 
-    Example:
+    Examples:
         >>> hashed_split("images/cat.png", 0.0)
         'train'
     """

@@ -376,7 +376,7 @@ def parse_hub(path: str) -> tuple[str, str | None, str | None]:
     Raises:
         InputError: another form.
 
-    Example:
+    Examples:
         >>> parse_hub("hf://HuggingFaceM4/the_cauldron/ai2d@train")
         ('HuggingFaceM4/the_cauldron', 'ai2d', 'train')
     """

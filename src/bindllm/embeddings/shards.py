@@ -252,7 +252,7 @@ def as_keys(keys: Sequence[str]) -> np.ndarray:
 def as_hex(keys: np.ndarray) -> list[str]:
     """Return keys [N] as content hashes in hex.
 
-    Example:
+    Examples:
         >>> as_hex(as_keys(["ab" * 32])) == ["ab" * 32]
         True
     """

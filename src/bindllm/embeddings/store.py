@@ -56,7 +56,7 @@ class EmbeddingStore:
     Raises:
         StoreError: the folder holds another width, another encoder or a newer format, or cannot be used.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> store = EmbeddingStore(tempfile.mkdtemp(), "0" * 64, 2)
         >>> dog = Media.text("a dog")

@@ -175,7 +175,7 @@ def alignment_warnings(encoders: Sequence[Encoder]) -> list[str]:
     Encoders of one ``space`` belong together; an encoder without one forms a group of its own. Every group after
     the first gets a warning, compared with the first, which most recipes train on.
 
-    Example:
+    Examples:
         >>> class Ears:
         ...     modalities = ("audio",)
         >>> class Eyes:
@@ -221,7 +221,7 @@ def fingerprint(config: Mapping[str, Any], *parts: bytes | str | Path) -> str:
     Raises:
         EncoderError: a file cannot be read, or the settings are not JSON.
 
-    Example:
+    Examples:
         >>> fingerprint({"size": 224}, "tiny-net 1")[:8]
         '4d3345ee'
     """

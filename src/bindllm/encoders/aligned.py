@@ -76,7 +76,7 @@ class Head(nn.Module):
         outputs: E, the embedding width of the joint space.
         config: its shape.
 
-    Example:
+    Examples:
         >>> import torch
         >>> Head(8, 16, HeadConfig(depth=1)).eval()(torch.ones(3, 8)).shape
         torch.Size([3, 16])

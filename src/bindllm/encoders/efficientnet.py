@@ -57,7 +57,7 @@ def each_on_one_thread(function: Callable[[Item], Result], items: Sequence[Item]
         function: runs in threads of its own, so it sets ``no_grad`` itself where it needs it.
         items: such as the media of a batch.
 
-    Example:
+    Examples:
         >>> each_on_one_thread(lambda x: (x * 2, torch.get_num_threads()), [1, 2, 3])
         [(2, 1), (4, 1), (6, 1)]
     """
@@ -85,7 +85,7 @@ class EfficientNetLite:
     Raises:
         InputError: ``fit`` is neither.
 
-    Example:
+    Examples:
         >>> encoder = EfficientNetLite("checkpoints/efficientnet-lite0")
         >>> encoder.prepare(Media.image(np.zeros((300, 400, 3), np.uint8))).shape
         torch.Size([224, 224, 3])

@@ -35,7 +35,7 @@ def fuse(embeddings: Tensor, weights: Tensor, *, normalize: bool = True) -> Tens
     Raises:
         InputError: the shapes do not fit, a weight is not finite and above 0, or the embeddings cancel out.
 
-    Example:
+    Examples:
         >>> fuse(torch.eye(2), torch.tensor([3.0, 4.0]))
         tensor([0.6000, 0.8000])
         >>> fuse(torch.eye(2), torch.tensor([3.0, 1.0]), normalize=False)

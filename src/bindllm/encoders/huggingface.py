@@ -161,7 +161,7 @@ def pool(states: Tensor, mask: Tensor, pooling: str) -> Tensor:
         mask: 1 or 0, [B, T].
         pooling: "first", "last" or "mean".
 
-    Example:
+    Examples:
         >>> pool(torch.arange(6.0).view(1, 3, 2), torch.tensor([[1, 1, 0]]), "mean")
         tensor([[1., 2.]])
     """

@@ -87,7 +87,7 @@ def is_trainable(tower: Any) -> bool:
     Raises:
         EncoderError: the tower is neither; lists the missing members.
 
-    Example:
+    Examples:
         >>> is_trainable("a tower")
         Traceback (most recent call last):
         ...

@@ -268,7 +268,7 @@ def chance_of_precision(num_right: Tensor, num_items: int) -> Tensor:
         num_right: number of items for which the class is right, at least 1, [C].
         num_items: number of all items.
 
-    Example:
+    Examples:
         >>> chance_of_precision(torch.tensor([1]), 2)
         tensor([0.7500], dtype=torch.float64)
     """

@@ -23,7 +23,7 @@ def caption_words(text: str) -> list[str]:
     It replaces the PTB tokenizer of the COCO caption tools, which needs Java, so scores are comparable with each
     other and only roughly with published ones. Text without spaces (Chinese, Thai) counts as one word.
 
-    Example:
+    Examples:
         >>> caption_words("A black medium-small Square.")
         ['a', 'black', 'medium', 'small', 'square']
     """
@@ -35,7 +35,7 @@ def caption_words(text: str) -> list[str]:
 def same_caption(prediction: str, references: Sequence[str]) -> bool:
     """Whether a prediction has exactly the words of one of its references; no words never match.
 
-    Example:
+    Examples:
         >>> same_caption("mosque.", ["bunker", "Mosque"])
         True
     """
@@ -65,7 +65,7 @@ def caption_metrics(predictions: Sequence[str], references: Sequence[Sequence[st
         InputError: no predictions, a different number of references, or an image without a reference.
         MissingExtraError: torchmetrics or pycocoevalcap is not installed.
 
-    Example:
+    Examples:
         >>> caption_metrics(["a cat", "a tree"], [["a cat"], ["a bush", "some tree"]])["exact_match"]
         0.5
     """

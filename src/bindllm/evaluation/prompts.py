@@ -37,7 +37,7 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 def templates_for(modality: str) -> tuple[str, ...]:
     """Return the default templates of a modality.
 
-    Example:
+    Examples:
         >>> templates_for("audio"), templates_for("radar")
         (('this is a sound of {}.',), ('{}',))
     """
@@ -76,7 +76,7 @@ def check_template(template: str, *, where: str = "") -> str:
 def fill_templates(names: Sequence[str], templates: Sequence[str]) -> tuple[str, ...]:
     """Return every template with every name of one class, each text once.
 
-    Example:
+    Examples:
         >>> fill_templates(["dog"], ["a photo of a {}.", "{}"])
         ('a photo of a dog.', 'dog')
     """

@@ -94,7 +94,7 @@ class Task:
         shuffled_limit: answer at most this many items with shuffled media, drawn with a fixed seed; None: all.
         counts: further numbers about the items, added to the metrics of ``model``.
 
-    Example:
+    Examples:
         >>> Task("spelling", metric=lambda items, answers: {"accuracy": None}).variants
         ('model', 'no_media', 'shuffled_media')
     """

@@ -31,7 +31,7 @@ _WORD = re.compile("[a-z][a-z0-9_]*")
 def is_modality(name: object) -> bool:
     """Return whether this can be the name of a modality: a lower-case word, digits and _ after its first letter.
 
-    Example:
+    Examples:
         >>> is_modality("radar"), is_modality("Radar")
         (True, False)
     """
@@ -54,7 +54,7 @@ class Media:
         InputError: the modality is not a lower-case word, the source has the wrong type, or the weight is not finite
             and above 0.
 
-    Example:
+    Examples:
         >>> Media.image("cat.jpg", weight=0.5)
         Media.image('cat.jpg', weight=0.5)
         >>> Media("radar", "sweep.npy")

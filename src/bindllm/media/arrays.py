@@ -202,7 +202,7 @@ def _carefully(lines: list[bytes], columns: int, first: int) -> np.ndarray:
 def cells_of(line: bytes) -> list[bytes]:
     """Return the cells of one line of a table; none if it is empty or a comment.
 
-    Example:
+    Examples:
         >>> cells_of(b"1, 2,3 # note"), cells_of(b"1  2 3"), cells_of(b"1,,3")
         ([b'1', b'2', b'3'], [b'1', b'2', b'3'], [b'1', b'', b'3'])
     """

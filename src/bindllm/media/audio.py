@@ -84,7 +84,7 @@ def cut_audio(
             passes `MAX_SECONDS`, `MAX_RATE`, `MAX_CHANNELS` or `LOUDEST`; it names the file.
         MissingExtraError: PyAV is not installed.
 
-    Example:
+    Examples:
         >>> [part.shape for part in cut_audio(np.zeros(48_000), rate=8_000, cut=lambda n: [(0, 10), (n - 5, n)])]
         [(1, 10), (1, 5)]
     """

@@ -95,7 +95,7 @@ def _from_table(stream: BinaryIO) -> tuple[np.ndarray, np.ndarray | None]:
     if all(map(is_number, cells)):
         if len(cells) not in (6, 7):
             raise MediaError(
-                f"line {number} has {len(cells)} columns and there is no header; expected 6 "
+                f"line {number} has {len(cells)} columns and no header; expected 6 "
                 f"({', '.join(AXES)}), or 7 with the time first"
             )
         # The signals are the last six columns; a seventh before them is the time.

@@ -12,7 +12,7 @@ from bindllm.media import Media
 def synthetic_media(modality: str) -> list[Media]:
     """Return different media of one modality, as arrays or texts of several sizes; none if the modality is unknown.
 
-    Example:
+    Examples:
         >>> [media.name for media in synthetic_media("depth")]
         ['<array [48, 64] float32>', '<array [90, 60] float32>']
     """

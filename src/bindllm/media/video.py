@@ -54,7 +54,7 @@ def read_frames(source: Source, *, pick: Pick) -> Iterator[tuple[int, np.ndarray
             or its frames are larger than `MAX_PIXELS`; it names the file.
         MissingExtraError: PyAV is not installed.
 
-    Example:
+    Examples:
         >>> video = np.zeros((50, 8, 8, 3), np.uint8)
         >>> [number for number, _ in read_frames(video, pick=lambda count, rate: [0, count // 2])]
         [0, 25]

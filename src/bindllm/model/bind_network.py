@@ -78,7 +78,7 @@ class BindNetwork(nn.Module):
         width: ``D``, the decoder's hidden size.
         config: depth, expansion, kind of norm, biases.
 
-    Example:
+    Examples:
         >>> network = BindNetwork(1024, 64, BindConfig(depth=2))
         >>> network(torch.nn.functional.normalize(torch.randn(5, 1, 1024), dim=-1)).shape
         torch.Size([5, 1, 64])

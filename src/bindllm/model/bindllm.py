@@ -75,8 +75,10 @@ class BindLLM(nn.Module):
         cache: the default visual cache of all calls, or None.
 
     Example:
+        ```python
         model = BindLLM.from_pretrained("checkpoints/quickstart")
         model.generate("Describe this image.", media=[Media.image("cat.png")])
+        ```
     """
 
     def __init__(

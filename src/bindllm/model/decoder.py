@@ -241,7 +241,7 @@ def load_decoder(config: DecoderConfig, *, device: str | torch.device | None = N
         )
     except torch.OutOfMemoryError:
         raise
-    # Whatever else an untrusted file makes the library raise means that there is no such decoder.
+    # Any other error that an untrusted file causes in the library means an unusable decoder.
     except Exception as error:
         raise DecoderError(
             f"{folder} does not hold a causal language model in safetensors ({hub.loading_error(folder, error)})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +11,12 @@ from torch import Tensor
 
 from bindllm.cache.settings import CacheConfig
 from bindllm.encoders.fusion import common_size
-from bindllm.errors import CheckpointError, EncoderError, InputError
+from bindllm.errors import CheckpointError, EncoderError, InputError, UsageError
 from bindllm.imports import resolve_path
 from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.checkpoint import (
+    CACHE,
     MANIFEST,
     build_object,
     home_of,
@@ -179,6 +181,41 @@ def read_cache_config(folder: str | Path, manifest: dict[str, Any]) -> CacheConf
             f"{Path(folder) / MANIFEST}: the entry cache is damaged ({error}); build and name it again with "
             f"`bindllm index FOLDER --name_in {folder}`"
         ) from error
+
+
+def new_cache_config(checkpoint: str | Path, place: str, encoder: Encoder) -> CacheConfig:
+    """Return the entry of a checkpoint for a visual cache of this encoder; its settings stay as they are there.
+
+    Args:
+        checkpoint: the checkpoint folder.
+        place: folder of the cache, or path of an embedded Milvus.
+        encoder: embeds the images of the cache.
+
+    Raises:
+        CheckpointError: the checkpoint has another encoder.
+        UsageError: the cache would be lost when the checkpoint is saved again.
+        InputError: the place is the address of a server, which no checkpoint may name.
+    """
+    manifest = read_manifest(checkpoint)
+    known = encoder_fingerprints(checkpoint, manifest)
+    if encoder.fingerprint() not in known:
+        raise CheckpointError(
+            f"{checkpoint} was trained with the encoder {', '.join(name[:16] for name in known)}, and this is "
+            f"{encoder.fingerprint()[:16]}: it cannot use a cache of another encoder. Leave out --name_in, or give "
+            f"--checkpoint {checkpoint}"
+        )
+    inside, home = Path(checkpoint, CACHE).resolve(), Path(checkpoint).resolve()
+    if Path(place).resolve().is_relative_to(home) and not Path(place).resolve().is_relative_to(inside):
+        raise UsageError(
+            f"{place} would be lost when {checkpoint} is saved again; inside a checkpoint the cache is called "
+            f"{Path(checkpoint, CACHE)}"
+        )
+    try:
+        before = read_cache_config(checkpoint, manifest)
+    except CheckpointError:
+        # A new entry replaces the damaged one.
+        before = None
+    return CacheConfig(place) if before is None else replace(before, folder=place)
 
 
 def _add_encoders(own: list[Encoder], further: Sequence[Encoder]) -> None:

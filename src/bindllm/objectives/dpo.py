@@ -99,7 +99,7 @@ def dpo_loss(gap: Tensor, *, beta: float, kind: str = "sigmoid", label_smoothing
     Returns:
         Losses, [B].
 
-    Example:
+    Examples:
         >>> import torch
         >>> [round(value, 4) for value in dpo_loss(torch.tensor([0.0, 10.0]), beta=0.1).tolist()]  # log(2), less
         [0.6931, 0.3133]

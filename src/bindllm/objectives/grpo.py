@@ -280,7 +280,7 @@ def group_advantages(rewards: Tensor, *, normalize_std: bool = True) -> Tensor:
     Returns:
         Advantages, float64, [B, G]; exactly 0 in a group of equal rewards.
 
-    Example:
+    Examples:
         >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]])).tolist()
         [[1.0, -1.0, -1.0, 1.0], [0.0, 0.0, 0.0, 0.0]]
     """
@@ -305,7 +305,7 @@ def clipped_surrogate(log_probs: Tensor, old: Tensor, advantages: Tensor, *, cli
     Returns:
         Surrogates, [N].
 
-    Example:
+    Examples:
         >>> now, old = torch.tensor([0.8, 0.8]).log(), torch.tensor([0.4, 0.4]).log()
         >>> clipped_surrogate(now, old, torch.tensor([1.0, -1.0]), clip=0.2)
         tensor([ 1.2000, -2.0000])

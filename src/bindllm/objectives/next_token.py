@@ -39,7 +39,7 @@ def next_token_loss(logits: Tensor, targets: Tensor | None) -> Tensor:
     Raises:
         InputError: no token is supervised. Its mean would be NaN, and would end the run some steps later.
 
-    Example:
+    Examples:
         >>> round(next_token_loss(torch.zeros(3, 8), torch.tensor([0, 5, 7])).item(), 4)  # log(8)
         2.0794
     """

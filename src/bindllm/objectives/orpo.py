@@ -55,7 +55,7 @@ def log_odds(log_prob: Tensor) -> Tensor:
     Args:
         log_prob: log p, at most 0. A p of 1, whose odds are infinite, is treated as the largest number below 1.
 
-    Example:
+    Examples:
         >>> round(log_odds(torch.tensor(0.2).log()).item(), 4)  # log(0.2 / 0.8)
         -1.3863
     """

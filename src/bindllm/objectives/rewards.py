@@ -129,7 +129,7 @@ class CaptionMetric(Reward):
 def f_measure(words: Sequence[str], other: Sequence[str], shared: int) -> float:
     """Return the F-measure: the harmonic mean of the shared fraction of ``words`` and of ``other``.
 
-    Example:
+    Examples:
         >>> f_measure(["red"], ["red", "square"], 1)
         0.6666666666666666
     """
@@ -139,7 +139,7 @@ def f_measure(words: Sequence[str], other: Sequence[str], shared: int) -> float:
 def longest_common(words: Sequence[str], other: Sequence[str]) -> int:
     """Return the length of the longest common subsequence.
 
-    Example:
+    Examples:
         >>> longest_common("a red cat sat".split(), "red and sat".split())
         2
     """

@@ -95,7 +95,7 @@ def fetch(
         AssetError: the name is unknown, a package cannot be downloaded, or the folder cannot be written or holds
             something else.
 
-    Example:
+    Examples:
         >>> fetch("openmojis")
         Traceback (most recent call last):
         ...
@@ -156,7 +156,7 @@ def _read_source(folder: Path) -> dict[str, Any] | None:
 def assets_of(recipe: Mapping[str, Any], *, root: Path = Path(".")) -> list[str]:
     """Return the assets whose folders are named anywhere in a recipe, each once, in the order of ``ASSETS``.
 
-    Example:
+    Examples:
         >>> assets_of({"data": {"sources": [{"path": "data/openmoji"}]}})
         ['openmoji']
     """

@@ -26,7 +26,7 @@ EASYVQA = Package(
 
 SHAPES = ("circle", "rectangle", "triangle")
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
-TYPES = ("shape", "colour", "yes/no shape", "yes/no colour", "yes/no not shape", "yes/no not colour")
+TYPES = ("shape", "color", "yes/no shape", "yes/no color", "yes/no not shape", "yes/no not color")
 """Kinds of questions: the attribute that is asked for; for yes/no questions, the attribute that they name and whether
 they negate it. The spelling is that of the data set's column ``type`` since it was first made."""
 
@@ -52,8 +52,8 @@ LICENSE). Images, questions and answers are unchanged.
   kind (`rejected`), chosen by the hash of image and question.
 
 Columns: `image`; `question` and `answer` (in preferences.jsonl `prompt`, `chosen` and `rejected`); `type` of the
-question (shape, colour, and for yes/no questions the attribute that they name: yes/no shape, yes/no colour, yes/no
-not shape, yes/no not colour); `split`.
+question (shape, color, and for yes/no questions the attribute that they name: yes/no shape, yes/no color, yes/no
+not shape, yes/no not color); `split`.
 """
 
 
@@ -127,18 +127,18 @@ def type_of(question: str) -> str:
     Raises:
         AssetError: a question of another kind.
 
-    Example:
+    Examples:
         >>> type_of("what is the blue shape?")
         'shape'
         >>> type_of("is there not a circle in the image?")
         'yes/no not shape'
     """
     if _COLOR_ASKED.match(question):
-        return "colour"
+        return "color"
     if _SHAPE_ASKED.match(question):
         return "shape"
     words = set(re.findall(r"\w+", question))
-    named = [name for name, known in (("colour", COLORS), ("shape", SHAPES)) if words & set(known)]
+    named = [name for name, known in (("color", COLORS), ("shape", SHAPES)) if words & set(known)]
     if not _YES_OR_NO.match(question) or len(named) != 1:
         raise AssetError(f"easy-VQA: the question {question!r} is of an unknown kind")
     return f"yes/no {'not ' if _NEGATED.search(question) else ''}{named[0]}"
@@ -147,7 +147,7 @@ def type_of(question: str) -> str:
 def wrong_answer(image: str, question: str, answer: str) -> str:
     """Return a wrong answer of the same kind, always the same for an image and a question.
 
-    Example:
+    Examples:
         >>> wrong_answer("images/train/0.png", "is a circle present?", "yes")
         'no'
     """
@@ -158,4 +158,4 @@ def wrong_answer(image: str, question: str, answer: str) -> str:
 
 
 def _answers(kind: str) -> tuple[str, ...]:
-    return {"shape": SHAPES, "colour": COLORS}.get(kind, ("yes", "no"))
+    return {"shape": SHAPES, "color": COLORS}.get(kind, ("yes", "no"))

@@ -131,7 +131,7 @@ def _rows(named: dict[bytes, list[tuple[str, str, str]]]) -> list[dict[str, Any]
 def caption_of(name: str, *, flag: bool = False) -> tuple[str, str]:
     """Return a readable caption and its group (plain, flag or skin-tone) for a name of the emoji package.
 
-    Example:
+    Examples:
         >>> caption_of(":woman_red_hair:")
         ('woman with red hair', 'plain')
         >>> caption_of(":man_firefighter_dark_skin_tone:")

@@ -15,7 +15,7 @@ SPLITS = (("train", 0.84), ("validation", 0.92), ("test", 1.0))
 def split_of(content: bytes) -> str:
     """Return the split of an image by the hash of its content: the same on every machine, forever.
 
-    Example:
+    Examples:
         >>> split_of(b"an image") == split_of(b"an image")
         True
     """
@@ -26,7 +26,7 @@ def split_of(content: bytes) -> str:
 def position_of(content: bytes) -> float:
     """Return the position of a content on a line from 0 to 1, by its hash.
 
-    Example:
+    Examples:
         >>> round(position_of(b"a picture"), 3)
         0.573
     """

@@ -165,7 +165,7 @@ def _panel(
 def best_variants(row: Mapping[str, float | None], *, lower: bool = False) -> set[str]:
     """Return the variants that share the best value; empty if all are equal or undefined.
 
-    Example:
+    Examples:
         >>> best_variants({"model": 3.5, "no_media": 8.2, "nearest_caption": None}, lower=True)
         {'model'}
     """
@@ -226,7 +226,7 @@ def _group(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _sheet(task: str, rows: Sequence[dict[str, Any]], resolve: Resolve) -> dict[str, Any]:
     """Return cards of rows that a fixed seed draws, in their order."""
-    # A fixed seed: nobody selects the rows, and the page can be made again with the same ones.
+    # A fixed seed: no one selects the rows, and the page can be made again with the same ones.
     drawn = sorted(random.Random(_SHEET_SEED).sample(range(len(rows)), min(SHEET_SIZE, len(rows))))
     make = _answer_card if task == "answers" else _caption_card
     return {"total": len(rows), "cards": [make(rows[n], resolve) for n in drawn]}
@@ -260,7 +260,7 @@ def _line(
 
 
 def _tile(path: str, modality: str, resolve: Resolve, *, size: int = 160) -> dict[str, str]:
-    """Return an image; for other media, and for an image that cannot be opened any more, a grey tile with its name."""
+    """Return an image; for other media, and for an image that cannot be opened any more, a gray tile with its name."""
     # Rows of text media hold the text itself instead of a path.
     if modality == "text":
         return {"src": "", "name": path, "title": "text"}

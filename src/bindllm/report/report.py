@@ -70,7 +70,7 @@ def git_revision(folder: str | Path = ".") -> str | None:
 
 @dataclass
 class RunFacts:
-    """Facts of a run besides its metrics, rows, log, recipe and gates. All JSON-able.
+    """Facts of a run other than its metrics, rows, log, recipe and gates. All JSON-able.
 
     Args:
         title: heading of the page.
@@ -143,7 +143,7 @@ def write_report(
 def rebuild_report(folder: str | Path) -> Path:
     """Make the page again from the files in a checkpoint folder, and return its path.
 
-    An image that cannot be opened any more becomes a grey tile with its name.
+    An image that cannot be opened any more becomes a gray tile with its name.
 
     Raises:
         CheckpointError: the folder is not a checkpoint folder.

@@ -62,7 +62,7 @@ _CAPTION_METRICS = KEYS["captions"][2:]
 def media_words(modalities: Iterable[str]) -> tuple[str, str]:
     """Return how texts name the media of a run, in singular and plural.
 
-    Example:
+    Examples:
         >>> media_words(["image"]), media_words(["image", "radar"])
         (('image', 'images'), ('media', 'media'))
     """

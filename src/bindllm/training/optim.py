@@ -103,7 +103,7 @@ def lr_factor(step: int, *, total: int, config: OptimConfig) -> float:
         total: steps of the whole run.
         config: warm-up and final rate.
 
-    Example:
+    Examples:
         >>> [round(lr_factor(s, total=100, config=OptimConfig(warmup=4)), 2) for s in (0, 3, 52, 100)]
         [0.25, 1.0, 0.55, 0.1]
     """

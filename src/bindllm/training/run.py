@@ -63,7 +63,7 @@ def run_folder(output: str | Path, *, init_from: str | Path | None = None) -> Pa
     output = Path(output)
     if init_from is not None and output.resolve() == Path(init_from).resolve():
         raise InputError(
-            f"output {output} is model.init_from too: the run would replace what it starts from, and could not be "
+            f"output {output} is model.init_from too: the run would replace its own start, and could not be "
             "run twice with the same result; choose another output"
         )
     if output.is_dir() and any(output.iterdir()) and not (output / MANIFEST).is_file():
@@ -236,7 +236,7 @@ class Run:
         self.console.print(f"trained model: {self.output}", markup=False)
         held_out = held_out_rows(self.data.samples)
         if not held_out:
-            self.console.print("there are no held-out rows, so nothing is measured and there is no report")
+            self.console.print("no held-out rows: nothing is measured, and no report is written")
             return 0
         try:
             measured = evaluate_held_out(

@@ -101,7 +101,7 @@ class Fields:
         return value
 
     def text(self, field: str) -> str:
-        """Return the text of a column, without white space around it; empty if there is none."""
+        """Return the text of a column, without white space around it; empty if the column is missing."""
         return as_text(self.value(field), self.column(field))
 
     def require_text(self, field: str) -> str:
@@ -125,7 +125,7 @@ class Fields:
 
         Args:
             required: refuse a record without media.
-            needs_placeholders: refuse media for which there is no placeholder.
+            needs_placeholders: refuse media without a placeholder.
 
         Raises:
             RowError: the record has no media, and they are required.
@@ -266,7 +266,7 @@ def json_list(value: object, of: tuple[type, ...] = (str, Mapping)) -> object:
         value: of a column that may hold a text or a list.
         of: types of the items of such a list; a text such as ``[1, 2]`` may be an answer.
 
-    Example:
+    Examples:
         >>> json_list('["a.png", "b.png"]'), json_list("[1, 2]")
         (['a.png', 'b.png'], '[1, 2]')
     """
@@ -282,7 +282,7 @@ def json_list(value: object, of: tuple[type, ...] = (str, Mapping)) -> object:
 def looks_like(record: Record) -> Format | None:
     """Return the format that a record looks like by its column names; None if it looks like no format.
 
-    Example:
+    Examples:
         >>> looks_like({"conversations": [{"from": "human", "value": "<image> What?"}]})
         'llava'
     """

@@ -55,7 +55,7 @@ def preference(fields: Fields) -> Row:
     """Read a pair, ``{"prompt": ..., "chosen": ..., "rejected": ...}``, or ``{"prompt", "completion", "label"}``.
 
     Each is a text or a list of messages, as in TRL. If chosen and rejected are whole conversations, they must be equal
-    up to their last message, and the prompt is what they share.
+    up to their last message, and the prompt is their common part.
 
     Raises:
         RowError: two equal answers, or answers to different prompts.

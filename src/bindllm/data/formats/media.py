@@ -22,7 +22,7 @@ class FolderResolver:
     Args:
         root: folder that paths are relative to.
 
-    Example:
+    Examples:
         >>> FolderResolver.of(SourceConfig("data/qa/train.jsonl")).root
         'data/qa'
     """
@@ -42,7 +42,7 @@ class FolderResolver:
 def folder_of(table: str | Path) -> str:
     """Return the folder that paths in a table are relative to; for a dataset of the hub the working directory.
 
-    Example:
+    Examples:
         >>> folder_of("data/qa/train.jsonl"), folder_of("hf://organization/dataset")
         ('data/qa', '')
     """
@@ -66,7 +66,7 @@ def find_file(root: str, modality: str, name: str) -> str:
 def media_key(media: Media, root: str) -> str:
     """Return the key that decides the split of media: the path in the folder, the text, or the hash of the content.
 
-    Example:
+    Examples:
         >>> media_key(Media.image("data/qa/./cat.png"), "data/qa")
         'cat.png'
     """

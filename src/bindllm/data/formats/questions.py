@@ -98,7 +98,7 @@ def instruction(fields: Fields) -> Row:
 def answer_of(options: tuple[str, ...], index: int) -> str:
     """Return the answer to a multiple choice.
 
-    Example:
+    Examples:
         >>> answer_of(("a rose", "the sea"), 1)
         'The answer is (B).'
     """
@@ -111,7 +111,7 @@ def clean_caption(text: str) -> tuple[str, bool]:
 
     Joiners stay: emoji sequences and several scripts are spelled with them.
 
-    Example:
+    Examples:
         >>> clean_caption(" a red  square ")
         ('a red square', False)
     """

@@ -188,7 +188,7 @@ def group_by_length(lengths: Sequence[int], *, batch_size: int, seed: Sequence[i
         batch_size: maximum rows of a batch.
         seed: of this chunk.
 
-    Example:
+    Examples:
         >>> batches = group_by_length([3, 9, 4, 8, 4], batch_size=3, seed=[0])
         >>> sorted(sorted(batch) for batch in batches)
         [[0, 2, 4], [1, 3]]

@@ -29,7 +29,7 @@ class TarResolver:
     Args:
         sample: the members.
 
-    Example:
+    Examples:
         >>> resolve = TarResolver(TarSample("0.tar", "a/cat", 0, {"jpg": b"...", "txt": b"A cat."}))
         >>> resolve("image", "cat.jpg") == resolve("image", "jpg") == resolve("image", None)
         True

@@ -71,7 +71,7 @@ class TarSample:
 def is_stream(path: str) -> bool:
     """Tell whether a source is streamed: its path, pattern or URL ends in ``.tar``.
 
-    Example:
+    Examples:
         >>> is_stream("data/cc3m/{00000..00331}.tar"), is_stream("data/openmoji")
         (True, False)
     """
@@ -88,7 +88,7 @@ def expand_shards(pattern: str) -> list[str]:
     Raises:
         InputError: it names no file that exists, too many, or has a range that goes backwards.
 
-    Example:
+    Examples:
         >>> expand_shards("https://example.org/{08..10}.tar")
         ['https://example.org/08.tar', 'https://example.org/09.tar', 'https://example.org/10.tar']
     """
@@ -221,7 +221,7 @@ _TEMPORARY = frozenset((408, 425, 429, 500, 502, 503, 504))
 def is_remote(path: str) -> bool:
     """Tell whether this is an http(s) URL.
 
-    Example:
+    Examples:
         >>> is_remote("https://example.org/0.tar"), is_remote("data/0.tar")
         (True, False)
     """

@@ -77,7 +77,7 @@ class ImageBind:
         InputError: an option that does not exist.
         EncoderError: the folder has a ``config.json`` that does not describe ImageBind.
 
-    Example:
+    Examples:
         >>> encoder = ImageBind("checkpoints/imagebind", modalities=["image", "audio"])
         >>> encoder.modalities, encoder.embedding_size
         (('image', 'audio'), 1024)

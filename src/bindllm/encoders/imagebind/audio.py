@@ -55,7 +55,7 @@ def audio_input(source: Source, *, coverage: str, max_clips: int) -> Tensor:
         InputError: unknown coverage.
         MissingExtraError: PyAV is not installed.
 
-    Example:
+    Examples:
         >>> audio_input(np.zeros(16_000, np.int16), coverage="published", max_clips=64).shape
         torch.Size([3, 1, 128, 204])
     """

@@ -36,7 +36,7 @@ def clip_starts(
     Raises:
         InputError: unknown coverage, or ``max_clips`` below 1.
 
-    Example:
+    Examples:
         >>> [float(start) for start in clip_starts(
         ...     Fraction(5), published=3, coverage="published", max_clips=64, name="bark.wav")]
         [0.0, 1.5, 3.0]

@@ -111,7 +111,7 @@ class Tokenizer:
     Args:
         file: a ``tokenizer.json``, as `bindllm fetch clip-vocabulary` makes it; read at the first text.
 
-    Example:
+    Examples:
         >>> tokenizer = Tokenizer("checkpoints/clip-vocabulary/tokenizer.json")
     """
 

@@ -49,7 +49,7 @@ def video_input(source: Source, *, coverage: str, max_clips: int) -> Tensor:
         InputError: unknown coverage.
         MissingExtraError: PyAV is not installed.
 
-    Example:
+    Examples:
         >>> video_input(np.zeros((10, 60, 80, 3), np.uint8), coverage="published", max_clips=64).shape
         torch.Size([15, 3, 2, 224, 224])
     """

@@ -60,7 +60,7 @@ class PointBind:
     Raises:
         InputError: an unknown dtype, or ``points`` below 1.
 
-    Example:
+    Examples:
         >>> encoder = PointBind("checkpoints/pointbind", dtype="bfloat16")
         >>> encoder.space, encoder.embedding_size
         ('imagebind', 1024)

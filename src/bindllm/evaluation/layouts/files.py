@@ -175,7 +175,7 @@ def clip_stems(video: str, start: float, end: float | None = None) -> Iterator[s
         start: start of the clip, in seconds.
         end: end of the clip, in seconds, if it is known.
 
-    Example:
+    Examples:
         >>> list(clip_stems("r1nicOVtvkQ", 130))
         ['r1nicOVtvkQ_130', 'r1nicOVtvkQ_130000', 'r1nicOVtvkQ_130.000', 'r1nicOVtvkQ', 'Yr1nicOVtvkQ']
     """
@@ -208,7 +208,7 @@ _WNID = re.compile(r"n\d{8}")
 def spell(name: str) -> str:
     """Return a class name with spaces instead of underscores.
 
-    Example:
+    Examples:
         >>> spell("night_stand")
         'night stand'
     """

@@ -267,7 +267,7 @@ class TemperatureConfig:
 class Temperature(nn.Module):
     """The factor of the similarities: the exponential of one number, which is trained or fixed.
 
-    Example:
+    Examples:
         >>> round(Temperature(TemperatureConfig(start=0.05))().item(), 3)
         20.0
     """
@@ -300,7 +300,7 @@ def contrastive_loss(media: Tensor, targets: Tensor, belongs: Tensor, scale: Ten
         belongs: whether media i and target j are a pair of the data, bool [B, B]; True on the diagonal.
         scale: 1 / temperature.
 
-    Example:
+    Examples:
         >>> rows = torch.eye(2)
         >>> contrastive_loss(rows, rows, torch.eye(2, dtype=torch.bool), torch.tensor(1.0))
         tensor(0.3133)
@@ -345,7 +345,7 @@ def retrieval_metrics(queries: Tensor, gallery: Tensor, right: Sequence[Sequence
 def mean_recall(metrics: dict[str, Any]) -> float:
     """Return the mean of recall@1/5/10 over both directions.
 
-    Example:
+    Examples:
         >>> mean_recall({"loss": 2.0, "text_to_image": {"recall@1": 0.25, "recall@5": 0.5, "recall@10": 0.75}})
         0.5
     """

@@ -41,7 +41,7 @@ def project(made, tmp_path, monkeypatch, capsys) -> Path:
 
 
 def run(capsys, *line: str, code: int = 0) -> str:
-    """Run the verb; return what it prints, on one line, or its error."""
+    """Run the command; return its output on one line, or its error."""
     assert main(["index", *line]) == code
     printed = capsys.readouterr()
     return " ".join(re.sub("[│┃]", " ", printed.err if code else printed.out).split())
@@ -50,7 +50,7 @@ def run(capsys, *line: str, code: int = 0) -> str:
 def test_it_builds_from_the_store_of_the_checkpoints_encoder(project, capsys):
     told = run(capsys, "caches/a", *OF_MODEL)
     assert "visual cache caches/a" in told
-    assert "pictures 12 (built)" in told
+    assert "images 12 (built)" in told
     assert "kind Flat" in told
     index = VectorIndex.open("caches/a")
     assert (len(index), index.info.fingerprint) == (12, Multimodal().fingerprint())
@@ -60,11 +60,11 @@ def test_it_builds_from_the_store_of_the_checkpoints_encoder(project, capsys):
 def test_where_it_is_there_already_it_is_renewed(project, capsys):
     run(capsys, "caches/a", *BY_CLASS)
     (first,) = Path("caches/a").glob("vectors-*.faiss")
-    assert "pictures 12 (renewed: 0 added, 0 removed)" in run(capsys, "caches/a", *BY_CLASS)
+    assert "images 12 (updated: 0 added, 0 removed)" in run(capsys, "caches/a", *BY_CLASS)
     assert [*Path("caches/a").glob("vectors-*.faiss")] == [first]
     filled_store(Path("data/store"), write_images(Path("pictures"), 5, start=12))
     capsys.readouterr()
-    assert "pictures 17 (renewed: 5 added, 0 removed)" in run(capsys, "caches/a", *BY_CLASS)
+    assert "images 17 (updated: 5 added, 0 removed)" in run(capsys, "caches/a", *BY_CLASS)
     (second,) = Path("caches/a").glob("vectors-*.faiss")
     assert second != first
     assert "kind SQfp16" in run(capsys, "caches/a", *BY_CLASS, "--factory", "SQfp16")
@@ -76,16 +76,16 @@ def test_where_it_is_there_already_it_is_renewed(project, capsys):
 
 def test_pictures_of_a_folder_are_embedded_and_no_others_are_indexed(project, capsys):
     write_images(Path("mine/deep"), 4, start=10)
-    assert "pictures 4 (built)" in run(capsys, "caches/a", *BY_CLASS, "--images", "mine")
+    assert "images 4 (built)" in run(capsys, "caches/a", *BY_CLASS, "--images", "mine")
     assert len(filled_store(Path("data/store"), [])) == 14
     Path("mine/deep/010.png").unlink()
     write_images(Path("mine"), 2, start=20)
     told = run(capsys, "caches/a", *BY_CLASS, "--images", "mine")
-    assert "pictures 5 (renewed: 2 added, 1 removed)" in told
+    assert "images 5 (updated: 2 added, 1 removed)" in told
     told = run(capsys, "caches/a", *BY_CLASS)
-    assert "pictures 5 (renewed: 0 added, 0 removed)" in told
-    assert "To index all of the store, add --rebuild" in told
-    assert "pictures 16 (built)" in run(capsys, "caches/a", *BY_CLASS, "--rebuild")
+    assert "images 5 (updated: 0 added, 0 removed)" in told
+    assert "To index the whole store, add --rebuild" in told
+    assert "images 16 (built)" in run(capsys, "caches/a", *BY_CLASS, "--rebuild")
 
 
 def test_a_checkpoint_is_told_of_it_and_answers_with_it(project, capsys):
@@ -146,14 +146,14 @@ def test_an_index_of_another_encoder_is_refused_and_stays(project, capsys):
     assert f"built with the encoder {ColorEncoder(grid=3).fingerprint()[:16]}" in told
     assert "replace it with --rebuild" in told
     assert len(VectorIndex.open("caches/other")) == 3
-    assert "pictures 12 (built)" in run(capsys, "caches/other", *BY_CLASS, "--rebuild")
+    assert "images 12 (built)" in run(capsys, "caches/other", *BY_CLASS, "--rebuild")
 
 
 def test_a_checkpoint_of_another_encoder_is_not_told_of_it(project, capsys):
     before = Path("checkpoints/model/bindllm.json").read_bytes()
     line = ("--encoder", "tiny.ColorEncoder", "--encoder.grid", "3", "--images", "pictures")
     told = run(capsys, "caches/a", *line, "--name_in", "checkpoints/model", code=1)
-    assert "would mean nothing there" in told
+    assert "it cannot use a cache of another encoder" in told
     assert Path("checkpoints/model/bindllm.json").read_bytes() == before
     assert not Path("caches/a").exists()
 
@@ -171,7 +171,7 @@ def test_a_damaged_index_is_built_again_when_asked(project, capsys):
     assert "To build it from scratch, add --rebuild" in run(capsys, "caches/a", *BY_CLASS, code=1)
     Path("caches/a/index.json").write_text("{")
     assert "To build it from scratch, add --rebuild" in run(capsys, "caches/a", *BY_CLASS, code=1)
-    assert "pictures 12 (built)" in run(capsys, "caches/a", *BY_CLASS, "--rebuild")
+    assert "images 12 (built)" in run(capsys, "caches/a", *BY_CLASS, "--rebuild")
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_a_damaged_index_is_built_again_when_asked(project, capsys):
         (("caches/a", *BY_CLASS, "--images", "nowhere"), 1, "nowhere"),
         (("caches/a", "--encoder", "cache_parts.Words"), 1, "no encoder serves the modality 'image'"),
         (("caches/a", "--encoder", "checkpoints/model"), 2, "--checkpoint checkpoints/model"),
-        (("caches/a", "--encoder", "pictures"), 2, "does not tell which encoder"),
+        (("caches/a", "--encoder", "pictures"), 2, "does not name its encoder"),
         (("caches/a", "--encoder", "no/where"), 2, "no such folder"),
         (("caches/a", "--checkpoint", "checkpoints/mode"), 1, "Did you mean 'model'"),
         (("pictures", *BY_CLASS), 1, "not an index"),
@@ -230,5 +230,5 @@ def test_a_checkpoint_has_no_file_but_the_cache_in_its_folder(project, capsys):
 def test_a_collection_of_milvus(project, capsys):
     pytest.importorskip("pymilvus")
     told = run(capsys, "--milvus", "caches/a.db", *BY_CLASS, "--name_in", "checkpoints/model")
-    assert "pictures 12" in told
+    assert "images 12" in told
     assert read_manifest("checkpoints/model")["cache"]["folder"] == "caches/a.db"
