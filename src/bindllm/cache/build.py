@@ -85,7 +85,7 @@ def build_or_update(
 
 
 def _read_info(folder: Path, encoder: Encoder) -> IndexInfo | None:
-    """Return the manifest of the index in a folder, None if there is no index.
+    """Return the manifest of the index in a folder, or None without an index.
 
     Raises:
         InputError: It was built with another encoder.

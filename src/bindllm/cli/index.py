@@ -58,7 +58,7 @@ def index(
     Args:
         output: folder of the index
         encoders: the encoder of the images (default: that of --name_in)
-        options: what is indexed, and how
+        options: the images to index, and the kind of index
         overrides: arguments of the encoder
 
     Example:

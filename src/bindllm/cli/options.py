@@ -153,8 +153,8 @@ def _is_wide(file: str) -> bool:
     from PIL import Image
 
     try:
-        with Image.open(file) as picture:
-            return picture.mode.startswith(_WIDE)
+        with Image.open(file) as image:
+            return image.mode.startswith(_WIDE)
     # The encoder that opens the file reports the error.
     except Exception:
         return False
@@ -177,7 +177,7 @@ def build_encoder(path: str, options: Sequence[str], *, allow: Sequence[str] = (
         path, given = _of_folder(path)
     elif {"/", os.sep} & set(path):
         raise UsageError(
-            f"{path}: there is no such folder; give the folder of an encoder or the import path of one"
+            f"{path}: the folder does not exist; give the folder of an encoder or the import path of one"
         )
     words = list(options)
     while words:

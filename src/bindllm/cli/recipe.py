@@ -96,7 +96,7 @@ def closest_name(message: str, keys: Sequence[str]) -> str:
 
 
 def _find_object(path: str) -> Any:
-    """Return the module or the class with an import path, None if there is none."""
+    """Return the module or the class with an import path, None if it does not exist."""
     module, _, name = path.rpartition(".")
     try:
         return getattr(import_module(module), name) if module else import_module(path)
