@@ -48,7 +48,7 @@ def test_disk_full_while_saving_leaves_the_old_checkpoint(folder, monkeypatch):
     def fail(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("bindllm.model.checkpoint.save_file", fail)
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
     with pytest.raises(OSError, match="No space left"):
         write_checkpoint(folder, {"decoder": {"name": "new"}}, TENSORS, "")
     assert read_manifest(folder)["decoder"]["name"] == "d"

@@ -21,11 +21,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bindllm.atomic import atomic_folder, file_sha256, set_aside_name, write_json
+from bindllm.atomic import atomic_folder, file_sha256, read_tensors, set_aside_name, write_json, write_tensors
 from bindllm.encoders import shape_problems
 from bindllm.errors import CheckpointError, UsageError, did_you_mean
 from bindllm.imports import build_named
@@ -88,17 +86,17 @@ def write_checkpoint(
         if (folder / CACHE).is_dir():
             # Files of an index are replaced and never written again, so both folders may share them for a while.
             shutil.copytree(folder / CACHE, part / CACHE, copy_function=_link)
-        _save(part / WEIGHTS, {name: tensor for name, tensor in tensors.items() if name not in tuned})
+        write_tensors(part / WEIGHTS, {name: tensor for name, tensor in tensors.items() if name not in tuned})
         hashes = {"weights_sha256": file_sha256(part / WEIGHTS)}
         if adapter_config is not None:
             (part / ADAPTER).mkdir()
             named = {name.removeprefix(_ADAPTER_PREFIX): tensors[name] for name in tensors if name in tuned}
-            _save(part / ADAPTER_WEIGHTS, named)
-            _write_json(part / _ADAPTER_CONFIG, adapter_config)
+            write_tensors(part / ADAPTER_WEIGHTS, named)
+            write_json(part / _ADAPTER_CONFIG, adapter_config)
             hashes["adapter_sha256"] = file_sha256(part / ADAPTER_WEIGHTS)
         # Relative paths in the manifest start at this directory, so a project may be moved as a whole.
         root = os.path.relpath(Path.cwd(), folder.resolve())
-        _write_json(part / MANIFEST, {"format": FORMAT, **manifest, **cache, **hashes, "root": root})
+        write_json(part / MANIFEST, {"format": FORMAT, **manifest, **cache, **hashes, "root": root})
         (part / "README.md").write_text(card, encoding="utf-8")
         for name, text in (files or {}).items():
             (part / name).write_text(text, encoding="utf-8")
@@ -164,9 +162,9 @@ def name_cache(folder: str | Path, entry: Mapping[str, Any] | None) -> None:
 
 def read_weights(folder: str | Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
     """Read the trained tensors, and check their files against the hashes in the manifest."""
-    tensors = _load(folder, WEIGHTS, manifest.get("weights_sha256"))
+    tensors = read_tensors(Path(folder) / WEIGHTS, manifest.get("weights_sha256"), CheckpointError)
     if "adapter_sha256" in manifest:
-        tuned = _load(folder, ADAPTER_WEIGHTS, manifest["adapter_sha256"])
+        tuned = read_tensors(Path(folder) / ADAPTER_WEIGHTS, manifest["adapter_sha256"], CheckpointError)
         tensors |= {_ADAPTER_PREFIX + name: tensor for name, tensor in tuned.items()}
     return tensors
 
@@ -273,31 +271,6 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
-
-
-def _save(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    # safetensors refuses views that share memory.
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, file, metadata={"format": "pt"})
-
-
-def _load(folder: str | Path, name: str, expected: str | None) -> dict[str, Tensor]:
-    file = Path(folder) / name
-    if not file.is_file():
-        raise CheckpointError(f"{folder} has no {name}: copy the whole folder")
-    # The hash finds damage, and weights that were exchanged without their manifest.
-    if file_sha256(file) != expected:
-        raise CheckpointError(
-            f"{file} is not the file that {MANIFEST} was written with: damaged or exchanged"
-        )
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
-
-
-def _write_json(file: Path, value: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _siblings(folder: Path) -> str:
