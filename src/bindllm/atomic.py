@@ -1,4 +1,4 @@
-"""Writing files so that a reader sees the old content or the new, never a part of either; the checksum of a file."""
+"""Writing files so that a reader sees the old content or the new, never a part of either; checksums; tensor files."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from bindllm.errors import BindLLMError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Above this many files, flushing the whole machine at once is far quicker than flushing one after the other.
 _MANY = 64
@@ -136,3 +141,32 @@ def file_sha256(path: str | Path, *, prefix: bytes = b"") -> str:
     """
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, lambda: hashlib.sha256(prefix)).hexdigest()
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors of any device as a safetensors file."""
+    from safetensors.torch import save_file
+
+    # safetensors refuses views that share memory.
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, path, metadata={"format": "pt"})
+
+
+def read_tensors(path: Path, sha256: str | None, failure: type[BindLLMError]) -> dict[str, Tensor]:
+    """Read a safetensors file that must have this checksum.
+
+    Raises:
+        BindLLMError: a ``failure``: the file is missing, damaged or another one.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise failure(f"{path.parent} has no {path.name}: copy the whole folder")
+    # The hash finds damage, and weights that were exchanged without their manifest.
+    if file_sha256(path) != sha256:
+        raise failure(f"{path} is not the file that its folder was written with: damaged or exchanged")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise failure(f"{path} cannot be read: {error}") from error

@@ -8,14 +8,19 @@ on ``sys.path`` any file of such a name would run.
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from bindllm.errors import BindLLMError, did_you_mean
+
+_SEARCHED = "The command line searches {}, and Python the folders of PYTHONPATH"
 
 
 class _NamedModules:
@@ -97,15 +102,95 @@ def _imported(file: Path, package: Sequence[str]) -> Iterator[str]:
             yield from (".".join([*base, alias.name]) for alias in node.names)
 
 
-def replace_allow(kind: Any, arguments: Mapping[str, Any], allow: Sequence[str]) -> dict[str, Any]:
+def build_named(
+    path: Any,
+    arguments: Mapping[str, Any],
+    *,
+    allow: Sequence[str],
+    problem: Callable[[Any], str],
+    failure: type[BindLLMError],
+) -> Any:
+    """Build an object of the class that a file names.
+
+    Args:
+        path: import path of the class, as the file gives it.
+        arguments: of its constructor.
+        allow: import paths outside ``bindllm.`` that the caller trusts. It replaces any ``allow`` in ``arguments``.
+        problem: returns why what the path leads to must not be called, as the end of "it is ..."; "": it may be.
+        failure: the type of the errors.
+
+    Raises:
+        BindLLMError: a ``failure``: the class is not allowed, has a problem, or cannot be imported or built.
+    """
+    # How to read this: a class path from a file is untrusted. It must be well-formed, part of bindllm or allowed by
+    # the caller, importable, and without a problem. Only then is it called.
+    if not isinstance(path, str) or not all(path.split(".")) or "." not in path:
+        raise failure(
+            f"{path!r} is not the import path of a class; expected one such as 'my_lab.RadarEncoder'"
+        )
+    if not path.startswith("bindllm.") and path not in allow:
+        raise failure(
+            f"the folder names the class {path!r}, which is not part of bindllm and would run code from there. "
+            f"If you trust it, pass allow=[{path!r}], or --allow {path} on the command line."
+        )
+    module, _, name = path.rpartition(".")
+    try:
+        # Registers the module, so that only named ones are imported from the working directory.
+        if path in allow:
+            name_module(path)
+        # Only now may code of the module run: the path passed the checks above.
+        home = importlib.import_module(module)
+        try:
+            kind = getattr(home, name)
+        except AttributeError as error:
+            hint = did_you_mean(name, classes_in(home))
+            raise failure(f"{path} cannot be built: {module} has no {name!r}. {hint}") from error
+        if found := problem(kind):
+            raise failure(
+                f"the folder names {path!r}, but it is {found}; nothing was called. Load only folders from a source "
+                "you trust, or copy the folder again"
+            )
+        return kind(**_replace_allow(kind, arguments, allow))
+    except BindLLMError:
+        raise
+    # This may be untrusted code: any exception of it means that the object cannot be built.
+    except Exception as error:
+        reason = f" with {arguments}: {type(error).__name__}: {error}"
+        if isinstance(error, ModuleNotFoundError):
+            reason = f": it needs {error.name!r}, which is not installed"
+            # The class's own module is missing, not one that it imports.
+            if f"{module}.".startswith(f"{error.name}."):
+                reason = f": the module {error.name!r} was not found. {_SEARCHED.format(Path.cwd())}"
+        raise failure(f"{path} cannot be built{reason}") from error
+
+
+def resolve_path(value: Any, home: Path) -> Any:
+    """Return a constructor argument from a file; a local path is made relative to the current directory.
+
+    Paths are kept as the recipe gave them; one that does not exist from the current directory is looked up from
+    ``home``, the directory in which the file was made, so that a moved project still loads from anywhere.
+    """
+    # A word without a separator is a setting, even if a folder of that name exists.
+    if not isinstance(value, str) or not {"/", os.sep} & set(value) or os.path.exists(value):
+        return value
+    return os.path.relpath(moved) if (moved := home / value).exists() else value
+
+
+def classes_in(module: ModuleType) -> list[str]:
+    """Return the names of the classes that a module defines; imported ones do not count."""
+    names = vars(module)
+    own = [
+        name
+        for name, value in names.items()
+        if isinstance(value, type) and value.__module__ == module.__name__
+    ]
+    return list(names.get("__all__", own))
+
+
+def _replace_allow(kind: Any, arguments: Mapping[str, Any], allow: Sequence[str]) -> dict[str, Any]:
     """Return constructor arguments with the caller's ``allow`` instead of the file's.
 
     A file must not extend the list that its reader allows, so its own value is dropped, whatever its type.
-
-    Args:
-        kind: the class to build.
-        arguments: the arguments as the file gives them.
-        allow: import paths that the caller trusts; passed on if the constructor has a parameter ``allow``.
     """
     kept = {name: value for name, value in arguments.items() if name != "allow"}
     try:

@@ -101,7 +101,7 @@ def test_one_reading_is_held():
         (b"", "the file is empty"),
         (b"\n\n", "no readings"),
         (HEADER.encode(), "a header and no readings"),
-        (b"1 2 3\n", "line 1 has 3 columns and there is no header; expected 6 .acceleration x"),
+        (b"1 2 3\n", "line 1 has 3 columns and no header; expected 6 .acceleration x"),
         (
             table(HEADER + ",temperature", SIGNAL, TIMES),
             "unknown or repeated: 'temperature'.*remove the others",

@@ -5,14 +5,15 @@ import pytest
 import torch
 
 from bindllm.errors import CheckpointError
+from bindllm.imports import resolve_path
 from bindllm.model.checkpoint import (
     build_object,
     check_keys,
+    home_of,
     name_cache,
     read_manifest,
     read_weights,
     resolve_cache,
-    resolve_path,
     write_checkpoint,
 )
 
@@ -47,7 +48,7 @@ def test_disk_full_while_saving_leaves_the_old_checkpoint(folder, monkeypatch):
     def fail(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("bindllm.model.checkpoint.save_file", fail)
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
     with pytest.raises(OSError, match="No space left"):
         write_checkpoint(folder, {"decoder": {"name": "new"}}, TENSORS, "")
     assert read_manifest(folder)["decoder"]["name"] == "d"
@@ -129,21 +130,23 @@ def test_paths_are_found_from_another_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(project)
     write_checkpoint("checkpoints/model", {}, TENSORS, "")
     manifest = read_manifest("checkpoints/model")
-    assert resolve_path("checkpoints/decoder", "checkpoints/model", manifest) == "checkpoints/decoder"
+    assert (
+        resolve_path("checkpoints/decoder", home_of("checkpoints/model", manifest)) == "checkpoints/decoder"
+    )
     monkeypatch.chdir(tmp_path)
     assert (
-        resolve_path("checkpoints/decoder", "project/checkpoints/model", manifest)
+        resolve_path("checkpoints/decoder", home_of("project/checkpoints/model", manifest))
         == "project/checkpoints/decoder"
     )
     project.rename(tmp_path / "moved")
     assert (
-        resolve_path("checkpoints/decoder", "moved/checkpoints/model", manifest)
+        resolve_path("checkpoints/decoder", home_of("moved/checkpoints/model", manifest))
         == "moved/checkpoints/decoder"
     )
-    assert resolve_path("not/there", "moved/checkpoints/model", manifest) == "not/there"
+    assert resolve_path("not/there", home_of("moved/checkpoints/model", manifest)) == "not/there"
     (tmp_path / "moved" / "whole").mkdir()
-    assert resolve_path("whole", "moved/checkpoints/model", manifest) == "whole"
-    assert resolve_path(7, "moved/checkpoints/model", manifest) == 7
+    assert resolve_path("whole", home_of("moved/checkpoints/model", manifest)) == "whole"
+    assert resolve_path(7, home_of("moved/checkpoints/model", manifest)) == 7
 
 
 def test_classes_outside_bindllm_need_permission():

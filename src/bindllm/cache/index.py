@@ -308,17 +308,10 @@ class VectorIndex:
         """Return the store that the index was built from, or None if it is no longer there."""
         from bindllm.embeddings.store import EmbeddingStore
 
-        fingerprint = self.info.fingerprint
         if self.info.store is None:
             return None
-        place = (Path(self.source) / self.info.store.path).resolve()
-        # Opening makes a store where none is, and an untrusted index may name any place.
-        if place.name != fingerprint[:16] or not (place / "encoder.json").is_file():
-            return None
-        try:
-            return EmbeddingStore(place.parent, fingerprint, self.info.embedding_size)
-        except StoreError:
-            return None
+        place = Path(self.source) / self.info.store.path
+        return EmbeddingStore.existing(place, self.info.fingerprint, self.info.embedding_size)
 
     @classmethod
     def _map(cls, folder: Path, verify: bool | None) -> Self:

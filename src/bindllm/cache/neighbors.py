@@ -52,11 +52,5 @@ def _store_of(index: Index) -> EmbeddingStore | None:
     folders = [Path(STORE) / info.fingerprint[:16]]
     if isinstance(info, IndexInfo) and info.store is not None:
         folders.insert(0, Path(index.source) / info.store.path)
-    for folder in folders:
-        # Nothing is created here: an untrusted index may name any folder.
-        if folder.resolve().name == info.fingerprint[:16] and (folder / "encoder.json").is_file():
-            try:
-                return EmbeddingStore(folder.resolve().parent, info.fingerprint, info.embedding_size)
-            except StoreError:
-                continue
-    return None
+    found = (EmbeddingStore.existing(folder, info.fingerprint, info.embedding_size) for folder in folders)
+    return next((store for store in found if store is not None), None)

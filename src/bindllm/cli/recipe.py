@@ -28,8 +28,7 @@ from bindllm.cli import COMMANDS
 from bindllm.cli.arguments import plain_message
 from bindllm.data.datamodule import BindData
 from bindllm.errors import BindLLMError, InputError, UsageError, did_you_mean
-from bindllm.imports import name_module
-from bindllm.model.checkpoint import classes_in
+from bindllm.imports import classes_in, name_module
 from bindllm.training.module import BindModule
 from bindllm.training.preflight import Problems
 

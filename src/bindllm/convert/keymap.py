@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from bindllm.atomic import atomic_folder, write_json
+from bindllm.atomic import atomic_folder, write_json, write_tensors
 from bindllm.errors import CheckpointError
 
 REPORT = "conversion.tsv"
@@ -201,9 +200,7 @@ def write_encoder(
         )
     with atomic_folder(folder) as part:
         for name, tensors in weights.items():
-            # Plain and contiguous, as safetensors requires.
-            plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-            save_file(plain, part / name, metadata={"format": "pt"})
+            write_tensors(part / name, tensors)
         for name, file in (files or {}).items():
             shutil.copyfile(file, part / name)
         (part / REPORT).write_text(report.text(), encoding="utf-8")

@@ -13,7 +13,7 @@ from bindllm.data.collate import MediaGroup
 from bindllm.embeddings.precompute import precompute_embeddings
 from bindllm.embeddings.store import EmbeddingStore
 from bindllm.encoders import Encoder, encoder_for
-from bindllm.encoders.fusion import common_size, fuse
+from bindllm.encoders.fusion import common_size, fuse_groups
 from bindllm.errors import InputError
 from bindllm.media import Media
 from bindllm.parallel import RunContext
@@ -98,7 +98,7 @@ class MediaEmbeddings:
         return totals
 
     def key(self, media: Media) -> str:
-        """Return the content hash of media that `fill` has embedded.
+        """Return the content hash of media that `precompute` has embedded.
 
         Raises:
             InputError: it has not.
@@ -111,7 +111,7 @@ class MediaEmbeddings:
         """Return the embedding of each media group, fused where it has several: [N, E], unit norm, on the CPU.
 
         Raises:
-            InputError: media that `fill` was not given, or could not embed.
+            InputError: media that `precompute` was not given, or could not embed.
         """
         flat = [media for group in groups for media in group]
         rows = torch.zeros(len(flat), self.embedding_size)  # [M, E]
@@ -121,15 +121,7 @@ class MediaEmbeddings:
             places = (numbers == number).nonzero().flatten()
             rows[places] = self._store(number).get([self.key(flat[n]) for n in places.tolist()])
         # Single media need no fusion and keep their bits.
-        if len(flat) == len(groups):
-            return rows
-        pieces = rows.split([len(group) for group in groups])
-        return torch.stack(
-            [
-                fuse(piece, torch.tensor([media.weight for media in group]))
-                for piece, group in zip(pieces, groups, strict=True)
-            ]
-        )
+        return rows if len(flat) == len(groups) else fuse_groups(rows, groups)
 
     def _number(self, media: Media) -> int:
         """Number of the encoder that serves media."""

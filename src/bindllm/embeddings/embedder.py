@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bindllm.encoders import Encoder, encoder_for
-from bindllm.encoders.fusion import fuse
+from bindllm.encoders.fusion import fuse_groups
 from bindllm.errors import InputError, MediaError
 from bindllm.media import Media
 from bindllm.parallel import prefetch
@@ -235,10 +235,4 @@ def embed_groups(
     # Any failure ends the call, because a group needs all of its media.
     with Embedder(encoders, device=device, reported=()) as embedder:
         results = embedder.embed_in_order(media for group in groups for media in group)
-    # In the order of the media, group after group.
-    rows = iter([result.embedding for result in results])
-    fused = []
-    for group in groups:
-        weights = torch.tensor([media.weight for media in group], dtype=torch.float64)
-        fused.append(fuse(torch.stack([next(rows) for _ in group]), weights, normalize=normalize))
-    return torch.stack(fused)
+    return fuse_groups(torch.stack([result.embedding for result in results]), groups, normalize=normalize)

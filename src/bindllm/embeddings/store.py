@@ -99,6 +99,18 @@ class EmbeddingStore:
         name = f"{kind.__module__}.{kind.__qualname__}"
         return cls(folder, encoder.fingerprint(), encoder.embedding_size, encoder_class=name)
 
+    @classmethod
+    def existing(cls, place: Path, fingerprint: str, embedding_size: int) -> EmbeddingStore | None:
+        """Return the store whose subfolder for an encoder is ``place``, or None if there is no such store."""
+        place = place.resolve()
+        # Opening makes a store where none is, and an untrusted index may name any place.
+        if place.name != fingerprint[:16] or not (place / "encoder.json").is_file():
+            return None
+        try:
+            return cls(place.parent, fingerprint, embedding_size)
+        except StoreError:
+            return None
+
     def __len__(self) -> int:
         """Return the number of embeddings."""
         return len(self._embeddings)

@@ -21,14 +21,13 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from bindllm.atomic import atomic_folder, file_sha256
+from bindllm.atomic import atomic_folder, file_sha256, read_tensors, write_json, write_tensors
 from bindllm.encoders import fingerprint
 from bindllm.encoders.trainable import build_tower, is_trainable
 from bindllm.errors import EncoderError, InputError, fetch_hint
+from bindllm.imports import resolve_path
 from bindllm.media import Media
 
 # Raise the number when older versions of bindllm cannot read a new folder.
@@ -171,24 +170,6 @@ def read_aligned(folder: str | Path) -> AlignedManifest:
     return manifest
 
 
-def read_tensors(folder: str | Path, name: str, manifest: AlignedManifest) -> dict[str, Tensor]:
-    """Read one weights file, checked against its hash.
-
-    Raises:
-        EncoderError: it is missing, damaged or another one.
-    """
-    file = Path(folder) / name
-    if not file.is_file():
-        raise EncoderError(f"{folder} has no {name}: copy the whole folder")
-    # The hash finds damage, and weights from another run.
-    if file_sha256(file) != manifest.sha256.get(name):
-        raise EncoderError(f"{file} is not the file that {MANIFEST} was written with: damaged or exchanged")
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise EncoderError(f"{file} cannot be read: {error}") from error
-
-
 def write_aligned(
     folder: str | Path,
     manifest: AlignedManifest,
@@ -214,15 +195,13 @@ def write_aligned(
     # Readers see the old folder or the new one, never a half-written one.
     with atomic_folder(folder) as part:
         for name, tensors in weights.items():
-            contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-            save_file(contiguous, part / name, metadata={"format": "pt"})
+            write_tensors(part / name, tensors)
         content = asdict(manifest) | {
             "sha256": {name: file_sha256(part / name) for name in weights},
             "root": os.path.relpath(Path.cwd(), folder.resolve()),
         }
         for name, value in ((MANIFEST, content), ("metrics.json", metrics)):
-            text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-            (part / name).write_text(text, encoding="utf-8")
+            write_json(part / name, value)
         for name, text in texts.items():
             (part / name).write_text(text, encoding="utf-8")
 
@@ -305,7 +284,7 @@ class Aligned:
             manifest = self._manifest
             # Reading checks the hashes, so a fingerprint never describes damaged files.
             for name in manifest.sha256:
-                read_tensors(self._folder, name, manifest)
+                self._read_tensors(name)
             # The path of the folder and the device are not part of it: they do not change an embedding.
             settings = {"modality": manifest.modality, "depth": manifest.head.depth}
             parts: list[str | Path] = [_REVISION, self._folder / HEAD]
@@ -361,7 +340,8 @@ class Aligned:
         with self._loading:
             if self._built is None:
                 entry = self._manifest.tower
-                arguments = {name: self._resolved(value) for name, value in entry["init_args"].items()}
+                home = self._folder / self._manifest.root
+                arguments = {name: resolve_path(value, home) for name, value in entry["init_args"].items()}
                 # A network draws initial weights, which are then replaced; the caller's random state must not change.
                 with torch.random.fork_rng(devices=[]):
                     tower = build_tower(entry["class_path"], arguments, allow=self._allow)
@@ -401,11 +381,14 @@ class Aligned:
                 self._head = head.eval().to(self._device)
             return self._head
 
+    def _read_tensors(self, name: str) -> dict[str, Tensor]:
+        return read_tensors(self._folder / name, self._manifest.sha256[name], EncoderError)
+
     def _load(self, module: nn.Module, name: str) -> None:
         """Fill a module from its file, every tensor accounted for; freeze it."""
         try:
             # Strict by default: missing and unexpected tensors raise.
-            module.load_state_dict(read_tensors(self._folder, name, self._manifest))
+            module.load_state_dict(self._read_tensors(name))
         except RuntimeError as error:
             raise EncoderError(f"{self._folder / name} does not fit: {error}") from error
         module.requires_grad_(False)
@@ -423,11 +406,3 @@ class Aligned:
     def _refuse_others(self, modality: str) -> None:
         if modality not in self.modalities:
             raise InputError(f"{self._folder} embeds {self._manifest.modality} media, not {modality!r}")
-
-    def _resolved(self, value: Any) -> Any:
-        """Return a path of the manifest as it is reached from here, so that a moved project still loads."""
-        # Only strings with a separator are paths; other settings stay as they are.
-        if not isinstance(value, str) or not {"/", os.sep} & set(value) or os.path.exists(value):
-            return value
-        moved = self._folder / self._manifest.root / value
-        return os.path.relpath(moved) if moved.exists() else value

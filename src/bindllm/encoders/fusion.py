@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bindllm.encoders import Encoder
 from bindllm.errors import InputError
+from bindllm.media import Media
 
 # A weighted mean of unit embeddings below this length has lost its direction: they point opposite ways.
 _SHORTEST_MEAN = 1e-4
@@ -67,6 +68,22 @@ def fuse(embeddings: Tensor, weights: Tensor, *, normalize: bool = True) -> Tens
             "change the weights, or give each media a message of its own"
         )
     return torch.nn.functional.normalize(mean, dim=0)
+
+
+def fuse_groups(embeddings: Tensor, groups: Sequence[Sequence[Media]], *, normalize: bool = True) -> Tensor:
+    """Fuse the embeddings of each media group by the weights of its media.
+
+    Args:
+        embeddings: of all media, group after group, unit norm, [M, E].
+        groups: N groups of at least one media each, M media together.
+        normalize: see `fuse`.
+
+    Returns:
+        One embedding for each group, [N, E].
+    """
+    pieces = embeddings.split([len(group) for group in groups])
+    weights = [torch.tensor([media.weight for media in group], dtype=torch.float64) for group in groups]
+    return torch.stack([fuse(*pair, normalize=normalize) for pair in zip(pieces, weights, strict=True)])
 
 
 def common_size(encoders: Sequence[Encoder]) -> int:

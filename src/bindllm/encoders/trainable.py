@@ -5,7 +5,6 @@ A trainable tower is a `torch.nn.Module` with the members of `TrainableTower`; a
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,8 +12,8 @@ import torch
 from torch import Tensor
 
 from bindllm.encoders import Encoder
-from bindllm.errors import BindLLMError, EncoderError
-from bindllm.imports import name_module, replace_allow
+from bindllm.errors import EncoderError
+from bindllm.imports import build_named
 
 # Members by role, for a message that lists the missing ones. A tower with the members of an encoder is one.
 _KINDS = {
@@ -118,31 +117,10 @@ def build_tower(class_path: str, init_args: Mapping[str, Any], *, allow: Sequenc
     Raises:
         EncoderError: the class is not allowed, does not exist, is not a tower, or cannot be built.
     """
-    if not class_path.startswith("bindllm.") and class_path not in allow:
-        raise EncoderError(
-            f"the aligned encoder is built on the class {class_path!r}, which is not part of bindllm and would run "
-            f"code from there. If you trust it, give the encoder the argument allow=[{class_path!r}], or the command "
-            f"line --allow {class_path}"
-        )
-    module, _, name = class_path.rpartition(".")
-    # Registers the module, so that only named ones are imported from the working directory.
-    if class_path in allow:
-        name_module(class_path)
-    try:
-        kind = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise EncoderError(f"the tower {class_path} cannot be imported: {error}") from error
-    # Checked before anything is called: an untrusted folder may name any class and any arguments.
-    if not isinstance(kind, type) or not any(methods <= set(dir(kind)) for methods in _METHODS):
-        raise EncoderError(
-            f"{class_path} is not the class of a tower; expected an encoder or a trainable tower"
-        )
-    try:
-        return kind(**replace_allow(kind, init_args, allow))
-    except BindLLMError:
-        raise
-    # This may be untrusted code: any exception of it means that the tower cannot be built.
-    except Exception as error:
-        raise EncoderError(
-            f"the tower {class_path} cannot be built with {dict(init_args)}: {type(error).__name__}: {error}"
-        ) from error
+    return build_named(class_path, init_args, allow=allow, problem=_not_a_tower, failure=EncoderError)
+
+
+def _not_a_tower(kind: Any) -> str:
+    """Return why something is not the class of a tower: an untrusted folder may name any class and any arguments."""
+    fits = isinstance(kind, type) and any(methods <= set(dir(kind)) for methods in _METHODS)
+    return "" if fits else "not the class of a tower, which is an encoder or a trainable tower"

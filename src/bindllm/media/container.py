@@ -13,7 +13,7 @@ from PIL import Image
 
 from bindllm.errors import MediaError, MissingExtraError
 from bindllm.media.images import MAX_PIXELS
-from bindllm.media.source import Source, name_of, open_stream
+from bindllm.media.source import Source, name_of, open_stream, read_head
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -70,10 +70,7 @@ def open_track(source: Source, track: Track) -> Iterator[tuple[InputContainer, S
     if isinstance(source, np.ndarray | Image.Image):
         raise MediaError(f"expected {_EXPECTED[track]}")
     with open_stream(source) as stream:
-        head = stream.read(12)
-        stream.seek(0)
-        if not head:
-            raise MediaError(f"the file is empty; expected {_EXPECTED[track]}")
+        head = read_head(stream, 12, _EXPECTED[track])
         try:
             container = av.open(_Opened(stream, source), "r", options=_OPTIONS, metadata_errors="replace")
         except Exception as error:

@@ -21,7 +21,7 @@ from PIL import (
 )
 
 from bindllm.errors import MediaError, reading
-from bindllm.media.source import Source, name_of, open_stream
+from bindllm.media.source import Source, name_of, open_stream, read_head
 from bindllm.media.svg import looks_like_svg, render_svg
 
 MAX_PIXELS = 100_000_000
@@ -74,10 +74,7 @@ def open_image(source: Source, *, size: int | None = 448) -> Image.Image:
                 check_size(source)
                 return _to_rgb(source)
         with open_stream(source) as stream:
-            head = stream.read(_HEAD)
-            stream.seek(0)
-            if not head:
-                raise MediaError("the file is empty; expected an image")
+            head = read_head(stream, _HEAD, "an image")
             if looks_like_svg(head):
                 return render_svg(stream, size=size or _DRAWN_SIDE)
             with open_raster(stream) as image:

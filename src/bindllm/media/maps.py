@@ -8,7 +8,7 @@ from PIL import Image
 from bindllm.errors import MediaError, reading
 from bindllm.media.arrays import check_numbers, holds_array, read_array
 from bindllm.media.images import MAX_PIXELS, check_size, decoding, open_image, open_raster
-from bindllm.media.source import Source, name_of, open_stream
+from bindllm.media.source import Source, name_of, open_stream, read_head
 
 DARKEST, BRIGHTEST = 1.0, 99.0
 """Percentiles of a thermal image that become 0 and 1, if its values have no range of their own."""
@@ -108,10 +108,7 @@ def _read_values(source: Source, *, key: str) -> np.ndarray | None:
             check_size(source)
             return _from_image(source)
     with open_stream(source) as stream:
-        head = stream.read(_HEAD)
-        stream.seek(0)
-        if not head:
-            raise MediaError("the file is empty; expected an image or an NPY file")
+        head = read_head(stream, _HEAD, "an image or an NPY file")
         if head.startswith(_EXR):
             raise MediaError("OpenEXR is not read here; save it as NPY, or as a 16-bit PNG or TIFF")
         if holds_array(head):

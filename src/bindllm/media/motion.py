@@ -10,7 +10,7 @@ from PIL import Image
 
 from bindllm.errors import MediaError, reading
 from bindllm.media.arrays import cells_of, check_numbers, holds_array, is_number, read_array, read_rows
-from bindllm.media.source import Source, name_of, open_stream
+from bindllm.media.source import Source, name_of, open_stream, read_head
 
 MAX_READINGS = 4_000_000
 """Longest signal that is read: over five hours at 200 readings a second."""
@@ -57,10 +57,7 @@ def open_imu(source: Source, *, steps: int) -> np.ndarray:
             signal = _from_array(source)
         else:
             with open_stream(source) as stream:
-                head = stream.read(_HEAD)
-                stream.seek(0)
-                if not head:
-                    raise MediaError("the file is empty; expected a table or an array of six signals")
+                head = read_head(stream, _HEAD, "a table or an array of six signals")
                 if holds_array(head):
                     signal = _from_array(read_array(stream, keys=("imu", "signal")))
                 else:

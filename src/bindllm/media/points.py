@@ -17,7 +17,7 @@ from PIL import Image
 from bindllm.errors import MediaError, MissingExtraError, reading
 from bindllm.media.arrays import cells_of, check_numbers, holds_array, is_number, read_array, read_rows
 from bindllm.media.meshes import sample_mesh
-from bindllm.media.source import Source, name_of, open_stream
+from bindllm.media.source import Source, name_of, open_stream, read_head
 
 MAX_POINTS = 1_000_000
 """Most points that are returned; above it, every second, fourth, eighth, ... is taken."""
@@ -32,7 +32,7 @@ _AXES = re.compile(rb"[\s/#\"']*x[\s,;\"']+y[\s,;\"']+z\b", re.IGNORECASE)
 _OFF = re.compile(rb"\s*C?OFF\b")
 _OBJ = re.compile(rb"^(?:v|vn|vt|f)[ \t]+[-+.\d]", re.MULTILINE)
 _SUFFIXES = {".obj": "obj", ".off": "off", ".stl": "stl", ".glb": "glb", ".ply": "ply"}
-_EXPECTED = "expected PLY, OBJ, OFF, STL, GLB, NPY, NPZ, or lines of x y z"
+_EXPECTED = "PLY, OBJ, OFF, STL, GLB, NPY, NPZ, or lines of x y z"
 
 _log = logging.getLogger("bindllm")
 
@@ -67,10 +67,7 @@ def open_points(source: Source) -> np.ndarray:
         if isinstance(source, np.ndarray):
             return _finish(_from_array(source), name)
         with open_stream(source) as stream:
-            head = stream.read(_HEAD)
-            stream.seek(0)
-            if not head:
-                raise MediaError(f"the file is empty; {_EXPECTED}")
+            head = read_head(stream, _HEAD, _EXPECTED)
             if holds_array(head):
                 return _finish(_from_array(read_array(stream, keys=_KEYS)), name)
             suffix = "" if isinstance(source, bytes) else PurePath(source).suffix.lower()
@@ -85,7 +82,7 @@ def open_points(source: Source) -> np.ndarray:
             elif kind is not None:
                 sieve.add(sample_mesh(stream, kind=kind))
             else:
-                raise MediaError(f"not a point cloud (it starts with {head[:12]!r}); {_EXPECTED}")
+                raise MediaError(f"not a point cloud (it starts with {head[:12]!r}); expected {_EXPECTED}")
         return _finish(sieve.points(), name)
 
 

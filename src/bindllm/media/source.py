@@ -58,3 +58,16 @@ def open_stream(source: str | Path | bytes) -> Iterator[BinaryIO]:
             raise MediaError(f"cannot be opened ({error}); check the path") from error
     with stream:
         yield stream
+
+
+def read_head(stream: BinaryIO, size: int, expected: str) -> bytes:
+    """Return the first bytes of a file, which tell its format; the stream stays at its start.
+
+    Raises:
+        MediaError: the file is empty; ``expected`` ends the message.
+    """
+    head = stream.read(size)
+    stream.seek(0)
+    if not head:
+        raise MediaError(f"the file is empty; expected {expected}")
+    return head

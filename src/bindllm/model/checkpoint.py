@@ -13,24 +13,20 @@ Loading never unpickles. It builds only encoders under ``bindllm.`` unless the c
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bindllm.atomic import atomic_folder, file_sha256, set_aside_name, write_json
+from bindllm.atomic import atomic_folder, file_sha256, read_tensors, set_aside_name, write_json, write_tensors
 from bindllm.encoders import shape_problems
-from bindllm.errors import BindLLMError, CheckpointError, UsageError, did_you_mean
-from bindllm.imports import name_module, replace_allow
+from bindllm.errors import CheckpointError, UsageError, did_you_mean
+from bindllm.imports import build_named
 
 # Raise the number when older versions of bindllm cannot read a new checkpoint.
 FORMAT = 1
@@ -90,17 +86,17 @@ def write_checkpoint(
         if (folder / CACHE).is_dir():
             # Files of an index are replaced and never written again, so both folders may share them for a while.
             shutil.copytree(folder / CACHE, part / CACHE, copy_function=_link)
-        _save(part / WEIGHTS, {name: tensor for name, tensor in tensors.items() if name not in tuned})
+        write_tensors(part / WEIGHTS, {name: tensor for name, tensor in tensors.items() if name not in tuned})
         hashes = {"weights_sha256": file_sha256(part / WEIGHTS)}
         if adapter_config is not None:
             (part / ADAPTER).mkdir()
             named = {name.removeprefix(_ADAPTER_PREFIX): tensors[name] for name in tensors if name in tuned}
-            _save(part / ADAPTER_WEIGHTS, named)
-            _write_json(part / _ADAPTER_CONFIG, adapter_config)
+            write_tensors(part / ADAPTER_WEIGHTS, named)
+            write_json(part / _ADAPTER_CONFIG, adapter_config)
             hashes["adapter_sha256"] = file_sha256(part / ADAPTER_WEIGHTS)
         # Relative paths in the manifest start at this directory, so a project may be moved as a whole.
         root = os.path.relpath(Path.cwd(), folder.resolve())
-        _write_json(part / MANIFEST, {"format": FORMAT, **manifest, **cache, **hashes, "root": root})
+        write_json(part / MANIFEST, {"format": FORMAT, **manifest, **cache, **hashes, "root": root})
         (part / "README.md").write_text(card, encoding="utf-8")
         for name, text in (files or {}).items():
             (part / name).write_text(text, encoding="utf-8")
@@ -160,15 +156,15 @@ def name_cache(folder: str | Path, entry: Mapping[str, Any] | None) -> None:
     """
     manifest = read_manifest(folder)
     if entry is not None:
-        entry = _keep_path(entry, folder, root=Path(folder) / manifest.get("root", "."))
+        entry = _keep_path(entry, folder, root=home_of(folder, manifest))
     write_json(Path(folder) / MANIFEST, {**manifest, "cache": entry})
 
 
 def read_weights(folder: str | Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
     """Read the trained tensors, and check their files against the hashes in the manifest."""
-    tensors = _load(folder, WEIGHTS, manifest.get("weights_sha256"))
+    tensors = read_tensors(Path(folder) / WEIGHTS, manifest.get("weights_sha256"), CheckpointError)
     if "adapter_sha256" in manifest:
-        tuned = _load(folder, ADAPTER_WEIGHTS, manifest["adapter_sha256"])
+        tuned = read_tensors(Path(folder) / ADAPTER_WEIGHTS, manifest["adapter_sha256"], CheckpointError)
         tensors |= {_ADAPTER_PREFIX + name: tensor for name, tensor in tuned.items()}
     return tensors
 
@@ -184,29 +180,21 @@ def check_keys(expected: dict[str, Tensor], found: dict[str, Tensor], *, source:
         raise CheckpointError(f"{source} does not fit this model: {'; '.join(problems)}")
 
 
-def resolve_path(value: Any, folder: str | Path, manifest: dict[str, Any]) -> Any:
-    """Return a local path of the manifest relative to the current directory.
-
-    Paths are kept as the recipe gave them; one that does not exist from the current directory is looked up from
-    the directory in which the checkpoint was made, so that a moved project still loads from anywhere.
-    """
-    # A word without a separator is a setting, even if a folder of that name exists.
-    if not isinstance(value, str) or not {"/", os.sep} & set(value) or os.path.exists(value):
-        return value
-    moved = Path(folder) / manifest.get("root", ".") / value
-    return os.path.relpath(moved) if moved.exists() else value
+def home_of(folder: str | Path, manifest: dict[str, Any]) -> Path:
+    """Return the directory in which a checkpoint was made: relative paths of its manifest start there."""
+    return Path(folder) / manifest.get("root", ".")
 
 
 def resolve_cache(value: str, folder: str | Path, manifest: dict[str, Any]) -> str:
     """Return the path of a checkpoint's visual cache relative to the current directory.
 
     A relative one is looked up in the checkpoint's own folder first, so that a checkpoint can travel with its cache,
-    then like all paths (see `resolve_path`).
+    then like all paths (see `bindllm.imports.resolve_path`).
     """
     if "://" in value:
         return value
     # The checkpoint's own folder first: a cache that was copied with it must win over one of the same name here.
-    candidates = [Path(folder) / value, Path(value), Path(folder) / manifest.get("root", ".") / value]
+    candidates = [Path(folder) / value, Path(value), home_of(folder, manifest) / value]
     return os.path.relpath(found) if (found := next((p for p in candidates if p.exists()), None)) else value
 
 
@@ -221,51 +209,14 @@ def build_object(entry: dict[str, Any], *, allow: Sequence[str] = ()) -> Any:
     Raises:
         CheckpointError: the class is not allowed, does not exist, is not an encoder, or cannot be imported or built.
     """
-    # How to read this: a class path from a file is untrusted. It must be well-formed, part of bindllm or allowed by
-    # the caller, importable, and the class of an encoder. Only then is it called.
-    path = entry.get("class_path")
-    if not isinstance(path, str) or not all(path.split(".")) or "." not in path:
-        raise CheckpointError(
-            f"{path!r} is not the import path of a class; expected one such as 'my_lab.RadarEncoder'"
-        )
-    if not path.startswith("bindllm.") and path not in allow:
-        raise CheckpointError(
-            f"the checkpoint names the class {path!r}, which is not part of bindllm and would run code from there. "
-            f"If you trust it, pass allow=[{path!r}], or --allow {path} on the command line."
-        )
-    module, _, name = path.rpartition(".")
-    arguments = entry.get("init_args", {})
-    try:
-        if path in allow:
-            name_module(path)
-        # Only now may code of the module run: the path passed the checks above.
-        home = importlib.import_module(module)
-        try:
-            kind = getattr(home, name)
-        except AttributeError as error:
-            raise CheckpointError(
-                f"{path} cannot be built: {module} has no {name!r}. {did_you_mean(name, classes_in(home))}"
-            ) from error
-        if path not in allow:
-            _refuse_other(path, kind)
-        return kind(**replace_allow(kind, arguments, allow))
-    except BindLLMError:
-        raise
-    except ModuleNotFoundError as error:
-        # The missing module is one that the class's module imports, not that module itself.
-        if not f"{module}.".startswith(f"{error.name}."):
-            raise CheckpointError(
-                f"{path} cannot be built: it needs {error.name!r}, which is not installed"
-            ) from error
-        raise CheckpointError(
-            f"{path} cannot be built: the module {error.name!r} was not found. The command line "
-            f"searches {Path.cwd()}, and Python the folders of PYTHONPATH"
-        ) from error
-    # This may be untrusted code: any exception of it means that the object cannot be built.
-    except Exception as error:
-        raise CheckpointError(
-            f"{path} cannot be built with {arguments}: {type(error).__name__}: {error}"
-        ) from error
+    return build_named(
+        path := entry.get("class_path"),
+        entry.get("init_args", {}),
+        allow=allow,
+        # The caller knows what an allowed path leads to; bindllm itself holds more than encoders.
+        problem=lambda kind: "" if path in allow else _not_an_encoder(kind),
+        failure=CheckpointError,
+    )
 
 
 def build_own(entry: Mapping[str, Any], *, allow: Sequence[str] = ()) -> Any:
@@ -286,30 +237,12 @@ def build_own(entry: Mapping[str, Any], *, allow: Sequence[str] = ()) -> Any:
     return build_object(dict(entry), allow=[entry["class_path"], *allow, *own])
 
 
-def _refuse_other(path: str, kind: Any) -> None:
-    """Raise unless ``kind`` is the class of an encoder. An untrusted folder may name any function, so this runs first.
-
-    Raises:
-        CheckpointError: the object is not a class, or lacks methods of an encoder; lists them.
-    """
+def _not_an_encoder(kind: Any) -> str:
+    """Return why something is not the class of an encoder. An untrusted folder may name any function."""
+    if not isinstance(kind, type):
+        return "not a class"
     lacking = [name for name in _ENCODER_METHODS if not callable(getattr(kind, name, None))]
-    if not isinstance(kind, type) or lacking:
-        kind_found = f"a class without {', '.join(lacking)}" if isinstance(kind, type) else "not a class"
-        raise CheckpointError(
-            f"the checkpoint names {path!r} as an encoder, but it is {kind_found}; nothing was called. Load only "
-            "folders from a source you trust, or copy the folder again"
-        )
-
-
-def classes_in(module: ModuleType) -> list[str]:
-    """Return the names of the classes that a module defines; imported ones do not count."""
-    names = vars(module)
-    own = [
-        name
-        for name, value in names.items()
-        if isinstance(value, type) and value.__module__ == module.__name__
-    ]
-    return list(names.get("__all__", own))
+    return f"a class without {', '.join(lacking)}" if lacking else ""
 
 
 def _keep_path(entry: Mapping[str, Any], folder: str | Path, *, root: Path | None = None) -> dict[str, Any]:
@@ -338,31 +271,6 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
-
-
-def _save(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    # safetensors refuses views that share memory.
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, file, metadata={"format": "pt"})
-
-
-def _load(folder: str | Path, name: str, expected: str | None) -> dict[str, Tensor]:
-    file = Path(folder) / name
-    if not file.is_file():
-        raise CheckpointError(f"{folder} has no {name}: copy the whole folder")
-    # The hash finds damage, and weights that were exchanged without their manifest.
-    if file_sha256(file) != expected:
-        raise CheckpointError(
-            f"{file} is not the file that {MANIFEST} was written with: damaged or exchanged"
-        )
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
-
-
-def _write_json(file: Path, value: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _siblings(folder: Path) -> str:

@@ -12,16 +12,17 @@ from torch import Tensor
 from bindllm.cache.settings import CacheConfig
 from bindllm.encoders.fusion import common_size
 from bindllm.errors import CheckpointError, EncoderError, InputError, UsageError
+from bindllm.imports import resolve_path
 from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.checkpoint import (
     CACHE,
     MANIFEST,
     build_object,
+    home_of,
     read_manifest,
     read_weights,
     resolve_cache,
-    resolve_path,
 )
 from bindllm.model.decoder import DecoderConfig, fingerprint_decoder
 from bindllm.model.injection import InjectConfig
@@ -103,7 +104,7 @@ def read_decoder(
     try:
         saved = manifest["decoder"]
         config = DecoderConfig(
-            name=decoder or resolve_path(saved["name"], folder, manifest),
+            name=decoder or resolve_path(saved["name"], home_of(folder, manifest)),
             dtype=dtype or saved["dtype"],
             revision=saved["revision"],
             system=saved["system"],
@@ -128,10 +129,11 @@ def read_encoders(folder: str | Path, manifest: dict[str, Any], *, allow: Sequen
     # Paths are resolved for all encoders before the first one is built.
     built, expected = [], encoder_fingerprints(folder, manifest)
     try:
+        home = home_of(folder, manifest)
         entries = [
             (
                 entry["class_path"],
-                {name: resolve_path(value, folder, manifest) for name, value in entry["init_args"].items()},
+                {name: resolve_path(value, home) for name, value in entry["init_args"].items()},
             )
             for entry in manifest["encoders"]
         ]

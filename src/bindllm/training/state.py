@@ -28,10 +28,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import Strategy
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, distributed
 
-from bindllm.atomic import atomic_file
+from bindllm.atomic import atomic_file, write_tensors
 from bindllm.errors import CheckpointError, InputError, TrainingError
 from bindllm.training.runlog import RunLog
 
@@ -231,9 +231,8 @@ class RunState(Checkpoint):
             return
         self.best_loss, self.best_step = loss, trainer.global_step
         if trainer.is_global_zero:
-            tensors = {name: value.cpu().contiguous() for name, value in pl_module.state_dict().items()}
             with _writing(self._best_file) as part:
-                save_file(tensors, part)
+                write_tensors(part, pl_module.state_dict())
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save after the validation and the decisions of all other callbacks: Lightning runs checkpoints last."""
