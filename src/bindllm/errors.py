@@ -90,9 +90,11 @@ def reading(name: str) -> Iterator[None]:
     try:
         yield
     except MediaError as error:
+        # A file of an untrusted folder may have escape sequences in its name.
+        prefix = f"{printable(name)}: "
         # One reader may call another with the same file.
-        if not str(error).startswith(f"{name}: "):
-            error.args = (f"{name}: {error}",)
+        if not str(error).startswith(prefix):
+            error.args = (prefix + str(error),)
         raise
 
 

@@ -42,7 +42,7 @@ def test_it_marks_what_is_learned_and_which_media_speaks(tokenizer):
 
 def test_turns_that_did_not_fit_are_named(tokenizer):
     lines = plain(replace(tokenize(TWO, tokenizer, 30), name="t row 1", type="color"), tokenizer)
-    assert lines[0] == "t row 1: 26 tokens, 5 to learn, 1 of 2 answers dropped, type colour"
+    assert lines[0] == "t row 1: 26 tokens, 5 to learn, 1 of 2 answers dropped, type color"
     assert lines[-1] == "  media 0: a.png"
 
 

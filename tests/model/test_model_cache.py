@@ -193,7 +193,7 @@ def test_a_further_encoder_serves_what_the_checkpoint_does_not(project, caplog):
         load("checkpoints/eyes").encode([TEXT])
     with caplog.at_level(logging.WARNING, "bindllm"):
         model = load("checkpoints/eyes", encoders=[Words()])
-    assert "Words (text; space 'colors') was never trained together" in caplog.text
+    assert "Words (text; space 'colours') was never trained together" in caplog.text
     expected = nn.functional.normalize(model.encode([TEXT]), dim=1)
     assert torch.equal(model.encode([TEXT]), Words().embed("text", [Words().prepare(TEXT)]))
     assert model.generate("?", media=[TEXT], max_new_tokens=4) is not None

@@ -105,7 +105,7 @@ def test_a_reward_that_gives_no_number_for_an_answer_stops_the_run(rewards, reas
 def test_rows_without_true_answers_and_streams_are_refused(decoder, tmp_path):
     data = Preferences([row(0, "red", "red")])
     data.tokenizer = TOKENIZER
-    with pytest.raises(InputError, match="GRPO learns from rows with true answers.*one is row 0"):
+    with pytest.raises(InputError, match="GRPO learns from rows with reference answers.*one is row 0"):
         make_trainer(tmp_path, max_epochs=1).fit(build(decoder, GRPO()), data)
     data.streamed = True
     with pytest.raises(InputError, match="GRPO looks up the reference answers"):

@@ -116,7 +116,7 @@ def test_gradients_of_kto_go_up_for_desirable_and_down_for_undesirable_answers()
         (lambda: DPO(beta=math.nan), "beta must be finite"),
         (lambda: DPO(label_smoothing=0.5), "label_smoothing must be from 0 to below 0.5, not 0.5"),
         (lambda: DPO(loss="hinge"), "unknown loss 'hinge'"),
-        (lambda: DPO(loss="ipo", label_smoothing=0.1), "with ipo leave it out"),
+        (lambda: DPO(loss="ipo", label_smoothing=0.1), "remove it with ipo"),
         (lambda: ORPO(weight=-1.0), "weight must be finite and above 0"),
         (lambda: KTO(undesirable_weight=0.0), "undesirable_weight must be finite and above 0"),
     ],

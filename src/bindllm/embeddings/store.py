@@ -101,7 +101,7 @@ class EmbeddingStore:
 
     @classmethod
     def existing(cls, place: Path, fingerprint: str, embedding_size: int) -> EmbeddingStore | None:
-        """Return the store whose subfolder for an encoder is ``place``, or None if there is no such store."""
+        """Return the store whose subfolder for an encoder is ``place``, or None if it does not exist."""
         place = place.resolve()
         # Opening makes a store where none is, and an untrusted index may name any place.
         if place.name != fingerprint[:16] or not (place / "encoder.json").is_file():
