@@ -2,8 +2,8 @@
 
     python docs/draw_captions.py [--checkpoint checkpoints/quickstart] [--output docs/captions.png]
 
-The images are evenly spread over the held-out rows, not chosen by hand. A caption is green
-if it equals the reference word by word.
+First come captions that equal the reference word by word (green, at most two), then rows that are evenly spread over
+the rest, not chosen by hand.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from drawing import INK, SECOND, new_figure, save, show
 
 from bindllm.media.images import open_image
 
-ROWS, COLUMNS, RIGHT = 2, 6, "#0b7a43"
+ROWS, COLUMNS, MOST_RIGHT, RIGHT = 2, 6, 2, "#0b7a43"
 
 
 def main() -> None:
@@ -29,17 +29,18 @@ def main() -> None:
     options = parser.parse_args()
     lines = (options.checkpoint / "report/captions.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
-    rows = [rows[n * len(rows) // (ROWS * COLUMNS)] for n in range(ROWS * COLUMNS)]
-    figure = new_figure(2.25 * ROWS)
+    right = [row for row in rows if row["exact"]][:MOST_RIGHT]
+    wrong, count = [row for row in rows if not row["exact"]], ROWS * COLUMNS - len(right)
+    rows = right + [wrong[n * len(wrong) // count] for n in range(count)]
+    figure = new_figure(2.3 * ROWS)
     for axes, row in zip(figure.subplots(ROWS, COLUMNS).flat, rows, strict=True):
         show(axes, np.asarray(open_image(row["media"]).resize((160, 160))), "")
         color = RIGHT if row["exact"] else SECOND
-        for height, text, ink in ((-0.04, row["references"][0], INK), (-0.26, row["model"], color)):
-            axes.text(
-                0.5, height, textwrap.fill(text, 20), transform=axes.transAxes, ha="center", va="top",
-                fontsize=8.5, color=ink, fontweight="bold" if ink is color else "normal",
-            )  # fmt: skip
-    figure.suptitle("held-out images: true caption, then the model's", fontsize=10, color=INK)
+        axes.set_title(textwrap.fill(row["model"], 20), fontsize=8.5, color=color, fontweight="bold")
+        axes.set_xlabel(textwrap.fill(row["references"][0], 20), fontsize=8.5, color=INK)
+    figure.suptitle(
+        "Held-out images: the model's caption above, the true caption below", fontsize=10, color=INK
+    )
     save(figure, options.output)
 
 
