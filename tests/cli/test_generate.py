@@ -97,7 +97,7 @@ def test_the_decoder_in_fewer_bits(loaded):
         (["--cache_wieght", "1"], "Did you mean '--cache_weight'?"),
         (["--encoder.grid", "3"], "--encoder.grid needs exactly one --encoder"),
         (["--encoder", "tiny.ColorEncoder", "--encoder.gird", "3"], "Did you mean 'grid'?"),
-        (["--encoder", "no/where"], "no such folder"),
+        (["--encoder", "no/where"], "the folder does not exist"),
     ],
 )
 def test_mistakes_about_caches_and_encoders(loaded, capsys, options, words):

@@ -189,7 +189,7 @@ def test_a_damaged_index_is_built_again_when_asked(project, capsys):
         (("caches/a", "--encoder", "cache_parts.Words"), 1, "no encoder serves the modality 'image'"),
         (("caches/a", "--encoder", "checkpoints/model"), 2, "--checkpoint checkpoints/model"),
         (("caches/a", "--encoder", "pictures"), 2, "does not name its encoder"),
-        (("caches/a", "--encoder", "no/where"), 2, "no such folder"),
+        (("caches/a", "--encoder", "no/where"), 2, "the folder does not exist"),
         (("caches/a", "--checkpoint", "checkpoints/mode"), 1, "Did you mean 'model'"),
         (("pictures", *BY_CLASS), 1, "not an index"),
         (("caches/a", *BY_CLASS, "--device", "abacus"), 2, "torch cannot compute there"),

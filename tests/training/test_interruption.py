@@ -256,8 +256,9 @@ def die_half_written(owner, name, *, at):
     def arm(patch):
         original, calls = getattr(owner, name), []
 
-        def dying(content, path, **options):
-            original(content, path, **options)
+        def dying(*args, **options):
+            original(*args, **options)
+            path = next(value for value in args if isinstance(value, str | Path))
             calls.append(path)
             if len(calls) == at:
                 os.truncate(path, os.path.getsize(path) // 2)
@@ -290,7 +291,7 @@ def test_a_process_killed_by_the_system_goes_on(recipe, uninterrupted, tmp_path,
 
 
 @pytest.mark.parametrize(
-    ("owner", "name", "at", "left"), [(state.torch, "save", 3, 8), (state, "save_file", 2, 1)]
+    ("owner", "name", "at", "left"), [(state.torch, "save", 3, 8), (state, "write_tensors", 2, 1)]
 )
 def test_kill_9_inside_a_save_of_the_run_goes_on_from_the_state_before(
     owner, name, at, left, recipe, uninterrupted, tmp_path, monkeypatch
@@ -310,7 +311,7 @@ def test_kill_9_inside_a_save_of_the_run_goes_on_from_the_state_before(
 
 @pytest.mark.parametrize(
     ("arm", "earlier"),
-    [(die_half_written(checkpoint, "save_file", at=1), "tiny"), (die_between_the_renames, ".tiny.old")],
+    [(die_half_written(checkpoint, "write_tensors", at=1), "tiny"), (die_between_the_renames, ".tiny.old")],
     ids=["in a file", "between the two renames"],
 )
 def test_kill_9_inside_a_save_of_the_checkpoint_folder_keeps_the_earlier_one(
@@ -334,8 +335,8 @@ def test_kill_9_inside_a_save_of_the_checkpoint_folder_keeps_the_earlier_one(
     [
         (state.torch, "save", 1, 7),
         (state.torch, "save", 2, 8),
-        (state, "save_file", 1, 5),
-        (state, "save_file", 2, 6),
+        (state, "write_tensors", 1, 5),
+        (state, "write_tensors", 2, 6),
     ],
 )
 def test_ctrl_c_inside_a_save_waits_for_it_and_a_second_one_keeps_the_state_before(
@@ -365,7 +366,9 @@ def test_ctrl_c_inside_a_save_of_the_checkpoint_folder_keeps_the_earlier_one(
     assert run("fit", recipe, "--model.optim.lr", "0.001") == 0
     before = Path("checkpoints/tiny/bind.safetensors").read_bytes()
     with monkeypatch.context() as patch:
-        count_calls(patch, checkpoint, "save_file", at=1, after=lambda: signal.raise_signal(signal.SIGINT))
+        count_calls(
+            patch, checkpoint, "write_tensors", at=1, after=lambda: signal.raise_signal(signal.SIGINT)
+        )
         assert run("fit", recipe) == 130
     assert Path("checkpoints/tiny/bind.safetensors").read_bytes() == before != uninterrupted[FILES[0]]
     assert os.listdir("checkpoints") == ["tiny"]
