@@ -135,6 +135,28 @@ def test_big_endian_16_bit_tiff():
     assert [open_image(data).getpixel((x, 0))[0] for x in range(2)] == [128, 255]
 
 
+def test_gray_whose_zero_is_white():
+    values = np.array([[0, 257, 32768, 65535]], np.uint16)
+    inverted = encoded(Image.fromarray(values), "TIFF", tiffinfo={262: 0})
+    assert [open_image(inverted).getpixel((x, 0))[0] for x in range(4)] == [255, 254, 127, 0]
+    floats = encoded(Image.fromarray(values.astype(np.float32)), "TIFF", tiffinfo={262: 0})
+    with pytest.raises(MediaError, match="32 bits whose 0 is white"):
+        open_image(floats)
+    # As an open Pillow image it counts as another one than the same numbers with 0 as black.
+    plain = encoded(Image.fromarray(values), "TIFF")
+    hashes = {Media.image(Image.open(io.BytesIO(data))).content_hash() for data in (inverted, plain)}
+    assert len(hashes) == 2
+
+
+def test_twelve_bit_tiff_is_scaled_by_its_own_range():
+    # Pillow reads but does not write 12 bits: two pixels in three bytes, the high bits first.
+    tags = {256: 2, 257: 1, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: 3}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    directory = struct.pack("<H", len(tags)) + entries + struct.pack("<I", 0)
+    data = b"II*\0" + struct.pack("<I", 12) + bytes([0x80, 0x0F, 0xFF, 0]) + directory
+    assert [open_image(data).getpixel((x, 0))[0] for x in range(2)] == [128, 255]
+
+
 @pytest.mark.parametrize(
     ("values", "expected"),
     [

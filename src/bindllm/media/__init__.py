@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from bindllm.errors import InputError, did_you_mean
-from bindllm.media.images import MAX_PIXELS, open_image
+from bindllm.media.images import MAX_PIXELS, is_inverted, open_image
 from bindllm.media.source import CHUNK, SUFFIXES, Source, name_of, open_stream
 
 __all__ = ["MAX_PIXELS", "MODALITIES", "SUFFIXES", "Media", "Modality", "Source", "is_modality", "open_image"]
@@ -173,7 +173,8 @@ def _content(source: Source | BinaryIO, *, is_text: bool) -> Iterator[bytes | me
         orientation, transparency = source.getexif().get(0x0112), source.info.get("transparency")
         yield f"image {source.mode} {source.size} {orientation} {transparency}\n".encode()
         yield bytes(source.getpalette() or ())
-        yield source.tobytes()
+        # Also a TIFF whose 0 is white.
+        yield source.tobytes() + b"inverted" * is_inverted(source)
     else:
         yield b"file\n"
         opened = open_stream(source) if isinstance(source, str | Path | bytes) else nullcontext(source)
