@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bindllm.data.report import Skipped, SourceReport
-from bindllm.data.sources import SPLITS, Columns, hashed_split, read_captions, require_table
+from bindllm.data.report import Skipped
+from bindllm.data.source_config import SPLITS, Columns, SourceConfig
+from bindllm.data.sources import hashed_split, read_source, require_table
 from bindllm.data.tables import read_table
 from bindllm.errors import InputError, did_you_mean
 from bindllm.evaluation.layouts.dataset import NO_FILE, Captions, Choice, Column, Dataset, Item
@@ -238,12 +239,17 @@ _Pairs = Iterator[tuple[Media, tuple[Media, ...], str]]
 
 def _read_captions(path: Path, source: Column, target: Column, dataset: Dataset) -> _Pairs:
     """Yield media with captions, read as in training."""
-    report = SourceReport(str(path), modality=source.modality, skipped=dataset.skipped)
     columns = Columns(image=source.name, caption=target.name)
-    for item in read_captions(path, report, columns, source.modality):
-        captions = tuple(map(Media.text, item.captions))
-        split = item.split or hashed_split(item.key, HELD_OUT)
-        yield Media(source.modality, item.file), captions, split
+    config = SourceConfig(str(path), modality=source.modality, columns=columns, held_out=HELD_OUT)
+    rows, report = read_source(config)
+    dataset.skipped.update(report.skipped)
+    for split, found in rows.items():
+        # Each caption is a row of its own, and every such row has all captions of its media.
+        for media, row in {row.media: row for row in found}.items():
+            if len(media) == 1:
+                yield media[0], tuple(map(Media.text, row.references)), split
+            else:
+                dataset.skipped.add(f"{len(media)} media in one row", row.name)
 
 
 def _read_columns(path: Path, source: Column, target: Column, dataset: Dataset) -> _Pairs:

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
+from bindllm.data.formats.questions import clean_caption
 from bindllm.data.report import Skipped
-from bindllm.data.sources import SPLITS, clean_caption, hashed_split, require_table
+from bindllm.data.source_config import SPLITS
+from bindllm.data.sources import hashed_split, require_table
 from bindllm.data.tables import Record, read_table
 from bindllm.errors import InputError, did_you_mean, fetch_hint
 from bindllm.media import MODALITIES, Media, is_modality
