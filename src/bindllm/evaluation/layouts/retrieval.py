@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from bindllm.data.formats.media import FolderResolver
 from bindllm.data.report import Skipped
 from bindllm.data.source_config import SPLITS, Columns, SourceConfig
 from bindllm.data.sources import hashed_split, read_source, require_table
@@ -255,6 +256,7 @@ def _read_captions(path: Path, source: Column, target: Column, dataset: Dataset)
 def _read_columns(path: Path, source: Column, target: Column, dataset: Dataset) -> _Pairs:
     """Yield the media of one column with the media of another; rows with the same media and split are joined."""
     path = require_table(path)
+    resolve = FolderResolver(str(path.parent))
     # Split by the image, as training does, so that no pair that `bindllm align` was trained on is measured.
     split_by = target if target.modality == "image" else source
     found: dict[tuple[Media, str], dict[Media, None]] = {}
@@ -273,19 +275,19 @@ def _read_columns(path: Path, source: Column, target: Column, dataset: Dataset) 
             ]
             dataset.skipped.add(NO_FILE, f"{row}: {', '.join(names)}")
             continue
-        key = _split_key(split_by, record[split_by.name])
+        # The same key as in `bindllm fit` and `bindllm align`.
+        cell, first = record[split_by.name], ends[split_by is target][0]
+        key = (
+            str(cell[0] if isinstance(cell, list) else cell)
+            if first.modality == "text"
+            else resolve.key(first)
+        )
         its_split = split or hashed_split(key, HELD_OUT)
         # A cell may list several media; each has all targets of the row.
         for media in ends[0]:
             found.setdefault((media, its_split), {}).update(dict.fromkeys(ends[1]))
     for (media, its_split), targets in found.items():
         yield media, tuple(targets), its_split
-
-
-def _split_key(column: Column, cell: object) -> str:
-    """Return the text that is hashed if a table has no splits, as in `bindllm fit` and `bindllm align`."""
-    first = str(cell[0] if isinstance(cell, list) else cell)
-    return first if column.modality == "text" else os.path.normpath(first)
 
 
 def _media(column: Column, cell: object, table: Path) -> list[Media]:
