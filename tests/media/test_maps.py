@@ -141,7 +141,7 @@ def test_an_implausible_depth_asks_for_the_unit_once(unit, given, caplog, monkey
 
 
 def test_arrays_above_the_limit_are_refused(monkeypatch):
-    monkeypatch.setattr(maps_module, "MAX_PIXELS", 5)
+    monkeypatch.setattr("bindllm.media.images.MAX_PIXELS", 5)
     for open_map in (open_depth, open_thermal):
         with pytest.raises(MediaError, match="3 x 2 pixels; at most 5"):
             open_map(METRES)
