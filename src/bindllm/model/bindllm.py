@@ -317,7 +317,8 @@ class BindLLM(nn.Module):
                 each (empty: no media).
             cache: the visual cache, as for `encode`.
             **options: as for Hugging Face ``generate`` (``max_new_tokens``, ``do_sample``, ``temperature``,
-                ``top_p``, ``num_beams``, ...). Without any, the answer is greedy and at most 128 tokens long.
+                ``top_p``, ``num_beams``, ``stop_strings``, ...). Without any, the answer is greedy and at most 128
+                tokens long, whatever the decoder's folder recommends (docs/answers.md).
 
         Returns:
             the answer, or a list of answers in the order of the prompts.
