@@ -37,6 +37,7 @@ class Row:
         desirable: whether the answer is a wanted one; None if the row does not say so.
         options: in a multiple choice, the texts of the options in the order of their letters in the prompt.
         split: the split that the row itself names, if any.
+        remarks: faults of a row that is used all the same; they are counted.
     """
 
     conversation: Conversation
@@ -49,6 +50,7 @@ class Row:
     desirable: bool | None = None
     options: tuple[str, ...] = ()
     split: Split | None = None
+    remarks: tuple[str, ...] = ()
 
     @property
     def media(self) -> tuple[Media, ...]:

@@ -99,7 +99,10 @@ def main() -> None:
     except ImportError:  # Windows
         pass
     else:
-        resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
+        # A lower limit that the user has set stays.
+        own = resource.getrlimit(resource.RLIMIT_AS)[1]
+        limit = MAX_MEMORY if own == resource.RLIM_INFINITY else min(own, MAX_MEMORY)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # Whatever a library prints must not get between the answers.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
