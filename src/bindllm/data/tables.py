@@ -69,6 +69,9 @@ def read_table(path: str | Path, required: tuple[str, ...], skipped: Skipped) ->
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise InputError(f"{path}: not a table. {did_you_mean(path.suffix.lower(), READERS)}")
+    # A pipe or a device may block, or never end.
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: not a regular file")
     try:
         yield from reader(path, required, skipped)
     except OSError as error:

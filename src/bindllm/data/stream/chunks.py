@@ -33,6 +33,7 @@ class Chunk:
         batches: indices into ``embedded`` of the rows of each batch.
         read: number of samples that were read.
         skipped: samples and shards that cannot be used.
+        remarks: samples that are used and have a fault.
     """
 
     start: StreamState
@@ -41,6 +42,7 @@ class Chunk:
     batches: list[list[int]]
     read: int = 0
     skipped: Skipped = field(default_factory=Skipped)
+    remarks: Skipped = field(default_factory=Skipped)
 
 
 @dataclass
@@ -85,8 +87,9 @@ class ChunkReader:
             while True:
                 # Before reading: the start of this chunk.
                 positions = reading.positions
-                skipped, taken = Skipped(), reading.taken
-                embedded = embed_samples(self.embedder, reading.samples(skipped), skipped.add)
+                skipped, remarks, taken = Skipped(), Skipped(), reading.taken
+                samples = reading.samples(skipped, remarks)
+                embedded = embed_samples(self.embedder, samples, skipped.add)
                 # An incomplete chunk would have other batches than the same chunk after a resume.
                 if stopped():
                     return
@@ -97,7 +100,7 @@ class ChunkReader:
                     seed=(*self.seed, number),
                 )
                 begin, end = StreamState(number, 0, positions), StreamState(number + 1, 0, reading.positions)
-                yield Chunk(begin, end, embedded, batches, reading.taken - taken, skipped)
+                yield Chunk(begin, end, embedded, batches, reading.taken - taken, skipped, remarks)
                 number += 1
                 if batches:
                     empty, last_used = Skipped(), end
@@ -132,8 +135,8 @@ class _Reading:
         """Close the shards."""
         self._drawn.close()
 
-    def samples(self, skipped: Skipped) -> Iterator[Sample]:
-        """Yield the samples of the next chunk that can be tokenized; count the others."""
+    def samples(self, skipped: Skipped, remarks: Skipped) -> Iterator[Sample]:
+        """Yield the samples of the next chunk that can be tokenized; count the others, and faults."""
         # The pass of each stream in this chunk.
         passes: dict[int, int] = {}
         for _ in range(self.reader.size):
@@ -152,18 +155,16 @@ class _Reading:
             for message in self._bad:
                 skipped.add(BAD_SHARD, message)
             self._bad.clear()
-            if (made := self._make(number, sample, skipped)) is not None:
+            source, config = self.reader.sources[number]
+            try:
+                row = read_row(sample, config, source)
+                # A row may name a split of its own; only training rows are trained on.
+                if row.split not in (None, "train"):
+                    raise InputError(f"a row of the split {row.split}")
+                made = make_sample(row, self.reader.tokenizer, self.reader.max_length)
+            except InputError as error:
+                skip(error, sample.name, skipped)
+            else:
+                for remark in row.remarks:
+                    remarks.add(remark, row.name)
                 yield made
-
-    def _make(self, number: int, sample: TarSample, skipped: Skipped) -> Sample | None:
-        reader = self.reader
-        source, config = reader.sources[number]
-        try:
-            row = read_row(sample, config, source)
-            # A row may name a split of its own; only training rows are trained on.
-            if row.split not in (None, "train"):
-                raise InputError(f"a row of the split {row.split}")
-            return make_sample(row, reader.tokenizer, reader.max_length)
-        except InputError as error:
-            skip(error, sample.name, skipped)
-            return None

@@ -149,6 +149,7 @@ class StreamLoader:
         self.report.read += chunk.read - seen
         self.report.waiting = len(chunk.embedded.samples) - seen
         self.report.skipped.update(chunk.skipped)
+        self.report.remarks.update(chunk.remarks)
 
     def _note_batch(self, rows: list[Sample], waited: float, begun: float | None, now: float) -> float:
         """Count a batch; return the time of the first one."""
