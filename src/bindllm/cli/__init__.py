@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Sequence
 
 from bindllm import __version__
-from bindllm.errors import BindLLMError, UsageError, did_you_mean
+from bindllm.errors import BindLLMError, UsageError, did_you_mean, printable_lines
 from bindllm.imports import find_named_modules
 
 COMMANDS = {
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (BindLLMError, OSError) as error:
         if os.environ.get("BINDLLM_DEBUG"):
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable_lines(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         print("\nstopped; finished work is kept, and the same command resumes from it", file=sys.stderr)

@@ -24,7 +24,7 @@ from lightning.fabric.strategies import DDPStrategy
 from torch import distributed, multiprocessing
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-from bindllm.errors import BindLLMError, InputError, StoreError
+from bindllm.errors import BindLLMError, InputError, StoreError, printable_lines
 from bindllm.imports import find_named_modules
 from bindllm.parallel import Processes, RunContext
 
@@ -104,7 +104,7 @@ def _run_again(index: int, again: Callable[[], int]) -> None:
     except Exception as error:
         if not isinstance(error, BindLLMError | OSError):
             traceback.print_exc()
-        print(f"error in process {index}: {error}", file=sys.stderr)
+        print(f"error in process {index}: {printable_lines(str(error))}", file=sys.stderr)
         code = 1
     sys.exit(code)
 
