@@ -85,7 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (BindLLMError, OSError) as error:
         if os.environ.get("BINDLLM_DEBUG"):
             traceback.print_exc()
-        print(f"error: {printable_lines(str(error))}", file=sys.stderr)
+        # Notes name the media at which an encoder failed.
+        lines = [f"error: {error}", *getattr(error, "__notes__", ())]
+        print(printable_lines("\n".join(lines)), file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         print("\nstopped; finished work is kept, and the same command resumes from it", file=sys.stderr)
