@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from rich import box
 from rich.console import Console
@@ -48,26 +49,16 @@ def align(args: list[str]) -> int:
     console = Console(highlight=False)
     with quiet():
         cli = AlignCLI(args)
-        output = Path(cli.config.output)
-        refuse_other_content(output)
+        output, model, data = Path(cli.config.output), cli.model, cli.datamodule
         rehearses, replaced = bool(cli.trainer_options.get("fast_dev_run")), (output / MANIFEST).is_file()
+        refuse_other_content(output)
         if replaced and not (cli.config.overwrite or rehearses):
             raise InputError(
                 f"output {output} holds an aligned encoder, which this run would replace. Choose another --output, or "
                 "replace it with --overwrite"
             )
-        model, data = cli.model, cli.datamodule
-        options = cli.trainer_options
-        progress = [] if options.get("enable_progress_bar") is False else [RunProgress()]
-        trainer = cli.make_trainer(
-            callbacks=progress, enable_checkpointing=False, logger=options.get("logger") or False
-        )
-        if any(isinstance(callback, AverageWeights) for callback in trainer.callbacks):
-            raise InputError(
-                "AverageWeights has no effect in align, which keeps the best epoch; remove it from trainer.callbacks"
-            )
-        check_monitors(trainer, METRICS)
         started = time.perf_counter()
+        trainer = _trainer(cli)
         data.trainer = trainer
         data.setup()
         check_trainer(trainer, num_validation=data.report.pairs["validation"])
@@ -107,6 +98,25 @@ def align(args: list[str]) -> int:
             soft_wrap=True,
         )
     return 0
+
+
+def _trainer(cli: AlignCLI) -> Trainer:
+    """Build the recipe's trainer.
+
+    Raises:
+        InputError: a callback monitors an unknown metric, or would have no effect.
+    """
+    options = cli.trainer_options
+    progress = [] if options.get("enable_progress_bar") is False else [RunProgress()]
+    trainer = cli.make_trainer(
+        callbacks=progress, enable_checkpointing=False, logger=options.get("logger") or False
+    )
+    if any(isinstance(callback, AverageWeights) for callback in trainer.callbacks):
+        raise InputError(
+            "AverageWeights has no effect in align, which keeps the best epoch; remove it from trainer.callbacks"
+        )
+    check_monitors(trainer, METRICS)
+    return trainer
 
 
 def _print(console: Console, output: Path, metrics: dict[str, Any], *, replaced: bool) -> None:

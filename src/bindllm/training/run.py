@@ -154,8 +154,6 @@ def open_run(
         for place, changes in earlier
         if all(map(_is_longer, changes)) and not (overwrite and (place / FINISHED).exists())
     ]
-    # The same recipe before a shorter one.
-    fitting.sort(key=lambda run: len(run[1]))
     # Checked first: a refused command changes nothing.
     continues = fitting and _is_written_by(recipe, output)
     if (output / MANIFEST).is_file() and not (overwrite or continues):
@@ -164,26 +162,28 @@ def open_run(
             "it with --overwrite. More epochs of the same recipe continue a finished run: --trainer.max_epochs"
         )
     if fitting:
-        place, changes = fitting[0]
+        # The same recipe before a shorter one.
+        place, changes = min(fitting, key=lambda run: len(run[1]))
         _bring_back(place, folder)
-        for name in (LAST, BEST):
-            remove_leftovers(folder / name)
-        (folder / FINISHED).unlink(missing_ok=True)
-        _write_recipe(folder, recipe)
         say(f"resuming the run in {folder}{f' with {_listed(changes)}' if changes else ''}")
-        return
-    if earlier and earlier[0][0] == folder and not (folder / FINISHED).exists():
-        changes = earlier[0][1]
-        keys = [key for key, _, _ in changes]
-        if any(key in _PROCESSES for key in keys) and all(key.startswith(_PLACEMENT) for key in keys):
-            raise InputError(
-                f"the interrupted run in {folder} had another number of processes ({_listed(changes)}), and would see "
-                "other rows in each step. Restore it, or start another run with another --output"
-            )
-        say(f"starting from scratch: the recipe has changed ({_listed(changes)})")
-    if folder.exists() and (aside := _set_aside(folder)):
-        say(f"the interrupted run is kept in {aside}; its own command resumes it")
-    _write_recipe(folder, recipe)
+    else:
+        if earlier and earlier[0][0] == folder and _is_interrupted(folder):
+            _refuse_other_processes(*earlier[0])
+            say(f"starting from scratch: the recipe has changed ({_listed(earlier[0][1])})")
+        if folder.exists() and (aside := _set_aside(folder)):
+            say(f"the interrupted run is kept in {aside}; its own command resumes it")
+    with atomic_file(folder / RECIPE) as part:
+        part.write_text(recipe, encoding="utf-8")
+
+
+def _refuse_other_processes(folder: Path, changes: list[Change]) -> None:
+    """Refuse a run that differs from the interrupted one only in its processes: it is probably meant to resume."""
+    keys = [key for key, _, _ in changes]
+    if any(key in _PROCESSES for key in keys) and all(key.startswith(_PLACEMENT) for key in keys):
+        raise InputError(
+            f"the interrupted run in {folder} had another number of processes ({_listed(changes)}), and would see "
+            "other rows in each step. Restore it, or start another run with another --output"
+        )
 
 
 def _earlier_runs(folder: Path, recipe: str) -> list[tuple[Path, list[Change]]]:
@@ -204,21 +204,18 @@ def _read_recipe(folder: Path) -> dict[str, Any]:
     return yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
-def _write_recipe(folder: Path, recipe: str) -> None:
-    with atomic_file(folder / RECIPE) as part:
-        part.write_text(recipe, encoding="utf-8")
-
-
 def _bring_back(place: Path, folder: Path) -> None:
-    """Give a run that was set aside the name of the current one, which is set aside in turn."""
-    if place == folder:
-        return
-    # A name that is searched too: a kill between the renames leaves a run that is found again.
-    waiting = folder.with_name(f"{folder.name}.previous-next")
-    os.replace(place, waiting)
-    if folder.exists():
-        _set_aside(folder)
-    os.replace(waiting, folder)
+    """Make a run the current one, ready to resume; the current one is set aside in turn."""
+    if place != folder:
+        # A name that is searched too: a kill between the renames leaves a run that is found again.
+        waiting = folder.with_name(f"{folder.name}.previous-next")
+        os.replace(place, waiting)
+        if folder.exists():
+            _set_aside(folder)
+        os.replace(waiting, folder)
+    for name in (LAST, BEST):
+        remove_leftovers(folder / name)
+    (folder / FINISHED).unlink(missing_ok=True)
 
 
 def _set_aside(folder: Path) -> Path | None:
