@@ -10,7 +10,6 @@ from PIL import Image
 
 import bindllm.media.maps as maps_module
 from bindllm.errors import MediaError
-from bindllm.media.images import open_image
 from bindllm.media.maps import open_depth, open_thermal
 
 MILLIMETRES = np.array([[0, 1000, 2500], [65535, 1, 800]], np.uint16)
@@ -105,27 +104,6 @@ def test_bad_depth_files_are_named_with_the_reason(content, reason, tmp_path):
     assert str(path) in str(caught.value)
 
 
-def test_orientation_of_sixteen_bits_is_applied():
-    turned = np.rot90(MILLIMETRES, -1)
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    for kind in ("PNG", "TIFF"):
-        data = saved(MILLIMETRES, kind, exif=exif)
-        np.testing.assert_allclose(open_depth(data), turned / np.float32(1000))
-        eight = saved((MILLIMETRES >> 8).astype(np.uint8), kind, exif=exif)
-        assert open_thermal(data).shape == open_thermal(eight).shape == open_image(data).size[::-1] == (3, 2)
-    upright = Image.open(io.BytesIO(saved(MILLIMETRES, "PNG", exif=exif)))
-    np.testing.assert_allclose(open_depth(upright), turned / np.float32(1000))
-
-
-def test_sixteen_bits_whose_zero_is_white():
-    heat = np.linspace(1000, 9000, 400).astype(np.uint16).reshape(20, 20)
-    inverted = saved(65535 - heat, "TIFF", tiffinfo={262: 0})
-    np.testing.assert_allclose(open_thermal(inverted), open_thermal(saved(heat, "TIFF")), atol=1e-6)
-    with pytest.raises(MediaError, match="0 is white.*save depth with 0 as black"):
-        open_depth(inverted)
-
-
 @pytest.mark.parametrize(
     ("unit", "given"), [("floats are meters", METRES * 1000), ("integers", MILLIMETRES // 1000)]
 )
@@ -141,7 +119,7 @@ def test_an_implausible_depth_asks_for_the_unit_once(unit, given, caplog, monkey
 
 
 def test_arrays_above_the_limit_are_refused(monkeypatch):
-    monkeypatch.setattr(maps_module, "MAX_PIXELS", 5)
+    monkeypatch.setattr("bindllm.media.images.MAX_PIXELS", 5)
     for open_map in (open_depth, open_thermal):
         with pytest.raises(MediaError, match="3 x 2 pixels; at most 5"):
             open_map(METRES)

@@ -87,6 +87,13 @@ def test_arrays_that_are_no_pictures(array):
         open_image(array)
 
 
+def test_an_endless_line_is_a_media_error():
+    # Pillow would raise a MemoryError, which ends a run.
+    for source in (np.zeros((1, 20_000_000, 3), np.uint8), encoded(Image.new("1", (20_000_000, 1)), "PNG")):
+        with pytest.raises(MediaError, match="20000000 x 1 pixels; .* 10,000,000 on a side"):
+            open_image(source)
+
+
 def test_lazy_pillow_picture_keeps_size_and_hash():
     with Image.open(io.BytesIO(encoded(sample(1000, 800), "JPEG"))) as lazy:
         before = Media.image(lazy).content_hash()

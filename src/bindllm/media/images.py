@@ -27,6 +27,9 @@ from bindllm.media.svg import looks_like_svg, render_svg
 MAX_PIXELS = 100_000_000
 """Largest image (width times height) that is decoded: 100 megapixels, about 300 MB as RGB."""
 
+MAX_SIDE = 10_000_000
+"""Longest side of an image: Pillow fails on lines of some ten million pixels as if it had no memory."""
+
 # Bytes that decide about the format: an SVG tag may come after long comments.
 _HEAD = 4096
 
@@ -110,6 +113,7 @@ def _from_array(array: np.ndarray) -> Image.Image:
     shape_fits = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
     if not shape_fits or array.dtype != np.uint8 or array.size == 0:
         raise MediaError("expected a filled array [H, W], [H, W, 3] or [H, W, 4] of uint8")
+    check_pixels(array.shape[1], array.shape[0])
     return Image.fromarray(array)
 
 
@@ -136,10 +140,19 @@ def decoding() -> Iterator[None]:
 
 
 def check_size(image: Image.Image) -> None:
-    """Refuse an image above `MAX_PIXELS` before it is decoded."""
-    if image.width * image.height > MAX_PIXELS:
+    """Refuse an image above `MAX_PIXELS` or `MAX_SIDE` before it is decoded."""
+    check_pixels(*image.size)
+
+
+def check_pixels(width: int, height: int) -> None:
+    """Refuse sizes above `MAX_PIXELS` or `MAX_SIDE`.
+
+    Raises:
+        MediaError: the message has the size.
+    """
+    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
         raise MediaError(
-            f"{image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are decoded. "
+            f"{width} x {height} pixels; at most {MAX_PIXELS:,} are decoded, {MAX_SIDE:,} on a side. "
             "Scale the image down first"
         )
 

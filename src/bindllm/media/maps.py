@@ -10,7 +10,7 @@ from PIL import Image
 from bindllm.errors import MediaError, printable, reading
 from bindllm.media.arrays import check_numbers, holds_array, read_array
 from bindllm.media.images import (
-    MAX_PIXELS,
+    check_pixels,
     check_size,
     decoding,
     is_inverted,
@@ -167,8 +167,5 @@ def _from_array(array: np.ndarray) -> np.ndarray:
     is_color = array.ndim == 3 and array.shape[2] in (3, 4) and array.dtype == np.uint8
     if not (is_color or array.ndim == 2) or array.size == 0:
         raise MediaError(f"an array {list(array.shape)}; expected [H, W] or [H, W, 1], not empty")
-    if array.shape[0] * array.shape[1] > MAX_PIXELS:
-        raise MediaError(
-            f"{array.shape[1]} x {array.shape[0]} pixels; at most {MAX_PIXELS:,} are read. Scale it down first"
-        )
+    check_pixels(array.shape[1], array.shape[0])
     return array
