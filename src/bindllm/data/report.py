@@ -11,6 +11,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from bindllm.data.messages import RowError
+from bindllm.errors import InputError
+
 if TYPE_CHECKING:
     from bindllm.data.rows import Row
     from bindllm.media import Media
@@ -37,6 +40,13 @@ class Skipped:
         examples = self.examples.setdefault(kept, [])
         if len(examples) < MAX_EXAMPLES:
             examples.append(name if kept == reason else f"{name}: {reason}")
+
+    def add_error(self, error: InputError, name: str) -> None:
+        """Count one row by its error; the part that differs from row to row, such as a path, goes with the name."""
+        if isinstance(error, RowError) and error.detail:
+            self.add(error.reason, f"{name}: {error.detail}")
+        else:
+            self.add(str(error), name)
 
     def update(self, other: Skipped) -> None:
         """Add the rows of another report."""

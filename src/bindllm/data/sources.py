@@ -8,13 +8,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from bindllm.data.formats import read_row, skip
+from bindllm.data.formats import read_row
 from bindllm.data.formats.columns import json_list, looks_like
 from bindllm.data.formats.media import FolderResolver
-from bindllm.data.report import Skipped, SourceReport
+from bindllm.data.report import NOT_UTF8, Skipped, SourceReport
 from bindllm.data.rows import Row
 from bindllm.data.source_config import SPLITS, SourceConfig, Split, split_named
-from bindllm.data.tables import HUB, NOT_UTF8, READERS, Record, is_table, read_table
+from bindllm.data.tables import HUB, READERS, Record, is_table, read_table
 from bindllm.errors import InputError, fetch_hint
 from bindllm.media import SUFFIXES
 
@@ -98,7 +98,7 @@ def _read_rows(config: SourceConfig, number: int, resolve: FolderResolver, repor
         try:
             row = read_row(record, config, resolve, name=name, source=number)
         except InputError as error:
-            skip(error, name, report.skipped)
+            report.skipped.add_error(error, name)
         else:
             found.append((row, config.split or row.split or table_split))
     return _join_captions(found, resolve, report) if is_caption else found
