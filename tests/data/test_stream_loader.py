@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from bindllm.data.source_config import SourceConfig
-from bindllm.data.stream.chunks import BAD_SHARD
-from bindllm.data.stream.embed import CANNOT_EMBED
+from bindllm.data.stream.chunks import BAD_SHARD, CANNOT_EMBED
 from bindllm.data.stream.loader import StreamOptions, check_streams, stream_loader
 from bindllm.errors import EncoderError, InputError
 from bindllm.media import Media

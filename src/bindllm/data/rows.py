@@ -68,14 +68,8 @@ class Sample:
         media_index: the media group that the token listens to, or -1.
         conversation: the tokenized conversation.
         truncated: whether an answer was cut or dropped to keep to the maximum length.
-        references: all true answers to the last question, for metrics that take several.
-        name: where the row comes from, for messages.
-        source: index of its source in the recipe, from 0.
-        task: how the row is measured if it is held out.
-        type: kind of question, for accuracy by type.
+        references, name, source, task, type, desirable, options: as in `Row`.
         rejected: the worse answer to the same prompt, tokenized in the same way.
-        desirable: whether the answer is a wanted one; None if the row does not say so.
-        options: the options of a multiple choice, in the order of their letters in the prompt.
         number: index among the samples of its split; -1 if it has none.
     """
 

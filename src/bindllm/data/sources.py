@@ -8,13 +8,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from bindllm.data.formats import read_row, skip
+from bindllm.data.formats import read_row
 from bindllm.data.formats.columns import json_list, looks_like
 from bindllm.data.formats.media import FolderResolver
-from bindllm.data.report import Skipped, SourceReport
+from bindllm.data.report import NOT_UTF8, Skipped, SourceReport
 from bindllm.data.rows import Row
 from bindllm.data.source_config import SPLITS, SourceConfig, Split, split_named
-from bindllm.data.tables import HUB, NOT_UTF8, READERS, Record, is_table, read_table
+from bindllm.data.tables import HUB, READERS, Record, is_table, read_table
 from bindllm.errors import InputError, fetch_hint
 from bindllm.media import SUFFIXES
 
@@ -98,7 +98,7 @@ def _read_rows(config: SourceConfig, number: int, resolve: FolderResolver, repor
         try:
             row = read_row(record, config, resolve, name=name, source=number)
         except InputError as error:
-            skip(error, name, report.skipped)
+            report.skipped.add_error(error, name)
         else:
             found.append((row, config.split or row.split or table_split))
     return _join_captions(found, resolve, report) if is_caption else found
@@ -174,6 +174,7 @@ def _tables(path: str) -> list[tuple[str | Path, Split | None]]:
     if is_table(path) or not folder.is_dir():
         return [(path, None)]
     tables = sorted(file for file in folder.iterdir() if file.suffix.lower() in READERS and file.is_file())
+    # One table for each split is the layout of most sets; names such as val.jsonl count too.
     named: list[tuple[str | Path, Split | None]] = [
         (file, split) for split in SPLITS for file in tables if split_named(file.stem) == split
     ]
@@ -204,6 +205,7 @@ def _split_keys(
             parents[key] = key = parents[parent]
         return key
 
+    # How to read this: own keys of each row, joined through its media, then the root of each component.
     keys = []
     for row in rows:
         turns = [turn for turn in row.conversation.messages if turn.role != "assistant"]
@@ -231,6 +233,7 @@ def _split_keys(
 
 def _shards_hint(path: Path) -> str:
     """Return how to name the tar shards in a folder, if it holds any."""
+    # A folder could mean other files in it as well, so shards must be named.
     if not path.is_dir() or not any(path.glob("*.tar")):
         return ""
     return f". It holds tar shards, which are streamed: give them as {path / '*.tar'}"
@@ -246,6 +249,7 @@ def _format_hint(config: SourceConfig) -> str:
         _, record = next(iter(read_table(tables[0][0], (), Skipped())), ("", {}))
     except InputError:
         return ""
+    # One row is enough for a hint.
     found = looks_like(record)
     return (
         f". Its first row looks like {found}; set format: {found}" if found not in (None, "caption") else ""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 from bindllm.data import formats
 from bindllm.data.formats.media import read_media
@@ -115,6 +116,7 @@ def read_row(sample: TarSample, config: SourceConfig, source: int) -> Row:
     """
     if sample.problem:
         raise InputError(sample.problem)
+    # One resolver for each sample: it remembers the members that the row has used.
     resolve, record = TarResolver(sample), _record(sample, config)
     row = formats.read_row(
         record,
@@ -146,29 +148,28 @@ def read_stream(
     Raises:
         InputError: no sample can be used.
     """
-    limit = limit or config.limit or 1
     report = SourceReport(config.path, modality=config.modality, format=config.format)
-    rows: list[Row] = []
-    for shard in expand_shards(config.path):
-        try:
-            for sample in read_shard(shard):
-                try:
-                    rows.append(read_row(sample, config, number))
-                except InputError as error:
-                    formats.skip(error, sample.name, report.skipped)
-                if len(rows) == limit:
-                    break
-        except ShardError as error:
-            # Only the rest of this shard is lost.
-            report.skipped.add(BAD_SHARD, str(error))
-        if len(rows) == limit:
-            break
+    rows = list(islice(_rows(config, number, report), limit or config.limit or 1))
     if not rows:
         raise InputError(
             f"data source {config.path} has no sample that can be used: {'; '.join(report.skipped.lines())}"
         )
     report.count(rows)
+    # Rows of a stream have no hashed splits: a shard is either trained on or held out.
     return {split: rows if split == (config.split or "train") else [] for split in SPLITS}, report
+
+
+def _rows(config: SourceConfig, number: int, report: SourceReport) -> Iterator[Row]:
+    for shard in expand_shards(config.path):
+        try:
+            for sample in read_shard(shard):
+                try:
+                    yield read_row(sample, config, number)
+                except InputError as error:
+                    report.skipped.add_error(error, sample.name)
+        except ShardError as error:
+            # Only the rest of this shard is lost.
+            report.skipped.add(BAD_SHARD, str(error))
 
 
 def _record(sample: TarSample, config: SourceConfig) -> Record:
@@ -190,6 +191,7 @@ def _record(sample: TarSample, config: SourceConfig) -> Record:
             raise InputError("its text is not UTF-8") from error
     if record:
         return record
+    # Each way to pack a sample wrongly has its own reason: they need different remedies.
     if "json" in sample.members:
         raise InputError("the member .json is empty")
     if any(end.rpartition(".")[2] in ("json", *_TEXTS) for end in sample.members):
