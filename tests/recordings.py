@@ -74,6 +74,7 @@ def video_file(
     options: dict[str, str] | None = None,
     times: Sequence[int] | None = None,
     rotation: int = 0,
+    aspect: Fraction | None = None,
 ) -> bytes:
     """Return frames [H, W, 3] as a video file; ``times`` are those of the frames in units of 1/1000 second."""
     import av
@@ -83,6 +84,8 @@ def video_file(
         stream = output.add_stream(codec, rate=rate, options=options or {})
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = pixels
+        if aspect is not None:
+            stream.codec_context.sample_aspect_ratio = aspect
         if times is not None:
             stream.codec_context.time_base = Fraction(1, 1000)
         if rotation:

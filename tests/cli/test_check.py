@@ -8,10 +8,12 @@ from safetensors.torch import load_file, save_file
 
 from bindllm.cache.index import VectorIndex
 from bindllm.cli import main
+from bindllm.data.report import SourceReport
 from bindllm.errors import MediaError
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.checkpoint import name_cache
 from bindllm.model.decoder import DecoderConfig
+from bindllm.training.preflight import Problems, check_sources
 from cache_parts import filled_store, save_tiny_model, write_images
 from tiny import ColorEncoder, save_tiny_decoder
 from tiny_run import run, tiny_parts, tiny_recipe
@@ -154,6 +156,15 @@ def test_sources_without_training_rows_are_a_problem(parts, capsys):
     source = {"path": str(parts / "pictures"), "split": "test"}
     assert run("check", tiny_recipe(parts, data={"sources": [source]})) == 1
     assert "no row to train on" in capsys.readouterr().out
+
+
+def test_faults_of_rows_that_are_used_are_named_and_of_a_whole_source_are_problems():
+    report = SourceReport("rows.jsonl", warning="33 of 40 rows share media; set split_by: row")
+    report.remarks.add("a caption with control characters, removed", "line 1")
+    problems, said = Problems(), []
+    check_sources([({"train": []}, report)], None, None, 128, problems, said.append)
+    assert "  note: 1 x a caption with control characters, removed (line 1)" in said
+    assert problems == ["rows.jsonl: 33 of 40 rows share media; set split_by: row"]
 
 
 def test_rows_that_are_left_out_are_counted_with_examples(tmp_path, parts, capsys):

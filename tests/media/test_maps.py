@@ -104,8 +104,22 @@ def test_bad_depth_files_are_named_with_the_reason(content, reason, tmp_path):
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("unit", "given"), [("floats are meters", METRES * 1000), ("integers", MILLIMETRES // 1000)]
+)
+def test_an_implausible_depth_asks_for_the_unit_once(unit, given, caplog, monkeypatch):
+    monkeypatch.setattr(maps_module, "_warned", set())
+    open_depth(METRES)
+    assert not caplog.messages
+    open_depth(given)
+    open_depth(given)
+    [message] = caplog.messages
+    assert unit in message
+    assert "Which unit" in message
+
+
 def test_arrays_above_the_limit_are_refused(monkeypatch):
-    monkeypatch.setattr(maps_module, "MAX_PIXELS", 5)
+    monkeypatch.setattr("bindllm.media.images.MAX_PIXELS", 5)
     for open_map in (open_depth, open_thermal):
         with pytest.raises(MediaError, match="3 x 2 pixels; at most 5"):
             open_map(METRES)

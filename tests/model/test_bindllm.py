@@ -239,8 +239,9 @@ def test_a_generation_config_is_followed(model):
     answers = {model.generate("What?", generation_config=config) for _ in range(5)}
     assert len(answers) > 1
     assert all(len(model.tokenizer(answer)["input_ids"]) <= 9 for answer in answers)
-    with pytest.raises(InputError, match="gives tensors"):
-        model.generate("What?", return_dict_in_generate=True)
+    for option in ("return_dict_in_generate", "penalty_alpha", "num_beam_groups", "token_healing"):
+        with pytest.raises(InputError, match=f"{option} has no effect"):
+            model.generate("What?", **{option: 2})
 
 
 def test_two_pictures_with_turns_of_their_own(model):

@@ -85,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (BindLLMError, OSError) as error:
         if os.environ.get("BINDLLM_DEBUG"):
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        # Notes name the media at which an encoder failed.
+        print("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         print("\nstopped; finished work is kept, and the same command resumes from it", file=sys.stderr)

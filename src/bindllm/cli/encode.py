@@ -138,7 +138,7 @@ def embed_files(
     failed += [result.error for result in results if result.error]
     kept = [result for result in results if not result.error]
     rows = [result.embedding for result in kept]
-    return [media[result.key] for result in kept], torch.stack(rows) if rows else torch.empty(0)
+    return [media[result.key] for result in kept], torch.stack(rows) if rows else torch.empty(0, 0)
 
 
 def similarity_table(media: Sequence[Media], cosines: Tensor) -> Table:

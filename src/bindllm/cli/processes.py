@@ -104,7 +104,8 @@ def _run_again(index: int, again: Callable[[], int]) -> None:
     except Exception as error:
         if not isinstance(error, BindLLMError | OSError):
             traceback.print_exc()
-        print(f"error in process {index}: {error}", file=sys.stderr)
+        lines = [f"error in process {index}: {error}", *getattr(error, "__notes__", ())]
+        print("\n".join(lines), file=sys.stderr)
         code = 1
     sys.exit(code)
 

@@ -11,7 +11,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from bindllm.data.messages import placeholders_in
+from bindllm.data.messages import RowError
+from bindllm.errors import InputError
 
 if TYPE_CHECKING:
     from bindllm.data.rows import Row
@@ -39,6 +40,13 @@ class Skipped:
         examples = self.examples.setdefault(kept, [])
         if len(examples) < MAX_EXAMPLES:
             examples.append(name if kept == reason else f"{name}: {reason}")
+
+    def add_error(self, error: InputError, name: str) -> None:
+        """Count one row by its error; the part that differs from row to row, such as a path, goes with the name."""
+        if isinstance(error, RowError) and error.detail:
+            self.add(error.reason, f"{name}: {error.detail}")
+        else:
+            self.add(str(error), name)
 
     def update(self, other: Skipped) -> None:
         """Add the rows of another report."""
@@ -82,7 +90,7 @@ class SourceReport:
         num_media: different images (or media of another modality) of its rows.
         num_rows: its rows; in the format caption, one for each caption.
         skipped: skipped rows.
-        control_characters: captions from which control characters were removed.
+        remarks: rows that are used and have a fault.
         modality: of the source.
         format: of its rows.
         shards: of a source that is streamed for training; its samples are counted in `StreamReport`.
@@ -90,14 +98,14 @@ class SourceReport:
         answers: answers of all rows; a conversation may have several.
         pairs: rows with a better and a worse answer.
         text_only: rows without media.
-        spelled: rows whose questions spell a placeholder, such as ``<image>``, for which they have no media.
+        warning: a fault of the source as a whole.
     """
 
     path: str
     num_media: int = 0
     num_rows: int = 0
     skipped: Skipped = field(default_factory=Skipped)
-    control_characters: int = 0
+    remarks: Skipped = field(default_factory=Skipped)
     modality: str = "image"
     format: str = "caption"
     shards: int = 0
@@ -105,7 +113,7 @@ class SourceReport:
     answers: int = 0
     pairs: int = 0
     text_only: int = 0
-    spelled: int = 0
+    warning: str = ""
 
     def count(self, rows: Iterable[Row]) -> None:
         """Count the rows of the source, of all splits together."""
@@ -118,10 +126,8 @@ class SourceReport:
             self.answers += sum(message.role == "assistant" for message in messages)
             self.pairs += row.rejected is not None
             self.text_only += not media
-            # Most texts have no "<", and the test is cheaper than the regular expression.
-            self.spelled += any(
-                placeholders_in(m.text) for m in messages if m.role == "user" and "<" in m.text
-            )
+            for remark in row.remarks:
+                self.remarks.add(remark, row.name)
         self.media = dict(Counter(media.modality for media in found))
         self.num_media = len(found)
 
@@ -147,10 +153,6 @@ class SourceReport:
         parts += [_count_media(modality, count) for modality, count in self.media.items()]
         if self.text_only:
             parts.append(f"{self.text_only:,} rows without media")
-        if self.spelled:
-            parts.append(
-                f"{self.spelled:,} rows with a placeholder such as <image> but no media for it, kept as text"
-            )
         return ", ".join(parts)
 
 
@@ -168,6 +170,7 @@ class StreamReport:
         batches: number of these batches.
         waiting: rows that are ready for later batches.
         skipped: samples and shards that cannot be used.
+        remarks: samples that are used and have a fault.
         seconds_first: time until the first batch.
         seconds_waited: time that the training waited for later batches.
         seconds: time from the first batch to the last one.
@@ -178,6 +181,7 @@ class StreamReport:
     batches: int = 0
     waiting: int = 0
     skipped: Skipped = field(default_factory=Skipped)
+    remarks: Skipped = field(default_factory=Skipped)
     seconds_first: float = 0.0
     seconds_waited: float = 0.0
     seconds: float = 0.0
@@ -188,7 +192,7 @@ class StreamReport:
         return self.seconds_waited / self.seconds if self.seconds else 0.0
 
     def lines(self) -> Iterator[str]:
-        """Yield the counts, and a line for each reason why samples were skipped.
+        """Yield the counts, and a line for each reason why samples were skipped, and for each remark.
 
         Examples:
             >>> report = StreamReport(read=9, rows=8, batches=2, seconds_first=1.5)
@@ -200,8 +204,8 @@ class StreamReport:
             f"{f' ({self.waiting:,} more were ready)' if self.waiting else ''}; the first after "
             f"{self.seconds_first:.1f} s, then training waited {100 * self.waiting_share:.1f} % of its time"
         )
-        for line in self.skipped.lines():
-            yield f"  skipped: {line}"
+        yield from (f"  skipped: {line}" for line in self.skipped.lines())
+        yield from (f"  note: {line}" for line in self.remarks.lines())
 
 
 @dataclass
@@ -256,8 +260,6 @@ class DataReport:
         notes = {
             "rows cut to max_length": self.truncated,
             "rows without media": self.text_only,
-            "rows with a placeholder but no media for it, kept as text": sum(s.spelled for s in self.sources),
-            "captions with control characters removed": sum(s.control_characters for s in self.sources),
             "held-out rows whose media is in train too": self.shared_media,
             "rows skipped": self.skipped.total,
         }
@@ -265,4 +267,8 @@ class DataReport:
             if count:
                 table.add_row(note, f"{count:,}")
         table.add_row("seconds", f"{self.seconds:.1f}")
-        return Group(table, *(Text(f"  skipped: {line}") for line in self.skipped.lines()))
+        lines = [f"  skipped: {line}" for line in self.skipped.lines()]
+        for source in self.sources:
+            lines += [f"  note: {line}" for line in source.remarks.lines()]
+            lines += [f"  warning: {source.path}: {source.warning}"] if source.warning else []
+        return Group(table, *map(Text, lines))

@@ -19,8 +19,6 @@ from bindllm.errors import InputError, MissingExtraError, did_you_mean
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["HUB", "NOT_UTF8", "READERS", "Record", "is_table", "parse_hub", "read_table"]
-
 Record = dict[str, object]
 
 HUB = "hf://"
@@ -69,6 +67,9 @@ def read_table(path: str | Path, required: tuple[str, ...], skipped: Skipped) ->
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise InputError(f"{path}: not a table. {did_you_mean(path.suffix.lower(), READERS)}")
+    # A pipe or a device may block, or never end.
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: not a regular file")
     try:
         yield from reader(path, required, skipped)
     except OSError as error:
@@ -238,17 +239,14 @@ class _JsonText:
         return bool(read)
 
 
-def _read_csv(path: Path, required: tuple[str, ...], skipped: Skipped) -> Iterator[tuple[str, Record]]:
-    return _read_delimited(path, required, skipped, dialect={"delimiter": ",", "quoting": csv.QUOTE_MINIMAL})
-
-
-def _read_tsv(path: Path, required: tuple[str, ...], skipped: Skipped) -> Iterator[tuple[str, Record]]:
-    return _read_delimited(path, required, skipped, dialect={"delimiter": "\t", "quoting": csv.QUOTE_NONE})
-
-
-def _read_delimited(
-    path: Path, required: tuple[str, ...], skipped: Skipped, *, dialect: Mapping
-) -> Iterator[tuple[str, Record]]:
+def _read_delimited(path: Path, required: tuple[str, ...], skipped: Skipped) -> Iterator[tuple[str, Record]]:
+    # In TSV, a quotation mark is a character like any other.
+    is_csv = path.suffix.lower() == ".csv"
+    dialect = (
+        {"delimiter": ",", "quoting": csv.QUOTE_MINIMAL}
+        if is_csv
+        else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    )
     # The default is too small for an image; csv has one limit for the whole process.
     csv.field_size_limit(_MAX_FIELD)
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
@@ -294,8 +292,8 @@ def _read_parquet(path: Path, required: tuple[str, ...], skipped: Skipped) -> It
 READERS: Mapping[str, Callable[[Path, tuple[str, ...], Skipped], Iterator[tuple[str, Record]]]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
-    ".csv": _read_csv,
-    ".tsv": _read_tsv,
+    ".csv": _read_delimited,
+    ".tsv": _read_delimited,
     ".parquet": _read_parquet,
 }
 

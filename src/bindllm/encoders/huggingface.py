@@ -41,6 +41,8 @@ Pooling = Literal["auto", "pooler", "first", "mean", "last"]
 _REVISION = "huggingface 1"
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Longest image that a processor scales by its short side, as a multiple of that side.
+_MAX_ASPECT = 100
 _CPU_BATCH, _ACCELERATOR_BATCH = 8, 64
 _WINDOW_SECONDS, _SHORTEST_SECONDS = 10.0, 0.1
 
@@ -348,6 +350,13 @@ class HuggingFace:
     def _prepare_image(self, media: Media) -> Tensor:
         image = open_image(media.source, size=None)
         processor = self._processor("image")
+        # CLIP's processor scales the short side to 224 before it cuts out the middle: 1 x 20,000 pixels take gigabytes.
+        size = processor.to_dict().get("size") or {}
+        if "shortest_edge" in size and max(image.size) > _MAX_ASPECT * min(image.size):
+            raise MediaError(
+                f"{media.name}: {image.width} x {image.height} pixels, longer than {_MAX_ASPECT} times the short side; "
+                "crop the image first"
+            )
         try:
             made: BatchFeature = processor(images=image, return_tensors="pt")
         except (ValueError, ZeroDivisionError, OverflowError) as error:

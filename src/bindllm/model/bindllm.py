@@ -11,14 +11,14 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from bindllm import __version__
 from bindllm.cache.settings import CacheConfig
@@ -37,8 +37,18 @@ from bindllm.model.decoder import (
     fingerprint_decoder,
     load_decoder,
     load_tokenizer,
+    num_positions,
 )
-from bindllm.model.generation import Prompt, check_media, check_options, prepare_batch, stream_text
+from bindllm.model.generation import (
+    Prompt,
+    answer_settings,
+    check_media,
+    check_options,
+    decode_answers,
+    generate_options,
+    prepare_batch,
+    stream_text,
+)
 from bindllm.model.injection import InjectConfig, Injection
 from bindllm.model.pretrained import read_parts
 
@@ -157,6 +167,11 @@ class BindLLM(nn.Module):
     def device(self) -> torch.device:
         """The device of the decoder."""
         return self.decoder.device
+
+    @cached_property
+    def settings(self) -> GenerationConfig:
+        """The generation settings of the model, see `answer_settings`; options of a call win over them."""
+        return answer_settings(self.decoder, self.tokenizer)
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of the trainable parts; the frozen decoder stays in eval mode."""
@@ -293,14 +308,21 @@ class BindLLM(nn.Module):
             attention_mask: [B, T].
             media_index: [B, T].
             embeddings: [B, M, E], or None for a batch without media.
-            **options: as for Hugging Face ``generate``.
+            **options: as for Hugging Face ``generate``; nothing else but `answer_settings` holds.
 
         Returns:
             ids of the answers only, [B * returned sequences, at most max_new_tokens].
+
+        Raises:
+            InputError: the prompt leaves no position of the decoder for an answer.
         """
         ids, mask, index = (x.to(self.device) for x in (input_ids, attention_mask, media_index))
-        # Passed explicitly: transformers warns at each call without it.
-        options = {"pad_token_id": self.tokenizer.pad_token_id, **options}
+        # Hugging Face fills options that a call leaves out from here.
+        self.decoder.generation_config = self.settings
+        positions = num_positions(self.decoder.config)
+        options = generate_options(options, width=ids.shape[1], positions=positions)
+        # Stop strings need the tokenizer.
+        options["tokenizer"] = self.tokenizer
         run = partial(self.decoder.generate, input_ids=ids, attention_mask=mask, **options)
         if embeddings is None:
             return run()[:, ids.shape[1] :]
@@ -324,7 +346,8 @@ class BindLLM(nn.Module):
                 each (empty: no media).
             cache: the visual cache, as for `encode`.
             **options: as for Hugging Face ``generate`` (``max_new_tokens``, ``do_sample``, ``temperature``,
-                ``top_p``, ``num_beams``, ...). Without any, the answer is greedy and at most 128 tokens long.
+                ``top_p``, ``num_beams``, ``stop_strings``, ...). Without any, the answer is greedy and at most 128
+                tokens long, whatever the decoder's folder recommends (docs/answers.md).
 
         Returns:
             the answer, or a list of answers in the order of the prompts.
@@ -336,9 +359,13 @@ class BindLLM(nn.Module):
         options = check_options(options)
         batch, embeddings = self._prepare(prompt, media, cache)
         answers = self.generate_from(*batch, embeddings, **options)
-        texts = [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+        texts = self.decode(answers)
         # Several returned sequences of one prompt stay a list.
         return texts[0] if isinstance(prompt, str | Conversation) and len(texts) == 1 else texts
+
+    def decode(self, answers: Tensor) -> list[str]:
+        """Return the texts of generated ids, [N, A], without control tokens and surrounding white space."""
+        return decode_answers(answers, self.tokenizer, self.settings.eos_token_id)
 
     def stream(
         self,
@@ -355,7 +382,7 @@ class BindLLM(nn.Module):
             raise InputError("a stream has no beams: its pieces are final. Use generate, or num_beams=1")
         batch, embeddings = self._prepare(prompt, media, cache)
         run = partial(self.generate_from, *batch, embeddings, **options)
-        yield from stream_text(run, self.tokenizer)
+        yield from stream_text(run, self.tokenizer, self.settings.eos_token_id)
 
     def _prepare(
         self, prompt: Prompt | Sequence[Prompt], media: Sequence[Any] | None, cache: CacheChoice = None

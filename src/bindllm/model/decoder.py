@@ -16,10 +16,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 from transformers.utils import logging as transformers_logging
 
 from bindllm.atomic import file_sha256, not_finite, open_tensors, read_json, require_file
-from bindllm.conversation import INPUT_HEADER, check_tokenizer
+from bindllm.conversation import INPUT_HEADER, check_tokenizer, end_tokens
 from bindllm.encoders import hub
 from bindllm.errors import DecoderError, InputError, did_you_mean
 from bindllm.model.quantize import QUANTIZATIONS, keep_gradients, quantization_config
@@ -132,13 +133,14 @@ def default_device() -> str:
 
 
 def load_tokenizer(config: DecoderConfig) -> PreTrainedTokenizerBase:
-    """Load only the tokenizer. Padding falls back to the end token if no padding token is set.
+    """Load only the tokenizer. Padding is the end token if no padding token is set, or the decoder has no row for it.
 
     Template and system text of the config go into the chat template, so that training, evaluation and every
-    request render alike.
+    request render alike. The maximum length is the number of positions of the decoder.
 
     Raises:
-        DecoderError: the tokenizer is missing, or lacks offsets, a chat template or an end token.
+        DecoderError: the tokenizer is missing, lacks offsets, a chat template or an end token, or its template cannot
+            be used.
     """
     folder = config.folder()
     hub.never_ask()
@@ -151,8 +153,10 @@ def load_tokenizer(config: DecoderConfig) -> PreTrainedTokenizerBase:
         raise DecoderError(f"no usable tokenizer in {folder} ({hub.loading_error(folder, error)})") from error
     # An export must not pass on the name of code that was not run here.
     tokenizer.init_kwargs.pop("auto_map", None)
-    # Padding is masked, so the end token can serve as padding.
-    if tokenizer.pad_token_id is None:
+    plain = read_config(folder)
+    tokenizer.model_max_length = num_positions(plain) or VERY_LARGE_INTEGER
+    # Padding is masked, so the end token can serve as padding. An id without a row in the embedding cannot.
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= plain.get_text_config().vocab_size:
         # Some copies name it as an empty text.
         if not tokenizer.eos_token:
             raise DecoderError(
@@ -160,6 +164,8 @@ def load_tokenizer(config: DecoderConfig) -> PreTrainedTokenizerBase:
                 "answer as eos_token in its tokenizer_config.json"
             )
         tokenizer.pad_token = tokenizer.eos_token
+    if isinstance(tokenizer.chat_template, dict):
+        tokenizer.chat_template = _choose_template(tokenizer.chat_template, folder)
     if config.template is not None:
         apply_template(config.template, tokenizer)
     check_tokenizer(tokenizer)
@@ -171,7 +177,20 @@ def load_tokenizer(config: DecoderConfig) -> PreTrainedTokenizerBase:
             f"{{%- set messages = [{message}] + messages -%}}"
             "{%- endif -%}" + tokenizer.chat_template
         )
+    # Refuses a template that does not end an answer, or takes it apart.
+    end_tokens(tokenizer)
     return tokenizer
+
+
+def _choose_template(templates: dict[str, str], folder: Path) -> str:
+    """Return the one of several named templates that renders plain conversations."""
+    chosen = templates.get("default") or (next(iter(templates.values())) if len(templates) == 1 else None)
+    if chosen is None:
+        raise DecoderError(
+            f"the tokenizer in {folder} has the chat templates {', '.join(sorted(templates))}, and none is called "
+            "default: put the one to use into its chat_template.jinja"
+        )
+    return chosen
 
 
 def apply_template(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -375,3 +394,9 @@ def _settings(name: str, content: dict[str, Any]) -> dict[str, Any]:
     if name == "generation_config.json":
         return {key: value for key, value in content.items() if key.endswith("_token_id")}
     return {key: value for key, value in content.items() if key not in _OF_THE_COPY}
+
+
+def num_positions(config: PretrainedConfig) -> int | None:
+    """Return the number of tokens that a decoder was built for, or None if its config gives no limit."""
+    positions = config.get_text_config().to_dict().get("max_position_embeddings")
+    return positions if isinstance(positions, int) and positions > 0 else None

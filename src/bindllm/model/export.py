@@ -30,6 +30,7 @@ from bindllm.model.decoder import (
     read_config,
     without_weights,
 )
+from bindllm.model.generation import answer_settings
 from bindllm.model.pretrained import read_configs, read_decoder
 
 # An output folder with this file may be replaced, any other content may not.
@@ -98,6 +99,10 @@ def export_decoder(
     tensors = {k: v for k, v in read_weights(checkpoint, manifest).items() if k.startswith(PREFIX)}
     num_merged, num_replaced = merge(network, adapter, tensors, DTYPES[dtype], source=str(checkpoint))
     _take_config(network, has_biases=bool(adapter.bias))
+    # The end of an answer is the template's, and recommendations for the plain decoder do not hold for a tuned one.
+    network.generation_config = answer_settings(network, tokenizer)
+    for part in (network.config, network.config.get_text_config()):
+        part.eos_token_id = network.generation_config.eos_token_id
     done = Export(output, dtype, num_merged, num_replaced, manifest["decoder"].get("quantize"))
     with atomic_folder(output) as part:
         network.save_pretrained(part, max_shard_size=_SHARD)

@@ -233,12 +233,12 @@ class Injection(nn.Module):
         context = kwargs.get("bind")
         if context is None or (reached := context.arrivals.count) >= len(self.gates):
             return
-        way, advice = ("its layers", "Use")
-        if self.kind == "value":
-            way, advice = ("its attention", "Try inject: {kind: residual}, or use")
+        is_value, served = self.kind == "value", len(self.gates)
+        way = "its attention" if is_value else "its layers"
+        advice = "Try inject: {kind: residual}, or use" if is_value else "Use"
         raise DecoderError(
-            f"{type(decoder).__name__} does not pass keywords to {way}: the media reached {reached} of "
-            f"{len(self.gates)} layers. {advice} a decoder of the LLaMA shape (Llama, Mistral, Qwen2, Qwen3, SmolLM2, ...)"
+            f"{type(decoder).__name__} does not pass keywords to {way}: the media reached {reached} of {served} "
+            f"layers. {advice} a decoder of the LLaMA shape (Llama, Mistral, Qwen2, Qwen3, SmolLM2, ...)"
         )
 
     def _add_to_input(

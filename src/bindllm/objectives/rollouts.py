@@ -14,16 +14,6 @@ from bindllm.data.collate import Batch, model_inputs
 from bindllm.data.rows import IGNORE
 from bindllm.model.bindllm import BindLLM, BindOutput
 
-_PLAIN = {
-    "top_k": 0,
-    "top_p": 1.0,
-    "min_p": None,
-    "typical_p": 1.0,
-    "repetition_penalty": 1.0,
-    "num_beams": 1,
-}
-"""Options that sample from the full distribution, whatever the decoder's folder recommends."""
-
 
 @dataclass(frozen=True)
 class Answers:
@@ -60,19 +50,17 @@ def draw_answers(
         temperature=temperature,
         num_return_sequences=group_size,
         max_new_tokens=max_new_tokens,
-        **_PLAIN,
     )
-    ended = torch.isin(ids, _end_tokens(model).to(ids.device))
+    ended = torch.isin(ids, torch.tensor(model.settings.eos_token_id, device=ids.device))
     # The first end token belongs to the answer; padding follows it.
     in_answer = ended.cumsum(1) - ended.long() == 0
     batch = _join(prompts, ids, in_answer, group_size)
-    return Answers(batch, _texts(model, ids), ~ended.any(1))
+    return Answers(batch, model.decode(ids), ~ended.any(1))
 
 
 def greedy_answers(model: BindLLM, prompts: Batch, *, max_new_tokens: int) -> list[str]:
     """Return the greedy answer to each prompt; arguments as for `draw_answers`."""
-    ids = _generate(model, prompts, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens)
-    return _texts(model, ids)
+    return model.decode(_generate(model, prompts, max_new_tokens=max_new_tokens))
 
 
 def token_log_probs(model: Callable[..., BindOutput], batch: Batch, *, temperature: float = 1.0) -> Tensor:
@@ -99,16 +87,6 @@ def _generate(model: BindLLM, prompts: Batch, **options: Any) -> Tensor:
         return model.generate_from(**prompts, **options)
     finally:
         model.train(mode)
-
-
-def _texts(model: BindLLM, ids: Tensor) -> list[str]:
-    return [text.strip() for text in model.tokenizer.batch_decode(ids, skip_special_tokens=True)]
-
-
-def _end_tokens(model: BindLLM) -> Tensor:
-    """Return the ids that end a generation."""
-    ends = model.decoder.generation_config.eos_token_id
-    return torch.tensor([] if ends is None else ends, dtype=torch.long).reshape(-1)
 
 
 def _join(prompts: Batch, ids: Tensor, in_answer: Tensor, group_size: int) -> Batch:

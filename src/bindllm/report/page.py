@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -201,11 +202,10 @@ def _data_tables(data: Mapping[str, Any], one: str, many: str) -> list[dict[str,
     notes = {
         "answers cut to the longest length": data["truncated"],
         "rows without media": data["text_only"],
-        f"{rows} with control characters removed": sum(
-            each["control_characters"] for each in data["sources"]
-        ),
         f"held-out rows whose {one} is also in the training rows": data["shared_media"],
     }
+    remarks = sum((Counter(each["remarks"]["counts"]) for each in data["sources"]), Counter())
+    notes |= {f"{rows} with {remark}": count for remark, count in remarks.items()}
     counts += [(name, f"{count:,}") for name, count in notes.items() if count]
     tables = [
         {"head": ["source", many, rows], "rows": sources, "kind": "numbers"},

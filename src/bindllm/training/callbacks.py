@@ -86,8 +86,7 @@ class SampleCaptions(Callback):
         # On all processes, because processes that share a decoder run it together.
         model = pl_module.model
         batch = prompt_batch(samples, trainer.datamodule.lookup, pad_id=model.tokenizer.pad_token_id)
-        ids = model.generate_from(**batch, do_sample=False, max_new_tokens=self.max_new_tokens)
-        texts = [text.strip() for text in model.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        texts = model.decode(model.generate_from(**batch, max_new_tokens=self.max_new_tokens))
         if not trainer.is_global_zero:
             return
         self.latest = [_row(sample, text) for sample, text in zip(samples, texts, strict=True)]

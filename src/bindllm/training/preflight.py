@@ -225,6 +225,10 @@ def check_sources(
                 lengths = _lengths(rows["train"], report.skipped, tokenizer, max_length)
         for line in report.skipped.lines():
             say(f"  skipped: {line}")
+        for line in report.remarks.lines():
+            say(f"  note: {line}")
+        if report.warning:
+            problems.append(f"{report.path}: {report.warning}")
         if lengths is not None:
             say(f"  {lengths}")
     if read and not num_train and len(problems) == known:

@@ -46,7 +46,7 @@ def sharegpt(fields: Fields) -> Row:
         RowError: the record has media.
     """
     turns = _sharegpt_turns(fields)
-    if fields.has_media():
+    if fields.media_columns() or fields.unnamed():
         raise RowError(f"sharegpt has no media.{fields.hint()}")
     return fields.row(turns, RecordMedia(fields.resolve), "chat")
 

@@ -27,7 +27,7 @@ from bindllm.media import Media
 Precision = Literal["float32", "bfloat16", "float16"]
 
 # Raise the number when other numbers come out for the same cloud: stored embeddings are then computed again.
-_REVISION = "pointbind 1"
+_REVISION = "pointbind 2"
 
 # Clouds that pass through the network at once: on a CPU more gain nothing, elsewhere activations must stay bounded.
 _CPU_BATCH, _BATCH = 2, 16

@@ -8,8 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
+from bindllm.data.formats.media import FolderResolver
+from bindllm.data.formats.questions import clean_caption
 from bindllm.data.report import Skipped
-from bindllm.data.sources import SPLITS, clean_caption, hashed_split, require_table
+from bindllm.data.source_config import SPLITS
+from bindllm.data.sources import hashed_split, require_table
 from bindllm.data.tables import Record, read_table
 from bindllm.errors import InputError, did_you_mean, fetch_hint
 from bindllm.media import MODALITIES, Media, is_modality
@@ -138,7 +141,7 @@ def _row_pairs(
     target = _media(source.target, value, folder, f"{name}: {source.target_column}", skipped)
     if target is None:
         return
-    key = os.path.normpath(value) if source.target != "text" else value
+    key = value if source.target == "text" else FolderResolver(str(folder)).key(target)
     split = source.split or record.get(source.split_column) or hashed_split(key, source.held_out)
     if split not in SPLITS:
         skipped.add(f"unknown split {split!r}. {did_you_mean(str(split), SPLITS)}", name)
