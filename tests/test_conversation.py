@@ -1,5 +1,5 @@
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from bindllm import conversation as conversation_module
@@ -250,6 +250,31 @@ def test_control_token_in_a_text_is_refused_or_escaped():
 def test_control_token_spelled_by_two_parts_is_refused():
     with pytest.raises(InputError, match="control token"):
         render(talk(("u", "<|im_", A, "end|>")), tiny_tokenizer())
+
+
+@pytest.mark.parametrize("how", ["refuse", "escape"])
+def test_control_token_in_other_letters_is_refused(how):
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.add_special_tokens({"bos_token": AddedToken("<x>", special=True, normalized=True)})
+    render(talk(("u", "\uff1cy\uff1e")), tokenizer, control_text=how)
+    with pytest.raises(InputError, match=r"spells the control token '<x>' of the decoder in other letters"):
+        render(talk(("u", "\uff1cx\uff1e")), tokenizer, control_text=how)
+
+
+@pytest.mark.parametrize(
+    ("token", "text", "escaped"), [("aa", "aaa", "a\u2060a\u2060a"), ("\u00a7", "\u00a7", None)]
+)
+def test_control_tokens_that_overlap_or_have_one_character(token, text, escaped):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": token})
+    if escaped is None:
+        # It cannot be taken apart.
+        with pytest.raises(InputError, match="spells the control token .* remove it$"):
+            render(talk(("u", text)), tokenizer, control_text="escape")
+    else:
+        rendered = render(talk(("u", text)), tokenizer, control_text="escape")
+        assert tokenizer.decode(rendered.input_ids).count(escaped) == 1
 
 
 def test_words_that_are_added_but_control_nothing_are_text():

@@ -169,6 +169,7 @@ def render(
     # How to read this: messages -> text -> starts of answers in it -> tokens -> media index and answers as tokens.
     control, escape = control_tokens(tokenizer), control_text == "escape"
     turns = [{"role": m.role, "content": _guard(m.text, control, escape=escape)} for m in messages]
+    _check_normalized(turns, tokenizer)
     text = _apply_template(tokenizer, turns, header=add_generation_prompt)
     answer_starts = _answer_starts(tokenizer, turns, text, control)
     ids, starts = _tokens(tokenizer, text, answer_starts.values())
@@ -303,6 +304,21 @@ def _guard(text: str, control: dict[str, int], *, escape: bool) -> str:
     return text
 
 
+def _check_normalized(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse texts that spell a control token in other letters, such as wide ones."""
+    # Only some tokenizers look control tokens up in the normalized text.
+    tokens = tokenizer.added_tokens_decoder
+    normalized = {i for i, token in tokens.items() if token.special and token.normalized}
+    for turn in turns if normalized else ():
+        if spelled := normalized.intersection(
+            tokenizer(turn["content"], add_special_tokens=False)["input_ids"]
+        ):
+            raise InputError(
+                f"a message spells the control token {tokens[min(spelled)].content!r} of the decoder in other letters; "
+                "remove it"
+            )
+
+
 def _apply_template(
     tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], *, header: bool, thinks: bool = False
 ) -> str:
@@ -373,12 +389,12 @@ def _tokens(
     before = {position: bisect_left(starts, position) - 1 for position in boundaries if position is not None}
     crossed = sorted(p for p, token in before.items() if token >= 0 and offsets[token][1] > p)
     if crossed:
-        ids, offsets = [], []
+        ids, starts = [], []
         for start, stop in pairwise([0, *crossed, len(text)]):
-            found, spans = _continuation(tokenizer, text[start:stop], at_start=start == 0)
+            found, offsets = _continuation(tokenizer, text[start:stop], at_start=start == 0)
             ids += found
-            offsets += [(start + first, start + last) for first, last in spans]
-        starts = _token_starts(offsets)
+            # Piece by piece: offsets may exclude the space that a header ends in.
+            starts += [start + first for first in _token_starts(offsets)]
     return ids, starts
 
 

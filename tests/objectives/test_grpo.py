@@ -181,6 +181,18 @@ def test_groups_of_equal_rewards_leave_the_weights_to_the_reference(beta, decode
     assert (loss.item() != 0) == any(bool(gradient.any()) for gradient in gradients) == bool(beta)
 
 
+@pytest.mark.parametrize(("reward", "warnings"), [(Constant(), 1), (LetterClass(), 0)])
+def test_a_reward_that_never_tells_answers_apart_is_reported_once(reward, warnings, decoder, caplog):
+    objective = GRPO(reward, group_size=4, max_new_tokens=1, beta=0.0)
+    model, batch = started(decoder, objective)
+    torch.manual_seed(0)
+    with caplog.at_level("WARNING", "bindllm"):
+        for _ in range(22):
+            objective.roll_out(model, batch)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * warnings
+    assert all("10 batches in a row" in message and "0.1" in message for message in caplog.messages)
+
+
 def test_answers_are_drawn_from_the_whole_distribution_and_end_at_the_first_end_token(decoder):
     """Two hundred answers to a prompt: each token as often as the model says, within chance."""
     objective = GRPO(LetterClass(), group_size=2, beta=0.0)

@@ -151,6 +151,7 @@ class BindData(LightningDataModule):
         if self._embeddings is not None:
             return
         embeddings = MediaEmbeddings(self.encoders, self.store)
+        # All splits at once, so that an encoder is moved to its device once.
         media = (item for rows in self._rows.values() for row in rows for item in row.media)
         totals = embeddings.precompute(media, context)
         # Without the media that failed, every later lookup succeeds.

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bindllm.data.messages import RowError
-from bindllm.errors import InputError
+from bindllm.errors import InputError, printable
 
 if TYPE_CHECKING:
     from bindllm.data.rows import Row
@@ -76,9 +76,11 @@ class Skipped:
             >>> list(skipped.lines())
             ['1 x empty caption (line 7)']
         """
+        # Sorting is stable: equally frequent reasons stay in the order in which they came.
         for reason, count in sorted(self.counts.items(), key=lambda item: -item[1]):
             more = ", ..." if count > len(self.examples[reason]) else ""
-            yield f"{count} x {reason} ({', '.join(self.examples[reason])}{more})"
+            # Reasons and names quote files and rows of data sets, which may hold escape sequences.
+            yield printable(f"{count} x {reason} ({', '.join(self.examples[reason])}{more})")
 
 
 @dataclass
@@ -141,10 +143,12 @@ class SourceReport:
             >>> SourceReport("talks", num_rows=90, format="llava", answers=200, media={"image": 80}).counted
             '90 rows (llava), 200 answers, 80 images'
         """
+        # A stream for training is counted while it is read.
         if self.shards:
             return f"{self.shards:,} shards, streamed"
         if self.format == "caption":
             return f"{_count_media(self.modality, self.num_media)}, {self.num_rows:,} captions"
+        # A part that counts nothing new is left out, so that the line stays short.
         parts = [f"{self.num_rows:,} rows ({self.format})"]
         if self.answers > self.num_rows:
             parts.append(f"{self.answers:,} answers")
@@ -189,6 +193,7 @@ class StreamReport:
     @property
     def waiting_share(self) -> float:
         """Share of the time, 0..1, that training waited for a batch; the first batch is not counted."""
+        # The first batch waits for the start of the thread, however fast the stream is.
         return self.seconds_waited / self.seconds if self.seconds else 0.0
 
     def lines(self) -> Iterator[str]:

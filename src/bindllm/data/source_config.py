@@ -23,6 +23,7 @@ Format = Literal[
 ]
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
+# Hugging Face calls it validation, COCO val, older sets valid or dev.
 _OTHER_NAMES: dict[object, Split] = {"val": "validation", "valid": "validation", "dev": "validation"}
 
 
@@ -132,6 +133,7 @@ class SourceConfig:
     rationale: bool = False
 
     def __post_init__(self) -> None:
+        # jsonargparse checks a recipe already; these are for Python callers, and for values that no type excludes.
         if self.format not in get_args(Format):
             raise InputError(
                 f"{self.path}: unknown format {self.format!r}. {did_you_mean(self.format, get_args(Format))}"
@@ -145,6 +147,7 @@ class SourceConfig:
             raise InputError(f"{self.path}: unknown split {self.split!r}. {did_you_mean(self.split, SPLITS)}")
         if self.split_by not in ("media", "row"):
             raise InputError(f"{self.path}: split_by must be media or row, not {self.split_by!r}")
+        # A weight of NaN passes every comparison that is written the other way round.
         if not (math.isfinite(self.weight) and self.weight > 0):
             raise InputError(f"{self.path}: weight must be finite and above 0, not {self.weight}")
         if not 0 <= self.held_out < 1:

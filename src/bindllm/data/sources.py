@@ -174,6 +174,7 @@ def _tables(path: str) -> list[tuple[str | Path, Split | None]]:
     if is_table(path) or not folder.is_dir():
         return [(path, None)]
     tables = sorted(file for file in folder.iterdir() if file.suffix.lower() in READERS and file.is_file())
+    # One table for each split is the layout of most sets; names such as val.jsonl count too.
     named: list[tuple[str | Path, Split | None]] = [
         (file, split) for split in SPLITS for file in tables if split_named(file.stem) == split
     ]
@@ -204,6 +205,7 @@ def _split_keys(
             parents[key] = key = parents[parent]
         return key
 
+    # How to read this: own keys of each row, joined through its media, then the root of each component.
     keys = []
     for row in rows:
         turns = [turn for turn in row.conversation.messages if turn.role != "assistant"]
@@ -231,6 +233,7 @@ def _split_keys(
 
 def _shards_hint(path: Path) -> str:
     """Return how to name the tar shards in a folder, if it holds any."""
+    # A folder could mean other files in it as well, so shards must be named.
     if not path.is_dir() or not any(path.glob("*.tar")):
         return ""
     return f". It holds tar shards, which are streamed: give them as {path / '*.tar'}"
@@ -246,6 +249,7 @@ def _format_hint(config: SourceConfig) -> str:
         _, record = next(iter(read_table(tables[0][0], (), Skipped())), ("", {}))
     except InputError:
         return ""
+    # One row is enough for a hint.
     found = looks_like(record)
     return (
         f". Its first row looks like {found}; set format: {found}" if found not in (None, "caption") else ""

@@ -8,6 +8,7 @@ Shapes: `B` prompts, `G` answers to each, `R = B * G`, `N` tokens of all answers
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -26,6 +27,9 @@ from bindllm.objectives.base import Metrics, Needs, Objective, check_positive
 from bindllm.objectives.rewards import ExactAnswer, Reward
 from bindllm.objectives.rollouts import draw_answers, greedy_answers, token_log_probs
 from bindllm.parallel import RunContext
+
+# Batches in a row without a useful group after which a run warns that it does not learn.
+_PATIENCE = 10
 
 
 @dataclass
@@ -107,6 +111,7 @@ class GRPO(Objective):
         self._pad_id = 0
         self._start: dict[str, Tensor] = {}
         self._held: tuple[tuple[int, ...], Rollout] | None = None
+        self._useless = 0
 
     @property
     def can_checkpoint(self) -> bool:
@@ -205,6 +210,7 @@ class GRPO(Objective):
         )
         rewards = self._judge(answers.texts, samples).reshape(-1, self.group_size).to(model.device)
         advantages = group_advantages(rewards, normalize_std=self.normalize_std)
+        self._warn_if_useless(rewards, advantages)
         reference = None
         if self.beta:
             # The initial weights replace the parameters for this call only; the parameters never change.
@@ -250,6 +256,18 @@ class GRPO(Objective):
         sums = torch.where(own, each, 0).sum(1)
         lengths = own.sum(1) if self.normalize_length else self.max_new_tokens
         return (sums / lengths).sum() / len(rollout.advantages), metrics
+
+    def _warn_if_useless(self, rewards: Tensor, advantages: Tensor) -> None:
+        """Warn once if batch after batch all answers to a question get the same reward: nothing is learned then."""
+        self._useless = 0 if bool(advantages.any()) else self._useless + 1
+        if self._useless == _PATIENCE:
+            logging.getLogger("bindllm").warning(
+                "GRPO: in %d batches in a row, all answers to each question had the same reward (mean of the last: "
+                "%g), so nothing is learned from it. Check that the reward can tell answers apart, raise group_size "
+                "or temperature, or use easier questions",
+                _PATIENCE,
+                rewards.mean().item(),
+            )
 
     def _samples(self, batch: Batch) -> list[Sample]:
         samples = self._data.samples(SPLITS[int(batch["split"])])

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from bindllm.data.collate import Batch, answer_batch
 from bindllm.data.datamodule import BindData
-from bindllm.data.rows import IGNORE, Sample
+from bindllm.data.rows import IGNORE, Row, Sample
+from bindllm.data.source_config import SourceConfig
 from bindllm.errors import InputError
 from bindllm.model.bindllm import BindLLM
 from bindllm.objectives.base import Metrics, Needs, Objective, check_positive
@@ -55,6 +56,22 @@ class KTO(Objective):
         self._references = References()
         self._mismatched: dict[str, list[Sample]] = {}
         self._make_batch: Callable[[list[Sample]], Batch]
+
+    def check_rows(self, rows: Sequence[Row | Sample], sources: Sequence[SourceConfig]) -> None:
+        """Refuse rows without a label, and rows that all have the same one.
+
+        Raises:
+            InputError: names the missing label.
+        """
+        super().check_rows(rows, sources)
+        # With one kind of answers there is nothing to tell apart: their loss falls for any answer to any question.
+        kinds = {row.desirable for row in rows if row.rejected is None}
+        if len(kinds) == 1 and all(row.rejected is None for row in rows):
+            raise InputError(
+                f"KTO compares desirable with undesirable answers, and all {len(rows)} rows are "
+                f"{'desirable' if kinds == {True} else 'undesirable'}: add others, or use the objective NextToken to "
+                "imitate good answers"
+            )
 
     def on_start(self, model: BindLLM) -> None:
         """Record the weights of the reference model."""

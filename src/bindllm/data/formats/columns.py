@@ -115,6 +115,7 @@ class Fields:
         Raises:
             RowError: no column, or no text in it.
         """
+        # A cell of white space is empty.
         text = as_text(self.require(field), self.column(field))
         if not text:
             raise RowError(f"nothing in column {self.column(field)!r}")
@@ -138,6 +139,7 @@ class Fields:
         Raises:
             RowError: the record has no media, and they are required.
         """
+        # How to read this: the column of each modality, the values in it, then values that no column names.
         own = self.config.modality
         modalities = (own,) if only_own else self._modalities()
         columns = {modality: self._media_column(modality) for modality in modalities}
@@ -198,6 +200,7 @@ class Fields:
     def hint(self) -> str:
         """Return a sentence that names the format which the record looks like, if it is another one."""
         found = looks_like(self.record)
+        # A row that looks like its own format has another fault.
         other = found is not None and found != self.config.format
         return f" This row looks like {found}; set format: {found}" if other else ""
 

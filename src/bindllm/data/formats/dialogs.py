@@ -24,6 +24,7 @@ def messages(fields: Fields) -> Row:
 
     The columns ``image`` or ``images`` hold the media of placeholders and of parts such as ``{"type": "image"}``.
     """
+    # The column system comes first: a system message inside the turns is joined with it.
     turns = as_list(fields.require("messages"), "messages")
     return fields.row([*fields.system(), *turns], fields.media(), "chat")
 

@@ -35,6 +35,7 @@ class FolderResolver:
     @classmethod
     def of(cls, config: SourceConfig) -> FolderResolver:
         """Return the resolver of a source: for the folder that it names, else for that of its table."""
+        # The folder of the table is what other tools assume; a recipe may name another one.
         if config.media is not None:
             root = config.media
         elif config.path.startswith(HUB):

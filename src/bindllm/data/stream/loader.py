@@ -255,6 +255,7 @@ def _fingerprint(
     streams: Sequence[ShardStream], numbered: Sequence[tuple[int, SourceConfig]], options: StreamOptions
 ) -> str:
     """Return hex digits that change when any batch would, as far as known without reading the shards."""
+    # The settings, then each stream with its shards: a state is a position in exactly this order.
     digest = hashlib.sha256(repr(options).encode())
     for stream, (number, config) in zip(streams, numbered, strict=True):
         digest.update(repr((number, sorted(asdict(config).items()))).encode())

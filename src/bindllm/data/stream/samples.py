@@ -116,6 +116,7 @@ def read_row(sample: TarSample, config: SourceConfig, source: int) -> Row:
     """
     if sample.problem:
         raise InputError(sample.problem)
+    # One resolver for each sample: it remembers the members that the row has used.
     resolve, record = TarResolver(sample), _record(sample, config)
     row = formats.read_row(
         record,
@@ -154,6 +155,7 @@ def read_stream(
             f"data source {config.path} has no sample that can be used: {'; '.join(report.skipped.lines())}"
         )
     report.count(rows)
+    # Rows of a stream have no hashed splits: a shard is either trained on or held out.
     return {split: rows if split == (config.split or "train") else [] for split in SPLITS}, report
 
 
@@ -189,6 +191,7 @@ def _record(sample: TarSample, config: SourceConfig) -> Record:
             raise InputError("its text is not UTF-8") from error
     if record:
         return record
+    # Each way to pack a sample wrongly has its own reason: they need different remedies.
     if "json" in sample.members:
         raise InputError("the member .json is empty")
     if any(end.rpartition(".")[2] in ("json", *_TEXTS) for end in sample.members):

@@ -162,6 +162,7 @@ class _Found:
 
     def add(self, extension: str, member: tarfile.TarInfo) -> None:
         """Add a member; with a problem, the sample is still yielded: it keeps its number and is counted as skipped."""
+        # Names count: a member without content may have one of a megabyte.
         self.size += member.size + len(member.name)
         if not member.isfile():
             self.problem = (
@@ -206,6 +207,7 @@ def _read_file(shard: str, stream: BinaryIO, skip: int) -> Iterator[TarSample]:
 
 def _read_url(shard: str, stream: BinaryIO, skip: int) -> Iterator[TarSample]:
     """Yield the samples of a stream: each is complete once a member with another key follows, or the shard ends."""
+    # How to read this: ``found`` is the sample that is being read, and ``seen`` holds all samples by key.
     number, found, members = 0, None, {}
     seen: dict[str, _Found] = {}
     try:

@@ -25,8 +25,14 @@ from bindllm.encoders.imagebind.config import (
     how_to_convert,
     read_config,
 )
-from bindllm.encoders.imagebind.network import Trunk, load_trunk, require_trunk
-from bindllm.encoders.imagebind.views import average_views, cut_views, run_views
+from bindllm.encoders.imagebind.network import (
+    Trunk,
+    average_views,
+    cut_views,
+    load_trunk,
+    require_trunk,
+    run_views,
+)
 from bindllm.errors import EncoderError, InputError, MediaError, did_you_mean
 from bindllm.media import Media
 

@@ -16,11 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bindllm.encoders import fingerprint
-from bindllm.encoders.pointbind.blocks import EMBEDDING_SIZE
 from bindllm.encoders.pointbind.cloud import fit_cloud
-from bindllm.encoders.pointbind.i2pmae import I2PMAE
-from bindllm.encoders.pointbind.loading import CONFIG, WEIGHTS, load_network, read_config
-from bindllm.encoders.pointbind.pointbert import PointBert
+from bindllm.encoders.pointbind.networks import (
+    CONFIG,
+    EMBEDDING_SIZE,
+    I2PMAE,
+    WEIGHTS,
+    PointBert,
+    load_network,
+    read_config,
+)
 from bindllm.errors import EncoderError, InputError, did_you_mean
 from bindllm.media import Media
 
