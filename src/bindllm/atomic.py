@@ -170,3 +170,31 @@ def read_tensors(path: Path, sha256: str | None, failure: type[BindLLMError]) ->
         return load_file(path)
     except SafetensorError as error:
         raise failure(f"{path} cannot be read: {error}") from error
+
+
+def read_json(path: Path, failure: type[BindLLMError], advice: str = "copy the whole folder") -> Any:
+    """Read a JSON file of an untrusted folder.
+
+    Args:
+        path: the file.
+        failure: the type of the errors.
+        advice: what to do about a missing or damaged file, as the end of the message.
+
+    Raises:
+        BindLLMError: a ``failure``: the file is missing, not a regular file, not JSON, or nested too deep.
+    """
+    require_file(path, failure, advice)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    # Deep nesting exceeds the stack.
+    except (OSError, ValueError, RecursionError) as error:
+        raise failure(f"{path} cannot be read as JSON ({error}); {advice}") from error
+
+
+def require_file(path: Path, failure: type[BindLLMError], advice: str) -> None:
+    """Refuse a missing file, and anything else of its name: reading a FIFO or a device could wait forever."""
+    if not path.is_file():
+        problem = (
+            "is not a regular file" if path.exists() else f"is missing: {path.parent} has no {path.name}"
+        )
+        raise failure(f"{path} {problem}; {advice}")

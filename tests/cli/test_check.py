@@ -342,3 +342,21 @@ def test_the_folder_of_an_encoder_is_told_from_a_checkpoint(tmp_path, capsys):
     (tmp_path / "encoder" / "config.json").write_text("{}")
     assert main(["check", "--folder", "encoder"]) == 1
     assert "has no bindllm.json" in capsys.readouterr().out
+
+
+def test_escape_sequences_in_names_of_untrusted_files_are_not_printed(parts, capfd):
+    """A name in a table, of a source that cannot be read, and of a folder in an error."""
+    evil = "a\x1b]0;owned\x07"
+    folder = Path("set")
+    folder.mkdir()
+    rows = [{"image": f"{evil}.png", "caption": "red"}, {"image": "b.png", "caption": 7}]
+    folder.joinpath("captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder.joinpath(f"{evil}.png").write_text("no image")
+    for source in ("set", evil):
+        assert run("check", tiny_recipe(parts, data={"sources": [{"path": source}]})) == 1
+        assert run("fit", tiny_recipe(parts, data={"sources": [{"path": source}]})) == 1
+    assert main(["generate", evil, "Hello"]) == 1
+    assert main(["report", evil]) == 1
+    told = "".join(capfd.readouterr())
+    assert "owned" in told
+    assert not {"\x1b", "\x07"} & set(told)

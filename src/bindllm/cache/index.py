@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from bindllm.cache import factories
-from bindllm.cache.blend import read_units
+from bindllm.cache.blend import check_queries, read_units
 from bindllm.cache.folder import (
     MANIFEST,
     IndexInfo,
@@ -273,10 +273,7 @@ class VectorIndex:
         # In every call, because the limit belongs to the calling thread.
         factories.limit_threads()
         queries = np.ascontiguousarray(queries, np.float32)
-        if queries.ndim != 2 or queries.shape[1] != self.info.embedding_size:
-            raise InputError(
-                f"{self.source} takes queries [N, {self.info.embedding_size}], not {list(queries.shape)}"
-            )
+        check_queries(queries, self.info.embedding_size, self.source)
         return self._index.search(queries, min(count, len(self)))[1]  # [N, C]
 
     def vectors(self, ids: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Sequence
 
 from bindllm import __version__
-from bindllm.errors import BindLLMError, UsageError, did_you_mean
+from bindllm.errors import BindLLMError, UsageError, did_you_mean, printable_lines
 from bindllm.imports import find_named_modules
 
 COMMANDS = {
@@ -86,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("BINDLLM_DEBUG"):
             traceback.print_exc()
         # Notes name the media at which an encoder failed.
-        print("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
+        lines = [f"error: {error}", *getattr(error, "__notes__", ())]
+        print(printable_lines("\n".join(lines)), file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         print("\nstopped; finished work is kept, and the same command resumes from it", file=sys.stderr)

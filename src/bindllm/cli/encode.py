@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from bindllm.cli.arguments import refuse_together
 from bindllm.cli.options import EncoderOptions, PositiveNumber, build_encoder, read_media
-from bindllm.errors import EncoderError, InputError, MissingExtraError, UsageError, printable
+from bindllm.errors import EncoderError, InputError, MissingExtraError, UsageError, printable, printable_lines
 from bindllm.media import Media
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def encode(
     kept, rows = embed_files(media, loaded, device=device, failed=failed)
     _print_tables(kept, rows @ rows.T, loaded, scale=SCALE if softmax is True else softmax)
     for message in failed:
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {printable_lines(message)}", file=sys.stderr)
     return 1 if failed else 0
 
 

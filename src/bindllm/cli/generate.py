@@ -10,7 +10,7 @@ from jsonargparse.typing import PositiveInt
 
 from bindllm.cli.arguments import refuse_together
 from bindllm.cli.options import CacheOptions, PositiveNumber, Probability, build_encoders, read_media
-from bindllm.errors import UsageError
+from bindllm.errors import UsageError, printable, printable_lines
 from bindllm.media import Media
 
 if TYPE_CHECKING:
@@ -136,10 +136,10 @@ def generate(
     torch.manual_seed(decoding.seed)
     if decoding.stream:
         for piece in loaded.stream(prompt, shown, **decoding.given):
-            print(piece, end="", flush=True)
+            print(printable_lines(piece), end="", flush=True)
         print()
     else:
-        print(loaded.generate(prompt, shown, **decoding.given))
+        print(printable_lines(loaded.generate(prompt, shown, **decoding.given)))
     if cache.show_neighbors:
         _print_neighbors(loaded, shown)
     return 0
@@ -173,7 +173,7 @@ def _print_neighbors(model: BindLLM, media: Sequence[Media]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from bindllm.cache.neighbors import nearest_images
+    from bindllm.cache.visual_cache import nearest_images
 
     console, cache = Console(highlight=False, soft_wrap=True), model.cache
     if not media:
@@ -189,7 +189,7 @@ def _print_neighbors(model: BindLLM, media: Sequence[Media]) -> None:
     table.add_column("image", no_wrap=True)
     nearest = nearest_images(cache, model.encode([list(media)], cache=False))
     for similarity, name in nearest:
-        table.add_row(f"{similarity:.3f}", Text(name))
+        table.add_row(f"{similarity:.3f}", Text(printable(name)))
     # A pipe has no width to fit: names are printed whole.
     console.width = max([console.width, *(len(name) + _OTHER_COLUMN for _, name in nearest)])
     console.print(table)

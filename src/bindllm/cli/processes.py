@@ -24,7 +24,7 @@ from lightning.fabric.strategies import DDPStrategy
 from torch import distributed, multiprocessing
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-from bindllm.errors import BindLLMError, InputError, StoreError
+from bindllm.errors import BindLLMError, InputError, StoreError, printable_lines
 from bindllm.imports import find_named_modules
 from bindllm.parallel import Processes, RunContext
 
@@ -105,7 +105,7 @@ def _run_again(index: int, again: Callable[[], int]) -> None:
         if not isinstance(error, BindLLMError | OSError):
             traceback.print_exc()
         lines = [f"error in process {index}: {error}", *getattr(error, "__notes__", ())]
-        print("\n".join(lines), file=sys.stderr)
+        print(printable_lines("\n".join(lines)), file=sys.stderr)
         code = 1
     sys.exit(code)
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bindllm.data.messages import RowError
-from bindllm.errors import InputError
+from bindllm.errors import InputError, printable
 
 if TYPE_CHECKING:
     from bindllm.data.rows import Row
@@ -79,7 +79,8 @@ class Skipped:
         # Sorting is stable: equally frequent reasons stay in the order in which they came.
         for reason, count in sorted(self.counts.items(), key=lambda item: -item[1]):
             more = ", ..." if count > len(self.examples[reason]) else ""
-            yield f"{count} x {reason} ({', '.join(self.examples[reason])}{more})"
+            # Reasons and names quote files and rows of data sets, which may hold escape sequences.
+            yield printable(f"{count} x {reason} ({', '.join(self.examples[reason])}{more})")
 
 
 @dataclass

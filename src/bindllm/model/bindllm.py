@@ -8,7 +8,7 @@ After ImageBind-LLM (arXiv 2309.03905).
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -382,17 +382,20 @@ class BindLLM(nn.Module):
             "origin": self.origin,
         }
 
-    def save_pretrained(self, folder: str | Path, *, data: list[str] | None = None) -> None:
+    def save_pretrained(
+        self, folder: str | Path, *, data: list[str] | None = None, files: Mapping[str, str] | None = None
+    ) -> None:
         """Write a checkpoint folder, in one step.
 
         Args:
             folder: the output folder. An existing checkpoint is replaced, any other non-empty folder is refused.
             data: folders or tables of the training data, for the model card.
+            files: text of further files by name, such as the recipe.
         """
         manifest = self.describe()
         adapter = None if self.adapter is None else self.adapter.peft_config()
         card = write_card(manifest, data=data)
-        write_checkpoint(folder, manifest, self.trainable_state(), card, adapter_config=adapter)
+        write_checkpoint(folder, manifest, self.trainable_state(), card, adapter_config=adapter, files=files)
 
     @classmethod
     def from_pretrained(

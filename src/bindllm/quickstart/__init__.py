@@ -7,7 +7,6 @@ folder. ``sha256sum --check SHA256SUMS`` finds damaged files.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from bindllm.atomic import atomic_folder, file_sha256, remove_leftovers, write_json
+from bindllm.atomic import atomic_folder, file_sha256, read_json, remove_leftovers, write_json
 from bindllm.errors import ASSET_FOLDERS, AssetError, InputError, did_you_mean, known_asset
 from bindllm.quickstart import easyvqa, openmoji, smollm2, stamps, wheels
 from bindllm.quickstart.packages import Downloads, Package
@@ -147,8 +146,8 @@ def _make(name: str, asset: Asset, folder: Path, downloads: Downloads, say: Call
 def _read_source(folder: Path) -> dict[str, Any] | None:
     """Return ``SOURCE.json`` of a folder, or None if it is missing or unreadable."""
     try:
-        source = json.loads((folder / "SOURCE.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        source = read_json(folder / "SOURCE.json", AssetError)
+    except AssetError:
         return None
     return source if isinstance(source, dict) else None
 

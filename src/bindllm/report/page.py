@@ -7,9 +7,11 @@ every text; only the figures, which are drawn here, are inserted as markup.
 from __future__ import annotations
 
 import random
+import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,8 +33,8 @@ _LONGEST = 160
 _PANELS = 8
 """Types of questions with a panel of bars; the table has all."""
 
-Resolve = Callable[[str], str]
-"""Turns a path of a row into one that can be opened from here."""
+# Rows and thumbnails of a folder may come from someone else: nothing but an inline image may become a source.
+_THUMBNAIL = re.compile(r"data:image/webp;base64,[A-Za-z0-9+/=]+")
 
 
 class Best(str):
@@ -52,6 +54,7 @@ class ReportData:
         training: training loss by step.
         validation: validation loss by step.
         recipe: text of ``recipe.yaml``, or empty.
+        thumbnails: data URIs by the path of their image, as in the rows.
     """
 
     metrics: dict[str, Any]
@@ -61,6 +64,7 @@ class ReportData:
     training: Series = field(default=())
     validation: Series = field(default=())
     recipe: str = ""
+    thumbnails: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def modalities(self) -> set[str]:
@@ -68,13 +72,8 @@ class ReportData:
         return {source.get("modality", "image") for source in self.facts["data"].get("sources", ())}
 
 
-def render_page(data: ReportData, *, resolve: Resolve = str) -> str:
-    """Return the HTML of a report.
-
-    Args:
-        data: content of the page.
-        resolve: turns a path of a row into one that can be opened from here.
-    """
+def render_page(data: ReportData) -> str:
+    """Return the HTML of a report; no file that a row names is opened."""
     # StrictUndefined: a renamed value raises instead of leaving a gap on the page.
     loader = PackageLoader("bindllm.report")
     page = Environment(
@@ -87,7 +86,7 @@ def render_page(data: ReportData, *, resolve: Resolve = str) -> str:
         data.metrics, num_captions=len(data.rows.get("captions", ())), modalities=data.modalities
     )
     logged = data.training or data.validation
-    sheets = {task: _sheet(task, rows, resolve) for task, rows in data.rows.items() if rows}
+    sheets = {task: _sheet(task, rows, data.thumbnails) for task, rows in data.rows.items() if rows}
     return page.get_template("report.html.j2").render(
         data.facts,
         metrics=data.metrics,
@@ -224,32 +223,52 @@ def _group(row: Mapping[str, Any]) -> tuple[str, ...]:
     return row["group"], f"{row['tensors']:,}", f"{row['parameters']:,}", trained
 
 
-def _sheet(task: str, rows: Sequence[dict[str, Any]], resolve: Resolve) -> dict[str, Any]:
-    """Return cards of rows that a fixed seed draws, in their order."""
-    # A fixed seed: no one selects the rows, and the page can be made again with the same ones.
+def shown_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows on a sheet, in their order: a fixed seed draws them, so that no one selects them."""
     drawn = sorted(random.Random(_SHEET_SEED).sample(range(len(rows)), min(SHEET_SIZE, len(rows))))
+    return [rows[n] for n in drawn]
+
+
+def draw_thumbnails(rows: Iterable[dict[str, Any]], resolve: Callable[[str], str]) -> dict[str, str]:
+    """Return a data URI for each image on a sheet; one that cannot be opened has none.
+
+    Args:
+        rows: rows of a run of this process: their images are opened, whatever paths they have.
+        resolve: turns a path of a row into one that can be opened from here.
+    """
+    found = {}
+    for row in rows:
+        for name in ("media", "nearest_media"):
+            path = row.get(name)
+            if path and row[name.replace("media", "modality")] == "image" and path not in found:
+                with suppress(BindLLMError):
+                    found[path] = thumbnail(resolve(path))
+    return found
+
+
+def _sheet(task: str, rows: Sequence[dict[str, Any]], thumbnails: Mapping[str, str]) -> dict[str, Any]:
     make = _answer_card if task == "answers" else _caption_card
-    return {"total": len(rows), "cards": [make(rows[n], resolve) for n in drawn]}
+    return {"total": len(rows), "cards": [make(row, thumbnails) for row in shown_rows(rows)]}
 
 
-def _caption_card(row: dict[str, Any], resolve: Resolve) -> dict[str, Any]:
+def _caption_card(row: dict[str, Any], thumbnails: Mapping[str, str]) -> dict[str, Any]:
     lines = [_line("true", " / ".join(row["references"]))]
     if row["model"] is not None:
         lines.append(_line("model", row["model"], kind="model", right=row["exact"]))
     if row["nearest_caption"] is not None:
-        small = _tile(row["nearest_media"], row["nearest_modality"], resolve, size=64)
+        small = _tile(row["nearest_media"], row["nearest_modality"], thumbnails)
         said = row["nearest_caption"]
         lines.append(_line("nearest", said, kind="nearest", right=row["nearest_exact"], tile=small))
-    return {"tile": _tile(row["media"], row["modality"], resolve), "lines": lines, "right": row["exact"]}
+    return {"tile": _tile(row["media"], row["modality"], thumbnails), "lines": lines, "right": row["exact"]}
 
 
-def _answer_card(row: dict[str, Any], resolve: Resolve) -> dict[str, Any]:
+def _answer_card(row: dict[str, Any], thumbnails: Mapping[str, str]) -> dict[str, Any]:
     lines = [_line("asked", row["question"]), _line("true", " / ".join(row["references"]))]
     if row["model"] is not None:
         lines.append(_line("model", row["model"], kind="model", right=row["right"]))
     if row["majority_answer"] is not None:
         lines.append(_line("majority", row["majority_answer"], kind="nearest"))
-    tile = None if row["media"] is None else _tile(row["media"], row["modality"], resolve)
+    tile = None if row["media"] is None else _tile(row["media"], row["modality"], thumbnails)
     return {"tile": tile, "lines": lines, "right": row["right"]}
 
 
@@ -259,18 +278,16 @@ def _line(
     return {"name": name, "text": text, "kind": kind, "right": right, "tile": tile}
 
 
-def _tile(path: str, modality: str, resolve: Resolve, *, size: int = 160) -> dict[str, str]:
-    """Return an image; for other media, and for an image that cannot be opened any more, a gray tile with its name."""
+def _tile(path: str, modality: str, thumbnails: Mapping[str, str]) -> dict[str, str]:
+    """Return an image; for other media, and for an image without a thumbnail, a gray tile with its name."""
     # Rows of text media hold the text itself instead of a path.
     if modality == "text":
         return {"src": "", "name": path, "title": "text"}
     name = path.replace("\\", "/").rsplit("/", 1)[-1]
     if modality != "image":
         return {"src": "", "name": f"{modality}: {name}", "title": name}
-    try:
-        return {"src": thumbnail(resolve(path), size=size), "name": name, "title": name}
-    except BindLLMError as error:
-        return {"src": "", "name": name, "title": str(error)}
+    found = str(thumbnails.get(path, ""))
+    return {"src": found if _THUMBNAIL.fullmatch(found) else "", "name": name, "title": name}
 
 
 def _largest(gates: np.ndarray) -> str:

@@ -29,7 +29,13 @@ from bindllm.model.decoder import DecoderConfig, load_decoder, load_tokenizer
 from bindllm.model.injection import InjectConfig
 from bindllm.objectives import NextToken, Objective
 from bindllm.parallel import RunContext
-from bindllm.training.optim import OptimConfig, build_optimizer, build_schedule
+from bindllm.training.optim import (
+    OptimConfig,
+    ZeroGradientCheck,
+    build_optimizer,
+    build_schedule,
+    set_rates,
+)
 from bindllm.training.stages import init_from_checkpoint
 from bindllm.training.strategies import ShardedDecoder, averages_gradients, check_strategy
 
@@ -97,6 +103,7 @@ class BindModule(LightningModule):
         self.checkpoint_activations = checkpoint_activations
         self.model: BindLLM | None = None
         self._accumulation = WeightedAccumulation()
+        self._zero_gradients = ZeroGradientCheck()
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -151,9 +158,17 @@ class BindModule(LightningModule):
             self.objective.prepare(self.model, self.trainer.datamodule, RunContext.of_trainer(self.trainer))
         self.train()
 
+    def on_train_start(self) -> None:
+        """Follow the schedule of this run, also if the state is of a shorter one."""
+        set_rates(self.lr_schedulers())
+
     def on_train_epoch_start(self) -> None:
         """Forward the hook to the objective."""
         self.objective.on_epoch_start()
+
+    def on_train_epoch_end(self) -> None:
+        """Refuse a run that cannot learn."""
+        self._zero_gradients.finish_epoch()
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Return AdamW and a schedule that moves every step."""
@@ -188,6 +203,9 @@ class BindModule(LightningModule):
         if not torch.isfinite(norm) and self.trainer.precision != "16-mixed":
             self._stop("gradient")
         self.log("gradient_norm", norm)
+        # DeepSpeed does not expose its gradients.
+        if gradients:
+            self._zero_gradients.add(norm)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add a batch to the validation loss, each token (or pair) counting the same."""
@@ -196,6 +214,14 @@ class BindModule(LightningModule):
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Add a batch to the test loss, each token (or pair) counting the same."""
         self._log_held_out("test", batch)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the number of steps without a gradient, so that a resumed run does not count again."""
+        checkpoint["zero_gradients"] = self._zero_gradients.steps
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Load the value of `on_save_checkpoint`."""
+        self._zero_gradients.steps = checkpoint.get("zero_gradients")
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Return the trainable tensors: frozen weights never enter a saved state."""

@@ -100,7 +100,7 @@ class RunProgress(ProgressBar):
         for row in self.captions.latest if self.captions else ():
             said = printable(row["model"]) or "(nothing)"
             asked = f"{printable(row['question'])}  " if "question" in row else ""
-            line = Text.assemble("  ", asked, (row["reference"], "dim"), "  →  ", said)
+            line = Text.assemble("  ", asked, (printable(row["reference"]), "dim"), "  →  ", said)
             self.console.print(line, overflow="ellipsis", no_wrap=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -15,7 +15,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bindllm.errors import CheckpointError
+from bindllm.errors import CheckpointError, printable
 from bindllm.model.adapter import PREFIX, AdapterConfig
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.checkpoint import read_manifest, read_weights
@@ -48,7 +48,7 @@ def init_from_checkpoint(model: BindLLM, folder: str | Path) -> None:
         adapter=None if model.adapter is None else model.adapter.config,
     )
     for warning in warnings:
-        logging.getLogger("bindllm").warning(warning)
+        logging.getLogger("bindllm").warning(printable(warning))
     manifest = read_manifest(folder)
     # Weights that are trained from others stay under their license.
     model.origin = manifest.get("origin", "")
