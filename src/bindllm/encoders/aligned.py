@@ -354,6 +354,7 @@ class Aligned:
 
     def _checked_tower(self) -> Any:
         """The frozen tower, after its fingerprint was checked."""
+        # A frozen tower is only named in the folder, so its weights may have changed since.
         expected, found = self._manifest.tower["fingerprint"], self._tower.fingerprint()
         if found != expected:
             raise EncoderError(
@@ -374,6 +375,7 @@ class Aligned:
                 with torch.random.fork_rng(devices=[]):
                     head = Head(manifest.tower_size, manifest.embedding_size, manifest.head)
                 self._load(head, HEAD)
+                # Set last: other threads take a head that is there as fully loaded.
                 self._tower.to(self._device)
                 self._head = head.eval().to(self._device)
             return self._head

@@ -238,6 +238,7 @@ class _Network(nn.Module):
 
     def published_names(self) -> Iterator[tuple[_Convolution, str, str]]:
         """Yield every convolution with the published names of its kernel and of its batch norm."""
+        # The names are those of the widespread PyTorch port; its blocks are numbered through all stages.
         yield self.stem, "_conv_stem", "_bn0"
         for n, block in enumerate(self.blocks):
             if block.expand is not None:

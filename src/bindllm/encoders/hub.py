@@ -93,6 +93,7 @@ def find_folder(name: str, revision: str | None, *, role: Literal["encoder", "de
     """
     if Path(name).is_dir():
         return Path(name)
+    # A local folder always wins, so that a run never depends on the network by accident.
     failure = EncoderError if role == "encoder" else DecoderError
     # How to read this: `organization/name` may be a hub id, anything else is a path. Paths that do not exist must
     # never turn into downloads.
@@ -254,6 +255,7 @@ def load_model(folder: Path, *, dtype: torch.dtype, without_pooler: bool) -> nn.
     """
     from transformers import AutoModel
 
+    # Pickles are refused here, with advice, before transformers would look for them.
     weight_files(folder)
     with loading(folder):
         model, report = AutoModel.from_pretrained(
@@ -362,6 +364,7 @@ def _sentence_pooling(folder: Path) -> str | None:
     Raises:
         EncoderError: its modules or its pooling are not supported.
     """
+    # An ordinary model has neither of both files, and is pooled as its architecture does.
     listed = _read_json(folder / "modules.json") or []
     kinds = [str(module.get("type", "")).rpartition(".")[2] for module in listed]
     # A dense layer or another module would change every embedding.

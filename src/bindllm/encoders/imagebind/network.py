@@ -174,18 +174,13 @@ class Trunk(nn.Module):
         return 1.0 if self.log_scale is None else self.log_scale.float().exp().clamp(max=_LARGEST_SCALE)
 
 
-def trunk_file(folder: Path, trunk: str) -> Path:
-    """Return the file with the weights of a trunk, which need not exist."""
-    return folder / f"{trunk}.safetensors"
-
-
 def require_trunk(folder: Path, trunk: str) -> Path:
     """Return the file with the weights of a trunk.
 
     Raises:
         EncoderError: the file does not exist.
     """
-    file = trunk_file(folder, trunk)
+    file = folder / f"{trunk}.safetensors"
     if not file.is_file():
         raise EncoderError(f"{file}: no weights of ImageBind's {trunk} trunk here. {how_to_convert(folder)}")
     return file
@@ -258,6 +253,7 @@ def _fits(modality: str, shape: Sequence[int]) -> bool:
     expected = _SHAPES[modality]
     if len(shape) != len(expected):
         return False
+    # None in a shape means any size.
     if any(size not in (found, None) for found, size in zip(shape, expected, strict=True)):
         return False
     if modality == "video" and shape[1] not in (1, 2):

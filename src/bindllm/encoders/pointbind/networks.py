@@ -178,6 +178,7 @@ class PointBert(nn.Module):
         self.class_token = nn.Parameter(torch.empty(1, 1, sizes.width))
         self.class_position = nn.Parameter(torch.empty(1, 1, sizes.width))
         self.blocks = nn.ModuleList(Block(sizes.width, sizes.heads) for _ in range(sizes.depth))
+        # The head reads class token and maximum next to each other, hence twice the width.
         self.norm = nn.LayerNorm(sizes.width)
         self.head = Head(2 * sizes.width, sizes.projection)
 
@@ -240,6 +241,7 @@ class I2PMAESizes:
     projection: int = 512
 
     def __post_init__(self) -> None:
+        # Sizes come from an untrusted config: tuples of different lengths would build a network without some levels.
         levels = [self.groups, self.neighbors, self.channels, self.depth, self.heads, self.radius]
         if len({len(numbers) for numbers in levels}) > 1 or not self.groups:
             raise ValueError("every level needs all of its sizes")
