@@ -34,7 +34,7 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
     """Answer requests, one after the other, until there are no more."""
     while len(request := requests.read(REQUEST.size)) == REQUEST.size:
         seconds, size, max_pixels, length = REQUEST.unpack(request)
-        # The alarm ends this process, also if the parent was killed and no process waits for the answer.
+        # The alarm ends this process, also if the parent was killed meanwhile.
         signal.setitimer(signal.ITIMER_REAL, seconds)
         try:
             is_image, answer = True, render(requests.read(length), size=size, max_pixels=max_pixels)
