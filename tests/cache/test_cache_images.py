@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bindllm import EmbeddingStore, VisualCache
-from bindllm.cache.images import find_images
+from bindllm.cache.build import find_images
 from bindllm.errors import InputError, StoreError
 from store_parts import CountingEncoder, expected, image_bytes, write_images, write_settled
 from tiny import ColorEncoder

@@ -130,11 +130,29 @@ def test_a_store_of_another_encoder_or_format_is_refused(tmp_path, change, messa
         open_store(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 1}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 1}', '{"format": Infinity}', "[" * 10**6])
 def test_a_damaged_description_is_refused(tmp_path, content):
     path = open_store(tmp_path).folder / "encoder.json"
     path.write_text(content)
-    with pytest.raises(StoreError, match=r"encoder.json is damaged"):
+    with pytest.raises(
+        StoreError, match=r"encoder.json (is damaged|cannot be read as JSON).*delete the file"
+    ):
+        open_store(tmp_path)
+
+
+def test_only_regular_files_are_opened(tmp_path):
+    """Opening a FIFO waits forever, and a device has no end."""
+    store = open_store(tmp_path)
+    add(store, 1)
+    fifo = store.folder / "embeddings-fifo.arrow"
+    os.mkfifo(fifo)
+    with pytest.raises(StoreError, match="not a regular file"):
+        store.keys()
+    with pytest.warns(UserWarning, match="not a regular file.*renamed"):
+        assert len(open_store(tmp_path)) == 1
+    (store.folder / "encoder.json").unlink()
+    (store.folder / "encoder.json").symlink_to("/dev/zero")
+    with pytest.raises(StoreError, match=r"encoder\.json is not a regular file"):
         open_store(tmp_path)
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from bindllm.errors import InputError
-from bindllm.evaluation.prompts import TEMPLATES, check_template, fill_templates, read_templates
+from bindllm.evaluation.zero_shot import TEMPLATES, check_template, fill_templates, read_templates
 
 
 def test_every_default_template_has_a_place_for_the_name():

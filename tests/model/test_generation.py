@@ -18,7 +18,7 @@ from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.decoder import DecoderConfig, load_tokenizer
 from bindllm.model.export import export_decoder
-from bindllm.objectives.rollouts import draw_answers, greedy_answers
+from bindllm.objectives.grpo import draw_answers, greedy_answers
 from preference_parts import conversation, lookup
 from tiny import ColorEncoder, save_tiny_decoder, tiny_tokenizer
 

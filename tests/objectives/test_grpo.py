@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from bindllm.objectives import GRPO, Reward
-from bindllm.objectives.grpo import clipped_surrogate, group_advantages, kl_estimate
-from bindllm.objectives.rollouts import draw_answers
+from bindllm.objectives.grpo import clipped_surrogate, draw_answers, group_advantages, kl_estimate
 from grpo_parts import LetterClass, started
 from preference_parts import COLORS, TOKENIZER, lookup
 

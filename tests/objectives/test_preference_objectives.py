@@ -11,8 +11,8 @@ from bindllm.data.collate import collate, model_inputs
 from bindllm.data.rows import Row, make_sample
 from bindllm.errors import InputError
 from bindllm.objectives import DPO, KTO, ORPO, NextToken
+from bindllm.objectives.base import answer_log_probs
 from bindllm.objectives.kto import mismatch
-from bindllm.objectives.log_probs import answer_log_probs
 from preference_parts import (
     TOKENIZER,
     Preferences,

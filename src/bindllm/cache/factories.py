@@ -28,6 +28,9 @@ TRAIN_ROUNDS = 6
 TRAIN_BYTES = 1 << 30
 """Memory limit of the training rows."""
 
+MAX_SEARCH = 1 << 20
+"""Largest search setting: more lists or candidates than any index of a useful size has."""
+
 CHUNK = 8192
 """Rows that are read and added at once: 32 MiB at E = 1,024."""
 
@@ -149,12 +152,11 @@ def _unusable(index: Any) -> str:
     leaf = leaves(index)[-1]
     if {index.metric_type, leaf.metric_type} != {faiss.METRIC_INNER_PRODUCT}:
         return "compares by another metric than the inner product"
-    # Faiss does not refuse to reconstruct from these inverted lists, it crashes.
-    flat = isinstance(leaf, faiss.IndexFlatCodes | faiss.IndexFastScan) and not isinstance(
-        leaf, faiss.IndexLattice
-    )
-    lists = isinstance(leaf, faiss.IndexIVF) and not isinstance(leaf, faiss.IndexIVFFastScan)
-    if flat or lists or isinstance(leaf, faiss.IndexHNSW | faiss.IndexNSG):
+    # Faiss does not refuse to reconstruct from inverted lists of fast scan, it crashes.
+    others = faiss.IndexFastScan | faiss.IndexHNSW | faiss.IndexNSG
+    if (_has_codes(leaf) and not isinstance(leaf, faiss.IndexLattice)) or (
+        isinstance(leaf, others) and not isinstance(leaf, faiss.IndexIVF)
+    ):
         return ""
     return f"(of the type {type(leaf).__name__}) cannot reconstruct its vectors"
 
@@ -197,13 +199,15 @@ def set_search(index: Any, search: str) -> None:
         search: Settings of Faiss's ``ParameterSpace``, such as ``"nprobe=32,k_factor_rf=8"``; "" changes nothing.
 
     Raises:
-        InputError: Not such a list, a number that is not above 0, or a setting that this kind does not have.
+        InputError: Not such a list, a number out of range, or a setting that this kind does not have.
     """
     for part in filter(None, search.split(",")):
         name, _, value = part.partition("=")
-        if not re.fullmatch(r"\d*\.?\d+", value) or float(value) <= 0:
+        # Faiss converts a larger number to a meaningless one, and finds other neighbors without an error.
+        if not re.fullmatch(r"\d*\.?\d+", value) or not 0 < float(value) <= MAX_SEARCH:
             raise InputError(
-                f"the search setting {part!r} is not of the form name=number with a number above 0, as in 'nprobe=32'"
+                f"the search setting {part!r} is not of the form name=number, as in 'nprobe=32', with a number above 0 "
+                f"and up to {MAX_SEARCH:,}"
             )
         try:
             load_faiss().ParameterSpace().set_index_parameter(index, name, float(value))
@@ -276,11 +280,13 @@ class Held(NamedTuple):
 
 def has_codes(index: Any) -> bool:
     """Return whether a row is a code of its own, which can be copied; a graph or a block of fast scan is not."""
+    return all(map(_has_codes, leaves(index)))
+
+
+def _has_codes(leaf: Any) -> bool:
     faiss = load_faiss()
-    return all(
-        isinstance(leaf, faiss.IndexFlatCodes | faiss.IndexIVF)
-        and not isinstance(leaf, faiss.IndexIVFFastScan)
-        for leaf in leaves(index)
+    return isinstance(leaf, faiss.IndexFlatCodes | faiss.IndexIVF) and not isinstance(
+        leaf, faiss.IndexIVFFastScan
     )
 
 

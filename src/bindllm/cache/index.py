@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from bindllm.cache import factories
-from bindllm.cache.blend import read_units
+from bindllm.cache.blend import check_queries, read_units
 from bindllm.cache.folder import (
     MANIFEST,
     IndexInfo,
@@ -273,10 +273,7 @@ class VectorIndex:
         # In every call, because the limit belongs to the calling thread.
         factories.limit_threads()
         queries = np.ascontiguousarray(queries, np.float32)
-        if queries.ndim != 2 or queries.shape[1] != self.info.embedding_size:
-            raise InputError(
-                f"{self.source} takes queries [N, {self.info.embedding_size}], not {list(queries.shape)}"
-            )
+        check_queries(queries, self.info.embedding_size, self.source)
         return self._index.search(queries, min(count, len(self)))[1]  # [N, C]
 
     def vectors(self, ids: np.ndarray) -> np.ndarray:
@@ -359,7 +356,6 @@ class VectorIndex:
                 )
             after = replace(info, count=len(keys), store=state)
             publish(folder, after, keys, partial(before._rewrite, after, keys, store))
-        _warn_outgrown(folder, info, after)
         return IndexChange(len(added), len(removed), len(keys))
 
     @classmethod
@@ -441,17 +437,6 @@ class VectorIndex:
 
 
 _Wanted = tuple[np.ndarray, StoreState | None]
-
-
-def _warn_outgrown(folder: Path, before: IndexInfo, after: IndexInfo) -> None:
-    """Log a warning if "auto" would no longer choose this kind for so many vectors."""
-    was, fits = (factories.choose(info.count, info.embedding_size)[0] for info in (before, after))
-    # Only for the kind that "auto" chose earlier: any other was chosen on purpose.
-    if before.factory == was != fits:
-        logging.getLogger("bindllm").warning(
-            "%s now holds %d vectors, for which %r is faster than %r: rebuild it if searching takes too long",
-            *(folder, after.count, fits, was),
-        )
 
 
 def _wanted_keys(store: EmbeddingStore, modality: str, keys: Sequence[str] | None) -> np.ndarray:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from bindllm.cache.blend import read_units
+from bindllm.cache.blend import check_queries, read_units
 from bindllm.cache.milvus_server import MilvusServer
 from bindllm.embeddings.shards import as_hex, read_keys
 from bindllm.errors import InputError, StoreError, did_you_mean
@@ -183,10 +183,7 @@ class MilvusIndex:
         Raises:
             StoreError: Milvus does not answer, refuses, or gives an incomplete answer.
         """
-        if queries.ndim != 2 or queries.shape[1] != self.info.embedding_size:
-            raise InputError(
-                f"{self.source} takes queries [N, {self.info.embedding_size}], not {list(queries.shape)}"
-            )
+        check_queries(queries, self.info.embedding_size, self.source)
         count = min(count, len(self))
         # -1 stays if an approximate index finds fewer.
         found = np.full((len(queries), count), -1, np.int64)
@@ -320,7 +317,8 @@ def _read_info(server: MilvusServer, name: str) -> MilvusInfo:
         if [type(value) for value in asdict(info).values()] != [str, int, int, str, str]:
             raise TypeError("values of other types than expected")
         sizes = [int(field["params"]["dim"]) for field in found["fields"] if field["name"] == "vector"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    # Deep nesting exceeds the stack.
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise StoreError(
             f"{server.address}: the collection {name} was not built by bindllm, or its note is damaged "
             f"({error!r}); build a cache under another name"

@@ -17,7 +17,7 @@ from bindllm.errors import UsageError, did_you_mean
 if TYPE_CHECKING:
     from bindllm.cache.visual_cache import VisualCache
     from bindllm.evaluation.layouts import Column, Task
-    from bindllm.evaluation.result import Result
+    from bindllm.evaluation.zero_shot import Result
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class MeasuringOptions:
 
     def templates(self) -> Sequence[str] | None:
         """Return the templates, checked; None for the default of the layout."""
-        from bindllm.evaluation.prompts import check_template, read_templates
+        from bindllm.evaluation.zero_shot import check_template, read_templates
 
         refuse_together(prompt=self.prompt, prompts=self.prompts)
         if self.prompts is not None:

@@ -173,7 +173,7 @@ def _print_neighbors(model: BindLLM, media: Sequence[Media]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from bindllm.cache.neighbors import nearest_images
+    from bindllm.cache.visual_cache import nearest_images
 
     console, cache = Console(highlight=False, soft_wrap=True), model.cache
     if not media:

@@ -8,7 +8,6 @@ file in its state of size, times and inode, so that an unchanged file is not rea
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import time
@@ -22,7 +21,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from bindllm.atomic import write_json
+from bindllm.atomic import read_json, write_json
 from bindllm.embeddings.shards import KEY, KEY_BYTES, Shards, as_hex, as_keys, read_keys
 from bindllm.errors import MediaError, StoreError
 from bindllm.media import Media
@@ -290,15 +289,13 @@ class EmbeddingStore:
         if not path.exists():
             write_json(path, {"format": FORMAT, **expected, "encoder": encoder_class})
             return
+        advice = "delete the file if the folder belongs to this encoder, otherwise delete the folder"
+        found = read_json(path, StoreError, advice)
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
             format_number = int(found["format"])
             found = {name: found[name] for name in expected}
-        except (ValueError, KeyError, TypeError) as error:
-            raise StoreError(
-                f"{path} is damaged ({error!r}); delete the file if the folder belongs to this encoder, otherwise "
-                "delete the folder"
-            ) from error
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
+            raise StoreError(f"{path} is damaged ({error!r}); {advice}") from error
         if format_number > FORMAT:
             raise StoreError(
                 f"{path}: the store has format {format_number}, this bindllm reads up to {FORMAT}; "

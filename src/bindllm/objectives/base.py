@@ -8,14 +8,15 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from bindllm.data.collate import Batch
+from bindllm.data.collate import Batch, model_inputs
 from bindllm.data.datamodule import BindData
 from bindllm.data.rows import Row, Sample
 from bindllm.data.source_config import SourceConfig
 from bindllm.errors import InputError
-from bindllm.model.bindllm import BindLLM
+from bindllm.model.bindllm import BindLLM, BindOutput
 from bindllm.parallel import RunContext
 
 Needs = Literal["answers", "pairs", "labels", "prompts"]
@@ -156,3 +157,38 @@ def check_positive(name: str, value: float) -> float:
     if not (math.isfinite(value) and value > 0):
         raise InputError(f"{name} must be finite and above 0, not {value}")
     return value
+
+
+def token_log_probs(
+    model: Callable[..., BindOutput], batch: Batch, *, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Return the log-probability of each supervised token of a batch, row after row.
+
+    Args:
+        model: a `BindLLM` in any mode; the result has a gradient if gradients are enabled.
+        batch: inputs of the model; the N supervised tokens are its labels after the first of each row.
+        temperature: the sampling temperature.
+
+    Returns:
+        Log-probabilities in nats, [N], float32 (float64 if the logits are); and the row of each token, [N].
+    """
+    output = model(**model_inputs(batch))
+    logits = output.logits.to(torch.promote_types(output.logits.dtype, torch.float32))
+    return -nn.functional.cross_entropy(logits / temperature, output.targets, reduction="none"), output.rows
+
+
+def answer_log_probs(model: BindLLM, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return the log-probability of the supervised tokens of each row.
+
+    Args:
+        model: in any mode; the result has a gradient if gradients are enabled.
+        batch: inputs of the model, R rows.
+
+    Returns:
+        The sum over the supervised tokens of each row, in nats, [R], float32 (float64 if the logits are); and the
+        number of these tokens, [R].
+    """
+    each, rows = token_log_probs(model, batch)
+    own = rows == torch.arange(len(batch["labels"]), device=each.device)[:, None]
+    # Not index_add: on GPUs its order of additions varies, so a resumed run would differ in the last bits.
+    return torch.where(own, each, 0).sum(1), own.sum(1)

@@ -14,8 +14,7 @@ from bindllm.data.collate import Batch
 from bindllm.data.datamodule import BindData
 from bindllm.errors import InputError, did_you_mean
 from bindllm.model.bindllm import BindLLM
-from bindllm.objectives.base import Metrics, Needs, Objective, check_positive
-from bindllm.objectives.log_probs import answer_log_probs
+from bindllm.objectives.base import Metrics, Needs, Objective, answer_log_probs, check_positive
 from bindllm.objectives.reference import References
 from bindllm.parallel import RunContext
 

@@ -11,25 +11,41 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from bindllm.conversation import NO_MEDIA
 from bindllm.data.collate import Batch, prompt_batch
 from bindllm.data.datamodule import BindData
 from bindllm.data.rows import IGNORE, Sample
 from bindllm.data.source_config import SPLITS
 from bindllm.errors import InputError
 from bindllm.model.bindllm import BindLLM
-from bindllm.objectives.base import Metrics, Needs, Objective, check_positive
+from bindllm.objectives.base import Metrics, Needs, Objective, check_positive, token_log_probs
 from bindllm.objectives.rewards import ExactAnswer, Reward
-from bindllm.objectives.rollouts import draw_answers, greedy_answers, token_log_probs
 from bindllm.parallel import RunContext
 
 # Batches in a row without a useful group after which a run warns that it does not learn.
 _PATIENCE = 10
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The answers of a model to B prompts, G each: R = B * G answers, grouped by prompt.
+
+    Attributes:
+        batch: prompts with their answers, padded on the right, as from `bindllm.data.collate.answer_batch`; the labels
+            are the sampled tokens, including the end token.
+        texts: the answers without control tokens.
+        cut: whether the answer reached the maximum length without an end token, bool, [R].
+    """
+
+    batch: Batch
+    texts: list[str]
+    cut: Tensor
 
 
 @dataclass
@@ -215,7 +231,7 @@ class GRPO(Objective):
         if self.beta:
             # The initial weights replace the parameters for this call only; the parameters never change.
             start = lambda **inputs: functional_call(model, self._start, kwargs=inputs)  # noqa: E731
-            reference = token_log_probs(start, answers.batch, temperature=self.temperature)
+            reference, _ = token_log_probs(start, answers.batch, temperature=self.temperature)
         # Autocast of older torch releases would use weights again that were cast without gradients.
         torch.clear_autocast_cache()
         metrics = {
@@ -238,11 +254,10 @@ class GRPO(Objective):
             kept[0] |= not kept.any()
             batch, advantages = {name: value[kept] for name, value in batch.items()}, advantages[kept]
         labels = batch["labels"]
-        log_probs = token_log_probs(model, batch, temperature=self.temperature)
+        log_probs, rows = token_log_probs(model, batch, temperature=self.temperature)
         if rollout.old is None:
             rollout.old = log_probs.detach()
         rollout.uses += 1
-        rows = (labels[:, 1:] != IGNORE).nonzero()[:, 0]
         own = rows == torch.arange(len(labels), device=rows.device)[:, None]
         surrogate = clipped_surrogate(log_probs, rollout.old, advantages[rows], clip=self.clip)
         metrics = dict(rollout.metrics)
@@ -348,3 +363,65 @@ def kl_estimate(log_probs: Tensor, reference: Tensor) -> Tensor:
 
 def _prompts(batch: Batch) -> Batch:
     return {name: value for name, value in batch.items() if name not in ("numbers", "split")}
+
+
+def draw_answers(
+    model: BindLLM, prompts: Batch, *, group_size: int, temperature: float, max_new_tokens: int
+) -> Answers:
+    """Sample answers, all in one batch with a key/value cache, with torch's global random numbers.
+
+    Args:
+        model: in any mode; it generates in eval mode, without gradients.
+        prompts: a batch of `bindllm.data.collate.prompt_batch`, B rows.
+        group_size: answers to each prompt, G.
+        temperature: divisor of the logits; 1 samples from the model's own distribution.
+        max_new_tokens: longest answer, including its end token.
+    """
+    ids = _generate(
+        model,
+        prompts,
+        do_sample=True,
+        temperature=temperature,
+        num_return_sequences=group_size,
+        max_new_tokens=max_new_tokens,
+    )
+    ended = torch.isin(ids, torch.tensor(model.settings.eos_token_id, device=ids.device))
+    # The first end token belongs to the answer; padding follows it.
+    in_answer = ended.cumsum(1) - ended.long() == 0
+    batch = _join(prompts, ids, in_answer, group_size)
+    return Answers(batch, model.decode(ids), ~ended.any(1))
+
+
+def greedy_answers(model: BindLLM, prompts: Batch, *, max_new_tokens: int) -> list[str]:
+    """Return the greedy answer to each prompt; arguments as for `draw_answers`."""
+    return model.decode(_generate(model, prompts, max_new_tokens=max_new_tokens))
+
+
+def _generate(model: BindLLM, prompts: Batch, **options: Any) -> Tensor:
+    mode = model.training
+    # Activation checkpointing, which train mode enables, would disable the key/value cache.
+    model.eval()
+    try:
+        return model.generate_from(**prompts, **options)
+    finally:
+        model.train(mode)
+
+
+def _join(prompts: Batch, ids: Tensor, in_answer: Tensor, group_size: int) -> Batch:
+    """Append answers [R, A] to their prompts, and move all padding to the right."""
+    given = {name: value.repeat_interleave(group_size, dim=0) for name, value in prompts.items()}
+    mask, index = given["attention_mask"], given["media_index"]
+    blank = torch.full_like(ids, IGNORE)
+    columns = {
+        "input_ids": torch.cat([given["input_ids"], ids], dim=1),
+        "attention_mask": torch.cat([mask, in_answer.long()], dim=1),
+        # An answer attends to the media of the end of its prompt, as in generation.
+        "media_index": torch.cat([index, torch.where(in_answer, index[:, -1:], NO_MEDIA)], dim=1),
+        "labels": torch.cat([torch.full_like(mask, IGNORE), torch.where(in_answer, ids, blank)], dim=1),
+    }
+    width = columns["input_ids"].shape[1]
+    padding = mask.shape[1] - mask.sum(1, keepdim=True)
+    order = (torch.arange(width, device=ids.device) + padding) % width
+    longest = int(columns["attention_mask"].sum(1).max())
+    moved = {name: value.gather(1, order)[:, :longest] for name, value in columns.items()}
+    return {**moved, "embeddings": given["embeddings"]}

@@ -17,8 +17,7 @@ from bindllm.data.rows import IGNORE, Row, Sample
 from bindllm.data.source_config import SourceConfig
 from bindllm.errors import InputError
 from bindllm.model.bindllm import BindLLM
-from bindllm.objectives.base import Metrics, Needs, Objective, check_positive
-from bindllm.objectives.log_probs import answer_log_probs
+from bindllm.objectives.base import Metrics, Needs, Objective, answer_log_probs, check_positive
 from bindllm.objectives.reference import References
 from bindllm.parallel import RunContext
 

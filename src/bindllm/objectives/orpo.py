@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from bindllm.data.collate import Batch
 from bindllm.errors import InputError
 from bindllm.model.bindllm import BindLLM
-from bindllm.objectives.base import Metrics, Needs, Objective, check_positive
-from bindllm.objectives.log_probs import answer_log_probs
+from bindllm.objectives.base import Metrics, Needs, Objective, answer_log_probs, check_positive
 
 
 class ORPO(Objective):

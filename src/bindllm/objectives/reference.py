@@ -28,7 +28,7 @@ from bindllm.data.datamodule import BindData
 from bindllm.data.rows import Sample
 from bindllm.errors import TrainingError
 from bindllm.model.bindllm import BindLLM
-from bindllm.objectives.log_probs import answer_log_probs
+from bindllm.objectives.base import answer_log_probs
 from bindllm.parallel import RunContext
 
 REFERENCE = "reference.safetensors"

@@ -193,7 +193,7 @@ def check_streams(sources: Sequence[SourceConfig]) -> None:
             f"{streams[0].path} is streamed and {mixed[0]} is not: a run trains only on streams or on none. Pack the "
             "other source into shards too (docs/streaming.md), or only evaluate on it, with split: validation or test"
         )
-    # By absolute path or URL, because two patterns may write one file in different ways.
+    # By real path or URL, because two patterns may write one file in different ways.
     trained = {_whole(shard): config.path for config in streams for shard in expand_shards(config.path)}
     for config in held_out:
         if both := [shard for shard in expand_shards(config.path) if _whole(shard) in trained]:
@@ -204,8 +204,8 @@ def check_streams(sources: Sequence[SourceConfig]) -> None:
 
 
 def _whole(shard: str) -> str:
-    """Return a shard's URL or absolute path, which is the same however a recipe writes it."""
-    return shard if is_remote(shard) else os.path.abspath(shard)
+    """Return a shard's URL or real path, which is the same however a recipe writes it."""
+    return shard if is_remote(shard) else os.path.realpath(shard)
 
 
 def stream_loader(
