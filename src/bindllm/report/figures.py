@@ -44,7 +44,7 @@ def loss_figure(training: Series, validation: Series) -> str:
     axes = _empty_axes()
     if training:
         steps, values = zip(*training, strict=True)
-        # Single steps are noisy: the running mean is what can be compared with the validation.
+        # Single steps are noisy: compare the running mean with the validation.
         axes.plot(steps, values, color=_FIRST, alpha=0.25, linewidth=1)
         axes.plot(steps, _running_mean(values), color=_FIRST, linewidth=2, label="training")
     if validation:

@@ -107,7 +107,7 @@ def _losses(variants: Variants, rows: str, one: str, many: str) -> list[str]:
     model, blind, shuffled = (variants[name]["loss"] for name in ("model", "no_media", "shuffled_media"))
     if model is None:
         return [f"The loss on {rows} could not be measured."]
-    # The same rows, weights and tokens: only the media change, so the difference is what the model uses of them.
+    # The same rows, weights and tokens: only the media change, so the difference shows how much the model uses them.
     perplexity = METRICS["perplexity"].show(variants["model"]["perplexity"])
     sentences = [f"On {rows} the loss is {model:.2f} per token (perplexity {perplexity})."]
     if blind is not None:

@@ -403,7 +403,7 @@ def memory_lines(plan: RunPlan, limit: str | None) -> tuple[list[Any], str]:
     Raises:
         InputError: the limit is not a size.
     """
-    # How to read this: the table, what came before it, its largest part, and then whether it fits.
+    # How to read this: the table, the encoders before it, its largest part, and then whether it fits.
     available = _device_bytes(plan.device) if limit is None else read_size(limit)
     estimate = plan.estimate
     rows = (

@@ -118,7 +118,7 @@ class RunState(Checkpoint):
         self.best_loss: float | None = None
         self.best_step = 0
         self.seconds = {"embed": 0.0, "train": 0.0}
-        # What a run needs to resume, in addition to the state of Lightning.
+        # Values that a run needs to resume, in addition to those of Lightning.
         self._stopped_early = self._ended = False
         self._validated: dict[str, Tensor] = {}
         self._sources: dict[str, str] = {}
