@@ -36,9 +36,9 @@ from bindllm.model.bindllm import BindLLM
 from bindllm.model.checkpoint import build_own, read_manifest, read_weights
 from bindllm.model.decoder import (
     DecoderConfig,
+    check_weights,
     fingerprint_decoder,
     load_tokenizer,
-    read_config,
     without_weights,
 )
 from bindllm.model.injection import InjectConfig
@@ -293,7 +293,7 @@ def _check_decoder(config: DecoderConfig, problems: Problems) -> Any:
         tokenizer = load_tokenizer(config)
     with problems.noted():
         fingerprint_decoder(config.folder())
-        read_config(config.folder())
+        check_weights(config.folder())
     # A missing folder is one problem, not two.
     problems[known:] = dict.fromkeys(problems[known:])
     return tokenizer
@@ -305,9 +305,11 @@ def _check_model(checked: CheckedParts, trainable: list[str]) -> None:
     decoder = without_weights(parts["decoder"].folder())
     check_vocabulary(tokenizer, decoder.get_input_embeddings().num_embeddings)
     joined = {name: parts.get(name) for name in ("bind", "inject", "adapter")}
-    BindLLM(decoder, tokenizer, parts["decoder"], encoders=checked.encoders, **joined).set_trainable(
-        trainable
-    )
+    model = BindLLM(decoder, tokenizer, parts["decoder"], encoders=checked.encoders, **joined)
+    model.set_trainable(trainable)
+    if model.adapter is not None:
+        # With the biases that this decoder gets.
+        parts["adapter"] = model.adapter.config
 
 
 def _check_encoder(

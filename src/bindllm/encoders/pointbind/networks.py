@@ -8,7 +8,6 @@ section 3.1): three levels of ever larger groups, each with its own transformer.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from bindllm.atomic import open_tensors, read_json
 from bindllm.encoders import shape_problems
 from bindllm.encoders.pointbind.cloud import Level, gather, make_level, within
 from bindllm.errors import EncoderError, did_you_mean
@@ -343,12 +341,7 @@ def read_config(folder: Path) -> dict[str, Any]:
                 f"`bindllm convert pointbind FILE --output {folder}`, or set `weights` to the folder that holds "
                 f"{CONFIG} and {WEIGHTS}"
             )
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise EncoderError(
-            f"{folder / CONFIG} cannot be read as JSON ({error}); convert the weights again"
-        ) from error
+    config = read_json(folder / CONFIG, EncoderError, "convert the weights again")
     # A config is untrusted: every entry is checked before a class is built from it.
     variant = config.get("variant") if isinstance(config, dict) else None
     if not isinstance(variant, str) or variant not in _VARIANTS:
@@ -392,12 +385,8 @@ def load_network(folder: Path, dtype: torch.dtype) -> PointBert | I2PMAE:
     network = build_network(config, source=str(folder / CONFIG))
     # Tensors made in inference mode could not be moved later, outside it.
     with torch.inference_mode(False), torch.no_grad():
-        try:
-            tensors = load_file(folder / WEIGHTS)
-        except (SafetensorError, OSError) as error:
-            raise EncoderError(
-                f"{folder / WEIGHTS}: not a readable safetensors file ({error}); convert it again"
-            ) from error
+        with open_tensors(folder / WEIGHTS, EncoderError, "convert it again") as stream:
+            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (not a dictionary)
         # The file holds the norms separately; the network has them folded in.
         tensors = fold_norms(tensors)
         shapes = (
