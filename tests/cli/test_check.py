@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from bindllm.cache.index import VectorIndex
 from bindllm.cli import main
@@ -14,7 +15,7 @@ from bindllm.model.checkpoint import name_cache
 from bindllm.model.decoder import DecoderConfig
 from bindllm.training.preflight import Problems, check_sources
 from cache_parts import filled_store, save_tiny_model, write_images
-from tiny import ColorEncoder
+from tiny import ColorEncoder, save_tiny_decoder
 from tiny_run import run, tiny_parts, tiny_recipe
 
 
@@ -73,16 +74,34 @@ def test_all_problems_are_named_at_once(parts, capsys):
     assert "11 problems" in told
 
 
-def test_a_decoder_that_cannot_be_hooked_is_found_without_its_weights(parts, tmp_path, capsys):
-    config = json.loads((parts / "decoder" / "config.json").read_text())
-    folder = tmp_path / "other"
-    folder.mkdir()
-    for file in (parts / "decoder").iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    gpt = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": config["vocab_size"]}
-    (folder / "config.json").write_text(json.dumps(gpt))
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [("gptj", "has no `layers` list"), ("stablelm", "does not pass keywords to its attention")],
+)
+def test_a_decoder_that_cannot_be_injected_is_found_without_its_weights(
+    parts, tmp_path, capsys, family, words
+):
+    folder = save_tiny_decoder(tmp_path / family, family)
+    recipe = tiny_recipe(parts)
+    assert run("check", recipe, "--model.decoder.name", str(folder), "--model.inject.kind", "value") == 1
+    told = capsys.readouterr().out
+    assert words in told
+    assert "1 problem\n" in told
+
+
+@pytest.mark.parametrize("content", [None, b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:0"])
+def test_a_decoder_without_all_its_weights_is_a_problem(parts, tmp_path, capsys, content):
+    folder = save_tiny_decoder(tmp_path / "decoder")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    if content is not None:
+        (folder / "model.safetensors").write_bytes(content)
     assert run("check", tiny_recipe(parts), "--model.decoder.name", str(folder)) == 1
-    assert "1 problem\n" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert (
+        "no weights for lm_head.weight" if content is None else "model.safetensors: not a readable"
+    ) in told
 
 
 def test_an_unknown_group_to_train_is_found_without_weights(parts, capsys):

@@ -143,7 +143,10 @@ def test_media_of_vqa(read):
     record = {"question": "Which?", "answer": "red"}
     assert names(read("vqa", {**record, "audio": "bark.wav"}, modality="audio")) == ["bark.wav"]
     assert names(read("vqa", {**record, "image": ["a.png", "b.png"]})) == ["a.png", "b.png"]
-    for nothing in ({}, {"image": None}, {"image": {"bytes": None, "path": None}}):
+    for nothing in (
+        {},
+        *({"image": value} for value in (None, "", float("nan"), {"bytes": None, "path": None})),
+    ):
         with pytest.raises(InputError, match="no path to the image file"):
             read("vqa", {**record, **nothing})
 

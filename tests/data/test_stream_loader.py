@@ -326,6 +326,7 @@ def source(path, **options):
 
 def test_what_cannot_be_streamed_together_is_refused(shards, tmp_path):
     stream, own = str(shards), str(write_shards(tmp_path, [3]))
+    (tmp_path / "link.tar").symlink_to(tmp_path / "000.tar")
     check_streams([source(stream), source(stream.replace("{000..004}", "{000..004}"))])
     check_streams([source(stream), source(own, split="test", limit=3), source("a.jsonl", split="validation")])
     for sources, message in (
@@ -338,6 +339,10 @@ def test_what_cannot_be_streamed_together_is_refused(shards, tmp_path):
         ),
         (
             [source(stream), source(os.path.relpath(stream), split="validation", limit=3)],
+            "is held out by .* and trained on by",
+        ),
+        (
+            [source(own), source(str(tmp_path / "link.tar"), split="validation", limit=3)],
             "is held out by .* and trained on by",
         ),
         ([source(str(tmp_path / "none.tar"))], "names no shard that exists"),

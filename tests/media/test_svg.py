@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -139,6 +140,24 @@ def test_ctrl_c_stops_an_endless_svg():
     assert open_image(svg(HALVES), size=40).getpixel((5, 5)) == RED
 
 
+def test_the_renderer_ends_even_if_its_parent_was_killed(monkeypatch):
+    monkeypatch.setattr(svg_module, "MAX_SECONDS", 1.0)
+    receive, send = os.pipe()
+    child = os.fork()
+    if child == 0:
+        running = svg_module._process._running()
+        os.write(send, str(running.pid).encode())
+        open_image(svg(ENDLESS))
+    pid = int(os.read(receive, 100))
+    time.sleep(0.3)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def test_pixels_of_embedded_images_count_together(monkeypatch):
     assert open_image(svg(embedded(Image.new("RGB", (8, 8), BLUE)))).getpixel((200, 100)) == BLUE
     # The header says so much; nothing is decoded.
@@ -176,7 +195,7 @@ def test_a_panic_of_the_renderer_is_an_answer(monkeypatch):
 
     monkeypatch.setattr("resvg_py.svg_to_bytes", panic)
     text, answers = svg(HALVES), io.BytesIO()
-    request = svg_renderer.REQUEST.pack(40, 1000, len(text)) + text
+    request = svg_renderer.REQUEST.pack(0, 40, 1000, len(text)) + text
     svg_renderer.serve(io.BytesIO(request * 2), answers)
     answer = svg_renderer.ANSWER.pack(False, 18) + b"index out of range"
     assert answers.getvalue() == answer * 2

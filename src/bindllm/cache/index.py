@@ -356,7 +356,6 @@ class VectorIndex:
                 )
             after = replace(info, count=len(keys), store=state)
             publish(folder, after, keys, partial(before._rewrite, after, keys, store))
-        _warn_outgrown(folder, info, after)
         return IndexChange(len(added), len(removed), len(keys))
 
     @classmethod
@@ -438,17 +437,6 @@ class VectorIndex:
 
 
 _Wanted = tuple[np.ndarray, StoreState | None]
-
-
-def _warn_outgrown(folder: Path, before: IndexInfo, after: IndexInfo) -> None:
-    """Log a warning if "auto" would no longer choose this kind for so many vectors."""
-    was, fits = (factories.choose(info.count, info.embedding_size)[0] for info in (before, after))
-    # Only for the kind that "auto" chose earlier: any other was chosen on purpose.
-    if before.factory == was != fits:
-        logging.getLogger("bindllm").warning(
-            "%s now holds %d vectors, for which %r is faster than %r: rebuild it if searching takes too long",
-            *(folder, after.count, fits, was),
-        )
 
 
 def _wanted_keys(store: EmbeddingStore, modality: str, keys: Sequence[str] | None) -> np.ndarray:

@@ -63,6 +63,7 @@ def encode(
 
     from bindllm.encoders.fusion import common_size
 
+    # A file that cannot be read is reported at the end, and the others are compared.
     media: list[Media] = []
     failed: list[str] = []
     for name in files:
@@ -73,6 +74,7 @@ def encode(
     media += [Media.text(words) for words in text]
     device = encoders.find_device()
     loaded = encoders.load(overrides) or [_default_encoder()]
+    # Embeddings of different widths cannot be compared: found before the first file is read.
     common_size(loaded)
     kept, rows = embed_files(media, loaded, device=device, failed=failed)
     _print_tables(kept, rows @ rows.T, loaded, scale=SCALE if softmax is True else softmax)
@@ -154,6 +156,7 @@ def softmax_tables(media: Sequence[Media], cosines: Tensor, *, scale: float) -> 
         cosines: [N, N].
         scale: of the cosines before the softmax.
     """
+    # Rows and columns of each modality in the table of all cosines; one candidate needs no softmax.
     places: dict[str, list[int]] = {}
     for place, item in enumerate(media):
         places.setdefault(item.modality, []).append(place)
@@ -177,6 +180,7 @@ def _table(
     from rich.text import Text
 
     table = Table(title=title, title_justify="left")
+    # Names are texts, not markup: a file may be called "[red]".
     table.add_column("")
     for number, item in enumerate(columns, start=1):
         table.add_column(str(number) if numbers else Text(_short(item)), justify="right")

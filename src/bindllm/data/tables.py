@@ -29,6 +29,8 @@ _MAX_FIELD = 1 << 26
 """Characters of a CSV field: room for an image as a ``data:`` URI, and a limit for a quotation that never ends."""
 # Files that mark a folder of ``save_to_disk``.
 _DATASET_FILES = ("dataset_dict.json", "state.json")
+# Classes of `datasets` for the feature of a list.
+_LISTS = ("List", "LargeList", "Sequence")
 _CHUNK = 1 << 20
 _SPACE = re.compile(r"[ \t\n\r]*")
 # Bytes that are not UTF-8 are read as lone surrogates in this range, which no valid text holds.
@@ -315,19 +317,28 @@ def _read_dataset(
     name = str(path).removeprefix(HUB) if str(path).startswith(HUB) else Path(path).name
     for split, dataset in _open_dataset(path).items():
         _check_columns(path, required, dataset.column_names + ["split"] * bool(split))
-        # Classes are stored as numbers, and the model needs their names.
+        # Classes are stored as numbers, and the model needs their names. A list has the feature of its items.
+        features = {
+            column: each.feature if type(each).__name__ in _LISTS else each
+            for column, each in dataset.features.items()
+        }
         classes = {
             column: feature.names
-            for column, feature in dataset.features.items()
+            for column, feature in features.items()
             if type(feature).__name__ == "ClassLabel"
         }
         batches = dataset.with_format("arrow").iter(ROWS_AT_ONCE)
         for row, record in _arrow_rows(batches, f"{name} {split}".rstrip(), skipped):
             for column, names in classes.items():
-                number = record[column]
-                # -1 marks a missing label.
-                record[column] = names[number] if number is not None and number >= 0 else None
+                record[column] = _named_classes(record[column], names)
             yield row, {"split": split, **record} if split else record
+
+
+def _named_classes(value: int | list[int] | None, names: Sequence[str]) -> object:
+    if isinstance(value, list):
+        return [_named_classes(one, names) for one in value]
+    # -1 marks a missing label.
+    return names[value] if value is not None and value >= 0 else None
 
 
 def _open_dataset(path: str | Path) -> Mapping[str, Any]:
@@ -419,6 +430,9 @@ def _check_columns(path: str | Path, required: tuple[str, ...], known: Sequence[
     for column in required:
         if column not in known:
             raise InputError(f"{path}: {_no_column(column, known)}")
+    # Of two columns of one name, a record would keep only the last. Empty names are those of spare separators.
+    if twice := [name for name in known if name and known.count(name) > 1]:
+        raise InputError(f"{path}: several columns are called {twice[0]!r}; rename all but one")
 
 
 def _no_column(column: str, known: Mapping | Sequence[str]) -> str:

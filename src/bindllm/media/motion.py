@@ -158,6 +158,7 @@ def _first_cells(stream: BinaryIO) -> tuple[list[bytes], int]:
 
 def _read_header(words: list[str]) -> tuple[list[int], list[float], int | None]:
     """Return the columns of the six signals, in the order of `AXES`, the factors of their units, and the time."""
+    # How to read this: each word is a signal with its unit, the time, or odd; odd and missing ones are named together.
     columns: dict[int, int] = {}
     factors: dict[int, float] = {}
     time: int | None = None

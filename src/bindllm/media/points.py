@@ -172,6 +172,7 @@ def _read_ply(stream: BinaryIO) -> Iterator[np.ndarray] | None:
     ):
         return _ply_with_lists(stream, sum(counts))
     count, before = counts[at], list(zip(ply.elements[:at], counts[:at], strict=True))
+    # A text record is one line; records of other elements before the vertices are lines to skip.
     if ply.text:
         skipped = sum(count for _, count in before)
         for _ in range(skipped):
@@ -269,6 +270,7 @@ def _named_axes(line: bytes) -> list[int]:
 
 def _read_table(stream: BinaryIO, sieve: _Sieve) -> None:
     """Read lines of x y z, which a count of points or the names of the columns may precede."""
+    # How to read this: skip everything before the first row of numbers, then read all rows as it is formed.
     skipped, start, axes = 0, 0, [0, 1, 2]
     while line := stream.readline(_HEAD):
         named = _named_axes(line)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from bindllm import __version__
@@ -25,7 +27,7 @@ from bindllm.conversation import Conversation
 from bindllm.embeddings.embedder import embed_groups
 from bindllm.encoders import Encoder, alignment_warnings, skipped_encoders
 from bindllm.encoders.fusion import common_size
-from bindllm.errors import InputError, did_you_mean
+from bindllm.errors import BindLLMError, DecoderError, InputError, did_you_mean
 from bindllm.media import Media
 from bindllm.model.adapter import Adapter, AdapterConfig
 from bindllm.model.bind_network import BindConfig, BindNetwork
@@ -33,7 +35,6 @@ from bindllm.model.checkpoint import check_keys, write_card, write_checkpoint
 from bindllm.model.decoder import (
     DecoderConfig,
     fingerprint_decoder,
-    has_plain_logits,
     load_decoder,
     load_tokenizer,
     num_positions,
@@ -119,9 +120,37 @@ class BindLLM(nn.Module):
         # After the adapter, since hooks must see the final modules. Gates start at zero, so nothing changes yet.
         self.injection = Injection(decoder, self.inject_config).to(decoder.device)
         self.decoder = decoder
-        # With plain logits, `forward` may run the vocabulary projection on selected positions only.
-        self._plain_logits = has_plain_logits(decoder)
-        self._checkpointing = False
+        if (head := decoder.get_output_embeddings()) is not None:
+            head.register_forward_pre_hook(_choose_positions)
+        self._try_out()
+
+    @torch.no_grad()
+    def _try_out(self) -> None:
+        """Refuse a decoder that does not hand the bind vectors to its layers, before anything is trained.
+
+        Raises:
+            DecoderError: the injection does not work in this family of decoders.
+        """
+        inputs = {
+            "input_ids": torch.zeros(1, 4, dtype=torch.int64, device=self.device),
+            "media_index": torch.zeros(1, 4, dtype=torch.int64, device=self.device),
+            "bind": torch.zeros(1, 1, self.bind.projection.out_features, device=self.device),
+        }
+        # On the meta device transformers cannot compute a mask; families without attention do not take a whole one.
+        is_meta = self.device.type == "meta"
+        masks = (torch.ones(1, 1, 4, 4, dtype=torch.bool, device="meta"), None) if is_meta else (None,)
+        for mask in masks:
+            try:
+                self.decoder(**inputs, attention_mask=mask, use_cache=False)
+            except (BindLLMError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:
+                # A forward that depends on values fails without weights; the loaded decoder is tried again.
+                if not is_meta:
+                    raise DecoderError(
+                        f"{type(self.decoder).__name__} cannot run with an injection ({type(error).__name__}: "
+                        f"{error}); use a decoder of the LLaMA shape (Llama, Mistral, Qwen2, Qwen3, SmolLM2, ...)"
+                    ) from error
 
     @classmethod
     def build(cls, decoder: DecoderConfig, *, device: str | None = None, **parts: Any) -> Self:
@@ -148,9 +177,6 @@ class BindLLM(nn.Module):
         """Set the mode of the trainable parts; the frozen decoder stays in eval mode."""
         super().train(mode)
         self.decoder.eval()
-        for layer in self.decoder.get_decoder().layers:
-            # Only the layer's own flag: it switches activation checkpointing, its children stay in eval mode.
-            layer.training = mode and self._checkpointing
         return self
 
     def parameter_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
@@ -238,7 +264,8 @@ class BindLLM(nn.Module):
                 vocabulary projection runs at the positions that predict a supervised token, and nowhere else.
         """
         # How to read this: the mask is passed only if it is needed, and logits are computed only at the positions
-        # that predict a supervised token. Both save time, and neither changes a result.
+        # that predict a supervised token. Both save time, and neither changes a result. Training runs the decoder's
+        # own forward, as generation does, so it learns from the logits that the model answers with.
         padded_left = not bool(attention_mask[:, 0].all())
         inputs = {
             "input_ids": input_ids,
@@ -255,12 +282,14 @@ class BindLLM(nn.Module):
             return BindOutput(self.decoder(**inputs).logits)
         # Token t is predicted at position t - 1.
         rows, columns = (labels[:, 1:] != -100).nonzero(as_tuple=True)
-        if self._plain_logits:
-            # The projection to V logits is the largest product of a step; most positions need none.
-            hidden = self.decoder.get_decoder()(**inputs).last_hidden_state
-            logits = self.decoder.get_output_embeddings()(hidden[rows, columns])
-        else:
-            logits = self.decoder(**inputs).logits[rows, columns]
+        # The projection to V logits is the largest product of a step; most positions need none.
+        chosen = _CHOSEN.set((rows, columns))
+        try:
+            logits = self.decoder(**inputs).logits
+        finally:
+            _CHOSEN.reset(chosen)
+        # Three axes: a decoder without a projection of the usual shape has computed all positions.
+        logits = logits[rows, columns] if logits.ndim == 3 else logits
         return BindOutput(logits, labels[rows, columns + 1], rows)
 
     @torch.no_grad()
@@ -444,5 +473,19 @@ class BindLLM(nn.Module):
 
     def checkpoint_activations(self) -> None:
         """Keep only each layer's input in training and compute the rest again in the backward pass."""
-        self.decoder.activation_checkpointing_enable()
-        self._checkpointing = True
+        # Not the switch of transformers: it needs layers in training mode, where some families have dropout.
+        for layer in self.decoder.get_decoder().layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+# Rows and columns of the positions that the vocabulary projection computes; None: all. Empty outside of a forward.
+_CHOSEN: ContextVar[tuple[Tensor, Tensor] | None] = ContextVar("bindllm_chosen", default=None)
+
+
+def _choose_positions(head: nn.Module, args: tuple) -> tuple:
+    """Before the vocabulary projection: pick hidden states [N, D] out of [B, T, D]."""
+    hidden, chosen = args[0], _CHOSEN.get()
+    if chosen is None or hidden.ndim != 3:
+        # In one piece: torch multiplies a slice, such as the last position of each row, one row at a time.
+        return (hidden.contiguous(), *args[1:])
+    return (hidden[chosen], *args[1:])

@@ -318,7 +318,8 @@ def looks_like(record: Record) -> Format | None:
 
 
 def _listed(value: object) -> list[object]:
-    """Return the media values of a column; Arrow writes missing media as a struct of empty values."""
+    """Return the media values of a column; Arrow writes missing media as a struct of empty values, pandas as NaN."""
     value = json_list(value)
     values = value if isinstance(value, list) else [value]
-    return [one for one in values if (any(one.values()) if isinstance(one, Mapping) else bool(one))]
+    # NaN is the only value that differs from itself.
+    return [one for one in values if (any(one.values()) if isinstance(one, Mapping) else one and one == one)]

@@ -115,8 +115,13 @@ def read_media(modality: str, value: object, find: Callable[[str], str | bytes])
         )
     if scheme == "data":
         return Media(modality, _decode_uri(modality, value))
-    # A file: URL spells special characters as %20 and so on.
-    return Media(modality, find(unquote(urlsplit(value).path) if scheme == "file" else value))
+    if scheme == "file":
+        url = urlsplit(value)
+        if url.netloc not in ("", "localhost"):
+            raise RowError(f"a file: URL of another machine as {modality} file", value)
+        # It spells special characters as %20 and so on.
+        value = unquote(url.path)
+    return Media(modality, find(value))
 
 
 def _decode_uri(modality: str, uri: str) -> bytes:

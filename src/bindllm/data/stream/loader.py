@@ -15,7 +15,7 @@ from bindllm.data.report import StreamReport
 from bindllm.data.rows import Sample
 from bindllm.data.source_config import SourceConfig
 from bindllm.data.stream.chunks import Chunk, ChunkReader, StreamOptions
-from bindllm.data.stream.plan import Mixture, ShardStream, StreamState
+from bindllm.data.stream.plan import Mixture, Position, ShardStream, StreamState
 from bindllm.data.stream.shards import expand_shards, is_remote, is_stream
 from bindllm.encoders import Encoder
 from bindllm.errors import InputError
@@ -193,7 +193,7 @@ def check_streams(sources: Sequence[SourceConfig]) -> None:
             f"{streams[0].path} is streamed and {mixed[0]} is not: a run trains only on streams or on none. Pack the "
             "other source into shards too (docs/streaming.md), or only evaluate on it, with split: validation or test"
         )
-    # By absolute path or URL, because two patterns may write one file in different ways.
+    # By real path or URL, because two patterns may write one file in different ways.
     trained = {_whole(shard): config.path for config in streams for shard in expand_shards(config.path)}
     for config in held_out:
         if both := [shard for shard in expand_shards(config.path) if _whole(shard) in trained]:
@@ -204,8 +204,8 @@ def check_streams(sources: Sequence[SourceConfig]) -> None:
 
 
 def _whole(shard: str) -> str:
-    """Return a shard's URL or absolute path, which is the same however a recipe writes it."""
-    return shard if is_remote(shard) else os.path.abspath(shard)
+    """Return a shard's URL or real path, which is the same however a recipe writes it."""
+    return shard if is_remote(shard) else os.path.realpath(shard)
 
 
 def stream_loader(
@@ -243,7 +243,7 @@ def stream_loader(
     return StreamLoader(
         ChunkReader(mixture, numbered, tokenizer, encoders, options, context).read,
         partial(collate, pad_id=tokenizer.pad_token_id),
-        start=StreamState(0, 0, mixture.start()),
+        start=StreamState(0, 0, (Position(),) * len(streams)),
         length=length,
         fingerprint=_fingerprint(streams, numbered, options),
         position=position,

@@ -272,6 +272,7 @@ class ImageBind:
 
     def _settings(self) -> list[str]:
         """Return the options that change the embeddings of the modalities served."""
+        # An option of a modality that is not served must not make stored embeddings useless.
         served = set(self.modalities)
         names = ["dtype", "scale"]
         if served & {"audio", "video"}:

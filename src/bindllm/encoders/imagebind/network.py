@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from bindllm.atomic import open_tensors
 from bindllm.encoders import shape_problems
 from bindllm.encoders.imagebind.config import ImageBindConfig, TrunkConfig, how_to_convert
 from bindllm.encoders.imagebind.stems import CONTEXT, PATCHES, SIGNAL, build_stem
@@ -174,18 +174,13 @@ class Trunk(nn.Module):
         return 1.0 if self.log_scale is None else self.log_scale.float().exp().clamp(max=_LARGEST_SCALE)
 
 
-def trunk_file(folder: Path, trunk: str) -> Path:
-    """Return the file with the weights of a trunk, which need not exist."""
-    return folder / f"{trunk}.safetensors"
-
-
 def require_trunk(folder: Path, trunk: str) -> Path:
     """Return the file with the weights of a trunk.
 
     Raises:
         EncoderError: the file does not exist.
     """
-    file = trunk_file(folder, trunk)
+    file = folder / f"{trunk}.safetensors"
     if not file.is_file():
         raise EncoderError(f"{file}: no weights of ImageBind's {trunk} trunk here. {how_to_convert(folder)}")
     return file
@@ -206,21 +201,18 @@ def load_trunk(
     with torch.device("meta"):
         network = Trunk(trunk, config.trunks[trunk], config.embedding_size)
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    try:
-        with safe_open(file, framework="pt", device="cpu") as tensors:
-            found = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-            if problems := shape_problems(expected, found):
-                raise EncoderError(
-                    f"{file}: these are not the weights of ImageBind's {trunk} trunk in the size that config.json "
-                    f"states: {'; '.join(problems)}. {how_to_convert(folder)}"
-                )
-            # The scale is a logarithm of up to 100: half precision would change the published result visibly.
-            state = {
-                name: tensors.get_tensor(name).to(device, torch.float32 if name == "log_scale" else dtype)
-                for name in expected
-            }
-    except (SafetensorError, OSError) as error:
-        raise EncoderError(f"{file}: not a readable safetensors file ({error}); convert it again") from error
+    with open_tensors(file, EncoderError, "convert it again") as tensors:
+        found = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        if problems := shape_problems(expected, found):
+            raise EncoderError(
+                f"{file}: these are not the weights of ImageBind's {trunk} trunk in the size that config.json "
+                f"states: {'; '.join(problems)}. {how_to_convert(folder)}"
+            )
+        # The scale is a logarithm of up to 100: half precision would change the published result visibly.
+        state = {
+            name: tensors.get_tensor(name).to(device, torch.float32 if name == "log_scale" else dtype)
+            for name in expected
+        }
     network.load_state_dict(state, assign=True)
     return network.requires_grad_(False).eval()
 
@@ -261,6 +253,7 @@ def _fits(modality: str, shape: Sequence[int]) -> bool:
     expected = _SHAPES[modality]
     if len(shape) != len(expected):
         return False
+    # None in a shape means any size.
     if any(size not in (found, None) for found, size in zip(shape, expected, strict=True)):
         return False
     if modality == "video" and shape[1] not in (1, 2):

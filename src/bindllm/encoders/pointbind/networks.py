@@ -8,7 +8,6 @@ section 3.1): three levels of ever larger groups, each with its own transformer.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from bindllm.atomic import open_tensors, read_json
 from bindllm.encoders import shape_problems
 from bindllm.encoders.pointbind.cloud import Level, gather, make_level, within
 from bindllm.errors import EncoderError, did_you_mean
@@ -180,6 +178,7 @@ class PointBert(nn.Module):
         self.class_token = nn.Parameter(torch.empty(1, 1, sizes.width))
         self.class_position = nn.Parameter(torch.empty(1, 1, sizes.width))
         self.blocks = nn.ModuleList(Block(sizes.width, sizes.heads) for _ in range(sizes.depth))
+        # The head reads class token and maximum next to each other, hence twice the width.
         self.norm = nn.LayerNorm(sizes.width)
         self.head = Head(2 * sizes.width, sizes.projection)
 
@@ -242,6 +241,7 @@ class I2PMAESizes:
     projection: int = 512
 
     def __post_init__(self) -> None:
+        # Sizes come from an untrusted config: tuples of different lengths would build a network without some levels.
         levels = [self.groups, self.neighbors, self.channels, self.depth, self.heads, self.radius]
         if len({len(numbers) for numbers in levels}) > 1 or not self.groups:
             raise ValueError("every level needs all of its sizes")
@@ -341,12 +341,7 @@ def read_config(folder: Path) -> dict[str, Any]:
                 f"`bindllm convert pointbind FILE --output {folder}`, or set `weights` to the folder that holds "
                 f"{CONFIG} and {WEIGHTS}"
             )
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise EncoderError(
-            f"{folder / CONFIG} cannot be read as JSON ({error}); convert the weights again"
-        ) from error
+    config = read_json(folder / CONFIG, EncoderError, "convert the weights again")
     # A config is untrusted: every entry is checked before a class is built from it.
     variant = config.get("variant") if isinstance(config, dict) else None
     if not isinstance(variant, str) or variant not in _VARIANTS:
@@ -390,12 +385,8 @@ def load_network(folder: Path, dtype: torch.dtype) -> PointBert | I2PMAE:
     network = build_network(config, source=str(folder / CONFIG))
     # Tensors made in inference mode could not be moved later, outside it.
     with torch.inference_mode(False), torch.no_grad():
-        try:
-            tensors = load_file(folder / WEIGHTS)
-        except (SafetensorError, OSError) as error:
-            raise EncoderError(
-                f"{folder / WEIGHTS}: not a readable safetensors file ({error}); convert it again"
-            ) from error
+        with open_tensors(folder / WEIGHTS, EncoderError, "convert it again") as stream:
+            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (not a dictionary)
         # The file holds the norms separately; the network has them folded in.
         tensors = fold_norms(tensors)
         shapes = (
