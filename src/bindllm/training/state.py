@@ -34,7 +34,6 @@ from torch import Tensor, distributed
 
 from bindllm.atomic import atomic_file, write_tensors
 from bindllm.errors import CheckpointError, InputError, TrainingError
-from bindllm.training.callbacks import early_stopping
 from bindllm.training.runlog import RunLog
 
 LAST = "last.ckpt"
@@ -119,6 +118,7 @@ class RunState(Checkpoint):
         self.best_loss: float | None = None
         self.best_step = 0
         self.seconds = {"embed": 0.0, "train": 0.0}
+        # Values that a run needs to resume, in addition to those of Lightning.
         self._stopped_early = self._ended = False
         self._validated: dict[str, Tensor] = {}
         self._sources: dict[str, str] = {}
@@ -159,6 +159,7 @@ class RunState(Checkpoint):
             CheckpointError: the state was saved by another version of bindllm.
             InputError: the state was saved by another number of processes.
         """
+        # Refused as a whole: a state of which only a part is known would resume to something else.
         if state_dict.keys() != self.state_dict().keys():
             raise CheckpointError(
                 f"the interrupted run in {self.folder} was saved by another version of bindllm. Finish it with that "
@@ -299,9 +300,10 @@ class RunState(Checkpoint):
             )
         diverged = [
             callback.stopping_reason_message
-            for callback in early_stopping(trainer)
+            for callback in trainer.early_stopping_callbacks
             if callback.stopping_reason is EarlyStoppingReason.NON_FINITE_METRIC
         ]
+        # Without early stopping a run continues after NaN; one without any finite loss has no result.
         loss = float(trainer.callback_metrics.get("val_loss", 0.0))
         if not diverged and (math.isfinite(loss) or self.best_loss is not None):
             return None
@@ -315,6 +317,7 @@ class RunState(Checkpoint):
 
     def _changed_data(self, trainer: Trainer, sources: dict[str, str]) -> str:
         """Return the message about a state that was saved with other data."""
+        # The loader only knows that its rows differ; the counts show which source to look at.
         before = self._sources
         paths = [path for path in {**before, **sources} if before.get(path) != sources.get(path)]
         changes = [
