@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from bindllm.cache.blend import check_queries, read_units
+from bindllm.cache.index import wanted_keys
 from bindllm.cache.milvus_server import MilvusServer
-from bindllm.embeddings.shards import as_hex, read_keys
+from bindllm.embeddings.shards import as_hex
 from bindllm.errors import InputError, StoreError, did_you_mean
 
 if TYPE_CHECKING:
@@ -114,11 +115,7 @@ class MilvusIndex:
             )
         if index_type not in (known := ("auto", *INDEX_TYPES)):
             raise InputError(f"unknown index type {index_type!r}. {did_you_mean(index_type, known)}")
-        keys = read_keys(store.folder, modality)
-        if not len(keys):
-            raise StoreError(
-                f"{store.folder} holds no {modality} embeddings: fill the store with such media first"
-            )
+        keys = wanted_keys(store, modality)
         server = MilvusServer(uri, token=token, timeout=timeout)
         if index_type == "auto":
             index_type = "FLAT" if server.is_lite or len(keys) <= EXACT_ROWS else "HNSW"
