@@ -325,13 +325,7 @@ class VectorIndex:
     def _change(
         cls, folder: Path, store: EmbeddingStore | None, wanted: Callable[[IndexInfo, np.ndarray], _Wanted]
     ) -> IndexChange:
-        """Write the index again with other keys.
-
-        Args:
-            folder: Of an index.
-            store: The source of new vectors; None for a removal.
-            wanted: Returns the new keys, sorted, from the manifest and the present keys.
-        """
+        """Write the index again with the sorted keys that ``wanted`` returns for the manifest and the present keys."""
         read_manifest(folder)
         with writing(folder):
             # Verified at any size: a damaged vector must not be copied into the next version.
