@@ -16,6 +16,7 @@ import bindllm.media.images as images_module
 from bindllm.errors import MediaError
 from bindllm.media import MAX_PIXELS, Media, open_image
 from bindllm.media.maps import open_thermal
+from recordings import assert_refused
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 128, 0), (0, 0, 255), (255, 255, 255)
 
@@ -321,12 +322,7 @@ def test_the_limit_is_on_the_side_of_the_picture_and_pillow_stays_quiet(monkeypa
     ],
 )
 def test_bad_files_are_named_with_the_reason(content, reason, tmp_path):
-    path = tmp_path / "bad.png"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(MediaError, match=reason) as caught:
-        open_image(path)
-    assert str(path) in str(caught.value)
+    assert_refused(open_image, content, tmp_path / "bad.png", reason)
 
 
 def test_folder_is_not_a_picture(tmp_path):
