@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks.measure import Metric, paired
 from bindllm.encoders.imagebind.config import HUGE, TRUNK_OF
-from bindllm.encoders.imagebind.network import Trunk
-from bindllm.encoders.imagebind.views import run_views
+from bindllm.encoders.imagebind.network import Trunk, run_views
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"

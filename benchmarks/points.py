@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.measure import Metric, matrix_rate, seconds
 from bindllm import Media
 from bindllm.encoders import PointBind
-from bindllm.encoders.pointbind.loading import build_network
+from bindllm.encoders.pointbind.networks import build_network
 
 VARIANTS = ("i2p-mae", "point-bert")
 BATCHES = (1, 8)

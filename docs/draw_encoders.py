@@ -42,7 +42,7 @@ from PIL import Image
 
 from bindllm.encoders.imagebind import audio, clips, inputs, video
 from bindllm.encoders.pointbind.cloud import fit_cloud
-from bindllm.encoders.pointbind.loading import build_network
+from bindllm.encoders.pointbind.networks import build_network
 from bindllm.media import open_image
 from bindllm.media.audio import cut_audio
 from bindllm.media.maps import open_depth, open_thermal

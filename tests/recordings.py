@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
+
+from bindllm.errors import MediaError
 
 HEIGHT, WIDTH = 64, 96
 _BITS, _BAR = 10, 9
@@ -74,6 +79,7 @@ def video_file(
     options: dict[str, str] | None = None,
     times: Sequence[int] | None = None,
     rotation: int = 0,
+    aspect: Fraction | None = None,
 ) -> bytes:
     """Return frames [H, W, 3] as a video file; ``times`` are those of the frames in units of 1/1000 second."""
     import av
@@ -83,6 +89,8 @@ def video_file(
         stream = output.add_stream(codec, rate=rate, options=options or {})
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = pixels
+        if aspect is not None:
+            stream.codec_context.sample_aspect_ratio = aspect
         if times is not None:
             stream.codec_context.time_base = Fraction(1, 1000)
         if rotation:
@@ -94,3 +102,12 @@ def video_file(
             output.mux(stream.encode(frame))
         output.mux(stream.encode(None))
     return file.getvalue()
+
+
+def assert_refused(open_file: Callable[[Path], Any], content: bytes | None, path: Path, reason: str) -> None:
+    """A file of this content (None: a missing file) is a `MediaError` with its path and the reason."""
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(MediaError, match=reason) as caught:
+        open_file(path)
+    assert str(path) in str(caught.value)

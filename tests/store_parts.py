@@ -15,6 +15,8 @@ from tiny import ColorEncoder
 
 FINGERPRINT = "a1" * 32
 SIZE = 4
+CLOCK_TICK = 0.02
+"""Seconds after which a change of a file has another time: more than a tick of the file system's clock."""
 
 
 def texts(*numbers: int) -> list[Media]:
@@ -39,7 +41,7 @@ def add(store: EmbeddingStore, *numbers: int) -> None:
 
 
 def write_settled(path: Path, content: bytes) -> Path:
-    """Write a file whose time is old enough to be trusted."""
+    """Write a file with a fixed time of modification, as cp -p and tar keep it."""
     path.write_bytes(content)
     os.utime(path, ns=(10**18, 10**18))
     return path
@@ -76,15 +78,10 @@ def image_bytes(n: int) -> bytes:
 
 
 def write_images(folder: Path, count: int, *, start: int = 0) -> list[Media]:
-    """Write images with a time that is old enough to be trusted."""
+    """Write images, each with other pixels."""
     folder.mkdir(exist_ok=True)
-    media = []
-    for n in range(start, start + count):
-        path = folder / f"{n:03}.png"
-        path.write_bytes(image_bytes(n))
-        os.utime(path, (10**9, 10**9))
-        media.append(Media.image(path))
-    return media
+    names = {n: folder / f"{n:03}.png" for n in range(start, start + count)}
+    return [Media.image(write_settled(path, image_bytes(n))) for n, path in names.items()]
 
 
 def counts(report: PrecomputeReport) -> tuple[int, int, int, int]:

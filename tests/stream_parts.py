@@ -17,12 +17,19 @@ from tiny import COLORS
 def write_shard(file: Path, members: Sequence[tuple[str, bytes]]) -> Path:
     """Write a tar file with these members, in this order."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(file, "w") as tar:
+    file.write_bytes(tar_bytes(members))
+    return file
+
+
+def tar_bytes(members: Sequence[tuple[str, bytes]]) -> bytes:
+    """A tar file with these members, in this order."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as tar:
         for name, content in members:
             entry = tarfile.TarInfo(name)
             entry.size = len(content)
             tar.addfile(entry, io.BytesIO(content))
-    return file
+    return stream.getvalue()
 
 
 def image_bytes(color: str, number: int) -> bytes:

@@ -1,9 +1,10 @@
 import pytest
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from bindllm import conversation as conversation_module
-from bindllm.conversation import Conversation, Message, check_vocabulary, render
+from bindllm.conversation import Conversation, Message, check_vocabulary, end_tokens, render
+from bindllm.data.rows import Row, make_sample
 from bindllm.errors import DecoderError, InputError
 from bindllm.media import Media
 from tiny import TEMPLATE, tiny_tokenizer
@@ -147,12 +148,13 @@ def test_answers_with_letters_of_several_bytes():
     assert tokenizer.decode(learnt) == answer + "<|im_end|>"
 
 
-def merging_tokenizer(merges: list[tuple[str, str]]) -> PreTrainedTokenizerFast:
+def merging_tokenizer(merges: list[tuple[str, str]], *, use_regex: bool = False) -> PreTrainedTokenizerFast:
     """Like the tiny one, with merges across words, and offsets without leading spaces as Llama-3 gives them."""
     letters = ["<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     words = [*letters, *(a + b for a, b in merges)]
     backend = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=merges))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    backend.decoder = decoders.ByteLevel()
     backend.post_processor = processors.ByteLevel(trim_offsets=True)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -162,12 +164,67 @@ def merging_tokenizer(merges: list[tuple[str, str]]) -> PreTrainedTokenizerFast:
     )
 
 
-def test_token_over_a_border_belongs_to_its_first_character():
-    tokenizer = merging_tokenizer([("Ċ", "y")])
-    rendered = render(talk(("u", A, "Hi"), ("a", "you")), tokenizer)
-    # The newline of the header and the y are one token, which generation would not produce: not supervised.
-    learnt = [token for token, flag in zip(rendered.input_ids, rendered.supervised, strict=True) if flag]
-    assert tokenizer.convert_ids_to_tokens(learnt) == ["o", "u", "<|im_end|>"]
+@pytest.mark.parametrize(
+    ("merges", "answer"),
+    [
+        ([("Ċ", "y")], "you"),
+        # The answer is one token together with the header's newline: all of it is learned.
+        ([("Ċ", "y")], "y"),
+        ([("Ċ", "Ċ")], "\n\nyou"),
+        ([("t", "Ċ"), ("tĊ", "y")], "you"),
+    ],
+)
+def test_answer_that_the_tokenizer_joins_with_its_header_is_learned_in_full(merges, answer):
+    tokenizer = merging_tokenizer(merges)
+    history = talk(("u", A, "Hi"), ("a", answer), ("u", "2"))
+    rendered = render(talk(("u", A, "Hi"), ("a", answer), ("u", "2"), ("a", answer)), tokenizer)
+    for turns, (first, stop) in zip((history.messages[:1], history.messages), rendered.answers, strict=True):
+        prompt = render(Conversation(turns), tokenizer, add_generation_prompt=True)
+        assert rendered.input_ids[:first] == prompt.input_ids
+        assert tokenizer.decode(rendered.input_ids[first:stop]) == answer + "<|im_end|>"
+
+
+@pytest.mark.parametrize("use_regex", [True, False])
+def test_header_that_ends_in_a_space(use_regex):
+    tokenizer = merging_tokenizer([("Ġ", "y"), ("Ġy", "o")], use_regex=use_regex)
+    tokenizer.chat_template = TEMPLATE.replace("\n{{", ": {{").replace("assistant\n", "assistant: ")
+    rendered = render(talk(("u", "Hi"), ("a", "yo")), tokenizer)
+    (first, stop) = rendered.answers[0]
+    prompt = render(talk(("u", "Hi")), tokenizer, add_generation_prompt=True)
+    assert rendered.input_ids[:first] == prompt.input_ids
+    assert tokenizer.convert_ids_to_tokens(rendered.input_ids[first:stop]) == ["y", "o", "<|im_end|>"]
+
+
+@pytest.mark.parametrize("scheme", ["first", "always"])
+def test_sentencepiece_header_that_ends_in_a_space(scheme):
+    letters = ["<unk>", "<|im_start|>", "<|im_end|>", "\u2581", "\u2581y", *sorted(set("userasitn:\nHyo"))]
+    backend = Tokenizer(
+        models.BPE({w: i for i, w in enumerate(letters)}, [("\u2581", "y")], unk_token="<unk>", fuse_unk=True)
+    )
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", additional_special_tokens=["<|im_start|>"]
+    )
+    tokenizer.chat_template = TEMPLATE.replace("\n{{", ": {{").replace("assistant\n", "assistant: ")
+    conversation = talk(("u", "Hi"), ("a", "yo"))
+    if scheme == "always":
+        # It would write a second space before the answer.
+        with pytest.raises(InputError, match="headers do not end in a space"):
+            render(conversation, tokenizer)
+    else:
+        rendered = render(conversation, tokenizer)
+        (first, stop) = rendered.answers[0]
+        assert tokenizer.convert_ids_to_tokens(rendered.input_ids[first - 1 : stop]) == [
+            *("\u2581", "y", "o", "<|im_end|>")
+        ]
+
+
+def test_token_over_a_border_of_a_question_belongs_to_its_first_character():
+    tokenizer = merging_tokenizer([(">", "2")])
+    tokenizer.chat_template = TEMPLATE.replace("<|im_end|>\n", "<|im_end|>\n>")
+    rendered = render(talk(("u", A, "Hi"), ("a", "yo"), ("u", B, "2"), ("a", "z")), tokenizer)
+    assert len(rendered.media_index) == len(rendered.input_ids)
+    assert set(rendered.media_index) == {0, 1}
 
 
 def test_space_that_the_offsets_leave_out_is_still_its_tokens():
@@ -195,11 +252,126 @@ def test_control_token_spelled_by_two_parts_is_refused():
         render(talk(("u", "<|im_", A, "end|>")), tiny_tokenizer())
 
 
+@pytest.mark.parametrize("how", ["refuse", "escape"])
+def test_control_token_in_other_letters_is_refused(how):
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.add_special_tokens({"bos_token": AddedToken("<x>", special=True, normalized=True)})
+    render(talk(("u", "\uff1cy\uff1e")), tokenizer, control_text=how)
+    with pytest.raises(InputError, match=r"spells the control token '<x>' of the decoder in other letters"):
+        render(talk(("u", "\uff1cx\uff1e")), tokenizer, control_text=how)
+
+
+@pytest.mark.parametrize(
+    ("token", "text", "escaped"), [("aa", "aaa", "a\u2060a\u2060a"), ("\u00a7", "\u00a7", None)]
+)
+def test_control_tokens_that_overlap_or_have_one_character(token, text, escaped):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": token})
+    if escaped is None:
+        # It cannot be taken apart.
+        with pytest.raises(InputError, match="spells the control token .* remove it$"):
+            render(talk(("u", text)), tokenizer, control_text="escape")
+    else:
+        rendered = render(talk(("u", text)), tokenizer, control_text="escape")
+        assert tokenizer.decode(rendered.input_ids).count(escaped) == 1
+
+
 def test_words_that_are_added_but_control_nothing_are_text():
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens([AddedToken("<think>", special=False)])
     rendered = render(talk(("u", "q"), ("a", "a<think>b")), tokenizer)
     assert sum(rendered.supervised) == 4
+
+
+# As gpt-oss: control tokens inside an answer, which starts after the role.
+HARMONY = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}{% if m['role'] == 'assistant' %}<|channel|>final{% endif %}"
+    "<|message|>{{ m['content'] }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "answer", "whole"),
+    [
+        (HARMONY, "yo", False),
+        (TEMPLATE.replace("message['content']", "message['content'] | lower"), "yo", True),
+        (TEMPLATE.replace("message['content']", "message['content'] | lower"), "Yo", False),
+        (TEMPLATE.replace("message['content']", "message['content'][:9]"), "a b c d e f g", False),
+        (TEMPLATE.replace("message['content']", "message['content'] | escape"), "a < b", False),
+        # White space around and inside an answer is up to the template.
+        (
+            TEMPLATE.replace("message['content']", "message['content'] | trim | replace('\n', ' ')"),
+            " a\nb ",
+            True,
+        ),
+    ],
+)
+def test_answer_whose_text_the_template_does_not_keep_is_not_whole(template, answer, whole):
+    tokenizer = tokenizer_with(template)
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["<|im_start|>", "<|channel|>", "<|message|>"]}
+    )
+    rendered = render(talk(("u", "q"), ("a", answer)), tokenizer)
+    assert rendered.whole == [whole]
+    row = Row(talk(("u", "q"), ("a", answer)), (answer,), "row 1")
+    if whole:
+        assert make_sample(row, tokenizer, 200).num_answers == 1
+    else:
+        with pytest.raises(InputError, match="only a part of it would be learned"):
+            make_sample(row, tokenizer, 200)
+    if template == HARMONY:
+        with pytest.raises(DecoderError, match="puts control tokens into an answer"):
+            end_tokens(tokenizer)
+
+
+# As Qwen3: the last answer follows an empty thought, unless the model may think.
+THINKS = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3])
+def test_decoder_that_can_think_learns_the_answer_without_a_thought(turns):
+    tokenizer = tokenizer_with(THINKS)
+    talked = [("u", "q"), ("a", "yo")] * turns
+    rendered = render(talk(*talked), tokenizer)
+    learned = [tokenizer.decode(rendered.input_ids[first:stop]) for first, stop in rendered.answers]
+    assert learned == ["yo<|im_end|>"] * turns
+    prompt = render(talk(*talked[:-1]), tokenizer, add_generation_prompt=True)
+    assert prompt.input_ids == rendered.input_ids[: rendered.answers[-1][0]]
+
+
+def test_several_named_templates():
+    tokenizer = tokenizer_with({"default": TEMPLATE, "tool_use": HARMONY})
+    assert render(talk(("u", "q"), ("a", "yo")), tokenizer).whole == [True]
+
+
+@pytest.mark.parametrize(
+    ("template", "ends"),
+    [
+        (TEMPLATE, ["<|im_end|>"]),
+        (IN_BRACKETS, ["<|im_end|>"]),
+        # As gpt-oss, the last answer ends differently; as some, only one exchange is possible.
+        (
+            TEMPLATE.replace(
+                "<|im_end|>", "{{ '<|endoftext|>' if loop.index == 2 and not loop.last else '<|im_end|>' }}"
+            ),
+            None,
+        ),
+        ("{% if messages|length > 2 %}{{ raise_exception('one') }}{% endif %}" + TEMPLATE, ["<|im_end|>"]),
+    ],
+)
+def test_end_tokens_are_those_of_the_template(template, ends):
+    tokenizer = tokenizer_with(template)
+    tokenizer.eos_token = "<|endoftext|>"
+    found = tokenizer.convert_ids_to_tokens(end_tokens(tokenizer))
+    assert found == (ends or ["<|im_end|>", "<|endoftext|>"])
 
 
 @pytest.mark.parametrize(
@@ -237,7 +409,7 @@ def test_templates_that_cannot_be_used_say_why():
     conversation = talk(("u", A), ("u", B), ("a", "y"))
     with pytest.raises(DecoderError, match=r"no chat template.*chat_template\.jinja.*template: alpaca"):
         render(conversation, tokenizer_with(None))
-    with pytest.raises(DecoderError, match="renders the messages before message 2 differently"):
+    with pytest.raises(DecoderError, match="renders the messages before message 3 differently"):
         render(conversation, tokenizer_with(REWRITES_ALL))
     with pytest.raises(DecoderError, match="without a control token"):
         render(conversation, tokenizer_with("{% for m in messages %}{{ m['content'] }}|{% endfor %}"))

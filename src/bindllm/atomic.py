@@ -1,4 +1,7 @@
-"""Writing files so that a reader sees the old content or the new, never a part of either; checksums; tensor files."""
+"""Files: atomic writing, checksums, and reading JSON and tensors of untrusted folders.
+
+A reader sees the old content or the new, never a part of either. Only regular files are opened.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,13 @@ from typing import TYPE_CHECKING, Any
 from bindllm.errors import BindLLMError
 
 if TYPE_CHECKING:
+    from safetensors import safe_open
     from torch import Tensor
 
 # Above this many files, flushing the whole machine at once is far quicker than flushing one after the other.
 _MANY = 64
+# First bytes of the small text that git-lfs leaves in place of a large file.
+_POINTER = b"version https://git-lfs"
 
 
 def _sync(path: Path) -> None:
@@ -152,21 +158,81 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
     save_file(contiguous, path, metadata={"format": "pt"})
 
 
-def read_tensors(path: Path, sha256: str | None, failure: type[BindLLMError]) -> dict[str, Tensor]:
-    """Read a safetensors file that must have this checksum.
+@contextmanager
+def open_tensors(
+    path: Path, failure: type[BindLLMError], advice: str = "copy the whole folder"
+) -> Iterator[safe_open]:
+    """Open a safetensors file, whose tensors stay on the disk until they are read.
+
+    Args:
+        path: the file.
+        failure: the type of the errors.
+        advice: what to do about a missing or damaged file, as the end of the message.
 
     Raises:
-        BindLLMError: a ``failure``: the file is missing, damaged or another one.
+        BindLLMError: a ``failure``: the file is missing, not a regular file, cut, or not safetensors.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError, safe_open
 
-    if not path.is_file():
-        raise failure(f"{path.parent} has no {path.name}: copy the whole folder")
-    # The hash finds damage, and weights that were exchanged without their manifest.
-    if file_sha256(path) != sha256:
-        raise failure(f"{path} is not the file that its folder was written with: damaged or exchanged")
+    require_file(path, failure, advice)
     try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise failure(f"{path} cannot be read: {error}") from error
+        with safe_open(path, framework="pt") as stream:
+            yield stream
+    except (SafetensorError, OSError) as error:
+        with path.open("rb") as raw:
+            is_pointer = raw.read(len(_POINTER)) == _POINTER
+        reason = "it is a pointer of git-lfs, not the weights: run git lfs pull" if is_pointer else error
+        raise failure(f"{path}: not a readable safetensors file ({reason}); {advice}") from error
+
+
+def read_tensors(path: Path, sha256: str | None, failure: type[BindLLMError]) -> dict[str, Tensor]:
+    """Read trained tensors from a safetensors file that must have this checksum.
+
+    Raises:
+        BindLLMError: a ``failure``: the file is missing, damaged or another one, or a tensor is not finite.
+    """
+    with open_tensors(path, failure) as stream:
+        # The hash finds damage, and weights that were exchanged without their manifest.
+        if file_sha256(path) != sha256:
+            raise failure(f"{path} is not the file that its folder was written with: damaged or exchanged")
+        tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (not a dictionary)
+    if wrong := not_finite(tensors):
+        raise failure(
+            f"{path} holds weights that are not finite ({wrong}): the run that wrote it failed, or the file was "
+            "changed. Use an earlier checkpoint"
+        )
+    return tensors
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str:
+    """Return the names of the first tensors that hold infinities or NaN, or "" if there are none."""
+    # The smallest and largest value are NaN or infinite if any is, and no tensor of flags is needed.
+    wrong = [
+        name
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point() and tensor.numel() and not all(x.isfinite() for x in tensor.aminmax())
+    ]
+    return ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+
+
+def read_json(path: Path, failure: type[BindLLMError], advice: str = "copy the whole folder") -> Any:
+    """Read a JSON file of an untrusted folder; arguments as for `open_tensors`.
+
+    Raises:
+        BindLLMError: a ``failure``: the file is missing, not a regular file, not JSON, or nested too deep.
+    """
+    require_file(path, failure, advice)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    # Deep nesting exceeds the stack.
+    except (OSError, ValueError, RecursionError) as error:
+        raise failure(f"{path} cannot be read as JSON ({error}); {advice}") from error
+
+
+def require_file(path: Path, failure: type[BindLLMError], advice: str) -> None:
+    """Refuse a missing file, and anything else of its name: reading a FIFO or a device could wait forever."""
+    if not path.is_file():
+        problem = (
+            "is not a regular file" if path.exists() else f"is missing: {path.parent} has no {path.name}"
+        )
+        raise failure(f"{path} {problem}; {advice}")

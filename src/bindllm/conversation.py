@@ -12,6 +12,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, get_args
 
 from bindllm.errors import DecoderError, InputError, did_you_mean
@@ -24,6 +25,8 @@ Role = Literal["system", "user", "assistant"]
 
 # Invisible and without width: a text with it looks unchanged but spells no control token.
 WORD_JOINER = "\u2060"
+# How tokens of SentencePiece and of byte-level tokenizers write a leading space.
+_SPACES = "\u2581\u0120"
 NO_MEDIA = -1
 INPUT_HEADER = "\n\n### Input:\n"
 """Separates instruction and input in one user message, in the public Alpaca texts."""
@@ -110,11 +113,17 @@ class Rendered:
         media_index: the media group that the token listens to, or -1 everywhere without media, [T].
         answers: first token and token after the last of each answer to learn: the text of an assistant message and
             the token that ends it.
+        whole: whether the tokens of each answer hold all its text. A template may put control tokens into an answer,
+            or change its text.
+        starts: the first character of each token in the rendered text, never decreasing, [T]. The tokens of one
+            character share their start.
     """
 
     input_ids: list[int]
     media_index: list[int]
     answers: list[tuple[int, int]]
+    whole: list[bool]
+    starts: list[int]
 
     @property
     def supervised(self) -> list[bool]:
@@ -134,7 +143,9 @@ def render(
 ) -> Rendered:
     """Turn a conversation into tokens with the chat template of the tokenizer.
 
-    A token that crosses a boundary between messages belongs to the side of its first character.
+    The tokens before an answer are exactly those of its generation prompt, so that training and generation agree. If
+    the tokenizer would join the end of the header with the first letters of the answer, the text is split there. Any
+    other token that crosses a boundary between messages belongs to the side of its first character.
 
     Args:
         conversation: its texts are kept unchanged.
@@ -144,7 +155,8 @@ def render(
             message: refuse it, or escape it with an invisible word joiner after its first character.
 
     Raises:
-        DecoderError: no offsets, no chat template, or a template whose text cannot be mapped to messages.
+        DecoderError: no offsets, no chat template, or a template whose text cannot be mapped to messages, or whose
+            headers the tokenizer can only join with an answer.
         InputError: a text that spells a control token, or a conversation that the template refuses.
 
     Examples:
@@ -154,37 +166,60 @@ def render(
     check_tokenizer(tokenizer)
     messages = conversation.messages
     _check_roles(messages, add_generation_prompt=add_generation_prompt)
-    # How to read this: messages -> text -> tokens with their offsets -> the boundaries of messages as tokens.
-    control = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    escape = control_text == "escape"
+    # How to read this: messages -> text -> starts of answers in it -> tokens -> media index and answers as tokens.
+    control, escape = control_tokens(tokenizer), control_text == "escape"
     turns = [{"role": m.role, "content": _guard(m.text, control, escape=escape)} for m in messages]
+    _check_normalized(turns, tokenizer)
     text = _apply_template(tokenizer, turns, header=add_generation_prompt)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, starts = encoded["input_ids"], _token_starts(encoded["offset_mapping"])
-
-    def first_token(position: int | None) -> int | None:
-        """Return the first token that starts at a position of the text or after it."""
-        return None if position is None else bisect_left(starts, position)
-
     answer_starts = _answer_starts(tokenizer, turns, text, control)
-    answers = []
+    ids, starts = _tokens(tokenizer, text, answer_starts.values())
+    answers, whole, control_ids = {}, [], set(control.values())
+    for turn, start in answer_starts.items():
+        first = bisect_left(starts, _found(start, turn, tokenizer))
+        answers[turn] = first, _answer_end(ids, first, control_ids)
+        # Some templates change the white space of an answer, which its meaning does not depend on.
+        learned = text[start : starts[answers[turn][1] - 1]]
+        whole.append("".join(learned.split()).endswith("".join(turns[turn]["content"].split())))
     media_index = [0 if conversation.media_groups else NO_MEDIA] * len(ids)
-    group, answer_end, control_ids = -1, None, set(control.values())
-    for turn, message in enumerate(messages):
-        if message.media:
-            group += 1
-            # Everything before the first group belongs to it already. Some templates (Qwen3) render an answer
-            # differently once it is no longer the last one; then the next message starts after its end token.
-            if group > 0:
-                first = first_token(_prefix_length(tokenizer, turns[:turn], text))
-                first = _found(answer_end if first is None else first, turn, tokenizer)
-                media_index[first:] = [group] * (len(ids) - first)
-        answer_end = None
-        if message.role == "assistant":
-            first = _found(first_token(answer_starts[turn]), turn, tokenizer)
-            answer_end = _answer_end(ids, first, control_ids)
-            answers.append((first, answer_end))
-    return Rendered(ids, media_index, answers)
+    # Everything before the first group belongs to it already.
+    for group, turn in [*enumerate(turn for turn, message in enumerate(messages) if message.media)][1:]:
+        start = _prefix_length(tokenizer, turns[:turn], text)
+        # Some templates (Qwen3) render an answer differently once it is no longer the last one; then the next message
+        # starts after its end token.
+        after = answers.get(turn - 1, (0, None))[1]
+        first = _found(after, turn, tokenizer) if start is None else bisect_left(starts, start)
+        media_index[first:] = [group] * (len(ids) - first)
+    return Rendered(ids, media_index, [*answers.values()], whole, starts)
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Return the control tokens of a tokenizer, such as ``<|im_end|>``, with their ids."""
+    return {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
+def end_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the control tokens with which the chat template ends an answer; several if the last answer differs.
+
+    Raises:
+        DecoderError: the template cannot be used: an answer has no end, or its tokens are not its whole text.
+    """
+    exchange, ends = (Message("user", "?"), Message("assistant", "!")), []
+    for turns in (exchange, exchange * 2):
+        try:
+            rendered = render(Conversation(turns), tokenizer)
+        except (InputError, DecoderError) as error:
+            # Some templates allow a single exchange only.
+            if ends:
+                break
+            raise DecoderError(str(error)) from error
+        if not all(rendered.whole):
+            raise DecoderError(
+                f"the chat template of {tokenizer.name_or_path!r} puts control tokens into an answer or changes its "
+                "text, so the model would learn only a part of it; use a template that writes an answer as it is, "
+                "followed by its end token"
+            )
+        ends += [rendered.input_ids[stop - 1] for _, stop in rendered.answers]
+    return list(dict.fromkeys(ends))
 
 
 def _check_unicode(text: str) -> None:
@@ -233,7 +268,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, num_embeddings: int) ->
     # A short conversation shows which control tokens the template uses.
     exchange = Conversation((Message("user", "?"), Message("assistant", "!")))
     used = {tokenizer.pad_token_id, tokenizer.eos_token_id, *render(exchange, tokenizer).input_ids}
-    control = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    control = set(control_tokens(tokenizer).values())
     # Texts may use every ordinary token, but no control token.
     beyond = sorted((i, token) for token, i in words.items() if i in used or i not in control)
     if beyond:
@@ -257,23 +292,44 @@ def _check_roles(messages: Sequence[Message], *, add_generation_prompt: bool) ->
 def _guard(text: str, control: dict[str, int], *, escape: bool) -> str:
     """Keep a text from opening or closing messages."""
     for token in control:
-        if token in text:
-            if not escape:
+        while token in text:
+            # A token of one character cannot be taken apart.
+            if not escape or len(token) == 1:
                 raise InputError(
-                    f"a message spells the control token {token!r} of the decoder; remove it, or render it "
-                    "with control_text='escape'"
+                    f"a message spells the control token {token!r} of the decoder; remove it"
+                    + (", or render it with control_text='escape'" if len(token) > 1 else "")
                 )
             # Inside the token, so that the tokenizer does not recognize it.
             text = text.replace(token, token[0] + WORD_JOINER + token[1:])
     return text
 
 
-def _apply_template(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], *, header: bool) -> str:
+def _check_normalized(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse texts that spell a control token in other letters, such as wide ones."""
+    # Only some tokenizers look control tokens up in the normalized text.
+    tokens = tokenizer.added_tokens_decoder
+    normalized = {i for i, token in tokens.items() if token.special and token.normalized}
+    for turn in turns if normalized else ():
+        if spelled := normalized.intersection(
+            tokenizer(turn["content"], add_special_tokens=False)["input_ids"]
+        ):
+            raise InputError(
+                f"a message spells the control token {tokens[min(spelled)].content!r} of the decoder in other letters; "
+                "remove it"
+            )
+
+
+def _apply_template(
+    tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], *, header: bool, thinks: bool = False
+) -> str:
     # jinja2 comes with every tokenizer that has a template; imported here to keep `import bindllm` instant.
     from jinja2 import TemplateError
 
     try:
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=header)
+        # Families that can think aloud (Qwen3) write an empty thought in front of an answer if they must not.
+        return tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=header, enable_thinking=thinks
+        )
     except TemplateError as error:
         roles = ", ".join(turn["role"] for turn in turns)
         raise InputError(
@@ -285,9 +341,17 @@ def _prefix_length(
     tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], text: str, *, header: bool = False
 ) -> int | None:
     """Return where the first messages (and the header of an answer) end in the text; None if it starts otherwise."""
+    # Only the last answer may have an empty thought in front; the header of earlier ones is that of a thinking model.
+    for thinks in (False, True) if header and _can_think(tokenizer) else (False,):
+        prefix = _apply_template(tokenizer, turns, header=header, thinks=thinks)
+        if text.startswith(prefix):
+            return len(prefix)
     # Templates that rewrite earlier messages start differently; the position is unknown then.
-    prefix = _apply_template(tokenizer, turns, header=header)
-    return len(prefix) if text.startswith(prefix) else None
+    return None
+
+
+def _can_think(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return "enable_thinking" in tokenizer.get_chat_template()
 
 
 def _answer_starts(
@@ -307,19 +371,65 @@ def _answer_starts(
             # A header at the very end is the generation prompt.
             ends = [end for end in ends if end < len(text)]
             if len(ends) == len(answers) - 1:
-                return starts | dict(zip(answers[1:], ends, strict=True))
-    return starts | {turn: _prefix_length(tokenizer, turns[:turn], text, header=True) for turn in answers[1:]}
+                starts |= dict(zip(answers[1:], ends, strict=True))
+                # The header of the last answer may differ, see `_prefix_length`.
+                answers = answers[-1:] if _can_think(tokenizer) else []
+    others = [turn for turn in answers if turn not in starts or turn == answers[-1]]
+    return starts | {turn: _prefix_length(tokenizer, turns[:turn], text, header=True) for turn in others}
 
 
-def _found(token: int | None, turn: int, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the first token of a message, or raise if it was not found."""
-    if token is None:
+def _tokens(
+    tokenizer: PreTrainedTokenizerBase, text: str, boundaries: Iterable[int | None]
+) -> tuple[list[int], list[int]]:
+    """Return the ids of a text and the first character of each; no token crosses a boundary."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    starts = _token_starts(offsets)
+    # The last token that starts before a boundary is the only one that can cross it.
+    before = {position: bisect_left(starts, position) - 1 for position in boundaries if position is not None}
+    crossed = sorted(p for p, token in before.items() if token >= 0 and offsets[token][1] > p)
+    if crossed:
+        ids, starts = [], []
+        for start, stop in pairwise([0, *crossed, len(text)]):
+            found, offsets = _continuation(tokenizer, text[start:stop], at_start=start == 0)
+            ids += found
+            # Piece by piece: offsets may exclude the space that a header ends in.
+            starts += [start + first for first in _token_starts(offsets)]
+    return ids, starts
+
+
+def _continuation(
+    tokenizer: PreTrainedTokenizerBase, text: str, *, at_start: bool
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Return the ids and offsets of a text that follows another one, or starts the input.
+
+    Raises:
+        InputError: the tokenizer puts a space before every piece of text.
+    """
+    # Some tokenizers put a space before a text; most of them not after a control token.
+    leads = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special and not t.rstrip]
+    for lead in ("", *leads[:1]):
+        encoded = tokenizer(lead + text, add_special_tokens=False, return_offsets_mapping=True)
+        skip = len(lead) > 0
+        ids, offsets = encoded["input_ids"][skip:], encoded["offset_mapping"][skip:]
+        added = tokenizer.convert_ids_to_tokens(ids[0])[0] in _SPACES and not text[0].isspace()
+        if at_start or not added:
+            return ids, [(first - len(lead), last - len(lead)) for first, last in offsets]
+    raise InputError(
+        f"the tokenizer {tokenizer.name_or_path!r} joins the header of an answer with the first letters of the answer "
+        f"({text[:10]!r}), and cannot write them apart; use a chat template whose headers do not end in a space"
+    )
+
+
+def _found(position: int | None, turn: int, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the start of a message, or raise if it was not found."""
+    if position is None:
         raise DecoderError(
             f"the chat template of {tokenizer.name_or_path!r} renders the messages before message {turn + 1} "
             "differently once it follows, so tokens cannot be mapped to messages; use a template that does not "
             "rewrite earlier messages"
         )
-    return token
+    return position
 
 
 def _token_starts(offsets: list[tuple[int, int]]) -> list[int]:

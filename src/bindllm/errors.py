@@ -121,6 +121,17 @@ def printable(text: str) -> str:
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
+def printable_lines(text: str) -> str:
+    r"""Return a text of several lines as it may be shown on a terminal, see `printable`.
+
+    Examples:
+        >>> print(printable_lines("red\x1b[31m\nblue"))
+        red?[31m
+        blue
+    """
+    return "\n".join(printable(line) for line in text.split("\n"))
+
+
 def known_asset(path: str | Path, *, root: Path = Path(".")) -> str | None:
     """Return the name of the quickstart asset whose folder is, or contains, ``path``.
 

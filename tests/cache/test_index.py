@@ -241,13 +241,32 @@ def test_a_missing_faiss_is_reported_with_its_extra(tmp_path, monkeypatch):
             ask()
 
 
-@pytest.mark.parametrize("factory", ["IVF4,PQ8x4fs", "IDMap,Flat", "LSH"])
-def test_a_kind_that_cannot_give_its_vectors_back_does_not_replace_an_index(tmp_path, factory):
-    store = image_store(tmp_path / "store", 300)
-    before = held(VectorIndex.build(tmp_path / "index", store))
-    with pytest.raises((StoreError, InputError), match="cannot (reconstruct its vectors|build)"):
-        VectorIndex.build(tmp_path / "index", store, factory=factory)
-    assert held(VectorIndex.open(tmp_path / "index")) == before
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        ("IVF4,PQ8x4fs", "'IVF4,PQ8x4fs' .*cannot reconstruct its vectors"),
+        ("OPQ8,IVF4,PQ8x4fs", "cannot reconstruct its vectors"),
+        ("IVF4,RaBitQfs", "cannot reconstruct its vectors"),
+        ("IDMap,Flat", "cannot reconstruct its vectors"),
+        ("HNSW8_PQ8", "another metric"),
+        ("LSH", "cannot build"),
+    ],
+)
+def test_a_kind_that_a_cache_cannot_use_is_refused_before_any_work(tmp_path, monkeypatch, factory, message):
+    monkeypatch.setattr(factories, "train", lambda *_: pytest.fail("trained"))
+    with pytest.raises(InputError, match=message):
+        VectorIndex.build(tmp_path / "index", image_store(tmp_path / "store", 20), factory=factory)
+    assert not (tmp_path / "index").exists()
+
+
+def test_threads_may_load_faiss_at_once(tmp_path, monkeypatch):
+    """Its import takes a second, and `sys.modules` has half of the module meanwhile."""
+    (tmp_path / "faiss.py").write_text("import time\ntime.sleep(0.2)\nIndexFlatIP = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "faiss")
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: factories.load_faiss().IndexFlatIP, range(8)))
+    assert found == [1] * 8
 
 
 # ---- Single Faiss files
@@ -282,10 +301,14 @@ def test_bare_files_of_another_metric_without_vectors_or_that_cannot_give_them_b
         VectorIndex.open_bare(tmp_path / "nowhere.index", FINGERPRINT)
     mapped = faiss.IndexIDMap(faiss.IndexFlatIP(SIZE))
     mapped.add_with_ids(vectors(1, 2).numpy(), np.array([5, 6]))
+    fast_scan = faiss.index_factory(SIZE, "IVF1,PQ2x4fs", faiss.METRIC_INNER_PRODUCT)
+    fast_scan.train(vectors(*range(20)).numpy())
+    fast_scan.add(vectors(1, 2).numpy())
     for index, message in (
-        (faiss.IndexFlatL2(SIZE), " is an?.* another metric"),
-        (faiss.IndexFlatIP(SIZE), " is an?.* empty index"),
-        (mapped, ": .*IndexIDMap cannot reconstruct its vectors"),
+        (faiss.IndexFlatL2(SIZE), ": .*another metric"),
+        (faiss.IndexFlatIP(SIZE), " is an empty index"),
+        (mapped, ": .*IndexIDMap.* cannot reconstruct its vectors"),
+        (fast_scan, ": .*IndexIVFPQFastScan.* cannot reconstruct its vectors"),
     ):
         faiss.write_index(index, str(tmp_path / "a.index"))
         with pytest.raises(StoreError, match=rf"a\.index{message}"):
@@ -299,4 +322,3 @@ def test_the_vectors_of_a_bare_file_have_no_keys(tmp_path):
     bare = VectorIndex.open_bare(tmp_path / "knn.index", FINGERPRINT)
     assert bare.keys(np.array([0, -1])) == [None, None]
     assert (bare.info.fingerprint, bare.info.count, bare.info.embedding_size) == (FINGERPRINT, SIZE, SIZE)
-    assert bare.open_store() is None

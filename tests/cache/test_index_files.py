@@ -89,6 +89,7 @@ def test_a_large_index_is_hashed_on_request_and_before_a_change(built, store, mo
         ({"store": "../store"}, f"{MANIFEST} is damaged"),
         ({"store": {"path": "a", "digest": "b", "chosen": 1}}, f"{MANIFEST} is damaged"),
         ({"search": "nprobe=3"}, "index.json asks for a search.*nprobe"),
+        ({"search": f"nprobe={'9' * 400}"}, "index.json asks for a search.*up to 1,048,576"),
         ({"search": None}, f"{MANIFEST} is damaged"),
         ({"fingerprint": "../../elsewhere"}, "is not the fingerprint of an encoder"),
         ({"file": "../secret/vectors-0123456789abcdef.faiss"}, "is not the name of an index file"),
@@ -105,6 +106,24 @@ def test_a_changed_manifest_is_named(built, change, message):
         VectorIndex.open(built)
 
 
+@pytest.mark.parametrize("ending", [".faiss", ".keys", MANIFEST])
+@pytest.mark.parametrize("kind", ["fifo", "device"])
+def test_only_regular_files_are_opened(built, ending, kind):
+    """Opening a FIFO waits forever, and a device has no end."""
+    file = next(file for file in built.iterdir() if file.name.endswith(ending))
+    facts = manifest_of(built)
+    file.unlink()
+    if kind == "fifo":
+        os.mkfifo(file)
+    else:
+        file.symlink_to("/dev/zero")
+    if ending == ".faiss":
+        # A FIFO and a device have the size 0.
+        (built / MANIFEST).write_text(json.dumps({**facts, "num_bytes": 0}))
+    with pytest.raises(StoreError, match="is not the file|not a regular file"):
+        VectorIndex.open(built)
+
+
 def test_missing_files_are_named(built):
     file = built / manifest_of(built)["file"]
     file.with_suffix(".keys").unlink()
@@ -114,9 +133,10 @@ def test_missing_files_are_named(built):
     with pytest.raises(StoreError, match=f"has no {file.name}"):
         VectorIndex.open(built)
     short = {name: value for name, value in manifest_of(built).items() if name != "search"}
-    for content in (b"\xff{", b"", b"{}", b"[1]", b'{"format": 3', json.dumps(short).encode()):
+    damaged = [b"\xff{", b"", b"{}", b"[1]", b'{"format": 3', b'{"format": Infinity}', b"[" * 10**6]
+    for content in (*damaged, json.dumps(short).encode()):
         (built / MANIFEST).write_bytes(content)
-        with pytest.raises(StoreError, match="damaged"):
+        with pytest.raises(StoreError, match="damaged|cannot be read as JSON"):
             VectorIndex.open(built)
     (built / MANIFEST).unlink()
     with pytest.raises(StoreError, match="not the folder of an index"):

@@ -133,7 +133,7 @@ def test_the_same_recipe_gives_the_same_bytes(work):
     recipe = radar_recipe(radar_table(work / "radar"))
     found = []
     for _ in range(2):
-        assert run_align(recipe) == 0
+        assert run_align(recipe, "--overwrite") == 0
         found.append(
             [
                 Path("checkpoints/taught", name).read_bytes()
@@ -152,8 +152,11 @@ def test_without_held_out_pairs_it_says_so(texts, capsys):
 
 def test_an_encoder_is_replaced_and_other_content_is_not(texts, capsys):
     assert run_align(align_recipe(texts)) == 0
-    assert "in place of" not in capsys.readouterr().out
-    assert run_align(align_recipe(texts), "--model.head.depth", "1") == 0
+    assert run_align(align_recipe(texts), "--trainer.fast_dev_run", "true") == 0
+    assert "nothing was saved" in capsys.readouterr().out
+    assert run_align(align_recipe(texts), "--model.head.depth", "1") == 1
+    assert "--overwrite" in capsys.readouterr().err
+    assert run_align(align_recipe(texts), "--model.head.depth", "1", "--overwrite") == 0
     assert "replaced an earlier one" in capsys.readouterr().out
     assert json.loads(Path("checkpoints/taught/align.json").read_text())["head"]["depth"] == 1
     Path("mine").mkdir()
@@ -166,9 +169,40 @@ def test_an_encoder_is_replaced_and_other_content_is_not(texts, capsys):
 def test_a_run_that_fails_leaves_the_earlier_encoder(texts):
     assert run_align(align_recipe(texts)) == 0
     before = Path("checkpoints/taught/head.safetensors").read_bytes()
-    assert run_align(align_recipe(texts), "--model.optim.lr", "1e30", "--model.optim.warmup", "0") == 1
+    assert (
+        run_align(align_recipe(texts), "--model.optim.lr", "1e30", "--model.optim.warmup", "0", "--overwrite")
+        == 1
+    )
     assert Path("checkpoints/taught/head.safetensors").read_bytes() == before
     assert [path.name for path in Path("checkpoints").iterdir()] == ["taught"]
+
+
+@pytest.mark.parametrize(
+    ("trainer", "told"),
+    [
+        ({"max_epochs": 0}, "no step would be taken"),
+        ({"accumulate_grad_batches": -1}, "accumulate_grad_batches is -1"),
+        (
+            {"callbacks": [{"class_path": "EarlyStopping", "init_args": {"monitor": "val_recal"}}]},
+            "'val_recall'?",
+        ),
+        ({"callbacks": ["EMAWeightAveraging"]}, "EMAWeightAveraging of Lightning"),
+        ({"callbacks": ["bindllm.training.callbacks.AverageWeights"]}, "has no effect in align"),
+        ({"logger": {"class_path": "WandbLogger"}}, "wandb"),
+    ],
+)
+def test_a_trainer_that_cannot_work_is_refused(trainer, told, texts, capsys):
+    recipe = align_recipe(texts)
+    recipe["trainer"] = {**recipe.get("trainer", {}), **trainer}
+    assert run_align(recipe) == 1
+    assert told in " ".join(capsys.readouterr().err.split())
+    assert not Path("checkpoints").exists()
+
+
+def test_a_head_without_a_gradient_ends_the_run(texts, monkeypatch, capsys):
+    monkeypatch.setattr("bindllm.training.align.module.contrastive_loss", lambda media, *_: (media * 0).sum())
+    assert run_align(align_recipe(texts)) == 1
+    assert "exactly zero in all" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -4,15 +4,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from bindllm.cache.index import VectorIndex
 from bindllm.cli import main
+from bindllm.data.report import SourceReport
 from bindllm.errors import MediaError
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.checkpoint import name_cache
 from bindllm.model.decoder import DecoderConfig
+from bindllm.training.preflight import Problems, check_sources
 from cache_parts import filled_store, save_tiny_model, write_images
-from tiny import ColorEncoder
+from tiny import ColorEncoder, save_tiny_decoder
 from tiny_run import run, tiny_parts, tiny_recipe
 
 
@@ -71,16 +74,34 @@ def test_all_problems_are_named_at_once(parts, capsys):
     assert "11 problems" in told
 
 
-def test_a_decoder_that_cannot_be_hooked_is_found_without_its_weights(parts, tmp_path, capsys):
-    config = json.loads((parts / "decoder" / "config.json").read_text())
-    folder = tmp_path / "other"
-    folder.mkdir()
-    for file in (parts / "decoder").iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    gpt = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": config["vocab_size"]}
-    (folder / "config.json").write_text(json.dumps(gpt))
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [("gptj", "has no `layers` list"), ("stablelm", "does not pass keywords to its attention")],
+)
+def test_a_decoder_that_cannot_be_injected_is_found_without_its_weights(
+    parts, tmp_path, capsys, family, words
+):
+    folder = save_tiny_decoder(tmp_path / family, family)
+    recipe = tiny_recipe(parts)
+    assert run("check", recipe, "--model.decoder.name", str(folder), "--model.inject.kind", "value") == 1
+    told = capsys.readouterr().out
+    assert words in told
+    assert "1 problem\n" in told
+
+
+@pytest.mark.parametrize("content", [None, b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:0"])
+def test_a_decoder_without_all_its_weights_is_a_problem(parts, tmp_path, capsys, content):
+    folder = save_tiny_decoder(tmp_path / "decoder")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    if content is not None:
+        (folder / "model.safetensors").write_bytes(content)
     assert run("check", tiny_recipe(parts), "--model.decoder.name", str(folder)) == 1
-    assert "1 problem\n" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert (
+        "no weights for lm_head.weight" if content is None else "model.safetensors: not a readable"
+    ) in told
 
 
 def test_an_unknown_group_to_train_is_found_without_weights(parts, capsys):
@@ -135,6 +156,15 @@ def test_sources_without_training_rows_are_a_problem(parts, capsys):
     source = {"path": str(parts / "pictures"), "split": "test"}
     assert run("check", tiny_recipe(parts, data={"sources": [source]})) == 1
     assert "no row to train on" in capsys.readouterr().out
+
+
+def test_faults_of_rows_that_are_used_are_named_and_of_a_whole_source_are_problems():
+    report = SourceReport("rows.jsonl", warning="33 of 40 rows share media; set split_by: row")
+    report.remarks.add("a caption with control characters, removed", "line 1")
+    problems, said = Problems(), []
+    check_sources([({"train": []}, report)], None, None, 128, problems, said.append)
+    assert "  note: 1 x a caption with control characters, removed (line 1)" in said
+    assert problems == ["rows.jsonl: 33 of 40 rows share media; set split_by: row"]
 
 
 def test_rows_that_are_left_out_are_counted_with_examples(tmp_path, parts, capsys):
@@ -331,3 +361,21 @@ def test_the_folder_of_an_encoder_is_told_from_a_checkpoint(tmp_path, capsys):
     (tmp_path / "encoder" / "config.json").write_text("{}")
     assert main(["check", "--folder", "encoder"]) == 1
     assert "has no bindllm.json" in capsys.readouterr().out
+
+
+def test_escape_sequences_in_names_of_untrusted_files_are_not_printed(parts, capfd):
+    """A name in a table, of a source that cannot be read, and of a folder in an error."""
+    evil = "a\x1b]0;owned\x07"
+    folder = Path("set")
+    folder.mkdir()
+    rows = [{"image": f"{evil}.png", "caption": "red"}, {"image": "b.png", "caption": 7}]
+    folder.joinpath("captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder.joinpath(f"{evil}.png").write_text("no image")
+    for source in ("set", evil):
+        assert run("check", tiny_recipe(parts, data={"sources": [{"path": source}]})) == 1
+        assert run("fit", tiny_recipe(parts, data={"sources": [{"path": source}]})) == 1
+    assert main(["generate", evil, "Hello"]) == 1
+    assert main(["report", evil]) == 1
+    told = "".join(capfd.readouterr())
+    assert "owned" in told
+    assert not {"\x1b", "\x07"} & set(told)

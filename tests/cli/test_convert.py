@@ -261,7 +261,7 @@ def test_damaged_missing_and_strange_files(tmp_path, capsys):
         (tmp_path / f"{number}.pth").write_bytes(content)
         refused(tmp_path / f"{number}.pth", f"{number}.pth")
     (tmp_path / "x.safetensors").write_bytes(b"\xff" * 64)
-    refused(tmp_path / "x.safetensors", "cannot be read")
+    refused(tmp_path / "x.safetensors", "not a readable safetensors file")
     refused(tmp_path / "nowhere.pth", "does not exist")
     refused(tmp_path, "is a folder")
     refused(save(tmp_path / "list.pth", [1, 2]), "holds a list")

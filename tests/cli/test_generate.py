@@ -11,8 +11,8 @@ import pytest
 
 from bindllm import VisualCache
 from bindllm.cache.folder import IndexInfo, StoreState
-from bindllm.cache.neighbors import image_names
 from bindllm.cache.settings import CacheSettings
+from bindllm.cache.visual_cache import image_names
 from bindllm.cli import main
 from bindllm.cli.generate import MediaOptions
 from bindllm.cli.options import encoder_folder

@@ -202,7 +202,7 @@ def test_what_cannot_be_is_refused_and_leaves_nothing(project, capsys, line, cod
 
 
 def test_a_mistake_is_told_ahead_of_the_pictures_and_so_is_a_missing_faiss(project, capsys, monkeypatch):
-    monkeypatch.setattr("bindllm.cache.images.embed_images", lambda *_: pytest.fail("embedded"))
+    monkeypatch.setattr("bindllm.cache.build.embed_images", lambda *_: pytest.fail("embedded"))
     line = ("caches/a", *BY_CLASS, "--images", "pictures")
     assert "cannot build an index 'Flatt'" in run(capsys, *line, "--factory", "Flatt", code=1)
     monkeypatch.setitem(sys.modules, "faiss", None)

@@ -1,4 +1,4 @@
-import subprocess
+import multiprocessing
 import sys
 from pathlib import Path
 
@@ -7,6 +7,7 @@ import pytest
 from bindllm.errors import InputError
 from bindllm.training.run import lock_run, open_run, run_folder
 
+OUTPUT = Path("nothing")
 RECIPE = "model:\n  lr: 1\n  name: a\n"
 
 
@@ -21,7 +22,7 @@ def test_the_folder_is_named_after_the_output(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run_folder("checkpoints/mine/") == Path("runs/mine")
     (tmp_path / "photos").mkdir()
-    assert run_folder("photos") == Path("runs/photos")
+    assert run_folder("photos").name.startswith("photos-")
     (tmp_path / "photos" / "a.png").write_text("")
     with pytest.raises(InputError, match="other content"):
         run_folder("photos")
@@ -37,14 +38,14 @@ def test_a_run_does_not_replace_what_it_starts_from(tmp_path, monkeypatch):
 def test_the_same_recipe_goes_on_and_leftovers_of_a_kill_are_removed(tmp_path, capsys):
     folder = interrupted(tmp_path / "run")
     (folder / ".last.ckpt.0123.part").write_text("half")
-    open_run(folder, RECIPE)
+    open_run(folder, RECIPE, OUTPUT)
     assert "resuming" in capsys.readouterr().out
     assert sorted(file.name for file in folder.iterdir()) == ["last.ckpt", "recipe.yaml"]
 
 
 def test_another_recipe_starts_afresh_keeps_the_old_run_and_names_the_change(tmp_path, capsys):
     folder = interrupted(tmp_path / "run")
-    open_run(folder, RECIPE.replace("1", "2"))
+    open_run(folder, RECIPE.replace("1", "2"), OUTPUT)
     told = capsys.readouterr().out
     assert "model.lr: 1 -> 2" in told
     assert "model.name" not in told
@@ -54,53 +55,76 @@ def test_another_recipe_starts_afresh_keeps_the_old_run_and_names_the_change(tmp
 
 def test_asked_to_start_afresh_it_does(tmp_path):
     folder = interrupted(tmp_path / "run")
-    open_run(folder, RECIPE, resume=False)
+    open_run(folder, RECIPE, OUTPUT, resume=False)
     assert not (folder / "last.ckpt").exists()
     assert (tmp_path / "run.previous" / "last.ckpt").exists()
 
 
-def test_a_run_without_a_state_never_takes_the_place_of_one_with_it(tmp_path):
-    interrupted(tmp_path / "run")
-    open_run(tmp_path / "run", "other: 1\n")
-    open_run(tmp_path / "run", "other: 2\n")
-    assert (tmp_path / "run.previous" / "last.ckpt").read_text() == RECIPE
+def test_interrupted_runs_are_never_deleted_and_their_own_commands_resume_them(tmp_path):
+    folder = interrupted(tmp_path / "run")
+    others = ["model: 1\n", "model: 2\n", "model: 3\n"]
+    for other in others:
+        open_run(folder, other, OUTPUT)
+        (folder / "last.ckpt").write_text(other)
+    for recipe in (RECIPE, *others):
+        open_run(folder, recipe, OUTPUT)
+        assert (folder / "last.ckpt").read_text() == recipe
+    assert len([*tmp_path.glob("run*/last.ckpt")]) == 4
+
+
+def test_outputs_of_one_name_have_runs_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert len({run_folder(f"{parent}/stage1") for parent in ("a", "b", "checkpoints", ".")}) == 4
+    assert run_folder("a/stage1") == run_folder("./a/stage1/") == run_folder(tmp_path / "a/stage1")
+
+
+def test_keys_that_do_not_change_the_result_may_differ(tmp_path, capsys):
+    folder = interrupted(tmp_path / "run", "output: a/x\nsave_every_seconds: 60.0\n")
+    open_run(folder, "output: ./a/x/\nsave_every_seconds: 5.0\n", OUTPUT)
+    assert "resuming" in capsys.readouterr().out
 
 
 def test_a_state_without_its_recipe_is_set_aside(tmp_path):
     folder = interrupted(tmp_path / "run")
     (folder / "recipe.yaml").unlink()
-    open_run(folder, RECIPE)
+    open_run(folder, RECIPE, OUTPUT)
     assert not (folder / "last.ckpt").exists()
 
 
 def test_a_second_run_is_kept_out_while_the_first_goes_on(tmp_path):
     folder = tmp_path / "runs" / "x"
-    code = (
-        "import sys; from pathlib import Path; from bindllm.training.run import lock_run\n"
-        f"with lock_run(Path({str(folder)!r})): print('in')"
-    )
 
-    def second() -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    def second() -> int:
+        process = multiprocessing.get_context("fork").Process(target=enter)
+        process.start()
+        process.join(60)
+        return process.exitcode
+
+    def enter() -> None:
+        try:
+            with lock_run(folder):
+                sys.exit(0)
+        except InputError as error:
+            sys.exit(7 if "another run is using" in str(error) else 8)
 
     with lock_run(folder):
-        assert "another run is using" in second().stderr
-    assert second().stdout == "in\n"
+        assert second() == 7
+    assert second() == 0
 
 
 @pytest.mark.parametrize("key", ["devices", "num_nodes"])
 def test_another_number_of_processes_alone_is_no_reason_to_start_afresh(key, tmp_path):
     folder = interrupted(tmp_path / "run", f"trainer:\n  {key}: 2\n")
-    with pytest.raises(InputError, match=rf"trainer\.{key}: 2 -> 4.*--resume false"):
-        open_run(folder, f"trainer:\n  {key}: 4\n")
+    with pytest.raises(InputError, match=rf"trainer\.{key}: 2 -> 4.*--output"):
+        open_run(folder, f"trainer:\n  {key}: 4\n", OUTPUT)
     assert (folder / "last.ckpt").exists()
     with pytest.raises(InputError, match="another number of processes"):
-        open_run(folder, f"trainer:\n  {key}: 4\n  strategy: ddp\n")
-    open_run(folder, f"trainer:\n  {key}: 4\n", resume=False)
+        open_run(folder, f"trainer:\n  {key}: 4\n  strategy: ddp\n", OUTPUT)
+    open_run(folder, f"trainer:\n  {key}: 4\n", OUTPUT, resume=False)
     assert (tmp_path / "run.previous" / "last.ckpt").exists()
 
 
 def test_another_strategy_alone_starts_afresh(tmp_path):
     folder = interrupted(tmp_path / "run", "trainer:\n  devices: 2\n  strategy: ddp\n")
-    open_run(folder, "trainer:\n  devices: 2\n  strategy: other\n")
+    open_run(folder, "trainer:\n  devices: 2\n  strategy: other\n", OUTPUT)
     assert (tmp_path / "run.previous" / "last.ckpt").exists()

@@ -334,7 +334,7 @@ def test_a_base_that_is_no_llama_is_refused(tmp_path, base):
     with pytest.raises(CheckpointError, match="of type 'qwen2'"):
         convert(published("pretrain"), tmp_path / "m", other)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match=r"no readable config\.json"):
+    with pytest.raises(CheckpointError, match=r"has no config\.json; give the Hugging Face folder"):
         convert(published("pretrain"), tmp_path / "m", str(tmp_path / "empty"))
     copy = shutil.copytree(base, tmp_path / "copy")
     config = (copy / "config.json").read_text()

@@ -7,8 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from bindllm.convert.pointbind import convert_pointbind, find_variant, imagebind_part, rename_pointbind
-from bindllm.encoders.pointbind.blocks import fold_norms
-from bindllm.encoders.pointbind.loading import build_network
+from bindllm.encoders.pointbind.networks import build_network, fold_norms
 from bindllm.errors import CheckpointError
 from goldens import keys
 

@@ -27,13 +27,15 @@ def dataset():
             "image": datasets.Image(),
             "sounds": datasets.List(datasets.Audio()),
             "label": datasets.ClassLabel(names=["cat", "dog"]),
+            "labels": datasets.List(datasets.ClassLabel(names=["red", "blue"])),
             "messages": datasets.List(
                 {"role": datasets.Value("string"), "content": datasets.Value("string")}
             ),
         }
     )
     rows = [
-        {"image": PICTURE, "sounds": [PICTURE], "label": label, "messages": MESSAGES} for label in (1, 0, -1)
+        {"image": PICTURE, "sounds": [PICTURE], "label": label, "labels": [1, -1], "messages": MESSAGES}
+        for label in (1, 0, -1)
     ]
     table = pa.Table.from_pylist(rows, schema=features.arrow_schema)
     return datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
@@ -42,9 +44,9 @@ def dataset():
 def test_rows_are_what_is_stored_and_classes_are_named(tmp_path, dataset):
     dataset.save_to_disk(tmp_path / "d")
     assert is_table(tmp_path / "d")
+    stored = {"image": PICTURE, "sounds": [PICTURE], "labels": ["blue", None], "messages": MESSAGES}
     assert records(tmp_path / "d", ("image",)) == [
-        (f"d row {n}", {"image": PICTURE, "sounds": [PICTURE], "label": label, "messages": MESSAGES})
-        for n, label in enumerate(("dog", "cat", None), start=1)
+        (f"d row {n}", {**stored, "label": label}) for n, label in enumerate(("dog", "cat", None), start=1)
     ]
 
 

@@ -54,6 +54,8 @@ def test_the_table_names_what_was_cut_and_skipped():
     pictures.count([row([A, "?"])])
     report = DataReport(sources=[talks, pictures], rows={"train": 1, "test": 1}, truncated=3, text_only=2)
     report.skipped.add("empty answer", "talks row 7")
+    pictures.remarks.add("media next to the row that it does not use (.wav)", "0.tar sample 1 (a)")
+    pictures.warning = "40 of 50 rows share media"
     assert report.modalities == {"audio", "image"}
     console = Console(width=120)
     with console.capture() as capture:
@@ -66,5 +68,7 @@ def test_the_table_names_what_was_cut_and_skipped():
         "rows cut to max_length 3",
         "rows without media 2",
         "skipped: 1 x empty answer (talks row 7)",
+        "note: 1 x media next to the row that it does not use (.wav) (0.tar sample 1 (a))",
+        "warning: pictures: 40 of 50 rows share media",
     ):
         assert line in told

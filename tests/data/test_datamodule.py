@@ -72,7 +72,7 @@ def test_report_counts_everything(folder):
     # Of 17 files one is empty and one is a copy.
     assert (report.encoded, report.reused) == (15, 1)
     assert (report.truncated, report.text_only, report.shared_media) == (1, 0, 1)
-    assert report.sources[0].control_characters == 1
+    assert report.sources[0].remarks.counts == {"a caption with control characters, removed": 1}
     assert report.supervised_tokens == sum(sample.num_supervised for sample in data.samples("train"))
     assert list(report.skipped.counts.values()) == [1, 1, 1]
     lines = "\n".join(report.skipped.lines())

@@ -143,7 +143,10 @@ def test_media_of_vqa(read):
     record = {"question": "Which?", "answer": "red"}
     assert names(read("vqa", {**record, "audio": "bark.wav"}, modality="audio")) == ["bark.wav"]
     assert names(read("vqa", {**record, "image": ["a.png", "b.png"]})) == ["a.png", "b.png"]
-    for nothing in ({}, {"image": None}, {"image": {"bytes": None, "path": None}}):
+    for nothing in (
+        {},
+        *({"image": value} for value in (None, "", float("nan"), {"bytes": None, "path": None})),
+    ):
         with pytest.raises(InputError, match="no path to the image file"):
             read("vqa", {**record, **nothing})
 
@@ -228,6 +231,25 @@ def test_options_in_columns_called_like_their_letters(read):
 
 
 @pytest.mark.parametrize(
+    "options",
+    [
+        {"A": "Two", "B": "One", "C": "", "D": "Three"},
+        {"choices": ["Two", "One", None, "Three", ""]},
+        {"choices": {"text": ["Two", "One", "", "Three"], "label": ["1", "2", "3", "4"]}},
+        {"choices": '{"text": ["Two", "One", "", "Three"], "label": ["1", "2", "3", "4"]}'},
+    ],
+)
+def test_an_empty_option_leaves_the_letters_of_the_others(read, options):
+    parsed = read("choice", {"question": "How many?", **options, "answer": "Three"})
+    assert said(parsed) == ["Question: How many?\nOptions: (A) Two (B) One (D) Three", "The answer is (D)."]
+    assert parsed.options == ("Two", "One", "", "Three")
+    by_index = {"question": "How many?", **options, "answer": "4" if "label" in str(options) else 3}
+    assert read("choice", by_index).references == ("The answer is (D).",)
+    with pytest.raises(InputError, match="the answer is none of the choices"):
+        read("choice", {**by_index, "answer": "C"})
+
+
+@pytest.mark.parametrize(
     ("change", "reason"),
     [
         ({"answer": 3}, "the answer is none of the choices"),
@@ -240,7 +262,7 @@ def test_options_in_columns_called_like_their_letters(read):
         ({"choices": ["B", "A"], "answer": "A"}, "the answer can be read as more than one of the choices"),
         ({"choices": ["only"], "answer": 0}, "1 choices; expected 2 to 26"),
         ({"choices": [f"{n}" for n in range(27)]}, "27 choices; expected 2 to 26"),
-        ({"choices": ["a", ""], "answer": 0}, "an empty choice"),
+        ({"choices": ["a", ""], "answer": 0}, "1 choices; expected 2 to 26 that are not empty"),
         ({"choices": "a|b"}, "the choices are not a list"),
         ({"choices": 7}, "the choices are not a list"),
         ({"choices": {"text": ["a", "b"], "label": ["1"]}}, "1 labels for 2 choices"),

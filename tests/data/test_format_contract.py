@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 
-from bindllm.data.formats import FORMATS, read_row, skip
+from bindllm.data.formats import FORMATS, read_row
 from bindllm.data.formats.columns import looks_like
 from bindllm.data.formats.media import FolderResolver
 from bindllm.data.report import Skipped
@@ -57,7 +57,7 @@ def reason(format: Format, record: dict, place) -> str:
     with pytest.raises(InputError) as caught:
         parse(format, record, place)
     skipped = Skipped()
-    skip(caught.value, "row", skipped)
+    skipped.add_error(caught.value, "row")
     (counted,) = skipped.counts
     return counted
 

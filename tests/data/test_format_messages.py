@@ -207,6 +207,10 @@ def test_turns_after_the_last_answer_are_skipped_with_their_media(read):
         ),
         ([user(image("gone.png")), ANSWER], "no such image file: gone.png"),
         (
+            [user(image("file://host/a.png")), ANSWER],
+            "a file: URL of another machine as image file: file://host",
+        ),
+        (
             [user({"type": "input_audio", "input_audio": {"data": "gone.wav"}}), ANSWER],
             "no such audio file: gone.wav",
         ),

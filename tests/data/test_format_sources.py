@@ -1,14 +1,18 @@
 """Sources of every format but captions: tables, splits, limits and reports."""
 
 import json
+import os
+import re
 from hashlib import sha256
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from bindllm.data.formats.media import FolderResolver
 from bindllm.data.source_config import Columns, SourceConfig
 from bindllm.data.sources import hashed_split, read_source
+from bindllm.embeddings.store import EmbeddingStore
 from bindllm.errors import InputError
 
 
@@ -65,6 +69,135 @@ def test_an_image_is_in_the_same_split_whatever_the_format(folder):
     assert splits(write(folder / "captions.jsonl", captions), "caption", held_out=0.5) == {
         split: [name for name in names if int(name) <= 60] for split, names in found.items()
     }
+
+
+def test_every_spelling_of_a_path_has_one_key_and_one_split(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    (folder / "images").mkdir()
+    (folder / "images/a b.png").write_bytes(b"picture")
+    (folder / "link").symlink_to(folder / "images")
+    (folder / "link.png").symlink_to(folder / "images/a b.png")
+    absolute = str(folder / "images/a b.png")
+    spellings = ["images/a b.png", "./images/a b.png", "images//a b.png", "link/../images/a b.png", absolute]
+    spellings += [
+        f"file://{absolute.replace(' ', '%20')}",
+        "file:images/a%20b.png",
+        "link/a b.png",
+        "link.png",
+    ]
+    rows = [asked(0, image=name, caption=f"{n}") for n, name in enumerate(spellings)]
+    store = EmbeddingStore(folder / "store", "0" * 64, 2)
+    # The same from a table that is named by a relative path, and through a link to its folder.
+    (folder.parent / "elsewhere").symlink_to(folder)
+    write(folder / "x.jsonl", rows)
+    for path in ("x.jsonl", str(folder / "x.jsonl"), str(folder.parent / "elsewhere/x.jsonl")):
+        config = SourceConfig(path, "vqa")
+        found = read_source(config)[0].values()
+        media = [row.media[0] for part in found for row in part]
+        assert {FolderResolver.of(config).key(one) for one in media} == {"images/a b.png"}
+        assert sorted(map(len, found)) == [0, 0, len(spellings)]
+        assert len({store.key_of(one) for one in media}) == 1
+        # Captions of one image are joined.
+        joined = [row for part in read_source(SourceConfig(path))[0].values() for row in part]
+        assert {len(row.references) for row in joined} == {len(spellings)}
+
+
+def test_rows_may_be_kept_inside_their_folder(folder):
+    (folder / "qa").mkdir()
+    (folder / "qa/in.png").write_bytes(b"inside")
+    (folder / "qa/link.png").symlink_to(folder / "0.png")
+    names = [
+        "in.png",
+        "../qa/in.png",
+        str(folder / "qa/in.png"),
+        "../0.png",
+        "link.png",
+        str(folder / "0.png"),
+    ]
+    names.append(f"file://{folder}/0.png")
+    path = write(folder / "qa/x.jsonl", [asked(0, image=name) for name in names])
+    assert sum(map(len, splits(path).values())) == len(names)
+    inside = [name for names in splits(path, allow_outside=False).values() for name in names]
+    assert sorted(inside) == ["1", "2", "3"]
+    _, report = read_source(SourceConfig(path, "vqa", allow_outside=False))
+    assert report.skipped.counts == {"image file outside the folder of the source": 4}
+    assert sum(map(len, splits(path, allow_outside=False, media=str(folder)).values())) == 3
+
+
+def test_rows_over_a_pool_of_media_are_reported_and_may_be_split_one_by_one(folder):
+    pool = [asked(n, image=[f"{n % 9}.png", f"{(n * 5 + 1) % 9}.png"], question=f"{n}?") for n in range(40)]
+    rows, report = read_source(SourceConfig(write(folder / "x.jsonl", pool), "vqa", held_out=0.4))
+    assert sorted(map(len, rows.values()))[-1] >= 30
+    assert re.match(r"\d\d of 40 rows share media, .* set split_by: row", report.warning)
+    rows, report = read_source(
+        SourceConfig(write(folder / "x.jsonl", pool), "vqa", held_out=0.4, split_by="row")
+    )
+    assert report.warning == ""
+    assert [15 <= len(rows["train"]) <= 33, *map(bool, rows.values())] == [True] * 4
+    # Rows of separate images, or with a split of their own, need no report.
+    apart = [asked(n, question=f"{k}?") for n in range(10) for k in range(12)]
+    for those in (apart, [{**row, "split": "train"} for row in pool]):
+        assert read_source(SourceConfig(write(folder / "y.jsonl", those), "vqa"))[1].warning == ""
+
+
+TEXTS = ["None", "NA", "nan", "null", "0", "N/A", "true", "-"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "json", "jsonl", "parquet", "arrow"])
+def test_texts_that_look_like_nothing_are_texts_in_every_table(folder, kind):
+    columns = ("question", "answer", "instruction", "output", "caption", "type", "A", "B")
+    rows = [{"image": "0.png", **dict.fromkeys(columns, text), "B": "b"} for text in TEXTS]
+    path = folder / f"x.{kind}"
+    if kind in ("csv", "tsv"):
+        mark = {"csv": ",", "tsv": "\t"}[kind]
+        path.write_text("\n".join(mark.join(line) for line in [rows[0], *(row.values() for row in rows)]))
+    elif kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif kind == "arrow":
+        pytest.importorskip("datasets").Dataset.from_list(rows).save_to_disk(str(path := folder / "set"))
+    else:
+        write(path, rows)
+    options = {"split": "train", "media": str(folder), "columns": Columns(split=None)}
+    for format in ("vqa", "alpaca", "caption", "choice"):
+        found, report = read_source(SourceConfig(str(path), format, **options))
+        answers = [row.conversation.messages[-1].text for row in found["train"]]
+        assert answers == (["The answer is (A)."] * len(TEXTS) if format == "choice" else TEXTS)
+        assert [row.type for row in found["train"]] == TEXTS
+        assert report.skipped.total == 0
+    assert [
+        row.options[0] for row in read_source(SourceConfig(str(path), "choice", **options))[0]["train"]
+    ] == TEXTS
+
+
+def test_pipes_and_devices_are_not_read(folder):
+    os.mkfifo(folder / "pipe.jsonl")
+    (folder / "zero.csv").symlink_to("/dev/zero")
+    for name in ("pipe.jsonl", "zero.csv"):
+        for format in ("vqa", "caption"):
+            with pytest.raises(InputError, match="not a regular file"):
+                read_source(SourceConfig(str(folder / name), format))
+    os.mkfifo(folder / "pipe.png")
+    (folder / "zero.png").symlink_to("/dev/zero")
+    path = write(folder / "x.jsonl", [asked(0), asked(0, image="pipe.png"), asked(0, image="zero.png")])
+    assert read_source(SourceConfig(path, "vqa"))[1].skipped.counts == {"no such image file": 2}
+    os.mkfifo(folder / "0.txt")
+    (folder / "1.txt").write_text("red")
+    rows, report = read_source(SourceConfig(str(folder)))
+    assert [row.media[0].name for part in rows.values() for row in part] == [str(folder / "1.png")]
+    assert report.skipped.counts == {"no text file of the same name": 59}
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.jsonl", "x.csv"])
+def test_json_that_is_nested_too_deep_costs_its_row_or_its_file(folder, name):
+    deep = "[" * 1_000_000
+    row = {"question": "?", "choices": ["a", "b"], "answer": 0, "conversations": 0}
+    if name == "x.csv":
+        (folder / name).write_text(f"question,choices,answer,conversations\n?,{deep},0,{deep}\n")
+    else:
+        (folder / name).write_text(("[" if name == "x.json" else "") + json.dumps(row)[:-2] + deep)
+    for format in ("choice", "llava", "vqa", "caption"):
+        with pytest.raises(InputError, match=r"not valid JSON|not a list|hold a list|no column|has no row"):
+            read_source(SourceConfig(str(folder / name), format))
 
 
 def test_rows_that_share_media_share_a_split_through_others_too(folder):

@@ -6,6 +6,7 @@ import pytest
 
 from bindllm.conversation import Conversation, Message
 from bindllm.data.formats import read_row
+from bindllm.data.formats.columns import SPELLED
 from bindllm.data.messages import RecordMedia, RowError, Verbatim, answered, parse_messages
 from bindllm.data.source_config import SourceConfig
 from bindllm.data.sources import read_source
@@ -101,9 +102,23 @@ def test_an_option_that_spells_a_placeholder_stays_text():
         ({"image": "", "images": '["a", "b"]'}, ["a", "b"]),
     ],
 )
-def test_a_column_and_its_plural_are_both_used(record, images):
-    row = read("vqa", {"question": "Which?", "answer": "red", **record})
+@pytest.mark.parametrize("format", ["vqa", "caption"])
+def test_a_column_and_its_plural_are_both_used(format, record, images):
+    row = read(format, {"question": "Which?", "answer": "red", "caption": "red", **record})
     assert [media.source for media in row.media] == images
+
+
+def test_a_table_of_captions_follows_the_rules_of_all_formats(tmp_path):
+    for name in "ab":
+        (tmp_path / name).write_bytes(b"x")
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"image": "a", "images": ["b"], "caption": ["red", "blue"], "audio": "b"}))
+    config = SourceConfig(str(path), prompt="<image> next to <image>?", split="train")
+    rows, report = read_source(config)
+    said = [shown(row.conversation.messages) for row in rows["train"]]
+    question = f"[{tmp_path / 'a'}]next to [{tmp_path / 'b'}]?"
+    assert said == [[question, "red"], [question, "blue"]]
+    assert report.remarks.counts == {"media of other modalities than the source's, not used (audio)": 2}
 
 
 def test_rows_that_only_mention_a_placeholder_are_kept_and_counted(tmp_path):
@@ -113,8 +128,12 @@ def test_rows_that_only_mention_a_placeholder_are_kept_and_counted(tmp_path):
     path.write_text(json.dumps([{"conversations": turns}, {"conversations": other}]))
     rows, report = read_source(SourceConfig(str(path), "llava", split="train"))
     assert rows["train"][0].conversation.messages[0].text == "Write <video> and <image>"
-    assert (report.skipped.total, report.text_only, report.spelled) == (0, 2, 1)
-    assert "1 rows with a placeholder such as <image> but no media for it, kept as text" in report.counted
+    assert (report.skipped.total, report.text_only) == (0, 2)
+    assert report.remarks.counts == {SPELLED: 1}
+    # A misspelled media column shows in the same way, in streamed rows too.
+    record = {"conversations": turns, "img": "cat.jpg"}
+    sample = TarSample("0.tar", "cat", 0, {"json": json.dumps(record).encode()})
+    assert read_sample(sample, SourceConfig("0.tar", "llava"), 0).remarks == (SPELLED,)
 
 
 def test_requests_that_end_with_a_question_are_parsed_too():

@@ -4,15 +4,9 @@ import os
 import pytest
 from PIL import Image
 
-from bindllm.data.report import SourceReport
-from bindllm.data.sources import (
-    Columns,
-    SourceConfig,
-    clean_caption,
-    hashed_split,
-    read_captions,
-    read_source,
-)
+from bindllm.data.formats.questions import clean_caption
+from bindllm.data.source_config import Columns, SourceConfig
+from bindllm.data.sources import hashed_split, read_source
 from bindllm.errors import InputError
 from tiny import color_images
 
@@ -31,8 +25,17 @@ def write_rows(folder, *rows: dict, name: str = "captions.jsonl"):
 
 
 def captions_of(folder) -> dict[str, list[str]]:
-    report = SourceReport(str(folder))
-    return {picture.key: list(picture.captions) for picture in read_captions(folder, report, Columns())}
+    return all_captions(folder)[0]
+
+
+def all_captions(folder):
+    """The captions of each image by its path in the folder, and the report."""
+    rows, report = read_source(SourceConfig(str(folder)))
+    found = {}
+    for row in [row for part in rows.values() for row in part]:
+        root = folder if folder.is_dir() else folder.parent
+        found.setdefault(os.path.relpath(row.media[0].source, root), []).append(row.references)
+    return {key: list(same[0]) for key, same in found.items()}, report
 
 
 def test_rows_become_conversations_with_prompt_answer_and_references(folder):
@@ -77,12 +80,8 @@ def test_folder_of_images_with_text_files(folder):
     (folder / "deep" / "x.txt").write_text("a dog")
     (folder / "b.txt").write_text(" \n")
     (folder / "c.txt").write_bytes(b"\xff")
-    report = SourceReport(str(folder))
-    pictures = read_captions(folder, report, Columns())
-    assert {p.key: list(p.captions) for p in pictures} == {
-        "a.png": ["a cat", "one cat"],
-        "deep/x.JPG": ["a dog"],
-    }
+    captions, report = all_captions(folder)
+    assert captions == {"a.png": ["a cat", "one cat"], "deep/x.JPG": ["a dog"]}
     assert report.skipped.counts == {
         "empty caption": 1,
         "not UTF-8 text": 1,
@@ -119,7 +118,7 @@ def test_bad_rows_are_counted_with_reasons_and_examples(folder):
     assert report.skipped.counts == {
         "no such image file": 3,
         "no path to the image file": 2,
-        "no caption": 2,
+        "nothing in column 'caption'": 2,
         "the caption is not a text": 1,
         "empty caption": 1,
         "same image and caption as an earlier row": 1,
@@ -184,7 +183,7 @@ def test_captions_with_control_characters_are_counted(folder):
     write_rows(folder, {"image": "a.png", "caption": ["a\x07b", "c"], "split": "train"})
     rows, report = read_source(SourceConfig(str(folder)))
     assert rows["train"][0].references == ("ab", "c")
-    assert report.control_characters == 1
+    assert report.remarks.counts == {"a caption with control characters, removed": 1}
 
 
 def test_hashed_split_is_stable_and_has_the_right_shares():
@@ -252,6 +251,6 @@ def test_text_file_without_permission_is_reported(folder):
     (folder / "a.txt").write_text("x")
     (folder / "b.txt").write_text("y")
     (folder / "a.txt").chmod(0)
-    report = SourceReport(str(folder))
-    assert [picture.key for picture in read_captions(folder, report, Columns())] == ["b.png"]
+    captions, report = all_captions(folder)
+    assert list(captions) == ["b.png"]
     assert report.skipped.counts["the text file cannot be read (Permission denied)"] == 1

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from bindllm.data.source_config import SourceConfig
-from bindllm.data.stream.chunks import BAD_SHARD
-from bindllm.data.stream.embed import CANNOT_EMBED
+from bindllm.data.stream.chunks import BAD_SHARD, CANNOT_EMBED
 from bindllm.data.stream.loader import StreamOptions, check_streams, stream_loader
 from bindllm.errors import EncoderError, InputError
 from bindllm.media import Media
@@ -188,6 +187,7 @@ def test_what_cannot_be_used_is_counted_with_its_name(tmp_path):
     members[0] = ("00200.png", b"")
     members[5] = ("00201.json", b"{")
     members += [
+        ("00203.wav", b"unused"),
         ("held.png", image_bytes("red", 2)),
         ("held.json", b'{"caption": "held out", "split": "test"}'),
     ]
@@ -209,6 +209,10 @@ def test_what_cannot_be_used_is_counted_with_its_name(tmp_path):
     assert f"({shard} sample 1 (00200): <0 bytes>: the file is empty" in lines
     assert f"({shard} sample 2 (00201)" in lines
     assert BAD_SHARD in lines
+    notes = [line for line in report.lines() if line.startswith("  note:")]
+    assert [line.split(" (")[0] for line in notes] == [
+        "  note: 3 x media next to the row that it does not use"
+    ]
 
 
 def test_every_sample_that_was_read_is_accounted_for_after_a_resume_too(shards):
@@ -322,6 +326,7 @@ def source(path, **options):
 
 def test_what_cannot_be_streamed_together_is_refused(shards, tmp_path):
     stream, own = str(shards), str(write_shards(tmp_path, [3]))
+    (tmp_path / "link.tar").symlink_to(tmp_path / "000.tar")
     check_streams([source(stream), source(stream.replace("{000..004}", "{000..004}"))])
     check_streams([source(stream), source(own, split="test", limit=3), source("a.jsonl", split="validation")])
     for sources, message in (
@@ -334,6 +339,10 @@ def test_what_cannot_be_streamed_together_is_refused(shards, tmp_path):
         ),
         (
             [source(stream), source(os.path.relpath(stream), split="validation", limit=3)],
+            "is held out by .* and trained on by",
+        ),
+        (
+            [source(own), source(str(tmp_path / "link.tar"), split="validation", limit=3)],
             "is held out by .* and trained on by",
         ),
         ([source(str(tmp_path / "none.tar"))], "names no shard that exists"),

@@ -56,6 +56,20 @@ def test_other_formats_take_media_from_the_members():
     assert text.media == ()
 
 
+def test_media_that_a_row_does_not_use_are_named():
+    asked = {"instruction": "Which?", "output": "red"}
+    members = {"left_jpg": b"L", "right_jpg": b"R", "wav": b"W", "cls": b"1"}
+
+    def remarks(**record):
+        found = row(sample(**members, json=json.dumps({**asked, **record}).encode()), format="alpaca")
+        return found.media, found.remarks
+
+    unused = "media next to the row that it does not use (.right.jpg, .wav)"
+    assert remarks(image="cat.left.jpg") == ((Media.image(b"L"),), (unused,))
+    every = {"images": ["left.jpg", "right.jpg"], "audio": "cat.wav"}
+    assert remarks(**every) == ((Media.image(b"L"), Media.image(b"R"), Media.audio(b"W")), ())
+
+
 def test_a_split_that_a_sample_names_is_reported():
     config = SourceConfig("0.tar")
     assert read_row(sample(jpg=b"J", json=b'{"caption": "x", "split": "test"}'), config, 0).split == "test"
@@ -104,7 +118,14 @@ def test_media_that_cannot_be_resolved(members, modality, value, message):
 @pytest.mark.parametrize(
     ("one", "message"),
     [
-        (sample(jpg=b"J"), "neither a member .json nor .txt"),
+        (sample(jpg=b"J"), "media without a row, a member .json or .txt of the same name: .jpg"),
+        (sample(jpg=b"J", json=b" {} "), "the member .json is empty"),
+        (sample(v2_1_jpg=b"J", v2_1_json=b"{}"), "a dot in the name of a sample, .*: .v2.1.jpg, .v2.1.json"),
+        (
+            sample(heic=b"J", txt=b"x"),
+            r"no member that is its image, only other endings than \.bmp, .*: .heic",
+        ),
+        (sample(jpg=b"J", json=b"[" * 1_000_000), "not valid JSON"),
         (sample(jpg=b"J", json=b"{"), "not valid JSON"),
         (sample(jpg=b"J", json=b"[" * 100_000), "not valid JSON"),
         (sample(jpg=b"J", json=b"[1]"), "not a JSON object"),

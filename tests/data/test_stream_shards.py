@@ -1,7 +1,9 @@
 """Which shards a pattern names, what a shard holds, and what becomes of damaged ones."""
 
 import http.server
+import io
 import json
+import os
 import tarfile
 import threading
 from typing import ClassVar
@@ -132,13 +134,83 @@ def test_what_is_no_tar_file(tmp_path, content):
         list(read_shard(str(tmp_path / "1.tar")))
 
 
-def test_a_header_that_claims_too_much_is_no_reason_to_take_all_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr("bindllm.data.stream.shards.MAX_MEMBER_BYTES", 100)
-    shard = write_shard(tmp_path / "0.tar", [("a.jpg", b"x" * 101), ("b.jpg", b"y" * 100)])
-    a, b = read_shard(str(shard))
-    assert a.members == {}
-    assert a.problem.startswith("a member of more than")
-    assert len(b.members["jpg"]) == 100
+def test_members_of_a_sample_may_be_anywhere_in_a_file(tmp_path):
+    rows = [(f"{n}.json", b"{%d}" % n) for n in range(3)]
+    images = [(f"{n}.jpg", b"J%d" % n) for n in (2, 0, 1)]
+    shard = str(write_shard(tmp_path / "0.tar", [*rows, *images]))
+    whole = [{"json": b"{%d}" % n, "jpg": b"J%d" % n} for n in range(3)]
+    assert [(sample.key, sample.members) for sample in read_shard(shard)] == list(
+        zip("012", whole, strict=True)
+    )
+    assert [sample.number for sample in read_shard(shard, skip=1)] == [1, 2]
+    # Shards that were joined use their keys twice.
+    joined = [member for _ in range(2) for n in (0, 1) for member in (rows[n], (f"{n}.jpg", b"J%d" % n))]
+    found = list(read_shard(str(write_shard(tmp_path / "1.tar", joined))))
+    assert [(sample.key, sample.members) for sample in found] == list(zip("0101", whole[:2] * 2, strict=True))
+    # Without an order, every sample of a damaged shard may lack members.
+    (tmp_path / "0.tar").write_bytes((tmp_path / "0.tar").read_bytes()[: 5 * 1024 + 100])
+    with pytest.raises(ShardError, match="damaged after 0 samples"):
+        list(read_shard(shard))
+
+
+def test_a_link_is_not_taken_for_the_file(tmp_path):
+    (tmp_path / "0.jpg").write_bytes(b"J")
+    (tmp_path / "0.json").write_bytes(b"{}")
+    (tmp_path / "1.jpg").hardlink_to(tmp_path / "0.jpg")
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name in ("0.jpg", "0.json", "1.jpg"):
+            tar.add(tmp_path / name, name)
+    first, second = read_shard(str(tmp_path / "0.tar"))
+    assert (first.problem, second.problem[:28]) == ("", "its member .jpg is a link or")
+
+
+def test_a_sample_has_a_limit_for_all_of_its_members(tmp_path, monkeypatch):
+    monkeypatch.setattr("bindllm.data.stream.shards.MAX_SAMPLE_BYTES", 110)
+    members = [("a.jpg", b"x" * 101), ("b.jpg", b"y" * 60), ("b.png", b"y" * 60), ("c.jpg", b"y" * 100)]
+    a, b, c = read_shard(str(write_shard(tmp_path / "0.tar", [*members, ("a.png", b"x")])))
+    assert a.problem == b.problem == "a sample of more than 0 MiB"
+    assert (c.problem, len(c.members["jpg"])) == ("", 100)
+
+
+def header(kind: bytes, length: int, **pax) -> bytes:
+    """A header without its content; with ``pax``, after a pax header."""
+    entry = tarfile.TarInfo("x.jpg")
+    entry.type, entry.size, entry.pax_headers = kind, length, pax
+    return entry.tobuf(tarfile.PAX_FORMAT if pax else tarfile.GNU_FORMAT)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (header(tarfile.GNUTYPE_LONGNAME, 1 << 40), "an extended header of 1,099,511,627,776 bytes"),
+        (header(tarfile.XHDTYPE, 1 << 30), "an extended header of 1,073,741,824 bytes"),
+        (header(tarfile.XGLTYPE, 1 << 30), "an extended header of"),
+        (header(tarfile.GNUTYPE_SPARSE, 0), "is sparse"),
+        (header(tarfile.REGTYPE, 512, **{"GNU.sparse.map": "0,1,9999999999,1"}), "is sparse"),
+        (header(tarfile.REGTYPE, 0, **{"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}), "is sparse"),
+        (header(tarfile.REGTYPE, 0, size="-1024"), "a member of -1,024 bytes"),
+        (header(tarfile.REGTYPE, 0, size=str(1 << 80)), "a member of 1,208,925,.* bytes"),
+        # Each long name belongs to the next header, so tarfile reads them inside each other.
+        ((header(tarfile.GNUTYPE_LONGNAME, 1) + b"a".ljust(512, b"\0")) * 2000, "damaged"),
+    ],
+)
+def test_headers_cannot_take_all_memory(tmp_path, content, problem):
+    shard = write_shard(tmp_path / "0.tar", [("a.jpg", b"J"), ("b.jpg", b"K")])
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:2048] + content + whole[2048:])
+    seen = []
+    with pytest.raises(ShardError, match=problem):
+        seen += [sample.key for sample in read_shard(str(shard))]
+    with pytest.raises(ShardError, match=problem):
+        seen += list(remote._read_url("0.tar", io.BytesIO(shard.read_bytes()), 0))
+
+
+def test_a_pipe_or_a_device_is_not_a_shard(tmp_path):
+    os.mkfifo(tmp_path / "0.tar")
+    (tmp_path / "1.tar").symlink_to("/dev/zero")
+    for name in ("0.tar", "1.tar"):
+        with pytest.raises(ShardError, match="cannot be opened .not a regular file"):
+            next(read_shard(str(tmp_path / name)))
 
 
 class Server(http.server.BaseHTTPRequestHandler):
@@ -201,6 +273,22 @@ def test_a_connection_that_breaks_is_taken_up_again(server, tmp_path, ranges):
     half = len(behaviour.files["/one.tar"]) // 2
     assert behaviour.asked == [("/one.tar", None), ("/one.tar", f"bytes={half}-")]
     assert json.loads(fetched[0].members["json"])["key"] == "00000"
+
+
+def test_a_server_must_send_sorted_shards(server, tmp_path):
+    address, behaviour = server
+    rows, images = [(f"{n}.txt", b"t") for n in range(3)], [(f"{n}.jpg", b"J") for n in range(3)]
+    behaviour.files["/apart.tar"] = write_shard(tmp_path / "apart.tar", [*images, *rows]).read_bytes()
+    found = []
+    with pytest.raises(
+        ShardError, match=r"apart\.tar: not sorted, the members of 0 do not follow.*--sort=name"
+    ):
+        for sample in read_shard(f"{address}/apart.tar"):
+            found.append(sample.key)
+    assert found == ["0", "1"]
+    joined = [member for _ in range(2) for pair in zip(rows, images, strict=True) for member in pair]
+    behaviour.files["/joined.tar"] = write_shard(tmp_path / "joined.tar", joined).read_bytes()
+    assert [sample.key for sample in read_shard(f"{address}/joined.tar")] == list("012012")
 
 
 def test_a_busy_server_is_asked_again_and_a_missing_shard_is_not(server):

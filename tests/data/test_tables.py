@@ -102,6 +102,18 @@ def test_missing_column_gets_the_closest_known_one(write, name, content):
         read(write(name, content))
 
 
+@pytest.mark.parametrize("kind", ["csv", "tsv", "parquet"])
+def test_two_columns_of_one_name_are_refused(tmp_path, kind):
+    path = tmp_path / f"t.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_arrays([["a"], ["b"], ["c"]], ["image", "caption", "caption"]), path)
+    else:
+        mark = {"csv": ",", "tsv": "\t"}[kind]
+        path.write_text("image,caption, caption\na,b,c\n".replace(",", mark))
+    with pytest.raises(InputError, match="several columns are called 'caption'; rename all but one"):
+        read(path)
+
+
 def test_missing_column_of_parquet(tmp_path):
     pq.write_table(pa.table({"image": ["a"], "text": ["b"]}), tmp_path / "t.parquet")
     with pytest.raises(InputError, match="no column 'caption'. Known: image, text"):

@@ -98,3 +98,18 @@ def test_text_only_conversation_has_no_media(tokenizer):
 def test_conversation_without_answer_is_refused(tokenizer):
     with pytest.raises(InputError, match="no answer"):
         tokenize(Conversation((Message("user", [A, "Hi"]),)), tokenizer, 100)
+
+
+@pytest.mark.parametrize(
+    ("max_length", "answer"), [(29, "a日é<|im_end|>"), (27, "a日<|im_end|>"), (24, "a<|im_end|>")]
+)
+def test_cut_answer_ends_at_a_character(tokenizer, max_length, answer):
+    # Tokens of the answer: a 1, 日 3, é 2, its end 1.
+    conversation = Conversation((*ONE.messages[:1], Message("assistant", "a日é")))
+    for length in range(max_length - 1, max_length + 1) if max_length > 24 else (23, 24, 25):
+        sample = tokenize(conversation, tokenizer, length)
+        text = learnt(sample, tokenizer)
+        assert "\ufffd" not in text
+        assert text.endswith("<|im_end|>")
+        assert len(sample.input_ids) <= length
+    assert learnt(tokenize(conversation, tokenizer, max_length), tokenizer) == answer

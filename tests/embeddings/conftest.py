@@ -3,6 +3,13 @@
 import pytest
 
 from bindllm import Media
+from bindllm.embeddings import store
+
+
+@pytest.fixture(autouse=True)
+def settled(monkeypatch) -> None:
+    """Trust the time of change of files that a test has just written."""
+    monkeypatch.setattr(store, "SETTLED_NS", 0)
 
 
 @pytest.fixture
@@ -11,9 +18,9 @@ def hashed(monkeypatch) -> list[str]:
     names: list[str] = []
     original = Media.content_hash
 
-    def counted(media: Media) -> str:
+    def counted(media: Media, *stream) -> str:
         names.append(media.name)
-        return original(media)
+        return original(media, *stream)
 
     monkeypatch.setattr(Media, "content_hash", counted)
     return names

@@ -6,7 +6,7 @@ import torch
 from bindllm import Media
 from bindllm.embeddings import embedder as embedder_module
 from bindllm.embeddings.embedder import Embedder, Work, embed_groups
-from bindllm.errors import InputError, MediaError
+from bindllm.errors import EncoderError, InputError, MediaError
 from store_parts import CountingEncoder, expected, image_bytes, write_images
 
 
@@ -101,6 +101,59 @@ def test_names_of_the_caller_stand_in_errors():
     with Embedder([Broken()]) as embedder, pytest.raises(RuntimeError) as caught:
         list(embedder.embed(works))
     assert caught.value.__notes__ == ["while embedding shard 7 sample 0, shard 7 sample 1"]
+
+
+class Picky(CountingEncoder):
+    """Cannot embed batches with one of the images, or batches above some size."""
+
+    def __init__(self, bad: Media | None = None, fitting: int = 100) -> None:
+        super().__init__()
+        self.bad, self.fitting = None if bad is None else super().prepare(bad), fitting
+
+    def embed(self, modality, inputs):
+        if len(inputs) > self.fitting or any(
+            torch.equal(item, self.bad) for item in inputs if self.bad is not None
+        ):
+            raise RuntimeError("index out of range")
+        return super().embed(modality, inputs)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+@pytest.mark.parametrize("position", [1, 4])
+def test_media_that_the_encoder_cannot_embed_are_named_and_the_others_embedded(
+    tmp_path, batch_size, position
+):
+    media = write_images(tmp_path, 5)
+    bad = media[position]
+    with Embedder([Picky(bad)], batch_size=batch_size) as embedder:
+        results = embedder.embed_in_order(media)
+    problem = f"{bad.name}: the encoder cannot embed it (RuntimeError: index out of range)"
+    assert [result.error for result in results] == [problem if item is bad else "" for item in media]
+    good = [result.embedding for result in results if not result.error]
+    torch.testing.assert_close(torch.stack(good), expected([item for item in media if item is not bad]))
+    with pytest.raises(MediaError, match=f"00{position}.png: the encoder cannot embed it"):
+        embed_groups([media], [Picky(bad)], device="cpu")
+
+
+def test_a_batch_that_is_too_large_for_the_encoder_is_embedded_one_by_one(tmp_path):
+    media = write_images(tmp_path, 3)
+    encoder = Picky(fitting=1)
+    torch.testing.assert_close(
+        embed_groups([[item] for item in media], [encoder], device="cpu"), expected(media)
+    )
+    assert encoder.batches == [1, 1, 1]
+
+
+def test_an_encoder_without_weights_is_tried_once(tmp_path):
+    class Missing(CountingEncoder):
+        def before_embed(self):
+            raise EncoderError("no weights")
+
+    encoder = Missing()
+    with Embedder([encoder]) as embedder, pytest.raises(EncoderError, match="no weights") as caught:
+        embedder.embed_in_order(media := write_images(tmp_path, 2))
+    assert caught.value.__notes__ == [f"while embedding {media[0].name}, {media[1].name}"]
+    assert encoder.batches == [2]
 
 
 def test_groups_are_fused_by_weight(tmp_path):

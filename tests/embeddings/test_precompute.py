@@ -1,8 +1,11 @@
 """Precomputing embeddings: content is embedded once, bad media are reported, memory stays bounded."""
 
 import os
+import shutil
 import threading
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +16,17 @@ from bindllm.embeddings import precompute as precompute_module
 from bindllm.embeddings.precompute import precompute_embeddings
 from bindllm.errors import InputError, StoreError
 from bindllm.parallel import Processes
-from store_parts import CountingEncoder, counts, expected, image_bytes, run, stored, write_images
+from store_parts import (
+    CLOCK_TICK,
+    CountingEncoder,
+    counts,
+    expected,
+    image_bytes,
+    run,
+    stored,
+    write_images,
+    write_settled,
+)
 from tiny import ColorEncoder
 
 
@@ -107,14 +120,28 @@ def test_an_embedding_that_is_not_finite_does_not_stop_the_run(tmp_path):
     assert report.failed == ((name, f"{name}: its embedding is not finite"),)
 
 
-def test_a_file_that_changes_while_it_is_read_is_not_stored(tmp_path):
+@pytest.mark.parametrize("change", ["written", "mv", "cp -p", "there and back"])
+def test_a_file_that_changes_while_it_is_read_is_not_stored(tmp_path, change):
+    """Also with the same size and time, and if the first file is back when the encoder has read another one."""
     media = write_images(tmp_path / "in", 3)
+    other = write_settled(tmp_path / "other.png", image_bytes(55))
 
     class Meanwhile(CountingEncoder):
         def prepare(self, item):
-            if item is media[1]:
+            if item is not media[1]:
+                return super().prepare(item)
+            time.sleep(CLOCK_TICK)
+            aside = Path(item.source).rename(tmp_path / "aside.png")
+            if change == "written":
                 item.source.write_bytes(image_bytes(55))
-            return super().prepare(item)
+            elif change == "mv":
+                other.rename(item.source)
+            else:
+                shutil.copy2(other, item.source)
+            inputs = super().prepare(item)
+            if change == "there and back":
+                aside.rename(item.source)
+            return inputs
 
     report = run(tmp_path / "store", media, Meanwhile())
     assert counts(report) == (2, 0, 0, 1)

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import time
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 from bindllm import EmbeddingStore, Media
 from bindllm.embeddings import store as store_module
 from bindllm.errors import MediaError, StoreError
-from store_parts import FINGERPRINT, SIZE, add, keys_of, open_store, texts, vectors, write_settled
+from store_parts import CLOCK_TICK, FINGERPRINT, SIZE, add, keys_of, open_store, texts, vectors, write_settled
 
 
 def test_round_trip_keeps_every_bit_in_the_order_of_the_keys(tmp_path):
@@ -129,11 +130,29 @@ def test_a_store_of_another_encoder_or_format_is_refused(tmp_path, change, messa
         open_store(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 1}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 1}', '{"format": Infinity}', "[" * 10**6])
 def test_a_damaged_description_is_refused(tmp_path, content):
     path = open_store(tmp_path).folder / "encoder.json"
     path.write_text(content)
-    with pytest.raises(StoreError, match=r"encoder.json is damaged"):
+    with pytest.raises(
+        StoreError, match=r"encoder.json (is damaged|cannot be read as JSON).*delete the file"
+    ):
+        open_store(tmp_path)
+
+
+def test_only_regular_files_are_opened(tmp_path):
+    """Opening a FIFO waits forever, and a device has no end."""
+    store = open_store(tmp_path)
+    add(store, 1)
+    fifo = store.folder / "embeddings-fifo.arrow"
+    os.mkfifo(fifo)
+    with pytest.raises(StoreError, match="not a regular file"):
+        store.keys()
+    with pytest.warns(UserWarning, match="not a regular file.*renamed"):
+        assert len(open_store(tmp_path)) == 1
+    (store.folder / "encoder.json").unlink()
+    (store.folder / "encoder.json").symlink_to("/dev/zero")
+    with pytest.raises(StoreError, match=r"encoder\.json is not a regular file"):
         open_store(tmp_path)
 
 
@@ -169,34 +188,60 @@ def test_another_modality_of_the_same_file_is_another_key(tmp_path):
     assert store.key_of(Media.depth(file)) == Media.depth(file).content_hash() != image
 
 
-@pytest.mark.parametrize("change", ["size", "time", "link"])
-def test_a_file_that_looks_different_is_hashed_again(tmp_path, change):
+@pytest.mark.parametrize("change", ["size", "time", "link", "mv", "cp -p"])
+def test_a_file_that_was_replaced_is_hashed_again(tmp_path, change):
+    """Also with the same size and the same time of modification."""
     file = write_settled(tmp_path / "a.png", b"content")
     other = write_settled(tmp_path / "b.png", b"CONTENT")
     link = tmp_path / "link.png"
     link.symlink_to(file)
     store = open_store(tmp_path / "store")
     assert store.key_of(Media.image(link)) == Media.image(b"content").content_hash()
+    store.save_files()
+    time.sleep(CLOCK_TICK)
     if change == "size":
         write_settled(file, b"new content")
     elif change == "time":
         file.write_bytes(b"CONTENT")
         os.utime(file, ns=(10**18, 10**18 + 1))
-    else:
+    elif change == "link":
         link.unlink()
         link.symlink_to(other)
-    assert store.key_of(Media.image(link)) == Media.image(link.read_bytes()).content_hash()
+    elif change == "mv":
+        other.rename(file)
+    else:
+        shutil.copy2(other, file)
+    for opened in (store, open_store(tmp_path / "store")):
+        assert opened.key_of(Media.image(link)) == Media.image(link.read_bytes()).content_hash()
 
 
-def test_the_time_of_a_file_written_just_now_is_not_trusted(tmp_path):
-    file = tmp_path / "a.png"
-    file.write_bytes(b"content")
-    now = time.time_ns()
-    os.utime(file, ns=(now, now))
+def test_the_time_of_a_file_written_just_now_is_not_trusted(tmp_path, monkeypatch, hashed):
+    monkeypatch.setattr(store_module, "SETTLED_NS", 10**12)
+    file = Media.image(write_settled(tmp_path / "a.png", b"content"))
     store = open_store(tmp_path / "store")
-    store.key_of(Media.image(file))
-    file.write_bytes(b"CONTENT")
-    os.utime(file, ns=(now, now))
+    assert store.key_of(file) == store.key_of(file)
+    assert hashed == [file.name] * 2
+    store.save_files()
+    assert not list(store.folder.glob("files-*"))
+
+
+@pytest.mark.parametrize("how", ["another file", "other bytes"])
+def test_a_file_that_changes_while_it_is_hashed_is_not_recorded(tmp_path, monkeypatch, how):
+    file = write_settled(tmp_path / "a.png", b"content")
+    other = write_settled(tmp_path / "b.png", b"CONTENT")
+    original = Media.content_hash
+
+    def changed(media, *stream):
+        time.sleep(CLOCK_TICK)
+        other.rename(file) if how == "another file" else shutil.copy2(other, file)
+        return original(media, *stream)
+
+    store = open_store(tmp_path / "store")
+    with monkeypatch.context() as patch:
+        patch.setattr(Media, "content_hash", changed)
+        # Either way the first file's inode changes, so the hash belongs to no file that is there now.
+        with pytest.raises(MediaError, match=r"a\.png: the file changed while it was read; run again"):
+            store.key_of(Media.image(file))
     assert store.key_of(Media.image(file)) == Media.image(b"CONTENT").content_hash()
 
 

@@ -188,7 +188,7 @@ def test_damaged_weights_are_refused(beats):
             encoder.embed("radar", [encoder.prepare(Media("radar", np.arange(9.0)))])
         (beats / name).write_bytes(whole)
     (beats / TOWER).unlink()
-    with pytest.raises(EncoderError, match=r"has no tower\.safetensors: copy the whole folder"):
+    with pytest.raises(EncoderError, match=r"has no tower\.safetensors; copy the whole folder"):
         Aligned(str(beats), allow=[BEATS]).fingerprint()
 
 

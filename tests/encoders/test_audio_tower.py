@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from bindllm.encoders.audio_tower import BANDS, MAX_SECONDS, RATE, AudioTower, _mel_weights
+from bindllm.encoders.audio_tower import BANDS, MAX_SECONDS, AudioTower
+from bindllm.encoders.imagebind.audio import RATE, mel_weights
 from bindllm.errors import InputError, MediaError
 from bindllm.media import Media
 
@@ -30,7 +31,7 @@ def test_a_tone_is_loudest_in_its_own_band():
     for hertz in (200, 1000, 4000):
         energies = tower().prepare(Media.audio(tone(hertz, 2.0)))
         frequency = np.arange(513) * RATE / 1024
-        center = frequency[_mel_weights()[:, int(energies[10].argmax())].argmax()]
+        center = frequency[mel_weights(50.0, 8000.0, BANDS, 1024)[:, int(energies[10].argmax())].argmax()]
         assert center == pytest.approx(hertz, rel=0.06)
 
 

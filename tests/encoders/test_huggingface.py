@@ -410,6 +410,14 @@ def test_what_is_no_encoder_is_refused(tmp_path):
         HuggingFace(str(other)).modalities  # noqa: B018
 
 
+def test_an_extreme_image_is_refused_before_its_processor_enlarges_it(tmp_path):
+    line = Media.image(np.zeros((1, 20_000, 3), np.uint8))
+    with pytest.raises(MediaError, match="20000 x 1 pixels, longer than 100 times the short side; crop"):
+        HuggingFace(clip(tmp_path / "clip")).prepare(line)
+    # SigLIP's processor makes every image a square.
+    assert HuggingFace(siglip(tmp_path / "siglip")).prepare(line).shape == (3, 32, 32)
+
+
 def test_a_bad_picture_is_a_media_error(tmp_path):
     encoder = HuggingFace(clip(tmp_path / "clip"))
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")

@@ -213,7 +213,7 @@ def test_small_chunks_change_nothing(encoder, monkeypatch):
     sizes = []
     trunk = encoder._trunk("vision")
     hook = trunk.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
-    monkeypatch.setattr("bindllm.encoders.imagebind.views._CPU_BYTES", 2 * 257 * 256 * 4)
+    monkeypatch.setattr("bindllm.encoders.imagebind.network._CPU_BYTES", 2 * 257 * 256 * 4)
     parts = encoder.embed("video", films, tokens=True)
     hook.remove()
     assert sizes == [2, 2, 2, 1]

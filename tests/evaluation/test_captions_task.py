@@ -14,8 +14,7 @@ from bindllm.data.collate import answer_batch
 from bindllm.data.rows import tokenize
 from bindllm.errors import InputError
 from bindllm.evaluation import task
-from bindllm.evaluation.captions import captions_task, nearest_captions
-from bindllm.evaluation.metrics import caption_metrics
+from bindllm.evaluation.captions import caption_metrics, captions_task, nearest_captions
 from bindllm.evaluation.task import VARIANTS, loss_metrics, media_name, shuffle_media, without_media
 from bindllm.media import Media
 from bindllm.model.bindllm import BindLLM

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from bindllm.errors import InputError, MissingExtraError
-from bindllm.evaluation.metrics import METRICS, caption_metrics, caption_words, same_caption
+from bindllm.evaluation.captions import METRICS, caption_metrics, caption_words, same_caption
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import os
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from bindllm.errors import InputError, MediaError
-from bindllm.media import MODALITIES, Media
+from bindllm.media import MODALITIES, Media, open_image
+from bindllm.media.audio import cut_audio
+from bindllm.media.maps import open_depth, open_thermal
+from bindllm.media.motion import open_imu
+from bindllm.media.points import open_points
+from bindllm.media.video import read_frames
 
 
 def test_one_constructor_per_modality():
@@ -78,6 +84,26 @@ def test_hash_of_arrays_and_images():
     assert len(set(hashes)) == len(hashes)
     wide = np.arange(48, dtype=np.uint8).reshape(4, 12)
     assert Media.image(wide[:, ::2]).content_hash() == Media.image(wide[:, ::2].copy()).content_hash()
+
+
+@pytest.mark.parametrize("modality", [name for name in MODALITIES if name != "text"])
+def test_pipes_and_devices_are_refused_at_once(modality, tmp_path):
+    pipe, link = tmp_path / "pipe", tmp_path / "zeros.png"
+    os.mkfifo(pipe)
+    link.symlink_to("/dev/zero")
+    opened = {
+        "image": open_image,
+        "video": lambda source: list(read_frames(source, pick=lambda count, rate: [0])),
+        "audio": lambda source: cut_audio(source, rate=16_000, cut=lambda length: [(0, length)]),
+        "point": open_points,
+        "depth": open_depth,
+        "thermal": open_thermal,
+        "imu": lambda source: open_imu(source, steps=5),
+    }[modality]
+    for source in (pipe, link, "/dev/null"):
+        for action in (opened, lambda source: Media(modality, source).content_hash()):
+            with pytest.raises(MediaError, match="a pipe, a socket or a device; expected a regular file"):
+                action(source)
 
 
 def test_hash_of_a_missing_file():

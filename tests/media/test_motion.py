@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 import bindllm.media.motion as motion_module
 from bindllm.errors import MediaError
 from bindllm.media.motion import open_imu
+from recordings import assert_refused
 
 SIGNAL = np.random.default_rng(0).normal(size=(9, 6)).astype(np.float32)
 HEADER = "acc_x,acc_y,acc_z,gyro_x,gyro_y,gyro_z"
@@ -64,6 +66,43 @@ def test_every_form_gives_the_same_signal(source):
     signal = open_imu(source, steps=9)
     assert signal.dtype == np.float32
     np.testing.assert_allclose(signal, SIGNAL.T, atol=1e-6)
+
+
+G, DEGREE = 9.80665, np.pi / 180
+
+
+@pytest.mark.parametrize(
+    ("header", "factors"),
+    [
+        (
+            "acc_x (g),acc_y (g),acc_z (g),gyro_x [deg/s],gyro_y [deg/s],gyro_z [deg/s]",
+            [G] * 3 + [DEGREE] * 3,
+        ),
+        ("ax[mg],ay[g],az[m/s^2],gx[dps],gy[\u00b0/s],gz[rad/s]", [G / 1000, G, 1, DEGREE, DEGREE, 1]),
+        ("acc_x_g,acc_y_g,acc_z_g,gyro_x_dps,gyro_y_dps,gyro_z_dps", [G] * 3 + [DEGREE] * 3),
+        (
+            "Acc X [m/s\u00b2],Acc Y [m\u00b7s\u207b\u00b2],Acc Z (mm/s^2),wx (mrad/s),wy (rpm),wz (rad s-1)",
+            [1, 1, 1e-3, 1e-3, np.pi / 30, 1],
+        ),
+    ],
+)
+def test_units_of_the_header_are_converted(header, factors):
+    signal = open_imu(table(header, SIGNAL), steps=9)
+    np.testing.assert_allclose(signal, SIGNAL.T * np.array(factors)[:, None], rtol=1e-5)
+
+
+@pytest.mark.parametrize("odd", ["acc_x [raw]", "acc_x [deg/s]", "acc_x (lsb)", "acc_x_g (g)", "acc_x_raw"])
+def test_an_unknown_unit_is_refused(odd):
+    with pytest.raises(MediaError, match=f"unknown or repeated: '{re.escape(odd)}'.*units in brackets"):
+        open_imu(table(HEADER.replace("acc_x", odd), SIGNAL), steps=9)
+
+
+def test_tables_of_ego4d():
+    header = "component_idx,component_timestamp_ms,canonical_timestamp_ms"
+    header += ",gyro_x,gyro_y,gyro_z,accl_x,accl_y,accl_z"
+    parts, local = np.array([0] * 5 + [1] * 4), np.array([0, 5, 10, 15, 20, 0, 5, 10, 15])
+    data = table(header, parts, local, np.arange(9) * 5.0, SIGNAL[:, 3:], SIGNAL[:, :3])
+    np.testing.assert_allclose(open_imu(data, steps=9), SIGNAL.T, rtol=1e-5)
 
 
 def test_a_path_as_well_as_bytes(tmp_path):
@@ -131,12 +170,7 @@ def test_one_reading_is_held():
     ],
 )
 def test_bad_files_are_named_with_the_reason(content, reason, tmp_path):
-    path = tmp_path / "bad.csv"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(MediaError, match=reason) as caught:
-        open_imu(path, steps=4)
-    assert str(path) in str(caught.value)
+    assert_refused(lambda file: open_imu(file, steps=4), content, tmp_path / "bad.csv", reason)
 
 
 def test_an_image_is_not_a_signal():

@@ -16,6 +16,7 @@ import bindllm.media.points as points_module
 from bindllm.errors import MediaError, MissingExtraError
 from bindllm.media.meshes import MAX_VERTICES, SAMPLES
 from bindllm.media.points import MAX_POINTS, open_points
+from recordings import assert_refused
 
 CORNERS = np.array([[0, 0, 0], [1, 0, 0], [0, 2, 0], [0, 0, 4]], np.float64)
 TRIANGLE = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0]], np.float32)
@@ -65,6 +66,9 @@ def glb(body: bytes = TRIANGLE.tobytes(), **changes) -> bytes:
         b"# c\n0,0,0,9\n1,0,0,9\n\n0,2,0,9\n0,0,4,9",
         b"4\r\n0 0 0 255 0 0\r\n1 0 0 255 0 0\r\n0 2 0 255 0 0\r\n0 0 4 255 0 0\r\n",
         b"X,Y,Z\n0,0,0\n1,0,0\n0,2,0\n0,0,4\n",
+        b"//R G B X Y Z\n9 9 9 0 0 0\n9 9 9 1 0 0\n9 9 9 0 2 0\n9 9 9 0 0 4\n",
+        b'"id","z [m]","y [m]","x [m]"\n1,0,0,0\n2,0,0,1\n3,0,2,0\n4,4,0,0\n',
+        b"# x y z\n0 0 0\n1 0 0\n0 2 0\n0 0 4\n",
         b"//X Y Z\n0 0 0\n1 0 0\n0 2 0\n0 0 4\n",
         b"v 0 0 0\nv 1 0 0\nv 0 2 0\nv 0 0 4\n",
         CORNERS,
@@ -278,9 +282,68 @@ def test_a_glb_file_that_would_unpack_to_far_more_is_refused():
         )
 
 
-def test_compressed_glb_says_so():
-    with pytest.raises(MediaError, match="compressed with KHR_draco_mesh_compression; save it without"):
-        open_points(glb(extensionsRequired=["KHR_draco_mesh_compression"]))
+@pytest.mark.parametrize("kind", ["i1", "u1", "i2", "u2"])
+@pytest.mark.parametrize("stride", [None, 16])
+def test_normalized_positions_are_scaled_before_they_are_placed(kind, stride):
+    # Two parts, one moved by 3: as plain integers, the first would dwarf the distance.
+    top = np.iinfo(kind).max
+    corners = (TRIANGLE * top).astype(f"<{kind}")
+    step = stride or corners.dtype.itemsize * 3
+    body = b"".join(row.tobytes().ljust(step, b"\7") for row in corners)
+    component = {"i1": 5120, "u1": 5121, "i2": 5122, "u2": 5123}[kind]
+    view = {"buffer": 0, "byteLength": len(body), **({"byteStride": stride} if stride else {})}
+    accessor = {"bufferView": 0, "componentType": component, "count": 3, "type": "VEC3", "normalized": True}
+    points = open_points(
+        glb(
+            body + bytes(-len(body) % 4),
+            accessors=[accessor],
+            bufferViews=[view],
+            buffers=[{"byteLength": len(body)}],
+            scenes=[{"nodes": [0, 1]}],
+            nodes=[{"mesh": 0}, {"mesh": 0, "translation": [3, 0, 0]}],
+            extensionsRequired=["KHR_mesh_quantization"],
+        )
+    )
+    np.testing.assert_allclose([points.min(axis=0), points.max(axis=0)], [[0, 0, 0], [4, 1, 0]], atol=0.02)
+
+
+PLAIN = {"bufferView": 0, "componentType": 5126, "count": 3, "type": "VEC3"}
+POSITION = {"attributes": {"POSITION": 0}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"extensionsRequired": ["KHR_draco_mesh_compression"]}, "KHR_draco_mesh_compression"),
+        ({"extensionsUsed": ["EXT_mesh_gpu_instancing"]}, "EXT_mesh_gpu_instancing"),
+        ({"extensionsRequired": ["KHR_node_visibility"]}, "required extension KHR_node_visibility"),
+        ({"accessors": [{**PLAIN, "sparse": {"count": 1}}]}, "sparse accessors"),
+        ({"meshes": [{"primitives": [{**POSITION, "mode": 6}]}]}, "triangle fans"),
+        ({"meshes": [{"primitives": [POSITION], "weights": [0, 0.5]}]}, "morph targets"),
+        ({"nodes": [{"mesh": 0, "weights": [1]}]}, "morph targets"),
+    ],
+)
+def test_features_of_glb_that_change_the_shape_are_refused(changes, reason):
+    with pytest.raises(MediaError, match=rf"a GLB file with .*{reason}.*; save it as plain triangles"):
+        open_points(glb(**changes))
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (glb(meshes=[{"primitives": [POSITION, {**POSITION, "mode": 3}]}]), "lines of this GLB"),
+        (glb(meshes=[{"primitives": [POSITION, {**POSITION, "mode": 0}]}]), "single points of this GLB"),
+        (glb(skins=[{"joints": [0]}]), "skeletons of this GLB"),
+        (b"v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\nl 1 2\n", "lines, points and free-form surfaces"),
+        (glb(), ""),
+        (glb(extensionsRequired=["KHR_materials_unlit", "KHR_texture_transform"]), ""),
+        (glb(meshes=[{"primitives": [POSITION], "weights": [0, 0]}]), ""),
+    ],
+)
+def test_parts_that_are_not_used_are_reported(source, words, caplog):
+    assert open_points(source).shape == (SAMPLES, 3)
+    assert words in caplog.text
+    assert bool(words) == bool(caplog.messages)
 
 
 def test_nodes_in_a_circle_come_to_an_end():
@@ -326,12 +389,7 @@ def test_without_trimesh_the_error_names_the_extra(monkeypatch):
     ],
 )
 def test_bad_files_are_named_with_the_reason(content, reason, tmp_path):
-    path = tmp_path / "bad.dat"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(MediaError, match=reason) as caught:
-        open_points(path)
-    assert str(path) in str(caught.value)
+    assert_refused(open_points, content, tmp_path / "bad.dat", reason)
 
 
 def test_the_ending_decides_where_the_content_does_not(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
 from bindllm import BindLLM
 from bindllm.errors import CheckpointError, DecoderError, InputError, MissingExtraError
@@ -20,7 +20,7 @@ from tiny import FAMILIES, ColorEncoder, save_tiny_decoder, tiny_decoder
 
 IDS = torch.arange(3, 19).reshape(2, 8)
 KINDS = {
-    "lora": {},
+    "lora": {"bias": True},
     "rslora": {"alpha": 8.0, "rslora": True},
     "dora": {"alpha": 8.0, "bias": False, "dora": True, "rslora": True},
 }
@@ -251,15 +251,53 @@ def test_decoders_and_settings_that_do_not_fit():
 
     with pytest.raises(DecoderError, match=f"GPT2LMHeadModel has no {TARGETS[0]}, "):
         Adapter(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9)), AdapterConfig())
-    for values in ({"rank": 0}, {"alpha": 0.0}):
-        with pytest.raises(InputError, match="rank must be at least 1"):
+    for values in ({"rank": 0}, {"rank": 10**9}, {"alpha": 0.0}):
+        with pytest.raises(InputError, match="rank must be 1 to 65536"):
             AdapterConfig(**values)
     with pytest.raises(InputError, match=r"no new biases for DoRA; set adapter\.bias: false"):
-        AdapterConfig(dora=True)
+        AdapterConfig(dora=True, bias=True)
     with pytest.raises(
         InputError, match=r"does nothing without one; give adapter\.alpha \(16 with rank 16: scale 4\)"
     ):
         AdapterConfig(rslora=True)
+
+
+@pytest.mark.parametrize(
+    ("family", "values", "expected"),
+    [
+        ("llama", {}, True),
+        ("llama", {"dora": True}, False),
+        ("llama", {"bias": False}, False),
+        ("qwen3", {}, False),
+        ("qwen3", {"bias": True}, True),
+        ("gemma2", {}, False),
+        ("olmo2", {}, False),
+        ("cohere2", {}, False),
+    ],
+)
+def test_biases_are_made_if_the_family_can_store_them(family, values, expected, caplog):
+    adapter = Adapter(tiny_decoder(family), AdapterConfig(rank=2, **values))
+    assert adapter.config.bias is expected
+    assert any("lora_B.bias" in name for name in adapter.parameters()) is expected
+    assert ("export will not be able to merge" in caplog.text) is (family == "qwen3" and bool(values))
+
+
+def test_an_image_tower_gets_no_adapter():
+    sizes = {
+        "vocab_size": 259,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "head_dim": 8,
+    }
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(text_config=sizes, vision_config=tower | {"image_size": 28, "patch_size": 14})
+    decoder = Gemma3ForConditionalGeneration(config)
+    names = Adapter(decoder, AdapterConfig(rank=2)).parameters()
+    assert len([name for name in names if "lora_A" in name]) == 2 * 7
+    assert "adapter.base_model.model.model.language_model.norm.weight" in names
+    assert not [name for name in names if ".language_model." not in name]
 
 
 def test_without_peft_the_message_says_how_to_get_it(monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 
 import numpy as np
 import pytest
@@ -14,11 +15,11 @@ from torch import nn
 from transformers import GenerationConfig
 
 from bindllm import BindLLM, Conversation, Media, Message
-from bindllm.errors import CheckpointError, InputError, MediaError
+from bindllm.errors import CheckpointError, DecoderError, InputError, MediaError
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.decoder import DecoderConfig
 from bindllm.model.injection import InjectConfig
-from tiny import COLORS, ColorEncoder, save_tiny_decoder
+from tiny import COLORS, ColorEncoder, save_tiny_decoder, tiny_decoder
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,17 @@ def build(folder, *, kind="value", open_gates=True, system=None) -> BindLLM:
     if open_gates:
         nn.init.normal_(model.injection.gates, std=2.0)
     return model.eval()
+
+
+def build_family(family, kind, *, device="cpu", **changes) -> BindLLM:
+    """An untrained model on a decoder of another family, without a folder."""
+    decoder = tiny_decoder(family, **changes).requires_grad_(False)
+    if device == "meta":
+        with torch.device("meta"):
+            decoder = type(decoder)(decoder.config)
+    with torch.device(device):
+        parts = {"encoders": [ColorEncoder()], "inject": InjectConfig(kind=kind)}
+        return BindLLM(decoder, None, DecoderConfig("x"), bind=BindConfig(depth=1), **parts).eval()
 
 
 @pytest.fixture(scope="module")
@@ -113,13 +125,76 @@ def test_logits_at_supervised_positions_are_those_of_the_full_forward(model):
     torch.testing.assert_close(output.logits, full[:, -4:-1].flatten(0, 1))
 
 
-def test_a_decoder_that_changes_its_logits_keeps_them(tmp_path):
-    model = build(str(save_tiny_decoder(tmp_path, "gemma2", final_logit_softcapping=2.0)))
+MINICPM3 = {"head_dim": None, "q_lora_rank": 16, "kv_lora_rank": 16, "num_key_value_heads": 4}
+MINICPM3 |= {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "dim_model_base": 8}
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "changes"),
+    [
+        ("gemma2", "value", {"final_logit_softcapping": 2.0}),
+        ("granite", "value", {"logits_scaling": 8.0}),
+        ("cohere", "value", {"logit_scale": 0.2}),
+        ("minicpm3", "residual", MINICPM3),
+        ("opt", "residual", {"ffn_dim": 64, "word_embed_proj_dim": 32}),
+        ("stablelm", "residual", {}),
+        ("gpt_oss", "value", {}),
+    ],
+)
+def test_training_sees_the_logits_that_the_family_answers_with(family, kind, changes):
+    model = build_family(family, kind, **changes)
     inputs = batch(model)
     labels = inputs.pop("labels")
+    closed = model(**inputs).logits
+    assert torch.equal(closed, model.decoder(inputs["input_ids"], use_cache=False).logits)
+    nn.init.normal_(model.injection.gates)
     full = model(**inputs).logits
-    assert full.abs().max() <= 2
+    assert not torch.allclose(full, closed, atol=1e-3)
     torch.testing.assert_close(model(**inputs, labels=labels).logits, full[:, -4:-1].flatten(0, 1))
+
+
+MAMBA = {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1}
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    ("family", "kind", "changes", "words"),
+    [
+        (
+            "stablelm",
+            "value",
+            {},
+            "to its attention: the media reached 0 of 3 layers. Try inject: {kind: residual}",
+        ),
+        ("nemotron", "value", {}, "to its attention"),
+        ("mamba2", "residual", MAMBA, "to its layers"),
+        ("falcon_mamba", "residual", {"state_size": 8}, "to its layers"),
+    ],
+)
+def test_a_family_that_would_ignore_the_media_is_refused_before_training(
+    family, kind, changes, words, device
+):
+    with pytest.raises(DecoderError, match=f"does not pass keywords {re.escape(words)}"):
+        build_family(family, kind, device=device, **changes)
+
+
+def test_a_family_that_cannot_run_with_an_injection_is_refused(monkeypatch):
+    def forward(self, hidden_states, **kwargs):
+        raise TypeError("unexpected keyword")
+
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaDecoderLayer.forward", forward)
+    with pytest.raises(DecoderError, match="cannot run with an injection .TypeError: unexpected keyword"):
+        build_family("llama", "residual")
+
+
+def test_activation_checkpointing_switches_no_dropout_on():
+    losses = []
+    for checkpointing in (False, True):
+        model = build_family("opt", "residual", ffn_dim=64, word_embed_proj_dim=32, dropout=0.9)
+        if checkpointing:
+            model.checkpoint_activations()
+        losses.append(model.train()(**batch(model)).logits)
+    torch.testing.assert_close(*losses)
 
 
 @pytest.mark.parametrize("kind", ["value", "residual"])
@@ -164,8 +239,9 @@ def test_a_generation_config_is_followed(model):
     answers = {model.generate("What?", generation_config=config) for _ in range(5)}
     assert len(answers) > 1
     assert all(len(model.tokenizer(answer)["input_ids"]) <= 9 for answer in answers)
-    with pytest.raises(InputError, match="gives tensors"):
-        model.generate("What?", return_dict_in_generate=True)
+    for option in ("return_dict_in_generate", "penalty_alpha", "num_beam_groups", "token_healing"):
+        with pytest.raises(InputError, match=f"{option} has no effect"):
+            model.generate("What?", **{option: 2})
 
 
 def test_two_pictures_with_turns_of_their_own(model):

@@ -1,12 +1,16 @@
+import json
+import os
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from bindllm.errors import DecoderError, InputError
 from bindllm.model.decoder import (
     DecoderConfig,
+    check_weights,
     choose_dtype,
     fingerprint_decoder,
-    has_plain_logits,
     load_decoder,
     load_tokenizer,
 )
@@ -20,18 +24,6 @@ def test_a_loaded_decoder_is_frozen_and_in_eval_mode(tmp_path):
     assert not any(parameter.requires_grad for parameter in decoder.parameters())
     assert not any(module.training for module in decoder.modules())
     assert load_tokenizer(DecoderConfig(str(tmp_path / "d"))).pad_token_id == 0
-
-
-def test_the_vocabulary_projection_is_one_multiplication_for_a_batch(tmp_path):
-    decoder = load_decoder(
-        DecoderConfig(str(save_tiny_decoder(tmp_path / "d")), dtype="float32"), device="cpu"
-    )
-    ids, given = torch.tensor([[5, 6, 7], [8, 9, 10]]), []
-    decoder.get_output_embeddings().register_forward_pre_hook(lambda _, args: given.append(args[0]))
-    last = decoder(ids, logits_to_keep=1).logits
-    assert given[0].shape[:2] == (2, 1)
-    assert given[0].is_contiguous()  # the slice that transformers takes is not
-    assert torch.allclose(last[:, 0], decoder(ids).logits[:, -1], atol=1e-6)
 
 
 def test_tokenizers_that_lack_something_name_the_remedy(tmp_path):
@@ -87,6 +79,55 @@ def test_pickled_weights_are_refused(tmp_path):
         load_decoder(DecoderConfig(str(folder)), device="cpu")
 
 
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_a_decoder_without_a_tensor_is_refused_not_filled_at_random(tmp_path, name):
+    folder = save_tiny_decoder(tmp_path / "d")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    for load in (check_weights, lambda folder: load_decoder(DecoderConfig(str(folder)), device="cpu")):
+        with pytest.raises(DecoderError, match=f"no weights for {name}"):
+            load(folder)
+
+
+def test_a_decoder_with_tied_ends_needs_no_second_matrix(tmp_path):
+    check_weights(save_tiny_decoder(tmp_path / "d", tie_word_embeddings=True))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
+        (b"", "not a readable safetensors file"),
+        (None, "not a readable safetensors file"),
+    ],
+)
+def test_a_weights_file_that_is_a_pointer_empty_or_cut_is_named(tmp_path, content, words):
+    file = save_tiny_decoder(tmp_path / "d") / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100] if content is None else content)
+    with pytest.raises(DecoderError, match=rf"model\.safetensors.*{words}"):
+        fingerprint_decoder(tmp_path / "d")
+
+
+def test_weights_that_overflow_are_refused(tmp_path):
+    folder = save_tiny_decoder(tmp_path / "d")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][3] = 1e5
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(DecoderError, match=r"not finite in float16: model\.norm\.weight"):
+        load_decoder(DecoderConfig(str(folder), dtype="float16"), device="cpu")
+    load_decoder(DecoderConfig(str(folder), dtype="bfloat16"), device="cpu")
+
+
+def test_a_fifo_in_place_of_a_file_is_not_opened(tmp_path):
+    for name in ("config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors"):
+        folder = save_tiny_decoder(tmp_path / name)
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+        with pytest.raises(DecoderError, match="not a regular file"):
+            fingerprint_decoder(folder)
+
+
 def test_the_fingerprint_tells_decoders_apart(tmp_path):
     same = [fingerprint_decoder(save_tiny_decoder(tmp_path / name)) for name in ("a", "b")]
     other = [
@@ -99,16 +140,44 @@ def test_the_fingerprint_tells_decoders_apart(tmp_path):
     file = tmp_path / "a" / "config.json"
     file.write_text(file.read_text().replace('"transformers_version": "', '"transformers_version": "9'))
     assert fingerprint_decoder(tmp_path / "a") == same[0]
-    file.write_text(file.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
-    template = tmp_path / "b" / "chat_template.jinja"
-    template.write_text(template.read_text() + " ")
-    assert len({same[0], fingerprint_decoder(tmp_path / "a"), fingerprint_decoder(tmp_path / "b")}) == 3
     (tmp_path / "b" / "model.safetensors").unlink()
     with pytest.raises(DecoderError, match="cannot be identified"):
         fingerprint_decoder(tmp_path / "b")
 
 
-def test_families_that_change_their_logits_are_known():
-    assert has_plain_logits(tiny_decoder("llama"))
-    assert not has_plain_logits(tiny_decoder("gemma2"))
-    assert not has_plain_logits(tiny_decoder("granite", logits_scaling=8.0))
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.json", {"rms_norm_eps": 1e-05}),
+        ("chat_template.jinja", "{{ messages }}"),
+        ("additional_chat_templates/tools.jinja", "{{ messages }}"),
+        ("tokenizer_config.json", {"chat_template": "{{ messages }}"}),
+        ("tokenizer_config.json", {"eos_token": "<|im_start|>"}),
+        ("tokenizer_config.json", {"pad_token": "<|im_end|>"}),
+        ("tokenizer.json", {"added_tokens": []}),
+        ("added_tokens.json", {"<|new|>": 7}),
+        ("special_tokens_map.json", {"eos_token": "<|im_start|>"}),
+        ("vocab.json", {"a": 1, "b": 0}),
+        ("merges.txt", "b a"),
+        ("tokenizer.model", "pieces"),
+        ("generation_config.json", {"eos_token_id": 7}),
+        ("generation_config.json", {"pad_token_id": [7]}),
+    ],
+)
+def test_the_fingerprint_covers_the_prompt(tmp_path, file, content):
+    path = save_tiny_decoder(tmp_path / "d") / file
+    before = fingerprint_decoder(tmp_path / "d")
+    path.parent.mkdir(exist_ok=True)
+    if isinstance(content, dict):
+        content = json.dumps((json.loads(path.read_text()) if path.exists() else {}) | content)
+    path.write_text(content)
+    assert fingerprint_decoder(tmp_path / "d") != before
+
+
+def test_swapped_ids_are_another_decoder(tmp_path):
+    path = save_tiny_decoder(tmp_path / "d") / "vocab.json"
+    found = []
+    for ids in ({"a": 0, "b": 1}, {"a": 1, "b": 0}):
+        path.write_text(json.dumps(ids))
+        found.append(fingerprint_decoder(tmp_path / "d"))
+    assert found[0] != found[1]

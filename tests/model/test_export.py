@@ -50,9 +50,8 @@ def compare(model, folder, dtype=torch.float32):
 @pytest.mark.parametrize(
     ("family", "adapter", "changes"),
     [
-        *((family, NO_BIAS, {}) for family in FAMILIES),
+        *((family, {"rank": 4}, {}) for family in (*FAMILIES, "gemma3_text", "olmo2", "cohere2")),
         *((family, DORA, {}) for family in ("gemma2", "qwen2")),
-        ("llama", {"rank": 4}, {}),
         ("llama", {"rank": 4, "norm": False}, {"tie_word_embeddings": True}),
         ("llama", {"rank": 4}, {"attention_bias": True}),
     ],
@@ -111,6 +110,17 @@ def test_another_precision_is_rounded_once(tmp_path):
         assert torch.equal(half[name], tensor.bfloat16()), name
 
 
+def test_weights_outside_the_range_of_the_precision_are_named(tmp_path):
+    model = checkpoint(tmp_path)
+    norm = list(model.adapter.parameters().values())[-1]
+    norm.data[0] = 1e6
+    model.save_pretrained(tmp_path / "checkpoint")
+    with pytest.raises(CheckpointError, match=r"infinite in float16: model\.norm\.weight"):
+        export_decoder(tmp_path / "checkpoint", tmp_path / "plain", dtype="float16")
+    assert not (tmp_path / "plain").exists()
+    export_decoder(tmp_path / "checkpoint", tmp_path / "plain", dtype="bfloat16")
+
+
 @pytest.mark.parametrize(
     ("family", "lacking"),
     [
@@ -120,7 +130,7 @@ def test_another_precision_is_rounded_once(tmp_path):
     ],
 )
 def test_biases_that_the_family_has_no_place_for_are_refused(tmp_path, family, lacking):
-    checkpoint(tmp_path, family, adapter={"rank": 4})
+    checkpoint(tmp_path, family, adapter={"rank": 4, "bias": True})
     with pytest.raises(CheckpointError, match=rf"has none for {lacking}, nor .* model\.adapter\.bias: false"):
         export_decoder(tmp_path / "checkpoint", tmp_path / "plain")
     assert not (tmp_path / "plain").exists()
@@ -166,7 +176,7 @@ def test_what_cannot_be_merged_is_refused(tmp_path):
         export_decoder(tmp_path / "checkpoint", tmp_path / "plain", decoder=str(tmp_path / "other"))
     next(iter(model.adapter.parameters().values())).data.fill_(float("nan"))
     model.save_pretrained(tmp_path / "checkpoint")
-    with pytest.raises(CheckpointError, match="is not finite"):
+    with pytest.raises(CheckpointError, match=r"weights that are not finite .base_model"):
         export_decoder(tmp_path / "checkpoint", tmp_path / "plain")
     assert not (tmp_path / "plain").exists()
 

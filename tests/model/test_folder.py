@@ -75,7 +75,7 @@ def test_a_newer_format_is_refused(folder):
 
 def test_a_damaged_manifest_is_refused(folder):
     (folder / "bindllm.json").write_text('{"format": 1,')
-    with pytest.raises(CheckpointError, match="not valid JSON"):
+    with pytest.raises(CheckpointError, match="cannot be read as JSON"):
         read_manifest(folder)
     (folder / "bindllm.json").unlink()
     with pytest.raises(CheckpointError, match=r"no bindllm\.json"):
@@ -105,7 +105,7 @@ def test_a_folder_with_a_pickle_is_refused_before_anything_is_read(folder):
 def test_damaged_weights_are_refused(folder, damage):
     file = folder / "bind.safetensors"
     file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(CheckpointError, match="damaged or exchanged"):
+    with pytest.raises(CheckpointError, match="damaged or exchanged|not a readable safetensors file"):
         read_weights(folder, read_manifest(folder))
 
 

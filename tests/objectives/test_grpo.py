@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from bindllm.objectives import GRPO, Reward
-from bindllm.objectives.grpo import clipped_surrogate, group_advantages, kl_estimate
-from bindllm.objectives.rollouts import draw_answers
+from bindllm.objectives.grpo import clipped_surrogate, draw_answers, group_advantages, kl_estimate
 from grpo_parts import LetterClass, started
 from preference_parts import COLORS, TOKENIZER, lookup
 
@@ -45,6 +44,12 @@ def alone(model, rollout, r: int, temperature: float = 1.0) -> np.ndarray:
     return np.array([said[t - 1, labels[t]].item() for t in range(1, length) if labels[t] != -100])
 
 
+def said(row: list[int]) -> str:
+    """Text of an answer; one that was cut may end inside a character, which is dropped."""
+    text = TOKENIZER.decode(row, skip_special_tokens=True)
+    return (text if row[-1] == 2 else text.rstrip("\ufffd")).strip()
+
+
 CASES = {
     "the paper": {},
     "strong": {"beta": 0.5, "clip": 0.02},
@@ -71,7 +76,7 @@ def test_the_whole_loss_is_the_formula_answer_by_answer(case, decoder):
     loss, metrics = objective.learn(model, rollout)
 
     labels = rollout.batch["labels"]
-    texts = [TOKENIZER.decode(row[row != -100], skip_special_tokens=True).strip() for row in labels]
+    texts = [said(row[row != -100].tolist()) for row in labels]
     truth = [COLORS[n] for n in (0, 1, 2) for _ in range(size)]
     earned = np.array(
         [float(bool(t) and ord(t[0]) % 4 == COLORS.index(c)) for t, c in zip(texts, truth, strict=True)]
@@ -175,12 +180,22 @@ def test_groups_of_equal_rewards_leave_the_weights_to_the_reference(beta, decode
     assert (loss.item() != 0) == any(bool(gradient.any()) for gradient in gradients) == bool(beta)
 
 
+@pytest.mark.parametrize(("reward", "warnings"), [(Constant(), 1), (LetterClass(), 0)])
+def test_a_reward_that_never_tells_answers_apart_is_reported_once(reward, warnings, decoder, caplog):
+    objective = GRPO(reward, group_size=4, max_new_tokens=1, beta=0.0)
+    model, batch = started(decoder, objective)
+    torch.manual_seed(0)
+    with caplog.at_level("WARNING", "bindllm"):
+        for _ in range(22):
+            objective.roll_out(model, batch)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * warnings
+    assert all("10 batches in a row" in message and "0.1" in message for message in caplog.messages)
+
+
 def test_answers_are_drawn_from_the_whole_distribution_and_end_at_the_first_end_token(decoder):
     """Two hundred answers to a prompt: each token as often as the model says, within chance."""
     objective = GRPO(LetterClass(), group_size=2, beta=0.0)
     model, batch = started(decoder, objective)
-    # Recommended by the decoder's folder, and not what the policy is.
-    model.decoder.generation_config.update(top_k=2, top_p=0.5, repetition_penalty=3.0, temperature=0.1)
     prompts = {name: value for name, value in batch.items() if name not in ("numbers", "split")}
     torch.manual_seed(0)
     answers = draw_answers(model, prompts, group_size=200, temperature=1.0, max_new_tokens=4)
@@ -189,7 +204,7 @@ def test_answers_are_drawn_from_the_whole_distribution_and_end_at_the_first_end_
     assert all(2 not in row[:-1] for row in tokens)
     assert answers.cut.tolist() == [row[-1] != 2 for row in tokens]
     assert {len(row) for row in tokens if row[-1] != 2} == {4}
-    assert answers.texts == [TOKENIZER.decode(row, skip_special_tokens=True).strip() for row in tokens]
+    assert answers.texts == [said(row) for row in tokens]
     drawn = np.bincount([row[0] for row in tokens[:200]], minlength=259) / 200
     inputs = {name: value[:1] for name, value in prompts.items()}
     with torch.no_grad():

@@ -29,11 +29,11 @@ def greedy_reward(module, trainer, *, turn=0) -> float:
     return float(np.mean(found))
 
 
-@pytest.mark.parametrize("steps", [1, 2])
-def test_answers_that_are_rewarded_are_learnt_and_hang_on_the_picture(steps, decoder, tmp_path):
+@pytest.mark.parametrize(("steps", "epochs"), [(1, 30), (2, 10)])
+def test_answers_that_are_rewarded_are_learnt_and_hang_on_the_picture(steps, epochs, decoder, tmp_path):
     objective = GRPO(LetterClass(), group_size=8, max_new_tokens=1, beta=0.0, steps_per_rollout=steps)
-    module, trainer = fitted(decoder, tmp_path, objective, max_epochs=20 // steps)
-    assert trainer.global_step == 40
+    module, trainer = fitted(decoder, tmp_path, objective, max_epochs=epochs)
+    assert trainer.global_step == 2 * steps * epochs
     assert greedy_reward(module, trainer) == 1
     assert greedy_reward(module, trainer, turn=1) < 0.3, "another picture, another answer"
 

@@ -11,8 +11,8 @@ from bindllm.data.collate import collate, model_inputs
 from bindllm.data.rows import Row, make_sample
 from bindllm.errors import InputError
 from bindllm.objectives import DPO, KTO, ORPO, NextToken
+from bindllm.objectives.base import answer_log_probs
 from bindllm.objectives.kto import mismatch
-from bindllm.objectives.log_probs import answer_log_probs
 from preference_parts import (
     TOKENIZER,
     Preferences,
@@ -247,6 +247,18 @@ def test_data_without_what_an_objective_learns_from_are_refused_by_name(
         make_trainer(tmp_path, max_epochs=1).fit(module, Preferences(samples))
     assert "data/colours" in str(caught.value)
     assert module.model is None, "before the decoder is loaded"
+
+
+@pytest.mark.parametrize("desirable", [True, False])
+def test_kto_needs_both_kinds_of_answers(desirable):
+    sources = Preferences(pairs()).sources
+    alike = [row(n, "red", color, desirable=desirable) for n, color in enumerate(("red", "green", "blue"))]
+    kind = "desirable" if desirable else "undesirable"
+    with pytest.raises(InputError, match=f"all 3 rows are {kind}: add others"):
+        KTO().check_rows(alike, sources)
+    # One of the other kind, or a pair, which has both.
+    KTO().check_rows([*alike, row(3, "red", "white", desirable=not desirable)], sources)
+    KTO().check_rows([*alike, *pairs()[:1]], sources)
 
 
 def test_measuring_without_training_is_refused_with_what_to_do(decoder, tmp_path):

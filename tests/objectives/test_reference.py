@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from bindllm.data.collate import collate
 from bindllm.errors import TrainingError
 from bindllm.objectives import DPO, KTO
-from bindllm.objectives.log_probs import answer_log_probs
+from bindllm.objectives.base import answer_log_probs
 from bindllm.objectives.reference import _arranged, _compute
 from bindllm.parallel import Processes, RunContext
 from preference_parts import Preferences, build, lookup, pairs, row

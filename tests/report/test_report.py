@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import subprocess
 from dataclasses import asdict
 from html.parser import HTMLParser
 
@@ -212,12 +213,26 @@ def test_the_page_can_be_made_again(folder):
 
 
 def test_missing_images_become_tiles(folder, tmp_path):
-    write(folder)
     (tmp_path / "pictures/images/red0.png").unlink()
     (tmp_path / "pictures/images/green0.png").write_bytes(b"")
-    text = rebuild_report(folder).read_text(encoding="utf-8")
+    text = write(folder)
     assert re.findall(r'class="missing"[^>]*>([^<]*)<', text) == ["red0.png", "green0.png"]
-    assert "the file is empty" in text
+
+
+def test_a_page_that_is_made_again_opens_no_file_that_the_folder_names(folder, tmp_path):
+    """The rows may come from someone else, and the page may be published."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "private.png")
+    write(folder)
+    sources = ["data:image/svg+xml;base64,aa", "http://tracker", 'data:image/webp;base64,aa" onload=x', 7]
+    rows = [row("red", media=str(tmp_path / "private.png"))]
+    rows += [row("red", media=f"{n}.png", nearest_caption=None) for n in range(len(sources))]
+    (folder / "report/captions.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    thumbnails = {f"{n}.png": source for n, source in enumerate(sources)}
+    (folder / "report/thumbnails.json").write_text(json.dumps(thumbnails))
+    text = rebuild_report(folder).read_text(encoding="utf-8")
+    assert not any(word in text for word in ("image/webp", "svg+xml", "tracker", "onload"))
+    (folder / "report/thumbnails.json").unlink()
+    assert "private.png" in rebuild_report(folder).read_text(encoding="utf-8")
 
 
 def test_media_without_an_image_are_tiles_with_their_name(folder):
@@ -349,3 +364,29 @@ def test_versions_and_revision(tmp_path):
     assert software_versions()["torch"] == torch.__version__
     assert git_revision(tmp_path) is None
     assert git_revision(tmp_path / "gone") is None
+
+
+def test_a_hostile_repository_runs_nothing(tmp_path):
+    """Git runs these commands when it compares files with a commit."""
+
+    def git(*words):
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+        subprocess.run(["git", *identity, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    git("init")
+    (tmp_path / ".gitattributes").write_text("* filter=evil\n")
+    git("add", ".")
+    git("commit", "-m", "a")
+    ran = tmp_path / "ran"
+    script = f"touch {ran}"
+    for key in (
+        "core.fsmonitor",
+        "filter.evil.clean",
+        "filter.evil.process",
+        "core.pager",
+        "core.sshCommand",
+    ):
+        git("config", key, script)
+    (tmp_path / ".gitattributes").write_text("* filter=evil \n")
+    assert re.fullmatch("[0-9a-f]{12}", git_revision(tmp_path))
+    assert not ran.exists()

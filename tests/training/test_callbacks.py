@@ -4,7 +4,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    Callback,
+    EarlyStopping,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 
 from bindllm.conversation import Conversation, Message
 from bindllm.data.rows import Sample
@@ -16,11 +22,11 @@ from bindllm.model.decoder import DecoderConfig
 from bindllm.training.callbacks import (
     ParameterTable,
     SampleCaptions,
-    _markdown,
-    check_monitors,
+    check_trainer,
     spread,
 )
 from tiny import ColorEncoder, save_tiny_decoder, tiny_decoder
+from tiny_run import make_trainer
 
 
 def sample(number: int, *, shows: bool = True) -> Sample:
@@ -41,12 +47,24 @@ def test_samples_are_spread_and_show_something():
 
 @pytest.mark.parametrize("callback", [EarlyStopping("val_loss"), ModelCheckpoint(monitor="val_loss")])
 def test_a_callback_that_watches_what_is_not_measured_is_refused(callback):
+    def check(*callbacks, num_validation=0):
+        check_trainer(
+            make_trainer(".", enable_checkpointing=True, callbacks=list(callbacks)),
+            num_validation=num_validation,
+        )
+
     with pytest.raises(
         InputError, match=f"{type(callback).__name__} monitors val_loss, but there are no valid"
     ):
-        check_monitors([Callback(), callback], num_validation=0)
-    check_monitors([callback], num_validation=1)
-    check_monitors([EarlyStopping("train_loss"), EarlyStopping("val_loss", strict=False)], num_validation=0)
+        check(Callback(), callback)
+    check(callback, num_validation=1)
+    check(EarlyStopping("train_loss"), EarlyStopping("val_loss", strict=False))
+
+
+@pytest.mark.parametrize("average", [EMAWeightAveraging(), StochasticWeightAveraging(swa_lrs=1e-2)])
+def test_averages_of_lightning_are_refused_with_ours(average):
+    with pytest.raises(InputError, match=f"{type(average).__name__}.*AverageWeights"):
+        check_trainer(make_trainer(".", enable_checkpointing=True, callbacks=[average]), num_validation=1)
 
 
 class Log:
@@ -78,7 +96,6 @@ def captioned(tmp_path_factory):
             fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(_batches_that_stepped=7)),
             sanity_checking=False,
             is_global_zero=True,
-            loggers=[],
         )
         callback = SampleCaptions(log, count=3, max_new_tokens=2)
         callback.on_validation_epoch_end(trainer, SimpleNamespace(model=model))
@@ -137,7 +154,3 @@ def test_what_was_asked_is_kept_for_questions_and_each_reference_once(captioned)
     first, second = captioned(samples)[0]
     assert (first["question"], first["reference"]) == ("What?", "yes | yep")
     assert "question" not in second
-    lines = _markdown([first, second]).splitlines()
-    assert lines[0] == "| media | question | reference | model |"
-    assert lines[1] == "|---|---|---|---|"
-    assert lines[3].startswith("| 1.png |  | x |")

@@ -42,6 +42,16 @@ def uninterrupted(recipe, tmp_path_factory):
     return ending(folder)
 
 
+@pytest.fixture(scope="module")
+def earlier(recipe, tmp_path_factory):
+    """The folder of a finished run with another learning rate."""
+    folder = tmp_path_factory.mktemp("earlier")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert run("fit", recipe, "--model.optim.lr", "0.001") == 0
+    return folder
+
+
 def ending(folder: Path) -> dict[str, bytes]:
     """What a finished run leaves that must not depend on interruptions."""
     return {name: (folder / name).read_bytes() for name in FILES}
@@ -122,9 +132,10 @@ def test_any_rhythm_of_validation_and_optimizer_goes_on_to_the_same_end(
     rhythm, recipe, tmp_path, monkeypatch
 ):
     changed = {**recipe, "trainer": {**recipe["trainer"], **RHYTHMS[rhythm]}}
-    monkeypatch.chdir(tmp_path)
     ends = []
     for killed_at in ((), (4, 3)):
+        (tmp_path / str(len(ends))).mkdir()
+        monkeypatch.chdir(tmp_path / str(len(ends)))
         for at in killed_at:
             with monkeypatch.context() as patch:
                 count_calls(patch, BindModule, "training_step", at=at, before=die)
@@ -186,11 +197,14 @@ def test_a_run_that_dies_while_it_saves_goes_on_from_the_state_before(
 
 
 @pytest.mark.parametrize("file", [".last.ckpt.", ".best-", ".tiny."])
-def test_a_full_disk_loses_nothing(file, recipe, uninterrupted, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_loses_nothing(file, earlier, recipe, uninterrupted, tmp_path, monkeypatch, capsys):
     """Full at the second save of the state, of the best weights, of the checkpoint folder; then there is room."""
     monkeypatch.chdir(tmp_path)
+    # Of a finished run: the checkpoint folder is there, and the run may replace it.
+    recipe = {**recipe, "overwrite": file == ".tiny."}
     if file == ".tiny.":
-        assert run("fit", recipe) == 0
+        shutil.copytree(earlier, tmp_path, dirs_exist_ok=True)
+        before = ending(tmp_path)[FILES[0]]
     original, saves = atomic._sync, []
 
     def full(path):
@@ -208,7 +222,7 @@ def test_a_full_disk_loses_nothing(file, recipe, uninterrupted, tmp_path, monkey
     assert "No space left on device" in error
     assert "free some disk space" in error
     if file == ".tiny.":
-        assert ending(tmp_path) == uninterrupted
+        assert Path(FILES[0]).read_bytes() == before
     assert run("fit", recipe) == 0
     assert ending(tmp_path) == uninterrupted
 
@@ -310,19 +324,20 @@ def test_kill_9_inside_a_save_of_the_run_goes_on_from_the_state_before(
 
 
 @pytest.mark.parametrize(
-    ("arm", "earlier"),
+    ("arm", "name"),
     [(die_half_written(checkpoint, "write_tensors", at=1), "tiny"), (die_between_the_renames, ".tiny.old")],
     ids=["in a file", "between the two renames"],
 )
 def test_kill_9_inside_a_save_of_the_checkpoint_folder_keeps_the_earlier_one(
-    arm, earlier, recipe, uninterrupted, tmp_path, monkeypatch
+    arm, name, earlier, recipe, uninterrupted, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    assert run("fit", recipe, "--model.optim.lr", "0.001") == 0
+    recipe = {**recipe, "overwrite": True}
+    shutil.copytree(earlier, tmp_path, dirs_exist_ok=True)
     before = Path("checkpoints/tiny/bind.safetensors").read_bytes()
     run_killed(recipe, monkeypatch, arm)
-    assert Path("checkpoints", earlier, "bind.safetensors").read_bytes() == before != uninterrupted[FILES[0]]
-    BindLLM.from_pretrained(Path("checkpoints", earlier), device="cpu", allow=["tiny.ColorEncoder"])
+    assert Path("checkpoints", name, "bind.safetensors").read_bytes() == before != uninterrupted[FILES[0]]
+    BindLLM.from_pretrained(Path("checkpoints", name), device="cpu", allow=["tiny.ColorEncoder"])
     steps = count_calls(monkeypatch, BindModule, "training_step")
     assert run("fit", recipe) == 0
     assert steps == []
@@ -360,10 +375,11 @@ def test_ctrl_c_inside_a_save_waits_for_it_and_a_second_one_keeps_the_state_befo
 
 
 def test_ctrl_c_inside_a_save_of_the_checkpoint_folder_keeps_the_earlier_one(
-    recipe, uninterrupted, tmp_path, monkeypatch
+    earlier, recipe, uninterrupted, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    assert run("fit", recipe, "--model.optim.lr", "0.001") == 0
+    recipe = {**recipe, "overwrite": True}
+    shutil.copytree(earlier, tmp_path, dirs_exist_ok=True)
     before = Path("checkpoints/tiny/bind.safetensors").read_bytes()
     with monkeypatch.context() as patch:
         count_calls(
@@ -413,15 +429,6 @@ def test_early_stopping_is_remembered_by_a_run_that_goes_on(recipe, tmp_path, mo
     assert steps == []
 
 
-def test_a_finished_run_starts_afresh(recipe, uninterrupted, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for _ in range(2):
-        steps = count_calls(monkeypatch, BindModule, "training_step")
-        assert run("fit", recipe) == 0
-        assert len(steps) == 10
-    assert ending(tmp_path) == uninterrupted
-
-
 def test_a_changed_recipe_starts_afresh_and_says_what_changed(recipe, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patch:
@@ -433,6 +440,10 @@ def test_a_changed_recipe_starts_afresh_and_says_what_changed(recipe, tmp_path, 
     assert len(steps) == 10
     assert "model.optim.lr: 0.01 -> 0.02" in " ".join(capsys.readouterr().out.split())
     assert Path("runs/tiny.previous/last.ckpt").exists()
+    # The command of the run that was set aside resumes it.
+    steps.clear()
+    assert run("fit", recipe, "--overwrite") == 0
+    assert len(steps) == 7
 
 
 def test_changed_data_are_not_trained_on_as_if_they_were_the_same(recipe, tmp_path, monkeypatch, capsys):
@@ -444,7 +455,15 @@ def test_changed_data_are_not_trained_on_as_if_they_were_the_same(recipe, tmp_pa
         with pytest.raises(Killed):
             run("fit", own)
     table = Path("pictures/captions.jsonl")
-    table.write_text("".join(table.read_text().splitlines(keepends=True)[:-1]))
+    whole = table.read_text()
+    table.write_text("".join(whole.splitlines(keepends=True)[:-1]))
     assert run("fit", own) == 1
-    assert "training rows" in capsys.readouterr().err
-    assert run("fit", own, "--resume", "false") == 0
+    told = capsys.readouterr().err
+    assert "runs/tiny/last.ckpt (step 3)" in told
+    assert "pictures: 28 images, 28 captions then, 27 images, 27 captions now" in told
+    # The advice keeps the state: with the rows restored, the run resumes.
+    assert run("fit", own, "--output", "checkpoints/other") == 0
+    table.write_text(whole)
+    steps = count_calls(monkeypatch, BindModule, "training_step")
+    assert run("fit", own) == 0
+    assert len(steps) == 7

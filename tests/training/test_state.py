@@ -91,7 +91,7 @@ def test_the_state_of_another_number_of_processes_is_refused(tmp_path):
     kept = state.RunState(tmp_path / "mine", RunLog(tmp_path / "mine"))
     saved = kept.state_dict()
     kept.load_state_dict(saved)
-    with pytest.raises(InputError, match=r"mine had 8 processes, this one has 1.*--resume false"):
+    with pytest.raises(InputError, match=r"mine had 8 processes, this one has 1.*--output"):
         kept.load_state_dict({**saved, "num_processes": 8})
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from bindllm.cache.settings import CacheSettings
 from bindllm.embeddings.shards import as_hex
-from bindllm.errors import StoreError
+from bindllm.errors import InputError, StoreError
 
 if TYPE_CHECKING:
     from bindllm.embeddings.store import EmbeddingStore
@@ -48,6 +48,12 @@ def read_units(store: EmbeddingStore, keys: np.ndarray) -> np.ndarray:
             f"{store.folder}: the embedding with key {names[broken[0]]} is zero or not finite, so it has no direction"
         )
     return rows
+
+
+def check_queries(queries: np.ndarray, embedding_size: int, source: str) -> None:
+    """Raise an InputError if queries of an index are not [N, E]."""
+    if queries.ndim != 2 or queries.shape[1] != embedding_size:
+        raise InputError(f"{source} takes queries [N, {embedding_size}], not {list(queries.shape)}")
 
 
 def similarities_of(queries: np.ndarray, ids: np.ndarray, vectors: np.ndarray) -> np.ndarray:

@@ -7,9 +7,10 @@ import os
 import re
 import struct
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,6 +28,9 @@ TRAIN_ROUNDS = 6
 TRAIN_BYTES = 1 << 30
 """Memory limit of the training rows."""
 
+MAX_SEARCH = 1 << 20
+"""Largest search setting: more lists or candidates than any index of a useful size has."""
+
 CHUNK = 8192
 """Rows that are read and added at once: 32 MiB at E = 1,024."""
 
@@ -35,6 +39,7 @@ Read = Callable[[np.ndarray], np.ndarray]
 
 # Instruction set, as torch names it -> a processor that has it, as OpenBLAS names it.
 _KERNELS = {"AVX2": "HASWELL", "AVX512": "SKYLAKEX"}
+_loading = threading.Lock()
 # Centroids of a product quantizer for each part of a vector: one byte.
 _CODEBOOK = 256
 
@@ -109,12 +114,51 @@ def check_factory(factory: str, search: str, embedding_size: int) -> None:
         embedding_size: E.
 
     Raises:
-        InputError: Faiss does not know the factory, or this kind does not have the setting.
+        InputError: Faiss does not know the factory, a cache cannot use it, or this kind does not have the setting.
         MissingExtraError: Faiss is not installed.
     """
     index = make_index("Flat" if factory == "auto" else factory, embedding_size)
+    if reason := _unusable(index):
+        raise InputError(
+            f"an index {factory!r} {reason}, which a cache needs; 'Flat' is exact and always works"
+        )
     if factory != "auto" and search != "auto":
         set_search(index, search)
+
+
+def nodes(index: Any) -> Iterator[Any]:
+    """Yield an index and the indexes inside it; the innermost last one gives the vectors back."""
+    faiss = load_faiss()
+    index = faiss.downcast_index(index)
+    yield index
+    if isinstance(index, faiss.IndexRefine):
+        yield from nodes(index.base_index)
+        yield from nodes(index.refine_index)
+    elif isinstance(index, faiss.IndexPreTransform):
+        yield from nodes(index.index)
+
+
+def leaves(index: Any) -> list[Any]:
+    """Return the innermost indexes, which hold the codes of the rows, in the order of their bytes in a whole code."""
+    faiss = load_faiss()
+    return [
+        node for node in nodes(index) if not isinstance(node, faiss.IndexRefine | faiss.IndexPreTransform)
+    ]
+
+
+def _unusable(index: Any) -> str:
+    """Return the reason why an index cannot serve a cache, "" if it can."""
+    faiss = load_faiss()
+    leaf = leaves(index)[-1]
+    if {index.metric_type, leaf.metric_type} != {faiss.METRIC_INNER_PRODUCT}:
+        return "compares by another metric than the inner product"
+    # Faiss does not refuse to reconstruct from inverted lists of fast scan, it crashes.
+    others = faiss.IndexFastScan | faiss.IndexHNSW | faiss.IndexNSG
+    if (_has_codes(leaf) and not isinstance(leaf, faiss.IndexLattice)) or (
+        isinstance(leaf, others) and not isinstance(leaf, faiss.IndexIVF)
+    ):
+        return ""
+    return f"(of the type {type(leaf).__name__}) cannot reconstruct its vectors"
 
 
 def train_count(index: Any, count: int) -> int:
@@ -131,35 +175,20 @@ def train_count(index: Any, count: int) -> int:
 def check_index(index: Any, source: str) -> Any | None:
     """Check that an index can serve a cache, and return its inverted file if that must be mapped for reconstruction.
 
-    An inverted file looks vectors up through a map of 8 bytes a row, made by ``make_direct_map``. A refining index
-    keeps the vectors in order and needs none.
+    An inverted file looks vectors up through a map of 8 bytes a row, made by ``make_direct_map``.
 
     Raises:
         StoreError: The index is empty, has another metric, or cannot reconstruct its vectors.
     """
     faiss = load_faiss()
-    if index.metric_type != faiss.METRIC_INNER_PRODUCT:
-        raise StoreError(f"{source} is a Faiss index of another metric, expected one of inner product")
+    if reason := _unusable(index):
+        raise StoreError(
+            f"{source}: the index {reason}, which a cache needs; build it with another factory, such as 'Flat'"
+        )
     if not index.ntotal:
         raise StoreError(f"{source} is an empty index; fill it with the embeddings of images first")
-    inverted = None if isinstance(index, faiss.IndexRefine) else faiss.try_extract_index_ivf(index)
-    try:
-        if inverted is None:
-            index.reconstruct(0)
-        elif isinstance(faiss.downcast_index(inverted), faiss.IndexIVFFastScan):
-            # Faiss does not refuse, it crashes.
-            raise RuntimeError("fast scan")
-        else:
-            # Any filled list gives a vector by its offset, so the test needs no direct map.
-            lists, vector = inverted.invlists, np.zeros(inverted.d, np.float32)
-            filled = next(number for number in range(inverted.nlist) if lists.list_size(number))
-            inverted.reconstruct_from_offset(filled, 0, faiss.swig_ptr(vector))
-    except (RuntimeError, StopIteration) as error:
-        raise StoreError(
-            f"{source}: an index of the type {type(index).__name__} cannot reconstruct its vectors, which a cache "
-            "needs; build it with another factory, such as 'Flat'"
-        ) from error
-    return inverted
+    leaf = leaves(index)[-1]
+    return leaf if isinstance(leaf, faiss.IndexIVF) else None
 
 
 def set_search(index: Any, search: str) -> None:
@@ -170,13 +199,15 @@ def set_search(index: Any, search: str) -> None:
         search: Settings of Faiss's ``ParameterSpace``, such as ``"nprobe=32,k_factor_rf=8"``; "" changes nothing.
 
     Raises:
-        InputError: Not such a list, a number that is not above 0, or a setting that this kind does not have.
+        InputError: Not such a list, a number out of range, or a setting that this kind does not have.
     """
     for part in filter(None, search.split(",")):
         name, _, value = part.partition("=")
-        if not re.fullmatch(r"\d*\.?\d+", value) or float(value) <= 0:
+        # Faiss converts a larger number to a meaningless one, and finds other neighbors without an error.
+        if not re.fullmatch(r"\d*\.?\d+", value) or not 0 < float(value) <= MAX_SEARCH:
             raise InputError(
-                f"the search setting {part!r} is not of the form name=number with a number above 0, as in 'nprobe=32'"
+                f"the search setting {part!r} is not of the form name=number, as in 'nprobe=32', with a number above 0 "
+                f"and up to {MAX_SEARCH:,}"
             )
         try:
             load_faiss().ParameterSpace().set_index_parameter(index, name, float(value))
@@ -204,24 +235,116 @@ def train(factory: str, embedding_size: int, keys: np.ndarray, read: Read) -> An
     return index
 
 
-def write(index: Any, factory: str, keys: np.ndarray, read: Read, file: Path) -> None:
-    """Write a file with the vectors of the keys; the empty index has the kind and the trained parts."""
+def write(
+    index: Any, factory: str, keys: np.ndarray, read: Read, file: Path, *, held: Held | None = None
+) -> None:
+    """Write a file with the vectors of the keys.
+
+    Args:
+        index: Empty, with the kind and the trained parts.
+        factory: Its kind, for error messages.
+        keys: Content hashes of the rows, [rows].
+        read: Returns the vectors of keys.
+        file: The file to write.
+        held: Rows whose codes are copied instead of computed from their vectors.
+
+    Raises:
+        InputError: Faiss cannot build this kind.
+        OSError, RuntimeError: The disk.
+    """
     faiss = load_faiss()
-    chunks = (read(keys[start : start + CHUNK]) for start in range(0, len(keys), CHUNK))
+    parts = (keys[start : start + CHUNK] for start in range(0, len(keys), CHUNK))
     try:
-        # The code of a row depends on no other row in these kinds, so the file can be written in chunks.
-        if isinstance(index, faiss.IndexFlat | faiss.IndexScalarQuantizer):
-            _write_codes(index, len(keys), chunks, file)
-            return
-        for rows in chunks:
-            index.add(rows)
+        if not has_codes(index):
+            for part in parts:
+                index.add(read(part))
+        else:
+            chunks = (_encode(index, part, read, held) for part in parts)
+            # These can be written in chunks, so that memory holds one chunk.
+            if isinstance(index, faiss.IndexFlat | faiss.IndexScalarQuantizer):
+                _write_codes(index, len(keys), chunks, file)
+                return
+            for codes in chunks:
+                _add_codes(index, codes)
     except RuntimeError as error:
         raise _cannot_build(factory, len(keys), error) from error
     faiss.write_index(index, str(file))
 
 
+class Held(NamedTuple):
+    """The rows of an index: sorted content hashes [rows], and codes [rows, bytes]."""
+
+    keys: np.ndarray
+    codes: list[np.ndarray]
+
+
+def has_codes(index: Any) -> bool:
+    """Return whether a row is a code of its own, which can be copied; a graph or a block of fast scan is not."""
+    return all(map(_has_codes, leaves(index)))
+
+
+def _has_codes(leaf: Any) -> bool:
+    faiss = load_faiss()
+    return isinstance(leaf, faiss.IndexFlatCodes | faiss.IndexIVF) and not isinstance(
+        leaf, faiss.IndexIVFFastScan
+    )
+
+
+def codes_of(index: Any) -> list[np.ndarray]:
+    """Return the codes of all rows, uint8 [rows, bytes], one array for each of the `leaves`."""
+    faiss = load_faiss()
+    found = []
+    for leaf in leaves(index):
+        if isinstance(leaf, faiss.IndexFlatCodes):
+            # A view: the codes of a mapped file stay in the file.
+            codes = faiss.rev_swig_ptr(leaf.codes.data(), leaf.ntotal * leaf.code_size).reshape(
+                leaf.ntotal, -1
+            )
+        else:
+            codes = np.empty((leaf.ntotal, leaf.sa_code_size()), np.uint8)
+            # A whole code starts with the number of its list, the lowest byte first.
+            width = leaf.coarse_code_size()
+            for number in range(leaf.nlist):
+                if size := leaf.invlists.list_size(number):
+                    rows = faiss.rev_swig_ptr(leaf.invlists.get_ids(number), size)
+                    inside = faiss.rev_swig_ptr(leaf.invlists.get_codes(number), size * leaf.code_size)
+                    codes[rows, :width] = np.frombuffer(number.to_bytes(width, "little"), np.uint8)
+                    codes[rows, width:] = inside.reshape(size, -1)
+        found.append(codes)
+    return found
+
+
+def _encode(index: Any, keys: np.ndarray, read: Read, held: Held | None) -> np.ndarray:
+    """Return the codes of keys, uint8 [N, bytes].
+
+    The code of a vector can depend on the others that are encoded in the same call: through rounding in a matrix
+    product, or through random numbers. Copying keeps the vectors of all other images when some are added or removed.
+    """
+    codes = np.empty((len(keys), index.sa_code_size()), np.uint8)
+    is_held = np.isin(keys, held.keys, assume_unique=True) if held is not None else np.zeros(len(keys), bool)
+    if held is not None:
+        rows = np.searchsorted(held.keys, keys[is_held])
+        codes[is_held] = np.concatenate([part[rows] for part in held.codes], axis=1)
+    if not is_held.all():
+        codes[~is_held] = index.sa_encode(read(keys[~is_held]))
+    return codes
+
+
+def _add_codes(index: Any, codes: np.ndarray) -> None:
+    """Add rows by their codes [N, bytes]."""
+    ids = np.arange(index.ntotal, index.ntotal + len(codes))
+    start = 0
+    for leaf in leaves(index):
+        end = start + leaf.sa_code_size()
+        leaf.add_sa_codes(np.ascontiguousarray(codes[:, start:end]), ids)
+        start = end
+    # Faiss counts the rows of a leaf, and of an index around it only in `add`.
+    for node in nodes(index):
+        node.ntotal = int(ids[-1]) + 1
+
+
 def _write_codes(index: Any, count: int, chunks: Iterator[np.ndarray], file: Path) -> None:
-    """Append the code of each row to the file of an empty index, so that memory holds one chunk.
+    """Append codes to the file of an empty index.
 
     Faiss writes these kinds as: type (4 bytes), width (4 bytes), number of rows (8 bytes), ..., number of values
     (8 bytes), values. A value of "Flat" is a float32, one of a scalar quantizer is a byte.
@@ -230,8 +353,8 @@ def _write_codes(index: Any, count: int, chunks: Iterator[np.ndarray], file: Pat
     faiss.write_index(index, str(file))
     with file.open("r+b") as stream:
         start = stream.seek(0, os.SEEK_END)
-        for rows in chunks:
-            stream.write(index.sa_encode(rows).data)
+        for codes in chunks:
+            stream.write(codes.data)
         values = (stream.tell() - start) // (4 if isinstance(index, faiss.IndexFlat) else 1)
         # The header was written for an empty index; both counts in it are known only now.
         stream.seek(start - 8)
@@ -271,21 +394,21 @@ def load_faiss() -> Any:
     Raises:
         MissingExtraError: Faiss is not installed.
     """
-    # Once Faiss is loaded its kernels are fixed.
-    if (loaded := sys.modules.get("faiss")) is not None:
-        return loaded
     import torch
 
     kernels = _KERNELS.get(torch.backends.cpu.get_cpu_capability())
-    chosen = "OPENBLAS_CORETYPE" not in os.environ and kernels is not None
-    if chosen:
-        os.environ["OPENBLAS_CORETYPE"] = kernels
-    try:
-        import faiss
-    except ImportError as error:
-        raise MissingExtraError("faiss-cpu", extra="cache", purpose="search a visual cache") from error
-    finally:
-        # Removed again, because other libraries with OpenBLAS read the same variable.
+    # Two threads may need Faiss first: `sys.modules` has half a module while one imports it, and the import waits.
+    with _loading:
+        # Once Faiss is loaded its kernels are fixed.
+        chosen = kernels is not None and "faiss" not in sys.modules and "OPENBLAS_CORETYPE" not in os.environ
         if chosen:
-            del os.environ["OPENBLAS_CORETYPE"]
+            os.environ["OPENBLAS_CORETYPE"] = kernels
+        try:
+            import faiss
+        except ImportError as error:
+            raise MissingExtraError("faiss-cpu", extra="cache", purpose="search a visual cache") from error
+        finally:
+            # Removed again, because other libraries with OpenBLAS read the same variable.
+            if chosen:
+                del os.environ["OPENBLAS_CORETYPE"]
     return faiss

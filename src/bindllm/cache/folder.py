@@ -11,7 +11,6 @@ file keep using it.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import uuid
@@ -23,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from bindllm.atomic import atomic_file, file_sha256, write_json
+from bindllm.atomic import atomic_file, file_sha256, read_json, write_json
 from bindllm.cache.factories import limit_threads, load_faiss, reason
 from bindllm.embeddings.shards import KEY, KEY_BYTES
 from bindllm.errors import StoreError
@@ -93,17 +92,17 @@ def read_manifest(folder: Path) -> IndexInfo:
         StoreError: Missing, damaged or of another format.
     """
     path = folder / MANIFEST
-    if not path.is_file():
+    if not path.exists():
         raise StoreError(f"{folder} is not the folder of an index (no {MANIFEST}); build one there")
+    found = read_json(path, StoreError, "build the index again")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
         number = int(found.pop("format"))
         if number > FORMAT:
             raise StoreError(f"{path} has format {number}, this bindllm reads up to {FORMAT}; update bindllm")
         if number < FORMAT:
             raise StoreError(f"{path} has format {number}, of an earlier bindllm; build the index again")
         return _parse(found)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise StoreError(f"{path} is damaged ({error!r}); build the index again") from error
 
 
@@ -264,7 +263,7 @@ def map_files(folder: Path, info: IndexInfo, *, verify: bool) -> tuple[Any, np.n
     file, keys_file = folder / info.file, folder / info.keys_file
     # Always, because it costs nothing and finds truncated copies.
     for path, size in ((file, info.num_bytes), (keys_file, info.count * KEY_BYTES)):
-        if path.stat().st_size != size:
+        if path.stat().st_size != size or not path.is_file():
             raise _exchanged(path)
     keys = np.memmap(keys_file, KEY, mode="r")
     if verify and file_sha256(file, prefix=keys.tobytes()) != info.sha256:

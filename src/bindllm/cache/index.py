@@ -1,7 +1,7 @@
 """The vector index: unit vectors that are searched by inner product, a Faiss index (https://arxiv.org/abs/2401.08281).
 
-An index folder is built from an embedding store, and every change builds its file again: vectors come from the store,
-and the trained parts (lists, codebooks) stay, so that the vectors of the other images do not change.
+An index folder is built from an embedding store, and every change writes its file again. The trained parts (lists,
+codebooks) and the codes of the images that stay are copied, so that their vectors do not change.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from bindllm.cache import factories
-from bindllm.cache.blend import read_units
+from bindllm.cache.blend import check_queries, read_units
 from bindllm.cache.folder import (
     MANIFEST,
     IndexInfo,
@@ -118,7 +118,7 @@ class VectorIndex:
         folder = Path(folder)
         # Before the keys are read: embeddings that arrive in between then show as a change of the store.
         state = _state_of(folder, store, chosen=keys is not None)
-        wanted = _wanted_keys(store, modality, keys)
+        wanted = wanted_keys(store, modality, keys)
         if factory == "auto":
             factory = factories.choose(len(wanted), store.embedding_size)[0]
         if search == "auto":
@@ -161,7 +161,7 @@ class VectorIndex:
         def wanted(info: IndexInfo, held: np.ndarray) -> _Wanted:
             chosen = keys is not None or (info.store is not None and info.store.chosen)
             state = _state_of(folder, store, chosen=chosen)
-            found = _wanted_keys(store, info.modality, keys)
+            found = wanted_keys(store, info.modality, keys)
             if chosen and keys is None:
                 # Held keys, minus the ones that the store lacks: the intersection.
                 found = missing_from(held, missing_from(held, found))
@@ -191,8 +191,7 @@ class VectorIndex:
         """Remove the embeddings with these keys; keys that are not in the index do not count.
 
         Afterwards they are in no file of the index, and the index is one of chosen keys: `update` does not bring
-        them back. The vectors of the other images do not change. If the store of the index no longer exists, they
-        are taken from the index itself, which is refused for a kind that would round them a second time.
+        them back. The vectors of the other images do not change, and the store is not needed.
 
         Raises:
             StoreError: As for `update`.
@@ -274,10 +273,7 @@ class VectorIndex:
         # In every call, because the limit belongs to the calling thread.
         factories.limit_threads()
         queries = np.ascontiguousarray(queries, np.float32)
-        if queries.ndim != 2 or queries.shape[1] != self.info.embedding_size:
-            raise InputError(
-                f"{self.source} takes queries [N, {self.info.embedding_size}], not {list(queries.shape)}"
-            )
+        check_queries(queries, self.info.embedding_size, self.source)
         return self._index.search(queries, min(count, len(self)))[1]  # [N, C]
 
     def vectors(self, ids: np.ndarray) -> np.ndarray:
@@ -304,15 +300,6 @@ class VectorIndex:
             return [None] * len(flat)
         return [None if n < 0 else key for n, key in zip(flat, as_hex(self._keys[flat]), strict=True)]
 
-    def open_store(self) -> EmbeddingStore | None:
-        """Return the store that the index was built from, or None if it is no longer there."""
-        from bindllm.embeddings.store import EmbeddingStore
-
-        if self.info.store is None:
-            return None
-        place = Path(self.source) / self.info.store.path
-        return EmbeddingStore.existing(place, self.info.fingerprint, self.info.embedding_size)
-
     @classmethod
     def _map(cls, folder: Path, verify: bool | None) -> Self:
         while True:
@@ -338,13 +325,7 @@ class VectorIndex:
     def _change(
         cls, folder: Path, store: EmbeddingStore | None, wanted: Callable[[IndexInfo, np.ndarray], _Wanted]
     ) -> IndexChange:
-        """Write the index again with other keys.
-
-        Args:
-            folder: Of an index.
-            store: The source of new vectors; None: the index's own store, for a removal.
-            wanted: Returns the new keys, sorted, from the manifest and the present keys.
-        """
+        """Write the index again with the sorted keys that ``wanted`` returns for the manifest and the present keys."""
         read_manifest(folder)
         with writing(folder):
             # Verified at any size: a damaged vector must not be copied into the next version.
@@ -368,51 +349,53 @@ class VectorIndex:
                     "unchanged. Delete the folder instead"
                 )
             after = replace(info, count=len(keys), store=state)
-            source = before.open_store() if store is None else store
-            publish(folder, after, keys, partial(before._rewrite, after, keys, source))
-        _warn_outgrown(folder, info, after)
+            publish(folder, after, keys, partial(before._rewrite, after, keys, store))
         return IndexChange(len(added), len(removed), len(keys))
 
     @classmethod
     def _write(
-        cls, index: Any, info: IndexInfo, keys: np.ndarray, read: factories.Read, source: Path, file: Path
+        cls,
+        index: Any,
+        info: IndexInfo,
+        keys: np.ndarray,
+        read: factories.Read,
+        source: Path,
+        file: Path,
+        held: factories.Held | None = None,
     ) -> Self:
         """Write the vectors of the keys to a file, and make sure that it can be opened before it is published."""
-        factories.write(index, info.factory, keys, read, file)
+        factories.write(index, info.factory, keys, read, file, held=held)
         return cls(read_faiss(file), info, source=source)
 
     def _rewrite(self, info: IndexInfo, keys: np.ndarray, store: EmbeddingStore | None, file: Path) -> None:
-        """Write an index of other keys that is trained like this one.
-
-        Vectors that the store lacks are taken from this index. They must come out as they went in: a lossy kind may
-        round them a second time, and the answers for these images would change.
-        """
+        """Write an index of other keys that is trained like this one; vectors of keys that stay do not change."""
         index = factories.make_index(info.factory, info.embedding_size)
         # New training would move every list and codebook: only the vectors are dropped.
         if not index.is_trained:
             index = read_faiss(Path(self.source) / self.info.file, mapped=False)
             index.reset()
-        kept = []
+        own = np.asarray(self._keys)
+        copied = factories.has_codes(index)
+        held = factories.Held(own, factories.codes_of(self._index)) if copied else None
 
         def read(some: np.ndarray) -> np.ndarray:
             rows = np.empty((len(some), info.embedding_size), np.float32)
-            own = np.ones(len(some), bool) if store is None else ~store.has(as_hex(some))
+            inside = np.isin(some, own, assume_unique=True)
             # Keys are sorted, so the position of a key is its row.
-            rows[own] = self.vectors(np.searchsorted(self._keys, some[own]))
-            if not own.all():
-                rows[~own] = read_units(store, some[~own])
-            kept.append(some[own])
+            rows[inside] = self.vectors(np.searchsorted(own, some[inside]))
+            if not inside.all():
+                rows[~inside] = read_units(store, some[~inside])
             return rows
 
-        written = self._write(index, info, keys, read, Path(self.source), file)
-        # Rounding shows only in the vectors themselves, so they are read back from both files.
-        for some in kept:
-            old, new = (np.searchsorted(one, some) for one in (self._keys, keys))
+        written = self._write(index, info, keys, read, Path(self.source), file, held)
+        # Vectors that are not copied must come out as they went in, so they are read back from both files.
+        kept = own[:0] if copied else own[np.isin(own, keys, assume_unique=True)]
+        for some in np.split(kept, range(factories.CHUNK, len(kept), factories.CHUNK)):
+            old, new = (np.searchsorted(one, some) for one in (own, keys))
             if not np.array_equal(self.vectors(old), written.vectors(new)):
                 raise StoreError(
-                    f"{self.source}: its store is missing or incomplete, and without it an index {info.factory!r} "
-                    "would round the vectors of other images again; the index is unchanged. Bring the store back, or "
-                    "build the index again"
+                    f"{self.source}: an index {info.factory!r} cannot be changed without rounding the vectors of "
+                    "other images again; the index is unchanged. Build it again, from scratch"
                 )
 
     def _warn_of_changes(self, folder: Path) -> None:
@@ -450,19 +433,12 @@ class VectorIndex:
 _Wanted = tuple[np.ndarray, StoreState | None]
 
 
-def _warn_outgrown(folder: Path, before: IndexInfo, after: IndexInfo) -> None:
-    """Log a warning if "auto" would no longer choose this kind for so many vectors."""
-    was, fits = (factories.choose(info.count, info.embedding_size)[0] for info in (before, after))
-    # Only for the kind that "auto" chose earlier: any other was chosen on purpose.
-    if before.factory == was != fits:
-        logging.getLogger("bindllm").warning(
-            "%s now holds %d vectors, for which %r is faster than %r: rebuild it if searching takes too long",
-            *(folder, after.count, fits, was),
-        )
+def wanted_keys(store: EmbeddingStore, modality: str, keys: Sequence[str] | None = None) -> np.ndarray:
+    """Return the keys to index, sorted, each once; None: all of the modality.
 
-
-def _wanted_keys(store: EmbeddingStore, modality: str, keys: Sequence[str] | None) -> np.ndarray:
-    """Return the keys to index, sorted, each once."""
+    Raises:
+        InputError, StoreError: No such embeddings.
+    """
     if keys is not None and not len(keys):
         raise InputError("the list of keys is empty, and an empty index cannot be searched")
     stored = read_keys(store.folder, modality)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
@@ -21,14 +22,18 @@ from torch import Tensor
 
 from bindllm.cache.blend import best, mix, retrieve, similarities_of, unit_rows
 from bindllm.cache.factories import check_factory
+from bindllm.cache.folder import IndexInfo
 from bindllm.cache.index import VectorIndex
 from bindllm.cache.settings import MILVUS_TOKEN, CacheConfig, CacheSettings, is_milvus
+from bindllm.embeddings.store import EmbeddingStore
 from bindllm.errors import InputError, StoreError
 
 if TYPE_CHECKING:
-    from bindllm.embeddings.store import EmbeddingStore
     from bindllm.encoders import Encoder
     from bindllm.media import Media
+
+STORE = "data/store"
+"""Store in which image names are looked up if an index does not name one."""
 
 # Faiss rounds differently for a batch than for one query. A few more candidates than `top_k` are fetched and ranked
 # again exactly, so that rounding does not decide which neighbors are mixed in.
@@ -118,7 +123,7 @@ class VisualCache:
         encoder: Encoder,
         folder: str | Path,
         *,
-        store: str | Path = "data/store",
+        store: str | Path = STORE,
         factory: str = "auto",
         search: str = "auto",
         **settings: Any,
@@ -141,8 +146,7 @@ class VisualCache:
             InputError: None of the images can be read.
             StoreError: As for `VectorIndex.build`.
         """
-        from bindllm.cache.images import embed_images
-        from bindllm.embeddings.store import EmbeddingStore
+        from bindllm.cache.build import embed_images
 
         # Fail before the images are embedded, which may take hours.
         check_factory(factory, search, encoder.embedding_size)
@@ -362,8 +366,8 @@ def choose_cache(
         asked: A cache; the place of one, which is mixed in with the checkpoint's settings; False: none; None: the
             one that the checkpoint names.
         named: The checkpoint's entry, if it has one.
-        fingerprints: Fingerprints of the model's encoders.
-        checkpoint: The model's folder, for error messages.
+        fingerprints: As for `open_cache`, like ``checkpoint``.
+        checkpoint: The model's folder.
 
     Raises:
         StoreError: The cache cannot be opened, or was built with another encoder.
@@ -381,3 +385,31 @@ def choose_cache(
     if asked is None or asked is False:
         return None
     raise InputError(f"cache is {asked!r}, expected a VisualCache, the path of one, False or None")
+
+
+def nearest_images(cache: VisualCache, embedding: Tensor) -> list[tuple[float, str]]:
+    """Return similarity and name of the images that a cache retrieves for one embedding [1, E], nearest first."""
+    numbers = cache.neighbors(embedding)[0].numpy()
+    numbers = numbers[numbers >= 0]
+    unit = (embedding[0] / embedding[0].norm()).numpy()
+    similarities = cache.index.vectors(numbers) @ unit
+    names = image_names(cache.index, cache.index.keys(numbers))
+    return list(zip(similarities.tolist(), names, strict=True))
+
+
+def image_names(index: Index, keys: Sequence[str | None]) -> list[str]:
+    """Return the names of images: their paths if the index's store has them, otherwise their content hashes."""
+    info, known = index.info, [key for key in keys if key is not None]
+    folders = [Path(STORE, info.fingerprint[:16])]
+    if isinstance(info, IndexInfo) and info.store is not None:
+        folders.insert(0, Path(index.source) / info.store.path)
+    found = (EmbeddingStore.existing(folder, info.fingerprint, info.embedding_size) for folder in folders)
+    sources: dict[str, str | None] = {}
+    # A name is a convenience: without the store the hash identifies the image too.
+    with suppress(StoreError):
+        if known and (store := next(filter(None, found), None)):
+            sources = dict(zip(known, store.sources(known), strict=True))
+    return [
+        sources.get(key) or f"content hash {key}" if key else "(the index has no content hashes)"
+        for key in keys
+    ]

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Sequence
 
 from bindllm import __version__
-from bindllm.errors import BindLLMError, UsageError, did_you_mean
+from bindllm.errors import BindLLMError, UsageError, did_you_mean, printable_lines
 from bindllm.imports import find_named_modules
 
 COMMANDS = {
@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: success. 1: an error that the message explains. 2: a mistake on the command line or in a recipe. 130: stopped
     by the user.
     """
+    # Help and version answer at once: nothing heavy has been imported yet.
     name, *words = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help", "help"):
         print(help_text())
@@ -77,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     find_named_modules()
     try:
         function = vars(importlib.import_module(f"bindllm.cli.{COMMANDS[name][0]}"))[name]
+        # LightningCLI reads these; the signature of any other command is its schema.
         if name in RECIPES:
             return function(words)
         from bindllm.cli.arguments import read_command
@@ -85,7 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (BindLLMError, OSError) as error:
         if os.environ.get("BINDLLM_DEBUG"):
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        # Notes name the media at which an encoder failed.
+        lines = [f"error: {error}", *getattr(error, "__notes__", ())]
+        print(printable_lines("\n".join(lines)), file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         print("\nstopped; finished work is kept, and the same command resumes from it", file=sys.stderr)

@@ -7,16 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bindllm.cli.recipe import RecipeCLI, quiet
-from bindllm.encoders.aligned import refuse_other_content
+from bindllm.cli.recipe import RecipeCLI, add_overwrite, quiet
+from bindllm.encoders.aligned import MANIFEST, refuse_other_content
+from bindllm.errors import InputError
 from bindllm.training.align.data import AlignData
 from bindllm.training.align.folder import save_aligned
-from bindllm.training.align.module import RECALL_AT, AlignModule
+from bindllm.training.align.module import METRICS, RECALL_AT, AlignModule
+from bindllm.training.callbacks import AverageWeights, check_monitors, check_trainer
 from bindllm.training.optim import describe_groups
 from bindllm.training.progress import RunProgress
 
@@ -35,6 +38,7 @@ class AlignCLI(RecipeCLI):
         parser.add_argument(
             "--output", type=str, required=True, help="folder of the encoder that the run writes"
         )
+        add_overwrite(parser)
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         parser.link_arguments("model.tower", "data.tower", apply_on="instantiate")
         parser.link_arguments("model.target", "data.target", apply_on="instantiate")
@@ -45,17 +49,19 @@ def align(args: list[str]) -> int:
     console = Console(highlight=False)
     with quiet():
         cli = AlignCLI(args)
-        output = Path(cli.config.output)
+        output, model, data = Path(cli.config.output), cli.model, cli.datamodule
+        rehearses, replaced = bool(cli.trainer_options.get("fast_dev_run")), (output / MANIFEST).is_file()
         refuse_other_content(output)
-        model, data = cli.model, cli.datamodule
-        options = cli.trainer_options
-        progress = [] if options.get("enable_progress_bar") is False else [RunProgress()]
-        trainer = cli.make_trainer(
-            callbacks=progress, enable_checkpointing=False, logger=options.get("logger") or False
-        )
+        if replaced and not (cli.config.overwrite or rehearses):
+            raise InputError(
+                f"output {output} holds an aligned encoder, which this run would replace. Choose another --output, or "
+                "replace it with --overwrite"
+            )
         started = time.perf_counter()
+        trainer = _trainer(cli)
         data.trainer = trainer
         data.setup()
+        check_trainer(trainer, num_validation=data.report.pairs["validation"])
         if trainer.is_global_zero:
             for line in data.report.lines():
                 console.print(line, markup=False, soft_wrap=True)
@@ -65,6 +71,9 @@ def align(args: list[str]) -> int:
             # Lightning exits like this after a Ctrl-C.
             raise KeyboardInterrupt from stop
     if not trainer.is_global_zero:
+        return 0
+    if rehearses:
+        console.print("fast_dev_run: the steps ran without an error; nothing was saved")
         return 0
     best = model.take_best()
     metrics = {
@@ -78,7 +87,6 @@ def align(args: list[str]) -> int:
         "trained_parameters": sum(row["parameters"] for row in describe_groups(model.groups())),
         "seconds": round(time.perf_counter() - started, 1),
     }
-    replaced = output.exists()
     save_aligned(output, model, data, metrics=metrics, recipe=cli.resolved())
     _print(console, output, metrics, replaced=replaced)
     foreign = type(model.tower)
@@ -90,6 +98,25 @@ def align(args: list[str]) -> int:
             soft_wrap=True,
         )
     return 0
+
+
+def _trainer(cli: AlignCLI) -> Trainer:
+    """Build the recipe's trainer.
+
+    Raises:
+        InputError: a callback monitors an unknown metric, or would have no effect.
+    """
+    options = cli.trainer_options
+    progress = [] if options.get("enable_progress_bar") is False else [RunProgress()]
+    trainer = cli.make_trainer(
+        callbacks=progress, enable_checkpointing=False, logger=options.get("logger") or False
+    )
+    if any(isinstance(callback, AverageWeights) for callback in trainer.callbacks):
+        raise InputError(
+            "AverageWeights has no effect in align, which keeps the best epoch; remove it from trainer.callbacks"
+        )
+    check_monitors(trainer, METRICS)
+    return trainer
 
 
 def _print(console: Console, output: Path, metrics: dict[str, Any], *, replaced: bool) -> None:

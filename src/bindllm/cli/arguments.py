@@ -35,7 +35,7 @@ _NOISE = (
         "- Expected a <class 'NoneType'>",
     ),
     *("- Not a valid subclass", "Subclass types expect", "- a class path (str)", "- a dict with"),
-    *("Given value: [", "Given value: {"),
+    *("Given value: [", "Given value: {", "Given value: Namespace"),
 )
 _DECORATION = re.compile(r"Parser key \"|\"(?=:)|Not of type \w+: |\ba <class '|<class '|'>")
 

@@ -13,10 +13,10 @@ from rich.console import Console
 from bindllm.cli.arguments import refuse_together
 from bindllm.cli.options import build_encoder, encoder_folder, read_media
 from bindllm.cli.recipe import CheckedRecipe, quiet
-from bindllm.errors import CheckpointError, UsageError
+from bindllm.errors import CheckpointError, UsageError, printable_lines
 from bindllm.model.checkpoint import MANIFEST
 from bindllm.testing import check_encoder
-from bindllm.training.callbacks import check_monitors
+from bindllm.training.callbacks import check_trainer
 from bindllm.training.memory import memory_lines, plan_run
 from bindllm.training.preflight import CheckedParts, Problems, check_checkpoint, check_recipe
 
@@ -86,7 +86,7 @@ def check(
                 samples = [read_media(text) for text in encoder_options.media]
                 check_encoder(build_encoder(encoder, overrides, allow=encoder_options.allow), samples)
     for number, problem in enumerate(problems, start=1):
-        console.print(f"{number}. {problem}", markup=False)
+        console.print(f"{number}. {printable_lines(problem)}", markup=False)
     if problems and config:
         console.print(f"relative paths start from {Path.cwd()}", markup=False)
     console.print(f"{len(problems)} problem{'s' * (len(problems) > 1)}" if problems else "no problems")
@@ -110,7 +110,7 @@ def _check_recipe(
         return
 
     def say(line: Any) -> None:
-        console.print(line, markup=False)
+        console.print(printable_lines(line) if isinstance(line, str) else line, markup=False)
 
     recipe = cli.config.as_dict()
     checked = check_recipe(recipe, problems, say, previewed=options.rows)
@@ -133,4 +133,4 @@ def _check_run(cli: CheckedRecipe, checked: CheckedParts, problems: Problems) ->
     with problems.noted():
         cli.model.objective.check_rows(checked.rows("train") + validation, checked.sources)
     trainer = cli.make_trainer(logger=False)
-    check_monitors(trainer.callbacks, num_validation=trainer.limit_val_batches and len(validation))
+    check_trainer(trainer, num_validation=trainer.limit_val_batches and len(validation))

@@ -38,12 +38,19 @@ def fit(args: list[str]) -> int:
             raise InputError(
                 "model.trainable is empty: nothing would be trained; name groups, such as [bind, inject]"
             )
-        folder = run_folder(cli.config.output, init_from=cli.config.model.init_from)
-        state = RunState(folder, RunLog(folder), every_seconds=cli.config.save_every_seconds)
-        trainer, output = _trainer(cli, state), Path(cli.config.output)
+        config = cli.config
+        folder = run_folder(config.output, init_from=config.model.init_from)
+        rehearses = bool(cli.trainer_options.get("fast_dev_run"))
+        if rehearses:
+            folder = folder.with_name(f".{folder.name}.fast_dev_run")
+        state = RunState(folder, RunLog(folder), every_seconds=config.save_every_seconds)
+        trainer = _trainer(cli, state)
         with lock_run(folder):
-            run = Run(cli.model, cli.datamodule, trainer, state, output, cli.resolved(), console)
-            return run.train(resume=cli.config.resume, wait=wait_for_rank_zero)
+            run = Run(cli.model, cli.datamodule, trainer, state, Path(config.output), cli.resolved(), console)
+            if rehearses:
+                folder.mkdir(parents=True, exist_ok=True)
+                return run.rehearse()
+            return run.train(resume=config.resume, overwrite=config.overwrite, wait=wait_for_rank_zero)
 
 
 def embed(args: list[str]) -> int:

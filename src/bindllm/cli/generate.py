@@ -10,7 +10,7 @@ from jsonargparse.typing import PositiveInt
 
 from bindllm.cli.arguments import refuse_together
 from bindllm.cli.options import CacheOptions, PositiveNumber, Probability, build_encoders, read_media
-from bindllm.errors import UsageError
+from bindllm.errors import UsageError, printable, printable_lines
 from bindllm.media import Media
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ class MediaOptions:
     def read(self) -> list[Media]:
         """Return the media in the order of the modalities."""
         files = {name: values for name, values in asdict(self).items() if name != "media"}
+        # One option per modality of ImageBind; others go through MODALITY:FILE.
         named = [Media(modality, source) for modality, sources in files.items() for source in sources]
         return named + [read_media(text) for text in self.media]
 
@@ -125,21 +126,24 @@ def generate(
     Example:
         bindllm generate checkpoints/quickstart "Describe this image." --image cat.png
     """
+    # How to read this: contradictions first, since loading takes long; then the answer; then the neighbors.
     refuse_together(cache=cache.cache, no_cache=cache.no_cache)
     if decoding.stream and (decoding.num_beams or 1) > 1:
         raise UsageError("--stream cannot show a beam search: its answer is known only at its end")
     shown = media.read()
     loaded = _load(checkpoint, model, cache, overrides)
 
+    # Imported late, so that --help and wrong options answer at once.
     import torch
 
+    # Only sampling uses it.
     torch.manual_seed(decoding.seed)
     if decoding.stream:
         for piece in loaded.stream(prompt, shown, **decoding.given):
-            print(piece, end="", flush=True)
+            print(printable_lines(piece), end="", flush=True)
         print()
     else:
-        print(loaded.generate(prompt, shown, **decoding.given))
+        print(printable_lines(loaded.generate(prompt, shown, **decoding.given)))
     if cache.show_neighbors:
         _print_neighbors(loaded, shown)
     return 0
@@ -159,6 +163,7 @@ def _load(
         cache=False if cache.no_cache else cache.cache,
         quantize=False if options.quantize == "none" else options.quantize,
     )
+    # An option without effect would give an answer other than the user expects.
     if model.cache is None and (cache.settings or cache.show_neighbors):
         option = f"--cache_{next(iter(cache.settings))}" if cache.settings else "--show_neighbors"
         raise UsageError(f"{option} needs a visual cache, and {checkpoint} names none: give --cache FOLDER")
@@ -173,7 +178,7 @@ def _print_neighbors(model: BindLLM, media: Sequence[Media]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from bindllm.cache.neighbors import nearest_images
+    from bindllm.cache.visual_cache import nearest_images
 
     console, cache = Console(highlight=False, soft_wrap=True), model.cache
     if not media:
@@ -187,9 +192,10 @@ def _print_neighbors(model: BindLLM, media: Sequence[Media]) -> None:
     )
     table.add_column("similarity", justify="right")
     table.add_column("image", no_wrap=True)
+    # Not blended: the neighbors are those of the media themselves.
     nearest = nearest_images(cache, model.encode([list(media)], cache=False))
     for similarity, name in nearest:
-        table.add_row(f"{similarity:.3f}", Text(name))
+        table.add_row(f"{similarity:.3f}", Text(printable(name)))
     # A pipe has no width to fit: names are printed whole.
     console.width = max([console.width, *(len(name) + _OTHER_COLUMN for _, name in nearest)])
     console.print(table)

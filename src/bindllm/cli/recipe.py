@@ -222,6 +222,7 @@ class RecipeCLI(LightningCLI):
         parser.add_argument(
             "--resume", type=bool, default=True, help="resume an interrupted run of the same recipe"
         )
+        add_overwrite(parser)
         parser.add_argument(
             "--save_every_seconds", type=float, default=60.0, help="time between saved states of a run"
         )
@@ -252,29 +253,46 @@ class RecipeCLI(LightningCLI):
         """
         try:
             built = self.parser.instantiate(self.config)
-        except ValueError as error:
+        # A part refuses its arguments, or its package is not installed, as wandb for its logger.
+        except (ValueError, ImportError, MisconfigurationException) as error:
             raise _error_of_part(error) from error
         self.model, self.datamodule, self.trainer_options = built.model, built.data, dict(built.trainer)
 
     def make_trainer(self, *, callbacks: Sequence[Callback] = (), **options: Any) -> Trainer:
-        """Build the recipe's trainer with further callbacks, and options that replace the recipe's.
+        """Build the recipe's trainer with further callbacks before its own, and options that replace the recipe's.
 
         Raises:
             InputError: options that contradict each other, or ask for what this machine does not have.
         """
         own = self.trainer_options.get("callbacks") or []
         own = own if isinstance(own, list) else [own]
+        # Lightning divides the loss by the one, and ignores the other.
+        for name, least in (("accumulate_grad_batches", 1), ("gradient_clip_val", 0)):
+            if (value := self.trainer_options.get(name)) is not None and not value >= least:
+                raise InputError(f"trainer.{name} is {value}, expected at least {least}")
         try:
-            return Trainer(**{**self.trainer_options, **options, "callbacks": [*own, *callbacks]})
+            return Trainer(**{**self.trainer_options, **options, "callbacks": [*callbacks, *own]})
         except (MisconfigurationException, ImportError, ValueError) as error:
             raise InputError(f"trainer: {error}") from error
 
     def resolved(self) -> str:
         """Return the recipe with every default filled in, as YAML that can be given to ``--config``."""
         config = self.config.clone()
-        for key in ("config", "resume"):
+        for key in ("config", "resume", "overwrite"):
             config.pop(key, None)
         return self.parser.dump(config, skip_unset=False)
+
+
+def add_overwrite(parser: LightningArgumentParser) -> None:
+    """Add the option that lets a run replace the result of another one."""
+    parser.add_argument(
+        "--overwrite",
+        type=bool,
+        nargs="?",
+        const=True,
+        default=False,
+        help="replace a result in the output folder",
+    )
 
 
 def _require_recipe(command: str, args: Sequence[str]) -> None:
@@ -291,12 +309,12 @@ def _require_recipe(command: str, args: Sequence[str]) -> None:
         )
 
 
-def _error_of_part(error: ValueError) -> Exception:
+def _error_of_part(error: Exception) -> BindLLMError:
     """Return the error of a part about its arguments; jsonargparse wraps it if the part may also be null."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, BindLLMError):
         cause = cause.__cause__
-    return error if cause is None else cause
+    return InputError(f"the recipe cannot be used: {plain_message(str(error))}") if cause is None else cause
 
 
 @contextmanager

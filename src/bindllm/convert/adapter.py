@@ -6,7 +6,6 @@ on another base loads without an error and gives nonsense answers, so other base
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bindllm.atomic import read_json
 from bindllm.convert.foreign import SafetensorsFolder
 from bindllm.convert.imagebind_llm import LICENSE, SOURCE, Adapted, Shape, read_imagebind_llm
 from bindllm.convert.keymap import REPORT
@@ -25,7 +25,7 @@ from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.checkpoint import check_keys, write_card, write_checkpoint
-from bindllm.model.decoder import DecoderConfig, load_tokenizer, without_weights
+from bindllm.model.decoder import DecoderConfig, check_weights, load_tokenizer, without_weights
 from bindllm.model.injection import InjectConfig
 
 ROUNDING = 2.0**-8
@@ -132,6 +132,7 @@ def check_base(adapted: Adapted, folder: str | Path, *, accept: bool = False) ->
 
     Raises:
         CheckpointError: not a LLaMA, other sizes, or other weights; the message names them.
+        DecoderError: the base lacks weights.
     """
     config = _read_config(Path(folder))
     if config.get("model_type") != "llama":
@@ -141,17 +142,15 @@ def check_base(adapted: Adapted, folder: str | Path, *, accept: bool = False) ->
         )
     # Even if the weights are accepted: other sizes cannot work.
     _check_sizes(adapted, config, folder)
+    check_weights(Path(folder))
     if not accept:
         _check_weights(adapted, SafetensorsFolder(folder), folder)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder} has no readable config.json ({error}); give the Hugging Face folder of the base model"
-        ) from error
+    config = read_json(
+        folder / "config.json", CheckpointError, "give the Hugging Face folder of the base model"
+    )
     return config if isinstance(config, dict) else {}
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from bindllm.atomic import open_tensors
 from bindllm.errors import CheckpointError
 
 # Entries under which training scripts usually keep the weights.
@@ -39,18 +39,11 @@ def read_foreign(file: str | Path) -> dict[str, Tensor]:
             f"{file} is a folder; give the published file itself, such as imagebind_huge.pth"
         )
     if not file.is_file():
-        raise CheckpointError(f"{file} does not exist")
+        raise CheckpointError(f"{file} does not exist, or is not a regular file")
     if file.suffix == ".safetensors":
-        return _read_safetensors(file)
-    return _find_tensors(_read_torch(file), file)
-
-
-def _read_safetensors(file: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(file, framework="pt") as stream:
+        with open_tensors(file, CheckpointError, "download it again") as stream:
             return {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (not a dictionary)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}; download it again") from error
+    return _find_tensors(_read_torch(file), file)
 
 
 def _read_torch(file: Path) -> Any:
@@ -123,11 +116,8 @@ class SafetensorsFolder:
                 f"{folder} holds no *.safetensors file; give a Hugging Face folder in safetensors"
             )
         for file in files:
-            try:
-                with safe_open(file, framework="pt") as stream:
-                    self._files |= dict.fromkeys(stream.keys(), file)
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{file} cannot be read: {error}") from error
+            with open_tensors(file, CheckpointError) as stream:
+                self._files |= dict.fromkeys(stream.keys(), file)
 
     def __contains__(self, name: str) -> bool:
         return name in self._files
@@ -136,5 +126,5 @@ class SafetensorsFolder:
         if name not in self._files:
             raise CheckpointError(f"{self._folder} has no tensor {name}: it is another kind of model")
         # Opened for each tensor, so that one base model does not stay in memory.
-        with safe_open(self._files[name], framework="pt") as stream:
+        with open_tensors(self._files[name], CheckpointError) as stream:
             return stream.get_tensor(name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -11,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from bindllm.atomic import read_json
 from bindllm.convert import KINDS, TOKENIZER, ConvertOptions, imagebind, imagebind_llm, pointbind
 from bindllm.convert.adapter import convert_imagebind_llm
 from bindllm.convert.foreign import read_foreign
@@ -195,7 +195,7 @@ def _as_path(value: str) -> str:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        config = read_json(folder / "config.json", CheckpointError)
+    except CheckpointError:
         return {}
     return config if isinstance(config, dict) else {}

@@ -66,7 +66,7 @@ def option_letter(text: str, options: Sequence[str]) -> str | None:
 
     Args:
         text: the answer.
-        options: the options in the order of their letters, at most 26.
+        options: the options in the order of their letters, at most 26; an empty one cannot be chosen.
 
     Examples:
         >>> option_letter("It is salty, so the answer is (B).", ["a rose", "the sea"])
@@ -74,7 +74,7 @@ def option_letter(text: str, options: Sequence[str]) -> str | None:
         >>> option_letter("The sea", ["a rose", "the sea"])
         'B'
     """
-    known = ascii_uppercase[: len(options)]
+    known = {letter: option for letter, option in zip(ascii_uppercase, options, strict=False) if option}
     # The last statement counts, because a model that reasons may correct itself.
     stated = _STATED.findall(text)
     if stated and stated[-1].upper() in known:
@@ -83,11 +83,7 @@ def option_letter(text: str, options: Sequence[str]) -> str | None:
     if letter and letter[1].upper() in known:
         return letter[1].upper()
     parts = (text, _UP_TO_ANSWER.sub("", text))
-    named = [
-        letter
-        for letter, option in zip(known, options, strict=False)
-        if any(same_answer(part, [option]) for part in parts)
-    ]
+    named = [letter for letter, option in known.items() if any(same_answer(part, [option]) for part in parts)]
     # Words of two options leave the choice open.
     return named[0] if len(named) == 1 else None
 

@@ -28,7 +28,7 @@ from bindllm.data.report import DataReport, SourceReport
 from bindllm.data.rows import Row, Sample, make_sample
 from bindllm.data.source_config import SPLITS, SourceConfig
 from bindllm.data.sources import read_source
-from bindllm.data.stream.embed import CANNOT_EMBED
+from bindllm.data.stream.chunks import CANNOT_EMBED
 from bindllm.data.stream.loader import (
     StreamLoader,
     StreamOptions,
@@ -151,6 +151,7 @@ class BindData(LightningDataModule):
         if self._embeddings is not None:
             return
         embeddings = MediaEmbeddings(self.encoders, self.store)
+        # All splits at once, so that an encoder is moved to its device once.
         media = (item for rows in self._rows.values() for row in rows for item in row.media)
         totals = embeddings.precompute(media, context)
         # Without the media that failed, every later lookup succeeds.
@@ -284,18 +285,16 @@ class BindData(LightningDataModule):
                 kept.append(row)
         return kept
 
-    def _sample(self, row: Row) -> Sample:
-        return make_sample(row, self.tokenizer, self.max_length)
-
     def _tokenize(self, rows: list[Row]) -> list[Sample]:
         """Make samples; rows that cannot be used are counted with the reason."""
         samples = []
-        for row in track(
-            rows, "tokenizing", console=Console(stderr=True), transient=True, disable=not _shows_progress()
-        ):
+        # The bar is shown only on a terminal.
+        is_hidden = not sys.stderr.isatty()
+        for row in track(rows, "tokenizing", console=Console(stderr=True), transient=True, disable=is_hidden):
             try:
                 # Numbers count only the samples that are kept: an objective finds a sample by its number.
-                samples.append(replace(self._sample(row), number=len(samples)))
+                sample = make_sample(row, self.tokenizer, self.max_length)
+                samples.append(replace(sample, number=len(samples)))
             except InputError as error:
                 self.report.skipped.add(str(error), row.name)
         return samples
@@ -339,8 +338,3 @@ class BindData(LightningDataModule):
     def _batches_done(self) -> int:
         """Return the number of completed batches of the whole run."""
         return self.trainer.fit_loop.epoch_loop.batch_progress.total.completed
-
-
-def _shows_progress() -> bool:
-    """Whether a progress bar is visible: standard error is a terminal."""
-    return sys.stderr.isatty()

@@ -21,7 +21,7 @@ from bindllm.parallel import RunContext
 
 @dataclass
 class PrecomputeTotals:
-    """What filling all stores came to.
+    """Counts of all stores together.
 
     Args:
         encoded: media that were embedded now.
@@ -62,7 +62,7 @@ class MediaEmbeddings:
                 share the work; each is given the same media. Only the first one has the keys afterwards.
 
         Returns:
-            What it came to, in all processes together.
+            The counts of all processes together.
 
         Raises:
             InputError: media of a modality that no encoder serves.

@@ -20,20 +20,10 @@ NO_GROUP, CONTROL = "dim", "dim"
 
 def legend() -> Text:
     """Return a line that explains the words and colors of `preview_lines`."""
-    return Text.assemble(
-        "rows as the model sees them: given, ",
-        ("learned", GOOD),
-        " (in preferences: ",
-        ("chosen", GOOD),
-        " or ",
-        ("wanted", GOOD),
-        ", ",
-        ("rejected", BAD),
-        " or ",
-        ("unwanted", BAD),
-        "); ",
-        *[(f"media {group}, ", color) for group, color in enumerate(GROUPS[:2])],
-        "...: the media that the tokens listen to",
+    return Text.from_markup(
+        f"rows as the model sees them: given, [{GOOD}]learned[/] (in preferences: [{GOOD}]chosen[/] or "
+        f"[{GOOD}]wanted[/], [{BAD}]rejected[/] or [{BAD}]unwanted[/]); [{GROUPS[0]}]media 0, [/]"
+        f"[{GROUPS[1]}]media 1, [/]...: the media that the tokens listen to"
     )
 
 
@@ -53,6 +43,7 @@ def preview_rows(
         first = by_source.setdefault(row.source, [])
         if len(first) < number:
             first.append(row)
+    # In turn, so that a long first source does not hide a fault of the others.
     in_turn = [row for turn in zip_longest(*by_source.values()) for row in turn if row is not None]
     for row in in_turn[:number]:
         try:
@@ -96,6 +87,7 @@ def _title(sample: Sample) -> str:
     """Return the length of a row, and the parts of it that did not fit."""
     kept, answers = sample.num_answers, sum(m.role == "assistant" for m in sample.conversation.messages)
     judged = sample.rejected is not None or sample.desirable is not None
+    # A judged row learns only its last answer, so earlier ones are not missing.
     parts = [f"{len(sample.input_ids):,} tokens, {sample.num_supervised:,} to learn"]
     if sample.rejected is not None:
         parts[0] += f" or {sample.rejected.num_supervised:,} not to"

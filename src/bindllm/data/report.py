@@ -11,7 +11,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from bindllm.data.messages import placeholders_in
+from bindllm.data.messages import RowError
+from bindllm.errors import InputError, printable
 
 if TYPE_CHECKING:
     from bindllm.data.rows import Row
@@ -34,25 +35,28 @@ class Skipped:
 
     def add(self, reason: str, name: str) -> None:
         """Count one row."""
-        kept = self._kept(reason)
-        self.counts[kept] = self.counts.get(kept, 0) + 1
-        examples = self.examples.setdefault(kept, [])
-        if len(examples) < MAX_EXAMPLES:
-            examples.append(name if kept == reason else f"{name}: {reason}")
+        self._add(reason, 1, [name])
+
+    def add_error(self, error: InputError, name: str) -> None:
+        """Count one row by its error; the part that differs from row to row, such as a path, goes with the name."""
+        if isinstance(error, RowError) and error.detail:
+            self.add(error.reason, f"{name}: {error.detail}")
+        else:
+            self.add(str(error), name)
 
     def update(self, other: Skipped) -> None:
         """Add the rows of another report."""
         for reason, count in other.counts.items():
-            kept = self._kept(reason)
-            self.counts[kept] = self.counts.get(kept, 0) + count
-            examples = self.examples.setdefault(kept, [])
-            # Both reports together keep at most this many examples.
-            names = other.examples[reason][: MAX_EXAMPLES - len(examples)]
-            examples += [name if kept == reason else f"{name}: {reason}" for name in names]
+            self._add(reason, count, other.examples[reason])
 
-    def _kept(self, reason: str) -> str:
-        """Return the reason under which a row is counted."""
-        return reason if reason in self.counts or len(self.counts) < MAX_REASONS else OTHER_REASON
+    def _add(self, reason: str, count: int, names: list[str]) -> None:
+        # Beyond the limit, the reason goes with the name.
+        is_kept = reason in self.counts or len(self.counts) < MAX_REASONS
+        kept = reason if is_kept else OTHER_REASON
+        self.counts[kept] = self.counts.get(kept, 0) + count
+        examples = self.examples.setdefault(kept, [])
+        for name in names[: MAX_EXAMPLES - len(examples)]:
+            examples.append(name if kept == reason else f"{name}: {reason}")
 
     @property
     def total(self) -> int:
@@ -68,9 +72,11 @@ class Skipped:
             >>> list(skipped.lines())
             ['1 x empty caption (line 7)']
         """
+        # Sorting is stable: equally frequent reasons stay in the order in which they came.
         for reason, count in sorted(self.counts.items(), key=lambda item: -item[1]):
             more = ", ..." if count > len(self.examples[reason]) else ""
-            yield f"{count} x {reason} ({', '.join(self.examples[reason])}{more})"
+            # Reasons and names quote files and rows of data sets, which may hold escape sequences.
+            yield printable(f"{count} x {reason} ({', '.join(self.examples[reason])}{more})")
 
 
 @dataclass
@@ -82,7 +88,7 @@ class SourceReport:
         num_media: different images (or media of another modality) of its rows.
         num_rows: its rows; in the format caption, one for each caption.
         skipped: skipped rows.
-        control_characters: captions from which control characters were removed.
+        remarks: rows that are used and have a fault.
         modality: of the source.
         format: of its rows.
         shards: of a source that is streamed for training; its samples are counted in `StreamReport`.
@@ -90,14 +96,14 @@ class SourceReport:
         answers: answers of all rows; a conversation may have several.
         pairs: rows with a better and a worse answer.
         text_only: rows without media.
-        spelled: rows whose questions spell a placeholder, such as ``<image>``, for which they have no media.
+        warning: a fault of the source as a whole.
     """
 
     path: str
     num_media: int = 0
     num_rows: int = 0
     skipped: Skipped = field(default_factory=Skipped)
-    control_characters: int = 0
+    remarks: Skipped = field(default_factory=Skipped)
     modality: str = "image"
     format: str = "caption"
     shards: int = 0
@@ -105,7 +111,7 @@ class SourceReport:
     answers: int = 0
     pairs: int = 0
     text_only: int = 0
-    spelled: int = 0
+    warning: str = ""
 
     def count(self, rows: Iterable[Row]) -> None:
         """Count the rows of the source, of all splits together."""
@@ -118,10 +124,8 @@ class SourceReport:
             self.answers += sum(message.role == "assistant" for message in messages)
             self.pairs += row.rejected is not None
             self.text_only += not media
-            # Most texts have no "<", and the test is cheaper than the regular expression.
-            self.spelled += any(
-                placeholders_in(m.text) for m in messages if m.role == "user" and "<" in m.text
-            )
+            for remark in row.remarks:
+                self.remarks.add(remark, row.name)
         self.media = dict(Counter(media.modality for media in found))
         self.num_media = len(found)
 
@@ -135,10 +139,12 @@ class SourceReport:
             >>> SourceReport("talks", num_rows=90, format="llava", answers=200, media={"image": 80}).counted
             '90 rows (llava), 200 answers, 80 images'
         """
+        # A stream for training is counted while it is read.
         if self.shards:
             return f"{self.shards:,} shards, streamed"
         if self.format == "caption":
             return f"{_count_media(self.modality, self.num_media)}, {self.num_rows:,} captions"
+        # A part that counts nothing new is left out, so that the line stays short.
         parts = [f"{self.num_rows:,} rows ({self.format})"]
         if self.answers > self.num_rows:
             parts.append(f"{self.answers:,} answers")
@@ -147,10 +153,6 @@ class SourceReport:
         parts += [_count_media(modality, count) for modality, count in self.media.items()]
         if self.text_only:
             parts.append(f"{self.text_only:,} rows without media")
-        if self.spelled:
-            parts.append(
-                f"{self.spelled:,} rows with a placeholder such as <image> but no media for it, kept as text"
-            )
         return ", ".join(parts)
 
 
@@ -168,6 +170,7 @@ class StreamReport:
         batches: number of these batches.
         waiting: rows that are ready for later batches.
         skipped: samples and shards that cannot be used.
+        remarks: samples that are used and have a fault.
         seconds_first: time until the first batch.
         seconds_waited: time that the training waited for later batches.
         seconds: time from the first batch to the last one.
@@ -178,6 +181,7 @@ class StreamReport:
     batches: int = 0
     waiting: int = 0
     skipped: Skipped = field(default_factory=Skipped)
+    remarks: Skipped = field(default_factory=Skipped)
     seconds_first: float = 0.0
     seconds_waited: float = 0.0
     seconds: float = 0.0
@@ -185,10 +189,11 @@ class StreamReport:
     @property
     def waiting_share(self) -> float:
         """Share of the time, 0..1, that training waited for a batch; the first batch is not counted."""
+        # The first batch waits for the start of the thread, however fast the stream is.
         return self.seconds_waited / self.seconds if self.seconds else 0.0
 
     def lines(self) -> Iterator[str]:
-        """Yield the counts, and a line for each reason why samples were skipped.
+        """Yield the counts, and a line for each reason why samples were skipped, and for each remark.
 
         Examples:
             >>> report = StreamReport(read=9, rows=8, batches=2, seconds_first=1.5)
@@ -200,8 +205,8 @@ class StreamReport:
             f"{f' ({self.waiting:,} more were ready)' if self.waiting else ''}; the first after "
             f"{self.seconds_first:.1f} s, then training waited {100 * self.waiting_share:.1f} % of its time"
         )
-        for line in self.skipped.lines():
-            yield f"  skipped: {line}"
+        yield from (f"  skipped: {line}" for line in self.skipped.lines())
+        yield from (f"  note: {line}" for line in self.remarks.lines())
 
 
 @dataclass
@@ -256,8 +261,6 @@ class DataReport:
         notes = {
             "rows cut to max_length": self.truncated,
             "rows without media": self.text_only,
-            "rows with a placeholder but no media for it, kept as text": sum(s.spelled for s in self.sources),
-            "captions with control characters removed": sum(s.control_characters for s in self.sources),
             "held-out rows whose media is in train too": self.shared_media,
             "rows skipped": self.skipped.total,
         }
@@ -265,4 +268,8 @@ class DataReport:
             if count:
                 table.add_row(note, f"{count:,}")
         table.add_row("seconds", f"{self.seconds:.1f}")
-        return Group(table, *(Text(f"  skipped: {line}") for line in self.skipped.lines()))
+        lines = [f"  skipped: {line}" for line in self.skipped.lines()]
+        for source in self.sources:
+            lines += [f"  note: {line}" for line in source.remarks.lines()]
+            lines += [f"  warning: {source.path}: {source.warning}"] if source.warning else []
+        return Group(table, *map(Text, lines))

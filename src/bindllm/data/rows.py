@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from bindllm.conversation import Conversation, render
+from bindllm.conversation import Conversation, Rendered, render
 from bindllm.data.source_config import Split
 from bindllm.errors import InputError
 from bindllm.media import Media
@@ -37,6 +37,7 @@ class Row:
         desirable: whether the answer is a wanted one; None if the row does not say so.
         options: in a multiple choice, the texts of the options in the order of their letters in the prompt.
         split: the split that the row itself names, if any.
+        remarks: faults of a row that is used all the same; they are counted.
     """
 
     conversation: Conversation
@@ -49,6 +50,7 @@ class Row:
     desirable: bool | None = None
     options: tuple[str, ...] = ()
     split: Split | None = None
+    remarks: tuple[str, ...] = ()
 
     @property
     def media(self) -> tuple[Media, ...]:
@@ -66,14 +68,8 @@ class Sample:
         media_index: the media group that the token listens to, or -1.
         conversation: the tokenized conversation.
         truncated: whether an answer was cut or dropped to keep to the maximum length.
-        references: all true answers to the last question, for metrics that take several.
-        name: where the row comes from, for messages.
-        source: index of its source in the recipe, from 0.
-        task: how the row is measured if it is held out.
-        type: kind of question, for accuracy by type.
+        references, name, source, task, type, desirable, options: as in `Row`.
         rejected: the worse answer to the same prompt, tokenized in the same way.
-        desirable: whether the answer is a wanted one; None if the row does not say so.
-        options: the options of a multiple choice, in the order of their letters in the prompt.
         number: index among the samples of its split; -1 if it has none.
     """
 
@@ -180,7 +176,8 @@ def tokenize(
 
     Raises:
         InputError: no answer, one without text, one that does not fit at all (the first, or the only one that
-            would be learned), or a text that spells a control token.
+            would be learned), one whose text the template does not keep, a text that spells a control token, or
+            more tokens than the decoder has positions.
 
     Examples:
         >>> tokenize(conversation, tokenizer, 128).input_ids.shape  # doctest: +SKIP
@@ -193,21 +190,19 @@ def tokenize(
         raise InputError("an answer is empty")
     rendered = render(conversation, tokenizer)
     answers = rendered.answers[-1:] if last_only else rendered.answers
-    # How to read this: the sample ends with the last answer that fits, in full or cut.
-    ids, length = list(rendered.input_ids), 0
-    for start, stop in answers:
-        if stop <= max_length:
-            length = stop
-        # At least one token of the answer itself must stay in addition to its end token.
-        elif start + 2 <= max_length:
-            length = max_length
-            # The end token takes the last position, so that the model learns to stop.
-            ids[max_length - 1] = ids[stop - 1]
-    if length == 0:
+    if not all(rendered.whole[-1:] if last_only else rendered.whole):
         raise InputError(
-            f"the prompt leaves no room for an answer in max_length={max_length} tokens; shorten it or raise max_length"
+            "the decoder's chat template puts control tokens into the answer or changes its text, so only a part of it "
+            "would be learned"
         )
-    input_ids = np.array(ids[:length], dtype=np.int64)
+    ids = _cut(rendered, answers, max_length)
+    length = len(ids)
+    if length > tokenizer.model_max_length:
+        raise InputError(
+            f"the row is longer than the {tokenizer.model_max_length:,} positions of the decoder; a lower "
+            "data.max_length cuts it"
+        )
+    input_ids = np.array(ids, dtype=np.int64)
     labels = np.full(length, IGNORE, dtype=np.int64)
     # Slices past the end are empty: answers that were dropped get no labels.
     for start, stop in answers:
@@ -219,6 +214,28 @@ def tokenize(
         conversation=conversation,
         truncated=length < answers[-1][1],
     )
+
+
+def _cut(rendered: Rendered, answers: list[tuple[int, int]], max_length: int) -> list[int]:
+    """Return the ids up to the last answer that fits, in full or cut."""
+    ids, starts, length = list(rendered.input_ids), rendered.starts, 0
+    for start, stop in answers:
+        if stop <= max_length:
+            length = stop
+            continue
+        # The end token takes the last position, so that the model learns to stop; not inside a character.
+        last = max_length - 1
+        while start < last and starts[last] == starts[last - 1]:
+            last -= 1
+        # At least one token of the answer itself must stay in addition to its end token.
+        if start < last:
+            ids[last], length = ids[stop - 1], last + 1
+        break
+    if length == 0:
+        raise InputError(
+            f"the prompt leaves no room for an answer in max_length={max_length} tokens; shorten it or raise max_length"
+        )
+    return ids[:length]
 
 
 def _num_answers(conversation: Conversation) -> int:

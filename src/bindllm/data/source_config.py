@@ -23,6 +23,7 @@ Format = Literal[
 ]
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
+# Hugging Face calls it validation, COCO val, older sets valid or dev.
 _OTHER_NAMES: dict[object, Split] = {"val": "validation", "valid": "validation", "dev": "validation"}
 
 
@@ -108,9 +109,11 @@ class SourceConfig:
         split: put the whole source into one split. Otherwise the column split of the table decides, and without it,
             the hash of the media's path (or of the question); rows that share media share a split.
         held_out: share of media, 0 to 1, that the hash holds out: half for validation, half for test.
+        split_by: media, or row: each row has a hash of its own, and the same image may be trained on and held out.
         limit: use only this many images with captions, or this many rows of another format, chosen by hash.
         columns: names of the columns of the table.
         media: folder that paths of media are relative to; by default, the folder of their table.
+        allow_outside: whether rows may name files outside that folder; false for tables that you do not trust.
         rationale: in multiple choice, learn the lecture and the explanation before the answer (QCM-LE-A) instead of
             only the answer (QCM-A).
     """
@@ -122,12 +125,15 @@ class SourceConfig:
     weight: float = 1.0
     split: Split | None = None
     held_out: float = 0.1
+    split_by: Literal["media", "row"] = "media"
     limit: int | None = None
     columns: Columns = field(default_factory=Columns)
     media: str | None = None
+    allow_outside: bool = True
     rationale: bool = False
 
     def __post_init__(self) -> None:
+        # jsonargparse checks a recipe already; these are for Python callers, and for values that no type excludes.
         if self.format not in get_args(Format):
             raise InputError(
                 f"{self.path}: unknown format {self.format!r}. {did_you_mean(self.format, get_args(Format))}"
@@ -139,6 +145,9 @@ class SourceConfig:
             )
         if self.split is not None and self.split not in SPLITS:
             raise InputError(f"{self.path}: unknown split {self.split!r}. {did_you_mean(self.split, SPLITS)}")
+        if self.split_by not in ("media", "row"):
+            raise InputError(f"{self.path}: split_by must be media or row, not {self.split_by!r}")
+        # A weight of NaN passes every comparison that is written the other way round.
         if not (math.isfinite(self.weight) and self.weight > 0):
             raise InputError(f"{self.path}: weight must be finite and above 0, not {self.weight}")
         if not 0 <= self.held_out < 1:

@@ -3,40 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from bindllm.data.formats import read_row, skip
+from bindllm.data.formats import read_row
 from bindllm.data.formats.columns import json_list, looks_like
-from bindllm.data.formats.media import FolderResolver, find_file, folder_of, media_key, read_media
-from bindllm.data.formats.questions import clean_caption
-from bindllm.data.messages import RecordMedia, RowError, answered, is_visible, parse_messages
-from bindllm.data.report import Skipped, SourceReport
+from bindllm.data.formats.media import FolderResolver
+from bindllm.data.report import NOT_UTF8, Skipped, SourceReport
 from bindllm.data.rows import Row
-from bindllm.data.source_config import SPLITS, Columns, SourceConfig, Split, split_named
-from bindllm.data.tables import HUB, NOT_UTF8, READERS, is_table, read_table
-from bindllm.errors import InputError, did_you_mean, fetch_hint
-from bindllm.media import SUFFIXES, Media
+from bindllm.data.source_config import SPLITS, SourceConfig, Split, split_named
+from bindllm.data.tables import HUB, READERS, Record, is_table, read_table
+from bindllm.errors import InputError, fetch_hint
+from bindllm.media import SUFFIXES
 
 TABLE_NAME = "captions"
 
+MANY_ROWS = 10
+"""Rows that may share a split through common media before a report says so."""
 
-@dataclass
-class CaptionedMedia:
-    """One image, or media of another modality, with all its captions.
-
-    Args:
-        file: path of the image, its content if the table holds it, or the text itself.
-        key: path of the image as the source writes it, the hash of its content, or the text; decides its split.
-        split: the split that the source gives it, if any.
-        captions: each caption once, with the name of its row.
-    """
-
-    file: str | bytes
-    key: str
-    split: Split | None
-    captions: dict[str, str] = field(default_factory=dict)
+_Found = list[tuple[Row, Split | None]]
+"""Rows, each with the split that the recipe, the row or its table gives it."""
 
 
 def read_source(config: SourceConfig, number: int = 0) -> tuple[dict[str, list[Row]], SourceReport]:
@@ -60,14 +48,15 @@ def read_source(config: SourceConfig, number: int = 0) -> tuple[dict[str, list[R
         where = "" if path.is_absolute() else f" in {Path.cwd()}, the working directory"
         raise InputError(f"data source {config.path} does not exist{where}.{fetch_hint(path)}")
     report = SourceReport(config.path, modality=config.modality, format=config.format)
-    read = _read_captioned if config.format == "caption" else _read_records
+    resolve = FolderResolver.of(config)
     try:
-        rows = read(config, number, report)
+        found = _read_rows(config, number, resolve, report)
     except InputError as error:
         # The usual mistakes: a folder of shards, or another format.
         if hint := _shards_hint(path) or _format_hint(config):
             raise InputError(f"{error}{hint}") from error
         raise
+    rows = _split(found, config, resolve, report)
     report.count(row for part in rows.values() for row in part)
     if not any(rows.values()):
         reasons = "; ".join(report.skipped.lines()) or "it is empty"
@@ -101,45 +90,73 @@ def _hash_position(key: str, purpose: str) -> float:
     return int.from_bytes(digest[:8]) / 2**64
 
 
-def _read_captioned(config: SourceConfig, number: int, report: SourceReport) -> dict[str, list[Row]]:
-    """Read a table or a folder of captions."""
-    # A source with a split of its own ignores the column.
-    columns = config.columns if config.split is None else replace(config.columns, split=None)
-    found = read_captions(config.path, report, columns, config.modality, root=config.media)
-    # By hash: a larger limit keeps all rows of a smaller one, whatever the order of the file.
-    if config.limit is not None:
-        found = sorted(found, key=lambda one: _hash_position(one.key, "limit"))[: config.limit]
-    rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
-    for one in found:
-        split = config.split or one.split or hashed_split(one.key, config.held_out)
-        question = {"role": "user", "content": [Media(config.modality, one.file), config.prompt]}
-        references = tuple(one.captions)
-        for caption, name in one.captions.items():
-            messages = parse_messages(
-                [question, {"role": "assistant", "content": caption}], RecordMedia(Media)
-            )
-            rows[split].append(Row(answered(messages), references, name, number))
-    return rows
+def _read_rows(config: SourceConfig, number: int, resolve: FolderResolver, report: SourceReport) -> _Found:
+    """Read all records of a source, those of captions one by one."""
+    found: _Found = []
+    is_caption = config.format == "caption"
+    for name, record, table_split in (_caption_records if is_caption else _records)(config, report):
+        try:
+            row = read_row(record, config, resolve, name=name, source=number)
+        except InputError as error:
+            report.skipped.add_error(error, name)
+        else:
+            found.append((row, config.split or row.split or table_split))
+    return _join_captions(found, resolve, report) if is_caption else found
 
 
-def _read_records(config: SourceConfig, number: int, report: SourceReport) -> dict[str, list[Row]]:
-    """Read the tables of a source, each record by itself."""
-    resolve, found = FolderResolver.of(config), []
-    for table, table_split in _tables(config.path):
+def _records(config: SourceConfig, report: SourceReport) -> Iterator[tuple[str, Record, Split | None]]:
+    for table, split in _tables(config.path):
         for name, record in read_table(table, (), report.skipped):
-            try:
-                row = read_row(record, config, resolve, name=name, source=number)
-            except InputError as error:
-                skip(error, name, report.skipped)
-            else:
-                found.append((row, config.split or row.split or table_split))
+            yield name, record, split
+
+
+def _caption_records(config: SourceConfig, report: SourceReport) -> Iterator[tuple[str, Record, None]]:
+    """Yield a record for each caption of a table or of a folder of images, so that a bad one costs no other."""
+    table = find_table(config.path)
+    column = config.columns.caption
+    rows = read_table(table, (column,), report.skipped) if table else _folder_rows(config, report)
+    for name, record in rows:
+        captions = json_list(record[column], (str,))
+        # An empty list becomes one missing caption, which is counted as skipped.
+        for caption in (captions or [None]) if isinstance(captions, list) else [captions]:
+            yield name, {**record, column: caption}, None
+
+
+def _join_captions(found: _Found, resolve: FolderResolver, report: SourceReport) -> _Found:
+    """Give all captions of an image to each of its rows as references, and put these rows next to each other."""
+    images: dict[tuple[str, ...], dict[str, tuple[Row, Split | None]]] = {}
+    for row, split in found:
+        # By key, so that two spellings of a path are one image.
+        captions = images.setdefault(tuple(map(resolve.key, row.media)), {})
+        first_split = next(iter(captions.values()))[1] if captions else split
+        if split != first_split:
+            report.skipped.add(f"this {report.modality} is in another split already", row.name)
+        elif captions.setdefault(row.references[0], (row, split))[0] is not row:
+            report.skipped.add(f"same {report.modality} and caption as an earlier row", row.name)
+    return [
+        (replace(row, references=tuple(captions)), split)
+        for captions in images.values()
+        for row, split in captions.values()
+    ]
+
+
+def _split(
+    found: _Found, config: SourceConfig, resolve: FolderResolver, report: SourceReport
+) -> dict[str, list[Row]]:
+    """Choose the rows of a limit, and put rows without a split into that of their hash."""
     # Keys take a pass over all media, so they are computed only if the limit or a split depends on them.
     is_hashed = config.limit is not None or not all(split for _, split in found)
-    keys = _shared_keys([row for row, _ in found], resolve.root) if is_hashed else [""] * len(found)
-    chosen = range(len(found))
+    keys = _split_keys([row for row, _ in found], config, resolve, report) if is_hashed else [""] * len(found)
+    chosen: Iterable[int] = range(len(found))
     if config.limit is not None:
-        # The choice is made by hash, then the rows are back in the order of the file.
-        chosen = sorted(sorted(chosen, key=lambda n: _hash_position(keys[n], "limit"))[: config.limit])
+        # By hash: a larger limit keeps all rows of a smaller one. The chosen rows stay in the order of the file.
+        order = sorted(chosen, key=lambda n: _hash_position(keys[n], "limit"))
+        if config.format == "caption":
+            # A limit of captions counts images, each with all its captions.
+            kept = set(list(dict.fromkeys(keys[n] for n in order))[: config.limit])
+            chosen = [n for n in chosen if keys[n] in kept]
+        else:
+            chosen = sorted(order[: config.limit])
     rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
     for n in chosen:
         row, split = found[n]
@@ -157,6 +174,7 @@ def _tables(path: str) -> list[tuple[str | Path, Split | None]]:
     if is_table(path) or not folder.is_dir():
         return [(path, None)]
     tables = sorted(file for file in folder.iterdir() if file.suffix.lower() in READERS and file.is_file())
+    # One table for each split is the layout of most sets; names such as val.jsonl count too.
     named: list[tuple[str | Path, Split | None]] = [
         (file, split) for split in SPLITS for file in tables if split_named(file.stem) == split
     ]
@@ -171,7 +189,9 @@ def _tables(path: str) -> list[tuple[str | Path, Split | None]]:
     )
 
 
-def _shared_keys(rows: Sequence[Row], root: str) -> list[str]:
+def _split_keys(
+    rows: Sequence[Row], config: SourceConfig, resolve: FolderResolver, report: SourceReport
+) -> list[str]:
     """Return the key that decides the split of each row; rows that share media, also through others, share it.
 
     A row without media is decided by its questions.
@@ -185,20 +205,35 @@ def _shared_keys(rows: Sequence[Row], root: str) -> list[str]:
             parents[key] = key = parents[parent]
         return key
 
+    # How to read this: own keys of each row, joined through its media, then the root of each component.
     keys = []
     for row in rows:
-        asked = "\n".join(turn.text for turn in row.conversation.messages if turn.role != "assistant")
-        own = [media_key(media, root) for media in row.media] or [asked]
+        turns = [turn for turn in row.conversation.messages if turn.role != "assistant"]
+        own = [resolve.key(media) for media in row.media]
+        if config.split_by == "row":
+            own = ["\n".join([*own, *(turn.text for turn in row.conversation.messages)])]
+        own = own or ["\n".join(turn.text for turn in turns)]
         keys.append(own[0])
         for key in own[1:]:
             # The smaller key becomes the root, whatever the order of the rows.
             one, other = sorted((first(own[0]), first(key)))
             parents[other] = one
-    return [first(key) for key in keys]
+    keys = [first(key) for key in keys]
+    # A key other than its root is in a component that others joined: rows over a pool of media.
+    joined = {root for key in list(parents) if (root := first(key)) != key}
+    key, count = Counter(keys).most_common(1)[0] if keys else ("", 0)
+    if key in joined and count > max(MANY_ROWS, config.held_out * len(rows)) and config.held_out:
+        report.warning = (
+            f"{count:,} of {len(rows):,} rows share media, also through others, so all of them are in one split "
+            f"({hashed_split(key, config.held_out)}). Give the rows a column split, or set split_by: row, which allows "
+            "the same media in training and in held-out rows"
+        )
+    return keys
 
 
 def _shards_hint(path: Path) -> str:
     """Return how to name the tar shards in a folder, if it holds any."""
+    # A folder could mean other files in it as well, so shards must be named.
     if not path.is_dir() or not any(path.glob("*.tar")):
         return ""
     return f". It holds tar shards, which are streamed: give them as {path / '*.tar'}"
@@ -209,67 +244,26 @@ def _format_hint(config: SourceConfig) -> str:
     if config.format != "caption":
         return ""
     try:
-        table = config.path if is_table(config.path) else find_table(Path(config.path))
-        tables = [(table, None)] if table else _tables(config.path)
-        _, record = next(iter(read_table(tables[0][0], (), Skipped())), ("", {}))
+        table = find_table(config.path) or _tables(config.path)[0][0]
+        _, record = next(iter(read_table(table, (), Skipped())), ("", {}))
     except InputError:
         return ""
+    # One row is enough for a hint.
     found = looks_like(record)
     return (
         f". Its first row looks like {found}; set format: {found}" if found not in (None, "caption") else ""
     )
 
 
-def read_captions(
-    path: str | Path,
-    report: SourceReport,
-    columns: Columns,
-    modality: str = "image",
-    *,
-    root: str | None = None,
-) -> list[CaptionedMedia]:
-    """Read a folder or a table of media with captions; rows of the same image are joined.
-
-    Args:
-        path: a table; a folder with a table ``captions.*``; or a folder of images, at any depth, each with a text
-            file of the same name that has one caption per line. For other modalities, any file with such a text file
-            counts.
-        report: counts skipped rows.
-        columns: names of the columns of a table.
-        modality: of the files.
-        root: folder that the paths in a table are relative to; by default that of the table.
-
-    Raises:
-        InputError: neither of these, or a table without these columns.
-    """
-    table = path if is_table(path) else find_table(Path(path))
-    found: dict[str, CaptionedMedia] = {}
-    # A column that was not renamed is called like the modality.
-    if table and modality != "image" and columns.image == Columns.image:
-        columns = replace(columns, image=modality)
-    if table:
-        rows = _table_rows(table, report, columns, modality, folder_of(table) if root is None else root)
-    else:
-        rows = _folder_rows(Path(path), report, modality)
-    for one, captions, name in rows:
-        # Rows of one image become one entry, so its captions share a split.
-        first = found.setdefault(one.key, one)
-        if one.split != first.split:
-            report.skipped.add(f"this {modality} is in another split already", name)
-        else:
-            _add_captions(first, captions, name, report)
-    return [one for one in found.values() if one.captions]
-
-
-def find_table(path: Path) -> Path | None:
+def find_table(path: str | Path) -> str | Path | None:
     """Return the table at a path: the file itself, or ``captions.*`` in a folder; None if the folder has none.
 
     Raises:
         InputError: a folder has several.
     """
-    if not path.is_dir():
+    if is_table(path) or not Path(path).is_dir():
         return path
-    tables = [file for suffix in READERS if (file := path / f"{TABLE_NAME}{suffix}").is_file()]
+    tables = [file for suffix in READERS if (file := Path(path, f"{TABLE_NAME}{suffix}")).is_file()]
     if len(tables) > 1:
         raise InputError(
             f"{path} holds {' and '.join(table.name for table in tables)}; give the path of the one to use"
@@ -288,36 +282,15 @@ def require_table(path: Path) -> Path:
         raise InputError(
             f"{path} holds no table {TABLE_NAME}.* ({', '.join(READERS)}); give the path of the table to use"
         )
-    return table
+    return Path(table)
 
 
-_CaptionRow = tuple[CaptionedMedia, list, str]
-"""Media still without captions, the values of its captions as the source has them, and the name of the row."""
+def _folder_rows(config: SourceConfig, report: SourceReport) -> Iterator[tuple[str, Record]]:
+    """Yield a record for each image of a folder, at any depth, with the lines of its text file as captions.
 
-
-def _table_rows(
-    table: str | Path, report: SourceReport, columns: Columns, modality: str, root: str
-) -> Iterator[_CaptionRow]:
-    """Yield the rows of a table whose media exist."""
-    for name, record in read_table(table, (columns.image, columns.caption), report.skipped):
-        captions = json_list(record[columns.caption], (str,))
-        # An empty list becomes one missing caption, which is counted as skipped.
-        captions = captions or [None] if isinstance(captions, list) else [captions]
-        value = (record.get(columns.split) if columns.split else None) or None
-        split = split_named(value)
-        try:
-            media = read_media(modality, record[columns.image], lambda path: find_file(root, modality, path))
-        except RowError as error:
-            skip(error, name, report.skipped)
-            continue
-        if value is not None and split is None:
-            report.skipped.add(f"unknown split {value!r}. {did_you_mean(str(value), SPLITS)}", name)
-            continue
-        yield CaptionedMedia(media.source, media_key(media, root), split), captions, name
-
-
-def _folder_rows(folder: Path, report: SourceReport, modality: str) -> Iterator[_CaptionRow]:
-    """Yield one row per image file, with the lines of its text file."""
+    For other modalities, every file with such a text file counts.
+    """
+    folder, modality = Path(config.path), config.modality
     files = sorted(file for file in folder.rglob("*") if _is_media_file(file, modality) and file.is_file())
     if not files:
         endings = ", ".join(sorted(suffix[1:] for suffix in SUFFIXES["image"]))
@@ -330,12 +303,13 @@ def _folder_rows(folder: Path, report: SourceReport, modality: str) -> Iterator[
             f"{folder} holds no table {TABLE_NAME}.* ({', '.join(READERS)}) and no {wanted}; expected one or the other"
         )
     for file in files:
-        key = file.relative_to(folder).as_posix()
-        text_file = file.with_suffix(".txt")
+        key, text_file = file.relative_to(folder).as_posix(), file.with_suffix(".txt")
+        # A pipe would block, and a device never end.
+        if not text_file.is_file():
+            report.skipped.add("no text file of the same name", key)
+            continue
         try:
             text = text_file.read_text(encoding="utf-8-sig")
-        except FileNotFoundError:
-            report.skipped.add("no text file of the same name", key)
         except OSError as error:
             report.skipped.add(f"the text file cannot be read ({error.strerror})", key)
         except UnicodeDecodeError:
@@ -343,7 +317,8 @@ def _folder_rows(folder: Path, report: SourceReport, modality: str) -> Iterator[
         else:
             lines = [line for line in text.splitlines() if line.strip()]
             # An empty file is one empty caption, which is counted as skipped.
-            yield CaptionedMedia(str(file), key, None), lines or [text], key
+            column = modality if config.columns.image == "image" else config.columns.image
+            yield key, {column: key, config.columns.caption: lines or [text]}
 
 
 def _is_media_file(file: Path, modality: str) -> bool:
@@ -351,18 +326,3 @@ def _is_media_file(file: Path, modality: str) -> bool:
     if modality == "image":
         return file.suffix.lower() in SUFFIXES["image"]
     return file.suffix.lower() != ".txt" and file.with_suffix(".txt").is_file()
-
-
-def _add_captions(media: CaptionedMedia, captions: list, name: str, report: SourceReport) -> None:
-    for caption in captions:
-        if not isinstance(caption, str):
-            report.skipped.add("no caption" if caption is None else "the caption is not a text", name)
-            continue
-        caption, had_control = clean_caption(caption)
-        report.control_characters += had_control
-        if not is_visible(caption):
-            report.skipped.add("empty caption", name)
-        elif caption in media.captions:
-            report.skipped.add(f"same {report.modality} and caption as an earlier row", name)
-        else:
-            media.captions[caption] = name

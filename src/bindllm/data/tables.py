@@ -19,8 +19,6 @@ from bindllm.errors import InputError, MissingExtraError, did_you_mean
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["HUB", "NOT_UTF8", "READERS", "Record", "is_table", "parse_hub", "read_table"]
-
 Record = dict[str, object]
 
 HUB = "hf://"
@@ -31,6 +29,8 @@ _MAX_FIELD = 1 << 26
 """Characters of a CSV field: room for an image as a ``data:`` URI, and a limit for a quotation that never ends."""
 # Files that mark a folder of ``save_to_disk``.
 _DATASET_FILES = ("dataset_dict.json", "state.json")
+# Classes of `datasets` for the feature of a list.
+_LISTS = ("List", "LargeList", "Sequence")
 _CHUNK = 1 << 20
 _SPACE = re.compile(r"[ \t\n\r]*")
 # Bytes that are not UTF-8 are read as lone surrogates in this range, which no valid text holds.
@@ -69,6 +69,9 @@ def read_table(path: str | Path, required: tuple[str, ...], skipped: Skipped) ->
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise InputError(f"{path}: not a table. {did_you_mean(path.suffix.lower(), READERS)}")
+    # A pipe or a device may block, or never end.
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: not a regular file")
     try:
         yield from reader(path, required, skipped)
     except OSError as error:
@@ -238,17 +241,14 @@ class _JsonText:
         return bool(read)
 
 
-def _read_csv(path: Path, required: tuple[str, ...], skipped: Skipped) -> Iterator[tuple[str, Record]]:
-    return _read_delimited(path, required, skipped, dialect={"delimiter": ",", "quoting": csv.QUOTE_MINIMAL})
-
-
-def _read_tsv(path: Path, required: tuple[str, ...], skipped: Skipped) -> Iterator[tuple[str, Record]]:
-    return _read_delimited(path, required, skipped, dialect={"delimiter": "\t", "quoting": csv.QUOTE_NONE})
-
-
-def _read_delimited(
-    path: Path, required: tuple[str, ...], skipped: Skipped, *, dialect: Mapping
-) -> Iterator[tuple[str, Record]]:
+def _read_delimited(path: Path, required: tuple[str, ...], skipped: Skipped) -> Iterator[tuple[str, Record]]:
+    # In TSV, a quotation mark is a character like any other.
+    is_csv = path.suffix.lower() == ".csv"
+    dialect = (
+        {"delimiter": ",", "quoting": csv.QUOTE_MINIMAL}
+        if is_csv
+        else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    )
     # The default is too small for an image; csv has one limit for the whole process.
     csv.field_size_limit(_MAX_FIELD)
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
@@ -294,8 +294,8 @@ def _read_parquet(path: Path, required: tuple[str, ...], skipped: Skipped) -> It
 READERS: Mapping[str, Callable[[Path, tuple[str, ...], Skipped], Iterator[tuple[str, Record]]]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
-    ".csv": _read_csv,
-    ".tsv": _read_tsv,
+    ".csv": _read_delimited,
+    ".tsv": _read_delimited,
     ".parquet": _read_parquet,
 }
 
@@ -317,19 +317,28 @@ def _read_dataset(
     name = str(path).removeprefix(HUB) if str(path).startswith(HUB) else Path(path).name
     for split, dataset in _open_dataset(path).items():
         _check_columns(path, required, dataset.column_names + ["split"] * bool(split))
-        # Classes are stored as numbers, and the model needs their names.
+        # Classes are stored as numbers, and the model needs their names. A list has the feature of its items.
+        features = {
+            column: each.feature if type(each).__name__ in _LISTS else each
+            for column, each in dataset.features.items()
+        }
         classes = {
             column: feature.names
-            for column, feature in dataset.features.items()
+            for column, feature in features.items()
             if type(feature).__name__ == "ClassLabel"
         }
         batches = dataset.with_format("arrow").iter(ROWS_AT_ONCE)
         for row, record in _arrow_rows(batches, f"{name} {split}".rstrip(), skipped):
             for column, names in classes.items():
-                number = record[column]
-                # -1 marks a missing label.
-                record[column] = names[number] if number is not None and number >= 0 else None
+                record[column] = _named_classes(record[column], names)
             yield row, {"split": split, **record} if split else record
+
+
+def _named_classes(value: int | list[int] | None, names: Sequence[str]) -> object:
+    if isinstance(value, list):
+        return [_named_classes(one, names) for one in value]
+    # -1 marks a missing label.
+    return names[value] if value is not None and value >= 0 else None
 
 
 def _open_dataset(path: str | Path) -> Mapping[str, Any]:
@@ -421,6 +430,9 @@ def _check_columns(path: str | Path, required: tuple[str, ...], known: Sequence[
     for column in required:
         if column not in known:
             raise InputError(f"{path}: {_no_column(column, known)}")
+    # Of two columns of one name, a record would keep only the last. Empty names are those of spare separators.
+    if twice := [name for name in known if name and known.count(name) > 1]:
+        raise InputError(f"{path}: several columns are called {twice[0]!r}; rename all but one")
 
 
 def _no_column(column: str, known: Mapping | Sequence[str]) -> str:

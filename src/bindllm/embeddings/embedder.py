@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from bindllm.encoders import Encoder, encoder_for
 from bindllm.encoders.fusion import fuse_groups
-from bindllm.errors import InputError, MediaError
+from bindllm.errors import BindLLMError, InputError, MediaError
 from bindllm.media import Media
 from bindllm.parallel import prefetch
 
@@ -104,6 +105,7 @@ class Embedder:
         # Encoders move to the device at their first batch: a modality without media takes no memory there.
         self._serving: dict[str, Encoder] = {}
         self._largest = 0
+        self._has_worked = False
 
     def __enter__(self) -> Self:
         return self
@@ -125,7 +127,8 @@ class Embedder:
             check: called in the thread after a media was prepared; may raise like reading does.
 
         Raises:
-            Exception: of a type that is not in ``reported``; a note names the media, or all media of the batch.
+            Exception: of a type that is not in ``reported`` while preparing a media, or of the encoder for every media
+                of a batch; a note names them.
         """
         # One open batch per modality, because an encoder embeds one modality at a time.
         waiting: defaultdict[str, list[Embedded[Key]]] = defaultdict(list)
@@ -185,27 +188,54 @@ class Embedder:
         return len(batch) >= self.batch_size or size > PREPARED_BYTES // 2
 
     def _embed_batch(self, batch: list[Embedded]) -> Iterator[Embedded]:
-        """Embed media of one modality, and report those whose embedding is not finite."""
+        """Embed media of one modality, and report those that fail or whose embedding is not finite."""
         started = time.perf_counter()
+        rows = self._try(batch)
+        if isinstance(rows, Exception):
+            # Each on its own: one bad media does not cost the others, and a batch that was too large for memory works.
+            apart = [rows] if len(batch) == 1 else [self._try([item]) for item in batch]
+            rows = [row if isinstance(row, Exception) else row[0] for row in apart]
+            # If none works the encoder is at fault, except for a single media after others that worked.
+            if all(isinstance(row, Exception) for row in rows) and (len(rows) > 1 or not self._has_worked):
+                rows[0].add_note(f"while embedding {', '.join(item.name for item in batch)}")
+                raise rows[0]
+        self._has_worked = True
+        self.seconds_embedding += time.perf_counter() - started
+        # Row by row, so that one bad media does not cost the whole batch.
+        for item, row in zip(batch, rows, strict=True):
+            error = _problem(item.name, row)
+            # A caller that wants no errors as results gets this one raised, too.
+            if error and not issubclass(MediaError, self.reported):
+                raise MediaError(error) from (row if isinstance(row, Exception) else None)
+            # Without the prepared input, which would stay in memory with the result.
+            yield item._replace(inputs=None, embedding=None if error else row, error=error)
+
+    def _try(self, batch: list[Embedded]) -> Tensor | Exception:
+        """Return the embeddings of a batch [N, E] on the CPU, or the error of the encoder."""
         modality = batch[0].modality
         try:
             if modality not in self._serving:
                 encoder = encoder_for(modality, self.encoders)
                 self._serving[modality] = encoder if self.device is None else encoder.to(self.device)
             with torch.no_grad():
-                rows = self._serving[modality].embed(modality, [item.inputs for item in batch]).cpu()
+                return self._serving[modality].embed(modality, [item.inputs for item in batch]).cpu()
         except Exception as error:
-            error.add_note(f"while embedding {', '.join(item.name for item in batch)}")
-            raise
-        self.seconds_embedding += time.perf_counter() - started
-        # Row by row, so that one bad media does not cost the whole batch.
-        for item, row, finite in zip(batch, rows, rows.isfinite().all(dim=1).tolist(), strict=True):
-            error = "" if finite else f"{item.name}: its embedding is not finite"
-            # A caller that wants no errors as results gets this one raised, too.
-            if error and not issubclass(MediaError, self.reported):
-                raise MediaError(error)
-            # Without the prepared input, which would stay in memory with the result.
-            yield item._replace(inputs=None, embedding=row if finite else None, error=error)
+            # Weights that are missing or damaged, for example: no other batch would work.
+            if isinstance(error, BindLLMError) and not isinstance(error, MediaError):
+                error.add_note(f"while embedding {', '.join(item.name for item in batch)}")
+                raise
+            # The traceback stays, without the tensors in it, so that a smaller batch has their memory.
+            traceback.clear_frames(error.__traceback__)
+            return error
+
+
+def _problem(name: str, row: Tensor | Exception) -> str:
+    """Return why a media has no embedding, "" if it has one."""
+    if isinstance(row, MediaError):
+        return str(row)
+    if isinstance(row, Exception):
+        return f"{name}: the encoder cannot embed it ({type(row).__name__}: {row})"
+    return "" if row.isfinite().all() else f"{name}: its embedding is not finite"
 
 
 def embed_groups(

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import asdict, dataclass
 from itertools import count, islice
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -122,8 +121,12 @@ def precompute_embeddings(
     return run.report()
 
 
-_Keyed = tuple[Media, str | MediaError]
-"""A media with its content hash, or the reason why it has none."""
+_Keyed = tuple[Media, str | MediaError, bytes | None]
+"""A media with its content hash (or the reason why it has none), and the state of its file."""
+
+
+_Identified = tuple[str, bytes | None, Media]
+"""Content hash, state of the file, media."""
 
 
 class _Run:
@@ -155,7 +158,7 @@ class _Run:
             self._hash_share(media)
         works = self._select(self._with_keys(media))
         for result in self._embedder.embed(works, check=self._check_unchanged):
-            key, item = result.key
+            key, _, item = result.key
             if result.error:
                 self._fail(item, result.error)
             else:
@@ -217,28 +220,28 @@ class _Run:
         return prefetch(self._embedder.pool, self._find_keys, chunks(media, HASH_CHUNK), limit=lambda: limit)
 
     def _find_keys(self, chunk: list[Media]) -> list[_Keyed]:
-        return [(media, self._find_key(media)) for media in chunk]
+        found: list[_Keyed] = []
+        for media in chunk:
+            # An error is a result: a file that cannot be read must not end the run.
+            try:
+                found.append((media, *self._store.identify(media)))
+            except MediaError as error:
+                found.append((media, error, None))
+        return found
 
-    def _find_key(self, media: Media) -> str | MediaError:
-        try:
-            return self._store.key_of(media)
-        except MediaError as error:
-            # Returned, not raised: a file that cannot be read must not end the run.
-            return error
-
-    def _select(self, keyed: Iterable[list[_Keyed]]) -> Iterator[Work[tuple[str, Media]]]:
+    def _select(self, keyed: Iterable[list[_Keyed]]) -> Iterator[Work[_Identified]]:
         """Yield the media that this process has to embed, and count the others."""
         # Over all media, so it is the same in every process.
         positions = count()
         for chunk in keyed:
-            mine = [(media, key) for media, key in chunk if self._owns(key, next(positions))]
+            mine = [item for item in chunk if self._owns(item[1], next(positions))]
             # The bar of each process counts all media.
             for _ in range(len(chunk) - len(mine)):
                 self._advance()
-            keys = [key for _, key in mine if isinstance(key, str)]
+            keys = [key for _, key, _ in mine if isinstance(key, str)]
             # One lookup for the whole chunk, because each searches all shards.
             stored = dict(zip(keys, self._store.has(keys), strict=True))
-            for media, key in mine:
+            for media, key, state in mine:
                 if isinstance(key, MediaError):
                     self._fail(media, str(key))
                 elif key in self._seen:
@@ -248,7 +251,7 @@ class _Run:
                     if stored[key]:
                         self._count("reused")
                     else:
-                        yield Work((key, media), media)
+                        yield Work((key, state, media), media)
 
     def _owns(self, key: str | MediaError, position: int) -> bool:
         """Return whether this process counts a media; without a content hash its position decides."""
@@ -256,13 +259,14 @@ class _Run:
             return position % self._processes.world_size == self._processes.rank
         return self._processes.owns(key)
 
-    def _check_unchanged(self, work: Work[tuple[str, Media]]) -> None:
-        """Raise if a file changed while it was read (in a thread).
+    def _check_unchanged(self, work: Work[_Identified]) -> None:
+        """Raise if a file changed between hashing and preparing it (in a thread).
 
-        Files may still be arriving: an embedding must never be stored under the key of other content.
+        Files may still be arriving: an embedding must never be stored under the key of other content. The state is
+        compared, too, because a file may have come back after another one was read in its place.
         """
-        media, (key, _) = work.media, work.key
-        if isinstance(media.source, str | Path) and self._store.key_of(media) != key:
+        key, state, media = work.key
+        if state is not None and self._store.identify(media) != (key, state):
             raise MediaError(f"{media.name}: the file changed while it was read; run again")
 
     def _fail(self, media: Media, error: str) -> None:

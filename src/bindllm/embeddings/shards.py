@@ -199,16 +199,34 @@ class _Shard:
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self.path = path
         self.num_bytes = path.stat().st_size
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        if not reader.schema.equals(schema) or reader.num_record_batches != 1:
+        self.batch = _read_batch(path)
+        if not self.batch.schema.equals(schema):
             raise ValueError("its columns are not those of this store")
-        self.batch = reader.get_batch(0)
         self.keys = keys_in(self.batch.column(0))
         dtype, shape = _layout(schema.field(-1).type)
         value = self.batch.column(self.batch.num_columns - 1)
         # A list of fixed size keeps its numbers in a child array.
         buffer = value.values.buffers()[1] if shape else value.buffers()[1]
         self.values = np.frombuffer(buffer, dtype, count=len(value) * int(np.prod(shape))).reshape(-1, *shape)
+
+
+def _read_batch(path: Path) -> pa.RecordBatch:
+    """Map the rows of one file.
+
+    Raises:
+        FileNotFoundError: it does not exist.
+        ValueError, pa.ArrowException: it is damaged, or not a file of one batch.
+    """
+    # Opening a FIFO would wait forever.
+    if path.exists() and not path.is_file():
+        raise ValueError("it is not a regular file")
+    reader = pa.ipc.open_file(pa.memory_map(str(path)))
+    if reader.num_record_batches != 1:
+        raise ValueError(f"it holds {reader.num_record_batches} batches of rows, expected one")
+    batch = reader.get_batch(0)
+    # A damaged file may name buffers that are shorter than its columns.
+    batch.validate()
+    return batch
 
 
 def _contains(larger: np.ndarray, smaller: np.ndarray) -> bool:
@@ -290,7 +308,7 @@ def read_keys(folder: Path, modality: str | None) -> np.ndarray:
         found = [np.zeros(0, KEY)]
         try:
             for shard in sorted(folder.glob("embeddings-*.arrow")):
-                batch = pa.ipc.open_file(pa.memory_map(str(shard))).get_batch(0)
+                batch = _read_batch(shard)
                 column = batch.column("key")
                 if modality is not None:
                     column = column.filter(pc.equal(batch.column("modality"), modality))

@@ -2,13 +2,12 @@
 
 Layout: ``<folder>/<first 16 characters of the encoder's fingerprint>/`` holds ``encoder.json``,
 ``embeddings-*.arrow`` (content hash, modality, source, embedding) and ``files-*.arrow`` (the content hash of each
-file at its size and time, so that an unchanged file is not read again). Any Arrow reader opens them.
+file in its state of size, times and inode, so that an unchanged file is not read again). Any Arrow reader opens them.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import time
@@ -22,10 +21,11 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from bindllm.atomic import write_json
+from bindllm.atomic import read_json, write_json
 from bindllm.embeddings.shards import KEY, KEY_BYTES, Shards, as_hex, as_keys, read_keys
 from bindllm.errors import MediaError, StoreError
 from bindllm.media import Media
+from bindllm.media.source import open_stream
 
 if TYPE_CHECKING:
     from bindllm.encoders import Encoder
@@ -34,10 +34,10 @@ FORMAT = 1
 """Version of the layout; a store of a newer version is refused."""
 
 SETTLED_NS = 2_000_000_000
-"""Age in nanoseconds from which a file's modification time is trusted. A file written twice within one tick of the
+"""Age in nanoseconds from which a file's time of change is trusted. A file written twice within one tick of the
 file system's clock keeps its time, and the coarsest clock in use (FAT) ticks every 2 seconds."""
 
-# Columns: the state of a file (`_file_state`), and the hash of its content at that time.
+# Columns: the state of a file (`identify`), and the hash of its content in that state.
 _FILES = pa.schema([("file", pa.binary(KEY_BYTES)), ("key", pa.binary(KEY_BYTES))])
 
 
@@ -83,7 +83,7 @@ class EmbeddingStore:
         self.folder = self.root / encoder_fingerprint[:16]
         self.fingerprint = encoder_fingerprint
         self.embedding_size = embedding_size
-        # Files whose content was hashed since the last write: 32 bytes that identify a file -> key.
+        # Files whose content was hashed since the last write: state -> key.
         self._hashed: dict[bytes, bytes] = {}
         with self._map_os_errors():
             self._check_encoder(encoder_class)
@@ -128,23 +128,46 @@ class EmbeddingStore:
     def key_of(self, media: Media) -> str:
         """Return the key of media: its content hash.
 
-        A file that was hashed before is not read again while its path, size and time are the same.
+        A file that was hashed before is not read again while its state (`identify`) is the same.
 
         Raises:
-            MediaError: the file cannot be read.
+            MediaError: the file cannot be read, or changed while it was read.
         """
-        file = _file_state(media)
-        if file is None:
-            return media.content_hash()
-        key = self._hashed.get(file)
-        if key is None:
-            # A record of an earlier run saves reading the file.
-            keys, found = self._files.get(np.array([file], KEY))
-            if found[0]:
-                return keys.tobytes().hex()
-            key = bytes.fromhex(media.content_hash())
-            self._hashed[file] = key
-        return key.hex()
+        return self.identify(media)[0]
+
+    def identify(self, media: Media) -> tuple[str, bytes | None]:
+        """Return the key of media, and 32 bytes for the state of its file; None: it is not a file.
+
+        As long as the state is the same, so is the content: it holds the path, the inode, the size, and the times of
+        modification and change. Copying or moving another file there can keep all of them except the last, which only
+        the system sets.
+
+        Raises:
+            MediaError: as for `key_of`.
+        """
+        if media.modality == "text" or not isinstance(media.source, str | Path):
+            return media.content_hash(), None
+        # Reading raises a better error for a path that does not exist.
+        with suppress(OSError, ValueError):
+            state, settled = _file_state(media, os.stat(media.source))
+            if settled and (key := self._known_key(state)):
+                return key.hex(), state
+        # The state is that of the open file, whose bytes are hashed: another file may have its name by now.
+        with open_stream(media.source) as stream:
+            state, settled = _file_state(media, os.fstat(stream.fileno()))
+            key = media.content_hash(stream)
+            if _file_state(media, os.fstat(stream.fileno()))[0] != state:
+                raise MediaError(f"{media.name}: the file changed while it was read; run again")
+        if settled:
+            self._hashed[state] = bytes.fromhex(key)
+        return key, state
+
+    def _known_key(self, state: bytes) -> bytes | None:
+        """Return the key of a file that this process or an earlier run has hashed in this state."""
+        if state in self._hashed:
+            return self._hashed[state]
+        keys, found = self._files.get(np.array([state], KEY))
+        return keys.tobytes() if found[0] else None
 
     def keys_of(self, media: Iterable[Media]) -> dict[Media, str]:
         """Return the key of each media that is stored, without files that cannot be read."""
@@ -266,15 +289,13 @@ class EmbeddingStore:
         if not path.exists():
             write_json(path, {"format": FORMAT, **expected, "encoder": encoder_class})
             return
+        advice = "delete the file if the folder belongs to this encoder, otherwise delete the folder"
+        found = read_json(path, StoreError, advice)
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
             format_number = int(found["format"])
             found = {name: found[name] for name in expected}
-        except (ValueError, KeyError, TypeError) as error:
-            raise StoreError(
-                f"{path} is damaged ({error!r}); delete the file if the folder belongs to this encoder, otherwise "
-                "delete the folder"
-            ) from error
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
+            raise StoreError(f"{path} is damaged ({error!r}); {advice}") from error
         if format_number > FORMAT:
             raise StoreError(
                 f"{path}: the store has format {format_number}, this bindllm reads up to {FORMAT}; "
@@ -322,19 +343,11 @@ def _source(media: Media) -> str | None:
     return str(media.source).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _file_state(media: Media) -> bytes | None:
-    """Return 32 bytes that identify a file in its present state; None if it is not a file, or was just written."""
-    if media.modality == "text" or not isinstance(media.source, str | Path):
-        return None
-    try:
-        # The real path: a link whose target changes is another file, even with the same size and time.
-        path = os.path.realpath(media.source)
-        state = os.stat(path)
-    except (OSError, ValueError):
-        # Reading the content raises a better error.
-        return None
-    # Its time may stay the same if it changes again (`SETTLED_NS`).
-    if state.st_mtime_ns > time.time_ns() - SETTLED_NS:
-        return None
-    text = f"{media.modality}\n{state.st_size} {state.st_mtime_ns}\n".encode()
-    return hashlib.sha256(text + os.fsencode(path)).digest()
+def _file_state(media: Media, status: os.stat_result) -> tuple[bytes, bool]:
+    """Return 32 bytes for the state of a file, and whether it can be trusted: a later change would show in it."""
+    # Not the device: its number may change whenever a network drive is mounted, and every file would be read again.
+    # The real path: a link whose target changes is another file.
+    facts = status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    path = os.fsencode(os.path.realpath(media.source))
+    digest = hashlib.sha256(f"{media.modality}\n{facts}\n".encode() + path).digest()
+    return digest, status.st_ctime_ns <= time.time_ns() - SETTLED_NS

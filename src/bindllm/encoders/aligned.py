@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bindllm.atomic import atomic_folder, file_sha256, read_tensors, write_json, write_tensors
+from bindllm.atomic import atomic_folder, file_sha256, read_json, read_tensors, write_json, write_tensors
 from bindllm.encoders import fingerprint
 from bindllm.encoders.trainable import build_tower, is_trainable
 from bindllm.errors import EncoderError, InputError, fetch_hint
@@ -137,9 +137,7 @@ def read_aligned(folder: str | Path) -> AlignedManifest:
         EncoderError: no such folder, another one, a newer format or a damaged file.
     """
     file = Path(folder) / MANIFEST
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    if not file.exists():
         where = "" if file.is_absolute() else f" in {Path.cwd()}"
         reason = (
             f"has no {MANIFEST}, so it holds no aligned encoder" if file.parent.is_dir() else "does not exist"
@@ -147,9 +145,8 @@ def read_aligned(folder: str | Path) -> AlignedManifest:
         raise EncoderError(
             f"the folder {str(folder)!r}{where} {reason}. Make one with: bindllm align --config FILE."
             f"{fetch_hint(folder)}"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise EncoderError(f"{file} cannot be read: {error}") from error
+        )
+    content = read_json(file, EncoderError)
     # The format comes first: a newer layout may lack or rename the other entries.
     number = content.get("format") if isinstance(content, dict) else None
     if isinstance(number, int) and number > FORMAT:
@@ -357,6 +354,7 @@ class Aligned:
 
     def _checked_tower(self) -> Any:
         """The frozen tower, after its fingerprint was checked."""
+        # A frozen tower is only named in the folder, so its weights may have changed since.
         expected, found = self._manifest.tower["fingerprint"], self._tower.fingerprint()
         if found != expected:
             raise EncoderError(
@@ -377,6 +375,7 @@ class Aligned:
                 with torch.random.fork_rng(devices=[]):
                     head = Head(manifest.tower_size, manifest.embedding_size, manifest.head)
                 self._load(head, HEAD)
+                # Set last: other threads take a head that is there as fully loaded.
                 self._tower.to(self._device)
                 self._head = head.eval().to(self._device)
             return self._head

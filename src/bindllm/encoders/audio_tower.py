@@ -7,7 +7,6 @@ enough for a CPU; masked in training as in SpecAugment (arXiv 1904.08779, sectio
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -15,11 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bindllm.encoders.imagebind.audio import RATE, mel_weights
 from bindllm.errors import InputError
 from bindllm.media import Media
-
-RATE = 16_000
-"""Samples a second."""
 
 BANDS = 64
 """Mel bands, from 50 Hz to 8 kHz."""
@@ -157,21 +154,8 @@ def _log_energies(samples: np.ndarray) -> np.ndarray:
     # A view: frames overlap by half without a copy.
     frames = np.lib.stride_tricks.sliding_window_view(samples, _WINDOW)[::_STEP]
     power = np.abs(np.fft.rfft(frames * np.hanning(_WINDOW), _PADDED)) ** 2
-    energies = power @ _mel_weights()
+    energies = power @ mel_weights(_LOWEST_HZ, _HIGHEST_HZ, BANDS, _PADDED)
     loudest = energies.mean(axis=1).max()
     # Silence has no loudest moment; its energies are all zero already.
     relative = energies / loudest if loudest > 0 else energies
     return np.log(np.maximum(relative, _FLOOR)).astype(np.float32)
-
-
-@cache
-def _mel_weights() -> np.ndarray:
-    """Return triangles that are evenly spaced in mel, as weights of the frequencies: [513, 64]."""
-
-    def mel(hertz: float | np.ndarray) -> np.ndarray:
-        return 1127.0 * np.log1p(np.asarray(hertz) / 700.0)
-
-    edges = np.linspace(mel(_LOWEST_HZ), mel(_HIGHEST_HZ), BANDS + 2)
-    bins = mel(np.arange(_PADDED // 2 + 1) * (RATE / _PADDED))[:, None]
-    left, center, right = edges[:-2], edges[1:-1], edges[2:]
-    return np.maximum(0.0, np.minimum((bins - left) / (center - left), (right - bins) / (right - center)))

@@ -17,10 +17,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from bindllm.atomic import open_tensors
 from bindllm.encoders import fingerprint, shape_problems
 from bindllm.errors import EncoderError, InputError, did_you_mean
 from bindllm.media import Media, open_image
@@ -239,6 +238,7 @@ class _Network(nn.Module):
 
     def published_names(self) -> Iterator[tuple[_Convolution, str, str]]:
         """Yield every convolution with the published names of its kernel and of its batch norm."""
+        # The names are those of the widespread PyTorch port; its blocks are numbered through all stages.
         yield self.stem, "_conv_stem", "_bn0"
         for n, block in enumerate(self.blocks):
             if block.expand is not None:
@@ -259,10 +259,8 @@ def _require(file: Path) -> None:
 def _load(file: Path) -> _Network:
     """Read the published tensors into a network, batch norms folded; every tensor is accounted for."""
     _require(file)
-    try:
-        tensors = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise EncoderError(f"{file}: not a readable safetensors file ({error}); fetch it again") from error
+    with open_tensors(file, EncoderError, "fetch it again") as stream:
+        tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (not a dictionary)
     # Built without memory: initial weights would be thrown away, and drawing them would disturb a seeded run.
     with torch.device("meta"):
         network = _Network()

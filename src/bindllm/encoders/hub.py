@@ -6,7 +6,6 @@ Pillow processors of transformers, so torchvision is not needed and results are 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from bindllm.atomic import read_json
 from bindllm.errors import DecoderError, EncoderError, fetch_hint
 
 if TYPE_CHECKING:
@@ -93,6 +93,7 @@ def find_folder(name: str, revision: str | None, *, role: Literal["encoder", "de
     """
     if Path(name).is_dir():
         return Path(name)
+    # A local folder always wins, so that a run never depends on the network by accident.
     failure = EncoderError if role == "encoder" else DecoderError
     # How to read this: `organization/name` may be a hub id, anything else is a path. Paths that do not exist must
     # never turn into downloads.
@@ -254,6 +255,7 @@ def load_model(folder: Path, *, dtype: torch.dtype, without_pooler: bool) -> nn.
     """
     from transformers import AutoModel
 
+    # Pickles are refused here, with advice, before transformers would look for them.
     weight_files(folder)
     with loading(folder):
         model, report = AutoModel.from_pretrained(
@@ -265,20 +267,25 @@ def load_model(folder: Path, *, dtype: torch.dtype, without_pooler: bool) -> nn.
             local_files_only=True,
             output_loading_info=True,
         )
-    # Position ids are constants, which newer versions do not save.
-    missing = {name for name in report["missing_keys"] if not name.endswith("position_ids")}
     # A pooler of random weights would give random embeddings.
-    pooler = {name for name in missing if name.startswith("pooler.")}
-    wrong = sorted(missing - pooler if without_pooler else missing)
-    wrong += sorted(str(name) for name in report["mismatched_keys"])
-    if wrong:
+    pooler = {name for name in report["missing_keys"] if without_pooler and name.startswith("pooler.")}
+    report["missing_keys"] -= pooler
+    if missing := missing_weights(report):
         raise EncoderError(
-            f"{folder}: the checkpoint has no fitting weights for {', '.join(wrong[:5])}"
-            f"{f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''} of {type(model).__name__}; they would be random"
+            f"{folder}: the checkpoint has no fitting weights for {missing} of {type(model).__name__}; they would be "
+            "random"
         )
     if pooler:
         model.pooler = None
     return model.eval().requires_grad_(False)
+
+
+def missing_weights(report: dict[str, Any]) -> str:
+    """Return the first weights that transformers has filled at random, or "", from the report about its loading."""
+    # Position ids are constants, which newer versions do not save.
+    names = {name for name in report["missing_keys"] if not name.endswith("position_ids")}
+    wrong = sorted(names | {str(name) for name in report["mismatched_keys"]})
+    return ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
 
 
 def load_processor(folder: Path, modality: str) -> Any:
@@ -357,6 +364,7 @@ def _sentence_pooling(folder: Path) -> str | None:
     Raises:
         EncoderError: its modules or its pooling are not supported.
     """
+    # An ordinary model has neither of both files, and is pooled as its architecture does.
     listed = _read_json(folder / "modules.json") or []
     kinds = [str(module.get("type", "")).rpartition(".")[2] for module in listed]
     # A dense layer or another module would change every embedding.
@@ -379,9 +387,4 @@ def _sentence_pooling(folder: Path) -> str | None:
 
 def _read_json(file: Path) -> Any:
     """Return the content of a JSON file, or an empty dict if it does not exist."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise EncoderError(f"{file}: not a JSON file that can be read ({error})") from error
+    return read_json(file, EncoderError) if file.exists() else {}

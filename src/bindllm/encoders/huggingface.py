@@ -41,6 +41,8 @@ Pooling = Literal["auto", "pooler", "first", "mean", "last"]
 _REVISION = "huggingface 1"
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Longest image that a processor scales by its short side, as a multiple of that side.
+_MAX_ASPECT = 100
 _CPU_BATCH, _ACCELERATOR_BATCH = 8, 64
 _WINDOW_SECONDS, _SHORTEST_SECONDS = 10.0, 0.1
 
@@ -50,7 +52,7 @@ _PADDED_FAMILIES = ("siglip", "siglip2", "siglip_text_model", "siglip2_text_mode
 _PATCH_FAMILIES = ("siglip2", "siglip2_vision_model")
 
 
-def takes_patches(spec: ModelSpec, modality: str) -> bool:
+def _takes_patches(spec: ModelSpec, modality: str) -> bool:
     """Return whether a model takes images of any shape, as a grid of patches each."""
     return modality == "image" and spec.family in _PATCH_FAMILIES
 
@@ -67,7 +69,7 @@ def batches(spec: ModelSpec, modality: str, inputs: Sequence[Tensor], *, size: i
     padded under a mask, so any may be combined; sorting by length wastes the least padding.
     """
     # How to read this: group by shape unless padding is masked, then sort and cut into batches.
-    masked = modality == "text" or takes_patches(spec, modality)
+    masked = modality == "text" or _takes_patches(spec, modality)
     groups: dict[Any, list[int]] = {}
     for position, tensor in enumerate(inputs):
         groups.setdefault(None if masked else tensor.shape, []).append(position)
@@ -77,20 +79,13 @@ def batches(spec: ModelSpec, modality: str, inputs: Sequence[Tensor], *, size: i
             yield ordered[start : start + size]
 
 
-def batch_fields(
+def _batch_fields(
     spec: ModelSpec, modality: str, inputs: Sequence[Tensor], processor: Any
 ) -> dict[str, Tensor]:
-    """Return the keywords of the model's forward for one batch.
-
-    Args:
-        spec: of the model.
-        modality: image, text or audio.
-        inputs: images of one shape, patches, ids of texts, or audio windows of one shape.
-        processor: the tokenizer for text, the feature extractor for audio.
-    """
+    """Return the keywords of the model's forward for a batch of one shape, or of texts or patches of any."""
     if modality == "text":
         return _text_fields(spec, inputs, processor)
-    if takes_patches(spec, modality):
+    if _takes_patches(spec, modality):
         # Patches of all images are padded to the longest sequence; the mask and the shapes undo it inside the model.
         lengths = torch.tensor([grid.shape[0] * grid.shape[1] for grid in inputs])
         flat = [grid.flatten(0, 1) for grid in inputs]
@@ -126,7 +121,7 @@ def _text_fields(spec: ModelSpec, inputs: Sequence[Tensor], tokenizer: Any) -> d
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def tower_vectors(
+def _tower_vectors(
     model: nn.Module, spec: ModelSpec, modality: str, fields: dict[str, Tensor], pooling: str
 ) -> Tensor:
     """Run a single tower on a batch and reduce its states to one vector each: [B, E].
@@ -348,6 +343,13 @@ class HuggingFace:
     def _prepare_image(self, media: Media) -> Tensor:
         image = open_image(media.source, size=None)
         processor = self._processor("image")
+        # CLIP's processor scales the short side to 224 before it cuts out the middle: 1 x 20,000 pixels take gigabytes.
+        size = processor.to_dict().get("size") or {}
+        if "shortest_edge" in size and max(image.size) > _MAX_ASPECT * min(image.size):
+            raise MediaError(
+                f"{media.name}: {image.width} x {image.height} pixels, longer than {_MAX_ASPECT} times the short side; "
+                "crop the image first"
+            )
         try:
             made: BatchFeature = processor(images=image, return_tensors="pt")
         except (ValueError, ZeroDivisionError, OverflowError) as error:
@@ -355,7 +357,7 @@ class HuggingFace:
                 f"{media.name}: an image of {image.width} x {image.height} pixels that the processor of "
                 f"{self._name} cannot take ({error}); scale it first"
             ) from error
-        if takes_patches(self._spec, "image"):
+        if _takes_patches(self._spec, "image"):
             rows, columns = made["spatial_shapes"][0].tolist()
             return made["pixel_values"][0, : rows * columns].reshape(rows, columns, -1).float()
         # Tiles and other extra tensors would need a model with several vectors per image.
@@ -368,6 +370,7 @@ class HuggingFace:
     def _prepare_text(self, media: Media) -> Tensor:
         tokenizer = self._processor("text")
         limit = max_tokens(self._spec, tokenizer)
+        # Without truncation: every tokenizer would cut in its own way.
         made = tokenizer(media.source, return_special_tokens_mask=True, verbose=False)
         ids, special = made["input_ids"], made["special_tokens_mask"]
         if not ids:
@@ -381,6 +384,7 @@ class HuggingFace:
     def _prepare_audio(self, media: Media) -> Tensor:
         from bindllm.media.audio import cut_audio
 
+        # The file is cut at the model's own rate, so that no window is resampled on its own.
         extractor = self._processor("audio")
         rate = extractor.sampling_rate
         # CLAP's extractor names its own window.
@@ -408,7 +412,7 @@ class HuggingFace:
         size = _CPU_BATCH if self._device.type == "cpu" else _ACCELERATOR_BATCH
         dtype, pooling = _DTYPES[self.config["dtype"]], self.config["pooling"]
         for positions in batches(self._spec, modality, inputs, size=size):
-            fields = batch_fields(
+            fields = _batch_fields(
                 self._spec, modality, [inputs[position] for position in positions], processor
             )
             # Ids and masks keep their integer type; everything else takes the model's.
@@ -417,7 +421,8 @@ class HuggingFace:
             if self._spec.joint:
                 embedded = getattr(model, f"get_{modality}_features")(**fields).pooler_output
             else:
-                embedded = tower_vectors(model, self._spec, modality, fields, pooling)
+                embedded = _tower_vectors(model, self._spec, modality, fields, pooling)
+            # A config that lies about its width would give a store of wrong rows.
             if embedded.shape != (len(positions), self.embedding_size):
                 raise EncoderError(
                     f"{self._name} gives {list(embedded.shape)} for {len(positions)} media, its config says "

@@ -303,11 +303,8 @@ class _Run:
         lengths = [sample.prompt_length for _, sample in distinct]
         for rows in sorted_batches(lengths, batch_size=self.batch_size):
             batch = prompt_batch([distinct[n][1] for n in rows], view.lookup, pad_id=tokenizer.pad_token_id)
-            ids = self.model.generate_from(
-                **batch, do_sample=False, num_beams=1, max_new_tokens=self.task.max_new_tokens
-            )
-            decoded = tokenizer.batch_decode(ids, skip_special_tokens=True)
-            texts.update((distinct[n][0], text.strip()) for n, text in zip(rows, decoded, strict=True))
+            ids = self.model.generate_from(**batch, max_new_tokens=self.task.max_new_tokens)
+            texts.update(zip((distinct[n][0] for n in rows), self.model.decode(ids), strict=True))
             advance(len(rows))
         return [texts[key] for key in inputs]
 

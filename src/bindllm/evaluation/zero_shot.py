@@ -27,13 +27,38 @@ from bindllm.data.report import Skipped
 from bindllm.encoders import Encoder, alignment_warnings, encoder_for, skipped_encoders, space_of
 from bindllm.errors import InputError, printable
 from bindllm.evaluation.layouts import Dataset
+from bindllm.evaluation.layouts.files import read_lines
 from bindllm.evaluation.measures import MEASURES, Measure, Row, Scores
-from bindllm.evaluation.prompts import NAME, fill_templates, templates_for
 from bindllm.media import Media
 from bindllm.parallel import RunContext
 
 FORMAT = 1
 """Version of the JSON file."""
+
+NAME = "{}"
+"""Placeholder of the class name in a template."""
+
+TEMPLATES: dict[str, tuple[str, ...]] = {
+    # The template of the paper, and the seven that its authors selected for ImageNet.
+    "image": (
+        "a photo of a {}.",
+        "itap of a {}.",
+        "a bad photo of the {}.",
+        "a origami {}.",
+        "a photo of the large {}.",
+        "a {} in a video game.",
+        "art of the {}.",
+        "a photo of the small {}.",
+    ),
+    # CLAP, https://arxiv.org/abs/2206.04769
+    "audio": ("this is a sound of {}.",),
+    "video": ("a video of {}.", "a photo of a person doing {}."),
+    # after ULIP, https://arxiv.org/abs/2212.05171
+    "point": ("a point cloud model of {}.", "a point cloud of a {}.", "a 3D model of a {}."),
+    "depth": ("a depth map of a {}.", "a photo of a {}."),
+    "thermal": ("a thermal image of a {}.", "a photo of a {}."),
+}
+"""Templates by modality of the classified media; for all others only the class name."""
 
 
 @dataclass
@@ -149,7 +174,7 @@ def evaluate_zero_shot(
     embeddings = MediaEmbeddings(needed, store)
     # Before anything is encoded, as it fails if the cache belongs to another encoder.
     scores = Scores(embeddings, encoders, cache)
-    prompts = [_texts(names, templates) for names in dataset.classes]
+    prompts = [fill_templates(names, templates) for names in dataset.classes]
     # A copy, so that a data set can be measured again.
     skipped = Skipped()
     skipped.update(dataset.skipped)
@@ -177,6 +202,7 @@ def evaluate_zero_shot(
 
 def _needed(dataset: Dataset, encoders: Sequence[Encoder]) -> list[Encoder]:
     """Return the encoders that the data set needs, the encoder of its media first."""
+    # Only these are loaded and embed; a checkpoint may have encoders that this data set does not need.
     needed: list[Encoder] = []
     for modality, purpose in (
         (dataset.modality, "its media"),
@@ -198,16 +224,12 @@ def _needed(dataset: Dataset, encoders: Sequence[Encoder]) -> list[Encoder]:
 def _templates(dataset: Dataset, templates: Sequence[str] | None) -> tuple[str, ...]:
     """Return the given templates, else those of the modality."""
     if dataset.kind != "retrieve":
-        return tuple(templates or templates_for(dataset.modality))
+        # Without templates of its own, a modality gets the plain class name.
+        return tuple(templates or TEMPLATES.get(dataset.modality, (NAME,)))
     templates = tuple(templates or (NAME,))
     if dataset.target_modality != "text" and templates != (NAME,):
         raise InputError(f"prompts need texts, but {dataset.target_modality} is retrieved; remove them")
     return templates
-
-
-def _texts(names: Sequence[str], templates: Sequence[str]) -> MediaGroup:
-    """Return the sentences for one class or caption; their embeddings are averaged."""
-    return tuple(map(Media.text, fill_templates(names, templates)))
 
 
 def _fill(
@@ -248,10 +270,11 @@ def _targets(targets: Sequence[Media], templates: Sequence[str]) -> tuple[MediaG
     # Without a sentence around them, targets may be of any modality.
     if tuple(templates) == (NAME,):
         return tuple((target,) for target in targets)
-    return tuple(_texts([str(target.source)], templates) for target in targets)
+    return tuple(fill_templates([str(target.source)], templates) for target in targets)
 
 
 def _describe(encoder: Encoder) -> dict[str, object]:
+    # Enough to find out later which embeddings gave these numbers.
     kind = type(encoder)
     return {
         "class": f"{kind.__module__}.{kind.__qualname__}",
@@ -280,3 +303,44 @@ def _notes_on_cache(dataset: Dataset, cache: VisualCache | None) -> list[str]:
     )
     skipped = sorted(queries & set(cache.settings.skip))
     return [f"the cache skips {' and '.join(skipped)} queries"] if skipped else []
+
+
+def read_templates(path: Path) -> tuple[str, ...]:
+    """Return the templates of a text file: one per line, each with {} for the class name; # starts a comment.
+
+    Raises:
+        InputError: it cannot be read or has no template, or a line is not a template; names file and line.
+    """
+    templates = []
+    for row, line in read_lines(path):
+        if not line.lstrip().startswith("#"):
+            check_template(line, where=f"{row}: ")
+            templates.append(line.strip())
+    if not templates:
+        raise InputError(f"{path}: contains no template; write one per line, such as: a photo of a {NAME}.")
+    return tuple(templates)
+
+
+def check_template(template: str, *, where: str = "") -> str:
+    """Return a template.
+
+    Raises:
+        InputError: it has no placeholder of the class name.
+    """
+    if NAME not in template:
+        raise InputError(
+            f"{where}{template!r} has no {NAME} for the class name; such as: a photo of a {NAME}."
+        )
+    return template
+
+
+def fill_templates(names: Sequence[str], templates: Sequence[str]) -> MediaGroup:
+    """Return the sentences for one class or caption, each once; their embeddings are averaged.
+
+    Examples:
+        >>> [text.source for text in fill_templates(["dog"], ["a photo of a {}.", "{}"])]
+        ['a photo of a dog.', 'dog']
+    """
+    # Several names of a class are synonyms: each goes into every template.
+    texts = dict.fromkeys(template.replace(NAME, name) for name in names for template in templates)
+    return tuple(map(Media.text, texts))

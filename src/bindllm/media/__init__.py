@@ -9,14 +9,16 @@ import hashlib
 import math
 import re
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal, get_args
+from pathlib import Path
+from typing import BinaryIO, Literal, get_args
 
 import numpy as np
 from PIL import Image
 
 from bindllm.errors import InputError, did_you_mean
-from bindllm.media.images import MAX_PIXELS, open_image
+from bindllm.media.images import MAX_PIXELS, is_inverted, open_image
 from bindllm.media.source import CHUNK, SUFFIXES, Source, name_of, open_stream
 
 __all__ = ["MAX_PIXELS", "MODALITIES", "SUFFIXES", "Media", "Modality", "Source", "is_modality", "open_image"]
@@ -132,17 +134,20 @@ class Media:
             return repr(words if len(words) <= 40 else words[:37] + "...")
         return name_of(self.source)
 
-    def content_hash(self) -> str:
+    def content_hash(self, stream: BinaryIO | None = None) -> str:
         """Return the sha256 of modality and content, in hex; the weight and the path do not count.
 
         A file and its bytes have the same hash. An array counts with its shape and dtype.
+
+        Args:
+            stream: the file of this media, if the caller has opened it.
 
         Raises:
             MediaError: the file cannot be read.
         """
         # With the modality: one PNG as an image and as a depth map has two embeddings.
         digest = hashlib.sha256(f"{self.modality}\n".encode())
-        for part in _content(self.source, is_text=self.modality == "text"):
+        for part in _content(stream or self.source, is_text=self.modality == "text"):
             digest.update(part)
         return digest.hexdigest()
 
@@ -154,7 +159,7 @@ class Media:
         return f"Media({self.modality!r}, {name}{weight})"
 
 
-def _content(source: Source, *, is_text: bool) -> Iterator[bytes | memoryview]:
+def _content(source: Source | BinaryIO, *, is_text: bool) -> Iterator[bytes | memoryview]:
     """Yield the bytes that identify the content: a word for its kind first, so that kinds never collide."""
     if is_text:
         # A text may hold half of a surrogate pair.
@@ -168,10 +173,12 @@ def _content(source: Source, *, is_text: bool) -> Iterator[bytes | memoryview]:
         orientation, transparency = source.getexif().get(0x0112), source.info.get("transparency")
         yield f"image {source.mode} {source.size} {orientation} {transparency}\n".encode()
         yield bytes(source.getpalette() or ())
-        yield source.tobytes()
+        # Also a TIFF whose 0 is white.
+        yield source.tobytes() + b"inverted" * is_inverted(source)
     else:
         yield b"file\n"
-        with open_stream(source) as stream:
+        opened = open_stream(source) if isinstance(source, str | Path | bytes) else nullcontext(source)
+        with opened as stream:
             # In pieces, because a video may be larger than memory.
             while chunk := stream.read(CHUNK):
                 yield chunk

@@ -177,6 +177,7 @@ def _array_blocks(array: np.ndarray) -> Iterator[_Block]:
 
 
 def _file_blocks(source: Source, *, warn: bool) -> Iterator[_Block]:
+    # Frame by frame, since the parts that are wanted are not known yet and the whole may not fit in memory.
     known: tuple[int, int] | None = None
     with open_track(source, "audio") as (container, stream):
         for frame in _frames(packets(container, stream), stream, name=name_of(source) if warn else ""):

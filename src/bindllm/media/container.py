@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,9 @@ _EXPECTED = {
     "audio": "audio (WAV, MP3, FLAC, OGG, M4A, AAC, AIFF) or a video with an audio track (MP4, MOV, WebM, MKV, AVI)",
     "video": "a video (MP4, MOV, WebM, MKV, AVI or GIF)",
 }
+_HEAD = 4096
+# Lengths from here on, a little below 2 GiB, stand for an unknown one in the header of a WAV file.
+_ENDLESS = 0x7FFF0000
 _OPTIONS = {
     "format_whitelist": ",".join(_DEMUXERS),
     # The bytes come from us; a file that refers to others must not make FFmpeg open anything.
@@ -44,12 +48,44 @@ _OPTIONS = {
 
 
 class _Opened:
-    """A stream as FFmpeg sees it: bytes, and only the ending of the name, which helps to recognize formats."""
+    """A stream as FFmpeg sees it: bytes, and only the ending of the name, which helps to recognize formats.
 
-    def __init__(self, stream: BinaryIO, source: str | Path | bytes) -> None:
+    A WAV file that was written into a pipe does not have its length, so FFmpeg would take its last packet for
+    truncated; it sees the true length instead.
+    """
+
+    def __init__(self, stream: BinaryIO, source: str | Path | bytes, head: bytes) -> None:
         ending = Path(name_of(source)).suffix.lower()
         self.name = f"file{ending}" if re.fullmatch(r"\.[a-z0-9]{1,5}", ending) else "file"
-        self.read, self.seek, self.tell = stream.read, stream.seek, stream.tell
+        self.seek, self.tell = stream.seek, stream.tell
+        self._stream = stream
+        # Where the field of an unknown length is, and the length that it should hold.
+        self._field = _unknown_length(head)
+        self._length = (stream.seek(0, os.SEEK_END) - self._field - 4) if self._field else 0
+        stream.seek(0)
+
+    def read(self, size: int) -> bytes:
+        at, data = self.tell(), self._stream.read(size)
+        field = self._field - at
+        # FFmpeg reads far more at once, so the field is never divided between two reads.
+        if self._field and 0 <= field <= len(data) - 4 and self._length < _ENDLESS:
+            return data[:field] + self._length.to_bytes(4, "little") + data[field + 4 :]
+        return data
+
+
+def _unknown_length(head: bytes) -> int:
+    """Return the position of the length of the samples in the head of a WAV file, if it is unknown; else 0."""
+    if head[:4] != b"RIFF" or head[8:12] != b"WAVE":
+        return 0
+    whole, at = int.from_bytes(head[4:8], "little"), 12
+    # Chunks: a name and a length of 4 bytes each, then the content, padded to an even length.
+    while head[at : at + 4] not in (b"data", b""):
+        length = int.from_bytes(head[at + 4 : at + 8], "little")
+        at += 8 + length + length % 2
+    length = int.from_bytes(head[at + 4 : at + 8], "little")
+    # Recorders write the largest length or 0. A file that knows its own length may hold 0 samples.
+    is_unknown = length >= _ENDLESS or (length == 0 and not 0 < whole < _ENDLESS)
+    return at + 4 if len(head) >= at + 8 and is_unknown else 0
 
 
 @contextmanager
@@ -70,12 +106,14 @@ def open_track(source: Source, track: Track) -> Iterator[tuple[InputContainer, S
     if isinstance(source, np.ndarray | Image.Image):
         raise MediaError(f"expected {_EXPECTED[track]}")
     with open_stream(source) as stream:
-        head = read_head(stream, 12, _EXPECTED[track])
+        head = read_head(stream, _HEAD, _EXPECTED[track])
         try:
-            container = av.open(_Opened(stream, source), "r", options=_OPTIONS, metadata_errors="replace")
+            container = av.open(
+                _Opened(stream, source, head), "r", options=_OPTIONS, metadata_errors="replace"
+            )
         except Exception as error:
             raise MediaError(
-                f"cannot be opened as {track} (it starts with {head!r}: {_reason(error)}); "
+                f"cannot be opened as {track} (it starts with {head[:12]!r}: {_reason(error)}); "
                 f"expected {_EXPECTED[track]}"
             ) from error
         with decoding(track), container:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import (
@@ -27,8 +27,15 @@ from bindllm.media.svg import looks_like_svg, render_svg
 MAX_PIXELS = 100_000_000
 """Largest image (width times height) that is decoded: 100 megapixels, about 300 MB as RGB."""
 
+MAX_SIDE = 10_000_000
+"""Longest side of an image: Pillow fails on lines of some ten million pixels as if it had no memory."""
+
 # Bytes that decide about the format: an SVG tag may come after long comments.
 _HEAD = 4096
+
+# Tags of TIFF files.
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
+_UNSIGNED, _SIGNED = 1, 2
 
 # Side of an SVG if the caller gives none.
 _DRAWN_SIDE = 448
@@ -51,9 +58,10 @@ _RASTER_READERS: tuple[tuple[bytes, type[ImageFile.ImageFile]], ...] = (
 def open_image(source: Source, *, size: int | None = 448) -> Image.Image:
     """Open an image as upright RGB, transparent parts on white.
 
-    JPEG, PNG, WebP, GIF, BMP, TIFF and SVG are recognized by their content, not by their name. The first
-    frame of an animation is taken and the EXIF orientation is applied; color profiles are not. 16-bit gray
-    is scaled by its range (0..65535). 32-bit gray must lie in 0..1 (floats only), 0..255 or 0..65535.
+    JPEG, PNG, WebP, GIF, BMP, TIFF and SVG are recognized by their content, not by their name. The first frame of an
+    animation is taken and the EXIF orientation is applied; color profiles are not, nor is the resolution, even if it
+    differs in both directions. 16-bit gray is scaled by its range (0..65535, 12-bit TIFF 0..4095), and inverted if the
+    file says that 0 is white. 32-bit gray must lie in 0..1 (floats only), 0..255 or 0..65535.
 
     Args:
         source: path, bytes of a file, array [H, W], [H, W, 3] or [H, W, 4] of uint8, or Pillow image.
@@ -76,7 +84,7 @@ def open_image(source: Source, *, size: int | None = 448) -> Image.Image:
         with open_stream(source) as stream:
             head = read_head(stream, _HEAD, "an image")
             if looks_like_svg(head):
-                return render_svg(stream, size=size or _DRAWN_SIDE)
+                return render_svg(stream, size=size or _DRAWN_SIDE, max_pixels=MAX_PIXELS)
             with open_raster(stream) as image:
                 if size is not None and isinstance(image, JpegImagePlugin.JpegImageFile):
                     # The decoder itself shrinks by 1/2, 1/4 or 1/8, so the full size is never in memory.
@@ -106,6 +114,7 @@ def _from_array(array: np.ndarray) -> Image.Image:
     shape_fits = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
     if not shape_fits or array.dtype != np.uint8 or array.size == 0:
         raise MediaError("expected a filled array [H, W], [H, W, 3] or [H, W, 4] of uint8")
+    check_pixels(array.shape[1], array.shape[0])
     return Image.fromarray(array)
 
 
@@ -132,10 +141,19 @@ def decoding() -> Iterator[None]:
 
 
 def check_size(image: Image.Image) -> None:
-    """Refuse an image above `MAX_PIXELS` before it is decoded."""
-    if image.width * image.height > MAX_PIXELS:
+    """Refuse an image above `MAX_PIXELS` or `MAX_SIDE` before it is decoded."""
+    check_pixels(*image.size)
+
+
+def check_pixels(width: int, height: int) -> None:
+    """Refuse sizes above `MAX_PIXELS` or `MAX_SIDE`.
+
+    Raises:
+        MediaError: the message has the size.
+    """
+    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
         raise MediaError(
-            f"{image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are decoded. "
+            f"{width} x {height} pixels; at most {MAX_PIXELS:,} are decoded, {MAX_SIDE:,} on a side. "
             "Scale the image down first"
         )
 
@@ -143,9 +161,9 @@ def check_size(image: Image.Image) -> None:
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Decode, turn upright, and convert every mode to RGB on white; the given image keeps its mode."""
     image.load()
+    if (values := wide_gray(image)) is not None:
+        return _gray_from_wide(values, image)
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        return _gray_from_wide(image)
     # A palette or a single color can be transparent, too.
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -154,12 +172,54 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _gray_from_wide(image: Image.Image) -> Image.Image:
+def wide_gray(image: Image.Image) -> np.ndarray | None:
+    """Return the numbers of a gray image of 16 or 32 bits, upright [H, W], 0 is black; None for all other modes.
+
+    Raises:
+        MediaError: 32-bit values whose 0 is white: they have no largest value from which to subtract. Signed 8-bit
+            values, which Pillow takes for unsigned ones.
+    """
+    sample_format = _tag(image, _SAMPLE_FORMAT, (1,))[0]
+    if image.mode == "L" and sample_format == _SIGNED:
+        raise MediaError("a TIFF of signed 8-bit values; save it with 16 bits, or unsigned")
+    if not (image.mode.startswith("I;16") or image.mode in ("I", "F")):
+        return None
+    # Loaded first, since a PNG may name its orientation after its pixels.
+    image.load()
+    values = np.asarray(ImageOps.exif_transpose(image))
+    # Pillow has no mode for unsigned 32 bits: large values would be negative.
+    if image.mode == "I" and sample_format == _UNSIGNED and _tag(image, _BITS, (0,))[0] == 32:
+        values = values.view(np.uint32)
+    # Pillow inverts images of up to 8 bits itself.
+    if not is_inverted(image):
+        return values
+    if not image.mode.startswith("I;16"):
+        raise MediaError("a TIFF of 32 bits whose 0 is white (PhotometricInterpretation 0); save 0 as black")
+    return np.uint16(_largest(image)) - values
+
+
+def is_inverted(image: Image.Image) -> bool:
+    """Return whether 0 is white in a TIFF file (its tag PhotometricInterpretation is 0)."""
+    return _tag(image, _PHOTOMETRIC, 1) == 0
+
+
+def _tag(image: Image.Image, number: int, default: Any) -> Any:
+    """Return the value of a tag of a TIFF file; the default for other images."""
+    is_tiff = isinstance(image, TiffImagePlugin.TiffImageFile)
+    return image.tag_v2.get(number, default) if is_tiff else default
+
+
+def _largest(image: Image.Image) -> int:
+    """Return the largest value of a 16-bit mode: Pillow also opens TIFF files of 12 bits in it."""
+    return 2 ** _tag(image, _BITS, (16,))[0] - 1
+
+
+def _gray_from_wide(values: np.ndarray, image: Image.Image) -> Image.Image:
     """Scale 16-bit and 32-bit gray to 8 bits by its range; Pillow itself would clip at 255."""
-    values = np.asarray(image, dtype=np.float32)
+    values = values.astype(np.float32)
     low, high = float(values.min()), float(values.max())
     if image.mode.startswith("I;16"):
-        top = 65535.0
+        top = float(_largest(image))
     else:
         tops = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
         # The smallest usual range that holds all values.

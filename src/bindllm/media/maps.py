@@ -2,31 +2,49 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 from PIL import Image
 
-from bindllm.errors import MediaError, reading
+from bindllm.errors import MediaError, printable, reading
 from bindllm.media.arrays import check_numbers, holds_array, read_array
-from bindllm.media.images import MAX_PIXELS, check_size, decoding, open_image, open_raster
+from bindllm.media.images import (
+    check_pixels,
+    check_size,
+    decoding,
+    is_inverted,
+    open_image,
+    open_raster,
+    wide_gray,
+)
 from bindllm.media.source import Source, name_of, open_stream, read_head
 
 DARKEST, BRIGHTEST = 1.0, 99.0
 """Percentiles of a thermal image that become 0 and 1, if its values have no range of their own."""
+
+PLAUSIBLE = (0.05, 100.0)
+"""Meters between which the median of a depth map is expected; a warning asks for the unit of others."""
 
 _HEAD = 4096
 _EXR = b"\x76\x2f\x31\x01"
 _MILLIMETERS = 1000  # in a meter
 # Pixels that are enough for percentiles.
 _ENOUGH = 1_000_000
+# Kinds of numbers (is_float) that were warned about: a whole data set in another unit gives one line.
+_warned: set[bool] = set()
+
+_log = logging.getLogger("bindllm")
 
 
 def open_depth(source: Source) -> np.ndarray:
     """Open a depth map.
 
-    Integers are millimeters and floats are meters, in images as in arrays: a 16-bit PNG or TIFF, a 32-bit TIFF, an
-    NPY or NPZ file (array ``depth``, if it holds several). 0, negative, NaN and infinite values mean that nothing was
-    measured. Files of other units have to be converted first; those of SUN RGB-D hold millimeters whose bits are
-    rotated left by 3 (https://rgbd.cs.princeton.edu, its toolbox's read3dPoints).
+    Integers are millimeters and floats are meters, in images as in arrays: a 16-bit PNG or TIFF, a 32-bit TIFF, an NPY
+    or NPZ file (array ``depth``, if it holds several). A median outside of `PLAUSIBLE` gives a warning that asks for
+    the unit. The EXIF orientation is applied. 0, negative, NaN and infinite values mean that nothing was measured.
+    Files of other units have to be converted first; those of SUN RGB-D hold millimeters whose bits are rotated left by
+    3 (https://rgbd.cs.princeton.edu, its toolbox's read3dPoints).
 
     Args:
         source: path or bytes of a file, an array [H, W] or [H, W, 1], or a Pillow image of 16 or 32 bits.
@@ -35,8 +53,8 @@ def open_depth(source: Source) -> np.ndarray:
         [H, W], float32: meters, 0 where nothing was measured.
 
     Raises:
-        MediaError: missing, damaged, of 8 bits or in color, OpenEXR, above `MAX_PIXELS`, or nothing was measured at
-            all; it names the file.
+        MediaError: missing, damaged, of 8 bits or in color, a TIFF whose 0 is white, OpenEXR, above `MAX_PIXELS`, or
+            nothing was measured at all; it names the file.
     """
     with reading(name_of(source)):
         values = _read_values(source, key="depth")
@@ -52,7 +70,22 @@ def open_depth(source: Source) -> np.ndarray:
         meters = np.where(np.isfinite(meters) & (meters > 0), meters, np.float32(0))
         if not meters.any():
             raise MediaError("no pixel of this depth map was measured (all are 0, negative or not finite)")
+        _check_unit(meters, name_of(source), is_float=is_float)
         return meters
+
+
+def _check_unit(meters: np.ndarray, name: str, *, is_float: bool) -> None:
+    """Warn if the median depth is implausible: numbers have no unit of their own, so it may be another one."""
+    measured = meters[meters > 0]
+    median = float(np.median(measured[:: 1 + measured.size // _ENOUGH]))
+    if PLAUSIBLE[0] <= median <= PLAUSIBLE[1] or is_float in _warned:
+        return
+    _warned.add(is_float)
+    _log.warning(
+        "%s: the median depth is %g meters if %s. Which unit is it? Outside %g to %g meters maps look all alike: "
+        "convert them if it is another unit (further maps are not reported)",
+        printable(name), median, "floats are meters" if is_float else "integers are millimeters", *PLAUSIBLE,
+    )  # fmt: skip
 
 
 def open_thermal(source: Source) -> np.ndarray:
@@ -106,7 +139,7 @@ def _read_values(source: Source, *, key: str) -> np.ndarray | None:
     if isinstance(source, Image.Image):
         with decoding():
             check_size(source)
-            return _from_image(source)
+            return _from_image(source, key)
     with open_stream(source) as stream:
         head = read_head(stream, _HEAD, "an image or an NPY file")
         if head.startswith(_EXR):
@@ -117,12 +150,14 @@ def _read_values(source: Source, *, key: str) -> np.ndarray | None:
         if key == "thermal" and not head.startswith((b"\x89PNG", b"II", b"MM")):
             return None
         with open_raster(stream) as image:
-            return _from_image(image)
+            return _from_image(image, key)
 
 
-def _from_image(image: Image.Image) -> np.ndarray | None:
-    is_wide = image.mode.startswith("I;16") or image.mode in ("I", "F")
-    return np.asarray(image) if is_wide else None
+def _from_image(image: Image.Image, key: str) -> np.ndarray | None:
+    # Writers disagree whether the tag is about the display or about the numbers.
+    if key == "depth" and is_inverted(image):
+        raise MediaError("a TIFF whose 0 is white (PhotometricInterpretation 0); save depth with 0 as black")
+    return wide_gray(image)
 
 
 def _from_array(array: np.ndarray) -> np.ndarray:
@@ -132,8 +167,5 @@ def _from_array(array: np.ndarray) -> np.ndarray:
     is_color = array.ndim == 3 and array.shape[2] in (3, 4) and array.dtype == np.uint8
     if not (is_color or array.ndim == 2) or array.size == 0:
         raise MediaError(f"an array {list(array.shape)}; expected [H, W] or [H, W, 1], not empty")
-    if array.shape[0] * array.shape[1] > MAX_PIXELS:
-        raise MediaError(
-            f"{array.shape[1]} x {array.shape[0]} pixels; at most {MAX_PIXELS:,} are read. Scale it down first"
-        )
+    check_pixels(array.shape[1], array.shape[0])
     return array

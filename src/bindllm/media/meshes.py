@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
-from collections.abc import Iterator
+import re
+import struct
+from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from bindllm.errors import MediaError, MissingExtraError
+from bindllm.errors import MediaError, MissingExtraError, printable
 
 SAMPLES = 16_384
 """Points that are taken from the surface of a mesh: twice as many as Point-Bind works on."""
@@ -22,7 +25,16 @@ MAX_VERTICES = 10_000_000
 """Most vertices of a mesh; repeated parts count each time."""
 
 _MAX_NODES = 10_000
-_COMPRESSED = ("KHR_draco_mesh_compression", "EXT_meshopt_compression")
+# Extensions of glTF that change the shape, and those (of the required ones) that only change how it looks.
+_SHAPE_EXTENSIONS = ("KHR_draco_mesh_compression", "EXT_meshopt_compression", "EXT_mesh_gpu_instancing")
+_APPEARANCE = re.compile(
+    r"KHR_mesh_quantization|(KHR|EXT|MSFT)_(materials|texture|lights|animation|packing|xmp)_?\w*"
+)
+# Values of glTF 2.0: modes of primitives and types of numbers.
+_POINTS, _LINES, _TRIANGLES, _STRIP, _FAN = 0, (1, 2, 3), 4, 5, 6
+_SURFACES = (_TRIANGLES, _STRIP, _FAN)
+_FLOAT, _INTEGERS = 5126, {5120: "<i1", 5121: "<u1", 5122: "<i2", 5123: "<u2"}
+_OBJ_OTHERS = re.compile(rb"^[ \t]*(l|p|curv2?|surf)[ \t]", re.MULTILINE)
 _OPTIONS: dict[str, dict[str, Any]] = {
     "glb": {"skip_materials": True},
     "obj": {"skip_materials": True, "split_object": False, "group_material": False},
@@ -31,19 +43,23 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 # Fractional steps of the plane-filling sequence of Roberts (2018), from the real root of x^3 = x + 1.
 _STEPS = np.array([0.7548776662466927, 0.5698402909980532])
 
+_log = logging.getLogger("bindllm")
 
-def sample_mesh(stream: BinaryIO, *, kind: str) -> np.ndarray:
+
+def sample_mesh(stream: BinaryIO, *, kind: str, name: str) -> np.ndarray:
     """Return `SAMPLES` points on the surface of a mesh, the same ones every time, or its vertices if it has no area.
 
     Args:
         stream: the file, at its start.
         kind: obj, off, stl, glb or ply.
+        name: name of the file, for warnings of parts that are not used.
 
     Returns:
         [N, 3], float64, in the units of the file; vertices may be NaN or infinite, points on a surface are not.
 
     Raises:
-        MediaError: damaged, compressed, above `MAX_MESH_BYTES` or `MAX_VERTICES`, or without a vertex.
+        MediaError: damaged, of a kind whose shape the reader would change, above `MAX_MESH_BYTES` or `MAX_VERTICES`, or
+            without a vertex.
         MissingExtraError: trimesh is not installed.
     """
     try:
@@ -61,7 +77,12 @@ def sample_mesh(stream: BinaryIO, *, kind: str) -> np.ndarray:
         )
     data = stream.read()
     if kind == "glb":
-        _check_glb(data)
+        data = _plain_glb(data, name)
+    if kind == "obj" and (found := _OBJ_OTHERS.search(data)):
+        _log.warning(
+            "%s: lines, points and free-form surfaces of this OBJ file are not used (%s)",
+            printable(name), found[1].decode(),
+        )  # fmt: skip
     try:
         # ``resolver=None`` reads no other file, ``process=False`` keeps the vertices as stored.
         scene = trimesh.load_scene(
@@ -79,24 +100,100 @@ def sample_mesh(stream: BinaryIO, *, kind: str) -> np.ndarray:
     return _spread(vertices, faces)
 
 
-def _check_glb(data: bytes) -> None:
-    """Refuse compressed meshes, which the reader would skip, and counts far beyond the size of the file."""
+def _plain_glb(data: bytes, name: str) -> bytes:
+    """Return a GLB file as the reader takes it; refuse, convert or report everything that the reader would ignore.
+
+    Raises:
+        MediaError: damaged, parts that change the shape and cannot be read, or counts far beyond the size of the file.
+    """
     # GLB: 12 bytes of header, then length and type of the first chunk (4 bytes each), and its JSON.
     length = int.from_bytes(data[12:16], "little")
     try:
         tree = json.loads(data[20 : 20 + length])
-        extensions = {key for part in ("extensionsRequired", "extensionsUsed") for key in tree.get(part, ())}
         count = sum(int(accessor.get("count", 0)) for accessor in tree.get("accessors", ()))
         nodes = len(tree.get("nodes", ()))
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        problem = _glb_problem(tree)
+        skipped = _skipped_of_glb(tree)
+        quantized = [at for at in _positions(tree) if tree["accessors"][at].get("normalized")]
+        if quantized and not problem:
+            # Header and type of the second chunk lie between both contents.
+            data = _dequantized(tree, data[28 + length :], quantized)
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         raise MediaError(f"a damaged GLB file ({error}); replace the file") from error
-    if found := [key for key in _COMPRESSED if key in extensions]:
-        raise MediaError(f"a GLB file compressed with {found[0]}; save it without compression")
+    if problem:
+        raise MediaError(f"a GLB file with {problem}; save it as plain triangles")
     if count > 6 * MAX_VERTICES or nodes > _MAX_NODES:
         raise MediaError(
             f"a GLB file of {count:,} values and {nodes:,} nodes; at most {6 * MAX_VERTICES:,} and "
             f"{_MAX_NODES:,} are read. Simplify it first"
         )
+    if skipped:
+        _log.warning("%s: %s of this GLB file are not used", printable(name), " and ".join(skipped))
+    return data
+
+
+def _primitives(tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for mesh in tree.get("meshes", ()):
+        yield from mesh.get("primitives", ())
+
+
+def _positions(tree: dict[str, Any]) -> set[int]:
+    """Return the accessors that hold positions."""
+    return {part["attributes"]["POSITION"] for part in _primitives(tree)}
+
+
+def _glb_problem(tree: dict[str, Any]) -> str:
+    """Return the first feature that changes the shape and that the reader would ignore; "" if it has none."""
+    for key in tree.get("extensionsUsed", ()):
+        if key in _SHAPE_EXTENSIONS:
+            return key
+    # By the specification, a reader must refuse required extensions that it does not implement.
+    for key in tree.get("extensionsRequired", ()):
+        if key in _SHAPE_EXTENSIONS or not _APPEARANCE.fullmatch(key):
+            return f"the required extension {key}"
+    used = {part["indices"] for part in _primitives(tree) if "indices" in part} | _positions(tree)
+    if any("sparse" in tree["accessors"][at] for at in used):
+        return "sparse accessors"
+    if any(part.get("mode", _TRIANGLES) == _FAN for part in _primitives(tree)):
+        return "triangle fans"
+    if any(any(part.get("weights", ())) for key in ("meshes", "nodes") for part in tree.get(key, ())):
+        return "morph targets that are in use"
+    return ""
+
+
+def _skipped_of_glb(tree: dict[str, Any]) -> list[str]:
+    """Return the features that do not count for points on a surface, as words for a warning."""
+    modes = {part.get("mode", _TRIANGLES) for part in _primitives(tree)}
+    skipped = ["lines"] if modes & set(_LINES) else []
+    skipped += ["single points"] if _POINTS in modes and modes & set(_SURFACES) else []
+    return skipped + (["skeletons"] if tree.get("skins") else [])
+
+
+def _dequantized(tree: dict[str, Any], binary: bytes, quantized: Sequence[int]) -> bytes:
+    """Return a GLB file in which normalized integer positions (KHR_mesh_quantization) are floats in -1..1."""
+    for at in quantized:
+        accessor = tree["accessors"][at]
+        view, kind = tree["bufferViews"][accessor["bufferView"]], _INTEGERS[accessor["componentType"]]
+        stored = np.ndarray(
+            (accessor["count"], 3),
+            kind,
+            binary,
+            offset=view.get("byteOffset", 0) + accessor.get("byteOffset", 0),
+            strides=(view.get("byteStride", 3 * np.dtype(kind).itemsize), np.dtype(kind).itemsize),
+        )
+        # The most negative integer, which has no positive partner, also means -1.
+        floats = np.maximum(stored / np.iinfo(kind).max, -1).astype("<f4").tobytes()
+        binary += bytes(-len(binary) % 4)
+        tree["bufferViews"].append({"buffer": 0, "byteOffset": len(binary), "byteLength": len(floats)})
+        binary += floats
+        accessor.update(bufferView=len(tree["bufferViews"]) - 1, byteOffset=0, componentType=_FLOAT)
+    tree["buffers"][0]["byteLength"] = len(binary)
+    text = json.dumps(tree).encode()
+    text += b" " * (-len(text) % 4)
+    chunks = b"".join(
+        len(part).to_bytes(4, "little") + kind + part for part, kind in ((text, b"JSON"), (binary, b"BIN\0"))
+    )
+    return b"glTF" + struct.pack("<II", 2, 12 + len(chunks)) + chunks
 
 
 def _gather(scene: Any) -> tuple[np.ndarray, np.ndarray]:

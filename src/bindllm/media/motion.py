@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+import unicodedata
 from typing import BinaryIO
 
 import numpy as np
@@ -19,12 +21,26 @@ AXES = ("acceleration x", "acceleration y", "acceleration z", "rotation x", "rot
 """The six rows of a signal, in order."""
 
 _HEAD = 4096
-# Names of columns in common recorders, without separators and units.
-_ACCELERATION = r"a|acc|accl|accel|acceleration|accelerometer|linearacceleration"
-_ROTATION = r"g|w|gyr|gyro|gyroscope|rot|rotation|rotationrate|angularvelocity|angvel|omega"
-_AXIS = re.compile(rf"(?:({_ACCELERATION})|({_ROTATION}))([xyz])")
+# Names of columns in common recorders, without separators and units. Longer names come first: "gyro_x" is not "g_y".
+_ACCELERATION = r"linearacceleration|accelerometer|acceleration|accel|accl|acc|a"
+_ROTATION = r"angularvelocity|rotationrate|gyroscope|rotation|angvel|omega|gyro|gyr|rot|g|w"
+_AXIS = re.compile(rf"(?:({_ACCELERATION})|({_ROTATION}))([xyz])(.*)")
 _TIME = re.compile(r"(?:t|time|timestamp|canonicaltimestamp|elapsed|seconds)(?:s|sec|seconds|ms|us|ns)?")
-_UNIT = re.compile(r"[\[(].*?[\])]")
+# Of the tables of Ego4D (https://ego4d-data.org/docs/data/imu): positions within one part of the recording.
+_IGNORED = ("componentidx", "componenttimestampms")
+_UNIT = re.compile(r"[\[(](.*?)[\])]")
+# Factors to m/s^2 and rad/s by unit, as it is spelled without separators.
+_ACCELERATION_UNITS = {
+    **dict.fromkeys(("", "m/s2", "ms2", "m/s/s", "mps2", "m/sec2"), 1.0),
+    **dict.fromkeys(("g", "gs"), 9.80665),
+    **{"mg": 9.80665e-3, "cm/s2": 1e-2, "mm/s2": 1e-3},
+}
+_DEGREE = math.pi / 180
+_ROTATION_UNITS = {
+    **dict.fromkeys(("", "rad/s", "rads", "rads1", "radps", "rad/sec", "radians/s"), 1.0),
+    **dict.fromkeys(("deg/s", "degs", "degs1", "degps", "dps", "deg/sec", "degrees/s", "\u00b0/s"), _DEGREE),
+    **{"mrad/s": 1e-3, "mdps": 1e-3 * _DEGREE, "rpm": 6 * _DEGREE},
+}
 
 
 def open_imu(source: Source, *, steps: int) -> np.ndarray:
@@ -36,7 +52,8 @@ def open_imu(source: Source, *, steps: int) -> np.ndarray:
     rise, the steps are even in time; otherwise the readings are taken as even. Steps lie between the first and the last
     reading, both included, and are interpolated linearly, without smoothing. A single reading is repeated.
 
-    Values keep their units; ImageBind was trained on meters per second squared and radians per second.
+    Values become meters per second squared and radians per second, on which ImageBind was trained, if the header names
+    another unit: ``acc_x (g)``, ``gyro_x [deg/s]``, ``gyro_x_dps``. Values without a unit are taken to be in these.
 
     Args:
         source: path or bytes of a file, or an array [N, 6] or [6, N] (6 x 6 is refused: it could be either).
@@ -46,8 +63,8 @@ def open_imu(source: Source, *, steps: int) -> np.ndarray:
         [6, steps], float32: acceleration x y z, then rotation x y z.
 
     Raises:
-        MediaError: missing, empty, an unknown column, an uneven row, a word, NaN or infinity (the line is named), or
-            more than `MAX_READINGS`.
+        MediaError: missing, empty, an unknown column or unit, an uneven row, a word, NaN or infinity (the line is
+            named), or more than `MAX_READINGS`.
     """
     with reading(name_of(source)):
         times: np.ndarray | None = None
@@ -97,11 +114,14 @@ def _from_table(stream: BinaryIO) -> tuple[np.ndarray, np.ndarray | None]:
             )
         # The signals are the last six columns; a seventh before them is the time.
         order, time = list(range(len(cells) - 6, len(cells))), 0 if len(cells) == 7 else None
+        factors = [1.0] * 6
         # The first line is already a row.
         stream.seek(0)
         number = 1
     else:
-        order, time = _read_header([cell.decode("utf-8", "replace").strip("\"' \r\n") for cell in cells])
+        order, factors, time = _read_header(
+            [cell.decode("utf-8", "replace").strip("\"' \r\n") for cell in cells]
+        )
         number += 1
     blocks, count = [], 0
     for block in read_rows(stream, first=number, columns=len(cells)):
@@ -122,7 +142,7 @@ def _from_table(stream: BinaryIO) -> tuple[np.ndarray, np.ndarray | None]:
         raise MediaError(
             f"the time of reading {at + 1} is {times[at]:g}, after {times[at - 1]:g}; times must rise"
         )
-    return table[:, order].T, times
+    return table[:, order].T * np.array(factors)[:, None], times
 
 
 def _first_cells(stream: BinaryIO) -> tuple[list[bytes], int]:
@@ -136,20 +156,28 @@ def _first_cells(stream: BinaryIO) -> tuple[list[bytes], int]:
     raise MediaError("no readings; expected a table or an array of six signals")
 
 
-def _read_header(words: list[str]) -> tuple[list[int], int | None]:
-    """Return the columns of the six signals, in the order of `AXES`, and of the time."""
+def _read_header(words: list[str]) -> tuple[list[int], list[float], int | None]:
+    """Return the columns of the six signals, in the order of `AXES`, the factors of their units, and the time."""
+    # How to read this: each word is a signal with its unit, the time, or odd; odd and missing ones are named together.
     columns: dict[int, int] = {}
+    factors: dict[int, float] = {}
     time: int | None = None
     odd = []
     for column, word in enumerate(words):
-        # "acc_x [m/s^2]" becomes "accx".
+        # "Acc X [m/s\u00b2]" has the name "accx" and the unit "m/s2"; NFKC makes digits of superscripts.
+        word = unicodedata.normalize("NFKC", word)
         plain = re.sub(r"[^a-z0-9]", "", _UNIT.sub("", word.lower()))
+        bracketed = _UNIT.search(word.lower())
         if found := _AXIS.fullmatch(plain):
             # Acceleration takes the rows 0 to 2, rotation 3 to 5.
             axis = "xyz".index(found[3]) + (3 if found[2] else 0)
-            if axis in columns:
+            unit = found[4] + re.sub(r"[^a-z0-9/\u00b0]", "", bracketed[1] if bracketed else "")
+            factor = (_ROTATION_UNITS if found[2] else _ACCELERATION_UNITS).get(unit)
+            if axis in columns or factor is None:
                 odd.append(word)
-            columns[axis] = column
+            columns[axis], factors[axis] = column, factor or 1.0
+        elif plain in _IGNORED:
+            continue
         elif _TIME.fullmatch(plain) and time is None:
             time = column
         else:
@@ -161,9 +189,10 @@ def _read_header(words: list[str]) -> tuple[list[int], int | None]:
         lacking = f"missing: {', '.join(missing)}" if missing else ""
         raise MediaError(
             f"the columns are {shown} ({'; '.join(filter(None, (problem, lacking)))}). Expected acc_x, acc_y, "
-            "acc_z, gyro_x, gyro_y, gyro_z and, if there is one, time; rename or remove the others"
+            "acc_z, gyro_x, gyro_y, gyro_z and, if there is one, time; units in brackets such as (g), [m/s2], [deg/s]. "
+            "Rename or remove the others"
         )
-    return [columns[axis] for axis in range(6)], time
+    return [columns[axis] for axis in range(6)], [factors[axis] for axis in range(6)], time
 
 
 def _resample(signal: np.ndarray, times: np.ndarray | None, steps: int) -> np.ndarray:

@@ -28,7 +28,7 @@ _HEAD = 1 << 16
 _BLOCK = 1 << 18
 _ELEMENT = re.compile(rb"^([ \t]*element[ \t]+\S+[ \t]+)(\S+)", re.MULTILINE)
 _COUNT = re.compile(rb"\s*\d+\s*")
-_AXES = re.compile(rb"[\s/#\"']*x[\s,;\"']+y[\s,;\"']+z\b", re.IGNORECASE)
+_BRACKETS = re.compile(rb"[\[(].*?[\])]")
 _OFF = re.compile(rb"\s*C?OFF\b")
 _OBJ = re.compile(rb"^(?:v|vn|vt|f)[ \t]+[-+.\d]", re.MULTILINE)
 _SUFFIXES = {".obj": "obj", ".off": "off", ".stl": "stl", ".glb": "glb", ".ply": "ply"}
@@ -42,9 +42,11 @@ def open_points(source: Source) -> np.ndarray:
 
     Files are recognized by their content; the suffix of a path decides only if the content is unclear. A mesh (OBJ,
     OFF, STL, GLB, PLY with faces) becomes `bindllm.media.meshes.SAMPLES` points, spread evenly over its surface, the
-    same ones every time; a mesh without area gives its vertices. Above `MAX_POINTS` points, every second, fourth, ...
-    in the order of the file is taken. Points that are NaN, infinite or beyond the range of 32-bit floats are skipped,
-    and a warning counts them. Columns after x y z (colors, normals) are not read.
+    same ones every time; a mesh without area gives its vertices. Lines, single points and skeletons of a mesh file are
+    not used, with a warning. A header of a table may name the columns x, y and z in any order. Above `MAX_POINTS`
+    points, every second, fourth, ... in the order of the file is taken. Points that are NaN, infinite or beyond the
+    range of 32-bit floats are skipped, and a warning counts them. Other columns than x y z (colors, normals) are not
+    read.
 
     Coordinates stay as they are, with one exception: a cloud so far from the origin that 32-bit floats would round its
     shape away (surveyed coordinates, for example) is moved to its center.
@@ -80,7 +82,7 @@ def open_points(source: Source) -> np.ndarray:
             elif kind == "table":
                 _read_table(stream, sieve)
             elif kind is not None:
-                sieve.add(sample_mesh(stream, kind=kind))
+                sieve.add(sample_mesh(stream, kind=kind, name=name))
             else:
                 raise MediaError(f"not a point cloud (it starts with {head[:12]!r}); expected {_EXPECTED}")
         return _finish(sieve.points(), name)
@@ -141,7 +143,11 @@ def _kind(head: bytes, stream: BinaryIO, suffix: str) -> str | None:
     if b"\0" not in head:
         if _OBJ.search(head):
             return "obj"
-        if _columns(head) or _COUNT.fullmatch(head.partition(b"\n")[0]) or _AXES.match(head):
+        if (
+            _columns(head)
+            or _COUNT.fullmatch(head.partition(b"\n")[0])
+            or _named_axes(head.partition(b"\n")[0])
+        ):
             return "table"
     return _SUFFIXES.get(suffix)
 
@@ -166,6 +172,7 @@ def _read_ply(stream: BinaryIO) -> Iterator[np.ndarray] | None:
     ):
         return _ply_with_lists(stream, sum(counts))
     count, before = counts[at], list(zip(ply.elements[:at], counts[:at], strict=True))
+    # A text record is one line; records of other elements before the vertices are lines to skip.
     if ply.text:
         skipped = sum(count for _, count in before)
         for _ in range(skipped):
@@ -250,21 +257,34 @@ def _columns(text: bytes) -> int:
     return 0
 
 
+def _named_axes(line: bytes) -> list[int]:
+    """Return the columns that a header, also as a comment, names x, y and z; none if it is another line.
+
+    Examples:
+        >>> _named_axes(b"//R G B X Y Z"), _named_axes(b'"id","x [m]","y [m]","z [m]"'), _named_axes(b"1 2 3")
+        ([3, 4, 5], [1, 2, 3], [])
+    """
+    words = [cell.strip(b" \"'").lower() for cell in cells_of(_BRACKETS.sub(b"", line.lstrip(b"/# \t")))]
+    return [words.index(axis) for axis in (b"x", b"y", b"z")] if {b"x", b"y", b"z"} <= set(words) else []
+
+
 def _read_table(stream: BinaryIO, sieve: _Sieve) -> None:
     """Read lines of x y z, which a count of points or the names of the columns may precede."""
-    skipped, start = 0, 0
+    # How to read this: skip everything before the first row of numbers, then read all rows as it is formed.
+    skipped, start, axes = 0, 0, [0, 1, 2]
     while line := stream.readline(_HEAD):
-        is_names = _AXES.match(line) or line.lstrip().startswith(b"//")
+        named = _named_axes(line)
+        axes = named or axes
         is_count = _COUNT.fullmatch(line) and line.strip()
-        if not (is_names or is_count) and cells_of(line):
+        if not (named or is_count or line.lstrip().startswith(b"//")) and cells_of(line):
             break
         skipped, start = skipped + 1, stream.tell()
     columns = len(cells_of(line))
     stream.seek(start)
-    if not 3 <= columns <= _MOST_COLUMNS:
+    if not max(axes) < columns <= _MOST_COLUMNS:
         raise MediaError(f"line {skipped + 1} has {columns} cells; expected lines of x y z")
     for block in read_rows(stream, first=skipped + 1, columns=columns):
-        sieve.add(block)
+        sieve.add(block[:, axes])
 
 
 def _finish(points: np.ndarray, name: str) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,9 +48,12 @@ def open_stream(source: str | Path | bytes) -> Iterator[BinaryIO]:
         yield io.BytesIO(source)
         return
     with reading(name_of(source)):
-        if Path(source).is_dir():
-            raise MediaError("this is a folder; expected a file")
         try:
+            # A pipe or a device, such as /dev/zero, would block or never end.
+            kind = Path(source).stat().st_mode
+            if not stat.S_ISREG(kind):
+                found = "a folder" if stat.S_ISDIR(kind) else "a pipe, a socket or a device"
+                raise MediaError(f"this is {found}; expected a regular file")
             stream = Path(source).open("rb")  # noqa: SIM115 (closed by the last block)
         except OSError as error:
             raise MediaError(f"cannot be opened ({error.strerror}); check the path") from error

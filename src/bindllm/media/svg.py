@@ -1,31 +1,33 @@
-"""Rendering SVG images, which may be untrusted: nothing outside the file is read."""
+"""Rendering SVG images, which may be untrusted: in a process of its own, and nothing outside the file is read."""
 
 from __future__ import annotations
 
+import atexit
 import gzip
 import io
-import re
+import os
+import signal
+import subprocess
+import sys
+import threading
 import zlib
+from importlib.util import find_spec
+from pathlib import Path
 from typing import BinaryIO
-from xml.etree import ElementTree
 
 from PIL import Image
 
 from bindllm.errors import MediaError, MissingExtraError
+from bindllm.media import svg_renderer
+from bindllm.media.svg_renderer import ANSWER, REQUEST
 
 MAX_SVG_BYTES = 32 * 1024 * 1024
 """Largest SVG text, after unpacking, that is rendered."""
 
-MAX_DEPTH = 100
-"""Deepest nesting of elements, references followed; at some hundreds the renderer's recursion ends the process."""
-
-# Coordinates of a million and more overflow in the renderer, which then ends the process.
-_LARGE = re.compile(r"(?<![\d.])0*[1-9]\d{6,}|\de\+?0*(?:[6-9]|[1-9]\d)", re.IGNORECASE)
-_GEOMETRY = re.compile(r"d|points|transform|[cr]?[xy][12]?|r|width|height|stroke-width")
+MAX_SECONDS = 20.0
+"""Longest time that one SVG may take; most need a few milliseconds."""
 
 _GZIP = b"\x1f\x8b"
-_REFERENCE = re.compile(r"^\s*#(.+?)\s*$|url\(\s*['\"]?#([^'\")]+)")
-_INLINE_RASTER = re.compile(r"\s*data:image/(png|jpe?g|gif|webp)[;,]", re.IGNORECASE)
 
 
 def looks_like_svg(head: bytes) -> bool:
@@ -36,7 +38,7 @@ def looks_like_svg(head: bytes) -> bool:
     return head.startswith(_GZIP) or is_markup
 
 
-def render_svg(stream: BinaryIO, *, size: int) -> Image.Image:
+def render_svg(stream: BinaryIO, *, size: int, max_pixels: int) -> Image.Image:
     """Render an SVG on white so that its longer side is ``size`` pixels.
 
     The proportions come from width and height, else from the viewBox, else from the bounding box of the
@@ -45,39 +47,14 @@ def render_svg(stream: BinaryIO, *, size: int) -> Image.Image:
     Args:
         stream: the file, plain or packed with gzip.
         size: longer side in pixels.
+        max_pixels: most pixels of all embedded images together.
 
     Raises:
-        MediaError: not well-formed, without area, too large or nested too deeply.
+        MediaError: not well-formed, without area, too large, or it needs more than `MAX_SECONDS`, too much memory, or
+            crashes the renderer.
         MissingExtraError: resvg_py is not installed.
     """
-    try:
-        import resvg_py
-    except ImportError as error:
-        raise MissingExtraError("resvg-py", extra="svg", purpose="render SVG images") from error
-
-    try:
-        root = ElementTree.fromstring(_read(stream))
-    except (ElementTree.ParseError, ValueError, LookupError) as error:
-        raise MediaError(f"not a well-formed SVG ({error})") from error
-    _check_depth(root)
-    _check_coordinates(root)
-    _drop_outside_images(root)
-    try:
-        # Lengths in mm or inches need a resolution; CSS defines 96 dots per inch.
-        png = resvg_py.svg_to_bytes(
-            svg_string=ElementTree.tostring(root, encoding="unicode"),
-            width=size,
-            height=size,
-            dpi=96,
-            background="white",
-        )
-    except ValueError as error:
-        raise MediaError(f"an SVG that cannot be rendered ({error})") from error
-    # A panic of the renderer is a BaseException of a class that nothing exports.
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":
-            raise
-        raise MediaError(f"an SVG that the renderer cannot handle ({error})") from error
+    png = _process.render(_read(stream), size=size, max_pixels=max_pixels)
     with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
         return image.convert("RGB")
 
@@ -96,43 +73,92 @@ def _read(stream: BinaryIO) -> bytes:
     return text
 
 
-def _check_depth(root: ElementTree.Element) -> None:
-    """Refuse an SVG whose elements, with ``#references`` followed, nest deeper than `MAX_DEPTH`."""
-    by_id = {element.get("id"): element for element in root.iter() if element.get("id")}
-    heights: dict[ElementTree.Element, int] = {}
+class _Process:
+    """One renderer for each process of ours, started at the first SVG, and again after a file made it end."""
 
-    def height(element: ElementTree.Element, above: int) -> int:
-        if above + heights.get(element, 1) > MAX_DEPTH:
-            raise MediaError(f"an SVG nested deeper than {MAX_DEPTH} levels; simplify it first")
-        if element not in heights:
-            heights[element] = 1  # also ends circular references, which the renderer ignores
-            texts = [*element.attrib.values(), element.text or ""]
-            found = (match for text in texts for match in _REFERENCE.finditer(text))
-            referred = (by_id.get(match[1] or match[2]) for match in found)
-            below = [*element, *(other for other in referred if other is not None)]
-            heights[element] = 1 + max((height(other, above + 1) for other in below), default=0)
-        return heights[element]
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._popen: subprocess.Popen[bytes] | None = None
 
-    height(root, 0)
+    def render(self, text: bytes, *, size: int, max_pixels: int) -> bytes:
+        """Return the PNG; the threads of a process take turns."""
+        with self._lock:
+            running = self._running()
+            try:
+                _write(running, REQUEST.pack(MAX_SECONDS, size, max_pixels, len(text)) + text)
+                is_image, length = ANSWER.unpack(_read_exactly(running, ANSWER.size))
+                answer = _read_exactly(running, length)
+            except (OSError, EOFError) as error:
+                code, reason = self.stop(), f"takes more than {MAX_SECONDS:g} seconds"
+                if code != -signal.SIGALRM:
+                    reason = f"needs too much memory or crashes the renderer ({code})"
+                raise MediaError(f"an SVG that {reason}; simplify it first") from error
+            # Ctrl-C leaves half an answer in the pipe.
+            except BaseException:
+                self.stop()
+                raise
+        if not is_image:
+            raise MediaError(f"an SVG that cannot be rendered ({answer.decode()})")
+        return answer
 
+    def stop(self) -> int:
+        """End the process, and return its exit code."""
+        if self._popen is None:
+            return 0
+        popen, self._popen = self._popen, None
+        _close(popen)
+        popen.kill()
+        return popen.wait()
 
-def _check_coordinates(root: ElementTree.Element) -> None:
-    """Refuse shapes with coordinates of a million or more; the size of the whole image may be any."""
-    shapes = (element for element in root.iter() if element is not root)
-    for key, value in (item for element in shapes for item in element.attrib.items()):
-        if _GEOMETRY.fullmatch(key) and (found := _LARGE.search(value)):
-            raise MediaError(
-                f"an SVG with a coordinate of a million or more ({key}: {found[0]}); scale it down"
+    def forget(self) -> None:
+        """Leave the process, in a forked child, to the parent; the next SVG starts one for the child."""
+        # Another thread of the parent may have held the lock.
+        self._lock = threading.Lock()
+        if self._popen is not None:
+            _close(self._popen)
+            # It never ends for the child, which must not wait for it.
+            self._popen.returncode = 0
+        self._popen = None
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._popen is None:
+            package = find_spec("resvg_py")
+            if package is None:
+                raise MissingExtraError("resvg-py", extra="svg", purpose="render SVG images")
+            folders = [str(Path(file).parents[1]) for file in (package.origin, Image.__file__)]
+            # Isolated (-I, -S): no module of the working directory. In a group of its own, Ctrl-C reaches only us.
+            self._popen = subprocess.Popen(
+                [sys.executable, "-I", "-S", svg_renderer.__file__, *folders],
+                # Unbuffered, so that a forked child can close its copies without writing anything.
+                bufsize=0,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
             )
+        return self._popen
 
 
-def _drop_outside_images(root: ElementTree.Element) -> None:
-    """Remove links to files and addresses: only a raster image embedded as data may be drawn."""
-    for element in root.iter():
-        if element.tag.rpartition("}")[2] not in ("image", "feImage"):
-            continue
-        for key, value in list(element.attrib.items()):
-            is_link = key.rpartition("}")[2] == "href"
-            # Links within the file (#id) stay.
-            if is_link and not value.startswith("#") and not _INLINE_RASTER.match(value):
-                del element.attrib[key]
+def _write(popen: subprocess.Popen[bytes], data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[popen.stdin.write(rest) :]
+
+
+def _read_exactly(popen: subprocess.Popen[bytes], size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        if not (more := popen.stdout.read(size - len(data))):
+            raise EOFError
+        data += more
+    return data
+
+
+def _close(popen: subprocess.Popen[bytes]) -> None:
+    popen.stdin.close()
+    popen.stdout.close()
+
+
+_process = _Process()
+atexit.register(_process.stop)
+os.register_at_fork(after_in_child=_process.forget)

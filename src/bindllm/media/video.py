@@ -100,7 +100,7 @@ def _by_time(source: Source, pick: Pick) -> Iterator[tuple[int, np.ndarray]]:
                 break
             if frame is None:
                 raise MediaError(f"frame {number} cannot be decoded; the file is damaged, replace it")
-            yield number, _as_rgb(frame)
+            yield number, _as_rgb(frame, finder.aspect)
         else:
             return
     # The times of the packets are not those of the frames, so the frames are counted by decoding.
@@ -194,6 +194,7 @@ class _Finder:
         """Start from the beginning of the file."""
         self._resources.close()
         self._container, self._stream = self._resources.enter_context(open_track(self._source, "video"))
+        self.aspect = self._stream.sample_aspect_ratio
         self._frames = _frames(self._container, self._stream)
         self._reached = None
 
@@ -223,7 +224,7 @@ def _by_counting(source: Source, pick: Pick) -> Iterator[tuple[int, np.ndarray]]
     """Yield the picked frames of a video whose frames must be decoded to be counted."""
     # Two passes with one frame in memory: ``pick`` needs the number of frames first.
     with open_track(source, "video") as (container, stream):
-        rate = stream.average_rate or stream.guessed_rate or ARRAY_RATE
+        rate, aspect = stream.average_rate or stream.guessed_rate or ARRAY_RATE, stream.sample_aspect_ratio
         count = 0
         for _ in _frames(container, stream):
             count += 1
@@ -239,7 +240,7 @@ def _by_counting(source: Source, pick: Pick) -> Iterator[tuple[int, np.ndarray]]
             frame = next((frame for at, frame in frames if at == number), None)
             if frame is None:
                 raise MediaError("the file changed while it was read; run again")
-            yield number, _as_rgb(frame)
+            yield number, _as_rgb(frame, aspect)
 
 
 def _frames(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
@@ -256,16 +257,23 @@ def _frames(container: InputContainer, stream: VideoStream) -> Iterator[VideoFra
     yield from stream.decode(None)
 
 
-def _as_rgb(frame: VideoFrame) -> np.ndarray:
-    """Return a frame upright as uint8 [H, W, 3], transparent parts on white."""
-    check_frame_size(frame.width, frame.height)
+def _as_rgb(frame: VideoFrame, aspect: Fraction | None) -> np.ndarray:
+    """Return a frame upright and with square pixels as uint8 [H, W, 3], transparent parts on white.
+
+    ``aspect`` is the width of a stored pixel over its height; None and 0 mean that it is unknown.
+    """
+    width, height, aspect = frame.width, frame.height, aspect or Fraction(1)
+    # One side grows and none shrinks, so that no pixel is lost.
+    size = (round(width * aspect), height) if aspect >= 1 else (width, round(height / aspect))
+    check_frame_size(*size)
+    shown = dict(zip(("width", "height"), size, strict=True)) if size != (width, height) else {}
     if any(part.is_alpha for part in frame.format.components):
-        values = frame.to_ndarray(format="rgba").astype(np.uint16)
+        values = frame.to_ndarray(format="rgba", **shown).astype(np.uint16)
         alpha = values[..., 3:]
         # Over white in integers; 127 rounds to the nearest.
         rgb = ((values[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
     else:
-        rgb = frame.to_ndarray(format="rgb24")
+        rgb = frame.to_ndarray(format="rgb24", **shown)
     # Both count counterclockwise: the file in degrees, rot90 in quarter turns.
     turns, rest = divmod(frame.rotation, 90)
     return np.ascontiguousarray(np.rot90(rgb, turns)) if turns and not rest else rgb

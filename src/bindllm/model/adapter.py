@@ -13,22 +13,30 @@ the plain decoder. Order of construction: decoder, quantization, adapter, inject
 
 from __future__ import annotations
 
+import copy
+import logging
 import math
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from bindllm.errors import DecoderError, InputError, MissingExtraError
+from bindllm.model.decoder import without_weights
 from bindllm.model.quantize import quiet_bitsandbytes
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PREFIX = "adapter."
 """Prefix of an adapter's tensors, before the name that peft gives them."""
 
+MOST_RANK = 65536
+"""Largest rank: wider than any projection, and small enough that a damaged checkpoint cannot ask for more."""
+
+# Settings of some families that give their projections the biases which the adapter has.
+_BIAS_SETTINGS = ("attention_bias", "mlp_bias")
 _PEFT_PREFIX = "base_model.model."
 _ADAPTER_NAME = "default"
 # peft's names of the trained parts of its layers.
@@ -47,23 +55,24 @@ class AdapterConfig:
     alpha: float | None = None
     """Scale of the low-rank term and of the biases, as a multiple of 1/rank; by default the rank: scale 1."""
 
-    bias: bool = True
-    """Whether the projections get new biases."""
+    bias: bool | None = None
+    """Whether the projections get new biases; by default if the decoder's family can store them, so that `bindllm
+    export` can merge the adapter."""
 
     norm: bool = True
     """Whether the norms are tuned as well."""
 
     dora: bool = False
-    """Whether the length of each row of a projection is learned apart from its direction; needs `bias: false`."""
+    """Whether the length of each row of a projection is learned apart from its direction; excludes `bias: true`."""
 
     rslora: bool = False
     """Whether `alpha` is a multiple of 1/sqrt(rank) instead of 1/rank, so that no rank learns slower; needs `alpha`."""
 
     def __post_init__(self) -> None:
         # How to read this: each check names the two settings that contradict each other.
-        if self.rank < 1 or not (self.alpha is None or self.alpha > 0):
+        if not 1 <= self.rank <= MOST_RANK or not (self.alpha is None or self.alpha > 0):
             raise InputError(
-                f"adapter with rank {self.rank} and alpha {self.alpha}: rank must be at least 1 and alpha above 0"
+                f"adapter with rank {self.rank} and alpha {self.alpha}: rank must be 1 to {MOST_RANK} and alpha above 0"
             )
         if self.dora and self.bias:
             raise InputError(
@@ -109,7 +118,7 @@ class Adapter:
                 "peft", extra="adapter", purpose="tune a decoder, or run a tuned one"
             ) from error
         _check(decoder)
-        self.config = config
+        self.config = config = _choose_bias(config, decoder)
         self._peft_config = _peft_config(decoder, config)
         self._decoder = decoder
         with warnings.catch_warnings():
@@ -163,11 +172,50 @@ def _measure_rows(layer: nn.Module) -> None:
     )
 
 
+def enable_biases(config: PretrainedConfig) -> None:
+    """Switch on the biases of the projections in a decoder's config, as far as its family has settings for them."""
+    # Composite configs hold the settings in their text config.
+    for part in (config, config.get_text_config()):
+        for setting in _BIAS_SETTINGS:
+            if setting in part.to_dict():
+                setattr(part, setting, True)
+
+
+def lacking_biases(config: PretrainedConfig) -> list[str]:
+    """Return the kinds of projections that have no bias in a plain decoder of this config."""
+    # Shapes only: this shows which projections get a bias.
+    core = without_weights(config.name_or_path, config).get_decoder()
+    return list(
+        {
+            kind: None
+            for path, module in core.named_modules()
+            if (kind := path.rpartition(".")[2]) in TARGETS and module.bias is None
+        }
+    )
+
+
+def _choose_bias(config: AdapterConfig, decoder: PreTrainedModel) -> AdapterConfig:
+    """Decide on new biases if the config leaves it open, and warn about those that could never be merged."""
+    if config.bias is False or config.dora:
+        return replace(config, bias=False)
+    plain = copy.deepcopy(decoder.config)
+    enable_biases(plain)
+    lacking = lacking_biases(plain)
+    if config.bias and lacking:
+        logging.getLogger("bindllm").warning(
+            "%s cannot store biases for %s, so bindllm export will not be able to merge this adapter; with "
+            "model.adapter.bias: null it gets none",
+            type(decoder).__name__,
+            ", ".join(lacking),
+        )
+    return replace(config, bias=not lacking if config.bias is None else config.bias)
+
+
 def _check(decoder: PreTrainedModel) -> None:
     """Refuse decoders that cannot be tuned, before anything is changed."""
     name, core = type(decoder).__name__, decoder.get_decoder()
-    # A hook on the core is the injection; it would miss peft's new projections.
-    if core._forward_pre_hooks:
+    # A hook on the model is the injection; it would miss peft's new projections.
+    if decoder._forward_pre_hooks:
         raise DecoderError("this decoder carries an injection already; the adapter must come before it")
     # By the last part of the path, as peft matches its targets.
     found = {path.rpartition(".")[2]: module for path, module in core.named_modules()}
@@ -184,12 +232,16 @@ def _peft_config(decoder: PreTrainedModel, config: AdapterConfig) -> Any:
     """Return the `LoraConfig`; naming it above would let jsonargparse import peft whenever it reads a recipe."""
     from peft import LoraConfig
 
+    # How to read this: peft finds modules by the end of their path. Short names are enough, unless an image tower next
+    # to the language model has them too; then only whole paths keep the adapter out of the tower.
+    core = set(decoder.get_decoder().modules())
+    inside = {path: module for path, module in decoder.named_modules() if module in core}
+    targets = [path for path in inside if path.rpartition(".")[2] in TARGETS]
     # Families name their norm modules differently; only the class names have a common ending.
-    norms = {
-        path.rpartition(".")[2]
-        for path, module in decoder.named_modules()
-        if type(module).__name__.endswith("Norm")
-    }
+    norms = [path for path, module in inside.items() if type(module).__name__.endswith("Norm")]
+    ends = {path.rpartition(".")[2] for path in norms}
+    if not any(path.endswith((*TARGETS, *ends)) for path, _ in decoder.named_modules() if path not in inside):
+        targets, norms = list(TARGETS), sorted(ends)
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=config.rank,
@@ -198,7 +250,7 @@ def _peft_config(decoder: PreTrainedModel, config: AdapterConfig) -> Any:
         lora_bias=config.bias,
         use_dora=config.dora,
         use_rslora=config.rslora,
-        target_modules=list(TARGETS),
-        modules_to_save=sorted(norms) if config.norm else None,
+        target_modules=targets,
+        modules_to_save=norms if config.norm else None,
         base_model_name_or_path=decoder.config.name_or_path or None,
     )

@@ -8,15 +8,17 @@ After ImageBind-LLM (arXiv 2309.03905).
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch.utils.checkpoint import checkpoint
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from bindllm import __version__
 from bindllm.cache.settings import CacheConfig
@@ -25,7 +27,7 @@ from bindllm.conversation import Conversation
 from bindllm.embeddings.embedder import embed_groups
 from bindllm.encoders import Encoder, alignment_warnings, skipped_encoders
 from bindllm.encoders.fusion import common_size
-from bindllm.errors import InputError, did_you_mean
+from bindllm.errors import BindLLMError, DecoderError, InputError, did_you_mean
 from bindllm.media import Media
 from bindllm.model.adapter import Adapter, AdapterConfig
 from bindllm.model.bind_network import BindConfig, BindNetwork
@@ -33,11 +35,20 @@ from bindllm.model.checkpoint import check_keys, write_card, write_checkpoint
 from bindllm.model.decoder import (
     DecoderConfig,
     fingerprint_decoder,
-    has_plain_logits,
     load_decoder,
     load_tokenizer,
+    num_positions,
 )
-from bindllm.model.generation import Prompt, check_media, check_options, prepare_batch, stream_text
+from bindllm.model.generation import (
+    Prompt,
+    answer_settings,
+    check_media,
+    check_options,
+    decode_answers,
+    generate_options,
+    prepare_batch,
+    stream_text,
+)
 from bindllm.model.injection import InjectConfig, Injection
 from bindllm.model.pretrained import read_parts
 
@@ -109,9 +120,37 @@ class BindLLM(nn.Module):
         # After the adapter, since hooks must see the final modules. Gates start at zero, so nothing changes yet.
         self.injection = Injection(decoder, self.inject_config).to(decoder.device)
         self.decoder = decoder
-        # With plain logits, `forward` may run the vocabulary projection on selected positions only.
-        self._plain_logits = has_plain_logits(decoder)
-        self._checkpointing = False
+        if (head := decoder.get_output_embeddings()) is not None:
+            head.register_forward_pre_hook(_choose_positions)
+        self._try_out()
+
+    @torch.no_grad()
+    def _try_out(self) -> None:
+        """Refuse a decoder that does not hand the bind vectors to its layers, before anything is trained.
+
+        Raises:
+            DecoderError: the injection does not work in this family of decoders.
+        """
+        inputs = {
+            "input_ids": torch.zeros(1, 4, dtype=torch.int64, device=self.device),
+            "media_index": torch.zeros(1, 4, dtype=torch.int64, device=self.device),
+            "bind": torch.zeros(1, 1, self.bind.projection.out_features, device=self.device),
+        }
+        # On the meta device transformers cannot compute a mask; families without attention do not take a whole one.
+        is_meta = self.device.type == "meta"
+        masks = (torch.ones(1, 1, 4, 4, dtype=torch.bool, device="meta"), None) if is_meta else (None,)
+        for mask in masks:
+            try:
+                self.decoder(**inputs, attention_mask=mask, use_cache=False)
+            except (BindLLMError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:
+                # A forward that depends on values fails without weights; the loaded decoder is tried again.
+                if not is_meta:
+                    raise DecoderError(
+                        f"{type(self.decoder).__name__} cannot run with an injection ({type(error).__name__}: "
+                        f"{error}); use a decoder of the LLaMA shape (Llama, Mistral, Qwen2, Qwen3, SmolLM2, ...)"
+                    ) from error
 
     @classmethod
     def build(cls, decoder: DecoderConfig, *, device: str | None = None, **parts: Any) -> Self:
@@ -129,13 +168,15 @@ class BindLLM(nn.Module):
         """The device of the decoder."""
         return self.decoder.device
 
+    @cached_property
+    def settings(self) -> GenerationConfig:
+        """The generation settings of the model, see `answer_settings`; options of a call win over them."""
+        return answer_settings(self.decoder, self.tokenizer)
+
     def train(self, mode: bool = True) -> Self:
         """Set the mode of the trainable parts; the frozen decoder stays in eval mode."""
         super().train(mode)
         self.decoder.eval()
-        for layer in self.decoder.get_decoder().layers:
-            # Only the layer's own flag: it switches activation checkpointing, its children stay in eval mode.
-            layer.training = mode and self._checkpointing
         return self
 
     def parameter_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
@@ -223,7 +264,8 @@ class BindLLM(nn.Module):
                 vocabulary projection runs at the positions that predict a supervised token, and nowhere else.
         """
         # How to read this: the mask is passed only if it is needed, and logits are computed only at the positions
-        # that predict a supervised token. Both save time, and neither changes a result.
+        # that predict a supervised token. Both save time, and neither changes a result. Training runs the decoder's
+        # own forward, as generation does, so it learns from the logits that the model answers with.
         padded_left = not bool(attention_mask[:, 0].all())
         inputs = {
             "input_ids": input_ids,
@@ -240,12 +282,14 @@ class BindLLM(nn.Module):
             return BindOutput(self.decoder(**inputs).logits)
         # Token t is predicted at position t - 1.
         rows, columns = (labels[:, 1:] != -100).nonzero(as_tuple=True)
-        if self._plain_logits:
-            # The projection to V logits is the largest product of a step; most positions need none.
-            hidden = self.decoder.get_decoder()(**inputs).last_hidden_state
-            logits = self.decoder.get_output_embeddings()(hidden[rows, columns])
-        else:
-            logits = self.decoder(**inputs).logits[rows, columns]
+        # The projection to V logits is the largest product of a step; most positions need none.
+        chosen = _CHOSEN.set((rows, columns))
+        try:
+            logits = self.decoder(**inputs).logits
+        finally:
+            _CHOSEN.reset(chosen)
+        # Three axes: a decoder without a projection of the usual shape has computed all positions.
+        logits = logits[rows, columns] if logits.ndim == 3 else logits
         return BindOutput(logits, labels[rows, columns + 1], rows)
 
     @torch.no_grad()
@@ -264,14 +308,21 @@ class BindLLM(nn.Module):
             attention_mask: [B, T].
             media_index: [B, T].
             embeddings: [B, M, E], or None for a batch without media.
-            **options: as for Hugging Face ``generate``.
+            **options: as for Hugging Face ``generate``; nothing else but `answer_settings` holds.
 
         Returns:
             ids of the answers only, [B * returned sequences, at most max_new_tokens].
+
+        Raises:
+            InputError: the prompt leaves no position of the decoder for an answer.
         """
         ids, mask, index = (x.to(self.device) for x in (input_ids, attention_mask, media_index))
-        # Passed explicitly: transformers warns at each call without it.
-        options = {"pad_token_id": self.tokenizer.pad_token_id, **options}
+        # Hugging Face fills options that a call leaves out from here.
+        self.decoder.generation_config = self.settings
+        positions = num_positions(self.decoder.config)
+        options = generate_options(options, width=ids.shape[1], positions=positions)
+        # Stop strings need the tokenizer.
+        options["tokenizer"] = self.tokenizer
         run = partial(self.decoder.generate, input_ids=ids, attention_mask=mask, **options)
         if embeddings is None:
             return run()[:, ids.shape[1] :]
@@ -295,7 +346,8 @@ class BindLLM(nn.Module):
                 each (empty: no media).
             cache: the visual cache, as for `encode`.
             **options: as for Hugging Face ``generate`` (``max_new_tokens``, ``do_sample``, ``temperature``,
-                ``top_p``, ``num_beams``, ...). Without any, the answer is greedy and at most 128 tokens long.
+                ``top_p``, ``num_beams``, ``stop_strings``, ...). Without any, the answer is greedy and at most 128
+                tokens long, whatever the decoder's folder recommends (docs/answers.md).
 
         Returns:
             the answer, or a list of answers in the order of the prompts.
@@ -307,9 +359,13 @@ class BindLLM(nn.Module):
         options = check_options(options)
         batch, embeddings = self._prepare(prompt, media, cache)
         answers = self.generate_from(*batch, embeddings, **options)
-        texts = [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+        texts = self.decode(answers)
         # Several returned sequences of one prompt stay a list.
         return texts[0] if isinstance(prompt, str | Conversation) and len(texts) == 1 else texts
+
+    def decode(self, answers: Tensor) -> list[str]:
+        """Return the texts of generated ids, [N, A], without control tokens and surrounding white space."""
+        return decode_answers(answers, self.tokenizer, self.settings.eos_token_id)
 
     def stream(
         self,
@@ -326,7 +382,7 @@ class BindLLM(nn.Module):
             raise InputError("a stream has no beams: its pieces are final. Use generate, or num_beams=1")
         batch, embeddings = self._prepare(prompt, media, cache)
         run = partial(self.generate_from, *batch, embeddings, **options)
-        yield from stream_text(run, self.tokenizer)
+        yield from stream_text(run, self.tokenizer, self.settings.eos_token_id)
 
     def _prepare(
         self, prompt: Prompt | Sequence[Prompt], media: Sequence[Any] | None, cache: CacheChoice = None
@@ -355,17 +411,20 @@ class BindLLM(nn.Module):
             "origin": self.origin,
         }
 
-    def save_pretrained(self, folder: str | Path, *, data: list[str] | None = None) -> None:
+    def save_pretrained(
+        self, folder: str | Path, *, data: list[str] | None = None, files: Mapping[str, str] | None = None
+    ) -> None:
         """Write a checkpoint folder, in one step.
 
         Args:
             folder: the output folder. An existing checkpoint is replaced, any other non-empty folder is refused.
             data: folders or tables of the training data, for the model card.
+            files: text of further files by name, such as the recipe.
         """
         manifest = self.describe()
         adapter = None if self.adapter is None else self.adapter.peft_config()
         card = write_card(manifest, data=data)
-        write_checkpoint(folder, manifest, self.trainable_state(), card, adapter_config=adapter)
+        write_checkpoint(folder, manifest, self.trainable_state(), card, adapter_config=adapter, files=files)
 
     @classmethod
     def from_pretrained(
@@ -414,5 +473,19 @@ class BindLLM(nn.Module):
 
     def checkpoint_activations(self) -> None:
         """Keep only each layer's input in training and compute the rest again in the backward pass."""
-        self.decoder.activation_checkpointing_enable()
-        self._checkpointing = True
+        # Not the switch of transformers: it needs layers in training mode, where some families have dropout.
+        for layer in self.decoder.get_decoder().layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+# Rows and columns of the positions that the vocabulary projection computes; None: all. Empty outside of a forward.
+_CHOSEN: ContextVar[tuple[Tensor, Tensor] | None] = ContextVar("bindllm_chosen", default=None)
+
+
+def _choose_positions(head: nn.Module, args: tuple) -> tuple:
+    """Before the vocabulary projection: pick hidden states [N, D] out of [B, T, D]."""
+    hidden, chosen = args[0], _CHOSEN.get()
+    if chosen is None or hidden.ndim != 3:
+        # In one piece: torch multiplies a slice, such as the last position of each row, one row at a time.
+        return (hidden.contiguous(), *args[1:])
+    return (hidden[chosen], *args[1:])

@@ -23,7 +23,15 @@ from typing import Any
 
 from torch import Tensor
 
-from bindllm.atomic import atomic_folder, file_sha256, read_tensors, set_aside_name, write_json, write_tensors
+from bindllm.atomic import (
+    atomic_folder,
+    file_sha256,
+    read_json,
+    read_tensors,
+    set_aside_name,
+    write_json,
+    write_tensors,
+)
 from bindllm.encoders import shape_problems
 from bindllm.errors import CheckpointError, UsageError, did_you_mean
 from bindllm.imports import build_named
@@ -125,12 +133,9 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
             f"{folder} holds {', '.join(pickles)}: such files can run code when opened, and no bindllm checkpoint "
             "has them. Remove them, or load a folder from a source you trust."
         )
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} has no {MANIFEST}, so it is not a bindllm checkpoint") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{folder / MANIFEST} is not valid JSON: {error}") from error
+    manifest = read_json(
+        folder / MANIFEST, CheckpointError, "without it a folder is not a bindllm checkpoint"
+    )
     if not isinstance(manifest, dict) or not isinstance(manifest.get("format", 0), int):
         raise CheckpointError(
             f"{folder / MANIFEST} is not the description of a checkpoint: expected an object whose format is a "
@@ -173,10 +178,12 @@ def check_keys(expected: dict[str, Tensor], found: dict[str, Tensor], *, source:
     """Refuse tensors that do not match name by name and shape by shape.
 
     Raises:
-        CheckpointError: lists every missing, unexpected and misshapen tensor.
+        CheckpointError: lists every missing, unexpected and misshapen tensor, and those of integers.
     """
     shapes = ({name: tensors[name].shape for name in sorted(tensors)} for tensors in (expected, found))
-    if problems := shape_problems(*shapes):
+    problems = shape_problems(*shapes)
+    problems += [f"{name} holds {x.dtype}" for name, x in found.items() if not x.is_floating_point()]
+    if problems:
         raise CheckpointError(f"{source} does not fit this model: {'; '.join(problems)}")
 
 
@@ -357,8 +364,8 @@ def license_of(folder: str) -> str:
     if not folder or not file.is_file():
         return UNKNOWN_LICENSE
     try:
-        packages = json.loads(file.read_text(encoding="utf-8"))["packages"]
+        packages = read_json(file, CheckpointError)["packages"]
         return ", ".join(dict.fromkeys(str(package["license"]) for package in packages)) or UNKNOWN_LICENSE
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, CheckpointError):
         # A foreign file of that name is not a reason to lose a trained model.
         return UNKNOWN_LICENSE

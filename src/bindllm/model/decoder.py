@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -17,25 +16,25 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 from transformers.utils import logging as transformers_logging
 
-from bindllm.conversation import INPUT_HEADER, check_tokenizer
+from bindllm.atomic import file_sha256, not_finite, open_tensors, read_json, require_file
+from bindllm.conversation import INPUT_HEADER, check_tokenizer, end_tokens
 from bindllm.encoders import hub
 from bindllm.errors import DecoderError, InputError, did_you_mean
 from bindllm.model.quantize import QUANTIZATIONS, keep_gradients, quantization_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Settings by which some families change the logits after the vocabulary projection, and their neutral values.
-# A family in this table needs logits at all positions: its change follows the projection inside its own forward.
-_LOGIT_CHANGES = {
-    "final_logit_softcapping": (None,),
-    "logit_scale": (None, 1, 1.0),
-    "logits_scaling": (None, 1, 1.0),
-    "lm_head_multiplier": (None, 1, 1.0),
-}
-# Entries of a config that describe the copy, not the model.
-_CONFIG_OF_THE_COPY = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+# Files that decide how a text becomes tokens, and where an answer ends.
+_PROMPT_FILES = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken"),
+    *("chat_template.*", "additional_chat_templates/*"),
+)
+# Entries of settings that describe the copy, not the model.
+_OF_THE_COPY = ("_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "is_local")
 # Enough to notice a changed tensor, and few enough to fingerprint 7B parameters in milliseconds.
 _SAMPLED_BYTES = 256
 
@@ -134,13 +133,14 @@ def default_device() -> str:
 
 
 def load_tokenizer(config: DecoderConfig) -> PreTrainedTokenizerBase:
-    """Load only the tokenizer. Padding falls back to the end token if no padding token is set.
+    """Load only the tokenizer. Padding is the end token if no padding token is set, or the decoder has no row for it.
 
     Template and system text of the config go into the chat template, so that training, evaluation and every
-    request render alike.
+    request render alike. The maximum length is the number of positions of the decoder.
 
     Raises:
-        DecoderError: the tokenizer is missing, or lacks offsets, a chat template or an end token.
+        DecoderError: the tokenizer is missing, lacks offsets, a chat template or an end token, or its template cannot
+            be used.
     """
     folder = config.folder()
     hub.never_ask()
@@ -153,8 +153,10 @@ def load_tokenizer(config: DecoderConfig) -> PreTrainedTokenizerBase:
         raise DecoderError(f"no usable tokenizer in {folder} ({hub.loading_error(folder, error)})") from error
     # An export must not pass on the name of code that was not run here.
     tokenizer.init_kwargs.pop("auto_map", None)
-    # Padding is masked, so the end token can serve as padding.
-    if tokenizer.pad_token_id is None:
+    plain = read_config(folder)
+    tokenizer.model_max_length = num_positions(plain) or VERY_LARGE_INTEGER
+    # Padding is masked, so the end token can serve as padding. An id without a row in the embedding cannot.
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= plain.get_text_config().vocab_size:
         # Some copies name it as an empty text.
         if not tokenizer.eos_token:
             raise DecoderError(
@@ -162,6 +164,8 @@ def load_tokenizer(config: DecoderConfig) -> PreTrainedTokenizerBase:
                 "answer as eos_token in its tokenizer_config.json"
             )
         tokenizer.pad_token = tokenizer.eos_token
+    if isinstance(tokenizer.chat_template, dict):
+        tokenizer.chat_template = _choose_template(tokenizer.chat_template, folder)
     if config.template is not None:
         apply_template(config.template, tokenizer)
     check_tokenizer(tokenizer)
@@ -173,7 +177,20 @@ def load_tokenizer(config: DecoderConfig) -> PreTrainedTokenizerBase:
             f"{{%- set messages = [{message}] + messages -%}}"
             "{%- endif -%}" + tokenizer.chat_template
         )
+    # Refuses a template that does not end an answer, or takes it apart.
+    end_tokens(tokenizer)
     return tokenizer
+
+
+def _choose_template(templates: dict[str, str], folder: Path) -> str:
+    """Return the one of several named templates that renders plain conversations."""
+    chosen = templates.get("default") or (next(iter(templates.values())) if len(templates) == 1 else None)
+    if chosen is None:
+        raise DecoderError(
+            f"the tokenizer in {folder} has the chat templates {', '.join(sorted(templates))}, and none is called "
+            "default: put the one to use into its chat_template.jinja"
+        )
+    return chosen
 
 
 def apply_template(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -218,7 +235,8 @@ def load_decoder(config: DecoderConfig, *, device: str | torch.device | None = N
         device: target device; by default the accelerator that torch finds, else the CPU.
 
     Raises:
-        DecoderError: the folder is missing, not a causal language model, or holds pickled weights only.
+        DecoderError: the folder is missing, not a causal language model, holds pickled weights only, lacks a tensor,
+            or has weights that are not finite in the dtype.
         MissingExtraError: it is to be quantized, and bitsandbytes is not installed.
     """
     device = device or default_device()
@@ -226,18 +244,42 @@ def load_decoder(config: DecoderConfig, *, device: str | torch.device | None = N
     # How to read this: the precision is chosen for the device, weights load from safetensors without code of the
     # folder, and the result is frozen.
     dtype = choose_dtype(device) if config.dtype == "auto" else DTYPES[config.dtype]
-    options = {"config": read_config(folder)}
+    options: dict[str, Any] = {}
     if config.quantize is not None:
         # Each projection is quantized on its target device, so the full-precision decoder never exists as a whole.
         options |= {
             "quantization_config": quantization_config(config.quantize, dtype),
             "device_map": {"": device},
         }
-    quiet = transformers_logging.get_verbosity()
+    decoder = _load_whole(folder, dtype=dtype, **options)
+    # float16 ends at 65504, and larger weights become infinite.
+    weights = {name: weight for name, weight in decoder.named_parameters() if weight.dtype in DTYPES.values()}
+    if wrong := not_finite(weights):
+        raise DecoderError(
+            f"{folder} has weights that are not finite in {str(dtype).removeprefix('torch.')}: {wrong}. Set another "
+            "dtype (bfloat16 has the range of float32); if these are infinite in every dtype, the files are damaged"
+        )
+    if config.quantize is not None:
+        keep_gradients(decoder)
+    else:
+        # A quantized decoder was loaded onto its device already and cannot be moved.
+        decoder.to(device)
+    return decoder.eval().requires_grad_(False)
+
+
+def _load_whole(folder: Path, **options: Any) -> PreTrainedModel:
+    """Load a decoder from safetensors, and refuse one that lacks weights: transformers would fill them at random."""
+    config, quiet = read_config(folder), transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        decoder = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, **options
+        decoder, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
         )
     except torch.OutOfMemoryError:
         raise
@@ -248,14 +290,22 @@ def load_decoder(config: DecoderConfig, *, device: str | torch.device | None = N
         ) from error
     finally:
         transformers_logging.set_verbosity(quiet)
-    if config.quantize is not None:
-        keep_gradients(decoder)
-    else:
-        # A quantized decoder was loaded onto its device already and cannot be moved.
-        decoder.to(device)
-    if (head := decoder.get_output_embeddings()) is not None:
-        head.register_forward_pre_hook(_in_one_piece)
-    return decoder.eval().requires_grad_(False)
+    if missing := hub.missing_weights(report):
+        raise DecoderError(
+            f"{folder} has no weights for {missing} of {type(decoder).__name__}, which would be random: copy the whole "
+            "folder"
+        )
+    return decoder
+
+
+def check_weights(folder: Path) -> None:
+    """Check that a decoder's files hold all its weights; they stay on the disk.
+
+    Raises:
+        DecoderError: the folder does not hold a whole causal language model in safetensors.
+    """
+    # In the dtype of the files, tensors are mapped into memory and not read.
+    _load_whole(folder, dtype="auto")
 
 
 def read_config(folder: str | Path) -> PretrainedConfig:
@@ -297,39 +347,36 @@ def without_weights(
         ) from error
 
 
-def _in_one_piece(head: nn.Module, args: tuple) -> tuple:
-    """Copy the last position of each row next to one another: torch multiplies a slice one row at a time."""
-    return (args[0].contiguous(), *args[1:])
-
-
 def fingerprint_decoder(folder: str | Path) -> str:
     """Identify a decoder folder without reading its weights whole.
 
-    Hashes the files that change an answer: the config, the tokenizer, the chat template, and of each safetensors file
-    the header (names, shapes and types of all tensors) and a few bytes of every tensor. So another model, a fine-tuned
-    copy or another precision gives another value, within milliseconds.
+    Hashes the files that change an answer: the config, the tokenizer, the chat templates, the special tokens of the
+    generation config, and of each safetensors file the header (names, shapes and types of all tensors) and a few bytes
+    of every tensor. So another model, another prompt, a fine-tuned copy or another precision gives another value,
+    within milliseconds.
 
     Returns:
         64 hexadecimal digits.
+
+    Raises:
+        DecoderError: the config or the weights are missing or damaged.
     """
-    # How to read this: hash the settings, then the texts, then samples of every tensor, in a fixed order.
-    digest = hashlib.sha256()
-    try:
-        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DecoderError(
-            f"{folder} has no readable config.json, so it cannot be identified: {error}"
-        ) from error
-    entries = {name: value for name, value in config.items() if name not in _CONFIG_OF_THE_COPY}
-    digest.update(json.dumps(entries, sort_keys=True).encode())
-    for name in ("tokenizer.json", "chat_template.jinja"):
-        if (Path(folder) / name).is_file():
-            digest.update((Path(folder) / name).read_bytes())
-    files = sorted(Path(folder).glob("*.safetensors"))
+    # How to read this: hash the settings and the texts, then samples of every tensor, in a fixed order.
+    folder, digest = Path(folder), hashlib.sha256()
+    require_file(folder / "config.json", DecoderError, "give the Hugging Face folder of a decoder")
+    for file in sorted(file for pattern in _PROMPT_FILES for file in folder.glob(pattern)):
+        digest.update(f"{file.name} ".encode())
+        if file.suffix == ".json" and isinstance(content := read_json(file, DecoderError), dict):
+            digest.update(json.dumps(_settings(file.name, content), sort_keys=True).encode())
+        else:
+            require_file(file, DecoderError, "copy the whole folder")
+            digest.update(bytes.fromhex(file_sha256(file)))
+    files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise DecoderError(f"{folder} holds no *.safetensors file, so its weights cannot be identified")
     for file in files:
-        with file.open("rb") as stream:
+        # Opening it compares the header with the size of the file, so everything that the header names is there.
+        with open_tensors(file, DecoderError), file.open("rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(size))
             # Free text of the writer, such as the name of the library.
@@ -342,7 +389,14 @@ def fingerprint_decoder(folder: str | Path) -> str:
     return digest.hexdigest()
 
 
-def has_plain_logits(decoder: PreTrainedModel) -> bool:
-    """Return whether the logits are the output projection and nothing after it (no soft-capping, no scaling)."""
-    config = decoder.config.get_text_config().to_dict()
-    return all(config.get(name) in neutral for name, neutral in _LOGIT_CHANGES.items())
+def _settings(name: str, content: dict[str, Any]) -> dict[str, Any]:
+    """Return the entries of a settings file that change an answer."""
+    if name == "generation_config.json":
+        return {key: value for key, value in content.items() if key.endswith("_token_id")}
+    return {key: value for key, value in content.items() if key not in _OF_THE_COPY}
+
+
+def num_positions(config: PretrainedConfig) -> int | None:
+    """Return the number of tokens that a decoder was built for, or None if its config gives no limit."""
+    positions = config.get_text_config().to_dict().get("max_position_embeddings")
+    return positions if isinstance(positions, int) and positions > 0 else None

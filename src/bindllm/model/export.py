@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from bindllm import __version__
-from bindllm.atomic import atomic_folder, write_json
+from bindllm.atomic import atomic_folder, not_finite, write_json
 from bindllm.errors import CheckpointError, InputError, did_you_mean
-from bindllm.model.adapter import PREFIX, TARGETS, Adapter, AdapterConfig
+from bindllm.model.adapter import PREFIX, Adapter, AdapterConfig, enable_biases, lacking_biases
 from bindllm.model.checkpoint import check_keys, license_of, read_manifest, read_weights
 from bindllm.model.decoder import (
     DTYPES,
@@ -30,14 +30,13 @@ from bindllm.model.decoder import (
     read_config,
     without_weights,
 )
+from bindllm.model.generation import answer_settings
 from bindllm.model.pretrained import read_configs, read_decoder
 
 # An output folder with this file may be replaced, any other content may not.
 RECORD = "bindllm_export.json"
 """Marks an exported folder, and names its checkpoint and decoder."""
 
-# Settings of some families that give their projections the biases which the adapter has.
-_BIAS_SETTINGS = ("attention_bias", "mlp_bias")
 # Usual size of a shard on the Hugging Face hub.
 _SHARD = "5GB"
 
@@ -76,7 +75,7 @@ def export_decoder(
 
     Raises:
         CheckpointError: the checkpoint has no adapter, has biases that this family of decoders cannot hold, names
-            another decoder, or is damaged.
+            another decoder, is damaged, or has weights outside the range of the dtype.
         InputError: an unknown dtype, or an output folder that holds something else.
     """
     output = Path(output)
@@ -99,7 +98,11 @@ def export_decoder(
     # Bind network and injection stay behind; a plain folder has no input for media.
     tensors = {k: v for k, v in read_weights(checkpoint, manifest).items() if k.startswith(PREFIX)}
     num_merged, num_replaced = merge(network, adapter, tensors, DTYPES[dtype], source=str(checkpoint))
-    _take_config(network, plain)
+    _take_config(network, has_biases=bool(adapter.bias))
+    # The end of an answer is the template's, and recommendations for the plain decoder do not hold for a tuned one.
+    network.generation_config = answer_settings(network, tokenizer)
+    for part in (network.config, network.config.get_text_config()):
+        part.eos_token_id = network.generation_config.eos_token_id
     done = Export(output, dtype, num_merged, num_replaced, manifest["decoder"].get("quantize"))
     with atomic_folder(output) as part:
         network.save_pretrained(part, max_shard_size=_SHARD)
@@ -130,7 +133,7 @@ def merge(
         the numbers of merged projections and of replaced norms.
 
     Raises:
-        CheckpointError: tensors that do not fit, or that are not finite.
+        CheckpointError: tensors that do not fit, or merged weights that are outside the range of the dtype.
     """
     # peft builds its layers around the plain ones, and its own merge computes W + scale * B A.
     parameters = Adapter(decoder, config).parameters()
@@ -143,7 +146,7 @@ def merge(
         for name, module in list(decoder.named_modules()):
             parts = dict(module.named_children())
             if "lora_A" in parts:
-                decoder.set_submodule(name, _merged(module, name, source).to(dtype))
+                decoder.set_submodule(name, _merged(module).to(dtype))
                 num_merged += 1
             elif "modules_to_save" in parts:
                 # peft keeps a tuned copy next to each norm; the copy replaces the original.
@@ -151,23 +154,23 @@ def merge(
                 decoder.set_submodule(name, norm)
                 num_replaced += 1
     decoder.to(dtype).requires_grad_(False)
+    # float16 ends at 65504, and larger weights become infinite.
+    if wrong := not_finite(decoder.state_dict()):
+        raise CheckpointError(
+            f"{source}: merged weights are infinite in {str(dtype).removeprefix('torch.')}: {wrong}. Give another "
+            "dtype (bfloat16 has the range of float32), or export an earlier checkpoint"
+        )
     return num_merged, num_replaced
 
 
-def _merged(layer: nn.Module, name: str, source: str) -> nn.Linear:
+def _merged(layer: nn.Module) -> nn.Linear:
     """Return the projection with the adapter added, in float32, so that the sum is rounded only once."""
     # In float32: in bfloat16 each addition would round.
     linear = layer.get_base_layer().float()
     # A plain projection without bias gets one for peft to add the adapter's bias to.
     if linear.bias is None and any(layer.lora_bias.values()):
         linear.bias = nn.Parameter(torch.zeros(linear.out_features))
-    try:
-        layer.merge(safe_merge=True)
-    except ValueError as error:
-        raise CheckpointError(
-            f"{source}: the adapter of {name} is not finite, so the run that wrote it had failed already; export an "
-            "earlier checkpoint"
-        ) from error
+    layer.merge()
     return linear
 
 
@@ -186,21 +189,10 @@ def _plain_config(config: DecoderConfig, adapter: AdapterConfig, checkpoint: str
         )
     if not adapter.bias:
         return plain
-    # Composite configs hold the setting in their text config.
-    for part in (plain, plain.get_text_config()):
-        for setting in _BIAS_SETTINGS:
-            if setting in part.to_dict():
-                setattr(part, setting, True)
-    # Shapes only: this shows which projections get a bias under the new settings.
-    network = without_weights(folder, plain)
-    lacking = {
-        kind: None
-        for name, module in network.named_modules()
-        if (kind := name.rpartition(".")[2]) in TARGETS and module.bias is None
-    }
-    if lacking:
+    enable_biases(plain)
+    if lacking := lacking_biases(plain):
         raise CheckpointError(
-            f"the adapter of {checkpoint} has biases for all projections, and a plain {type(network).__name__} has "
+            f"the adapter of {checkpoint} has biases for all projections, and a plain {plain.model_type} model has "
             f"none for {', '.join(lacking)}, nor a setting for them, so they cannot be merged. Load the "
             f"checkpoint as it is (BindLLM.from_pretrained, or peft with {Path(checkpoint) / 'adapter'} on the plain "
             "decoder), or train with model.adapter.bias: false, which can be merged into every decoder"
@@ -208,12 +200,10 @@ def _plain_config(config: DecoderConfig, adapter: AdapterConfig, checkpoint: str
     return plain
 
 
-def _take_config(network: PreTrainedModel, plain: PretrainedConfig) -> None:
+def _take_config(network: PreTrainedModel, *, has_biases: bool) -> None:
     """Give a merged decoder the settings that its biases need, and check that they are all it has."""
-    for own, other in ((network.config, plain), (network.config.get_text_config(), plain.get_text_config())):
-        for setting in _BIAS_SETTINGS:
-            if setting in other.to_dict():
-                setattr(own, setting, getattr(other, setting))
+    if has_biases:
+        enable_biases(network.config)
     # A folder whose config and tensors disagree would load with random biases.
     expected = without_weights(network.name_or_path, network.config).state_dict()
     check_keys(expected, network.state_dict(), source="the merged decoder")

@@ -1,4 +1,8 @@
-"""Generation: prompts and media in, text out, for one prompt, a padded batch, or as a stream."""
+"""Generation: prompts and media in, text out, for one prompt, a padded batch, or as a stream.
+
+`answer_settings` and `generate_options` are the only source of generation settings. Requests, evaluation, rollouts and
+exported folders all use them: the settings that a decoder's folder recommends belong to the plain decoder.
+"""
 
 from __future__ import annotations
 
@@ -10,23 +14,86 @@ import torch
 from torch import Tensor
 from transformers import (
     GenerationConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
     TextIteratorStreamer,
 )
 
-from bindllm.conversation import Conversation, Message, Rendered, render
+from bindllm.conversation import Conversation, Message, Rendered, control_tokens, end_tokens, render
 from bindllm.errors import InputError, did_you_mean
 from bindllm.media import Media
 
 Prompt = str | Conversation
 MAX_NEW_TOKENS = 128
+# Decoders of text write it for bytes that are not a whole character.
+_INCOMPLETE = "\ufffd"
 
 # Options that only sampling uses: giving one of them switches sampling on.
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 # Options of Hugging Face `generate` that are not fields of a GenerationConfig.
 _MORE_OPTIONS = ("generation_config", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn")
+# Fields of a GenerationConfig without effect here: transformers moved these searches into code on the hub, which is
+# never run, or they change the prompt, or they ask for tensors while `generate` returns text.
+_WITHOUT_EFFECT = (
+    *(
+        "penalty_alpha",
+        "num_beam_groups",
+        "diversity_penalty",
+        "dola_layers",
+        "constraints",
+        "force_words_ids",
+    ),
+    *("token_healing", "return_dict_in_generate", "output_scores", "output_logits"),
+    *("output_attentions", "output_hidden_states"),
+)
+
+
+def answer_settings(decoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """Return the generation config of a decoder that answers conversations.
+
+    An answer ends with the token that the chat template teaches. Other end tokens of the decoder's folder hold too if
+    they are control tokens, such as those of a tool call. All else that the folder recommends (penalties, beams,
+    sampling, suppressed tokens) is dropped, so without options an answer is greedy.
+
+    Raises:
+        DecoderError: the chat template does not end an answer with a control token.
+    """
+    own, control = decoder.generation_config.eos_token_id, control_tokens(tokenizer).values()
+    # A default of the config class may be an ordinary word of this vocabulary.
+    further = [token for token in (own if isinstance(own, list) else [own]) if token in control]
+    return GenerationConfig(
+        bos_token_id=decoder.generation_config.bos_token_id,
+        eos_token_id=list(dict.fromkeys([*end_tokens(tokenizer), *further])),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def generate_options(options: dict[str, Any], *, width: int, positions: int | None) -> dict[str, Any]:
+    """Return the options of one call of Hugging Face ``generate``.
+
+    Args:
+        options: of the caller.
+        width: tokens of the longest prompt.
+        positions: tokens that the decoder can read, or None if it has no limit. An answer ends there at the latest.
+
+    Raises:
+        InputError: the prompt leaves no position for an answer.
+    """
+    # The library's default would sample from 50 tokens only.
+    options = {"top_k": 0, **options} if options.get("do_sample") else dict(options)
+    if positions is None:
+        return options
+    if width >= positions:
+        raise InputError(
+            f"the prompt has {width:,} tokens, and the decoder has {positions:,} positions for prompt and answer: "
+            "shorten the prompt"
+        )
+    if options.get("max_length") is not None:
+        return {**options, "max_length": min(options["max_length"], positions)}
+    longest = options.get("max_new_tokens") or MAX_NEW_TOKENS
+    return {**options, "max_new_tokens": min(longest, positions - width)}
 
 
 def as_conversations(prompt: Prompt | Sequence[Prompt], media: Sequence[Any] | None) -> list[Conversation]:
@@ -86,10 +153,17 @@ def check_options(options: dict[str, Any]) -> dict[str, Any]:
     """Return the options of a generation with the defaults filled in: greedy, unless one asks for sampling.
 
     Raises:
-        InputError: a name is unknown to Hugging Face, or a number is out of its range.
+        InputError: a name is unknown to Hugging Face or has no effect here, or a number is out of its range.
     """
-    known = {*GenerationConfig().to_dict(), *_MORE_OPTIONS}
+    # A whole config is the same as its fields; further options win over it.
+    config = options.get("generation_config") or GenerationConfig()
+    fields = {name: value for name, value in vars(config).items() if value is not None and name[0] != "_"}
+    options = {**fields, **{name: value for name, value in options.items() if name != "generation_config"}}
+    options.pop("transformers_version", None)
+    known = {*GenerationConfig().to_dict(), *_MORE_OPTIONS} - {*_WITHOUT_EFFECT}
     for name, value in options.items():
+        if name in _WITHOUT_EFFECT:
+            raise InputError(f"the option {name} has no effect on the text of an answer here: remove it")
         if name not in known:
             raise InputError(f"unknown option {name!r} of generate. {did_you_mean(name, known)}")
         if (
@@ -102,13 +176,6 @@ def check_options(options: dict[str, Any]) -> dict[str, Any]:
         raise InputError(
             f"temperature is {options['temperature']}, expected more than 0; leave it out to be greedy"
         )
-    if options.get("return_dict_in_generate"):
-        raise InputError(
-            "return_dict_in_generate gives tensors, and this returns text: call model.decoder.generate"
-        )
-    # A complete config of the caller wins: defaults would override parts of it.
-    if options.get("generation_config") is not None:
-        return options
     defaults: dict[str, Any] = {"do_sample": any(options.get(name) is not None for name in _SAMPLING)}
     if options.get("max_length") is None:
         defaults["max_new_tokens"] = MAX_NEW_TOKENS
@@ -189,22 +256,43 @@ class _Cancelled(StoppingCriteria):
         return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
 
 
-def stream_text(generate: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """Yield the text of a generation piece by piece.
+def decode_answers(ids: Tensor, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> list[str]:
+    """Return the texts of answers, without control tokens and surrounding white space.
 
     Args:
-        generate: called in another thread with ``streamer=`` and ``stopping_criteria=``.
+        ids: the generated tokens, [N, A].
         tokenizer: turns ids into text.
+        ends: ids that end an answer. Without one, the answer was cut, maybe inside a character of several tokens; the
+            incomplete character is dropped.
+    """
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    whole = torch.isin(ids, torch.tensor(ends, device=ids.device)).any(1).tolist()
+    return [
+        (text if ended else text.rstrip(_INCOMPLETE)).strip()
+        for text, ended in zip(texts, whole, strict=True)
+    ]
+
+
+def stream_text(
+    generate: Callable[..., Tensor], tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]
+) -> Iterator[str]:
+    """Yield the text of a generation piece by piece; an incomplete last character is dropped.
+
+    Args:
+        generate: called in another thread with ``streamer=`` and ``stopping_criteria=``; returns the ids.
+        tokenizer: turns ids into text.
+        ends: as for `decode_answers`.
 
     Raises:
         any exception of ``generate``, in the reader's thread.
     """
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    cancelled, failures = _Cancelled(), []
+    cancelled, failures, ids = _Cancelled(), [], set()
 
     def work() -> None:
         try:
-            generate(streamer=streamer, stopping_criteria=StoppingCriteriaList([cancelled]))
+            criteria = StoppingCriteriaList([cancelled])
+            ids.update(generate(streamer=streamer, stopping_criteria=criteria).flatten().tolist())
         # Raised again in the reader's thread; the end marker wakes the reader up.
         except Exception as error:
             failures.append(error)
@@ -213,7 +301,16 @@ def stream_text(generate: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator[s
     thread = threading.Thread(target=work, name="bindllm-stream", daemon=True)
     thread.start()
     try:
-        yield from (piece for piece in streamer if piece)
+        held = ""
+        for piece in streamer:
+            # Held back until more text follows: at the end of an answer that was cut, this is half a character.
+            text = (held + piece).rstrip(_INCOMPLETE)
+            held = (held + piece)[len(text) :]
+            if text:
+                yield text
+        thread.join()
+        if held and not ids.isdisjoint(ends):
+            yield held
     finally:
         # Also after a `break` of the reader: the next token then stops the thread.
         cancelled.event.set()

@@ -63,19 +63,28 @@ class BindContext:
         bind: bind vectors, [B, M, D].
         route: 1 if token ``t`` listens to group ``m``, else 0, [B, T, M].
         terms: gated terms already computed, by layer; kept over the steps of a generation, None in training.
+        arrivals: counts the terms that were added in this forward.
     """
 
     bind: Tensor
     route: Tensor
     terms: dict[int, Tensor] | None = None
+    arrivals: Arrivals = field(default_factory=lambda: Arrivals())
 
     def add(self, hidden: Tensor, term: Tensor) -> Tensor:
         """Return hidden states [B, T, C] with the term [B, M, C] of each token's group added."""
         if self.route.dtype != hidden.dtype:
             # Once per forward; every layer after the first finds it converted.
             self.route = self.route.to(hidden.dtype)
+        self.arrivals.count += 1
         # Not baddbmm: autocast would return the whole residual stream in low precision.
         return hidden + torch.bmm(self.route, term).to(hidden.dtype)
+
+
+class Arrivals:
+    """A count that layers share; sharded layers get copies of dataclasses, dictionaries and lists."""
+
+    count = 0
 
 
 @dataclass
@@ -144,7 +153,7 @@ class Injection(nn.Module):
         super().__init__()
         self.kind = config.kind
         core = decoder.get_decoder()
-        hooks = core._forward_pre_hooks.values()
+        hooks = decoder._forward_pre_hooks.values()
         if any(isinstance(hook, MethodType) and isinstance(hook.__self__, Injection) for hook in hooks):
             # The older injection would take the keywords, and the newer one would add nothing.
             raise DecoderError(
@@ -173,8 +182,9 @@ class Injection(nn.Module):
         # Layers that are not served receive the keyword too, and must drop it.
         for _, layer in every[: len(every) - len(layers)]:
             layer.register_forward_pre_hook(_leave_out, with_kwargs=True)
-        # On the core, not the outer model: it runs once per forward, also under `generate` and checkpointing.
-        core.register_forward_pre_hook(self._carry, with_kwargs=True)
+        # On the outer model: some families drop keywords on the way to their core already.
+        decoder.register_forward_pre_hook(self._carry, with_kwargs=True)
+        decoder.register_forward_hook(self._check_arrival, with_kwargs=True)
 
     @contextmanager
     def holding(self, bind: Tensor, media_index: Tensor) -> Iterator[None]:
@@ -198,7 +208,7 @@ class Injection(nn.Module):
         finally:
             _GENERATION.reset(token)
 
-    def _carry(self, core: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def _carry(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Check the keywords once, before the layers, and turn the media index into a route."""
         bind, media_index = kwargs.pop("bind", None), kwargs.pop("media_index", None)
         if (bind is None) != (media_index is None):
@@ -217,6 +227,19 @@ class Injection(nn.Module):
             past = 0 if cache is None else int(cache.get_seq_length())
             kwargs["bind"] = state.context(tokens.shape[0], past, tokens.shape[1])
         return args, kwargs
+
+    def _check_arrival(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        """Refuse a decoder that drops the keyword on the way: it would ignore all media without a word."""
+        context = kwargs.get("bind")
+        if context is None or (reached := context.arrivals.count) >= len(self.gates):
+            return
+        is_value, served = self.kind == "value", len(self.gates)
+        way = "its attention" if is_value else "its layers"
+        advice = "Try inject: {kind: residual}, or use" if is_value else "Use"
+        raise DecoderError(
+            f"{type(decoder).__name__} does not pass keywords to {way}: the media reached {reached} of {served} "
+            f"layers. {advice} a decoder of the LLaMA shape (Llama, Mistral, Qwen2, Qwen3, SmolLM2, ...)"
+        )
 
     def _add_to_input(
         self, index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]
@@ -288,8 +311,9 @@ def _check(bind: Tensor, media_index: Tensor, tokens: Tensor | None = None) -> N
         raise InputError(
             f"bind {list(bind.shape)} and media_index {list(media_index.shape)}: expected [B, M, D] and [B, T]"
         )
-    # An index out of range would silently add nothing.
-    if media_index.numel() and not -1 <= int(media_index.min()) <= int(media_index.max()) < bind.shape[1]:
+    # An index out of range would silently add nothing. On the meta device an index has no value.
+    has_values = media_index.numel() and not media_index.is_meta
+    if has_values and not -1 <= int(media_index.min()) <= int(media_index.max()) < bind.shape[1]:
         raise InputError(
             f"media_index reaches from {int(media_index.min())} to {int(media_index.max())}, but bind has "
             f"{bind.shape[1]} media groups: expected -1 (nothing) up to {bind.shape[1] - 1}"

@@ -8,26 +8,29 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from bindllm.data.collate import Batch
+from bindllm.data.collate import Batch, model_inputs
 from bindllm.data.datamodule import BindData
 from bindllm.data.rows import Row, Sample
 from bindllm.data.source_config import SourceConfig
 from bindllm.errors import InputError
-from bindllm.model.bindllm import BindLLM
+from bindllm.model.bindllm import BindLLM, BindOutput
 from bindllm.parallel import RunContext
 
 Needs = Literal["answers", "pairs", "labels", "prompts"]
 Metrics = dict[str, Tensor]
 """Values that are logged with a loss: scalars without gradient, each a mean over the rows (or pairs) of a batch."""
 
+# A pair has both a wanted and an unwanted answer, so it also serves objectives that need labels.
 _SERVES: dict[Needs, Callable[[Row | Sample], bool]] = {
     "answers": lambda row: True,
     "pairs": lambda row: row.rejected is not None,
     "labels": lambda row: row.rejected is not None or row.desirable is not None,
     "prompts": lambda row: bool(row.references),
 }
+# The same kinds in words, for the error message.
 _WANTED: dict[Needs, str] = {
     "answers": "rows with an answer",
     "pairs": "pairs: rows with a chosen and a rejected answer (format preference)",
@@ -64,18 +67,21 @@ class Objective(ABC):
         Raises:
             InputError: names the source, one of its rows, and the missing field.
         """
+        # The reference is the model at the start of the run, which no checkpoint keeps.
         if self.uses_reference and stage != "fit":
             raise InputError(
                 f"{type(self).__name__} compares with the initial model, so its loss is measured in training only "
                 "(val_loss in the run's metrics.csv). For the loss per token of the reference answers, add "
                 "--model.objective null"
             )
+        # Streamed rows are seen once, so their reference cannot be computed before training.
         if self.uses_reference and data.streamed:
             raise InputError(
                 f"{type(self).__name__} compares all training rows with the initial model, so it needs them "
                 "before training. Use a table on disk instead of streamed shards, or the objective ORPO, which has no "
                 "reference"
             )
+        # Validation rows too: a run must not fail after its first epoch.
         splits = {"fit": ("train", "validation"), "validate": ("validation",)}.get(stage, ("test",))
         self.check_rows([sample for split in splits for sample in data.samples(split)], data.sources)
 
@@ -92,6 +98,7 @@ class Objective(ABC):
         lacking = [row for row in rows if not _SERVES[self.needs](row)]
         if not lacking:
             return
+        # One source is named, the one with most of these rows: usually its format is wrong.
         worst, count = Counter(row.source for row in lacking).most_common(1)[0]
         total = sum(row.source == worst for row in rows)
         example = next(row.name for row in lacking if row.source == worst)
@@ -143,6 +150,7 @@ class Objective(ABC):
 
     def held_out(self, model: BindLLM, batch: Batch) -> tuple[Tensor, int, Metrics]:
         """Return the mean loss of a held-out batch, the number of its terms, and metrics as in `loss`."""
+        # The count lets the caller average over batches of different size without a bias.
         loss, metrics = self.loss(model, batch)
         return loss, self.count(batch), metrics
 
@@ -153,6 +161,43 @@ def check_positive(name: str, value: float) -> float:
     Raises:
         InputError: it is not finite, or not above 0.
     """
+    # NaN and infinity pass a plain comparison with 0 or a YAML float, and would reach the weights.
     if not (math.isfinite(value) and value > 0):
         raise InputError(f"{name} must be finite and above 0, not {value}")
     return value
+
+
+def token_log_probs(
+    model: Callable[..., BindOutput], batch: Batch, *, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Return the log-probability of each supervised token of a batch, row after row.
+
+    Args:
+        model: a `BindLLM` in any mode; the result has a gradient if gradients are enabled.
+        batch: inputs of the model; the N supervised tokens are its labels after the first of each row.
+        temperature: the sampling temperature.
+
+    Returns:
+        Log-probabilities in nats, [N], float32 (float64 if the logits are); and the row of each token, [N].
+    """
+    output = model(**model_inputs(batch))
+    # In float32, because differences of log-probabilities in bfloat16 are mostly rounding.
+    logits = output.logits.to(torch.promote_types(output.logits.dtype, torch.float32))
+    return -nn.functional.cross_entropy(logits / temperature, output.targets, reduction="none"), output.rows
+
+
+def answer_log_probs(model: BindLLM, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return the log-probability of the supervised tokens of each row.
+
+    Args:
+        model: in any mode; the result has a gradient if gradients are enabled.
+        batch: inputs of the model, R rows.
+
+    Returns:
+        The sum over the supervised tokens of each row, in nats, [R], float32 (float64 if the logits are); and the
+        number of these tokens, [R].
+    """
+    each, rows = token_log_probs(model, batch)
+    own = rows == torch.arange(len(batch["labels"]), device=each.device)[:, None]
+    # Not index_add: on GPUs its order of additions varies, so a resumed run would differ in the last bits.
+    return torch.where(own, each, 0).sum(1), own.sum(1)

@@ -8,24 +8,44 @@ Shapes: `B` prompts, `G` answers to each, `R = B * G`, `N` tokens of all answers
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from bindllm.conversation import NO_MEDIA
 from bindllm.data.collate import Batch, prompt_batch
 from bindllm.data.datamodule import BindData
 from bindllm.data.rows import IGNORE, Sample
 from bindllm.data.source_config import SPLITS
 from bindllm.errors import InputError
 from bindllm.model.bindllm import BindLLM
-from bindllm.objectives.base import Metrics, Needs, Objective, check_positive
+from bindllm.objectives.base import Metrics, Needs, Objective, check_positive, token_log_probs
 from bindllm.objectives.rewards import ExactAnswer, Reward
-from bindllm.objectives.rollouts import draw_answers, greedy_answers, token_log_probs
 from bindllm.parallel import RunContext
+
+# Batches in a row without a useful group after which a run warns that it does not learn.
+_PATIENCE = 10
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The answers of a model to B prompts, G each: R = B * G answers, grouped by prompt.
+
+    Attributes:
+        batch: prompts with their answers, padded on the right, as from `bindllm.data.collate.answer_batch`; the labels
+            are the sampled tokens, including the end token.
+        texts: the answers without control tokens.
+        cut: whether the answer reached the maximum length without an end token, bool, [R].
+    """
+
+    batch: Batch
+    texts: list[str]
+    cut: Tensor
 
 
 @dataclass
@@ -98,6 +118,7 @@ class GRPO(Objective):
                 raise InputError(f"GRPO: {name} must be at least {least}, not {value}")
         if not 0 < clip < 1:
             raise InputError(f"GRPO: clip must be between 0 and 1, not {clip}")
+        # How to read this: the options, then what belongs to a run: its data, initial weights and held answers.
         self.reward = ExactAnswer() if reward is None else reward
         self.group_size, self.beta, self.clip = group_size, beta, clip
         self.temperature = check_positive("GRPO: temperature", temperature)
@@ -107,6 +128,7 @@ class GRPO(Objective):
         self._pad_id = 0
         self._start: dict[str, Tensor] = {}
         self._held: tuple[tuple[int, ...], Rollout] | None = None
+        self._useless = 0
 
     @property
     def can_checkpoint(self) -> bool:
@@ -125,6 +147,7 @@ class GRPO(Objective):
                 "disk instead of streamed shards"
             )
         super().check(data, stage)
+        # The reward sees validation rows as well, through the greedy answers.
         splits = {"fit": ("train", "validation"), "validate": ("validation",)}.get(stage, ("test",))
         self.reward.check([sample for split in splits for sample in data.samples(split)])
         if stage == "fit" and self.steps_per_rollout > 1 and data.trainer.accumulate_grad_batches > 1:
@@ -132,11 +155,13 @@ class GRPO(Objective):
                 "GRPO: steps_per_rollout above 1 uses a batch again after an optimizer step, and with "
                 "trainer.accumulate_grad_batches there would be none between; set one of the two to 1"
             )
+        # A batch carries the indices of its rows, by which answers are judged.
         self._data, self._pad_id = data, data.tokenizer.pad_token_id
         data.steps_per_batch = self.steps_per_rollout
 
     def on_start(self, model: BindLLM) -> None:
         """Copy the trained weights, which are the reference, if there is one."""
+        # Only trained tensors: the frozen decoder is the same in both models.
         if self.beta:
             trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
             self._start = {name: value.detach().clone() for name, value in trained.items()}
@@ -155,6 +180,7 @@ class GRPO(Objective):
         samples = self._data.samples(split)
         rows = [samples[n] for n in numbers.tolist()]
         prompts = prompt_batch(rows, self._data.lookup, pad_id=self._pad_id)
+        # A batch holds tensors only, so the split travels as its index.
         index = torch.tensor(SPLITS.index(split))
         return {
             **{name: value.to(numbers.device) for name, value in prompts.items()},
@@ -171,6 +197,7 @@ class GRPO(Objective):
         Raises:
             InputError: the reward does not return one finite number for each answer.
         """
+        # The loader repeats a batch for each step on the same answers.
         key = tuple(batch["numbers"].tolist())
         if self._held is None or self._held[0] != key:
             self._held = key, self.roll_out(model, batch)
@@ -182,6 +209,7 @@ class GRPO(Objective):
 
     def held_out(self, model: BindLLM, batch: Batch) -> tuple[Tensor, int, Metrics]:
         """Return the negative mean reward of greedy answers: the best weights have the lowest value."""
+        # Greedy, so that validation does not depend on chance and does not move the run's random numbers.
         samples = self._samples(batch)
         texts = greedy_answers(model, _prompts(batch), max_new_tokens=self.max_new_tokens)
         reward = self._judge(texts, samples).mean().to(model.device)
@@ -203,13 +231,15 @@ class GRPO(Objective):
             temperature=self.temperature,
             max_new_tokens=self.max_new_tokens,
         )
+        # One group per prompt: [B, G].
         rewards = self._judge(answers.texts, samples).reshape(-1, self.group_size).to(model.device)
         advantages = group_advantages(rewards, normalize_std=self.normalize_std)
+        self._warn_if_useless(rewards, advantages)
         reference = None
         if self.beta:
             # The initial weights replace the parameters for this call only; the parameters never change.
             start = lambda **inputs: functional_call(model, self._start, kwargs=inputs)  # noqa: E731
-            reference = token_log_probs(start, answers.batch, temperature=self.temperature)
+            reference, _ = token_log_probs(start, answers.batch, temperature=self.temperature)
         # Autocast of older torch releases would use weights again that were cast without gradients.
         torch.clear_autocast_cache()
         metrics = {
@@ -232,11 +262,12 @@ class GRPO(Objective):
             kept[0] |= not kept.any()
             batch, advantages = {name: value[kept] for name, value in batch.items()}, advantages[kept]
         labels = batch["labels"]
-        log_probs = token_log_probs(model, batch, temperature=self.temperature)
+        log_probs, rows = token_log_probs(model, batch, temperature=self.temperature)
+        # At the first use the model is still the one that sampled, so no extra pass is needed.
         if rollout.old is None:
             rollout.old = log_probs.detach()
         rollout.uses += 1
-        rows = (labels[:, 1:] != IGNORE).nonzero()[:, 0]
+        # [R, N]: which tokens belong to which answer.
         own = rows == torch.arange(len(labels), device=rows.device)[:, None]
         surrogate = clipped_surrogate(log_probs, rollout.old, advantages[rows], clip=self.clip)
         metrics = dict(rollout.metrics)
@@ -247,15 +278,29 @@ class GRPO(Objective):
             # Not index_add: on GPUs its order of additions varies, so a resumed run would differ in the last bits.
             means = torch.where(own, divergence.detach(), 0).sum(1) / own.sum(1)
             metrics["kl"] = means.mean()
+        # Divided by the length of each answer (DeepSeekMath), or by one constant (Dr. GRPO).
         sums = torch.where(own, each, 0).sum(1)
         lengths = own.sum(1) if self.normalize_length else self.max_new_tokens
         return (sums / lengths).sum() / len(rollout.advantages), metrics
+
+    def _warn_if_useless(self, rewards: Tensor, advantages: Tensor) -> None:
+        """Warn once if batch after batch all answers to a question get the same reward: nothing is learned then."""
+        self._useless = 0 if bool(advantages.any()) else self._useless + 1
+        if self._useless == _PATIENCE:
+            logging.getLogger("bindllm").warning(
+                "GRPO: in %d batches in a row, all answers to each question had the same reward (mean of the last: "
+                "%g), so nothing is learned from it. Check that the reward can tell answers apart, raise group_size "
+                "or temperature, or use easier questions",
+                _PATIENCE,
+                rewards.mean().item(),
+            )
 
     def _samples(self, batch: Batch) -> list[Sample]:
         samples = self._data.samples(SPLITS[int(batch["split"])])
         return [samples[n] for n in batch["numbers"].tolist()]
 
     def _judge(self, texts: Sequence[str], samples: Sequence[Sample]) -> Tensor:
+        # A reward is foreign code: a wrong shape would broadcast, and a NaN would reach the weights.
         rewards = torch.as_tensor(self.reward(texts, samples), dtype=torch.float32)
         name, shape = type(self.reward).__name__, list(rewards.shape)
         if shape != [len(texts)]:
@@ -284,6 +329,7 @@ def group_advantages(rewards: Tensor, *, normalize_std: bool = True) -> Tensor:
         >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]])).tolist()
         [[1.0, -1.0, -1.0, 1.0], [0.0, 0.0, 0.0, 0.0]]
     """
+    # In float64: rewards that differ in their last float32 digits still have an order.
     rewards = rewards.double()
     centered = rewards - rewards.mean(1, keepdim=True)
     if normalize_std:
@@ -310,6 +356,7 @@ def clipped_surrogate(log_probs: Tensor, old: Tensor, advantages: Tensor, *, cli
         >>> clipped_surrogate(now, old, torch.tensor([1.0, -1.0]), clip=0.2)
         tensor([ 1.2000, -2.0000])
     """
+    # The minimum removes the gradient of tokens that have already moved far in the direction of their advantage.
     ratio = (log_probs - old).exp()
     return torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
 
@@ -324,9 +371,73 @@ def kl_estimate(log_probs: Tensor, reference: Tensor) -> Tensor:
     Returns:
         Estimates, at least 0, [N].
     """
+    # exp(x) - x - 1 is at least 0 for each token, unlike the plain log ratio.
     ratio = reference - log_probs
     return torch.expm1(ratio) - ratio
 
 
 def _prompts(batch: Batch) -> Batch:
     return {name: value for name, value in batch.items() if name not in ("numbers", "split")}
+
+
+def draw_answers(
+    model: BindLLM, prompts: Batch, *, group_size: int, temperature: float, max_new_tokens: int
+) -> Answers:
+    """Sample answers, all in one batch with a key/value cache, with torch's global random numbers.
+
+    Args:
+        model: in any mode; it generates in eval mode, without gradients.
+        prompts: a batch of `bindllm.data.collate.prompt_batch`, B rows.
+        group_size: answers to each prompt, G.
+        temperature: divisor of the logits; 1 samples from the model's own distribution.
+        max_new_tokens: longest answer, including its end token.
+    """
+    ids = _generate(
+        model,
+        prompts,
+        do_sample=True,
+        temperature=temperature,
+        num_return_sequences=group_size,
+        max_new_tokens=max_new_tokens,
+    )
+    ended = torch.isin(ids, torch.tensor(model.settings.eos_token_id, device=ids.device))
+    # The first end token belongs to the answer; padding follows it.
+    in_answer = ended.cumsum(1) - ended.long() == 0
+    batch = _join(prompts, ids, in_answer, group_size)
+    return Answers(batch, model.decode(ids), ~ended.any(1))
+
+
+def greedy_answers(model: BindLLM, prompts: Batch, *, max_new_tokens: int) -> list[str]:
+    """Return the greedy answer to each prompt; arguments as for `draw_answers`."""
+    return model.decode(_generate(model, prompts, max_new_tokens=max_new_tokens))
+
+
+def _generate(model: BindLLM, prompts: Batch, **options: Any) -> Tensor:
+    mode = model.training
+    # Activation checkpointing, which train mode enables, would disable the key/value cache.
+    model.eval()
+    try:
+        return model.generate_from(**prompts, **options)
+    finally:
+        model.train(mode)
+
+
+def _join(prompts: Batch, ids: Tensor, in_answer: Tensor, group_size: int) -> Batch:
+    """Append answers [R, A] to their prompts, and move all padding to the right."""
+    given = {name: value.repeat_interleave(group_size, dim=0) for name, value in prompts.items()}
+    mask, index = given["attention_mask"], given["media_index"]
+    blank = torch.full_like(ids, IGNORE)
+    columns = {
+        "input_ids": torch.cat([given["input_ids"], ids], dim=1),
+        "attention_mask": torch.cat([mask, in_answer.long()], dim=1),
+        # An answer attends to the media of the end of its prompt, as in generation.
+        "media_index": torch.cat([index, torch.where(in_answer, index[:, -1:], NO_MEDIA)], dim=1),
+        "labels": torch.cat([torch.full_like(mask, IGNORE), torch.where(in_answer, ids, blank)], dim=1),
+    }
+    # A rotation of each row by its own padding: prompts are padded on the left, training rows on the right.
+    width = columns["input_ids"].shape[1]
+    padding = mask.shape[1] - mask.sum(1, keepdim=True)
+    order = (torch.arange(width, device=ids.device) + padding) % width
+    longest = int(columns["attention_mask"].sum(1).max())
+    moved = {name: value.gather(1, order)[:, :longest] for name, value in columns.items()}
+    return {**moved, "embeddings": given["embeddings"]}

@@ -13,14 +13,15 @@ from torch import Tensor
 
 from bindllm.data.collate import Batch, answer_batch
 from bindllm.data.datamodule import BindData
-from bindllm.data.rows import IGNORE, Sample
+from bindllm.data.rows import IGNORE, Row, Sample
+from bindllm.data.source_config import SourceConfig
 from bindllm.errors import InputError
 from bindllm.model.bindllm import BindLLM
-from bindllm.objectives.base import Metrics, Needs, Objective, check_positive
-from bindllm.objectives.log_probs import answer_log_probs
+from bindllm.objectives.base import Metrics, Needs, Objective, answer_log_probs, check_positive
 from bindllm.objectives.reference import References
 from bindllm.parallel import RunContext
 
+# Prefix of the entries of a batch that belong to the mismatched answers.
 _MISMATCHED = "mismatched_"
 
 
@@ -56,12 +57,29 @@ class KTO(Objective):
         self._mismatched: dict[str, list[Sample]] = {}
         self._make_batch: Callable[[list[Sample]], Batch]
 
+    def check_rows(self, rows: Sequence[Row | Sample], sources: Sequence[SourceConfig]) -> None:
+        """Refuse rows without a label, and rows that all have the same one.
+
+        Raises:
+            InputError: names the missing label.
+        """
+        super().check_rows(rows, sources)
+        # With one kind of answers there is nothing to tell apart: their loss falls for any answer to any question.
+        kinds = {row.desirable for row in rows if row.rejected is None}
+        if len(kinds) == 1 and all(row.rejected is None for row in rows):
+            raise InputError(
+                f"KTO compares desirable with undesirable answers, and all {len(rows)} rows are "
+                f"{'desirable' if kinds == {True} else 'undesirable'}: add others, or use the objective NextToken to "
+                "imitate good answers"
+            )
+
     def on_start(self, model: BindLLM) -> None:
         """Record the weights of the reference model."""
         self._references.on_start(model)
 
     def prepare(self, model: BindLLM, data: BindData, context: RunContext) -> None:
         """Draw the mismatched answers, and compute or read the reference log-probabilities of all answers."""
+        # Three columns per split: the answer, the rejected one of a pair, and the mismatched one.
         columns = {}
         for split in ("train", "validation"):
             if samples := data.samples(split):
@@ -75,6 +93,7 @@ class KTO(Objective):
         """Add the rows of mismatched answers, and the reference log-probabilities of all answers."""
         numbers = batch["numbers"]
         answers, rejected, reference = self._references.of(split, numbers).unbind(1)
+        # Rows without a rejected answer hold NaN in that column; the batch has no row for them.
         rows = self._make_batch([self._mismatched[split][n] for n in numbers.tolist()])
         return {
             **batch,
@@ -92,7 +111,9 @@ class KTO(Objective):
         }
         with torch.no_grad():
             moved = answer_log_probs(model, mismatched)[0] - mismatched["reference"]
+        # z of the paper: an estimate of a divergence, which is never negative.
         point = moved.mean().clamp(min=0)
+        # The rejected answers at the end of the batch are undesirable.
         desirable = torch.nn.functional.pad(batch["desirable"], (0, len(ratio) - len(batch["desirable"])))
         loss = kto_loss(
             ratio,
@@ -125,6 +146,7 @@ def kto_loss(
     Returns:
         Losses, [R], each between 0 and its weight.
     """
+    # Equation 8: a desirable answer should be above the reference point, an undesirable one below.
     margin = torch.where(desirable, ratio - point, point - ratio)
     weight = torch.where(desirable, *(torch.full_like(ratio, value) for value in weights))
     return weight * (1 - torch.sigmoid(beta * margin))
@@ -140,6 +162,7 @@ def mismatch(samples: Sequence[Sample], *, seed: int) -> list[Sample]:
         raise InputError(
             f"KTO needs at least 2 rows in a split, for mismatched answers; {samples[0].name} is the only one"
         )
+    # A random cycle: no row is its own partner, and every answer is used once.
     order = np.random.default_rng(seed).permutation(len(samples))
     partner = dict(zip(order.tolist(), np.roll(order, 1).tolist(), strict=True))
     longest = max(len(sample.input_ids) for sample in samples)

@@ -7,8 +7,11 @@ every text; only the figures, which are drawn here, are inserted as markup.
 from __future__ import annotations
 
 import random
+import re
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,8 +33,8 @@ _LONGEST = 160
 _PANELS = 8
 """Types of questions with a panel of bars; the table has all."""
 
-Resolve = Callable[[str], str]
-"""Turns a path of a row into one that can be opened from here."""
+# Rows and thumbnails of a folder may come from someone else: nothing but an inline image may become a source.
+_THUMBNAIL = re.compile(r"data:image/webp;base64,[A-Za-z0-9+/=]+")
 
 
 class Best(str):
@@ -51,6 +54,7 @@ class ReportData:
         training: training loss by step.
         validation: validation loss by step.
         recipe: text of ``recipe.yaml``, or empty.
+        thumbnails: data URIs by the path of their image, as in the rows.
     """
 
     metrics: dict[str, Any]
@@ -60,6 +64,7 @@ class ReportData:
     training: Series = field(default=())
     validation: Series = field(default=())
     recipe: str = ""
+    thumbnails: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def modalities(self) -> set[str]:
@@ -67,13 +72,8 @@ class ReportData:
         return {source.get("modality", "image") for source in self.facts["data"].get("sources", ())}
 
 
-def render_page(data: ReportData, *, resolve: Resolve = str) -> str:
-    """Return the HTML of a report.
-
-    Args:
-        data: content of the page.
-        resolve: turns a path of a row into one that can be opened from here.
-    """
+def render_page(data: ReportData) -> str:
+    """Return the HTML of a report; no file that a row names is opened."""
     # StrictUndefined: a renamed value raises instead of leaving a gap on the page.
     loader = PackageLoader("bindllm.report")
     page = Environment(
@@ -85,8 +85,9 @@ def render_page(data: ReportData, *, resolve: Resolve = str) -> str:
     lead = summarize(
         data.metrics, num_captions=len(data.rows.get("captions", ())), modalities=data.modalities
     )
+    # How to read this: everything below is plain data; the template only places and escapes it.
     logged = data.training or data.validation
-    sheets = {task: _sheet(task, rows, resolve) for task, rows in data.rows.items() if rows}
+    sheets = {task: _sheet(task, rows, data.thumbnails) for task, rows in data.rows.items() if rows}
     return page.get_template("report.html.j2").render(
         data.facts,
         metrics=data.metrics,
@@ -129,6 +130,7 @@ def _task(task: str, variants: Variants, many: str) -> dict[str, Any]:
         ]
         return {"panels": panels, "head": head, "rows": rows, "variants": variants}
     panels, rows = [], []
+    # Bars for some metrics only; the table has all.
     for key in KEYS[task]:
         metric, row = METRICS[key], {name: variants[name][key] for name in names}
         better, arrow = ("lower", "↓") if metric.lower_is_better else ("higher", "↑")
@@ -193,19 +195,20 @@ def _data_tables(data: Mapping[str, Any], one: str, many: str) -> list[dict[str,
         )
         for source in data["sources"]
     ]
+    # Always shown: without them no metric of the page can be read.
     counts = [
         ("rows", ", ".join(f"{count:,} {split}" for split, count in data["rows"].items())),
         ("training tokens", f"{data['supervised_tokens']:,} in the answers, in one pass"),
         ("embeddings", f"{data['encoded']:,} made for this run, {data['reused']:,} from the store"),
     ]
+    # Faults of the data: a line for each that there is.
     notes = {
         "answers cut to the longest length": data["truncated"],
         "rows without media": data["text_only"],
-        f"{rows} with control characters removed": sum(
-            each["control_characters"] for each in data["sources"]
-        ),
         f"held-out rows whose {one} is also in the training rows": data["shared_media"],
     }
+    remarks = sum((Counter(each["remarks"]["counts"]) for each in data["sources"]), Counter())
+    notes |= {f"{rows} with {remark}": count for remark, count in remarks.items()}
     counts += [(name, f"{count:,}") for name, count in notes.items() if count]
     tables = [
         {"head": ["source", many, rows], "rows": sources, "kind": "numbers"},
@@ -224,32 +227,52 @@ def _group(row: Mapping[str, Any]) -> tuple[str, ...]:
     return row["group"], f"{row['tensors']:,}", f"{row['parameters']:,}", trained
 
 
-def _sheet(task: str, rows: Sequence[dict[str, Any]], resolve: Resolve) -> dict[str, Any]:
-    """Return cards of rows that a fixed seed draws, in their order."""
-    # A fixed seed: no one selects the rows, and the page can be made again with the same ones.
+def shown_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows on a sheet, in their order: a fixed seed draws them, so that no one selects them."""
     drawn = sorted(random.Random(_SHEET_SEED).sample(range(len(rows)), min(SHEET_SIZE, len(rows))))
+    return [rows[n] for n in drawn]
+
+
+def draw_thumbnails(rows: Iterable[dict[str, Any]], resolve: Callable[[str], str]) -> dict[str, str]:
+    """Return a data URI for each image on a sheet; one that cannot be opened has none.
+
+    Args:
+        rows: rows of a run of this process: their images are opened, whatever paths they have.
+        resolve: turns a path of a row into one that can be opened from here.
+    """
+    found = {}
+    for row in rows:
+        for name in ("media", "nearest_media"):
+            path = row.get(name)
+            if path and row[name.replace("media", "modality")] == "image" and path not in found:
+                with suppress(BindLLMError):
+                    found[path] = thumbnail(resolve(path))
+    return found
+
+
+def _sheet(task: str, rows: Sequence[dict[str, Any]], thumbnails: Mapping[str, str]) -> dict[str, Any]:
     make = _answer_card if task == "answers" else _caption_card
-    return {"total": len(rows), "cards": [make(rows[n], resolve) for n in drawn]}
+    return {"total": len(rows), "cards": [make(row, thumbnails) for row in shown_rows(rows)]}
 
 
-def _caption_card(row: dict[str, Any], resolve: Resolve) -> dict[str, Any]:
+def _caption_card(row: dict[str, Any], thumbnails: Mapping[str, str]) -> dict[str, Any]:
     lines = [_line("true", " / ".join(row["references"]))]
     if row["model"] is not None:
         lines.append(_line("model", row["model"], kind="model", right=row["exact"]))
     if row["nearest_caption"] is not None:
-        small = _tile(row["nearest_media"], row["nearest_modality"], resolve, size=64)
+        small = _tile(row["nearest_media"], row["nearest_modality"], thumbnails)
         said = row["nearest_caption"]
         lines.append(_line("nearest", said, kind="nearest", right=row["nearest_exact"], tile=small))
-    return {"tile": _tile(row["media"], row["modality"], resolve), "lines": lines, "right": row["exact"]}
+    return {"tile": _tile(row["media"], row["modality"], thumbnails), "lines": lines, "right": row["exact"]}
 
 
-def _answer_card(row: dict[str, Any], resolve: Resolve) -> dict[str, Any]:
+def _answer_card(row: dict[str, Any], thumbnails: Mapping[str, str]) -> dict[str, Any]:
     lines = [_line("asked", row["question"]), _line("true", " / ".join(row["references"]))]
     if row["model"] is not None:
         lines.append(_line("model", row["model"], kind="model", right=row["right"]))
     if row["majority_answer"] is not None:
         lines.append(_line("majority", row["majority_answer"], kind="nearest"))
-    tile = None if row["media"] is None else _tile(row["media"], row["modality"], resolve)
+    tile = None if row["media"] is None else _tile(row["media"], row["modality"], thumbnails)
     return {"tile": tile, "lines": lines, "right": row["right"]}
 
 
@@ -259,18 +282,16 @@ def _line(
     return {"name": name, "text": text, "kind": kind, "right": right, "tile": tile}
 
 
-def _tile(path: str, modality: str, resolve: Resolve, *, size: int = 160) -> dict[str, str]:
-    """Return an image; for other media, and for an image that cannot be opened any more, a gray tile with its name."""
+def _tile(path: str, modality: str, thumbnails: Mapping[str, str]) -> dict[str, str]:
+    """Return an image; for other media, and for an image without a thumbnail, a gray tile with its name."""
     # Rows of text media hold the text itself instead of a path.
     if modality == "text":
         return {"src": "", "name": path, "title": "text"}
     name = path.replace("\\", "/").rsplit("/", 1)[-1]
     if modality != "image":
         return {"src": "", "name": f"{modality}: {name}", "title": name}
-    try:
-        return {"src": thumbnail(resolve(path), size=size), "name": name, "title": name}
-    except BindLLMError as error:
-        return {"src": "", "name": name, "title": str(error)}
+    found = str(thumbnails.get(path, ""))
+    return {"src": found if _THUMBNAIL.fullmatch(found) else "", "name": name, "title": name}
 
 
 def _largest(gates: np.ndarray) -> str:

@@ -5,9 +5,11 @@
     report/captions.jsonl   one row per held-out image with captions, if there are any
     report/answers.jsonl    one row per held-out question, if there are any
     report/log.csv          the training log
+    report/thumbnails.json  the images of the page, by their path in the rows
     report/facts.json       further facts of the run
 
-The page is always made from these files and the folder's recipe and gates, so it can be made again at any time.
+The page is always made from these files and the folder's recipe and gates, so it can be made again at any time, also
+by someone who got the folder from someone else: no file outside the folder is opened for it.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from bindllm.errors import InputError
 from bindllm.evaluation.task import VARIANTS
 from bindllm.imports import resolve_path
 from bindllm.model.checkpoint import home_of, read_manifest, read_weights
-from bindllm.report.page import ReportData, render_page
+from bindllm.report.page import ReportData, draw_thumbnails, render_page, shown_rows
 from bindllm.report.summary import KEYS
 
 METRICS_FILE = "metrics.json"
@@ -42,6 +44,7 @@ PAGE_FILE = "report.html"
 ROW_FILES = {"captions": "report/captions.jsonl", "answers": "report/answers.jsonl"}
 LOG_FILE = "report/log.csv"
 FACTS_FILE = "report/facts.json"
+THUMBNAILS_FILE = "report/thumbnails.json"
 SECONDS = ("embed", "train", "evaluate")
 
 _PACKAGES = ("bindllm", "torch", "transformers", "lightning", "torchmetrics", "pycocoevalcap")
@@ -59,13 +62,18 @@ def software_versions() -> dict[str, str]:
 
 
 def git_revision(folder: str | Path = ".") -> str | None:
-    """Return the commit that is checked out around a folder, marked if files differ from it, or None."""
-    command = ["git", "describe", "--always", "--dirty=, with changes", "--exclude=*", "--abbrev=12"]
+    """Return the commit that is checked out around a folder, or None.
+
+    Whether files differ from it is not asked: to compare them, git runs commands that ``.git/config`` names, and the
+    folder may come from someone else.
+    """
     try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10, check=False)
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, timeout=10, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() or None
+    return done.stdout.strip()[:12] if done.returncode == 0 else None
 
 
 @dataclass
@@ -131,6 +139,9 @@ def write_report(
         else:
             # Rows of an earlier run in the same folder would be shown as this run's.
             (folder / name).unlink(missing_ok=True)
+    resolve = partial(resolve_path, home=home_of(folder, read_manifest(folder)))
+    shown = [dict(row) for own in rows.values() for row in shown_rows(own)]
+    write_json(folder / THUMBNAILS_FILE, draw_thumbnails(shown, resolve))
     _write(folder / FACTS_FILE, json.dumps(asdict(facts), indent=2, ensure_ascii=False) + "\n")
     if log is None:
         (folder / LOG_FILE).unlink(missing_ok=True)
@@ -143,7 +154,7 @@ def write_report(
 def rebuild_report(folder: str | Path) -> Path:
     """Make the page again from the files in a checkpoint folder, and return its path.
 
-    An image that cannot be opened any more becomes a gray tile with its name.
+    An image without a thumbnail in the folder becomes a gray tile with its name.
 
     Raises:
         CheckpointError: the folder is not a checkpoint folder.
@@ -157,20 +168,21 @@ def rebuild_report(folder: str | Path) -> Path:
     # Facts that were not recorded must not be replaced by those of this machine and this moment.
     unknown = RunFacts(finished="unknown", software={}, revision=None)
     log = _read_log(folder / LOG_FILE)
-    recipe = folder / "recipe.yaml"
+    recipe, thumbnails = folder / "recipe.yaml", folder / THUMBNAILS_FILE
     data = ReportData(
         metrics=metrics,
         rows={
             task: _read_rows(folder / name) for task, name in ROW_FILES.items() if task in metrics["tasks"]
         },
+        # Older folders lack newer facts.
         facts={**asdict(unknown), **facts},
         training=_series(log, "train_loss"),
         validation=_series(log, "val_loss"),
         gates=_read_gates(folder, manifest),
         recipe=recipe.read_text(encoding="utf-8") if recipe.exists() else "",
+        thumbnails=_parse(_read(thumbnails), thumbnails) if thumbnails.exists() else {},
     )
-    page = render_page(data, resolve=partial(resolve_path, home=home_of(folder, manifest)))
-    _write(folder / PAGE_FILE, page)
+    _write(folder / PAGE_FILE, render_page(data))
     return folder / PAGE_FILE
 
 
@@ -186,6 +198,7 @@ def _check_metrics(metrics: Mapping[str, Any], *, source: str) -> None:
             for key in KEYS[task]
             if key not in variants.get(name, ())
         ]
+    # All gaps are named at once: a run of hours should fail here only once.
     missing += [f"seconds.{key}" for key in SECONDS if key not in metrics.get("seconds", ())]
     missing += [name for name in ("trainable_parameters",) if name not in metrics]
     if missing:

@@ -29,7 +29,13 @@ from bindllm.model.decoder import DecoderConfig, load_decoder, load_tokenizer
 from bindllm.model.injection import InjectConfig
 from bindllm.objectives import NextToken, Objective
 from bindllm.parallel import RunContext
-from bindllm.training.optim import OptimConfig, build_optimizer, build_schedule
+from bindllm.training.optim import (
+    OptimConfig,
+    ZeroGradientCheck,
+    build_optimizer,
+    build_schedule,
+    set_rates,
+)
 from bindllm.training.stages import init_from_checkpoint
 from bindllm.training.strategies import ShardedDecoder, averages_gradients, check_strategy
 
@@ -84,6 +90,7 @@ class BindModule(LightningModule):
         checkpoint_activations: bool = False,
     ) -> None:
         super().__init__()
+        # Only settings: loading waits for `configure_model`, when the data is known to be sound.
         self.decoder_config, self.encoders = decoder, encoders
         self.bind_config, self.inject_config, self.optim_config = bind, inject, optim
         if bind.fusion != "unit":
@@ -97,6 +104,7 @@ class BindModule(LightningModule):
         self.checkpoint_activations = checkpoint_activations
         self.model: BindLLM | None = None
         self._accumulation = WeightedAccumulation()
+        self._zero_gradients = ZeroGradientCheck()
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -137,6 +145,7 @@ class BindModule(LightningModule):
             adapter=self.adapter_config,
             cache_config=self.cache_config,
         )
+        # The order of construction is fixed: decoder, adapter, injection; then the groups, then earlier weights.
         self.model.set_trainable(self.trainable)
         if self.checkpoint_activations:
             self.model.checkpoint_activations()
@@ -151,9 +160,17 @@ class BindModule(LightningModule):
             self.objective.prepare(self.model, self.trainer.datamodule, RunContext.of_trainer(self.trainer))
         self.train()
 
+    def on_train_start(self) -> None:
+        """Follow the schedule of this run, also if the state is of a shorter one."""
+        set_rates(self.lr_schedulers())
+
     def on_train_epoch_start(self) -> None:
         """Forward the hook to the objective."""
         self.objective.on_epoch_start()
+
+    def on_train_epoch_end(self) -> None:
+        """Refuse a run that cannot learn."""
+        self._zero_gradients.finish_epoch()
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Return AdamW and a schedule that moves every step."""
@@ -180,6 +197,7 @@ class BindModule(LightningModule):
         gradients = [
             p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
         ]
+        # Checked before the optimizer: one step with NaN would spoil all weights and both of Adam's moments.
         loss = self._accumulation.finish(gradients, trainer=self.trainer)
         if not torch.isfinite(loss):
             self._stop("loss")
@@ -188,6 +206,9 @@ class BindModule(LightningModule):
         if not torch.isfinite(norm) and self.trainer.precision != "16-mixed":
             self._stop("gradient")
         self.log("gradient_norm", norm)
+        # DeepSpeed does not expose its gradients.
+        if gradients:
+            self._zero_gradients.add(norm)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add a batch to the validation loss, each token (or pair) counting the same."""
@@ -196,6 +217,14 @@ class BindModule(LightningModule):
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Add a batch to the test loss, each token (or pair) counting the same."""
         self._log_held_out("test", batch)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the number of steps without a gradient, so that a resumed run does not count again."""
+        checkpoint["zero_gradients"] = self._zero_gradients.steps
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Load the value of `on_save_checkpoint`."""
+        self._zero_gradients.steps = checkpoint.get("zero_gradients")
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Return the trainable tensors: frozen weights never enter a saved state."""
@@ -207,6 +236,7 @@ class BindModule(LightningModule):
 
     def _log_held_out(self, split: str, batch: Batch) -> None:
         # Lightning weights a mean by batch_size and sums both over devices, so this is the mean over all tokens.
+        # Names that Lightning users expect, such as val_loss, and not those of our splits.
         prefix = {"validation": "val", "test": "test"}[split]
         loss, count, metrics = self.objective.held_out(self.model, self.objective.add_reference(batch, split))
         options = {"batch_size": count, "on_epoch": True, "sync_dist": True}

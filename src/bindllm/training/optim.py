@@ -15,12 +15,15 @@ from typing import Any
 import torch
 from rich import box
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
-from bindllm.errors import InputError
+from bindllm.errors import InputError, TrainingError
 
 Groups = Mapping[str, Sequence[tuple[str, nn.Parameter]]]
 """Named groups of named parameters, as `BindLLM.parameter_groups` returns them."""
+
+_ZERO_STEPS = 100
+"""Steps after which a run whose gradient is zero ends, if its epochs are longer."""
 
 # Gates and queries start at or near zero, and decay would keep them there.
 _UNDECAYED_GROUPS = frozenset({"inject"})
@@ -46,6 +49,7 @@ class OptimConfig:
     """Learning rate at the last step, as a share of `lr`; the decay is a cosine."""
 
     def __post_init__(self) -> None:
+        # Negated comparisons would accept NaN; these refuse it.
         wrong = [
             f"{name} is {value}, expected {expected}"
             for name, value, fits, expected in (
@@ -78,6 +82,7 @@ def build_optimizer(groups: Groups, config: OptimConfig, *, fused: bool = True) 
     Raises:
         InputError: no parameter is trainable.
     """
+    # Two groups, because weight decay pulls towards zero: right for matrices, wrong for gates, norms and biases.
     decayed, plain = [], []
     for group, members in groups.items():
         for _, parameter in members:
@@ -107,6 +112,7 @@ def lr_factor(step: int, *, total: int, config: OptimConfig) -> float:
         >>> [round(lr_factor(s, total=100, config=OptimConfig(warmup=4)), 2) for s in (0, 3, 52, 100)]
         [0.25, 1.0, 0.55, 0.1]
     """
+    # Linear to 1 during the warm-up, then half a cosine from 1 to the final share.
     warmup = config.warmup * total if config.warmup < 1 else config.warmup
     if step < warmup:
         return min(1.0, (step + 1) / warmup)
@@ -127,6 +133,51 @@ def build_schedule(
             "the learning rate decays over the run, so the run needs an end: set trainer.max_epochs or max_steps"
         )
     return torch.optim.lr_scheduler.LambdaLR(optimizer, partial(lr_factor, total=int(total), config=config))
+
+
+def set_rates(schedule: torch.optim.lr_scheduler.LambdaLR) -> None:
+    """Set the learning rates of the current step: the state of a run with fewer steps holds those of its schedule."""
+    factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+    rates = [base * factor for base, factor in zip(schedule.base_lrs, factors, strict=True)]
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    schedule._last_lr = rates
+
+
+class ZeroGradientCheck:
+    """Ends a run that cannot learn: its gradient was exactly zero in every step so far.
+
+    Attributes:
+        steps: number of these steps; None once a gradient was not zero.
+    """
+
+    def __init__(self) -> None:
+        self.steps: int | None = 0
+
+    def add(self, norm: Tensor) -> None:
+        """Count a step with this norm of the gradient.
+
+        Raises:
+            TrainingError: it is the last step that is allowed without a gradient.
+        """
+        if self.steps is not None:
+            self.steps = self.steps + 1 if norm == 0 else None
+            # An epoch may be endless.
+            if self.steps == _ZERO_STEPS:
+                self.finish_epoch()
+
+    def finish_epoch(self) -> None:
+        """Raise if the run has not learned in an epoch.
+
+        Raises:
+            TrainingError: all steps so far had a gradient of zero.
+        """
+        if self.steps:
+            raise TrainingError(
+                f"the gradient was exactly zero in all {self.steps} steps, so nothing can be learned, and nothing was "
+                "saved. Usual reasons: trained groups that act only through gates which are zero and frozen (add "
+                "inject to model.trainable), or an objective that is constant on these rows"
+            )
 
 
 def describe_groups(groups: Groups) -> list[dict[str, Any]]:

@@ -90,6 +90,7 @@ class RunProgress(ProgressBar):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the validation loss and a few answers above the bar."""
+        # The sanity check before the first step has no training loss.
         loss = trainer.callback_metrics.get("val_loss")
         if not self._losses or loss is None:
             return
@@ -100,7 +101,7 @@ class RunProgress(ProgressBar):
         for row in self.captions.latest if self.captions else ():
             said = printable(row["model"]) or "(nothing)"
             asked = f"{printable(row['question'])}  " if "question" in row else ""
-            line = Text.assemble("  ", asked, (row["reference"], "dim"), "  →  ", said)
+            line = Text.assemble("  ", asked, (printable(row["reference"]), "dim"), "  →  ", said)
             self.console.print(line, overflow="ellipsis", no_wrap=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import glob
+import hashlib
 import importlib.util
+import math
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +29,7 @@ from rich.text import Text
 
 from bindllm.atomic import atomic_file, remove_leftovers
 from bindllm.data.datamodule import BindData
-from bindllm.errors import BindLLMError, InputError, printable
+from bindllm.errors import BindLLMError, InputError, TrainingError, printable
 from bindllm.evaluation.held_out import evaluate_held_out, held_out_rows
 from bindllm.evaluation.task import Evaluation
 from bindllm.model.checkpoint import MANIFEST, licenses
@@ -37,7 +41,15 @@ from bindllm.training.runlog import METRICS
 from bindllm.training.state import BEST, LAST, Interrupted, RunState, map_write_errors
 
 RUNS = "runs"
+OUTPUTS = "checkpoints"
+"""Where recipes put checkpoint folders; the run of such an output has its plain name."""
+
 RECIPE = "recipe.yaml"
+FINISHED = "finished"
+"""Empty file in the folder of a run whose checkpoint is written and measured."""
+
+Change = tuple[str, Any, Any]
+"""Dotted key of a recipe, its old and its new value."""
 
 SHUFFLED_LIMIT = 1000
 """Held-out questions that are asked about media of other rows; more take long and change little."""
@@ -47,10 +59,13 @@ _SHOWN_CHANGES = 5
 _PROCESSES = ("trainer.devices", "trainer.num_nodes")
 # The strategy often changes with the number of processes; it does not change which rows a step sees.
 _PLACEMENT = (*_PROCESSES, "trainer.strategy")
+# Keys that may differ in a run that resumes: the output is compared by its folder, the others change no weights.
+_HARMLESS = ("output", "save_every_seconds", "trainer.enable_progress_bar")
+_LENGTHS = ("trainer.max_epochs", "trainer.max_steps")
 
 
 def run_folder(output: str | Path, *, init_from: str | Path | None = None) -> Path:
-    """Return the folder of the run that writes a checkpoint folder.
+    """Return the folder of the run that writes a checkpoint folder: each output has its own.
 
     Args:
         output: the checkpoint folder.
@@ -61,7 +76,8 @@ def run_folder(output: str | Path, *, init_from: str | Path | None = None) -> Pa
             would be replaced at the end of the run.
     """
     output = Path(output)
-    if init_from is not None and output.resolve() == Path(init_from).resolve():
+    found, home = output.resolve(), Path.cwd().resolve()
+    if init_from is not None and found == Path(init_from).resolve():
         raise InputError(
             f"output {output} is model.init_from too: the run would replace its own start, and could not be "
             "run twice with the same result; choose another output"
@@ -70,7 +86,11 @@ def run_folder(output: str | Path, *, init_from: str | Path | None = None) -> Pa
         raise InputError(
             f"output {output} is a folder with other content (no {MANIFEST}); choose another one"
         )
-    return Path(RUNS) / output.resolve().name
+    if found.parent == home / OUTPUTS:
+        return Path(RUNS) / found.name
+    # Outputs of one name in two folders are two runs. The path is relative, so that a project may be moved.
+    place = os.path.relpath(found, home)
+    return Path(RUNS) / f"{found.name}-{hashlib.sha256(os.fsencode(place)).hexdigest()[:8]}"
 
 
 @contextmanager
@@ -95,68 +115,151 @@ def lock_run(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def open_run(folder: Path, recipe: str, *, resume: bool = True, say: Callable[[str], Any] = print) -> None:
+def is_finished(folder: Path, recipe: str, output: Path) -> bool:
+    """Return whether the run of exactly this recipe is finished, and its checkpoint in place; changes nothing."""
+    return _is_written_by(recipe, output, longer=False) and any(
+        not changes and (place / FINISHED).exists() for place, changes in _earlier_runs(folder, recipe)
+    )
+
+
+def open_run(
+    folder: Path,
+    recipe: str,
+    output: Path,
+    *,
+    resume: bool = True,
+    overwrite: bool = False,
+    say: Callable[[str], Any] = print,
+) -> None:
     """Prepare the folder: afterwards it holds a state if, and only if, the run resumes from it.
+
+    An interrupted run of the same recipe is resumed, also one that was set aside. A run whose recipe only lacks
+    further epochs or steps is continued, also a finished one. Every other run that was interrupted is set aside.
 
     Args:
         folder: the run's folder.
-        recipe: the resolved recipe; an interrupted run of the same recipe is resumed.
+        recipe: the resolved recipe.
+        output: the checkpoint folder that the run will write.
         resume: False always starts from scratch.
+        overwrite: the run may replace a checkpoint of another run in ``output``; a finished run is not continued.
         say: prints a sentence.
 
     Raises:
-        InputError: only the number of processes has changed, which would lose the interrupted run.
+        InputError: the run would replace a checkpoint that it does not continue, or only the number of processes has
+            changed, which would lose the interrupted run.
     """
-    state, earlier = folder / LAST, folder / RECIPE
-    if state.exists():
-        old = yaml.safe_load(earlier.read_text(encoding="utf-8")) if earlier.exists() else {}
-        changes = list(_changes(old, yaml.safe_load(recipe)))
-        if resume and not changes:
-            for name in (LAST, BEST):
-                remove_leftovers(folder / name)
-            say(f"resuming the interrupted run in {folder}")
-            return
-        others = any(change.startswith(_PROCESSES) for change in changes)
-        if resume and others and all(change.startswith(_PLACEMENT) for change in changes):
-            raise InputError(
-                f"the interrupted run in {folder} had another number of processes ({_listed(changes)}), and would see "
-                "other rows in each step. Restore it, or start from scratch with --resume false"
-            )
-        reason = f"the recipe has changed ({_listed(changes)})" if changes else "as asked"
-        say(f"starting from scratch: {reason}; the interrupted run is kept in {_aside(folder)}")
-    if folder.exists():
-        _set_aside(folder)
-    with atomic_file(earlier) as part:
+    earlier = _earlier_runs(folder, recipe) if resume else []
+    fitting = [
+        (place, changes)
+        for place, changes in earlier
+        if all(map(_is_longer, changes)) and not (overwrite and (place / FINISHED).exists())
+    ]
+    # Checked first: a refused command changes nothing.
+    continues = fitting and _is_written_by(recipe, output)
+    if (output / MANIFEST).is_file() and not (overwrite or continues):
+        raise InputError(
+            f"output {output} holds a trained model, which this run would replace. Choose another --output, or replace "
+            "it with --overwrite. More epochs of the same recipe continue a finished run: --trainer.max_epochs"
+        )
+    if fitting:
+        # The same recipe before a shorter one.
+        place, changes = min(fitting, key=lambda run: len(run[1]))
+        kind = "interrupted" if _is_interrupted(place) else "finished"
+        _bring_back(place, folder)
+        say(f"resuming the {kind} run in {folder}{f' with {_listed(changes)}' if changes else ''}")
+    else:
+        if earlier and earlier[0][0] == folder and _is_interrupted(folder):
+            _refuse_other_processes(*earlier[0])
+            say(f"starting from scratch: the recipe has changed ({_listed(earlier[0][1])})")
+        if folder.exists() and (aside := _set_aside(folder)):
+            say(f"the interrupted run is kept in {aside}; its own command resumes it")
+    with atomic_file(folder / RECIPE) as part:
         part.write_text(recipe, encoding="utf-8")
 
 
-def _aside(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}.previous")
+def _refuse_other_processes(folder: Path, changes: list[Change]) -> None:
+    """Refuse a run that differs from the interrupted one only in its processes: it is probably meant to resume."""
+    keys = [key for key, _, _ in changes]
+    if any(key in _PROCESSES for key in keys) and all(key.startswith(_PLACEMENT) for key in keys):
+        raise InputError(
+            f"the interrupted run in {folder} had another number of processes ({_listed(changes)}), and would see "
+            "other rows in each step. Restore it, or start another run with another --output"
+        )
 
 
-def _set_aside(folder: Path) -> None:
-    """Keep one earlier run; a run without a saved state never replaces a run that has one."""
-    aside = _aside(folder)
-    if (aside / LAST).exists() and not (folder / LAST).exists():
-        shutil.rmtree(folder)
-        return
+def _earlier_runs(folder: Path, recipe: str) -> list[tuple[Path, list[Change]]]:
+    """Return the folders with a state of a run, the current one first, and the changes of the recipe since then."""
+    aside = sorted(folder.parent.glob(f"{glob.escape(folder.name)}.previous*"))
+    places = [place for place in (folder, *aside) if (place / LAST).exists()]
+    return [(place, list(_changes(_read_recipe(place), yaml.safe_load(recipe)))) for place in places]
+
+
+def _is_written_by(recipe: str, output: Path, *, longer: bool = True) -> bool:
+    """Return whether a checkpoint was written by a run of this recipe, or by a shorter one."""
+    changes = list(_changes(_read_recipe(output), yaml.safe_load(recipe)))
+    return (output / MANIFEST).is_file() and (all(map(_is_longer, changes)) if longer else not changes)
+
+
+def _read_recipe(folder: Path) -> dict[str, Any]:
+    file = folder / RECIPE
+    return yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _bring_back(place: Path, folder: Path) -> None:
+    """Make a run the current one, ready to resume; the current one is set aside in turn."""
+    if place != folder:
+        # A name that is searched too: a kill between the renames leaves a run that is found again.
+        waiting = folder.with_name(f"{folder.name}.previous-next")
+        os.replace(place, waiting)
+        if folder.exists():
+            _set_aside(folder)
+        os.replace(waiting, folder)
+    for name in (LAST, BEST):
+        remove_leftovers(folder / name)
+    (folder / FINISHED).unlink(missing_ok=True)
+
+
+def _set_aside(folder: Path) -> Path | None:
+    """Rename the folder; return its new path if it holds an interrupted run, None if nothing can be lost.
+
+    Of runs that are not interrupted the last one is kept, for its log. Interrupted ones are never deleted.
+    """
+    ends = chain([""], (f"-{number}" for number in count(2)))
+    places = (folder.with_name(f"{folder.name}.previous{end}") for end in ends)
+    # The first free name: one without a folder, or with one that holds nothing to lose.
+    aside = next(place for place in places if not _is_interrupted(place))
+    interrupted = _is_interrupted(folder)
     if aside.exists():
         shutil.rmtree(aside)
     os.replace(folder, aside)
+    return aside if interrupted else None
 
 
-def _changes(old: Any, new: Any, key: str = "") -> Iterator[str]:
-    """Yield the differences between two recipes, one entry per key."""
+def _is_interrupted(folder: Path) -> bool:
+    return (folder / LAST).exists() and not (folder / FINISHED).exists()
+
+
+def _changes(old: Any, new: Any, key: str = "") -> Iterator[Change]:
+    """Yield the differences between two recipes that change the result, one entry per key."""
     if isinstance(old, dict) and isinstance(new, dict):
         for name in dict.fromkeys([*old, *new]):
             yield from _changes(old.get(name), new.get(name), f"{key}.{name}" if key else str(name))
-    elif old != new:
-        yield f"{key}: {old} -> {new}"
+    elif old != new and key not in _HARMLESS:
+        yield key, old, new
 
 
-def _listed(changes: list[str]) -> str:
+def _is_longer(change: Change) -> bool:
+    """Return whether a change only adds epochs or steps; -1 is a run without end."""
+    key, old, new = change
+    # A missing limit is null: such a run had no length that could be extended.
+    numbers = isinstance(old, int) and isinstance(new, int)
+    return key in _LENGTHS and numbers and 0 < old < (math.inf if new == -1 else new)
+
+
+def _listed(changes: Sequence[Change]) -> str:
+    shown = [f"{key}: {old} -> {new}" for key, old, new in changes[:_SHOWN_CHANGES]]
     more = f", and {len(changes) - _SHOWN_CHANGES} more" if len(changes) > _SHOWN_CHANGES else ""
-    return ", ".join(changes[:_SHOWN_CHANGES]) + more
+    return ", ".join(shown) + more
 
 
 @dataclass(frozen=True)
@@ -181,51 +284,89 @@ class Run:
     recipe: str
     console: Console
 
-    def train(self, *, resume: bool, wait: Callable[[Trainer], None]) -> int:
+    def train(self, *, resume: bool, overwrite: bool, wait: Callable[[Trainer], None]) -> int:
         """Train, save the checkpoint and measure it.
 
         Args:
             resume: False starts from scratch even if an interrupted run of the recipe exists.
+            overwrite: the run may replace a checkpoint that it does not continue.
             wait: waits until rank 0 has prepared the folder.
 
         Returns:
             the exit code.
+
+        Raises:
+            InputError: the run would replace a checkpoint of another run.
+            TrainingError: no step was taken, or training diverged; a validated checkpoint is written before.
         """
-        folder = self.state.folder
+        folder, say = self.state.folder, partial(self.console.print, markup=False)
+        # All processes read this, and none has changed anything yet: they decide the same.
+        if resume and not overwrite and is_finished(folder, self.recipe, self.output):
+            say(
+                f"{self.output} is trained by this recipe already. To continue: --trainer.max_epochs with more epochs. "
+                "To train it again: --overwrite"
+            )
+            return 0
         if rank_zero_only.rank == 0:
-            open_run(folder, self.recipe, resume=resume, say=partial(self.console.print, markup=False))
+            open_run(folder, self.recipe, self.output, resume=resume, overwrite=overwrite, say=say)
         wait(self.trainer)
-        handler = signal.getsignal(signal.SIGINT)
         try:
-            last = self.state.last if self.state.last.exists() else None
-            self.trainer.fit(self.module, self.data, ckpt_path=last, weights_only=True)
+            self._fit()
         except Interrupted as stop:
             self.console.print(f"{stop}; the same command resumes the run")
             return 130
-        except SystemExit as stop:
-            # Lightning exits like this after a Ctrl-C outside of a training step, and ignores further ones.
-            signal.signal(signal.SIGINT, handler)
-            raise KeyboardInterrupt from stop
+        problem = self.state.problem(self.trainer)
+        if self.trainer.is_global_zero and (problem is None or self.state.best_loss is not None):
+            self._save()
+        if problem is not None:
+            raise TrainingError(problem)
         if not self.trainer.is_global_zero:
             return 0
-        self._save()
         # From here on the checkpoint is safe, whatever the evaluation does.
         self.module.model.to(self.trainer.strategy.root_device)
         code = self._measure()
-        self.state.forget()
+        if code == 0:
+            (folder / FINISHED).touch()
         return code
+
+    def rehearse(self) -> int:
+        """Run the few steps of Lightning's ``fast_dev_run``; nothing is kept. Return the exit code."""
+        try:
+            self._fit()
+        finally:
+            if rank_zero_only.rank == 0:
+                shutil.rmtree(self.state.folder, ignore_errors=True)
+        if self.trainer.is_global_zero:
+            self.console.print("fast_dev_run: the steps ran without an error; nothing was saved")
+        return 0
+
+    def _fit(self) -> None:
+        """Train from the saved state, if there is one.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C outside of a training step.
+        """
+        handler = signal.getsignal(signal.SIGINT)
+        last = self.state.last if self.state.last.exists() else None
+        try:
+            self.trainer.fit(self.module, self.data, ckpt_path=last, weights_only=True)
+        except SystemExit as stop:
+            # Lightning exits like this after a Ctrl-C, and ignores further ones.
+            signal.signal(signal.SIGINT, handler)
+            raise KeyboardInterrupt from stop
 
     def _save(self) -> None:
         """Write the best weights and the recipe to the checkpoint folder."""
-        model = self.module.model
+        model, kept = self.module.model, ""
         if (best := self.state.best_weights()) is not None:
             model.load_trainable_state(best, source=str(self.state.folder))
+            step, steps = self.state.best_step, self.trainer.global_step
+            kept = f" (step {step} of {steps}: the lowest validation loss, {self.state.best_loss:.4f})"
         # No other process writes to the checkpoint folder: temporary files in it are leftovers of a killed one.
         remove_leftovers(self.output)
         with map_write_errors(self.output):
-            model.save_pretrained(self.output, data=self._data_names)
-            with atomic_file(self.output / RECIPE) as part:
-                part.write_text(self.recipe, encoding="utf-8")
+            model.save_pretrained(self.output, data=self._data_names, files={RECIPE: self.recipe})
+        self.console.print(f"trained model: {self.output}{kept}", markup=False)
 
     @property
     def _data_names(self) -> list[str]:
@@ -233,11 +374,11 @@ class Run:
 
     def _measure(self) -> int:
         """Evaluate the trained model, write its report and print a summary; return the exit code."""
-        self.console.print(f"trained model: {self.output}", markup=False)
         held_out = held_out_rows(self.data.samples)
         if not held_out:
             self.console.print("no held-out rows: nothing is measured, and no report is written")
             return 0
+        # The weights are saved: a failed measurement is reported, and the same command repeats it.
         try:
             measured = evaluate_held_out(
                 self.module.model,
@@ -257,6 +398,7 @@ class Run:
     def _report(self, measured: Evaluation) -> tuple[dict[str, Any], Path]:
         """Write the report; return the metrics and the page."""
         model = self.module.model
+        # The time of a run counts all its parts, also those before an interruption.
         groups = describe_groups(model.parameter_groups())
         seconds = {**self.state.seconds, "evaluate": measured.seconds}
         metrics = {

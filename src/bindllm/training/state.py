@@ -26,6 +26,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.strategies import Strategy
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -117,7 +118,10 @@ class RunState(Checkpoint):
         self.best_loss: float | None = None
         self.best_step = 0
         self.seconds = {"embed": 0.0, "train": 0.0}
-        self._stopped_early = False
+        # Values that a run needs to resume, in addition to those of Lightning.
+        self._stopped_early = self._ended = self._is_validated = False
+        self._validated: dict[str, Tensor] = {}
+        self._sources: dict[str, str] = {}
         self._rows: dict[str, Any] | None = None
         self._random: RandomState | None = None
         self._num_processes = 1
@@ -142,7 +146,9 @@ class RunState(Checkpoint):
             "best_step": self.best_step,
             "seconds": self.seconds,
             "stopped_early": self._stopped_early,
+            "is_validated": self._is_validated,
             "rows": self._rows,
+            "sources": self._sources,
             "random": self._random,
             "num_processes": self._num_processes,
         }
@@ -154,6 +160,7 @@ class RunState(Checkpoint):
             CheckpointError: the state was saved by another version of bindllm.
             InputError: the state was saved by another number of processes.
         """
+        # Refused as a whole: a state of which only a part is known would resume to something else.
         if state_dict.keys() != self.state_dict().keys():
             raise CheckpointError(
                 f"the interrupted run in {self.folder} was saved by another version of bindllm. Finish it with that "
@@ -162,12 +169,19 @@ class RunState(Checkpoint):
         if state_dict["num_processes"] != self._num_processes:
             raise InputError(
                 f"the interrupted run in {self.folder} had {state_dict['num_processes']} processes, this one has "
-                f"{self._num_processes}: each step would have other rows. Use the same number, or start again with "
-                "--resume false"
+                f"{self._num_processes}: each step would have other rows. Use the same number, or train with another "
+                "--output"
             )
         self.best_loss, self.best_step = state_dict["best_loss"], state_dict["best_step"]
         self.seconds, self._stopped_early = state_dict["seconds"], state_dict["stopped_early"]
         self._rows, self._random = state_dict["rows"], state_dict["random"]
+        self._sources, self._is_validated = state_dict["sources"], state_dict["is_validated"]
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Remove the state of the loader, which is kept here: changed data is then found and named in one place."""
+        checkpoint["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Note the number of processes, because a state only resumes with the same number."""
@@ -182,9 +196,17 @@ class RunState(Checkpoint):
 
         Lightning restores only loaders that are created after the state was read, but the schedule needs the length of
         an epoch, and so its loader, before that.
+
+        Raises:
+            InputError: the data has changed; names the sources.
         """
+        sources = {source.path: source.counted for source in trainer.datamodule.report.sources}
         if self._rows is not None:
-            trainer.train_dataloader.load_state_dict(self._rows)
+            try:
+                trainer.train_dataloader.load_state_dict(self._rows)
+            except InputError as error:
+                raise InputError(self._changed_data(trainer, sources)) from error
+        self._sources = sources
         if self._random is not None:
             restore_random_state(self._random, trainer.strategy)
         self._clock = self._saved_at = time.monotonic()
@@ -213,30 +235,46 @@ class RunState(Checkpoint):
         due = trainer.strategy.reduce_boolean_decision(self._interrupted or late, all=False)
         done = batch_idx + 1
         # Without an epoch to count in, Lightning counts the batches between validations over the whole run.
+        # Weights are kept only if they are validated, so the last step always is.
+        self._ended = _is_last_step(trainer)
+        if self._ended and trainer.enable_validation:
+            trainer.should_stop = True
+            if trainer.check_val_every_n_epoch is not None:
+                trainer.check_val_every_n_epoch = 1
         every = (
             trainer.fit_loop.epoch_loop.total_batch_idx + 1
             if trainer.check_val_every_n_epoch is None
             else done
         )
-        validates = trainer.is_last_batch or every % (trainer.val_check_batch or every + 1) == 0
+        validates = (
+            self._ended or trainer.is_last_batch or every % (trainer.val_check_batch or every + 1) == 0
+        )
         pending = done % trainer.accumulate_grad_batches or not pl_module.objective.can_checkpoint
         if due and not validates and not pending:
             self._save(trainer)
 
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Copy the weights that are measured: a callback may exchange them during the validation, as an average."""
+        if not trainer.sanity_checking and trainer.is_global_zero:
+            tensors = pl_module.state_dict().items()
+            self._validated = {name: tensor.to("cpu", copy=True) for name, tensor in tensors}
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the weights if they are the best so far."""
-        loss = float(trainer.callback_metrics.get("val_loss", math.inf))
-        # Not "loss >= best", which is false for NaN: NaN would become the best loss.
-        if trainer.sanity_checking or not loss < (math.inf if self.best_loss is None else self.best_loss):
+        """Keep the measured weights if they are the best so far."""
+        loss = float(trainer.callback_metrics.get("val_loss", math.nan))
+        measured, self._validated = self._validated, {}
+        self._is_validated |= not trainer.sanity_checking
+        best = math.inf if self.best_loss is None else self.best_loss
+        if trainer.sanity_checking or not (math.isfinite(loss) and loss < best):
             return
         self.best_loss, self.best_step = loss, trainer.global_step
         if trainer.is_global_zero:
             with _writing(self._best_file) as part:
-                write_tensors(part, pl_module.state_dict())
+                write_tensors(part, measured)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save after the validation and the decisions of all other callbacks: Lightning runs checkpoints last."""
-        self._stopped_early = trainer.should_stop
+        self._stopped_early = trainer.should_stop and not self._ended
         self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -255,10 +293,43 @@ class RunState(Checkpoint):
         """Return the tensors with the lowest validation loss, or None without validation."""
         return None if self.best_loss is None else load_file(self._best_file)
 
-    def forget(self) -> None:
-        """Remove state and best weights: the run is finished and its checkpoint folder written."""
-        for file in (self.last, *self.folder.glob(BEST)):
-            file.unlink(missing_ok=True)
+    def problem(self, trainer: Trainer) -> str | None:
+        """Return why the result of a run that has ended cannot be trusted, or None."""
+        if trainer.global_step == 0:
+            return (
+                "no step was taken, so nothing was saved; check max_epochs, max_steps and limit_train_batches of the "
+                "trainer"
+            )
+        diverged = [
+            callback.stopping_reason_message
+            for callback in trainer.early_stopping_callbacks
+            if callback.stopping_reason is EarlyStoppingReason.NON_FINITE_METRIC
+        ]
+        # Without early stopping a run continues after NaN; one without any finite loss has no result.
+        if not diverged and (self.best_loss is not None or not self._is_validated):
+            return None
+        kept = (
+            "Nothing was saved"
+            if self.best_loss is None
+            else f"The weights of step {self.best_step} are kept"
+        )
+        found = diverged[0] if diverged else "The validation loss was never finite."
+        return f"training has diverged: {found} {kept}. Lower model.optim.lr, and look at metrics.csv in {self.folder}"
+
+    def _changed_data(self, trainer: Trainer, sources: dict[str, str]) -> str:
+        """Return the message about a state that was saved with other data."""
+        # The loader only knows that its rows differ; the counts show which source to look at.
+        before = self._sources
+        paths = [path for path in {**before, **sources} if before.get(path) != sources.get(path)]
+        changes = [
+            f"{path}: {before.get(path, 'none')} then, {sources.get(path, 'none')} now" for path in paths
+        ]
+        found = "; ".join(changes) or f"the rows of {', '.join(sources)} are as many, but not the same"
+        return (
+            f"{self.last} (step {trainer.global_step}) cannot resume, because its training rows have changed: {found}. "
+            "Restore them and run the same command, or train on the changed rows with another --output; this state "
+            "then stays as it is"
+        )
 
     def _save(self, trainer: Trainer) -> None:
         now = time.monotonic()
@@ -290,6 +361,12 @@ class RunState(Checkpoint):
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}
+
+
+def _is_last_step(trainer: Trainer) -> bool:
+    """Return whether the step that was just taken is the last one of the run."""
+    last_epoch = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
+    return last_epoch or trainer.global_step >= trainer.max_steps != -1
 
 
 RandomState = dict[str, Tensor]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -63,6 +64,29 @@ def test_published_spans(name, monkeypatch):
     monkeypatch.setattr(audio_module, "cut_audio", recording)
     published(b"")
     assert spans == [tuple(span) for span in golden("prep_audio")[f"{name}/spans"].tolist()]
+
+
+@pytest.mark.parametrize(
+    ("samples", "starts"),
+    # 2.3 - 2 in double precision is a little less than 0.3, and 2.1 - 2 a little more than 0.1.
+    [(36_800, [0, 2399, 4799]), (33_600, [0, 800, 1600]), (80_000, [0, 24_000, 48_000]), (20_000, [0, 0, 0])],
+)
+def test_published_starts_are_rounded_as_published(samples, starts):
+    found = clip_starts(Fraction(samples, 16_000), published=3, coverage="published", max_clips=64, name="x")
+    assert [int(start * 16_000) for start in found] == starts
+
+
+def test_half_of_the_sounds_of_two_to_six_seconds_start_a_sample_before_the_exact_place():
+    earlier = 0
+    lengths = range(32_000, 96_000, 101)
+    for samples in lengths:
+        duration = Fraction(samples, 16_000)
+        found = clip_starts(duration, published=3, coverage="published", max_clips=64, name="x")
+        exact = [(duration - 2) * number / 2 for number in range(3)]
+        shifts = {int(a * 16_000) - int(b * 16_000) for a, b in zip(found, exact, strict=True)}
+        assert shifts <= {-1, 0}
+        earlier += shifts == {-1, 0}
+    assert 0.4 < earlier / len(lengths) < 0.6
 
 
 def test_clips_are_computed_from_their_own_samples():

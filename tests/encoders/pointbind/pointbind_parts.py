@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bindllm.encoders.pointbind.loading import build_network
+from bindllm.encoders.pointbind.networks import build_network
 from goldens import fill, keys
 
 POINTS = 96

@@ -10,7 +10,7 @@ from pointbind_parts import POINTS, SIZES, bumpy, write_small
 from safetensors.torch import load_file, save_file
 
 from bindllm.encoders import Encoder, PointBind
-from bindllm.encoders.pointbind.i2pmae import I2PMAE
+from bindllm.encoders.pointbind.networks import I2PMAE
 from bindllm.errors import EncoderError, InputError, MediaError
 from bindllm.media import Media
 from bindllm.testing import check_encoder

@@ -6,7 +6,7 @@ import torch
 
 from bindllm.encoders.pointbind import cloud
 from bindllm.encoders.pointbind.cloud import farthest_points, gather, make_level, nearest_points, within
-from bindllm.encoders.pointbind.i2pmae import DEAD_ZONE
+from bindllm.encoders.pointbind.networks import DEAD_ZONE
 from goldens import fill_input, golden
 
 

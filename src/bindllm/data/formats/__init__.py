@@ -7,19 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from bindllm.data.formats.columns import Fields
 from bindllm.data.formats.dialogs import llava, messages, preference, sharegpt
 from bindllm.data.formats.questions import alpaca, caption, choice, instruction, minigpt4, vqa
-from bindllm.data.messages import MediaResolver, RowError
-from bindllm.data.report import Skipped
+from bindllm.data.messages import MediaResolver
 from bindllm.data.rows import Row
 from bindllm.data.source_config import SourceConfig
 from bindllm.data.tables import Record
-from bindllm.errors import InputError
 
-__all__ = ["FORMATS", "RowFormat", "read_row", "skip"]
+__all__ = ["FORMATS", "read_row"]
 
-RowFormat = Callable[[Fields], Row]
-"""Reads one record; raises InputError with the reason if it cannot be used. It keeps nothing between calls."""
-
-FORMATS: Mapping[str, RowFormat] = {
+FORMATS: Mapping[str, Callable[[Fields], Row]] = {
     "caption": caption,
     "messages": messages,
     "llava": llava,
@@ -31,7 +26,7 @@ FORMATS: Mapping[str, RowFormat] = {
     "choice": choice,
     "preference": preference,
 }
-"""The reader of each format, by the name that recipes use."""
+"""The reader of each format, by the name that recipes use. It raises `InputError` if a record cannot be used."""
 
 
 def read_row(
@@ -57,20 +52,3 @@ def read_row(
         InputError: the record cannot be used.
     """
     return FORMATS[config.format](Fields(record, config, resolve, unnamed, name, source))
-
-
-def skip(error: InputError, name: str, skipped: Skipped) -> None:
-    """Count a record that cannot be used.
-
-    The parts of the reason that differ from record to record, such as the path of a missing file, go with the name,
-    so that equal reasons are counted together.
-
-    Args:
-        error: raised by `read_row`.
-        name: of the record.
-        skipped: where it is counted.
-    """
-    if isinstance(error, RowError) and error.detail:
-        skipped.add(error.reason, f"{name}: {error.detail}")
-    else:
-        skipped.add(str(error), name)

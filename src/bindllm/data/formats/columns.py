@@ -17,6 +17,7 @@ from bindllm.data.messages import (
     RowError,
     answered,
     parse_messages,
+    placeholders_in,
 )
 from bindllm.data.rows import Row, Task
 from bindllm.data.source_config import SPLITS, Format, SourceConfig, Split, split_named
@@ -49,6 +50,10 @@ _MARKS: tuple[tuple[Format, tuple[str, ...]], ...] = (
     ("minigpt4", ("image_id", "caption")),
     ("caption", ("caption",)),
 )
+SPELLED = (
+    "a placeholder such as <image> but no media for it, kept as text; check the name of the media column"
+)
+"""Remark on a row."""
 _MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios")
 
 
@@ -110,6 +115,7 @@ class Fields:
         Raises:
             RowError: no column, or no text in it.
         """
+        # A cell of white space is empty.
         text = as_text(self.require(field), self.column(field))
         if not text:
             raise RowError(f"nothing in column {self.column(field)!r}")
@@ -120,19 +126,22 @@ class Fields:
         text = self.text("system")
         return [{"role": "system", "content": text}] if text else []
 
-    def media(self, *, required: bool = False, needs_placeholders: bool = False) -> RecordMedia:
+    def media(
+        self, *, required: bool = False, needs_placeholders: bool = False, only_own: bool = False
+    ) -> RecordMedia:
         """Return the media in the columns of the record: ``image`` or ``images``, and so on for each modality.
 
         Args:
             required: refuse a record without media.
             needs_placeholders: refuse media without a placeholder.
+            only_own: leave out columns of other modalities than that of the source.
 
         Raises:
             RowError: the record has no media, and they are required.
         """
-        # The modality of the source may be the user's own word, such as radar.
+        # How to read this: the column of each modality, the values in it, then values that no column names.
         own = self.config.modality
-        modalities = (*FILE_MODALITIES, own) if own not in FILE_MODALITIES else FILE_MODALITIES
+        modalities = (own,) if only_own else self._modalities()
         columns = {modality: self._media_column(modality) for modality in modalities}
         values = {modality: self._media_values(column) for modality, column in columns.items()}
         # Without a column, None asks the resolver for the media of the record itself.
@@ -148,10 +157,10 @@ class Fields:
             unnamed=self.unnamed,
         )
 
-    def has_media(self) -> bool:
-        """Whether the record names media in a column, or some belong to it without being named."""
-        columns = {self._media_column(modality) for modality in (*FILE_MODALITIES, self.config.modality)}
-        return any(self._media_values(column) for column in columns) or bool(self.unnamed())
+    def media_columns(self) -> dict[str, str]:
+        """Return the columns that hold media, by modality."""
+        columns = {modality: self._media_column(modality) for modality in self._modalities()}
+        return {modality: column for modality, column in columns.items() if self._media_values(column)}
 
     def row(self, messages: Sequence[object], media: RecordMedia, task: Task, **facts: Any) -> Row:
         """Return the row of messages that end with an answer.
@@ -167,25 +176,37 @@ class Fields:
         """
         return self.row_of(parse_messages(messages, media), task, **facts)
 
-    def row_of(self, messages: Sequence[Message], task: Task, **facts: Any) -> Row:
+    def row_of(
+        self, messages: Sequence[Message], task: Task, *, remarks: tuple[str, ...] = (), **facts: Any
+    ) -> Row:
         """Return the row of parsed messages, as `row` does."""
         conversation, kind = answered(messages), self.value("type")
+        questions = [message.text for message in messages if message.role == "user"]
+        # Most texts have no "<", and the test is cheaper than the regular expression.
+        is_spelled = any("<" in text and placeholders_in(text) for text in questions)
         facts = {"references": (conversation.messages[-1].text,), **facts}
         return Row(
             conversation,
             name=self.name,
             source=self.source,
             task=task,
-            type=kind.strip() if isinstance(kind, str) else "",
+            # In a row without kinds of questions, the column may hold anything else.
+            type=as_text(kind, "type") if type(kind) in (str, int, float) else "",
             split=self._split(),
+            remarks=(*remarks, SPELLED) if is_spelled else remarks,
             **facts,
         )
 
     def hint(self) -> str:
         """Return a sentence that names the format which the record looks like, if it is another one."""
         found = looks_like(self.record)
+        # A row that looks like its own format has another fault.
         other = found is not None and found != self.config.format
         return f" This row looks like {found}; set format: {found}" if other else ""
+
+    def _modalities(self) -> tuple[str, ...]:
+        # The modality of the source may be the user's own word, such as radar.
+        return tuple(dict.fromkeys((*FILE_MODALITIES, self.config.modality)))
 
     def _media_column(self, modality: str) -> str:
         # "image" is the default, so it means that the column was not renamed.
@@ -218,11 +239,13 @@ class Fields:
 
     def _split(self) -> Split | None:
         column = self.config.columns.split
-        # An empty cell is a row without a split.
-        value = (self.record.get(column) if column and self.config.split is None else None) or None
+        if column is None or self.config.split is not None:
+            return None
+        value = as_text(self.record.get(column), column)
         split = split_named(value)
-        if value is not None and split is None:
-            raise RowError(f"unknown split {reprlib.repr(value)}. {did_you_mean(str(value), SPLITS)}")
+        # An empty cell is a row without a split.
+        if value and split is None:
+            raise RowError(f"unknown split {reprlib.repr(value)}. {did_you_mean(value, SPLITS)}")
         return split
 
 
@@ -295,7 +318,8 @@ def looks_like(record: Record) -> Format | None:
 
 
 def _listed(value: object) -> list[object]:
-    """Return the media values of a column; Arrow writes missing media as a struct of empty values."""
+    """Return the media values of a column; Arrow writes missing media as a struct of empty values, pandas as NaN."""
     value = json_list(value)
     values = value if isinstance(value, list) else [value]
-    return [one for one in values if (any(one.values()) if isinstance(one, Mapping) else bool(one))]
+    # NaN is the only value that differs from itself.
+    return [one for one in values if (any(one.values()) if isinstance(one, Mapping) else one and one == one)]

@@ -24,6 +24,7 @@ def messages(fields: Fields) -> Row:
 
     The columns ``image`` or ``images`` hold the media of placeholders and of parts such as ``{"type": "image"}``.
     """
+    # The column system comes first: a system message inside the turns is joined with it.
     turns = as_list(fields.require("messages"), "messages")
     return fields.row([*fields.system(), *turns], fields.media(), "chat")
 
@@ -46,7 +47,7 @@ def sharegpt(fields: Fields) -> Row:
         RowError: the record has media.
     """
     turns = _sharegpt_turns(fields)
-    if fields.has_media():
+    if fields.media_columns() or fields.unnamed():
         raise RowError(f"sharegpt has no media.{fields.hint()}")
     return fields.row(turns, RecordMedia(fields.resolve), "chat")
 

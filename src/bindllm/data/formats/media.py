@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
@@ -21,6 +22,7 @@ class FolderResolver:
 
     Args:
         root: folder that paths are relative to.
+        allow_outside: whether a row may name a file outside the folder.
 
     Examples:
         >>> FolderResolver.of(SourceConfig("data/qa/train.jsonl")).root
@@ -28,54 +30,58 @@ class FolderResolver:
     """
 
     root: str
+    allow_outside: bool = True
 
     @classmethod
     def of(cls, config: SourceConfig) -> FolderResolver:
         """Return the resolver of a source: for the folder that it names, else for that of its table."""
-        return cls(folder_of(config.path) if config.media is None else config.media)
+        # The folder of the table is what other tools assume; a recipe may name another one.
+        if config.media is not None:
+            root = config.media
+        elif config.path.startswith(HUB):
+            # A dataset of the hub has no folder; its paths start at the working directory.
+            root = ""
+        else:
+            root = config.path if os.path.isdir(config.path) else os.path.dirname(config.path)
+        return cls(root, config.allow_outside)
 
     def __call__(self, modality: str, value: object) -> Media:
-        """Return the media that a value refers to."""
-        return read_media(modality, value, lambda name: find_file(self.root, modality, name))
+        """Return the media that a value refers to.
 
+        Raises:
+            RowError: they do not exist, are not a regular file, or are in another folder and must not be.
+        """
+        return read_media(modality, value, lambda name: self._find(modality, name))
 
-def folder_of(table: str | Path) -> str:
-    """Return the folder that paths in a table are relative to; for a dataset of the hub the working directory.
+    def key(self, media: Media) -> str:
+        """Return the key that decides the split of media: the path in the folder, the text, or the hash of the content.
 
-    Examples:
-        >>> folder_of("data/qa/train.jsonl"), folder_of("hf://organization/dataset")
-        ('data/qa', '')
-    """
-    if str(table).startswith(HUB):
-        return ""
-    return str(table) if os.path.isdir(table) else os.path.dirname(table)
+        Every spelling of a path has the same key, and so does a link to the file.
 
+        Examples:
+            >>> FolderResolver("data/qa").key(Media.image("data/./cat.png"))
+            '../cat.png'
+        """
+        if isinstance(media.source, bytes):
+            return hashlib.sha256(media.source).hexdigest()
+        if media.modality == "text":
+            return str(media.source)
+        # Relative to the folder, so that a data set keeps its splits when it moves.
+        return os.path.relpath(os.path.realpath(media.source), self._real_root)
 
-def find_file(root: str, modality: str, name: str) -> str:
-    """Return the path of a file that a row names.
+    @cached_property
+    def _real_root(self) -> str:
+        return os.path.realpath(self.root)
 
-    Raises:
-        RowError: it does not exist.
-    """
-    file = os.path.join(root, name)
-    if not os.path.isfile(file):
-        raise RowError(f"no such {modality} file", name)
-    return file
-
-
-def media_key(media: Media, root: str) -> str:
-    """Return the key that decides the split of media: the path in the folder, the text, or the hash of the content.
-
-    Examples:
-        >>> media_key(Media.image("data/qa/./cat.png"), "data/qa")
-        'cat.png'
-    """
-    if isinstance(media.source, bytes):
-        return hashlib.sha256(media.source).hexdigest()
-    if media.modality == "text":
-        return str(media.source)
-    # Relative to the folder, so that a data set keeps its splits when it moves.
-    return os.path.normpath(str(media.source).removeprefix(os.path.join(root, "")))
+    def _find(self, modality: str, name: str) -> str:
+        # Path removes "./" and "//", but not "..", which may follow a link.
+        file = str(Path(self.root, name))
+        # Not a folder, a pipe or a device.
+        if not os.path.isfile(file):
+            raise RowError(f"no such {modality} file", name)
+        if not self.allow_outside and not Path(os.path.realpath(file)).is_relative_to(self._real_root):
+            raise RowError(f"{modality} file outside the folder of the source", name)
+        return file
 
 
 def read_media(modality: str, value: object, find: Callable[[str], str | bytes]) -> Media:
@@ -109,8 +115,13 @@ def read_media(modality: str, value: object, find: Callable[[str], str | bytes])
         )
     if scheme == "data":
         return Media(modality, _decode_uri(modality, value))
-    # A file: URL spells special characters as %20 and so on.
-    return Media(modality, find(unquote(urlsplit(value).path) if scheme == "file" else value))
+    if scheme == "file":
+        url = urlsplit(value)
+        if url.netloc not in ("", "localhost"):
+            raise RowError(f"a file: URL of another machine as {modality} file", value)
+        # It spells special characters as %20 and so on.
+        value = unquote(url.path)
+    return Media(modality, find(value))
 
 
 def _decode_uri(modality: str, uri: str) -> bytes:

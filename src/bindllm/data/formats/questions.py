@@ -22,20 +22,28 @@ MINIGPT4_IMAGES = "image/{}.jpg"
 """Path of the image of an ``image_id`` in MiniGPT-4, relative to its table."""
 QUESTION = "{question}"
 """Stands for the question in a prompt of ``vqa``."""
+CONTROL = "a caption with control characters, removed"
+"""Remark on a row."""
 _BYTE_ORDER_MARK = "\ufeff"
 
 
 def caption(fields: Fields) -> Row:
     """Read ``{"image": path, "caption": text or list of texts}``; the first caption is learned, all are references.
 
-    A table or a folder of captions is read as a whole by `bindllm.data.sources`, which makes a row of each caption of
-    an image; this is for records that come one by one, from a stream.
+    `bindllm.data.sources` makes a record of each caption of a table; from a stream, a record may have several.
     """
     value = json_list(fields.require("caption"), (str,))
-    captions = [_clean(one) for one in (value if isinstance(value, list) else [value])]
+    captions = value if isinstance(value, list) else [value]
     if not captions:
         raise RowError("no caption")
-    return _described(fields, captions, fields.media(required=True))
+    # A table may serve sources of several modalities, each with its own column.
+    others = [
+        column for modality, column in fields.media_columns().items() if modality != fields.config.modality
+    ]
+    unused = (
+        (f"media of other modalities than the source's, not used ({', '.join(others)})",) if others else ()
+    )
+    return _described(fields, captions, fields.media(required=True, only_own=True), unused)
 
 
 def minigpt4(fields: Fields) -> Row:
@@ -44,7 +52,7 @@ def minigpt4(fields: Fields) -> Row:
     if not isinstance(number, str | int) or not str(number).strip():
         raise RowError(f"no column 'image_id'. {did_you_mean('image_id', fields.record)}{fields.hint()}")
     media = RecordMedia(fields.resolve, {"image": [MINIGPT4_IMAGES.format(number)]})
-    return _described(fields, [_clean(fields.require("caption"))], media)
+    return _described(fields, [fields.require("caption")], media)
 
 
 def vqa(fields: Fields) -> Row:
@@ -68,8 +76,8 @@ def choice(fields: Fields) -> Row:
 
     Media are optional. The reference is the sentence that `answer_of` writes, with or without a rationale.
     """
-    options = _options(fields)
-    right = answer_of(options, _index(fields.require("answer"), options, _labels(fields, options)))
+    options, labels = _options(fields)
+    right = answer_of(options, _index(fields.require("answer"), options, labels))
     answer = right
     if fields.config.rationale:
         answer = "\n".join([*filter(None, (fields.text("lecture"), fields.text("solution"))), right])
@@ -130,16 +138,21 @@ def _exchange(question: str | list[str], answer: str) -> list[dict[str, object]]
 
 def _listing(options: tuple[str, ...], hint: str) -> str:
     context = f"\nContext: {hint}" if hint else ""
-    # There are 26 letters and usually fewer options.
+    # There are 26 letters and usually fewer options; an empty one is not listed, and the others keep their letters.
     lettered = " ".join(
-        f"({letter}) {option}" for letter, option in zip(ascii_uppercase, options, strict=False)
+        f"({letter}) {option}" for letter, option in zip(ascii_uppercase, options, strict=False) if option
     )
     return f"{context}\nOptions: {lettered}"
 
 
-def _described(fields: Fields, captions: list[str], media: RecordMedia) -> Row:
-    references = tuple(dict.fromkeys(captions))
-    return fields.row(_exchange(fields.config.prompt, captions[0]), media, "caption", references=references)
+def _described(
+    fields: Fields, captions: list[object], media: RecordMedia, remarks: tuple[str, ...] = ()
+) -> Row:
+    cleaned = [_clean(value) for value in captions]
+    references = tuple(dict.fromkeys(text for text, _ in cleaned))
+    remarks += (CONTROL,) if any(had_control for _, had_control in cleaned) else ()
+    messages = _exchange(fields.config.prompt, references[0])
+    return fields.row(messages, media, "caption", references=references, remarks=remarks)
 
 
 def _instructed(fields: Fields, between: str) -> Row:
@@ -150,13 +163,13 @@ def _instructed(fields: Fields, between: str) -> Row:
     return fields.row(messages, fields.media(), "chat")
 
 
-def _clean(value: object) -> str:
+def _clean(value: object) -> tuple[str, bool]:
     if not isinstance(value, str):
         raise RowError("no caption" if value is None else "the caption is not a text")
-    text, _ = clean_caption(value)
+    text, had_control = clean_caption(value)
     if not is_visible(text):
         raise RowError("empty caption")
-    return text
+    return text, had_control
 
 
 def _is_control(char: str) -> bool:
@@ -176,49 +189,46 @@ def _answers(value: object) -> list[str]:
     return answers
 
 
-def _options(fields: Fields) -> tuple[str, ...]:
-    """Return the options: a list, a list as JSON text, or a column for each letter."""
+def _options(fields: Fields) -> tuple[tuple[str, ...], list[str]]:
+    """Return the options, "" for an empty one, and the record's own names of them, as in ARC, if it has any.
+
+    The options are a list, a list as JSON text, or a column for each letter.
+    """
     value, record = fields.value("choices"), fields.record
-    # Some tables have a column for each option; the first empty one ends the list.
     if value is None and "A" in record and "B" in record:
-        lettered = [as_text(record.get(letter), letter) for letter in ascii_uppercase]
-        value = lettered[: lettered.index("")] if "" in lettered else lettered
+        value = [record.get(letter) for letter in ascii_uppercase]
     value = fields.require("choices") if value is None else value
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
             raise RowError("the choices are not a list") from error
+    labels = None
     # ARC: ``{"text": [...], "label": [...]}``.
     if isinstance(value, Mapping):
-        value = value.get("text")
+        value, labels = value.get("text"), value.get("label")
     if not isinstance(value, list):
         raise RowError("the choices are not a list")
-    options = tuple(as_text(option, "choices") for option in value)
-    if not 2 <= len(options) <= len(ascii_uppercase):
-        raise RowError(f"{len(options)} choices; expected 2 to {len(ascii_uppercase)}")
-    if "" in options:
-        raise RowError("an empty choice")
-    return options
-
-
-def _labels(fields: Fields, options: tuple[str, ...]) -> list[str]:
-    """Return the record's own names of its options, as in ARC: ``{"text": [...], "label": [...]}``."""
-    value = fields.value("choices")
-    labels = value.get("label") if isinstance(value, Mapping) else None
+    options = [as_text(option, "choices") for option in value]
+    # Empty cells at the end are no options; one in the middle keeps its letter, so that the others keep theirs.
+    while options and not options[-1]:
+        options.pop()
+    if len(list(filter(None, options))) < 2 or len(options) > len(ascii_uppercase):
+        raise RowError(f"{len(options)} choices; expected 2 to {len(ascii_uppercase)} that are not empty")
     if not isinstance(labels, list):
-        return []
-    labels = [as_text(label, "choices") for label in labels]
+        return tuple(options), []
+    labels = [as_text(label, "choices") for label in labels[: len(options)]]
     if len(set(labels)) != len(options):
         raise RowError(f"{len(set(labels))} labels for {len(options)} choices")
-    return labels
+    return tuple(options), labels
 
 
 def _index(answer: object, options: tuple[str, ...], labels: list[str]) -> int:
     """Return the index of the right option."""
     # Labels decide first: in ARC, "1" may be the name of the first option instead of an index.
     if labels and not isinstance(answer, bool) and (label := as_text(answer, "answer")) in labels:
-        return labels.index(label)
+        # An empty option has a label too, and is none of the choices.
+        answer = labels.index(label)
     # Tables with gaps turn whole numbers into floats.
     if isinstance(answer, float) and answer.is_integer():
         answer = int(answer)
@@ -233,7 +243,7 @@ def _index(answer: object, options: tuple[str, ...], labels: list[str]) -> int:
             readings.add(ascii_uppercase.index(letter))
         if text.isdecimal():
             readings.add(int(text))
-    readings = {index for index in readings if 0 <= index < len(options)}
+    readings = {index for index in readings if 0 <= index < len(options) and options[index]}
     # "1" may be an index and also the text of an option.
     if len(readings) > 1:
         raise RowError("the answer can be read as more than one of the choices; give its index, from 0")

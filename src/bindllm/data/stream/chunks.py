@@ -1,25 +1,76 @@
-"""From the samples of shards to chunks: read, tokenized, embedded, and grouped into batches."""
+"""From the samples of shards to chunks: read, tokenized, embedded and grouped into batches, without a file on disk."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from bindllm.data.formats import skip
+import torch
+from torch import Tensor
+
+from bindllm.conversation import Conversation
+from bindllm.data.collate import MediaGroup
 from bindllm.data.report import Skipped
 from bindllm.data.rows import Sample, make_sample
 from bindllm.data.source_config import SourceConfig
-from bindllm.data.stream.embed import EmbeddedSamples, embed_samples
 from bindllm.data.stream.plan import Mixture, Position, StreamState, group_by_length
 from bindllm.data.stream.samples import read_row
 from bindllm.data.stream.shards import BAD_SHARD, TarSample
-from bindllm.embeddings.embedder import Embedder
+from bindllm.embeddings.embedder import Embedded, Embedder, Work
+from bindllm.encoders import Encoder
+from bindllm.encoders.fusion import common_size, fuse
 from bindllm.errors import InputError
+from bindllm.media import Media
+from bindllm.parallel import RunContext
 
+CANNOT_EMBED = "media that cannot be embedded"
 MAX_EMPTY_CHUNKS = 10
 """Successive chunks without a usable row after which a run ends."""
+
+
+# Second entry of the seed, as `plan._ORDER_OF_SHARDS`.
+_ORDER_OF_ROWS = 3
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """Settings of the data section of a recipe that hold for all streams.
+
+    Args:
+        batch_size: rows of a batch, per process.
+        max_length: maximum number of tokens of a row.
+        seed: of the order.
+        chunk: samples that are shuffled and grouped by length together.
+    """
+
+    batch_size: int
+    max_length: int
+    seed: int
+    chunk: int
+
+
+@dataclass
+class EmbeddedSamples:
+    """Samples whose media are embedded.
+
+    Args:
+        samples: their media are names without content.
+        embeddings: the fused embedding of each of their media groups, unit norm, [E].
+        embedding_size: E.
+    """
+
+    samples: list[Sample]
+    embeddings: dict[MediaGroup, Tensor]
+    embedding_size: int
+
+    def lookup(self, groups: Sequence[MediaGroup]) -> Tensor:
+        """Return the embedding of each media group, [N, E]."""
+        if not groups:
+            return torch.zeros(0, self.embedding_size)
+        return torch.stack([self.embeddings[group] for group in groups])
 
 
 @dataclass
@@ -33,6 +84,7 @@ class Chunk:
         batches: indices into ``embedded`` of the rows of each batch.
         read: number of samples that were read.
         skipped: samples and shards that cannot be used.
+        remarks: samples that are used and have a fault.
     """
 
     start: StreamState
@@ -41,33 +93,30 @@ class Chunk:
     batches: list[list[int]]
     read: int = 0
     skipped: Skipped = field(default_factory=Skipped)
+    remarks: Skipped = field(default_factory=Skipped)
 
 
 @dataclass
 class ChunkReader:
     """Makes chunks, each a pure function of the one before.
 
-    A chunk ends after ``size`` samples, or when a stream begins its next pass: no sample is in a chunk twice.
+    A chunk ends after ``options.chunk`` samples, or when a stream begins its next pass: no sample is in a chunk twice.
 
     Args:
         mixture: source of the samples.
         sources: the recipe's index and configuration of each stream of the mixture.
-        tokenizer: used only by this reader.
-        embedder: embeds the media of the samples.
-        max_length: maximum number of tokens of a sample.
-        size: maximum number of samples of a chunk.
-        batch_size: maximum number of rows of a batch.
-        seed: of the order inside the chunks.
+        tokenizer: of the decoder; copied, because the loader's thread must not share it.
+        encoders: embed the media of the samples; on the CPU again afterwards.
+        options: settings of all streams.
+        context: the device that the encoders run on, and the rank of this process.
     """
 
     mixture: Mixture
     sources: Sequence[tuple[int, SourceConfig]]
     tokenizer: Any
-    embedder: Embedder
-    max_length: int
-    size: int
-    batch_size: int
-    seed: Sequence[int]
+    encoders: Sequence[Encoder]
+    options: StreamOptions
+    context: RunContext
 
     def read(self, start: StreamState, stopped: Callable[[], bool] = lambda: False) -> Iterator[Chunk]:
         """Yield chunks, starting with the chunk of a state, without end.
@@ -79,31 +128,43 @@ class ChunkReader:
         Raises:
             InputError: no sample can be used.
         """
-        with closing(_Reading(self, start.positions, stopped)) as reading:
-            # ``empty`` holds the reasons since the last usable row, for the error message.
-            number, empty, last_used = start.chunk, Skipped(), start
-            while True:
-                # Before reading: the start of this chunk.
-                positions = reading.positions
-                skipped, taken = Skipped(), reading.taken
-                embedded = embed_samples(self.embedder, reading.samples(skipped), skipped.add)
-                # An incomplete chunk would have other batches than the same chunk after a resume.
-                if stopped():
-                    return
-                batches = group_by_length(
-                    [sample.length for sample in embedded.samples],
-                    batch_size=self.batch_size,
-                    # With the chunk's index in the seed, a saved state needs no generator.
-                    seed=(*self.seed, number),
-                )
-                begin, end = StreamState(number, 0, positions), StreamState(number + 1, 0, reading.positions)
-                yield Chunk(begin, end, embedded, batches, reading.taken - taken, skipped)
-                number += 1
-                if batches:
-                    empty, last_used = Skipped(), end
-                else:
-                    empty.update(skipped)
-                    _check_not_empty(empty, last_used, end)
+        threads, device = self.context.processes.num_threads, self.context.device
+        try:
+            with (
+                Embedder(self.encoders, device=device, threads=threads) as embedder,
+                closing(_Reading(self, start.positions, stopped)) as reading,
+            ):
+                yield from self._chunks(reading, embedder, start)
+        finally:
+            # Frees their memory on the accelerator.
+            for encoder in self.encoders:
+                encoder.to("cpu")
+
+    def _chunks(self, reading: _Reading, embedder: Embedder, start: StreamState) -> Iterator[Chunk]:
+        # ``empty`` holds the reasons since the last usable row, for the error message.
+        number, empty, last_used = start.chunk, Skipped(), start
+        while True:
+            # Before reading: the start of this chunk.
+            positions = reading.positions
+            skipped, remarks, taken = Skipped(), Skipped(), reading.taken
+            embedded = embed_samples(embedder, reading.samples(skipped, remarks), skipped.add)
+            # An incomplete chunk would have other batches than the same chunk after a resume.
+            if reading.stopped():
+                return
+            batches = group_by_length(
+                [sample.length for sample in embedded.samples],
+                batch_size=self.options.batch_size,
+                # With the chunk's index in the seed, a saved state needs no generator.
+                seed=(self.options.seed, _ORDER_OF_ROWS, self.context.processes.rank, number),
+            )
+            begin, end = StreamState(number, 0, positions), StreamState(number + 1, 0, reading.positions)
+            yield Chunk(begin, end, embedded, batches, reading.taken - taken, skipped, remarks)
+            number += 1
+            if batches:
+                empty, last_used = Skipped(), end
+            else:
+                empty.update(skipped)
+                _check_not_empty(empty, last_used, end)
 
 
 def _check_not_empty(empty: Skipped, since: StreamState, now: StreamState) -> None:
@@ -123,6 +184,7 @@ class _Reading:
         self, reader: ChunkReader, positions: Sequence[Position], stopped: Callable[[], bool]
     ) -> None:
         self.reader, self.positions, self.stopped = reader, tuple(positions), stopped
+        self.tokenizer = copy.deepcopy(reader.tokenizer)
         self.taken = 0
         self._bad: list[str] = []
         self._drawn = reader.mixture.read(positions, self._bad)
@@ -132,11 +194,11 @@ class _Reading:
         """Close the shards."""
         self._drawn.close()
 
-    def samples(self, skipped: Skipped) -> Iterator[Sample]:
-        """Yield the samples of the next chunk that can be tokenized; count the others."""
+    def samples(self, skipped: Skipped, remarks: Skipped) -> Iterator[Sample]:
+        """Yield the samples of the next chunk that can be tokenized; count the others, and faults."""
         # The pass of each stream in this chunk.
         passes: dict[int, int] = {}
-        for _ in range(self.reader.size):
+        for _ in range(self.reader.options.chunk):
             if self.stopped():
                 return
             drawn = next(self._drawn) if self._held is None else self._held
@@ -152,18 +214,87 @@ class _Reading:
             for message in self._bad:
                 skipped.add(BAD_SHARD, message)
             self._bad.clear()
-            if (made := self._make(number, sample, skipped)) is not None:
+            source, config = self.reader.sources[number]
+            try:
+                row = read_row(sample, config, source)
+                # A row may name a split of its own; only training rows are trained on.
+                if row.split not in (None, "train"):
+                    raise InputError(f"a row of the split {row.split}")
+                made = make_sample(row, self.tokenizer, self.reader.options.max_length)
+            except InputError as error:
+                skipped.add_error(error, sample.name)
+            else:
+                for remark in row.remarks:
+                    remarks.add(remark, row.name)
                 yield made
 
-    def _make(self, number: int, sample: TarSample, skipped: Skipped) -> Sample | None:
-        reader = self.reader
-        source, config = reader.sources[number]
+
+def embed_samples(
+    embedder: Embedder, samples: Iterable[Sample], skip: Callable[[str, str], None]
+) -> EmbeddedSamples:
+    """Embed the media of samples; a sample with media that cannot be embedded is skipped.
+
+    The same samples in the same order give the same batches for the encoder, and so the same bits.
+
+    Args:
+        embedder: of the encoders of the model.
+        samples: read only as far ahead as the memory for prepared media allows.
+        skip: called with the reason and the name of each skipped sample.
+
+    Raises:
+        InputError: media of a modality that no encoder serves, or encoders of different embedding sizes.
+    """
+    size = common_size(embedder.encoders)
+    read: list[Sample] = []
+
+    def works() -> Iterator[Work[Media]]:
+        for sample in samples:
+            names = _names(sample)
+            # Without its media: a chunk of their contents would not fit into memory.
+            read.append(light := _renamed(sample, names))
+            # Media of an answer that was cut off are not needed.
+            needed = {name for group in light.media for name in group}
+            yield from (Work(name, media, name.source) for media, name in names.items() if name in needed)
+
+    # All samples in one call, so that batches are filled across samples.
+    results = {result.key: result for result in embedder.embed(works())}
+    kept: list[Sample] = []
+    embeddings: dict[MediaGroup, Tensor] = {}
+    for sample in read:
         try:
-            row = read_row(sample, config, source)
-            # A row may name a split of its own; only training rows are trained on.
-            if row.split not in (None, "train"):
-                raise InputError(f"a row of the split {row.split}")
-            return make_sample(row, reader.tokenizer, reader.max_length)
+            # All or nothing: a sample is never trained on with a part of its media.
+            embeddings |= {group: _fuse(group, results) for group in sample.media}
+            kept.append(sample)
         except InputError as error:
-            skip(error, sample.name, skipped)
-            return None
+            skip(CANNOT_EMBED, f"{sample.name}: {error}")
+    return EmbeddedSamples(kept, embeddings, size)
+
+
+def _fuse(group: MediaGroup, results: dict[Media, Embedded[Media]]) -> Tensor:
+    for media in group:
+        if error := results[media].error:
+            raise InputError(error)
+    rows = torch.stack([results[media].embedding for media in group])  # [M, E]
+    return fuse(rows, torch.tensor([media.weight for media in group]))
+
+
+def _names(sample: Sample) -> dict[Media, Media]:
+    """Return the replacement of each media of a sample: its position, which no other media of a run has."""
+    # Of the whole conversation: an answer that was cut off may have had media too.
+    media = dict.fromkeys(item for group in sample.conversation.media_groups for item in group)
+    return {
+        # The weight stays with the name, for `_fuse`.
+        item: Media(item.modality, f"{sample.name} media {number}", item.weight)
+        for number, item in enumerate(media, start=1)
+    }
+
+
+def _renamed(sample: Sample, names: dict[Media, Media]) -> Sample:
+    """Return the sample with names instead of media, so that their contents are freed once they are prepared."""
+    messages = tuple(
+        replace(message, content=tuple(names.get(part, part) for part in message.content))
+        for message in sample.conversation.messages
+    )
+    # The rejected answer of preference data is a conversation of its own.
+    rejected = None if sample.rejected is None else _renamed(sample.rejected, names)
+    return replace(sample, conversation=Conversation(messages), rejected=rejected)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -15,10 +14,9 @@ from bindllm.data.collate import Batch, Lookup, collate
 from bindllm.data.report import StreamReport
 from bindllm.data.rows import Sample
 from bindllm.data.source_config import SourceConfig
-from bindllm.data.stream.chunks import Chunk, ChunkReader
-from bindllm.data.stream.plan import Mixture, ShardStream, StreamState
+from bindllm.data.stream.chunks import Chunk, ChunkReader, StreamOptions
+from bindllm.data.stream.plan import Mixture, Position, ShardStream, StreamState
 from bindllm.data.stream.shards import expand_shards, is_remote, is_stream
-from bindllm.embeddings.embedder import Embedder
 from bindllm.encoders import Encoder
 from bindllm.errors import InputError
 from bindllm.parallel import Prefetcher, RunContext
@@ -149,6 +147,7 @@ class StreamLoader:
         self.report.read += chunk.read - seen
         self.report.waiting = len(chunk.embedded.samples) - seen
         self.report.skipped.update(chunk.skipped)
+        self.report.remarks.update(chunk.remarks)
 
     def _note_batch(self, rows: list[Sample], waited: float, begun: float | None, now: float) -> float:
         """Count a batch; return the time of the first one."""
@@ -160,27 +159,6 @@ class StreamLoader:
             return now
         self.report.seconds_waited += waited
         return begun
-
-
-# Second entry of the seed, as `plan._ORDER_OF_SHARDS`.
-_ORDER_OF_ROWS = 3
-
-
-@dataclass(frozen=True)
-class StreamOptions:
-    """Settings of the data section of a recipe that hold for all streams.
-
-    Args:
-        batch_size: rows of a batch, per process.
-        max_length: maximum number of tokens of a row.
-        seed: of the order.
-        chunk: samples that are shuffled and grouped by length together.
-    """
-
-    batch_size: int
-    max_length: int
-    seed: int
-    chunk: int
 
 
 def is_training_stream(config: SourceConfig) -> bool:
@@ -215,7 +193,7 @@ def check_streams(sources: Sequence[SourceConfig]) -> None:
             f"{streams[0].path} is streamed and {mixed[0]} is not: a run trains only on streams or on none. Pack the "
             "other source into shards too (docs/streaming.md), or only evaluate on it, with split: validation or test"
         )
-    # By absolute path or URL, because two patterns may write one file in different ways.
+    # By real path or URL, because two patterns may write one file in different ways.
     trained = {_whole(shard): config.path for config in streams for shard in expand_shards(config.path)}
     for config in held_out:
         if both := [shard for shard in expand_shards(config.path) if _whole(shard) in trained]:
@@ -226,8 +204,8 @@ def check_streams(sources: Sequence[SourceConfig]) -> None:
 
 
 def _whole(shard: str) -> str:
-    """Return a shard's URL or absolute path, which is the same however a recipe writes it."""
-    return shard if is_remote(shard) else os.path.abspath(shard)
+    """Return a shard's URL or real path, which is the same however a recipe writes it."""
+    return shard if is_remote(shard) else os.path.realpath(shard)
 
 
 def stream_loader(
@@ -254,74 +232,35 @@ def stream_loader(
     Raises:
         InputError: a stream with fewer shards than there are processes.
     """
-    streams = _Streams(sources, tokenizer, encoders, options, context)
+    # The index in the recipe is part of the seed and of every row.
+    numbered = [(n, config) for n, config in enumerate(sources) if is_training_stream(config)]
+    world = (context.processes.world_size, context.processes.rank)
+    streams = [
+        ShardStream(config.path, expand_shards(config.path), options.seed, number, *world)
+        for number, config in numbered
+    ]
+    mixture = Mixture(streams, [config.weight for _, config in numbered])
     return StreamLoader(
-        streams.chunks,
+        ChunkReader(mixture, numbered, tokenizer, encoders, options, context).read,
         partial(collate, pad_id=tokenizer.pad_token_id),
-        start=StreamState(0, 0, streams.mixture.start()),
+        start=StreamState(0, 0, (Position(),) * len(streams)),
         length=length,
-        fingerprint=streams.fingerprint(),
+        fingerprint=_fingerprint(streams, numbered, options),
         position=position,
         context=context,
     )
 
 
-class _Streams:
-    """The training streams of a recipe, and the way from their samples to chunks."""
-
-    def __init__(
-        self,
-        sources: Sequence[SourceConfig],
-        tokenizer: Any,
-        encoders: Sequence[Encoder],
-        options: StreamOptions,
-        context: RunContext,
-    ) -> None:
-        self.tokenizer, self.encoders, self.options = tokenizer, encoders, options
-        self.processes, self.device = context.processes, context.device
-        # The index in the recipe is part of the seed and of every row.
-        self.numbered = [(n, config) for n, config in enumerate(sources) if is_training_stream(config)]
-        streams = [
-            ShardStream(
-                config.path,
-                expand_shards(config.path),
-                options.seed,
-                number,
-                self.processes.world_size,
-                self.processes.rank,
-            )
-            for number, config in self.numbered
-        ]
-        self.mixture = Mixture(streams, [config.weight for _, config in self.numbered])
-
-    def chunks(self, start: StreamState, stopped: Callable[[], bool]) -> Iterator[Chunk]:
-        """Read in the loader's thread, with a tokenizer of its own: a tokenizer must not be used by two threads."""
-        threads = self.processes.num_threads
-        with Embedder(self.encoders, device=self.device, threads=threads) as embedder:
-            reader = ChunkReader(
-                self.mixture,
-                self.numbered,
-                copy.deepcopy(self.tokenizer),
-                embedder,
-                max_length=self.options.max_length,
-                size=self.options.chunk,
-                batch_size=self.options.batch_size,
-                seed=(self.options.seed, _ORDER_OF_ROWS, self.processes.rank),
-            )
-            try:
-                yield from reader.read(start, stopped)
-            finally:
-                # Frees their memory on the accelerator.
-                for encoder in self.encoders:
-                    encoder.to("cpu")
-
-    def fingerprint(self) -> str:
-        """Return hex digits that change when any batch would, as far as known without reading the shards."""
-        digest = hashlib.sha256(repr(self.options).encode())
-        for stream, (number, config) in zip(self.mixture.streams, self.numbered, strict=True):
-            digest.update(repr((number, sorted(asdict(config).items()))).encode())
-            for shard in stream.shards:
-                # Web servers are not contacted; a file that is missing now may exist in a later pass.
-                size = os.path.getsize(shard) if os.path.isfile(shard) else -1
-                digest.update(f"{shard}\n{size}\n".encode("utf-8", "surrogateescape"))
-        return digest.hexdigest()
+def _fingerprint(
+    streams: Sequence[ShardStream], numbered: Sequence[tuple[int, SourceConfig]], options: StreamOptions
+) -> str:
+    """Return hex digits that change when any batch would, as far as known without reading the shards."""
+    # The settings, then each stream with its shards: a state is a position in exactly this order.
+    digest = hashlib.sha256(repr(options).encode())
+    for stream, (number, config) in zip(streams, numbered, strict=True):
+        digest.update(repr((number, sorted(asdict(config).items()))).encode())
+        for shard in stream.shards:
+            # Web servers are not contacted; a file that is missing now may exist in a later pass.
+            size = os.path.getsize(shard) if os.path.isfile(shard) else -1
+            digest.update(f"{shard}\n{size}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()

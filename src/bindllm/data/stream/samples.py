@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
 
 from bindllm.data import formats
 from bindllm.data.formats.media import read_media
@@ -37,6 +38,7 @@ class TarResolver:
 
     sample: TarSample
     _foreign: dict[str, str] = field(default_factory=dict, init=False, repr=False)
+    _used: set[str] = field(default_factory=set, init=False, repr=False)
 
     def __call__(self, modality: str, value: object) -> Media:
         """Return the media that a value refers to; None refers to the only member of this modality.
@@ -47,43 +49,58 @@ class TarResolver:
             RowError: no such member, several, or two different names that would refer to the same one.
         """
         if value is None:
-            return Media(modality, self._only(modality))
-        return read_media(modality, value, lambda name: self._find(modality, name))
+            return Media(modality, self._content(self._only(modality)))
+        return read_media(modality, value, lambda name: self._content(self._find(modality, name)))
 
     def unnamed(self, modality: str) -> Mapping[str, Sequence[object]]:
         """Return the media of a row that names none: the only member of the modality, if there are such members."""
         return {modality: [None]} if modality != "text" and self._candidates(modality) else {}
 
-    def _find(self, modality: str, name: str) -> bytes:
-        members, file = self.sample.members, self.sample.key.rpartition("/")[2]
+    def unused(self) -> tuple[str, ...]:
+        """Return the extensions of members that may be media and that no value has referred to."""
+        return tuple(end for end in self._media() if end not in self._used)
+
+    def _media(self) -> list[str]:
+        return [end for end in self.sample.members if end not in _NOT_MEDIA]
+
+    def _content(self, end: str) -> bytes:
+        self._used.add(end)
+        return self.sample.members[end]
+
+    def _find(self, modality: str, name: str) -> str:
+        media, file = self._media(), self.sample.key.rpartition("/")[2]
         # A name in the JSON may be that of the member, or only its ending.
         for end in (name.rpartition("/")[2].removeprefix(f"{file}."), name.removeprefix(".")):
-            if end.lower() in members and end.lower() not in _NOT_MEDIA:
-                return members[end.lower()]
+            if end.lower() in media:
+                return end.lower()
         # One unknown name can only mean the only member; a second one would get the same media.
         if self._foreign.setdefault(modality, name) != name:
             raise RowError(f"several {modality} names that are not members", name)
         return self._only(modality)
 
-    def _only(self, modality: str) -> bytes:
+    def _only(self, modality: str) -> str:
         """Return the only member of a modality."""
-        found, listed = self._candidates(modality), ", ".join(f".{end}" for end in self.sample.members)
+        found = self._candidates(modality)
         if len(found) == 1:
             return found[0]
         if found:
-            raise RowError(f"several members that may be its {modality}; name one in the JSON", listed)
-        raise RowError(f"no member that is its {modality}", listed)
+            reason = f"several members that may be its {modality}; name one in the JSON"
+        else:
+            # Members with an ending that no reader knows are another fault than no members.
+            endings = f", only other endings than {', '.join(sorted(SUFFIXES.get(modality, ())))}"
+            reason = f"no member that is its {modality}{endings if self._media() else ''}"
+        raise RowError(reason, _listed(self.sample))
 
-    def _candidates(self, modality: str) -> list[bytes]:
+    def _candidates(self, modality: str) -> list[str]:
         """Return the one member with the modality in its name, else those with an ending that its files have."""
-        media = {end: content for end, content in self.sample.members.items() if end not in _NOT_MEDIA}
+        media = self._media()
         # A suffix does not decide between image, depth and thermal; a name such as 000.depth.png does.
-        named = [content for end, content in media.items() if modality in end.split(".")]
+        named = [end for end in media if modality in end.split(".")]
         if len(named) == 1:
             return named
         # Point clouds may be NPY files too, so every member may be one.
         suffixes = None if modality == "point" else SUFFIXES.get(modality)
-        return [c for end, c in media.items() if suffixes is None or f".{end.rpartition('.')[2]}" in suffixes]
+        return [end for end in media if suffixes is None or f".{end.rpartition('.')[2]}" in suffixes]
 
 
 def read_row(sample: TarSample, config: SourceConfig, source: int) -> Row:
@@ -99,8 +116,9 @@ def read_row(sample: TarSample, config: SourceConfig, source: int) -> Row:
     """
     if sample.problem:
         raise InputError(sample.problem)
+    # One resolver for each sample: it remembers the members that the row has used.
     resolve, record = TarResolver(sample), _record(sample, config)
-    return formats.read_row(
+    row = formats.read_row(
         record,
         config,
         resolve,
@@ -108,6 +126,10 @@ def read_row(sample: TarSample, config: SourceConfig, source: int) -> Row:
         name=sample.name,
         source=source,
     )
+    if unused := resolve.unused():
+        remark = f"media next to the row that it does not use ({', '.join(f'.{end}' for end in unused)})"
+        row = replace(row, remarks=(*row.remarks, remark))
+    return row
 
 
 def read_stream(
@@ -126,29 +148,28 @@ def read_stream(
     Raises:
         InputError: no sample can be used.
     """
-    limit = limit or config.limit or 1
     report = SourceReport(config.path, modality=config.modality, format=config.format)
-    rows: list[Row] = []
-    for shard in expand_shards(config.path):
-        try:
-            for sample in read_shard(shard):
-                try:
-                    rows.append(read_row(sample, config, number))
-                except InputError as error:
-                    formats.skip(error, sample.name, report.skipped)
-                if len(rows) == limit:
-                    break
-        except ShardError as error:
-            # Only the rest of this shard is lost.
-            report.skipped.add(BAD_SHARD, str(error))
-        if len(rows) == limit:
-            break
+    rows = list(islice(_rows(config, number, report), limit or config.limit or 1))
     if not rows:
         raise InputError(
             f"data source {config.path} has no sample that can be used: {'; '.join(report.skipped.lines())}"
         )
     report.count(rows)
+    # Rows of a stream have no hashed splits: a shard is either trained on or held out.
     return {split: rows if split == (config.split or "train") else [] for split in SPLITS}, report
+
+
+def _rows(config: SourceConfig, number: int, report: SourceReport) -> Iterator[Row]:
+    for shard in expand_shards(config.path):
+        try:
+            for sample in read_shard(shard):
+                try:
+                    yield read_row(sample, config, number)
+                except InputError as error:
+                    report.skipped.add_error(error, sample.name)
+        except ShardError as error:
+            # Only the rest of this shard is lost.
+            report.skipped.add(BAD_SHARD, str(error))
 
 
 def _record(sample: TarSample, config: SourceConfig) -> Record:
@@ -163,11 +184,22 @@ def _record(sample: TarSample, config: SourceConfig) -> Record:
         if not isinstance(record, dict):
             raise InputError("the member .json is not a JSON object")
     texts = [sample.members[end] for end in _TEXTS if end in sample.members]
-    if texts and not record.get(config.columns.caption):
+    if texts and record.get(config.columns.caption) in (None, "", []):
         try:
             record[config.columns.caption] = texts[0].decode("utf-8-sig").strip()
         except UnicodeDecodeError as error:
             raise InputError("its text is not UTF-8") from error
-    if not record:
-        raise InputError("neither a member .json nor .txt with content")
-    return record
+    if record:
+        return record
+    # Each way to pack a sample wrongly has its own reason: they need different remedies.
+    if "json" in sample.members:
+        raise InputError("the member .json is empty")
+    if any(end.rpartition(".")[2] in ("json", *_TEXTS) for end in sample.members):
+        reason = "a dot in the name of a sample, which ends at its first dot; rename its members"
+    else:
+        reason = "media without a row, a member .json or .txt of the same name"
+    raise RowError(reason, _listed(sample))
+
+
+def _listed(sample: TarSample) -> str:
+    return ", ".join(f".{end}" for end in sample.members)

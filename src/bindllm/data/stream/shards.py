@@ -1,6 +1,6 @@
 """Tar shards in the layout of WebDataset: the shards that a pattern names, and the samples of each.
 
-Members that follow each other and have the same path up to the first dot of their name are one sample
+Members with the same path up to the first dot of their name are one sample
 (https://github.com/webdataset/webdataset, "The WebDataset Format"): ``000.jpg`` and ``000.json``, say.
 """
 
@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import glob
 import http.client
+import os
 import re
+import stat
 import tarfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO, Self
+from typing import BinaryIO, Literal
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
@@ -31,8 +32,15 @@ SUFFIX = ".tar"
 MAX_SHARDS = 1_000_000
 """Maximum number of shards of a pattern."""
 
-MAX_MEMBER_BYTES = 1 << 30
-"""Largest member that is read: 1 GiB. A damaged header may claim any size."""
+MAX_SAMPLE_BYTES = 1 << 30
+"""Largest sample that is read, with the names of its members: 1 GiB. A damaged header may claim any size."""
+
+MAX_SKIPPED_BYTES = 1 << 40
+"""Largest member that is passed over: 1 TiB."""
+
+MAX_HEADER_BYTES = 1 << 20
+"""Largest long name or pax header that is read: 1 MiB."""
+
 
 _READ_BYTES = 1 << 20
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -51,7 +59,8 @@ class TarSample:
         shard: where the shard is.
         key: their common path in the shard.
         number: index among the samples of the shard, from 0.
-        members: contents by the rest of their name after the key and a dot, in lower case: ``{"jpg": ..., ...}``.
+        members: contents by the rest of their name after the key and a dot, in lower case: ``{"jpg": ..., ...}``;
+            none if there is a problem.
         problem: why the sample cannot be used; empty if it can.
     """
 
@@ -112,51 +121,135 @@ def expand_shards(pattern: str) -> list[str]:
 
 
 def read_shard(shard: str, *, skip: int = 0) -> Iterator[TarSample]:
-    """Yield the samples of a shard, in its order; members that are hidden, without a dot or not files are ignored.
+    """Yield the samples of a shard, in the order of their first members.
+
+    The members of a sample may be anywhere in a file. A web server is read from start to end, so there they must
+    follow each other. Hidden members, folders, and members without a dot in their name are ignored.
 
     Args:
         shard: path or http(s) URL of an uncompressed tar file.
         skip: number of samples at its start that are not read.
 
     Raises:
-        ShardError: it cannot be opened, is truncated or is damaged. The samples before the damage were yielded,
-            except the last one, which may lack members.
+        ShardError: it cannot be opened, is truncated or damaged, or comes from a server and is not sorted. The samples
+            before were yielded, except the last one, which may lack members.
     """
-    # How to read this: a sample is complete once a member with another key follows, or the shard ends.
-    number, key, members, problem = 0, None, {}, ""
+    with _opened(shard) as stream:
+        yield from (_read_url if is_remote(shard) else _read_file)(shard, stream, skip)
+
+
+# Errors of tarfile for damaged bytes: sizes beyond 64 bits, numbers that are not numbers, endless chains of headers.
+_DAMAGE = (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError)
+
+
+@dataclass
+class _Found:
+    """A sample whose members are found but not read: offset and size of each by its extension."""
+
+    key: str
+    places: dict[str, tuple[int, int]] = field(default_factory=dict)
+    size: int = 0
+    problem: str = ""
+
+    def add(self, extension: str, member: tarfile.TarInfo) -> None:
+        """Add a member; with a problem, the sample is still yielded: it keeps its number and is counted as skipped."""
+        # Names count: a member without content may have one of a megabyte.
+        self.size += member.size + len(member.name)
+        if not member.isfile():
+            self.problem = (
+                f"its member .{extension} is a link or a device; pack files (tar -h --hard-dereference)"
+            )
+        elif self.size > MAX_SAMPLE_BYTES:
+            self.problem = f"a sample of more than {MAX_SAMPLE_BYTES >> 20} MiB"
+        elif extension in self.places:
+            self.problem = f"two members .{extension}"
+        else:
+            self.places[extension] = (member.offset_data, member.size)
+
+
+def _read_file(shard: str, stream: BinaryIO, skip: int) -> Iterator[TarSample]:
+    """Yield the samples of a file: all headers first, because members of a sample may be far apart."""
+    samples: list[_Found] = []
+    latest: dict[str, _Found] = {}
+    damage, is_sorted = None, True
     try:
-        with _opened(shard) as stream, _strict_tar(stream) as tar:
-            for member in tar:
-                # Otherwise the archive keeps every member of the shard in memory.
-                tar.members = []
-                own, extension = _split(member.name)
-                if not own or not member.isfile():
-                    continue
-                if own != key:
-                    if key is not None:
-                        if number >= skip:
-                            yield TarSample(shard, key, number, members, problem)
-                        number += 1
-                    key, members, problem = own, {}, ""
-                # A skipped sample is counted, but its content is not read.
-                if number < skip:
-                    continue
-                # With a problem, the sample is still yielded: it keeps its number and is counted as skipped.
-                if member.size > MAX_MEMBER_BYTES:
-                    problem = f"a member of more than {MAX_MEMBER_BYTES >> 20} MiB"
-                elif extension in members:
-                    problem = f"two members .{extension}"
-                else:
-                    members[extension] = tar.extractfile(member).read()
-    except (tarfile.TarError, OSError) as error:
-        raise ShardError(f"{shard}: truncated or damaged after {number:,} samples ({error})") from error
-    # No member of another key follows the last sample.
-    if key is not None and number >= skip:
-        yield TarSample(shard, key, number, members, problem)
+        for key, extension, member in _members(_strict_tar(stream, "r:")):
+            found = latest.get(key)
+            follows = found is not None and found is samples[-1]
+            # Joined shards may use a key twice: a member that the sample has already begins another one.
+            if found is None or (not follows and extension in found.places):
+                samples.append(found := _Found(key))
+                latest[key] = found
+            elif not follows:
+                is_sorted = False
+            found.add(extension, member)
+    except _DAMAGE as error:
+        # The sample at the damage may lack members; in a shard without an order, every sample may.
+        damage, samples = error, samples[:-1] if is_sorted else []
+    for number, found in enumerate(samples[skip:], start=skip):
+        members = {}
+        for extension, (offset, size) in found.places.items() if not found.problem else ():
+            stream.seek(offset)
+            members[extension] = stream.read(size)
+        yield TarSample(shard, found.key, number, members, found.problem)
+    if damage is not None:
+        raise _damaged(shard, len(samples), damage)
+
+
+def _read_url(shard: str, stream: BinaryIO, skip: int) -> Iterator[TarSample]:
+    """Yield the samples of a stream: each is complete once a member with another key follows, or the shard ends."""
+    # How to read this: ``found`` is the sample that is being read, and ``seen`` holds all samples by key.
+    number, found, members = 0, None, {}
+    seen: dict[str, _Found] = {}
+    try:
+        # "r|" never seeks, so that a web server can be read.
+        tar = _strict_tar(stream, "r|")
+        for key, extension, member in _members(tar):
+            if found is None or key != found.key:
+                if key in seen and extension not in seen[key].places:
+                    raise ShardError(
+                        f"{shard}: not sorted, the members of {key} do not follow each other. Pack it again with tar "
+                        f"--sort=name, or download it; {number:,} samples before were read, maybe without all members"
+                    )
+                if found is not None:
+                    if number >= skip:
+                        yield TarSample(shard, found.key, number, members, found.problem)
+                    number += 1
+                seen[key] = found = _Found(key)
+                members = {}
+            found.add(extension, member)
+            if found.problem:
+                members = {}
+            # A skipped sample is counted, but its content is not read.
+            elif number >= skip:
+                members[extension] = tar.extractfile(member).read()
+    except ShardError:
+        raise
+    except _DAMAGE as error:
+        raise _damaged(shard, number, error) from error
+    if found is not None and number >= skip:
+        yield TarSample(shard, found.key, number, members, found.problem)
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """Yield key, extension and header of each member that belongs to a sample."""
+    for member in tar:
+        # Otherwise the archive keeps every member of the shard in memory.
+        tar.members = []
+        # Before the next header, for which tarfile would go back again and again, or skip for years.
+        if not 0 <= member.size <= MAX_SKIPPED_BYTES:
+            raise tarfile.ReadError(f"a member of {member.size:,} bytes")
+        key, extension = _split(member.name)
+        if key and not member.isdir():
+            yield key, extension, member
+
+
+def _damaged(shard: str, number: int, error: BaseException) -> ShardError:
+    return ShardError(f"{shard}: truncated or damaged after {number:,} samples ({error})")
 
 
 class _StrictHeader(tarfile.TarInfo):
-    """Accepts only zeros as the end of a shard; tarfile itself stops at anything that is not a header."""
+    """Limits headers, and accepts only zeros as the end: tarfile itself stops at anything that is not a header."""
 
     @classmethod
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> tarfile.TarInfo:
@@ -168,20 +261,39 @@ class _StrictHeader(tarfile.TarInfo):
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(f"no end marker: {error}") from error
 
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
+        header = super().frombuf(buf, encoding, errors)
+        # Long names and pax headers are read into memory as a whole.
+        if header.type not in tarfile.REGULAR_TYPES and not 0 <= header.size <= MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"an extended header of {header.size:,} bytes")
+        if header.type == tarfile.GNUTYPE_SPARSE:
+            header._refuse_sparse()
+        return header
 
-def _strict_tar(stream: BinaryIO) -> tarfile.TarFile:
-    # "r|" never seeks, so that a web server can be read.
-    return tarfile.open(fileobj=stream, mode="r|", bufsize=_READ_BYTES, tarinfo=_StrictHeader)
+    def _refuse_sparse(self, *_: object) -> None:
+        """Refuse a sparse member: a few bytes of it become gigabytes, and its map has no limit."""
+        raise tarfile.ReadError(f"{self.name} is sparse; pack without tar --sparse")
+
+    # The three forms of the map in pax headers.
+    _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = _refuse_sparse
+
+
+def _strict_tar(stream: BinaryIO, mode: Literal["r:", "r|"]) -> tarfile.TarFile:
+    return tarfile.open(fileobj=stream, mode=mode, bufsize=_READ_BYTES, tarinfo=_StrictHeader)
 
 
 @contextmanager
 def _opened(shard: str) -> Iterator[BinaryIO]:
     """Open a shard; the error for a missing one differs from that for damage."""
     try:
+        # A pipe or a device may block, or never end.
+        if not is_remote(shard) and not stat.S_ISREG(os.stat(shard).st_mode):
+            raise OSError("not a regular file")
         file = RemoteFile(shard) if is_remote(shard) else open(shard, "rb")  # noqa: SIM115 (closed below)
     except OSError as error:
         raise ShardError(f"{shard}: cannot be opened ({error.strerror or error}); check the path") from error
-    with file:
+    with closing(file):
         yield file
 
 
@@ -277,14 +389,6 @@ class RemoteFile:
         if self._response is not None:
             self._response.close()
             self._response = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _connect(self) -> None:
         """Request the rest of the file; after a temporary failure, pause and leave no response."""

@@ -25,8 +25,14 @@ from bindllm.encoders.imagebind.config import (
     how_to_convert,
     read_config,
 )
-from bindllm.encoders.imagebind.network import Trunk, load_trunk, require_trunk
-from bindllm.encoders.imagebind.views import average_views, cut_views, run_views
+from bindllm.encoders.imagebind.network import (
+    Trunk,
+    average_views,
+    cut_views,
+    load_trunk,
+    require_trunk,
+    run_views,
+)
 from bindllm.errors import EncoderError, InputError, MediaError, did_you_mean
 from bindllm.media import Media
 
@@ -37,7 +43,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Scale = Literal["unit", "published"]
 
 # Raise the number when other numbers come out for the same media: stored embeddings are then computed again.
-_REVISION = "imagebind 1"
+_REVISION = "imagebind 2"
 
 _TOKENIZER = "tokenizer.json"
 
@@ -266,6 +272,7 @@ class ImageBind:
 
     def _settings(self) -> list[str]:
         """Return the options that change the embeddings of the modalities served."""
+        # An option of a modality that is not served must not make stored embeddings useless.
         served = set(self.modalities)
         names = ["dtype", "scale"]
         if served & {"audio", "video"}:

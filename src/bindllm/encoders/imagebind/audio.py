@@ -97,20 +97,29 @@ def _filter_bank(samples: np.ndarray) -> np.ndarray:
     before = np.concatenate([frames[:, :1], frames[:, :-1]], axis=1)
     frames = (frames - _PREEMPHASIS * before) * np.hanning(_WINDOW)
     power = np.abs(np.fft.rfft(frames, _PADDED)) ** 2
-    return np.log(np.maximum(power @ _mel_weights(), _LOG_FLOOR))
+    # Kaldi leaves the highest frequency out.
+    power[:, -1] = 0.0
+    return np.log(np.maximum(power @ mel_weights(_LOWEST_HZ, _HIGHEST_HZ, MEL_BANDS, _PADDED), _LOG_FLOOR))
 
 
 @cache
-def _mel_weights() -> np.ndarray:
-    """Return 128 triangles that are linear in mel, as weights of the frequencies: [257, 128]."""
-    edges = np.linspace(_mel(_LOWEST_HZ), _mel(_HIGHEST_HZ), MEL_BANDS + 2)
-    mel = _mel(np.arange(_PADDED // 2 + 1) * (RATE / _PADDED))[:, None]
+def mel_weights(lowest: float, highest: float, bands: int, size: int) -> np.ndarray:
+    """Return triangles that are evenly spaced and linear in mel, as weights of the frequencies.
+
+    Args:
+        lowest: in hertz, where the first triangle begins.
+        highest: in hertz, where the last one ends.
+        bands: number of triangles.
+        size: samples of the Fourier transform, at `RATE`.
+
+    Returns:
+        [size / 2 + 1, bands].
+    """
+
+    def mel(hertz: float | np.ndarray) -> np.ndarray:
+        return 1127.0 * np.log1p(np.asarray(hertz) / 700.0)
+
+    edges = np.linspace(mel(lowest), mel(highest), bands + 2)
+    at = mel(np.arange(size // 2 + 1) * (RATE / size))[:, None]
     left, center, right = edges[:-2], edges[1:-1], edges[2:]
-    weights = np.maximum(0.0, np.minimum((mel - left) / (center - left), (right - mel) / (right - center)))
-    # Kaldi leaves the highest frequency out.
-    weights[-1] = 0.0
-    return weights
-
-
-def _mel(hertz: float | np.ndarray) -> np.ndarray:
-    return 1127.0 * np.log1p(np.asarray(hertz) / 700.0)
+    return np.maximum(0.0, np.minimum((at - left) / (center - left), (right - at) / (right - center)))

@@ -22,9 +22,11 @@ def clip_starts(
 ) -> list[Fraction]:
     """Return the starts of the clips of a file, in seconds, as exact fractions.
 
-    "published" spreads a fixed number of clips evenly from the start to the end; if the file is shorter than a
-    clip, all of them are the same. "full" puts clips one after the other, the last one ending with the file; a
-    file that needs more than ``max_clips`` gets that many, evenly spread, with a warning.
+    "published" spreads a fixed number of clips evenly from the start to the end; if the file is shorter than a clip,
+    all of them are the same. The published code subtracts in double precision, so these starts may be a tiny fraction
+    below the exact ones, and a clip then starts one sample or frame earlier. "full" puts clips one after the other, the
+    last one ending with the file; a file that needs more than ``max_clips`` gets that many, evenly spread, with a
+    warning.
 
     Args:
         duration: length of the file, in seconds.
@@ -50,10 +52,12 @@ def clip_starts(
         )
     if max_clips < 1:
         raise InputError(f"max_clips={max_clips}: expected at least 1")
+    if coverage == "published":
+        # As published: one subtraction in double precision, and only then exact fractions. 2.3 - 2 is a little less
+        # than 0.3, so the last clip of 2.3 seconds starts at sample 4799, not 4800.
+        return _spread(Fraction(max(float(duration) - CLIP_SECONDS, 0.0)), published)
     # Fractions, since frame times are rational: floats would pick another frame at exact borders.
     last = max(duration - CLIP_SECONDS, Fraction(0))
-    if coverage == "published":
-        return _spread(last, published)
     # Full coverage: the last clip ends with the file and may overlap the one before.
     count = max(1, ceil(duration / CLIP_SECONDS))
     if count <= max_clips:

@@ -6,12 +6,12 @@ its input (patches, windows, positions) is fixed, see `bindllm.encoders.imagebin
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from bindllm.atomic import read_json
 from bindllm.errors import EncoderError
 
 # Images and video share one trunk, so six trunks serve seven modalities.
@@ -92,12 +92,7 @@ def read_config(folder: Path) -> ImageBindConfig:
         EncoderError: the folder or its ``config.json`` is missing, or it does not describe ImageBind.
     """
     file = folder / CONFIG
-    try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise EncoderError(f"{file}: no converted ImageBind here. {how_to_convert(folder)}") from error
-    except (OSError, ValueError) as error:
-        raise EncoderError(f"{file}: cannot be read ({error}). {how_to_convert(folder)}") from error
+    entries = read_json(file, EncoderError, f"no converted ImageBind here. {how_to_convert(folder)}")
     if not isinstance(entries, dict) or entries.get("model") != KIND:
         raise EncoderError(f"{file}: this is the folder of another model. {how_to_convert(folder)}")
     try:

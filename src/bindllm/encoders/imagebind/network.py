@@ -1,9 +1,12 @@
-"""One trunk of ImageBind: stem, transformer blocks and head; and loading its weights.
+"""One trunk of ImageBind: stem, transformer blocks and head; loading its weights; and running prepared media.
 
 ImageBind (https://arxiv.org/abs/2305.05665), section 3.2: a pre-norm Vision Transformer
 (https://arxiv.org/abs/2010.11929) for each modality; all six trunks are made of these modules. Letters: ``B`` views,
 ``T`` tokens, ``D`` width of the trunk, ``E`` embedding width. For inference only: it has no dropout, and control flow
 depends only on shapes, so `torch.compile` compiles a whole trunk.
+
+A view is one input of a trunk: an image, two frames of a crop of a video, two seconds of audio. A media may have
+several views, and the media of a batch may differ in their number.
 """
 
 from __future__ import annotations
@@ -13,13 +16,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from bindllm.atomic import open_tensors
 from bindllm.encoders import shape_problems
 from bindllm.encoders.imagebind.config import ImageBindConfig, TrunkConfig, how_to_convert
-from bindllm.encoders.imagebind.stems import build_stem
-from bindllm.errors import EncoderError
+from bindllm.encoders.imagebind.stems import CONTEXT, PATCHES, SIGNAL, build_stem
+from bindllm.errors import EncoderError, InputError
 
 _NORM_EPSILON = 1e-6
 _MLP_EXPANSION = 4
@@ -27,6 +30,31 @@ _LARGEST_SCALE = 100.0
 
 # These trunks let every token also attend to one learned key and value.
 _WITH_BIAS_KEY = ("audio", "depth", "thermal", "imu")
+
+_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
+
+# The shape of a view; None: any size. Images are square, except for the spectrogram.
+_SHAPES: dict[str, tuple[int | None, ...]] = {
+    "image": (3, None, None),
+    "video": (3, None, None, None),
+    "text": (CONTEXT,),
+    "audio": (1, 128, 204),
+    "depth": (1, None, None),
+    "thermal": (1, None, None),
+    "imu": SIGNAL,
+}
+_NAMES: dict[str, str] = {
+    "image": "[3, H, H]",
+    "video": "[3, frames, H, H] with one or two frames",
+    "depth": "[1, H, H]",
+    "thermal": "[1, H, H]",
+}
+
+# Bytes of the widest activation of a chunk. On a CPU larger ones are mapped and cleared by the system again in every
+# layer, which costs more than reading the weights once more; on an accelerator this bounds the memory of long videos.
+_CPU_BYTES = 24 << 20
+_ACCELERATOR_BYTES = 512 << 20
 
 
 class Attention(nn.Module):
@@ -146,18 +174,13 @@ class Trunk(nn.Module):
         return 1.0 if self.log_scale is None else self.log_scale.float().exp().clamp(max=_LARGEST_SCALE)
 
 
-def trunk_file(folder: Path, trunk: str) -> Path:
-    """Return the file with the weights of a trunk, which need not exist."""
-    return folder / f"{trunk}.safetensors"
-
-
 def require_trunk(folder: Path, trunk: str) -> Path:
     """Return the file with the weights of a trunk.
 
     Raises:
         EncoderError: the file does not exist.
     """
-    file = trunk_file(folder, trunk)
+    file = folder / f"{trunk}.safetensors"
     if not file.is_file():
         raise EncoderError(f"{file}: no weights of ImageBind's {trunk} trunk here. {how_to_convert(folder)}")
     return file
@@ -178,20 +201,109 @@ def load_trunk(
     with torch.device("meta"):
         network = Trunk(trunk, config.trunks[trunk], config.embedding_size)
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    try:
-        with safe_open(file, framework="pt", device="cpu") as tensors:
-            found = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-            if problems := shape_problems(expected, found):
-                raise EncoderError(
-                    f"{file}: these are not the weights of ImageBind's {trunk} trunk in the size that config.json "
-                    f"states: {'; '.join(problems)}. {how_to_convert(folder)}"
-                )
-            # The scale is a logarithm of up to 100: half precision would change the published result visibly.
-            state = {
-                name: tensors.get_tensor(name).to(device, torch.float32 if name == "log_scale" else dtype)
-                for name in expected
-            }
-    except (SafetensorError, OSError) as error:
-        raise EncoderError(f"{file}: not a readable safetensors file ({error}); convert it again") from error
+    with open_tensors(file, EncoderError, "convert it again") as tensors:
+        found = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        if problems := shape_problems(expected, found):
+            raise EncoderError(
+                f"{file}: these are not the weights of ImageBind's {trunk} trunk in the size that config.json "
+                f"states: {'; '.join(problems)}. {how_to_convert(folder)}"
+            )
+        # The scale is a logarithm of up to 100: half precision would change the published result visibly.
+        state = {
+            name: tensors.get_tensor(name).to(device, torch.float32 if name == "log_scale" else dtype)
+            for name in expected
+        }
     network.load_state_dict(state, assign=True)
     return network.requires_grad_(False).eval()
+
+
+def cut_views(modality: str, inputs: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
+    """Return all views of a batch in order, without copying, and how many each input has.
+
+    Args:
+        modality: one of ImageBind's.
+        inputs: each one view, or [S, ...] with S views.
+
+    Raises:
+        InputError: no input, or one of a shape that the trunk does not take.
+    """
+    views: list[Tensor] = []
+    counts = []
+    for number, tensor in enumerate(inputs):
+        # One more dimension than a view has: several views of one media.
+        several = tensor.dim() == len(_SHAPES[modality]) + 1
+        shape = tensor.shape[1:] if several else tensor.shape
+        if not (_fits(modality, shape) and len(tensor)):
+            expected = _NAMES.get(modality, str(list(_SHAPES[modality])))
+            raise InputError(
+                f"prepared {modality} media number {number} has shape {list(tensor.shape)}; "
+                f"expected {expected}, or several such views with their number in front"
+            )
+        parts = tensor.unbind(0) if several else (tensor,)
+        views.extend(parts)
+        counts.append(len(parts))
+    if not views:
+        raise InputError(f"there is no {modality} media to embed; give at least one")
+    if len(sizes := {tuple(view.shape) for view in views}) > 1:
+        raise InputError(f"the {modality} media of one batch must have one size, not {sorted(sizes)}")
+    return views, counts
+
+
+def _fits(modality: str, shape: Sequence[int]) -> bool:
+    expected = _SHAPES[modality]
+    if len(shape) != len(expected):
+        return False
+    # None in a shape means any size.
+    if any(size not in (found, None) for found, size in zip(shape, expected, strict=True)):
+        return False
+    if modality == "video" and shape[1] not in (1, 2):
+        return False
+    if modality not in ("image", "video", "depth", "thermal"):
+        return True
+    patch = PATCHES["vision" if modality in ("image", "video") else modality].kernel[-1]
+    # Square, and at least one patch wide.
+    return shape[-2] == shape[-1] >= patch
+
+
+def run_views(
+    trunk: Trunk, modality: str, views: Sequence[Tensor], *, keep_tokens: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """Run views through their trunk, as many at a time as suits the device.
+
+    Returns:
+        unit embeddings of the V views, [V, E], float32; the tokens of each view, [T, D] in the dtype of the
+        weights, or none unless they are kept.
+    """
+    weight = trunk.head.project.weight
+    limit = _CPU_BYTES if weight.device.type == "cpu" else _ACCELERATOR_BYTES
+    # Views of a batch have one shape, so the first one decides for all.
+    size = max(1, limit // trunk.widest_bytes(views[0].shape))
+    embeddings, tokens = [], []
+    for start in range(0, len(views), size):
+        chunk = torch.stack(tuple(views[start : start + size])).to(weight.device)
+        vectors, sequence = trunk(_as_input(modality, chunk, weight.dtype))
+        embeddings.append(F.normalize(vectors.float(), dim=-1))
+        if keep_tokens:
+            tokens.extend(sequence.unbind(0))
+    return torch.cat(embeddings), tokens
+
+
+def average_views(embeddings: Tensor, counts: Sequence[int]) -> Tensor:
+    """Return the mean over the views of each media: [V, E] -> [B, E]; a mean of unit vectors is shorter than one."""
+    return torch.stack([part.mean(0) for part in embeddings.split(list(counts))])
+
+
+def _as_input(modality: str, chunk: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the input of the trunk: 8-bit images normalized, everything but ids in the dtype of the weights."""
+    if modality == "text":
+        return chunk.long()
+    if modality in ("image", "video") and chunk.dtype == torch.uint8:
+        # The channels come second: [B, 3, H, W] or [B, 3, frames, H, W].
+        chunk = normalize_pixels(chunk.float().div_(255).movedim(1, -3)).movedim(-3, 1)
+    return chunk.to(dtype)
+
+
+def normalize_pixels(pixels: Tensor) -> Tensor:
+    """Standardize RGB values 0..1, [..., 3, H, W], by the statistics of CLIP's training data."""
+    mean, deviation = (pixels.new_tensor(row).view(3, 1, 1) for row in (_MEAN, _DEVIATION))
+    return (pixels - mean) / deviation

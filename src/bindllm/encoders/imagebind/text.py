@@ -75,6 +75,7 @@ def tokenizer_tree(merges: Mapping[int, tuple[str, str]]) -> dict[str, Any]:
         "padding": None,
         "added_tokens": [{"id": number, "content": marker, **plain} for marker, number in markers.items()],
         "normalizer": None,
+        # Pieces first, then bytes: merges never cross the border of a piece.
         "pre_tokenizer": {
             "type": "Sequence",
             "pretokenizers": [
@@ -197,5 +198,6 @@ def clean(text: str) -> str:
         import ftfy
     except ImportError as error:
         raise MissingExtraError("ftfy", extra="text", purpose="clean texts as CLIP does") from error
+    # Twice, as published: web texts often have entities of entities.
     mended = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(mended.split()).lower()

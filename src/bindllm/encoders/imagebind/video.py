@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bindllm.encoders.imagebind.clips import CLIP_SECONDS, clip_starts
+from bindllm.encoders.imagebind.network import normalize_pixels
 from bindllm.errors import MediaError
 from bindllm.media.source import Source, name_of
 from bindllm.media.video import read_frames
@@ -26,8 +27,6 @@ MAX_ASPECT = 100
 """Longest frame that is scaled, as a multiple of its short side."""
 
 _PUBLISHED_CLIPS = 5
-_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 
 
 def video_input(source: Source, *, coverage: str, max_clips: int) -> Tensor:
@@ -106,5 +105,4 @@ def _crops(frame: np.ndarray, name: str) -> Tensor:
     axis = 2 if width >= height else 1
     # Crops are views until they are stacked.
     squares = torch.stack([pixels.narrow(axis, offset, SIDE) for offset in offsets])
-    mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (_MEAN, _DEVIATION))
-    return (squares - mean) / deviation
+    return normalize_pixels(squares)

@@ -16,18 +16,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bindllm.encoders import fingerprint
-from bindllm.encoders.pointbind.blocks import EMBEDDING_SIZE
 from bindllm.encoders.pointbind.cloud import fit_cloud
-from bindllm.encoders.pointbind.i2pmae import I2PMAE
-from bindllm.encoders.pointbind.loading import CONFIG, WEIGHTS, load_network, read_config
-from bindllm.encoders.pointbind.pointbert import PointBert
+from bindllm.encoders.pointbind.networks import (
+    CONFIG,
+    EMBEDDING_SIZE,
+    I2PMAE,
+    WEIGHTS,
+    PointBert,
+    load_network,
+    read_config,
+)
 from bindllm.errors import EncoderError, InputError, did_you_mean
 from bindllm.media import Media
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
 # Raise the number when other numbers come out for the same cloud: stored embeddings are then computed again.
-_REVISION = "pointbind 1"
+_REVISION = "pointbind 2"
 
 # Clouds that pass through the network at once: on a CPU more gain nothing, elsewhere activations must stay bounded.
 _CPU_BATCH, _BATCH = 2, 16

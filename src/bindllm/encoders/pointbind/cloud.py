@@ -97,6 +97,7 @@ def _pick(axes: Tensor, nearest: Tensor, count: int) -> Tensor:
 
 def _pick_on_cpu(axes: np.ndarray, nearest: np.ndarray, count: int) -> np.ndarray:
     """The same for one cloud in numpy: its calls cost a third of torch's here."""
+    # Buffers are reused, and the sums keep the order of `_squared`, so the picks equal those of an accelerator.
     picks = np.zeros(count, np.int64)
     total, part = np.empty_like(nearest), np.empty_like(nearest)
     x, *others = axes
@@ -124,6 +125,7 @@ def nearest_points(points: Tensor, centers: Tensor, count: int) -> Tensor:
     Returns:
         Indices, int64, [B, G, K].
     """
+    # In float32 with any dtype of the network: half precision would choose other neighbors.
     points, centers = points.float(), centers.float()
     held = _CPU_DISTANCES if points.device.type == "cpu" else _DISTANCES
     size = max(1, held // points.shape[1])

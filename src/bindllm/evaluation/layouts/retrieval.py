@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bindllm.data.report import Skipped, SourceReport
-from bindllm.data.sources import SPLITS, Columns, hashed_split, read_captions, require_table
+from bindllm.data.formats.media import FolderResolver
+from bindllm.data.report import Skipped
+from bindllm.data.source_config import SPLITS, Columns, SourceConfig
+from bindllm.data.sources import hashed_split, read_source, require_table
 from bindllm.data.tables import read_table
 from bindllm.errors import InputError, did_you_mean
 from bindllm.evaluation.layouts.dataset import NO_FILE, Captions, Choice, Column, Dataset, Item
@@ -66,6 +68,7 @@ def read_clotho(folder: Path, choice: Choice) -> Dataset:
     table = require_file(folder, (f"clotho_captions_{split}.csv",), purpose="the captions of the split")
     dataset = Dataset("retrieve", "audio")
     files, captions = Files(folder, "audio"), Captions(dataset, choice.captions)
+    # Five captions per clip, each a target of its own.
     columns = [f"caption_{number}" for number in range(1, 6)]
     for row, record in read_table(table, ("file_name", *columns), dataset.skipped):
         name = str(record["file_name"])
@@ -179,6 +182,7 @@ def _find_coco(files: Files, name: str, folder: str, folders: tuple[str, ...]) -
 
 def _read_flickr_lines(path: Path, skipped: Skipped) -> Iterator[tuple[str, str, str]]:
     """Yield row, image and caption: ``name| number| caption``, or ``name#number``, tab, ``caption``."""
+    # Neither file is valid CSV: captions contain commas and quotes.
     lines = read_lines(path)
     if path.suffix == ".csv":
         row, header = next(lines, ("", ""))
@@ -238,17 +242,23 @@ _Pairs = Iterator[tuple[Media, tuple[Media, ...], str]]
 
 def _read_captions(path: Path, source: Column, target: Column, dataset: Dataset) -> _Pairs:
     """Yield media with captions, read as in training."""
-    report = SourceReport(str(path), modality=source.modality, skipped=dataset.skipped)
     columns = Columns(image=source.name, caption=target.name)
-    for item in read_captions(path, report, columns, source.modality):
-        captions = tuple(map(Media.text, item.captions))
-        split = item.split or hashed_split(item.key, HELD_OUT)
-        yield Media(source.modality, item.file), captions, split
+    config = SourceConfig(str(path), modality=source.modality, columns=columns, held_out=HELD_OUT)
+    rows, report = read_source(config)
+    dataset.skipped.update(report.skipped)
+    for split, found in rows.items():
+        # Each caption is a row of its own, and every such row has all captions of its media.
+        for media, row in {row.media: row for row in found}.items():
+            if len(media) == 1:
+                yield media[0], tuple(map(Media.text, row.references)), split
+            else:
+                dataset.skipped.add(f"{len(media)} media in one row", row.name)
 
 
 def _read_columns(path: Path, source: Column, target: Column, dataset: Dataset) -> _Pairs:
     """Yield the media of one column with the media of another; rows with the same media and split are joined."""
     path = require_table(path)
+    resolve = FolderResolver(str(path.parent))
     # Split by the image, as training does, so that no pair that `bindllm align` was trained on is measured.
     split_by = target if target.modality == "image" else source
     found: dict[tuple[Media, str], dict[Media, None]] = {}
@@ -267,19 +277,19 @@ def _read_columns(path: Path, source: Column, target: Column, dataset: Dataset) 
             ]
             dataset.skipped.add(NO_FILE, f"{row}: {', '.join(names)}")
             continue
-        key = _split_key(split_by, record[split_by.name])
+        # The same key as in `bindllm fit` and `bindllm align`.
+        cell, first = record[split_by.name], ends[split_by is target][0]
+        key = (
+            str(cell[0] if isinstance(cell, list) else cell)
+            if first.modality == "text"
+            else resolve.key(first)
+        )
         its_split = split or hashed_split(key, HELD_OUT)
         # A cell may list several media; each has all targets of the row.
         for media in ends[0]:
             found.setdefault((media, its_split), {}).update(dict.fromkeys(ends[1]))
     for (media, its_split), targets in found.items():
         yield media, tuple(targets), its_split
-
-
-def _split_key(column: Column, cell: object) -> str:
-    """Return the text that is hashed if a table has no splits, as in `bindllm fit` and `bindllm align`."""
-    first = str(cell[0] if isinstance(cell, list) else cell)
-    return first if column.modality == "text" else os.path.normpath(first)
 
 
 def _media(column: Column, cell: object, table: Path) -> list[Media]:

@@ -25,7 +25,10 @@ from bindllm.encoders.trainable import is_trainable
 from bindllm.errors import InputError, TrainingError
 from bindllm.training.align.data import AlignData, PairSet
 from bindllm.training.module import AnyEncoder
-from bindllm.training.optim import OptimConfig, build_optimizer, build_schedule
+from bindllm.training.optim import OptimConfig, ZeroGradientCheck, build_optimizer, build_schedule
+
+METRICS = ("train_loss", "temperature", "val_loss", "val_recall")
+"""Metrics that a run logs, for callbacks that monitor one."""
 
 _EMBEDDED_AT_ONCE = 32
 
@@ -93,6 +96,7 @@ class AlignModule(LightningModule):
         self.temperature = Temperature(temperature)
         self.head: Head | None = None
         self.best: Best | None = None
+        self._zero_gradients = ZeroGradientCheck()
 
     @property
     def tower(self) -> Any:
@@ -154,14 +158,21 @@ class AlignModule(LightningModule):
         self.log_dict({"train_loss": loss, "temperature": 1 / self.temperature()})
         return loss
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Refuse a run that cannot learn."""
+        gradients = [p.grad for group in self.groups().values() for _, p in group if p.grad is not None]
+        self._zero_gradients.add(torch.nn.utils.get_total_norm(gradients))
+
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Keep the temperature within its bounds."""
         self.temperature.clamp()
 
     def on_train_epoch_end(self) -> None:
         """Evaluate on the validation split, and keep the weights if they are the best so far."""
+        self._zero_gradients.finish_epoch()
         data: AlignData = self.trainer.datamodule
         metrics = self.measure(data, "validation")
+        # Without validation pairs the last epoch counts as the best.
         score = float(self.current_epoch)
         if metrics is not None:
             recall = mean_recall(metrics)
@@ -225,6 +236,7 @@ class AlignModule(LightningModule):
         Raises:
             TrainingError: one is not finite; names the media.
         """
+        # Dropout must not blur the embeddings that are measured.
         was_training = self.training
         self.eval()
         parts = []
@@ -234,6 +246,7 @@ class AlignModule(LightningModule):
                 inputs.to(self.device) if isinstance(inputs, Tensor) else [x.to(self.device) for x in inputs]
             )
             parts.append(self(moved))
+            # NaN would only lower the recall, without an error.
             wrong = (~parts[-1].isfinite().all(dim=1)).nonzero().flatten()
             if len(wrong):
                 name = pairs.media[int(numbers[wrong[0]])].name
@@ -328,6 +341,7 @@ def retrieval_metrics(queries: Tensor, gallery: Tensor, right: Sequence[Sequence
         Keys ``recall@k``, ``chance@k`` (0 to 1), ``median_rank`` (from 1; half ranks are ties), ``queries``,
         ``gallery``. Ties count as if in random order, so equal embeddings score at chance level.
     """
+    # A part of the queries at a time: all scores at once would be Q x G numbers.
     step = max(1, _SCORES_AT_ONCE // len(gallery))
     parts = [slice(start, start + step) for start in range(0, len(queries), step)]
     positions = join_positions(

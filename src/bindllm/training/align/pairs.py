@@ -8,8 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
+from bindllm.data.formats.media import FolderResolver
+from bindllm.data.formats.questions import clean_caption
 from bindllm.data.report import Skipped
-from bindllm.data.sources import SPLITS, clean_caption, hashed_split, require_table
+from bindllm.data.source_config import SPLITS
+from bindllm.data.sources import hashed_split, require_table
 from bindllm.data.tables import Record, read_table
 from bindllm.errors import InputError, did_you_mean, fetch_hint
 from bindllm.media import MODALITIES, Media, is_modality
@@ -121,6 +124,7 @@ def read_pairs(source: PairSource, skipped: Skipped) -> list[Pair]:
     table, pairs = require_table(path), []
     seen: set[str] = set()
     splits: dict[str, str] = {}
+    # A column counts as present if any row has it: rows of JSON lines may leave empty columns out.
     for name, record in read_table(table, (source.target_column,), skipped):
         seen |= record.keys()
         pairs += _row_pairs(name, record, source, table.parent, splits, skipped)
@@ -138,15 +142,17 @@ def _row_pairs(
     target = _media(source.target, value, folder, f"{name}: {source.target_column}", skipped)
     if target is None:
         return
-    key = os.path.normpath(value) if source.target != "text" else value
+    key = value if source.target == "text" else FolderResolver(str(folder)).key(target)
     split = source.split or record.get(source.split_column) or hashed_split(key, source.held_out)
     if split not in SPLITS:
         skipped.add(f"unknown split {split!r}. {did_you_mean(str(split), SPLITS)}", name)
         return
+    # Two rows of one target share its split, or the target would be in training and in the gallery.
     if splits.setdefault(key, split) != split:
         skipped.add(f"this {source.target} is in another split already", name)
         return
     found = False
+    # Every media of every column is a pair of its own with the target.
     for column in source.columns:
         values = record.get(column)
         for each in values if isinstance(values, list) else [values]:
