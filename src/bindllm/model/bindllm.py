@@ -38,6 +38,7 @@ from bindllm.model.decoder import (
     load_decoder,
     load_tokenizer,
     num_positions,
+    without_weights,
 )
 from bindllm.model.generation import (
     Prompt,
@@ -110,8 +111,9 @@ class BindLLM(nn.Module):
         self.cache: VisualCache | None = None
         self.bind_config, self.inject_config = bind or BindConfig(), inject or InjectConfig()
         self.tokenizer, self.encoders = tokenizer, tuple(encoders)
-        for warning in (*alignment_warnings(self.encoders), *skipped_encoders(self.encoders)):
-            logging.getLogger("bindllm").warning(warning)
+        if decoder.device.type != "meta":
+            for warning in (*alignment_warnings(self.encoders), *skipped_encoders(self.encoders)):
+                logging.getLogger("bindllm").warning(warning)
         # Composite configs (image-text models) hold the language model's sizes in a text config.
         width = decoder.config.get_text_config().hidden_size
         self.bind = BindNetwork(common_size(self.encoders), width, self.bind_config).to(decoder.device)
@@ -163,6 +165,21 @@ class BindLLM(nn.Module):
         """
         return cls(load_decoder(decoder, device=device), load_tokenizer(decoder), decoder, **parts)
 
+    @classmethod
+    def build_empty(
+        cls, decoder: DecoderConfig, tokenizer: PreTrainedTokenizerBase | None = None, **parts: Any
+    ) -> Self:
+        """Build a model on the meta device, with names and shapes only, to check that its parts fit.
+
+        Args:
+            decoder: only its config is read.
+            tokenizer: if texts are to be rendered.
+            **parts: as for `build`.
+        """
+        network = without_weights(decoder.folder())
+        with torch.device("meta"):
+            return cls(network, tokenizer, decoder, **parts)
+
     @property
     def device(self) -> torch.device:
         """The device of the decoder."""
@@ -211,10 +228,13 @@ class BindLLM(nn.Module):
         Raises:
             CheckpointError: lists every missing, unexpected and misshapen tensor.
         """
-        own = self.trainable_state()
-        check_keys(own, tensors, source=source)
-        for name, tensor in own.items():
+        self.check_trainable_state(tensors, source=source)
+        for name, tensor in self.trainable_state().items():
             tensor.copy_(tensors[name])
+
+    def check_trainable_state(self, tensors: Mapping[str, Tensor], *, source: str) -> None:
+        """Raise a `CheckpointError` if names or shapes of tensors are not those of the groups."""
+        check_keys(self.trainable_state(), tensors, source=source)
 
     @torch.no_grad()
     def encode(
@@ -461,9 +481,10 @@ class BindLLM(nn.Module):
         config, parts, tensors = read_parts(
             folder, decoder=decoder, dtype=dtype, allow=allow, encoders=encoders, quantize=quantize
         )
+        # Before the decoder, which may take minutes to load, and before memory is taken for sizes of the manifest.
+        cls.build_empty(config, **parts).check_trainable_state(tensors, source=str(folder))
         # A cache holds embeddings, so it must come from one of these encoders.
         known = [encoder.fingerprint() for encoder in parts["encoders"]]
-        # Before the decoder, which may take minutes to load.
         opened = choose_cache(cache, parts["cache_config"], known, checkpoint=folder)
         model = cls.build(config, device=device, **parts)
         # Every tensor must match by name and shape, so that a wrong checkpoint fails here.

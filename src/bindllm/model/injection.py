@@ -49,8 +49,10 @@ class InjectConfig:
     """Number of layers that receive the bind vectors, counted from the last; by default all of them."""
 
     def __post_init__(self) -> None:
-        if self.layers is not None and self.layers < 1:
-            raise InputError(f"inject.layers is {self.layers}, expected at least 1, or null for all layers")
+        if self.layers is not None and not (isinstance(self.layers, int) and self.layers >= 1):
+            raise InputError(
+                f"inject.layers is {self.layers}, expected a whole number of at least 1, or null for all layers"
+            )
         if self.kind not in KINDS:
             raise InputError(f"unknown injection kind {self.kind!r}. {did_you_mean(str(self.kind), KINDS)}")
 
