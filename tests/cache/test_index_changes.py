@@ -175,20 +175,6 @@ def test_a_store_whose_files_were_merged_needs_no_new_vectors(tmp_path, monkeypa
     assert (after.file, after.store != before.store) == (before.file, True)
 
 
-def test_an_index_that_outgrows_its_kind_is_reported_once(tmp_path, store, monkeypatch, caplog):
-    monkeypatch.setattr(factories, "EXACT_FLOATS", 22 * WIDTH)
-    VectorIndex.build(tmp_path / "index", store)
-    for n in (30, 31):
-        extend(store, n)
-        VectorIndex.update(tmp_path / "index", store)
-    assert not caplog.text
-    for n in (32, 33):
-        extend(store, n)
-        VectorIndex.update(tmp_path / "index", store)
-    assert caplog.text.count("'IVF16,SQ8' is faster than 'Flat'") == 1
-    assert "now holds 23 vectors" in caplog.text
-
-
 def test_a_changed_store_is_reported_when_the_index_is_opened(folder, store, caplog):
     VectorIndex.open(folder)
     assert not caplog.records

@@ -91,7 +91,7 @@ def test_each_process_needs_a_shard(shards):
 def test_streams_are_mixed_by_weight_at_any_moment(shards, tmp_path):
     other = expand_shards(str(write_shards(tmp_path, [4, 4], first=100)))
     mixture = Mixture([ShardStream("a", shards), ShardStream("b", other, source=1)], [3, 1])
-    drawn = list(islice(mixture.read(mixture.start(), []), 40))
+    drawn = list(islice(mixture.read((Position(),) * 2, []), 40))
     numbers = [number for number, _, _ in drawn]
     assert all(abs(numbers[:n].count(1) - n / 4) <= 0.75 for n in range(41))
     for number, sample, _ in drawn:

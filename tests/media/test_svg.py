@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -18,6 +19,7 @@ from PIL import Image
 from bindllm.errors import MediaError, MissingExtraError
 from bindllm.media import open_image, svg_renderer
 from bindllm.media import svg as svg_module
+from recordings import assert_refused
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 HALVES = '<rect width="10" height="10" fill="red"/><rect x="10" width="10" height="10" fill="blue"/>'
@@ -100,11 +102,7 @@ def test_svg_in_another_text_encoding():
     ],
 )
 def test_bad_svg_files(content, reason, tmp_path):
-    path = tmp_path / "bad.svg"
-    path.write_bytes(content)
-    with pytest.raises(MediaError, match=reason) as caught:
-        open_image(path)
-    assert str(path) in str(caught.value)
+    assert_refused(open_image, content, tmp_path / "bad.svg", reason)
     # The next file is rendered, if need be by a new process.
     assert open_image(svg(HALVES), size=40).getpixel((5, 5)) == RED
 
@@ -137,6 +135,24 @@ def test_ctrl_c_stops_an_endless_svg():
         open_image(svg(ENDLESS))
     assert time.monotonic() - started < svg_module.MAX_SECONDS / 2
     assert open_image(svg(HALVES), size=40).getpixel((5, 5)) == RED
+
+
+def test_the_renderer_ends_even_if_its_parent_was_killed(monkeypatch):
+    monkeypatch.setattr(svg_module, "MAX_SECONDS", 1.0)
+    receive, send = os.pipe()
+    child = os.fork()
+    if child == 0:
+        running = svg_module._process._running()
+        os.write(send, str(running.pid).encode())
+        open_image(svg(ENDLESS))
+    pid = int(os.read(receive, 100))
+    time.sleep(0.3)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_pixels_of_embedded_images_count_together(monkeypatch):
@@ -176,7 +192,7 @@ def test_a_panic_of_the_renderer_is_an_answer(monkeypatch):
 
     monkeypatch.setattr("resvg_py.svg_to_bytes", panic)
     text, answers = svg(HALVES), io.BytesIO()
-    request = svg_renderer.REQUEST.pack(40, 1000, len(text)) + text
+    request = svg_renderer.REQUEST.pack(0, 40, 1000, len(text)) + text
     svg_renderer.serve(io.BytesIO(request * 2), answers)
     answer = svg_renderer.ANSWER.pack(False, 18) + b"index out of range"
     assert answers.getvalue() == answer * 2

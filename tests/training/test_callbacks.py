@@ -22,7 +22,6 @@ from bindllm.model.decoder import DecoderConfig
 from bindllm.training.callbacks import (
     ParameterTable,
     SampleCaptions,
-    _markdown,
     check_trainer,
     spread,
 )
@@ -97,7 +96,6 @@ def captioned(tmp_path_factory):
             fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(_batches_that_stepped=7)),
             sanity_checking=False,
             is_global_zero=True,
-            loggers=[],
         )
         callback = SampleCaptions(log, count=3, max_new_tokens=2)
         callback.on_validation_epoch_end(trainer, SimpleNamespace(model=model))
@@ -156,7 +154,3 @@ def test_what_was_asked_is_kept_for_questions_and_each_reference_once(captioned)
     first, second = captioned(samples)[0]
     assert (first["question"], first["reference"]) == ("What?", "yes | yep")
     assert "question" not in second
-    lines = _markdown([first, second]).splitlines()
-    assert lines[0] == "| media | question | reference | model |"
-    assert lines[1] == "|---|---|---|---|"
-    assert lines[3].startswith("| 1.png |  | x |")

@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: success. 1: an error that the message explains. 2: a mistake on the command line or in a recipe. 130: stopped
     by the user.
     """
+    # Help and version answer at once: nothing heavy has been imported yet.
     name, *words = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help", "help"):
         print(help_text())
@@ -77,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     find_named_modules()
     try:
         function = vars(importlib.import_module(f"bindllm.cli.{COMMANDS[name][0]}"))[name]
+        # LightningCLI reads these; the signature of any other command is its schema.
         if name in RECIPES:
             return function(words)
         from bindllm.cli.arguments import read_command

@@ -45,6 +45,7 @@ class DataOptions:
         """Return the chosen part of a data set, as a task."""
         from bindllm.evaluation.layouts import LAYOUTS, Choice, read_layout
 
+        # A wrong word on the command line is an error of usage, unlike a folder in the wrong layout.
         if layout not in LAYOUTS:
             raise UsageError(f"unknown layout {layout!r}. {did_you_mean(layout, LAYOUTS)}")
         choice = Choice(
@@ -56,6 +57,7 @@ class DataOptions:
             target=_column("--to", self.to),
             captions=self.captions,
         )
+        # Files are listed, and none is opened yet.
         dataset = read_layout(layout, folder, choice)
         if self.limit is not None:
             dataset.limit(self.limit)
@@ -79,6 +81,7 @@ class MeasuringOptions:
         """Return the templates, checked; None for the default of the layout."""
         from bindllm.evaluation.zero_shot import check_template, read_templates
 
+        # Templates are checked before anything is encoded.
         refuse_together(prompt=self.prompt, prompts=self.prompts)
         if self.prompts is not None:
             return read_templates(self.prompts)
@@ -137,6 +140,7 @@ def evaluate(
 
     from bindllm.evaluation.zero_shot import evaluate_zero_shot
 
+    # Cheap checks come before the encoders are loaded.
     templates, device = measuring.templates(), encoders.find_device()
     task = data.read(layout, folder)
     result = evaluate_zero_shot(
@@ -160,6 +164,7 @@ def _column(option: str, text: str | None) -> Column | None:
 
     if text is None:
         return None
+    # MODALITY:COLUMN; a table of captions has its texts in the column caption.
     modality, _, name = text.partition(":")
     if not is_modality(modality):
         raise UsageError(f"{option} {text}: expected a modality and a column, such as audio:sound")
@@ -168,6 +173,7 @@ def _column(option: str, text: str | None) -> Column | None:
 
 def _open_cache(options: CacheOptions) -> VisualCache | None:
     """Open the chosen visual cache."""
+    # Settings without a cache would be ignored.
     if options.cache is None:
         if options.settings:
             raise UsageError(

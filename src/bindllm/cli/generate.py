@@ -46,6 +46,7 @@ class MediaOptions:
     def read(self) -> list[Media]:
         """Return the media in the order of the modalities."""
         files = {name: values for name, values in asdict(self).items() if name != "media"}
+        # One option per modality of ImageBind; others go through MODALITY:FILE.
         named = [Media(modality, source) for modality, sources in files.items() for source in sources]
         return named + [read_media(text) for text in self.media]
 
@@ -125,14 +126,17 @@ def generate(
     Example:
         bindllm generate checkpoints/quickstart "Describe this image." --image cat.png
     """
+    # How to read this: contradictions first, since loading takes long; then the answer; then the neighbors.
     refuse_together(cache=cache.cache, no_cache=cache.no_cache)
     if decoding.stream and (decoding.num_beams or 1) > 1:
         raise UsageError("--stream cannot show a beam search: its answer is known only at its end")
     shown = media.read()
     loaded = _load(checkpoint, model, cache, overrides)
 
+    # Imported late, so that --help and wrong options answer at once.
     import torch
 
+    # Only sampling uses it.
     torch.manual_seed(decoding.seed)
     if decoding.stream:
         for piece in loaded.stream(prompt, shown, **decoding.given):
@@ -159,6 +163,7 @@ def _load(
         cache=False if cache.no_cache else cache.cache,
         quantize=False if options.quantize == "none" else options.quantize,
     )
+    # An option without effect would give an answer other than the user expects.
     if model.cache is None and (cache.settings or cache.show_neighbors):
         option = f"--cache_{next(iter(cache.settings))}" if cache.settings else "--show_neighbors"
         raise UsageError(f"{option} needs a visual cache, and {checkpoint} names none: give --cache FOLDER")
@@ -187,6 +192,7 @@ def _print_neighbors(model: BindLLM, media: Sequence[Media]) -> None:
     )
     table.add_column("similarity", justify="right")
     table.add_column("image", no_wrap=True)
+    # Not blended: the neighbors are those of the media themselves.
     nearest = nearest_images(cache, model.encode([list(media)], cache=False))
     for similarity, name in nearest:
         table.add_row(f"{similarity:.3f}", Text(printable(name)))

@@ -73,6 +73,7 @@ def index(
     from bindllm.model.pretrained import new_cache_config
 
     console = Console(highlight=False, soft_wrap=True)
+    # How to read this: everything that can fail quickly comes first, because embedding may take hours.
     device = encoders.find_device()
     if not (encoders.encoder or encoders.checkpoint):
         encoders = replace(encoders, checkpoint=options.name_in)
@@ -83,6 +84,7 @@ def index(
     started = time.perf_counter()
     rows = _build_milvus(folder, store) if options.milvus else _build_folder(folder, options, store, encoder)
     rows["seconds"] = f"{time.perf_counter() - started:.1f}"
+    # Last: a checkpoint never names an index that does not exist.
     if named is not None:
         name_cache(options.name_in, asdict(named))
         rows["named in"] = options.name_in
@@ -91,12 +93,9 @@ def index(
 
 
 def _check_options(output: str | None, encoders: EncoderOptions, options: IndexOptions) -> None:
-    """Refuse options that do not go together.
-
-    Raises:
-        UsageError: says which.
-    """
+    """Raise a UsageError for options that do not go together."""
     refuse_together(encoder=encoders.encoder, checkpoint=encoders.checkpoint)
+    # Exactly one of both.
     if (output is None) == (options.milvus is None):
         raise UsageError("give one place for the index: a folder as OUTPUT, or --milvus URI")
     if options.milvus and (options.images or options.factory != "auto" or options.rebuild):
@@ -110,11 +109,7 @@ def _check_options(output: str | None, encoders: EncoderOptions, options: IndexO
 
 
 def _find_store(options: IndexOptions, encoder: Encoder) -> EmbeddingStore:
-    """Open the store of an encoder; it must exist if no images are given.
-
-    Raises:
-        InputError: it does not exist.
-    """
+    """Open the store of an encoder; it must exist if no images are given."""
     from bindllm.embeddings.store import EmbeddingStore
 
     folder = Path(options.store, encoder.fingerprint()[:16])

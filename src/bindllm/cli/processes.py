@@ -64,6 +64,8 @@ def launch(
         InputError: options that contradict each other, this machine, or the launcher.
         StoreError: a process has ended before its work was done.
     """
+    # How to read this: one device, or a launcher that has started every process, works right here. Otherwise this
+    # process starts one for each device of this machine, and each runs the command again and gets here by itself.
     fabric = _fabric(options)
     strategy = fabric.strategy
     if not isinstance(strategy, DDPStrategy) or strategy.cluster_environment.creates_processes_externally:
@@ -85,6 +87,7 @@ def launch(
     except (ProcessRaisedException, ProcessExitedException) as error:
         raise StoreError(f"{error}. {RESUME}") from error
     except KeyboardInterrupt:
+        # SIGTERM lets each write its results (`graceful_stop`); one that does not end is killed.
         processes = multiprocessing.active_children()
         for process in processes:
             process.terminate()
@@ -132,6 +135,7 @@ def graceful_stop() -> Iterator[None]:
         return
     interrupt = signal.getsignal(signal.SIGINT)
 
+    # The second Ctrl-C has its usual effect, so a user can still end a process that hangs while it stops.
     def stop(number: int, frame: Any) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, interrupt)
@@ -159,6 +163,7 @@ def _fabric(options: Mapping[str, Any]) -> Fabric:
             fabric = Fabric(**chosen, strategy="ddp")
     except (RuntimeError, ValueError, ImportError, TypeError) as error:
         raise InputError(f"trainer: {error}") from error
+    # Without this check each of the launched processes would embed every file.
     for name in _LAUNCHED_COUNTS:
         count = os.environ.get(name, "1")
         if fabric.world_size == 1 and count.isdecimal() and int(count) > 1:
@@ -188,7 +193,7 @@ def _connect(fabric: Fabric, work: Callable[[RunContext], Any]) -> bool:
     except (ValueError, RuntimeError) as error:
         if connected:
             raise
-        # The launcher and the recipe disagree, or the processes cannot reach each other.
+        # Before the work has begun: the launcher and the recipe disagree, or the processes cannot reach each other.
         raise InputError(f"trainer: the processes cannot work together ({error})") from error
     finally:
         # A process that waits for this one then fails at once.
@@ -213,6 +218,7 @@ class _Gather:
         # JSON: torch's own gather of objects would unpickle bytes from the network.
         content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         try:
+            # A collective call needs equal shapes: lengths first, then all contents at the longest length.
             sizes = torch.cat(self._all(torch.tensor([len(content)]))).tolist()
             padded = torch.nn.functional.pad(content, (0, max(sizes) - len(content)))
             pieces = self._all(padded)

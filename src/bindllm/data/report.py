@@ -35,11 +35,7 @@ class Skipped:
 
     def add(self, reason: str, name: str) -> None:
         """Count one row."""
-        kept = self._kept(reason)
-        self.counts[kept] = self.counts.get(kept, 0) + 1
-        examples = self.examples.setdefault(kept, [])
-        if len(examples) < MAX_EXAMPLES:
-            examples.append(name if kept == reason else f"{name}: {reason}")
+        self._add(reason, 1, [name])
 
     def add_error(self, error: InputError, name: str) -> None:
         """Count one row by its error; the part that differs from row to row, such as a path, goes with the name."""
@@ -51,16 +47,16 @@ class Skipped:
     def update(self, other: Skipped) -> None:
         """Add the rows of another report."""
         for reason, count in other.counts.items():
-            kept = self._kept(reason)
-            self.counts[kept] = self.counts.get(kept, 0) + count
-            examples = self.examples.setdefault(kept, [])
-            # Both reports together keep at most this many examples.
-            names = other.examples[reason][: MAX_EXAMPLES - len(examples)]
-            examples += [name if kept == reason else f"{name}: {reason}" for name in names]
+            self._add(reason, count, other.examples[reason])
 
-    def _kept(self, reason: str) -> str:
-        """Return the reason under which a row is counted."""
-        return reason if reason in self.counts or len(self.counts) < MAX_REASONS else OTHER_REASON
+    def _add(self, reason: str, count: int, names: list[str]) -> None:
+        # Beyond the limit, the reason goes with the name.
+        is_kept = reason in self.counts or len(self.counts) < MAX_REASONS
+        kept = reason if is_kept else OTHER_REASON
+        self.counts[kept] = self.counts.get(kept, 0) + count
+        examples = self.examples.setdefault(kept, [])
+        for name in names[: MAX_EXAMPLES - len(examples)]:
+            examples.append(name if kept == reason else f"{name}: {reason}")
 
     @property
     def total(self) -> int:

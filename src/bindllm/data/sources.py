@@ -112,7 +112,7 @@ def _records(config: SourceConfig, report: SourceReport) -> Iterator[tuple[str, 
 
 def _caption_records(config: SourceConfig, report: SourceReport) -> Iterator[tuple[str, Record, None]]:
     """Yield a record for each caption of a table or of a folder of images, so that a bad one costs no other."""
-    table = config.path if is_table(config.path) else find_table(Path(config.path))
+    table = find_table(config.path)
     column = config.columns.caption
     rows = read_table(table, (column,), report.skipped) if table else _folder_rows(config, report)
     for name, record in rows:
@@ -244,9 +244,8 @@ def _format_hint(config: SourceConfig) -> str:
     if config.format != "caption":
         return ""
     try:
-        table = config.path if is_table(config.path) else find_table(Path(config.path))
-        tables = [(table, None)] if table else _tables(config.path)
-        _, record = next(iter(read_table(tables[0][0], (), Skipped())), ("", {}))
+        table = find_table(config.path) or _tables(config.path)[0][0]
+        _, record = next(iter(read_table(table, (), Skipped())), ("", {}))
     except InputError:
         return ""
     # One row is enough for a hint.
@@ -256,15 +255,15 @@ def _format_hint(config: SourceConfig) -> str:
     )
 
 
-def find_table(path: Path) -> Path | None:
+def find_table(path: str | Path) -> str | Path | None:
     """Return the table at a path: the file itself, or ``captions.*`` in a folder; None if the folder has none.
 
     Raises:
         InputError: a folder has several.
     """
-    if not path.is_dir():
+    if is_table(path) or not Path(path).is_dir():
         return path
-    tables = [file for suffix in READERS if (file := path / f"{TABLE_NAME}{suffix}").is_file()]
+    tables = [file for suffix in READERS if (file := Path(path, f"{TABLE_NAME}{suffix}")).is_file()]
     if len(tables) > 1:
         raise InputError(
             f"{path} holds {' and '.join(table.name for table in tables)}; give the path of the one to use"
@@ -283,7 +282,7 @@ def require_table(path: Path) -> Path:
         raise InputError(
             f"{path} holds no table {TABLE_NAME}.* ({', '.join(READERS)}); give the path of the table to use"
         )
-    return table
+    return Path(table)
 
 
 def _folder_rows(config: SourceConfig, report: SourceReport) -> Iterator[tuple[str, Record]]:

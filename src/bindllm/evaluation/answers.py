@@ -116,7 +116,9 @@ def accuracy_metrics(items: Sequence[Sample], answers: Sequence[str]) -> Metrics
         ``accuracy`` (0..1; None without items), ``by_type`` (the same for each type; empty if no question has one),
         ``count`` and ``count_by_type``.
     """
-    right = [_is_right(item, answer) for item, answer in zip(items, answers, strict=True)]
+    right = [
+        is_right(answer, item.references, item.options) for item, answer in zip(items, answers, strict=True)
+    ]
     types: dict[str, list[bool]] = defaultdict(list)
     for item, hit in zip(items, right, strict=True):
         types[item.type or UNTYPED].append(hit)
@@ -186,10 +188,6 @@ def _question(sample: Sample) -> str:
     return " ".join(questions[-1].split()) if questions else ""
 
 
-def _is_right(sample: Sample, text: str) -> bool:
-    return is_right(text, sample.references, sample.options)
-
-
 def _row(item: Sample, texts: Mapping[str, str | None], majority: BaselineAnswer | None) -> dict[str, Any]:
     group = media_of(item)
     row = AnswerRow(
@@ -199,7 +197,7 @@ def _row(item: Sample, texts: Mapping[str, str | None], majority: BaselineAnswer
         media=media_name(item),
         modality=group[0].modality if group else None,
         model=texts[MODEL],
-        right=texts[MODEL] is not None and _is_right(item, texts[MODEL]),
+        right=texts[MODEL] is not None and is_right(texts[MODEL], item.references, item.options),
         no_media=texts[NO_MEDIA],
         shuffled_media=texts[SHUFFLED_MEDIA],
         majority_answer=majority and majority.text,

@@ -156,6 +156,7 @@ def _row(item: Sample, texts: Mapping[str, str | None], nearest: BaselineAnswer 
         no_media=texts[NO_MEDIA],
         shuffled_media=texts[SHUFFLED_MEDIA],
     )
+    # Without a baseline (no training media) these fields stay empty.
     if nearest is not None:
         row.nearest_caption, row.nearest_media, row.nearest_modality, row.nearest_similarity = nearest
         row.nearest_exact = same_caption(nearest.text, item.references)

@@ -50,6 +50,7 @@ def evaluate_held_out(
     Raises:
         BindLLMError: the only task cannot be measured. If there are several, it is reported as a problem.
     """
+    # How to read this: one task for each kind of rows, then one loop that measures all of them.
     tasks, problems = [], {}
     for name, rows in held_out.items():
         try:
@@ -93,6 +94,7 @@ def conversations_task(samples: Sequence[Sample]) -> Task:
         raise InputError(
             f"all {len(samples)} held-out answers are unwanted, so their loss has no meaning; hold out wanted ones too"
         )
+    # Text-only conversations stay: the difference between variants then shows how much media matter overall.
     counts = {"count": len(wanted), "with_media": sum(bool(sample.media) for sample in wanted)}
     if unwanted := len(samples) - len(wanted):
         counts["unwanted"] = unwanted

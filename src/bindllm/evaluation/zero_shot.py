@@ -174,7 +174,7 @@ def evaluate_zero_shot(
     embeddings = MediaEmbeddings(needed, store)
     # Before anything is encoded, as it fails if the cache belongs to another encoder.
     scores = Scores(embeddings, encoders, cache)
-    prompts = [_texts(names, templates) for names in dataset.classes]
+    prompts = [fill_templates(names, templates) for names in dataset.classes]
     # A copy, so that a data set can be measured again.
     skipped = Skipped()
     skipped.update(dataset.skipped)
@@ -202,6 +202,7 @@ def evaluate_zero_shot(
 
 def _needed(dataset: Dataset, encoders: Sequence[Encoder]) -> list[Encoder]:
     """Return the encoders that the data set needs, the encoder of its media first."""
+    # Only these are loaded and embed; a checkpoint may have encoders that this data set does not need.
     needed: list[Encoder] = []
     for modality, purpose in (
         (dataset.modality, "its media"),
@@ -223,16 +224,12 @@ def _needed(dataset: Dataset, encoders: Sequence[Encoder]) -> list[Encoder]:
 def _templates(dataset: Dataset, templates: Sequence[str] | None) -> tuple[str, ...]:
     """Return the given templates, else those of the modality."""
     if dataset.kind != "retrieve":
-        return tuple(templates or templates_for(dataset.modality))
+        # Without templates of its own, a modality gets the plain class name.
+        return tuple(templates or TEMPLATES.get(dataset.modality, (NAME,)))
     templates = tuple(templates or (NAME,))
     if dataset.target_modality != "text" and templates != (NAME,):
         raise InputError(f"prompts need texts, but {dataset.target_modality} is retrieved; remove them")
     return templates
-
-
-def _texts(names: Sequence[str], templates: Sequence[str]) -> MediaGroup:
-    """Return the sentences for one class or caption; their embeddings are averaged."""
-    return tuple(map(Media.text, fill_templates(names, templates)))
 
 
 def _fill(
@@ -273,10 +270,11 @@ def _targets(targets: Sequence[Media], templates: Sequence[str]) -> tuple[MediaG
     # Without a sentence around them, targets may be of any modality.
     if tuple(templates) == (NAME,):
         return tuple((target,) for target in targets)
-    return tuple(_texts([str(target.source)], templates) for target in targets)
+    return tuple(fill_templates([str(target.source)], templates) for target in targets)
 
 
 def _describe(encoder: Encoder) -> dict[str, object]:
+    # Enough to find out later which embeddings gave these numbers.
     kind = type(encoder)
     return {
         "class": f"{kind.__module__}.{kind.__qualname__}",
@@ -305,16 +303,6 @@ def _notes_on_cache(dataset: Dataset, cache: VisualCache | None) -> list[str]:
     )
     skipped = sorted(queries & set(cache.settings.skip))
     return [f"the cache skips {' and '.join(skipped)} queries"] if skipped else []
-
-
-def templates_for(modality: str) -> tuple[str, ...]:
-    """Return the default templates of a modality.
-
-    Examples:
-        >>> templates_for("audio"), templates_for("radar")
-        (('this is a sound of {}.',), ('{}',))
-    """
-    return TEMPLATES.get(modality, (NAME,))
 
 
 def read_templates(path: Path) -> tuple[str, ...]:
@@ -346,12 +334,13 @@ def check_template(template: str, *, where: str = "") -> str:
     return template
 
 
-def fill_templates(names: Sequence[str], templates: Sequence[str]) -> tuple[str, ...]:
-    """Return every template with every name of one class, each text once.
+def fill_templates(names: Sequence[str], templates: Sequence[str]) -> MediaGroup:
+    """Return the sentences for one class or caption, each once; their embeddings are averaged.
 
     Examples:
-        >>> fill_templates(["dog"], ["a photo of a {}.", "{}"])
-        ('a photo of a dog.', 'dog')
+        >>> [text.source for text in fill_templates(["dog"], ["a photo of a {}.", "{}"])]
+        ['a photo of a dog.', 'dog']
     """
     # Several names of a class are synonyms: each goes into every template.
-    return tuple(dict.fromkeys(template.replace(NAME, name) for name in names for template in templates))
+    texts = dict.fromkeys(template.replace(NAME, name) for name in names for template in templates)
+    return tuple(map(Media.text, texts))

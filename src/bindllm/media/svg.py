@@ -6,10 +6,10 @@ import atexit
 import gzip
 import io
 import os
+import signal
 import subprocess
 import sys
 import threading
-import time
 import zlib
 from importlib.util import find_spec
 from pathlib import Path
@@ -84,27 +84,19 @@ class _Process:
         """Return the PNG; the threads of a process take turns."""
         with self._lock:
             running = self._running()
-            started = time.monotonic()
-            # A killed process closes its end of the pipe, which ends the reading below.
-            timer = threading.Timer(MAX_SECONDS, running.kill)
-            timer.daemon = True
-            timer.start()
             try:
-                _write(running, REQUEST.pack(size, max_pixels, len(text)) + text)
+                _write(running, REQUEST.pack(MAX_SECONDS, size, max_pixels, len(text)) + text)
                 is_image, length = ANSWER.unpack(_read_exactly(running, ANSWER.size))
                 answer = _read_exactly(running, length)
             except (OSError, EOFError) as error:
-                code, seconds = self.stop(), time.monotonic() - started
-                reason = f"takes more than {MAX_SECONDS:g} seconds"
-                if seconds < MAX_SECONDS:
+                code, reason = self.stop(), f"takes more than {MAX_SECONDS:g} seconds"
+                if code != -signal.SIGALRM:
                     reason = f"needs too much memory or crashes the renderer ({code})"
                 raise MediaError(f"an SVG that {reason}; simplify it first") from error
             # Ctrl-C leaves half an answer in the pipe.
             except BaseException:
                 self.stop()
                 raise
-            finally:
-                timer.cancel()
         if not is_image:
             raise MediaError(f"an SVG that cannot be rendered ({answer.decode()})")
         return answer
@@ -114,8 +106,8 @@ class _Process:
         if self._popen is None:
             return 0
         popen, self._popen = self._popen, None
-        popen.kill()
         _close(popen)
+        popen.kill()
         return popen.wait()
 
     def forget(self) -> None:
@@ -169,5 +161,4 @@ def _close(popen: subprocess.Popen[bytes]) -> None:
 
 _process = _Process()
 atexit.register(_process.stop)
-if sys.platform != "win32":
-    os.register_at_fork(after_in_child=_process.forget)
+os.register_at_fork(after_in_child=_process.forget)

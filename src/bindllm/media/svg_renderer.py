@@ -10,20 +10,22 @@ import base64
 import io
 import os
 import re
+import resource
+import signal
 import struct
 import sys
 from typing import BinaryIO
 from urllib.parse import unquote_to_bytes
 from xml.etree import ElementTree
 
-REQUEST = struct.Struct(">III")
-"""Before the text of an SVG: longer side of the result, largest embedded image in pixels, bytes of the text."""
+REQUEST = struct.Struct(">dIII")
+"""Before the text of an SVG: seconds that it may take, longer side of the result, most embedded pixels, bytes."""
 
 ANSWER = struct.Struct(">?I")
 """Before the answer: whether it is a PNG or the reason of a failure, and its bytes."""
 
 MAX_MEMORY = 2 * 1024**3
-"""Bytes of address space, on systems that can limit it."""
+"""Bytes of address space."""
 
 _INLINE_RASTER = re.compile(r"\s*data:image/(?:png|jpe?g|gif|webp)(;[^,]*)?,(.*)", re.IGNORECASE | re.DOTALL)
 
@@ -31,13 +33,16 @@ _INLINE_RASTER = re.compile(r"\s*data:image/(?:png|jpe?g|gif|webp)(;[^,]*)?,(.*)
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:
     """Answer requests, one after the other, until there are no more."""
     while len(request := requests.read(REQUEST.size)) == REQUEST.size:
-        size, max_pixels, length = REQUEST.unpack(request)
+        seconds, size, max_pixels, length = REQUEST.unpack(request)
+        # The alarm ends this process, also if the parent was killed meanwhile.
+        signal.setitimer(signal.ITIMER_REAL, seconds)
         try:
             is_image, answer = True, render(requests.read(length), size=size, max_pixels=max_pixels)
         # A panic of the renderer is a BaseException of a class that nothing exports.
         except BaseException as error:
             reason = str(error)[:500] or type(error).__name__
             is_image, answer = False, reason.encode(errors="replace")
+        signal.setitimer(signal.ITIMER_REAL, 0)
         answers.write(ANSWER.pack(is_image, len(answer)) + answer)
         answers.flush()
 
@@ -94,16 +99,13 @@ def _check_images(root: ElementTree.Element, max_pixels: int) -> None:
 def main() -> None:
     """Serve standard input and output, with limits on memory that only this process has."""
     sys.path += sys.argv[1:]
-    try:
-        import resource
-    except ImportError:  # Windows
-        pass
-    else:
-        # A lower limit that the user has set stays.
-        own = resource.getrlimit(resource.RLIMIT_AS)[1]
-        limit = MAX_MEMORY if own == resource.RLIM_INFINITY else min(own, MAX_MEMORY)
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # A lower limit that the user has set stays.
+    own = resource.getrlimit(resource.RLIMIT_AS)[1]
+    limit = MAX_MEMORY if own == resource.RLIM_INFINITY else min(own, MAX_MEMORY)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # The action of the system, which needs no interpreter: the renderer holds its lock.
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
     # Whatever a library prints must not get between the answers.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -27,7 +26,7 @@ from bindllm.conversation import Conversation
 from bindllm.embeddings.embedder import embed_groups
 from bindllm.encoders import Encoder, alignment_warnings, skipped_encoders
 from bindllm.encoders.fusion import common_size
-from bindllm.errors import BindLLMError, DecoderError, InputError, did_you_mean
+from bindllm.errors import InputError, did_you_mean
 from bindllm.media import Media
 from bindllm.model.adapter import Adapter, AdapterConfig
 from bindllm.model.bind_network import BindConfig, BindNetwork
@@ -50,7 +49,7 @@ from bindllm.model.generation import (
     prepare_batch,
     stream_text,
 )
-from bindllm.model.injection import InjectConfig, Injection
+from bindllm.model.injection import InjectConfig, Injection, choose_positions, projecting, try_out
 from bindllm.model.pretrained import read_parts
 
 
@@ -123,36 +122,8 @@ class BindLLM(nn.Module):
         self.injection = Injection(decoder, self.inject_config).to(decoder.device)
         self.decoder = decoder
         if (head := decoder.get_output_embeddings()) is not None:
-            head.register_forward_pre_hook(_choose_positions)
-        self._try_out()
-
-    @torch.no_grad()
-    def _try_out(self) -> None:
-        """Refuse a decoder that does not hand the bind vectors to its layers, before anything is trained.
-
-        Raises:
-            DecoderError: the injection does not work in this family of decoders.
-        """
-        inputs = {
-            "input_ids": torch.zeros(1, 4, dtype=torch.int64, device=self.device),
-            "media_index": torch.zeros(1, 4, dtype=torch.int64, device=self.device),
-            "bind": torch.zeros(1, 1, self.bind.projection.out_features, device=self.device),
-        }
-        # On the meta device transformers cannot compute a mask; families without attention do not take a whole one.
-        is_meta = self.device.type == "meta"
-        masks = (torch.ones(1, 1, 4, 4, dtype=torch.bool, device="meta"), None) if is_meta else (None,)
-        for mask in masks:
-            try:
-                self.decoder(**inputs, attention_mask=mask, use_cache=False)
-            except (BindLLMError, torch.OutOfMemoryError):
-                raise
-            except Exception as error:
-                # A forward that depends on values fails without weights; the loaded decoder is tried again.
-                if not is_meta:
-                    raise DecoderError(
-                        f"{type(self.decoder).__name__} cannot run with an injection ({type(error).__name__}: "
-                        f"{error}); use a decoder of the LLaMA shape (Llama, Mistral, Qwen2, Qwen3, SmolLM2, ...)"
-                    ) from error
+            head.register_forward_pre_hook(choose_positions)
+        try_out(decoder)
 
     @classmethod
     def build(cls, decoder: DecoderConfig, *, device: str | None = None, **parts: Any) -> Self:
@@ -303,11 +274,8 @@ class BindLLM(nn.Module):
         # Token t is predicted at position t - 1.
         rows, columns = (labels[:, 1:] != -100).nonzero(as_tuple=True)
         # The projection to V logits is the largest product of a step; most positions need none.
-        chosen = _CHOSEN.set((rows, columns))
-        try:
+        with projecting(rows, columns):
             logits = self.decoder(**inputs).logits
-        finally:
-            _CHOSEN.reset(chosen)
         # Three axes: a decoder without a projection of the usual shape has computed all positions.
         logits = logits[rows, columns] if logits.ndim == 3 else logits
         return BindOutput(logits, labels[rows, columns + 1], rows)
@@ -497,16 +465,3 @@ class BindLLM(nn.Module):
         # Not the switch of transformers: it needs layers in training mode, where some families have dropout.
         for layer in self.decoder.get_decoder().layers:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
-
-
-# Rows and columns of the positions that the vocabulary projection computes; None: all. Empty outside of a forward.
-_CHOSEN: ContextVar[tuple[Tensor, Tensor] | None] = ContextVar("bindllm_chosen", default=None)
-
-
-def _choose_positions(head: nn.Module, args: tuple) -> tuple:
-    """Before the vocabulary projection: pick hidden states [N, D] out of [B, T, D]."""
-    hidden, chosen = args[0], _CHOSEN.get()
-    if chosen is None or hidden.ndim != 3:
-        # In one piece: torch multiplies a slice, such as the last position of each row, one row at a time.
-        return (hidden.contiguous(), *args[1:])
-    return (hidden[chosen], *args[1:])

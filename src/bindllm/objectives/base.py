@@ -23,12 +23,14 @@ Needs = Literal["answers", "pairs", "labels", "prompts"]
 Metrics = dict[str, Tensor]
 """Values that are logged with a loss: scalars without gradient, each a mean over the rows (or pairs) of a batch."""
 
+# A pair has both a wanted and an unwanted answer, so it also serves objectives that need labels.
 _SERVES: dict[Needs, Callable[[Row | Sample], bool]] = {
     "answers": lambda row: True,
     "pairs": lambda row: row.rejected is not None,
     "labels": lambda row: row.rejected is not None or row.desirable is not None,
     "prompts": lambda row: bool(row.references),
 }
+# The same kinds in words, for the error message.
 _WANTED: dict[Needs, str] = {
     "answers": "rows with an answer",
     "pairs": "pairs: rows with a chosen and a rejected answer (format preference)",
@@ -65,18 +67,21 @@ class Objective(ABC):
         Raises:
             InputError: names the source, one of its rows, and the missing field.
         """
+        # The reference is the model at the start of the run, which no checkpoint keeps.
         if self.uses_reference and stage != "fit":
             raise InputError(
                 f"{type(self).__name__} compares with the initial model, so its loss is measured in training only "
                 "(val_loss in the run's metrics.csv). For the loss per token of the reference answers, add "
                 "--model.objective null"
             )
+        # Streamed rows are seen once, so their reference cannot be computed before training.
         if self.uses_reference and data.streamed:
             raise InputError(
                 f"{type(self).__name__} compares all training rows with the initial model, so it needs them "
                 "before training. Use a table on disk instead of streamed shards, or the objective ORPO, which has no "
                 "reference"
             )
+        # Validation rows too: a run must not fail after its first epoch.
         splits = {"fit": ("train", "validation"), "validate": ("validation",)}.get(stage, ("test",))
         self.check_rows([sample for split in splits for sample in data.samples(split)], data.sources)
 
@@ -93,6 +98,7 @@ class Objective(ABC):
         lacking = [row for row in rows if not _SERVES[self.needs](row)]
         if not lacking:
             return
+        # One source is named, the one with most of these rows: usually its format is wrong.
         worst, count = Counter(row.source for row in lacking).most_common(1)[0]
         total = sum(row.source == worst for row in rows)
         example = next(row.name for row in lacking if row.source == worst)
@@ -144,6 +150,7 @@ class Objective(ABC):
 
     def held_out(self, model: BindLLM, batch: Batch) -> tuple[Tensor, int, Metrics]:
         """Return the mean loss of a held-out batch, the number of its terms, and metrics as in `loss`."""
+        # The count lets the caller average over batches of different size without a bias.
         loss, metrics = self.loss(model, batch)
         return loss, self.count(batch), metrics
 
@@ -154,6 +161,7 @@ def check_positive(name: str, value: float) -> float:
     Raises:
         InputError: it is not finite, or not above 0.
     """
+    # NaN and infinity pass a plain comparison with 0 or a YAML float, and would reach the weights.
     if not (math.isfinite(value) and value > 0):
         raise InputError(f"{name} must be finite and above 0, not {value}")
     return value
@@ -173,6 +181,7 @@ def token_log_probs(
         Log-probabilities in nats, [N], float32 (float64 if the logits are); and the row of each token, [N].
     """
     output = model(**model_inputs(batch))
+    # In float32, because differences of log-probabilities in bfloat16 are mostly rounding.
     logits = output.logits.to(torch.promote_types(output.logits.dtype, torch.float32))
     # Logits are the largest tensors of a step, so no copy is made without need.
     logits = logits if temperature == 1 else logits / temperature

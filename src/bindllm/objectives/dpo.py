@@ -47,6 +47,7 @@ class DPO(Objective):
     ) -> None:
         if loss not in LOSSES:
             raise InputError(f"DPO: unknown loss {loss!r}. {did_you_mean(loss, LOSSES)}")
+        # From one half on, it would prefer the rejected answers.
         if not 0 <= label_smoothing < 0.5:
             raise InputError(f"DPO: label_smoothing must be from 0 to below 0.5, not {label_smoothing}")
         if label_smoothing and loss == "ipo":
@@ -61,6 +62,7 @@ class DPO(Objective):
 
     def prepare(self, model: BindLLM, data: BindData, context: RunContext) -> None:
         """Compute or read the reference log-probabilities of all training and validation pairs."""
+        # Two columns of answers per split: the chosen and the rejected one of each pair.
         splits = {split: data.samples(split) for split in ("train", "validation")}
         columns = {
             split: [samples, [sample.rejected for sample in samples]]
@@ -77,10 +79,12 @@ class DPO(Objective):
     def loss(self, model: BindLLM, batch: Batch) -> tuple[Tensor, Metrics]:
         """Return the mean loss of the pairs; logs rewards, their margin, and how often it is positive."""
         log_probs, num_tokens = answer_log_probs(model, batch)
+        # log(p / p_ref) of each answer; the first half of the batch are the chosen ones.
         ratio = log_probs - batch["reference"]
         chosen, rejected = (ratio / num_tokens if self.normalize_length else ratio).chunk(2)
         gap = chosen - rejected
         loss = dpo_loss(gap, beta=self.beta, kind=self.kind, label_smoothing=self.label_smoothing)
+        # The implicit rewards of the paper: beta times the log ratio.
         chosen, rejected, gap = (self.beta * value.detach() for value in (chosen, rejected, gap))
         metrics = {"margin": gap, "accuracy": gap > 0, "chosen_reward": chosen, "rejected_reward": rejected}
         return loss.mean(), {name: value.float().mean() for name, value in metrics.items()}
@@ -103,7 +107,9 @@ def dpo_loss(gap: Tensor, *, beta: float, kind: str = "sigmoid", label_smoothing
         >>> [round(value, 4) for value in dpo_loss(torch.tensor([0.0, 10.0]), beta=0.1).tolist()]  # log(2), less
         [0.6931, 0.3133]
     """
+    # IPO regresses the gap to a finite target, so sure preferences do not push it without end.
     if kind == "ipo":
         return (gap - 1 / (2 * beta)) ** 2
+    # With smoothing, a share of the labels counts as swapped.
     right, wrong = nn.functional.logsigmoid(beta * gap), nn.functional.logsigmoid(-beta * gap)
     return -(1 - label_smoothing) * right - label_smoothing * wrong

@@ -118,6 +118,7 @@ class GRPO(Objective):
                 raise InputError(f"GRPO: {name} must be at least {least}, not {value}")
         if not 0 < clip < 1:
             raise InputError(f"GRPO: clip must be between 0 and 1, not {clip}")
+        # How to read this: the options, then what belongs to a run: its data, initial weights and held answers.
         self.reward = ExactAnswer() if reward is None else reward
         self.group_size, self.beta, self.clip = group_size, beta, clip
         self.temperature = check_positive("GRPO: temperature", temperature)
@@ -146,6 +147,7 @@ class GRPO(Objective):
                 "disk instead of streamed shards"
             )
         super().check(data, stage)
+        # The reward sees validation rows as well, through the greedy answers.
         splits = {"fit": ("train", "validation"), "validate": ("validation",)}.get(stage, ("test",))
         self.reward.check([sample for split in splits for sample in data.samples(split)])
         if stage == "fit" and self.steps_per_rollout > 1 and data.trainer.accumulate_grad_batches > 1:
@@ -153,11 +155,13 @@ class GRPO(Objective):
                 "GRPO: steps_per_rollout above 1 uses a batch again after an optimizer step, and with "
                 "trainer.accumulate_grad_batches there would be none between; set one of the two to 1"
             )
+        # A batch carries the indices of its rows, by which answers are judged.
         self._data, self._pad_id = data, data.tokenizer.pad_token_id
         data.steps_per_batch = self.steps_per_rollout
 
     def on_start(self, model: BindLLM) -> None:
         """Copy the trained weights, which are the reference, if there is one."""
+        # Only trained tensors: the frozen decoder is the same in both models.
         if self.beta:
             trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
             self._start = {name: value.detach().clone() for name, value in trained.items()}
@@ -176,6 +180,7 @@ class GRPO(Objective):
         samples = self._data.samples(split)
         rows = [samples[n] for n in numbers.tolist()]
         prompts = prompt_batch(rows, self._data.lookup, pad_id=self._pad_id)
+        # A batch holds tensors only, so the split travels as its index.
         index = torch.tensor(SPLITS.index(split))
         return {
             **{name: value.to(numbers.device) for name, value in prompts.items()},
@@ -192,6 +197,7 @@ class GRPO(Objective):
         Raises:
             InputError: the reward does not return one finite number for each answer.
         """
+        # The loader repeats a batch for each step on the same answers.
         key = tuple(batch["numbers"].tolist())
         if self._held is None or self._held[0] != key:
             self._held = key, self.roll_out(model, batch)
@@ -203,6 +209,7 @@ class GRPO(Objective):
 
     def held_out(self, model: BindLLM, batch: Batch) -> tuple[Tensor, int, Metrics]:
         """Return the negative mean reward of greedy answers: the best weights have the lowest value."""
+        # Greedy, so that validation does not depend on chance and does not move the run's random numbers.
         samples = self._samples(batch)
         texts = greedy_answers(model, _prompts(batch), max_new_tokens=self.max_new_tokens)
         reward = self._judge(texts, samples).mean().to(model.device)
@@ -224,6 +231,7 @@ class GRPO(Objective):
             temperature=self.temperature,
             max_new_tokens=self.max_new_tokens,
         )
+        # One group per prompt: [B, G].
         rewards = self._judge(answers.texts, samples).reshape(-1, self.group_size).to(model.device)
         advantages = group_advantages(rewards, normalize_std=self.normalize_std)
         self._warn_if_useless(rewards, advantages)
@@ -255,9 +263,11 @@ class GRPO(Objective):
             batch, advantages = {name: value[kept] for name, value in batch.items()}, advantages[kept]
         labels = batch["labels"]
         log_probs, rows = token_log_probs(model, batch, temperature=self.temperature)
+        # At the first use the model is still the one that sampled, so no extra pass is needed.
         if rollout.old is None:
             rollout.old = log_probs.detach()
         rollout.uses += 1
+        # [R, N]: which tokens belong to which answer.
         own = rows == torch.arange(len(labels), device=rows.device)[:, None]
         surrogate = clipped_surrogate(log_probs, rollout.old, advantages[rows], clip=self.clip)
         metrics = dict(rollout.metrics)
@@ -268,6 +278,7 @@ class GRPO(Objective):
             # Not index_add: on GPUs its order of additions varies, so a resumed run would differ in the last bits.
             means = torch.where(own, divergence.detach(), 0).sum(1) / own.sum(1)
             metrics["kl"] = means.mean()
+        # Divided by the length of each answer (DeepSeekMath), or by one constant (Dr. GRPO).
         sums = torch.where(own, each, 0).sum(1)
         lengths = own.sum(1) if self.normalize_length else self.max_new_tokens
         return (sums / lengths).sum() / len(rollout.advantages), metrics
@@ -289,6 +300,7 @@ class GRPO(Objective):
         return [samples[n] for n in batch["numbers"].tolist()]
 
     def _judge(self, texts: Sequence[str], samples: Sequence[Sample]) -> Tensor:
+        # A reward is foreign code: a wrong shape would broadcast, and a NaN would reach the weights.
         rewards = torch.as_tensor(self.reward(texts, samples), dtype=torch.float32)
         name, shape = type(self.reward).__name__, list(rewards.shape)
         if shape != [len(texts)]:
@@ -317,6 +329,7 @@ def group_advantages(rewards: Tensor, *, normalize_std: bool = True) -> Tensor:
         >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]])).tolist()
         [[1.0, -1.0, -1.0, 1.0], [0.0, 0.0, 0.0, 0.0]]
     """
+    # In float64: rewards that differ in their last float32 digits still have an order.
     rewards = rewards.double()
     centered = rewards - rewards.mean(1, keepdim=True)
     if normalize_std:
@@ -343,6 +356,7 @@ def clipped_surrogate(log_probs: Tensor, old: Tensor, advantages: Tensor, *, cli
         >>> clipped_surrogate(now, old, torch.tensor([1.0, -1.0]), clip=0.2)
         tensor([ 1.2000, -2.0000])
     """
+    # The minimum removes the gradient of tokens that have already moved far in the direction of their advantage.
     ratio = (log_probs - old).exp()
     return torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
 
@@ -357,6 +371,7 @@ def kl_estimate(log_probs: Tensor, reference: Tensor) -> Tensor:
     Returns:
         Estimates, at least 0, [N].
     """
+    # exp(x) - x - 1 is at least 0 for each token, unlike the plain log ratio.
     ratio = reference - log_probs
     return torch.expm1(ratio) - ratio
 
@@ -419,6 +434,7 @@ def _join(prompts: Batch, ids: Tensor, in_answer: Tensor, group_size: int) -> Ba
         "media_index": torch.cat([index, torch.where(in_answer, index[:, -1:], NO_MEDIA)], dim=1),
         "labels": torch.cat([torch.full_like(mask, IGNORE), torch.where(in_answer, ids, blank)], dim=1),
     }
+    # A rotation of each row by its own padding: prompts are padded on the left, training rows on the right.
     width = columns["input_ids"].shape[1]
     padding = mask.shape[1] - mask.sum(1, keepdim=True)
     order = (torch.arange(width, device=ids.device) + padding) % width

@@ -21,6 +21,7 @@ from bindllm.objectives.base import Metrics, Needs, Objective, answer_log_probs,
 from bindllm.objectives.reference import References
 from bindllm.parallel import RunContext
 
+# Prefix of the entries of a batch that belong to the mismatched answers.
 _MISMATCHED = "mismatched_"
 
 
@@ -78,6 +79,7 @@ class KTO(Objective):
 
     def prepare(self, model: BindLLM, data: BindData, context: RunContext) -> None:
         """Draw the mismatched answers, and compute or read the reference log-probabilities of all answers."""
+        # Three columns per split: the answer, the rejected one of a pair, and the mismatched one.
         columns = {}
         for split in ("train", "validation"):
             if samples := data.samples(split):
@@ -91,6 +93,7 @@ class KTO(Objective):
         """Add the rows of mismatched answers, and the reference log-probabilities of all answers."""
         numbers = batch["numbers"]
         answers, rejected, reference = self._references.of(split, numbers).unbind(1)
+        # Rows without a rejected answer hold NaN in that column; the batch has no row for them.
         rows = self._make_batch([self._mismatched[split][n] for n in numbers.tolist()])
         return {
             **batch,
@@ -108,7 +111,9 @@ class KTO(Objective):
         }
         with torch.no_grad():
             moved = answer_log_probs(model, mismatched)[0] - mismatched["reference"]
+        # z of the paper: an estimate of a divergence, which is never negative.
         point = moved.mean().clamp(min=0)
+        # The rejected answers at the end of the batch are undesirable.
         desirable = torch.nn.functional.pad(batch["desirable"], (0, len(ratio) - len(batch["desirable"])))
         loss = kto_loss(
             ratio,
@@ -141,6 +146,7 @@ def kto_loss(
     Returns:
         Losses, [R], each between 0 and its weight.
     """
+    # Equation 8: a desirable answer should be above the reference point, an undesirable one below.
     margin = torch.where(desirable, ratio - point, point - ratio)
     weight = torch.where(desirable, *(torch.full_like(ratio, value) for value in weights))
     return weight * (1 - torch.sigmoid(beta * margin))
@@ -156,6 +162,7 @@ def mismatch(samples: Sequence[Sample], *, seed: int) -> list[Sample]:
         raise InputError(
             f"KTO needs at least 2 rows in a split, for mismatched answers; {samples[0].name} is the only one"
         )
+    # A random cycle: no row is its own partner, and every answer is used once.
     order = np.random.default_rng(seed).permutation(len(samples))
     partner = dict(zip(order.tolist(), np.roll(order, 1).tolist(), strict=True))
     longest = max(len(sample.input_ids) for sample in samples)

@@ -17,12 +17,14 @@ class NextToken(Objective):
 
     def loss(self, model: BindLLM, batch: Batch) -> tuple[Tensor, Metrics]:
         """Return the loss of a batch, per supervised token."""
+        # The first rows are the answers to imitate; rejected ones of pairs follow them.
         rows = len(batch["numbers"])
         output = model(**{name: value[:rows] for name, value in model_inputs(batch).items()})
         return next_token_loss(output.logits, output.targets), {}
 
     def count(self, batch: Batch) -> int:
         """Return the number of supervised tokens."""
+        # From the second position: no token predicts the first one.
         return int((batch["labels"][: len(batch["numbers"]), 1:] != IGNORE).sum())
 
 
@@ -48,4 +50,5 @@ def next_token_loss(logits: Tensor, targets: Tensor | None) -> Tensor:
             "a batch has no supervised token, so it has no loss. Check the label mask of your rows with "
             "bindllm check --config RECIPE: captions may be empty, or data.max_length too small for the prompt"
         )
+    # In float32: a sum over a large vocabulary loses its small terms in bfloat16.
     return nn.functional.cross_entropy(logits.to(torch.float32), targets)

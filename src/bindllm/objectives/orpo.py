@@ -35,14 +35,17 @@ class ORPO(Objective):
             InputError: a streamed row, which no earlier check has seen, is not a pair.
         """
         rows, pairs = len(batch["numbers"]), len(batch["labels"]) - len(batch["numbers"])
+        # Streamed batches are checked here, all others before the run.
         if pairs < rows:
             raise InputError(
                 f"ORPO learns from pairs of a chosen and a rejected answer, and {rows - pairs} of {rows} rows of a "
                 "batch are not pairs; use only sources of format preference"
             )
         log_probs, num_tokens = answer_log_probs(model, batch)
+        # Means over tokens: odds of whole answers would underflow (equation 3 of the paper does the same).
         chosen, rejected = (log_probs / num_tokens).chunk(2)
         ratio = log_odds(chosen) - log_odds(rejected)
+        # Equation 6: imitation of the chosen answer, plus a push of its odds above the rejected one.
         loss = -chosen - self.weight * nn.functional.logsigmoid(ratio)
         metrics = {"margin": ratio, "accuracy": chosen > rejected, "chosen_loss": -chosen}
         return loss.mean(), {name: value.detach().float().mean() for name, value in metrics.items()}
@@ -59,4 +62,5 @@ def log_odds(log_prob: Tensor) -> Tensor:
         -1.3863
     """
     log_prob = log_prob.clamp(max=-torch.finfo(log_prob.dtype).eps)
+    # expm1 keeps 1 - p exact for p near 1.
     return log_prob - torch.log(-torch.expm1(log_prob))

@@ -46,6 +46,7 @@ class References:
 
     def on_start(self, model: BindLLM) -> None:
         """Take the fingerprint of the initial weights; a resumed run restores its own later."""
+        # Encoders are not part of it: their embeddings are in the batches, which the fingerprint covers.
         parts = model.describe()
         own = {name: parts[name] for name in ("decoder", "bind", "inject", "adapter")}
         digest = hashlib.sha256(json.dumps(own, sort_keys=True, default=str).encode())
@@ -70,11 +71,13 @@ class References:
         """
         for members in columns.values():
             assert all(sample.number == n for n, sample in enumerate(members[0])), "samples are not numbered"
+        # How to read this: one list of all answers, batches of similar length, their fingerprint, then file or model.
         rows = [sample for split in columns.values() for column in split for sample in column if sample]
         plan = sorted_batches([len(sample.input_ids) for sample in rows], batch_size=2 * data.batch_size)
         batch = partial(answer_batch, lookup=data.lookup, pad_id=model.tokenizer.pad_token_id)
         batches = [partial(_of, batch, rows, numbers) for numbers in plan]
         processes, file = context.processes, context.folder / REFERENCE
+        # Once, since it reads every embedding; the others get it from the first process.
         own = _fingerprint(self._start, columns, batches) if processes.is_first else ""
         fingerprint = processes.gather(own)[0]
         kept = _read(file, fingerprint)
@@ -85,6 +88,7 @@ class References:
                     f"{file} can be read by the first process, but not by process {processes.rank + 1} of "
                     f"{processes.world_size}: put the folder runs on a file system that all machines share"
                 )
+        # Computed now, the values would be those of half-trained weights.
         elif context.resumed:
             raise TrainingError(
                 f"{file} is missing, or was made from other rows or weights, and this run no longer has its initial "
@@ -107,6 +111,7 @@ def _of(batch: Callable[[list[Sample]], Batch], rows: list[Sample], numbers: lis
 
 def _add(digest: hashlib._Hash, name: str, value: Tensor) -> None:
     digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+    # As bytes: bfloat16 has no counterpart in numpy.
     digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
@@ -114,6 +119,7 @@ def _fingerprint(start: str, columns: Mapping[str, Columns], batches: Sequence[C
     """Return hex digits that change with the weights, and with tokens, media or order of the rows."""
     digest = hashlib.sha256(start.encode())
     for split, members in columns.items():
+        # Which answers exist decides which value belongs to which row.
         shape = [[sample is not None for sample in column] for column in members]
         digest.update(f"{split} {shape}\n".encode())
     for batch in batches:
@@ -152,6 +158,7 @@ def _compute(
     values = torch.zeros(count)
     for rows, numbers in (pair for pairs in context.processes.gather(found) for pair in pairs):
         values[rows] = torch.tensor(numbers)
+    # Before the first step, because a NaN here would reach every weight.
     if not bool(values.isfinite().all()):
         raise TrainingError(
             "a reference log-probability is not finite: the initial model returns NaN or infinity. Check "
@@ -162,6 +169,7 @@ def _compute(
 
 def _arranged(values: Tensor, columns: Mapping[str, Columns]) -> dict[str, Tensor]:
     """Arrange values in one table per split, [rows, columns]; NaN for a missing answer."""
+    # The values come column by column, in the order in which `prepare` listed the answers.
     tables, numbers = {}, iter(values.tolist())
     for split, members in columns.items():
         table = [[next(numbers) if sample else float("nan") for sample in column] for column in members]
@@ -178,6 +186,7 @@ def _read(file: Path, fingerprint: str) -> dict[str, Tensor] | None:
             if (stream.metadata() or {}).get("fingerprint") != fingerprint:
                 return None
             return {split: stream.get_tensor(split) for split in stream.keys()}  # noqa: SIM118 (not a dict)
+    # A damaged file is as good as none: its values can be computed again.
     except SafetensorError:
         return None
 

@@ -81,6 +81,7 @@ class OptionLetter(Reward):
         Raises:
             InputError: names one of them.
         """
+        # Without a readable reference, every answer would earn the same.
         if lacking := [sample.name for sample in samples if not _letters(sample)]:
             raise InputError(
                 f"OptionLetter judges multiple choices, but {len(lacking)} of {len(samples)} rows have no options, or "
@@ -92,6 +93,7 @@ class OptionLetter(Reward):
         return torch.tensor([self._one(text, sample) for text, sample in zip(answers, samples, strict=True)])
 
     def _one(self, text: str, sample: Sample) -> float:
+        # A wrong option earns 0, which may be more than an answer that chooses none.
         chosen = option_letter(text, sample.options)
         return self.unreadable if chosen is None else float(chosen in _letters(sample))
 
@@ -117,6 +119,7 @@ class CaptionMetric(Reward):
 
     def __call__(self, answers: Sequence[str], samples: Sequence[Sample]) -> Tensor:
         """Return the share of each answer, [R]."""
+        # The closest reference counts, as in evaluation.
         shared = _SHARED[self.metric]
         scores = []
         for text, sample in zip(answers, samples, strict=True):
@@ -143,6 +146,7 @@ def longest_common(words: Sequence[str], other: Sequence[str]) -> int:
         >>> longest_common("a red cat sat".split(), "red and sat".split())
         2
     """
+    # Dynamic programming over prefixes, one row at a time: O(n m) time, O(m) memory.
     row = [0] * (len(other) + 1)
     for word in words:
         above = row
@@ -153,6 +157,7 @@ def longest_common(words: Sequence[str], other: Sequence[str]) -> int:
 
 
 def _common(words: Sequence[str], other: Sequence[str]) -> int:
+    # Intersection of multisets: a repeated word counts as often as both have it.
     return (Counter(words) & Counter(other)).total()
 
 

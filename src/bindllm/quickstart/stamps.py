@@ -41,15 +41,7 @@ exist, `sound`, its sound, and `spoken`, the sentence read aloud in English.
 
 
 def build(packages: Sequence[Path], folder: Path) -> dict[str, Any]:
-    """Write images, audio files and the caption table.
-
-    Args:
-        packages: the one ``.deb``.
-        folder: an empty folder to fill.
-
-    Returns:
-        Facts for ``SOURCE.json``: the numbers of images by split, and of skipped captions and images.
-    """
+    """Write images, audio files and the caption table; a `bindllm.quickstart.Builder`."""
     files = _read_deb(packages[0])
     (folder / "copyright").write_bytes(files.pop(_COPYRIGHT))
     captioned = sorted(name.removesuffix(".txt") for name in files if name.endswith(".txt"))
@@ -65,6 +57,7 @@ def build(packages: Sequence[Path], folder: Path) -> dict[str, Any]:
         if known := rows.get(files[image]):
             known["caption"] = list(dict.fromkeys([*known["caption"], caption]))
             continue
+        # The split follows from the image's bytes; sounds and sentences follow their image.
         row = {"image": _keep(files, image, folder / "images"), "caption": [caption]}
         row |= {"split": split_of(files[image]), "group": PurePosixPath(stem).parts[0]}
         for column, ending in (("sound", ""), ("spoken", "_desc")):
@@ -95,6 +88,7 @@ def _read_deb(path: Path) -> dict[str, bytes]:
         if not header:
             raise AssetError(f"{path.name}: it has no data.tar, so it is not a Debian package")
         with tarfile.open(fileobj=deb, mode="r|*") as members:
+            # In one pass: the compressed tar inside cannot be read backwards.
             for member in members:
                 wanted = member.name.startswith(_STAMPS) or member.name == _COPYRIGHT
                 if member.isfile() and wanted and not _TRANSLATION.search(member.name):

@@ -19,6 +19,7 @@ def split_of(content: bytes) -> str:
         >>> split_of(b"an image") == split_of(b"an image")
         True
     """
+    # A hash instead of a random number: adding or removing an image moves no other image to another split.
     position = position_of(content)
     return next(name for name, edge in SPLITS if position < edge)
 
@@ -36,6 +37,7 @@ def position_of(content: bytes) -> float:
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write rows as JSON lines."""
+    # Not escaped, so that names in other scripts stay readable.
     with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 

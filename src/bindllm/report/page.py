@@ -85,6 +85,7 @@ def render_page(data: ReportData) -> str:
     lead = summarize(
         data.metrics, num_captions=len(data.rows.get("captions", ())), modalities=data.modalities
     )
+    # How to read this: everything below is plain data; the template only places and escapes it.
     logged = data.training or data.validation
     sheets = {task: _sheet(task, rows, data.thumbnails) for task, rows in data.rows.items() if rows}
     return page.get_template("report.html.j2").render(
@@ -129,6 +130,7 @@ def _task(task: str, variants: Variants, many: str) -> dict[str, Any]:
         ]
         return {"panels": panels, "head": head, "rows": rows, "variants": variants}
     panels, rows = [], []
+    # Bars for some metrics only; the table has all.
     for key in KEYS[task]:
         metric, row = METRICS[key], {name: variants[name][key] for name in names}
         better, arrow = ("lower", "↓") if metric.lower_is_better else ("higher", "↑")
@@ -193,11 +195,13 @@ def _data_tables(data: Mapping[str, Any], one: str, many: str) -> list[dict[str,
         )
         for source in data["sources"]
     ]
+    # Always shown: without them no metric of the page can be read.
     counts = [
         ("rows", ", ".join(f"{count:,} {split}" for split, count in data["rows"].items())),
         ("training tokens", f"{data['supervised_tokens']:,} in the answers, in one pass"),
         ("embeddings", f"{data['encoded']:,} made for this run, {data['reused']:,} from the store"),
     ]
+    # Faults of the data: a line for each that there is.
     notes = {
         "answers cut to the longest length": data["truncated"],
         "rows without media": data["text_only"],

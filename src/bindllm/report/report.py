@@ -174,6 +174,7 @@ def rebuild_report(folder: str | Path) -> Path:
         rows={
             task: _read_rows(folder / name) for task, name in ROW_FILES.items() if task in metrics["tasks"]
         },
+        # Older folders lack newer facts.
         facts={**asdict(unknown), **facts},
         training=_series(log, "train_loss"),
         validation=_series(log, "val_loss"),
@@ -197,6 +198,7 @@ def _check_metrics(metrics: Mapping[str, Any], *, source: str) -> None:
             for key in KEYS[task]
             if key not in variants.get(name, ())
         ]
+    # All gaps are named at once: a run of hours should fail here only once.
     missing += [f"seconds.{key}" for key in SECONDS if key not in metrics.get("seconds", ())]
     missing += [name for name in ("trainable_parameters",) if name not in metrics]
     if missing:

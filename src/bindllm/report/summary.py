@@ -107,6 +107,7 @@ def _losses(variants: Variants, rows: str, one: str, many: str) -> list[str]:
     model, blind, shuffled = (variants[name]["loss"] for name in ("model", "no_media", "shuffled_media"))
     if model is None:
         return [f"The loss on {rows} could not be measured."]
+    # The same rows, weights and tokens: only the media change, so the difference shows how much the model uses them.
     perplexity = METRICS["perplexity"].show(variants["model"]["perplexity"])
     sentences = [f"On {rows} the loss is {model:.2f} per token (perplexity {perplexity})."]
     if blind is not None:
@@ -156,6 +157,7 @@ def _answers(variants: Variants, one: str, many: str) -> list[str]:
     )
     if own is None:
         return ["The answers to the held-out questions could not be measured."]
+    # From the weakest baseline to the strongest test: guessing, no media, and the media of other rows.
     sentences = [f"Of {model['count']:,} held-out questions the model answers {show(own)} right."]
     if guess is not None:
         useless = ": the model knows no more than the questions reveal" if own <= guess else ""

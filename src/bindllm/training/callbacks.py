@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, EarlyStopping, StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
 from rich.console import Console
 from torch import Tensor
 
@@ -42,6 +41,7 @@ def check_trainer(trainer: Trainer, *, num_validation: int) -> None:
     }
     if empty := [name for name, value in lengths.items() if value == 0]:
         raise InputError(f"trainer.{empty[0]} is 0, so no step would be taken; expected at least 1")
+    # Lightning finds both faults itself, but only after an epoch.
     for callback in trainer.callbacks:
         kind = type(callback).__name__
         if isinstance(callback, _REFUSED):
@@ -57,18 +57,13 @@ def check_trainer(trainer: Trainer, *, num_validation: int) -> None:
             )
 
 
-def early_stopping(trainer: Trainer) -> list[EarlyStopping]:
-    """Return the callbacks that may end a run early."""
-    return [callback for callback in trainer.callbacks if isinstance(callback, EarlyStopping)]
-
-
 def check_monitors(trainer: Trainer, measured: Collection[str]) -> None:
     """Refuse early stopping on a metric that a run does not measure.
 
     Raises:
         InputError: names the callback, its metric and the closest one.
     """
-    for callback in early_stopping(trainer):
+    for callback in trainer.early_stopping_callbacks:
         if callback.strict and callback.monitor not in measured:
             hint = did_you_mean(callback.monitor, measured)
             raise InputError(f"EarlyStopping monitors {callback.monitor}, which is not measured. {hint}")
@@ -120,6 +115,7 @@ class AverageWeights(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return step and average; Lightning saves them with the run."""
+        # Lightning saves it within the state of the run, so it resumes with the weights it belongs to.
         return {"step": self._step, "average": self._average}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -157,11 +153,16 @@ class ParameterTable(Callback):
         if self._is_checked or not trainer.global_step:
             return
         self._is_checked = True
+        # Objectives measure the same values of held-out rows as in training, under another prefix.
         logged = set(trainer.callback_metrics)
         logged |= {"val_loss", *(f"val_{name.removeprefix('train_')}" for name in logged)}
         if type(pl_module.objective).held_out is not Objective.held_out:
             # Such an objective may measure other values of held-out rows.
-            logged |= {callback.monitor for callback in early_stopping(trainer) if "val_" in callback.monitor}
+            logged |= {
+                callback.monitor
+                for callback in trainer.early_stopping_callbacks
+                if "val_" in callback.monitor
+            }
         check_monitors(trainer, logged)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -192,7 +193,7 @@ class SampleCaptions(Callback):
 
     @torch.no_grad()
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Generate, and write the answers to the log and to TensorBoard."""
+        """Generate, and write the answers to the log."""
         samples = spread(trainer.datamodule.samples("validation"), self.count)
         if trainer.sanity_checking or not samples:
             return
@@ -206,9 +207,6 @@ class SampleCaptions(Callback):
         # The step under which Lightning logs the loss of this validation.
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
         self.run_log.log_captions(self.latest, step)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("captions", _markdown(self.latest), step)
 
 
 def spread(samples: Sequence[Sample], count: int) -> list[Sample]:
@@ -224,14 +222,6 @@ def _row(sample: Sample, answer: str) -> dict[str, str]:
     asked = {} if sample.task == "caption" else {"question": questions[-1]}
     reference = " | ".join(dict.fromkeys(sample.references))
     return {"media": _media_name(sample), **asked, "reference": reference, "model": answer}
-
-
-def _markdown(rows: Sequence[dict[str, str]]) -> str:
-    columns = [
-        name for name in ("media", "question", "reference", "model") if any(name in row for row in rows)
-    ]
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    return "\n".join([*lines, *(f"| {' | '.join(row.get(name, '') for name in columns)} |" for row in rows)])
 
 
 def _media_name(sample: Sample) -> str:

@@ -165,6 +165,7 @@ class RunPlan:
             "embeddings": torch.zeros(self.rows, self.media_groups, self.encoders[0].embedding_size),
             "labels": labels,
         }
+        # Columns of all objectives at once: each reads its own, and meta tensors cost nothing.
         numbers = torch.arange(self.rows - self.rejected)
         return {
             **inputs,
@@ -254,6 +255,7 @@ class RunPlan:
     def _with_fewer_rows(self, available: int) -> RunPlan:
         """Return the run with the largest batch of half the rows, a quarter, ... that fits, or with one row."""
         plan = self
+        # Halving keeps the rows of a step whole: twice the accumulation makes up for it.
         while plan.rows > 1 and (plan is self or plan.estimate.total > available):
             rows = plan.rows // 2
             plan = replace(
@@ -322,12 +324,14 @@ def _needs(entry: Mapping[str, Any] | None) -> str:
 
 def _devices(trainer: Mapping[str, Any], device: str) -> dict[str, Any]:
     """Read the fields of a plan off a trainer; processes that share memory are counted per node, or all of them."""
+    # Read off the recipe: a trainer would refuse devices that this machine lacks.
     asked, strategy = trainer["devices"], trainer["strategy"]
     if str(asked) in ("auto", "-1"):
         devices = max(1, torch.cuda.device_count()) if device == "cuda" else 1
     else:
         devices = len(asked) if isinstance(asked, list) else int(asked) if str(asked).isdigit() else 1
     total = devices * int(trainer["num_nodes"])
+    # A strategy is a short name (ddp, deepspeed_stage_2) or a class with arguments.
     options = strategy.get("init_args") or {} if isinstance(strategy, Mapping) else {}
     name = str(strategy["class_path"] if isinstance(strategy, Mapping) else strategy).lower()
     kind, sharing = "ddp", total
@@ -362,6 +366,7 @@ def _batch_shape(
     if not samples:
         return {"rows": size, "tokens": longest, "supervised": size * longest}
     rejected = [sample.rejected for sample in samples if pairs and sample.rejected is not None]
+    # The longest row stands for all: one batch of the longest rows is enough to run out of memory.
     count = size * (2 if rejected else 1)
     return {
         "rows": count,
@@ -398,6 +403,7 @@ def memory_lines(plan: RunPlan, limit: str | None) -> tuple[list[Any], str]:
     Raises:
         InputError: the limit is not a size.
     """
+    # How to read this: the table, the encoders before it, its largest part, and then whether it fits.
     available = _device_bytes(plan.device) if limit is None else read_size(limit)
     estimate = plan.estimate
     rows = (
@@ -425,6 +431,7 @@ def memory_lines(plan: RunPlan, limit: str | None) -> tuple[list[Any], str]:
     if estimate.total <= available:
         lines.append(f"fits into {_text(available)}: {estimate.total / available:.0%} of it")
         return lines, ""
+    # Each change is listed with its effect, so that the user can stop at the one that is enough.
     changes = [
         f"{words}: {_text(total)}{', fits' if total <= available else ''}"
         for words, total in plan.changes(available)

@@ -90,6 +90,7 @@ class BindModule(LightningModule):
         checkpoint_activations: bool = False,
     ) -> None:
         super().__init__()
+        # Only settings: loading waits for `configure_model`, when the data is known to be sound.
         self.decoder_config, self.encoders = decoder, encoders
         self.bind_config, self.inject_config, self.optim_config = bind, inject, optim
         if bind.fusion != "unit":
@@ -144,6 +145,7 @@ class BindModule(LightningModule):
             adapter=self.adapter_config,
             cache_config=self.cache_config,
         )
+        # The order of construction is fixed: decoder, adapter, injection; then the groups, then earlier weights.
         self.model.set_trainable(self.trainable)
         if self.checkpoint_activations:
             self.model.checkpoint_activations()
@@ -195,6 +197,7 @@ class BindModule(LightningModule):
         gradients = [
             p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
         ]
+        # Checked before the optimizer: one step with NaN would spoil all weights and both of Adam's moments.
         loss = self._accumulation.finish(gradients, trainer=self.trainer)
         if not torch.isfinite(loss):
             self._stop("loss")
@@ -233,6 +236,7 @@ class BindModule(LightningModule):
 
     def _log_held_out(self, split: str, batch: Batch) -> None:
         # Lightning weights a mean by batch_size and sums both over devices, so this is the mean over all tokens.
+        # Names that Lightning users expect, such as val_loss, and not those of our splits.
         prefix = {"validation": "val", "test": "test"}[split]
         loss, count, metrics = self.objective.held_out(self.model, self.objective.add_reference(batch, split))
         options = {"batch_size": count, "on_epoch": True, "sync_dist": True}

@@ -49,6 +49,7 @@ class OptimConfig:
     """Learning rate at the last step, as a share of `lr`; the decay is a cosine."""
 
     def __post_init__(self) -> None:
+        # Negated comparisons would accept NaN; these refuse it.
         wrong = [
             f"{name} is {value}, expected {expected}"
             for name, value, fits, expected in (
@@ -81,6 +82,7 @@ def build_optimizer(groups: Groups, config: OptimConfig, *, fused: bool = True) 
     Raises:
         InputError: no parameter is trainable.
     """
+    # Two groups, because weight decay pulls towards zero: right for matrices, wrong for gates, norms and biases.
     decayed, plain = [], []
     for group, members in groups.items():
         for _, parameter in members:
@@ -110,6 +112,7 @@ def lr_factor(step: int, *, total: int, config: OptimConfig) -> float:
         >>> [round(lr_factor(s, total=100, config=OptimConfig(warmup=4)), 2) for s in (0, 3, 52, 100)]
         [0.25, 1.0, 0.55, 0.1]
     """
+    # Linear to 1 during the warm-up, then half a cosine from 1 to the final share.
     warmup = config.warmup * total if config.warmup < 1 else config.warmup
     if step < warmup:
         return min(1.0, (step + 1) / warmup)

@@ -119,6 +119,8 @@ def check_recipe(
         say: prints a line.
         previewed: number of training rows to print with their label mask.
     """
+    # How to read this: parts first, then checks of several parts together. A part that failed is skipped in all later
+    # checks, so that each problem is printed once.
     model, data, output = recipe["model"], recipe["data"], recipe["output"]
     with problems.noted():
         run_folder(output, init_from=model["init_from"])
@@ -164,6 +166,7 @@ def check_checkpoint(folder: str, problems: Problems, *, allow: Sequence[str]) -
     known = len(problems)
     with problems.noted():
         manifest = read_manifest(folder)
+        # Each check is noted by itself: one broken file must not hide the others.
         with problems.noted():
             read_weights(folder, manifest)
         with problems.noted():
@@ -181,6 +184,7 @@ def read_sources(sources: Sequence[SourceConfig], problems: Problems) -> Read:
     read = []
     with problems.noted():
         check_streams(sources)
+    # The first rows of a stream are enough: reading all shards may take hours.
     for number, source in enumerate(sources):
         with problems.noted():
             if is_training_stream(source):
@@ -210,6 +214,7 @@ def check_sources(
         problems: gets the problems.
         say: prints a line.
     """
+    # Sources that cannot be read are problems already: no row to train on is not a second one.
     num_train, known = 0, len(problems)
     for rows, report in read:
         num_train += len(rows["train"])
@@ -240,6 +245,7 @@ def _build_parts(
 ) -> CheckedParts:
     """Build the parts of a model, read the data and try the encoders."""
     kinds = {**PARTS, **({} if model["adapter"] is None else {"adapter": AdapterConfig})}
+    # A wrong part becomes None, and the others are still built and checked.
     built = {name: _build(kind, model[name], problems) for name, kind in kinds.items()}
     parts = {name: part for name, part in built.items() if part is not None}
     tokenizer = _check_decoder(parts["decoder"], problems) if "decoder" in parts else None
@@ -388,6 +394,7 @@ def _open_media(rows: Sequence[Row], report: SourceReport, encoders: Sequence[En
     Raises:
         InputError: none of the media of a modality can be opened, or no encoder serves it.
     """
+    # A sample is enough to find a wrong folder or format; single broken files are counted by the run itself.
     media = [item for row in rows for item in row.media]
     for modality in dict.fromkeys(item.modality for item in media):
         encoder = None if encoders is None else encoder_for(modality, encoders)

@@ -90,6 +90,7 @@ class RunProgress(ProgressBar):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the validation loss and a few answers above the bar."""
+        # The sanity check before the first step has no training loss.
         loss = trainer.callback_metrics.get("val_loss")
         if not self._losses or loss is None:
             return

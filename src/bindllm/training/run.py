@@ -164,8 +164,9 @@ def open_run(
     if fitting:
         # The same recipe before a shorter one.
         place, changes = min(fitting, key=lambda run: len(run[1]))
+        kind = "interrupted" if _is_interrupted(place) else "finished"
         _bring_back(place, folder)
-        say(f"resuming the run in {folder}{f' with {_listed(changes)}' if changes else ''}")
+        say(f"resuming the {kind} run in {folder}{f' with {_listed(changes)}' if changes else ''}")
     else:
         if earlier and earlier[0][0] == folder and _is_interrupted(folder):
             _refuse_other_processes(*earlier[0])
@@ -225,6 +226,7 @@ def _set_aside(folder: Path) -> Path | None:
     """
     ends = chain([""], (f"-{number}" for number in count(2)))
     places = (folder.with_name(f"{folder.name}.previous{end}") for end in ends)
+    # The first free name: one without a folder, or with one that holds nothing to lose.
     aside = next(place for place in places if not _is_interrupted(place))
     interrupted = _is_interrupted(folder)
     if aside.exists():
@@ -249,6 +251,7 @@ def _changes(old: Any, new: Any, key: str = "") -> Iterator[Change]:
 def _is_longer(change: Change) -> bool:
     """Return whether a change only adds epochs or steps; -1 is a run without end."""
     key, old, new = change
+    # A missing limit is null: such a run had no length that could be extended.
     numbers = isinstance(old, int) and isinstance(new, int)
     return key in _LENGTHS and numbers and 0 < old < (math.inf if new == -1 else new)
 
@@ -375,6 +378,7 @@ class Run:
         if not held_out:
             self.console.print("no held-out rows: nothing is measured, and no report is written")
             return 0
+        # The weights are saved: a failed measurement is reported, and the same command repeats it.
         try:
             measured = evaluate_held_out(
                 self.module.model,
@@ -394,6 +398,7 @@ class Run:
     def _report(self, measured: Evaluation) -> tuple[dict[str, Any], Path]:
         """Write the report; return the metrics and the page."""
         model = self.module.model
+        # The time of a run counts all its parts, also those before an interruption.
         groups = describe_groups(model.parameter_groups())
         seconds = {**self.state.seconds, "evaluate": measured.seconds}
         metrics = {

@@ -54,11 +54,6 @@ class RunLog(Logger):
         """The run's folder."""
         return str(self.folder)
 
-    @property
-    def log_dir(self) -> str:
-        """The run's folder."""
-        return str(self.folder)
-
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         """Do nothing: the folder holds the recipe."""
@@ -68,6 +63,7 @@ class RunLog(Logger):
         """Append a row."""
         file, row = self.folder / METRICS, {**metrics, "step": step}
         unknown = [name for name in row if name not in self._columns]
+        # A new column means a new header, so the whole file is written again; that is rare.
         if unknown or not file.exists():
             rows = self._rows()
             self._columns += unknown

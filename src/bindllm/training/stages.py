@@ -54,6 +54,7 @@ def init_from_checkpoint(model: BindLLM, folder: str | Path) -> None:
     model.origin = manifest.get("origin", "")
     tensors = read_weights(folder, manifest)
     if not manifest.get("adapter"):
+        # A first stage has none: the new adapter keeps its initial values, with which it changes nothing.
         own = model.trainable_state().items()
         tensors |= {name: value for name, value in own if name.startswith(PREFIX)}
     model.load_trainable_state(tensors, source=str(folder))
@@ -87,6 +88,7 @@ def check_base(
     manifest = read_manifest(folder)
     saved = read_configs(folder, manifest)
     _check_frozen(folder, manifest, decoder, encoders)
+    # All differences at once, because a recipe of another base rarely differs in one value.
     differing = [*_differences("bind", saved["bind"], bind), *_differences("inject", saved["inject"], inject)]
     if saved["adapter"] is not None:
         if adapter is None:
@@ -108,6 +110,7 @@ def _check_frozen(
 ) -> None:
     """Compare decoder and encoders by their fingerprints."""
     saved = manifest.get("decoder", {})
+    # By content: the same weights may lie in another folder.
     compared = {
         "decoder": (saved.get("fingerprint"), fingerprint_decoder(decoder.folder())),
         "encoders": (encoder_fingerprints(folder, manifest), [encoder.fingerprint() for encoder in encoders]),
@@ -136,6 +139,7 @@ def _differences(section: str, there: Any, here: Any) -> list[str]:
 
 def _adapter_differences(there: AdapterConfig, here: AdapterConfig) -> list[str]:
     """List the settings of an adapter that differ in effect: alpha and rslora are compared by their scale."""
+    # rank and targets change the tensors; alpha and rslora only their common factor.
     found = [
         difference
         for difference in _differences("adapter", there, here)

@@ -34,7 +34,6 @@ from torch import Tensor, distributed
 
 from bindllm.atomic import atomic_file, write_tensors
 from bindllm.errors import CheckpointError, InputError, TrainingError
-from bindllm.training.callbacks import early_stopping
 from bindllm.training.runlog import RunLog
 
 LAST = "last.ckpt"
@@ -119,7 +118,8 @@ class RunState(Checkpoint):
         self.best_loss: float | None = None
         self.best_step = 0
         self.seconds = {"embed": 0.0, "train": 0.0}
-        self._stopped_early = self._ended = False
+        # Values that a run needs to resume, in addition to those of Lightning.
+        self._stopped_early = self._ended = self._is_validated = False
         self._validated: dict[str, Tensor] = {}
         self._sources: dict[str, str] = {}
         self._rows: dict[str, Any] | None = None
@@ -146,6 +146,7 @@ class RunState(Checkpoint):
             "best_step": self.best_step,
             "seconds": self.seconds,
             "stopped_early": self._stopped_early,
+            "is_validated": self._is_validated,
             "rows": self._rows,
             "sources": self._sources,
             "random": self._random,
@@ -159,6 +160,7 @@ class RunState(Checkpoint):
             CheckpointError: the state was saved by another version of bindllm.
             InputError: the state was saved by another number of processes.
         """
+        # Refused as a whole: a state of which only a part is known would resume to something else.
         if state_dict.keys() != self.state_dict().keys():
             raise CheckpointError(
                 f"the interrupted run in {self.folder} was saved by another version of bindllm. Finish it with that "
@@ -173,7 +175,7 @@ class RunState(Checkpoint):
         self.best_loss, self.best_step = state_dict["best_loss"], state_dict["best_step"]
         self.seconds, self._stopped_early = state_dict["seconds"], state_dict["stopped_early"]
         self._rows, self._random = state_dict["rows"], state_dict["random"]
-        self._sources = state_dict["sources"]
+        self._sources, self._is_validated = state_dict["sources"], state_dict["is_validated"]
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -261,6 +263,7 @@ class RunState(Checkpoint):
         """Keep the measured weights if they are the best so far."""
         loss = float(trainer.callback_metrics.get("val_loss", math.nan))
         measured, self._validated = self._validated, {}
+        self._is_validated |= not trainer.sanity_checking
         best = math.inf if self.best_loss is None else self.best_loss
         if trainer.sanity_checking or not (math.isfinite(loss) and loss < best):
             return
@@ -299,22 +302,23 @@ class RunState(Checkpoint):
             )
         diverged = [
             callback.stopping_reason_message
-            for callback in early_stopping(trainer)
+            for callback in trainer.early_stopping_callbacks
             if callback.stopping_reason is EarlyStoppingReason.NON_FINITE_METRIC
         ]
-        loss = float(trainer.callback_metrics.get("val_loss", 0.0))
-        if not diverged and (math.isfinite(loss) or self.best_loss is not None):
+        # Without early stopping a run continues after NaN; one without any finite loss has no result.
+        if not diverged and (self.best_loss is not None or not self._is_validated):
             return None
         kept = (
-            "nothing was saved"
+            "Nothing was saved"
             if self.best_loss is None
-            else f"the weights of step {self.best_step} are kept"
+            else f"The weights of step {self.best_step} are kept"
         )
-        found = diverged[0] if diverged else f"The validation loss is {loss}."
+        found = diverged[0] if diverged else "The validation loss was never finite."
         return f"training has diverged: {found} {kept}. Lower model.optim.lr, and look at metrics.csv in {self.folder}"
 
     def _changed_data(self, trainer: Trainer, sources: dict[str, str]) -> str:
         """Return the message about a state that was saved with other data."""
+        # The loader only knows that its rows differ; the counts show which source to look at.
         before = self._sources
         paths = [path for path in {**before, **sources} if before.get(path) != sources.get(path)]
         changes = [

@@ -114,6 +114,7 @@ def shard_decoder(decoder: PreTrainedModel, mesh: DeviceMesh, *, whole: Iterable
             f"the decoder is quantized ({packed[0]}, ...), and packed weights cannot be sharded. Remove "
             "decoder.quantize from the recipe, or load the whole decoder on each device with trainer.strategy ddp"
         )
+    # Layer by layer, so that only one layer is whole at a time; then the rest, such as the embeddings.
     core = decoder.get_decoder()
     kept = {*whole, *decoder.get_output_embeddings().parameters()}
     for layer in core.layers:
@@ -129,6 +130,7 @@ def check_strategy(strategy: Strategy) -> None:
     Raises:
         InputError: names a strategy to use instead.
     """
+    # Stages 1 and 2 divide only optimizer and gradients, so each device still holds all trained tensors.
     name = type(strategy).__name__
     if isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
         raise InputError(

@@ -15,7 +15,7 @@ from bindllm.data.report import StreamReport
 from bindllm.data.rows import Sample
 from bindllm.data.source_config import SourceConfig
 from bindllm.data.stream.chunks import Chunk, ChunkReader, StreamOptions
-from bindllm.data.stream.plan import Mixture, ShardStream, StreamState
+from bindllm.data.stream.plan import Mixture, Position, ShardStream, StreamState
 from bindllm.data.stream.shards import expand_shards, is_remote, is_stream
 from bindllm.encoders import Encoder
 from bindllm.errors import InputError
@@ -243,7 +243,7 @@ def stream_loader(
     return StreamLoader(
         ChunkReader(mixture, numbered, tokenizer, encoders, options, context).read,
         partial(collate, pad_id=tokenizer.pad_token_id),
-        start=StreamState(0, 0, mixture.start()),
+        start=StreamState(0, 0, (Position(),) * len(streams)),
         length=length,
         fingerprint=_fingerprint(streams, numbered, options),
         position=position,

@@ -156,10 +156,6 @@ class Mixture:
     def __init__(self, streams: Sequence[ShardStream], weights: Sequence[float]) -> None:
         self.streams, self._weights = tuple(streams), tuple(weights)
 
-    def start(self) -> tuple[Position, ...]:
-        """Return the positions at the start of a run."""
-        return (Position(),) * len(self.streams)
-
     def read(
         self, positions: Sequence[Position], bad: list[str]
     ) -> Iterator[tuple[int, TarSample, tuple[Position, ...]]]:

@@ -14,12 +14,11 @@ import stat
 import tarfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO, Literal, Self
+from typing import BinaryIO, Literal
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
@@ -42,14 +41,6 @@ MAX_SKIPPED_BYTES = 1 << 40
 MAX_HEADER_BYTES = 1 << 20
 """Largest long name or pax header that is read: 1 MiB."""
 
-# Headers whose own content is read into memory.
-_EXTENDED = (
-    tarfile.GNUTYPE_LONGNAME,
-    tarfile.GNUTYPE_LONGLINK,
-    tarfile.XHDTYPE,
-    tarfile.XGLTYPE,
-    tarfile.SOLARIS_XHDTYPE,
-)
 
 _READ_BYTES = 1 << 20
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -274,7 +265,7 @@ class _StrictHeader(tarfile.TarInfo):
     def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
         header = super().frombuf(buf, encoding, errors)
         # Long names and pax headers are read into memory as a whole.
-        if header.type in _EXTENDED and not 0 <= header.size <= MAX_HEADER_BYTES:
+        if header.type not in tarfile.REGULAR_TYPES and not 0 <= header.size <= MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"an extended header of {header.size:,} bytes")
         if header.type == tarfile.GNUTYPE_SPARSE:
             header._refuse_sparse()
@@ -302,7 +293,7 @@ def _opened(shard: str) -> Iterator[BinaryIO]:
         file = RemoteFile(shard) if is_remote(shard) else open(shard, "rb")  # noqa: SIM115 (closed below)
     except OSError as error:
         raise ShardError(f"{shard}: cannot be opened ({error.strerror or error}); check the path") from error
-    with file:
+    with closing(file):
         yield file
 
 
@@ -398,14 +389,6 @@ class RemoteFile:
         if self._response is not None:
             self._response.close()
             self._response = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _connect(self) -> None:
         """Request the rest of the file; after a temporary failure, pause and leave no response."""

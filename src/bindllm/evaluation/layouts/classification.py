@@ -50,6 +50,7 @@ def read_imagenet(folder: Path, choice: Choice) -> Dataset:
     else:
         table = choice.classes or folder
     images = _split_folder(folder, (split, f"{_KAGGLE}/{split}"))
+    # All classes of the table compete, so that a part of the images is as hard as the whole set.
     classes = Classes(read_classes(table), table)
     dataset = Dataset("classify", "image", classes=classes.names)
     # Either a folder for each class, or one folder and a table of labels.
@@ -125,6 +126,7 @@ def _read_resampled(folder: Path, choice: Choice, kind: str, split: str) -> Data
 def read_folders(folder: Path, choice: Choice) -> Dataset:
     """Read ``<class>/<files>`` or, if a split is given, ``<split>/<class>/<files>``, at any depth below a class."""
     parent = _split_folder(folder, (choice.split or ".",))
+    # The folders name the classes; their order is alphabetical on every file system.
     below = list_folders(parent)
     if not below:
         raise InputError(f"{parent} has no folders; expected one for each class, with its files in it")
@@ -222,6 +224,7 @@ def read_audioset(folder: Path, choice: Choice) -> Dataset:
     split = choice.split or "eval"
     if split not in AUDIOSET_SPLITS:
         raise InputError(f"audioset has no split {split!r}. {did_you_mean(split, AUDIOSET_SPLITS)}")
+    # The table of the authors has comment lines before its header, so it is not read as a usual table.
     segments = require_file(folder, (AUDIOSET_SPLITS[split],), purpose="the table of clips")
     table = require_file(folder, ("class_labels_indices.csv",), purpose="the names of the classes")
     dataset = Dataset("tag", "audio")

@@ -111,6 +111,7 @@ class Dataset:
         Raises:
             InputError: it has no items, or only one class to choose from.
         """
+        # Chance would be 1 with a single class, and the mean over no items is undefined.
         if not self.items:
             reasons = "; ".join(self.skipped.lines()) or "it is empty"
             raise InputError(f"{where}: nothing to evaluate here: {reasons}")
@@ -145,6 +146,7 @@ class Captions:
 
     def __init__(self, dataset: Dataset, limit: int | None = None) -> None:
         self._dataset, self._limit = dataset, limit
+        # By name, because tables have one row per caption, in any order.
         self._captions: dict[str, list[str]] = {}
         self._files: dict[str, str | None] = {}
 

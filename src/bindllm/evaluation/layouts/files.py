@@ -77,6 +77,7 @@ def walk(folder: str | Path) -> Iterator[str]:
 
 def list_files(folder: Path, modality: str) -> list[str]:
     """Return the files of a modality directly in a folder, sorted."""
+    # scandir, because a folder of ImageNet has thousands of files.
     suffixes = suffixes_of(modality)
     return sorted(
         entry.path
@@ -156,6 +157,7 @@ def read_entries(path: Path, *keys: str) -> list[list[Any]]:
     Raises:
         InputError: it has no such lists.
     """
+    # The list is checked here, its entries by the layout, which counts those that it cannot use.
     content = read_json(path)
     lists = [content.get(key) if isinstance(content, dict) else None for key in keys]
     if any(not isinstance(entries, list) for entries in lists):

@@ -68,6 +68,7 @@ def read_clotho(folder: Path, choice: Choice) -> Dataset:
     table = require_file(folder, (f"clotho_captions_{split}.csv",), purpose="the captions of the split")
     dataset = Dataset("retrieve", "audio")
     files, captions = Files(folder, "audio"), Captions(dataset, choice.captions)
+    # Five captions per clip, each a target of its own.
     columns = [f"caption_{number}" for number in range(1, 6)]
     for row, record in read_table(table, ("file_name", *columns), dataset.skipped):
         name = str(record["file_name"])
@@ -181,6 +182,7 @@ def _find_coco(files: Files, name: str, folder: str, folders: tuple[str, ...]) -
 
 def _read_flickr_lines(path: Path, skipped: Skipped) -> Iterator[tuple[str, str, str]]:
     """Yield row, image and caption: ``name| number| caption``, or ``name#number``, tab, ``caption``."""
+    # Neither file is valid CSV: captions contain commas and quotes.
     lines = read_lines(path)
     if path.suffix == ".csv":
         row, header = next(lines, ("", ""))

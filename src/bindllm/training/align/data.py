@@ -28,6 +28,8 @@ from bindllm.training.align.pairs import Pair, PairReport, PairSource, read_pair
 CANNOT_READ = "cannot be read or embedded"
 
 Batch = dict[str, Any]
+Keys = tuple[dict[Media, str], dict[Media, str]]
+"""The key of each media that can be used, and the reason for each of the others."""
 
 
 class AlignData(LightningDataModule):
@@ -57,6 +59,7 @@ class AlignData(LightningDataModule):
         target: Any = None,
     ) -> None:
         super().__init__()
+        # Refused here, before any encoder is loaded.
         if not sources:
             raise InputError("data.sources is empty; name at least one source of pairs")
         if batch_size < 2:
@@ -87,6 +90,7 @@ class AlignData(LightningDataModule):
         if self._splits is not None:
             return
         started = time.perf_counter()
+        # Everything is read and embedded before the first step: a bad file costs seconds now, and hours later.
         self._check_modalities()
         pairs = [pair for source in self.sources for pair in read_pairs(source, self.report.skipped)]
         trained = is_trainable(self.tower)
@@ -211,6 +215,7 @@ class AlignData(LightningDataModule):
         Held-out pairs have no copy in training on either side. If a copy of the target is in the training split, the
         pair is skipped; if a copy of the media is, the target stays in the gallery.
         """
+        # Compared by content, not by name: copies of a file in two splits would make retrieval look better than it is.
         trained = {keys[item] for pair in pairs if pair.split == "train" for item in pair[:2] if item}
         by_split: dict[str, list[Pair]] = {split: [] for split in SPLITS}
         for pair in pairs:
@@ -269,16 +274,8 @@ class StoredSide:
         self._embeddings = MediaEmbeddings([encoder], folder)
         self.encoded = 0
 
-    def find_keys(
-        self,
-        media: Sequence[Media],
-        context: RunContext = RunContext(),  # noqa: B008 (frozen)
-    ) -> tuple[dict[Media, str], dict[Media, str]]:
-        """Embed media that are not in the store.
-
-        Returns:
-            The key of each stored media, and the reason for each of the others.
-        """
+    def find_keys(self, media: Sequence[Media], context: RunContext) -> Keys:
+        """Embed media that are not in the store."""
         totals = self._embeddings.precompute(media, context)
         self.encoded += totals.encoded
         keys = {item: self._embeddings.key(item) for item in media if item not in totals.failed}
@@ -303,16 +300,8 @@ class PreparedSide:
         self._bytes = 0
         self.encoded = 0
 
-    def find_keys(
-        self,
-        media: Sequence[Media],
-        context: RunContext = RunContext(),  # noqa: B008 (frozen)
-    ) -> tuple[dict[Media, str], dict[Media, str]]:
-        """Open all media once, so that unreadable media are found before the first step.
-
-        Returns:
-            The key of each readable media, and the reason for each of the others.
-        """
+    def find_keys(self, media: Sequence[Media], context: RunContext) -> Keys:
+        """Open all media once, so that unreadable media are found before the first step."""
         keys, failed = {}, {}
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for item, (key, reason) in zip(media, pool.map(self._open, media), strict=True):

@@ -40,6 +40,7 @@ def save_aligned(
 
 def describe_aligned(model: AlignModule, data: AlignData) -> AlignedManifest:
     """Return the description of a trained model."""
+    # A frozen part is named and fingerprinted; a trained tower is saved, so its revision is enough.
     tower, target = _entry(model.tower), _entry(model.target)
     target["fingerprint"] = model.target.fingerprint()
     if model.trained_tower is None:
@@ -114,6 +115,7 @@ def _table(metrics: Mapping[str, Any]) -> list[str]:
         f"| split | direction | queries | gallery | {' | '.join(recalls)} |",
         "|---" * (4 + len(recalls)) + "|",
     ]
+    # Loss and similarity are numbers; only the directions of retrieval are tables.
     for split in ("validation", "test"):
         for way, found in (metrics[split] or {}).items():
             if isinstance(found, dict):

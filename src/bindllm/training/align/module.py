@@ -172,6 +172,7 @@ class AlignModule(LightningModule):
         self._zero_gradients.finish_epoch()
         data: AlignData = self.trainer.datamodule
         metrics = self.measure(data, "validation")
+        # Without validation pairs the last epoch counts as the best.
         score = float(self.current_epoch)
         if metrics is not None:
             recall = mean_recall(metrics)
@@ -235,6 +236,7 @@ class AlignModule(LightningModule):
         Raises:
             TrainingError: one is not finite; names the media.
         """
+        # Dropout must not blur the embeddings that are measured.
         was_training = self.training
         self.eval()
         parts = []
@@ -244,6 +246,7 @@ class AlignModule(LightningModule):
                 inputs.to(self.device) if isinstance(inputs, Tensor) else [x.to(self.device) for x in inputs]
             )
             parts.append(self(moved))
+            # NaN would only lower the recall, without an error.
             wrong = (~parts[-1].isfinite().all(dim=1)).nonzero().flatten()
             if len(wrong):
                 name = pairs.media[int(numbers[wrong[0]])].name
@@ -338,6 +341,7 @@ def retrieval_metrics(queries: Tensor, gallery: Tensor, right: Sequence[Sequence
         Keys ``recall@k``, ``chance@k`` (0 to 1), ``median_rank`` (from 1; half ranks are ties), ``queries``,
         ``gallery``. Ties count as if in random order, so equal embeddings score at chance level.
     """
+    # A part of the queries at a time: all scores at once would be Q x G numbers.
     step = max(1, _SCORES_AT_ONCE // len(gallery))
     parts = [slice(start, start + step) for start in range(0, len(queries), step)]
     positions = join_positions(

@@ -124,6 +124,7 @@ def read_pairs(source: PairSource, skipped: Skipped) -> list[Pair]:
     table, pairs = require_table(path), []
     seen: set[str] = set()
     splits: dict[str, str] = {}
+    # A column counts as present if any row has it: rows of JSON lines may leave empty columns out.
     for name, record in read_table(table, (source.target_column,), skipped):
         seen |= record.keys()
         pairs += _row_pairs(name, record, source, table.parent, splits, skipped)
@@ -146,10 +147,12 @@ def _row_pairs(
     if split not in SPLITS:
         skipped.add(f"unknown split {split!r}. {did_you_mean(str(split), SPLITS)}", name)
         return
+    # Two rows of one target share its split, or the target would be in training and in the gallery.
     if splits.setdefault(key, split) != split:
         skipped.add(f"this {source.target} is in another split already", name)
         return
     found = False
+    # Every media of every column is a pair of its own with the target.
     for column in source.columns:
         values = record.get(column)
         for each in values if isinstance(values, list) else [values]:
