@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
+
+from bindllm.errors import MediaError
 
 HEIGHT, WIDTH = 64, 96
 _BITS, _BAR = 10, 9
@@ -97,3 +102,12 @@ def video_file(
             output.mux(stream.encode(frame))
         output.mux(stream.encode(None))
     return file.getvalue()
+
+
+def assert_refused(open_file: Callable[[Path], Any], content: bytes | None, path: Path, reason: str) -> None:
+    """A file of this content (None: a missing file) is a `MediaError` with its path and the reason."""
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(MediaError, match=reason) as caught:
+        open_file(path)
+    assert str(path) in str(caught.value)

@@ -1,13 +1,14 @@
 """A cache of the images of a folder, and the images that it mixes in."""
 
 import logging
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from bindllm import EmbeddingStore, VisualCache
-from bindllm.cache.build import find_images
+from bindllm.cache.build import build_or_update, find_images
 from bindllm.errors import InputError, StoreError
 from store_parts import CountingEncoder, expected, image_bytes, write_images, write_settled
 from tiny import ColorEncoder
@@ -42,6 +43,19 @@ def test_a_folder_of_images_becomes_a_cache_of_these_alone(tmp_path, caplog):
     assert sources[1:] == [str(item.source) for item in media[1:]]
     assert sources[0] in (str(media[0].source), str(tmp_path / "pictures" / "again.PNG"))
     assert torch.equal(opened.blend(rows), cache.blend(rows))
+
+
+def test_a_refresh_sees_an_image_that_was_replaced_with_the_same_size_and_time(tmp_path, monkeypatch):
+    monkeypatch.setattr("bindllm.embeddings.store.SETTLED_NS", 0)
+    media = write_images(tmp_path / "pictures", 2)
+    encoder = ColorEncoder()
+    store = EmbeddingStore.for_encoder(tmp_path / "store", encoder)
+    refresh = partial(build_or_update, tmp_path / "cache", store, encoder, images=tmp_path / "pictures")
+    assert refresh().change == "built"
+    other = write_settled(tmp_path / "other.png", image_bytes(7).ljust(media[0].source.stat().st_size, b"\0"))
+    other.rename(media[0].source)
+    assert refresh().change == "updated: 1 added, 1 removed"
+    assert refresh().change == "updated: 0 added, 0 removed"
 
 
 def test_images_that_cannot_be_read_are_counted_and_named(tmp_path, caplog):

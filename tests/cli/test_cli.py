@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from bindllm.cli import COMMANDS, main
+from bindllm.errors import InputError
 from tiny_run import run, tiny_parts, tiny_recipe, write_recipe
 
 
@@ -390,3 +391,16 @@ def test_a_run_whose_measurement_fails_keeps_the_trained_folder(parts, tmp_path,
         run("fit", recipe)
     assert Path("checkpoints/tiny/bind.safetensors").is_file()
     assert "trained model: checkpoints/tiny" in capsys.readouterr().out
+
+
+def test_an_error_is_printed_with_its_notes(monkeypatch, capsys):
+    """They name the media at which an encoder failed."""
+
+    def broken() -> int:
+        error = InputError("no weights")
+        error.add_note("while embedding a.png")
+        raise error
+
+    monkeypatch.setattr("bindllm.cli.folders.version", broken)
+    assert main(["version"]) == 1
+    assert capsys.readouterr().err == "error: no weights\nwhile embedding a.png\n"

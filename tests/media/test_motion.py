@@ -12,6 +12,7 @@ from PIL import Image
 import bindllm.media.motion as motion_module
 from bindllm.errors import MediaError
 from bindllm.media.motion import open_imu
+from recordings import assert_refused
 
 SIGNAL = np.random.default_rng(0).normal(size=(9, 6)).astype(np.float32)
 HEADER = "acc_x,acc_y,acc_z,gyro_x,gyro_y,gyro_z"
@@ -169,12 +170,7 @@ def test_one_reading_is_held():
     ],
 )
 def test_bad_files_are_named_with_the_reason(content, reason, tmp_path):
-    path = tmp_path / "bad.csv"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(MediaError, match=reason) as caught:
-        open_imu(path, steps=4)
-    assert str(path) in str(caught.value)
+    assert_refused(lambda file: open_imu(file, steps=4), content, tmp_path / "bad.csv", reason)
 
 
 def test_an_image_is_not_a_signal():

@@ -15,6 +15,8 @@ from PIL import Image
 import bindllm.media.images as images_module
 from bindllm.errors import MediaError
 from bindllm.media import MAX_PIXELS, Media, open_image
+from bindllm.media.maps import open_thermal
+from recordings import assert_refused
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 128, 0), (0, 0, 255), (255, 255, 255)
 
@@ -151,6 +153,19 @@ def test_gray_whose_zero_is_white():
     plain = encoded(Image.fromarray(values), "TIFF")
     hashes = {Media.image(Image.open(io.BytesIO(data))).content_hash() for data in (inverted, plain)}
     assert len(hashes) == 2
+
+
+def test_signed_eight_and_unsigned_32_bits():
+    eight = encoded(Image.fromarray(np.uint8([[0, 255]])), "TIFF", tiffinfo={339: 2})
+    with pytest.raises(MediaError, match="signed 8-bit values"):
+        open_image(eight)
+    large = np.array([[0, 2**31, 2**32 - 1]], np.uint32)
+    wide = encoded(Image.fromarray(large.view(np.int32)), "TIFF")
+    # Pillow writes signed ones only.
+    signed, unsigned = (struct.pack("<HHIH", 339, 3, 1, form) for form in (2, 1))
+    assert signed in wide
+    wide = wide.replace(signed, unsigned)
+    np.testing.assert_allclose(open_thermal(wide), [[0, 0.5, 1]], atol=0.02)
 
 
 def test_twelve_bit_tiff_is_scaled_by_its_own_range():
@@ -307,12 +322,7 @@ def test_the_limit_is_on_the_side_of_the_picture_and_pillow_stays_quiet(monkeypa
     ],
 )
 def test_bad_files_are_named_with_the_reason(content, reason, tmp_path):
-    path = tmp_path / "bad.png"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(MediaError, match=reason) as caught:
-        open_image(path)
-    assert str(path) in str(caught.value)
+    assert_refused(open_image, content, tmp_path / "bad.png", reason)
 
 
 def test_folder_is_not_a_picture(tmp_path):

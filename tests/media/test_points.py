@@ -16,6 +16,7 @@ import bindllm.media.points as points_module
 from bindllm.errors import MediaError, MissingExtraError
 from bindllm.media.meshes import MAX_VERTICES, SAMPLES
 from bindllm.media.points import MAX_POINTS, open_points
+from recordings import assert_refused
 
 CORNERS = np.array([[0, 0, 0], [1, 0, 0], [0, 2, 0], [0, 0, 4]], np.float64)
 TRIANGLE = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0]], np.float32)
@@ -388,12 +389,7 @@ def test_without_trimesh_the_error_names_the_extra(monkeypatch):
     ],
 )
 def test_bad_files_are_named_with_the_reason(content, reason, tmp_path):
-    path = tmp_path / "bad.dat"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(MediaError, match=reason) as caught:
-        open_points(path)
-    assert str(path) in str(caught.value)
+    assert_refused(open_points, content, tmp_path / "bad.dat", reason)
 
 
 def test_the_ending_decides_where_the_content_does_not(tmp_path):

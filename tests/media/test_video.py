@@ -15,7 +15,7 @@ from bindllm.errors import MediaError, MissingExtraError
 from bindllm.media import container as container_module
 from bindllm.media import video as video_module
 from bindllm.media.video import read_frames
-from recordings import number_of, numbered, video_file, wav
+from recordings import assert_refused, number_of, numbered, video_file, wav
 
 av = pytest.importorskip("av")
 
@@ -302,12 +302,9 @@ def test_pillow_picture_is_no_video():
     ],
 )
 def test_bad_files_are_named_with_the_reason(content, reason, tmp_path):
-    path = tmp_path / "bad.mp4"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(MediaError, match=reason) as caught:
-        list(read_frames(path, pick=everything))
-    assert str(path) in str(caught.value)
+    assert_refused(
+        lambda file: list(read_frames(file, pick=everything)), content, tmp_path / "bad.mp4", reason
+    )
 
 
 def test_picture_is_no_video():

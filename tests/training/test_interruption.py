@@ -42,6 +42,16 @@ def uninterrupted(recipe, tmp_path_factory):
     return ending(folder)
 
 
+@pytest.fixture(scope="module")
+def earlier(recipe, tmp_path_factory):
+    """The folder of a finished run with another learning rate."""
+    folder = tmp_path_factory.mktemp("earlier")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert run("fit", recipe, "--model.optim.lr", "0.001") == 0
+    return folder
+
+
 def ending(folder: Path) -> dict[str, bytes]:
     """What a finished run leaves that must not depend on interruptions."""
     return {name: (folder / name).read_bytes() for name in FILES}
@@ -187,13 +197,14 @@ def test_a_run_that_dies_while_it_saves_goes_on_from_the_state_before(
 
 
 @pytest.mark.parametrize("file", [".last.ckpt.", ".best-", ".tiny."])
-def test_a_full_disk_loses_nothing(file, recipe, uninterrupted, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_loses_nothing(file, earlier, recipe, uninterrupted, tmp_path, monkeypatch, capsys):
     """Full at the second save of the state, of the best weights, of the checkpoint folder; then there is room."""
     monkeypatch.chdir(tmp_path)
     # Of a finished run: the checkpoint folder is there, and the run may replace it.
     recipe = {**recipe, "overwrite": file == ".tiny."}
     if file == ".tiny.":
-        assert run("fit", recipe) == 0
+        shutil.copytree(earlier, tmp_path, dirs_exist_ok=True)
+        before = ending(tmp_path)[FILES[0]]
     original, saves = atomic._sync, []
 
     def full(path):
@@ -211,7 +222,7 @@ def test_a_full_disk_loses_nothing(file, recipe, uninterrupted, tmp_path, monkey
     assert "No space left on device" in error
     assert "free some disk space" in error
     if file == ".tiny.":
-        assert ending(tmp_path) == uninterrupted
+        assert Path(FILES[0]).read_bytes() == before
     assert run("fit", recipe) == 0
     assert ending(tmp_path) == uninterrupted
 
@@ -313,20 +324,20 @@ def test_kill_9_inside_a_save_of_the_run_goes_on_from_the_state_before(
 
 
 @pytest.mark.parametrize(
-    ("arm", "earlier"),
+    ("arm", "name"),
     [(die_half_written(checkpoint, "write_tensors", at=1), "tiny"), (die_between_the_renames, ".tiny.old")],
     ids=["in a file", "between the two renames"],
 )
 def test_kill_9_inside_a_save_of_the_checkpoint_folder_keeps_the_earlier_one(
-    arm, earlier, recipe, uninterrupted, tmp_path, monkeypatch
+    arm, name, earlier, recipe, uninterrupted, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
     recipe = {**recipe, "overwrite": True}
-    assert run("fit", recipe, "--model.optim.lr", "0.001") == 0
+    shutil.copytree(earlier, tmp_path, dirs_exist_ok=True)
     before = Path("checkpoints/tiny/bind.safetensors").read_bytes()
     run_killed(recipe, monkeypatch, arm)
-    assert Path("checkpoints", earlier, "bind.safetensors").read_bytes() == before != uninterrupted[FILES[0]]
-    BindLLM.from_pretrained(Path("checkpoints", earlier), device="cpu", allow=["tiny.ColorEncoder"])
+    assert Path("checkpoints", name, "bind.safetensors").read_bytes() == before != uninterrupted[FILES[0]]
+    BindLLM.from_pretrained(Path("checkpoints", name), device="cpu", allow=["tiny.ColorEncoder"])
     steps = count_calls(monkeypatch, BindModule, "training_step")
     assert run("fit", recipe) == 0
     assert steps == []
@@ -364,11 +375,11 @@ def test_ctrl_c_inside_a_save_waits_for_it_and_a_second_one_keeps_the_state_befo
 
 
 def test_ctrl_c_inside_a_save_of_the_checkpoint_folder_keeps_the_earlier_one(
-    recipe, uninterrupted, tmp_path, monkeypatch
+    earlier, recipe, uninterrupted, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
     recipe = {**recipe, "overwrite": True}
-    assert run("fit", recipe, "--model.optim.lr", "0.001") == 0
+    shutil.copytree(earlier, tmp_path, dirs_exist_ok=True)
     before = Path("checkpoints/tiny/bind.safetensors").read_bytes()
     with monkeypatch.context() as patch:
         count_calls(

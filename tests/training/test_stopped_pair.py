@@ -72,7 +72,7 @@ PLACES = [
     (BindModule, "validation_step", 2),
     (state.torch, "save", 6),
     (state.RunState, "on_train_epoch_end", 2),
-    (state, "save_file", 2),
+    (state, "write_tensors", 2),
 ]
 
 

@@ -88,12 +88,7 @@ def build_or_update(
 
 
 def _read_info(folder: Path, encoder: Encoder) -> IndexInfo | None:
-    """Return the manifest of the index in a folder, or None without an index.
-
-    Raises:
-        InputError: It was built with another encoder.
-        StoreError: Its manifest is damaged or of a newer format.
-    """
+    """Return the manifest of the index in a folder, None without an index; it must be of this encoder."""
     if not (folder / MANIFEST).is_file():
         return None
     try:

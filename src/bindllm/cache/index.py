@@ -118,7 +118,7 @@ class VectorIndex:
         folder = Path(folder)
         # Before the keys are read: embeddings that arrive in between then show as a change of the store.
         state = _state_of(folder, store, chosen=keys is not None)
-        wanted = _wanted_keys(store, modality, keys)
+        wanted = wanted_keys(store, modality, keys)
         if factory == "auto":
             factory = factories.choose(len(wanted), store.embedding_size)[0]
         if search == "auto":
@@ -161,7 +161,7 @@ class VectorIndex:
         def wanted(info: IndexInfo, held: np.ndarray) -> _Wanted:
             chosen = keys is not None or (info.store is not None and info.store.chosen)
             state = _state_of(folder, store, chosen=chosen)
-            found = _wanted_keys(store, info.modality, keys)
+            found = wanted_keys(store, info.modality, keys)
             if chosen and keys is None:
                 # Held keys, minus the ones that the store lacks: the intersection.
                 found = missing_from(held, missing_from(held, found))
@@ -325,13 +325,7 @@ class VectorIndex:
     def _change(
         cls, folder: Path, store: EmbeddingStore | None, wanted: Callable[[IndexInfo, np.ndarray], _Wanted]
     ) -> IndexChange:
-        """Write the index again with other keys.
-
-        Args:
-            folder: Of an index.
-            store: The source of new vectors; None for a removal.
-            wanted: Returns the new keys, sorted, from the manifest and the present keys.
-        """
+        """Write the index again with the sorted keys that ``wanted`` returns for the manifest and the present keys."""
         read_manifest(folder)
         with writing(folder):
             # Verified at any size: a damaged vector must not be copied into the next version.
@@ -439,8 +433,12 @@ class VectorIndex:
 _Wanted = tuple[np.ndarray, StoreState | None]
 
 
-def _wanted_keys(store: EmbeddingStore, modality: str, keys: Sequence[str] | None) -> np.ndarray:
-    """Return the keys to index, sorted, each once."""
+def wanted_keys(store: EmbeddingStore, modality: str, keys: Sequence[str] | None = None) -> np.ndarray:
+    """Return the keys to index, sorted, each once; None: all of the modality.
+
+    Raises:
+        InputError, StoreError: No such embeddings.
+    """
     if keys is not None and not len(keys):
         raise InputError("the list of keys is empty, and an empty index cannot be searched")
     stored = read_keys(store.folder, modality)

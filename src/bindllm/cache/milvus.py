@@ -16,7 +16,7 @@ import math
 import re
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from bindllm.cache.blend import check_queries, read_units
+from bindllm.cache.index import wanted_keys
 from bindllm.cache.milvus_server import MilvusServer
-from bindllm.embeddings.shards import as_hex, read_keys
+from bindllm.embeddings.shards import as_hex
 from bindllm.errors import InputError, StoreError, did_you_mean
 
 if TYPE_CHECKING:
@@ -114,24 +115,22 @@ class MilvusIndex:
             )
         if index_type not in (known := ("auto", *INDEX_TYPES)):
             raise InputError(f"unknown index type {index_type!r}. {did_you_mean(index_type, known)}")
-        keys = read_keys(store.folder, modality)
-        if not len(keys):
-            raise StoreError(
-                f"{store.folder} holds no {modality} embeddings: fill the store with such media first"
-            )
+        keys = wanted_keys(store, modality)
         server = MilvusServer(uri, token=token, timeout=timeout)
         if index_type == "auto":
             index_type = "FLAT" if server.is_lite or len(keys) <= EXACT_ROWS else "HNSW"
         info = MilvusInfo(store.fingerprint, len(keys), store.embedding_size, modality, index_type)
         # A failed build must not keep the path of milvus-lite locked.
-        with server.closed_on_error():
+        with ExitStack() as cleanup:
+            cleanup.callback(server.close)
             if server.is_lite:
                 Path(uri).absolute().parent.mkdir(parents=True, exist_ok=True)
             # The name moves to the new collection only after its rows were counted.
             with _replacement(server, collection, info) as name:
                 _fill(server, name, store, keys)
                 _load(server, name, info)
-            return cls(server, name, info)
+            cleanup.pop_all()
+        return cls(server, name, info)
 
     @classmethod
     def open(
@@ -149,13 +148,15 @@ class MilvusIndex:
         # milvus-lite would make a new, empty one.
         if server.is_lite and not Path(uri).exists():
             raise StoreError(f"the embedded Milvus {str(uri)!r} does not exist; build it first")
-        with server.closed_on_error():
+        with ExitStack() as cleanup:
+            cleanup.callback(server.close)
             if (name := _target(server, collection)) is None:
                 known = did_you_mean(collection, server.call("list_aliases")["aliases"])
                 raise StoreError(f"{server.address} has no collection {collection!r}. {known}")
             info = _read_info(server, name)
             _load(server, name, info)
-            return cls(server, name, info)
+            cleanup.pop_all()
+        return cls(server, name, info)
 
     def __enter__(self) -> Self:
         return self
@@ -298,11 +299,7 @@ def _target(server: MilvusServer, collection: str) -> str | None:
 
 
 def _read_info(server: MilvusServer, name: str) -> MilvusInfo:
-    """Return the facts about a collection.
-
-    Raises:
-        StoreError: The collection was not built by bindllm, or by a newer one.
-    """
+    """Return the facts about a collection, or raise a StoreError if bindllm has not built it, or a newer one has."""
     found = server.call("describe_collection", name)
     # Milvus may drop unknown properties; milvus-lite drops the description.
     note = found["properties"].get(_NOTE) or found["description"]
@@ -332,11 +329,7 @@ def _read_info(server: MilvusServer, name: str) -> MilvusInfo:
 
 
 def _load(server: MilvusServer, name: str, info: MilvusInfo) -> None:
-    """Load a collection, and check that no rows are missing.
-
-    Raises:
-        StoreError: Milvus does not answer, refuses, or has another number of rows.
-    """
+    """Load a collection, and raise a StoreError if rows are missing."""
     server.call("load_collection", name, patience=_PATIENCE)
     # Strong: rows that were written just now are counted.
     answer = server.call("query", name, output_fields=["count(*)"], consistency_level="Strong")
@@ -349,11 +342,7 @@ def _load(server: MilvusServer, name: str, info: MilvusInfo) -> None:
 
 @contextmanager
 def _replacement(server: MilvusServer, collection: str, info: MilvusInfo) -> Iterator[str]:
-    """Yield the name of a new empty collection; on success it replaces the earlier one, and on an error it is removed.
-
-    Raises:
-        StoreError: A collection of this name was not built by bindllm, or Milvus does not answer or refuses.
-    """
+    """Yield the name of a new empty collection; on success it replaces the earlier one, else it is removed."""
     earlier = _target(server, collection)
     if earlier == collection:
         raise StoreError(

@@ -95,15 +95,6 @@ class MilvusServer:
                     "not rebuilt or removed since it was opened"
                 ) from error
 
-    @contextmanager
-    def closed_on_error(self) -> Iterator[None]:
-        """Close the connection if the block fails."""
-        try:
-            yield
-        except BaseException:
-            self.close()
-            raise
-
     def close(self) -> None:
         """Close the connection; the embedded server stops with the last one. A later call connects again."""
         # Closing may take long, so it happens outside the lock.

@@ -366,8 +366,8 @@ def choose_cache(
         asked: A cache; the place of one, which is mixed in with the checkpoint's settings; False: none; None: the
             one that the checkpoint names.
         named: The checkpoint's entry, if it has one.
-        fingerprints: Fingerprints of the model's encoders.
-        checkpoint: The model's folder, for error messages.
+        fingerprints: As for `open_cache`, like ``checkpoint``.
+        checkpoint: The model's folder.
 
     Raises:
         StoreError: The cache cannot be opened, or was built with another encoder.

@@ -96,17 +96,13 @@ def _print_tables(media: Sequence[Media], cosines: Tensor, encoders: Sequence[An
         return
     # A pipe has no width to fit: every column is printed.
     console.width = max(console.width, 2 * _LONGEST_NAME + (_LONGEST_NAME + 3) * len(media))
-    console.print(similarity_table(media, cosines))
+    console.print(_table("cosine", media, media, cosines, numbers=True))
     for table in softmax_tables(media, cosines, scale=scale) if scale else ():
         console.print(table)
 
 
 def _default_encoder() -> Any:
-    """Return ImageBind from its default folder.
-
-    Raises:
-        EncoderError: the folder does not exist.
-    """
+    """Return ImageBind from its default folder, or raise an EncoderError."""
     if not Path(DEFAULT).is_dir():
         raise EncoderError(
             f"no encoder to use: {DEFAULT} is not in {Path.cwd()}. Make it with `bindllm convert`, use those of "
@@ -119,16 +115,9 @@ def _default_encoder() -> Any:
 def embed_files(
     media: Sequence[Media], encoders: Sequence[Any], *, device: str, failed: list[str]
 ) -> tuple[list[Media], Tensor]:
-    """Embed media; the others are embedded if one cannot be read.
+    """Return the media that could be embedded, in their order, and their embeddings, [N, E], unit norm, on the CPU.
 
-    Args:
-        media: of any modalities.
-        encoders: the first that serves a modality embeds it.
-        device: where the encoders run.
-        failed: gets a message for each media that cannot be read or embedded, or that no encoder serves.
-
-    Returns:
-        the media that were embedded, in their order, and their embeddings, [N, E], unit norm, on the CPU.
+    ``failed`` gets a message for each media that cannot be read or embedded, or that no encoder serves.
     """
     import torch
 
@@ -143,18 +132,10 @@ def embed_files(
     return [media[result.key] for result in kept], torch.stack(rows) if rows else torch.empty(0, 0)
 
 
-def similarity_table(media: Sequence[Media], cosines: Tensor) -> Table:
-    """Return all cosines, [N, N], as a table; its columns are numbered like its rows."""
-    return _table("cosine", media, media, cosines, numbers=True)
-
-
 def softmax_tables(media: Sequence[Media], cosines: Tensor, *, scale: float) -> list[Table]:
     """Return a table for each ordered pair of modalities: which of the second belongs to each of the first.
 
-    Args:
-        media: N of them.
-        cosines: [N, N].
-        scale: of the cosines before the softmax.
+    ``scale`` is the factor of the cosines, [N, N], before the softmax.
     """
     # Rows and columns of each modality in the table of all cosines; one candidate needs no softmax.
     places: dict[str, list[int]] = {}

@@ -93,11 +93,7 @@ def index(
 
 
 def _check_options(output: str | None, encoders: EncoderOptions, options: IndexOptions) -> None:
-    """Refuse options that do not go together.
-
-    Raises:
-        UsageError: says which.
-    """
+    """Raise a UsageError for options that do not go together."""
     refuse_together(encoder=encoders.encoder, checkpoint=encoders.checkpoint)
     # Exactly one of both.
     if (output is None) == (options.milvus is None):
@@ -113,11 +109,7 @@ def _check_options(output: str | None, encoders: EncoderOptions, options: IndexO
 
 
 def _find_store(options: IndexOptions, encoder: Encoder) -> EmbeddingStore:
-    """Open the store of an encoder; it must exist if no images are given.
-
-    Raises:
-        InputError: it does not exist.
-    """
+    """Open the store of an encoder; it must exist if no images are given."""
     from bindllm.embeddings.store import EmbeddingStore
 
     folder = Path(options.store, encoder.fingerprint()[:16])

@@ -220,14 +220,14 @@ class _Run:
         return prefetch(self._embedder.pool, self._find_keys, chunks(media, HASH_CHUNK), limit=lambda: limit)
 
     def _find_keys(self, chunk: list[Media]) -> list[_Keyed]:
-        return [(media, *self._find_key(media)) for media in chunk]
-
-    def _find_key(self, media: Media) -> tuple[str | MediaError, bytes | None]:
-        try:
-            return self._store.identify(media)
-        except MediaError as error:
-            # Returned, not raised: a file that cannot be read must not end the run.
-            return error, None
+        found: list[_Keyed] = []
+        for media in chunk:
+            # An error is a result: a file that cannot be read must not end the run.
+            try:
+                found.append((media, *self._store.identify(media)))
+            except MediaError as error:
+                found.append((media, error, None))
+        return found
 
     def _select(self, keyed: Iterable[list[_Keyed]]) -> Iterator[Work[_Identified]]:
         """Yield the media that this process has to embed, and count the others."""

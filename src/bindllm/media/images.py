@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import (
@@ -34,7 +34,8 @@ MAX_SIDE = 10_000_000
 _HEAD = 4096
 
 # Tags of TIFF files.
-_BITS, _PHOTOMETRIC = 258, 262
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
+_UNSIGNED, _SIGNED = 1, 2
 
 # Side of an SVG if the caller gives none.
 _DRAWN_SIDE = 448
@@ -175,13 +176,20 @@ def wide_gray(image: Image.Image) -> np.ndarray | None:
     """Return the numbers of a gray image of 16 or 32 bits, upright [H, W], 0 is black; None for all other modes.
 
     Raises:
-        MediaError: 32-bit values whose 0 is white: they have no largest value from which to subtract.
+        MediaError: 32-bit values whose 0 is white: they have no largest value from which to subtract. Signed 8-bit
+            values, which Pillow takes for unsigned ones.
     """
+    sample_format = _tag(image, _SAMPLE_FORMAT, (1,))[0]
+    if image.mode == "L" and sample_format == _SIGNED:
+        raise MediaError("a TIFF of signed 8-bit values; save it with 16 bits, or unsigned")
     if not (image.mode.startswith("I;16") or image.mode in ("I", "F")):
         return None
     # Loaded first, since a PNG may name its orientation after its pixels.
     image.load()
     values = np.asarray(ImageOps.exif_transpose(image))
+    # Pillow has no mode for unsigned 32 bits: large values would be negative.
+    if image.mode == "I" and sample_format == _UNSIGNED and _tag(image, _BITS, (0,))[0] == 32:
+        values = values.view(np.uint32)
     # Pillow inverts images of up to 8 bits itself.
     if not is_inverted(image):
         return values
@@ -192,13 +200,18 @@ def wide_gray(image: Image.Image) -> np.ndarray | None:
 
 def is_inverted(image: Image.Image) -> bool:
     """Return whether 0 is white in a TIFF file (its tag PhotometricInterpretation is 0)."""
-    return isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(_PHOTOMETRIC) == 0
+    return _tag(image, _PHOTOMETRIC, 1) == 0
+
+
+def _tag(image: Image.Image, number: int, default: Any) -> Any:
+    """Return the value of a tag of a TIFF file; the default for other images."""
+    is_tiff = isinstance(image, TiffImagePlugin.TiffImageFile)
+    return image.tag_v2.get(number, default) if is_tiff else default
 
 
 def _largest(image: Image.Image) -> int:
     """Return the largest value of a 16-bit mode: Pillow also opens TIFF files of 12 bits in it."""
-    is_tiff = isinstance(image, TiffImagePlugin.TiffImageFile)
-    return 2 ** (image.tag_v2.get(_BITS, (16,))[0] if is_tiff else 16) - 1
+    return 2 ** _tag(image, _BITS, (16,))[0] - 1
 
 
 def _gray_from_wide(values: np.ndarray, image: Image.Image) -> Image.Image:

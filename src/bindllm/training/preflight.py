@@ -120,8 +120,8 @@ def check_recipe(
         say: prints a line.
         previewed: number of training rows to print with their label mask.
     """
-    # How to read this: parts first, then checks of several parts together. A part that failed is skipped in all later checks,
-    # so that each problem is printed once.
+    # How to read this: parts first, then checks of several parts together. A part that failed is skipped in all later
+    # checks, so that each problem is printed once.
     model, data, output = recipe["model"], recipe["data"], recipe["output"]
     with problems.noted():
         run_folder(output, init_from=model["init_from"])

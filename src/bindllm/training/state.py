@@ -119,7 +119,7 @@ class RunState(Checkpoint):
         self.best_step = 0
         self.seconds = {"embed": 0.0, "train": 0.0}
         # Values that a run needs to resume, in addition to those of Lightning.
-        self._stopped_early = self._ended = False
+        self._stopped_early = self._ended = self._is_validated = False
         self._validated: dict[str, Tensor] = {}
         self._sources: dict[str, str] = {}
         self._rows: dict[str, Any] | None = None
@@ -146,6 +146,7 @@ class RunState(Checkpoint):
             "best_step": self.best_step,
             "seconds": self.seconds,
             "stopped_early": self._stopped_early,
+            "is_validated": self._is_validated,
             "rows": self._rows,
             "sources": self._sources,
             "random": self._random,
@@ -174,7 +175,7 @@ class RunState(Checkpoint):
         self.best_loss, self.best_step = state_dict["best_loss"], state_dict["best_step"]
         self.seconds, self._stopped_early = state_dict["seconds"], state_dict["stopped_early"]
         self._rows, self._random = state_dict["rows"], state_dict["random"]
-        self._sources = state_dict["sources"]
+        self._sources, self._is_validated = state_dict["sources"], state_dict["is_validated"]
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -262,6 +263,7 @@ class RunState(Checkpoint):
         """Keep the measured weights if they are the best so far."""
         loss = float(trainer.callback_metrics.get("val_loss", math.nan))
         measured, self._validated = self._validated, {}
+        self._is_validated |= not trainer.sanity_checking
         best = math.inf if self.best_loss is None else self.best_loss
         if trainer.sanity_checking or not (math.isfinite(loss) and loss < best):
             return
@@ -304,15 +306,14 @@ class RunState(Checkpoint):
             if callback.stopping_reason is EarlyStoppingReason.NON_FINITE_METRIC
         ]
         # Without early stopping a run continues after NaN; one without any finite loss has no result.
-        loss = float(trainer.callback_metrics.get("val_loss", 0.0))
-        if not diverged and (math.isfinite(loss) or self.best_loss is not None):
+        if not diverged and (self.best_loss is not None or not self._is_validated):
             return None
         kept = (
-            "nothing was saved"
+            "Nothing was saved"
             if self.best_loss is None
-            else f"the weights of step {self.best_step} are kept"
+            else f"The weights of step {self.best_step} are kept"
         )
-        found = diverged[0] if diverged else f"The validation loss is {loss}."
+        found = diverged[0] if diverged else "The validation loss was never finite."
         return f"training has diverged: {found} {kept}. Lower model.optim.lr, and look at metrics.csv in {self.folder}"
 
     def _changed_data(self, trainer: Trainer, sources: dict[str, str]) -> str:
