@@ -174,7 +174,7 @@ def read_weights(folder: str | Path, manifest: dict[str, Any]) -> dict[str, Tens
     return tensors
 
 
-def check_keys(expected: dict[str, Tensor], found: dict[str, Tensor], *, source: str) -> None:
+def check_keys(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], *, source: str) -> None:
     """Refuse tensors that do not match name by name and shape by shape.
 
     Raises:
