@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from bindllm.atomic import file_sha256
 from bindllm.errors import EncoderError, InputError, did_you_mean
-from bindllm.media import MODALITIES, Media
+from bindllm.media import MODALITIES, REVISION, Media
 
 if TYPE_CHECKING:
     import torch
@@ -213,6 +213,8 @@ def _names(group: Sequence[Encoder]) -> str:
 def fingerprint(config: Mapping[str, Any], *parts: bytes | str | Path) -> str:
     """Return the sha256 of settings and parts, in hex, as a building block of an encoder's ``fingerprint``.
 
+    It covers the revision of `bindllm.media` too, since other pixels of a file give another embedding.
+
     Args:
         config: the settings that change embeddings, as JSON can hold them; no paths and no device.
         parts: further bytes, words (such as the revision of the preprocessing), or files, which count with their
@@ -223,14 +225,14 @@ def fingerprint(config: Mapping[str, Any], *parts: bytes | str | Path) -> str:
 
     Examples:
         >>> fingerprint({"size": 224}, "tiny-net 1")[:8]
-        '4d3345ee'
+        'd5851f8d'
     """
     try:
         # Sorted keys: equal settings must give equal bytes.
         digest = hashlib.sha256(json.dumps(dict(config), sort_keys=True, allow_nan=False).encode())
     except (TypeError, ValueError) as error:
         raise EncoderError(f"the settings {dict(config)!r} are not plain JSON: {error}") from error
-    for part in parts:
+    for part in (REVISION, *parts):
         # Hashing each part first keeps ("ab", "c") and ("a", "bc") apart.
         digest.update(_digest(part))
     return digest.hexdigest()
