@@ -19,9 +19,8 @@ from bindllm.errors import InputError
 from bindllm.training.align.data import AlignData
 from bindllm.training.align.folder import save_aligned
 from bindllm.training.align.module import METRICS, RECALL_AT, AlignModule
-from bindllm.training.callbacks import AverageWeights, check_monitors, check_trainer
+from bindllm.training.callbacks import AverageWeights, RunProgress, check_monitors, check_trainer
 from bindllm.training.optim import describe_groups
-from bindllm.training.progress import RunProgress
 
 
 class AlignCLI(RecipeCLI):

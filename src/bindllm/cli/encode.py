@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bindllm.cli.arguments import refuse_together
-from bindllm.cli.options import EncoderOptions, PositiveNumber, build_encoder, read_media
+from bindllm.cli.options import EncoderOptions, PositiveNumber, build_encoder, print_whole, read_media
 from bindllm.errors import EncoderError, InputError, MissingExtraError, UsageError, printable, printable_lines
 from bindllm.media import Media
 
@@ -94,11 +94,8 @@ def _print_tables(media: Sequence[Media], cosines: Tensor, encoders: Sequence[An
         console.print(f"warning: {warning}", markup=False)
     if not media:
         return
-    # A pipe has no width to fit: every column is printed.
-    console.width = max(console.width, 2 * _LONGEST_NAME + (_LONGEST_NAME + 3) * len(media))
-    console.print(_table("cosine", media, media, cosines, numbers=True))
-    for table in softmax_tables(media, cosines, scale=scale) if scale else ():
-        console.print(table)
+    more = softmax_tables(media, cosines, scale=scale) if scale else ()
+    print_whole(_table("cosine", media, media, cosines, numbers=True), *more)
 
 
 def _default_encoder() -> Any:

@@ -14,8 +14,7 @@ from bindllm.cli.processes import graceful_stop, launch, wait_for_rank_zero
 from bindllm.cli.recipe import RecipeCLI, quiet
 from bindllm.errors import InputError
 from bindllm.model.checkpoint import MANIFEST
-from bindllm.training.callbacks import ParameterTable, SampleCaptions
-from bindllm.training.progress import RunProgress
+from bindllm.training.callbacks import ParameterTable, RunProgress, SampleCaptions
 from bindllm.training.run import Run, lock_run, make_loggers, run_folder
 from bindllm.training.runlog import RunLog
 from bindllm.training.state import AtomicCheckpointIO, RunState

@@ -9,15 +9,19 @@ from typing import TYPE_CHECKING, Any, Literal
 from jsonargparse.typing import PositiveInt
 
 from bindllm.cli.arguments import refuse_together
-from bindllm.cli.options import CacheOptions, PositiveNumber, Probability, build_encoders, read_media
+from bindllm.cli.options import (
+    CacheOptions,
+    PositiveNumber,
+    Probability,
+    build_encoders,
+    print_whole,
+    read_media,
+)
 from bindllm.errors import UsageError, printable, printable_lines
 from bindllm.media import Media
 
 if TYPE_CHECKING:
     from bindllm.model.bindllm import BindLLM
-
-# Width of the similarity and of the lines next to a name.
-_OTHER_COLUMN = 24
 
 
 @dataclass(frozen=True)
@@ -174,18 +178,17 @@ def _load(
 
 def _print_neighbors(model: BindLLM, media: Sequence[Media]) -> None:
     """Print the images that the model's cache blends into the embedding of media, nearest first."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     from bindllm.cache.visual_cache import nearest_images
 
-    console, cache = Console(highlight=False, soft_wrap=True), model.cache
+    cache = model.cache
     if not media:
-        console.print("no images were retrieved: the prompt has no media")
+        print("no images were retrieved: the prompt has no media")
         return
     if skipped := sorted({item.modality for item in media} & set(cache.settings.skip)):
-        console.print(f"no images were retrieved: media with {', '.join(skipped)} are not blended")
+        print(f"no images were retrieved: media with {', '.join(skipped)} are not blended")
         return
     table = Table(
         title=f"retrieved images, blended with weight {cache.settings.weight:g}", title_justify="left"
@@ -193,9 +196,6 @@ def _print_neighbors(model: BindLLM, media: Sequence[Media]) -> None:
     table.add_column("similarity", justify="right")
     table.add_column("image", no_wrap=True)
     # Not blended: the neighbors are those of the media themselves.
-    nearest = nearest_images(cache, model.encode([list(media)], cache=False))
-    for similarity, name in nearest:
+    for similarity, name in nearest_images(cache, model.encode([list(media)], cache=False)):
         table.add_row(f"{similarity:.3f}", Text(printable(name)))
-    # A pipe has no width to fit: names are printed whole.
-    console.width = max([console.width, *(len(name) + _OTHER_COLUMN for _, name in nearest)])
-    console.print(table)
+    print_whole(table)

@@ -10,17 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bindllm.cli.arguments import refuse_together
-from bindllm.cli.options import EncoderOptions
+from bindllm.cli.options import EncoderOptions, print_whole
 from bindllm.errors import InputError, UsageError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from bindllm.embeddings.store import EmbeddingStore
     from bindllm.encoders import Encoder
-
-# Width of the lines of the table next to its words.
-_LINES = 24
 
 
 @dataclass(frozen=True)
@@ -66,13 +61,10 @@ def index(
     """
     _check_options(output, encoders, options)
 
-    from rich.console import Console
-
     from bindllm.encoders import encoder_for
     from bindllm.model.checkpoint import name_cache
     from bindllm.model.pretrained import new_cache_config
 
-    console = Console(highlight=False, soft_wrap=True)
     # How to read this: everything that can fail quickly comes first, because embedding may take hours.
     device = encoders.find_device()
     if not (encoders.encoder or encoders.checkpoint):
@@ -88,7 +80,7 @@ def index(
     if named is not None:
         name_cache(options.name_in, asdict(named))
         rows["named in"] = options.name_in
-    _print(console, {"visual cache": folder, **rows})
+    _print({"visual cache": folder, **rows})
     return 0
 
 
@@ -149,7 +141,7 @@ def _build_folder(
     }
 
 
-def _print(console: Console, rows: dict[str, str]) -> None:
+def _print(rows: dict[str, str]) -> None:
     """Print facts as a table."""
     from rich.table import Table
     from rich.text import Text
@@ -157,6 +149,4 @@ def _print(console: Console, rows: dict[str, str]) -> None:
     table = Table("", "", show_header=False)
     for name, value in rows.items():
         table.add_row(name, Text(value, no_wrap=True))
-    # A pipe has no width to fit: paths are printed whole.
-    console.width = max([console.width, *(len(name) + len(value) + _LINES for name, value in rows.items())])
-    console.print(table)
+    print_whole(table)

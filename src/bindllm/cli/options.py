@@ -6,11 +6,12 @@ import inspect
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from typing import Any
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from jsonargparse.typing import ClosedUnitInterval, PositiveInt, restricted_number_type
@@ -19,6 +20,9 @@ from bindllm.errors import CheckpointError, UsageError, did_you_mean
 from bindllm.imports import name_module
 from bindllm.media import MODALITIES, SUFFIXES, Media, is_modality
 from bindllm.model.checkpoint import MANIFEST, build_object, build_own
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 PositiveNumber = restricted_number_type("PositiveNumber", float, [(">", 0), ("<", math.inf)])
 Probability = restricted_number_type("Probability", float, [(">", 0), ("<=", 1)])
@@ -103,6 +107,17 @@ class CacheOptions:
         """The settings that were given, by their names in `VisualCache`."""
         settings = {"weight": self.cache_weight, "top_k": self.cache_top_k}
         return {name: value for name, value in settings.items() if value is not None}
+
+
+def print_whole(*tables: Table) -> None:
+    """Print tables at their own width: a pipe has no width to fit, and names must not be cut."""
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=True)
+    unlimited = console.options.update(max_width=sys.maxsize)
+    for table in tables:
+        console.width = max(console.width, console.measure(table, options=unlimited).maximum)
+        console.print(table)
 
 
 def build_encoders(paths: Sequence[str], overrides: Sequence[str], *, allow: Sequence[str]) -> list[Any]:
@@ -259,11 +274,9 @@ def _parameters(path: str) -> Mapping[str, inspect.Parameter]:
 
 def _find_class(path: str) -> Any:
     """Return a class by its import path; `build_object` reports an error in the path."""
-    module, _, name = path.rpartition(".")
     name_module(path)
     try:
-        # A package may create names when they are accessed, so its dictionary is not enough.
-        return getattr(import_module(module), name)
+        return resolve_name(path)
     # An untrusted module may raise anything when it is imported.
     except Exception as error:
         build_object({"class_path": path}, allow=[path])

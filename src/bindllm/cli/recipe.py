@@ -9,9 +9,9 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, NoReturn, get_type_hints
 
 import lightning.pytorch.callbacks
@@ -97,14 +97,9 @@ def closest_name(message: str, keys: Sequence[str]) -> str:
 
 def _find_object(path: str) -> Any:
     """Return the module or the class with an import path, None if it does not exist."""
-    module, _, name = path.rpartition(".")
     try:
-        return getattr(import_module(module), name) if module else import_module(path)
+        return resolve_name(path)
     except (ImportError, AttributeError):
-        pass
-    try:
-        return import_module(path)
-    except ImportError:
         return None
 
 

@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, Literal
 
 import torch
@@ -318,8 +318,7 @@ def _needs(entry: Mapping[str, Any] | None) -> str:
     """Return which rows the objective of a recipe learns from."""
     if not entry:
         return NextToken.needs
-    module, _, name = entry["class_path"].rpartition(".")
-    return vars(import_module(module))[name].needs
+    return resolve_name(entry["class_path"]).needs
 
 
 def _devices(trainer: Mapping[str, Any], device: str) -> dict[str, Any]:

@@ -29,13 +29,7 @@ from bindllm.model.decoder import DecoderConfig, load_decoder, load_tokenizer
 from bindllm.model.injection import InjectConfig
 from bindllm.objectives import NextToken, Objective
 from bindllm.parallel import RunContext
-from bindllm.training.optim import (
-    OptimConfig,
-    ZeroGradientCheck,
-    build_optimizer,
-    build_schedule,
-    set_rates,
-)
+from bindllm.training.optim import OptimConfig, ZeroGradientCheck, configure_lightning, set_rates
 from bindllm.training.stages import init_from_checkpoint
 from bindllm.training.strategies import ShardedDecoder, averages_gradients, check_strategy
 
@@ -174,10 +168,7 @@ class BindModule(LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Return AdamW and a schedule that moves every step."""
-        fused = not self.trainer.precision.endswith("mixed")
-        optimizer = build_optimizer(self.model.parameter_groups(), self.optim_config, fused=fused)
-        schedule = build_schedule(optimizer, self.trainer.estimated_stepping_batches, self.optim_config)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return configure_lightning(self.trainer, self.model.parameter_groups(), self.optim_config)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of a batch, weighted among the batches of its step."""

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from rich import box
 from rich.table import Table
 from torch import Tensor, nn
@@ -133,6 +134,17 @@ def build_schedule(
             "the learning rate decays over the run, so the run needs an end: set trainer.max_epochs or max_steps"
         )
     return torch.optim.lr_scheduler.LambdaLR(optimizer, partial(lr_factor, total=int(total), config=config))
+
+
+def configure_lightning(trainer: Trainer, groups: Groups, config: OptimConfig) -> dict[str, Any]:
+    """Return AdamW and a schedule that moves every step, as Lightning's `configure_optimizers` does.
+
+    Raises:
+        InputError: no parameter is trainable, or the run has no end.
+    """
+    optimizer = build_optimizer(groups, config, fused=not trainer.precision.endswith("mixed"))
+    schedule = build_schedule(optimizer, trainer.estimated_stepping_batches, config)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def set_rates(schedule: torch.optim.lr_scheduler.LambdaLR) -> None:

@@ -164,20 +164,15 @@ def _remarks(
 
     Quantization rounds the same decoder. A first stage in bfloat16 and a second one on 4 bits is the usual QLoRA setup.
     """
-    remarks, saved = [], manifest["decoder"]
-    quantized = saved.get("quantize")
-    for setting in ("template", "system"):
-        before, now = saved.get(setting), getattr(decoder, setting)
+    remarks = []
+    effects = dict.fromkeys(("template", "system"), "its prompts differ")
+    for setting, effect in {**effects, "quantize": "the same decoder, rounded differently"}.items():
+        before, now = manifest["decoder"].get(setting), getattr(decoder, setting)
         if before != now:
             remarks.append(
-                f"{folder} was trained with decoder.{setting} {_shown(before)}, this run has {_shown(now)}: its "
-                "prompts differ, so the loss may start higher"
+                f"{folder} was trained with decoder.{setting} {_shown(before)}, this run has {_shown(now)}: {effect}, "
+                "so the loss may start higher"
             )
-    if quantized != decoder.quantize:
-        remarks.append(
-            f"{folder} was trained with decoder.quantize {_shown(quantized)}, this run has "
-            f"{_shown(decoder.quantize)}: the same decoder, rounded differently, so the loss may start higher"
-        )
     if there.fusion != bind.fusion:
         remarks.append(
             f"{folder} fuses several media of one message with bind.fusion {there.fusion}, this run with "

@@ -25,7 +25,7 @@ from bindllm.encoders.trainable import is_trainable
 from bindllm.errors import InputError, TrainingError
 from bindllm.training.align.data import AlignData, PairSet
 from bindllm.training.module import AnyEncoder
-from bindllm.training.optim import OptimConfig, ZeroGradientCheck, build_optimizer, build_schedule
+from bindllm.training.optim import OptimConfig, ZeroGradientCheck, configure_lightning
 
 METRICS = ("train_loss", "temperature", "val_loss", "val_recall")
 """Metrics that a run logs, for callbacks that monitor one."""
@@ -38,12 +38,7 @@ class AnyTower(ABC):  # noqa: B024 (checked by its methods, never inherited)
 
     @classmethod
     def __subclasshook__(cls, other: type) -> bool:
-        names = set(dir(other))
-        return {"fingerprint", "to", "prepare", "embed"} <= names or {
-            "prepare",
-            "augment",
-            "forward",
-        } <= names
+        return issubclass(other, AnyEncoder) or {"prepare", "augment", "forward"} <= set(dir(other))
 
 
 @dataclass
@@ -138,10 +133,7 @@ class AlignModule(LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Return AdamW and a schedule that moves every step."""
-        fused = not self.trainer.precision.endswith("mixed")
-        optimizer = build_optimizer(self.groups(), self.optim_config, fused=fused)
-        schedule = build_schedule(optimizer, self.trainer.estimated_stepping_batches, self.optim_config)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return configure_lightning(self.trainer, self.groups(), self.optim_config)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return the loss of a batch.

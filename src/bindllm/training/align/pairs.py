@@ -83,8 +83,6 @@ class PairReport:
         media: different media per split.
         without_media: targets without media, which only enlarge the gallery.
         skipped: skipped pairs and rows.
-        encoded: media and targets that this run embedded; the others were in the store.
-        seconds: time to read and embed.
     """
 
     pairs: dict[str, int] = field(default_factory=dict)
@@ -92,8 +90,6 @@ class PairReport:
     media: dict[str, int] = field(default_factory=dict)
     without_media: int = 0
     skipped: Skipped = field(default_factory=Skipped)
-    encoded: int = 0
-    seconds: float = 0.0
 
     def lines(self) -> Iterator[str]:
         """Yield the lines of the report."""
