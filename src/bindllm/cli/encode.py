@@ -72,10 +72,12 @@ def encode(
         except UsageError as error:
             failed.append(str(error))
     media += [Media.text(words) for words in text]
+    # Before the weights: a wrong device is an error of milliseconds.
     device = encoders.find_device()
     loaded = encoders.load(overrides) or [_default_encoder()]
     # Embeddings of different widths cannot be compared: found before the first file is read.
     common_size(loaded)
+    # Rows have unit norm, so their products are the cosines.
     kept, rows = embed_files(media, loaded, device=device, failed=failed)
     _print_tables(kept, rows @ rows.T, loaded, scale=SCALE if softmax is True else softmax)
     for message in failed:
@@ -120,6 +122,7 @@ def embed_files(
 
     from bindllm.embeddings.embedder import Embedder
 
+    # Errors of one file, which do not stop the others; any other error is a fault and is raised.
     reported = (InputError, MissingExtraError)
     with Embedder(encoders, device=device, reported=reported) as embedder:
         results = embedder.embed_in_order(media)

@@ -75,6 +75,7 @@ class DecodingOptions:
     @property
     def given(self) -> dict[str, Any]:
         """The options of `BindLLM.generate` that have a value."""
+        # Seed and streaming belong to the command; all others have the names of Hugging Face.
         options = {name: value for name, value in asdict(self).items() if name not in ("seed", "stream")}
         return {name: value for name, value in options.items() if value is not None}
 
@@ -134,6 +135,7 @@ def generate(
     refuse_together(cache=cache.cache, no_cache=cache.no_cache)
     if decoding.stream and (decoding.num_beams or 1) > 1:
         raise UsageError("--stream cannot show a beam search: its answer is known only at its end")
+    # Files are named here and opened by the encoders.
     shown = media.read()
     loaded = _load(checkpoint, model, cache, overrides)
 
@@ -143,6 +145,7 @@ def generate(
     # Only sampling uses it.
     torch.manual_seed(decoding.seed)
     if decoding.stream:
+        # Control characters are escaped in each piece: a model may print any byte.
         for piece in loaded.stream(prompt, shown, **decoding.given):
             print(printable_lines(piece), end="", flush=True)
         print()
@@ -164,6 +167,7 @@ def _load(
         decoder=options.decoder,
         allow=options.allow,
         encoders=build_encoders(options.encoder, overrides, allow=options.allow),
+        # None: the cache that the checkpoint names.
         cache=False if cache.no_cache else cache.cache,
         quantize=False if options.quantize == "none" else options.quantize,
     )
@@ -171,6 +175,7 @@ def _load(
     if model.cache is None and (cache.settings or cache.show_neighbors):
         option = f"--cache_{next(iter(cache.settings))}" if cache.settings else "--show_neighbors"
         raise UsageError(f"{option} needs a visual cache, and {checkpoint} names none: give --cache FOLDER")
+    # Only the given settings replace those of the checkpoint.
     if cache.settings:
         model.cache.settings = replace(model.cache.settings, **cache.settings)
     return model

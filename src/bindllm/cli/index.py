@@ -68,9 +68,11 @@ def index(
     # How to read this: everything that can fail quickly comes first, because embedding may take hours.
     device = encoders.find_device()
     if not (encoders.encoder or encoders.checkpoint):
+        # A checkpoint that will use the cache knows its image encoder.
         encoders = replace(encoders, checkpoint=options.name_in)
     encoder = encoder_for("image", encoders.load(overrides)).to(device)
     folder = options.milvus or output
+    # Checked before the build, which may take hours, and written after it.
     named = new_cache_config(options.name_in, folder, encoder) if options.name_in else None
     store = _find_store(options, encoder)
     started = time.perf_counter()
@@ -104,6 +106,7 @@ def _find_store(options: IndexOptions, encoder: Encoder) -> EmbeddingStore:
     """Open the store of an encoder; it must exist if no images are given."""
     from bindllm.embeddings.store import EmbeddingStore
 
+    # Stores are named by the encoder: embeddings of two encoders never mix.
     folder = Path(options.store, encoder.fingerprint()[:16])
     if not options.images and not folder.is_dir():
         raise InputError(
@@ -131,6 +134,7 @@ def _build_folder(
     built = build_or_update(
         folder, store, encoder, images=options.images, factory=options.factory, rebuild=options.rebuild
     )
+    # Advice of the build, such as a faster kind for this many images.
     for line in built.hints:
         print(line)
     index = built.index

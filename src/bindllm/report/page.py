@@ -103,6 +103,7 @@ def render_page(data: ReportData) -> str:
     )
     # How to read this: everything below is plain data; the template only places and escapes it.
     logged = data.training or data.validation
+    # A task without rows, such as conversations, has no cards.
     sheets = {task: _sheet(task, rows, data.thumbnails) for task, rows in data.rows.items() if rows}
     return page.get_template("report.html.j2").render(
         data.facts,
@@ -126,6 +127,7 @@ def render_page(data: ReportData) -> str:
 
 def _task(task: str, variants: Variants, many: str) -> dict[str, Any]:
     """Return panels of bars and a table with the metrics of a task."""
+    # Columns in the order of the evaluation, the model first.
     titles = {
         "model": "this model",
         "no_media": f"no {many}",
@@ -135,6 +137,7 @@ def _task(task: str, variants: Variants, many: str) -> dict[str, Any]:
     }
     names = {name: titles[name] for name in VARIANTS[task]}
     head = ["", *names.values()]
+    # Answers are shares by type of question, all other tasks a list of metrics.
     if task == "answers":
         # Bars of shares fill the panel at 100 %, so that panels can be compared; bars of losses at the largest.
         lines, head = _answer_lines(variants, list(names)), ["type of question", "questions", *names.values()]
@@ -160,6 +163,7 @@ def _task(task: str, variants: Variants, many: str) -> dict[str, Any]:
 
 def _answer_lines(variants: Variants, names: Sequence[str]) -> list[tuple[str, int, dict[str, float | None]]]:
     """Return title, number of questions and share of right answers of each variant: of all, then of each type."""
+    # Types in the order of the data; a variant without a type shows a dash.
     model = variants["model"]
     lines = [("all", model["count"], {name: variants[name]["accuracy"] for name in names})]
     for kind, count in model["count_by_type"].items():
@@ -172,6 +176,7 @@ def _panel(
 ) -> dict[str, Any]:
     """Return bars for the values of several variants; ``full`` is the value of a full bar, 0 for the largest."""
     values = {name: value for name, value in row.items() if value is not None}
+    # Never 0: all values may be 0.
     full = full or max(values.values(), default=0) or 1
     bars = [
         {"variant": name, "name": names[name], "width": 100 * value / full, "value": METRICS[key].show(value)}
@@ -188,6 +193,7 @@ def best_variants(row: Mapping[str, float | None], *, lower: bool = False) -> se
         {'model'}
     """
     known = {name: value for name, value in row.items() if value is not None}
+    # Bold on equal values would claim a difference.
     if len(set(known.values())) < 2:
         return set()
     best = min(known.values()) if lower else max(known.values())
@@ -196,6 +202,7 @@ def best_variants(row: Mapping[str, float | None], *, lower: bool = False) -> se
 
 def _data_tables(data: Mapping[str, Any], one: str, many: str) -> list[dict[str, Any]]:
     """Return tables of a `bindllm.data.report.DataReport`: sources, counts, and skipped rows; none without data."""
+    # Facts of an older report may lack the data.
     if not data:
         return []
     rows = (
@@ -223,6 +230,7 @@ def _data_tables(data: Mapping[str, Any], one: str, many: str) -> list[dict[str,
         "rows without media": data["text_only"],
         f"held-out rows whose {one} is also in the training rows": data["shared_media"],
     }
+    # The same remark of several sources is one line.
     remarks = sum((Counter(each["remarks"]["counts"]) for each in data["sources"]), Counter())
     notes |= {f"{rows} with {remark}": count for remark, count in remarks.items()}
     counts += [(name, f"{count:,}") for name, count in notes.items() if count]
@@ -258,6 +266,7 @@ def draw_thumbnails(rows: Iterable[dict[str, Any]], resolve: Callable[[str], str
     """
     found = {}
     for row in rows:
+        # Also the image whose caption the baseline copies: it is shown small, next to it.
         for name in ("media", "nearest_media"):
             path = row.get(name)
             if path and row[name.replace("media", "modality")] == "image" and path not in found:
@@ -276,6 +285,7 @@ def _caption_card(row: dict[str, Any], thumbnails: Mapping[str, str]) -> dict[st
     if row["model"] is not None:
         lines.append(_line("model", row["model"], kind="model", right=row["exact"]))
     if row["nearest_caption"] is not None:
+        # With its image, so that a reader sees why it is the nearest.
         small = _tile(row["nearest_media"], row["nearest_modality"], thumbnails)
         said = row["nearest_caption"]
         lines.append(_line("nearest", said, kind="nearest", right=row["nearest_exact"], tile=small))
@@ -312,12 +322,14 @@ def _tile(path: str, modality: str, thumbnails: Mapping[str, str]) -> dict[str, 
 
 def _largest(gates: np.ndarray) -> str:
     """Return layer (and head) of the largest gate, as text."""
+    # One index for a gate per layer, two for a gate per layer and head.
     index = np.unravel_index(int(np.abs(gates).argmax()), gates.shape)
     return ", ".join(f"{name} {number}" for name, number in zip(("layer", "head"), index, strict=False))
 
 
 def brief(text: str) -> str:
     """Return a text on one line, control characters made visible, and no longer than a card can hold."""
+    # Characters of category Cc would command a terminal or break a line.
     visible = "".join(
         letter if unicodedata.category(letter) != "Cc" else "\ufffd" for letter in " ".join(text.split())
     )
@@ -431,6 +443,7 @@ def _svg(axes: Axes, *, name: str) -> str:
         axes.figure.savefig(content, format="svg", transparent=True, metadata={"Date": None})
     svg = content.getvalue()
     svg = svg[svg.index("<svg") :].strip()
+    # Matplotlib's metadata names its website, and its ids would repeat when two figures share a page.
     svg = re.sub(r"<(metadata|style)\b.*?</\1>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(<svg )[^>]*(viewBox="[^"]*")[^>]*>', rf'\1\2 role="img" aria-label="{name}">', svg)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg).replace("xlink:href", "href")
@@ -443,6 +456,7 @@ def _svg(axes: Axes, *, name: str) -> str:
 def _running_mean(values: Sequence[float]) -> np.ndarray:
     """Return the centered running mean over a window that shrinks at both ends."""
     half = max(len(values) // _SMOOTH_OVER // 2, 1 if len(values) > 8 else 0)
+    # By differences of the cumulative sum: one pass, whatever the window.
     sums = np.concatenate([[0.0], np.cumsum(values)])
     low = np.maximum(np.arange(len(values)) - half, 0)
     high = np.minimum(np.arange(len(values)) + half + 1, len(values))

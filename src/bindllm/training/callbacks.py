@@ -40,6 +40,7 @@ def check_trainer(trainer: Trainer, *, num_validation: int) -> None:
     Raises:
         InputError: names the option, or the callback and its metric.
     """
+    # Lightning accepts 0 and then trains nothing without an error.
     lengths = {
         "max_epochs": trainer.max_epochs,
         "max_steps": trainer.max_steps,
@@ -55,6 +56,7 @@ def check_trainer(trainer: Trainer, *, num_validation: int) -> None:
                 f"{kind} of Lightning copies the frozen decoder, and its runs cannot resume. Use "
                 "{class_path: bindllm.training.callbacks.AverageWeights, init_args: {decay: 0.999}}"
             )
+        # `strict=False` asks Lightning to ignore a metric that is missing.
         monitor, strict = vars(callback).get("monitor"), vars(callback).get("strict", True)
         if not num_validation and strict and isinstance(monitor, str) and monitor.startswith("val_"):
             raise InputError(
@@ -91,6 +93,7 @@ class AverageWeights(Callback):
         if not 0 <= decay < 1:
             raise InputError(f"AverageWeights: decay is {decay}, expected 0 to below 1")
         self.decay, self._step = decay, 0
+        # Only trained tensors, which are few: the frozen decoder is its own average.
         self._average: dict[str, Tensor] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -102,6 +105,7 @@ class AverageWeights(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Add the weights after an optimizer step."""
+        # Batches whose gradients are still accumulated have not changed the weights.
         if trainer.global_step > self._step:
             self._step = trainer.global_step
             for name, value in pl_module.state_dict().items():
@@ -131,6 +135,7 @@ class AverageWeights(Callback):
     @torch.no_grad()
     def _swap(self, module: LightningModule) -> None:
         for name, value in module.state_dict().items():
+            # In place, because optimizer and injection hold these tensors.
             trained = value.clone()
             value.copy_(self._average[name])
             self._average[name].copy_(trained)
@@ -176,6 +181,7 @@ class ParameterTable(Callback):
         groups = pl_module.model.parameter_groups()
         # The adapter's parameters are part of the decoder, but have their own row.
         grouped = {id(value) for group in groups.values() for _, value in group}
+        # Packed weights hold several values in a byte, which `num_weights` counts.
         values = pl_module.model.decoder.parameters()
         frozen = sum(num_weights(value) for value in values if id(value) not in grouped)
         if trainer.is_global_zero:
@@ -217,6 +223,7 @@ class SampleCaptions(Callback):
 
 def spread(samples: Sequence[Sample], count: int) -> list[Sample]:
     """Return up to ``count`` samples with media, evenly spread, so that they are not all of one source."""
+    # Rows without media say nothing about how much the model sees.
     shown = [sample for sample in samples if sample.media]
     count = min(count, len(shown))
     return [shown[n * len(shown) // count] for n in range(count)]
@@ -224,6 +231,7 @@ def spread(samples: Sequence[Sample], count: int) -> list[Sample]:
 
 def _row(sample: Sample, answer: str) -> dict[str, str]:
     """Return media, question (unless it is a caption), reference answers and the model's answer."""
+    # The last question is the one that was answered.
     questions = [message.text for message in sample.conversation.messages if message.role == "user"]
     asked = {} if sample.task == "caption" else {"question": questions[-1]}
     reference = " | ".join(dict.fromkeys(sample.references))
@@ -261,6 +269,7 @@ class RunProgress(ProgressBar):
         """Start the bar at the step from which the run resumes."""
         self._first_step, self._started = trainer.global_step, time.monotonic()
         self._printed = self._started
+        # A log file gets lines at intervals instead, see below: a bar would fill it with control characters.
         if self.console.is_terminal:
             left = TextColumn("[cyan]{task.fields[left]}")
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), left)
@@ -276,6 +285,7 @@ class RunProgress(ProgressBar):
         # Not the output of the step, which is weighted for the gradient; before the first optimizer step it is missing.
         if (loss := trainer.callback_metrics.get("train_loss")) is not None:
             self._losses += 1
+            # A running mean: plain over the first steps, then exponential, so it starts without a bias.
             self._loss += (float(loss) - self._loss) / min(self._losses, _SMOOTH_OVER)
         left = self._time_left(trainer)
         if self._bar is not None:
@@ -304,6 +314,7 @@ class RunProgress(ProgressBar):
             f"train loss {self._loss:.3f}  [bold]validation loss {float(loss):.3f}[/bold]"
         )
         for row in self.captions.latest if self.captions else ():
+            # Texts of models and data may hold control characters and markup: `Text` draws them as they are.
             said = printable(row["model"]) or "(nothing)"
             asked = f"{printable(row['question'])}  " if "question" in row else ""
             line = Text.assemble("  ", asked, (printable(row["reference"]), "dim"), "  →  ", said)
@@ -325,6 +336,7 @@ class RunProgress(ProgressBar):
     def _time_left(self, trainer: Trainer) -> str:
         """Estimate from all steps since the start or resume, including validations."""
         done = trainer.global_step - self._first_step
+        # The first steps include warm-up of kernels and caches.
         if done < 3:
             return ""
         rest = trainer.estimated_stepping_batches - trainer.global_step

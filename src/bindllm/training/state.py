@@ -70,6 +70,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             CheckpointError: it is damaged, or holds more than tensors and plain values.
         """
         try:
+            # Whatever Lightning asks for: `weights_only=False` would unpickle, and could run code.
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many types for a damaged file
             raise CheckpointError(
@@ -189,6 +190,7 @@ class RunState(Checkpoint):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do not train further if early stopping had ended the run when the state was saved."""
+        # Lightning does not save this flag, and would train one more epoch.
         trainer.should_stop = self._stopped_early
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -200,6 +202,7 @@ class RunState(Checkpoint):
         Raises:
             InputError: the data has changed; names the sources.
         """
+        # Counts of each source, only for the message: the loader compares the rows themselves.
         sources = {source.path: source.counted for source in trainer.datamodule.report.sources}
         if self._rows is not None:
             try:
@@ -210,8 +213,11 @@ class RunState(Checkpoint):
         if self._generators is not None:
             restore_generators(self._generators, Processes.of_trainer(trainer), trainer.strategy.root_device)
         self._clock = self._saved_at = time.monotonic()
+        # Over all parts of the run: a resumed part finds its media in the store.
         self.seconds["embed"] += trainer.datamodule.report.seconds_embedding
+        # Steps after the saved one are taken again, and would be in the log twice.
         self.run_log.keep_before(trainer.global_step)
+        # Python allows handlers only there; a run in a notebook or a test may be elsewhere.
         if threading.current_thread() is threading.main_thread():
             # A background job ignores SIGINT: Ctrl-C is meant for the foreground job.
             handled = [number for number in _STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
@@ -232,6 +238,7 @@ class RunState(Checkpoint):
         objective loses its data about a batch that it uses again.
         """
         late = time.monotonic() - self._saved_at >= self.every_seconds
+        # A collective decision: clocks and signals differ, and a save needs all processes.
         due = trainer.strategy.reduce_boolean_decision(self._interrupted or late, all=False)
         done = batch_idx + 1
         # Without an epoch to count in, Lightning counts the batches between validations over the whole run.
@@ -249,6 +256,7 @@ class RunState(Checkpoint):
         validates = (
             self._ended or trainer.is_last_batch or every % (trainer.val_check_batch or every + 1) == 0
         )
+        # Half a step cannot be saved: Lightning's state holds no gradients.
         pending = done % trainer.accumulate_grad_batches or not pl_module.objective.can_checkpoint
         if due and not validates and not pending:
             self._save(trainer)
@@ -256,6 +264,7 @@ class RunState(Checkpoint):
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Copy the weights that are measured: a callback may exchange them during the validation, as an average."""
         if not trainer.sanity_checking and trainer.is_global_zero:
+            # Lightning runs checkpoint callbacks last: another one has exchanged the weights by now.
             tensors = pl_module.state_dict().items()
             self._validated = {name: tensor.to("cpu", copy=True) for name, tensor in tensors}
 
@@ -263,17 +272,20 @@ class RunState(Checkpoint):
         """Keep the measured weights if they are the best so far."""
         loss = float(trainer.callback_metrics.get("val_loss", math.nan))
         measured, self._validated = self._validated, {}
+        # Distinguishes a run without validation from one whose losses were never finite.
         self._is_validated |= not trainer.sanity_checking
         best = math.inf if self.best_loss is None else self.best_loss
         if trainer.sanity_checking or not (math.isfinite(loss) and loss < best):
             return
         self.best_loss, self.best_step = loss, trainer.global_step
         if trainer.is_global_zero:
+            # A new name for each step: the state on disk still names the file of the earlier one.
             with _writing(self._best_file) as part:
                 write_tensors(part, measured)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save after the validation and the decisions of all other callbacks: Lightning runs checkpoints last."""
+        # At the planned end `should_stop` is ours, see above; a longer run must not inherit it.
         self._stopped_early = trainer.should_stop and not self._ended
         self._save(trainer)
 
@@ -332,6 +344,7 @@ class RunState(Checkpoint):
         )
 
     def _save(self, trainer: Trainer) -> None:
+        # Time since the last save: steps that a kill loses are not counted.
         now = time.monotonic()
         self.seconds["train"] += now - self._clock
         self._clock = self._saved_at = now
@@ -365,6 +378,7 @@ class RunState(Checkpoint):
 
 def _is_last_step(trainer: Trainer) -> bool:
     """Return whether the step that was just taken is the last one of the run."""
+    # Either limit may end the run; -1 stands for none.
     last_epoch = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
     return last_epoch or trainer.global_step >= trainer.max_steps != -1
 

@@ -91,10 +91,12 @@ class AlignData(LightningDataModule):
         self._check_modalities()
         pairs = [pair for source in self.sources for pair in read_pairs(source, self.report.skipped)]
         trained = is_trainable(self.tower)
+        # A frozen tower embeds once; a trained one needs the prepared media in every epoch.
         self._sides = (
             PreparedSide(self.tower) if trained else StoredSide(self.tower, self.store),
             StoredSide(self.target, self.store),
         )
+        # Every process reads all pairs, so none of them divides the work.
         context = replace(RunContext.of_trainer(self.trainer), processes=SINGLE_PROCESS)
         keys: dict[Media, str] = {}
         failed: dict[Media, str] = {}
@@ -123,6 +125,7 @@ class AlignData(LightningDataModule):
         """Return the loader of training batches; each call starts again with the same random numbers."""
         pairs = self.pairs("train")
         generator = torch.Generator().manual_seed(self.seed)
+        # Two generators: the order of rows must not depend on how much augmentation draws.
         siblings = pairs.media_of()
         return DataLoader(
             range(len(pairs.links)),
@@ -137,6 +140,7 @@ class AlignData(LightningDataModule):
     ) -> Batch:
         media, targets = pairs.links[rows].T
         inputs = self.media_inputs(pairs, media)
+        # Prepared media of a trained tower; vectors of a frozen one are neither augmented nor mixed.
         if isinstance(inputs, list):
             inputs = [self.tower.augment(item, generator) for item in inputs]
             inputs = self._mixed(pairs, inputs, media, targets, siblings, generator)
@@ -158,6 +162,7 @@ class AlignData(LightningDataModule):
         """Mix some of the inputs with a second media of the same target."""
         if not isinstance(self.tower, CanMix):
             return inputs
+        # Drawn for all rows at once: the sequence is the same, whichever rows are mixed.
         drawn = torch.rand(len(inputs), 2, generator=generator)
         for row, (share, draw) in enumerate(drawn.tolist()):
             others = [n for n in siblings[int(targets[row])] if n != int(media[row])]
@@ -180,6 +185,7 @@ class AlignData(LightningDataModule):
 
     def _check_negatives(self, train: PairSet) -> None:
         """Refuse training pairs without negatives, such as a single pair."""
+        # If every media belongs to every target, the loss is constant.
         num_targets = len(set(train.links[:, 1].tolist()))
         if len(train.links) == len(train.media) * num_targets:
             skipped = "; ".join(self.report.skipped.lines()) or "nothing was skipped"
@@ -332,6 +338,7 @@ class PairSet:
 
     def belongs(self, media: Tensor, targets: Tensor) -> Tensor:
         """Return whether media [B] and targets [C], given by index, are pairs: bool [B, C]."""
+        # A pair as one number, media * T + target, and a binary search: no [M, T] matrix is built.
         codes = (self.links[:, 0] * len(self.targets) + self.links[:, 1]).sort().values
         asked = media[:, None] * len(self.targets) + targets
         found = torch.searchsorted(codes, asked).clamp_max(len(codes) - 1)

@@ -128,6 +128,7 @@ class AlignModule(LightningModule):
 
     def groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
         """Return the trained parameters in named groups."""
+        # Names for the table and for weight decay; the temperature is a scalar and never decays.
         parts = {"head": self.head, "tower": self.trained_tower, "temperature": self.temperature}
         return {name: list(part.named_parameters()) for name, part in parts.items() if part is not None}
 
@@ -141,6 +142,7 @@ class AlignModule(LightningModule):
         Raises:
             TrainingError: it is not finite.
         """
+        # Checked before the backward pass: NaN in Adam's moments would stay.
         loss = contrastive_loss(self(batch["inputs"]), batch["targets"], batch["belongs"], self.temperature())
         if not torch.isfinite(loss):
             raise TrainingError(
@@ -171,6 +173,7 @@ class AlignModule(LightningModule):
             score = recall if self.keep == "recall" else -metrics["loss"]
             self.log_dict({"val_loss": metrics["loss"], "val_recall": recall})
         if self.best is None or score > self.best.score:
+            # A copy: on a CPU `.cpu()` returns the tensor that the next step changes.
             weights = copy.deepcopy({name: tensor.cpu() for name, tensor in self.state_dict().items()})
             self.best = Best(self.current_epoch + 1, score, metrics, weights)
 
@@ -200,6 +203,7 @@ class AlignModule(LightningModule):
             return None
         media = self.embed_media(data, pairs)
         targets = data.target_rows(pairs, torch.arange(len(pairs.targets))).to(self.device)
+        # In batches of the training size: InfoNCE depends on the number of negatives.
         losses = []
         for rows in pairs.links.split(data.batch_size):
             belongs = pairs.belongs(rows[:, 0], rows[:, 1]).to(self.device)
@@ -279,6 +283,7 @@ class Temperature(nn.Module):
 
     def __init__(self, config: TemperatureConfig) -> None:
         super().__init__()
+        # In logarithms, as CLIP: the factor stays positive and moves by ratios.
         log_scale = torch.tensor(math.log(1 / config.start))
         self.log_scale = nn.Parameter(log_scale, requires_grad=config.learned)
 
@@ -310,6 +315,8 @@ def contrastive_loss(media: Tensor, targets: Tensor, belongs: Tensor, scale: Ten
         >>> contrastive_loss(rows, rows, torch.eye(2, dtype=torch.bool), torch.tensor(1.0))
         tensor(0.3133)
     """
+    # L = -log(exp(s x_i.y_i) / sum_j exp(s x_i.y_j)), once over rows and once over columns, where j skips
+    # other positives of i.
     own = torch.eye(len(media), dtype=torch.bool, device=media.device)
     logits = (scale * media @ targets.T).masked_fill(belongs & ~own, float("-inf"))
     labels = torch.arange(len(media), device=media.device)
@@ -339,6 +346,7 @@ def retrieval_metrics(queries: Tensor, gallery: Tensor, right: Sequence[Sequence
     positions = join_positions(
         [find_positions(cosines(queries[part], gallery).cpu(), right[part]) for part in parts]
     )
+    # Queries with several right answers are hit more easily by chance.
     counts = torch.tensor([len(numbers) for numbers in right])
     measured: dict[str, Any] = {"queries": len(queries), "gallery": len(gallery)}
     for k in RECALL_AT:
