@@ -203,10 +203,10 @@ def end_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     Raises:
         DecoderError: the template cannot be used: an answer has no end, or its tokens are not its whole text.
     """
-    exchange, ends = (Message("user", "?"), Message("assistant", "!")), []
-    for turns in (exchange, exchange * 2):
+    ends = []
+    for conversation in (_EXCHANGE, Conversation(_EXCHANGE.messages * 2)):
         try:
-            rendered = render(Conversation(turns), tokenizer)
+            rendered = render(conversation, tokenizer)
         except (InputError, DecoderError) as error:
             # Some templates allow a single exchange only.
             if ends:
@@ -228,6 +228,10 @@ def _check_unicode(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise InputError(f"the text {text!r} is not valid Unicode (half of a surrogate pair)") from error
+
+
+# The shortest conversation that shows how a template writes an answer.
+_EXCHANGE = Conversation((Message("user", "?"), Message("assistant", "!")))
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -266,8 +270,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, num_embeddings: int) ->
     if not words:
         return
     # A short conversation shows which control tokens the template uses.
-    exchange = Conversation((Message("user", "?"), Message("assistant", "!")))
-    used = {tokenizer.pad_token_id, tokenizer.eos_token_id, *render(exchange, tokenizer).input_ids}
+    used = {tokenizer.pad_token_id, tokenizer.eos_token_id, *render(_EXCHANGE, tokenizer).input_ids}
     control = set(control_tokens(tokenizer).values())
     # Texts may use every ordinary token, but no control token.
     beyond = sorted((i, token) for token, i in words.items() if i in used or i not in control)

@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from bindllm.cache.index import VectorIndex
 from bindllm.cli import main
 from bindllm.data.report import SourceReport
-from bindllm.errors import MediaError
+from bindllm.errors import BindLLMError, MediaError
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.checkpoint import name_cache
 from bindllm.model.decoder import DecoderConfig
@@ -87,6 +88,30 @@ def test_a_decoder_that_cannot_be_injected_is_found_without_its_weights(
     told = capsys.readouterr().out
     assert words in told
     assert "1 problem\n" in told
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "words"),
+    [
+        ("bind", "depth", 10**9, "depth must be 0 to 1000"),
+        ("bind", "depth", 1e9, "depth must be 0 to 1000"),
+        ("bind", "depth", 900, "missing bind.blocks.1"),
+        ("bind", "expansion", 10**9, "expected [32000000000, 32]"),
+        ("inject", "layers", 2, "injection.gates has shape [3, 4], expected [2, 4]"),
+        ("inject", "layers", 1.5, "expected a whole number"),
+    ],
+)
+def test_a_manifest_that_does_not_fit_its_tensors_is_a_problem(tmp_path, capsys, section, key, value, words):
+    save_tiny_model(tmp_path / "model", save_tiny_decoder(tmp_path / "decoder"))
+    file = tmp_path / "model" / "bindllm.json"
+    manifest = json.loads(file.read_text())
+    manifest[section][key] = value
+    file.write_text(json.dumps(manifest))
+    line = ["check", "--folder", "model", "--allow", "cache_parts.Multimodal"]
+    assert main(line) == 1
+    assert words in capsys.readouterr().out
+    with pytest.raises(BindLLMError, match=re.escape(words)):
+        BindLLM.from_pretrained("model", allow=["cache_parts.Multimodal"])
 
 
 @pytest.mark.parametrize("content", [None, b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:0"])

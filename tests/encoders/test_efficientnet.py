@@ -235,6 +235,12 @@ def test_encoder_for_a_modality(encoder):
         encoder_for("sound", [])
 
 
+def test_the_fingerprint_covers_how_files_are_read(monkeypatch):
+    before = bindllm.encoders.fingerprint({})
+    monkeypatch.setattr(bindllm.encoders, "REVISION", "media of another time")
+    assert bindllm.encoders.fingerprint({}) != before
+
+
 def test_fingerprint_of_words_bytes_and_files(tmp_path):
     made = bindllm.encoders.fingerprint
     (tmp_path / "a").write_bytes(b"content")

@@ -3,6 +3,7 @@ import os
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from bindllm.errors import DecoderError, InputError
@@ -67,7 +68,7 @@ def test_a_folder_that_is_not_there_or_not_a_decoder(tmp_path, monkeypatch):
     with pytest.raises(DecoderError, match="bindllm fetch smollm2-135m-instruct"):
         load_decoder(DecoderConfig("checkpoints/smollm2-135m-instruct"), device="cpu")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DecoderError, match="does not hold a causal language model"):
+    with pytest.raises(DecoderError, match="no usable causal language model here"):
         load_decoder(DecoderConfig(str(tmp_path / "empty")), device="cpu")
 
 
@@ -107,6 +108,32 @@ def test_a_weights_file_that_is_a_pointer_empty_or_cut_is_named(tmp_path, conten
     file.write_bytes(file.read_bytes()[:-100] if content is None else content)
     with pytest.raises(DecoderError, match=rf"model\.safetensors.*{words}"):
         fingerprint_decoder(tmp_path / "d")
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "vocab_size", "intermediate_size"])
+def test_absurd_sizes_end_in_an_error_not_in_a_hang(tmp_path, key):
+    file = save_tiny_decoder(tmp_path / "d") / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: 10**9}))
+    with pytest.raises(DecoderError, match="num_hidden_layers 1e.09, expected at most|no usable causal"):
+        check_weights(tmp_path / "d")
+
+
+def test_a_folder_named_like_an_organization_does_not_hide_a_downloaded_model(tmp_path, monkeypatch):
+    folder, asked = save_tiny_decoder(tmp_path / "cache"), []
+
+    def download(name, *, local_files_only=False, **options):
+        asked.append((name, local_files_only))
+        if name == "lab/tiny":
+            return str(folder)
+        raise LocalEntryNotFoundError("not in the cache")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lab").mkdir()
+    assert DecoderConfig("lab/tiny").folder() == folder
+    with pytest.raises(DecoderError, match="decoder folder 'lab/tinny' does not exist"):
+        DecoderConfig("lab/tinny").folder()
+    assert asked == [("lab/tiny", True), ("lab/tinny", True)]
 
 
 def test_weights_that_overflow_are_refused(tmp_path):

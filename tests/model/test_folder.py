@@ -82,6 +82,33 @@ def test_a_damaged_manifest_is_refused(folder):
         read_manifest(folder)
 
 
+def test_a_fifo_or_json_of_endless_depth_in_place_of_a_manifest_is_refused(folder):
+    file = folder / "bindllm.json"
+    file.write_text("[" * 1_000_000)
+    with pytest.raises(CheckpointError, match="cannot be read as JSON"):
+        read_manifest(folder)
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(CheckpointError, match="is not a regular file"):
+        read_manifest(folder)
+    file.unlink()
+    file.symlink_to("/dev/zero")
+    with pytest.raises(CheckpointError, match="is not a regular file"):
+        read_manifest(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(folder, value):
+    write_checkpoint(folder, {}, {**TENSORS, "injection.gates": torch.tensor([0.0, value])}, "")
+    with pytest.raises(CheckpointError, match=r"not finite .injection\.gates"):
+        read_weights(folder, read_manifest(folder))
+
+
+def test_integers_are_no_weights():
+    with pytest.raises(CheckpointError, match=r"injection\.gates holds torch\.int64"):
+        check_keys(TENSORS, {name: tensor.long() for name, tensor in TENSORS.items()}, source="it")
+
+
 @pytest.mark.parametrize("content", ["[]", '"x"', '{"format": "2"}', "null"])
 def test_json_that_is_no_manifest_is_refused(content, folder):
     (folder / "bindllm.json").write_text(content)

@@ -25,7 +25,7 @@ from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.checkpoint import check_keys, write_card, write_checkpoint
-from bindllm.model.decoder import DecoderConfig, check_weights, load_tokenizer, without_weights
+from bindllm.model.decoder import DecoderConfig, check_weights, load_tokenizer
 from bindllm.model.injection import InjectConfig
 
 ROUNDING = 2.0**-8
@@ -101,25 +101,22 @@ def _empty_model(shape: Shape, base: DecoderConfig, encoders: Sequence[Encoder])
     # The published weights were trained on Alpaca's texts.
     decoder = replace(base, template=base.template or "alpaca")
     tokenizer = load_tokenizer(decoder)
-    network = without_weights(base.folder())
-    with torch.device("meta"):
-        return BindLLM(
-            network,
-            tokenizer,
-            decoder,
-            encoders=encoders,
-            bind=BindConfig(
-                depth=shape.depth,
-                expansion=shape.expansion,
-                # The older bridge has LayerNorm and biases, the bridge of the paper RMSNorm without biases.
-                norm="layer" if shape.legacy else "rms",
-                bias=shape.legacy,
-                # As in the released code: the weighted mean, not scaled to unit length.
-                fusion="mean",
-            ),
-            inject=InjectConfig(layers=None if shape.served == shape.num_layers else shape.served),
-            adapter=None if shape.rank is None else AdapterConfig(rank=shape.rank, bias=shape.bias),
-        )
+    return BindLLM.build_empty(
+        decoder,
+        tokenizer,
+        encoders=encoders,
+        bind=BindConfig(
+            depth=shape.depth,
+            expansion=shape.expansion,
+            # The older bridge has LayerNorm and biases, the bridge of the paper RMSNorm without biases.
+            norm="layer" if shape.legacy else "rms",
+            bias=shape.legacy,
+            # As in the released code: the weighted mean, not scaled to unit length.
+            fusion="mean",
+        ),
+        inject=InjectConfig(layers=None if shape.served == shape.num_layers else shape.served),
+        adapter=None if shape.rank is None else AdapterConfig(rank=shape.rank, bias=shape.bias),
+    )
 
 
 def check_base(adapted: Adapted, folder: str | Path, *, accept: bool = False) -> None:

@@ -12,6 +12,7 @@ from bindllm.conversation import NO_MEDIA
 from bindllm.data.rows import IGNORE, Sample
 from bindllm.errors import InputError
 from bindllm.media import Media
+from bindllm.model.generation import by_row
 
 Batch = dict[str, Tensor]
 MediaGroup = tuple[Media, ...]
@@ -118,14 +119,6 @@ def _stack(rows: Sequence[np.ndarray], fill: int, *, left: bool) -> Tensor:
 
 
 def _embeddings(samples: Sequence[Sample], lookup: Lookup) -> Tensor:
-    groups = [group for sample in samples for group in sample.media]
-    found = lookup(groups)
-    # At least one group, because the model takes embeddings even if a batch has no media.
-    width = max(1, *(len(sample.media) for sample in samples))
-    embeddings = torch.zeros(len(samples), width, found.shape[1])  # [B, M, E]
-    start = 0
-    for b, sample in enumerate(samples):
-        count = len(sample.media)
-        embeddings[b, :count] = found[start : start + count]
-        start += count
-    return embeddings
+    # One lookup for the whole batch. At least one group, as the model takes embeddings even without media.
+    found = lookup([group for sample in samples for group in sample.media])
+    return by_row(found, [len(sample.media) for sample in samples])

@@ -9,13 +9,16 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import threading
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from bindllm.atomic import file_sha256
 from bindllm.errors import EncoderError, InputError, did_you_mean
-from bindllm.media import MODALITIES, Media
+from bindllm.media import MODALITIES, REVISION, Media
 
 if TYPE_CHECKING:
     import torch
@@ -210,8 +213,29 @@ def _names(group: Sequence[Encoder]) -> str:
     )
 
 
+def members_of(protocol: type, *, methods: bool = False) -> list[str]:
+    """Return the names that a class needs to keep a protocol such as `Encoder`: all of them, or only its methods."""
+    # Attributes without a value are annotations, properties and methods are values.
+    names = [*protocol.__annotations__, *(name for name in vars(protocol) if not name.startswith("_"))]
+    return [name for name in names if not methods or isinstance(vars(protocol).get(name), FunctionType)]
+
+
+class once(cached_property):
+    """A property that is computed at its first use: threads that share an encoder must not load its weights twice."""
+
+    # One lock for all, since an encoder with a lock of its own could not be pickled.
+    lock = threading.RLock()
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        """Compute the value, or return the one that another thread has computed meanwhile."""
+        with self.lock:
+            return super().__get__(instance, owner)
+
+
 def fingerprint(config: Mapping[str, Any], *parts: bytes | str | Path) -> str:
     """Return the sha256 of settings and parts, in hex, as a building block of an encoder's ``fingerprint``.
+
+    It covers the revision of `bindllm.media` too, since other pixels of a file give another embedding.
 
     Args:
         config: the settings that change embeddings, as JSON can hold them; no paths and no device.
@@ -223,14 +247,14 @@ def fingerprint(config: Mapping[str, Any], *parts: bytes | str | Path) -> str:
 
     Examples:
         >>> fingerprint({"size": 224}, "tiny-net 1")[:8]
-        '4d3345ee'
+        'd5851f8d'
     """
     try:
         # Sorted keys: equal settings must give equal bytes.
         digest = hashlib.sha256(json.dumps(dict(config), sort_keys=True, allow_nan=False).encode())
     except (TypeError, ValueError) as error:
         raise EncoderError(f"the settings {dict(config)!r} are not plain JSON: {error}") from error
-    for part in parts:
+    for part in (REVISION, *parts):
         # Hashing each part first keeps ("ab", "c") and ("a", "bc") apart.
         digest.update(_digest(part))
     return digest.hexdigest()

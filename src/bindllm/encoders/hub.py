@@ -7,7 +7,7 @@ Pillow processors of transformers, so torchvision is not needed and results are 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from bindllm.atomic import read_json
-from bindllm.errors import DecoderError, EncoderError, fetch_hint
+from bindllm.errors import BindLLMError, DecoderError, EncoderError, fetch_hint
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
+MOST_LAYERS = 10_000
+"""Largest number of layers in a config."""
+
 SERVED = ("image", "text", "audio")
 """Modalities for which transformers has processors that need nothing else."""
 
@@ -98,10 +101,19 @@ def find_folder(name: str, revision: str | None, *, role: Literal["encoder", "de
     # How to read this: `organization/name` may be a hub id, anything else is a path. Paths that do not exist must
     # never turn into downloads.
     organization, slash, rest = name.partition("/")
-    looks_local = (
-        not slash or "/" in rest or organization in ("", ".", "..", "~") or Path(organization).is_dir()
-    )
-    if looks_local or fetch_hint(name):
+    looks_local = not slash or "/" in rest or organization in ("", ".", "..", "~") or fetch_hint(name)
+    is_folder = Path(organization).is_dir()
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if not looks_local and is_folder:
+        # A folder may have the name of an organization: models that were downloaded before are found, others may be
+        # misspelled paths.
+        with suppress(LocalEntryNotFoundError):
+            return Path(
+                snapshot_download(name, revision=revision, local_files_only=True, **_DOWNLOADED[role])
+            )
+    if looks_local or is_folder:
         where = "" if Path(name).is_absolute() else f" in {Path.cwd()}"
         raise failure(f"{role} folder {name!r} does not exist{where}.{fetch_hint(name)}")
     if role == "encoder" and revision is None:
@@ -109,8 +121,6 @@ def find_folder(name: str, revision: str | None, *, role: Literal["encoder", "de
             f"encoder {name!r} is not a folder in {Path.cwd()}. If it is a model on the hub, give its revision too "
             "(the commit, as its page shows it), so that every run gets the same weights"
         )
-    from huggingface_hub import snapshot_download
-
     try:
         return Path(snapshot_download(name, revision=revision, **_DOWNLOADED[role]))
     except Exception as error:
@@ -148,12 +158,14 @@ def read_config(folder: str | Path) -> PretrainedConfig:
     """Read ``config.json`` without the keys by which transformers would run code for the model or a part of it.
 
     Raises:
-        ValueError: transformers would take weights from files that a fingerprint does not cover.
+        ValueError: transformers would take weights from files that a fingerprint does not cover, or a number of layers
+            that no model has.
         Exception: any error of transformers about the files.
     """
     from transformers import AutoConfig
 
     never_ask()
+    _check_sizes(_read_json(Path(folder) / "config.json"))
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     named = map(str, _read_json(Path(folder) / INDEX).get("weight_map", {}).values())
     other = {name for name in named if Path(name).name != name or not name.endswith(".safetensors")}
@@ -168,6 +180,14 @@ def read_config(folder: str | Path) -> PretrainedConfig:
         )
     _forget_code(config)
     return config
+
+
+def _check_sizes(part: Any) -> None:
+    """Refuse numbers of layers with which building even an empty model would take forever."""
+    for name, value in part.items() if isinstance(part, dict) else ():
+        _check_sizes(value)
+        if "layer" in name and isinstance(value, int | float) and value > MOST_LAYERS:
+            raise ValueError(f"its config has {name} {value:g}, expected at most {MOST_LAYERS}")
 
 
 def never_ask() -> None:
@@ -313,8 +333,11 @@ def load_processor(folder: Path, modality: str) -> Any:
 
 
 @contextmanager
-def loading(folder: Path, *, part: str = "model") -> Iterator[None]:
-    """Turn exceptions of transformers about a folder into an EncoderError, and mute its log and progress bars."""
+def loading(
+    folder: str | Path, *, part: str = "model", failure: type[BindLLMError] = EncoderError
+) -> Iterator[None]:
+    """Turn exceptions of transformers about a folder into a ``failure``, and mute its log and progress bars."""
+    from torch import OutOfMemoryError
     from transformers.utils import logging
 
     never_ask()
@@ -324,16 +347,16 @@ def loading(folder: Path, *, part: str = "model") -> Iterator[None]:
     logging.disable_progress_bar()
     try:
         yield
-    except EncoderError:
+    except (failure, OutOfMemoryError):
         raise
     # transformers raises many exception types about untrusted files; each means that the folder cannot be used.
     except Exception as error:
-        raise EncoderError(f"{folder}: no usable {part} here ({loading_error(folder, error)})") from error
+        raise failure(f"{folder}: no usable {part} here ({_loading_error(folder, error)})") from error
     finally:
         logging.set_verbosity(verbosity)
 
 
-def loading_error(folder: str | Path, error: Exception) -> str:
+def _loading_error(folder: str | Path, error: Exception) -> str:
     """Describe an error of transformers; explain if the folder needs code of its own (``auto_map``), never run here."""
     if "trust_remote_code" not in str(error):
         return f"{type(error).__name__}: {error}"

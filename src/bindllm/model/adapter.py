@@ -70,9 +70,10 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         # How to read this: each check names the two settings that contradict each other.
-        if not 1 <= self.rank <= MOST_RANK or not (self.alpha is None or self.alpha > 0):
+        is_rank = isinstance(self.rank, int) and 1 <= self.rank <= MOST_RANK
+        if not is_rank or not (self.alpha is None or self.alpha > 0):
             raise InputError(
-                f"adapter with rank {self.rank} and alpha {self.alpha}: rank must be 1 to {MOST_RANK} and alpha above 0"
+                f"adapter with rank {self.rank} and alpha {self.alpha}: rank must be 1 to {MOST_RANK}, alpha above 0"
             )
         if self.dora and self.bias:
             raise InputError(

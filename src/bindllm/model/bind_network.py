@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from bindllm.errors import InputError, did_you_mean
 
+MOST_DEPTH = 1000
+"""Largest depth: a damaged checkpoint cannot ask for more."""
+
 NORMS = ("rms", "layer")
 FUSIONS = ("unit", "mean")
 
@@ -44,10 +47,11 @@ class BindConfig:
                 raise InputError(
                     f"unknown {what} {value!r} of the bind network. {did_you_mean(str(value), known)}"
                 )
-        if self.depth < 0 or self.expansion < 1:
+        is_whole = isinstance(self.depth, int) and isinstance(self.expansion, int)
+        if not is_whole or not 0 <= self.depth <= MOST_DEPTH or self.expansion < 1:
             raise InputError(
-                f"bind network with depth {self.depth} and expansion {self.expansion}: "
-                "depth must be at least 0 and expansion at least 1"
+                f"bind network with depth {self.depth} and expansion {self.expansion}: depth must be 0 to "
+                f"{MOST_DEPTH}, expansion at least 1, and both whole numbers"
             )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -27,7 +26,7 @@ from bindllm.conversation import Conversation
 from bindllm.embeddings.embedder import embed_groups
 from bindllm.encoders import Encoder, alignment_warnings, skipped_encoders
 from bindllm.encoders.fusion import common_size
-from bindllm.errors import BindLLMError, DecoderError, InputError, did_you_mean
+from bindllm.errors import InputError, did_you_mean
 from bindllm.media import Media
 from bindllm.model.adapter import Adapter, AdapterConfig
 from bindllm.model.bind_network import BindConfig, BindNetwork
@@ -38,6 +37,7 @@ from bindllm.model.decoder import (
     load_decoder,
     load_tokenizer,
     num_positions,
+    without_weights,
 )
 from bindllm.model.generation import (
     Prompt,
@@ -49,7 +49,7 @@ from bindllm.model.generation import (
     prepare_batch,
     stream_text,
 )
-from bindllm.model.injection import InjectConfig, Injection
+from bindllm.model.injection import InjectConfig, Injection, choose_positions, projecting, try_out
 from bindllm.model.pretrained import read_parts
 
 
@@ -110,8 +110,9 @@ class BindLLM(nn.Module):
         self.cache: VisualCache | None = None
         self.bind_config, self.inject_config = bind or BindConfig(), inject or InjectConfig()
         self.tokenizer, self.encoders = tokenizer, tuple(encoders)
-        for warning in (*alignment_warnings(self.encoders), *skipped_encoders(self.encoders)):
-            logging.getLogger("bindllm").warning(warning)
+        if decoder.device.type != "meta":
+            for warning in (*alignment_warnings(self.encoders), *skipped_encoders(self.encoders)):
+                logging.getLogger("bindllm").warning(warning)
         # Composite configs (image-text models) hold the language model's sizes in a text config.
         width = decoder.config.get_text_config().hidden_size
         self.bind = BindNetwork(common_size(self.encoders), width, self.bind_config).to(decoder.device)
@@ -121,36 +122,8 @@ class BindLLM(nn.Module):
         self.injection = Injection(decoder, self.inject_config).to(decoder.device)
         self.decoder = decoder
         if (head := decoder.get_output_embeddings()) is not None:
-            head.register_forward_pre_hook(_choose_positions)
-        self._try_out()
-
-    @torch.no_grad()
-    def _try_out(self) -> None:
-        """Refuse a decoder that does not hand the bind vectors to its layers, before anything is trained.
-
-        Raises:
-            DecoderError: the injection does not work in this family of decoders.
-        """
-        inputs = {
-            "input_ids": torch.zeros(1, 4, dtype=torch.int64, device=self.device),
-            "media_index": torch.zeros(1, 4, dtype=torch.int64, device=self.device),
-            "bind": torch.zeros(1, 1, self.bind.projection.out_features, device=self.device),
-        }
-        # On the meta device transformers cannot compute a mask; families without attention do not take a whole one.
-        is_meta = self.device.type == "meta"
-        masks = (torch.ones(1, 1, 4, 4, dtype=torch.bool, device="meta"), None) if is_meta else (None,)
-        for mask in masks:
-            try:
-                self.decoder(**inputs, attention_mask=mask, use_cache=False)
-            except (BindLLMError, torch.OutOfMemoryError):
-                raise
-            except Exception as error:
-                # A forward that depends on values fails without weights; the loaded decoder is tried again.
-                if not is_meta:
-                    raise DecoderError(
-                        f"{type(self.decoder).__name__} cannot run with an injection ({type(error).__name__}: "
-                        f"{error}); use a decoder of the LLaMA shape (Llama, Mistral, Qwen2, Qwen3, SmolLM2, ...)"
-                    ) from error
+            head.register_forward_pre_hook(choose_positions)
+        try_out(decoder)
 
     @classmethod
     def build(cls, decoder: DecoderConfig, *, device: str | None = None, **parts: Any) -> Self:
@@ -162,6 +135,21 @@ class BindLLM(nn.Module):
             **parts: ``encoders``, ``bind``, ``inject`` and ``adapter`` as for the class.
         """
         return cls(load_decoder(decoder, device=device), load_tokenizer(decoder), decoder, **parts)
+
+    @classmethod
+    def build_empty(
+        cls, decoder: DecoderConfig, tokenizer: PreTrainedTokenizerBase | None = None, **parts: Any
+    ) -> Self:
+        """Build a model on the meta device, with names and shapes only, to check that its parts fit.
+
+        Args:
+            decoder: only its config is read.
+            tokenizer: if texts are to be rendered.
+            **parts: as for `build`.
+        """
+        network = without_weights(decoder.folder())
+        with torch.device("meta"):
+            return cls(network, tokenizer, decoder, **parts)
 
     @property
     def device(self) -> torch.device:
@@ -211,10 +199,13 @@ class BindLLM(nn.Module):
         Raises:
             CheckpointError: lists every missing, unexpected and misshapen tensor.
         """
-        own = self.trainable_state()
-        check_keys(own, tensors, source=source)
-        for name, tensor in own.items():
+        self.check_trainable_state(tensors, source=source)
+        for name, tensor in self.trainable_state().items():
             tensor.copy_(tensors[name])
+
+    def check_trainable_state(self, tensors: Mapping[str, Tensor], *, source: str) -> None:
+        """Raise a `CheckpointError` if names or shapes of tensors are not those of the groups."""
+        check_keys(self.trainable_state(), tensors, source=source)
 
     @torch.no_grad()
     def encode(
@@ -283,11 +274,8 @@ class BindLLM(nn.Module):
         # Token t is predicted at position t - 1.
         rows, columns = (labels[:, 1:] != -100).nonzero(as_tuple=True)
         # The projection to V logits is the largest product of a step; most positions need none.
-        chosen = _CHOSEN.set((rows, columns))
-        try:
+        with projecting(rows, columns):
             logits = self.decoder(**inputs).logits
-        finally:
-            _CHOSEN.reset(chosen)
         # Three axes: a decoder without a projection of the usual shape has computed all positions.
         logits = logits[rows, columns] if logits.ndim == 3 else logits
         return BindOutput(logits, labels[rows, columns + 1], rows)
@@ -461,9 +449,10 @@ class BindLLM(nn.Module):
         config, parts, tensors = read_parts(
             folder, decoder=decoder, dtype=dtype, allow=allow, encoders=encoders, quantize=quantize
         )
+        # Before the decoder, which may take minutes to load, and before memory is taken for sizes of the manifest.
+        cls.build_empty(config, **parts).check_trainable_state(tensors, source=str(folder))
         # A cache holds embeddings, so it must come from one of these encoders.
         known = [encoder.fingerprint() for encoder in parts["encoders"]]
-        # Before the decoder, which may take minutes to load.
         opened = choose_cache(cache, parts["cache_config"], known, checkpoint=folder)
         model = cls.build(config, device=device, **parts)
         # Every tensor must match by name and shape, so that a wrong checkpoint fails here.
@@ -476,16 +465,3 @@ class BindLLM(nn.Module):
         # Not the switch of transformers: it needs layers in training mode, where some families have dropout.
         for layer in self.decoder.get_decoder().layers:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
-
-
-# Rows and columns of the positions that the vocabulary projection computes; None: all. Empty outside of a forward.
-_CHOSEN: ContextVar[tuple[Tensor, Tensor] | None] = ContextVar("bindllm_chosen", default=None)
-
-
-def _choose_positions(head: nn.Module, args: tuple) -> tuple:
-    """Before the vocabulary projection: pick hidden states [N, D] out of [B, T, D]."""
-    hidden, chosen = args[0], _CHOSEN.get()
-    if chosen is None or hidden.ndim != 3:
-        # In one piece: torch multiplies a slice, such as the last position of each row, one row at a time.
-        return (hidden.contiguous(), *args[1:])
-    return (hidden[chosen], *args[1:])

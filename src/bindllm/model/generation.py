@@ -37,15 +37,8 @@ _MORE_OPTIONS = ("generation_config", "logits_processor", "stopping_criteria", "
 # Fields of a GenerationConfig without effect here: transformers moved these searches into code on the hub, which is
 # never run, or they change the prompt, or they ask for tensors while `generate` returns text.
 _WITHOUT_EFFECT = (
-    *(
-        "penalty_alpha",
-        "num_beam_groups",
-        "diversity_penalty",
-        "dola_layers",
-        "constraints",
-        "force_words_ids",
-    ),
-    *("token_healing", "return_dict_in_generate", "output_scores", "output_logits"),
+    *("penalty_alpha", "num_beam_groups", "diversity_penalty", "dola_layers", "constraints"),
+    *("force_words_ids", "token_healing", "return_dict_in_generate", "output_scores", "output_logits"),
     *("output_attentions", "output_hidden_states"),
 )
 
@@ -231,19 +224,26 @@ def prepare_batch(
     """
     conversations = as_conversations(prompt, media)
     groups = [conversation.media_groups for conversation in conversations]
-    num_groups = max(len(row) for row in groups)
     batch = render_prompts(conversations, tokenizer)
-    if not num_groups:
+    if not any(groups):
         return batch, None
     # All groups of the batch in one call, then split by row again.
     encoded = encode([group for row in groups for group in row])
-    # Rows with fewer groups keep zeros there, which no token refers to.
-    embeddings = torch.zeros(len(groups), num_groups, encoded.shape[1])
-    rows = iter(encoded)
-    for b, row in enumerate(groups):
-        for m in range(len(row)):
-            embeddings[b, m] = next(rows)
-    return batch, embeddings
+    return batch, by_row(encoded, [len(row) for row in groups])
+
+
+def by_row(embeddings: Tensor, counts: Sequence[int]) -> Tensor:
+    """Arrange the embeddings of media groups, [N, E], by the rows of a batch, [B, M, E].
+
+    Args:
+        embeddings: of all groups, row after row.
+        counts: number of groups of each row; M is the largest of them, at least 1.
+    """
+    # Rows with fewer groups keep zeros, which no token refers to.
+    arranged = torch.zeros(len(counts), max(1, *counts), embeddings.shape[1])
+    for row, part in zip(arranged, embeddings.split(list(counts)), strict=True):
+        row[: len(part)] = part
+    return arranged
 
 
 class _Cancelled(StoppingCriteria):

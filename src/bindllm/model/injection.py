@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bindllm.errors import DecoderError, InputError, did_you_mean
+from bindllm.errors import BindLLMError, DecoderError, InputError, did_you_mean
 
 KINDS = ("residual", "value")
 
@@ -49,8 +49,10 @@ class InjectConfig:
     """Number of layers that receive the bind vectors, counted from the last; by default all of them."""
 
     def __post_init__(self) -> None:
-        if self.layers is not None and self.layers < 1:
-            raise InputError(f"inject.layers is {self.layers}, expected at least 1, or null for all layers")
+        if self.layers is not None and not (isinstance(self.layers, int) and self.layers >= 1):
+            raise InputError(
+                f"inject.layers is {self.layers}, expected a whole number of at least 1, or null for all layers"
+            )
         if self.kind not in KINDS:
             raise InputError(f"unknown injection kind {self.kind!r}. {did_you_mean(str(self.kind), KINDS)}")
 
@@ -118,6 +120,56 @@ class GenerationState:
 # Both are empty outside a call; context variables keep concurrent threads apart.
 _GENERATION: ContextVar[GenerationState | None] = ContextVar("bindllm_generation", default=None)
 _TERM: ContextVar[tuple[BindContext, Tensor] | None] = ContextVar("bindllm_term", default=None)
+
+
+# Rows and columns of the positions that the vocabulary projection computes; None: all.
+_CHOSEN: ContextVar[tuple[Tensor, Tensor] | None] = ContextVar("bindllm_chosen", default=None)
+
+
+@contextmanager
+def projecting(rows: Tensor, columns: Tensor) -> Iterator[None]:
+    """Let the vocabulary projection compute only N positions in this block, given by row and column, [N] each."""
+    token = _CHOSEN.set((rows, columns))
+    try:
+        yield
+    finally:
+        _CHOSEN.reset(token)
+
+
+def choose_positions(head: nn.Module, args: tuple) -> tuple:
+    """Before the vocabulary projection: pick hidden states [N, D] out of [B, T, D]."""
+    hidden, chosen = args[0], _CHOSEN.get()
+    if chosen is None or hidden.ndim != 3:
+        # In one piece: torch multiplies a slice, such as the last position of each row, one row at a time.
+        return (hidden.contiguous(), *args[1:])
+    return (hidden[chosen], *args[1:])
+
+
+@torch.no_grad()
+def try_out(decoder: PreTrainedModel) -> None:
+    """Run a decoder with an injection on a few tokens, before anything is trained.
+
+    Raises:
+        DecoderError: the injection does not work in this family of decoders.
+    """
+    # Seven tokens: a family with several residual streams would take a term for as many tokens as it has streams.
+    index = torch.zeros(1, 7, dtype=torch.int64, device=decoder.device)
+    bind = torch.zeros(1, 1, decoder.config.get_text_config().hidden_size, device=decoder.device)
+    # On the meta device transformers cannot compute a mask; families without attention do not take a whole one.
+    is_meta = decoder.device.type == "meta"
+    masks = (torch.ones(1, 1, 7, 7, dtype=torch.bool, device="meta"), None) if is_meta else (None,)
+    for mask in masks:
+        try:
+            decoder(input_ids=index, attention_mask=mask, bind=bind, media_index=index, use_cache=False)
+        except (BindLLMError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            # A forward that depends on values fails without weights; the loaded decoder is tried again.
+            if not is_meta:
+                raise DecoderError(
+                    f"{type(decoder).__name__} cannot run with an injection ({type(error).__name__}: {error}); use a "
+                    "decoder of the LLaMA shape (Llama, Mistral, Qwen2, Qwen3, SmolLM2, ...)"
+                ) from error
 
 
 def route_tokens(media_index: Tensor, num_groups: int) -> Tensor:
@@ -342,7 +394,9 @@ def _layers(core: nn.Module, name: str, *, at_least: int) -> list[tuple[int, nn.
 
 def _attention(layer: nn.Module, index: int, name: str, num_heads: int) -> nn.Module:
     attention = dict(layer.named_children()).get("self_attn")
-    found = dict(attention.named_children()) if attention is not None else dict(layer.named_children())
+    parts = dict((layer if attention is None else attention).named_children())
+    # A few families have projections of their own, with other weights for each position.
+    found = [n for n, part in parts.items() if attention is None or hasattr(part, "in_features")]
     missing = ["self_attn"] if attention is None else [n for n in ("v_proj", "o_proj") if n not in found]
     if missing:
         raise DecoderError(

@@ -183,7 +183,9 @@ def token_log_probs(
     output = model(**model_inputs(batch))
     # In float32, because differences of log-probabilities in bfloat16 are mostly rounding.
     logits = output.logits.to(torch.promote_types(output.logits.dtype, torch.float32))
-    return -nn.functional.cross_entropy(logits / temperature, output.targets, reduction="none"), output.rows
+    # Logits are the largest tensors of a step, so no copy is made without need.
+    logits = logits if temperature == 1 else logits / temperature
+    return -nn.functional.cross_entropy(logits, output.targets, reduction="none"), output.rows
 
 
 def answer_log_probs(model: BindLLM, batch: Batch) -> tuple[Tensor, Tensor]:

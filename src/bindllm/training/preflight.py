@@ -39,7 +39,6 @@ from bindllm.model.decoder import (
     check_weights,
     fingerprint_decoder,
     load_tokenizer,
-    without_weights,
 )
 from bindllm.model.injection import InjectConfig
 from bindllm.model.pretrained import encoder_fingerprints, read_cache_config, read_decoder, read_parts
@@ -175,7 +174,8 @@ def check_checkpoint(folder: str, problems: Problems, *, allow: Sequence[str]) -
             choose_cache(None, read_cache_config(folder, manifest), fingerprints, checkpoint=folder)
         with problems.noted():
             _check_decoder(read_decoder(folder, manifest), problems)
-        read_parts(folder, decoder=None, dtype=None, allow=allow)
+        config, parts, tensors = read_parts(folder, decoder=None, dtype=None, allow=allow)
+        BindLLM.build_empty(config, **parts).check_trainable_state(tensors, source=folder)
     problems[known:] = dict.fromkeys(problems[known:])
 
 
@@ -308,10 +308,9 @@ def _check_decoder(config: DecoderConfig, problems: Problems) -> Any:
 def _check_model(checked: CheckedParts, trainable: list[str]) -> None:
     """Build the model without its weights: the injection finds its layers, and all sizes fit."""
     parts, tokenizer = checked.parts, checked.tokenizer
-    decoder = without_weights(parts["decoder"].folder())
-    check_vocabulary(tokenizer, decoder.get_input_embeddings().num_embeddings)
     joined = {name: parts.get(name) for name in ("bind", "inject", "adapter")}
-    model = BindLLM(decoder, tokenizer, parts["decoder"], encoders=checked.encoders, **joined)
+    model = BindLLM.build_empty(parts["decoder"], tokenizer, encoders=checked.encoders, **joined)
+    check_vocabulary(tokenizer, model.decoder.get_input_embeddings().num_embeddings)
     model.set_trainable(trainable)
     if model.adapter is not None:
         # With the biases that this decoder gets.
