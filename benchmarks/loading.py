@@ -12,8 +12,7 @@ import av
 import numpy as np
 
 from benchmarks.measure import Metric, paired
-from bindllm.encoders.imagebind.audio import audio_input
-from bindllm.encoders.imagebind.video import video_input
+from bindllm.encoders.imagebind.clips import audio_input, video_input
 
 SOUND_MINUTES, VIDEO_SECONDS = (1, 20), (20, 600)
 HEIGHT, WIDTH, RATE, KEY_EVERY = 360, 640, 25, 100
@@ -22,7 +21,7 @@ HEIGHT, WIDTH, RATE, KEY_EVERY = 360, 640, 25, 100
 GROWTH = """
 import sys
 from benchmarks.measure import forget_peak, peak_bytes
-from bindllm.encoders.imagebind.{kind} import {kind}_input
+from bindllm.encoders.imagebind.clips import {kind}_input
 {kind}_input(sys.argv[1], coverage="published", max_clips=64)
 forget_peak()
 before = peak_bytes()

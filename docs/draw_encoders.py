@@ -40,7 +40,7 @@ from matplotlib import style
 from matplotlib.figure import Figure
 from PIL import Image
 
-from bindllm.encoders.imagebind import audio, clips, inputs, video
+from bindllm.encoders.imagebind import clips, inputs
 from bindllm.encoders.pointbind.cloud import fit_cloud
 from bindllm.encoders.pointbind.networks import build_network
 from bindllm.media import open_image
@@ -91,9 +91,9 @@ def draw_video(folder: Path) -> Figure:
             frames[number] = frame
             yield number, frame
 
-    read_frames = video.read_frames
-    with mock.patch.object(video, "read_frames", read_and_record):
-        views = video.video_input(file, coverage="published", max_clips=64)
+    read_frames = clips.read_frames
+    with mock.patch.object(clips, "read_frames", read_and_record):
+        views = clips.video_input(file, coverage="published", max_clips=64)
     numbers = sorted(frames)
     starts = clips.clip_starts(length[0], published=5, coverage="published", max_clips=64, name="")
 
@@ -127,18 +127,18 @@ def draw_video(folder: Path) -> Figure:
 def draw_audio(folder: Path) -> Figure:
     """Draw a melody, its three clips, and their spectrograms."""
     file = synthetic_media.write_melody(folder / "melody.wav")
-    spectra = audio.audio_input(file, coverage="published", max_clips=64)[:, 0].numpy()
-    (wave,) = cut_audio(file, rate=audio.RATE, cut=lambda length: [(0, length)])
-    short = audio.audio_input(wave[:, : int(0.7 * audio.RATE)], coverage="published", max_clips=64)[
+    spectra = clips.audio_input(file, coverage="published", max_clips=64)[:, 0].numpy()
+    (wave,) = cut_audio(file, rate=clips.RATE, cut=lambda length: [(0, length)])
+    short = clips.audio_input(wave[:, : int(0.7 * clips.RATE)], coverage="published", max_clips=64)[
         0, 0
     ].numpy()
-    seconds = Fraction(wave.shape[1], audio.RATE)
+    seconds = Fraction(wave.shape[1], clips.RATE)
     starts = clips.clip_starts(seconds, published=3, coverage="published", max_clips=64, name="")
 
     figure = new_figure(5.6)
     top, bottom = figure.subfigures(2, 1, height_ratios=(2.7, 2.9))
     line, bars = top.subplots(2, 1, sharex=True)
-    line.plot(np.arange(wave.shape[1]) / audio.RATE, wave[0], color=INK, linewidth=0.4)
+    line.plot(np.arange(wave.shape[1]) / clips.RATE, wave[0], color=INK, linewidth=0.4)
     line.set_ylabel("amplitude")
     line.tick_params(axis="x", length=0)
     strip(line)

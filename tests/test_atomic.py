@@ -36,6 +36,17 @@ def test_a_folder_is_replaced_whole(tmp_path):
     assert names(tmp_path) == ["d"]
 
 
+def test_a_link_to_a_folder_stays_a_link(tmp_path):
+    (tmp_path / "link").symlink_to("disk/d")
+    for text in ("old", "new"):
+        with atomic_folder(tmp_path / "link") as part:
+            (part / text).write_text(text)
+    assert (tmp_path / "link").is_symlink()
+    assert names(tmp_path / "disk" / "d") == ["new"]
+    assert names(tmp_path) == ["disk", "link"]
+    assert names(tmp_path / "disk") == ["d"]
+
+
 def test_an_error_leaves_the_old_folder(tmp_path):
     with atomic_folder(tmp_path / "d") as part:
         (part / "old").write_text("old")

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 
 from bindllm.cli import main
 from bindllm.encoders import EfficientNetLite, HuggingFace, ImageBind, PointBind
+from bindllm.encoders.imagebind.clips import video_input
 from bindllm.encoders.imagebind.config import HUGE
 from bindllm.encoders.imagebind.inputs import depth_input, image_input, imu_input, thermal_input
 from bindllm.encoders.imagebind.text import Tokenizer, tokenizer_tree
-from bindllm.encoders.imagebind.video import video_input
 from bindllm.media.maps import open_depth
 from goldens import FOLDER
 from imagebind_small import write_small_imagebind

@@ -78,7 +78,8 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 def set_aside_name(path: str | Path) -> Path:
     """Return the path at which `atomic_folder` keeps the earlier folder while the new one replaces it."""
-    path = Path(path)
+    # Links are followed: the folder that a link points to is replaced, and the link stays.
+    path = Path(path).resolve()
     return path.with_name(f".{path.name}.old")
 
 
@@ -89,7 +90,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     An existing folder is moved aside first, to `set_aside_name`, and removed last: a kill between the two renames
     leaves it there, whole, and the next call brings it back before anything else.
     """
-    path = Path(path)
+    path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     part, old = _part_name(path), set_aside_name(path)
     # An earlier call was killed between the two renames: bring the folder back.
@@ -124,7 +125,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 def remove_leftovers(path: str | Path) -> None:
     """Remove the files that killed writers left next to ``path``. The caller makes sure that no process writes it."""
-    path = Path(path)
+    path = Path(path).resolve()
     for part in path.parent.glob(f".{path.name}.*.part"):
         if part.is_dir():
             shutil.rmtree(part)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bindllm.encoders.audio_tower import BANDS, MAX_SECONDS, AudioTower
-from bindllm.encoders.imagebind.audio import RATE, mel_weights
+from bindllm.encoders.imagebind.clips import RATE, mel_weights
 from bindllm.errors import InputError, MediaError
 from bindllm.media import Media
 

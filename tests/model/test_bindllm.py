@@ -187,6 +187,17 @@ def test_a_family_that_cannot_run_with_an_injection_is_refused(monkeypatch):
         build_family("llama", "residual")
 
 
+def test_a_family_with_several_residual_streams_is_refused():
+    heads = {"head_dim": 8, "q_lora_rank": 16, "num_experts_per_tok": 2, "n_routed_experts": 4}
+    with pytest.raises(DecoderError, match="cannot run with an injection"):
+        build_family("deepseek_v4", "residual", **heads)
+
+
+def test_projections_that_are_not_linear_are_refused():
+    with pytest.raises(DecoderError, match="needs v_proj and o_proj; found: "):
+        build_family("moshi", "value")
+
+
 def test_activation_checkpointing_switches_no_dropout_on():
     losses = []
     for checkpointing in (False, True):

@@ -149,6 +149,31 @@ def test_a_lost_checkpoint_is_written_again_from_the_state(again, finished):
     assert WEIGHTS.read_bytes() == finished[1]
 
 
+def test_best_weights_that_are_lost_are_named(again, monkeypatch, capsys):
+    Path("runs/tiny/best-5.safetensors").unlink()
+    monkeypatch.setattr(Objective, "held_out", lambda *_: (torch.tensor(99.0), 1, {}))
+    assert again("--trainer.max_epochs", "2") == 1
+    assert "best-5.safetensors, the weights with the lowest validation loss" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("output", ["notes.txt", "notes.txt/model"])
+def test_an_output_that_cannot_be_written_is_refused_before_training(output, again, monkeypatch, capsys):
+    Path("notes.txt").write_text("mine")
+    monkeypatch.setattr(BindModule, "training_step", None)
+    assert again("--output", output) == 1
+    assert output in capsys.readouterr().err
+
+
+def test_an_output_that_is_a_link_is_continued(parts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("checkpoints").mkdir()
+    Path("checkpoints/tiny").symlink_to("../disk/tiny")
+    for epochs in ("1", "2"):
+        assert run("fit", one_epoch(parts), "--trainer.max_epochs", epochs) == 0
+    assert Path("checkpoints/tiny").is_symlink()
+    assert Path("disk/tiny/bind.safetensors").is_file()
+
+
 class Shift(Callback):
     """Exchanges the gates during each validation, as an average of the weights would."""
 

@@ -1,6 +1,7 @@
 """An interrupted run that goes on ends in the same bytes as one that was never interrupted."""
 
 import errno
+import json
 import multiprocessing
 import os
 import shutil
@@ -8,6 +9,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import bindllm.atomic as atomic
 import bindllm.model.checkpoint as checkpoint
@@ -410,7 +412,7 @@ def test_a_run_in_the_background_does_not_hear_the_ctrl_c_of_the_foreground(
     assert ending(tmp_path) == uninterrupted
 
 
-def test_early_stopping_is_remembered_by_a_run_that_goes_on(recipe, tmp_path, monkeypatch):
+def test_early_stopping_is_remembered_by_a_run_that_goes_on(recipe, tmp_path, monkeypatch, capsys):
     """Stopped early, then killed before the folder was written: not one more step may be taken."""
     monkeypatch.chdir(tmp_path)
     stopping = {
@@ -425,7 +427,12 @@ def test_early_stopping_is_remembered_by_a_run_that_goes_on(recipe, tmp_path, mo
             run("fit", early)
     assert len(first) == 10
     steps = count_calls(monkeypatch, BindModule, "training_step")
+    capsys.readouterr()
     assert run("fit", early) == 0
+    assert "early stopping ended the run at step 10" in capsys.readouterr().out
+    # More epochs do not undo its decision.
+    assert run("fit", early, "--trainer.max_epochs", "8") == 0
+    assert "early stopping ended the run at step 10" in capsys.readouterr().out
     assert steps == []
 
 
@@ -444,6 +451,30 @@ def test_a_changed_recipe_starts_afresh_and_says_what_changed(recipe, tmp_path, 
     steps.clear()
     assert run("fit", recipe, "--overwrite") == 0
     assert len(steps) == 7
+
+
+@pytest.mark.parametrize(
+    ("split", "change"), [("train", "image"), ("train", "caption"), ("validation", "caption")]
+)
+def test_changed_content_of_as_many_rows_is_noticed(split, change, recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(recipe["data"]["sources"][0]["path"], "pictures")
+    own = {**recipe, "data": {**recipe["data"], "sources": [{"path": "pictures"}]}}
+    with monkeypatch.context() as patch:
+        count_calls(patch, BindModule, "training_step", at=4, before=die)
+        with pytest.raises(Killed):
+            run("fit", own)
+    table = Path("pictures/captions.jsonl")
+    rows = [json.loads(line) for line in table.read_text().splitlines()]
+    changed = next(row for row in rows if row["split"] == split)
+    if change == "image":
+        Image.new("RGB", (24, 24)).save(Path("pictures", changed["image"]))
+    else:
+        # As many tokens as before.
+        changed["caption"] = changed["caption"].replace("square", "circle")
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run("fit", own) == 1
+    assert "rows or media of pictures are as many, but not the same" in capsys.readouterr().err
 
 
 def test_changed_data_are_not_trained_on_as_if_they_were_the_same(recipe, tmp_path, monkeypatch, capsys):

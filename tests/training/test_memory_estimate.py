@@ -138,7 +138,7 @@ def test_no_weight_is_made_for_a_large_bind_network(plan, monkeypatch):
 def test_unknown_groups_and_folders_are_named(plan, tmp_path):
     with pytest.raises(InputError, match="Did you mean 'bind'"):
         parts(plan, trainable=["bnd"])
-    with pytest.raises(DecoderError, match="does not hold a causal language model"):
+    with pytest.raises(DecoderError, match="no usable causal language model here"):
         parts(plan, decoder=DecoderConfig(str(tmp_path)))
 
 

@@ -41,7 +41,7 @@ def encode(
       image   png jpg jpeg webp gif bmp tif tiff svg svgz
       video   mp4 webm mkv avi mov m4v mpg mpeg
       audio   wav mp3 flac ogg oga opus m4a aac
-      point   ply obj off stl glb xyz pts pcd
+      point   ply obj off stl glb xyz pts
 
     Name the modality of all others: depth:room.png, thermal:yard.png,
     imu:walk.csv, point:chair.npy, text:a dog.

@@ -167,6 +167,7 @@ class ResumableLoader:
         make: turns row indices into a batch.
         position: returns the current epoch and the number of its completed batches.
         repeat: how many times in a row each batch comes.
+        content: a fingerprint of the rows themselves; the plan depends on their lengths only.
     """
 
     def __init__(
@@ -176,8 +177,10 @@ class ResumableLoader:
         *,
         position: Callable[[], tuple[int, int]] = lambda: (0, 0),
         repeat: int = 1,
+        content: str = "",
     ) -> None:
         self._batches, self._make, self._position, self._repeat = batches, make, position, repeat
+        self._content = content
 
     def __len__(self) -> int:
         return len(self._batches) * self._repeat
@@ -192,7 +195,7 @@ class ResumableLoader:
 
     def state_dict(self) -> dict[str, str]:
         """Return the fingerprint that a resumed run must have, too."""
-        return {"rows": f"{self._batches.fingerprint()}{f' x {self._repeat}' if self._repeat > 1 else ''}"}
+        return {"rows": f"{self._batches.fingerprint()} x {self._repeat}", "content": self._content}
 
     def load_state_dict(self, state_dict: dict[str, str]) -> None:
         """Compare with the run that wrote the checkpoint.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import time
 from collections.abc import Iterator
@@ -219,7 +220,11 @@ class BindData(LightningDataModule):
             rank=processes.rank,
         )
         make = lambda rows: self._batch(samples, rows)  # noqa: E731
-        return ResumableLoader(batches, make, position=self._position, repeat=self.steps_per_batch)
+        # A best step that was chosen on other validation rows would mean nothing.
+        content = self._fingerprint(samples + self.samples("validation"))
+        return ResumableLoader(
+            batches, make, position=self._position, repeat=self.steps_per_batch, content=content
+        )
 
     def val_dataloader(self) -> BatchLoader:
         """Return the loader of validation batches."""
@@ -317,6 +322,16 @@ class BindData(LightningDataModule):
     def _content(self, sample: Sample) -> list[str]:
         """Content hashes of the media of a sample."""
         return [self._embeddings.key(media) for group in sample.media for media in group]
+
+    def _fingerprint(self, samples: list[Sample]) -> str:
+        """Return hex digits that change with every text, medium or judgment of the samples."""
+        digest = hashlib.sha256()
+        for sample in samples:
+            for side in filter(None, (sample, sample.rejected)):
+                digest.update(side.input_ids.tobytes() + side.labels.tobytes())
+            facts = (sample.references, sample.options, sample.desirable, self._content(sample))
+            digest.update(repr(facts).encode())
+        return digest.hexdigest()
 
     def _evaluation_loader(self, split: str) -> BatchLoader:
         samples = self.samples(split)

@@ -9,8 +9,11 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import threading
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from bindllm.atomic import file_sha256
@@ -208,6 +211,25 @@ def _names(group: Sequence[Encoder]) -> str:
     return " and ".join(
         f"{type(encoder).__name__} ({', '.join(encoder.modalities)}; {named})" for encoder in group
     )
+
+
+def members_of(protocol: type, *, methods: bool = False) -> list[str]:
+    """Return the names that a class needs to keep a protocol such as `Encoder`: all of them, or only its methods."""
+    # Attributes without a value are annotations, properties and methods are values.
+    names = [*protocol.__annotations__, *(name for name in vars(protocol) if not name.startswith("_"))]
+    return [name for name in names if not methods or isinstance(vars(protocol).get(name), FunctionType)]
+
+
+class once(cached_property):
+    """A property that is computed at its first use: threads that share an encoder must not load its weights twice."""
+
+    # One lock for all, since an encoder with a lock of its own could not be pickled.
+    lock = threading.RLock()
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        """Compute the value, or return the one that another thread has computed meanwhile."""
+        with self.lock:
+            return super().__get__(instance, owner)
 
 
 def fingerprint(config: Mapping[str, Any], *parts: bytes | str | Path) -> str:

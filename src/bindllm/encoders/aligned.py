@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bindllm.atomic import atomic_folder, file_sha256, read_json, read_tensors, write_json, write_tensors
-from bindllm.encoders import fingerprint
+from bindllm.encoders import fingerprint, once
 from bindllm.encoders.trainable import build_tower, is_trainable
 from bindllm.errors import EncoderError, InputError, fetch_hint
 from bindllm.imports import resolve_path
@@ -237,9 +236,6 @@ class Aligned:
         Aligned("checkpoints/align-text").modalities
     """
 
-    # Threads that share an encoder must not load it twice. One lock for all, since a lock cannot be pickled.
-    _loading = threading.RLock()
-
     def __init__(self, weights: str = "checkpoints/align-text", *, allow: list[str] | None = None) -> None:
         if not isinstance(allow, list | tuple | None) or not all(
             isinstance(path, str) for path in allow or ()
@@ -251,9 +247,6 @@ class Aligned:
         self.config: dict[str, Any] = {"weights": str(weights)} | ({"allow": list(allow)} if allow else {})
         self._folder, self._allow = Path(weights), tuple(allow or ())
         self._device = torch.device("cpu")
-        self._read: AlignedManifest | None = None
-        self._built: Any = None
-        self._head: Head | None = None
         self._fingerprint: str | None = None
 
     @property
@@ -297,7 +290,7 @@ class Aligned:
     def to(self, device: torch.device | str) -> Self:
         """Move tower and head, now or once they are loaded, to a device."""
         self._device = torch.device(device)
-        if self._head is not None:
+        if "_head" in vars(self):
             self._tower.to(self._device)
             self._head.to(self._device)
         return self
@@ -322,35 +315,28 @@ class Aligned:
         """
         self._refuse_others(modality)
         # Loads tower and head at the first use.
-        head = self._loaded()
+        head = self._head
         return torch.cat([head(vectors) for vectors in self._vectors(modality, inputs)])
 
-    @property
+    @once
     def _manifest(self) -> AlignedManifest:
-        if self._read is None:
-            self._read = read_aligned(self._folder)
-        return self._read
+        return read_aligned(self._folder)
 
-    @property
+    @once
     def _tower(self) -> Any:
         """The tower, built but not loaded."""
-        with self._loading:
-            if self._built is None:
-                entry = self._manifest.tower
-                home = self._folder / self._manifest.root
-                arguments = {name: resolve_path(value, home) for name, value in entry["init_args"].items()}
-                # A network draws initial weights, which are then replaced; the caller's random state must not change.
-                with torch.random.fork_rng(devices=[]):
-                    tower = build_tower(entry["class_path"], arguments, allow=self._allow)
-                if is_trainable(tower) != self._manifest.trained or (
-                    tower.embedding_size != self._manifest.tower_size
-                ):
-                    raise EncoderError(
-                        f"{self._folder}: the tower {entry['class_path']} differs from the one in training "
-                        f"({self._manifest.tower_size} features); install the version of it that was used then"
-                    )
-                self._built = tower.eval() if isinstance(tower, nn.Module) else tower
-            return self._built
+        entry, size = self._manifest.tower, self._manifest.tower_size
+        home = self._folder / self._manifest.root
+        arguments = {name: resolve_path(value, home) for name, value in entry["init_args"].items()}
+        # A network draws initial weights, which are then replaced; the caller's random state must not change.
+        with torch.random.fork_rng(devices=[]):
+            tower = build_tower(entry["class_path"], arguments, allow=self._allow)
+        if (is_trainable(tower), tower.embedding_size) != (self._manifest.trained, size):
+            raise EncoderError(
+                f"{self._folder}: the tower {entry['class_path']} differs from the one in training ({size} features); "
+                "install the version of it that was used then"
+            )
+        return tower.eval() if isinstance(tower, nn.Module) else tower
 
     def _checked_tower(self) -> Any:
         """The frozen tower, after its fingerprint was checked."""
@@ -364,21 +350,19 @@ class Aligned:
             )
         return self._tower
 
-    def _loaded(self) -> Head:
-        with self._loading:
-            if self._head is None:
-                manifest = self._manifest
-                if manifest.trained:
-                    self._load(self._tower, TOWER)
-                else:
-                    self._checked_tower()
-                with torch.random.fork_rng(devices=[]):
-                    head = Head(manifest.tower_size, manifest.embedding_size, manifest.head)
-                self._load(head, HEAD)
-                # Set last: other threads take a head that is there as fully loaded.
-                self._tower.to(self._device)
-                self._head = head.eval().to(self._device)
-            return self._head
+    @once
+    def _head(self) -> Head:
+        """The head, loaded after its tower: whoever has the head has both."""
+        manifest = self._manifest
+        if manifest.trained:
+            self._load(self._tower, TOWER)
+        else:
+            self._checked_tower()
+        with torch.random.fork_rng(devices=[]):
+            head = Head(manifest.tower_size, manifest.embedding_size, manifest.head)
+        self._load(head, HEAD)
+        self._tower.to(self._device)
+        return head.eval().to(self._device)
 
     def _read_tensors(self, name: str) -> dict[str, Tensor]:
         return read_tensors(self._folder / name, self._manifest.sha256[name], EncoderError)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bindllm.encoders.imagebind.audio import RATE, mel_weights
+from bindllm.encoders.imagebind.clips import RATE, mel_weights
 from bindllm.errors import InputError
 from bindllm.media import Media
 

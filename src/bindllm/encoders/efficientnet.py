@@ -7,7 +7,6 @@ in place of swish. The weights were trained in TensorFlow, so strided convolutio
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +19,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from bindllm.atomic import open_tensors
-from bindllm.encoders import fingerprint, shape_problems
+from bindllm.encoders import fingerprint, once, shape_problems
 from bindllm.errors import EncoderError, InputError, did_you_mean
 from bindllm.media import Media, open_image
 
@@ -94,9 +93,6 @@ class EfficientNetLite:
     embedding_size = _HEAD_CHANNELS
     space = "efficientnet-lite0"
 
-    # Threads that share an encoder must not load a network each. One for all, as a lock cannot be pickled.
-    _loading = threading.RLock()
-
     def __init__(self, weights: str = "checkpoints/efficientnet-lite0", *, fit: Fit = "whole") -> None:
         if fit not in get_args(Fit):
             raise InputError(f"fit={fit!r} is unknown. {did_you_mean(str(fit), get_args(Fit))}")
@@ -105,7 +101,6 @@ class EfficientNetLite:
         self._file = Path(weights) / "model.safetensors"
         self._fit = fit
         self._device = torch.device("cpu")
-        self._network: _Network | None = None
         self._fingerprint: str | None = None
 
     def fingerprint(self) -> str:
@@ -123,7 +118,7 @@ class EfficientNetLite:
     def to(self, device: torch.device | str) -> Self:
         """Move the network, now or once it is loaded, to a device."""
         self._device = torch.device(device)
-        if self._network is not None:
+        if "_network" in vars(self):
             self._network.to(self._device)
         return self
 
@@ -155,13 +150,14 @@ class EfficientNetLite:
         """
         if modality not in self.modalities:
             raise InputError(f"EfficientNetLite embeds image media, not {modality!r}")
-        with self._loading:
-            if self._network is None:
-                self._network = _load(self._file).to(self._device)
         if self._device.type != "cpu":
             return self._features(inputs)
         # One by one: larger batches are a tenth faster at best, and their bits could depend on their size.
         return torch.cat(each_on_one_thread(self._features, [[one] for one in inputs]))
+
+    @once
+    def _network(self) -> _Network:
+        return _load(self._file).to(self._device)
 
     @torch.no_grad()
     def _features(self, inputs: Sequence[Tensor]) -> Tensor:

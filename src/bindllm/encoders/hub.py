@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from bindllm.atomic import read_json
-from bindllm.errors import DecoderError, EncoderError, fetch_hint
+from bindllm.errors import BindLLMError, DecoderError, EncoderError, fetch_hint
 
 if TYPE_CHECKING:
     from torch import nn
@@ -333,8 +333,11 @@ def load_processor(folder: Path, modality: str) -> Any:
 
 
 @contextmanager
-def loading(folder: Path, *, part: str = "model") -> Iterator[None]:
-    """Turn exceptions of transformers about a folder into an EncoderError, and mute its log and progress bars."""
+def loading(
+    folder: str | Path, *, part: str = "model", failure: type[BindLLMError] = EncoderError
+) -> Iterator[None]:
+    """Turn exceptions of transformers about a folder into a ``failure``, and mute its log and progress bars."""
+    from torch import OutOfMemoryError
     from transformers.utils import logging
 
     never_ask()
@@ -344,16 +347,16 @@ def loading(folder: Path, *, part: str = "model") -> Iterator[None]:
     logging.disable_progress_bar()
     try:
         yield
-    except EncoderError:
+    except (failure, OutOfMemoryError):
         raise
     # transformers raises many exception types about untrusted files; each means that the folder cannot be used.
     except Exception as error:
-        raise EncoderError(f"{folder}: no usable {part} here ({loading_error(folder, error)})") from error
+        raise failure(f"{folder}: no usable {part} here ({_loading_error(folder, error)})") from error
     finally:
         logging.set_verbosity(verbosity)
 
 
-def loading_error(folder: str | Path, error: Exception) -> str:
+def _loading_error(folder: str | Path, error: Exception) -> str:
     """Describe an error of transformers; explain if the folder needs code of its own (``auto_map``), never run here."""
     if "trust_remote_code" not in str(error):
         return f"{type(error).__name__}: {error}"

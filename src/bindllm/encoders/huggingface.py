@@ -8,7 +8,6 @@ wav2vec 2.0, HuBERT, AST. Each uses the processor of its own folder.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
@@ -18,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bindllm.encoders import fingerprint
+from bindllm.encoders import fingerprint, once
 from bindllm.encoders.hub import (
     ModelSpec,
     find_folder,
@@ -195,8 +194,6 @@ class HuggingFace:
         HuggingFace("openai/clip-vit-base-patch32", revision="3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268")
     """
 
-    _loading = threading.RLock()
-
     def __init__(
         self,
         name: str,
@@ -226,9 +223,6 @@ class HuggingFace:
         # Models at one revision share a space by default, also when they serve different modalities.
         self.space = space or (f"{name}@{revision}" if revision else str(name))
         self._device = torch.device("cpu")
-        self._found: Path | None = None
-        self._read: ModelSpec | None = None
-        self._model: nn.Module | None = None
         self._processors: dict[str, Any] = {}
         self._fingerprint: str | None = None
 
@@ -268,7 +262,7 @@ class HuggingFace:
     def to(self, device: torch.device | str) -> Self:
         """Move the model, now or once it is loaded, to a device."""
         self._device = torch.device(device)
-        if self._model is not None:
+        if "_model" in vars(self):
             self._model.to(self._device)
         return self
 
@@ -311,23 +305,25 @@ class HuggingFace:
     def _name(self) -> str:
         return f"HuggingFace({self.config['name']!r})"
 
-    @property
+    @once
     def _folder(self) -> Path:
-        if self._found is None:
-            self._found = find_folder(self.config["name"], self.config["revision"])
-        return self._found
+        return find_folder(self.config["name"], self.config["revision"])
 
-    @property
+    @once
     def _spec(self) -> ModelSpec:
-        with self._loading:
-            if self._read is None:
-                spec = read_spec(self._folder)
-                if spec.joint and self.config["pooling"] != "auto":
-                    raise EncoderError(
-                        f"{self._name} is a joint model with a pooling of its own; leave `pooling` out"
-                    )
-                self._read = spec
-        return self._read
+        spec = read_spec(self._folder)
+        if spec.joint and self.config["pooling"] != "auto":
+            raise EncoderError(
+                f"{self._name} is a joint model with a pooling of its own; leave `pooling` out"
+            )
+        return spec
+
+    @once
+    def _model(self) -> nn.Module:
+        # A pooler that is not used may lack its weights.
+        without_pooler = not self._spec.joint and self.config["pooling"] != "pooler"
+        dtype = _DTYPES[self.config["dtype"]]
+        return load_model(self._folder, dtype=dtype, without_pooler=without_pooler).to(self._device)
 
     def _served(self, modality: str) -> str:
         if modality not in self.modalities:
@@ -335,7 +331,7 @@ class HuggingFace:
         return modality
 
     def _processor(self, modality: str) -> Any:
-        with self._loading:
+        with once.lock:
             if modality not in self._processors:
                 self._processors[modality] = load_processor(self._folder, modality)
         return self._processors[modality]
@@ -406,7 +402,7 @@ class HuggingFace:
 
     def _embed_units(self, modality: str, inputs: list[Tensor]) -> Tensor:
         """Embed images, texts or single audio windows: [N, E], unit norm."""
-        model, processor = self._loaded(), self._processor(modality)
+        model, processor = self._model, self._processor(modality)
         # Batches come in another order than the inputs, so rows are written by position.
         rows = torch.empty(len(inputs), self.embedding_size, device=self._device)
         size = _CPU_BATCH if self._device.type == "cpu" else _ACCELERATOR_BATCH
@@ -430,14 +426,3 @@ class HuggingFace:
                 )
             rows[positions] = F.normalize(embedded.float(), dim=-1)
         return rows
-
-    def _loaded(self) -> nn.Module:
-        with self._loading:
-            if self._model is None:
-                model = load_model(
-                    self._folder,
-                    dtype=_DTYPES[self.config["dtype"]],
-                    without_pooler=not self._spec.joint and self.config["pooling"] != "pooler",
-                )
-                self._model = model.to(self._device)
-        return self._model

@@ -17,7 +17,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
-from transformers.utils import logging as transformers_logging
 
 from bindllm.atomic import file_sha256, not_finite, open_tensors, read_json, require_file
 from bindllm.conversation import INPUT_HEADER, check_tokenizer, end_tokens
@@ -35,6 +34,7 @@ _PROMPT_FILES = (
 )
 # Entries of settings that describe the copy, not the model.
 _OF_THE_COPY = ("_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "is_local")
+_LANGUAGE_MODEL = "causal language model"
 # Enough to notice a changed tensor, and few enough to fingerprint 7B parameters in milliseconds.
 _SAMPLED_BYTES = 256
 
@@ -143,14 +143,10 @@ def load_tokenizer(config: DecoderConfig) -> PreTrainedTokenizerBase:
             be used.
     """
     folder = config.folder()
-    hub.never_ask()
-    try:
+    with hub.loading(folder, part="tokenizer", failure=DecoderError):
         tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise TypeError(f"{type(tokenizer).__name__} is several tokenizers in one")
-    # Any exception about an untrusted file means that its tokenizer cannot be used.
-    except Exception as error:
-        raise DecoderError(f"no usable tokenizer in {folder} ({hub.loading_error(folder, error)})") from error
     # An export must not pass on the name of code that was not run here.
     tokenizer.init_kwargs.pop("auto_map", None)
     plain = read_config(folder)
@@ -269,10 +265,8 @@ def load_decoder(config: DecoderConfig, *, device: str | torch.device | None = N
 
 def _load_whole(folder: Path, **options: Any) -> PreTrainedModel:
     """Load a decoder from safetensors, and refuse one that lacks weights: transformers would fill them at random."""
-    config, quiet = read_config(folder), transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
+    config = read_config(folder)
+    with hub.loading(folder, part=f"{_LANGUAGE_MODEL} in safetensors", failure=DecoderError):
         decoder, report = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
@@ -281,15 +275,6 @@ def _load_whole(folder: Path, **options: Any) -> PreTrainedModel:
             output_loading_info=True,
             **options,
         )
-    except torch.OutOfMemoryError:
-        raise
-    # Any other error that an untrusted file causes in the library means an unusable decoder.
-    except Exception as error:
-        raise DecoderError(
-            f"{folder} does not hold a causal language model in safetensors ({hub.loading_error(folder, error)})"
-        ) from error
-    finally:
-        transformers_logging.set_verbosity(quiet)
     if missing := hub.missing_weights(report):
         raise DecoderError(
             f"{folder} has no weights for {missing} of {type(decoder).__name__}, which would be random: copy the whole "
@@ -314,13 +299,8 @@ def read_config(folder: str | Path) -> PretrainedConfig:
     Raises:
         DecoderError: it cannot be read, or its type needs code of the folder.
     """
-    try:
+    with hub.loading(folder, part=_LANGUAGE_MODEL, failure=DecoderError):
         return hub.read_config(folder)
-    # Any exception about an untrusted file means that its decoder cannot be used.
-    except Exception as error:
-        raise DecoderError(
-            f"{folder} does not hold a causal language model ({hub.loading_error(folder, error)})"
-        ) from error
 
 
 def without_weights(
@@ -337,14 +317,9 @@ def without_weights(
         DecoderError: it is not a causal language model, or needs code of the folder.
     """
     config = config or read_config(folder)
-    try:
-        # On the meta device a tensor has a shape and no memory.
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
-    except Exception as error:
-        raise DecoderError(
-            f"{folder} does not hold a causal language model ({hub.loading_error(folder, error)})"
-        ) from error
+    # On the meta device a tensor has a shape and no memory.
+    with hub.loading(folder, part=_LANGUAGE_MODEL, failure=DecoderError), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
 
 
 def fingerprint_decoder(folder: str | Path) -> str:

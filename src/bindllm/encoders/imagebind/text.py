@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bindllm.encoders.imagebind.stems import CONTEXT
+from bindllm.encoders import once
+from bindllm.encoders.imagebind.network import CONTEXT
 from bindllm.errors import AssetError, EncoderError, InputError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -118,7 +119,6 @@ class Tokenizer:
 
     def __init__(self, file: str | Path) -> None:
         self._file = Path(file)
-        self._tokenizer: tokenizers.Tokenizer | None = None
 
     def encode(self, text: str) -> Tensor:
         """Return the ids of a text: start, text, end, then zeros.
@@ -143,7 +143,7 @@ class Tokenizer:
 
     def ids(self, text: str) -> list[int]:
         """Return all ids of a text, start and end included, however many there are; errors as `encode`."""
-        tokenizer = self._load()
+        tokenizer = self._tokenizer
         markers = {marker: tokenizer.token_to_id(marker) for marker in (START, END)}
         ids = [markers[START]]
         # Piece by piece, since a marker counts only if the splitting makes it a piece of its own.
@@ -154,28 +154,24 @@ class Tokenizer:
                 ids += [token.id for token in tokenizer.model.tokenize(piece)]
         return [*ids, markers[END]]
 
-    def _load(self) -> tokenizers.Tokenizer:
+    @once
+    def _tokenizer(self) -> tokenizers.Tokenizer:
         import tokenizers
 
-        if self._tokenizer is None:
-            if not self._file.is_file():
-                raise EncoderError(
-                    f"{self._file}: no tokenizer here. Fetch it with `bindllm fetch clip-vocabulary`, or name "
-                    "another file"
-                )
-            try:
-                tokenizer = tokenizers.Tokenizer.from_file(str(self._file))
-            # The library raises Exception itself.
-            except Exception as error:
-                raise EncoderError(
-                    f"{self._file}: not a tokenizer.json that can be read ({error})"
-                ) from error
-            if None in (tokenizer.token_to_id(START), tokenizer.token_to_id(END), tokenizer.pre_tokenizer):
-                raise EncoderError(
-                    f"{self._file}: not CLIP's vocabulary: it lacks {START}, {END} or the splitting"
-                )
-            self._tokenizer = tokenizer
-        return self._tokenizer
+        if not self._file.is_file():
+            raise EncoderError(
+                f"{self._file}: no tokenizer here. Fetch it with `bindllm fetch clip-vocabulary`, or name another file"
+            )
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(str(self._file))
+        # The library raises Exception itself.
+        except Exception as error:
+            raise EncoderError(f"{self._file}: not a tokenizer.json that can be read ({error})") from error
+        if None in (tokenizer.token_to_id(START), tokenizer.token_to_id(END), tokenizer.pre_tokenizer):
+            raise EncoderError(
+                f"{self._file}: not CLIP's vocabulary: it lacks {START}, {END} or the splitting"
+            )
+        return tokenizer
 
 
 def clean(text: str) -> str:

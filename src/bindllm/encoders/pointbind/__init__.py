@@ -6,7 +6,6 @@ starts its sampling at a random point, and one of the two variants gives other e
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, get_args, overload
@@ -15,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bindllm.encoders import fingerprint
+from bindllm.encoders import fingerprint, once
 from bindllm.encoders.pointbind.cloud import fit_cloud
 from bindllm.encoders.pointbind.networks import (
     CONFIG,
@@ -75,9 +74,6 @@ class PointBind:
     embedding_size = EMBEDDING_SIZE
     space = "imagebind"
 
-    # Threads that share an encoder must not load a network each. One for all, as a lock cannot be pickled.
-    _loading = threading.RLock()
-
     def __init__(
         self, weights: str = "checkpoints/pointbind", *, dtype: Precision = "float32", points: int = 8192
     ) -> None:
@@ -92,7 +88,6 @@ class PointBind:
         self._dtype: torch.dtype = getattr(torch, dtype)
         self._points = points
         self._device = torch.device("cpu")
-        self._network: PointBert | I2PMAE | None = None
         self._fingerprint: str | None = None
 
     def fingerprint(self) -> str:
@@ -110,8 +105,8 @@ class PointBind:
     def to(self, device: torch.device | str) -> Self:
         """Move the network, now or once it is loaded, to a device."""
         self._device = torch.device(device)
-        if self._network is not None:
-            self._network.to(self._device)
+        if "network" in vars(self):
+            self.network.to(self._device)
         return self
 
     def prepare(self, media: Media) -> Tensor:
@@ -127,24 +122,21 @@ class PointBind:
 
         return fit_cloud(open_points(media.source), self._points)
 
-    @property
+    @once
     def network(self) -> PointBert | I2PMAE:
         """The frozen network, loaded at the first use.
 
         Raises:
             EncoderError: the converted folder is missing or damaged, or needs more points than a cloud has here.
         """
-        with self._loading:
-            if self._network is None:
-                network = load_network(self._folder, self._dtype)
-                least = network.sizes.least_points
-                if self._points < least:
-                    raise EncoderError(
-                        f"{self._folder / CONFIG}: this network needs at least {least} points in a cloud, not "
-                        f"points={self._points}"
-                    )
-                self._network = network.to(self._device)
-        return self._network
+        network = load_network(self._folder, self._dtype)
+        least = network.sizes.least_points
+        if self._points < least:
+            raise EncoderError(
+                f"{self._folder / CONFIG}: this network needs at least {least} points in a cloud, not "
+                f"points={self._points}"
+            )
+        return network.to(self._device)
 
     # jsonargparse compares the last annotation with `Encoder`; the two overloads describe both results.
     @overload

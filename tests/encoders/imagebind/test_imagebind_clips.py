@@ -1,20 +1,20 @@
-"""Sounds become the published filter banks; short, silent and long ones have documented results."""
+"""Audio and video become the published clips; short, long, silent and odd ones have documented results."""
 
 from __future__ import annotations
 
 import io
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from bindllm.encoders.imagebind import audio as audio_module
-from bindllm.encoders.imagebind.audio import audio_input
-from bindllm.encoders.imagebind.clips import clip_starts
-from bindllm.errors import InputError, MediaError
-from goldens import golden, make_wave
-from recordings import numbered, wav
+from bindllm.encoders.imagebind import clips as clips_module
+from bindllm.encoders.imagebind.clips import audio_input, clip_starts, video_input
+from bindllm.errors import MediaError
+from goldens import golden, make_frames, make_wave
+from recordings import numbered, video_file, wav
 
 pytest.importorskip("av")
 
@@ -28,8 +28,8 @@ SOUNDS = [
 ]
 
 
-def published(source, **settings):
-    return audio_input(source, **{"coverage": "published", "max_clips": 64, **settings})
+def published(source, *, prepare=audio_input, **settings):
+    return prepare(source, **{"coverage": "published", "max_clips": 64, **settings})
 
 
 def noise(seconds: float, channels: int = 1) -> np.ndarray:
@@ -61,7 +61,7 @@ def test_published_spans(name, monkeypatch):
         spans.extend(cut(int(16_000 * float(name.split("_")[3]))))
         return [np.ones((1, 400), np.float32)]
 
-    monkeypatch.setattr(audio_module, "cut_audio", recording)
+    monkeypatch.setattr(clips_module, "cut_audio", recording)
     published(b"")
     assert spans == [tuple(span) for span in golden("prep_audio")[f"{name}/spans"].tolist()]
 
@@ -152,22 +152,17 @@ def test_more_clips_than_allowed_are_spread_and_said_once(caplog):
     [record] = caplog.records
     assert "9 seconds need 5 clips of 2 seconds; only 3" in record.getMessage()
     assert record.name == "bindllm"
+    caplog.clear()
+    views = video(plain(250), coverage="full", max_clips=2)
+    np.testing.assert_allclose(greys(views)[::3], [[0, 49], [200, 249]], atol=1e-3)
+    [record] = caplog.records
+    assert "10 seconds need 5 clips of 2 seconds; only 2" in record.getMessage()
 
 
 def test_one_clip_of_a_long_sound_is_its_middle():
-    from fractions import Fraction
-
     settings = {"published": 3, "coverage": "full", "max_clips": 1, "name": "a.wav"}
     assert clip_starts(Fraction(10), **settings) == [4]
     assert clip_starts(Fraction(1), **settings) == [0]
-
-
-@pytest.mark.parametrize(
-    ("settings", "reason"), [({"coverage": "ful"}, "'full'"), ({"max_clips": 0}, "at least 1")]
-)
-def test_unknown_settings(settings, reason):
-    with pytest.raises(InputError, match=reason):
-        published(noise(1), **settings)
 
 
 def test_sound_track_of_a_video():
@@ -189,8 +184,97 @@ def test_sound_track_of_a_video():
     assert torch.equal(published(file.getvalue()), published(wav(tone, 16_000)))
 
 
-def test_file_that_is_no_sound_is_named(tmp_path):
-    path = tmp_path / "words.wav"
+# name, frames, height, width, rate
+FILMS = [("A", 60, 96, 128, 12), ("B", 37, 120, 90, 25), ("C", 90, 224, 224, 30)]
+MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
+DEVIATION = torch.tensor([0.26862954, 0.26130258, 0.27577711])
+
+
+video = partial(published, prepare=video_input)
+
+
+def greys(views: torch.Tensor) -> torch.Tensor:
+    """Mean 8-bit gray of every frame of views of plain frames: [views, 2]."""
+    return ((views.mean(dim=(3, 4)) * DEVIATION[:, None] + MEAN[:, None]) * 255).mean(dim=1)
+
+
+def plain(count: int) -> np.ndarray:
+    """A film of plain frames, as bright as their numbers."""
+    return np.broadcast_to(np.arange(count, dtype=np.uint8)[:, None, None, None], (count, 20, 30, 3))
+
+
+@pytest.mark.parametrize(("name", "count", "height", "width", "rate"), FILMS)
+def test_published_clips(name, count, height, width, rate):
+    frames = make_frames(f"vid_{name}", count, height, width)
+    views = video(video_file("avi", "rawvideo", frames, rate=rate, pixels="bgr24"))
+    expected = {
+        key: golden("prep_video")[f"vid_{name}/{key}"]
+        for key in ("tensor_s16", "view1_frame0_s4", "view_sums")
+    }
+    assert views.shape == (15, 3, 2, 224, 224)
+    np.testing.assert_allclose(views[:, :, :, ::16, ::16], expected["tensor_s16"], atol=1e-5, rtol=0)
+    np.testing.assert_allclose(views[1, :, 0, ::4, ::4], expected["view1_frame0_s4"], atol=1e-5, rtol=0)
+    np.testing.assert_allclose(views.double().sum(dim=(1, 2, 3, 4)), expected["view_sums"], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "count", "height", "width", "rate"), FILMS)
+def test_published_frames(name, count, height, width, rate, monkeypatch):
+    asked = []
+    original = clips_module._first_and_last
+    monkeypatch.setattr(clips_module, "_first_and_last", lambda *a: asked.append(original(*a)) or asked[-1])
+    monkeypatch.setattr(
+        clips_module,
+        "read_frames",
+        lambda source, *, pick: ((n, np.zeros((8, 8, 3), np.uint8)) for n in pick(count, Fraction(rate))),
+    )
+    video(b"")
+    assert asked == [tuple(pair) for pair in golden("prep_video")[f"vid_{name}/frame_idx"].tolist()]
+
+
+def test_full_coverage_tiles_the_video():
+    views = video(plain(130), coverage="full")
+    # 5.2 seconds: clips at 0, 2 and 3.2 seconds, at 25 frames a second.
+    assert views.shape[0] == 9
+    np.testing.assert_allclose(greys(views)[::3], [[0, 49], [50, 99], [80, 129]], atol=1e-3)
+
+
+def test_one_frame_is_shown_in_all_places():
+    views = video(plain(200)[150:151])
+    assert views.shape == (15, 3, 2, 224, 224)
+    np.testing.assert_allclose(greys(views), np.full((15, 2), 150), atol=1e-3)
+    assert video(plain(1), coverage="full").shape[0] == 3
+
+
+def test_fewer_than_one_frame_in_two_seconds():
+    # Three frames, one in five seconds: some clips contain no start of a frame.
+    pairs = [clips_module._first_and_last(Fraction(start), 3, Fraction(1, 5)) for start in (0, 6, 13)]
+    assert pairs == [(0, 0), (2, 2), (2, 2)]
+    rows = [0, 100, 200]
+    frames = np.stack([np.full((64, 96, 3), row, np.uint8) for row in rows])
+    data = video_file("matroska", "ffv1", frames, pixels="bgr0", times=[0, 5000, 10_000])
+    assert torch.isfinite(video(data)).all()
+
+
+@pytest.mark.parametrize(("height", "width"), [(60, 90), (90, 60), (64, 64), (1, 100)])
+def test_crops_lie_along_the_longer_side(height, width):
+    y, x = np.mgrid[0:height, 0:width]
+    ramp = (x if width >= height else y).astype(np.float32)
+    frame = np.repeat((ramp / ramp.max() * 255).astype(np.uint8)[..., None], 3, axis=2)
+    crops = clips_module._crops(frame, "a.mp4") * DEVIATION[:, None, None] + MEAN[:, None, None]
+    levels = crops.mean(dim=(1, 2, 3)).tolist()
+    share = min(height, width) / max(height, width)
+    expected = [share / 2, 0.5, 1 - share / 2]
+    np.testing.assert_allclose(levels, expected, atol=0.02)
+
+
+def test_frames_that_are_too_long_are_refused():
+    with pytest.raises(MediaError, match="frames of 101 x 1 pixels"):
+        video(np.zeros((1, 1, 101, 3), np.uint8))
+
+
+@pytest.mark.parametrize(("kind", "prepare"), [("audio", audio_input), ("video", video_input)])
+def test_files_of_something_else_are_named(tmp_path, kind, prepare):
+    path = tmp_path / "words.mp4"
     path.write_text("just some words")
-    with pytest.raises(MediaError, match=r"words\.wav: cannot be opened as audio"):
-        published(path)
+    with pytest.raises(MediaError, match=rf"words\.mp4: cannot be opened as {kind}"):
+        published(path, prepare=prepare)
