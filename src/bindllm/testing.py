@@ -19,13 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bindllm.encoders import Encoder, HasExamples, HasSpace
+from bindllm.encoders import Encoder, HasExamples, HasSpace, members_of
 from bindllm.errors import EncoderError, MediaError
 from bindllm.media import MODALITIES, Media, is_modality
 
 __all__ = ["check_encoder", "synthetic_media"]
-
-_MEMBERS = ("modalities", "embedding_size", "config", "fingerprint", "to", "prepare", "embed")
 
 # Largest difference of an embedding: from norm 1, between batch and single, between two equal calls.
 _NORM_TOLERANCE = 1e-3
@@ -111,7 +109,7 @@ class _Check:
             not isinstance(encoder, type), "it is a class; give an instance, as in check_encoder(MyEncoder())"
         ):
             return
-        missing = [name for name in _MEMBERS if name not in dir(encoder)]
+        missing = [name for name in members_of(Encoder) if name not in dir(encoder)]
         if not self.require(not missing, f"it lacks {', '.join(missing)}"):
             return
         before = len(self.problems)

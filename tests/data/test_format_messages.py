@@ -193,6 +193,8 @@ def test_turns_after_the_last_answer_are_skipped_with_their_media(read):
             [user(text("?")), {**ANSWER, "weight": 0}, user(text("?")), ANSWER],
             "of weight 0; every answer is learned",
         ),
+        ([user(text("?")), {**ANSWER, "loss": False}, user(text("?")), ANSWER], "an answer of weight 0"),
+        ([user(text("?")), {**ANSWER, "train": False}, user(text("?")), ANSWER], "an answer of weight 0"),
         ([user(text("?")), {"role": "assistant", "content": [image("a.png")]}], "media in an answer"),
         ([user("?", 7), ANSWER], "a content part that is not an object"),
         ([user({"type": "text"}), ANSWER], "a text part without a text"),

@@ -136,6 +136,21 @@ def test_rows_that_only_mention_a_placeholder_are_kept_and_counted(tmp_path):
     assert read_sample(sample, SourceConfig("0.tar", "llava"), 0).remarks == (SPELLED,)
 
 
+@pytest.mark.parametrize("spelled", ["<image 1>", "<image_1>", "<|image|>", "<IMAGE>", "<video>"])
+def test_placeholders_of_other_formats_without_media_are_counted(spelled):
+    row = read("vqa", {"image": "a", "question": f"What is in {spelled}?", "answer": "red"})
+    assert row.remarks == (SPELLED,)
+
+
+@pytest.mark.parametrize("column", [{"history": [["a", "b"]]}, {"tools": "[{}]"}])
+def test_parts_of_a_conversation_in_unknown_columns_are_counted(column):
+    record = {"instruction": "Which?", "output": "red", "history": [], "tools": None}
+    assert read("alpaca", record).remarks == ()
+    assert read("alpaca", record | column).remarks == (
+        f"a part of the conversation in a column that is not used ({next(iter(column))})",
+    )
+
+
 def test_requests_that_end_with_a_question_are_parsed_too():
     """The parser itself does not ask for an answer; rows of training do."""
     asked = parse_messages([{"role": "user", "content": [Media.image(b"x"), " Which? "]}], RecordMedia(Media))

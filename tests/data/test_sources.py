@@ -89,6 +89,23 @@ def test_folder_of_images_with_text_files(folder):
     }
 
 
+def test_text_files_next_to_files_that_are_not_read_as_images_are_counted(folder):
+    (folder / "a.txt").write_text("a cat")
+    (folder / "phone.HEIC").write_bytes(b"x")
+    (folder / "phone.txt").write_text("a dog")
+    captions, report = all_captions(folder)
+    assert captions == {"a.png": ["a cat"]}
+    assert report.skipped.counts["a text file without an image of the same name"] == 1
+
+
+def test_packed_shards_say_how_to_unpack_them(tmp_path):
+    (tmp_path / "0.tar.gz").write_bytes(b"x")
+    with pytest.raises(
+        InputError, match=r"not a table.*Shards are uncompressed tar files: unpack it to \.tar"
+    ):
+        read_source(SourceConfig(str(tmp_path / "0.tar.gz")))
+
+
 def test_column_names_can_be_chosen(folder):
     write_rows(folder, {"file": "a.png", "text": "x", "part": "validation"})
     rows, _ = read_source(SourceConfig(str(folder), columns=Columns("file", "text", "part")))

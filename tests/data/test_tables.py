@@ -61,6 +61,24 @@ def test_csv_with_quotes_newlines_and_bad_rows(write):
     assert counts == {"not 2 fields as in the header": 2, "not UTF-8 text": 1}
 
 
+def test_csv_with_faulty_quotation_marks(write):
+    """Their text would be a guess; an open quotation takes all rows after it."""
+    path = write("t.csv", b'image,caption\na,"an \\"odd\\" cat"\nb,"a" dog\nc,"a red\nd,owl\n')
+    rows, counts = read(path)
+    assert rows == []
+    assert counts == {
+        "not valid CSV (',' expected after '\"')": 2,
+        "not valid CSV (unexpected end of data)": 1,
+    }
+    with pytest.raises(InputError, match="its header is not valid CSV .unexpected end of data"):
+        read(write("h.csv", b'image,"caption\na,b\n'))
+
+
+def test_csv_of_excel_in_utf16(write):
+    with pytest.raises(InputError, match=r"t\.csv: not UTF-8 text; save it as UTF-8"):
+        read(write("t.csv", "image,caption\na,b\n".encode("utf-16")))
+
+
 def test_csv_holds_an_image_as_text(write):
     picture = b"data:image/png;base64," + b"x" * 200_000
     rows, counts = read(write("t.csv", b'image,caption\n"' + picture + b'",y\n'))

@@ -117,15 +117,21 @@ def test_frames_have_square_pixels_and_are_upright(aspect, rotation, container):
 
 
 UNITS = {
-    "a": {"": 1, " [m/s^2]": 1, "_ms2": 1, " (g)": 9.80665, "[mg]": 9.80665e-3, " (mm/s\u00b2)": 1e-3},
-    "g": {"": 1, " [rad/s]": 1, " (deg/s)": np.pi / 180, "_dps": np.pi / 180, "[\u00b0/s]": np.pi / 180},
+    "a": {" [m/s^2]": 1, "_ms2": 1, " (g)": 9.80665, "[mg]": 9.80665e-3, " (mm/s\u00b2)": 1e-3},
+    "g": {" [rad/s]": 1, " (deg/s)": np.pi / 180, "_dps": np.pi / 180, "[\u00b0/s]": np.pi / 180},
 }
 NAMES = {"a": ["a", "acc_", "Acc ", "accl_", "Accelerometer."], "g": ["g", "gyro_", "Gyr ", "rotationRate"]}
 
 
 @MANY
-@given(data=st.data(), mark=st.sampled_from([",", ";", "\t"]), has_time=st.booleans())
-def test_signals_in_any_order_and_unit(data, mark, has_time):
+@given(
+    data=st.data(),
+    mark=st.sampled_from([",", ";", "\t"]),
+    prefix=st.sampled_from(["", "#", "# "]),
+    has_time=st.booleans(),
+    has_units=st.tuples(st.booleans(), st.booleans()),
+)
+def test_signals_in_any_order_and_unit(data, mark, prefix, has_time, has_units):
     columns = data.draw(st.permutations(range(6 + has_time)))
     signal = RANDOM.normal(size=(6, 4))
     cells, rows = [], []
@@ -135,10 +141,15 @@ def test_signals_in_any_order_and_unit(data, mark, has_time):
             rows.append(np.arange(4) * 5.0)
             continue
         kind = "ag"[column // 3]
-        unit = data.draw(st.sampled_from(sorted(UNITS[kind])))
+        # All axes of a sensor name their unit, or none does.
+        units = UNITS[kind] if has_units[column // 3] else {"": 1}
+        unit = data.draw(st.sampled_from(sorted(units)))
         cells.append(data.draw(st.sampled_from(NAMES[kind])) + "xyz"[column % 3] + unit)
-        rows.append(signal[column] / UNITS[kind][unit])
-    lines = [mark.join(cells), *(mark.join(repr(float(cell)) for cell in row) for row in np.transpose(rows))]
+        rows.append(signal[column] / units[unit])
+    lines = [
+        prefix + mark.join(cells),
+        *(mark.join(repr(float(cell)) for cell in row) for row in np.transpose(rows)),
+    ]
     np.testing.assert_allclose(open_imu("\n".join(lines).encode(), steps=4), signal, rtol=1e-5)
 
 

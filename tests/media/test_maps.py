@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -33,6 +35,20 @@ def npz(**arrays: np.ndarray) -> bytes:
     stream = io.BytesIO()
     np.savez(stream, **arrays)
     return stream.getvalue()
+
+
+def wide_png(kind: int) -> bytes:
+    """A PNG of two pixels of 16 bits; kind 2: color, 4: gray with transparency."""
+    parts = [
+        (b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, kind, 0, 0, 0)),
+        (b"IDAT", zlib.compress(bytes(1 + 2 * 2 * {2: 3, 4: 2}[kind]))),
+        (b"IEND", b""),
+    ]
+    chunks = [
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in parts
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 # --- depth ---
@@ -184,6 +200,8 @@ def test_even_and_empty_images():
         (None, "No such file"),
         (b"", "the file is empty"),
         (b"words", "not an image"),
+        (wide_png(4), "16 bits in color or with transparency; save it as 16-bit gray"),
+        (wide_png(2), "16 bits in color or with transparency; save it as 16-bit gray"),
         (b"\x76\x2f\x31\x01\2\0\0\0", "OpenEXR"),
         (npy(np.zeros((2, 3, 4, 5))), "an array .2, 3, 4, 5."),
         (npy(np.array([["a"]])), "expected integers or floats"),

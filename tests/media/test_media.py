@@ -37,6 +37,8 @@ def test_bad_modality_and_source():
             Media(name, "cat.png")
     with pytest.raises(InputError, match="source of image media must be .* not list"):
         Media.image([1, 2])
+    with pytest.raises(InputError, match="has a mask; fill it first"):
+        Media.depth(np.ma.masked_equal(np.eye(2), 0))
     with pytest.raises(InputError, match="source of text media must be str, not bytes"):
         Media.text(b"words")
 

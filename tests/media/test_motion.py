@@ -93,8 +93,24 @@ def test_units_of_the_header_are_converted(header, factors):
 
 @pytest.mark.parametrize("odd", ["acc_x [raw]", "acc_x [deg/s]", "acc_x (lsb)", "acc_x_g (g)", "acc_x_raw"])
 def test_an_unknown_unit_is_refused(odd):
-    with pytest.raises(MediaError, match=f"unknown or repeated: '{re.escape(odd)}'.*units in brackets"):
+    with pytest.raises(
+        MediaError, match=f"unknown, repeated or without a unit: '{re.escape(odd)}'.*units in brackets"
+    ):
         open_imu(table(HEADER.replace("acc_x", odd), SIGNAL), steps=9)
+
+
+def test_a_unit_of_one_axis_leaves_the_others_open():
+    with pytest.raises(MediaError, match="without a unit: 'acc_z'"):
+        open_imu(table("acc_x (g),acc_y (g),acc_z,gx,gy,gz", SIGNAL), steps=9)
+
+
+def test_a_header_may_be_a_comment():
+    """As in EuRoC, whose rotation comes first. Other comments are ignored."""
+    names = [f"w_RS_S_{axis} [rad s^-1]" for axis in "xyz"] + [f"a_RS_S_{axis} [m s^-2]" for axis in "xyz"]
+    data = table(f"#timestamp [ns],{','.join(names)}", TIMES, SIGNAL[:, 3:], SIGNAL[:, :3])
+    np.testing.assert_allclose(open_imu(data, steps=9), SIGNAL.T, rtol=1e-5)
+    spaced = table("# walk of a dog\n# gx gy gz ax ay az", SIGNAL[:, 3:], SIGNAL[:, :3], mark=" ")
+    np.testing.assert_allclose(open_imu(spaced, steps=9), SIGNAL.T, rtol=1e-5)
 
 
 def test_tables_of_ego4d():
@@ -143,7 +159,7 @@ def test_one_reading_is_held():
         (b"1 2 3\n", "line 1 has 3 columns and no header; expected 6 .acceleration x"),
         (
             table(HEADER + ",temperature", SIGNAL, TIMES),
-            "unknown or repeated: 'temperature'.*remove the others",
+            "unknown, repeated or without a unit: 'temperature'.*remove the others",
         ),
         (
             table("acc_x,acc_y,acc_z,mag_x,mag_y,mag_z", SIGNAL),
@@ -151,9 +167,9 @@ def test_one_reading_is_held():
         ),
         (
             table("acc_x,acc_x,acc_z,gx,gy,gz", SIGNAL),
-            "unknown or repeated: 'acc_x'; missing: acceleration y",
+            "unknown, repeated or without a unit: 'acc_x'; missing: acceleration y",
         ),
-        (table(f"t,time,{HEADER}", TIMES, TIMES, SIGNAL), "unknown or repeated: 'time'"),
+        (table(f"t,time,{HEADER}", TIMES, TIMES, SIGNAL), "unknown, repeated or without a unit: 'time'"),
         (b"\0\1\2\3", "the columns are"),
         (table(HEADER, SIGNAL) + b"\n1,2,3\n", "line 11 has 3 cells; expected 6"),
         (table(HEADER, SIGNAL) + b"\n1,2,3,4,high,6\n", "line 11, column 5 holds 'high'"),

@@ -71,6 +71,10 @@ def glb(body: bytes = TRIANGLE.tobytes(), **changes) -> bytes:
         b"# x y z\n0 0 0\n1 0 0\n0 2 0\n0 0 4\n",
         b"//X Y Z\n0 0 0\n1 0 0\n0 2 0\n0 0 4\n",
         b"v 0 0 0\nv 1 0 0\nv 0 2 0\nv 0 0 4\n",
+        b"\xef\xbb\xbf0 0 0\n1 0 0\n0 2 0\n0 0 4\n",
+        b"\xef\xbb\xbfx,y,z\n0,0,0\n1,0,0\n0,2,0\n0,0,4\n",
+        ply(b"0 0 0\n1 0 0\n0 2 0\n0 0 4\n", 4).replace(b"\n", b"\r\n"),
+        ply(b"", 4, kind="binary_little_endian").replace(b"\n", b"\r\n") + CORNERS.astype("<f4").tobytes(),
         CORNERS,
         CORNERS.astype(np.float16),
         np.hstack([CORNERS, CORNERS]).astype(np.int32),
@@ -257,6 +261,16 @@ def test_a_face_with_a_broken_corner_is_left_out():
     assert points.max() <= 1
 
 
+def test_faces_of_obj_count_back_from_their_own_line():
+    """The reader itself would count back from the end of the file, so both faces would be the last one."""
+    part = "v 0 0 {z}\nv 1 0 {z}\nv 0 1 {z}\nvt 0 0\n"
+    relative = [part.format(z=0), "f -3/-1 -2/-1 \\\n -1/-1\n", part.format(z=5), "f -3//1 5//1 -1//1\n"]
+    plain = [part.format(z=0), part.format(z=5), "f 1 2 3\nf 4 5 6\n"]
+    points = open_points("".join(relative).encode())
+    np.testing.assert_array_equal(points, open_points("".join(plain).encode()))
+    assert set(points[:, 2]) == {0, 5}
+
+
 def test_glb_is_read_from_its_own_bytes_alone(tmp_path):
     assert open_points(glb()).max() <= 1
     secret = tmp_path / "secret.bin"
@@ -372,6 +386,10 @@ def test_without_trimesh_the_error_names_the_extra(monkeypatch):
         (b"0 0 0\n1 2\n", "line 2 has 2 cells; expected 3"),
         (b"0 0 0\n\n1 2 x\n", "line 3, column 3 holds 'x'"),
         (b"2\ncomment\nC 0 0 0\n", "line 2 has 1 cells"),
+        (b"5\n0 0 0\n1 2 3\n", "a truncated table: 2 of 5 points"),
+        (b"9" * 5000 + b"\n0 0 0\n", "a truncated table: 1 of"),
+        (b"v 0 0 0\nv 1 0 0\nv 0 1 0\nf 0 1 2\n", "a face refers to a vertex that does not exist"),
+        (b"v 0 0 0\nv 1 0 0\nv 0 1 0\nf -4 -2 -1\n", "a face refers to a vertex that does not exist"),
         (ply(b"1 2 3\n", 5), "truncated PLY file: 1 of 5 vertices"),
         (ply(b"\0" * 20, 5, kind="binary_little_endian"), "truncated PLY file: 1 of 5 vertices"),
         (ply(b"1 2\n", 1, "float x\nfloat y"), "without vertices that have x, y and z"),
@@ -402,6 +420,7 @@ def test_the_ending_decides_where_the_content_does_not(tmp_path):
     ("array", "reason"),
     [
         (np.zeros((0, 3)), "no points in it"),
+        (np.zeros((3, 7)), r"an array \[3, 7\].*transpose it"),
         (np.zeros((3, 100)), r"an array \[3, 100\].*transpose it"),
         (np.zeros(3), "expected .N, 3."),
         (np.zeros((4, 3), complex), "an array of complex128; expected integers or floats"),

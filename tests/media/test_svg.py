@@ -194,7 +194,7 @@ def test_a_panic_of_the_renderer_is_an_answer(monkeypatch):
     text, answers = svg(HALVES), io.BytesIO()
     request = svg_renderer.REQUEST.pack(0, 40, 1000, len(text)) + text
     svg_renderer.serve(io.BytesIO(request * 2), answers)
-    answer = svg_renderer.ANSWER.pack(False, 18) + b"index out of range"
+    answer = svg_renderer.ANSWER.pack(svg_renderer.FAILED, 18) + b"index out of range"
     assert answers.getvalue() == answer * 2
 
 
@@ -214,6 +214,33 @@ def test_svg_reads_nothing_outside_itself(link, attribute, tmp_path):
     body = f'<image {attribute}="{address}" width="20" height="10"/>'
     names = 'viewBox="0 0 20 10" xmlns:xlink="http://www.w3.org/1999/xlink"'
     assert open_image(svg(body, names)).getpixel((224, 112)) == WHITE
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ('<image href="photo.png" width="20" height="10"/>', "images that an SVG links to are not drawn"),
+        (
+            '<image href="data:image/svg+xml,&lt;svg/>" width="20" height="10"/>',
+            "images that an SVG links to",
+        ),
+        ('<text y="9">Cat</text>', "text of an SVG is drawn in the fonts of this machine"),
+    ],
+)
+def test_parts_that_are_not_drawn_give_one_warning(body, words, caplog, monkeypatch, tmp_path):
+    monkeypatch.setattr(svg_module, "_warned", set())
+    path = tmp_path / "a.svg"
+    path.write_bytes(svg(body))
+    open_image(path)
+    open_image(svg(HALVES + body))
+    assert [record.getMessage().startswith(f"{path}: {words}") for record in caplog.records] == [True]
+
+
+@pytest.mark.parametrize("kind", ["image/jpeg", "image/x-png", ""])
+def test_embedded_images_are_drawn_whatever_type_they_are_given(kind, caplog):
+    body = embedded(Image.new("RGB", (4, 2), BLUE)).replace("image/png", kind)
+    assert open_image(svg(body)).getpixel((224, 112)) == BLUE
+    assert not caplog.records
 
 
 def test_svg_with_many_decimals_is_drawn():

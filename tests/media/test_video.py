@@ -45,6 +45,7 @@ FILES = {
     "avi mpeg4 reordered": ("avi", "mpeg4", {"options": {"bf": "2", "g": "15"}}),
     "avi h264 reordered": ("avi", "libx264", {"options": REORDERED}),
     "avi mjpeg": ("avi", "mjpeg", {"pixels": "yuvj420p"}),
+    "mpg mpeg2 reordered": ("mpeg", "mpeg2video", {"options": {"bf": "2", "g": "15"}}),
     "webm vp8": ("webm", "libvpx", {"options": {"g": "20", "cpu-used": "8", "b": "500k"}}),
     "webm vp9": (
         "webm", "libvpx-vp9", {"options": {"g": "20", "cpu-used": "8", "deadline": "realtime", "lag-in-frames": "16"}},

@@ -9,10 +9,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
 from bindllm.errors import AssetError, MissingExtraError
-from bindllm.quickstart import smollm2
+from bindllm.quickstart import wheels as models
 
 FOLDER = Path("checkpoints/smollm2-135m-instruct")
-NAMES = {name: key for key, name in {**smollm2._LAYER_NAMES, **smollm2._OUTER_NAMES}.items()}
+NAMES = {name: key for key, name in {**models._LAYER_NAMES, **models._OUTER_NAMES}.items()}
 
 
 def write_gguf(path, decoder, *, extra=()):
@@ -69,7 +69,7 @@ def test_the_converted_decoder_is_the_decoder_in_bfloat16(tmp_path, tied):
     decoder = tiny.tiny_decoder(vocab_size=260, tie_word_embeddings=tied)
     decoder.load_state_dict({name: value.bfloat16() for name, value in decoder.state_dict().items()})
     wheels, folder = wheel_of(tmp_path, decoder)
-    smollm2.build(wheels, folder)
+    models.build_smollm2(wheels, folder)
     assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.bfloat16
     made = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = torch.arange(40).reshape(2, 20)
@@ -82,7 +82,7 @@ def test_the_converted_decoder_is_the_decoder_in_bfloat16(tmp_path, tied):
 
 def test_the_tokenizer_splits_digits_before_words(tmp_path):
     wheels, folder = wheel_of(tmp_path, tiny.tiny_decoder(vocab_size=260))
-    smollm2.build(wheels, folder)
+    models.build_smollm2(wheels, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     # "a" and "b" are the one merge; digits are split from their neighbors, and special tokens stay whole.
     assert tokenizer.tokenize("ab 12<|im_end|>") == ["ab", "Ġ", "1", "2", "<|im_end|>"]
@@ -100,13 +100,13 @@ def test_the_tokenizer_splits_digits_before_words(tmp_path):
 def test_an_unknown_tensor_is_refused(tmp_path):
     wheels, folder = wheel_of(tmp_path, tiny.tiny_decoder(vocab_size=260), extra=["blk.0.attn_q_norm.weight"])
     with pytest.raises(AssetError, match=r"blk\.0\.attn_q_norm\.weight"):
-        smollm2.build(wheels, folder)
+        models.build_smollm2(wheels, folder)
 
 
 def test_without_gguf_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(MissingExtraError, match=r"bindllm\[quickstart\]"):
-        smollm2.build([tmp_path / "any.whl"], tmp_path)
+        models.build_smollm2([tmp_path / "any.whl"], tmp_path)
 
 
 @pytest.mark.slow

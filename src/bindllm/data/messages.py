@@ -31,6 +31,8 @@ _TOOLS = ("tool", "function", "function_call", "function_response", "observation
 _TEXTS = ("text", "input_text", "output_text")
 # White space belongs to the match, because it goes away with the placeholder.
 _PLACEHOLDER = re.compile(r"(\s*)<(\w+)>(\s*)")
+# Also the spellings of other formats, such as <image 1>, <|image|> and <image_1>.
+_SPELLED = re.compile(rf"<\|?({'|'.join(FILE_MODALITIES)})[ _]?\d*\|?>", re.IGNORECASE)
 
 MediaResolver = Callable[[str, object], Media]
 """Returns the media of a modality that a value refers to: a path, a URL, bytes, ``{"bytes": ..., "path": ...}`` or,
@@ -218,14 +220,14 @@ def role_of(name: object, roles: Mapping[str, Role]) -> Role:
     return roles[name]
 
 
-def placeholders_in(text: str, modalities: Collection[str] = FILE_MODALITIES) -> list[str]:
-    """Return the modalities of the placeholders that a text spells.
+def spells_placeholder(text: str) -> bool:
+    """Tell whether a text spells a placeholder, as here or in another format.
 
     Examples:
-        >>> placeholders_in("What does <image> do in <b>HTML</b>?")
-        ['image']
+        >>> spells_placeholder("Compare <image 1> and <image 2>."), spells_placeholder("What does <b> do?")
+        (True, False)
     """
-    return [match[2] for match in _PLACEHOLDER.finditer(text) if match[2] in modalities]
+    return _SPELLED.search(text) is not None
 
 
 def is_visible(text: str) -> bool:
@@ -258,8 +260,9 @@ def _read_message(message: object, media: RecordMedia) -> tuple[Role, list[_Part
     # Before the content, which a message that calls a tool often lacks.
     if message.get("tool_calls") or message.get("function_call"):
         raise RowError("a message that calls a tool: tool calls are not supported")
-    if message.get("weight") == 0:
-        raise RowError("a message of weight 0; every answer is learned, so remove the row or that answer")
+    # OpenAI's key, and those of ms-swift and axolotl, which may be false.
+    if role == "assistant" and any(message.get(key) == 0 for key in ("weight", "loss", "train")):
+        raise RowError("an answer of weight 0; every answer is learned, so remove the row or that answer")
     if isinstance(content, str):
         content = [content]
     if not isinstance(content, list):
@@ -285,7 +288,8 @@ def _read_part(part: object, media: RecordMedia) -> _Part:
         kinds = (*_TEXTS[:1], *known, "image_url", "input_audio")
         raise RowError(f"unknown content part {reprlib.repr(kind)}. {did_you_mean(str(kind), kinds)}")
     # Writers put the media under the type of the part, its modality, or a general key.
-    value = next((part[key] for key in (kind, modality, "url", "path") if part.get(key) is not None), None)
+    keys = (kind, modality, f"{modality}_url", "url", "path")
+    value = next((part[key] for key in keys if part.get(key) is not None), None)
     return _Slot(modality) if value is None else media.resolve(modality, _unwrap(value))
 
 

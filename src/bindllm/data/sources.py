@@ -232,7 +232,9 @@ def _split_keys(
 
 
 def _shards_hint(path: Path) -> str:
-    """Return how to name the tar shards in a folder, if it holds any."""
+    """Return how to name the tar shards in a folder, if it holds any, or how to unpack one."""
+    if path.name.endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")):
+        return " Shards are uncompressed tar files: unpack it to .tar"
     # A folder could mean other files in it as well, so shards must be named.
     if not path.is_dir() or not any(path.glob("*.tar")):
         return ""
@@ -319,6 +321,11 @@ def _folder_rows(config: SourceConfig, report: SourceReport) -> Iterator[tuple[s
             # An empty file is one empty caption, which is counted as skipped.
             column = modality if config.columns.image == "image" else config.columns.image
             yield key, {column: key, config.columns.caption: lines or [text]}
+    # Such as those next to HEIC files, which are not images here.
+    described = {file.with_suffix(".txt") for file in files}
+    for text_file in sorted(folder.rglob("*.txt")):
+        if modality == "image" and text_file not in described:
+            report.skipped.add("a text file without an image of the same name", text_file.name)
 
 
 def _is_media_file(file: Path, modality: str) -> bool:

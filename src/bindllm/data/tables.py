@@ -242,10 +242,10 @@ class _JsonText:
 
 
 def _read_delimited(path: Path, required: tuple[str, ...], skipped: Skipped) -> Iterator[tuple[str, Record]]:
-    # In TSV, a quotation mark is a character like any other.
+    # Strict, since the text of a faulty quotation is a guess. In TSV, a quotation mark is a character like any other.
     is_csv = path.suffix.lower() == ".csv"
     dialect = (
-        {"delimiter": ",", "quoting": csv.QUOTE_MINIMAL}
+        {"delimiter": ",", "quoting": csv.QUOTE_MINIMAL, "strict": True}
         if is_csv
         else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     )
@@ -253,7 +253,14 @@ def _read_delimited(path: Path, required: tuple[str, ...], skipped: Skipped) -> 
     csv.field_size_limit(_MAX_FIELD)
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
         reader = csv.reader(stream, **dialect)
-        header = [name.strip() for name in next(reader, [])]
+        try:
+            header = [name.strip() for name in next(reader, [])]
+        except csv.Error as error:
+            raise InputError(
+                f"{path}: its header is not valid {path.suffix[1:].upper()} ({error})"
+            ) from error
+        if any(map(_NOT_UTF8.search, header)):
+            raise InputError(f"{path}: {NOT_UTF8}; save it as UTF-8")
         _check_columns(path, required, header)
         # Not a for loop, which an error would end.
         while True:
@@ -264,7 +271,8 @@ def _read_delimited(path: Path, required: tuple[str, ...], skipped: Skipped) -> 
             except StopIteration:
                 return
             except csv.Error as error:
-                skipped.add(f"not valid {path.suffix[1:].upper()} ({error})", name)
+                # A quotation that is never closed takes all lines up to the end of the file.
+                skipped.add(f"not valid {path.suffix[1:].upper()} ({error})", f"{name} to {reader.line_num}")
                 continue
             # A blank line.
             if not fields:

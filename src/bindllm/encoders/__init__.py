@@ -13,6 +13,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from bindllm.atomic import file_sha256
@@ -210,6 +211,13 @@ def _names(group: Sequence[Encoder]) -> str:
     return " and ".join(
         f"{type(encoder).__name__} ({', '.join(encoder.modalities)}; {named})" for encoder in group
     )
+
+
+def members_of(protocol: type, *, methods: bool = False) -> list[str]:
+    """Return the names that a class needs to keep a protocol such as `Encoder`: all of them, or only its methods."""
+    # Attributes without a value are annotations, properties and methods are values.
+    names = [*protocol.__annotations__, *(name for name in vars(protocol) if not name.startswith("_"))]
+    return [name for name in names if not methods or isinstance(vars(protocol).get(name), FunctionType)]
 
 
 class once(cached_property):

@@ -11,33 +11,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from bindllm.encoders import Encoder
+from bindllm.encoders import Encoder, members_of
 from bindllm.errors import EncoderError
 from bindllm.imports import build_named
-
-# Members by role, for a message that lists the missing ones. A tower with the members of an encoder is one.
-_KINDS = {
-    "a frozen encoder": (
-        "modalities",
-        "embedding_size",
-        "config",
-        "fingerprint",
-        "to",
-        "prepare",
-        "embed",
-    ),
-    "a trainable tower": (
-        "modality",
-        "embedding_size",
-        "revision",
-        "config",
-        "prepare",
-        "augment",
-        "forward",
-    ),
-}
-# Checked on the class, before an instance exists: attributes may be set in the constructor.
-_METHODS = ({"fingerprint", "to", "prepare", "embed"}, {"prepare", "augment", "forward"})
 
 
 class TrainableTower(Protocol):
@@ -72,6 +48,10 @@ class TrainableTower(Protocol):
         ...
 
 
+# By role, for a message that lists the missing members. A tower with the members of an encoder is one.
+_KINDS = {"a frozen encoder": Encoder, "a trainable tower": TrainableTower}
+
+
 @runtime_checkable
 class CanMix(Protocol):
     """A tower that can mix two media, such as two recordings that belong to one image."""
@@ -94,7 +74,10 @@ def is_trainable(tower: Any) -> bool:
         bindllm.errors.EncoderError: str is not a tower. As a frozen encoder it lacks modalities, embedding_size, ...
     """
     kind = type(tower)
-    lacks = {role: [name for name in names if name not in dir(tower)] for role, names in _KINDS.items()}
+    lacks = {
+        role: [name for name in members_of(protocol) if name not in dir(tower)]
+        for role, protocol in _KINDS.items()
+    }
     # An encoder first: it may be a torch.nn.Module too, and must still stay frozen.
     if not lacks["a frozen encoder"]:
         return False
@@ -122,5 +105,7 @@ def build_tower(class_path: str, init_args: Mapping[str, Any], *, allow: Sequenc
 
 def _not_a_tower(kind: Any) -> str:
     """Return why something is not the class of a tower: an untrusted folder may name any class and any arguments."""
-    fits = isinstance(kind, type) and any(methods <= set(dir(kind)) for methods in _METHODS)
+    # Only methods are on the class: attributes may be set in the constructor.
+    methods = [set(members_of(protocol, methods=True)) for protocol in _KINDS.values()]
+    fits = isinstance(kind, type) and any(names <= set(dir(kind)) for names in methods)
     return "" if fits else "not the class of a tower, which is an encoder or a trainable tower"

@@ -83,6 +83,8 @@ class Media:
             raise InputError(
                 f"the source of {self.modality} media must be {names}, not {type(self.source).__name__}"
             )
+        if isinstance(self.source, np.ma.MaskedArray):
+            raise InputError(f"{self.name} has a mask; fill it first, with 0 or NaN in a depth map")
         # bool is a subclass of int, but a truth value is not a weight.
         if isinstance(self.weight, bool) or not isinstance(self.weight, int | float):
             raise InputError(f"the weight of {self.name} must be a number, not {self.weight!r}")

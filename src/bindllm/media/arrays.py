@@ -5,6 +5,7 @@ Nothing is unpickled, and no more than `MAX_ARRAY_BYTES` is taken into memory, w
 
 from __future__ import annotations
 
+import codecs
 import io
 import math
 import zipfile
@@ -206,7 +207,7 @@ def cells_of(line: bytes) -> list[bytes]:
         >>> cells_of(b"1, 2,3 # note"), cells_of(b"1  2 3"), cells_of(b"1,,3")
         ([b'1', b'2', b'3'], [b'1', b'2', b'3'], [b'1', b'', b'3'])
     """
-    text = line.partition(b"#")[0].strip()
+    text = line.removeprefix(codecs.BOM_UTF8).partition(b"#")[0].strip()
     if not text:
         return []
     return [cell.strip() for cell in text.split(_delimiter(text))]
@@ -217,7 +218,7 @@ def _delimiter(line: bytes) -> bytes | None:
     return next((mark for mark in (b",", b";") if mark in line), None)
 
 
-def is_number(cell: bytes) -> bool:
+def is_number(cell: bytes | str) -> bool:
     """Return whether a cell is a number, ``nan`` and ``inf`` included."""
     try:
         float(cell)

@@ -25,11 +25,11 @@ Track = Literal["audio", "video"]
 
 # Names of FFmpeg's demuxers. Playlists (hls, dash, concat), devices and image sequences would open other files
 # or addresses, so they are not among them.
-_DEMUXERS = ("aac", "aiff", "avi", "flac", "gif", "matroska", "mov", "mp3", "ogg", "w64", "wav")
+_DEMUXERS = ("aac", "aiff", "avi", "flac", "gif", "matroska", "mov", "mp3", "mpeg", "ogg", "w64", "wav")
 
 _EXPECTED = {
     "audio": "audio (WAV, MP3, FLAC, OGG, M4A, AAC, AIFF) or a video with an audio track (MP4, MOV, WebM, MKV, AVI)",
-    "video": "a video (MP4, MOV, WebM, MKV, AVI or GIF)",
+    "video": "a video (MP4, MOV, WebM, MKV, AVI, MPEG or GIF)",
 }
 _HEAD = 4096
 # Lengths from here on, a little below 2 GiB, stand for an unknown one in the header of a WAV file.

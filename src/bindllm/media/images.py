@@ -84,7 +84,9 @@ def open_image(source: Source, *, size: int | None = 448) -> Image.Image:
         with open_stream(source) as stream:
             head = read_head(stream, _HEAD, "an image")
             if looks_like_svg(head):
-                return render_svg(stream, size=size or _DRAWN_SIDE, max_pixels=MAX_PIXELS)
+                return render_svg(
+                    stream, size=size or _DRAWN_SIDE, max_pixels=MAX_PIXELS, name=name_of(source)
+                )
             with open_raster(stream) as image:
                 if size is not None and isinstance(image, JpegImagePlugin.JpegImageFile):
                     # The decoder itself shrinks by 1/2, 1/4 or 1/8, so the full size is never in memory.

@@ -104,7 +104,8 @@ def open_thermal(source: Source) -> np.ndarray:
         [H, W], float32, 0..1.
 
     Raises:
-        MediaError: missing, damaged, above `MAX_PIXELS`, or without a finite value; it names the file.
+        MediaError: missing, damaged, of 16 bits in color, above `MAX_PIXELS`, or without a finite value; it names the
+            file.
     """
     with reading(name_of(source)):
         values = _read_values(source, key="thermal")
@@ -157,7 +158,11 @@ def _from_image(image: Image.Image, key: str) -> np.ndarray | None:
     # Writers disagree whether the tag is about the display or about the numbers.
     if key == "depth" and is_inverted(image):
         raise MediaError("a TIFF whose 0 is white (PhotometricInterpretation 0); save depth with 0 as black")
-    return wide_gray(image)
+    values = wide_gray(image)
+    # As with 8 bits in color the luminance would count, of the higher 8 bits only.
+    if key == "thermal" and values is None and ";16" in str(getattr(image, "tile", "")):
+        raise MediaError("16 bits in color or with transparency; save it as 16-bit gray")
+    return values
 
 
 def _from_array(array: np.ndarray) -> np.ndarray:

@@ -35,6 +35,9 @@ _POINTS, _LINES, _TRIANGLES, _STRIP, _FAN = 0, (1, 2, 3), 4, 5, 6
 _SURFACES = (_TRIANGLES, _STRIP, _FAN)
 _FLOAT, _INTEGERS = 5126, {5120: "<i1", 5121: "<u1", 5122: "<i2", 5123: "<u2"}
 _OBJ_OTHERS = re.compile(rb"^[ \t]*(l|p|curv2?|surf)[ \t]", re.MULTILINE)
+# A face that counts its vertices back from its own line, or from 0, which is not valid.
+_OBJ_RELATIVE = re.compile(rb"^[ \t]*f[ \t][^\n]*?(?<=[ \t])(-|0[\s/])", re.MULTILINE)
+_OBJ_VERTEX = re.compile(rb"(?<=[ \t])(-?\d+)[^\s]*")
 _OPTIONS: dict[str, dict[str, Any]] = {
     "glb": {"skip_materials": True},
     "obj": {"skip_materials": True, "split_object": False, "group_material": False},
@@ -78,6 +81,8 @@ def sample_mesh(stream: BinaryIO, *, kind: str, name: str) -> np.ndarray:
     data = stream.read()
     if kind == "glb":
         data = _plain_glb(data, name)
+    if kind == "obj" and _OBJ_RELATIVE.search(data):
+        data = _absolute_obj(data)
     if kind == "obj" and (found := _OBJ_OTHERS.search(data)):
         _log.warning(
             "%s: lines, points and free-form surfaces of this OBJ file are not used (%s)",
@@ -98,6 +103,31 @@ def sample_mesh(stream: BinaryIO, *, kind: str, name: str) -> np.ndarray:
     if not len(vertices):
         raise MediaError(f"no vertices in this {kind.upper()} file")
     return _spread(vertices, faces)
+
+
+def _absolute_obj(data: bytes) -> bytes:
+    """Return an OBJ file whose faces count vertices from 1; the reader would count back from the end of the file.
+
+    Raises:
+        MediaError: a face refers to a vertex that does not exist.
+    """
+    count, lines = 0, []
+
+    def absolute(match: re.Match[bytes]) -> bytes:
+        at = int(match[1])
+        if not 1 <= (at := at + (count + 1) * (at < 0)) <= count:
+            raise MediaError(
+                "a damaged OBJ file: a face refers to a vertex that does not exist; replace the file"
+            )
+        return b"%d" % at
+
+    # A backslash at its end continues a line.
+    for line in re.sub(rb"\\\r?\n", b" ", data).splitlines():
+        word = line.split(maxsplit=1)[:1]
+        count += word == [b"v"]
+        # Without the texture and the normal of each corner, which are not read.
+        lines.append(_OBJ_VERTEX.sub(absolute, line) if word == [b"f"] else line)
+    return b"\n".join(lines)
 
 
 def _plain_glb(data: bytes, name: str) -> bytes:

@@ -22,8 +22,9 @@ AXES = ("acceleration x", "acceleration y", "acceleration z", "rotation x", "rot
 
 _HEAD = 4096
 # Names of columns in common recorders, without separators and units. Longer names come first: "gyro_x" is not "g_y".
-_ACCELERATION = r"linearacceleration|accelerometer|acceleration|accel|accl|acc|a"
-_ROTATION = r"angularvelocity|rotationrate|gyroscope|rotation|angvel|omega|gyro|gyr|rot|g|w"
+# The names with "rss" are those of EuRoC: w_RS_S_x.
+_ACCELERATION = r"linearacceleration|accelerometer|acceleration|accel|accl|acc|arss|a"
+_ROTATION = r"angularvelocity|rotationrate|gyroscope|rotation|angvel|omega|gyro|gyr|rot|wrss|g|w"
 _AXIS = re.compile(rf"(?:({_ACCELERATION})|({_ROTATION}))([xyz])(.*)")
 _TIME = re.compile(r"(?:t|time|timestamp|canonicaltimestamp|elapsed|seconds)(?:s|sec|seconds|ms|us|ns)?")
 # Of the tables of Ego4D (https://ego4d-data.org/docs/data/imu): positions within one part of the recording.
@@ -47,10 +48,11 @@ def open_imu(source: Source, *, steps: int) -> np.ndarray:
     """Open a signal and stretch or squeeze it to a number of steps.
 
     Files are tables of text or NPY files. Commas, semicolons, tabs or spaces separate the cells of a table. Its header,
-    if it has one, names the columns in any order, as in ``time, acc_x, acc_y, acc_z, gyro_x, gyro_y, gyro_z``. Without
-    one, six columns are acceleration x y z and rotation x y z, and seven begin with the time. With times, which must
-    rise, the steps are even in time; otherwise the readings are taken as even. Steps lie between the first and the last
-    reading, both included, and are interpolated linearly, without smoothing. A single reading is repeated.
+    if it has one (also as a comment), names the columns in any order, as in ``time, acc_x, acc_y, acc_z, gyro_x,
+    gyro_y, gyro_z``. Without one, six columns are acceleration x y z and rotation x y z, and seven begin with the time.
+    With times, which must rise, the steps are even in time; otherwise the readings are taken as even. Steps lie between
+    the first and the last reading, both included, and are interpolated linearly, without smoothing. A single reading is
+    repeated.
 
     Values become meters per second squared and radians per second, on which ImageBind was trained, if the header names
     another unit: ``acc_x (g)``, ``gyro_x [deg/s]``, ``gyro_x_dps``. Values without a unit are taken to be in these.
@@ -119,9 +121,7 @@ def _from_table(stream: BinaryIO) -> tuple[np.ndarray, np.ndarray | None]:
         stream.seek(0)
         number = 1
     else:
-        order, factors, time = _read_header(
-            [cell.decode("utf-8", "replace").strip("\"' \r\n") for cell in cells]
-        )
+        order, factors, time = _read_header(cells)
         number += 1
     blocks, count = [], 0
     for block in read_rows(stream, first=number, columns=len(cells)):
@@ -145,15 +145,27 @@ def _from_table(stream: BinaryIO) -> tuple[np.ndarray, np.ndarray | None]:
     return table[:, order].T * np.array(factors)[:, None], times
 
 
-def _first_cells(stream: BinaryIO) -> tuple[list[bytes], int]:
-    """Return the cells of the first line that has any, and its number; the stream is left after it."""
+def _first_cells(stream: BinaryIO) -> tuple[list[str], int]:
+    """Return the cells of the header or the first row, and the number of its line; the stream is left after it."""
     for number, line in enumerate(iter(lambda: stream.readline(_HEAD), b""), start=1):
-        line = line.removeprefix(b"\xef\xbb\xbf")
-        if cells := cells_of(line):
-            # Names may contain spaces if tabs separate them.
-            is_tabbed = b"\t" in line and b"," not in line and b";" not in line
-            return line.split(b"\t") if is_tabbed and not all(map(is_number, cells)) else cells, number
+        # A header may be a comment, as in EuRoC; other comments do not name axes.
+        words = _words(line.lstrip(b"# \t"))
+        if cells_of(line) or sum(bool(_AXIS.fullmatch(_plain(word))) for word in words) > 2:
+            return words, number
     raise MediaError("no readings; expected a table or an array of six signals")
+
+
+def _words(line: bytes) -> list[str]:
+    cells = cells_of(line)
+    # Names may contain spaces if tabs separate them.
+    if b"\t" in line and not (b"," in line or b";" in line or all(map(is_number, cells))):
+        cells = line.split(b"\t")
+    return [cell.decode("utf-8-sig", "replace").strip("\"' \r\n") for cell in cells]
+
+
+def _plain(word: str) -> str:
+    """Return the name of a column without separators and unit: "Acc X [m/s^2]" is "accx"."""
+    return re.sub(r"[^a-z0-9]", "", _UNIT.sub("", word.lower()))
 
 
 def _read_header(words: list[str]) -> tuple[list[int], list[float], int | None]:
@@ -161,13 +173,13 @@ def _read_header(words: list[str]) -> tuple[list[int], list[float], int | None]:
     # How to read this: each word is a signal with its unit, the time, or odd; odd and missing ones are named together.
     columns: dict[int, int] = {}
     factors: dict[int, float] = {}
+    has_unit: dict[int, bool] = {}
     time: int | None = None
     odd = []
     for column, word in enumerate(words):
-        # "Acc X [m/s\u00b2]" has the name "accx" and the unit "m/s2"; NFKC makes digits of superscripts.
+        # NFKC makes digits of superscripts, as in m/s\u00b2.
         word = unicodedata.normalize("NFKC", word)
-        plain = re.sub(r"[^a-z0-9]", "", _UNIT.sub("", word.lower()))
-        bracketed = _UNIT.search(word.lower())
+        plain, bracketed = _plain(word), _UNIT.search(word.lower())
         if found := _AXIS.fullmatch(plain):
             # Acceleration takes the rows 0 to 2, rotation 3 to 5.
             axis = "xyz".index(found[3]) + (3 if found[2] else 0)
@@ -175,7 +187,7 @@ def _read_header(words: list[str]) -> tuple[list[int], list[float], int | None]:
             factor = (_ROTATION_UNITS if found[2] else _ACCELERATION_UNITS).get(unit)
             if axis in columns or factor is None:
                 odd.append(word)
-            columns[axis], factors[axis] = column, factor or 1.0
+            columns[axis], factors[axis], has_unit[axis] = column, factor or 1.0, unit != ""
         elif plain in _IGNORED:
             continue
         elif _TIME.fullmatch(plain) and time is None:
@@ -183,9 +195,16 @@ def _read_header(words: list[str]) -> tuple[list[int], list[float], int | None]:
         else:
             odd.append(word)
     missing = [axis for row, axis in enumerate(AXES) if row not in columns]
+    # A unit of only one axis leaves the others open.
+    odd += [
+        words[columns[row]]
+        for row in columns
+        if not has_unit[row] and has_unit.get((row + 1) % 3 + row // 3 * 3)
+    ]
     if odd or missing:
         shown = ", ".join(repr(word[:40]) for word in words[:30])
-        problem = f"unknown or repeated: {', '.join(repr(word[:40]) for word in odd[:10])}" if odd else ""
+        names = ", ".join(repr(word[:40]) for word in odd[:10])
+        problem = f"unknown, repeated or without a unit: {names}" if odd else ""
         lacking = f"missing: {', '.join(missing)}" if missing else ""
         raise MediaError(
             f"the columns are {shown} ({'; '.join(filter(None, (problem, lacking)))}). Expected acc_x, acc_y, "

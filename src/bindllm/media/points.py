@@ -113,8 +113,10 @@ class _Sieve:
 
 def _from_array(array: np.ndarray) -> np.ndarray:
     check_numbers(array)
-    if array.ndim != 2 or not 3 <= array.shape[1] <= _MOST_COLUMNS:
-        hint = "; transpose it" if array.ndim == 2 and array.shape[0] == 3 else ""
+    # Three points of many columns are a cloud that is turned.
+    is_turned = array.ndim == 2 and array.shape[0] == 3 and array.shape[1] > 6
+    if array.ndim != 2 or is_turned or not 3 <= array.shape[1] <= _MOST_COLUMNS:
+        hint = "; transpose it" if is_turned else ""
         raise MediaError(f"an array {list(array.shape)}; expected [N, 3] or more columns after x y z{hint}")
     sieve = _Sieve()
     # In blocks, so that the copy in double precision stays small.
@@ -156,7 +158,8 @@ def _read_ply(stream: BinaryIO) -> Iterator[np.ndarray] | None:
     """Return the vertices [n, 3] of a PLY file block by block; None if it has faces, so that it is a mesh."""
     header = b"".join(itertools.takewhile(lambda line: line.strip() != b"end_header", _header_lines(stream)))
     lines, start = header.count(b"\n") + 1, stream.tell()
-    ply, counts = _parse_ply_header(header + b"end_header\n")
+    # Windows ends lines with "\r\n".
+    ply, counts = _parse_ply_header(header.replace(b"\r\n", b"\n") + b"end_header\n")
     if any(
         element.name in ("face", "tristrips") and count for element, count in zip(ply, counts, strict=True)
     ):
@@ -271,12 +274,14 @@ def _named_axes(line: bytes) -> list[int]:
 def _read_table(stream: BinaryIO, sieve: _Sieve) -> None:
     """Read lines of x y z, which a count of points or the names of the columns may precede."""
     # How to read this: skip everything before the first row of numbers, then read all rows as it is formed.
-    skipped, start, axes = 0, 0, [0, 1, 2]
+    skipped, start, axes, count, found = 0, 0, [0, 1, 2], 0.0, 0
     while line := stream.readline(_HEAD):
         named = _named_axes(line)
         axes = named or axes
-        is_count = _COUNT.fullmatch(line) and line.strip()
-        if not (named or is_count or line.lstrip().startswith(b"//")) and cells_of(line):
+        if line.strip() and _COUNT.fullmatch(line):
+            # A float, since an integer of thousands of digits cannot be read.
+            count = float(line)
+        elif not (named or line.lstrip().startswith(b"//")) and cells_of(line):
             break
         skipped, start = skipped + 1, stream.tell()
     columns = len(cells_of(line))
@@ -285,6 +290,9 @@ def _read_table(stream: BinaryIO, sieve: _Sieve) -> None:
         raise MediaError(f"line {skipped + 1} has {columns} cells; expected lines of x y z")
     for block in read_rows(stream, first=skipped + 1, columns=columns):
         sieve.add(block[:, axes])
+        found += len(block)
+    if found < count:
+        raise MediaError(f"a truncated table: {found:,} of {count:,.0f} points; replace the file")
 
 
 def _finish(points: np.ndarray, name: str) -> np.ndarray:

@@ -23,7 +23,7 @@ SUFFIXES: dict[str, frozenset[str]] = {
     "image": frozenset((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".svg", ".svgz")),
     "video": frozenset((".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg")),
     "audio": frozenset((".wav", ".mp3", ".flac", ".ogg", ".oga", ".opus", ".m4a", ".aac")),
-    "point": frozenset((".ply", ".obj", ".off", ".stl", ".glb", ".xyz", ".pts", ".pcd")),
+    "point": frozenset((".ply", ".obj", ".off", ".stl", ".glb", ".xyz", ".pts")),
 }
 """File endings by modality, in lower case. Other files (npy, npz, csv, txt) may hold any modality."""
 

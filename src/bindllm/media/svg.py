@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import gzip
 import io
+import logging
 import os
 import signal
 import subprocess
@@ -17,15 +18,24 @@ from typing import BinaryIO
 
 from PIL import Image
 
-from bindllm.errors import MediaError, MissingExtraError
+from bindllm.errors import MediaError, MissingExtraError, printable
 from bindllm.media import svg_renderer
-from bindllm.media.svg_renderer import ANSWER, REQUEST
+from bindllm.media.svg_renderer import ANSWER, FAILED, LINKS, REQUEST, TEXT
 
 MAX_SVG_BYTES = 32 * 1024 * 1024
 """Largest SVG text, after unpacking, that is rendered."""
 
 MAX_SECONDS = 20.0
 """Longest time that one SVG may take; most need a few milliseconds."""
+
+_WARNINGS = {
+    LINKS: "images that an SVG links to are not drawn; embed them",
+    TEXT: "text of an SVG is drawn in the fonts of this machine, or not at all; convert it to paths",
+}
+# Warnings that were given: a whole data set of one kind gives one line.
+_warned: set[int] = set()
+
+_log = logging.getLogger("bindllm")
 
 _GZIP = b"\x1f\x8b"
 
@@ -38,23 +48,28 @@ def looks_like_svg(head: bytes) -> bool:
     return head.startswith(_GZIP) or is_markup
 
 
-def render_svg(stream: BinaryIO, *, size: int, max_pixels: int) -> Image.Image:
+def render_svg(stream: BinaryIO, *, size: int, max_pixels: int, name: str) -> Image.Image:
     """Render an SVG on white so that its longer side is ``size`` pixels.
 
     The proportions come from width and height, else from the viewBox, else from the bounding box of the
-    drawing (100 x 100 if it is empty). Images inside are drawn only if they are embedded in the file.
+    drawing (100 x 100 if it is empty). Images inside are drawn only if they are embedded in the file, and text only in
+    the fonts of this machine; the first file of each kind gives a warning.
 
     Args:
         stream: the file, plain or packed with gzip.
         size: longer side in pixels.
         max_pixels: most pixels of all embedded images together.
+        name: name of the file, for warnings.
 
     Raises:
         MediaError: not well-formed, without area, too large, or it needs more than `MAX_SECONDS`, too much memory, or
             crashes the renderer.
         MissingExtraError: resvg_py is not installed.
     """
-    png = _process.render(_read(stream), size=size, max_pixels=max_pixels)
+    flags, png = _process.render(_read(stream), size=size, max_pixels=max_pixels)
+    for flag in (flag for flag in _WARNINGS if flags & flag and flag not in _warned):
+        _warned.add(flag)
+        _log.warning("%s: %s (further files are not reported)", printable(name), _WARNINGS[flag])
     with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
         return image.convert("RGB")
 
@@ -80,13 +95,13 @@ class _Process:
         self._lock = threading.Lock()
         self._popen: subprocess.Popen[bytes] | None = None
 
-    def render(self, text: bytes, *, size: int, max_pixels: int) -> bytes:
-        """Return the PNG; the threads of a process take turns."""
+    def render(self, text: bytes, *, size: int, max_pixels: int) -> tuple[int, bytes]:
+        """Return the flags of the renderer and the PNG; the threads of a process take turns."""
         with self._lock:
             running = self._running()
             try:
                 _write(running, REQUEST.pack(MAX_SECONDS, size, max_pixels, len(text)) + text)
-                is_image, length = ANSWER.unpack(_read_exactly(running, ANSWER.size))
+                flags, length = ANSWER.unpack(_read_exactly(running, ANSWER.size))
                 answer = _read_exactly(running, length)
             except (OSError, EOFError) as error:
                 code, reason = self.stop(), f"takes more than {MAX_SECONDS:g} seconds"
@@ -97,9 +112,9 @@ class _Process:
             except BaseException:
                 self.stop()
                 raise
-        if not is_image:
+        if flags & FAILED:
             raise MediaError(f"an SVG that cannot be rendered ({answer.decode()})")
-        return answer
+        return flags, answer
 
     def stop(self) -> int:
         """End the process, and return its exit code."""

@@ -21,13 +21,16 @@ from xml.etree import ElementTree
 REQUEST = struct.Struct(">dIII")
 """Before the text of an SVG: seconds that it may take, longer side of the result, most embedded pixels, bytes."""
 
-ANSWER = struct.Struct(">?I")
-"""Before the answer: whether it is a PNG or the reason of a failure, and its bytes."""
+ANSWER = struct.Struct(">BI")
+"""Before the answer: flags, and the bytes of the PNG or of the reason of a failure."""
+
+FAILED, LINKS, TEXT = 1, 2, 4
+"""Flags: no PNG; links to images outside of the file, which are not drawn; text, which needs fonts of the machine."""
 
 MAX_MEMORY = 2 * 1024**3
 """Bytes of address space."""
 
-_INLINE_RASTER = re.compile(r"\s*data:image/(?:png|jpe?g|gif|webp)(;[^,]*)?,(.*)", re.IGNORECASE | re.DOTALL)
+_DATA_URI = re.compile(r"\s*data:((?!image/svg)[^,]*),(.*)", re.IGNORECASE | re.DOTALL)
 
 
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:
@@ -37,18 +40,18 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
         # The alarm ends this process, also if the parent was killed meanwhile.
         signal.setitimer(signal.ITIMER_REAL, seconds)
         try:
-            is_image, answer = True, render(requests.read(length), size=size, max_pixels=max_pixels)
+            flags, answer = render(requests.read(length), size=size, max_pixels=max_pixels)
         # A panic of the renderer is a BaseException of a class that nothing exports.
         except BaseException as error:
             reason = str(error)[:500] or type(error).__name__
-            is_image, answer = False, reason.encode(errors="replace")
+            flags, answer = FAILED, reason.encode(errors="replace")
         signal.setitimer(signal.ITIMER_REAL, 0)
-        answers.write(ANSWER.pack(is_image, len(answer)) + answer)
+        answers.write(ANSWER.pack(flags, len(answer)) + answer)
         answers.flush()
 
 
-def render(text: bytes, *, size: int, max_pixels: int) -> bytes:
-    """Return the PNG of an SVG on white, its longer side ``size`` pixels.
+def render(text: bytes, *, size: int, max_pixels: int) -> tuple[int, bytes]:
+    """Return flags and the PNG of an SVG on white, its longer side ``size`` pixels.
 
     Raises:
         ValueError: not well-formed, without area, or an embedded image above ``max_pixels``.
@@ -59,9 +62,10 @@ def render(text: bytes, *, size: int, max_pixels: int) -> bytes:
         root = ElementTree.fromstring(text)
     except (ElementTree.ParseError, ValueError, LookupError) as error:
         raise ValueError(f"not well-formed: {error}") from error
-    _check_images(root, max_pixels)
+    flags = LINKS * _remove_links(root, max_pixels)
+    flags |= TEXT * any(element.tag.rpartition("}")[2] == "text" for element in root.iter())
     # Lengths in mm or inches need a resolution; CSS defines 96 dots per inch.
-    return resvg_py.svg_to_bytes(
+    return flags, resvg_py.svg_to_bytes(
         svg_string=ElementTree.tostring(root, encoding="unicode"),
         width=size,
         height=size,
@@ -70,13 +74,13 @@ def render(text: bytes, *, size: int, max_pixels: int) -> bytes:
     )
 
 
-def _check_images(root: ElementTree.Element, max_pixels: int) -> None:
-    """Remove links to files and addresses: only raster images embedded as data are drawn, up to a size in all."""
+def _remove_links(root: ElementTree.Element, max_pixels: int) -> bool:
+    """Leave only raster images that are embedded as data, up to a size in all; return whether there were others."""
     from PIL import Image
 
     # The limit below takes the place of Pillow's own warning.
     Image.MAX_IMAGE_PIXELS = None
-    pixels = 0
+    pixels, is_any = 0, False
     for element in root.iter():
         if element.tag.rpartition("}")[2] not in ("image", "feImage"):
             continue
@@ -84,16 +88,21 @@ def _check_images(root: ElementTree.Element, max_pixels: int) -> None:
             # Links within the file (#id) stay.
             if key.rpartition("}")[2] != "href" or value.startswith("#"):
                 continue
-            found = _INLINE_RASTER.fullmatch(value)
+            found = _DATA_URI.fullmatch(value)
             if found is None:
+                is_any = True
                 del element.attrib[key]
                 continue
-            is_base64 = "base64" in (found[1] or "").lower()
+            is_base64 = "base64" in found[1].lower()
             data = base64.b64decode(found[2]) if is_base64 else unquote_to_bytes(found[2])
             with Image.open(io.BytesIO(data), formats=["PNG", "JPEG", "GIF", "WEBP"]) as image:
                 pixels += image.width * image.height
+                # The renderer draws nothing if the type is another one than that of the content.
+                kind = f"data:image/{image.format.lower()};base64,"
+            element.set(key, kind + base64.b64encode(data).decode())
     if pixels > max_pixels:
         raise ValueError(f"embedded images of {pixels:,} pixels; at most {max_pixels:,} are decoded")
+    return is_any
 
 
 def main() -> None:

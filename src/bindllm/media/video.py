@@ -112,7 +112,9 @@ def _scan(container: InputContainer, stream: VideoStream) -> _Timeline:
     # 8 bytes a frame, because a long video has millions of them.
     times, keys = array("q"), array("q")
     # AVI keeps no times. FFmpeg derives them from the order of the packets, which is wrong if frames are reordered.
-    complete = not (container.format.name == "avi" and stream.codec_context.has_b_frames)
+    # MPEG keeps them, but seeking in it ends at other frames.
+    kind, is_reordered = container.format.name, stream.codec_context.has_b_frames
+    complete = not (kind == "mpeg" or (kind == "avi" and is_reordered))
     for packet in packets(container, stream):
         # An edit list hides discarded packets: they are decoded but not shown.
         if packet.is_discard or _is_invisible(packet, stream):

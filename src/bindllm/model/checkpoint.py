@@ -32,7 +32,7 @@ from bindllm.atomic import (
     write_json,
     write_tensors,
 )
-from bindllm.encoders import shape_problems
+from bindllm.encoders import Encoder, members_of, shape_problems
 from bindllm.errors import CheckpointError, UsageError, did_you_mean
 from bindllm.imports import build_named
 
@@ -46,7 +46,6 @@ ADAPTER_WEIGHTS = f"{ADAPTER}/adapter_model.safetensors"
 _ADAPTER_CONFIG = f"{ADAPTER}/adapter_config.json"
 _ADAPTER_PREFIX = "adapter."
 # Methods of `bindllm.encoders.Encoder`; its other members may be made by the constructor.
-_ENCODER_METHODS = ("fingerprint", "to", "prepare", "embed")
 # Endings of files that may hold pickles. A checkpoint never has them, so one means that the folder was tampered with.
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"}
 UNKNOWN_LICENSE = "see its own page"
@@ -248,7 +247,8 @@ def _not_an_encoder(kind: Any) -> str:
     """Return why something is not the class of an encoder. An untrusted folder may name any function."""
     if not isinstance(kind, type):
         return "not a class"
-    lacking = [name for name in _ENCODER_METHODS if not callable(getattr(kind, name, None))]
+    methods = members_of(Encoder, methods=True)
+    lacking = [name for name in methods if not callable(getattr(kind, name, None))]
     return f"a class without {', '.join(lacking)}" if lacking else ""
 
 

