@@ -171,14 +171,7 @@ def render(
     turns = [{"role": m.role, "content": _guard(m.text, control, escape=escape)} for m in messages]
     _check_normalized(turns, tokenizer)
     text = _apply_template(tokenizer, turns, header=add_generation_prompt)
-    # Templates may change white space. Answers are compared below; earlier ones may lose their thoughts.
-    written = _squeeze(text)
-    for turn in turns:
-        if turn["role"] != "assistant" and _squeeze(turn["content"]) not in written:
-            raise InputError(
-                f"the chat template of {tokenizer.name_or_path!r} does not write the text of a {turn['role']} message; "
-                "use another template, or remove the text"
-            )
+    _check_written(turns, text, tokenizer)
     answer_starts = _answer_starts(tokenizer, turns, text, control)
     ids, starts = _tokens(tokenizer, text, answer_starts.values())
     answers, whole, control_ids = {}, [], set(control.values())
@@ -438,6 +431,18 @@ def _continuation(
         f"the tokenizer {tokenizer.name_or_path!r} joins the header of an answer with the first letters of the answer "
         f"({text[:10]!r}), and cannot write them apart; use a chat template whose headers do not end in a space"
     )
+
+
+def _check_written(turns: list[dict[str, str]], text: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a template that drops a question or a system text; answers are compared token by token."""
+    written = _squeeze(text)
+    for turn in turns:
+        # Templates may change white space, and take the thoughts out of earlier answers.
+        if turn["role"] != "assistant" and _squeeze(turn["content"]) not in written:
+            raise InputError(
+                f"the chat template of {tokenizer.name_or_path!r} does not write the text of a {turn['role']} message; "
+                "use another template, or remove the text"
+            )
 
 
 def _found(position: int | None, turn: int, tokenizer: PreTrainedTokenizerBase) -> int:
