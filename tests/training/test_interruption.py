@@ -16,6 +16,7 @@ import bindllm.model.checkpoint as checkpoint
 import bindllm.training.state as state
 from bindllm import BindLLM
 from bindllm.training.module import BindModule
+from tiny import save_tiny_decoder
 from tiny_run import run, tiny_parts, tiny_recipe
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
@@ -429,10 +430,10 @@ def test_early_stopping_is_remembered_by_a_run_that_goes_on(recipe, tmp_path, mo
     steps = count_calls(monkeypatch, BindModule, "training_step")
     capsys.readouterr()
     assert run("fit", early) == 0
-    assert "early stopping ended the run at step 10" in capsys.readouterr().out
+    assert "early stopping, ended the run at step 10" in capsys.readouterr().out
     # More epochs do not undo its decision.
     assert run("fit", early, "--trainer.max_epochs", "8") == 0
-    assert "early stopping ended the run at step 10" in capsys.readouterr().out
+    assert "early stopping, ended the run at step 10" in capsys.readouterr().out
     assert steps == []
 
 
@@ -475,6 +476,30 @@ def test_changed_content_of_as_many_rows_is_noticed(split, change, recipe, tmp_p
     table.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert run("fit", own) == 1
     assert "rows or media of pictures are as many, but not the same" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("changed", ["decoder decoder", "checkpoint start"])
+def test_a_state_meets_only_the_decoder_and_the_start_that_it_was_saved_with(
+    changed, recipe, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(recipe["model"]["decoder"]["name"], "decoder")
+    own = {**recipe, "model": {**recipe["model"], "decoder": {"name": "decoder", "dtype": "float32"}}}
+    base = {**own, "output": "start"}
+    if changed == "checkpoint start":
+        assert run("fit", base, "--trainer.max_epochs", "1") == 0
+        own["model"]["init_from"] = "start"
+    with monkeypatch.context() as patch:
+        count_calls(patch, BindModule, "training_step", at=4, before=die)
+        with pytest.raises(Killed):
+            run("fit", own)
+    if changed == "checkpoint start":
+        base["model"] = {name: value for name, value in own["model"].items() if name != "init_from"}
+        assert run("fit", base) == 0
+    else:
+        save_tiny_decoder(Path("decoder"), seed=1)
+    assert run("fit", own) == 1
+    assert f"another {changed} is in its place" in " ".join(capsys.readouterr().err.split())
 
 
 def test_changed_data_are_not_trained_on_as_if_they_were_the_same(recipe, tmp_path, monkeypatch, capsys):

@@ -171,8 +171,7 @@ def open_run(
         )
     # A place that cannot be written is found now, and not after the last step.
     with map_write_errors(output):
-        place = output.resolve().parent
-        place.mkdir(parents=True, exist_ok=True)
+        place = next(parent for parent in output.resolve().parents if parent.exists())
         tempfile.TemporaryFile(dir=place).close()
     if fitting:
         # The same recipe before a shorter one.
@@ -335,7 +334,8 @@ class Run:
             self.console.print(f"{stop}; the same command resumes the run")
             return 130
         if self.state.stopped_early:
-            say(f"early stopping ended the run at step {self.trainer.global_step}, before its last epoch")
+            step = self.trainer.global_step
+            say(f"a callback, such as early stopping, ended the run at step {step}, before its last epoch")
         # A run that diverged still leaves its best validated weights, and then reports the error.
         problem = self.state.problem(self.trainer)
         if self.trainer.is_global_zero and (problem is None or self.state.best_loss is not None):

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from bindllm.atomic import atomic_file, write_tensors
 from bindllm.errors import CheckpointError, InputError, TrainingError
+from bindllm.model.checkpoint import read_manifest
 from bindllm.parallel import Processes
 from bindllm.training.runlog import RunLog
 
@@ -126,6 +127,7 @@ class RunState(Checkpoint):
         self.stopped_early = self._ended = self._is_validated = False
         self._validated: dict[str, Tensor] = {}
         self._sources: dict[str, str] = {}
+        self._parts: dict[str, str | None] = {}
         self._rows: dict[str, Any] | None = None
         self._generators: GeneratorStates | None = None
         self._num_processes = 1
@@ -153,6 +155,7 @@ class RunState(Checkpoint):
             "is_validated": self._is_validated,
             "rows": self._rows,
             "sources": self._sources,
+            "parts": self._parts,
             "generators": self._generators,
             "num_processes": self._num_processes,
         }
@@ -180,6 +183,7 @@ class RunState(Checkpoint):
         self.seconds, self.stopped_early = state_dict["seconds"], state_dict["stopped_early"]
         self._rows, self._generators = state_dict["rows"], state_dict["generators"]
         self._sources, self._is_validated = state_dict["sources"], state_dict["is_validated"]
+        self._parts = state_dict["parts"]
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -197,22 +201,27 @@ class RunState(Checkpoint):
         trainer.should_stop = self.stopped_early
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that the data is the same, truncate the log to the resumed step, and install signal handlers.
+        """Check that model and data are the same, truncate the log to the resumed step, and install signal handlers.
 
         Lightning restores only loaders that are created after the state was read, but the schedule needs the length of
         an epoch, and so its loader, before that.
 
         Raises:
-            InputError: the data has changed; names the sources.
+            InputError: the data, the decoder, an encoder or the initial weights have changed; names them.
         """
         # Counts of each source, only for the message: the loader compares the rows themselves.
         sources = {source.path: source.counted for source in trainer.datamodule.report.sources}
+        parts = _frozen_parts(pl_module)
         if self._rows is not None:
+            if other := [
+                name for name in {**self._parts, **parts} if self._parts.get(name) != parts.get(name)
+            ]:
+                raise self._refusal(trainer, f"another {' and another '.join(other)} is in its place")
             try:
                 trainer.train_dataloader.load_state_dict(self._rows)
             except InputError as error:
-                raise InputError(self._changed_data(trainer, sources)) from error
-        self._sources = sources
+                raise self._refusal(trainer, self._changed_rows(sources)) from error
+        self._sources, self._parts = sources, parts
         if self._generators is not None:
             restore_generators(self._generators, Processes.of_trainer(trainer), trainer.strategy.root_device)
         self._clock = self._saved_at = time.monotonic()
@@ -339,8 +348,8 @@ class RunState(Checkpoint):
         found = diverged[0] if diverged else "The validation loss was never finite."
         return f"training has diverged: {found} {kept}. Lower model.optim.lr, and look at metrics.csv in {self.folder}"
 
-    def _changed_data(self, trainer: Trainer, sources: dict[str, str]) -> str:
-        """Return the message about a state that was saved with other data."""
+    def _changed_rows(self, sources: dict[str, str]) -> str:
+        """Return the sources that have changed since the state was saved."""
         # The loader only knows that its rows differ; the counts show which source to look at.
         before = self._sources
         paths = [path for path in {**before, **sources} if before.get(path) != sources.get(path)]
@@ -350,10 +359,12 @@ class RunState(Checkpoint):
         found = (
             "; ".join(changes) or f"the rows or media of {', '.join(sources)} are as many, but not the same"
         )
-        return (
-            f"{self.last} (step {trainer.global_step}) cannot resume, because its rows have changed: {found}. "
-            "Restore them and run the same command, or train on the changed rows with another --output; this state "
-            "then stays as it is"
+        return f"its rows have changed: {found}"
+
+    def _refusal(self, trainer: Trainer, reason: str) -> InputError:
+        return InputError(
+            f"{self.last} (step {trainer.global_step}) cannot resume, because {reason}. Restore the earlier ones "
+            "and run the same command, or train with another --output; this state then stays as it is"
         )
 
     def _save(self, trainer: Trainer) -> None:
@@ -387,6 +398,21 @@ class RunState(Checkpoint):
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}
+
+
+def _frozen_parts(module: LightningModule) -> dict[str, str | None]:
+    """Identify the parts of a run that no state holds: decoder, encoders and initial weights, by their names."""
+    described = module.model.describe()
+    parts = {f"decoder {described['decoder']['name']}": described["decoder"]["fingerprint"]}
+    for number, encoder in enumerate(described["encoders"]):
+        parts[f"encoder {number + 1}, {encoder['class_path']}"] = encoder["fingerprint"]
+    if module.init_from is not None:
+        # A reference model is a copy of these weights.
+        manifest = read_manifest(module.init_from)
+        parts[f"checkpoint {module.init_from}"] = (
+            f"{manifest.get('weights_sha256')} {manifest.get('adapter_sha256')}"
+        )
+    return parts
 
 
 def _is_last_step(trainer: Trainer) -> bool:
