@@ -73,8 +73,8 @@ def run_folder(output: str | Path, *, init_from: str | Path | None = None) -> Pa
         init_from: the checkpoint folder whose weights the run starts with, if any.
 
     Raises:
-        InputError: ``output`` is a file, holds other files than a checkpoint, or is the checkpoint that the run starts
-            from; it would be replaced at the end of the run.
+        InputError: ``output`` is a file, starts with ``~``, holds other files than a checkpoint, or is the checkpoint
+            that the run starts from; it would be replaced at the end of the run.
     """
     output = Path(output)
     found, home = output.resolve(), Path.cwd().resolve()
@@ -83,6 +83,8 @@ def run_folder(output: str | Path, *, init_from: str | Path | None = None) -> Pa
             f"output {output} is model.init_from too: the run would replace its own start, and could not be "
             "run twice with the same result; choose another output"
         )
+    if output.parts[:1] == ("~",):
+        raise InputError(f"output {output} would be in a folder called ~ here; write the whole path")
     if output.exists() and not output.is_dir():
         raise InputError(f"output {output} is a file; name a folder")
     if output.is_dir() and any(output.iterdir()) and not (output / MANIFEST).is_file():
