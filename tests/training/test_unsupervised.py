@@ -49,17 +49,18 @@ def test_a_run_of_which_no_row_has_an_answer_stops_with_the_reason(recipe, capsy
 
 
 def test_a_batch_without_a_token_to_learn_from_stops_the_run_and_names_its_rows(recipe, monkeypatch, capsys):
-    """As after a fault in a chat template: the run stops, and goes on from its state once that is mended."""
-    original, made = datamodule.make_sample, []
+    """As after a fault in memory: the run stops, and goes on from its state once that is mended."""
+    original, made = datamodule.collate, []
 
-    def faulty(*args):
-        sample = original(*args)
-        made.append(sample)
-        mute = len(made) == 7
-        return replace(sample, labels=np.full_like(sample.labels, IGNORE)) if mute else sample
+    def faulty(samples, *args, **options):
+        made.append(samples)
+        if len(made) == 3:
+            mute = replace(samples[0], labels=np.full_like(samples[0].labels, IGNORE))
+            samples = [mute, *samples[1:]]
+        return original(samples, *args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(datamodule, "make_sample", faulty)
+        patch.setattr(datamodule, "collate", faulty)
         assert run("fit", recipe) == 1
     assert "1 rows of a batch have no token to learn from: captions.jsonl line " in capsys.readouterr().err
     before = logged("train_loss")
