@@ -157,7 +157,7 @@ def render(
     Raises:
         DecoderError: no offsets, no chat template, or a template whose text cannot be mapped to messages, or whose
             headers the tokenizer can only join with an answer.
-        InputError: a text that spells a control token, or a conversation that the template refuses.
+        InputError: a text that spells a control token, or a conversation that the template refuses or drops a text of.
 
     Examples:
         >>> render(Conversation((Message("user", "Hi"),)), tokenizer).input_ids  # doctest: +SKIP
@@ -171,15 +171,15 @@ def render(
     turns = [{"role": m.role, "content": _guard(m.text, control, escape=escape)} for m in messages]
     _check_normalized(turns, tokenizer)
     text = _apply_template(tokenizer, turns, header=add_generation_prompt)
+    _check_written(turns, text, tokenizer)
     answer_starts = _answer_starts(tokenizer, turns, text, control)
     ids, starts = _tokens(tokenizer, text, answer_starts.values())
     answers, whole, control_ids = {}, [], set(control.values())
     for turn, start in answer_starts.items():
         first = bisect_left(starts, _found(start, turn, tokenizer))
         answers[turn] = first, _answer_end(ids, first, control_ids)
-        # Some templates change the white space of an answer, which its meaning does not depend on.
         learned = text[start : starts[answers[turn][1] - 1]]
-        whole.append("".join(learned.split()).endswith("".join(turns[turn]["content"].split())))
+        whole.append(_squeeze(learned).endswith(_squeeze(turns[turn]["content"])))
     media_index = [0 if conversation.media_groups else NO_MEDIA] * len(ids)
     # Everything before the first group belongs to it already.
     for group, turn in [*enumerate(turn for turn, message in enumerate(messages) if message.media)][1:]:
@@ -192,19 +192,28 @@ def render(
     return Rendered(ids, media_index, [*answers.values()], whole, starts)
 
 
+def _squeeze(text: str) -> str:
+    """Remove all white space."""
+    return "".join(text.split())
+
+
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """Return the control tokens of a tokenizer, such as ``<|im_end|>``, with their ids."""
     return {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
-def end_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_tokens(tokenizer: PreTrainedTokenizerBase, system: str | None = None) -> list[int]:
     """Return the control tokens with which the chat template ends an answer; several if the last answer differs.
+
+    Args:
+        tokenizer: with a chat template.
+        system: a system text that the template has to write, if any.
 
     Raises:
         DecoderError: the template cannot be used: an answer has no end, or its tokens are not its whole text.
     """
-    ends = []
-    for conversation in (_EXCHANGE, Conversation(_EXCHANGE.messages * 2)):
+    ends, first = [], (Message("system", system),) if system else ()
+    for conversation in (Conversation(first + _EXCHANGE.messages * count) for count in (1, 2)):
         try:
             rendered = render(conversation, tokenizer)
         except (InputError, DecoderError) as error:
@@ -422,6 +431,18 @@ def _continuation(
         f"the tokenizer {tokenizer.name_or_path!r} joins the header of an answer with the first letters of the answer "
         f"({text[:10]!r}), and cannot write them apart; use a chat template whose headers do not end in a space"
     )
+
+
+def _check_written(turns: list[dict[str, str]], text: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a template that drops a question or a system text; answers are compared token by token."""
+    written = _squeeze(text)
+    for turn in turns:
+        # Templates may change white space, and take the thoughts out of earlier answers.
+        if turn["role"] != "assistant" and _squeeze(turn["content"]) not in written:
+            raise InputError(
+                f"the chat template of {tokenizer.name_or_path!r} does not write the text of a {turn['role']} message; "
+                "use another template, or remove the text"
+            )
 
 
 def _found(position: int | None, turn: int, tokenizer: PreTrainedTokenizerBase) -> int:

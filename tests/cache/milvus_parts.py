@@ -10,6 +10,7 @@ import torch
 
 from bindllm import EmbeddingStore, Media
 from bindllm.cache.blend import unit_rows
+from index_stores import extend
 from store_parts import FINGERPRINT, keys_of
 
 WIDTH = 24
@@ -18,9 +19,7 @@ WIDTH = 24
 def image_store(folder: Path, count: int, *, start: int = 0) -> EmbeddingStore:
     """A store with that many image embeddings, of any length, and one text."""
     store = EmbeddingStore(folder, FINGERPRINT, WIDTH)
-    media = [Media.image(f"picture {n}".encode()) for n in range(start, start + count)]
-    rows = 3 * torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(start))
-    store.append(keys_of(media), rows, media)
+    extend(store, *range(start, start + count))
     text = [Media.text("a text")]
     store.append(keys_of(text), torch.ones(1, WIDTH), text)
     return store

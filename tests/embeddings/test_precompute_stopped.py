@@ -62,17 +62,6 @@ def test_an_error_of_the_encoder_keeps_embeddings_and_names_its_batch(tmp_path):
     assert counts(run(tmp_path / "store", write_images(tmp_path / "in", 12))) == (8, 4, 0, 0)
 
 
-def test_an_unexpected_error_while_preparing_names_the_media(tmp_path):
-    class Failing(CountingEncoder):
-        def prepare(self, media):
-            raise ZeroDivisionError
-
-    media = write_images(tmp_path / "in", 1)
-    with pytest.raises(ZeroDivisionError) as caught:
-        run(tmp_path / "store", media, Failing())
-    assert caught.value.__notes__ == [f"while preparing {media[0].name}"]
-
-
 def test_a_full_disk_reports_how_much_is_stored(tmp_path, monkeypatch):
     media = write_images(tmp_path / "in", 20)
     original = pa.ipc.RecordBatchFileWriter.write_table

@@ -8,9 +8,18 @@ import pyarrow as pa
 import pytest
 import torch
 
+from bindllm import EmbeddingStore
 from bindllm.embeddings import shards
 from bindllm.errors import StoreError
 from store_parts import add, keys_of, open_store, texts, vectors
+
+
+def store_of_many_shards(folder: Path, more: int = 1) -> EmbeddingStore:
+    """A store with more small shards than it keeps."""
+    store = open_store(folder)
+    for n in range(shards.MANY_SMALL + more):
+        add(store, n)
+    return store
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.5, 0.99])
@@ -70,10 +79,7 @@ def test_a_full_disk_is_reported_and_leaves_the_old_rows(tmp_path, monkeypatch):
 
 
 def test_many_small_shards_become_one(tmp_path):
-    store = open_store(tmp_path)
-    count = shards.MANY_SMALL + 5
-    for n in range(count):
-        add(store, n)
+    store, count = store_of_many_shards(tmp_path, 5), shards.MANY_SMALL + 5
     other = open_store(tmp_path)
     store.compact()
     assert len(list(store.folder.glob("embeddings-*.arrow"))) == 6
@@ -82,10 +88,7 @@ def test_many_small_shards_become_one(tmp_path):
 
 
 def test_a_crash_between_merging_and_removing_loses_nothing(tmp_path, monkeypatch):
-    store = open_store(tmp_path)
-    count = shards.MANY_SMALL + 1
-    for n in range(count):
-        add(store, n)
+    store, count = store_of_many_shards(tmp_path), shards.MANY_SMALL + 1
 
     def killed(*_args, **_options):
         raise KeyboardInterrupt
@@ -104,9 +107,7 @@ def test_a_crash_between_merging_and_removing_loses_nothing(tmp_path, monkeypatc
 
 
 def test_two_processes_that_merge_the_same_shards_write_the_same_file(tmp_path):
-    store = open_store(tmp_path)
-    for n in range(shards.MANY_SMALL + 1):
-        add(store, n)
+    store = store_of_many_shards(tmp_path)
     copies = {path: path.read_bytes() for path in store.folder.glob("embeddings-*.arrow")}
     other = open_store(tmp_path)
     store.compact()
@@ -118,9 +119,7 @@ def test_two_processes_that_merge_the_same_shards_write_the_same_file(tmp_path):
 
 def test_large_shards_are_not_merged(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "SMALL_BYTES", 0)
-    store = open_store(tmp_path)
-    for n in range(shards.MANY_SMALL + 1):
-        add(store, n)
+    store = store_of_many_shards(tmp_path)
     before = set(store.folder.iterdir())
     store.compact()
     assert set(store.folder.iterdir()) == before
@@ -158,9 +157,7 @@ def test_rows_of_another_process_are_found(tmp_path):
 
 
 def test_leftovers_of_a_killed_merge_are_removed(tmp_path):
-    store = open_store(tmp_path)
-    for n in range(shards.MANY_SMALL + 1):
-        add(store, n)
+    store = store_of_many_shards(tmp_path)
     files = {file: file.read_bytes() for file in store.folder.glob("embeddings-*.arrow")}
     store.compact()
     merged = set(store.folder.glob("embeddings-*.arrow"))

@@ -86,15 +86,6 @@ def test_the_head_is_on_top_of_the_tower_with_the_weights_of_the_folder(letters)
     assert torch.equal(encoder.embed("text", inputs), head(tower.embed("text", inputs)))
 
 
-def test_building_draws_no_chance_from_the_caller(beats):
-    torch.manual_seed(3)
-    expected = torch.rand(2)
-    torch.manual_seed(3)
-    encoder = Aligned(str(beats), allow=[BEATS])
-    encoder.embed("radar", [encoder.prepare(Media("radar", np.arange(9.0)))])
-    assert torch.equal(torch.rand(2), expected)
-
-
 def test_the_fingerprint_tells_every_part(letters, beats, tmp_path):
     seen = {
         Aligned(str(letters), allow=[LETTERS]).fingerprint(),

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import pickle
 import shutil
-import time
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -16,7 +13,6 @@ from safetensors.torch import load_file, save_file
 
 from bindllm.encoders import Encoder
 from bindllm.encoders.imagebind import ImageBind
-from bindllm.encoders.imagebind.network import load_trunk
 from bindllm.errors import EncoderError, InputError, MediaError
 from bindllm.media import Media
 from bindllm.testing import check_encoder
@@ -34,25 +30,6 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def copy(folder, tmp_path):
     return shutil.copytree(folder, tmp_path / "copy")
-
-
-def test_threads_share_the_loading_of_a_trunk(folder, monkeypatch):
-    loaded = []
-
-    def slow(*args, **options):
-        loaded.append(args[1])
-        time.sleep(0.05)
-        return load_trunk(*args, **options)
-
-    monkeypatch.setattr("bindllm.encoders.imagebind.load_trunk", slow)
-    encoder = ImageBind(str(folder))
-    with ThreadPoolExecutor(4) as pool:
-        rows = list(pool.map(lambda _: encoder.embed("imu", [SIGNAL]), range(4)))
-    assert loaded == ["imu"]
-    assert all(torch.equal(row, rows[0]) for row in rows)
-    copy = pickle.loads(pickle.dumps(encoder))
-    # Unpickled weights lie elsewhere in memory, and some CPUs then add in another order.
-    torch.testing.assert_close(copy.embed("imu", [SIGNAL]), rows[0], rtol=0, atol=1e-6)
 
 
 def test_a_missing_folder_names_the_command_that_makes_it(tmp_path):
@@ -124,7 +101,7 @@ def test_only_the_trunks_in_use_are_read(copy):
     assert len(encoder.fingerprint()) == 64
     whole = ImageBind(str(copy))
     assert whole.embed("imu", [SIGNAL]).shape == (1, 32)
-    with pytest.raises(EncoderError, match=r"vision.safetensors: no weights of ImageBind's vision trunk"):
+    with pytest.raises(EncoderError, match=r"has no vision\.safetensors; `bindllm convert imagebind"):
         whole.embed("image", [torch.zeros(3, 224, 224)])
 
 
@@ -265,22 +242,10 @@ def test_a_recipe_reads_it_without_its_folder():
     assert ImageBind(**json.loads(json.dumps(made.config))).config == made.config
 
 
-def test_loading_and_embedding_leave_the_random_state_alone(folder):
-    before = torch.get_rng_state()
-    ImageBind(str(folder)).embed("imu", [SIGNAL])
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_first_use_in_inference_mode_does_no_harm(folder):
+def test_weights_loaded_in_inference_mode_can_take_part_in_training(folder):
     encoder = ImageBind(str(folder))
     with torch.inference_mode():
-        first = encoder.embed("imu", [SIGNAL])
-    second = encoder.to("cpu").embed("imu", [SIGNAL])
-    assert torch.equal(first, second)
-    assert not second.is_inference()
-    weight = torch.ones(32, requires_grad=True)
-    (second * weight).sum().backward()
-    assert torch.equal(weight.grad, second[0])
+        encoder.embed("imu", [SIGNAL])
     assert not any(tensor.is_inference() for tensor in encoder._trunk("imu").parameters())
 
 

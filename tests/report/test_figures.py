@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from bindllm.errors import MediaError, MissingExtraError
-from bindllm.report.figures import gate_figure, loss_figure, thumbnail
+from bindllm.report.page import gate_figure, loss_figure, thumbnail
 from tiny import COLORS
 
 TRAINING = [(step, 8 * math.exp(-step / 50) + 3) for step in range(0, 300, 10)]

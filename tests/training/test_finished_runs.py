@@ -156,7 +156,7 @@ def test_best_weights_that_are_lost_are_named(again, monkeypatch, capsys):
     assert "best-5.safetensors, the weights with the lowest validation loss" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("output", ["notes.txt", "notes.txt/model"])
+@pytest.mark.parametrize("output", ["notes.txt", "notes.txt/model", "~/model"])
 def test_an_output_that_cannot_be_written_is_refused_before_training(output, again, monkeypatch, capsys):
     Path("notes.txt").write_text("mine")
     monkeypatch.setattr(BindModule, "training_step", None)

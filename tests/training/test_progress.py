@@ -5,7 +5,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from bindllm.training.progress import RunProgress
+from bindllm.training.callbacks import RunProgress
 
 
 @pytest.fixture

@@ -118,6 +118,7 @@ def check_factory(factory: str, search: str, embedding_size: int) -> None:
         MissingExtraError: Faiss is not installed.
     """
     index = make_index("Flat" if factory == "auto" else factory, embedding_size)
+    # Faiss builds kinds that a cache cannot use: it reads the vectors of neighbors back to mix them in.
     if reason := _unusable(index):
         raise InputError(
             f"an index {factory!r} {reason}, which a cache needs; 'Flat' is exact and always works"
@@ -220,6 +221,7 @@ def set_search(index: Any, search: str) -> None:
 
 def train(factory: str, embedding_size: int, keys: np.ndarray, read: Read) -> Any:
     """Return an empty index, trained on vectors that are evenly spread over the keys if the kind needs it."""
+    # K-means needs all of its vectors at once, so `train_count` bounds their number.
     index = make_index(factory, embedding_size)
     count = train_count(index, len(keys))
     if count:

@@ -115,6 +115,7 @@ class MilvusIndex:
             )
         if index_type not in (known := ("auto", *INDEX_TYPES)):
             raise InputError(f"unknown index type {index_type!r}. {did_you_mean(index_type, known)}")
+        # Everything that can be refused without a server comes first.
         keys = wanted_keys(store, modality)
         server = MilvusServer(uri, token=token, timeout=timeout)
         if index_type == "auto":
@@ -387,6 +388,7 @@ def _create(server: MilvusServer, name: str, info: MilvusInfo) -> None:
 
 def _fill(server: MilvusServer, name: str, store: EmbeddingStore, keys: np.ndarray) -> None:
     """Write the embeddings of the keys at unit length, numbered in order of their keys, and flush them."""
+    # Ids are positions among the sorted keys, as in a `VectorIndex`, so both give the same neighbors for ties.
     step = _rows_at_once(store.embedding_size)
     for start in range(0, len(keys), step):
         part = keys[start : start + step]

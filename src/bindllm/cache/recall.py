@@ -69,6 +69,7 @@ def hit_rate(positions: Positions, k: int) -> Tensor:
         >>> hit_rate(find_positions(torch.tensor([[0.9, 0.5, 0.5]]), [[1]]), 2)
         tensor([0.5000], dtype=torch.float64)
     """
+    # Positions among the first k that the tied answers share.
     free = (k - positions.above).clamp(min=0)
     miss = torch.ones(len(free), dtype=torch.float64)
     # Drawing without replacement: the probability that every free position goes to a wrong answer.

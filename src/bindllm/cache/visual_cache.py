@@ -345,6 +345,7 @@ def open_cache(
         cache = VisualCache(open_index(place), settings)
         cache.check_encoders(fingerprints)
     except StoreError as error:
+        # The message has the exact command, and the way to do without.
         output = f"--milvus {place}" if is_milvus(place) else place
         raise StoreError(
             f"the visual cache {place} cannot be used: {error}. Build it with `bindllm index {output} --checkpoint "
@@ -390,6 +391,7 @@ def choose_cache(
 def nearest_images(cache: VisualCache, embedding: Tensor) -> list[tuple[float, str]]:
     """Return similarity and name of the images that a cache retrieves for one embedding [1, E], nearest first."""
     numbers = cache.neighbors(embedding)[0].numpy()
+    # An approximate index may find fewer than it was asked for.
     numbers = numbers[numbers >= 0]
     unit = (embedding[0] / embedding[0].norm()).numpy()
     similarities = cache.index.vectors(numbers) @ unit

@@ -71,12 +71,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     if name not in COMMANDS:
+        # A synonym is not accepted silently: scripts should use one name.
         hint = did_you_mean(SYNONYMS.get(name, name), COMMANDS)
         print(f"error: unknown command {name!r}. {hint}", file=sys.stderr)
         return 2
     # A recipe may name an encoder in a file of this folder. No other file here may be imported.
     find_named_modules()
     try:
+        # Only the module of this command, so that --help of one does not load the libraries of all.
         function = vars(importlib.import_module(f"bindllm.cli.{COMMANDS[name][0]}"))[name]
         # LightningCLI reads these; the signature of any other command is its schema.
         if name in RECIPES:
@@ -90,7 +92,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Notes name the media at which an encoder failed.
         lines = [f"error: {error}", *getattr(error, "__notes__", ())]
         print(printable_lines("\n".join(lines)), file=sys.stderr)
+        # As argparse: 2 is a mistake of the caller, which a retry cannot repair.
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
+        # A new line first: the terminal has printed ^C.
         print("\nstopped; finished work is kept, and the same command resumes from it", file=sys.stderr)
         return 130

@@ -19,9 +19,8 @@ from bindllm.errors import InputError
 from bindllm.training.align.data import AlignData
 from bindllm.training.align.folder import save_aligned
 from bindllm.training.align.module import METRICS, RECALL_AT, AlignModule
-from bindllm.training.callbacks import AverageWeights, check_monitors, check_trainer
+from bindllm.training.callbacks import AverageWeights, RunProgress, check_monitors, check_trainer
 from bindllm.training.optim import describe_groups
-from bindllm.training.progress import RunProgress
 
 
 class AlignCLI(RecipeCLI):
@@ -50,6 +49,7 @@ def align(args: list[str]) -> int:
     with quiet():
         cli = AlignCLI(args)
         output, model, data = Path(cli.config.output), cli.model, cli.datamodule
+        # Everything that can refuse the run comes before the first file is embedded.
         rehearses, replaced = bool(cli.trainer_options.get("fast_dev_run")), (output / MANIFEST).is_file()
         refuse_other_content(output)
         if replaced and not (cli.config.overwrite or rehearses):
@@ -59,7 +59,9 @@ def align(args: list[str]) -> int:
             )
         started = time.perf_counter()
         trainer = _trainer(cli)
+        # Lightning attaches it only in `fit`; reading the pairs needs its devices before.
         data.trainer = trainer
+        # Before `fit`, so that the report of the data is printed before the first step.
         data.setup()
         check_trainer(trainer, num_validation=data.report.pairs["validation"])
         if trainer.is_global_zero:
@@ -75,6 +77,7 @@ def align(args: list[str]) -> int:
     if rehearses:
         console.print("fast_dev_run: the steps ran without an error; nothing was saved")
         return 0
+    # Measured and saved with the weights of the best epoch; the test split has chosen nothing.
     best = model.take_best()
     metrics = {
         "validation": best.metrics,
@@ -89,6 +92,7 @@ def align(args: list[str]) -> int:
     }
     save_aligned(output, model, data, metrics=metrics, recipe=cli.resolved())
     _print(console, output, metrics, replaced=replaced)
+    # A class outside bindllm must be allowed by whoever loads the folder.
     foreign = type(model.tower)
     if not foreign.__module__.startswith("bindllm."):
         console.print(
@@ -137,6 +141,7 @@ def _print(console: Console, output: Path, metrics: dict[str, Any], *, replaced:
     table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     for column in ("", "queries", "gallery", *(f"recall@{k}" for k in RECALL_AT), "median\nrank"):
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
+    # Only the directions of retrieval are dictionaries; loss and similarity are numbers.
     for way, found in metrics[split].items():
         if isinstance(found, dict):
             recalls = (

@@ -72,18 +72,22 @@ def read_command(name: str, function: Callable[..., int], words: Sequence[str]) 
     """
     # The fields of our dataclasses are documented below each of them.
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    # Two parsers: the schema knows types and docstrings, argparse knows words, positions and usage lines.
     schema = ArgumentParser(exit_on_error=False)
     schema.add_function_arguments(function, as_group=False, skip={OVERRIDES})
     parser, keys = _parser(name, function, {action.dest: action.help for action in schema._actions})
+    # Unknown words may belong to an encoder or a recipe, which only the command can read.
     given, unknown = parser.parse_known_args(words)
     values = {keys[option]: value for option, value in vars(given).items()}
     takes_overrides = OVERRIDES in inspect.signature(function).parameters
     if unknown and not (takes_overrides and ("config" in values or unknown[0].startswith("--encoder."))):
         parser.refuse(unknown)
     try:
+        # Only given values: the defaults are those of the signature.
         chosen = schema.instantiate(schema.parse_object(values))
     except ArgumentError as error:
         message = plain_message(str(error))
+        # Errors name the option that was typed, not the key of the schema.
         option = {key: f"--{option}" for option, key in keys.items()}.get(message.partition(":")[0])
         raise UsageError(message if option is None else f"{option}:{message.partition(':')[2]}") from error
     return {**vars(chosen), **({OVERRIDES: unknown} if takes_overrides else {})}
@@ -91,6 +95,7 @@ def read_command(name: str, function: Callable[..., int], words: Sequence[str]) 
 
 def plain_message(message: str) -> str:
     """Return a message of jsonargparse on one line, without the types that a value does not have."""
+    # A union prints one complaint for each of its types; those of types that were never meant are noise.
     lines = [line.strip() for line in message.splitlines()]
     kept = [line.removeprefix("- ") for line in lines if not line.startswith(_NOISE)]
     text = " ".join(line if line.endswith(":") else f"{line};" for line in kept).rstrip(";")
@@ -103,6 +108,7 @@ def refuse_together(**options: Any) -> None:
     Raises:
         UsageError: more than one of them was given.
     """
+    # None, False and () are the defaults of options that were not given.
     given = [f"--{name}" for name, value in options.items() if value not in (None, False, ())]
     if len(given) > 1:
         raise UsageError(f"{' and '.join(given)} cannot be given together; choose one")
@@ -112,6 +118,7 @@ def _parser(
     name: str, function: Callable[..., int], helps: dict[str, str | None]
 ) -> tuple[_Words, dict[str, str]]:
     """Return the parser of a command's words, and the key of the schema for each of its arguments."""
+    # Docstring: purpose, further paragraphs, Args (read by jsonargparse), Example.
     text, _, example = (inspect.getdoc(function) or "").partition("\n\nExample:\n")
     purpose, *more = text.partition("\n\nArgs:")[0].split("\n\n")
     example = inspect.cleandoc(example)
@@ -138,6 +145,7 @@ def _parser(
             keys[key] = key
             option = f"--{key}" if parameter.kind is parameter.KEYWORD_ONLY else key
             _add(parser, option, kind, parameter.default, helps[key])
+    # The usage line shows only required words: all options would fill a screen.
     needed = [action for action in parser._actions if action.required or not action.option_strings]
     words = parser._get_formatter()
     words.add_usage(None, needed, [], prefix="")
@@ -148,6 +156,7 @@ def _parser(
 def _add(parser: argparse._ActionsContainer, option: str, kind: Any, default: Any, text: str | None) -> None:
     """Add an argument whose value stays a text; the schema converts it and knows its default."""
     kinds = [kind, *get_args(kind)]
+    # Shown as a metavar and checked by the schema, whose message has the closest name.
     choices = [choice for one in kinds if get_origin(one) is Literal for choice in get_args(one)]
     is_many, is_positional = get_origin(kind) is tuple, not option.startswith("--")
     is_required = default is inspect.Parameter.empty

@@ -75,6 +75,7 @@ def check(
         )
     if (recipe_options.memory or recipe_options.memory_limit) and not config:
         raise UsageError("--memory is about a recipe: give one with --config FILE")
+    # Noted, not raised: one call shows all problems.
     problems, console = Problems(), Console(highlight=False, soft_wrap=True)
     with quiet():
         if config:
@@ -83,6 +84,7 @@ def check(
             _check_folder(folder, encoder_options.allow, problems)
         else:
             with problems.noted():
+                # Inside the block, because a wrong media is a problem too, not the end of the command.
                 samples = [read_media(text) for text in encoder_options.media]
                 check_encoder(build_encoder(encoder, overrides, allow=encoder_options.allow), samples)
     for number, problem in enumerate(problems, start=1):
@@ -106,6 +108,7 @@ def _check_recipe(
     file: str, overrides: Sequence[str], options: RecipeCheckOptions, problems: Problems, console: Console
 ) -> None:
     cli = CheckedRecipe(file, overrides, problems)
+    # Without required keys nothing can be built, and the messages so far say which.
     if not cli.is_complete:
         return
 
@@ -114,6 +117,7 @@ def _check_recipe(
 
     recipe = cli.config.as_dict()
     checked = check_recipe(recipe, problems, say, previewed=options.rows)
+    # The estimate needs a model that can be built.
     if not problems and (options.memory or options.memory_limit):
         with problems.noted():
             plan = plan_run(recipe, checked.parts, checked.encoders, checked.rows("train"), checked.tokenizer)
@@ -128,7 +132,9 @@ def _check_recipe(
 
 def _check_run(cli: CheckedRecipe, checked: CheckedParts, problems: Problems) -> None:
     """Note the problems that the objective and the trainer of a recipe find."""
+    # Last: building imports classes of the user and may take seconds.
     cli.build_parts()
+    # Trainer and objective refuse the same as at the start of a run, some minutes earlier.
     validation = checked.rows("validation")
     with problems.noted():
         cli.model.objective.check_rows(checked.rows("train") + validation, checked.sources)

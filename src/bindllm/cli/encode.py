@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bindllm.cli.arguments import refuse_together
-from bindllm.cli.options import EncoderOptions, PositiveNumber, build_encoder, read_media
+from bindllm.cli.options import EncoderOptions, PositiveNumber, build_encoder, print_whole, read_media
 from bindllm.errors import EncoderError, InputError, MissingExtraError, UsageError, printable, printable_lines
 from bindllm.media import Media
 
@@ -72,10 +72,12 @@ def encode(
         except UsageError as error:
             failed.append(str(error))
     media += [Media.text(words) for words in text]
+    # Before the weights: a wrong device is an error of milliseconds.
     device = encoders.find_device()
     loaded = encoders.load(overrides) or [_default_encoder()]
     # Embeddings of different widths cannot be compared: found before the first file is read.
     common_size(loaded)
+    # Rows have unit norm, so their products are the cosines.
     kept, rows = embed_files(media, loaded, device=device, failed=failed)
     _print_tables(kept, rows @ rows.T, loaded, scale=SCALE if softmax is True else softmax)
     for message in failed:
@@ -94,11 +96,8 @@ def _print_tables(media: Sequence[Media], cosines: Tensor, encoders: Sequence[An
         console.print(f"warning: {warning}", markup=False)
     if not media:
         return
-    # A pipe has no width to fit: every column is printed.
-    console.width = max(console.width, 2 * _LONGEST_NAME + (_LONGEST_NAME + 3) * len(media))
-    console.print(_table("cosine", media, media, cosines, numbers=True))
-    for table in softmax_tables(media, cosines, scale=scale) if scale else ():
-        console.print(table)
+    more = softmax_tables(media, cosines, scale=scale) if scale else ()
+    print_whole(_table("cosine", media, media, cosines, numbers=True), *more)
 
 
 def _default_encoder() -> Any:
@@ -123,6 +122,7 @@ def embed_files(
 
     from bindllm.embeddings.embedder import Embedder
 
+    # Errors of one file, which do not stop the others; any other error is a fault and is raised.
     reported = (InputError, MissingExtraError)
     with Embedder(encoders, device=device, reported=reported) as embedder:
         results = embedder.embed_in_order(media)

@@ -152,6 +152,7 @@ def evaluate(
         cache=_open_cache(cache),
         progress=sys.stderr.isatty(),
     )
+    # The result file names its data, so that a number can be measured again.
     result.layout, result.folder = layout, str(folder)
     measuring.show(result)
     return 0

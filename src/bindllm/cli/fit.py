@@ -14,8 +14,7 @@ from bindllm.cli.processes import graceful_stop, launch, wait_for_rank_zero
 from bindllm.cli.recipe import RecipeCLI, quiet
 from bindllm.errors import InputError
 from bindllm.model.checkpoint import MANIFEST
-from bindllm.training.callbacks import ParameterTable, SampleCaptions
-from bindllm.training.progress import RunProgress
+from bindllm.training.callbacks import ParameterTable, RunProgress, SampleCaptions
 from bindllm.training.run import Run, lock_run, make_loggers, run_folder
 from bindllm.training.runlog import RunLog
 from bindllm.training.state import AtomicCheckpointIO, RunState
@@ -26,6 +25,7 @@ REPORT_PACKAGES = ("torchmetrics", "pycocoevalcap", "matplotlib")
 def fit(args: list[str]) -> int:
     """Train a model from a recipe, and write a checkpoint folder with its report."""
     console = Console(highlight=False)
+    # Said before hours of training; the model itself needs none of them.
     if missing := [name for name in REPORT_PACKAGES if importlib.util.find_spec(name) is None]:
         console.print(
             f"{', '.join(missing)} not installed: the model will be trained and saved, but its report will be "
@@ -42,9 +42,11 @@ def fit(args: list[str]) -> int:
         folder = run_folder(config.output, init_from=config.model.init_from)
         rehearses = bool(cli.trainer_options.get("fast_dev_run"))
         if rehearses:
+            # A rehearsal must not touch the state of a real run.
             folder = folder.with_name(f".{folder.name}.fast_dev_run")
         state = RunState(folder, RunLog(folder), every_seconds=config.save_every_seconds)
         trainer = _trainer(cli, state)
+        # From here on no second command can rename or continue this run.
         with lock_run(folder):
             run = Run(cli.model, cli.datamodule, trainer, state, Path(config.output), cli.resolved(), console)
             if rehearses:
@@ -63,9 +65,11 @@ def embed(args: list[str]) -> int:
         data = cli.datamodule
         # Problems of the sources are reported once, before there are further processes to report them too.
         data.read()
+        # The other processes run this command again, from its start.
         first = launch(cli.trainer_options, data.embed, again=partial(embed, args))
         if not first:
             return 0
+        # Only rank 0 reads the store again, to print what all processes have done.
         data.setup()
     Console().print(data.report)
     return 0
@@ -97,6 +101,7 @@ def _measure(command: str, split: str, args: list[str]) -> int:
         trainer = cli.make_trainer(
             logger=False, enable_checkpointing=False, enable_progress_bar=sys.stdout.isatty()
         )
+        # Through the same loop as the validations of a run, so the losses can be compared.
         run = trainer.validate if command == "validate" else trainer.test
         losses = run(module, cli.datamodule, verbose=False)
     if not losses or not losses[0]:
@@ -115,7 +120,9 @@ def _trainer(cli: RecipeCLI, state: RunState) -> Trainer:
     captions = SampleCaptions(state.run_log)
     callbacks = [ParameterTable(), captions, state]
     if options.get("enable_progress_bar") is not False:
+        # After the captions, which it prints; before the state, which Lightning runs last in any case.
         callbacks.insert(2, RunProgress(captions))
+    # A recipe may add plugins, such as a cluster environment, next to ours for states.
     plugins = options.get("plugins") or []
     return cli.make_trainer(
         callbacks=callbacks,

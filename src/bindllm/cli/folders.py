@@ -59,6 +59,7 @@ def convert(
     Example:
         bindllm convert imagebind_huge.pth --output checkpoints/imagebind
     """
+    # argparse has made sure of at least one word.
     *kind, file = what
     if len(kind) > 1:
         raise UsageError(f"one file at a time, not {len(kind)}")

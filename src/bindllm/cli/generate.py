@@ -9,15 +9,19 @@ from typing import TYPE_CHECKING, Any, Literal
 from jsonargparse.typing import PositiveInt
 
 from bindllm.cli.arguments import refuse_together
-from bindllm.cli.options import CacheOptions, PositiveNumber, Probability, build_encoders, read_media
+from bindllm.cli.options import (
+    CacheOptions,
+    PositiveNumber,
+    Probability,
+    build_encoders,
+    print_whole,
+    read_media,
+)
 from bindllm.errors import UsageError, printable, printable_lines
 from bindllm.media import Media
 
 if TYPE_CHECKING:
     from bindllm.model.bindllm import BindLLM
-
-# Width of the similarity and of the lines next to a name.
-_OTHER_COLUMN = 24
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ class DecodingOptions:
     @property
     def given(self) -> dict[str, Any]:
         """The options of `BindLLM.generate` that have a value."""
+        # Seed and streaming belong to the command; all others have the names of Hugging Face.
         options = {name: value for name, value in asdict(self).items() if name not in ("seed", "stream")}
         return {name: value for name, value in options.items() if value is not None}
 
@@ -130,6 +135,7 @@ def generate(
     refuse_together(cache=cache.cache, no_cache=cache.no_cache)
     if decoding.stream and (decoding.num_beams or 1) > 1:
         raise UsageError("--stream cannot show a beam search: its answer is known only at its end")
+    # Files are named here and opened by the encoders.
     shown = media.read()
     loaded = _load(checkpoint, model, cache, overrides)
 
@@ -139,6 +145,7 @@ def generate(
     # Only sampling uses it.
     torch.manual_seed(decoding.seed)
     if decoding.stream:
+        # Control characters are escaped in each piece: a model may print any byte.
         for piece in loaded.stream(prompt, shown, **decoding.given):
             print(printable_lines(piece), end="", flush=True)
         print()
@@ -160,6 +167,7 @@ def _load(
         decoder=options.decoder,
         allow=options.allow,
         encoders=build_encoders(options.encoder, overrides, allow=options.allow),
+        # None: the cache that the checkpoint names.
         cache=False if cache.no_cache else cache.cache,
         quantize=False if options.quantize == "none" else options.quantize,
     )
@@ -167,6 +175,7 @@ def _load(
     if model.cache is None and (cache.settings or cache.show_neighbors):
         option = f"--cache_{next(iter(cache.settings))}" if cache.settings else "--show_neighbors"
         raise UsageError(f"{option} needs a visual cache, and {checkpoint} names none: give --cache FOLDER")
+    # Only the given settings replace those of the checkpoint.
     if cache.settings:
         model.cache.settings = replace(model.cache.settings, **cache.settings)
     return model
@@ -174,18 +183,17 @@ def _load(
 
 def _print_neighbors(model: BindLLM, media: Sequence[Media]) -> None:
     """Print the images that the model's cache blends into the embedding of media, nearest first."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     from bindllm.cache.visual_cache import nearest_images
 
-    console, cache = Console(highlight=False, soft_wrap=True), model.cache
+    cache = model.cache
     if not media:
-        console.print("no images were retrieved: the prompt has no media")
+        print("no images were retrieved: the prompt has no media")
         return
     if skipped := sorted({item.modality for item in media} & set(cache.settings.skip)):
-        console.print(f"no images were retrieved: media with {', '.join(skipped)} are not blended")
+        print(f"no images were retrieved: media with {', '.join(skipped)} are not blended")
         return
     table = Table(
         title=f"retrieved images, blended with weight {cache.settings.weight:g}", title_justify="left"
@@ -193,9 +201,6 @@ def _print_neighbors(model: BindLLM, media: Sequence[Media]) -> None:
     table.add_column("similarity", justify="right")
     table.add_column("image", no_wrap=True)
     # Not blended: the neighbors are those of the media themselves.
-    nearest = nearest_images(cache, model.encode([list(media)], cache=False))
-    for similarity, name in nearest:
+    for similarity, name in nearest_images(cache, model.encode([list(media)], cache=False)):
         table.add_row(f"{similarity:.3f}", Text(printable(name)))
-    # A pipe has no width to fit: names are printed whole.
-    console.width = max([console.width, *(len(name) + _OTHER_COLUMN for _, name in nearest)])
-    console.print(table)
+    print_whole(table)

@@ -10,17 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bindllm.cli.arguments import refuse_together
-from bindllm.cli.options import EncoderOptions
+from bindllm.cli.options import EncoderOptions, print_whole
 from bindllm.errors import InputError, UsageError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from bindllm.embeddings.store import EmbeddingStore
     from bindllm.encoders import Encoder
-
-# Width of the lines of the table next to its words.
-_LINES = 24
 
 
 @dataclass(frozen=True)
@@ -66,19 +61,18 @@ def index(
     """
     _check_options(output, encoders, options)
 
-    from rich.console import Console
-
     from bindllm.encoders import encoder_for
     from bindllm.model.checkpoint import name_cache
     from bindllm.model.pretrained import new_cache_config
 
-    console = Console(highlight=False, soft_wrap=True)
     # How to read this: everything that can fail quickly comes first, because embedding may take hours.
     device = encoders.find_device()
     if not (encoders.encoder or encoders.checkpoint):
+        # A checkpoint that will use the cache knows its image encoder.
         encoders = replace(encoders, checkpoint=options.name_in)
     encoder = encoder_for("image", encoders.load(overrides)).to(device)
     folder = options.milvus or output
+    # Checked before the build, which may take hours, and written after it.
     named = new_cache_config(options.name_in, folder, encoder) if options.name_in else None
     store = _find_store(options, encoder)
     started = time.perf_counter()
@@ -88,7 +82,7 @@ def index(
     if named is not None:
         name_cache(options.name_in, asdict(named))
         rows["named in"] = options.name_in
-    _print(console, {"visual cache": folder, **rows})
+    _print({"visual cache": folder, **rows})
     return 0
 
 
@@ -112,6 +106,7 @@ def _find_store(options: IndexOptions, encoder: Encoder) -> EmbeddingStore:
     """Open the store of an encoder; it must exist if no images are given."""
     from bindllm.embeddings.store import EmbeddingStore
 
+    # Stores are named by the encoder: embeddings of two encoders never mix.
     folder = Path(options.store, encoder.fingerprint()[:16])
     if not options.images and not folder.is_dir():
         raise InputError(
@@ -139,6 +134,7 @@ def _build_folder(
     built = build_or_update(
         folder, store, encoder, images=options.images, factory=options.factory, rebuild=options.rebuild
     )
+    # Advice of the build, such as a faster kind for this many images.
     for line in built.hints:
         print(line)
     index = built.index
@@ -149,7 +145,7 @@ def _build_folder(
     }
 
 
-def _print(console: Console, rows: dict[str, str]) -> None:
+def _print(rows: dict[str, str]) -> None:
     """Print facts as a table."""
     from rich.table import Table
     from rich.text import Text
@@ -157,6 +153,4 @@ def _print(console: Console, rows: dict[str, str]) -> None:
     table = Table("", "", show_header=False)
     for name, value in rows.items():
         table.add_row(name, Text(value, no_wrap=True))
-    # A pipe has no width to fit: paths are printed whole.
-    console.width = max([console.width, *(len(name) + len(value) + _LINES for name, value in rows.items())])
-    console.print(table)
+    print_whole(table)

@@ -6,11 +6,12 @@ import inspect
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from typing import Any
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from jsonargparse.typing import ClosedUnitInterval, PositiveInt, restricted_number_type
@@ -19,6 +20,9 @@ from bindllm.errors import CheckpointError, UsageError, did_you_mean
 from bindllm.imports import name_module
 from bindllm.media import MODALITIES, SUFFIXES, Media, is_modality
 from bindllm.model.checkpoint import MANIFEST, build_object, build_own
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 PositiveNumber = restricted_number_type("PositiveNumber", float, [(">", 0), ("<", math.inf)])
 Probability = restricted_number_type("Probability", float, [(">", 0), ("<=", 1)])
@@ -56,6 +60,7 @@ class EncoderOptions:
             UsageError: overrides without exactly one ``--encoder`` that they belong to.
             CheckpointError: a folder or a class that cannot be used.
         """
+        # Encoders of the checkpoint come first: with equal modalities the first one serves.
         others = build_encoders(self.encoder, overrides, allow=self.allow)
         if self.checkpoint is None:
             return others
@@ -101,8 +106,20 @@ class CacheOptions:
     @property
     def settings(self) -> dict[str, Any]:
         """The settings that were given, by their names in `VisualCache`."""
+        # Option names have a prefix that the settings do not have.
         settings = {"weight": self.cache_weight, "top_k": self.cache_top_k}
         return {name: value for name, value in settings.items() if value is not None}
+
+
+def print_whole(*tables: Table) -> None:
+    """Print tables at their own width: a pipe has no width to fit, and names must not be cut."""
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=True)
+    unlimited = console.options.update(max_width=sys.maxsize)
+    for table in tables:
+        console.width = max(console.width, console.measure(table, options=unlimited).maximum)
+        console.print(table)
 
 
 def build_encoders(paths: Sequence[str], overrides: Sequence[str], *, allow: Sequence[str]) -> list[Any]:
@@ -129,10 +146,12 @@ def read_media(text: str) -> Media:
         >>> read_media("dog.jpg"), read_media("depth:room.png"), read_media("text:a dog")
         (Media.image('dog.jpg'), Media.depth('room.png'), Media.text('a dog'))
     """
+    # Only the first colon: a text may have more of them.
     modality, colon, source = text.partition(":")
     # A drive letter of Windows, and an existing file whose name has a colon, are paths.
     if colon and len(modality) > 1 and is_modality(modality) and not os.path.exists(text):
         return Media(modality, source)
+    # The ending decides if it can have only one meaning.
     ending = os.path.splitext(text)[1].lower()
     for name, endings in SUFFIXES.items():
         if ending in endings and not (name == "image" and _is_wide(text)):
@@ -141,6 +160,7 @@ def read_media(text: str) -> Media:
         raise UsageError(f"{text}: this is a folder; give its files, as in {os.path.join(text, '*')}")
     if not os.path.exists(text):
         raise UsageError(f"{text}: no such file; a text is given as text:{text}")
+    # A guess would be silently wrong: a 16-bit PNG may be depth or thermal.
     why = "has more than 8 bits per channel" if _is_wide(text) else "may have any modality"
     raise UsageError(
         f"{text}: such a file {why}; name its modality, as in depth:{text} ({', '.join(MODALITIES)}, or another that "
@@ -175,12 +195,14 @@ def build_encoder(path: str, options: Sequence[str], *, allow: Sequence[str] = (
         CheckpointError: the class does not exist or cannot be built.
     """
     given: dict[str, str] = {}
+    # A folder stands for a class and its argument.
     if os.path.isdir(path):
         path, given = _of_folder(path)
     elif {"/", os.sep} & set(path):
         raise UsageError(
             f"{path}: the folder does not exist; give the folder of an encoder or the import path of one"
         )
+    # Both `--encoder.grid 2` and `--encoder.grid=2`.
     words = list(options)
     while words:
         name, equals, value = words.pop(0).partition("=")
@@ -193,6 +215,7 @@ def build_encoder(path: str, options: Sequence[str], *, allow: Sequence[str] = (
         given[name.removeprefix("--encoder.")] = value if equals else words.pop(0)
     parameters = _parameters(path)
     gathering = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    # Asked for by name before the class fails with a TypeError of its own.
     required = [
         name for name, one in parameters.items() if one.default is one.empty and one.kind not in gathering
     ]
@@ -201,9 +224,11 @@ def build_encoder(path: str, options: Sequence[str], *, allow: Sequence[str] = (
         raise UsageError(f"{path} cannot be built without {', '.join(missing)}: add {wanted}")
     arguments: dict[str, Any] = {}
     for name, text in given.items():
+        # A class with **kwargs passes arguments on that its signature does not show.
         takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
         if name not in parameters and not takes_any:
             raise UsageError(f"{path} has no argument {name!r}. {did_you_mean(name, parameters)}")
+        # A parameter that is a string stays one: YAML would read 7 as a number and 0e1 as 0.
         is_text = name in parameters and parameters[name].annotation in (str, "str", "str | None")
         arguments[name] = text if is_text else _read_yaml(name, text)
     return build_own({"class_path": path, "init_args": arguments}, allow=allow)
@@ -225,6 +250,7 @@ def encoder_folder(folder: str | Path) -> tuple[str, str] | None:
         )
     if (folder / "align.json").is_file():
         return _ALIGNED, "weights"
+    # Our folders name their model; fetched ones have the asset they come from.
     config, source = _read_object(folder / "config.json"), _read_object(folder / "SOURCE.json")
     if "model_type" in config:
         return "bindllm.encoders.HuggingFace", "name"
@@ -261,11 +287,9 @@ def _parameters(path: str) -> Mapping[str, inspect.Parameter]:
 
 def _find_class(path: str) -> Any:
     """Return a class by its import path; `build_object` reports an error in the path."""
-    module, _, name = path.rpartition(".")
     name_module(path)
     try:
-        # A package may create names when they are accessed, so its dictionary is not enough.
-        return getattr(import_module(module), name)
+        return resolve_name(path)
     # An untrusted module may raise anything when it is imported.
     except Exception as error:
         build_object({"class_path": path}, allow=[path])

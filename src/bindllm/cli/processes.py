@@ -70,6 +70,7 @@ def launch(
     strategy = fabric.strategy
     if not isinstance(strategy, DDPStrategy) or strategy.cluster_environment.creates_processes_externally:
         return _connect(fabric, work)
+    # The port is chosen here once: processes that choose for themselves would not meet.
     environment = strategy.cluster_environment
     variables = {
         "MASTER_ADDR": environment.main_address,
@@ -82,6 +83,7 @@ def launch(
         with _environment(variables):
             started = multiprocessing.spawn(_run_again, (again,), nprocs=strategy.num_processes, join=False)
         # Torch asks all processes to stop if one of them fails.
+        # join() returns False when one process has ended and others still run.
         while not started.join():
             pass
     except (ProcessRaisedException, ProcessExitedException) as error:
@@ -100,7 +102,9 @@ def launch(
 
 def _run_again(index: int, again: Callable[[], int]) -> None:
     """Run the command in one of the processes of this machine; its exit code is that of the process."""
+    # With a local rank Lightning takes this process for one that a launcher has started.
     os.environ["LOCAL_RANK"] = str(index)
+    # The spawned interpreter has not run `main`, which does this for the command.
     find_named_modules()
     try:
         code = again()
@@ -120,6 +124,7 @@ def wait_for_rank_zero(trainer: Trainer) -> None:
     """
     if trainer.world_size == 1 or os.environ.get(_STARTED_LATER):
         return
+    # A launcher: all processes are at this line, and can meet.
     if trainer.strategy.cluster_environment.creates_processes_externally:
         trainer.strategy.setup_environment()
         trainer.strategy.barrier()
@@ -133,6 +138,7 @@ def graceful_stop() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    # Restored at the end, whatever it was: the caller may be a test or a notebook.
     interrupt = signal.getsignal(signal.SIGINT)
 
     # The second Ctrl-C has its usual effect, so a user can still end a process that hangs while it stops.
@@ -158,6 +164,7 @@ def _fabric(options: Mapping[str, Any]) -> Fabric:
     chosen = {name: options[name] for name in ("accelerator", "devices", "num_nodes") if options.get(name)}
     chosen["plugins"] = [plugin for plugin in plugins if isinstance(plugin, ClusterEnvironment)]
     try:
+        # First alone, to find how many devices there are; a strategy is needed only for several.
         fabric = Fabric(**chosen)
         if fabric.world_size > 1:
             fabric = Fabric(**chosen, strategy="ddp")
@@ -180,9 +187,11 @@ def _connect(fabric: Fabric, work: Callable[[RunContext], Any]) -> bool:
     connected = False
 
     def part(fabric: Fabric) -> None:
+        # Tells errors of connecting, which the user can repair, from errors of the work.
         nonlocal connected
         gather = {} if alone else {"gather": _Gather(fabric.world_size)}
         connected = True
+        # The processes of a machine share its cores.
         threads = max(1, (os.cpu_count() or 1) // (1 if alone else fabric.strategy.num_processes))
         processes = Processes(fabric.global_rank, fabric.world_size, threads=threads, **gather)
         progress = processes.is_first and sys.stderr.isatty()

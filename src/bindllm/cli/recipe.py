@@ -9,9 +9,9 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, NoReturn, get_type_hints
 
 import lightning.pytorch.callbacks
@@ -62,6 +62,7 @@ class RecipeParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise; parsers of nested values pass the message on to the parser of the whole recipe."""
+        # jsonargparse tries nested parsers and collects their messages.
         if not self.exit_on_error:
             super().error(message, ex)
         hint = closest_name(message, [action.dest for action in self._actions])
@@ -79,9 +80,11 @@ def closest_name(message: str, keys: Sequence[str]) -> str:
         keys: dotted keys of the recipe.
     """
     if found := _VALUE.search(message):
+        # The message quotes the literals of the type, and the value that is none of them.
         choices = re.findall(r"'([^']+)'", " ".join(_CHOICES.findall(message)))
         hint = did_you_mean(found["value"], _BARE_NAMES if found["is_class"] else choices)
         return hint if hint.startswith("Did you mean") else _FULL_PATH if found["is_class"] else ""
+    # From the keys of the recipe inwards, one name of the message at a time.
     owner: Any = keys
     for found in _NAMES.finditer(message):
         if found["object"]:
@@ -97,14 +100,9 @@ def closest_name(message: str, keys: Sequence[str]) -> str:
 
 def _find_object(path: str) -> Any:
     """Return the module or the class with an import path, None if it does not exist."""
-    module, _, name = path.rpartition(".")
     try:
-        return getattr(import_module(module), name) if module else import_module(path)
+        return resolve_name(path)
     except (ImportError, AttributeError):
-        pass
-    try:
-        return import_module(path)
-    except ImportError:
         return None
 
 
@@ -130,12 +128,14 @@ def name_classes(args: Sequence[str]) -> None:
     Args:
         args: options with values, such as ``--config FILE`` and ``--model.encoders+=my_lab.RadarEncoder``.
     """
+    # Options and values alike: any of them may name a class.
     words = [part for word in args for part in (word.split("=", 1) if word.startswith("--") else [word])]
     configs = [value for option, value in pairwise(words) if option == "--config"]
     waiting: list[tuple[Any, Path]] = [(_try_yaml(word), Path()) for word in words]
     read = {Path(file).resolve() for file in configs}
     waiting += [(_try_yaml(file), file.parent) for file in read]
     while waiting:
+        # Depth first; `read` stops recipes that name each other.
         tree, folder = waiting.pop()
         for text in _strings(tree):
             # A recipe may name further recipes, relative to itself.
@@ -192,6 +192,7 @@ class RecipeCLI(LightningCLI):
     """A recipe for the help."""
 
     def __init__(self, command: str, args: Sequence[str], *, build: bool = True) -> None:
+        # Before the parent, whose constructor parses and builds.
         self.build, self.command = build, command
         _require_recipe(command, args)
         # The fields of our dataclasses are documented below each of them.
@@ -226,6 +227,7 @@ class RecipeCLI(LightningCLI):
         parser.add_argument(
             "--save_every_seconds", type=float, default=60.0, help="time between saved states of a run"
         )
+        # One seed for weights and order; tokenizer and encoders are the model's own objects, not second copies.
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         parser.link_arguments("model.tokenizer", "data.tokenizer", apply_on="instantiate")
         parser.link_arguments("model.encoders", "data.encoders", apply_on="instantiate")
@@ -264,6 +266,7 @@ class RecipeCLI(LightningCLI):
         Raises:
             InputError: options that contradict each other, or ask for what this machine does not have.
         """
+        # Lightning accepts a callback or a list of them.
         own = self.trainer_options.get("callbacks") or []
         own = own if isinstance(own, list) else [own]
         # Lightning divides the loss by the one, and ignores the other.
@@ -278,6 +281,7 @@ class RecipeCLI(LightningCLI):
     def resolved(self) -> str:
         """Return the recipe with every default filled in, as YAML that can be given to ``--config``."""
         config = self.config.clone()
+        # These say how to run, not what: a resumed run has the same recipe.
         for key in ("config", "resume", "overwrite"):
             config.pop(key, None)
         return self.parser.dump(config, skip_unset=False)
@@ -311,6 +315,7 @@ def _require_recipe(command: str, args: Sequence[str]) -> None:
 
 def _error_of_part(error: Exception) -> BindLLMError:
     """Return the error of a part about its arguments; jsonargparse wraps it if the part may also be null."""
+    # The innermost error of ours has the message for the user.
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, BindLLMError):
         cause = cause.__cause__
@@ -320,6 +325,7 @@ def _error_of_part(error: Exception) -> BindLLMError:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Suppress the messages that Lightning prints in every run; its warnings about this run stay."""
+    # Restored afterwards: a caller in Python keeps its own levels.
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -359,9 +365,11 @@ class CheckedRecipe(RecipeCLI):
         recipe = _read_yaml(args[1], self._problems)
         if recipe is None:
             return
+        # How to read this: a part with a message is split until the smallest wrong piece is found; the rest stays.
         recipe = self._valid(recipe, lambda part: self._mistake([_as_option(part)]))
         words = [_as_option({} if recipe is _NOTHING else recipe)]
         for option in _split_options(args[2:]):
+            # Tried together with all earlier ones, because an option may depend on another.
             if message := self._mistake([*words, *option]):
                 self._problems.append(message)
             else:
@@ -387,6 +395,7 @@ class CheckedRecipe(RecipeCLI):
             mistake: returns the mistake in a recipe that has a changed part instead of this one.
             where: number of the item of a list that the part belongs to.
         """
+        # Whole and valid parts need no look inside, so a recipe without mistakes is parsed once.
         message, known = mistake(part), len(self._problems)
         if message is None:
             return part

@@ -100,6 +100,7 @@ class Embedder:
         self.encoders, self.device, self.batch_size = tuple(encoders), device, batch_size
         self.threads = max(1, (os.cpu_count() or 1) if threads is None else threads)
         self.reported = reported
+        # One pool for all batches, and for other work of the owner, such as hashing.
         self.pool = ThreadPoolExecutor(self.threads, thread_name_prefix="prepare")
         self.seconds_waiting = self.seconds_embedding = 0.0
         # Encoders move to the device at their first batch: a modality without media takes no memory there.

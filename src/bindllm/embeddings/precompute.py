@@ -157,6 +157,7 @@ class _Run:
             # All files are hashed first, each by one process, so that content can be assigned by its hash.
             self._hash_share(media)
         works = self._select(self._with_keys(media))
+        # A pipeline of generators: nothing is hashed or read before the next step has room for it.
         for result in self._embedder.embed(works, check=self._check_unchanged):
             key, _, item = result.key
             if result.error:

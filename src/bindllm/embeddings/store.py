@@ -236,6 +236,7 @@ class EmbeddingStore:
                 f"{self.folder}: {len(broken)} of {len(rows)} embeddings are not finite, the first that of "
                 f"{media[broken[0]].name}; nothing was stored. Check this media, and the encoder's weights and dtype"
             )
+        # The columns in the order of the schema: the key first and the embedding last, as `Shards` expects.
         table = pa.table(
             [
                 _as_column(as_keys(keys)),
@@ -320,6 +321,7 @@ class EmbeddingStore:
 
 
 def _embedding_schema(embedding_size: int) -> pa.Schema:
+    # A list of fixed size keeps all rows in one buffer, which is mapped as an array [N, E].
     return pa.schema(
         [
             ("key", pa.binary(KEY_BYTES)),

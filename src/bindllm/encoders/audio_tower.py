@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from bindllm.encoders.imagebind.clips import RATE, mel_weights
 from bindllm.errors import InputError
 from bindllm.media import Media
+from bindllm.media.audio import cut_audio
 
 BANDS = 64
 """Mel bands, from 50 Hz to 8 kHz."""
@@ -77,8 +78,6 @@ class AudioTower(nn.Module):
         Raises:
             MediaError: the audio cannot be read.
         """
-        from bindllm.media.audio import cut_audio
-
         # Long audio: a third of the limit at the start, in the middle and at the end.
         third = round(MAX_SECONDS / 3 * RATE)
 

@@ -29,6 +29,7 @@ from bindllm.encoders.hub import (
 )
 from bindllm.errors import EncoderError, InputError, MediaError, did_you_mean
 from bindllm.media import Media, open_image
+from bindllm.media.audio import cut_audio
 
 if TYPE_CHECKING:
     from transformers import BatchFeature
@@ -378,8 +379,6 @@ class HuggingFace:
         return torch.tensor(ids, dtype=torch.int64)
 
     def _prepare_audio(self, media: Media) -> Tensor:
-        from bindllm.media.audio import cut_audio
-
         # The file is cut at the model's own rate, so that no window is resampled on its own.
         extractor = self._processor("audio")
         rate = extractor.sampling_rate

@@ -173,8 +173,8 @@ def load_tokenizer(config: DecoderConfig) -> PreTrainedTokenizerBase:
             f"{{%- set messages = [{message}] + messages -%}}"
             "{%- endif -%}" + tokenizer.chat_template
         )
-    # Refuses a template that does not end an answer, or takes it apart.
-    end_tokens(tokenizer)
+    # Refuses a template that does not end an answer, takes it apart, or ignores the system text.
+    end_tokens(tokenizer, config.system)
     return tokenizer
 
 

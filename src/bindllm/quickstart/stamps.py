@@ -52,6 +52,7 @@ def build(packages: Sequence[Path], folder: Path) -> dict[str, Any]:
         if image is None:
             without_image += 1
             continue
+        # The first line is English; the translations come after it, with the name of their language.
         caption = " ".join(files[f"{stem}.txt"].decode("utf-8").splitlines()[0].split())
         # Equal images become one row with all their sentences, else they could be on both sides of a split.
         if known := rows.get(files[image]):
@@ -106,4 +107,5 @@ def _keep(files: dict[str, bytes], name: str, folder: Path) -> str:
     target = folder / name
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(files[name])
+    # Relative, so that the whole folder can be moved.
     return f"{folder.name}/{name}"

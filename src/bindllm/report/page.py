@@ -6,6 +6,8 @@ every text; only the figures, which are drawn here, are inserted as markup.
 
 from __future__ import annotations
 
+import base64
+import io
 import random
 import re
 import unicodedata
@@ -13,25 +15,39 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from PIL import Image
 
-from bindllm.errors import BindLLMError
+from bindllm.errors import BindLLMError, MissingExtraError
 from bindllm.evaluation.task import VARIANTS
-from bindllm.report.figures import Series, gate_figure, loss_figure, thumbnail
+from bindllm.media import open_image
 from bindllm.report.summary import KEYS, METRICS, Variants, media_words, summarize
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Series = Sequence[tuple[int, float]]
+"""Points (step, value) in the order of steps."""
+
+# Matplotlib does not support CSS variables: figures use stand-in colors, which are then replaced in the SVG.
+_INK, _LINE, _FIRST, _SECOND = "#010101", "#030303", "#040404", "#050505"
+_VARIABLES = {_INK: "--ink", _LINE: "--line", _FIRST: "--first", _SECOND: "--second"}
+_TEXT = 11
+# A running mean of the training loss spans this share (1 / 40) of its points.
+_SMOOTH_OVER = 40
 
 SHEET_SIZE = 60
 """Rows on a sheet of cards."""
 
 _SHEET_SEED = 0
+# Characters shown of a text; one endless caption must not fill the page.
 _LONGEST = 160
-"""Characters shown of a text; one endless caption must not fill the page."""
+# Types of questions with a panel of bars; the table has all.
 _PANELS = 8
-"""Types of questions with a panel of bars; the table has all."""
 
 # Rows and thumbnails of a folder may come from someone else: nothing but an inline image may become a source.
 _THUMBNAIL = re.compile(r"data:image/webp;base64,[A-Za-z0-9+/=]+")
@@ -87,6 +103,7 @@ def render_page(data: ReportData) -> str:
     )
     # How to read this: everything below is plain data; the template only places and escapes it.
     logged = data.training or data.validation
+    # A task without rows, such as conversations, has no cards.
     sheets = {task: _sheet(task, rows, data.thumbnails) for task, rows in data.rows.items() if rows}
     return page.get_template("report.html.j2").render(
         data.facts,
@@ -110,6 +127,7 @@ def render_page(data: ReportData) -> str:
 
 def _task(task: str, variants: Variants, many: str) -> dict[str, Any]:
     """Return panels of bars and a table with the metrics of a task."""
+    # Columns in the order of the evaluation, the model first.
     titles = {
         "model": "this model",
         "no_media": f"no {many}",
@@ -119,6 +137,7 @@ def _task(task: str, variants: Variants, many: str) -> dict[str, Any]:
     }
     names = {name: titles[name] for name in VARIANTS[task]}
     head = ["", *names.values()]
+    # Answers are shares by type of question, all other tasks a list of metrics.
     if task == "answers":
         # Bars of shares fill the panel at 100 %, so that panels can be compared; bars of losses at the largest.
         lines, head = _answer_lines(variants, list(names)), ["type of question", "questions", *names.values()]
@@ -144,6 +163,7 @@ def _task(task: str, variants: Variants, many: str) -> dict[str, Any]:
 
 def _answer_lines(variants: Variants, names: Sequence[str]) -> list[tuple[str, int, dict[str, float | None]]]:
     """Return title, number of questions and share of right answers of each variant: of all, then of each type."""
+    # Types in the order of the data; a variant without a type shows a dash.
     model = variants["model"]
     lines = [("all", model["count"], {name: variants[name]["accuracy"] for name in names})]
     for kind, count in model["count_by_type"].items():
@@ -156,6 +176,7 @@ def _panel(
 ) -> dict[str, Any]:
     """Return bars for the values of several variants; ``full`` is the value of a full bar, 0 for the largest."""
     values = {name: value for name, value in row.items() if value is not None}
+    # Never 0: all values may be 0.
     full = full or max(values.values(), default=0) or 1
     bars = [
         {"variant": name, "name": names[name], "width": 100 * value / full, "value": METRICS[key].show(value)}
@@ -172,6 +193,7 @@ def best_variants(row: Mapping[str, float | None], *, lower: bool = False) -> se
         {'model'}
     """
     known = {name: value for name, value in row.items() if value is not None}
+    # Bold on equal values would claim a difference.
     if len(set(known.values())) < 2:
         return set()
     best = min(known.values()) if lower else max(known.values())
@@ -180,6 +202,7 @@ def best_variants(row: Mapping[str, float | None], *, lower: bool = False) -> se
 
 def _data_tables(data: Mapping[str, Any], one: str, many: str) -> list[dict[str, Any]]:
     """Return tables of a `bindllm.data.report.DataReport`: sources, counts, and skipped rows; none without data."""
+    # Facts of an older report may lack the data.
     if not data:
         return []
     rows = (
@@ -207,6 +230,7 @@ def _data_tables(data: Mapping[str, Any], one: str, many: str) -> list[dict[str,
         "rows without media": data["text_only"],
         f"held-out rows whose {one} is also in the training rows": data["shared_media"],
     }
+    # The same remark of several sources is one line.
     remarks = sum((Counter(each["remarks"]["counts"]) for each in data["sources"]), Counter())
     notes |= {f"{rows} with {remark}": count for remark, count in remarks.items()}
     counts += [(name, f"{count:,}") for name, count in notes.items() if count]
@@ -242,6 +266,7 @@ def draw_thumbnails(rows: Iterable[dict[str, Any]], resolve: Callable[[str], str
     """
     found = {}
     for row in rows:
+        # Also the image whose caption the baseline copies: it is shown small, next to it.
         for name in ("media", "nearest_media"):
             path = row.get(name)
             if path and row[name.replace("media", "modality")] == "image" and path not in found:
@@ -260,6 +285,7 @@ def _caption_card(row: dict[str, Any], thumbnails: Mapping[str, str]) -> dict[st
     if row["model"] is not None:
         lines.append(_line("model", row["model"], kind="model", right=row["exact"]))
     if row["nearest_caption"] is not None:
+        # With its image, so that a reader sees why it is the nearest.
         small = _tile(row["nearest_media"], row["nearest_modality"], thumbnails)
         said = row["nearest_caption"]
         lines.append(_line("nearest", said, kind="nearest", right=row["nearest_exact"], tile=small))
@@ -296,12 +322,14 @@ def _tile(path: str, modality: str, thumbnails: Mapping[str, str]) -> dict[str, 
 
 def _largest(gates: np.ndarray) -> str:
     """Return layer (and head) of the largest gate, as text."""
+    # One index for a gate per layer, two for a gate per layer and head.
     index = np.unravel_index(int(np.abs(gates).argmax()), gates.shape)
     return ", ".join(f"{name} {number}" for name, number in zip(("layer", "head"), index, strict=False))
 
 
 def brief(text: str) -> str:
     """Return a text on one line, control characters made visible, and no longer than a card can hold."""
+    # Characters of category Cc would command a terminal or break a line.
     visible = "".join(
         letter if unicodedata.category(letter) != "Cc" else "\ufffd" for letter in " ".join(text.split())
     )
@@ -315,3 +343,121 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+
+
+def loss_figure(training: Series, validation: Series) -> str:
+    """Draw training loss (faint: every logged step, strong: running mean) and validation loss.
+
+    Args:
+        training: loss per token, in nats, at each logged step; may be empty.
+        validation: loss per token on the validation split; may be empty.
+
+    Returns:
+        one ``<svg>`` element.
+    """
+    axes = _empty_axes()
+    if training:
+        steps, values = zip(*training, strict=True)
+        # Single steps are noisy: compare the running mean with the validation.
+        axes.plot(steps, values, color=_FIRST, alpha=0.25, linewidth=1)
+        axes.plot(steps, _running_mean(values), color=_FIRST, linewidth=2, label="training")
+    if validation:
+        steps, values = zip(*validation, strict=True)
+        axes.plot(steps, values, color=_SECOND, linewidth=2, marker="o", markersize=5, label="validation")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss per token")
+    # From zero: a cut axis would make small gains look large.
+    axes.set_ylim(bottom=0)
+    axes.grid(axis="y", color=_LINE, linewidth=0.8)
+    axes.legend(frameon=False, labelcolor=_INK, fontsize=_TEXT)
+    return _svg(axes, name="Loss by training step")
+
+
+def gate_figure(gates: np.ndarray) -> str:
+    """Draw the size of every gate: bars for one gate per layer, a map for one gate per layer and head.
+
+    Args:
+        gates: effective gates (after tanh where the injection applies it), [L] or [L, H].
+
+    Returns:
+        one ``<svg>`` element.
+    """
+    # The sign only flips the direction that the bind network learns; the size is how much a layer listens.
+    sizes = np.abs(np.asarray(gates, dtype=np.float64))
+    axes = _empty_axes()
+    if sizes.ndim == 1:
+        axes.bar(range(len(sizes)), sizes, color=_FIRST, width=0.8)
+        axes.set_ylabel("size of the gate")
+        axes.grid(axis="y", color=_LINE, linewidth=0.8)
+    else:
+        # One column per layer: attention heads have no order, so bars would suggest one.
+        drawing = axes.imshow(sizes.T, cmap="viridis", aspect="auto", interpolation="none", vmin=0)
+        axes.set_ylabel("head")
+        axes.yaxis.get_major_locator().set_params(integer=True)
+        bar = axes.figure.colorbar(drawing, ax=axes, pad=0.02, fraction=0.05)
+        bar.outline.set_visible(False)
+        bar.ax.tick_params(color=_LINE, labelcolor=_INK, labelsize=_TEXT)
+    axes.set_xlabel("layer")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    return _svg(axes, name="Size of the gates by layer")
+
+
+def thumbnail(source: str, *, size: int = 160) -> str:
+    """Return an image as a data URI, its longer side at most ``size`` pixels, transparent parts white.
+
+    Raises:
+        MediaError: the image cannot be read.
+    """
+    image = open_image(source, size=size)
+    image.thumbnail((size, size), Image.Resampling.LANCZOS)
+    content = io.BytesIO()
+    image.save(content, "WEBP", quality=82, method=4)
+    return "data:image/webp;base64," + base64.b64encode(content.getvalue()).decode("ascii")
+
+
+def _empty_axes() -> Axes:
+    """Return axes in the report's style, made without pyplot, so that neither global state nor a display is used."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError("matplotlib", extra="report", purpose="draw the report's figures") from error
+    # No frame above and on the right: the figure sits in a page, among text.
+    axes = Figure(figsize=(6.4, 3.3), layout="constrained").add_subplot()
+    for name, spine in axes.spines.items():
+        spine.set_visible(name in ("left", "bottom"))
+        spine.set_color(_LINE)
+    axes.set_axisbelow(True)
+    axes.tick_params(color=_LINE, labelcolor=_INK, labelsize=_TEXT)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.label.set(color=_INK, fontsize=_TEXT)
+    return axes
+
+
+def _svg(axes: Axes, *, name: str) -> str:
+    """Return the figure as an ``<svg>`` element in the page's colors and font, without any URL in it."""
+    import matplotlib
+
+    content = io.StringIO()
+    # Text stays text, and a fixed salt makes the ids deterministic.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        axes.figure.savefig(content, format="svg", transparent=True, metadata={"Date": None})
+    svg = content.getvalue()
+    svg = svg[svg.index("<svg") :].strip()
+    # Matplotlib's metadata names its website, and its ids would repeat when two figures share a page.
+    svg = re.sub(r"<(metadata|style)\b.*?</\1>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(<svg )[^>]*(viewBox="[^"]*")[^>]*>', rf'\1\2 role="img" aria-label="{name}">', svg)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg).replace("xlink:href", "href")
+    svg = re.sub(r" ?font-family: [^;]*;", "", svg)
+    for stand_in, variable in _VARIABLES.items():
+        svg = svg.replace(stand_in, f"var({variable})")
+    return svg
+
+
+def _running_mean(values: Sequence[float]) -> np.ndarray:
+    """Return the centered running mean over a window that shrinks at both ends."""
+    half = max(len(values) // _SMOOTH_OVER // 2, 1 if len(values) > 8 else 0)
+    # By differences of the cumulative sum: one pass, whatever the window.
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    low = np.maximum(np.arange(len(values)) - half, 0)
+    high = np.minimum(np.arange(len(values)) + half + 1, len(values))
+    return (sums[high] - sums[low]) / (high - low)

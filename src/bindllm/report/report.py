@@ -68,6 +68,7 @@ def git_revision(folder: str | Path = ".") -> str | None:
     folder may come from someone else.
     """
     try:
+        # `rev-parse` compares no files, so it starts no filter, hook or pager of the repository.
         done = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, timeout=10, check=False
         )
@@ -131,6 +132,7 @@ def write_report(
     """
     folder = Path(folder)
     _check_metrics(metrics, source="metrics")
+    # Metrics first: they are complete even if an image or matplotlib fails below.
     write_json(folder / METRICS_FILE, dict(metrics))
     for task, name in ROW_FILES.items():
         if task in metrics["tasks"]:
@@ -139,10 +141,12 @@ def write_report(
         else:
             # Rows of an earlier run in the same folder would be shown as this run's.
             (folder / name).unlink(missing_ok=True)
+    # Paths of rows start at the project of the checkpoint, wherever this process runs.
     resolve = partial(resolve_path, home=home_of(folder, read_manifest(folder)))
     shown = [dict(row) for own in rows.values() for row in shown_rows(own)]
     write_json(folder / THUMBNAILS_FILE, draw_thumbnails(shown, resolve))
     _write(folder / FACTS_FILE, json.dumps(asdict(facts), indent=2, ensure_ascii=False) + "\n")
+    # A log of an earlier run in the same folder would be drawn as this run's.
     if log is None:
         (folder / LOG_FILE).unlink(missing_ok=True)
     else:
@@ -182,11 +186,13 @@ def rebuild_report(folder: str | Path) -> Path:
         recipe=recipe.read_text(encoding="utf-8") if recipe.exists() else "",
         thumbnails=_parse(_read(thumbnails), thumbnails) if thumbnails.exists() else {},
     )
+    # The page is the last file: a report that has one is complete.
     _write(folder / PAGE_FILE, render_page(data))
     return folder / PAGE_FILE
 
 
 def _check_metrics(metrics: Mapping[str, Any], *, source: str) -> None:
+    # Every task needs all variants and keys; a metric that is not defined is None, not missing.
     tasks = metrics.get("tasks") or {}
     missing = [] if tasks else ["tasks"]
     if unknown := [task for task in tasks if task not in VARIANTS]:
@@ -235,6 +241,7 @@ def _read_rows(file: Path) -> list[dict[str, Any]]:
 def _read_log(file: Path) -> list[dict[str, str]]:
     if not file.exists():
         return []
+    # `newline=""`: a quoted cell may hold line breaks.
     with file.open(newline="", encoding="utf-8") as stream:
         return list(csv.DictReader(stream))
 

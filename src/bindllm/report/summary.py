@@ -92,6 +92,7 @@ def summarize(
 
 def _captions(variants: Variants, count: int, one: str, many: str) -> list[str]:
     sentences = _losses(variants, f"{count:,} held-out {many}", one, many)
+    # Nothing to compare: the sentence above says so already.
     if variants["model"]["loss"] is None:
         return sentences
     sentences += _against_nearest(variants["model"], variants["nearest_caption"], one)
@@ -137,6 +138,7 @@ def _against_nearest(model: Mapping[str, Any], nearest: Mapping[str, Any], one: 
             f"{METRICS[key].name} {' against '.join(map(METRICS[key].show, pairs[key]))}" for key in keys
         )
 
+    # All caption metrics are better if larger; equal values are on neither side.
     better = [key for key, (own, other) in pairs.items() if own > other]
     worse = [key for key, (own, other) in pairs.items() if own < other]
     copying = f"copying the caption of the nearest training {one}"
@@ -183,5 +185,6 @@ def _aside(variant: Mapping[str, Any], model: Mapping[str, Any]) -> str:
     """Return on which questions a variant was measured, if not on all, for a fair comparison with the model."""
     if "model_accuracy" not in variant or variant["count"] == model["count"]:
         return ""
+    # The model on the same sample, which may be easier or harder than all questions.
     right = METRICS["accuracy"].show(variant["model_accuracy"])
     return f" (on {variant['count']:,} questions, of which it answers {right} right with the right one)"

@@ -1,20 +1,23 @@
-"""Callbacks of a run: checks and the table of parameters, an average of the weights, answers for validation rows."""
+"""Callbacks of a run: checks and the table of parameters, an average of the weights, sample answers, progress."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import Callback, ProgressBar, StochasticWeightAveraging, WeightAveraging
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.text import Text
 from torch import Tensor
 
 from bindllm.data.collate import prompt_batch
 from bindllm.data.rows import Sample
-from bindllm.errors import InputError, did_you_mean
+from bindllm.errors import InputError, did_you_mean, printable
+from bindllm.evaluation.task import media_name
 from bindllm.model.quantize import num_weights
 from bindllm.objectives import Objective
 from bindllm.training.optim import groups_table
@@ -22,6 +25,9 @@ from bindllm.training.runlog import RunLog
 
 # They copy the frozen decoder, and their state holds no trained tensor of ours.
 _REFUSED = (WeightAveraging, StochasticWeightAveraging)
+
+# Steps over which the loss on the progress bar is averaged.
+_SMOOTH_OVER = 20
 
 
 def check_trainer(trainer: Trainer, *, num_validation: int) -> None:
@@ -34,6 +40,7 @@ def check_trainer(trainer: Trainer, *, num_validation: int) -> None:
     Raises:
         InputError: names the option, or the callback and its metric.
     """
+    # Lightning accepts 0 and then trains nothing without an error.
     lengths = {
         "max_epochs": trainer.max_epochs,
         "max_steps": trainer.max_steps,
@@ -49,6 +56,7 @@ def check_trainer(trainer: Trainer, *, num_validation: int) -> None:
                 f"{kind} of Lightning copies the frozen decoder, and its runs cannot resume. Use "
                 "{class_path: bindllm.training.callbacks.AverageWeights, init_args: {decay: 0.999}}"
             )
+        # `strict=False` asks Lightning to ignore a metric that is missing.
         monitor, strict = vars(callback).get("monitor"), vars(callback).get("strict", True)
         if not num_validation and strict and isinstance(monitor, str) and monitor.startswith("val_"):
             raise InputError(
@@ -85,6 +93,7 @@ class AverageWeights(Callback):
         if not 0 <= decay < 1:
             raise InputError(f"AverageWeights: decay is {decay}, expected 0 to below 1")
         self.decay, self._step = decay, 0
+        # Only trained tensors, which are few: the frozen decoder is its own average.
         self._average: dict[str, Tensor] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -96,6 +105,7 @@ class AverageWeights(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Add the weights after an optimizer step."""
+        # Batches whose gradients are still accumulated have not changed the weights.
         if trainer.global_step > self._step:
             self._step = trainer.global_step
             for name, value in pl_module.state_dict().items():
@@ -125,6 +135,7 @@ class AverageWeights(Callback):
     @torch.no_grad()
     def _swap(self, module: LightningModule) -> None:
         for name, value in module.state_dict().items():
+            # In place, because optimizer and injection hold these tensors.
             trained = value.clone()
             value.copy_(self._average[name])
             self._average[name].copy_(trained)
@@ -170,6 +181,7 @@ class ParameterTable(Callback):
         groups = pl_module.model.parameter_groups()
         # The adapter's parameters are part of the decoder, but have their own row.
         grouped = {id(value) for group in groups.values() for _, value in group}
+        # Packed weights hold several values in a byte, which `num_weights` counts.
         values = pl_module.model.decoder.parameters()
         frozen = sum(num_weights(value) for value in values if id(value) not in grouped)
         if trainer.is_global_zero:
@@ -211,6 +223,7 @@ class SampleCaptions(Callback):
 
 def spread(samples: Sequence[Sample], count: int) -> list[Sample]:
     """Return up to ``count`` samples with media, evenly spread, so that they are not all of one source."""
+    # Rows without media say nothing about how much the model sees.
     shown = [sample for sample in samples if sample.media]
     count = min(count, len(shown))
     return [shown[n * len(shown) // count] for n in range(count)]
@@ -218,12 +231,114 @@ def spread(samples: Sequence[Sample], count: int) -> list[Sample]:
 
 def _row(sample: Sample, answer: str) -> dict[str, str]:
     """Return media, question (unless it is a caption), reference answers and the model's answer."""
+    # The last question is the one that was answered.
     questions = [message.text for message in sample.conversation.messages if message.role == "user"]
     asked = {} if sample.task == "caption" else {"question": questions[-1]}
     reference = " | ".join(dict.fromkeys(sample.references))
-    return {"media": _media_name(sample), **asked, "reference": reference, "model": answer}
+    return {"media": media_name(sample), **asked, "reference": reference, "model": answer}
 
 
-def _media_name(sample: Sample) -> str:
-    source = sample.media[-1][0].source
-    return str(source) if isinstance(source, str | Path) else sample.media[-1][0].name
+class RunProgress(ProgressBar):
+    """Shows the step, the loss and the time left of a run: a bar on a terminal, a line at intervals in a log file.
+
+    Lightning's `RichProgressBar` has one bar per epoch, estimates the time left from the last 30 seconds, and prints
+    nothing readable into a log file. This bar spans the whole run, also after a resume.
+
+    Args:
+        captions: callback whose latest answers are shown after each validation.
+        every_seconds: interval of the printed lines without a terminal, in seconds.
+    """
+
+    def __init__(self, captions: SampleCaptions | None = None, *, every_seconds: float = 30.0) -> None:
+        super().__init__()
+        self.captions, self.every_seconds = captions, every_seconds
+        self.console = Console()
+        self._bar: Progress | None = None
+        self._loss, self._losses = 0.0, 0
+        self._first_step, self._started, self._printed = 0, 0.0, 0.0
+
+    def disable(self) -> None:
+        """Show nothing; Lightning calls this on all processes but the first."""
+        self.console = Console(quiet=True)
+
+    def enable(self) -> None:
+        """Show the progress again."""
+        self.console = Console()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the bar at the step from which the run resumes."""
+        self._first_step, self._started = trainer.global_step, time.monotonic()
+        self._printed = self._started
+        # A log file gets lines at intervals instead, see below: a bar would fill it with control characters.
+        if self.console.is_terminal:
+            left = TextColumn("[cyan]{task.fields[left]}")
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), left)
+            self._bar = Progress(*columns, console=self.console)
+            self._bar.start()
+            total = int(trainer.estimated_stepping_batches)
+            self._task = self._bar.add_task("training", total=total, completed=trainer.global_step, left="")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Update the bar, or print a line."""
+        # Not the output of the step, which is weighted for the gradient; before the first optimizer step it is missing.
+        if (loss := trainer.callback_metrics.get("train_loss")) is not None:
+            self._losses += 1
+            # A running mean: plain over the first steps, then exponential, so it starts without a bias.
+            self._loss += (float(loss) - self._loss) / min(self._losses, _SMOOTH_OVER)
+        left = self._time_left(trainer)
+        if self._bar is not None:
+            text = f"epoch {trainer.current_epoch + 1}  loss {self._loss:.3f}"
+            self._bar.update(self._task, description=text, completed=trainer.global_step, left=left)
+        elif time.monotonic() - self._printed >= self.every_seconds:
+            self._printed = time.monotonic()
+            self.console.print(
+                f"step {trainer.global_step}/{int(trainer.estimated_stepping_batches)}  "
+                f"epoch {trainer.current_epoch + 1}  loss {self._loss:.3f}  {left}"
+            )
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Label the bar while it stands still."""
+        if self._bar is not None:
+            self._bar.update(self._task, description="validating", left="")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the validation loss and a few answers above the bar."""
+        # The sanity check before the first step has no training loss.
+        loss = trainer.callback_metrics.get("val_loss")
+        if not self._losses or loss is None:
+            return
+        self.console.print(
+            f"[bold]epoch {trainer.current_epoch + 1}[/bold]  step {trainer.global_step}  "
+            f"train loss {self._loss:.3f}  [bold]validation loss {float(loss):.3f}[/bold]"
+        )
+        for row in self.captions.latest if self.captions else ():
+            # Texts of models and data may hold control characters and markup: `Text` draws them as they are.
+            said = printable(row["model"]) or "(nothing)"
+            asked = f"{printable(row['question'])}  " if "question" in row else ""
+            line = Text.assemble("  ", asked, (printable(row["reference"]), "dim"), "  →  ", said)
+            self.console.print(line, overflow="ellipsis", no_wrap=True)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the bar."""
+        self._close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Stop the bar, so that the terminal is usable."""
+        self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _time_left(self, trainer: Trainer) -> str:
+        """Estimate from all steps since the start or resume, including validations."""
+        done = trainer.global_step - self._first_step
+        # The first steps include warm-up of kernels and caches.
+        if done < 3:
+            return ""
+        rest = trainer.estimated_stepping_batches - trainer.global_step
+        seconds = int((time.monotonic() - self._started) / done * rest)
+        return f"{seconds // 60}:{seconds % 60:02d} left"

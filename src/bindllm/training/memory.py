@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, Literal
 
 import torch
@@ -157,6 +157,7 @@ class RunPlan:
         """Return a batch of this shape, with zeros for content and the columns that objectives add."""
         ids = torch.zeros(self.rows, self.tokens, dtype=torch.long)
         labels = torch.full_like(ids, IGNORE)
+        # Supervised tokens at the end, where answers are: logits are computed only for them.
         labels[:, -max(1, self.supervised // self.rows) :] = 0
         inputs = {
             "input_ids": ids,
@@ -181,6 +182,7 @@ class RunPlan:
     ) -> MemoryEstimate:
         """Add what does not depend on the batch, and give each device its share (ZeRO: arXiv 1910.02054, section 5)."""
         share, strategy, frozen = self.devices, self.strategy, weight_bytes(model)
+        # ZeRO stage 1 divides the optimizer, stage 2 also the gradients; a sharded decoder is ours.
         groups = model.parameter_groups()
         trained = sum(p.nbytes for name in self.trainable for _, p in groups[name])
         # Adam keeps two running means of every gradient.
@@ -189,6 +191,7 @@ class RunPlan:
         fixed |= {"decoder": sum(frozen.values()), "framework": self.framework}
         fixed["optimizer"] = moments // share if strategy in ("zero1", "zero2") else moments
         if strategy in ("ddp", "sharded"):
+            # DDP copies gradients into buckets to send them: as large as the gradients.
             fixed["buckets of DDP"] = trained
         if strategy == "sharded":
             # The layers are divided; the one that runs and the next one are gathered.
@@ -199,6 +202,7 @@ class RunPlan:
             rest = fixed["decoder"] - frozen[model.decoder.get_output_embeddings().weight]
             fixed["decoder"] -= rest - rest // share
             fixed["gathered layers"] = rest - sum(layers) + 2 * layers[0]
+        # Three moments that may be the peak: activations at their most, logits and temporaries, the step itself.
         found = {
             "the forward pass": {**forward, **fixed, "gradients": gradients},
             "the backward pass": {**backward, **fixed},
@@ -231,6 +235,7 @@ class RunPlan:
             plan = replace(plan, checkpointing=True)
             yield "model.checkpoint_activations true", plan.estimate.total
         if plan.rows > 1 and plan.estimate.total > available:
+            # The same rows in each step: a smaller batch, accumulated more often.
             plan = plan._with_fewer_rows(available)
             times = -(-self.rows // plan.rows)
             words = f"data.batch_size {plan.rows} and {times} times trainer.accumulate_grad_batches"
@@ -285,8 +290,10 @@ def plan_run(
         tokenizer: the decoder's tokenizer.
     """
     model, trainer = recipe["model"], recipe["trainer"]
+    # The device that the recipe asks for, also if this machine has another one.
     device = str(trainer["accelerator"]).lower()
     device = {"auto": default_device(), "gpu": "cuda"}.get(device, device)
+    # Pairs and labels decide how many rows run at once.
     needs = _needs(model.get("objective"))
     shape = _batch_shape(recipe["data"], rows, tokenizer, pairs=needs in ("pairs", "labels"))
     # Ours that run the model on the same rows: another class may need columns that only it adds.
@@ -318,8 +325,7 @@ def _needs(entry: Mapping[str, Any] | None) -> str:
     """Return which rows the objective of a recipe learns from."""
     if not entry:
         return NextToken.needs
-    module, _, name = entry["class_path"].rpartition(".")
-    return vars(import_module(module))[name].needs
+    return resolve_name(entry["class_path"]).needs
 
 
 def _devices(trainer: Mapping[str, Any], device: str) -> dict[str, Any]:
@@ -334,6 +340,7 @@ def _devices(trainer: Mapping[str, Any], device: str) -> dict[str, Any]:
     # A strategy is a short name (ddp, deepspeed_stage_2) or a class with arguments.
     options = strategy.get("init_args") or {} if isinstance(strategy, Mapping) else {}
     name = str(strategy["class_path"] if isinstance(strategy, Mapping) else strategy).lower()
+    # All devices share, unless shards stay within a node.
     kind, sharing = "ddp", total
     if "shardeddecoder" in name:
         kind, sharing = "sharded", total if options.get("across_nodes") else devices
@@ -417,6 +424,7 @@ def memory_lines(plan: RunPlan, limit: str | None) -> tuple[list[Any], str]:
         f"{estimate.moment}, with {plan.rows} rows of {plan.tokens} tokens ({rows}):",
         _table(estimate),
     ]
+    # Encoders are gone before training starts, so they are not part of the peak.
     if encoders := sum(_weights(encoder) for encoder in plan.encoders):
         lines.append(
             f"before that, while media are embedded: {_text(encoders)} of encoders, and their activations"
@@ -448,6 +456,7 @@ def read_size(text: str) -> int:
     Raises:
         InputError: not a size, or 0.
     """
+    # GB is 1e9 bytes, as vendors count; GiB is 2**30.
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?B)?\s*", text.upper())
     size = int(float(found[1]) * _UNITS[found[2] or ""]) if found else 0
     if not size:
@@ -480,5 +489,6 @@ def _text(size: int) -> str:
 
 def _weights(encoder: Encoder) -> int:
     """Return the bytes of the weights of an encoder that are loaded by now."""
+    # An encoder is any class: its weights are in the torch modules that it holds.
     parts = [part for part in vars(encoder).values() if isinstance(part, nn.Module)]
     return sum(value.nbytes for part in parts for value in (*part.parameters(), *part.buffers()))

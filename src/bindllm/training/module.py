@@ -29,13 +29,7 @@ from bindllm.model.decoder import DecoderConfig, load_decoder, load_tokenizer
 from bindllm.model.injection import InjectConfig
 from bindllm.objectives import NextToken, Objective
 from bindllm.parallel import RunContext
-from bindllm.training.optim import (
-    OptimConfig,
-    ZeroGradientCheck,
-    build_optimizer,
-    build_schedule,
-    set_rates,
-)
+from bindllm.training.optim import OptimConfig, ZeroGradientCheck, configure_lightning, set_rates
 from bindllm.training.stages import init_from_checkpoint
 from bindllm.training.strategies import ShardedDecoder, averages_gradients, check_strategy
 
@@ -123,6 +117,7 @@ class BindModule(LightningModule):
         """Load the decoder and build the model; Lightning calls this before fit, validate and test."""
         if self.model is not None:
             return
+        # Without a trainer, as in tests and tools, nothing is distributed and the device is the module's own.
         strategy = None if self._trainer is None else self._trainer.strategy
         if strategy is not None:
             check_strategy(strategy)
@@ -134,6 +129,7 @@ class BindModule(LightningModule):
             # Lightning moves the module after this, and weights in 8 bits cannot be moved.
             device = strategy.root_device
         decoder = load_decoder(self.decoder_config, device=device)
+        # An id beyond the embedding table would fail in the middle of an epoch, on a GPU without a message.
         check_vocabulary(self.tokenizer, decoder.get_input_embeddings().num_embeddings)
         self.model = BindLLM(
             decoder,
@@ -147,15 +143,19 @@ class BindModule(LightningModule):
         )
         # The order of construction is fixed: decoder, adapter, injection; then the groups, then earlier weights.
         self.model.set_trainable(self.trainable)
+        # Hooks of the injection are in place by now: recomputed layers must add the same bind tensors.
         if self.checkpoint_activations:
             self.model.checkpoint_activations()
         if self.init_from is not None:
             init_from_checkpoint(self.model, self.init_from)
+        # Last: a reference model of an objective is a copy of the initial weights, which may come from `init_from`.
         self.objective.on_start(self.model)
 
     def on_fit_start(self) -> None:
         """Prepare the objective, and set the modes, which Lightning does not change: the decoder stays in eval mode."""
         self.eval()
+        # In eval mode and the precision of training: values that are computed once, such as log-probabilities of
+        # a reference model, are compared with those of training steps.
         with self.trainer.precision_plugin.predict_step_context():
             self.objective.prepare(self.model, self.trainer.datamodule, RunContext.of_trainer(self.trainer))
         self.train()
@@ -174,17 +174,16 @@ class BindModule(LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Return AdamW and a schedule that moves every step."""
-        fused = not self.trainer.precision.endswith("mixed")
-        optimizer = build_optimizer(self.model.parameter_groups(), self.optim_config, fused=fused)
-        schedule = build_schedule(optimizer, self.trainer.estimated_stepping_batches, self.optim_config)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return configure_lightning(self.trainer, self.model.parameter_groups(), self.optim_config)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of a batch, weighted among the batches of its step."""
+        # Columns that the objective has prepared, looked up by the numbers of the rows.
         batch = self.objective.add_reference(batch, "train")
         loss, metrics = self.objective.loss(self.model, batch)
         self.log_dict({"lr": self.lr_schedulers().get_last_lr()[0]})
         self.log_dict({f"train_{name}": value for name, value in metrics.items()})
+        # The weighted loss is only for the gradient; the logged one is computed in `on_before_optimizer_step`.
         return self._accumulation.add(loss, self.objective.count(batch), trainer=self.trainer)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -202,6 +201,7 @@ class BindModule(LightningModule):
         if not torch.isfinite(loss):
             self._stop("loss")
         self.log("train_loss", loss)
+        # Before clipping, which would hide how large the gradient was.
         norm = torch.nn.utils.get_total_norm(gradients)
         if not torch.isfinite(norm) and self.trainer.precision != "16-mixed":
             self._stop("gradient")
@@ -220,6 +220,7 @@ class BindModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the number of steps without a gradient, so that a resumed run does not count again."""
+        # None once a gradient was not zero: the check is over for the whole run.
         checkpoint["zero_gradients"] = self._zero_gradients.steps
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -228,6 +229,7 @@ class BindModule(LightningModule):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Return the trainable tensors: frozen weights never enter a saved state."""
+        # Megabytes instead of gigabytes: frozen weights are only named, by their fingerprint, in the checkpoint folder.
         return self.model.trainable_state()
 
     def load_state_dict(self, state_dict: dict[str, Tensor], *args: Any, **kwargs: Any) -> None:
@@ -248,6 +250,7 @@ class BindModule(LightningModule):
         run = Path(self.trainer.default_root_dir)
         # Next to the run's folder: the next run renames that one, and may start from these weights.
         folder = run.with_name(f"{run.name}.{LAST_GOOD}")
+        # The trained tensors are the same on all devices, so one of them can write.
         if self.trainer.is_global_zero:
             self.model.save_pretrained(folder)
         # All processes stop here; one that ended earlier would let the launcher kill the one that is writing.
@@ -295,12 +298,15 @@ class WeightedAccumulation:
             gradients: gradients as averaged over devices and batches by Lightning.
             trainer: the trainer of the run.
         """
+        # Emptied first: also a step that fails below leaves no batch to the next one.
         batches, self._batches = self._batches, []
         if len(batches) == 1 and _divisor(trainer) == 1 == trainer.world_size:
             return batches[0][0]
+        # Sums and counts travel in one tensor, so the devices meet once: mean = sum(loss_i * n_i) / sum(n_i).
         own = sum(torch.stack([loss * count, torch.full_like(loss, count)]) for loss, count in batches)
         total, count = trainer.strategy.reduce(own, reduce_op="sum")
         if (divisor := _divisor(trainer)) > 1:
+            # Lightning divided the sum of n_i * gradient_i by the number of batches; it must be the number of terms.
             torch._foreach_mul_(list(gradients), divisor / count)
         return total / count
 

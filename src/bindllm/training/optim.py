@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from rich import box
 from rich.table import Table
 from torch import Tensor, nn
@@ -128,15 +129,29 @@ def build_schedule(
     Raises:
         InputError: the run has no end, so the length of the decay is unknown.
     """
+    # A cosine to the last step needs to know the last step.
     if not math.isfinite(total):
         raise InputError(
             "the learning rate decays over the run, so the run needs an end: set trainer.max_epochs or max_steps"
         )
+    # A partial of a module function, not a lambda: the state of the schedule then holds no code.
     return torch.optim.lr_scheduler.LambdaLR(optimizer, partial(lr_factor, total=int(total), config=config))
+
+
+def configure_lightning(trainer: Trainer, groups: Groups, config: OptimConfig) -> dict[str, Any]:
+    """Return AdamW and a schedule that moves every step, as Lightning's `configure_optimizers` does.
+
+    Raises:
+        InputError: no parameter is trainable, or the run has no end.
+    """
+    optimizer = build_optimizer(groups, config, fused=not trainer.precision.endswith("mixed"))
+    schedule = build_schedule(optimizer, trainer.estimated_stepping_batches, config)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def set_rates(schedule: torch.optim.lr_scheduler.LambdaLR) -> None:
     """Set the learning rates of the current step: the state of a run with fewer steps holds those of its schedule."""
+    # Recomputed from the number of steps; `step()` would also advance it.
     factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
     rates = [base * factor for base, factor in zip(schedule.base_lrs, factors, strict=True)]
     for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
@@ -172,6 +187,7 @@ class ZeroGradientCheck:
         Raises:
             TrainingError: all steps so far had a gradient of zero.
         """
+        # 0: no step was taken yet. None: a gradient was not zero.
         if self.steps:
             raise TrainingError(
                 f"the gradient was exactly zero in all {self.steps} steps, so nothing can be learned, and nothing was "
@@ -191,6 +207,7 @@ def describe_groups(groups: Groups) -> list[dict[str, Any]]:
                 "tensors": len(sizes),
                 "parameters": sum(size for size, _ in sizes),
                 "decayed": sum(size for size, decayed in sizes if decayed),
+                # Groups are trained as a whole, so one tensor answers for all.
                 "trainable": any(value.requires_grad for _, value in members),
             }
         )

@@ -133,9 +133,11 @@ def check_recipe(
             "model.trainable is empty: nothing would be trained; name groups, such as [bind, inject]"
         )
     _check_store(data["store"], problems)
+    # Sizes are checked together only if each part is valid by itself: one mistake, one message.
     if checked.is_whole and checked.tokenizer is not None:
         with problems.noted():
             _check_model(checked, model["trainable"])
+    # None: an encoder could not be built, so a modality without an encoder is not a second problem.
     served = encoders if len(encoders) == len(model["encoders"]) else None
     if model["cache"] is not None:
         _check_cache(model["cache"], served, problems, say, output=output)
@@ -148,6 +150,7 @@ def check_recipe(
                     say(f"warning: {remark}")
     check_sources(checked.read, served, checked.tokenizer, data["max_length"], problems, say)
     if checked.tokenizer is not None and not problems:
+        # Through the data module itself, so that the label mask is the one of training.
         keys = {key: data[key] for key in ("store", "batch_size", "max_length")}
         whole = BindData(checked.sources, tokenizer=checked.tokenizer, encoders=encoders, **keys)
         for line in (legend(), *whole.preview(previewed)) if previewed else ():
@@ -174,6 +177,7 @@ def check_checkpoint(folder: str, problems: Problems, *, allow: Sequence[str]) -
             choose_cache(None, read_cache_config(folder, manifest), fingerprints, checkpoint=folder)
         with problems.noted():
             _check_decoder(read_decoder(folder, manifest), problems)
+        # Built on the meta device: shapes are compared without a copy of the decoder.
         config, parts, tensors = read_parts(folder, decoder=None, dtype=None, allow=allow)
         BindLLM.build_empty(config, **parts).check_trainable_state(tensors, source=folder)
     problems[known:] = dict.fromkeys(problems[known:])
@@ -217,6 +221,7 @@ def check_sources(
     # Sources that cannot be read are problems already: no row to train on is not a second one.
     num_train, known = 0, len(problems)
     for rows, report in read:
+        # Counted before media are opened, which may raise.
         num_train += len(rows["train"])
         with problems.noted():
             _open_media(rows["train"], report, encoders)
@@ -224,6 +229,7 @@ def check_sources(
         if report.shards:
             counts = f"the first {len(rows['train']):,} rows were read"
         say(f"{report.path}: {report.counted}; {counts}")
+        # Printed after the skipped rows, which tokenizing adds to.
         lengths = None
         if tokenizer is not None:
             with problems.noted():
@@ -261,6 +267,7 @@ def _build_parts(
 
 def _build(kind: type, values: Mapping[str, Any], problems: Problems) -> Any:
     """Build a dataclass of a recipe; note the complaints about each of its fields; None if there are any."""
+    # jsonargparse converts the values as for a run; `__post_init__` of the dataclass checks them.
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=kind)
 
@@ -287,6 +294,7 @@ def _build(kind: type, values: Mapping[str, Any], problems: Problems) -> Any:
 
 def _check_store(store: str, problems: Problems) -> None:
     """Note a store whose folder cannot be created."""
+    # The nearest ancestor that exists decides: missing folders are created by the run.
     there = next(path for path in (Path(store), *Path(store).absolute().parents) if path.exists())
     if not there.is_dir():
         problems.append(f"data.store {store} cannot be a folder: {there} is a file; choose another folder")
@@ -309,6 +317,7 @@ def _check_model(checked: CheckedParts, trainable: list[str]) -> None:
     """Build the model without its weights: the injection finds its layers, and all sizes fit."""
     parts, tokenizer = checked.parts, checked.tokenizer
     joined = {name: parts.get(name) for name in ("bind", "inject", "adapter")}
+    # On the meta device: seconds, also for a decoder of many gigabytes.
     model = BindLLM.build_empty(parts["decoder"], tokenizer, encoders=checked.encoders, **joined)
     check_vocabulary(tokenizer, model.decoder.get_input_embeddings().num_embeddings)
     model.set_trainable(trainable)
@@ -334,6 +343,7 @@ def _check_encoder(
             for item in synthetic_media(first or encoder.modalities[0])[:1]:
                 encoder.embed(item.modality, [encoder.prepare(item)])
             return encoder
+        # Modalities that we cannot synthesize are tried with media of the sources.
         own = [
             name
             for name in encoder.modalities
@@ -384,6 +394,7 @@ def _check_cache(
 
 def _spread(media: Sequence[Media], modality: str, count: int) -> list[Media]:
     """Return at most this many different media of a modality, evenly spread."""
+    # Different ones: a source may repeat an image for each of its questions.
     all_of_it = list(dict.fromkeys(item for item in media if item.modality == modality))
     return all_of_it[:: max(1, len(all_of_it) // count)][:count]
 
@@ -398,6 +409,7 @@ def _open_media(rows: Sequence[Row], report: SourceReport, encoders: Sequence[En
     media = [item for row in rows for item in row.media]
     for modality in dict.fromkeys(item.modality for item in media):
         encoder = None if encoders is None else encoder_for(modality, encoders)
+        # Images are opened by us, all others only by the encoder that knows their files.
         noun = "image" if modality == "image" else f"{modality} media"
         chosen = _spread(media, modality, OPENED_IMAGES if modality == "image" else OPENED_MEDIA)
         failed = []
@@ -410,6 +422,7 @@ def _open_media(rows: Sequence[Row], report: SourceReport, encoders: Sequence[En
             except BindLLMError as error:
                 failed.append(str(error))
                 report.skipped.add(f"{noun} that cannot be opened (of {len(chosen):,} tried)", str(error))
+        # All of them: the folder or the format is wrong, not a few files.
         if failed and len(failed) == len(chosen):
             raise InputError(f"{report.path}: not one {noun} can be opened: {failed[0]}")
 

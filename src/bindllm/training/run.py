@@ -73,8 +73,8 @@ def run_folder(output: str | Path, *, init_from: str | Path | None = None) -> Pa
         init_from: the checkpoint folder whose weights the run starts with, if any.
 
     Raises:
-        InputError: ``output`` is a file, holds other files than a checkpoint, or is the checkpoint that the run starts
-            from; it would be replaced at the end of the run.
+        InputError: ``output`` is a file, starts with ``~``, holds other files than a checkpoint, or is the checkpoint
+            that the run starts from; it would be replaced at the end of the run.
     """
     output = Path(output)
     found, home = output.resolve(), Path.cwd().resolve()
@@ -83,12 +83,15 @@ def run_folder(output: str | Path, *, init_from: str | Path | None = None) -> Pa
             f"output {output} is model.init_from too: the run would replace its own start, and could not be "
             "run twice with the same result; choose another output"
         )
+    if output.parts[:1] == ("~",):
+        raise InputError(f"output {output} would be in a folder called ~ here; write the whole path")
     if output.exists() and not output.is_dir():
         raise InputError(f"output {output} is a file; name a folder")
     if output.is_dir() and any(output.iterdir()) and not (output / MANIFEST).is_file():
         raise InputError(
             f"output {output} is a folder with other content (no {MANIFEST}); choose another one"
         )
+    # The usual place needs no hash in the name of its run.
     if found.parent == home / OUTPUTS:
         return Path(RUNS) / found.name
     # Outputs of one name in two folders are two runs. The path is relative, so that a project may be moved.
@@ -107,6 +110,7 @@ def lock_run(folder: Path) -> Iterator[None]:
         # Rank 0 of the same run holds the lock.
         yield
         return
+    # Next to the folder, which is renamed while it is locked.
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
     try:
@@ -188,6 +192,7 @@ def open_run(
 
 def _refuse_other_processes(folder: Path, changes: list[Change]) -> None:
     """Refuse a run that differs from the interrupted one only in its processes: it is probably meant to resume."""
+    # Each process sees its share of a step's rows, so another number of them is another run.
     keys = [key for key, _, _ in changes]
     if any(key in _PROCESSES for key in keys) and all(key.startswith(_PLACEMENT) for key in keys):
         raise InputError(
@@ -198,6 +203,7 @@ def _refuse_other_processes(folder: Path, changes: list[Change]) -> None:
 
 def _earlier_runs(folder: Path, recipe: str) -> list[tuple[Path, list[Change]]]:
     """Return the folders with a state of a run, the current one first, and the changes of the recipe since then."""
+    # Also runs that were set aside: their own command must find them again.
     aside = sorted(folder.parent.glob(f"{glob.escape(folder.name)}.previous*"))
     places = [place for place in (folder, *aside) if (place / LAST).exists()]
     return [(place, list(_changes(_read_recipe(place), yaml.safe_load(recipe)))) for place in places]
@@ -205,6 +211,7 @@ def _earlier_runs(folder: Path, recipe: str) -> list[tuple[Path, list[Change]]]:
 
 def _is_written_by(recipe: str, output: Path, *, longer: bool = True) -> bool:
     """Return whether a checkpoint was written by a run of this recipe, or by a shorter one."""
+    # Compared by the recipe that is stored in the checkpoint, whatever folder the run was in.
     changes = list(_changes(_read_recipe(output), yaml.safe_load(recipe)))
     return (output / MANIFEST).is_file() and (all(map(_is_longer, changes)) if longer else not changes)
 
@@ -225,6 +232,7 @@ def _bring_back(place: Path, folder: Path) -> None:
         os.replace(waiting, folder)
     for name in (LAST, BEST):
         remove_leftovers(folder / name)
+    # It is not finished any more: a kill from here on must not lose it.
     (folder / FINISHED).unlink(missing_ok=True)
 
 
@@ -254,6 +262,7 @@ def _changes(old: Any, new: Any, key: str = "") -> Iterator[Change]:
         for name in dict.fromkeys([*old, *new]):
             yield from _changes(old.get(name), new.get(name), f"{key}.{name}" if key else str(name))
     elif old != new and key not in _HARMLESS:
+        # Lists are compared as a whole: a source that moves changes the order of all rows.
         yield key, old, new
 
 
@@ -317,6 +326,7 @@ class Run:
             )
             return 0
         if rank_zero_only.rank == 0:
+            # One process renames folders; the others wait below until it is done.
             open_run(folder, self.recipe, self.output, resume=resume, overwrite=overwrite, say=say)
         wait(self.trainer)
         try:
@@ -326,6 +336,7 @@ class Run:
             return 130
         if self.state.stopped_early:
             say(f"early stopping ended the run at step {self.trainer.global_step}, before its last epoch")
+        # A run that diverged still leaves its best validated weights, and then reports the error.
         problem = self.state.problem(self.trainer)
         if self.trainer.is_global_zero and (problem is None or self.state.best_loss is not None):
             self._save()
@@ -336,6 +347,7 @@ class Run:
         # From here on the checkpoint is safe, whatever the evaluation does.
         self.module.model.to(self.trainer.strategy.root_device)
         code = self._measure()
+        # Only now: without this file the same command measures again, without a training step.
         if code == 0:
             (folder / FINISHED).touch()
         return code
@@ -346,6 +358,7 @@ class Run:
             self._fit()
         finally:
             if rank_zero_only.rank == 0:
+                # The folder of a rehearsal has a name of its own, so no run is lost.
                 shutil.rmtree(self.state.folder, ignore_errors=True)
         if self.trainer.is_global_zero:
             self.console.print("fast_dev_run: the steps ran without an error; nothing was saved")
@@ -357,6 +370,7 @@ class Run:
         Raises:
             KeyboardInterrupt: Ctrl-C outside of a training step.
         """
+        # Lightning replaces the handler during fit.
         handler = signal.getsignal(signal.SIGINT)
         last = self.state.last if self.state.last.exists() else None
         try:
@@ -369,6 +383,7 @@ class Run:
     def _save(self) -> None:
         """Write the best weights and the recipe to the checkpoint folder."""
         model, kept = self.module.model, ""
+        # Without validation the last weights are the result.
         if (best := self.state.best_weights()) is not None:
             model.load_trainable_state(best, source=str(self.state.folder))
             step, steps = self.state.best_step, self.trainer.global_step
@@ -435,6 +450,7 @@ def make_loggers(chosen: Any, folder: Path) -> list[Logger]:
         return []
     if chosen not in (None, True):
         return list(chosen) if isinstance(chosen, list | tuple) else [chosen]
+    # Found, not imported: importing it takes seconds.
     if importlib.util.find_spec("tensorboard") is None:
         print(
             "tensorboard is not installed (pip install 'bindllm[report]'): the run is logged to metrics.csv only"

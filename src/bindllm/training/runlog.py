@@ -37,6 +37,7 @@ class RunLog(Logger):
     def __init__(self, folder: str | Path) -> None:
         super().__init__()
         self.folder = Path(folder)
+        # Grows with the first row that has another name, see `log_metrics`.
         self._columns = list(COLUMNS)
 
     @property
@@ -68,12 +69,14 @@ class RunLog(Logger):
             rows = self._rows()
             self._columns += unknown
             self._write(rows)
+        # Opened for each row: nothing stays in a buffer that a kill would lose.
         with file.open("a", newline="", encoding="utf-8") as stream:
             csv.DictWriter(stream, self._columns).writerow(row)
 
     @rank_zero_only
     def log_captions(self, captions: Sequence[Mapping[str, Any]], step: int) -> None:
         """Append captions, each with its step."""
+        # One JSON object a line, so that a cut last line costs one answer.
         with (self.folder / CAPTIONS).open("a", encoding="utf-8") as stream:
             for caption in captions:
                 stream.write(json.dumps({"step": step, **caption}, ensure_ascii=False) + "\n")
@@ -81,7 +84,9 @@ class RunLog(Logger):
     @rank_zero_only
     def keep_before(self, step: int) -> None:
         """Drop rows logged at or after a step: the run resumes there and will log them again."""
+        # A row that was cut by a kill has no step, or one that is not a number.
         rows = [row for row in self._rows() if row["step"].isdigit() and int(row["step"]) < step]
+        # Columns that the earlier part of the run has added stay.
         self._columns += [name for row in rows[:1] for name in row if name not in self._columns]
         self._write(rows)
         file = self.folder / CAPTIONS

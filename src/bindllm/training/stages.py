@@ -39,6 +39,7 @@ def init_from_checkpoint(model: BindLLM, folder: str | Path) -> None:
     Raises:
         CheckpointError: the folder was made for another base; lists the differences and a remedy.
     """
+    # Before a tensor is read: most mistakes differ in a setting, and the message names it.
     warnings = check_base(
         folder,
         decoder=model.config,
@@ -96,6 +97,7 @@ def check_base(
                 f"{folder} was trained with an adapter, and this recipe has none, so its decoder differs. Use the same "
                 f"adapter: model.adapter: {_as_yaml(saved['adapter'])}"
             )
+        # An adapter that only the recipe has is new, and allowed.
         differing += _adapter_differences(saved["adapter"], adapter)
     if differing:
         raise CheckpointError(
@@ -119,6 +121,7 @@ def _check_frozen(
         "decoder": str(saved.get("name")),
         "encoders": ", ".join(str(entry.get("class_path")) for entry in manifest["encoders"]),
     }
+    # Trained tensors depend on every bit of both: fingerprints cover weights and preprocessing.
     for what, (found, expected) in compared.items():
         if found != expected:
             raise CheckpointError(
@@ -145,6 +148,7 @@ def _adapter_differences(there: AdapterConfig, here: AdapterConfig) -> list[str]
         for difference in _differences("adapter", there, here)
         if not difference.startswith(("adapter.alpha ", "adapter.rslora "))
     ]
+    # LoRA adds scale * B A (arXiv 2106.09685, section 4.1): alpha / rank, or alpha / sqrt(rank) with rslora.
     if not math.isclose(there.scale, here.scale):
         found.append(
             f"adapter.alpha is {_alpha(there)} there, which makes the scale {there.scale:g}, and {_alpha(here)} here, "
@@ -164,20 +168,16 @@ def _remarks(
 
     Quantization rounds the same decoder. A first stage in bfloat16 and a second one on 4 bits is the usual QLoRA setup.
     """
-    remarks, saved = [], manifest["decoder"]
-    quantized = saved.get("quantize")
-    for setting in ("template", "system"):
-        before, now = saved.get(setting), getattr(decoder, setting)
+    remarks = []
+    # These change prompts or rounding, not the meaning of the trained tensors.
+    effects = dict.fromkeys(("template", "system"), "its prompts differ")
+    for setting, effect in {**effects, "quantize": "the same decoder, rounded differently"}.items():
+        before, now = manifest["decoder"].get(setting), getattr(decoder, setting)
         if before != now:
             remarks.append(
-                f"{folder} was trained with decoder.{setting} {_shown(before)}, this run has {_shown(now)}: its "
-                "prompts differ, so the loss may start higher"
+                f"{folder} was trained with decoder.{setting} {_shown(before)}, this run has {_shown(now)}: {effect}, "
+                "so the loss may start higher"
             )
-    if quantized != decoder.quantize:
-        remarks.append(
-            f"{folder} was trained with decoder.quantize {_shown(quantized)}, this run has "
-            f"{_shown(decoder.quantize)}: the same decoder, rounded differently, so the loss may start higher"
-        )
     if there.fusion != bind.fusion:
         remarks.append(
             f"{folder} fuses several media of one message with bind.fusion {there.fusion}, this run with "

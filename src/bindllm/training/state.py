@@ -27,13 +27,13 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
-from lightning.pytorch.strategies import Strategy
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, distributed
+from torch import Tensor
 
 from bindllm.atomic import atomic_file, write_tensors
 from bindllm.errors import CheckpointError, InputError, TrainingError
+from bindllm.parallel import Processes
 from bindllm.training.runlog import RunLog
 
 LAST = "last.ckpt"
@@ -70,6 +70,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             CheckpointError: it is damaged, or holds more than tensors and plain values.
         """
         try:
+            # Whatever Lightning asks for: `weights_only=False` would unpickle, and could run code.
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many types for a damaged file
             # An empty file gives an error without a text.
@@ -126,7 +127,7 @@ class RunState(Checkpoint):
         self._validated: dict[str, Tensor] = {}
         self._sources: dict[str, str] = {}
         self._rows: dict[str, Any] | None = None
-        self._random: RandomState | None = None
+        self._generators: GeneratorStates | None = None
         self._num_processes = 1
         self._interrupted = self._may_stop = False
         self._clock = self._saved_at = time.monotonic()
@@ -152,7 +153,7 @@ class RunState(Checkpoint):
             "is_validated": self._is_validated,
             "rows": self._rows,
             "sources": self._sources,
-            "random": self._random,
+            "generators": self._generators,
             "num_processes": self._num_processes,
         }
 
@@ -177,7 +178,7 @@ class RunState(Checkpoint):
             )
         self.best_loss, self.best_step = state_dict["best_loss"], state_dict["best_step"]
         self.seconds, self.stopped_early = state_dict["seconds"], state_dict["stopped_early"]
-        self._rows, self._random = state_dict["rows"], state_dict["random"]
+        self._rows, self._generators = state_dict["rows"], state_dict["generators"]
         self._sources, self._is_validated = state_dict["sources"], state_dict["is_validated"]
 
     def on_save_checkpoint(
@@ -192,6 +193,7 @@ class RunState(Checkpoint):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do not train further if early stopping had ended the run when the state was saved."""
+        # Lightning does not save this flag, and would train one more epoch.
         trainer.should_stop = self.stopped_early
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -203,6 +205,7 @@ class RunState(Checkpoint):
         Raises:
             InputError: the data has changed; names the sources.
         """
+        # Counts of each source, only for the message: the loader compares the rows themselves.
         sources = {source.path: source.counted for source in trainer.datamodule.report.sources}
         if self._rows is not None:
             try:
@@ -210,11 +213,14 @@ class RunState(Checkpoint):
             except InputError as error:
                 raise InputError(self._changed_data(trainer, sources)) from error
         self._sources = sources
-        if self._random is not None:
-            restore_random_state(self._random, trainer.strategy)
+        if self._generators is not None:
+            restore_generators(self._generators, Processes.of_trainer(trainer), trainer.strategy.root_device)
         self._clock = self._saved_at = time.monotonic()
+        # Over all parts of the run: a resumed part finds its media in the store.
         self.seconds["embed"] += trainer.datamodule.report.seconds_embedding
+        # Steps after the saved one are taken again, and would be in the log twice.
         self.run_log.keep_before(trainer.global_step)
+        # Python allows handlers only there; a run in a notebook or a test may be elsewhere.
         if threading.current_thread() is threading.main_thread():
             # A background job ignores SIGINT: Ctrl-C is meant for the foreground job.
             handled = [number for number in _STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
@@ -235,6 +241,7 @@ class RunState(Checkpoint):
         objective loses its data about a batch that it uses again.
         """
         late = time.monotonic() - self._saved_at >= self.every_seconds
+        # A collective decision: clocks and signals differ, and a save needs all processes.
         due = trainer.strategy.reduce_boolean_decision(self._interrupted or late, all=False)
         done = batch_idx + 1
         # Without an epoch to count in, Lightning counts the batches between validations over the whole run.
@@ -252,6 +259,7 @@ class RunState(Checkpoint):
         validates = (
             self._ended or trainer.is_last_batch or every % (trainer.val_check_batch or every + 1) == 0
         )
+        # Half a step cannot be saved: Lightning's state holds no gradients.
         pending = done % trainer.accumulate_grad_batches or not pl_module.objective.can_checkpoint
         if due and not validates and not pending:
             self._save(trainer)
@@ -259,6 +267,7 @@ class RunState(Checkpoint):
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Copy the weights that are measured: a callback may exchange them during the validation, as an average."""
         if not trainer.sanity_checking and trainer.is_global_zero:
+            # Lightning runs checkpoint callbacks last: another one has exchanged the weights by now.
             tensors = pl_module.state_dict().items()
             self._validated = {name: tensor.to("cpu", copy=True) for name, tensor in tensors}
 
@@ -266,17 +275,20 @@ class RunState(Checkpoint):
         """Keep the measured weights if they are the best so far."""
         loss = float(trainer.callback_metrics.get("val_loss", math.nan))
         measured, self._validated = self._validated, {}
+        # Distinguishes a run without validation from one whose losses were never finite.
         self._is_validated |= not trainer.sanity_checking
         best = math.inf if self.best_loss is None else self.best_loss
         if trainer.sanity_checking or not (math.isfinite(loss) and loss < best):
             return
         self.best_loss, self.best_step = loss, trainer.global_step
         if trainer.is_global_zero:
+            # A new name for each step: the state on disk still names the file of the earlier one.
             with _writing(self._best_file) as part:
                 write_tensors(part, measured)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save after the validation and the decisions of all other callbacks: Lightning runs checkpoints last."""
+        # At the planned end `should_stop` is ours, see above; a longer run must not inherit it.
         self.stopped_early = trainer.should_stop and not self._ended
         self._save(trainer)
 
@@ -345,11 +357,12 @@ class RunState(Checkpoint):
         )
 
     def _save(self, trainer: Trainer) -> None:
+        # Time since the last save: steps that a kill loses are not counted.
         now = time.monotonic()
         self.seconds["train"] += now - self._clock
         self._clock = self._saved_at = now
         self._rows = trainer.train_dataloader.state_dict()
-        self._random = random_state(trainer.strategy)
+        self._generators = generator_states(Processes.of_trainer(trainer), trainer.strategy.root_device)
         trainer.save_checkpoint(self.last)
         # After the save: a run that is killed before it resumes from a state that names earlier best weights.
         if trainer.is_global_zero:
@@ -378,59 +391,36 @@ class RunState(Checkpoint):
 
 def _is_last_step(trainer: Trainer) -> bool:
     """Return whether the step that was just taken is the last one of the run."""
+    # Either limit may end the run; -1 stands for none.
     last_epoch = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
     return last_epoch or trainer.global_step >= trainer.max_steps != -1
 
 
-RandomState = dict[str, Tensor]
-"""State of each generator, one row per process."""
+GeneratorStates = list[dict[str, Any]]
+"""State of the random number generators of each process, in order of rank, as plain numbers and lists."""
 
 
-def random_state(strategy: Strategy) -> RandomState:
-    """Return the state of the random number generators of all processes; all of them must call this.
-
-    Args:
-        strategy: the strategy that connects the processes.
-    """
-    own = _own(strategy.root_device)
-    if not distributed.is_initialized():
-        return {name: value.unsqueeze(0) for name, value in own.items()}
-    gathered = {}
-    for name, value in own.items():
-        sent = value.to(strategy.root_device)
-        rows = [torch.empty_like(sent) for _ in range(distributed.get_world_size())]
-        distributed.all_gather(rows, sent)
-        gathered[name] = torch.stack(rows).cpu()
-    return gathered
-
-
-def restore_random_state(state: RandomState, strategy: Strategy) -> None:
-    """Restore the random number generators of this process.
-
-    Args:
-        state: result of `random_state` with the same number of processes.
-        strategy: the strategy that connects the processes.
-    """
-    # A copy, because torch reads a generator's state from the start of the storage.
-    own = {name: rows[strategy.global_rank].clone() for name, rows in state.items()}
-    torch.set_rng_state(own["torch"])
-    *words, position, has_normal, normal = own["numpy"].view(torch.float64).tolist()
-    np.random.set_state(("MT19937", np.array(words, dtype=np.uint32), int(position), int(has_normal), normal))
-    *words, has_normal, normal = own["python"].view(torch.float64).tolist()
-    random.setstate((3, tuple(int(word) for word in words), normal if has_normal else None))
-    if strategy.root_device.type == "cuda" and "cuda" in own:
-        torch.cuda.set_rng_state(own["cuda"], strategy.root_device)
-
-
-def _own(device: torch.device) -> RandomState:
-    """Return the generators of this process as bytes; a float64 holds a 32-bit word exactly."""
-    _, words, position, has_normal, normal = np.random.get_state(legacy=True)
-    numpy_state = [*words.tolist(), position, has_normal, normal]
-    _, words, normal = random.getstate()
-    python_state = [*words, normal is not None, normal or 0.0]
-    state = {
-        "torch": torch.get_rng_state(),
-        "numpy": torch.tensor(numpy_state, dtype=torch.float64).view(torch.uint8),
-        "python": torch.tensor(python_state, dtype=torch.float64).view(torch.uint8),
+def generator_states(processes: Processes, device: torch.device) -> GeneratorStates:
+    """Return the state of the random number generators of all processes; all of them must call this."""
+    # Plain values: a saved state is read without unpickling, which would refuse arrays of numpy.
+    name, words, *rest = np.random.get_state(legacy=True)
+    own = {
+        "torch": torch.get_rng_state().tolist(),
+        "numpy": [name, words.tolist(), *rest],
+        "python": random.getstate(),
     }
-    return {**state, "cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
+    if device.type == "cuda":
+        own["cuda"] = torch.cuda.get_rng_state(device).tolist()
+    return processes.gather(own)
+
+
+def restore_generators(states: GeneratorStates, processes: Processes, device: torch.device) -> None:
+    """Restore the random number generators of this process from the result of `generator_states`."""
+    own = states[processes.rank]
+    torch.set_rng_state(torch.tensor(own["torch"], dtype=torch.uint8))
+    np.random.set_state(tuple(own["numpy"]))
+    version, words, normal = own["python"]
+    random.setstate((version, tuple(words), normal))
+    # A run that was saved on another kind of device resumes too, with a new sequence there.
+    if device.type == "cuda" and "cuda" in own:
+        torch.cuda.set_rng_state(torch.tensor(own["cuda"], dtype=torch.uint8), device)

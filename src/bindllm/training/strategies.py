@@ -81,9 +81,12 @@ class ShardedDecoder(DDPStrategy):
         module = self.lightning_module
         if module is not None and module.model is not None:
             finished = module.trainer.state.status is not TrainerStatus.INTERRUPTED
+            # Shards live on the devices: only the trained tensors are needed to build the model again.
             state = {name: value.cpu() for name, value in module.model.trainable_state().items()}
+            # Drops the DDP wrapper, which refers to the sharded decoder.
             self.model = module
             module.model = None
+            # An interrupted run has nothing to evaluate, and loading takes minutes.
             if finished and self.is_global_zero:
                 module.configure_model()
                 module.model.load_trainable_state(state, source="the trained model")
@@ -92,6 +95,7 @@ class ShardedDecoder(DDPStrategy):
     def _mesh(self) -> DeviceMesh:
         """Return the mesh of the processes that share one decoder."""
         kind = self.root_device.type
+        # Otherwise each node holds a whole decoder, so that no layer crosses the network.
         if self.across_nodes or self.num_nodes == 1:
             return init_device_mesh(kind, (self.world_size,))
         mesh = init_device_mesh(kind, (self.num_nodes, self.num_processes), mesh_dim_names=("node", "device"))
@@ -117,6 +121,7 @@ def shard_decoder(decoder: PreTrainedModel, mesh: DeviceMesh, *, whole: Iterable
     # Layer by layer, so that only one layer is whole at a time; then the rest, such as the embeddings.
     core = decoder.get_decoder()
     kept = {*whole, *decoder.get_output_embeddings().parameters()}
+    # The root comes last: fully_shard leaves out what its children have taken.
     for layer in core.layers:
         fully_shard(layer, mesh=mesh, ignored_params=kept)
     fully_shard(core, mesh=mesh, ignored_params=kept)
@@ -138,6 +143,7 @@ def check_strategy(strategy: Strategy) -> None:
             f"trainer.strategy: {{class_path: {SHARDED}}}"
         )
     if isinstance(strategy, DeepSpeedStrategy):
+        # Lightning turns all ways to choose a stage into this dictionary.
         stage = strategy.config.get("zero_optimization", {}).get("stage", 0) if strategy.config else 0
         if stage not in _WHOLE_STAGES:
             raise InputError(

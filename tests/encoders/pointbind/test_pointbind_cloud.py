@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from pointbind_parts import bumpy
 
 from bindllm.encoders.pointbind.cloud import fit_cloud, unit_cloud
 from goldens import fill_input, golden
+from pointbind_parts import bumpy
 
 
 def test_centring_and_scaling_are_the_published_ones():

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from pointbind_parts import point_rows
 
 from bindllm.convert.pointbind import convert_pointbind
 from bindllm.encoders import PointBind
 from goldens import golden
+from pointbind_parts import point_rows
 
 TABLES = {"pointbert": "pointbind_pointbert", "i2pmae": "pointbind_i2pmae"}
 

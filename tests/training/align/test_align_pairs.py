@@ -136,7 +136,7 @@ def test_copies_count_once_and_are_no_test(pictures, tmp_path):
 
 def test_what_belongs_together_is_found_by_number():
     links = torch.tensor([[0, 0], [1, 0], [1, 2], [2, 1]])
-    pairs = PairSet((None,) * 3, ("",) * 3, (None,) * 3, ("",) * 3, links)
+    pairs = PairSet((None,) * 3, (None,) * 3, links)
     expected = torch.zeros(3, 3, dtype=torch.bool)
     expected[[0, 1, 1, 2], [0, 0, 2, 1]] = True
     assert torch.equal(pairs.belongs(torch.arange(3), torch.arange(3)), expected)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bindllm.encoders import fingerprint, once
+from bindllm.encoders.imagebind.clips import audio_input, video_input
 from bindllm.encoders.imagebind.config import (
     CONFIG,
     HUGE,
@@ -24,14 +25,16 @@ from bindllm.encoders.imagebind.config import (
     how_to_convert,
     read_config,
 )
+from bindllm.encoders.imagebind.inputs import depth_input, image_input, imu_input, thermal_input
 from bindllm.encoders.imagebind.network import (
     Trunk,
     average_views,
     cut_views,
     load_trunk,
-    require_trunk,
     run_views,
+    trunk_file,
 )
+from bindllm.encoders.imagebind.text import Tokenizer
 from bindllm.errors import EncoderError, InputError, MediaError, did_you_mean
 from bindllm.media import Media
 
@@ -152,7 +155,7 @@ class ImageBind:
             trunks = sorted({TRUNK_OF[modality] for modality in self.modalities})
             settings: dict[str, Any] = {name: self.config[name] for name in self._settings()}
             settings["trunks"] = {trunk: sizes.sizes(trunk) for trunk in trunks}
-            files = [require_trunk(self._folder, trunk) for trunk in trunks]
+            files = [trunk_file(self._folder, trunk) for trunk in trunks]
             files += [self._require_tokenizer()] if "text" in self.modalities else []
             self._fingerprint = fingerprint(settings, _REVISION, *files)
         return self._fingerprint
@@ -178,22 +181,20 @@ class ImageBind:
             EncoderError: a text, and the folder has no tokenizer.
         """
         self._require(media.modality)
-        clips = {"coverage": self.config["coverage"], "max_clips": self.config["max_clips"]}
-        # Each modality stands on packages of its own, which the others do without.
+        clips = {name: self.config[name] for name in ("coverage", "max_clips")}
         match media.modality:
-            case "image" | "depth" | "thermal":
-                return self._prepare_image(media)
+            case "image":
+                return image_input(media.source)
             case "video":
-                from bindllm.encoders.imagebind.clips import video_input
-
                 return video_input(media.source, **clips)
             case "audio":
-                from bindllm.encoders.imagebind.clips import audio_input
-
                 return audio_input(media.source, **clips)
+            case "depth":
+                baseline, focal = self.config["depth_baseline"], self.config["depth_focal"]
+                return depth_input(media.source, baseline=baseline, focal=focal)
+            case "thermal":
+                return thermal_input(media.source)
             case "imu":
-                from bindllm.encoders.imagebind.inputs import imu_input
-
                 return imu_input(media.source)
             case _:
                 return self._encode_text(media)
@@ -277,18 +278,8 @@ class ImageBind:
             names += ["max_clips"] if self.config["coverage"] == "full" else []
         return names + (["depth_baseline", "depth_focal"] if "depth" in served else [])
 
-    def _prepare_image(self, media: Media) -> Tensor:
-        from bindllm.encoders.imagebind.inputs import depth_input, image_input, thermal_input
-
-        if media.modality == "depth":
-            camera = {"baseline": self.config["depth_baseline"], "focal": self.config["depth_focal"]}
-            return depth_input(media.source, **camera)
-        return (image_input if media.modality == "image" else thermal_input)(media.source)
-
     @once
-    def _tokenizer(self) -> Any:
-        from bindllm.encoders.imagebind.text import Tokenizer
-
+    def _tokenizer(self) -> Tokenizer:
         return Tokenizer(self._require_tokenizer())
 
     def _encode_text(self, media: Media) -> Tensor:

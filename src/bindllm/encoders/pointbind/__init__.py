@@ -27,6 +27,7 @@ from bindllm.encoders.pointbind.networks import (
 )
 from bindllm.errors import EncoderError, InputError, did_you_mean
 from bindllm.media import Media
+from bindllm.media.points import open_points
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
@@ -117,9 +118,6 @@ class PointBind:
         Raises:
             MediaError: the cloud cannot be read.
         """
-        # Imported here: reading files needs packages that embedding does not.
-        from bindllm.media.points import open_points
-
         return fit_cloud(open_points(media.source), self._points)
 
     @once

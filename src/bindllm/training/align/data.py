@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
-from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -89,15 +87,16 @@ class AlignData(LightningDataModule):
         """
         if self._splits is not None:
             return
-        started = time.perf_counter()
         # Everything is read and embedded before the first step: a bad file costs seconds now, and hours later.
         self._check_modalities()
         pairs = [pair for source in self.sources for pair in read_pairs(source, self.report.skipped)]
         trained = is_trainable(self.tower)
+        # A frozen tower embeds once; a trained one needs the prepared media in every epoch.
         self._sides = (
             PreparedSide(self.tower) if trained else StoredSide(self.tower, self.store),
             StoredSide(self.target, self.store),
         )
+        # Every process reads all pairs, so none of them divides the work.
         context = replace(RunContext.of_trainer(self.trainer), processes=SINGLE_PROCESS)
         keys: dict[Media, str] = {}
         failed: dict[Media, str] = {}
@@ -107,8 +106,6 @@ class AlignData(LightningDataModule):
             keys |= found[0]
             failed |= found[1]
         self._splits = self._sorted(self._readable(pairs, failed), keys)
-        self.report.encoded = sum(side.encoded for side in self._sides)
-        self.report.seconds = time.perf_counter() - started
         self._check_negatives(self._splits["train"])
 
     def pairs(self, split: str) -> PairSet:
@@ -118,20 +115,17 @@ class AlignData(LightningDataModule):
 
     def media_inputs(self, pairs: PairSet, numbers: Tensor) -> Tensor | list[Tensor]:
         """Return the inputs of the trained part for some media: vectors [B, W] of a frozen tower, or prepared media."""
-        chosen = numbers.tolist()
-        return self._sides[0].inputs([pairs.media[n] for n in chosen], [pairs.media_keys[n] for n in chosen])
+        return self._sides[0].inputs([pairs.media[n] for n in numbers.tolist()])
 
     def target_rows(self, pairs: PairSet, numbers: Tensor) -> Tensor:
         """Return the frozen embeddings of some targets, [B, E]."""
-        chosen = numbers.tolist()
-        return self._sides[1].inputs(
-            [pairs.targets[n] for n in chosen], [pairs.target_keys[n] for n in chosen]
-        )
+        return self._sides[1].inputs([pairs.targets[n] for n in numbers.tolist()])
 
     def train_dataloader(self) -> DataLoader:
         """Return the loader of training batches; each call starts again with the same random numbers."""
         pairs = self.pairs("train")
         generator = torch.Generator().manual_seed(self.seed)
+        # Two generators: the order of rows must not depend on how much augmentation draws.
         siblings = pairs.media_of()
         return DataLoader(
             range(len(pairs.links)),
@@ -146,6 +140,7 @@ class AlignData(LightningDataModule):
     ) -> Batch:
         media, targets = pairs.links[rows].T
         inputs = self.media_inputs(pairs, media)
+        # Prepared media of a trained tower; vectors of a frozen one are neither augmented nor mixed.
         if isinstance(inputs, list):
             inputs = [self.tower.augment(item, generator) for item in inputs]
             inputs = self._mixed(pairs, inputs, media, targets, siblings, generator)
@@ -167,6 +162,7 @@ class AlignData(LightningDataModule):
         """Mix some of the inputs with a second media of the same target."""
         if not isinstance(self.tower, CanMix):
             return inputs
+        # Drawn for all rows at once: the sequence is the same, whichever rows are mixed.
         drawn = torch.rand(len(inputs), 2, generator=generator)
         for row, (share, draw) in enumerate(drawn.tolist()):
             others = [n for n in siblings[int(targets[row])] if n != int(media[row])]
@@ -189,6 +185,7 @@ class AlignData(LightningDataModule):
 
     def _check_negatives(self, train: PairSet) -> None:
         """Refuse training pairs without negatives, such as a single pair."""
+        # If every media belongs to every target, the loss is constant.
         num_targets = len(set(train.links[:, 1].tolist()))
         if len(train.links) == len(train.media) * num_targets:
             skipped = "; ".join(self.report.skipped.lines()) or "nothing was skipped"
@@ -236,24 +233,18 @@ class AlignData(LightningDataModule):
 
 def _pair_set(pairs: list[Pair], keys: dict[Media, str]) -> PairSet:
     """Index media and targets by their content."""
-    media: dict[str, Media] = {}
-    targets: dict[str, Media] = {}
-    numbers: defaultdict[str, dict[str, int]] = defaultdict(dict)
+    media: dict[str, tuple[int, Media]] = {}
+    targets: dict[str, tuple[int, Media]] = {}
     links: dict[tuple[int, int], None] = {}
     # Targets without media come last, so that the queries are the first ones.
     for pair in sorted(pairs, key=lambda pair: pair.media is None):
-        target = keys[pair.target]
-        targets.setdefault(target, pair.target)
-        number = numbers["targets"].setdefault(target, len(numbers["targets"]))
+        target, _ = targets.setdefault(keys[pair.target], (len(targets), pair.target))
         if pair.media is not None:
-            key = keys[pair.media]
-            media.setdefault(key, pair.media)
-            links[numbers["media"].setdefault(key, len(numbers["media"])), number] = None
+            own, _ = media.setdefault(keys[pair.media], (len(media), pair.media))
+            links[own, target] = None
     return PairSet(
-        media=tuple(media.values()),
-        media_keys=tuple(media),
-        targets=tuple(targets.values()),
-        target_keys=tuple(targets),
+        media=tuple(item for _, item in media.values()),
+        targets=tuple(item for _, item in targets.values()),
         links=torch.tensor(list(links), dtype=torch.int64).reshape(-1, 2),
     )
 
@@ -272,16 +263,14 @@ class StoredSide:
 
     def __init__(self, encoder: Encoder, folder: str | Path) -> None:
         self._embeddings = MediaEmbeddings([encoder], folder)
-        self.encoded = 0
 
     def find_keys(self, media: Sequence[Media], context: RunContext) -> Keys:
         """Embed media that are not in the store."""
         totals = self._embeddings.precompute(media, context)
-        self.encoded += totals.encoded
         keys = {item: self._embeddings.key(item) for item in media if item not in totals.failed}
         return keys, totals.failed
 
-    def inputs(self, media: Sequence[Media], keys: Sequence[str]) -> Tensor:
+    def inputs(self, media: Sequence[Media]) -> Tensor:
         """Return the embeddings, [N, W]."""
         return self._embeddings.lookup([(item,) for item in media])
 
@@ -296,41 +285,40 @@ class PreparedSide:
 
     def __init__(self, tower: Any, *, limit: int = PREPARED_BYTES) -> None:
         self._tower, self._limit = tower, limit
-        self._kept: dict[str, Tensor] = {}
+        self._kept: dict[Media, Tensor] = {}
         self._bytes = 0
-        self.encoded = 0
 
     def find_keys(self, media: Sequence[Media], context: RunContext) -> Keys:
         """Open all media once, so that unreadable media are found before the first step."""
-        keys, failed = {}, {}
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for item, (key, reason) in zip(media, pool.map(self._open, media), strict=True):
-                if reason is None:
-                    keys[item] = key
+        keys: dict[Media, str] = {}
+        failed: dict[Media, str] = {}
+
+        def open_one(item: Media) -> None:
+            try:
+                if self._prepare(item).isfinite().all():
+                    keys[item] = item.content_hash()
                 else:
-                    failed[item] = reason
+                    failed[item] = f"{item.name}: the tower prepares values that are not finite"
+            except MediaError as error:
+                failed[item] = str(error)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            # The list waits for all of them, and raises any other error.
+            list(pool.map(open_one, media))
         return keys, failed
 
-    def inputs(self, media: Sequence[Media], keys: Sequence[str]) -> list[Tensor]:
+    def inputs(self, media: Sequence[Media]) -> list[Tensor]:
         """Return the prepared media."""
-        return [self._prepare(item, key) for item, key in zip(media, keys, strict=True)]
+        return [self._prepare(item) for item in media]
 
-    def _open(self, media: Media) -> tuple[str, str | None]:
-        try:
-            key = media.content_hash()
-            if not self._prepare(media, key).isfinite().all():
-                return "", f"{media.name}: the tower prepares values that are not finite"
-        except MediaError as error:
-            return "", str(error)
-        return key, None
-
-    def _prepare(self, media: Media, key: str) -> Tensor:
-        kept = self._kept.get(key)
+    def _prepare(self, media: Media) -> Tensor:
+        kept = self._kept.get(media)
         if kept is None:
             kept = self._tower.prepare(media)
+            # Beyond the limit media are prepared again in every epoch: slower, and never out of memory.
             if self._bytes + kept.nbytes <= self._limit:
                 self._bytes += kept.nbytes
-                self._kept[key] = kept
+                self._kept[media] = kept
         return kept
 
 
@@ -340,20 +328,17 @@ class PairSet:
 
     Args:
         media: M different media.
-        media_keys: their content hashes.
         targets: T different targets; those without media are last.
-        target_keys: their content hashes.
         links: unique pairs of indices (media, target), int64 [N, 2].
     """
 
     media: tuple[Media, ...]
-    media_keys: tuple[str, ...]
     targets: tuple[Media, ...]
-    target_keys: tuple[str, ...]
     links: Tensor
 
     def belongs(self, media: Tensor, targets: Tensor) -> Tensor:
         """Return whether media [B] and targets [C], given by index, are pairs: bool [B, C]."""
+        # A pair as one number, media * T + target, and a binary search: no [M, T] matrix is built.
         codes = (self.links[:, 0] * len(self.targets) + self.links[:, 1]).sort().values
         asked = media[:, None] * len(self.targets) + targets
         found = torch.searchsorted(codes, asked).clamp_max(len(codes) - 1)

@@ -33,6 +33,7 @@ def save_aligned(
     if model.trained_tower is not None:
         weights[TOWER] = model.trained_tower.state_dict()
     manifest = describe_aligned(model, data)
+    # No other process writes there: temporary files are of a killed run.
     remove_leftovers(folder)
     texts = {"README.md": write_card(manifest, data, metrics), "recipe.yaml": recipe}
     write_aligned(folder, manifest, weights, metrics=metrics, texts=texts)
@@ -47,6 +48,7 @@ def describe_aligned(model: AlignModule, data: AlignData) -> AlignedManifest:
         tower["fingerprint"] = model.tower.fingerprint()
     else:
         tower["revision"] = model.tower.revision
+    # A target without a named space gives its class and fingerprint, which no other encoder shares.
     own_space = f"{target['class_path'].rpartition('.')[2]} {target['fingerprint'][:16]}"
     return AlignedManifest(
         modality=data.modality,

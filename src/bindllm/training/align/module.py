@@ -25,7 +25,7 @@ from bindllm.encoders.trainable import is_trainable
 from bindllm.errors import InputError, TrainingError
 from bindllm.training.align.data import AlignData, PairSet
 from bindllm.training.module import AnyEncoder
-from bindllm.training.optim import OptimConfig, ZeroGradientCheck, build_optimizer, build_schedule
+from bindllm.training.optim import OptimConfig, ZeroGradientCheck, configure_lightning
 
 METRICS = ("train_loss", "temperature", "val_loss", "val_recall")
 """Metrics that a run logs, for callbacks that monitor one."""
@@ -38,12 +38,7 @@ class AnyTower(ABC):  # noqa: B024 (checked by its methods, never inherited)
 
     @classmethod
     def __subclasshook__(cls, other: type) -> bool:
-        names = set(dir(other))
-        return {"fingerprint", "to", "prepare", "embed"} <= names or {
-            "prepare",
-            "augment",
-            "forward",
-        } <= names
+        return issubclass(other, AnyEncoder) or {"prepare", "augment", "forward"} <= set(dir(other))
 
 
 @dataclass
@@ -133,15 +128,13 @@ class AlignModule(LightningModule):
 
     def groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
         """Return the trained parameters in named groups."""
+        # Names for the table and for weight decay; the temperature is a scalar and never decays.
         parts = {"head": self.head, "tower": self.trained_tower, "temperature": self.temperature}
         return {name: list(part.named_parameters()) for name, part in parts.items() if part is not None}
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Return AdamW and a schedule that moves every step."""
-        fused = not self.trainer.precision.endswith("mixed")
-        optimizer = build_optimizer(self.groups(), self.optim_config, fused=fused)
-        schedule = build_schedule(optimizer, self.trainer.estimated_stepping_batches, self.optim_config)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return configure_lightning(self.trainer, self.groups(), self.optim_config)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return the loss of a batch.
@@ -149,6 +142,7 @@ class AlignModule(LightningModule):
         Raises:
             TrainingError: it is not finite.
         """
+        # Checked before the backward pass: NaN in Adam's moments would stay.
         loss = contrastive_loss(self(batch["inputs"]), batch["targets"], batch["belongs"], self.temperature())
         if not torch.isfinite(loss):
             raise TrainingError(
@@ -179,6 +173,7 @@ class AlignModule(LightningModule):
             score = recall if self.keep == "recall" else -metrics["loss"]
             self.log_dict({"val_loss": metrics["loss"], "val_recall": recall})
         if self.best is None or score > self.best.score:
+            # A copy: on a CPU `.cpu()` returns the tensor that the next step changes.
             weights = copy.deepcopy({name: tensor.cpu() for name, tensor in self.state_dict().items()})
             self.best = Best(self.current_epoch + 1, score, metrics, weights)
 
@@ -208,6 +203,7 @@ class AlignModule(LightningModule):
             return None
         media = self.embed_media(data, pairs)
         targets = data.target_rows(pairs, torch.arange(len(pairs.targets))).to(self.device)
+        # In batches of the training size: InfoNCE depends on the number of negatives.
         losses = []
         for rows in pairs.links.split(data.batch_size):
             belongs = pairs.belongs(rows[:, 0], rows[:, 1]).to(self.device)
@@ -287,6 +283,7 @@ class Temperature(nn.Module):
 
     def __init__(self, config: TemperatureConfig) -> None:
         super().__init__()
+        # In logarithms, as CLIP: the factor stays positive and moves by ratios.
         log_scale = torch.tensor(math.log(1 / config.start))
         self.log_scale = nn.Parameter(log_scale, requires_grad=config.learned)
 
@@ -318,6 +315,8 @@ def contrastive_loss(media: Tensor, targets: Tensor, belongs: Tensor, scale: Ten
         >>> contrastive_loss(rows, rows, torch.eye(2, dtype=torch.bool), torch.tensor(1.0))
         tensor(0.3133)
     """
+    # L = -log(exp(s x_i.y_i) / sum_j exp(s x_i.y_j)), once over rows and once over columns, where j skips
+    # other positives of i.
     own = torch.eye(len(media), dtype=torch.bool, device=media.device)
     logits = (scale * media @ targets.T).masked_fill(belongs & ~own, float("-inf"))
     labels = torch.arange(len(media), device=media.device)
@@ -347,6 +346,7 @@ def retrieval_metrics(queries: Tensor, gallery: Tensor, right: Sequence[Sequence
     positions = join_positions(
         [find_positions(cosines(queries[part], gallery).cpu(), right[part]) for part in parts]
     )
+    # Queries with several right answers are hit more easily by chance.
     counts = torch.tensor([len(numbers) for numbers in right])
     measured: dict[str, Any] = {"queries": len(queries), "gallery": len(gallery)}
     for k in RECALL_AT:

@@ -83,8 +83,6 @@ class PairReport:
         media: different media per split.
         without_media: targets without media, which only enlarge the gallery.
         skipped: skipped pairs and rows.
-        encoded: media and targets that this run embedded; the others were in the store.
-        seconds: time to read and embed.
     """
 
     pairs: dict[str, int] = field(default_factory=dict)
@@ -92,8 +90,6 @@ class PairReport:
     media: dict[str, int] = field(default_factory=dict)
     without_media: int = 0
     skipped: Skipped = field(default_factory=Skipped)
-    encoded: int = 0
-    seconds: float = 0.0
 
     def lines(self) -> Iterator[str]:
         """Yield the lines of the report."""
@@ -142,6 +138,7 @@ def _row_pairs(
     target = _media(source.target, value, folder, f"{name}: {source.target_column}", skipped)
     if target is None:
         return
+    # The key of evaluation too: a target that the hash holds out here is held out there.
     key = value if source.target == "text" else FolderResolver(str(folder)).key(target)
     split = source.split or record.get(source.split_column) or hashed_split(key, source.held_out)
     if split not in SPLITS:
@@ -172,11 +169,13 @@ def _media(modality: str, value: object, folder: Path, name: str, skipped: Skipp
         skipped.add(f"no {'text' if modality == 'text' else f'path of {modality} media'}", name)
         return None
     if modality == "text":
+        # As captions of training rows: control characters removed, white space on one line.
         words, _ = clean_caption(value)
         if not words:
             skipped.add("empty text", name)
             return None
         return Media.text(words)
+    # An absolute path stays as it is.
     file = os.path.join(folder, value)
     if not os.path.isfile(file):
         skipped.add(f"no such {modality} file", f"{name}: {value}")
