@@ -170,10 +170,12 @@ def read_media(text: str) -> Media:
 
 def _is_wide(file: str) -> bool:
     """Return whether a file is an image with more than 8 bits per channel."""
-    from PIL import Image
+    from bindllm.media.images import open_raster
+    from bindllm.media.source import open_stream
 
     try:
-        with Image.open(file) as image:
+        # Regular files only: a pipe would block.
+        with open_stream(file) as stream, open_raster(stream) as image:
             return image.mode.startswith(_WIDE)
     # The encoder that opens the file reports the error.
     except Exception:
