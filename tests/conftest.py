@@ -43,6 +43,21 @@ def decoder(tmp_path_factory):
     return save_tiny_decoder(tmp_path_factory.mktemp("decoder"))
 
 
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory):
+    """Folder of a tiny decoder and colored images, for all runs of a session; the tests only read it."""
+    from tiny_run import tiny_parts
+
+    return tiny_parts(tmp_path_factory.mktemp("parts"))
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """An empty folder, in which the test runs."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 @pytest.fixture
 def silent():
     """Lightning says nothing about the run."""

@@ -22,12 +22,6 @@ FILES = {"align.json", "head.safetensors", "metrics.json", "README.md", "recipe.
 
 
 @pytest.fixture
-def work(tmp_path, monkeypatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
 def texts(work) -> Path:
     folder = color_table(work / "pictures")
     rewrite(folder, lambda n, row: {**row, "caption": f"{row['caption']} number {n}"})
@@ -224,7 +218,7 @@ def test_a_mistake_in_the_recipe_names_what_is_right(texts, capsys, options, cod
 
 
 @pytest.mark.parametrize("file", sorted(RECIPES.glob("align-*.yaml")), ids=lambda file: file.name)
-def test_a_recipe_of_the_project_says_what_it_is_and_can_be_read(file, work, capsys):
+def test_a_recipe_of_the_project_says_what_it_is_and_can_be_read(file, work):
     from bindllm.cli.align import AlignCLI
     from bindllm.cli.recipe import quiet
 

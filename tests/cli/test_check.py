@@ -17,17 +17,9 @@ from bindllm.model.decoder import DecoderConfig
 from bindllm.training.preflight import Problems, check_sources
 from cache_parts import filled_store, save_tiny_model, write_images
 from tiny import ColorEncoder, save_tiny_decoder
-from tiny_run import run, tiny_parts, tiny_recipe
+from tiny_run import run, tiny_recipe
 
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    return tiny_parts(tmp_path_factory.mktemp("parts"))
-
-
-@pytest.fixture(autouse=True)
-def _here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("work")
 
 
 def test_a_sound_recipe_has_no_problems_and_is_previewed(parts, capsys):

@@ -1,16 +1,8 @@
 import pytest
 
-from tiny_run import run, tiny_parts, tiny_recipe
+from tiny_run import run, tiny_recipe
 
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    return tiny_parts(tmp_path_factory.mktemp("parts"))
-
-
-@pytest.fixture(autouse=True)
-def _here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("work")
 
 
 def test_parts_and_largest_batch_are_shown(parts, capsys):

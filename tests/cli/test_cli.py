@@ -9,12 +9,9 @@ import pytest
 
 from bindllm.cli import COMMANDS, main
 from bindllm.errors import InputError
-from tiny_run import run, tiny_parts, tiny_recipe, write_recipe
+from tiny_run import run, tiny_recipe, write_recipe
 
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    return tiny_parts(tmp_path_factory.mktemp("parts"))
+pytestmark = pytest.mark.usefixtures("work")
 
 
 @pytest.fixture(scope="module")
@@ -175,8 +172,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_in_a_recipe_is_named_with_the_closest_name(mistake, parts, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_a_mistake_in_a_recipe_is_named_with_the_closest_name(mistake, parts, capsys):
     sections, options, told = MISTAKES[mistake]
     recipe = tiny_recipe(parts)
     for name, section in sections.items():
@@ -189,14 +185,12 @@ def test_a_mistake_in_a_recipe_is_named_with_the_closest_name(mistake, parts, tm
     assert not Path("runs").exists()
 
 
-def test_a_missing_recipe_is_named(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_a_missing_recipe_is_named(capsys):
     assert main(["fit", "--config", "nope.yaml"]) == 2
     assert "nope.yaml" in capsys.readouterr().err
 
 
-def test_a_missing_decoder_is_one_clear_error(parts, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_a_missing_decoder_is_one_clear_error(parts, monkeypatch, capsys):
     assert run("fit", tiny_recipe(parts), "--model.decoder.name", "checkpoints/nope") == 1
     error = capsys.readouterr().err
     assert "checkpoints/nope" in error
@@ -206,15 +200,13 @@ def test_a_missing_decoder_is_one_clear_error(parts, tmp_path, monkeypatch, caps
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_a_trainer_that_this_machine_cannot_make_is_one_clear_error(parts, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_a_trainer_that_this_machine_cannot_make_is_one_clear_error(parts, capsys):
     assert run("fit", tiny_recipe(parts), "--trainer.accelerator", "nope") == 1
     assert "error: trainer: " in capsys.readouterr().err
     assert not Path("runs").exists()
 
 
-def test_an_output_folder_with_other_content_is_not_replaced(parts, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_an_output_folder_with_other_content_is_not_replaced(parts, capsys):
     Path("photos").mkdir()
     Path("photos/a.txt").write_text("mine")
     assert run("fit", tiny_recipe(parts, output="photos")) == 1
@@ -222,8 +214,7 @@ def test_an_output_folder_with_other_content_is_not_replaced(parts, tmp_path, mo
     assert Path("photos/a.txt").read_text() == "mine"
 
 
-def test_print_config_shows_every_default_and_loads_nothing(parts, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_print_config_shows_every_default_and_loads_nothing(parts, capsys):
     recipe = tiny_recipe(parts)
     recipe["model"]["decoder"]["name"] = "nowhere"
     with pytest.raises(SystemExit) as end:
@@ -235,8 +226,7 @@ def test_print_config_shows_every_default_and_loads_nothing(parts, tmp_path, mon
     assert "accumulate_grad_batches: 1" in told
 
 
-def test_ctrl_c_while_embedding_is_no_traceback(parts, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_ctrl_c_while_embedding_is_no_traceback(parts, monkeypatch, capsys):
 
     def stop(self):
         raise KeyboardInterrupt
@@ -253,8 +243,7 @@ def test_ctrl_c_while_embedding_is_no_traceback(parts, tmp_path, monkeypatch, ca
         assert "stopped" in capsys.readouterr().err
 
 
-def test_embed_fills_the_store_once(parts, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_embed_fills_the_store_once(parts, capsys):
     assert run("embed", tiny_recipe(parts)) == 0
     assert "28 encoded, 0 from the store" in capsys.readouterr().out
     assert run("embed", tiny_recipe(parts)) == 0
@@ -272,8 +261,7 @@ def test_validate_and_test_measure_the_trained_folder(here, parts, capsys):
     assert capsys.readouterr().out.startswith("val_loss ")
 
 
-def test_validate_without_a_trained_folder_says_what_to_do(parts, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_validate_without_a_trained_folder_says_what_to_do(parts, capsys):
     assert run("validate", tiny_recipe(parts)) == 1
     assert "bindllm fit" in capsys.readouterr().err
 
@@ -292,8 +280,7 @@ def test_a_split_without_rows_is_named(here, parts, capsys):
     assert "no source of the recipe has any rows of split test" in capsys.readouterr().err
 
 
-def test_what_a_part_says_of_its_arguments_is_told(parts, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_what_a_part_says_of_its_arguments_is_told(parts, capsys):
     objective = {
         "class_path": "bindllm.objectives.DPO",
         "init_args": {"label_smoothing": 0.7},
@@ -319,7 +306,7 @@ def test_generate_with_a_misspelt_option(capsys):
     assert "Did you mean '--image'?" in capsys.readouterr().err
 
 
-def test_report_is_written_again(here, capsys):
+def test_report_is_written_again(here):
     page = Path("checkpoints/tiny/report.html")
     page.unlink()
     assert main(["report", "checkpoints/tiny"]) == 0
@@ -332,8 +319,7 @@ def test_version_names_the_packages(capsys):
     assert "torch " in capsys.readouterr().out
 
 
-def test_after_a_loss_that_is_not_finite_the_advice_works(parts, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_after_a_loss_that_is_not_finite_the_advice_works(parts, monkeypatch, capsys):
     recipe = tiny_recipe(parts, trainer={"max_epochs": 1})
     with monkeypatch.context() as patch:
         patch.setattr(
@@ -348,18 +334,14 @@ def test_after_a_loss_that_is_not_finite_the_advice_works(parts, tmp_path, monke
     assert run("fit", recipe, *advice) == 0
 
 
-def test_a_run_without_held_out_rows_leaves_its_folder(parts, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_a_run_without_held_out_rows_leaves_its_folder(parts, capsys):
     source = {"path": str(parts / "pictures"), "split": "train"}
     assert run("fit", tiny_recipe(parts, data={"sources": [source]}, trainer={"max_epochs": 1})) == 0
     assert "no held-out rows" in capsys.readouterr().out
     assert Path("checkpoints/tiny/bind.safetensors").is_file()
 
 
-def test_a_callback_without_anything_to_watch_is_refused_before_training(
-    parts, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.chdir(tmp_path)
+def test_a_callback_without_anything_to_watch_is_refused_before_training(parts, capsys):
     stopping = {"class_path": "EarlyStopping", "init_args": {"monitor": "val_loss"}}
     source = {"path": str(parts / "pictures"), "split": "train"}
     recipe = tiny_recipe(parts, data={"sources": [source]}, trainer={"callbacks": [stopping]})
@@ -372,15 +354,13 @@ def test_a_callback_without_anything_to_watch_is_refused_before_training(
     assert run("check", recipe, "--trainer.limit_val_batches", "0") == 1
 
 
-def test_a_run_that_would_train_nothing_is_refused(parts, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_a_run_that_would_train_nothing_is_refused(parts, capsys):
     assert run("fit", tiny_recipe(parts), "--model.trainable", "[]") == 1
     assert "trainable is empty" in capsys.readouterr().err
     assert not Path("runs").exists()
 
 
-def test_a_run_whose_measurement_fails_keeps_the_trained_folder(parts, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_a_run_whose_measurement_fails_keeps_the_trained_folder(parts, monkeypatch, capsys):
 
     def fail(*args, **kwargs):
         raise RuntimeError("out of memory")

@@ -1,6 +1,7 @@
 """`bindllm encode`: the table of cosines, what files are taken for, and bad files among good ones."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,13 @@ def test_the_table_holds_the_cosines(capsys):
     rows = encoder.embed("image", [encoder.prepare(Media.image(f"{n}.png")) for n in ("red", "dark", "blue")])
     np.testing.assert_allclose(found, (rows @ rows.T).numpy(), atol=6e-4)
     assert found[0, 1] > found[0, 2]
+
+
+@pytest.mark.parametrize("name", ["pipe.png", "pipe.npy"])
+def test_a_pipe_is_refused_and_does_not_block(name, capsys):
+    os.mkfifo(name)
+    assert main(["encode", name, "red.png", *ENCODER]) == 1
+    assert name in capsys.readouterr().err
 
 
 def test_bad_files_do_not_lose_the_others(capsys):

@@ -13,6 +13,8 @@ from bindllm.embeddings.precompute import precompute_embeddings
 from bindllm.embeddings.store import EmbeddingStore
 from bindllm.media import Media
 
+pytestmark = pytest.mark.usefixtures("work")
+
 ENCODER = ["--encoder", "tiny_layouts.WordEncoder", "--device", "cpu"]
 LAYOUTS = {
     "imagenet": tiny.imagenet,
@@ -24,11 +26,6 @@ LAYOUTS = {
     "coco": tiny.coco,
     "flickr30k": tiny.flickr30k,
 }
-
-
-@pytest.fixture(autouse=True)
-def _here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 def shown(text: str) -> dict[str, float]:

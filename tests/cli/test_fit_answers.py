@@ -82,7 +82,7 @@ def test_it_learns_to_look(trained, monkeypatch):
     assert said == {colour: colour[0] for colour in COLORS}
 
 
-def test_the_report_shows_questions_and_can_be_made_again(trained, monkeypatch, capsys):
+def test_the_report_shows_questions_and_can_be_made_again(trained, monkeypatch):
     monkeypatch.chdir(trained)
     folder = Path("checkpoints/tiny")
     page = (folder / "report.html").read_text()

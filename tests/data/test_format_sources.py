@@ -271,6 +271,15 @@ def test_other_names_of_validation(folder, format):
     assert list(map(len, found.values())) == [1, 1, 0]
 
 
+def test_a_table_next_to_those_of_the_splits_is_counted(folder):
+    (folder / "qa").mkdir()
+    for n, name in enumerate(("train", "test", "more")):
+        write(folder / "qa" / f"{name}.jsonl", [asked(n)])
+    rows, report = read_source(SourceConfig(str(folder / "qa"), "vqa", media=str(folder)))
+    assert list(map(len, rows.values())) == [1, 0, 1]
+    assert report.skipped.counts == {"a table next to those of the splits": 1}
+
+
 def test_a_folder_with_one_table(folder):
     (folder / "image").mkdir()
     (folder / "image/2.jpg").touch()
@@ -378,6 +387,12 @@ def test_a_folder_of_tables_left_at_the_format_caption_names_it_too(folder):
     write(folder / "qa/train.jsonl", [asked(0)])
     with pytest.raises(InputError, match=r"no table captions\.\*.*looks like vqa; set format: vqa"):
         read_source(SourceConfig(str(folder / "qa")))
+
+
+def test_a_folder_of_images_with_a_table_of_another_name_says_how_to_use_it(folder):
+    write(folder / "metadata.jsonl", [{"file_name": "0.png", "text": "red"}])
+    with pytest.raises(InputError, match=r"It holds the table metadata\.jsonl; give its path to use it"):
+        read_source(SourceConfig(str(folder)))
 
 
 def test_captions_that_cannot_be_used_get_no_hint_of_formats(folder):

@@ -6,6 +6,7 @@ import json
 import os
 import tarfile
 import threading
+from contextlib import nullcontext
 from typing import ClassVar
 
 import pytest
@@ -13,7 +14,7 @@ import pytest
 import bindllm.data.stream.shards as remote
 from bindllm.data.stream.shards import ShardError, expand_shards, is_stream, read_shard
 from bindllm.errors import InputError
-from stream_parts import captioned, write_shard, write_shards
+from stream_parts import captioned, tar_bytes, write_shard, write_shards
 
 
 @pytest.mark.parametrize(
@@ -111,6 +112,17 @@ def test_a_truncated_shard_gives_what_comes_before(tmp_path, cut):
             seen.append(sample.number)
     # The last sample before the cut may lack members, so it is not given either.
     assert seen == {"in a member": [0, 1], "no end": [0, 1, 2]}.get(cut, [0])
+
+
+@pytest.mark.parametrize("rest", ["whole", "cut", "zeros only"])
+def test_shards_that_were_joined_as_files_are_read_to_the_end(tmp_path, rest):
+    one, two = (tar_bytes([member for n in part for member in captioned(n)]) for part in ((0, 1), (2, 3)))
+    two = {"whole": two, "cut": two[: two.index(b"00003.txt")], "zeros only": bytes(len(two))}[rest]
+    (tmp_path / "0.tar").write_bytes(one + two)
+    found = []
+    with pytest.raises(ShardError, match="truncated") if rest == "cut" else nullcontext():
+        found.extend(sample.key for sample in read_shard(str(tmp_path / "0.tar")))
+    assert found == [f"{n:05}" for n in range({"whole": 4, "cut": 3, "zeros only": 2}[rest])]
 
 
 def test_damage_in_the_middle_is_not_taken_for_the_end(tmp_path):

@@ -60,6 +60,7 @@ def test_the_first_encoder_that_serves_a_modality_wins():
         ("imge", r"Did you mean 'image'\?"),
         ("rader", r"Did you mean 'radar'\?"),
         ("vido", r"Did you mean 'video'\?"),
+        ("sound", "Known: audio, depth, image"),
         (
             "audio",
             r"no encoder serves the modality 'audio'; the encoders here serve: image, radar, sonar\. Name",

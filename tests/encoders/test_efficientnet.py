@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import bindllm.encoders
-from bindllm.encoders import encoder_for
-from bindllm.encoders.efficientnet import EfficientNetLite
+from bindllm.encoders.efficientnet import EfficientNetLite, each_on_one_thread
 from bindllm.errors import EncoderError, InputError, MediaError
 from bindllm.media import Media
 from bindllm.testing import check_encoder
@@ -191,14 +191,6 @@ def test_found_by_its_import_path():
         _ = bindllm.encoders.EfficientNetLight
 
 
-def test_encoder_for_a_modality(encoder):
-    assert encoder_for("image", [encoder]) is encoder
-    with pytest.raises(InputError, match=r"no encoder serves the modality 'audio'; .*serve: image"):
-        encoder_for("audio", [encoder])
-    with pytest.raises(InputError, match="Known: audio, depth, image"):
-        encoder_for("sound", [])
-
-
 def test_the_fingerprint_covers_how_files_are_read(monkeypatch):
     before = bindllm.encoders.fingerprint({})
     monkeypatch.setattr(bindllm.encoders, "REVISION", "media of another time")
@@ -223,3 +215,29 @@ def test_fingerprint_of_words_bytes_and_files(tmp_path):
         made({"a": {1, 2}})
     with pytest.raises(EncoderError, match="cannot be read"):
         made({}, tmp_path / "missing")
+
+
+@pytest.fixture
+def two_threads():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+def test_calls_run_at_the_same_time_and_on_one_thread_each(two_threads):
+    started: list[float] = []
+
+    def work(item):
+        started.append(time.monotonic())
+        time.sleep(0.2)
+        return item, torch.get_num_threads()
+
+    assert each_on_one_thread(work, [1, 2, 3]) == [(1, 1), (2, 1), (3, 1)]
+    assert started[1] - started[0] < 0.2 <= started[2] - started[0]
+    assert torch.get_num_threads() == 2
+
+
+def test_an_error_is_passed_on_and_the_threads_are_as_before(two_threads):
+    with pytest.raises(ZeroDivisionError):
+        each_on_one_thread(lambda item: 1 // item, [1, 0])
+    assert torch.get_num_threads() == 2

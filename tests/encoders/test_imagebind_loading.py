@@ -101,7 +101,7 @@ def test_only_the_trunks_in_use_are_read(copy):
     assert len(encoder.fingerprint()) == 64
     whole = ImageBind(str(copy))
     assert whole.embed("imu", [SIGNAL]).shape == (1, 32)
-    with pytest.raises(EncoderError, match=r"vision.safetensors: no weights of ImageBind's vision trunk"):
+    with pytest.raises(EncoderError, match=r"has no vision\.safetensors; `bindllm convert imagebind"):
         whole.embed("image", [torch.zeros(3, 224, 224)])
 
 

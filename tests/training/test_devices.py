@@ -16,8 +16,10 @@ from bindllm import BindLLM
 from bindllm.training.callbacks import SampleCaptions
 from bindllm.training.module import BindModule
 from bindllm.training.state import AtomicCheckpointIO
-from tiny_run import run, tiny_parts, tiny_recipe, write_recipe
+from tiny_run import run, tiny_recipe, write_recipe
 from two_processes import kill_in, run_pair, told
+
+pytestmark = pytest.mark.usefixtures("work")
 
 DDP = {"devices": 2, "strategy": "ddp"}
 SHARDED = {
@@ -28,10 +30,10 @@ WEIGHTS = ("checkpoints/tiny/bind.safetensors", "checkpoints/tiny/adapter/adapte
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
+def recipe(parts):
     """20 training rows in 4 batches of 5, two for each device; their captions differ in length."""
     recipe = tiny_recipe(
-        tiny_parts(tmp_path_factory.mktemp("parts")),
+        parts,
         model={
             "trainable": ["bind", "inject", "adapter"],
             "adapter": {"rank": 2},
@@ -130,10 +132,7 @@ def test_two_processes_measure_the_same_loss_as_one_and_one_of_them_says_it(
     assert (told("out", 0), told("out", 1)) == (alone, "")
 
 
-def test_a_loss_that_is_not_finite_on_one_device_stops_all_and_one_of_them_keeps_the_weights(
-    recipe, tmp_path, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
+def test_a_loss_that_is_not_finite_on_one_device_stops_all_and_one_of_them_keeps_the_weights(recipe):
     original = BindModule.training_step
 
     def work(rank):
@@ -156,8 +155,7 @@ def test_a_loss_that_is_not_finite_on_one_device_stops_all_and_one_of_them_keeps
 
 
 @pytest.mark.slow
-def test_an_adapter_that_is_left_as_it_is_stays_whole_beside_a_shared_decoder(recipe, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_an_adapter_that_is_left_as_it_is_stays_whole_beside_a_shared_decoder(recipe):
     frozen = {**recipe, "model": {**recipe["model"], "trainable": ["bind"]}}
     assert run_pair(lambda _: run("fit", with_trainer(frozen, max_epochs=1, **SHARDED))) == [0, 0], told(
         "err", 0
@@ -169,8 +167,7 @@ def test_an_adapter_that_is_left_as_it_is_stays_whole_beside_a_shared_decoder(re
 
 
 @pytest.mark.slow
-def test_processes_that_lightning_starts_end_in_the_same_bytes(recipe, folders, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_processes_that_lightning_starts_end_in_the_same_bytes(recipe, folders):
     command = [
         sys.executable,
         "-m",

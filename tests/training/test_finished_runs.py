@@ -12,18 +12,13 @@ from safetensors.torch import load_file
 
 from bindllm.objectives import Objective
 from bindllm.training.module import BindModule
-from tiny_run import run, tiny_parts, tiny_recipe
+from tiny_run import run, tiny_recipe
 
-pytestmark = pytest.mark.usefixtures("unmeasured")
+pytestmark = pytest.mark.usefixtures("unmeasured", "work")
 
 WEIGHTS = Path("checkpoints/tiny/bind.safetensors")
 # With these a run of one epoch takes the same steps as the first epoch of a longer one.
 STEADY = {"lr": 0.01, "warmup": 0, "final_lr": 1.0}
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    return tiny_parts(tmp_path_factory.mktemp("parts"))
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +91,7 @@ def test_a_rehearsal_saves_nothing(again, capsys):
 @pytest.mark.parametrize(
     "option", ["--trainer.max_epochs=0", "--trainer.max_steps=0", "--trainer.limit_train_batches=0"]
 )
-def test_a_run_without_steps_is_refused(option, parts, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_a_run_without_steps_is_refused(option, parts, capsys):
     assert run("fit", one_epoch(parts), option) == 1
     assert "no step would be taken" in capsys.readouterr().err
     assert not WEIGHTS.exists()
@@ -164,8 +158,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_training(output, aga
     assert output in capsys.readouterr().err
 
 
-def test_an_output_that_is_a_link_is_continued(parts, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_an_output_that_is_a_link_is_continued(parts):
     Path("checkpoints").mkdir()
     Path("checkpoints/tiny").symlink_to("../disk/tiny")
     for epochs in ("1", "2"):
@@ -238,8 +231,7 @@ def test_an_average_of_the_weights_is_measured_saved_and_resumed(rhythm, parts, 
         {"check_val_every_n_epoch": None, "val_check_interval": 3},
     ],
 )
-def test_the_last_step_is_always_validated(rhythm, parts, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_the_last_step_is_always_validated(rhythm, parts, capsys):
     recipe = one_epoch(parts)
     recipe["trainer"] |= rhythm
     last = rhythm.get("max_steps", 5)
@@ -252,11 +244,8 @@ def test_the_last_step_is_always_validated(rhythm, parts, tmp_path, monkeypatch,
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
 @pytest.mark.parametrize("stops", [True, False])
-def test_a_validation_loss_that_is_not_finite_is_never_the_best(
-    value, stops, parts, tmp_path, monkeypatch, capsys
-):
+def test_a_validation_loss_that_is_not_finite_is_never_the_best(value, stops, parts, monkeypatch, capsys):
     """With early stopping it ends the run: with an error, and the best weights before it."""
-    monkeypatch.chdir(tmp_path)
     recipe = one_epoch(parts)
     recipe["trainer"]["max_epochs"] = 3
     if stops:
@@ -271,8 +260,7 @@ def test_a_validation_loss_that_is_not_finite_is_never_the_best(
     assert ("training has diverged" in told.err) == stops
 
 
-def test_a_run_whose_validation_is_never_finite_saves_nothing(parts, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_a_run_whose_validation_is_never_finite_saves_nothing(parts, monkeypatch, capsys):
     monkeypatch.setattr(Objective, "held_out", lambda *_: (torch.tensor(math.nan), 1, {}))
     # The same command resumes a run that has no step left, and must find the same.
     for _ in range(2):
@@ -281,9 +269,8 @@ def test_a_run_whose_validation_is_never_finite_saves_nothing(parts, tmp_path, m
     assert not WEIGHTS.exists()
 
 
-def test_gradients_that_are_zero_in_every_step_end_the_run(parts, tmp_path, monkeypatch, capsys):
+def test_gradients_that_are_zero_in_every_step_end_the_run(parts, capsys):
     """The bind network acts through gates that are zero and frozen."""
-    monkeypatch.chdir(tmp_path)
     assert run("fit", one_epoch(parts), "--model.trainable", "[bind]") == 1
     assert "exactly zero in all 5 steps" in capsys.readouterr().err
     assert not WEIGHTS.exists()
@@ -297,16 +284,12 @@ def test_gradients_that_are_zero_in_every_step_end_the_run(parts, tmp_path, monk
     ],
 )
 @pytest.mark.parametrize("command", ["fit", "check"])
-def test_options_that_turn_the_training_around_are_refused(
-    command, option, told, parts, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.chdir(tmp_path)
+def test_options_that_turn_the_training_around_are_refused(command, option, told, parts, capsys):
     assert run(command, one_epoch(parts), option) == 1
     assert told in " ".join(" ".join(capsys.readouterr()).split())
 
 
-def test_a_misspelled_metric_ends_the_run_after_one_step(parts, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_a_misspelled_metric_ends_the_run_after_one_step(parts, capsys):
     recipe = with_callback(one_epoch(parts), "EarlyStopping", monitor="val_los")
     assert run("fit", recipe) == 1
     assert "monitors val_los, which is not measured. Did you mean 'val_loss'?" in capsys.readouterr().err
@@ -314,8 +297,7 @@ def test_a_misspelled_metric_ends_the_run_after_one_step(parts, tmp_path, monkey
 
 
 @pytest.mark.parametrize("command", ["fit", "check"])
-def test_a_logger_that_is_not_installed_is_one_line(command, parts, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_a_logger_that_is_not_installed_is_one_line(command, parts, capsys):
     recipe = one_epoch(parts)
     recipe["trainer"]["logger"] = {"class_path": "WandbLogger", "init_args": {"project": "x"}}
     assert run(command, recipe) == 1

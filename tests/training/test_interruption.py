@@ -17,9 +17,9 @@ import bindllm.training.state as state
 from bindllm import BindLLM
 from bindllm.training.module import BindModule
 from tiny import save_tiny_decoder
-from tiny_run import run, tiny_parts, tiny_recipe
+from tiny_run import run, tiny_recipe
 
-pytestmark = pytest.mark.usefixtures("unmeasured")
+pytestmark = pytest.mark.usefixtures("unmeasured", "work")
 
 FILES = ("checkpoints/tiny/bind.safetensors", "runs/tiny/metrics.csv", "runs/tiny/captions.jsonl")
 ADAPTER = "checkpoints/tiny/adapter/adapter_model.safetensors"
@@ -30,9 +30,8 @@ class Killed(BaseException):
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
+def recipe(parts):
     """2 epochs of 5 steps; a state is saved at every step that allows it."""
-    parts = tiny_parts(tmp_path_factory.mktemp("parts"))
     return tiny_recipe(parts, trainer={"log_every_n_steps": 1})
 
 
@@ -81,6 +80,22 @@ def die():
     raise Killed
 
 
+def run_and_die(recipe, monkeypatch, owner=BindModule, name="training_step", *, at, when="before"):
+    """Run until a call of a method, which dies before or after its work."""
+    with monkeypatch.context() as patch:
+        count_calls(patch, owner, name, at=at, **{when: die})
+        with pytest.raises(Killed):
+            run("fit", recipe)
+
+
+def check_resumes(recipe, uninterrupted, monkeypatch, *, steps=None):
+    """Run the same command again: it takes the steps that are left, and ends in the same bytes."""
+    taken = count_calls(monkeypatch, BindModule, "training_step")
+    assert run("fit", recipe) == 0
+    assert steps is None or len(taken) == steps
+    assert ending(Path()) == uninterrupted
+
+
 # Where a run dies: method, call, whether before or after its work, and the steps that are left for the next run.
 PLACES = {
     "in the first step": (BindModule, "training_step", 1, "before", 10),
@@ -97,18 +112,11 @@ PLACES = {
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_a_killed_run_goes_on_to_the_same_end(place, recipe, uninterrupted, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_killed_run_goes_on_to_the_same_end(place, recipe, uninterrupted, monkeypatch):
     owner, name, at, when, left = PLACES[place]
-    with monkeypatch.context() as patch:
-        count_calls(patch, owner, name, at=at, **{when: die})
-        with pytest.raises(Killed):
-            run("fit", recipe)
+    run_and_die(recipe, monkeypatch, owner, name, at=at, when=when)
     assert not Path("checkpoints/tiny").exists()
-    steps = count_calls(monkeypatch, BindModule, "training_step")
-    assert run("fit", recipe) == 0
-    assert len(steps) == left
-    assert ending(tmp_path) == uninterrupted
+    check_resumes(recipe, uninterrupted, monkeypatch, steps=left)
 
 
 RHYTHMS = {
@@ -140,10 +148,7 @@ def test_any_rhythm_of_validation_and_optimizer_goes_on_to_the_same_end(
         (tmp_path / str(len(ends))).mkdir()
         monkeypatch.chdir(tmp_path / str(len(ends)))
         for at in killed_at:
-            with monkeypatch.context() as patch:
-                count_calls(patch, BindModule, "training_step", at=at, before=die)
-                with pytest.raises(Killed):
-                    run("fit", changed)
+            run_and_die(changed, monkeypatch, at=at)
         assert run("fit", changed) == 0
         weights, *logs = (Path(name).read_bytes() for name in FILES if Path(name).exists())
         # Lightning counts a row's step one too high after an epoch's end, if the run's length is given in steps.
@@ -166,20 +171,14 @@ def test_a_second_stage_that_draws_random_numbers_goes_on_to_the_same_end(recipe
         folder.mkdir()
         monkeypatch.chdir(folder)
         if ends:
-            with monkeypatch.context() as patch:
-                count_calls(patch, BindModule, "training_step", at=4, before=die)
-                with pytest.raises(Killed):
-                    run("fit", changed)
+            run_and_die(changed, monkeypatch, at=4)
             assert Path("runs/tiny/last.ckpt").exists()
         assert run("fit", changed) == 0
         ends.append([Path(name).read_bytes() for name in (ADAPTER, *FILES)])
     assert ends[0] == ends[1]
 
 
-def test_a_run_that_dies_while_it_saves_goes_on_from_the_state_before(
-    recipe, uninterrupted, tmp_path, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
+def test_a_run_that_dies_while_it_saves_goes_on_from_the_state_before(recipe, uninterrupted, monkeypatch):
     original, saves = state.torch.save, []
 
     def dying(content, path):
@@ -193,16 +192,12 @@ def test_a_run_that_dies_while_it_saves_goes_on_from_the_state_before(
         patch.setattr(state.torch, "save", dying)
         with pytest.raises(Killed):
             run("fit", recipe)
-    steps = count_calls(monkeypatch, BindModule, "training_step")
-    assert run("fit", recipe) == 0
-    assert len(steps) == 8
-    assert ending(tmp_path) == uninterrupted
+    check_resumes(recipe, uninterrupted, monkeypatch, steps=8)
 
 
 @pytest.mark.parametrize("file", [".last.ckpt.", ".best-", ".tiny."])
 def test_a_full_disk_loses_nothing(file, earlier, recipe, uninterrupted, tmp_path, monkeypatch, capsys):
     """Full at the second save of the state, of the best weights, of the checkpoint folder; then there is room."""
-    monkeypatch.chdir(tmp_path)
     # Of a finished run: the checkpoint folder is there, and the run may replace it.
     recipe = {**recipe, "overwrite": file == ".tiny."}
     if file == ".tiny.":
@@ -226,17 +221,13 @@ def test_a_full_disk_loses_nothing(file, earlier, recipe, uninterrupted, tmp_pat
     assert "free some disk space" in error
     if file == ".tiny.":
         assert Path(FILES[0]).read_bytes() == before
-    assert run("fit", recipe) == 0
-    assert ending(tmp_path) == uninterrupted
+    check_resumes(recipe, uninterrupted, monkeypatch)
 
 
 @pytest.mark.parametrize(
     ("name", "at", "left"), [("training_step", 3, 7), ("validation_step", 1, 5), ("validation_step", 2, 0)]
 )
-def test_ctrl_c_saves_first_and_nothing_is_lost(
-    name, at, left, recipe, uninterrupted, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.chdir(tmp_path)
+def test_ctrl_c_saves_first_and_nothing_is_lost(name, at, left, recipe, uninterrupted, monkeypatch, capsys):
     slow = {**recipe, "save_every_seconds": 1000}
     handler = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
@@ -244,10 +235,7 @@ def test_ctrl_c_saves_first_and_nothing_is_lost(
         assert run("fit", slow) == 130
     assert signal.getsignal(signal.SIGINT) is handler
     assert "the same command resumes the run" in capsys.readouterr().out
-    steps = count_calls(monkeypatch, BindModule, "training_step")
-    assert run("fit", slow) == 0
-    assert len(steps) == left
-    assert ending(tmp_path) == uninterrupted
+    check_resumes(slow, uninterrupted, monkeypatch, steps=left)
 
 
 def run_killed(recipe: dict, monkeypatch, arm) -> None:
@@ -298,31 +286,25 @@ def die_between_the_renames(patch):
     patch.setattr(os, "replace", dying)
 
 
-def test_a_process_killed_by_the_system_goes_on(recipe, uninterrupted, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_process_killed_by_the_system_goes_on(recipe, uninterrupted, monkeypatch):
     run_killed(
         recipe, monkeypatch, lambda patch: count_calls(patch, BindModule, "training_step", at=7, before=kill)
     )
-    assert run("fit", recipe) == 0
-    assert ending(tmp_path) == uninterrupted
+    check_resumes(recipe, uninterrupted, monkeypatch)
 
 
 @pytest.mark.parametrize(
     ("owner", "name", "at", "left"), [(state.torch, "save", 3, 8), (state, "write_tensors", 2, 1)]
 )
 def test_kill_9_inside_a_save_of_the_run_goes_on_from_the_state_before(
-    owner, name, at, left, recipe, uninterrupted, tmp_path, monkeypatch
+    owner, name, at, left, recipe, uninterrupted, monkeypatch
 ):
     """In a save of the state, and of the best weights."""
-    monkeypatch.chdir(tmp_path)
     run_killed(recipe, monkeypatch, die_half_written(owner, name, at=at))
     assert [file.suffix for file in Path("runs/tiny").glob(".*")] == [".part"], (
         "it died in the middle of a write"
     )
-    steps = count_calls(monkeypatch, BindModule, "training_step")
-    assert run("fit", recipe) == 0
-    assert len(steps) == left
-    assert ending(tmp_path) == uninterrupted
+    check_resumes(recipe, uninterrupted, monkeypatch, steps=left)
     assert not list(Path("runs/tiny").glob(".*"))
 
 
@@ -334,17 +316,13 @@ def test_kill_9_inside_a_save_of_the_run_goes_on_from_the_state_before(
 def test_kill_9_inside_a_save_of_the_checkpoint_folder_keeps_the_earlier_one(
     arm, name, earlier, recipe, uninterrupted, tmp_path, monkeypatch
 ):
-    monkeypatch.chdir(tmp_path)
     recipe = {**recipe, "overwrite": True}
     shutil.copytree(earlier, tmp_path, dirs_exist_ok=True)
     before = Path("checkpoints/tiny/bind.safetensors").read_bytes()
     run_killed(recipe, monkeypatch, arm)
     assert Path("checkpoints", name, "bind.safetensors").read_bytes() == before != uninterrupted[FILES[0]]
     BindLLM.from_pretrained(Path("checkpoints", name), device="cpu", allow=["tiny.ColorEncoder"])
-    steps = count_calls(monkeypatch, BindModule, "training_step")
-    assert run("fit", recipe) == 0
-    assert steps == []
-    assert ending(tmp_path) == uninterrupted
+    check_resumes(recipe, uninterrupted, monkeypatch, steps=0)
     assert os.listdir("checkpoints") == ["tiny"]
 
 
@@ -358,10 +336,9 @@ def test_kill_9_inside_a_save_of_the_checkpoint_folder_keeps_the_earlier_one(
     ],
 )
 def test_ctrl_c_inside_a_save_waits_for_it_and_a_second_one_keeps_the_state_before(
-    owner, name, signals, left, recipe, uninterrupted, tmp_path, monkeypatch
+    owner, name, signals, left, recipe, uninterrupted, monkeypatch
 ):
     """The third save of the state, and the first of the best weights."""
-    monkeypatch.chdir(tmp_path)
 
     def interrupt():
         for _ in range(signals):
@@ -371,16 +348,12 @@ def test_ctrl_c_inside_a_save_waits_for_it_and_a_second_one_keeps_the_state_befo
         count_calls(patch, owner, name, at=3 if name == "save" else 1, after=interrupt)
         assert run("fit", recipe) == 130
     assert not list(Path("runs/tiny").glob(".*"))
-    steps = count_calls(monkeypatch, BindModule, "training_step")
-    assert run("fit", recipe) == 0
-    assert len(steps) == left
-    assert ending(tmp_path) == uninterrupted
+    check_resumes(recipe, uninterrupted, monkeypatch, steps=left)
 
 
 def test_ctrl_c_inside_a_save_of_the_checkpoint_folder_keeps_the_earlier_one(
     earlier, recipe, uninterrupted, tmp_path, monkeypatch
 ):
-    monkeypatch.chdir(tmp_path)
     recipe = {**recipe, "overwrite": True}
     shutil.copytree(earlier, tmp_path, dirs_exist_ok=True)
     before = Path("checkpoints/tiny/bind.safetensors").read_bytes()
@@ -391,16 +364,12 @@ def test_ctrl_c_inside_a_save_of_the_checkpoint_folder_keeps_the_earlier_one(
         assert run("fit", recipe) == 130
     assert Path("checkpoints/tiny/bind.safetensors").read_bytes() == before != uninterrupted[FILES[0]]
     assert os.listdir("checkpoints") == ["tiny"]
-    steps = count_calls(monkeypatch, BindModule, "training_step")
-    assert run("fit", recipe) == 0
-    assert steps == []
-    assert ending(tmp_path) == uninterrupted
+    check_resumes(recipe, uninterrupted, monkeypatch, steps=0)
 
 
 def test_a_run_in_the_background_does_not_hear_the_ctrl_c_of_the_foreground(
     recipe, uninterrupted, tmp_path, monkeypatch
 ):
-    monkeypatch.chdir(tmp_path)
     earlier = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with monkeypatch.context() as patch:
@@ -413,9 +382,8 @@ def test_a_run_in_the_background_does_not_hear_the_ctrl_c_of_the_foreground(
     assert ending(tmp_path) == uninterrupted
 
 
-def test_early_stopping_is_remembered_by_a_run_that_goes_on(recipe, tmp_path, monkeypatch, capsys):
+def test_early_stopping_is_remembered_by_a_run_that_goes_on(recipe, monkeypatch, capsys):
     """Stopped early, then killed before the folder was written: not one more step may be taken."""
-    monkeypatch.chdir(tmp_path)
     stopping = {
         "class_path": "EarlyStopping",
         "init_args": {"monitor": "val_loss", "patience": 1, "min_delta": 100},
@@ -437,12 +405,8 @@ def test_early_stopping_is_remembered_by_a_run_that_goes_on(recipe, tmp_path, mo
     assert steps == []
 
 
-def test_a_changed_recipe_starts_afresh_and_says_what_changed(recipe, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    with monkeypatch.context() as patch:
-        count_calls(patch, BindModule, "training_step", at=4, before=die)
-        with pytest.raises(Killed):
-            run("fit", recipe)
+def test_a_changed_recipe_starts_afresh_and_says_what_changed(recipe, monkeypatch, capsys):
+    run_and_die(recipe, monkeypatch, at=4)
     steps = count_calls(monkeypatch, BindModule, "training_step")
     assert run("fit", recipe, "--model.optim.lr", "0.02") == 0
     assert len(steps) == 10
@@ -457,14 +421,10 @@ def test_a_changed_recipe_starts_afresh_and_says_what_changed(recipe, tmp_path, 
 @pytest.mark.parametrize(
     ("split", "change"), [("train", "image"), ("train", "caption"), ("validation", "caption")]
 )
-def test_changed_content_of_as_many_rows_is_noticed(split, change, recipe, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_changed_content_of_as_many_rows_is_noticed(split, change, recipe, monkeypatch, capsys):
     shutil.copytree(recipe["data"]["sources"][0]["path"], "pictures")
     own = {**recipe, "data": {**recipe["data"], "sources": [{"path": "pictures"}]}}
-    with monkeypatch.context() as patch:
-        count_calls(patch, BindModule, "training_step", at=4, before=die)
-        with pytest.raises(Killed):
-            run("fit", own)
+    run_and_die(own, monkeypatch, at=4)
     table = Path("pictures/captions.jsonl")
     rows = [json.loads(line) for line in table.read_text().splitlines()]
     changed = next(row for row in rows if row["split"] == split)
@@ -480,19 +440,15 @@ def test_changed_content_of_as_many_rows_is_noticed(split, change, recipe, tmp_p
 
 @pytest.mark.parametrize("changed", ["decoder decoder", "checkpoint start"])
 def test_a_state_meets_only_the_decoder_and_the_start_that_it_was_saved_with(
-    changed, recipe, tmp_path, monkeypatch, capsys
+    changed, recipe, monkeypatch, capsys
 ):
-    monkeypatch.chdir(tmp_path)
     shutil.copytree(recipe["model"]["decoder"]["name"], "decoder")
     own = {**recipe, "model": {**recipe["model"], "decoder": {"name": "decoder", "dtype": "float32"}}}
     base = {**own, "output": "start"}
     if changed == "checkpoint start":
         assert run("fit", base, "--trainer.max_epochs", "1") == 0
         own["model"]["init_from"] = "start"
-    with monkeypatch.context() as patch:
-        count_calls(patch, BindModule, "training_step", at=4, before=die)
-        with pytest.raises(Killed):
-            run("fit", own)
+    run_and_die(own, monkeypatch, at=4)
     if changed == "checkpoint start":
         base["model"] = {name: value for name, value in own["model"].items() if name != "init_from"}
         assert run("fit", base) == 0
@@ -502,14 +458,10 @@ def test_a_state_meets_only_the_decoder_and_the_start_that_it_was_saved_with(
     assert f"another {changed} is in its place" in " ".join(capsys.readouterr().err.split())
 
 
-def test_changed_data_are_not_trained_on_as_if_they_were_the_same(recipe, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_changed_data_are_not_trained_on_as_if_they_were_the_same(recipe, monkeypatch, capsys):
     shutil.copytree(recipe["data"]["sources"][0]["path"], "pictures")
     own = {**recipe, "data": {**recipe["data"], "sources": [{"path": "pictures"}]}}
-    with monkeypatch.context() as patch:
-        count_calls(patch, BindModule, "training_step", at=4, before=die)
-        with pytest.raises(Killed):
-            run("fit", own)
+    run_and_die(own, monkeypatch, at=4)
     table = Path("pictures/captions.jsonl")
     whole = table.read_text()
     table.write_text("".join(whole.splitlines(keepends=True)[:-1]))

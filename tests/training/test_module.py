@@ -25,12 +25,7 @@ from bindllm.training.optim import OptimConfig
 from bindllm.training.runlog import RunLog
 from bindllm.training.state import RunState
 from tiny import ColorEncoder
-from tiny_run import make_trainer, tiny_parts
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    return tiny_parts(tmp_path_factory.mktemp("parts"))
+from tiny_run import make_trainer
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ import pytest
 
 import bindllm.training.state as state
 from bindllm.training.module import BindModule
-from tiny_run import run, tiny_parts, tiny_recipe
+from tiny_run import run, tiny_recipe
 from two_processes import kill_in, run_pair, told
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("unmeasured")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("unmeasured", "work")]
 
 FILES = (
     "checkpoints/tiny/bind.safetensors",
@@ -22,10 +22,10 @@ FILES = (
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
+def recipe(parts):
     """2 epochs of 3 steps for each process; a state is saved at every step that allows it."""
     return tiny_recipe(
-        tiny_parts(tmp_path_factory.mktemp("parts")),
+        parts,
         model={
             "trainable": ["bind", "inject", "adapter"],
             "adapter": {"rank": 2},
@@ -77,11 +77,8 @@ PLACES = [
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_pairs_that_die_at_random_moments_go_on_to_the_same_bytes(
-    seed, recipe, uninterrupted, tmp_path, monkeypatch
-):
+def test_pairs_that_die_at_random_moments_go_on_to_the_same_bytes(seed, recipe, uninterrupted):
     """One or both, twice in a row, anywhere: in a step, a validation, a save."""
-    monkeypatch.chdir(tmp_path)
     choose = random.Random(seed)
     for _ in range(2):
         places = {}

@@ -11,12 +11,13 @@ import pytest
 
 import bindllm.data.datamodule as datamodule
 from bindllm.data.rows import IGNORE
-from tiny_run import run, tiny_parts, tiny_recipe
+from tiny_run import run, tiny_recipe
+
+pytestmark = pytest.mark.usefixtures("work")
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
-    parts = tiny_parts(tmp_path_factory.mktemp("parts"))
+def recipe(parts):
     return tiny_recipe(parts, trainer={"max_epochs": 1, "log_every_n_steps": 1})
 
 
@@ -25,10 +26,7 @@ def logged(name):
         return [float(row[name]) for row in csv.DictReader(stream) if row[name]]
 
 
-def test_rows_whose_prompt_leaves_no_room_are_counted_and_the_run_goes_on(
-    recipe, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.chdir(tmp_path)
+def test_rows_whose_prompt_leaves_no_room_are_counted_and_the_run_goes_on(recipe, capsys):
     (usual,) = recipe["data"]["sources"]
     sources = [usual, {**usual, "prompt": "What is this? " * 20}]
     assert run("fit", {**recipe, "data": {**recipe["data"], "sources": sources, "max_length": 64}}) == 0
@@ -43,29 +41,26 @@ def test_rows_whose_prompt_leaves_no_room_are_counted_and_the_run_goes_on(
     assert "skipped: 28 x the prompt leaves no room" in capsys.readouterr().out
 
 
-def test_a_run_of_which_no_row_has_an_answer_stops_with_the_reason(recipe, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_a_run_of_which_no_row_has_an_answer_stops_with_the_reason(recipe, capsys):
     assert run("fit", recipe, "--data.max_length", "16") == 1
     error = capsys.readouterr().err
     assert "no row of the data can be used: " in error
     assert "max_length=16" in error
 
 
-def test_a_batch_without_a_token_to_learn_from_stops_the_run_and_names_its_rows(
-    recipe, tmp_path, monkeypatch, capsys
-):
-    """As after a fault in a chat template: the run stops, and goes on from its state once that is mended."""
-    monkeypatch.chdir(tmp_path)
-    original, made = datamodule.make_sample, []
+def test_a_batch_without_a_token_to_learn_from_stops_the_run_and_names_its_rows(recipe, monkeypatch, capsys):
+    """As after a fault in memory: the run stops, and goes on from its state once that is mended."""
+    original, made = datamodule.collate, []
 
-    def faulty(*args):
-        sample = original(*args)
-        made.append(sample)
-        mute = len(made) == 7
-        return replace(sample, labels=np.full_like(sample.labels, IGNORE)) if mute else sample
+    def faulty(samples, *args, **options):
+        made.append(samples)
+        if len(made) == 3:
+            mute = replace(samples[0], labels=np.full_like(samples[0].labels, IGNORE))
+            samples = [mute, *samples[1:]]
+        return original(samples, *args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(datamodule, "make_sample", faulty)
+        patch.setattr(datamodule, "collate", faulty)
         assert run("fit", recipe) == 1
     assert "1 rows of a batch have no token to learn from: captions.jsonl line " in capsys.readouterr().err
     before = logged("train_loss")

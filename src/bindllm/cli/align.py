@@ -45,7 +45,6 @@ class AlignCLI(RecipeCLI):
 
 def align(args: list[str]) -> int:
     """Train from a recipe, measure on held-out pairs, and write the folder of the encoder."""
-    console = Console(highlight=False)
     with quiet():
         cli = AlignCLI(args)
         output, model, data = Path(cli.config.output), cli.model, cli.datamodule
@@ -66,7 +65,7 @@ def align(args: list[str]) -> int:
         check_trainer(trainer, num_validation=data.report.pairs["validation"])
         if trainer.is_global_zero:
             for line in data.report.lines():
-                console.print(line, markup=False, soft_wrap=True)
+                print(line)
         try:
             trainer.fit(model, data)
         except SystemExit as stop:
@@ -75,7 +74,7 @@ def align(args: list[str]) -> int:
     if not trainer.is_global_zero:
         return 0
     if rehearses:
-        console.print("fast_dev_run: the steps ran without an error; nothing was saved")
+        print("fast_dev_run: the steps ran without an error; nothing was saved")
         return 0
     # Measured and saved with the weights of the best epoch; the test split has chosen nothing.
     best = model.take_best()
@@ -91,15 +90,13 @@ def align(args: list[str]) -> int:
         "seconds": round(time.perf_counter() - started, 1),
     }
     save_aligned(output, model, data, metrics=metrics, recipe=cli.resolved())
-    _print(console, output, metrics, replaced=replaced)
+    _print(output, metrics, replaced=replaced)
     # A class outside bindllm must be allowed by whoever loads the folder.
     foreign = type(model.tower)
     if not foreign.__module__.startswith("bindllm."):
-        console.print(
-            f"it uses {foreign.__module__}.{foreign.__qualname__}, which is imported only if it is allowed: "
-            f"allow: [{foreign.__module__}.{foreign.__qualname__}] under init_args, or --allow",
-            markup=False,
-            soft_wrap=True,
+        name = f"{foreign.__module__}.{foreign.__qualname__}"
+        print(
+            f"it uses {name}, which is imported only if it is allowed: allow: [{name}] under init_args, or --allow"
         )
     return 0
 
@@ -123,17 +120,15 @@ def _trainer(cli: AlignCLI) -> Trainer:
     return trainer
 
 
-def _print(console: Console, output: Path, metrics: dict[str, Any], *, replaced: bool) -> None:
+def _print(output: Path, metrics: dict[str, Any], *, replaced: bool) -> None:
     """Print the folder of the encoder and how well it retrieves."""
-    console.print(
+    print(
         f"aligned encoder: {output} (epoch {metrics['epoch']} of {metrics['epochs']}, temperature "
-        f"{metrics['temperature']:g}, {metrics['seconds']:.0f} s){', replaced an earlier one' if replaced else ''}",
-        markup=False,
-        soft_wrap=True,
+        f"{metrics['temperature']:g}, {metrics['seconds']:.0f} s){', replaced an earlier one' if replaced else ''}"
     )
     split = "test" if metrics["test"] else "validation"
     if not metrics[split]:
-        console.print(
+        print(
             "there are no held-out pairs, so nothing is measured, and the weights of the last epoch are kept"
         )
         return
@@ -149,4 +144,4 @@ def _print(console: Console, output: Path, metrics: dict[str, Any], *, replaced:
             )
             counts = (str(found["queries"]), str(found["gallery"]))
             table.add_row(way.replace("_", " "), *counts, *recalls, f"{found['median_rank']:g}")
-    console.print(table)
+    Console().print(table)

@@ -87,13 +87,10 @@ def encode(
 
 def _print_tables(media: Sequence[Media], cosines: Tensor, encoders: Sequence[Any], *, scale: float) -> None:
     """Print the cosines of media, [N, N], and with a scale the softmax tables."""
-    from rich.console import Console
-
     from bindllm.encoders import alignment_warnings
 
-    console = Console(highlight=False, soft_wrap=True)
     for warning in alignment_warnings(encoders):
-        console.print(f"warning: {warning}", markup=False)
+        print(f"warning: {printable_lines(warning)}")
     if not media:
         return
     more = softmax_tables(media, cosines, scale=scale) if scale else ()

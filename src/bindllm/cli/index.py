@@ -61,6 +61,9 @@ def index(
     """
     _check_options(output, encoders, options)
 
+    from rich.table import Table
+    from rich.text import Text
+
     from bindllm.encoders import encoder_for
     from bindllm.model.checkpoint import name_cache
     from bindllm.model.pretrained import new_cache_config
@@ -82,7 +85,10 @@ def index(
     if named is not None:
         name_cache(options.name_in, asdict(named))
         rows["named in"] = options.name_in
-    _print({"visual cache": folder, **rows})
+    table = Table("", "", show_header=False)
+    for name, value in {"visual cache": folder, **rows}.items():
+        table.add_row(name, Text(value, no_wrap=True))
+    print_whole(table)
     return 0
 
 
@@ -143,14 +149,3 @@ def _build_folder(
         "kind": " ".join(filter(None, (index.info.factory, index.info.search))),
         "bytes": f"{index.info.num_bytes:,}",
     }
-
-
-def _print(rows: dict[str, str]) -> None:
-    """Print facts as a table."""
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table("", "", show_header=False)
-    for name, value in rows.items():
-        table.add_row(name, Text(value, no_wrap=True))
-    print_whole(table)

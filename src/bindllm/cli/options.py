@@ -170,10 +170,12 @@ def read_media(text: str) -> Media:
 
 def _is_wide(file: str) -> bool:
     """Return whether a file is an image with more than 8 bits per channel."""
-    from PIL import Image
+    from bindllm.media.images import open_raster
+    from bindllm.media.source import open_stream
 
     try:
-        with Image.open(file) as image:
+        # Regular files only: a pipe would block.
+        with open_stream(file) as stream, open_raster(stream) as image:
             return image.mode.startswith(_WIDE)
     # The encoder that opens the file reports the error.
     except Exception:
@@ -195,7 +197,13 @@ def build_encoder(path: str, options: Sequence[str], *, allow: Sequence[str] = (
     given: dict[str, str] = {}
     # A folder stands for a class and its argument.
     if os.path.isdir(path):
-        path, given = _of_folder(path)
+        found = encoder_folder(path)
+        if found is None:
+            raise UsageError(
+                f"{path} does not name its encoder; give the class, and the folder as its argument: --encoder "
+                f"my_lab.RadarEncoder --encoder.weights {path}"
+            )
+        path, given = found[0], {found[1]: path}
     elif {"/", os.sep} & set(path):
         raise UsageError(
             f"{path}: the folder does not exist; give the folder of an encoder or the import path of one"
@@ -254,16 +262,6 @@ def encoder_folder(folder: str | Path) -> tuple[str, str] | None:
         return "bindllm.encoders.HuggingFace", "name"
     kind = _OF_FOLDER.get(str(config.get("model") or source.get("asset")))
     return None if kind is None else (kind, "weights")
-
-
-def _of_folder(folder: str) -> tuple[str, dict[str, str]]:
-    found = encoder_folder(folder)
-    if found is None:
-        raise UsageError(
-            f"{folder} does not name its encoder; give the class, and the folder as its argument: --encoder "
-            f"my_lab.RadarEncoder --encoder.weights {folder}"
-        )
-    return found[0], {found[1]: folder}
 
 
 def _read_object(file: Path) -> Mapping[str, Any]:

@@ -105,7 +105,7 @@ def _read_rows(config: SourceConfig, number: int, resolve: FolderResolver, repor
 
 
 def _records(config: SourceConfig, report: SourceReport) -> Iterator[tuple[str, Record, Split | None]]:
-    for table, split in _tables(config.path):
+    for table, split in _tables(config.path, report.skipped):
         for name, record in read_table(table, (), report.skipped):
             yield name, record, split
 
@@ -164,8 +164,8 @@ def _split(
     return rows
 
 
-def _tables(path: str) -> list[tuple[str | Path, Split | None]]:
-    """Return the tables at a path, each with the split that its file name gives.
+def _tables(path: str, skipped: Skipped) -> list[tuple[str | Path, Split | None]]:
+    """Return the tables at a path, each with the split that its file name gives, and count others next to them.
 
     Raises:
         InputError: a folder without a table, or with several that are not called like splits.
@@ -179,6 +179,8 @@ def _tables(path: str) -> list[tuple[str | Path, Split | None]]:
         (file, split) for split in SPLITS for file in tables if split_named(file.stem) == split
     ]
     if named and len({split for _, split in named}) == len(named):
+        for file in (file for file in tables if split_named(file.stem) is None):
+            skipped.add("a table next to those of the splits", file.name)
         return named
     if len(tables) == 1:
         return [(tables[0], None)]
@@ -242,18 +244,23 @@ def _shards_hint(path: Path) -> str:
 
 
 def _format_hint(config: SourceConfig) -> str:
-    """Return the format that the first row of a source of captions looks like, if it is another one."""
+    """Return how a source of captions should be named: by the table in its folder, or with another format."""
     if config.format != "caption":
         return ""
     try:
-        table = find_table(config.path) or _tables(config.path)[0][0]
+        table = find_table(config.path) or _tables(config.path, Skipped())[0][0]
         _, record = next(iter(read_table(table, (), Skipped())), ("", {}))
     except InputError:
         return ""
     # One row is enough for a hint.
     found = looks_like(record)
+    if found not in (None, "caption"):
+        return f". Its first row looks like {found}; set format: {found}"
+    # Such as metadata.jsonl of Hugging Face's folders of images.
     return (
-        f". Its first row looks like {found}; set format: {found}" if found not in (None, "caption") else ""
+        f". It holds the table {Path(table).name}; give its path to use it"
+        if Path(table) != Path(config.path) and Path(table).stem != TABLE_NAME
+        else ""
     )
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from bindllm.atomic import open_tensors
+from bindllm.atomic import open_tensors, require_file
 from bindllm.encoders import fingerprint, once, shape_problems
 from bindllm.errors import EncoderError, InputError, did_you_mean
 from bindllm.media import Media, open_image
@@ -27,6 +27,8 @@ Fit = Literal["whole", "crop"]
 
 # Raise the number when other numbers come out for the same image: stored embeddings are then computed again.
 _REVISION = "efficientnet-lite0 1"
+
+_ADVICE = "fetch it with `bindllm fetch efficientnet-lite0`, or set `weights` to the folder that holds it"
 
 _SIDE = 224
 _STEM_CHANNELS, _HEAD_CHANNELS = 32, 1280
@@ -111,7 +113,7 @@ class EfficientNetLite:
         """
         # Hashed once: a run asks for it at every lookup in the store.
         if self._fingerprint is None:
-            _require(self._file)
+            require_file(self._file, EncoderError, _ADVICE)
             self._fingerprint = fingerprint({"fit": self._fit}, _REVISION, self._file)
         return self._fingerprint
 
@@ -244,18 +246,9 @@ class _Network(nn.Module):
         yield self.head, "_conv_head", "_bn1"
 
 
-def _require(file: Path) -> None:
-    if not file.is_file():
-        raise EncoderError(
-            f"{file}: no weights of EfficientNet-Lite0 here. Fetch them with `bindllm fetch efficientnet-lite0`, "
-            "or set `weights` to the folder that holds model.safetensors"
-        )
-
-
 def _load(file: Path) -> _Network:
     """Read the published tensors into a network, batch norms folded; every tensor is accounted for."""
-    _require(file)
-    with open_tensors(file, EncoderError, "fetch it again") as stream:
+    with open_tensors(file, EncoderError, _ADVICE) as stream:
         tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (not a dictionary)
     # Built without memory: initial weights would be thrown away, and drawing them would disturb a seeded run.
     with torch.device("meta"):

@@ -44,6 +44,8 @@ SHEET_SIZE = 60
 """Rows on a sheet of cards."""
 
 _SHEET_SEED = 0
+# Markup of a cell; `format` escapes the text in it.
+_BOLD = Markup("<b>{}</b>").format
 # Characters shown of a text; one endless caption must not fill the page.
 _LONGEST = 160
 # Types of questions with a panel of bars; the table has all.
@@ -51,10 +53,6 @@ _PANELS = 8
 
 # Rows and thumbnails of a folder may come from someone else: nothing but an inline image may become a source.
 _THUMBNAIL = re.compile(r"data:image/webp;base64,[A-Za-z0-9+/=]+")
-
-
-class Best(str):
-    """Text of a table's cell that is drawn bold."""
 
 
 @dataclass
@@ -96,7 +94,6 @@ def render_page(data: ReportData) -> str:
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     page.filters |= {"brief": brief, "duration": duration}
-    page.tests["best"] = lambda cell: isinstance(cell, Best)
     one, many = media_words(data.modalities)
     lead = summarize(
         data.metrics, num_captions=len(data.rows.get("captions", ())), modalities=data.modalities
@@ -156,7 +153,7 @@ def _task(task: str, variants: Variants, many: str) -> dict[str, Any]:
         if task == "conversations" or key in ("loss", "cider", "rouge_l", "exact_match"):
             panels.append(_panel(metric.title, row, names, key) | {"note": f"{better} is better"})
         best = best_variants(row, lower=metric.lower_is_better)
-        cells = [(Best if name in best else str)(metric.show(value)) for name, value in row.items()]
+        cells = [(_BOLD if name in best else str)(metric.show(value)) for name, value in row.items()]
         rows.append((f"{metric.title} {arrow}", *cells))
     return {"panels": panels, "head": head, "rows": rows, "variants": variants}
 

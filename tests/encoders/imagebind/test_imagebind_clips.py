@@ -231,6 +231,26 @@ def test_published_frames(name, count, height, width, rate, monkeypatch):
     assert asked == [tuple(pair) for pair in golden("prep_video")[f"vid_{name}/frame_idx"].tolist()]
 
 
+@pytest.mark.parametrize(
+    ("coverage", "clips"),
+    [
+        ("published", [(0, 49), (1, 50), (2, 50), (2, 51), (3, 51)]),
+        ("full", [(0, 49), (2, 51)]),
+    ],
+)
+def test_the_borders_of_clips_are_rounded_as_published(coverage, clips, monkeypatch):
+    """Published: the product of rate and time is in doubles, so the third of five clips ends with frame 50, not 51."""
+    asked = []
+    original = clips_module._first_and_last
+    monkeypatch.setattr(clips_module, "_first_and_last", lambda *a: asked.append(original(*a)) or asked[-1])
+    frame = np.zeros((8, 8, 3), np.uint8)
+    monkeypatch.setattr(
+        clips_module, "read_frames", lambda _, *, pick: ((n, frame) for n in pick(52, Fraction(25)))
+    )
+    video(b"", coverage=coverage)
+    assert asked == clips
+
+
 def test_full_coverage_tiles_the_video():
     views = video(plain(130), coverage="full")
     # 5.2 seconds: clips at 0, 2 and 3.2 seconds, at 25 frames a second.

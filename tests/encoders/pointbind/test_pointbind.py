@@ -155,7 +155,7 @@ def test_bad_inputs(encoder, tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("{", "convert the weights again"),
+        ("{", "cannot be read as JSON.*bindllm convert pointbind FILE"),
         ("[]", "variant None is unknown"),
         ('{"variant": "point-bart"}', "Did you mean 'point-bert'"),
         ('{"variant": "i2p-mae", "sizes": 3}', "must be an object"),

@@ -151,9 +151,8 @@ def read_stream(
     report = SourceReport(config.path, modality=config.modality, format=config.format)
     rows = list(islice(_rows(config, number, report), limit or config.limit or 1))
     if not rows:
-        raise InputError(
-            f"data source {config.path} has no sample that can be used: {'; '.join(report.skipped.lines())}"
-        )
+        reasons = "; ".join(report.skipped.lines()) or "it is empty"
+        raise InputError(f"data source {config.path} has no sample that can be used: {reasons}")
     report.count(rows)
     # Rows of a stream have no hashed splits: a shard is either trained on or held out.
     return {split: rows if split == (config.split or "train") else [] for split in SPLITS}, report

@@ -249,17 +249,22 @@ def _damaged(shard: str, number: int, error: BaseException) -> ShardError:
 
 
 class _StrictHeader(tarfile.TarInfo):
-    """Limits headers, and accepts only zeros as the end: tarfile itself stops at anything that is not a header."""
+    """Limits headers, and accepts only zeros before the end: tarfile itself stops at anything that is not a header."""
 
     @classmethod
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> tarfile.TarInfo:
         try:
-            return super().fromtarfile(tarfile_)
+            header = super().fromtarfile(tarfile_)
         except tarfile.EOFHeaderError:
-            # A block of zeros, the regular end.
+            # A block of zeros, the regular end. Another shard may follow, joined by ``cat``.
+            tarfile_.has_end = True
             raise
         except tarfile.HeaderError as error:
+            if isinstance(error, tarfile.EmptyHeaderError) and getattr(tarfile_, "has_end", False):
+                raise
             raise tarfile.ReadError(f"no end marker: {error}") from error
+        tarfile_.has_end = False
+        return header
 
     @classmethod
     def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
@@ -280,7 +285,9 @@ class _StrictHeader(tarfile.TarInfo):
 
 
 def _strict_tar(stream: BinaryIO, mode: Literal["r:", "r|"]) -> tarfile.TarFile:
-    return tarfile.open(fileobj=stream, mode=mode, bufsize=_READ_BYTES, tarinfo=_StrictHeader)
+    return tarfile.open(
+        fileobj=stream, mode=mode, bufsize=_READ_BYTES, tarinfo=_StrictHeader, ignore_zeros=True
+    )
 
 
 @contextmanager

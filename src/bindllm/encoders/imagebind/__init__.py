@@ -31,8 +31,8 @@ from bindllm.encoders.imagebind.network import (
     average_views,
     cut_views,
     load_trunk,
-    require_trunk,
     run_views,
+    trunk_file,
 )
 from bindllm.encoders.imagebind.text import Tokenizer
 from bindllm.errors import EncoderError, InputError, MediaError, did_you_mean
@@ -155,7 +155,7 @@ class ImageBind:
             trunks = sorted({TRUNK_OF[modality] for modality in self.modalities})
             settings: dict[str, Any] = {name: self.config[name] for name in self._settings()}
             settings["trunks"] = {trunk: sizes.sizes(trunk) for trunk in trunks}
-            files = [require_trunk(self._folder, trunk) for trunk in trunks]
+            files = [trunk_file(self._folder, trunk) for trunk in trunks]
             files += [self._require_tokenizer()] if "text" in self.modalities else []
             self._fingerprint = fingerprint(settings, _REVISION, *files)
         return self._fingerprint

@@ -48,7 +48,7 @@ _MEAN, _DEVIATION = -4.268, 9.138
 
 
 def clip_starts(
-    duration: Fraction, *, published: int, coverage: str, max_clips: int, name: str
+    duration: Fraction | float, *, published: int, coverage: str, max_clips: int, name: str
 ) -> list[Fraction]:
     """Return the starts of the clips of a file, in seconds, as exact fractions.
 
@@ -217,7 +217,9 @@ def video_input(source: Source, *, coverage: str, max_clips: int) -> Tensor:
 
     # How to read this: `pick` runs after the first pass over the file, which counts frames without decoding. It fills
     # `clips`; the loop below then decodes only those frames, in order.
-    def pick(count: int, rate: Fraction) -> Sequence[int]:
+    def pick(count: int, rate: Fraction | float) -> Sequence[int]:
+        # Published: in double precision, so that a border of a clip may be one frame earlier. Full: exact.
+        rate = rate if coverage == "full" else float(rate)
         starts = clip_starts(
             count / rate, published=_VIDEO_CLIPS, coverage=coverage, max_clips=max_clips, name=name
         )
@@ -238,7 +240,7 @@ def video_input(source: Source, *, coverage: str, max_clips: int) -> Tensor:
     return views.flatten(0, 1)
 
 
-def _first_and_last(start: Fraction, count: int, rate: Fraction) -> tuple[int, int]:
+def _first_and_last(start: Fraction, count: int, rate: Fraction | float) -> tuple[int, int]:
     """Return the first and the last frame that start within a clip."""
     # ceil: the first frame that starts at or after the clip does.
     first = min(ceil(rate * start), count - 1)

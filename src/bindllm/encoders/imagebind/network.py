@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bindllm.atomic import open_tensors
+from bindllm.atomic import open_tensors, require_file
 from bindllm.encoders import shape_problems
 from bindllm.encoders.imagebind.config import ImageBindConfig, TrunkConfig, how_to_convert
 from bindllm.errors import EncoderError, InputError
@@ -302,15 +302,10 @@ class Trunk(nn.Module):
         return 1.0 if self.log_scale is None else self.log_scale.float().exp().clamp(max=_LARGEST_SCALE)
 
 
-def require_trunk(folder: Path, trunk: str) -> Path:
-    """Return the file with the weights of a trunk.
-
-    Raises:
-        EncoderError: the file does not exist.
-    """
+def trunk_file(folder: Path, trunk: str) -> Path:
+    """Return the file with the weights of a trunk; an EncoderError if it does not exist."""
     file = folder / f"{trunk}.safetensors"
-    if not file.is_file():
-        raise EncoderError(f"{file}: no weights of ImageBind's {trunk} trunk here. {how_to_convert(folder)}")
+    require_file(file, EncoderError, how_to_convert(folder))
     return file
 
 
@@ -324,7 +319,7 @@ def load_trunk(
     Raises:
         EncoderError: the file is missing, damaged, or has other tensors than the config asks for; lists them all.
     """
-    file = require_trunk(folder, trunk)
+    file = trunk_file(folder, trunk)
     # Built without memory: initial weights would be thrown away, and drawing them would disturb a seeded run.
     with torch.device("meta"):
         network = Trunk(trunk, config.trunks[trunk], config.embedding_size)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bindllm.atomic import open_tensors, read_json
+from bindllm.atomic import open_tensors, read_json, require_file
 from bindllm.encoders import shape_problems
 from bindllm.encoders.pointbind.cloud import Level, gather, make_level, within
 from bindllm.errors import EncoderError, did_you_mean
@@ -334,14 +334,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         EncoderError: the converted folder does not exist, or its config does not describe a network.
     """
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise EncoderError(
-                f"{folder / name}: no weights of Point-Bind here. Make them from the published file with "
-                f"`bindllm convert pointbind FILE --output {folder}`, or set `weights` to the folder that holds "
-                f"{CONFIG} and {WEIGHTS}"
-            )
-    config = read_json(folder / CONFIG, EncoderError, "convert the weights again")
+    advice = (
+        f"`bindllm convert pointbind FILE --output {folder}` makes it from the published file, or set `weights` to the "
+        "folder that holds it"
+    )
+    require_file(folder / WEIGHTS, EncoderError, advice)
+    config = read_json(folder / CONFIG, EncoderError, advice)
     # A config is untrusted: every entry is checked before a class is built from it.
     variant = config.get("variant") if isinstance(config, dict) else None
     if not isinstance(variant, str) or variant not in _VARIANTS:

@@ -276,15 +276,10 @@ class StoredSide:
 
 
 class PreparedSide:
-    """Media of a trained tower: prepared once, as far as memory allows.
+    """Media of a trained tower: prepared once, as far as memory allows."""
 
-    Args:
-        tower: prepares the media.
-        limit: bytes of prepared media that are kept.
-    """
-
-    def __init__(self, tower: Any, *, limit: int = PREPARED_BYTES) -> None:
-        self._tower, self._limit = tower, limit
+    def __init__(self, tower: Any) -> None:
+        self._tower = tower
         self._kept: dict[Media, Tensor] = {}
         self._bytes = 0
 
@@ -316,7 +311,7 @@ class PreparedSide:
         if kept is None:
             kept = self._tower.prepare(media)
             # Beyond the limit media are prepared again in every epoch: slower, and never out of memory.
-            if self._bytes + kept.nbytes <= self._limit:
+            if self._bytes + kept.nbytes <= PREPARED_BYTES:
                 self._bytes += kept.nbytes
                 self._kept[media] = kept
         return kept
