@@ -19,8 +19,9 @@ PAGE = (Path(__file__).parents[1] / "docs/adapters.md").read_text(encoding="utf-
 
 def test_the_table_has_every_key_with_its_default():
     rows = re.findall(r"^\| `(\w+)` \| `?(\w+)`? \|", PAGE, flags=re.MULTILINE)
-    defaults = {field.name: str(field.default).lower() for field in fields(AdapterConfig)}
-    # Where nothing is said it is the rank, and the code says None.
+    names = {True: "true", False: "false", None: "null"}
+    defaults = {field.name: names.get(field.default, str(field.default)) for field in fields(AdapterConfig)}
+    # Without a value of its own, alpha is the rank.
     assert dict(rows) == {**defaults, "alpha": "rank"}
 
 
