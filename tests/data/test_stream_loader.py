@@ -149,11 +149,21 @@ def test_a_state_of_other_data_or_other_processes_is_refused(shards, tmp_path):
         two.load_state_dict(state)
 
 
-def test_a_shard_that_grew_is_another_shard(tmp_path):
+def other_caption(shard):
+    """Write another caption into a shard of the same size."""
+    content = shard.read_bytes()
+    start = content.index(b'"caption": "') + len(b'"caption": "')
+    shard.write_bytes(content[:start] + b"X" + content[start + 1 :])
+
+
+@pytest.mark.parametrize(
+    "change", [lambda folder: write_shards(folder, [9, 4]), lambda folder: other_caption(next(folder.glob("*.tar")))]
+)
+def test_a_shard_that_grew_or_has_another_text_is_another_shard(tmp_path, change):
     shards = write_shards(tmp_path, [4, 4])
     loader = build(shards)
     take(loader, 1)
-    write_shards(tmp_path, [9, 4])
+    change(tmp_path)
     with pytest.raises(InputError, match="cannot resume from that checkpoint"):
         build(shards).load_state_dict(loader.state_dict())
 
