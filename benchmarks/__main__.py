@@ -34,7 +34,8 @@ NAMES = (
 
 def main(names: list[str]) -> int:
     """Run the named benchmarks, or all of them."""
-    console = Console()
+    # A file has no width: names and notes must not be cut at 80 columns.
+    console = Console(width=None if sys.stdout.isatty() else 160)
     for name in names:
         if name not in NAMES:
             console.print(f"unknown benchmark {name!r}. {did_you_mean(name, NAMES)}")
