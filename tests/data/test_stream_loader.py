@@ -157,7 +157,8 @@ def other_caption(shard):
 
 
 @pytest.mark.parametrize(
-    "change", [lambda folder: write_shards(folder, [9, 4]), lambda folder: other_caption(next(folder.glob("*.tar")))]
+    "change",
+    [lambda folder: write_shards(folder, [9, 4]), lambda folder: other_caption(next(folder.glob("*.tar")))],
 )
 def test_a_shard_that_grew_or_has_another_text_is_another_shard(tmp_path, change):
     shards = write_shards(tmp_path, [4, 4])

@@ -271,5 +271,7 @@ def _fingerprint(
                     with open(shard, "rb") as file:
                         # Shards are large: the first samples stand for all.
                         size, head = os.path.getsize(shard), file.read(HEAD_BYTES)
-            digest.update(f"{shard}\n{size}\n".encode("utf-8", "surrogateescape") + hashlib.sha256(head).digest())
+            digest.update(
+                f"{shard}\n{size}\n".encode("utf-8", "surrogateescape") + hashlib.sha256(head).digest()
+            )
     return digest.hexdigest()
