@@ -123,7 +123,9 @@ class BindLLM(nn.Module):
         self.decoder = decoder
         if (head := decoder.get_output_embeddings()) is not None:
             head.register_forward_pre_hook(choose_positions)
-        try_out(decoder)
+        # A model without weights is tried by `check` only: loading a checkpoint tries the real one.
+        if decoder.device.type != "meta":
+            try_out(decoder)
 
     @classmethod
     def build(cls, decoder: DecoderConfig, *, device: str | None = None, **parts: Any) -> Self:
