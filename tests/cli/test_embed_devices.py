@@ -204,7 +204,7 @@ def test_asked_to_stop_all_processes_write_what_they_have(stop, alone):
     os.killpg(running.pid, stop) if stop == signal.SIGINT else running.send_signal(stop)
     code, told, errors = finish(running)
     assert (code, told) == (130, "")
-    assert errors.count("stopped; what is finished is kept") == 1
+    assert errors.count("stopped; finished work is kept") == 1
     before = len(rows())
     assert embed()[0] == 50 - before < 46
     assert rows() == alone[0]
