@@ -156,7 +156,7 @@ def test_a_loss_that_is_not_finite_on_one_device_stops_all_and_one_of_them_keeps
 
 @pytest.mark.slow
 def test_an_adapter_that_is_left_as_it_is_stays_whole_beside_a_shared_decoder(recipe):
-    frozen = {**recipe, "model": {**recipe["model"], "trainable": ["bind"]}}
+    frozen = {**recipe, "model": {**recipe["model"], "trainable": ["bind", "inject"]}}
     assert run_pair(lambda _: run("fit", with_trainer(frozen, max_epochs=1, **SHARDED))) == [0, 0], told(
         "err", 0
     )
