@@ -135,6 +135,36 @@ def test_media_that_the_encoder_cannot_embed_are_named_and_the_others_embedded(
         embed_groups([media], [Picky(bad)], device="cpu")
 
 
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_an_encoder_that_breaks_ends_the_run_and_bad_media_do_not(tmp_path, batch_size):
+    class Breaking(CountingEncoder):
+        error: Exception = RuntimeError("device lost")
+
+        def before_embed(self):
+            if len(self.batches) > 2:
+                raise self.error
+
+    media = write_images(tmp_path, 8)
+    done = []
+    with (
+        Embedder([Breaking()], batch_size=batch_size) as embedder,
+        pytest.raises(RuntimeError, match="lost") as caught,
+    ):
+        done.extend(embedder.embed(Work(n, item) for n, item in enumerate(media)))
+    # Of batches of one, the first two failures could be those of single files.
+    assert [bool(result.error) for result in done] == {1: [False] * 2 + [True] * 2, 2: [False] * 4}[
+        batch_size
+    ]
+    assert caught.value.__notes__ == [
+        f"while embedding {', '.join(item.name for item in media[4:][:batch_size])}"
+    ]
+    encoder = Breaking()
+    encoder.error = MediaError("this image is black")
+    with Embedder([encoder], batch_size=batch_size) as embedder:
+        results = embedder.embed_in_order(media)
+    assert [bool(result.error) for result in results] == [n >= 2 * batch_size for n in range(8)]
+
+
 def test_a_batch_that_is_too_large_for_the_encoder_is_embedded_one_by_one(tmp_path):
     media = write_images(tmp_path, 3)
     encoder = Picky(fitting=1)

@@ -29,6 +29,9 @@ Key = TypeVar("Key")
 BATCH_SIZE = 32
 """Media of one modality that are embedded together, by default."""
 
+BAD_IN_A_ROW = 2
+"""Batches of one media that may fail after each other. At the next, the encoder counts as broken and the run ends."""
+
 PREPARED_BYTES = 1 << 30
 """Prepared inputs held in memory at the same time, approximately: one long video can take 200 MB."""
 
@@ -106,7 +109,8 @@ class Embedder:
         # Encoders move to the device at their first batch: a modality without media takes no memory there.
         self._serving: dict[str, Encoder] = {}
         self._largest = 0
-        self._has_worked = False
+        # How many single media may still fail. An encoder that has never worked has no such credit.
+        self._credit = 0
 
     def __enter__(self) -> Self:
         return self
@@ -129,7 +133,7 @@ class Embedder:
 
         Raises:
             Exception: of a type that is not in ``reported`` while preparing a media, or of the encoder for every media
-                of a batch; a note names them.
+                of a batch (of one media: at the first, or `BAD_IN_A_ROW` times before); a note names them.
         """
         # One open batch per modality, because an encoder embeds one modality at a time.
         waiting: defaultdict[str, list[Embedded[Key]]] = defaultdict(list)
@@ -196,11 +200,15 @@ class Embedder:
             # Each on its own: one bad media does not cost the others, and a batch that was too large for memory works.
             apart = [rows] if len(batch) == 1 else [self._try([item]) for item in batch]
             rows = [row if isinstance(row, Exception) else row[0] for row in apart]
-            # If none works the encoder is at fault, except for a single media after others that worked.
-            if all(isinstance(row, Exception) for row in rows) and (len(rows) > 1 or not self._has_worked):
-                rows[0].add_note(f"while embedding {', '.join(item.name for item in batch)}")
-                raise rows[0]
-        self._has_worked = True
+        # If none works the encoder is at fault, except for a few single media after others that worked. A `MediaError`
+        # blames the media, however many there are.
+        if not all(isinstance(row, Exception) and not isinstance(row, MediaError) for row in rows):
+            self._credit = BAD_IN_A_ROW
+        elif len(batch) > 1 or not self._credit:
+            rows[0].add_note(f"while embedding {', '.join(item.name for item in batch)}")
+            raise rows[0]
+        else:
+            self._credit -= 1
         self.seconds_embedding += time.perf_counter() - started
         # Row by row, so that one bad media does not cost the whole batch.
         for item, row in zip(batch, rows, strict=True):
