@@ -258,7 +258,9 @@ def test_control_token_in_other_letters_is_refused(how):
     tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
     tokenizer.add_special_tokens({"bos_token": AddedToken("<x>", special=True, normalized=True)})
     render(talk(("u", "\uff1cy\uff1e")), tokenizer, control_text=how)
-    with pytest.raises(InputError, match=r"spells the control token '<x>' of the decoder in other letters"):
+    with pytest.raises(
+        InputError, match=r"spells the control token '<x>' of the decoder in other characters"
+    ):
         render(talk(("u", "\uff1cx\uff1e")), tokenizer, control_text=how)
 
 

@@ -12,7 +12,7 @@ import shutil
 import stat
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -180,7 +180,9 @@ def open_tensors(
         with safe_open(path, framework="pt") as stream:
             yield stream
     except (SafetensorError, OSError) as error:
-        with path.open("rb") as raw:
+        is_pointer = False
+        # A file that may not be read has its reason in the first error.
+        with suppress(OSError), path.open("rb") as raw:
             is_pointer = raw.read(len(_POINTER)) == _POINTER
         reason = "it is a pointer of git-lfs, not the weights: run git lfs pull" if is_pointer else error
         raise failure(f"{path}: not a readable safetensors file ({reason}); {advice}") from error

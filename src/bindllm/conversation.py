@@ -144,7 +144,7 @@ def render(
     """Turn a conversation into tokens with the chat template of the tokenizer.
 
     The tokens before an answer are exactly those of its generation prompt, so that training and generation agree. If
-    the tokenizer would join the end of the header with the first letters of the answer, the text is split there. Any
+    the tokenizer would join the end of the header with the first characters of the answer, the text is split there. Any
     other token that crosses a boundary between messages belongs to the side of its first character.
 
     Args:
@@ -317,7 +317,7 @@ def _guard(text: str, control: dict[str, int], *, escape: bool) -> str:
 
 
 def _check_normalized(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse texts that spell a control token in other letters, such as wide ones."""
+    """Refuse texts that spell a control token in other characters, such as wide letters."""
     # Only some tokenizers look control tokens up in the normalized text.
     tokens = tokenizer.added_tokens_decoder
     normalized = {i for i, token in tokens.items() if token.special and token.normalized}
@@ -326,8 +326,8 @@ def _check_normalized(turns: list[dict[str, str]], tokenizer: PreTrainedTokenize
             tokenizer(turn["content"], add_special_tokens=False)["input_ids"]
         ):
             raise InputError(
-                f"a message spells the control token {tokens[min(spelled)].content!r} of the decoder in other letters; "
-                "remove it"
+                f"a message spells the control token {tokens[min(spelled)].content!r} of the decoder in other "
+                "characters; remove it"
             )
 
 
@@ -428,8 +428,8 @@ def _continuation(
         if at_start or not added:
             return ids, [(first - len(lead), last - len(lead)) for first, last in offsets]
     raise InputError(
-        f"the tokenizer {tokenizer.name_or_path!r} joins the header of an answer with the first letters of the answer "
-        f"({text[:10]!r}), and cannot write them apart; use a chat template whose headers do not end in a space"
+        f"the tokenizer {tokenizer.name_or_path!r} joins the header of an answer with the first characters of the "
+        f"answer ({text[:10]!r}), and cannot write them apart; use a chat template whose headers do not end in a space"
     )
 
 

@@ -213,7 +213,7 @@ def trace_step(
             live.kind = "temporaries of the backward pass"
             value.backward()
             return forward, live.take_peak()
-    except (RuntimeError, NotImplementedError) as error:
+    except RuntimeError as error:
         name = type(model.decoder).__name__
         raise DecoderError(
             f"the memory of {name} cannot be traced: its forward pass depends on values ({error})"
