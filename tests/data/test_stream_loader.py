@@ -9,7 +9,7 @@ from itertools import islice
 import pytest
 import torch
 
-from bindllm.data.source_config import SourceConfig
+from bindllm.data.source_config import Columns, SourceConfig
 from bindllm.data.stream.chunks import BAD_SHARD, CANNOT_EMBED
 from bindllm.data.stream.loader import StreamOptions, check_streams, stream_loader
 from bindllm.errors import EncoderError, InputError
@@ -68,6 +68,21 @@ def shards(tmp_path_factory):
 def whole(shards):
     """30 batches: 2.5 passes of 3 chunks."""
     return take(build(shards), 30)
+
+
+def test_two_sources_may_read_other_media_of_one_shard(tmp_path):
+    images = {side: image_bytes(color, 0) for side, color in zip(("left", "right"), COLORS, strict=False)}
+    row = {"caption": "one", **{side: f"{side}.png" for side in images}}
+    members = [(f"a.{side}.png", content) for side, content in images.items()]
+    shard = write_shard(tmp_path / "0.tar", [*members, ("a.json", json.dumps(row).encode())])
+    sources = [SourceConfig(str(shard), columns=Columns(image=side)) for side in images]
+    (batch,) = take(build(*sources, chunk=2), 1)
+    encoder = ColorEncoder()
+    own = encoder.embed("image", [encoder.prepare(Media.image(content)) for content in images.values()])
+    # The rows are shuffled.
+    rows = (batch["embeddings"][:, 0] @ own.T).argmax(1)
+    assert sorted(rows.tolist()) == [0, 1]
+    assert torch.allclose(batch["embeddings"][:, 0], own[rows], atol=1e-6)
 
 
 def test_each_pass_has_every_row_once_with_the_embedding_of_its_image(whole):

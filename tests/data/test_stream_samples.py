@@ -97,8 +97,16 @@ def test_two_names_from_before_the_packing_do_not_mean_the_same_image():
     one = resolver(jpg=b"J", mp3=b"M")
     assert one("image", "first.jpg") == one("image", "first.jpg") == Media.image(b"J")
     assert one("audio", "second.mp3") == Media.audio(b"M")
-    with pytest.raises(RowError, match="several image names that are not members: second.jpg"):
+    with pytest.raises(RowError, match="several image names for one member: second.jpg"):
         one("image", "second.jpg")
+
+
+@pytest.mark.parametrize("names", [("cat.jpg", "dog.jpg"), ("dog.jpg", "cat.jpg"), ("dog.jpg", None)])
+def test_an_unknown_name_does_not_mean_an_image_that_has_another_name(names):
+    one = resolver(jpg=b"J")
+    assert one("image", names[0]) == Media.image(b"J")
+    with pytest.raises(RowError, match="several image names for one member: dog.jpg"):
+        one("image", names[1])
 
 
 @pytest.mark.parametrize(

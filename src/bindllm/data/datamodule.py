@@ -138,7 +138,7 @@ class BindData(LightningDataModule):
         """
         if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self._check_steps()
-        # Lightning calls this in one process of each run, which embeds for all of them.
+        # This one process embeds for all of them.
         self.embed(replace(RunContext.of_trainer(self.trainer), processes=SINGLE_PROCESS))
 
     def embed(self, context: RunContext) -> None:

@@ -283,8 +283,8 @@ def _names(sample: Sample) -> dict[Media, Media]:
     # Of the whole conversation: an answer that was cut off may have had media too.
     media = dict.fromkeys(item for group in sample.conversation.media_groups for item in group)
     return {
-        # The weight stays with the name, for `_fuse`.
-        item: Media(item.modality, f"{sample.name} media {number}", item.weight)
+        # Two sources may read other media of one shard. The weight stays with the name, for `_fuse`.
+        item: Media(item.modality, f"{sample.name} media {number} of source {sample.source + 1}", item.weight)
         for number, item in enumerate(media, start=1)
     }
 

@@ -37,8 +37,8 @@ class TarResolver:
     """
 
     sample: TarSample
-    _foreign: dict[str, str] = field(default_factory=dict, init=False, repr=False)
-    _used: set[str] = field(default_factory=set, init=False, repr=False)
+    # By member: the unknown name that referred to it, "" if it was named as it is.
+    _used: dict[str, str] = field(default_factory=dict, init=False, repr=False)
 
     def __call__(self, modality: str, value: object) -> Media:
         """Return the media that a value refers to; None refers to the only member of this modality.
@@ -49,8 +49,8 @@ class TarResolver:
             RowError: no such member, several, or two different names that would refer to the same one.
         """
         if value is None:
-            return Media(modality, self._content(self._only(modality)))
-        return read_media(modality, value, lambda name: self._content(self._find(modality, name)))
+            return Media(modality, self._content(self._only(modality), modality))
+        return read_media(modality, value, lambda name: self._find(modality, name))
 
     def unnamed(self, modality: str) -> Mapping[str, Sequence[object]]:
         """Return the media of a row that names none: the only member of the modality, if there are such members."""
@@ -63,20 +63,19 @@ class TarResolver:
     def _media(self) -> list[str]:
         return [end for end in self.sample.members if end not in _NOT_MEDIA]
 
-    def _content(self, end: str) -> bytes:
-        self._used.add(end)
+    def _content(self, end: str, modality: str, unknown: str = "") -> bytes:
+        # An unknown name can only mean the only member; another name for it would get the same media.
+        if self._used.setdefault(end, unknown) != unknown:
+            raise RowError(f"several {modality} names for one member", unknown or self._used[end])
         return self.sample.members[end]
 
-    def _find(self, modality: str, name: str) -> str:
+    def _find(self, modality: str, name: str) -> bytes:
         media, file = self._media(), self.sample.key.rpartition("/")[2]
         # A name in the JSON may be that of the member, or only its ending.
         for end in (name.rpartition("/")[2].removeprefix(f"{file}."), name.removeprefix(".")):
             if end.lower() in media:
-                return end.lower()
-        # One unknown name can only mean the only member; a second one would get the same media.
-        if self._foreign.setdefault(modality, name) != name:
-            raise RowError(f"several {modality} names that are not members", name)
-        return self._only(modality)
+                return self._content(end.lower(), modality)
+        return self._content(self._only(modality), modality, name)
 
     def _only(self, modality: str) -> str:
         """Return the only member of a modality."""

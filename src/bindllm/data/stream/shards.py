@@ -72,7 +72,7 @@ class TarSample:
 
     @property
     def name(self) -> str:
-        """The name of the sample in messages, unique in a run."""
+        """The name of the sample in messages, unique in a source."""
         key = self.key.encode("utf-8", "backslashreplace").decode()
         return f"{self.shard} sample {self.number + 1} ({key})"
 
