@@ -2,6 +2,7 @@
 
 import io
 import json
+import tarfile
 from contextlib import suppress
 
 from hypothesis import example, given, settings
@@ -48,16 +49,28 @@ def test_skipping_gives_the_rest(members, skip):
     assert list(_read_file("0.tar", io.BytesIO(content), skip)) == samples(content)[skip:]
 
 
-@given(MEMBERS, st.integers(0, 20_000), BYTES)
-@example([("a", "jpg", b"")] * 2, 124, b"\x80" + b"\xff" * 11)
+@given(MEMBERS, st.booleans(), st.integers(0, 20_000), BYTES)
+@example([("a", "jpg", b"")] * 2, False, 124, b"\x80" + b"\xff" * 11)
+@example([("a", "jpg", b""), ("b", "jpg", b""), ("folder/a", "jpg", b"")], True, 1030, b"\xff")
 @settings(max_examples=200)
-def test_damaged_bytes_raise_nothing_but_an_error_of_the_shard(members, position, damage):
+def test_damaged_bytes_raise_only_an_error_of_the_shard_after_the_samples_before(
+    members, is_sorted, position, damage
+):
+    members = sorted(members, key=lambda one: one[0]) if is_sorted else members
     content = tar_bytes([(f"{key}.{end}", data) for key, end, data in members])
     position %= len(content)
-    content = content[:position] + damage + content[position + len(damage) :]
+    damaged = content[:position] + damage + content[position + len(damage) :]
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        begun = {entry.name.partition(".")[0] for entry in tar if entry.offset_data <= position}
+    # The last one begun may lack members. In a shard without an order, every sample may.
+    before = samples(content)[: max(0, len(begun) - 1)] if is_sorted else []
     for read in (_read_file, _read_url):
+        found = []
         with suppress(ShardError):
-            list(read("0.tar", io.BytesIO(content), 0))
+            for sample in read("0.tar", io.BytesIO(damaged), 0):
+                found.append(sample)
+        assert found[: len(before)] == before
+        assert [sample.number for sample in found] == list(range(len(found)))
 
 
 @given(st.sampled_from(list(FORMATS)), st.dictionaries(ENDS.map(str.lower), BYTES), st.booleans())
