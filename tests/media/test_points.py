@@ -269,6 +269,9 @@ def test_faces_of_obj_count_back_from_their_own_line():
     points = open_points("".join(relative).encode())
     np.testing.assert_array_equal(points, open_points("".join(plain).encode()))
     assert set(points[:, 2]) == {0, 5}
+    # The only such count is on a continued line.
+    continued = [part.format(z=0), "f 1 2 \\\n -1\n", part.format(z=5)]
+    assert set(open_points("".join(continued).encode())[:, 2]) == {0}
 
 
 def test_glb_is_read_from_its_own_bytes_alone(tmp_path):

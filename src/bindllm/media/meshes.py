@@ -81,13 +81,16 @@ def sample_mesh(stream: BinaryIO, *, kind: str, name: str) -> np.ndarray:
     data = stream.read()
     if kind == "glb":
         data = _plain_glb(data, name)
-    if kind == "obj" and _OBJ_RELATIVE.search(data):
-        data = _absolute_obj(data)
-    if kind == "obj" and (found := _OBJ_OTHERS.search(data)):
-        _log.warning(
-            "%s: lines, points and free-form surfaces of this OBJ file are not used (%s)",
-            printable(name), found[1].decode(),
-        )  # fmt: skip
+    if kind == "obj":
+        # A backslash at its end continues a line.
+        data = re.sub(rb"\\\r?\n", b" ", data)
+        if _OBJ_RELATIVE.search(data):
+            data = _absolute_obj(data)
+        if found := _OBJ_OTHERS.search(data):
+            _log.warning(
+                "%s: lines, points and free-form surfaces of this OBJ file are not used (%s)",
+                printable(name), found[1].decode(),
+            )  # fmt: skip
     try:
         # ``resolver=None`` reads no other file, ``process=False`` keeps the vertices as stored.
         scene = trimesh.load_scene(
@@ -121,8 +124,7 @@ def _absolute_obj(data: bytes) -> bytes:
             )
         return b"%d" % at
 
-    # A backslash at its end continues a line.
-    for line in re.sub(rb"\\\r?\n", b" ", data).splitlines():
+    for line in data.splitlines():
         word = line.split(maxsplit=1)[:1]
         count += word == [b"v"]
         # Without the texture and the normal of each corner, which are not read.
