@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import nn
@@ -88,3 +90,18 @@ def save_tiny_model(folder: Path, decoder: Path, *, encoder: ColorEncoder | None
     nn.init.normal_(model.injection.gates, std=2.0)
     model.save_pretrained(folder)
     return folder
+
+
+def make_project(home: Path) -> EmbeddingStore:
+    """Write a checkpoint, twelve images and a store of their embeddings into a project folder; return the store."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        save_tiny_model(Path("checkpoints/model"), Path("decoder"))
+        return filled_store(Path("data/store"), write_images(Path("pictures"), 12))
+
+
+def enter_copy(made: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Copy a project folder into another one, and make the copy the current directory."""
+    shutil.copytree(made, home / "project")
+    monkeypatch.chdir(home / "project")
+    return home / "project"

@@ -6,6 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bindllm import VisualCache
@@ -13,7 +14,7 @@ from bindllm.cache.index import VectorIndex
 from bindllm.cli import main
 from bindllm.model.checkpoint import read_manifest
 from bindllm.model.pretrained import read_cache_config
-from cache_parts import ALLOW, Multimodal, filled_store, save_tiny_model, write_images
+from cache_parts import ALLOW, Multimodal, enter_copy, filled_store, make_project, write_images
 from tiny import ColorEncoder
 
 pytest.importorskip("faiss")
@@ -25,19 +26,14 @@ OF_MODEL = ("--checkpoint", "checkpoints/model", "--allow", "cache_parts.Multimo
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
     home = tmp_path_factory.mktemp("project")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(home)
-        save_tiny_model(Path("checkpoints/model"), Path("decoder"))
-        filled_store(Path("data/store"), write_images(Path("pictures"), 12))
+    make_project(home)
     return home
 
 
 @pytest.fixture
 def project(made, tmp_path, monkeypatch, capsys) -> Path:
-    shutil.copytree(made, tmp_path / "project")
-    monkeypatch.chdir(tmp_path / "project")
     capsys.readouterr()
-    return tmp_path / "project"
+    return enter_copy(made, tmp_path, monkeypatch)
 
 
 def run(capsys, *line: str, code: int = 0) -> str:
@@ -85,6 +81,11 @@ def test_pictures_of_a_folder_are_embedded_and_no_others_are_indexed(project, ca
     told = run(capsys, "caches/a", *BY_CLASS)
     assert "images 5 (updated: 0 added, 0 removed)" in told
     assert "To index the whole store, add --rebuild" in told
+    told = run(capsys, "caches/a", *BY_CLASS, "--factory", "SQfp16")
+    assert "images 5 (rebuilt, Flat before)" in told
+    assert "To index the whole store, add --rebuild" in told
+    VectorIndex.remove("caches/a", VectorIndex.open("caches/a").keys(np.array([0])))
+    assert "images 4 (rebuilt, SQfp16 before)" in run(capsys, "caches/a", *BY_CLASS, "--factory", "Flat")
     assert "images 16 (built)" in run(capsys, "caches/a", *BY_CLASS, "--rebuild")
 
 

@@ -14,7 +14,17 @@ from bindllm.cache.settings import CacheConfig, CacheSettings
 from bindllm.cache.visual_cache import open_index
 from bindllm.errors import CheckpointError, InputError, StoreError
 from bindllm.model.checkpoint import name_cache, read_manifest
-from cache_parts import ALLOW, TEXT, Multimodal, Words, filled_store, save_tiny_model, write_images
+from cache_parts import (
+    ALLOW,
+    TEXT,
+    Multimodal,
+    Words,
+    enter_copy,
+    filled_store,
+    make_project,
+    save_tiny_model,
+    write_images,
+)
 from tiny import ColorEncoder
 
 pytest.importorskip("faiss")
@@ -24,10 +34,9 @@ pytest.importorskip("faiss")
 def made(tmp_path_factory) -> Path:
     """A project folder: checkpoint, store, cache and pictures."""
     home = tmp_path_factory.mktemp("project")
+    store = make_project(home)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
-        save_tiny_model(Path("checkpoints/model"), Path("decoder"))
-        store = filled_store(Path("data/store"), write_images(Path("pictures"), 12))
         VisualCache.build("caches/own", store)
         other = filled_store(Path("data/store"), write_images(Path("pictures"), 3), ColorEncoder(grid=3))
         VisualCache.build("caches/other", other)
@@ -37,9 +46,7 @@ def made(tmp_path_factory) -> Path:
 @pytest.fixture
 def project(made, tmp_path, monkeypatch) -> Path:
     """A copy of it, as the current directory."""
-    shutil.copytree(made, tmp_path / "project")
-    monkeypatch.chdir(tmp_path / "project")
-    return tmp_path / "project"
+    return enter_copy(made, tmp_path, monkeypatch)
 
 
 def load(folder="checkpoints/model", **options) -> BindLLM:

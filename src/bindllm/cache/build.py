@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from bindllm.cache.factories import check_factory, choose
 from bindllm.cache.folder import MANIFEST, IndexInfo, read_manifest
@@ -52,7 +55,7 @@ def build_or_update(
         folder: Folder of the index.
         store: The embedding store of the encoder.
         encoder: Embeds images that the store lacks.
-        images: Folder of the images to index; None: all images of the store.
+        images: Folder of the images to index; None: all images of the store, or those of an index of chosen images.
         factory: Faiss factory string; "auto" keeps the kind of the index in the folder, or chooses one.
         rebuild: Build from scratch even if the folder has an index, also a damaged one.
 
@@ -65,20 +68,22 @@ def build_or_update(
     before = None if rebuild else _read_info(Path(folder), encoder)
     same_kind = before is not None and factory in ("auto", before.factory)
     keys = embed_images(images, encoder, store) if images else None
+    hints = []
+    if keys is None and before is not None and before.store is not None and before.store.chosen:
+        hints.append(
+            "this index holds chosen images (of --images, or some were removed): the other images of the store are "
+            "not added. To index the whole store, add --rebuild"
+        )
     if not same_kind:
+        # Another kind of the same images: those that were removed do not come back.
+        keys = _stored_keys(Path(folder), store) if hints else keys
         index = VectorIndex.build(folder, store, factory=factory, keys=keys)
-        return BuiltIndex(index, "built" if before is None else f"rebuilt, {before.factory} before", [])
+        return BuiltIndex(index, "built" if before is None else f"rebuilt, {before.factory} before", hints)
     try:
         change = VectorIndex.update(folder, store, keys=keys)
         index = VectorIndex.open(folder)
     except StoreError as error:
         raise StoreError(f"{error}. {_REBUILD}") from error
-    hints = []
-    if keys is None and index.info.store is not None and index.info.store.chosen:
-        hints.append(
-            "this index holds chosen images (of --images, or some were removed): the other images of the store are "
-            "not added. To index the whole store, add --rebuild"
-        )
     fitting = choose(len(index), index.info.embedding_size)[0]
     if factory == "auto" and fitting != index.info.factory:
         hints.append(
@@ -101,6 +106,16 @@ def _read_info(folder: Path, encoder: Encoder) -> IndexInfo | None:
             "choose another OUTPUT, or replace it with --rebuild"
         )
     return info
+
+
+def _stored_keys(folder: Path, store: EmbeddingStore) -> list[str]:
+    """Return the keys of the index in a folder, without those that the store has lost."""
+    try:
+        index = VectorIndex.open(folder)
+    except StoreError as error:
+        raise StoreError(f"{error}. {_REBUILD}") from error
+    keys = index.keys(np.arange(len(index)))
+    return list(compress(keys, store.has(keys)))
 
 
 def embed_images(
