@@ -71,6 +71,9 @@ def load_all(folder: Path):
 
 def test_a_type_that_transformers_does_not_know_is_refused(decoder):
     marker = add_code(decoder, "config.json", model_type="own")
+    # The search for the entry must neither wait nor fail.
+    os.mkfifo(decoder / "pipe.json")
+    (decoder / "notes.json").write_bytes(b"\xff")
     for load in load_all(decoder):
         with pytest.raises(BindLLMError, match=f"auto_map in config.json {SAYS}"):
             load()

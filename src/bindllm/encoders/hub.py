@@ -361,7 +361,8 @@ def _loading_error(folder: str | Path, error: Exception) -> str:
     if "trust_remote_code" not in str(error):
         return f"{type(error).__name__}: {error}"
     # The files that ask for remote code, so that the user finds the entry.
-    files = [file for file in sorted(Path(folder).glob("*.json")) if '"auto_map"' in file.read_text("utf-8")]
+    found = sorted(file for file in Path(folder).glob("*.json") if file.is_file())
+    files = [file for file in found if b'"auto_map"' in file.read_bytes()]
     names = ", ".join(file.name for file in files) or "its config"
     return (
         f"auto_map in {names} names Python code of the folder, and bindllm never runs code of a folder. Use a model "

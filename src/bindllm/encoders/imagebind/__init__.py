@@ -131,7 +131,6 @@ class ImageBind:
         }
         self._folder = Path(weights)
         # A recipe is read before its folder is made; the sizes are then those of the published model.
-        # The folder may have been written since the constructor assumed the published sizes.
         self._sizes = read_config(self._folder) if (self._folder / CONFIG).exists() else HUGE
         self.modalities = _choose(modalities, self._sizes, self._folder)
         self.embedding_size = self._sizes.embedding_size
@@ -259,6 +258,7 @@ class ImageBind:
         return self._trunks[name]
 
     def _read_sizes(self) -> ImageBindConfig:
+        # The folder may have been written since the constructor assumed the published sizes.
         sizes = read_config(self._folder)
         if sizes != self._sizes:
             raise EncoderError(

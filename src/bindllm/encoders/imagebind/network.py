@@ -178,10 +178,6 @@ class TextStem(nn.Module):
         """Return tokens [B, 77, D] of ids [B, 77], int64."""
         return self.embedding(ids) + self.positions
 
-    def count(self, shape: Sequence[int]) -> int:
-        """Return how many tokens a view becomes: always as many as there are positions."""
-        return len(self.positions)
-
 
 class Attention(nn.Module):
     """Multi-head self-attention, with a learned extra key and value, or a causal order, if the trunk has them."""
