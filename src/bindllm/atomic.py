@@ -232,6 +232,15 @@ def read_json(path: Path, failure: type[BindLLMError], advice: str = "copy the w
         raise failure(f"{path} cannot be read as JSON ({error}); {advice}") from error
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file of an untrusted folder; empty if it cannot be read, or is not an object."""
+    try:
+        content = read_json(path, BindLLMError)
+    except BindLLMError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def require_file(path: Path, failure: type[BindLLMError], advice: str) -> None:
     """Refuse a missing file, and anything else of its name: reading a FIFO or a device could wait forever."""
     if not path.is_file():

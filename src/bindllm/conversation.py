@@ -373,6 +373,7 @@ def _answer_starts(
     answers = [turn for turn, message in enumerate(turns) if message["role"] == "assistant"]
     # The first answer is located by rendering, which also shows the header of all others.
     starts = {turn: _prefix_length(tokenizer, turns[:turn], text, header=True) for turn in answers[:1]}
+    others = answers[1:]
     if len(answers) > 2 and (first := starts[answers[0]]) is not None:
         # Rendering the messages before every single answer takes quadratic time. A header with a control token can be
         # searched for instead: no message spells one.
@@ -385,8 +386,7 @@ def _answer_starts(
             if len(ends) == len(answers) - 1:
                 starts |= dict(zip(answers[1:], ends, strict=True))
                 # The header of the last answer may differ, see `_prefix_length`.
-                answers = answers[-1:] if _can_think(tokenizer) else []
-    others = [turn for turn in answers if turn not in starts or turn == answers[-1]]
+                others = answers[-1:] if _can_think(tokenizer) else []
     return starts | {turn: _prefix_length(tokenizer, turns[:turn], text, header=True) for turn in others}
 
 

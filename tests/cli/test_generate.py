@@ -1,6 +1,7 @@
 """`bindllm generate`: the media of a command line reach the model, each as what it was said to be."""
 
 import json
+import os
 import re
 import shutil
 from dataclasses import fields, replace
@@ -129,6 +130,11 @@ def test_further_encoders_by_class_and_by_folder(loaded, tmp_path):
 def test_a_folder_tells_its_encoder(tmp_path, file, content, expected):
     (tmp_path / file).write_text(json.dumps(content))
     assert encoder_folder(tmp_path) == expected
+
+
+def test_a_pipe_that_is_called_as_a_description_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    assert encoder_folder(tmp_path) is None
 
 
 def test_the_pictures_that_are_mixed_in_are_named(tmp_path, capsys, monkeypatch):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from bindllm import BindLLM
 from bindllm.training.callbacks import SampleCaptions
 from bindllm.training.module import BindModule
-from bindllm.training.state import AtomicCheckpointIO
+from bindllm.training.state import AtomicCheckpointIO, RunState
 from tiny_run import run, tiny_recipe, write_recipe
 from two_processes import kill_in, run_pair, told
 
@@ -152,6 +152,18 @@ def test_a_loss_that_is_not_finite_on_one_device_stops_all_and_one_of_them_keeps
         assert "the loss is not finite at step 2; the weights from before it are kept in" in told("err", rank)
     kept = load_file("runs/tiny.last_good/bind.safetensors")
     assert all(value.isfinite().all() for value in kept.values())
+
+
+def test_a_run_that_diverged_fails_only_in_the_process_that_saves_its_best_weights(recipe):
+    """A launcher kills all processes as soon as one of them has failed."""
+
+    def work(_):
+        RunState.problem = lambda *_: "training has diverged"
+        return run("fit", with_trainer(recipe, max_epochs=1, **DDP))
+
+    assert run_pair(work) == [1, 0]
+    assert [told("err", rank).count("diverged") for rank in (0, 1)] == [1, 0]
+    assert Path(WEIGHTS[0]).exists()
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import math
 import os
 import sys
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from jsonargparse.typing import ClosedUnitInterval, PositiveInt, restricted_number_type
 
+from bindllm.atomic import read_object
 from bindllm.errors import CheckpointError, UsageError, did_you_mean
 from bindllm.imports import name_module
 from bindllm.media import MODALITIES, SUFFIXES, Media, is_modality
@@ -256,21 +256,12 @@ def encoder_folder(folder: str | Path) -> tuple[str, str] | None:
         )
     if (folder / "align.json").is_file():
         return _ALIGNED, "weights"
-    # Our folders name their model; fetched ones have the asset they come from.
-    config, source = _read_object(folder / "config.json"), _read_object(folder / "SOURCE.json")
+    # Our folders name their model; fetched ones have the asset they come from. The encoder reports damaged files.
+    config, source = read_object(folder / "config.json"), read_object(folder / "SOURCE.json")
     if "model_type" in config:
         return "bindllm.encoders.HuggingFace", "name"
     kind = _OF_FOLDER.get(str(config.get("model") or source.get("asset")))
     return None if kind is None else (kind, "weights")
-
-
-def _read_object(file: Path) -> Mapping[str, Any]:
-    """Return the object in a JSON file; empty if it cannot be read: the encoder itself reports the error."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _parameters(path: str) -> Mapping[str, inspect.Parameter]:

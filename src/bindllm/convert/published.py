@@ -6,11 +6,10 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from bindllm.atomic import read_json
+from bindllm.atomic import read_object
 from bindllm.convert import KINDS, TOKENIZER, ConvertOptions, imagebind, imagebind_llm, pointbind
 from bindllm.convert.adapter import convert_imagebind_llm
 from bindllm.convert.foreign import read_foreign
@@ -176,7 +175,7 @@ def _convert_adapter(
 def _load_encoder(value: str) -> Encoder:
     """Return the encoder of a converted folder, or of an import path."""
     if Path(value).is_dir():
-        name = _ENCODERS.get(str(_read_config(Path(value)).get("model")))
+        name = _ENCODERS.get(str(read_object(Path(value) / "config.json").get("model")))
         if name is None:
             raise CheckpointError(f"{value} is not a folder of bindllm convert imagebind or pointbind")
         entry = {"class_path": f"bindllm.encoders.{name}", "init_args": {"weights": _as_path(value)}}
@@ -191,11 +190,3 @@ def _load_encoder(value: str) -> Encoder:
 def _as_path(value: str) -> str:
     """Return a folder's name as a path, so that a checkpoint can tell it from a setting and find it from anywhere."""
     return os.path.join(".", value) if Path(value).is_dir() and Path(value).name == value else value
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        config = read_json(folder / "config.json", CheckpointError)
-    except CheckpointError:
-        return {}
-    return config if isinstance(config, dict) else {}

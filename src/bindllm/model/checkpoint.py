@@ -45,7 +45,6 @@ CACHE = "cache"
 ADAPTER_WEIGHTS = f"{ADAPTER}/adapter_model.safetensors"
 _ADAPTER_CONFIG = f"{ADAPTER}/adapter_config.json"
 _ADAPTER_PREFIX = "adapter."
-# Methods of `bindllm.encoders.Encoder`; its other members may be made by the constructor.
 # Endings of files that may hold pickles. A checkpoint never has them, so one means that the folder was tampered with.
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"}
 UNKNOWN_LICENSE = "see its own page"

@@ -57,6 +57,12 @@ class InjectConfig:
             raise InputError(f"unknown injection kind {self.kind!r}. {did_you_mean(str(self.kind), KINDS)}")
 
 
+class Arrivals:
+    """A count that layers share; sharded layers get copies of dataclasses, dictionaries and lists."""
+
+    count = 0
+
+
 @dataclass
 class BindContext:
     """Bind vectors and routes of one forward, passed to every layer.
@@ -71,7 +77,7 @@ class BindContext:
     bind: Tensor
     route: Tensor
     terms: dict[int, Tensor] | None = None
-    arrivals: Arrivals = field(default_factory=lambda: Arrivals())
+    arrivals: Arrivals = field(default_factory=Arrivals)
 
     def add(self, hidden: Tensor, term: Tensor) -> Tensor:
         """Return hidden states [B, T, C] with the term [B, M, C] of each token's group added."""
@@ -81,12 +87,6 @@ class BindContext:
         self.arrivals.count += 1
         # Not baddbmm: autocast would return the whole residual stream in low precision.
         return hidden + torch.bmm(self.route, term).to(hidden.dtype)
-
-
-class Arrivals:
-    """A count that layers share; sharded layers get copies of dataclasses, dictionaries and lists."""
-
-    count = 0
 
 
 @dataclass
@@ -161,6 +161,7 @@ def try_out(decoder: PreTrainedModel) -> None:
     for mask in masks:
         try:
             decoder(input_ids=index, attention_mask=mask, bind=bind, media_index=index, use_cache=False)
+            return
         except (BindLLMError, torch.OutOfMemoryError):
             raise
         except Exception as error:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -386,15 +386,14 @@ def draw_answers(
     """Sample answers, all in one batch with a key/value cache, with torch's global random numbers.
 
     Args:
-        model: in any mode; it generates in eval mode, without gradients.
+        model: in any mode; it generates without gradients.
         prompts: a batch of `bindllm.data.collate.prompt_batch`, B rows.
         group_size: answers to each prompt, G.
         temperature: divisor of the logits; 1 samples from the model's own distribution.
         max_new_tokens: longest answer, including its end token.
     """
-    ids = _generate(
-        model,
-        prompts,
+    ids = model.generate_from(
+        **prompts,
         do_sample=True,
         temperature=temperature,
         num_return_sequences=group_size,
@@ -409,17 +408,7 @@ def draw_answers(
 
 def greedy_answers(model: BindLLM, prompts: Batch, *, max_new_tokens: int) -> list[str]:
     """Return the greedy answer to each prompt; arguments as for `draw_answers`."""
-    return model.decode(_generate(model, prompts, max_new_tokens=max_new_tokens))
-
-
-def _generate(model: BindLLM, prompts: Batch, **options: Any) -> Tensor:
-    mode = model.training
-    # Activation checkpointing, which train mode enables, would disable the key/value cache.
-    model.eval()
-    try:
-        return model.generate_from(**prompts, **options)
-    finally:
-        model.train(mode)
+    return model.decode(model.generate_from(**prompts, max_new_tokens=max_new_tokens))
 
 
 def _join(prompts: Batch, ids: Tensor, in_answer: Tensor, group_size: int) -> Batch:

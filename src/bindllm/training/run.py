@@ -338,12 +338,13 @@ class Run:
             say(f"a callback, such as early stopping, ended the run at step {step}, before its last epoch")
         # A run that diverged still leaves its best validated weights, and then reports the error.
         problem = self.state.problem(self.trainer)
-        if self.trainer.is_global_zero and (problem is None or self.state.best_loss is not None):
+        # Only one process reports it: the launcher kills this one as soon as another one fails.
+        if not self.trainer.is_global_zero:
+            return 0
+        if problem is None or self.state.best_loss is not None:
             self._save()
         if problem is not None:
             raise TrainingError(problem)
-        if not self.trainer.is_global_zero:
-            return 0
         # From here on the checkpoint is safe, whatever the evaluation does.
         self.module.model.to(self.trainer.strategy.root_device)
         code = self._measure()

@@ -28,10 +28,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from bindllm.atomic import atomic_file, write_tensors
+from bindllm.atomic import atomic_file, open_tensors, write_tensors
 from bindllm.errors import CheckpointError, InputError, TrainingError
 from bindllm.model.checkpoint import read_manifest
 from bindllm.parallel import Processes
@@ -253,13 +252,13 @@ class RunState(Checkpoint):
         # A collective decision: clocks and signals differ, and a save needs all processes.
         due = trainer.strategy.reduce_boolean_decision(self._interrupted or late, all=False)
         done = batch_idx + 1
-        # Without an epoch to count in, Lightning counts the batches between validations over the whole run.
         # Weights are kept only if they are validated, so the last step always is.
         self._ended = _is_last_step(trainer)
         if self._ended and trainer.enable_validation:
             trainer.should_stop = True
             if trainer.check_val_every_n_epoch is not None:
                 trainer.check_val_every_n_epoch = 1
+        # Without an epoch to count in, Lightning counts the batches between validations over the whole run.
         every = (
             trainer.fit_loop.epoch_loop.total_batch_idx + 1
             if trainer.check_val_every_n_epoch is None
@@ -317,13 +316,9 @@ class RunState(Checkpoint):
         """Return the tensors with the lowest validation loss, or None without validation."""
         if self.best_loss is None:
             return None
-        try:
-            return load_file(self._best_file)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"{self._best_file}, the weights with the lowest validation loss, cannot be read ({error}). Restore "
-                "the file, or start the run again with --resume false"
-            ) from error
+        advice = "restore these weights with the lowest validation loss, or start again with --resume false"
+        with open_tensors(self._best_file, CheckpointError, advice) as stream:
+            return {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (not a dictionary)
 
     def problem(self, trainer: Trainer) -> str | None:
         """Return why the result of a run that has ended cannot be trusted, or None."""
