@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from bindllm.conversation import Conversation, Message, Role
@@ -25,7 +25,7 @@ def messages(fields: Fields) -> Row:
     The columns ``image`` or ``images`` hold the media of placeholders and of parts such as ``{"type": "image"}``.
     """
     # The column system comes first: a system message inside the turns is joined with it.
-    turns = as_list(fields.require("messages"), "messages")
+    turns = as_list(fields.require("messages"), fields.column("messages"))
     return fields.row([*fields.system(), *turns], fields.media(), "chat")
 
 
@@ -56,7 +56,7 @@ def preference(fields: Fields) -> Row:
     """Read a pair, ``{"prompt": ..., "chosen": ..., "rejected": ...}``, or ``{"prompt", "completion", "label"}``.
 
     Each is a text or a list of messages, as in TRL. If chosen and rejected are whole conversations, they must be equal
-    up to their last message, and the prompt is their common part.
+    up to their last message. Their common part follows the prompt, or contains it.
 
     Raises:
         RowError: two equal answers, or answers to different prompts.
@@ -66,17 +66,12 @@ def preference(fields: Fields) -> Row:
         desirable = _TRUTHS.get(str(fields.require("label")).strip().lower())
         if desirable is None:
             raise RowError("the label is neither true nor false")
-        answer = _answer(_messages_of(fields, "completion"), fields)
-        return fields.row_of([*_prompt(fields), answer], "chat", desirable=desirable)
-    chosen, rejected = _messages_of(fields, "chosen"), _messages_of(fields, "rejected")
-    better, worse = _answer(chosen, fields), _answer(rejected, fields)
-    # Whole conversations contain the prompt, which must be the same on both sides.
-    if any(isinstance(side, list) and len(side) > 1 for side in (chosen, rejected)):
-        if not isinstance(chosen, list) or not isinstance(rejected, list) or chosen[:-1] != rejected[:-1]:
-            raise RowError("chosen and rejected differ before their last message")
-        prompt = _parse_prompt(fields, chosen[:-1])
-    else:
-        prompt = _prompt(fields)
+        answer, before = _answer(fields, "completion")
+        return fields.row_of([*_prompt(fields, before), answer], "chat", desirable=desirable)
+    (better, before), (worse, other) = _answer(fields, "chosen"), _answer(fields, "rejected")
+    if before != other:
+        raise RowError("chosen and rejected differ before their last message")
+    prompt = _prompt(fields, before)
     # After parsing, so that white space does not make two answers different.
     if better == worse:
         raise RowError("chosen and rejected are the same")
@@ -100,20 +95,23 @@ def _sharegpt_turns(fields: Fields) -> list[object]:
     return turns
 
 
-def _messages_of(fields: Fields, field: str) -> object:
-    """Return a text or a list of messages, which is JSON text in CSV."""
-    return json_list(fields.require(field), (Mapping,))
-
-
-def _prompt(fields: Fields) -> list[Message]:
-    """Parse the messages before the answer."""
-    prompt = _messages_of(fields, "prompt")
-    if not isinstance(prompt, str | list):
+def _prompt(fields: Fields, turns: list) -> list[Message]:
+    """Parse the messages before the answer: the column prompt, then those of a whole conversation."""
+    column = fields.column("prompt")
+    # JSON text in CSV.
+    given = json_list(fields.value("prompt") if turns else fields.require("prompt"), (Mapping,))
+    if isinstance(given, list):
+        # Some data sets repeat the prompt in the conversation.
+        turns = turns if turns[: len(given)] == given else [*given, *turns]
+    elif isinstance(given, str) and not turns:
+        turns = [{"role": "user", "content": given}]
+    elif isinstance(given, str) and not any(given.strip() in text for text in _texts(turns)):
+        raise RowError(
+            f"the text in column {column!r} is not in the conversation; write it into the conversation, or give "
+            "columns.prompt a name that no column has"
+        )
+    elif not isinstance(given, str | None):
         raise RowError("the prompt is neither a text nor a list of messages")
-    return _parse_prompt(fields, [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
-
-
-def _parse_prompt(fields: Fields, turns: list) -> list[Message]:
     prompt = parse_messages([*fields.system(), *turns], fields.media())
     # The answer follows separately, so the prompt must end before it.
     if not any(message.role == "user" for message in prompt) or prompt[-1].role == "assistant":
@@ -121,8 +119,20 @@ def _parse_prompt(fields: Fields, turns: list) -> list[Message]:
     return prompt
 
 
-def _answer(value: object, fields: Fields) -> Message:
-    """Parse an answer: a text, or the last of a list of messages."""
+def _texts(turns: list) -> Iterator[str]:
+    """Yield the texts of messages that are not parsed yet."""
+    for turn in turns:
+        content = turn.get("content") if isinstance(turn, Mapping) else None
+        for part in content if isinstance(content, list) else [content]:
+            text = part.get("text") if isinstance(part, Mapping) else part
+            if isinstance(text, str):
+                yield text
+
+
+def _answer(fields: Fields, field: str) -> tuple[Message, list]:
+    """Parse an answer, a text or the last of a list of messages; return it and the messages before it."""
+    # JSON text in CSV.
+    value = json_list(fields.require(field), (Mapping,))
     if isinstance(value, str):
         value = [{"role": "assistant", "content": value}]
     if not isinstance(value, list) or not value:
@@ -131,4 +141,4 @@ def _answer(value: object, fields: Fields) -> Message:
     answer = parse_messages(value[-1:], RecordMedia(fields.resolve))
     if not answer or answer[0].role != "assistant":
         raise RowError("an answer whose last message is not the assistant's")
-    return answer[0]
+    return answer[0], value[:-1]
