@@ -19,7 +19,7 @@ from bindllm.data.source_config import SourceConfig
 from bindllm.data.stream.plan import Mixture, Position, StreamState, group_by_length
 from bindllm.data.stream.samples import read_row
 from bindllm.data.stream.shards import BAD_SHARD, TarSample
-from bindllm.embeddings.embedder import Embedded, Embedder, Work
+from bindllm.embeddings.embedder import Embedder, EmbeddingResult, Work
 from bindllm.encoders import Encoder
 from bindllm.encoders.fusion import common_size, fuse
 from bindllm.errors import InputError
@@ -270,7 +270,7 @@ def embed_samples(
     return EmbeddedSamples(kept, embeddings, size)
 
 
-def _fuse(group: MediaGroup, results: dict[Media, Embedded[Media]]) -> Tensor:
+def _fuse(group: MediaGroup, results: dict[Media, EmbeddingResult[Media]]) -> Tensor:
     for media in group:
         if error := results[media].error:
             raise InputError(error)
