@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from bindllm.encoders.tokens import (
     MOST_TOKENS,
+    add_positions,
     flatten_tokens,
     group_tokens,
-    place_tokens,
     reduce_tokens,
     token_size,
 )
@@ -70,15 +70,15 @@ def test_scale_does_not_matter_and_half_precision_does_not_overflow():
 
 @pytest.mark.parametrize("grid", [(6,), (3, 4), (2, 3, 4)])
 @pytest.mark.parametrize("width", [12, 13, 48])
-def test_each_place_of_the_grid_has_its_own_position(grid, width):
-    placed = place_tokens(torch.zeros(*grid, width, dtype=torch.float16))
-    assert placed.shape == (math.prod(grid), width)
-    assert torch.pdist(placed.double()).min() > 1e-3
+def test_each_cell_of_the_grid_has_its_own_position(grid, width):
+    positioned = add_positions(torch.zeros(*grid, width, dtype=torch.float16))
+    assert positioned.shape == (math.prod(grid), width)
+    assert torch.pdist(positioned.double()).min() > 1e-3
     # A row of zeros means that there is no token.
-    assert placed.norm(dim=1).min() > 0
+    assert positioned.norm(dim=1).min() > 0
     # Neighbors along one axis differ in the channels of this axis only.
     share = 2 * (width // (2 * len(grid)))
-    step = (placed.view(*grid, width)[(0,) * len(grid)] - placed[1]).abs()
+    step = (positioned.view(*grid, width)[(0,) * len(grid)] - positioned[1]).abs()
     changed = step.nonzero().flatten()
     assert changed.min() >= share * (len(grid) - 1)
     assert changed.max() < share * len(grid)
@@ -86,17 +86,17 @@ def test_each_place_of_the_grid_has_its_own_position(grid, width):
 
 def test_positions_made_in_inference_mode_take_part_in_training():
     with torch.inference_mode():
-        place_tokens(torch.zeros(5, 9, 22, dtype=torch.float16))
-    placed = place_tokens(torch.zeros(5, 9, 22, dtype=torch.float16))
-    (placed * torch.ones(22, requires_grad=True)).sum().backward()
+        add_positions(torch.zeros(5, 9, 22, dtype=torch.float16))
+    positioned = add_positions(torch.zeros(5, 9, 22, dtype=torch.float16))
+    (positioned * torch.ones(22, requires_grad=True)).sum().backward()
 
 
 def test_groups_of_unequal_media():
     one, two = (reduce_tokens(torch.randn(n, 4)) for n in (2, 3))
     found = group_tokens([one, None, two, one, None], [1, 1, 2, 1], 4)
     assert found.shape == (4, 5, 4)
-    assert torch.equal(found[2], torch.cat([place_tokens(two), place_tokens(one)]))
-    assert torch.equal(found[0, :2], place_tokens(one))
+    assert torch.equal(found[2], torch.cat([add_positions(two), add_positions(one)]))
+    assert torch.equal(found[0, :2], add_positions(one))
     assert not found[0, 2:].any()
     assert not found[[1, 3]].any()
     assert group_tokens([], [], 4).shape == (0, 1, 4)

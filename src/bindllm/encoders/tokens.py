@@ -2,7 +2,7 @@
 
 The pooled embedding of a media lies in a joint space; its tokens do not. They are the output of a trunk on a grid,
 [*grid, C] (see `bindllm.encoders.Embedded`), and trunks differ in scale and in the number of tokens. Two steps make
-them alike. `reduce_tokens` makes the form that stores keep, and `place_tokens` adds positions when tokens are read.
+them alike. `reduce_tokens` makes the form that stores keep, and `add_positions` is applied when tokens are read.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def reduce_tokens(tokens: Tensor) -> Tensor:
     return F.rms_norm(tokens, tokens.shape[-1:], eps=_EPSILON).half().cpu()
 
 
-def place_tokens(tokens: Tensor) -> Tensor:
+def add_positions(tokens: Tensor) -> Tensor:
     """Return reduced tokens as a list with their positions added.
 
     Positions are sines and cosines of the coordinates on the grid; the axes share the channels evenly.
@@ -120,7 +120,7 @@ def flatten_tokens(tokens: Tensor) -> Tensor:
         torch.Size([49, 1280])
     """
     # Through half precision, so that a request gets the same bits as a store.
-    return place_tokens(reduce_tokens(tokens))
+    return add_positions(reduce_tokens(tokens))
 
 
 def group_tokens(tokens: Sequence[Tensor | None], sizes: Sequence[int], width: int) -> Tensor:
@@ -136,7 +136,7 @@ def group_tokens(tokens: Sequence[Tensor | None], sizes: Sequence[int], width: i
     """
     groups, waiting = [], iter(tokens)
     for size in sizes:
-        own = [place_tokens(item) for item in (next(waiting) for _ in range(size)) if item is not None]
+        own = [add_positions(item) for item in (next(waiting) for _ in range(size)) if item is not None]
         groups.append(torch.cat(own) if own else torch.zeros(0, width))
     padded = torch.zeros(len(groups), max([1, *map(len, groups)]), width)
     for row, own in zip(padded, groups, strict=True):
