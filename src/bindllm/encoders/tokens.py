@@ -23,7 +23,7 @@ MOST_TOKENS = 256
 """Tokens that are kept of one media; larger grids are averaged."""
 
 _POOLS = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
-_EPSILON = 1e-6
+_EPSILON = 1e-12
 # The longest wavelength of positions, in units of 2 pi, as in https://arxiv.org/abs/1706.03762, section 3.5.
 _LONGEST = 10_000.0
 
