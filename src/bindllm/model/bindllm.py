@@ -236,7 +236,7 @@ class BindLLM(nn.Module):
         # A single media is a group of one.
         groups = [(item,) if isinstance(item, Media) else check_media(item) for item in media]
         normalize = self.bind_config.fusion == "unit"
-        found = embed_groups(groups, self.encoders, device=self.device, normalize=normalize)
+        found = embed_groups(groups, self.encoders, device=self.device, normalize=normalize).embeddings
         cache = self.cache if cache is None else cache
         return cache.blend_groups(found, groups, self.encoders) if cache else found
 
