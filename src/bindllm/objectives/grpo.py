@@ -95,6 +95,7 @@ class GRPO(Objective):
     """
 
     needs: ClassVar[Needs] = "prompts"
+    drops_tokens: ClassVar[bool] = False
 
     def __init__(
         self,
