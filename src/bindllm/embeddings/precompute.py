@@ -108,14 +108,10 @@ def precompute_embeddings(
     # Several processes go through the media twice, which a generator does not allow.
     media = media if processes.world_size == 1 else list(media)
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    options = {"batch_size": batch_size, "threads": processes.num_threads}
     with (
         Progress(*columns, console=Console(stderr=True), disable=not progress) as bar,
-        Embedder(
-            [encoder],
-            batch_size=batch_size,
-            threads=processes.num_threads,
-            token_modalities=token_modalities,
-        ) as embedder,
+        Embedder([encoder], token_modalities=token_modalities, **options) as embedder,
     ):
         task = bar.add_task("embedding", total=len(media) if isinstance(media, Sized) else None)
         run = _Run(store, embedder, flush_rows, processes, advance=lambda: bar.advance(task))
