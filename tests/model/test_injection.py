@@ -507,20 +507,22 @@ def test_a_generation_that_shrinks_is_refused():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_only_the_last_layers_are_served(kind):
-    """As if the gates of the first layer were closed, which a decoder with all layers served can show."""
+@pytest.mark.parametrize(("layers", "served"), [(2, [1, 2]), ([1, 2], [1, 2]), ([2, 0], [0, 2]), ([1], [1])])
+def test_only_the_named_layers_are_served(kind, layers, served):
+    """As if the gates of the other layers were closed, which a decoder with all layers served can show."""
     ids, bind, index = batch(kind)
     everything, all_layers = inject(kind=kind)
+    others = [n for n in range(3) if n not in served]
     with torch.no_grad():
-        all_layers.gates[0] = 0
+        all_layers.gates[others] = 0
     decoder = tiny_decoder().requires_grad_(False)
-    injection = Injection(decoder, InjectConfig(kind=kind, layers=2))
-    assert len(injection.gates) == len(injection.queries) == 2
+    injection = Injection(decoder, InjectConfig(kind=kind, layers=layers))
+    assert len(injection.gates) == len(injection.queries) == len(served)
     with torch.no_grad():
-        injection.gates.copy_(all_layers.gates[1:])
-        injection.queries.copy_(all_layers.queries[1:])
+        injection.gates.copy_(all_layers.gates[served])
+        injection.queries.copy_(all_layers.queries[served])
     seen = []
-    decoder.model.layers[0].self_attn.register_forward_pre_hook(
+    decoder.model.layers[others[0]].self_attn.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append("bind" in kwargs), with_kwargs=True
     )
     expected = everything(ids, bind=bind, media_index=index).logits
@@ -530,8 +532,13 @@ def test_only_the_last_layers_are_served(kind):
     assert seen == [False, False]
 
 
-def test_a_decoder_with_too_few_layers_is_refused():
-    with pytest.raises(DecoderError, match=r"inject\.layers is 4, but LlamaForCausalLM has 3 layers"):
-        Injection(tiny_decoder(), InjectConfig(layers=4))
-    with pytest.raises(InputError, match="at least 1"):
-        InjectConfig(layers=0)
+@pytest.mark.parametrize("layers", [4, [0, 3]])
+def test_a_decoder_with_too_few_layers_is_refused(layers):
+    with pytest.raises(DecoderError, match=r"inject\.layers is .*, but LlamaForCausalLM has 3 layers"):
+        Injection(tiny_decoder(), InjectConfig(layers=layers))
+
+
+@pytest.mark.parametrize("layers", [0, -1, [], [-1], [1, 1], [True], ["1"], 1.0, "all"])
+def test_layers_that_name_none_are_refused(layers):
+    with pytest.raises(InputError, match=r"inject\.layers is"):
+        InjectConfig(layers=layers)

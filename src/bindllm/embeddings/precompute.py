@@ -100,22 +100,14 @@ def precompute_embeddings(
         InputError: media of a modality that the encoder does not serve.
         StoreError: the store belongs to another encoder or cannot be written; says how much is saved.
     """
-    if store.fingerprint != encoder.fingerprint():
-        raise StoreError(
-            f"{store.folder}: the store belongs to the encoder {store.fingerprint[:16]}, not to "
-            f"{encoder.fingerprint()[:16]}; open it with EmbeddingStore.for_encoder(folder, encoder)"
-        )
+    _check_owner(store, encoder)
     # Several processes go through the media twice, which a generator does not allow.
     media = media if processes.world_size == 1 else list(media)
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    options = {"batch_size": batch_size, "threads": processes.num_threads}
     with (
         Progress(*columns, console=Console(stderr=True), disable=not progress) as bar,
-        Embedder(
-            [encoder],
-            batch_size=batch_size,
-            threads=processes.num_threads,
-            token_modalities=token_modalities,
-        ) as embedder,
+        Embedder([encoder], token_modalities=token_modalities, **options) as embedder,
     ):
         task = bar.add_task("embedding", total=len(media) if isinstance(media, Sized) else None)
         run = _Run(store, embedder, flush_rows, processes, advance=lambda: bar.advance(task))
@@ -130,6 +122,14 @@ def precompute_embeddings(
             run.flush()
             raise
     return run.report()
+
+
+def _check_owner(store: EmbeddingStore, encoder: Encoder) -> None:
+    if store.fingerprint != encoder.fingerprint():
+        raise StoreError(
+            f"{store.folder}: the store belongs to the encoder {store.fingerprint[:16]}, not to "
+            f"{encoder.fingerprint()[:16]}; open it with EmbeddingStore.for_encoder(folder, encoder)"
+        )
 
 
 _Keyed = tuple[Media, str | MediaError, bytes | None]

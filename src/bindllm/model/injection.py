@@ -50,13 +50,23 @@ class InjectConfig:
     queries: bool = True
     """Whether each layer adds its own learned query to the bind vector."""
 
-    layers: int | None = None
-    """Number of layers that receive the bind vectors, counted from the last; by default all of them."""
+    layers: int | list[int] | None = None
+    """Layers that receive the bind vectors: a number of layers, counted from the last, or a list of indices from 0,
+    such as every second layer. By default all. The backward pass ends at the first of them, so later layers train
+    faster."""
 
     def __post_init__(self) -> None:
-        if self.layers is not None and not (isinstance(self.layers, int) and self.layers >= 1):
+        is_list = isinstance(self.layers, list)
+        numbers = self.layers if is_list else [1 if self.layers is None else self.layers]
+        least = 0 if is_list else 1
+        if (
+            not numbers
+            or len(set(numbers)) < len(numbers)
+            or any(type(n) is not int or n < least for n in numbers)
+        ):
             raise InputError(
-                f"inject.layers is {self.layers}, expected a whole number of at least 1, or null for all layers"
+                f"inject.layers is {self.layers}, expected a whole number of at least 1, a list of different layer "
+                "indices from 0, or null for all layers"
             )
         if self.kind not in KINDS:
             raise InputError(f"unknown injection kind {self.kind!r}. {did_you_mean(str(self.kind), KINDS)}")
@@ -180,10 +190,10 @@ class Injection(nn.Module):
             raise DecoderError(
                 "this decoder object carries an injection already; load the decoder again for another"
             )
-        # How to read this: select the last layers, create gates and queries for them, then hook. Hooks run in this
-        # order in a forward: `_carry` once, then one pair per layer.
-        every = _layers(core, type(decoder).__name__, at_least=config.layers or 1)
-        layers = every[-(config.layers or len(every)) :]
+        # How to read this: select the layers, create gates and queries for them, then hook. Hooks run in this order
+        # in a forward: `_carry` once, then one pair per layer.
+        every = _layers(core, type(decoder).__name__)
+        layers = _served(every, config.layers, type(decoder).__name__)
         config_of_text = decoder.config.get_text_config()
         width, num_heads = config_of_text.hidden_size, config_of_text.num_attention_heads
         shape = (len(layers),) if self.kind == "residual" else (len(layers), num_heads)
@@ -205,8 +215,9 @@ class Injection(nn.Module):
                     attention.q_proj.register_forward_hook(partial(self._attend, index, heads))
                 attention.o_proj.register_forward_pre_hook(self._add_to_heads)
         # Layers that are not served receive the keyword too, and must drop it.
-        for _, layer in every[: len(every) - len(layers)]:
-            layer.register_forward_pre_hook(_leave_out, with_kwargs=True)
+        for number, layer in every:
+            if number not in dict(layers):
+                layer.register_forward_pre_hook(_leave_out, with_kwargs=True)
         # On the outer model: some families drop keywords on the way to their core already.
         decoder.register_forward_pre_hook(self._carry, with_kwargs=True)
         decoder.register_forward_hook(self._check_arrival, with_kwargs=True)
@@ -405,7 +416,7 @@ def _leave_out(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[t
     return args, kwargs
 
 
-def _layers(core: nn.Module, name: str, *, at_least: int) -> list[tuple[int, nn.Module]]:
+def _layers(core: nn.Module, name: str) -> list[tuple[int, nn.Module]]:
     """Return the decoder's layers with their indices."""
     children = dict(core.named_children())
     if not isinstance(children.get("layers"), nn.ModuleList):
@@ -413,9 +424,18 @@ def _layers(core: nn.Module, name: str, *, at_least: int) -> list[tuple[int, nn.
             f"{name} has no `layers` list in its decoder, so nothing can be injected; it has: {', '.join(children)}. "
             "Decoders of the LLaMA shape (Llama, Mistral, Qwen2, Qwen3, SmolLM2, ...) have it."
         )
-    layers = list(enumerate(children["layers"]))
-    if len(layers) < at_least:
+    return list(enumerate(children["layers"]))
+
+
+def _served(
+    every: list[tuple[int, nn.Module]], layers: int | list[int] | None, name: str
+) -> list[tuple[int, nn.Module]]:
+    """Return the layers that `InjectConfig.layers` names."""
+    if layers is None:
+        return every
+    numbers = sorted(layers) if isinstance(layers, list) else range(len(every) - layers, len(every))
+    if numbers[0] < 0 or numbers[-1] >= len(every):
         raise DecoderError(
-            f"inject.layers is {at_least}, but {name} has {len(layers)} layers: is it the right decoder?"
+            f"inject.layers is {layers}, but {name} has {len(every)} layers: is it the right decoder?"
         )
-    return layers
+    return [every[number] for number in numbers]
