@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
 from bindllm import BindLLM, EmbeddingStore, Media
@@ -17,6 +16,7 @@ from bindllm.embeddings.precompute import precompute_embeddings
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.decoder import DecoderConfig
 from bindllm.parallel import Processes
+from store_parts import write_images
 from tiny import ColorEncoder, save_tiny_decoder
 
 ALLOW = ["cache_parts.Multimodal", "cache_parts.Words", "tiny.ColorEncoder"]
@@ -57,15 +57,6 @@ class Words(ColorEncoder):
 
     def prepare(self, media: Media) -> torch.Tensor:
         return hashed(media).flip(0)
-
-
-def write_images(folder: Path, count: int, *, start: int = 0) -> list[Media]:
-    """Write small images of noise with a time that is old enough to be trusted."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for n in range(start, start + count):
-        pixels = np.random.default_rng(n).integers(0, 256, (6, 6, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{n:03}.png")
-    return [Media.image(folder / f"{n:03}.png") for n in range(start, start + count)]
 
 
 def filled_store(folder: Path, media: list[Media], encoder: ColorEncoder | None = None) -> EmbeddingStore:

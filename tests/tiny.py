@@ -146,6 +146,27 @@ def color_images(folder: Path, *, per_color: int = 4, split: bool = True) -> Pat
     return folder
 
 
+def tiny_model():
+    """A tiny model with open gates, so that its answers depend on the media."""
+    from bindllm.model.bindllm import BindLLM
+    from bindllm.model.decoder import DecoderConfig
+
+    torch.manual_seed(0)
+    built = BindLLM(tiny_decoder(), tiny_tokenizer(), DecoderConfig("tiny"), encoders=[ColorEncoder()])
+    with torch.no_grad():
+        built.injection.gates.normal_(0, 1)
+    return built
+
+
+def save_gates(folder: Path) -> Path:
+    """Write a checkpoint folder of gates only, which is enough for a report; return it."""
+    from bindllm.model.checkpoint import write_checkpoint
+
+    manifest = {"decoder": {"name": "tiny"}, "encoders": [], "inject": {"kind": "value", "queries": True}}
+    write_checkpoint(folder, manifest, {"injection.gates": torch.full((3, 4), 0.5)}, "card")
+    return folder
+
+
 def synthetic_efficientnet() -> dict[str, torch.Tensor]:
     """Fill every published tensor with fixed numbers that keep the activations in a normal range.
 

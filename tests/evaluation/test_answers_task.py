@@ -14,8 +14,7 @@ from bindllm.evaluation.held_out import conversations_task, evaluate_held_out, h
 from bindllm.evaluation.task import Task
 from bindllm.media import Media
 from bindllm.model.bindllm import BindLLM
-from bindllm.model.decoder import DecoderConfig
-from tiny import ColorEncoder, tiny_decoder, tiny_tokenizer
+from tiny import tiny_model, tiny_tokenizer
 
 EYE = torch.eye(16)
 
@@ -34,15 +33,6 @@ def asked(question, answer, image=0, *, type="", references=None, task="answer",
     )
 
 
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    built = BindLLM(tiny_decoder(), tiny_tokenizer(), DecoderConfig("tiny"), encoders=[ColorEncoder()])
-    with torch.no_grad():
-        built.injection.gates.normal_(0, 1)
-    return built
-
-
 TRAINING = [
     asked("is it red?", "no", 1, type="yes/no"),
     asked("is it red?", "No.", 2, type="yes/no"),
@@ -53,6 +43,11 @@ TRAINING = [
     asked("which color?", "blue", 1, type="color"),
     asked("Describe it.", "red red red", 1, task="caption"),
 ]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
 
 
 @pytest.fixture

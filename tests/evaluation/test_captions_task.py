@@ -18,8 +18,7 @@ from bindllm.evaluation.captions import caption_metrics, captions_task, nearest_
 from bindllm.evaluation.task import VARIANTS, loss_metrics, media_name, shuffle_media, without_media
 from bindllm.media import Media
 from bindllm.model.bindllm import BindLLM
-from bindllm.model.decoder import DecoderConfig
-from tiny import COLORS, ColorEncoder, tiny_decoder, tiny_tokenizer
+from tiny import COLORS, ColorEncoder, tiny_model, tiny_tokenizer
 
 PROMPT = "What color?"
 
@@ -48,11 +47,7 @@ def sample(color, caption=None, *, shade=0, references=None, prompt=PROMPT, medi
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    built = BindLLM(tiny_decoder(), tiny_tokenizer(), DecoderConfig("tiny"), encoders=[ColorEncoder()])
-    with torch.no_grad():
-        built.injection.gates.normal_(0, 1)
-    return built
+    return tiny_model()
 
 
 @pytest.fixture
