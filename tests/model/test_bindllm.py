@@ -18,7 +18,7 @@ from bindllm import BindLLM, Conversation, Media, Message
 from bindllm.errors import CheckpointError, DecoderError, InputError, MediaError
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.decoder import DecoderConfig
-from bindllm.model.injection import InjectConfig, try_out
+from bindllm.model.injection import InjectConfig
 from tiny import COLORS, ColorEncoder, save_tiny_decoder, tiny_decoder
 
 
@@ -177,7 +177,7 @@ def test_a_family_that_would_ignore_the_media_is_refused_before_training(
     with pytest.raises(DecoderError, match=f"does not pass keywords {re.escape(words)}"):
         model = build_family(family, kind, device=device, **changes)
         # `check` has a model without weights only, and tries it itself.
-        try_out(model.decoder)
+        model.injection.try_out(model.decoder)
 
 
 def test_a_family_that_cannot_run_with_an_injection_is_refused(monkeypatch):

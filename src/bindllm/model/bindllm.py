@@ -33,10 +33,12 @@ from bindllm.model.bind_network import BindConfig, BindNetwork
 from bindllm.model.checkpoint import check_keys, write_card, write_checkpoint
 from bindllm.model.decoder import (
     DecoderConfig,
+    choose_positions,
     fingerprint_decoder,
     load_decoder,
     load_tokenizer,
     num_positions,
+    projecting,
     without_weights,
 )
 from bindllm.model.generation import (
@@ -49,7 +51,7 @@ from bindllm.model.generation import (
     prepare_batch,
     stream_text,
 )
-from bindllm.model.injection import InjectConfig, Injection, choose_positions, projecting, try_out
+from bindllm.model.injection import InjectConfig, Injection
 from bindllm.model.pretrained import read_parts
 
 
@@ -125,7 +127,7 @@ class BindLLM(nn.Module):
             head.register_forward_pre_hook(choose_positions)
         # A model without weights is tried by `check` only: loading a checkpoint tries the real one.
         if decoder.device.type != "meta":
-            try_out(decoder)
+            self.injection.try_out(decoder)
 
     @classmethod
     def build(cls, decoder: DecoderConfig, *, device: str | None = None, **parts: Any) -> Self:
@@ -234,7 +236,7 @@ class BindLLM(nn.Module):
         # A single media is a group of one.
         groups = [(item,) if isinstance(item, Media) else check_media(item) for item in media]
         normalize = self.bind_config.fusion == "unit"
-        found = embed_groups(groups, self.encoders, device=self.device, normalize=normalize)
+        found = embed_groups(groups, self.encoders, device=self.device, normalize=normalize).embeddings
         cache = self.cache if cache is None else cache
         return cache.blend_groups(found, groups, self.encoders) if cache else found
 

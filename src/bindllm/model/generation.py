@@ -232,16 +232,16 @@ def prepare_batch(
     return batch, by_row(encoded, [len(row) for row in groups])
 
 
-def by_row(embeddings: Tensor, counts: Sequence[int]) -> Tensor:
-    """Arrange the embeddings of media groups, [N, E], by the rows of a batch, [B, M, E].
+def by_row(values: Tensor, counts: Sequence[int]) -> Tensor:
+    """Arrange values of media groups, such as embeddings [N, E], by the rows of a batch, [B, M, E].
 
     Args:
-        embeddings: of all groups, row after row.
+        values: of all groups, row after row, [N, ...].
         counts: number of groups of each row; M is the largest of them, at least 1.
     """
     # Rows with fewer groups keep zeros, which no token refers to.
-    arranged = torch.zeros(len(counts), max(1, *counts), embeddings.shape[1])
-    for row, part in zip(arranged, embeddings.split(list(counts)), strict=True):
+    arranged = torch.zeros(len(counts), max(1, *counts), *values.shape[1:])
+    for row, part in zip(arranged, values.split(list(counts)), strict=True):
         row[: len(part)] = part
     return arranged
 

@@ -71,7 +71,7 @@ class RunPlan:
 
     Args:
         decoder: the language model, its dtype and quantization; only its config file is read.
-        encoders: the encoders; only their embedding size is used.
+        encoders: the encoders; only the sizes of their embeddings and tokens are used.
         rows: rows of a batch on one device, B; a preference pair is two rows.
         tokens: tokens of a row with its padding, T.
         supervised: supervised tokens of the whole batch, N.
@@ -142,9 +142,10 @@ class RunPlan:
         """The model, and the bytes by part at the peak of its forward and backward pass."""
         decoder = meta_decoder(self.decoder, self.dtype)
         with torch.device("meta"):
-            # One encoder: several would be compared, which the caller has done.
             parts = {"bind": self.bind, "inject": self.inject, "adapter": self.adapter}
-            model = BindLLM(decoder, None, self.decoder, encoders=self.encoders[:1], **parts)
+            model = BindLLM(decoder, None, self.decoder, encoders=self.encoders, **parts)
+        # The steps that take the most memory have all bind tokens.
+        model.bind.drops_tokens = False
         model.set_trainable(self.trainable)
         if self.checkpointing:
             model.checkpoint_activations()

@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader
 
 from bindllm.data.collate import MediaGroup
 from bindllm.data.embeddings import MediaEmbeddings, PrecomputeTotals
+from bindllm.data.formats import clean_caption
 from bindllm.data.formats.columns import read_split
 from bindllm.data.formats.media import FolderResolver
-from bindllm.data.formats.questions import clean_caption
 from bindllm.data.report import Skipped
 from bindllm.data.source_config import SPLITS, Split
 from bindllm.data.sources import hashed_split, require_table
