@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bindllm.errors import BindLLMError
+from bindllm.errors import BindLLMError, listed
 
 if TYPE_CHECKING:
     from safetensors import safe_open
@@ -215,7 +215,7 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str:
         for name, tensor in tensors.items()
         if tensor.is_floating_point() and tensor.numel() and not all(x.isfinite() for x in tensor.aminmax())
     ]
-    return ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+    return listed(wrong)
 
 
 def read_json(path: Path, failure: type[BindLLMError], advice: str = "copy the whole folder") -> Any:

@@ -15,7 +15,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, get_args
 
-from bindllm.errors import DecoderError, InputError, did_you_mean
+from bindllm.errors import DecoderError, InputError, did_you_mean, listed
 from bindllm.media import Media
 
 if TYPE_CHECKING:
@@ -284,10 +284,10 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, num_embeddings: int) ->
     # Texts may use every ordinary token, but no control token.
     beyond = sorted((i, token) for token, i in words.items() if i in used or i not in control)
     if beyond:
-        named = ", ".join(f"{token!r} ({i})" for i, token in beyond[:5])
+        named = listed([f"{token!r} ({i})" for i, token in beyond])
         raise DecoderError(
             f"the decoder has {num_embeddings:,} token embeddings, and its tokenizer has {len(beyond):,} tokens with "
-            f"an id beyond them: {named}{', ...' * (len(beyond) > 5)}. Use the tokenizer that came with these weights; "
+            f"an id beyond them: {named}. Use the tokenizer that came with these weights; "
             "if only the padding token is named, remove pad_token from tokenizer_config.json"
         )
 

@@ -18,11 +18,12 @@ from transformers import LlamaForCausalLM
 
 from bindllm import BindLLM, Media
 from bindllm.cli import main
-from bindllm.convert.imagebind import convert_imagebind, published_shapes
+from bindllm.convert.imagebind import convert_imagebind
 from bindllm.encoders.imagebind.text import tokenizer_tree
 from bindllm.encoders.pointbind import PointBind
 from goldens import fill, filled, keys, make_image, make_wave
 from imagebind_llm_tiny import ALLOW, published, write_base
+from imagebind_small import HEADS, small_state
 from tiny import tiny_tokenizer
 
 
@@ -83,12 +84,12 @@ def project(tmp_path_factory, point_state):
     # The published base has 96 tokens, the tokenizer more.
     base.resize_token_embeddings(300, mean_resizing=False)
     base.save_pretrained(home / "base")
-    state = {}
-    for trunk in ("vision", "audio"):
-        for name, shape in published_shapes(trunk, width=32, blocks=1, out=1024).items():
-            made = fill(name, shape)
-            state[name] = torch.tensor(3.0) if made is None else made
-    convert_imagebind(state, home / "imagebind", tokenizer_file=None, heads={"vision": 4, "audio": 4})
+    trunks = ("vision", "audio")
+    state = {name: value for name, value in small_state().items() if name.split(".")[1] in trunks}
+    state |= {
+        name: fill(name, (1024, 64)) for name in (f"modality_heads.{trunk}.2.weight" for trunk in trunks)
+    }
+    convert_imagebind(state, home / "imagebind", tokenizer_file=None, heads=HEADS)
     save(home / "7B.pth", {"model": published("finetune")})
     save(home / "point.pt", point_state)
     Image.fromarray(make_image("a", 60, 80)).save(home / "a.png")

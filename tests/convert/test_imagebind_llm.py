@@ -11,9 +11,13 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bindllm import BindLLM
-from bindllm.convert.adapter import convert_imagebind_llm
 from bindllm.convert.foreign import read_foreign
-from bindllm.convert.imagebind_llm import halve_rotation, is_imagebind_llm, read_imagebind_llm
+from bindllm.convert.imagebind_llm import (
+    convert_imagebind_llm,
+    halve_rotation,
+    is_imagebind_llm,
+    read_imagebind_llm,
+)
 from bindllm.errors import CheckpointError, DecoderError
 from bindllm.model.decoder import DecoderConfig
 from goldens import filled, golden, keys
@@ -303,6 +307,7 @@ def test_shapes_that_cannot_be_are_refused_by_name(tmp_path, base):
         ({"prefix_query.weight": torch.tensor(1.0)}, r"prefix_query\.weight has shape \[\]"),
         ({"prefix_query.weight": torch.ones(0, 64)}, r"prefix_query\.weight has shape \[0, 64\]"),
         ({"image_bind_f1_1.weight": torch.tensor(1.0)}, r"f1_1\.weight has shape \[\]"),
+        ({"image_bind_f1_1.weight": torch.ones(32, 64)}, r"blocks\.0\.gate\.weight has shape \[32, 64\]"),
         ({f"{query}lora_wq_l1.weight": torch.tensor(1.0)}, r"lora_wq_l1\.weight has shape \[\]"),
         (
             {f"{query}lora_wq_l2.weight": torch.ones(63, 16)},
@@ -334,13 +339,18 @@ def test_a_base_that_is_no_llama_is_refused(tmp_path, base):
     with pytest.raises(CheckpointError, match="of type 'qwen2'"):
         convert(published("pretrain"), tmp_path / "m", other)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match=r"has no config\.json; give the Hugging Face folder"):
+    with pytest.raises(DecoderError, match=r"no usable causal language model here .*config\.json"):
         convert(published("pretrain"), tmp_path / "m", str(tmp_path / "empty"))
     copy = shutil.copytree(base, tmp_path / "copy")
     config = (copy / "config.json").read_text()
     (copy / "config.json").write_text(config.replace('"silu"', '"sulu"'))
     with pytest.raises(DecoderError, match="no usable causal language model.*sulu"):
         convert(published("pretrain"), tmp_path / "m", str(copy))
+    # Sizes that a config leaves out are the defaults of the type.
+    (copy / "config.json").write_text(
+        config.replace('"num_key_value_heads": 4', '"num_key_value_heads": null')
+    )
+    convert(published("pretrain"), tmp_path / "converted", str(copy))
     (copy / "config.json").write_text(config)
     (copy / "tokenizer.json").write_text("{}")
     with pytest.raises(DecoderError, match="no usable tokenizer here"):

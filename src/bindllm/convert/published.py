@@ -11,7 +11,6 @@ from torch import Tensor
 
 from bindllm.atomic import read_object
 from bindllm.convert import KINDS, TOKENIZER, ConvertOptions, imagebind, imagebind_llm, pointbind
-from bindllm.convert.adapter import convert_imagebind_llm
 from bindllm.convert.foreign import read_foreign
 from bindllm.convert.keymap import REPORT, ConversionReport, Rule
 from bindllm.encoders import Encoder
@@ -159,7 +158,7 @@ def _convert_adapter(
             "an ImageBind-LLM adapter needs the models that it was trained on: give --base FOLDER, a Hugging Face "
             "copy of its LLaMA, and --encoder FOLDER, the converted ImageBind (and again for Point-Bind)"
         )
-    adapted = convert_imagebind_llm(
+    adapted = imagebind_llm.convert_imagebind_llm(
         state,
         folder,
         base=DecoderConfig(_as_path(options.base)),
