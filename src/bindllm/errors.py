@@ -111,6 +111,17 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"{question}Known: {', '.join(known) or 'none'}."
 
 
+def check_choice(what: str, value: object, known: Iterable[str]) -> None:
+    """Raise if a value is not one of the known ones.
+
+    Raises:
+        InputError: lists them, and the closest match.
+    """
+    known = list(known)
+    if value not in known:
+        raise InputError(f"unknown {what} {value!r}. {did_you_mean(str(value), known)}")
+
+
 def listed(names: Sequence[str], most: int = 5, *, separator: str = ", ") -> str:
     """Return the first of many names, and how many more there are.
 
