@@ -397,8 +397,9 @@ def test_unknown_role_gets_the_closest_known_one():
 
 def test_conversations_that_cannot_be_rendered():
     tokenizer = tiny_tokenizer()
-    with pytest.raises(InputError, match="without messages"):
-        Conversation(())
+    for messages in ((), None, Message("user", "Hi")):
+        with pytest.raises(InputError, match="a list of at least one Message, not"):
+            Conversation(messages)
     with pytest.raises(InputError, match="starts with an answer"):
         render(talk(("a", "yo")), tokenizer)
     with pytest.raises(InputError, match="already an answer"):

@@ -142,7 +142,7 @@ def test_only_an_earlier_conversion_is_replaced(tmp_path):
     assert json.loads((folder / "config.json").read_text())["trunks"].keys() == {"imu"}
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("text")
-    with pytest.raises(CheckpointError, match="was not written by a conversion"):
+    with pytest.raises(CheckpointError, match="is not a converted folder"):
         convert(small_state(), tmp_path / "mine")
     assert (tmp_path / "mine" / "notes.txt").read_text() == "text"
 

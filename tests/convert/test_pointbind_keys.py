@@ -99,6 +99,6 @@ def test_the_folder_that_is_written(tmp_path):
     convert_pointbind(state, folder)
     assert not load_file(folder / "model.safetensors")["head.projection"].any()
     (folder / "conversion.tsv").unlink()
-    with pytest.raises(CheckpointError, match="not written by a conversion"):
+    with pytest.raises(CheckpointError, match="is not a converted folder"):
         convert_pointbind(state, folder)
     assert (folder / "model.safetensors").is_file()

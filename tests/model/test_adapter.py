@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -251,7 +252,7 @@ def test_decoders_and_settings_that_do_not_fit():
 
     with pytest.raises(DecoderError, match=f"GPT2LMHeadModel has no {TARGETS[0]}, "):
         Adapter(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9)), AdapterConfig())
-    for values in ({"rank": 0}, {"rank": 10**9}, {"alpha": 0.0}):
+    for values in ({"rank": 0}, {"rank": 10**9}, {"alpha": 0.0}, {"alpha": math.inf}):
         with pytest.raises(InputError, match="rank must be 1 to 65536"):
             AdapterConfig(**values)
     with pytest.raises(InputError, match=r"no new biases for DoRA; set adapter\.bias: false"):

@@ -39,8 +39,10 @@ def test_saving_again_replaces_a_checkpoint_and_nothing_else(folder, tmp_path):
     assert read_manifest(folder)["decoder"]["name"] == "e"
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("precious")
-    with pytest.raises(CheckpointError, match="not a bindllm checkpoint"):
-        write_checkpoint(tmp_path / "home", {}, TENSORS, "")
+    # A file in the place of a folder is no less precious.
+    for output in (tmp_path / "home", tmp_path / "home" / "thesis.tex"):
+        with pytest.raises(CheckpointError, match="not a bindllm checkpoint"):
+            write_checkpoint(output, {}, TENSORS, "")
     assert (tmp_path / "home" / "thesis.tex").read_text() == "precious"
 
 
@@ -121,10 +123,14 @@ def test_a_file_instead_of_its_folder_is_named(folder):
         read_manifest(folder / "bindllm.json")
 
 
-def test_a_folder_with_a_pickle_is_refused_before_anything_is_read(folder):
+def test_a_checkpoint_with_a_pickle_is_refused(folder):
     (folder / "adapter").mkdir()
     (folder / "adapter" / "weights.pt").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"weights\.pt.*run code"):
+        read_manifest(folder)
+    # Without a manifest it is another folder, whose pickles are in order.
+    (folder / "bindllm.json").unlink()
+    with pytest.raises(CheckpointError, match="without it a folder is not a bindllm checkpoint"):
         read_manifest(folder)
 
 

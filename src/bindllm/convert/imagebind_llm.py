@@ -31,7 +31,7 @@ from bindllm.errors import CheckpointError
 from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.bindllm import BindLLM
-from bindllm.model.checkpoint import check_keys, write_card, write_checkpoint
+from bindllm.model.checkpoint import ADAPTER_PREFIX, check_keys, write_card, write_checkpoint
 from bindllm.model.decoder import DecoderConfig, check_weights, load_tokenizer, read_config
 from bindllm.model.injection import InjectConfig
 
@@ -62,7 +62,7 @@ _NORMS = {
 _ENDS = {r"lla?ma[.]tok_embeddings": "model.embed_tokens", r"lla?ma[.]output": "lm_head"}
 # LLaMA's names of the gate, down and up projections of SwiGLU.
 _PARTS = {"norm": "norm", "f1": "gate", "f2": "down", "f3": "up"}
-_ADAPTER = "adapter.base_model.model."
+_ADAPTER = f"{ADAPTER_PREFIX}base_model.model."
 
 ROUNDING = 2.0**-8
 """Largest relative difference between two copies of a tensor in different precisions (bfloat16 keeps 8 bits)."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bindllm.atomic import atomic_folder, write_json, write_tensors
+from bindllm.atomic import atomic_folder, check_replaceable, write_json, write_tensors
 from bindllm.errors import CheckpointError, listed
 
 REPORT = "conversion.tsv"
@@ -187,12 +187,7 @@ def write_encoder(
         CheckpointError: the folder holds something else; nothing was written.
     """
     folder = Path(folder)
-    # Only a folder with our report may be replaced: any other may hold a user's files.
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / REPORT).is_file()):
-        raise CheckpointError(
-            f"{folder} exists and was not written by a conversion (no {REPORT}); nothing was written. Choose another "
-            "folder or empty it"
-        )
+    check_replaceable(folder, REPORT, CheckpointError, kind="a converted folder")
     with atomic_folder(folder) as part:
         for name, tensors in weights.items():
             write_tensors(part / name, tensors)
