@@ -152,14 +152,6 @@ def test_safetensors_are_read_as_well(tmp_path, base, capsys):
     assert "9 dropped by rule" in out
 
 
-def test_files_of_old_torch_are_read(tmp_path, base, capsys):
-    torch.save(published("pretrain"), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    code, _, err = run(
-        capsys, tmp_path / "old.pth", "--output", tmp_path / "m", "--base", base, "--encoder", ALLOW[0]
-    )
-    assert (code, err) == (0, "")
-
-
 def test_point_bind_and_the_imagebind_in_it_get_folders_of_their_own(tmp_path, point_state, capsys):
     file = save(tmp_path / "pointbind_pointbert.pt", point_state)
     code, out, err = run(capsys, file, "--output", tmp_path / "point")

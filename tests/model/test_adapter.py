@@ -169,9 +169,14 @@ def test_an_adapter_that_is_damaged_or_gone_is_refused(folder, tmp_path):
         BindLLM.from_pretrained(tmp_path / "m", allow=["tiny.ColorEncoder"])
     file.write_bytes(whole)
     manifest = tmp_path / "m" / "bindllm.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "adapter": None}))
-    with pytest.raises(CheckpointError, match=r"unexpected adapter\.base_model"):
-        BindLLM.from_pretrained(tmp_path / "m", device="cpu", allow=["tiny.ColorEncoder"])
+    entries = json.loads(manifest.read_text())
+    for entry, words in (
+        (None, r"unexpected adapter\.base_model"),
+        ({**entries["adapter"], "rank": 10**9}, r"bindllm\.json: an entry is .*rank must be 1 to 65536"),
+    ):
+        manifest.write_text(json.dumps({**entries, "adapter": entry}))
+        with pytest.raises(CheckpointError, match=words):
+            BindLLM.from_pretrained(tmp_path / "m", device="cpu", allow=["tiny.ColorEncoder"])
 
 
 @with_and_without_dora
