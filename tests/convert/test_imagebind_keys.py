@@ -13,7 +13,7 @@ from bindllm.encoders.imagebind.config import HUGE, TRUNKS, read_config
 from bindllm.encoders.imagebind.network import Trunk
 from bindllm.errors import CheckpointError
 from bindllm.model.checkpoint import licenses
-from goldens import keys
+from goldens import hollow, keys
 from imagebind_small import HEADS, published_heads, small_state, write_small_imagebind
 
 POINT = (
@@ -22,16 +22,12 @@ POINT = (
 )
 
 
-def empty(table):
-    return {name: torch.empty(shape, device="meta") for name, shape in keys(table).items()}
-
-
 def convert(state, folder, **changes):
     return convert_imagebind(state, folder, **{"tokenizer_file": None, "heads": HEADS, **changes})
 
 
 def test_every_published_name_gets_the_name_and_shape_that_our_networks_have():
-    ours, report = rename(empty("imagebind_huge"), RULES)
+    ours, report = rename(hollow("imagebind_huge"), RULES)
     assert report.unknown == []
     assert [name for name, _ in report.dropped] == ["modality_preprocessors.text.mask"]
     with torch.device("meta"):
@@ -87,10 +83,10 @@ def test_the_license_of_the_weights_reaches_every_card(tmp_path):
 
 @pytest.mark.parametrize("table", ["pointbind_pointbert", "pointbind_i2pmae", "imagebind_w3d"])
 def test_larger_checkpoints_are_accounted_for_with_the_rules_of_their_other_parts(table):
-    ours, report = rename(empty(table), [*POINT, *RULES])
+    ours, report = rename(hollow(table), [*POINT, *RULES])
     assert report.unknown == []
-    assert ours.keys() == rename(empty("imagebind_huge"), RULES)[0].keys()
-    assert rename(empty(table), RULES)[1].unknown != []
+    assert ours.keys() == rename(hollow("imagebind_huge"), RULES)[0].keys()
+    assert rename(hollow(table), RULES)[1].unknown != []
 
 
 def test_a_prefixed_checkpoint_makes_the_same_folder(tmp_path):

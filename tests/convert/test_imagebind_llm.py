@@ -19,10 +19,18 @@ from bindllm.convert.imagebind_llm import (
     read_imagebind_llm,
 )
 from bindllm.errors import CheckpointError, DecoderError
+from bindllm.model.adapter import AdapterConfig
+from bindllm.model.bind_network import BindConfig
+from bindllm.model.checkpoint import check_keys
 from bindllm.model.decoder import DecoderConfig
-from goldens import filled, golden, keys
+from goldens import filled, golden, hollow
 from imagebind_llm_tiny import ALLOW, GivenEncoder, published, row, write_base
-from tiny import tiny_tokenizer
+from tiny import ColorEncoder, save_tiny_decoder, tiny_tokenizer
+
+
+def convert(state, folder, base, **options):
+    options = {"encoders": [GivenEncoder()], **options}
+    return convert_imagebind_llm(state, folder, base=DecoderConfig(base, dtype="float32"), **options)
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +47,7 @@ def load(tmp_path_factory, base):
         if phase not in models:
             home = tmp_path_factory.mktemp(phase)
             torch.save({"model": published(phase), "config": {"dim": 64}}, home / "7B.pth")
-            convert_imagebind_llm(
-                read_foreign(home / "7B.pth"),
-                home / "folder",
-                base=DecoderConfig(base, dtype="float32"),
-                encoders=[GivenEncoder()],
-            )
+            convert(read_foreign(home / "7B.pth"), home / "folder", base)
             models[phase] = BindLLM.from_pretrained(home / "folder", device="cpu", allow=ALLOW)
         return models[phase]
 
@@ -170,7 +173,7 @@ def test_every_tensor_is_in_the_report_and_the_manifest_says_what_it_is(load, tm
     state = published("legacy")
     state["llma.layers.1.attention_norm.weight"] = state.pop("llama.layers.1.attention_norm.weight")
     state["prefix_projector_norm.weight"] = torch.ones(3)
-    convert_imagebind_llm(state, tmp_path / "m", base=DecoderConfig(base), encoders=[GivenEncoder()])
+    convert(state, tmp_path / "m", base)
     report = (tmp_path / "m" / "conversion.tsv").read_text().splitlines()[1:]
     assert {line.split("\t")[0] for line in report} == set(state)
     dropped = [line.split("\t")[0] for line in report if line.split("\t")[1] == "dropped"]
@@ -190,21 +193,19 @@ def test_a_training_checkpoint_gives_the_same_and_its_base_is_compared_whole(tmp
     whole = filled("imagebind_llm_tiny_finetune") | {"image_bind.modality_trunks.text.w": torch.ones(2)}
     small = published("finetune")
     for name, state in (("whole", whole), ("small", small)):
-        convert_imagebind_llm(state, tmp_path / name, base=DecoderConfig(base), encoders=[GivenEncoder()])
+        convert(state, tmp_path / name, base)
     for file in ("bind.safetensors", "adapter/adapter_model.safetensors"):
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "small" / file).read_bytes()
     whole["llama.layers.2.attention.wk.weight"] = whole["llama.layers.2.attention.wk.weight"].flip(0)
     with pytest.raises(CheckpointError, match=r"layers\.2\.self_attn\.k_proj\.weight differs"):
-        convert_imagebind_llm(whole, tmp_path / "x", base=DecoderConfig(base), encoders=[GivenEncoder()])
+        convert(whole, tmp_path / "x", base)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_other_precisions_of_the_file_are_the_same_base(tmp_path, base, dtype):
     for phase in ("pretrain", "finetune"):
         state = {name: value.to(dtype) for name, value in published(phase).items()}
-        done = convert_imagebind_llm(
-            state, tmp_path / phase, base=DecoderConfig(base), encoders=[GivenEncoder()]
-        )
+        done = convert(state, tmp_path / phase, base)
         assert done.report.unknown == []
         assert done.shape.phase == phase
         assert (tmp_path / phase / "bind.safetensors").is_file()
@@ -227,12 +228,6 @@ def test_a_wrong_base_is_refused_by_its_sizes(tmp_path):
     with pytest.raises(CheckpointError, match="vocabulary 96 in the adapter, 300"):
         convert(filled("imagebind_llm_tiny_pretrain"), tmp_path / "m", other)
     assert not (tmp_path / "m").exists()
-
-
-def convert(state, folder, base, **options):
-    return convert_imagebind_llm(
-        state, folder, base=DecoderConfig(base, dtype="float32"), encoders=[GivenEncoder()], **options
-    )
 
 
 def change_norms(base, folder, change):
@@ -324,17 +319,11 @@ def test_shapes_that_cannot_be_are_refused_by_name(tmp_path, base):
 
 
 def test_encoders_of_another_width_are_refused(tmp_path, base):
-    from tiny import ColorEncoder
-
     with pytest.raises(CheckpointError, match="embeddings of size 1024, the encoders give 16"):
-        convert_imagebind_llm(
-            published("pretrain"), tmp_path / "m", base=DecoderConfig(base), encoders=[ColorEncoder()]
-        )
+        convert(published("pretrain"), tmp_path / "m", base, encoders=[ColorEncoder()])
 
 
 def test_a_base_that_is_no_llama_is_refused(tmp_path, base):
-    from tiny import save_tiny_decoder
-
     other = str(save_tiny_decoder(tmp_path / "qwen", "qwen2"))
     with pytest.raises(CheckpointError, match="of type 'qwen2'"):
         convert(published("pretrain"), tmp_path / "m", other)
@@ -367,10 +356,8 @@ def test_a_base_that_is_no_llama_is_refused(tmp_path, base):
         ("legacy_finetune", "finetune", True, 608_445_440 + 41_340_928),
     ],
 )
-def test_the_published_7b_files_are_accounted_for(table, phase, legacy, trained):
-    state = {
-        name: torch.empty(shape, device="meta") for name, shape in keys(f"imagebind_llm_7b_{table}").items()
-    }
+def test_the_published_7b_files_are_accounted_for_and_fill_a_7b_model(table, phase, legacy, trained):
+    state = hollow(f"imagebind_llm_7b_{table}")
     assert is_imagebind_llm(state)
     adapted = read_imagebind_llm(state)
     assert (adapted.shape.phase, adapted.shape.legacy) == (phase, legacy)
@@ -380,43 +367,24 @@ def test_the_published_7b_files_are_accounted_for(table, phase, legacy, trained)
     added = 2 * 32 * 4096 if phase == "finetune" else 0
     assert sum(tensor.numel() for tensor in adapted.tensors.values()) == trained + added
     assert len(adapted.base) == 65
-
-
-def test_the_7b_model_takes_exactly_these_tensors():
-    """Names and shapes of a whole 7B model, without its memory."""
-    from bindllm.model.adapter import AdapterConfig
-    from bindllm.model.bind_network import BindConfig
-    from bindllm.model.checkpoint import check_keys
-    from bindllm.model.injection import InjectConfig
-
-    config = LlamaConfig(intermediate_size=11008)
-    for table, legacy in (("finetune", False), ("legacy_finetune", True)):
-        state = {
-            name: torch.empty(shape, device="meta")
-            for name, shape in keys(f"imagebind_llm_7b_{table}").items()
-        }
-        with torch.device("meta"):
-            model = BindLLM(
-                LlamaForCausalLM(config),
-                tiny_tokenizer(),
-                DecoderConfig("7b"),
-                encoders=[GivenEncoder()],
-                bind=BindConfig(norm="layer" if legacy else "rms", bias=legacy),
-                inject=InjectConfig(),
-                adapter=AdapterConfig(),
-            )
-        check_keys(model.trainable_state(), read_imagebind_llm(state).tensors, source=table)
-        base = {
-            f"llama.{name}": torch.empty(shape, device="meta")
-            for name, shape in keys("llama_7b_base").items()
-        }
-        whole = read_imagebind_llm({**base, **state})
-        plain = {
-            name.replace(".base_layer.", ".").replace(".original_module.", "."): value.shape
-            for name, value in model.decoder.state_dict().items()
-            if "default" not in name
-        }
-        assert {name: value.shape for name, value in whole.base.items()} == plain
+    # Names and shapes of a whole 7B model, without its memory.
+    with torch.device("meta"):
+        model = BindLLM(
+            LlamaForCausalLM(LlamaConfig(intermediate_size=11008)),
+            tiny_tokenizer(),
+            DecoderConfig("7b"),
+            encoders=[GivenEncoder()],
+            bind=BindConfig(norm="layer" if legacy else "rms", bias=legacy),
+            adapter=AdapterConfig() if phase == "finetune" else None,
+        )
+    check_keys(model.trainable_state(), adapted.tensors, source=table)
+    base = {f"llama.{name}": tensor for name, tensor in hollow("llama_7b_base").items()}
+    plain = {
+        name.replace(".base_layer.", ".").replace(".original_module.", "."): value.shape
+        for name, value in model.decoder.state_dict().items()
+        if "default" not in name
+    }
+    assert {name: x.shape for name, x in read_imagebind_llm({**base, **state}).base.items()} == plain
 
 
 def test_rotation_of_halves_is_the_rotation_of_pairs():
