@@ -1,4 +1,4 @@
-"""Files: atomic writing, checksums, and reading JSON and tensors of untrusted folders.
+"""Files: atomic writing, checksums, and reading recipes, and JSON and tensors of untrusted folders.
 
 A reader sees the old content or the new, never a part of either. Only regular files are opened.
 """
@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bindllm.errors import BindLLMError, listed
+from bindllm.errors import BindLLMError, InputError, listed
 
 if TYPE_CHECKING:
     from safetensors import safe_open
@@ -258,6 +258,24 @@ def read_object(path: Path) -> dict[str, Any]:
     except BindLLMError:
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """Return the keys and values of a recipe, unchecked.
+
+    Raises:
+        InputError: the file cannot be read, is not YAML, or holds something else.
+    """
+    import yaml
+
+    try:
+        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    # Deep nesting exceeds the stack.
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise InputError(f"the recipe {path} cannot be read: {error}") from error
+    if not isinstance(recipe, dict):
+        raise InputError(f"the recipe {path} holds {type(recipe).__name__}, expected keys and values")
+    return recipe
 
 
 def require_file(path: Path, failure: type[BindLLMError], advice: str) -> None:

@@ -233,11 +233,15 @@ def test_what_does_not_exist_is_a_problem_and_not_a_traceback(line, told, capsys
 
 
 def test_a_recipe_that_is_not_yaml(capsys):
-    Path("broken.yaml").write_text("a: [1, 2\nb: {")
-    assert main(["check", "--config", "broken.yaml"]) == 1
-    Path("list.yaml").write_text("- 1")
-    assert main(["check", "--config", "list.yaml"]) == 1
-    assert "expected keys and values" in capsys.readouterr().out
+    for content, told in (
+        ("a: [1, 2\nb: {", "cannot be read: while parsing"),
+        ("a: " + "[" * 3000, "cannot be read: maximum recursion depth"),
+        ("- 1", "holds list, expected keys and values"),
+    ):
+        Path("broken.yaml").write_text(content)
+        for line in (["check", "--config"], ["fetch"]):
+            assert main([*line, "broken.yaml"]) == 1
+            assert told in "".join(capsys.readouterr())
     assert main(["check"]) == 2
 
 

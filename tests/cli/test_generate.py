@@ -44,7 +44,7 @@ def test_there_is_an_option_for_each_modality():
 
 
 def test_media_of_all_kinds(asked, capsys):
-    line = ["generate", "folder", "What?", "--audio", "bark.wav", "--image", "a.png", "--image", "b.png"]
+    line = ["generate", "folder", "What?", "--audio", "bark.wav", "--image", "file:a.png", "--image", "b.png"]
     assert main([*line, "--text", "a dog", "--imu", "walk.csv", "--media", "radar:sweep.npy"]) == 0
     expected = [Media.image("a.png"), Media.image("b.png"), Media.audio("bark.wav"), Media.text("a dog")]
     assert asked == [("What?", [*expected, Media.imu("walk.csv"), Media("radar", "sweep.npy")])]

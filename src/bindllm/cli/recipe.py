@@ -24,11 +24,12 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from bindllm.atomic import read_recipe
 from bindllm.cli import COMMANDS
 from bindllm.cli.arguments import plain_message
 from bindllm.data.datamodule import BindData
 from bindllm.errors import BindLLMError, InputError, UsageError, did_you_mean
-from bindllm.imports import classes_in, name_module
+from bindllm.imports import classes_in, name_module, strings_in
 from bindllm.training.module import BindModule
 from bindllm.training.preflight import Problems
 
@@ -137,7 +138,7 @@ def name_classes(args: Sequence[str]) -> None:
     while waiting:
         # Depth first; `read` stops recipes that name each other.
         tree, folder = waiting.pop()
-        for text in _strings(tree):
+        for text in strings_in(tree):
             # A recipe may name further recipes, relative to itself.
             file = (folder / text).resolve() if text.endswith((".yaml", ".yml")) else None
             if file is not None and file not in read:
@@ -155,17 +156,8 @@ def _try_yaml(source: str | Path) -> Any:
     """Return the content of a file or a text; None if it cannot be read: the parser reports that."""
     try:
         return yaml.safe_load(source.read_text(encoding="utf-8") if isinstance(source, Path) else source)
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return None
-
-
-def _strings(tree: Any) -> Iterator[str]:
-    """Yield all strings among the values of a recipe."""
-    if isinstance(tree, str):
-        yield tree
-    elif isinstance(tree, dict | list):
-        for value in tree.values() if isinstance(tree, dict) else tree:
-            yield from _strings(value)
 
 
 class RecipeCLI(LightningCLI):
@@ -266,9 +258,7 @@ class RecipeCLI(LightningCLI):
         Raises:
             InputError: options that contradict each other, or ask for what this machine does not have.
         """
-        # Lightning accepts a callback or a list of them.
-        own = self.trainer_options.get("callbacks") or []
-        own = own if isinstance(own, list) else [own]
+        own = listed(self.trainer_options.get("callbacks"))
         # Lightning divides the loss by the one, and ignores the other.
         for name, least in (("accumulate_grad_batches", 1), ("gradient_clip_val", 0)):
             if (value := self.trainer_options.get(name)) is not None and not value >= least:
@@ -285,6 +275,11 @@ class RecipeCLI(LightningCLI):
         for key in ("config", "resume", "overwrite"):
             config.pop(key, None)
         return self.parser.dump(config, skip_unset=False)
+
+
+def listed(value: Any) -> list[Any]:
+    """Return the items of a key for which Lightning accepts one item, several, or null."""
+    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
 
 
 def add_overwrite(parser: LightningArgumentParser) -> None:
@@ -362,8 +357,10 @@ class CheckedRecipe(RecipeCLI):
         """Parse the recipe part by part, then its overrides one by one."""
         self.config, self.is_complete = Namespace(), False
         name_classes(args)
-        recipe = _read_yaml(args[1], self._problems)
-        if recipe is None:
+        try:
+            recipe = read_recipe(args[1])
+        except InputError as error:
+            self._problems.append(str(error))
             return
         # How to read this: a part with a message is split until the smallest wrong piece is found; the rest stays.
         recipe = self._valid(recipe, lambda part: self._mistake([_as_option(part)]))
@@ -434,19 +431,6 @@ class CheckedRecipe(RecipeCLI):
                 kept[name] = valid
                 missing = mistake(kept)
         return _NOTHING if missing else kept
-
-
-def _read_yaml(file: str, problems: Problems) -> dict[str, Any] | None:
-    """Read a recipe without checking it; note why that is impossible."""
-    try:
-        recipe = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        problems.append(f"the recipe {file} cannot be read: {error}")
-        return None
-    if not isinstance(recipe, dict):
-        problems.append(f"the recipe {file} holds {type(recipe).__name__}, expected keys and values")
-        return None
-    return recipe
 
 
 def _as_option(recipe: dict[str, Any]) -> str:

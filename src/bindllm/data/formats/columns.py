@@ -284,14 +284,18 @@ def as_list(value: object, column: str) -> list:
     Raises:
         RowError: it is not a list.
     """
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            value = None
+    value = from_json(value)
     if not isinstance(value, list):
         raise RowError(f"column {column!r} does not hold a list")
     return value
+
+
+def from_json(value: object) -> object:
+    """Return the value of a text in JSON, None if it is not JSON; all other values as they are."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return None
 
 
 def json_list(value: object, of: tuple[type, ...] = (str, Mapping)) -> object:
@@ -307,10 +311,7 @@ def json_list(value: object, of: tuple[type, ...] = (str, Mapping)) -> object:
     """
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return value
-    try:
-        items = as_list(value, "")
-    except RowError:
-        return value
+    items = from_json(value)
     return items if items and all(isinstance(item, of) for item in items) else value
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
+from bindllm.data.formats import clean_caption
 from bindllm.data.formats.media import FolderResolver
-from bindllm.data.formats.questions import clean_caption
 from bindllm.data.report import Skipped
 from bindllm.data.source_config import SPLITS
 from bindllm.data.sources import hashed_split, require_table
