@@ -86,9 +86,8 @@ def project(tmp_path_factory, point_state):
     base.save_pretrained(home / "base")
     trunks = ("vision", "audio")
     state = {name: value for name, value in small_state().items() if name.split(".")[1] in trunks}
-    state |= {
-        name: fill(name, (1024, 64)) for name in (f"modality_heads.{trunk}.2.weight" for trunk in trunks)
-    }
+    for name in (f"modality_heads.{trunk}.2.weight" for trunk in trunks):
+        state[name] = fill(name, (1024, state[name].shape[1]))
     convert_imagebind(state, home / "imagebind", tokenizer_file=None, heads=HEADS)
     save(home / "7B.pth", {"model": published("finetune")})
     save(home / "point.pt", point_state)
