@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from bindllm import BindLLM
+from bindllm.encoders import Embedded
 from bindllm.encoders.efficientnet import _Network
 from bindllm.media import Media, open_image
 from bindllm.model.bind_network import BindConfig
@@ -126,6 +127,27 @@ class ColorEncoder:
     def embed(self, modality: str, inputs: list[torch.Tensor]) -> torch.Tensor:
         stacked = torch.stack(list(inputs)).to(self._projection)
         return torch.nn.functional.normalize(stacked @ self._projection + 1e-3, dim=-1)
+
+
+class TokenEncoder(ColorEncoder):
+    """Also returns the colors of the cells as tokens, projected to a width."""
+
+    def __init__(self, embedding_size: int = 16, grid: int = 4, width: int = 8) -> None:
+        super().__init__(embedding_size, grid)
+        self.token_sizes = dict.fromkeys(self.modalities, width)
+        generator = torch.Generator().manual_seed(8)
+        self._token_projection = torch.randn(3, width, generator=generator)
+
+    @property
+    def config(self) -> dict:
+        return {**super().config, "width": self._token_projection.shape[1]}
+
+    def embed(self, modality: str, inputs: list[torch.Tensor], *, tokens: bool = False):
+        embeddings = super().embed(modality, inputs)
+        if not tokens:
+            return embeddings
+        cells = torch.stack(list(inputs)).unflatten(1, (self.grid, self.grid, 3)) + 1e-3
+        return Embedded(embeddings, list(cells @ self._token_projection))
 
 
 IDS = torch.arange(3, 19).reshape(2, 8)

@@ -47,10 +47,13 @@ class Objective(ABC):
     Attributes:
         needs: the kind of rows it learns from. Data of another kind is refused before anything is loaded.
         uses_reference: whether the loss compares with the initial model.
+        drops_tokens: whether training drops bind tokens at random (`BindNetwork`); not if the loss compares two passes
+            over the same rows, which must read the same tokens.
     """
 
     needs: ClassVar[Needs] = "answers"
     uses_reference: ClassVar[bool] = False
+    drops_tokens: ClassVar[bool] = True
 
     @property
     def can_checkpoint(self) -> bool:

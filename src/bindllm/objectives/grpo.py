@@ -95,6 +95,7 @@ class GRPO(Objective):
     """
 
     needs: ClassVar[Needs] = "prompts"
+    drops_tokens: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -417,4 +418,4 @@ def _join(prompts: Batch, ids: Tensor, in_answer: Tensor, group_size: int) -> Ba
     order = (torch.arange(width, device=ids.device) + padding) % width
     longest = int(columns["attention_mask"].sum(1).max())
     moved = {name: value.gather(1, order)[:, :longest] for name, value in columns.items()}
-    return {**moved, "embeddings": given["embeddings"]}
+    return {**moved, **{name: given[name] for name in ("embeddings", "tokens") if name in given}}

@@ -46,6 +46,7 @@ class KTO(Objective):
 
     needs: ClassVar[Needs] = "labels"
     uses_reference: ClassVar[bool] = True
+    drops_tokens: ClassVar[bool] = False
 
     def __init__(
         self, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0

@@ -39,6 +39,7 @@ class DPO(Objective):
 
     needs: ClassVar[Needs] = "pairs"
     uses_reference: ClassVar[bool] = True
+    drops_tokens: ClassVar[bool] = False
 
     def __init__(
         self,

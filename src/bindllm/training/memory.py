@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from bindllm.data.collate import Batch
 from bindllm.data.rows import IGNORE, Row, make_sample
 from bindllm.encoders import Encoder
+from bindllm.encoders.tokens import MOST_TOKENS, token_size
 from bindllm.errors import InputError
 from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
@@ -71,7 +72,7 @@ class RunPlan:
 
     Args:
         decoder: the language model, its dtype and quantization; only its config file is read.
-        encoders: the encoders; only their embedding size is used.
+        encoders: the encoders; only the sizes of their embeddings and tokens are used.
         rows: rows of a batch on one device, B; a preference pair is two rows.
         tokens: tokens of a row with its padding, T.
         supervised: supervised tokens of the whole batch, N.
@@ -142,9 +143,10 @@ class RunPlan:
         """The model, and the bytes by part at the peak of its forward and backward pass."""
         decoder = meta_decoder(self.decoder, self.dtype)
         with torch.device("meta"):
-            # One encoder: several would be compared, which the caller has done.
             parts = {"bind": self.bind, "inject": self.inject, "adapter": self.adapter}
-            model = BindLLM(decoder, None, self.decoder, encoders=self.encoders[:1], **parts)
+            model = BindLLM(decoder, None, self.decoder, encoders=self.encoders, **parts)
+        # The steps that take the most memory have all bind tokens.
+        model.bind.drops_tokens = False
         model.set_trainable(self.trainable)
         if self.checkpointing:
             model.checkpoint_activations()
@@ -166,6 +168,10 @@ class RunPlan:
             "embeddings": torch.zeros(self.rows, self.media_groups, self.encoders[0].embedding_size),
             "labels": labels,
         }
+        if self.bind.tokens > 1:
+            # As many as an encoder may return: their number is known only once a media was read.
+            size = token_size(self.encoders, self.bind.token_modalities)
+            inputs["tokens"] = torch.zeros(self.rows, self.media_groups, MOST_TOKENS, size)
         # Columns of all objectives at once: each reads its own, and meta tensors cost nothing.
         numbers = torch.arange(self.rows - self.rejected)
         return {

@@ -141,6 +141,7 @@ class BindModule(LightningModule):
             adapter=self.adapter_config,
             cache_config=self.cache_config,
         )
+        self.model.bind.drops_tokens = self.objective.drops_tokens
         # The order of construction is fixed: decoder, adapter, injection; then the groups, then earlier weights.
         self.model.set_trainable(self.trainable)
         # Hooks of the injection are in place by now: recomputed layers must add the same bind tensors.

@@ -40,7 +40,7 @@ from bindllm.model.decoder import (
     fingerprint_decoder,
     load_tokenizer,
 )
-from bindllm.model.injection import InjectConfig, try_out
+from bindllm.model.injection import InjectConfig
 from bindllm.model.pretrained import encoder_fingerprints, read_cache_config, read_decoder, read_parts
 from bindllm.testing import check_encoder, synthetic_media
 from bindllm.training.memory import MEASURED_ROWS
@@ -181,7 +181,7 @@ def check_checkpoint(folder: str, problems: Problems, *, allow: Sequence[str]) -
         config, parts, tensors = read_parts(folder, decoder=None, dtype=None, allow=allow)
         model = BindLLM.build_empty(config, **parts)
         model.check_trainable_state(tensors, source=folder)
-        try_out(model.decoder)
+        model.injection.try_out(model.decoder)
     problems[known:] = dict.fromkeys(problems[known:])
 
 
@@ -321,7 +321,7 @@ def _check_model(checked: CheckedParts, trainable: list[str]) -> None:
     joined = {name: parts.get(name) for name in ("bind", "inject", "adapter")}
     # On the meta device: seconds, also for a decoder of many gigabytes.
     model = BindLLM.build_empty(parts["decoder"], tokenizer, encoders=checked.encoders, **joined)
-    try_out(model.decoder)
+    model.injection.try_out(model.decoder)
     check_vocabulary(tokenizer, model.decoder.get_input_embeddings().num_embeddings)
     model.set_trainable(trainable)
     if model.adapter is not None:
