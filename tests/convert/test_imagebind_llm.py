@@ -179,7 +179,8 @@ def test_every_tensor_is_in_the_report_and_the_manifest_says_what_it_is(load, tm
     dropped = [line.split("\t")[0] for line in report if line.split("\t")[1] == "dropped"]
     assert dropped == ["prefix_projector_norm.weight"]
     manifest = json.loads((tmp_path / "m" / "bindllm.json").read_text())
-    assert manifest["bind"] == {"depth": 3, "expansion": 4, "norm": "layer", "bias": True, "fusion": "mean"}
+    bind = {"depth": 3, "expansion": 4, "norm": "layer", "bias": True, "fusion": "mean", "tokens": 1}
+    assert {name: manifest["bind"][name] for name in bind} == bind
     assert manifest["inject"] == {"kind": "value", "queries": True, "layers": None}
     adapter = {"rank": 16, "alpha": None, "bias": True, "norm": True, "dora": False, "rslora": False}
     assert manifest["adapter"] == adapter
