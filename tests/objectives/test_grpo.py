@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from bindllm.objectives import GRPO, Reward
+from bindllm.objectives import GRPO, Reward, grpo
 from bindllm.objectives.grpo import clipped_surrogate, draw_answers, group_advantages, kl_estimate
 from grpo_parts import LetterClass, started
 from preference_parts import COLORS, TOKENIZER, lookup
@@ -233,3 +233,18 @@ def test_drawn_answers_are_rows_as_training_makes_them(decoder):
         assert rest["labels"] <= {-100}
         assert rest["media_index"] <= {-1}
         assert torch.equal(drawn["embeddings"][r], lookup(sample.media))
+
+
+def test_drawn_answers_keep_the_tokens_of_their_prompts():
+    prompts = {
+        "input_ids": torch.tensor([[0, 5], [6, 7]]),
+        "attention_mask": torch.tensor([[0, 1], [1, 1]]),
+        "media_index": torch.tensor([[-1, 0], [0, 0]]),
+        "embeddings": torch.randn(2, 1, 4),
+        "tokens": torch.randn(2, 1, 3, 8),
+    }
+    ids = torch.full((4, 1), 9)
+    joined = grpo._join(prompts, ids, torch.ones(4, 1, dtype=torch.bool), 2)
+    assert torch.equal(joined["tokens"], prompts["tokens"][[0, 0, 1, 1]])
+    del prompts["tokens"]
+    assert "tokens" not in grpo._join(prompts, ids, torch.ones(4, 1, dtype=torch.bool), 2)
