@@ -53,8 +53,8 @@ def sample(color, caption=None, *, shade=0, references=None, prompt=PROMPT, medi
 
 
 @pytest.fixture(scope="module")
-def model():
-    return tiny_model()
+def model(decoder):
+    return tiny_model(decoder, gates=1.0)
 
 
 @pytest.fixture

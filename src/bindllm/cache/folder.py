@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from bindllm.atomic import atomic_file, file_sha256, locked, read_json, write_json
+from bindllm.atomic import atomic_file, check_replaceable, file_sha256, locked, read_json, write_json
 from bindllm.cache.factories import limit_threads, load_faiss, reason
 from bindllm.embeddings.shards import KEY, KEY_BYTES
 from bindllm.errors import StoreError
@@ -189,17 +189,9 @@ def _remove_unnamed(folder: Path) -> None:
 
 
 def _refuse_foreign(folder: Path) -> None:
-    if folder.is_dir():
-        # Our files without a manifest are those of a killed first build.
-        ours = (folder / MANIFEST).is_file() or any(file for name in _OURS for file in folder.glob(name))
-        if ours or not any(folder.iterdir()):
-            return
-    elif not folder.exists():
-        return
-    raise StoreError(
-        f"{folder} exists and is not an index of bindllm (no {MANIFEST}); nothing was written. "
-        "Choose another folder or empty it"
-    )
+    # Our files without a manifest are those of a killed first build.
+    if not any(file for name in _OURS for file in folder.glob(name)):
+        check_replaceable(folder, MANIFEST, StoreError, kind="an index of bindllm")
 
 
 def publish(folder: Path, info: IndexInfo, keys: np.ndarray, write: Callable[[Path], None]) -> None:

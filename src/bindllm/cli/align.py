@@ -14,8 +14,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from bindllm.atomic import check_replaceable
 from bindllm.cli.recipe import RecipeCLI, add_overwrite, quiet
-from bindllm.encoders.aligned import MANIFEST, refuse_other_content
+from bindllm.encoders.aligned import MANIFEST
 from bindllm.errors import InputError
 from bindllm.training.align.data import AlignData
 from bindllm.training.align.module import METRICS, RECALL_AT, AlignModule, save_aligned
@@ -50,7 +51,7 @@ def align(args: list[str]) -> int:
         cli = AlignCLI(args)
         output, model, data = Path(cli.config.output), cli.model, cli.datamodule
         # Everything that can refuse the run comes before the first file is embedded.
-        refuse_other_content(output)
+        check_replaceable(output, MANIFEST, InputError, kind="an aligned encoder")
         rehearses = bool(cli.trainer_options.get("fast_dev_run"))
         if not rehearses:
             held.enter_context(lock_output(output))

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bindllm.atomic import atomic_file, locked, remove_leftovers
+from bindllm.atomic import atomic_file, check_replaceable, locked, remove_leftovers
 from bindllm.data.datamodule import BindData
 from bindllm.data.rows import spread
 from bindllm.errors import BindLLMError, InputError, TrainingError, printable
@@ -82,12 +82,7 @@ def run_folder(output: str | Path, *, init_from: str | Path | None = None) -> Pa
             f"output {output} is model.init_from too: the run would replace its own start, and could not be "
             "run twice with the same result; choose another output"
         )
-    if output.exists() and not output.is_dir():
-        raise InputError(f"output {output} is a file; name a folder")
-    if output.is_dir() and any(output.iterdir()) and not (output / MANIFEST).is_file():
-        raise InputError(
-            f"output {output} is a folder with other content (no {MANIFEST}); choose another one"
-        )
+    check_replaceable(output, MANIFEST, InputError, kind="a bindllm checkpoint")
     # The usual place needs no hash in the name of its run.
     if found.parent == home / OUTPUTS:
         return Path(RUNS) / found.name
