@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -9,7 +11,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from bindllm.encoders import EfficientNetLite
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.decoder import DecoderConfig, default_device, load_decoder, load_tokenizer
-from bindllm.model.injection import InjectConfig
 
 DECODER = DecoderConfig("checkpoints/smollm2-135m-instruct")
 # LLaMA-1 7B: 32 layers of width 4096, the size of the published ImageBind-LLM.
@@ -32,11 +33,16 @@ def bare_decoder() -> PreTrainedModel:
     return decoder.eval().requires_grad_(False)
 
 
-def bound_model(*, open_gates: bool = True, inject: InjectConfig | None = None) -> BindLLM:
-    """Return the same decoder with bind network and injection; open gates, so that no computation can be skipped."""
+def bound_model(*, open_gates: bool = True, **parts: Any) -> BindLLM:
+    """Return the same decoder with bind network and injection; open gates, so that no computation can be skipped.
+
+    Args:
+        open_gates: whether the gates are open.
+        **parts: ``bind`` and ``inject`` as for `BindLLM`.
+    """
     torch.manual_seed(0)
-    parts = {"encoders": [EfficientNetLite()], "inject": inject}
-    model = BindLLM(bare_decoder(), load_tokenizer(DECODER), DECODER, **parts)
+    encoders = [EfficientNetLite()]
+    model = BindLLM(bare_decoder(), load_tokenizer(DECODER), DECODER, encoders=encoders, **parts)
     model.set_trainable(["bind", "inject"])
     if open_gates:
         torch.nn.init.constant_(model.injection.gates, 0.01)

@@ -167,7 +167,7 @@ def test_bytes_that_the_model_ends_itself_stay_visible(weights):
 def test_no_more_tokens_than_the_decoder_has_positions(weights, tmp_path):
     model = build(folder_with(weights, tmp_path / "decoder", {}, max_position_embeddings=40))
     script(model, ids("y"))
-    prompt = len(model._prepare("What?", None)[0][0][0])
+    prompt = len(model._prepare("What?", None)[0][0])
     assert model.generate("What?", max_new_tokens=500) == "y" * (40 - prompt)
     assert model.generate("What?", max_length=500) == "y" * (40 - prompt)
     with pytest.raises(InputError, match=r"prompt has 1\d\d tokens, and the decoder has 40 positions"):

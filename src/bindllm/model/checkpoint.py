@@ -242,6 +242,18 @@ def build_own(entry: Mapping[str, Any], *, allow: Sequence[str] = ()) -> Any:
     return build_object(dict(entry), allow=[entry["class_path"], *allow, *own])
 
 
+def describe_encoders(encoders: Sequence[Encoder]) -> list[dict[str, Any]]:
+    """Return the entries of encoders in a manifest, for `build_object`, with their fingerprints."""
+    return [
+        {
+            "class_path": f"{type(encoder).__module__}.{type(encoder).__qualname__}",
+            "init_args": encoder.config,
+            "fingerprint": encoder.fingerprint(),
+        }
+        for encoder in encoders
+    ]
+
+
 def _not_an_encoder(kind: Any) -> str:
     """Return why something is not the class of an encoder. An untrusted folder may name any function."""
     if not isinstance(kind, type):
@@ -306,7 +318,8 @@ def write_card(manifest: dict[str, Any], *, data: list[str] | None = None) -> st
         "|---|---|---|",
         *(f"| {row['part']} | `{row['name']}` | {row['license']} |" for row in licenses(manifest, data=data)),
         "",
-        f"Bind network: depth {manifest['bind']['depth']}, expansion {manifest['bind']['expansion']}. "
+        f"Bind network: depth {manifest['bind']['depth']}, expansion {manifest['bind']['expansion']}"
+        f"{_token_words(manifest['bind'])}. "
         f"Injection: kind `{manifest['inject']['kind']}`, queries {manifest['inject']['queries']}.",
         *_adapter_lines(adapter),
         *([f"Trained on the decoder in {kind}."] if (kind := decoder.get("quantize")) else []),
@@ -328,6 +341,12 @@ def write_card(manifest: dict[str, Any], *, data: list[str] | None = None) -> st
         "of the training data, hold for them as well.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _token_words(bind: dict[str, Any]) -> str:
+    """Return the number of bind tokens, or nothing for one."""
+    count = bind.get("tokens", 1)
+    return f", {count} bind tokens of {', '.join(bind['token_modalities'])} media" if count > 1 else ""
 
 
 def _adapter_lines(adapter: dict[str, Any] | None) -> list[str]:

@@ -72,6 +72,15 @@ class InjectConfig:
             raise InputError(f"unknown injection kind {self.kind!r}. {did_you_mean(str(self.kind), KINDS)}")
 
 
+def check_kind(config: InjectConfig, num_tokens: int) -> None:
+    """Raise an `InputError` if this kind of injection takes one bind token only."""
+    if config.kind != "attend":
+        raise InputError(
+            f"bind.tokens is {num_tokens}, and injection kind {config.kind!r} adds one vector for each media group: "
+            "set inject.kind: attend, or bind.tokens: 1"
+        )
+
+
 class Arrivals:
     """A count that layers share; sharded layers get copies of dataclasses, dictionaries and lists."""
 

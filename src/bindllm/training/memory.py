@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from bindllm.data.collate import Batch
 from bindllm.data.rows import IGNORE, Row, make_sample
 from bindllm.encoders import Encoder
+from bindllm.encoders.tokens import MOST_TOKENS, token_size
 from bindllm.errors import InputError
 from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
@@ -167,6 +168,10 @@ class RunPlan:
             "embeddings": torch.zeros(self.rows, self.media_groups, self.encoders[0].embedding_size),
             "labels": labels,
         }
+        if self.bind.tokens > 1:
+            # As many as an encoder may return: their number is known only once a media was read.
+            size = token_size(self.encoders, self.bind.token_modalities)
+            inputs["tokens"] = torch.zeros(self.rows, self.media_groups, MOST_TOKENS, size)
         # Columns of all objectives at once: each reads its own, and meta tensors cost nothing.
         numbers = torch.arange(self.rows - self.rejected)
         return {
