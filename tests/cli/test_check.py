@@ -400,20 +400,3 @@ def test_escape_sequences_in_names_of_untrusted_files_are_not_printed(parts, cap
     told = "".join(capfd.readouterr())
     assert "owned" in told
     assert not {"\x1b", "\x07"} & set(told)
-
-
-def test_tokens_are_checked_and_their_size_is_printed(parts, capsys):
-    recipe = tiny_recipe(parts, model={"bind": {"tokens": 4}, "inject": {"kind": "attend"}})
-    recipe["model"] |= {
-        "decoder": {"name": str(parts / "decoder"), "dtype": "float32"},
-        "optim": {"lr": 0.01},
-    }
-    recipe["model"]["encoders"] = [{"class_path": "tiny.TokenEncoder"}]
-    assert run("check", recipe) == 0
-    # 28 images of 4 x 4 tokens of 8 numbers in half precision.
-    assert "tokens of 28 image media: about 0.0 MB in data/store" in capsys.readouterr().out
-    recipe["model"]["encoders"] = [{"class_path": "tiny.ColorEncoder"}]
-    assert run("check", recipe) == 1
-    told = capsys.readouterr().out
-    assert "ColorEncoder has no tokens of image media" in told
-    assert "1 problem\n" in told
