@@ -10,14 +10,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
-from bindllm import BindLLM, EmbeddingStore, Media
+from bindllm import EmbeddingStore, Media
 from bindllm.embeddings.precompute import precompute_embeddings
-from bindllm.model.bind_network import BindConfig
-from bindllm.model.decoder import DecoderConfig
 from bindllm.parallel import Processes
-from tiny import ColorEncoder, save_tiny_decoder
+from tiny import ColorEncoder, save_tiny_decoder, tiny_model
 
 ALLOW = ["cache_parts.Multimodal", "cache_parts.Words", "tiny.ColorEncoder"]
 TEXT = Media.text("a dog")
@@ -80,15 +77,7 @@ def save_tiny_model(folder: Path, decoder: Path, *, encoder: ColorEncoder | None
     """Write a checkpoint with open gates, so that answers depend on embeddings; return its folder."""
     if not decoder.is_dir():
         save_tiny_decoder(decoder)
-    torch.manual_seed(0)
-    model = BindLLM.build(
-        DecoderConfig(str(decoder), dtype="float32"),
-        device="cpu",
-        encoders=[encoder or Multimodal()],
-        bind=BindConfig(depth=1, expansion=2),
-    )
-    nn.init.normal_(model.injection.gates, std=2.0)
-    model.save_pretrained(folder)
+    tiny_model(decoder, encoders=[encoder or Multimodal()]).save_pretrained(folder)
     return folder
 
 

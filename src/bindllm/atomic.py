@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bindllm.errors import BindLLMError, InputError
+from bindllm.errors import BindLLMError, InputError, listed
 
 if TYPE_CHECKING:
     from safetensors import safe_open
@@ -123,6 +123,25 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             os.replace(old, path)
 
 
+def check_replaceable(path: Path, marker: str, failure: type[BindLLMError], *, kind: str) -> None:
+    """Refuse to write a folder over a file, or over a folder of another kind: it may be a user's work.
+
+    Args:
+        path: may be missing, or an empty folder.
+        marker: the file that every folder of this kind has.
+        failure: the type of the error.
+        kind: of the folder, such as "a bindllm checkpoint".
+
+    Raises:
+        BindLLMError: a ``failure``.
+    """
+    is_empty = path.is_dir() and not any(path.iterdir())
+    if path.exists() and not is_empty and not (path / marker).is_file():
+        raise failure(
+            f"{path} exists and is not {kind} (no {marker}); nothing was written. Choose another folder or empty it"
+        )
+
+
 def remove_leftovers(path: str | Path) -> None:
     """Remove the files that killed writers left next to ``path``. The caller makes sure that no process writes it."""
     path = Path(path).resolve()
@@ -215,7 +234,7 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str:
         for name, tensor in tensors.items()
         if tensor.is_floating_point() and tensor.numel() and not all(x.isfinite() for x in tensor.aminmax())
     ]
-    return ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+    return listed(wrong)
 
 
 def read_json(path: Path, failure: type[BindLLMError], advice: str = "copy the whole folder") -> Any:

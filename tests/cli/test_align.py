@@ -156,7 +156,7 @@ def test_an_encoder_is_replaced_and_other_content_is_not(texts, capsys):
     Path("mine").mkdir()
     Path("mine/notes.txt").write_text("mine")
     assert run_align(align_recipe(texts), "--output", "mine") == 1
-    assert "mine holds other content (no align.json)" in capsys.readouterr().err
+    assert "mine exists and is not an aligned encoder (no align.json)" in capsys.readouterr().err
     assert [path.name for path in Path("mine").iterdir()] == ["notes.txt"]
 
 

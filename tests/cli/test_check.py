@@ -58,7 +58,7 @@ def test_all_problems_are_named_at_once(parts, capsys):
         "'max_epochs'",
         "'batch_size'",
         "depth -1",
-        "other content",
+        "not a bindllm checkpoint",
         "'checkpoints/nope'",
         "nowhere",
         "weight must be",

@@ -24,7 +24,7 @@ def test_the_folder_is_named_after_the_output(tmp_path, monkeypatch):
     (tmp_path / "photos").mkdir()
     assert run_folder("photos").name.startswith("photos-")
     (tmp_path / "photos" / "a.png").write_text("")
-    with pytest.raises(InputError, match="other content"):
+    with pytest.raises(InputError, match="not a bindllm checkpoint"):
         run_folder("photos")
 
 

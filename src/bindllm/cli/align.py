@@ -13,8 +13,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from bindllm.atomic import check_replaceable
 from bindllm.cli.recipe import RecipeCLI, add_overwrite, quiet
-from bindllm.encoders.aligned import MANIFEST, refuse_other_content
+from bindllm.encoders.aligned import MANIFEST
 from bindllm.errors import InputError
 from bindllm.training.align.data import AlignData
 from bindllm.training.align.folder import save_aligned
@@ -50,7 +51,7 @@ def align(args: list[str]) -> int:
         output, model, data = Path(cli.config.output), cli.model, cli.datamodule
         # Everything that can refuse the run comes before the first file is embedded.
         rehearses, replaced = bool(cli.trainer_options.get("fast_dev_run")), (output / MANIFEST).is_file()
-        refuse_other_content(output)
+        check_replaceable(output, MANIFEST, InputError, kind="an aligned encoder")
         if replaced and not (cli.config.overwrite or rehearses):
             raise InputError(
                 f"output {output} holds an aligned encoder, which this run would replace. Choose another --output, or "

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bindllm.atomic import atomic_file, remove_leftovers
+from bindllm.atomic import atomic_file, check_replaceable, remove_leftovers
 from bindllm.data.datamodule import BindData
 from bindllm.errors import BindLLMError, InputError, TrainingError, printable
 from bindllm.evaluation.held_out import evaluate_held_out, held_out_rows
@@ -85,12 +85,7 @@ def run_folder(output: str | Path, *, init_from: str | Path | None = None) -> Pa
         )
     if output.parts[:1] == ("~",):
         raise InputError(f"output {output} would be in a folder called ~ here; write the whole path")
-    if output.exists() and not output.is_dir():
-        raise InputError(f"output {output} is a file; name a folder")
-    if output.is_dir() and any(output.iterdir()) and not (output / MANIFEST).is_file():
-        raise InputError(
-            f"output {output} is a folder with other content (no {MANIFEST}); choose another one"
-        )
+    check_replaceable(output, MANIFEST, InputError, kind="a bindllm checkpoint")
     # The usual place needs no hash in the name of its run.
     if found.parent == home / OUTPUTS:
         return Path(RUNS) / found.name

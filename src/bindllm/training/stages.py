@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bindllm.errors import CheckpointError, printable
-from bindllm.model.adapter import PREFIX, AdapterConfig
+from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
-from bindllm.model.checkpoint import read_manifest, read_weights
+from bindllm.model.checkpoint import ADAPTER_PREFIX, read_manifest, read_weights
 from bindllm.model.decoder import DecoderConfig, fingerprint_decoder
 from bindllm.model.injection import InjectConfig
 from bindllm.model.pretrained import encoder_fingerprints, read_configs
@@ -57,7 +57,7 @@ def init_from_checkpoint(model: BindLLM, folder: str | Path) -> None:
     if not manifest.get("adapter"):
         # A first stage has none: the new adapter keeps its initial values, with which it changes nothing.
         own = model.trainable_state().items()
-        tensors |= {name: value for name, value in own if name.startswith(PREFIX)}
+        tensors |= {name: value for name, value in own if name.startswith(ADAPTER_PREFIX)}
     model.load_trainable_state(tensors, source=str(folder))
 
 
