@@ -433,7 +433,7 @@ def memory_lines(plan: RunPlan, limit: str | None) -> tuple[list[Any], str]:
     # Encoders are gone before training starts, so they are not part of the peak.
     if encoders := sum(_weights(encoder) for encoder in plan.encoders):
         lines.append(
-            f"before that, while media are embedded: {format_bytes(encoders)} of encoders, and their activations"
+            f"before that, while media are embedded: {_text(encoders)} of encoders, and their activations"
         )
     if plan.device == "cpu":
         lines.append("the process may show more than this: the C library keeps freed memory (docs/memory.md)")
@@ -443,20 +443,17 @@ def memory_lines(plan: RunPlan, limit: str | None) -> tuple[list[Any], str]:
         lines.append("this machine has no such device; give the memory of one with --memory_limit 24GB")
         return lines, ""
     if estimate.total <= available:
-        lines.append(f"fits into {format_bytes(available)}: {estimate.total / available:.0%} of it")
+        lines.append(f"fits into {_text(available)}: {estimate.total / available:.0%} of it")
         return lines, ""
     # Each change is listed with its effect, so that the user can stop at the one that is enough.
     changes = [
-        f"{words}: {format_bytes(total)}{', fits' if total <= available else ''}"
+        f"{words}: {_text(total)}{', fits' if total <= available else ''}"
         for words, total in plan.changes(available)
     ]
     advice = (
         f"Changes, each on top of the others: {'; '.join(changes)}" if changes else "No change makes it fit"
     )
-    return (
-        lines,
-        f"the run needs {format_bytes(estimate.total)} on {where}, which has {format_bytes(available)}. {advice}",
-    )
+    return lines, f"the run needs {_text(estimate.total)} on {where}, which has {_text(available)}. {advice}"
 
 
 def read_size(text: str) -> int:
@@ -486,14 +483,13 @@ def _table(estimate: MemoryEstimate) -> Table:
         column.justify = "right"
     for name, size in estimate.parts.items():
         if size:
-            table.add_row(name, format_bytes(size), f"{size / estimate.total:.0%}")
+            table.add_row(name, _text(size), f"{size / estimate.total:.0%}")
     table.add_section()
-    table.add_row("total", format_bytes(estimate.total), "")
+    table.add_row("total", _text(estimate.total), "")
     return table
 
 
-def format_bytes(size: int) -> str:
-    """Return a size as a text, in GB or MB of a thousand."""
+def _text(size: int) -> str:
     return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 

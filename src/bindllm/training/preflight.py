@@ -44,7 +44,7 @@ from bindllm.model.decoder import (
 from bindllm.model.injection import InjectConfig
 from bindllm.model.pretrained import encoder_fingerprints, read_cache_config, read_decoder, read_parts
 from bindllm.testing import check_encoder, synthetic_media
-from bindllm.training.memory import MEASURED_ROWS, format_bytes
+from bindllm.training.memory import MEASURED_ROWS
 from bindllm.training.optim import OptimConfig
 from bindllm.training.run import run_folder
 from bindllm.training.stages import check_base
@@ -346,7 +346,7 @@ def _check_tokens(checked: CheckedParts, store: str, say: Callable[[str], Any]) 
             encoder = encoder_for(modality, encoders)
             (tokens,) = encoder.embed(modality, [encoder.prepare(item)], tokens=True).tokens
             size = len(own) * reduce_tokens(tokens).nbytes
-            say(f"tokens of {len(own):,} {modality} media: about {format_bytes(size)} in {store}")
+            say(f"tokens of {len(own):,} {modality} media: about {size / 1e6:,.1f} MB in {store}")
 
 
 def _check_encoder(
