@@ -106,6 +106,11 @@ class BindModule(LightningModule):
         """The decoder's tokenizer; the data needs it before the decoder is loaded."""
         return load_tokenizer(self.decoder_config)
 
+    @property
+    def token_modalities(self) -> list[str]:
+        """Modalities whose tokens the batches hold; none for a model with one bind token."""
+        return self.bind_config.token_modalities if self.bind_config.tokens > 1 else []
+
     def setup(self, stage: str) -> None:
         """Refuse data that the objective cannot learn from; called when the data is ready.
 

@@ -28,6 +28,7 @@ from bindllm.data.stream.loader import check_streams, is_training_stream
 from bindllm.data.stream.samples import read_stream
 from bindllm.data.stream.shards import expand_shards, is_stream
 from bindllm.encoders import Encoder, HasExamples, alignment_warnings, encoder_for, skipped_encoders
+from bindllm.encoders.tokens import reduce_tokens, token_size
 from bindllm.errors import BindLLMError, InputError
 from bindllm.media import MODALITIES, Media, open_image
 from bindllm.model.adapter import AdapterConfig
@@ -137,6 +138,7 @@ def check_recipe(
     if checked.is_whole and checked.tokenizer is not None:
         with problems.noted():
             _check_model(checked, model["trainable"])
+            _check_tokens(checked, data["store"], say)
     # None: an encoder could not be built, so a modality without an encoder is not a second problem.
     served = encoders if len(encoders) == len(model["encoders"]) else None
     if model["cache"] is not None:
@@ -327,6 +329,24 @@ def _check_model(checked: CheckedParts, trainable: list[str]) -> None:
     if model.adapter is not None:
         # With the biases that this decoder gets.
         parts["adapter"] = model.adapter.config
+
+
+def _check_tokens(checked: CheckedParts, store: str, say: Callable[[str], Any]) -> None:
+    """Print how much of the disk the tokens of the media take, if the model has more than one bind token."""
+    bind, encoders = checked.parts["bind"], checked.encoders
+    if bind.tokens == 1:
+        return
+    token_size(encoders, bind.token_modalities)
+    # Media that are streamed for training are not stored.
+    stored = [rows for rows_of, report in checked.read if not report.shards for rows in rows_of.values()]
+    media = list(dict.fromkeys(item for rows in stored for row in rows for item in row.media))
+    for modality in bind.token_modalities:
+        own = [item for item in media if item.modality == modality]
+        for item in [*synthetic_media(modality), *own][: min(1, len(own))]:
+            encoder = encoder_for(modality, encoders)
+            (tokens,) = encoder.embed(modality, [encoder.prepare(item)], tokens=True).tokens
+            size = len(own) * reduce_tokens(tokens).nbytes
+            say(f"tokens of {len(own):,} {modality} media: about {size / 1e6:,.1f} MB in {store}")
 
 
 def _check_encoder(
