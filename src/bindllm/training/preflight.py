@@ -15,13 +15,13 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from bindllm.cache.settings import CacheConfig
+from bindllm.cache.blend import CacheConfig
 from bindllm.cache.visual_cache import choose_cache, open_cache
 from bindllm.conversation import check_vocabulary
 from bindllm.data.datamodule import BindData
 from bindllm.data.preview import legend
 from bindllm.data.report import Skipped, SourceReport
-from bindllm.data.rows import Row, Sample, make_sample
+from bindllm.data.rows import Row, Sample, make_sample, spread
 from bindllm.data.source_config import SourceConfig
 from bindllm.data.sources import read_source
 from bindllm.data.stream.loader import check_streams, is_training_stream
@@ -372,7 +372,7 @@ def _check_encoder(
             for name in encoder.modalities
             if name not in MODALITIES and not isinstance(encoder, HasExamples)
         ]
-        samples = {name: _spread(media, name, SAMPLES) for name in own}
+        samples = {name: _some(media, name, SAMPLES) for name in own}
         # A source that cannot be read is a problem of its own.
         untried = [name for name, some in samples.items() if len(some) < 2]
         for name in untried:
@@ -415,11 +415,10 @@ def _check_cache(
         open_cache(config.folder, known, checkpoint=output, settings=config)
 
 
-def _spread(media: Sequence[Media], modality: str, count: int) -> list[Media]:
+def _some(media: Sequence[Media], modality: str, count: int) -> list[Media]:
     """Return at most this many different media of a modality, evenly spread."""
     # Different ones: a source may repeat an image for each of its questions.
-    all_of_it = list(dict.fromkeys(item for item in media if item.modality == modality))
-    return all_of_it[:: max(1, len(all_of_it) // count)][:count]
+    return spread(list(dict.fromkeys(item for item in media if item.modality == modality)), count)
 
 
 def _open_media(rows: Sequence[Row], report: SourceReport, encoders: Sequence[Encoder] | None) -> None:
@@ -434,7 +433,7 @@ def _open_media(rows: Sequence[Row], report: SourceReport, encoders: Sequence[En
         encoder = None if encoders is None else encoder_for(modality, encoders)
         # Images are opened by us, all others only by the encoder that knows their files.
         noun = "image" if modality == "image" else f"{modality} media"
-        chosen = _spread(media, modality, OPENED_IMAGES if modality == "image" else OPENED_MEDIA)
+        chosen = _some(media, modality, OPENED_IMAGES if modality == "image" else OPENED_MEDIA)
         failed = []
         for item in chosen:
             try:
@@ -460,7 +459,7 @@ def _lengths(rows: Sequence[Row], skipped: Skipped, tokenizer: Any, max_length: 
         return "no rows to train on"
     samples: list[Sample] = []
     refused = Skipped()
-    for row in rows[:MEASURED_ROWS]:
+    for row in spread(rows, MEASURED_ROWS):
         try:
             samples.append(make_sample(row, tokenizer, max_length))
         except InputError as error:
