@@ -232,6 +232,22 @@ def test_what_does_not_exist_is_a_problem_and_not_a_traceback(line, told, capsys
     assert told in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (["--folder", "f", "--rows", "1"], "are about a recipe"),
+        (["--encoder", "tiny.ColorEncoder", "--memory"], "are about a recipe"),
+        (["--config", "a.yaml", "--media", "a.png"], "are about an encoder"),
+        (["--folder", "f", "--encoder.grid", "2"], "are about an encoder"),
+        (["--config", "a.yaml", "--allow", "tiny.ColorEncoder"], "the classes of a recipe are allowed"),
+        ([], "nothing to check"),
+    ],
+)
+def test_options_without_an_effect_are_refused(line, told, capsys):
+    assert main(["check", *line]) == 2
+    assert told in capsys.readouterr().err
+
+
 def test_a_recipe_that_is_not_yaml(capsys):
     for content, told in (
         ("a: [1, 2\nb: {", "cannot be read: while parsing"),
@@ -242,7 +258,6 @@ def test_a_recipe_that_is_not_yaml(capsys):
         for line in (["check", "--config"], ["fetch"]):
             assert main([*line, "broken.yaml"]) == 1
             assert told in "".join(capsys.readouterr())
-    assert main(["check"]) == 2
 
 
 def test_every_item_of_a_list_and_every_field_is_checked(parts, capsys):

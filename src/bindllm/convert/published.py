@@ -20,6 +20,8 @@ from bindllm.errors import CheckpointError, InputError
 from bindllm.model.checkpoint import build_object
 from bindllm.model.decoder import DecoderConfig
 
+# Options of one kind only, by their names in `ConvertOptions`.
+_KIND_OF = {"tokenizer": "imagebind", **dict.fromkeys(("base", "encoders", "accept_base"), "imagebind-llm")}
 _ENCODERS = {"imagebind": "ImageBind", "pointbind": "PointBind"}
 # Tensors of Point-Bind in a file from which only the ImageBind is converted.
 _POINT_PARTS = (
@@ -41,13 +43,16 @@ def convert_published(
 
     Raises:
         CheckpointError: the file cannot be read or converted, or the folder cannot be written.
-        InputError: an ImageBind-LLM adapter without a base or an encoder.
+        InputError: an ImageBind-LLM adapter without a base or an encoder, or an option of another kind.
     """
     folder = Path(output)
     check_output(folder)
     # The tensors stay on the disk, so finding the kind is cheap.
     state = read_foreign(file)
     kind = options.kind or find_kind(state, file)
+    for name, owner in _KIND_OF.items():
+        if vars(options)[name] and kind != owner:
+            raise InputError(f"--{name.removesuffix('s')} is for {owner}, and {file} is {kind}; leave it out")
     say(f"{file}: {kind}, {len(state):,} tensors")
     if kind == "imagebind":
         report, license = _convert_imagebind(state, file, folder, options.tokenizer), imagebind.LICENSE
