@@ -121,11 +121,6 @@ def test_a_decoder_without_all_its_weights_is_a_problem(parts, tmp_path, capsys,
     ) in told
 
 
-def test_an_unknown_group_to_train_is_found_without_weights(parts, capsys):
-    assert run("check", tiny_recipe(parts), "--model.trainable", "[bnd]") == 1
-    assert "Did you mean 'bind'?" in capsys.readouterr().out
-
-
 def test_a_stage_before_that_was_made_for_another_base(parts, capsys):
     torch.manual_seed(0)
     decoder = DecoderConfig(str(parts / "decoder"), dtype="float32")
