@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bindllm.cli import COMMANDS, main
+from bindllm.cli import COMMANDS, RECIPES, main
 from bindllm.errors import InputError
 from tiny_run import run, tiny_recipe, write_recipe
 
@@ -44,7 +44,7 @@ def test_every_command_has_a_help(name, capsys):
     told = " ".join(capsys.readouterr().out.split())
     assert f"usage: bindllm {name}" in told
     # The keys of a recipe are explained too.
-    assert ("Highest learning rate" in told) == (name in ("embed", "fit", "validate", "test"))
+    assert ("Highest learning rate" in told) == (name in RECIPES)
 
 
 def test_an_unknown_command_gets_the_closest_one(capsys):
