@@ -314,7 +314,7 @@ def test_after_a_loss_that_is_not_finite_the_advice_works(parts, monkeypatch, ca
     recipe = tiny_recipe(parts, trainer={"max_epochs": 1})
     with monkeypatch.context() as patch:
         patch.setattr(
-            "bindllm.objectives.next_token.next_token_loss",
+            "bindllm.objectives.base.next_token_loss",
             lambda logits, _: logits.sum() * math.nan,
         )
         assert run("fit", recipe) == 1

@@ -15,11 +15,17 @@ from bindllm.data.rows import tokenize
 from bindllm.errors import InputError
 from bindllm.evaluation import task
 from bindllm.evaluation.captions import caption_metrics, captions_task, nearest_captions
-from bindllm.evaluation.task import VARIANTS, loss_metrics, media_name, shuffle_media, without_media
+from bindllm.evaluation.task import (
+    VARIANTS,
+    input_digests,
+    loss_metrics,
+    media_name,
+    shuffle_media,
+    without_media,
+)
 from bindllm.media import Media
 from bindllm.model.bindllm import BindLLM
-from bindllm.model.decoder import DecoderConfig
-from tiny import COLORS, ColorEncoder, tiny_decoder, tiny_tokenizer
+from tiny import COLORS, ColorEncoder, tiny_model, tiny_tokenizer
 
 PROMPT = "What color?"
 
@@ -47,12 +53,8 @@ def sample(color, caption=None, *, shade=0, references=None, prompt=PROMPT, medi
 
 
 @pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    built = BindLLM(tiny_decoder(), tiny_tokenizer(), DecoderConfig("tiny"), encoders=[ColorEncoder()])
-    with torch.no_grad():
-        built.injection.gates.normal_(0, 1)
-    return built
+def model(decoder):
+    return tiny_model(decoder, gates=1.0)
 
 
 @pytest.fixture
@@ -166,6 +168,35 @@ def test_every_image_is_exchanged_and_the_exchange_is_fixed():
     assert all(not torch.equal(a, b) for a, b in zip(true, wrong, strict=True))
     assert {row.numpy().tobytes() for row in wrong} == {row.numpy().tobytes() for row in true}
     assert torch.equal(wrong, shuffle_media(held, lookup)(groups))
+
+
+class WithTokens:
+    """One token for each image: its embedding, or the same for all."""
+
+    def __init__(self, *, same=False):
+        self.same = same
+
+    def __call__(self, groups):
+        return lookup(groups)
+
+    def tokens(self, groups):
+        return torch.ones(len(groups), 1, 16) if self.same else lookup(groups)[:, None]
+
+
+def test_tokens_are_exchanged_together_with_the_embeddings():
+    held = [sample("red", shade=-shade) for shade in range(0, 60, 3)]
+    groups = [one.media[0] for one in held]
+    exchanged = shuffle_media(held, WithTokens())
+    torch.testing.assert_close(exchanged.tokens(groups)[:, 0], exchanged(groups))
+    assert torch.equal(exchanged(groups), shuffle_media(held, lookup)(groups))
+    assert shuffle_media(held, lookup).tokens(groups) is None
+
+
+def test_equal_inputs_have_equal_tokens():
+    held = [sample("red"), sample("red"), sample("blue")]
+    first, second, third = input_digests(held, WithTokens())
+    assert first == second != third
+    assert first != input_digests(held, WithTokens(same=True))[0] != input_digests(held, lookup)[0]
 
 
 def test_several_captions_of_an_image_are_one_row(model):
