@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-from bindllm.errors import InputError, did_you_mean
+from bindllm.errors import InputError, check_choice
 
 FORMULAS = ("released", "paper")
 
@@ -49,8 +49,7 @@ class CacheSettings:
             raise InputError(f"temperature is {self.temperature}, expected a finite number of at least 0")
         if not 0 <= self.weight <= 1:
             raise InputError(f"weight is {self.weight}, expected a number from 0 to 1")
-        if self.formula not in FORMULAS:
-            raise InputError(f"unknown formula {self.formula!r}. {did_you_mean(self.formula, FORMULAS)}")
+        check_choice("formula", self.formula, FORMULAS)
         # A text is iterable too, and would count as a list of its characters.
         if isinstance(self.skip, str):
             raise InputError(f"skip takes a list of modalities: write [{self.skip!r}]")
