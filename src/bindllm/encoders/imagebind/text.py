@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bindllm.encoders import once
 from bindllm.encoders.imagebind.network import CONTEXT
-from bindllm.errors import AssetError, EncoderError, InputError, MissingExtraError
+from bindllm.errors import AssetError, EncoderError, InputError, needs_extra
 
 if TYPE_CHECKING:
     import tokenizers
@@ -195,10 +195,8 @@ def clean(text: str) -> str:
             f"the text {text[:40]!r} holds a lone surrogate at character {error.start}, which is not a character; "
             "decode the text with its right encoding"
         ) from error
-    try:
+    with needs_extra("ftfy", extra="text", purpose="clean texts as CLIP does"):
         import ftfy
-    except ImportError as error:
-        raise MissingExtraError("ftfy", extra="text", purpose="clean texts as CLIP does") from error
     # Twice, as published: web texts often have entities of entities.
     mended = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(mended.split()).lower()
