@@ -79,7 +79,7 @@ def image_bytes(n: int) -> bytes:
 
 def write_images(folder: Path, count: int, *, start: int = 0) -> list[Media]:
     """Write images, each with other pixels."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     names = {n: folder / f"{n:03}.png" for n in range(start, start + count)}
     return [Media.image(write_settled(path, image_bytes(n))) for n, path in names.items()]
 

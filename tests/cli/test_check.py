@@ -15,7 +15,8 @@ from bindllm.model.bindllm import BindLLM
 from bindllm.model.checkpoint import name_cache
 from bindllm.model.decoder import DecoderConfig
 from bindllm.training.preflight import Problems, check_sources
-from cache_parts import filled_store, save_tiny_model, write_images
+from cache_parts import filled_store, save_tiny_model
+from store_parts import write_images
 from tiny import ColorEncoder, save_tiny_decoder
 from tiny_run import run, tiny_recipe
 

@@ -25,8 +25,7 @@ from bindllm.evaluation.task import (
 )
 from bindllm.media import Media
 from bindllm.model.bindllm import BindLLM
-from bindllm.model.decoder import DecoderConfig
-from tiny import COLORS, ColorEncoder, tiny_decoder, tiny_tokenizer
+from tiny import COLORS, ColorEncoder, tiny_model, tiny_tokenizer
 
 PROMPT = "What color?"
 
@@ -54,12 +53,8 @@ def sample(color, caption=None, *, shade=0, references=None, prompt=PROMPT, medi
 
 
 @pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    built = BindLLM(tiny_decoder(), tiny_tokenizer(), DecoderConfig("tiny"), encoders=[ColorEncoder()])
-    with torch.no_grad():
-        built.injection.gates.normal_(0, 1)
-    return built
+def model(decoder):
+    return tiny_model(decoder, gates=1.0)
 
 
 @pytest.fixture

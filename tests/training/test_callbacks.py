@@ -23,7 +23,6 @@ from bindllm.training.callbacks import (
     ParameterTable,
     SampleCaptions,
     check_trainer,
-    spread,
 )
 from tiny import ColorEncoder, save_tiny_decoder, tiny_decoder
 from tiny_run import make_trainer
@@ -35,14 +34,6 @@ def sample(number: int, *, shows: bool = True) -> Sample:
     conversation = Conversation((Message("user", parts), Message("assistant", "x")))
     ids = np.arange(3)
     return Sample(ids, ids, index, conversation, name=str(number))
-
-
-def test_samples_are_spread_and_show_something():
-    samples = [sample(n, shows=n % 2 == 0) for n in range(20)]
-    assert [one.name for one in spread(samples, 3)] == ["0", "6", "12"]
-    assert [one.name for one in spread(samples[:3], 9)] == ["0", "2"]
-    assert spread([], 4) == []
-    assert spread([SimpleNamespace(media=())], 4) == []
 
 
 @pytest.mark.parametrize("callback", [EarlyStopping("val_loss"), ModelCheckpoint(monitor="val_loss")])
@@ -112,7 +103,9 @@ def tokens(sample: Sample, length: int) -> Sample:
     return replace(sample, input_ids=ids, labels=labels, media_index=index, references=("x",))
 
 
-def test_captions_are_made_of_pictures_alone_and_rows_without_are_passed_over(captioned):
+def test_captions_are_of_a_few_evenly_spread_images_and_rows_without_are_skipped(captioned):
+    samples = [tokens(sample(n, shows=n % 2 == 0), 3 + n) for n in range(12)]
+    assert captioned(samples)[1] == ["0.png", "4.png", "8.png"]
     samples = [tokens(sample(n, shows=n in (1, 4)), 3 + n) for n in range(6)]
     captions, shown = captioned(samples)
     assert shown == ["1.png", "4.png"]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from bindllm.cache.settings import MILVUS_SUFFIX
+from bindllm.cache.blend import MILVUS_SUFFIX
 from bindllm.errors import InputError, StoreError, needs_extra
 
 # These print every failure with a traceback; the error that is raised says it once.

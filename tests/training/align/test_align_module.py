@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import seed_everything
 
-from align_parts import BeatTower, FrozenModule, LetterEncoder, color_table, patchwork_table, radar_table
+from align_parts import BeatTower, FrozenModule, LetterEncoder, patchwork_table, radar_table
 from bindllm.cli.recipe import quiet
 from bindllm.encoders.aligned import HeadConfig
 from bindllm.errors import EncoderError, InputError, TrainingError
-from bindllm.training.align.data import AlignData
+from bindllm.training.align.data import AlignData, PairSource
 from bindllm.training.align.module import AlignModule, TemperatureConfig, contrastive_loss
-from bindllm.training.align.pairs import PairSource
 from bindllm.training.optim import OptimConfig
-from tiny import ColorEncoder
+from tiny import ColorEncoder, color_images
+from tiny_run import make_trainer
 
 
 def train(
@@ -38,16 +38,7 @@ def train(
     optim = OptimConfig(**{"lr": 0.01, **model.pop("optim", {})})
     module = kind(tower, data.target, head, temperature or TemperatureConfig(), optim, **model)
     with quiet():
-        trainer = Trainer(
-            max_epochs=epochs,
-            accelerator="cpu",
-            precision=precision,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        trainer.fit(module, data)
+        make_trainer(folder, max_epochs=epochs, precision=precision).fit(module, data)
     return module, data
 
 
@@ -190,7 +181,7 @@ def test_weights_are_trained_in_single_precision(texts, tmp_path):
 
 def test_the_measured_loss_leaves_out_what_belongs_together(tmp_path):
     """Of 32 pictures, 8 each have the same caption."""
-    pictures = PairSource(str(color_table(tmp_path / "pictures")), split="train")
+    pictures = PairSource(str(color_images(tmp_path / "pictures", per_color=8)), split="train")
     module, data = train(tmp_path, LetterEncoder(), pictures, epochs=1, batch_size=32)
     pairs = data.pairs("train")
     captions = pairs.links[:, 0]

@@ -61,7 +61,9 @@ def read_layout(name: str, folder: str | Path, choice: Choice | None = None) -> 
         # An option without effect would give numbers of another set than the user expects.
         if getattr(choice, field.name) != field.default and field.name not in uses:
             raise InputError(f"the layout {name} takes no {field.name}; it takes {', '.join(uses)}")
-    if not folder.exists():
-        raise InputError(f"{folder} does not exist; give the folder of the data set")
+    # Only a table may be a file.
+    if not folder.is_dir() and not (name == "table" and folder.exists()):
+        problem = "is a file" if folder.exists() else "does not exist"
+        raise InputError(f"{folder} {problem}; give the folder of the data set")
     # A folder without usable media is an error, not a result of 0.
     return read(folder, choice).require(folder)

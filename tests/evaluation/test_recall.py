@@ -8,7 +8,14 @@ import torch
 from torchmetrics.functional.classification import multiclass_accuracy
 from torchmetrics.functional.retrieval import retrieval_hit_rate
 
-from bindllm.cache.recall import chance, cosines, find_positions, hit_rate, join_positions, mean_ranks
+from bindllm.evaluation.measures import (
+    chance,
+    cosines,
+    find_positions,
+    hit_rate,
+    join_positions,
+    mean_ranks,
+)
 
 
 def hits_by_hand(scores: list[float], right: set[int], k: int) -> float:

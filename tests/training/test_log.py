@@ -1,7 +1,7 @@
 import csv
 import json
 
-from bindllm.training.runlog import RunLog
+from bindllm.training.callbacks import RunLog
 
 
 def rows(folder):
