@@ -60,7 +60,7 @@ class BindData(LightningDataModule):
         max_length: maximum number of tokens of a row; a longer answer is cut.
         seed: of the order of rows.
         chunk: samples of streamed sources that are read, shuffled and grouped by length together; they are in memory
-            without their media.
+            without their media, but with their tokens if the model reads any (125 kB for an image of 7 x 7 x 1280).
         tokenizer: of the decoder; set by the command line.
         encoders: for the modalities of the data; set by the command line.
         token_modalities: modalities whose tokens are in the batches; set by the command line from the bind network.
