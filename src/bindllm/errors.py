@@ -78,6 +78,15 @@ class MissingExtraError(BindLLMError, ImportError):
 
 
 @contextmanager
+def needs_extra(package: str, *, extra: str, purpose: str) -> Iterator[None]:
+    """Turn an `ImportError` inside into a `MissingExtraError`; arguments as there."""
+    try:
+        yield
+    except ImportError as error:
+        raise MissingExtraError(package, extra=extra, purpose=purpose) from error
+
+
+@contextmanager
 def reading(name: str) -> Iterator[None]:
     """Put the name of a file before the message of every `MediaError` that is raised inside.
 

@@ -200,7 +200,7 @@ def test_texts_need_a_tokenizer_or_a_word_that_they_do_not(tmp_path, capsys, mon
     assert "bindllm fetch clip-vocabulary" in err
     code, _, err = run(capsys, file, "--output", "m", "--tokenizer", "none")
     assert (code, err) == (0, "")
-    for tree, words in (("{}", "not a tokenizer.json that can be read"), (None, "is not CLIP's tokenizer")):
+    for tree, words in (("{}", "not a tokenizer.json that can be read"), (None, "not CLIP's vocabulary")):
         if tree is None:
             tiny_tokenizer().save_pretrained(tmp_path)
         else:
