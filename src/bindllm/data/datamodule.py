@@ -39,7 +39,7 @@ from bindllm.data.stream.loader import (
 )
 from bindllm.data.stream.samples import read_stream
 from bindllm.data.stream.shards import expand_shards, is_stream
-from bindllm.errors import InputError, did_you_mean
+from bindllm.errors import InputError, check_choice
 from bindllm.media import Media
 from bindllm.parallel import SINGLE_PROCESS, Processes, RunContext
 
@@ -187,8 +187,7 @@ class BindData(LightningDataModule):
         Raises:
             InputError: an unknown split.
         """
-        if split not in SPLITS:
-            raise InputError(f"unknown split {split!r}. {did_you_mean(split, SPLITS)}")
+        check_choice("split", split, SPLITS)
         self.setup()
         return self._samples[split]
 
