@@ -104,6 +104,6 @@ def run(folder: Path, media, encoder: ColorEncoder | None = None, **options) -> 
     )
 
 
-def stored(folder: Path, media: list[Media]) -> torch.Tensor:
-    store = EmbeddingStore.for_encoder(folder, ColorEncoder())
+def stored(folder: Path, media: list[Media], encoder: ColorEncoder | None = None) -> torch.Tensor:
+    store = EmbeddingStore.for_encoder(folder, encoder or ColorEncoder())
     return store.get([store.key_of(item) for item in media])

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from bindllm.embeddings.shards import as_hex
-from bindllm.errors import InputError, StoreError, did_you_mean
+from bindllm.errors import InputError, StoreError, check_choice
 
 if TYPE_CHECKING:
     from bindllm.embeddings.store import EmbeddingStore
@@ -62,8 +62,7 @@ class CacheSettings:
             raise InputError(f"temperature is {self.temperature}, expected a finite number of at least 0")
         if not 0 <= self.weight <= 1:
             raise InputError(f"weight is {self.weight}, expected a number from 0 to 1")
-        if self.formula not in FORMULAS:
-            raise InputError(f"unknown formula {self.formula!r}. {did_you_mean(self.formula, FORMULAS)}")
+        check_choice("formula", self.formula, FORMULAS)
         # A text is iterable too, and would count as a list of its characters.
         if isinstance(self.skip, str):
             raise InputError(f"skip takes a list of modalities: write [{self.skip!r}]")

@@ -18,7 +18,7 @@ from bindllm.cache.visual_cache import VisualCache
 from bindllm.data.collate import MediaGroup
 from bindllm.data.embeddings import MediaEmbeddings
 from bindllm.encoders import Encoder
-from bindllm.errors import MissingExtraError
+from bindllm.errors import needs_extra
 from bindllm.evaluation.layouts import Dataset, Kind
 from bindllm.media import Media
 
@@ -248,12 +248,8 @@ def average_precisions(scores: Tensor, targets: Tensor) -> Tensor:
     Raises:
         MissingExtraError: torchmetrics is not installed.
     """
-    try:
+    with needs_extra("torchmetrics", extra="report", purpose="compute average precision"):
         from torchmetrics.functional.classification import binary_average_precision
-    except ImportError as error:
-        raise MissingExtraError(
-            "torchmetrics", extra="report", purpose="compute average precision"
-        ) from error
     # Outside of 0..1 torchmetrics treats scores as logits, and its sigmoid would create new ties.
     shares = ((scores.double() + 1) / 2).clamp(0, 1)
     # Class by class, as its mean over classes counts a class without a right item as 0.

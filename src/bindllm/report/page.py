@@ -22,7 +22,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from bindllm.errors import BindLLMError, MissingExtraError
+from bindllm.errors import BindLLMError, needs_extra
 from bindllm.evaluation.task import VARIANTS
 from bindllm.media import open_image
 from bindllm.report.summary import KEYS, METRICS, Variants, media_words, summarize
@@ -413,10 +413,8 @@ def thumbnail(source: str, *, size: int = 160) -> str:
 
 def _empty_axes() -> Axes:
     """Return axes in the report's style, made without pyplot, so that neither global state nor a display is used."""
-    try:
+    with needs_extra("matplotlib", extra="report", purpose="draw the report's figures"):
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", extra="report", purpose="draw the report's figures") from error
     # No frame above and on the right: the figure sits in a page, among text.
     axes = Figure(figsize=(6.4, 3.3), layout="constrained").add_subplot()
     for name, spine in axes.spines.items():

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
-from bindllm.errors import InputError, did_you_mean
+from bindllm.errors import InputError, check_choice
 from bindllm.evaluation.layouts.classification import (
     read_audioset,
     read_esc50,
@@ -55,8 +55,7 @@ def read_layout(name: str, folder: str | Path, choice: Choice | None = None) -> 
         InputError: an unknown layout, a choice that the layout does not support, or a folder that does not have this
             layout; names the file and, if there is one, the line.
     """
-    if name not in LAYOUTS:
-        raise InputError(f"unknown layout {name!r}. {did_you_mean(name, LAYOUTS)}")
+    check_choice("layout", name, LAYOUTS)
     (read, uses), choice, folder = LAYOUTS[name], choice or Choice(), Path(folder)
     for field in fields(Choice):
         # An option without effect would give numbers of another set than the user expects.

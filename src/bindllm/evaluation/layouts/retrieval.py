@@ -13,7 +13,7 @@ from bindllm.data.report import Skipped
 from bindllm.data.source_config import SPLITS, Columns, SourceConfig
 from bindllm.data.sources import hashed_split, read_source, require_table
 from bindllm.data.tables import read_table
-from bindllm.errors import InputError, did_you_mean
+from bindllm.errors import InputError, check_choice, did_you_mean
 from bindllm.evaluation.layouts.dataset import (
     NO_FILE,
     Captions,
@@ -205,8 +205,7 @@ def read_pairs(folder: Path, choice: Choice) -> Dataset:
     table has none, a hash, as in training.
     """
     split = choice.split or "test"
-    if split not in (*SPLITS, ALL):
-        raise InputError(f"unknown split {split!r}. {did_you_mean(split, (*SPLITS, ALL))}")
+    check_choice("split", split, (*SPLITS, ALL))
     source = choice.source or Column(choice.modality or "image", choice.modality or "image")
     target = choice.target or Column("text", "caption")
     dataset = Dataset("retrieve", source.modality)
