@@ -21,20 +21,16 @@ import yaml
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from rich import box
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from bindllm.atomic import atomic_file, check_replaceable, locked, remove_leftovers
 from bindllm.data.datamodule import BindData
-from bindllm.data.rows import spread
-from bindllm.errors import BindLLMError, InputError, TrainingError, printable
+from bindllm.errors import BindLLMError, InputError, TrainingError
 from bindllm.evaluation.held_out import evaluate_held_out, held_out_rows
 from bindllm.evaluation.task import Evaluation
 from bindllm.model.checkpoint import MANIFEST, licenses
 from bindllm.report.report import RunFacts, write_report
-from bindllm.report.summary import media_words, summarize
+from bindllm.report.summary import print_summary
 from bindllm.training.callbacks import METRICS
 from bindllm.training.module import BindModule
 from bindllm.training.optim import describe_groups
@@ -54,7 +50,6 @@ Change = tuple[str, Any, Any]
 SHUFFLED_LIMIT = 1000
 """Held-out questions that are asked about media of other rows; more take long and change little."""
 
-_SHOWN_ROWS = 5
 _SHOWN_CHANGES = 5
 _PROCESSES = ("trainer.devices", "trainer.num_nodes")
 # The strategy often changes with the number of processes; it does not change which rows a step sees.
@@ -429,7 +424,7 @@ class Run:
         except BindLLMError as error:
             self.console.print(f"the report is not complete: {error}", style="yellow", markup=False)
             return 1
-        print_summary(self.console, metrics, measured, page, modalities=self.data.report.modalities)
+        print_summary(self.console, metrics, measured.rows, page, modalities=self.data.report.modalities)
         return 0
 
     def _report(self, measured: Evaluation) -> tuple[dict[str, Any], Path]:
@@ -468,33 +463,3 @@ def make_loggers(chosen: Any, folder: Path) -> list[Logger]:
         )
         return []
     return [TensorBoardLogger(folder, name="", version="")]
-
-
-def print_summary(
-    console: Console, metrics: dict[str, Any], measured: Evaluation, page: Path, *, modalities: set[str]
-) -> None:
-    """Print the headline, a few captions and answers, and the path of the report."""
-    console.print(f"report:        {page}\n", markup=False)
-    num_captions = len(measured.rows.get("captions", ()))
-    for sentence in summarize(metrics, num_captions=num_captions, modalities=modalities):
-        console.print(sentence, markup=False)
-    for rows in measured.rows.values():
-        if rows:
-            console.print(_shown(rows, modalities))
-
-
-def _shown(rows: list[dict[str, Any]], modalities: set[str]) -> Table:
-    """Return a table of a few held-out rows, evenly spread."""
-    # Relative widths: a long caption in one column must not squeeze the others.
-    table = Table(box=box.SIMPLE, expand=True)
-    table.add_column(f"held-out {media_words(modalities)[0]}", ratio=1, overflow="fold")
-    asked = "question" in rows[0]
-    if asked:
-        table.add_column("question", ratio=2)
-    table.add_column("true", ratio=1)
-    table.add_column("generated", ratio=1, no_wrap=True, overflow="ellipsis")
-    for row in spread(rows, _SHOWN_ROWS):
-        question = (row["question"],) if asked else ()
-        cells = (Path(row["media"] or "").name, *question, row["references"][0], row["model"] or "")
-        table.add_row(*(Text(printable(cell)) for cell in cells))
-    return table
