@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from bindllm import EmbeddingStore, Media
 from bindllm.embeddings.precompute import precompute_embeddings
 from bindllm.parallel import Processes
+from store_parts import write_images
 from tiny import ColorEncoder, save_tiny_decoder, tiny_model
 
 ALLOW = ["cache_parts.Multimodal", "cache_parts.Words", "tiny.ColorEncoder"]
@@ -54,15 +54,6 @@ class Words(ColorEncoder):
 
     def prepare(self, media: Media) -> torch.Tensor:
         return hashed(media).flip(0)
-
-
-def write_images(folder: Path, count: int, *, start: int = 0) -> list[Media]:
-    """Write small images of noise with a time that is old enough to be trusted."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for n in range(start, start + count):
-        pixels = np.random.default_rng(n).integers(0, 256, (6, 6, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{n:03}.png")
-    return [Media.image(folder / f"{n:03}.png") for n in range(start, start + count)]
 
 
 def filled_store(folder: Path, media: list[Media], encoder: ColorEncoder | None = None) -> EmbeddingStore:

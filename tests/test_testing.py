@@ -313,9 +313,23 @@ class TokensOfNothing(TokenEncoder):
         self.token_sizes = {"audio": 8}
 
 
+class TokenSizesRaise(ColorEncoder):
+    @property
+    def token_sizes(self):
+        raise RuntimeError("not ready")
+
+
+class TokenSizesAsList(TokenEncoder):
+    def __init__(self, **sizes):
+        super().__init__(**sizes)
+        self.token_sizes = ["image"]
+
+
 @pytest.mark.parametrize(
     ("broken", "problem"),
     [
+        (TokenSizesRaise, "token_sizes raised RuntimeError: not ready"),
+        (TokenSizesAsList, r"token_sizes must map modalities .* not \['image'\]"),
         (OtherEmbeddings, r"image: embed\(\.\.\., tokens=True\) gives other embeddings than without tokens"),
         (TokensOfTheBatch, r"tokens of a media must depend only on its own input.*\[4, 4, 8\] in a batch"),
         (SameTokens, "all media get the same tokens"),

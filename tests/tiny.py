@@ -196,6 +196,15 @@ def color_images(folder: Path, *, per_color: int = 4, split: bool = True) -> Pat
     return folder
 
 
+def save_gates(folder: Path) -> Path:
+    """Write a checkpoint folder of gates only, which is enough for a report; return it."""
+    from bindllm.model.checkpoint import write_checkpoint
+
+    manifest = {"decoder": {"name": "tiny"}, "encoders": [], "inject": {"kind": "value", "queries": True}}
+    write_checkpoint(folder, manifest, {"injection.gates": torch.full((3, 4), 0.5)}, "card")
+    return folder
+
+
 def synthetic_efficientnet() -> dict[str, torch.Tensor]:
     """Fill every published tensor with fixed numbers that keep the activations in a normal range.
 

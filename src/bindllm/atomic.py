@@ -152,6 +152,37 @@ def remove_leftovers(path: str | Path) -> None:
             part.unlink()
 
 
+@contextmanager
+def locked(path: str | Path, busy: BindLLMError) -> Iterator[None]:
+    """Lock a file or a folder for one writer, without waiting; the lock of a process that dies is released.
+
+    The lock is a file next to it that exists only while it is held, so that a copy of the parent folder does not
+    contain it.
+
+    Raises:
+        BindLLMError: ``busy``, if another process holds the lock.
+        OSError: the parent folder cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    # Two paths to one folder (a symbolic link, for example) must share one lock.
+    path = Path(path).resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.with_name(f".{path.name}.lock")
+    lock = FileLock(file, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise busy from error
+    try:
+        yield
+    finally:
+        # Removed while it is held: a process that opens it now notices, and makes a new one.
+        with suppress(OSError):
+            file.unlink()
+        lock.release()
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write ``value`` as indented JSON, atomically."""
     with atomic_file(path) as part:
@@ -245,7 +276,8 @@ def read_json(path: Path, failure: type[BindLLMError], advice: str = "copy the w
     """
     require_file(path, failure, advice)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        # "utf-8-sig" also reads files that an editor has saved with a byte order mark.
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     # Deep nesting exceeds the stack.
     except (OSError, ValueError, RecursionError) as error:
         raise failure(f"{path} cannot be read as JSON ({error}); {advice}") from error

@@ -78,6 +78,15 @@ class MissingExtraError(BindLLMError, ImportError):
 
 
 @contextmanager
+def needs_extra(package: str, *, extra: str, purpose: str) -> Iterator[None]:
+    """Turn an `ImportError` inside into a `MissingExtraError`; arguments as there."""
+    try:
+        yield
+    except ImportError as error:
+        raise MissingExtraError(package, extra=extra, purpose=purpose) from error
+
+
+@contextmanager
 def reading(name: str) -> Iterator[None]:
     """Put the name of a file before the message of every `MediaError` that is raised inside.
 
@@ -105,7 +114,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
         >>> did_you_mean("residul", ["residual", "value"])
         "Did you mean 'residual'? Known: residual, value."
     """
-    known = sorted(known)
+    known = sorted(set(known))
     close = get_close_matches(name, known, n=1, cutoff=0.5)
     question = f"Did you mean {close[0]!r}? " if close else ""
     return f"{question}Known: {', '.join(known) or 'none'}."

@@ -200,7 +200,7 @@ def test_texts_need_a_tokenizer_or_a_word_that_they_do_not(tmp_path, capsys, mon
     assert "bindllm fetch clip-vocabulary" in err
     code, _, err = run(capsys, file, "--output", "m", "--tokenizer", "none")
     assert (code, err) == (0, "")
-    for tree, words in (("{}", "not a tokenizer.json that can be read"), (None, "is not CLIP's tokenizer")):
+    for tree, words in (("{}", "not a tokenizer.json that can be read"), (None, "not CLIP's vocabulary")):
         if tree is None:
             tiny_tokenizer().save_pretrained(tmp_path)
         else:
@@ -295,6 +295,8 @@ def test_mistakes_on_the_command_line(tmp_path, capsys, base):
     file = save(tmp_path / "7B.pth", published("pretrain"))
     for arguments, words in (
         ((file, "--output", tmp_path / "m"), "--base FOLDER"),
+        ((file, "--output", tmp_path / "m", "--tokenizer", "none"), "is imagebind-llm; leave it out"),
+        (("imagebind", file, "--output", tmp_path / "m", "--base", "b"), "--base is for imagebind-llm"),
         (("imagbind", file, "--output", tmp_path / "m"), "Did you mean 'imagebind'"),
         ((file, file, file, "--output", tmp_path / "m"), "one file at a time"),
         ((file,), "--output"),

@@ -145,23 +145,6 @@ def test_a_second_stage_that_draws_random_numbers_goes_on_to_the_same_end(recipe
     assert ends[0] == ends[1]
 
 
-def test_a_run_that_dies_while_it_saves_goes_on_from_the_state_before(recipe, uninterrupted, monkeypatch):
-    original, saves = state.torch.save, []
-
-    def dying(content, path):
-        saves.append(path)
-        original(content, path)
-        if len(saves) == 3:
-            path.write_bytes(path.read_bytes()[:100])
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(state.torch, "save", dying)
-        with pytest.raises(Killed):
-            run("fit", recipe)
-    check_resumes(recipe, uninterrupted, monkeypatch, steps=8)
-
-
 @pytest.mark.parametrize("file", [".last.ckpt.", ".best-", ".tiny."])
 def test_a_full_disk_loses_nothing(file, earlier, recipe, uninterrupted, tmp_path, monkeypatch, capsys):
     """Full at the second save of the state, of the best weights, of the checkpoint folder; then there is room."""
@@ -251,13 +234,6 @@ def die_between_the_renames(patch):
             kill()
 
     patch.setattr(os, "replace", dying)
-
-
-def test_a_process_killed_by_the_system_goes_on(recipe, uninterrupted, monkeypatch):
-    run_killed(
-        recipe, monkeypatch, lambda patch: count_calls(patch, BindModule, "training_step", at=7, before=kill)
-    )
-    check_resumes(recipe, uninterrupted, monkeypatch)
 
 
 @pytest.mark.parametrize(

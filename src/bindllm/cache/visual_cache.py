@@ -20,11 +20,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bindllm.cache.blend import best, mix, retrieve, similarities_of, unit_rows
+from bindllm.cache.blend import (
+    MILVUS_TOKEN,
+    CacheConfig,
+    CacheSettings,
+    best,
+    is_milvus,
+    mix,
+    retrieve,
+    similarities_of,
+    unit_rows,
+)
 from bindllm.cache.factories import check_factory
 from bindllm.cache.folder import IndexInfo
 from bindllm.cache.index import VectorIndex
-from bindllm.cache.settings import MILVUS_TOKEN, CacheConfig, CacheSettings, is_milvus
 from bindllm.embeddings.store import EmbeddingStore
 from bindllm.errors import InputError, StoreError
 
@@ -246,7 +255,6 @@ class VisualCache:
         Raises:
             StoreError: The cache was not built with one of these encoders.
         """
-        # Also without any group, so that callers can refuse a wrong cache early.
         self.check_encoders({encoder.fingerprint() for encoder in encoders})
         skip = set(self.settings.skip)
         # A group is skipped as a whole, because its embedding is already the fusion of all its media.

@@ -13,7 +13,7 @@ from bindllm.convert import KINDS, TOKENIZER, imagebind, imagebind_llm, pointbin
 from bindllm.convert.foreign import read_foreign
 from bindllm.convert.keymap import REPORT, ConversionReport, Rule
 from bindllm.encoders import Encoder
-from bindllm.encoders.imagebind.text import tokenizer_tree, write_tokenizer
+from bindllm.encoders.imagebind.text import Tokenizer, write_tokenizer
 from bindllm.errors import CheckpointError, UsageError
 from bindllm.model.decoder import DecoderConfig
 
@@ -48,13 +48,17 @@ def convert_published(
 
     Raises:
         CheckpointError: the file cannot be read or converted, or the folder cannot be written.
-        UsageError: an ImageBind-LLM adapter without a base or an encoder.
+        UsageError: an ImageBind-LLM adapter without a base or an encoder, or an option of another kind.
     """
     folder = Path(output)
     check_output(folder)
     # The tensors stay on the disk, so finding the kind is cheap.
     state = read_foreign(file)
     kind = kind or find_kind(state, file)
+    adapter = {"base": base, "encoder": encoders, "accept_base": accept_base}
+    for owner, given in (("imagebind", {"tokenizer": tokenizer}), ("imagebind-llm", adapter)):
+        if kind != owner and (names := [f"--{name}" for name, value in given.items() if value]):
+            raise UsageError(f"{names[0]} is for {owner}, and {file} is {kind}; leave it out")
     print(f"{file}: {kind}, {len(state):,} tensors")
     if kind == "imagebind":
         report, license = _convert_imagebind(state, file, folder, tokenizer), imagebind.LICENSE
@@ -143,29 +147,10 @@ def _convert_imagebind(
             packed, file = file.read_bytes(), Path(scratch) / "tokenizer.json"
             write_tokenizer(packed, file)
         if file is not None:
-            _check_tokenizer(file)
+            # The ids of another tokenizer would mean other words to the encoder.
+            Tokenizer(file).check()
         rules = [Rule(_POINT_PARTS, None, "the point encoder: bindllm convert pointbind")]
         return imagebind.convert_imagebind(state, folder, tokenizer_file=file, rules=rules, source=source)
-
-
-def _check_tokenizer(file: Path) -> None:
-    """Refuse a tokenizer that is not CLIP's: its ids would mean other words to the encoder."""
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    # The library raises Exception itself.
-    except Exception as error:
-        raise CheckpointError(
-            f"{file} is not a tokenizer.json that can be read ({error}); bindllm fetch clip-vocabulary makes one"
-        ) from error
-    # The ids of the special tokens differ between vocabularies, so they identify one.
-    for marker in tokenizer_tree({})["added_tokens"]:
-        if (found := tokenizer.token_to_id(marker["content"])) != marker["id"]:
-            raise CheckpointError(
-                f"{file} is not CLIP's tokenizer: {marker['content']} has the id {found}, expected {marker['id']}; "
-                "bindllm fetch clip-vocabulary makes the right one"
-            )
 
 
 def as_path(value: str) -> str:

@@ -23,7 +23,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from bindllm.errors import DecoderError, InputError, MissingExtraError
+from bindllm.errors import DecoderError, InputError, needs_extra
 from bindllm.model.checkpoint import ADAPTER_PREFIX
 from bindllm.model.decoder import without_weights
 from bindllm.model.quantize import quiet_bitsandbytes
@@ -110,12 +110,8 @@ class Adapter:
 
     def __init__(self, decoder: PreTrainedModel, config: AdapterConfig) -> None:
         quiet_bitsandbytes()
-        try:
+        with needs_extra("peft", extra="adapter", purpose="tune a decoder, or run a tuned one"):
             from peft import inject_adapter_in_model
-        except ImportError as error:
-            raise MissingExtraError(
-                "peft", extra="adapter", purpose="tune a decoder, or run a tuned one"
-            ) from error
         _check(decoder)
         self.config = config = _choose_bias(config, decoder)
         self._peft_config = _peft_config(decoder, config)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from bindllm.cache.settings import CacheConfig
+from bindllm.cache.blend import CacheConfig
 from bindllm.encoders.fusion import common_size
 from bindllm.errors import CheckpointError, EncoderError, InputError, UsageError
 from bindllm.imports import resolve_path

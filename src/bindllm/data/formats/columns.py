@@ -251,14 +251,20 @@ class Fields:
 
     def _split(self) -> Split | None:
         column = self.config.columns.split
-        if column is None or self.config.split is not None:
-            return None
-        value = as_text(self.record.get(column), column)
-        split = split_named(value)
-        # An empty cell is a row without a split.
-        if value and split is None:
-            raise RowError(f"unknown split {reprlib.repr(value)}. {did_you_mean(value, SPLITS)}")
-        return split
+        return None if column is None or self.config.split is not None else read_split(self.record, column)
+
+
+def read_split(record: Record, column: str) -> Split | None:
+    """Return the split that a row names; None: the cell is empty or missing.
+
+    Raises:
+        RowError: it is not a split.
+    """
+    value = as_text(record.get(column), column)
+    split = split_named(value)
+    if value and split is None:
+        raise RowError(f"unknown split {reprlib.repr(value)}. {did_you_mean(value, SPLITS)}")
+    return split
 
 
 def as_text(value: object, column: str) -> str:
