@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -64,16 +64,40 @@ _HARMLESS = ("output", "save_every_seconds", "trainer.enable_progress_bar")
 _LENGTHS = ("trainer.max_epochs", "trainer.max_steps")
 
 
-def run_folder(output: str | Path, *, init_from: str | Path | None = None) -> Path:
+def check_output(output: Path, marker: str, *, kind: str, filled: Iterable[str | Path]) -> None:
+    """Refuse an output that a run cannot replace at its end.
+
+    Args:
+        output: the folder that the run writes.
+        marker: the file that every folder of its kind has.
+        kind: what the folder is, such as "a bindllm checkpoint".
+        filled: folders that the run fills before.
+
+    Raises:
+        InputError: the output is a file, or contains other files or one of these folders.
+    """
+    check_replaceable(output, marker, InputError, kind=kind)
+    for path in filled:
+        if Path(path).resolve().is_relative_to(output.resolve()):
+            raise InputError(
+                f"output {output} contains {path}, which the run fills before it writes its output; choose another "
+                "folder for one of them"
+            )
+
+
+def run_folder(
+    output: str | Path, *, store: str | Path | None = None, init_from: str | Path | None = None
+) -> Path:
     """Return the folder of the run that writes a checkpoint folder: each output has its own.
 
     Args:
         output: the checkpoint folder.
+        store: folder of the embedding stores, if any.
         init_from: the checkpoint folder whose weights the run starts with, if any.
 
     Raises:
-        InputError: ``output`` is a file, holds other files than a checkpoint, or is the checkpoint that the run starts
-            from; it would be replaced at the end of the run.
+        InputError: ``output`` cannot be replaced at the end of the run, see `check_output`, or is the checkpoint that
+            the run starts from.
     """
     output = Path(output)
     found, home = output.resolve(), Path.cwd().resolve()
@@ -82,7 +106,8 @@ def run_folder(output: str | Path, *, init_from: str | Path | None = None) -> Pa
             f"output {output} is model.init_from too: the run would replace its own start, and could not be "
             "run twice with the same result; choose another output"
         )
-    check_replaceable(output, MANIFEST, InputError, kind="a bindllm checkpoint")
+    filled = (RUNS, *([] if store is None else [store]))
+    check_output(output, MANIFEST, kind="a bindllm checkpoint", filled=filled)
     # The usual place needs no hash in the name of its run.
     if found.parent == home / OUTPUTS:
         return Path(RUNS) / found.name
