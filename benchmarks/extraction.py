@@ -62,7 +62,7 @@ def metrics() -> list[Metric]:
         Metric(
             "extraction_2_over_1_throughput", statistics.median(ratios), "ratio", 1.0,
             f"{len(keys) / two:.0f} over {len(keys) / one:.0f} images/s without the start, on the same "
-            f"{os.cpu_count()} cores; floor: if 1 process kept them all busy. It does not, because drawing an SVG "
-            "holds Python's lock",
+            f"{os.cpu_count()} cores; floor: if 1 process keeps them all busy. It nearly "
+            "does, because SVGs are drawn in a process of their own",
         ),
     ]  # fmt: skip

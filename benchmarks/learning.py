@@ -1,4 +1,6 @@
-"""`python -m benchmarks.learning`: compare both injection kinds, with and without queries, three seeds each.
+"""`python -m benchmarks.learning kinds`: compare both injection kinds, with and without queries, three seeds each.
+
+`python -m benchmarks.learning layers --epochs 3` compares the layers that receive the bind vectors.
 
 Trains the quickstart recipe for one epoch per run: 12 runs of about 3 minutes each on 2 cores. Runs in
 benchmarks/results/learning.json are not repeated, so the command can be stopped at any time. Remove a row, or the
@@ -18,35 +20,55 @@ from bindllm.atomic import write_json
 
 RECIPE = "recipes/quickstart.yaml"
 FOLDER = Path("checkpoints/learning")
-KINDS, QUERIES, SEEDS = ("value", "residual"), (True, False), (0, 1, 2)
+SEEDS = (0, 1, 2)
+LAYERS = {
+    "all": None,
+    "last half": list(range(15, 30)),
+    "last third": list(range(20, 30)),
+    "every second": list(range(1, 30, 2)),
+    "every second of the last half": list(range(15, 30, 2)),
+}
+"""Indices of the served layers of SmolLM2-135M, which has 30."""
+
+CELLS = {
+    "kinds": [
+        {"kind": kind, "queries": queries, "layers": "all"}
+        for kind in ("value", "residual")
+        for queries in (True, False)
+    ],
+    "layers": [{"kind": "value", "queries": True, "layers": name} for name in LAYERS],
+}
 SHOWN = ("loss", "cider", "exact_match")
 
 
-def train(kind: str, queries: bool, seed: int, *, epochs: int) -> dict:
+def train(kind: str, queries: bool, layers: str, seed: int, *, epochs: int) -> dict:
     """Train one cell with one seed and return the metrics of each variant."""
-    output = FOLDER / f"{kind}-{'queries' if queries else 'plain'}-{seed}-{epochs}"
+    where = layers.replace(" ", "-")
+    output = FOLDER / f"{kind}-{'queries' if queries else 'plain'}-{where}-{seed}-{epochs}"
     run_bindllm(
         *("fit", "--config", RECIPE, "--output", str(output), "--seed_everything", str(seed)),
         *("--model.inject.kind", kind, "--model.inject.queries", str(queries).lower()),
+        *("--model.inject.layers", json.dumps(LAYERS[layers])),
         *("--trainer.max_epochs", str(epochs), "--trainer.logger", "false"),
     )
     return json.loads((output / "metrics.json").read_text())["tasks"]["captions"]
 
 
-def table(rows: list[dict]) -> str:
+def table(rows: list[dict], cells: list[dict]) -> str:
     """Return the mean and the spread (largest less smallest) of each cell as a Markdown table."""
     lines = [
-        f"| kind | queries | {' | '.join(SHOWN)} | loss with shuffled media |",
-        "|---|---|---|---|---|---|",
+        f"| kind | queries | layers | {' | '.join(SHOWN)} | loss with shuffled media |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for kind, queries in itertools.product(KINDS, QUERIES):
-        cell = [row for row in rows if (row["kind"], row["queries"]) == (kind, queries)]
+    for settings in cells:
+        cell = [row for row in rows if settings.items() <= row.items()]
         if not cell:
             continue
         values = [[row["model"][name] for row in cell] for name in SHOWN]
         values.append([row["shuffled_media"]["loss"] for row in cell])
         shown = (f"{statistics.mean(column):.3f} ({max(column) - min(column):.3f})" for column in values)
-        lines.append(f"| {kind} | {'yes' if queries else 'no'} | {' | '.join(shown)} |")
+        kind, queries, layers = settings["kind"], settings["queries"], settings["layers"]
+        lines.append(f"| {kind} | {'yes' if queries else 'no'} | {layers} | {' | '.join(shown)} |")
     return "\n".join(lines)
 
 
@@ -55,17 +77,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("compare", choices=CELLS)
     parser.add_argument("--epochs", type=int, default=1)
-    epochs = parser.parse_args().epochs
+    options = parser.parse_args()
+    cells, epochs = CELLS[options.compare], options.epochs
     file = RESULTS / "learning.json"
     rows = json.loads(file.read_text()) if file.exists() else []
     # Seed by seed, so that an interrupted table still compares equal seeds.
-    for seed, kind, queries in itertools.product(SEEDS, KINDS, QUERIES):
-        cell = {"kind": kind, "queries": queries, "seed": seed, "epochs": epochs}
+    for seed, settings in itertools.product(SEEDS, cells):
+        cell = {**settings, "seed": seed, "epochs": epochs}
         if not any(cell.items() <= row.items() for row in rows):
-            rows.append({**cell, **train(kind, queries, seed, epochs=epochs)})
+            rows.append({**cell, **train(**settings, seed=seed, epochs=epochs)})
             write_json(file, rows)
-        print(table([row for row in rows if row["epochs"] == epochs]), flush=True)
+        print(table([row for row in rows if row["epochs"] == epochs], cells), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -31,10 +33,16 @@ def bare_decoder() -> PreTrainedModel:
     return decoder.eval().requires_grad_(False)
 
 
-def bound_model(*, open_gates: bool = True) -> BindLLM:
-    """Return the same decoder with bind network and injection; open gates, so that no computation can be skipped."""
+def bound_model(*, open_gates: bool = True, **parts: Any) -> BindLLM:
+    """Return the same decoder with bind network and injection; open gates, so that no computation can be skipped.
+
+    Args:
+        open_gates: whether the gates are open.
+        **parts: ``bind`` and ``inject`` as for `BindLLM`.
+    """
     torch.manual_seed(0)
-    model = BindLLM(bare_decoder(), load_tokenizer(DECODER), DECODER, encoders=[EfficientNetLite()])
+    encoders = [EfficientNetLite()]
+    model = BindLLM(bare_decoder(), load_tokenizer(DECODER), DECODER, encoders=encoders, **parts)
     model.set_trainable(["bind", "inject"])
     if open_gates:
         torch.nn.init.constant_(model.injection.gates, 0.01)

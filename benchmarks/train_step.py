@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
+from benchmarks.learning import LAYERS
 from benchmarks.measure import Metric, forget_peak, matrix_rate, paired, peak_bytes
 from benchmarks.parts import bare_decoder, bare_loss, bound_loss, bound_model, training_batch
+from bindllm.model.bindllm import BindLLM
+from bindllm.model.injection import InjectConfig
 
 ON_GPU = torch.cuda.is_available()
 # The shape of the quickstart's batches; on a GPU the published stage 1 (prompt and caption of 96 tokens).
@@ -19,16 +24,10 @@ def metrics() -> list[Metric]:
     """Compare a whole step (forward, backward, clipping, AdamW) with the bare forward and backward."""
     bare, model = bare_decoder(), bound_model()
     batch = training_batch(bare, **SHAPE)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=1e-4, fused=True)
-
-    def step() -> None:
-        bound_loss(model, batch).backward()
-        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    ratio, ours, theirs = paired(step, lambda: bare_loss(bare, batch).backward(), repeats=5 if ON_GPU else 9)
+    repeats = 5 if ON_GPU else 9
+    ratio, ours, theirs = paired(
+        whole_step(model, batch), lambda: bare_loss(bare, batch).backward(), repeats=repeats
+    )
     tokens = SHAPE["rows"] * SHAPE["tokens"]
     layers = sum(p.numel() for p in bare.get_decoder().layers.parameters())
     # Forward, and backward to the activations only: two multiply-adds per weight and token.
@@ -62,7 +61,38 @@ def metrics() -> list[Metric]:
             f"4096 x 1024 x 1024: {halved / 1e9:.0f} over {whole / 1e9:.0f} GFLOP/s; above 1, bfloat16 pays here",
         ),
         _memory(),
+        *_fewer_layers(batch),
     ]  # fmt: skip
+
+
+def whole_step(model: BindLLM, batch: dict[str, Tensor]) -> Callable[[], None]:
+    """Return one training step of the bound model, as a call."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-4, fused=True)
+
+    def step() -> None:
+        bound_loss(model, batch).backward()
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _fewer_layers(batch: dict[str, Tensor]) -> list[Metric]:
+    """Compare a step whose bind vectors reach only some layers with the bare decoder's step."""
+    bare, metrics = bare_decoder(), []
+    num_layers = bare.config.num_hidden_layers
+    for name, layers in LAYERS.items():
+        if layers is None:
+            continue
+        step = whole_step(bound_model(inject=InjectConfig(layers=layers)), batch)
+        ratio, ours, theirs = paired(step, lambda: bare_loss(bare, batch).backward(), repeats=5)
+        # All layers run forward; backward, one product of the same size, ends at the first served layer.
+        floor = (num_layers + num_layers - layers[0]) / (2 * num_layers)
+        note = f"{ours * 1e3:.0f} ms over {theirs * 1e3:.0f} ms; floor: the backward pass ends at layer {layers[0]}"
+        metrics.append(Metric(f"train_step_{name.replace(' ', '_')}", ratio, "ratio", floor, note))
+    return metrics
 
 
 def _memory() -> Metric:

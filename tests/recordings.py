@@ -1,9 +1,10 @@
-"""Synthetic audio and video files for the tests of loaders, and videos whose frames show their own number."""
+"""Synthetic audio, video and PNG files for the tests of loaders, and videos whose frames show their own number."""
 
 from __future__ import annotations
 
 import io
 import struct
+import zlib
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -102,6 +103,20 @@ def video_file(
             output.mux(stream.encode(frame))
         output.mux(stream.encode(None))
     return file.getvalue()
+
+
+def png(size: tuple[int, int], bits: int, kind: int, content: bytes, level: bytes | None = None) -> bytes:
+    """Return a PNG of these bytes, each line after a zero byte; kind 0: gray, 2: color, 4: gray with alpha.
+
+    ``level`` is the gray or the color that is transparent, 2 bytes a channel. Pillow writes only some of these files.
+    """
+    chunks = [(b"IHDR", struct.pack(">2I5B", *size, bits, kind, 0, 0, 0)), (b"tRNS", level)]
+    chunks += [(b"IDAT", zlib.compress(content)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks
+        if data is not None
+    )
 
 
 def assert_refused(open_file: Callable[[Path], Any], content: bytes | None, path: Path, reason: str) -> None:

@@ -121,6 +121,12 @@ def test_the_commands_of_the_page_run(project, capsys):
         BindLLM.from_pretrained("checkpoints/radar")
 
 
+def test_the_encoder_with_tokens_keeps_the_contract():
+    page = {"__name__": "page"}
+    exec(compile(blocks("python")[2], "new-encoder.md", "exec"), page)
+    check_encoder(page["QuarterTokens"]())
+
+
 def test_what_the_check_finds(project, capsys):
     line = ["check", "--encoder", "examples.radar_encoder.RadarEncoder"]
     assert main(line) == 1

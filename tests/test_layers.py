@@ -48,6 +48,30 @@ def test_files_import_only_rooms_below_them():
     assert not upward
 
 
+def names_in(file: Path) -> set[str]:
+    """Names that a file defines or imports at its top level, also for type hints, and the modules next to it."""
+    found = {path.stem for path in file.parent.iterdir()} if file.name == "__init__.py" else set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            found |= {name.asname or name.name for name in node.names}
+    return found
+
+
+def test_imported_names_exist_also_those_for_type_hints():
+    missing = []
+    for file in FILES:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bindllm."):
+                home = SOURCE.joinpath(*node.module.split(".")[1:])
+                home = home / "__init__.py" if home.is_dir() else home.with_suffix(".py")
+                missing += [f"{file}: {name.name}" for name in node.names if name.name not in names_in(home)]
+    assert missing == []
+
+
 def test_files_functions_and_folders_are_small():
     too_long = []
     for file in FILES:

@@ -14,10 +14,11 @@ import torch
 from torch.nn.functional import dropout, normalize
 
 from bindllm import testing
+from bindllm.encoders import Embedded
 from bindllm.errors import EncoderError, MediaError
 from bindllm.media import MODALITIES, Media
 from bindllm.testing import check_encoder, synthetic_media
-from tiny import ColorEncoder
+from tiny import ColorEncoder, TokenEncoder
 
 
 class NotNormalized(ColorEncoder):
@@ -264,6 +265,90 @@ BROKEN = {
 
 def test_good_encoder_passes():
     assert check_encoder(ColorEncoder()) is None
+    assert check_encoder(TokenEncoder()) is None
+
+
+class OtherEmbeddings(TokenEncoder):
+    def embed(self, modality, inputs, *, tokens=False):
+        found = super().embed(modality, inputs, tokens=tokens)
+        return Embedded(-found.embeddings, found.tokens) if tokens else found
+
+
+class ChangedTokens(TokenEncoder):
+    """Its tokens are those of the subclass's `change`, which gets the list of the batch."""
+
+    def embed(self, modality, inputs, *, tokens=False):
+        found = super().embed(modality, inputs, tokens=tokens)
+        return Embedded(found.embeddings, self.change(found.tokens)) if tokens else found
+
+
+class TokensOfTheBatch(ChangedTokens):
+    def change(self, tokens):
+        return [each + 0.1 * sum(tokens) / len(tokens) for each in tokens]
+
+
+class SameTokens(ChangedTokens):
+    def change(self, tokens):
+        return [torch.ones_like(each) for each in tokens]
+
+
+class FlatTokens(ChangedTokens):
+    def change(self, tokens):
+        return [each.flatten() for each in tokens]
+
+
+class TooFewTokens(ChangedTokens):
+    def change(self, tokens):
+        return tokens[:-1]
+
+
+class WholeTokens(ChangedTokens):
+    def change(self, tokens):
+        return [each.long() for each in tokens]
+
+
+class TokensOfNothing(TokenEncoder):
+    def __init__(self, **sizes):
+        super().__init__(**sizes)
+        self.token_sizes = {"audio": 8}
+
+
+class TokenSizesRaise(ColorEncoder):
+    @property
+    def token_sizes(self):
+        raise RuntimeError("not ready")
+
+
+class TokenSizesAsList(TokenEncoder):
+    def __init__(self, **sizes):
+        super().__init__(**sizes)
+        self.token_sizes = ["image"]
+
+
+@pytest.mark.parametrize(
+    ("broken", "problem"),
+    [
+        (TokenSizesRaise, "token_sizes raised RuntimeError: not ready"),
+        (TokenSizesAsList, r"token_sizes must map modalities .* not \['image'\]"),
+        (OtherEmbeddings, r"image: embed\(\.\.\., tokens=True\) gives other embeddings than without tokens"),
+        (TokensOfTheBatch, r"tokens of a media must depend only on its own input.*\[4, 4, 8\] in a batch"),
+        (SameTokens, "all media get the same tokens"),
+        (FlatTokens, r"tokens must be \[\*grid, 8\] with a grid of one to three axes, not \[128\]"),
+        (
+            TooFewTokens,
+            r"of 5 inputs must return a bindllm\.encoders\.Embedded with a list of as many tensors",
+        ),
+        (WholeTokens, r"tokens must be finite numbers without gradient, not torch\.int64"),
+        (
+            TokensOfNothing,
+            r"token_sizes must map modalities that it serves to ints above 0, not \{'audio': 8\}",
+        ),
+    ],
+)
+def test_broken_tokens_are_named(broken, problem):
+    with pytest.raises(EncoderError, match=problem) as caught:
+        check_encoder(broken())
+    assert str(caught.value).count("\n- ") == 1
 
 
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda kind: kind.__name__)

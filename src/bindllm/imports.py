@@ -176,6 +176,15 @@ def resolve_path(value: Any, home: Path) -> Any:
     return os.path.relpath(moved) if (moved := home / value).exists() else value
 
 
+def strings_in(tree: Any) -> Iterator[str]:
+    """Yield all strings among the values of a recipe; each may name a file or a class."""
+    if isinstance(tree, str):
+        yield tree
+    elif isinstance(tree, Mapping | list | tuple):
+        for value in tree.values() if isinstance(tree, Mapping) else tree:
+            yield from strings_in(value)
+
+
 def classes_in(module: ModuleType) -> list[str]:
     """Return the names of the classes that a module defines; imported ones do not count."""
     names = vars(module)

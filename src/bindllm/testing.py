@@ -6,6 +6,7 @@ The test of a new encoder is one line, ``check_encoder(MyEncoder())``.
 from __future__ import annotations
 
 import json
+import math
 import re
 import tempfile
 import time
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bindllm.encoders import Encoder, HasExamples, HasSpace, members_of
+from bindllm.encoders import Embedded, Encoder, HasExamples, HasSpace, HasTokens, members_of
 from bindllm.errors import EncoderError, MediaError
 from bindllm.media import MODALITIES, Media, is_modality
 
@@ -29,6 +30,8 @@ __all__ = ["check_encoder", "synthetic_media"]
 _NORM_TOLERANCE = 1e-3
 _BATCH_TOLERANCE = 1e-4
 _REPEAT_TOLERANCE = 1e-6
+# Largest difference between the tokens of a media in a batch and alone, in units of their root mean square.
+_TOKEN_TOLERANCE = 1e-3
 # CPU seconds of a constructor: many times more than needed, and too few to load large weights.
 _CONSTRUCTOR_SECONDS = 2.0
 
@@ -86,6 +89,7 @@ class _Check:
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
         self.problems: list[str] = []
+        self.token_sizes: dict[str, int] = {}
 
     def require(self, holds: bool, problem: str) -> bool:
         """Note a problem unless ``holds``, which is returned."""
@@ -128,6 +132,16 @@ class _Check:
             self.require(not wrong, f"modalities are lower-case words, not {wrong}")
         if isinstance(encoder, HasSpace):
             self.require(isinstance(encoder.space, str), f"space must be a word, not {encoder.space!r}")
+        # Optional, and perhaps a property that raises.
+        sizes = self.attempt(
+            "token_sizes", lambda: encoder.token_sizes if isinstance(encoder, HasTokens) else {}
+        )
+        self.token_sizes = dict(sizes) if isinstance(sizes, Mapping) else {}
+        self.require(
+            isinstance(sizes, Mapping | None)
+            and all(name in names and type(c) is int and c > 0 for name, c in self.token_sizes.items()),
+            f"token_sizes must map modalities that it serves to ints above 0, not {sizes!r}",
+        )
         self.require(type(size) is int and size > 0, f"embedding_size must be an int above 0, not {size!r}")
         self.require(
             _survives_json(config),
@@ -296,6 +310,65 @@ class _Check:
                 f"{modality}: a row of embed() must depend only on its own input, whatever the batch and its "
                 f"order (off by {single:.2g} embedded singly, by {turned:.2g} in reversed order)",
             )
+        if modality in self.token_sizes:
+            self.tokens(modality, inputs, batch)
+
+    def tokens(self, modality: str, inputs: list[Tensor], batch: Tensor) -> None:
+        """Tokens have the promised form, come with the same embeddings, and depend only on their own input."""
+        found = self.tokens_of(modality, inputs)
+        if found is None:
+            return
+        apart = float((found.embeddings - batch).abs().max())
+        self.require(
+            apart <= _REPEAT_TOLERANCE,
+            f"{modality}: embed(..., tokens=True) gives other embeddings than without tokens (by {apart:.2g})",
+        )
+        first, *others = found.tokens
+        # Constant tokens would pass every other check.
+        self.require(
+            any(other.shape != first.shape or not torch.equal(other, first) for other in others),
+            f"{modality}: all media get the same tokens",
+        )
+        for one, tokens in zip(inputs, found.tokens, strict=True):
+            single = self.tokens_of(modality, [one])
+            if single is None:
+                return
+            alone = single.tokens[0].float()
+            same = alone.shape == tokens.shape
+            off = (
+                float((alone - tokens.float()).abs().max() / alone.square().mean().sqrt())
+                if same
+                else math.inf
+            )
+            if not self.require(
+                off <= _TOKEN_TOLERANCE,
+                f"{modality}: the tokens of a media must depend only on its own input, whatever the batch: "
+                f"{list(tokens.shape)} in a batch, {list(alone.shape)} alone, off by {off:.2g}",
+            ):
+                return
+
+    def tokens_of(self, modality: str, inputs: list[Tensor]) -> Embedded | None:
+        """Return embeddings and tokens of (copies of) the inputs, or None if they have another form."""
+        action, size = f"{modality}: embed(..., tokens=True)", self.token_sizes[modality]
+        copies = [tensor.clone() for tensor in inputs]
+        with torch.enable_grad():
+            found = self.attempt(action, lambda: self.encoder.embed(modality, copies, tokens=True))
+        if found is None or not self.require(
+            isinstance(found, Embedded) and len(found.tokens) == len(inputs),
+            f"{action} of {len(inputs)} inputs must return a bindllm.encoders.Embedded with a list of as many tensors",
+        ):
+            return None
+        for tokens in found.tokens:
+            if not self.require(
+                tokens.dim() in (2, 3, 4) and tokens.shape[-1] == size and 0 not in tokens.shape,
+                f"{modality}: tokens must be [*grid, {size}] with a grid of one to three axes, not "
+                f"{list(tokens.shape)}",
+            ) or not self.require(
+                tokens.is_floating_point() and not tokens.requires_grad and bool(tokens.isfinite().all()),
+                f"{modality}: tokens must be finite numbers without gradient, not {tokens.dtype}",
+            ):
+                return None
+        return found
 
     def form(self, modality: str, batch: Any, count: int) -> bool:
         """[B, E], float32, finite, unit norm, usable in training but without gradient."""

@@ -74,6 +74,10 @@ def test_bad_files_do_not_lose_the_others(capsys):
         ("text:a dog: sitting", Media.text("a dog: sitting")),
         ("radar:sweep.npy", Media("radar", "sweep.npy")),
         (r"C:\dog.png", Media.image(r"C:\dog.png")),
+        ("file:a%20dog.png", Media.image("a dog.png")),
+        ("file:///data/dog.png", Media.image("/data/dog.png")),
+        ("depth:file:///data/room.png", Media.depth("/data/room.png")),
+        ("text:file:a", Media.text("file:a")),
     ],
 )
 def test_what_a_file_is_taken_for(word, expected):
@@ -97,6 +101,9 @@ def test_folders_and_words_are_not_files():
         read_media("pets.v2")
     with pytest.raises(UsageError, match="a dog: no such file; a text is given as text:a dog"):
         read_media("a dog")
+    for word in ("https://example.org/dog.png", "depth:http://example.org/room.png"):
+        with pytest.raises(UsageError, match="a web address; download it first and give its path"):
+            read_media(word)
 
 
 def test_softmax_is_along_each_row():

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from bindllm import VisualCache
+from bindllm.cache.blend import CacheSettings
 from bindllm.cache.folder import IndexInfo, StoreState
-from bindllm.cache.settings import CacheSettings
 from bindllm.cache.visual_cache import image_names
 from bindllm.cli import main
 from bindllm.cli.generate import MediaOptions
@@ -20,7 +20,8 @@ from bindllm.cli.options import encoder_folder
 from bindllm.media import MODALITIES, Media
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.checkpoint import name_cache
-from cache_parts import ALLOW, TEXT, Multimodal, filled_store, save_tiny_model, write_images
+from cache_parts import ALLOW, TEXT, Multimodal, filled_store, save_tiny_model
+from store_parts import write_images
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def test_there_is_an_option_for_each_modality():
 
 
 def test_media_of_all_kinds(asked, capsys):
-    line = ["generate", "folder", "What?", "--audio", "bark.wav", "--image", "a.png", "--image", "b.png"]
+    line = ["generate", "folder", "What?", "--audio", "bark.wav", "--image", "file:a.png", "--image", "b.png"]
     assert main([*line, "--text", "a dog", "--imu", "walk.csv", "--media", "radar:sweep.npy"]) == 0
     expected = [Media.image("a.png"), Media.image("b.png"), Media.audio("bark.wav"), Media.text("a dog")]
     assert asked == [("What?", [*expected, Media.imu("walk.csv"), Media("radar", "sweep.npy")])]

@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import distributed
 
-from bindllm.cli import processes
-from bindllm.cli.processes import graceful_stop, launch
+from bindllm.cli.fit import _Gather, graceful_stop, launch
 from bindllm.errors import InputError, StoreError
 
 SECONDS = 60
@@ -89,7 +88,7 @@ def in_processes(count, part):
         distributed.init_process_group(
             "gloo", init_method=address, rank=number, world_size=count, timeout=timedelta(seconds=SECONDS)
         )
-        answers.put((number, part(processes._Gather(count), number)))
+        answers.put((number, part(_Gather(count), number)))
 
     started = [context.Process(target=one, args=(number,)) for number in range(count)]
     for process in started:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from bindllm.conversation import Conversation, Message
-from bindllm.data.collate import answer_batch, collate, model_inputs, prompt_batch
+from bindllm.data.collate import TokenLookup, answer_batch, collate, model_inputs, prompt_batch, tokens_of
 from bindllm.data.rows import Sample
 from bindllm.errors import InputError
 from bindllm.media import Media
@@ -117,3 +117,42 @@ def test_the_rows_alone_are_what_the_model_takes():
     alone = answer_batch([pair], lookup, pad_id=3)
     assert as_lists(alone) == as_lists(answer_batch([ROWS[2]], lookup, pad_id=3))
     assert model_inputs(collate([pair], lookup, pad_id=3)).keys() == alone.keys()
+
+
+class WithTokens:
+    """Two tokens of each image, one of c."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def __call__(self, groups):
+        return lookup(groups)
+
+    def tokens(self, groups):
+        self.asked += 1
+        found = torch.zeros(len(groups), 2, 3)
+        for row, group in zip(found, groups, strict=True):
+            row[: 1 if group[0].source == "c" else 2] = ord(group[0].source)
+        return found
+
+
+def test_tokens_lie_next_to_the_embeddings():
+    source = WithTokens()
+    assert isinstance(source, TokenLookup)
+    assert tokens_of(lookup, []) is None
+    pair = replace(ROWS[2], rejected=sample([4, 7, 7, 7], [-100, 7, 7, 7], [0] * 4, "c"))
+    batch = collate([ROWS[0], ROWS[1], pair], source, pad_id=3)
+    assert source.asked == 1
+    assert batch["tokens"].shape == (4, 2, 2, 3)
+    assert batch["tokens"][..., 0].tolist() == [
+        [[97, 97], [98, 98]],
+        [[0, 0], [0, 0]],
+        [[99, 0], [0, 0]],
+        [[99, 0], [0, 0]],
+    ]
+    assert "tokens" in model_inputs(batch)
+    for make in (answer_batch, prompt_batch):
+        assert torch.equal(make([ROWS[0]], source, pad_id=3)["tokens"], batch["tokens"][:1])
+    without = collate([ROWS[0], ROWS[1], pair], lookup, pad_id=3)
+    assert without.keys() == batch.keys() - {"tokens"}
+    assert all(torch.equal(value, batch[name]) for name, value in without.items())

@@ -9,7 +9,7 @@ from bindllm.data.sources import SourceConfig
 from bindllm.errors import InputError
 from bindllm.media import Media
 from stream_parts import write_shards
-from tiny import COLORS, ColorEncoder, color_images, tiny_tokenizer
+from tiny import COLORS, ColorEncoder, TokenEncoder, color_images, tiny_tokenizer
 
 
 def build(folder, *, sources=None, encoders=None, **options) -> BindData:
@@ -211,3 +211,22 @@ def test_streamed_rows_are_trained_on_and_held_out(folder):
     encoder = ColorEncoder()
     own = encoder.embed("image", [encoder.prepare(media[0]) for media in data.samples("test")[0].media])
     assert any(torch.allclose(row, own, atol=1e-6) for row in held_out["embeddings"])
+
+
+def test_batches_hold_tokens_if_the_model_asks_for_them(folder):
+    encoder = TokenEncoder()
+    plain = build(folder, encoders=[encoder])
+    data = build(folder, encoders=[encoder], token_modalities=["image"])
+    for loader in ("train_dataloader", "val_dataloader", "test_dataloader"):
+        for batch, before in zip(getattr(data, loader)(), getattr(plain, loader)(), strict=True):
+            assert batch["tokens"].shape == (len(batch["labels"]), 1, 16, 8)
+            assert before.keys() == batch.keys() - {"tokens"}
+            assert all(torch.equal(value, batch[name]) for name, value in before.items())
+
+
+def test_streamed_batches_hold_tokens_too(folder, tmp_path):
+    shards = SourceConfig(str(write_shards(tmp_path / "shards", [8])))
+    data = build(folder, sources=[shards], encoders=[TokenEncoder()], token_modalities=["image"])
+    batches = iter(data.train_dataloader())
+    assert next(batches)["tokens"].shape == (8, 1, 16, 8)
+    batches.close()

@@ -2,12 +2,13 @@ import pytest
 import torch
 
 from bindllm.data.embeddings import MediaEmbeddings
+from bindllm.embeddings.embedder import embed_groups
 from bindllm.encoders.fusion import fuse
 from bindllm.errors import InputError
 from bindllm.media import Media
 from bindllm.parallel import Processes, RunContext
 from side_by_side import together
-from tiny import ColorEncoder, color_images
+from tiny import ColorEncoder, TokenEncoder, color_images
 
 
 class WordEncoder(ColorEncoder):
@@ -141,3 +142,46 @@ def test_an_encoder_that_fails_gives_the_accelerator_back(tmp_path, pictures):
             pictures.values(), RunContext(device="cuda:1")
         )
     assert encoder.places == ["cuda:1", "cpu"]
+
+
+def test_tokens_from_the_store_are_those_of_a_request(tmp_path, pictures):
+    word, encoders = Media.text("a word"), [TokenEncoder(), WordEncoder()]
+    groups = [(pictures["red"],), (word,), (pictures["blue"], pictures["green"]), (word, pictures["red"])]
+    embeddings = MediaEmbeddings(encoders, tmp_path / "store", token_modalities=["image"])
+    assert embeddings.precompute([*pictures.values(), word]).encoded == 4
+    expected = embed_groups(groups, encoders, device="cpu", token_modalities=["image"])
+    assert torch.equal(embeddings.tokens(groups), expected.tokens)
+    torch.testing.assert_close(embeddings(groups), expected.embeddings)
+    assert torch.equal(embeddings.tokens([(word,)]), torch.zeros(1, 1, 8))
+    assert embeddings.tokens([]).shape == (0, 1, 8)
+    assert MediaEmbeddings(encoders, tmp_path / "store").tokens(groups) is None
+
+
+def test_a_store_with_embeddings_only_gets_the_missing_tokens(tmp_path, pictures):
+    media = list(pictures.values())
+    MediaEmbeddings([TokenEncoder()], tmp_path / "store").precompute(media)
+    embeddings = MediaEmbeddings([TokenEncoder()], tmp_path / "store", token_modalities=["image"])
+    totals = embeddings.precompute(media)
+    assert (totals.encoded, totals.reused) == (3, 0)
+    assert embeddings.tokens([(item,) for item in media]).shape == (3, 16, 8)
+
+
+def test_media_whose_tokens_cannot_be_computed_are_failures(tmp_path, pictures):
+    media = list(pictures.values())
+    MediaEmbeddings([TokenEncoder()], tmp_path / "store").precompute(media)
+
+    class Broken(TokenEncoder):
+        def embed(self, modality, inputs, *, tokens=False):
+            found = super().embed(modality, inputs, tokens=tokens)
+            found.tokens[0].fill_(float("nan"))
+            return found
+
+    embeddings = MediaEmbeddings([Broken()], tmp_path / "store", token_modalities=["image"])
+    totals = embeddings.precompute(media)
+    assert totals.encoded == 2
+    assert "its tokens are not finite" in totals.failed[media[0]]
+
+
+def test_an_encoder_without_tokens_is_refused(tmp_path):
+    with pytest.raises(InputError, match="ColorEncoder has no tokens of image media"):
+        MediaEmbeddings([ColorEncoder()], tmp_path, token_modalities=["image"])

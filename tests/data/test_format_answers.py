@@ -5,7 +5,7 @@ import pytest
 from bindllm.conversation import INPUT_HEADER
 from bindllm.data.formats import read_row
 from bindllm.data.formats.media import FolderResolver
-from bindllm.data.source_config import SourceConfig
+from bindllm.data.source_config import Columns, SourceConfig
 from bindllm.errors import InputError
 from bindllm.media import Media
 
@@ -265,8 +265,8 @@ def test_an_empty_option_leaves_the_letters_of_the_others(read, options):
         ({"choices": ["only"], "answer": 0}, "1 choices; expected 2 to 26"),
         ({"choices": [f"{n}" for n in range(27)]}, "27 choices; expected 2 to 26"),
         ({"choices": ["a", ""], "answer": 0}, "1 choices; expected 2 to 26 that are not empty"),
-        ({"choices": "a|b"}, "the choices are not a list"),
-        ({"choices": 7}, "the choices are not a list"),
+        ({"choices": "a|b"}, "column 'choices' does not hold a list"),
+        ({"choices": 7}, "column 'choices' does not hold a list"),
         ({"choices": {"text": ["a", "b"], "label": ["1"]}}, "1 labels for 2 choices"),
         ({"question": ""}, "nothing in column 'question'"),
     ],
@@ -274,3 +274,18 @@ def test_an_empty_option_leaves_the_letters_of_the_others(read, options):
 def test_bad_choices(read, change, reason):
     with pytest.raises(InputError, match=reason):
         read("choice", {**CHOICE, **change})
+
+
+@pytest.mark.parametrize(
+    ("format", "record", "column"),
+    [
+        ("messages", {"talk": 7}, "talk"),
+        ("vqa", {"image": "a.png", "question": "?", "right": [[1]]}, "right"),
+        ("choice", {**CHOICE, "right": True}, "right"),
+        ("choice", {"question": "?", "given": ["a", []], "right": 0}, "given"),
+    ],
+)
+def test_errors_name_the_column_that_a_recipe_has_renamed(read, format, record, column):
+    columns = Columns(answer="right", messages="talk", choices="given" if "given" in record else "choices")
+    with pytest.raises(InputError, match=f"column '{column}' does not hold"):
+        read(format, record, columns=columns)

@@ -205,12 +205,12 @@ def test_turns_after_the_last_answer_are_skipped_with_their_media(read):
         ([user({"type": "radar", "radar": "sweep.bin"}), ANSWER], "unknown content part 'radar'"),
         (
             [user(image("https://example.org/a.png")), ANSWER],
-            "a web address as image file; download it first",
+            "no path to the image file, but a web address; download it first",
         ),
         ([user(image("gone.png")), ANSWER], "no such image file: gone.png"),
         (
             [user(image("file://host/a.png")), ANSWER],
-            "a file: URL of another machine as image file: file://host",
+            "but a file: URL of another machine: file://host",
         ),
         (
             [user({"type": "input_audio", "input_audio": {"data": "gone.wav"}}), ANSWER],

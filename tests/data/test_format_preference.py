@@ -36,6 +36,9 @@ def said(conversation) -> list[tuple[str, str]]:
             "rejected": [SYSTEM, ASKED, BLUE],
             "score_chosen": 8.0,
         },
+        # A prompt of messages is repeated in the conversations, or comes before them.
+        {"prompt": [SYSTEM], "chosen": [SYSTEM, ASKED, RED], "rejected": [SYSTEM, ASKED, BLUE]},
+        {"prompt": [SYSTEM], "chosen": [ASKED, RED], "rejected": [ASKED, BLUE]},
     ],
 )
 def test_forms_of_a_pair(read, record):
@@ -44,6 +47,12 @@ def test_forms_of_a_pair(read, record):
     assert said(parsed.conversation) == [*asked, ("assistant", "red")]
     assert said(parsed.rejected) == [*asked, ("assistant", "blue")]
     assert (parsed.references, parsed.task, parsed.desirable) == (("red",), "chat", None)
+
+
+def test_an_answer_after_earlier_turns_keeps_them(read):
+    turns = [RED, {"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "yes"}]
+    parsed = read({"prompt": [ASKED], "completion": turns, "label": True})
+    assert [text for _, text in said(parsed.conversation)] == ["Which?", "red", "Sure?", "yes"]
 
 
 def test_a_pair_about_a_later_turn(read):
@@ -76,7 +85,7 @@ def test_pairs_about_an_image(read, tmp_path, prompt):
 @pytest.mark.parametrize(
     ("label", "unwanted"), [(True, False), (1, 0), ("true", "false"), ("True", "False"), ("1", "0")]
 )
-@pytest.mark.parametrize("completion", ["red", [RED]])
+@pytest.mark.parametrize("completion", ["red", [RED], [ASKED, RED]])
 def test_an_answer_with_a_label(read, label, unwanted, completion):
     parsed = read({"prompt": "Which?", "completion": completion, "label": label, "image": "a.png"})
     assert said(parsed.conversation) == [("user", "Which?"), ("assistant", "red")]
@@ -110,6 +119,14 @@ def test_an_answer_with_a_label(read, label, unwanted, completion):
         ({"chosen": [ASKED, RED], "rejected": [SYSTEM, ASKED, BLUE]}, "differ before their last message"),
         ({"chosen": [ASKED, RED], "rejected": "blue"}, "differ before their last message"),
         ({"prompt": "?", "chosen": "red", "rejected": [ASKED, BLUE]}, "differ before their last message"),
+        (
+            {"prompt": "How many?", "chosen": [ASKED, RED], "rejected": [ASKED, BLUE]},
+            "the text in column 'prompt' is not in the conversation",
+        ),
+        (
+            {"prompt": "How many?", "completion": [ASKED, RED], "label": True},
+            "the text in column 'prompt' is not in the conversation",
+        ),
         ({"prompt": "Which?", "completion": "red"}, "no column 'label'"),
         ({"prompt": "Which?", "completion": "red", "label": "good"}, "the label is neither true nor false"),
         ({"prompt": "Which?", "completion": "red", "label": 2}, "the label is neither true nor false"),

@@ -4,7 +4,7 @@ import os
 import pytest
 from PIL import Image
 
-from bindllm.data.formats.questions import clean_caption
+from bindllm.data.formats import clean_caption
 from bindllm.data.source_config import Columns, SourceConfig
 from bindllm.data.sources import hashed_split, read_source
 from bindllm.errors import InputError

@@ -12,11 +12,12 @@ import torch
 from bindllm.data.source_config import Columns, SourceConfig
 from bindllm.data.stream.chunks import BAD_SHARD, CANNOT_EMBED
 from bindllm.data.stream.loader import StreamOptions, check_streams, stream_loader
+from bindllm.encoders.tokens import flatten_tokens
 from bindllm.errors import EncoderError, InputError
 from bindllm.media import Media
 from bindllm.parallel import Processes, RunContext
 from stream_parts import captioned, image_bytes, write_shard, write_shards
-from tiny import COLORS, ColorEncoder, tiny_tokenizer
+from tiny import COLORS, ColorEncoder, TokenEncoder, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 
@@ -375,3 +376,26 @@ def test_what_cannot_be_streamed_together_is_refused(shards, tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             check_streams(sources)
+
+
+def test_streamed_batches_hold_the_tokens_of_their_images(shards, whole):
+    encoder = TokenEncoder()
+    found = take(build(shards, encoders=[encoder], token_modalities=["image"]), 12)
+    for batch, before in zip(found, whole, strict=False):
+        assert all(torch.equal(value, batch[name]) for name, value in before.items() if name != "embeddings")
+        for text, tokens in zip(texts(batch), batch["tokens"], strict=True):
+            number = number_of(text)
+            content = image_bytes(list(COLORS)[number % len(COLORS)], number)
+            own = encoder.embed("image", [encoder.prepare(Media.image(content))], tokens=True).tokens
+            torch.testing.assert_close(tokens[0], flatten_tokens(own[0]), atol=1e-3, rtol=0)
+    # A resumed loader makes the same ones.
+    first = build(shards, encoders=[encoder], token_modalities=["image"])
+    take(first, 5)
+    rest = build(shards, encoders=[encoder], token_modalities=["image"])
+    rest.load_state_dict(first.state_dict())
+    assert equal(take(rest, 6), found[5:11])
+
+
+def test_a_stream_of_an_encoder_without_tokens_is_refused(shards):
+    with pytest.raises(InputError, match="ColorEncoder has no tokens of image media"):
+        take(build(shards, token_modalities=["image"]), 1)

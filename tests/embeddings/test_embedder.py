@@ -6,8 +6,10 @@ import torch
 from bindllm import Media
 from bindllm.embeddings import embedder as embedder_module
 from bindllm.embeddings.embedder import Embedder, Work, embed_groups
+from bindllm.encoders.tokens import flatten_tokens
 from bindllm.errors import EncoderError, InputError, MediaError
 from store_parts import CountingEncoder, expected, image_bytes, write_images
+from tiny import TokenEncoder
 
 
 class Letters(CountingEncoder):
@@ -169,7 +171,7 @@ def test_a_batch_that_is_too_large_for_the_encoder_is_embedded_one_by_one(tmp_pa
     media = write_images(tmp_path, 3)
     encoder = Picky(fitting=1)
     torch.testing.assert_close(
-        embed_groups([[item] for item in media], [encoder], device="cpu"), expected(media)
+        embed_groups([[item] for item in media], [encoder], device="cpu").embeddings, expected(media)
     )
     assert encoder.batches == [1, 1, 1]
 
@@ -186,11 +188,49 @@ def test_an_encoder_without_weights_is_tried_once(tmp_path):
     assert encoder.batches == [2]
 
 
+def test_tokens_of_groups_are_padded_with_zeros(tmp_path):
+    first, second = write_images(tmp_path, 2)
+    encoder, word = TokenEncoder(grid=2), Media.text("a")
+    groups = [(first,), (first, second), (word,), (word, second)]
+    found = embed_groups(groups, [encoder, Letters()], device="cpu", token_modalities=["image"])
+    pooled = embed_groups(groups, [encoder, Letters()], device="cpu")
+    assert pooled.tokens is None
+    assert torch.equal(found.embeddings, pooled.embeddings)
+    inputs = [encoder.prepare(item) for item in (first, second)]
+    one, two = map(flatten_tokens, encoder.embed("image", inputs, tokens=True).tokens)
+    assert found.tokens.shape == (4, 8, 8)
+    for row, expected_tokens in zip(found.tokens, (one, torch.cat([one, two]), one[:0], two), strict=True):
+        assert torch.equal(row[: len(expected_tokens)], expected_tokens)
+        assert not row[len(expected_tokens) :].any()
+    alone = embed_groups([(word,)], [encoder, Letters()], device="cpu", token_modalities=["image"])
+    assert torch.equal(alone.tokens, torch.zeros(1, 1, 8))
+
+
+def test_tokens_that_are_not_finite_are_reported(tmp_path):
+    class Broken(TokenEncoder):
+        def embed(self, modality, inputs, *, tokens=False):
+            found = super().embed(modality, inputs, tokens=tokens)
+            found.tokens[1][0, 0, 0] = float("inf")
+            return found
+
+    media = write_images(tmp_path, 3)
+    with Embedder([Broken()], token_modalities=["image"]) as embedder:
+        results = embedder.embed_in_order(media)
+    assert [result.error for result in results] == ["", f"{media[1].name}: its tokens are not finite", ""]
+    assert [result.tokens is None for result in results] == [False, True, False]
+
+
+def test_an_encoder_without_tokens_is_refused_by_name(tmp_path):
+    (image,) = write_images(tmp_path, 1)
+    with pytest.raises(InputError, match="CountingEncoder has no tokens of image media"):
+        embed_groups([(image,)], [CountingEncoder()], device="cpu", token_modalities=["image"])
+
+
 def test_groups_are_fused_by_weight(tmp_path):
     first, second = write_images(tmp_path, 2)
     heavy = Media.image(second.source, weight=3)
     encoder = CountingEncoder()
-    found = embed_groups([(first,), (first, heavy)], [encoder], device="cpu")
+    found = embed_groups([(first,), (first, heavy)], [encoder], device="cpu").embeddings
     rows = expected([first, second])
     mean = torch.nn.functional.normalize(rows[0] + 3 * rows[1], dim=0)
     torch.testing.assert_close(found, torch.stack([rows[0], mean]))

@@ -14,6 +14,7 @@ from bindllm import EmbeddingStore, Media
 from bindllm.embeddings import embedder as embedder_module
 from bindllm.embeddings import precompute as precompute_module
 from bindllm.embeddings.precompute import precompute_embeddings
+from bindllm.encoders.tokens import reduce_tokens
 from bindllm.errors import InputError, StoreError
 from bindllm.parallel import Processes
 from store_parts import (
@@ -27,7 +28,7 @@ from store_parts import (
     write_images,
     write_settled,
 )
-from tiny import ColorEncoder
+from tiny import ColorEncoder, TokenEncoder
 
 
 def test_content_is_embedded_once(tmp_path, hashed):
@@ -230,7 +231,7 @@ def test_rows_are_written_when_it_is_time(tmp_path, monkeypatch):
     monkeypatch.setattr(
         EmbeddingStore,
         "append",
-        lambda self, keys, *rest: (written.append(len(keys)), original(self, keys, *rest))[1],
+        lambda self, keys, *rest, **more: (written.append(len(keys)), original(self, keys, *rest, **more))[1],
     )
     run(tmp_path / "store", write_images(tmp_path / "in", 5))
     assert written == [1, 1, 1, 1, 1]
@@ -263,3 +264,64 @@ def test_the_bar_counts_every_media(tmp_path, capsys, shown):
     captured = capsys.readouterr()
     assert captured.out == ""
     assert ("5/5" in captured.err) == shown
+
+
+class CountingTokens(TokenEncoder):
+    """Notes for each batch whether it was asked for tokens."""
+
+    def __init__(self, **changes) -> None:
+        super().__init__(**changes)
+        self.asked: list[bool] = []
+
+    def embed(self, modality, inputs, *, tokens=False):
+        self.asked.append(tokens)
+        self.before_embed()
+        return super().embed(modality, inputs, tokens=tokens)
+
+    def before_embed(self) -> None:
+        """Overridden by a test."""
+
+
+def test_tokens_are_stored_only_if_they_are_asked_for(tmp_path):
+    media = write_images(tmp_path / "in", 5)
+    pooled = CountingTokens()
+    assert counts(run(tmp_path / "store", media, pooled)) == (5, 0, 0, 0)
+    assert pooled.asked == [False, False]
+    assert not list((tmp_path / "store").rglob("tokens-*"))
+    before = [path.read_bytes() for path in (tmp_path / "store").rglob("embeddings-*")]
+
+    # Embeddings without their tokens count as missing, and stay as they are.
+    encoder = CountingTokens()
+    report = run(tmp_path / "store", media, encoder, token_modalities=["image"])
+    assert counts(report) == (5, 0, 0, 0)
+    assert encoder.asked == [True, True]
+    assert [path.read_bytes() for path in (tmp_path / "store").rglob("embeddings-*")] == before
+    store = EmbeddingStore.for_encoder(tmp_path / "store", encoder)
+    found = store.get_tokens([store.key_of(item) for item in media])
+    own = encoder.embed("image", [encoder.prepare(item) for item in media], tokens=True).tokens
+    assert all(torch.equal(a, reduce_tokens(b)) for a, b in zip(found, own, strict=True))
+
+    for wanted in ((), ["image"], ["text"]):
+        again = CountingTokens()
+        assert counts(run(tmp_path / "store", media, again, token_modalities=wanted)) == (0, 5, 0, 0)
+        assert again.asked == []
+
+
+def test_tokens_that_take_much_memory_are_written_early(tmp_path, monkeypatch):
+    monkeypatch.setattr(precompute_module, "FLUSH_BYTES", 2 * 4 * 4 * 8 * 2)
+    media = write_images(tmp_path / "in", 5)
+    run(tmp_path / "store", media, CountingTokens(), token_modalities=["image"])
+    assert len(list((tmp_path / "store").rglob("tokens-*.arrow"))) == 3
+
+
+def test_a_run_that_stops_keeps_tokens_with_their_embeddings(tmp_path):
+    class Failing(CountingTokens):
+        def before_embed(self):
+            if len(self.asked) > 2:
+                raise RuntimeError("out of memory")
+
+    media = write_images(tmp_path / "in", 12)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(tmp_path / "store", media, Failing(), token_modalities=["image"])
+    again = run(tmp_path / "store", media, CountingTokens(), token_modalities=["image"])
+    assert counts(again) == (4, 8, 0, 0)

@@ -4,9 +4,12 @@ import errno
 import os
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bindllm import EmbeddingStore
 from bindllm.embeddings import shards
@@ -168,3 +171,76 @@ def test_leftovers_of_a_killed_merge_are_removed(tmp_path):
     store.compact()
     assert set(store.folder.glob("embeddings-*.arrow")) == merged
     assert len(store) == shards.MANY_SMALL + 1
+
+
+def tokens(n: int) -> torch.Tensor:
+    return torch.full((n + 1, 2), float(n)).half()
+
+
+def add_tokens(store: EmbeddingStore, *numbers: int) -> None:
+    media = texts(*numbers)
+    store.append(keys_of(media), vectors(*numbers), media, tokens=[tokens(n) for n in numbers])
+
+
+def test_many_small_shards_of_tokens_become_one(tmp_path):
+    store, count = open_store(tmp_path), shards.MANY_SMALL + 5
+    for n in range(count):
+        add_tokens(store, n)
+    store.compact()
+    assert len(list(store.folder.glob("tokens-*.arrow"))) == 6
+    for reader in (store, open_store(tmp_path)):
+        found = reader.get_tokens(keys_of(texts(*range(count))))
+        assert all(torch.equal(each, tokens(n)) for n, each in enumerate(found))
+
+
+def test_damaged_tokens_cost_no_embedding(tmp_path):
+    store = open_store(tmp_path)
+    add_tokens(store, 1, 2)
+    (shard,) = store.folder.glob("tokens-*.arrow")
+    shard.write_bytes(shard.read_bytes()[:-300])
+    with pytest.warns(UserWarning, match=shard.name):
+        store = open_store(tmp_path)
+    assert store.has(keys_of(texts(1, 2)), tokens=[True, True]).tolist() == [False, False]
+    assert torch.equal(store.get(keys_of(texts(1, 2))), vectors(1, 2))
+    add_tokens(store, 1)
+    assert torch.equal(store.get_tokens(keys_of(texts(1)))[0], tokens(1))
+
+
+def test_shapes_that_do_not_fit_the_numbers_are_damage(tmp_path):
+    store = open_store(tmp_path)
+    add_tokens(store, 1, 2)
+    (path,) = store.folder.glob("tokens-*.arrow")
+    table = pa.ipc.open_file(path).read_all()
+    wrong = table.set_column(
+        1, table.schema.field(1), pa.array([[9, 9, 0, 0], [2, 2, 0, 0]], table.schema.field(1).type)
+    )
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(wrong)
+    with pytest.warns(UserWarning, match="the shapes of its arrays do not fit their numbers"):
+        assert not open_store(tmp_path).has(keys_of(texts(1)), tokens=[True])[0]
+
+
+def test_a_crash_between_tokens_and_embeddings_is_harmless(tmp_path, monkeypatch):
+    store = open_store(tmp_path)
+
+    def killed(*_args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store._embeddings, "append", killed)
+        with pytest.raises(KeyboardInterrupt):
+            add_tokens(store, 1)
+    store = open_store(tmp_path)
+    assert len(store) == 0
+    assert not store.has(keys_of(texts(1)), tokens=[True])[0]
+    add_tokens(store, 1)
+    assert torch.equal(store.get_tokens(keys_of(texts(1)))[0], tokens(1))
+
+
+@given(st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=4), min_size=1, max_size=6))
+def test_arrays_of_any_shape_come_back(sizes):
+    arrays = [np.random.default_rng(n).random(shape).astype(np.float16) for n, shape in enumerate(sizes)]
+    values, offsets, shapes = shards._arrays(*shards.array_columns(arrays))
+    for n, array in enumerate(arrays):
+        found = values[offsets[n] : offsets[n + 1]].reshape(shapes[n][shapes[n] > 0])
+        assert np.array_equal(found, array)

@@ -329,3 +329,54 @@ def test_sources_in_the_order_of_the_keys(tmp_path):
     keys = keys_of([*texts(2), *media, *texts(9, 1)])
     assert store.sources(keys) == ["text 2", str(file), None, None, "text 1"]
     assert store.sources([]) == []
+
+
+def grids() -> list[torch.Tensor]:
+    """Tokens of several grids and widths, as a model of several modalities has them."""
+    shapes = [(7, 7, 6), (3, 4, 5, 8), (9, 6)]
+    return [
+        torch.randn(*shape, generator=torch.Generator().manual_seed(n)).half()
+        for n, shape in enumerate(shapes)
+    ]
+
+
+def test_tokens_come_back_with_every_bit_and_their_grid(tmp_path):
+    store, media = open_store(tmp_path), texts(1, 2, 3, 4)
+    store.append(keys_of(media), vectors(1, 2, 3, 4), media, tokens=[*grids(), None])
+    for reader in (store, open_store(tmp_path), pickle.loads(pickle.dumps(store))):
+        found = reader.get_tokens(keys_of(texts(3, 1, 2, 3)))
+        expected = [grids()[n] for n in (2, 0, 1, 2)]
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+        found[0].zero_()
+        assert torch.equal(reader.get_tokens(keys_of(texts(3)))[0], grids()[2])
+    assert store.has(keys_of(media), tokens=[True] * 4).tolist() == [True, True, True, False]
+    assert store.has(keys_of(media), tokens=[False] * 4).all()
+    assert store.get_tokens([]) == []
+    with pytest.raises(
+        StoreError, match=f"1 of 2 tokens are not stored, the first with key {keys_of(texts(4))[0]}"
+    ):
+        store.get_tokens(keys_of(texts(1, 4)))
+    # An Arrow reader sees the shape and the numbers.
+    (shard,) = store.folder.glob("tokens-*.arrow")
+    rows = {row["key"].hex(): row for row in pa.ipc.open_file(shard).read_all().to_pylist()}
+    assert rows[keys_of(texts(3))[0]]["shape"] == [9, 6, 0, 0]
+    assert len(rows[keys_of(texts(1))[0]]["values"]) == 7 * 7 * 6
+
+
+def test_tokens_are_added_to_embeddings_that_stay(tmp_path):
+    store = open_store(tmp_path)
+    add(store, 1, 2)
+    before = {path: path.read_bytes() for path in store.folder.glob("embeddings-*.arrow")}
+    assert not list(store.folder.glob("tokens-*"))
+    assert store.has(keys_of(texts(1, 2)), tokens=[True, False]).tolist() == [False, True]
+    assert store.keys_of(texts(1, 2), token_modalities=["text"]) == {}
+    store.append(keys_of(texts(1)), 7 * vectors(1), texts(1), tokens=grids()[:1])
+    assert {path: path.read_bytes() for path in store.folder.glob("embeddings-*.arrow")} == before
+    assert torch.equal(open_store(tmp_path).get(keys_of(texts(1))), vectors(1))
+    assert list(store.keys_of(texts(1, 2), token_modalities=["text"])) == texts(1)
+    assert list(store.keys_of(texts(1, 2), token_modalities=["image"])) == texts(1, 2)
+
+
+def test_one_tensor_of_tokens_for_each_key(tmp_path):
+    with pytest.raises(ValueError, match="shorter"):
+        open_store(tmp_path).append(keys_of(texts(1, 2)), vectors(1, 2), texts(1, 2), tokens=grids()[:1])

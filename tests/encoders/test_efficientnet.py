@@ -81,6 +81,15 @@ def test_the_bits_depend_on_neither_threads_nor_batch(encoder):
     assert all(torch.equal(other, found[0]) for other in found[1:])
 
 
+def test_the_embedding_is_the_mean_of_the_tokens(encoder):
+    inputs = [encoder.prepare(Media.image(wavy_picture(seed))) for seed in range(3)]
+    embeddings, tokens = encoder.embed("image", inputs, tokens=True)
+    assert torch.equal(embeddings, encoder.embed("image", inputs))
+    assert [each.shape for each in tokens] == [(7, 7, 1280)] * 3
+    means = torch.stack([each.mean((0, 1)) for each in tokens])
+    torch.testing.assert_close(torch.nn.functional.normalize(means, dim=-1), embeddings)
+
+
 def test_nothing_is_loaded_before_the_first_embedding(tmp_path):
     encoder = EfficientNetLite(str(tmp_path / "nowhere"))
     assert encoder.prepare(Media.image(wavy_picture())).shape == (224, 224, 3)
@@ -166,7 +175,7 @@ def test_svg_is_drawn_at_the_size_that_is_needed(encoder):
 
 
 def test_unknown_fit(folder):
-    with pytest.raises(InputError, match="fit='hole' is unknown. Did you mean 'whole'"):
+    with pytest.raises(InputError, match="unknown fit 'hole'. Did you mean 'whole'"):
         EfficientNetLite(str(folder), fit="hole")
 
 

@@ -10,6 +10,9 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch.nn.functional import normalize
 from transformers import (
+    ASTConfig,
+    ASTFeatureExtractor,
+    ASTModel,
     AutoModel,
     AutoTokenizer,
     BertConfig,
@@ -30,6 +33,8 @@ from transformers import (
     SiglipConfig,
     SiglipImageProcessorPil,
     SiglipModel,
+    SwinConfig,
+    SwinModel,
     ViTConfig,
     ViTModel,
     Wav2Vec2Config,
@@ -315,6 +320,60 @@ def test_single_towers_pool_as_documented(tmp_path):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
+def own_tokens(encoder, media: list[Media]) -> list[torch.Tensor]:
+    return encoder.embed(media[0].modality, [encoder.prepare(item) for item in media], tokens=True).tokens
+
+
+@torch.no_grad()
+def test_tokens_are_the_states_of_patches_ids_and_frames(tmp_path):
+    images = [Media.image(array) for array in PICTURES]
+    folder = clip(tmp_path / "clip")
+    encoder, model = HuggingFace(folder), AutoModel.from_pretrained(folder).eval()
+    assert encoder.token_sizes == {"image": 32, "text": 32}
+    states = model.get_image_features(**own_images(folder, CLIPImageProcessorPil, PICTURES)).last_hidden_state
+    for found, row in zip(own_tokens(encoder, images), states, strict=True):
+        # The class token comes first, then 4 rows of 4 patches.
+        torch.testing.assert_close(found, row[1:].unflatten(0, (4, 4)), atol=1e-5, rtol=0)
+    tokenizer, words = AutoTokenizer.from_pretrained(folder), ["a dog", "a cat on a mat", ""]
+    for found, text in zip(own_tokens(encoder, [Media.text(text) for text in words]), words, strict=True):
+        own = model.get_text_features(**tokenizer(text, return_tensors="pt")).last_hidden_state[0]
+        torch.testing.assert_close(found, own, atol=1e-5, rtol=0)
+
+    folder = siglip2(tmp_path / "siglip2")
+    shapes = [tuple(tokens.shape) for tokens in own_tokens(HuggingFace(folder), images)]
+    assert shapes == [(*HuggingFace(folder).prepare(image).shape[:2], 32) for image in images]
+    folder = clap(tmp_path / "clap")
+    heard = own_tokens(HuggingFace(folder), [Media.audio(array) for array in sounds()])
+    assert [len(tokens) for tokens in heard] == [1, 1, 3]
+    assert {(tokens.dim(), tokens.shape[-1]) for tokens in heard} == {(4, 32)}
+    folder = wav2vec2(tmp_path / "wav2vec2")
+    heard = own_tokens(HuggingFace(folder), [Media.audio(array) for array in sounds()[:2]])
+    torch.testing.assert_close(
+        normalize(heard[0][0].mean(0), dim=0),
+        embed(HuggingFace(folder), [Media.audio(sounds()[0])])[0],
+        atol=1e-5,
+        rtol=0,
+    )
+
+
+@torch.no_grad()
+def test_hierarchical_towers_and_spectrograms_have_grids(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4}
+    processor = BitImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    folder = save(tmp_path / "swin", SwinModel(SwinConfig(image_size=32, patch_size=4, **sizes)), processor)
+    encoder = HuggingFace(folder)
+    # 8 x 8 patches of 4 pixels, merged two by two.
+    assert [tuple(t.shape) for t in own_tokens(encoder, [Media.image(PICTURES[0])])] == [(4, 4, 32)]
+    check_encoder(encoder)
+    shape = {"num_mel_bins": 16, "max_length": 64, "patch_size": 8, "frequency_stride": 4, "time_stride": 8}
+    model = ASTModel(ASTConfig(**WIDTHS, **shape))
+    extractor = ASTFeatureExtractor(num_mel_bins=16, max_length=64, sampling_rate=RATE)
+    encoder = HuggingFace(save(tmp_path / "ast", model, extractor))
+    (tokens,) = own_tokens(encoder, [Media.audio(sounds()[0])])
+    assert tokens.shape == (1, 3, 8, 32)
+
+
 @torch.no_grad()
 def test_a_pooler_without_weights_is_never_used(tmp_path):
     torch.manual_seed(0)
@@ -387,9 +446,9 @@ def test_the_constructor_reads_nothing():
         encoder.modalities  # noqa: B018
     with pytest.raises(EncoderError, match="give its revision too"):
         HuggingFace("openai/clip").fingerprint()
-    with pytest.raises(InputError, match=r"pooling='maen' is unknown. Did you mean 'mean'"):
+    with pytest.raises(InputError, match=r"unknown pooling 'maen'. Did you mean 'mean'"):
         HuggingFace("a/b", pooling="maen")
-    with pytest.raises(InputError, match="dtype='int8' is unknown"):
+    with pytest.raises(InputError, match="unknown dtype 'int8'"):
         HuggingFace("a/b", dtype="int8")
 
 

@@ -187,12 +187,25 @@ def test_tokens_come_with_the_embeddings(encoder):
     clips = inputs_of("audio_clips", (2, 3, 1, 128, 204), 1.5)
     found = encoder.embed("audio", [clips[0], clips[1][0]], tokens=True)
     assert torch.equal(found.embeddings, encoder.embed("audio", [clips[0], clips[1][0]]))
-    assert [tuple(each.shape) for each in found.tokens] == [(3, 229, 48), (1, 229, 48)]
+    assert [tuple(each.shape) for each in found.tokens] == [(3, 12, 19, 48), (1, 12, 19, 48)]
     single = encoder.embed("audio", [inputs_of("audio", (2, 1, 128, 204), 1.5)[0]], tokens=True)
-    assert distance(single.tokens[0][0, :40], RESULTS["audio/trunk"]) < 1e-5
-    text = encoder.embed("text", list(inputs_of("text")), tokens=True)
-    assert distance(text.tokens[0][0, :40], RESULTS["text/trunk"]) < 1e-5
-    assert [tuple(each.shape) for each in text.tokens] == [(1, 77, 32)] * 2
+    # The class token is the first of the trunk, and not on the grid.
+    assert distance(single.tokens[0].flatten(0, 2)[:39], RESULTS["audio/trunk"][1:]) < 1e-5
+    ids = inputs_of("text")
+    text = encoder.embed("text", list(ids), tokens=True)
+    assert [len(each) for each in text.tokens] == (ids.argmax(1) + 1).tolist()
+    for each, row in zip(text.tokens, ids, strict=True):
+        assert torch.equal(each, encoder.embed("text", [row], tokens=True).tokens[0])
+    length = min(40, len(text.tokens[0]))
+    assert distance(text.tokens[0][:length], RESULTS["text/trunk"][:length]) < 1e-5
+    for modality, shape, grid in (
+        ("image", (3, 224, 224), (16, 16)),
+        ("depth", (1, 224, 224), (14, 14)),
+        ("imu", (6, 2000), (250,)),
+        ("video", (2, 3, 2, 224, 224), (2, 16, 16)),
+    ):
+        (tokens,) = encoder.embed(modality, [fill_input("grid", shape, -1.0, 1.0)], tokens=True).tokens
+        assert tokens.shape == (*grid, encoder.token_sizes[modality])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -14,8 +14,7 @@ from bindllm.evaluation.held_out import conversations_task, evaluate_held_out, h
 from bindllm.evaluation.task import Task
 from bindllm.media import Media
 from bindllm.model.bindllm import BindLLM
-from bindllm.model.decoder import DecoderConfig
-from tiny import ColorEncoder, tiny_decoder, tiny_tokenizer
+from tiny import ColorEncoder, tiny_model, tiny_tokenizer
 
 EYE = torch.eye(16)
 
@@ -40,15 +39,6 @@ def asked(question, answer, image=0, *, type="", subset="", references=None, tas
     )
 
 
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    built = BindLLM(tiny_decoder(), tiny_tokenizer(), DecoderConfig("tiny"), encoders=[ColorEncoder()])
-    with torch.no_grad():
-        built.injection.gates.normal_(0, 1)
-    return built
-
-
 TRAINING = [
     asked("is it red?", "no", 1, type="yes/no"),
     asked("is it red?", "No.", 2, type="yes/no"),
@@ -59,6 +49,11 @@ TRAINING = [
     asked("which color?", "blue", 1, type="color"),
     asked("Describe it.", "red red red", 1, task="caption"),
 ]
+
+
+@pytest.fixture(scope="module")
+def model(decoder):
+    return tiny_model(decoder, gates=1.0)
 
 
 @pytest.fixture
@@ -146,11 +141,9 @@ def test_subsets_are_measured_separately(model, scripted):
 def test_answers_equal_generate_and_shuffled_media_are_other_media(model):
     samples = [asked("is it red?", "no", n) for n in (4, 5, 6)]
     result = evaluate(model, samples, max_new_tokens=5, batch_size=2)
-    encode = {Media.image(f"{n}.png"): EYE[n] for n in range(16)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            BindLLM, "encode", lambda self, groups, **_: torch.stack([encode[g[0]] for g in groups])
-        )
+        patch.setattr(ColorEncoder, "prepare", lambda self, media: lookup([(media,)])[0])
+        patch.setattr(ColorEncoder, "embed", lambda self, modality, inputs: torch.stack(list(inputs)))
         said = {
             n: model.generate("is it red?", media=[Media.image(f"{n}.png")], max_new_tokens=5)
             for n in (4, 5, 6)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import struct
-import zlib
 
 import numpy as np
 import pytest
@@ -13,7 +11,7 @@ from PIL import Image
 import bindllm.media.maps as maps_module
 from bindllm.errors import MediaError
 from bindllm.media.maps import open_depth, open_thermal
-from recordings import assert_refused
+from recordings import assert_refused, png
 
 MILLIMETRES = np.array([[0, 1000, 2500], [65535, 1, 800]], np.uint16)
 METRES = np.array([[0, 1, 2.5], [65.535, 0.001, 0.8]], np.float32)
@@ -35,20 +33,6 @@ def npz(**arrays: np.ndarray) -> bytes:
     stream = io.BytesIO()
     np.savez(stream, **arrays)
     return stream.getvalue()
-
-
-def wide_png(kind: int) -> bytes:
-    """A PNG of two pixels of 16 bits; kind 2: color, 4: gray with transparency."""
-    parts = [
-        (b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, kind, 0, 0, 0)),
-        (b"IDAT", zlib.compress(bytes(1 + 2 * 2 * {2: 3, 4: 2}[kind]))),
-        (b"IEND", b""),
-    ]
-    chunks = [
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-        for name, data in parts
-    ]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 # --- depth ---
@@ -86,6 +70,11 @@ def test_what_was_not_measured_is_zero():
     for nothing in (np.zeros((2, 2)), np.full((2, 2), np.nan), np.zeros((2, 2), np.uint16)):
         with pytest.raises(MediaError, match="no pixel of this depth map was measured"):
             open_depth(nothing)
+
+
+def test_transparent_depth_is_not_measured():
+    depth = open_depth(png((2, 1), 16, 0, b"\0\xff\xff\x03\xe8", level=b"\xff\xff"))
+    np.testing.assert_array_equal(depth, [[0, 1]])
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "P", "1", "LA"])
@@ -200,8 +189,9 @@ def test_even_and_empty_images():
         (None, "No such file"),
         (b"", "the file is empty"),
         (b"words", "not an image"),
-        (wide_png(4), "16 bits in color or with transparency; save it as 16-bit gray"),
-        (wide_png(2), "16 bits in color or with transparency; save it as 16-bit gray"),
+        (png((2, 1), 16, 4, bytes(9)), "16 bits in color or with transparency; save it as 16-bit gray"),
+        (png((2, 1), 16, 2, bytes(13)), "16 bits in color or with transparency; save it as 16-bit gray"),
+        (png((2, 1), 16, 0, bytes(5), b"\0\1"), "16 bits in color or with transparency"),
         (b"\x76\x2f\x31\x01\2\0\0\0", "OpenEXR"),
         (npy(np.zeros((2, 3, 4, 5))), "an array .2, 3, 4, 5."),
         (npy(np.array([["a"]])), "expected integers or floats"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import struct
 import warnings
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ import bindllm.media.images as images_module
 from bindllm.errors import MediaError
 from bindllm.media import MAX_PIXELS, Media, open_image
 from bindllm.media.maps import open_thermal
-from recordings import assert_refused
+from recordings import assert_refused, png
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 128, 0), (0, 0, 255), (255, 255, 255)
 
@@ -231,6 +230,25 @@ def test_rarer_png_modes(kind):
     assert opened.getpixel((3, 3)) == seen
 
 
+@pytest.mark.parametrize(
+    ("bits", "kind", "line", "level", "seen"),
+    [
+        (1, 0, b"\x80", b"\0\0", 255),
+        (2, 0, b"\x10", b"\0\0", 85),
+        (2, 0, b"\x60", b"\0\1", 170),
+        (4, 0, b"\x12", b"\0\1", 34),
+        (8, 0, b"\1\2", b"\0\1", 2),
+        (16, 0, b"\1\2\x80\0", b"\1\2", 128),
+        (8, 2, b"\1\2\3\7\7\7", b"\0\1\0\2\0\3", 7),
+        (16, 2, b"\1\0\2\0\3\0\7\0\7\0\7\0", b"\1\0\2\0\3\0", 7),
+    ],
+)
+def test_a_transparent_gray_or_color_of_any_depth(bits, kind, line, level, seen):
+    # The level counts in the bits of the file, while Pillow gives pixels of 8 bits.
+    opened = open_image(png((2, 1), bits, kind, b"\0" + line, level))
+    assert [opened.getpixel((x, 0)) for x in range(2)] == [WHITE, (seen,) * 3]
+
+
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
 def test_first_frame_of_an_animation(kind):
     frames = [Image.new("RGB", (8, 8), color) for color in (RED, BLUE)]
@@ -272,19 +290,10 @@ def test_other_formats_keep_their_size():
     assert open_image(encoded(sample(1000, 800), "PNG"), size=100).size == (1000, 800)
 
 
-def png_header(width: int, height: int) -> bytes:
-    chunks = ((b"IHDR", struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0)), (b"IDAT", b"x"))
-    packed = (
-        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-        for name, body in chunks
-    )
-    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
-
-
 def test_huge_picture_is_refused_by_its_header(tmp_path):
     before = Image.MAX_IMAGE_PIXELS
     path = tmp_path / "bomb.png"
-    path.write_bytes(png_header(60_000, 60_000))
+    path.write_bytes(png((60_000, 60_000), 8, 2, b""))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(MediaError, match=r"bomb\.png: 60000 x 60000 pixels; at most 100,000,000"):

@@ -18,8 +18,8 @@ from bindllm import BindLLM, Conversation, Media, Message
 from bindllm.errors import CheckpointError, DecoderError, InputError, MediaError
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.decoder import DecoderConfig
-from bindllm.model.injection import InjectConfig, try_out
-from tiny import COLORS, ColorEncoder, save_tiny_decoder, tiny_decoder
+from bindllm.model.injection import InjectConfig
+from tiny import COLORS, ColorEncoder, TokenEncoder, save_tiny_decoder, tiny_decoder
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +27,18 @@ def decoder_folder(tmp_path_factory):
     return str(save_tiny_decoder(tmp_path_factory.mktemp("decoder")))
 
 
+KINDS = ("value", "residual", "attend")
+
+
 def build(folder, *, kind="value", open_gates=True, system=None) -> BindLLM:
+    """A model of this kind; attend has four bind tokens."""
     torch.manual_seed(0)
+    attends = kind == "attend"
     model = BindLLM.build(
         DecoderConfig(folder, dtype="float32", system=system),
         device="cpu",
-        encoders=[ColorEncoder()],
-        bind=BindConfig(depth=1, expansion=2),
+        encoders=[TokenEncoder() if attends else ColorEncoder()],
+        bind=BindConfig(depth=1, expansion=2, tokens=4 if attends else 1),
         inject=InjectConfig(kind=kind),
     )
     if open_gates:
@@ -48,13 +53,23 @@ def build_family(family, kind, *, device="cpu", **changes) -> BindLLM:
         with torch.device("meta"):
             decoder = type(decoder)(decoder.config)
     with torch.device(device):
-        parts = {"encoders": [ColorEncoder()], "inject": InjectConfig(kind=kind)}
-        return BindLLM(decoder, None, DecoderConfig("x"), bind=BindConfig(depth=1), **parts).eval()
+        attends = kind == "attend"
+        parts = {
+            "encoders": [TokenEncoder() if attends else ColorEncoder()],
+            "inject": InjectConfig(kind=kind),
+        }
+        bind = BindConfig(depth=1, tokens=4 if attends else 1)
+        return BindLLM(decoder, None, DecoderConfig("x"), bind=bind, **parts).eval()
 
 
 @pytest.fixture(scope="module")
 def model(decoder_folder):
     return build(decoder_folder)
+
+
+@pytest.fixture(scope="module", params=["value", "attend"])
+def any_kind(request, decoder_folder):
+    return build(decoder_folder, kind=request.param)
 
 
 def image(color: str) -> Media:
@@ -67,7 +82,11 @@ def batch(model, *, groups=1, rows=2, length=8):
     embeddings = nn.functional.normalize(torch.randn(rows, groups, 16, generator=generator), dim=-1)
     labels = torch.full_like(ids, -100)
     labels[:, -3:] = ids[:, -3:]
+    tokens = torch.randn(rows, groups, 6, 8, generator=generator)
+    # Media of different token counts in one batch.
+    tokens[-1, -1, 4:] = 0
     return {
+        **({"tokens": tokens} if model.bind.resampler else {}),
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
         "media_index": torch.zeros_like(ids),
@@ -101,7 +120,7 @@ def test_the_published_mean_is_chosen_by_name(decoder_folder, tmp_path):
     found = model.encode([[red, blue]])[0]
     torch.testing.assert_close(found, (units[0] + 3 * units[1]) / 4.000001)
     assert found.norm() < 0.999
-    _, prepared = model._prepare("?", [red, blue])
+    *_, prepared, _ = model._prepare("?", [red, blue])
     assert torch.equal(prepared[0, 0], found)
 
 
@@ -115,7 +134,8 @@ def test_a_file_that_is_not_there(model):
         model.generate("?", media=[Media.image("nowhere.png")])
 
 
-def test_logits_at_supervised_positions_are_those_of_the_full_forward(model):
+def test_logits_at_supervised_positions_are_those_of_the_full_forward(any_kind):
+    model = any_kind
     inputs = batch(model)
     labels = inputs.pop("labels")
     full = model(**inputs).logits
@@ -139,6 +159,10 @@ MINICPM3 |= {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "dim
         ("opt", "residual", {"ffn_dim": 64, "word_embed_proj_dim": 32}),
         ("stablelm", "residual", {}),
         ("gpt_oss", "value", {}),
+        ("gemma2", "attend", {"final_logit_softcapping": 2.0}),
+        ("granite", "attend", {"logits_scaling": 8.0}),
+        ("cohere", "attend", {"logit_scale": 0.2}),
+        ("gpt_oss", "attend", {}),
     ],
 )
 def test_training_sees_the_logits_that_the_family_answers_with(family, kind, changes):
@@ -167,6 +191,7 @@ MAMBA = {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1}
             "to its attention: the media reached 0 of 3 layers. Try inject: {kind: residual}",
         ),
         ("nemotron", "value", {}, "to its attention"),
+        ("stablelm", "attend", {}, "to its attention"),
         ("mamba2", "residual", MAMBA, "to its layers"),
         ("falcon_mamba", "residual", {"state_size": 8}, "to its layers"),
     ],
@@ -177,7 +202,7 @@ def test_a_family_that_would_ignore_the_media_is_refused_before_training(
     with pytest.raises(DecoderError, match=f"does not pass keywords {re.escape(words)}"):
         model = build_family(family, kind, device=device, **changes)
         # `check` has a model without weights only, and tries it itself.
-        try_out(model.decoder)
+        model.injection.try_out(model.decoder)
 
 
 def test_a_family_that_cannot_run_with_an_injection_is_refused(monkeypatch):
@@ -198,6 +223,8 @@ def test_a_family_with_several_residual_streams_is_refused():
 def test_projections_that_are_not_linear_are_refused():
     with pytest.raises(DecoderError, match="needs v_proj and o_proj; found: "):
         build_family("moshi", "value")
+    with pytest.raises(DecoderError, match="needs q_proj and k_proj and v_proj and o_proj; found: "):
+        build_family("moshi", "attend")
 
 
 def test_activation_checkpointing_switches_no_dropout_on():
@@ -210,7 +237,7 @@ def test_activation_checkpointing_switches_no_dropout_on():
     torch.testing.assert_close(*losses)
 
 
-@pytest.mark.parametrize("kind", ["value", "residual"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_row_is_the_same_alone_in_a_batch_and_padded(decoder_folder, kind, side):
     model = build(decoder_folder, kind=kind)
@@ -219,10 +246,11 @@ def test_a_row_is_the_same_alone_in_a_batch_and_padded(decoder_folder, kind, sid
     full = model(**inputs).logits
     pad = (3, 0) if side == "left" else (0, 3)
     padded = {
-        name: nn.functional.pad(value, pad, value=0) for name, value in inputs.items() if name != "embeddings"
+        name: nn.functional.pad(value, pad, value=0) if value.dim() == 2 else value
+        for name, value in inputs.items()
     }
     padded["media_index"] = nn.functional.pad(inputs["media_index"], pad, value=-1)
-    found = model(**padded, embeddings=inputs["embeddings"]).logits
+    found = model(**padded).logits
     found = found[:, 3:] if side == "left" else found[:, :-3]
     torch.testing.assert_close(found, full, atol=2e-5, rtol=1e-4)
     alone = model(**{name: value[1:] for name, value in inputs.items()}).logits
@@ -257,15 +285,17 @@ def test_a_generation_config_is_followed(model):
             model.generate("What?", **{option: 2})
 
 
-def test_two_pictures_with_turns_of_their_own(model):
+def test_two_pictures_with_turns_of_their_own(any_kind):
+    model = any_kind
+
     def ask(first, second):
         turns = (
             Message("user", [image(first), "What?"]),
             Message("assistant", "A color."),
             Message("user", [image(second), "And this?"]),
         )
-        batch, embeddings = model._prepare([Conversation(turns)], None)
-        return batch[2], model(*batch, embeddings).logits
+        *batch, tokens = model._prepare([Conversation(turns)], None)
+        return batch[2], model(*batch, tokens=tokens).logits
 
     index, base = ask("red", "blue")
     assert sorted(set(index.flatten().tolist())) == [0, 1]
@@ -275,7 +305,8 @@ def test_two_pictures_with_turns_of_their_own(model):
     assert not torch.allclose(base[:, border:], changed[:, border:], atol=1e-3)
 
 
-def test_generation_hears_the_picture_and_a_batch_equals_one_by_one(model):
+def test_generation_hears_the_picture_and_a_batch_equals_one_by_one(any_kind):
+    model = any_kind
     prompts = ["What is this?", "Describe this image, please."]
     media = [[image("red")], [image("blue")]]
     together = model.generate(prompts, media=media, max_new_tokens=8)
@@ -284,14 +315,17 @@ def test_generation_hears_the_picture_and_a_batch_equals_one_by_one(model):
     assert model.generate(prompts[0], media=media[1], max_new_tokens=8) != alone[0]
 
 
-def test_rows_with_and_without_media_share_a_batch(model):
+def test_rows_with_and_without_media_share_a_batch(any_kind):
+    model = any_kind
     base = build(model.config.name, open_gates=False)
     mixed = model.generate(["What?", "What?"], media=[[], [image("red")]], max_new_tokens=8)
     assert mixed[0] == base.generate("What?", max_new_tokens=8) == model.generate("What?", max_new_tokens=8)
     assert mixed[1] == model.generate("What?", media=[image("red")], max_new_tokens=8)
 
 
-def test_sampling_options_are_those_of_hugging_face(model):
+def test_sampling_options_are_those_of_hugging_face(any_kind):
+    model = any_kind
+
     def sample(seed):
         torch.manual_seed(seed)
         return model.generate("What?", media=[image("red")], max_new_tokens=8, temperature=1.5, top_p=0.95)
@@ -313,7 +347,8 @@ def test_prompts_and_media_must_pair_up(model):
         model.generate(Conversation((Message("user", "hi"),)), media=[image("red")])
 
 
-def test_the_stream_is_the_answer_in_pieces(model):
+def test_the_stream_is_the_answer_in_pieces(any_kind):
+    model = any_kind
     options = {"media": [image("red")], "max_new_tokens": 10}
     pieces = list(model.stream("What?", **options))
     assert "".join(pieces).strip() == model.generate("What?", **options)
@@ -376,19 +411,19 @@ def test_nothing_to_encode_and_odd_prompts_are_refused(model):
 
 def test_the_system_text_of_the_model_goes_ahead_of_every_prompt(decoder_folder):
     model = build(decoder_folder, system='Be "brief" 😀.\n')
-    (ids, _, _), _ = model._prepare(
-        ["Hi", Conversation((Message("system", "Own."), Message("user", "Hi")))], None
-    )
+    ids, *_ = model._prepare(["Hi", Conversation((Message("system", "Own."), Message("user", "Hi")))], None)
     texts = model.tokenizer.batch_decode(ids)
     assert texts[0].startswith('<|im_start|>system\nBe "brief" 😀.\n<|im_end|>\n<|im_start|>user\nHi')
     assert "brief" not in texts[1]
 
 
-@pytest.mark.parametrize("kind", ["value", "residual"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_saved_and_loaded_it_gives_the_same_logits(decoder_folder, tmp_path, kind):
     model = build(decoder_folder, kind=kind, system="Be brief.")
     model.save_pretrained(tmp_path / "m")
-    again = BindLLM.from_pretrained(tmp_path / "m", device="cpu", allow=["tiny.ColorEncoder"])
+    again = BindLLM.from_pretrained(
+        tmp_path / "m", device="cpu", allow=["tiny.ColorEncoder", "tiny.TokenEncoder"]
+    )
     inputs = batch(model)
     assert torch.equal(model(**inputs).logits, again(**inputs).logits)
     assert again.config == model.config
@@ -427,10 +462,12 @@ def test_groups_are_chosen_by_name_and_the_decoder_stays_frozen(decoder_folder):
     assert not any(module.training for module in model.decoder.modules())
 
 
-def test_activation_checkpointing_is_on_in_training_and_changes_nothing(decoder_folder):
+@pytest.mark.parametrize("kind", KINDS)
+def test_activation_checkpointing_is_on_in_training_and_changes_nothing(decoder_folder, kind):
     gradients, kept = [], []
     for checkpointing in (False, True):
-        model = build(decoder_folder)
+        model = build(decoder_folder, kind=kind)
+        model.bind.drops_tokens = False
         model.set_trainable(["bind", "inject"])
         if checkpointing:
             model.checkpoint_activations()
@@ -449,8 +486,9 @@ def test_activation_checkpointing_is_on_in_training_and_changes_nothing(decoder_
         torch.testing.assert_close(a, b)
 
 
-def test_only_gates_learn_at_the_first_step_then_everything(decoder_folder):
-    model = build(decoder_folder, open_gates=False)
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_gates_learn_at_the_first_step_then_everything(decoder_folder, kind):
+    model = build(decoder_folder, kind=kind, open_gates=False)
     model.set_trainable(["bind", "inject"])
     out = model(**batch(model))
     nn.functional.cross_entropy(out.logits, out.targets).backward()
@@ -480,7 +518,7 @@ def test_pictures_of_the_disk_are_read(model, tmp_path):
     assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("kind", ["value", "residual"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_rows_of_unequal_length_padded_on_the_left_are_those_alone_whatever_the_padding_is(
     decoder_folder, kind
 ):
@@ -489,8 +527,12 @@ def test_rows_of_unequal_length_padded_on_the_left_are_those_alone_whatever_the_
     inputs = batch(model)
     inputs.pop("labels")
     lengths, width = (8, 5), 8
+
+    def cut(value, row, length):
+        return value[row : row + 1, :length] if value.dim() == 2 else value[row : row + 1]
+
     expected = [
-        model(**{name: value[row : row + 1, :length] for name, value in inputs.items()}).logits[0]
+        model(**{name: cut(value, row, length) for name, value in inputs.items()}).logits[0]
         for row, length in enumerate(lengths)
     ]
     mask = torch.stack([torch.arange(width) >= width - length for length in lengths]).long()
@@ -506,8 +548,8 @@ def test_rows_of_unequal_length_padded_on_the_left_are_those_alone_whatever_the_
             for row, length in enumerate(lengths):
                 ids[row, width - length :] = inputs["input_ids"][row, :length]
                 index[row, width - length :] = 0
-            padded = {"input_ids": ids, "attention_mask": mask, "media_index": index}
-            found.append(model(**padded, embeddings=inputs["embeddings"]).logits)
+            padded = {**inputs, "input_ids": ids, "attention_mask": mask, "media_index": index}
+            found.append(model(**padded).logits)
     finally:
         hook.remove()
     for row, length in enumerate(lengths):

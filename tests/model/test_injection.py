@@ -10,7 +10,16 @@ from bindllm.errors import DecoderError, InputError
 from bindllm.model.injection import InjectConfig, Injection
 from tiny import FAMILIES, tiny_decoder
 
-KINDS = ("residual", "value")
+KINDS = ("residual", "value", "attend")
+NUM_TOKENS = 3
+# Families that normalize queries and keys: each head, or all heads as one; and those with a scaling of their own.
+ATTENDING = {
+    **{family: {} for family in FAMILIES},
+    "gemma3_text": {"query_pre_attn_scalar": 5},
+    "olmo2": {},
+    "cohere": {"use_qk_norm": True},
+    "granite": {"attention_multiplier": 0.7},
+}
 
 
 def inject(
@@ -27,11 +36,16 @@ def inject(
     return decoder, injection
 
 
-def batch(rows: int = 2, length: int = 7, groups: int = 2, *, width: int = 32):
-    """Token ids [B, T], bind vectors [B, M, D] and a media index that uses -1 and every group."""
+def batch(kind: str = "value", rows: int = 2, length: int = 7, groups: int = 2, *, width: int = 32):
+    """Token ids [B, T], bind vectors [B, M, D] and a media index that uses -1 and every group.
+
+    For kind attend bind tokens [B, M, N, D], of which the last group has one, and the rest zeros.
+    """
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(3, 259, (rows, length), generator=generator)
-    bind = torch.randn(rows, groups, width, generator=generator)
+    bind = torch.randn(rows, groups, *((NUM_TOKENS,) if kind == "attend" else ()), width, generator=generator)
+    if kind == "attend":
+        bind[-1, -1, 1:] = 0
     index = torch.arange(rows * length).reshape(rows, length) % (groups + 1) - 1
     return ids, bind, index
 
@@ -39,7 +53,7 @@ def batch(rows: int = 2, length: int = 7, groups: int = 2, *, width: int = 32):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_zero_gates_are_bit_equal_to_the_base_decoder(family, kind):
-    ids, bind, index = batch()
+    ids, bind, index = batch(kind)
     base = tiny_decoder(family)(ids).logits
     decoder, _ = inject(family, kind, open_gates=False)
     assert torch.equal(decoder(ids, bind=bind, media_index=index).logits, base)
@@ -47,7 +61,7 @@ def test_zero_gates_are_bit_equal_to_the_base_decoder(family, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_media_is_bit_equal_to_the_base_decoder(kind):
-    ids, bind, index = batch()
+    ids, bind, index = batch(kind)
     base = tiny_decoder()(ids).logits
     decoder, _ = inject(kind=kind)
     assert torch.equal(decoder(ids).logits, base)
@@ -98,9 +112,111 @@ def test_value_is_the_formula_before_the_output_projection(family, queries):
     torch.testing.assert_close(found, plain(ids).logits, atol=2e-5, rtol=1e-5)
 
 
+def add_attention(plain, injection, bind, index):
+    """Give a decoder without injection the formula of kind attend, token by token and head by head."""
+
+    def run(attention, injected, hidden):
+        scaling = vars(attention)["scaling"]
+        heads, size = 4, 8
+        base = [dict(p.named_children()).get("base_layer", p) for p in (attention.k_proj, attention.v_proj)]
+        parts = dict(attention.named_children())
+        joint = type(attention).__name__.startswith("Olmo2")
+        term = torch.zeros(*hidden.shape[:2], heads, size)
+        for b, t in (index >= 0).nonzero().tolist():
+            own = bind[b, index[b, t]]
+            own = own[own.any(-1)] + injection.queries[injected]
+            q, k, v = attention.q_proj(hidden[b, t]), base[0](own), base[1](own)
+            if joint:
+                q, k = attention.q_norm(q), attention.k_norm(k)
+            q, k, v = q.view(heads, size), k.view(len(own), 2, size), v.view(len(own), 2, size)
+            if "q_norm" in parts and not joint:
+                q, k = attention.q_norm(q), attention.k_norm(k)
+            for h in range(heads):
+                # key/value head h // 2 serves the heads of its group
+                shares = (k[:, h // 2] @ q[h] * scaling).exp()
+                mixed = (shares / shares.sum()) @ v[:, h // 2]
+                term[b, t, h] = torch.tanh(injection.gates[injected, h]) * mixed
+        return term.flatten(2)
+
+    layers = plain.get_decoder().layers
+    for injected, block in enumerate(layers, len(injection.gates) - len(layers)):
+        seen = {}
+        block.self_attn.register_forward_pre_hook(
+            lambda _, args, kwargs, seen=seen: seen.update(x=args[0] if args else kwargs["hidden_states"]),
+            with_kwargs=True,
+        )
+        block.self_attn.o_proj.register_forward_pre_hook(
+            lambda _, args, block=block, injected=injected, seen=seen: (
+                args[0] + run(block.self_attn, injected, seen["x"]),
+            )
+        )
+
+
+@pytest.mark.parametrize("family", ATTENDING)
+@torch.no_grad()
+def test_attend_is_the_formula_before_the_output_projection(family):
+    ids, bind, index = batch("attend")
+    decoder, injection = inject(family, "attend", **ATTENDING[family])
+    base = decoder(ids).logits
+    found = decoder(ids, bind=bind, media_index=index).logits
+    assert not torch.allclose(found, base, atol=1e-3)
+    plain = tiny_decoder(family, **ATTENDING[family])
+    add_attention(plain, injection, bind, index)
+    torch.testing.assert_close(found, plain(ids).logits, atol=3e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ATTENDING)
+def test_attend_with_one_bind_token_is_value(family):
+    ids, bind, index = batch()
+    changes = ATTENDING[family]
+    expected = inject(family, "value", **changes)[0](ids, bind=bind, media_index=index).logits
+    decoder, _ = inject(family, "attend", **changes)
+    one = bind.unsqueeze(2)
+    assert torch.equal(decoder(ids, bind=bind, media_index=index).logits, expected)
+    assert torch.equal(decoder(ids, bind=one, media_index=index).logits, expected)
+    # Through the softmax: rows of zeros are not tokens.
+    padded = nn.functional.pad(one, (0, 0, 0, 2))
+    torch.testing.assert_close(
+        decoder(ids, bind=padded, media_index=index).logits, expected, atol=2e-5, rtol=1e-5
+    )
+
+
+def test_attend_uses_every_token_and_their_order_does_not_matter():
+    ids, bind, index = batch("attend", groups=1)
+    bind = torch.randn(2, 1, NUM_TOKENS, 32, generator=torch.Generator().manual_seed(3))
+    decoder, _ = inject(kind="attend")
+    base = decoder(ids, bind=bind, media_index=index).logits
+    torch.testing.assert_close(decoder(ids, bind=bind.flip(2), media_index=index).logits, base)
+    for n in range(NUM_TOKENS):
+        changed = bind.clone()
+        changed[0, 0, n] += 1
+        found = decoder(ids, bind=changed, media_index=index).logits
+        assert not torch.allclose(found[0], base[0], atol=1e-3)
+        assert torch.equal(found[1], base[1])
+
+
+def test_masked_bind_tokens_get_no_gradient_and_no_nan():
+    ids, bind, index = batch("attend")
+    bind.requires_grad_(True)
+    decoder, injection = inject(kind="attend")
+    decoder(ids, bind=bind, media_index=index).logits.square().mean().backward()
+    assert bind.grad[-1, -1, 1:].abs().max() == 0
+    assert bind.grad[0].abs().amax(-1).min() > 0
+    for grad in (bind.grad, injection.gates.grad, injection.queries.grad):
+        assert grad.isfinite().all()
+
+
+def test_several_bind_tokens_need_kind_attend():
+    ids, bind, index = batch("attend")
+    for kind in ("residual", "value"):
+        decoder, _ = inject(kind=kind)
+        with pytest.raises(InputError, match=r"3 bind tokens per media group.*inject: \{kind: attend\}"):
+            decoder(ids, bind=bind, media_index=index)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_token_listens_to_its_own_group_only(kind):
-    ids, bind, index = batch(rows=1, length=6)
+    ids, bind, index = batch(kind, rows=1, length=6)
     index[:] = torch.tensor([[-1, -1, 0, 0, 1, 1]])
     decoder, _ = inject(kind=kind)
     before = decoder(ids, bind=bind, media_index=index).logits
@@ -112,7 +228,7 @@ def test_each_token_listens_to_its_own_group_only(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_without_media_give_the_bind_vectors_no_gradient(kind):
-    ids, bind, index = batch()
+    ids, bind, index = batch(kind)
     index[0] = -1
     bind.requires_grad_(True)
     decoder, injection = inject(kind=kind)
@@ -125,7 +241,7 @@ def test_rows_without_media_give_the_bind_vectors_no_gradient(kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cached_decoding_equals_the_full_forward(family, kind):
-    ids, bind, index = batch(length=9)
+    ids, bind, index = batch(kind, length=9)
     index[:, 5:] = index[:, 4:5]
     decoder, injection = inject(family, kind)
     with torch.no_grad():
@@ -141,7 +257,7 @@ def test_cached_decoding_equals_the_full_forward(family, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_chunked_prefill_routes_by_position(kind):
-    ids, bind, index = batch(length=8)
+    ids, bind, index = batch(kind, length=8)
     decoder, injection = inject(kind=kind)
     with torch.no_grad(), injection.holding(bind, index):
         full = decoder(ids).logits
@@ -154,7 +270,7 @@ def test_chunked_prefill_routes_by_position(kind):
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}])
 def test_generation_of_a_padded_batch_equals_one_by_one(kind, options):
     decoder, injection = inject(kind=kind)
-    _, bind, _ = batch(rows=2, groups=1)
+    _, bind, _ = batch(kind, rows=2, groups=1)
     rows = [torch.tensor([[5, 6, 7, 8]]), torch.tensor([[9, 10]])]
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, **options}
     alone = []
@@ -171,12 +287,14 @@ def test_generation_of_a_padded_batch_equals_one_by_one(kind, options):
     assert torch.equal(together, torch.cat(alone))
 
 
-def test_concurrent_generations_keep_apart():
+@pytest.mark.parametrize("kind", ["value", "attend"])
+def test_concurrent_generations_keep_apart(kind):
     from concurrent.futures import ThreadPoolExecutor
 
-    decoder, injection = inject()
+    decoder, injection = inject(kind=kind)
     ids = torch.tensor([[5, 6, 7, 8]])
-    binds = [torch.randn(1, 1, 32, generator=torch.Generator().manual_seed(n)) for n in range(6)]
+    shape = (6, 1, 1, 3, 32) if kind == "attend" else (6, 1, 1, 32)
+    binds = torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
     @torch.no_grad()
     def run(bind):
@@ -199,7 +317,7 @@ def _gradients(kind: str, *, checkpointing: bool, forwards: int) -> list[torch.T
             layer.training = True
     loss, bind = 0, []
     for n in range(forwards):
-        ids, vectors, index = batch(length=5 + n)
+        ids, vectors, index = batch(kind, length=5 + n)
         bind.append((vectors + n).requires_grad_(True))
         loss = loss + decoder(
             ids, bind=bind[-1], media_index=index, use_cache=False
@@ -218,10 +336,11 @@ def test_activation_checkpointing_gives_the_same_gradients(kind, forwards):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
 
 
-def test_nothing_is_left_after_a_forward_that_failed():
-    ids, bind, index = batch()
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_left_after_a_forward_that_failed(kind):
+    ids, bind, index = batch(kind)
     base = tiny_decoder()(ids).logits
-    decoder, injection = inject()
+    decoder, injection = inject(kind=kind)
     original = decoder.model.layers[1].mlp.forward
 
     def fail(*_):
@@ -234,11 +353,29 @@ def test_nothing_is_left_after_a_forward_that_failed():
     assert torch.equal(decoder(ids).logits, base)
 
 
+LORA = {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "r": 4, "init_lora_weights": False}
+
+
+@torch.no_grad()
+def test_attend_takes_queries_with_their_lora_keys_and_values_without():
+    peft = pytest.importorskip("peft")
+    ids, bind, index = batch("attend")
+    torch.manual_seed(3)
+    adapted = peft.get_peft_model(tiny_decoder(), peft.LoraConfig(**LORA))
+    injection = Injection(adapted, InjectConfig("attend"))
+    nn.init.normal_(injection.gates)
+    found = adapted(ids, bind=bind, media_index=index).logits
+    plain = peft.get_peft_model(tiny_decoder(), peft.LoraConfig(**LORA))
+    plain.load_state_dict(adapted.state_dict())
+    add_attention(plain.get_base_model(), injection, bind, index)
+    torch.testing.assert_close(found, plain(ids).logits, atol=3e-5, rtol=1e-4)
+
+
 def test_the_term_passes_through_the_lora_of_the_output_projection():
     peft = pytest.importorskip("peft")
     ids, bind, index = batch()
     torch.manual_seed(3)
-    config = peft.LoraConfig(target_modules=["q_proj", "v_proj", "o_proj"], r=4, init_lora_weights=False)
+    config = peft.LoraConfig(**LORA)
     adapted = peft.get_peft_model(tiny_decoder(), config)
     injection = Injection(adapted, InjectConfig())
     nn.init.normal_(injection.gates)
@@ -256,9 +393,10 @@ def test_the_term_passes_through_the_lora_of_the_output_projection():
     torch.testing.assert_close(found, plain(ids).logits, atol=2e-5, rtol=1e-4)
 
 
-def test_half_precision_decoder_takes_bind_vectors_in_full_precision():
-    ids, bind, index = batch()
-    decoder, _ = inject()
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_decoder_takes_bind_vectors_in_full_precision(kind):
+    ids, bind, index = batch(kind)
+    decoder, _ = inject(kind=kind)
     decoder.to(torch.bfloat16)
     assert decoder(ids, bind=bind, media_index=index).logits.dtype == torch.bfloat16
 
@@ -291,7 +429,7 @@ def test_a_decoder_takes_one_injection():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_autocast_leaves_the_residual_stream_in_full_precision(kind):
-    ids, bind, index = batch()
+    ids, bind, index = batch(kind)
     decoder, _ = inject(kind=kind, open_gates=False)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(decoder(ids, bind=bind, media_index=index).logits, tiny_decoder()(ids).logits)
@@ -320,7 +458,20 @@ def test_a_decoder_without_the_names_is_refused_by_what_it_lacks():
     )  # fmt: skip
     with pytest.raises(DecoderError, match=r"v_proj.*qkv_proj"):
         Injection(phi3, InjectConfig(kind="value"))
+    with pytest.raises(
+        DecoderError, match=r"'attend' needs q_proj and k_proj and v_proj; found: o_proj, qkv_proj"
+    ):
+        Injection(phi3, InjectConfig(kind="attend"))
     assert Injection(phi3, InjectConfig(kind="residual")).gates.shape == (1,)
+
+
+def test_queries_of_another_size_are_refused():
+    decoder = tiny_decoder()
+    # Twice the features, as in families whose query projection makes an output gate too.
+    decoder.model.layers[1].self_attn.q_proj = nn.Linear(32, 64)
+    with pytest.raises(DecoderError, match=r"layer 1: .*give 64, 16 and 16 features for the 32 of o_proj"):
+        Injection(decoder, InjectConfig(kind="attend"))
+    assert not decoder._forward_pre_hooks
 
 
 def test_an_unknown_kind_names_the_closest():
@@ -331,7 +482,7 @@ def test_an_unknown_kind_names_the_closest():
 @pytest.mark.parametrize("kind", KINDS)
 def test_terms_are_computed_anew_when_a_generation_grows_by_beams(kind):
     """Prefill of the prompts alone, then more rows than prompts: row ``b * beams + n`` belongs to prompt ``b``."""
-    ids, bind, index = batch(rows=2)
+    ids, bind, index = batch(kind, rows=2)
     decoder, injection = inject(kind=kind)
     grown = ids.repeat_interleave(3, dim=0)
     with torch.no_grad():
@@ -356,20 +507,22 @@ def test_a_generation_that_shrinks_is_refused():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_only_the_last_layers_are_served(kind):
-    """As if the gates of the first layer were closed, which a decoder with all layers served can show."""
-    ids, bind, index = batch()
+@pytest.mark.parametrize(("layers", "served"), [(2, [1, 2]), ([1, 2], [1, 2]), ([2, 0], [0, 2]), ([1], [1])])
+def test_only_the_named_layers_are_served(kind, layers, served):
+    """As if the gates of the other layers were closed, which a decoder with all layers served can show."""
+    ids, bind, index = batch(kind)
     everything, all_layers = inject(kind=kind)
+    others = [n for n in range(3) if n not in served]
     with torch.no_grad():
-        all_layers.gates[0] = 0
+        all_layers.gates[others] = 0
     decoder = tiny_decoder().requires_grad_(False)
-    injection = Injection(decoder, InjectConfig(kind=kind, layers=2))
-    assert len(injection.gates) == len(injection.queries) == 2
+    injection = Injection(decoder, InjectConfig(kind=kind, layers=layers))
+    assert len(injection.gates) == len(injection.queries) == len(served)
     with torch.no_grad():
-        injection.gates.copy_(all_layers.gates[1:])
-        injection.queries.copy_(all_layers.queries[1:])
+        injection.gates.copy_(all_layers.gates[served])
+        injection.queries.copy_(all_layers.queries[served])
     seen = []
-    decoder.model.layers[0].self_attn.register_forward_pre_hook(
+    decoder.model.layers[others[0]].self_attn.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append("bind" in kwargs), with_kwargs=True
     )
     expected = everything(ids, bind=bind, media_index=index).logits
@@ -379,8 +532,13 @@ def test_only_the_last_layers_are_served(kind):
     assert seen == [False, False]
 
 
-def test_a_decoder_with_too_few_layers_is_refused():
-    with pytest.raises(DecoderError, match=r"inject\.layers is 4, but LlamaForCausalLM has 3 layers"):
-        Injection(tiny_decoder(), InjectConfig(layers=4))
-    with pytest.raises(InputError, match="at least 1"):
-        InjectConfig(layers=0)
+@pytest.mark.parametrize("layers", [4, [0, 3]])
+def test_a_decoder_with_too_few_layers_is_refused(layers):
+    with pytest.raises(DecoderError, match=r"inject\.layers is .*, but LlamaForCausalLM has 3 layers"):
+        Injection(tiny_decoder(), InjectConfig(layers=layers))
+
+
+@pytest.mark.parametrize("layers", [0, -1, [], [-1], [1, 1], [True], ["1"], 1.0, "all"])
+def test_layers_that_name_none_are_refused(layers):
+    with pytest.raises(InputError, match=r"inject\.layers is"):
+        InjectConfig(layers=layers)

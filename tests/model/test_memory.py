@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from bindllm.model.adapter import AdapterConfig
+from bindllm.model.bind_network import BindConfig
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.decoder import DecoderConfig
 from bindllm.model.injection import InjectConfig
 from bindllm.model.memory import LiveBytes, meta_decoder, trace_step
 from bindllm.objectives import next_token_loss
-from tiny import FAMILIES, ColorEncoder, save_tiny_decoder, tiny_decoder, tiny_tokenizer
+from tiny import FAMILIES, TokenEncoder, save_tiny_decoder, tiny_decoder, tiny_tokenizer
 
 # Sizes of which no two are equal, so that one cannot be taken for another.
 SIZES = {"hidden_size": 48, "intermediate_size": 112, "head_dim": 16, "num_hidden_layers": 3}
@@ -26,9 +27,10 @@ class Held:
         self.tensor = tensor
 
 
-def build(decoder, *, trainable, adapter=None, inject=None, checkpointing=False):
-    parts = {"encoders": [ColorEncoder()], "adapter": adapter, "inject": inject}
+def build(decoder, *, trainable, adapter=None, inject=None, checkpointing=False, bind=None):
+    parts = {"encoders": [TokenEncoder()], "adapter": adapter, "inject": inject, "bind": bind}
     model = BindLLM(decoder, tiny_tokenizer(), DecoderConfig("tiny"), **parts)
+    model.bind.drops_tokens = False
     model.set_trainable(trainable)
     if checkpointing:
         model.checkpoint_activations()
@@ -117,6 +119,14 @@ def test_every_saved_byte_is_traced(folders, family, dtype, trainable):
 )
 def test_other_parts(folders, dtype, parts):
     compare(folders["llama"], "llama", dtype, batch(2, 50, 40), **parts)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, HALF])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_byte_of_several_bind_tokens_is_traced(folders, family, dtype):
+    parts = {"bind": BindConfig(depth=1, tokens=6), "inject": InjectConfig(kind="attend")}
+    inputs = {**batch(), "tokens": torch.randn(3, 1, 10, 8)}
+    compare(folders[family], family, dtype, inputs, trainable=BIND, **parts)
 
 
 def test_checkpointing_keeps_the_inputs_of_the_layers(folders):

@@ -5,16 +5,15 @@ import json
 from dataclasses import asdict
 
 import pytest
-import torch
 
 from bindllm.errors import InputError
 from bindllm.evaluation.answers import AnswerRow
 from bindllm.evaluation.captions import CaptionRow
 from bindllm.evaluation.task import VARIANTS
-from bindllm.model.checkpoint import write_checkpoint
 from bindllm.report import page, summary
 from bindllm.report.report import RunFacts, rebuild_report, write_report
 from bindllm.report.summary import summarize
+from tiny import save_gates
 
 REST = {"seconds": {"embed": 1.5, "train": 336.0, "evaluate": 70.2}, "trainable_parameters": 12}
 CAPTION = {"loss": 3.5, "perplexity": 33.1, "cider": 1.2, "bleu4": 0.0, "rouge_l": 0.3, "exact_match": 0.25}
@@ -44,12 +43,9 @@ ANSWERS = {
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def folder(work, monkeypatch):
     monkeypatch.setattr(page, "gate_figure", lambda *_: "<svg></svg>")
-    manifest = {"decoder": {"name": "tiny"}, "encoders": [], "inject": {"kind": "value", "queries": True}}
-    write_checkpoint(tmp_path / "checkpoint", manifest, {"injection.gates": torch.full((3, 4), 0.5)}, "card")
-    return tmp_path / "checkpoint"
+    return save_gates(work / "checkpoint")
 
 
 def row(question, **changes):

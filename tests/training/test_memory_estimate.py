@@ -8,9 +8,10 @@ from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.decoder import DecoderConfig
-from bindllm.objectives import DPO, KTO, ORPO
+from bindllm.model.injection import InjectConfig
+from bindllm.objectives import DPO, KTO, ORPO, NextToken
 from bindllm.training.memory import RunPlan, read_size
-from tiny import ColorEncoder, save_tiny_decoder, tiny_decoder, tiny_tokenizer
+from tiny import ColorEncoder, TokenEncoder, save_tiny_decoder, tiny_decoder, tiny_tokenizer
 
 FORWARD, BACKWARD, OPTIMIZER = "the forward pass", "the backward pass", "the optimizer step"
 
@@ -114,6 +115,16 @@ def test_objectives_run_chosen_and_rejected_rows(plan, objective):
         parts(pairs, FORWARD, objective=objective())["activations"] / parts(single, FORWARD)["activations"]
     )
     assert 1.8 < ratio < 2.1
+
+
+@pytest.mark.parametrize("objective", [NextToken, DPO, ORPO, KTO])
+def test_bind_tokens_are_estimated_with_all_of_them_and_repeat(plan, objective):
+    plan = replace(plan, encoders=[TokenEncoder()], rows=8, rejected=4, objective=objective())
+    changes = {"bind": BindConfig(tokens=16), "inject": InjectConfig(kind="attend")}
+    one, several = parts(plan, FORWARD), parts(plan, FORWARD, **changes)
+    assert several["activations"] > 1.2 * one["activations"]
+    assert several["bind"] > one["bind"]
+    assert all(parts(plan, FORWARD, **changes) == several for _ in range(3))
 
 
 def test_kto_has_two_forward_passes_at_once(plan):

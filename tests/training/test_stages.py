@@ -75,6 +75,7 @@ def test_the_same_adapter_goes_on(decoder, tmp_path, adapter):
     [
         ({"bind": BindConfig(depth=2, expansion=2)}, r"bind\.depth is 1 there and 2 here"),
         ({"inject": InjectConfig(kind="residual")}, r"inject\.kind is value there and residual here"),
+        ({"inject": InjectConfig(kind="attend")}, r"inject\.kind is value there and attend here"),
         ({"inject": InjectConfig(layers=2)}, r"inject\.layers is null there and 2 here"),
         ({"encoders": [ColorEncoder(grid=3)]}, r"the encoders of .*tiny\.ColorEncoder"),
         (

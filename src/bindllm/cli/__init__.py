@@ -56,6 +56,12 @@ def help_text() -> str:
     return f"usage: bindllm COMMAND [options]\n\n{purpose}\n\ncommands:\n{commands}\n\n{EXAMPLES}"
 
 
+def print_error(title: str, error: Exception) -> None:
+    """Print an error, and its notes, which name the media at which an encoder failed."""
+    lines = [f"{title}: {error}", *getattr(error, "__notes__", ())]
+    print(printable_lines("\n".join(lines)), file=sys.stderr)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line, and return its exit code.
 
@@ -89,9 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (BindLLMError, OSError) as error:
         if os.environ.get("BINDLLM_DEBUG"):
             traceback.print_exc()
-        # Notes name the media at which an encoder failed.
-        lines = [f"error: {error}", *getattr(error, "__notes__", ())]
-        print(printable_lines("\n".join(lines)), file=sys.stderr)
+        print_error("error", error)
         # As argparse: 2 is a mistake of the caller, which a retry cannot repair.
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:

@@ -14,6 +14,7 @@ from bindllm.cli.options import (
     PositiveNumber,
     Probability,
     build_encoders,
+    named_media,
     print_whole,
     read_media,
 )
@@ -51,7 +52,7 @@ class MediaOptions:
         """Return the media in the order of the modalities."""
         files = {name: values for name, values in asdict(self).items() if name != "media"}
         # One option per modality of ImageBind; others go through MODALITY:FILE.
-        named = [Media(modality, source) for modality, sources in files.items() for source in sources]
+        named = [named_media(modality, source) for modality, sources in files.items() for source in sources]
         return named + [read_media(text) for text in self.media]
 
 

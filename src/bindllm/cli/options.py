@@ -16,9 +16,10 @@ import yaml
 from jsonargparse.typing import ClosedUnitInterval, PositiveInt, restricted_number_type
 
 from bindllm.atomic import read_object
-from bindllm.errors import CheckpointError, UsageError, did_you_mean
+from bindllm.errors import CheckpointError, MediaError, UsageError, did_you_mean
 from bindllm.imports import name_module
 from bindllm.media import MODALITIES, SUFFIXES, Media, is_modality
+from bindllm.media.source import local_path, open_stream
 from bindllm.model.checkpoint import MANIFEST, build_object, build_own
 
 if TYPE_CHECKING:
@@ -137,20 +138,24 @@ def read_media(text: str) -> Media:
     """Return the media that an argument of a command line names.
 
     Args:
-        text: ``modality:path`` or ``text:words``, or only a path if its ending determines the modality.
+        text: ``modality:path`` or ``text:words``, or only a path if its ending determines the modality. A path may be
+            a ``file:`` URL.
 
     Raises:
-        UsageError: the ending does not determine the modality, or the path is a folder or does not exist.
+        UsageError: the ending does not determine the modality, the path is a folder or does not exist, or it is a web
+            address.
 
     Example:
         >>> read_media("dog.jpg"), read_media("depth:room.png"), read_media("text:a dog")
         (Media.image('dog.jpg'), Media.depth('room.png'), Media.text('a dog'))
     """
+    # An existing file whose name has a colon is a path; a URL names its file.
+    text = text if os.path.exists(text) else _path(text)
     # Only the first colon: a text may have more of them.
     modality, colon, source = text.partition(":")
-    # A drive letter of Windows, and an existing file whose name has a colon, are paths.
+    # A drive letter of Windows is a part of a path.
     if colon and len(modality) > 1 and is_modality(modality) and not os.path.exists(text):
-        return Media(modality, source)
+        return named_media(modality, source)
     # The ending decides if it can have only one meaning.
     ending = os.path.splitext(text)[1].lower()
     for name, endings in SUFFIXES.items():
@@ -168,10 +173,25 @@ def read_media(text: str) -> Media:
     )
 
 
+def named_media(modality: str, source: str) -> Media:
+    """Return media of a modality by their path, which may be a ``file:`` URL, or by their words.
+
+    Raises:
+        UsageError: a web address.
+    """
+    return Media(modality, source if modality == "text" else _path(source))
+
+
+def _path(text: str) -> str:
+    try:
+        return local_path(text)
+    except MediaError as error:
+        raise UsageError(f"{text}: {error}") from error
+
+
 def _is_wide(file: str) -> bool:
     """Return whether a file is an image with more than 8 bits per channel."""
     from bindllm.media.images import open_raster
-    from bindllm.media.source import open_stream
 
     try:
         # Regular files only: a pipe would block.

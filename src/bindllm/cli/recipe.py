@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -24,11 +25,12 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from bindllm.atomic import read_recipe
 from bindllm.cli import COMMANDS
 from bindllm.cli.arguments import plain_message
 from bindllm.data.datamodule import BindData
 from bindllm.errors import BindLLMError, InputError, UsageError, did_you_mean
-from bindllm.imports import classes_in, name_module
+from bindllm.imports import classes_in, name_module, strings_in
 from bindllm.training.module import BindModule
 from bindllm.training.preflight import Problems
 
@@ -137,7 +139,7 @@ def name_classes(args: Sequence[str]) -> None:
     while waiting:
         # Depth first; `read` stops recipes that name each other.
         tree, folder = waiting.pop()
-        for text in _strings(tree):
+        for text in strings_in(tree):
             # A recipe may name further recipes, relative to itself.
             file = (folder / text).resolve() if text.endswith((".yaml", ".yml")) else None
             if file is not None and file not in read:
@@ -155,17 +157,22 @@ def _try_yaml(source: str | Path) -> Any:
     """Return the content of a file or a text; None if it cannot be read: the parser reports that."""
     try:
         return yaml.safe_load(source.read_text(encoding="utf-8") if isinstance(source, Path) else source)
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return None
 
 
-def _strings(tree: Any) -> Iterator[str]:
-    """Yield all strings among the values of a recipe."""
-    if isinstance(tree, str):
-        yield tree
-    elif isinstance(tree, dict | list):
-        for value in tree.values() if isinstance(tree, dict) else tree:
-            yield from _strings(value)
+def expand_home(part: Any) -> Any:
+    """Return a part of a recipe in which paths that start with ``~`` start at the home folder, as in a shell."""
+    if isinstance(part, str):
+        # Changes nothing but the name of a home folder, so other texts stay.
+        return os.path.expanduser(part)
+    if isinstance(part, list):
+        return [expand_home(item) for item in part]
+    if isinstance(part, dict):
+        return {name: expand_home(value) for name, value in part.items()}
+    if isinstance(part, Namespace):
+        vars(part).update({name: expand_home(value) for name, value in vars(part).items()})
+    return part
 
 
 class RecipeCLI(LightningCLI):
@@ -231,12 +238,13 @@ class RecipeCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         parser.link_arguments("model.tokenizer", "data.tokenizer", apply_on="instantiate")
         parser.link_arguments("model.encoders", "data.encoders", apply_on="instantiate")
+        parser.link_arguments("model.token_modalities", "data.token_modalities", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; Lightning's own version warns whenever a process has arguments of its own."""
         name_classes(args)
         try:
-            self.config = parser.parse_args(args)
+            self.config = expand_home(parser.parse_args(args))
         except UsageError as error:
             if any(option.partition("=")[0] == "--config" for option in args):
                 raise
@@ -266,16 +274,15 @@ class RecipeCLI(LightningCLI):
         Raises:
             InputError: options that contradict each other, or ask for what this machine does not have.
         """
-        # Lightning accepts a callback or a list of them.
-        own = self.trainer_options.get("callbacks") or []
-        own = own if isinstance(own, list) else [own]
+        own = listed(self.trainer_options.get("callbacks"))
         # Lightning divides the loss by the one, and ignores the other.
         for name, least in (("accumulate_grad_batches", 1), ("gradient_clip_val", 0)):
             if (value := self.trainer_options.get(name)) is not None and not value >= least:
                 raise InputError(f"trainer.{name} is {value}, expected at least {least}")
         try:
             return Trainer(**{**self.trainer_options, **options, "callbacks": [*callbacks, *own]})
-        except (MisconfigurationException, ImportError, ValueError) as error:
+        # TypeError and RuntimeError: a list of CPUs, a number of nodes that the launcher has not started.
+        except (MisconfigurationException, ImportError, ValueError, TypeError, RuntimeError) as error:
             raise InputError(f"trainer: {error}") from error
 
     def resolved(self) -> str:
@@ -285,6 +292,11 @@ class RecipeCLI(LightningCLI):
         for key in ("config", "resume", "overwrite"):
             config.pop(key, None)
         return self.parser.dump(config, skip_unset=False)
+
+
+def listed(value: Any) -> list[Any]:
+    """Return the items of a key for which Lightning accepts one item, several, or null."""
+    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
 
 
 def add_overwrite(parser: LightningArgumentParser) -> None:
@@ -362,8 +374,10 @@ class CheckedRecipe(RecipeCLI):
         """Parse the recipe part by part, then its overrides one by one."""
         self.config, self.is_complete = Namespace(), False
         name_classes(args)
-        recipe = _read_yaml(args[1], self._problems)
-        if recipe is None:
+        try:
+            recipe = read_recipe(args[1])
+        except InputError as error:
+            self._problems.append(str(error))
             return
         # How to read this: a part with a message is split until the smallest wrong piece is found; the rest stays.
         recipe = self._valid(recipe, lambda part: self._mistake([_as_option(part)]))
@@ -375,7 +389,7 @@ class CheckedRecipe(RecipeCLI):
             else:
                 words += option
         try:
-            self.config, self.is_complete = parser.parse_args(words), True
+            self.config, self.is_complete = expand_home(parser.parse_args(words)), True
         except UsageError as error:
             self._problems.append(str(error))
 
@@ -418,7 +432,7 @@ class CheckedRecipe(RecipeCLI):
         """Return the keys and values that are valid together, `_NOTHING` if something required is missing then."""
         # The arguments of a class can only be read together with its path.
         kept = {name: value for name, value in part.items() if name == "class_path"}
-        # As long as required keys are missing there is a message: a further key is valid if the message stays.
+        # As long as required keys are missing there is a message: a further key is valid if no other message comes.
         missing = mistake(kept)
         if missing and _INCOMPLETE not in missing:
             return _NOTHING
@@ -428,25 +442,22 @@ class CheckedRecipe(RecipeCLI):
 
             def changed(value: Any, name: str = name, missing: str | None = missing) -> str | None:
                 message = mistake({**kept, name: value})
-                return None if message == missing else message
+                return None if message is None or _only_misses(message, missing) else message
 
             if (valid := self._valid(value, changed, where)) is not _NOTHING:
                 kept[name] = valid
-                missing = mistake(kept)
+                # A value that stays as it was adds no message.
+                missing = mistake(kept) if missing or valid is not value else None
         return _NOTHING if missing else kept
 
 
-def _read_yaml(file: str, problems: Problems) -> dict[str, Any] | None:
-    """Read a recipe without checking it; note why that is impossible."""
-    try:
-        recipe = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        problems.append(f"the recipe {file} cannot be read: {error}")
-        return None
-    if not isinstance(recipe, dict):
-        problems.append(f"the recipe {file} holds {type(recipe).__name__}, expected keys and values")
-        return None
-    return recipe
+def _only_misses(message: str, missing: str | None) -> bool:
+    """Return whether a message says nothing but that some keys are missing that an earlier one says are missing."""
+    # Both end with the names; before them is the class that they belong to.
+    (place, _, names), (earlier, _, others) = (
+        text.partition(f"{_INCOMPLETE}: ") for text in (message, missing or "")
+    )
+    return place == earlier and set(names.split(", ")) <= set(others.split(", "))
 
 
 def _as_option(recipe: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -18,8 +19,26 @@ Batch = dict[str, Tensor]
 MediaGroup = tuple[Media, ...]
 Lookup = Callable[[Sequence[MediaGroup]], Tensor]
 """Returns the fused embedding of each of N media groups: [N, E], unit norm."""
-MODEL_INPUTS = ("input_ids", "attention_mask", "media_index", "embeddings", "labels")
+MODEL_INPUTS = ("input_ids", "attention_mask", "media_index", "embeddings", "labels", "tokens")
 """Entries of a training batch that `BindLLM.forward` takes; the others are for the objective."""
+
+
+@runtime_checkable
+class TokenLookup(Protocol):
+    """A `Lookup` that may return tokens too, for a model with more than one bind token."""
+
+    def __call__(self, groups: Sequence[MediaGroup]) -> Tensor:
+        """Return the fused embedding of each of N media groups: [N, E], unit norm."""
+        ...
+
+    def tokens(self, groups: Sequence[MediaGroup]) -> Tensor | None:
+        """Return the tokens of each of N media groups, [N, n, C], see `group_tokens`; None if none are asked for."""
+        ...
+
+
+def tokens_of(lookup: Lookup, groups: Sequence[MediaGroup]) -> Tensor | None:
+    """Return the tokens of media groups, [N, n, C], or None if the lookup has none."""
+    return lookup.tokens(groups) if isinstance(lookup, TokenLookup) else None
 
 
 def collate(samples: Sequence[Sample], lookup: Lookup, *, pad_id: int) -> Batch:
@@ -33,7 +52,8 @@ def collate(samples: Sequence[Sample], lookup: Lookup, *, pad_id: int) -> Batch:
     Returns:
         Inputs of the model (`model_inputs`): ``input_ids``, ``attention_mask`` (1 on tokens), ``labels`` (-100 on
         padding) and ``media_index`` (-1 on padding), each int64 [B + R, T], and ``embeddings``, [B + R, M, E],
-        zeros if a row has fewer than M groups. M is the largest number of groups, at least 1.
+        zeros if a row has fewer than M groups. M is the largest number of groups, at least 1. If the lookup returns
+        tokens, ``tokens``, [B + R, M, n, C]; zeros are no tokens.
         Inputs of the objective: ``numbers``, the index of each row in its split, int64 [B]; and if every row is
         judged, ``desirable``, bool [B]: whether its answer is a wanted one, like the chosen one of a pair.
 
@@ -43,10 +63,11 @@ def collate(samples: Sequence[Sample], lookup: Lookup, *, pad_id: int) -> Batch:
     """
     paired = [n for n, sample in enumerate(samples) if sample.rejected is not None]
     rows = [*samples, *(samples[n].rejected for n in paired)]
-    embeddings = _embeddings(samples, lookup) if samples else torch.zeros(0)  # [B, M, E]
+    answers = _answers(rows, pad_id=pad_id)
+    media = {name: torch.cat([value, value[paired]]) for name, value in _media(samples, lookup).items()}
     batch = {
-        **_answers(rows, pad_id=pad_id),
-        "embeddings": torch.cat([embeddings, embeddings[paired]]),  # [B + R, M, E]
+        **answers,
+        **media,
         "numbers": torch.tensor([sample.number for sample in samples]),  # [B]
     }
     # An objective needs a judgment of every row, so a mixed batch has no such entry.
@@ -57,13 +78,13 @@ def collate(samples: Sequence[Sample], lookup: Lookup, *, pad_id: int) -> Batch:
 
 def answer_batch(samples: Sequence[Sample], lookup: Lookup, *, pad_id: int) -> Batch:
     """Make a batch as `collate` does, without rejected answers: only the inputs of the model."""
-    embeddings = _embeddings(samples, lookup) if samples else torch.zeros(0)
-    return {**_answers(samples, pad_id=pad_id), "embeddings": embeddings}
+    answers = _answers(samples, pad_id=pad_id)
+    return {**answers, **_media(samples, lookup)}
 
 
 def model_inputs(batch: Batch) -> Batch:
     """Return the entries of a batch that `BindLLM.forward` takes."""
-    return {name: batch[name] for name in MODEL_INPUTS}
+    return {name: batch[name] for name in MODEL_INPUTS if name in batch}
 
 
 def prompt_batch(samples: Sequence[Sample], lookup: Lookup, *, pad_id: int) -> Batch:
@@ -75,12 +96,13 @@ def prompt_batch(samples: Sequence[Sample], lookup: Lookup, *, pad_id: int) -> B
         pad_id: token id of padding.
 
     Returns:
-        ``input_ids``, ``attention_mask``, ``media_index`` [B, T] and ``embeddings`` [B, M, E], as in `collate`.
+        ``input_ids``, ``attention_mask``, ``media_index`` [B, T], ``embeddings`` [B, M, E] and perhaps ``tokens``, as
+        in `collate`.
     """
     if not samples:
         raise InputError("a batch without rows")
     lengths = [sample.prompt_length for sample in samples]
-    return {**_pad(samples, lengths, pad_id=pad_id, left=True), "embeddings": _embeddings(samples, lookup)}
+    return {**_pad(samples, lengths, pad_id=pad_id, left=True), **_media(samples, lookup)}
 
 
 def _answers(samples: Sequence[Sample], *, pad_id: int) -> dict[str, Tensor]:
@@ -118,7 +140,10 @@ def _stack(rows: Sequence[np.ndarray], fill: int, *, left: bool) -> Tensor:
     return torch.from_numpy(batch)
 
 
-def _embeddings(samples: Sequence[Sample], lookup: Lookup) -> Tensor:
+def _media(samples: Sequence[Sample], lookup: Lookup) -> dict[str, Tensor]:
+    """Embeddings of the media groups of each row, [B, M, E], and their tokens, if the lookup returns any."""
     # One lookup for the whole batch. At least one group, as the model takes embeddings even without media.
-    found = lookup([group for sample in samples for group in sample.media])
-    return by_row(found, [len(sample.media) for sample in samples])
+    groups = [group for sample in samples for group in sample.media]
+    found = {"embeddings": lookup(groups), "tokens": tokens_of(lookup, groups)}
+    counts = [len(sample.media) for sample in samples]
+    return {name: by_row(values, counts) for name, values in found.items() if values is not None}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from bindllm.embeddings.precompute import precompute_embeddings
 from bindllm.embeddings.store import EmbeddingStore
 from bindllm.encoders import Encoder, encoder_for
 from bindllm.encoders.fusion import common_size, fuse_groups
+from bindllm.encoders.tokens import group_tokens, token_size
 from bindllm.errors import InputError
 from bindllm.media import Media
 from bindllm.parallel import RunContext
@@ -42,13 +43,19 @@ class MediaEmbeddings:
     Args:
         encoders: all of one embedding size; the first that serves a modality embeds it.
         folder: of the stores.
+        token_modalities: modalities whose tokens are stored and looked up too.
 
     Raises:
-        InputError: the encoders have different embedding sizes, so no joint space.
+        InputError: the encoders have different embedding sizes, so no joint space, or lack tokens (see `token_size`).
     """
 
-    def __init__(self, encoders: Sequence[Encoder], folder: str | Path) -> None:
+    def __init__(
+        self, encoders: Sequence[Encoder], folder: str | Path, *, token_modalities: Collection[str] = ()
+    ) -> None:
         self.embedding_size = common_size(encoders)
+        self._token_modalities = frozenset(token_modalities)
+        # C, the width of the tokens.
+        self._width = token_size(encoders, token_modalities) if token_modalities else 0
         self._encoders, self._folder = tuple(encoders), folder
         self._stores: dict[int, EmbeddingStore] = {}
         self._keys: dict[Media, str] = {}
@@ -79,7 +86,12 @@ class MediaEmbeddings:
             encoder, store = self._encoders[number], self._store(number)
             try:
                 report = precompute_embeddings(
-                    store, encoder.to(context.device), items, progress=context.progress, processes=processes
+                    store,
+                    encoder.to(context.device),
+                    items,
+                    progress=context.progress,
+                    processes=processes,
+                    token_modalities=self._token_modalities,
                 )
             finally:
                 # An encoder that failed must not keep the accelerator's memory either.
@@ -89,7 +101,8 @@ class MediaEmbeddings:
             totals.seconds += report.seconds
             if processes.is_first:
                 reasons = dict(report.failed)
-                self._keys |= (keys := store.keys_of(items))
+                keys = store.keys_of(items, token_modalities=self._token_modalities)
+                self._keys |= keys
                 totals.failed |= {
                     item: reasons.get(item.name, f"{item.name}: its content cannot be embedded")
                     for item in items
@@ -122,6 +135,29 @@ class MediaEmbeddings:
             rows[places] = self._store(number).get([self.key(flat[n]) for n in places.tolist()])
         # Single media need no fusion and keep their bits.
         return rows if len(flat) == len(groups) else fuse_groups(rows, groups)
+
+    __call__ = lookup
+
+    def tokens(self, groups: Sequence[MediaGroup]) -> Tensor | None:
+        """Return the tokens of each media group, [N, n, C], see `group_tokens`; None without ``token_modalities``.
+
+        Raises:
+            InputError: as `lookup`.
+        """
+        if not self._token_modalities:
+            return None
+        flat = [media for group in groups for media in group]
+        found: list[Tensor | None] = [None] * len(flat)
+        wanted: dict[int, list[int]] = {}
+        for n, media in enumerate(flat):
+            if media.modality in self._token_modalities:
+                wanted.setdefault(self._number(media), []).append(n)
+        # One lookup in each store.
+        for number, positions in wanted.items():
+            tokens = self._store(number).get_tokens([self.key(flat[n]) for n in positions])
+            for n, item in zip(positions, tokens, strict=True):
+                found[n] = item
+        return group_tokens(found, [len(group) for group in groups], self._width)
 
     def _number(self, media: Media) -> int:
         """Number of the encoder that serves media."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 
@@ -14,6 +15,8 @@ from bindllm.media import Media
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Item = TypeVar("Item")
 
 IGNORE = -100
 """Label of a token without a loss; no token id is negative, while 0 is one."""
@@ -244,3 +247,14 @@ def _cut(rendered: Rendered, answers: list[tuple[int, int]], max_length: int) ->
 
 def _num_answers(conversation: Conversation) -> int:
     return sum(message.role == "assistant" for message in conversation.messages)
+
+
+def spread(items: Sequence[Item], count: int) -> list[Item]:
+    """Return up to ``count`` items, evenly spread, so that they are not all of one source.
+
+    Examples:
+        >>> spread("abcdefg", 3), spread("ab", 3)
+        (['a', 'c', 'e'], ['a', 'b'])
+    """
+    count = min(count, len(items))
+    return [items[n * len(items) // count] for n in range(count)]

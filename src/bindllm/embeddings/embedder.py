@@ -10,7 +10,7 @@ import os
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Generic, NamedTuple, Self, TypeVar
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from bindllm.encoders import Encoder, encoder_for
 from bindllm.encoders.fusion import fuse_groups
+from bindllm.encoders.tokens import group_tokens, reduce_tokens, token_size
 from bindllm.errors import BindLLMError, InputError, MediaError
 from bindllm.media import Media
 from bindllm.parallel import prefetch
@@ -50,7 +51,7 @@ class Work(NamedTuple, Generic[Key]):
     name: str | None = None
 
 
-class Embedded(NamedTuple, Generic[Key]):
+class EmbeddingResult(NamedTuple, Generic[Key]):
     """The result for one media: its embedding or the reason why it has none.
 
     Args:
@@ -59,6 +60,7 @@ class Embedded(NamedTuple, Generic[Key]):
         modality: of the media.
         inputs: prepared by the encoder, until they are embedded.
         embedding: unit norm, float32, on the CPU, [E]; None after an error.
+        tokens: [*grid, C], as `reduce_tokens` returns them; None after an error, or if they were not asked for.
         error: why the media could not be read or embedded; empty: it was embedded. A string, because an exception
             would keep the content of the media in memory through its traceback.
     """
@@ -68,7 +70,24 @@ class Embedded(NamedTuple, Generic[Key]):
     modality: str
     inputs: Tensor | None = None
     embedding: Tensor | None = None
+    tokens: Tensor | None = None
     error: str = ""
+
+
+class GroupEmbeddings(NamedTuple):
+    """The embeddings and the tokens of media groups.
+
+    Args:
+        embeddings: [N, E].
+        tokens: [N, n, C], see `group_tokens`; None: no modality's tokens were asked for.
+    """
+
+    embeddings: Tensor
+    tokens: Tensor | None
+
+
+_Row = tuple[Tensor, Tensor | None]
+"""The embedding of one media and its tokens."""
 
 
 class Embedder:
@@ -84,6 +103,7 @@ class Embedder:
         threads: number of threads that read and prepare; None: one for each CPU core.
         reported: types of errors that are returned as the result of one media. Others are raised with a note that
             names the media.
+        token_modalities: modalities whose tokens are kept; their encoders have tokens (see `token_size`).
 
     Attributes:
         pool: the threads; the owner may use them for other work.
@@ -99,10 +119,11 @@ class Embedder:
         batch_size: int = BATCH_SIZE,
         threads: int | None = None,
         reported: tuple[type[Exception], ...] = (MediaError,),
+        token_modalities: Collection[str] = (),
     ) -> None:
         self.encoders, self.device, self.batch_size = tuple(encoders), device, batch_size
         self.threads = max(1, (os.cpu_count() or 1) if threads is None else threads)
-        self.reported = reported
+        self.reported, self.token_modalities = reported, frozenset(token_modalities)
         # One pool for all batches, and for other work of the owner, such as hashing.
         self.pool = ThreadPoolExecutor(self.threads, thread_name_prefix="prepare")
         self.seconds_waiting = self.seconds_embedding = 0.0
@@ -124,7 +145,7 @@ class Embedder:
 
     def embed(
         self, works: Iterable[Work[Key]], *, check: Callable[[Work[Key]], None] | None = None
-    ) -> Iterator[Embedded[Key]]:
+    ) -> Iterator[EmbeddingResult[Key]]:
         """Yield the result for each media, in the order in which batches are complete.
 
         Args:
@@ -136,7 +157,7 @@ class Embedder:
                 of a batch (of one media: at the first, or `BAD_IN_A_ROW` times before); a note names them.
         """
         # One open batch per modality, because an encoder embeds one modality at a time.
-        waiting: defaultdict[str, list[Embedded[Key]]] = defaultdict(list)
+        waiting: defaultdict[str, list[EmbeddingResult[Key]]] = defaultdict(list)
         prepared = prefetch(self.pool, partial(self._prepare, check), works, limit=self._limit)
         while (item := self._next(prepared)) is not None:
             # A media that failed is reported at once, as it belongs to no batch.
@@ -150,15 +171,15 @@ class Embedder:
         for batch in waiting.values():
             yield from self._embed_batch(batch)
 
-    def embed_in_order(self, media: Iterable[Media]) -> list[Embedded[int]]:
+    def embed_in_order(self, media: Iterable[Media]) -> list[EmbeddingResult[int]]:
         """Return the results for media in their order; keys are positions."""
         works = (Work(position, item) for position, item in enumerate(media))
         return sorted(self.embed(works), key=lambda result: result.key)
 
-    def _prepare(self, check: Callable[[Work], None] | None, work: Work) -> Embedded:
+    def _prepare(self, check: Callable[[Work], None] | None, work: Work) -> EmbeddingResult:
         """Read and prepare one media (in a thread)."""
         media = work.media
-        prepared = Embedded(work.key, work.name or media.name, media.modality)
+        prepared = EmbeddingResult(work.key, work.name or media.name, media.modality)
         try:
             inputs = encoder_for(media.modality, self.encoders).prepare(media)
             if check is not None:
@@ -173,7 +194,7 @@ class Embedder:
         self._largest = max(self._largest, inputs.nbytes)
         return prepared._replace(inputs=inputs)
 
-    def _next(self, prepared: Iterator[Embedded]) -> Embedded | None:
+    def _next(self, prepared: Iterator[EmbeddingResult]) -> EmbeddingResult | None:
         started = time.perf_counter()
         try:
             return next(prepared, None)
@@ -187,12 +208,12 @@ class Embedder:
             return 2
         return min(self.threads + self.batch_size, max(1, PREPARED_BYTES // 2 // self._largest))
 
-    def _is_full(self, batch: list[Embedded]) -> bool:
+    def _is_full(self, batch: list[EmbeddingResult]) -> bool:
         # Whether one more media, as large as the largest here, would exceed the limit: sizes decide, never timing.
         size = (len(batch) + 1) * max(item.inputs.nbytes for item in batch)
         return len(batch) >= self.batch_size or size > PREPARED_BYTES // 2
 
-    def _embed_batch(self, batch: list[Embedded]) -> Iterator[Embedded]:
+    def _embed_batch(self, batch: list[EmbeddingResult]) -> Iterator[EmbeddingResult]:
         """Embed media of one modality, and report those that fail or whose embedding is not finite."""
         started = time.perf_counter()
         rows = self._try(batch)
@@ -216,18 +237,24 @@ class Embedder:
             # A caller that wants no errors as results gets this one raised, too.
             if error and not issubclass(MediaError, self.reported):
                 raise MediaError(error) from (row if isinstance(row, Exception) else None)
+            embedding, tokens = (None, None) if error else row
             # Without the prepared input, which would stay in memory with the result.
-            yield item._replace(inputs=None, embedding=None if error else row, error=error)
+            yield item._replace(inputs=None, embedding=embedding, tokens=tokens, error=error)
 
-    def _try(self, batch: list[Embedded]) -> Tensor | Exception:
-        """Return the embeddings of a batch [N, E] on the CPU, or the error of the encoder."""
+    def _try(self, batch: list[EmbeddingResult]) -> list[_Row] | Exception:
+        """Return the embedding [E] of each media of a batch and its tokens, on the CPU, or the error of the encoder."""
         modality = batch[0].modality
         try:
             if modality not in self._serving:
                 encoder = encoder_for(modality, self.encoders)
                 self._serving[modality] = encoder if self.device is None else encoder.to(self.device)
+            inputs = [item.inputs for item in batch]
             with torch.no_grad():
-                return self._serving[modality].embed(modality, [item.inputs for item in batch]).cpu()
+                if modality not in self.token_modalities:
+                    embeddings = self._serving[modality].embed(modality, inputs).cpu()
+                    return [(row, None) for row in embeddings]
+                found = self._serving[modality].embed(modality, inputs, tokens=True)
+                return list(zip(found.embeddings.cpu(), map(reduce_tokens, found.tokens), strict=True))
         except Exception as error:
             # Weights that are missing or damaged, for example: no other batch would work.
             if isinstance(error, BindLLMError) and not isinstance(error, MediaError):
@@ -238,13 +265,16 @@ class Embedder:
             return error
 
 
-def _problem(name: str, row: Tensor | Exception) -> str:
+def _problem(name: str, row: _Row | Exception) -> str:
     """Return why a media has no embedding, "" if it has one."""
     if isinstance(row, MediaError):
         return str(row)
     if isinstance(row, Exception):
         return f"{name}: the encoder cannot embed it ({type(row).__name__}: {row})"
-    return "" if row.isfinite().all() else f"{name}: its embedding is not finite"
+    embedding, tokens = row
+    if not embedding.isfinite().all():
+        return f"{name}: its embedding is not finite"
+    return "" if tokens is None or tokens.isfinite().all() else f"{name}: its tokens are not finite"
 
 
 def embed_groups(
@@ -253,7 +283,8 @@ def embed_groups(
     *,
     device: torch.device | str,
     normalize: bool = True,
-) -> Tensor:
+    token_modalities: Collection[str] = (),
+) -> GroupEmbeddings:
     """Embed the media of each group and fuse them; batches are made by modality, across all groups.
 
     Args:
@@ -261,17 +292,25 @@ def embed_groups(
         encoders: the first that serves a modality embeds it.
         device: where the encoders run.
         normalize: see `fuse`.
+        token_modalities: modalities whose tokens are returned too; none by default.
 
     Returns:
-        embeddings of the groups, unit norm (if normalized), [N, E], float32, on the CPU.
+        the embeddings of the groups, unit norm (if normalized), float32, on the CPU, and their tokens.
 
     Raises:
-        InputError: a group is empty, or no encoder serves a modality.
+        InputError: a group is empty, no encoder serves a modality, or an encoder has no tokens (see `token_size`).
         MediaError: a media cannot be read, or its embedding is not finite.
     """
     if not all(groups):
         raise InputError("a list of media to be fused is empty: leave it out, or put a Media into it")
+    width = token_size(encoders, token_modalities) if token_modalities else 0
     # Any failure ends the call, because a group needs all of its media.
-    with Embedder(encoders, device=device, reported=()) as embedder:
+    with Embedder(encoders, device=device, reported=(), token_modalities=token_modalities) as embedder:
         results = embedder.embed_in_order(media for group in groups for media in group)
-    return fuse_groups(torch.stack([result.embedding for result in results]), groups, normalize=normalize)
+    embeddings = fuse_groups(
+        torch.stack([result.embedding for result in results]), groups, normalize=normalize
+    )
+    if not token_modalities:
+        return GroupEmbeddings(embeddings, None)
+    tokens = group_tokens([result.tokens for result in results], [len(group) for group in groups], width)
+    return GroupEmbeddings(embeddings, tokens)

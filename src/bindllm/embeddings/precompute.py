@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Sized
 from dataclasses import asdict, dataclass
 from itertools import count, islice
 from typing import TYPE_CHECKING
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 FLUSH_SECONDS = 30.0
 """Embeddings are written at least this often: a killed run loses at most this much work."""
+
+FLUSH_BYTES = 1 << 28
+"""Tokens are also written once they take this much memory: a shard of 2,000 images of 7 x 7 tokens."""
 
 HASH_CHUNK = 32
 """Media whose content is hashed by one task; one task for each would cost more than checking an unchanged file."""
@@ -69,6 +72,7 @@ def precompute_embeddings(
     flush_rows: int = 4096,
     progress: bool = True,
     processes: Processes = SINGLE_PROCESS,
+    token_modalities: Collection[str] = (),
 ) -> PrecomputeReport:
     """Embed the media whose content is not in the store yet.
 
@@ -86,6 +90,8 @@ def precompute_embeddings(
         flush_rows: embeddings are written in shards of about this many rows, or every `FLUSH_SECONDS`.
         progress: show a progress bar with the remaining time.
         processes: all processes, with the rank and the number of reader threads of this one.
+        token_modalities: modalities whose tokens are stored too. Media whose embedding is stored without its tokens are
+            embedded again; the stored embedding stays.
 
     Returns:
         Counts of all media, over all processes.
@@ -94,17 +100,14 @@ def precompute_embeddings(
         InputError: media of a modality that the encoder does not serve.
         StoreError: the store belongs to another encoder or cannot be written; says how much is saved.
     """
-    if store.fingerprint != encoder.fingerprint():
-        raise StoreError(
-            f"{store.folder}: the store belongs to the encoder {store.fingerprint[:16]}, not to "
-            f"{encoder.fingerprint()[:16]}; open it with EmbeddingStore.for_encoder(folder, encoder)"
-        )
+    _check_owner(store, encoder)
     # Several processes go through the media twice, which a generator does not allow.
     media = media if processes.world_size == 1 else list(media)
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    options = {"batch_size": batch_size, "threads": processes.num_threads}
     with (
         Progress(*columns, console=Console(stderr=True), disable=not progress) as bar,
-        Embedder([encoder], batch_size=batch_size, threads=processes.num_threads) as embedder,
+        Embedder([encoder], token_modalities=token_modalities, **options) as embedder,
     ):
         task = bar.add_task("embedding", total=len(media) if isinstance(media, Sized) else None)
         run = _Run(store, embedder, flush_rows, processes, advance=lambda: bar.advance(task))
@@ -119,6 +122,14 @@ def precompute_embeddings(
             run.flush()
             raise
     return run.report()
+
+
+def _check_owner(store: EmbeddingStore, encoder: Encoder) -> None:
+    if store.fingerprint != encoder.fingerprint():
+        raise StoreError(
+            f"{store.folder}: the store belongs to the encoder {store.fingerprint[:16]}, not to "
+            f"{encoder.fingerprint()[:16]}; open it with EmbeddingStore.for_encoder(folder, encoder)"
+        )
 
 
 _Keyed = tuple[Media, str | MediaError, bytes | None]
@@ -148,7 +159,8 @@ class _Run:
         self._failed: list[tuple[str, str]] = []
         # Content that came earlier in this run.
         self._seen: set[str] = set()
-        self._rows: list[tuple[str, Tensor, Media]] = []
+        self._rows: list[tuple[str, Tensor, Media, Tensor | None]] = []
+        self._token_bytes = 0
         self._started = self._flushed = time.monotonic()
 
     def process(self, media: Iterable[Media]) -> None:
@@ -163,7 +175,8 @@ class _Run:
             if result.error:
                 self._fail(item, result.error)
             else:
-                self._rows.append((key, result.embedding, item))
+                self._rows.append((key, result.embedding, item, result.tokens))
+                self._token_bytes += 0 if result.tokens is None else result.tokens.nbytes
                 self._count("embedded")
         self.flush()
 
@@ -171,16 +184,16 @@ class _Run:
         """Write the rows and file records in memory; they stay in memory if writing fails."""
         self._flushed = time.monotonic()
         if self._rows:
-            keys, embeddings, media = zip(*self._rows, strict=True)
+            keys, embeddings, media, tokens = zip(*self._rows, strict=True)
             try:
-                self._store.append(keys, torch.stack(embeddings), media)
+                self._store.append(keys, torch.stack(embeddings), media, tokens=tokens)
             except StoreError as error:
                 raise StoreError(
                     f"{error}. {self._counts['stored']} embeddings of this run are stored, {len(keys)} are lost; "
                     "the next run continues from there"
                 ) from error
             self._counts["stored"] += len(keys)
-            self._rows = []
+            self._rows, self._token_bytes = [], 0
             # Two processes that merge the same shards at once could leave rows twice.
             if self._processes.is_first:
                 self._store.compact()
@@ -239,9 +252,13 @@ class _Run:
             # The bar of each process counts all media.
             for _ in range(len(chunk) - len(mine)):
                 self._advance()
-            keys = [key for _, key, _ in mine if isinstance(key, str)]
+            known = [(key, media.modality) for media, key, _ in mine if isinstance(key, str)]
+            keys = [key for key, _ in known]
             # One lookup for the whole chunk, because each searches all shards.
-            stored = dict(zip(keys, self._store.has(keys), strict=True))
+            found = self._store.has(
+                keys, tokens=[name in self._embedder.token_modalities for _, name in known]
+            )
+            stored = dict(zip(keys, found, strict=True))
             for media, key, state in mine:
                 if isinstance(key, MediaError):
                     self._fail(media, str(key))
@@ -278,5 +295,6 @@ class _Run:
         """Count one media, and write the rows if there are enough or it is time."""
         self._counts[outcome] += 1
         self._advance()
-        if len(self._rows) >= self._flush_rows or time.monotonic() - self._flushed >= FLUSH_SECONDS:
+        is_full = len(self._rows) >= self._flush_rows or self._token_bytes >= FLUSH_BYTES
+        if is_full or time.monotonic() - self._flushed >= FLUSH_SECONDS:
             self.flush()

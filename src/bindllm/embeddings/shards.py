@@ -34,12 +34,15 @@ SMALL_BYTES = 32 * 2**20
 MANY_SMALL = 16
 """More small shards than this are merged, because every lookup searches each shard."""
 
+# Axes of an array of any shape: the most that an encoder's tokens have.
+_MOST_AXES = 4
+
 ABANDONED_SECONDS = 3600
 """Writing a shard takes less than this: an older part file belongs to a killed process."""
 
 
 class Shards:
-    """All shards of one kind in a folder: rows of a key, optional records, and a value of fixed width.
+    """All shards of one kind in a folder: rows of a key, optional records, and a value.
 
     Any number of processes may read and append at the same time. The same key in two shards is harmless: a key is a
     content hash, so both rows hold the same value.
@@ -47,8 +50,8 @@ class Shards:
     Args:
         folder: holds the shards; it must exist.
         kind: first part of their file names.
-        schema: the columns; the first is the key (32 bytes), the last is the value (bytes or a list of floats,
-            of fixed size).
+        schema: the columns; the first is the key (32 bytes), the last is the value: bytes or a list of floats, of
+            fixed size, or an array of any shape (`array_columns`).
     """
 
     def __init__(self, folder: Path, *, kind: str, schema: pa.Schema) -> None:
@@ -80,6 +83,15 @@ class Shards:
             values[positions] = shard.values[rows]
             found[positions] = True
         return values, found
+
+    def arrays(self, keys: np.ndarray) -> list[np.ndarray | None]:
+        """Return the array of each of the keys [N], a view of the file; None for keys that are not stored."""
+        arrays: list[np.ndarray | None] = [None] * len(keys)
+        for shard, positions, rows in self._matches(keys):
+            for position, row in zip(positions, rows, strict=True):
+                flat = shard.values[shard.offsets[row] : shard.offsets[row + 1]]
+                arrays[position] = flat.reshape(shard.shapes[row][shard.shapes[row] > 0])
+        return arrays
 
     def column(self, keys: np.ndarray, name: str) -> list[Any]:
         """Return the value of a column for each of the keys [N], None for keys that are not stored."""
@@ -194,7 +206,11 @@ class Shards:
 
 
 class _Shard:
-    """One file, memory-mapped: its keys [N] and values [N, ...] are views of the file."""
+    """One file, memory-mapped: its keys [N] and values [N, ...] are views of the file.
+
+    Arrays of any shape lie one after the other in the values: array n has the shape ``shapes[n]`` and the numbers
+    from ``offsets[n]`` to ``offsets[n + 1]``.
+    """
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self.path = path
@@ -203,11 +219,52 @@ class _Shard:
         if not self.batch.schema.equals(schema):
             raise ValueError("its columns are not those of this store")
         self.keys = keys_in(self.batch.column(0))
-        dtype, shape = _layout(schema.field(-1).type)
         value = self.batch.column(self.batch.num_columns - 1)
+        if pa.types.is_large_list(value.type):
+            self.values, self.offsets, self.shapes = _arrays(self.batch.column("shape"), value)
+            return
+        dtype, shape = _layout(value.type)
         # A list of fixed size keeps its numbers in a child array.
         buffer = value.values.buffers()[1] if shape else value.buffers()[1]
         self.values = np.frombuffer(buffer, dtype, count=len(value) * int(np.prod(shape))).reshape(-1, *shape)
+
+
+def array_columns(arrays: Sequence[np.ndarray]) -> tuple[pa.Array, pa.Array]:
+    """Return the columns of arrays of any shape, of one floating dtype and at most `_MOST_AXES` axes.
+
+    Returns:
+        the shapes, padded with zeros, and the numbers of each array.
+    """
+    padded = [(*array.shape, *[0] * (_MOST_AXES - array.ndim)) for array in arrays]
+    shapes = pa.array(np.array(padded, np.int32).reshape(-1))
+    offsets = np.cumsum([0, *(array.size for array in arrays)])
+    numbers = np.concatenate([array.reshape(-1) for array in arrays])
+    return (
+        pa.FixedSizeListArray.from_arrays(shapes, _MOST_AXES),
+        pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(numbers)),
+    )
+
+
+def array_fields(dtype: pa.DataType) -> list[tuple[str, pa.DataType]]:
+    """Return the names and types of the columns of `array_columns`."""
+    return [("shape", pa.list_(pa.int32(), _MOST_AXES)), ("values", pa.large_list(dtype))]
+
+
+def _arrays(shapes: pa.Array, lists: pa.Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the numbers of all arrays, and of N arrays their offsets [N + 1] and shapes [N, axes], without a copy.
+
+    Raises:
+        ValueError: the shapes do not fit the numbers.
+    """
+    offsets = np.frombuffer(lists.buffers()[1], np.int64, count=len(lists) + 1)
+    dtype = np.dtype(lists.values.type.to_pandas_dtype())
+    values = np.frombuffer(lists.values.buffers()[1], dtype, count=len(lists.values))
+    axes = np.frombuffer(shapes.values.buffers()[1], np.int32, count=len(shapes) * _MOST_AXES)
+    axes = axes.reshape(-1, _MOST_AXES)
+    sizes = np.where(axes > 0, axes, 1).prod(axis=1, dtype=np.int64)
+    if offsets[0] != 0 or offsets[-1] > len(values) or (np.diff(offsets) != sizes).any():
+        raise ValueError("the shapes of its arrays do not fit their numbers")
+    return values, offsets, axes
 
 
 def _read_batch(path: Path) -> pa.RecordBatch:

@@ -2,7 +2,8 @@
 
 Layout: ``<folder>/<first 16 characters of the encoder's fingerprint>/`` holds ``encoder.json``,
 ``embeddings-*.arrow`` (content hash, modality, source, embedding) and ``files-*.arrow`` (the content hash of each
-file in its state of size, times and inode, so that an unchanged file is not read again). Any Arrow reader opens them.
+file in its state of size, times and inode, so that an unchanged file is not read again); and if a recipe asks for
+tokens, ``tokens-*.arrow`` (content hash, shape, tokens in half precision). Any Arrow reader opens them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +23,16 @@ import torch
 from torch import Tensor
 
 from bindllm.atomic import read_json, write_json
-from bindllm.embeddings.shards import KEY, KEY_BYTES, Shards, as_hex, as_keys, read_keys
+from bindllm.embeddings.shards import (
+    KEY,
+    KEY_BYTES,
+    Shards,
+    array_columns,
+    array_fields,
+    as_hex,
+    as_keys,
+    read_keys,
+)
 from bindllm.errors import MediaError, StoreError
 from bindllm.media import Media
 from bindllm.media.source import open_stream
@@ -39,6 +49,8 @@ file system's clock keeps its time, and the coarsest clock in use (FAT) ticks ev
 
 # Columns: the state of a file (`identify`), and the hash of its content in that state.
 _FILES = pa.schema([("file", pa.binary(KEY_BYTES)), ("key", pa.binary(KEY_BYTES))])
+# Columns: the content hash, and tokens in the form of `reduce_tokens`, [*grid, C].
+_TOKENS = pa.schema([("key", pa.binary(KEY_BYTES)), *array_fields(pa.float16())])
 
 
 class EmbeddingStore:
@@ -90,6 +102,7 @@ class EmbeddingStore:
             self._embeddings = Shards(
                 self.folder, kind="embeddings", schema=_embedding_schema(embedding_size)
             )
+            self._tokens = Shards(self.folder, kind="tokens", schema=_TOKENS)
             self._files = Shards(self.folder, kind="files", schema=_FILES)
 
     @classmethod
@@ -169,18 +182,32 @@ class EmbeddingStore:
         keys, found = self._files.get(np.array([state], KEY))
         return keys.tobytes() if found[0] else None
 
-    def keys_of(self, media: Iterable[Media]) -> dict[Media, str]:
-        """Return the key of each media that is stored, without files that cannot be read."""
+    def keys_of(self, media: Iterable[Media], *, token_modalities: Collection[str] = ()) -> dict[Media, str]:
+        """Return the key of each media that is stored, without files that cannot be read.
+
+        Args:
+            media: any media.
+            token_modalities: media of these count as stored only with their tokens.
+        """
         keys: dict[Media, str] = {}
         for item in media:
             with suppress(MediaError):
                 keys[item] = self.key_of(item)
-        found = self.has(list(keys.values()))
+        found = self.has(list(keys.values()), tokens=[item.modality in token_modalities for item in keys])
         return {item: key for (item, key), stored in zip(keys.items(), found, strict=True) if stored}
 
-    def has(self, keys: Sequence[str]) -> np.ndarray:
-        """Return for each of the keys [N] whether its embedding is stored, bool [N]."""
-        return self._embeddings.has(as_keys(keys))
+    def has(self, keys: Sequence[str], *, tokens: Sequence[bool] = ()) -> np.ndarray:
+        """Return for each of the keys [N] whether its embedding is stored, bool [N].
+
+        Args:
+            keys: content hashes.
+            tokens: whether the tokens of each key must be stored too, N of them; empty: of none.
+        """
+        wanted = as_keys(keys)
+        found = self._embeddings.has(wanted)
+        if any(tokens):
+            found &= self._tokens.has(wanted) | ~np.array(tokens)
+        return found
 
     def get(self, keys: Sequence[str]) -> Tensor:
         """Return the embeddings of the keys, float32 [N, E], exactly as they were appended.
@@ -194,13 +221,31 @@ class EmbeddingStore:
             # Another process may have appended them since the last refresh.
             self.refresh()
             embeddings, found = self._embeddings.get(wanted)
+        self._require(keys, found, "embeddings")
+        return torch.from_numpy(embeddings)
+
+    def get_tokens(self, keys: Sequence[str]) -> list[Tensor]:
+        """Return the tokens of the keys, [*grid, C] in float16 each, exactly as they were appended.
+
+        Raises:
+            StoreError: keys whose tokens are not stored; says how many and names the first.
+        """
+        wanted = as_keys(keys)
+        arrays = self._tokens.arrays(wanted)
+        if any(array is None for array in arrays):
+            self.refresh()
+            arrays = self._tokens.arrays(wanted)
+        self._require(keys, np.array([array is not None for array in arrays], bool), "tokens")
+        # Copies: the file is mapped for reading only.
+        return [torch.from_numpy(array.copy()) for array in arrays]
+
+    def _require(self, keys: Sequence[str], found: np.ndarray, noun: str) -> None:
         if not found.all():
             missing = np.flatnonzero(~found)
             raise StoreError(
-                f"{self.folder}: {len(missing)} of {len(keys)} embeddings are not stored, "
-                f"the first with key {keys[missing[0]]}; precompute the embeddings of these media first"
+                f"{self.folder}: {len(missing)} of {len(keys)} {noun} are not stored, "
+                f"the first with key {keys[missing[0]]}; precompute the {noun} of these media first"
             )
-        return torch.from_numpy(embeddings)
 
     def keys(self, modality: str | None = None) -> list[str]:
         """Return the keys of all embeddings, or of one modality, sorted, without repetitions."""
@@ -211,13 +256,21 @@ class EmbeddingStore:
         self.refresh()
         return self._embeddings.column(as_keys(keys), "source")
 
-    def append(self, keys: Sequence[str], embeddings: Tensor, media: Sequence[Media]) -> None:
-        """Write embeddings as one new shard; keys that are stored already are skipped.
+    def append(
+        self,
+        keys: Sequence[str],
+        embeddings: Tensor,
+        media: Sequence[Media],
+        *,
+        tokens: Sequence[Tensor | None] = (),
+    ) -> None:
+        """Write embeddings as one new shard, and tokens as another; keys that are stored already are skipped.
 
         Args:
             keys: `key_of` of each media, N of them.
             embeddings: [N, E].
             media: N of them; modality and source are recorded.
+            tokens: from `reduce_tokens`, [*grid, C] each, or None for media without tokens; N of them, or none at all.
 
         Raises:
             StoreError: shapes that do not fit, an embedding that is not finite (the error names its source), or a
@@ -246,7 +299,13 @@ class EmbeddingStore:
             ],
             schema=_embedding_schema(self.embedding_size),
         )
+        given = [(key, item) for key, item in zip(keys, tokens, strict=bool(tokens)) if item is not None]
         with self._map_os_errors():
+            # Before the embeddings: a media counts as done only if both are stored.
+            if given:
+                names, arrays = zip(*given, strict=True)
+                columns = array_columns([array.half().cpu().numpy() for array in arrays])
+                self._tokens.append(pa.table([_as_column(as_keys(names)), *columns], schema=_TOKENS))
             self._embeddings.append(table)
 
     def save_files(self) -> None:
@@ -269,8 +328,8 @@ class EmbeddingStore:
     def refresh(self) -> None:
         """Open the shards that other processes have appended since the last call."""
         with self._map_os_errors():
-            self._embeddings.refresh()
-            self._files.refresh()
+            for shards in (self._embeddings, self._tokens, self._files):
+                shards.refresh()
 
     def compact(self) -> None:
         """Merge small shards if there are many; a crash during the merge loses nothing.
@@ -279,8 +338,8 @@ class EmbeddingStore:
             StoreError: the disk cannot be written; nothing is lost.
         """
         with self._map_os_errors():
-            self._embeddings.compact()
-            self._files.compact()
+            for shards in (self._embeddings, self._tokens, self._files):
+                shards.compact()
 
     def _check_encoder(self, encoder_class: str | None) -> None:
         """Write ``encoder.json``, or compare it with the arguments."""

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from bindllm.atomic import file_sha256
 from bindllm.errors import EncoderError, InputError, did_you_mean
@@ -34,9 +34,11 @@ __all__ = [
     "Aligned",
     "AudioTower",
     "EfficientNetLite",
+    "Embedded",
     "Encoder",
     "HasExamples",
     "HasSpace",
+    "HasTokens",
     "HuggingFace",
     "ImageBind",
     "PointBind",
@@ -63,7 +65,7 @@ class Encoder(Protocol):
     ``prepare`` processes a single media (open, resize, scale) and may run in several threads or
     processes; ``embed`` runs the model on a batch. Encoders are never trained and never part of the model.
 
-    Two more members are optional: `HasSpace` and `HasExamples`.
+    Further members are optional: `HasSpace`, `HasExamples` and `HasTokens`.
 
     The constructor is cheap, since a recipe is read without loading anything: weights load at the first `embed`.
     `Any` marks annotations that may differ between classes: jsonargparse compares all others word for word.
@@ -109,6 +111,32 @@ class Encoder(Protocol):
             modality: one of ``modalities``.
             inputs: a sequence of B prepared tensors, B at least 1; row i depends only on ``inputs[i]``.
         """
+        ...
+
+
+class Embedded(NamedTuple):
+    """Embeddings with the tokens that they were pooled from.
+
+    Attributes:
+        embeddings: [B, E], float32, unit norm.
+        tokens: for each of the B media its tokens on their grid, [*grid, C], in any floating dtype. The grid has one to
+            three axes, such as positions of a text, rows and columns of an image, or clips, rows and columns of a
+            video. Class tokens and padding are not on it. Media of a batch may differ in their grids.
+    """
+
+    embeddings: torch.Tensor
+    tokens: list[torch.Tensor]
+
+
+@runtime_checkable
+class HasTokens(Protocol):
+    """An encoder that also returns the tokens of its network, for models with more than one bind token."""
+
+    token_sizes: Mapping[str, int]
+    """C, the width of a token, for each modality that has tokens; known without loading the weights."""
+
+    def embed(self, modality: str, inputs: Any, *, tokens: bool = False) -> Any:
+        """Return embeddings as `Encoder.embed` does, or with ``tokens`` an `Embedded` that holds the same ones."""
         ...
 
 
@@ -247,7 +275,7 @@ def fingerprint(config: Mapping[str, Any], *parts: bytes | str | Path) -> str:
 
     Examples:
         >>> fingerprint({"size": 224}, "tiny-net 1")[:8]
-        'a13ec07f'
+        'ebbb0aae'
     """
     try:
         # Sorted keys: equal settings must give equal bytes.

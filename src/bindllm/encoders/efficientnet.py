@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, get_args
+from typing import Any, ClassVar, Literal, Self, TypeVar, get_args, overload
 
 import numpy as np
 import torch
@@ -19,8 +20,8 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from bindllm.atomic import open_tensors, require_file
-from bindllm.encoders import fingerprint, once, shape_problems
-from bindllm.errors import EncoderError, InputError, did_you_mean
+from bindllm.encoders import Embedded, fingerprint, once, shape_problems
+from bindllm.errors import EncoderError, InputError, check_choice
 from bindllm.media import Media, open_image
 
 Fit = Literal["whole", "crop"]
@@ -93,11 +94,11 @@ class EfficientNetLite:
 
     modalities = ("image",)
     embedding_size = _HEAD_CHANNELS
+    token_sizes: ClassVar = {"image": _HEAD_CHANNELS}
     space = "efficientnet-lite0"
 
     def __init__(self, weights: str = "checkpoints/efficientnet-lite0", *, fit: Fit = "whole") -> None:
-        if fit not in get_args(Fit):
-            raise InputError(f"fit={fit!r} is unknown. {did_you_mean(str(fit), get_args(Fit))}")
+        check_choice("fit", fit, get_args(Fit))
         # Nothing is read here: a recipe constructs encoders without their weights.
         self.config: dict[str, Any] = {"weights": str(weights), "fit": fit}
         self._file = Path(weights) / "model.safetensors"
@@ -141,10 +142,22 @@ class EfficientNetLite:
             square.paste(shrunk, ((_SIDE - width) // 2, (_SIDE - height) // 2))
         return torch.from_numpy(np.array(square))
 
-    def embed(self, modality: str, inputs: Sequence[Tensor]) -> Tensor:
+    # jsonargparse compares the last annotation with `Encoder`; the two overloads describe both results.
+    @overload
+    def embed(self, modality: str, inputs: Sequence[Tensor], *, tokens: Literal[False] = False) -> Tensor: ...
+
+    @overload
+    def embed(self, modality: str, inputs: Sequence[Tensor], *, tokens: Literal[True]) -> Embedded: ...
+
+    def embed(self, modality: str, inputs: Sequence[Tensor], *, tokens: bool = False) -> Tensor:
         """Return the embeddings of prepared images: [B, 1280], float32, unit norm.
 
         On a CPU their bits depend neither on the rest of the batch nor on the number of threads.
+
+        Args:
+            modality: "image".
+            inputs: B prepared images.
+            tokens: also return the 7 x 7 features, [7, 7, 1280] for each image; an embedding is their mean, normalized.
 
         Raises:
             InputError: a modality other than image.
@@ -152,22 +165,30 @@ class EfficientNetLite:
         """
         if modality not in self.modalities:
             raise InputError(f"EfficientNetLite embeds image media, not {modality!r}")
+        features = partial(self._features, tokens=tokens)
         if self._device.type != "cpu":
-            return self._features(inputs)
-        # One by one: larger batches are a tenth faster at best, and their bits could depend on their size.
-        return torch.cat(each_on_one_thread(self._features, [[one] for one in inputs]))
+            parts = [features(inputs)]
+        else:
+            # One by one: larger batches are a tenth faster at best, and their bits could depend on their size.
+            parts = each_on_one_thread(features, [[one] for one in inputs])
+        embeddings = torch.cat([part.embeddings for part in parts])
+        return (
+            Embedded(embeddings, [grid for part in parts for grid in part.tokens]) if tokens else embeddings
+        )
 
     @once
     def _network(self) -> _Network:
         return _load(self._file).to(self._device)
 
     @torch.no_grad()
-    def _features(self, inputs: Sequence[Tensor]) -> Tensor:
+    def _features(self, inputs: Sequence[Tensor], *, tokens: bool) -> Embedded:
         images = torch.stack(list(inputs)).to(self._device)
         # Permuting [B, H, W, 3] to [B, 3, H, W] is free, and gives the channels-last order that is fastest.
         # The published scaling: 0..255 to about -1..1.
         pixels = (images.permute(0, 3, 1, 2).float() - 127) / 128
-        return F.normalize(self._network(pixels), dim=-1)
+        features = self._network(pixels)
+        embeddings = F.normalize(features.mean(dim=(2, 3)), dim=-1)
+        return Embedded(embeddings, list(features.movedim(1, -1)) if tokens else [])
 
 
 class _Convolution(nn.Module):
@@ -217,7 +238,7 @@ class _Block(nn.Module):
 
 
 class _Network(nn.Module):
-    """Stem, blocks, head and the mean over the image: [B, 3, 224, 224] -> [B, 1280]."""
+    """Stem, blocks and head: [B, 3, 224, 224] -> [B, 1280, 7, 7]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -232,7 +253,7 @@ class _Network(nn.Module):
         self.head = _Convolution(width, _HEAD_CHANNELS, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.blocks(self.stem(x))).mean(dim=(2, 3))
+        return self.head(self.blocks(self.stem(x)))
 
     def published_names(self) -> Iterator[tuple[_Convolution, str, str]]:
         """Yield every convolution with the published names of its kernel and of its batch norm."""

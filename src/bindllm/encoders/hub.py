@@ -30,6 +30,12 @@ MOST_LAYERS = 10_000
 SERVED = ("image", "text", "audio")
 """Modalities for which transformers has processors that need nothing else."""
 
+# The names of their towers in the config of a joint model.
+_TOWERS = {"image": "vision", "text": "text", "audio": "audio"}
+
+# These take images of any shape, as patches under a mask.
+_PATCH_FAMILIES = ("siglip2", "siglip2_vision_model")
+
 # All files other than the weights that affect an embedding.
 _SETTINGS = (
     "config.json",
@@ -72,6 +78,9 @@ class ModelSpec:
         width: E, the width of its output.
         pooling: the pooling of a sentence-transformers folder, else None.
         max_tokens: longest text in tokens, if its positions or its sentence settings limit it.
+        state_widths: C, the width of the hidden states, for each modality whose config states it.
+        patch: side of a square patch of an image or a spectrogram in pixels, if its config states it.
+        strides: pixels from one patch to the next, down and across.
     """
 
     family: str
@@ -80,6 +89,17 @@ class ModelSpec:
     width: int
     pooling: str | None
     max_tokens: int | None
+    state_widths: dict[str, int]
+    patch: int | None
+    strides: tuple[int, int]
+
+    def takes_patches(self, modality: str) -> bool:
+        """Return whether the model takes images of any shape, as a grid of patches each."""
+        return modality == "image" and self.family in _PATCH_FAMILIES
+
+    def longest_text(self, tokenizer: Any) -> int:
+        """Return the most ids of a text that both the tokenizer and the model's positions allow."""
+        return min(tokenizer.model_max_length, self.max_tokens or tokenizer.model_max_length)
 
 
 def find_folder(name: str, revision: str | None, *, role: Literal["encoder", "decoder"] = "encoder") -> Path:
@@ -252,11 +272,20 @@ def read_spec(folder: Path) -> ModelSpec:
         positions - offset if positions else None,
         _read_json(folder / "sentence_bert_config.json").get("max_seq_length"),
     ]
+    # A joint model has a config for each tower; a single tower is its own.
+    towers = {name: values.get(f"{_TOWERS[name]}_config") or values for name in modalities}
+    widths = {name: _state_width(tower) for name, tower in towers.items()}
+    patches = towers.get("image") or towers.get("audio") or {}
+    patch = patches.get("patch_size") if isinstance(patches.get("patch_size"), int) else None
     return ModelSpec(
         family=config.model_type,
         joint=joint,
         modalities=modalities,
         width=_width(values, joint=joint, folder=folder),
+        state_widths={name: width for name, width in widths.items() if width},
+        patch=patch,
+        # Only patches of spectrograms overlap.
+        strides=(patches.get("frequency_stride") or patch or 1, patches.get("time_stride") or patch or 1),
         pooling=_sentence_pooling(folder),
         max_tokens=min((limit for limit in limits if limit), default=None),
     )
@@ -376,10 +405,16 @@ def _width(values: dict[str, Any], *, joint: bool, folder: Path) -> int:
         text = values.get("text_config") or {}
         found = values.get("projection_dim") or text.get("projection_size") or text.get("hidden_size")
     else:
-        found = values.get("hidden_size") or (values.get("hidden_sizes") or [None])[-1]
+        found = _state_width(values)
     if not isinstance(found, int):
         raise EncoderError(f"{folder}: its config lacks the width of its output")
     return found
+
+
+def _state_width(values: dict[str, Any]) -> int | None:
+    """Return the width of a tower's last hidden states, or None if its config lacks it."""
+    found = values.get("hidden_size") or (values.get("hidden_sizes") or [None])[-1]
+    return found if isinstance(found, int) else None
 
 
 def _sentence_pooling(folder: Path) -> str | None:

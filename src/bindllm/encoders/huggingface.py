@@ -8,16 +8,17 @@ wav2vec 2.0, HuBERT, AST. Each uses the processor of its own folder.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args, overload
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bindllm.encoders import fingerprint, once
+from bindllm.encoders import Embedded, fingerprint, once
 from bindllm.encoders.hub import (
     ModelSpec,
     find_folder,
@@ -27,13 +28,13 @@ from bindllm.encoders.hub import (
     settings_files,
     weight_files,
 )
-from bindllm.errors import EncoderError, InputError, MediaError, did_you_mean
+from bindllm.errors import EncoderError, InputError, MediaError, check_choice, did_you_mean
 from bindllm.media import Media, open_image
 from bindllm.media.audio import cut_audio
 
 if TYPE_CHECKING:
     from transformers import BatchFeature
-
+    from transformers.utils import ModelOutput
 
 Pooling = Literal["auto", "pooler", "first", "mean", "last"]
 
@@ -44,22 +45,12 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 # Longest image that a processor scales by its short side, as a multiple of that side.
 _MAX_ASPECT = 100
 _CPU_BATCH, _ACCELERATOR_BATCH = 8, 64
+# Most states of a tower that belong to no patch: a class token, a distillation token, registers.
+_MOST_EXTRA = 16
 _WINDOW_SECONDS, _SHORTEST_SECONDS = 10.0, 0.1
 
 # These models were trained on texts padded to the full length, without an attention mask.
 _PADDED_FAMILIES = ("siglip", "siglip2", "siglip_text_model", "siglip2_text_model")
-# These take images of any shape, as patches under a mask.
-_PATCH_FAMILIES = ("siglip2", "siglip2_vision_model")
-
-
-def _takes_patches(spec: ModelSpec, modality: str) -> bool:
-    """Return whether a model takes images of any shape, as a grid of patches each."""
-    return modality == "image" and spec.family in _PATCH_FAMILIES
-
-
-def max_tokens(spec: ModelSpec, tokenizer: Any) -> int:
-    """Return the longest text that both the tokenizer and the model's positions allow."""
-    return min(tokenizer.model_max_length, spec.max_tokens or tokenizer.model_max_length)
 
 
 def batches(spec: ModelSpec, modality: str, inputs: Sequence[Tensor], *, size: int) -> Iterator[list[int]]:
@@ -69,7 +60,7 @@ def batches(spec: ModelSpec, modality: str, inputs: Sequence[Tensor], *, size: i
     padded under a mask, so any may be combined; sorting by length wastes the least padding.
     """
     # How to read this: group by shape unless padding is masked, then sort and cut into batches.
-    masked = modality == "text" or _takes_patches(spec, modality)
+    masked = modality == "text" or spec.takes_patches(modality)
     groups: dict[Any, list[int]] = {}
     for position, tensor in enumerate(inputs):
         groups.setdefault(None if masked else tensor.shape, []).append(position)
@@ -85,7 +76,7 @@ def _batch_fields(
     """Return the keywords of the model's forward for a batch of one shape, or of texts or patches of any."""
     if modality == "text":
         return _text_fields(spec, inputs, processor)
-    if _takes_patches(spec, modality):
+    if spec.takes_patches(modality):
         # Patches of all images are padded to the longest sequence; the mask and the shapes undo it inside the model.
         lengths = torch.tensor([grid.shape[0] * grid.shape[1] for grid in inputs])
         flat = [grid.flatten(0, 1) for grid in inputs]
@@ -108,28 +99,74 @@ def _text_fields(spec: ModelSpec, inputs: Sequence[Tensor], tokenizer: Any) -> d
     """Pad ids to the longest, or to the full length if the model was trained so: ids and mask [B, T]."""
     # SigLIP reads its embedding at the last position, so the length must be that of its training.
     padded = spec.family in _PADDED_FAMILIES
-    length = max_tokens(spec, tokenizer) if padded else max(len(ids) for ids in inputs)
-    left = padded and tokenizer.padding_side == "left"
+    length = spec.longest_text(tokenizer) if padded else max(len(ids) for ids in inputs)
     ids = torch.full((len(inputs), length), tokenizer.pad_token_id or 0)
     mask = torch.zeros_like(ids)
     for row, own in enumerate(inputs):
-        own_columns = slice(length - len(own), length) if left else slice(0, len(own))
-        ids[row, own_columns], mask[row, own_columns] = own, 1
+        columns = own_columns(spec, tokenizer, len(own), length)
+        ids[row, columns], mask[row, columns] = own, 1
     # A model without masks in training must not get one now.
     if padded and "attention_mask" not in tokenizer.model_input_names:
         return {"input_ids": ids}
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def own_columns(spec: ModelSpec, tokenizer: Any, count: int, length: int) -> slice:
+    """Return the positions of a text of some ids in rows of a length; the others are padding."""
+    left = spec.family in _PADDED_FAMILIES and tokenizer.padding_side == "left"
+    return slice(length - count, length) if left else slice(0, count)
+
+
+def token_grids(
+    states: Tensor, spec: ModelSpec, modality: str, inputs: Sequence[Tensor], processor: Any
+) -> list[Tensor]:
+    """Return the states of each media on its own grid, [*grid, C], without class tokens, registers and padding.
+
+    Args:
+        states: last hidden states of a batch, [B, S, C] or [B, C, H, W].
+        spec: of the model.
+        modality: of the media.
+        inputs: the B prepared media; audio: single windows.
+        processor: of the modality.
+
+    Raises:
+        EncoderError: the states of an image or a spectrogram fit no grid of patches.
+    """
+    # Convolutional towers, and CLAP, give a grid.
+    if states.dim() == 4:
+        return list(states.movedim(1, -1))
+    if modality == "text":
+        columns = [own_columns(spec, processor, len(ids), states.shape[1]) for ids in inputs]
+        return [row[own] for row, own in zip(states, columns, strict=True)]
+    if spec.takes_patches(modality):
+        shapes = [grid.shape[:2] for grid in inputs]
+        return [row[: math.prod(s)].unflatten(0, s) for row, s in zip(states, shapes, strict=True)]
+    if modality == "audio" and spec.patch is None:
+        return list(states)
+    # A spectrogram comes as frames and bands; its patches lie the other way round.
+    size = inputs[0].shape[-2:] if modality == "image" else inputs[0].shape[::-1]
+    grid = [(side - (spec.patch or 1)) // step + 1 for side, step in zip(size, spec.strides, strict=True)]
+    # Hierarchical towers merge patches two by two.
+    while math.prod(grid) > states.shape[1]:
+        grid = [side // 2 for side in grid]
+    # Class tokens and registers come first.
+    extra = states.shape[1] - math.prod(grid)
+    if spec.patch is None or not math.prod(grid) or extra > _MOST_EXTRA:
+        raise EncoderError(
+            f"{spec.family}: the {states.shape[1]} hidden states of {modality} media of size {list(size)} fit no grid "
+            "of patches; the tokens of this model are not supported"
+        )
+    return list(states[:, extra:].unflatten(1, grid))
+
+
 def _tower_vectors(
-    model: nn.Module, spec: ModelSpec, modality: str, fields: dict[str, Tensor], pooling: str
+    output: ModelOutput, spec: ModelSpec, modality: str, mask: Tensor | None, pooling: str
 ) -> Tensor:
-    """Run a single tower on a batch and reduce its states to one vector each: [B, E].
+    """Reduce the states of a single tower to one vector for each media of a batch: [B, E].
 
     Raises:
         EncoderError: the pooler was asked for, and the model has none.
     """
-    output = model(**fields)
     states, pooled = output.last_hidden_state, output.get("pooler_output")
     # Order of preference: the folder's own setting, the pooler of image towers, then first or mean.
     if pooling == "auto":
@@ -138,12 +175,11 @@ def _tower_vectors(
         pooling = spec.pooling or own or fallback
     if pooling == "pooler":
         if pooled is None:
-            raise EncoderError(f"{type(model).__name__} has no pooler; choose another pooling")
+            raise EncoderError(f"this {spec.family} has no pooler; choose another pooling")
         return pooled.flatten(1)
     # Convolutional towers give a grid [B, C, H, W].
     if states.dim() == 4:
         states = states.flatten(2).transpose(1, 2)
-    mask = fields.get("attention_mask")
     mask = torch.ones(states.shape[:2], dtype=torch.long, device=states.device) if mask is None else mask
     return pool(states, mask, pooling)
 
@@ -205,12 +241,8 @@ class HuggingFace:
         dtype: str = "float32",
         space: str | None = None,
     ) -> None:
-        if pooling not in get_args(Pooling):
-            raise InputError(
-                f"pooling={pooling!r} is unknown. {did_you_mean(str(pooling), get_args(Pooling))}"
-            )
-        if dtype not in _DTYPES:
-            raise InputError(f"dtype={dtype!r} is unknown. {did_you_mean(str(dtype), _DTYPES)}")
+        check_choice("pooling", pooling, get_args(Pooling))
+        check_choice("dtype", dtype, _DTYPES)
         self._chosen = None if modalities is None else list(modalities)
         # Plain settings only: config and fingerprint are read at the first use.
         self.config: dict[str, Any] = {
@@ -244,6 +276,12 @@ class HuggingFace:
     def embedding_size(self) -> int:
         """E; reads the model's config."""
         return self._spec.width
+
+    @property
+    def token_sizes(self) -> dict[str, int]:
+        """The width of the hidden states for each modality, where the model's config states it."""
+        widths = self._spec.state_widths
+        return {name: widths[name] for name in self.modalities if name in widths}
 
     def fingerprint(self) -> str:
         """Return the sha256 of weights, config, processor files, settings and the revision of this code.
@@ -286,21 +324,40 @@ class HuggingFace:
             case _:
                 return self._prepare_audio(media)
 
+    # jsonargparse compares the last annotation with `Encoder`; the two overloads describe both results.
+    @overload
+    def embed(self, modality: str, inputs: Sequence[Tensor], *, tokens: Literal[False] = False) -> Tensor: ...
+
+    @overload
+    def embed(self, modality: str, inputs: Sequence[Tensor], *, tokens: Literal[True]) -> Embedded: ...
+
     @torch.no_grad()
-    def embed(self, modality: str, inputs: Sequence[Tensor]) -> Tensor:
+    def embed(self, modality: str, inputs: Sequence[Tensor], *, tokens: bool = False) -> Tensor:
         """Return the embeddings of prepared media: [B, E], float32, unit norm.
+
+        Args:
+            modality: one of ``modalities``.
+            inputs: B prepared media.
+            tokens: also return the last hidden states, in the dtype of the model: the patches of an image
+                [rows, columns, C]; all ids of a text, special ones included, [T, C]; audio [S, T, C] or, for
+                spectrograms, [S, bands, frames, C] with S windows.
 
         Raises:
             InputError: a modality that this encoder does not serve.
-            EncoderError: the weights are missing or do not fit.
+            EncoderError: the weights are missing or do not fit, or the model's tokens are on no known grid.
         """
         self._served(modality)
         if modality != "audio":
-            return self._embed_units(modality, list(inputs))
-        # Windows of all media in one batch; each media then averages its own unit embeddings.
-        windows = [window for audio in inputs for window in audio]
-        rows = self._embed_units(modality, windows).split([len(audio) for audio in inputs])
-        return torch.stack([F.normalize(row.mean(0), dim=0) for row in rows])
+            rows, grids = self._embed_units(modality, list(inputs), tokens=tokens)
+        else:
+            # Windows of all media in one batch; each media then averages its own unit embeddings.
+            counts = [len(audio) for audio in inputs]
+            windows = [window for audio in inputs for window in audio]
+            units, waiting = self._embed_units(modality, windows, tokens=tokens)
+            rows = torch.stack([F.normalize(row.mean(0), dim=0) for row in units.split(counts)])
+            left = iter(waiting)
+            grids = [torch.stack([next(left) for _ in range(count)]) for count in counts if tokens]
+        return Embedded(rows, grids) if tokens else rows
 
     @property
     def _name(self) -> str:
@@ -354,7 +411,7 @@ class HuggingFace:
                 f"{media.name}: an image of {image.width} x {image.height} pixels that the processor of "
                 f"{self._name} cannot take ({error}); scale it first"
             ) from error
-        if _takes_patches(self._spec, "image"):
+        if self._spec.takes_patches("image"):
             rows, columns = made["spatial_shapes"][0].tolist()
             return made["pixel_values"][0, : rows * columns].reshape(rows, columns, -1).float()
         # Tiles and other extra tensors would need a model with several vectors per image.
@@ -366,7 +423,7 @@ class HuggingFace:
 
     def _prepare_text(self, media: Media) -> Tensor:
         tokenizer = self._processor("text")
-        limit = max_tokens(self._spec, tokenizer)
+        limit = self._spec.longest_text(tokenizer)
         # Without truncation: every tokenizer would cut in its own way.
         made = tokenizer(media.source, return_special_tokens_mask=True, verbose=False)
         ids, special = made["input_ids"], made["special_tokens_mask"]
@@ -399,24 +456,27 @@ class HuggingFace:
             clips.append(made[extractor.model_input_names[0]][0].float())
         return torch.stack(clips)
 
-    def _embed_units(self, modality: str, inputs: list[Tensor]) -> Tensor:
-        """Embed images, texts or single audio windows: [N, E], unit norm."""
+    def _embed_units(self, modality: str, inputs: list[Tensor], *, tokens: bool) -> Embedded:
+        """Embed N images, texts or single audio windows; without ``tokens`` the list of their tokens is empty."""
         model, processor = self._model, self._processor(modality)
         # Batches come in another order than the inputs, so rows are written by position.
         rows = torch.empty(len(inputs), self.embedding_size, device=self._device)
+        grids: dict[int, Tensor] = {}
         size = _CPU_BATCH if self._device.type == "cpu" else _ACCELERATOR_BATCH
         dtype, pooling = _DTYPES[self.config["dtype"]], self.config["pooling"]
         for positions in batches(self._spec, modality, inputs, size=size):
-            fields = _batch_fields(
-                self._spec, modality, [inputs[position] for position in positions], processor
-            )
+            batch = [inputs[position] for position in positions]
+            fields = _batch_fields(self._spec, modality, batch, processor)
             # Ids and masks keep their integer type; everything else takes the model's.
             for name, value in fields.items():
                 fields[name] = value.to(self._device, dtype if value.is_floating_point() else None)
             if self._spec.joint:
-                embedded = getattr(model, f"get_{modality}_features")(**fields).pooler_output
+                output = getattr(model, f"get_{modality}_features")(**fields)
+                embedded = output.pooler_output
             else:
-                embedded = _tower_vectors(model, self._spec, modality, fields, pooling)
+                output = model(**fields)
+                mask = fields.get("attention_mask")
+                embedded = _tower_vectors(output, self._spec, modality, mask, pooling)
             # A config that lies about its width would give a store of wrong rows.
             if embedded.shape != (len(positions), self.embedding_size):
                 raise EncoderError(
@@ -424,4 +484,8 @@ class HuggingFace:
                     f"{self.embedding_size} numbers each; this model is not supported"
                 )
             rows[positions] = F.normalize(embedded.float(), dim=-1)
-        return rows
+            if tokens:
+                states = output.last_hidden_state
+                found = token_grids(states, self._spec, modality, batch, processor)
+                grids.update(zip(positions, found, strict=True))
+        return Embedded(rows, [grids[position] for position in sorted(grids)])

@@ -18,7 +18,7 @@ import torch
 
 from bindllm.data.collate import Lookup
 from bindllm.data.rows import Sample
-from bindllm.errors import InputError, MissingExtraError
+from bindllm.errors import InputError, needs_extra
 from bindllm.evaluation.task import (
     MODEL,
     NEAREST_CAPTION,
@@ -243,10 +243,8 @@ def _check(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> N
 
 
 def _cider(generated: list[str], true: list[list[str]]) -> float:
-    try:
+    with needs_extra("pycocoevalcap", extra="report", purpose="compute CIDEr"):
         from pycocoevalcap.cider.cider import Cider
-    except ImportError as error:
-        raise MissingExtraError("pycocoevalcap", extra="report", purpose="compute CIDEr") from error
     if not any(text for texts in true for text in texts):
         return 0.0  # the scorer fails without any word
     score, _ = Cider().compute_score(dict(enumerate(true)), {n: [text] for n, text in enumerate(generated)})
@@ -254,10 +252,8 @@ def _cider(generated: list[str], true: list[list[str]]) -> float:
 
 
 def _bleu_and_rouge(generated: list[str], true: list[list[str]]) -> dict[str, float]:
-    try:
+    with needs_extra("torchmetrics", extra="report", purpose="compute BLEU and ROUGE"):
         from torchmetrics.functional.text import bleu_score, rouge_score
-    except ImportError as error:
-        raise MissingExtraError("torchmetrics", extra="report", purpose="compute BLEU and ROUGE") from error
     # Only rougeL, with our words: the splitting of torchmetrics drops every character outside a-z, and its
     # "rougeLsum" downloads a sentence splitter.
     rouge = rouge_score(generated, true, rouge_keys="rougeL", normalizer=str, tokenizer=str.split)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from bindllm import conversation
 from bindllm.data.batches import sorted_batches
-from bindllm.data.collate import Lookup, MediaGroup, answer_batch, prompt_batch
+from bindllm.data.collate import Lookup, MediaGroup, answer_batch, prompt_batch, tokens_of
 from bindllm.data.rows import Sample
 from bindllm.errors import BindLLMError, InputError
 from bindllm.model.bindllm import BindLLM
@@ -346,7 +346,7 @@ def loss_metrics(loss: float | None) -> Metrics:
 
 
 def input_digests(samples: Sequence[Sample], lookup: Lookup) -> list[bytes]:
-    """Return a digest of the model's input for each sample: the prompt, its media index and the embeddings."""
+    """Return a digest of the model's input for each sample: the prompt, its media index, embeddings and tokens."""
     digests = []
     for start in range(0, len(samples), _CHUNK):
         chunk = samples[start : start + _CHUNK]
@@ -358,6 +358,9 @@ def input_digests(samples: Sequence[Sample], lookup: Lookup) -> list[bytes]:
             digest.update(sample.media_index[: sample.prompt_length].tobytes())
             for _ in sample.media:
                 digest.update(next(vectors).numpy().tobytes())
+            # Sample by sample: the tokens of a chunk would take gigabytes.
+            if sample.media and (tokens := tokens_of(lookup, sample.media)) is not None:
+                digest.update(tokens.numpy().tobytes())
             digests.append(digest.digest())
     return digests
 
@@ -369,7 +372,7 @@ def without_media(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def shuffle_media(samples: Sequence[Sample], lookup: Lookup) -> Lookup:
-    """Return a lookup that gives each media group of the samples the embedding of another one.
+    """Return a lookup that gives each media group of the samples the embedding and the tokens of another one.
 
     Two files with the same embedding count as one. The distinct embeddings form one cycle, in an order drawn with a
     fixed seed, and each is exchanged for the next. So none stays the same, and media that occur several times are
@@ -380,19 +383,31 @@ def shuffle_media(samples: Sequence[Sample], lookup: Lookup) -> Lookup:
     """
     groups = list(dict.fromkeys(group for sample in samples for group in sample.media))
     vectors = dict(zip(groups, lookup(groups), strict=True))  # group -> [E]
+    keys = {group: vector.numpy().tobytes() for group, vector in vectors.items()}
     # By their bytes: files with the same embedding count once.
-    distinct = list({vector.numpy().tobytes(): vector for vector in vectors.values()}.items())
+    distinct = list({key: group for group, key in keys.items()}.items())
     if len(distinct) < 2:
         raise InputError("all held-out media are the same, so they cannot be exchanged; hold out more media")
     # A cycle has no fixed point, unlike a random permutation.
     random.Random(_SEED).shuffle(distinct)
     following = distinct[1:] + distinct[:1]
-    other = {key: vector for (key, _), (_, vector) in zip(distinct, following, strict=True)}
+    other = {key: group for (key, _), (_, group) in zip(distinct, following, strict=True)}
+    return _ExchangedMedia({group: other[key] for group, key in keys.items()}, vectors, lookup)
 
-    def exchanged(groups: Sequence[MediaGroup]) -> Tensor:
-        return torch.stack([other[vectors[group].numpy().tobytes()] for group in groups])
 
-    return exchanged
+@dataclass(frozen=True)
+class _ExchangedMedia:
+    """A lookup that returns the embedding and the tokens of the partner of each media group."""
+
+    partners: Mapping[MediaGroup, MediaGroup]
+    vectors: Mapping[MediaGroup, Tensor]
+    lookup: Lookup
+
+    def __call__(self, groups: Sequence[MediaGroup]) -> Tensor:
+        return torch.stack([self.vectors[self.partners[group]] for group in groups])
+
+    def tokens(self, groups: Sequence[MediaGroup]) -> Tensor | None:
+        return tokens_of(self.lookup, [self.partners[group] for group in groups])
 
 
 def media_of(sample: Sample) -> MediaGroup:

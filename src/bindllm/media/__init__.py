@@ -27,7 +27,7 @@ Modality = Literal["image", "video", "audio", "text", "point", "depth", "thermal
 MODALITIES: tuple[str, ...] = get_args(Modality)
 """The modalities whose files can be opened here. An encoder may serve others, under any lower-case word."""
 
-REVISION = "media 3"
+REVISION = "media 4"
 """Counted up when a file would give other pixels, samples or points: it is part of the fingerprint of encoders."""
 
 _WORD = re.compile("[a-z][a-z0-9_]*")

@@ -79,7 +79,7 @@ def open_image(source: Source, *, size: int | None = 448) -> Image.Image:
             return _to_rgb(_from_array(source))
         if isinstance(source, Image.Image):
             with decoding():
-                check_size(source)
+                check_pixels(*source.size)
                 return _to_rgb(source)
         with open_stream(source) as stream:
             head = read_head(stream, _HEAD, "an image")
@@ -108,7 +108,8 @@ def open_raster(stream: BinaryIO) -> Iterator[Image.Image]:
     stream.seek(0)
     with decoding(), _raster_reader(head)(stream) as image:
         # Only the header has been read so far.
-        check_size(image)
+        check_pixels(*image.size)
+        _scale_transparency(image)
         yield image
 
 
@@ -142,11 +143,6 @@ def decoding() -> Iterator[None]:
         raise MediaError(f"a damaged or truncated image ({error}); replace the file") from error
 
 
-def check_size(image: Image.Image) -> None:
-    """Refuse an image above `MAX_PIXELS` or `MAX_SIDE` before it is decoded."""
-    check_pixels(*image.size)
-
-
 def check_pixels(width: int, height: int) -> None:
     """Refuse sizes above `MAX_PIXELS` or `MAX_SIDE`.
 
@@ -158,6 +154,22 @@ def check_pixels(width: int, height: int) -> None:
             f"{width} x {height} pixels; at most {MAX_PIXELS:,} are decoded, {MAX_SIDE:,} on a side. "
             "Scale the image down first"
         )
+
+
+def stored_mode(image: Image.Image) -> str:
+    """Return Pillow's words for the pixels in a file, such as "RGB;16B"; "" once they are decoded."""
+    return str(image.tile[0].args) if isinstance(image, ImageFile.ImageFile) and image.tile else ""
+
+
+def _scale_transparency(image: Image.Image) -> None:
+    """Scale the level or color that a PNG names as transparent to 8 bits, as Pillow scales only the pixels."""
+    level, stored = image.info.get("transparency"), stored_mode(image)
+    if level is None:
+        return
+    if stored in ("L;2", "L;4"):
+        image.info["transparency"] = level * (85 if stored == "L;2" else 17)
+    elif stored == "RGB;16B":
+        image.info["transparency"] = tuple(part >> 8 for part in level)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -232,4 +244,7 @@ def _gray_from_wide(values: np.ndarray, image: Image.Image) -> Image.Image:
             f"32-bit values from {low:g} to {high:g}; expected 0..1 (floats), 0..255 or 0..65535. "
             "Scale the values first"
         )
-    return Image.fromarray(np.rint(values * (255.0 / top)).astype(np.uint8)).convert("RGB")
+    gray = np.rint(values * (255.0 / top)).astype(np.uint8)
+    # White, as all transparent parts; without a transparent level, no value is None.
+    gray[values == image.info.get("transparency")] = 255
+    return Image.fromarray(gray).convert("RGB")

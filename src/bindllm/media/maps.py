@@ -11,11 +11,11 @@ from bindllm.errors import MediaError, printable, reading
 from bindllm.media.arrays import check_numbers, holds_array, read_array
 from bindllm.media.images import (
     check_pixels,
-    check_size,
     decoding,
     is_inverted,
     open_image,
     open_raster,
+    stored_mode,
     wide_gray,
 )
 from bindllm.media.source import Source, name_of, open_stream, read_head
@@ -139,7 +139,7 @@ def _read_values(source: Source, *, key: str) -> np.ndarray | None:
         return _from_array(source)
     if isinstance(source, Image.Image):
         with decoding():
-            check_size(source)
+            check_pixels(*source.size)
             return _from_image(source, key)
     with open_stream(source) as stream:
         head = read_head(stream, _HEAD, "an image or an NPY file")
@@ -158,11 +158,14 @@ def _from_image(image: Image.Image, key: str) -> np.ndarray | None:
     # Writers disagree whether the tag is about the display or about the numbers.
     if key == "depth" and is_inverted(image):
         raise MediaError("a TIFF whose 0 is white (PhotometricInterpretation 0); save depth with 0 as black")
+    # Before the pixels are decoded.
+    level, has_16_bits = image.info.get("transparency"), ";16" in stored_mode(image)
     values = wide_gray(image)
     # As with 8 bits in color the luminance would count, of the higher 8 bits only.
-    if key == "thermal" and values is None and ";16" in str(getattr(image, "tile", "")):
+    if key == "thermal" and (has_16_bits if values is None else level is not None):
         raise MediaError("16 bits in color or with transparency; save it as 16-bit gray")
-    return values
+    # A transparent pixel was not measured.
+    return values if values is None or level is None else np.where(values == level, 0, values)
 
 
 def _from_array(array: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from bindllm.errors import MediaError, MissingExtraError, reading
+from bindllm.errors import MediaError, needs_extra, reading
 from bindllm.media.arrays import cells_of, check_numbers, holds_array, is_number, read_array, read_rows
 from bindllm.media.meshes import sample_mesh
 from bindllm.media.source import Source, name_of, open_stream, read_head
@@ -206,10 +206,8 @@ def _header_lines(stream: BinaryIO) -> Iterator[bytes]:
 
 def _parse_ply_header(header: bytes) -> tuple[Any, list[int]]:
     """Return the elements as `plyfile` describes them, without data, and how many records each has."""
-    try:
+    with needs_extra("plyfile", extra="point", purpose="read PLY files"):
         from plyfile import PlyData
-    except ImportError as error:
-        raise MissingExtraError("plyfile", extra="point", purpose="read PLY files") from error
     counts = [count for _, count in _ELEMENT.findall(header)]
     # int() also accepts signs and underscores; 15 digits are enough for any file.
     if odd := [count for count in counts if not (count.isdigit() and len(count) < 16)]:

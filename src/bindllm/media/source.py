@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 from PIL import Image
@@ -39,6 +40,29 @@ def name_of(source: Source) -> str:
             return f"<image {source.width}x{source.height} {source.mode}>"
         case _:
             return str(source)
+
+
+def local_path(address: str) -> str:
+    """Return the path that a ``file:`` URL names; any other text is a path already.
+
+    Raises:
+        MediaError: a web address, or a file: URL of another machine.
+
+    Examples:
+        >>> local_path("file:///data/a%20cat.png"), local_path("a:cat.png")
+        ('/data/a cat.png', 'a:cat.png')
+    """
+    # Schemes have at most five characters (https); a later colon belongs to the path.
+    scheme = address[: address.find(":")].lower() if ":" in address[:6] else ""
+    if scheme in ("http", "https"):
+        raise MediaError("a web address; download it first and give its path: runs are offline")
+    if scheme != "file":
+        return address
+    url = urlsplit(address)
+    if url.netloc not in ("", "localhost"):
+        raise MediaError("a file: URL of another machine")
+    # It spells special characters as %20 and so on.
+    return unquote(url.path)
 
 
 @contextmanager

@@ -1,22 +1,30 @@
 """The bind network: from the joint space of the encoders to the width of the decoder.
 
-A projection, then residual blocks of RMSNorm and SwiGLU, as in ImageBind-LLM section 3.2 (arXiv 2309.03905).
-It is the largest trainable part and runs on one vector per media group, so its cost is small compared with
-the decoder's.
+A projection, then residual blocks of RMSNorm and SwiGLU, as in ImageBind-LLM section 3.2 (arXiv 2309.03905). It runs on
+one vector per media group, so its cost is small compared with the decoder's.
+
+With more than one bind token per group, a resampler reads the others from the tokens of the encoder (patches, frames).
+The pooled embedding stays bind token 0: it is aligned across modalities, and the tokens of an encoder are not.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from bindllm.errors import InputError, did_you_mean
+from bindllm.errors import InputError, check_choice
 
 MOST_DEPTH = 1000
-"""Largest depth: a damaged checkpoint cannot ask for more."""
+"""Largest depth and expansion: a damaged checkpoint cannot ask for more."""
+
+MOST_TOKENS = 4096
+"""Largest number of bind tokens of a media group, for the same reason."""
+
+RESAMPLER_DEPTH = 2
+"""Blocks of the resampler."""
 
 NORMS = ("rms", "layer")
 FUSIONS = ("unit", "mean")
@@ -41,18 +49,31 @@ class BindConfig:
     fusion: Literal["unit", "mean"] = "unit"
     """How several media become one embedding: their mean at `unit` length, or the released weights' plain `mean`."""
 
+    tokens: int = 1
+    """Number of bind tokens of a media group: one from the pooled embedding, the others from the encoder's tokens
+    through a resampler. More than 1 needs `inject.kind: attend`."""
+
+    token_modalities: list[str] = field(default_factory=lambda: ["image"])
+    """Modalities whose encoder tokens are read if `tokens` is more than 1. All others have bind token 0 only."""
+
     def __post_init__(self) -> None:
-        for what, value, known in (("norm", self.norm, NORMS), ("fusion", self.fusion, FUSIONS)):
-            if value not in known:
-                raise InputError(
-                    f"unknown {what} {value!r} of the bind network. {did_you_mean(str(value), known)}"
-                )
+        check_choice("bind norm", self.norm, NORMS)
+        check_choice("bind fusion", self.fusion, FUSIONS)
         is_whole = isinstance(self.depth, int) and isinstance(self.expansion, int)
-        if not is_whole or not 0 <= self.depth <= MOST_DEPTH or self.expansion < 1:
+        if not is_whole or not 0 <= self.depth <= MOST_DEPTH or not 1 <= self.expansion <= MOST_DEPTH:
             raise InputError(
                 f"bind network with depth {self.depth} and expansion {self.expansion}: depth must be 0 to "
-                f"{MOST_DEPTH}, expansion at least 1, and both whole numbers"
+                f"{MOST_DEPTH}, expansion 1 to {MOST_DEPTH}, and both whole numbers"
             )
+        if not isinstance(self.tokens, int) or not 1 <= self.tokens <= MOST_TOKENS:
+            raise InputError(f"bind.tokens is {self.tokens}, expected a whole number from 1 to {MOST_TOKENS}")
+        named = self.token_modalities
+        if isinstance(named, str) or not all(isinstance(name, str) for name in named) or not named:
+            raise InputError(
+                f"bind.token_modalities is {named!r}, expected a list of modalities, such as [image]"
+            )
+        # Lists and tuples of the same words are equal settings.
+        self.token_modalities = list(named)
 
 
 class SwiGLUBlock(nn.Module):
@@ -74,13 +95,91 @@ class SwiGLUBlock(nn.Module):
         return z + self.down(nn.functional.silu(self.gate(n)) * self.up(n))
 
 
+class LatentBlock(nn.Module):
+    """Latents read tokens: ``z + out(attention(norm(z), tokens))``, then a `SwiGLUBlock`."""
+
+    def __init__(self, width: int, config: BindConfig) -> None:
+        super().__init__()
+        self.num_heads = next(heads for heads in (8, 4, 2, 1) if width % heads == 0)
+        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.query = nn.Linear(width, width, bias=False)
+        self.key = nn.Linear(width, width, bias=False)
+        self.value = nn.Linear(width, width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.block = SwiGLUBlock(width, config)
+
+    def forward(self, z: Tensor, tokens: Tensor, masked: Tensor) -> Tensor:
+        """Return the latents [G, N, D] after the block.
+
+        Args:
+            z: [G, N, D], or [1, N, D] if all G groups have the same.
+            tokens: [G, n, D].
+            masked: which tokens do not count, [G, 1, n]; not all of a group.
+        """
+        query, key, value = (
+            y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for y in (self.query(self.norm(z)), self.key(tokens), self.value(tokens))
+        )
+        scores = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
+        read = scores.masked_fill(masked[:, None], -torch.inf).softmax(-1) @ value
+        return self.block(z + self.out(read.transpose(1, 2).flatten(2)))
+
+
+class Resampler(nn.Module):
+    """Learned latents that read the tokens of an encoder (Perceiver resampler, arXiv 2204.14198, section 3.1.1).
+
+    Latents never see each other, so the first few are the same however many are computed.
+
+    Args:
+        token_size: ``C``, width of the encoder's tokens.
+        width: ``D``, the decoder's hidden size.
+        config: number of bind tokens, and the shape of the blocks.
+
+    Examples:
+        >>> resampler = Resampler(1280, 64, BindConfig(tokens=4))
+        >>> resampler(torch.randn(2, 49, 1280), 3).shape
+        torch.Size([2, 3, 64])
+    """
+
+    def __init__(self, token_size: int, width: int, config: BindConfig) -> None:
+        super().__init__()
+        self.latents = nn.Parameter(torch.randn(config.tokens - 1, width))
+        self.projection = nn.Linear(token_size, width)
+        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.blocks = nn.ModuleList(LatentBlock(width, config) for _ in range(RESAMPLER_DEPTH))
+        self.output_norm = nn.RMSNorm(width, eps=1e-6)
+
+    def forward(self, tokens: Tensor, count: int) -> Tensor:
+        """Return the first ``count`` latents, [..., count, D]; zeros for a group without tokens.
+
+        Args:
+            tokens: with their positions, [..., n, C]; a row of zeros is not a token.
+            count: at most ``bind.tokens - 1``.
+        """
+        groups = tokens.flatten(0, -3)
+        present = groups.any(-1).unsqueeze(1)  # [G, 1, n]
+        has_tokens = present.any(-1, keepdim=True)
+        # A group without tokens reads all rows, and its result is dropped: a softmax over nothing would be NaN.
+        masked = ~present & has_tokens
+        projected = self.norm(self.projection(groups.to(self.latents.dtype)))
+        z = self.latents[None, :count]
+        for block in self.blocks:
+            z = block(z, projected, masked)
+        return torch.where(has_tokens, self.output_norm(z), 0).unflatten(0, tokens.shape[:-2])
+
+
 class BindNetwork(nn.Module):
     """Maps unit embeddings to decoder-wide vectors (ImageBind-LLM section 3.2).
 
     Args:
         embedding_size: ``E``, width of the joint space.
         width: ``D``, the decoder's hidden size.
-        config: depth, expansion, kind of norm, biases.
+        config: depth, expansion, kind of norm, biases, number of bind tokens.
+        token_size: ``C``, width of the encoder's tokens; only read if ``config.tokens`` is more than 1.
+
+    Attributes:
+        drops_tokens: whether training drops bind tokens at random, so that one model serves any smaller number. False
+            for objectives that compare two passes over the same rows.
 
     Examples:
         >>> network = BindNetwork(1024, 64, BindConfig(depth=2))
@@ -88,37 +187,96 @@ class BindNetwork(nn.Module):
         torch.Size([5, 1, 64])
     """
 
-    def __init__(self, embedding_size: int, width: int, config: BindConfig) -> None:
+    def __init__(
+        self, embedding_size: int, width: int, config: BindConfig, token_size: int | None = None
+    ) -> None:
         super().__init__()
         # The projection has no norm before it: its input has unit length already.
         self.projection = nn.Linear(embedding_size, width)
         self.blocks = nn.ModuleList(SwiGLUBlock(width, config) for _ in range(config.depth))
+        self.most_tokens = self._num_tokens = config.tokens
+        self.drops_tokens = True
+        self.resampler = None
+        if config.tokens > 1:
+            if token_size is None:
+                raise InputError(
+                    f"bind.tokens is {config.tokens}, so the width of the encoder's tokens is needed"
+                )
+            self.resampler = Resampler(token_size, width, config)
         self.reset_parameters()
+
+    @property
+    def num_tokens(self) -> int:
+        """Bind tokens of a media group outside training; fewer than in the config are their first ones."""
+        return self._num_tokens
+
+    @num_tokens.setter
+    def num_tokens(self, count: int) -> None:
+        if not 1 <= count <= self.most_tokens:
+            raise InputError(
+                f"{count} bind tokens were asked for, and this model was built with bind.tokens {self.most_tokens}: "
+                f"give a number from 1 to {self.most_tokens}"
+            )
+        self._num_tokens = count
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Start with outputs of unit size: a unit vector times weights of unit variance has it."""
-        # Rows of unit variance times a unit vector: outputs of variance 1, whatever E is.
-        nn.init.normal_(self.projection.weight)
-        nn.init.zeros_(self.projection.bias)
-        for block in self.blocks:
-            for linear in (block.gate, block.up, block.down):
-                # Variance 1 / fan-in keeps the variance of activations through a block.
-                nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
-                if linear.bias is not None:
-                    nn.init.zeros_(linear.bias)
+        for linear in (module for module in self.modules() if isinstance(module, nn.Linear)):
+            # Variance 1 / fan-in keeps the variance of activations. The input of the first projection is a unit
+            # vector, so rows of unit variance give outputs of variance 1, whatever E is.
+            std = 1 if linear is self.projection else linear.in_features**-0.5
+            nn.init.normal_(linear.weight, std=std)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
 
-    def forward(self, embedding: Tensor) -> Tensor:
+    def forward(self, embedding: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Map embeddings to bind vectors.
 
         Args:
             embedding: unit-norm (shorter with fusion ``mean``), [..., E].
+            tokens: tokens of the encoder with their positions, [..., n, C]; a row of zeros is not a token. None: none.
 
         Returns:
-            bind vectors, [..., D], in the dtype of the network's weights.
+            bind vectors in the dtype of the network's weights, [..., D]. With ``bind.tokens`` above 1: [..., N, D], N
+            being `num_tokens`, fewer in some steps of training, and 1 without tokens. Row 0 is from the embedding; the
+            others are zeros for a group without tokens.
+
+        Raises:
+            InputError: tokens of another shape, or for a network that reads none.
         """
         # Embeddings are float32; the network may run in another dtype.
         z = self.projection(embedding.to(self.projection.weight.dtype))
         for block in self.blocks:
             z = block(z)
-        return z
+        if self.resampler is None:
+            if tokens is not None:
+                raise InputError("this model has one bind token (bind.tokens: 1) and reads no encoder tokens")
+            return z
+        size = self.resampler.projection.in_features
+        if tokens is not None and (*tokens.shape[:-2], tokens.shape[-1]) != (*embedding.shape[:-1], size):
+            raise InputError(
+                f"tokens {list(tokens.shape)} for embeddings {list(embedding.shape)}: expected "
+                f"{[*embedding.shape[:-1], 'n', size]}"
+            )
+        if not self.training:
+            # Without tokens the others would be zeros, which attention skips.
+            others = tokens is not None and self.num_tokens > 1
+            found = [self.resampler(tokens, self.num_tokens - 1)] if others else []
+            return torch.cat([z.unsqueeze(-2), *found], dim=-2)
+        # Without gradients nothing is trained: GRPO samples answers in training mode.
+        drops = self.drops_tokens and torch.is_grad_enabled()
+        count = draw_count(self.most_tokens) if drops else self.most_tokens
+        # One latent and one row of tokens at least, so that every trained tensor has a gradient: DDP waits for it.
+        tokens = z.new_zeros(*z.shape[:-1], 1, size) if tokens is None else tokens
+        found = self.resampler(tokens, max(count, 2) - 1)
+        return torch.cat([z.unsqueeze(-2), found if count > 1 else found * 0], dim=-2)
+
+
+def draw_count(most: int) -> int:
+    """Draw the number of bind tokens of a training step: all in half of the steps, else log-uniform from 1 to most - 1.
+
+    One token has to be seen often enough for modalities without encoder tokens, and all of them for the last latents.
+    """
+    takes_all, position = torch.rand(2, device="cpu").tolist()
+    return most if takes_all < 0.5 else int(most**position)

@@ -1,6 +1,7 @@
 """`BindLLM`: a frozen decoder, frozen encoders, and the small trainable parts between them.
 
 media -> Encoder -> embedding [E] -> BindNetwork -> [D] -> Injection -> decoder -> text
+                    tokens [n, C]                   [N, D], with more than one bind token
 
 After ImageBind-LLM (arXiv 2309.03905).
 """
@@ -20,23 +21,26 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from bindllm import __version__
-from bindllm.cache.settings import CacheConfig
+from bindllm.cache.blend import CacheConfig
 from bindllm.cache.visual_cache import CacheChoice, VisualCache, choose_cache
 from bindllm.conversation import Conversation
-from bindllm.embeddings.embedder import embed_groups
+from bindllm.embeddings.embedder import GroupEmbeddings, embed_groups
 from bindllm.encoders import Encoder, alignment_warnings, skipped_encoders
 from bindllm.encoders.fusion import common_size
+from bindllm.encoders.tokens import token_size
 from bindllm.errors import InputError, did_you_mean
 from bindllm.media import Media
 from bindllm.model.adapter import Adapter, AdapterConfig
 from bindllm.model.bind_network import BindConfig, BindNetwork
-from bindllm.model.checkpoint import check_keys, write_card, write_checkpoint
+from bindllm.model.checkpoint import check_keys, describe_encoders, write_card, write_checkpoint
 from bindllm.model.decoder import (
     DecoderConfig,
+    choose_positions,
     fingerprint_decoder,
     load_decoder,
     load_tokenizer,
     num_positions,
+    projecting,
     without_weights,
 )
 from bindllm.model.generation import (
@@ -49,7 +53,7 @@ from bindllm.model.generation import (
     prepare_batch,
     stream_text,
 )
-from bindllm.model.injection import InjectConfig, Injection, choose_positions, projecting, try_out
+from bindllm.model.injection import InjectConfig, Injection, check_kind
 from bindllm.model.pretrained import read_parts
 
 
@@ -76,8 +80,8 @@ class BindLLM(nn.Module):
         tokenizer: its tokenizer, with a chat template.
         config: the decoder's name, as it is written to checkpoints.
         encoders: the frozen encoders; all must have the same embedding size.
-        bind: shape of the bind network.
-        inject: kind of injection.
+        bind: shape of the bind network, and the number of bind tokens.
+        inject: kind of injection; more than one bind token needs ``attend``.
         adapter: the tuned tensors of the decoder. None: the decoder stays as it is.
         cache_config: the visual cache that checkpoints name. Only `from_pretrained` opens it.
         origin: source and license of the trained tensors, for the model cards of all folders.
@@ -115,7 +119,11 @@ class BindLLM(nn.Module):
                 logging.getLogger("bindllm").warning(warning)
         # Composite configs (image-text models) hold the language model's sizes in a text config.
         width = decoder.config.get_text_config().hidden_size
-        self.bind = BindNetwork(common_size(self.encoders), width, self.bind_config).to(decoder.device)
+        size = None
+        if self.bind_config.tokens > 1:
+            check_kind(self.inject_config, self.bind_config.tokens)
+            size = token_size(self.encoders, self.bind_config.token_modalities)
+        self.bind = BindNetwork(common_size(self.encoders), width, self.bind_config, size).to(decoder.device)
         # Before the injection: its term then passes through the adapter of the output projection.
         self.adapter = None if adapter is None else Adapter(decoder, adapter)
         # After the adapter, since hooks must see the final modules. Gates start at zero, so nothing changes yet.
@@ -125,7 +133,7 @@ class BindLLM(nn.Module):
             head.register_forward_pre_hook(choose_positions)
         # A model without weights is tried by `check` only: loading a checkpoint tries the real one.
         if decoder.device.type != "meta":
-            try_out(decoder)
+            self.injection.try_out(decoder)
 
     @classmethod
     def build(cls, decoder: DecoderConfig, *, device: str | None = None, **parts: Any) -> Self:
@@ -209,7 +217,6 @@ class BindLLM(nn.Module):
         """Raise a `CheckpointError` if names or shapes of tensors are not those of the groups."""
         check_keys(self.trainable_state(), tensors, source=source)
 
-    @torch.no_grad()
     def encode(
         self, media: Sequence[Media] | Sequence[Sequence[Media]], *, cache: CacheChoice = None
     ) -> Tensor:
@@ -233,10 +240,22 @@ class BindLLM(nn.Module):
             raise InputError(f"encode takes a list of Media with at least one in it, not {media!r}")
         # A single media is a group of one.
         groups = [(item,) if isinstance(item, Media) else check_media(item) for item in media]
+        return self._encode(groups, cache, modalities=()).embeddings
+
+    @torch.no_grad()
+    def _encode(
+        self, groups: Sequence[Sequence[Media]], cache: CacheChoice, *, modalities: Sequence[str]
+    ) -> GroupEmbeddings:
+        """Return the embeddings of media groups, [N, E], and the tokens of some modalities, [N, n, C]."""
         normalize = self.bind_config.fusion == "unit"
-        found = embed_groups(groups, self.encoders, device=self.device, normalize=normalize)
+        found = embed_groups(
+            groups, self.encoders, device=self.device, normalize=normalize, token_modalities=modalities
+        )
         cache = self.cache if cache is None else cache
-        return cache.blend_groups(found, groups, self.encoders) if cache else found
+        if not cache:
+            return found
+        # The cache holds pooled embeddings of other images; tokens stay those of the media.
+        return found._replace(embeddings=cache.blend_groups(found.embeddings, groups, self.encoders))
 
     def forward(
         self,
@@ -245,6 +264,7 @@ class BindLLM(nn.Module):
         media_index: Tensor,
         embeddings: Tensor,
         labels: Tensor | None = None,
+        tokens: Tensor | None = None,
     ) -> BindOutput:
         """Run the decoder with the media bound to its tokens.
 
@@ -255,6 +275,8 @@ class BindLLM(nn.Module):
             embeddings: unit-norm embedding of each media group, [B, M, E]; rows that no token names are ignored.
             labels: the token ids that are supervised at their own position, -100 elsewhere, [B, T]. With labels the
                 vocabulary projection runs at the positions that predict a supervised token, and nowhere else.
+            tokens: encoder tokens of each media group, [B, M, n, C], rows of zeros where it has fewer; only read with
+                more than one bind token (`BindConfig.tokens`). None: no group has any.
         """
         # How to read this: the mask is passed only if it is needed, and logits are computed only at the positions
         # that predict a supervised token. Both save time, and neither changes a result. Training runs the decoder's
@@ -263,7 +285,7 @@ class BindLLM(nn.Module):
         inputs = {
             "input_ids": input_ids,
             "use_cache": False,
-            "bind": self.bind(embeddings),
+            "bind": self.bind(embeddings, tokens),
             "media_index": media_index,
         }
         if padded_left:
@@ -289,6 +311,7 @@ class BindLLM(nn.Module):
         attention_mask: Tensor,
         media_index: Tensor,
         embeddings: Tensor | None,
+        tokens: Tensor | None = None,
         **options: Any,
     ) -> Tensor:
         """Generate answers for a left-padded batch.
@@ -298,6 +321,7 @@ class BindLLM(nn.Module):
             attention_mask: [B, T].
             media_index: [B, T].
             embeddings: [B, M, E], or None for a batch without media.
+            tokens: [B, M, n, C], as for `forward`, or None.
             **options: as for Hugging Face ``generate``; nothing else but `answer_settings` holds.
 
         Returns:
@@ -317,7 +341,8 @@ class BindLLM(nn.Module):
         if embeddings is None:
             return run()[:, ids.shape[1] :]
         # `generate` rejects unknown keywords, so the bind vectors reach the layers through a context variable.
-        with self.injection.holding(self.bind(embeddings.to(self.device)), index):
+        tokens = None if tokens is None else tokens.to(self.device)
+        with self.injection.holding(self.bind(embeddings.to(self.device), tokens), index):
             return run()[:, ids.shape[1] :]
 
     def generate(
@@ -347,8 +372,7 @@ class BindLLM(nn.Module):
             MediaError: a file that cannot be read.
         """
         options = check_options(options)
-        batch, embeddings = self._prepare(prompt, media, cache)
-        answers = self.generate_from(*batch, embeddings, **options)
+        answers = self.generate_from(*self._prepare(prompt, media, cache), **options)
         texts = self.decode(answers)
         # Several returned sequences of one prompt stay a list.
         return texts[0] if isinstance(prompt, str | Conversation) and len(texts) == 1 else texts
@@ -370,15 +394,16 @@ class BindLLM(nn.Module):
         # Beam search may replace tokens that were already printed.
         if options.get("num_beams", 1) > 1:
             raise InputError("a stream has no beams: its pieces are final. Use generate, or num_beams=1")
-        batch, embeddings = self._prepare(prompt, media, cache)
-        run = partial(self.generate_from, *batch, embeddings, **options)
+        run = partial(self.generate_from, *self._prepare(prompt, media, cache), **options)
         yield from stream_text(run, self.tokenizer, self.settings.eos_token_id)
 
     def _prepare(
         self, prompt: Prompt | Sequence[Prompt], media: Sequence[Any] | None, cache: CacheChoice = None
-    ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
-        """Render prompts and embed their media: ids, mask and index [B, T]; embeddings [B, M, E] or None."""
-        encode = partial(self.encode, cache=cache)
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Render prompts and embed their media, see `prepare_batch`."""
+        # With one bind token, no token of an encoder is read.
+        modalities = self.bind_config.token_modalities if self.bind.num_tokens > 1 else ()
+        encode = partial(self._encode, cache=cache, modalities=modalities)
         return prepare_batch(prompt, media, tokenizer=self.tokenizer, encode=encode)
 
     def describe(self) -> dict[str, Any]:
@@ -386,14 +411,7 @@ class BindLLM(nn.Module):
         return {
             "bindllm": __version__,
             "decoder": {**asdict(self.config), "fingerprint": fingerprint_decoder(self.config.folder())},
-            "encoders": [
-                {
-                    "class_path": f"{type(encoder).__module__}.{type(encoder).__qualname__}",
-                    "init_args": encoder.config,
-                    "fingerprint": encoder.fingerprint(),
-                }
-                for encoder in self.encoders
-            ],
+            "encoders": describe_encoders(self.encoders),
             "bind": asdict(self.bind_config),
             "inject": asdict(self.inject_config),
             "adapter": None if self.adapter is None else asdict(self.adapter.config),
@@ -428,6 +446,7 @@ class BindLLM(nn.Module):
         encoders: Sequence[Encoder] = (),
         cache: CacheChoice | str | Path = None,
         quantize: str | bool | None = None,
+        tokens: int | None = None,
     ) -> Self:
         """Load a checkpoint folder.
 
@@ -441,25 +460,30 @@ class BindLLM(nn.Module):
             cache: a visual cache, or the path of one, mixed in with the checkpoint's settings. None: the cache that the
                 checkpoint names, False: no cache. `save_pretrained` keeps the entry of the checkpoint.
             quantize: ``nf4`` or ``int8`` (see `DecoderConfig`); None: as in training, False: not at all.
+            tokens: bind tokens of a media group, at most as many as in training (docs/bind-tokens.md); None: all.
+                ``model.bind.num_tokens`` changes it later.
 
         Raises:
             CheckpointError: another decoder or encoder than the one it was trained with, a newer format, missing
                 or extra tensors, a pickle in the folder, a class that is not allowed.
-            InputError: an additional encoder has another embedding size, or all its modalities are served already.
+            InputError: an additional encoder has another embedding size, or all its modalities are served already; or
+                more bind tokens than in training.
             StoreError: the cache is missing or damaged, or was built with another encoder.
         """
-        config, parts, tensors = read_parts(
+        config, parts, found = read_parts(
             folder, decoder=decoder, dtype=dtype, allow=allow, encoders=encoders, quantize=quantize
         )
         # Before the decoder, which may take minutes to load, and before memory is taken for sizes of the manifest.
-        cls.build_empty(config, **parts).check_trainable_state(tensors, source=str(folder))
+        empty = cls.build_empty(config, **parts)
+        empty.check_trainable_state(found, source=str(folder))
+        empty.bind.num_tokens = tokens = empty.bind.num_tokens if tokens is None else tokens
         # A cache holds embeddings, so it must come from one of these encoders.
         known = [encoder.fingerprint() for encoder in parts["encoders"]]
         opened = choose_cache(cache, parts["cache_config"], known, checkpoint=folder)
         model = cls.build(config, device=device, **parts)
         # Every tensor must match by name and shape, so that a wrong checkpoint fails here.
-        model.load_trainable_state(tensors, source=str(folder))
-        model.cache = opened
+        model.load_trainable_state(found, source=str(folder))
+        model.cache, model.bind.num_tokens = opened, tokens
         return model.eval()
 
     def checkpoint_activations(self) -> None:

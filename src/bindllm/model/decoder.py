@@ -1,14 +1,18 @@
-"""Loading a frozen Hugging Face decoder, its tokenizer and chat template; fingerprints of decoders."""
+"""Loading a frozen Hugging Face decoder, its tokenizer and chat template; fingerprints of decoders; their output."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -21,7 +25,7 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 from bindllm.atomic import file_sha256, not_finite, open_tensors, read_json, require_file
 from bindllm.conversation import INPUT_HEADER, check_tokenizer, end_tokens
 from bindllm.encoders import hub
-from bindllm.errors import DecoderError, InputError, did_you_mean
+from bindllm.errors import DecoderError, check_choice
 from bindllm.model.quantize import QUANTIZATIONS, keep_gradients, quantization_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -37,6 +41,9 @@ _OF_THE_COPY = ("_name_or_path", "name_or_path", "transformers_version", "dtype"
 _LANGUAGE_MODEL = "causal language model"
 # Enough to notice a changed tensor, and few enough to fingerprint 7B parameters in milliseconds.
 _SAMPLED_BYTES = 256
+
+# Rows and columns of the positions that the vocabulary projection computes; None: all.
+_CHOSEN: ContextVar[tuple[Tensor, Tensor] | None] = ContextVar("bindllm_chosen", default=None)
 
 # The texts of Stanford Alpaca (2023). Nothing follows the last colon: the released ImageBind-LLM glues the answer to
 # it. A later turn has no preamble; a system text replaces the preamble.
@@ -91,18 +98,11 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         # How to read this: closed choices are checked here, since configs also come from files and Python.
-        if self.dtype not in ("auto", *DTYPES):
-            raise InputError(
-                f"unknown dtype {self.dtype!r}. {did_you_mean(str(self.dtype), ['auto', *DTYPES])}"
-            )
-        if self.template is not None and self.template not in TEMPLATES:
-            raise InputError(
-                f"unknown template {self.template!r}. {did_you_mean(str(self.template), TEMPLATES)}"
-            )
-        if self.quantize is not None and self.quantize not in QUANTIZATIONS:
-            raise InputError(
-                f"unknown quantization {self.quantize!r}. {did_you_mean(str(self.quantize), QUANTIZATIONS)}"
-            )
+        check_choice("dtype", self.dtype, ("auto", *DTYPES))
+        if self.template is not None:
+            check_choice("template", self.template, TEMPLATES)
+        if self.quantize is not None:
+            check_choice("quantization", self.quantize, QUANTIZATIONS)
 
     def folder(self) -> Path:
         """Return the local folder of the decoder; an id on the hub is downloaded.
@@ -375,3 +375,22 @@ def num_positions(config: PretrainedConfig) -> int | None:
     """Return the number of tokens that a decoder was built for, or None if its config gives no limit."""
     positions = config.get_text_config().to_dict().get("max_position_embeddings")
     return positions if isinstance(positions, int) and positions > 0 else None
+
+
+@contextmanager
+def projecting(rows: Tensor, columns: Tensor) -> Iterator[None]:
+    """Let the vocabulary projection compute only N positions in this block, given by row and column, [N] each."""
+    token = _CHOSEN.set((rows, columns))
+    try:
+        yield
+    finally:
+        _CHOSEN.reset(token)
+
+
+def choose_positions(head: nn.Module, args: tuple) -> tuple:
+    """Before the vocabulary projection: pick hidden states [N, D] out of [B, T, D]."""
+    hidden, chosen = args[0], _CHOSEN.get()
+    if chosen is None or hidden.ndim != 3:
+        # In one piece: torch multiplies a slice, such as the last position of each row, one row at a time.
+        return (hidden.contiguous(), *args[1:])
+    return (hidden[chosen], *args[1:])

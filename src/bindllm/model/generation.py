@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from bindllm.conversation import Conversation, Message, Rendered, control_tokens, end_tokens, render
+from bindllm.embeddings.embedder import GroupEmbeddings
 from bindllm.errors import InputError, did_you_mean
 from bindllm.media import Media
 
@@ -209,39 +210,41 @@ def prepare_batch(
     media: Sequence[Any] | None,
     *,
     tokenizer: PreTrainedTokenizerBase,
-    encode: Callable[[Sequence[Sequence[Media]]], Tensor],
-) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
+    encode: Callable[[Sequence[Sequence[Media]]], GroupEmbeddings],
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Render prompts and embed their media.
 
     Args:
         prompt: one or several, as for `as_conversations`.
         media: the media of each prompt.
         tokenizer: the decoder's tokenizer.
-        encode: returns an embedding for each media group, [N, E].
+        encode: returns an embedding for each media group, [N, E], and perhaps tokens, [N, n, C].
 
     Returns:
-        ids, mask and media index, each [B, T]; embeddings [B, M, E], or None without media.
+        ids, mask and media index, each [B, T]; embeddings [B, M, E], or None without media; tokens [B, M, n, C], or
+        None.
     """
     conversations = as_conversations(prompt, media)
     groups = [conversation.media_groups for conversation in conversations]
     batch = render_prompts(conversations, tokenizer)
     if not any(groups):
-        return batch, None
+        return *batch, None, None
     # All groups of the batch in one call, then split by row again.
-    encoded = encode([group for row in groups for group in row])
-    return batch, by_row(encoded, [len(row) for row in groups])
+    found, counts = encode([group for row in groups for group in row]), [len(row) for row in groups]
+    tokens = None if found.tokens is None else by_row(found.tokens, counts)
+    return *batch, by_row(found.embeddings, counts), tokens
 
 
-def by_row(embeddings: Tensor, counts: Sequence[int]) -> Tensor:
-    """Arrange the embeddings of media groups, [N, E], by the rows of a batch, [B, M, E].
+def by_row(values: Tensor, counts: Sequence[int]) -> Tensor:
+    """Arrange values of media groups, such as embeddings [N, E], by the rows of a batch, [B, M, E].
 
     Args:
-        embeddings: of all groups, row after row.
+        values: of all groups, row after row, [N, ...].
         counts: number of groups of each row; M is the largest of them, at least 1.
     """
     # Rows with fewer groups keep zeros, which no token refers to.
-    arranged = torch.zeros(len(counts), max(1, *counts), embeddings.shape[1])
-    for row, part in zip(arranged, embeddings.split(list(counts)), strict=True):
+    arranged = torch.zeros(len(counts), max(1, *counts), *values.shape[1:])
+    for row, part in zip(arranged, values.split(list(counts)), strict=True):
         row[: len(part)] = part
     return arranged
 

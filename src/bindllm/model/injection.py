@@ -1,8 +1,8 @@
 """Injection: bind vectors are added to the tokens of every decoder layer through gates that start at zero.
 
-Letters: `B` batch, `T` tokens, `M` media groups, `D` decoder width, `H` heads, `L` layers.
+Letters: `B` batch, `T` tokens, `M` media groups, `N` bind tokens of a group, `D` decoder width, `H` heads, `L` layers.
 
-Two kinds:
+Three kinds:
 
 - ``residual``, the formula of ImageBind-LLM section 3.2 (arXiv 2309.03905): at the input of layer ``l``,
   ``h[b,t] += gate[l] * (bind[b,m(t)] + query[l])``.
@@ -11,6 +11,9 @@ Two kinds:
   weight 1, so no softmax is needed; with grouped key/value heads each value serves its group of heads. The value
   projection is the decoder's own, without its adapter. The published formula has no bias there, since LLaMA has
   none; if a decoder has one (Qwen2), it belongs to the projection.
+- ``attend``, the same for several bind tokens: each head attends to those of its token's group in a softmax of their
+  own (`bindllm.model.attend`), ``out[b,t,h] += tanh(gate[l,h]) * attention(bind[b,m(t),:] + query[l])[h]``. With one
+  bind token it is kind ``value``.
 
 The bind tensor travels as a keyword of the decoder's forward, so nothing outlives the call: several forwards
 before one backward and activation checkpointing see the tensors of their own call.
@@ -24,37 +27,57 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from types import MethodType
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bindllm.errors import BindLLMError, DecoderError, InputError, did_you_mean
+from bindllm.errors import BindLLMError, DecoderError, InputError, check_choice
+from bindllm.model.attend import PROJECTIONS, BindAttention, find_attention, mask_tokens, plain_projection
 
-KINDS = ("residual", "value")
+KINDS = tuple(PROJECTIONS)
 
 
 @dataclass
 class InjectConfig:
     """How bind vectors reach the decoder's tokens."""
 
-    kind: Literal["residual", "value"] = "value"
-    """`value` adds inside attention, one gate per head; `residual` adds to the layer's input, one gate a layer."""
+    kind: Literal["residual", "value", "attend"] = "value"
+    """`value` adds inside attention, one gate per head; `attend` does so for several bind tokens (`bind.tokens`);
+    `residual` adds to the layer's input, one gate a layer."""
 
     queries: bool = True
     """Whether each layer adds its own learned query to the bind vector."""
 
-    layers: int | None = None
-    """Number of layers that receive the bind vectors, counted from the last; by default all of them."""
+    layers: int | list[int] | None = None
+    """Layers that receive the bind vectors: a number of layers, counted from the last, or a list of indices from 0,
+    such as every second layer. By default all. The backward pass ends at the first of them, so later layers train
+    faster."""
 
     def __post_init__(self) -> None:
-        if self.layers is not None and not (isinstance(self.layers, int) and self.layers >= 1):
+        is_list = isinstance(self.layers, list)
+        numbers = self.layers if is_list else [1 if self.layers is None else self.layers]
+        least = 0 if is_list else 1
+        if (
+            not numbers
+            or len(set(numbers)) < len(numbers)
+            or any(type(n) is not int or n < least for n in numbers)
+        ):
             raise InputError(
-                f"inject.layers is {self.layers}, expected a whole number of at least 1, or null for all layers"
+                f"inject.layers is {self.layers}, expected a whole number of at least 1, a list of different layer "
+                "indices from 0, or null for all layers"
             )
-        if self.kind not in KINDS:
-            raise InputError(f"unknown injection kind {self.kind!r}. {did_you_mean(str(self.kind), KINDS)}")
+        check_choice("injection kind", self.kind, KINDS)
+
+
+def check_kind(config: InjectConfig, num_tokens: int) -> None:
+    """Raise an `InputError` if this kind of injection takes one bind token only."""
+    if config.kind != "attend":
+        raise InputError(
+            f"bind.tokens is {num_tokens}, and injection kind {config.kind!r} adds one vector for each media group: "
+            "set inject.kind: attend, or bind.tokens: 1"
+        )
 
 
 class Arrivals:
@@ -68,25 +91,39 @@ class BindContext:
     """Bind vectors and routes of one forward, passed to every layer.
 
     Attributes:
-        bind: bind vectors, [B, M, D].
+        bind: bind vectors, [B, M, D], or bind tokens, [B, M, N, D].
         route: 1 if token ``t`` listens to group ``m``, else 0, [B, T, M].
-        terms: gated terms already computed, by layer; kept over the steps of a generation, None in training.
+        masked: the bind tokens that a token does not attend to, of `mask_tokens`; None for bind vectors.
+        terms: gated terms, or keys and values, already computed, by layer; kept over the steps of a generation, None
+            in training.
         arrivals: counts the terms that were added in this forward.
     """
 
     bind: Tensor
     route: Tensor
-    terms: dict[int, Tensor] | None = None
+    masked: Tensor | None = None
+    terms: dict[int, Any] | None = None
     arrivals: Arrivals = field(default_factory=Arrivals)
 
+    @classmethod
+    def of(cls, bind: Tensor, media_index: Tensor, terms: dict[int, Any] | None = None) -> Self:
+        """Return the context of bind vectors or tokens and a media index [B, T]."""
+        route = route_tokens(media_index, bind.shape[1])
+        if bind.dim() == 3 or bind.shape[2] == 1:
+            # Attention over one key has weight 1, so one bind token needs no queries and no keys.
+            return cls(bind if bind.dim() == 3 else bind.squeeze(2), route, None, terms)
+        return cls(bind, route, mask_tokens(bind, route), terms)
+
     def add(self, hidden: Tensor, term: Tensor) -> Tensor:
-        """Return hidden states [B, T, C] with the term [B, M, C] of each token's group added."""
-        if self.route.dtype != hidden.dtype:
-            # Once per forward; every layer after the first finds it converted.
-            self.route = self.route.to(hidden.dtype)
+        """Return hidden states [B, T, C] with a term added: of each token [B, T, C], or of its group, [B, M, C]."""
         self.arrivals.count += 1
-        # Not baddbmm: autocast would return the whole residual stream in low precision.
-        return hidden + torch.bmm(self.route, term).to(hidden.dtype)
+        if self.masked is None:
+            if self.route.dtype != hidden.dtype:
+                # Once per forward; every layer after the first finds it converted.
+                self.route = self.route.to(hidden.dtype)
+            # Not baddbmm: autocast would return the whole residual stream in low precision.
+            term = torch.bmm(self.route, term)
+        return hidden + term.to(hidden.dtype)
 
 
 @dataclass
@@ -96,7 +133,7 @@ class GenerationState:
     injection: Injection
     bind: Tensor
     media_index: Tensor
-    terms: dict[int, Tensor] = field(default_factory=dict)
+    terms: dict[int, Any] = field(default_factory=dict)
 
     def context(self, batch: int, past: int, length: int) -> BindContext:
         """Return the context of tokens ``past .. past + length``; generated ones keep the last prompt token's group."""
@@ -111,66 +148,14 @@ class GenerationState:
         last = self.media_index.shape[1] - 1
         # Positions after the prompt read the route of its last token.
         columns = torch.arange(past, past + length, device=self.media_index.device).clamp_(max=last)
-        route = route_tokens(self.media_index[:, columns], self.bind.shape[1])
-        return BindContext(self.bind, route, self.terms)
+        return BindContext.of(self.bind, self.media_index[:, columns], self.terms)
 
 
 # The two channels that are not keywords: the state of a running `generate`, and the term on its way from the entry of
-# an attention to its output projection.
+# an attention to its output projection; None in its place until the query projection has run.
 # Both are empty outside a call; context variables keep concurrent threads apart.
 _GENERATION: ContextVar[GenerationState | None] = ContextVar("bindllm_generation", default=None)
-_TERM: ContextVar[tuple[BindContext, Tensor] | None] = ContextVar("bindllm_term", default=None)
-
-
-# Rows and columns of the positions that the vocabulary projection computes; None: all.
-_CHOSEN: ContextVar[tuple[Tensor, Tensor] | None] = ContextVar("bindllm_chosen", default=None)
-
-
-@contextmanager
-def projecting(rows: Tensor, columns: Tensor) -> Iterator[None]:
-    """Let the vocabulary projection compute only N positions in this block, given by row and column, [N] each."""
-    token = _CHOSEN.set((rows, columns))
-    try:
-        yield
-    finally:
-        _CHOSEN.reset(token)
-
-
-def choose_positions(head: nn.Module, args: tuple) -> tuple:
-    """Before the vocabulary projection: pick hidden states [N, D] out of [B, T, D]."""
-    hidden, chosen = args[0], _CHOSEN.get()
-    if chosen is None or hidden.ndim != 3:
-        # In one piece: torch multiplies a slice, such as the last position of each row, one row at a time.
-        return (hidden.contiguous(), *args[1:])
-    return (hidden[chosen], *args[1:])
-
-
-@torch.no_grad()
-def try_out(decoder: PreTrainedModel) -> None:
-    """Run a decoder with an injection on a few tokens, before anything is trained.
-
-    Raises:
-        DecoderError: the injection does not work in this family of decoders.
-    """
-    # Seven tokens: a family with several residual streams would take a term for as many tokens as it has streams.
-    index = torch.zeros(1, 7, dtype=torch.int64, device=decoder.device)
-    bind = torch.zeros(1, 1, decoder.config.get_text_config().hidden_size, device=decoder.device)
-    # On the meta device transformers cannot compute a mask; families without attention do not take a whole one.
-    is_meta = decoder.device.type == "meta"
-    masks = (torch.ones(1, 1, 7, 7, dtype=torch.bool, device="meta"), None) if is_meta else (None,)
-    for mask in masks:
-        try:
-            decoder(input_ids=index, attention_mask=mask, bind=bind, media_index=index, use_cache=False)
-            return
-        except (BindLLMError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            # A forward that depends on values fails without weights; the loaded decoder is tried again.
-            if not is_meta:
-                raise DecoderError(
-                    f"{type(decoder).__name__} cannot run with an injection ({type(error).__name__}: {error}); use a "
-                    "decoder of the LLaMA shape (Llama, Mistral, Qwen2, Qwen3, SmolLM2, ...)"
-                ) from error
+_TERM: ContextVar[tuple[BindContext, Tensor | None] | None] = ContextVar("bindllm_term", default=None)
 
 
 def route_tokens(media_index: Tensor, num_groups: int) -> Tensor:
@@ -188,18 +173,19 @@ class Injection(nn.Module):
 
     Args:
         decoder: a causal language model whose layers are at ``get_decoder().layers``; kind ``value`` also needs
-            ``self_attn.v_proj`` and ``self_attn.o_proj`` in each.
+            ``self_attn.v_proj`` and ``self_attn.o_proj`` in each, kind ``attend`` all four projections.
         config: kind, queries, and how many layers are served.
 
     Raises:
         DecoderError: the decoder lacks one of these modules, or has fewer layers; the message names it.
 
     Attributes:
-        gates: of the L served layers, zeros at the start, [L] for ``residual``, [L, H] for ``value``.
+        gates: of the L served layers, zeros at the start, [L] for ``residual``, else [L, H].
         queries: [L, D], or None.
 
     Example:
-        decoder(ids, bind=bind, media_index=index)      # bind [B, M, D], index [B, T], -1: nothing is added
+        decoder(ids, bind=bind, media_index=index)      # bind [B, M, D] or, for ``attend``, [B, M, N, D]
+                                                        # index [B, T], -1: nothing is added
     """
 
     def __init__(self, decoder: PreTrainedModel, config: InjectConfig) -> None:
@@ -212,32 +198,66 @@ class Injection(nn.Module):
             raise DecoderError(
                 "this decoder object carries an injection already; load the decoder again for another"
             )
-        # How to read this: select the last layers, create gates and queries for them, then hook. Hooks run in this
-        # order in a forward: `_carry` once, then one pair per layer.
-        every = _layers(core, type(decoder).__name__, at_least=config.layers or 1)
-        layers = every[-(config.layers or len(every)) :]
+        # How to read this: select the layers, create gates and queries for them, then hook. Hooks run in this order
+        # in a forward: `_carry` once, then one pair per layer.
+        every = _layers(core, type(decoder).__name__)
+        layers = _served(every, config.layers, type(decoder).__name__)
         config_of_text = decoder.config.get_text_config()
         width, num_heads = config_of_text.hidden_size, config_of_text.num_attention_heads
-        shape = (len(layers), num_heads) if self.kind == "value" else (len(layers),)
+        shape = (len(layers),) if self.kind == "residual" else (len(layers), num_heads)
         # Zero gates: the untrained model is exactly the plain decoder (tanh(0) = 0).
         self.gates = nn.Parameter(torch.zeros(shape))
         # Small and random, so that layers can specialize from the first step.
         self.queries = nn.Parameter(0.02 * torch.randn(len(layers), width)) if config.queries else None
-        if self.kind == "value":
-            # All layers are checked before the first hook, so that a refused decoder stays unchanged.
-            attentions = [_attention(layer, n, type(decoder).__name__, num_heads) for n, layer in layers]
-            for index, attention in enumerate(attentions):
-                attention.register_forward_pre_hook(partial(self._enter_attention, index), with_kwargs=True)
-                attention.o_proj.register_forward_pre_hook(self._add_to_heads)
-        else:
+        if self.kind == "residual":
             for index, (_, layer) in enumerate(layers):
                 layer.register_forward_pre_hook(partial(self._add_to_input, index), with_kwargs=True)
+        else:
+            # All layers are checked before the first hook, so that a refused decoder stays unchanged.
+            options = {"num_heads": num_heads, "kind": self.kind}
+            attentions = [find_attention(layer, n, type(decoder).__name__, **options) for n, layer in layers]
+            for index, attention in enumerate(attentions):
+                attention.register_forward_pre_hook(partial(self._enter_attention, index), with_kwargs=True)
+                if self.kind == "attend":
+                    heads = BindAttention(attention, num_heads)
+                    attention.q_proj.register_forward_hook(partial(self._attend, index, heads))
+                attention.o_proj.register_forward_pre_hook(self._add_to_heads)
         # Layers that are not served receive the keyword too, and must drop it.
-        for _, layer in every[: len(every) - len(layers)]:
-            layer.register_forward_pre_hook(_leave_out, with_kwargs=True)
+        for number, layer in every:
+            if number not in dict(layers):
+                layer.register_forward_pre_hook(_leave_out, with_kwargs=True)
         # On the outer model: some families drop keywords on the way to their core already.
         decoder.register_forward_pre_hook(self._carry, with_kwargs=True)
         decoder.register_forward_hook(self._check_arrival, with_kwargs=True)
+
+    @torch.no_grad()
+    def try_out(self, decoder: PreTrainedModel) -> None:
+        """Run the decoder with this injection on a few tokens, before anything is trained.
+
+        Raises:
+            DecoderError: the injection does not work in this family of decoders.
+        """
+        # Seven tokens: a family with several residual streams would take a term for as many tokens as it has streams.
+        index = torch.zeros(1, 7, dtype=torch.int64, device=decoder.device)
+        # Two bind tokens for `attend`: one would not need its queries and keys.
+        sizes = (1, 1, 2) if self.kind == "attend" else (1, 1)
+        bind = torch.zeros(*sizes, decoder.config.get_text_config().hidden_size, device=decoder.device)
+        # On the meta device transformers cannot compute a mask; families without attention do not take a whole one.
+        is_meta = decoder.device.type == "meta"
+        masks = (torch.ones(1, 1, 7, 7, dtype=torch.bool, device="meta"), None) if is_meta else (None,)
+        for mask in masks:
+            try:
+                decoder(input_ids=index, attention_mask=mask, bind=bind, media_index=index, use_cache=False)
+                return
+            except (BindLLMError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:
+                # A forward that depends on values fails without weights; the loaded decoder is tried again.
+                if not is_meta:
+                    raise DecoderError(
+                        f"{type(decoder).__name__} cannot run with an injection ({type(error).__name__}: {error}); use "
+                        "a decoder of the LLaMA shape (Llama, Mistral, Qwen2, Qwen3, SmolLM2, ...)"
+                    ) from error
 
     @contextmanager
     def holding(self, bind: Tensor, media_index: Tensor) -> Iterator[None]:
@@ -246,7 +266,7 @@ class Injection(nn.Module):
         Hugging Face ``generate`` refuses unknown keywords, and no gradient is needed there.
 
         Args:
-            bind: [B, M, D].
+            bind: [B, M, D], or [B, M, N, D] for kind ``attend``.
             media_index: [B, T] of the left-padded prompts; generated tokens use its last column.
         """
         # With gradients, checkpointing would recompute layers after the block has ended, without the vectors.
@@ -254,7 +274,7 @@ class Injection(nn.Module):
             raise InputError(
                 "holding() is for generation: use it under torch.no_grad(), else pass bind= to the decoder"
             )
-        _check(bind, media_index)
+        self._check(bind, media_index)
         token = _GENERATION.set(GenerationState(self, bind, media_index))
         try:
             yield
@@ -270,8 +290,8 @@ class Injection(nn.Module):
         tokens = args[0] if args else kwargs.get("input_ids")
         tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
         if bind is not None:
-            _check(bind, media_index, tokens)
-            kwargs["bind"] = BindContext(bind, route_tokens(media_index, bind.shape[1]))
+            self._check(bind, media_index, tokens)
+            kwargs["bind"] = BindContext.of(bind, media_index)
             return args, kwargs
         state = _GENERATION.get()
         if state is not None and state.injection is self:
@@ -286,9 +306,9 @@ class Injection(nn.Module):
         context = kwargs.get("bind")
         if context is None or (reached := context.arrivals.count) >= len(self.gates):
             return
-        is_value, served = self.kind == "value", len(self.gates)
-        way = "its attention" if is_value else "its layers"
-        advice = "Try inject: {kind: residual}, or use" if is_value else "Use"
+        inside, served = self.kind != "residual", len(self.gates)
+        way = "its attention" if inside else "its layers"
+        advice = "Try inject: {kind: residual}, or use" if inside else "Use"
         raise DecoderError(
             f"{type(decoder).__name__} does not pass keywords to {way}: the media reached {reached} of {served} "
             f"layers. {advice} a decoder of the LLaMA shape (Llama, Mistral, Qwen2, Qwen3, SmolLM2, ...)"
@@ -301,55 +321,101 @@ class Injection(nn.Module):
         context = kwargs.pop("bind", None)
         if context is None:
             return args, kwargs
-        if args:
-            return (context.add(args[0], self._term(index, layer, context, args[0].dtype)), *args[1:]), kwargs
-        hidden = kwargs["hidden_states"]
-        kwargs["hidden_states"] = context.add(hidden, self._term(index, layer, context, hidden.dtype))
-        return args, kwargs
+        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = context.add(hidden, self._term(index, layer, context, hidden.dtype))
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
     def _enter_attention(
         self, index: int, attention: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple:
-        """Kind ``value``: take the keyword out before attention sees it, leave the term for the output projection."""
+        """Inside attention: take the keyword out before attention sees it, leave the term for the output projection."""
         context = kwargs.pop("bind", None)
         if context is None:
             _TERM.set(None)
-        else:
+        elif context.masked is None:
             hidden = args[0] if args else kwargs["hidden_states"]
             _TERM.set((context, self._term(index, attention, context, hidden.dtype)))
+        else:
+            # The term needs the queries: the hook of `q_proj` computes it.
+            _TERM.set((context, None))
         return args, kwargs
 
-    def _add_to_heads(self, projection: nn.Module, args: tuple) -> tuple | None:
-        """Kind ``value``: before the output projection of the same attention."""
+    def _attend(
+        self, index: int, heads: BindAttention, projection: nn.Module, args: tuple, query: Tensor
+    ) -> None:
+        """Kind ``attend``, more than one bind token: after the query projection [B, T, H * d], compute the term."""
         waiting = _TERM.get()
-        if waiting is None:
+        if waiting is None or waiting[1] is not None:
+            return
+        context = waiting[0]
+        found = None if context.terms is None else context.terms.get(index)
+        if found is None:
+            found = heads.keys_and_values(self._vector(index, context).to(query.dtype))
+            # During a generation keys and values stay the same, so they are computed once.
+            if context.terms is not None:
+                context.terms[index] = found
+        # [B, T, H, 1]: closed for tokens without a group.
+        gate = (torch.tanh(self.gates[index]) * context.route.any(-1, keepdim=True)).unsqueeze(-1)
+        _TERM.set((context, (heads(query, *found, context.masked) * gate.to(query.dtype)).flatten(2)))
+
+    def _add_to_heads(self, projection: nn.Module, args: tuple) -> tuple | None:
+        """Inside attention: before the output projection."""
+        waiting = _TERM.get()
+        # Without a term the query projection was not called; `_check_arrival` refuses such a decoder.
+        if waiting is None or waiting[1] is None:
             return None
         _TERM.set(None)
         context, term = waiting
         return (context.add(args[0], term), *args[1:])
 
+    def _vector(self, index: int, context: BindContext) -> Tensor:
+        """Return ``bind + query[l]``, see the formulas in the module docstring."""
+        return context.bind if self.queries is None else context.bind + self.queries[index]
+
     def _term(self, index: int, module: nn.Module, context: BindContext, dtype: torch.dtype) -> Tensor:
-        """Return the gated term of layer ``index`` for each media group: [B, M, D] or [B, M, H * head size]."""
+        """Return the gated term of layer ``index`` for each media group: [B, M, D] or [B, M, H * d]."""
         if context.terms is not None and index in context.terms:
             return context.terms[index]
-        # bind[b, m] + query[l], see the formulas in the module docstring.
-        vector = context.bind if self.queries is None else context.bind + self.queries[index]
+        vector = self._vector(index, context)
         if self.kind == "residual":
             term = (self.gates[index] * vector).to(dtype)
         else:
-            # The published weights were trained with the base projection, without its LoRA part.
-            project = dict(module.v_proj.named_children()).get("base_layer", module.v_proj)
             gate = torch.tanh(self.gates[index]).to(dtype)
-            # [B, M, Hkv * head size] -> [B, M, Hkv, 1, head size].
-            value = project(vector.to(dtype)).unflatten(
+            # [B, M, Hkv * d] -> [B, M, Hkv, 1, d].
+            value = plain_projection(module.v_proj)(vector.to(dtype)).unflatten(
                 -1, (-1, 1, module.o_proj.in_features // gate.numel())
             )
-            # [Hkv, 1, head size] times [Hkv, group, 1]: each key/value head serves the heads of its group.
+            # [Hkv, 1, d] times [Hkv, group, 1]: each key/value head serves the heads of its group.
             term = (value * gate.view(value.shape[-3], -1, 1)).flatten(-3)
         # During a generation the term is the same at every step, so it is computed once.
         if context.terms is not None:
             context.terms[index] = term
         return term
+
+    def _check(self, bind: Tensor, media_index: Tensor, tokens: Tensor | None = None) -> None:
+        """Refuse shapes that would broadcast into a wrong answer."""
+        takes_tokens = self.kind == "attend"
+        if bind.dim() == 4 and not takes_tokens:
+            raise InputError(
+                f"bind {list(bind.shape)} has {bind.shape[2]} bind tokens per media group, and injection kind "
+                f"{self.kind!r} adds one vector [B, M, D]: use inject: {{kind: attend}}"
+            )
+        if bind.dim() not in (3, 4) or media_index.dim() != 2 or bind.shape[0] != media_index.shape[0]:
+            raise InputError(
+                f"bind {list(bind.shape)} and media_index {list(media_index.shape)}: expected "
+                f"{'[B, M, D] or [B, M, N, D]' if takes_tokens else '[B, M, D]'} and [B, T]"
+            )
+        # An index out of range would silently add nothing. On the meta device an index has no value.
+        has_values = media_index.numel() and not media_index.is_meta
+        if has_values and not -1 <= int(media_index.min()) <= int(media_index.max()) < bind.shape[1]:
+            raise InputError(
+                f"media_index reaches from {int(media_index.min())} to {int(media_index.max())}, but bind has "
+                f"{bind.shape[1]} media groups: expected -1 (nothing) up to {bind.shape[1] - 1}"
+            )
+        if tokens is not None and tokens.shape[:2] != media_index.shape:
+            raise InputError(
+                f"media_index {list(media_index.shape)} for tokens {list(tokens.shape[:2])}: they must agree"
+            )
 
 
 def _leave_out(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -358,26 +424,7 @@ def _leave_out(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[t
     return args, kwargs
 
 
-def _check(bind: Tensor, media_index: Tensor, tokens: Tensor | None = None) -> None:
-    """Refuse shapes that would broadcast into a wrong answer."""
-    if bind.dim() != 3 or media_index.dim() != 2 or bind.shape[0] != media_index.shape[0]:
-        raise InputError(
-            f"bind {list(bind.shape)} and media_index {list(media_index.shape)}: expected [B, M, D] and [B, T]"
-        )
-    # An index out of range would silently add nothing. On the meta device an index has no value.
-    has_values = media_index.numel() and not media_index.is_meta
-    if has_values and not -1 <= int(media_index.min()) <= int(media_index.max()) < bind.shape[1]:
-        raise InputError(
-            f"media_index reaches from {int(media_index.min())} to {int(media_index.max())}, but bind has "
-            f"{bind.shape[1]} media groups: expected -1 (nothing) up to {bind.shape[1] - 1}"
-        )
-    if tokens is not None and tokens.shape[:2] != media_index.shape:
-        raise InputError(
-            f"media_index {list(media_index.shape)} for tokens {list(tokens.shape[:2])}: they must agree"
-        )
-
-
-def _layers(core: nn.Module, name: str, *, at_least: int) -> list[tuple[int, nn.Module]]:
+def _layers(core: nn.Module, name: str) -> list[tuple[int, nn.Module]]:
     """Return the decoder's layers with their indices."""
     children = dict(core.named_children())
     if not isinstance(children.get("layers"), nn.ModuleList):
@@ -385,28 +432,18 @@ def _layers(core: nn.Module, name: str, *, at_least: int) -> list[tuple[int, nn.
             f"{name} has no `layers` list in its decoder, so nothing can be injected; it has: {', '.join(children)}. "
             "Decoders of the LLaMA shape (Llama, Mistral, Qwen2, Qwen3, SmolLM2, ...) have it."
         )
-    layers = list(enumerate(children["layers"]))
-    if len(layers) < at_least:
-        raise DecoderError(
-            f"inject.layers is {at_least}, but {name} has {len(layers)} layers: is it the right decoder?"
-        )
-    return layers
+    return list(enumerate(children["layers"]))
 
 
-def _attention(layer: nn.Module, index: int, name: str, num_heads: int) -> nn.Module:
-    attention = dict(layer.named_children()).get("self_attn")
-    parts = dict((layer if attention is None else attention).named_children())
-    # A few families have projections of their own, with other weights for each position.
-    found = [n for n, part in parts.items() if attention is None or hasattr(part, "in_features")]
-    missing = ["self_attn"] if attention is None else [n for n in ("v_proj", "o_proj") if n not in found]
-    if missing:
+def _served(
+    every: list[tuple[int, nn.Module]], layers: int | list[int] | None, name: str
+) -> list[tuple[int, nn.Module]]:
+    """Return the layers that `InjectConfig.layers` names."""
+    if layers is None:
+        return every
+    numbers = sorted(layers) if isinstance(layers, list) else range(len(every) - layers, len(every))
+    if numbers[0] < 0 or numbers[-1] >= len(every):
         raise DecoderError(
-            f"{name}, layer {index}: injection kind 'value' needs {' and '.join(missing)}; found: {', '.join(found)}. "
-            "Use a decoder of the LLaMA shape, or inject: {kind: residual}."
+            f"inject.layers is {layers}, but {name} has {len(every)} layers: is it the right decoder?"
         )
-    if attention.o_proj.in_features % num_heads:
-        raise DecoderError(
-            f"{name}, layer {index}: o_proj takes {attention.o_proj.in_features} features, "
-            f"which {num_heads} heads do not divide"
-        )
-    return attention
+    return [every[number] for number in numbers]

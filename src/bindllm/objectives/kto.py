@@ -46,6 +46,7 @@ class KTO(Objective):
 
     needs: ClassVar[Needs] = "labels"
     uses_reference: ClassVar[bool] = True
+    drops_tokens: ClassVar[bool] = False
 
     def __init__(
         self, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
@@ -107,7 +108,9 @@ class KTO(Objective):
         # With gradients first: autocast caches cast weights, and those cast without gradients would be used again.
         ratio = answer_log_probs(model, batch)[0] - batch["reference"]
         mismatched = {
-            name.removeprefix(_MISMATCHED): value for name, value in batch.items() if _MISMATCHED in name
+            name.removeprefix(_MISMATCHED): value
+            for name, value in batch.items()
+            if name.startswith(_MISMATCHED)
         }
         with torch.no_grad():
             moved = answer_log_probs(model, mismatched)[0] - mismatched["reference"]

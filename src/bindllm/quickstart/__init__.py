@@ -14,8 +14,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from bindllm.atomic import atomic_folder, file_sha256, read_json, remove_leftovers, write_json
-from bindllm.errors import ASSET_FOLDERS, AssetError, InputError, did_you_mean, known_asset
+from bindllm.atomic import atomic_folder, file_sha256, read_object, read_recipe, remove_leftovers, write_json
+from bindllm.errors import ASSET_FOLDERS, AssetError, did_you_mean, known_asset
+from bindllm.imports import strings_in
 from bindllm.quickstart import easyvqa, openmoji, scenes, stamps, wheels
 from bindllm.quickstart.packages import Downloads, Package
 
@@ -51,9 +52,9 @@ class Asset:
 
     def is_complete(self, root: Path) -> bool:
         """Return whether the folder below ``root`` is complete and was made from exactly these packages."""
-        source = _read_source(root / self.folder)
+        source = read_object(root / self.folder / "SOURCE.json")
         # A part of it: the file also records how the content was made.
-        return source is not None and self.pins().items() <= source.items()
+        return self.pins().items() <= source.items()
 
 
 # Their folders are in `bindllm.errors`, so that a message can name an asset without loading a builder.
@@ -132,7 +133,7 @@ def fetch(
 def _make(name: str, asset: Asset, folder: Path, downloads: Downloads, say: Callable[[str], None]) -> None:
     """Build ``folder`` atomically: it appears complete or not at all."""
     # Only our own folders may be replaced; anything else could be the user's work.
-    if folder.exists() and any(folder.iterdir()) and _read_source(folder) is None:
+    if folder.exists() and any(folder.iterdir()) and not read_object(folder / "SOURCE.json"):
         raise AssetError(
             f"{folder} exists and was not made by bindllm (no readable SOURCE.json in it). "
             f"Move it away and run again: bindllm fetch {name}"
@@ -151,15 +152,6 @@ def _make(name: str, asset: Asset, folder: Path, downloads: Downloads, say: Call
         write_json(part / "SOURCE.json", {"asset": name, **asset.pins(), **facts})
 
 
-def _read_source(folder: Path) -> dict[str, Any] | None:
-    """Return ``SOURCE.json`` of a folder, or None if it is missing or unreadable."""
-    try:
-        source = read_json(folder / "SOURCE.json", AssetError)
-    except AssetError:
-        return None
-    return source if isinstance(source, dict) else None
-
-
 def assets_of(recipe: Mapping[str, Any], *, root: Path = Path(".")) -> list[str]:
     """Return the assets whose folders are named anywhere in a recipe, each once, in the order of ``ASSETS``.
 
@@ -168,20 +160,8 @@ def assets_of(recipe: Mapping[str, Any], *, root: Path = Path(".")) -> list[str]
         ['openmoji']
     """
     # Any string may be a path: recipes name folders under many keys, also under those of a user's own encoder.
-    found = {known_asset(text, root=root) for text in _strings(recipe)}
+    found = {known_asset(text, root=root) for text in strings_in(recipe)}
     return [name for name in ASSETS if name in found]
-
-
-def _strings(value: Any) -> Iterable[str]:
-    """Yield every string value in nested mappings and lists."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for each in value.values():
-            yield from _strings(each)
-    elif isinstance(value, list | tuple):
-        for each in value:
-            yield from _strings(each)
 
 
 def fetch_all(wanted: Iterable[str], root: Path = Path(".")) -> list[Path]:
@@ -207,7 +187,7 @@ def fetch_all(wanted: Iterable[str], root: Path = Path(".")) -> list[Path]:
         # Names of assets have no ending, so both kinds may be mixed.
         if not each.endswith((".yaml", ".yml")):
             names[each] = None
-        elif named := _read_recipe(Path(each), root):
+        elif named := assets_of(read_recipe(each), root=root):
             names |= dict.fromkeys(named)
         else:
             console.print(f"nothing to fetch: {each} names no part of the quickstart", markup=False)
@@ -222,16 +202,3 @@ def fetch_all(wanted: Iterable[str], root: Path = Path(".")) -> list[Path]:
         console.print(f"{'already complete' if complete else 'ready'}: {folder}{took}", markup=False)
         folders.append(folder)
     return folders
-
-
-def _read_recipe(path: Path, root: Path) -> list[str]:
-    """Return the assets that the recipe file ``path`` names."""
-    import yaml
-
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise InputError(f"cannot read the recipe {path}: {error}") from error
-    if not isinstance(recipe, dict):
-        raise InputError(f"the recipe {path} holds {type(recipe).__name__}, expected keys and values")
-    return assets_of(recipe, root=root)

@@ -22,7 +22,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from bindllm.errors import BindLLMError, MissingExtraError
+from bindllm.errors import BindLLMError, needs_extra
 from bindllm.evaluation.task import VARIANTS
 from bindllm.media import open_image
 from bindllm.report.summary import KEYS, METRICS, Variants, media_words, summarize
@@ -85,7 +85,7 @@ class ReportData:
     @property
     def modalities(self) -> set[str]:
         """Modalities of the run's sources."""
-        return {source.get("modality", "image") for source in self.facts["data"].get("sources", ())}
+        return {source["modality"] for source in self.facts["data"].get("sources", ())}
 
 
 def render_page(data: ReportData) -> str:
@@ -111,7 +111,15 @@ def render_page(data: ReportData) -> str:
         one=one,
         many=many,
         data_tables=_data_tables(data.facts["data"], one, many),
-        groups=[_group(row) for row in data.facts["parameters"]],
+        groups=[
+            (
+                row["group"],
+                f"{row['tensors']:,}",
+                f"{row['parameters']:,}",
+                "yes" if row["trainable"] else "frozen",
+            )
+            for row in data.facts["parameters"]
+        ],
         parts=[(row["part"], row["name"], row["license"]) for row in data.facts["licenses"]],
         tasks={task: _task(task, variants, many) for task, variants in data.metrics["tasks"].items()},
         losses=Markup(loss_figure(data.training, data.validation)) if logged else "",
@@ -219,11 +227,7 @@ def _data_tables(data: Mapping[str, Any], one: str, many: str) -> list[dict[str,
     # Facts of an older report may lack the data.
     if not data:
         return []
-    rows = (
-        "rows"
-        if any(source.get("format", "caption") != "caption" for source in data["sources"])
-        else "captions"
-    )
+    rows = "rows" if any(source["format"] != "caption" for source in data["sources"]) else "captions"
     sources = [
         (
             source["path"],
@@ -258,11 +262,6 @@ def _data_tables(data: Mapping[str, Any], one: str, many: str) -> list[dict[str,
         lines = [(brief(why), f"{skipped[why]:,}", brief(", ".join(examples[why]))) for why in reasons]
         tables.append({"head": ["reason for skipping", "rows", "for example"], "rows": lines})
     return tables
-
-
-def _group(row: Mapping[str, Any]) -> tuple[str, ...]:
-    trained = "yes" if row["trainable"] else "frozen"
-    return row["group"], f"{row['tensors']:,}", f"{row['parameters']:,}", trained
 
 
 def shown_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -431,10 +430,8 @@ def thumbnail(source: str, *, size: int = 160) -> str:
 
 def _empty_axes() -> Axes:
     """Return axes in the report's style, made without pyplot, so that neither global state nor a display is used."""
-    try:
+    with needs_extra("matplotlib", extra="report", purpose="draw the report's figures"):
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", extra="report", purpose="draw the report's figures") from error
     # No frame above and on the right: the figure sits in a page, among text.
     axes = Figure(figsize=(6.4, 3.3), layout="constrained").add_subplot()
     for name, spine in axes.spines.items():

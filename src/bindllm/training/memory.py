@@ -18,8 +18,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from bindllm.data.collate import Batch
-from bindllm.data.rows import IGNORE, Row, make_sample
+from bindllm.data.rows import IGNORE, Row, make_sample, spread
 from bindllm.encoders import Encoder
+from bindllm.encoders.tokens import MOST_TOKENS, token_size
 from bindllm.errors import InputError
 from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
@@ -71,7 +72,7 @@ class RunPlan:
 
     Args:
         decoder: the language model, its dtype and quantization; only its config file is read.
-        encoders: the encoders; only their embedding size is used.
+        encoders: the encoders; only the sizes of their embeddings and tokens are used.
         rows: rows of a batch on one device, B; a preference pair is two rows.
         tokens: tokens of a row with its padding, T.
         supervised: supervised tokens of the whole batch, N.
@@ -142,9 +143,10 @@ class RunPlan:
         """The model, and the bytes by part at the peak of its forward and backward pass."""
         decoder = meta_decoder(self.decoder, self.dtype)
         with torch.device("meta"):
-            # One encoder: several would be compared, which the caller has done.
             parts = {"bind": self.bind, "inject": self.inject, "adapter": self.adapter}
-            model = BindLLM(decoder, None, self.decoder, encoders=self.encoders[:1], **parts)
+            model = BindLLM(decoder, None, self.decoder, encoders=self.encoders, **parts)
+        # The steps that take the most memory have all bind tokens.
+        model.bind.drops_tokens = False
         model.set_trainable(self.trainable)
         if self.checkpointing:
             model.checkpoint_activations()
@@ -166,6 +168,10 @@ class RunPlan:
             "embeddings": torch.zeros(self.rows, self.media_groups, self.encoders[0].embedding_size),
             "labels": labels,
         }
+        if self.bind.tokens > 1:
+            # As many as an encoder may return: their number is known only once a media was read.
+            size = token_size(self.encoders, self.bind.token_modalities)
+            inputs["tokens"] = torch.zeros(self.rows, self.media_groups, MOST_TOKENS, size)
         # Columns of all objectives at once: each reads its own, and meta tensors cost nothing.
         numbers = torch.arange(self.rows - self.rejected)
         return {
@@ -294,7 +300,8 @@ def plan_run(
     device = str(trainer["accelerator"]).lower()
     device = {"auto": default_device(), "gpu": "cuda"}.get(device, device)
     # Pairs and labels decide how many rows run at once.
-    needs = _needs(model.get("objective"))
+    entry = model["objective"]
+    needs = resolve_name(entry["class_path"]).needs if entry else NextToken.needs
     shape = _batch_shape(recipe["data"], rows, tokenizer, pairs=needs in ("pairs", "labels"))
     # Ours that run the model on the same rows: another class may need columns that only it adds.
     objective = KTO() if needs == "labels" else ORPO() if shape.get("rejected") else NextToken()
@@ -321,17 +328,12 @@ def resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def _needs(entry: Mapping[str, Any] | None) -> str:
-    """Return which rows the objective of a recipe learns from."""
-    if not entry:
-        return NextToken.needs
-    return resolve_name(entry["class_path"]).needs
-
-
 def _devices(trainer: Mapping[str, Any], device: str) -> dict[str, Any]:
     """Read the fields of a plan off a trainer; processes that share memory are counted per node, or all of them."""
     # Read off the recipe: a trainer would refuse devices that this machine lacks.
     asked, strategy = trainer["devices"], trainer["strategy"]
+    # A list may be written as text: "0,1", also with one device, as "0,".
+    asked = asked.strip(",").split(",") if isinstance(asked, str) and "," in asked else asked
     if str(asked) in ("auto", "-1"):
         devices = max(1, torch.cuda.device_count()) if device == "cuda" else 1
     else:
@@ -364,7 +366,7 @@ def _batch_shape(
     """Return the fields of a plan for the largest batch."""
     size, longest = data["batch_size"], data["max_length"]
     samples = []
-    for row in rows[:: max(1, len(rows) // MEASURED_ROWS)]:
+    for row in spread(rows, MEASURED_ROWS):
         try:
             samples.append(make_sample(row, tokenizer, longest))
         except InputError:

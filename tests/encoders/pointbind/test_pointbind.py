@@ -45,7 +45,9 @@ def test_batches_of_unequal_clouds_equal_single_ones(encoder):
 def test_tokens_are_those_of_the_groups(encoder):
     inputs = [encoder.prepare(media) for media in clouds(200, 30)]
     embeddings, tokens = encoder.embed("point", inputs, tokens=True)
-    assert tokens.shape == ((2, 6, 36) if isinstance(encoder.network, I2PMAE) else (2, 24, 24))
+    shape = (6, 36) if isinstance(encoder.network, I2PMAE) else (24, 24)
+    assert [each.shape for each in tokens] == [shape] * 2
+    assert encoder.token_sizes == {"point": shape[1]}
     assert torch.equal(embeddings, encoder.embed("point", inputs))
     # They carry the cloud: no two groups are alike.
     assert torch.pdist(tokens[0]).min() > 1e-4

@@ -256,14 +256,20 @@ class Fields:
 
     def _split(self) -> Split | None:
         column = self.config.columns.split
-        if column is None or self.config.split is not None:
-            return None
-        value = as_text(self.record.get(column), column)
-        split = split_named(value)
-        # An empty cell is a row without a split.
-        if value and split is None:
-            raise RowError(f"unknown split {reprlib.repr(value)}. {did_you_mean(value, SPLITS)}")
-        return split
+        return None if column is None or self.config.split is not None else read_split(self.record, column)
+
+
+def read_split(record: Record, column: str) -> Split | None:
+    """Return the split that a row names; None: the cell is empty or missing.
+
+    Raises:
+        RowError: it is not a split.
+    """
+    value = as_text(record.get(column), column)
+    split = split_named(value)
+    if value and split is None:
+        raise RowError(f"unknown split {reprlib.repr(value)}. {did_you_mean(value, SPLITS)}")
+    return split
 
 
 def as_text(value: object, column: str) -> str:
@@ -289,14 +295,18 @@ def as_list(value: object, column: str) -> list:
     Raises:
         RowError: it is not a list.
     """
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            value = None
+    value = from_json(value)
     if not isinstance(value, list):
         raise RowError(f"column {column!r} does not hold a list")
     return value
+
+
+def from_json(value: object) -> object:
+    """Return the value of a text in JSON, None if it is not JSON; all other values as they are."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return None
 
 
 def json_list(value: object, of: tuple[type, ...] = (str, Mapping)) -> object:
@@ -312,10 +322,7 @@ def json_list(value: object, of: tuple[type, ...] = (str, Mapping)) -> object:
     """
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return value
-    try:
-        items = as_list(value, "")
-    except RowError:
-        return value
+    items = from_json(value)
     return items if items and all(isinstance(item, of) for item in items) else value
 
 

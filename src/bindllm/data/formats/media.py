@@ -8,12 +8,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from urllib.parse import unquote, unquote_to_bytes, urlsplit
+from urllib.parse import unquote, unquote_to_bytes
 
 from bindllm.data.messages import RowError, from_base64
 from bindllm.data.source_config import SourceConfig
 from bindllm.data.tables import HUB
+from bindllm.errors import MediaError
 from bindllm.media import Media
+from bindllm.media.source import local_path
 
 
 @dataclass(frozen=True)
@@ -107,21 +109,13 @@ def read_media(modality: str, value: object, find: Callable[[str], str | bytes])
         return Media(modality, bytes(value))
     if not isinstance(value, str) or not value.strip():
         raise RowError(f"no path to the {modality} file")
-    # Schemes have at most five characters (https); a later colon belongs to the path.
-    scheme = value[: value.find(":")].lower() if ":" in value[:6] else ""
-    if scheme in ("http", "https"):
-        raise RowError(
-            f"a web address as {modality} file; download it first and give its path: runs are offline", value
-        )
-    if scheme == "data":
+    if value[:5].lower() == "data:":
         return Media(modality, _decode_uri(modality, value))
-    if scheme == "file":
-        url = urlsplit(value)
-        if url.netloc not in ("", "localhost"):
-            raise RowError(f"a file: URL of another machine as {modality} file", value)
-        # It spells special characters as %20 and so on.
-        value = unquote(url.path)
-    return Media(modality, find(value))
+    try:
+        path = local_path(value)
+    except MediaError as error:
+        raise RowError(f"no path to the {modality} file, but {error}", value) from error
+    return Media(modality, find(path))
 
 
 def _decode_uri(modality: str, uri: str) -> bytes:

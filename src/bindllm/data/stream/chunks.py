@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,9 +19,10 @@ from bindllm.data.source_config import SourceConfig
 from bindllm.data.stream.plan import Mixture, Position, StreamState, group_by_length
 from bindllm.data.stream.samples import read_row
 from bindllm.data.stream.shards import BAD_SHARD, TarSample
-from bindllm.embeddings.embedder import Embedded, Embedder, Work
+from bindllm.embeddings.embedder import Embedder, EmbeddingResult, Work
 from bindllm.encoders import Encoder
 from bindllm.encoders.fusion import common_size, fuse
+from bindllm.encoders.tokens import group_tokens, token_size
 from bindllm.errors import InputError
 from bindllm.media import Media
 from bindllm.parallel import RunContext
@@ -60,17 +61,28 @@ class EmbeddedSamples:
         samples: their media are names without content.
         embeddings: the fused embedding of each of their media groups, unit norm, [E].
         embedding_size: E.
+        media_tokens: the tokens of each of their media that has any, from `reduce_tokens`.
+        token_width: C; 0 if tokens are not asked for.
     """
 
     samples: list[Sample]
     embeddings: dict[MediaGroup, Tensor]
     embedding_size: int
+    media_tokens: dict[Media, Tensor] = field(default_factory=dict)
+    token_width: int = 0
 
-    def lookup(self, groups: Sequence[MediaGroup]) -> Tensor:
+    def __call__(self, groups: Sequence[MediaGroup]) -> Tensor:
         """Return the embedding of each media group, [N, E]."""
         if not groups:
             return torch.zeros(0, self.embedding_size)
         return torch.stack([self.embeddings[group] for group in groups])
+
+    def tokens(self, groups: Sequence[MediaGroup]) -> Tensor | None:
+        """Return the tokens of each media group, [N, n, C], see `group_tokens`; None if they are not asked for."""
+        if not self.token_width:
+            return None
+        found = [self.media_tokens.get(media) for group in groups for media in group]
+        return group_tokens(found, [len(group) for group in groups], self.token_width)
 
 
 @dataclass
@@ -109,6 +121,7 @@ class ChunkReader:
         encoders: embed the media of the samples; on the CPU again afterwards.
         options: settings of all streams.
         context: the device that the encoders run on, and the rank of this process.
+        token_modalities: modalities whose tokens are kept with the samples of a chunk.
     """
 
     mixture: Mixture
@@ -117,6 +130,7 @@ class ChunkReader:
     encoders: Sequence[Encoder]
     options: StreamOptions
     context: RunContext
+    token_modalities: Collection[str] = ()
 
     def read(self, start: StreamState, stopped: Callable[[], bool] = lambda: False) -> Iterator[Chunk]:
         """Yield chunks, starting with the chunk of a state, without end.
@@ -131,7 +145,9 @@ class ChunkReader:
         threads, device = self.context.processes.num_threads, self.context.device
         try:
             with (
-                Embedder(self.encoders, device=device, threads=threads) as embedder,
+                Embedder(
+                    self.encoders, device=device, threads=threads, token_modalities=self.token_modalities
+                ) as embedder,
                 closing(_Reading(self, start.positions, stopped)) as reading,
             ):
                 yield from self._chunks(reading, embedder, start)
@@ -244,7 +260,8 @@ def embed_samples(
     Raises:
         InputError: media of a modality that no encoder serves, or encoders of different embedding sizes.
     """
-    size = common_size(embedder.encoders)
+    size, wanted = common_size(embedder.encoders), embedder.token_modalities
+    width = token_size(embedder.encoders, wanted) if wanted else 0
     read: list[Sample] = []
 
     def works() -> Iterator[Work[Media]]:
@@ -267,10 +284,11 @@ def embed_samples(
             kept.append(sample)
         except InputError as error:
             skip(CANNOT_EMBED, f"{sample.name}: {error}")
-    return EmbeddedSamples(kept, embeddings, size)
+    media_tokens = {name: result.tokens for name, result in results.items() if result.tokens is not None}
+    return EmbeddedSamples(kept, embeddings, size, media_tokens, width)
 
 
-def _fuse(group: MediaGroup, results: dict[Media, Embedded[Media]]) -> Tensor:
+def _fuse(group: MediaGroup, results: dict[Media, EmbeddingResult[Media]]) -> Tensor:
     for media in group:
         if error := results[media].error:
             raise InputError(error)

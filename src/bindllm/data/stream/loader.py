@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -89,7 +89,7 @@ class StreamLoader:
                 skip = first.batch if chunk.start.chunk == first.chunk else 0
                 for number in range(skip, len(chunk.batches)):
                     rows = [chunk.embedded.samples[n] for n in chunk.batches[number]]
-                    batch = self._collate(rows, chunk.embedded.lookup)
+                    batch = self._collate(rows, chunk.embedded)
                     # Both states, because a step may be interrupted before or after the trainer counts it.
                     self._states = {done: states[number], done + 1: states[number + 1]}
                     done += 1
@@ -221,6 +221,7 @@ def stream_loader(
     length: int,
     position: Callable[[], int] | None = None,
     context: RunContext = RunContext(),  # noqa: B008 (frozen)
+    token_modalities: Collection[str] = (),
 ) -> StreamLoader:
     """Return the loader of the streamed training sources of a recipe.
 
@@ -232,6 +233,7 @@ def stream_loader(
         length: batches that the trainer will take.
         position: returns how many batches the trainer has completed.
         context: the processes of the run, and the device that the encoders run on.
+        token_modalities: modalities whose tokens are in the batches.
 
     Raises:
         InputError: a stream with fewer shards than there are processes.
@@ -245,7 +247,7 @@ def stream_loader(
     ]
     mixture = Mixture(streams, [config.weight for _, config in numbered])
     return StreamLoader(
-        ChunkReader(mixture, numbered, tokenizer, encoders, options, context).read,
+        ChunkReader(mixture, numbered, tokenizer, encoders, options, context, token_modalities).read,
         partial(collate, pad_id=tokenizer.pad_token_id),
         start=StreamState(0, 0, (Position(),) * len(streams)),
         length=length,

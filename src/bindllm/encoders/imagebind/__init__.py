@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self, get_args, overload
+from typing import Any, Literal, Self, get_args, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bindllm.encoders import fingerprint, once
+from bindllm.encoders import Embedded, fingerprint, once
 from bindllm.encoders.imagebind.clips import audio_input, video_input
 from bindllm.encoders.imagebind.config import (
     CONFIG,
@@ -35,10 +35,8 @@ from bindllm.encoders.imagebind.network import (
     trunk_file,
 )
 from bindllm.encoders.imagebind.text import Tokenizer
-from bindllm.errors import EncoderError, InputError, MediaError, did_you_mean
+from bindllm.errors import EncoderError, InputError, MediaError, check_choice, did_you_mean
 from bindllm.media import Media
-
-__all__ = ["Embedded", "ImageBind"]
 
 Coverage = Literal["published", "full"]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -48,21 +46,6 @@ Scale = Literal["unit", "published"]
 _REVISION = "imagebind 2"
 
 _TOKENIZER = "tokenizer.json"
-
-
-class Embedded(NamedTuple):
-    """Embeddings with the tokens that they were computed from.
-
-    Attributes:
-        embeddings: [B, E], float32.
-        tokens: for each of the B media its views' tokens, [S, T, D] in the dtype of the weights: the output of the
-            trunk's last block, before the head's norm. S views (clips times crops; 1 for an image), T tokens with
-            the class token first (257 for vision at 224 pixels; text has its 77 word pieces and no class token), D
-            the width of the trunk.
-    """
-
-    embeddings: Tensor
-    tokens: list[Tensor]
 
 
 class ImageBind:
@@ -113,8 +96,7 @@ class ImageBind:
             ("dtype", dtype, Dtype),
             ("scale", scale, Scale),
         ):
-            if value not in get_args(known):
-                raise InputError(f"{name}={value!r} is unknown. {did_you_mean(str(value), get_args(known))}")
+            check_choice(name, value, get_args(known))
         if type(max_clips) is not int or max_clips < 1:
             raise InputError(f"max_clips={max_clips!r} is not a whole number above 0")
         if not (0 < depth_baseline < math.inf and 0 < depth_focal < math.inf):
@@ -137,6 +119,11 @@ class ImageBind:
         self._device = torch.device("cpu")
         self._trunks: dict[str, Trunk] = {}
         self._fingerprint: str | None = None
+
+    @property
+    def token_sizes(self) -> dict[str, int]:
+        """The width of its trunk for each modality."""
+        return {name: self._sizes.trunks[TRUNK_OF[name]].width for name in self.modalities}
 
     def fingerprint(self) -> str:
         """Return the sha256 of everything that affects the embeddings of the served modalities.
@@ -216,7 +203,9 @@ class ImageBind:
             inputs: B prepared tensors, each one view or [S, ...] with S views, S free for each. 8-bit images and
                 frames are normalized here; float ones are taken as normalized. Square images of another size
                 than 224 are taken too.
-            tokens: also return the trunk's tokens, see `Embedded`.
+            tokens: also return the output of the trunk's last block, before the head's norm, in the dtype of the
+                weights: image [16, 16, D]; depth and thermal [14, 14, D]; video [S, 16, 16, D]; audio
+                [S, 12, 19, D]; imu [250, D]; text up to its end token, [T, D].
 
         Raises:
             InputError: a modality that is not served, or tensors of another shape.
@@ -237,7 +226,9 @@ class ImageBind:
             return embeddings
         # Tokens come as one flat list of views; each media takes as many as it has views.
         waiting = iter(sequences)
-        return Embedded(embeddings, [torch.stack([next(waiting) for _ in range(count)]) for count in counts])
+        return Embedded(
+            embeddings, [_join(modality, [next(waiting) for _ in range(count)]) for count in counts]
+        )
 
     def _require(self, modality: str) -> None:
         if modality not in self.modalities:
@@ -296,6 +287,14 @@ class ImageBind:
                 f"{file}: texts need the tokenizer. {how_to_convert(self._folder)}; or leave 'text' out of `modalities`"
             )
         return file
+
+
+def _join(modality: str, views: list[Tensor]) -> Tensor:
+    """Return the tokens of all views of one media on one grid."""
+    if views[0].dim() == 2:
+        return torch.cat(views)
+    # Audio and video keep the axis of their clips even for one clip, so that positions mean the same for all lengths.
+    return torch.stack(views) if modality in ("audio", "video") or len(views) > 1 else views[0]
 
 
 def _choose(wanted: Sequence[str] | None, sizes: ImageBindConfig, folder: Path) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ several views, and the media of a batch may differ in their number.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,11 +131,11 @@ class ImageStem(nn.Module):
         flat = windows.movedim((-4, -3), (1, 2)).flatten(3).flatten(1, 2)
         return self.norm(F.linear(flat, weight.flatten(1))), (rows, columns)
 
-    def count(self, shape: Sequence[int]) -> int:
-        """Return how many tokens a view of this shape becomes."""
+    def grid(self, shape: Sequence[int]) -> tuple[int, int]:
+        """Return the rows and columns of patches of a view of this shape."""
         size, stride = self.weight.shape[-1], self.patches.stride
         rows, columns = ((side - size) // stride + 1 for side in shape[-2:])
-        return 1 + rows * columns
+        return rows, columns
 
     def _positions(self, grid: tuple[int, int]) -> Tensor:
         """Return the position table, resized if the image has another grid than the table."""
@@ -286,11 +287,25 @@ class Trunk(nn.Module):
         ends = inputs.argmax(1)
         return tokens[torch.arange(len(tokens), device=tokens.device), ends]
 
+    def on_grid(self, inputs: Tensor, tokens: Tensor) -> list[Tensor]:
+        """Return the tokens of each view without class token, [*grid, D]; those of a text up to its end token.
+
+        Args:
+            inputs: B views, as for `forward`.
+            tokens: the tokens that it returned, [B, T, D].
+        """
+        if self.pools_largest_id:
+            return [row[: end + 1] for row, end in zip(tokens, inputs.argmax(1).tolist(), strict=True)]
+        tokens = tokens[:, 1:]
+        return list(
+            tokens.unflatten(1, self.stem.grid(inputs.shape)) if isinstance(self.stem, ImageStem) else tokens
+        )
+
     def widest_bytes(self, shape: Sequence[int]) -> int:
         """Return the bytes of the largest activation that one view of this shape makes."""
         # The feed-forward layer is the widest: four times D for every token.
         inner, stem = self.blocks[0].up, self.stem
-        count = stem.count(shape) if isinstance(stem, ImageStem) else len(stem.positions)
+        count = 1 + math.prod(stem.grid(shape)) if isinstance(stem, ImageStem) else len(stem.positions)
         return count * inner.out_features * inner.weight.element_size()
 
     def scale(self) -> Tensor | float:
@@ -390,8 +405,8 @@ def run_views(
     """Run views through their trunk, as many at a time as suits the device.
 
     Returns:
-        unit embeddings of the V views, [V, E], float32; the tokens of each view, [T, D] in the dtype of the
-        weights, or none unless they are kept.
+        unit embeddings of the V views, [V, E], float32; the tokens of each view, [*grid, D] in the dtype of the
+        weights (see `Trunk.on_grid`), or none unless they are kept.
     """
     weight = trunk.head.project.weight
     limit = _CPU_BYTES if weight.device.type == "cpu" else _ACCELERATOR_BYTES
@@ -400,10 +415,11 @@ def run_views(
     embeddings, tokens = [], []
     for start in range(0, len(views), size):
         chunk = torch.stack(tuple(views[start : start + size])).to(weight.device)
-        vectors, sequence = trunk(_as_input(modality, chunk, weight.dtype))
+        chunk = _as_input(modality, chunk, weight.dtype)
+        vectors, sequence = trunk(chunk)
         embeddings.append(F.normalize(vectors.float(), dim=-1))
         if keep_tokens:
-            tokens.extend(sequence.unbind(0))
+            tokens.extend(trunk.on_grid(chunk, sequence))
     return torch.cat(embeddings), tokens
 
 

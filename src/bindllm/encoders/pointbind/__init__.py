@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self, get_args, overload
+from typing import Any, Literal, Self, get_args, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bindllm.encoders import fingerprint, once
+from bindllm.encoders import Embedded, fingerprint, once
 from bindllm.encoders.pointbind.cloud import fit_cloud
 from bindllm.encoders.pointbind.networks import (
     CONFIG,
@@ -24,8 +24,9 @@ from bindllm.encoders.pointbind.networks import (
     PointBert,
     load_network,
     read_config,
+    token_width,
 )
-from bindllm.errors import EncoderError, InputError, did_you_mean
+from bindllm.errors import EncoderError, InputError, check_choice
 from bindllm.media import Media
 from bindllm.media.points import open_points
 
@@ -36,19 +37,6 @@ _REVISION = "pointbind 2"
 
 # Clouds that pass through the network at once: on a CPU more gain nothing, elsewhere activations must stay bounded.
 _CPU_BATCH, _BATCH = 2, 16
-
-
-class Embedded(NamedTuple):
-    """Embeddings with the tokens that they were computed from.
-
-    Attributes:
-        embeddings: [B, E], float32, unit norm.
-        tokens: the group tokens after the last norm, [B, G, D] in the dtype of the network; G and D are 512 and 384
-            for "point-bert" (its class token left out), 64 and 384 for "i2p-mae".
-    """
-
-    embeddings: Tensor
-    tokens: Tensor
 
 
 class PointBind:
@@ -78,8 +66,7 @@ class PointBind:
     def __init__(
         self, weights: str = "checkpoints/pointbind", *, dtype: Precision = "float32", points: int = 8192
     ) -> None:
-        if dtype not in get_args(Precision):
-            raise InputError(f"dtype={dtype!r} is unknown. {did_you_mean(str(dtype), get_args(Precision))}")
+        check_choice("dtype", dtype, get_args(Precision))
         if isinstance(points, bool) or not isinstance(points, int) or points < 1:
             raise InputError(
                 f"points={points!r}: expected a number of points, at least 1; 8192 is the published one"
@@ -90,6 +77,11 @@ class PointBind:
         self._points = points
         self._device = torch.device("cpu")
         self._fingerprint: str | None = None
+
+    @property
+    def token_sizes(self) -> dict[str, int]:
+        """The width of the network; reads the config of the converted folder."""
+        return {"point": token_width(read_config(self._folder), source=str(self._folder / CONFIG))}
 
     def fingerprint(self) -> str:
         """Return the sha256 of weights, variant, settings and the revision of the preprocessing.
@@ -150,7 +142,8 @@ class PointBind:
         Args:
             modality: "point".
             inputs: prepared clouds, each [points, 3].
-            tokens: also return the group tokens, see `Embedded`.
+            tokens: also return the group tokens after the last norm, [G, D] for each cloud, in the dtype of the
+                network; G and D are 512 and 384 for "point-bert", 64 and 384 for "i2p-mae".
 
         Raises:
             InputError: a modality other than point, or a cloud of another shape.
@@ -166,13 +159,14 @@ class PointBind:
                 )
         network = self.network
         size = _CPU_BATCH if self._device.type == "cpu" else _BATCH
-        parts = []
+        parts: list[Tensor] = []
+        groups: list[Tensor] = []
         # A trainer's autocast would change the embeddings, and the fingerprint would not show it.
         with torch.autocast(self._device.type, enabled=False):
             for start in range(0, len(inputs), size):
                 points = torch.stack(list(inputs[start : start + size])).to(self._device, torch.float32)
                 feature, rows = network(points, network.group(points))
                 embeddings = F.normalize(network.head(feature).float(), dim=-1)
-                parts.append(Embedded(embeddings, rows if tokens else rows[:0]))
-        whole = Embedded(*map(torch.cat, zip(*parts, strict=True)))
-        return whole if tokens else whole.embeddings
+                parts.append(embeddings)
+                groups += rows.unbind(0) if tokens else ()
+        return Embedded(torch.cat(parts), groups) if tokens else torch.cat(parts)

@@ -373,6 +373,16 @@ def build_network(config: dict[str, Any], *, source: str) -> PointBert | I2PMAE:
         raise EncoderError(f"{source}: no network can have the sizes {sizes!r} ({error})") from error
 
 
+def token_width(config: dict[str, Any], *, source: str) -> int:
+    """Return D, the width of the group tokens of the network that a config describes.
+
+    Raises:
+        EncoderError: unknown or impossible sizes.
+    """
+    # The last norm is over exactly these tokens, in both networks.
+    return build_network(config, source=source).norm.normalized_shape[0]
+
+
 def load_network(folder: Path, dtype: torch.dtype) -> PointBert | I2PMAE:
     """Build the network of a converted folder and fill it.
 

@@ -1,0 +1,141 @@
+"""Attention of a decoder's heads over bind tokens, with the decoder's own projections: injection kind ``attend``.
+
+Letters: `B` batch, `T` tokens, `M` media groups, `N` bind tokens of a group, `D` decoder width, `H` query heads, `Hkv`
+key/value heads, `d` head size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from bindllm.errors import DecoderError
+
+PROJECTIONS = {
+    "residual": (),
+    "value": ("v_proj", "o_proj"),
+    "attend": ("q_proj", "k_proj", "v_proj", "o_proj"),
+}
+"""Modules of an attention that each kind of injection needs."""
+
+
+class BindAttention:
+    """The attention of one layer over bind tokens.
+
+    For head ``h`` of token ``t``, in a softmax of its own over the ``N`` bind tokens of the token's group:
+    ``sum_n softmax_n(scaling * q[t,h] . k_proj(x[n])[h]) * v_proj(x[n])[h]``. The query is the output of ``q_proj``,
+    adapter included, before the rotary embedding: bind tokens have no position in the text. Keys and values come from
+    the plain projections, without the adapter. A family's norms of queries and keys (Qwen3, Gemma 3, OLMo 2) apply.
+
+    Args:
+        attention: ``self_attn`` of a layer, checked by `find_attention`.
+        num_heads: ``H``.
+    """
+
+    def __init__(self, attention: nn.Module, num_heads: int) -> None:
+        self._attention, self._num_heads = attention, num_heads
+        self._size = attention.o_proj.in_features // num_heads
+        # Families that scale differently (Gemma, Granite) keep their factor here.
+        self._scaling = vars(attention).get("scaling", self._size**-0.5)
+        norms = dict(attention.named_children())
+        self._query_norm, self._key_norm = norms.get("q_norm"), norms.get("k_norm")
+
+    def keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return scaled keys [B, Hkv, d, M * N] and values [B, Hkv, M * N, d] of bind tokens [B, M, N, D]."""
+        x = x.flatten(1, 2)
+        key, value = (
+            plain_projection(projection)(x).unflatten(-1, (-1, self._size))
+            for projection in (self._attention.k_proj, self._attention.v_proj)
+        )
+        key = _normalize(self._key_norm, key) * self._scaling
+        return key.permute(0, 2, 3, 1), value.transpose(1, 2)
+
+    def __call__(self, query: Tensor, keys: Tensor, values: Tensor, masked: Tensor) -> Tensor:
+        """Return the attended values of each head, [B, T, H, d].
+
+        Args:
+            query: output of the query projection, [B, T, H * d].
+            keys: of `keys_and_values`.
+            values: of `keys_and_values`.
+            masked: of `mask_tokens`.
+        """
+        query = _normalize(self._query_norm, query.unflatten(-1, (self._num_heads, self._size)))
+        # The heads of a group share their keys, so they become rows of one product: [B, Hkv, T * G, d].
+        length, num_groups = query.shape[1], keys.shape[1]
+        query = query.unflatten(2, (num_groups, -1)).transpose(1, 2).flatten(2, 3)
+        scores = (query @ keys).unflatten(2, (length, -1)).masked_fill(masked, -torch.inf)
+        # In float32, as transformers does in its own attention.
+        shares = scores.softmax(-1, dtype=torch.float32).to(values.dtype).flatten(2, 3)
+        return (shares @ values).unflatten(2, (length, -1)).transpose(1, 2).flatten(2, 3)
+
+
+def mask_tokens(bind: Tensor, route: Tensor) -> Tensor:
+    """Return True for each bind token that a token does not attend to, [B, 1, T, 1, M * N].
+
+    Args:
+        bind: bind tokens, [B, M, N, D]; a row of zeros after row 0 is not a token.
+        route: one-hot group of each token, or zeros, [B, T, M].
+    """
+    present = bind.any(-1)
+    # Token 0 is always there, so a token with a group has at least one key.
+    present[..., 0] = True
+    seen = (route.unsqueeze(-1) & present.unsqueeze(1)).flatten(2)
+    # A token without a group sees everything, and its result is dropped: a softmax over nothing would be NaN.
+    masked = ~seen & route.any(-1, keepdim=True)
+    return masked[:, None, :, None]
+
+
+def plain_projection(projection: nn.Module) -> nn.Module:
+    """Return a projection without its adapter: the published weights were trained with the base projection."""
+    return dict(projection.named_children()).get("base_layer", projection)
+
+
+def find_attention(layer: nn.Module, index: int, name: str, *, num_heads: int, kind: str) -> nn.Module:
+    """Return the attention of a layer.
+
+    Args:
+        layer: of the decoder.
+        index: its position, for the message.
+        name: of the decoder, for the message.
+        num_heads: query heads of the decoder.
+        kind: of the injection.
+
+    Raises:
+        DecoderError: the layer lacks a projection that the kind needs, or heads do not divide one.
+    """
+    attention = dict(layer.named_children()).get("self_attn")
+    parts = dict((layer if attention is None else attention).named_children())
+    # A few families have projections of their own, with other weights for each position.
+    found = [n for n, part in parts.items() if attention is None or hasattr(part, "in_features")]
+    missing = ["self_attn"] if attention is None else [n for n in PROJECTIONS[kind] if n not in found]
+    if missing:
+        raise DecoderError(
+            f"{name}, layer {index}: injection kind {kind!r} needs {' and '.join(missing)}; found: {', '.join(found)}. "
+            "Use a decoder of the LLaMA shape, or inject: {kind: residual}."
+        )
+    width = attention.o_proj.in_features
+    if width % num_heads:
+        raise DecoderError(
+            f"{name}, layer {index}: o_proj takes {width} features, which {num_heads} heads do not divide"
+        )
+    # Some families make an output gate with q_proj too, or have keys of another size than values.
+    if kind == "attend" and (
+        attention.q_proj.out_features != width
+        or attention.k_proj.out_features != attention.v_proj.out_features
+    ):
+        raise DecoderError(
+            f"{name}, layer {index}: injection kind 'attend' needs queries, keys and values of one head size, but "
+            f"q_proj, k_proj and v_proj give {attention.q_proj.out_features}, {attention.k_proj.out_features} and "
+            f"{attention.v_proj.out_features} features for the {width} of o_proj. Use inject: {{kind: value}} and "
+            "bind.tokens: 1"
+        )
+    return attention
+
+
+def _normalize(norm: nn.Module | None, heads: Tensor) -> Tensor:
+    """Apply a family's norm of queries or keys to heads [B, T, H, d]: to each (Qwen3), or to all as one (OLMo 2)."""
+    if norm is None:
+        return heads
+    # A norm over all heads has one weight of their joint width.
+    joint = any(weight.shape == (heads.shape[2] * heads.shape[3],) for weight in norm.parameters())
+    return norm(heads.flatten(2)).unflatten(2, heads.shape[2:]) if joint else norm(heads)
