@@ -324,9 +324,23 @@ class TokensOfNothing(TokenEncoder):
         self.token_sizes = {"audio": 8}
 
 
+class TokenSizesRaise(ColorEncoder):
+    @property
+    def token_sizes(self):
+        raise RuntimeError("not ready")
+
+
+class TokenSizesAsList(TokenEncoder):
+    def __init__(self, **sizes):
+        super().__init__(**sizes)
+        self.token_sizes = ["image"]
+
+
 @pytest.mark.parametrize(
     ("broken", "problem"),
     [
+        (TokenSizesRaise, "token_sizes raised RuntimeError: not ready"),
+        (TokenSizesAsList, r"token_sizes must map modalities .* not \['image'\]"),
         (OtherEmbeddings, r"image: embed\(\.\.\., tokens=True\) gives other embeddings than without tokens"),
         (NoEmbeddings, r"embed\(\) of \d inputs must return a tensor \[\d, 16\], not \[\d, 15\]"),
         (TokenLists, r"with a grid of one to three axes, not <class 'list'>"),

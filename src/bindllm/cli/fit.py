@@ -74,7 +74,7 @@ def fit(args: list[str]) -> int:
                 "model.trainable is empty: nothing would be trained; name groups, such as [bind, inject]"
             )
         config = cli.config
-        folder = run_folder(config.output, init_from=config.model.init_from)
+        folder = run_folder(config.output, store=config.data.store, init_from=config.model.init_from)
         rehearses = bool(cli.trainer_options.get("fast_dev_run"))
         if rehearses:
             # A rehearsal must not touch the state of a real run.
