@@ -142,7 +142,7 @@ def _make(name: str, asset: Asset, folder: Path, downloads: Downloads, say: Call
     remove_leftovers(folder)
     files = [downloads.get(package, say=say) for package in asset.packages]
     say(f"making {folder}")
-    # The folder is built under another name and renamed at the end: a killed build leaves nothing behind.
+    # The folder is built under another name and renamed at the end: a killed build leaves no partial folder.
     with atomic_folder(folder) as part:
         facts = asset.build(files, part)
         made = sorted(path for path in part.rglob("*") if path.is_file())

@@ -136,7 +136,7 @@ class Fields:
         Args:
             required: refuse a record without media.
             needs_placeholders: refuse media without a placeholder.
-            only_own: leave out columns of other modalities than that of the source.
+            only_own: skip columns of other modalities than that of the source.
 
         Raises:
             RowError: the record has no media, and they are required.
