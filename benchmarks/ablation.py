@@ -24,8 +24,8 @@ from torch import Tensor
 from benchmarks.ablation_tables import draw, tables
 from benchmarks.measure import RESULTS, run_bindllm
 from bindllm.atomic import write_json
+from bindllm.cache.blend import CacheSettings
 from bindllm.cache.index import VectorIndex
-from bindllm.cache.settings import CacheSettings
 from bindllm.cache.visual_cache import VisualCache
 from bindllm.conversation import Conversation
 from bindllm.data.collate import MediaGroup

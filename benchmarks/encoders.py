@@ -109,7 +109,8 @@ def measured(
     run: Callable[[], object] | None = None,
 ) -> tuple[float, float, float]:
     """Return the share of the matrix rate, the seconds, and the seconds of all operations at that rate."""
-    tokens = trunk.stem.count(views[0].shape)
+    _, (sequence,) = run_views(trunk, modality, views[:1], keep_tokens=True)
+    tokens = len(sequence)
     width = trunk.stem.positions.shape[1]
     multiply, work = products(trunk, len(views) * tokens)
     # Attention products and patch embedding; norms, GELU and sums do not count as operations.

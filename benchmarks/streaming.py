@@ -7,6 +7,7 @@ import json
 import tarfile
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,14 @@ from PIL import Image
 from benchmarks.measure import Metric, paired, seconds
 from benchmarks.parts import DECODER, bound_loss, bound_model
 from bindllm.data.source_config import SourceConfig
-from bindllm.data.stream.chunks import ChunkReader
-from bindllm.data.stream.loader import StreamOptions, stream_loader
+from bindllm.data.stream.chunks import ChunkReader, StreamOptions
+from bindllm.data.stream.loader import stream_loader
 from bindllm.data.stream.plan import Mixture, Position, ShardStream, StreamState
 from bindllm.data.stream.shards import TarSample, read_shard
-from bindllm.embeddings.embedder import Embedder
 from bindllm.encoders import EfficientNetLite, Encoder
 from bindllm.media import Media
 from bindllm.model.decoder import default_device, load_tokenizer
+from bindllm.parallel import SINGLE_PROCESS, RunContext
 
 ON_GPU = torch.cuda.is_available()
 SHARDS, SAMPLES, SIDE = 4, 512, 256
@@ -51,6 +52,17 @@ class Instant:
 
     def embed(self, modality: str, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
         return torch.nn.functional.normalize(torch.ones(len(inputs), self.embedding_size), dim=-1)
+
+
+class Timed(EfficientNetLite):
+    """An encoder that adds up the time that it computes."""
+
+    seconds = 0.0
+
+    def embed(self, modality: str, inputs: Sequence[torch.Tensor], **options: Any) -> torch.Tensor:
+        results = []
+        self.seconds += seconds(lambda: results.append(super(Timed, self).embed(modality, inputs, **options)))
+        return results[0]
 
 
 class InMemory:
@@ -94,20 +106,15 @@ def write_shards(folder: Path) -> list[str]:
 
 def drain(
     mixture: Mixture | InMemory, tokenizer: Any, encoder: Encoder, source: SourceConfig, samples: int
-) -> Embedder:
-    """Make chunks at full speed until ``samples`` samples are in batches, and return the embedder."""
-    embedder = Embedder([encoder], device=default_device())
-    reader = ChunkReader(
-        mixture, [(0, source)], tokenizer, embedder,
-        max_length=MAX_LENGTH, size=min(CHUNK, samples), batch_size=BATCH, seed=[0],
-    )  # fmt: skip
-    chunks = reader.read(StreamState(0, 0, (Position(),)))
-    done = 0
-    while done < samples:
-        done += len(next(chunks).embedded.samples)
-    chunks.close()
-    embedder.close()
-    return embedder
+) -> None:
+    """Make chunks at full speed until ``samples`` samples are in batches."""
+    options = StreamOptions(BATCH, MAX_LENGTH, seed=0, chunk=min(CHUNK, samples))
+    context = RunContext(device=default_device())
+    reader = ChunkReader(mixture, [(0, source)], tokenizer, [encoder], options, context)
+    with closing(reader.read(StreamState(0, 0, (Position(),)))) as chunks:
+        done = 0
+        while done < samples:
+            done += len(next(chunks).embedded.samples)
 
 
 def throughput(shards: Sequence[str], source: SourceConfig) -> list[Metric]:
@@ -131,13 +138,13 @@ def throughput(shards: Sequence[str], source: SourceConfig) -> list[Metric]:
                 f"{work}; JPEGs of {SIDE} x {SIDE}; floor: the same samples in memory; takes {ratio:.2f} times that",
             )
         )
-    busy = drain(stream, tokenizer, EfficientNetLite(), source, EMBEDDED)
-    share = busy.seconds_waiting / (busy.seconds_waiting + busy.seconds_embedding)
+    timed = Timed()
+    whole = seconds(lambda: drain(stream, tokenizer, timed, source, EMBEDDED))
     metrics.append(
         Metric(
-            "stream_encoder_waiting", share, "share", 0.0,
-            f"of its time the encoder has nothing to embed while chunks are made at full speed "
-            f"({busy.threads} threads decode)",
+            "stream_encoder_waiting", 1 - timed.seconds / whole, "share", 0.0,
+            "of its time the encoder has nothing to embed while chunks are made at full speed "
+            f"({SINGLE_PROCESS.num_threads} threads decode)",
         )
     )  # fmt: skip
     return metrics
@@ -163,15 +170,15 @@ def waiting(source: SourceConfig) -> list[Metric]:
     options = StreamOptions(batch_size=BATCH, max_length=MAX_LENGTH, seed=0, chunk=128)
     loader = stream_loader(
         [source], tokenizer=load_tokenizer(DECODER), encoders=[EfficientNetLite()],
-        options=options, length=STEPS, device=default_device(),
+        options=options, length=STEPS, context=RunContext(device=default_device()),
     )  # fmt: skip
     batches = iter(loader)
     kept = list(islice(batches, WARM))
     for batch in kept:
         step(batch)
-    before = loader.report.seconds_waiting
+    before = loader.report.seconds_waited
     streamed = [step(batch) for batch in islice(batches, STEPS)]
-    waited = loader.report.seconds_waiting - before
+    waited = loader.report.seconds_waited - before
     batches.close()
     undisturbed = [step(batch) for batch in (kept * STEPS)[:STEPS]]
     slower = np.median(streamed) / np.median(undisturbed)

@@ -99,12 +99,6 @@ class BeatTower(nn.Module):
         return torch.tanh(self.dropout(self.layer(torch.stack(facts))))
 
 
-def color_table(folder: Path, *, per_color: int = 8) -> Path:
-    """Write images of four colors with captions in which image and number are told; return the folder."""
-    color_images(folder, per_color=per_color)
-    return folder
-
-
 def patchwork_table(folder: Path) -> Path:
     """Write 24 images of random patches, each unlike the others, with a caption of its own; return the folder."""
     rng = np.random.default_rng(2)
@@ -131,7 +125,7 @@ def rewrite(folder: Path, change) -> list[dict]:
 
 def radar_table(folder: Path, *, per_color: int = 8) -> Path:
     """Write images of four colors, each with a signal whose level and spread tell the color."""
-    color_table(folder, per_color=per_color)
+    color_images(folder, per_color=per_color)
     rng, order = np.random.default_rng(1), []
 
     def add(number: int, row: dict) -> dict:

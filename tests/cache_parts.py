@@ -9,15 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from torch import nn
 
-from bindllm import BindLLM, EmbeddingStore, Media
+from bindllm import EmbeddingStore, Media
 from bindllm.embeddings.precompute import precompute_embeddings
-from bindllm.model.bind_network import BindConfig
-from bindllm.model.decoder import DecoderConfig
 from bindllm.parallel import Processes
-from tiny import ColorEncoder, save_tiny_decoder
+from store_parts import write_images
+from tiny import ColorEncoder, save_tiny_decoder, tiny_model
 
 ALLOW = ["cache_parts.Multimodal", "cache_parts.Words", "tiny.ColorEncoder"]
 TEXT = Media.text("a dog")
@@ -59,15 +56,6 @@ class Words(ColorEncoder):
         return hashed(media).flip(0)
 
 
-def write_images(folder: Path, count: int, *, start: int = 0) -> list[Media]:
-    """Write small images of noise with a time that is old enough to be trusted."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for n in range(start, start + count):
-        pixels = np.random.default_rng(n).integers(0, 256, (6, 6, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{n:03}.png")
-    return [Media.image(folder / f"{n:03}.png") for n in range(start, start + count)]
-
-
 def filled_store(folder: Path, media: list[Media], encoder: ColorEncoder | None = None) -> EmbeddingStore:
     """Embed media into a store."""
     encoder = encoder or Multimodal()
@@ -80,15 +68,7 @@ def save_tiny_model(folder: Path, decoder: Path, *, encoder: ColorEncoder | None
     """Write a checkpoint with open gates, so that answers depend on embeddings; return its folder."""
     if not decoder.is_dir():
         save_tiny_decoder(decoder)
-    torch.manual_seed(0)
-    model = BindLLM.build(
-        DecoderConfig(str(decoder), dtype="float32"),
-        device="cpu",
-        encoders=[encoder or Multimodal()],
-        bind=BindConfig(depth=1, expansion=2),
-    )
-    nn.init.normal_(model.injection.gates, std=2.0)
-    model.save_pretrained(folder)
+    tiny_model(decoder, encoders=[encoder or Multimodal()]).save_pretrained(folder)
     return folder
 
 

@@ -76,6 +76,11 @@ def keys(table: str) -> dict[str, tuple[int, ...]]:
     return {name: () if shape == "scalar" else tuple(map(int, shape.split("x"))) for name, shape, *_ in cells}
 
 
+def hollow(table: str) -> dict[str, Tensor]:
+    """Return the tensors of a published checkpoint without memory: only names and shapes."""
+    return {name: torch.empty(shape, device="meta") for name, shape in keys(table).items()}
+
+
 def filled(table: str) -> dict[str, Tensor]:
     """Return made-up weights for a published checkpoint, without the tensors that keep their constants."""
     made = ((name, fill(name, shape)) for name, shape in keys(table).items())

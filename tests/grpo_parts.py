@@ -44,9 +44,9 @@ class Questions(Preferences):
         )
 
 
-def started(decoder, objective, data=None):
+def started(decoder, objective, data=None, **options):
     """A module as a run starts, whose open gates let images matter, and the first batch of prompts."""
-    module, data = build(decoder, objective), data or Questions()
+    module, data = build(decoder, objective, **options), data or Questions()
     objective.check(data, "validate")
     module.configure_model()
     with torch.no_grad():

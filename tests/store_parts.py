@@ -79,7 +79,7 @@ def image_bytes(n: int) -> bytes:
 
 def write_images(folder: Path, count: int, *, start: int = 0) -> list[Media]:
     """Write images, each with other pixels."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     names = {n: folder / f"{n:03}.png" for n in range(start, start + count)}
     return [Media.image(write_settled(path, image_bytes(n))) for n, path in names.items()]
 
@@ -104,6 +104,6 @@ def run(folder: Path, media, encoder: ColorEncoder | None = None, **options) -> 
     )
 
 
-def stored(folder: Path, media: list[Media]) -> torch.Tensor:
-    store = EmbeddingStore.for_encoder(folder, ColorEncoder())
+def stored(folder: Path, media: list[Media], encoder: ColorEncoder | None = None) -> torch.Tensor:
+    store = EmbeddingStore.for_encoder(folder, encoder or ColorEncoder())
     return store.get([store.key_of(item) for item in media])

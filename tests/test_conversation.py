@@ -94,15 +94,13 @@ def test_media_of_one_message_are_one_group():
     assert conversation.messages[0].text == "and"
 
 
-def test_no_media_gives_minus_one_everywhere():
-    rendered = render(talk(("s", "S"), ("u", "Hi"), ("a", "yo")), tiny_tokenizer())
-    assert set(rendered.media_index) == {-1}
+def test_tokens_before_the_first_image_hear_it_and_a_header_hears_the_nearest_one():
+    def heard(*turns, header=False):
+        return render(talk(*turns), tiny_tokenizer(), add_generation_prompt=header).media_index
 
-
-def test_turns_before_the_first_image_hear_it():
-    tokenizer = tiny_tokenizer()
-    rendered = render(talk(("u", "1"), ("a", "x"), ("u", A), ("a", "y")), tokenizer)
-    assert set(rendered.media_index) == {0}
+    assert set(heard(("s", "S"), ("u", "Hi"), ("a", "yo"))) == {-1}
+    assert set(heard(("u", "1"), ("a", "x"), ("u", A), ("a", "y"))) == {0}
+    assert heard(("u", A), ("a", "x"), ("u", B), header=True)[-1] == 1
 
 
 def test_the_generation_prompt_ends_with_the_header_of_the_answer():
@@ -111,11 +109,6 @@ def test_the_generation_prompt_ends_with_the_header_of_the_answer():
     assert marks(rendered, tokenizer) == ("<user|Hi>|<assistant|", "." * 21, "0" * 21)
     whole = render(talk(("u", A, "Hi"), ("a", "yo")), tokenizer)
     assert whole.input_ids[:21] == rendered.input_ids
-
-
-def test_header_of_the_answer_sees_the_nearest_image_before_it():
-    rendered = render(talk(("u", A), ("a", "x"), ("u", B)), tiny_tokenizer(), add_generation_prompt=True)
-    assert rendered.media_index[-1] == 1
 
 
 @pytest.mark.parametrize(
@@ -136,16 +129,6 @@ def test_template_without_headers():
     tokenizer = tokenizer_with(IN_BRACKETS)
     rendered = render(talk(("s", "S"), ("u", A, "q"), ("a", "x"), ("u", B, "r"), ("a", " y ")), tokenizer)
     assert marks(rendered, tokenizer) == ("[S|q] x>[r] y>", ".....xxx...xxx", "00000000111111")
-
-
-def test_answers_with_letters_of_several_bytes():
-    tokenizer = tiny_tokenizer()
-    # Tokens: é has 2 bytes, 日 3, the family of three emoji 4 + 3 (joiner) + 4 + 3 + 4.
-    answer = "é日👨‍👩‍👧"
-    rendered = render(talk(("u", "ü", A), ("a", answer)), tokenizer)
-    learnt = [token for token, flag in zip(rendered.input_ids, rendered.supervised, strict=True) if flag]
-    assert len(learnt) == 2 + 3 + 18 + 1
-    assert tokenizer.decode(learnt) == answer + "<|im_end|>"
 
 
 def merging_tokenizer(merges: list[tuple[str, str]], *, use_regex: bool = False) -> PreTrainedTokenizerFast:
@@ -185,8 +168,9 @@ def test_answer_that_the_tokenizer_joins_with_its_header_is_learned_in_full(merg
 
 
 @pytest.mark.parametrize("use_regex", [True, False])
-def test_header_that_ends_in_a_space(use_regex):
-    tokenizer = merging_tokenizer([("Ġ", "y"), ("Ġy", "o")], use_regex=use_regex)
+@pytest.mark.parametrize("merges", [[], [("Ġ", "y"), ("Ġy", "o")]])
+def test_header_that_ends_in_a_space(use_regex, merges):
+    tokenizer = merging_tokenizer(merges, use_regex=use_regex)
     tokenizer.chat_template = TEMPLATE.replace("\n{{", ": {{").replace("assistant\n", "assistant: ")
     rendered = render(talk(("u", "Hi"), ("a", "yo")), tokenizer)
     (first, stop) = rendered.answers[0]
@@ -227,29 +211,15 @@ def test_token_over_a_border_of_a_question_belongs_to_its_first_character():
     assert set(rendered.media_index) == {0, 1}
 
 
-def test_space_that_the_offsets_leave_out_is_still_its_tokens():
-    tokenizer = merging_tokenizer([])
-    tokenizer.chat_template = TEMPLATE.replace("assistant\n", "assistant: ").replace(
-        "{{ message['role'] }}\n", "{{ message['role'] }}: "
-    )
-    rendered = render(talk(("u", A, "Hi"), ("a", "yo")), tokenizer)
-    learnt = [token for token, flag in zip(rendered.input_ids, rendered.supervised, strict=True) if flag]
-    assert tokenizer.convert_ids_to_tokens(learnt) == ["y", "o", "<|im_end|>"]
-
-
 def test_control_token_in_a_text_is_refused_or_escaped():
     tokenizer = tiny_tokenizer()
-    conversation = talk(("u", A, "Hi <|im_end|>", "<|im_start|>system"), ("a", "yo"))
+    # The second one is spelled by two parts.
+    conversation = talk(("u", A, "Hi <|im_end|>", "<|im_", B, "start|>system"), ("a", "yo"))
     with pytest.raises(InputError, match=r"spells the control token .*<\|im_(end|start)\|>.*escape"):
         render(conversation, tokenizer)
     rendered = render(conversation, tokenizer, control_text="escape")
     control = [token for token in rendered.input_ids if token in tokenizer.all_special_ids]
     assert tokenizer.convert_ids_to_tokens(control) == ["<|im_start|>", "<|im_end|>"] * 2
-
-
-def test_control_token_spelled_by_two_parts_is_refused():
-    with pytest.raises(InputError, match="control token"):
-        render(talk(("u", "<|im_", A, "end|>")), tiny_tokenizer())
 
 
 @pytest.mark.parametrize("how", ["refuse", "escape"])
@@ -397,8 +367,9 @@ def test_unknown_role_gets_the_closest_known_one():
 
 def test_conversations_that_cannot_be_rendered():
     tokenizer = tiny_tokenizer()
-    with pytest.raises(InputError, match="without messages"):
-        Conversation(())
+    for messages in ((), None, Message("user", "Hi")):
+        with pytest.raises(InputError, match="a list of at least one Message, not"):
+            Conversation(messages)
     with pytest.raises(InputError, match="starts with an answer"):
         render(talk(("a", "yo")), tokenizer)
     with pytest.raises(InputError, match="already an answer"):

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from bindllm.cache.blend import CacheConfig
 from bindllm.cache.factories import choose
-from bindllm.cache.settings import CacheConfig
 from bindllm.cli import COMMANDS
 from bindllm.cli.arguments import read_command
 from bindllm.cli.generate import generate

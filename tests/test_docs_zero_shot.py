@@ -13,16 +13,7 @@ from bindllm.cli import main, options
 from bindllm.evaluation.layouts import LAYOUTS
 
 PAGE = (Path(__file__).parents[1] / "docs/zero-shot.md").read_text(encoding="utf-8")
-SETS = {
-    "imagenet": tiny.imagenet,
-    "ESC-50-master": tiny.esc50,
-    "ModelNet40": tiny.modelnet,
-    "audioset": tiny.audioset,
-    "audiocaps": tiny.audiocaps,
-    "clotho": tiny.clotho,
-    "coco": tiny.coco,
-    "flickr30k": tiny.flickr30k,
-}
+FOLDERS = {"esc50": "ESC-50-master", "modelnet40": "ModelNet40"}
 
 
 def blocks(language: str) -> list[str]:
@@ -35,8 +26,8 @@ COMMANDS = [shlex.split(line) for block in blocks("bash") for line in block.spli
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     folder = tmp_path_factory.mktemp("project")
-    for name, write_it in SETS.items():
-        write_it(folder / "data" / name)
+    for name, write_it in tiny.LAYOUTS.items():
+        write_it(folder / "data" / FOLDERS.get(name, name))
     tiny.write(folder / "data/imagenet/classes.tsv", "n00000001\tdog\tbird\nn00000002\tcat\n")
     for name in ("dog", "cat"):
         tiny.write(folder / f"data/pets/val/{name}/a.png", name)
@@ -78,7 +69,7 @@ def test_every_layout_is_in_the_table_and_has_a_command():
 
 
 def test_the_names_of_clips_are_those_that_are_found():
-    from bindllm.evaluation.layouts.files import clip_stems
+    from bindllm.evaluation.layouts.dataset import clip_stems
 
     told = {"id", "Yid", "id_20", "id_20000", "id_20_30"}
     assert told <= set(clip_stems("id", 20, 30))

@@ -48,8 +48,10 @@ def fit(name: str) -> dict:
 
 def test_each_stage_continues_from_the_one_before(workplace, monkeypatch):
     monkeypatch.chdir(workplace)
+    # In two steps of GRPO all answers may have the same reward.
+    monkeypatch.setattr("bindllm.training.optim.ZeroGradientCheck.finish_epoch", lambda self: None)
     save_quickstart()
-    for name in ("easyvqa.yaml", "easyvqa-dpo.yaml"):
+    for name in ("easyvqa.yaml", "easyvqa-dpo.yaml", "easyvqa-grpo.yaml"):
         metrics = fit(name)
         counts = {"color": 8, "yes/no color": 8, "yes/no not color": 8}
         assert metrics["model"]["count_by_type"] == counts

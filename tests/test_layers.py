@@ -48,6 +48,30 @@ def test_files_import_only_rooms_below_them():
     assert not upward
 
 
+def names_in(file: Path) -> set[str]:
+    """Names that a file defines or imports at its top level, also for type hints, and the modules next to it."""
+    found = {path.stem for path in file.parent.iterdir()} if file.name == "__init__.py" else set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            found |= {name.asname or name.name for name in node.names}
+    return found
+
+
+def test_imported_names_exist_also_those_for_type_hints():
+    missing = []
+    for file in FILES:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bindllm."):
+                home = SOURCE.joinpath(*node.module.split(".")[1:])
+                home = home / "__init__.py" if home.is_dir() else home.with_suffix(".py")
+                missing += [f"{file}: {name.name}" for name in node.names if name.name not in names_in(home)]
+    assert missing == []
+
+
 def test_files_functions_and_folders_are_small():
     too_long = []
     for file in FILES:
@@ -64,6 +88,12 @@ def test_files_functions_and_folders_are_small():
     crowded = [folder.name for folder in folders if len(list(folder.glob("[!_]*.py"))) > MOST_FILES]
     assert (too_long, crowded) == ([], [])
     assert {room_of(file) for file in FILES} == {"", *ROOMS}
+
+
+def test_no_two_files_of_tests_have_one_name():
+    """Pytest imports them by their names alone: two of one name stop the whole suite."""
+    names = [file.name for file in Path(__file__).parent.rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
 
 
 @pytest.mark.parametrize("statement", ["import bindllm", "from bindllm.cli import main; main(['--help'])"])

@@ -41,7 +41,7 @@ def parts(tmp_path_factory):
 # Those for several devices are alike but for them, and two processes are in tests/training/test_devices.py.
 ONE_DEVICE = [file for file in RECIPES if yaml.safe_load(file.read_text())["trainer"].get("devices", 1) == 1]
 
-# One with preferences learns from pairs: tests/training/test_preference_runs.py runs it.
+# One with an objective of its own has other rows: tests/test_easyvqa_recipes.py runs it.
 CAPTIONING = [file for file in ONE_DEVICE if "objective" not in yaml.safe_load(file.read_text())["model"]]
 
 

@@ -11,9 +11,12 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from bindllm import BindLLM
 from bindllm.encoders import Embedded
 from bindllm.encoders.efficientnet import _Network
 from bindllm.media import Media, open_image
+from bindllm.model.bind_network import BindConfig
+from bindllm.model.decoder import DecoderConfig
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -147,6 +150,31 @@ class TokenEncoder(ColorEncoder):
         return Embedded(embeddings, list(cells @ self._token_projection))
 
 
+IDS = torch.arange(3, 19).reshape(2, 8)
+"""Token ids of two rows, for decoders of the tiny vocabulary."""
+
+
+def tiny_batch(**changes) -> dict[str, torch.Tensor]:
+    """Inputs of a model: two rows without padding, each with one media group."""
+    generator = torch.Generator().manual_seed(1)
+    embeddings = torch.nn.functional.normalize(torch.randn(2, 1, 16, generator=generator), dim=-1)
+    ones = torch.ones_like(IDS)
+    batch = {"input_ids": IDS, "attention_mask": ones, "media_index": 0 * ones, "embeddings": embeddings}
+    return {**batch, **changes}
+
+
+def tiny_model(
+    folder, *, gates: float = 2.0, dtype="float32", system=None, quantize=None, **parts
+) -> BindLLM:
+    """A model on the decoder of a folder; ``gates`` is the deviation of its gates, open so that media matter."""
+    torch.manual_seed(0)
+    config = DecoderConfig(str(folder), dtype=dtype, system=system, quantize=quantize)
+    parts = {"encoders": [ColorEncoder()], "bind": BindConfig(depth=1, expansion=2), **parts}
+    model = BindLLM.build(config, device="cpu", **parts)
+    torch.nn.init.normal_(model.injection.gates, std=gates)
+    return model.eval()
+
+
 COLORS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220), "white": (250, 250, 250)}
 
 
@@ -165,6 +193,15 @@ def color_images(folder: Path, *, per_color: int = 4, split: bool = True) -> Pat
                 row["split"] = {0: "test", 1: "validation"}.get(n, "train")
             rows.append(row)
     (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def save_gates(folder: Path) -> Path:
+    """Write a checkpoint folder of gates only, which is enough for a report; return it."""
+    from bindllm.model.checkpoint import write_checkpoint
+
+    manifest = {"decoder": {"name": "tiny"}, "encoders": [], "inject": {"kind": "value", "queries": True}}
+    write_checkpoint(folder, manifest, {"injection.gates": torch.full((3, 4), 0.5)}, "card")
     return folder
 
 

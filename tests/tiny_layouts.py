@@ -256,3 +256,16 @@ def flickr30k_token(folder: Path) -> Path:
     for number, words in enumerate(CLIPS):
         write(folder / "images" / f"{number}.jpg", words)
     return folder
+
+
+LAYOUTS = {
+    "imagenet": imagenet,
+    "esc50": esc50,
+    "audioset": audioset,
+    "modelnet40": modelnet,
+    "audiocaps": audiocaps,
+    "clotho": clotho,
+    "coco": coco,
+    "flickr30k": flickr30k,
+}
+"""Writer of the usual form of each published data set."""

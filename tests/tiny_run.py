@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
+import pytest
 import yaml
 from lightning.pytorch import Trainer
 
 from bindllm.cli import main
+from bindllm.training.module import BindModule
 from tiny import color_images, save_tiny_decoder
 
 
@@ -61,3 +63,36 @@ def make_trainer(folder: Path, **options) -> Trainer:
         "num_sanity_val_steps": 0,
     }
     return Trainer(**silent | {"default_root_dir": folder} | options)
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing of ours catches it, so the disk stays as it was at that moment."""
+
+
+def count_calls(monkeypatch, owner, name, *, at=0, before=lambda: None, after=lambda: None) -> list[str]:
+    """Record the calls of a method, and act before or after the work of one of them."""
+    original, calls = getattr(owner, name), []
+
+    def counting(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == at:
+            before()
+        result = original(*args, **kwargs)
+        if len(calls) == at:
+            after()
+        return result
+
+    monkeypatch.setattr(owner, name, counting)
+    return calls
+
+
+def die():
+    raise Killed
+
+
+def run_and_die(recipe, monkeypatch, owner=BindModule, name="training_step", *, at, when="before"):
+    """Run until a call of a method, which dies before or after its work."""
+    with monkeypatch.context() as patch:
+        count_calls(patch, owner, name, at=at, **{when: die})
+        with pytest.raises(Killed):
+            run("fit", recipe)

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bindllm.errors import BindLLMError, InputError
+from bindllm.errors import BindLLMError, InputError, listed
 
 if TYPE_CHECKING:
     from safetensors import safe_open
@@ -123,6 +123,25 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             os.replace(old, path)
 
 
+def check_replaceable(path: Path, marker: str, failure: type[BindLLMError], *, kind: str) -> None:
+    """Refuse to write a folder over a file, or over a folder of another kind: it may be a user's work.
+
+    Args:
+        path: may be missing, or an empty folder.
+        marker: the file that every folder of this kind has.
+        failure: the type of the error.
+        kind: of the folder, such as "a bindllm checkpoint".
+
+    Raises:
+        BindLLMError: a ``failure``.
+    """
+    is_empty = path.is_dir() and not any(path.iterdir())
+    if path.exists() and not is_empty and not (path / marker).is_file():
+        raise failure(
+            f"{path} exists and is not {kind} (no {marker}); nothing was written. Choose another folder or empty it"
+        )
+
+
 def remove_leftovers(path: str | Path) -> None:
     """Remove the files that killed writers left next to ``path``. The caller makes sure that no process writes it."""
     path = Path(path).resolve()
@@ -131,6 +150,37 @@ def remove_leftovers(path: str | Path) -> None:
             shutil.rmtree(part)
         else:
             part.unlink()
+
+
+@contextmanager
+def locked(path: str | Path, busy: BindLLMError) -> Iterator[None]:
+    """Lock a file or a folder for one writer, without waiting; the lock of a process that dies is released.
+
+    The lock is a file next to it that exists only while it is held, so that a copy of the parent folder does not
+    contain it.
+
+    Raises:
+        BindLLMError: ``busy``, if another process holds the lock.
+        OSError: the parent folder cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    # Two paths to one folder (a symbolic link, for example) must share one lock.
+    path = Path(path).resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.with_name(f".{path.name}.lock")
+    lock = FileLock(file, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise busy from error
+    try:
+        yield
+    finally:
+        # Removed while it is held: a process that opens it now notices, and makes a new one.
+        with suppress(OSError):
+            file.unlink()
+        lock.release()
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -215,7 +265,7 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str:
         for name, tensor in tensors.items()
         if tensor.is_floating_point() and tensor.numel() and not all(x.isfinite() for x in tensor.aminmax())
     ]
-    return ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+    return listed(wrong)
 
 
 def read_json(path: Path, failure: type[BindLLMError], advice: str = "copy the whole folder") -> Any:
@@ -226,7 +276,8 @@ def read_json(path: Path, failure: type[BindLLMError], advice: str = "copy the w
     """
     require_file(path, failure, advice)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        # "utf-8-sig" also reads files that an editor has saved with a byte order mark.
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     # Deep nesting exceeds the stack.
     except (OSError, ValueError, RecursionError) as error:
         raise failure(f"{path} cannot be read as JSON ({error}); {advice}") from error

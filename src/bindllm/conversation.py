@@ -15,7 +15,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, get_args
 
-from bindllm.errors import DecoderError, InputError, did_you_mean
+from bindllm.errors import DecoderError, InputError, check_choice, listed
 from bindllm.media import Media
 
 if TYPE_CHECKING:
@@ -53,8 +53,7 @@ class Message:
     content: str | Media | Sequence[str | Media]
 
     def __post_init__(self) -> None:
-        if self.role not in get_args(Role):
-            raise InputError(f"unknown role {self.role!r}. {did_you_mean(str(self.role), get_args(Role))}")
+        check_choice("role", self.role, get_args(Role))
         parts = (self.content,) if isinstance(self.content, (str, Media)) else self.content
         if not isinstance(parts, Sequence):
             raise InputError(f"the content of a message is a text or a list of parts, not {parts!r}")
@@ -89,9 +88,9 @@ class Conversation:
     messages: tuple[Message, ...]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.messages, Sequence) or not self.messages:
+            raise InputError(f"a conversation is a list of at least one Message, not {self.messages!r}")
         object.__setattr__(self, "messages", tuple(self.messages))
-        if not self.messages:
-            raise InputError("a conversation without messages; give at least one Message")
         for message in self.messages:
             if not isinstance(message, Message):
                 raise InputError(
@@ -155,9 +154,9 @@ def render(
             message: refuse it, or escape it with an invisible word joiner after its first character.
 
     Raises:
-        DecoderError: no offsets, no chat template, or a template whose text cannot be mapped to messages, or whose
-            headers the tokenizer can only join with an answer.
-        InputError: a text that spells a control token, or a conversation that the template refuses or drops a text of.
+        DecoderError: no offsets, no chat template, or a template whose text cannot be mapped to messages.
+        InputError: a text that spells a control token, a conversation that the template refuses or drops a text of, or
+            an answer that the tokenizer can only join with its header.
 
     Examples:
         >>> render(Conversation((Message("user", "Hi"),)), tokenizer).input_ids  # doctest: +SKIP
@@ -284,10 +283,10 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, num_embeddings: int) ->
     # Texts may use every ordinary token, but no control token.
     beyond = sorted((i, token) for token, i in words.items() if i in used or i not in control)
     if beyond:
-        named = ", ".join(f"{token!r} ({i})" for i, token in beyond[:5])
+        named = listed([f"{token!r} ({i})" for i, token in beyond])
         raise DecoderError(
             f"the decoder has {num_embeddings:,} token embeddings, and its tokenizer has {len(beyond):,} tokens with "
-            f"an id beyond them: {named}{', ...' * (len(beyond) > 5)}. Use the tokenizer that came with these weights; "
+            f"an id beyond them: {named}. Use the tokenizer that came with these weights; "
             "if only the padding token is named, remove pad_token from tokenizer_config.json"
         )
 

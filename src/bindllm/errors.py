@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,6 +15,7 @@ ASSET_FOLDERS = {
     "openmoji": "data/openmoji",
     "stamps": "data/stamps",
     "easyvqa": "data/easyvqa",
+    "scenes": "data/scenes",
     "clip-vocabulary": "checkpoints/clip-vocabulary",
 }
 """Folder of each quickstart asset, relative to the working directory. It is kept here, and not in
@@ -78,6 +79,15 @@ class MissingExtraError(BindLLMError, ImportError):
 
 
 @contextmanager
+def needs_extra(package: str, *, extra: str, purpose: str) -> Iterator[None]:
+    """Turn an `ImportError` inside into a `MissingExtraError`; arguments as there."""
+    try:
+        yield
+    except ImportError as error:
+        raise MissingExtraError(package, extra=extra, purpose=purpose) from error
+
+
+@contextmanager
 def reading(name: str) -> Iterator[None]:
     """Put the name of a file before the message of every `MediaError` that is raised inside.
 
@@ -105,10 +115,32 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
         >>> did_you_mean("residul", ["residual", "value"])
         "Did you mean 'residual'? Known: residual, value."
     """
-    known = sorted(known)
+    known = sorted(set(known))
     close = get_close_matches(name, known, n=1, cutoff=0.5)
     question = f"Did you mean {close[0]!r}? " if close else ""
     return f"{question}Known: {', '.join(known) or 'none'}."
+
+
+def check_choice(what: str, value: object, known: Iterable[str]) -> None:
+    """Raise if a value is not one of the known ones.
+
+    Raises:
+        InputError: lists them, and the closest match.
+    """
+    known = list(known)
+    if value not in known:
+        raise InputError(f"unknown {what} {value!r}. {did_you_mean(str(value), known)}")
+
+
+def listed(names: Sequence[str], most: int = 5, *, separator: str = ", ") -> str:
+    """Return the first of many names, and how many more there are.
+
+    Examples:
+        >>> listed(["a", "b", "c"], 2)
+        'a, b and 1 more'
+    """
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return separator.join(names[:most]) + more
 
 
 def printable(text: str) -> str:

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from bindllm import BindLLM, EmbeddingStore, Media, VisualCache
-from bindllm.cache.blend import unit_rows
-from bindllm.cache.settings import CacheConfig
+from bindllm.cache.blend import CacheConfig, unit_rows
 from bindllm.errors import InputError, StoreError
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.decoder import DecoderConfig
+from cache_parts import Multimodal
 from goldens import fill_input, golden
 from store_parts import FINGERPRINT, expected, run, write_images
 from tiny import ColorEncoder, save_tiny_decoder
@@ -240,18 +240,6 @@ def test_large_temperatures_do_not_overflow(tmp_path):
     rows = random_rows(20)
     found = open_cache(tmp_path, rows).blend(torch.from_numpy(rows[:2]), temperature=1e6, weight=1.0)
     torch.testing.assert_close(found, torch.from_numpy(rows[:2]), atol=1e-7, rtol=0)
-
-
-class Multimodal(ColorEncoder):
-    """Serves texts too: each its own direction."""
-
-    modalities = ("image", "text")
-
-    def prepare(self, media: Media) -> torch.Tensor:
-        if media.modality == "image":
-            return super().prepare(media)
-        numbers = np.frombuffer(bytes.fromhex(media.content_hash()), np.uint8)
-        return torch.from_numpy(np.resize(numbers, 48).astype(np.float32) / 127.5 - 1)
 
 
 @pytest.fixture

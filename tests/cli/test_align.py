@@ -10,12 +10,13 @@ import pytest
 import torch
 import yaml
 
-from align_parts import BeatTower, LetterEncoder, align_recipe, color_table, radar_table, rewrite, run_align
+from align_parts import BeatTower, LetterEncoder, align_recipe, radar_table, rewrite, run_align
 from bindllm.cli import main
 from bindllm.encoders import Aligned, alignment_warnings
 from bindllm.media import Media
 from bindllm.quickstart import assets_of
-from tiny import ColorEncoder
+from bindllm.training.run import lock_output
+from tiny import ColorEncoder, color_images
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 FILES = {"align.json", "head.safetensors", "metrics.json", "README.md", "recipe.yaml"}
@@ -23,7 +24,7 @@ FILES = {"align.json", "head.safetensors", "metrics.json", "README.md", "recipe.
 
 @pytest.fixture
 def texts(work) -> Path:
-    folder = color_table(work / "pictures")
+    folder = color_images(work / "pictures", per_color=8)
     rewrite(folder, lambda n, row: {**row, "caption": f"{row['caption']} number {n}"})
     return folder
 
@@ -119,7 +120,7 @@ def test_a_run_that_is_stopped_leaves_no_folder(work, capsys):
     recipe = radar_recipe(radar_table(work / "radar"))
     recipe["model"]["tower"] = {"class_path": f"{__name__}.Interrupted"}
     assert run_align(recipe) == 130
-    assert not Path("checkpoints").exists()
+    assert list(Path("checkpoints").iterdir()) == []
     assert "aligned encoder" not in capsys.readouterr().out
 
 
@@ -155,8 +156,10 @@ def test_an_encoder_is_replaced_and_other_content_is_not(texts, capsys):
     assert json.loads(Path("checkpoints/taught/align.json").read_text())["head"]["depth"] == 1
     Path("mine").mkdir()
     Path("mine/notes.txt").write_text("mine")
+    assert run_align(align_recipe(texts), "--output", "new", "--data.store", "new/store") == 1
+    assert "output new contains new/store" in capsys.readouterr().err
     assert run_align(align_recipe(texts), "--output", "mine") == 1
-    assert "mine holds other content (no align.json)" in capsys.readouterr().err
+    assert "mine exists and is not an aligned encoder (no align.json)" in capsys.readouterr().err
     assert [path.name for path in Path("mine").iterdir()] == ["notes.txt"]
 
 
@@ -190,7 +193,7 @@ def test_a_trainer_that_cannot_work_is_refused(trainer, told, texts, capsys):
     recipe["trainer"] = {**recipe.get("trainer", {}), **trainer}
     assert run_align(recipe) == 1
     assert told in " ".join(capsys.readouterr().err.split())
-    assert not Path("checkpoints").exists()
+    assert not list(Path().glob("checkpoints/*"))
 
 
 def test_a_head_without_a_gradient_ends_the_run(texts, monkeypatch, capsys):
@@ -214,7 +217,14 @@ def test_a_head_without_a_gradient_ends_the_run(texts, monkeypatch, capsys):
 def test_a_mistake_in_the_recipe_names_what_is_right(texts, capsys, options, code, message):
     assert run_align(align_recipe(texts), *options) == code
     assert message in capsys.readouterr().err
-    assert not Path("checkpoints").exists()
+    assert not list(Path().glob("checkpoints/*"))
+
+
+def test_an_output_that_another_run_is_writing_is_refused(texts, capsys):
+    with lock_output(Path("checkpoints/taught")):
+        assert run_align(align_recipe(texts)) == 1
+        assert "another run is writing checkpoints/taught" in capsys.readouterr().err
+        assert run_align(align_recipe(texts), "--trainer.fast_dev_run", "true") == 0
 
 
 @pytest.mark.parametrize("file", sorted(RECIPES.glob("align-*.yaml")), ids=lambda file: file.name)

@@ -26,9 +26,10 @@ def test_a_run_that_does_not_fit_is_a_problem_with_a_way_out(parts, capsys):
     assert "1 problem" in told
 
 
-def test_devices_and_strategy_are_read_off_the_trainer(parts, capsys):
+@pytest.mark.parametrize("devices", [2, "2", [0, 1], "0,1"])
+def test_devices_and_strategy_are_read_off_the_trainer(devices, parts, capsys):
     recipe = tiny_recipe(
-        parts, trainer={"accelerator": "cpu", "devices": 2, "strategy": "ddp", "max_epochs": 1}
+        parts, trainer={"accelerator": "cpu", "devices": devices, "strategy": "ddp", "max_epochs": 1}
     )
     run("check", recipe, "--memory", "--rows", "0")
     told = capsys.readouterr().out

@@ -118,6 +118,18 @@ def test_of_a_stream_the_first_rows_are_looked_at(folder):
     assert len(problems) == 1
 
 
+def test_a_hash_that_holds_out_no_row_is_a_problem(folder):
+    rows = [{"image": "images/red0.png", "question": f"Number {n}?", "answer": "red"} for n in range(40)]
+    path = write(folder, "one.jsonl", rows)
+    told, problems = check(SourceConfig(path, format="vqa"))
+    assert "40 train, 0 validation, 0 test" in told
+    assert (
+        f"{path}: held_out is 0.1, and the hash holds out none of 40 rows, which show 1 diff" in problems[0]
+    )
+    for changes in ({"held_out": 0.0}, {"split": "train"}, {"split_by": "row"}):
+        assert check(SourceConfig(path, format="vqa", **changes))[1] == []
+
+
 def test_every_source_that_cannot_be_read_is_a_problem(folder):
     broken = write(folder, "broken.json", [])
     _, problems = check(

@@ -18,11 +18,12 @@ from transformers import LlamaForCausalLM
 
 from bindllm import BindLLM, Media
 from bindllm.cli import main
-from bindllm.convert.imagebind import convert_imagebind, published_shapes
+from bindllm.convert.imagebind import convert_imagebind
 from bindllm.encoders.imagebind.text import tokenizer_tree
 from bindllm.encoders.pointbind import PointBind
 from goldens import fill, filled, keys, make_image, make_wave
 from imagebind_llm_tiny import ALLOW, published, write_base
+from imagebind_small import HEADS, small_state
 from tiny import tiny_tokenizer
 
 
@@ -83,12 +84,11 @@ def project(tmp_path_factory, point_state):
     # The published base has 96 tokens, the tokenizer more.
     base.resize_token_embeddings(300, mean_resizing=False)
     base.save_pretrained(home / "base")
-    state = {}
-    for trunk in ("vision", "audio"):
-        for name, shape in published_shapes(trunk, width=32, blocks=1, out=1024).items():
-            made = fill(name, shape)
-            state[name] = torch.tensor(3.0) if made is None else made
-    convert_imagebind(state, home / "imagebind", tokenizer_file=None, heads={"vision": 4, "audio": 4})
+    trunks = ("vision", "audio")
+    state = {name: value for name, value in small_state().items() if name.split(".")[1] in trunks}
+    for name in (f"modality_heads.{trunk}.2.weight" for trunk in trunks):
+        state[name] = fill(name, (1024, state[name].shape[1]))
+    convert_imagebind(state, home / "imagebind", tokenizer_file=None, heads=HEADS)
     save(home / "7B.pth", {"model": published("finetune")})
     save(home / "point.pt", point_state)
     Image.fromarray(make_image("a", 60, 80)).save(home / "a.png")
@@ -151,14 +151,6 @@ def test_safetensors_are_read_as_well(tmp_path, base, capsys):
     assert "9 dropped by rule" in out
 
 
-def test_files_of_old_torch_are_read(tmp_path, base, capsys):
-    torch.save(published("pretrain"), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    code, _, err = run(
-        capsys, tmp_path / "old.pth", "--output", tmp_path / "m", "--base", base, "--encoder", ALLOW[0]
-    )
-    assert (code, err) == (0, "")
-
-
 def test_point_bind_and_the_imagebind_in_it_get_folders_of_their_own(tmp_path, point_state, capsys):
     file = save(tmp_path / "pointbind_pointbert.pt", point_state)
     code, out, err = run(capsys, file, "--output", tmp_path / "point")
@@ -208,7 +200,7 @@ def test_texts_need_a_tokenizer_or_a_word_that_they_do_not(tmp_path, capsys, mon
     assert "bindllm fetch clip-vocabulary" in err
     code, _, err = run(capsys, file, "--output", "m", "--tokenizer", "none")
     assert (code, err) == (0, "")
-    for tree, words in (("{}", "not a tokenizer.json that can be read"), (None, "is not CLIP's tokenizer")):
+    for tree, words in (("{}", "not a tokenizer.json that can be read"), (None, "not CLIP's vocabulary")):
         if tree is None:
             tiny_tokenizer().save_pretrained(tmp_path)
         else:
@@ -303,6 +295,8 @@ def test_mistakes_on_the_command_line(tmp_path, capsys, base):
     file = save(tmp_path / "7B.pth", published("pretrain"))
     for arguments, words in (
         ((file, "--output", tmp_path / "m"), "--base FOLDER"),
+        ((file, "--output", tmp_path / "m", "--tokenizer", "none"), "is imagebind-llm; leave it out"),
+        (("imagebind", file, "--output", tmp_path / "m", "--base", "b"), "--base is for imagebind-llm"),
         (("imagbind", file, "--output", tmp_path / "m"), "Did you mean 'imagebind'"),
         ((file, file, file, "--output", tmp_path / "m"), "one file at a time"),
         ((file,), "--output"),
@@ -310,13 +304,13 @@ def test_mistakes_on_the_command_line(tmp_path, capsys, base):
         code, _, err = run(capsys, *arguments)
         assert code == 2
         assert words in err
-    for encoder, words in (
-        ("nowhere/imagebind", "does not exist"),
-        (base, "is not a folder of bindllm convert"),
-        ("my_lab.Nothing", "my_lab.Nothing cannot be built"),
+    for encoder, expected, words in (
+        ("nowhere/imagebind", 2, "does not exist"),
+        (base, 1, "takes embeddings of size 1024, the encoders give 64"),
+        ("my_lab.Nothing", 1, "my_lab.Nothing cannot be built"),
     ):
         arguments = (file, "--output", tmp_path / "m", "--base", base, "--encoder", encoder)
         code, _, err = run(capsys, *arguments)
-        assert code == 1
+        assert code == expected
         assert words in err
     assert not (tmp_path / "m").exists()

@@ -12,20 +12,11 @@ from bindllm.cli import main
 from bindllm.embeddings.precompute import precompute_embeddings
 from bindllm.embeddings.store import EmbeddingStore
 from bindllm.media import Media
+from tiny_layouts import LAYOUTS
 
 pytestmark = pytest.mark.usefixtures("work")
 
 ENCODER = ["--encoder", "tiny_layouts.WordEncoder", "--device", "cpu"]
-LAYOUTS = {
-    "imagenet": tiny.imagenet,
-    "esc50": tiny.esc50,
-    "audioset": tiny.audioset,
-    "modelnet40": tiny.modelnet,
-    "audiocaps": tiny.audiocaps,
-    "clotho": tiny.clotho,
-    "coco": tiny.coco,
-    "flickr30k": tiny.flickr30k,
-}
 
 
 def shown(text: str) -> dict[str, float]:
@@ -81,6 +72,14 @@ def test_the_second_run_encodes_nothing(capsys):
     assert Path("kept").is_dir()
 
 
+def test_an_option_may_name_the_home_folder_after_its_equals_sign(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    tiny.esc50(Path("set"))
+    assert main(["evaluate", "esc50", "set", *ENCODER, "--store=~/kept", "--output=~/result.json"]) == 0
+    assert {path.name for path in (tmp_path / "home").iterdir()} == {"kept", "result.json"}
+    assert not Path("~").exists()
+
+
 def test_options_reach_the_measurement():
     tiny.esc50(Path("set"))
     tiny.write(Path("prompts.txt"), "the noise of {}\n{}\n")
@@ -94,12 +93,12 @@ def test_options_reach_the_measurement():
 
 
 def test_columns_of_a_table():
-    rows = [{"image": f"{name}.png", "sound": f"{name}.ogg"} for name in ("dog", "rain")]
+    rows = [{"image": f"{name}.png", "sound": f"{name}.ogg", "split": "val"} for name in ("dog", "rain")]
     tiny.write(Path("set/captions.jsonl"), "\n".join(map(json.dumps, rows)))
     for row in rows:
         for file in row.values():
             tiny.write(Path("set", file), Path(file).stem)
-    line = ["evaluate", "table", "set", *ENCODER, "--split", "all", "--output", "r.json"]
+    line = ["evaluate", "table", "set", *ENCODER, "--split", "validation", "--output", "r.json"]
     assert main([*line, "--from", "audio:sound", "--to", "image"]) == 0
     found = json.loads(Path("r.json").read_text())
     assert {one["name"]: one["value"] for one in found["measures"]} == {

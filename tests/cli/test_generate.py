@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from bindllm import VisualCache
+from bindllm.cache.blend import CacheSettings
 from bindllm.cache.folder import IndexInfo, StoreState
-from bindllm.cache.settings import CacheSettings
 from bindllm.cache.visual_cache import image_names
 from bindllm.cli import main
 from bindllm.cli.generate import MediaOptions
@@ -20,7 +20,8 @@ from bindllm.cli.options import encoder_folder
 from bindllm.media import MODALITIES, Media
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.checkpoint import name_cache
-from cache_parts import ALLOW, TEXT, Multimodal, filled_store, save_tiny_model, write_images
+from cache_parts import ALLOW, TEXT, Multimodal, filled_store, save_tiny_model
+from store_parts import write_images
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ from bindllm.cache.index import VectorIndex
 from bindllm.cli import main
 from bindllm.model.checkpoint import read_manifest
 from bindllm.model.pretrained import read_cache_config
-from cache_parts import ALLOW, Multimodal, enter_copy, filled_store, make_project, write_images
+from cache_parts import ALLOW, Multimodal, enter_copy, filled_store, make_project
+from store_parts import write_images
 from tiny import ColorEncoder
 
 pytest.importorskip("faiss")

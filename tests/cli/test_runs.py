@@ -1,11 +1,12 @@
 import multiprocessing
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
 from bindllm.errors import InputError
-from bindllm.training.run import lock_run, open_run, run_folder
+from bindllm.training.run import lock_output, open_run, run_folder
 
 OUTPUT = Path("nothing")
 RECIPE = "model:\n  lr: 1\n  name: a\n"
@@ -24,8 +25,21 @@ def test_the_folder_is_named_after_the_output(tmp_path, monkeypatch):
     (tmp_path / "photos").mkdir()
     assert run_folder("photos").name.startswith("photos-")
     (tmp_path / "photos" / "a.png").write_text("")
-    with pytest.raises(InputError, match="other content"):
+    with pytest.raises(InputError, match="not a bindllm checkpoint"):
         run_folder("photos")
+
+
+def test_an_output_does_not_contain_what_the_run_fills(tmp_path, monkeypatch):
+    """At the end of the run it would be refused as a folder of something else, or replaced with its embeddings."""
+    monkeypatch.chdir(tmp_path)
+    for output, store in (
+        ("data", tmp_path / "data/store"),
+        ("data/store", "data/store"),
+        ("runs", "data/store"),
+    ):
+        with pytest.raises(InputError, match=f"output {output} contains "):
+            run_folder(output, store=store)
+    assert run_folder("data/model", store="data/store").parent == Path("runs")
 
 
 def test_a_run_does_not_replace_what_it_starts_from(tmp_path, monkeypatch):
@@ -84,32 +98,43 @@ def test_keys_that_do_not_change_the_result_may_differ(tmp_path, capsys):
     assert "resuming" in capsys.readouterr().out
 
 
-def test_a_state_without_its_recipe_is_set_aside(tmp_path):
+@pytest.mark.parametrize("content", [None, b"a: [", b"- 1", b"\xff"])
+def test_a_state_without_its_recipe_is_set_aside(tmp_path, content):
     folder = interrupted(tmp_path / "run")
     (folder / "recipe.yaml").unlink()
+    if content is not None:
+        (folder / "recipe.yaml").write_bytes(content)
     open_run(folder, RECIPE, OUTPUT)
     assert not (folder / "last.ckpt").exists()
 
 
-def test_a_second_run_is_kept_out_while_the_first_goes_on(tmp_path):
-    folder = tmp_path / "runs" / "x"
+def test_a_second_run_is_kept_out_while_the_first_goes_on(tmp_path, monkeypatch):
+    """The same output by a relative path, by an absolute one from another directory, and through a link."""
+    for name in ("project", "elsewhere"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to("project", target_is_directory=True)
+    monkeypatch.chdir(tmp_path / "project")
 
-    def second() -> int:
-        process = multiprocessing.get_context("fork").Process(target=enter)
+    def second(output: Path) -> int:
+        process = multiprocessing.get_context("fork").Process(target=enter, args=(output,))
         process.start()
         process.join(60)
         return process.exitcode
 
-    def enter() -> None:
+    def enter(output: Path) -> None:
+        os.chdir(tmp_path / "elsewhere")
         try:
-            with lock_run(folder):
+            with lock_output(output):
                 sys.exit(0)
         except InputError as error:
-            sys.exit(7 if "another run is using" in str(error) else 8)
+            sys.exit(7 if "another run is writing" in str(error) else 8)
 
-    with lock_run(folder):
-        assert second() == 7
-    assert second() == 0
+    outputs = [tmp_path / parent / "checkpoints/x" for parent in ("project", "link")]
+    with lock_output(Path("checkpoints/x")):
+        assert [second(output) for output in outputs] == [7, 7]
+        assert second(tmp_path / "project/checkpoints/y") == 0
+    assert second(outputs[0]) == 0
+    assert not list(Path("checkpoints").iterdir())
 
 
 @pytest.mark.parametrize("key", ["devices", "num_nodes"])

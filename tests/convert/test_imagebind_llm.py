@@ -11,14 +11,26 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bindllm import BindLLM
-from bindllm.convert.adapter import convert_imagebind_llm
 from bindllm.convert.foreign import read_foreign
-from bindllm.convert.imagebind_llm import halve_rotation, is_imagebind_llm, read_imagebind_llm
+from bindllm.convert.imagebind_llm import (
+    convert_imagebind_llm,
+    halve_rotation,
+    is_imagebind_llm,
+    read_imagebind_llm,
+)
 from bindllm.errors import CheckpointError, DecoderError
+from bindllm.model.adapter import AdapterConfig
+from bindllm.model.bind_network import BindConfig
+from bindllm.model.checkpoint import check_keys
 from bindllm.model.decoder import DecoderConfig
-from goldens import filled, golden, keys
+from goldens import filled, golden, hollow
 from imagebind_llm_tiny import ALLOW, GivenEncoder, published, row, write_base
-from tiny import tiny_tokenizer
+from tiny import ColorEncoder, save_tiny_decoder, tiny_tokenizer
+
+
+def convert(state, folder, base, **options):
+    options = {"encoders": [GivenEncoder()], **options}
+    return convert_imagebind_llm(state, folder, base=DecoderConfig(base, dtype="float32"), **options)
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +47,7 @@ def load(tmp_path_factory, base):
         if phase not in models:
             home = tmp_path_factory.mktemp(phase)
             torch.save({"model": published(phase), "config": {"dim": 64}}, home / "7B.pth")
-            convert_imagebind_llm(
-                read_foreign(home / "7B.pth"),
-                home / "folder",
-                base=DecoderConfig(base, dtype="float32"),
-                encoders=[GivenEncoder()],
-            )
+            convert(read_foreign(home / "7B.pth"), home / "folder", base)
             models[phase] = BindLLM.from_pretrained(home / "folder", device="cpu", allow=ALLOW)
         return models[phase]
 
@@ -166,13 +173,14 @@ def test_every_tensor_is_in_the_report_and_the_manifest_says_what_it_is(load, tm
     state = published("legacy")
     state["llma.layers.1.attention_norm.weight"] = state.pop("llama.layers.1.attention_norm.weight")
     state["prefix_projector_norm.weight"] = torch.ones(3)
-    convert_imagebind_llm(state, tmp_path / "m", base=DecoderConfig(base), encoders=[GivenEncoder()])
+    convert(state, tmp_path / "m", base)
     report = (tmp_path / "m" / "conversion.tsv").read_text().splitlines()[1:]
     assert {line.split("\t")[0] for line in report} == set(state)
     dropped = [line.split("\t")[0] for line in report if line.split("\t")[1] == "dropped"]
     assert dropped == ["prefix_projector_norm.weight"]
     manifest = json.loads((tmp_path / "m" / "bindllm.json").read_text())
-    assert manifest["bind"] == {"depth": 3, "expansion": 4, "norm": "layer", "bias": True, "fusion": "mean"}
+    bind = {"depth": 3, "expansion": 4, "norm": "layer", "bias": True, "fusion": "mean", "tokens": 1}
+    assert {name: manifest["bind"][name] for name in bind} == bind
     assert manifest["inject"] == {"kind": "value", "queries": True, "layers": None}
     adapter = {"rank": 16, "alpha": None, "bias": True, "norm": True, "dora": False, "rslora": False}
     assert manifest["adapter"] == adapter
@@ -186,21 +194,19 @@ def test_a_training_checkpoint_gives_the_same_and_its_base_is_compared_whole(tmp
     whole = filled("imagebind_llm_tiny_finetune") | {"image_bind.modality_trunks.text.w": torch.ones(2)}
     small = published("finetune")
     for name, state in (("whole", whole), ("small", small)):
-        convert_imagebind_llm(state, tmp_path / name, base=DecoderConfig(base), encoders=[GivenEncoder()])
+        convert(state, tmp_path / name, base)
     for file in ("bind.safetensors", "adapter/adapter_model.safetensors"):
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "small" / file).read_bytes()
     whole["llama.layers.2.attention.wk.weight"] = whole["llama.layers.2.attention.wk.weight"].flip(0)
     with pytest.raises(CheckpointError, match=r"layers\.2\.self_attn\.k_proj\.weight differs"):
-        convert_imagebind_llm(whole, tmp_path / "x", base=DecoderConfig(base), encoders=[GivenEncoder()])
+        convert(whole, tmp_path / "x", base)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_other_precisions_of_the_file_are_the_same_base(tmp_path, base, dtype):
     for phase in ("pretrain", "finetune"):
         state = {name: value.to(dtype) for name, value in published(phase).items()}
-        done = convert_imagebind_llm(
-            state, tmp_path / phase, base=DecoderConfig(base), encoders=[GivenEncoder()]
-        )
+        done = convert(state, tmp_path / phase, base)
         assert done.report.unknown == []
         assert done.shape.phase == phase
         assert (tmp_path / phase / "bind.safetensors").is_file()
@@ -223,12 +229,6 @@ def test_a_wrong_base_is_refused_by_its_sizes(tmp_path):
     with pytest.raises(CheckpointError, match="vocabulary 96 in the adapter, 300"):
         convert(filled("imagebind_llm_tiny_pretrain"), tmp_path / "m", other)
     assert not (tmp_path / "m").exists()
-
-
-def convert(state, folder, base, **options):
-    return convert_imagebind_llm(
-        state, folder, base=DecoderConfig(base, dtype="float32"), encoders=[GivenEncoder()], **options
-    )
 
 
 def change_norms(base, folder, change):
@@ -303,6 +303,7 @@ def test_shapes_that_cannot_be_are_refused_by_name(tmp_path, base):
         ({"prefix_query.weight": torch.tensor(1.0)}, r"prefix_query\.weight has shape \[\]"),
         ({"prefix_query.weight": torch.ones(0, 64)}, r"prefix_query\.weight has shape \[0, 64\]"),
         ({"image_bind_f1_1.weight": torch.tensor(1.0)}, r"f1_1\.weight has shape \[\]"),
+        ({"image_bind_f1_1.weight": torch.ones(32, 64)}, r"blocks\.0\.gate\.weight has shape \[32, 64\]"),
         ({f"{query}lora_wq_l1.weight": torch.tensor(1.0)}, r"lora_wq_l1\.weight has shape \[\]"),
         (
             {f"{query}lora_wq_l2.weight": torch.ones(63, 16)},
@@ -319,28 +320,27 @@ def test_shapes_that_cannot_be_are_refused_by_name(tmp_path, base):
 
 
 def test_encoders_of_another_width_are_refused(tmp_path, base):
-    from tiny import ColorEncoder
-
     with pytest.raises(CheckpointError, match="embeddings of size 1024, the encoders give 16"):
-        convert_imagebind_llm(
-            published("pretrain"), tmp_path / "m", base=DecoderConfig(base), encoders=[ColorEncoder()]
-        )
+        convert(published("pretrain"), tmp_path / "m", base, encoders=[ColorEncoder()])
 
 
 def test_a_base_that_is_no_llama_is_refused(tmp_path, base):
-    from tiny import save_tiny_decoder
-
     other = str(save_tiny_decoder(tmp_path / "qwen", "qwen2"))
     with pytest.raises(CheckpointError, match="of type 'qwen2'"):
         convert(published("pretrain"), tmp_path / "m", other)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match=r"has no config\.json; give the Hugging Face folder"):
+    with pytest.raises(DecoderError, match=r"no usable causal language model here .*config\.json"):
         convert(published("pretrain"), tmp_path / "m", str(tmp_path / "empty"))
     copy = shutil.copytree(base, tmp_path / "copy")
     config = (copy / "config.json").read_text()
     (copy / "config.json").write_text(config.replace('"silu"', '"sulu"'))
     with pytest.raises(DecoderError, match="no usable causal language model.*sulu"):
         convert(published("pretrain"), tmp_path / "m", str(copy))
+    # Sizes that a config leaves out are the defaults of the type.
+    (copy / "config.json").write_text(
+        config.replace('"num_key_value_heads": 4', '"num_key_value_heads": null')
+    )
+    convert(published("pretrain"), tmp_path / "converted", str(copy))
     (copy / "config.json").write_text(config)
     (copy / "tokenizer.json").write_text("{}")
     with pytest.raises(DecoderError, match="no usable tokenizer here"):
@@ -357,10 +357,8 @@ def test_a_base_that_is_no_llama_is_refused(tmp_path, base):
         ("legacy_finetune", "finetune", True, 608_445_440 + 41_340_928),
     ],
 )
-def test_the_published_7b_files_are_accounted_for(table, phase, legacy, trained):
-    state = {
-        name: torch.empty(shape, device="meta") for name, shape in keys(f"imagebind_llm_7b_{table}").items()
-    }
+def test_the_published_7b_files_are_accounted_for_and_fill_a_7b_model(table, phase, legacy, trained):
+    state = hollow(f"imagebind_llm_7b_{table}")
     assert is_imagebind_llm(state)
     adapted = read_imagebind_llm(state)
     assert (adapted.shape.phase, adapted.shape.legacy) == (phase, legacy)
@@ -370,43 +368,24 @@ def test_the_published_7b_files_are_accounted_for(table, phase, legacy, trained)
     added = 2 * 32 * 4096 if phase == "finetune" else 0
     assert sum(tensor.numel() for tensor in adapted.tensors.values()) == trained + added
     assert len(adapted.base) == 65
-
-
-def test_the_7b_model_takes_exactly_these_tensors():
-    """Names and shapes of a whole 7B model, without its memory."""
-    from bindllm.model.adapter import AdapterConfig
-    from bindllm.model.bind_network import BindConfig
-    from bindllm.model.checkpoint import check_keys
-    from bindllm.model.injection import InjectConfig
-
-    config = LlamaConfig(intermediate_size=11008)
-    for table, legacy in (("finetune", False), ("legacy_finetune", True)):
-        state = {
-            name: torch.empty(shape, device="meta")
-            for name, shape in keys(f"imagebind_llm_7b_{table}").items()
-        }
-        with torch.device("meta"):
-            model = BindLLM(
-                LlamaForCausalLM(config),
-                tiny_tokenizer(),
-                DecoderConfig("7b"),
-                encoders=[GivenEncoder()],
-                bind=BindConfig(norm="layer" if legacy else "rms", bias=legacy),
-                inject=InjectConfig(),
-                adapter=AdapterConfig(),
-            )
-        check_keys(model.trainable_state(), read_imagebind_llm(state).tensors, source=table)
-        base = {
-            f"llama.{name}": torch.empty(shape, device="meta")
-            for name, shape in keys("llama_7b_base").items()
-        }
-        whole = read_imagebind_llm({**base, **state})
-        plain = {
-            name.replace(".base_layer.", ".").replace(".original_module.", "."): value.shape
-            for name, value in model.decoder.state_dict().items()
-            if "default" not in name
-        }
-        assert {name: value.shape for name, value in whole.base.items()} == plain
+    # Names and shapes of a whole 7B model, without its memory.
+    with torch.device("meta"):
+        model = BindLLM(
+            LlamaForCausalLM(LlamaConfig(intermediate_size=11008)),
+            tiny_tokenizer(),
+            DecoderConfig("7b"),
+            encoders=[GivenEncoder()],
+            bind=BindConfig(norm="layer" if legacy else "rms", bias=legacy),
+            adapter=AdapterConfig() if phase == "finetune" else None,
+        )
+    check_keys(model.trainable_state(), adapted.tensors, source=table)
+    base = {f"llama.{name}": tensor for name, tensor in hollow("llama_7b_base").items()}
+    plain = {
+        name.replace(".base_layer.", ".").replace(".original_module.", "."): value.shape
+        for name, value in model.decoder.state_dict().items()
+        if "default" not in name
+    }
+    assert {name: x.shape for name, x in read_imagebind_llm({**base, **state}).base.items()} == plain
 
 
 def test_rotation_of_halves_is_the_rotation_of_pairs():

@@ -9,14 +9,9 @@ from safetensors.torch import load_file
 from bindllm.convert.pointbind import convert_pointbind, find_variant, imagebind_part, rename_pointbind
 from bindllm.encoders.pointbind.networks import build_network, fold_norms
 from bindllm.errors import CheckpointError
-from goldens import keys
+from goldens import hollow, keys
 
 VARIANTS = {"pointbind_pointbert": "point-bert", "pointbind_i2pmae": "i2p-mae", "imagebind_w3d": "point-bert"}
-
-
-def hollow(table: str) -> dict[str, torch.Tensor]:
-    """A published checkpoint's names and shapes, without memory."""
-    return {name: torch.empty(shape, device="meta") for name, shape in keys(table).items()}
 
 
 @pytest.mark.parametrize("table", VARIANTS)
@@ -99,6 +94,6 @@ def test_the_folder_that_is_written(tmp_path):
     convert_pointbind(state, folder)
     assert not load_file(folder / "model.safetensors")["head.projection"].any()
     (folder / "conversion.tsv").unlink()
-    with pytest.raises(CheckpointError, match="not written by a conversion"):
+    with pytest.raises(CheckpointError, match="is not a converted folder"):
         convert_pointbind(state, folder)
     assert (folder / "model.safetensors").is_file()

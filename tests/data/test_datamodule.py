@@ -222,3 +222,11 @@ def test_batches_hold_tokens_if_the_model_asks_for_them(folder):
             assert batch["tokens"].shape == (len(batch["labels"]), 1, 16, 8)
             assert before.keys() == batch.keys() - {"tokens"}
             assert all(torch.equal(value, batch[name]) for name, value in before.items())
+
+
+def test_streamed_batches_hold_tokens_too(folder, tmp_path):
+    shards = SourceConfig(str(write_shards(tmp_path / "shards", [8])))
+    data = build(folder, sources=[shards], encoders=[TokenEncoder()], token_modalities=["image"])
+    batches = iter(data.train_dataloader())
+    assert next(batches)["tokens"].shape == (8, 1, 16, 8)
+    batches.close()

@@ -10,10 +10,11 @@ import pyarrow as pa
 import pytest
 import torch
 
-from bindllm import Media
+from bindllm import EmbeddingStore, Media
 from bindllm.embeddings.shards import Shards
 from bindllm.errors import StoreError
 from store_parts import CountingEncoder, counts, expected, run, stored, write_images
+from tiny import TokenEncoder
 
 
 def test_ctrl_c_keeps_all_embeddings(tmp_path):
@@ -97,33 +98,54 @@ def in_process(function, *args) -> multiprocessing.Process:
     return process
 
 
-def killed_while_writing(folder: Path, media: list[Media]) -> None:
-    """Fill, and die by SIGKILL while the third shard of embeddings is half written."""
+def killed_while_writing(folder: Path, media: list[Media], column: str, *options: str) -> None:
+    """Fill, and die by SIGKILL while the third shard with a column is half written."""
     original = pa.ipc.RecordBatchFileWriter.write_table
     shards = 0
 
     def write_table(self, table, *args, **options):
         nonlocal shards
-        shards += "embedding" in table.column_names
+        shards += column in table.column_names
         if shards == 3:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(self, table, *args, **options)
 
     pa.ipc.RecordBatchFileWriter.write_table = write_table
-    run(folder, media, flush_rows=4)
+    run(folder, media, TokenEncoder(), flush_rows=4, token_modalities=options)
 
 
 def test_kill_9_loses_only_what_was_not_flushed(tmp_path):
     media = write_images(tmp_path / "in", 20)
-    process = in_process(killed_while_writing, tmp_path / "store", media)
+    process = in_process(killed_while_writing, tmp_path / "store", media, "embedding")
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
     assert list((tmp_path / "store").rglob("*.part")), "it died in the middle of a write"
-    before = stored(tmp_path / "store", media[:8])
-    assert counts(run(tmp_path / "store", media)) == (12, 8, 0, 0)
-    run(tmp_path / "whole", media)
-    assert torch.equal(stored(tmp_path / "store", media), stored(tmp_path / "whole", media))
-    assert torch.equal(stored(tmp_path / "store", media[:8]), before)
+    before = stored(tmp_path / "store", media[:8], TokenEncoder())
+    assert counts(run(tmp_path / "store", media, TokenEncoder())) == (12, 8, 0, 0)
+    run(tmp_path / "whole", media, TokenEncoder())
+    whole = stored(tmp_path / "whole", media, TokenEncoder())
+    assert torch.equal(stored(tmp_path / "store", media, TokenEncoder()), whole)
+    assert torch.equal(whole[:8], before)
+
+
+@pytest.mark.parametrize("column", ["values", "embedding"])
+def test_kill_9_between_tokens_and_embeddings_loses_no_more(tmp_path, column):
+    """Tokens are written first, so a killed run may have a shard of tokens without embeddings."""
+    media = write_images(tmp_path / "in", 20)
+    process = in_process(killed_while_writing, tmp_path / "store", media, column, "image")
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    store = EmbeddingStore.for_encoder(tmp_path / "store", TokenEncoder())
+    keys = [store.key_of(item) for item in media]
+    assert store.has(keys, tokens=[True] * 20).sum() == 8
+    report = run(tmp_path / "store", media, TokenEncoder(), token_modalities=["image"])
+    assert counts(report) == (12, 8, 0, 0)
+    run(tmp_path / "whole", media, TokenEncoder(), token_modalities=["image"])
+    whole = EmbeddingStore.for_encoder(tmp_path / "whole", TokenEncoder())
+    assert torch.equal(store.get(keys), whole.get(keys))
+    assert all(
+        torch.equal(*pair) for pair in zip(store.get_tokens(keys), whole.get_tokens(keys), strict=True)
+    )
 
 
 def test_two_independent_runs_at_the_same_time(tmp_path):

@@ -222,7 +222,7 @@ def test_the_constructor_reads_nothing():
 def test_other_content_is_not_replaced(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match=r"holds other content \(no align\.json\)"):
+    with pytest.raises(InputError, match=r"not an aligned encoder \(no align\.json\)"):
         save(tmp_path / "mine", LetterEncoder(), LETTERS)
     assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
 

@@ -175,7 +175,7 @@ def test_svg_is_drawn_at_the_size_that_is_needed(encoder):
 
 
 def test_unknown_fit(folder):
-    with pytest.raises(InputError, match="fit='hole' is unknown. Did you mean 'whole'"):
+    with pytest.raises(InputError, match="unknown fit 'hole'. Did you mean 'whole'"):
         EfficientNetLite(str(folder), fit="hole")
 
 

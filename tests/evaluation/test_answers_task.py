@@ -14,8 +14,7 @@ from bindllm.evaluation.held_out import conversations_task, evaluate_held_out, h
 from bindllm.evaluation.task import Task
 from bindllm.media import Media
 from bindllm.model.bindllm import BindLLM
-from bindllm.model.decoder import DecoderConfig
-from tiny import ColorEncoder, tiny_decoder, tiny_tokenizer
+from tiny import ColorEncoder, tiny_model, tiny_tokenizer
 
 EYE = torch.eye(16)
 
@@ -25,22 +24,19 @@ def lookup(groups):
     return torch.stack([EYE[int(group[0].name.split(".")[0])] for group in groups]) if groups else EYE[:0]
 
 
-def asked(question, answer, image=0, *, type="", references=None, task="answer", options=()):
+def asked(question, answer, image=0, *, type="", subset="", references=None, task="answer", options=()):
     parts = question if image is None else (Media.image(f"{image}.png"), question)
     conversation = Conversation((Message("user", parts), Message("assistant", answer)))
     sample = tokenize(conversation, tiny_tokenizer(), 200)
     return replace(
-        sample, references=references or (answer,), type=type, task=task, options=options, name=question
+        sample,
+        references=references or (answer,),
+        type=type,
+        subset=subset,
+        task=task,
+        options=options,
+        name=question,
     )
-
-
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    built = BindLLM(tiny_decoder(), tiny_tokenizer(), DecoderConfig("tiny"), encoders=[ColorEncoder()])
-    with torch.no_grad():
-        built.injection.gates.normal_(0, 1)
-    return built
 
 
 TRAINING = [
@@ -53,6 +49,11 @@ TRAINING = [
     asked("which color?", "blue", 1, type="color"),
     asked("Describe it.", "red red red", 1, task="caption"),
 ]
+
+
+@pytest.fixture(scope="module")
+def model(decoder):
+    return tiny_model(decoder, gates=1.0)
 
 
 @pytest.fixture
@@ -118,14 +119,31 @@ def test_accuracy_by_type_and_of_the_baselines(model, scripted):
     assert result.problems == {}
 
 
+def test_subsets_are_measured_separately(model, scripted):
+    rows = [("red", 5, "known"), ("blue", 6, "known"), ("red", 4, "new"), ("blue", 4, "")]
+    samples = [asked("which color?", true, n, type="color", subset=subset) for true, n, subset in rows]
+    scripted(lambda question, shown: "red" if shown == 5 else "blue")
+    result = evaluate(model, samples)
+    metrics = result.metrics["answers"]["model"]
+    assert metrics["accuracy"] == 0.75
+    share = {"accuracy": 1.0, "by_type": {"color": 1.0}, "count": 2, "count_by_type": {"color": 2}}
+    one = {"count": 1, "count_by_type": {"color": 1}}
+    assert metrics["by_subset"] == {
+        "known": share,
+        "new": one | {"accuracy": 0.0, "by_type": {"color": 0.0}},
+        "other": share | one,
+    }
+    assert result.metrics["answers"]["no_media"]["by_subset"]["known"]["accuracy"] == 0.5
+    assert result.metrics["answers"]["majority_answer"]["by_subset"].keys() == {"known", "new", "other"}
+    assert [row["subset"] for row in result.rows["answers"]] == ["known", "known", "new", ""]
+
+
 def test_answers_equal_generate_and_shuffled_media_are_other_media(model):
     samples = [asked("is it red?", "no", n) for n in (4, 5, 6)]
     result = evaluate(model, samples, max_new_tokens=5, batch_size=2)
-    encode = {Media.image(f"{n}.png"): EYE[n] for n in range(16)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            BindLLM, "encode", lambda self, groups, **_: torch.stack([encode[g[0]] for g in groups])
-        )
+        patch.setattr(ColorEncoder, "prepare", lambda self, media: lookup([(media,)])[0])
+        patch.setattr(ColorEncoder, "embed", lambda self, modality, inputs: torch.stack(list(inputs)))
         said = {
             n: model.generate("is it red?", media=[Media.image(f"{n}.png")], max_new_tokens=5)
             for n in (4, 5, 6)

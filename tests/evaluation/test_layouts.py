@@ -1,6 +1,7 @@
 """Layouts of published data sets: items that are read, files that are missing, and errors with their position."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,9 +9,9 @@ import pytest
 import tiny_layouts as tiny
 from bindllm.errors import InputError
 from bindllm.evaluation.layouts import Choice, Column, read_layout
-from bindllm.evaluation.layouts.files import clip_stems, read_classes
+from bindllm.evaluation.layouts.dataset import clip_stems, read_classes
 from bindllm.media.points import open_points
-from tiny_layouts import write, write_csv, write_json
+from tiny_layouts import write, write_json
 
 CAPTIONED = {
     "audiocaps": tiny.audiocaps,
@@ -273,101 +274,84 @@ def test_a_limit_takes_the_same_media_every_time_from_everywhere(tmp_path):
     assert "10 of 40 media" in dataset.notes[0]
 
 
-def broken(folder, name):
-    """Break one thing of a data set; return its layout, its folder and the expected error."""
-    match name:
-        case "no such folder":
-            return "esc50", folder / "nowhere", r"nowhere does not exist"
-        case "no table":
-            write(folder / "meta/esc5O.csv", "")
-            return "esc50", folder, r"has no meta/esc50\.csv and no esc50\.csv"
-        case "missing column":
-            write_csv(tiny.esc50(folder) / "meta/esc50.csv", "filename,fold,category", ["1-a.wav", 1, "dog"])
-            return "esc50", folder, r"esc50\.csv: no column 'target'\. Known: category, filename, fold"
-        case "two names":
-            with (tiny.esc50(folder) / "meta/esc50.csv").open("a") as table:
-                table.write("1-a.wav,1,0,hound,False,1,A\n")
-            return "esc50", folder, r"esc50\.csv line 6: the target 0 is called 'hound' here, 'dog' above"
-        case "empty table":
-            write(tiny.esc50(folder) / "meta/esc50.csv", "filename,fold,target,category\n")
-            return "esc50", folder, "nothing to evaluate here: it is empty"
-        case "bad JSON":
-            write(
-                tiny.coco(folder) / "annotations/captions_val2017.json", '{"images": [],\n"annotations": [}'
-            )
-            return "coco", folder, r"captions_val2017\.json line 2: not valid JSON"
-        case "other JSON":
-            write_json(tiny.coco(folder) / "annotations/captions_val2017.json", {"info": {}, "images": []})
-            return "coco", folder, r"lists under 'images' and 'annotations'; it contains info, images"
-        case "unknown class":
-            write(tiny.imagenet(folder) / "val/n00000009/x.JPEG", "dog")
-            return "imagenet", folder, r"n00000009: the class 'n00000009' is not in .*LOC_synset_mapping\.txt"
-        case "unknown class in a table":
-            with (tiny.imagenet_flat(folder) / "LOC_val_solution.csv").open("a") as table:
-                table.write("ILSVRC2012_val_9,n00000008 1 2 3 4\n")
-            return "imagenet", folder, r"LOC_val_solution\.csv line 6: the class 'n00000008' is not in"
-        case "no names":
-            (tiny.imagenet(folder) / "LOC_synset_mapping.txt").unlink()
-            return "imagenet", folder, "names of the classes; or give your own table with --classes"
-        case "a name twice":
-            with (tiny.imagenet(folder) / "LOC_synset_mapping.txt").open("a") as table:
-                table.write("n00000002 feline\n")
-            return "imagenet", folder, r"LOC_synset_mapping\.txt line 7: the class 'n00000002' occurs twice"
-        case "unknown label":
-            with (tiny.audioset(folder) / "eval_segments.csv").open("a") as table:
-                table.write('eeeeeeeeeee, 0.000, 10.000, "/m/9"\n')
-            return "audioset", folder, r"eval_segments\.csv line 9: the class '/m/9' is not in .*indices\.csv"
-        case "unknown shape":
-            write(tiny.modelnet_resampled(folder) / "modelnet40_test.txt", "chair_0002\nsofa_0001\n")
-            return (
-                "modelnet40",
-                folder,
-                r"modelnet40_test\.txt line 2: the class 'sofa' is not in .*names\.txt",
-            )
-        case "not UTF-8":
-            (tiny.modelnet_resampled(folder) / "modelnet40_test.txt").write_bytes(b"chair_\xff\n")
-            return "modelnet40", folder, r"modelnet40_test\.txt: not UTF-8 text"
-        case "other header":
-            write(folder / "results.csv", "image,comment\n")
-            return "flickr30k", folder, r"results\.csv line 1: expected image_name\| comment_number\| comment"
-        case "no clip left":
-            for clip in (tiny.audiocaps(folder) / "audio").iterdir():
-                clip.unlink()
-            return (
-                "audiocaps",
-                folder,
-                r"nothing to evaluate here: 3 x the file does not exist \(vid-dogxxxx from 30 s",
-            )
+NAMES, CAPTIONS = "LOC_synset_mapping.txt", "annotations/captions_val2017.json"
+# What is done to a file of a data set: layout, writer, file, content ("+": added, None: removed), expected error.
+BROKEN = [
+    ("esc50", tiny.esc50, "meta/esc50.csv", None, r"has no meta/esc50\.csv and no esc50\.csv"),
+    (
+        *("esc50", tiny.esc50, "meta/esc50.csv", "filename,fold,category\n1-a.wav,1,dog\n"),
+        r"esc50\.csv: no column 'target'\. Known: category, filename, fold",
+    ),
+    (
+        *("esc50", tiny.esc50, "meta/esc50.csv", "+1-a.wav,1,0,hound,False,1,A\n"),
+        r"esc50\.csv line 6: the target 0 is called 'hound' here, 'dog' above",
+    ),
+    (
+        *("esc50", tiny.esc50, "meta/esc50.csv", "filename,fold,target,category\n"),
+        "nothing to evaluate here: it is empty",
+    ),
+    (
+        *("coco", tiny.coco, CAPTIONS, '{"images": [],\n"annotations": [}'),
+        r"captions_val2017\.json cannot be read as JSON \(Expecting .*line 2",
+    ),
+    (
+        *("coco", tiny.coco, CAPTIONS, '{"info": {}, "images": []}'),
+        "lists under 'images' and 'annotations'; it contains info, images",
+    ),
+    (
+        *("imagenet", tiny.imagenet, "val/n00000009/x.JPEG", "dog"),
+        r"n00000009: the class 'n00000009' is not in .*LOC_synset_mapping\.txt",
+    ),
+    (
+        *("imagenet", tiny.imagenet_flat, "LOC_val_solution.csv", "+ILSVRC2012_val_9,n00000008 1 2 3 4\n"),
+        r"LOC_val_solution\.csv line 6: the class 'n00000008' is not in",
+    ),
+    ("imagenet", tiny.imagenet, NAMES, None, "names of the classes; or give your own table with --classes"),
+    (
+        *("imagenet", tiny.imagenet, NAMES, "+n00000002 feline\n"),
+        r"LOC_synset_mapping\.txt line 7: the class 'n00000002' occurs twice",
+    ),
+    (
+        *("audioset", tiny.audioset, "eval_segments.csv", '+eeeeeeeeeee, 0.000, 10.000, "/m/9"\n'),
+        r"eval_segments\.csv line 9: the class '/m/9' is not in .*indices\.csv",
+    ),
+    (
+        *("modelnet40", tiny.modelnet_resampled, "modelnet40_test.txt", "chair_0002\nsofa_0001\n"),
+        r"modelnet40_test\.txt line 2: the class 'sofa' is not in .*names\.txt",
+    ),
+    (
+        *("modelnet40", tiny.modelnet_resampled, "modelnet40_test.txt", "chair_\udcff\n"),
+        r"modelnet40_test\.txt: not UTF-8 text",
+    ),
+    (
+        *("flickr30k", tiny.flickr30k_csv, "results.csv", "image,comment\n"),
+        r"results\.csv line 1: expected image_name\| comment_number\| comment",
+    ),
+    (
+        *("audiocaps", tiny.audiocaps, "audio", None),
+        r"nothing to evaluate here: 3 x the file does not exist \(vid-dogxxxx from 30 s",
+    ),
+]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "no such folder",
-        "no table",
-        "missing column",
-        "two names",
-        "empty table",
-        "bad JSON",
-        "other JSON",
-        "unknown class",
-        "unknown class in a table",
-        "no names",
-        "a name twice",
-        "unknown label",
-        "unknown shape",
-        "not UTF-8",
-        "other header",
-        "no clip left",
-    ],
-)
-def test_errors_name_the_position(tmp_path, name):
-    layout, folder, expected = broken(tmp_path, name)
+@pytest.mark.parametrize(("layout", "write_it", "name", "content", "expected"), BROKEN)
+def test_errors_name_the_position(tmp_path, layout, write_it, name, content, expected):
+    file = write_it(tmp_path) / name
+    if content is None:
+        shutil.rmtree(file) if file.is_dir() else file.unlink()
+    else:
+        before = file.read_text() if content.startswith("+") else ""
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes((before + content.removeprefix("+")).encode("utf-8", "surrogateescape"))
     with pytest.raises(InputError, match=expected):
-        read_layout(layout, folder)
+        read_layout(layout, tmp_path)
 
 
 def test_unknown_layouts_and_choices_are_refused(tmp_path):
+    with pytest.raises(InputError, match="nowhere does not exist"):
+        read_layout("esc50", tmp_path / "nowhere")
+    with pytest.raises(InputError, match="a.txt is a file; give the folder"):
+        read_layout("imagenet", write(tmp_path / "a.txt", ""))
     with pytest.raises(InputError, match=r"unknown layout 'esc5'\. Did you mean 'esc50'\? Known: audiocaps"):
         read_layout("esc5", tmp_path)
     with pytest.raises(InputError, match="the layout clotho takes no folds; it takes split, captions"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -13,12 +14,9 @@ from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditiona
 from bindllm import BindLLM
 from bindllm.errors import CheckpointError, DecoderError, InputError, MissingExtraError
 from bindllm.model.adapter import TARGETS, Adapter, AdapterConfig
-from bindllm.model.bind_network import BindConfig
-from bindllm.model.decoder import DecoderConfig
 from bindllm.model.injection import InjectConfig, Injection
-from tiny import FAMILIES, ColorEncoder, save_tiny_decoder, tiny_decoder
+from tiny import FAMILIES, IDS, save_tiny_decoder, tiny_batch, tiny_decoder, tiny_model
 
-IDS = torch.arange(3, 19).reshape(2, 8)
 KINDS = {
     "lora": {"bias": True},
     "rslora": {"alpha": 8.0, "rslora": True},
@@ -33,34 +31,11 @@ def folder(tmp_path_factory):
     return str(save_tiny_decoder(tmp_path_factory.mktemp("decoder")))
 
 
-def build(folder, *, open_up=True, dtype="float32", **adapter) -> BindLLM:
-    torch.manual_seed(0)
-    model = BindLLM.build(
-        DecoderConfig(folder, dtype=dtype),
-        device="cpu",
-        encoders=[ColorEncoder()],
-        bind=BindConfig(depth=1, expansion=2),
-        adapter=AdapterConfig(**{"rank": 4, **adapter}),
-    )
-    if open_up:
-        nn.init.normal_(model.injection.gates, std=2.0)
-        for name, parameter in model.adapter.parameters().items():
-            parameter.data += 0.2 * torch.randn_like(parameter) * (1 if "norm" in name else 2)
-    return model.eval()
-
-
-def batch(**changes):
-    embeddings = nn.functional.normalize(
-        torch.randn(2, 1, 16, generator=torch.Generator().manual_seed(1)), dim=-1
-    )
-    ones = torch.ones_like(IDS)
-    return {
-        "input_ids": IDS,
-        "attention_mask": ones,
-        "media_index": 0 * ones,
-        "embeddings": embeddings,
-        **changes,
-    }
+def build(folder, *, dtype="float32", **adapter) -> BindLLM:
+    model = tiny_model(folder, dtype=dtype, adapter=AdapterConfig(**{"rank": 4, **adapter}))
+    for name, parameter in model.adapter.parameters().items():
+        parameter.data += 0.2 * torch.randn_like(parameter) * (1 if "norm" in name else 2)
+    return model
 
 
 @with_and_without_dora
@@ -143,11 +118,11 @@ def test_the_injection_takes_the_base_value_projection_and_its_term_passes_the_a
     attention.o_proj.register_forward_pre_hook(
         lambda _, args: seen.update(heads=args[0].detach()), prepend=False
     )
-    model(**batch())
+    model(**tiny_batch())
     heads = seen["heads"]
-    model(**batch(media_index=torch.full_like(IDS, -1)))
+    model(**tiny_batch(media_index=torch.full_like(IDS, -1)))
     added = heads - seen["heads"]
-    bind = model.bind(batch()["embeddings"]) + model.injection.queries[0]
+    bind = model.bind(tiny_batch()["embeddings"]) + model.injection.queries[0]
     value = nn.functional.linear(bind, attention.v_proj.base_layer.weight).view(2, 1, 2, 1, 8)
     gates = torch.tanh(model.injection.gates[0]).view(2, 2, 1)
     torch.testing.assert_close(
@@ -162,7 +137,7 @@ def test_saved_and_loaded_it_gives_the_same_logits(folder, tmp_path, kind, dtype
     files = {str(file.relative_to(tmp_path / "m")) for file in (tmp_path / "m").rglob("*") if file.is_file()}
     assert {"bind.safetensors", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"} <= files
     again = BindLLM.from_pretrained(tmp_path / "m", device="cpu", allow=["tiny.ColorEncoder"])
-    assert torch.equal(model(**batch()).logits, again(**batch()).logits)
+    assert torch.equal(model(**tiny_batch()).logits, again(**tiny_batch()).logits)
     assert again.adapter.config == model.adapter.config
 
 
@@ -175,7 +150,7 @@ def test_plain_peft_loads_the_adapter_onto_the_plain_decoder(tmp_path, family, k
     model.save_pretrained(tmp_path / "m")
     decoder = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     plain = PeftModel.from_pretrained(decoder, str(tmp_path / "m" / "adapter")).eval()
-    silent = batch(media_index=torch.full_like(IDS, -1))
+    silent = tiny_batch(media_index=torch.full_like(IDS, -1))
     assert torch.equal(plain(IDS).logits, model(**silent).logits)
     with plain.disable_adapter():
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -194,26 +169,28 @@ def test_an_adapter_that_is_damaged_or_gone_is_refused(folder, tmp_path):
         BindLLM.from_pretrained(tmp_path / "m", allow=["tiny.ColorEncoder"])
     file.write_bytes(whole)
     manifest = tmp_path / "m" / "bindllm.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "adapter": None}))
-    with pytest.raises(CheckpointError, match=r"unexpected adapter\.base_model"):
-        BindLLM.from_pretrained(tmp_path / "m", device="cpu", allow=["tiny.ColorEncoder"])
+    entries = json.loads(manifest.read_text())
+    for entry, words in (
+        (None, r"unexpected adapter\.base_model"),
+        ({**entries["adapter"], "rank": 10**9}, r"bindllm\.json: an entry is .*rank must be 1 to 65536"),
+    ):
+        manifest.write_text(json.dumps({**entries, "adapter": entry}))
+        with pytest.raises(CheckpointError, match=words):
+            BindLLM.from_pretrained(tmp_path / "m", device="cpu", allow=["tiny.ColorEncoder"])
 
 
 @with_and_without_dora
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_it_is_a_group_of_its_own_and_learns(folder, dtype, checkpointing, kind):
+def test_it_is_a_group_of_its_own_and_learns(folder, dtype, kind):
     model = build(folder, dtype=dtype, **kind)
     model.set_trainable(["adapter"])
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {
         f"decoder.{name}" for name, _ in model.decoder.named_parameters() if ".default." in name
     }
-    if checkpointing:
-        model.checkpoint_activations()
     model.train()
     labels = IDS.clone()
     labels[:, :4] = -100
-    out = model(**batch(labels=labels))
+    out = model(**tiny_batch(labels=labels))
     nn.functional.cross_entropy(out.logits.float(), out.targets).backward()
     for name, parameter in model.adapter.parameters().items():
         assert parameter.grad.abs().max() > 0, name
@@ -229,7 +206,7 @@ def test_checkpointed_gradients_are_the_same(folder, kind):
         if checkpointing:
             model.checkpoint_activations()
         model.train()
-        model(**batch()).logits.square().mean().backward()
+        model(**tiny_batch()).logits.square().mean().backward()
         gradients.append([parameter.grad for parameter in model.adapter.parameters().values()])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
@@ -251,7 +228,7 @@ def test_decoders_and_settings_that_do_not_fit():
 
     with pytest.raises(DecoderError, match=f"GPT2LMHeadModel has no {TARGETS[0]}, "):
         Adapter(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9)), AdapterConfig())
-    for values in ({"rank": 0}, {"rank": 10**9}, {"alpha": 0.0}):
+    for values in ({"rank": 0}, {"rank": 10**9}, {"alpha": 0.0}, {"alpha": math.inf}):
         with pytest.raises(InputError, match="rank must be 1 to 65536"):
             AdapterConfig(**values)
     with pytest.raises(InputError, match=r"no new biases for DoRA; set adapter\.bias: false"):

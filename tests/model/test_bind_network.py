@@ -53,9 +53,9 @@ def test_outputs_start_at_unit_size():
         assert 0.8 < size < 2
 
 
-@pytest.mark.parametrize("values", [{"depth": -1}, {"expansion": 0}])
+@pytest.mark.parametrize("values", [{"depth": -1}, {"expansion": 0}, {"expansion": 10**18}])
 def test_impossible_shapes_are_refused(values):
-    with pytest.raises(InputError, match="at least"):
+    with pytest.raises(InputError, match="depth must be 0 to 1000, expansion 1 to 1000"):
         BindConfig(**values)
 
 

@@ -6,18 +6,14 @@ import json
 
 import pytest
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bindllm import BindLLM
 from bindllm.errors import CheckpointError, InputError
 from bindllm.model.adapter import AdapterConfig
-from bindllm.model.bind_network import BindConfig
-from bindllm.model.decoder import DecoderConfig
 from bindllm.model.export import RECORD, export_decoder
-from tiny import FAMILIES, ColorEncoder, save_tiny_decoder
+from tiny import FAMILIES, IDS, save_tiny_decoder, tiny_model
 
-IDS = torch.arange(3, 19).reshape(2, 8)
 NO_BIAS = {"rank": 4, "bias": False}
 DORA = {**NO_BIAS, "alpha": 8.0, "dora": True, "rslora": True}
 
@@ -25,19 +21,12 @@ DORA = {**NO_BIAS, "alpha": 8.0, "dora": True, "rslora": True}
 def checkpoint(place, family="llama", *, adapter=NO_BIAS, dtype="float32", system=None, **changes):
     """Write a decoder, and a checkpoint of it with an adapter that changes every answer; return the model."""
     folder = save_tiny_decoder(place / "decoder", family, **changes)
-    torch.manual_seed(0)
-    model = BindLLM.build(
-        DecoderConfig(str(folder), dtype=dtype, system=system),
-        device="cpu",
-        encoders=[ColorEncoder()],
-        bind=BindConfig(depth=1, expansion=2),
-        adapter=None if adapter is None else AdapterConfig(**adapter),
-    )
-    nn.init.normal_(model.injection.gates)
+    adapter = None if adapter is None else AdapterConfig(**adapter)
+    model = tiny_model(folder, dtype=dtype, system=system, adapter=adapter)
     for parameter in model.adapter.parameters().values() if model.adapter else ():
         parameter.data += 0.2 * torch.randn_like(parameter)
     model.save_pretrained(place / "checkpoint")
-    return model.eval()
+    return model
 
 
 def compare(model, folder, dtype=torch.float32):

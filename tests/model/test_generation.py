@@ -19,7 +19,7 @@ from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.decoder import DecoderConfig, load_tokenizer
 from bindllm.model.export import export_decoder
-from bindllm.objectives.grpo import draw_answers, greedy_answers
+from bindllm.objectives.grpo import draw_answers
 from preference_parts import conversation, lookup
 from tiny import ColorEncoder, save_tiny_decoder, tiny_tokenizer
 
@@ -107,7 +107,7 @@ def test_an_answer_is_greedy_and_ends_where_the_template_ends_it(weights, tmp_pa
     script(model, [*ids("yoyoyo"[:2]), END], second=5.0)
     assert model.generate("What?") == "yo"
     assert "".join(model.stream("What?")) == "yo"
-    assert greedy_answers(model, prompts, max_new_tokens=8) == ["yo", "yo"]
+    assert model.decode(model.generate_from(**prompts, max_new_tokens=8)) == ["yo", "yo"]
     drawn = draw_answers(model, prompts, group_size=2, temperature=0.1, max_new_tokens=8)
     assert drawn.texts == ["yo"] * 4
     assert not drawn.cut.any()

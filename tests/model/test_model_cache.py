@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from bindllm import BindLLM, VisualCache
-from bindllm.cache.settings import CacheConfig, CacheSettings
+from bindllm.cache.blend import CacheConfig, CacheSettings
 from bindllm.cache.visual_cache import open_index
 from bindllm.errors import CheckpointError, InputError, StoreError
 from bindllm.model.checkpoint import name_cache, read_manifest

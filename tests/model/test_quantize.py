@@ -13,13 +13,11 @@ from transformers import AutoModelForCausalLM
 from bindllm import BindLLM
 from bindllm.errors import InputError, MissingExtraError
 from bindllm.model.adapter import AdapterConfig
-from bindllm.model.bind_network import BindConfig
 from bindllm.model.decoder import DecoderConfig, load_decoder
 from bindllm.model.export import export_decoder
 from bindllm.model.quantize import num_weights, quiet_bitsandbytes
-from tiny import ColorEncoder, save_tiny_decoder
+from tiny import IDS, save_tiny_decoder, tiny_batch, tiny_model, tiny_tokenizer
 
-IDS = torch.arange(3, 19).reshape(2, 8)
 needs_bitsandbytes = pytest.mark.usefixtures("bitsandbytes")
 
 
@@ -35,27 +33,13 @@ def folder(tmp_path_factory):
     return str(save_tiny_decoder(tmp_path_factory.mktemp("decoder"), **sizes))
 
 
-def build(folder, quantize=None, *, adapter=None, dtype="float32") -> BindLLM:
-    torch.manual_seed(0)
-    model = BindLLM.build(
-        DecoderConfig(folder, dtype=dtype, quantize=quantize),
-        device="cpu",
-        encoders=[ColorEncoder()],
-        bind=BindConfig(depth=1, expansion=2),
-        adapter=AdapterConfig(rank=4, **(adapter or {})),
-    )
-    nn.init.normal_(model.injection.gates, std=0.5)
+def build(folder, quantize=None, *, adapter=None) -> BindLLM:
+    adapter = AdapterConfig(rank=4, **(adapter or {}))
+    model = tiny_model(folder, gates=0.5, quantize=quantize, adapter=adapter)
     for name, parameter in model.adapter.parameters().items():
         if not name.endswith("lora_magnitude_vector"):
             parameter.data += 0.1 * torch.randn_like(parameter)
-    return model.eval()
-
-
-def batch(embeddings=None):
-    generator = torch.Generator().manual_seed(1)
-    ones = torch.ones_like(IDS)
-    embeddings = nn.functional.normalize(torch.randn(2, 1, 16, generator=generator), dim=-1)
-    return {"input_ids": IDS, "attention_mask": ones, "media_index": 0 * ones, "embeddings": embeddings}
+    return model
 
 
 def rounded_folder(folder, decoder, bitsandbytes, place) -> str:
@@ -66,8 +50,6 @@ def rounded_folder(folder, decoder, bitsandbytes, place) -> str:
             full = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
             plain.get_submodule(name.removesuffix(".base_layer")).weight.data = full.float()
     plain.save_pretrained(place)
-    from tiny import tiny_tokenizer
-
     tiny_tokenizer().save_pretrained(place)
     return str(place)
 
@@ -75,10 +57,10 @@ def rounded_folder(folder, decoder, bitsandbytes, place) -> str:
 def gradients(model):
     """Of a step that comes after a validation."""
     with torch.no_grad():
-        model(**batch())
+        model(**tiny_batch())
     model.set_trainable(["adapter", "bind", "inject"])
     model.train()
-    model(**batch()).logits.square().mean().backward()
+    model(**tiny_batch()).logits.square().mean().backward()
     return {name: p.grad for group in model.parameter_groups().values() for name, p in group}
 
 
@@ -103,7 +85,9 @@ def test_nf4_is_the_decoder_with_rounded_weights(folder, tmp_path, bitsandbytes,
     """Logits with media and all gradients, after a forward without any, as in a validation."""
     model = build(folder, "nf4", adapter=adapter)
     rounded = build(rounded_folder(folder, model.decoder, bitsandbytes, tmp_path / "d"), adapter=adapter)
-    torch.testing.assert_close(model(**batch()).logits, rounded(**batch()).logits, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        model(**tiny_batch()).logits, rounded(**tiny_batch()).logits, atol=1e-5, rtol=1e-4
+    )
     found, expected = gradients(model), gradients(rounded)
     assert all(gradient.abs().max() > 0 for gradient in expected.values())
     for name, gradient in expected.items():
@@ -114,7 +98,7 @@ def test_nf4_is_the_decoder_with_rounded_weights(folder, tmp_path, bitsandbytes,
 def test_int8_learns_in_the_direction_of_the_full_decoder(folder, caplog):
     with caplog.at_level(logging.WARNING):
         model, full = build(folder, "int8"), build(folder)
-        logits, expected = model(**batch()).logits, full(**batch()).logits
+        logits, expected = model(**tiny_batch()).logits, full(**tiny_batch()).logits
         assert (logits - expected).norm() / expected.norm() < 0.1
         a, b = (torch.cat([g.flatten() for g in gradients(m).values()]) for m in (model, full))
     assert nn.functional.cosine_similarity(a, b, dim=0) > 0.9
@@ -138,10 +122,12 @@ def test_a_checkpoint_says_how_it_was_quantized_and_loads_otherwise_too(folder, 
     options = {"device": "cpu", "allow": ["tiny.ColorEncoder"]}
     same = BindLLM.from_pretrained(tmp_path / "m", **options)
     assert same.config.quantize == "nf4"
-    assert torch.equal(same(**batch()).logits, model(**batch()).logits)
+    assert torch.equal(same(**tiny_batch()).logits, model(**tiny_batch()).logits)
     full = BindLLM.from_pretrained(tmp_path / "m", quantize=False, **options)
     assert full.config.quantize is None
-    assert torch.equal(full(**batch()).logits, build(folder, adapter={"bias": False})(**batch()).logits)
+    assert torch.equal(
+        full(**tiny_batch()).logits, build(folder, adapter={"bias": False})(**tiny_batch()).logits
+    )
     # Merged into the full decoder, not into the rounded one.
     done = export_decoder(tmp_path / "m", tmp_path / "plain")
     assert done.quantized == "nf4"

@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from bindllm.model.bind_network import BindConfig
+from bindllm.model.injection import InjectConfig
 from bindllm.objectives import GRPO, Reward, grpo
 from bindllm.objectives.grpo import clipped_surrogate, draw_answers, group_advantages, kl_estimate
-from grpo_parts import LetterClass, started
+from grpo_parts import LetterClass, Questions, started
 from preference_parts import COLORS, TOKENIZER, lookup
+from tiny import TokenEncoder
 
 pytestmark = pytest.mark.usefixtures("silent")
 
@@ -248,3 +251,28 @@ def test_drawn_answers_keep_the_tokens_of_their_prompts():
     assert torch.equal(joined["tokens"], prompts["tokens"][[0, 0, 1, 1]])
     del prompts["tokens"]
     assert "tokens" not in grpo._join(prompts, ids, torch.ones(4, 1, dtype=torch.bool), 2)
+
+
+def test_answers_are_drawn_and_learned_from_with_tokens(decoder):
+    class WithTokens:
+        def __call__(self, groups):
+            return lookup(groups)
+
+        def tokens(self, groups):
+            return torch.randn(16, 3, 8, generator=torch.Generator().manual_seed(0))[lookup(groups).argmax(1)]
+
+    objective = GRPO(LetterClass(), group_size=4, max_new_tokens=3, beta=0.1)
+    options = {
+        "encoders": [TokenEncoder()],
+        "bind": BindConfig(depth=1, tokens=3),
+        "inject": InjectConfig(kind="attend"),
+    }
+    model, batch = started(decoder, objective, Questions(lookup=WithTokens()), **options)
+    objective._start = {name: value.detach().clone() for name, value in model.named_parameters()}
+    rollout = objective.roll_out(model.train(), batch)
+    assert rollout.batch["tokens"].shape == (12, 1, 3, 8)
+    loss, _ = objective.learn(model, rollout)
+    # The model is still the one that sampled: nothing has moved, and there is something to learn.
+    torch.testing.assert_close(rollout.old, rollout.reference, atol=1e-5, rtol=0)
+    loss.backward()
+    assert model.bind.resampler.latents.grad.isfinite().all()

@@ -66,13 +66,13 @@ def test_under_autocast_the_gradient_reaches_every_trained_tensor(decoder, tmp_p
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"group_size": 1}, "group_size must be at least 2"),
-        ({"beta": -0.1}, "beta must be at least 0"),
-        ({"beta": math.nan}, "beta must be at least 0"),
+        ({"group_size": 1}, "group_size must be finite and at least 2"),
+        ({"beta": -0.1}, "beta must be finite and at least 0"),
+        ({"beta": math.nan}, "beta must be finite and at least 0"),
         ({"clip": 0}, "clip must be between 0 and 1"),
         ({"temperature": 0}, "temperature must be finite and above 0"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
-        ({"steps_per_rollout": 0}, "steps_per_rollout must be at least 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be finite and at least 1"),
+        ({"steps_per_rollout": 0}, "steps_per_rollout must be finite and at least 1"),
     ],
 )
 def test_values_outside_of_their_range_are_refused(options, reason):

@@ -28,8 +28,9 @@ def test_a_letter_earns_more_than_no_letter():
     choice = asked("The answer is (B).", options=("a rose", "the sea"))
     answers = ["It is salty, so the answer is (B).", "A", "I do not know"]
     assert OptionLetter(unreadable=-0.5)(answers, [choice] * 3).tolist() == [1, 0, -0.5]
-    with pytest.raises(InputError, match="unreadable must be below 1"):
-        OptionLetter(unreadable=1)
+    for value in (1, float("nan"), -float("inf")):
+        with pytest.raises(InputError, match="unreadable must be finite and below 1"):
+            OptionLetter(unreadable=value)
 
 
 def test_rows_without_options_are_refused_by_name():

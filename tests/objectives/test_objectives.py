@@ -20,7 +20,6 @@ def test_half_precision_logits_are_summed_in_float32():
     assert next_token_loss(logits, torch.tensor([3])).item() == pytest.approx(math.log(40_000), rel=1e-6)
 
 
-@pytest.mark.parametrize("targets", [None, torch.empty(0, dtype=torch.long)])
-def test_a_batch_without_supervised_token_is_an_error_not_nan(targets):
+def test_a_batch_without_supervised_token_is_an_error_not_nan():
     with pytest.raises(InputError, match="no supervised token"):
-        next_token_loss(torch.empty(0, 5), targets)
+        next_token_loss(torch.empty(0, 5), torch.empty(0, dtype=torch.long))

@@ -10,11 +10,14 @@ from safetensors.torch import load_file
 
 from bindllm.data.collate import collate
 from bindllm.errors import TrainingError
+from bindllm.model.bind_network import BindConfig
+from bindllm.model.injection import InjectConfig
 from bindllm.objectives import DPO, KTO
 from bindllm.objectives.base import answer_log_probs
 from bindllm.objectives.reference import _arranged, _compute
 from bindllm.parallel import Processes, RunContext
 from preference_parts import Preferences, build, lookup, pairs, row
+from tiny import TokenEncoder
 from tiny_run import make_trainer
 
 pytestmark = pytest.mark.usefixtures("silent")
@@ -191,3 +194,36 @@ def test_a_fixed_partner_makes_the_mismatched_values_ones_that_can_be_kept(decod
     assert sum(computed) == 2 * 3 * 12
     fit(decoder, tmp_path, objective=KTO(beta=0.3))
     assert sum(computed) == 2 * 3 * 12
+
+
+class WithTokens:
+    """The embedding of each color, and tokens from a seed."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def __call__(self, groups):
+        return lookup(groups)
+
+    def tokens(self, groups):
+        own = torch.randn(16, 3, 8, generator=torch.Generator().manual_seed(self.seed))
+        return own[lookup(groups).argmax(1)]
+
+
+@pytest.mark.parametrize("objective", [DPO, KTO])
+def test_references_depend_on_the_tokens(objective, decoder, tmp_path, computed):
+    options = {"encoders": [TokenEncoder()], "inject": InjectConfig(kind="attend")}
+
+    def values(seed: int, **changes):
+        module, _ = fit(
+            decoder, tmp_path, objective=objective(), lookup=WithTokens(seed), **options, **changes
+        )
+        assert module.objective.drops_tokens is False
+        return load_file(tmp_path / "reference.safetensors")["train"]
+
+    bind = BindConfig(depth=1, tokens=3)
+    first, count = values(0, bind=bind), len(computed)
+    assert torch.equal(values(0, bind=bind).nan_to_num(), first.nan_to_num())
+    assert len(computed) == count
+    values(1, bind=bind)
+    assert len(computed) == 2 * count

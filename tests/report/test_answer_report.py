@@ -5,16 +5,15 @@ import json
 from dataclasses import asdict
 
 import pytest
-import torch
 
 from bindllm.errors import InputError
 from bindllm.evaluation.answers import AnswerRow
 from bindllm.evaluation.captions import CaptionRow
 from bindllm.evaluation.task import VARIANTS
-from bindllm.model.checkpoint import write_checkpoint
 from bindllm.report import page, summary
 from bindllm.report.report import RunFacts, rebuild_report, write_report
 from bindllm.report.summary import summarize
+from tiny import save_gates
 
 REST = {"seconds": {"embed": 1.5, "train": 336.0, "evaluate": 70.2}, "trainable_parameters": 12}
 CAPTION = {"loss": 3.5, "perplexity": 33.1, "cider": 1.2, "bleu4": 0.0, "rouge_l": 0.3, "exact_match": 0.25}
@@ -44,12 +43,9 @@ ANSWERS = {
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def folder(work, monkeypatch):
     monkeypatch.setattr(page, "gate_figure", lambda *_: "<svg></svg>")
-    manifest = {"decoder": {"name": "tiny"}, "encoders": [], "inject": {"kind": "value", "queries": True}}
-    write_checkpoint(tmp_path / "checkpoint", manifest, {"injection.gates": torch.full((3, 4), 0.5)}, "card")
-    return tmp_path / "checkpoint"
+    return save_gates(work / "checkpoint")
 
 
 def row(question, **changes):
@@ -134,6 +130,20 @@ def test_the_page_shows_questions_types_and_answers(folder):
     assert [json.loads(line) for line in lines] == rows
     (folder / "report.html").unlink()
     assert rebuild_report(folder).read_text(encoding="utf-8") == text
+
+
+def test_the_page_shows_subsets_after_the_types(folder):
+    metrics = {
+        name: each | {"by_subset": {"new <things>": share(0.25, 40)}} for name, each in ANSWERS.items()
+    }
+    metrics["shuffled_media"] = ANSWERS["shuffled_media"]
+    text = write(folder, {"answers": metrics}, answers=[row("is it red?", subset="new <things>")])
+    for title, count in (("new &lt;things&gt;", 40), ("new &lt;things&gt;: color", 100)):
+        shares = "<td>25.0%</td><td>25.0%</td><td>-</td><td>25.0%</td>"
+        assert f'<th scope="row">{title}</th><td>{count}</td>{shares}' in text
+    assert text.index(">yes/no</th>") < text.index(">new &lt;things&gt;</th>")
+    # Bars for all questions and for the types.
+    assert text.count('<div class="panel">') == 3
 
 
 def test_several_tasks_have_headings(folder):

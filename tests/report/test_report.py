@@ -2,8 +2,10 @@
 
 import copy
 import json
+import os
 import re
 import subprocess
+from contextlib import suppress
 from dataclasses import asdict
 from html.parser import HTMLParser
 
@@ -15,11 +17,10 @@ from PIL import Image
 from bindllm.data.report import DataReport, SourceReport
 from bindllm.errors import CheckpointError, InputError
 from bindllm.evaluation.captions import CaptionRow
-from bindllm.model.checkpoint import write_checkpoint
 from bindllm.report import page, report
 from bindllm.report.page import SHEET_SIZE
 from bindllm.report.report import RunFacts, git_revision, rebuild_report, software_versions, write_report
-from tiny import color_images
+from tiny import color_images, save_gates
 
 NUMBERS = {"loss": 3.5, "perplexity": 33.1, "cider": 1.2, "bleu4": 0.0, "rouge_l": 0.3, "exact_match": 0.25}
 METRICS = {
@@ -89,13 +90,10 @@ def _draw_once(drawn, monkeypatch):
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A checkpoint folder next to images; the working directory is the parent of both."""
-    monkeypatch.chdir(tmp_path)
-    color_images(tmp_path / "pictures")
-    manifest = {"decoder": {"name": "tiny"}, "encoders": [], "inject": {"kind": "value", "queries": True}}
-    write_checkpoint(tmp_path / "checkpoint", manifest, {"injection.gates": torch.full((3, 4), 0.5)}, "card")
-    return tmp_path / "checkpoint"
+def folder(work):
+    """A checkpoint folder next to images."""
+    color_images(work / "pictures")
+    return save_gates(work / "checkpoint")
 
 
 def row(colour, number=0, **changes):
@@ -341,11 +339,34 @@ def test_a_missing_metric_is_refused_before_anything_is_written(folder):
 @pytest.mark.parametrize("name", ["metrics.json", "report/captions.jsonl", "report/facts.json"])
 def test_missing_and_damaged_files_are_named(folder, name):
     write(folder)
-    (folder / name).write_text("{")
-    with pytest.raises(InputError, match=f"{name} is damaged"):
-        rebuild_report(folder)
+    for content in ("{", "[1]\n", "7\n"):
+        (folder / name).write_text(content)
+        with pytest.raises(InputError, match="damaged|cannot be read as JSON"):
+            rebuild_report(folder)
     (folder / name).unlink()
-    with pytest.raises(InputError, match=f"{name} does not exist"):
+    with pytest.raises(InputError, match=f"{name} is missing"):
+        rebuild_report(folder)
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "report/facts.json"])
+def test_values_of_any_shape_are_one_error(folder, name):
+    """The folder may come from someone else."""
+    write(folder, data=asdict(DataReport(sources=[SourceReport("pictures", 16, 17)])))
+    whole = json.loads((folder / name).read_text())
+    for key in ("tasks", "seconds", "data", "parameters", "licenses", "problems") & whole.keys():
+        for value in (7, "x", [7], {"captions": 7}, {"sources": [7]}):
+            (folder / name).write_text(json.dumps({**whole, key: value}))
+            with suppress(InputError):
+                rebuild_report(folder)
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "report/captions.jsonl", "report/log.csv", "recipe.yaml"])
+def test_only_regular_files_are_opened(folder, name):
+    """Opening a FIFO waits forever."""
+    write(folder)
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(InputError, match=f"{name} is not a regular file"):
         rebuild_report(folder)
 
 

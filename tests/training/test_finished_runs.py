@@ -152,12 +152,22 @@ def test_best_weights_that_are_lost_are_named(again, monkeypatch, capsys):
     assert "weights with the lowest validation loss" in message
 
 
-@pytest.mark.parametrize("output", ["notes.txt", "notes.txt/model", "~/model"])
+@pytest.mark.parametrize("output", ["notes.txt", "notes.txt/model"])
 def test_an_output_that_cannot_be_written_is_refused_before_training(output, again, monkeypatch, capsys):
     Path("notes.txt").write_text("mine")
     monkeypatch.setattr(BindModule, "training_step", None)
     assert again("--output", output) == 1
     assert output in capsys.readouterr().err
+
+
+def test_paths_of_a_recipe_may_start_at_the_home_folder(parts, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    recipe = one_epoch(parts) | {"output": "~/model"}
+    recipe["data"]["store"] = "~/store"
+    assert run("fit", recipe, "--data.sources", f"[{{path: {parts / 'pictures'}, limit: 8}}]") == 0
+    assert (tmp_path / "home/model/bind.safetensors").is_file()
+    assert list((tmp_path / "home/store").iterdir())
+    assert not Path("~").exists()
 
 
 def test_an_output_that_is_a_link_is_continued(parts):
@@ -219,6 +229,7 @@ def test_an_average_of_the_weights_is_measured_saved_and_resumed(rhythm, parts, 
     average = trained[0]
     for gates in trained[1:]:
         average = average.lerp(gates, 0.5)
+    assert run("validate", recipe, "--trainer.limit_val_batches", "1.0") == 0
     last = load_file(WEIGHTS)["injection.gates"]
     # The trained gates after the last step are not known here; the average contains half of them.
     assert torch.allclose(last.sub(average * 0.5).mul(2).sign(), trained[-1].sign())
@@ -283,10 +294,11 @@ def test_gradients_that_are_zero_in_every_step_end_the_run(parts, capsys):
     [
         ("--trainer.accumulate_grad_batches=-1", "trainer.accumulate_grad_batches is -1"),
         ("--trainer.gradient_clip_val=-0.5", "trainer.gradient_clip_val is -0.5"),
+        ("--trainer.devices=[0, 1]", "trainer: `devices` selected with `CPUAccelerator`"),
     ],
 )
 @pytest.mark.parametrize("command", ["fit", "check"])
-def test_options_that_turn_the_training_around_are_refused(command, option, told, parts, capsys):
+def test_options_of_the_trainer_that_cannot_work_are_refused(command, option, told, parts, capsys):
     assert run(command, one_epoch(parts), option) == 1
     assert told in " ".join(" ".join(capsys.readouterr()).split())
 

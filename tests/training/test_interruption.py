@@ -17,16 +17,12 @@ import bindllm.training.state as state
 from bindllm import BindLLM
 from bindllm.training.module import BindModule
 from tiny import save_tiny_decoder
-from tiny_run import run, tiny_recipe
+from tiny_run import Killed, count_calls, die, run, run_and_die, tiny_recipe
 
 pytestmark = pytest.mark.usefixtures("unmeasured", "work")
 
 FILES = ("checkpoints/tiny/bind.safetensors", "runs/tiny/metrics.csv", "runs/tiny/captions.jsonl")
 ADAPTER = "checkpoints/tiny/adapter/adapter_model.safetensors"
-
-
-class Killed(BaseException):
-    """Stands for kill -9: nothing of ours catches it, so the disk stays as it was at that moment."""
 
 
 @pytest.fixture(scope="module")
@@ -57,35 +53,6 @@ def earlier(recipe, tmp_path_factory):
 def ending(folder: Path) -> dict[str, bytes]:
     """What a finished run leaves that must not depend on interruptions."""
     return {name: (folder / name).read_bytes() for name in FILES}
-
-
-def count_calls(monkeypatch, owner, name, *, at=0, before=lambda: None, after=lambda: None) -> list[str]:
-    """Record the calls of a method, and act before or after the work of one of them."""
-    original, calls = getattr(owner, name), []
-
-    def counting(*args, **kwargs):
-        calls.append(name)
-        if len(calls) == at:
-            before()
-        result = original(*args, **kwargs)
-        if len(calls) == at:
-            after()
-        return result
-
-    monkeypatch.setattr(owner, name, counting)
-    return calls
-
-
-def die():
-    raise Killed
-
-
-def run_and_die(recipe, monkeypatch, owner=BindModule, name="training_step", *, at, when="before"):
-    """Run until a call of a method, which dies before or after its work."""
-    with monkeypatch.context() as patch:
-        count_calls(patch, owner, name, at=at, **{when: die})
-        with pytest.raises(Killed):
-            run("fit", recipe)
 
 
 def check_resumes(recipe, uninterrupted, monkeypatch, *, steps=None):
@@ -178,23 +145,6 @@ def test_a_second_stage_that_draws_random_numbers_goes_on_to_the_same_end(recipe
     assert ends[0] == ends[1]
 
 
-def test_a_run_that_dies_while_it_saves_goes_on_from_the_state_before(recipe, uninterrupted, monkeypatch):
-    original, saves = state.torch.save, []
-
-    def dying(content, path):
-        saves.append(path)
-        original(content, path)
-        if len(saves) == 3:
-            path.write_bytes(path.read_bytes()[:100])
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(state.torch, "save", dying)
-        with pytest.raises(Killed):
-            run("fit", recipe)
-    check_resumes(recipe, uninterrupted, monkeypatch, steps=8)
-
-
 @pytest.mark.parametrize("file", [".last.ckpt.", ".best-", ".tiny."])
 def test_a_full_disk_loses_nothing(file, earlier, recipe, uninterrupted, tmp_path, monkeypatch, capsys):
     """Full at the second save of the state, of the best weights, of the checkpoint folder; then there is room."""
@@ -284,13 +234,6 @@ def die_between_the_renames(patch):
             kill()
 
     patch.setattr(os, "replace", dying)
-
-
-def test_a_process_killed_by_the_system_goes_on(recipe, uninterrupted, monkeypatch):
-    run_killed(
-        recipe, monkeypatch, lambda patch: count_calls(patch, BindModule, "training_step", at=7, before=kill)
-    )
-    check_resumes(recipe, uninterrupted, monkeypatch)
 
 
 @pytest.mark.parametrize(

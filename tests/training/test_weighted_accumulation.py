@@ -2,7 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, SingleDeviceStrategy
 
 from bindllm.training.module import WeightedAccumulation
 
@@ -37,6 +37,14 @@ def test_the_last_step_of_an_epoch_may_gather_fewer_batches():
     (gradient,) = torch.autograd.grad(step.add(5 * weight, 7, trainer=run) / 3, weight)
     assert step.finish([gradient], trainer=run).item() == pytest.approx(10)
     assert gradient.item() == pytest.approx(5)
+
+
+def test_deepspeed_whose_gradients_cannot_be_scaled_weighs_each_batch_the_same():
+    run, step, loss = trainer(processes=2, accumulate=3), WeightedAccumulation(), torch.tensor(0.5)
+    strategy = DeepSpeedStrategy.__new__(DeepSpeedStrategy)
+    strategy.reduce = run.strategy.reduce
+    run.strategy = strategy
+    assert step.add(loss, 7, trainer=run) is loss
 
 
 def test_a_step_of_one_batch_is_left_alone_to_the_bit():

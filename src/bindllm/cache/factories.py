@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bindllm.errors import InputError, MissingExtraError, StoreError
+from bindllm.errors import InputError, StoreError, needs_extra
 
 EXACT_FLOATS = 100_000 * 1024
 """Up to this many floats (vectors times width) the exact search is fast enough."""
@@ -406,9 +406,8 @@ def load_faiss() -> Any:
         if chosen:
             os.environ["OPENBLAS_CORETYPE"] = kernels
         try:
-            import faiss
-        except ImportError as error:
-            raise MissingExtraError("faiss-cpu", extra="cache", purpose="search a visual cache") from error
+            with needs_extra("faiss-cpu", extra="cache", purpose="search a visual cache"):
+                import faiss
         finally:
             # Removed again, because other libraries with OpenBLAS read the same variable.
             if chosen:

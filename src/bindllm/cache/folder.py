@@ -15,14 +15,14 @@ import os
 import re
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bindllm.atomic import atomic_file, file_sha256, read_json, write_json
+from bindllm.atomic import atomic_file, check_replaceable, file_sha256, locked, read_json, write_json
 from bindllm.cache.factories import limit_threads, load_faiss, reason
 from bindllm.embeddings.shards import KEY, KEY_BYTES
 from bindllm.errors import StoreError
@@ -141,22 +141,17 @@ def _check_types(value: Any, *types: type) -> None:
 def writing(folder: Path) -> Iterator[None]:
     """Lock the folder for one writer, and remove unnamed files before and after.
 
-    The lock is a file next to the folder that exists only while it is held, so that a copy of the parent folder (a
-    checkpoint, for example) does not contain it.
-
     Raises:
         StoreError: The folder holds something else, another process is writing it, or the disk fails.
     """
-    from filelock import FileLock, Timeout
-
     _refuse_foreign(folder)
-    # Two paths to one folder (a symbolic link, for example) must share one lock.
     real = folder.resolve()
+    busy = StoreError(
+        f"{folder}: another process is writing this index; wait until it has ended, then start again"
+    )
     try:
-        real.parent.mkdir(parents=True, exist_ok=True)
-        lock = real.with_name(f".{real.name}.lock")
         # No waiting: a build may take hours, so a second writer fails at once.
-        with FileLock(lock, timeout=0):
+        with locked(folder, busy):
             try:
                 limit_threads()
                 real.mkdir(exist_ok=True)
@@ -168,13 +163,6 @@ def writing(folder: Path) -> Iterator[None]:
                     _remove_unnamed(real)
                     if not any(real.iterdir()):
                         real.rmdir()
-                # Removed while it is held: a process that opens it now notices, and makes a new one.
-                with suppress(OSError):
-                    lock.unlink()
-    except Timeout as error:
-        raise StoreError(
-            f"{folder}: another process is writing this index; wait until it has ended, then start again"
-        ) from error
     # Faiss raises RuntimeError if the disk is full.
     except (OSError, RuntimeError) as error:
         raise StoreError(
@@ -201,17 +189,9 @@ def _remove_unnamed(folder: Path) -> None:
 
 
 def _refuse_foreign(folder: Path) -> None:
-    if folder.is_dir():
-        # Our files without a manifest are those of a killed first build.
-        ours = (folder / MANIFEST).is_file() or any(file for name in _OURS for file in folder.glob(name))
-        if ours or not any(folder.iterdir()):
-            return
-    elif not folder.exists():
-        return
-    raise StoreError(
-        f"{folder} exists and is not an index of bindllm (no {MANIFEST}); nothing was written. "
-        "Choose another folder or empty it"
-    )
+    # Our files without a manifest are those of a killed first build.
+    if not any(file for name in _OURS for file in folder.glob(name)):
+        check_replaceable(folder, MANIFEST, StoreError, kind="an index of bindllm")
 
 
 def publish(folder: Path, info: IndexInfo, keys: np.ndarray, write: Callable[[Path], None]) -> None:

@@ -28,7 +28,7 @@ from bindllm.cache.blend import check_queries, read_units
 from bindllm.cache.index import wanted_keys
 from bindllm.cache.milvus_server import MilvusServer
 from bindllm.embeddings.shards import as_hex
-from bindllm.errors import InputError, StoreError, did_you_mean
+from bindllm.errors import InputError, StoreError, check_choice, did_you_mean
 
 if TYPE_CHECKING:
     from bindllm.embeddings.store import EmbeddingStore
@@ -113,8 +113,7 @@ class MilvusIndex:
             raise InputError(
                 f"{collection!r} is not the name of a collection: letters, digits and underscores, not a digit first"
             )
-        if index_type not in (known := ("auto", *INDEX_TYPES)):
-            raise InputError(f"unknown index type {index_type!r}. {did_you_mean(index_type, known)}")
+        check_choice("index type", index_type, ("auto", *INDEX_TYPES))
         # Everything that can be refused without a server comes first.
         keys = wanted_keys(store, modality)
         server = MilvusServer(uri, token=token, timeout=timeout)

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from bindllm.cache.settings import MILVUS_SUFFIX
-from bindllm.errors import InputError, MissingExtraError, StoreError
+from bindllm.cache.blend import MILVUS_SUFFIX
+from bindllm.errors import InputError, StoreError, needs_extra
 
 # These print every failure with a traceback; the error that is raised says it once.
 _LOGGERS = (
@@ -74,13 +74,9 @@ class MilvusServer:
         Raises:
             StoreError: The server refuses or does not answer in time; names its address and the reason.
         """
-        try:
+        with needs_extra("pymilvus", extra="milvus", purpose="keep a visual cache in Milvus"):
             import grpc
             import pymilvus
-        except ImportError as error:
-            raise MissingExtraError(
-                "pymilvus", extra="milvus", purpose="keep a visual cache in Milvus"
-            ) from error
         with _muffled() as causes:
             try:
                 method = getattr(self._connected(causes), name)
@@ -122,10 +118,8 @@ class MilvusServer:
 
 def _enter_lite(path: str, causes: list[BaseException]) -> None:
     """Start the server of an embedded database, or share the running one; `_muffled` collects why it cannot start."""
-    try:
+    with needs_extra("milvus-lite", extra="milvus", purpose="open an embedded Milvus"):
         from milvus_lite.server_manager import server_manager_instance
-    except ImportError as error:
-        raise MissingExtraError("milvus-lite", extra="milvus", purpose="open an embedded Milvus") from error
     with _lite_lock:
         if server_manager_instance.start_and_get_uri(path) is None:
             cause = causes[-1] if causes else None

@@ -20,11 +20,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bindllm.cache.blend import best, mix, retrieve, similarities_of, unit_rows
+from bindllm.cache.blend import (
+    MILVUS_TOKEN,
+    CacheConfig,
+    CacheSettings,
+    best,
+    is_milvus,
+    mix,
+    retrieve,
+    similarities_of,
+    unit_rows,
+)
 from bindllm.cache.factories import check_factory
 from bindllm.cache.folder import IndexInfo
 from bindllm.cache.index import VectorIndex
-from bindllm.cache.settings import MILVUS_TOKEN, CacheConfig, CacheSettings, is_milvus
 from bindllm.embeddings.store import EmbeddingStore
 from bindllm.errors import InputError, StoreError
 
@@ -246,7 +255,6 @@ class VisualCache:
         Raises:
             StoreError: The cache was not built with one of these encoders.
         """
-        # Also without any group, so that callers can refuse a wrong cache early.
         self.check_encoders({encoder.fingerprint() for encoder in encoders})
         skip = set(self.settings.skip)
         # A group is skipped as a whole, because its embedding is already the fusion of all its media.
@@ -390,12 +398,12 @@ def choose_cache(
 
 def nearest_images(cache: VisualCache, embedding: Tensor) -> list[tuple[float, str]]:
     """Return similarity and name of the images that a cache retrieves for one embedding [1, E], nearest first."""
-    numbers = cache.neighbors(embedding)[0].numpy()
+    ids = cache.neighbors(embedding)[0].numpy()
     # An approximate index may find fewer than it was asked for.
-    numbers = numbers[numbers >= 0]
+    ids = ids[ids >= 0]
     unit = (embedding[0] / embedding[0].norm()).numpy()
-    similarities = cache.index.vectors(numbers) @ unit
-    names = image_names(cache.index, cache.index.keys(numbers))
+    similarities = cache.index.vectors(ids) @ unit
+    names = image_names(cache.index, cache.index.keys(ids))
     return list(zip(similarities.tolist(), names, strict=True))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,13 @@ from rich.console import Console
 from rich.table import Table
 
 from bindllm.cli.recipe import RecipeCLI, add_overwrite, quiet
-from bindllm.encoders.aligned import MANIFEST, refuse_other_content
+from bindllm.encoders.aligned import MANIFEST
 from bindllm.errors import InputError
 from bindllm.training.align.data import AlignData
-from bindllm.training.align.folder import save_aligned
-from bindllm.training.align.module import METRICS, RECALL_AT, AlignModule
+from bindllm.training.align.module import METRICS, RECALL_AT, AlignModule, save_aligned
 from bindllm.training.callbacks import AverageWeights, RunProgress, check_monitors, check_trainer
 from bindllm.training.optim import describe_groups
+from bindllm.training.run import check_output, lock_output
 
 
 class AlignCLI(RecipeCLI):
@@ -45,12 +46,15 @@ class AlignCLI(RecipeCLI):
 
 def align(args: list[str]) -> int:
     """Train from a recipe, measure on held-out pairs, and write the folder of the encoder."""
-    with quiet():
+    with quiet(), ExitStack() as held:
         cli = AlignCLI(args)
         output, model, data = Path(cli.config.output), cli.model, cli.datamodule
         # Everything that can refuse the run comes before the first file is embedded.
-        rehearses, replaced = bool(cli.trainer_options.get("fast_dev_run")), (output / MANIFEST).is_file()
-        refuse_other_content(output)
+        check_output(output, MANIFEST, kind="an aligned encoder", filled=[data.store])
+        rehearses = bool(cli.trainer_options.get("fast_dev_run"))
+        if not rehearses:
+            held.enter_context(lock_output(output))
+        replaced = (output / MANIFEST).is_file()
         if replaced and not (cli.config.overwrite or rehearses):
             raise InputError(
                 f"output {output} holds an aligned encoder, which this run would replace. Choose another --output, or "
@@ -71,25 +75,25 @@ def align(args: list[str]) -> int:
         except SystemExit as stop:
             # Lightning exits like this after a Ctrl-C.
             raise KeyboardInterrupt from stop
-    if not trainer.is_global_zero:
-        return 0
-    if rehearses:
-        print("fast_dev_run: the steps ran without an error; nothing was saved")
-        return 0
-    # Measured and saved with the weights of the best epoch; the test split has chosen nothing.
-    best = model.take_best()
-    metrics = {
-        "validation": best.metrics,
-        "test": model.measure(data, "test"),
-        "epoch": best.epoch,
-        "epochs": trainer.current_epoch,
-        "temperature": round(1 / model.temperature().item(), 4),
-        "pairs": data.report.pairs,
-        "skipped": data.report.skipped.total,
-        "trained_parameters": sum(row["parameters"] for row in describe_groups(model.groups())),
-        "seconds": round(time.perf_counter() - started, 1),
-    }
-    save_aligned(output, model, data, metrics=metrics, recipe=cli.resolved())
+        if not trainer.is_global_zero:
+            return 0
+        if rehearses:
+            print("fast_dev_run: the steps ran without an error; nothing was saved")
+            return 0
+        # Measured and saved with the weights of the best epoch; the test split has chosen nothing.
+        best = model.take_best()
+        metrics = {
+            "validation": best.metrics,
+            "test": model.measure(data, "test"),
+            "epoch": best.epoch,
+            "epochs": trainer.current_epoch,
+            "temperature": round(1 / model.temperature().item(), 4),
+            "pairs": data.report.pairs,
+            "skipped": data.report.skipped.total,
+            "trained_parameters": sum(row["parameters"] for row in describe_groups(model.groups())),
+            "seconds": round(time.perf_counter() - started, 1),
+        }
+        save_aligned(output, model, data, metrics=metrics, recipe=cli.resolved())
     _print(output, metrics, replaced=replaced)
     # A class outside bindllm must be allowed by whoever loads the folder.
     foreign = type(model.tower)

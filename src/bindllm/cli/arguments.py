@@ -37,6 +37,8 @@ _NOISE = (
     *("- Not a valid subclass", "Subclass types expect", "- a class path (str)", "- a dict with"),
     *("Given value: [", "Given value: {", "Given value: Namespace"),
 )
+# A value that starts with the name of a home folder, after its option.
+_HOME = re.compile(r"^(--[\w.]+=)(~[^/]*)")
 _DECORATION = re.compile(r"Parser key \"|\"(?=:)|Not of type \w+: |\ba <class '|<class '|'>")
 
 
@@ -76,6 +78,8 @@ def read_command(name: str, function: Callable[..., int], words: Sequence[str]) 
     schema = ArgumentParser(exit_on_error=False)
     schema.add_function_arguments(function, as_group=False, skip={OVERRIDES})
     parser, keys = _parser(name, function, {action.dest: action.help for action in schema._actions})
+    # A shell expands ~ at the start of a word, not after --option=.
+    words = [_HOME.sub(lambda found: found[1] + os.path.expanduser(found[2]), word) for word in words]
     # Unknown words may belong to an encoder or a recipe, which only the command can read.
     given, unknown = parser.parse_known_args(words)
     values = {keys[option]: value for option, value in vars(given).items()}

@@ -16,7 +16,7 @@ from bindllm.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from bindllm.cache.visual_cache import VisualCache
-    from bindllm.evaluation.layouts import Column, Task
+    from bindllm.evaluation.layouts import Column, Dataset
     from bindllm.evaluation.zero_shot import Result
 
 
@@ -41,8 +41,8 @@ class DataOptions:
     to: str | None = None
     """MODALITY[:COLUMN], the column that holds what belongs to them"""
 
-    def read(self, layout: str, folder: Path) -> Task:
-        """Return the chosen part of a data set, as a task."""
+    def read(self, layout: str, folder: Path) -> Dataset:
+        """Return the chosen part of a data set."""
         from bindllm.evaluation.layouts import LAYOUTS, Choice, read_layout
 
         # A wrong word on the command line is an error of usage, unlike a folder in the wrong layout.
@@ -142,9 +142,8 @@ def evaluate(
 
     # Cheap checks come before the encoders are loaded.
     templates, device = measuring.templates(), encoders.find_device()
-    task = data.read(layout, folder)
     result = evaluate_zero_shot(
-        task,
+        data.read(layout, folder),
         encoders.load(overrides),
         store=measuring.store,
         device=device,

@@ -36,9 +36,8 @@ from bindllm.errors import BindLLMError, InputError, StoreError
 from bindllm.imports import find_named_modules
 from bindllm.model.checkpoint import MANIFEST
 from bindllm.parallel import Processes, RunContext
-from bindllm.training.callbacks import ParameterTable, RunProgress, SampleCaptions
-from bindllm.training.run import Run, lock_run, make_loggers, run_folder
-from bindllm.training.runlog import RunLog
+from bindllm.training.callbacks import ParameterTable, RunLog, RunProgress, SampleCaptions
+from bindllm.training.run import Run, lock_output, make_loggers, run_folder
 from bindllm.training.state import AtomicCheckpointIO, RunState
 
 REPORT_PACKAGES = ("torchmetrics", "pycocoevalcap", "matplotlib")
@@ -75,16 +74,17 @@ def fit(args: list[str]) -> int:
                 "model.trainable is empty: nothing would be trained; name groups, such as [bind, inject]"
             )
         config = cli.config
-        folder = run_folder(config.output, init_from=config.model.init_from)
+        folder = run_folder(config.output, store=config.data.store, init_from=config.model.init_from)
         rehearses = bool(cli.trainer_options.get("fast_dev_run"))
         if rehearses:
             # A rehearsal must not touch the state of a real run.
             folder = folder.with_name(f".{folder.name}.fast_dev_run")
         state = RunState(folder, RunLog(folder), every_seconds=config.save_every_seconds)
         trainer = _trainer(cli, state)
-        # From here on no second command can rename or continue this run.
-        with lock_run(folder):
-            run = Run(cli.model, cli.datamodule, trainer, state, Path(config.output), cli.resolved(), console)
+        output = Path(config.output)
+        # From here on no second command can rename or continue this run. A rehearsal writes only its own folder.
+        with lock_output(folder if rehearses else output):
+            run = Run(cli.model, cli.datamodule, trainer, state, output, cli.resolved(), console)
             if rehearses:
                 folder.mkdir(parents=True, exist_ok=True)
                 return run.rehearse()
@@ -198,7 +198,7 @@ def launch(
         "MASTER_ADDR": environment.main_address,
         "MASTER_PORT": str(environment.main_port),
         "NODE_RANK": str(environment.node_rank()),
-        # A spawned process would put the working directory first on its path, ahead of the standard library.
+        # A spawned process would put the working directory first on its path, before the standard library.
         "PYTHONSAFEPATH": "1",
     }
     try:

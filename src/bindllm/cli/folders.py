@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from bindllm.convert import KINDS, ConvertOptions
-from bindllm.errors import InputError, UsageError, did_you_mean
+from bindllm.convert import KINDS
+from bindllm.errors import UsageError, did_you_mean
 
 
 def fetch(wanted: tuple[str, ...] = ("recipes/quickstart.yaml",)) -> int:
@@ -16,6 +16,7 @@ def fetch(wanted: tuple[str, ...] = ("recipes/quickstart.yaml",)) -> int:
       efficientnet-lite0     image encoder of the quickstart
       openmoji               images and captions of the quickstart
       easyvqa                questions about images
+      scenes                 20,000 scenes of drawings with known answers
       stamps                 thumbnails with texts
       minilm                 text encoder
       clip-vocabulary        tokenizer for bindllm convert imagebind
@@ -66,13 +67,18 @@ def convert(
     if kind and kind[0] not in KINDS:
         raise UsageError(f"unknown kind {kind[0]!r}. {did_you_mean(kind[0], KINDS)}")
 
-    from bindllm.convert.published import convert_published
+    from bindllm.cli.options import build_encoder
+    from bindllm.convert.published import as_path, convert_published
 
-    options = ConvertOptions(kind[0] if kind else None, tokenizer, base, encoder, accept_base)
-    try:
-        convert_published(file, output, options)
-    except InputError as error:
-        raise UsageError(str(error)) from error
+    convert_published(
+        file,
+        output,
+        kind=kind[0] if kind else None,
+        tokenizer=tokenizer,
+        base=base,
+        encoders=[build_encoder(as_path(value), ()) for value in encoder],
+        accept_base=accept_base,
+    )
     return 0
 
 

@@ -124,8 +124,8 @@ def _find_store(options: IndexOptions, encoder: Encoder) -> EmbeddingStore:
 
 def _build_milvus(uri: str, store: EmbeddingStore) -> dict[str, str]:
     """Build a collection of all images in the store, and return its facts."""
+    from bindllm.cache.blend import MILVUS_TOKEN
     from bindllm.cache.milvus import MilvusIndex
-    from bindllm.cache.settings import MILVUS_TOKEN
 
     with MilvusIndex.build(uri, store, token=os.environ.get(MILVUS_TOKEN)) as built:
         return {"images": f"{len(built):,}", "kind": built.info.index_type, "where": built.source}

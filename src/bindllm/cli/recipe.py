@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -160,6 +161,20 @@ def _try_yaml(source: str | Path) -> Any:
         return None
 
 
+def expand_home(part: Any) -> Any:
+    """Return a part of a recipe in which paths that start with ``~`` start at the home folder, as in a shell."""
+    if isinstance(part, str):
+        # Changes nothing but the name of a home folder, so other texts stay.
+        return os.path.expanduser(part)
+    if isinstance(part, list):
+        return [expand_home(item) for item in part]
+    if isinstance(part, dict):
+        return {name: expand_home(value) for name, value in part.items()}
+    if isinstance(part, Namespace):
+        vars(part).update({name: expand_home(value) for name, value in vars(part).items()})
+    return part
+
+
 class RecipeCLI(LightningCLI):
     """Reads a recipe, and builds model and data from it.
 
@@ -223,12 +238,13 @@ class RecipeCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         parser.link_arguments("model.tokenizer", "data.tokenizer", apply_on="instantiate")
         parser.link_arguments("model.encoders", "data.encoders", apply_on="instantiate")
+        parser.link_arguments("model.token_modalities", "data.token_modalities", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; Lightning's own version warns whenever a process has arguments of its own."""
         name_classes(args)
         try:
-            self.config = parser.parse_args(args)
+            self.config = expand_home(parser.parse_args(args))
         except UsageError as error:
             if any(option.partition("=")[0] == "--config" for option in args):
                 raise
@@ -265,7 +281,8 @@ class RecipeCLI(LightningCLI):
                 raise InputError(f"trainer.{name} is {value}, expected at least {least}")
         try:
             return Trainer(**{**self.trainer_options, **options, "callbacks": [*callbacks, *own]})
-        except (MisconfigurationException, ImportError, ValueError) as error:
+        # TypeError and RuntimeError: a list of CPUs, a number of nodes that the launcher has not started.
+        except (MisconfigurationException, ImportError, ValueError, TypeError, RuntimeError) as error:
             raise InputError(f"trainer: {error}") from error
 
     def resolved(self) -> str:
@@ -337,7 +354,7 @@ def quiet() -> Iterator[None]:
 
 
 class CheckedRecipe(RecipeCLI):
-    """Reads a recipe that has mistakes: each is noted and left out, until all of them are known.
+    """Reads a recipe that has mistakes: each is noted and skipped, until all of them are known.
 
     Args:
         file: the recipe.
@@ -372,7 +389,7 @@ class CheckedRecipe(RecipeCLI):
             else:
                 words += option
         try:
-            self.config, self.is_complete = parser.parse_args(words), True
+            self.config, self.is_complete = expand_home(parser.parse_args(words)), True
         except UsageError as error:
             self._problems.append(str(error))
 
@@ -415,7 +432,7 @@ class CheckedRecipe(RecipeCLI):
         """Return the keys and values that are valid together, `_NOTHING` if something required is missing then."""
         # The arguments of a class can only be read together with its path.
         kept = {name: value for name, value in part.items() if name == "class_path"}
-        # As long as required keys are missing there is a message: a further key is valid if the message stays.
+        # As long as required keys are missing there is a message: a further key is valid if no other message comes.
         missing = mistake(kept)
         if missing and _INCOMPLETE not in missing:
             return _NOTHING
@@ -425,12 +442,22 @@ class CheckedRecipe(RecipeCLI):
 
             def changed(value: Any, name: str = name, missing: str | None = missing) -> str | None:
                 message = mistake({**kept, name: value})
-                return None if message == missing else message
+                return None if message is None or _only_misses(message, missing) else message
 
             if (valid := self._valid(value, changed, where)) is not _NOTHING:
                 kept[name] = valid
-                missing = mistake(kept)
+                # A value that stays as it was adds no message.
+                missing = mistake(kept) if missing or valid is not value else None
         return _NOTHING if missing else kept
+
+
+def _only_misses(message: str, missing: str | None) -> bool:
+    """Return whether a message says nothing but that some keys are missing that an earlier one says are missing."""
+    # Both end with the names; before them is the class that they belong to.
+    (place, _, names), (earlier, _, others) = (
+        text.partition(f"{_INCOMPLETE}: ") for text in (message, missing or "")
+    )
+    return place == earlier and set(names.split(", ")) <= set(others.split(", "))
 
 
 def _as_option(recipe: dict[str, Any]) -> str:

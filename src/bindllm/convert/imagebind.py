@@ -12,42 +12,21 @@ tensors with the prefix ``bind.``. A converted folder holds:
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bindllm.convert.keymap import ConversionReport, Rule, rename, require_weights, write_encoder
-from bindllm.errors import CheckpointError
+from bindllm.encoders import shape_problems
+from bindllm.encoders.imagebind.config import HUGE, KIND, TRUNKS, TrunkConfig
+from bindllm.encoders.imagebind.network import Trunk
+from bindllm.errors import CheckpointError, listed
 
 LICENSE = "CC-BY-NC 4.0 (no commercial use)"
-TRUNKS = ("vision", "text", "audio", "depth", "thermal", "imu")
-
-# Shapes give every size of the published model except the number of attention heads.
-_HEADS = {
-    ("vision", 1280): 16,
-    ("text", 1024): 16,
-    ("audio", 768): 12,
-    ("depth", 384): 8,
-    ("thermal", 768): 12,
-    ("imu", 512): 8,
-}
-# Positions of each trunk: 16 x 16 + 1 patches, 77 tokens, 12 x 19 + 1, 14 x 14 + 1 and 250 + 1 patches.
-_TOKENS = {"vision": 257, "text": 77, "audio": 229, "depth": 197, "thermal": 197, "imu": 251}
-# First layer and its kernel: 2 frames of 14 x 14 pixels, 16 x 16 pixels, or 8 readings of 6 axes.
-_STEMS = {
-    "vision": ("rgbt_stem.proj.1", (3, 2, 14, 14)),
-    "audio": ("rgbt_stem.proj", (1, 16, 16)),
-    "depth": ("depth_stem.proj", (1, 16, 16)),
-    "thermal": ("rgbt_stem.proj", (1, 16, 16)),
-    "imu": ("imu_stem.proj", (48,)),
-    "text": ("token_embedding", ()),
-}
-_VOCABULARY = 49_408
-_SHOWN = 20
 
 _CARD = """\
 # ImageBind
@@ -149,13 +128,13 @@ def convert_imagebind(
     """
     renamed, report = rename(state, [*rules, *RULES])
     report.require_complete(source)
-    _require_published(report, source)
-    require_weights(renamed, source=source)
     # One file per trunk: an encoder of images never reads the weights of the five other trunks.
     trunks: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in renamed.items():
         trunk, _, inner = name.partition(".")
         trunks[trunk][inner] = tensor
+    _check_shapes(trunks, source)
+    require_weights(renamed, source=source)
     config = _describe(trunks, heads or {}, source)
     write_encoder(
         folder,
@@ -169,82 +148,25 @@ def convert_imagebind(
     return report
 
 
-def published_shapes(trunk: str, *, width: int, blocks: int, out: int) -> dict[str, tuple[int, ...]]:
-    """Return names and shapes of a trunk's tensors in the published file, without the text mask."""
-    stem, kernel = _STEMS[trunk]
-    inputs, head = f"modality_preprocessors.{trunk}", f"modality_heads.{trunk}"
-    helper = "" if trunk in ("text", "imu") else "pos_embedding_helper."
-    # Positions of text and IMU are stored directly, those of the other trunks inside a helper module.
-    shapes: dict[str, tuple[int, ...]] = {f"{inputs}.{helper}pos_embed": (1, _TOKENS[trunk], width)}
-    shapes[f"{inputs}.{stem}.weight"] = (_VOCABULARY, width) if trunk == "text" else (width, *kernel)
-    if trunk != "text":
-        shapes[f"{inputs}.cls_token"] = (1, 1, width)
-    # Texts have no norm after the stem, and vision has it as a layer of its own.
-    if trunk not in ("text", "vision"):
-        norm = stem.partition(".")[0]
-        shapes |= {f"{inputs}.{norm}.norm_layer.{part}": (width,) for part in ("weight", "bias")}
-    if trunk == "vision":
-        norm = "modality_trunks.vision.pre_transformer_layer.0"
-        shapes |= {f"{norm}.{part}": (width,) for part in ("weight", "bias")}
-    for number in range(blocks):
-        shapes |= _block_shapes(f"modality_trunks.{trunk}.blocks.{number}", trunk, width)
-    # The indices differ because layers without weights lie between norm and projection.
-    first, last = {"text": ("proj.0", "proj.1"), "imu": ("0", "3")}.get(trunk, ("0", "2"))
-    shapes |= {f"{head}.{first}.{part}": (width,) for part in ("weight", "bias")}
-    shapes[f"{head}.{last}.weight"] = (out, width)
-    # Vision has no learned scale in the published file.
-    if trunk != "vision":
-        shapes[f"modality_postprocessors.{trunk}.1.log_logit_scale"] = ()
-    return shapes
-
-
-def _block_shapes(name: str, trunk: str, width: int) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {}
-    layers = (
-        # Query, key and value are one matrix.
-        ("attn.in_proj_", 3 * width, width),
-        ("attn.out_proj.", width, width),
-        ("mlp.fc1.", 4 * width, width),
-        ("mlp.fc2.", width, 4 * width),
-    )
-    for layer, rows, columns in layers:
-        shapes |= {f"{name}.{layer}weight": (rows, columns), f"{name}.{layer}bias": (rows,)}
-    for norm in ("norm_1", "norm_2"):
-        shapes |= {f"{name}.{norm}.weight": (width,), f"{name}.{norm}.bias": (width,)}
-    # These trunks have a learned key and value that every token can attend to.
-    if trunk not in ("vision", "text"):
-        shapes |= {f"{name}.attn.bias_{part}": (1, 1, width) for part in "kv"}
-    return shapes
-
-
-def _require_published(report: ConversionReport, source: str) -> None:
-    """Raise if a trunk has missing or unexpected tensors, or tensors of other shapes than published."""
-    found: defaultdict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
-    for old, new, shape in report.mapped:
-        found[new.partition(".")[0]][old.removeprefix("bind.")] = shape
-    problems = [] if found else ["it holds no tensor of ImageBind"]
-    for trunk, shapes in found.items():
-        if trunk not in TRUNKS:
-            problems.append(f"unknown trunk {trunk}")
-            continue
+def _check_shapes(trunks: Mapping[str, Mapping[str, Tensor]], source: str) -> None:
+    """Raise if a trunk has missing or unexpected tensors, or tensors of other shapes than our network of its size."""
+    problems = [] if trunks else ["it holds no tensor of ImageBind"]
+    for trunk, tensors in trunks.items():
+        found = {f"{trunk}.{name}": tensor.shape for name, tensor in tensors.items()}
         # Sizes are read from the file itself, then all its names and shapes must follow from them.
-        numbers = {int(match[1]) for name in shapes if (match := re.search(r"[.]blocks[.](\d+)[.]", name))}
-        width = next((shape[-1] for name, shape in shapes.items() if name.endswith("pos_embed") and shape), 0)
-        head = next(
-            (shape[0] for name, shape in shapes.items() if name.startswith("modality_heads") and shape[1:]), 0
-        )
-        expected = published_shapes(trunk, width=width, blocks=len(numbers), out=head)
-        problems += [f"missing {name}" for name in expected if name not in shapes]
-        problems += [f"unexpected {name}" for name in shapes if name not in expected]
-        problems += [
-            f"{name} has shape {list(shapes[name])}, not {list(shape)}"
-            for name, shape in expected.items()
-            if shapes.get(name, shape) != shape
-        ]
+        *_, width = 1, *found.get(f"{trunk}.stem.positions", ())
+        out, *_ = *found.get(f"{trunk}.head.project.weight", ()), 1
+        blocks = {name.split(".")[2] for name in found if ".blocks." in name}
+        expected: dict[str, Tensor] = {}
+        if trunk in TRUNKS:
+            # The number of heads changes no shape.
+            size = TrunkConfig(max(width, 1), num_blocks=len(blocks), num_heads=1)
+            with torch.device("meta"):
+                expected = Trunk(trunk, size, max(out, 1)).state_dict()
+        problems += shape_problems({f"{trunk}.{name}": x.shape for name, x in expected.items()}, found)
     if problems:
-        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise CheckpointError(
-            f"{source} is not the published ImageBind: {'; '.join(problems[:_SHOWN])}{more}. Nothing was converted"
+            f"{source} is not the published ImageBind: {listed(problems, 20, separator='; ')}. Nothing was converted"
         )
 
 
@@ -254,9 +176,10 @@ def _describe(
     """Return ``config.json``, read from the tensors' shapes."""
     sizes, outs = {}, {}
     for trunk in (name for name in TRUNKS if name in trunks):
-        tensors = trunks[trunk]
+        tensors, published = trunks[trunk], HUGE.trunks[trunk]
         outs[trunk], width = tensors["head.project.weight"].shape
-        num_heads = heads.get(trunk) or _HEADS.get((trunk, width))
+        # Shapes give every size of a model except the number of attention heads.
+        num_heads = heads.get(trunk) or (published.num_heads if width == published.width else None)
         if num_heads is None or width % num_heads:
             raise CheckpointError(
                 f"{source}: its {trunk} trunk is {width} wide, and shapes do not determine the number of attention "
@@ -268,4 +191,4 @@ def _describe(
         raise CheckpointError(
             f"{source}: its trunks end in different widths, {outs}; they must share one joint space"
         )
-    return {"model": "imagebind", "embedding_size": next(iter(outs.values())), "trunks": sizes}
+    return {"model": KIND, "embedding_size": next(iter(outs.values())), "trunks": sizes}

@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bindllm.atomic import atomic_folder, write_json, write_tensors
-from bindllm.errors import CheckpointError
+from bindllm.atomic import atomic_folder, check_replaceable, write_json, write_tensors
+from bindllm.errors import CheckpointError, listed
 
 REPORT = "conversion.tsv"
 """File of a converted folder that lists every tensor of the published file and its outcome."""
 
-_SHOWN = 20
 # Types that published weights may have; integers and float8 mean a quantized copy.
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -72,11 +71,9 @@ class ConversionReport:
             CheckpointError: names the unknown tensors.
         """
         if self.unknown:
-            shown = ", ".join(self.unknown[:_SHOWN])
-            more = f" and {len(self.unknown) - _SHOWN} more" if len(self.unknown) > _SHOWN else ""
             raise CheckpointError(
-                f"{source} holds {len(self.unknown)} unknown tensors: {shown}{more}. It is another kind of checkpoint, "
-                "or another version of this one; nothing was converted"
+                f"{source} holds {len(self.unknown)} unknown tensors: {listed(self.unknown, 20)}. It is another kind "
+                "of checkpoint, or another version of this one; nothing was converted"
             )
 
 
@@ -156,15 +153,13 @@ def require_weights(tensors: Mapping[str, Tensor], *, source: str) -> None:
     ]
     if kinds:
         raise CheckpointError(
-            f"{source} holds tensors that are not plain floating-point numbers: {', '.join(kinds[:_SHOWN])}. It is "
+            f"{source} holds tensors that are not plain floating-point numbers: {listed(kinds)}. It is "
             "quantized or damaged; give the file as published"
         )
     # One NaN in a frozen weight would make every answer of the model NaN, without an error.
     broken = [name for name, tensor in tensors.items() if not (tensor.is_meta or tensor.isfinite().all())]
     if broken:
-        raise CheckpointError(
-            f"{source} holds values that are not finite in {', '.join(broken[:_SHOWN])}: it is damaged"
-        )
+        raise CheckpointError(f"{source} holds values that are not finite in {listed(broken)}: it is damaged")
 
 
 def write_encoder(
@@ -192,12 +187,7 @@ def write_encoder(
         CheckpointError: the folder holds something else; nothing was written.
     """
     folder = Path(folder)
-    # Only a folder with our report may be replaced: any other may hold a user's files.
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / REPORT).is_file()):
-        raise CheckpointError(
-            f"{folder} exists and was not written by a conversion (no {REPORT}); nothing was written. Choose another "
-            "folder or empty it"
-        )
+    check_replaceable(folder, REPORT, CheckpointError, kind="a converted folder")
     with atomic_folder(folder) as part:
         for name, tensors in weights.items():
             write_tensors(part / name, tensors)

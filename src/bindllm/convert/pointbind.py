@@ -7,13 +7,12 @@ Three published files hold one: `pointbind_i2pmae.pt`, `pointbind_pointbert.pt` 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import chain
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from bindllm.convert.keymap import ConversionReport, Rule, rename, require_weights, write_encoder
+from bindllm.encoders.pointbind.networks import GroupNetwork, build_network
 from bindllm.errors import CheckpointError
 from bindllm.model.checkpoint import check_keys
 
@@ -24,6 +23,7 @@ _MARKS = {"i2p-mae": "point_encoder.h_encoder.", "point-bert": "point_encoder.cl
 
 # ImageBind's own tensors, with or without the prefix of Point-Bind's files; its point head is Point-Bind's.
 _IMAGEBIND = r"(?:bind[.])?(modality_(?:preprocessors|trunks|heads|postprocessors)[.](?!point[.]).*)"
+_NORM_PARTS = ("weight", "bias", "running_mean", "running_var")
 _ENCODER = r"(?:point_trunk[.])?point_encoder[.]"
 
 
@@ -41,10 +41,7 @@ def _group_rules(theirs: str, ours: str) -> list[Rule]:
         rules.append(Rule(rf"{theirs}{place}[.]weight", f"{ours}{name}.weight", change=_without_kernel))
         rules.append(Rule(rf"{theirs}{place}[.]bias", f"{ours}{name}.bias"))
     for place, name in (("first_conv[.]1", "first_norm"), ("second_conv[.]1", "third_norm")):
-        rules += [
-            Rule(rf"{theirs}{place}[.]{part}", f"{ours}{name}.{part}")
-            for part in ("weight", "bias", "running_mean", "running_var")
-        ]
+        rules += [Rule(rf"{theirs}{place}[.]{part}", f"{ours}{name}.{part}") for part in _NORM_PARTS]
     return rules
 
 
@@ -130,10 +127,7 @@ def rename_pointbind(
         )
     tensors, report = rename(state, _RULES)
     report.require_complete(source)
-    shapes = _shapes(variant)
-    # On the meta device a tensor is only a shape: the check allocates nothing.
-    expected = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    check_keys(expected, tensors, source=source)
+    check_keys(_expected(variant), tensors, source=source)
     require_weights(tensors, source=source)
     return variant, tensors, report
 
@@ -187,76 +181,13 @@ ImageBind, whose own weights are for non-commercial use only (CC-BY-NC 4.0). Ask
 """
 
 
-def _shapes(variant: str) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of every tensor of a published encoder, batch norms not yet folded."""
-    if variant == "point-bert":
-        shapes = {"class_token": (1, 1, 384), "class_position": (1, 1, 384)}
-        parts = chain(
-            _group_shapes("groups.", 3, (128, 256, 512, 256)),
-            _linear("reduce", 256, 384),
-            _linear("position.0", 3, 128),
-            _linear("position.2", 128, 384),
-            *(_block_shapes(f"blocks.{n}.", 384) for n in range(12)),
-            _tail(feature=768, width=384),
-        )
-        return shapes | dict(parts)
-    # Input and widths of the group network at each of I2P-MAE's three scales.
-    levels = ((3, (128, 256, 512, 96)), (96, (96, 96, 192, 192)), (192, (192, 192, 384, 384)))
-    parts = chain(
-        *(_group_shapes(f"scales.{n}.groups.", *level) for n, level in enumerate(levels)),
-        *(_linear(f"scales.{n}.position.0", 3, widths[-1]) for n, (_, widths) in enumerate(levels)),
-        *(_linear(f"scales.{n}.position.2", widths[-1], widths[-1]) for n, (_, widths) in enumerate(levels)),
-        *(
-            _block_shapes(f"scales.{n}.blocks.{block}.", widths[-1])
-            for n, (_, widths) in enumerate(levels)
-            for block in range(5)
-        ),
-        _tail(feature=384, width=384),
-    )
-    return dict(parts)
-
-
-_Shapes = list[tuple[str, tuple[int, ...]]]
-
-
-def _linear(name: str, width: int, out: int) -> _Shapes:
-    return [(f"{name}.weight", (out, width)), (f"{name}.bias", (out,))]
-
-
-def _norm(name: str, width: int, parts: tuple[str, ...] = ("weight", "bias")) -> _Shapes:
-    return [(f"{name}.{part}", (width,)) for part in parts]
-
-
-def _group_shapes(name: str, inputs: int, widths: tuple[int, ...]) -> _Shapes:
-    first, second, third, fourth = widths
-    statistics = ("weight", "bias", "running_mean", "running_var")
-    return [
-        *_linear(f"{name}first", inputs, first),
-        *_norm(f"{name}first_norm", first, statistics),
-        *_linear(f"{name}second", first, second),
-        # The second half sees each point next to the maximum over its group, so it is twice as wide.
-        *_linear(f"{name}third", 2 * second, third),
-        *_norm(f"{name}third_norm", third, statistics),
-        *_linear(f"{name}fourth", third, fourth),
-    ]
-
-
-def _block_shapes(name: str, width: int) -> _Shapes:
-    return [
-        *_norm(f"{name}attention_norm", width),
-        # Query, key and value are one matrix without bias.
-        (f"{name}qkv.weight", (3 * width, width)),
-        *_linear(f"{name}output", width, width),
-        *_norm(f"{name}mlp_norm", width),
-        *_linear(f"{name}widen", width, 4 * width),
-        *_linear(f"{name}narrow", 4 * width, width),
-    ]
-
-
-def _tail(*, feature: int, width: int) -> _Shapes:
-    return [
-        *_norm("norm", width),
-        ("head.projection", (feature, 512)),
-        *_norm("head.norm", 512),
-        ("head.linear.weight", (1024, 512)),
-    ]
+def _expected(variant: str) -> dict[str, Tensor]:
+    """Return the tensors of a published encoder, on the meta device: the network's, with norms not yet folded."""
+    network = build_network({"variant": variant}, source=variant)
+    expected = dict(network.state_dict())
+    for name, module in network.named_modules():
+        if isinstance(module, GroupNetwork):
+            # A norm has a number for each output of its layer, as the layer's bias does.
+            for layer, bias in (("first", module.first.bias), ("third", module.third.bias)):
+                expected |= dict.fromkeys((f"{name}.{layer}_norm.{part}" for part in _NORM_PARTS), bias)
+    return expected

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
-from bindllm.atomic import read_object
-from bindllm.convert import KINDS, TOKENIZER, ConvertOptions, imagebind, imagebind_llm, pointbind
-from bindllm.convert.adapter import convert_imagebind_llm
+from bindllm.convert import KINDS, TOKENIZER, imagebind, imagebind_llm, pointbind
 from bindllm.convert.foreign import read_foreign
 from bindllm.convert.keymap import REPORT, ConversionReport, Rule
 from bindllm.encoders import Encoder
-from bindllm.encoders.imagebind.text import tokenizer_tree, write_tokenizer
-from bindllm.errors import CheckpointError, InputError
-from bindllm.model.checkpoint import build_object
+from bindllm.encoders.imagebind.text import Tokenizer, write_tokenizer
+from bindllm.errors import CheckpointError, UsageError
 from bindllm.model.decoder import DecoderConfig
 
-_ENCODERS = {"imagebind": "ImageBind", "pointbind": "PointBind"}
 # Tensors of Point-Bind in a file from which only the ImageBind is converted.
 _POINT_PARTS = (
     r"logit_scale|pc_projection|point_(?:encoder|trunk)[.].*|bind[.]modality_(?:head|postprocessor)_point[.].*"
@@ -29,40 +25,65 @@ _POINT_PARTS = (
 
 
 def convert_published(
-    file: str, output: str, options: ConvertOptions, *, say: Callable[[str], None] = print
-) -> ConversionReport:
+    file: str,
+    output: str,
+    *,
+    kind: str | None = None,
+    tokenizer: str | None = None,
+    base: str | None = None,
+    encoders: Sequence[Encoder] = (),
+    accept_base: bool = False,
+) -> None:
     """Convert a published file into a folder of ours, and print the outcome.
 
     Args:
         file: the published file.
         output: a folder that does not exist yet, or is empty.
-        options: settings of the conversions.
-        say: takes each line of the output.
+        kind: one of `KINDS`; None: found from the names of the tensors.
+        tokenizer: for imagebind: CLIP's ``tokenizer.json`` or its packed list of merges (``.gz``); "none" to convert
+            without texts; None: `TOKENIZER`.
+        base: for imagebind-llm: Hugging Face folder of the LLaMA that the adapter was trained on.
+        encoders: for imagebind-llm: the encoders that the adapter was trained with.
+        accept_base: for imagebind-llm: convert although the base's weights differ from those in training.
 
     Raises:
         CheckpointError: the file cannot be read or converted, or the folder cannot be written.
-        InputError: an ImageBind-LLM adapter without a base or an encoder.
+        UsageError: an ImageBind-LLM adapter without a base or an encoder, or an option of another kind.
     """
     folder = Path(output)
     check_output(folder)
     # The tensors stay on the disk, so finding the kind is cheap.
     state = read_foreign(file)
-    kind = options.kind or find_kind(state, file)
-    say(f"{file}: {kind}, {len(state):,} tensors")
+    kind = kind or find_kind(state, file)
+    adapter = {"base": base, "encoder": encoders, "accept_base": accept_base}
+    for owner, given in (("imagebind", {"tokenizer": tokenizer}), ("imagebind-llm", adapter)):
+        if kind != owner and (names := [f"--{name}" for name, value in given.items() if value]):
+            raise UsageError(f"{names[0]} is for {owner}, and {file} is {kind}; leave it out")
+    print(f"{file}: {kind}, {len(state):,} tensors")
     if kind == "imagebind":
-        report, license = _convert_imagebind(state, file, folder, options.tokenizer), imagebind.LICENSE
+        report, license = _convert_imagebind(state, file, folder, tokenizer), imagebind.LICENSE
     elif kind == "pointbind":
         report, license = pointbind.convert_pointbind(state, folder, source=file), pointbind.LICENSE
         if pointbind.imagebind_part(state):
-            say(f"it also holds an ImageBind: bindllm convert imagebind {file} --output FOLDER")
+            print(f"it also holds an ImageBind: bindllm convert imagebind {file} --output FOLDER")
     else:
-        report, license = _convert_adapter(state, folder, options, say), imagebind_llm.LICENSE
-    say(
+        if not base or not encoders:
+            raise UsageError(
+                "an ImageBind-LLM adapter needs the models that it was trained on: give --base FOLDER, a Hugging Face "
+                "copy of its LLaMA, and --encoder FOLDER, the converted ImageBind (and again for Point-Bind)"
+            )
+        decoder = DecoderConfig(as_path(base))
+        adapted = imagebind_llm.convert_imagebind_llm(
+            state, folder, base=decoder, encoders=encoders, accept_base=accept_base
+        )
+        report, license, shape = adapted.report, imagebind_llm.LICENSE, adapted.shape
+        bridge = "the older bridge" if shape.legacy else "the bridge of the paper"
+        print(f"{shape.phase} phase, {bridge}, {shape.served} of {shape.num_layers} layers served")
+    print(
         f"{folder}: {len(report.mapped):,} tensors converted, {len(report.dropped):,} dropped by rule, "
         f"{len(report.unknown):,} unknown; each is listed in {folder / REPORT}"
     )
-    say(f"license: {license}")
-    return report
+    print(f"license: {license}")
 
 
 def find_kind(state: Mapping[str, Tensor], file: str) -> str:
@@ -126,67 +147,12 @@ def _convert_imagebind(
             packed, file = file.read_bytes(), Path(scratch) / "tokenizer.json"
             write_tokenizer(packed, file)
         if file is not None:
-            _check_tokenizer(file)
+            # The ids of another tokenizer would mean other words to the encoder.
+            Tokenizer(file).check()
         rules = [Rule(_POINT_PARTS, None, "the point encoder: bindllm convert pointbind")]
         return imagebind.convert_imagebind(state, folder, tokenizer_file=file, rules=rules, source=source)
 
 
-def _check_tokenizer(file: Path) -> None:
-    """Refuse a tokenizer that is not CLIP's: its ids would mean other words to the encoder."""
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    # The library raises Exception itself.
-    except Exception as error:
-        raise CheckpointError(
-            f"{file} is not a tokenizer.json that can be read ({error}); bindllm fetch clip-vocabulary makes one"
-        ) from error
-    # The ids of the special tokens differ between vocabularies, so they identify one.
-    for marker in tokenizer_tree({})["added_tokens"]:
-        if (found := tokenizer.token_to_id(marker["content"])) != marker["id"]:
-            raise CheckpointError(
-                f"{file} is not CLIP's tokenizer: {marker['content']} has the id {found}, expected {marker['id']}; "
-                "bindllm fetch clip-vocabulary makes the right one"
-            )
-
-
-def _convert_adapter(
-    state: Mapping[str, Tensor], folder: Path, options: ConvertOptions, say: Callable[[str], None]
-) -> ConversionReport:
-    if not options.base or not options.encoders:
-        raise InputError(
-            "an ImageBind-LLM adapter needs the models that it was trained on: give --base FOLDER, a Hugging Face "
-            "copy of its LLaMA, and --encoder FOLDER, the converted ImageBind (and again for Point-Bind)"
-        )
-    adapted = convert_imagebind_llm(
-        state,
-        folder,
-        base=DecoderConfig(_as_path(options.base)),
-        encoders=[_load_encoder(value) for value in options.encoders],
-        accept_base=options.accept_base,
-    )
-    shape = adapted.shape
-    bridge = "the older bridge" if shape.legacy else "the bridge of the paper"
-    say(f"{shape.phase} phase, {bridge}, {shape.served} of {shape.num_layers} layers served")
-    return adapted.report
-
-
-def _load_encoder(value: str) -> Encoder:
-    """Return the encoder of a converted folder, or of an import path."""
-    if Path(value).is_dir():
-        name = _ENCODERS.get(str(read_object(Path(value) / "config.json").get("model")))
-        if name is None:
-            raise CheckpointError(f"{value} is not a folder of bindllm convert imagebind or pointbind")
-        entry = {"class_path": f"bindllm.encoders.{name}", "init_args": {"weights": _as_path(value)}}
-        return build_object(entry)
-    # A name with dots and without slashes is an import path.
-    if "/" in value or "." not in value:
-        raise CheckpointError(f"encoder folder {value!r} does not exist; bindllm convert imagebind makes one")
-    # The user has typed this path, so the class may be imported.
-    return build_object({"class_path": value}, allow=[value])
-
-
-def _as_path(value: str) -> str:
+def as_path(value: str) -> str:
     """Return a folder's name as a path, so that a checkpoint can tell it from a setting and find it from anywhere."""
     return os.path.join(".", value) if Path(value).is_dir() and Path(value).name == value else value

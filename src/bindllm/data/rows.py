@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 
@@ -14,6 +15,8 @@ from bindllm.media import Media
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Item = TypeVar("Item")
 
 IGNORE = -100
 """Label of a token without a loss; no token id is negative, while 0 is one."""
@@ -33,6 +36,7 @@ class Row:
         source: index of the source in the recipe, from 0.
         task: how it is measured if it is held out.
         type: kind of question, for accuracy by type; empty if the row does not give one.
+        subset: part of the held-out rows, for metrics by subset; empty if the row does not give one.
         rejected: in a preference pair, the conversation with the worse answer; only its last message differs.
         desirable: whether the answer is a wanted one; None if the row does not say so.
         options: in a multiple choice, the texts of the options in the order of their letters in the prompt.
@@ -46,6 +50,7 @@ class Row:
     source: int = 0
     task: Task = "caption"
     type: str = ""
+    subset: str = ""
     rejected: Conversation | None = None
     desirable: bool | None = None
     options: tuple[str, ...] = ()
@@ -68,7 +73,7 @@ class Sample:
         media_index: the media group that the token listens to, or -1.
         conversation: the tokenized conversation.
         truncated: whether an answer was cut or dropped to keep to the maximum length.
-        references, name, source, task, type, desirable, options: as in `Row`.
+        references, name, source, task, type, subset, desirable, options: as in `Row`.
         rejected: the worse answer to the same prompt, tokenized in the same way.
         number: index among the samples of its split; -1 if it has none.
     """
@@ -83,6 +88,7 @@ class Sample:
     source: int = 0
     task: Task = "caption"
     type: str = ""
+    subset: str = ""
     rejected: Sample | None = None
     desirable: bool | None = None
     options: tuple[str, ...] = ()
@@ -149,6 +155,7 @@ def make_sample(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int) -
         source=row.source,
         task=row.task if whole else "chat",
         type=row.type,
+        subset=row.subset,
         rejected=rejected,
         desirable=row.desirable,
         options=row.options,
@@ -240,3 +247,14 @@ def _cut(rendered: Rendered, answers: list[tuple[int, int]], max_length: int) ->
 
 def _num_answers(conversation: Conversation) -> int:
     return sum(message.role == "assistant" for message in conversation.messages)
+
+
+def spread(items: Sequence[Item], count: int) -> list[Item]:
+    """Return up to ``count`` items, evenly spread, so that they are not all of one source.
+
+    Examples:
+        >>> spread("abcdefg", 3), spread("ab", 3)
+        (['a', 'c', 'e'], ['a', 'b'])
+    """
+    count = min(count, len(items))
+    return [items[n * len(items) // count] for n in range(count)]

@@ -23,6 +23,9 @@ TABLE_NAME = "captions"
 MANY_ROWS = 10
 """Rows that may share a split through common media before a report says so."""
 
+FEW_HELD_OUT = 3
+"""Rows that a hash should hold out: of so many, hardly ever none is held out by chance."""
+
 _Found = list[tuple[Row, Split | None]]
 """Rows, each with the split that the recipe, the row or its table gives it."""
 
@@ -44,9 +47,8 @@ def read_source(config: SourceConfig, number: int = 0) -> tuple[dict[str, list[R
         InputError: the path is missing, cannot be read, or no row of it can be used.
     """
     path = Path(config.path)
-    if not config.path.startswith(HUB) and not path.exists():
-        where = "" if path.is_absolute() else f" in {Path.cwd()}, the working directory"
-        raise InputError(f"data source {config.path} does not exist{where}.{fetch_hint(path)}")
+    if not config.path.startswith(HUB):
+        _require_path(path)
     report = SourceReport(config.path, modality=config.modality, format=config.format)
     resolve = FolderResolver.of(config)
     try:
@@ -161,6 +163,14 @@ def _split(
     for n in chosen:
         row, split = found[n]
         rows[split or hashed_split(keys[n], config.held_out)].append(row)
+    # A run would only say at its end that nothing is measured. Rows about one image are held out together, or not.
+    count = sum(found[n][1] is None for n in chosen)
+    if not (rows["validation"] or rows["test"] or report.warning) and config.held_out * count >= FEW_HELD_OUT:
+        report.warning = (
+            f"held_out is {config.held_out:g}, and the hash holds out none of {count:,} rows, which show "
+            f"{len({keys[n] for n in chosen}):,} different media or questions. Give the rows a column split, raise "
+            "held_out, or set split_by: row, which allows the same media in training and in held-out rows"
+        )
     return rows
 
 
@@ -280,12 +290,19 @@ def find_table(path: str | Path) -> str | Path | None:
     return tables[0] if tables else None
 
 
+def _require_path(path: Path) -> None:
+    if not path.exists():
+        where = "" if path.is_absolute() else f" in {Path.cwd()}, the working directory"
+        raise InputError(f"data source {path} does not exist{where}.{fetch_hint(path)}")
+
+
 def require_table(path: Path) -> Path:
     """Return the table at a path.
 
     Raises:
-        InputError: a folder has none, or several.
+        InputError: the path does not exist, or a folder has no table, or several.
     """
+    _require_path(path)
     table = find_table(path)
     if table is None:
         raise InputError(

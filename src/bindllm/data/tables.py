@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from bindllm.data.report import NOT_UTF8, Skipped
 from bindllm.data.source_config import split_named
-from bindllm.errors import InputError, MissingExtraError, did_you_mean
+from bindllm.errors import InputError, did_you_mean, needs_extra
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -351,10 +351,8 @@ def _named_classes(value: int | list[int] | None, names: Sequence[str]) -> objec
 
 def _open_dataset(path: str | Path) -> Mapping[str, Any]:
     """Open a dataset without reading it: its parts by split, or the only part with an empty name."""
-    try:
+    with needs_extra("datasets", extra="datasets", purpose=f"read {path}"):
         import datasets
-    except ImportError as error:
-        raise MissingExtraError("datasets", extra="datasets", purpose=f"read {path}") from error
     named = parse_hub(str(path)) if str(path).startswith(HUB) else None
     try:
         if named is None:

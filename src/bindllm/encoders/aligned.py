@@ -22,7 +22,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bindllm.atomic import atomic_folder, file_sha256, read_json, read_tensors, write_json, write_tensors
+from bindllm.atomic import (
+    atomic_folder,
+    check_replaceable,
+    file_sha256,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
 from bindllm.encoders import fingerprint, once
 from bindllm.encoders.trainable import build_tower, is_trainable
 from bindllm.errors import EncoderError, InputError, fetch_hint
@@ -187,7 +195,7 @@ def write_aligned(
         InputError: the folder holds something else.
     """
     folder = Path(folder)
-    refuse_other_content(folder)
+    check_replaceable(folder, MANIFEST, InputError, kind="an aligned encoder")
     # Readers see the old folder or the new one, never a half-written one.
     with atomic_folder(folder) as part:
         for name, tensors in weights.items():
@@ -200,22 +208,6 @@ def write_aligned(
             write_json(part / name, value)
         for name, text in texts.items():
             (part / name).write_text(text, encoding="utf-8")
-
-
-def refuse_other_content(folder: Path) -> None:
-    """Raise if a folder holds anything but an aligned encoder, which a run would replace.
-
-    Raises:
-        InputError: the folder has other content and no `MANIFEST`.
-    """
-    if (
-        folder.exists()
-        and (not folder.is_dir() or any(folder.iterdir()))
-        and not (folder / MANIFEST).is_file()
-    ):
-        raise InputError(
-            f"output {folder} holds other content (no {MANIFEST}); choose another folder or empty it"
-        )
 
 
 class Aligned:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from bindllm.atomic import open_tensors, require_file
 from bindllm.encoders import Embedded, fingerprint, once, shape_problems
-from bindllm.errors import EncoderError, InputError, did_you_mean
+from bindllm.errors import EncoderError, InputError, check_choice
 from bindllm.media import Media, open_image
 
 Fit = Literal["whole", "crop"]
@@ -98,8 +98,7 @@ class EfficientNetLite:
     space = "efficientnet-lite0"
 
     def __init__(self, weights: str = "checkpoints/efficientnet-lite0", *, fit: Fit = "whole") -> None:
-        if fit not in get_args(Fit):
-            raise InputError(f"fit={fit!r} is unknown. {did_you_mean(str(fit), get_args(Fit))}")
+        check_choice("fit", fit, get_args(Fit))
         # Nothing is read here: a recipe constructs encoders without their weights.
         self.config: dict[str, Any] = {"weights": str(weights), "fit": fit}
         self._file = Path(weights) / "model.safetensors"

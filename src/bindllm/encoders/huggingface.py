@@ -28,7 +28,7 @@ from bindllm.encoders.hub import (
     settings_files,
     weight_files,
 )
-from bindllm.errors import EncoderError, InputError, MediaError, did_you_mean
+from bindllm.errors import EncoderError, InputError, MediaError, check_choice, did_you_mean
 from bindllm.media import Media, open_image
 from bindllm.media.audio import cut_audio
 
@@ -241,12 +241,8 @@ class HuggingFace:
         dtype: str = "float32",
         space: str | None = None,
     ) -> None:
-        if pooling not in get_args(Pooling):
-            raise InputError(
-                f"pooling={pooling!r} is unknown. {did_you_mean(str(pooling), get_args(Pooling))}"
-            )
-        if dtype not in _DTYPES:
-            raise InputError(f"dtype={dtype!r} is unknown. {did_you_mean(str(dtype), _DTYPES)}")
+        check_choice("pooling", pooling, get_args(Pooling))
+        check_choice("dtype", dtype, _DTYPES)
         self._chosen = None if modalities is None else list(modalities)
         # Plain settings only: config and fingerprint are read at the first use.
         self.config: dict[str, Any] = {

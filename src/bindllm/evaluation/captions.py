@@ -18,7 +18,7 @@ import torch
 
 from bindllm.data.collate import Lookup
 from bindllm.data.rows import Sample
-from bindllm.errors import InputError, MissingExtraError
+from bindllm.errors import InputError, needs_extra
 from bindllm.evaluation.task import (
     MODEL,
     NEAREST_CAPTION,
@@ -54,6 +54,7 @@ class CaptionRow:
         nearest_media: path or row of the nearest training media.
         nearest_modality: their modality.
         nearest_similarity: cosine of the two embeddings, -1..1.
+        subset: part of the held-out rows that it belongs to; empty if the row has none.
     """
 
     media: str
@@ -68,6 +69,7 @@ class CaptionRow:
     nearest_media: str | None = None
     nearest_modality: str | None = None
     nearest_similarity: float | None = None
+    subset: str = ""
 
 
 def captions_task(
@@ -151,6 +153,7 @@ def _row(item: Sample, texts: Mapping[str, str | None], nearest: BaselineAnswer 
         media=media_name(item) or item.name,
         modality=media_of(item)[0].modality,
         references=list(item.references),
+        subset=item.subset,
         model=texts[MODEL],
         exact=same_caption(texts[MODEL] or "", item.references),
         no_media=texts[NO_MEDIA],
@@ -240,10 +243,8 @@ def _check(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> N
 
 
 def _cider(generated: list[str], true: list[list[str]]) -> float:
-    try:
+    with needs_extra("pycocoevalcap", extra="report", purpose="compute CIDEr"):
         from pycocoevalcap.cider.cider import Cider
-    except ImportError as error:
-        raise MissingExtraError("pycocoevalcap", extra="report", purpose="compute CIDEr") from error
     if not any(text for texts in true for text in texts):
         return 0.0  # the scorer fails without any word
     score, _ = Cider().compute_score(dict(enumerate(true)), {n: [text] for n, text in enumerate(generated)})
@@ -251,10 +252,8 @@ def _cider(generated: list[str], true: list[list[str]]) -> float:
 
 
 def _bleu_and_rouge(generated: list[str], true: list[list[str]]) -> dict[str, float]:
-    try:
+    with needs_extra("torchmetrics", extra="report", purpose="compute BLEU and ROUGE"):
         from torchmetrics.functional.text import bleu_score, rouge_score
-    except ImportError as error:
-        raise MissingExtraError("torchmetrics", extra="report", purpose="compute BLEU and ROUGE") from error
     # Only rougeL, with our words: the splitting of torchmetrics drops every character outside a-z, and its
     # "rougeLsum" downloads a sentence splitter.
     rouge = rouge_score(generated, true, rouge_keys="rougeL", normalizer=str, tokenizer=str.split)

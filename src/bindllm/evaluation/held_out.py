@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from bindllm.data.collate import Lookup
 from bindllm.data.rows import Sample
@@ -52,21 +53,15 @@ def evaluate_held_out(
     """
     # How to read this: one task for each kind of rows, then one loop that measures all of them.
     tasks, problems = [], {}
+    asking = {"tokenizer": model.tokenizer, "shuffled_limit": shuffled_limit}
+    make = {
+        "captions": partial(captions_task, train_samples=train_samples, lookup=lookup),
+        "answers": partial(answers_task, train_samples=train_samples, **asking),
+        "conversations": conversations_task,
+    }
     for name, rows in held_out.items():
         try:
-            if name == "captions":
-                tasks.append(captions_task(rows, train_samples=train_samples, lookup=lookup))
-            elif name == "answers":
-                tasks.append(
-                    answers_task(
-                        rows,
-                        train_samples=train_samples,
-                        tokenizer=model.tokenizer,
-                        shuffled_limit=shuffled_limit,
-                    )
-                )
-            else:
-                tasks.append(conversations_task(rows))
+            tasks.append(make[name](rows))
         except BindLLMError as error:
             # One task that cannot be measured must not cost the metrics of the others.
             if len(held_out) == 1:

@@ -1,4 +1,8 @@
-"""Zero-shot metrics: accuracy, mean average precision, and recall in both directions."""
+"""Zero-shot metrics: accuracy, mean average precision, recall in both directions, ranks, and the chance level of each.
+
+Equal scores do not rank: such answers count as if they were in random order. An encoder that gives every input the same
+embedding therefore reaches exactly chance, whatever the order of the files.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +14,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bindllm.cache.recall import Positions, chance, cosines, find_positions, hit_rate, join_positions
 from bindllm.cache.visual_cache import VisualCache
 from bindllm.data.collate import MediaGroup
 from bindllm.data.embeddings import MediaEmbeddings
 from bindllm.encoders import Encoder
-from bindllm.errors import MissingExtraError
+from bindllm.errors import needs_extra
 from bindllm.evaluation.layouts import Dataset, Kind
 from bindllm.media import Media
 
-TOP = (1, 5, 10)
+RECALL_AT = (1, 5, 10)
 """The k of recall@k; the first two are also those of top-k accuracy."""
+
+DECIMALS = 6
+"""Cosines are rounded to this many decimals before they are compared, so that equal embeddings stay equal whatever the
+order of summation."""
 
 BLOCK = 1 << 22
 """Approximate number of scores in memory at the same time: 32 MiB."""
@@ -94,7 +101,7 @@ class Scores:
         self._embeddings, self._encoders, self._cache = embeddings, encoders, cache
         if cache is not None:
             # Fail before hours of encoding if the cache belongs to another encoder.
-            cache.blend_groups(torch.empty(0, embeddings.embedding_size), [], encoders)
+            cache.check_encoders({encoder.fingerprint() for encoder in encoders})
 
     def key(self, media: Media) -> str:
         """Return the content key of media; equal for equal content."""
@@ -118,7 +125,7 @@ class Scores:
                 rows = self._cache.blend_groups(rows, queries[part], self._encoders)
             yield part, cosines(rows, candidates)
 
-    def places(
+    def positions(
         self, queries: Sequence[MediaGroup], candidates: Tensor, right: Sequence[Sequence[int]]
     ) -> Positions:
         """Return the position of the best right candidate of each query."""
@@ -129,17 +136,17 @@ class Scores:
 def _classify(dataset: Dataset, rows: list[Row], prompts: list[MediaGroup], scores: Scores) -> Measured:
     """Return how often the class of the nearest prompt is right, over all media and as a mean over classes."""
     queries = [(row.media,) for row in rows]
-    places = scores.places(queries, scores.rows(prompts), [row.labels for row in rows])
+    positions = scores.positions(queries, scores.rows(prompts), [row.labels for row in rows])
     labels = torch.tensor([row.labels[0] for row in rows])
     counts, size = torch.bincount(labels, minlength=len(prompts)), len(prompts)
     # A hit is a fraction if there are ties.
-    right = torch.zeros(size, dtype=torch.float64).index_add(0, labels, hit_rate(places, 1))
+    right = torch.zeros(size, dtype=torch.float64).index_add(0, labels, hit_rate(positions, 1))
     # Classes without media have no accuracy, so the mean leaves them out.
     means = right[counts > 0] / counts[counts > 0]
     found = Measured(notes=_notes_on_classes(prompts, counts))
     # With k as large as the number of classes every answer would be right.
-    for k in [k for k in TOP[:2] if k == 1 or k < size]:
-        rate = float(hit_rate(places, k).mean())
+    for k in [k for k in RECALL_AT[:2] if k == 1 or k < size]:
+        rate = float(hit_rate(positions, k).mean())
         found.measures.append(Measure(f"top-{k} accuracy", rate, min(k, size) / size, len(rows), size))
     mean = float(means.mean())
     found.measures.append(Measure("mean accuracy per class", mean, 1 / size, len(means), size))
@@ -174,49 +181,44 @@ def _tag(dataset: Dataset, rows: list[Row], prompts: list[MediaGroup], scores: S
     return found
 
 
+_Indexed = dict[tuple[str, ...], tuple[int, MediaGroup]]
+
+
 def _retrieve(dataset: Dataset, rows: list[Row], prompts: list[MediaGroup], scores: Scores) -> Measured:
     """Return how often a right result is among the first k, from the media to their targets and back."""
-    media, targets, found = _Distinct(scores.key), _Distinct(scores.key), Measured()
-    # Grouped by content: a caption of two files with the same image is right for both of them.
-    pairs = {(media.number((row.media,)), targets.number(group)) for row in rows for group in row.targets}
-    if (equal := len(rows) - len(media.groups)) > 0:
+    media: _Indexed = {}
+    targets: _Indexed = {}
+    found = Measured()
+
+    def index_of(known: _Indexed, group: MediaGroup) -> int:
+        # By content: a caption of two files with the same image is right for both of them.
+        return known.setdefault(tuple(map(scores.key, group)), (len(known), group))[0]
+
+    pairs = {
+        (index_of(media, (row.media,)), index_of(targets, group)) for row in rows for group in row.targets
+    }
+    if (equal := len(rows) - len(media)) > 0:
         found.notes.append(
             f"{equal:,} media have the same content as another one: they count once, with all their targets"
         )
     names = (dataset.modality, dataset.target_modality)
+    sides = [[group for _, group in known.values()] for known in (media, targets)]
     directions = (
-        (names, media, targets, sorted(pairs)),
-        (names[::-1], targets, media, sorted((target, one) for one, target in pairs)),
+        (names, *sides, sorted(pairs)),
+        (names[::-1], *sides[::-1], sorted((target, one) for one, target in pairs)),
     )
     # The same links in both directions; a query may have several right candidates.
     for (source, target), queries, candidates, links in directions:
-        right: list[list[int]] = [[] for _ in queries.groups]
+        right: list[list[int]] = [[] for _ in queries]
         for query, candidate in links:
             right[query].append(candidate)
-        places = scores.places(queries.groups, scores.rows(candidates.groups), right)
-        counts, size = torch.tensor([len(numbers) for numbers in right]), len(candidates.groups)
-        for k in [k for k in TOP if k == 1 or k < size]:
-            rate, by_chance = float(hit_rate(places, k).mean()), chance(counts, size, k)
+        positions = scores.positions(queries, scores.rows(candidates), right)
+        counts, size = torch.tensor([len(indices) for indices in right]), len(candidates)
+        for k in [k for k in RECALL_AT if k == 1 or k < size]:
+            rate, by_chance = float(hit_rate(positions, k).mean()), chance(counts, size, k)
             name = f"{source} to {target} recall@{k}"
             found.measures.append(Measure(name, rate, by_chance, len(right), size))
     return found
-
-
-class _Distinct:
-    """Media groups with distinct content, numbered in their order."""
-
-    def __init__(self, key: Callable[[Media], str]) -> None:
-        self.groups: list[MediaGroup] = []
-        self._key = key
-        self._numbers: dict[tuple[str, ...], int] = {}
-
-    def number(self, group: MediaGroup) -> int:
-        """Return the number of a group."""
-        key = tuple(map(self._key, group))
-        if key not in self._numbers:
-            self._numbers[key] = len(self.groups)
-            self.groups.append(group)
-        return self._numbers[key]
 
 
 def _notes_on_classes(prompts: list[MediaGroup], counts: Tensor) -> list[str]:
@@ -248,12 +250,8 @@ def average_precisions(scores: Tensor, targets: Tensor) -> Tensor:
     Raises:
         MissingExtraError: torchmetrics is not installed.
     """
-    try:
+    with needs_extra("torchmetrics", extra="report", purpose="compute average precision"):
         from torchmetrics.functional.classification import binary_average_precision
-    except ImportError as error:
-        raise MissingExtraError(
-            "torchmetrics", extra="report", purpose="compute average precision"
-        ) from error
     # Outside of 0..1 torchmetrics treats scores as logits, and its sigmoid would create new ties.
     shares = ((scores.double() + 1) / 2).clamp(0, 1)
     # Class by class, as its mean over classes counts a class without a right item as 0.
@@ -276,3 +274,96 @@ def chance_of_precision(num_right: Tensor, num_items: int) -> Tensor:
     harmonic = float((1 / torch.arange(1, num_items + 1, dtype=torch.float64)).sum())
     others = (num_right.double() - 1) / max(num_items - 1, 1)
     return (harmonic + others * (num_items - harmonic)) / num_items
+
+
+class Positions(NamedTuple):
+    """The position of the best right answer of each query, three times int64 [Q].
+
+    Args:
+        above: Wrong answers with a higher score.
+        tied: Wrong answers with the same score.
+        equals: Right answers with that score, including itself.
+    """
+
+    above: Tensor
+    tied: Tensor
+    equals: Tensor
+
+
+def cosines(queries: Tensor, candidates: Tensor) -> Tensor:
+    """Return the rounded cosines of unit embeddings [Q, E] and [C, E]: float64, [Q, C]."""
+    return (queries.double() @ candidates.double().T).round(decimals=DECIMALS)
+
+
+def find_positions(scores: Tensor, right: Sequence[Sequence[int]]) -> Positions:
+    """Find the best right answer of each query. If its score is NaN, all other answers are above it.
+
+    Args:
+        scores: Of each candidate, [Q, C].
+        right: Indices of the right candidates of each query, at least one each.
+    """
+    # A flat list of pairs, because queries have different numbers of right answers.
+    counts = torch.tensor([len(indices) for indices in right])
+    rows = torch.arange(len(right)).repeat_interleave(counts)
+    columns = torch.tensor([index for indices in right for index in indices])
+    values = scores[rows, columns]
+    best = torch.full((len(right),), -torch.inf, dtype=scores.dtype).scatter_reduce(0, rows, values, "amax")
+    equals = torch.zeros(len(right), dtype=torch.long).index_add(0, rows, (values == best[rows]).long())
+    # Not `scores > best`: with NaN on either side that would be False.
+    above = (~(scores <= best[:, None])).sum(dim=1)
+    return Positions(above, (scores == best[:, None]).sum(dim=1) - equals, equals)
+
+
+def join_positions(parts: Sequence[Positions]) -> Positions:
+    """Return the positions of all parts of the queries."""
+    return Positions(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+
+def hit_rate(positions: Positions, k: int) -> Tensor:
+    """Return for each query the probability that a right answer is among the first k: float64, [Q].
+
+    It is 0 or 1 without ties; tied answers count as being in random order.
+
+    Examples:
+        >>> hit_rate(find_positions(torch.tensor([[0.9, 0.5, 0.5]]), [[1]]), 2)
+        tensor([0.5000], dtype=torch.float64)
+    """
+    # Positions among the first k that the tied answers share.
+    free = (k - positions.above).clamp(min=0)
+    miss = torch.ones(len(free), dtype=torch.float64)
+    # Drawing without replacement: the probability that every free position goes to a wrong answer.
+    for drawn in range(k):
+        wrong = (positions.tied - drawn).clamp(min=0).double()
+        left = (positions.tied + positions.equals - drawn).clamp(min=1)
+        miss = torch.where(drawn < free, miss * wrong / left, miss)
+    return 1 - miss
+
+
+def mean_ranks(positions: Positions) -> Tensor:
+    """Return the rank, from 1, of the best right answer of each query, a mean over the orders of ties: float64, [Q].
+
+    Other right answers do not count against the best.
+
+    Examples:
+        >>> mean_ranks(find_positions(torch.tensor([[0.9, 0.5, 0.5]]), [[1]]))
+        tensor([2.5000], dtype=torch.float64)
+    """
+    # The first of r right answers among r + w tied ones has the mean rank (r + w + 1) / (r + 1).
+    return positions.above + (positions.tied + positions.equals + 1).double() / (positions.equals + 1)
+
+
+def chance(num_right: Tensor, num_candidates: int, k: int) -> float:
+    """Return the mean hit rate of a random order.
+
+    Args:
+        num_right: Number of right answers of each query, int64 [Q].
+        num_candidates: Number of all answers.
+        k: As for `hit_rate`.
+
+    Examples:
+        >>> round(chance(torch.tensor([1]), 50, 5), 6)
+        0.1
+    """
+    # Equal scores count as a random order, so chance is the hit rate of a complete tie.
+    everything_tied = Positions(torch.zeros_like(num_right), num_candidates - num_right, num_right)
+    return float(hit_rate(everything_tied, k).mean())

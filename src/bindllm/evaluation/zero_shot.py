@@ -27,7 +27,7 @@ from bindllm.data.report import Skipped
 from bindllm.encoders import Encoder, alignment_warnings, encoder_for, skipped_encoders, space_of
 from bindllm.errors import InputError, printable
 from bindllm.evaluation.layouts import Dataset
-from bindllm.evaluation.layouts.files import read_lines
+from bindllm.evaluation.layouts.dataset import read_lines
 from bindllm.evaluation.measures import MEASURES, Measure, Row, Scores
 from bindllm.media import Media
 from bindllm.parallel import RunContext

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, BinaryIO, Literal
 import numpy as np
 from PIL import Image
 
-from bindllm.errors import MediaError, MissingExtraError
+from bindllm.errors import MediaError, MissingExtraError, needs_extra
 from bindllm.media.images import MAX_PIXELS
 from bindllm.media.source import Source, name_of, open_stream, read_head
 
@@ -99,10 +99,8 @@ def open_track(source: Source, track: Track) -> Iterator[tuple[InputContainer, S
         MediaError: missing, empty, damaged, not audio or video, without such a track, or frames above `MAX_PIXELS`.
         MissingExtraError: PyAV is not installed.
     """
-    try:
+    with needs_extra("av", extra=track, purpose=f"read {track} files"):
         import av
-    except ImportError as error:
-        raise MissingExtraError("av", extra=track, purpose=f"read {track} files") from error
     if isinstance(source, np.ndarray | Image.Image):
         raise MediaError(f"expected {_EXPECTED[track]}")
     with open_stream(source) as stream:

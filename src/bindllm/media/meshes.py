@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from bindllm.errors import MediaError, MissingExtraError, printable
+from bindllm.errors import MediaError, needs_extra, printable
 
 SAMPLES = 16_384
 """Points that are taken from the surface of a mesh: twice as many as Point-Bind works on."""
@@ -65,10 +65,8 @@ def sample_mesh(stream: BinaryIO, *, kind: str, name: str) -> np.ndarray:
             without a vertex.
         MissingExtraError: trimesh is not installed.
     """
-    try:
+    with needs_extra("trimesh", extra="point", purpose="read meshes"):
         import trimesh
-    except ImportError as error:
-        raise MissingExtraError("trimesh", extra="point", purpose="read meshes") from error
 
     stream.seek(0, os.SEEK_END)
     size = stream.tell()

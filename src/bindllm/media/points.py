@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from bindllm.errors import MediaError, MissingExtraError, reading
+from bindllm.errors import MediaError, needs_extra, reading
 from bindllm.media.arrays import cells_of, check_numbers, holds_array, is_number, read_array, read_rows
 from bindllm.media.meshes import sample_mesh
 from bindllm.media.source import Source, name_of, open_stream, read_head
@@ -183,7 +183,7 @@ def _read_ply(stream: BinaryIO) -> Iterator[np.ndarray] | None:
                 raise MediaError("a truncated PLY file: it ends before its vertices; replace the file")
         rows = read_rows(stream, first=lines + skipped + 1, columns=len(names), most=count)
         return _all_of(count, (block[:, [names.index(axis) for axis in "xyz"]] for block in rows))
-    # Binary records before the vertices are passed over by their size.
+    # Binary records before the vertices are skipped by their size.
     offset = start + sum(element.dtype(ply.byte_order).itemsize * count for element, count in before)
     stream.seek(offset)
     return _all_of(count, _records(stream, np.dtype(ply.elements[at].dtype(ply.byte_order)), count))
@@ -206,10 +206,8 @@ def _header_lines(stream: BinaryIO) -> Iterator[bytes]:
 
 def _parse_ply_header(header: bytes) -> tuple[Any, list[int]]:
     """Return the elements as `plyfile` describes them, without data, and how many records each has."""
-    try:
+    with needs_extra("plyfile", extra="point", purpose="read PLY files"):
         from plyfile import PlyData
-    except ImportError as error:
-        raise MissingExtraError("plyfile", extra="point", purpose="read PLY files") from error
     counts = [count for _, count in _ELEMENT.findall(header)]
     # int() also accepts signs and underscores; 15 digits are enough for any file.
     if odd := [count for count in counts if not (count.isdigit() and len(count) < 16)]:

@@ -17,21 +17,18 @@ import copy
 import logging
 import math
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from bindllm.errors import DecoderError, InputError, MissingExtraError
+from bindllm.errors import DecoderError, InputError, needs_extra
+from bindllm.model.checkpoint import ADAPTER_PREFIX
 from bindllm.model.decoder import without_weights
 from bindllm.model.quantize import quiet_bitsandbytes
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-PREFIX = "adapter."
-"""Prefix of an adapter's tensors, before the name that peft gives them."""
-
 MOST_RANK = 65536
 """Largest rank: wider than any projection, and small enough that a damaged checkpoint cannot ask for more."""
 
@@ -71,9 +68,10 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         # How to read this: each check names the two settings that contradict each other.
         is_rank = isinstance(self.rank, int) and 1 <= self.rank <= MOST_RANK
-        if not is_rank or not (self.alpha is None or self.alpha > 0):
+        if not is_rank or not (self.alpha is None or 0 < self.alpha < math.inf):
             raise InputError(
-                f"adapter with rank {self.rank} and alpha {self.alpha}: rank must be 1 to {MOST_RANK}, alpha above 0"
+                f"adapter with rank {self.rank} and alpha {self.alpha}: rank must be 1 to {MOST_RANK}, alpha finite "
+                "and above 0"
             )
         if self.dora and self.bias:
             raise InputError(
@@ -112,12 +110,8 @@ class Adapter:
 
     def __init__(self, decoder: PreTrainedModel, config: AdapterConfig) -> None:
         quiet_bitsandbytes()
-        try:
+        with needs_extra("peft", extra="adapter", purpose="tune a decoder, or run a tuned one"):
             from peft import inject_adapter_in_model
-        except ImportError as error:
-            raise MissingExtraError(
-                "peft", extra="adapter", purpose="tune a decoder, or run a tuned one"
-            ) from error
         _check(decoder)
         self.config = config = _choose_bias(config, decoder)
         self._peft_config = _peft_config(decoder, config)
@@ -140,22 +134,21 @@ class Adapter:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the tuned parameters by their names in a checkpoint."""
-        return dict(self._named())
-
-    def peft_config(self) -> dict[str, Any]:
-        """Return the content of peft's ``adapter_config.json``."""
-        # peft keeps sets in it, which JSON cannot hold.
-        entries = {**self._peft_config.to_dict(), "inference_mode": True}
-        return {name: sorted(value) if isinstance(value, set) else value for name, value in entries.items()}
-
-    def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
+        found = {}
         for name, parameter in self._decoder.named_parameters():
             # peft's wrappers add these parts to a name; a name without them belongs to a frozen tensor.
             plain = name.replace(".modules_to_save.", ".").replace(f".{_ADAPTER_NAME}.", ".")
             if plain != name:
                 if plain.endswith(f"{_MAGNITUDE}.weight"):
                     plain = plain.removesuffix(".weight")
-                yield PREFIX + _PEFT_PREFIX + plain, parameter
+                found[ADAPTER_PREFIX + _PEFT_PREFIX + plain] = parameter
+        return found
+
+    def peft_config(self) -> dict[str, Any]:
+        """Return the content of peft's ``adapter_config.json``."""
+        # peft keeps sets in it, which JSON cannot hold.
+        entries = {**self._peft_config.to_dict(), "inference_mode": True}
+        return {name: sorted(value) if isinstance(value, set) else value for name, value in entries.items()}
 
 
 def _as_input(module: nn.Module, args: tuple, output: Tensor) -> Tensor:

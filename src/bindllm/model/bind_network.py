@@ -15,10 +15,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from bindllm.errors import InputError, did_you_mean
+from bindllm.errors import InputError, check_choice
 
 MOST_DEPTH = 1000
-"""Largest depth: a damaged checkpoint cannot ask for more."""
+"""Largest depth and expansion: a damaged checkpoint cannot ask for more."""
 
 MOST_TOKENS = 4096
 """Largest number of bind tokens of a media group, for the same reason."""
@@ -59,16 +59,13 @@ class BindConfig:
     """Modalities whose encoder tokens are read if `tokens` is more than 1. All others have bind token 0 only."""
 
     def __post_init__(self) -> None:
-        for what, value, known in (("norm", self.norm, NORMS), ("fusion", self.fusion, FUSIONS)):
-            if value not in known:
-                raise InputError(
-                    f"unknown {what} {value!r} of the bind network. {did_you_mean(str(value), known)}"
-                )
+        check_choice("bind norm", self.norm, NORMS)
+        check_choice("bind fusion", self.fusion, FUSIONS)
         is_whole = isinstance(self.depth, int) and isinstance(self.expansion, int)
-        if not is_whole or not 0 <= self.depth <= MOST_DEPTH or self.expansion < 1:
+        if not is_whole or not 0 <= self.depth <= MOST_DEPTH or not 1 <= self.expansion <= MOST_DEPTH:
             raise InputError(
                 f"bind network with depth {self.depth} and expansion {self.expansion}: depth must be 0 to "
-                f"{MOST_DEPTH}, expansion at least 1, and both whole numbers"
+                f"{MOST_DEPTH}, expansion 1 to {MOST_DEPTH}, and both whole numbers"
             )
         if not isinstance(self.tokens, int) or not 1 <= self.tokens <= MOST_TOKENS:
             raise InputError(f"bind.tokens is {self.tokens}, expected a whole number from 1 to {MOST_TOKENS}")

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from bindllm import __version__
-from bindllm.cache.settings import CacheConfig
+from bindllm.cache.blend import CacheConfig
 from bindllm.cache.visual_cache import CacheChoice, VisualCache, choose_cache
 from bindllm.conversation import Conversation
 from bindllm.embeddings.embedder import GroupEmbeddings, embed_groups

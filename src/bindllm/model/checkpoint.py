@@ -25,6 +25,7 @@ from torch import Tensor
 
 from bindllm.atomic import (
     atomic_folder,
+    check_replaceable,
     file_sha256,
     read_json,
     read_tensors,
@@ -33,7 +34,7 @@ from bindllm.atomic import (
     write_tensors,
 )
 from bindllm.encoders import Encoder, members_of, shape_problems
-from bindllm.errors import CheckpointError, UsageError, did_you_mean
+from bindllm.errors import CheckpointError, UsageError, did_you_mean, listed
 from bindllm.imports import build_named
 
 # Raise the number when older versions of bindllm cannot read a new checkpoint.
@@ -44,7 +45,9 @@ ADAPTER = "adapter"
 CACHE = "cache"
 ADAPTER_WEIGHTS = f"{ADAPTER}/adapter_model.safetensors"
 _ADAPTER_CONFIG = f"{ADAPTER}/adapter_config.json"
-_ADAPTER_PREFIX = "adapter."
+ADAPTER_PREFIX = "adapter."
+"""Prefix of an adapter's tensors, before the name that peft gives them."""
+
 # Endings of files that may hold pickles. A checkpoint never has them, so one means that the folder was tampered with.
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"}
 UNKNOWN_LICENSE = "see its own page"
@@ -79,13 +82,9 @@ def write_checkpoint(
         CheckpointError: the folder exists and is not a checkpoint of ours.
     """
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
-        raise CheckpointError(
-            f"{folder} exists and is not a bindllm checkpoint (no {MANIFEST}); nothing was written. "
-            "Choose another folder or empty it."
-        )
+    check_replaceable(folder, MANIFEST, CheckpointError, kind="a bindllm checkpoint")
     # The adapter goes into a folder of its own, which plain peft can load.
-    tuned = {name for name in tensors if name.startswith(_ADAPTER_PREFIX)}
+    tuned = {name for name in tensors if name.startswith(ADAPTER_PREFIX)}
     assert bool(tuned) == (adapter_config is not None), "an adapter's tensors and its config go together"
     cache = {"cache": _keep_path(entry, folder)} if (entry := manifest.get("cache")) else {}
     with atomic_folder(folder) as part:
@@ -96,7 +95,7 @@ def write_checkpoint(
         hashes = {"weights_sha256": file_sha256(part / WEIGHTS)}
         if adapter_config is not None:
             (part / ADAPTER).mkdir()
-            named = {name.removeprefix(_ADAPTER_PREFIX): tensors[name] for name in tensors if name in tuned}
+            named = {name.removeprefix(ADAPTER_PREFIX): tensors[name] for name in tensors if name in tuned}
             write_tensors(part / ADAPTER_WEIGHTS, named)
             write_json(part / _ADAPTER_CONFIG, adapter_config)
             hashes["adapter_sha256"] = file_sha256(part / ADAPTER_WEIGHTS)
@@ -124,16 +123,17 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
                 f"in {aside}: rename it to {folder.name}, or save again"
             )
         raise CheckpointError(f"checkpoint folder {str(folder)!r} does not exist. {_siblings(folder)}")
+    # Before the search below: another folder may be large, and hold pickles rightly.
+    manifest = read_json(
+        folder / MANIFEST, CheckpointError, "without it a folder is not a bindllm checkpoint"
+    )
     # Refused even though nothing here would open them: another tool might.
     pickles = sorted(file.name for file in folder.rglob("*") if file.suffix in _PICKLES)
     if pickles:
         raise CheckpointError(
-            f"{folder} holds {', '.join(pickles)}: such files can run code when opened, and no bindllm checkpoint "
+            f"{folder} holds {listed(pickles)}: such files can run code when opened, and no bindllm checkpoint "
             "has them. Remove them, or load a folder from a source you trust."
         )
-    manifest = read_json(
-        folder / MANIFEST, CheckpointError, "without it a folder is not a bindllm checkpoint"
-    )
     if not isinstance(manifest, dict) or not isinstance(manifest.get("format", 0), int):
         raise CheckpointError(
             f"{folder / MANIFEST} is not the description of a checkpoint: expected an object whose format is a "
@@ -168,7 +168,7 @@ def read_weights(folder: str | Path, manifest: dict[str, Any]) -> dict[str, Tens
     tensors = read_tensors(Path(folder) / WEIGHTS, manifest.get("weights_sha256"), CheckpointError)
     if "adapter_sha256" in manifest:
         tuned = read_tensors(Path(folder) / ADAPTER_WEIGHTS, manifest["adapter_sha256"], CheckpointError)
-        tensors |= {_ADAPTER_PREFIX + name: tensor for name, tensor in tuned.items()}
+        tensors |= {ADAPTER_PREFIX + name: tensor for name, tensor in tuned.items()}
     return tensors
 
 
@@ -176,13 +176,13 @@ def check_keys(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], *, s
     """Refuse tensors that do not match name by name and shape by shape.
 
     Raises:
-        CheckpointError: lists every missing, unexpected and misshapen tensor, and those of integers.
+        CheckpointError: names the missing, unexpected and misshapen tensors, and those of integers.
     """
     shapes = ({name: tensors[name].shape for name in sorted(tensors)} for tensors in (expected, found))
     problems = shape_problems(*shapes)
     problems += [f"{name} holds {x.dtype}" for name, x in found.items() if not x.is_floating_point()]
     if problems:
-        raise CheckpointError(f"{source} does not fit this model: {'; '.join(problems)}")
+        raise CheckpointError(f"{source} does not fit this model: {listed(problems, 20, separator='; ')}")
 
 
 def home_of(folder: str | Path, manifest: dict[str, Any]) -> Path:

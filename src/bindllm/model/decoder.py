@@ -25,7 +25,7 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 from bindllm.atomic import file_sha256, not_finite, open_tensors, read_json, require_file
 from bindllm.conversation import INPUT_HEADER, check_tokenizer, end_tokens
 from bindllm.encoders import hub
-from bindllm.errors import DecoderError, InputError, did_you_mean
+from bindllm.errors import DecoderError, check_choice
 from bindllm.model.quantize import QUANTIZATIONS, keep_gradients, quantization_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -98,18 +98,11 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         # How to read this: closed choices are checked here, since configs also come from files and Python.
-        if self.dtype not in ("auto", *DTYPES):
-            raise InputError(
-                f"unknown dtype {self.dtype!r}. {did_you_mean(str(self.dtype), ['auto', *DTYPES])}"
-            )
-        if self.template is not None and self.template not in TEMPLATES:
-            raise InputError(
-                f"unknown template {self.template!r}. {did_you_mean(str(self.template), TEMPLATES)}"
-            )
-        if self.quantize is not None and self.quantize not in QUANTIZATIONS:
-            raise InputError(
-                f"unknown quantization {self.quantize!r}. {did_you_mean(str(self.quantize), QUANTIZATIONS)}"
-            )
+        check_choice("dtype", self.dtype, ("auto", *DTYPES))
+        if self.template is not None:
+            check_choice("template", self.template, TEMPLATES)
+        if self.quantize is not None:
+            check_choice("quantization", self.quantize, QUANTIZATIONS)
 
     def folder(self) -> Path:
         """Return the local folder of the decoder; an id on the hub is downloaded.

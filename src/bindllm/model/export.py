@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from bindllm import __version__
-from bindllm.atomic import atomic_folder, not_finite, write_json
-from bindllm.errors import CheckpointError, InputError, did_you_mean
-from bindllm.model.adapter import PREFIX, Adapter, AdapterConfig, enable_biases, lacking_biases
-from bindllm.model.checkpoint import check_keys, license_of, read_manifest, read_weights
+from bindllm.atomic import atomic_folder, check_replaceable, not_finite, write_json
+from bindllm.errors import CheckpointError, InputError, check_choice
+from bindllm.model.adapter import Adapter, AdapterConfig, enable_biases, lacking_biases
+from bindllm.model.checkpoint import ADAPTER_PREFIX, check_keys, license_of, read_manifest, read_weights
 from bindllm.model.decoder import (
     DTYPES,
     DecoderConfig,
@@ -96,7 +96,7 @@ def export_decoder(
     # Always the full-precision files: merging into packed weights would round twice.
     network = load_decoder(replace(config, dtype=of_files, quantize=None), device="cpu")
     # Bind network and injection stay behind; a plain folder has no input for media.
-    tensors = {k: v for k, v in read_weights(checkpoint, manifest).items() if k.startswith(PREFIX)}
+    tensors = {k: v for k, v in read_weights(checkpoint, manifest).items() if k.startswith(ADAPTER_PREFIX)}
     num_merged, num_replaced = merge(network, adapter, tensors, DTYPES[dtype], source=str(checkpoint))
     _take_config(network, has_biases=bool(adapter.bias))
     # The end of an answer is the template's, and recommendations for the plain decoder do not hold for a tuned one.
@@ -244,8 +244,8 @@ def _card(config: DecoderConfig, checkpoint: str | Path, manifest: dict[str, Any
 
 def _choose_dtypes(asked: str | None, plain: PretrainedConfig) -> tuple[str, str]:
     """Return the precision of the decoder's files, and the one that is written."""
-    if asked is not None and asked not in DTYPES:
-        raise InputError(f"unknown dtype {asked!r}. {did_you_mean(asked, DTYPES)}")
+    if asked is not None:
+        check_choice("dtype", asked, DTYPES)
     of_files = str(plain.dtype).removeprefix("torch.")
     of_files = of_files if of_files in DTYPES else "float32"
     return of_files, asked or of_files
@@ -255,10 +255,4 @@ def _check_output(output: Path, checkpoint: Path) -> None:
     """Refuse a folder that holds anything but an earlier export, before the decoder is loaded."""
     if output.resolve() in (Path.cwd(), checkpoint.resolve()):
         raise InputError(f"{output} cannot be the output: name a folder that is not there yet")
-    if not output.exists() or (output / RECORD).is_file():
-        return
-    if not output.is_dir() or any(output.iterdir()):
-        raise InputError(
-            f"{output} exists and is not an earlier export (no {RECORD}); nothing was written. Choose another folder "
-            "or empty it"
-        )
+    check_replaceable(output, RECORD, InputError, kind="an earlier export")

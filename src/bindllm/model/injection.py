@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bindllm.errors import BindLLMError, DecoderError, InputError, did_you_mean
+from bindllm.errors import BindLLMError, DecoderError, InputError, check_choice
 from bindllm.model.attend import PROJECTIONS, BindAttention, find_attention, mask_tokens, plain_projection
 
 KINDS = tuple(PROJECTIONS)
@@ -68,8 +68,7 @@ class InjectConfig:
                 f"inject.layers is {self.layers}, expected a whole number of at least 1, a list of different layer "
                 "indices from 0, or null for all layers"
             )
-        if self.kind not in KINDS:
-            raise InputError(f"unknown injection kind {self.kind!r}. {did_you_mean(str(self.kind), KINDS)}")
+        check_choice("injection kind", self.kind, KINDS)
 
 
 def check_kind(config: InjectConfig, num_tokens: int) -> None:

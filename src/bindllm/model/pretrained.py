@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from bindllm.cache.settings import CacheConfig
+from bindllm.cache.blend import CacheConfig
 from bindllm.encoders.fusion import common_size
 from bindllm.errors import CheckpointError, EncoderError, InputError, UsageError
 from bindllm.imports import resolve_path
@@ -66,9 +67,9 @@ def read_configs(folder: str | Path, manifest: dict[str, Any]) -> dict[str, Any]
     """Return the configs of a checkpoint: ``bind``, ``inject``, ``adapter``, ``cache_config`` and ``origin``.
 
     Raises:
-        CheckpointError: the manifest lacks an entry.
+        CheckpointError: the manifest lacks an entry, or a value is out of its range.
     """
-    try:
+    with _entries(folder):
         return {
             "bind": BindConfig(**manifest["bind"]),
             "inject": InjectConfig(**manifest["inject"]),
@@ -77,8 +78,6 @@ def read_configs(folder: str | Path, manifest: dict[str, Any]) -> dict[str, Any]
             "cache_config": read_cache_config(folder, manifest),
             "origin": manifest.get("origin", ""),
         }
-    except (KeyError, TypeError, AttributeError) as error:
-        raise _damaged(folder, error) from error
 
 
 def read_decoder(
@@ -100,22 +99,17 @@ def read_decoder(
 
     Raises:
         CheckpointError: the decoder is another one, or the manifest lacks an entry.
+        InputError: an unknown dtype or quantization.
     """
-    try:
-        saved = manifest["decoder"]
-        config = DecoderConfig(
-            name=decoder or resolve_path(saved["name"], home_of(folder, manifest)),
-            dtype=dtype or saved["dtype"],
-            revision=saved["revision"],
-            system=saved["system"],
-            template=saved.get("template"),
-            # None keeps the setting of the training, False becomes none.
-            quantize=saved.get("quantize") if quantize is None else quantize or None,
-        )
+    with _entries(folder):
+        entry = dict(manifest["decoder"])
         # Checked for a given decoder too: bind vectors mean something to one decoder only.
-        fingerprint = saved["fingerprint"]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise _damaged(folder, error) from error
+        fingerprint = entry.pop("fingerprint")
+        saved = DecoderConfig(**entry)
+        name = decoder or resolve_path(str(saved.name), home_of(folder, manifest))
+    # None keeps the setting of the training, False becomes none.
+    quantize = saved.quantize if quantize is None else quantize or None
+    config = replace(saved, name=name, dtype=dtype or saved.dtype, quantize=quantize)
     _check_fingerprint("decoder", config.name, fingerprint_decoder(config.folder()), fingerprint)
     return config
 
@@ -127,28 +121,23 @@ def read_encoders(folder: str | Path, manifest: dict[str, Any], *, allow: Sequen
         CheckpointError: one is missing, or is not the one that the checkpoint was trained with.
     """
     # Paths are resolved for all encoders before the first one is built.
-    built, expected = [], encoder_fingerprints(folder, manifest)
-    try:
+    with _entries(folder):
         home = home_of(folder, manifest)
         entries = [
-            (
-                entry["class_path"],
-                {name: resolve_path(value, home) for name, value in entry["init_args"].items()},
-            )
+            {**entry, "init_args": {name: resolve_path(x, home) for name, x in entry["init_args"].items()}}
             for entry in manifest["encoders"]
         ]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise _damaged(folder, error) from error
-    for (class_path, arguments), fingerprint in zip(entries, expected, strict=True):
+    built = []
+    for entry, fingerprint in zip(entries, encoder_fingerprints(folder, manifest), strict=True):
         try:
-            encoder = build_object({"class_path": class_path, "init_args": arguments}, allow=allow)
+            encoder = build_object(entry, allow=allow)
             found = encoder.fingerprint()
         # An error about an encoder should name the file in which it is listed.
         except EncoderError as error:
             raise CheckpointError(
                 f"{error}; it is named under encoders in {Path(folder) / MANIFEST}"
             ) from error
-        _check_fingerprint("encoder", class_path, found, fingerprint)
+        _check_fingerprint("encoder", entry["class_path"], found, fingerprint)
         built.append(encoder)
     return built
 
@@ -159,10 +148,8 @@ def encoder_fingerprints(folder: str | Path, manifest: dict[str, Any]) -> list[s
     Raises:
         CheckpointError: the manifest lacks an entry.
     """
-    try:
+    with _entries(folder):
         return [entry["fingerprint"] for entry in manifest["encoders"]]
-    except (KeyError, TypeError) as error:
-        raise _damaged(folder, error) from error
 
 
 def read_cache_config(folder: str | Path, manifest: dict[str, Any]) -> CacheConfig | None:
@@ -237,13 +224,27 @@ def _add_encoders(own: list[Encoder], further: Sequence[Encoder]) -> None:
     common_size(own)
 
 
-def _damaged(folder: str | Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{folder}: the manifest lacks or misspells {error}; copy the whole folder again")
+@contextmanager
+def _entries(folder: str | Path) -> Iterator[None]:
+    """Turn errors about the entries of a manifest, which anybody may have written, into one that names the file."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, InputError) as error:
+        raise CheckpointError(
+            f"{Path(folder) / MANIFEST}: an entry is missing, misspelled or out of its range ({error}); copy the whole "
+            "folder again"
+        ) from error
 
 
 def _check_fingerprint(part: str, name: str, found: str, expected: str) -> None:
     if found != expected:
-        advice = "with decoder=FOLDER" if part == "decoder" else "at the path that bindllm.json names"
+        advice = "with decoder=FOLDER"
+        if part == "encoder":
+            # The fingerprint also covers how this version turns files into pixels and samples.
+            advice = (
+                "at the path that bindllm.json names. If its files are unchanged, this version of bindllm prepares "
+                "media differently: train again, or use the version that trained the checkpoint"
+            )
         raise CheckpointError(
             f"the {part} {name!r} is not the one that this checkpoint was trained with (fingerprint {found[:12]}, "
             f"expected {expected[:12]}): its answers would mean nothing. Give the original {part} {advice}."

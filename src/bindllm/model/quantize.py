@@ -24,7 +24,7 @@ QUANTIZATIONS = ("nf4", "int8")
 
 # Repeated for every projection and step: that products run in float16, and that a CPU kernel is missing which
 # `keep_gradients` switches off anyway.
-_SAID_TO_ALL = ("MatMul8bitLt: inputs will be cast", "Failed to load CPU gemm_4bit_forward")
+_REPEATED = ("MatMul8bitLt: inputs will be cast", "Failed to load CPU gemm_4bit_forward")
 
 
 def quantization_config(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -55,7 +55,7 @@ def quantization_config(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
 def quiet_bitsandbytes() -> None:
     """Filter bitsandbytes' messages for every user; peft and transformers import it wherever it is installed."""
     for module in ("autograd._functions", "backends.cpu.ops"):
-        logging.getLogger(f"bitsandbytes.{module}").addFilter(_about_this_run)
+        logging.getLogger(f"bitsandbytes.{module}").addFilter(_is_not_repeated)
 
 
 def keep_gradients(decoder: PreTrainedModel) -> None:
@@ -79,5 +79,5 @@ def num_weights(parameter: nn.Parameter) -> int:
     return parameter.numel() if state is None else state.shape.numel()
 
 
-def _about_this_run(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(_SAID_TO_ALL)
+def _is_not_repeated(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_REPEATED)

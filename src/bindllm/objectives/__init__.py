@@ -4,12 +4,17 @@ model:
   objective: {class_path: bindllm.objectives.DPO, init_args: {beta: 0.1}}
 """
 
-from bindllm.objectives.base import Metrics, Needs, Objective, answer_log_probs
-from bindllm.objectives.dpo import DPO, dpo_loss
+from bindllm.objectives.base import (
+    Metrics,
+    Needs,
+    NextToken,
+    Objective,
+    answer_log_probs,
+    next_token_loss,
+)
 from bindllm.objectives.grpo import GRPO
 from bindllm.objectives.kto import KTO, kto_loss
-from bindllm.objectives.next_token import NextToken, next_token_loss
-from bindllm.objectives.orpo import ORPO, log_odds
+from bindllm.objectives.pairs import DPO, ORPO, dpo_loss, log_odds
 from bindllm.objectives.rewards import CaptionMetric, ExactAnswer, OptionLetter, Reward
 
 __all__ = [

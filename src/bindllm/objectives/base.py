@@ -1,4 +1,4 @@
-"""The base class of objectives: which rows it can learn from, its preparation, and the loss of a batch."""
+"""The base class of objectives (rows that it can learn from, preparation, loss of a batch), and the default one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bindllm.data.collate import Batch, model_inputs
 from bindllm.data.datamodule import BindData
-from bindllm.data.rows import Row, Sample
+from bindllm.data.rows import IGNORE, Row, Sample
 from bindllm.data.source_config import SourceConfig
 from bindllm.errors import InputError
 from bindllm.model.bindllm import BindLLM, BindOutput
@@ -77,12 +77,15 @@ class Objective(ABC):
                 "(val_loss in the run's metrics.csv). For the loss per token of the reference answers, add "
                 "--model.objective null"
             )
-        # Streamed rows are seen once, so their reference cannot be computed before training.
-        if self.uses_reference and data.streamed:
+        # Streamed rows are seen once: their reference cannot be computed before training, nor be looked up later.
+        if data.streamed and (self.uses_reference or self.needs == "prompts"):
+            reason, other = "looks up the reference answers of a row", ""
+            if self.uses_reference:
+                reason = "compares all training rows with the initial model"
+                other = ", or the objective ORPO, which has no reference"
             raise InputError(
-                f"{type(self).__name__} compares all training rows with the initial model, so it needs them "
-                "before training. Use a table on disk instead of streamed shards, or the objective ORPO, which has no "
-                "reference"
+                f"{type(self).__name__} {reason}, so it needs all rows before training. Use a table on disk instead of "
+                f"streamed shards{other}"
             )
         # Validation rows too: a run must not fail after its first epoch.
         splits = {"fit": ("train", "validation"), "validate": ("validation",)}.get(stage, ("test",))
@@ -202,7 +205,59 @@ def answer_log_probs(model: BindLLM, batch: Batch) -> tuple[Tensor, Tensor]:
         The sum over the supervised tokens of each row, in nats, [R], float32 (float64 if the logits are); and the
         number of these tokens, [R].
     """
-    each, rows = token_log_probs(model, batch)
-    own = rows == torch.arange(len(batch["labels"]), device=each.device)[:, None]
+    return sum_by_row(*token_log_probs(model, batch), len(batch["labels"]))
+
+
+def sum_by_row(values: Tensor, rows: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Return the sum of the values of each row, [R], and their number, [R].
+
+    Args:
+        values: a value for each token, [N].
+        rows: the row of each token, [N].
+        num_rows: number of rows R.
+    """
+    own = rows == torch.arange(num_rows, device=rows.device)[:, None]
     # Not index_add: on GPUs its order of additions varies, so a resumed run would differ in the last bits.
-    return torch.where(own, each, 0).sum(1), own.sum(1)
+    return torch.where(own, values, 0).sum(1), own.sum(1)
+
+
+class NextToken(Objective):
+    """Mean cross entropy of the supervised tokens; of a preference pair, those of the chosen answer."""
+
+    def loss(self, model: BindLLM, batch: Batch) -> tuple[Tensor, Metrics]:
+        """Return the loss of a batch, per supervised token."""
+        # The first rows are the answers to imitate; rejected ones of pairs follow them.
+        rows = len(batch["numbers"])
+        output = model(**{name: value[:rows] for name, value in model_inputs(batch).items()})
+        return next_token_loss(output.logits, output.targets), {}
+
+    def count(self, batch: Batch) -> int:
+        """Return the number of supervised tokens."""
+        # From the second position: no token predicts the first one.
+        return int((batch["labels"][: len(batch["numbers"]), 1:] != IGNORE).sum())
+
+
+def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean cross entropy of the supervised tokens, in nats per token.
+
+    Args:
+        logits: at the positions that predict a supervised token, [N, V], any float dtype.
+        targets: the supervised tokens, [N].
+
+    Returns:
+        A float32 scalar.
+
+    Raises:
+        InputError: no token is supervised. Its mean would be NaN, and would end the run some steps later.
+
+    Examples:
+        >>> round(next_token_loss(torch.zeros(3, 8), torch.tensor([0, 5, 7])).item(), 4)  # log(8)
+        2.0794
+    """
+    if not len(targets):
+        raise InputError(
+            "a batch has no supervised token, so it has no loss. Check the label mask of your rows with "
+            "bindllm check --config RECIPE: captions may be empty, or data.max_length too small for the prompt"
+        )
+    # In float32: a sum over a large vocabulary loses its small terms in bfloat16.
+    return nn.functional.cross_entropy(logits.to(torch.float32), targets)

@@ -20,11 +20,11 @@ from torch.func import functional_call
 from bindllm.conversation import NO_MEDIA
 from bindllm.data.collate import Batch, prompt_batch
 from bindllm.data.datamodule import BindData
-from bindllm.data.rows import IGNORE, Sample
-from bindllm.data.source_config import SPLITS
+from bindllm.data.rows import IGNORE, Row, Sample
+from bindllm.data.source_config import SPLITS, SourceConfig
 from bindllm.errors import InputError
 from bindllm.model.bindllm import BindLLM
-from bindllm.objectives.base import Metrics, Needs, Objective, check_positive, token_log_probs
+from bindllm.objectives.base import Metrics, Needs, Objective, check_positive, sum_by_row, token_log_probs
 from bindllm.objectives.rewards import ExactAnswer, Reward
 from bindllm.parallel import RunContext
 
@@ -116,7 +116,7 @@ class GRPO(Objective):
             ("steps_per_rollout", steps_per_rollout, 1),
         ):
             if not least <= value < float("inf"):
-                raise InputError(f"GRPO: {name} must be at least {least}, not {value}")
+                raise InputError(f"GRPO: {name} must be finite and at least {least}, not {value}")
         if not 0 < clip < 1:
             raise InputError(f"GRPO: clip must be between 0 and 1, not {clip}")
         # How to read this: the options, then what belongs to a run: its data, initial weights and held answers.
@@ -137,20 +137,12 @@ class GRPO(Objective):
         return self._held is None
 
     def check(self, data: BindData, stage: str) -> None:
-        """Refuse rows that the reward cannot judge, and keep the data for `add_reference`.
+        """Refuse data and options that do not fit together, and keep the data for `add_reference`.
 
         Raises:
             InputError: names the source, one of its rows, and the missing field; or options exclude each other.
         """
-        if data.streamed:
-            raise InputError(
-                "GRPO looks up the reference answers of a row, so it needs all rows before training. Use a table on "
-                "disk instead of streamed shards"
-            )
         super().check(data, stage)
-        # The reward sees validation rows as well, through the greedy answers.
-        splits = {"fit": ("train", "validation"), "validate": ("validation",)}.get(stage, ("test",))
-        self.reward.check([sample for split in splits for sample in data.samples(split)])
         if stage == "fit" and self.steps_per_rollout > 1 and data.trainer.accumulate_grad_batches > 1:
             raise InputError(
                 "GRPO: steps_per_rollout above 1 uses a batch again after an optimizer step, and with "
@@ -159,6 +151,11 @@ class GRPO(Objective):
         # A batch carries the indices of its rows, by which answers are judged.
         self._data, self._pad_id = data, data.tokenizer.pad_token_id
         data.steps_per_batch = self.steps_per_rollout
+
+    def check_rows(self, rows: Sequence[Row | Sample], sources: Sequence[SourceConfig]) -> None:
+        """Refuse rows without reference answers, and rows that the reward cannot judge."""
+        super().check_rows(rows, sources)
+        self.reward.check(rows)
 
     def on_start(self, model: BindLLM) -> None:
         """Copy the trained weights, which are the reference, if there is one."""
@@ -212,7 +209,7 @@ class GRPO(Objective):
         """Return the negative mean reward of greedy answers: the best weights have the lowest value."""
         # Greedy, so that validation does not depend on chance and does not move the run's random numbers.
         samples = self._samples(batch)
-        texts = greedy_answers(model, _prompts(batch), max_new_tokens=self.max_new_tokens)
+        texts = model.decode(model.generate_from(**_prompts(batch), max_new_tokens=self.max_new_tokens))
         reward = self._judge(texts, samples).mean().to(model.device)
         return -reward, len(samples), {"reward": reward}
 
@@ -262,27 +259,23 @@ class GRPO(Objective):
             kept = advantages != 0
             kept[0] |= not kept.any()
             batch, advantages = {name: value[kept] for name, value in batch.items()}, advantages[kept]
-        labels = batch["labels"]
         log_probs, rows = token_log_probs(model, batch, temperature=self.temperature)
         # At the first use the model is still the one that sampled, so no extra pass is needed.
         if rollout.old is None:
             rollout.old = log_probs.detach()
         rollout.uses += 1
-        # [R, N]: which tokens belong to which answer.
-        own = rows == torch.arange(len(labels), device=rows.device)[:, None]
         surrogate = clipped_surrogate(log_probs, rollout.old, advantages[rows], clip=self.clip)
         metrics = dict(rollout.metrics)
-        each = -surrogate
+        loss = -surrogate
         if rollout.reference is not None:
             divergence = kl_estimate(log_probs, rollout.reference)
-            each = each + self.beta * divergence
-            # Not index_add: on GPUs its order of additions varies, so a resumed run would differ in the last bits.
-            means = torch.where(own, divergence.detach(), 0).sum(1) / own.sum(1)
-            metrics["kl"] = means.mean()
+            loss = loss + self.beta * divergence
+            sums, lengths = sum_by_row(divergence.detach(), rows, len(advantages))
+            metrics["kl"] = (sums / lengths).mean()
+        sums, lengths = sum_by_row(loss, rows, len(advantages))
         # Divided by the length of each answer (DeepSeekMath), or by one constant (Dr. GRPO).
-        sums = torch.where(own, each, 0).sum(1)
-        lengths = own.sum(1) if self.normalize_length else self.max_new_tokens
-        return (sums / lengths).sum() / len(rollout.advantages), metrics
+        means = sums / (lengths if self.normalize_length else self.max_new_tokens)
+        return means.sum() / len(rollout.advantages), metrics
 
     def _warn_if_useless(self, rewards: Tensor, advantages: Tensor) -> None:
         """Warn once if batch after batch all answers to a question get the same reward: nothing is learned then."""
@@ -405,11 +398,6 @@ def draw_answers(
     in_answer = ended.cumsum(1) - ended.long() == 0
     batch = _join(prompts, ids, in_answer, group_size)
     return Answers(batch, model.decode(ids), ~ended.any(1))
-
-
-def greedy_answers(model: BindLLM, prompts: Batch, *, max_new_tokens: int) -> list[str]:
-    """Return the greedy answer to each prompt; arguments as for `draw_answers`."""
-    return model.decode(model.generate_from(**prompts, max_new_tokens=max_new_tokens))
 
 
 def _join(prompts: Batch, ids: Tensor, in_answer: Tensor, group_size: int) -> Batch:

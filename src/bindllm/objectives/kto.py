@@ -108,7 +108,9 @@ class KTO(Objective):
         # With gradients first: autocast caches cast weights, and those cast without gradients would be used again.
         ratio = answer_log_probs(model, batch)[0] - batch["reference"]
         mismatched = {
-            name.removeprefix(_MISMATCHED): value for name, value in batch.items() if _MISMATCHED in name
+            name.removeprefix(_MISMATCHED): value
+            for name, value in batch.items()
+            if name.startswith(_MISMATCHED)
         }
         with torch.no_grad():
             moved = answer_log_probs(model, mismatched)[0] - mismatched["reference"]

@@ -11,17 +11,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import track
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bindllm.atomic import atomic_file
+from bindllm.atomic import atomic_file, open_tensors
 from bindllm.data.batches import share, sorted_batches
 from bindllm.data.collate import Batch, answer_batch
 from bindllm.data.datamodule import BindData
@@ -74,8 +75,8 @@ class References:
         # How to read this: one list of all answers, batches of similar length, their fingerprint, then file or model.
         rows = [sample for split in columns.values() for column in split for sample in column if sample]
         plan = sorted_batches([len(sample.input_ids) for sample in rows], batch_size=2 * data.batch_size)
-        batch = partial(answer_batch, lookup=data.lookup, pad_id=model.tokenizer.pad_token_id)
-        batches = [partial(_of, batch, rows, numbers) for numbers in plan]
+        make = partial(answer_batch, lookup=data.lookup, pad_id=model.tokenizer.pad_token_id)
+        batches = [partial(make, [rows[n] for n in numbers]) for numbers in plan]
         processes, file = context.processes, context.folder / REFERENCE
         # Once, since it reads every embedding; the others get it from the first process.
         own = _fingerprint(self._start, columns, batches) if processes.is_first else ""
@@ -103,10 +104,6 @@ class References:
     def of(self, split: str, numbers: Tensor) -> Tensor:
         """Return the values of rows of a split, [B, columns]; NaN if a row has no such answer."""
         return self._values[split][numbers]
-
-
-def _of(batch: Callable[[list[Sample]], Batch], rows: list[Sample], numbers: list[int]) -> Batch:
-    return batch([rows[n] for n in numbers])
 
 
 def _add(digest: hashlib._Hash, name: str, value: Tensor) -> None:
@@ -179,16 +176,11 @@ def _arranged(values: Tensor, columns: Mapping[str, Columns]) -> dict[str, Tenso
 
 def _read(file: Path, fingerprint: str) -> dict[str, Tensor] | None:
     """Return the values that are stored under a fingerprint, or None."""
-    if not file.is_file():
-        return None
-    try:
-        with safe_open(file, framework="pt") as stream:
-            if (stream.metadata() or {}).get("fingerprint") != fingerprint:
-                return None
-            return {split: stream.get_tensor(split) for split in stream.keys()}  # noqa: SIM118 (not a dict)
     # A damaged file is as good as none: its values can be computed again.
-    except SafetensorError:
-        return None
+    with suppress(TrainingError), open_tensors(file, TrainingError) as stream:
+        if (stream.metadata() or {}).get("fingerprint") == fingerprint:
+            return {split: stream.get_tensor(split) for split in stream.keys()}  # noqa: SIM118 (not a dict)
+    return None
 
 
 def _write(file: Path, values: dict[str, Tensor], fingerprint: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor
 
 from bindllm.data.answers import answer_words, is_right, option_letter
-from bindllm.data.rows import Sample
-from bindllm.errors import InputError, did_you_mean
+from bindllm.data.rows import Row, Sample
+from bindllm.errors import InputError, check_choice
 
 
 class Reward(ABC):
@@ -26,11 +27,11 @@ class Reward(ABC):
                 return torch.tensor([1.0 if len(text.split()) < 5 else 0.0 for text in answers])
     """
 
-    def check(self, samples: Sequence[Sample]) -> None:  # noqa: B027 (most rewards can judge every row)
+    def check(self, rows: Sequence[Row | Sample]) -> None:  # noqa: B027 (most rewards can judge every row)
         """Refuse rows whose answers cannot be judged; called once, before the decoder is loaded.
 
         Args:
-            samples: all training and validation rows.
+            rows: all training and validation rows, tokenized or not.
 
         Raises:
             InputError: names a row and its missing field.
@@ -65,26 +66,26 @@ class OptionLetter(Reward):
         unreadable: reward of an answer that chooses no option; a value below 0 discourages such answers.
 
     Raises:
-        InputError: ``unreadable`` is 1 or more.
+        InputError: ``unreadable`` is 1 or more, or not finite.
     """
 
     def __init__(self, unreadable: float = 0.0) -> None:
-        if not unreadable < 1:
+        if not -math.inf < unreadable < 1:
             raise InputError(
-                f"OptionLetter: unreadable must be below 1, the reward of a right answer, not {unreadable}"
+                f"OptionLetter: unreadable must be finite and below 1, the reward of a right answer, not {unreadable}"
             )
         self.unreadable = unreadable
 
-    def check(self, samples: Sequence[Sample]) -> None:
+    def check(self, rows: Sequence[Row | Sample]) -> None:
         """Refuse rows without options, and rows whose reference answers choose none.
 
         Raises:
             InputError: names one of them.
         """
         # Without a readable reference, every answer would earn the same.
-        if lacking := [sample.name for sample in samples if not _letters(sample)]:
+        if lacking := [row.name for row in rows if not _letters(row)]:
             raise InputError(
-                f"OptionLetter judges multiple choices, but {len(lacking)} of {len(samples)} rows have no options, or "
+                f"OptionLetter judges multiple choices, but {len(lacking)} of {len(rows)} rows have no options, or "
                 f"no reference answer that chooses one; the first is {lacking[0]}. Use format choice, or ExactAnswer"
             )
 
@@ -111,10 +112,7 @@ class CaptionMetric(Reward):
     """
 
     def __init__(self, metric: Literal["rouge_l", "words"] = "rouge_l") -> None:
-        if metric not in _SHARED:
-            raise InputError(
-                f"CaptionMetric: unknown metric {metric!r}. {did_you_mean(str(metric), _SHARED)}"
-            )
+        check_choice("metric", metric, _SHARED)
         self.metric = metric
 
     def __call__(self, answers: Sequence[str], samples: Sequence[Sample]) -> Tensor:
@@ -167,8 +165,8 @@ _SHARED: dict[str, Callable[[Sequence[str], Sequence[str]], int]] = {
 }
 
 
-def _letters(sample: Sample) -> set[str]:
+def _letters(row: Row | Sample) -> set[str]:
     """Return the options that the reference answers of a row choose."""
-    if not sample.options:
+    if not row.options:
         return set()
-    return {letter for text in sample.references if (letter := option_letter(text, sample.options))}
+    return {letter for text in row.references if (letter := option_letter(text, row.options))}

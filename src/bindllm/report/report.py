@@ -30,9 +30,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 
-from bindllm.atomic import atomic_file, write_json
-from bindllm.errors import InputError
+from bindllm.atomic import atomic_file, read_json, require_file, write_json
+from bindllm.errors import BindLLMError, InputError
 from bindllm.evaluation.task import VARIANTS
 from bindllm.imports import resolve_path
 from bindllm.model.checkpoint import home_of, read_manifest, read_weights
@@ -46,6 +47,9 @@ LOG_FILE = "report/log.csv"
 FACTS_FILE = "report/facts.json"
 THUMBNAILS_FILE = "report/thumbnails.json"
 SECONDS = ("embed", "train", "evaluate")
+
+# About a file of a report that cannot be read.
+_ADVICE = "write the report again with bindllm fit"
 
 _PACKAGES = ("bindllm", "torch", "transformers", "lightning", "torchmetrics", "pycocoevalcap")
 
@@ -166,14 +170,28 @@ def rebuild_report(folder: str | Path) -> Path:
         MissingExtraError: matplotlib is not installed.
     """
     folder = Path(folder)
+    try:
+        page = render_page(_read_data(folder))
+    except BindLLMError:
+        raise
+    # Each file can be read, but its values may have any shape: the folder may come from someone else.
+    except (LookupError, TypeError, AttributeError, ValueError, TemplateError) as error:
+        raise InputError(f"the report in {folder} is damaged ({error!r}); {_ADVICE}") from error
+    # The page is the last file: a report that has one is complete.
+    _write(folder / PAGE_FILE, page)
+    return folder / PAGE_FILE
+
+
+def _read_data(folder: Path) -> ReportData:
+    """Read the content of a page from the files in a folder."""
     manifest = read_manifest(folder)
-    metrics, facts = (_parse(_read(folder / name), folder / name) for name in (METRICS_FILE, FACTS_FILE))
+    metrics, facts = (read_json(folder / name, InputError, _ADVICE) for name in (METRICS_FILE, FACTS_FILE))
     _check_metrics(metrics, source=str(folder / METRICS_FILE))
     # Facts that were not recorded must not be replaced by those of this machine and this moment.
     unknown = RunFacts(finished="unknown", software={}, revision=None)
-    log = _read_log(folder / LOG_FILE)
+    log = list(csv.DictReader(_read_lines(folder / LOG_FILE))) if (folder / LOG_FILE).exists() else []
     recipe, thumbnails = folder / "recipe.yaml", folder / THUMBNAILS_FILE
-    data = ReportData(
+    return ReportData(
         metrics=metrics,
         rows={
             task: _read_rows(folder / name) for task, name in ROW_FILES.items() if task in metrics["tasks"]
@@ -183,12 +201,9 @@ def rebuild_report(folder: str | Path) -> Path:
         training=_series(log, "train_loss"),
         validation=_series(log, "val_loss"),
         gates=_read_gates(folder, manifest),
-        recipe=recipe.read_text(encoding="utf-8") if recipe.exists() else "",
-        thumbnails=_parse(_read(thumbnails), thumbnails) if thumbnails.exists() else {},
+        recipe="".join(_read_lines(recipe)) if recipe.exists() else "",
+        thumbnails=read_json(thumbnails, InputError, _ADVICE) if thumbnails.exists() else {},
     )
-    # The page is the last file: a report that has one is complete.
-    _write(folder / PAGE_FILE, render_page(data))
-    return folder / PAGE_FILE
 
 
 def _check_metrics(metrics: Mapping[str, Any], *, source: str) -> None:
@@ -217,33 +232,18 @@ def _write(file: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise InputError(
-            f"{file} does not exist: the folder was saved without a report; run bindllm fit"
-        ) from error
-
-
-def _parse(text: str, file: Path) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{file} is damaged ({error}); run bindllm fit again") from error
-
-
 def _read_rows(file: Path) -> list[dict[str, Any]]:
-    # Not splitlines(): it would also split at separators inside texts, which JSON does not escape.
-    return [_parse(line, file) for line in _read(file).split("\n") if line]
+    try:
+        return [json.loads(line) for line in _read_lines(file)]
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file} is damaged ({error}); {_ADVICE}") from error
 
 
-def _read_log(file: Path) -> list[dict[str, str]]:
-    if not file.exists():
-        return []
-    # `newline=""`: a quoted cell may hold line breaks.
+def _read_lines(file: Path) -> list[str]:
+    """Return the lines of a file with their ends, as they are: a quoted cell may hold line breaks."""
+    require_file(file, InputError, _ADVICE)
     with file.open(newline="", encoding="utf-8") as stream:
-        return list(csv.DictReader(stream))
+        return list(stream)
 
 
 def _series(log: Sequence[Mapping[str, str]], column: str) -> list[tuple[int, float]]:

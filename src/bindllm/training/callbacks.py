@@ -1,27 +1,42 @@
-"""Callbacks of a run: checks and the table of parameters, an average of the weights, sample answers, progress."""
+"""Callbacks and the log of a run: checks, the table of parameters, averaged weights, sample answers, progress.
+
+The log is two plain files, ``metrics.csv`` and ``captions.jsonl``. Lightning's own CSV logger deletes the file of an
+interrupted run; this one appends to it after a resume.
+"""
 
 from __future__ import annotations
 
+import csv
+import json
 import time
-from collections.abc import Collection, Sequence
+from argparse import Namespace
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ProgressBar, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.loggers import Logger
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 from torch import Tensor
 
+from bindllm.atomic import atomic_file
 from bindllm.data.collate import prompt_batch
-from bindllm.data.rows import Sample
+from bindllm.data.rows import Sample, spread
 from bindllm.errors import InputError, did_you_mean, printable
 from bindllm.evaluation.task import media_name
 from bindllm.model.quantize import num_weights
 from bindllm.objectives import Objective
 from bindllm.training.optim import groups_table
-from bindllm.training.runlog import RunLog
+
+METRICS = "metrics.csv"
+CAPTIONS = "captions.jsonl"
+COLUMNS = ("epoch", "step", "train_loss", "val_loss", "lr", "gradient_norm")
+"""First columns of ``metrics.csv``; others follow when they are first logged."""
 
 # They copy the frozen decoder, and their state holds no trained tensor of ours.
 _REFUSED = (WeightAveraging, StochasticWeightAveraging)
@@ -111,18 +126,6 @@ class AverageWeights(Callback):
             for name, value in pl_module.state_dict().items():
                 self._average[name].lerp_(value, 1 - self.decay)
 
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the average."""
-        self._swap(pl_module)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Continue with the trained weights."""
-        self._swap(pl_module)
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """End with the average."""
-        self._swap(pl_module)
-
     def state_dict(self) -> dict[str, Any]:
         """Return step and average; Lightning saves them with the run."""
         # Lightning saves it within the state of the run, so it resumes with the weights it belongs to.
@@ -133,12 +136,16 @@ class AverageWeights(Callback):
         self._step, self._average = state_dict["step"], dict(state_dict["average"])
 
     @torch.no_grad()
-    def _swap(self, module: LightningModule) -> None:
-        for name, value in module.state_dict().items():
+    def _swap(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # `validate` has no average: it measures the weights of a checkpoint.
+        for name, value in pl_module.state_dict().items() if self._average else ():
             # In place, because optimizer and injection hold these tensors.
             trained = value.clone()
             value.copy_(self._average[name])
             self._average[name].copy_(trained)
+
+    # The average is measured, and is the result of the run; steps continue with the trained weights.
+    on_validation_epoch_start = on_validation_end = on_fit_end = _swap
 
 
 class ParameterTable(Callback):
@@ -188,6 +195,97 @@ class ParameterTable(Callback):
             Console().print(trainer.datamodule.report, groups_table(groups, frozen))
 
 
+class RunLog(Logger):
+    """Writes each row immediately, so that a killed run keeps its log.
+
+    Args:
+        folder: the run's folder.
+
+    Example:
+        log = RunLog("runs/quickstart")
+        Trainer(logger=[log])
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__()
+        self.folder = Path(folder)
+        # Grows with the first row that has another name, see `log_metrics`.
+        self._columns = list(COLUMNS)
+
+    @property
+    def name(self) -> str:
+        """Name of the run."""
+        return self.folder.name
+
+    @property
+    def version(self) -> str:
+        """Empty: a run has one log, also when it was interrupted."""
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        """The run's folder."""
+        return str(self.folder)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: the folder holds the recipe."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Append a row."""
+        file, row = self.folder / METRICS, {**metrics, "step": step}
+        unknown = [name for name in row if name not in self._columns]
+        # A new column means a new header, so the whole file is written again; that is rare.
+        if unknown or not file.exists():
+            rows = self._rows()
+            self._columns += unknown
+            self._write(rows)
+        # Opened for each row: nothing stays in a buffer that a kill would lose.
+        with file.open("a", newline="", encoding="utf-8") as stream:
+            csv.DictWriter(stream, self._columns).writerow(row)
+
+    @rank_zero_only
+    def log_captions(self, captions: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Append captions, each with its step."""
+        # One JSON object a line, so that a cut last line costs one answer.
+        with (self.folder / CAPTIONS).open("a", encoding="utf-8") as stream:
+            for caption in captions:
+                stream.write(json.dumps({"step": step, **caption}, ensure_ascii=False) + "\n")
+
+    @rank_zero_only
+    def keep_before(self, step: int) -> None:
+        """Drop rows logged at or after a step: the run resumes there and will log them again."""
+        # A row that was cut by a kill has no step, or one that is not a number.
+        rows = [row for row in self._rows() if row["step"].isdigit() and int(row["step"]) < step]
+        # Columns that the earlier part of the run has added stay.
+        self._columns += [name for row in rows[:1] for name in row if name not in self._columns]
+        self._write(rows)
+        file = self.folder / CAPTIONS
+        if file.exists():
+            # Not splitlines(): it also splits at characters that JSON does not escape, such as U+2028.
+            lines = file.read_text(encoding="utf-8").split("\n")
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < step]
+            with atomic_file(file) as part:
+                part.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+    def _rows(self) -> list[dict[str, str]]:
+        file = self.folder / METRICS
+        if not file.exists():
+            return []
+        with file.open(newline="", encoding="utf-8") as stream:
+            return list(csv.DictReader(stream, restval=""))
+
+    def _write(self, rows: Sequence[Mapping[str, str]]) -> None:
+        with (
+            atomic_file(self.folder / METRICS) as part,
+            part.open("w", newline="", encoding="utf-8") as stream,
+        ):
+            writer = csv.DictWriter(stream, self._columns)
+            writer.writeheader()
+            writer.writerows(rows)
+
+
 class SampleCaptions(Callback):
     """Generates answers for a few fixed validation rows with media after each validation.
 
@@ -206,7 +304,9 @@ class SampleCaptions(Callback):
     @torch.no_grad()
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Generate, and write the answers to the log."""
-        samples = spread(trainer.datamodule.samples("validation"), self.count)
+        # Rows without media say nothing about how much the model sees.
+        shown = [sample for sample in trainer.datamodule.samples("validation") if sample.media]
+        samples = spread(shown, self.count)
         if trainer.sanity_checking or not samples:
             return
         # On all processes, because processes that share a decoder run it together.
@@ -219,14 +319,6 @@ class SampleCaptions(Callback):
         # The step under which Lightning logs the loss of this validation.
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
         self.run_log.log_captions(self.latest, step)
-
-
-def spread(samples: Sequence[Sample], count: int) -> list[Sample]:
-    """Return up to ``count`` samples with media, evenly spread, so that they are not all of one source."""
-    # Rows without media say nothing about how much the model sees.
-    shown = [sample for sample in samples if sample.media]
-    count = min(count, len(shown))
-    return [shown[n * len(shown) // count] for n in range(count)]
 
 
 def _row(sample: Sample, answer: str) -> dict[str, str]:
@@ -320,18 +412,13 @@ class RunProgress(ProgressBar):
             line = Text.assemble("  ", asked, (printable(row["reference"]), "dim"), "  →  ", said)
             self.console.print(line, overflow="ellipsis", no_wrap=True)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the bar."""
-        self._close()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Stop the bar, so that the terminal is usable."""
-        self._close()
-
-    def _close(self) -> None:
+    def on_train_end(self, *_: Any) -> None:
+        """Stop the bar, also after an exception, so that the terminal is usable."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+    on_exception = on_train_end
 
     def _time_left(self, trainer: Trainer) -> str:
         """Estimate from all steps since the start or resume, including validations."""

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from bindllm.data.collate import Batch
-from bindllm.data.rows import IGNORE, Row, make_sample
+from bindllm.data.rows import IGNORE, Row, make_sample, spread
 from bindllm.encoders import Encoder
 from bindllm.encoders.tokens import MOST_TOKENS, token_size
 from bindllm.errors import InputError
@@ -300,7 +300,8 @@ def plan_run(
     device = str(trainer["accelerator"]).lower()
     device = {"auto": default_device(), "gpu": "cuda"}.get(device, device)
     # Pairs and labels decide how many rows run at once.
-    needs = _needs(model.get("objective"))
+    entry = model["objective"]
+    needs = resolve_name(entry["class_path"]).needs if entry else NextToken.needs
     shape = _batch_shape(recipe["data"], rows, tokenizer, pairs=needs in ("pairs", "labels"))
     # Ours that run the model on the same rows: another class may need columns that only it adds.
     objective = KTO() if needs == "labels" else ORPO() if shape.get("rejected") else NextToken()
@@ -327,17 +328,12 @@ def resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def _needs(entry: Mapping[str, Any] | None) -> str:
-    """Return which rows the objective of a recipe learns from."""
-    if not entry:
-        return NextToken.needs
-    return resolve_name(entry["class_path"]).needs
-
-
 def _devices(trainer: Mapping[str, Any], device: str) -> dict[str, Any]:
     """Read the fields of a plan off a trainer; processes that share memory are counted per node, or all of them."""
     # Read off the recipe: a trainer would refuse devices that this machine lacks.
     asked, strategy = trainer["devices"], trainer["strategy"]
+    # A list may be written as text: "0,1", also with one device, as "0,".
+    asked = asked.strip(",").split(",") if isinstance(asked, str) and "," in asked else asked
     if str(asked) in ("auto", "-1"):
         devices = max(1, torch.cuda.device_count()) if device == "cuda" else 1
     else:
@@ -370,7 +366,7 @@ def _batch_shape(
     """Return the fields of a plan for the largest batch."""
     size, longest = data["batch_size"], data["max_length"]
     samples = []
-    for row in rows[:: max(1, len(rows) // MEASURED_ROWS)]:
+    for row in spread(rows, MEASURED_ROWS):
         try:
             samples.append(make_sample(row, tokenizer, longest))
         except InputError:

@@ -15,10 +15,11 @@ from typing import Any, NoReturn
 import torch
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from bindllm.cache.settings import CacheConfig
+from bindllm.cache.blend import CacheConfig
 from bindllm.conversation import check_vocabulary
 from bindllm.data.collate import Batch
 from bindllm.errors import InputError, TrainingError
@@ -31,7 +32,7 @@ from bindllm.objectives import NextToken, Objective
 from bindllm.parallel import RunContext
 from bindllm.training.optim import OptimConfig, ZeroGradientCheck, configure_lightning, set_rates
 from bindllm.training.stages import init_from_checkpoint
-from bindllm.training.strategies import ShardedDecoder, averages_gradients, check_strategy
+from bindllm.training.strategies import ShardedDecoder, check_strategy
 
 LAST_GOOD = "last_good"
 """Suffix of the folder, next to the run's, for the weights from before a step that was not finite."""
@@ -104,6 +105,11 @@ class BindModule(LightningModule):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The decoder's tokenizer; the data needs it before the decoder is loaded."""
         return load_tokenizer(self.decoder_config)
+
+    @property
+    def token_modalities(self) -> list[str]:
+        """Modalities whose tokens the batches hold; none for a model with one bind token."""
+        return self.bind_config.token_modalities if self.bind_config.tokens > 1 else []
 
     def setup(self, stage: str) -> None:
         """Refuse data that the objective cannot learn from; called when the data is ready.
@@ -314,6 +320,7 @@ class WeightedAccumulation:
 
 def _divisor(trainer: Trainer) -> int:
     """Return the number of batches that the gradients of a step were divided by."""
-    if not averages_gradients(trainer.strategy):
+    # DeepSpeed does not expose gradients between backward and optimizer step, so they cannot be scaled.
+    if isinstance(trainer.strategy, DeepSpeedStrategy):
         return 1
     return trainer.world_size * trainer.accumulate_grad_batches

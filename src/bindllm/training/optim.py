@@ -50,14 +50,14 @@ class OptimConfig:
     """Learning rate at the last step, as a share of `lr`; the decay is a cosine."""
 
     def __post_init__(self) -> None:
-        # Negated comparisons would accept NaN; these refuse it.
+        # Negated comparisons would accept NaN; these refuse it. A warm-up without end would keep the rate at zero.
         wrong = [
             f"{name} is {value}, expected {expected}"
             for name, value, fits, expected in (
-                ("lr", self.lr, self.lr > 0, "more than 0"),
+                ("lr", self.lr, 0 < self.lr < math.inf, "more than 0"),
                 ("betas", self.betas, all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)"),
-                ("weight_decay", self.weight_decay, self.weight_decay >= 0, "at least 0"),
-                ("warmup", self.warmup, self.warmup >= 0, "at least 0"),
+                ("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "at least 0"),
+                ("warmup", self.warmup, 0 <= self.warmup < math.inf, "at least 0"),
                 ("final_lr", self.final_lr, 0 <= self.final_lr <= 1, "0 to 1"),
             )
             if not fits

@@ -15,19 +15,20 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from bindllm.cache.settings import CacheConfig
+from bindllm.cache.blend import CacheConfig
 from bindllm.cache.visual_cache import choose_cache, open_cache
 from bindllm.conversation import check_vocabulary
 from bindllm.data.datamodule import BindData
 from bindllm.data.preview import legend
 from bindllm.data.report import Skipped, SourceReport
-from bindllm.data.rows import Row, Sample, make_sample
+from bindllm.data.rows import Row, Sample, make_sample, spread
 from bindllm.data.source_config import SourceConfig
 from bindllm.data.sources import read_source
 from bindllm.data.stream.loader import check_streams, is_training_stream
 from bindllm.data.stream.samples import read_stream
 from bindllm.data.stream.shards import expand_shards, is_stream
 from bindllm.encoders import Encoder, HasExamples, alignment_warnings, encoder_for, skipped_encoders
+from bindllm.encoders.tokens import reduce_tokens, token_size
 from bindllm.errors import BindLLMError, InputError
 from bindllm.media import MODALITIES, Media, open_image
 from bindllm.model.adapter import AdapterConfig
@@ -123,7 +124,7 @@ def check_recipe(
     # checks, so that each problem is printed once.
     model, data, output = recipe["model"], recipe["data"], recipe["output"]
     with problems.noted():
-        run_folder(output, init_from=model["init_from"])
+        run_folder(output, store=data["store"], init_from=model["init_from"])
     checked = _build_parts(model, data, problems, say)
     parts, encoders = checked.parts, checked.encoders
     for warning in (*alignment_warnings(encoders), *skipped_encoders(encoders)):
@@ -137,6 +138,7 @@ def check_recipe(
     if checked.is_whole and checked.tokenizer is not None:
         with problems.noted():
             _check_model(checked, model["trainable"])
+            _check_tokens(checked, data["store"], say)
     # None: an encoder could not be built, so a modality without an encoder is not a second problem.
     served = encoders if len(encoders) == len(model["encoders"]) else None
     if model["cache"] is not None:
@@ -329,6 +331,24 @@ def _check_model(checked: CheckedParts, trainable: list[str]) -> None:
         parts["adapter"] = model.adapter.config
 
 
+def _check_tokens(checked: CheckedParts, store: str, say: Callable[[str], Any]) -> None:
+    """Print how much of the disk the tokens of the media take, if the model has more than one bind token."""
+    bind, encoders = checked.parts["bind"], checked.encoders
+    if bind.tokens == 1:
+        return
+    token_size(encoders, bind.token_modalities)
+    # Media that are streamed for training are not stored.
+    stored = [rows for rows_of, report in checked.read if not report.shards for rows in rows_of.values()]
+    media = list(dict.fromkeys(item for rows in stored for row in rows for item in row.media))
+    for modality in bind.token_modalities:
+        own = [item for item in media if item.modality == modality]
+        for item in [*synthetic_media(modality), *own][: min(1, len(own))]:
+            encoder = encoder_for(modality, encoders)
+            (tokens,) = encoder.embed(modality, [encoder.prepare(item)], tokens=True).tokens
+            size = len(own) * reduce_tokens(tokens).nbytes
+            say(f"tokens of {len(own):,} {modality} media: about {size / 1e6:,.1f} MB in {store}")
+
+
 def _check_encoder(
     entry: Mapping[str, Any], media: Sequence[Media], problems: Problems, say: Callable[[str], Any]
 ) -> Encoder | None:
@@ -352,7 +372,7 @@ def _check_encoder(
             for name in encoder.modalities
             if name not in MODALITIES and not isinstance(encoder, HasExamples)
         ]
-        samples = {name: _spread(media, name, SAMPLES) for name in own}
+        samples = {name: _some(media, name, SAMPLES) for name in own}
         # A source that cannot be read is a problem of its own.
         untried = [name for name, some in samples.items() if len(some) < 2]
         for name in untried:
@@ -395,11 +415,10 @@ def _check_cache(
         open_cache(config.folder, known, checkpoint=output, settings=config)
 
 
-def _spread(media: Sequence[Media], modality: str, count: int) -> list[Media]:
+def _some(media: Sequence[Media], modality: str, count: int) -> list[Media]:
     """Return at most this many different media of a modality, evenly spread."""
     # Different ones: a source may repeat an image for each of its questions.
-    all_of_it = list(dict.fromkeys(item for item in media if item.modality == modality))
-    return all_of_it[:: max(1, len(all_of_it) // count)][:count]
+    return spread(list(dict.fromkeys(item for item in media if item.modality == modality)), count)
 
 
 def _open_media(rows: Sequence[Row], report: SourceReport, encoders: Sequence[Encoder] | None) -> None:
@@ -414,7 +433,7 @@ def _open_media(rows: Sequence[Row], report: SourceReport, encoders: Sequence[En
         encoder = None if encoders is None else encoder_for(modality, encoders)
         # Images are opened by us, all others only by the encoder that knows their files.
         noun = "image" if modality == "image" else f"{modality} media"
-        chosen = _spread(media, modality, OPENED_IMAGES if modality == "image" else OPENED_MEDIA)
+        chosen = _some(media, modality, OPENED_IMAGES if modality == "image" else OPENED_MEDIA)
         failed = []
         for item in chosen:
             try:
@@ -440,7 +459,7 @@ def _lengths(rows: Sequence[Row], skipped: Skipped, tokenizer: Any, max_length: 
         return "no rows to train on"
     samples: list[Sample] = []
     refused = Skipped()
-    for row in rows[:MEASURED_ROWS]:
+    for row in spread(rows, MEASURED_ROWS):
         try:
             samples.append(make_sample(row, tokenizer, max_length))
         except InputError as error:

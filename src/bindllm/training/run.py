@@ -9,9 +9,8 @@ import math
 import os
 import shutil
 import signal
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain, count
@@ -19,26 +18,22 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from rich import box
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from bindllm.atomic import atomic_file, remove_leftovers
+from bindllm.atomic import atomic_file, check_replaceable, locked, remove_leftovers
 from bindllm.data.datamodule import BindData
-from bindllm.errors import BindLLMError, InputError, TrainingError, printable
+from bindllm.errors import BindLLMError, InputError, TrainingError
 from bindllm.evaluation.held_out import evaluate_held_out, held_out_rows
 from bindllm.evaluation.task import Evaluation
 from bindllm.model.checkpoint import MANIFEST, licenses
 from bindllm.report.report import RunFacts, write_report
-from bindllm.report.summary import media_words, summarize
+from bindllm.report.summary import print_summary
+from bindllm.training.callbacks import METRICS
 from bindllm.training.module import BindModule
 from bindllm.training.optim import describe_groups
-from bindllm.training.runlog import METRICS
 from bindllm.training.state import BEST, LAST, Interrupted, RunState, map_write_errors
 
 RUNS = "runs"
@@ -55,7 +50,6 @@ Change = tuple[str, Any, Any]
 SHUFFLED_LIMIT = 1000
 """Held-out questions that are asked about media of other rows; more take long and change little."""
 
-_SHOWN_ROWS = 5
 _SHOWN_CHANGES = 5
 _PROCESSES = ("trainer.devices", "trainer.num_nodes")
 # The strategy often changes with the number of processes; it does not change which rows a step sees.
@@ -65,16 +59,40 @@ _HARMLESS = ("output", "save_every_seconds", "trainer.enable_progress_bar")
 _LENGTHS = ("trainer.max_epochs", "trainer.max_steps")
 
 
-def run_folder(output: str | Path, *, init_from: str | Path | None = None) -> Path:
+def check_output(output: Path, marker: str, *, kind: str, filled: Iterable[str | Path]) -> None:
+    """Refuse an output that a run cannot replace at its end.
+
+    Args:
+        output: the folder that the run writes.
+        marker: the file that every folder of its kind has.
+        kind: what the folder is, such as "a bindllm checkpoint".
+        filled: folders that the run fills before.
+
+    Raises:
+        InputError: the output is a file, or contains other files or one of these folders.
+    """
+    check_replaceable(output, marker, InputError, kind=kind)
+    for path in filled:
+        if Path(path).resolve().is_relative_to(output.resolve()):
+            raise InputError(
+                f"output {output} contains {path}, which the run fills before it writes its output; choose another "
+                "folder for one of them"
+            )
+
+
+def run_folder(
+    output: str | Path, *, store: str | Path | None = None, init_from: str | Path | None = None
+) -> Path:
     """Return the folder of the run that writes a checkpoint folder: each output has its own.
 
     Args:
         output: the checkpoint folder.
+        store: folder of the embedding stores, if any.
         init_from: the checkpoint folder whose weights the run starts with, if any.
 
     Raises:
-        InputError: ``output`` is a file, starts with ``~``, holds other files than a checkpoint, or is the checkpoint
-            that the run starts from; it would be replaced at the end of the run.
+        InputError: ``output`` cannot be replaced at the end of the run, see `check_output`, or is the checkpoint that
+            the run starts from.
     """
     output = Path(output)
     found, home = output.resolve(), Path.cwd().resolve()
@@ -83,14 +101,8 @@ def run_folder(output: str | Path, *, init_from: str | Path | None = None) -> Pa
             f"output {output} is model.init_from too: the run would replace its own start, and could not be "
             "run twice with the same result; choose another output"
         )
-    if output.parts[:1] == ("~",):
-        raise InputError(f"output {output} would be in a folder called ~ here; write the whole path")
-    if output.exists() and not output.is_dir():
-        raise InputError(f"output {output} is a file; name a folder")
-    if output.is_dir() and any(output.iterdir()) and not (output / MANIFEST).is_file():
-        raise InputError(
-            f"output {output} is a folder with other content (no {MANIFEST}); choose another one"
-        )
+    filled = (RUNS, *([] if store is None else [store]))
+    check_output(output, MANIFEST, kind="a bindllm checkpoint", filled=filled)
     # The usual place needs no hash in the name of its run.
     if found.parent == home / OUTPUTS:
         return Path(RUNS) / found.name
@@ -100,26 +112,20 @@ def run_folder(output: str | Path, *, init_from: str | Path | None = None) -> Pa
 
 
 @contextmanager
-def lock_run(folder: Path) -> Iterator[None]:
-    """Lock the folder against a second run during the block; the lock is released if this process dies.
+def lock_output(output: Path) -> Iterator[None]:
+    """Lock the output of a run against a second run during the block, from whatever working directory.
 
     Raises:
         InputError: another process is using it.
+        TrainingError: the place cannot be written, which is found now, and not after the last step.
     """
-    if rank_zero_only.rank != 0:
-        # Rank 0 of the same run holds the lock.
+    busy = InputError(f"another run is writing {output}: wait until it ends, or choose another --output")
+    with ExitStack() as held:
+        # Rank 0 of the same run holds the lock for all.
+        if rank_zero_only.rank == 0:
+            with map_write_errors(output):
+                held.enter_context(locked(output, busy))
         yield
-        return
-    # Next to the folder, which is renamed while it is locked.
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
-    try:
-        with lock:
-            yield
-    except Timeout as error:
-        raise InputError(
-            f"another run is using {folder}: wait until it ends, or give this one an --output of another name"
-        ) from error
 
 
 def is_finished(folder: Path, recipe: str, output: Path) -> bool:
@@ -154,7 +160,6 @@ def open_run(
     Raises:
         InputError: the run would replace a checkpoint that it does not continue, or only the number of processes has
             changed, which would lose the interrupted run.
-        TrainingError: the checkpoint could not be written.
     """
     earlier = _earlier_runs(folder, recipe) if resume else []
     fitting = [
@@ -169,10 +174,6 @@ def open_run(
             f"output {output} holds a trained model, which this run would replace. Choose another --output, or replace "
             "it with --overwrite. More epochs of the same recipe continue a finished run: --trainer.max_epochs"
         )
-    # A place that cannot be written is found now, and not after the last step.
-    with map_write_errors(output):
-        place = next(parent for parent in output.resolve().parents if parent.exists())
-        tempfile.TemporaryFile(dir=place).close()
     if fitting:
         # The same recipe before a shorter one.
         place, changes = min(fitting, key=lambda run: len(run[1]))
@@ -215,9 +216,13 @@ def _is_written_by(recipe: str, output: Path, *, longer: bool = True) -> bool:
     return (output / MANIFEST).is_file() and (all(map(_is_longer, changes)) if longer else not changes)
 
 
-def _read_recipe(folder: Path) -> dict[str, Any]:
+def _read_recipe(folder: Path) -> Any:
     file = folder / RECIPE
-    return yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    try:
+        return yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (yaml.YAMLError, UnicodeDecodeError):
+        # Edited or damaged: it is another recipe than that of any run.
+        return {}
 
 
 def _bring_back(place: Path, folder: Path) -> None:
@@ -281,7 +286,7 @@ def _listed(changes: Sequence[Change]) -> str:
 
 @dataclass(frozen=True)
 class Run:
-    """A run in a folder that no other process uses.
+    """A run whose output no other process writes.
 
     Args:
         module: the model and its objective.
@@ -419,7 +424,7 @@ class Run:
         except BindLLMError as error:
             self.console.print(f"the report is not complete: {error}", style="yellow", markup=False)
             return 1
-        print_summary(self.console, metrics, measured, page, modalities=self.data.report.modalities)
+        print_summary(self.console, metrics, measured.rows, page, modalities=self.data.report.modalities)
         return 0
 
     def _report(self, measured: Evaluation) -> tuple[dict[str, Any], Path]:
@@ -458,34 +463,3 @@ def make_loggers(chosen: Any, folder: Path) -> list[Logger]:
         )
         return []
     return [TensorBoardLogger(folder, name="", version="")]
-
-
-def print_summary(
-    console: Console, metrics: dict[str, Any], measured: Evaluation, page: Path, *, modalities: set[str]
-) -> None:
-    """Print the headline, a few captions and answers, and the path of the report."""
-    console.print(f"report:        {page}\n", markup=False)
-    num_captions = len(measured.rows.get("captions", ()))
-    for sentence in summarize(metrics, num_captions=num_captions, modalities=modalities):
-        console.print(sentence, markup=False)
-    for rows in measured.rows.values():
-        if rows:
-            console.print(_shown(rows, modalities))
-
-
-def _shown(rows: list[dict[str, Any]], modalities: set[str]) -> Table:
-    """Return a table of a few held-out rows, evenly spread."""
-    # Relative widths: a long caption in one column must not squeeze the others.
-    table = Table(box=box.SIMPLE, expand=True)
-    table.add_column(f"held-out {media_words(modalities)[0]}", ratio=1, overflow="fold")
-    asked = "question" in rows[0]
-    if asked:
-        table.add_column("question", ratio=2)
-    table.add_column("true", ratio=1)
-    table.add_column("generated", ratio=1, no_wrap=True, overflow="ellipsis")
-    step = max(1, len(rows) // _SHOWN_ROWS)
-    for row in rows[::step][:_SHOWN_ROWS]:
-        question = (row["question"],) if asked else ()
-        cells = (Path(row["media"] or "").name, *question, row["references"][0], row["model"] or "")
-        table.add_row(*(Text(printable(cell)) for cell in cells))
-    return table

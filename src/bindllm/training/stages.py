@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bindllm.errors import CheckpointError, printable
-from bindllm.model.adapter import PREFIX, AdapterConfig
+from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
-from bindllm.model.checkpoint import read_manifest, read_weights
+from bindllm.model.checkpoint import ADAPTER_PREFIX, read_manifest, read_weights
 from bindllm.model.decoder import DecoderConfig, fingerprint_decoder
 from bindllm.model.injection import InjectConfig
 from bindllm.model.pretrained import encoder_fingerprints, read_configs
@@ -57,7 +57,7 @@ def init_from_checkpoint(model: BindLLM, folder: str | Path) -> None:
     if not manifest.get("adapter"):
         # A first stage has none: the new adapter keeps its initial values, with which it changes nothing.
         own = model.trainable_state().items()
-        tensors |= {name: value for name, value in own if name.startswith(PREFIX)}
+        tensors |= {name: value for name, value in own if name.startswith(ADAPTER_PREFIX)}
     model.load_trainable_state(tensors, source=str(folder))
 
 
@@ -93,9 +93,11 @@ def check_base(
     differing = [*_differences("bind", saved["bind"], bind), *_differences("inject", saved["inject"], inject)]
     if saved["adapter"] is not None:
         if adapter is None:
+            own = {name: value for name, value in vars(saved["adapter"]).items() if value is not None}
+            shown = ", ".join(f"{name}: {_shown(value)}" for name, value in own.items())
             raise CheckpointError(
                 f"{folder} was trained with an adapter, and this recipe has none, so its decoder differs. Use the same "
-                f"adapter: model.adapter: {_as_yaml(saved['adapter'])}"
+                f"adapter: model.adapter: {{{shown}}}"
             )
         # An adapter that only the recipe has is new, and allowed.
         differing += _adapter_differences(saved["adapter"], adapter)
@@ -184,12 +186,6 @@ def _remarks(
             f"{bind.fusion}; single media are the same in both"
         )
     return remarks
-
-
-def _as_yaml(config: AdapterConfig) -> str:
-    values = {field.name: getattr(config, field.name) for field in fields(config)}
-    shown = (f"{name}: {_shown(value)}" for name, value in values.items() if value is not None)
-    return f"{{{', '.join(shown)}}}"
 
 
 def _shown(value: Any) -> str:

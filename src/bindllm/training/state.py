@@ -34,11 +34,16 @@ from bindllm.atomic import atomic_file, open_tensors, write_tensors
 from bindllm.errors import CheckpointError, InputError, TrainingError
 from bindllm.model.checkpoint import read_manifest
 from bindllm.parallel import Processes
-from bindllm.training.runlog import RunLog
+from bindllm.training.callbacks import RunLog
 
 LAST = "last.ckpt"
 BEST = "best-*.safetensors"
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Attributes of `RunState` that a run needs to resume, in addition to the values of Lightning.
+_SAVED = (
+    *("best_loss", "best_step", "seconds", "stopped_early", "_is_validated", "_rows", "_sources", "_parts"),
+    *("_generators", "_num_processes"),
+)
 
 
 class Interrupted(Exception):
@@ -122,7 +127,6 @@ class RunState(Checkpoint):
         self.best_loss: float | None = None
         self.best_step = 0
         self.seconds = {"embed": 0.0, "train": 0.0}
-        # Values that a run needs to resume, in addition to those of Lightning.
         self.stopped_early = self._ended = self._is_validated = False
         self._validated: dict[str, Tensor] = {}
         self._sources: dict[str, str] = {}
@@ -146,18 +150,7 @@ class RunState(Checkpoint):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the values that the callback needs to resume."""
-        return {
-            "best_loss": self.best_loss,
-            "best_step": self.best_step,
-            "seconds": self.seconds,
-            "stopped_early": self.stopped_early,
-            "is_validated": self._is_validated,
-            "rows": self._rows,
-            "sources": self._sources,
-            "parts": self._parts,
-            "generators": self._generators,
-            "num_processes": self._num_processes,
-        }
+        return {name.lstrip("_"): vars(self)[name] for name in _SAVED}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the values of `state_dict`.
@@ -178,11 +171,7 @@ class RunState(Checkpoint):
                 f"{self._num_processes}: each step would have other rows. Use the same number, or train with another "
                 "--output"
             )
-        self.best_loss, self.best_step = state_dict["best_loss"], state_dict["best_step"]
-        self.seconds, self.stopped_early = state_dict["seconds"], state_dict["stopped_early"]
-        self._rows, self._generators = state_dict["rows"], state_dict["generators"]
-        self._sources, self._is_validated = state_dict["sources"], state_dict["is_validated"]
-        self._parts = state_dict["parts"]
+        vars(self).update({name: state_dict[name.lstrip("_")] for name in _SAVED})
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -212,9 +201,7 @@ class RunState(Checkpoint):
         sources = {source.path: source.counted for source in trainer.datamodule.report.sources}
         parts = _frozen_parts(pl_module)
         if self._rows is not None:
-            if other := [
-                name for name in {**self._parts, **parts} if self._parts.get(name) != parts.get(name)
-            ]:
+            if other := [name for name in self._parts | parts if self._parts.get(name) != parts.get(name)]:
                 raise self._refusal(trainer, f"another {' and another '.join(other)} is in its place")
             try:
                 trainer.train_dataloader.load_state_dict(self._rows)
@@ -234,11 +221,14 @@ class RunState(Checkpoint):
             handled = [number for number in _STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
             self._handlers = {number: signal.signal(number, self._on_signal) for number in handled}
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         """Stop if requested and the state is saved."""
-        self._stop_if_asked(trainer)
+        # Not right after the save: Lightning logs a step after all callbacks.
+        if self._may_stop:
+            raise Interrupted(f"stopped at step {trainer.global_step}")
+
+    # The same after the last step, before the evaluation.
+    on_train_end = on_train_batch_start
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -252,8 +242,10 @@ class RunState(Checkpoint):
         # A collective decision: clocks and signals differ, and a save needs all processes.
         due = trainer.strategy.reduce_boolean_decision(self._interrupted or late, all=False)
         done = batch_idx + 1
+        # Either limit may end the run; -1 stands for none.
+        ends_epoch = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
+        self._ended = ends_epoch or trainer.global_step >= trainer.max_steps != -1
         # Weights are kept only if they are validated, so the last step always is.
-        self._ended = _is_last_step(trainer)
         if self._ended and trainer.enable_validation:
             trainer.should_stop = True
             if trainer.check_val_every_n_epoch is not None:
@@ -300,17 +292,14 @@ class RunState(Checkpoint):
         self.stopped_early = trainer.should_stop and not self._ended
         self._save(trainer)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop before the evaluation if requested."""
-        self._stop_if_asked(trainer)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def teardown(self, *_: Any, **__: Any) -> None:
         """Restore the signal handlers."""
-        self._release_signals()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Restore the signal handlers; Lightning calls no teardown after an exception."""
-        self._release_signals()
+    # Lightning calls no teardown after an exception.
+    on_exception = teardown
 
     def best_weights(self) -> dict[str, Tensor] | None:
         """Return the tensors with the lowest validation loss, or None without validation."""
@@ -347,14 +336,13 @@ class RunState(Checkpoint):
         """Return the sources that have changed since the state was saved."""
         # The loader only knows that its rows differ; the counts show which source to look at.
         before = self._sources
-        paths = [path for path in {**before, **sources} if before.get(path) != sources.get(path)]
         changes = [
-            f"{path}: {before.get(path, 'none')} then, {sources.get(path, 'none')} now" for path in paths
+            f"{path}: {before.get(path, 'none')} then, {sources.get(path, 'none')} now"
+            for path in before | sources
+            if before.get(path) != sources.get(path)
         ]
-        found = (
-            "; ".join(changes) or f"the rows or media of {', '.join(sources)} are as many, but not the same"
-        )
-        return f"its rows have changed: {found}"
+        same = f"the rows or media of {', '.join(sources)} are as many, but not the same"
+        return f"its rows have changed: {'; '.join(changes) or same}"
 
     def _refusal(self, trainer: Trainer, reason: str) -> InputError:
         return InputError(
@@ -377,22 +365,12 @@ class RunState(Checkpoint):
         # All processes or none: the signal may reach one of them before the others.
         self._may_stop = trainer.strategy.reduce_boolean_decision(self._interrupted, all=False)
 
-    def _stop_if_asked(self, trainer: Trainer) -> None:
-        # Not right after the save: Lightning logs a step after all callbacks.
-        if self._may_stop:
-            raise Interrupted(f"stopped at step {trainer.global_step}")
-
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         """Request a stop at the next saved state; a second signal has its usual effect."""
         self._interrupted = True
-        self._release_signals()
+        self.teardown()
         # A handler may interrupt a print, so it must not call print.
         os.write(2, b"\nstopping as soon as the state can be saved; press Ctrl-C again to stop at once\n")
-
-    def _release_signals(self) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._handlers = {}
 
 
 def _frozen_parts(module: LightningModule) -> dict[str, str | None]:
@@ -408,13 +386,6 @@ def _frozen_parts(module: LightningModule) -> dict[str, str | None]:
             f"{manifest.get('weights_sha256')} {manifest.get('adapter_sha256')}"
         )
     return parts
-
-
-def _is_last_step(trainer: Trainer) -> bool:
-    """Return whether the step that was just taken is the last one of the run."""
-    # Either limit may end the run; -1 stands for none.
-    last_epoch = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
-    return last_epoch or trainer.global_step >= trainer.max_steps != -1
 
 
 GeneratorStates = list[dict[str, Any]]

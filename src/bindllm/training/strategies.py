@@ -150,8 +150,3 @@ def check_strategy(strategy: Strategy) -> None:
                 f"DeepSpeed stage {stage} would shard the trained tensors; use deepspeed_stage_2, or to shard the "
                 f"frozen decoder: trainer.strategy: {{class_path: {SHARDED}}}"
             )
-
-
-def averages_gradients(strategy: Strategy) -> bool:
-    """Return whether parameters hold their gradients between backward and optimizer step, so they can be scaled."""
-    return not isinstance(strategy, DeepSpeedStrategy)

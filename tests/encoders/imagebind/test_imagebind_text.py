@@ -89,11 +89,21 @@ def test_the_file_is_read_at_the_first_text_and_errors_name_it(file, tmp_path):
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(EncoderError, match=r"bad\.json: not a tokenizer\.json"):
         Tokenizer(tmp_path / "bad.json").encode("a")
-    tree = json.loads(file.read_text(encoding="utf-8"))
-    tree["added_tokens"], tree["pre_tokenizer"] = [], None
-    (tmp_path / "other.json").write_text(json.dumps(tree))
-    with pytest.raises(EncoderError, match=r"other\.json: not CLIP's vocabulary"):
-        Tokenizer(tmp_path / "other.json").encode("a")
+
+    def without_splitting(tree):
+        tree["pre_tokenizer"] = None
+
+    def other_ids(tree):
+        tree["added_tokens"], vocabulary = [], tree["model"]["vocab"]
+        first, last = "<|startoftext|>", "<|endoftext|>"
+        vocabulary[first], vocabulary[last] = vocabulary[last], vocabulary[first]
+
+    for change in (without_splitting, other_ids):
+        tree = json.loads(file.read_text(encoding="utf-8"))
+        change(tree)
+        (tmp_path / "other.json").write_text(json.dumps(tree))
+        with pytest.raises(EncoderError, match=r"other\.json: not CLIP's vocabulary"):
+            Tokenizer(tmp_path / "other.json").encode("a")
 
 
 def test_without_ftfy_the_error_names_the_extra(tokenizer, monkeypatch):

@@ -8,18 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from align_parts import BeatTower, LetterEncoder, color_table, radar_table, rewrite
+from align_parts import BeatTower, LetterEncoder, radar_table, rewrite
 from bindllm.data.report import Skipped
 from bindllm.errors import InputError
 from bindllm.evaluation.layouts import Choice, Column, read_layout
-from bindllm.training.align.data import AlignData, PairSet
-from bindllm.training.align.pairs import PairSource, read_pairs
-from tiny import ColorEncoder
+from bindllm.training.align.data import AlignData, PairSet, PairSource, read_pairs
+from tiny import ColorEncoder, color_images
 
 
 @pytest.fixture
 def pictures(tmp_path):
-    return color_table(tmp_path / "pictures", per_color=4)
+    return color_images(tmp_path / "pictures", per_color=4)
 
 
 def data_of(*sources: PairSource, folder, tower=None, **settings) -> AlignData:
@@ -52,6 +51,7 @@ def test_what_cannot_be_used_is_counted_with_its_reason(pictures):
             3: {"image": ""},
             4: {"caption": None},
             5: {"caption": "\u0007"},
+            6: {"split": "val"},
         }
         return {**row, **changes.get(number, {})}
 
@@ -66,6 +66,7 @@ def test_what_cannot_be_used_is_counted_with_its_reason(pictures):
         "empty text": 1,
     }
     assert len([pair for pair in pairs if pair.media]) == 10
+    assert pairs[1].split == "validation"
     # A row without a caption is still a picture to choose from.
     assert [pair.name for pair in pairs if pair.media is None] == ["captions.jsonl line 5"]
 

@@ -35,7 +35,7 @@ from bindllm.encoders.imagebind.network import (
     trunk_file,
 )
 from bindllm.encoders.imagebind.text import Tokenizer
-from bindllm.errors import EncoderError, InputError, MediaError, did_you_mean
+from bindllm.errors import EncoderError, InputError, MediaError, check_choice, did_you_mean
 from bindllm.media import Media
 
 Coverage = Literal["published", "full"]
@@ -96,8 +96,7 @@ class ImageBind:
             ("dtype", dtype, Dtype),
             ("scale", scale, Scale),
         ):
-            if value not in get_args(known):
-                raise InputError(f"{name}={value!r} is unknown. {did_you_mean(str(value), get_args(known))}")
+            check_choice(name, value, get_args(known))
         if type(max_clips) is not int or max_clips < 1:
             raise InputError(f"max_clips={max_clips!r} is not a whole number above 0")
         if not (0 < depth_baseline < math.inf and 0 < depth_focal < math.inf):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bindllm.encoders import once
 from bindllm.encoders.imagebind.network import CONTEXT
-from bindllm.errors import AssetError, EncoderError, InputError, MissingExtraError
+from bindllm.errors import AssetError, EncoderError, InputError, needs_extra
 
 if TYPE_CHECKING:
     import tokenizers
@@ -30,6 +30,8 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 NUM_MERGES = 48894
 """Number of merges that CLIP uses; the published file contains more."""
 
+# Their ids differ between vocabularies, so they identify one: two symbols for each of 256 bytes come before the merges.
+_MARKERS = {START: 512 + NUM_MERGES, END: 513 + NUM_MERGES}
 _WORD_END = "</w>"
 # Tried in this order at every position: a marker, an English suffix, letters, one digit, a run of anything else.
 _PIECES = r"(?i:<[|]startoftext[|]>|<[|]endoftext[|]>|'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
@@ -68,13 +70,12 @@ def tokenizer_tree(merges: Mapping[int, tuple[str, str]]) -> dict[str, Any]:
     vocabulary = {symbol: number for number, symbol in enumerate(symbols)}
     vocabulary |= {symbol + _WORD_END: number + len(symbols) for number, symbol in enumerate(symbols)}
     vocabulary |= {left + right: 2 * len(symbols) + rank for rank, (left, right) in sorted(merges.items())}
-    markers = {START: 2 * len(symbols) + NUM_MERGES, END: 2 * len(symbols) + NUM_MERGES + 1}
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": number, "content": marker, **plain} for marker, number in markers.items()],
+        "added_tokens": [{"id": number, "content": marker, **plain} for marker, number in _MARKERS.items()],
         "normalizer": None,
         # Pieces first, then bytes: merges never cross the border of a piece.
         "pre_tokenizer": {
@@ -95,7 +96,7 @@ def tokenizer_tree(merges: Mapping[int, tuple[str, str]]) -> dict[str, Any]:
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": False,
-            "vocab": vocabulary | markers,
+            "vocab": vocabulary | _MARKERS,
             "merges": [list(pair) for _, pair in sorted(merges.items())],
         },
     }
@@ -143,16 +144,18 @@ class Tokenizer:
 
     def ids(self, text: str) -> list[int]:
         """Return all ids of a text, start and end included, however many there are; errors as `encode`."""
-        tokenizer = self._tokenizer
-        markers = {marker: tokenizer.token_to_id(marker) for marker in (START, END)}
-        ids = [markers[START]]
+        tokenizer, ids = self._tokenizer, [_MARKERS[START]]
         # Piece by piece, since a marker counts only if the splitting makes it a piece of its own.
         for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(clean(text)):
-            if piece in markers:
-                ids.append(markers[piece])
+            if piece in _MARKERS:
+                ids.append(_MARKERS[piece])
             else:
                 ids += [token.id for token in tokenizer.model.tokenize(piece)]
-        return [*ids, markers[END]]
+        return [*ids, _MARKERS[END]]
+
+    def check(self) -> None:
+        """Raise an `EncoderError` if the file is missing, damaged or another vocabulary."""
+        _ = self._tokenizer
 
     @once
     def _tokenizer(self) -> tokenizers.Tokenizer:
@@ -167,9 +170,11 @@ class Tokenizer:
         # The library raises Exception itself.
         except Exception as error:
             raise EncoderError(f"{self._file}: not a tokenizer.json that can be read ({error})") from error
-        if None in (tokenizer.token_to_id(START), tokenizer.token_to_id(END), tokenizer.pre_tokenizer):
+        found = {marker: tokenizer.token_to_id(marker) for marker in _MARKERS}
+        if found != _MARKERS or tokenizer.pre_tokenizer is None:
             raise EncoderError(
-                f"{self._file}: not CLIP's vocabulary: it lacks {START}, {END} or the splitting"
+                f"{self._file}: not CLIP's vocabulary: the ids of its markers are {found}, expected {_MARKERS}, with a "
+                "pre_tokenizer; `bindllm fetch clip-vocabulary` makes the right one"
             )
         return tokenizer
 
@@ -190,10 +195,8 @@ def clean(text: str) -> str:
             f"the text {text[:40]!r} holds a lone surrogate at character {error.start}, which is not a character; "
             "decode the text with its right encoding"
         ) from error
-    try:
+    with needs_extra("ftfy", extra="text", purpose="clean texts as CLIP does"):
         import ftfy
-    except ImportError as error:
-        raise MissingExtraError("ftfy", extra="text", purpose="clean texts as CLIP does") from error
     # Twice, as published: web texts often have entities of entities.
     mended = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(mended.split()).lower()

@@ -26,7 +26,7 @@ from bindllm.encoders.pointbind.networks import (
     read_config,
     token_width,
 )
-from bindllm.errors import EncoderError, InputError, did_you_mean
+from bindllm.errors import EncoderError, InputError, check_choice
 from bindllm.media import Media
 from bindllm.media.points import open_points
 
@@ -66,8 +66,7 @@ class PointBind:
     def __init__(
         self, weights: str = "checkpoints/pointbind", *, dtype: Precision = "float32", points: int = 8192
     ) -> None:
-        if dtype not in get_args(Precision):
-            raise InputError(f"dtype={dtype!r} is unknown. {did_you_mean(str(dtype), get_args(Precision))}")
+        check_choice("dtype", dtype, get_args(Precision))
         if isinstance(points, bool) or not isinstance(points, int) or points < 1:
             raise InputError(
                 f"points={points!r}: expected a number of points, at least 1; 8192 is the published one"

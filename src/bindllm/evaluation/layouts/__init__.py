@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
-from bindllm.errors import InputError, did_you_mean
+from bindllm.errors import InputError, check_choice
 from bindllm.evaluation.layouts.classification import (
     read_audioset,
     read_esc50,
@@ -55,14 +55,15 @@ def read_layout(name: str, folder: str | Path, choice: Choice | None = None) -> 
         InputError: an unknown layout, a choice that the layout does not support, or a folder that does not have this
             layout; names the file and, if there is one, the line.
     """
-    if name not in LAYOUTS:
-        raise InputError(f"unknown layout {name!r}. {did_you_mean(name, LAYOUTS)}")
+    check_choice("layout", name, LAYOUTS)
     (read, uses), choice, folder = LAYOUTS[name], choice or Choice(), Path(folder)
     for field in fields(Choice):
         # An option without effect would give numbers of another set than the user expects.
         if getattr(choice, field.name) != field.default and field.name not in uses:
             raise InputError(f"the layout {name} takes no {field.name}; it takes {', '.join(uses)}")
-    if not folder.exists():
-        raise InputError(f"{folder} does not exist; give the folder of the data set")
+    # Only a table may be a file.
+    if not folder.is_dir() and not (name == "table" and folder.exists()):
+        problem = "is a file" if folder.exists() else "does not exist"
+        raise InputError(f"{folder} {problem}; give the folder of the data set")
     # A folder without usable media is an error, not a result of 0.
     return read(folder, choice).require(folder)

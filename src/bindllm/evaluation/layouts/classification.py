@@ -8,9 +8,10 @@ from pathlib import Path
 
 from bindllm.data.tables import read_table
 from bindllm.errors import InputError, did_you_mean
-from bindllm.evaluation.layouts.dataset import Choice, Dataset
-from bindllm.evaluation.layouts.files import (
+from bindllm.evaluation.layouts.dataset import (
+    Choice,
     Classes,
+    Dataset,
     Files,
     clip_stems,
     list_files,
@@ -18,7 +19,7 @@ from bindllm.evaluation.layouts.files import (
     read_classes,
     read_lines,
     read_seconds,
-    require_file,
+    require,
     spell,
     suffixes_of,
     walk,
@@ -44,12 +45,10 @@ def read_imagenet(folder: Path, choice: Choice) -> Dataset:
     without images.
     """
     split = choice.split or "val"
-    if folder.is_dir() and choice.classes is None:
-        purpose = "names of the classes; or give your own table with --classes"
-        table = require_file(folder, IMAGENET_NAMES, purpose=purpose)
-    else:
-        table = choice.classes or folder
-    images = _split_folder(folder, (split, f"{_KAGGLE}/{split}"))
+    purpose = "names of the classes; or give your own table with --classes"
+    table = choice.classes or require(folder, IMAGENET_NAMES, purpose=purpose)
+    folders = (split, f"{_KAGGLE}/{split}")
+    images = require(folder, folders, purpose="the images of the split", is_folder=True)
     # All classes of the table compete, so that a part of the images is as hard as the whole set.
     classes = Classes(read_classes(table), table)
     dataset = Dataset("classify", "image", classes=classes.names)
@@ -61,7 +60,7 @@ def read_imagenet(folder: Path, choice: Choice) -> Dataset:
                 dataset.add(file, file, labels=(label,))
         return dataset
     purpose = f"the class of each image, as {images} has no folder for each class"
-    solution = require_file(folder, (IMAGENET_SOLUTION.format(split=split),), purpose=purpose)
+    solution = require(folder, (IMAGENET_SOLUTION.format(split=split),), purpose=purpose)
     files = Files(images, "image")
     for row, record in read_table(solution, ("ImageId", "PredictionString"), dataset.skipped):
         # The class and the four numbers of a box, once for each object of that class in the image.
@@ -85,8 +84,6 @@ def read_modelnet(folder: Path, choice: Choice) -> Dataset:
     kinds = [kind for kind in ("modelnet40", "modelnet10") if (folder / f"{kind}_shape_names.txt").is_file()]
     if kinds:
         return _read_resampled(folder, choice, kinds[0], split)
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder; give the folder of the data set")
     # Only folders with a split inside are classes.
     shapes = [
         below for below in list_folders(folder) if any((below / name).is_dir() for name in MODELNET_SPLITS)
@@ -111,7 +108,7 @@ def _read_resampled(folder: Path, choice: Choice, kind: str, split: str) -> Data
     listed = folder / f"{kind}_shape_names.txt"
     classes = _classes(choice, [line.strip() for _, line in read_lines(listed)], listed)
     dataset = Dataset("classify", "point", classes=classes.names)
-    table = require_file(folder, (f"{kind}_{split}.txt",), purpose="the shapes of the split")
+    table = require(folder, (f"{kind}_{split}.txt",), purpose="the shapes of the split")
     for row, line in read_lines(table):
         shape = line.strip()
         # Class names contain underscores themselves: night_stand_0001.
@@ -125,7 +122,7 @@ def _read_resampled(folder: Path, choice: Choice, kind: str, split: str) -> Data
 
 def read_folders(folder: Path, choice: Choice) -> Dataset:
     """Read ``<class>/<files>`` or, if a split is given, ``<split>/<class>/<files>``, at any depth below a class."""
-    parent = _split_folder(folder, (choice.split or ".",))
+    parent = require(folder, (choice.split or ".",), purpose="the folders of the classes", is_folder=True)
     # The folders name the classes; their order is alphabetical on every file system.
     below = list_folders(parent)
     if not below:
@@ -145,19 +142,6 @@ def read_folders(folder: Path, choice: Choice) -> Dataset:
             else:
                 dataset.add(file, file, labels=(label,))
     return dataset
-
-
-def _split_folder(folder: Path, names: Sequence[str]) -> Path:
-    """Return the first of these folders that exists."""
-    found = next((folder / name for name in names if (folder / name).is_dir()), None)
-    if found is not None:
-        return found
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder; give the folder of the data set")
-    present = did_you_mean(names[0], [below.name for below in list_folders(folder)])
-    raise InputError(
-        f"{folder} has no folder {' and no '.join(names)}. {present.replace('Known:', 'It contains:')}"
-    )
 
 
 def _classes(choice: Choice, keys: Sequence[str], source: Path | str = "the folder") -> Classes:
@@ -183,7 +167,7 @@ def _guess_modality(folder: Path, files: Sequence[str]) -> str:
 
 def read_esc50(folder: Path, choice: Choice) -> Dataset:
     """Read ``meta/esc50.csv`` (filename, fold, target, category) and ``audio/*.wav``; all five folds by default."""
-    table = require_file(folder, ("meta/esc50.csv", "esc50.csv"), purpose="the table of clips")
+    table = require(folder, ("meta/esc50.csv", "esc50.csv"), purpose="the table of clips")
     dataset = Dataset("classify", "audio")
     clips = []
     for row, record in read_table(table, ("filename", "fold", "target", "category"), dataset.skipped):
@@ -225,8 +209,8 @@ def read_audioset(folder: Path, choice: Choice) -> Dataset:
     if split not in AUDIOSET_SPLITS:
         raise InputError(f"audioset has no split {split!r}. {did_you_mean(split, AUDIOSET_SPLITS)}")
     # The table of the authors has comment lines before its header, so it is not read as a usual table.
-    segments = require_file(folder, (AUDIOSET_SPLITS[split],), purpose="the table of clips")
-    table = require_file(folder, ("class_labels_indices.csv",), purpose="the names of the classes")
+    segments = require(folder, (AUDIOSET_SPLITS[split],), purpose="the table of clips")
+    table = require(folder, ("class_labels_indices.csv",), purpose="the names of the classes")
     dataset = Dataset("tag", "audio")
     names: dict[str, tuple[str, ...]] = {}
     for row, record in read_table(table, ("index", "mid", "display_name"), dataset.skipped):

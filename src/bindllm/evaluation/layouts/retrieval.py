@@ -7,20 +7,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from bindllm.data.formats.columns import read_split
 from bindllm.data.formats.media import FolderResolver
 from bindllm.data.report import Skipped
 from bindllm.data.source_config import SPLITS, Columns, SourceConfig
 from bindllm.data.sources import hashed_split, read_source, require_table
 from bindllm.data.tables import read_table
-from bindllm.errors import InputError, did_you_mean
-from bindllm.evaluation.layouts.dataset import NO_FILE, Captions, Choice, Column, Dataset, Item
-from bindllm.evaluation.layouts.files import (
+from bindllm.errors import InputError, check_choice, did_you_mean
+from bindllm.evaluation.layouts.dataset import (
+    NO_FILE,
+    Captions,
+    Choice,
+    Column,
+    Dataset,
     Files,
+    Item,
     clip_stems,
     read_entries,
     read_lines,
     read_seconds,
-    require_file,
+    require,
 )
 from bindllm.media import Media
 
@@ -40,43 +46,37 @@ def read_audiocaps(folder: Path, choice: Choice) -> Dataset:
     and start are captions of one clip.
     """
     split = choice.split or "test"
-    table = require_file(
-        folder, (f"{split}.csv", f"dataset/{split}.csv"), purpose="the captions of the split"
-    )
-    dataset = Dataset("retrieve", "audio")
-    files, captions = Files(folder, "audio"), Captions(dataset, choice.captions)
+    table = require(folder, (f"{split}.csv", f"dataset/{split}.csv"), purpose="the captions of the split")
+    captions = Captions(folder, "audio", choice.captions)
     columns = ("audiocap_id", "youtube_id", "start_time", "caption")
-    for row, record in read_table(table, columns, dataset.skipped):
+    for row, record in read_table(table, columns, captions.dataset.skipped):
         number, video, start, caption = (str(record[column]).strip() for column in columns)
         try:
             seconds = read_seconds(start)
         except ValueError:
-            dataset.skipped.add("start_time is not a number", row)
+            captions.dataset.skipped.add("start_time is not a number", row)
             continue
         # One name for all rows of a clip, so that their captions are joined.
         name = f"{video} from {seconds:g} s"
         captions.add(name, caption, row)
         # A row number of AudioCaps is more specific than the names of AudioSet's clips.
-        captions.set_file(name, files.find_stem((number, *clip_stems(video, seconds))))
-    captions.finish()
-    return dataset
+        captions.set_file(name, captions.files.find_stem((number, *clip_stems(video, seconds))))
+    return captions.finish()
 
 
 def read_clotho(folder: Path, choice: Choice) -> Dataset:
     """Read ``clotho_captions_<split>.csv`` (file_name, caption_1 ... caption_5) and ``<split>/*.wav``."""
     split = choice.split or "evaluation"
-    table = require_file(folder, (f"clotho_captions_{split}.csv",), purpose="the captions of the split")
-    dataset = Dataset("retrieve", "audio")
-    files, captions = Files(folder, "audio"), Captions(dataset, choice.captions)
+    table = require(folder, (f"clotho_captions_{split}.csv",), purpose="the captions of the split")
+    captions = Captions(folder, "audio", choice.captions)
     # Five captions per clip, each a target of its own.
     columns = [f"caption_{number}" for number in range(1, 6)]
-    for row, record in read_table(table, ("file_name", *columns), dataset.skipped):
+    for row, record in read_table(table, ("file_name", *columns), captions.dataset.skipped):
         name = str(record["file_name"])
         for column in columns:
             captions.add(name, record[column], f"{row}, {column}")
-        captions.set_file(name, files.find(name, split, f"clotho_audio_{split}"))
-    captions.finish()
-    return dataset
+        captions.set_file(name, captions.files.find(name, split, f"clotho_audio_{split}"))
+    return captions.finish()
 
 
 def read_coco(folder: Path, choice: Choice) -> Dataset:
@@ -89,15 +89,14 @@ def read_coco(folder: Path, choice: Choice) -> Dataset:
     has_karpathy = any((folder / name).is_file() for name in karpathy)
     split = choice.split or ("test" if has_karpathy else "val2017")
     if split in KARPATHY_SPLITS:
-        table = require_file(
+        table = require(
             folder, karpathy, purpose="Karpathy's splits; COCO's own are called val2017 and so on"
         )
         return _read_karpathy(table, folder, choice, split, folders=())
     name = f"captions_{split}.json"
-    table = require_file(folder, (f"annotations/{name}", name), purpose="the captions of the split")
+    table = require(folder, (f"annotations/{name}", name), purpose="the captions of the split")
     images, annotations = read_entries(table, "images", "annotations")
-    dataset = Dataset("retrieve", "image")
-    files, captions = Files(folder, "image"), Captions(dataset, choice.captions)
+    captions = Captions(folder, "image", choice.captions)
     # The file name of each image by the id that its captions refer to.
     names: dict[Any, str] = {}
     for number, image in enumerate(images):
@@ -105,43 +104,37 @@ def read_coco(folder: Path, choice: Choice) -> Dataset:
         match image:
             case {"id": int() | str() as key, "file_name": str() as name}:
                 names[key] = name
-                captions.set_file(name, files.find(name, split))
+                captions.set_file(name, captions.files.find(name, split))
             case _:
-                dataset.skipped.add("an image without id and file_name", row)
+                captions.dataset.skipped.add("an image without id and file_name", row)
     for number, annotation in enumerate(annotations):
         row = f"{table} annotations[{number}]"
         match annotation:
             case {"image_id": int() | str() as key, "caption": caption} if key in names:
                 captions.add(names[key], caption, row)
             case _:
-                dataset.skipped.add("a caption without image_id and caption, or of an unknown image", row)
-    captions.finish()
-    return dataset
+                captions.dataset.skipped.add(
+                    "a caption without image_id and caption, or of an unknown image", row
+                )
+    return captions.finish()
 
 
 def read_flickr30k(folder: Path, choice: Choice) -> Dataset:
     """Read Karpathy's ``dataset_flickr30k.json``; or ``results.csv`` or ``results_20130124.token``, without splits."""
     tables = ("dataset_flickr30k.json", "results.csv", "results_20130124.token")
-    # Only the first table has splits, so a split needs that one.
-    table = require_file(
-        folder,
-        tables if choice.split in (None, "all") else tables[:1],
-        purpose="captions, with splits in the first",
-    )
-    if table.suffix == ".json" and choice.split != "all":
-        return _read_karpathy(table, folder, choice, choice.split or "test", folders=_FLICKR_FOLDERS)
+    # Only the first table has splits, so a split needs that one, and "all" one of the others.
+    wanted = {None: tables, ALL: tables[1:]}.get(choice.split, tables[:1])
+    table = require(folder, wanted, purpose="captions, with splits in dataset_flickr30k.json")
     if table.suffix == ".json":
-        table = require_file(folder, tables[1:], purpose="all captions")
-    dataset = Dataset("retrieve", "image")
-    dataset.notes.append(
+        return _read_karpathy(table, folder, choice, choice.split or "test", folders=_FLICKR_FOLDERS)
+    captions = Captions(folder, "image", choice.captions)
+    captions.dataset.notes.append(
         f"{table.name} has no splits, so all of it is used; the usual test split is in dataset_flickr30k.json"
     )
-    files, captions = Files(folder, "image"), Captions(dataset, choice.captions)
-    for row, name, caption in _read_flickr_lines(table, dataset.skipped):
+    for row, name, caption in _read_flickr_lines(table, captions.dataset.skipped):
         captions.add(name, caption, row)
-        captions.set_file(name, files.find(name, *_FLICKR_FOLDERS))
-    captions.finish()
-    return dataset
+        captions.set_file(name, captions.files.find(name, *_FLICKR_FOLDERS))
+    return captions.finish()
 
 
 def _read_karpathy(
@@ -149,8 +142,7 @@ def _read_karpathy(
 ) -> Dataset:
     """Read a file by Karpathy: images with ``filename``, ``split`` and ``sentences``."""
     (images,) = read_entries(table, "images")
-    dataset = Dataset("retrieve", "image")
-    files, captions = Files(folder, "image"), Captions(dataset, choice.captions)
+    captions = Captions(folder, "image", choice.captions)
     # The splits that occur, for the error message.
     seen: set[str] = set()
     for number, image in enumerate(images):
@@ -159,16 +151,15 @@ def _read_karpathy(
             case {"filename": str() as name, "split": str() as its_split, "sentences": list() as sentences}:
                 seen.add(its_split)
             case _:
-                dataset.skipped.add("an image without filename, split and sentences", row)
+                captions.dataset.skipped.add("an image without filename, split and sentences", row)
                 continue
         if its_split == split:
             for sentence in sentences:
                 captions.add(name, sentence.get("raw") if isinstance(sentence, dict) else None, row)
-            captions.set_file(name, _find_coco(files, name, str(image.get("filepath", "")), folders))
+            captions.set_file(name, _find_coco(captions.files, name, str(image.get("filepath", "")), folders))
     if seen and split not in seen:
         raise InputError(f"{table} has no split {split!r}. {did_you_mean(split, seen)}")
-    captions.finish()
-    return dataset
+    return captions.finish()
 
 
 def _find_coco(files: Files, name: str, folder: str, folders: tuple[str, ...]) -> str | None:
@@ -214,10 +205,7 @@ def read_pairs(folder: Path, choice: Choice) -> Dataset:
     table has none, a hash, as in training.
     """
     split = choice.split or "test"
-    if split not in (*SPLITS, ALL):
-        raise InputError(f"unknown split {split!r}. {did_you_mean(split, (*SPLITS, ALL))}")
-    if not folder.exists():
-        raise InputError(f"{folder} does not exist; give a table, or a folder that has one")
+    check_choice("split", split, (*SPLITS, ALL))
     source = choice.source or Column(choice.modality or "image", choice.modality or "image")
     target = choice.target or Column("text", "caption")
     dataset = Dataset("retrieve", source.modality)
@@ -263,9 +251,10 @@ def _read_columns(path: Path, source: Column, target: Column, dataset: Dataset) 
     split_by = target if target.modality == "image" else source
     found: dict[tuple[Media, str], dict[Media, None]] = {}
     for row, record in read_table(path, (source.name, target.name), dataset.skipped):
-        split = record.get("split") or None
-        if split is not None and split not in SPLITS:
-            dataset.skipped.add(f"unknown split {split!r}. {did_you_mean(str(split), SPLITS)}", row)
+        try:
+            split = read_split(record, "split")
+        except InputError as error:
+            dataset.skipped.add_error(error, row)
             continue
         # Both ends must exist: a pair with one end is not a pair.
         ends = [_media(column, record[column.name], path) for column in (source, target)]

@@ -1,33 +1,199 @@
-"""The data of an alignment: pairs in three splits. Frozen encoders embed once; a trained tower gets augmented media."""
+"""The data of an alignment: pairs of media and targets, read from tables, in three splits.
+
+Frozen encoders embed once; a trained tower gets augmented media.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from bindllm.data.embeddings import MediaEmbeddings
-from bindllm.data.sources import SPLITS
-from bindllm.encoders import Encoder
+from bindllm.data.collate import MediaGroup
+from bindllm.data.embeddings import MediaEmbeddings, PrecomputeTotals
+from bindllm.data.formats import clean_caption
+from bindllm.data.formats.columns import read_split
+from bindllm.data.formats.media import FolderResolver
+from bindllm.data.report import Skipped
+from bindllm.data.source_config import SPLITS, Split
+from bindllm.data.sources import hashed_split, require_table
+from bindllm.data.tables import Record, read_table
 from bindllm.encoders.trainable import CanMix, is_trainable
-from bindllm.errors import InputError, MediaError
-from bindllm.media import Media
+from bindllm.errors import InputError, MediaError, did_you_mean
+from bindllm.media import MODALITIES, Media, is_modality
 from bindllm.parallel import SINGLE_PROCESS, RunContext
-from bindllm.training.align.pairs import Pair, PairReport, PairSource, read_pairs
 
 CANNOT_READ = "cannot be read or embedded"
 
 Batch = dict[str, Any]
-Keys = tuple[dict[Media, str], dict[Media, str]]
-"""The key of each media that can be used, and the reason for each of the others."""
+
+
+@dataclass
+class PairSource:
+    """One table of pairs."""
+
+    path: str
+    """A table (.jsonl, .csv, .tsv, .parquet) or a folder with one named captions.*; paths in it start at its folder."""
+
+    modality: str = "text"
+    """The modality to align; the same for all sources of a recipe."""
+
+    columns: list[str] = field(default_factory=list)
+    """Columns of that modality, each with a path, a text, or a list of them; by default `caption` for text, else the
+    column with the name of the modality. All media of a row belong to its target."""
+
+    target: str = "image"
+    """Modality of the frozen side."""
+
+    target_column: str | None = None
+    """Column of the frozen side; by default the name of `target`."""
+
+    split: Split | None = None
+    """Split of the whole source. Without it, the column `split_column` decides, or else a hash of the target."""
+
+    split_column: str = "split"
+    """Optional column with train, validation (or val, valid, dev) or test."""
+
+    held_out: float = 0.1
+    """Share of targets, 0 to below 1, that the hash holds out: half for validation, half for test."""
+
+    def __post_init__(self) -> None:
+        for name in (self.modality, self.target):
+            if not is_modality(name):
+                raise InputError(
+                    f"{self.path}: a modality is a lower-case word, not {name!r}. "
+                    f"{did_you_mean(str(name).lower(), MODALITIES)}"
+                )
+        if self.split not in (None, *SPLITS):
+            raise InputError(f"{self.path}: unknown split {self.split!r}. {did_you_mean(self.split, SPLITS)}")
+        if not 0 <= self.held_out < 1:
+            raise InputError(f"{self.path}: held_out must be from 0 to below 1, not {self.held_out}")
+        self.columns = self.columns or ["caption" if self.modality == "text" else self.modality]
+        self.target_column = self.target_column or self.target
+
+
+class Pair(NamedTuple):
+    """A target and one media that belongs to it; None: the target is only a further candidate in the gallery."""
+
+    target: Media
+    media: Media | None
+    split: str
+    name: str
+
+
+@dataclass
+class PairReport:
+    """Counts of pairs, and of skipped rows with their reasons.
+
+    Args:
+        pairs: pairs per split.
+        targets: different targets per split, including targets without media.
+        media: different media per split.
+        without_media: targets without media, which only enlarge the gallery.
+        skipped: skipped pairs and rows.
+    """
+
+    pairs: dict[str, int] = field(default_factory=dict)
+    targets: dict[str, int] = field(default_factory=dict)
+    media: dict[str, int] = field(default_factory=dict)
+    without_media: int = 0
+    skipped: Skipped = field(default_factory=Skipped)
+
+    def lines(self) -> Iterator[str]:
+        """Yield the lines of the report."""
+        for split in SPLITS:
+            yield (
+                f"{split}: {self.pairs[split]:,} pairs of {self.media[split]:,} media and "
+                f"{self.targets[split]:,} targets"
+            )
+        if self.without_media:
+            yield f"{self.without_media:,} targets have no media; the held-out ones are in the gallery"
+        yield from (f"skipped: {line}" for line in self.skipped.lines())
+
+
+def read_pairs(source: PairSource, skipped: Skipped) -> list[Pair]:
+    """Return the pairs of a source, in its order.
+
+    Args:
+        source: the source in the recipe.
+        skipped: counts skipped rows.
+
+    Raises:
+        InputError: the source is missing, is not a table, or has none of the columns.
+    """
+    table, pairs = require_table(Path(source.path)), []
+    seen: set[str] = set()
+    splits: dict[str, str] = {}
+    # A column counts as present if any row has it: rows of JSON lines may leave empty columns out.
+    for name, record in read_table(table, (source.target_column,), skipped):
+        seen |= record.keys()
+        pairs += _row_pairs(name, record, source, table.parent, splits, skipped)
+    missing = [column for column in source.columns if column not in seen]
+    if missing and seen:
+        raise InputError(f"{table}: no column {missing[0]!r}. {did_you_mean(missing[0], seen)}")
+    return pairs
+
+
+def _row_pairs(
+    name: str, record: Record, source: PairSource, folder: Path, splits: dict[str, str], skipped: Skipped
+) -> Iterator[Pair]:
+    """Yield the pairs of one row; a row whose columns are all empty is a target without media."""
+    value = record[source.target_column]
+    target = _media(source.target, value, folder, f"{name}: {source.target_column}", skipped)
+    if target is None:
+        return
+    # The key of evaluation too: a target that the hash holds out here is held out there.
+    key = value if source.target == "text" else FolderResolver(str(folder)).key(target)
+    try:
+        split = source.split or read_split(record, source.split_column) or hashed_split(key, source.held_out)
+    except InputError as error:
+        skipped.add_error(error, name)
+        return
+    # Two rows of one target share its split, or the target would be in training and in the gallery.
+    if splits.setdefault(key, split) != split:
+        skipped.add(f"this {source.target} is in another split already", name)
+        return
+    found = False
+    # Every media of every column is a pair of its own with the target.
+    for column in source.columns:
+        values = record.get(column)
+        for each in values if isinstance(values, list) else [values]:
+            if each is None or each == "":
+                continue
+            found = True
+            media = _media(source.modality, each, folder, f"{name}: {column}", skipped)
+            if media is not None:
+                yield Pair(target, media, split, name)
+    if not found:
+        yield Pair(target, None, split, name)
+
+
+def _media(modality: str, value: object, folder: Path, name: str, skipped: Skipped) -> Media | None:
+    """Return the media of one cell; a cell without media is counted as skipped."""
+    if not isinstance(value, str) or not value.strip():
+        skipped.add(f"no {'text' if modality == 'text' else f'path of {modality} media'}", name)
+        return None
+    if modality == "text":
+        # As captions of training rows: control characters removed, white space on one line.
+        words, _ = clean_caption(value)
+        if not words:
+            skipped.add("empty text", name)
+            return None
+        return Media.text(words)
+    # An absolute path stays as it is.
+    file = os.path.join(folder, value)
+    if not os.path.isfile(file):
+        skipped.add(f"no such {modality} file", f"{name}: {value}")
+        return None
+    return Media(modality, file)
 
 
 class AlignData(LightningDataModule):
@@ -77,7 +243,7 @@ class AlignData(LightningDataModule):
         self.modality = sources[0].modality
         self.report = PairReport()
         self._splits: dict[str, PairSet] | None = None
-        self._sides: tuple[StoredSide | PreparedSide, StoredSide] | None = None
+        self._sides: tuple[MediaEmbeddings | PreparedMedia, MediaEmbeddings] | None = None
 
     def setup(self, stage: str | None = None) -> None:
         """Read the pairs, and embed or open all their media, once.
@@ -90,43 +256,40 @@ class AlignData(LightningDataModule):
         # Everything is read and embedded before the first step: a bad file costs seconds now, and hours later.
         self._check_modalities()
         pairs = [pair for source in self.sources for pair in read_pairs(source, self.report.skipped)]
-        trained = is_trainable(self.tower)
         # A frozen tower embeds once; a trained one needs the prepared media in every epoch.
-        self._sides = (
-            PreparedSide(self.tower) if trained else StoredSide(self.tower, self.store),
-            StoredSide(self.target, self.store),
-        )
+        trained = is_trainable(self.tower)
+        own = PreparedMedia(self.tower) if trained else MediaEmbeddings([self.tower], self.store)
+        self._sides = (own, MediaEmbeddings([self.target], self.store))
         # Every process reads all pairs, so none of them divides the work.
         context = replace(RunContext.of_trainer(self.trainer), processes=SINGLE_PROCESS)
         keys: dict[Media, str] = {}
         failed: dict[Media, str] = {}
         wanted = ([pair.media for pair in pairs if pair.media], [pair.target for pair in pairs])
         for side, items in zip(self._sides, wanted, strict=True):
-            found = side.find_keys(list(dict.fromkeys(items)), context)
-            keys |= found[0]
-            failed |= found[1]
+            items = list(dict.fromkeys(items))
+            failed |= side.precompute(items, context).failed
+            keys |= {item: side.key(item) for item in items if item not in failed}
         self._splits = self._sorted(self._readable(pairs, failed), keys)
         self._check_negatives(self._splits["train"])
 
     def pairs(self, split: str) -> PairSet:
-        """Return the pairs of a split."""
-        self.setup()
+        """Return the pairs of a split; `setup` comes first."""
         return self._splits[split]
 
-    def media_inputs(self, pairs: PairSet, numbers: Tensor) -> Tensor | list[Tensor]:
+    def media_inputs(self, pairs: PairSet, indices: Tensor) -> Tensor | list[Tensor]:
         """Return the inputs of the trained part for some media: vectors [B, W] of a frozen tower, or prepared media."""
-        return self._sides[0].inputs([pairs.media[n] for n in numbers.tolist()])
+        return self._sides[0].lookup([(pairs.media[n],) for n in indices.tolist()])
 
-    def target_rows(self, pairs: PairSet, numbers: Tensor) -> Tensor:
+    def target_rows(self, pairs: PairSet, indices: Tensor) -> Tensor:
         """Return the frozen embeddings of some targets, [B, E]."""
-        return self._sides[1].inputs([pairs.targets[n] for n in numbers.tolist()])
+        return self._sides[1].lookup([(pairs.targets[n],) for n in indices.tolist()])
 
     def train_dataloader(self) -> DataLoader:
         """Return the loader of training batches; each call starts again with the same random numbers."""
         pairs = self.pairs("train")
-        generator = torch.Generator().manual_seed(self.seed)
-        # Two generators: the order of rows must not depend on how much augmentation draws.
         siblings = pairs.media_of()
+        # Two generators: the order of rows must not depend on how much augmentation draws.
+        generator = torch.Generator().manual_seed(self.seed)
         return DataLoader(
             range(len(pairs.links)),
             batch_size=self.batch_size,
@@ -199,8 +362,7 @@ class AlignData(LightningDataModule):
         """Skip and count pairs with media that cannot be read."""
         kept = []
         for pair in pairs:
-            reason = failed.get(pair.target) or (failed.get(pair.media) if pair.media else None)
-            if reason is None:
+            if (reason := failed.get(pair.target) or failed.get(pair.media)) is None:
                 kept.append(pair)
             else:
                 self.report.skipped.add(CANNOT_READ, f"{pair.name}: {reason}")
@@ -253,58 +415,40 @@ PREPARED_BYTES = 1 << 30
 """Bytes of prepared media that are kept between epochs; further media are prepared again each time."""
 
 
-class StoredSide:
-    """Media of a frozen encoder: embedded once, and read from its store.
-
-    Args:
-        encoder: encoder of this side.
-        folder: folder of the stores.
-    """
-
-    def __init__(self, encoder: Encoder, folder: str | Path) -> None:
-        self._embeddings = MediaEmbeddings([encoder], folder)
-
-    def find_keys(self, media: Sequence[Media], context: RunContext) -> Keys:
-        """Embed media that are not in the store."""
-        totals = self._embeddings.precompute(media, context)
-        keys = {item: self._embeddings.key(item) for item in media if item not in totals.failed}
-        return keys, totals.failed
-
-    def inputs(self, media: Sequence[Media]) -> Tensor:
-        """Return the embeddings, [N, W]."""
-        return self._embeddings.lookup([(item,) for item in media])
-
-
-class PreparedSide:
-    """Media of a trained tower: prepared once, as far as memory allows."""
+class PreparedMedia:
+    """Media of a trained tower, prepared once as far as memory allows; with the methods of `MediaEmbeddings`."""
 
     def __init__(self, tower: Any) -> None:
         self._tower = tower
         self._kept: dict[Media, Tensor] = {}
+        self._keys: dict[Media, str] = {}
         self._bytes = 0
 
-    def find_keys(self, media: Sequence[Media], context: RunContext) -> Keys:
+    def precompute(self, media: Sequence[Media], context: RunContext) -> PrecomputeTotals:
         """Open all media once, so that unreadable media are found before the first step."""
-        keys: dict[Media, str] = {}
-        failed: dict[Media, str] = {}
+        totals = PrecomputeTotals()
 
         def open_one(item: Media) -> None:
             try:
                 if self._prepare(item).isfinite().all():
-                    keys[item] = item.content_hash()
+                    self._keys[item] = item.content_hash()
                 else:
-                    failed[item] = f"{item.name}: the tower prepares values that are not finite"
+                    totals.failed[item] = f"{item.name}: the tower prepares values that are not finite"
             except MediaError as error:
-                failed[item] = str(error)
+                totals.failed[item] = str(error)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             # The list waits for all of them, and raises any other error.
             list(pool.map(open_one, media))
-        return keys, failed
+        return totals
 
-    def inputs(self, media: Sequence[Media]) -> list[Tensor]:
-        """Return the prepared media."""
-        return [self._prepare(item) for item in media]
+    def key(self, media: Media) -> str:
+        """Return the content hash of opened media."""
+        return self._keys[media]
+
+    def lookup(self, groups: Sequence[MediaGroup]) -> list[Tensor]:
+        """Return the prepared media, one of each group."""
+        return [self._prepare(item) for (item,) in groups]
 
     def _prepare(self, media: Media) -> Tensor:
         kept = self._kept.get(media)

@@ -1,4 +1,4 @@
-"""The Lightning module of an alignment: trains a head, and optionally a tower, on pairs with a frozen encoder.
+"""The Lightning module of an alignment, and its result: a head, and optionally a tower, for the space of an encoder.
 
 The method of ImageBind (arXiv 2305.05665, section 3.2): each further modality is trained only on pairs with images, by
 a contrastive loss against their frozen embeddings.
@@ -9,8 +9,9 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,10 +20,21 @@ from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from bindllm.cache.recall import chance, cosines, find_positions, hit_rate, join_positions, mean_ranks
-from bindllm.encoders.aligned import Head, HeadConfig
+from bindllm.atomic import remove_leftovers
+from bindllm.encoders import space_of
+from bindllm.encoders.aligned import HEAD, TOWER, AlignedManifest, Head, HeadConfig, write_aligned
 from bindllm.encoders.trainable import is_trainable
 from bindllm.errors import InputError, TrainingError
+from bindllm.evaluation.measures import (
+    RECALL_AT,
+    chance,
+    cosines,
+    find_positions,
+    hit_rate,
+    join_positions,
+    mean_ranks,
+)
+from bindllm.model.checkpoint import license_of
 from bindllm.training.align.data import AlignData, PairSet
 from bindllm.training.module import AnyEncoder
 from bindllm.training.optim import OptimConfig, ZeroGradientCheck, configure_lightning
@@ -236,8 +248,8 @@ class AlignModule(LightningModule):
         was_training = self.training
         self.eval()
         parts = []
-        for numbers in torch.arange(len(pairs.media)).split(_EMBEDDED_AT_ONCE):
-            inputs = data.media_inputs(pairs, numbers)
+        for indices in torch.arange(len(pairs.media)).split(_EMBEDDED_AT_ONCE):
+            inputs = data.media_inputs(pairs, indices)
             moved = (
                 inputs.to(self.device) if isinstance(inputs, Tensor) else [x.to(self.device) for x in inputs]
             )
@@ -245,7 +257,7 @@ class AlignModule(LightningModule):
             # NaN would only lower the recall, without an error.
             wrong = (~parts[-1].isfinite().all(dim=1)).nonzero().flatten()
             if len(wrong):
-                name = pairs.media[int(numbers[wrong[0]])].name
+                name = pairs.media[int(indices[wrong[0]])].name
                 raise TrainingError(
                     f"{name}: its embedding is not finite; nothing was written. Let `prepare` of the tower raise a "
                     "MediaError for such media, so that they are skipped and counted"
@@ -323,8 +335,6 @@ def contrastive_loss(media: Tensor, targets: Tensor, belongs: Tensor, scale: Ten
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
-RECALL_AT = (1, 5, 10)
-
 _SCORES_AT_ONCE = 1 << 22
 
 
@@ -347,7 +357,7 @@ def retrieval_metrics(queries: Tensor, gallery: Tensor, right: Sequence[Sequence
         [find_positions(cosines(queries[part], gallery).cpu(), right[part]) for part in parts]
     )
     # Queries with several right answers are hit more easily by chance.
-    counts = torch.tensor([len(numbers) for numbers in right])
+    counts = torch.tensor([len(indices) for indices in right])
     measured: dict[str, Any] = {"queries": len(queries), "gallery": len(gallery)}
     for k in RECALL_AT:
         measured[f"recall@{k}"] = round(float(hit_rate(positions, k).mean()), 4)
@@ -366,3 +376,118 @@ def mean_recall(metrics: dict[str, Any]) -> float:
     ways = [value for value in metrics.values() if isinstance(value, dict)]
     recalls = [way[f"recall@{k}"] for way in ways for k in RECALL_AT]
     return sum(recalls) / len(recalls)
+
+
+def save_aligned(
+    folder: str | Path, model: AlignModule, data: AlignData, *, metrics: Mapping[str, Any], recipe: str
+) -> None:
+    """Write a trained model as the folder of an aligned encoder, atomically.
+
+    Args:
+        folder: path of the folder.
+        model: the model with its best weights.
+        data: the data of the run.
+        metrics: metrics of the run.
+        recipe: the resolved recipe.
+
+    Raises:
+        InputError: the folder holds something else.
+    """
+    weights = {HEAD: model.head.state_dict()}
+    if model.trained_tower is not None:
+        weights[TOWER] = model.trained_tower.state_dict()
+    manifest = describe_aligned(model, data)
+    # No other process writes there: temporary files are of a killed run.
+    remove_leftovers(folder)
+    texts = {"README.md": write_card(manifest, data, metrics), "recipe.yaml": recipe}
+    write_aligned(folder, manifest, weights, metrics=metrics, texts=texts)
+
+
+def describe_aligned(model: AlignModule, data: AlignData) -> AlignedManifest:
+    """Return the description of a trained model."""
+    # A frozen part is named and fingerprinted; a trained tower is saved, so its revision is enough.
+    tower, target = _entry(model.tower), _entry(model.target)
+    target["fingerprint"] = model.target.fingerprint()
+    if model.trained_tower is None:
+        tower["fingerprint"] = model.tower.fingerprint()
+    else:
+        tower["revision"] = model.tower.revision
+    # A target without a named space gives its class and fingerprint, which no other encoder shares.
+    own_space = f"{target['class_path'].rpartition('.')[2]} {target['fingerprint'][:16]}"
+    return AlignedManifest(
+        modality=data.modality,
+        embedding_size=model.target.embedding_size,
+        space=space_of(model.target) or own_space,
+        tower=tower,
+        tower_size=model.tower.embedding_size,
+        head=model.head_config,
+        target=target,
+        sha256={},
+    )
+
+
+def _entry(part: Any) -> dict[str, Any]:
+    kind = type(part)
+    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": dict(part.config)}
+
+
+def write_card(manifest: AlignedManifest, data: AlignData, metrics: Mapping[str, Any]) -> str:
+    """Return the text of the model card."""
+    lines = [
+        f"# {manifest.modality} in the space {manifest.space}",
+        "",
+        f"An encoder of {manifest.modality} media for [bindllm](https://arxiv.org/abs/2309.03905), in the space of",
+        f"`{manifest.target['class_path']}`. It was aligned as in [ImageBind](https://arxiv.org/abs/2305.05665), by a",
+        "contrastive loss against frozen embeddings of paired media.",
+        "",
+        "| part | is | license |",
+        "|---|---|---|",
+        *(f"| {part} | `{name}` | {license} |" for part, name, license in _parts(manifest, data)),
+        "",
+        f"Trained: {metrics['trained_parameters']:,} parameters, "
+        f"{'tower and head' if manifest.trained else 'only the head'}, on {metrics['pairs']['train']:,} pairs. "
+        f"Kept: epoch {metrics['epoch']} of {metrics['epochs']}. Temperature: {metrics['temperature']:g}.",
+        "",
+        "## Held-out pairs",
+        "",
+        *_table(metrics),
+        "",
+        "## Use",
+        "",
+        "```yaml",
+        "encoders:",
+        "  - class_path: bindllm.encoders.Aligned",
+        "    init_args: {weights: THIS_FOLDER}",
+        "```",
+        "",
+        "The licenses of the parts in the table, and of the data, hold for these weights as well.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _parts(manifest: AlignedManifest, data: AlignData) -> list[tuple[str, str, str]]:
+    rows = []
+    for part, entry in (("tower", manifest.tower), ("target", manifest.target)):
+        folder = str(entry["init_args"].get("weights") or entry["init_args"].get("name") or "")
+        license = "trained here" if part == "tower" and manifest.trained else license_of(folder)
+        rows.append((part, f"{entry['class_path']} {folder}".rstrip(), license))
+    return rows + [("training data", source.path, license_of(source.path)) for source in data.sources]
+
+
+def _table(metrics: Mapping[str, Any]) -> list[str]:
+    """Return recall and chance level in both directions for each measured split."""
+    recalls = [f"recall@{k} (chance)" for k in RECALL_AT]
+    lines = [
+        f"| split | direction | queries | gallery | {' | '.join(recalls)} |",
+        "|---" * (4 + len(recalls)) + "|",
+    ]
+    # Loss and similarity are numbers; only the directions of retrieval are tables.
+    for split in ("validation", "test"):
+        for way, found in (metrics[split] or {}).items():
+            if isinstance(found, dict):
+                cells = [f"{found[f'recall@{k}']:.1%} ({found[f'chance@{k}']:.1%})" for k in RECALL_AT]
+                name = way.replace("_", " ")
+                lines.append(
+                    f"| {split} | {name} | {found['queries']} | {found['gallery']} | {' | '.join(cells)} |"
+                )
+    return lines if len(lines) > 2 else ["There were none, so nothing was measured."]
