@@ -316,7 +316,7 @@ class _Check:
     def tokens(self, modality: str, inputs: list[Tensor], batch: Tensor) -> None:
         """Tokens have the promised form, come with the same embeddings, and depend only on their own input."""
         found = self.tokens_of(modality, inputs)
-        if found is None:
+        if found is None or not self.form(modality, found.embeddings, len(inputs)):
             return
         apart = float((found.embeddings - batch).abs().max())
         self.require(
@@ -359,10 +359,11 @@ class _Check:
         ):
             return None
         for tokens in found.tokens:
+            shape = tuple(tokens.shape) if isinstance(tokens, Tensor) else ()
             if not self.require(
-                tokens.dim() in (2, 3, 4) and tokens.shape[-1] == size and 0 not in tokens.shape,
+                len(shape) in (2, 3, 4) and shape[-1] == size and 0 not in shape,
                 f"{modality}: tokens must be [*grid, {size}] with a grid of one to three axes, not "
-                f"{list(tokens.shape)}",
+                f"{list(shape) or type(tokens)}",
             ) or not self.require(
                 tokens.is_floating_point() and not tokens.requires_grad and bool(tokens.isfinite().all()),
                 f"{modality}: tokens must be finite numbers without gradient, not {tokens.dtype}",

@@ -198,7 +198,7 @@ def launch(
         "MASTER_ADDR": environment.main_address,
         "MASTER_PORT": str(environment.main_port),
         "NODE_RANK": str(environment.node_rank()),
-        # A spawned process would put the working directory first on its path, ahead of the standard library.
+        # A spawned process would put the working directory first on its path, before the standard library.
         "PYTHONSAFEPATH": "1",
     }
     try:

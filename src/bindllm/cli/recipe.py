@@ -354,7 +354,7 @@ def quiet() -> Iterator[None]:
 
 
 class CheckedRecipe(RecipeCLI):
-    """Reads a recipe that has mistakes: each is noted and left out, until all of them are known.
+    """Reads a recipe that has mistakes: each is noted and skipped, until all of them are known.
 
     Args:
         file: the recipe.
