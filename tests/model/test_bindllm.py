@@ -425,9 +425,13 @@ def test_another_decoder_or_encoder_is_refused(decoder, tmp_path):
         (tmp_path / "m" / "bindllm.json").write_text(text.replace(f'"{name}"', '"other"'))
         with pytest.raises(CheckpointError, match=name):
             BindLLM.from_pretrained(tmp_path / "m", allow=["tiny.ColorEncoder"])
-    (tmp_path / "m" / "bindllm.json").write_text(text.replace('"inject"', '"injct"'))
-    with pytest.raises(CheckpointError, match="inject"):
-        BindLLM.from_pretrained(tmp_path / "m", allow=["tiny.ColorEncoder"])
+    for old, new, words in (
+        ('"inject"', '"injct"', "inject"),
+        ('"decoder": {', '"decoder": "x", "other": {', r"bindllm\.json: an entry is"),
+    ):
+        (tmp_path / "m" / "bindllm.json").write_text(text.replace(old, new))
+        with pytest.raises(CheckpointError, match=words):
+            BindLLM.from_pretrained(tmp_path / "m", allow=["tiny.ColorEncoder"])
 
 
 def test_groups_are_chosen_by_name_and_the_decoder_stays_frozen(decoder):
