@@ -94,9 +94,9 @@ def test_an_answer_is_greedy_and_ends_where_the_template_ends_it(decoder, tmp_pa
     assert model.generate("What?") == "yo"
     assert "".join(model.stream("What?")) == "yo"
     assert model.decode(model.generate_from(**prompts, max_new_tokens=8)) == ["yo", "yo"]
-    drawn = draw_answers(model, prompts, group_size=2, temperature=0.1, max_new_tokens=8)
-    assert drawn.texts == ["yo"] * 4
-    assert not drawn.cut.any()
+    _, texts, cut = draw_answers(model, prompts, group_size=2, temperature=0.1, max_new_tokens=8)
+    assert texts == ["yo"] * 4
+    assert not cut.any()
 
 
 def test_a_repeated_word_is_not_punished(decoder, tmp_path):

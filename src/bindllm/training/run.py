@@ -29,7 +29,7 @@ from rich.text import Text
 from bindllm.atomic import atomic_file, check_replaceable, locked, remove_leftovers
 from bindllm.data.datamodule import BindData
 from bindllm.data.rows import spread
-from bindllm.errors import BindLLMError, InputError, TrainingError, printable
+from bindllm.errors import BindLLMError, InputError, TrainingError, listed, printable
 from bindllm.evaluation.held_out import evaluate_held_out, held_out_rows
 from bindllm.evaluation.task import Evaluation
 from bindllm.model.checkpoint import MANIFEST, licenses
@@ -55,7 +55,6 @@ SHUFFLED_LIMIT = 1000
 """Held-out questions that are asked about media of other rows; more take long and change little."""
 
 _SHOWN_ROWS = 5
-_SHOWN_CHANGES = 5
 _PROCESSES = ("trainer.devices", "trainer.num_nodes")
 # The strategy often changes with the number of processes; it does not change which rows a step sees.
 _PLACEMENT = (*_PROCESSES, "trainer.strategy")
@@ -259,9 +258,7 @@ def _is_longer(change: Change) -> bool:
 
 
 def _listed(changes: Sequence[Change]) -> str:
-    shown = [f"{key}: {old} -> {new}" for key, old, new in changes[:_SHOWN_CHANGES]]
-    more = f", and {len(changes) - _SHOWN_CHANGES} more" if len(changes) > _SHOWN_CHANGES else ""
-    return ", ".join(shown) + more
+    return listed([f"{key}: {old} -> {new}" for key, old, new in changes])
 
 
 @dataclass(frozen=True)
