@@ -85,6 +85,21 @@ def test_kill_in_the_middle_of_a_save_leaves_the_old_content(tmp_path):
     assert (tmp_path / "f.json").read_text() == '"old"\n'
 
 
+def test_content_is_on_the_disk_before_its_name(tmp_path, monkeypatch):
+    """In any other order a loss of power could leave a name without its content."""
+    calls, replace = [], os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: calls.append(os.fstat(descriptor).st_ino))
+    monkeypatch.setattr(os, "replace", lambda *paths: (replace(*paths), calls.append("renamed")))
+    write_json(tmp_path / "file", 1)
+    with atomic_folder(tmp_path / "folder") as part:
+        (part / "inside").touch()
+    file, folder, inside, home = (
+        path.stat().st_ino
+        for path in (tmp_path / "file", tmp_path / "folder", tmp_path / "folder/inside", tmp_path)
+    )
+    assert calls == [file, "renamed", home, inside, folder, "renamed", home]
+
+
 def test_private_files_of_a_folder_get_the_usual_rights(tmp_path):
     with atomic_folder(tmp_path / "d") as part:
         for name, rights in (("plain", None), ("private", 0o600), ("script", 0o700)):

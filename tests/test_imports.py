@@ -40,17 +40,19 @@ def here(tmp_path, monkeypatch) -> Path:
     imports._NAMED.folders.clear()
 
 
-def run_command(*line: str, flags: tuple[str, ...] = ("-P",)) -> str:
-    """Run a command, by default as the installed script: without the working directory on the path."""
+def run_commands(*lines: list[str], script: bool = True) -> None:
+    """Run commands in a process of their own, by default as the installed script: without this folder on the path."""
+    code = f"import sys; from bindllm.cli import main; sys.exit(any([main(line) for line in {lines!r}]))"
+    call = ["-P", "-c", code] if script else ["-m", "bindllm.cli", *lines[0]]
     paths = os.pathsep.join([str(TESTS), str(TESTS.parent / "src")])
     done = subprocess.run(
-        [sys.executable, *flags, "-m", "bindllm.cli", *line],
+        [sys.executable, *call],
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "PYTHONNOUSERSITE": "1"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr + done.stdout
-    return done.stdout
+    assert not Path("trapped").exists(), Path("trapped").read_text()
 
 
 def visible() -> set[str]:
@@ -119,24 +121,22 @@ def test_a_file_of_data_names_no_module(here):
     assert visible() == set()
 
 
-def test_commands_import_what_is_named_and_nothing_else(here):
+def test_commands_and_their_processes_import_what_is_named_and_nothing_else(here):
     save_tiny_model(here / "model", here / "decoder")
     manifest = here / "model/bindllm.json"
     manifest.write_text(manifest.read_text().replace("cache_parts.Multimodal", "my_lab.Encoder"))
     # The encoder has the settings of the checkpoint's, and another fingerprint: it was imported to find that out.
     (here / "my_net.py").write_text("from cache_parts import Multimodal as Base\n")
-    run_command("check", "--folder", "model", "--allow", "my_lab.Encoder")
-    run_command("generate", "model", "What?", "--allow", "my_lab.Encoder", "--max_new_tokens", "2", flags=())
-    assert not Path("trapped").exists(), Path("trapped").read_text()
-
-
-def test_a_run_and_its_processes_import_what_is_named(here):
+    loads = ["model", "--allow", "my_lab.Encoder"]
+    run_commands(["generate", *loads, "--max_new_tokens", "2"], script=False)
     tiny_parts(here)
+    for name in ("base64", "selectors"):
+        # Of the standard library, which a spawned process could find here first.
+        (here / f"{name}.py").write_text("open('trapped', 'a').write(__name__ + ' ')\n")
     model = {"encoders": [{"class_path": "my_lab.Encoder"}]}
-    recipe = tiny_recipe(here, model=model, trainer={"max_epochs": 1})
-    write_recipe(recipe)
-    (here / "base64.py").write_text("open('trapped', 'a').write(__name__ + ' ')\n")
-    (here / "selectors.py").write_text("open('trapped', 'a').write(__name__ + ' ')\n")
-    run_command("embed", "--config", "recipe.yaml", "--trainer.devices", "2")
-    run_command("fit", "--config", "recipe.yaml")
-    assert not Path("trapped").exists(), Path("trapped").read_text()
+    config = ["--config", str(write_recipe(tiny_recipe(here, model=model, trainer={"max_epochs": 1})))]
+    run_commands(
+        ["check", "--folder", *loads],
+        ["embed", *config, "--trainer.devices", "2"],
+        ["fit", *config],
+    )

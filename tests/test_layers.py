@@ -90,6 +90,12 @@ def test_files_functions_and_folders_are_small():
     assert {room_of(file) for file in FILES} == {"", *ROOMS}
 
 
+def test_no_two_files_of_tests_have_one_name():
+    """Pytest imports them by their names alone: two of one name stop the whole suite."""
+    names = [file.name for file in Path(__file__).parent.rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
+
+
 @pytest.mark.parametrize("statement", ["import bindllm", "from bindllm.cli import main; main(['--help'])"])
 def test_nothing_heavy_is_imported_before_it_is_needed(statement):
     heavy = "{'torch', 'transformers', 'lightning', 'jsonargparse', 'numpy', 'PIL', 'rich'}"

@@ -282,6 +282,17 @@ class ChangedTokens(TokenEncoder):
         return Embedded(found.embeddings, self.change(found.tokens)) if tokens else found
 
 
+class NoEmbeddings(TokenEncoder):
+    def embed(self, modality, inputs, *, tokens=False):
+        found = super().embed(modality, inputs, tokens=tokens)
+        return Embedded(found.embeddings[:, 1:], found.tokens) if tokens else found
+
+
+class TokenLists(ChangedTokens):
+    def change(self, tokens):
+        return [each.tolist() for each in tokens]
+
+
 class TokensOfTheBatch(ChangedTokens):
     def change(self, tokens):
         return [each + 0.1 * sum(tokens) / len(tokens) for each in tokens]
@@ -313,10 +324,26 @@ class TokensOfNothing(TokenEncoder):
         self.token_sizes = {"audio": 8}
 
 
+class TokenSizesRaise(ColorEncoder):
+    @property
+    def token_sizes(self):
+        raise RuntimeError("not ready")
+
+
+class TokenSizesAsList(TokenEncoder):
+    def __init__(self, **sizes):
+        super().__init__(**sizes)
+        self.token_sizes = ["image"]
+
+
 @pytest.mark.parametrize(
     ("broken", "problem"),
     [
+        (TokenSizesRaise, "token_sizes raised RuntimeError: not ready"),
+        (TokenSizesAsList, r"token_sizes must map modalities .* not \['image'\]"),
         (OtherEmbeddings, r"image: embed\(\.\.\., tokens=True\) gives other embeddings than without tokens"),
+        (NoEmbeddings, r"embed\(\) of \d inputs must return a tensor \[\d, 16\], not \[\d, 15\]"),
+        (TokenLists, r"with a grid of one to three axes, not <class 'list'>"),
         (TokensOfTheBatch, r"tokens of a media must depend only on its own input.*\[4, 4, 8\] in a batch"),
         (SameTokens, "all media get the same tokens"),
         (FlatTokens, r"tokens must be \[\*grid, 8\] with a grid of one to three axes, not \[128\]"),

@@ -15,6 +15,7 @@ ASSET_FOLDERS = {
     "openmoji": "data/openmoji",
     "stamps": "data/stamps",
     "easyvqa": "data/easyvqa",
+    "scenes": "data/scenes",
     "clip-vocabulary": "checkpoints/clip-vocabulary",
 }
 """Folder of each quickstart asset, relative to the working directory. It is kept here, and not in
@@ -114,7 +115,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
         >>> did_you_mean("residul", ["residual", "value"])
         "Did you mean 'residual'? Known: residual, value."
     """
-    known = sorted(known)
+    known = sorted(set(known))
     close = get_close_matches(name, known, n=1, cutoff=0.5)
     question = f"Did you mean {close[0]!r}? " if close else ""
     return f"{question}Known: {', '.join(known) or 'none'}."

@@ -89,6 +89,7 @@ class _Check:
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
         self.problems: list[str] = []
+        self.token_sizes: dict[str, int] = {}
 
     def require(self, holds: bool, problem: str) -> bool:
         """Note a problem unless ``holds``, which is returned."""
@@ -131,12 +132,16 @@ class _Check:
             self.require(not wrong, f"modalities are lower-case words, not {wrong}")
         if isinstance(encoder, HasSpace):
             self.require(isinstance(encoder.space, str), f"space must be a word, not {encoder.space!r}")
-        if isinstance(encoder, HasTokens):
-            sizes = self.attempt("token_sizes", lambda: dict(encoder.token_sizes))
-            self.require(
-                sizes is None or all(name in names and type(c) is int and c > 0 for name, c in sizes.items()),
-                f"token_sizes must map modalities that it serves to ints above 0, not {sizes!r}",
-            )
+        # Optional, and perhaps a property that raises.
+        sizes = self.attempt(
+            "token_sizes", lambda: encoder.token_sizes if isinstance(encoder, HasTokens) else {}
+        )
+        self.token_sizes = dict(sizes) if isinstance(sizes, Mapping) else {}
+        self.require(
+            isinstance(sizes, Mapping | None)
+            and all(name in names and type(c) is int and c > 0 for name, c in self.token_sizes.items()),
+            f"token_sizes must map modalities that it serves to ints above 0, not {sizes!r}",
+        )
         self.require(type(size) is int and size > 0, f"embedding_size must be an int above 0, not {size!r}")
         self.require(
             _survives_json(config),
@@ -305,13 +310,13 @@ class _Check:
                 f"{modality}: a row of embed() must depend only on its own input, whatever the batch and its "
                 f"order (off by {single:.2g} embedded singly, by {turned:.2g} in reversed order)",
             )
-        if isinstance(self.encoder, HasTokens) and modality in self.encoder.token_sizes:
+        if modality in self.token_sizes:
             self.tokens(modality, inputs, batch)
 
     def tokens(self, modality: str, inputs: list[Tensor], batch: Tensor) -> None:
         """Tokens have the promised form, come with the same embeddings, and depend only on their own input."""
         found = self.tokens_of(modality, inputs)
-        if found is None:
+        if found is None or not self.form(modality, found.embeddings, len(inputs)):
             return
         apart = float((found.embeddings - batch).abs().max())
         self.require(
@@ -344,7 +349,7 @@ class _Check:
 
     def tokens_of(self, modality: str, inputs: list[Tensor]) -> Embedded | None:
         """Return embeddings and tokens of (copies of) the inputs, or None if they have another form."""
-        action, size = f"{modality}: embed(..., tokens=True)", self.encoder.token_sizes[modality]
+        action, size = f"{modality}: embed(..., tokens=True)", self.token_sizes[modality]
         copies = [tensor.clone() for tensor in inputs]
         with torch.enable_grad():
             found = self.attempt(action, lambda: self.encoder.embed(modality, copies, tokens=True))
@@ -354,10 +359,11 @@ class _Check:
         ):
             return None
         for tokens in found.tokens:
+            shape = tuple(tokens.shape) if isinstance(tokens, Tensor) else ()
             if not self.require(
-                tokens.dim() in (2, 3, 4) and tokens.shape[-1] == size and 0 not in tokens.shape,
+                len(shape) in (2, 3, 4) and shape[-1] == size and 0 not in shape,
                 f"{modality}: tokens must be [*grid, {size}] with a grid of one to three axes, not "
-                f"{list(tokens.shape)}",
+                f"{list(shape) or type(tokens)}",
             ) or not self.require(
                 tokens.is_floating_point() and not tokens.requires_grad and bool(tokens.isfinite().all()),
                 f"{modality}: tokens must be finite numbers without gradient, not {tokens.dtype}",

@@ -156,6 +156,8 @@ def test_an_encoder_is_replaced_and_other_content_is_not(texts, capsys):
     assert json.loads(Path("checkpoints/taught/align.json").read_text())["head"]["depth"] == 1
     Path("mine").mkdir()
     Path("mine/notes.txt").write_text("mine")
+    assert run_align(align_recipe(texts), "--output", "new", "--data.store", "new/store") == 1
+    assert "output new contains new/store" in capsys.readouterr().err
     assert run_align(align_recipe(texts), "--output", "mine") == 1
     assert "mine exists and is not an aligned encoder (no align.json)" in capsys.readouterr().err
     assert [path.name for path in Path("mine").iterdir()] == ["notes.txt"]

@@ -88,7 +88,7 @@ def test_a_decoder_that_cannot_be_injected_is_found_without_its_weights(
     [
         ("bind", "depth", 10**9, "depth must be 0 to 1000"),
         ("bind", "depth", 1e9, "depth must be 0 to 1000"),
-        ("bind", "depth", 900, "missing bind.blocks.1"),
+        ("bind", "depth", 20, "missing bind.blocks.1"),
         ("bind", "expansion", 10**9, "expected [32000000000, 32]"),
         ("inject", "layers", 2, "injection.gates has shape [3, 4], expected [2, 4]"),
         ("inject", "layers", 1.5, "expected a whole number"),
@@ -120,11 +120,6 @@ def test_a_decoder_without_all_its_weights_is_a_problem(parts, tmp_path, capsys,
     assert (
         "no weights for lm_head.weight" if content is None else "model.safetensors: not a readable"
     ) in told
-
-
-def test_an_unknown_group_to_train_is_found_without_weights(parts, capsys):
-    assert run("check", tiny_recipe(parts), "--model.trainable", "[bnd]") == 1
-    assert "Did you mean 'bind'?" in capsys.readouterr().out
 
 
 def test_a_stage_before_that_was_made_for_another_base(parts, capsys):
@@ -233,17 +228,32 @@ def test_what_does_not_exist_is_a_problem_and_not_a_traceback(line, told, capsys
     assert told in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (["--folder", "f", "--rows", "1"], "are about a recipe"),
+        (["--encoder", "tiny.ColorEncoder", "--memory"], "are about a recipe"),
+        (["--config", "a.yaml", "--media", "a.png"], "are about an encoder"),
+        (["--folder", "f", "--encoder.grid", "2"], "are about an encoder"),
+        (["--config", "a.yaml", "--allow", "tiny.ColorEncoder"], "the classes of a recipe are allowed"),
+        ([], "nothing to check"),
+    ],
+)
+def test_options_without_an_effect_are_refused(line, told, capsys):
+    assert main(["check", *line]) == 2
+    assert told in capsys.readouterr().err
+
+
 def test_a_recipe_that_is_not_yaml(capsys):
     for content, told in (
         ("a: [1, 2\nb: {", "cannot be read: while parsing"),
-        ("a: " + "[" * 3000, "cannot be read: maximum recursion depth"),
+        ("a: " + "[" * 1000, "cannot be read: maximum recursion depth"),
         ("- 1", "holds list, expected keys and values"),
     ):
         Path("broken.yaml").write_text(content)
         for line in (["check", "--config"], ["fetch"]):
             assert main([*line, "broken.yaml"]) == 1
             assert told in "".join(capsys.readouterr())
-    assert main(["check"]) == 2
 
 
 def test_every_item_of_a_list_and_every_field_is_checked(parts, capsys):
@@ -279,6 +289,25 @@ def test_every_item_of_a_list_and_every_field_is_checked(parts, capsys):
         "12 problems",
     ):
         assert expected in told, expected
+
+
+class Two(ColorEncoder):
+    def __init__(self, first: int, second: int, third: int = 1) -> None:
+        super().__init__()
+
+
+def test_one_mistake_next_to_several_required_arguments_is_one_problem(parts, capsys):
+    recipe = tiny_recipe(parts)
+    arguments = {"first": 1, "second": 2, "thrid": 3}
+    recipe["model"]["encoders"] = [{"class_path": "test_check.Two", "init_args": arguments}]
+    assert run("check", recipe) == 1
+    told = capsys.readouterr().out
+    assert "Did you mean 'third'?" in told
+    assert "are required" not in told
+    assert "no encoder" not in told
+    del arguments["thrid"], arguments["second"]
+    assert run("check", recipe) == 1
+    assert "the following arguments are required: second" in capsys.readouterr().out
 
 
 def test_a_list_on_the_command_line_is_checked_too(parts, capsys):

@@ -295,6 +295,8 @@ def test_mistakes_on_the_command_line(tmp_path, capsys, base):
     file = save(tmp_path / "7B.pth", published("pretrain"))
     for arguments, words in (
         ((file, "--output", tmp_path / "m"), "--base FOLDER"),
+        ((file, "--output", tmp_path / "m", "--tokenizer", "none"), "is imagebind-llm; leave it out"),
+        (("imagebind", file, "--output", tmp_path / "m", "--base", "b"), "--base is for imagebind-llm"),
         (("imagbind", file, "--output", tmp_path / "m"), "Did you mean 'imagebind'"),
         ((file, file, file, "--output", tmp_path / "m"), "one file at a time"),
         ((file,), "--output"),

@@ -29,6 +29,19 @@ def test_the_folder_is_named_after_the_output(tmp_path, monkeypatch):
         run_folder("photos")
 
 
+def test_an_output_does_not_contain_what_the_run_fills(tmp_path, monkeypatch):
+    """At the end of the run it would be refused as a folder of something else, or replaced with its embeddings."""
+    monkeypatch.chdir(tmp_path)
+    for output, store in (
+        ("data", tmp_path / "data/store"),
+        ("data/store", "data/store"),
+        ("runs", "data/store"),
+    ):
+        with pytest.raises(InputError, match=f"output {output} contains "):
+            run_folder(output, store=store)
+    assert run_folder("data/model", store="data/store").parent == Path("runs")
+
+
 def test_a_run_does_not_replace_what_it_starts_from(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run_folder("checkpoints/second", init_from="checkpoints/first") == Path("runs/second")

@@ -4,9 +4,12 @@ import errno
 import os
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bindllm import EmbeddingStore
 from bindllm.embeddings import shards
@@ -232,3 +235,12 @@ def test_a_crash_between_tokens_and_embeddings_is_harmless(tmp_path, monkeypatch
     assert not store.has(keys_of(texts(1)), tokens=[True])[0]
     add_tokens(store, 1)
     assert torch.equal(store.get_tokens(keys_of(texts(1)))[0], tokens(1))
+
+
+@given(st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=4), min_size=1, max_size=6))
+def test_arrays_of_any_shape_come_back(sizes):
+    arrays = [np.random.default_rng(n).random(shape).astype(np.float16) for n, shape in enumerate(sizes)]
+    values, offsets, shapes = shards._arrays(*shards.array_columns(arrays))
+    for n, array in enumerate(arrays):
+        found = values[offsets[n] : offsets[n + 1]].reshape(shapes[n][shapes[n] > 0])
+        assert np.array_equal(found, array)

@@ -14,7 +14,13 @@ from bindllm.embeddings.store import EmbeddingStore
 from bindllm.errors import EncoderError, InputError, StoreError
 from bindllm.evaluation import measures
 from bindllm.evaluation.layouts import Choice, Column, Dataset, Item, read_layout
-from bindllm.evaluation.zero_shot import evaluate_zero_shot
+from bindllm.evaluation.zero_shot import (
+    TEMPLATES,
+    check_template,
+    evaluate_zero_shot,
+    fill_templates,
+    read_templates,
+)
 from bindllm.media import Media
 from tiny_layouts import WordEncoder, write
 
@@ -320,3 +326,28 @@ def test_blocks_give_the_result_of_one_matrix(tmp_path):
     assert result["top-1 accuracy"] == pytest.approx(float((scores.argmax(1) == labels).double().mean()))
     five = (scores.topk(5).indices == labels[:, None]).any(dim=1)
     assert result["top-5 accuracy"] == pytest.approx(float(five.double().mean()))
+
+
+def test_every_default_template_has_a_place_for_the_name():
+    for templates in TEMPLATES.values():
+        assert templates
+        assert all(check_template(template) for template in templates)
+
+
+def test_names_with_braces_stay_as_they_are():
+    filled = fill_templates(["a {b}", "c"], ["the {}.", "{} and {}"])
+    assert [text.source for text in filled] == ["the a {b}.", "a {b} and a {b}", "the c.", "c and c"]
+
+
+def test_a_file_of_templates(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("\ufeff# of the paper\n\n  a photo of a {}. \nart of the {}.\n", encoding="utf-8")
+    assert read_templates(file) == ("a photo of a {}.", "art of the {}.")
+    file.write_text("a photo of a {}.\na photo\n")
+    with pytest.raises(InputError, match=r"prompts\.txt line 2: 'a photo' has no \{\} for the class name"):
+        read_templates(file)
+    file.write_text("# nothing\n")
+    with pytest.raises(InputError, match="contains no template"):
+        read_templates(file)
+    with pytest.raises(InputError, match="nowhere.txt: cannot be read"):
+        read_templates(tmp_path / "nowhere.txt")

@@ -181,7 +181,7 @@ def test_one_reading_is_held():
         (npy(np.zeros((5, 7))), "an array .5, 7.; expected .N, 6."),
         (npy(np.zeros((6, 6))), "could be read along either axis"),
         (npy(np.zeros((0, 6))), "an array .0, 6."),
-        (npy(np.where(np.arange(60).reshape(10, 6) == 21, np.inf, 0)), "reading 3 is NaN or infinite"),
+        (npy(np.where(np.arange(60).reshape(10, 6) == 21, np.inf, 0)), "reading 4 is NaN or infinite"),
         (npy(np.zeros((5, 6), bool)), "an array of bool"),
     ],
 )

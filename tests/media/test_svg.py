@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import bindllm.media.images as images_module
 from bindllm.errors import MediaError, MissingExtraError
 from bindllm.media import open_image, svg_renderer
-from bindllm.media import svg as svg_module
 from recordings import assert_refused
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
@@ -120,7 +120,7 @@ def test_absurd_coordinates_and_circles_leave_the_rest(body):
 
 
 def test_an_endless_svg_is_stopped(monkeypatch):
-    monkeypatch.setattr(svg_module, "MAX_SECONDS", 0.3)
+    monkeypatch.setattr(images_module, "MAX_SVG_SECONDS", 0.3)
     with pytest.raises(MediaError, match="takes more than 0.3 seconds"):
         open_image(svg(ENDLESS))
     monkeypatch.undo()
@@ -133,16 +133,16 @@ def test_ctrl_c_stops_an_endless_svg():
     timer.start()
     with pytest.raises(KeyboardInterrupt):
         open_image(svg(ENDLESS))
-    assert time.monotonic() - started < svg_module.MAX_SECONDS / 2
+    assert time.monotonic() - started < images_module.MAX_SVG_SECONDS / 2
     assert open_image(svg(HALVES), size=40).getpixel((5, 5)) == RED
 
 
 def test_the_renderer_ends_even_if_its_parent_was_killed(monkeypatch):
-    monkeypatch.setattr(svg_module, "MAX_SECONDS", 1.0)
+    monkeypatch.setattr(images_module, "MAX_SVG_SECONDS", 1.0)
     receive, send = os.pipe()
     child = os.fork()
     if child == 0:
-        running = svg_module._process._running()
+        running = images_module._process._running()
         os.write(send, str(running.pid).encode())
         open_image(svg(ENDLESS))
     pid = int(os.read(receive, 100))
@@ -164,24 +164,24 @@ def test_pixels_of_embedded_images_count_together(monkeypatch):
 
 def test_one_process_serves_all_threads_and_a_forked_child_has_its_own():
     open_image(svg(HALVES))
-    pid = svg_module._process._popen.pid
+    pid = images_module._process._popen.pid
     with ThreadPoolExecutor(4) as pool:
         images = list(pool.map(lambda side: open_image(svg(HALVES), size=side), range(20, 60)))
     assert [image.width for image in images] == list(range(20, 60))
-    assert svg_module._process._popen.pid == pid
+    assert images_module._process._popen.pid == pid
     receive, send = os.pipe()
     child = os.fork()
     if child == 0:
         image = open_image(svg(HALVES), size=40)
-        os.write(send, f"{image.width} {svg_module._process._popen.pid}".encode())
-        svg_module._process.stop()
+        os.write(send, f"{image.width} {images_module._process._popen.pid}".encode())
+        images_module._process.stop()
         os._exit(0)
     os.waitpid(child, 0)
     width, other = map(int, os.read(receive, 100).split())
     assert width == 40
     assert other != pid
     assert open_image(svg(HALVES), size=40).width == 40
-    assert svg_module._process._popen.pid == pid
+    assert images_module._process._popen.pid == pid
 
 
 def test_a_panic_of_the_renderer_is_an_answer(monkeypatch):
@@ -199,7 +199,7 @@ def test_a_panic_of_the_renderer_is_an_answer(monkeypatch):
 
 
 def test_gigantic_svg_is_refused_after_unpacking(monkeypatch):
-    monkeypatch.setattr("bindllm.media.svg.MAX_SVG_BYTES", 1000)
+    monkeypatch.setattr("bindllm.media.images.MAX_SVG_BYTES", 1000)
     data = gzip.compress(svg(HALVES + " " * 5000))
     assert len(data) < 1000
     with pytest.raises(MediaError, match="more than 1,000 bytes"):
@@ -228,7 +228,7 @@ def test_svg_reads_nothing_outside_itself(link, attribute, tmp_path):
     ],
 )
 def test_parts_that_are_not_drawn_give_one_warning(body, words, caplog, monkeypatch, tmp_path):
-    monkeypatch.setattr(svg_module, "_warned", set())
+    monkeypatch.setattr(images_module, "_warned", set())
     path = tmp_path / "a.svg"
     path.write_bytes(svg(body))
     open_image(path)
@@ -250,6 +250,6 @@ def test_svg_with_many_decimals_is_drawn():
 
 def test_svg_without_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "resvg_py", None)
-    monkeypatch.setattr(svg_module, "_process", svg_module._Process())
+    monkeypatch.setattr(images_module, "_process", images_module._SvgProcess())
     with pytest.raises(MissingExtraError, match=r"pip install 'bindllm\[svg\]'"):
         open_image(svg(HALVES))

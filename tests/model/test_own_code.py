@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -181,7 +179,10 @@ def test_check_names_the_code_of_a_recipes_decoder(tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.parametrize("line", [["check", "--folder", "model"], ["generate", "model", "What?"]])
-def test_a_pipe_of_yes_runs_nothing(tmp_path, decoder, line):
+def test_no_command_asks_or_runs_anything(tmp_path, decoder, line, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *words: asked.append(words) or "y")
+    monkeypatch.chdir(tmp_path)
     save_tiny_model(tmp_path / "model", decoder)
     marker = add_code(decoder, "config.json", model_type="own")
     manifest = tmp_path / "model/bindllm.json"
@@ -189,17 +190,9 @@ def test_a_pipe_of_yes_runs_nothing(tmp_path, decoder, line):
     content = json.loads(manifest.read_text())
     content["decoder"]["fingerprint"] = fingerprint_decoder(decoder)
     manifest.write_text(json.dumps(content))
-    done = subprocess.run(
-        [sys.executable, "-m", "bindllm.cli", *line, "--allow", "cache_parts.Multimodal"],
-        input="y\n" * 20,
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    assert done.returncode == 1, done.stderr
-    assert SAYS in done.stdout + done.stderr
-    assert "[y/N]" not in done.stdout + done.stderr
+    assert main([*line, "--allow", "cache_parts.Multimodal"]) == 1
+    assert SAYS in "".join(capsys.readouterr())
+    assert not asked
     assert not marker.exists()
 
 

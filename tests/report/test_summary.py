@@ -1,7 +1,15 @@
 """The headline states wins and losses alike."""
 
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+
+from bindllm.evaluation.answers import AnswerRow
+from bindllm.evaluation.captions import CaptionRow
+from bindllm.evaluation.task import VARIANTS
 from bindllm.report.page import best_variants
-from bindllm.report.summary import KEYS, summarize
+from bindllm.report.summary import KEYS, print_summary, summarize
 
 
 def numbers(loss, cider=1.0, exact=0.2):
@@ -94,3 +102,36 @@ def test_the_best_of_a_row():
     }
     assert best_variants({"model": 0.0, "no_media": 0.0}) == set()
     assert best_variants({"model": None, "no_media": None}) == set()
+
+
+NUMBERS = {"loss": 2.0, "perplexity": 7.4, **dict.fromkeys(("cider", "bleu4", "rouge_l", "exact_match"), 0.5)}
+METRICS = {"tasks": {"captions": {name: NUMBERS for name in VARIANTS["captions"]}}}
+
+
+def test_a_long_caption_leaves_room_for_the_file_and_the_true_caption(capsys):
+    row = CaptionRow("data/radar/sweeps/0.npy", "radar", ["something near"], model="It is a metaphor. " * 20)
+    print_summary(
+        Console(width=80), METRICS, {"captions": [asdict(row)]}, Path("report.html"), modalities={"radar"}
+    )
+    told = capsys.readouterr().out
+    assert "0.npy" in told
+    assert "something near" in told
+    assert "It is a metaphor" in told
+
+
+def test_questions_are_shown_with_their_answers(capsys):
+    numbers = {"accuracy": 0.75, "by_type": {}, "count": 400, "count_by_type": {}}
+    nothing = {"accuracy": None, "by_type": {}, "count": 0, "count_by_type": {}}
+    metrics = {"tasks": {"answers": {**dict.fromkeys(VARIANTS["answers"], nothing), "model": numbers}}}
+    rows = [
+        AnswerRow("is it red?", ["yes", "yep"], media="data/images/7.png", modality="image", model="no"),
+        AnswerRow("what is two and two?", ["four"], model="four", right=True),
+    ]
+    rows = {"answers": [asdict(row) for row in rows]}
+    print_summary(Console(width=100), metrics, rows, Path("report.html"), modalities={"image"})
+    told = capsys.readouterr().out
+    assert "Of 400 held-out questions the model answers 75.0% right." in told
+    lines = [line.split() for line in told.splitlines()]
+    assert ["7.png", "is", "it", "red?", "yes", "no"] in lines
+    assert ["what", "is", "two", "and", "two?", "four", "four"] in lines
+    assert "caption" not in told

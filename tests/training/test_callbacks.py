@@ -1,3 +1,6 @@
+import csv
+import io
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,6 +14,7 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
+from rich.console import Console
 
 from bindllm.conversation import Conversation, Message
 from bindllm.data.rows import Sample
@@ -21,6 +25,8 @@ from bindllm.model.bindllm import BindLLM
 from bindllm.model.decoder import DecoderConfig
 from bindllm.training.callbacks import (
     ParameterTable,
+    RunLog,
+    RunProgress,
     SampleCaptions,
     check_trainer,
 )
@@ -147,3 +153,106 @@ def test_what_was_asked_is_kept_for_questions_and_each_reference_once(captioned)
     first, second = captioned(samples)[0]
     assert (first["question"], first["reference"]) == ("What?", "yes | yep")
     assert "question" not in second
+
+
+def rows(folder):
+    with (folder / "metrics.csv").open(newline="") as stream:
+        return [{k: v for k, v in row.items() if v} for row in csv.DictReader(stream)]
+
+
+def test_rows_are_on_disk_at_once_and_new_columns_keep_old_rows(tmp_path):
+    log = RunLog(tmp_path)
+    log.log_metrics({"train_loss": 2.5, "epoch": 0}, step=0)
+    assert rows(tmp_path) == [{"epoch": "0", "step": "0", "train_loss": "2.5"}]
+    log.log_metrics({"my_metric": 1.0}, step=1)
+    assert rows(tmp_path) == [
+        {"epoch": "0", "step": "0", "train_loss": "2.5"},
+        {"step": "1", "my_metric": "1.0"},
+    ]
+
+
+def test_a_resumed_run_keeps_earlier_rows_and_drops_those_it_will_log_again(tmp_path):
+    first = RunLog(tmp_path)
+    for step in range(4):
+        first.log_metrics({"train_loss": step, "extra": 7}, step=step)
+        first.log_captions([{"model": f"at {step}"}], step)
+    again = RunLog(tmp_path)
+    again.keep_before(2)
+    again.log_metrics({"train_loss": 20}, step=2)
+    assert [row["train_loss"] for row in rows(tmp_path)] == ["0", "1", "20"]
+    assert rows(tmp_path)[0]["extra"] == "7"
+    captions = [json.loads(line) for line in (tmp_path / "captions.jsonl").read_text().splitlines()]
+    assert captions == [{"step": 0, "model": "at 0"}, {"step": 1, "model": "at 1"}]
+
+
+def test_a_line_that_was_cut_by_a_kill_is_dropped(tmp_path):
+    log = RunLog(tmp_path)
+    log.log_metrics({"train_loss": 1.0}, step=0)
+    log.log_captions([{"model": "red"}], 0)
+    with (tmp_path / "metrics.csv").open("a") as stream:
+        stream.write("0,")
+    with (tmp_path / "captions.jsonl").open("a") as stream:
+        stream.write('{"step": 0, "gen')
+    again = RunLog(tmp_path)
+    again.keep_before(5)
+    assert len(rows(tmp_path)) == 1
+    assert (tmp_path / "captions.jsonl").read_text() == '{"step": 0, "model": "red"}\n'
+
+
+def test_a_fresh_run_starts_with_the_header_alone(tmp_path):
+    RunLog(tmp_path).keep_before(0)
+    assert (tmp_path / "metrics.csv").read_text() == "epoch,step,train_loss,val_loss,lr,gradient_norm\n"
+
+
+def test_a_caption_with_an_odd_line_break_is_one_line(tmp_path):
+    log = RunLog(tmp_path)
+    log.log_captions([{"model": "one\u2028two\x85three"}], 0)
+    log.keep_before(1)
+    (line,) = (tmp_path / "captions.jsonl").read_text(encoding="utf-8").strip("\n").split("\n")
+    assert json.loads(line)["model"] == "one\u2028two\x85three"
+
+
+@pytest.fixture
+def trainer():
+    return SimpleNamespace(
+        global_step=0,
+        current_epoch=0,
+        estimated_stepping_batches=10,
+        callback_metrics={"train_loss": torch.tensor(4.0), "val_loss": torch.tensor(1.25)},
+    )
+
+
+def shown(progress, trainer, *, terminal):
+    out = io.StringIO()
+    progress.console = Console(file=out, force_terminal=terminal, width=100, color_system=None)
+    progress.on_train_start(trainer, None)
+    for step in range(1, 11):
+        trainer.global_step = step
+        progress.on_train_batch_end(trainer, None, {"loss": torch.tensor(99.0)}, None, step - 1)
+    progress.on_validation_start(trainer, None)
+    progress.on_validation_end(trainer, None)
+    progress.on_train_end(trainer, None)
+    return out.getvalue()
+
+
+def test_a_log_file_gets_few_lines(trainer):
+    captions = SimpleNamespace(latest=[{"reference": "red square", "model": "blue\x1b[31m\n"}])
+    lines = shown(RunProgress(captions), trainer, terminal=False).splitlines()
+    assert lines == [
+        "epoch 1  step 10  train loss 4.000  validation loss 1.250",
+        "  red square  →  blue?[31m?",
+    ]
+
+
+def test_a_log_file_gets_lines_with_the_time_left_when_a_run_takes_long(trainer):
+    lines = shown(RunProgress(every_seconds=0), trainer, terminal=False).splitlines()
+    assert lines[4] == "step 5/10  epoch 1  loss 4.000  0:00 left"
+    assert len(lines) == 11
+
+
+def test_a_terminal_gets_a_bar_of_the_whole_run_that_resumes_with_it(trainer):
+    trainer.global_step = 4
+    text = shown(RunProgress(), trainer, terminal=True)
+    assert " 4/10" in text
+    assert "10/10" in text
+    assert "validation loss 1.250" in text

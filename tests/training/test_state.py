@@ -1,16 +1,20 @@
+import io
 import os
 import pickle
+import random
 import resource
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import bindllm.training.state as state
 from bindllm.errors import CheckpointError, InputError, TrainingError
+from bindllm.parallel import Processes
 from bindllm.training.callbacks import RunLog
-from bindllm.training.state import AtomicCheckpointIO
+from bindllm.training.state import AtomicCheckpointIO, generator_states, restore_generators
 
 
 def test_a_state_comes_back_without_unpickling(tmp_path):
@@ -91,3 +95,38 @@ def test_a_state_of_another_version_is_refused_with_what_to_do(tmp_path):
         CheckpointError, match=r"tiny was saved by another version of bindllm.*--resume false"
     ):
         run.load_state_dict(earlier)
+
+
+CPU = torch.device("cpu")
+
+
+def draw():
+    return (
+        torch.rand(3).tolist(),
+        np.random.rand(3).tolist(),
+        np.random.randn(),
+        random.random(),
+        random.gauss(),
+    )
+
+
+def test_generators_go_on_where_they_were_after_a_file():
+    file = io.BytesIO()
+    draw()  # each kind of normal number leaves a second one behind
+    torch.save(generator_states(Processes(), CPU), file)
+    first = draw()
+    assert draw() != first
+    file.seek(0)
+    restore_generators(torch.load(file, weights_only=True), Processes(), CPU)
+    assert draw() == first
+
+
+def test_each_process_takes_its_own_state():
+    states = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        states += generator_states(Processes(), CPU)
+    restore_generators(states, Processes(1, 2), CPU)
+    second = torch.rand(3)
+    torch.manual_seed(2)
+    assert torch.equal(torch.rand(3), second)

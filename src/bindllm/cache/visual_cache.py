@@ -398,12 +398,12 @@ def choose_cache(
 
 def nearest_images(cache: VisualCache, embedding: Tensor) -> list[tuple[float, str]]:
     """Return similarity and name of the images that a cache retrieves for one embedding [1, E], nearest first."""
-    numbers = cache.neighbors(embedding)[0].numpy()
+    ids = cache.neighbors(embedding)[0].numpy()
     # An approximate index may find fewer than it was asked for.
-    numbers = numbers[numbers >= 0]
+    ids = ids[ids >= 0]
     unit = (embedding[0] / embedding[0].norm()).numpy()
-    similarities = cache.index.vectors(numbers) @ unit
-    names = image_names(cache.index, cache.index.keys(numbers))
+    similarities = cache.index.vectors(ids) @ unit
+    names = image_names(cache.index, cache.index.keys(ids))
     return list(zip(similarities.tolist(), names, strict=True))
 
 

@@ -14,7 +14,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bindllm.atomic import check_replaceable
 from bindllm.cli.recipe import RecipeCLI, add_overwrite, quiet
 from bindllm.encoders.aligned import MANIFEST
 from bindllm.errors import InputError
@@ -22,7 +21,7 @@ from bindllm.training.align.data import AlignData
 from bindllm.training.align.module import METRICS, RECALL_AT, AlignModule, save_aligned
 from bindllm.training.callbacks import AverageWeights, RunProgress, check_monitors, check_trainer
 from bindllm.training.optim import describe_groups
-from bindllm.training.run import lock_output
+from bindllm.training.run import check_output, lock_output
 
 
 class AlignCLI(RecipeCLI):
@@ -51,7 +50,7 @@ def align(args: list[str]) -> int:
         cli = AlignCLI(args)
         output, model, data = Path(cli.config.output), cli.model, cli.datamodule
         # Everything that can refuse the run comes before the first file is embedded.
-        check_replaceable(output, MANIFEST, InputError, kind="an aligned encoder")
+        check_output(output, MANIFEST, kind="an aligned encoder", filled=[data.store])
         rehearses = bool(cli.trainer_options.get("fast_dev_run"))
         if not rehearses:
             held.enter_context(lock_output(output))

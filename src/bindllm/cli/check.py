@@ -73,8 +73,17 @@ def check(
         raise UsageError(
             "nothing to check: give --config RECIPE, --folder CHECKPOINT or --encoder CLASS_OR_FOLDER"
         )
-    if (recipe_options.memory or recipe_options.memory_limit) and not config:
-        raise UsageError("--memory is about a recipe: give one with --config FILE")
+    # An option that has no effect would be taken for a check that has passed.
+    if recipe_options != RecipeCheckOptions() and not config:
+        raise UsageError("--rows and --memory are about a recipe: give one with --config FILE")
+    if (encoder_options.media or (overrides and folder)) and not encoder:
+        raise UsageError(
+            "--media and --encoder.NAME are about an encoder: give one with --encoder CLASS_OR_FOLDER"
+        )
+    if encoder_options.allow and config:
+        raise UsageError(
+            "--allow is about the classes that a folder names; the classes of a recipe are allowed"
+        )
     # Noted, not raised: one call shows all problems.
     problems, console = Problems(), Console(highlight=False, soft_wrap=True)
     with quiet():

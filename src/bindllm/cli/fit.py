@@ -74,7 +74,7 @@ def fit(args: list[str]) -> int:
                 "model.trainable is empty: nothing would be trained; name groups, such as [bind, inject]"
             )
         config = cli.config
-        folder = run_folder(config.output, init_from=config.model.init_from)
+        folder = run_folder(config.output, store=config.data.store, init_from=config.model.init_from)
         rehearses = bool(cli.trainer_options.get("fast_dev_run"))
         if rehearses:
             # A rehearsal must not touch the state of a real run.
@@ -198,7 +198,7 @@ def launch(
         "MASTER_ADDR": environment.main_address,
         "MASTER_PORT": str(environment.main_port),
         "NODE_RANK": str(environment.node_rank()),
-        # A spawned process would put the working directory first on its path, ahead of the standard library.
+        # A spawned process would put the working directory first on its path, before the standard library.
         "PYTHONSAFEPATH": "1",
     }
     try:

@@ -354,7 +354,7 @@ def quiet() -> Iterator[None]:
 
 
 class CheckedRecipe(RecipeCLI):
-    """Reads a recipe that has mistakes: each is noted and left out, until all of them are known.
+    """Reads a recipe that has mistakes: each is noted and skipped, until all of them are known.
 
     Args:
         file: the recipe.
@@ -432,7 +432,7 @@ class CheckedRecipe(RecipeCLI):
         """Return the keys and values that are valid together, `_NOTHING` if something required is missing then."""
         # The arguments of a class can only be read together with its path.
         kept = {name: value for name, value in part.items() if name == "class_path"}
-        # As long as required keys are missing there is a message: a further key is valid if the message stays.
+        # As long as required keys are missing there is a message: a further key is valid if no other message comes.
         missing = mistake(kept)
         if missing and _INCOMPLETE not in missing:
             return _NOTHING
@@ -442,12 +442,22 @@ class CheckedRecipe(RecipeCLI):
 
             def changed(value: Any, name: str = name, missing: str | None = missing) -> str | None:
                 message = mistake({**kept, name: value})
-                return None if message == missing else message
+                return None if message is None or _only_misses(message, missing) else message
 
             if (valid := self._valid(value, changed, where)) is not _NOTHING:
                 kept[name] = valid
-                missing = mistake(kept)
+                # A value that stays as it was adds no message.
+                missing = mistake(kept) if missing or valid is not value else None
         return _NOTHING if missing else kept
+
+
+def _only_misses(message: str, missing: str | None) -> bool:
+    """Return whether a message says nothing but that some keys are missing that an earlier one says are missing."""
+    # Both end with the names; before them is the class that they belong to.
+    (place, _, names), (earlier, _, others) = (
+        text.partition(f"{_INCOMPLETE}: ") for text in (message, missing or "")
+    )
+    return place == earlier and set(names.split(", ")) <= set(others.split(", "))
 
 
 def _as_option(recipe: dict[str, Any]) -> str:

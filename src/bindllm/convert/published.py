@@ -48,13 +48,17 @@ def convert_published(
 
     Raises:
         CheckpointError: the file cannot be read or converted, or the folder cannot be written.
-        UsageError: an ImageBind-LLM adapter without a base or an encoder.
+        UsageError: an ImageBind-LLM adapter without a base or an encoder, or an option of another kind.
     """
     folder = Path(output)
     check_output(folder)
     # The tensors stay on the disk, so finding the kind is cheap.
     state = read_foreign(file)
     kind = kind or find_kind(state, file)
+    adapter = {"base": base, "encoder": encoders, "accept_base": accept_base}
+    for owner, given in (("imagebind", {"tokenizer": tokenizer}), ("imagebind-llm", adapter)):
+        if kind != owner and (names := [f"--{name}" for name, value in given.items() if value]):
+            raise UsageError(f"{names[0]} is for {owner}, and {file} is {kind}; leave it out")
     print(f"{file}: {kind}, {len(state):,} tensors")
     if kind == "imagebind":
         report, license = _convert_imagebind(state, file, folder, tokenizer), imagebind.LICENSE

@@ -144,7 +144,7 @@ class SourceReport:
             return f"{self.shards:,} shards, streamed"
         if self.format == "caption":
             return f"{_count_media(self.modality, self.num_media)}, {self.num_rows:,} captions"
-        # A part that counts nothing new is left out, so that the line stays short.
+        # A part that counts nothing new is skipped, so that the line stays short.
         parts = [f"{self.num_rows:,} rows ({self.format})"]
         if self.answers > self.num_rows:
             parts.append(f"{self.answers:,} answers")

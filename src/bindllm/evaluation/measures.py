@@ -181,20 +181,22 @@ def _tag(dataset: Dataset, rows: list[Row], prompts: list[MediaGroup], scores: S
     return found
 
 
-_Numbered = dict[tuple[str, ...], tuple[int, MediaGroup]]
+_Indexed = dict[tuple[str, ...], tuple[int, MediaGroup]]
 
 
 def _retrieve(dataset: Dataset, rows: list[Row], prompts: list[MediaGroup], scores: Scores) -> Measured:
     """Return how often a right result is among the first k, from the media to their targets and back."""
-    media: _Numbered = {}
-    targets: _Numbered = {}
+    media: _Indexed = {}
+    targets: _Indexed = {}
     found = Measured()
 
-    def number(known: _Numbered, group: MediaGroup) -> int:
+    def index_of(known: _Indexed, group: MediaGroup) -> int:
         # By content: a caption of two files with the same image is right for both of them.
         return known.setdefault(tuple(map(scores.key, group)), (len(known), group))[0]
 
-    pairs = {(number(media, (row.media,)), number(targets, group)) for row in rows for group in row.targets}
+    pairs = {
+        (index_of(media, (row.media,)), index_of(targets, group)) for row in rows for group in row.targets
+    }
     if (equal := len(rows) - len(media)) > 0:
         found.notes.append(
             f"{equal:,} media have the same content as another one: they count once, with all their targets"

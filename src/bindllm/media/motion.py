@@ -99,10 +99,15 @@ def _from_array(array: np.ndarray) -> np.ndarray:
     if max(array.shape) > MAX_READINGS:
         raise MediaError(f"{max(array.shape):,} readings; at most {MAX_READINGS:,} are read. Cut it first")
     signal = (array if array.shape[0] == 6 else array.T).astype(np.float64)
-    if not np.isfinite(signal).all():
-        at = int(np.flatnonzero(~np.isfinite(signal).all(axis=0))[0])
-        raise MediaError(f"reading {at} is NaN or infinite; fill the gap or cut it out")
+    _check_finite(signal.T)
     return signal
+
+
+def _check_finite(readings: np.ndarray) -> None:
+    """Raise for the first reading, counted from 1, of an array [N, ...] that is NaN or infinite."""
+    is_finite = np.isfinite(readings).all(axis=1)
+    if not is_finite.all():
+        raise MediaError(f"reading {is_finite.argmin() + 1} is NaN or infinite; fill the gap or cut it out")
 
 
 def _from_table(stream: BinaryIO) -> tuple[np.ndarray, np.ndarray | None]:
@@ -129,13 +134,11 @@ def _from_table(stream: BinaryIO) -> tuple[np.ndarray, np.ndarray | None]:
         # While reading, so that an endless file does not fill the memory.
         if count > MAX_READINGS:
             raise MediaError(f"more than {MAX_READINGS:,} readings; cut it first")
-        if not np.isfinite(block).all():
-            at = count - len(block) + int(np.flatnonzero(~np.isfinite(block).all(axis=1))[0])
-            raise MediaError(f"reading {at + 1} is NaN or infinite; fill the gap or cut it out")
         blocks.append(block)
     if not blocks:
         raise MediaError("a header and no readings; expected at least one row of numbers")
     table = np.concatenate(blocks)
+    _check_finite(table)
     times = None if time is None else table[:, time]
     if times is not None and (backwards := np.flatnonzero(np.diff(times) <= 0)).size:
         at = int(backwards[0]) + 1

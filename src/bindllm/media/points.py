@@ -183,7 +183,7 @@ def _read_ply(stream: BinaryIO) -> Iterator[np.ndarray] | None:
                 raise MediaError("a truncated PLY file: it ends before its vertices; replace the file")
         rows = read_rows(stream, first=lines + skipped + 1, columns=len(names), most=count)
         return _all_of(count, (block[:, [names.index(axis) for axis in "xyz"]] for block in rows))
-    # Binary records before the vertices are passed over by their size.
+    # Binary records before the vertices are skipped by their size.
     offset = start + sum(element.dtype(ply.byte_order).itemsize * count for element, count in before)
     stream.seek(offset)
     return _all_of(count, _records(stream, np.dtype(ply.elements[at].dtype(ply.byte_order)), count))

@@ -1,7 +1,7 @@
-"""The process that renders SVG images for `bindllm.media.svg`: a file may make it hang or crash, but nothing else.
+"""The process that renders SVG images for `bindllm.media.images`: a file may make it hang or crash, but nothing else.
 
 It runs as a script, answers requests on its standard input, and ends with it. It imports nothing of bindllm, so that it
-starts within a tenth of a second; `svg.py` passes the folders of resvg and Pillow.
+starts within a tenth of a second; `images.py` passes the folders of resvg and Pillow.
 """
 
 from __future__ import annotations

@@ -238,7 +238,13 @@ def _entries(folder: str | Path) -> Iterator[None]:
 
 def _check_fingerprint(part: str, name: str, found: str, expected: str) -> None:
     if found != expected:
-        advice = "with decoder=FOLDER" if part == "decoder" else "at the path that bindllm.json names"
+        advice = "with decoder=FOLDER"
+        if part == "encoder":
+            # The fingerprint also covers how this version turns files into pixels and samples.
+            advice = (
+                "at the path that bindllm.json names. If its files are unchanged, this version of bindllm prepares "
+                "media differently: train again, or use the version that trained the checkpoint"
+            )
         raise CheckpointError(
             f"the {part} {name!r} is not the one that this checkpoint was trained with (fingerprint {found[:12]}, "
             f"expected {expected[:12]}): its answers would mean nothing. Give the original {part} {advice}."

@@ -36,7 +36,7 @@ From the Debian package tuxpaint-stamps-default. License: GPL-2.0-or-later (see 
 
 `captions.jsonl`, one row per image: `image`; `caption`, the English sentence (a list if an image has several);
 `split` (train, validation or test, about 84/8/8, by the hash of the image's bytes); `group`, its folder; and if they
-exist, `sound`, its sound, and `spoken`, the sentence read aloud in English.
+exist, `sound`, its audio, and `spoken`, the sentence read aloud in English.
 """
 
 

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from bindllm.data.rows import spread
+from bindllm.errors import printable
 
 Variants = Mapping[str, Mapping[str, Any]]
 """The metrics of one task, by variant."""
@@ -12,6 +21,7 @@ Variants = Mapping[str, Mapping[str, Any]]
 FEW_ROWS = 100
 """Below this number of held-out rows the text warns that chance is large."""
 
+_SHOWN_ROWS = 5
 _SMALL_SHARE = 0.02
 """A loss that changes by less than this share has hardly changed."""
 
@@ -188,3 +198,31 @@ def _aside(variant: Mapping[str, Any], model: Mapping[str, Any]) -> str:
     # The model on the same sample, which may be easier or harder than all questions.
     right = METRICS["accuracy"].show(variant["model_accuracy"])
     return f" (on {variant['count']:,} questions, of which it answers {right} right with the right one)"
+
+
+def print_summary(
+    console: Console, metrics: Mapping[str, Any], rows: Mapping[str, Any], page: Path, *, modalities: set[str]
+) -> None:
+    """Print the headline, a few captions and answers, and the path of the report."""
+    console.print(f"report:        {page}\n", markup=False)
+    for sentence in summarize(metrics, num_captions=len(rows.get("captions", ())), modalities=modalities):
+        console.print(sentence, markup=False)
+    for shown in filter(None, rows.values()):
+        console.print(_shown(shown, modalities))
+
+
+def _shown(rows: list[dict[str, Any]], modalities: set[str]) -> Table:
+    """Return a table of a few held-out rows, evenly spread."""
+    # Relative widths: a long caption in one column must not squeeze the others.
+    table = Table(box=box.SIMPLE, expand=True)
+    table.add_column(f"held-out {media_words(modalities)[0]}", ratio=1, overflow="fold")
+    asked = "question" in rows[0]
+    if asked:
+        table.add_column("question", ratio=2)
+    table.add_column("true", ratio=1)
+    table.add_column("generated", ratio=1, no_wrap=True, overflow="ellipsis")
+    for row in spread(rows, _SHOWN_ROWS):
+        question = (row["question"],) if asked else ()
+        cells = (Path(row["media"] or "").name, *question, row["references"][0], row["model"] or "")
+        table.add_row(*(Text(printable(cell)) for cell in cells))
+    return table

@@ -124,7 +124,7 @@ def check_recipe(
     # checks, so that each problem is printed once.
     model, data, output = recipe["model"], recipe["data"], recipe["output"]
     with problems.noted():
-        run_folder(output, init_from=model["init_from"])
+        run_folder(output, store=data["store"], init_from=model["init_from"])
     checked = _build_parts(model, data, problems, say)
     parts, encoders = checked.parts, checked.encoders
     for warning in (*alignment_warnings(encoders), *skipped_encoders(encoders)):

@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,20 +21,16 @@ import yaml
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from rich import box
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from bindllm.atomic import atomic_file, check_replaceable, locked, remove_leftovers
 from bindllm.data.datamodule import BindData
-from bindllm.data.rows import spread
-from bindllm.errors import BindLLMError, InputError, TrainingError, listed, printable
+from bindllm.errors import BindLLMError, InputError, TrainingError, listed
 from bindllm.evaluation.held_out import evaluate_held_out, held_out_rows
 from bindllm.evaluation.task import Evaluation
 from bindllm.model.checkpoint import MANIFEST, licenses
 from bindllm.report.report import RunFacts, write_report
-from bindllm.report.summary import media_words, summarize
+from bindllm.report.summary import print_summary
 from bindllm.training.callbacks import METRICS
 from bindllm.training.module import BindModule
 from bindllm.training.optim import describe_groups
@@ -54,7 +50,6 @@ Change = tuple[str, Any, Any]
 SHUFFLED_LIMIT = 1000
 """Held-out questions that are asked about media of other rows; more take long and change little."""
 
-_SHOWN_ROWS = 5
 _PROCESSES = ("trainer.devices", "trainer.num_nodes")
 # The strategy often changes with the number of processes; it does not change which rows a step sees.
 _PLACEMENT = (*_PROCESSES, "trainer.strategy")
@@ -63,16 +58,40 @@ _HARMLESS = ("output", "save_every_seconds", "trainer.enable_progress_bar")
 _LENGTHS = ("trainer.max_epochs", "trainer.max_steps")
 
 
-def run_folder(output: str | Path, *, init_from: str | Path | None = None) -> Path:
+def check_output(output: Path, marker: str, *, kind: str, filled: Iterable[str | Path]) -> None:
+    """Refuse an output that a run cannot replace at its end.
+
+    Args:
+        output: the folder that the run writes.
+        marker: the file that every folder of its kind has.
+        kind: what the folder is, such as "a bindllm checkpoint".
+        filled: folders that the run fills before.
+
+    Raises:
+        InputError: the output is a file, or contains other files or one of these folders.
+    """
+    check_replaceable(output, marker, InputError, kind=kind)
+    for path in filled:
+        if Path(path).resolve().is_relative_to(output.resolve()):
+            raise InputError(
+                f"output {output} contains {path}, which the run fills before it writes its output; choose another "
+                "folder for one of them"
+            )
+
+
+def run_folder(
+    output: str | Path, *, store: str | Path | None = None, init_from: str | Path | None = None
+) -> Path:
     """Return the folder of the run that writes a checkpoint folder: each output has its own.
 
     Args:
         output: the checkpoint folder.
+        store: folder of the embedding stores, if any.
         init_from: the checkpoint folder whose weights the run starts with, if any.
 
     Raises:
-        InputError: ``output`` is a file, holds other files than a checkpoint, or is the checkpoint that the run starts
-            from; it would be replaced at the end of the run.
+        InputError: ``output`` cannot be replaced at the end of the run, see `check_output`, or is the checkpoint that
+            the run starts from.
     """
     output = Path(output)
     found, home = output.resolve(), Path.cwd().resolve()
@@ -81,7 +100,8 @@ def run_folder(output: str | Path, *, init_from: str | Path | None = None) -> Pa
             f"output {output} is model.init_from too: the run would replace its own start, and could not be "
             "run twice with the same result; choose another output"
         )
-    check_replaceable(output, MANIFEST, InputError, kind="a bindllm checkpoint")
+    filled = (RUNS, *([] if store is None else [store]))
+    check_output(output, MANIFEST, kind="a bindllm checkpoint", filled=filled)
     # The usual place needs no hash in the name of its run.
     if found.parent == home / OUTPUTS:
         return Path(RUNS) / found.name
@@ -401,7 +421,7 @@ class Run:
         except BindLLMError as error:
             self.console.print(f"the report is not complete: {error}", style="yellow", markup=False)
             return 1
-        print_summary(self.console, metrics, measured, page, modalities=self.data.report.modalities)
+        print_summary(self.console, metrics, measured.rows, page, modalities=self.data.report.modalities)
         return 0
 
     def _report(self, measured: Evaluation) -> tuple[dict[str, Any], Path]:
@@ -440,33 +460,3 @@ def make_loggers(chosen: Any, folder: Path) -> list[Logger]:
         )
         return []
     return [TensorBoardLogger(folder, name="", version="")]
-
-
-def print_summary(
-    console: Console, metrics: dict[str, Any], measured: Evaluation, page: Path, *, modalities: set[str]
-) -> None:
-    """Print the headline, a few captions and answers, and the path of the report."""
-    console.print(f"report:        {page}\n", markup=False)
-    num_captions = len(measured.rows.get("captions", ()))
-    for sentence in summarize(metrics, num_captions=num_captions, modalities=modalities):
-        console.print(sentence, markup=False)
-    for rows in measured.rows.values():
-        if rows:
-            console.print(_shown(rows, modalities))
-
-
-def _shown(rows: list[dict[str, Any]], modalities: set[str]) -> Table:
-    """Return a table of a few held-out rows, evenly spread."""
-    # Relative widths: a long caption in one column must not squeeze the others.
-    table = Table(box=box.SIMPLE, expand=True)
-    table.add_column(f"held-out {media_words(modalities)[0]}", ratio=1, overflow="fold")
-    asked = "question" in rows[0]
-    if asked:
-        table.add_column("question", ratio=2)
-    table.add_column("true", ratio=1)
-    table.add_column("generated", ratio=1, no_wrap=True, overflow="ellipsis")
-    for row in spread(rows, _SHOWN_ROWS):
-        question = (row["question"],) if asked else ()
-        cells = (Path(row["media"] or "").name, *question, row["references"][0], row["model"] or "")
-        table.add_row(*(Text(printable(cell)) for cell in cells))
-    return table

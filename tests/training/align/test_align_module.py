@@ -1,17 +1,27 @@
-"""One step of an alignment: where the gradient goes, what stays as it is, and that it learns."""
+"""An alignment: its loss and metrics against plain loops, where the gradient goes, what stays, and that it learns."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
 from lightning.pytorch import seed_everything
+from torch.nn.functional import normalize
 
 from align_parts import BeatTower, FrozenModule, LetterEncoder, patchwork_table, radar_table
 from bindllm.cli.recipe import quiet
 from bindllm.encoders.aligned import HeadConfig
 from bindllm.errors import EncoderError, InputError, TrainingError
+from bindllm.training.align import module as metrics
 from bindllm.training.align.data import AlignData, PairSource
-from bindllm.training.align.module import AlignModule, TemperatureConfig, contrastive_loss
+from bindllm.training.align.module import (
+    AlignModule,
+    Temperature,
+    TemperatureConfig,
+    contrastive_loss,
+    retrieval_metrics,
+)
 from bindllm.training.optim import OptimConfig
 from tiny import ColorEncoder, color_images
 from tiny_run import make_trainer
@@ -254,3 +264,107 @@ def test_what_is_no_tower_is_refused():
 def test_a_head_that_cannot_be_is_refused(wrong):
     with pytest.raises(InputError, match=rf"head\.{next(iter(wrong))} is .*, expected"):
         HeadConfig(**wrong)
+
+
+def rows(count: int, seed: int) -> torch.Tensor:
+    return normalize(torch.randn(count, 7, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def loop_loss(media, targets, belongs, scale: float) -> float:
+    """The same by hand: each pair against everything on the other side that does not belong to it."""
+    total, count = 0.0, len(media)
+    for i in range(count):
+        own = math.exp(scale * float(media[i] @ targets[i]))
+        wrong = sum(math.exp(scale * float(media[i] @ targets[j])) for j in range(count) if not belongs[i][j])
+        total -= math.log(own / (own + wrong)) / 2
+        wrong = sum(math.exp(scale * float(media[j] @ targets[i])) for j in range(count) if not belongs[j][i])
+        total -= math.log(own / (own + wrong)) / 2
+    return total / count
+
+
+def test_the_loss_is_that_of_a_plain_loop_with_duplicates():
+    media, targets = rows(6, 0), rows(6, 1)
+    # 0 and 1 are captions of one picture; 2 and 3 one caption of two pictures; 4 is a copy of pair 5.
+    targets[1], media[3] = targets[0], media[2]
+    media[4], targets[4] = media[5], targets[5]
+    belongs = torch.eye(6, dtype=torch.bool)
+    for i, j in ((0, 1), (2, 3), (4, 5)):
+        belongs[i, j] = belongs[j, i] = True
+    found = contrastive_loss(media, targets, belongs, torch.tensor(12.0))
+    assert float(found) == pytest.approx(loop_loss(media, targets, belongs.tolist(), 12.0), rel=1e-5)
+    # The mask matters: without it, the same rows give another number.
+    plain = contrastive_loss(media, targets, torch.eye(6, dtype=torch.bool), torch.tensor(12.0))
+    assert abs(float(found) - float(plain)) > 0.01
+
+
+def test_what_belongs_together_is_neither_pulled_nor_pushed():
+    media, targets = rows(3, 2).requires_grad_(), rows(3, 3)
+    belongs = torch.eye(3, dtype=torch.bool)
+    belongs[0, 1] = belongs[1, 0] = True
+    contrastive_loss(media, targets, belongs, torch.tensor(5.0)).backward()
+    # Row 0 is told from target 2 alone: its gradient lies in the plane of targets 0 and 2.
+    basis = torch.linalg.qr(torch.stack([targets[0], targets[2]]).T)[0]
+    gradient = media.grad[0]
+    assert gradient.norm() > 0.01
+    torch.testing.assert_close(basis @ (basis.T @ gradient), gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_a_batch_of_one_thing_gives_nothing_to_learn():
+    media = rows(3, 4).requires_grad_()
+    loss = contrastive_loss(media, rows(3, 5), torch.ones(3, 3, dtype=torch.bool), torch.tensor(9.0))
+    loss.backward()
+    assert loss.item() == 0
+    assert media.grad.abs().max() == 0
+
+
+def test_the_temperature_stays_within_its_bounds():
+    temperature = Temperature(TemperatureConfig(start=0.5))
+    assert temperature().item() == pytest.approx(2.0)
+    for value, clamped in ((9.0, 100.0), (-3.0, 1.0), (math.log(7.0), 7.0)):
+        temperature.log_scale.data.fill_(value)
+        temperature.clamp()
+        assert temperature().item() == pytest.approx(clamped)
+    assert not Temperature(TemperatureConfig(learned=False)).log_scale.requires_grad
+
+
+@pytest.mark.parametrize("start", [0.0, -1.0, 0.009, 1.5, float("nan")])
+def test_a_start_outside_of_the_bounds_is_refused(start):
+    with pytest.raises(InputError, match=r"temperature\.start is .*, expected 0\.01 to 1"):
+        TemperatureConfig(start=start)
+
+
+def test_recall_and_counts():
+    gallery = torch.eye(12)
+    queries = gallery[[0, 1, 2, 3]].clone()
+    answers = [[0], [5], [2, 7], [3]]
+    found = retrieval_metrics(queries, gallery, answers)
+    # Query 1 is nearest to a wrong one, and all others tie: its answer is the first of eleven by chance.
+    assert found["recall@1"] == 0.75
+    assert found["recall@5"] == pytest.approx((3 + 4 / 11) / 4, abs=1e-4)
+    assert (found["queries"], found["gallery"], found["median_rank"]) == (4, 12, 1)
+    assert found["chance@1"] == pytest.approx((3 / 12 + 2 / 12) / 4, abs=1e-4)
+
+
+def test_embeddings_that_are_all_alike_get_chance():
+    same = normalize(torch.ones(30, 4), dim=-1)
+    found = retrieval_metrics(same, same, [[n] for n in range(30)])
+    for k in (1, 5, 10):
+        assert found[f"recall@{k}"] == found[f"chance@{k}"] == pytest.approx(k / 30, abs=1e-4)
+    assert found["median_rank"] == 15.5
+
+
+def test_many_queries_are_ranked_in_parts(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    gallery = normalize(torch.randn(40, 8, generator=generator), dim=-1)
+    queries = normalize(torch.randn(250, 8, generator=generator), dim=-1)
+    answers = [[n % 40, (n * 7) % 40] for n in range(250)]
+    ranks = []
+    for n in range(250):
+        scores = (queries[n] @ gallery.T).tolist()
+        best = max(scores[a] for a in answers[n])
+        ranks.append(1 + sum(s > best for g, s in enumerate(scores) if g not in answers[n]))
+    monkeypatch.setattr(metrics, "_SCORES_AT_ONCE", 40 * 64)
+    found = retrieval_metrics(queries, gallery, answers)
+    for k in (1, 5, 10):
+        assert found[f"recall@{k}"] == pytest.approx(sum(rank <= k for rank in ranks) / 250, abs=1e-4)
+    assert found["median_rank"] == sorted(ranks)[124]

@@ -85,7 +85,7 @@ class StreamLoader:
                 self._note_chunk(chunk, first)
                 # states[n] is the state before batch n; the last one begins the next chunk.
                 states = [replace(chunk.start, batch=n) for n in range(len(chunk.batches))] + [chunk.end]
-                # A resumed run reads its chunk from the start, and passes over the batches that it has trained on.
+                # A resumed run reads its chunk from the start, and skips the batches that it has trained on.
                 skip = first.batch if chunk.start.chunk == first.chunk else 0
                 for number in range(skip, len(chunk.batches)):
                     rows = [chunk.embedded.samples[n] for n in chunk.batches[number]]

@@ -36,7 +36,7 @@ MAX_SAMPLE_BYTES = 1 << 30
 """Largest sample that is read, with the names of its members: 1 GiB. A damaged header may claim any size."""
 
 MAX_SKIPPED_BYTES = 1 << 40
-"""Largest member that is passed over: 1 TiB."""
+"""Largest member that is skipped: 1 TiB."""
 
 MAX_HEADER_BYTES = 1 << 20
 """Largest long name or pax header that is read: 1 MiB."""

@@ -276,13 +276,13 @@ class AlignData(LightningDataModule):
         """Return the pairs of a split; `setup` comes first."""
         return self._splits[split]
 
-    def media_inputs(self, pairs: PairSet, numbers: Tensor) -> Tensor | list[Tensor]:
+    def media_inputs(self, pairs: PairSet, indices: Tensor) -> Tensor | list[Tensor]:
         """Return the inputs of the trained part for some media: vectors [B, W] of a frozen tower, or prepared media."""
-        return self._sides[0].lookup([(pairs.media[n],) for n in numbers.tolist()])
+        return self._sides[0].lookup([(pairs.media[n],) for n in indices.tolist()])
 
-    def target_rows(self, pairs: PairSet, numbers: Tensor) -> Tensor:
+    def target_rows(self, pairs: PairSet, indices: Tensor) -> Tensor:
         """Return the frozen embeddings of some targets, [B, E]."""
-        return self._sides[1].lookup([(pairs.targets[n],) for n in numbers.tolist()])
+        return self._sides[1].lookup([(pairs.targets[n],) for n in indices.tolist()])
 
     def train_dataloader(self) -> DataLoader:
         """Return the loader of training batches; each call starts again with the same random numbers."""

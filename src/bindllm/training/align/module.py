@@ -248,8 +248,8 @@ class AlignModule(LightningModule):
         was_training = self.training
         self.eval()
         parts = []
-        for numbers in torch.arange(len(pairs.media)).split(_EMBEDDED_AT_ONCE):
-            inputs = data.media_inputs(pairs, numbers)
+        for indices in torch.arange(len(pairs.media)).split(_EMBEDDED_AT_ONCE):
+            inputs = data.media_inputs(pairs, indices)
             moved = (
                 inputs.to(self.device) if isinstance(inputs, Tensor) else [x.to(self.device) for x in inputs]
             )
@@ -257,7 +257,7 @@ class AlignModule(LightningModule):
             # NaN would only lower the recall, without an error.
             wrong = (~parts[-1].isfinite().all(dim=1)).nonzero().flatten()
             if len(wrong):
-                name = pairs.media[int(numbers[wrong[0]])].name
+                name = pairs.media[int(indices[wrong[0]])].name
                 raise TrainingError(
                     f"{name}: its embedding is not finite; nothing was written. Let `prepare` of the tower raise a "
                     "MediaError for such media, so that they are skipped and counted"
@@ -357,7 +357,7 @@ def retrieval_metrics(queries: Tensor, gallery: Tensor, right: Sequence[Sequence
         [find_positions(cosines(queries[part], gallery).cpu(), right[part]) for part in parts]
     )
     # Queries with several right answers are hit more easily by chance.
-    counts = torch.tensor([len(numbers) for numbers in right])
+    counts = torch.tensor([len(indices) for indices in right])
     measured: dict[str, Any] = {"queries": len(queries), "gallery": len(gallery)}
     for k in RECALL_AT:
         measured[f"recall@{k}"] = round(float(hit_rate(positions, k).mean()), 4)
