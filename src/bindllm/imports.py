@@ -20,6 +20,8 @@ from typing import Any
 
 from bindllm.errors import BindLLMError, did_you_mean
 
+_SEARCHED = "The command line searches {}, and Python the folders of PYTHONPATH"
+
 
 class _NamedModules:
     """Finds in a folder the top-level modules that were named; everything else there is invisible."""
@@ -158,8 +160,7 @@ def build_named(
             reason = f": it needs {error.name!r}, which is not installed"
             # The class's own module is missing, not one that it imports.
             if f"{module}.".startswith(f"{error.name}."):
-                searched = f"The command line searches {Path.cwd()}, and Python the folders of PYTHONPATH"
-                reason = f": the module {error.name!r} was not found. {searched}"
+                reason = f": the module {error.name!r} was not found. {_SEARCHED.format(Path.cwd())}"
         raise failure(f"{path} cannot be built{reason}") from error
 
 
