@@ -15,6 +15,7 @@ ASSET_FOLDERS = {
     "openmoji": "data/openmoji",
     "stamps": "data/stamps",
     "easyvqa": "data/easyvqa",
+    "scenes": "data/scenes",
     "clip-vocabulary": "checkpoints/clip-vocabulary",
 }
 """Folder of each quickstart asset, relative to the working directory. It is kept here, and not in

@@ -115,10 +115,12 @@ def test_bad_captions(read, format, record, reason):
 
 def test_the_most_frequent_answer_is_learned_and_all_are_references(read):
     answers = [{"answer": word, "answer_confidence": "yes"} for word in ("blue", "red", "blue", "red", "red")]
-    parsed = read("vqa", {"image": "a.png", "question": "Which?", "answers": answers, "type": "color"})
+    parsed = read(
+        "vqa", {"image": "a.png", "question": "Which?", "answers": answers, "type": "color", "subset": 2}
+    )
     assert said(parsed) == ["Which?", "red"]
     assert parsed.references == ("blue", "red", "blue", "red", "red")
-    assert parsed.type == "color"
+    assert (parsed.type, parsed.subset) == ("color", "2")
     # In a tie the first one.
     assert (
         said(read("vqa", {"image": "a.png", "question": "Which?", "answer": ["b", "a", "a", "b"]}))[1] == "b"

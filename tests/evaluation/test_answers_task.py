@@ -24,12 +24,18 @@ def lookup(groups):
     return torch.stack([EYE[int(group[0].name.split(".")[0])] for group in groups]) if groups else EYE[:0]
 
 
-def asked(question, answer, image=0, *, type="", references=None, task="answer", options=()):
+def asked(question, answer, image=0, *, type="", subset="", references=None, task="answer", options=()):
     parts = question if image is None else (Media.image(f"{image}.png"), question)
     conversation = Conversation((Message("user", parts), Message("assistant", answer)))
     sample = tokenize(conversation, tiny_tokenizer(), 200)
     return replace(
-        sample, references=references or (answer,), type=type, task=task, options=options, name=question
+        sample,
+        references=references or (answer,),
+        type=type,
+        subset=subset,
+        task=task,
+        options=options,
+        name=question,
     )
 
 
@@ -111,6 +117,25 @@ def test_accuracy_by_type_and_of_the_baselines(model, scripted):
         "is it red?",
     )
     assert result.problems == {}
+
+
+def test_subsets_are_measured_separately(model, scripted):
+    rows = [("red", 5, "known"), ("blue", 6, "known"), ("red", 4, "new"), ("blue", 4, "")]
+    samples = [asked("which color?", true, n, type="color", subset=subset) for true, n, subset in rows]
+    scripted(lambda question, shown: "red" if shown == 5 else "blue")
+    result = evaluate(model, samples)
+    metrics = result.metrics["answers"]["model"]
+    assert metrics["accuracy"] == 0.75
+    share = {"accuracy": 1.0, "by_type": {"color": 1.0}, "count": 2, "count_by_type": {"color": 2}}
+    one = {"count": 1, "count_by_type": {"color": 1}}
+    assert metrics["by_subset"] == {
+        "known": share,
+        "new": one | {"accuracy": 0.0, "by_type": {"color": 0.0}},
+        "other": share | one,
+    }
+    assert result.metrics["answers"]["no_media"]["by_subset"]["known"]["accuracy"] == 0.5
+    assert result.metrics["answers"]["majority_answer"]["by_subset"].keys() == {"known", "new", "other"}
+    assert [row["subset"] for row in result.rows["answers"]] == ["known", "known", "new", ""]
 
 
 def test_answers_equal_generate_and_shuffled_media_are_other_media(model):

@@ -148,6 +148,16 @@ def test_metrics_compare_each_variant_with_the_references(model, held):
         assert {key: result.metrics["captions"][name][key] for key in expected} == expected
 
 
+def test_subsets_have_metrics_of_their_own(model, held):
+    samples = [replace(one, subset="new" if n < 3 else "known") for n, one in enumerate(held)]
+    result = evaluate(model, samples)
+    assert [row["subset"] for row in result.rows["captions"]] == ["new", "new", "new", "known"]
+    for name, metrics in result.metrics["captions"].items():
+        rows = [row for row in result.rows["captions"] if row["subset"] == "new"]
+        said = [row[name] for row in rows]
+        assert metrics["by_subset"]["new"] == caption_metrics(said, [row["references"] for row in rows])
+
+
 def test_the_nearest_training_image(model, held):
     result = evaluate(model, held)
     assert result.rows["captions"][0]["nearest_caption"] == "dark red"

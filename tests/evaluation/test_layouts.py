@@ -319,6 +319,11 @@ BROKEN = [
         *("modelnet40", tiny.modelnet_resampled, "modelnet40_test.txt", "chair_0002\nsofa_0001\n"),
         r"modelnet40_test\.txt line 2: the class 'sofa' is not in .*names\.txt",
     ),
+    ("modelnet40", tiny.esc50, "meta", None, r"neither <class>/test/\*\.off nor modelnet40_sh"),
+    (
+        *("audioset", tiny.audioset, "class_labels_indices.csv", "+3,/m/1,Again\n"),
+        r"class_labels_indices\.csv line 5: the class '/m/1' occurs twice or has no name",
+    ),
     (
         *("modelnet40", tiny.modelnet_resampled, "modelnet40_test.txt", "chair_\udcff\n"),
         r"modelnet40_test\.txt: not UTF-8 text",

@@ -65,7 +65,7 @@ def test_unknown_words_name_the_closest(values, words):
         BindConfig(**values)
 
 
-def resampling(num_tokens: int = 4, *, width: int = 24, token_size: int = 5) -> BindNetwork:
+def resampling(num_tokens: int = 4, *, width: int = 48, token_size: int = 5) -> BindNetwork:
     """A network whose norms and biases are random as well."""
     torch.manual_seed(0)
     config = BindConfig(depth=1, expansion=2, tokens=num_tokens)
@@ -93,9 +93,9 @@ def test_the_resampler_is_its_formula():
     network = resampling().eval()
     embeddings, tokens = inputs()
     found = network(embeddings, tokens)
-    assert found.shape == (2, 3, 4, 24)
+    assert found.shape == (2, 3, 4, 48)
     own, resampler = network(embeddings), network.resampler
-    assert own.shape == (2, 3, 1, 24)
+    assert own.shape == (2, 3, 1, 48)
     for b, m in ((b, m) for b in range(2) for m in range(3)):
         assert torch.equal(found[b, m, 0], own[b, m, 0])
         given = tokens[b, m][tokens[b, m].any(-1)]
@@ -107,7 +107,7 @@ def test_the_resampler_is_its_formula():
         for block in resampler.blocks:
             q = rms(z, block.norm) @ block.query.weight.T
             k, v = x @ block.key.weight.T, x @ block.value.weight.T
-            # 24 has 8 heads of width 3
+            # 48 has 8 heads of width 3
             heads = [
                 (q[:, at : at + 3] @ k[:, at : at + 3].T / 3**0.5).softmax(-1) @ v[:, at : at + 3]
                 for at in range(0, 24, 3)
@@ -185,7 +185,7 @@ def test_every_parameter_has_a_finite_gradient_in_every_step(monkeypatch, count,
     network = resampling().train()
     embeddings, tokens = inputs()
     found = network(embeddings, tokens if with_tokens else None)
-    assert found.shape == (2, 3, max(count, 2), 24)
+    assert found.shape == (2, 3, max(count, 2), 48)
     found.square().sum().backward()
     learns = count > 1 and with_tokens
     for name, parameter in network.named_parameters():

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from bindllm import BindLLM, VisualCache
-from bindllm.cache.blend import CacheConfig, CacheSettings
+from bindllm.cache.blend import CacheConfig
 from bindllm.cache.visual_cache import open_index
 from bindllm.errors import CheckpointError, InputError, StoreError
 from bindllm.model.checkpoint import name_cache, read_manifest
@@ -189,7 +190,7 @@ def test_places_of_milvus_are_told_from_folders(monkeypatch):
 
 def test_the_defaults_are_those_of_the_cache(project):
     cache, config = VisualCache.open("caches/own"), CacheConfig("caches/own")
-    assert CacheSettings(**config.settings) == cache.settings
+    assert {"folder": "caches/own", **asdict(cache.settings)} == asdict(config)
     with pytest.raises(StoreError, match="was built with the encoder"):
         cache.check_encoders(["ab" * 32])
 

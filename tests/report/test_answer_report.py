@@ -132,6 +132,20 @@ def test_the_page_shows_questions_types_and_answers(folder):
     assert rebuild_report(folder).read_text(encoding="utf-8") == text
 
 
+def test_the_page_shows_subsets_after_the_types(folder):
+    metrics = {
+        name: each | {"by_subset": {"new <things>": share(0.25, 40)}} for name, each in ANSWERS.items()
+    }
+    metrics["shuffled_media"] = ANSWERS["shuffled_media"]
+    text = write(folder, {"answers": metrics}, answers=[row("is it red?", subset="new <things>")])
+    for title, count in (("new &lt;things&gt;", 40), ("new &lt;things&gt;: color", 100)):
+        shares = "<td>25.0%</td><td>25.0%</td><td>-</td><td>25.0%</td>"
+        assert f'<th scope="row">{title}</th><td>{count}</td>{shares}' in text
+    assert text.index(">yes/no</th>") < text.index(">new &lt;things&gt;</th>")
+    # Bars for all questions and for the types.
+    assert text.count('<div class="panel">') == 3
+
+
 def test_several_tasks_have_headings(folder):
     caption = asdict(CaptionRow("7.png", "image", ["red square"], "a guess"))
     metrics = {"captions": CAPTIONS, "answers": ANSWERS, "conversations": CHAT}

@@ -7,8 +7,8 @@ double precision, each row on its own.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -93,11 +93,6 @@ class CacheConfig(CacheSettings):
                 "name: pass it when you use the model, as cache= or --cache"
             )
         super().__post_init__()
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Everything except the folder: keywords of `CacheSettings`."""
-        return {name: value for name, value in asdict(self).items() if name != "folder"}
 
 
 def is_address(place: str) -> bool:

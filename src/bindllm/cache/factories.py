@@ -233,43 +233,39 @@ def train(factory: str, embedding_size: int, keys: np.ndarray, read: Read) -> An
         try:
             index.train(rows)
         except RuntimeError as error:
-            raise _cannot_build(factory, len(keys), error) from error
+            raise InputError(
+                f"Faiss cannot build an index {factory!r} of {len(keys)} vectors ({reason(error)}); 'auto' chooses one "
+                "that fits, and 'Flat' always works"
+            ) from error
     return index
 
 
-def write(
-    index: Any, factory: str, keys: np.ndarray, read: Read, file: Path, *, held: Held | None = None
-) -> None:
+def write(index: Any, keys: np.ndarray, read: Read, file: Path, *, held: Held | None = None) -> None:
     """Write a file with the vectors of the keys.
 
     Args:
         index: Empty, with the kind and the trained parts.
-        factory: Its kind, for error messages.
         keys: Content hashes of the rows, [rows].
         read: Returns the vectors of keys.
         file: The file to write.
         held: Rows whose codes are copied instead of computed from their vectors.
 
     Raises:
-        InputError: Faiss cannot build this kind.
         OSError, RuntimeError: The disk.
     """
     faiss = load_faiss()
     parts = (keys[start : start + CHUNK] for start in range(0, len(keys), CHUNK))
-    try:
-        if not has_codes(index):
-            for part in parts:
-                index.add(read(part))
-        else:
-            chunks = (_encode(index, part, read, held) for part in parts)
-            # These can be written in chunks, so that memory holds one chunk.
-            if isinstance(index, faiss.IndexFlat | faiss.IndexScalarQuantizer):
-                _write_codes(index, len(keys), chunks, file)
-                return
-            for codes in chunks:
-                _add_codes(index, codes)
-    except RuntimeError as error:
-        raise _cannot_build(factory, len(keys), error) from error
+    if not has_codes(index):
+        for part in parts:
+            index.add(read(part))
+    else:
+        chunks = (_encode(index, part, read, held) for part in parts)
+        # These can be written in chunks, so that memory holds one chunk.
+        if isinstance(index, faiss.IndexFlat | faiss.IndexScalarQuantizer):
+            _write_codes(index, len(keys), chunks, file)
+            return
+        for codes in chunks:
+            _add_codes(index, codes)
     faiss.write_index(index, str(file))
 
 
@@ -363,14 +359,6 @@ def _write_codes(index: Any, count: int, chunks: Iterator[np.ndarray], file: Pat
         stream.write(struct.pack("<Q", values))
         stream.seek(8)
         stream.write(struct.pack("<q", count))
-
-
-def _cannot_build(factory: str, count: int, error: Exception) -> InputError:
-    """Return the error for a failure of Faiss while it trains or adds."""
-    return InputError(
-        f"Faiss cannot build an index {factory!r} of {count} vectors ({reason(error)}); 'auto' chooses one that "
-        "fits, and 'Flat' always works"
-    )
 
 
 def reason(error: Exception) -> str:

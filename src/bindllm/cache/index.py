@@ -364,7 +364,7 @@ class VectorIndex:
         held: factories.Held | None = None,
     ) -> Self:
         """Write the vectors of the keys to a file, and make sure that it can be opened before it is published."""
-        factories.write(index, info.factory, keys, read, file, held=held)
+        factories.write(index, keys, read, file, held=held)
         return cls(read_faiss(file), info, source=source)
 
     def _rewrite(self, info: IndexInfo, keys: np.ndarray, store: EmbeddingStore | None, file: Path) -> None:

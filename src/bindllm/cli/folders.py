@@ -16,6 +16,7 @@ def fetch(wanted: tuple[str, ...] = ("recipes/quickstart.yaml",)) -> int:
       efficientnet-lite0     image encoder of the quickstart
       openmoji               images and captions of the quickstart
       easyvqa                questions about images
+      scenes                 20,000 scenes of drawings with known answers
       stamps                 thumbnails with texts
       minilm                 text encoder
       clip-vocabulary        tokenizer for bindllm convert imagebind

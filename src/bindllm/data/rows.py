@@ -36,6 +36,7 @@ class Row:
         source: index of the source in the recipe, from 0.
         task: how it is measured if it is held out.
         type: kind of question, for accuracy by type; empty if the row does not give one.
+        subset: part of the held-out rows, for metrics by subset; empty if the row does not give one.
         rejected: in a preference pair, the conversation with the worse answer; only its last message differs.
         desirable: whether the answer is a wanted one; None if the row does not say so.
         options: in a multiple choice, the texts of the options in the order of their letters in the prompt.
@@ -49,6 +50,7 @@ class Row:
     source: int = 0
     task: Task = "caption"
     type: str = ""
+    subset: str = ""
     rejected: Conversation | None = None
     desirable: bool | None = None
     options: tuple[str, ...] = ()
@@ -71,7 +73,7 @@ class Sample:
         media_index: the media group that the token listens to, or -1.
         conversation: the tokenized conversation.
         truncated: whether an answer was cut or dropped to keep to the maximum length.
-        references, name, source, task, type, desirable, options: as in `Row`.
+        references, name, source, task, type, subset, desirable, options: as in `Row`.
         rejected: the worse answer to the same prompt, tokenized in the same way.
         number: index among the samples of its split; -1 if it has none.
     """
@@ -86,6 +88,7 @@ class Sample:
     source: int = 0
     task: Task = "caption"
     type: str = ""
+    subset: str = ""
     rejected: Sample | None = None
     desirable: bool | None = None
     options: tuple[str, ...] = ()
@@ -152,6 +155,7 @@ def make_sample(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int) -
         source=row.source,
         task=row.task if whole else "chat",
         type=row.type,
+        subset=row.subset,
         rejected=rejected,
         desirable=row.desirable,
         options=row.options,

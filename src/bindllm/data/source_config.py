@@ -57,6 +57,7 @@ class Columns:
         question: in vqa and choice.
         answer: a text or a list of texts; in choice, the index of an option from 0, its letter or its text (answers).
         type: kind of question, for accuracy by type; may be missing.
+        subset: part of the held-out rows, for metrics by subset; may be missing.
         choices: the options, a list of texts (options, or a column for each letter: A, B, ...).
         hint: context of the question (context); may be empty or missing.
         lecture: background knowledge, before the explanation; may be empty or missing.
@@ -80,6 +81,7 @@ class Columns:
     question: str = "question"
     answer: str = "answer"
     type: str = "type"
+    subset: str = "subset"
     choices: str = "choices"
     hint: str = "hint"
     lecture: str = "lecture"

@@ -21,6 +21,7 @@ from bindllm.evaluation.task import (
     MAJORITY_ANSWER,
     MODEL,
     NO_MEDIA,
+    OTHER,
     SHUFFLED_MEDIA,
     BaselineAnswer,
     Metrics,
@@ -28,9 +29,6 @@ from bindllm.evaluation.task import (
     media_name,
     media_of,
 )
-
-UNTYPED = "other"
-"""Type of questions without one, if others of the same set have one."""
 
 # Tokens beyond the longest true answer, the limit of any answer, and the room for "The answer is (B).".
 _MARGIN = 4
@@ -53,6 +51,7 @@ class AnswerRow:
         no_media: answer of the same model without the media.
         shuffled_media: answer of the same model with other media.
         majority_answer: the most frequent training answer.
+        subset: part of the held-out rows that it belongs to; empty if the row has none.
     """
 
     question: str
@@ -65,6 +64,7 @@ class AnswerRow:
     no_media: str | None = None
     shuffled_media: str | None = None
     majority_answer: str | None = None
+    subset: str = ""
 
 
 def answers_task(
@@ -121,9 +121,9 @@ def accuracy_metrics(items: Sequence[Sample], answers: Sequence[str]) -> Metrics
     ]
     types: dict[str, list[bool]] = defaultdict(list)
     for item, hit in zip(items, right, strict=True):
-        types[item.type or UNTYPED].append(hit)
+        types[item.type or OTHER].append(hit)
     # A set without types has no table by type.
-    if set(types) == {UNTYPED}:
+    if set(types) == {OTHER}:
         types.clear()
     return {
         "accuracy": sum(right) / len(right) if right else None,
@@ -194,6 +194,7 @@ def _row(item: Sample, texts: Mapping[str, str | None], majority: BaselineAnswer
         question=_question(item),
         references=list(dict.fromkeys(item.references)),
         type=item.type,
+        subset=item.subset,
         media=media_name(item),
         modality=group[0].modality if group else None,
         model=texts[MODEL],

@@ -54,6 +54,7 @@ class CaptionRow:
         nearest_media: path or row of the nearest training media.
         nearest_modality: their modality.
         nearest_similarity: cosine of the two embeddings, -1..1.
+        subset: part of the held-out rows that it belongs to; empty if the row has none.
     """
 
     media: str
@@ -68,6 +69,7 @@ class CaptionRow:
     nearest_media: str | None = None
     nearest_modality: str | None = None
     nearest_similarity: float | None = None
+    subset: str = ""
 
 
 def captions_task(
@@ -151,6 +153,7 @@ def _row(item: Sample, texts: Mapping[str, str | None], nearest: BaselineAnswer 
         media=media_name(item) or item.name,
         modality=media_of(item)[0].modality,
         references=list(item.references),
+        subset=item.subset,
         model=texts[MODEL],
         exact=same_caption(texts[MODEL] or "", item.references),
         no_media=texts[NO_MEDIA],

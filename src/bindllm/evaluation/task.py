@@ -46,6 +46,9 @@ VARIANTS = {
 }
 """The variants of each task of held-out rows, as the report shows them."""
 
+OTHER = "other"
+"""Type or subset of items without one, if other items have one."""
+
 BATCH_SIZE = 128
 LOSS_BATCH_SIZE = 32
 """A loss needs the logits of all supervised tokens of a batch at the same time, so its batches are smaller."""
@@ -123,7 +126,8 @@ class Evaluation:
     Attributes:
         metrics: metrics of each variant of each task. ``loss`` is in nats per supervised token and ``perplexity`` its
             exponential. If a variant was measured on a part of the items, ``model_accuracy`` is the accuracy of
-            ``model`` on the same part. A number that could not be measured is None.
+            ``model`` on the same part. ``by_subset`` has the metrics of each subset, if the items have subsets. A
+            number that could not be measured is None.
         rows: one JSON-able row per item, for tasks that have rows.
         problems: why something could not be measured, by task and measurement.
         seconds: wall time.
@@ -234,11 +238,24 @@ def _metrics(run: _Run, variant: str, loss: float | None, answers: Mapping[str, 
         return metrics
     items = [task.items[n] for n in given]
     # A metric may need an optional package; its absence must not cost the losses and the rows.
-    scored = run.attempt(f"{variant} metrics", lambda: metric(items, list(given.values())))
+    scored = run.attempt(f"{variant} metrics", lambda: _scored(metric, items, list(given.values())))
     metrics |= metric([], []) if scored is None else scored
     # The accuracy of a part is comparable only with the model's accuracy on the same part.
     if "accuracy" in metrics and 0 < len(items) < len(task.items) and (own := answers[MODEL]):
         metrics["model_accuracy"] = metric(items, [own[n] for n in given])["accuracy"]
+    return metrics
+
+
+def _scored(metric: Metric, items: Sequence[Sample], texts: Sequence[str]) -> Metrics:
+    """Return the metrics of all items and, if the items have subsets, those of each as ``by_subset``."""
+    subsets: dict[str, tuple[list[Sample], list[str]]] = {}
+    for item, text in zip(items, texts, strict=True):
+        own_items, own_texts = subsets.setdefault(item.subset or OTHER, ([], []))
+        own_items.append(item)
+        own_texts.append(text)
+    metrics = metric(items, texts)
+    if subsets.keys() - {OTHER}:
+        metrics = {**metrics, "by_subset": {name: metric(*own) for name, own in subsets.items()}}
     return metrics
 
 

@@ -50,7 +50,7 @@ class BindAttention:
         key = _normalize(self._key_norm, key) * self._scaling
         return key.permute(0, 2, 3, 1), value.transpose(1, 2)
 
-    def __call__(self, query: Tensor, keys: Tensor, values: Tensor, masked: Tensor) -> Tensor:
+    def __call__(self, query: Tensor, keys: Tensor, values: Tensor, masked: Tensor | None) -> Tensor:
         """Return the attended values of each head, [B, T, H, d].
 
         Args:
@@ -63,14 +63,16 @@ class BindAttention:
         # The heads of a group share their keys, so they become rows of one product: [B, Hkv, T * G, d].
         length, num_groups = query.shape[1], keys.shape[1]
         query = query.unflatten(2, (num_groups, -1)).transpose(1, 2).flatten(2, 3)
-        scores = (query @ keys).unflatten(2, (length, -1)).masked_fill(masked, -torch.inf)
+        scores = (query @ keys).unflatten(2, (length, -1))
+        if masked is not None:
+            scores = scores.masked_fill(masked, -torch.inf)
         # In float32, as transformers does in its own attention.
         shares = scores.softmax(-1, dtype=torch.float32).to(values.dtype).flatten(2, 3)
         return (shares @ values).unflatten(2, (length, -1)).transpose(1, 2).flatten(2, 3)
 
 
-def mask_tokens(bind: Tensor, route: Tensor) -> Tensor:
-    """Return True for each bind token that a token does not attend to, [B, 1, T, 1, M * N].
+def mask_tokens(bind: Tensor, route: Tensor) -> Tensor | None:
+    """Return True for each bind token that a token does not attend to, [B, 1, T, 1, M * N]; None if nothing is masked.
 
     Args:
         bind: bind tokens, [B, M, N, D]; a row of zeros after row 0 is not a token.
@@ -82,7 +84,8 @@ def mask_tokens(bind: Tensor, route: Tensor) -> Tensor:
     seen = (route.unsqueeze(-1) & present.unsqueeze(1)).flatten(2)
     # A token without a group sees everything, and its result is dropped: a softmax over nothing would be NaN.
     masked = ~seen & route.any(-1, keepdim=True)
-    return masked[:, None, :, None]
+    # With one group in every row nothing is: a layer then saves two passes over its scores.
+    return masked[:, None, :, None] if masked.is_meta or masked.any() else None
 
 
 def plain_projection(projection: nn.Module) -> nn.Module:

@@ -9,7 +9,7 @@ The pooled embedding stays bind token 0: it is aligned across modalities, and th
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -25,6 +25,8 @@ MOST_TOKENS = 4096
 
 RESAMPLER_DEPTH = 2
 """Blocks of the resampler."""
+
+_HEADS = 8
 
 NORMS = ("rms", "layer")
 FUSIONS = ("unit", "mean")
@@ -100,13 +102,15 @@ class LatentBlock(nn.Module):
 
     def __init__(self, width: int, config: BindConfig) -> None:
         super().__init__()
-        self.num_heads = next(heads for heads in (8, 4, 2, 1) if width % heads == 0)
+        # Half the width of the decoder, at most 512 as in Flamingo: all latents and tokens pass through here.
+        inner = _HEADS * min(64, max(1, width // (2 * _HEADS)))
         self.norm = nn.RMSNorm(width, eps=1e-6)
-        self.query = nn.Linear(width, width, bias=False)
-        self.key = nn.Linear(width, width, bias=False)
-        self.value = nn.Linear(width, width, bias=False)
-        self.out = nn.Linear(width, width, bias=False)
-        self.block = SwiGLUBlock(width, config)
+        self.query = nn.Linear(width, inner, bias=False)
+        self.key = nn.Linear(width, inner, bias=False)
+        self.value = nn.Linear(width, inner, bias=False)
+        self.out = nn.Linear(inner, width, bias=False)
+        # Not the expansion of the bind network, whose blocks see one vector and not N.
+        self.block = SwiGLUBlock(width, replace(config, expansion=1))
 
     def forward(self, z: Tensor, tokens: Tensor, masked: Tensor) -> Tensor:
         """Return the latents [G, N, D] after the block.
@@ -117,7 +121,7 @@ class LatentBlock(nn.Module):
             masked: which tokens do not count, [G, 1, n]; not all of a group.
         """
         query, key, value = (
-            y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            y.unflatten(-1, (_HEADS, -1)).transpose(1, 2)
             for y in (self.query(self.norm(z)), self.key(tokens), self.value(tokens))
         )
         scores = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5

@@ -93,7 +93,7 @@ class BindContext:
     Attributes:
         bind: bind vectors, [B, M, D], or bind tokens, [B, M, N, D].
         route: 1 if token ``t`` listens to group ``m``, else 0, [B, T, M].
-        masked: the bind tokens that a token does not attend to, of `mask_tokens`; None for bind vectors.
+        masked: the bind tokens that a token does not attend to, of `mask_tokens`, or None.
         terms: gated terms, or keys and values, already computed, by layer; kept over the steps of a generation, None
             in training.
         arrivals: counts the terms that were added in this forward.
@@ -114,10 +114,15 @@ class BindContext:
             return cls(bind if bind.dim() == 3 else bind.squeeze(2), route, None, terms)
         return cls(bind, route, mask_tokens(bind, route), terms)
 
+    @property
+    def has_tokens(self) -> bool:
+        """Whether a group has several bind tokens, so that terms are computed by attention."""
+        return self.bind.dim() == 4
+
     def add(self, hidden: Tensor, term: Tensor) -> Tensor:
         """Return hidden states [B, T, C] with a term added: of each token [B, T, C], or of its group, [B, M, C]."""
         self.arrivals.count += 1
-        if self.masked is None:
+        if not self.has_tokens:
             if self.route.dtype != hidden.dtype:
                 # Once per forward; every layer after the first finds it converted.
                 self.route = self.route.to(hidden.dtype)
@@ -332,7 +337,7 @@ class Injection(nn.Module):
         context = kwargs.pop("bind", None)
         if context is None:
             _TERM.set(None)
-        elif context.masked is None:
+        elif not context.has_tokens:
             hidden = args[0] if args else kwargs["hidden_states"]
             _TERM.set((context, self._term(index, attention, context, hidden.dtype)))
         else:

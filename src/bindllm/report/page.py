@@ -50,6 +50,8 @@ _BOLD = Markup("<b>{}</b>").format
 _LONGEST = 160
 # Types of questions with a panel of bars; the table has all.
 _PANELS = 8
+# Metrics of a variant that was not measured on a subset.
+_NOTHING: Mapping[str, Any] = {"accuracy": None, "by_type": {}}
 
 # Rows and thumbnails of a folder may come from someone else: nothing but an inline image may become a source.
 _THUMBNAIL = re.compile(r"data:image/webp;base64,[A-Za-z0-9+/=]+")
@@ -144,9 +146,11 @@ def _task(task: str, variants: Variants, many: str) -> dict[str, Any]:
     head = ["", *names.values()]
     # Answers are shares by type of question, all other tasks a list of metrics.
     if task == "answers":
+        # Without the subsets, which the table has.
+        shown = min(_PANELS, len(variants["model"]["by_type"]))
         # Bars of shares fill the panel at 100 %, so that panels can be compared; bars of losses at the largest.
         lines, head = _answer_lines(variants, list(names)), ["type of question", "questions", *names.values()]
-        panels = [_panel(title, row, names, "accuracy", full=1) for title, _, row in lines[: _PANELS + 1]]
+        panels = [_panel(title, row, names, "accuracy", full=1) for title, _, row in lines[: shown + 1]]
         panels[0] |= {"title": METRICS["accuracy"].title, "note": "higher is better"}
         rows = [
             (title, f"{count:,}", *(METRICS["accuracy"].show(share) for share in row.values()))
@@ -167,12 +171,25 @@ def _task(task: str, variants: Variants, many: str) -> dict[str, Any]:
 
 
 def _answer_lines(variants: Variants, names: Sequence[str]) -> list[tuple[str, int, dict[str, float | None]]]:
-    """Return title, number of questions and share of right answers of each variant: of all, then of each type."""
+    """Return title, number of questions and share of right answers of each variant: of all, then of each type.
+
+    The same follows for each subset, if the questions have subsets.
+    """
+    lines = _type_lines({name: variants[name] for name in names})
+    for subset in variants["model"].get("by_subset", {}):
+        # A variant without the subset, such as one that was not measured, shows dashes.
+        own = {name: variants[name].get("by_subset", {}).get(subset, _NOTHING) for name in names}
+        lines += _type_lines(own, prefix=subset)
+    return lines
+
+
+def _type_lines(variants: Variants, prefix: str = "") -> list[tuple[str, int, dict[str, float | None]]]:
     # Types in the order of the data; a variant without a type shows a dash.
-    model = variants["model"]
-    lines = [("all", model["count"], {name: variants[name]["accuracy"] for name in names})]
+    model, start = variants["model"], f"{prefix}: " if prefix else ""
+    lines = [(prefix or "all", model["count"], {name: each["accuracy"] for name, each in variants.items()})]
     for kind, count in model["count_by_type"].items():
-        lines.append((kind, count, {name: variants[name]["by_type"].get(kind) for name in names}))
+        shares = {name: each["by_type"].get(kind) for name, each in variants.items()}
+        lines.append((f"{start}{kind}", count, shares))
     return lines
 
 

@@ -182,7 +182,7 @@ class Fields:
         self, messages: Sequence[Message], task: Task, *, remarks: tuple[str, ...] = (), **facts: Any
     ) -> Row:
         """Return the row of parsed messages, as `row` does."""
-        conversation, kind = answered(messages), self.value("type")
+        conversation = answered(messages)
         questions = [message.text for message in messages if message.role == "user"]
         is_spelled = any(map(spells_placeholder, questions))
         facts = {"references": (conversation.messages[-1].text,), **facts}
@@ -191,12 +191,17 @@ class Fields:
             name=self.name,
             source=self.source,
             task=task,
-            # In a row without kinds of questions, the column may hold anything else.
-            type=as_text(kind, "type") if type(kind) in (str, int, float) else "",
+            type=self._label("type"),
+            subset=self._label("subset"),
             split=self._split(),
             remarks=(*remarks, *[SPELLED] * is_spelled, *self._unused()),
             **facts,
         )
+
+    def _label(self, field: str) -> str:
+        # In a row without such a label, the column may hold anything else.
+        value = self.value(field)
+        return as_text(value, self.column(field)) if type(value) in (str, int, float) else ""
 
     def hint(self) -> str:
         """Return a sentence that names the format which the record looks like, if it is another one."""
