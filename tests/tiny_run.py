@@ -40,6 +40,16 @@ def tiny_recipe(parts: Path, **sections: dict) -> dict:
     return copy.deepcopy(recipe)
 
 
+def with_bind_tokens(recipe: dict, count: int) -> dict:
+    """The same recipe with several bind tokens, from an encoder that has tokens."""
+    parts = {
+        "encoders": [{"class_path": "tiny.TokenEncoder"}],
+        "bind": {"tokens": count},
+        "inject": {"kind": "attend"},
+    }
+    return {**recipe, "model": {**recipe["model"], **parts}}
+
+
 def write_recipe(recipe: dict) -> Path:
     """Write a recipe into the current folder."""
     file = Path("recipe.yaml")

@@ -6,18 +6,15 @@ from pathlib import Path
 import pytest
 
 from bindllm.cli import main
-from tiny_run import run, tiny_recipe
+from tiny_run import run, tiny_recipe, with_bind_tokens
 
 pytestmark = pytest.mark.usefixtures("work")
 
 
 def recipe_of(parts, tokens: int, encoder: str = "TokenEncoder") -> dict:
     recipe = tiny_recipe(parts, trainer={"max_epochs": 1, "limit_train_batches": 2})
-    recipe["model"] |= {
-        "encoders": [{"class_path": f"tiny.{encoder}"}],
-        "bind": {"tokens": tokens},
-        "inject": {"kind": "attend"},
-    }
+    recipe = with_bind_tokens(recipe, tokens)
+    recipe["model"]["encoders"] = [{"class_path": f"tiny.{encoder}"}]
     return recipe
 
 
@@ -42,9 +39,10 @@ def test_tokens_are_precomputed_checked_trained_on_and_generated_with(parts, cap
     # The resolved recipe does not name what the model decides.
     assert "token_modalities" not in Path("checkpoints/tiny/recipe.yaml").read_text().split("data:")[1]
     image = str(parts / "pictures/images/red0.png")
-    assert (
-        main(["generate", "checkpoints/tiny", "What?", "--image", image, "--allow", "tiny.TokenEncoder"]) == 0
-    )
+    question = ["generate", "checkpoints/tiny", "What?", "--image", image, "--allow", "tiny.TokenEncoder"]
+    assert main(question) == main([*question, "--tokens", "2"]) == 0
+    assert main([*question, "--tokens", "5"]) == 1
+    assert "5 bind tokens were asked for" in "".join(capsys.readouterr())
 
 
 @pytest.mark.parametrize("command", ["embed", "check"])

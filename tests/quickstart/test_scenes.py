@@ -287,6 +287,15 @@ def test_a_missing_drawing_is_named(tmp_path):
         scenes.build(wheels, tmp_path, parts=PARTS)
 
 
+def test_the_page_states_the_parts():
+    text = (ROOT / "docs/scenes.md").read_text()
+    for part in scenes.PARTS:
+        subset = part.name if part.split == "test" else ""
+        assert re.search(rf"\| {part.split} \| {subset} ?\| {part.count:,} \|", text)
+    assert sum(part.count for part in scenes.PARTS) == 20_000
+    assert f"no two of the {len(THINGS)} things" in text
+
+
 def test_names_are_plain_and_none_contains_another():
     assert len(set(THINGS)) == len(THINGS)
     words = {name: set(name.split()) for name in THINGS}

@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from bindllm import BindLLM
+from bindllm.model import bind_network
 from bindllm.training.callbacks import SampleCaptions
 from bindllm.training.module import BindModule
 from bindllm.training.state import AtomicCheckpointIO, RunState
-from tiny_run import run, tiny_recipe, write_recipe
+from tiny_run import run, tiny_recipe, with_bind_tokens, write_recipe
 from two_processes import kill_in, run_pair, told
 
 pytestmark = pytest.mark.usefixtures("work")
@@ -119,6 +120,25 @@ def test_a_pair_that_shares_the_decoder_and_loses_one_ends_in_the_bytes_of_ddp(r
     assert told("out", 0).count("['Parameter']") == 1
     assert "Parameter" not in told("out", 1)
     assert Path("runs/tiny/finished").exists()
+
+
+def test_processes_may_drop_different_numbers_of_bind_tokens(recipe, tmp_path, monkeypatch):
+    """Every trained tensor has a gradient in each, or DDP would wait for it; a shared decoder changes no bit."""
+    several, ends = with_bind_tokens(recipe, 4), []
+
+    def work(rank, changed):
+        bind_network.draw_count = lambda most: most if rank else 1
+        return run("fit", changed)
+
+    for name, options in {"ddp": DDP, "sharded": SHARDED}.items():
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        changed = with_trainer(several, max_epochs=1, **options)
+        assert run_pair(partial(work, changed=changed)) == [0, 0], told("err", 0)
+        ends.append([Path(file).read_bytes() for file in WEIGHTS])
+    assert ends[0] == ends[1]
+    weights = load_file(tmp_path / "ddp" / WEIGHTS[0])
+    assert weights["injection.gates"].abs().max() > 0
 
 
 def test_two_processes_measure_the_same_loss_as_one_and_one_of_them_says_it(

@@ -15,9 +15,10 @@ import bindllm.atomic as atomic
 import bindllm.model.checkpoint as checkpoint
 import bindllm.training.state as state
 from bindllm import BindLLM
+from bindllm.model import bind_network
 from bindllm.training.module import BindModule
 from tiny import save_tiny_decoder
-from tiny_run import Killed, count_calls, die, run, run_and_die, tiny_recipe
+from tiny_run import Killed, count_calls, die, run, run_and_die, tiny_recipe, with_bind_tokens
 
 pytestmark = pytest.mark.usefixtures("unmeasured", "work")
 
@@ -121,6 +122,23 @@ def test_any_rhythm_of_validation_and_optimizer_goes_on_to_the_same_end(
         # Lightning counts a row's step one too high after an epoch's end, if the run's length is given in steps.
         ends.append((weights, [log.count(b"\n") for log in logs]))
     assert ends[0] == ends[1]
+
+
+def test_bind_tokens_that_are_dropped_at_random_go_on_to_the_same_end(recipe, tmp_path, monkeypatch):
+    """The number of bind tokens of a step is drawn from torch's generator, which a state holds."""
+    changed = with_bind_tokens(recipe, 6)
+    drawn = count_calls(monkeypatch, bind_network, "draw_count")
+    ends = []
+    for killed_at in ((), (4, 3)):
+        folder = tmp_path / str(len(killed_at))
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        for at in killed_at:
+            run_and_die(changed, monkeypatch, at=at)
+        assert run("fit", changed) == 0
+        ends.append(ending(folder))
+    assert ends[0] == ends[1]
+    assert len(drawn) == 20
 
 
 def test_a_second_stage_that_draws_random_numbers_goes_on_to_the_same_end(recipe, tmp_path, monkeypatch):

@@ -89,6 +89,8 @@ class ModelOptions:
     """folder of the decoder, if it has moved since training"""
     quantize: Literal["nf4", "int8", "none"] | None = None
     """load the decoder in 4 or 8 bits, or in full (default: as in training)"""
+    tokens: PositiveInt | None = None
+    """bind tokens of an image, at most as many as in training (default: all)"""
     encoder: tuple[str, ...] = ()
     """import path or folder of a further encoder, for a modality that those of the checkpoint do not serve; may be
     repeated. Arguments of its constructor are given as --encoder.NAME VALUE"""
@@ -171,6 +173,7 @@ def _load(
         # None: the cache that the checkpoint names.
         cache=False if cache.no_cache else cache.cache,
         quantize=False if options.quantize == "none" else options.quantize,
+        tokens=options.tokens,
     )
     # An option without effect would give an answer other than the user expects.
     if model.cache is None and (cache.settings or cache.show_neighbors):

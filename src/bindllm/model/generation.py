@@ -154,7 +154,9 @@ def check_options(options: dict[str, Any]) -> dict[str, Any]:
     fields = {name: value for name, value in vars(config).items() if value is not None and name[0] != "_"}
     options = {**fields, **{name: value for name, value in options.items() if name != "generation_config"}}
     options.pop("transformers_version", None)
-    known = {*GenerationConfig().to_dict(), *_MORE_OPTIONS} - {*_WITHOUT_EFFECT}
+    # Private names and the version describe a stored config.
+    named = (name for name in GenerationConfig().to_dict() if not name.startswith("_"))
+    known = {*named, *_MORE_OPTIONS} - {*_WITHOUT_EFFECT, "transformers_version"}
     for name, value in options.items():
         if name in _WITHOUT_EFFECT:
             raise InputError(f"the option {name} has no effect on the text of an answer here: remove it")

@@ -92,6 +92,7 @@ PARTS = (
 
 # Pixels: around the image, between drawings, and between the middles of two drawings in the order of a caption.
 _EDGE, _GAP, _ORDER = 2, 4, 10
+# Few: after these, the sizes most likely do not fit together.
 _TRIES = 24
 _DIRECTIONS = (("left", "right"), ("above", "below"))
 
@@ -145,6 +146,7 @@ class Thing:
     def moved(self, right: int, down: int) -> Thing:
         """Return the thing at another position, in pixels from this one."""
         (a, b, c, d), (x, y) = self.box, self.middle
+        # As in the table, so that every answer follows from the rounded numbers.
         middle = round(x + right, 1), round(y + down, 1)
         return Thing(self.name, self.size, self.turn, (a + right, b + down, c + right, d + down), middle)
 
@@ -170,6 +172,7 @@ class Scene:
     @property
     def image(self) -> str:
         """Path of the image, relative to the tables."""
+        # Without spaces, for commands.
         return f"images/{self.part.replace(' ', '-')}/{self.number:05}.png"
 
 
@@ -196,12 +199,15 @@ def build(
             make = partial(_make, part.name, sprites=sprites, folder=folder)
             # The parts have a folder each.
             (folder / Scene(part.name, 0, "", (0, 0, 0), ()).image).parent.mkdir(parents=True)
+            # In the order of the numbers, whichever thread makes a scene; only descriptions stay in memory.
             scenes += pool.map(make, range(part.count))
+    # From the descriptions only: no image is opened again.
     split = {part.name: part.split for part in parts}
     rows = [row | _labels(scene, split) for scene in scenes for row in questions(scene, sprites)]
     write_rows(folder / "train.jsonl", [row for row in rows if row["split"] != "test"])
     write_rows(folder / "test.jsonl", [row for row in rows if row["split"] == "test"])
     write_rows(folder / "captions.jsonl", (describe(scene) | _labels(scene, split) for scene in scenes))
+    # The card is computed too, so that it cannot differ from the rows.
     chances = chance(rows)
     known = sum(sprite.is_known for sprite in sprites.values())
     text = _README.format(
@@ -239,15 +245,14 @@ def plan(part: str, number: int, sprites: Mapping[str, Sprite]) -> Scene:
     # Only `random()` of a generator is the same in every version of Python.
     rng = Random(f"{part}/{number}")
     colors = OTHER_BACKGROUNDS if part == NAMING else BACKGROUNDS
-    chosen = _choose(
-        part, number, [each for each in sprites.values() if each.is_known == (part != NEW_THINGS)], rng
-    )
+    pool = [each for each in sprites.values() if each.is_known == (part != NEW_THINGS)]
+    chosen = _choose(part, number, pool, rng)
     # In turn, not drawn: all counts and colors are equally frequent, each color with each count.
     background = list(colors)[number // len(COUNTS) % len(colors)]
     shade = _between((-SHADE, SHADE), rng)
     color = tuple(value + shade for value in colors[background])
     things = None
-    # Drawn again as a whole, so that every arrangement that fits is equally likely.
+    # Sizes are drawn again too: some do not fit together.
     while things is None:
         things = _arrange(part, chosen, rng)
     return Scene(part, number, background, color, things)
@@ -255,6 +260,7 @@ def plan(part: str, number: int, sprites: Mapping[str, Sprite]) -> Scene:
 
 def _choose(part: str, number: int, pool: Sequence[Sprite], rng: Random) -> list[Sprite]:
     """Return the drawings of a scene."""
+    # In turn, so that each name is asked for equally often.
     if part == NAMING:
         return [pool[number % len(pool)]]
     groups: dict[int, list[Sprite]] = defaultdict(list)
@@ -266,11 +272,13 @@ def _choose(part: str, number: int, pool: Sequence[Sprite], rng: Random) -> list
     count = 1 + number % len(COUNTS)
     if part == NEW_THINGS:
         return _shuffled(pool, rng)[:count]
+    # Pairs inside a group are left for new combinations.
     return [_shuffled(group, rng)[0] for group in _shuffled(groups.values(), rng)[:count]]
 
 
 def _arrange(part: str, chosen: Iterable[Sprite], rng: Random) -> tuple[Thing, ...] | None:
     """Return the things of a scene from left to right, or None if no room was found."""
+    # Sizes first, independent of the place: no name is more often large, or on one side.
     drawn = []
     for sprite in chosen:
         size, turn = _between(SIZES, rng), _between((-TURN, TURN), rng)
@@ -279,6 +287,7 @@ def _arrange(part: str, chosen: Iterable[Sprite], rng: Random) -> tuple[Thing, .
         box = (0, 0, *sprite.extent(size, turn))
         drawn.append(Thing(sprite.name, size, turn, box, sprite.center(size, turn)))
     things: list[Thing] = []
+    # How to read this: each thing, its box at the corner of the image, is moved until it is apart from all before it.
     # The largest first: room for it is the hardest to find.
     for corner in sorted(drawn, key=lambda thing: -thing.size):
         for _ in range(_TRIES):
@@ -313,6 +322,7 @@ def _shuffled(items: Iterable[Item], rng: Random) -> list[Item]:
 
 def draw(scene: Scene, sprites: Mapping[str, Sprite]) -> Image.Image:
     """Return the image of a scene."""
+    # In any order, as no two overlap.
     image = Image.new("RGB", (SIDE, SIDE), scene.color)
     for thing in scene.things:
         drawing = sprites[thing.name].draw(thing.size, thing.turn)
@@ -344,9 +354,12 @@ def questions(scene: Scene, sprites: Mapping[str, Sprite]) -> list[dict[str, str
     # Not by the number: it decides count and color, which must not tell which side is asked for.
     first, names = _between((0, 1), rng), [thing.name for thing in scene.things]
     found = [("what", "What is in the image?", names[0])] if len(names) == 1 else []
+    # The colors of NAMING are not among the answers that training has.
     if scene.part != NAMING:
+        # With more things the answer would not be one name.
         if len(names) == 2:
             found.append(("what", f"What is in the image, apart from the {names[first]}?", names[1 - first]))
+        # Of the same pool: a name that training does not have must not mean yes.
         absent = [
             each.name
             for each in sprites.values()
@@ -390,6 +403,7 @@ def direction(one: Thing, other: Thing) -> str | None:
     """
     gaps = _gaps(one, other)
     distances = [a - b for a, b in zip(one.middle, other.middle, strict=True)]
+    # At most one axis can be clear.
     for axis, names in enumerate(_DIRECTIONS):
         if gaps[axis] >= _GAP and abs(distances[axis]) >= ASIDE * abs(distances[1 - axis]):
             return names[distances[axis] > 0]
@@ -431,6 +445,7 @@ def chance(rows: Iterable[Mapping[str, str]]) -> dict[str, dict[str, float]]:
         >>> chance([{"type": "count", "answer": answer, "split": "train"} for answer in ("one", "two")])
         {'train': {'count': 0.5}}
     """
+    # The names in a question say nothing about its answer, so no model without the image does better in the long run.
     answers: dict[str, dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
     for row in rows:
         answers[row.get("subset", row["split"])][row["type"]][row["answer"]] += 1
