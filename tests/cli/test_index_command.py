@@ -208,6 +208,7 @@ def test_a_mistake_is_told_ahead_of_the_pictures_and_so_is_a_missing_faiss(proje
     monkeypatch.setattr("bindllm.cache.build.embed_images", lambda *_: pytest.fail("embedded"))
     line = ("caches/a", *BY_CLASS, "--images", "pictures")
     assert "cannot build an index 'Flatt'" in run(capsys, *line, "--factory", "Flatt", code=1)
+    assert "pictures exists and is not an index" in run(capsys, "pictures", *line[1:], code=1)
     monkeypatch.setitem(sys.modules, "faiss", None)
     assert "bindllm[cache]" in run(capsys, *line, code=1)
 
