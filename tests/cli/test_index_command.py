@@ -182,6 +182,7 @@ def test_a_damaged_index_is_built_again_when_asked(project, capsys):
         (("caches/a",), 2, "which encoder"),
         ((*BY_CLASS,), 2, "one place"),
         (("caches/a", *BY_CLASS, "--milvus", "a.db"), 2, "one place"),
+        (("caches/a.db", *BY_CLASS), 2, "caches/a.db is a place for Milvus: give --milvus caches/a.db"),
         (("--milvus", "a.db", *BY_CLASS, "--images", "pictures"), 2, "all images of the store"),
         (("--milvus", "http://there:19530", *BY_CLASS, "--name_in", "checkpoints/model"), 1, "must not name"),
         (("caches/a", *BY_CLASS, "--facory", "Flat"), 2, "Did you mean '--factory'"),
