@@ -20,7 +20,7 @@ from benchmarks.measure import Metric, paired, seconds
 from benchmarks.parts import DECODER, bound_loss, bound_model
 from bindllm.data.source_config import SourceConfig
 from bindllm.data.stream.chunks import ChunkReader, StreamOptions
-from bindllm.data.stream.loader import stream_loader
+from bindllm.data.stream.loader import StreamLoader
 from bindllm.data.stream.plan import Mixture, Position, ShardStream, StreamState
 from bindllm.data.stream.shards import TarSample, read_shard
 from bindllm.encoders import EfficientNetLite, Encoder
@@ -168,7 +168,7 @@ def waiting(source: SourceConfig) -> list[Metric]:
         return seconds(run)
 
     options = StreamOptions(batch_size=BATCH, max_length=MAX_LENGTH, seed=0, chunk=128)
-    loader = stream_loader(
+    loader = StreamLoader(
         [source], tokenizer=load_tokenizer(DECODER), encoders=[EfficientNetLite()],
         options=options, length=STEPS, context=RunContext(device=default_device()),
     )  # fmt: skip

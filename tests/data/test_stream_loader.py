@@ -11,7 +11,7 @@ import torch
 
 from bindllm.data.source_config import Columns, SourceConfig
 from bindllm.data.stream.chunks import BAD_SHARD, CANNOT_EMBED
-from bindllm.data.stream.loader import StreamOptions, check_streams, stream_loader
+from bindllm.data.stream.loader import StreamLoader, StreamOptions, check_streams
 from bindllm.encoders.tokens import flatten_tokens
 from bindllm.errors import EncoderError, InputError
 from bindllm.media import Media
@@ -23,7 +23,7 @@ TOKENIZER = tiny_tokenizer()
 
 
 def build(*sources, batch_size=4, chunk=16, seed=0, max_length=96, encoders=None, **options):
-    return stream_loader(
+    return StreamLoader(
         [source if isinstance(source, SourceConfig) else SourceConfig(str(source)) for source in sources],
         tokenizer=TOKENIZER,
         encoders=encoders or [ColorEncoder()],

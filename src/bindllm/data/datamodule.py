@@ -35,7 +35,6 @@ from bindllm.data.stream.loader import (
     StreamOptions,
     check_streams,
     is_training_stream,
-    stream_loader,
 )
 from bindllm.data.stream.samples import read_stream
 from bindllm.data.stream.shards import expand_shards, is_stream
@@ -267,7 +266,7 @@ class BindData(LightningDataModule):
         trainer = self.trainer
         if trainer is not None:
             self._check_steps()
-        self._streaming = stream_loader(
+        self._streaming = StreamLoader(
             self.sources,
             tokenizer=self.tokenizer,
             encoders=self.encoders,

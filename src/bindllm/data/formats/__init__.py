@@ -417,15 +417,7 @@ def _answer(fields: Fields, field: str) -> tuple[Message, list]:
 
 
 FORMATS: Mapping[str, Callable[[Fields], Row]] = {
-    "caption": caption,
-    "messages": messages,
-    "llava": llava,
-    "sharegpt": sharegpt,
-    "alpaca": alpaca,
-    "instruction": instruction,
-    "minigpt4": minigpt4,
-    "vqa": vqa,
-    "choice": choice,
-    "preference": preference,
+    read.__name__: read
+    for read in (caption, messages, llava, sharegpt, alpaca, instruction, minigpt4, vqa, choice, preference)
 }
 """The reader of each format, by the name that recipes use. It raises `InputError` if a record cannot be used."""

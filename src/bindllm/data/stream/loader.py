@@ -8,10 +8,9 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
-from functools import partial
 from typing import Any
 
-from bindllm.data.collate import Batch, Lookup, collate
+from bindllm.data.collate import Batch, collate
 from bindllm.data.report import StreamReport
 from bindllm.data.rows import Sample
 from bindllm.data.source_config import SourceConfig
@@ -27,38 +26,53 @@ HEAD_BYTES = 65536
 
 
 class StreamLoader:
-    """Yields batches without end, starting at the trainer's position.
+    """Yields the batches of the streamed training sources of a recipe without end, starting at the trainer's position.
 
     A thread reads, decodes, embeds and tokenizes ahead. The saved state is that of the next batch that the trainer has
     not had, however far ahead the thread is; and of the batch before it, for a step that was interrupted.
 
     Args:
-        chunks: yields chunks, starting with that of a state; its second argument tells whether to stop.
-        collate: makes a batch of samples.
-        start: the state at the start of a run.
+        sources: all of the recipe; those that are not streamed for training are ignored.
+        tokenizer: of the decoder; copied.
+        encoders: for the media.
+        options: settings of all streams.
         length: batches that the trainer will take; to Lightning they are one epoch.
-        fingerprint: changes whenever any batch would.
         position: returns how many batches the trainer has completed; by default, how many were yielded.
         context: the processes of the run, each of which calls `state_dict` when the others do, and the device that
             the encoders run on.
+        token_modalities: modalities whose tokens are in the batches.
+
+    Raises:
+        InputError: a stream with fewer shards than there are processes.
     """
 
     def __init__(
         self,
-        chunks: Callable[[StreamState, Callable[[], bool]], Iterator[Chunk]],
-        collate: Callable[[list[Sample], Lookup], Batch],
+        sources: Sequence[SourceConfig],
         *,
-        start: StreamState,
+        tokenizer: Any,
+        encoders: Sequence[Encoder],
+        options: StreamOptions,
         length: int,
-        fingerprint: str,
         position: Callable[[], int] | None = None,
         context: RunContext = RunContext(),  # noqa: B008 (frozen)
+        token_modalities: Collection[str] = (),
     ) -> None:
-        self._chunks, self._collate = chunks, collate
-        self._length, self._fingerprint = length, fingerprint
-        self._position, self._processes, self._device = position, context.processes, context.device
+        self._length, self._position, self._pad_id = length, position, tokenizer.pad_token_id
+        self._processes, self._device = context.processes, context.device
+        # The index in the recipe is part of the seed and of every row.
+        numbered = [(n, config) for n, config in enumerate(sources) if is_training_stream(config)]
+        world = (context.processes.world_size, context.processes.rank)
+        streams = [
+            ShardStream(config.path, expand_shards(config.path), options.seed, number, *world)
+            for number, config in numbered
+        ]
+        mixture = Mixture(streams, [config.weight for _, config in numbered])
+        self._chunks = ChunkReader(mixture, numbered, tokenizer, encoders, options, context, token_modalities)
+        # Changes whenever any batch would.
+        self._fingerprint = _fingerprint(streams, numbered, options)
         # The state after a number of batches, for the last two numbers.
-        self._states: dict[int, StreamState] = {0: start}
+        self._states = {0: StreamState(0, 0, (Position(),) * len(streams))}
         self._ahead: Prefetcher[Chunk] | None = None
         self.report = StreamReport()
 
@@ -77,7 +91,9 @@ class StreamLoader:
         first = self._states[done]
         started = time.perf_counter()
         # The local name stays with this iteration; a later one replaces ``_ahead``.
-        self._ahead = ahead = Prefetcher(lambda stopped: self._chunks(first, stopped), device=self._device)
+        self._ahead = ahead = Prefetcher(
+            lambda stopped: self._chunks.read(first, stopped), device=self._device
+        )
         try:
             begun: float | None = None
             asked = started
@@ -89,7 +105,7 @@ class StreamLoader:
                 skip = first.batch if chunk.start.chunk == first.chunk else 0
                 for number in range(skip, len(chunk.batches)):
                     rows = [chunk.embedded.samples[n] for n in chunk.batches[number]]
-                    batch = self._collate(rows, chunk.embedded)
+                    batch = collate(rows, chunk.embedded, pad_id=self._pad_id)
                     # Both states, because a step may be interrupted before or after the trainer counts it.
                     self._states = {done: states[number], done + 1: states[number + 1]}
                     done += 1
@@ -210,51 +226,6 @@ def check_streams(sources: Sequence[SourceConfig]) -> None:
 def _whole(shard: str) -> str:
     """Return a shard's URL or real path, which is the same however a recipe writes it."""
     return shard if is_remote(shard) else os.path.realpath(shard)
-
-
-def stream_loader(
-    sources: Sequence[SourceConfig],
-    *,
-    tokenizer: Any,
-    encoders: Sequence[Encoder],
-    options: StreamOptions,
-    length: int,
-    position: Callable[[], int] | None = None,
-    context: RunContext = RunContext(),  # noqa: B008 (frozen)
-    token_modalities: Collection[str] = (),
-) -> StreamLoader:
-    """Return the loader of the streamed training sources of a recipe.
-
-    Args:
-        sources: all of the recipe; those that are not streamed for training are ignored.
-        tokenizer: of the decoder; copied.
-        encoders: for the media.
-        options: settings of all streams.
-        length: batches that the trainer will take.
-        position: returns how many batches the trainer has completed.
-        context: the processes of the run, and the device that the encoders run on.
-        token_modalities: modalities whose tokens are in the batches.
-
-    Raises:
-        InputError: a stream with fewer shards than there are processes.
-    """
-    # The index in the recipe is part of the seed and of every row.
-    numbered = [(n, config) for n, config in enumerate(sources) if is_training_stream(config)]
-    world = (context.processes.world_size, context.processes.rank)
-    streams = [
-        ShardStream(config.path, expand_shards(config.path), options.seed, number, *world)
-        for number, config in numbered
-    ]
-    mixture = Mixture(streams, [config.weight for _, config in numbered])
-    return StreamLoader(
-        ChunkReader(mixture, numbered, tokenizer, encoders, options, context, token_modalities).read,
-        partial(collate, pad_id=tokenizer.pad_token_id),
-        start=StreamState(0, 0, (Position(),) * len(streams)),
-        length=length,
-        fingerprint=_fingerprint(streams, numbered, options),
-        position=position,
-        context=context,
-    )
 
 
 def _fingerprint(
