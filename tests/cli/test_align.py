@@ -158,6 +158,13 @@ def test_an_encoder_is_replaced_and_other_content_is_not(texts, capsys):
     Path("mine/notes.txt").write_text("mine")
     assert run_align(align_recipe(texts), "--output", "new", "--data.store", "new/store") == 1
     assert "output new contains new/store" in capsys.readouterr().err
+    own = {"weights": "checkpoints/taught", "allow": ["align_parts.LetterEncoder", "tiny.ColorEncoder"]}
+    tower = {"class_path": "bindllm.encoders.Aligned", "init_args": own}
+    assert run_align(align_recipe(texts, model={"tower": tower}), "--overwrite") == 1
+    assert (
+        "output checkpoints/taught contains checkpoints/taught, which would be lost"
+        in capsys.readouterr().err
+    )
     assert run_align(align_recipe(texts), "--output", "mine") == 1
     assert "mine exists and is not an aligned encoder (no align.json)" in capsys.readouterr().err
     assert [path.name for path in Path("mine").iterdir()] == ["notes.txt"]

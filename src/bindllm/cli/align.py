@@ -50,7 +50,9 @@ def align(args: list[str]) -> int:
         cli = AlignCLI(args)
         output, model, data = Path(cli.config.output), cli.model, cli.datamodule
         # Everything that can refuse the run comes before the first file is embedded.
-        check_output(output, MANIFEST, kind="an aligned encoder", filled=[data.store])
+        # Tower and target may be folders of earlier runs; a frozen one is part of the result.
+        parts = [part.config["weights"] for part in (model.tower, model.target) if part.config.get("weights")]
+        check_output(output, MANIFEST, kind="an aligned encoder", used=[data.store, *parts])
         rehearses = bool(cli.trainer_options.get("fast_dev_run"))
         if not rehearses:
             held.enter_context(lock_output(output))

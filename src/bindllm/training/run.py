@@ -58,23 +58,23 @@ _HARMLESS = ("output", "save_every_seconds", "trainer.enable_progress_bar")
 _LENGTHS = ("trainer.max_epochs", "trainer.max_steps")
 
 
-def check_output(output: Path, marker: str, *, kind: str, filled: Iterable[str | Path]) -> None:
+def check_output(output: Path, marker: str, *, kind: str, used: Iterable[str | Path]) -> None:
     """Refuse an output that a run cannot replace at its end.
 
     Args:
         output: the folder that the run writes.
         marker: the file that every folder of its kind has.
         kind: what the folder is, such as "a bindllm checkpoint".
-        filled: folders that the run fills before.
+        used: folders that the run fills before, or that its result names.
 
     Raises:
         InputError: the output is a file, or contains other files or one of these folders.
     """
     check_replaceable(output, marker, InputError, kind=kind)
-    for path in filled:
+    for path in used:
         if Path(path).resolve().is_relative_to(output.resolve()):
             raise InputError(
-                f"output {output} contains {path}, which the run fills before it writes its output; choose another "
+                f"output {output} contains {path}, which would be lost when the run writes its output; choose another "
                 "folder for one of them"
             )
 
@@ -101,7 +101,7 @@ def run_folder(
             "run twice with the same result; choose another output"
         )
     filled = (RUNS, *([] if store is None else [store]))
-    check_output(output, MANIFEST, kind="a bindllm checkpoint", filled=filled)
+    check_output(output, MANIFEST, kind="a bindllm checkpoint", used=filled)
     # The usual place needs no hash in the name of its run.
     if found.parent == home / OUTPUTS:
         return Path(RUNS) / found.name
