@@ -50,9 +50,7 @@ def align(args: list[str]) -> int:
         cli = AlignCLI(args)
         output, model, data = Path(cli.config.output), cli.model, cli.datamodule
         # Everything that can refuse the run comes before the first file is embedded.
-        # Tower and target may be folders of earlier runs; a frozen one is part of the result.
-        parts = [part.config["weights"] for part in (model.tower, model.target) if part.config.get("weights")]
-        check_output(output, MANIFEST, kind="an aligned encoder", used=[data.store, *parts])
+        _check_output(output, model, data)
         rehearses = bool(cli.trainer_options.get("fast_dev_run"))
         if not rehearses:
             held.enter_context(lock_output(output))
@@ -105,6 +103,13 @@ def align(args: list[str]) -> int:
             f"it uses {name}, which is imported only if it is allowed: allow: [{name}] under init_args, or --allow"
         )
     return 0
+
+
+def _check_output(output: Path, model: AlignModule, data: AlignData) -> None:
+    """Refuse an output that the run cannot replace."""
+    # Tower and target may be folders of earlier runs; a frozen one is part of the result.
+    parts = [part.config["weights"] for part in (model.tower, model.target) if part.config.get("weights")]
+    check_output(output, MANIFEST, kind="an aligned encoder", used=[data.store, *parts])
 
 
 def _trainer(cli: AlignCLI) -> Trainer:
