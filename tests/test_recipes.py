@@ -116,6 +116,6 @@ def test_the_resolved_recipe_of_a_checkpoint_is_a_recipe(parts, tmp_path, monkey
         Path("resolved.yaml").write_text(first)
         second = RecipeCLI("fit", ["--config", "resolved.yaml"], build=False).resolved()
     assert first == second
-    bind = {"depth": 3, "expansion": 4, "norm": "rms", "bias": False, "fusion": "unit"}
-    bind |= {"tokens": 1, "token_modalities": ["image"]}
-    assert yaml.safe_load(first)["model"]["bind"] == bind
+    network = {"depth": 3, "expansion": 4, "norm": "rms", "bias": False, "fusion": "unit"}
+    tokens = {"tokens": 1, "token_modalities": ["image"]}
+    assert yaml.safe_load(first)["model"]["bind"] == network | tokens

@@ -111,6 +111,8 @@ def reading(name: str) -> Iterator[None]:
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return a sentence that lists the known names and the closest match to an unknown one.
 
+    Of many names only the first are listed if one of them is a close match.
+
     Examples:
         >>> did_you_mean("residul", ["residual", "value"])
         "Did you mean 'residual'? Known: residual, value."
@@ -118,7 +120,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     known = sorted(set(known))
     close = get_close_matches(name, known, n=1, cutoff=0.5)
     question = f"Did you mean {close[0]!r}? " if close else ""
-    return f"{question}Known: {', '.join(known) or 'none'}."
+    return f"{question}Known: {listed(known, 12 if close else len(known)) or 'none'}."
 
 
 def check_choice(what: str, value: object, known: Iterable[str]) -> None:

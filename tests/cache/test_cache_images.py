@@ -82,7 +82,7 @@ def test_a_wrong_folder_of_images_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     for given, message in (
         (tmp_path / "nowhere", "'.*nowhere' does not exist"),
-        (tmp_path / "a.txt", r"a\.txt' is a file; write it as a list of one path"),
+        (tmp_path / "a.txt", r"a\.txt' is a file; give its folder, or in Python a list of paths"),
         (tmp_path / "empty", "holds 0 files and no images"),
         (tmp_path, "holds 1 files and no images"),
         ([], "the list of images is empty"),

@@ -89,8 +89,8 @@ def test_a_decoder_that_cannot_be_injected_is_found_without_its_weights(
         ("bind", "depth", 10**9, "depth must be 0 to 1000"),
         ("bind", "depth", 1e9, "depth must be 0 to 1000"),
         ("bind", "depth", 20, "missing bind.blocks.1"),
+        ("bind", "expansion", 1000, "expected [32000, 32]"),
         ("bind", "expansion", 10**9, "expansion 1 to 1000"),
-        ("bind", "expansion", 999, "expected [31968, 32]"),
         ("inject", "layers", 2, "injection.gates has shape [3, 4], expected [2, 4]"),
         ("inject", "layers", 1.5, "expected a whole number"),
     ],
@@ -370,6 +370,8 @@ def test_the_cache_of_a_recipe(parts, capsys):
     assert "weight is 2.0, expected a number from 0 to 1" in capsys.readouterr().out
     assert run("check", tiny_recipe(parts), "--model.cache", "caches/a") == 0
     assert "the visual cache caches/a does not exist" in capsys.readouterr().out
+    assert run("check", tiny_recipe(parts), "--model.cache", "caches/a.db") == 0
+    assert "bindllm index --milvus caches/a.db --checkpoint checkpoints/tiny" in capsys.readouterr().out
     assert run("check", tiny_recipe(parts), "--model.cache", "{fodler: caches/a}") == 1
     assert "expected the path of a folder, or a mapping with the keys folder" in capsys.readouterr().out
     recipe = tiny_recipe(parts)

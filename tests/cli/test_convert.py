@@ -254,8 +254,8 @@ def test_damaged_missing_and_strange_files(tmp_path, capsys):
         refused(tmp_path / f"{number}.pth", f"{number}.pth")
     (tmp_path / "x.safetensors").write_bytes(b"\xff" * 64)
     refused(tmp_path / "x.safetensors", "not a readable safetensors file")
-    refused(tmp_path / "nowhere.pth", "does not exist")
-    refused(tmp_path, "is a folder")
+    refused(tmp_path / "nowhere.pth", "has no nowhere.pth")
+    refused(tmp_path, "is not a regular file; give the published file itself")
     refused(save(tmp_path / "list.pth", [1, 2]), "holds a list")
     refused(save(tmp_path / "odd.pth", {"epoch": 3, "optimizer": {}}), "epoch (int), optimizer (dict)")
     refused(

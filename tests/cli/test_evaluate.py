@@ -80,7 +80,7 @@ def test_an_option_may_name_the_home_folder_after_its_equals_sign(tmp_path, monk
     assert not Path("~").exists()
 
 
-def test_options_reach_the_measurement():
+def test_options_reach_the_measurement(capsys):
     tiny.esc50(Path("set"))
     tiny.write(Path("prompts.txt"), "the noise of {}\n{}\n")
     line = ["evaluate", "esc50", "set", *ENCODER, "--output", "r.json", "--fold", "1", "--limit", "1"]
@@ -90,6 +90,10 @@ def test_options_reach_the_measurement():
     assert found["num_measured"] == 1
     assert main([*line, "--prompt", "hear {}"]) == 0
     assert json.loads(Path("r.json").read_text())["templates"] == ["hear {}"]
+    Path("r.json").unlink()
+    Path("r.json").mkdir()
+    assert main(line) == 2
+    assert "--output r.json is a folder; give a file in it" in capsys.readouterr().err
 
 
 def test_columns_of_a_table():

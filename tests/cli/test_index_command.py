@@ -182,6 +182,7 @@ def test_a_damaged_index_is_built_again_when_asked(project, capsys):
         (("caches/a",), 2, "which encoder"),
         ((*BY_CLASS,), 2, "one place"),
         (("caches/a", *BY_CLASS, "--milvus", "a.db"), 2, "one place"),
+        (("caches/a.db", *BY_CLASS), 2, "caches/a.db is a place for Milvus: give --milvus caches/a.db"),
         (("--milvus", "a.db", *BY_CLASS, "--images", "pictures"), 2, "all images of the store"),
         (("--milvus", "http://there:19530", *BY_CLASS, "--name_in", "checkpoints/model"), 1, "must not name"),
         (("caches/a", *BY_CLASS, "--facory", "Flat"), 2, "Did you mean '--factory'"),
@@ -207,6 +208,7 @@ def test_a_mistake_is_told_ahead_of_the_pictures_and_so_is_a_missing_faiss(proje
     monkeypatch.setattr("bindllm.cache.build.embed_images", lambda *_: pytest.fail("embedded"))
     line = ("caches/a", *BY_CLASS, "--images", "pictures")
     assert "cannot build an index 'Flatt'" in run(capsys, *line, "--factory", "Flatt", code=1)
+    assert "pictures exists and is not an index" in run(capsys, "pictures", *line[1:], code=1)
     monkeypatch.setitem(sys.modules, "faiss", None)
     assert "bindllm[cache]" in run(capsys, *line, code=1)
 

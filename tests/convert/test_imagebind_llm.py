@@ -275,6 +275,7 @@ def test_files_that_are_not_whole_or_not_known_are_refused(tmp_path, base):
     refused({"llama.layers.0.attention.wk.bias": torch.ones(64)}, r"unknown tensors: .*wk\.bias")
     refused({"image_bind_proj.weight": None}, "lacks image_bind_proj.weight")
     refused({"llama.layers.1.attention.gate": None}, "gates of some layers")
+    refused({"llama.layers.1.attention.gate": torch.ones(1, 4, 1, 1).int()}, r"gates\.1 \(int32\)")
     refused({"prefix_query.weight": torch.ones(9, 64)}, "9 queries for 4 layers")
     refused({"image_bind_f2_2.weight": None}, r"missing bind\.blocks\.1\.down\.weight")
     refused(
@@ -308,6 +309,10 @@ def test_shapes_that_cannot_be_are_refused_by_name(tmp_path, base):
         (
             {f"{query}lora_wq_l2.weight": torch.ones(63, 16)},
             r"lora_wq_l2\.weight has shape \[63, 16\], impossible for this name",
+        ),
+        (
+            {f"{query}lora_wv_l2.weight": torch.tensor(0.0)},
+            r"v_proj\.lora_B\.weight has shape \[\], expected",
         ),
         ({f"{query}wq.bias": torch.tensor(0.0)}, r"wq\.bias has shape \[\], impossible for this name"),
         ({gates[1]: torch.ones(1, 8, 1, 1)}, "gates for 4 and 8 heads"),

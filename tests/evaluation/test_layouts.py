@@ -187,9 +187,14 @@ def test_rows_of_json_that_cannot_be_used_are_counted_with_their_position(tmp_pa
 
 
 def test_karpathys_splits(tmp_path):
-    tiny.flickr30k(tmp_path)
+    file = tiny.flickr30k(tmp_path) / "dataset_flickr30k.json"
+    content = json.loads(file.read_text())
+    content["images"].append({"filename": "7.jpg", "split": "test"})
+    write_json(file, content)
     dataset = read_layout("flickr30k", tmp_path, Choice(split="test"))
     assert captions_of(dataset) == tiny.CLIPS
+    row = f"{file} images[{len(content['images']) - 1}]"
+    assert dataset.skipped.examples == {"an image without filename, split and sentences": [row]}
     with pytest.raises(InputError, match="the file does not exist"):
         read_layout("flickr30k", tmp_path, Choice(split="train"))
     with pytest.raises(
@@ -227,12 +232,17 @@ def test_a_folder_for_each_class(tmp_path):
     assert read_layout("folder", tmp_path / "npy", Choice(modality="depth")).modality == "depth"
 
 
+BAD_SPLIT = "unknown split 'tset'. Did you mean 'test'? Known: test, train, validation."
+
+
 def pairs(folder):
     rows = [
         {"image": "a.png", "caption": ["a dog", "a hound"], "split": "test", "sound": "a.ogg"},
         {"image": "b.png", "caption": "a cat", "split": "test"},
         {"image": "c.png", "caption": "rain", "split": "train", "sound": "c.ogg"},
         {"image": "gone.png", "caption": "wind", "split": "test", "sound": "gone.ogg"},
+        {"image": "a.png", "caption": "fog", "split": "tset", "sound": "a.ogg"},
+        {"image": ["a.png", "b.png"], "caption": "both", "split": "test"},
     ]
     for name in "abc":
         write(folder / f"{name}.png", name)
@@ -244,7 +254,8 @@ def pairs(folder):
 def test_a_table_as_for_training(tmp_path):
     dataset = read_layout("table", pairs(tmp_path))
     assert captions_of(dataset) == {"a": ["a dog", "a hound"], "b": ["a cat"]}
-    assert dataset.skipped.counts == {"no such image file": 1}
+    reasons = ["no such image file", "2 media in one row", BAD_SPLIT]
+    assert dataset.skipped.counts == dict.fromkeys(reasons, 1)
     assert dataset.notes[-1] == "split test; 1 media are in other splits"
     assert len(read_layout("table", tmp_path / "captions.jsonl", Choice(split="all")).items) == 3
     one = read_layout("table", tmp_path, Choice(captions=1))
@@ -258,7 +269,8 @@ def test_any_two_columns_of_a_table(tmp_path):
     assert found == {str(tmp_path / f"{n}.ogg"): [str(tmp_path / f"{n}.png")] for n in "ac"}
     assert (dataset.modality, dataset.target_modality) == ("audio", "image")
     assert dataset.skipped.counts["the file does not exist"] == 1
-    assert sum(dataset.skipped.counts.values()) == 2  # the row without a sound
+    assert dataset.skipped.counts[BAD_SPLIT] == 1
+    assert sum(dataset.skipped.counts.values()) == 4  # the two rows without a sound
     spoken = Choice(split="train", source=Column("audio", "sound"), target=Column("text", "caption"))
     assert captions_of(read_layout("table", tmp_path, spoken)) == {"sound c": ["rain"]}
 
@@ -337,6 +349,21 @@ BROKEN = [
         r"nothing to evaluate here: 3 x the file does not exist \(vid-dogxxxx from 30 s",
     ),
 ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("names.yaml", "a: b", r"names\.yaml: not a table of class names\. .*\.json"),
+        ("names.tsv", "", "names.tsv: contains no class"),
+        ("names.tsv", "n1\n", "line 1: expected the key of a class and at least one name"),
+        ("names.json", "[]", "expected an object of class names, not list"),
+        ("names.json", '{"n1": 7}', "the class 'n1' must have a name or a list of names, not 7"),
+    ],
+)
+def test_broken_tables_of_names(tmp_path, name, content, expected):
+    with pytest.raises(InputError, match=expected):
+        read_classes(write(tmp_path / name, content))
 
 
 @pytest.mark.parametrize(("layout", "write_it", "name", "content", "expected"), BROKEN)

@@ -142,6 +142,9 @@ def test_retrieval_between_any_two_modalities(tmp_path):
     # The car's audio is taken for the dog; to the car's image all audio clips are equally distant.
     assert result["audio to image recall@1"] == pytest.approx(2 / 3)
     assert result["image to audio recall@1"] == pytest.approx((2 + 1 / 3) / 3)
+    write(tmp_path / "set/car.png", "broken")
+    result = measure("table", tmp_path / "set", choice=choice)
+    assert result.skipped.examples == {"none of its targets can be read": [str(tmp_path / "set/car.ogg")]}
     with pytest.raises(InputError, match="prompts need texts, but image is retrieved"):
         measure("table", tmp_path / "set", choice=choice, templates=["a photo of a {}."])
 

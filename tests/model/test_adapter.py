@@ -26,11 +26,6 @@ each_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 with_and_without_dora = pytest.mark.parametrize("kind", [KINDS["lora"], KINDS["dora"]], ids=["lora", "dora"])
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return str(save_tiny_decoder(tmp_path_factory.mktemp("decoder")))
-
-
 def build(folder, *, dtype="float32", **adapter) -> BindLLM:
     model = tiny_model(folder, dtype=dtype, adapter=AdapterConfig(**{"rank": 4, **adapter}))
     for name, parameter in model.adapter.parameters().items():
@@ -110,29 +105,9 @@ def test_biases_and_norms_are_left_out_by_name():
     assert not any("bias" in name or "norm" in name for name in names)
 
 
-def test_the_injection_takes_the_base_value_projection_and_its_term_passes_the_adapter(folder):
-    """The value has no LoRA and no new bias; what it adds goes through the output projection's."""
-    model = build(folder)
-    attention = model.decoder.model.layers[0].self_attn
-    seen = {}
-    attention.o_proj.register_forward_pre_hook(
-        lambda _, args: seen.update(heads=args[0].detach()), prepend=False
-    )
-    model(**tiny_batch())
-    heads = seen["heads"]
-    model(**tiny_batch(media_index=torch.full_like(IDS, -1)))
-    added = heads - seen["heads"]
-    bind = model.bind(tiny_batch()["embeddings"]) + model.injection.queries[0]
-    value = nn.functional.linear(bind, attention.v_proj.base_layer.weight).view(2, 1, 2, 1, 8)
-    gates = torch.tanh(model.injection.gates[0]).view(2, 2, 1)
-    torch.testing.assert_close(
-        added, (value * gates).reshape(2, 1, 32).expand_as(added), atol=1e-5, rtol=1e-4
-    )
-
-
 @pytest.mark.parametrize(("kind", "dtype"), [*((kind, "float32") for kind in KINDS), ("dora", "bfloat16")])
-def test_saved_and_loaded_it_gives_the_same_logits(folder, tmp_path, kind, dtype):
-    model = build(folder, dtype=dtype, **KINDS[kind])
+def test_saved_and_loaded_it_gives_the_same_logits(decoder, tmp_path, kind, dtype):
+    model = build(decoder, dtype=dtype, **KINDS[kind])
     model.save_pretrained(tmp_path / "m")
     files = {str(file.relative_to(tmp_path / "m")) for file in (tmp_path / "m").rglob("*") if file.is_file()}
     assert {"bind.safetensors", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"} <= files
@@ -157,8 +132,8 @@ def test_plain_peft_loads_the_adapter_onto_the_plain_decoder(tmp_path, family, k
         assert torch.equal(plain(IDS).logits, base(IDS).logits)
 
 
-def test_an_adapter_that_is_damaged_or_gone_is_refused(folder, tmp_path):
-    build(folder).save_pretrained(tmp_path / "m")
+def test_an_adapter_that_is_damaged_or_gone_is_refused(decoder, tmp_path):
+    build(decoder).save_pretrained(tmp_path / "m")
     file = tmp_path / "m" / "adapter" / "adapter_model.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
@@ -181,8 +156,8 @@ def test_an_adapter_that_is_damaged_or_gone_is_refused(folder, tmp_path):
 
 @with_and_without_dora
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_it_is_a_group_of_its_own_and_learns(folder, dtype, kind):
-    model = build(folder, dtype=dtype, **kind)
+def test_it_is_a_group_of_its_own_and_learns(decoder, dtype, kind):
+    model = build(decoder, dtype=dtype, **kind)
     model.set_trainable(["adapter"])
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {
         f"decoder.{name}" for name, _ in model.decoder.named_parameters() if ".default." in name
@@ -198,10 +173,10 @@ def test_it_is_a_group_of_its_own_and_learns(folder, dtype, kind):
 
 
 @with_and_without_dora
-def test_checkpointed_gradients_are_the_same(folder, kind):
+def test_checkpointed_gradients_are_the_same(decoder, kind):
     gradients = []
     for checkpointing in (False, True):
-        model = build(folder, **kind)
+        model = build(decoder, **kind)
         model.set_trainable(["adapter"])
         if checkpointing:
             model.checkpoint_activations()

@@ -14,9 +14,8 @@ from bindllm import BindLLM, Conversation, Media, Message
 from bindllm.errors import InputError
 from bindllm.model import bind_network
 from bindllm.model.bind_network import BindConfig
-from bindllm.model.decoder import DecoderConfig
 from bindllm.model.injection import InjectConfig
-from tiny import COLORS, ColorEncoder, TokenEncoder, save_tiny_decoder
+from tiny import COLORS, ColorEncoder, TokenEncoder, tiny_model
 
 NUM_TOKENS = 4
 
@@ -27,27 +26,18 @@ class ThermalEncoder(ColorEncoder):
     modalities = ("thermal",)
 
 
-@pytest.fixture(scope="module")
-def decoder_folder(tmp_path_factory):
-    return str(save_tiny_decoder(tmp_path_factory.mktemp("decoder")))
-
-
 def build(folder, *, kind="attend", encoders=(TokenEncoder, ThermalEncoder), **options) -> BindLLM:
-    torch.manual_seed(0)
-    model = BindLLM.build(
-        DecoderConfig(folder, dtype="float32"),
-        device="cpu",
+    return tiny_model(
+        folder,
         encoders=[encoder() for encoder in encoders],
         bind=BindConfig(**{"depth": 1, "expansion": 2, "tokens": NUM_TOKENS, **options}),
         inject=InjectConfig(kind=kind),
     )
-    nn.init.normal_(model.injection.gates, std=2.0)
-    return model.eval()
 
 
 @pytest.fixture(scope="module")
-def model(decoder_folder):
-    return build(decoder_folder)
+def model(decoder):
+    return build(decoder)
 
 
 def image(*colors: str) -> Media:
@@ -137,13 +127,13 @@ def test_media_without_tokens_have_bind_token_0_also_next_to_an_image(model):
     assert together[1] == model.generate("What?", [THERMAL], max_new_tokens=6)
     assert together[0] == model.generate(Conversation(turns), max_new_tokens=6)
     # Two media of one message share its bind tokens; only the image has tokens.
-    *_, both = model._prepare("What?", [[STRIPES[0], THERMAL]][0])
+    *_, both = model._prepare("What?", [STRIPES[0], THERMAL])
     *_, one = model._prepare("What?", [STRIPES[0]])
     assert torch.equal(both, one)
 
 
-def test_one_bind_token_reads_no_tokens(decoder_folder, monkeypatch):
-    model = build(decoder_folder)
+def test_one_bind_token_reads_no_tokens(decoder, monkeypatch):
+    model = build(decoder)
     several = model.generate("What?", [STRIPES[0]], max_new_tokens=6)
     model.bind.num_tokens = 1
     *_, tokens = model._prepare("What?", [STRIPES[0]])
@@ -168,9 +158,9 @@ def test_a_cache_changes_the_pooled_embedding_only(model):
     assert torch.equal(again, tokens)
 
 
-def test_training_with_one_bind_token_reaches_every_parameter(decoder_folder, monkeypatch):
+def test_training_with_one_bind_token_reaches_every_parameter(decoder, monkeypatch):
     monkeypatch.setattr(bind_network, "draw_count", lambda most: 1)
-    model = build(decoder_folder)
+    model = build(decoder)
     model.set_trainable(["bind", "inject"])
     model.train()
     inputs = batch()
@@ -184,8 +174,8 @@ def test_training_with_one_bind_token_reaches_every_parameter(decoder_folder, mo
     torch.testing.assert_close(dropped, model(**inputs).logits, atol=2e-5, rtol=1e-4)
 
 
-def test_saved_and_loaded_with_all_and_with_fewer_tokens(decoder_folder, tmp_path):
-    model = build(decoder_folder, encoders=[TokenEncoder])
+def test_saved_and_loaded_with_all_and_with_fewer_tokens(decoder, tmp_path):
+    model = build(decoder, encoders=[TokenEncoder])
     model.save_pretrained(tmp_path / "m")
     manifest = json.loads((tmp_path / "m" / "bindllm.json").read_text())
     assert (manifest["bind"]["tokens"], manifest["bind"]["token_modalities"]) == (NUM_TOKENS, ["image"])
@@ -209,13 +199,13 @@ def test_saved_and_loaded_with_all_and_with_fewer_tokens(decoder_folder, tmp_pat
         BindLLM.from_pretrained(tmp_path / "m", **load)
 
 
-def test_what_does_not_go_together_is_refused(decoder_folder):
+def test_what_does_not_go_together_is_refused(decoder):
     for kind in ("value", "residual"):
         with pytest.raises(InputError, match=f"bind.tokens is 4, and injection kind '{kind}'"):
-            build(decoder_folder, kind=kind)
+            build(decoder, kind=kind)
     with pytest.raises(
         InputError, match="ThermalEncoder has no tokens of thermal media.*TokenEncoder for image"
     ):
-        build(decoder_folder, token_modalities=["image", "thermal"])
+        build(decoder, token_modalities=["image", "thermal"])
     with pytest.raises(InputError, match="reads no encoder tokens"):
-        build(decoder_folder, tokens=1)(**batch())
+        build(decoder, tokens=1)(**batch())

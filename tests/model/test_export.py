@@ -135,6 +135,8 @@ def test_folders_of_others_are_left_alone(tmp_path):
     checkpoint(tmp_path)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    # The decoder as an earlier export: replaced, the checkpoint would no longer load.
+    (tmp_path / "decoder" / RECORD).write_text("{}")
     for place in ("mine", "checkpoint", "decoder"):
         before = sorted((tmp_path / place).iterdir())
         with pytest.raises(InputError, match="not an earlier export|cannot be the output"):

@@ -10,18 +10,16 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from bindllm import BindLLM
 from bindllm.conversation import Conversation, Message, render
 from bindllm.data.collate import prompt_batch
 from bindllm.data.rows import tokenize
 from bindllm.errors import DecoderError, InputError
 from bindllm.model.adapter import AdapterConfig
-from bindllm.model.bind_network import BindConfig
 from bindllm.model.decoder import DecoderConfig, load_tokenizer
 from bindllm.model.export import export_decoder
 from bindllm.objectives.grpo import draw_answers
 from preference_parts import conversation, lookup
-from tiny import ColorEncoder, save_tiny_decoder, tiny_tokenizer
+from tiny import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 END = TOKENIZER.convert_tokens_to_ids("<|im_end|>")
@@ -31,13 +29,6 @@ WORD = TOKENIZER.convert_tokens_to_ids("o")
 
 def ids(text: str) -> list[int]:
     return TOKENIZER(text, add_special_tokens=False)["input_ids"]
-
-
-def build(folder, **options) -> BindLLM:
-    config = DecoderConfig(str(folder), dtype="float32")
-    return BindLLM.build(
-        config, device="cpu", encoders=[ColorEncoder()], bind=BindConfig(depth=1, expansion=2), **options
-    ).eval()
 
 
 def script(model, answer: list[int], *, second: float = 0.0):
@@ -76,15 +67,10 @@ FOLDERS = {
 }
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    return save_tiny_decoder(tmp_path_factory.mktemp("weights"))
-
-
-def folder_with(weights, place, recommended: dict | None, **config):
+def folder_with(decoder, place, recommended: dict | None, **config):
     """A copy of a decoder's folder with other settings for generation."""
     place.mkdir()
-    for file in weights.iterdir():
+    for file in decoder.iterdir():
         (place / file.name).write_bytes(file.read_bytes())
     settings = {**json.loads((place / "config.json").read_text()), **config}
     # Old folders have these settings in their config, which also names an end token.
@@ -98,8 +84,8 @@ def folder_with(weights, place, recommended: dict | None, **config):
 
 
 @pytest.mark.parametrize("recommended", FOLDERS)
-def test_an_answer_is_greedy_and_ends_where_the_template_ends_it(weights, tmp_path, recommended):
-    model = build(folder_with(weights, tmp_path / "decoder", FOLDERS[recommended]))
+def test_an_answer_is_greedy_and_ends_where_the_template_ends_it(decoder, tmp_path, recommended):
+    model = tiny_model(folder_with(decoder, tmp_path / "decoder", FOLDERS[recommended]))
     samples = [
         tokenize(conversation("red", "yo", question), TOKENIZER, 100) for question in ("a?", "longer?")
     ]
@@ -108,13 +94,13 @@ def test_an_answer_is_greedy_and_ends_where_the_template_ends_it(weights, tmp_pa
     assert model.generate("What?") == "yo"
     assert "".join(model.stream("What?")) == "yo"
     assert model.decode(model.generate_from(**prompts, max_new_tokens=8)) == ["yo", "yo"]
-    drawn = draw_answers(model, prompts, group_size=2, temperature=0.1, max_new_tokens=8)
-    assert drawn.texts == ["yo"] * 4
-    assert not drawn.cut.any()
+    _, texts, cut = draw_answers(model, prompts, group_size=2, temperature=0.1, max_new_tokens=8)
+    assert texts == ["yo"] * 4
+    assert not cut.any()
 
 
-def test_a_repeated_word_is_not_punished(weights, tmp_path):
-    model = build(folder_with(weights, tmp_path / "decoder", FOLDERS["penalties"]))
+def test_a_repeated_word_is_not_punished(decoder, tmp_path):
+    model = tiny_model(folder_with(decoder, tmp_path / "decoder", FOLDERS["penalties"]))
     # Every token is followed by the same one.
     script(model, ids("y"), second=5.0)
     assert model.generate("What?", max_new_tokens=5) == "yyyyy"
@@ -124,9 +110,9 @@ def test_a_repeated_word_is_not_punished(weights, tmp_path):
 @pytest.mark.parametrize(
     "recommended", ["another control token", "no file", "penalties", "contrastive search"]
 )
-def test_the_exported_folder_ends_answers_as_the_template_does(weights, tmp_path, recommended):
-    folder = folder_with(weights, tmp_path / "decoder", FOLDERS[recommended])
-    model = build(folder, adapter=AdapterConfig(rank=2, bias=False))
+def test_the_exported_folder_ends_answers_as_the_template_does(decoder, tmp_path, recommended):
+    folder = folder_with(decoder, tmp_path / "decoder", FOLDERS[recommended])
+    model = tiny_model(folder, adapter=AdapterConfig(rank=2, bias=False))
     model.save_pretrained(tmp_path / "checkpoint")
     export_decoder(tmp_path / "checkpoint", tmp_path / "plain")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
@@ -138,8 +124,8 @@ def test_the_exported_folder_ends_answers_as_the_template_does(weights, tmp_path
     assert AutoTokenizer.from_pretrained(tmp_path / "plain").model_max_length == 512
 
 
-def test_stop_strings_of_the_caller_end_an_answer(weights):
-    model = build(weights)
+def test_stop_strings_of_the_caller_end_an_answer(decoder):
+    model = tiny_model(decoder)
     script(model, [*ids("ab, cd"), END])
     assert model.generate("What?", stop_strings=[","]) == "ab,"
     assert model.generate("What?", generation_config=GenerationConfig(stop_strings=["b"])) == "ab"
@@ -149,23 +135,23 @@ def test_stop_strings_of_the_caller_end_an_answer(weights):
 @pytest.mark.parametrize(
     ("limit", "text"), [(1, "a"), (2, "a"), (3, "a"), (4, "a日"), (5, "a日"), (6, "a日é")]
 )
-def test_a_limit_inside_a_character_drops_its_first_bytes(weights, limit, text):
-    model = build(weights)
+def test_a_limit_inside_a_character_drops_its_first_bytes(decoder, limit, text):
+    model = tiny_model(decoder)
     # Tokens: a 1, 日 3, é 2.
     script(model, [*ids("a日é"), END])
     assert model.generate(["What?", "Which?"], max_new_tokens=limit) == [text, text]
     assert "".join(model.stream("What?", max_new_tokens=limit)) == text
 
 
-def test_bytes_that_the_model_ends_itself_stay_visible(weights):
-    model = build(weights)
+def test_bytes_that_the_model_ends_itself_stay_visible(decoder):
+    model = tiny_model(decoder)
     script(model, [*ids("a日")[:3], END])
     assert model.generate("What?") == "a\ufffd"
     assert "".join(model.stream("What?")) == "a\ufffd"
 
 
-def test_no_more_tokens_than_the_decoder_has_positions(weights, tmp_path):
-    model = build(folder_with(weights, tmp_path / "decoder", {}, max_position_embeddings=40))
+def test_no_more_tokens_than_the_decoder_has_positions(decoder, tmp_path):
+    model = tiny_model(folder_with(decoder, tmp_path / "decoder", {}, max_position_embeddings=40))
     script(model, ids("y"))
     prompt = len(model._prepare("What?", None)[0][0])
     assert model.generate("What?", max_new_tokens=500) == "y" * (40 - prompt)
@@ -179,12 +165,12 @@ def test_no_more_tokens_than_the_decoder_has_positions(weights, tmp_path):
         tokenize(long, tokenizer, 1000)
 
 
-def test_padding_without_a_row_in_the_embedding(weights, tmp_path):
-    folder = folder_with(weights, tmp_path / "decoder", {})
+def test_padding_without_a_row_in_the_embedding(decoder, tmp_path):
+    folder = folder_with(decoder, tmp_path / "decoder", {})
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
     tokenizer.save_pretrained(folder)
-    model = build(folder)
+    model = tiny_model(folder)
     with torch.no_grad():
         nn.init.normal_(model.decoder.lm_head.weight)
     long, short = model.generate(["What is this long question?", "What?"], max_new_tokens=4)
@@ -193,16 +179,16 @@ def test_padding_without_a_row_in_the_embedding(weights, tmp_path):
     )
 
 
-def test_a_template_that_cannot_end_an_answer_is_refused(weights, tmp_path):
-    folder = folder_with(weights, tmp_path / "decoder", {})
+def test_a_template_that_cannot_end_an_answer_is_refused(decoder, tmp_path):
+    folder = folder_with(decoder, tmp_path / "decoder", {})
     (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}|{% endfor %}")
     with pytest.raises(DecoderError, match="ends an answer without a control token"):
         load_tokenizer(DecoderConfig(str(folder)))
 
 
 @pytest.mark.parametrize(("role", "system"), [("system", "Be kind"), ("user", None)])
-def test_a_template_that_drops_the_text_of_a_role_is_refused(weights, tmp_path, role, system):
-    folder = folder_with(weights, tmp_path / "decoder", {})
+def test_a_template_that_drops_the_text_of_a_role_is_refused(decoder, tmp_path, role, system):
+    folder = folder_with(decoder, tmp_path / "decoder", {})
     template = TOKENIZER.chat_template.replace("in messages", f"in messages if message.role != '{role}'")
     (folder / "chat_template.jinja").write_text(template)
     with pytest.raises(DecoderError, match=f"does not write the text of a {role} message"):
@@ -215,8 +201,8 @@ def test_a_template_that_drops_the_text_of_a_role_is_refused(weights, tmp_path, 
 
 
 @pytest.mark.parametrize("system", ["", "Be kind", None])
-def test_the_default_of_several_named_templates_is_used(weights, tmp_path, system):
-    folder = folder_with(weights, tmp_path / "decoder", {})
+def test_the_default_of_several_named_templates_is_used(decoder, tmp_path, system):
+    folder = folder_with(decoder, tmp_path / "decoder", {})
     (folder / "chat_template.jinja").rename(folder / "default.txt")
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages[0]['tools'] }}")
@@ -228,7 +214,7 @@ def test_the_default_of_several_named_templates_is_used(weights, tmp_path, syste
         ):
             load_tokenizer(config)
     (folder / "default.txt").rename(folder / "chat_template.jinja")
-    model = build(folder)
+    model = tiny_model(folder)
     model.tokenizer = load_tokenizer(config)
     shown = model.tokenizer.decode(np.ravel(model._prepare("Hi", None)[0][0]))
     expected = "" if system is None else f"<|im_start|>system\n{system}<|im_end|>\n"

@@ -153,22 +153,6 @@ def test_at_the_start_the_divergence_is_zero_and_the_reference_stays_there(decod
     assert metrics["kl"].item() > 1e-4
 
 
-def test_a_step_makes_better_answers_likelier_and_worse_ones_less_likely(decoder):
-    objective = GRPO(LetterClass(), group_size=8, max_new_tokens=2, beta=0.0)
-    model, batch = started(decoder, objective)
-    torch.manual_seed(0)
-    rollout = objective.roll_out(model, batch)
-    before = [alone(model, rollout, r).mean() for r in range(24)]
-    objective.learn(model, rollout)[0].backward()
-    with torch.no_grad():
-        for value in model.parameters():
-            if value.requires_grad:
-                value.sub_(0.01 * value.grad)
-    moved = torch.tensor([alone(model, rollout, r).mean() - before[r] for r in range(24)])
-    better, worse = moved[rollout.advantages > 0], moved[rollout.advantages < 0]
-    assert better.mean() > 0.001 > -0.001 > worse.mean()
-
-
 @pytest.mark.parametrize("beta", [0.0, 0.04])
 def test_groups_of_equal_rewards_leave_the_weights_to_the_reference(beta, decoder):
     """Without one the loss is zero, and backward still runs; every trained tensor has a gradient, of zeros."""
@@ -201,19 +185,19 @@ def test_answers_are_drawn_from_the_whole_distribution_and_end_at_the_first_end_
     model, batch = started(decoder, objective)
     prompts = {name: value for name, value in batch.items() if name not in ("numbers", "split")}
     torch.manual_seed(0)
-    answers = draw_answers(model, prompts, group_size=200, temperature=1.0, max_new_tokens=4)
-    labels = answers.batch["labels"]
+    drawn, texts, cut = draw_answers(model, prompts, group_size=200, temperature=1.0, max_new_tokens=4)
+    labels = drawn["labels"]
     tokens = [row[row != -100].tolist() for row in labels]
     assert all(2 not in row[:-1] for row in tokens)
-    assert answers.cut.tolist() == [row[-1] != 2 for row in tokens]
+    assert cut.tolist() == [row[-1] != 2 for row in tokens]
     assert {len(row) for row in tokens if row[-1] != 2} == {4}
-    assert answers.texts == [said(row) for row in tokens]
-    drawn = np.bincount([row[0] for row in tokens[:200]], minlength=259) / 200
+    assert texts == [said(row) for row in tokens]
+    shares = np.bincount([row[0] for row in tokens[:200]], minlength=259) / 200
     inputs = {name: value[:1] for name, value in prompts.items()}
     with torch.no_grad():
         expected = model(**inputs).logits[0, -1].double().softmax(-1).numpy()
-    assert np.abs(drawn - expected).max() < 0.12
-    assert (drawn > 0).sum() > 10
+    assert np.abs(shares - expected).max() < 0.12
+    assert (shares > 0).sum() > 10
 
 
 def test_drawn_answers_are_rows_as_training_makes_them(decoder):

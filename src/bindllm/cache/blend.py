@@ -16,6 +16,8 @@ from bindllm.embeddings.shards import as_hex
 from bindllm.errors import InputError, StoreError, check_choice
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from bindllm.embeddings.store import EmbeddingStore
 
 FORMULAS = ("released", "paper")
@@ -103,6 +105,11 @@ def is_address(place: str) -> bool:
 def is_milvus(place: str) -> bool:
     """Return whether a cache is in Milvus: on a server, or in an embedded database."""
     return is_address(place) or place.endswith(MILVUS_SUFFIX)
+
+
+def index_command(place: str, checkpoint: str | Path) -> str:
+    """Return the command that builds the cache at a place for a checkpoint."""
+    return f"bindllm index {'--milvus ' if is_milvus(place) else ''}{place} --checkpoint {checkpoint}"
 
 
 def unit_rows(rows: np.ndarray) -> np.ndarray:

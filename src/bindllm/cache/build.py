@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bindllm.cache.factories import check_factory, choose
-from bindllm.cache.folder import MANIFEST, IndexInfo, read_manifest
+from bindllm.cache.folder import MANIFEST, IndexInfo, read_manifest, refuse_foreign
 from bindllm.cache.index import VectorIndex
 from bindllm.embeddings.precompute import precompute_embeddings
 from bindllm.errors import BindLLMError, InputError, StoreError
@@ -61,10 +61,11 @@ def build_or_update(
 
     Raises:
         InputError: The index was built with another encoder, or the factory string cannot be used.
-        StoreError: The index or the store is damaged.
+        StoreError: The index or the store is damaged, or the folder holds something else.
     """
     # Embedding the images may take hours, so mistakes are found first.
     check_factory(factory, "auto", store.embedding_size)
+    refuse_foreign(Path(folder))
     before = None if rebuild else _read_info(Path(folder), encoder)
     same_kind = before is not None and factory in ("auto", before.factory)
     keys = embed_images(images, encoder, store) if images else None
@@ -159,7 +160,11 @@ def find_images(images: str | Path | Sequence[str | Path]) -> list[Path]:
         return found
     folder = Path(images)
     if not folder.is_dir():
-        problem = "is a file; write it as a list of one path" if folder.exists() else "does not exist"
+        problem = (
+            "is a file; give its folder, or in Python a list of paths"
+            if folder.exists()
+            else "does not exist"
+        )
         raise InputError(f"expected a folder of images, but {str(folder)!r} {problem}")
     # Sorted, because the order of a file system differs between machines.
     files = sorted(file for file in folder.rglob("*") if file.is_file())

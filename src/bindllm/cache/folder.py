@@ -144,7 +144,7 @@ def writing(folder: Path) -> Iterator[None]:
     Raises:
         StoreError: The folder holds something else, another process is writing it, or the disk fails.
     """
-    _refuse_foreign(folder)
+    refuse_foreign(folder)
     real = folder.resolve()
     busy = StoreError(
         f"{folder}: another process is writing this index; wait until it has ended, then start again"
@@ -188,7 +188,8 @@ def _remove_unnamed(folder: Path) -> None:
                 file.unlink(missing_ok=True)
 
 
-def _refuse_foreign(folder: Path) -> None:
+def refuse_foreign(folder: Path) -> None:
+    """Raise a `StoreError` for a folder that holds something else than an index, or the files of a killed build."""
     # Our files without a manifest are those of a killed first build.
     if not any(file for name in _OURS for file in folder.glob(name)):
         check_replaceable(folder, MANIFEST, StoreError, kind="an index of bindllm")

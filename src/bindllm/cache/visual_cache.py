@@ -25,6 +25,7 @@ from bindllm.cache.blend import (
     CacheConfig,
     CacheSettings,
     best,
+    index_command,
     is_milvus,
     mix,
     retrieve,
@@ -354,10 +355,9 @@ def open_cache(
         cache.check_encoders(fingerprints)
     except StoreError as error:
         # The message has the exact command, and the way to do without.
-        output = f"--milvus {place}" if is_milvus(place) else place
         raise StoreError(
-            f"the visual cache {place} cannot be used: {error}. Build it with `bindllm index {output} --checkpoint "
-            f"{checkpoint}`, or continue without it: cache=False, on the command line --no_cache"
+            f"the visual cache {place} cannot be used: {error}. Build it with "
+            f"`{index_command(place, checkpoint)}`, or continue without it: cache=False, on the command line --no_cache"
         ) from error
     return cache
 

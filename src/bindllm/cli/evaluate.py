@@ -81,7 +81,7 @@ class MeasuringOptions:
         """Return the templates, checked; None for the default of the layout."""
         from bindllm.evaluation.zero_shot import check_template, read_templates
 
-        # Templates are checked before anything is encoded.
+        # Before anything is encoded.
         refuse_together(prompt=self.prompt, prompts=self.prompts)
         if self.prompts is not None:
             return read_templates(self.prompts)
@@ -137,6 +137,8 @@ def evaluate(
         raise UsageError(
             "no encoder to evaluate: name one with --encoder, or a trained folder with --checkpoint"
         )
+    if measuring.output and measuring.output.is_dir():
+        raise UsageError(f"--output {measuring.output} is a folder; give a file in it, such as result.json")
 
     from bindllm.evaluation.zero_shot import evaluate_zero_shot
 

@@ -94,10 +94,17 @@ def index(
 
 def _check_options(output: str | None, encoders: EncoderOptions, options: IndexOptions) -> None:
     """Raise a UsageError for options that do not go together."""
+    from bindllm.cache.blend import is_milvus
+
     refuse_together(encoder=encoders.encoder, checkpoint=encoders.checkpoint)
     # Exactly one of both.
     if (output is None) == (options.milvus is None):
         raise UsageError("give one place for the index: a folder as OUTPUT, or --milvus URI")
+    if output is not None and is_milvus(output):
+        # Whoever opens the cache tells its kind by its place.
+        raise UsageError(
+            f"{output} is a place for Milvus: give --milvus {output}, or another name for a folder"
+        )
     if options.milvus and (options.images or options.factory != "auto" or options.rebuild):
         raise UsageError(
             "--milvus holds all images of the store and is always rebuilt: leave out --images, --factory and --rebuild"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bindllm.atomic import open_tensors
+from bindllm.atomic import open_tensors, require_file
 from bindllm.errors import CheckpointError
 
 # Entries under which training scripts usually keep the weights.
@@ -34,12 +34,7 @@ def read_foreign(file: str | Path) -> dict[str, Tensor]:
         CheckpointError: no such file, a damaged one, one that would run code, or one that holds no tensors by name.
     """
     file = Path(file)
-    if file.is_dir():
-        raise CheckpointError(
-            f"{file} is a folder; give the published file itself, such as imagebind_huge.pth"
-        )
-    if not file.is_file():
-        raise CheckpointError(f"{file} does not exist, or is not a regular file")
+    require_file(file, CheckpointError, "give the published file itself, such as imagebind_huge.pth")
     if file.suffix == ".safetensors":
         with open_tensors(file, CheckpointError, "download it again") as stream:
             return {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (not a dictionary)
@@ -51,7 +46,10 @@ def _read_torch(file: Path) -> Any:
     try:
         # Files from before torch 1.6 are not archives, and cannot be mapped.
         is_archive = zipfile.is_zipfile(file)
-        packed = _packed_size(file) if is_archive else 0
+        packed = 0
+        if is_archive:
+            with zipfile.ZipFile(file) as archive:
+                packed = sum(entry.file_size for entry in archive.infolist())
         # A small file that unpacks to a huge one would fill the memory before any check of its content.
         if packed > file.stat().st_size:
             raise ValueError(f"a compressed archive of {packed:,} bytes; torch never writes one")
@@ -75,25 +73,18 @@ def _read_torch(file: Path) -> Any:
         ) from error
 
 
-def _packed_size(file: Path) -> int:
-    with zipfile.ZipFile(file) as archive:
-        return sum(entry.file_size for entry in archive.infolist())
-
-
 def _find_tensors(content: Any, file: Path) -> dict[str, Tensor]:
     # Plain state dicts first, then the usual containers of training checkpoints.
     for candidate in (content, *(content.get(name) for name in _CONTAINERS if isinstance(content, Mapping))):
-        if isinstance(candidate, Mapping) and candidate and all(map(_is_entry, candidate.items())):
-            return dict(candidate)
+        if isinstance(candidate, Mapping) and candidate:
+            kinds = {(type(name), isinstance(value, Tensor)) for name, value in candidate.items()}
+            if kinds == {(str, True)}:
+                return dict(candidate)
     found = f"a {type(content).__name__}"
     if isinstance(content, Mapping):
         entries = [f"{name} ({type(value).__name__})" for name, value in content.items()]
         found = f"a dictionary of {', '.join(entries[:10]) or 'nothing'}"
     raise CheckpointError(f"{file} holds {found}; expected tensors by name, at the top or under 'model'")
-
-
-def _is_entry(item: tuple[Any, Any]) -> bool:
-    return isinstance(item[0], str) and isinstance(item[1], Tensor)
 
 
 class SafetensorsFolder:

@@ -152,6 +152,8 @@ def read_imagebind_llm(state: Mapping[str, Tensor]) -> Adapted:
     shape = read_shape(state)
     renamed, report = rename(state, _rules(shape))
     report.require_complete(SOURCE)
+    # Before the gates are joined: the whole would hide the type of one.
+    require_weights(renamed, source=SOURCE)
     # Published gates are one tensor per layer; ours are one [L, H] for the layers that have a query.
     gates = [
         renamed.pop(f"injection.gates.{n}") for n in range(shape.num_layers - shape.served, shape.num_layers)
@@ -163,8 +165,7 @@ def read_imagebind_llm(state: Mapping[str, Tensor]) -> Adapted:
             bias = name.removesuffix("weight") + "bias"
             if any(part in name for part in _UNBIASED):
                 # The published keys and values have no bias.
-                renamed[bias] = renamed[name].new_zeros(len(renamed[name]))
-    require_weights(renamed, source=SOURCE)
+                renamed[bias] = renamed[name].new_zeros(renamed[name].shape[:1])
     return Adapted(shape, renamed, rename(state, _base_rules(shape))[0], report)
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from bindllm.atomic import read_json
-from bindllm.errors import BindLLMError, DecoderError, EncoderError, fetch_hint
+from bindllm.errors import BindLLMError, DecoderError, EncoderError, fetch_hint, listed
 
 if TYPE_CHECKING:
     from torch import nn
@@ -333,8 +333,7 @@ def missing_weights(report: dict[str, Any]) -> str:
     """Return the first weights that transformers has filled at random, or "", from the report about its loading."""
     # Position ids are constants, which newer versions do not save.
     names = {name for name in report["missing_keys"] if not name.endswith("position_ids")}
-    wrong = sorted(names | {str(name) for name in report["mismatched_keys"]})
-    return ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+    return listed(sorted(names | {str(name) for name in report["mismatched_keys"]}))
 
 
 def load_processor(folder: Path, modality: str) -> Any:

@@ -20,7 +20,7 @@ from bindllm.errors import InputError, check_choice
 MOST_DEPTH = 1000
 """Largest depth and expansion: a damaged checkpoint cannot ask for more."""
 
-MOST_TOKENS = 4096
+MOST_BIND_TOKENS = 4096
 """Largest number of bind tokens of a media group, for the same reason."""
 
 RESAMPLER_DEPTH = 2
@@ -67,8 +67,10 @@ class BindConfig:
                 f"bind network with depth {self.depth} and expansion {self.expansion}: depth must be 0 to "
                 f"{MOST_DEPTH}, expansion 1 to {MOST_DEPTH}, and both whole numbers"
             )
-        if not isinstance(self.tokens, int) or not 1 <= self.tokens <= MOST_TOKENS:
-            raise InputError(f"bind.tokens is {self.tokens}, expected a whole number from 1 to {MOST_TOKENS}")
+        if not isinstance(self.tokens, int) or not 1 <= self.tokens <= MOST_BIND_TOKENS:
+            raise InputError(
+                f"bind.tokens is {self.tokens}, expected a whole number from 1 to {MOST_BIND_TOKENS}"
+            )
         named = self.token_modalities
         if isinstance(named, str) or not all(isinstance(name, str) for name in named) or not named:
             raise InputError(

@@ -80,10 +80,13 @@ def export_decoder(
     """
     output = Path(output)
     # How to read this: every check runs before the decoder is loaded, which may take minutes.
-    _check_output(output, Path(checkpoint))
     manifest = read_manifest(checkpoint)
     adapter = read_configs(checkpoint, manifest)["adapter"]
     config = read_decoder(checkpoint, manifest, decoder=decoder)
+    # The decoder may be an earlier export, and the checkpoint still needs it.
+    if output.resolve() in (Path.cwd(), Path(checkpoint).resolve(), config.folder().resolve()):
+        raise InputError(f"{output} cannot be the output: name a folder that is not there yet")
+    check_replaceable(output, RECORD, InputError, kind="an earlier export")
     if adapter is None:
         raise CheckpointError(
             f"{checkpoint} has no adapter: its decoder is as it was, so {config.name} is the plain folder already. "
@@ -249,10 +252,3 @@ def _choose_dtypes(asked: str | None, plain: PretrainedConfig) -> tuple[str, str
     of_files = str(plain.dtype).removeprefix("torch.")
     of_files = of_files if of_files in DTYPES else "float32"
     return of_files, asked or of_files
-
-
-def _check_output(output: Path, checkpoint: Path) -> None:
-    """Refuse a folder that holds anything but an earlier export, before the decoder is loaded."""
-    if output.resolve() in (Path.cwd(), checkpoint.resolve()):
-        raise InputError(f"{output} cannot be the output: name a folder that is not there yet")
-    check_replaceable(output, RECORD, InputError, kind="an earlier export")

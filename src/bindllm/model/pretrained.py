@@ -102,7 +102,7 @@ def read_decoder(
         InputError: an unknown dtype or quantization.
     """
     with _entries(folder):
-        entry = dict(manifest["decoder"])
+        entry = {**manifest["decoder"]}
         # Checked for a given decoder too: bind vectors mean something to one decoder only.
         fingerprint = entry.pop("fingerprint")
         saved = DecoderConfig(**entry)

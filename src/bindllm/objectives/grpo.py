@@ -32,22 +32,6 @@ from bindllm.parallel import RunContext
 _PATIENCE = 10
 
 
-@dataclass(frozen=True)
-class Answers:
-    """The answers of a model to B prompts, G each: R = B * G answers, grouped by prompt.
-
-    Attributes:
-        batch: prompts with their answers, padded on the right, as from `bindllm.data.collate.answer_batch`; the labels
-            are the sampled tokens, including the end token.
-        texts: the answers without control tokens.
-        cut: whether the answer reached the maximum length without an end token, bool, [R].
-    """
-
-    batch: Batch
-    texts: list[str]
-    cut: Tensor
-
-
 @dataclass
 class Rollout:
     """Sampled answers with their advantages, and the log-probabilities that the loss compares with.
@@ -222,7 +206,7 @@ class GRPO(Objective):
             batch: as `add_reference` returned it.
         """
         samples = [sample for sample in self._samples(batch) for _ in range(self.group_size)]
-        answers = draw_answers(
+        drawn, texts, cut = draw_answers(
             model,
             _prompts(batch),
             group_size=self.group_size,
@@ -230,23 +214,23 @@ class GRPO(Objective):
             max_new_tokens=self.max_new_tokens,
         )
         # One group per prompt: [B, G].
-        rewards = self._judge(answers.texts, samples).reshape(-1, self.group_size).to(model.device)
+        rewards = self._judge(texts, samples).reshape(-1, self.group_size).to(model.device)
         advantages = group_advantages(rewards, normalize_std=self.normalize_std)
         self._warn_if_useless(rewards, advantages)
         reference = None
         if self.beta:
             # The initial weights replace the parameters for this call only; the parameters never change.
             start = lambda **inputs: functional_call(model, self._start, kwargs=inputs)  # noqa: E731
-            reference, _ = token_log_probs(start, answers.batch, temperature=self.temperature)
+            reference, _ = token_log_probs(start, drawn, temperature=self.temperature)
         # Autocast of older torch releases would use weights again that were cast without gradients.
         torch.clear_autocast_cache()
         metrics = {
             "reward": rewards.mean(),
             "useful": (advantages != 0).any(1).float().mean(),
-            "length": (answers.batch["labels"] != IGNORE).sum(1).float().mean(),
-            "cut": answers.cut.float().mean(),
+            "length": (drawn["labels"] != IGNORE).sum(1).float().mean(),
+            "cut": cut.float().mean(),
         }
-        return Rollout(answers.batch, advantages.flatten().float(), reference, metrics)
+        return Rollout(drawn, advantages.flatten().float(), reference, metrics)
 
     def learn(self, model: BindLLM, rollout: Rollout) -> tuple[Tensor, Metrics]:
         """Return the mean loss of judged answers, and values to log.
@@ -376,7 +360,7 @@ def _prompts(batch: Batch) -> Batch:
 
 def draw_answers(
     model: BindLLM, prompts: Batch, *, group_size: int, temperature: float, max_new_tokens: int
-) -> Answers:
+) -> tuple[Batch, list[str], Tensor]:
     """Sample answers, all in one batch with a key/value cache, with torch's global random numbers.
 
     Args:
@@ -385,6 +369,11 @@ def draw_answers(
         group_size: answers to each prompt, G.
         temperature: divisor of the logits; 1 samples from the model's own distribution.
         max_new_tokens: longest answer, including its end token.
+
+    Returns:
+        prompts with their answers, R = B * G rows grouped by prompt and padded on the right, as from
+        `bindllm.data.collate.answer_batch`; the labels are the sampled tokens, including the end token. The answers
+        without control tokens. Whether each reached the maximum length without an end token, bool, [R].
     """
     ids = model.generate_from(
         **prompts,
@@ -397,7 +386,7 @@ def draw_answers(
     # The first end token belongs to the answer; padding follows it.
     in_answer = ended.cumsum(1) - ended.long() == 0
     batch = _join(prompts, ids, in_answer, group_size)
-    return Answers(batch, model.decode(ids), ~ended.any(1))
+    return batch, model.decode(ids), ~ended.any(1)
 
 
 def _join(prompts: Batch, ids: Tensor, in_answer: Tensor, group_size: int) -> Batch:

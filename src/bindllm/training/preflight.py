@@ -15,7 +15,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from bindllm.cache.blend import CacheConfig
+from bindllm.cache.blend import CacheConfig, index_command
 from bindllm.cache.visual_cache import choose_cache, open_cache
 from bindllm.conversation import check_vocabulary
 from bindllm.data.datamodule import BindData
@@ -407,7 +407,7 @@ def _check_cache(
     if not Path(config.folder).exists():
         say(
             f"warning: the visual cache {config.folder} does not exist. Training does not need it, the trained model "
-            f"does; once trained: bindllm index {config.folder} --checkpoint {output}"
+            f"does; once trained: {index_command(config.folder, output)}"
         )
         return
     with problems.noted():

@@ -25,7 +25,7 @@ from rich.console import Console
 
 from bindllm.atomic import atomic_file, check_replaceable, locked, remove_leftovers
 from bindllm.data.datamodule import BindData
-from bindllm.errors import BindLLMError, InputError, TrainingError
+from bindllm.errors import BindLLMError, InputError, TrainingError, listed
 from bindllm.evaluation.held_out import evaluate_held_out, held_out_rows
 from bindllm.evaluation.task import Evaluation
 from bindllm.model.checkpoint import MANIFEST, licenses
@@ -50,7 +50,6 @@ Change = tuple[str, Any, Any]
 SHUFFLED_LIMIT = 1000
 """Held-out questions that are asked about media of other rows; more take long and change little."""
 
-_SHOWN_CHANGES = 5
 _PROCESSES = ("trainer.devices", "trainer.num_nodes")
 # The strategy often changes with the number of processes; it does not change which rows a step sees.
 _PLACEMENT = (*_PROCESSES, "trainer.strategy")
@@ -279,9 +278,7 @@ def _is_longer(change: Change) -> bool:
 
 
 def _listed(changes: Sequence[Change]) -> str:
-    shown = [f"{key}: {old} -> {new}" for key, old, new in changes[:_SHOWN_CHANGES]]
-    more = f", and {len(changes) - _SHOWN_CHANGES} more" if len(changes) > _SHOWN_CHANGES else ""
-    return ", ".join(shown) + more
+    return listed([f"{key}: {old} -> {new}" for key, old, new in changes])
 
 
 @dataclass(frozen=True)
