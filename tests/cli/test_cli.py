@@ -206,7 +206,7 @@ def test_an_output_folder_with_other_content_is_not_replaced(parts, capsys):
     Path("photos").mkdir()
     Path("photos/a.txt").write_text("mine")
     assert run("fit", tiny_recipe(parts, output="photos")) == 1
-    assert "choose another" in capsys.readouterr().err
+    assert "Choose another" in capsys.readouterr().err
     assert Path("photos/a.txt").read_text() == "mine"
 
 

@@ -105,26 +105,6 @@ def test_biases_and_norms_are_left_out_by_name():
     assert not any("bias" in name or "norm" in name for name in names)
 
 
-def test_the_injection_takes_the_base_value_projection_and_its_term_passes_the_adapter(decoder):
-    """The value has no LoRA and no new bias; what it adds goes through the output projection's."""
-    model = build(decoder)
-    attention = model.decoder.model.layers[0].self_attn
-    seen = {}
-    attention.o_proj.register_forward_pre_hook(
-        lambda _, args: seen.update(heads=args[0].detach()), prepend=False
-    )
-    model(**tiny_batch())
-    heads = seen["heads"]
-    model(**tiny_batch(media_index=torch.full_like(IDS, -1)))
-    added = heads - seen["heads"]
-    bind = model.bind(tiny_batch()["embeddings"]) + model.injection.queries[0]
-    value = nn.functional.linear(bind, attention.v_proj.base_layer.weight).view(2, 1, 2, 1, 8)
-    gates = torch.tanh(model.injection.gates[0]).view(2, 2, 1)
-    torch.testing.assert_close(
-        added, (value * gates).reshape(2, 1, 32).expand_as(added), atol=1e-5, rtol=1e-4
-    )
-
-
 @pytest.mark.parametrize(("kind", "dtype"), [*((kind, "float32") for kind in KINDS), ("dora", "bfloat16")])
 def test_saved_and_loaded_it_gives_the_same_logits(decoder, tmp_path, kind, dtype):
     model = build(decoder, dtype=dtype, **KINDS[kind])

@@ -153,22 +153,6 @@ def test_at_the_start_the_divergence_is_zero_and_the_reference_stays_there(decod
     assert metrics["kl"].item() > 1e-4
 
 
-def test_a_step_makes_better_answers_likelier_and_worse_ones_less_likely(decoder):
-    objective = GRPO(LetterClass(), group_size=8, max_new_tokens=2, beta=0.0)
-    model, batch = started(decoder, objective)
-    torch.manual_seed(0)
-    rollout = objective.roll_out(model, batch)
-    before = [alone(model, rollout, r).mean() for r in range(24)]
-    objective.learn(model, rollout)[0].backward()
-    with torch.no_grad():
-        for value in model.parameters():
-            if value.requires_grad:
-                value.sub_(0.01 * value.grad)
-    moved = torch.tensor([alone(model, rollout, r).mean() - before[r] for r in range(24)])
-    better, worse = moved[rollout.advantages > 0], moved[rollout.advantages < 0]
-    assert better.mean() > 0.001 > -0.001 > worse.mean()
-
-
 @pytest.mark.parametrize("beta", [0.0, 0.04])
 def test_groups_of_equal_rewards_leave_the_weights_to_the_reference(beta, decoder):
     """Without one the loss is zero, and backward still runs; every trained tensor has a gradient, of zeros."""

@@ -171,8 +171,6 @@ def test_a_mismatched_answer_is_cut_to_the_longest_row():
     longest = max(len(sample.input_ids) for sample in samples)
     samples[1] = row(1, "red", "not so long", desirable=True)
     assert [len(sample.input_ids) <= longest for sample in mismatch(samples, seed=0)] == [True, True]
-    with pytest.raises(InputError, match=r"KTO needs at least 2 rows.*row 0 is the only one"):
-        mismatch(samples[:1], seed=0)
 
 
 @pytest.mark.parametrize(
@@ -248,6 +246,13 @@ def test_kto_needs_both_kinds_of_answers(desirable):
     # One of the other kind, or a pair, which has both.
     KTO().check_rows([*alike, row(3, "red", "white", desirable=not desirable)], sources)
     KTO().check_rows([*alike, *pairs()[:1]], sources)
+
+
+def test_kto_needs_two_rows_in_each_split_before_the_decoder_is_loaded():
+    data = Preferences(pairs())
+    data.splits["validation"] = pairs()[:1]
+    with pytest.raises(InputError, match=r"at least 2 rows in a split.*row 0 is the only one of validation"):
+        KTO().check(data, "fit")
 
 
 def test_measuring_without_training_is_refused_with_what_to_do(decoder, tmp_path):

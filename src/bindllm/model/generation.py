@@ -21,7 +21,7 @@ from transformers import (
     TextIteratorStreamer,
 )
 
-from bindllm.conversation import Conversation, Message, Rendered, control_tokens, end_tokens, render
+from bindllm.conversation import NO_MEDIA, Conversation, Message, control_tokens, end_tokens, render
 from bindllm.embeddings.embedder import GroupEmbeddings
 from bindllm.errors import InputError, did_you_mean
 from bindllm.media import Media
@@ -178,33 +178,27 @@ def check_options(options: dict[str, Any]) -> dict[str, Any]:
     return {**defaults, **options}
 
 
-def pad_left(rendered: Sequence[Rendered], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return input ids, attention mask and media index of a left-padded batch, each [B, T]."""
-    # Padding on the left: the next token follows the last column of every row.
-    width = max(len(row.input_ids) for row in rendered)
-
-    def pad(rows: list[list[int]], filler: int) -> Tensor:
-        return torch.tensor([[filler] * (width - len(row)) + list(row) for row in rows])
-
-    ids = [row.input_ids for row in rendered]
-    return (
-        pad(ids, pad_id),
-        pad([[1] * len(row) for row in ids], 0),
-        # Index -1: padding listens to no media.
-        pad([row.media_index for row in rendered], -1),
-    )
-
-
 def render_prompts(
     conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Render conversations up to the header of the answer, as a left-padded batch."""
+    """Render conversations up to the header of the answer: input ids, attention mask and media index, each [B, T]."""
+    # Control tokens in a prompt are escaped: text from outside must not end its turn.
     rendered = [
-        # Control tokens in a prompt are escaped: text from outside must not end its turn.
-        render(c, tokenizer, add_generation_prompt=True, control_text="escape")
-        for c in conversations
+        render(c, tokenizer, add_generation_prompt=True, control_text="escape") for c in conversations
     ]
-    return pad_left(rendered, tokenizer.pad_token_id)
+    width = max(len(row.input_ids) for row in rendered)
+
+    def pad(rows: list[list[int]], filler: int) -> Tensor:
+        # Padding on the left: the next token follows the last column of every row.
+        return torch.tensor([[filler] * (width - len(row)) + row for row in rows])
+
+    ids = [row.input_ids for row in rendered]
+    return (
+        pad(ids, tokenizer.pad_token_id),
+        pad([[1] * len(row) for row in ids], 0),
+        # Padding listens to no media.
+        pad([row.media_index for row in rendered], NO_MEDIA),
+    )
 
 
 def prepare_batch(

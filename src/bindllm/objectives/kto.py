@@ -58,6 +58,16 @@ class KTO(Objective):
         self._mismatched: dict[str, list[Sample]] = {}
         self._make_batch: Callable[[list[Sample]], Batch]
 
+    def check(self, data: BindData, stage: str) -> None:
+        """Refuse a split of one row, which has no other answer, in addition to `Objective.check`."""
+        super().check(data, stage)
+        for split in ("train", "validation"):
+            if len(samples := data.samples(split)) == 1:
+                raise InputError(
+                    f"KTO needs at least 2 rows in a split, for mismatched answers; {samples[0].name} is the only one "
+                    f"of {split}"
+                )
+
     def check_rows(self, rows: Sequence[Row | Sample], sources: Sequence[SourceConfig]) -> None:
         """Refuse rows without a label, and rows that all have the same one.
 
@@ -156,15 +166,7 @@ def kto_loss(
 
 
 def mismatch(samples: Sequence[Sample], *, seed: int) -> list[Sample]:
-    """Return each row with the last answer of another row, truncated to the length of the longest row.
-
-    Raises:
-        InputError: there is only one row.
-    """
-    if len(samples) < 2:
-        raise InputError(
-            f"KTO needs at least 2 rows in a split, for mismatched answers; {samples[0].name} is the only one"
-        )
+    """Return each of at least two rows with the last answer of another, truncated to the length of the longest row."""
     # A random cycle: no row is its own partner, and every answer is used once.
     order = np.random.default_rng(seed).permutation(len(samples))
     partner = dict(zip(order.tolist(), np.roll(order, 1).tolist(), strict=True))
