@@ -21,7 +21,7 @@ from bindllm.model.decoder import DecoderConfig
 from bindllm.model.injection import InjectConfig
 from bindllm.training.module import AnyEncoder, BindModule
 from bindllm.training.optim import OptimConfig
-from tiny import ColorEncoder
+from tiny import ColorEncoder, TokenEncoder
 from tiny_run import make_trainer
 
 
@@ -126,9 +126,13 @@ def test_a_group_that_is_not_named_stays_as_it_was(make, trainer):
     assert changed == {"injection"}
 
 
-def test_it_learns_to_tell_colours_apart(make, trainer):
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_it_learns_to_tell_colours_apart(tokens, make, trainer):
     """A random decoder cannot spell, so the loss keeps a floor; what it says must still follow the picture."""
-    module, data = make()
+    kind = "value" if tokens == 1 else "attend"
+    options = {"bind": BindConfig(depth=1, tokens=tokens), "inject": InjectConfig(kind)}
+    module, data = make(encoders=[TokenEncoder()], **options)
+    data.token_modalities = module.token_modalities
     zero_gates = trainer().validate(module, data, verbose=False)[0]["val_loss"]
     trainer(max_epochs=12).fit(module, data)
     trained = trainer().validate(module, data, verbose=False)[0]["val_loss"]

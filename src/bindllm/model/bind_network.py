@@ -102,14 +102,12 @@ class SwiGLUBlock(nn.Module):
 class LatentBlock(nn.Module):
     """Latents read tokens: ``z + out(attention(norm(z), tokens))``, then a `SwiGLUBlock`."""
 
-    def __init__(self, width: int, config: BindConfig) -> None:
+    def __init__(self, width: int, inner: int, config: BindConfig) -> None:
         super().__init__()
-        # Half the width of the decoder, at most 512 as in Flamingo: all latents and tokens pass through here.
-        inner = _HEADS * min(64, max(1, width // (2 * _HEADS)))
         self.norm = nn.RMSNorm(width, eps=1e-6)
         self.query = nn.Linear(width, inner, bias=False)
-        self.key = nn.Linear(width, inner, bias=False)
-        self.value = nn.Linear(width, inner, bias=False)
+        self.key = nn.Linear(inner, inner, bias=False)
+        self.value = nn.Linear(inner, inner, bias=False)
         self.out = nn.Linear(inner, width, bias=False)
         # Not the expansion of the bind network, whose blocks see one vector and not N.
         self.block = SwiGLUBlock(width, replace(config, expansion=1))
@@ -119,7 +117,7 @@ class LatentBlock(nn.Module):
 
         Args:
             z: [G, N, D], or [1, N, D] if all G groups have the same.
-            tokens: [G, n, D].
+            tokens: in the width of attention, [G, n, A].
             masked: which tokens do not count, [G, 1, n]; not all of a group.
         """
         query, key, value = (
@@ -150,9 +148,11 @@ class Resampler(nn.Module):
     def __init__(self, token_size: int, width: int, config: BindConfig) -> None:
         super().__init__()
         self.latents = nn.Parameter(torch.randn(config.tokens - 1, width))
-        self.projection = nn.Linear(token_size, width)
-        self.norm = nn.RMSNorm(width, eps=1e-6)
-        self.blocks = nn.ModuleList(LatentBlock(width, config) for _ in range(RESAMPLER_DEPTH))
+        # Half the width of the decoder, at most 512 as in Flamingo: tokens are many, and every step projects them.
+        inner = _HEADS * min(64, max(1, width // (2 * _HEADS)))
+        self.projection = nn.Linear(token_size, inner)
+        self.norm = nn.RMSNorm(inner, eps=1e-6)
+        self.blocks = nn.ModuleList(LatentBlock(width, inner, config) for _ in range(RESAMPLER_DEPTH))
         self.output_norm = nn.RMSNorm(width, eps=1e-6)
 
     def forward(self, tokens: Tensor, count: int) -> Tensor:
