@@ -1,6 +1,7 @@
 """The shape of the code: who may import whom, how long files and functions may be, what `import bindllm` costs."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -42,16 +43,22 @@ def test_files_import_only_rooms_below_them():
         (room, other)
         for file in FILES
         if (room := room_of(file))
-        for other in imported_rooms(ast.parse(file.read_text()))
+        for other in imported_rooms(tree_of(file))
         if ROOMS.index(other) > ROOMS.index(room)
     }
     assert not upward
 
 
+@functools.cache
+def tree_of(file: Path) -> ast.Module:
+    return ast.parse(file.read_text())
+
+
+@functools.cache
 def names_in(file: Path) -> set[str]:
     """Names that a file defines or imports at its top level, also for type hints, and the modules next to it."""
     found = {path.stem for path in file.parent.iterdir()} if file.name == "__init__.py" else set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(tree_of(file)):
         if isinstance(node, ast.ClassDef | ast.FunctionDef):
             found.add(node.name)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
@@ -64,7 +71,7 @@ def names_in(file: Path) -> set[str]:
 def test_imported_names_exist_also_those_for_type_hints():
     missing = []
     for file in FILES:
-        for node in ast.walk(ast.parse(file.read_text())):
+        for node in ast.walk(tree_of(file)):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bindllm."):
                 home = SOURCE.joinpath(*node.module.split(".")[1:])
                 home = home / "__init__.py" if home.is_dir() else home.with_suffix(".py")
@@ -80,7 +87,7 @@ def test_files_functions_and_folders_are_small():
             too_long.append(str(file))
         too_long += [
             f"{file}: {node.name}"
-            for node in ast.walk(ast.parse(text))
+            for node in ast.walk(tree_of(file))
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
             and node.end_lineno - node.lineno >= MOST_FUNCTION_LINES
         ]

@@ -92,7 +92,7 @@ def test_commands_and_python_blocks_run(project, tmp_path, monkeypatch, capsys):
             with monkeypatch.context() as elsewhere:
                 elsewhere.chdir(tmp_path)
                 assert main(words) == 1
-            assert "does not exist" in capsys.readouterr().err
+            assert "is missing" in capsys.readouterr().err
             continue
         trains = words[0] in ("fit", "align")
         extra = ["--trainer.accelerator", "cpu", "--trainer.logger", "false"] if trains else []

@@ -196,6 +196,7 @@ def test_augmentation_and_mixing_follow_the_seed(tmp_path):
         ),
         ([PairSource("a")], {"batch_size": 1}, r"data\.batch_size must be at least 2"),
         ([PairSource("a")], {"mix": 1.5}, r"data\.mix must be from 0 to 1"),
+        ([PairSource("a")], {"mix": 0.3, "tower": LetterEncoder()}, "LetterEncoder has no method mix"),
     ],
 )
 def test_data_that_cannot_be_are_refused(sources, settings, message):

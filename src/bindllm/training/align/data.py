@@ -232,6 +232,8 @@ class AlignData(LightningDataModule):
             )
         if not 0 <= mix <= 1:
             raise InputError(f"data.mix must be from 0 to 1, not {mix}")
+        if mix and not isinstance(tower, CanMix):
+            raise InputError(f"data.mix is {mix}, but {type(tower).__name__} has no method mix; set it to 0")
         for name in ("modality", "target"):
             found = sorted({vars(source)[name] for source in sources})
             if len(found) > 1:
@@ -323,8 +325,6 @@ class AlignData(LightningDataModule):
         generator: torch.Generator,
     ) -> list[Tensor]:
         """Mix some of the inputs with a second media of the same target."""
-        if not isinstance(self.tower, CanMix):
-            return inputs
         # Drawn for all rows at once: the sequence is the same, whichever rows are mixed.
         drawn = torch.rand(len(inputs), 2, generator=generator)
         for row, (share, draw) in enumerate(drawn.tolist()):
