@@ -128,7 +128,7 @@ def test_commands_and_their_processes_import_what_is_named_and_nothing_else(here
     # The encoder has the settings of the checkpoint's, and another fingerprint: it was imported to find that out.
     (here / "my_net.py").write_text("from cache_parts import Multimodal as Base\n")
     loads = ["model", "--allow", "my_lab.Encoder"]
-    run_commands(["generate", *loads, "--max_new_tokens", "2"], script=False)
+    run_commands(["encode", "text:a dog", "text:a cat", "--encoder", "my_lab.Encoder"], script=False)
     tiny_parts(here)
     for name in ("base64", "selectors"):
         # Of the standard library, which a spawned process could find here first.
@@ -137,6 +137,7 @@ def test_commands_and_their_processes_import_what_is_named_and_nothing_else(here
     config = ["--config", str(write_recipe(tiny_recipe(here, model=model, trainer={"max_epochs": 1})))]
     run_commands(
         ["check", "--folder", *loads],
+        ["generate", *loads, "--max_new_tokens", "2"],
         ["embed", *config, "--trainer.devices", "2"],
         ["fit", *config],
     )

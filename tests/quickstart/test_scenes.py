@@ -148,16 +148,29 @@ def test_the_description_follows_from_the_pixels(made, described):
 
 
 def count_blobs(mask):
-    """Number of connected sets of pixels."""
-    left, count = set(zip(*map(list, np.nonzero(mask)), strict=True)), 0
-    while left:
-        count, edge = count + 1, [left.pop()]
-        while edge:
-            y, x = edge.pop()
-            near = {(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)} & left
-            left -= near
-            edge += near
-    return count
+    """Number of connected sets of pixels: a run of pixels in a row joins those that it touches in the row above."""
+    parents, above = {}, []
+
+    def root(run):
+        while parents[run] != run:
+            run = parents[run]
+        return run
+
+    for y, line in enumerate(np.pad(mask.astype(int), ((0, 0), (1, 1)))):
+        edges = np.flatnonzero(np.diff(line)).tolist()
+        runs = [(y, start, stop) for start, stop in zip(edges[::2], edges[1::2], strict=True)]
+        for run in runs:
+            parents[run] = run
+            for other in above:
+                if other[1] <= run[2] and run[1] <= other[2]:
+                    parents[root(other)] = root(run)
+        above = runs
+    return sum(run == parent for run, parent in parents.items())
+
+
+def test_blobs_are_counted():
+    shape = ["X.X..", ".X..X", "X.X.X", "....X"]
+    assert count_blobs(np.array([[pixel == "X" for pixel in line] for line in shape])) == 2
 
 
 def test_no_scene_is_ambiguous(described):
