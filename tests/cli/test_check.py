@@ -375,10 +375,11 @@ def test_the_cache_of_a_recipe(parts, capsys):
     assert run("check", tiny_recipe(parts), "--model.cache", "{fodler: caches/a}") == 1
     assert "expected the path of a folder, or a mapping with the keys folder" in capsys.readouterr().out
     recipe = tiny_recipe(parts)
-    for entry, close in (({"topk": 3}, "top_k"), ({"formula": "releasedd"}, "released")):
-        recipe["model"]["cache"] = {"folder": "caches/a", **entry}
-        assert run("check", recipe) == 1
-        assert f"Did you mean '{close}'?" in capsys.readouterr().out
+    recipe["model"]["cache"] = {"folder": "caches/a", "topk": 3, "formula": "releasedd"}
+    assert run("check", recipe) == 1
+    told = capsys.readouterr().out
+    assert "Did you mean 'top_k'?" in told
+    assert "Did you mean 'released'?" in told
     Path("caches/a").mkdir(parents=True)
     assert run("check", tiny_recipe(parts), "--model.cache.folder", "caches/a") == 1
     assert "caches/a is not the folder of an index" in capsys.readouterr().out
