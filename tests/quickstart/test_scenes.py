@@ -11,6 +11,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from bindllm.data.source_config import SourceConfig
@@ -122,7 +123,7 @@ def test_every_answer_follows_from_the_description(described, asked):
 
 
 def test_the_description_follows_from_the_pixels(made, described):
-    for row in described[::3]:
+    for row in described[::12]:
         pixels = np.asarray(Image.open(made[0] / row["image"])).astype(int)
         assert pixels.shape == (scenes.SIDE, scenes.SIDE, 3)
         drawn = (pixels != pixels[0, 0]).any(axis=2)
@@ -148,16 +149,14 @@ def test_the_description_follows_from_the_pixels(made, described):
 
 
 def count_blobs(mask):
-    """Number of connected sets of pixels."""
-    left, count = set(zip(*map(list, np.nonzero(mask)), strict=True)), 0
-    while left:
-        count, edge = count + 1, [left.pop()]
-        while edge:
-            y, x = edge.pop()
-            near = {(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)} & left
-            left -= near
-            edge += near
-    return count
+    """Number of connected sets: each pixel takes the largest number of its neighbors until none changes."""
+    numbers = torch.from_numpy(mask).float()
+    mask, before = numbers.clone(), None
+    numbers = (torch.arange(1.0, numbers.numel() + 1).float().view(numbers.shape) * mask)[None]
+    while before is None or not torch.equal(numbers, before):
+        before = numbers
+        numbers = torch.nn.functional.max_pool2d(numbers, 3, stride=1, padding=1) * mask
+    return len(numbers.unique()) - 1
 
 
 def test_no_scene_is_ambiguous(described):
