@@ -299,14 +299,14 @@ class Two(ColorEncoder):
 
 def test_one_mistake_next_to_several_required_arguments_is_one_problem(parts, capsys):
     recipe = tiny_recipe(parts)
-    arguments = {"first": 1, "second": 2, "thrid": 3}
+    arguments = {"first": 1, "second": 2, "thirdd": 3}
     recipe["model"]["encoders"] = [{"class_path": "test_check.Two", "init_args": arguments}]
     assert run("check", recipe) == 1
     told = capsys.readouterr().out
     assert "Did you mean 'third'?" in told
     assert "are required" not in told
     assert "no encoder" not in told
-    del arguments["thrid"], arguments["second"]
+    del arguments["thirdd"], arguments["second"]
     assert run("check", recipe) == 1
     assert "the following arguments are required: second" in capsys.readouterr().out
 

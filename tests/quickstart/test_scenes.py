@@ -122,7 +122,7 @@ def test_every_answer_follows_from_the_description(described, asked):
 
 
 def test_the_description_follows_from_the_pixels(made, described):
-    for row in described[::3]:
+    for row in described[::12]:
         pixels = np.asarray(Image.open(made[0] / row["image"])).astype(int)
         assert pixels.shape == (scenes.SIDE, scenes.SIDE, 3)
         drawn = (pixels != pixels[0, 0]).any(axis=2)
