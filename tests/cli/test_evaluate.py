@@ -94,6 +94,8 @@ def test_options_reach_the_measurement(capsys):
     Path("r.json").mkdir()
     assert main(line) == 2
     assert "--output r.json is a folder; give a file in it" in capsys.readouterr().err
+    assert main([*line, "--output", "prompts.txt/r.json"]) == 2
+    assert "--output prompts.txt/r.json: its folder cannot be made" in capsys.readouterr().err
 
 
 def test_columns_of_a_table():

@@ -139,6 +139,14 @@ def evaluate(
         )
     if measuring.output and measuring.output.is_dir():
         raise UsageError(f"--output {measuring.output} is a folder; give a file in it, such as result.json")
+    if measuring.output:
+        # Now, not after an hour of measuring.
+        try:
+            measuring.output.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(
+                f"--output {measuring.output}: its folder cannot be made ({error.strerror}); choose another path"
+            ) from error
 
     from bindllm.evaluation.zero_shot import evaluate_zero_shot
 
