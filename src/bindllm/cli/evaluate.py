@@ -87,6 +87,19 @@ class MeasuringOptions:
             return read_templates(self.prompts)
         return [check_template(template, where="--prompt: ") for template in self.prompt] or None
 
+    def check_output(self) -> None:
+        """Refuse an output that cannot be written: now, not after an hour of measuring."""
+        if self.output is None:
+            return
+        if self.output.is_dir():
+            raise UsageError(f"--output {self.output} is a folder; give a file in it, such as result.json")
+        try:
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(
+                f"--output {self.output}: its folder cannot be made ({error.strerror}); choose another path"
+            ) from error
+
     def show(self, result: Result) -> None:
         """Print the result, and write it to the output file."""
         from rich.console import Console
@@ -137,16 +150,7 @@ def evaluate(
         raise UsageError(
             "no encoder to evaluate: name one with --encoder, or a trained folder with --checkpoint"
         )
-    if measuring.output and measuring.output.is_dir():
-        raise UsageError(f"--output {measuring.output} is a folder; give a file in it, such as result.json")
-    if measuring.output:
-        # Now, not after an hour of measuring.
-        try:
-            measuring.output.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(
-                f"--output {measuring.output}: its folder cannot be made ({error.strerror}); choose another path"
-            ) from error
+    measuring.check_output()
 
     from bindllm.evaluation.zero_shot import evaluate_zero_shot
 
