@@ -108,7 +108,7 @@ def _write_images(folder: Path) -> None:
 def _train(folder: Path, side: str, options: dict[str, Any]) -> list[dict[str, str]]:
     """Train a side in its own processes and return one row per step."""
     recipe = {
-        "output": f"trained/{side}",
+        "output": f"checkpoints/{side}",
         "save_every_seconds": 10_000,
         "model": {
             "decoder": {"name": str(DECODER), "dtype": "float32", "system": ""},
