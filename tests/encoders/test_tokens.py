@@ -88,7 +88,9 @@ def test_positions_made_in_inference_mode_take_part_in_training():
     with torch.inference_mode():
         add_positions(torch.zeros(5, 9, 22, dtype=torch.float16))
     positioned = add_positions(torch.zeros(5, 9, 22, dtype=torch.float16))
-    (positioned * torch.ones(22, requires_grad=True)).sum().backward()
+    scale = torch.ones(22, requires_grad=True)
+    (positioned * scale).sum().backward()
+    assert torch.equal(scale.grad, positioned.sum(0))
 
 
 def test_groups_of_unequal_media():
