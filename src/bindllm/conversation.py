@@ -316,7 +316,7 @@ def _guard(text: str, control: dict[str, int], *, escape: bool) -> str:
 
 
 def _check_normalized(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse texts that spell a control token in other characters, such as wide letters."""
+    """Refuse texts that spell a control token in other characters, such as full-width ones."""
     # Only some tokenizers look control tokens up in the normalized text.
     tokens = tokenizer.added_tokens_decoder
     normalized = {i for i, token in tokens.items() if token.special and token.normalized}

@@ -78,6 +78,7 @@ def reduce_tokens(tokens: Tensor) -> Tensor:
         >>> reduce_tokens(torch.randn(15, 16, 16, 8)).shape
         torch.Size([6, 6, 6, 8])
     """
+    # Stores hold this form, and the encoder's fingerprint does not cover it: a change needs a new kind of shard.
     tokens = tokens.detach().float()
     grid = tokens.shape[:-1]
     if math.prod(grid) > MOST_TOKENS:

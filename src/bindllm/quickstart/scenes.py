@@ -351,7 +351,7 @@ def questions(scene: Scene, sprites: Mapping[str, Sprite]) -> list[dict[str, str
     """Return the questions about a scene, as rows ``image``, ``question``, ``answer`` and ``type``."""
     rng = Random(f"{scene.part}/{scene.number}/questions")
     # How to read this: type, question and answer of each. Pairs are asked in both orders, so that answers balance.
-    # Not by the number: it decides count and color, which must not tell which side is asked for.
+    # Not by the number: it decides count and color, and the side that is asked for must not depend on them.
     first, names = _between((0, 1), rng), [thing.name for thing in scene.things]
     found = [("what", "What is in the image?", names[0])] if len(names) == 1 else []
     # The colors of NAMING are not among the answers that training has.
@@ -445,7 +445,7 @@ def chance(rows: Iterable[Mapping[str, str]]) -> dict[str, dict[str, float]]:
         >>> chance([{"type": "count", "answer": answer, "split": "train"} for answer in ("one", "two")])
         {'train': {'count': 0.5}}
     """
-    # The names in a question say nothing about its answer, so no model without the image does better in the long run.
+    # The answer does not depend on the names in a question, so no model without the image does better in the long run.
     answers: dict[str, dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
     for row in rows:
         answers[row.get("subset", row["split"])][row["type"]][row["answer"]] += 1
