@@ -98,7 +98,7 @@ def test_keys_that_do_not_change_the_result_may_differ(tmp_path, capsys):
     assert "resuming" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("content", [None, b"a: [", b"- 1", b"\xff"])
+@pytest.mark.parametrize("content", [None, b"a: [", b"- 1", b"\xff", b"[" * 10_000])
 def test_a_state_without_its_recipe_is_set_aside(tmp_path, content):
     folder = interrupted(tmp_path / "run")
     (folder / "recipe.yaml").unlink()

@@ -23,7 +23,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from rich.console import Console
 
-from bindllm.atomic import atomic_file, check_replaceable, locked, remove_leftovers
+from bindllm.atomic import atomic_file, check_replaceable, locked, read_recipe, remove_leftovers
 from bindllm.data.datamodule import BindData
 from bindllm.errors import BindLLMError, InputError, TrainingError, listed
 from bindllm.evaluation.held_out import evaluate_held_out, held_out_rows
@@ -215,11 +215,11 @@ def _is_written_by(recipe: str, output: Path, *, longer: bool = True) -> bool:
     return (output / MANIFEST).is_file() and (all(map(_is_longer, changes)) if longer else not changes)
 
 
-def _read_recipe(folder: Path) -> Any:
+def _read_recipe(folder: Path) -> dict[str, Any]:
     file = folder / RECIPE
     try:
-        return yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (yaml.YAMLError, UnicodeDecodeError):
+        return read_recipe(file) if file.is_file() else {}
+    except InputError:
         # Edited or damaged: it is another recipe than that of any run.
         return {}
 
