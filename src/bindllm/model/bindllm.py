@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
@@ -24,6 +24,7 @@ from bindllm import __version__
 from bindllm.cache.blend import CacheConfig
 from bindllm.cache.visual_cache import CacheChoice, VisualCache, choose_cache
 from bindllm.conversation import Conversation
+from bindllm.embeddings.datastore import READS_NO_RECORDS, Datastore, open_datastore
 from bindllm.embeddings.embedder import GroupEmbeddings, embed_groups
 from bindllm.encoders import Encoder, alignment_warnings, skipped_encoders
 from bindllm.encoders.fusion import common_size
@@ -32,8 +33,11 @@ from bindllm.errors import InputError, did_you_mean
 from bindllm.media import Media
 from bindllm.model.adapter import Adapter, AdapterConfig
 from bindllm.model.bind_network import BindConfig, BindNetwork
-from bindllm.model.checkpoint import check_keys, describe_encoders, write_card, write_checkpoint
+from bindllm.model.checkpoint import DATASTORE, check_keys, describe_encoders, write_card, write_checkpoint
+from bindllm.model.context import ContextConfig, ContextNetwork
+from bindllm.model.context.records import RecordReader
 from bindllm.model.decoder import (
+    BindOutput,
     DecoderConfig,
     choose_positions,
     fingerprint_decoder,
@@ -56,20 +60,7 @@ from bindllm.model.generation import (
 from bindllm.model.injection import InjectConfig, Injection, check_kind
 from bindllm.model.pretrained import read_parts
 
-
-@dataclass
-class BindOutput:
-    """Output of a forward pass.
-
-    Attributes:
-        logits: [B, T, V] without labels; with labels [N, V], at the N positions that predict a supervised token.
-        targets: the supervised tokens, [N], or None.
-        rows: the row of the batch that each of them is in, [N], or None.
-    """
-
-    logits: Tensor
-    targets: Tensor | None = None
-    rows: Tensor | None = None
+CONTEXT_GATES = "injection.context_gates"
 
 
 class BindLLM(nn.Module):
@@ -83,11 +74,14 @@ class BindLLM(nn.Module):
         bind: shape of the bind network, and the number of bind tokens.
         inject: kind of injection; more than one bind token needs ``attend``.
         adapter: the tuned tensors of the decoder. None: the decoder stays as it is.
+        context: shape of the context perceivers (docs/context.md). None: the model reads no retrieved records.
         cache_config: the visual cache that checkpoints name. Only `from_pretrained` opens it.
         origin: source and license of the trained tensors, for the model cards of all folders.
 
     Attributes:
         cache: the default visual cache of all calls, or None.
+        datastore: the default datastore of all calls, or None.
+        num_records: number of its records that are read for each media group.
 
     Example:
         ```python
@@ -106,12 +100,15 @@ class BindLLM(nn.Module):
         bind: BindConfig | None = None,
         inject: InjectConfig | None = None,
         adapter: AdapterConfig | None = None,
+        context: ContextConfig | None = None,
         cache_config: CacheConfig | None = None,
         origin: str = "",
     ) -> None:
         super().__init__()
         self.config, self.cache_config, self.origin = config, cache_config, origin
         self.cache: VisualCache | None = None
+        self.datastore: Datastore | None = None
+        self.context_config, self.num_records = context, 0 if context is None else context.records
         self.bind_config, self.inject_config = bind or BindConfig(), inject or InjectConfig()
         self.tokenizer, self.encoders = tokenizer, tuple(encoders)
         if decoder.device.type != "meta":
@@ -124,10 +121,14 @@ class BindLLM(nn.Module):
             check_kind(self.inject_config, self.bind_config.tokens)
             size = token_size(self.encoders, self.bind_config.token_modalities)
         self.bind = BindNetwork(common_size(self.encoders), width, self.bind_config, size).to(decoder.device)
+        self.context = None
+        if context is not None:
+            self.context = ContextNetwork(common_size(self.encoders), width, context).to(decoder.device)
         # Before the injection: its term then passes through the adapter of the output projection.
         self.adapter = None if adapter is None else Adapter(decoder, adapter)
         # After the adapter, since hooks must see the final modules. Gates start at zero, so nothing changes yet.
-        self.injection = Injection(decoder, self.inject_config).to(decoder.device)
+        has_context = context is not None
+        self.injection = Injection(decoder, self.inject_config, has_context=has_context).to(decoder.device)
         self.decoder = decoder
         if (head := decoder.get_output_embeddings()) is not None:
             head.register_forward_pre_hook(choose_positions)
@@ -142,7 +143,7 @@ class BindLLM(nn.Module):
         Args:
             decoder: which decoder, and its dtype.
             device: by default the accelerator that torch finds, else the CPU.
-            **parts: ``encoders``, ``bind``, ``inject`` and ``adapter`` as for the class.
+            **parts: ``encoders``, ``bind``, ``inject``, ``adapter`` and ``context`` as for the class.
         """
         return cls(load_decoder(decoder, device=device), load_tokenizer(decoder), decoder, **parts)
 
@@ -183,14 +184,22 @@ class BindLLM(nn.Module):
             "bind": [(f"bind.{name}", value) for name, value in self.bind.named_parameters()],
             "inject": [(f"injection.{name}", value) for name, value in self.injection.named_parameters()],
         }
-        return groups if self.adapter is None else {**groups, "adapter": [*self.adapter.parameters().items()]}
+        if self.adapter is not None:
+            groups["adapter"] = [*self.adapter.parameters().items()]
+        if self.context is not None:
+            # With its own gates, so that it can be trained without changing the rest.
+            *groups["inject"], gates = sorted(groups["inject"], key=lambda member: member[0] == CONTEXT_GATES)
+            own = [(f"context.{name}", value) for name, value in self.context.named_parameters()]
+            groups["context"] = [*own, gates]
+        return groups
 
     def set_trainable(self, names: Sequence[str]) -> None:
         """Let the named groups be trained and freeze everything else."""
         groups = self.parameter_groups()
         for name in names:
             if name not in groups:
-                hint = "Give the model one, such as adapter: {rank: 16}. " if name == "adapter" else ""
+                examples = {"adapter": "adapter: {rank: 16}", "context": "context: {records: 3}"}
+                hint = f"Give the model one, such as {examples[name]}. " if name in examples else ""
                 raise InputError(f"unknown parameter group {name!r}. {hint}{did_you_mean(name, groups)}")
         # Freeze first: the groups below are the only parameters that may get gradients.
         self.requires_grad_(False)
@@ -265,6 +274,8 @@ class BindLLM(nn.Module):
         embeddings: Tensor,
         labels: Tensor | None = None,
         tokens: Tensor | None = None,
+        context_embeddings: Tensor | None = None,
+        context_ids: Tensor | None = None,
     ) -> BindOutput:
         """Run the decoder with the media bound to its tokens.
 
@@ -277,6 +288,9 @@ class BindLLM(nn.Module):
                 vocabulary projection runs at the positions that predict a supervised token, and nowhere else.
             tokens: encoder tokens of each media group, [B, M, n, C], rows of zeros where it has fewer; only read with
                 more than one bind token (`BindConfig.tokens`). None: no group has any.
+            context_embeddings: embeddings of the records of each media group, nearest first, [B, M, K, E]; zeros are no
+                records. None: no records.
+            context_ids: token ids of their texts, [B, M, K, S], -1 for padding.
         """
         # How to read this: the mask is passed only if it is needed, and logits are computed only at the positions
         # that predict a supervised token. Both save time, and neither changes a result. Training runs the decoder's
@@ -287,6 +301,7 @@ class BindLLM(nn.Module):
             "use_cache": False,
             "bind": self.bind(embeddings, tokens),
             "media_index": media_index,
+            "context": self._context(embeddings, context_embeddings, context_ids),
         }
         if padded_left:
             inputs["attention_mask"] = attention_mask
@@ -304,6 +319,14 @@ class BindLLM(nn.Module):
         logits = logits[rows, columns] if logits.ndim == 3 else logits
         return BindOutput(logits, labels[rows, columns + 1], rows)
 
+    def _context(self, query: Tensor, embeddings: Tensor | None, ids: Tensor | None) -> Tensor | None:
+        """Return the context tokens of each media group, [B, M, C, D], or None without records."""
+        if self.context is not None:
+            return self.context.read(query, embeddings, ids, self.decoder.get_input_embeddings())
+        if embeddings is not None:
+            raise InputError(READS_NO_RECORDS)
+        return None
+
     @torch.no_grad()
     def generate_from(
         self,
@@ -312,6 +335,8 @@ class BindLLM(nn.Module):
         media_index: Tensor,
         embeddings: Tensor | None,
         tokens: Tensor | None = None,
+        context_embeddings: Tensor | None = None,
+        context_ids: Tensor | None = None,
         **options: Any,
     ) -> Tensor:
         """Generate answers for a left-padded batch.
@@ -322,6 +347,8 @@ class BindLLM(nn.Module):
             media_index: [B, T].
             embeddings: [B, M, E], or None for a batch without media.
             tokens: [B, M, n, C], as for `forward`, or None.
+            context_embeddings: [B, M, K, E], as for `forward`, or None.
+            context_ids: [B, M, K, S], as for `forward`, or None.
             **options: as for Hugging Face ``generate``; nothing else but `answer_settings` holds.
 
         Returns:
@@ -341,8 +368,13 @@ class BindLLM(nn.Module):
         if embeddings is None:
             return run()[:, ids.shape[1] :]
         # `generate` rejects unknown keywords, so the bind vectors reach the layers through a context variable.
-        tokens = None if tokens is None else tokens.to(self.device)
-        with self.injection.holding(self.bind(embeddings.to(self.device), tokens), index):
+        embeddings, tokens, *records = (
+            None if x is None else x.to(self.device)
+            for x in (embeddings, tokens, context_embeddings, context_ids)
+        )
+        with self.injection.holding(
+            self.bind(embeddings, tokens), index, self._context(embeddings, *records)
+        ):
             return run()[:, ids.shape[1] :]
 
     def generate(
@@ -351,6 +383,7 @@ class BindLLM(nn.Module):
         media: Sequence[Any] | None = None,
         *,
         cache: CacheChoice = None,
+        datastore: Datastore | bool | None = None,
         **options: Any,
     ) -> str | list[str]:
         """Answer one prompt, or a batch of prompts each with its own media.
@@ -360,6 +393,7 @@ class BindLLM(nn.Module):
             media: for one text the list of its media, fused into one embedding; for a list of texts one such list
                 each (empty: no media).
             cache: the visual cache, as for `encode`.
+            datastore: the records that a model with context reads; None: the model's own, False: none.
             **options: as for Hugging Face ``generate`` (``max_new_tokens``, ``do_sample``, ``temperature``,
                 ``top_p``, ``num_beams``, ``stop_strings``, ...). Without any, the answer is greedy and at most 128
                 tokens long, whatever the decoder's folder recommends (docs/answers.md).
@@ -372,7 +406,7 @@ class BindLLM(nn.Module):
             MediaError: a file that cannot be read.
         """
         options = check_options(options)
-        answers = self.generate_from(*self._prepare(prompt, media, cache), **options)
+        answers = self.generate_from(*self._prepare(prompt, media, cache, datastore), **options)
         texts = self.decode(answers)
         # Several returned sequences of one prompt stay a list.
         return texts[0] if isinstance(prompt, str | Conversation) and len(texts) == 1 else texts
@@ -387,6 +421,7 @@ class BindLLM(nn.Module):
         media: Sequence[Media] | None = None,
         *,
         cache: CacheChoice = None,
+        datastore: Datastore | bool | None = None,
         **options: Any,
     ) -> Iterator[str]:
         """Yield the answer to one prompt piece by piece; arguments as for `generate`."""
@@ -394,17 +429,34 @@ class BindLLM(nn.Module):
         # Beam search may replace tokens that were already printed.
         if options.get("num_beams", 1) > 1:
             raise InputError("a stream has no beams: its pieces are final. Use generate, or num_beams=1")
-        run = partial(self.generate_from, *self._prepare(prompt, media, cache), **options)
+        run = partial(self.generate_from, *self._prepare(prompt, media, cache, datastore), **options)
         yield from stream_text(run, self.tokenizer, self.settings.eos_token_id)
 
     def _prepare(
-        self, prompt: Prompt | Sequence[Prompt], media: Sequence[Any] | None, cache: CacheChoice = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Render prompts and embed their media, see `prepare_batch`."""
+        self, prompt: Any, media: Any, cache: CacheChoice = None, datastore: Datastore | bool | None = None
+    ) -> tuple[Tensor | None, ...]:
+        """Render prompts, embed their media (`prepare_batch`), and find the records of these."""
         # With one bind token, no token of an encoder is read.
         modalities = self.bind_config.token_modalities if self.bind.num_tokens > 1 else ()
         encode = partial(self._encode, cache=cache, modalities=modalities)
-        return prepare_batch(prompt, media, tokenizer=self.tokenizer, encode=encode)
+        batch = prepare_batch(prompt, media, tokenizer=self.tokenizer, encode=encode)
+        return *batch, *self._find_records(batch[3], datastore)
+
+    def _find_records(
+        self, query: Tensor | None, datastore: Datastore | bool | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the embeddings [B, M, K, E] and text ids [B, M, K, S] of records for media [B, M, E], or None."""
+        store = self.datastore if datastore is None else datastore or None
+        if store is None:
+            return None, None
+        if self.context_config is None:
+            raise InputError(READS_NO_RECORDS)
+        # A datastore of this call was not seen by `from_pretrained`.
+        store.check_encoders(self.encoders)
+        if query is None or not self.num_records:
+            return None, None
+        found = store.search(query.flatten(0, 1), self.num_records).ids.unflatten(0, query.shape[:2])
+        return RecordReader(store, self.tokenizer, self.context_config.text_length).read(found)
 
     def describe(self) -> dict[str, Any]:
         """Return the manifest of the model: its configs, its decoder and encoders with their fingerprints."""
@@ -415,6 +467,7 @@ class BindLLM(nn.Module):
             "bind": asdict(self.bind_config),
             "inject": asdict(self.inject_config),
             "adapter": None if self.adapter is None else asdict(self.adapter.config),
+            "context": None if self.context_config is None else asdict(self.context_config),
             "cache": None if self.cache_config is None else asdict(self.cache_config),
             "origin": self.origin,
         }
@@ -432,7 +485,8 @@ class BindLLM(nn.Module):
         manifest = self.describe()
         adapter = None if self.adapter is None else self.adapter.peft_config()
         card = write_card(manifest, data=data)
-        write_checkpoint(folder, manifest, self.trainable_state(), card, adapter_config=adapter, files=files)
+        state, store = self.trainable_state(), self.datastore
+        write_checkpoint(folder, manifest, state, card, adapter_config=adapter, files=files, datastore=store)
 
     @classmethod
     def from_pretrained(
@@ -447,6 +501,8 @@ class BindLLM(nn.Module):
         cache: CacheChoice | str | Path = None,
         quantize: str | bool | None = None,
         tokens: int | None = None,
+        datastore: Datastore | str | Path | bool | None = None,
+        records: int | None = None,
     ) -> Self:
         """Load a checkpoint folder.
 
@@ -462,13 +518,17 @@ class BindLLM(nn.Module):
             quantize: ``nf4`` or ``int8`` (see `DecoderConfig`); None: as in training, False: not at all.
             tokens: bind tokens of a media group, at most as many as in training (docs/bind-tokens.md); None: all.
                 ``model.bind.num_tokens`` changes it later.
+            datastore: records that a model with context reads, or their folder (docs/context.md). None: those in the
+                checkpoint, False: none. `save_pretrained` writes them into the new folder.
+            records: number of records that are read for each media; None: as many as in training, 0: none.
+                ``model.num_records`` changes it later.
 
         Raises:
             CheckpointError: another decoder or encoder than the one it was trained with, a newer format, missing
                 or extra tensors, a pickle in the folder, a class that is not allowed.
             InputError: an additional encoder has another embedding size, or all its modalities are served already; or
                 more bind tokens than in training.
-            StoreError: the cache is missing or damaged, or was built with another encoder.
+            StoreError: the cache or the datastore is missing or damaged, or was built with another encoder.
         """
         config, parts, found = read_parts(
             folder, decoder=decoder, dtype=dtype, allow=allow, encoders=encoders, quantize=quantize
@@ -480,10 +540,13 @@ class BindLLM(nn.Module):
         # A cache holds embeddings, so it must come from one of these encoders.
         known = [encoder.fingerprint() for encoder in parts["encoders"]]
         opened = choose_cache(cache, parts["cache_config"], known, checkpoint=folder)
+        own = None if parts["context"] is None else Path(folder, DATASTORE)
+        read = open_datastore(datastore, parts["encoders"], own=own)
         model = cls.build(config, device=device, **parts)
         # Every tensor must match by name and shape, so that a wrong checkpoint fails here.
         model.load_trainable_state(found, source=str(folder))
-        model.cache, model.bind.num_tokens = opened, tokens
+        model.cache, model.bind.num_tokens, model.datastore = opened, tokens, read
+        model.num_records = model.num_records if records is None else records
         return model.eval()
 
     def checkpoint_activations(self) -> None:

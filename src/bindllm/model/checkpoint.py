@@ -3,6 +3,7 @@
     bindllm.json        format version, every config, decoder and encoders with their fingerprints
     bind.safetensors    bind network, gates and queries; frozen weights are referenced, never copied
     cache/              optional: a visual cache that travels with the checkpoint; stays when it is saved again
+    datastore/          if the model reads retrieved records: those that it answers with
     adapter/            if the decoder is tuned: adapter_config.json and adapter_model.safetensors, peft's own files
     README.md           model card
     conversion.tsv      if foreign weights were converted: the outcome for each of their tensors
@@ -33,6 +34,7 @@ from bindllm.atomic import (
     write_json,
     write_tensors,
 )
+from bindllm.embeddings.datastore import Datastore
 from bindllm.encoders import Encoder, members_of, shape_problems
 from bindllm.errors import CheckpointError, UsageError, did_you_mean, listed
 from bindllm.imports import build_named
@@ -43,6 +45,7 @@ MANIFEST = "bindllm.json"
 WEIGHTS = "bind.safetensors"
 ADAPTER = "adapter"
 CACHE = "cache"
+DATASTORE = "datastore"
 ADAPTER_WEIGHTS = f"{ADAPTER}/adapter_model.safetensors"
 _ADAPTER_CONFIG = f"{ADAPTER}/adapter_config.json"
 ADAPTER_PREFIX = "adapter."
@@ -67,6 +70,7 @@ def write_checkpoint(
     *,
     adapter_config: Mapping[str, Any] | None = None,
     files: Mapping[str, str] | None = None,
+    datastore: Datastore | None = None,
 ) -> None:
     """Write a checkpoint folder in one step; an existing checkpoint there is replaced, anything else refused.
 
@@ -77,6 +81,7 @@ def write_checkpoint(
         card: text of the model card.
         adapter_config: content of peft's ``adapter_config.json``, if the model has an adapter.
         files: text of further files by name, such as ``conversion.tsv`` of a conversion.
+        datastore: the records that the model answers with, if it reads any.
 
     Raises:
         CheckpointError: the folder exists and is not a checkpoint of ours.
@@ -92,6 +97,8 @@ def write_checkpoint(
             # Files of an index are replaced and never written again, so both folders may share them for a while.
             shutil.copytree(folder / CACHE, part / CACHE, copy_function=_link)
         write_tensors(part / WEIGHTS, {name: tensor for name, tensor in tensors.items() if name not in tuned})
+        if datastore is not None:
+            datastore.save(part / DATASTORE)
         hashes = {"weights_sha256": file_sha256(part / WEIGHTS)}
         if adapter_config is not None:
             (part / ADAPTER).mkdir()
@@ -321,6 +328,7 @@ def write_card(manifest: dict[str, Any], *, data: list[str] | None = None) -> st
         f"Bind network: depth {manifest['bind']['depth']}, expansion {manifest['bind']['expansion']}"
         f"{_token_words(manifest['bind'])}. "
         f"Injection: kind `{manifest['inject']['kind']}`, queries {manifest['inject']['queries']}.",
+        *_context_lines(manifest.get("context")),
         *_adapter_lines(adapter),
         *([f"Trained on the decoder in {kind}."] if (kind := decoder.get("quantize")) else []),
         *(("", "## Origin", "", manifest["origin"]) if manifest.get("origin") else ()),
@@ -347,6 +355,16 @@ def _token_words(bind: dict[str, Any]) -> str:
     """Return the number of bind tokens, or nothing for one."""
     count = bind.get("tokens", 1)
     return f", {count} bind tokens of {', '.join(bind['token_modalities'])} media" if count > 1 else ""
+
+
+def _context_lines(context: dict[str, Any] | None) -> list[str]:
+    """Return the sentence about retrieved context, or nothing without any."""
+    if not context:
+        return []
+    return [
+        f"Reads up to {context['records']} records of a datastore for each media ({2 * context['latents']} context "
+        "tokens); the records of its training are in `datastore/`."
+    ]
 
 
 def _adapter_lines(adapter: dict[str, Any] | None) -> list[str]:

@@ -25,6 +25,7 @@ from bindllm.model.checkpoint import (
     read_weights,
     resolve_cache,
 )
+from bindllm.model.context import ContextConfig
 from bindllm.model.decoder import DecoderConfig, fingerprint_decoder
 from bindllm.model.injection import InjectConfig
 
@@ -64,7 +65,7 @@ def read_parts(
 
 
 def read_configs(folder: str | Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """Return the configs of a checkpoint: ``bind``, ``inject``, ``adapter``, ``cache_config`` and ``origin``.
+    """Return the configs of a checkpoint: ``bind``, ``inject``, ``adapter``, ``context``, ``cache_config``, ``origin``.
 
     Raises:
         CheckpointError: the manifest lacks an entry, or a value is out of its range.
@@ -75,6 +76,7 @@ def read_configs(folder: str | Path, manifest: dict[str, Any]) -> dict[str, Any]
             "inject": InjectConfig(**manifest["inject"]),
             # null in the manifest: the decoder is not tuned.
             "adapter": AdapterConfig(**tuned) if (tuned := manifest.get("adapter")) else None,
+            "context": ContextConfig(**sizes) if (sizes := manifest.get("context")) else None,
             "cache_config": read_cache_config(folder, manifest),
             "origin": manifest.get("origin", ""),
         }
