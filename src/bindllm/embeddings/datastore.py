@@ -180,7 +180,7 @@ class Datastore:
         # A query of zeros is the padding of a batch: it finds nothing.
         scores[itself | equal | ~queries.any(1, keepdim=True)] = -torch.inf
         # A stable sort keeps the lower index first.
-        best, ids = scores.sort(1, descending=True, stable=True)
+        best, ids = scores.sort(dim=1, descending=True, stable=True)
         ids = torch.where(best.isinf(), -1, ids)[:, : min(count, len(self))]
         return Found(ids, itself.sum(1), equal.sum(1))
 

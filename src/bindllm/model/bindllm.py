@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
@@ -20,27 +19,25 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from bindllm import __version__
 from bindllm.cache.blend import CacheConfig
-from bindllm.cache.visual_cache import CacheChoice, VisualCache, choose_cache
+from bindllm.cache.visual_cache import CacheChoice, VisualCache
 from bindllm.conversation import Conversation
-from bindllm.embeddings.datastore import READS_NO_RECORDS, Datastore, open_datastore
+from bindllm.embeddings.datastore import Datastore
 from bindllm.embeddings.embedder import GroupEmbeddings, embed_groups
 from bindllm.encoders import Encoder, alignment_warnings, skipped_encoders
 from bindllm.encoders.fusion import common_size
 from bindllm.encoders.tokens import token_size
 from bindllm.errors import InputError, did_you_mean
-from bindllm.media import Media
+from bindllm.media import Media, check_media
 from bindllm.model.adapter import Adapter, AdapterConfig
 from bindllm.model.bind_network import BindConfig, BindNetwork
-from bindllm.model.checkpoint import DATASTORE, check_keys, describe_encoders, write_card, write_checkpoint
+from bindllm.model.checkpoint import check_keys, describe_model, save_model
 from bindllm.model.context import ContextConfig, ContextNetwork
-from bindllm.model.context.records import RecordReader
+from bindllm.model.context.records import find_records, read_records
 from bindllm.model.decoder import (
     BindOutput,
     DecoderConfig,
     choose_positions,
-    fingerprint_decoder,
     load_decoder,
     load_tokenizer,
     num_positions,
@@ -50,15 +47,15 @@ from bindllm.model.decoder import (
 from bindllm.model.generation import (
     Prompt,
     answer_settings,
-    check_media,
     check_options,
     decode_answers,
     generate_options,
     prepare_batch,
+    shots_limit,
     stream_text,
 )
 from bindllm.model.injection import InjectConfig, Injection, check_kind
-from bindllm.model.pretrained import read_parts
+from bindllm.model.pretrained import load_model
 
 CONTEXT_GATES = "injection.context_gates"
 
@@ -81,7 +78,6 @@ class BindLLM(nn.Module):
     Attributes:
         cache: the default visual cache of all calls, or None.
         datastore: the default datastore of all calls, or None.
-        num_records: number of its records that are read for each media group.
 
     Example:
         ```python
@@ -108,12 +104,8 @@ class BindLLM(nn.Module):
         self.config, self.cache_config, self.origin = config, cache_config, origin
         self.cache: VisualCache | None = None
         self.datastore: Datastore | None = None
-        self.context_config, self.num_records = context, 0 if context is None else context.records
         self.bind_config, self.inject_config = bind or BindConfig(), inject or InjectConfig()
         self.tokenizer, self.encoders = tokenizer, tuple(encoders)
-        if decoder.device.type != "meta":
-            for warning in (*alignment_warnings(self.encoders), *skipped_encoders(self.encoders)):
-                logging.getLogger("bindllm").warning(warning)
         # Composite configs (image-text models) hold the language model's sizes in a text config.
         width = decoder.config.get_text_config().hidden_size
         size = None
@@ -127,13 +119,15 @@ class BindLLM(nn.Module):
         # Before the injection: its term then passes through the adapter of the output projection.
         self.adapter = None if adapter is None else Adapter(decoder, adapter)
         # After the adapter, since hooks must see the final modules. Gates start at zero, so nothing changes yet.
-        has_context = context is not None
-        self.injection = Injection(decoder, self.inject_config, has_context=has_context).to(decoder.device)
+        reads = context is not None
+        self.injection = Injection(decoder, self.inject_config, has_context=reads).to(decoder.device)
         self.decoder = decoder
         if (head := decoder.get_output_embeddings()) is not None:
             head.register_forward_pre_hook(choose_positions)
         # A model without weights is tried by `check` only: loading a checkpoint tries the real one.
         if decoder.device.type != "meta":
+            for warning in (*alignment_warnings(self.encoders), *skipped_encoders(self.encoders)):
+                logging.getLogger("bindllm").warning(warning)
             self.injection.try_out(decoder)
 
     @classmethod
@@ -184,13 +178,11 @@ class BindLLM(nn.Module):
             "bind": [(f"bind.{name}", value) for name, value in self.bind.named_parameters()],
             "inject": [(f"injection.{name}", value) for name, value in self.injection.named_parameters()],
         }
-        if self.adapter is not None:
-            groups["adapter"] = [*self.adapter.parameters().items()]
+        groups |= {} if self.adapter is None else {"adapter": [*self.adapter.parameters().items()]}
         if self.context is not None:
-            # With its own gates, so that it can be trained without changing the rest.
             *groups["inject"], gates = sorted(groups["inject"], key=lambda member: member[0] == CONTEXT_GATES)
-            own = [(f"context.{name}", value) for name, value in self.context.named_parameters()]
-            groups["context"] = [*own, gates]
+            # The group has gates of its own, so it can be trained without changing the rest.
+            groups["context"] = [gates, *((f"context.{n}", p) for n, p in self.context.named_parameters())]
         return groups
 
     def set_trainable(self, names: Sequence[str]) -> None:
@@ -198,8 +190,8 @@ class BindLLM(nn.Module):
         groups = self.parameter_groups()
         for name in names:
             if name not in groups:
-                examples = {"adapter": "adapter: {rank: 16}", "context": "context: {records: 3}"}
-                hint = f"Give the model one, such as {examples[name]}. " if name in examples else ""
+                example = {"adapter": "adapter: {rank: 16}", "context": "context: {records: 3}"}.get(name)
+                hint = f"Give the model one, such as {example}. " if example else ""
                 raise InputError(f"unknown parameter group {name!r}. {hint}{did_you_mean(name, groups)}")
         # Freeze first: the groups below are the only parameters that may get gradients.
         self.requires_grad_(False)
@@ -288,8 +280,7 @@ class BindLLM(nn.Module):
                 vocabulary projection runs at the positions that predict a supervised token, and nowhere else.
             tokens: encoder tokens of each media group, [B, M, n, C], rows of zeros where it has fewer; only read with
                 more than one bind token (`BindConfig.tokens`). None: no group has any.
-            context_embeddings: embeddings of the records of each media group, nearest first, [B, M, K, E]; zeros are no
-                records. None: no records.
+            context_embeddings: of the records of each media group, nearest first, [B, M, K, E]; zeros are no records.
             context_ids: token ids of their texts, [B, M, K, S], -1 for padding.
         """
         # How to read this: the mask is passed only if it is needed, and logits are computed only at the positions
@@ -301,7 +292,7 @@ class BindLLM(nn.Module):
             "use_cache": False,
             "bind": self.bind(embeddings, tokens),
             "media_index": media_index,
-            "context": self._context(embeddings, context_embeddings, context_ids),
+            "context": read_records(self, embeddings, context_embeddings, context_ids),
         }
         if padded_left:
             inputs["attention_mask"] = attention_mask
@@ -318,14 +309,6 @@ class BindLLM(nn.Module):
         # Three axes: a decoder without a projection of the usual shape has computed all positions.
         logits = logits[rows, columns] if logits.ndim == 3 else logits
         return BindOutput(logits, labels[rows, columns + 1], rows)
-
-    def _context(self, query: Tensor, embeddings: Tensor | None, ids: Tensor | None) -> Tensor | None:
-        """Return the context tokens of each media group, [B, M, C, D], or None without records."""
-        if self.context is not None:
-            return self.context.read(query, embeddings, ids, self.decoder.get_input_embeddings())
-        if embeddings is not None:
-            raise InputError(READS_NO_RECORDS)
-        return None
 
     @torch.no_grad()
     def generate_from(
@@ -368,13 +351,9 @@ class BindLLM(nn.Module):
         if embeddings is None:
             return run()[:, ids.shape[1] :]
         # `generate` rejects unknown keywords, so the bind vectors reach the layers through a context variable.
-        embeddings, tokens, *records = (
-            None if x is None else x.to(self.device)
-            for x in (embeddings, tokens, context_embeddings, context_ids)
-        )
-        with self.injection.holding(
-            self.bind(embeddings, tokens), index, self._context(embeddings, *records)
-        ):
+        embeddings, tokens = embeddings.to(self.device), None if tokens is None else tokens.to(self.device)
+        context = read_records(self, embeddings, context_embeddings, context_ids)
+        with self.injection.holding(self.bind(embeddings, tokens), index, context):
             return run()[:, ids.shape[1] :]
 
     def generate(
@@ -382,6 +361,7 @@ class BindLLM(nn.Module):
         prompt: Prompt | Sequence[Prompt],
         media: Sequence[Any] | None = None,
         *,
+        shots: Sequence[Any] | None = None,
         cache: CacheChoice = None,
         datastore: Datastore | bool | None = None,
         **options: Any,
@@ -392,6 +372,8 @@ class BindLLM(nn.Module):
             prompt: a text or a `Conversation`, or a list of them.
             media: for one text the list of its media, fused into one embedding; for a list of texts one such list
                 each (empty: no media).
+            shots: worked examples (`Shot`) before the question: one list for all prompts, or one for each. Those that
+                do not fit are skipped with a warning, the first ones first (docs/few-shot.md).
             cache: the visual cache, as for `encode`.
             datastore: the records that a model with context reads; None: the model's own, False: none.
             **options: as for Hugging Face ``generate`` (``max_new_tokens``, ``do_sample``, ``temperature``,
@@ -406,7 +388,8 @@ class BindLLM(nn.Module):
             MediaError: a file that cannot be read.
         """
         options = check_options(options)
-        answers = self.generate_from(*self._prepare(prompt, media, cache, datastore), **options)
+        batch = self._prepare(prompt, media, cache, shots, **options)
+        answers = self.generate_from(*batch, **find_records(self, batch[3], datastore), **options)
         texts = self.decode(answers)
         # Several returned sequences of one prompt stay a list.
         return texts[0] if isinstance(prompt, str | Conversation) and len(texts) == 1 else texts
@@ -420,6 +403,7 @@ class BindLLM(nn.Module):
         prompt: Prompt,
         media: Sequence[Media] | None = None,
         *,
+        shots: Sequence[Any] | None = None,
         cache: CacheChoice = None,
         datastore: Datastore | bool | None = None,
         **options: Any,
@@ -429,48 +413,23 @@ class BindLLM(nn.Module):
         # Beam search may replace tokens that were already printed.
         if options.get("num_beams", 1) > 1:
             raise InputError("a stream has no beams: its pieces are final. Use generate, or num_beams=1")
-        run = partial(self.generate_from, *self._prepare(prompt, media, cache, datastore), **options)
+        batch = self._prepare(prompt, media, cache, shots, **options)
+        run = partial(self.generate_from, *batch, **find_records(self, batch[3], datastore), **options)
         yield from stream_text(run, self.tokenizer, self.settings.eos_token_id)
 
     def _prepare(
-        self, prompt: Any, media: Any, cache: CacheChoice = None, datastore: Datastore | bool | None = None
-    ) -> tuple[Tensor | None, ...]:
-        """Render prompts, embed their media (`prepare_batch`), and find the records of these."""
+        self, prompt: Any, media: Any, cache: CacheChoice = None, shots: Any = None, **options: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Render prompts and embed their media, see `prepare_batch`."""
         # With one bind token, no token of an encoder is read.
         modalities = self.bind_config.token_modalities if self.bind.num_tokens > 1 else ()
         encode = partial(self._encode, cache=cache, modalities=modalities)
-        batch = prepare_batch(prompt, media, tokenizer=self.tokenizer, encode=encode)
-        return *batch, *self._find_records(batch[3], datastore)
-
-    def _find_records(
-        self, query: Tensor | None, datastore: Datastore | bool | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Return the embeddings [B, M, K, E] and text ids [B, M, K, S] of records for media [B, M, E], or None."""
-        store = self.datastore if datastore is None else datastore or None
-        if store is None:
-            return None, None
-        if self.context_config is None:
-            raise InputError(READS_NO_RECORDS)
-        # A datastore of this call was not seen by `from_pretrained`.
-        store.check_encoders(self.encoders)
-        if query is None or not self.num_records:
-            return None, None
-        found = store.search(query.flatten(0, 1), self.num_records).ids.unflatten(0, query.shape[:2])
-        return RecordReader(store, self.tokenizer, self.context_config.text_length).read(found)
+        limit = shots_limit(options, num_positions(self.decoder.config))
+        return prepare_batch(prompt, media, shots, limit=limit, tokenizer=self.tokenizer, encode=encode)
 
     def describe(self) -> dict[str, Any]:
         """Return the manifest of the model: its configs, its decoder and encoders with their fingerprints."""
-        return {
-            "bindllm": __version__,
-            "decoder": {**asdict(self.config), "fingerprint": fingerprint_decoder(self.config.folder())},
-            "encoders": describe_encoders(self.encoders),
-            "bind": asdict(self.bind_config),
-            "inject": asdict(self.inject_config),
-            "adapter": None if self.adapter is None else asdict(self.adapter.config),
-            "context": None if self.context_config is None else asdict(self.context_config),
-            "cache": None if self.cache_config is None else asdict(self.cache_config),
-            "origin": self.origin,
-        }
+        return describe_model(self)
 
     def save_pretrained(
         self, folder: str | Path, *, data: list[str] | None = None, files: Mapping[str, str] | None = None
@@ -482,11 +441,7 @@ class BindLLM(nn.Module):
             data: folders or tables of the training data, for the model card.
             files: text of further files by name, such as the recipe.
         """
-        manifest = self.describe()
-        adapter = None if self.adapter is None else self.adapter.peft_config()
-        card = write_card(manifest, data=data)
-        state, store = self.trainable_state(), self.datastore
-        write_checkpoint(folder, manifest, state, card, adapter_config=adapter, files=files, datastore=store)
+        save_model(self, folder, data=data, files=files)
 
     @classmethod
     def from_pretrained(
@@ -518,10 +473,8 @@ class BindLLM(nn.Module):
             quantize: ``nf4`` or ``int8`` (see `DecoderConfig`); None: as in training, False: not at all.
             tokens: bind tokens of a media group, at most as many as in training (docs/bind-tokens.md); None: all.
                 ``model.bind.num_tokens`` changes it later.
-            datastore: records that a model with context reads, or their folder (docs/context.md). None: those in the
-                checkpoint, False: none. `save_pretrained` writes them into the new folder.
-            records: number of records that are read for each media; None: as many as in training, 0: none.
-                ``model.num_records`` changes it later.
+            datastore: of a model with context, or its folder; None: that of the checkpoint, False: none.
+            records: number of them for each media, as ``model.context.num_records``; None: as many as in training.
 
         Raises:
             CheckpointError: another decoder or encoder than the one it was trained with, a newer format, missing
@@ -530,24 +483,15 @@ class BindLLM(nn.Module):
                 more bind tokens than in training.
             StoreError: the cache or the datastore is missing or damaged, or was built with another encoder.
         """
-        config, parts, found = read_parts(
-            folder, decoder=decoder, dtype=dtype, allow=allow, encoders=encoders, quantize=quantize
-        )
-        # Before the decoder, which may take minutes to load, and before memory is taken for sizes of the manifest.
-        empty = cls.build_empty(config, **parts)
-        empty.check_trainable_state(found, source=str(folder))
-        empty.bind.num_tokens = tokens = empty.bind.num_tokens if tokens is None else tokens
-        # A cache holds embeddings, so it must come from one of these encoders.
-        known = [encoder.fingerprint() for encoder in parts["encoders"]]
-        opened = choose_cache(cache, parts["cache_config"], known, checkpoint=folder)
-        own = None if parts["context"] is None else Path(folder, DATASTORE)
-        read = open_datastore(datastore, parts["encoders"], own=own)
-        model = cls.build(config, device=device, **parts)
-        # Every tensor must match by name and shape, so that a wrong checkpoint fails here.
-        model.load_trainable_state(found, source=str(folder))
-        model.cache, model.bind.num_tokens, model.datastore = opened, tokens, read
-        model.num_records = model.num_records if records is None else records
-        return model.eval()
+        parts = {
+            "decoder": decoder,
+            "dtype": dtype,
+            "allow": allow,
+            "encoders": encoders,
+            "quantize": quantize,
+        }
+        choices = {"cache": cache, "tokens": tokens, "datastore": datastore, "records": records}
+        return load_model(cls, folder, parts, device=device, **choices)
 
     def checkpoint_activations(self) -> None:
         """Keep only each layer's input in training and compute the rest again in the backward pass."""

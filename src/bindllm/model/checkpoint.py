@@ -19,11 +19,13 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from bindllm import __version__
 from bindllm.atomic import (
     atomic_folder,
     check_replaceable,
@@ -38,6 +40,10 @@ from bindllm.embeddings.datastore import Datastore
 from bindllm.encoders import Encoder, members_of, shape_problems
 from bindllm.errors import CheckpointError, UsageError, did_you_mean, listed
 from bindllm.imports import build_named
+from bindllm.model.decoder import fingerprint_decoder
+
+if TYPE_CHECKING:
+    from bindllm.model.bindllm import BindLLM
 
 # Raise the number when older versions of bindllm cannot read a new checkpoint.
 FORMAT = 1
@@ -60,6 +66,22 @@ The model gives likely answers, not verified ones. It has learned from {data} an
 confuses things that look alike, names things that are not there, and has seen no image style outside its data. Do not
 use it if a wrong description can hurt someone.
 """
+
+
+def save_model(
+    model: BindLLM, folder: str | Path, *, data: list[str] | None, files: Mapping[str, str] | None
+) -> None:
+    """Write the checkpoint folder of a model; arguments as for `BindLLM.save_pretrained`."""
+    manifest = model.describe()
+    write_checkpoint(
+        folder,
+        manifest,
+        model.trainable_state(),
+        write_card(manifest, data=data),
+        adapter_config=None if model.adapter is None else model.adapter.peft_config(),
+        files=files,
+        datastore=model.datastore,
+    )
 
 
 def write_checkpoint(
@@ -247,6 +269,24 @@ def build_own(entry: Mapping[str, Any], *, allow: Sequence[str] = ()) -> Any:
         raise UsageError(f"allow must be a list of import paths, such as [my_lab.RadarTower], not {own!r}")
     # The user typed this class path, so it is trusted; a path from a file is not.
     return build_object(dict(entry), allow=[entry["class_path"], *allow, *own])
+
+
+def describe_model(model: BindLLM) -> dict[str, Any]:
+    """Return the manifest of a model: its configs, its decoder and encoders with their fingerprints."""
+    configs = {
+        "bind": model.bind_config,
+        "inject": model.inject_config,
+        "adapter": None if model.adapter is None else model.adapter.config,
+        "context": None if model.context is None else model.context.config,
+        "cache": model.cache_config,
+    }
+    return {
+        "bindllm": __version__,
+        "decoder": {**asdict(model.config), "fingerprint": fingerprint_decoder(model.config.folder())},
+        "encoders": describe_encoders(model.encoders),
+        **{name: None if config is None else asdict(config) for name, config in configs.items()},
+        "origin": model.origin,
+    }
 
 
 def describe_encoders(encoders: Sequence[Encoder]) -> list[dict[str, Any]]:

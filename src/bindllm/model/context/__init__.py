@@ -68,6 +68,7 @@ class ContextNetwork(nn.Module):
         config: sizes of the perceivers.
 
     Attributes:
+        config: the settings.
         draws_records: whether a training step draws the number of records that it reads. False for objectives that
             compare two passes over the same rows.
 
@@ -81,7 +82,7 @@ class ContextNetwork(nn.Module):
     def __init__(self, embedding_size: int, width: int, config: ContextConfig) -> None:
         super().__init__()
         size = config.width
-        self.draws_records = True
+        self.config, self._num_records, self.draws_records = config, config.records, True
         self.media_projection = nn.Linear(embedding_size, size)
         self.text_projection = nn.Linear(width, size)
         # Added to both streams of a record, times the cosine of record and query.
@@ -96,6 +97,17 @@ class ContextNetwork(nn.Module):
         self.output_norm = nn.RMSNorm(size, eps=1e-6)
         self.media_output, self.text_output = nn.Linear(size, width), nn.Linear(size, width)
         self.reset_parameters()
+
+    @property
+    def num_records(self) -> int:
+        """Records that an answer reads for each media; 0: none."""
+        return self._num_records
+
+    @num_records.setter
+    def num_records(self, count: int) -> None:
+        if type(count) is not int or count < 0:
+            raise InputError(f"the number of records is {count!r}, expected a whole number of at least 0")
+        self._num_records = count
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -134,6 +146,7 @@ class ContextNetwork(nn.Module):
         elif trains and self.draws_records:
             count = int(torch.randint(1, embeddings.shape[2] + 1, (), device="cpu"))
             embeddings, ids = embeddings[:, :, :count], ids[:, :, :count]
+        embeddings, ids = embeddings.to(query.device), ids.to(query.device)
         return self(query, embeddings, ids != NO_TOKEN, embed(ids.clamp(min=0)))
 
     def forward(self, query: Tensor, embeddings: Tensor, present: Tensor, words: Tensor) -> Tensor:

@@ -8,12 +8,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from bindllm.embeddings.datastore import READS_NO_RECORDS, Datastore
+from bindllm.errors import InputError
 from bindllm.model.context import NO_TOKEN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from bindllm.embeddings.datastore import Datastore
+    from bindllm.model.bindllm import BindLLM
+
+NAMES = ("context_embeddings", "context_ids")
+"""Arguments of `BindLLM.forward` for the two tensors of `RecordReader.read`."""
 
 
 @dataclass(frozen=True)
@@ -53,3 +58,47 @@ class RecordReader:
 
     def _encode(self, row: int) -> list[int]:
         return self.tokenizer(self.datastore.records[row].text, add_special_tokens=False)["input_ids"]
+
+
+def find_records(
+    model: BindLLM, query: Tensor | None, datastore: Datastore | bool | None
+) -> dict[str, Tensor]:
+    """Return the records of a request's media as arguments of `BindLLM.generate_from`; empty without any.
+
+    Args:
+        model: its context gives the number of records.
+        query: unit embedding of each media group, [B, M, E]; None: no media.
+        datastore: None: the model's own, False: none.
+
+    Raises:
+        InputError: a datastore for a model that reads no records.
+        StoreError: a datastore of another encoder.
+    """
+    store = model.datastore if datastore is None else datastore or None
+    if store is None:
+        return {}
+    if model.context is None:
+        raise InputError(READS_NO_RECORDS)
+    # `from_pretrained` has not seen a datastore of this call.
+    store.check_encoders(model.encoders)
+    count = model.context.num_records
+    if query is None or not count:
+        return {}
+    found = store.search(query.flatten(0, 1), count).ids.unflatten(0, query.shape[:2])
+    reader = RecordReader(store, model.tokenizer, model.context.config.text_length)
+    return dict(zip(NAMES, reader.read(found), strict=True))
+
+
+def read_records(
+    model: BindLLM, query: Tensor, embeddings: Tensor | None, ids: Tensor | None
+) -> Tensor | None:
+    """Return the context tokens of each media group, [B, M, C, D], or None without records; see `ContextNetwork.read`.
+
+    Raises:
+        InputError: records for a model that reads none.
+    """
+    if model.context is not None:
+        return model.context.read(query, embeddings, ids, model.decoder.get_input_embeddings())
+    if embeddings is not None:
+        raise InputError(READS_NO_RECORDS)
+    return None
