@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from bindllm.model.bindllm import BindLLM
 
-NAMES = ("context_embeddings", "context_ids")
+CONTEXT_INPUTS = ("context_embeddings", "context_ids")
 """Arguments of `BindLLM.forward` for the two tensors of `RecordReader.read`."""
 
 
@@ -86,7 +86,7 @@ def find_records(
         return {}
     found = store.search(query.flatten(0, 1), count).ids.unflatten(0, query.shape[:2])
     reader = RecordReader(store, model.tokenizer, model.context.config.text_length)
-    return dict(zip(NAMES, reader.read(found), strict=True))
+    return dict(zip(CONTEXT_INPUTS, reader.read(found), strict=True))
 
 
 def read_records(
