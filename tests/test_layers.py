@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "bindllm"
 FILES = sorted(SOURCE.rglob("*.py"))
 # From the ground up: a file imports from its own room and from rooms that come before it.
 ROOMS = [
-    *("errors", "atomic", "imports", "parallel", "media", "conversation"),
+    *("errors", "atomic", "imports", "parallel", "media", "conversation", "shots"),
     *("encoders", "testing", "embeddings", "cache"),
     *("model", "data", "objectives", "evaluation", "report", "training"),
     *("convert", "quickstart", "cli"),

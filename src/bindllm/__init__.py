@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from bindllm.errors import BindLLMError
     from bindllm.media import Media
     from bindllm.model.bindllm import BindLLM
+    from bindllm.shots import Shot
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ _HOMES = {
     "Encoder": "bindllm.encoders",
     "Media": "bindllm.media",
     "Message": "bindllm.conversation",
+    "Shot": "bindllm.shots",
     "VisualCache": "bindllm.cache.visual_cache",
 }
 
@@ -38,6 +40,7 @@ __all__ = [
     "Encoder",
     "Media",
     "Message",
+    "Shot",
     "VisualCache",
 ]
 

@@ -80,12 +80,18 @@ class Message:
 class Conversation:
     """Messages in order, at least one.
 
+    Args:
+        messages: the turns.
+        examples: number of user messages at the start that are worked examples, each with its answer. An example
+            without media, or a question without media after them, listens to no media.
+
     Examples:
         >>> Conversation((Message("user", "Hello"),)).media_groups
         ()
     """
 
     messages: tuple[Message, ...]
+    examples: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.messages, Sequence) or not self.messages:
@@ -179,9 +185,9 @@ def render(
         answers[turn] = first, _answer_end(ids, first, control_ids)
         learned = text[start : starts[answers[turn][1] - 1]]
         whole.append(_squeeze(learned).endswith(_squeeze(turns[turn]["content"])))
-    media_index = [0 if conversation.media_groups else NO_MEDIA] * len(ids)
-    # Everything before the first group belongs to it already.
-    for group, turn in [*enumerate(turn for turn, message in enumerate(messages) if message.media)][1:]:
+    (_, first_group), *changes = _group_changes(conversation)
+    media_index = [first_group] * len(ids)
+    for turn, group in changes:
         start = _prefix_length(tokenizer, turns[:turn], text)
         # Some templates (Qwen3) render an answer differently once it is no longer the last one; then the next message
         # starts after its end token.
@@ -189,6 +195,21 @@ def render(
         first = _found(after, turn, tokenizer) if start is None else bisect_left(starts, start)
         media_index[first:] = [group] * (len(ids) - first)
     return Rendered(ids, media_index, [*answers.values()], whole, starts)
+
+
+def _group_changes(conversation: Conversation) -> list[tuple[int, int]]:
+    """Return the turns at which the media index changes, each with its group; the first is turn 0."""
+    turns = [turn for turn, message in enumerate(conversation.messages) if message.media]
+    groups = {turn: group for group, turn in enumerate(turns)}
+    # Each worked example is a section, and so is the rest; without examples, all messages are one.
+    users = [turn for turn, message in enumerate(conversation.messages) if message.role == "user"]
+    sections = [0, *users[1 : conversation.examples + 1], len(conversation.messages)]
+    changes = []
+    for start, stop in pairwise(sections):
+        own = [(turn, groups[turn]) for turn in range(start, stop) if turn in groups]
+        # Everything in a section before its first group belongs to that group.
+        changes += [(start, own[0][1] if own else NO_MEDIA), *own[1:]]
+    return changes
 
 
 def _squeeze(text: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,17 @@ from bindllm.errors import InputError, did_you_mean
 from bindllm.media.images import MAX_PIXELS, is_inverted, open_image
 from bindllm.media.source import CHUNK, SUFFIXES, Source, name_of, open_stream
 
-__all__ = ["MAX_PIXELS", "MODALITIES", "SUFFIXES", "Media", "Modality", "Source", "is_modality", "open_image"]
+__all__ = [
+    "MAX_PIXELS",
+    "MODALITIES",
+    "SUFFIXES",
+    "Media",
+    "Modality",
+    "Source",
+    "check_media",
+    "is_modality",
+    "open_image",
+]
 
 Modality = Literal["image", "video", "audio", "text", "point", "depth", "thermal", "imu"]
 MODALITIES: tuple[str, ...] = get_args(Modality)
@@ -162,6 +172,24 @@ class Media:
         if self.modality in MODALITIES:
             return f"Media.{self.modality}({name}{weight})"
         return f"Media({self.modality!r}, {name}{weight})"
+
+
+def check_media(row: Sequence[Media]) -> tuple[Media, ...]:
+    """Return the media of one prompt as a tuple.
+
+    Raises:
+        InputError: not a list of `Media`: a path among the parts of a message would be read out as text.
+    """
+    if isinstance(row, Media):
+        raise InputError(
+            f"media takes lists: write [{row!r}], and one such list per prompt for several prompts"
+        )
+    if not isinstance(row, list | tuple):
+        raise InputError(f"media takes lists of Media, not {row!r}; write [Media.image('cat.png')]")
+    for item in row:
+        if not isinstance(item, Media):
+            raise InputError(f"media holds {item!r}, which is not a Media; write Media.image('cat.png')")
+    return tuple(row)
 
 
 def _content(source: Source | BinaryIO, *, is_text: bool) -> Iterator[bytes | memoryview]:

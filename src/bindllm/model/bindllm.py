@@ -29,7 +29,7 @@ from bindllm.encoders import Encoder, alignment_warnings, skipped_encoders
 from bindllm.encoders.fusion import common_size
 from bindllm.encoders.tokens import token_size
 from bindllm.errors import InputError, did_you_mean
-from bindllm.media import Media
+from bindllm.media import Media, check_media
 from bindllm.model.adapter import Adapter, AdapterConfig
 from bindllm.model.bind_network import BindConfig, BindNetwork
 from bindllm.model.checkpoint import check_keys, describe_encoders, write_card, write_checkpoint
@@ -46,11 +46,11 @@ from bindllm.model.decoder import (
 from bindllm.model.generation import (
     Prompt,
     answer_settings,
-    check_media,
     check_options,
     decode_answers,
     generate_options,
     prepare_batch,
+    shots_limit,
     stream_text,
 )
 from bindllm.model.injection import InjectConfig, Injection, check_kind
@@ -350,6 +350,7 @@ class BindLLM(nn.Module):
         prompt: Prompt | Sequence[Prompt],
         media: Sequence[Any] | None = None,
         *,
+        shots: Sequence[Any] | None = None,
         cache: CacheChoice = None,
         **options: Any,
     ) -> str | list[str]:
@@ -359,6 +360,8 @@ class BindLLM(nn.Module):
             prompt: a text or a `Conversation`, or a list of them.
             media: for one text the list of its media, fused into one embedding; for a list of texts one such list
                 each (empty: no media).
+            shots: worked examples (`Shot`) before the question: one list for all prompts, or one for each. Those that
+                do not fit are skipped with a warning, the first ones first (docs/few-shot.md).
             cache: the visual cache, as for `encode`.
             **options: as for Hugging Face ``generate`` (``max_new_tokens``, ``do_sample``, ``temperature``,
                 ``top_p``, ``num_beams``, ``stop_strings``, ...). Without any, the answer is greedy and at most 128
@@ -372,7 +375,7 @@ class BindLLM(nn.Module):
             MediaError: a file that cannot be read.
         """
         options = check_options(options)
-        answers = self.generate_from(*self._prepare(prompt, media, cache), **options)
+        answers = self.generate_from(*self._prepare(prompt, media, cache, shots, **options), **options)
         texts = self.decode(answers)
         # Several returned sequences of one prompt stay a list.
         return texts[0] if isinstance(prompt, str | Conversation) and len(texts) == 1 else texts
@@ -386,6 +389,7 @@ class BindLLM(nn.Module):
         prompt: Prompt,
         media: Sequence[Media] | None = None,
         *,
+        shots: Sequence[Any] | None = None,
         cache: CacheChoice = None,
         **options: Any,
     ) -> Iterator[str]:
@@ -394,17 +398,18 @@ class BindLLM(nn.Module):
         # Beam search may replace tokens that were already printed.
         if options.get("num_beams", 1) > 1:
             raise InputError("a stream has no beams: its pieces are final. Use generate, or num_beams=1")
-        run = partial(self.generate_from, *self._prepare(prompt, media, cache), **options)
+        run = partial(self.generate_from, *self._prepare(prompt, media, cache, shots, **options), **options)
         yield from stream_text(run, self.tokenizer, self.settings.eos_token_id)
 
     def _prepare(
-        self, prompt: Prompt | Sequence[Prompt], media: Sequence[Any] | None, cache: CacheChoice = None
+        self, prompt: Any, media: Any, cache: CacheChoice = None, shots: Any = None, **options: Any
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """Render prompts and embed their media, see `prepare_batch`."""
         # With one bind token, no token of an encoder is read.
         modalities = self.bind_config.token_modalities if self.bind.num_tokens > 1 else ()
         encode = partial(self._encode, cache=cache, modalities=modalities)
-        return prepare_batch(prompt, media, tokenizer=self.tokenizer, encode=encode)
+        limit = shots_limit(options, num_positions(self.decoder.config))
+        return prepare_batch(prompt, media, shots, limit=limit, tokenizer=self.tokenizer, encode=encode)
 
     def describe(self) -> dict[str, Any]:
         """Return the manifest of the model: its configs, its decoder and encoders with their fingerprints."""

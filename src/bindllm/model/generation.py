@@ -24,7 +24,8 @@ from transformers import (
 from bindllm.conversation import NO_MEDIA, Conversation, Message, control_tokens, end_tokens, render
 from bindllm.embeddings.embedder import GroupEmbeddings
 from bindllm.errors import InputError, did_you_mean
-from bindllm.media import Media
+from bindllm.media import Media, check_media
+from bindllm.shots import few_shot_prompts, pair_shots
 
 Prompt = str | Conversation
 MAX_NEW_TOKENS = 128
@@ -90,6 +91,21 @@ def generate_options(options: dict[str, Any], *, width: int, positions: int | No
     return {**options, "max_new_tokens": min(longest, positions - width)}
 
 
+def shots_limit(options: dict[str, Any], positions: int | None) -> int | None:
+    """Return how many tokens a prompt with shots may have: the decoder's positions less the longest answer.
+
+    Args:
+        options: of the caller, as `check_options` returns them. With ``max_length``, the prompt ends before it.
+        positions: tokens that the decoder can read; None: it has no limit.
+    """
+    if (length := options.get("max_length")) is not None:
+        return length - 1 if positions is None else min(length, positions) - 1
+    # Of a shorter answer, the length would depend on the number of shots.
+    return (
+        None if positions is None else max(0, positions - (options.get("max_new_tokens") or MAX_NEW_TOKENS))
+    )
+
+
 def as_conversations(prompt: Prompt | Sequence[Prompt], media: Sequence[Any] | None) -> list[Conversation]:
     """Pair a prompt with its media, or each of several prompts with its own.
 
@@ -123,24 +139,6 @@ def as_conversations(prompt: Prompt | Sequence[Prompt], media: Sequence[Any] | N
             # The order of media and text does not matter: the injection listens by message, not by position.
             conversations.append(Conversation((Message("user", [*row, item]),)))
     return conversations
-
-
-def check_media(row: Sequence[Media]) -> tuple[Media, ...]:
-    """Return the media of one prompt as a tuple.
-
-    Raises:
-        InputError: not a list of `Media`: a path among the parts of a message would be read out as text.
-    """
-    if isinstance(row, Media):
-        raise InputError(
-            f"media takes lists: write [{row!r}], and one such list per prompt for several prompts"
-        )
-    if not isinstance(row, list | tuple):
-        raise InputError(f"media takes lists of Media, not {row!r}; write [Media.image('cat.png')]")
-    for item in row:
-        if not isinstance(item, Media):
-            raise InputError(f"media holds {item!r}, which is not a Media; write Media.image('cat.png')")
-    return tuple(row)
 
 
 def check_options(options: dict[str, Any]) -> dict[str, Any]:
@@ -204,7 +202,9 @@ def render_prompts(
 def prepare_batch(
     prompt: Prompt | Sequence[Prompt],
     media: Sequence[Any] | None,
+    shots: Sequence[Any] | None,
     *,
+    limit: int | None,
     tokenizer: PreTrainedTokenizerBase,
     encode: Callable[[Sequence[Sequence[Media]]], GroupEmbeddings],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -213,6 +213,8 @@ def prepare_batch(
     Args:
         prompt: one or several, as for `as_conversations`.
         media: the media of each prompt.
+        shots: worked examples, as for `pair_shots`.
+        limit: maximum number of tokens of a prompt with its shots, see `few_shot_prompts`.
         tokenizer: the decoder's tokenizer.
         encode: returns an embedding for each media group, [N, E], and perhaps tokens, [N, n, C].
 
@@ -221,6 +223,8 @@ def prepare_batch(
         None.
     """
     conversations = as_conversations(prompt, media)
+    rows = pair_shots(shots, len(conversations))
+    conversations = few_shot_prompts(conversations, rows, tokenizer, limit)
     groups = [conversation.media_groups for conversation in conversations]
     batch = render_prompts(conversations, tokenizer)
     if not any(groups):

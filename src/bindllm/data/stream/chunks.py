@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bindllm.conversation import Conversation
 from bindllm.data.collate import MediaGroup
 from bindllm.data.report import Skipped
 from bindllm.data.rows import Sample, make_sample
@@ -315,4 +314,5 @@ def _renamed(sample: Sample, names: dict[Media, Media]) -> Sample:
     )
     # The rejected answer of preference data is a conversation of its own.
     rejected = None if sample.rejected is None else _renamed(sample.rejected, names)
-    return replace(sample, conversation=Conversation(messages), rejected=rejected)
+    conversation = replace(sample.conversation, messages=messages)
+    return replace(sample, conversation=conversation, rejected=rejected)
