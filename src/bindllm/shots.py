@@ -9,7 +9,7 @@ import logging
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from bindllm.conversation import Conversation, Message, render
 from bindllm.errors import InputError
@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+ShotsBy = Literal["order", "random", "media", "text", "media_text"]
+"""How the shots of a question are chosen from a table."""
+RETRIEVED = ("media", "text", "media_text")
+"""The ways that compare embeddings."""
 
 
 @dataclass(frozen=True)

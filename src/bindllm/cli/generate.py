@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from bindllm.cli.arguments import refuse_together
 from bindllm.cli.options import (
@@ -18,11 +19,15 @@ from bindllm.cli.options import (
     print_whole,
     read_media,
 )
+from bindllm.data.source_config import Format, SourceConfig
 from bindllm.errors import UsageError, printable, printable_lines
 from bindllm.media import Media
+from bindllm.shots import RETRIEVED, Shot, ShotsBy
 
 if TYPE_CHECKING:
     from bindllm.model.bindllm import BindLLM
+
+NUM_SHOTS = 4
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class DecodingOptions:
     num_beams: PositiveInt | None = None
     """number of beams of a beam search"""
     seed: int = 0
-    """seed of sampling"""
+    """seed of sampling, and of random shots"""
     stream: bool = False
     """print the answer while it is generated"""
 
@@ -82,6 +87,92 @@ class DecodingOptions:
 
 
 @dataclass(frozen=True)
+class ShotOptions:
+    """Worked examples before the question (docs/few-shot.md)."""
+
+    shots: str | None = None
+    """table of worked examples, such as shots.jsonl"""
+    shots_format: Format = "caption"
+    """format of its rows, as of a data source (docs/data.md)"""
+    shots_modality: str = "image"
+    """modality of its files, as of a data source"""
+    num_shots: NonNegativeInt = NUM_SHOTS
+    """number of shots"""
+    shots_by: ShotsBy = "order"
+    """order of the table, at random, or nearest to the question: by media, by text, or by media and then text"""
+    nearest_first: bool = False
+    """put the nearest shot first (default: last, next to the question)"""
+    store: str = "data/store"
+    """folder of the embedding store, for the nearest shots"""
+
+    def read(self, prompt: str) -> list[Shot]:
+        """Return the shots of the table; the question of a caption is the prompt.
+
+        Raises:
+            UsageError: an option without effect.
+        """
+        default = asdict(ShotOptions())
+        if given := [name for name, value in asdict(self).items() if value != default[name]]:
+            if self.shots is None:
+                raise UsageError(f"--{given[0]} needs worked examples: give --shots TABLE")
+            if self.shots_by not in RETRIEVED and not {"nearest_first", "store"}.isdisjoint(given):
+                raise UsageError(
+                    f"--{given[-1]} needs the nearest shots: give --shots_by media, text or media_text"
+                )
+        if self.shots is None:
+            return []
+
+        from bindllm.evaluation.support import read_shots
+
+        config = SourceConfig(self.shots, format=self.shots_format, modality=self.shots_modality)
+        # In vqa, the prompt of a source is a frame around the question of each row.
+        if self.shots_format in ("caption", "minigpt4"):
+            config = replace(config, prompt=prompt)
+        shots, report = read_shots(config)
+        _print_notes(f"{self.shots}: skipped {line}" for line in report.skipped.lines())
+        return shots
+
+    def choose(
+        self, shots: Sequence[Shot], model: BindLLM, prompt: str, media: Sequence[Media], *, seed: int
+    ) -> list[Shot]:
+        """Return the shots of the question, in the order of the prompt.
+
+        Raises:
+            UsageError: nearest by media or text, which the question or the model lacks.
+        """
+        from bindllm.data.embeddings import MediaEmbeddings
+        from bindllm.evaluation.support import Support
+        from bindllm.parallel import RunContext
+
+        support = Support(shots, self.shots_by, seed=seed, nearest_first=self.nearest_first)
+        if self.shots_by in RETRIEVED:
+            self._check_nearest(model, media)
+            context = RunContext(device=model.device, progress=sys.stderr.isatty())
+            # The answer of the question is not known, and no shot is compared by its answer.
+            asked = Shot(prompt, "?", media)
+            failed = support.embed([asked], MediaEmbeddings(model.encoders, self.store), context)
+            _print_notes(f"{self.shots}: skipped a shot: {reason}" for reason in failed.values())
+        chosen, num_excluded = support.choose(prompt, media, self.num_shots)
+        if num_excluded:
+            _print_notes([f"{self.shots}: skipped {num_excluded} x the question itself"])
+        if len(chosen) < self.num_shots:
+            _print_notes([f"{self.shots}: only {len(chosen)} of {self.num_shots} shots were found"])
+        return chosen
+
+    def _check_nearest(self, model: BindLLM, media: Sequence[Media]) -> None:
+        if self.shots_by != "text" and not media:
+            raise UsageError(
+                f"--shots_by {self.shots_by} compares media, and the question has none: give it one, as --image FILE"
+            )
+        served = sorted({name for encoder in model.encoders for name in encoder.modalities})
+        if self.shots_by != "media" and "text" not in served:
+            raise UsageError(
+                f"--shots_by {self.shots_by} compares texts, and no encoder of the model serves texts, only "
+                f"{', '.join(served)}: use --shots_by media"
+            )
+
+
+@dataclass(frozen=True)
 class ModelOptions:
     """Model."""
 
@@ -91,6 +182,10 @@ class ModelOptions:
     """load the decoder in 4 or 8 bits, or in full (default: as in training)"""
     tokens: PositiveInt | None = None
     """bind tokens of an image, at most as many as in training (default: all)"""
+    datastore: str | None = None
+    """folder of records that a model with context reads (default: those of its training)"""
+    records: NonNegativeInt | None = None
+    """number of records for each media; 0: none (default: as in training)"""
     encoder: tuple[str, ...] = ()
     """import path or folder of a further encoder, for a modality that those of the checkpoint do not serve; may be
     repeated. Arguments of its constructor are given as --encoder.NAME VALUE"""
@@ -113,6 +208,7 @@ def generate(
     prompt: str = "Describe this image.",
     *,
     media: MediaOptions = MediaOptions(),
+    examples: ShotOptions = ShotOptions(),
     decoding: DecodingOptions = DecodingOptions(),
     model: ModelOptions = ModelOptions(),
     cache: ModelCacheOptions = ModelCacheOptions(),
@@ -126,6 +222,7 @@ def generate(
         checkpoint: folder that bindllm fit wrote
         prompt: the question
         media: files that the question is about
+        examples: worked examples
         decoding: how the answer is found
         model: decoder and further encoders
         cache: the visual cache that embeddings are blended with
@@ -139,24 +236,33 @@ def generate(
     if decoding.stream and (decoding.num_beams or 1) > 1:
         raise UsageError("--stream cannot show a beam search: its answer is known only at its end")
     # Files are named here and opened by the encoders.
-    shown = media.read()
+    shown, table = media.read(), examples.read(prompt)
     loaded = _load(checkpoint, model, cache, overrides)
 
     # Imported late, so that --help and wrong options answer at once.
     import torch
 
+    given = decoding.given
+    if table:
+        given["shots"] = examples.choose(table, loaded, prompt, shown, seed=decoding.seed)
     # Only sampling uses it.
     torch.manual_seed(decoding.seed)
     if decoding.stream:
         # Control characters are escaped in each piece: a model may print any byte.
-        for piece in loaded.stream(prompt, shown, **decoding.given):
+        for piece in loaded.stream(prompt, shown, **given):
             print(printable_lines(piece), end="", flush=True)
         print()
     else:
-        print(printable_lines(loaded.generate(prompt, shown, **decoding.given)))
+        print(printable_lines(loaded.generate(prompt, shown, **given)))
     if cache.show_neighbors:
         _print_neighbors(loaded, shown)
     return 0
+
+
+def _print_notes(lines: Iterable[str]) -> None:
+    """Print facts about the shots next to the answer, not into it."""
+    for line in lines:
+        print(printable_lines(line), file=sys.stderr)
 
 
 def _load(
@@ -174,6 +280,9 @@ def _load(
         cache=False if cache.no_cache else cache.cache,
         quantize=False if options.quantize == "none" else options.quantize,
         tokens=options.tokens,
+        # Without records no datastore is read, also if the checkpoint has none.
+        datastore=options.datastore if options.records != 0 else False,
+        records=options.records,
     )
     # An option without effect would give an answer other than the user expects.
     if model.cache is None and (cache.settings or cache.show_neighbors):

@@ -191,7 +191,7 @@ class Datastore:
             StoreError: the folder holds something else.
         """
         folder = Path(folder)
-        check_replaceable(folder, MANIFEST, StoreError, kind="a datastore")
+        check_datastore_folder(folder)
         with atomic_folder(folder) as part:
             write_tensors(part / EMBEDDINGS, {"embeddings": self.embeddings})
             lines = (json.dumps(asdict(record), ensure_ascii=False) for record in self.records)
@@ -231,6 +231,11 @@ class Datastore:
             raise
         except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise StoreError(f"{folder} is damaged ({error!r}); copy or build it again") from error
+
+
+def check_datastore_folder(folder: str | Path) -> None:
+    """Raise a `StoreError` if a datastore cannot be written there: the folder holds something else."""
+    check_replaceable(Path(folder), MANIFEST, StoreError, kind="a datastore")
 
 
 def _parse(entry: dict[str, Any]) -> Record:

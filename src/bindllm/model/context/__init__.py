@@ -105,7 +105,7 @@ class ContextNetwork(nn.Module):
 
     @num_records.setter
     def num_records(self, count: int) -> None:
-        if type(count) is not int or count < 0:
+        if not isinstance(count, int) or count < 0:
             raise InputError(f"the number of records is {count!r}, expected a whole number of at least 0")
         self._num_records = count
 

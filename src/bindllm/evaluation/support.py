@@ -1,0 +1,221 @@
+"""The support of few-shot prompts: worked examples read from a table, and chosen for each question.
+
+Nearest by media is RICES; by media first, then by text among those, is MMICES (https://arxiv.org/abs/2311.18021).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import NamedTuple
+
+from torch import Tensor
+
+from bindllm.data.collate import Lookup
+from bindllm.data.embeddings import MediaEmbeddings
+from bindllm.data.report import SourceReport
+from bindllm.data.rows import Row
+from bindllm.data.source_config import SourceConfig
+from bindllm.data.sources import read_source
+from bindllm.errors import InputError, MediaError
+from bindllm.media import Media
+from bindllm.parallel import RunContext
+from bindllm.shots import RETRIEVED, Shot, ShotsBy
+
+POOL = 10
+"""By media and text: for each shot, so many of the nearest by media are compared by text."""
+
+
+def read_shots(config: SourceConfig) -> tuple[list[Shot], SourceReport]:
+    """Read a table of worked examples, in its order; a column ``split`` does not matter.
+
+    In the format caption, each media is one shot with its first caption.
+
+    Returns:
+        The shots, and a report of the skipped rows.
+
+    Raises:
+        InputError: the table cannot be read, or no row of it is a worked example.
+    """
+    # A given split stands above the column and the hash, so that the rows stay in one list.
+    rows, report = read_source(replace(config, split="train"))
+    shots, described = [], set()
+    for row in rows["train"]:
+        # Each caption of an image is a row of its own.
+        if row.task == "caption" and row.media in described:
+            continue
+        described.add(row.media)
+        try:
+            shots.append(shot_of(row))
+        except InputError as error:
+            report.skipped.add_error(error, row.name)
+    if not shots:
+        raise InputError(f"{config.path} has no worked example: {'; '.join(report.skipped.lines())}")
+    return shots, report
+
+
+def shot_of(row: Row) -> Shot:
+    """Return a row as a worked example.
+
+    Raises:
+        InputError: it is not one question with one answer, or the answer is an unwanted one.
+    """
+    messages = row.conversation.messages
+    if [message.role for message in messages] != ["user", "assistant"]:
+        raise InputError("a shot is one question and one answer, without a system message")
+    if row.desirable is False:
+        raise InputError("the answer is an unwanted one")
+    question, answer = messages
+    return Shot(question.text, answer.text, question.media)
+
+
+class Chosen(NamedTuple):
+    """The shots of a question.
+
+    Args:
+        shots: in the order of the prompt.
+        num_excluded: shots that would have been chosen, but are the question itself (see `Support.choose`).
+    """
+
+    shots: list[Shot]
+    num_excluded: int
+
+
+@dataclass
+class Support:
+    """Worked examples, and the way in which those of a question are chosen.
+
+    Args:
+        shots: the examples.
+        by: in their order, at random, or the nearest ones.
+        seed: of random choices.
+        nearest_first: the nearest shot comes first in the prompt, instead of last.
+        lookup: returns the embeddings of media groups; needed to find the nearest.
+    """
+
+    shots: Sequence[Shot]
+    by: ShotsBy = "order"
+    seed: int = 0
+    nearest_first: bool = False
+    lookup: Lookup | None = None
+    # Content hashes of the media of each shot, and the vectors of all shots, once they are needed.
+    _hashes: dict[int, frozenset[str]] = field(default_factory=dict)
+    _vectors: dict[str, tuple[list[int], Tensor]] = field(default_factory=dict)
+
+    def embed(
+        self, questions: Iterable[Shot], embeddings: MediaEmbeddings, context: RunContext
+    ) -> dict[Media, str]:
+        """Embed all that is compared, and leave out the shots that cannot be embedded.
+
+        Args:
+            questions: prompts with their media; their answers do not matter.
+            embeddings: of the model's encoders; becomes the lookup.
+            context: the device of the encoders.
+
+        Returns:
+            the media that cannot be embedded, each with the reason.
+
+        Raises:
+            InputError: no encoder serves a modality, or no shot is left.
+            MediaError: media of a question cannot be embedded.
+        """
+        self.lookup = embeddings
+        if self.by not in RETRIEVED:
+            return {}
+        needed = {shot: self._compared(shot) for shot in self.shots}
+        asked = [media for question in questions for media in self._compared(question)]
+        totals = embeddings.precompute(
+            [*(media for row in needed.values() for media in row), *asked], context
+        )
+        for media in asked:
+            if media in totals.failed:
+                raise MediaError(totals.failed[media])
+        self.shots = [shot for shot in self.shots if totals.failed.keys().isdisjoint(needed[shot])]
+        if not self.shots:
+            raise InputError(f"no shot can be embedded: {next(iter(totals.failed.values()))}")
+        return totals.failed
+
+    def choose(self, prompt: str, media: Sequence[Media], count: int) -> Chosen:
+        """Return at most ``count`` shots for a question.
+
+        A shot is excluded if it shows media of the question (the same content, whatever the file is called), or, if
+        neither has media, if its prompt is that of the question.
+
+        Raises:
+            InputError: nearest by media, but the question or every shot has none.
+            MediaError: a file of the question or of a shot cannot be read.
+        """
+        own, excluded = _content(media), 0
+
+        def allowed(order: Iterable[int]) -> Iterator[int]:
+            nonlocal excluded
+            for n in order:
+                if self._is_question(n, prompt, own):
+                    excluded += 1
+                else:
+                    yield n
+
+        # Lazily: files are only hashed until enough shots are found.
+        if self.by == "order":
+            order = allowed(range(len(self.shots)))
+        elif self.by == "random":
+            # By content, so that a question gets the same shots in any batch, and more of them keep the first ones.
+            draw = random.Random("\n".join([str(self.seed), prompt, *sorted(own)]))
+            order = allowed(draw.sample(range(len(self.shots)), len(self.shots)))
+        else:
+            near = self._similarities("text" if self.by == "text" else "media", prompt, media)
+            order = allowed(sorted(near, key=near.__getitem__, reverse=True))
+            if self.by == "media_text":
+                near = self._similarities("text", prompt, media)
+                # Sorting is stable: equal prompts stay in the order of their media.
+                order = iter(sorted(islice(order, POOL * count), key=near.__getitem__, reverse=True))
+        chosen = [self.shots[n] for n in islice(order, count)]
+        if self.by in RETRIEVED and not self.nearest_first:
+            chosen.reverse()
+        return Chosen(chosen, excluded)
+
+    def _is_question(self, n: int, prompt: str, own: frozenset[str]) -> bool:
+        shot = self.shots[n]
+        if not (own or shot.media):
+            return shot.prompt.split() == prompt.split()
+        if n not in self._hashes:
+            self._hashes[n] = _content(shot.media)
+        return not own.isdisjoint(self._hashes[n])
+
+    def _compared(self, shot: Shot) -> tuple[Media, ...]:
+        """Return the media, and the prompt as a text for an encoder, by which a shot is compared."""
+        return (
+            *(() if self.by == "text" else shot.media),
+            *(() if self.by == "media" else _text(shot.prompt)),
+        )
+
+    def _similarities(self, kind: str, prompt: str, media: Sequence[Media]) -> dict[int, float]:
+        """Return the cosine of the question and each shot by its position; shots without media have none."""
+        if kind not in self._vectors:
+            groups = {
+                n: _text(s.prompt) if kind == "text" else tuple(s.media) for n, s in enumerate(self.shots)
+            }
+            positions = [n for n, group in groups.items() if group]
+            if not positions:
+                raise InputError(
+                    f"none of the {len(self.shots)} shots has media, so none is the nearest by media"
+                )
+            self._vectors[kind] = positions, self.lookup([groups[n] for n in positions])
+        if kind == "media" and not media:
+            raise InputError(
+                "the question has no media, so no shot is the nearest by media; choose another way"
+            )
+        positions, vectors = self._vectors[kind]
+        query = self.lookup([_text(prompt) if kind == "text" else tuple(media)])[0]
+        # Rounded, so that equal media stay equal in whatever order the products are summed.
+        return dict(zip(positions, (vectors @ query).round(decimals=6).tolist(), strict=True))
+
+
+def _text(prompt: str) -> tuple[Media, ...]:
+    return (Media.text(prompt),)
+
+
+def _content(media: Sequence[Media]) -> frozenset[str]:
+    return frozenset(item.content_hash() for item in media)

@@ -1,0 +1,50 @@
+"""docs/few-shot.md: its commands are understood, its Python runs, and its tables name the choices of the code."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+
+from bindllm import BindLLM, Media
+from bindllm.cli.arguments import read_command
+from bindllm.cli.generate import NUM_SHOTS, generate
+from bindllm.evaluation.support import POOL
+from bindllm.model.generation import MAX_NEW_TOKENS
+from bindllm.shots import ShotsBy
+from tiny import tiny_model
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs/few-shot.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGE, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("line", [line for block in blocks("bash") for line in block.splitlines()])
+def test_every_command_is_understood(line):
+    program, command, *args = shlex.split(line)
+    assert (program, command) == ("bindllm", "generate")
+    read_command(command, generate, args)
+
+
+def test_the_python_runs(decoder, monkeypatch):
+    monkeypatch.setattr(BindLLM, "from_pretrained", lambda folder: tiny_model(decoder))
+    monkeypatch.setattr(Media, "image", lambda path: Media("image", np.zeros((8, 8, 3), np.uint8)))
+    for block in blocks("python"):
+        exec(block, {})
+
+
+def test_the_table_has_all_choices():
+    table = re.search(r"^\| `--shots_by`.*\n(?:^\|.*\n)+", PAGE, flags=re.MULTILINE)[0]
+    assert tuple(re.findall(r"^\| `(\w+)`", table, flags=re.MULTILINE)) == get_args(ShotsBy)
+
+
+def test_its_numbers_are_those_of_the_code():
+    assert f"`max_new_tokens` ({MAX_NEW_TOKENS} by default)" in PAGE
+    assert POOL == 10
+    assert "among ten times as many shots" in PAGE
+    assert NUM_SHOTS == 4
