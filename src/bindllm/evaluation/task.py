@@ -15,7 +15,7 @@ import math
 import random
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -36,6 +36,7 @@ from bindllm.model.bindllm import BindLLM
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Item = TypeVar("Item", bound=Hashable)
 
 MODEL, NO_MEDIA, SHUFFLED_MEDIA = "model", "no_media", "shuffled_media"
 NEAREST_CAPTION, MAJORITY_ANSWER = "nearest_caption", "majority_answer"
@@ -96,6 +97,8 @@ class Task:
         max_new_tokens: longest answer.
         shuffled_limit: answer at most this many items with shuffled media, drawn with a fixed seed; None: all.
         counts: further numbers about the items, added to the metrics of ``model``.
+        controls: further variants of the model: a function that returns the items with another prompt.
+        copies: further variants without a model: an answer for each item.
 
     Examples:
         >>> Task("spelling", metric=lambda items, answers: {"accuracy": None}).variants
@@ -112,11 +115,14 @@ class Task:
     max_new_tokens: int = 32
     shuffled_limit: int | None = None
     counts: Mapping[str, int] = field(default_factory=dict)
+    controls: Mapping[str, Callable[[], Sequence[Sample]]] = field(default_factory=dict)
+    copies: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def variants(self) -> tuple[str, ...]:
         """Names of the variants, in the order of the report."""
-        return (MODEL, NO_MEDIA, SHUFFLED_MEDIA, *([self.baseline] if self.baseline else []))
+        baseline = [self.baseline] if self.baseline else []
+        return (MODEL, NO_MEDIA, SHUFFLED_MEDIA, *self.controls, *baseline, *self.copies)
 
 
 @dataclass
@@ -188,14 +194,17 @@ def _evaluate_task(
     """Return the metrics of each variant, and the rows."""
     # How to read this: the baseline, each variant of the model, their metrics, then the rows.
     task, losses = run.task, {}
-    answers: dict[str, dict[int, str]] = {name: {} for name in task.variants}
+    answers: dict[str, dict[int, str]] = {
+        name: dict(enumerate(task.copies.get(name, ()))) for name in task.variants
+    }
     copied: Sequence[BaselineAnswer] | None = None
     # First, as it is cheap: a missing training split is reported before hours of generation.
     if task.baseline in variants and task.baseline_answers is not None:
         copied = run.attempt(task.baseline, task.baseline_answers)
         answers[task.baseline] = {n: answer.text for n, answer in enumerate(copied or ())}
     for name in variants:
-        if name != task.baseline and (view := _view(run, name, lookup)) is not None:
+        is_copied = name == task.baseline or name in task.copies
+        if not is_copied and (view := _view(run, name, lookup)) is not None:
             losses[name], answers[name] = run.measure(name, view)
     # After all answers are known, because partial variants are compared with the model on the same items.
     metrics = {name: _metrics(run, name, losses.get(name), answers) for name in variants}
@@ -213,6 +222,9 @@ def _view(run: _Run, variant: str, lookup: Lookup) -> _View | None:
     task = run.task
     if variant == MODEL:
         return _View(range(len(task.items)), task.items, task.loss_items, lookup)
+    if variant in task.controls:
+        changed = run.attempt(variant, task.controls[variant])
+        return changed and _View(range(len(changed)), changed, (), lookup)
     # Items without media get the same input in every variant, so their answers would only dilute the comparison.
     positions = [n for n, item in enumerate(task.items) if item.media]
     # The mean loss, in contrast, stays over all samples: the differences between variants come only from media.
@@ -383,16 +395,27 @@ def shuffle_media(samples: Sequence[Sample], lookup: Lookup) -> Lookup:
     """
     groups = list(dict.fromkeys(group for sample in samples for group in sample.media))
     vectors = dict(zip(groups, lookup(groups), strict=True))  # group -> [E]
-    keys = {group: vector.numpy().tobytes() for group, vector in vectors.items()}
     # By their bytes: files with the same embedding count once.
-    distinct = list({key: group for group, key in keys.items()}.items())
-    if len(distinct) < 2:
+    partners = exchange({group: vector.numpy().tobytes() for group, vector in vectors.items()})
+    if partners is None:
         raise InputError("all held-out media are the same, so they cannot be exchanged; hold out more media")
+    return _ExchangedMedia(partners, vectors, lookup)
+
+
+def exchange(keys: Mapping[Item, Hashable]) -> dict[Item, Item] | None:
+    """Return another item for each, with another key; None if all keys are equal.
+
+    The distinct keys form one cycle, in an order drawn with a fixed seed. So items with equal keys are exchanged for
+    the same one.
+    """
+    distinct = list({key: item for item, key in keys.items()}.items())
+    if len(distinct) < 2:
+        return None
     # A cycle has no fixed point, unlike a random permutation.
     random.Random(_SEED).shuffle(distinct)
     following = distinct[1:] + distinct[:1]
-    other = {key: group for (key, _), (_, group) in zip(distinct, following, strict=True)}
-    return _ExchangedMedia({group: other[key] for group, key in keys.items()}, vectors, lookup)
+    other = {key: item for (key, _), (_, item) in zip(distinct, following, strict=True)}
+    return {item: other[key] for item, key in keys.items()}
 
 
 @dataclass(frozen=True)
