@@ -12,9 +12,8 @@ from bindllm import BindLLM, Media
 from bindllm.cli.arguments import read_command
 from bindllm.cli.evaluate import few_shot
 from bindllm.cli.generate import NUM_SHOTS, generate
-from bindllm.evaluation.few_shot import BLANK, LAST, MAJORITY, SHUFFLED, WRONG
+from bindllm.evaluation import task
 from bindllm.evaluation.support import POOL
-from bindllm.evaluation.task import MAJORITY_ANSWER, MODEL, NEAREST_CAPTION, NO_MEDIA, SHUFFLED_MEDIA
 from bindllm.model.generation import MAX_NEW_TOKENS
 from bindllm.shots import ShotsBy
 from tiny import tiny_model
@@ -50,8 +49,9 @@ def names_in_table(head: str) -> list[str]:
 def test_the_tables_have_all_choices_and_all_variants():
     assert tuple(names_in_table("`--shots_by`")) == get_args(ShotsBy)
     assert names_in_table("variant") == [
-        *(MODEL, NO_MEDIA, SHUFFLED_MEDIA, BLANK, SHUFFLED, WRONG),
-        *(NEAREST_CAPTION, MAJORITY_ANSWER, LAST, MAJORITY),
+        *(task.MODEL, task.NO_MEDIA, task.SHUFFLED_MEDIA),
+        *(task.BLANK_SUPPORT, task.SHUFFLED_SUPPORT, task.WRONG_SUPPORT),
+        *(task.NEAREST_CAPTION, task.MAJORITY_ANSWER, task.COPY_LAST, task.MAJORITY_SHOT),
     ]
 
 

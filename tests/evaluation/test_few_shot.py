@@ -22,7 +22,7 @@ from bindllm.parallel import RunContext
 from cache_parts import ALLOW, Multimodal, save_tiny_model
 from tiny import color_images, save_tiny_decoder, tiny_model
 
-CHANGED = ["blank_shots", "shuffled_shots", "wrong_shots"]
+CHANGED = ["blank_support", "shuffled_support", "wrong_support"]
 
 
 @pytest.fixture(scope="module")
@@ -81,16 +81,16 @@ def test_each_number_of_shots_is_a_task_with_controls(home, model, prepare):
     assert list(result.metrics) == ["answers_0_shots", "answers_2_shots"]
     plain = ["model", "no_media", "shuffled_media", "majority_answer"]
     assert list(result.metrics["answers_0_shots"]) == plain
-    names = [*plain[:3], *CHANGED, "majority_answer", "last_shot", "majority_shot"]
+    names = [*plain[:3], *CHANGED, "majority_answer", "copy_last", "majority_shot"]
     assert list(result.metrics["answers_2_shots"]) == names
     assert all(result.metrics["answers_2_shots"][name]["count"] == 4 for name in names)
     # The nearest images have the color of the question.
-    assert result.metrics["answers_2_shots"]["last_shot"]["accuracy"] == 1
+    assert result.metrics["answers_2_shots"]["copy_last"]["accuracy"] == 1
     assert result.metrics["answers_2_shots"]["majority_shot"]["accuracy"] == 1
     facts = result.metrics["answers_2_shots"]["model"]
     assert (facts["shots"], facts["excluded"], facts["not_fitting"]) == (8, 0, 0)
     row = result.rows["answers_2_shots"][0]
-    assert row["last_shot"] == row["references"][0] == row["shots"][-1]["answer"]
+    assert row["copy_last"] == row["references"][0] == row["shots"][-1]["answer"]
     assert {*names} <= {*row}
     assert not result.problems
 
@@ -116,15 +116,14 @@ def test_the_controls_change_the_shots_and_nothing_else(home, model, prepare):
     task = data.task(4, model)
     plain = prompts(task.items, model)
     assert all(text.count("Color?") == 5 for text in plain)
-    blank, shuffled, wrong = (task.controls[name]() for name in CHANGED)
+    blank, shuffled, wrong = ([task.altered[name](item) for item in task.items] for name in CHANGED)
     assert prompts(blank, model) == prompts(shuffled, model) == plain
     question = [item.conversation.messages[-2].media for item in task.items]
     for changed in (blank, shuffled, wrong):
         assert [item.conversation.messages[-2].media for item in changed] == question
         assert [item.references for item in changed] == [item.references for item in task.items]
-    assert all(item.media == (media,) for item, media in zip(blank, question, strict=True))
     # The tokens of blank shots listen to nothing.
-    assert all(item.media_index[0] == -1 and item.media_index[-1] == 0 for item in blank)
+    assert all({*item.media_index.tolist()} == {-1, 4} for item in blank)
     for item, other in zip(task.items, shuffled, strict=True):
         assert {*item.media[:-1]} == {*other.media[:-1]}
         assert all(one != two for one, two in zip(item.media[:-1], other.media[:-1], strict=True))
@@ -144,7 +143,7 @@ def test_captions_have_one_item_for_each_image(home, model, prepare):
     rows, support = read(home / "captions.jsonl", "caption")
     data = prepare(rows + rows[:1], support, by="random", seed=3)
     task = data.task(3, model)
-    result = evaluate(model, [task], lookup=data.embeddings, variants=["model", "last_shot"])
+    result = evaluate(model, [task], lookup=data.embeddings, variants=["model", "copy_last"])
     assert len(task.items) == 4
     assert result.metrics["captions_3_shots"]["model"].keys() >= {"cider", "rouge_l", "shots"}
     assert len(result.rows["captions_3_shots"][0]["shots"]) == 3
@@ -175,10 +174,10 @@ def test_equal_shots_leave_two_controls_undefined(home, model, prepare):
     rows, support = read(home / "vqa.jsonl")
     data = prepare(rows, support[:1] * 4)
     result = evaluate(model, [data.task(2, model)], lookup=data.embeddings)
-    assert "all shots show the same media" in result.problems["answers_2_shots: shuffled_shots"]
-    assert "all shots have the same answer" in result.problems["answers_2_shots: wrong_shots"]
-    assert result.metrics["answers_2_shots"]["wrong_shots"]["accuracy"] is None
-    assert result.metrics["answers_2_shots"]["last_shot"]["accuracy"] == 0.25
+    assert "all shots show the same media" in result.problems["answers_2_shots: shuffled_support"]
+    assert "all shots have the same answer" in result.problems["answers_2_shots: wrong_support"]
+    assert result.metrics["answers_2_shots"]["wrong_support"]["accuracy"] is None
+    assert result.metrics["answers_2_shots"]["copy_last"]["accuracy"] == 0.25
 
 
 def test_rows_that_cannot_be_used_are_counted(home, model, prepare, tmp_path):
@@ -247,7 +246,7 @@ def test_the_command_prints_a_table_and_writes_the_result(command, home):
     ).out
     assert "0 shots" in out
     assert any(
-        line.split()[:1] == ["│"] and "last_shot" in line and "1.000" in line for line in out.splitlines()
+        line.split()[:1] == ["│"] and "copy_last" in line and "1.000" in line for line in out.splitlines()
     )
     assert "answers_2_shots: 8 shots, 0 excluded as the question itself, 0 without room in the decoder" in out
     result = json.loads(Path("out/result.json").read_text())

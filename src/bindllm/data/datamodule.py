@@ -24,8 +24,9 @@ from bindllm.data.batches import (
 )
 from bindllm.data.collate import Batch, Lookup, collate
 from bindllm.data.embeddings import MediaEmbeddings
+from bindllm.data.episodes.draw import check_episodes, draw_episodes
 from bindllm.data.preview import preview_rows
-from bindllm.data.report import DataReport, SourceReport
+from bindllm.data.report import DataReport, Skipped, SourceReport
 from bindllm.data.rows import Row, Sample, make_sample
 from bindllm.data.source_config import SPLITS, SourceConfig
 from bindllm.data.sources import read_source
@@ -116,6 +117,7 @@ class BindData(LightningDataModule):
             return
         started = time.perf_counter()
         # Before anything is read: names are enough to find these faults.
+        check_episodes(self.sources)
         check_streams(self.sources)
         rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
         for number, config in enumerate(self.sources):
@@ -173,7 +175,9 @@ class BindData(LightningDataModule):
         if self._samples is not None:
             return
         started = time.perf_counter()
-        samples = {split: self._tokenize(rows) for split, rows in self._rows.items()}
+        # Hard negatives are neighbors in the space of the embeddings, so episodes come after these.
+        rows = draw_episodes(self._rows, self.sources, self.report.skipped, self._embeddings)
+        samples = {split: self._tokenize(found) for split, found in rows.items()}
         if not any(samples.values()) and not self.streamed:
             raise InputError(f"no row of the data can be used: {'; '.join(self.report.skipped.lines())}")
         self._samples = samples
@@ -237,7 +241,7 @@ class BindData(LightningDataModule):
     def preview(self, number: int) -> Iterator[Text]:
         """Yield lines that show a few training rows with their loss mask and media; embeds nothing."""
         self.read()
-        rows = list(self._rows["train"])
+        rows = draw_episodes(self._rows, self.sources, Skipped())["train"]
         for index, config in enumerate(self.sources):
             if number and is_training_stream(config):
                 # Only as many samples as the preview shows.

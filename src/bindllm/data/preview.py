@@ -86,8 +86,7 @@ def preview_lines(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[Te
 def _title(sample: Sample) -> str:
     """Return the length of a row, and the parts of it that did not fit."""
     kept, answers = sample.num_answers, sum(m.role == "assistant" for m in sample.conversation.messages)
-    judged = sample.rejected is not None or sample.desirable is not None
-    # A judged row learns only its last answer, so earlier ones are not missing.
+    # Such a row learns only its last answer, so earlier ones are not missing.
     parts = [f"{len(sample.input_ids):,} tokens, {sample.num_supervised:,} to learn"]
     if sample.rejected is not None:
         parts[0] += f" or {sample.rejected.num_supervised:,} not to"
@@ -95,7 +94,9 @@ def _title(sample: Sample) -> str:
         parts[0] += f" in {kept} answers"
     if sample.truncated:
         parts.append(
-            "answer cut" if judged or kept == answers else f"{answers - kept} of {answers} answers dropped"
+            "answer cut"
+            if sample.query_only or kept == answers
+            else f"{answers - kept} of {answers} answers dropped"
         )
     if sample.type:
         parts.append(f"type {sample.type}")

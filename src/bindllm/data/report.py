@@ -97,6 +97,7 @@ class SourceReport:
         pairs: rows with a better and a worse answer.
         text_only: rows without media.
         warning: a fault of the source as a whole.
+        classes: classes of the labeled images that episodes are drawn from.
     """
 
     path: str
@@ -112,6 +113,7 @@ class SourceReport:
     pairs: int = 0
     text_only: int = 0
     warning: str = ""
+    classes: int = 0
 
     def count(self, rows: Iterable[Row]) -> None:
         """Count the rows of the source, of all splits together."""
@@ -144,6 +146,8 @@ class SourceReport:
             return f"{self.shards:,} shards, streamed"
         if self.format == "caption":
             return f"{_count_media(self.modality, self.num_media)}, {self.num_rows:,} captions"
+        if self.classes:
+            return f"{_count_media(self.modality, self.num_media)} of {self.classes:,} classes, for episodes"
         # A part that counts nothing new is skipped, so that the line stays short.
         parts = [f"{self.num_rows:,} rows ({self.format})"]
         if self.answers > self.num_rows:

@@ -21,8 +21,9 @@ Item = TypeVar("Item")
 IGNORE = -100
 """Label of a token without a loss; no token id is negative, while 0 is one."""
 
-Task = Literal["caption", "answer", "chat"]
-"""How held-out rows are measured: by metrics of captions, by exact answers, or only by their loss."""
+Task = Literal["caption", "answer", "episode", "chat"]
+"""How held-out rows are measured: by metrics of captions, by exact answers (of episodes next to further baselines), or
+only by their loss."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,9 @@ class Row:
         subset: part of the held-out rows, for metrics by subset; empty if the row does not give one.
         rejected: in a preference pair, the conversation with the worse answer; only its last message differs.
         desirable: whether the answer is a wanted one; None if the row does not say so.
-        options: in a multiple choice, the texts of the options in the order of their letters in the prompt.
+        options: in a multiple choice, the texts of the options in the order of their letters in the prompt; in an
+            episode, the names of its classes.
+        query_only: learn only the last answer; pairs and judged rows do so in any case.
         split: the split that the row itself names, if any.
         remarks: faults of a row that is used all the same; they are counted.
     """
@@ -54,6 +57,7 @@ class Row:
     rejected: Conversation | None = None
     desirable: bool | None = None
     options: tuple[str, ...] = ()
+    query_only: bool = False
     split: Split | None = None
     remarks: tuple[str, ...] = ()
 
@@ -73,7 +77,7 @@ class Sample:
         media_index: the media group that the token listens to, or -1.
         conversation: the tokenized conversation.
         truncated: whether an answer was cut or dropped to keep to the maximum length.
-        references, name, source, task, type, subset, desirable, options: as in `Row`.
+        references, name, source, task, type, subset, desirable, options, query_only: as in `Row`.
         rejected: the worse answer to the same prompt, tokenized in the same way.
         number: index among the samples of its split; -1 if it has none.
     """
@@ -92,6 +96,7 @@ class Sample:
     rejected: Sample | None = None
     desirable: bool | None = None
     options: tuple[str, ...] = ()
+    query_only: bool = False
     number: int = -1
 
     @property
@@ -129,17 +134,17 @@ class Sample:
 def make_sample(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Sample:
     """Turn a row into a sample of at most ``max_length`` tokens; for a pair, each side separately.
 
-    In a row that says how good its answer is, only the last answer is learned. If the last turns do not fit, the last
-    question is no longer the one that the references answer: the references are dropped, and the row is measured by
-    its loss.
+    In a row of ``query_only``, and in one that says how good its answer is, only the last answer is learned. If the
+    last turns do not fit, the last question is no longer the one that the references answer: the references are
+    dropped, and the row is measured by its loss.
 
     Raises:
         InputError: the row cannot be used; it is counted by this message.
     """
-    judged = row.rejected is not None or row.desirable is not None
-    sample = tokenize(row.conversation, tokenizer, max_length, last_only=judged)
+    last_only = row.query_only or row.rejected is not None or row.desirable is not None
+    sample = tokenize(row.conversation, tokenizer, max_length, last_only=last_only)
     # If an answer was dropped, the question that the references answer is gone.
-    whole = sample.num_answers == (1 if judged else _num_answers(row.conversation))
+    whole = sample.num_answers == (1 if last_only else _num_answers(row.conversation))
     rejected = None
     if row.rejected is not None:
         rejected = tokenize(row.rejected, tokenizer, max_length, last_only=True)
@@ -159,6 +164,7 @@ def make_sample(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int) -
         rejected=rejected,
         desirable=row.desirable,
         options=row.options,
+        query_only=last_only,
     )
 
 

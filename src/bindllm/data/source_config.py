@@ -25,6 +25,9 @@ Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 # Hugging Face calls it validation, COCO val, older sets valid or dev.
 _OTHER_NAMES: dict[object, Split] = {"val": "validation", "valid": "validation", "dev": "validation"}
+Strategy = Literal["2-way", "2-way-random", "2-way-weight", "mix"]
+Names = Literal["made-up", "true"]
+Negatives = Literal["random", "hard"]
 
 
 def split_named(name: object) -> Split | None:
@@ -66,7 +69,8 @@ class Columns:
         chosen: the better answer; a text or messages.
         rejected: the worse answer; a text or messages.
         completion: the only answer of a row without a pair; a text or messages.
-        label: whether that answer is a wanted one.
+        label: whether that answer is a wanted one. In a source with episodes, the name of the class of an image
+            (caption).
     """
 
     image: str = "image"
@@ -94,6 +98,89 @@ class Columns:
 
 
 @dataclass
+class EpisodeConfig:
+    """Episodes of link-context learning (arXiv 2308.07891, section 3.2), drawn from labeled images.
+
+    An episode is a conversation about ``ways`` classes. Each shot is an image, the question, and the name of its class
+    as the answer; the last question is about another image of one of these classes. Shots are counted per class: the
+    published "16 shots" of two classes are ``shots: 8``.
+
+    The strategies have the names of the paper. The released code calls the first ``2way_weight`` (its weights are those
+    of the neighbors) and the third ``2way_random_shot``.
+
+    - ``2-way``: a fixed number of shots.
+    - ``2-way-random``: a number from the range ``shots``, all equally likely.
+    - ``2-way-weight``: a number from the range ``shots``, with a probability proportional to e^j for j shots in all.
+    - ``mix``: episodes next to ordinary sources; the ``weight`` of each source decides how often it is drawn.
+
+    They are independent of the number of ways.
+
+    Args:
+        ways: classes of an episode, at least 2.
+        shots: images of each class in front of the query; a number, or the smallest and the largest of a range.
+        strategy: how the number of shots is drawn; None: ``2-way`` for a number, ``2-way-random`` for a range.
+        names: made-up, drawn for each episode, or the true names of the classes.
+        negatives: hard: the other classes are near the first one in the space of the encoder. Its j-th neighbor is
+            drawn with a probability proportional to 101 - j.
+        label_noise: probability, 0 to 1, that a shot of a training episode has the name of another class of it.
+        loss: learn the answer about the query, or all answers.
+        count: number of training episodes.
+        held_out_count: number of validation episodes, and of test episodes for each of ``test_shots``.
+        test_shots: numbers of shots of the test episodes. Episodes of one number have the same classes, names and
+            query whatever their shots.
+        seed: an episode is a function of the table, the seed and its number.
+
+    Raises:
+        InputError: a value out of its range, or a strategy that does not fit the shots.
+    """
+
+    ways: int = 2
+    shots: int | tuple[int, int] = 4
+    strategy: Strategy | None = None
+    names: Names = "made-up"
+    negatives: Negatives = "random"
+    label_noise: float = 0.0
+    loss: Literal["query", "all"] = "query"
+    count: int = 1000
+    held_out_count: int = 100
+    test_shots: list[int] = field(default_factory=lambda: [0, 1, 2, 4, 8, 16])
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, known in (("strategy", Strategy), ("names", Names), ("negatives", Negatives)):
+            if (value := getattr(self, name)) not in get_args(known) and value is not None:
+                raise InputError(
+                    f"episodes.{name} {value!r} is unknown. {did_you_mean(value, get_args(known))}"
+                )
+        if self.loss not in ("query", "all"):
+            raise InputError(f"episodes.loss must be query or all, not {self.loss!r}")
+        for name, value, least in (
+            ("ways", self.ways, 2),
+            ("count", self.count, 1),
+            ("held_out_count", self.held_out_count, 1),
+            ("shots", min(self.shot_range), 0),
+            ("test_shots", min(self.test_shots, default=-1), 0),
+        ):
+            if value < least:
+                raise InputError(f"episodes.{name} must be at least {least}, not {value}")
+        if not 0 <= self.label_noise <= 1:
+            raise InputError(f"episodes.label_noise must be from 0 to 1, not {self.label_noise}")
+        low, high = self.shot_range
+        if low > high:
+            raise InputError(f"episodes.shots {[low, high]}: the smallest number comes first")
+        if (self.strategy == "2-way" and low < high) or (
+            self.strategy in ("2-way-random", "2-way-weight") and low == high
+        ):
+            expected = "one number" if low < high else "a range, such as [1, 8]"
+            raise InputError(f"episodes.shots is {self.shots}, and strategy {self.strategy} needs {expected}")
+
+    @property
+    def shot_range(self) -> tuple[int, int]:
+        """The smallest and the largest number of shots of each class in training."""
+        return (self.shots, self.shots) if isinstance(self.shots, int) else (self.shots[0], self.shots[1])
+
+
+@dataclass
 class SourceConfig:
     """One source of training data.
 
@@ -112,12 +199,14 @@ class SourceConfig:
             the hash of the media's path (or of the question); rows that share media share a split.
         held_out: share of media, 0 to 1, that the hash holds out: half for validation, half for test.
         split_by: media, or row: each row has a hash of its own, and the same image may be trained on and held out.
-        limit: use only this many images with captions, or this many rows of another format, chosen by hash.
+        limit: use only this many images with captions, or this many rows of another format, chosen by hash. With
+            episodes, this many classes.
         columns: names of the columns of the table.
         media: folder that paths of media are relative to; by default, the folder of their table.
         allow_outside: whether rows may name files outside that folder; false for tables that you do not trust.
         rationale: in multiple choice, learn the lecture and the explanation before the answer (QCM-LE-A) instead of
             only the answer (QCM-A).
+        episodes: draw episodes of link-context learning from the images and their labels. Each class is in one split.
     """
 
     path: str
@@ -133,6 +222,7 @@ class SourceConfig:
     media: str | None = None
     allow_outside: bool = True
     rationale: bool = False
+    episodes: EpisodeConfig | None = None
 
     def __post_init__(self) -> None:
         # jsonargparse checks a recipe already; these are for Python callers, and for values that no type excludes.
@@ -158,3 +248,5 @@ class SourceConfig:
             raise InputError(f"{self.path}: limit must be at least 1, not {self.limit}")
         if self.rationale and self.format != "choice":
             raise InputError(f"{self.path}: rationale belongs to format: choice, not to {self.format}")
+        if self.episodes is not None and self.format != "caption":
+            raise InputError(f"{self.path}: episodes belong to format: caption, not to {self.format}")

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from bindllm.data.episodes.draw import keep_classes
 from bindllm.data.formats import read_row
 from bindllm.data.formats.columns import json_list, looks_like
 from bindllm.data.formats.media import FolderResolver
@@ -15,7 +16,7 @@ from bindllm.data.report import NOT_UTF8, Skipped, SourceReport
 from bindllm.data.rows import Row
 from bindllm.data.source_config import SPLITS, SourceConfig, Split, split_named
 from bindllm.data.tables import HUB, READERS, Record, is_table, read_table
-from bindllm.errors import InputError, fetch_hint
+from bindllm.errors import InputError, did_you_mean, fetch_hint
 from bindllm.media import SUFFIXES
 
 TABLE_NAME = "captions"
@@ -34,7 +35,8 @@ def read_source(config: SourceConfig, number: int = 0) -> tuple[dict[str, list[R
     """Read a source: its rows as conversations, by split.
 
     In the format caption, each caption of an image is a row, and all captions of that image are its references.
-    In the other formats, each record of the table is a row.
+    In the other formats, each record of the table is a row. With ``episodes``, each image is a row with its label;
+    `bindllm.data.episodes.draw` makes episodes of them.
 
     Args:
         config: the source in the recipe.
@@ -49,7 +51,8 @@ def read_source(config: SourceConfig, number: int = 0) -> tuple[dict[str, list[R
     path = Path(config.path)
     if not config.path.startswith(HUB):
         _require_path(path)
-    report = SourceReport(config.path, modality=config.modality, format=config.format)
+    format = config.format if config.episodes is None else "episodes"
+    report = SourceReport(config.path, modality=config.modality, format=format)
     resolve = FolderResolver.of(config)
     try:
         found = _read_rows(config, number, resolve, report)
@@ -59,6 +62,8 @@ def read_source(config: SourceConfig, number: int = 0) -> tuple[dict[str, list[R
             raise InputError(f"{error}{hint}") from error
         raise
     rows = _split(found, config, resolve, report)
+    if config.episodes is not None:
+        rows = keep_classes(rows, config, report)
     report.count(row for part in rows.values() for row in part)
     if not any(rows.values()):
         reasons = "; ".join(report.skipped.lines()) or "it is empty"
@@ -115,9 +120,16 @@ def _records(config: SourceConfig, report: SourceReport) -> Iterator[tuple[str, 
 def _caption_records(config: SourceConfig, report: SourceReport) -> Iterator[tuple[str, Record, None]]:
     """Yield a record for each caption of a table or of a folder of images, so that a bad one costs no other."""
     table = find_table(config.path)
-    column = config.columns.caption
-    rows = read_table(table, (column,), report.skipped) if table else _folder_rows(config, report)
+    column, label = config.columns.caption, config.columns.label
+    # The label of an image is in a column of its own, or it is the caption.
+    required = (column,) if config.episodes is None else ()
+    rows = read_table(table, required, report.skipped) if table else _folder_rows(config, report)
     for name, record in rows:
+        if config.episodes is not None:
+            if column not in record and label not in record:
+                report.skipped.add(f"no column {label!r} or {column!r}. {did_you_mean(label, record)}", name)
+                continue
+            record = {**record, column: record.get(label, record.get(column))}
         captions = json_list(record[column], (str,))
         # An empty list becomes one missing caption, which is counted as skipped.
         for caption in (captions or [None]) if isinstance(captions, list) else [captions]:
@@ -206,8 +218,10 @@ def _split_keys(
 ) -> list[str]:
     """Return the key that decides the split of each row; rows that share media, also through others, share it.
 
-    A row without media is decided by its questions.
+    A row without media is decided by its questions, a labeled image of episodes by its class.
     """
+    if config.episodes is not None:
+        return [row.references[0] for row in rows]
     # Union-find: each key points to a smaller one of its component, the root of the component to itself.
     parents: dict[str, str] = {}
 

@@ -97,8 +97,7 @@ def answers_task(
         "answers",
         samples,
         accuracy_metrics,
-        baseline=MAJORITY_ANSWER,
-        baseline_answers=partial(majority_answers, samples, train_samples),
+        baselines={MAJORITY_ANSWER: partial(majority_answers, samples, train_samples)},
         make_row=_row,
         max_new_tokens=max_new_tokens or longest_answer(samples, tokenizer),
         shuffled_limit=shuffled_limit,
@@ -178,10 +177,10 @@ def majority_answers(samples: Sequence[Sample], train_samples: Iterable[Sample])
 
 def _keys(sample: Sample) -> tuple[tuple[str, ...], ...]:
     """Return the keys under which answers to a question are counted, the most specific first."""
-    return ("question", _question(sample).lower()), ("type", sample.type), ("all",)
+    return ("question", last_question(sample).lower()), ("type", sample.type), ("all",)
 
 
-def _question(sample: Sample) -> str:
+def last_question(sample: Sample) -> str:
     """Return the last question of a sample, as its row writes it."""
     questions = [message.text for message in sample.conversation.messages if message.role == "user"]
     # Wordings that differ only in white space are one question.
@@ -191,7 +190,7 @@ def _question(sample: Sample) -> str:
 def _row(item: Sample, texts: Mapping[str, str | None], majority: BaselineAnswer | None) -> dict[str, Any]:
     group = media_of(item)
     row = AnswerRow(
-        question=_question(item),
+        question=last_question(item),
         references=list(dict.fromkeys(item.references)),
         type=item.type,
         subset=item.subset,

@@ -3,10 +3,10 @@
 A model may copy the answers of its shots without looking at their media (https://arxiv.org/abs/2404.15736), so each
 number of shots is measured with these variants in addition to those of the task:
 
-- ``blank_shots``: the shots without their media.
-- ``shuffled_shots``: the media of the shots, exchanged among all shots.
-- ``wrong_shots``: the shots with wrong answers.
-- ``last_shot`` and ``majority_shot`` need no model: the answer of the last shot, and the most frequent one among them.
+- ``blank_support``: the shots without their media.
+- ``shuffled_support``: the media of the shots, exchanged among all shots.
+- ``wrong_support``: the shots with wrong answers.
+- ``copy_last`` and ``majority_shot`` need no model: the answer of the last shot, and the most frequent one among them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,17 +29,25 @@ from bindllm.data.rows import Row, Sample, make_sample, tokenize
 from bindllm.errors import InputError
 from bindllm.evaluation.answers import answers_task
 from bindllm.evaluation.captions import captions_task
+from bindllm.evaluation.episodes import blank_support
 from bindllm.evaluation.support import Support, one_per_caption, shot_of
-from bindllm.evaluation.task import BaselineAnswer, MakeRow, Task, exchange
+from bindllm.evaluation.task import (
+    BLANK_SUPPORT,
+    COPY_LAST,
+    MAJORITY_SHOT,
+    SHUFFLED_SUPPORT,
+    WRONG_SUPPORT,
+    BaselineAnswer,
+    MakeRow,
+    Task,
+    exchange,
+)
 from bindllm.media import Media
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.decoder import num_positions
 from bindllm.model.generation import shots_limit
 from bindllm.parallel import RunContext
 from bindllm.shots import Shot, add_shots, fit_shots
-
-BLANK, SHUFFLED, WRONG = "blank_shots", "shuffled_shots", "wrong_shots"
-LAST, MAJORITY = "last_shot", "majority_shot"
 
 
 @dataclass(frozen=True)
@@ -160,11 +168,7 @@ class FewShotData:
             "excluded": sum(found.num_excluded for found in chosen),
             "not_fitting": sum(len(found.shots) for found in chosen) - total,
         }
-        # Captions of one image are one item; the number of an item is that of its question.
-        kept = [item.number for item in task.items]
-        changed = _Changed(
-            model, [self.questions[n] for n in kept], [shots[n] for n in kept], self.embeddings
-        )
+        variants = _Variants(self.questions, shots, self.embeddings, model)
         return replace(
             task,
             name=f"{task.name}_{count}_shots",
@@ -172,7 +176,7 @@ class FewShotData:
             loss_items=(),
             counts={**task.counts, **counts},
             make_row=partial(_row, task.make_row, shots),
-            **(changed.variants() if count else {}),
+            **(variants.of(task) if count else {}),
         )
 
 
@@ -194,54 +198,66 @@ def _usable(
 
 
 @dataclass(frozen=True)
-class _Changed:
-    """The questions of a task with their shots, for the variants that change the shots."""
+class _Variants:
+    """The questions with their shots, for the variants that change or copy the shots.
 
-    model: BindLLM
+    The number of an item is the position of its question: captions of one image are one item.
+    """
+
     questions: Sequence[_Question]
     shots: Sequence[Sequence[Shot]]
     lookup: Lookup
+    model: BindLLM
 
-    def variants(self) -> dict[str, Any]:
-        """Return the controls and the copies of the task."""
+    def of(self, task: Task) -> dict[str, Any]:
+        """Return the altered items and the baselines of a task."""
+        shots = [self.shots[item.number] for item in task.items]
         return {
-            "controls": {BLANK: self.blank, SHUFFLED: self.shuffled, WRONG: self.wrong},
-            "copies": {
-                LAST: [row[-1].answer if row else "" for row in self.shots],
-                MAJORITY: [majority_shot(row) for row in self.shots],
+            "altered": {
+                BLANK_SUPPORT: blank_support,
+                SHUFFLED_SUPPORT: self.shuffled,
+                WRONG_SUPPORT: self.wrong,
+            },
+            "baselines": {
+                **task.baselines,
+                COPY_LAST: lambda: [BaselineAnswer(row[-1].answer if row else "") for row in shots],
+                MAJORITY_SHOT: lambda: [BaselineAnswer(majority_shot(row)) for row in shots],
             },
         }
 
-    def blank(self) -> list[Sample]:
-        """Return the questions after shots without media."""
-        return self._asked(lambda shot: replace(shot, media=()))
-
-    def shuffled(self) -> list[Sample]:
-        """Return the questions after shots with the media of other shots.
+    def shuffled(self, item: Sample) -> Sample | None:
+        """Return an item after shots with the media of other shots; None without shots.
 
         Raises:
             InputError: all shots show the same media.
         """
+        return self._after(item, lambda shot: replace(shot, media=self._partners.get(shot.media, ())))
+
+    def wrong(self, item: Sample) -> Sample | None:
+        """Return an item after shots with wrong answers; None without shots.
+
+        Raises:
+            InputError: all shots have the same answer.
+        """
+        return self._after(item, self._wrong)
+
+    def _after(self, item: Sample, change: Callable[[Shot], Shot]) -> Sample | None:
+        shots = [change(shot) for shot in self.shots[item.number]]
+        return self.questions[item.number].with_shots(shots, self.model, item.number) if shots else None
+
+    @cached_property
+    def _partners(self) -> dict[Sequence[Media], Sequence[Media]]:
+        """Other media for those of each shot."""
         groups = list(dict.fromkeys(shot.media for row in self.shots for shot in row if shot.media))
         keys = [vector.numpy().tobytes() for vector in self.lookup(groups)]
         partners = exchange(dict(zip(groups, keys, strict=True)))
         if partners is None:
             raise InputError("all shots show the same media, so they cannot be exchanged; use more shots")
-        return self._asked(lambda shot: replace(shot, media=partners.get(shot.media, ())))
+        return partners
 
-    def wrong(self) -> list[Sample]:
-        """Return the questions after shots with wrong answers.
-
-        Raises:
-            InputError: all shots have the same answer.
-        """
-        return self._asked(wrong_answers(shot for row in self.shots for shot in row))
-
-    def _asked(self, change: Callable[[Shot], Shot]) -> list[Sample]:
-        return [
-            question.with_shots([change(shot) for shot in row], self.model, n)
-            for n, (question, row) in enumerate(zip(self.questions, self.shots, strict=True))
-        ]
+    @cached_property
+    def _wrong(self) -> Callable[[Shot], Shot]:
+        return wrong_answers(shot for row in self.shots for shot in row)
 
 
 def wrong_answers(shots: Iterable[Shot]) -> Callable[[Shot], Shot]:

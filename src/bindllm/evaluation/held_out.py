@@ -1,4 +1,4 @@
-"""Held-out rows, each measured by its task: captions by metrics, answers by accuracy, conversations by their loss."""
+"""Held-out rows by task: captions by metrics, answers and episodes by accuracy, conversations by their loss."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from bindllm.data.rows import Sample
 from bindllm.errors import BindLLMError, InputError
 from bindllm.evaluation.answers import answers_task
 from bindllm.evaluation.captions import captions_task
+from bindllm.evaluation.episodes import episodes_task
 from bindllm.evaluation.task import Evaluation, Task, evaluate
 from bindllm.model.bindllm import BindLLM
 
-TASKS = {"caption": "captions", "answer": "answers", "chat": "conversations"}
+TASKS = {"caption": "captions", "answer": "answers", "episode": "episodes", "chat": "conversations"}
 """Name of the evaluation task of each `Sample.task`."""
 
 
@@ -57,6 +58,7 @@ def evaluate_held_out(
     make = {
         "captions": partial(captions_task, train_samples=train_samples, lookup=lookup),
         "answers": partial(answers_task, train_samples=train_samples, **asking),
+        "episodes": partial(episodes_task, **asking),
         "conversations": conversations_task,
     }
     for name, rows in held_out.items():

@@ -4,7 +4,9 @@
 - ``no_media``: the same model without the media, bit-equal to gates of zero.
 - ``shuffled_media``: the same model, all media exchanged among the held-out items. If this is as good as ``model``, the
   model does not use its media.
-- the task's baseline, which needs no model: ``nearest_caption`` or ``majority_answer``.
+- the task's baselines, which need no model, such as ``nearest_caption`` or ``majority_answer``.
+
+A task may add variants that alter its items: of episodes, ``shuffled_support`` and ``blank_support``.
 """
 
 from __future__ import annotations
@@ -40,9 +42,20 @@ Item = TypeVar("Item", bound=Hashable)
 
 MODEL, NO_MEDIA, SHUFFLED_MEDIA = "model", "no_media", "shuffled_media"
 NEAREST_CAPTION, MAJORITY_ANSWER = "nearest_caption", "majority_answer"
+SHUFFLED_SUPPORT, BLANK_SUPPORT, WRONG_SUPPORT = "shuffled_support", "blank_support", "wrong_support"
+COPY_LAST, MAJORITY_SHOT = "copy_last", "majority_shot"
 VARIANTS = {
     "captions": (MODEL, NO_MEDIA, SHUFFLED_MEDIA, NEAREST_CAPTION),
     "answers": (MODEL, NO_MEDIA, SHUFFLED_MEDIA, MAJORITY_ANSWER),
+    "episodes": (
+        MODEL,
+        NO_MEDIA,
+        SHUFFLED_MEDIA,
+        SHUFFLED_SUPPORT,
+        BLANK_SUPPORT,
+        COPY_LAST,
+        MAJORITY_ANSWER,
+    ),
     "conversations": (MODEL, NO_MEDIA, SHUFFLED_MEDIA),
 }
 """The variants of each task of held-out rows, as the report shows them."""
@@ -79,7 +92,7 @@ Metrics = dict[str, Any]
 Metric = Callable[[Sequence[Sample], Sequence[str]], Metrics]
 """Compares one answer per item with the references. Without items it returns the same keys with empty values."""
 MakeRow = Callable[[Sample, Mapping[str, str | None], BaselineAnswer | None], Mapping[str, Any]]
-"""Makes the JSON-able row of an item from the text of each variant and the answer of the baseline."""
+"""Makes the JSON-able row of an item from the text of each variant and the answer of the first baseline."""
 
 
 @dataclass(frozen=True)
@@ -91,14 +104,13 @@ class Task:
         items: samples whose last question is answered; each has references.
         metric: scores the answers; None: only the loss is measured.
         loss_items: samples whose loss is measured.
-        baseline: name of the variant without a model; empty: the task has none.
-        baseline_answers: returns one answer per item.
+        baselines: for each variant without a model, a function that returns one answer per item.
+        altered: for each further variant of the model, a function that returns the changed item; None: it would stay
+            the same, and is not measured in this variant.
         make_row: makes a row for the report; None: the task has no rows.
         max_new_tokens: longest answer.
         shuffled_limit: answer at most this many items with shuffled media, drawn with a fixed seed; None: all.
         counts: further numbers about the items, added to the metrics of ``model``.
-        controls: further variants of the model: a function that returns the items with another prompt.
-        copies: further variants without a model: an answer for each item.
 
     Examples:
         >>> Task("spelling", metric=lambda items, answers: {"accuracy": None}).variants
@@ -109,20 +121,17 @@ class Task:
     items: Sequence[Sample] = ()
     metric: Metric | None = None
     loss_items: Sequence[Sample] = ()
-    baseline: str = ""
-    baseline_answers: Callable[[], Sequence[BaselineAnswer]] | None = None
+    baselines: Mapping[str, Callable[[], Sequence[BaselineAnswer]]] = field(default_factory=dict)
+    altered: Mapping[str, Callable[[Sample], Sample | None]] = field(default_factory=dict)
     make_row: MakeRow | None = None
     max_new_tokens: int = 32
     shuffled_limit: int | None = None
     counts: Mapping[str, int] = field(default_factory=dict)
-    controls: Mapping[str, Callable[[], Sequence[Sample]]] = field(default_factory=dict)
-    copies: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def variants(self) -> tuple[str, ...]:
         """Names of the variants, in the order of the report."""
-        baseline = [self.baseline] if self.baseline else []
-        return (MODEL, NO_MEDIA, SHUFFLED_MEDIA, *self.controls, *baseline, *self.copies)
+        return (MODEL, NO_MEDIA, SHUFFLED_MEDIA, *self.altered, *self.baselines)
 
 
 @dataclass
@@ -192,28 +201,25 @@ def _evaluate_task(
     run: _Run, variants: Sequence[str], lookup: Lookup
 ) -> tuple[dict[str, Metrics], list[dict[str, Any]]]:
     """Return the metrics of each variant, and the rows."""
-    # How to read this: the baseline, each variant of the model, their metrics, then the rows.
+    # How to read this: the baselines, each variant of the model, their metrics, then the rows.
     task, losses = run.task, {}
-    answers: dict[str, dict[int, str]] = {
-        name: dict(enumerate(task.copies.get(name, ()))) for name in task.variants
-    }
-    copied: Sequence[BaselineAnswer] | None = None
+    answers: dict[str, dict[int, str]] = {name: {} for name in task.variants}
+    copied: dict[str, Sequence[BaselineAnswer]] = {}
     # First, as it is cheap: a missing training split is reported before hours of generation.
-    if task.baseline in variants and task.baseline_answers is not None:
-        copied = run.attempt(task.baseline, task.baseline_answers)
-        answers[task.baseline] = {n: answer.text for n, answer in enumerate(copied or ())}
+    for name in (name for name in task.baselines if name in variants):
+        copied[name] = run.attempt(name, task.baselines[name]) or ()
+        answers[name] = {n: answer.text for n, answer in enumerate(copied[name])}
     for name in variants:
-        is_copied = name == task.baseline or name in task.copies
-        if not is_copied and (view := _view(run, name, lookup)) is not None:
+        if name not in task.baselines and (view := _view(run, name, lookup)) is not None:
             losses[name], answers[name] = run.measure(name, view)
     # After all answers are known, because partial variants are compared with the model on the same items.
     metrics = {name: _metrics(run, name, losses.get(name), answers) for name in variants}
     if MODEL in metrics:
         metrics[MODEL] |= task.counts
-    rows = []
+    rows, first = [], next(iter(copied.values()), ())
     for n, item in enumerate(task.items if task.make_row is not None else ()):
         texts = {name: given.get(n) for name, given in answers.items()}
-        rows.append(dict(task.make_row(item, texts, copied[n] if copied else None)))
+        rows.append(dict(task.make_row(item, texts, first[n] if first else None)))
     return metrics, rows
 
 
@@ -222,9 +228,10 @@ def _view(run: _Run, variant: str, lookup: Lookup) -> _View | None:
     task = run.task
     if variant == MODEL:
         return _View(range(len(task.items)), task.items, task.loss_items, lookup)
-    if variant in task.controls:
-        changed = run.attempt(variant, task.controls[variant])
-        return changed and _View(range(len(changed)), changed, (), lookup)
+    if (alter := task.altered.get(variant)) is not None:
+        made = run.attempt(variant, lambda: {n: alter(item) for n, item in enumerate(task.items)}) or {}
+        changed = {n: item for n, item in made.items() if item is not None}
+        return _View(list(changed), list(changed.values()), (), lookup)
     # Items without media get the same input in every variant, so their answers would only dilute the comparison.
     positions = [n for n, item in enumerate(task.items) if item.media]
     # The mean loss, in contrast, stays over all samples: the differences between variants come only from media.

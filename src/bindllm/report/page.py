@@ -63,8 +63,8 @@ class ReportData:
 
     Args:
         metrics: content of ``metrics.json``.
-        rows: held-out rows by task: `bindllm.evaluation.captions.CaptionRow` and
-            `bindllm.evaluation.answers.AnswerRow` as dictionaries.
+        rows: held-out rows by task: `bindllm.evaluation.captions.CaptionRow`,
+            `bindllm.evaluation.answers.AnswerRow` and `bindllm.evaluation.episodes.EpisodeRow` as dictionaries.
         facts: the fields of `bindllm.report.report.RunFacts`.
         gates: effective gates, [L] or [L, H].
         training: training loss by step.
@@ -95,7 +95,7 @@ def render_page(data: ReportData) -> str:
     page = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    page.filters |= {"brief": brief, "duration": duration}
+    page.filters |= {"brief": brief, "duration": duration, "share": METRICS["accuracy"].show}
     one, many = media_words(data.modalities)
     lead = summarize(
         data.metrics, num_captions=len(data.rows.get("captions", ())), modalities=data.modalities
@@ -140,16 +140,20 @@ def _task(task: str, variants: Variants, many: str) -> dict[str, Any]:
         "no_media": f"no {many}",
         "shuffled_media": f"wrong {many}",
         "nearest_caption": "nearest caption",
+        "shuffled_support": "names exchanged",
+        "blank_support": f"shots without {many}",
+        "copy_last": "last name",
         "majority_answer": "majority answer",
     }
     names = {name: titles[name] for name in VARIANTS[task]}
     head = ["", *names.values()]
     # Answers are shares by type of question, all other tasks a list of metrics.
-    if task == "answers":
+    if task in ("answers", "episodes"):
         # Without the subsets, which the table has.
         shown = min(_PANELS, len(variants["model"]["by_type"]))
         # Bars of shares fill the panel at 100 %, so that panels can be compared; bars of losses at the largest.
-        lines, head = _answer_lines(variants, list(names)), ["type of question", "questions", *names.values()]
+        lines = _answer_lines(variants, list(names))
+        head = ["type of question" if task == "answers" else "shots", "questions", *names.values()]
         panels = [_panel(title, row, names, "accuracy", full=1) for title, _, row in lines[: shown + 1]]
         panels[0] |= {"title": METRICS["accuracy"].title, "note": "higher is better"}
         rows = [
@@ -289,7 +293,7 @@ def draw_thumbnails(rows: Iterable[dict[str, Any]], resolve: Callable[[str], str
 
 
 def _sheet(task: str, rows: Sequence[dict[str, Any]], thumbnails: Mapping[str, str]) -> dict[str, Any]:
-    make = _answer_card if task == "answers" else _caption_card
+    make = _caption_card if task == "captions" else _answer_card
     return {"total": len(rows), "cards": [make(row, thumbnails) for row in shown_rows(rows)]}
 
 

@@ -4,6 +4,7 @@
     report.html             the page, for people: one file that loads nothing else
     report/captions.jsonl   one row per held-out image with captions, if there are any
     report/answers.jsonl    one row per held-out question, if there are any
+    report/episodes.jsonl   one row per held-out episode, if there are any
     report/log.csv          the training log
     report/thumbnails.json  the images of the page, by their path in the rows
     report/facts.json       further facts of the run
@@ -42,7 +43,7 @@ from bindllm.report.summary import KEYS
 
 METRICS_FILE = "metrics.json"
 PAGE_FILE = "report.html"
-ROW_FILES = {"captions": "report/captions.jsonl", "answers": "report/answers.jsonl"}
+ROW_FILES = {task: f"report/{task}.jsonl" for task in ("captions", "answers", "episodes")}
 LOG_FILE = "report/log.csv"
 FACTS_FILE = "report/facts.json"
 THUMBNAILS_FILE = "report/thumbnails.json"

@@ -62,6 +62,7 @@ METRICS = {
 KEYS = {
     "captions": ("loss", "perplexity", "cider", "bleu4", "rouge_l", "exact_match"),
     "answers": ("accuracy", "by_type", "count", "count_by_type"),
+    "episodes": ("accuracy", "by_type", "count", "count_by_type", "published", "named"),
     "conversations": ("loss", "perplexity"),
 }
 """Keys that each variant of a task has in ``metrics.json``."""
@@ -93,6 +94,8 @@ def summarize(
     for task, variants in metrics["tasks"].items():
         if task == "answers":
             sentences += _answers(variants, *words)
+        elif task == "episodes":
+            sentences += _episodes(variants, words[0])
         elif task == "captions":
             sentences += _captions(variants, num_captions, *words)
         else:
@@ -189,6 +192,37 @@ def _answers(variants: Variants, one: str, many: str) -> list[str]:
         aside = _aside(variant, model)
         sentences.append(f"With wrong {many} it answers {show(shuffled)} right{aside}, {verdict}.")
     return sentences + _few(model["count"], "questions")
+
+
+def _episodes(variants: Variants, one: str) -> list[str]:
+    """Compare the share of right names with copying a name, and with exchanged names."""
+    model, show = variants["model"], METRICS["accuracy"].show
+    own, last, most = (variants[name]["accuracy"] for name in ("model", "copy_last", "majority_answer"))
+    if own is None:
+        return ["The answers to the held-out episodes could not be measured."]
+    by_shots = [f"{show(part['accuracy'])} at {name}" for name, part in model.get("by_subset", {}).items()]
+    listed = f" ({', '.join(by_shots)})" if by_shots else ""
+    sentences = [
+        f"In {model['count']:,} held-out episodes the model names {show(own)} of the queries right{listed}."
+    ]
+    if last is not None and most is not None:
+        useless = ": the model does no better than copying" if own <= max(last, most) else ""
+        sentences.append(
+            f"The name of the last shot is right for {show(last)}, the most frequent name for {show(most)}{useless}."
+        )
+    variant = variants["shuffled_support"]
+    if (exchanged := variant["accuracy"]) is not None:
+        if exchanged >= variant.get("model_accuracy", own):
+            verdict = f"not fewer: nothing here shows that it learns names from the {one} of a shot"
+        else:
+            verdict = f"so it does learn names from the {one} of a shot"
+        # On the same episodes: those without shots have no names to exchange.
+        same = show(variant.get("model_accuracy", own))
+        sentences.append(
+            f"With the names exchanged between the classes it names {show(exchanged)} right instead of {same}, "
+            f"{verdict}."
+        )
+    return sentences + _few(model["count"], "episodes")
 
 
 def _aside(variant: Mapping[str, Any], model: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ from bindllm.cache.blend import CacheConfig, index_command
 from bindllm.cache.visual_cache import choose_cache, open_cache
 from bindllm.conversation import check_vocabulary
 from bindllm.data.datamodule import BindData
+from bindllm.data.episodes.draw import PREVIEW, check_episodes, draw_episodes
 from bindllm.data.preview import legend
 from bindllm.data.report import Skipped, SourceReport
 from bindllm.data.rows import Row, Sample, make_sample, spread
@@ -190,8 +191,9 @@ def check_checkpoint(folder: str, problems: Problems, *, allow: Sequence[str]) -
 def read_sources(sources: Sequence[SourceConfig], problems: Problems) -> Read:
     """Read every source that can be read; only the first rows of a stream for training."""
     read = []
-    with problems.noted():
-        check_streams(sources)
+    for check in (check_episodes, check_streams):
+        with problems.noted():
+            check(sources)
     # The first rows of a stream are enough: reading all shards may take hours.
     for number, source in enumerate(sources):
         with problems.noted():
@@ -200,7 +202,9 @@ def read_sources(sources: Sequence[SourceConfig], problems: Problems) -> Read:
                 report.shards = len(expand_shards(source.path))
             else:
                 rows, report = (read_stream if is_stream(source.path) else read_source)(source, number)
-            read.append((rows, report))
+            if source.episodes is not None and source.episodes.negatives == "hard":
+                report.remarks.add(PREVIEW, source.path)
+            read.append((draw_episodes(rows, sources, report.skipped), report))
     return read
 
 

@@ -1,0 +1,191 @@
+"""The episodes task: whether a model learns the names of classes from a few shots, next to controls that tell how.
+
+A model that reads the names from the images of the shots must fall when these are blank, and must give the other name
+when the names are exchanged. Else it copies text.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from bindllm.conversation import NO_MEDIA, Conversation, Message
+from bindllm.data.answers import is_right, same_answer
+from bindllm.data.rows import Sample, tokenize
+from bindllm.errors import InputError
+from bindllm.evaluation import task
+from bindllm.evaluation.answers import accuracy_metrics, last_question, longest_answer
+from bindllm.evaluation.task import BaselineAnswer, Metrics, Task, media_name, media_of
+
+
+@dataclass
+class EpisodeRow:
+    """One held-out episode and its answers; an answer that was not measured is None.
+
+    Attributes:
+        question: the question about the query.
+        references: the name of its class.
+        names: the names of all classes of the episode.
+        subset: number of shots.
+        media: path of the query.
+        modality: its modality.
+        model: greedy answer of the model.
+        right: whether the model's answer is right.
+        no_media: answer of the same model without any media.
+        shuffled_media: answer of the same model with other media.
+        shuffled_support: answer of the same model if the names of the shots are exchanged between the classes.
+        blank_support: answer of the same model without the media of the shots.
+        copy_last: the name of the last shot.
+        majority_answer: the most frequent name of the shots.
+    """
+
+    question: str
+    references: list[str]
+    names: list[str]
+    subset: str
+    media: str | None
+    modality: str | None
+    model: str | None
+    right: bool
+    no_media: str | None
+    shuffled_media: str | None
+    shuffled_support: str | None
+    blank_support: str | None
+    copy_last: str | None
+    majority_answer: str | None
+
+
+def episodes_task(
+    samples: Sequence[Sample], *, tokenizer: PreTrainedTokenizerBase, shuffled_limit: int | None = None
+) -> Task:
+    """Return the episodes task: accuracy over all queries, and by number of shots.
+
+    Args:
+        samples: held-out episodes.
+        tokenizer: tokenizer of the model.
+        shuffled_limit: answer at most this many queries with shuffled media; None: all.
+
+    Raises:
+        InputError: there are no samples.
+    """
+    if not samples:
+        raise InputError(
+            "there are no held-out episodes; set episodes.held_out_count, or give classes the split test"
+        )
+    return Task(
+        "episodes",
+        samples,
+        episode_metrics,
+        baselines={
+            task.COPY_LAST: lambda: [BaselineAnswer((_shot_names(sample) or [""])[-1]) for sample in samples],
+            task.MAJORITY_ANSWER: lambda: [
+                BaselineAnswer(_majority(_shot_names(sample))) for sample in samples
+            ],
+        },
+        altered={
+            task.SHUFFLED_SUPPORT: partial(exchange_names, tokenizer=tokenizer),
+            task.BLANK_SUPPORT: blank_support,
+        },
+        make_row=_row,
+        max_new_tokens=longest_answer(samples, tokenizer),
+        shuffled_limit=shuffled_limit,
+    )
+
+
+def episode_metrics(items: Sequence[Sample], answers: Sequence[str]) -> Metrics:
+    """Return the share of right answers, by the strict metric of questions and by the published one.
+
+    Args:
+        items: episodes.
+        answers: one per episode.
+
+    Returns:
+        The metrics of `accuracy_metrics`, ``published`` (0..1, see `is_published_right`) and ``named``, the share of
+        answers that are the name of any class of the episode; None without items. Chance is ``named`` divided by the
+        number of classes.
+    """
+    pairs = list(zip(items, answers, strict=True))
+    published = [is_published_right(answer, item.references[0], item.options) for item, answer in pairs]
+    named = [same_answer(answer, item.options) for item, answer in pairs]
+    shares = {"published": published, "named": named}
+    return accuracy_metrics(items, answers) | {
+        name: sum(found) / len(found) if found else None for name, found in shares.items()
+    }
+
+
+def is_published_right(answer: str, name: str, names: Sequence[str]) -> bool:
+    """Return whether an answer is right by the metric of arXiv 2308.07891.
+
+    The answer contains the name in lower case and, once this is deleted, no other name of the episode. Upper case in
+    the answer is kept, as in the released code, so "Dax" does not contain "dax".
+
+    Examples:
+        >>> names = ("octopus", "dax")
+        >>> [is_published_right(text, "octopus", names) for text in ("an octopus vacuum", "dax or octopus", "Octopus")]
+        [True, False, False]
+    """
+    name = name.lower()
+    rest = answer.replace(name, "")
+    return name in answer and not any(other.lower() in rest for other in names if other.lower() != name)
+
+
+def exchange_names(sample: Sample, *, tokenizer: PreTrainedTokenizerBase) -> Sample | None:
+    """Return an episode whose shots have the names of other classes, each class that of the next; None without shots.
+
+    The query and its true name stay. A model that learns from the images then gives the other name.
+    """
+    if not _shot_names(sample):
+        return None
+    following = dict(zip(sample.options, (*sample.options[1:], sample.options[0]), strict=True))
+    *shots, answer = sample.conversation.messages
+    # Noisy labels are exchanged like any other.
+    changed = [
+        Message("assistant", following[message.text]) if message.role == "assistant" else message
+        for message in shots
+    ]
+    # Nothing is cut: made-up names may differ in their number of tokens.
+    made = tokenize(Conversation((*changed, answer)), tokenizer, sys.maxsize, last_only=True)
+    own = {name: getattr(made, name) for name in ("input_ids", "labels", "media_index", "conversation")}
+    return replace(sample, **own)
+
+
+def blank_support(sample: Sample) -> Sample | None:
+    """Return an episode whose shots have no media; None without shots."""
+    if not _shot_names(sample):
+        return None
+    index = sample.media_index
+    # The last token listens to the query.
+    return replace(sample, media_index=np.where(index == index[-1], index, NO_MEDIA))
+
+
+def _shot_names(sample: Sample) -> list[str]:
+    """Return the names of the shots, in their order."""
+    return [message.text for message in sample.conversation.messages[:-1] if message.role == "assistant"]
+
+
+def _majority(names: Sequence[str]) -> str:
+    # Of equally frequent names, the first.
+    return Counter(names).most_common(1)[0][0] if names else ""
+
+
+def _row(item: Sample, texts: Mapping[str, str | None], _: BaselineAnswer | None) -> dict[str, Any]:
+    group, answer = media_of(item), texts[task.MODEL]
+    variants = {name: texts[name] for name in task.VARIANTS["episodes"]}
+    row = EpisodeRow(
+        question=last_question(item),
+        references=list(item.references),
+        names=list(item.options),
+        subset=item.subset,
+        media=media_name(item),
+        modality=group[0].modality if group else None,
+        right=answer is not None and is_right(answer, item.references),
+        **variants,
+    )
+    return asdict(row)
