@@ -88,7 +88,9 @@ def scripted(model, monkeypatch):
 
 
 def measure(model, samples=ITEMS):
-    result = task.evaluate(model, [episodes_task(samples, tokenizer=model.tokenizer)], lookup=lookup)
+    result = task.evaluate(
+        model, [episodes_task(samples, tokenizer=model.tokenizer, lookup=lookup)], lookup=lookup
+    )
     assert result.problems == {}
     return result.metrics["episodes"], result.rows["episodes"]
 
@@ -112,6 +114,7 @@ def test_a_model_that_learns_from_images_falls_with_exchanged_names(model, scrip
         "no_media": 0.0,
         "shuffled_support": 0.0,
         "blank_support": 0.0,
+        "nearest_shot": 0.5,
         "copy_last": 0.5,
         "majority_answer": 0.5,
     }
@@ -201,4 +204,4 @@ def test_held_out_episodes_are_measured_next_to_other_rows(model, scripted):
     result = evaluate_held_out(model, held_out, train_samples=[], lookup=lookup)
     assert result.metrics.keys() == held_out.keys()
     with pytest.raises(InputError, match="no held-out episodes"):
-        episodes_task([], tokenizer=model.tokenizer)
+        episodes_task([], tokenizer=model.tokenizer, lookup=lookup)

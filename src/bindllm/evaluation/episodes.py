@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bindllm.conversation import NO_MEDIA, Conversation, Message
 from bindllm.data.answers import is_right, same_answer
+from bindllm.data.collate import Lookup
 from bindllm.data.rows import Sample, tokenize
 from bindllm.errors import InputError
 from bindllm.evaluation import task
@@ -42,6 +43,7 @@ class EpisodeRow:
         shuffled_media: answer of the same model with other media.
         shuffled_support: answer of the same model if the names of the shots are exchanged between the classes.
         blank_support: answer of the same model without the media of the shots.
+        nearest_shot: the name of the shot whose media are nearest to those of the query.
         copy_last: the name of the last shot.
         majority_answer: the most frequent name of the shots.
     """
@@ -58,18 +60,24 @@ class EpisodeRow:
     shuffled_media: str | None
     shuffled_support: str | None
     blank_support: str | None
+    nearest_shot: str | None
     copy_last: str | None
     majority_answer: str | None
 
 
 def episodes_task(
-    samples: Sequence[Sample], *, tokenizer: PreTrainedTokenizerBase, shuffled_limit: int | None = None
+    samples: Sequence[Sample],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    lookup: Lookup,
+    shuffled_limit: int | None = None,
 ) -> Task:
     """Return the episodes task: accuracy over all queries, and by number of shots.
 
     Args:
         samples: held-out episodes.
         tokenizer: tokenizer of the model.
+        lookup: returns the embeddings of media groups.
         shuffled_limit: answer at most this many queries with shuffled media; None: all.
 
     Raises:
@@ -84,6 +92,7 @@ def episodes_task(
         samples,
         episode_metrics,
         baselines={
+            task.NEAREST_SHOT: lambda: [BaselineAnswer(_nearest(sample, lookup)) for sample in samples],
             task.COPY_LAST: lambda: [BaselineAnswer((_shot_names(sample) or [""])[-1]) for sample in samples],
             task.MAJORITY_ANSWER: lambda: [
                 BaselineAnswer(_majority(_shot_names(sample))) for sample in samples
@@ -168,6 +177,14 @@ def blank_support(sample: Sample) -> Sample | None:
 def _shot_names(sample: Sample) -> list[str]:
     """Return the names of the shots, in their order."""
     return [message.text for message in sample.conversation.messages[:-1] if message.role == "assistant"]
+
+
+def _nearest(sample: Sample, lookup: Lookup) -> str:
+    """Return the name of the shot with the highest cosine to the query, the first of equal ones."""
+    names = _shot_names(sample)
+    # Every turn of an episode has media, so groups and names are in the same order.
+    vectors = lookup(sample.conversation.media_groups)  # [shots + 1, E], unit norm
+    return names[int((vectors[:-1] @ vectors[-1]).argmax())] if names else ""
 
 
 def _majority(names: Sequence[str]) -> str:

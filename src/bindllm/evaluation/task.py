@@ -41,7 +41,8 @@ T = TypeVar("T")
 
 MODEL, NO_MEDIA, SHUFFLED_MEDIA = "model", "no_media", "shuffled_media"
 NEAREST_CAPTION, MAJORITY_ANSWER = "nearest_caption", "majority_answer"
-SHUFFLED_SUPPORT, BLANK_SUPPORT, COPY_LAST = "shuffled_support", "blank_support", "copy_last"
+SHUFFLED_SUPPORT, BLANK_SUPPORT = "shuffled_support", "blank_support"
+COPY_LAST, NEAREST_SHOT = "copy_last", "nearest_shot"
 VARIANTS = {
     "captions": (MODEL, NO_MEDIA, SHUFFLED_MEDIA, NEAREST_CAPTION),
     "answers": (MODEL, NO_MEDIA, SHUFFLED_MEDIA, MAJORITY_ANSWER),
@@ -51,6 +52,7 @@ VARIANTS = {
         SHUFFLED_MEDIA,
         SHUFFLED_SUPPORT,
         BLANK_SUPPORT,
+        NEAREST_SHOT,
         COPY_LAST,
         MAJORITY_ANSWER,
     ),

@@ -142,6 +142,7 @@ def _task(task: str, variants: Variants, many: str) -> dict[str, Any]:
         "nearest_caption": "nearest caption",
         "shuffled_support": "names exchanged",
         "blank_support": f"shots without {many}",
+        "nearest_shot": "nearest shot",
         "copy_last": "last name",
         "majority_answer": "majority answer",
     }
