@@ -25,6 +25,7 @@ COMMANDS = {
     "index": ("index", "build or update a visual cache: an index of image embeddings"),
     "align": ("align", "train an encoder of a new modality for a joint space, from pairs"),
     "evaluate": ("evaluate", "zero-shot classification and retrieval from embeddings"),
+    "few_shot": ("evaluate", "few-shot evaluation with controls, on held-out rows of a table"),
     "export": ("folders", "merge the adapter into a plain Hugging Face folder"),
     "report": ("folders", "write the report of a checkpoint again"),
     "version": ("folders", "print the versions of bindllm and its dependencies"),

@@ -6,7 +6,7 @@
   model does not use its media.
 - the task's baselines, which need no model, such as ``nearest_caption`` or ``majority_answer``.
 
-A task may add variants that alter its items: of episodes, ``shuffled_support`` and ``blank_support``.
+Episodes add variants that alter their shots: ``blank_support``, ``shuffled_support`` and ``wrong_support``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import math
 import random
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -38,11 +38,12 @@ from bindllm.model.bindllm import BindLLM
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Item = TypeVar("Item", bound=Hashable)
 
 MODEL, NO_MEDIA, SHUFFLED_MEDIA = "model", "no_media", "shuffled_media"
 NEAREST_CAPTION, MAJORITY_ANSWER = "nearest_caption", "majority_answer"
-SHUFFLED_SUPPORT, BLANK_SUPPORT = "shuffled_support", "blank_support"
-COPY_LAST, NEAREST_SHOT = "copy_last", "nearest_shot"
+SHUFFLED_SUPPORT, BLANK_SUPPORT, WRONG_SUPPORT = "shuffled_support", "blank_support", "wrong_support"
+NEAREST_SHOT, COPY_LAST, MAJORITY_SHOT = "nearest_shot", "copy_last", "majority_shot"
 VARIANTS = {
     "captions": (MODEL, NO_MEDIA, SHUFFLED_MEDIA, NEAREST_CAPTION),
     "answers": (MODEL, NO_MEDIA, SHUFFLED_MEDIA, MAJORITY_ANSWER),
@@ -50,11 +51,12 @@ VARIANTS = {
         MODEL,
         NO_MEDIA,
         SHUFFLED_MEDIA,
-        SHUFFLED_SUPPORT,
         BLANK_SUPPORT,
+        SHUFFLED_SUPPORT,
+        WRONG_SUPPORT,
         NEAREST_SHOT,
         COPY_LAST,
-        MAJORITY_ANSWER,
+        MAJORITY_SHOT,
     ),
     "conversations": (MODEL, NO_MEDIA, SHUFFLED_MEDIA),
 }
@@ -402,16 +404,27 @@ def shuffle_media(samples: Sequence[Sample], lookup: Lookup) -> Lookup:
     """
     groups = list(dict.fromkeys(group for sample in samples for group in sample.media))
     vectors = dict(zip(groups, lookup(groups), strict=True))  # group -> [E]
-    keys = {group: vector.numpy().tobytes() for group, vector in vectors.items()}
     # By their bytes: files with the same embedding count once.
-    distinct = list({key: group for group, key in keys.items()}.items())
-    if len(distinct) < 2:
+    partners = exchange({group: vector.numpy().tobytes() for group, vector in vectors.items()})
+    if partners is None:
         raise InputError("all held-out media are the same, so they cannot be exchanged; hold out more media")
+    return _ExchangedMedia(partners, vectors, lookup)
+
+
+def exchange(keys: Mapping[Item, Hashable]) -> dict[Item, Item] | None:
+    """Return another item for each, with another key; None if all keys are equal.
+
+    The distinct keys form one cycle, in an order drawn with a fixed seed. So items with equal keys are exchanged for
+    the same one.
+    """
+    distinct = list({key: item for item, key in keys.items()}.items())
+    if len(distinct) < 2:
+        return None
     # A cycle has no fixed point, unlike a random permutation.
     random.Random(_SEED).shuffle(distinct)
     following = distinct[1:] + distinct[:1]
-    other = {key: group for (key, _), (_, group) in zip(distinct, following, strict=True)}
-    return _ExchangedMedia({group: other[key] for group, key in keys.items()}, vectors, lookup)
+    other = {key: item for (key, _), (_, item) in zip(distinct, following, strict=True)}
+    return {item: other[key] for item, key in keys.items()}
 
 
 @dataclass(frozen=True)

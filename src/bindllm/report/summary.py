@@ -198,7 +198,7 @@ def _episodes(variants: Variants, one: str) -> list[str]:
     """Compare the share of right names with copying a name, and with exchanged names."""
     model, show = variants["model"], METRICS["accuracy"].show
     own, near, last, most = (
-        variants[name]["accuracy"] for name in ("model", "nearest_shot", "copy_last", "majority_answer")
+        variants[name]["accuracy"] for name in ("model", "nearest_shot", "copy_last", "majority_shot")
     )
     if own is None:
         return ["The answers to the held-out episodes could not be measured."]
@@ -214,7 +214,7 @@ def _episodes(variants: Variants, one: str) -> list[str]:
         )
     if near is not None:
         sentences.append(f"The name of the shot nearest to the query is right for {show(near)}.")
-    variant = variants["shuffled_support"]
+    variant = variants["wrong_support"]
     if (exchanged := variant["accuracy"]) is not None:
         if exchanged >= variant.get("model_accuracy", own):
             verdict = f"not fewer: nothing here shows that it learns names from the {one} of a shot"
