@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from bindllm import conversation
 from bindllm.data.batches import sorted_batches
-from bindllm.data.collate import Lookup, MediaGroup, answer_batch, prompt_batch, tokens_of
+from bindllm.data.collate import Lookup, MediaGroup, answer_batch, prompt_batch, records_of, tokens_of
 from bindllm.data.rows import Sample
 from bindllm.errors import BindLLMError, InputError
 from bindllm.model.bindllm import BindLLM
@@ -380,6 +380,8 @@ def input_digests(samples: Sequence[Sample], lookup: Lookup) -> list[bytes]:
             for _ in sample.media:
                 digest.update(next(vectors).numpy().tobytes())
             # Sample by sample: the tokens of a chunk would take gigabytes.
+            if sample.media and (records := records_of(lookup, sample.media)) is not None:
+                digest.update(b"".join(part.numpy().tobytes() for part in records))
             if sample.media and (tokens := tokens_of(lookup, sample.media)) is not None:
                 digest.update(tokens.numpy().tobytes())
             digests.append(digest.digest())
@@ -440,6 +442,10 @@ class _ExchangedMedia:
 
     def tokens(self, groups: Sequence[MediaGroup]) -> Tensor | None:
         return tokens_of(self.lookup, [self.partners[group] for group in groups])
+
+    def records(self, groups: Sequence[MediaGroup]) -> tuple[Tensor, Tensor] | None:
+        # Retrieved for the media that are shown, as in a request.
+        return records_of(self.lookup, [self.partners[group] for group in groups])
 
 
 def media_of(sample: Sample) -> MediaGroup:
