@@ -60,7 +60,7 @@ def evaluate_held_out(
     make = {
         "captions": partial(captions_task, train_samples=train_samples, lookup=lookup),
         "answers": partial(answers_task, train_samples=train_samples, **asking),
-        "episodes": partial(episodes_task, **asking),
+        "episodes": partial(episodes_task, lookup=lookup, **asking),
         "conversations": conversations_task,
     }
     for name, rows in held_out.items():

@@ -6,7 +6,7 @@
   model does not use its media.
 - the task's baselines, which need no model, such as ``nearest_caption`` or ``majority_answer``.
 
-A task may add variants that alter its items: of episodes, ``shuffled_support`` and ``blank_support``.
+Episodes add variants that alter their shots: ``blank_support``, ``shuffled_support`` and ``wrong_support``.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Item = TypeVar("Item", bound=Hashable)
 MODEL, NO_MEDIA, SHUFFLED_MEDIA = "model", "no_media", "shuffled_media"
 NEAREST_CAPTION, MAJORITY_ANSWER = "nearest_caption", "majority_answer"
 SHUFFLED_SUPPORT, BLANK_SUPPORT, WRONG_SUPPORT = "shuffled_support", "blank_support", "wrong_support"
-COPY_LAST, MAJORITY_SHOT = "copy_last", "majority_shot"
+NEAREST_SHOT, COPY_LAST, MAJORITY_SHOT = "nearest_shot", "copy_last", "majority_shot"
 VARIANTS = {
     "captions": (MODEL, NO_MEDIA, SHUFFLED_MEDIA, NEAREST_CAPTION),
     "answers": (MODEL, NO_MEDIA, SHUFFLED_MEDIA, MAJORITY_ANSWER),
@@ -51,10 +51,12 @@ VARIANTS = {
         MODEL,
         NO_MEDIA,
         SHUFFLED_MEDIA,
-        SHUFFLED_SUPPORT,
         BLANK_SUPPORT,
+        SHUFFLED_SUPPORT,
+        WRONG_SUPPORT,
+        NEAREST_SHOT,
         COPY_LAST,
-        MAJORITY_ANSWER,
+        MAJORITY_SHOT,
     ),
     "conversations": (MODEL, NO_MEDIA, SHUFFLED_MEDIA),
 }

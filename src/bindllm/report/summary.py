@@ -217,7 +217,9 @@ def _answers(variants: Variants, one: str, many: str) -> list[str]:
 def _episodes(variants: Variants, one: str) -> list[str]:
     """Compare the share of right names with copying a name, and with exchanged names."""
     model, show = variants["model"], METRICS["accuracy"].show
-    own, last, most = (variants[name]["accuracy"] for name in ("model", "copy_last", "majority_answer"))
+    own, near, last, most = (
+        variants[name]["accuracy"] for name in ("model", "nearest_shot", "copy_last", "majority_shot")
+    )
     if own is None:
         return ["The answers to the held-out episodes could not be measured."]
     by_shots = [f"{show(part['accuracy'])} at {name}" for name, part in model.get("by_subset", {}).items()]
@@ -230,7 +232,9 @@ def _episodes(variants: Variants, one: str) -> list[str]:
         sentences.append(
             f"The name of the last shot is right for {show(last)}, the most frequent name for {show(most)}{useless}."
         )
-    variant = variants["shuffled_support"]
+    if near is not None:
+        sentences.append(f"The name of the shot nearest to the query is right for {show(near)}.")
+    variant = variants["wrong_support"]
     if (exchanged := variant["accuracy"]) is not None:
         if exchanged >= variant.get("model_accuracy", own):
             verdict = f"not fewer: nothing here shows that it learns names from the {one} of a shot"
