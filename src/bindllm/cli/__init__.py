@@ -23,6 +23,7 @@ COMMANDS = {
     "encode": ("encode", "print pairwise cosine similarities of files and texts"),
     "convert": ("folders", "convert published weights; every tensor is accounted for"),
     "index": ("index", "build or update a visual cache: an index of image embeddings"),
+    "datastore": ("index", "build a datastore: records that a model with context retrieves"),
     "align": ("align", "train an encoder of a new modality for a joint space, from pairs"),
     "evaluate": ("evaluate", "zero-shot classification and retrieval from embeddings"),
     "few_shot": ("evaluate", "few-shot evaluation with controls, on held-out rows of a table"),

@@ -187,6 +187,10 @@ class ModelOptions:
     """load the decoder in 4 or 8 bits, or in full (default: as in training)"""
     tokens: PositiveInt | None = None
     """bind tokens of an image, at most as many as in training (default: all)"""
+    datastore: str | None = None
+    """folder of records that a model with context reads (default: those of its training)"""
+    records: NonNegativeInt | None = None
+    """number of records for each media; 0: none (default: as in training)"""
     encoder: tuple[str, ...] = ()
     """import path or folder of a further encoder, for a modality that those of the checkpoint do not serve; may be
     repeated. Arguments of its constructor are given as --encoder.NAME VALUE"""
@@ -205,6 +209,9 @@ class ModelOptions:
             cache=cache,
             quantize=False if self.quantize == "none" else self.quantize,
             tokens=self.tokens,
+            # Without records no datastore is read, also if the checkpoint has none.
+            datastore=self.datastore if self.records != 0 else False,
+            records=self.records,
         )
 
 
