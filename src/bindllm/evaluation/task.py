@@ -109,6 +109,8 @@ class Task:
         baselines: for each variant without a model, a function that returns one answer per item.
         altered: for each further variant of the model, a function that returns the changed item; None: it would stay
             the same, and is not measured in this variant.
+        lookups: for variants of the model that differ in their embeddings or records, a lookup of their own; together
+            with ``altered`` or without.
         make_row: makes a row for the report; None: the task has no rows.
         max_new_tokens: longest answer.
         shuffled_limit: answer at most this many items with shuffled media, drawn with a fixed seed; None: all.
@@ -125,6 +127,7 @@ class Task:
     loss_items: Sequence[Sample] = ()
     baselines: Mapping[str, Callable[[], Sequence[BaselineAnswer]]] = field(default_factory=dict)
     altered: Mapping[str, Callable[[Sample], Sample | None]] = field(default_factory=dict)
+    lookups: Mapping[str, Lookup] = field(default_factory=dict)
     make_row: MakeRow | None = None
     max_new_tokens: int = 32
     shuffled_limit: int | None = None
@@ -133,7 +136,7 @@ class Task:
     @property
     def variants(self) -> tuple[str, ...]:
         """Names of the variants, in the order of the report."""
-        return (MODEL, NO_MEDIA, SHUFFLED_MEDIA, *self.altered, *self.baselines)
+        return (MODEL, NO_MEDIA, SHUFFLED_MEDIA, *({**self.lookups, **self.altered}), *self.baselines)
 
 
 @dataclass
@@ -227,8 +230,8 @@ def _evaluate_task(
 
 def _view(run: _Run, variant: str, lookup: Lookup) -> _View | None:
     """Return a variant of the task's items, or None if there are no media, or none to exchange them for."""
-    task = run.task
-    if variant == MODEL:
+    task, lookup = run.task, run.task.lookups.get(variant, lookup)
+    if variant == MODEL or variant in task.lookups.keys() - task.altered.keys():
         return _View(range(len(task.items)), task.items, task.loss_items, lookup)
     if (alter := task.altered.get(variant)) is not None:
         made = run.attempt(variant, lambda: {n: alter(item) for n, item in enumerate(task.items)}) or {}

@@ -109,7 +109,27 @@ def _captions(variants: Variants, count: int, one: str, many: str) -> list[str]:
     if variants["model"]["loss"] is None:
         return sentences
     sentences += _against_nearest(variants["model"], variants["nearest_caption"], one)
+    sentences += _context(variants, "rouge_l")
     return sentences + _few(count, many)
+
+
+def _context(variants: Variants, key: str) -> list[str]:
+    """Compare a model with retrieved context with the same model without records, and with other uses of them."""
+    show = METRICS[key].show
+    values = [
+        f"{show(variants[name][key])} {words}"
+        for name, words in (
+            ("no_context", "without records"),
+            ("random_context", "with random records"),
+            ("context_as_text", "with their texts in the prompt"),
+            ("copied_context", "by copying the nearest record"),
+        )
+        if variants.get(name, {}).get(key) is not None
+    ]
+    own = variants["model"].get(key)
+    if not values or own is None:
+        return []
+    return [f"With retrieved records its {METRICS[key].title} is {show(own)}: {', '.join(values)}."]
 
 
 def _few(count: int, rows: str) -> list[str]:
@@ -191,7 +211,7 @@ def _answers(variants: Variants, one: str, many: str) -> list[str]:
             verdict = f"so its answers do depend on the {one}"
         aside = _aside(variant, model)
         sentences.append(f"With wrong {many} it answers {show(shuffled)} right{aside}, {verdict}.")
-    return sentences + _few(model["count"], "questions")
+    return sentences + _context(variants, "accuracy") + _few(model["count"], "questions")
 
 
 def _episodes(variants: Variants, one: str) -> list[str]:
