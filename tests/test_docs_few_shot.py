@@ -10,7 +10,9 @@ import pytest
 
 from bindllm import BindLLM, Media
 from bindllm.cli.arguments import read_command
+from bindllm.cli.evaluate import few_shot
 from bindllm.cli.generate import NUM_SHOTS, generate
+from bindllm.evaluation import task
 from bindllm.evaluation.support import POOL
 from bindllm.model.generation import MAX_NEW_TOKENS
 from bindllm.shots import ShotsBy
@@ -27,8 +29,8 @@ def blocks(language: str) -> list[str]:
 @pytest.mark.parametrize("line", [line for block in blocks("bash") for line in block.splitlines()])
 def test_every_command_is_understood(line):
     program, command, *args = shlex.split(line)
-    assert (program, command) == ("bindllm", "generate")
-    read_command(command, generate, args)
+    assert program == "bindllm"
+    read_command(command, {"generate": generate, "few_shot": few_shot}[command], args)
 
 
 def test_the_python_runs(decoder, monkeypatch):
@@ -38,9 +40,19 @@ def test_the_python_runs(decoder, monkeypatch):
         exec(block, {})
 
 
-def test_the_table_has_all_choices():
-    table = re.search(r"^\| `--shots_by`.*\n(?:^\|.*\n)+", PAGE, flags=re.MULTILINE)[0]
-    assert tuple(re.findall(r"^\| `(\w+)`", table, flags=re.MULTILINE)) == get_args(ShotsBy)
+def names_in_table(head: str) -> list[str]:
+    """The names in the first column of the table that starts with these words."""
+    table = re.search(rf"^\| {head} .*\n(?:^\|.*\n)+", PAGE, flags=re.MULTILINE)[0]
+    return re.findall(r"`(\w+)`", " ".join(line.split("|")[1] for line in table.splitlines()[1:]))
+
+
+def test_the_tables_have_all_choices_and_all_variants():
+    assert tuple(names_in_table("`--shots_by`")) == get_args(ShotsBy)
+    assert names_in_table("variant") == [
+        *(task.MODEL, task.NO_MEDIA, task.SHUFFLED_MEDIA),
+        *(task.BLANK_SUPPORT, task.SHUFFLED_SUPPORT, task.WRONG_SUPPORT),
+        *(task.NEAREST_CAPTION, task.MAJORITY_ANSWER, task.COPY_LAST, task.MAJORITY_SHOT),
+    ]
 
 
 def test_its_numbers_are_those_of_the_code():

@@ -30,6 +30,9 @@ FILES = {
     "report/log.csv",
     "report/thumbnails.json",
 }
+DATASTORE_FILES = {
+    f"datastore/{name}" for name in ("datastore.json", "embeddings.safetensors", "records.jsonl")
+}
 ADAPTER_FILES = {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
 
 
@@ -91,7 +94,9 @@ def test_a_recipe_runs_and_leaves_its_files(file, parts, tmp_path, monkeypatch):
     assert run("fit", recipe) == 0
     output = Path(recipe["output"])
     adapter = ADAPTER_FILES if recipe["model"].get("adapter") else set()
-    assert {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()} == FILES | adapter
+    datastore = DATASTORE_FILES if recipe["model"].get("context") else set()
+    files = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
+    assert files == FILES | adapter | datastore
     metrics = json.loads((output / "metrics.json").read_text())
     assert metrics.keys() == {"tasks", "seconds", "trainable_parameters"}
     variants = {"model", "no_media", "shuffled_media", "nearest_caption"}

@@ -1,23 +1,37 @@
-"""``bindllm evaluate``: zero-shot classification and retrieval across modalities, from embeddings only."""
+"""``bindllm evaluate``: zero-shot classification and retrieval across modalities, from embeddings only.
+
+``bindllm few_shot``: held-out questions of a table, with worked examples before them.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 
+from bindllm import __version__
+from bindllm.atomic import write_json
 from bindllm.cli.arguments import refuse_together
-from bindllm.cli.options import CacheOptions, EncoderOptions
-from bindllm.errors import UsageError, did_you_mean
+from bindllm.cli.generate import ModelOptions, check_texts
+from bindllm.cli.options import CacheOptions, EncoderOptions, print_whole
+from bindllm.data.source_config import Format, SourceConfig
+from bindllm.errors import UsageError, did_you_mean, printable_lines
+from bindllm.shots import RETRIEVED, ShotsBy
 
 if TYPE_CHECKING:
     from bindllm.cache.visual_cache import VisualCache
+    from bindllm.data.report import Skipped
+    from bindllm.data.rows import Row
     from bindllm.evaluation.layouts import Column, Dataset
+    from bindllm.evaluation.task import Evaluation
     from bindllm.evaluation.zero_shot import Result
+
+FEW_SHOT_FORMAT = 1
+NUM_SHOTS = (0, 1, 2, 4)
 
 
 @dataclass(frozen=True)
@@ -87,19 +101,6 @@ class MeasuringOptions:
             return read_templates(self.prompts)
         return [check_template(template, where="--prompt: ") for template in self.prompt] or None
 
-    def check_output(self) -> None:
-        """Refuse an output that cannot be written: now, not after an hour of measuring."""
-        if self.output is None:
-            return
-        if self.output.is_dir():
-            raise UsageError(f"--output {self.output} is a folder; give a file in it, such as result.json")
-        try:
-            self.output.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(
-                f"--output {self.output}: its folder cannot be made ({error.strerror}); choose another path"
-            ) from error
-
     def show(self, result: Result) -> None:
         """Print the result, and write it to the output file."""
         from rich.console import Console
@@ -108,6 +109,178 @@ class MeasuringOptions:
         if self.output:
             result.save(self.output)
             print(f"written to {self.output}")
+
+
+@dataclass(frozen=True)
+class TableOptions:
+    """Tables."""
+
+    support: str | None = None
+    """table of the worked examples. Then all rows of TABLE are questions; without it, the questions are its test rows
+    (or its validation rows) and the shots its training rows"""
+    format: Format = "vqa"
+    """format of the rows, as of a data source (docs/data.md): vqa, choice or caption"""
+    modality: str = "image"
+    """modality of the files, as of a data source"""
+    prompt: str = "Describe this image."
+    """the question about media with captions"""
+    limit: PositiveInt | None = None
+    """only so many questions, evenly spread over the table"""
+
+    def read(self, table: str, skipped: Skipped) -> tuple[list[Row], list[Row]]:
+        """Return the questions and the rows of the support."""
+        from bindllm.data.rows import spread
+        from bindllm.data.sources import read_source
+
+        def rows(path: str, split: str | None) -> dict[str, list[Row]]:
+            config = SourceConfig(
+                path,
+                format=self.format,
+                modality=self.modality,
+                split=split,
+                # Only vqa and captions have a question of their source.
+                **({"prompt": self.prompt} if self.format in ("caption", "minigpt4") else {}),
+            )
+            found, report = read_source(config)
+            skipped.update(report.skipped)
+            return found
+
+        if self.support is not None:
+            asked, support = rows(table, "test")["test"], rows(self.support, "train")["train"]
+        else:
+            splits = rows(table, None)
+            asked, support = splits["test"] or splits["validation"], splits["train"]
+        return (asked if self.limit is None else spread(asked, self.limit)), support
+
+
+@dataclass(frozen=True)
+class FewShotOptions:
+    """Shots (docs/few-shot.md)."""
+
+    num_shots: tuple[NonNegativeInt, ...] = ()
+    """number of shots; may be repeated (default: 0, 1, 2 and 4)"""
+    shots_by: ShotsBy = "random"
+    """at random, in the order of the table, or nearest to the question: by media, by text, or by media and then text"""
+    seed: int = 0
+    """seed of random shots"""
+    nearest_first: bool = False
+    """put the nearest shot first (default: last, next to the question)"""
+    store: str = "data/store"
+    """folder of the embedding store"""
+    batch_size: PositiveInt = 32
+    """answers generated at the same time"""
+    output: Path | None = None
+    """file to write the result to, as JSON"""
+
+
+def few_shot(
+    checkpoint: str,
+    table: str,
+    *,
+    tables: TableOptions = TableOptions(),
+    shots: FewShotOptions = FewShotOptions(),
+    model: ModelOptions = ModelOptions(),
+    overrides: Sequence[str] = (),
+) -> int:
+    """Measure a checkpoint on held-out rows with worked examples in the prompt (docs/few-shot.md).
+
+    Each number of shots is measured with controls: shots without media,
+    with exchanged media and with wrong answers, and answers that are copied
+    from the shots.
+
+    Args:
+        checkpoint: folder that bindllm fit wrote
+        table: table with the held-out questions, as a data source of a recipe
+        tables: where questions and shots come from
+        shots: which shots a question gets
+        model: decoder and further encoders
+        overrides: arguments of the further encoder
+
+    Example:
+        bindllm few_shot checkpoints/easyvqa data/easyvqa/test.jsonl --support data/easyvqa/train.jsonl --limit 200
+    """
+    # How to read this: contradictions, the tables, the model, then one task for each number of shots.
+    if shots.nearest_first and shots.shots_by not in RETRIEVED:
+        raise UsageError("--nearest_first needs the nearest shots: give --shots_by media, text or media_text")
+    _check_output(shots.output)
+
+    from bindllm.data.report import Skipped
+    from bindllm.evaluation.few_shot import FewShotData
+    from bindllm.evaluation.support import Support
+    from bindllm.evaluation.task import evaluate as measure
+    from bindllm.parallel import RunContext
+
+    skipped, progress = Skipped(), sys.stderr.isatty()
+    rows, support_rows = tables.read(table, skipped)
+    loaded = model.load(checkpoint, overrides, cache=False)
+    check_texts(shots.shots_by, loaded)
+    data = FewShotData.prepare(
+        rows,
+        support_rows,
+        Support((), shots.shots_by, seed=shots.seed, nearest_first=shots.nearest_first),
+        model=loaded,
+        store=shots.store,
+        context=RunContext(device=loaded.device, progress=progress),
+        skipped=skipped,
+    )
+    tasks = [data.task(count, loaded) for count in dict.fromkeys(shots.num_shots or NUM_SHOTS)]
+    result = measure(loaded, tasks, lookup=data.embeddings, batch_size=shots.batch_size, progress=progress)
+    _show_few_shot(result, skipped)
+    if shots.output:
+        # The result file names its data and its options, so that a number can be measured again.
+        settings = {"checkpoint": checkpoint, "table": table, **asdict(tables), **asdict(shots)}
+        _save_few_shot(shots.output, result, skipped, {**settings, "output": str(shots.output)})
+    return 0
+
+
+def _save_few_shot(output: Path, result: Evaluation, skipped: Skipped, settings: dict[str, Any]) -> None:
+    content = {
+        "format": FEW_SHOT_FORMAT,
+        "bindllm": __version__,
+        "settings": settings,
+        "tasks": result.metrics,
+        "skipped": skipped.counts,
+        "problems": result.problems,
+        "seconds": {"evaluate": round(result.seconds, 1)},
+        "rows": result.rows,
+    }
+    write_json(output, content)
+    print(f"written to {output}")
+
+
+def _show_few_shot(result: Evaluation, skipped: Skipped) -> None:
+    """Print a table for each metric: a line for each variant, and a column for each number of shots."""
+    from rich.table import Table
+
+    tasks = result.metrics
+    variants = dict.fromkeys(name for metrics in tasks.values() for name in metrics)
+    first = next(iter(tasks.values()))["model"]
+    for metric in ("accuracy",) if "accuracy" in first else ("cider", "rouge_l"):
+        table = Table(title=metric, title_justify="left")
+        table.add_column("variant")
+        for name in tasks:
+            # answers_4_shots
+            table.add_column(" ".join(name.split("_")[1:]), justify="right")
+        for variant in variants:
+            values = [metrics.get(variant, {}).get(metric) for metrics in tasks.values()]
+            table.add_row(variant, *("-" if value is None else f"{value:.3f}" for value in values))
+        print_whole(table)
+    for name, metrics in tasks.items():
+        facts = ", ".join(f"{metrics['model'][key]:,} {words}" for key, words in _COUNTS.items())
+        print(f"{name}: {facts}")
+    for line in [
+        *(f"skipped: {line}" for line in skipped.lines()),
+        *(f"not measured: {name}: {reason}" for name, reason in result.problems.items()),
+    ]:
+        print(printable_lines(line))
+
+
+_COUNTS = {
+    "shots": "shots",
+    "excluded": "excluded as the question itself",
+    "not_fitting": "without room in the decoder",
+}
+"""The counts of a few-shot task, in words."""
 
 
 def evaluate(
@@ -150,7 +323,7 @@ def evaluate(
         raise UsageError(
             "no encoder to evaluate: name one with --encoder, or a trained folder with --checkpoint"
         )
-    measuring.check_output()
+    _check_output(measuring.output)
 
     from bindllm.evaluation.zero_shot import evaluate_zero_shot
 
@@ -169,6 +342,20 @@ def evaluate(
     result.layout, result.folder = layout, str(folder)
     measuring.show(result)
     return 0
+
+
+def _check_output(output: Path | None) -> None:
+    """Refuse an output that cannot be written: now, not after an hour of measuring."""
+    if output is None:
+        return
+    if output.is_dir():
+        raise UsageError(f"--output {output} is a folder; give a file in it, such as result.json")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"--output {output}: its folder cannot be made ({error.strerror}); choose another path"
+        ) from error
 
 
 def _column(option: str, text: str | None) -> Column | None:

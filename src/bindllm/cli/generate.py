@@ -164,12 +164,17 @@ class ShotOptions:
             raise UsageError(
                 f"--shots_by {self.shots_by} compares media, and the question has none: give it one, as --image FILE"
             )
-        served = sorted({name for encoder in model.encoders for name in encoder.modalities})
-        if self.shots_by != "media" and "text" not in served:
-            raise UsageError(
-                f"--shots_by {self.shots_by} compares texts, and no encoder of the model serves texts, only "
-                f"{', '.join(served)}: use --shots_by media"
-            )
+        check_texts(self.shots_by, model)
+
+
+def check_texts(shots_by: ShotsBy, model: BindLLM) -> None:
+    """Refuse to compare texts if no encoder of the model serves them."""
+    served = sorted({name for encoder in model.encoders for name in encoder.modalities})
+    if shots_by in ("text", "media_text") and "text" not in served:
+        raise UsageError(
+            f"--shots_by {shots_by} compares texts, and no encoder of the model serves texts, only "
+            f"{', '.join(served)}: use --shots_by media"
+        )
 
 
 @dataclass(frozen=True)
@@ -182,11 +187,32 @@ class ModelOptions:
     """load the decoder in 4 or 8 bits, or in full (default: as in training)"""
     tokens: PositiveInt | None = None
     """bind tokens of an image, at most as many as in training (default: all)"""
+    datastore: str | None = None
+    """folder of records that a model with context reads (default: those of its training)"""
+    records: NonNegativeInt | None = None
+    """number of records for each media; 0: none (default: as in training)"""
     encoder: tuple[str, ...] = ()
     """import path or folder of a further encoder, for a modality that those of the checkpoint do not serve; may be
     repeated. Arguments of its constructor are given as --encoder.NAME VALUE"""
     allow: tuple[str, ...] = ()
     """import path of a class outside bindllm that the checkpoint may name; may be repeated"""
+
+    def load(self, checkpoint: str, overrides: Sequence[str], *, cache: str | bool | None) -> BindLLM:
+        """Load a checkpoint; ``cache`` and ``overrides`` as for `BindLLM.from_pretrained` and `build_encoders`."""
+        from bindllm.model.bindllm import BindLLM
+
+        return BindLLM.from_pretrained(
+            checkpoint,
+            decoder=self.decoder,
+            allow=self.allow,
+            encoders=build_encoders(self.encoder, overrides, allow=self.allow),
+            cache=cache,
+            quantize=False if self.quantize == "none" else self.quantize,
+            tokens=self.tokens,
+            # Without records no datastore is read, also if the checkpoint has none.
+            datastore=self.datastore if self.records != 0 else False,
+            records=self.records,
+        )
 
 
 @dataclass(frozen=True)
@@ -265,18 +291,8 @@ def _load(
     checkpoint: str, options: ModelOptions, cache: ModelCacheOptions, overrides: Sequence[str]
 ) -> BindLLM:
     """Load the checkpoint, and change how its cache is blended in as the options say."""
-    from bindllm.model.bindllm import BindLLM
-
-    model = BindLLM.from_pretrained(
-        checkpoint,
-        decoder=options.decoder,
-        allow=options.allow,
-        encoders=build_encoders(options.encoder, overrides, allow=options.allow),
-        # None: the cache that the checkpoint names.
-        cache=False if cache.no_cache else cache.cache,
-        quantize=False if options.quantize == "none" else options.quantize,
-        tokens=options.tokens,
-    )
+    # None: the cache that the checkpoint names.
+    model = options.load(checkpoint, overrides, cache=False if cache.no_cache else cache.cache)
     # An option without effect would give an answer other than the user expects.
     if model.cache is None and (cache.settings or cache.show_neighbors):
         option = f"--cache_{next(iter(cache.settings))}" if cache.settings else "--show_neighbors"

@@ -1,8 +1,9 @@
-"""``bindllm index``: build or update the visual cache."""
+"""``bindllm index`` builds or updates the visual cache, ``bindllm datastore`` the records of a model with context."""
 
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from bindllm.cli.arguments import refuse_together
 from bindllm.cli.options import EncoderOptions, print_whole
+from bindllm.data.source_config import Format, SourceConfig, Split
 from bindllm.errors import InputError, UsageError
 
 if TYPE_CHECKING:
@@ -36,6 +38,20 @@ class IndexOptions:
     milvus: str | None = None
     """instead of OUTPUT: file of an embedded Milvus (.db), or http://host:port with the token in the environment
     variable MILVUS_TOKEN"""
+
+
+@dataclass(frozen=True)
+class DatastoreOptions:
+    """Records."""
+
+    format: Format = "caption"
+    """format of the rows, as of a data source (docs/data.md)"""
+    modality: str = "image"
+    """modality of the files, as of a data source"""
+    split: Split | None = None
+    """only the rows of this split (default: all rows)"""
+    store: str = "data/store"
+    """folder of the embedding store"""
 
 
 def index(
@@ -156,3 +172,54 @@ def _build_folder(
         "kind": " ".join(filter(None, (index.info.factory, index.info.search))),
         "bytes": f"{index.info.num_bytes:,}",
     }
+
+
+def datastore(
+    output: str,
+    table: str,
+    *,
+    encoders: EncoderOptions = EncoderOptions(),
+    options: DatastoreOptions = DatastoreOptions(),
+    overrides: Sequence[str] = (),
+) -> int:
+    """Build a datastore: the records that a model with context retrieves (docs/context.md).
+
+    Each media of the table becomes a record, with the texts of its rows. The
+    media are not needed afterwards.
+
+    Args:
+        output: folder of the datastore; an earlier datastore there is replaced
+        table: table of rows, or a folder, as the path of a data source
+        encoders: the encoders of the model that will read the records
+        options: rows and store
+        overrides: arguments of the encoder
+
+    Example:
+        bindllm datastore datastores/birds data/birds --checkpoint checkpoints/context
+    """
+    refuse_together(encoder=encoders.encoder, checkpoint=encoders.checkpoint)
+    if not (encoders.checkpoint or encoders.encoder):
+        raise UsageError("which encoder? Give --checkpoint FOLDER or --encoder CLASS_OR_FOLDER")
+
+    from bindllm.data.embeddings import MediaEmbeddings, build_datastore
+    from bindllm.data.sources import read_source
+    from bindllm.data.stream.chunks import CANNOT_EMBED
+    from bindllm.embeddings.datastore import check_datastore_folder
+    from bindllm.parallel import RunContext
+
+    # How to read this: everything that can fail quickly comes first, because embedding may take hours.
+    check_datastore_folder(output)
+    config = SourceConfig(table, format=options.format, modality=options.modality)
+    found, report = read_source(config)
+    rows = [row for split, part in found.items() if options.split in (None, split) for row in part]
+    context = RunContext(device=encoders.find_device(), progress=sys.stderr.isatty())
+    embeddings = MediaEmbeddings(encoders.load(overrides), options.store)
+    totals = embeddings.precompute((item for row in rows for item in row.media), context)
+    for reason in totals.failed.values():
+        report.skipped.add(CANNOT_EMBED, reason)
+    built = build_datastore((row for row in rows if totals.failed.keys().isdisjoint(row.media)), embeddings)
+    built.save(output)
+    print(f"datastore {output}: {len(built):,} records of {len(rows):,} rows")
+    for line in report.skipped.lines():
+        print(f"  skipped: {line}")
+    return 0

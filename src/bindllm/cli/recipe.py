@@ -239,6 +239,7 @@ class RecipeCLI(LightningCLI):
         parser.link_arguments("model.tokenizer", "data.tokenizer", apply_on="instantiate")
         parser.link_arguments("model.encoders", "data.encoders", apply_on="instantiate")
         parser.link_arguments("model.token_modalities", "data.token_modalities", apply_on="instantiate")
+        parser.link_arguments("model.context_config", "data.context", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; Lightning's own version warns whenever a process has arguments of its own."""

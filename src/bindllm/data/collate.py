@@ -13,13 +13,17 @@ from bindllm.conversation import NO_MEDIA
 from bindllm.data.rows import IGNORE, Sample
 from bindllm.errors import InputError
 from bindllm.media import Media
+from bindllm.model.context.records import CONTEXT_INPUTS
 from bindllm.model.generation import by_row
 
 Batch = dict[str, Tensor]
 MediaGroup = tuple[Media, ...]
 Lookup = Callable[[Sequence[MediaGroup]], Tensor]
 """Returns the fused embedding of each of N media groups: [N, E], unit norm."""
-MODEL_INPUTS = ("input_ids", "attention_mask", "media_index", "embeddings", "labels", "tokens")
+MODEL_INPUTS = (
+    *("input_ids", "attention_mask", "media_index", "embeddings", "labels", "tokens"),
+    *CONTEXT_INPUTS,
+)
 """Entries of a training batch that `BindLLM.forward` takes; the others are for the objective."""
 
 
@@ -41,6 +45,24 @@ def tokens_of(lookup: Lookup, groups: Sequence[MediaGroup]) -> Tensor | None:
     return lookup.tokens(groups) if isinstance(lookup, TokenLookup) else None
 
 
+@runtime_checkable
+class ContextLookup(Protocol):
+    """A `Lookup` that may return retrieved records too, for a model with context."""
+
+    def __call__(self, groups: Sequence[MediaGroup]) -> Tensor:
+        """Return the fused embedding of each of N media groups: [N, E], unit norm."""
+        ...
+
+    def records(self, groups: Sequence[MediaGroup]) -> tuple[Tensor, Tensor] | None:
+        """Return embeddings [N, K, E] and text ids [N, K, S] of the records of N media groups; None: no records."""
+        ...
+
+
+def records_of(lookup: Lookup, groups: Sequence[MediaGroup]) -> tuple[Tensor, Tensor] | None:
+    """Return the records of media groups, or None if the lookup has none."""
+    return lookup.records(groups) if isinstance(lookup, ContextLookup) else None
+
+
 def collate(samples: Sequence[Sample], lookup: Lookup, *, pad_id: int) -> Batch:
     """Make a training batch, padded on the right: B rows, followed by the rejected answers of preference pairs.
 
@@ -53,7 +75,8 @@ def collate(samples: Sequence[Sample], lookup: Lookup, *, pad_id: int) -> Batch:
         Inputs of the model (`model_inputs`): ``input_ids``, ``attention_mask`` (1 on tokens), ``labels`` (-100 on
         padding) and ``media_index`` (-1 on padding), each int64 [B + R, T], and ``embeddings``, [B + R, M, E],
         zeros if a row has fewer than M groups. M is the largest number of groups, at least 1. If the lookup returns
-        tokens, ``tokens``, [B + R, M, n, C]; zeros are no tokens.
+        tokens, ``tokens``, [B + R, M, n, C]; zeros are no tokens. If it returns records, those of each group:
+        ``context_embeddings``, [B + R, M, K, E], zeros are no records, and ``context_ids``, int64 [B + R, M, K, S].
         Inputs of the objective: ``numbers``, the index of each row in its split, int64 [B]; and if every row is
         judged, ``desirable``, bool [B]: whether its answer is a wanted one, like the chosen one of a pair.
 
@@ -145,5 +168,6 @@ def _media(samples: Sequence[Sample], lookup: Lookup) -> dict[str, Tensor]:
     # One lookup for the whole batch. At least one group, as the model takes embeddings even without media.
     groups = [group for sample in samples for group in sample.media]
     found = {"embeddings": lookup(groups), "tokens": tokens_of(lookup, groups)}
+    found |= dict(zip(CONTEXT_INPUTS, records_of(lookup, groups) or (None, None), strict=True))
     counts = [len(sample.media) for sample in samples]
     return {name: by_row(values, counts) for name, values in found.items() if values is not None}

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
@@ -23,7 +24,7 @@ from bindllm.data.batches import (
     sorted_batches,
 )
 from bindllm.data.collate import Batch, Lookup, collate
-from bindllm.data.embeddings import MediaEmbeddings
+from bindllm.data.embeddings import MediaEmbeddings, RetrievedRecords, build_datastore
 from bindllm.data.episodes.draw import check_episodes, draw_episodes
 from bindllm.data.preview import preview_rows
 from bindllm.data.report import DataReport, Skipped, SourceReport
@@ -41,6 +42,7 @@ from bindllm.data.stream.samples import read_stream
 from bindllm.data.stream.shards import expand_shards, is_stream
 from bindllm.errors import InputError, check_choice
 from bindllm.media import Media
+from bindllm.model.context.records import RecordReader
 from bindllm.parallel import SINGLE_PROCESS, Processes, RunContext
 
 
@@ -64,6 +66,8 @@ class BindData(LightningDataModule):
         tokenizer: of the decoder; set by the command line.
         encoders: for the modalities of the data; set by the command line.
         token_modalities: modalities whose tokens are in the batches; set by the command line from the bind network.
+        context: settings of a model with context, a `ContextConfig`; set by the command line. The training rows are
+            the datastore.
 
     Attributes:
         report: counts of rows that were read and skipped, and of media that were embedded.
@@ -84,6 +88,7 @@ class BindData(LightningDataModule):
         tokenizer: Any = None,
         encoders: Any = None,
         token_modalities: Any = None,
+        context: Any = None,
     ) -> None:
         super().__init__()
         if not sources:
@@ -94,6 +99,7 @@ class BindData(LightningDataModule):
         self.sources, self.store = sources, store
         self.batch_size, self.max_length, self.seed, self.chunk = batch_size, max_length, seed, chunk
         self.tokenizer, self.encoders, self.token_modalities = tokenizer, encoders, token_modalities or ()
+        self.context = context
         self.report = DataReport()
         self.steps_per_batch = 1
         # Each step is done once: rows, embeddings, samples. None: not yet.
@@ -119,6 +125,11 @@ class BindData(LightningDataModule):
         # Before anything is read: names are enough to find these faults.
         check_episodes(self.sources)
         check_streams(self.sources)
+        if self.context is not None and self.streamed:
+            raise InputError(
+                "model.context retrieves from all training rows, so they must be known before training: use a table on "
+                "disk instead of streamed shards, or remove model.context"
+            )
         rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
         for number, config in enumerate(self.sources):
             if is_training_stream(config):
@@ -182,6 +193,10 @@ class BindData(LightningDataModule):
             raise InputError(f"no row of the data can be used: {'; '.join(self.report.skipped.lines())}")
         self._samples = samples
         self._count(samples)
+        if self.context is not None:
+            found = self.retrieved
+            self.report.records, self.report.cut_records = len(found.reader.datastore), found.reader.num_cut()
+            self.report.excluded_itself, self.report.excluded_equal = found.itself, found.equal
         self.report.seconds += time.perf_counter() - started
 
     def samples(self, split: str) -> list[Sample]:
@@ -198,7 +213,24 @@ class BindData(LightningDataModule):
     def lookup(self) -> Lookup:
         """The function that returns the embeddings of media groups, [N, E]; it is a `TokenLookup`."""
         self.prepare_data()
-        return self._embeddings
+        return self._embeddings if self.context is None else self.retrieved
+
+    @cached_property
+    def retrieved(self) -> RetrievedRecords:
+        """The embeddings with the records of a datastore, which is made of the training rows.
+
+        Raises:
+            InputError: no training row has media.
+        """
+        self.prepare_data()
+        datastore = build_datastore(self._rows["train"], self._embeddings)
+        reader = RecordReader(datastore, self.tokenizer, self.context.text_length)
+        found = RetrievedRecords(self._embeddings, reader, self.context.records)
+        # All at once, before the first batch.
+        found.retrieve(
+            group for rows in self._rows.values() for row in rows for group in row.conversation.media_groups
+        )
+        return found
 
     def train_dataloader(self) -> ResumableLoader | StreamLoader:
         """Return the loader of training batches; it resumes at the trainer's position.

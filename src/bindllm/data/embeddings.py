@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from bindllm.data.collate import MediaGroup
+from bindllm.data.rows import Row
+from bindllm.embeddings.datastore import Datastore, Record
 from bindllm.embeddings.precompute import precompute_embeddings
 from bindllm.embeddings.store import EmbeddingStore
 from bindllm.encoders import Encoder, encoder_for
@@ -17,6 +20,7 @@ from bindllm.encoders.fusion import common_size, fuse_groups
 from bindllm.encoders.tokens import group_tokens, token_size
 from bindllm.errors import InputError
 from bindllm.media import Media
+from bindllm.model.context.records import RecordReader
 from bindllm.parallel import RunContext
 
 
@@ -159,6 +163,11 @@ class MediaEmbeddings:
                 found[n] = item
         return group_tokens(found, [len(group) for group in groups], self._width)
 
+    @property
+    def fingerprints(self) -> list[str]:
+        """Fingerprints of the encoders whose stores were used."""
+        return [self._store(number).fingerprint for number in sorted(self._stores)]
+
     def _number(self, media: Media) -> int:
         """Number of the encoder that serves media."""
         return self._encoders.index(encoder_for(media.modality, self._encoders))
@@ -168,3 +177,98 @@ class MediaEmbeddings:
         if number not in self._stores:
             self._stores[number] = EmbeddingStore.for_encoder(self._folder, self._encoders[number])
         return self._stores[number]
+
+
+def build_datastore(rows: Iterable[Row], embeddings: MediaEmbeddings) -> Datastore:
+    """Return a datastore of rows: one record for each media group, with the texts of all rows that show it.
+
+    The text of a caption is the caption. Of any other row it is the question and its answer.
+
+    Args:
+        rows: rows whose media are embedded already.
+        embeddings: the embeddings of their media.
+
+    Raises:
+        InputError: no row has media.
+    """
+    found: dict[tuple[str, ...], Record] = {}
+    groups: dict[tuple[str, ...], MediaGroup] = {}
+    for row in rows:
+        for message, answer in pairwise(row.conversation.messages):
+            if not message.media or answer.role != "assistant":
+                continue
+            text = answer.text if row.task == "caption" else f"{message.text} {answer.text}"
+            keys = tuple(embeddings.key(media) for media in message.media)
+            group = tuple(message.media)
+            known = found.setdefault(keys, Record(keys, group[0].name, group[0].modality, ()))
+            found[keys] = replace(known, texts=tuple(dict.fromkeys([*known.texts, text.strip()])))
+            groups.setdefault(keys, group)
+    if not found:
+        raise InputError("a datastore needs rows with media and an answer, and these have none")
+    vectors = embeddings.lookup([groups[keys] for keys in found])
+    return Datastore(vectors, [*found.values()], embeddings.fingerprints)
+
+
+class RetrievedRecords:
+    """A lookup that also returns the records of a datastore, for training and evaluation.
+
+    The records of the media itself and those with an equal embedding are excluded: an answer must not be copied from
+    the row that it belongs to.
+
+    Args:
+        embeddings: the embeddings of the data.
+        reader: makes tensors of records.
+        count: number of records of a media group, K.
+        seed: draw the records at random instead of the nearest ones; None: the nearest ones.
+
+    Attributes:
+        itself: records that were excluded because they show the same media, over all media groups.
+        equal: records that were excluded because of an equal embedding.
+    """
+
+    def __init__(
+        self, embeddings: MediaEmbeddings, reader: RecordReader, count: int, *, seed: int | None = None
+    ) -> None:
+        self.embeddings, self.reader, self.count, self._seed = embeddings, reader, count, seed
+        self.itself = self.equal = 0
+        self._found: dict[MediaGroup, Tensor] = {}
+
+    def retrieve(self, groups: Iterable[MediaGroup]) -> None:
+        """Find the records of media groups, all at once."""
+        wanted = [group for group in dict.fromkeys(groups) if group not in self._found]
+        store, keys = self.reader.datastore, [[self.embeddings.key(m) for m in group] for group in wanted]
+        queries = self.embeddings.lookup(wanted)
+        # All of them if they are drawn: the order is random, the exclusion is the same.
+        count = self.count if self._seed is None else len(store)
+        found = store.search(queries, count, keys=keys, exclude_equal=True)
+        self.itself, self.equal = self.itself + int(found.itself.sum()), self.equal + int(found.equal.sum())
+        for group, own, ids in zip(wanted, keys, found.ids, strict=True):
+            if self._seed is not None:
+                # Drawn by the content of the media, so the same whatever is asked before.
+                generator = torch.Generator().manual_seed(int(own[0][:12], 16) ^ self._seed)
+                ids = ids[ids >= 0]
+                ids = ids[torch.randperm(len(ids), generator=generator)[: self.count]]
+                ids = torch.nn.functional.pad(ids, (0, min(self.count, len(store)) - len(ids)), value=-1)
+            self._found[group] = ids
+
+    def records(self, groups: Sequence[MediaGroup]) -> tuple[Tensor, Tensor]:
+        """Return embeddings [N, K, E] and text ids [N, K, S] of the records of N media groups."""
+        return self.reader.read(self.ids(groups))
+
+    def ids(self, groups: Sequence[MediaGroup]) -> Tensor:
+        """Return the indices of the records of N media groups, nearest first, -1 if there are no more: [N, K]."""
+        self.retrieve(groups)
+        none = torch.zeros(0, min(self.count, len(self.reader.datastore)), dtype=torch.long)
+        return torch.stack([self._found[group] for group in groups]) if groups else none
+
+    def drawn(self, seed: int) -> RetrievedRecords:
+        """Return the same lookup with as many records that are drawn at random."""
+        return RetrievedRecords(self.embeddings, self.reader, self.count, seed=seed)
+
+    def __call__(self, groups: Sequence[MediaGroup]) -> Tensor:
+        """Return the embedding of each media group, [N, E]."""
+        return self.embeddings.lookup(groups)
+
+    def tokens(self, groups: Sequence[MediaGroup]) -> Tensor | None:
+        """Return the tokens of each media group, see `MediaEmbeddings.tokens`."""
+        return self.embeddings.tokens(groups)

@@ -230,6 +230,10 @@ class DataReport:
         seconds_embedding: time of embedding.
         seconds: total time.
         stream: counts of the training stream in this process, if there is one.
+        records: records of the datastore, of a model with context.
+        cut_records: of these, with a text that is longer than the model reads.
+        excluded_itself: pairs of media and record that were not retrieved because both show the same media.
+        excluded_equal: the same for records with an equal embedding.
     """
 
     sources: list[SourceReport] = field(default_factory=list)
@@ -244,6 +248,10 @@ class DataReport:
     seconds_embedding: float = 0.0
     seconds: float = 0.0
     stream: StreamReport | None = None
+    records: int = 0
+    cut_records: int = 0
+    excluded_itself: int = 0
+    excluded_equal: int = 0
 
     @property
     def modalities(self) -> set[str]:
@@ -267,6 +275,10 @@ class DataReport:
             "rows without media": self.text_only,
             "held-out rows whose media is in train too": self.shared_media,
             "rows skipped": self.skipped.total,
+            "records to retrieve": self.records,
+            "records cut to context.text_length": self.cut_records,
+            "media not shown their own record": self.excluded_itself,
+            "media not shown a record with an equal embedding": self.excluded_equal,
         }
         for note, count in notes.items():
             if count:

@@ -41,12 +41,8 @@ def read_shots(config: SourceConfig) -> tuple[list[Shot], SourceReport]:
     """
     # A given split stands above the column and the hash, so that the rows stay in one list.
     rows, report = read_source(replace(config, split="train"))
-    shots, described = [], set()
-    for row in rows["train"]:
-        # Each caption of an image is a row of its own.
-        if row.task == "caption" and row.media in described:
-            continue
-        described.add(row.media)
+    shots = []
+    for row in one_per_caption(rows["train"]):
         try:
             shots.append(shot_of(row))
         except InputError as error:
@@ -54,6 +50,15 @@ def read_shots(config: SourceConfig) -> tuple[list[Shot], SourceReport]:
     if not shots:
         raise InputError(f"{config.path} has no worked example: {'; '.join(report.skipped.lines())}")
     return shots, report
+
+
+def one_per_caption(rows: Iterable[Row]) -> Iterator[Row]:
+    """Yield the rows, of captioned media only the row of the first caption."""
+    described = set()
+    for row in rows:
+        if row.task != "caption" or row.media not in described:
+            described.add(row.media)
+            yield row
 
 
 def shot_of(row: Row) -> Shot:
@@ -161,9 +166,9 @@ class Support:
         if self.by == "order":
             order = allowed(range(len(self.shots)))
         elif self.by == "random":
-            # By content, so that a question gets the same shots in any batch, and more of them keep the first ones.
+            # By content, so that a question gets the same shots in any batch.
             draw = random.Random("\n".join([str(self.seed), prompt, *sorted(own)]))
-            order = allowed(draw.sample(range(len(self.shots)), len(self.shots)))
+            order = allowed(_draw(draw, len(self.shots)))
         else:
             near = self._similarities("text" if self.by == "text" else "media", prompt, media)
             order = allowed(sorted(near, key=near.__getitem__, reverse=True))
@@ -211,6 +216,16 @@ class Support:
         query = self.lookup([_text(prompt) if kind == "text" else tuple(media)])[0]
         # Rounded, so that equal media stay equal in whatever order the products are summed.
         return dict(zip(positions, (vectors @ query).round(decimals=6).tolist(), strict=True))
+
+
+def _draw(generator: random.Random, count: int) -> Iterator[int]:
+    """Yield all positions in random order, one after the other: more of them keep the first ones."""
+    drawn: dict[int, int] = {}
+    for n in range(count):
+        # Fisher-Yates, which remembers only the positions that have moved: a support may have a million shots.
+        other = generator.randrange(n, count)
+        yield drawn.get(other, other)
+        drawn[other] = drawn.get(n, n)
 
 
 def _text(prompt: str) -> tuple[Media, ...]:

@@ -17,7 +17,7 @@ import math
 import random
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from bindllm import conversation
 from bindllm.data.batches import sorted_batches
-from bindllm.data.collate import Lookup, MediaGroup, answer_batch, prompt_batch, tokens_of
+from bindllm.data.collate import Lookup, MediaGroup, answer_batch, prompt_batch, records_of, tokens_of
 from bindllm.data.rows import Sample
 from bindllm.errors import BindLLMError, InputError
 from bindllm.model.bindllm import BindLLM
@@ -38,10 +38,12 @@ from bindllm.model.bindllm import BindLLM
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Item = TypeVar("Item", bound=Hashable)
 
 MODEL, NO_MEDIA, SHUFFLED_MEDIA = "model", "no_media", "shuffled_media"
 NEAREST_CAPTION, MAJORITY_ANSWER = "nearest_caption", "majority_answer"
-SHUFFLED_SUPPORT, BLANK_SUPPORT, COPY_LAST = "shuffled_support", "blank_support", "copy_last"
+SHUFFLED_SUPPORT, BLANK_SUPPORT, WRONG_SUPPORT = "shuffled_support", "blank_support", "wrong_support"
+COPY_LAST, MAJORITY_SHOT = "copy_last", "majority_shot"
 VARIANTS = {
     "captions": (MODEL, NO_MEDIA, SHUFFLED_MEDIA, NEAREST_CAPTION),
     "answers": (MODEL, NO_MEDIA, SHUFFLED_MEDIA, MAJORITY_ANSWER),
@@ -376,6 +378,8 @@ def input_digests(samples: Sequence[Sample], lookup: Lookup) -> list[bytes]:
             for _ in sample.media:
                 digest.update(next(vectors).numpy().tobytes())
             # Sample by sample: the tokens of a chunk would take gigabytes.
+            if sample.media and (records := records_of(lookup, sample.media)) is not None:
+                digest.update(b"".join(part.numpy().tobytes() for part in records))
             if sample.media and (tokens := tokens_of(lookup, sample.media)) is not None:
                 digest.update(tokens.numpy().tobytes())
             digests.append(digest.digest())
@@ -400,16 +404,27 @@ def shuffle_media(samples: Sequence[Sample], lookup: Lookup) -> Lookup:
     """
     groups = list(dict.fromkeys(group for sample in samples for group in sample.media))
     vectors = dict(zip(groups, lookup(groups), strict=True))  # group -> [E]
-    keys = {group: vector.numpy().tobytes() for group, vector in vectors.items()}
     # By their bytes: files with the same embedding count once.
-    distinct = list({key: group for group, key in keys.items()}.items())
-    if len(distinct) < 2:
+    partners = exchange({group: vector.numpy().tobytes() for group, vector in vectors.items()})
+    if partners is None:
         raise InputError("all held-out media are the same, so they cannot be exchanged; hold out more media")
+    return _ExchangedMedia(partners, vectors, lookup)
+
+
+def exchange(keys: Mapping[Item, Hashable]) -> dict[Item, Item] | None:
+    """Return another item for each, with another key; None if all keys are equal.
+
+    The distinct keys form one cycle, in an order drawn with a fixed seed. So items with equal keys are exchanged for
+    the same one.
+    """
+    distinct = list({key: item for item, key in keys.items()}.items())
+    if len(distinct) < 2:
+        return None
     # A cycle has no fixed point, unlike a random permutation.
     random.Random(_SEED).shuffle(distinct)
     following = distinct[1:] + distinct[:1]
-    other = {key: group for (key, _), (_, group) in zip(distinct, following, strict=True)}
-    return _ExchangedMedia({group: other[key] for group, key in keys.items()}, vectors, lookup)
+    other = {key: item for (key, _), (_, item) in zip(distinct, following, strict=True)}
+    return {item: other[key] for item, key in keys.items()}
 
 
 @dataclass(frozen=True)
@@ -425,6 +440,10 @@ class _ExchangedMedia:
 
     def tokens(self, groups: Sequence[MediaGroup]) -> Tensor | None:
         return tokens_of(self.lookup, [self.partners[group] for group in groups])
+
+    def records(self, groups: Sequence[MediaGroup]) -> tuple[Tensor, Tensor] | None:
+        # Retrieved for the media that are shown, as in a request.
+        return records_of(self.lookup, [self.partners[group] for group in groups])
 
 
 def media_of(sample: Sample) -> MediaGroup:

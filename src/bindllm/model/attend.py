@@ -1,10 +1,15 @@
 """Attention of a decoder's heads over bind tokens, with the decoder's own projections: injection kind ``attend``.
 
+Also `BindContext`, the bind vectors and routes of one forward, as the layers get them.
+
 Letters: `B` batch, `T` tokens, `M` media groups, `N` bind tokens of a group, `D` decoder width, `H` query heads, `Hkv`
 key/value heads, `d` head size.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +22,65 @@ PROJECTIONS = {
     "attend": ("q_proj", "k_proj", "v_proj", "o_proj"),
 }
 """Modules of an attention that each kind of injection needs."""
+
+
+class Arrivals:
+    """A count that layers share; sharded layers get copies of dataclasses, dictionaries and lists."""
+
+    count = 0
+
+
+@dataclass
+class BindContext:
+    """Bind vectors and routes of one forward, passed to every layer.
+
+    Attributes:
+        bind: bind vectors, [B, M, D], or bind tokens, [B, M, N, D].
+        route: 1 if token ``t`` listens to group ``m``, else 0, [B, T, M].
+        masked: the bind tokens that a token does not attend to, of `mask_tokens`, or None.
+        terms: gated terms, or keys and values, already computed, by layer; kept over the steps of a generation, None
+            in training.
+        arrivals: counts the terms that were added in this forward.
+        retrieved: the same for context tokens, which are always read by attention; None without any.
+    """
+
+    bind: Tensor
+    route: Tensor
+    masked: Tensor | None = None
+    terms: dict[int, Any] | None = None
+    arrivals: Arrivals = field(default_factory=Arrivals)
+    retrieved: BindContext | None = None
+
+    @classmethod
+    def of(cls, bind: Tensor, media_index: Tensor, terms: dict[int, Any] | None = None) -> Self:
+        """Return the context of bind vectors or tokens and a media index [B, T]."""
+        route = route_tokens(media_index, bind.shape[1])
+        if bind.dim() == 3 or bind.shape[2] == 1:
+            # Attention over one key has weight 1, so one bind token needs no queries and no keys.
+            return cls(bind if bind.dim() == 3 else bind.squeeze(2), route, None, terms)
+        return cls(bind, route, mask_tokens(bind, route), terms)
+
+    @classmethod
+    def of_retrieved(cls, context: Tensor, media_index: Tensor, terms: dict[int, Any] | None = None) -> Self:
+        """Return the context of context tokens [B, M, C, D]; a group with zeros only has none."""
+        route = route_tokens(media_index, context.shape[1]) & context.flatten(2).any(-1).unsqueeze(1)
+        return cls(context, route, mask_tokens(context, route, first_is_token=False), terms)
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether a group has several bind tokens, so that terms are computed by attention."""
+        return self.bind.dim() == 4
+
+    def add(self, hidden: Tensor, term: Tensor) -> Tensor:
+        """Return hidden states [B, T, C] with a term added: of each token [B, T, C], or of its group, [B, M, C]."""
+        self.arrivals.count += 1
+        if not self.has_tokens:
+            if self.route.dtype != hidden.dtype:
+                # Once per forward; every layer after the first finds it converted.
+                self.route = self.route.to(hidden.dtype)
+            # Not baddbmm: autocast would return the whole residual stream in low precision.
+            term = torch.bmm(self.route, term)
+        return hidden + term.to(hidden.dtype)
 
 
 class BindAttention:
@@ -71,16 +135,25 @@ class BindAttention:
         return (shares @ values).unflatten(2, (length, -1)).transpose(1, 2).flatten(2, 3)
 
 
-def mask_tokens(bind: Tensor, route: Tensor) -> Tensor | None:
+def route_tokens(media_index: Tensor, num_groups: int) -> Tensor:
+    """Return the one-hot route [B, T, M] of a media index [B, T]; index -1 gives a row of zeros."""
+    groups = torch.arange(num_groups, device=media_index.device)
+    # Index -1 equals no group, so its row is all zeros and nothing is added.
+    return media_index.unsqueeze(-1) == groups
+
+
+def mask_tokens(bind: Tensor, route: Tensor, *, first_is_token: bool = True) -> Tensor | None:
     """Return True for each bind token that a token does not attend to, [B, 1, T, 1, M * N]; None if nothing is masked.
 
     Args:
-        bind: bind tokens, [B, M, N, D]; a row of zeros after row 0 is not a token.
+        bind: bind tokens, [B, M, N, D]; a row of zeros is not a token.
         route: one-hot group of each token, or zeros, [B, T, M].
+        first_is_token: row 0 of a group is a token even if it is zero; else, no route leads to a group without tokens.
     """
     present = bind.any(-1)
-    # Token 0 is always there, so a token with a group has at least one key.
-    present[..., 0] = True
+    # So a token with a group has at least one key.
+    if first_is_token:
+        present[..., 0] = True
     seen = (route.unsqueeze(-1) & present.unsqueeze(1)).flatten(2)
     # A token without a group sees everything, and its result is dropped: a softmax over nothing would be NaN.
     masked = ~seen & route.any(-1, keepdim=True)

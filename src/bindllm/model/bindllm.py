@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
@@ -20,10 +19,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from bindllm import __version__
 from bindllm.cache.blend import CacheConfig
-from bindllm.cache.visual_cache import CacheChoice, VisualCache, choose_cache
+from bindllm.cache.visual_cache import CacheChoice, VisualCache
 from bindllm.conversation import Conversation
+from bindllm.embeddings.datastore import Datastore
 from bindllm.embeddings.embedder import GroupEmbeddings, embed_groups
 from bindllm.encoders import Encoder, alignment_warnings, skipped_encoders
 from bindllm.encoders.fusion import common_size
@@ -32,11 +31,13 @@ from bindllm.errors import InputError, did_you_mean
 from bindllm.media import Media, check_media
 from bindllm.model.adapter import Adapter, AdapterConfig
 from bindllm.model.bind_network import BindConfig, BindNetwork
-from bindllm.model.checkpoint import check_keys, describe_encoders, write_card, write_checkpoint
+from bindllm.model.checkpoint import check_keys, describe_model, save_model
+from bindllm.model.context import ContextConfig, ContextNetwork
+from bindllm.model.context.records import find_records, read_records
 from bindllm.model.decoder import (
+    BindOutput,
     DecoderConfig,
     choose_positions,
-    fingerprint_decoder,
     load_decoder,
     load_tokenizer,
     num_positions,
@@ -54,22 +55,9 @@ from bindllm.model.generation import (
     stream_text,
 )
 from bindllm.model.injection import InjectConfig, Injection, check_kind
-from bindllm.model.pretrained import read_parts
+from bindllm.model.pretrained import load_model
 
-
-@dataclass
-class BindOutput:
-    """Output of a forward pass.
-
-    Attributes:
-        logits: [B, T, V] without labels; with labels [N, V], at the N positions that predict a supervised token.
-        targets: the supervised tokens, [N], or None.
-        rows: the row of the batch that each of them is in, [N], or None.
-    """
-
-    logits: Tensor
-    targets: Tensor | None = None
-    rows: Tensor | None = None
+CONTEXT_GATES = "injection.context_gates"
 
 
 class BindLLM(nn.Module):
@@ -83,11 +71,13 @@ class BindLLM(nn.Module):
         bind: shape of the bind network, and the number of bind tokens.
         inject: kind of injection; more than one bind token needs ``attend``.
         adapter: the tuned tensors of the decoder. None: the decoder stays as it is.
+        context: shape of the context perceivers (docs/context.md). None: the model reads no retrieved records.
         cache_config: the visual cache that checkpoints name. Only `from_pretrained` opens it.
         origin: source and license of the trained tensors, for the model cards of all folders.
 
     Attributes:
         cache: the default visual cache of all calls, or None.
+        datastore: the default datastore of all calls, or None.
 
     Example:
         ```python
@@ -106,17 +96,16 @@ class BindLLM(nn.Module):
         bind: BindConfig | None = None,
         inject: InjectConfig | None = None,
         adapter: AdapterConfig | None = None,
+        context: ContextConfig | None = None,
         cache_config: CacheConfig | None = None,
         origin: str = "",
     ) -> None:
         super().__init__()
         self.config, self.cache_config, self.origin = config, cache_config, origin
         self.cache: VisualCache | None = None
+        self.datastore: Datastore | None = None
         self.bind_config, self.inject_config = bind or BindConfig(), inject or InjectConfig()
         self.tokenizer, self.encoders = tokenizer, tuple(encoders)
-        if decoder.device.type != "meta":
-            for warning in (*alignment_warnings(self.encoders), *skipped_encoders(self.encoders)):
-                logging.getLogger("bindllm").warning(warning)
         # Composite configs (image-text models) hold the language model's sizes in a text config.
         width = decoder.config.get_text_config().hidden_size
         size = None
@@ -124,15 +113,21 @@ class BindLLM(nn.Module):
             check_kind(self.inject_config, self.bind_config.tokens)
             size = token_size(self.encoders, self.bind_config.token_modalities)
         self.bind = BindNetwork(common_size(self.encoders), width, self.bind_config, size).to(decoder.device)
+        self.context = None
+        if context is not None:
+            self.context = ContextNetwork(common_size(self.encoders), width, context).to(decoder.device)
         # Before the injection: its term then passes through the adapter of the output projection.
         self.adapter = None if adapter is None else Adapter(decoder, adapter)
         # After the adapter, since hooks must see the final modules. Gates start at zero, so nothing changes yet.
-        self.injection = Injection(decoder, self.inject_config).to(decoder.device)
+        reads = context is not None
+        self.injection = Injection(decoder, self.inject_config, has_context=reads).to(decoder.device)
         self.decoder = decoder
         if (head := decoder.get_output_embeddings()) is not None:
             head.register_forward_pre_hook(choose_positions)
         # A model without weights is tried by `check` only: loading a checkpoint tries the real one.
         if decoder.device.type != "meta":
+            for warning in (*alignment_warnings(self.encoders), *skipped_encoders(self.encoders)):
+                logging.getLogger("bindllm").warning(warning)
             self.injection.try_out(decoder)
 
     @classmethod
@@ -142,7 +137,7 @@ class BindLLM(nn.Module):
         Args:
             decoder: which decoder, and its dtype.
             device: by default the accelerator that torch finds, else the CPU.
-            **parts: ``encoders``, ``bind``, ``inject`` and ``adapter`` as for the class.
+            **parts: ``encoders``, ``bind``, ``inject``, ``adapter`` and ``context`` as for the class.
         """
         return cls(load_decoder(decoder, device=device), load_tokenizer(decoder), decoder, **parts)
 
@@ -183,14 +178,20 @@ class BindLLM(nn.Module):
             "bind": [(f"bind.{name}", value) for name, value in self.bind.named_parameters()],
             "inject": [(f"injection.{name}", value) for name, value in self.injection.named_parameters()],
         }
-        return groups if self.adapter is None else {**groups, "adapter": [*self.adapter.parameters().items()]}
+        groups |= {} if self.adapter is None else {"adapter": [*self.adapter.parameters().items()]}
+        if self.context is not None:
+            *groups["inject"], gates = sorted(groups["inject"], key=lambda member: member[0] == CONTEXT_GATES)
+            # The group has gates of its own, so it can be trained without changing the rest.
+            groups["context"] = [gates, *((f"context.{n}", p) for n, p in self.context.named_parameters())]
+        return groups
 
     def set_trainable(self, names: Sequence[str]) -> None:
         """Let the named groups be trained and freeze everything else."""
         groups = self.parameter_groups()
         for name in names:
             if name not in groups:
-                hint = "Give the model one, such as adapter: {rank: 16}. " if name == "adapter" else ""
+                example = {"adapter": "adapter: {rank: 16}", "context": "context: {records: 3}"}.get(name)
+                hint = f"Give the model one, such as {example}. " if example else ""
                 raise InputError(f"unknown parameter group {name!r}. {hint}{did_you_mean(name, groups)}")
         # Freeze first: the groups below are the only parameters that may get gradients.
         self.requires_grad_(False)
@@ -265,6 +266,8 @@ class BindLLM(nn.Module):
         embeddings: Tensor,
         labels: Tensor | None = None,
         tokens: Tensor | None = None,
+        context_embeddings: Tensor | None = None,
+        context_ids: Tensor | None = None,
     ) -> BindOutput:
         """Run the decoder with the media bound to its tokens.
 
@@ -277,6 +280,8 @@ class BindLLM(nn.Module):
                 vocabulary projection runs at the positions that predict a supervised token, and nowhere else.
             tokens: encoder tokens of each media group, [B, M, n, C], rows of zeros where it has fewer; only read with
                 more than one bind token (`BindConfig.tokens`). None: no group has any.
+            context_embeddings: of the records of each media group, nearest first, [B, M, K, E]; zeros are no records.
+            context_ids: token ids of their texts, [B, M, K, S], -1 for padding.
         """
         # How to read this: the mask is passed only if it is needed, and logits are computed only at the positions
         # that predict a supervised token. Both save time, and neither changes a result. Training runs the decoder's
@@ -287,6 +292,7 @@ class BindLLM(nn.Module):
             "use_cache": False,
             "bind": self.bind(embeddings, tokens),
             "media_index": media_index,
+            "context": read_records(self, embeddings, context_embeddings, context_ids),
         }
         if padded_left:
             inputs["attention_mask"] = attention_mask
@@ -312,6 +318,8 @@ class BindLLM(nn.Module):
         media_index: Tensor,
         embeddings: Tensor | None,
         tokens: Tensor | None = None,
+        context_embeddings: Tensor | None = None,
+        context_ids: Tensor | None = None,
         **options: Any,
     ) -> Tensor:
         """Generate answers for a left-padded batch.
@@ -322,6 +330,8 @@ class BindLLM(nn.Module):
             media_index: [B, T].
             embeddings: [B, M, E], or None for a batch without media.
             tokens: [B, M, n, C], as for `forward`, or None.
+            context_embeddings: [B, M, K, E], as for `forward`, or None.
+            context_ids: [B, M, K, S], as for `forward`, or None.
             **options: as for Hugging Face ``generate``; nothing else but `answer_settings` holds.
 
         Returns:
@@ -341,8 +351,9 @@ class BindLLM(nn.Module):
         if embeddings is None:
             return run()[:, ids.shape[1] :]
         # `generate` rejects unknown keywords, so the bind vectors reach the layers through a context variable.
-        tokens = None if tokens is None else tokens.to(self.device)
-        with self.injection.holding(self.bind(embeddings.to(self.device), tokens), index):
+        embeddings, tokens = embeddings.to(self.device), None if tokens is None else tokens.to(self.device)
+        context = read_records(self, embeddings, context_embeddings, context_ids)
+        with self.injection.holding(self.bind(embeddings, tokens), index, context):
             return run()[:, ids.shape[1] :]
 
     def generate(
@@ -352,6 +363,7 @@ class BindLLM(nn.Module):
         *,
         shots: Sequence[Any] | None = None,
         cache: CacheChoice = None,
+        datastore: Datastore | bool | None = None,
         **options: Any,
     ) -> str | list[str]:
         """Answer one prompt, or a batch of prompts each with its own media.
@@ -363,6 +375,7 @@ class BindLLM(nn.Module):
             shots: worked examples (`Shot`) before the question: one list for all prompts, or one for each. Those that
                 do not fit are skipped with a warning, the first ones first (docs/few-shot.md).
             cache: the visual cache, as for `encode`.
+            datastore: the records that a model with context reads; None: the model's own, False: none.
             **options: as for Hugging Face ``generate`` (``max_new_tokens``, ``do_sample``, ``temperature``,
                 ``top_p``, ``num_beams``, ``stop_strings``, ...). Without any, the answer is greedy and at most 128
                 tokens long, whatever the decoder's folder recommends (docs/answers.md).
@@ -375,7 +388,8 @@ class BindLLM(nn.Module):
             MediaError: a file that cannot be read.
         """
         options = check_options(options)
-        answers = self.generate_from(*self._prepare(prompt, media, cache, shots, **options), **options)
+        batch = self._prepare(prompt, media, cache, shots, **options)
+        answers = self.generate_from(*batch, **find_records(self, batch[3], datastore), **options)
         texts = self.decode(answers)
         # Several returned sequences of one prompt stay a list.
         return texts[0] if isinstance(prompt, str | Conversation) and len(texts) == 1 else texts
@@ -391,6 +405,7 @@ class BindLLM(nn.Module):
         *,
         shots: Sequence[Any] | None = None,
         cache: CacheChoice = None,
+        datastore: Datastore | bool | None = None,
         **options: Any,
     ) -> Iterator[str]:
         """Yield the answer to one prompt piece by piece; arguments as for `generate`."""
@@ -398,7 +413,8 @@ class BindLLM(nn.Module):
         # Beam search may replace tokens that were already printed.
         if options.get("num_beams", 1) > 1:
             raise InputError("a stream has no beams: its pieces are final. Use generate, or num_beams=1")
-        run = partial(self.generate_from, *self._prepare(prompt, media, cache, shots, **options), **options)
+        batch = self._prepare(prompt, media, cache, shots, **options)
+        run = partial(self.generate_from, *batch, **find_records(self, batch[3], datastore), **options)
         yield from stream_text(run, self.tokenizer, self.settings.eos_token_id)
 
     def _prepare(
@@ -413,16 +429,7 @@ class BindLLM(nn.Module):
 
     def describe(self) -> dict[str, Any]:
         """Return the manifest of the model: its configs, its decoder and encoders with their fingerprints."""
-        return {
-            "bindllm": __version__,
-            "decoder": {**asdict(self.config), "fingerprint": fingerprint_decoder(self.config.folder())},
-            "encoders": describe_encoders(self.encoders),
-            "bind": asdict(self.bind_config),
-            "inject": asdict(self.inject_config),
-            "adapter": None if self.adapter is None else asdict(self.adapter.config),
-            "cache": None if self.cache_config is None else asdict(self.cache_config),
-            "origin": self.origin,
-        }
+        return describe_model(self)
 
     def save_pretrained(
         self, folder: str | Path, *, data: list[str] | None = None, files: Mapping[str, str] | None = None
@@ -434,10 +441,7 @@ class BindLLM(nn.Module):
             data: folders or tables of the training data, for the model card.
             files: text of further files by name, such as the recipe.
         """
-        manifest = self.describe()
-        adapter = None if self.adapter is None else self.adapter.peft_config()
-        card = write_card(manifest, data=data)
-        write_checkpoint(folder, manifest, self.trainable_state(), card, adapter_config=adapter, files=files)
+        save_model(self, folder, data=data, files=files)
 
     @classmethod
     def from_pretrained(
@@ -452,6 +456,8 @@ class BindLLM(nn.Module):
         cache: CacheChoice | str | Path = None,
         quantize: str | bool | None = None,
         tokens: int | None = None,
+        datastore: Datastore | str | Path | bool | None = None,
+        records: int | None = None,
     ) -> Self:
         """Load a checkpoint folder.
 
@@ -467,29 +473,25 @@ class BindLLM(nn.Module):
             quantize: ``nf4`` or ``int8`` (see `DecoderConfig`); None: as in training, False: not at all.
             tokens: bind tokens of a media group, at most as many as in training (docs/bind-tokens.md); None: all.
                 ``model.bind.num_tokens`` changes it later.
+            datastore: of a model with context, or its folder; None: that of the checkpoint, False: none.
+            records: number of them for each media, as ``model.context.num_records``; None: as many as in training.
 
         Raises:
             CheckpointError: another decoder or encoder than the one it was trained with, a newer format, missing
                 or extra tensors, a pickle in the folder, a class that is not allowed.
             InputError: an additional encoder has another embedding size, or all its modalities are served already; or
                 more bind tokens than in training.
-            StoreError: the cache is missing or damaged, or was built with another encoder.
+            StoreError: the cache or the datastore is missing or damaged, or was built with another encoder.
         """
-        config, parts, found = read_parts(
-            folder, decoder=decoder, dtype=dtype, allow=allow, encoders=encoders, quantize=quantize
-        )
-        # Before the decoder, which may take minutes to load, and before memory is taken for sizes of the manifest.
-        empty = cls.build_empty(config, **parts)
-        empty.check_trainable_state(found, source=str(folder))
-        empty.bind.num_tokens = tokens = empty.bind.num_tokens if tokens is None else tokens
-        # A cache holds embeddings, so it must come from one of these encoders.
-        known = [encoder.fingerprint() for encoder in parts["encoders"]]
-        opened = choose_cache(cache, parts["cache_config"], known, checkpoint=folder)
-        model = cls.build(config, device=device, **parts)
-        # Every tensor must match by name and shape, so that a wrong checkpoint fails here.
-        model.load_trainable_state(found, source=str(folder))
-        model.cache, model.bind.num_tokens = opened, tokens
-        return model.eval()
+        parts = {
+            "decoder": decoder,
+            "dtype": dtype,
+            "allow": allow,
+            "encoders": encoders,
+            "quantize": quantize,
+        }
+        choices = {"cache": cache, "tokens": tokens, "datastore": datastore, "records": records}
+        return load_model(cls, folder, parts, device=device, **choices)
 
     def checkpoint_activations(self) -> None:
         """Keep only each layer's input in training and compute the rest again in the backward pass."""

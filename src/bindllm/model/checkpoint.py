@@ -3,6 +3,7 @@
     bindllm.json        format version, every config, decoder and encoders with their fingerprints
     bind.safetensors    bind network, gates and queries; frozen weights are referenced, never copied
     cache/              optional: a visual cache that travels with the checkpoint; stays when it is saved again
+    datastore/          if the model reads retrieved records: those that it answers with
     adapter/            if the decoder is tuned: adapter_config.json and adapter_model.safetensors, peft's own files
     README.md           model card
     conversion.tsv      if foreign weights were converted: the outcome for each of their tensors
@@ -18,11 +19,13 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from bindllm import __version__
 from bindllm.atomic import (
     atomic_folder,
     check_replaceable,
@@ -33,9 +36,14 @@ from bindllm.atomic import (
     write_json,
     write_tensors,
 )
+from bindllm.embeddings.datastore import Datastore
 from bindllm.encoders import Encoder, members_of, shape_problems
 from bindllm.errors import CheckpointError, UsageError, did_you_mean, listed
 from bindllm.imports import build_named
+from bindllm.model.decoder import fingerprint_decoder
+
+if TYPE_CHECKING:
+    from bindllm.model.bindllm import BindLLM
 
 # Raise the number when older versions of bindllm cannot read a new checkpoint.
 FORMAT = 1
@@ -43,6 +51,7 @@ MANIFEST = "bindllm.json"
 WEIGHTS = "bind.safetensors"
 ADAPTER = "adapter"
 CACHE = "cache"
+DATASTORE = "datastore"
 ADAPTER_WEIGHTS = f"{ADAPTER}/adapter_model.safetensors"
 _ADAPTER_CONFIG = f"{ADAPTER}/adapter_config.json"
 ADAPTER_PREFIX = "adapter."
@@ -59,6 +68,22 @@ use it if a wrong description can hurt someone.
 """
 
 
+def save_model(
+    model: BindLLM, folder: str | Path, *, data: list[str] | None, files: Mapping[str, str] | None
+) -> None:
+    """Write the checkpoint folder of a model; arguments as for `BindLLM.save_pretrained`."""
+    manifest = model.describe()
+    write_checkpoint(
+        folder,
+        manifest,
+        model.trainable_state(),
+        write_card(manifest, data=data),
+        adapter_config=None if model.adapter is None else model.adapter.peft_config(),
+        files=files,
+        datastore=model.datastore,
+    )
+
+
 def write_checkpoint(
     folder: str | Path,
     manifest: dict[str, Any],
@@ -67,6 +92,7 @@ def write_checkpoint(
     *,
     adapter_config: Mapping[str, Any] | None = None,
     files: Mapping[str, str] | None = None,
+    datastore: Datastore | None = None,
 ) -> None:
     """Write a checkpoint folder in one step; an existing checkpoint there is replaced, anything else refused.
 
@@ -77,6 +103,7 @@ def write_checkpoint(
         card: text of the model card.
         adapter_config: content of peft's ``adapter_config.json``, if the model has an adapter.
         files: text of further files by name, such as ``conversion.tsv`` of a conversion.
+        datastore: the records that the model answers with, if it reads any.
 
     Raises:
         CheckpointError: the folder exists and is not a checkpoint of ours.
@@ -92,6 +119,8 @@ def write_checkpoint(
             # Files of an index are replaced and never written again, so both folders may share them for a while.
             shutil.copytree(folder / CACHE, part / CACHE, copy_function=_link)
         write_tensors(part / WEIGHTS, {name: tensor for name, tensor in tensors.items() if name not in tuned})
+        if datastore is not None:
+            datastore.save(part / DATASTORE)
         hashes = {"weights_sha256": file_sha256(part / WEIGHTS)}
         if adapter_config is not None:
             (part / ADAPTER).mkdir()
@@ -242,6 +271,24 @@ def build_own(entry: Mapping[str, Any], *, allow: Sequence[str] = ()) -> Any:
     return build_object(dict(entry), allow=[entry["class_path"], *allow, *own])
 
 
+def describe_model(model: BindLLM) -> dict[str, Any]:
+    """Return the manifest of a model: its configs, its decoder and encoders with their fingerprints."""
+    configs = {
+        "bind": model.bind_config,
+        "inject": model.inject_config,
+        "adapter": None if model.adapter is None else model.adapter.config,
+        "context": None if model.context is None else model.context.config,
+        "cache": model.cache_config,
+    }
+    return {
+        "bindllm": __version__,
+        "decoder": {**asdict(model.config), "fingerprint": fingerprint_decoder(model.config.folder())},
+        "encoders": describe_encoders(model.encoders),
+        **{name: None if config is None else asdict(config) for name, config in configs.items()},
+        "origin": model.origin,
+    }
+
+
 def describe_encoders(encoders: Sequence[Encoder]) -> list[dict[str, Any]]:
     """Return the entries of encoders in a manifest, for `build_object`, with their fingerprints."""
     return [
@@ -321,6 +368,7 @@ def write_card(manifest: dict[str, Any], *, data: list[str] | None = None) -> st
         f"Bind network: depth {manifest['bind']['depth']}, expansion {manifest['bind']['expansion']}"
         f"{_token_words(manifest['bind'])}. "
         f"Injection: kind `{manifest['inject']['kind']}`, queries {manifest['inject']['queries']}.",
+        *_context_lines(manifest.get("context")),
         *_adapter_lines(adapter),
         *([f"Trained on the decoder in {kind}."] if (kind := decoder.get("quantize")) else []),
         *(("", "## Origin", "", manifest["origin"]) if manifest.get("origin") else ()),
@@ -347,6 +395,16 @@ def _token_words(bind: dict[str, Any]) -> str:
     """Return the number of bind tokens, or nothing for one."""
     count = bind.get("tokens", 1)
     return f", {count} bind tokens of {', '.join(bind['token_modalities'])} media" if count > 1 else ""
+
+
+def _context_lines(context: dict[str, Any] | None) -> list[str]:
+    """Return the sentence about retrieved context, or nothing without any."""
+    if not context:
+        return []
+    return [
+        f"Reads up to {context['records']} records of a datastore for each media ({2 * context['latents']} context "
+        "tokens); the records of its training are in `datastore/`."
+    ]
 
 
 def _adapter_lines(adapter: dict[str, Any] | None) -> list[str]:

@@ -377,6 +377,21 @@ def num_positions(config: PretrainedConfig) -> int | None:
     return positions if isinstance(positions, int) and positions > 0 else None
 
 
+@dataclass
+class BindOutput:
+    """Output of a forward pass.
+
+    Attributes:
+        logits: [B, T, V] without labels; with labels [N, V], at the N positions that predict a supervised token.
+        targets: the supervised tokens, [N], or None.
+        rows: the row of the batch that each of them is in, [N], or None.
+    """
+
+    logits: Tensor
+    targets: Tensor | None = None
+    rows: Tensor | None = None
+
+
 @contextmanager
 def projecting(rows: Tensor, columns: Tensor) -> Iterator[None]:
     """Let the vocabulary projection compute only N positions in this block, given by row and column, [N] each."""

@@ -243,7 +243,7 @@ def by_row(values: Tensor, counts: Sequence[int]) -> Tensor:
         counts: number of groups of each row; M is the largest of them, at least 1.
     """
     # Rows with fewer groups keep zeros, which no token refers to.
-    arranged = torch.zeros(len(counts), max(1, *counts), *values.shape[1:])
+    arranged = values.new_zeros(len(counts), max(1, *counts), *values.shape[1:])
     for row, part in zip(arranged, values.split(list(counts)), strict=True):
         row[: len(part)] = part
     return arranged

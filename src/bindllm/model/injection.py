@@ -27,14 +27,14 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from types import MethodType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bindllm.errors import BindLLMError, DecoderError, InputError, check_choice
-from bindllm.model.attend import PROJECTIONS, BindAttention, find_attention, mask_tokens, plain_projection
+from bindllm.model.attend import PROJECTIONS, BindAttention, BindContext, find_attention, plain_projection
 
 KINDS = tuple(PROJECTIONS)
 
@@ -80,57 +80,6 @@ def check_kind(config: InjectConfig, num_tokens: int) -> None:
         )
 
 
-class Arrivals:
-    """A count that layers share; sharded layers get copies of dataclasses, dictionaries and lists."""
-
-    count = 0
-
-
-@dataclass
-class BindContext:
-    """Bind vectors and routes of one forward, passed to every layer.
-
-    Attributes:
-        bind: bind vectors, [B, M, D], or bind tokens, [B, M, N, D].
-        route: 1 if token ``t`` listens to group ``m``, else 0, [B, T, M].
-        masked: the bind tokens that a token does not attend to, of `mask_tokens`, or None.
-        terms: gated terms, or keys and values, already computed, by layer; kept over the steps of a generation, None
-            in training.
-        arrivals: counts the terms that were added in this forward.
-    """
-
-    bind: Tensor
-    route: Tensor
-    masked: Tensor | None = None
-    terms: dict[int, Any] | None = None
-    arrivals: Arrivals = field(default_factory=Arrivals)
-
-    @classmethod
-    def of(cls, bind: Tensor, media_index: Tensor, terms: dict[int, Any] | None = None) -> Self:
-        """Return the context of bind vectors or tokens and a media index [B, T]."""
-        route = route_tokens(media_index, bind.shape[1])
-        if bind.dim() == 3 or bind.shape[2] == 1:
-            # Attention over one key has weight 1, so one bind token needs no queries and no keys.
-            return cls(bind if bind.dim() == 3 else bind.squeeze(2), route, None, terms)
-        return cls(bind, route, mask_tokens(bind, route), terms)
-
-    @property
-    def has_tokens(self) -> bool:
-        """Whether a group has several bind tokens, so that terms are computed by attention."""
-        return self.bind.dim() == 4
-
-    def add(self, hidden: Tensor, term: Tensor) -> Tensor:
-        """Return hidden states [B, T, C] with a term added: of each token [B, T, C], or of its group, [B, M, C]."""
-        self.arrivals.count += 1
-        if not self.has_tokens:
-            if self.route.dtype != hidden.dtype:
-                # Once per forward; every layer after the first finds it converted.
-                self.route = self.route.to(hidden.dtype)
-            # Not baddbmm: autocast would return the whole residual stream in low precision.
-            term = torch.bmm(self.route, term)
-        return hidden + term.to(hidden.dtype)
-
-
 @dataclass
 class GenerationState:
     """Bind vectors and media index of a running generation, repeated to its real batch size (beams, samples)."""
@@ -138,7 +87,9 @@ class GenerationState:
     injection: Injection
     bind: Tensor
     media_index: Tensor
+    retrieved: Tensor | None = None
     terms: dict[int, Any] = field(default_factory=dict)
+    retrieved_terms: dict[int, Any] = field(default_factory=dict)
 
     def context(self, batch: int, past: int, length: int) -> BindContext:
         """Return the context of tokens ``past .. past + length``; generated ones keep the last prompt token's group."""
@@ -149,25 +100,27 @@ class GenerationState:
                 raise InputError(f"generation runs {batch} rows for {self.bind.shape[0]} prompts")
             self.bind = self.bind.repeat_interleave(repeats, dim=0)
             self.media_index = self.media_index.repeat_interleave(repeats, dim=0)
+            if self.retrieved is not None:
+                self.retrieved = self.retrieved.repeat_interleave(repeats, dim=0)
             self.terms.clear()
+            self.retrieved_terms.clear()
         last = self.media_index.shape[1] - 1
         # Positions after the prompt read the route of its last token.
         columns = torch.arange(past, past + length, device=self.media_index.device).clamp_(max=last)
-        return BindContext.of(self.bind, self.media_index[:, columns], self.terms)
+        found = BindContext.of(self.bind, self.media_index[:, columns], self.terms)
+        if self.retrieved is not None:
+            own = (self.media_index[:, columns], self.retrieved_terms)
+            found.retrieved = BindContext.of_retrieved(self.retrieved, *own)
+        return found
 
 
-# The two channels that are not keywords: the state of a running `generate`, and the term on its way from the entry of
-# an attention to its output projection; None in its place until the query projection has run.
+# The two channels that are not keywords: the state of a running `generate`, and the terms (of bind vectors, of context
+# tokens) on their way from the entry of an attention to its output projection; None until the query projection has run.
 # Both are empty outside a call; context variables keep concurrent threads apart.
 _GENERATION: ContextVar[GenerationState | None] = ContextVar("bindllm_generation", default=None)
-_TERM: ContextVar[tuple[BindContext, Tensor | None] | None] = ContextVar("bindllm_term", default=None)
-
-
-def route_tokens(media_index: Tensor, num_groups: int) -> Tensor:
-    """Return the one-hot route [B, T, M] of a media index [B, T]; index -1 gives a row of zeros."""
-    groups = torch.arange(num_groups, device=media_index.device)
-    # Index -1 equals no group, so its row is all zeros and nothing is added.
-    return media_index.unsqueeze(-1) == groups
+_TERM: ContextVar[tuple[BindContext, Tensor | None, Tensor | None] | None] = ContextVar(
+    "bindllm_term", default=None
+)
 
 
 class Injection(nn.Module):
@@ -180,6 +133,7 @@ class Injection(nn.Module):
         decoder: a causal language model whose layers are at ``get_decoder().layers``; kind ``value`` also needs
             ``self_attn.v_proj`` and ``self_attn.o_proj`` in each, kind ``attend`` all four projections.
         config: kind, queries, and how many layers are served.
+        has_context: whether the model reads context tokens, through gates of their own; not with kind ``residual``.
 
     Raises:
         DecoderError: the decoder lacks one of these modules, or has fewer layers; the message names it.
@@ -187,14 +141,20 @@ class Injection(nn.Module):
     Attributes:
         gates: of the L served layers, zeros at the start, [L] for ``residual``, else [L, H].
         queries: [L, D], or None.
+        context_gates: of context tokens, zeros at the start, [L, H], or None.
 
     Example:
         decoder(ids, bind=bind, media_index=index)      # bind [B, M, D] or, for ``attend``, [B, M, N, D]
                                                         # index [B, T], -1: nothing is added
     """
 
-    def __init__(self, decoder: PreTrainedModel, config: InjectConfig) -> None:
+    def __init__(self, decoder: PreTrainedModel, config: InjectConfig, *, has_context: bool = False) -> None:
         super().__init__()
+        if has_context and config.kind == "residual":
+            raise InputError(
+                "inject.kind residual adds to the input of a layer, and context tokens are read inside attention: set "
+                "inject.kind: attend (or value), or leave out context"
+            )
         self.kind = config.kind
         core = decoder.get_decoder()
         hooks = decoder._forward_pre_hooks.values()
@@ -214,16 +174,18 @@ class Injection(nn.Module):
         self.gates = nn.Parameter(torch.zeros(shape))
         # Small and random, so that layers can specialize from the first step.
         self.queries = nn.Parameter(0.02 * torch.randn(len(layers), width)) if config.queries else None
+        self.context_gates = nn.Parameter(torch.zeros(shape)) if has_context else None
         if self.kind == "residual":
             for index, (_, layer) in enumerate(layers):
                 layer.register_forward_pre_hook(partial(self._add_to_input, index), with_kwargs=True)
         else:
             # All layers are checked before the first hook, so that a refused decoder stays unchanged.
-            options = {"num_heads": num_heads, "kind": self.kind}
+            attends = self.kind == "attend" or has_context
+            options = {"num_heads": num_heads, "kind": "attend" if attends else self.kind}
             attentions = [find_attention(layer, n, type(decoder).__name__, **options) for n, layer in layers]
             for index, attention in enumerate(attentions):
                 attention.register_forward_pre_hook(partial(self._enter_attention, index), with_kwargs=True)
-                if self.kind == "attend":
+                if attends:
                     heads = BindAttention(attention, num_heads)
                     attention.q_proj.register_forward_hook(partial(self._attend, index, heads))
                 attention.o_proj.register_forward_pre_hook(self._add_to_heads)
@@ -265,7 +227,7 @@ class Injection(nn.Module):
                     ) from error
 
     @contextmanager
-    def holding(self, bind: Tensor, media_index: Tensor) -> Iterator[None]:
+    def holding(self, bind: Tensor, media_index: Tensor, context: Tensor | None = None) -> Iterator[None]:
         """Give every decoder call of this block, in this thread, the same bind vectors; for generation only.
 
         Hugging Face ``generate`` refuses unknown keywords, and no gradient is needed there.
@@ -273,6 +235,7 @@ class Injection(nn.Module):
         Args:
             bind: [B, M, D], or [B, M, N, D] for kind ``attend``.
             media_index: [B, T] of the left-padded prompts; generated tokens use its last column.
+            context: context tokens, [B, M, C, D], or None.
         """
         # With gradients, checkpointing would recompute layers after the block has ended, without the vectors.
         if torch.is_grad_enabled():
@@ -280,7 +243,8 @@ class Injection(nn.Module):
                 "holding() is for generation: use it under torch.no_grad(), else pass bind= to the decoder"
             )
         self._check(bind, media_index)
-        token = _GENERATION.set(GenerationState(self, bind, media_index))
+        self._check_context(bind, context)
+        token = _GENERATION.set(GenerationState(self, bind, media_index, context))
         try:
             yield
         finally:
@@ -289,6 +253,7 @@ class Injection(nn.Module):
     def _carry(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Check the keywords once, before the layers, and turn the media index into a route."""
         bind, media_index = kwargs.pop("bind", None), kwargs.pop("media_index", None)
+        retrieved = kwargs.pop("context", None)
         if (bind is None) != (media_index is None):
             raise InputError("bind and media_index go together: pass both to the decoder, or neither")
         # Ids or embeddings: only their first two sizes are needed.
@@ -296,7 +261,10 @@ class Injection(nn.Module):
         tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
         if bind is not None:
             self._check(bind, media_index, tokens)
+            self._check_context(bind, retrieved)
             kwargs["bind"] = BindContext.of(bind, media_index)
+            if retrieved is not None:
+                kwargs["bind"].retrieved = BindContext.of_retrieved(retrieved, media_index)
             return args, kwargs
         state = _GENERATION.get()
         if state is not None and state.injection is self:
@@ -339,29 +307,46 @@ class Injection(nn.Module):
             _TERM.set(None)
         elif not context.has_tokens:
             hidden = args[0] if args else kwargs["hidden_states"]
-            _TERM.set((context, self._term(index, attention, context, hidden.dtype)))
+            _TERM.set((context, self._term(index, attention, context, hidden.dtype), None))
         else:
             # The term needs the queries: the hook of `q_proj` computes it.
-            _TERM.set((context, None))
+            _TERM.set((context, None, None))
         return args, kwargs
 
     def _attend(
         self, index: int, heads: BindAttention, projection: nn.Module, args: tuple, query: Tensor
     ) -> None:
-        """Kind ``attend``, more than one bind token: after the query projection [B, T, H * d], compute the term."""
+        """Several bind tokens, or context tokens: after the query projection [B, T, H * d], compute the terms."""
         waiting = _TERM.get()
-        if waiting is None or waiting[1] is not None:
+        if waiting is None:
             return
-        context = waiting[0]
+        context, term, further = waiting
+        if term is None:
+            term = self._attended(index, heads, context, self._vector(index, context), self.gates, query)
+        if further is None and context.retrieved is not None:
+            own = context.retrieved
+            further = self._attended(index, heads, own, own.bind, self.context_gates, query)
+        _TERM.set((context, term, further))
+
+    def _attended(
+        self,
+        index: int,
+        heads: BindAttention,
+        context: BindContext,
+        tokens: Tensor,
+        gates: Tensor,
+        query: Tensor,
+    ) -> Tensor:
+        """Return the gated term of layer ``index`` for tokens [B, M, N, D], of each text token: [B, T, H * d]."""
         found = None if context.terms is None else context.terms.get(index)
         if found is None:
-            found = heads.keys_and_values(self._vector(index, context).to(query.dtype))
+            found = heads.keys_and_values(tokens.to(query.dtype))
             # During a generation keys and values stay the same, so they are computed once.
             if context.terms is not None:
                 context.terms[index] = found
         # [B, T, H, 1]: closed for tokens without a group.
-        gate = (torch.tanh(self.gates[index]) * context.route.any(-1, keepdim=True)).unsqueeze(-1)
-        _TERM.set((context, (heads(query, *found, context.masked) * gate.to(query.dtype)).flatten(2)))
+        gate = (torch.tanh(gates[index]) * context.route.any(-1, keepdim=True)).unsqueeze(-1)
+        return (heads(query, *found, context.masked) * gate.to(query.dtype)).flatten(2)
 
     def _add_to_heads(self, projection: nn.Module, args: tuple) -> tuple | None:
         """Inside attention: before the output projection."""
@@ -369,9 +354,12 @@ class Injection(nn.Module):
         # Without a term the query projection was not called; `_check_arrival` refuses such a decoder.
         if waiting is None or waiting[1] is None:
             return None
+        context, term, further = waiting
+        if (context.retrieved is None) != (further is None):
+            return None
         _TERM.set(None)
-        context, term = waiting
-        return (context.add(args[0], term), *args[1:])
+        hidden = context.add(args[0], term)
+        return (hidden if further is None else hidden + further.to(hidden.dtype), *args[1:])
 
     def _vector(self, index: int, context: BindContext) -> Tensor:
         """Return ``bind + query[l]``, see the formulas in the module docstring."""
@@ -420,6 +408,20 @@ class Injection(nn.Module):
         if tokens is not None and tokens.shape[:2] != media_index.shape:
             raise InputError(
                 f"media_index {list(media_index.shape)} for tokens {list(tokens.shape[:2])}: they must agree"
+            )
+
+    def _check_context(self, bind: Tensor, context: Tensor | None) -> None:
+        """Refuse context tokens for a model without gates for them, or of other shapes than the bind vectors."""
+        if context is None:
+            return
+        if self.context_gates is None:
+            raise InputError(
+                "this model reads no context: build it with context, or leave out context tokens"
+            )
+        if context.dim() != 4 or (*context.shape[:2], context.shape[3]) != (*bind.shape[:2], bind.shape[-1]):
+            raise InputError(
+                f"context tokens {list(context.shape)} for bind {list(bind.shape)}: expected "
+                f"{[*bind.shape[:2], 'C', bind.shape[-1]]}"
             )
 
 

@@ -7,6 +7,7 @@ is counted, for any decoder and any adapter, and none is predicted from a formul
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import AttentionInterface, PreTrainedModel
 
-from bindllm.errors import DecoderError
+from bindllm.errors import DecoderError, InputError
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.decoder import DecoderConfig, without_weights
 
@@ -28,6 +29,7 @@ _QUANTIZED = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
 _ROW_SCALE = {"nf4": 0, "int8": 4}
 _ATEN = torch.ops.aten
 _FUSED = "bindllm_traced"
+_UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def _fused_attention(
@@ -223,3 +225,17 @@ def trace_step(
             hook.remove()
         for parameter in trained:
             parameter.grad = None
+
+
+def read_size(text: str) -> int:
+    """Read a size such as ``24GB``, ``512MB`` or ``80GiB``, in bytes.
+
+    Raises:
+        InputError: not a size, or 0.
+    """
+    # GB is 1e9 bytes, as vendors count; GiB is 2**30.
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?B)?\s*", text.upper())
+    size = int(float(found[1]) * _UNITS[found[2] or ""]) if found else 0
+    if not size:
+        raise InputError(f"memory limit {text!r}: expected a size such as 24GB, 512MB or 80GiB")
+    return size

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from bindllm.cache.blend import CacheConfig
+from bindllm.cache.visual_cache import choose_cache
+from bindllm.embeddings.datastore import READS_NO_RECORDS, open_datastore
 from bindllm.encoders.fusion import common_size
 from bindllm.errors import CheckpointError, EncoderError, InputError, UsageError
 from bindllm.imports import resolve_path
@@ -18,6 +20,7 @@ from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.checkpoint import (
     CACHE,
+    DATASTORE,
     MANIFEST,
     build_object,
     home_of,
@@ -25,11 +28,57 @@ from bindllm.model.checkpoint import (
     read_weights,
     resolve_cache,
 )
+from bindllm.model.context import ContextConfig
 from bindllm.model.decoder import DecoderConfig, fingerprint_decoder
 from bindllm.model.injection import InjectConfig
 
 if TYPE_CHECKING:
     from bindllm.encoders import Encoder
+    from bindllm.model.bindllm import BindLLM
+
+
+def load_model(
+    kind: type[BindLLM],
+    folder: str | Path,
+    parts: dict[str, Any],
+    *,
+    device: str | None,
+    cache: Any,
+    tokens: int | None,
+    datastore: Any,
+    records: int | None,
+) -> BindLLM:
+    """Return the model of a checkpoint folder; arguments as for `BindLLM.from_pretrained`.
+
+    Args:
+        kind: the class of the model.
+        folder: the checkpoint.
+        parts: the arguments of `read_parts`.
+        device: where the decoder is loaded.
+        cache: the visual cache.
+        tokens: bind tokens of a media group.
+        datastore: the records of a model with context.
+        records: number of records for each media.
+    """
+    config, parts, found = read_parts(folder, **parts)
+    # Before the decoder, which may take minutes to load, and before memory is taken for sizes of the manifest.
+    empty = kind.build_empty(config, **parts)
+    empty.check_trainable_state(found, source=str(folder))
+    empty.bind.num_tokens = tokens = empty.bind.num_tokens if tokens is None else tokens
+    # A cache or a datastore holds embeddings, so it must come from these encoders.
+    known = [encoder.fingerprint() for encoder in parts["encoders"]]
+    opened = choose_cache(cache, parts["cache_config"], known, checkpoint=folder)
+    own = None if parts["context"] is None else Path(folder, DATASTORE)
+    store = open_datastore(datastore, parts["encoders"], own=own)
+    if records is not None and own is None:
+        raise InputError(READS_NO_RECORDS)
+    model = kind.build(config, device=device, **parts)
+    # Every tensor must match by name and shape, so that a wrong checkpoint fails here.
+    model.load_trainable_state(found, source=str(folder))
+    model.cache, model.bind.num_tokens, model.datastore = opened, tokens, store
+    if records is not None:
+        model.context.num_records = records
+    return model.eval()
 
 
 def read_parts(
@@ -64,7 +113,7 @@ def read_parts(
 
 
 def read_configs(folder: str | Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """Return the configs of a checkpoint: ``bind``, ``inject``, ``adapter``, ``cache_config`` and ``origin``.
+    """Return the configs of a checkpoint: ``bind``, ``inject``, ``adapter``, ``context``, ``cache_config``, ``origin``.
 
     Raises:
         CheckpointError: the manifest lacks an entry, or a value is out of its range.
@@ -75,6 +124,7 @@ def read_configs(folder: str | Path, manifest: dict[str, Any]) -> dict[str, Any]
             "inject": InjectConfig(**manifest["inject"]),
             # null in the manifest: the decoder is not tuned.
             "adapter": AdapterConfig(**tuned) if (tuned := manifest.get("adapter")) else None,
+            "context": ContextConfig(**sizes) if (sizes := manifest.get("context")) else None,
             "cache_config": read_cache_config(folder, manifest),
             "origin": manifest.get("origin", ""),
         }

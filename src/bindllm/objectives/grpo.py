@@ -407,4 +407,4 @@ def _join(prompts: Batch, ids: Tensor, in_answer: Tensor, group_size: int) -> Ba
     order = (torch.arange(width, device=ids.device) + padding) % width
     longest = int(columns["attention_mask"].sum(1).max())
     moved = {name: value.gather(1, order)[:, :longest] for name, value in columns.items()}
-    return {**moved, **{name: given[name] for name in ("embeddings", "tokens") if name in given}}
+    return {**moved, **{name: value for name, value in given.items() if name not in columns}}

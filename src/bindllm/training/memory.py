@@ -25,9 +25,10 @@ from bindllm.errors import InputError
 from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.bindllm import BindLLM
+from bindllm.model.context import ContextConfig
 from bindllm.model.decoder import DTYPES, DecoderConfig, choose_dtype, default_device
 from bindllm.model.injection import InjectConfig
-from bindllm.model.memory import meta_decoder, quantized_layers, trace_step, weight_bytes
+from bindllm.model.memory import meta_decoder, quantized_layers, read_size, trace_step, weight_bytes
 from bindllm.objectives import KTO, ORPO, NextToken, Objective
 
 CUDA_CONTEXT = 600_000_000
@@ -37,7 +38,9 @@ MEASURED_ROWS = 2000
 """Rows that are tokenized to find the longest one, spread over the sources."""
 
 _SHARDED_DEVICES = (2, 4, 8, 16)
-_UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+# Settings of a model that its memory depends on, next to its decoder.
+_PARTS = ("bind", "inject", "adapter", "context")
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ class RunPlan:
         bind: shape of the bind network.
         inject: the injected layers and the kind of injection.
         adapter: the tuned parts of the decoder, or None.
+        context: the perceivers of retrieved records, or None.
         trainable: names of the trained parameter groups.
         objective: the loss.
         checkpointing: whether only each layer's input is kept, and the rest is computed again.
@@ -108,6 +112,7 @@ class RunPlan:
     bind: BindConfig = field(default_factory=BindConfig)
     inject: InjectConfig = field(default_factory=InjectConfig)
     adapter: AdapterConfig | None = None
+    context: ContextConfig | None = None
     trainable: Sequence[str] = ("bind", "inject")
     objective: Objective = field(default_factory=NextToken)
     checkpointing: bool = False
@@ -143,10 +148,12 @@ class RunPlan:
         """The model, and the bytes by part at the peak of its forward and backward pass."""
         decoder = meta_decoder(self.decoder, self.dtype)
         with torch.device("meta"):
-            parts = {"bind": self.bind, "inject": self.inject, "adapter": self.adapter}
+            parts = {name: vars(self)[name] for name in _PARTS}
             model = BindLLM(decoder, None, self.decoder, encoders=self.encoders, **parts)
         # The steps that take the most memory have all bind tokens.
         model.bind.drops_tokens = False
+        if model.context is not None:
+            model.context.draws_records = False
         model.set_trainable(self.trainable)
         if self.checkpointing:
             model.checkpoint_activations()
@@ -172,6 +179,10 @@ class RunPlan:
             # As many as an encoder may return: their number is known only once a media was read.
             size = token_size(self.encoders, self.bind.token_modalities)
             inputs["tokens"] = torch.zeros(self.rows, self.media_groups, MOST_TOKENS, size)
+        if self.context is not None:
+            records = (self.rows, self.media_groups, self.context.records)
+            inputs["context_embeddings"] = torch.zeros(*records, self.encoders[0].embedding_size)
+            inputs["context_ids"] = torch.zeros(*records, self.context.text_length, dtype=torch.long)
         # Columns of all objectives at once: each reads its own, and meta tensors cost nothing.
         numbers = torch.arange(self.rows - self.rejected)
         return {
@@ -306,7 +317,7 @@ def plan_run(
     # Ours that run the model on the same rows: another class may need columns that only it adds.
     objective = KTO() if needs == "labels" else ORPO() if shape.get("rejected") else NextToken()
     return RunPlan(
-        **{name: parts[name] for name in ("decoder", "bind", "inject", "adapter") if name in parts},
+        **{name: parts[name] for name in ("decoder", *_PARTS) if name in parts},
         **shape,
         **_devices(trainer, device),
         encoders=encoders,
@@ -450,20 +461,6 @@ def memory_lines(plan: RunPlan, limit: str | None) -> tuple[list[Any], str]:
         f"Changes, each on top of the others: {'; '.join(changes)}" if changes else "No change makes it fit"
     )
     return lines, f"the run needs {_text(estimate.total)} on {where}, which has {_text(available)}. {advice}"
-
-
-def read_size(text: str) -> int:
-    """Read a size such as ``24GB``, ``512MB`` or ``80GiB``, in bytes.
-
-    Raises:
-        InputError: not a size, or 0.
-    """
-    # GB is 1e9 bytes, as vendors count; GiB is 2**30.
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?B)?\s*", text.upper())
-    size = int(float(found[1]) * _UNITS[found[2] or ""]) if found else 0
-    if not size:
-        raise InputError(f"memory limit {text!r}: expected a size such as 24GB, 512MB or 80GiB")
-    return size
 
 
 def _device_bytes(device: str) -> int | None:

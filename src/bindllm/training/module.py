@@ -26,6 +26,7 @@ from bindllm.errors import InputError, TrainingError
 from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.bindllm import BindLLM
+from bindllm.model.context import ContextConfig
 from bindllm.model.decoder import DecoderConfig, load_decoder, load_tokenizer
 from bindllm.model.injection import InjectConfig
 from bindllm.objectives import NextToken, Objective
@@ -64,6 +65,8 @@ class BindModule(LightningModule):
         optim: optimizer and schedule.
         trainable: names of the trained parameter groups; all others are frozen.
         adapter: adapter of the decoder (group `adapter`); null: none.
+        context: perceivers of retrieved records (group `context`); null: the model reads none. The records are the
+            training rows.
         cache: the visual cache that the checkpoint names, for modalities other than images at inference, or only its
             folder; null: none. Training does not open it.
         init_from: a checkpoint folder whose trained tensors are the initial weights.
@@ -82,6 +85,7 @@ class BindModule(LightningModule):
         optim: OptimConfig,
         trainable: list[str] = ["bind", "inject"],  # noqa: B006 (jsonargparse shows it as the default; only read)
         adapter: AdapterConfig | None = None,
+        context: ContextConfig | None = None,
         cache: CacheConfig | str | None = None,
         init_from: str | None = None,
         objective: Objective | None = None,
@@ -104,6 +108,7 @@ class BindModule(LightningModule):
             )
         self.bag_of_words = bag_of_words
         self.trainable, self.adapter_config, self.init_from = trainable, adapter, init_from
+        self.context_config = context
         self.objective = NextToken() if objective is None else objective
         self.cache_config = CacheConfig(cache) if isinstance(cache, str) else cache
         self.checkpoint_activations = checkpoint_activations
@@ -137,6 +142,11 @@ class BindModule(LightningModule):
         strategy = None if self._trainer is None else self._trainer.strategy
         if strategy is not None:
             check_strategy(strategy)
+        if self.context_config is not None and isinstance(strategy, ShardedDecoder):
+            raise InputError(
+                "model.context reads the word embeddings of the decoder outside of its forward pass, which a sharded "
+                "decoder does not allow: use another trainer.strategy, or remove model.context"
+            )
         # Embedding media may have drawn random numbers; the initial weights must not depend on that.
         reset_seed()
         # A sharded decoder may be too large for one device.
@@ -155,9 +165,12 @@ class BindModule(LightningModule):
             bind=self.bind_config,
             inject=self.inject_config,
             adapter=self.adapter_config,
+            context=self.context_config,
             cache_config=self.cache_config,
         )
         self.model.bind.drops_tokens = self.objective.drops_tokens
+        if self.model.context is not None:
+            self.model.context.draws_records = self.objective.drops_tokens
         # The order of construction is fixed: decoder, adapter, injection; then the groups, then earlier weights.
         self.model.set_trainable(self.trainable)
         # Hooks of the injection are in place by now: recomputed layers must add the same bind tensors.
@@ -170,6 +183,9 @@ class BindModule(LightningModule):
 
     def on_fit_start(self) -> None:
         """Prepare bind network and objective, and set the modes: Lightning would not keep the decoder in eval mode."""
+        if self.model.context is not None:
+            # Every checkpoint of the run contains the records that it was trained with.
+            self.model.datastore = self.trainer.datamodule.retrieved.reader.datastore
         context = RunContext.of_trainer(self.trainer)
         # A resumed run has restored its weights.
         if self.bag_of_words and not context.resumed:

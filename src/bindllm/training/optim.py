@@ -27,7 +27,7 @@ _ZERO_STEPS = 100
 """Steps after which a run whose gradient is zero ends, if its epochs are longer."""
 
 # Gates and queries start at or near zero, and decay would keep them there.
-_UNDECAYED_GROUPS = frozenset({"inject"})
+_UNDECAYED = "injection."
 
 
 @dataclass
@@ -66,9 +66,9 @@ class OptimConfig:
             raise InputError(f"model.optim: {'; '.join(wrong)}")
 
 
-def is_decayed(group: str, parameter: nn.Parameter) -> bool:
-    """Return whether weight decay applies: to the matrices of a group, but not to its norms and biases."""
-    return group not in _UNDECAYED_GROUPS and parameter.ndim > 1
+def is_decayed(name: str, parameter: nn.Parameter) -> bool:
+    """Return whether weight decay applies: to matrices, but not to gates, queries, norms and biases."""
+    return not name.startswith(_UNDECAYED) and parameter.ndim > 1
 
 
 def build_optimizer(groups: Groups, config: OptimConfig, *, fused: bool = True) -> torch.optim.AdamW:
@@ -85,10 +85,9 @@ def build_optimizer(groups: Groups, config: OptimConfig, *, fused: bool = True) 
     """
     # Two groups, because weight decay pulls towards zero: right for matrices, wrong for gates, norms and biases.
     decayed, plain = [], []
-    for group, members in groups.items():
-        for _, parameter in members:
-            if parameter.requires_grad:
-                (decayed if is_decayed(group, parameter) else plain).append(parameter)
+    for name, parameter in (member for members in groups.values() for member in members):
+        if parameter.requires_grad:
+            (decayed if is_decayed(name, parameter) else plain).append(parameter)
     if not decayed and not plain:
         raise InputError(
             f"nothing is trainable: name at least one group under model.trainable ({', '.join(groups)})"
@@ -200,7 +199,7 @@ def describe_groups(groups: Groups) -> list[dict[str, Any]]:
     """Return a row per group: ``group``, ``tensors``, ``parameters``, ``decayed`` (of these), ``trainable``."""
     rows = []
     for group, members in groups.items():
-        sizes = [(value.numel(), is_decayed(group, value)) for _, value in members]
+        sizes = [(value.numel(), is_decayed(name, value)) for name, value in members]
         rows.append(
             {
                 "group": group,

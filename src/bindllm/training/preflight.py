@@ -36,6 +36,7 @@ from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.checkpoint import build_own, read_manifest, read_weights
+from bindllm.model.context import ContextConfig
 from bindllm.model.decoder import (
     DecoderConfig,
     check_weights,
@@ -147,7 +148,7 @@ def check_recipe(
     if model["init_from"] is not None:
         check_checkpoint(model["init_from"], problems, allow=_trusted(model["encoders"]))
         if checked.is_whole and not problems:
-            own = {name: parts.get(name) for name in ("decoder", "bind", "inject", "adapter")}
+            own = {name: parts.get(name) for name in ("decoder", "bind", "inject", "adapter", "context")}
             with problems.noted():
                 for remark in check_base(model["init_from"], encoders=encoders, **own):
                     say(f"warning: {remark}")
@@ -258,7 +259,8 @@ def _build_parts(
     model: Mapping[str, Any], data: Mapping[str, Any], problems: Problems, say: Callable[[str], Any]
 ) -> CheckedParts:
     """Build the parts of a model, read the data and try the encoders."""
-    kinds = {**PARTS, **({} if model["adapter"] is None else {"adapter": AdapterConfig})}
+    further = {"adapter": AdapterConfig, "context": ContextConfig}
+    kinds = {**PARTS, **{name: kind for name, kind in further.items() if model[name] is not None}}
     # A wrong part becomes None, and the others are still built and checked.
     built = {name: _build(kind, model[name], problems) for name, kind in kinds.items()}
     parts = {name: part for name, part in built.items() if part is not None}
@@ -324,7 +326,7 @@ def _check_decoder(config: DecoderConfig, problems: Problems) -> Any:
 def _check_model(checked: CheckedParts, trainable: list[str]) -> None:
     """Build the model without its weights: the injection finds its layers, and all sizes fit."""
     parts, tokenizer = checked.parts, checked.tokenizer
-    joined = {name: parts.get(name) for name in ("bind", "inject", "adapter")}
+    joined = {name: parts.get(name) for name in ("bind", "inject", "adapter", "context")}
     # On the meta device: seconds, also for a decoder of many gigabytes.
     model = BindLLM.build_empty(parts["decoder"], tokenizer, encoders=checked.encoders, **joined)
     model.injection.try_out(model.decoder)

@@ -11,14 +11,15 @@ import json
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bindllm.errors import CheckpointError, printable
 from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
-from bindllm.model.checkpoint import ADAPTER_PREFIX, read_manifest, read_weights
+from bindllm.model.checkpoint import read_manifest, read_weights
+from bindllm.model.context import ContextConfig
 from bindllm.model.decoder import DecoderConfig, fingerprint_decoder
 from bindllm.model.injection import InjectConfig
 from bindllm.model.pretrained import encoder_fingerprints, read_configs
@@ -34,7 +35,7 @@ _NOT_COMPARED = ("fusion",)
 def init_from_checkpoint(model: BindLLM, folder: str | Path) -> None:
     """Load the trained tensors of a checkpoint folder.
 
-    A new adapter, which the folder does not have, keeps its initial weights.
+    A new adapter or context, which the folder does not have, keeps its initial weights.
 
     Raises:
         CheckpointError: the folder was made for another base; lists the differences and a remedy.
@@ -47,6 +48,7 @@ def init_from_checkpoint(model: BindLLM, folder: str | Path) -> None:
         bind=model.bind_config,
         inject=model.inject_config,
         adapter=None if model.adapter is None else model.adapter.config,
+        context=None if model.context is None else model.context.config,
     )
     for warning in warnings:
         logging.getLogger("bindllm").warning(printable(warning))
@@ -54,10 +56,11 @@ def init_from_checkpoint(model: BindLLM, folder: str | Path) -> None:
     # Weights that are trained from others stay under their license.
     model.origin = manifest.get("origin", "")
     tensors = read_weights(folder, manifest)
-    if not manifest.get("adapter"):
-        # A first stage has none: the new adapter keeps its initial values, with which it changes nothing.
-        own = model.trainable_state().items()
-        tensors |= {name: value for name, value in own if name.startswith(ADAPTER_PREFIX)}
+    # A first stage has none: a new adapter or context keeps its initial values, with which it changes nothing.
+    for group in ("adapter", "context"):
+        if not manifest.get(group):
+            members = model.parameter_groups().get(group, ())
+            tensors |= {name: parameter.detach() for name, parameter in members}
     model.load_trainable_state(tensors, source=str(folder))
 
 
@@ -69,6 +72,7 @@ def check_base(
     bind: BindConfig,
     inject: InjectConfig,
     adapter: AdapterConfig | None,
+    context: ContextConfig | None = None,
 ) -> list[str]:
     """Compare the base of a checkpoint folder with that of a recipe; no weights are loaded.
 
@@ -79,12 +83,14 @@ def check_base(
         bind: shape of the bind network.
         inject: kind of injection.
         adapter: adapter of the decoder; None: none.
+        context: perceivers of retrieved records; None: none.
 
     Returns:
         Sentences about differences that are allowed.
 
     Raises:
-        CheckpointError: decoder, encoders, bind network, injection or adapter differ, or the recipe lacks the adapter.
+        CheckpointError: decoder, encoders, bind network, injection, adapter or context differ, or the recipe lacks the
+            adapter or the context.
     """
     manifest = read_manifest(folder)
     saved = read_configs(folder, manifest)
@@ -101,6 +107,12 @@ def check_base(
             )
         # An adapter that only the recipe has is new, and allowed.
         differing += _adapter_differences(saved["adapter"], adapter)
+    if saved["context"] is not None:
+        # Another number of records is allowed: no tensor depends on it.
+        here = context and replace(context, records=saved["context"].records)
+        differing += (
+            ["context is null here"] if here is None else _differences("context", saved["context"], here)
+        )
     if differing:
         raise CheckpointError(
             f"{folder} was made for another base than this recipe: {'; '.join(differing)}. Copy the values from "

@@ -1,0 +1,310 @@
+"""Few-shot evaluation: held-out questions with worked examples before them, next to controls of these examples.
+
+A model may copy the answers of its shots without looking at their media (https://arxiv.org/abs/2404.15736), so each
+number of shots is measured with these variants in addition to those of the task:
+
+- ``blank_support``: the shots without their media.
+- ``shuffled_support``: the media of the shots, exchanged among all shots.
+- ``wrong_support``: the shots with wrong answers.
+- ``copy_last`` and ``majority_shot`` need no model: the answer of the last shot, and the most frequent one among them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Self
+
+from transformers import PreTrainedTokenizerBase
+
+from bindllm.conversation import Conversation
+from bindllm.data.answers import answer_words
+from bindllm.data.collate import Lookup
+from bindllm.data.embeddings import MediaEmbeddings
+from bindllm.data.report import Skipped
+from bindllm.data.rows import Row, Sample, make_sample, tokenize
+from bindllm.errors import InputError
+from bindllm.evaluation.answers import answers_task
+from bindllm.evaluation.captions import captions_task
+from bindllm.evaluation.episodes import blank_support
+from bindllm.evaluation.support import Support, one_per_caption, shot_of
+from bindllm.evaluation.task import (
+    BLANK_SUPPORT,
+    COPY_LAST,
+    MAJORITY_SHOT,
+    SHUFFLED_SUPPORT,
+    WRONG_SUPPORT,
+    BaselineAnswer,
+    MakeRow,
+    Task,
+    exchange,
+)
+from bindllm.media import Media
+from bindllm.model.bindllm import BindLLM
+from bindllm.model.decoder import num_positions
+from bindllm.model.generation import shots_limit
+from bindllm.parallel import RunContext
+from bindllm.shots import Shot, add_shots, fit_shots
+
+
+@dataclass(frozen=True)
+class _Question:
+    """A held-out question, tokenized without shots, and its row."""
+
+    row: Row
+    sample: Sample
+
+    @property
+    def prompt(self) -> Conversation:
+        """The conversation without its answer."""
+        return Conversation(self.row.conversation.messages[:-1])
+
+    def with_shots(self, shots: Sequence[Shot], model: BindLLM, number: int) -> Sample:
+        """Return the sample of the question after some shots; only its own answer counts."""
+        conversation = add_shots(self.row.conversation, shots)
+        positions = model.tokenizer.model_max_length
+        found = tokenize(conversation, model.tokenizer, positions, last_only=True)
+        return replace(
+            self.sample,
+            input_ids=found.input_ids,
+            labels=found.labels,
+            media_index=found.media_index,
+            conversation=conversation,
+            number=number,
+        )
+
+
+@dataclass(frozen=True)
+class FewShotData:
+    """Held-out questions and the support that their shots are chosen from, tokenized and embedded.
+
+    Attributes:
+        questions: the questions.
+        train: samples of the support, for the baselines of the task.
+        support: chooses the shots.
+        embeddings: of all media.
+    """
+
+    questions: Sequence[_Question]
+    train: Sequence[Sample]
+    support: Support
+    embeddings: MediaEmbeddings
+
+    @classmethod
+    def prepare(
+        cls,
+        rows: Sequence[Row],
+        support_rows: Sequence[Row],
+        support: Support,
+        *,
+        model: BindLLM,
+        store: str | Path,
+        context: RunContext,
+        skipped: Skipped,
+    ) -> Self:
+        """Tokenize all rows, and embed their media.
+
+        Args:
+            rows: held-out captions, or questions with true answers.
+            support_rows: rows of the same kind.
+            support: how shots are chosen; gets its shots here.
+            model: the model; its encoders embed.
+            store: folder of the embedding stores.
+            context: the device of the encoders.
+            skipped: rows that cannot be used are counted here.
+
+        Raises:
+            InputError: rows of several kinds or without true answers, or none of them can be used.
+        """
+        kinds = {row.task for row in (*rows, *support_rows)}
+        if len(kinds) != 1 or "chat" in kinds:
+            raise InputError(
+                "few-shot evaluation needs captions, or questions with true answers, in both tables; these are "
+                f"{', '.join(sorted(kinds)) or 'empty'}"
+            )
+        modalities = model.bind_config.token_modalities if model.bind.num_tokens > 1 else ()
+        embeddings = MediaEmbeddings(model.encoders, store, token_modalities=modalities)
+        totals = embeddings.precompute(
+            (item for row in (*rows, *support_rows) for item in row.media), context
+        )
+        usable = partial(_usable, tokenizer=model.tokenizer, failed=totals.failed, skipped=skipped)
+        questions, examples = usable(rows), usable(support_rows)
+        if not (questions and examples):
+            what = "question" if examples else "shot"
+            raise InputError(f"no {what} is left: {'; '.join(skipped.lines()) or 'the split has no row'}")
+        support.shots = [shot_of(row) for row in one_per_caption(example.row for example in examples)]
+        # Their media are embedded already; texts may be compared too.
+        support.embed([shot_of(question.row) for question in questions], embeddings, context)
+        return cls(questions, [example.sample for example in examples], support, embeddings)
+
+    def task(self, count: int, model: BindLLM) -> Task:
+        """Return the task of a number of shots, such as ``answers_4_shots``.
+
+        In the metrics of ``model``, ``shots`` counts those of all prompts together, ``excluded`` those that would have
+        been chosen, but are the question itself, and ``not_fitting`` those without room in the decoder.
+        """
+        samples = [question.sample for question in self.questions]
+        make: Callable[..., Task] = partial(captions_task, train_samples=self.train, lookup=self.embeddings)
+        if samples[0].task == "answer":
+            make = partial(answers_task, train_samples=self.train, tokenizer=model.tokenizer)
+        # The questions without shots set the room for an answer, so it is the same for every number of shots.
+        room = make(samples).max_new_tokens
+        limit = shots_limit({"max_new_tokens": room}, num_positions(model.decoder.config))
+        chosen = [self.support.choose(q.prompt.messages[-1].text, q.row.media, count) for q in self.questions]
+        shots = [
+            fit_shots(question.prompt, found.shots, model.tokenizer, limit)
+            for question, found in zip(self.questions, chosen, strict=True)
+        ]
+        asked = [
+            question.with_shots(row, model, number)
+            for number, (question, row) in enumerate(zip(self.questions, shots, strict=True))
+        ]
+        task, total = make(asked, max_new_tokens=room), sum(map(len, shots))
+        counts = {
+            "shots": total,
+            "excluded": sum(found.num_excluded for found in chosen),
+            "not_fitting": sum(len(found.shots) for found in chosen) - total,
+        }
+        variants = _Variants(self.questions, shots, self.embeddings, model)
+        return replace(
+            task,
+            name=f"{task.name}_{count}_shots",
+            # The loss of a caption would be over other tokens than its metrics: every caption of an image.
+            loss_items=(),
+            counts={**task.counts, **counts},
+            make_row=partial(_row, task.make_row, shots),
+            **(variants.of(task) if count else {}),
+        )
+
+
+def _usable(
+    rows: Sequence[Row], *, tokenizer: PreTrainedTokenizerBase, failed: Mapping[Media, str], skipped: Skipped
+) -> list[_Question]:
+    """Return the rows that can be embedded and tokenized; the others are counted."""
+    found = []
+    for row in rows:
+        try:
+            if reasons := [failed[item] for item in row.media if item in failed]:
+                raise InputError(reasons[0])
+            # One question and one answer, as a shot too.
+            shot_of(row)
+            found.append(_Question(row, make_sample(row, tokenizer, tokenizer.model_max_length)))
+        except InputError as error:
+            skipped.add_error(error, row.name)
+    return found
+
+
+@dataclass(frozen=True)
+class _Variants:
+    """The questions with their shots, for the variants that change or copy the shots.
+
+    The number of an item is the position of its question: captions of one image are one item.
+    """
+
+    questions: Sequence[_Question]
+    shots: Sequence[Sequence[Shot]]
+    lookup: Lookup
+    model: BindLLM
+
+    def of(self, task: Task) -> dict[str, Any]:
+        """Return the altered items and the baselines of a task."""
+        shots = [self.shots[item.number] for item in task.items]
+        return {
+            "altered": {
+                BLANK_SUPPORT: blank_support,
+                SHUFFLED_SUPPORT: self.shuffled,
+                WRONG_SUPPORT: self.wrong,
+            },
+            "baselines": {
+                **task.baselines,
+                COPY_LAST: lambda: [BaselineAnswer(row[-1].answer if row else "") for row in shots],
+                MAJORITY_SHOT: lambda: [BaselineAnswer(majority_shot(row)) for row in shots],
+            },
+        }
+
+    def shuffled(self, item: Sample) -> Sample | None:
+        """Return an item after shots with the media of other shots; None without shots.
+
+        Raises:
+            InputError: all shots show the same media.
+        """
+        return self._after(item, lambda shot: replace(shot, media=self._partners.get(shot.media, ())))
+
+    def wrong(self, item: Sample) -> Sample | None:
+        """Return an item after shots with wrong answers; None without shots.
+
+        Raises:
+            InputError: all shots have the same answer.
+        """
+        return self._after(item, self._wrong)
+
+    def _after(self, item: Sample, change: Callable[[Shot], Shot]) -> Sample | None:
+        shots = [change(shot) for shot in self.shots[item.number]]
+        return self.questions[item.number].with_shots(shots, self.model, item.number) if shots else None
+
+    @cached_property
+    def _partners(self) -> dict[Sequence[Media], Sequence[Media]]:
+        """Other media for those of each shot."""
+        groups = list(dict.fromkeys(shot.media for row in self.shots for shot in row if shot.media))
+        keys = [vector.numpy().tobytes() for vector in self.lookup(groups)]
+        partners = exchange(dict(zip(groups, keys, strict=True)))
+        if partners is None:
+            raise InputError("all shots show the same media, so they cannot be exchanged; use more shots")
+        return partners
+
+    @cached_property
+    def _wrong(self) -> Callable[[Shot], Shot]:
+        return wrong_answers(shot for row in self.shots for shot in row)
+
+
+def wrong_answers(shots: Iterable[Shot]) -> Callable[[Shot], Shot]:
+    """Return a function that gives a shot a wrong answer: another one to the same prompt, else to any prompt.
+
+    The distinct answers form a cycle, see `exchange`, so a wrong answer is as frequent as the true one that it stands
+    for.
+
+    Raises:
+        InputError: all shots have the same answer.
+    """
+    by_prompt: dict[str, dict[str, str]] = {}
+    for shot in shots:
+        # By their words, as "No." is not a wrong answer for "no".
+        by_prompt.setdefault(shot.prompt, {})[shot.answer] = " ".join(answer_words(shot.answer))
+    anywhere = exchange(
+        {answer: words for answers in by_prompt.values() for answer, words in answers.items()}
+    )
+    if anywhere is None:
+        raise InputError("all shots have the same answer, so none is wrong; use more shots")
+    partners = {prompt: exchange(answers) or anywhere for prompt, answers in by_prompt.items()}
+    return lambda shot: replace(shot, answer=partners[shot.prompt][shot.answer])
+
+
+def majority_shot(shots: Sequence[Shot]) -> str:
+    """Return the most frequent answer of the shots, of equally frequent ones the last; empty without shots.
+
+    Examples:
+        >>> majority_shot([Shot("?", "a cat"), Shot("?", "a dog"), Shot("?", "Cat.")])
+        'Cat.'
+    """
+    answers = {" ".join(answer_words(shot.answer)): shot.answer for shot in shots}
+    counts = Counter(" ".join(answer_words(shot.answer)) for shot in reversed(shots))
+    # most_common keeps the order of equal counts: from the last shot to the first.
+    return answers[counts.most_common(1)[0][0]] if shots else ""
+
+
+def _row(
+    make_row: MakeRow,
+    shots: Sequence[Sequence[Shot]],
+    item: Sample,
+    texts: Mapping[str, str | None],
+    copied: BaselineAnswer | None,
+) -> dict[str, Any]:
+    """Return the row of an item of the task with the answers of all variants, and its shots."""
+    shown = [
+        {"prompt": shot.prompt, "media": [media.name for media in shot.media], "answer": shot.answer}
+        for shot in shots[item.number]
+    ]
+    return {**texts, **make_row(item, texts, copied), "shots": shown}

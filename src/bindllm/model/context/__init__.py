@@ -1,0 +1,195 @@
+"""Retrieved context: the records of a datastore that are nearest to a media become context tokens of its group.
+
+After CaMML (arXiv 2401.03149, section 3): a perceiver for each stream of a record (its media, its text), and a context
+perceiver whose learned latents read all records at once. So the decoder reads ``2 M`` context tokens, whatever the
+number of records is. docs/context.md lists the differences from the paper.
+
+Letters: `B` batch, `M` media groups, `K` records, `S` tokens of a text, `E` embedding width, `W` perceiver width,
+`D` decoder width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bindllm.encoders.tokens import add_positions
+from bindllm.errors import InputError
+from bindllm.model.bind_network import BindConfig, LatentBlock
+
+NO_TOKEN = -1
+"""Token id of padding in the texts of records."""
+
+_MOST = 4096
+"""Largest value of a setting: a damaged checkpoint cannot ask for more."""
+
+
+@dataclass
+class ContextConfig:
+    """Shape of the context perceivers, and how much of the records they read."""
+
+    records: int = 3
+    """Most records that a step of training reads for a media; each step draws a number from 1 to this. Also the number
+    in answers, unless another one is given."""
+
+    latents: int = 8
+    """Learned latents of each stream. A media gets two times as many context tokens; 64 and 128 in the paper."""
+
+    width: int = 256
+    """Width of the perceivers, a multiple of 8; 768 in the paper."""
+
+    depth: int = 2
+    """Blocks of each perceiver; 2 in the paper."""
+
+    text_length: int = 32
+    """Tokens of a record's text that are read; longer texts are cut, and counted."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if type(value) is not int or not 1 <= value <= _MOST:
+                raise InputError(
+                    f"context.{field.name} is {value}, expected a whole number from 1 to {_MOST}"
+                )
+        if self.width % 8:
+            raise InputError(f"context.width is {self.width}, expected a multiple of 8, the attention heads")
+
+
+class ContextNetwork(nn.Module):
+    """Turns the records of each media group into context tokens.
+
+    Args:
+        embedding_size: ``E``, width of the joint space.
+        width: ``D``, the decoder's hidden size.
+        config: sizes of the perceivers.
+
+    Attributes:
+        config: the settings.
+        draws_records: whether a training step draws the number of records that it reads. False for objectives that
+            compare two passes over the same rows.
+
+    Examples:
+        >>> network = ContextNetwork(16, 64, ContextConfig(latents=4, width=32)).eval()
+        >>> query, records = torch.randn(1, 1, 16), torch.randn(1, 1, 3, 16)
+        >>> network(query, records, torch.ones(1, 1, 3, 5, dtype=torch.bool), torch.randn(1, 1, 3, 5, 64)).shape
+        torch.Size([1, 1, 8, 64])
+    """
+
+    def __init__(self, embedding_size: int, width: int, config: ContextConfig) -> None:
+        super().__init__()
+        size = config.width
+        self.config, self._num_records, self.draws_records = config, config.records, True
+        self.media_projection = nn.Linear(embedding_size, size)
+        self.text_projection = nn.Linear(width, size)
+        # Added to both streams of a record, times the cosine of record and query.
+        self.similarity = nn.Parameter(torch.randn(size))
+        self.norm = nn.RMSNorm(size, eps=1e-6)
+
+        def blocks() -> nn.ModuleList:
+            return nn.ModuleList(LatentBlock(size, size, BindConfig()) for _ in range(config.depth))
+
+        self.media_perceiver, self.text_perceiver, self.context_perceiver = blocks(), blocks(), blocks()
+        self.latents = nn.Parameter(torch.randn(2, config.latents, size))
+        self.output_norm = nn.RMSNorm(size, eps=1e-6)
+        self.media_output, self.text_output = nn.Linear(size, width), nn.Linear(size, width)
+        self.reset_parameters()
+
+    @property
+    def num_records(self) -> int:
+        """Records that an answer reads for each media; 0: none."""
+        return self._num_records
+
+    @num_records.setter
+    def num_records(self, count: int) -> None:
+        if not isinstance(count, int) or count < 0:
+            raise InputError(f"the number of records is {count!r}, expected a whole number of at least 0")
+        self._num_records = count
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start with outputs of unit size, as the bind network does."""
+        for linear in (module for module in self.modules() if isinstance(module, nn.Linear)):
+            # Embeddings are unit vectors, all other inputs have unit scale.
+            std = 1 if linear is self.media_projection else linear.in_features**-0.5
+            nn.init.normal_(linear.weight, std=std)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+
+    def read(
+        self,
+        query: Tensor,
+        embeddings: Tensor | None,
+        ids: Tensor | None,
+        embed: Callable[[Tensor], Tensor],
+    ) -> Tensor | None:
+        """Return context tokens as `forward` does; None without records, so that nothing is added.
+
+        A step of training reads the first records only; their number is drawn.
+
+        Args:
+            query: unit embedding of each media group, [B, M, E].
+            embeddings: unit embeddings of its records, nearest first, [B, M, K, E]; rows of zeros are no records.
+            ids: token ids of their texts, [B, M, K, S], `NO_TOKEN` for padding.
+            embed: the decoder's word embedding.
+        """
+        trains = self.training and torch.is_grad_enabled()
+        if embeddings is None:
+            if not trains:
+                return None
+            # An absent record, so that every trained tensor has a gradient: DDP waits for it.
+            embeddings = query.new_zeros(*query.shape[:2], 1, query.shape[2])
+            ids = torch.full((*query.shape[:2], 1, 1), NO_TOKEN, device=query.device)
+        elif trains and self.draws_records:
+            count = int(torch.randint(1, embeddings.shape[2] + 1, (), device="cpu"))
+            embeddings, ids = embeddings[:, :, :count], ids[:, :, :count]
+        embeddings, ids = embeddings.to(query.device), ids.to(query.device)
+        return self(query, embeddings, ids != NO_TOKEN, embed(ids.clamp(min=0)))
+
+    def forward(self, query: Tensor, embeddings: Tensor, present: Tensor, words: Tensor) -> Tensor:
+        """Return context tokens, [B, M, 2 * latents, D]; rows of zeros for a stream without content.
+
+        Args:
+            query: unit embedding of each media group, [B, M, E].
+            embeddings: unit embeddings of its records, [B, M, K, E]; a row of zeros is not a record.
+            present: which tokens of a record's text are not padding, bool [B, M, K, S].
+            words: the decoder's word embeddings of the texts, [B, M, K, S, D].
+        """
+        num_groups, num_records, dtype = *embeddings.shape[1:3], self.latents.dtype
+        # How to read this: G groups of K records; each record is two short sequences in the width of the perceivers.
+        query, embeddings, present, words = (x.flatten(0, 1) for x in (query, embeddings, present, words))
+        has_media = embeddings.any(-1, keepdim=True)  # [G, K, 1]
+        present = present & has_media
+        cosine = (embeddings * query.unsqueeze(1)).sum(-1, keepdim=True).to(dtype)  # [G, K, 1]
+        shift = (cosine * self.similarity).unsqueeze(2)  # [G, K, 1, W]
+        media = self.media_projection(embeddings.to(dtype)).unsqueeze(2)
+        # Word embeddings of decoders differ in scale by far.
+        text = self.text_projection(F.rms_norm(words, words.shape[-1:], eps=1e-6).to(dtype))
+        text = text + add_positions(torch.zeros(*text.shape[-2:])).to(text)
+        media, text = (self.norm(x + shift).flatten(0, 1) for x in (media, text))  # [G * K, 1 or S, W]
+        # Both perceivers read the whole record, the published cross-attention and self-attention in one softmax.
+        record = torch.cat([media, text], 1)
+        counts = torch.cat([has_media, present], 2).flatten(0, 1)
+        for block, other in zip(self.media_perceiver, self.text_perceiver, strict=True):
+            media, text = (part(z, record, _masked(counts)) for part, z in ((block, media), (other, text)))
+        # The streams share the context perceiver and its weights, but not their latents.
+        found = []
+        for latents, output, tokens, counts in (
+            (self.latents[0], self.media_output, media, has_media),
+            (self.latents[1], self.text_output, text, present),
+        ):
+            joined = self.norm(tokens).unflatten(0, (-1, num_records)).flatten(1, 2)  # [G, K * n, W]
+            z, counts = latents.unsqueeze(0), counts.flatten(1)
+            for block in self.context_perceiver:
+                z = block(z, joined, _masked(counts))
+            # Zeros are no tokens: the injection skips them.
+            found.append(torch.where(counts.any(1)[:, None, None], output(self.output_norm(z)), 0))
+        return torch.cat(found, 1).unflatten(0, (-1, num_groups))
+
+
+def _masked(present: Tensor) -> Tensor:
+    """Return which of the tokens [G, n] do not count, [G, 1, n]; none of a group without tokens, to avoid NaN."""
+    return (~present & present.any(1, keepdim=True)).unsqueeze(1)

@@ -1,0 +1,104 @@
+"""From the records of a datastore to the inputs of `ContextNetwork`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from bindllm.embeddings.datastore import READS_NO_RECORDS, Datastore
+from bindllm.errors import InputError
+from bindllm.model.context import NO_TOKEN
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from bindllm.model.bindllm import BindLLM
+
+CONTEXT_INPUTS = ("context_embeddings", "context_ids")
+"""Arguments of `BindLLM.forward` for the two tensors of `RecordReader.read`."""
+
+
+@dataclass(frozen=True)
+class RecordReader:
+    """Makes tensors of records.
+
+    Args:
+        datastore: the records.
+        tokenizer: of the decoder.
+        text_length: tokens of a text that are read (`ContextConfig.text_length`).
+    """
+
+    datastore: Datastore
+    tokenizer: PreTrainedTokenizerBase
+    text_length: int
+
+    def read(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the embeddings of records, [..., K, E], and the token ids of their texts, [..., K, S].
+
+        Args:
+            ids: indices of records, [..., K]; -1 is not a record.
+        """
+        embeddings = self.datastore.embeddings[ids.clamp(min=0)] * (ids >= 0).unsqueeze(-1)
+        texts = [self.tokens(n) if n >= 0 else [] for n in ids.flatten().tolist()]
+        width = max([1, *map(len, texts)])
+        padded = [text + [NO_TOKEN] * (width - len(text)) for text in texts]
+        tokens = torch.tensor(padded, dtype=torch.long).reshape(*ids.shape, width)
+        return embeddings, tokens
+
+    def tokens(self, row: int) -> list[int]:
+        """Return the token ids of a record's text, cut to the greatest length."""
+        return self._encode(row)[: self.text_length]
+
+    def num_cut(self) -> int:
+        """Return the number of records whose text is longer than is read."""
+        return sum(len(self._encode(row)) > self.text_length for row in range(len(self.datastore)))
+
+    def _encode(self, row: int) -> list[int]:
+        return self.tokenizer(self.datastore.records[row].text, add_special_tokens=False)["input_ids"]
+
+
+def find_records(
+    model: BindLLM, query: Tensor | None, datastore: Datastore | bool | None
+) -> dict[str, Tensor]:
+    """Return the records of a request's media as arguments of `BindLLM.generate_from`; empty without any.
+
+    Args:
+        model: its context gives the number of records.
+        query: unit embedding of each media group, [B, M, E]; None: no media.
+        datastore: None: the model's own, False: none.
+
+    Raises:
+        InputError: a datastore for a model that reads no records.
+        StoreError: a datastore of another encoder.
+    """
+    store = model.datastore if datastore is None else datastore or None
+    if store is None:
+        return {}
+    if model.context is None:
+        raise InputError(READS_NO_RECORDS)
+    # `from_pretrained` has not seen a datastore of this call.
+    store.check_encoders(model.encoders)
+    count = model.context.num_records
+    if query is None or not count:
+        return {}
+    found = store.search(query.flatten(0, 1), count).ids.unflatten(0, query.shape[:2])
+    reader = RecordReader(store, model.tokenizer, model.context.config.text_length)
+    return dict(zip(CONTEXT_INPUTS, reader.read(found), strict=True))
+
+
+def read_records(
+    model: BindLLM, query: Tensor, embeddings: Tensor | None, ids: Tensor | None
+) -> Tensor | None:
+    """Return the context tokens of each media group, [B, M, C, D], or None without records; see `ContextNetwork.read`.
+
+    Raises:
+        InputError: records for a model that reads none.
+    """
+    if model.context is not None:
+        return model.context.read(query, embeddings, ids, model.decoder.get_input_embeddings())
+    if embeddings is not None:
+        raise InputError(READS_NO_RECORDS)
+    return None

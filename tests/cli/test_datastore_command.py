@@ -1,0 +1,84 @@
+"""``bindllm datastore`` and ``bindllm generate --datastore``."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from bindllm.cli import main
+from bindllm.embeddings.datastore import Datastore
+from bindllm.model.context import ContextConfig
+from tiny import color_images, tiny_model
+
+
+@pytest.fixture
+def checkpoint(decoder, work):
+    import torch
+
+    model = tiny_model(decoder, context=ContextConfig(latents=2, width=16))
+    torch.nn.init.normal_(model.injection.context_gates, std=2.0)
+    model.save_pretrained(work / "model")
+    return Path("model")
+
+
+def ask(checkpoint, capsys, *options):
+    image = "data/images/red0.png"
+    words = ["--image", image, "--max_new_tokens", "6", "--allow", "tiny.ColorEncoder", *options]
+    code = main(["generate", str(checkpoint), "What?", *words])
+    printed = capsys.readouterr()
+    return (printed.out if code == 0 else printed.err), code
+
+
+def test_a_datastore_is_built_from_a_table_and_swapped_at_generation(checkpoint, capsys):
+    color_images(Path("data"))
+    (Path("data/images") / "broken.png").write_bytes(b"not an image")
+    with Path("data/captions.jsonl").open("a") as table:
+        table.write(
+            json.dumps({"image": "images/red1.png", "caption": "a second caption", "split": "validation"})
+            + "\n"
+        )
+        table.write(json.dumps({"image": "images/broken.png", "caption": "broken"}) + "\n")
+    build = ["datastore", "stores/all", "data", "--encoder", "tiny.ColorEncoder"]
+    assert main(build) == 0
+    printed = capsys.readouterr().out
+    assert "16 records of 18 rows" in printed
+    assert "broken.png" in printed
+    store = Datastore.open("stores/all")
+    assert {record.text for record in store.records} >= {"red square", "red square; a second caption"}
+    assert main([*build[:1], "stores/test", *build[2:], "--split", "test"]) == 0
+    assert len(Datastore.open("stores/test")) == 4
+    # The media are not needed any more.
+    shutil.rmtree("data/store")
+    answer, code = ask(checkpoint, capsys)
+    assert code == 1
+    assert "--datastore FOLDER" in answer
+    plain, code = ask(checkpoint, capsys, "--records", "0")
+    assert code == 0, plain
+    found, code = ask(checkpoint, capsys, "--datastore", "stores/all")
+    assert code == 0, found
+    assert found != plain
+    stream, code = ask(checkpoint, capsys, "--datastore", "stores/all", "--stream")
+    assert stream == found
+
+
+def test_vqa_rows_keep_their_questions(work, capsys):
+    color_images(Path("data"))
+    rows = [
+        {"image": "images/red0.png", "question": "Which color?", "answer": "red"},
+        {"image": "images/red0.png", "question": "Round?", "answer": "no"},
+    ]
+    Path("data/vqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--format", "vqa", "--encoder", "tiny.ColorEncoder"]
+    assert main(["datastore", "store", "data/vqa.jsonl", *words]) == 0
+    (record,) = Datastore.open("store").records
+    assert record.texts == ("Which color? red", "Round? no")
+
+
+def test_mistakes_are_found_before_anything_is_embedded(work, capsys):
+    color_images(Path("data"))
+    assert main(["datastore", "store", "data"]) == 2
+    assert "which encoder" in capsys.readouterr().err
+    assert main(["datastore", "data", "data", "--encoder", "tiny.ColorEncoder"]) == 1
+    assert "is not a datastore" in capsys.readouterr().err
+    assert not Path("data/store").exists()

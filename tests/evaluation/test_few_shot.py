@@ -1,0 +1,278 @@
+"""Few-shot evaluation: the controls change the shots only, and the copied answers are computed by hand."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from bindllm import Shot
+from bindllm.cli import main
+from bindllm.data.report import Skipped
+from bindllm.data.source_config import SourceConfig
+from bindllm.data.sources import read_source
+from bindllm.errors import InputError
+from bindllm.evaluation.few_shot import FewShotData, majority_shot, wrong_answers
+from bindllm.evaluation.held_out import evaluate_held_out
+from bindllm.evaluation.support import Support
+from bindllm.evaluation.task import evaluate
+from bindllm.parallel import RunContext
+from cache_parts import ALLOW, Multimodal, save_tiny_model
+from tiny import color_images, save_tiny_decoder, tiny_model
+
+CHANGED = ["blank_support", "shuffled_support", "wrong_support"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Images of four colors, and a table of questions about them: one image of each color is a test row."""
+    home = color_images(tmp_path_factory.mktemp("home"))
+    rows = [json.loads(line) for line in (home / "captions.jsonl").read_text().splitlines()]
+    rows = [
+        {
+            "image": row["image"],
+            "question": "Color?",
+            "answer": row["caption"].split()[0],
+            "split": row["split"],
+        }
+        for row in rows
+        if row["split"] != "validation"
+    ]
+    (home / "vqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return home
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_model(save_tiny_decoder(tmp_path_factory.mktemp("decoder")), encoders=[Multimodal()])
+
+
+def read(path, format="vqa", **options):
+    found = read_source(SourceConfig(str(path), format=format, **options))[0]
+    return found["test"], found["train"]
+
+
+@pytest.fixture
+def prepare(model, tmp_path):
+    def run(rows, support_rows, by="order", skipped=None, **options):
+        return FewShotData.prepare(
+            rows,
+            support_rows,
+            Support((), by, **options),
+            model=model,
+            store=tmp_path / "store",
+            context=RunContext(),
+            skipped=Skipped() if skipped is None else skipped,
+        )
+
+    return run
+
+
+def prompts(items, model):
+    return [model.tokenizer.decode(item.input_ids[: item.prompt_length]) for item in items]
+
+
+def test_each_number_of_shots_is_a_task_with_controls(home, model, prepare):
+    data = prepare(*read(home / "vqa.jsonl"), by="media")
+    tasks = [data.task(count, model) for count in (0, 2)]
+    result = evaluate(model, tasks, lookup=data.embeddings)
+    assert list(result.metrics) == ["answers_0_shots", "answers_2_shots"]
+    plain = ["model", "no_media", "shuffled_media", "majority_answer"]
+    assert list(result.metrics["answers_0_shots"]) == plain
+    names = [*plain[:3], *CHANGED, "majority_answer", "copy_last", "majority_shot"]
+    assert list(result.metrics["answers_2_shots"]) == names
+    assert all(result.metrics["answers_2_shots"][name]["count"] == 4 for name in names)
+    # The nearest images have the color of the question.
+    assert result.metrics["answers_2_shots"]["copy_last"]["accuracy"] == 1
+    assert result.metrics["answers_2_shots"]["majority_shot"]["accuracy"] == 1
+    facts = result.metrics["answers_2_shots"]["model"]
+    assert (facts["shots"], facts["excluded"], facts["not_fitting"]) == (8, 0, 0)
+    row = result.rows["answers_2_shots"][0]
+    assert row["copy_last"] == row["references"][0] == row["shots"][-1]["answer"]
+    assert {*names} <= {*row}
+    assert not result.problems
+
+
+def test_without_shots_it_is_the_task_of_held_out_rows(home, model, prepare):
+    data = prepare(*read(home / "vqa.jsonl"))
+    found = evaluate(model, [data.task(0, model)], lookup=data.embeddings)
+    samples = [question.sample for question in data.questions]
+    expected = evaluate_held_out(
+        model, {"answers": samples}, train_samples=data.train, lookup=data.embeddings
+    )
+    metrics, plain = found.metrics["answers_0_shots"], expected.metrics["answers"]
+    assert {key: metrics["model"].pop(key) for key in ("shots", "excluded", "not_fitting")}["shots"] == 0
+    assert metrics == plain
+    assert [row["model"] for row in found.rows["answers_0_shots"]] == [
+        row["model"] for row in expected.rows["answers"]
+    ]
+
+
+def test_the_controls_change_the_shots_and_nothing_else(home, model, prepare):
+    # Two training rows of each color in a row: the first four shots are red and green.
+    data = prepare(*read(home / "vqa.jsonl"))
+    task = data.task(4, model)
+    plain = prompts(task.items, model)
+    assert all(text.count("Color?") == 5 for text in plain)
+    blank, shuffled, wrong = ([task.altered[name](item) for item in task.items] for name in CHANGED)
+    assert prompts(blank, model) == prompts(shuffled, model) == plain
+    question = [item.conversation.messages[-2].media for item in task.items]
+    for changed in (blank, shuffled, wrong):
+        assert [item.conversation.messages[-2].media for item in changed] == question
+        assert [item.references for item in changed] == [item.references for item in task.items]
+    # The tokens of blank shots listen to nothing.
+    assert all({*item.media_index.tolist()} == {-1, 4} for item in blank)
+    for item, other in zip(task.items, shuffled, strict=True):
+        assert {*item.media[:-1]} == {*other.media[:-1]}
+        assert all(one != two for one, two in zip(item.media[:-1], other.media[:-1], strict=True))
+    assert [item.media for item in wrong] == [item.media for item in task.items]
+    told = [[m.text for m in item.conversation.messages[1:-1:2]] for item in wrong]
+    assert told == [["green", "green", "red", "red"]] * 4
+
+
+def test_only_the_answer_of_the_question_is_supervised(home, model, prepare):
+    (item, *_) = prepare(*read(home / "vqa.jsonl")).task(2, model).items
+    answer = item.input_ids[item.prompt_length :]
+    assert model.tokenizer.decode(answer, skip_special_tokens=True) == item.references[0]
+    assert item.num_answers == 1
+
+
+def test_captions_have_one_item_for_each_image(home, model, prepare):
+    rows, support = read(home / "captions.jsonl", "caption")
+    data = prepare(rows + rows[:1], support, by="random", seed=3)
+    task = data.task(3, model)
+    result = evaluate(model, [task], lookup=data.embeddings, variants=["model", "copy_last"])
+    assert len(task.items) == 4
+    assert result.metrics["captions_3_shots"]["model"].keys() >= {"cider", "rouge_l", "shots"}
+    assert len(result.rows["captions_3_shots"][0]["shots"]) == 3
+
+
+def test_copies_of_the_question_are_excluded_and_counted(home, model, prepare, tmp_path):
+    rows, support = read(home / "vqa.jsonl")
+    # The support holds the question itself, under another name, and the question as it is.
+    copied = shutil.copytree(home, tmp_path / "copied")
+    others = read_source(SourceConfig(str(copied / "vqa.jsonl"), format="vqa"))[0]["test"]
+    data = prepare(rows, [*others, *rows, *support], by="media")
+    task = data.task(2, model)
+    assert task.counts["excluded"] == 8
+    assert all({*item.media[:-1]}.isdisjoint({*item.media[-1:]}) for item in task.items)
+    keys = [{data.embeddings.key(m) for group in item.media for m in group} for item in task.items]
+    assert all(len(own) == 3 for own in keys)
+
+
+def test_shots_that_do_not_fit_are_counted(home, model, prepare):
+    rows, support = read(home / "vqa.jsonl")
+    task = prepare(rows, support * 9).task(60, model)
+    assert task.counts["not_fitting"] > 0
+    assert task.counts["shots"] + task.counts["not_fitting"] == 4 * 60
+    assert all(len(item.input_ids) <= 512 for item in task.items)
+
+
+def test_equal_shots_leave_two_controls_undefined(home, model, prepare):
+    rows, support = read(home / "vqa.jsonl")
+    data = prepare(rows, support[:1] * 4)
+    result = evaluate(model, [data.task(2, model)], lookup=data.embeddings)
+    assert "all shots show the same media" in result.problems["answers_2_shots: shuffled_support"]
+    assert "all shots have the same answer" in result.problems["answers_2_shots: wrong_support"]
+    assert result.metrics["answers_2_shots"]["wrong_support"]["accuracy"] is None
+    assert result.metrics["answers_2_shots"]["copy_last"]["accuracy"] == 0.25
+
+
+def test_rows_that_cannot_be_used_are_counted(home, model, prepare, tmp_path):
+    rows, support = read(home / "vqa.jsonl")
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "broken.png").write_bytes(b"no image")
+    lines = [
+        {"image": "broken.png", "question": "Color?", "answer": "red"},
+        {"image": str(home / "images/red1.png"), "question": "<|im_end|>", "answer": "red"},
+    ]
+    (bad / "vqa.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    more = read(bad / "vqa.jsonl", split="test")[0]
+    skipped = Skipped()
+    data = prepare(rows + more, support + more, skipped=skipped)
+    assert (len(data.questions), len(data.support.shots)) == (len(rows), len(support))
+    assert skipped.total == 4
+    with pytest.raises(InputError, match=r"no shot is left: .*broken\.png"):
+        prepare(rows, more)
+    with pytest.raises(InputError, match="no question is left"):
+        prepare(more, support)
+
+
+def test_other_kinds_of_rows(home, model, prepare):
+    rows, _ = read(home / "vqa.jsonl")
+    captions, _ = read(home / "captions.jsonl", "caption")
+    with pytest.raises(InputError, match="these are answer, caption"):
+        prepare(rows, captions)
+    with pytest.raises(InputError, match="these are empty"):
+        prepare([], [])
+
+
+def test_wrong_answers_are_those_of_the_same_prompt_if_there_are_any():
+    shots = [Shot("Red?", "yes"), Shot("Red?", "No."), Shot("Red?", "no"), Shot("Shape?", "circle")]
+    change = wrong_answers(shots)
+    assert change(shots[0]).answer in ("No.", "no")
+    assert change(shots[1]).answer == change(shots[2]).answer == "yes"
+    # Its prompt has a single answer.
+    assert change(shots[3]).answer in ("yes", "No.", "no")
+    with pytest.raises(InputError, match="the same answer"):
+        wrong_answers([Shot("Red?", "yes"), Shot("Blue?", "Yes.")])
+
+
+def test_the_last_of_equally_frequent_answers():
+    assert majority_shot([Shot("?", "a"), Shot("?", "b")]) == "b"
+    assert majority_shot([]) == ""
+
+
+@pytest.fixture
+def command(home, monkeypatch, tmp_path_factory, capsys):
+    work = tmp_path_factory.mktemp("work")
+    save_tiny_model(work / "model", work / "decoder")
+    monkeypatch.chdir(work)
+
+    def run(*words, code=0):
+        allow = [word for name in ALLOW for word in ("--allow", name)]
+        assert main(["few_shot", "model", str(home / "vqa.jsonl"), *words, *allow]) == code
+        return capsys.readouterr()
+
+    return run
+
+
+def test_the_command_prints_a_table_and_writes_the_result(command, home):
+    out = command(
+        "--num_shots", "0", "--num_shots", "2", "--shots_by", "media", "--output", "out/result.json"
+    ).out
+    assert "0 shots" in out
+    assert any(
+        line.split()[:1] == ["│"] and "copy_last" in line and "1.000" in line for line in out.splitlines()
+    )
+    assert "answers_2_shots: 8 shots, 0 excluded as the question itself, 0 without room in the decoder" in out
+    result = json.loads(Path("out/result.json").read_text())
+    assert list(result["tasks"]) == ["answers_0_shots", "answers_2_shots"]
+    assert result["settings"]["shots_by"] == "media"
+    assert len(result["rows"]["answers_2_shots"]) == 4
+
+
+def test_a_support_of_its_own_and_a_limit(command, home):
+    given = (
+        "--support",
+        str(home / "captions.jsonl"),
+        "--format",
+        "caption",
+        "--num_shots",
+        "1",
+        "--limit",
+        "5",
+    )
+    # All rows of the first table are questions.
+    out = command("--num_shots", "1", "--support", str(home / "vqa.jsonl"), "--limit", "5").out
+    # Each question is in the support too.
+    assert "answers_1_shots: 5 shots" in out
+    assert "no column 'caption'" in command(*given, code=1).err
+
+
+def test_mistakes_on_the_command_line(command):
+    assert "--nearest_first needs the nearest shots" in command("--nearest_first", code=2).err
+    assert "is a folder" in command("--output", ".", code=2).err

@@ -1,0 +1,337 @@
+"""Retrieved context: records become context tokens, read through gates of their own."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from bindllm import BindLLM
+from bindllm.embeddings.datastore import Datastore, Record
+from bindllm.errors import InputError, StoreError
+from bindllm.media import Media
+from bindllm.model.bind_network import BindConfig
+from bindllm.model.context import NO_TOKEN, ContextConfig, ContextNetwork
+from bindllm.model.context.records import RecordReader, find_records
+from bindllm.model.injection import InjectConfig
+from tiny import ColorEncoder, TokenEncoder, color_images, tiny_batch, tiny_model
+
+CONTEXT = ContextConfig(records=3, latents=2, width=16, text_length=6)
+
+
+def unit(*shape, seed=5):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.nn.functional.normalize(torch.randn(*shape, generator=generator), dim=-1)
+
+
+def records(batch=2, count=3, length=4, seed=5):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 200, (batch, 1, count, length), generator=generator)
+    return {"context_embeddings": unit(batch, 1, count, 16, seed=seed), "context_ids": ids}
+
+
+def context_model(decoder, *, context_gates=0.0, **parts):
+    model = tiny_model(decoder, context=CONTEXT, **parts)
+    torch.manual_seed(1)
+    if context_gates:
+        torch.nn.init.normal_(model.injection.context_gates, std=context_gates)
+    return model
+
+
+KINDS = {
+    "value": {"inject": InjectConfig(kind="value")},
+    "attend": {"inject": InjectConfig(kind="attend")},
+    "tokens": {
+        "inject": InjectConfig(kind="attend", layers=2),
+        "bind": BindConfig(depth=1, expansion=2, tokens=4),
+        "encoders": [TokenEncoder()],
+    },
+}
+
+
+@pytest.fixture(params=KINDS)
+def parts(request):
+    return KINDS[request.param]
+
+
+def bind_tokens(parts):
+    return {"tokens": torch.randn(2, 1, 9, 8)} if "bind" in parts else {}
+
+
+@torch.no_grad()
+def test_closed_gates_equal_the_model_without_context_bit_for_bit(decoder, parts):
+    batch = tiny_batch(**bind_tokens(parts))
+    model = context_model(decoder, **parts)
+    plain = tiny_model(decoder, **parts)
+    plain.load_trainable_state({name: model.trainable_state()[name] for name in plain.trainable_state()})
+    expected = plain(**batch).logits
+    assert torch.equal(model(**batch, **records()).logits, expected)
+    assert torch.equal(model(**batch).logits, expected)
+
+
+@torch.no_grad()
+def test_without_records_open_gates_change_nothing(decoder, parts):
+    batch = tiny_batch(**bind_tokens(parts))
+    model = context_model(decoder, context_gates=2.0, **parts)
+    without = model(**batch).logits
+    with_records = model(**batch, **records()).logits
+    assert not torch.allclose(without, with_records)
+    # A group whose records are all absent is a group without records.
+    absent = {**records(), "context_embeddings": torch.zeros(2, 1, 3, 16)}
+    assert torch.equal(model(**batch, **absent).logits, without)
+    model.injection.context_gates.zero_()
+    assert torch.equal(model(**batch).logits, without)
+
+
+@torch.no_grad()
+def test_a_token_without_media_reads_no_context(decoder):
+    model = context_model(decoder, context_gates=2.0)
+    batch = tiny_batch()
+    batch["media_index"] = -torch.ones_like(batch["media_index"])
+    assert torch.equal(model(**batch, **records()).logits, model(**batch).logits)
+
+
+@torch.no_grad()
+def test_padding_of_records_and_texts_is_masked(decoder):
+    model = context_model(decoder, context_gates=2.0)
+    batch = tiny_batch()
+    given = records(count=2, length=3)
+    padded = {
+        "context_embeddings": torch.cat([given["context_embeddings"], torch.zeros(2, 1, 2, 16)], 2),
+        "context_ids": torch.full((2, 1, 4, 7), 9),
+    }
+    padded["context_ids"][:, :, :2] = NO_TOKEN
+    padded["context_ids"][:, :, :2, :3] = given["context_ids"]
+    torch.testing.assert_close(model(**batch, **padded).logits, model(**batch, **given).logits)
+
+
+@torch.no_grad()
+def test_rows_of_a_batch_equal_single_rows(decoder):
+    model = context_model(decoder, context_gates=2.0)
+    batch, given = tiny_batch(), records()
+    # Row 0 has one record, row 1 has none.
+    given["context_embeddings"][0, 0, 1:] = 0
+    given["context_embeddings"][1] = 0
+    together = model(**batch, **given).logits
+    for row in range(2):
+        one = {name: value[row : row + 1] for name, value in {**batch, **given}.items()}
+        torch.testing.assert_close(model(**one).logits, together[row : row + 1])
+    alone = {name: value[1:] for name, value in batch.items()}
+    torch.testing.assert_close(model(**alone).logits, together[1:])
+
+
+@torch.no_grad()
+def test_the_order_of_records_does_not_matter_but_that_of_words_does(decoder):
+    model = context_model(decoder, context_gates=2.0)
+    batch, given = tiny_batch(), records()
+    expected = model(**batch, **given).logits
+    turned = {name: value.flip(2) for name, value in given.items()}
+    torch.testing.assert_close(model(**batch, **turned).logits, expected)
+    words = {**given, "context_ids": given["context_ids"].flip(3)}
+    assert not torch.allclose(model(**batch, **words).logits, expected)
+
+
+@torch.no_grad()
+def test_the_similarity_of_query_and_record_is_read():
+    network = ContextNetwork(16, 32, CONTEXT).eval()
+    given, words = unit(1, 1, 3, 16), torch.randn(1, 1, 3, 4, 32)
+    present = torch.ones(1, 1, 3, 4, dtype=torch.bool)
+    found = [network(query, given, present, words) for query in (given[:, :, 0], unit(1, 1, 16, seed=8))]
+    assert found[0].shape == (1, 1, 4, 32)
+    assert not torch.allclose(*found)
+
+
+@torch.no_grad()
+def test_a_record_without_text_has_media_tokens_only():
+    network = ContextNetwork(16, 32, CONTEXT).eval()
+    ids = torch.full((1, 1, 2, 1), NO_TOKEN)
+    found = network.read(unit(1, 1, 16), unit(1, 1, 2, 16), ids, torch.nn.Embedding(9, 32))
+    assert found.any(-1).tolist() == [[[True, True, False, False]]]
+
+
+@pytest.mark.parametrize("given", [records(), {}], ids=["records", "none"])
+def test_gradients_reach_every_trained_tensor(decoder, parts, given):
+    """Also without records: DDP waits for each of them."""
+    model = context_model(decoder, context_gates=1.0, **parts).train()
+    model.set_trainable(["bind", "inject", "context"])
+    batch = tiny_batch(**bind_tokens(parts))
+    model(**batch, **given).logits.square().mean().backward()
+    members = [member for group in model.parameter_groups().values() for member in group]
+    assert [name for name, parameter in members if parameter.grad is None] == []
+    if given:
+        own = dict(model.parameter_groups()["context"])
+        assert [name for name, parameter in own.items() if not parameter.grad.any()] == []
+
+
+def test_the_group_context_leaves_the_rest_as_it_is(decoder):
+    model = context_model(decoder)
+    groups = model.parameter_groups()
+    names = {name: {member for member, _ in group} for name, group in groups.items()}
+    assert "injection.context_gates" in names["context"] - names["inject"]
+    model.set_trainable(["context"])
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == names["context"]
+
+
+def test_training_draws_the_number_of_records(decoder, monkeypatch):
+    model = context_model(decoder).train()
+    seen = []
+    read = ContextNetwork.forward
+    monkeypatch.setattr(
+        ContextNetwork,
+        "forward",
+        lambda self, query, embeddings, *rest: (
+            seen.append(embeddings.shape[2]) or read(self, query, embeddings, *rest)
+        ),
+    )
+    torch.manual_seed(0)
+    for _ in range(30):
+        model(**tiny_batch(), **records())
+    assert set(seen) == {1, 2, 3}
+    seen.clear()
+    model.context.draws_records = False
+    model(**tiny_batch(), **records())
+    model.eval()(**tiny_batch(), **records())
+    with torch.no_grad():
+        model.train()(**tiny_batch(), **records())
+    assert seen == [3, 3, 3]
+
+
+def test_a_few_steps_teach_a_tiny_model_to_read_its_context(decoder):
+    """The same prompt and media; only the text of the record tells the answer."""
+    model = tiny_model(decoder, context=CONTEXT, gates=0.5).train()
+    model.context.draws_records = False
+    model.set_trainable(["context"])
+    batch = tiny_batch(embeddings=unit(1, 1, 16).expand(2, 1, 16))
+    batch["input_ids"] = batch["input_ids"][:1].expand(2, -1).clone()
+    labels = torch.full_like(batch["input_ids"], -100)
+    labels[:, -1] = batch["input_ids"][:, -1] = torch.tensor([70, 90])
+    given = {
+        "context_embeddings": unit(1, 1, 1, 16).expand(2, 1, 1, 16),
+        "context_ids": torch.tensor([70, 90]).reshape(2, 1, 1, 1),
+    }
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.03)
+
+    def loss(given):
+        output = model(**batch, **given, labels=labels)
+        return torch.nn.functional.cross_entropy(output.logits, output.targets)
+
+    for _ in range(50):
+        optimizer.zero_grad()
+        loss(given).backward()
+        optimizer.step()
+    swapped = {name: value.flip(0) for name, value in given.items()}
+    assert loss(given) + 2 < loss(swapped)
+
+
+def a_datastore(model: BindLLM, folder) -> tuple[Datastore, list[Media]]:
+    images = sorted((color_images(folder) / "images").glob("*0.png"))
+    media = [Media.image(file) for file in images]
+    store = Datastore(
+        model.encode(media),
+        [Record((), file.name, "image", (file.name[:-5],)) for file in images],
+        [encoder.fingerprint() for encoder in model.encoders],
+    )
+    return store, media
+
+
+def test_a_checkpoint_carries_its_datastore_and_answers_with_it(decoder, tmp_path):
+    model = context_model(decoder, context_gates=2.0)
+    store, media = a_datastore(model, tmp_path / "data")
+    plain = model.generate("What?", media[:1], max_new_tokens=8)
+    model.datastore = store
+    answer = model.generate("What?", media[:1], max_new_tokens=8)
+    assert answer != plain == model.generate("What?", media[:1], max_new_tokens=8, datastore=False)
+    assert "".join(model.stream("What?", media[:1], max_new_tokens=8)).strip() == answer
+    batch = model.generate(["What?", "And what is this?"], [media[:1], media[2:]], max_new_tokens=8)
+    assert batch[0] == answer
+    beams = model.generate("What?", media[:1], max_new_tokens=8, num_beams=3, num_return_sequences=2)
+    assert len(beams) == 2
+    model.save_pretrained(tmp_path / "saved")
+    model.save_pretrained(tmp_path / "saved")
+    options = {"allow": ["tiny.ColorEncoder"], "device": "cpu"}
+    loaded = BindLLM.from_pretrained(tmp_path / "saved", **options)
+    assert loaded.generate("What?", media[:1], max_new_tokens=8) == answer
+    assert loaded.datastore.records == store.records
+    assert loaded.context.config == CONTEXT
+    for choices in ({"datastore": False}, {"records": 0}):
+        other = BindLLM.from_pretrained(tmp_path / "saved", **choices, **options)
+        assert other.generate("What?", media[:1], max_new_tokens=8) == plain
+    store.save(tmp_path / "other")
+    other = BindLLM.from_pretrained(tmp_path / "saved", datastore=tmp_path / "other", records=9, **options)
+    # More records than there are: all of them are read.
+    found = find_records(other, other.encode(media)[:, None], None)
+    assert found["context_embeddings"].shape == (4, 1, 4, 16)
+    # Without media there is nothing to retrieve for.
+    assert other.generate("What?", max_new_tokens=8) == model.generate("What?", max_new_tokens=8)
+
+
+def test_a_checkpoint_without_its_datastore_asks_for_one(decoder, tmp_path):
+    model = context_model(decoder)
+    model.save_pretrained(tmp_path / "saved")
+    with pytest.raises(StoreError, match="has no datastore.*datastore=False"):
+        BindLLM.from_pretrained(tmp_path / "saved", allow=["tiny.ColorEncoder"])
+
+
+def test_records_for_a_model_that_reads_none(decoder, tmp_path):
+    model = context_model(decoder)
+    store, media = a_datastore(model, tmp_path / "data")
+    plain = tiny_model(decoder)
+    with pytest.raises(InputError, match=r"train it with model\.context"):
+        plain.generate("What?", media[:1], datastore=store)
+    with pytest.raises(InputError, match=r"train it with model\.context"):
+        plain(**tiny_batch(), **records())
+    plain.save_pretrained(tmp_path / "plain")
+    store.save(tmp_path / "store")
+    for choices in ({"datastore": tmp_path / "store"}, {"records": 2}):
+        with pytest.raises(InputError, match=r"train it with model\.context"):
+            BindLLM.from_pretrained(tmp_path / "plain", allow=["tiny.ColorEncoder"], **choices)
+    bind = torch.zeros(2, 1, 32)
+    with pytest.raises(InputError, match="reads no context"):
+        plain.decoder(
+            input_ids=tiny_batch()["input_ids"],
+            bind=bind,
+            media_index=tiny_batch()["media_index"],
+            context=torch.zeros(2, 1, 4, 32),
+        )
+
+
+def test_a_datastore_of_another_encoder_is_refused(decoder, tmp_path):
+    model = context_model(decoder)
+    store, media = a_datastore(model, tmp_path / "data")
+    other = context_model(decoder, encoders=[ColorEncoder(grid=2)])
+    with pytest.raises(StoreError, match="built with the encoder"):
+        other.generate("What?", media[:1], datastore=store)
+
+
+def test_settings_that_cannot_be_used(decoder):
+    with pytest.raises(InputError, match="multiple of 8"):
+        ContextConfig(width=12)
+    with pytest.raises(InputError, match=r"context\.records is 0"):
+        ContextConfig(records=0)
+    with pytest.raises(InputError, match=r"inject\.kind: attend"):
+        tiny_model(decoder, context=CONTEXT, inject=InjectConfig(kind="residual"))
+    model = context_model(decoder)
+    with pytest.raises(InputError, match="at least 0"):
+        model.context.num_records = -1
+    with pytest.raises(InputError, match="expected"):
+        model.decoder(
+            input_ids=tiny_batch()["input_ids"],
+            bind=torch.zeros(2, 1, 32),
+            media_index=tiny_batch()["media_index"],
+            context=torch.zeros(2, 2, 4, 32),
+        )
+
+
+def test_longer_texts_are_cut(decoder, tmp_path):
+    model = context_model(decoder)
+    store, _ = a_datastore(model, tmp_path / "data")
+    store = Datastore(
+        store.embeddings,
+        [dataclasses.replace(record, texts=("blue", "a longer text")) for record in store.records],
+        store.fingerprints,
+    )
+    reader = RecordReader(store, model.tokenizer, 6)
+    assert reader.num_cut() == len(store)
+    embeddings, ids = reader.read(torch.tensor([[1, -1]]))
+    assert model.tokenizer.decode(ids[0, 0]) == "blue; "
+    assert (ids[0, 1] == NO_TOKEN).all()
+    assert not embeddings[0, 1].any()
