@@ -100,6 +100,8 @@ def test_a_recipe_runs_and_leaves_its_files(file, parts, tmp_path, monkeypatch):
     metrics = json.loads((output / "metrics.json").read_text())
     assert metrics.keys() == {"tasks", "seconds", "trainable_parameters"}
     variants = {"model", "no_media", "shuffled_media", "nearest_caption"}
+    if recipe["model"].get("context"):
+        variants |= {"no_context", "random_context", "context_as_text", "copied_context"}
     assert {task: set(found) for task, found in metrics["tasks"].items()} == {"captions": variants}
     assert metrics["seconds"]["train"] > 0
     with Path("runs", output.name, "metrics.csv").open(newline="") as stream:

@@ -16,6 +16,7 @@ ASSET_FOLDERS = {
     "stamps": "data/stamps",
     "easyvqa": "data/easyvqa",
     "scenes": "data/scenes",
+    "links": "data/links",
     "clip-vocabulary": "checkpoints/clip-vocabulary",
 }
 """Folder of each quickstart asset, relative to the working directory. It is kept here, and not in

@@ -35,7 +35,7 @@ def test_episodes_are_trained_on_and_measured(recipe):
     tasks = json.loads(Path("checkpoints/tiny/metrics.json").read_text())["tasks"]
     assert tasks.keys() == {"episodes"}
     assert tasks["episodes"]["model"]["by_subset"].keys() == {"0 shots", "2 shots"}
-    assert tasks["episodes"]["shuffled_support"]["count"] == 3
+    assert tasks["episodes"]["wrong_support"]["count"] == 3
     rows = [
         json.loads(line) for line in Path("checkpoints/tiny/report/episodes.jsonl").read_text().splitlines()
     ]

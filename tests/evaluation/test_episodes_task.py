@@ -88,7 +88,9 @@ def scripted(model, monkeypatch):
 
 
 def measure(model, samples=ITEMS):
-    result = task.evaluate(model, [episodes_task(samples, tokenizer=model.tokenizer)], lookup=lookup)
+    result = task.evaluate(
+        model, [episodes_task(samples, tokenizer=model.tokenizer, lookup=lookup)], lookup=lookup
+    )
     assert result.problems == {}
     return result.metrics["episodes"], result.rows["episodes"]
 
@@ -107,23 +109,25 @@ def test_a_model_that_learns_from_images_falls_with_exchanged_names(model, scrip
         name: found["by_subset"].get("1 shots", {}).get("accuracy") for name, found in metrics.items()
     }
     assert accuracy.pop("shuffled_media") < 1
+    assert accuracy.pop("shuffled_support") < 1
     assert accuracy == {
         "model": 1.0,
         "no_media": 0.0,
-        "shuffled_support": 0.0,
+        "wrong_support": 0.0,
         "blank_support": 0.0,
+        "nearest_shot": 0.5,
         "copy_last": 0.5,
-        "majority_answer": 0.5,
+        "majority_shot": 0.5,
     }
     assert tuple(metrics) == task.VARIANTS["episodes"]
     assert all(metrics[name].keys() >= set(KEYS["episodes"]) for name in metrics)
     # Without shots there is nothing to learn from, and nothing to exchange.
     assert metrics["model"]["by_subset"]["0 shots"]["accuracy"] == 0
-    assert metrics["shuffled_support"]["count"] == metrics["blank_support"]["count"] == 4
-    assert metrics["shuffled_support"]["model_accuracy"] == 1.0
+    assert metrics["wrong_support"]["count"] == metrics["blank_support"]["count"] == 4
+    assert metrics["wrong_support"]["model_accuracy"] == 1.0
     assert (metrics["model"]["published"], metrics["model"]["named"]) == (0.8, 0.8)
     first = rows[0]
-    assert (first["model"], first["shuffled_support"], first["copy_last"], first["right"]) == (
+    assert (first["model"], first["wrong_support"], first["copy_last"], first["right"]) == (
         "dax",
         "wug",
         "wug",
@@ -135,7 +139,7 @@ def test_a_model_that_learns_from_images_falls_with_exchanged_names(model, scrip
         "1 shots",
         "What?",
     )
-    assert rows[-1]["shuffled_support"] is None
+    assert rows[-1]["wrong_support"] is None
 
 
 def test_a_model_that_copies_text_is_found_out(model, scripted):
@@ -146,7 +150,7 @@ def test_a_model_that_copies_text_is_found_out(model, scripted):
     # On the four episodes with shots.
     assert (
         accuracy["blank_support"]
-        == accuracy["shuffled_support"]
+        == accuracy["wrong_support"]
         == metrics["blank_support"]["model_accuracy"]
         == 0.5
     )
@@ -201,4 +205,4 @@ def test_held_out_episodes_are_measured_next_to_other_rows(model, scripted):
     result = evaluate_held_out(model, held_out, train_samples=[], lookup=lookup)
     assert result.metrics.keys() == held_out.keys()
     with pytest.raises(InputError, match="no held-out episodes"):
-        episodes_task([], tokenizer=model.tokenizer)
+        episodes_task([], tokenizer=model.tokenizer, lookup=lookup)

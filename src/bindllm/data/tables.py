@@ -78,7 +78,8 @@ def read_table(path: str | Path, required: tuple[str, ...], skipped: Skipped) ->
         raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the file") from error
 
 
-def _read_jsonl(path: Path, required: tuple[str, ...], skipped: Skipped) -> Iterator[tuple[str, Record]]:
+def read_json_lines(path: Path, required: tuple[str, ...], skipped: Skipped) -> Iterator[tuple[str, Record]]:
+    """Yield the rows of a file with one JSON object per line, whatever its ending; see `read_table`."""
     with path.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
             name = f"{path.name} line {number}"
@@ -300,7 +301,7 @@ def _read_parquet(path: Path, required: tuple[str, ...], skipped: Skipped) -> It
 
 
 READERS: Mapping[str, Callable[[Path, tuple[str, ...], Skipped], Iterator[tuple[str, Record]]]] = {
-    ".jsonl": _read_jsonl,
+    ".jsonl": read_json_lines,
     ".json": _read_json,
     ".csv": _read_delimited,
     ".tsv": _read_delimited,

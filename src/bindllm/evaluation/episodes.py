@@ -1,7 +1,7 @@
 """The episodes task: whether a model learns the names of classes from a few shots, next to controls that tell how.
 
-A model that reads the names from the images of the shots must fall when these are blank, and must give the other name
-when the names are exchanged. Else it copies text.
+A model that reads the names from the images of the shots must fall when these are blank or wrong, and must give the
+other name when the names are exchanged. Else it copies text.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bindllm.conversation import NO_MEDIA, Conversation, Message
 from bindllm.data.answers import is_right, same_answer
+from bindllm.data.collate import Lookup, MediaGroup
 from bindllm.data.rows import Sample, tokenize
 from bindllm.errors import InputError
 from bindllm.evaluation import task
@@ -40,10 +41,12 @@ class EpisodeRow:
         right: whether the model's answer is right.
         no_media: answer of the same model without any media.
         shuffled_media: answer of the same model with other media.
-        shuffled_support: answer of the same model if the names of the shots are exchanged between the classes.
         blank_support: answer of the same model without the media of the shots.
+        shuffled_support: answer of the same model if the media of the shots are exchanged among all shots.
+        wrong_support: answer of the same model if the names of the shots are exchanged between the classes.
+        nearest_shot: the name of the shot whose media are nearest to those of the query.
         copy_last: the name of the last shot.
-        majority_answer: the most frequent name of the shots.
+        majority_shot: the most frequent name of the shots, of equally frequent ones the last.
     """
 
     question: str
@@ -56,20 +59,27 @@ class EpisodeRow:
     right: bool
     no_media: str | None
     shuffled_media: str | None
-    shuffled_support: str | None
     blank_support: str | None
+    shuffled_support: str | None
+    wrong_support: str | None
+    nearest_shot: str | None
     copy_last: str | None
-    majority_answer: str | None
+    majority_shot: str | None
 
 
 def episodes_task(
-    samples: Sequence[Sample], *, tokenizer: PreTrainedTokenizerBase, shuffled_limit: int | None = None
+    samples: Sequence[Sample],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    lookup: Lookup,
+    shuffled_limit: int | None = None,
 ) -> Task:
     """Return the episodes task: accuracy over all queries, and by number of shots.
 
     Args:
         samples: held-out episodes.
         tokenizer: tokenizer of the model.
+        lookup: returns the embeddings of media groups.
         shuffled_limit: answer at most this many queries with shuffled media; None: all.
 
     Raises:
@@ -84,14 +94,16 @@ def episodes_task(
         samples,
         episode_metrics,
         baselines={
+            task.NEAREST_SHOT: lambda: [BaselineAnswer(_nearest(sample, lookup)) for sample in samples],
             task.COPY_LAST: lambda: [BaselineAnswer((_shot_names(sample) or [""])[-1]) for sample in samples],
-            task.MAJORITY_ANSWER: lambda: [
+            task.MAJORITY_SHOT: lambda: [
                 BaselineAnswer(_majority(_shot_names(sample))) for sample in samples
             ],
         },
         altered={
-            task.SHUFFLED_SUPPORT: partial(exchange_names, tokenizer=tokenizer),
             task.BLANK_SUPPORT: blank_support,
+            task.SHUFFLED_SUPPORT: _MediaExchange(samples, lookup),
+            task.WRONG_SUPPORT: partial(exchange_names, tokenizer=tokenizer),
         },
         make_row=_row,
         max_new_tokens=longest_answer(samples, tokenizer),
@@ -165,14 +177,65 @@ def blank_support(sample: Sample) -> Sample | None:
     return replace(sample, media_index=np.where(index == index[-1], index, NO_MEDIA))
 
 
+class _MediaExchange:
+    """Gives the shots of an episode the media of other shots.
+
+    Args:
+        samples: all episodes.
+        lookup: returns the embeddings of media groups.
+    """
+
+    def __init__(self, samples: Sequence[Sample], lookup: Lookup) -> None:
+        self._samples, self._lookup = samples, lookup
+
+    def __call__(self, sample: Sample) -> Sample | None:
+        """Return the episode; None without shots.
+
+        Raises:
+            InputError: all shots show the same media.
+        """
+        if not _shot_names(sample):
+            return None
+        if self._partners is None:
+            raise InputError("all shots show the same media, so they cannot be exchanged; use more shots")
+        *shots, question, answer = sample.conversation.messages
+        # Media add no text, so the tokens and their media index stay.
+        changed = [
+            replace(message, content=(*self._partners[message.media], message.text))
+            if message.media
+            else message
+            for message in shots
+        ]
+        return replace(sample, conversation=Conversation((*changed, question, answer)))
+
+    @cached_property
+    def _partners(self) -> dict[MediaGroup, MediaGroup] | None:
+        groups = list(
+            dict.fromkeys(
+                group for sample in self._samples for group in sample.conversation.media_groups[:-1]
+            )
+        )
+        # By the bytes of their embeddings: files with the same content count once.
+        keys = [vector.numpy().tobytes() for vector in self._lookup(groups)]
+        return task.exchange(dict(zip(groups, keys, strict=True)))
+
+
 def _shot_names(sample: Sample) -> list[str]:
     """Return the names of the shots, in their order."""
     return [message.text for message in sample.conversation.messages[:-1] if message.role == "assistant"]
 
 
+def _nearest(sample: Sample, lookup: Lookup) -> str:
+    """Return the name of the shot with the highest cosine to the query, the first of equal ones."""
+    names = _shot_names(sample)
+    # Every turn of an episode has media, so groups and names are in the same order.
+    vectors = lookup(sample.conversation.media_groups)  # [shots + 1, E], unit norm
+    return names[int((vectors[:-1] @ vectors[-1]).argmax())] if names else ""
+
+
 def _majority(names: Sequence[str]) -> str:
-    # Of equally frequent names, the first.
-    return Counter(names).most_common(1)[0][0] if names else ""
+    # most_common keeps the order of equal counts: from the last shot to the first.
+    return Counter(reversed(names)).most_common(1)[0][0] if names else ""
 
 
 def _row(item: Sample, texts: Mapping[str, str | None], _: BaselineAnswer | None) -> dict[str, Any]:

@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from bindllm.data.collate import Lookup
+from bindllm.data.embeddings import RetrievedRecords
 from bindllm.data.rows import Sample
 from bindllm.errors import BindLLMError, InputError
 from bindllm.evaluation.answers import answers_task
 from bindllm.evaluation.captions import captions_task
+from bindllm.evaluation.context import with_context_variants
 from bindllm.evaluation.episodes import episodes_task
 from bindllm.evaluation.task import Evaluation, Task, evaluate
 from bindllm.model.bindllm import BindLLM
@@ -58,7 +60,7 @@ def evaluate_held_out(
     make = {
         "captions": partial(captions_task, train_samples=train_samples, lookup=lookup),
         "answers": partial(answers_task, train_samples=train_samples, **asking),
-        "episodes": partial(episodes_task, **asking),
+        "episodes": partial(episodes_task, lookup=lookup, **asking),
         "conversations": conversations_task,
     }
     for name, rows in held_out.items():
@@ -69,6 +71,8 @@ def evaluate_held_out(
             if len(held_out) == 1:
                 raise
             problems[name] = str(error)
+    if isinstance(lookup, RetrievedRecords):
+        tasks = [with_context_variants(task, lookup, model.tokenizer) for task in tasks]
     result = evaluate(model, tasks, lookup=lookup, progress=progress)
     result.problems = problems | result.problems
     return result

@@ -6,7 +6,7 @@
   model does not use its media.
 - the task's baselines, which need no model, such as ``nearest_caption`` or ``majority_answer``.
 
-A task may add variants that alter its items: of episodes, ``shuffled_support`` and ``blank_support``.
+Episodes add variants that alter their shots: ``blank_support``, ``shuffled_support`` and ``wrong_support``.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Item = TypeVar("Item", bound=Hashable)
 MODEL, NO_MEDIA, SHUFFLED_MEDIA = "model", "no_media", "shuffled_media"
 NEAREST_CAPTION, MAJORITY_ANSWER = "nearest_caption", "majority_answer"
 SHUFFLED_SUPPORT, BLANK_SUPPORT, WRONG_SUPPORT = "shuffled_support", "blank_support", "wrong_support"
-COPY_LAST, MAJORITY_SHOT = "copy_last", "majority_shot"
+NEAREST_SHOT, COPY_LAST, MAJORITY_SHOT = "nearest_shot", "copy_last", "majority_shot"
 VARIANTS = {
     "captions": (MODEL, NO_MEDIA, SHUFFLED_MEDIA, NEAREST_CAPTION),
     "answers": (MODEL, NO_MEDIA, SHUFFLED_MEDIA, MAJORITY_ANSWER),
@@ -51,10 +51,12 @@ VARIANTS = {
         MODEL,
         NO_MEDIA,
         SHUFFLED_MEDIA,
-        SHUFFLED_SUPPORT,
         BLANK_SUPPORT,
+        SHUFFLED_SUPPORT,
+        WRONG_SUPPORT,
+        NEAREST_SHOT,
         COPY_LAST,
-        MAJORITY_ANSWER,
+        MAJORITY_SHOT,
     ),
     "conversations": (MODEL, NO_MEDIA, SHUFFLED_MEDIA),
 }
@@ -107,6 +109,8 @@ class Task:
         baselines: for each variant without a model, a function that returns one answer per item.
         altered: for each further variant of the model, a function that returns the changed item; None: it would stay
             the same, and is not measured in this variant.
+        lookups: for variants of the model that differ in their embeddings or records, a lookup of their own; together
+            with ``altered`` or without.
         make_row: makes a row for the report; None: the task has no rows.
         max_new_tokens: longest answer.
         shuffled_limit: answer at most this many items with shuffled media, drawn with a fixed seed; None: all.
@@ -123,6 +127,7 @@ class Task:
     loss_items: Sequence[Sample] = ()
     baselines: Mapping[str, Callable[[], Sequence[BaselineAnswer]]] = field(default_factory=dict)
     altered: Mapping[str, Callable[[Sample], Sample | None]] = field(default_factory=dict)
+    lookups: Mapping[str, Lookup] = field(default_factory=dict)
     make_row: MakeRow | None = None
     max_new_tokens: int = 32
     shuffled_limit: int | None = None
@@ -131,7 +136,7 @@ class Task:
     @property
     def variants(self) -> tuple[str, ...]:
         """Names of the variants, in the order of the report."""
-        return (MODEL, NO_MEDIA, SHUFFLED_MEDIA, *self.altered, *self.baselines)
+        return (MODEL, NO_MEDIA, SHUFFLED_MEDIA, *({**self.lookups, **self.altered}), *self.baselines)
 
 
 @dataclass
@@ -225,8 +230,8 @@ def _evaluate_task(
 
 def _view(run: _Run, variant: str, lookup: Lookup) -> _View | None:
     """Return a variant of the task's items, or None if there are no media, or none to exchange them for."""
-    task = run.task
-    if variant == MODEL:
+    task, lookup = run.task, run.task.lookups.get(variant, lookup)
+    if variant == MODEL or variant in task.lookups.keys() - task.altered.keys():
         return _View(range(len(task.items)), task.items, task.loss_items, lookup)
     if (alter := task.altered.get(variant)) is not None:
         made = run.attempt(variant, lambda: {n: alter(item) for n, item in enumerate(task.items)}) or {}

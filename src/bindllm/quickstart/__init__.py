@@ -17,7 +17,7 @@ from typing import Any
 from bindllm.atomic import atomic_folder, file_sha256, read_object, read_recipe, remove_leftovers, write_json
 from bindllm.errors import ASSET_FOLDERS, AssetError, did_you_mean, known_asset
 from bindllm.imports import strings_in
-from bindllm.quickstart import easyvqa, openmoji, scenes, stamps, wheels
+from bindllm.quickstart import easyvqa, links, openmoji, scenes, stamps, wheels
 from bindllm.quickstart.packages import Downloads, Package
 
 __all__ = ["ASSETS", "DOWNLOADS", "Asset", "assets_of", "fetch", "fetch_all"]
@@ -66,6 +66,7 @@ _PARTS: Mapping[str, tuple[tuple[Package, ...], Builder]] = {
     "stamps": ((stamps.STAMPS,), stamps.build),
     "easyvqa": ((easyvqa.EASYVQA,), easyvqa.build),
     "scenes": (scenes.PACKAGES, scenes.build),
+    "links": (links.PACKAGES, links.build),
     "clip-vocabulary": ((wheels.OPEN_CLIP,), wheels.build_clip_vocabulary),
 }
 

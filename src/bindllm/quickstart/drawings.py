@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -110,14 +112,20 @@ def make_sprites(content: openmoji.Wheels) -> list[Sprite]:
     # Dealt out, so that the groups are equally large.
     groups = {name: number % GROUPS for number, name in enumerate(known)}
     return [
-        Sprite(
-            name,
-            name in groups,
-            groups.get(name, 0),
-            *_render(content.drawings[Path(rows[name]["image"]).stem]),
-        )
+        make_sprite(rows[name], content, is_known=name in groups, group=groups.get(name, 0))
         for name in THINGS
     ]
+
+
+def make_sprite(
+    row: Mapping[str, Any], content: openmoji.Wheels, *, is_known: bool = True, group: int = 0
+) -> Sprite:
+    """Return the sprite of a row of OpenMoji, called by its first name.
+
+    Raises:
+        MissingExtraError: resvg_py is not installed.
+    """
+    return Sprite(row["caption"][0], is_known, group, *_render(content.drawings[Path(row["image"]).stem]))
 
 
 def _render(svg: bytes) -> tuple[Image.Image, tuple[float, float], tuple[float, float]]:

@@ -249,7 +249,7 @@ def plan(part: str, number: int, sprites: Mapping[str, Sprite]) -> Scene:
     chosen = _choose(part, number, pool, rng)
     # In turn, not drawn: all counts and colors are equally frequent, each color with each count.
     background = list(colors)[number // len(COUNTS) % len(colors)]
-    shade = _between((-SHADE, SHADE), rng)
+    shade = between((-SHADE, SHADE), rng)
     color = tuple(value + shade for value in colors[background])
     things = None
     # Sizes are drawn again too: some do not fit together.
@@ -281,9 +281,9 @@ def _arrange(part: str, chosen: Iterable[Sprite], rng: Random) -> tuple[Thing, .
     # Sizes first, independent of the place: no name is more often large, or on one side.
     drawn = []
     for sprite in chosen:
-        size, turn = _between(SIZES, rng), _between((-TURN, TURN), rng)
+        size, turn = between(SIZES, rng), between((-TURN, TURN), rng)
         if part == NAMING:
-            size, turn = _between(NAMING_SIZES, rng), _between(NAMING_TURNS, rng) * (-1 if turn < 0 else 1)
+            size, turn = between(NAMING_SIZES, rng), between(NAMING_TURNS, rng) * (-1 if turn < 0 else 1)
         box = (0, 0, *sprite.extent(size, turn))
         drawn.append(Thing(sprite.name, size, turn, box, sprite.center(size, turn)))
     things: list[Thing] = []
@@ -291,7 +291,7 @@ def _arrange(part: str, chosen: Iterable[Sprite], rng: Random) -> tuple[Thing, .
     # The largest first: room for it is the hardest to find.
     for corner in sorted(drawn, key=lambda thing: -thing.size):
         for _ in range(_TRIES):
-            thing = corner.moved(*(_between((_EDGE, SIDE - _EDGE - side), rng) for side in corner.box[2:]))
+            thing = corner.moved(*(between((_EDGE, SIDE - _EDGE - side), rng) for side in corner.box[2:]))
             if all(_apart(thing, other) for other in things):
                 things.append(thing)
                 break
@@ -311,7 +311,8 @@ def _gaps(one: Thing, other: Thing) -> tuple[int, int]:
     return max(c[0] - b[0], a[0] - d[0]), max(c[1] - b[1], a[1] - d[1])
 
 
-def _between(limits: tuple[int, int], rng: Random) -> int:
+def between(limits: tuple[int, int], rng: Random) -> int:
+    """Return a random whole number, both limits included."""
     low, high = limits
     return low + int(rng.random() * (high - low + 1))
 
@@ -352,7 +353,7 @@ def questions(scene: Scene, sprites: Mapping[str, Sprite]) -> list[dict[str, str
     rng = Random(f"{scene.part}/{scene.number}/questions")
     # How to read this: type, question and answer of each. Pairs are asked in both orders, so that answers balance.
     # Not by the number: it decides count and color, and the side that is asked for must not depend on them.
-    first, names = _between((0, 1), rng), [thing.name for thing in scene.things]
+    first, names = between((0, 1), rng), [thing.name for thing in scene.things]
     found = [("what", "What is in the image?", names[0])] if len(names) == 1 else []
     # The colors of NAMING are not among the answers that training has.
     if scene.part != NAMING:

@@ -140,9 +140,12 @@ def _task(task: str, variants: Variants, many: str) -> dict[str, Any]:
         "no_media": f"no {many}",
         "shuffled_media": f"wrong {many}",
         "nearest_caption": "nearest caption",
-        "shuffled_support": "names exchanged",
         "blank_support": f"shots without {many}",
+        "shuffled_support": f"shots with wrong {many}",
+        "wrong_support": "names exchanged",
+        "nearest_shot": "nearest shot",
         "copy_last": "last name",
+        "majority_shot": "majority name",
         "majority_answer": "majority answer",
     }
     names = {name: titles[name] for name in VARIANTS[task]}
@@ -313,7 +316,7 @@ def _answer_card(row: dict[str, Any], thumbnails: Mapping[str, str]) -> dict[str
     lines = [_line("asked", row["question"]), _line("true", " / ".join(row["references"]))]
     if row["model"] is not None:
         lines.append(_line("model", row["model"], kind="model", right=row["right"]))
-    if row["majority_answer"] is not None:
+    if row.get("majority_answer") is not None:
         lines.append(_line("majority", row["majority_answer"], kind="nearest"))
     tile = None if row["media"] is None else _tile(row["media"], row["modality"], thumbnails)
     return {"tile": tile, "lines": lines, "right": row["right"]}

@@ -109,7 +109,27 @@ def _captions(variants: Variants, count: int, one: str, many: str) -> list[str]:
     if variants["model"]["loss"] is None:
         return sentences
     sentences += _against_nearest(variants["model"], variants["nearest_caption"], one)
+    sentences += _context(variants, "rouge_l")
     return sentences + _few(count, many)
+
+
+def _context(variants: Variants, key: str) -> list[str]:
+    """Compare a model with retrieved context with the same model without records, and with other uses of them."""
+    show = METRICS[key].show
+    values = [
+        f"{show(variants[name][key])} {words}"
+        for name, words in (
+            ("no_context", "without records"),
+            ("random_context", "with random records"),
+            ("context_as_text", "with their texts in the prompt"),
+            ("copied_context", "by copying the nearest record"),
+        )
+        if variants.get(name, {}).get(key) is not None
+    ]
+    own = variants["model"].get(key)
+    if not values or own is None:
+        return []
+    return [f"With retrieved records its {METRICS[key].title} is {show(own)}: {', '.join(values)}."]
 
 
 def _few(count: int, rows: str) -> list[str]:
@@ -191,13 +211,15 @@ def _answers(variants: Variants, one: str, many: str) -> list[str]:
             verdict = f"so its answers do depend on the {one}"
         aside = _aside(variant, model)
         sentences.append(f"With wrong {many} it answers {show(shuffled)} right{aside}, {verdict}.")
-    return sentences + _few(model["count"], "questions")
+    return sentences + _context(variants, "accuracy") + _few(model["count"], "questions")
 
 
 def _episodes(variants: Variants, one: str) -> list[str]:
     """Compare the share of right names with copying a name, and with exchanged names."""
     model, show = variants["model"], METRICS["accuracy"].show
-    own, last, most = (variants[name]["accuracy"] for name in ("model", "copy_last", "majority_answer"))
+    own, near, last, most = (
+        variants[name]["accuracy"] for name in ("model", "nearest_shot", "copy_last", "majority_shot")
+    )
     if own is None:
         return ["The answers to the held-out episodes could not be measured."]
     by_shots = [f"{show(part['accuracy'])} at {name}" for name, part in model.get("by_subset", {}).items()]
@@ -210,7 +232,9 @@ def _episodes(variants: Variants, one: str) -> list[str]:
         sentences.append(
             f"The name of the last shot is right for {show(last)}, the most frequent name for {show(most)}{useless}."
         )
-    variant = variants["shuffled_support"]
+    if near is not None:
+        sentences.append(f"The name of the shot nearest to the query is right for {show(near)}.")
+    variant = variants["wrong_support"]
     if (exchanged := variant["accuracy"]) is not None:
         if exchanged >= variant.get("model_accuracy", own):
             verdict = f"not fewer: nothing here shows that it learns names from the {one} of a shot"

@@ -2,12 +2,13 @@
 
 A source with ``episodes`` is read as images with captions (`bindllm.data.sources`), so that each image is embedded
 once. `draw_episodes` then replaces its rows. Shots and query are these rows, with the name of the class as the answer.
+Episodes of a published list (`bindllm.data.episodes.layouts`) are fixed, and stay as they are.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from functools import cache
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -20,7 +21,7 @@ from bindllm.conversation import Conversation, Message
 from bindllm.data.embeddings import MediaEmbeddings
 from bindllm.data.report import Skipped, SourceReport
 from bindllm.data.rows import Row
-from bindllm.data.source_config import SPLITS, SourceConfig, Split
+from bindllm.data.source_config import SPLITS, Names, SourceConfig, Split
 from bindllm.data.stream.shards import is_stream
 from bindllm.errors import InputError
 from bindllm.media import Media
@@ -74,21 +75,29 @@ def keep_classes(
     Raises:
         InputError: a class in two splits, or a split with fewer classes than ways.
     """
-    kept, splits = {}, {}
+    kept = {}
     for split in SPLITS:
-        classes = find_classes(rows[split], config, split, report.skipped)
-        kept[split] = [row for images in classes.values() for row in images]
-        for row in rows[split]:
-            splits.setdefault(_label(row), set()).add(split)
+        labeled, fixed = _labeled(rows[split])
+        classes = find_classes(labeled, config, split, report.skipped)
+        kept[split] = [*(row for images in classes.values() for row in images), *fixed]
         report.classes += len(classes)
+    _check_apart(rows, config.path)
+    return kept
+
+
+def _check_apart(rows: Mapping[str, Sequence[Row]], path: str) -> None:
+    """Refuse labeled images of one class in several splits."""
+    splits: dict[str, set[str]] = {}
+    for split, found in rows.items():
+        for row in _labeled(found)[0]:
+            splits.setdefault(_label(row), set()).add(split)
     # A name that training has seen would measure memory, not learning from the shots.
     if both := [name for name, found in splits.items() if len(found) > 1]:
         raise InputError(
-            f"{config.path}: {len(both):,} classes have images in several splits ({', '.join(both[:3])}); episodes "
+            f"{path}: {len(both):,} classes have images in several splits ({', '.join(both[:3])}); episodes "
             "need other classes in training than in the held-out splits. Give each class one split, or set "
             "columns: {split: null}, which splits classes by the hash of their name"
         )
-    return kept
 
 
 def find_classes(
@@ -151,8 +160,13 @@ def draw_episodes(
         embeddings: of all media. Without them hard negatives are random, and copies of an image are not found.
 
     Raises:
-        InputError: a split has fewer classes than ways.
+        InputError: a split has fewer classes than ways, or a class is in two splits.
     """
+    pool = {
+        split: [row for row in found if sources[row.source].episodes is not None]
+        for split, found in rows.items()
+    }
+    _check_apart(pool, ", ".join(config.path for config in sources if config.episodes is not None))
     drawn: dict[str, list[Row]] = {split: [] for split in rows}
     for split, found in rows.items():
         for number, config in enumerate(sources):
@@ -161,8 +175,10 @@ def draw_episodes(
                 drawn[split] += own
                 continue
             key = {} if embeddings is None else {"key": embeddings.key}
-            classes = find_classes(own, config, split, skipped, **key)
-            drawn[split] += _draw(classes, config, split, embeddings)
+            labeled, fixed = _labeled(own)
+            classes = find_classes(labeled, config, split, skipped, **key)
+            drawn[split] += _draw(classes, config, split, embeddings) if labeled else []
+            drawn[split] += fixed
     return drawn
 
 
@@ -192,44 +208,81 @@ def _episode(
     # Only `random()` of a generator is the same in every version of Python.
     rng = Random(f"{episodes.seed}/{split}/{number}")
     chosen = _choose(list(classes), episodes.ways, rng, nearest)
-    names = _names(chosen, classes, rng) if episodes.names == "made-up" else {name: name for name in chosen}
+    names = name_classes(chosen, classes, episodes.names, rng)
     # As many as the largest number of shots, so that fewer shots are the first of them.
     images = {name: _some(classes[name], _needed(config, split), rng) for name in chosen}
     target = chosen[int(rng.random() * len(chosen))]
     drawn = _draw_shots(config, rng)
     shots = drawn if shots is None else shots
     # The first image of a class is the query, if the class is asked for; so a query is never a shot.
-    support = _shuffled(((name, row) for name in chosen for row in images[name][1 : 1 + shots]), rng)
-    messages: list[Message] = []
-    for name, row in support:
-        given = names[name]
-        if split == "train" and rng.random() < episodes.label_noise:
-            others = [names[other] for other in chosen if other != name]
-            given = others[int(rng.random() * len(others))]
-        messages += _turn(row, given)
-    query = images[target][0]
-    messages += _turn(query, names[target])
-    counted = f"{shots} shot{'s' * (shots != 1)}"
-    return Row(
-        Conversation(tuple(messages)),
-        references=(names[target],),
-        name=f"{Path(config.path).name} {split} episode {number + 1}, {counted}",
-        source=query.source,
-        task="episode",
-        subset=counted if split == "test" else "",
-        options=tuple(names.values()),
-        # Only the query is measured, so only its answer must fit.
-        query_only=episodes.loss == "query" or split == "test",
+    support = shuffled(((name, row) for name in chosen for row in images[name][1 : 1 + shots]), rng)
+    given = [(names[name], row) for name, row in support]
+    if split == "train":
+        given = [
+            (_with_noise(name, list(names.values()), episodes.label_noise, rng), row) for name, row in given
+        ]
+    title = f"{Path(config.path).name} {split} episode {number + 1}"
+    return make_episode(
+        given, (names[target], images[target][0]), list(names.values()), shots, title, config, split
     )
 
 
-def _turn(row: Row, name: str) -> tuple[Message, ...]:
+def make_episode(
+    support: Sequence[tuple[str, Row]],
+    query: tuple[str, Row],
+    names: Sequence[str],
+    shots: int,
+    title: str,
+    config: SourceConfig,
+    split: Split,
+) -> Row:
+    """Return the conversation of an episode.
+
+    Args:
+        support: name and labeled image of each shot, in the order of the prompt.
+        query: true name and image of the query.
+        names: of all classes of the episode.
+        shots: number of shots of each class.
+        title: of the episode, for messages.
+        config: of the source.
+        split: of the episode.
+    """
+    name, row = query
+    counted = f"{shots} shot{'s' * (shots != 1)}"
+    return Row(
+        Conversation(tuple(message for pair in (*support, query) for message in _turn(*pair))),
+        references=(name,),
+        name=f"{title}, {counted}",
+        source=row.source,
+        task="episode",
+        subset=counted if split == "test" else "",
+        options=tuple(names),
+        # Only the query is measured, so only its answer must fit.
+        query_only=config.episodes.loss == "query" or split == "test",
+    )
+
+
+def _with_noise(name: str, names: Sequence[str], probability: float, rng: Random) -> str:
+    """Return the name of a shot or, with a probability, another name of the episode."""
+    if rng.random() >= probability:
+        return name
+    others = [other for other in names if other != name]
+    return others[int(rng.random() * len(others))]
+
+
+def _turn(name: str, row: Row) -> tuple[Message, ...]:
     """Return the question about a labeled image, and a name as the answer."""
     return (*row.conversation.messages[:-1], Message("assistant", name))
 
 
 def _label(row: Row) -> str:
     return row.references[0]
+
+
+def _labeled(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """Return the labeled images among rows, and the fixed episodes."""
+    fixed = [row for row in rows if row.task == "episode"]
+    return [row for row in rows if row.task != "episode"], fixed
 
 
 def _needed(config: SourceConfig, split: Split) -> int:
@@ -254,7 +307,7 @@ def _choose(
         chosen.append(left.pop(index))
         del weights[index]
     # Otherwise the class with the true neighbors would always come first.
-    return _shuffled(chosen, rng)
+    return shuffled(chosen, rng)
 
 
 def _nearest_classes(classes: Classes, embeddings: MediaEmbeddings) -> Callable[[str], list[str]]:
@@ -274,18 +327,20 @@ def _nearest_classes(classes: Classes, embeddings: MediaEmbeddings) -> Callable[
     return lambda name: list(ranked(name))
 
 
-def _names(chosen: Sequence[str], classes: Classes, rng: Random) -> dict[str, str]:
-    """Return a made-up name for each class; none is the name of a class, and all are different."""
-    names: dict[str, str] = {}
+def name_classes(chosen: Sequence[str], known: Collection[str], names: Names, rng: Random) -> dict[str, str]:
+    """Return the name of each class in an episode; a made-up one is never the name of a known class."""
+    if names == "true":
+        return {name: name for name in chosen}
+    made: dict[str, str] = {}
     for each in chosen:
         name = ""
         # All have the same length, so that none is a part of another one.
-        while not name or name in classes or name in names.values():
+        while not name or name in known or name in made.values():
             name = "".join(
                 letters[int(rng.random() * len(letters))] for letters in (_CONSONANTS, _VOWELS) * _SYLLABLES
             )
-        names[each] = name
-    return names
+        made[each] = name
+    return made
 
 
 def _draw_shots(config: SourceConfig, rng: Random) -> int:
@@ -315,5 +370,6 @@ def _some(items: Sequence[Item], count: int, rng: Random) -> list[Item]:
     return items[:count]
 
 
-def _shuffled(items: Iterable[Item], rng: Random) -> list[Item]:
+def shuffled(items: Iterable[Item], rng: Random) -> list[Item]:
+    """Return the items in random order."""
     return sorted(items, key=lambda _: rng.random())
