@@ -52,7 +52,9 @@ def test_words_belong_to_the_media_that_their_tokens_listen_to(build):
     samples = [make_sample(each, model.tokenizer, 128) for each in (row, again)]
     found = words_of_groups(samples)
     # The tiny tokenizer has a token for each letter.
-    letters = {key: {model.tokenizer.decode([word]).strip() for word in words} for key, words in found.items()}
+    letters = {
+        key: {model.tokenizer.decode([word]).strip() for word in words} for key, words in found.items()
+    }
     end = model.tokenizer.eos_token
     assert letters == {(red,): {*"redsquare", end}, (blue,): {*"blue", end}}
 
@@ -80,7 +82,9 @@ def test_it_names_nothing_if_captions_do_not_belong_to_their_images(build, tmp_p
     captions = [re.search(r'"caption": "(.*?)"', line)[1] for line in lines]
     shuffled = np.random.default_rng(3).permutation(captions)
     (folder / "captions.jsonl").write_text(
-        "\n".join(line.replace(own, other) for line, own, other in zip(lines, captions, shuffled, strict=True))
+        "\n".join(
+            line.replace(own, other) for line, own, other in zip(lines, captions, shuffled, strict=True)
+        )
     )
     model, data = build(folder)
     pretrain_bind(model, data, 12, OPTIM)

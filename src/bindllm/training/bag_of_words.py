@@ -79,7 +79,11 @@ class BagOfWords(nn.Module):
 
 
 def pretrain_bind(
-    model: BindLLM, data: BindData, epochs: int, optim: OptimConfig, context: RunContext = RunContext()  # noqa: B008
+    model: BindLLM,
+    data: BindData,
+    epochs: int,
+    optim: OptimConfig,
+    context: RunContext = RunContext(),  # noqa: B008
 ) -> None:
     """Train the bind network of a model to name the words of the answers, and print a line per epoch.
 
@@ -154,4 +158,6 @@ def _found(task: BagOfWords, words: Mapping[MediaGroup, Tensor]) -> str:
         for scores, target in zip(task(groups), targets, strict=True):
             named = scores.topk(int((target > 0).sum())).indices
             shares += [target[named].sum().item()] * bool(target.any())
-    return f"  names {100 * sum(shares) / len(shares):.0f} % of the words of validation rows" if shares else ""
+    return (
+        f"  names {100 * sum(shares) / len(shares):.0f} % of the words of validation rows" if shares else ""
+    )
