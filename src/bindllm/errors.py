@@ -18,6 +18,7 @@ ASSET_FOLDERS = {
     "scenes": "data/scenes",
     "links": "data/links",
     "clip-vocabulary": "checkpoints/clip-vocabulary",
+    "imagenet-names": "datastores/imagenet-names",
 }
 """Folder of each quickstart asset, relative to the working directory. It is kept here, and not in
 `bindllm.quickstart`, because every room suggests ``bindllm fetch`` when such a folder is missing."""

@@ -325,7 +325,7 @@ def test_longer_texts_are_cut(decoder, tmp_path):
     model = context_model(decoder)
     store, _ = a_datastore(model, tmp_path / "data")
     store = Datastore(
-        store.embeddings,
+        7 * store.embeddings,
         [dataclasses.replace(record, texts=("blue", "a longer text")) for record in store.records],
         store.fingerprints,
     )
@@ -333,5 +333,7 @@ def test_longer_texts_are_cut(decoder, tmp_path):
     assert reader.num_cut() == len(store)
     embeddings, ids = reader.read(torch.tensor([[1, -1]]))
     assert model.tokenizer.decode(ids[0, 0]) == "blue; "
+    # The network reads unit vectors; the length only counts in the search.
+    torch.testing.assert_close(embeddings[0, 0], store.embeddings[1] / 7)
     assert (ids[0, 1] == NO_TOKEN).all()
     assert not embeddings[0, 1].any()

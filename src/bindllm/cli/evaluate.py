@@ -256,11 +256,11 @@ def _show_few_shot(result: Evaluation, skipped: Skipped) -> None:
     variants = dict.fromkeys(name for metrics in tasks.values() for name in metrics)
     first = next(iter(tasks.values()))["model"]
     for metric in ("accuracy",) if "accuracy" in first else ("cider", "rouge_l"):
-        table = Table(title=metric, title_justify="left")
+        table = Table(title=f"{metric} by number of shots", title_justify="left")
         table.add_column("variant")
         for name in tasks:
             # answers_4_shots
-            table.add_column(" ".join(name.split("_")[1:]), justify="right")
+            table.add_column(name.split("_")[1], justify="right")
         for variant in variants:
             values = [metrics.get(variant, {}).get(metric) for metrics in tasks.values()]
             table.add_row(variant, *("-" if value is None else f"{value:.3f}" for value in values))

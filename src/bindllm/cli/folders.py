@@ -20,6 +20,7 @@ def fetch(wanted: tuple[str, ...] = ("recipes/quickstart.yaml",)) -> int:
       stamps                 thumbnails with texts
       minilm                 text encoder
       clip-vocabulary        tokenizer for bindllm convert imagebind
+      imagenet-names         datastore of 1,000 names, for a model with context
 
     Args:
         wanted: names, or recipes whose models and data are fetched

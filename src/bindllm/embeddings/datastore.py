@@ -29,7 +29,7 @@ from bindllm.atomic import (
     write_tensors,
 )
 from bindllm.encoders import Encoder
-from bindllm.errors import InputError, StoreError, listed
+from bindllm.errors import BindLLMError, InputError, StoreError, listed
 
 FORMAT = 1
 MANIFEST = "datastore.json"
@@ -229,7 +229,7 @@ class Datastore:
             return cls(tensors["embeddings"], records, manifest["fingerprints"], source=str(folder))
         except StoreError:
             raise
-        except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        except (BindLLMError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise StoreError(f"{folder} is damaged ({error!r}); copy or build it again") from error
 
 

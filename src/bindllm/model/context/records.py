@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bindllm.embeddings.datastore import READS_NO_RECORDS, Datastore
@@ -36,12 +37,14 @@ class RecordReader:
     text_length: int
 
     def read(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the embeddings of records, [..., K, E], and the token ids of their texts, [..., K, S].
+        """Return the unit embeddings of records, [..., K, E], and the token ids of their texts, [..., K, S].
 
         Args:
             ids: indices of records, [..., K]; -1 is not a record.
         """
-        embeddings = self.datastore.embeddings[ids.clamp(min=0)] * (ids >= 0).unsqueeze(-1)
+        # A row of a classifier, for example, is not a unit vector.
+        embeddings = F.normalize(self.datastore.embeddings[ids.clamp(min=0)], dim=-1)
+        embeddings = embeddings * (ids >= 0).unsqueeze(-1)
         texts = [self.tokens(n) if n >= 0 else [] for n in ids.flatten().tolist()]
         width = max([1, *map(len, texts)])
         padded = [text + [NO_TOKEN] * (width - len(text)) for text in texts]
