@@ -71,7 +71,7 @@ def test_bind_tokens_name_the_words_and_only_the_bind_network_changes(tokens, bu
     image = next(iter(data.samples("train"))).media[0]
     prompt = "Describe this image."
     assert model.generate(prompt, list(image)) == model.generate(prompt)
-    named = [int(share) for share in re.findall(r"names (\d+) %", capsys.readouterr().out)]
+    named = [int(share) for share in re.findall(r"names (\d+)%", capsys.readouterr().out)]
     assert len(named) == 12
     assert named[-1] == 100
 
@@ -88,7 +88,7 @@ def test_it_names_nothing_if_captions_do_not_belong_to_their_images(build, tmp_p
     )
     model, data = build(folder)
     pretrain_bind(model, data, 12, OPTIM)
-    assert int(re.findall(r"names (\d+) %", capsys.readouterr().out)[-1]) < 80
+    assert int(re.findall(r"names (\d+)%", capsys.readouterr().out)[-1]) < 80
 
 
 def test_rows_with_the_same_words_are_refused(build, tmp_path):

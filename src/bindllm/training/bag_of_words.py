@@ -44,20 +44,34 @@ def words_of_groups(samples: Sequence[Sample]) -> dict[MediaGroup, set[int]]:
 
 
 class BagOfWords(nn.Module):
-    """A bind network that names words.
+    """A copy of a bind network that learns to name words.
 
     Args:
-        network: the bind network; it is trained.
-        table: unit word embeddings of the decoder, [V, D].
-        weights: how much each word counts, [V].
+        bind: the bind network. A copy is trained, so that hooks of a strategy on its parameters see no gradient.
+        embeddings: the word embeddings of the decoder.
+        words: the ids of the words of each training group.
         lookup: of the embeddings and tokens of media groups.
+
+    Attributes:
+        network: the copy, in float32.
+        weights: how much each of the V words counts, by id; a word of all groups says nothing, and is not one of them.
+        table: unit word embeddings, [V, D].
     """
 
-    def __init__(self, network: BindNetwork, table: Tensor, weights: Tensor, lookup: Lookup) -> None:
+    def __init__(
+        self, bind: BindNetwork, embeddings: nn.Module, words: Mapping[MediaGroup, set[int]], lookup: Lookup
+    ) -> None:
         super().__init__()
-        self.network, self._lookup = network, lookup
-        self.register_buffer("table", table)
-        self.register_buffer("weights", weights)
+        counts = Counter(word for own in words.values() for word in own)
+        self.weights = {
+            word: math.log(len(words) / count) for word, count in counts.items() if count < len(words)
+        }
+        self._columns = {word: column for column, word in enumerate(self.weights)}
+        self._lookup = lookup
+        self.network = copy.deepcopy(bind).float()
+        ids = torch.tensor([*self.weights], dtype=torch.int64, device=next(embeddings.parameters()).device)
+        # Unit rows: the embeddings of rare words are shorter or longer than those of frequent ones.
+        self.register_buffer("table", nn.functional.normalize(embeddings(ids).float(), dim=-1))
 
     def forward(self, groups: Sequence[MediaGroup]) -> Tensor:
         """Return the log-probability of each word for each of G media groups, [G, V]."""
@@ -65,17 +79,31 @@ class BagOfWords(nn.Module):
         tokens = None if tokens is None else tokens.to(self.table.device)
         bind = self.network(self._lookup(groups).to(self.table.device), tokens)
         # Products with unit rows are at most the norm of a bind token, about the square root of D: sharp enough.
-        words = (bind if bind.dim() == 3 else bind.unsqueeze(1)) @ self.table.T  # [G, N, V]
+        scores = (bind if bind.dim() == 3 else bind.unsqueeze(1)) @ self.table.T  # [G, N, V]
         # The mean of the distributions of the bind tokens: each of them may name another thing.
-        return words.log_softmax(-1).logsumexp(1) - math.log(words.shape[1])
+        return scores.log_softmax(-1).logsumexp(1) - math.log(scores.shape[1])
 
-    def targets(self, groups: Sequence[MediaGroup], words: Mapping[MediaGroup, Tensor]) -> Tensor:
+    def targets(self, words: Iterable[set[int]]) -> Tensor:
         """Return the share of each word in the target of each group, [G, V]; zeros for a group without words."""
-        targets = torch.zeros(len(groups), len(self.weights))
-        for row, group in zip(targets, groups, strict=True):
-            row[words[group]] = 1
-        targets = targets.to(self.table.device) * self.weights
-        return targets / targets.sum(1, keepdim=True).clamp(min=1e-9)
+        rows = []
+        for own in words:
+            row = torch.zeros(len(self.weights))
+            for word in own & self.weights.keys():
+                row[self._columns[word]] = self.weights[word]
+            rows.append(row / row.sum().clamp(min=1e-9))
+        return torch.stack(rows).to(self.table.device)
+
+    @torch.no_grad()
+    def found(self, words: Mapping[MediaGroup, set[int]]) -> float:
+        """Return the share, 0 to 1, of the words of each group that are among as many that it names first."""
+        shares = []
+        for groups in chunks(words, BATCH_SIZE):
+            targets = self.targets(words[group] for group in groups)
+            # Weighted as in training: articles are easy to name.
+            for scores, target in zip(self(groups), targets, strict=True):
+                if count := int((target > 0).sum()):
+                    shares.append(target[scores.topk(count).indices].sum().item())
+        return sum(shares) / max(1, len(shares))
 
 
 def pretrain_bind(
@@ -97,67 +125,34 @@ def pretrain_bind(
     Raises:
         InputError: the rows are streamed, have no media, or have answers of the same words.
     """
-    words = words_of_groups(data.samples("train"))
-    counts = Counter(word for own in words.values() for word in own)
-    # A word of every answer says nothing about the media, such as the token that ends an answer.
-    weights = {word: math.log(len(words) / count) for word, count in counts.items() if count < len(words)}
-    if not weights:
+    words, held_out = (words_of_groups(data.samples(split)) for split in ("train", "validation"))
+    task = BagOfWords(model.bind, model.decoder.get_input_embeddings(), words, data.lookup)
+    if not task.weights:
         reason = "streamed rows are not read before training" if data.streamed else "these rows have none"
         raise InputError(
             f"model.bag_of_words is {epochs}: it needs training rows with media and different answers, and {reason}. "
             "Set model.bag_of_words: 0"
         )
-    # Unit rows: the embeddings of rare words are shorter or longer than those of frequent ones.
-    ids = torch.tensor([*weights], device=model.device)
-    table = nn.functional.normalize(model.decoder.get_input_embeddings()(ids).float(), dim=-1)
-    # A copy of the network: hooks of a strategy on the model's own parameters must not see these gradients.
-    network = copy.deepcopy(model.bind).float()
-    task = BagOfWords(network, table, torch.tensor([*weights.values()]), data.lookup).to(context.device)
-    index = {word: n for n, word in enumerate(weights)}
-    splits = {
-        split: {
-            group: torch.tensor([index[word] for word in own if word in index], dtype=torch.int64)
-            for group, own in words_of_groups(data.samples(split)).items()
-        }
-        for split in ("train", "validation")
-    }
-    optimizer = build_optimizer({"bind": [*network.named_parameters()]}, optim, fused=False)
+    task.to(context.device)
+    optimizer = build_optimizer({"bind": [*task.network.named_parameters()]}, optim, fused=False)
     schedule = build_schedule(optimizer, epochs * math.ceil(len(words) / BATCH_SIZE), optim)
-    console = Console(highlight=False, soft_wrap=True, quiet=not context.processes.is_first)
+    console, all_groups = Console(soft_wrap=True, quiet=not context.processes.is_first), [*words]
     for epoch in range(1, epochs + 1):
         task.train()
-        for groups in chunks(_shuffled(splits["train"]), BATCH_SIZE):
-            targets = task.targets(groups, splits["train"])
-            loss = -(targets * task(groups)).sum(1).mean()
+        for numbers in torch.randperm(len(all_groups)).split(BATCH_SIZE):
+            groups = [all_groups[n] for n in numbers]
+            loss = -(task.targets(words[group] for group in groups) * task(groups)).sum(1).mean()
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            nn.utils.clip_grad_norm_(task.network.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-        found = _found(task.eval(), splits["validation"])
-        console.print(f"bag of words  epoch {epoch}/{epochs}  train loss {loss.item():.3f}{found}")
-    model.bind.load_state_dict(network.state_dict())
+        share = (
+            f"  names {task.eval().found(held_out):.0%} of the words of validation rows" if held_out else ""
+        )
+        console.print(f"bag of words  epoch {epoch}/{epochs}  train loss {loss.item():.3f}{share}")
+    model.bind.load_state_dict(task.network.state_dict())
     if context.processes.world_size > 1:
         # Sums on accelerators are not the same in all processes, to the last bit.
         for parameter in model.bind.parameters():
             torch.distributed.broadcast(parameter.detach(), 0)
-
-
-def _shuffled(groups: Iterable[MediaGroup]) -> list[MediaGroup]:
-    groups = list(groups)
-    return [groups[n] for n in torch.randperm(len(groups)).tolist()]
-
-
-@torch.no_grad()
-def _found(task: BagOfWords, words: Mapping[MediaGroup, Tensor]) -> str:
-    """Return in words how many words of each group are among as many that the network names first."""
-    shares = []
-    for groups in chunks(words, BATCH_SIZE):
-        targets = task.targets(groups, words)
-        # Weighted as in training: articles are easy to name.
-        for scores, target in zip(task(groups), targets, strict=True):
-            named = scores.topk(int((target > 0).sum())).indices
-            shares += [target[named].sum().item()] * bool(target.any())
-    return (
-        f"  names {100 * sum(shares) / len(shares):.0f} % of the words of validation rows" if shares else ""
-    )
