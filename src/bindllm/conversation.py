@@ -414,7 +414,7 @@ def _tokens(
     tokenizer: PreTrainedTokenizerBase, text: str, boundaries: Iterable[int | None]
 ) -> tuple[list[int], list[int]]:
     """Return the ids of a text and the first character of each; no token crosses a boundary."""
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     starts = _token_starts(offsets)
     # The last token that starts before a boundary is the only one that can cross it.

@@ -110,6 +110,14 @@ def reading(name: str) -> Iterator[None]:
         raise
 
 
+def own_cause(error: BaseException) -> BindLLMError | None:
+    """Return the error of ours that another error was raised from, or the error itself if it is ours."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, BindLLMError):
+        cause = cause.__cause__
+    return cause
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return a sentence that lists the known names and the closest match to an unknown one.
 

@@ -280,6 +280,20 @@ def test_check_shows_episodes(table, tmp_path, monkeypatch, capsys, parts):
     assert "media 2  given" in shown
 
 
+def test_check_reports_every_wrong_option(table, tmp_path, monkeypatch, capsys, parts):
+    monkeypatch.chdir(tmp_path)
+    wrong = [{"ways": 1}, {"shots": [3, 1]}, {"shots": 20}]
+    sources = [{"path": str(table), "episodes": episodes} for episodes in wrong]
+    assert run("check", tiny_recipe(parts, data={"sources": sources})) == 1
+    shown = capsys.readouterr().out
+    assert "episodes.ways must be at least 2, not 1" in shown
+    assert "the smallest number comes first" in shown
+    assert "0 classes of at least 21 images" in shown
+    assert "3 problems" in shown
+    assert run("fit", tiny_recipe(parts, data={"sources": sources[:1]})) == 1
+    assert "error: episodes.ways must be at least 2, not 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

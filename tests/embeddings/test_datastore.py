@@ -43,6 +43,23 @@ def test_itself_and_equal_embeddings_are_excluded_and_counted(store):
     assert found.equal.tolist() == [1, 0]
 
 
+def test_scores_are_comparable_between_datastores(store):
+    """In standard deviations over the whole datastore, whatever the length of its embeddings and the exclusions."""
+    query = torch.tensor([[1.0, 0.0]])
+    inner = (query @ store.embeddings.T)[0]
+    expected = (inner - inner.mean()) / inner.std(correction=0)
+    found = store.search(query, 3, keys=[["k0"]])
+    torch.testing.assert_close(found.scores[0], expected[found.ids[0]], rtol=1e-4, atol=1e-4)
+    longer = Datastore(9 * store.embeddings, store.records, store.fingerprints)
+    torch.testing.assert_close(
+        longer.search(query, 5).scores, store.search(query, 5).scores, rtol=1e-4, atol=1e-4
+    )
+    # One record has no spread, and an excluded one has no score.
+    one = Datastore(store.embeddings[:1], store.records[:1], store.fingerprints)
+    assert one.search(query, 2).scores.tolist() == [[0.0]]
+    assert one.search(query, 2, keys=[["k0"]]).scores.tolist() == [[0.0]]
+
+
 def test_chunks_of_queries_give_the_same(store, monkeypatch):
     queries = torch.nn.functional.normalize(torch.randn(7, 2), dim=1)
     keys = [["k0"], [], ["k1"], [], [], ["k3"], []]

@@ -26,7 +26,12 @@ def unit(*shape, seed=5):
 def records(batch=2, count=3, length=4, seed=5):
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, 200, (batch, 1, count, length), generator=generator)
-    return {"context_embeddings": unit(batch, 1, count, 16, seed=seed), "context_ids": ids}
+    scores = torch.randn(batch, 1, count, generator=generator)
+    return {
+        "context_embeddings": unit(batch, 1, count, 16, seed=seed),
+        "context_scores": scores,
+        "context_ids": ids,
+    }
 
 
 def context_model(decoder, *, context_gates=0.0, **parts):
@@ -97,6 +102,7 @@ def test_padding_of_records_and_texts_is_masked(decoder):
     given = records(count=2, length=3)
     padded = {
         "context_embeddings": torch.cat([given["context_embeddings"], torch.zeros(2, 1, 2, 16)], 2),
+        "context_scores": torch.cat([given["context_scores"], torch.ones(2, 1, 2)], 2),
         "context_ids": torch.full((2, 1, 4, 7), 9),
     }
     padded["context_ids"][:, :, :2] = NO_TOKEN
@@ -131,11 +137,11 @@ def test_the_order_of_records_does_not_matter_but_that_of_words_does(decoder):
 
 
 @torch.no_grad()
-def test_the_similarity_of_query_and_record_is_read():
+def test_the_score_of_a_record_is_read():
     network = ContextNetwork(16, 32, CONTEXT).eval()
     given, words = unit(1, 1, 3, 16), torch.randn(1, 1, 3, 4, 32)
     present = torch.ones(1, 1, 3, 4, dtype=torch.bool)
-    found = [network(query, given, present, words) for query in (given[:, :, 0], unit(1, 1, 16, seed=8))]
+    found = [network(given, torch.full((1, 1, 3), score), present, words) for score in (0.0, 4.0)]
     assert found[0].shape == (1, 1, 4, 32)
     assert not torch.allclose(*found)
 
@@ -144,7 +150,8 @@ def test_the_similarity_of_query_and_record_is_read():
 def test_a_record_without_text_has_media_tokens_only():
     network = ContextNetwork(16, 32, CONTEXT).eval()
     ids = torch.full((1, 1, 2, 1), NO_TOKEN)
-    found = network.read(unit(1, 1, 16), unit(1, 1, 2, 16), ids, torch.nn.Embedding(9, 32))
+    scores = torch.ones(1, 1, 2)
+    found = network.read(unit(1, 1, 16), unit(1, 1, 2, 16), scores, ids, torch.nn.Embedding(9, 32))
     assert found.any(-1).tolist() == [[[True, True, False, False]]]
 
 
@@ -178,9 +185,7 @@ def test_training_draws_the_number_of_records(decoder, monkeypatch):
     monkeypatch.setattr(
         ContextNetwork,
         "forward",
-        lambda self, query, embeddings, *rest: (
-            seen.append(embeddings.shape[2]) or read(self, query, embeddings, *rest)
-        ),
+        lambda self, embeddings, *rest: seen.append(embeddings.shape[2]) or read(self, embeddings, *rest),
     )
     torch.manual_seed(0)
     for _ in range(30):
@@ -206,6 +211,7 @@ def test_a_few_steps_teach_a_tiny_model_to_read_its_context(decoder):
     labels[:, -1] = batch["input_ids"][:, -1] = torch.tensor([70, 90])
     given = {
         "context_embeddings": unit(1, 1, 1, 16).expand(2, 1, 1, 16),
+        "context_scores": torch.full((2, 1, 1), 4.0),
         "context_ids": torch.tensor([70, 90]).reshape(2, 1, 1, 1),
     }
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.03)
@@ -331,7 +337,7 @@ def test_longer_texts_are_cut(decoder, tmp_path):
     )
     reader = RecordReader(store, model.tokenizer, 6)
     assert reader.num_cut() == len(store)
-    embeddings, ids = reader.read(torch.tensor([[1, -1]]))
+    embeddings, _, ids = reader.read(torch.tensor([[1, -1]]), torch.zeros(1, 2))
     assert model.tokenizer.decode(ids[0, 0]) == "blue; "
     # The network reads unit vectors; the length only counts in the search.
     torch.testing.assert_close(embeddings[0, 0], store.embeddings[1] / 7)

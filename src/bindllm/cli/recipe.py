@@ -29,7 +29,7 @@ from bindllm.atomic import read_recipe
 from bindllm.cli import COMMANDS
 from bindllm.cli.arguments import plain_message
 from bindllm.data.datamodule import BindData
-from bindllm.errors import BindLLMError, InputError, UsageError, did_you_mean
+from bindllm.errors import BindLLMError, InputError, UsageError, did_you_mean, own_cause
 from bindllm.imports import classes_in, name_module, strings_in
 from bindllm.training.module import BindModule
 from bindllm.training.preflight import Problems
@@ -328,10 +328,7 @@ def _require_recipe(command: str, args: Sequence[str]) -> None:
 
 def _error_of_part(error: Exception) -> BindLLMError:
     """Return the error of a part about its arguments; jsonargparse wraps it if the part may also be null."""
-    # The innermost error of ours has the message for the user.
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, BindLLMError):
-        cause = cause.__cause__
+    cause = own_cause(error)
     return InputError(f"the recipe cannot be used: {plain_message(str(error))}") if cause is None else cause
 
 

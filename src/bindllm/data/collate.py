@@ -53,12 +53,12 @@ class ContextLookup(Protocol):
         """Return the fused embedding of each of N media groups: [N, E], unit norm."""
         ...
 
-    def records(self, groups: Sequence[MediaGroup]) -> tuple[Tensor, Tensor] | None:
-        """Return embeddings [N, K, E] and text ids [N, K, S] of the records of N media groups; None: no records."""
+    def records(self, groups: Sequence[MediaGroup]) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Return embeddings [N, K, E], scores [N, K] and text ids [N, K, S] of the records of media groups, or None."""
         ...
 
 
-def records_of(lookup: Lookup, groups: Sequence[MediaGroup]) -> tuple[Tensor, Tensor] | None:
+def records_of(lookup: Lookup, groups: Sequence[MediaGroup]) -> tuple[Tensor, Tensor, Tensor] | None:
     """Return the records of media groups, or None if the lookup has none."""
     return lookup.records(groups) if isinstance(lookup, ContextLookup) else None
 
@@ -76,7 +76,8 @@ def collate(samples: Sequence[Sample], lookup: Lookup, *, pad_id: int) -> Batch:
         padding) and ``media_index`` (-1 on padding), each int64 [B + R, T], and ``embeddings``, [B + R, M, E],
         zeros if a row has fewer than M groups. M is the largest number of groups, at least 1. If the lookup returns
         tokens, ``tokens``, [B + R, M, n, C]; zeros are no tokens. If it returns records, those of each group:
-        ``context_embeddings``, [B + R, M, K, E], zeros are no records, and ``context_ids``, int64 [B + R, M, K, S].
+        ``context_embeddings``, [B + R, M, K, E], zeros are no records; ``context_scores``, [B + R, M, K]; and
+        ``context_ids``, int64 [B + R, M, K, S].
         Inputs of the objective: ``numbers``, the index of each row in its split, int64 [B]; and if every row is
         judged, ``desirable``, bool [B]: whether its answer is a wanted one, like the chosen one of a pair.
 
@@ -168,6 +169,6 @@ def _media(samples: Sequence[Sample], lookup: Lookup) -> dict[str, Tensor]:
     # One lookup for the whole batch. At least one group, as the model takes embeddings even without media.
     groups = [group for sample in samples for group in sample.media]
     found = {"embeddings": lookup(groups), "tokens": tokens_of(lookup, groups)}
-    found |= dict(zip(CONTEXT_INPUTS, records_of(lookup, groups) or (None, None), strict=True))
+    found |= dict(zip(CONTEXT_INPUTS, records_of(lookup, groups) or (None,) * 3, strict=True))
     counts = [len(sample.media) for sample in samples]
     return {name: by_row(values, counts) for name, values in found.items() if values is not None}

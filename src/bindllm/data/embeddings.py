@@ -231,7 +231,7 @@ class RetrievedRecords:
     ) -> None:
         self.embeddings, self.reader, self.count, self._seed = embeddings, reader, count, seed
         self.itself = self.equal = 0
-        self._found: dict[MediaGroup, Tensor] = {}
+        self._found: dict[MediaGroup, tuple[Tensor, Tensor]] = {}
 
     def retrieve(self, groups: Iterable[MediaGroup]) -> None:
         """Find the records of media groups, all at once."""
@@ -242,24 +242,33 @@ class RetrievedRecords:
         count = self.count if self._seed is None else len(store)
         found = store.search(queries, count, keys=keys, exclude_equal=True)
         self.itself, self.equal = self.itself + int(found.itself.sum()), self.equal + int(found.equal.sum())
-        for group, own, ids in zip(wanted, keys, found.ids, strict=True):
+        for group, own, ids, scores in zip(wanted, keys, found.ids, found.scores, strict=True):
             if self._seed is not None:
                 # Drawn by the content of the media, so the same whatever is asked before.
                 generator = torch.Generator().manual_seed(int(own[0][:12], 16) ^ self._seed)
-                ids = ids[ids >= 0]
-                ids = ids[torch.randperm(len(ids), generator=generator)[: self.count]]
-                ids = torch.nn.functional.pad(ids, (0, min(self.count, len(store)) - len(ids)), value=-1)
-            self._found[group] = ids
+                number = int((ids >= 0).sum())
+                drawn = torch.randperm(number, generator=generator)[: self.count]
+                missing = (0, min(self.count, len(store)) - len(drawn))
+                ids = torch.nn.functional.pad(ids[drawn], missing, value=-1)
+                scores = torch.nn.functional.pad(scores[drawn], missing)
+            self._found[group] = ids, scores
 
-    def records(self, groups: Sequence[MediaGroup]) -> tuple[Tensor, Tensor]:
-        """Return embeddings [N, K, E] and text ids [N, K, S] of the records of N media groups."""
-        return self.reader.read(self.ids(groups))
+    def records(self, groups: Sequence[MediaGroup]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return embeddings [N, K, E], scores [N, K] and text ids [N, K, S] of the records of N media groups."""
+        return self.reader.read(*self._lookup(groups))
 
     def ids(self, groups: Sequence[MediaGroup]) -> Tensor:
         """Return the indices of the records of N media groups, nearest first, -1 if there are no more: [N, K]."""
+        return self._lookup(groups)[0]
+
+    def _lookup(self, groups: Sequence[MediaGroup]) -> tuple[Tensor, Tensor]:
+        """Return ids and scores of the records of N media groups, [N, K] each."""
         self.retrieve(groups)
-        none = torch.zeros(0, min(self.count, len(self.reader.datastore)), dtype=torch.long)
-        return torch.stack([self._found[group] for group in groups]) if groups else none
+        if groups:
+            ids, scores = zip(*(self._found[group] for group in groups), strict=True)
+            return torch.stack(ids), torch.stack(scores)
+        none = torch.zeros(0, min(self.count, len(self.reader.datastore)))
+        return none.long(), none
 
     def drawn(self, seed: int) -> RetrievedRecords:
         """Return the same lookup with as many records that are drawn at random."""

@@ -72,11 +72,14 @@ class Found(NamedTuple):
 
     Attributes:
         ids: indices of the records, nearest first, -1 if there are no more, int64 [N, K].
+        scores: how many standard deviations their inner products are above the mean over the whole datastore, [N, K];
+            comparable between datastores, unlike the inner products.
         itself: for each query the number of records that were excluded because they show the same media, [N].
         equal: the number that were excluded because their embedding is equal, [N].
     """
 
     ids: Tensor
+    scores: Tensor
     itself: Tensor
     equal: Tensor
 
@@ -162,7 +165,8 @@ class Datastore:
         for start in range(0, len(queries), step):
             chunk = slice(start, start + step)
             parts.append(self._search(queries[chunk].float().cpu(), count, keys[chunk], exclude_equal))
-        empty = Found(torch.zeros(0, min(count, len(self)), dtype=torch.long), *torch.zeros(2, 0).long())
+        none = torch.zeros(0, min(count, len(self)))
+        empty = Found(none.long(), none, *torch.zeros(2, 0).long())
         return Found(*(torch.cat(columns) for columns in zip(empty, *parts, strict=True)))
 
     def _search(
@@ -170,6 +174,8 @@ class Datastore:
     ) -> Found:
         # Rounded, so that equal records stay equal in whatever order the products are summed.
         scores = (queries @ self.embeddings.T).round(decimals=6)
+        # Over all records, so that an exclusion changes no score of another record.
+        spread, mean = torch.std_mean(scores, dim=1, correction=0, keepdim=True)
         itself = torch.zeros(scores.shape, dtype=torch.bool)
         for row, own in enumerate(keys):
             itself[row, [n for key in own for n in self._rows.get(key, ())]] = True
@@ -181,8 +187,10 @@ class Datastore:
         scores[itself | equal | ~queries.any(1, keepdim=True)] = -torch.inf
         # A stable sort keeps the lower index first.
         best, ids = scores.sort(dim=1, descending=True, stable=True)
-        ids = torch.where(best.isinf(), -1, ids)[:, : min(count, len(self))]
-        return Found(ids, itself.sum(1), equal.sum(1))
+        best, ids = best[:, :count], ids[:, :count]
+        # One record, or equal ones, have no spread.
+        above = torch.where(best.isinf(), 0, (best - mean) / spread.clamp(min=1e-6))
+        return Found(torch.where(best.isinf(), -1, ids), above, itself.sum(1), equal.sum(1))
 
     def save(self, folder: str | Path) -> None:
         """Write the datastore, in one step; an earlier one there is replaced.

@@ -446,7 +446,7 @@ class _ExchangedMedia:
     def tokens(self, groups: Sequence[MediaGroup]) -> Tensor | None:
         return tokens_of(self.lookup, [self.partners[group] for group in groups])
 
-    def records(self, groups: Sequence[MediaGroup]) -> tuple[Tensor, Tensor] | None:
+    def records(self, groups: Sequence[MediaGroup]) -> tuple[Tensor, Tensor, Tensor] | None:
         # Retrieved for the media that are shown, as in a request.
         return records_of(self.lookup, [self.partners[group] for group in groups])
 

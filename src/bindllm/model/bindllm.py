@@ -33,7 +33,7 @@ from bindllm.model.adapter import Adapter, AdapterConfig
 from bindllm.model.bind_network import BindConfig, BindNetwork
 from bindllm.model.checkpoint import check_keys, describe_model, save_model
 from bindllm.model.context import ContextConfig, ContextNetwork
-from bindllm.model.context.records import find_records, read_records
+from bindllm.model.context.records import CONTEXT_INPUTS, find_records, read_records
 from bindllm.model.decoder import (
     BindOutput,
     DecoderConfig,
@@ -266,8 +266,7 @@ class BindLLM(nn.Module):
         embeddings: Tensor,
         labels: Tensor | None = None,
         tokens: Tensor | None = None,
-        context_embeddings: Tensor | None = None,
-        context_ids: Tensor | None = None,
+        **records: Tensor | None,
     ) -> BindOutput:
         """Run the decoder with the media bound to its tokens.
 
@@ -280,8 +279,7 @@ class BindLLM(nn.Module):
                 vocabulary projection runs at the positions that predict a supervised token, and nowhere else.
             tokens: encoder tokens of each media group, [B, M, n, C], rows of zeros where it has fewer; only read with
                 more than one bind token (`BindConfig.tokens`). None: no group has any.
-            context_embeddings: of the records of each media group, nearest first, [B, M, K, E]; zeros are no records.
-            context_ids: token ids of their texts, [B, M, K, S], -1 for padding.
+            **records: records of each media group, as for `read_records`; by default none.
         """
         # How to read this: the mask is passed only if it is needed, and logits are computed only at the positions
         # that predict a supervised token. Both save time, and neither changes a result. Training runs the decoder's
@@ -292,7 +290,7 @@ class BindLLM(nn.Module):
             "use_cache": False,
             "bind": self.bind(embeddings, tokens),
             "media_index": media_index,
-            "context": read_records(self, embeddings, context_embeddings, context_ids),
+            "context": read_records(self, embeddings, **records),
         }
         if padded_left:
             inputs["attention_mask"] = attention_mask
@@ -318,8 +316,6 @@ class BindLLM(nn.Module):
         media_index: Tensor,
         embeddings: Tensor | None,
         tokens: Tensor | None = None,
-        context_embeddings: Tensor | None = None,
-        context_ids: Tensor | None = None,
         **options: Any,
     ) -> Tensor:
         """Generate answers for a left-padded batch.
@@ -330,9 +326,8 @@ class BindLLM(nn.Module):
             media_index: [B, T].
             embeddings: [B, M, E], or None for a batch without media.
             tokens: [B, M, n, C], as for `forward`, or None.
-            context_embeddings: [B, M, K, E], as for `forward`, or None.
-            context_ids: [B, M, K, S], as for `forward`, or None.
-            **options: as for Hugging Face ``generate``; nothing else but `answer_settings` holds.
+            **options: as for Hugging Face ``generate``; nothing else but `answer_settings` holds. Also records, as for
+                `forward`.
 
         Returns:
             ids of the answers only, [B * returned sequences, at most max_new_tokens].
@@ -344,6 +339,7 @@ class BindLLM(nn.Module):
         # Hugging Face fills options that a call leaves out from here.
         self.decoder.generation_config = self.settings
         positions = num_positions(self.decoder.config)
+        records = {name: options.pop(name) for name in CONTEXT_INPUTS if name in options}
         options = generate_options(options, width=ids.shape[1], positions=positions)
         # Stop strings need the tokenizer.
         options["tokenizer"] = self.tokenizer
@@ -352,7 +348,7 @@ class BindLLM(nn.Module):
             return run()[:, ids.shape[1] :]
         # `generate` rejects unknown keywords, so the bind vectors reach the layers through a context variable.
         embeddings, tokens = embeddings.to(self.device), None if tokens is None else tokens.to(self.device)
-        context = read_records(self, embeddings, context_embeddings, context_ids)
+        context = read_records(self, embeddings, **records)
         with self.injection.holding(self.bind(embeddings, tokens), index, context):
             return run()[:, ids.shape[1] :]
 

@@ -182,6 +182,7 @@ class RunPlan:
         if self.context is not None:
             records = (self.rows, self.media_groups, self.context.records)
             inputs["context_embeddings"] = torch.zeros(*records, self.encoders[0].embedding_size)
+            inputs["context_scores"] = torch.zeros(*records)
             inputs["context_ids"] = torch.zeros(*records, self.context.text_length, dtype=torch.long)
         # Columns of all objectives at once: each reads its own, and meta tensors cost nothing.
         numbers = torch.arange(self.rows - self.rejected)

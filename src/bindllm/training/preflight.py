@@ -30,7 +30,7 @@ from bindllm.data.stream.samples import read_stream
 from bindllm.data.stream.shards import expand_shards, is_stream
 from bindllm.encoders import Encoder, HasExamples, alignment_warnings, encoder_for, skipped_encoders
 from bindllm.encoders.tokens import reduce_tokens, token_size
-from bindllm.errors import BindLLMError, InputError
+from bindllm.errors import BindLLMError, InputError, own_cause
 from bindllm.media import MODALITIES, Media, open_image
 from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
@@ -282,7 +282,11 @@ def _build(kind: type, values: Mapping[str, Any], problems: Problems) -> Any:
     parser.add_argument("--value", type=kind)
 
     def build(chosen: Mapping[str, Any]) -> Any:
-        return parser.instantiate(parser.parse_object({"value": dict(chosen)})).value
+        try:
+            return parser.instantiate(parser.parse_object({"value": dict(chosen)})).value
+        except ValueError as error:
+            # jsonargparse wraps the error of a part that may also be null, such as the episodes of a source.
+            raise own_cause(error) or error from error
 
     try:
         return build(values)

@@ -24,6 +24,9 @@ from bindllm.model.bind_network import BindConfig, LatentBlock
 NO_TOKEN = -1
 """Token id of padding in the texts of records."""
 
+SCORE_SCALE = 4.0
+"""Usual score of a record that fits, so that the term of the score starts at unit scale."""
+
 _MOST = 4096
 """Largest value of a setting: a damaged checkpoint cannot ask for more."""
 
@@ -74,8 +77,8 @@ class ContextNetwork(nn.Module):
 
     Examples:
         >>> network = ContextNetwork(16, 64, ContextConfig(latents=4, width=32)).eval()
-        >>> query, records = torch.randn(1, 1, 16), torch.randn(1, 1, 3, 16)
-        >>> network(query, records, torch.ones(1, 1, 3, 5, dtype=torch.bool), torch.randn(1, 1, 3, 5, 64)).shape
+        >>> embeddings, scores, words = torch.randn(1, 1, 3, 16), torch.ones(1, 1, 3), torch.randn(1, 1, 3, 5, 64)
+        >>> network(embeddings, scores, torch.ones(1, 1, 3, 5, dtype=torch.bool), words).shape
         torch.Size([1, 1, 8, 64])
     """
 
@@ -85,8 +88,8 @@ class ContextNetwork(nn.Module):
         self.config, self._num_records, self.draws_records = config, config.records, True
         self.media_projection = nn.Linear(embedding_size, size)
         self.text_projection = nn.Linear(width, size)
-        # Added to both streams of a record, times the cosine of record and query.
-        self.similarity = nn.Parameter(torch.randn(size))
+        # Added to both streams of a record, times its score.
+        self.score = nn.Parameter(torch.randn(size) / SCORE_SCALE)
         self.norm = nn.RMSNorm(size, eps=1e-6)
 
         def blocks() -> nn.ModuleList:
@@ -123,6 +126,7 @@ class ContextNetwork(nn.Module):
         self,
         query: Tensor,
         embeddings: Tensor | None,
+        scores: Tensor | None,
         ids: Tensor | None,
         embed: Callable[[Tensor], Tensor],
     ) -> Tensor | None:
@@ -133,6 +137,7 @@ class ContextNetwork(nn.Module):
         Args:
             query: unit embedding of each media group, [B, M, E].
             embeddings: unit embeddings of its records, nearest first, [B, M, K, E]; rows of zeros are no records.
+            scores: how near they are, see `bindllm.embeddings.datastore.Found`, [B, M, K].
             ids: token ids of their texts, [B, M, K, S], `NO_TOKEN` for padding.
             embed: the decoder's word embedding.
         """
@@ -141,30 +146,29 @@ class ContextNetwork(nn.Module):
             if not trains:
                 return None
             # An absent record, so that every trained tensor has a gradient: DDP waits for it.
-            embeddings = query.new_zeros(*query.shape[:2], 1, query.shape[2])
+            embeddings, scores = query.new_zeros(*query.shape[:2], 1, query.shape[2]), query[..., :1]
             ids = torch.full((*query.shape[:2], 1, 1), NO_TOKEN, device=query.device)
         elif trains and self.draws_records:
             count = int(torch.randint(1, embeddings.shape[2] + 1, (), device="cpu"))
-            embeddings, ids = embeddings[:, :, :count], ids[:, :, :count]
-        embeddings, ids = embeddings.to(query.device), ids.to(query.device)
-        return self(query, embeddings, ids != NO_TOKEN, embed(ids.clamp(min=0)))
+            embeddings, scores, ids = (x[:, :, :count] for x in (embeddings, scores, ids))
+        embeddings, scores, ids = (x.to(query.device) for x in (embeddings, scores, ids))
+        return self(embeddings, scores, ids != NO_TOKEN, embed(ids.clamp(min=0)))
 
-    def forward(self, query: Tensor, embeddings: Tensor, present: Tensor, words: Tensor) -> Tensor:
+    def forward(self, embeddings: Tensor, scores: Tensor, present: Tensor, words: Tensor) -> Tensor:
         """Return context tokens, [B, M, 2 * latents, D]; rows of zeros for a stream without content.
 
         Args:
-            query: unit embedding of each media group, [B, M, E].
-            embeddings: unit embeddings of its records, [B, M, K, E]; a row of zeros is not a record.
+            embeddings: unit embeddings of the records of each media group, [B, M, K, E]; zeros are no records.
+            scores: how near they are, [B, M, K].
             present: which tokens of a record's text are not padding, bool [B, M, K, S].
             words: the decoder's word embeddings of the texts, [B, M, K, S, D].
         """
         num_groups, num_records, dtype = *embeddings.shape[1:3], self.latents.dtype
         # How to read this: G groups of K records; each record is two short sequences in the width of the perceivers.
-        query, embeddings, present, words = (x.flatten(0, 1) for x in (query, embeddings, present, words))
+        embeddings, scores, present, words = (x.flatten(0, 1) for x in (embeddings, scores, present, words))
         has_media = embeddings.any(-1, keepdim=True)  # [G, K, 1]
         present = present & has_media
-        cosine = (embeddings * query.unsqueeze(1)).sum(-1, keepdim=True).to(dtype)  # [G, K, 1]
-        shift = (cosine * self.similarity).unsqueeze(2)  # [G, K, 1, W]
+        shift = (scores.to(dtype)[..., None] * self.score).unsqueeze(2)  # [G, K, 1, W]
         media = self.media_projection(embeddings.to(dtype)).unsqueeze(2)
         # Word embeddings of decoders differ in scale by far.
         text = self.text_projection(F.rms_norm(words, words.shape[-1:], eps=1e-6).to(dtype))

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from bindllm.model.bindllm import BindLLM
 
-CONTEXT_INPUTS = ("context_embeddings", "context_ids")
-"""Arguments of `BindLLM.forward` for the two tensors of `RecordReader.read`."""
+CONTEXT_INPUTS = ("context_embeddings", "context_scores", "context_ids")
+"""Arguments of `BindLLM.forward` for the tensors of `RecordReader.read`."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,12 @@ class RecordReader:
     tokenizer: PreTrainedTokenizerBase
     text_length: int
 
-    def read(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the unit embeddings of records, [..., K, E], and the token ids of their texts, [..., K, S].
+    def read(self, ids: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return unit embeddings [..., K, E], scores [..., K] and token ids of the texts [..., K, S] of records.
 
         Args:
             ids: indices of records, [..., K]; -1 is not a record.
+            scores: of `Found`, [..., K].
         """
         # A row of a classifier, for example, is not a unit vector.
         embeddings = F.normalize(self.datastore.embeddings[ids.clamp(min=0)], dim=-1)
@@ -49,7 +50,7 @@ class RecordReader:
         width = max([1, *map(len, texts)])
         padded = [text + [NO_TOKEN] * (width - len(text)) for text in texts]
         tokens = torch.tensor(padded, dtype=torch.long).reshape(*ids.shape, width)
-        return embeddings, tokens
+        return embeddings, scores, tokens
 
     def tokens(self, row: int) -> list[int]:
         """Return the token ids of a record's text, cut to the greatest length."""
@@ -87,21 +88,34 @@ def find_records(
     count = model.context.num_records
     if query is None or not count:
         return {}
-    found = store.search(query.flatten(0, 1), count).ids.unflatten(0, query.shape[:2])
+    found = store.search(query.flatten(0, 1), count)
     reader = RecordReader(store, model.tokenizer, model.context.config.text_length)
-    return dict(zip(CONTEXT_INPUTS, reader.read(found), strict=True))
+    ids, scores = (x.unflatten(0, query.shape[:2]) for x in (found.ids, found.scores))
+    return dict(zip(CONTEXT_INPUTS, reader.read(ids, scores), strict=True))
 
 
 def read_records(
-    model: BindLLM, query: Tensor, embeddings: Tensor | None, ids: Tensor | None
+    model: BindLLM,
+    query: Tensor,
+    context_embeddings: Tensor | None = None,
+    context_scores: Tensor | None = None,
+    context_ids: Tensor | None = None,
 ) -> Tensor | None:
-    """Return the context tokens of each media group, [B, M, C, D], or None without records; see `ContextNetwork.read`.
+    """Return the context tokens of each media group, [B, M, C, D], or None without records.
+
+    Args:
+        model: with context or without.
+        query: unit embedding of each media group, [B, M, E].
+        context_embeddings: of its records, nearest first, [B, M, K, E]; zeros are no records.
+        context_scores: how near they are, see `Found`, [B, M, K].
+        context_ids: token ids of their texts, [B, M, K, S], `NO_TOKEN` for padding.
 
     Raises:
         InputError: records for a model that reads none.
     """
     if model.context is not None:
-        return model.context.read(query, embeddings, ids, model.decoder.get_input_embeddings())
-    if embeddings is not None:
+        words = model.decoder.get_input_embeddings()
+        return model.context.read(query, context_embeddings, context_scores, context_ids, words)
+    if context_embeddings is not None:
         raise InputError(READS_NO_RECORDS)
     return None
