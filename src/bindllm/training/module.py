@@ -31,6 +31,7 @@ from bindllm.model.decoder import DecoderConfig, load_decoder, load_tokenizer
 from bindllm.model.injection import InjectConfig
 from bindllm.objectives import NextToken, Objective
 from bindllm.parallel import RunContext
+from bindllm.training.bag_of_words import pretrain_bind
 from bindllm.training.optim import OptimConfig, ZeroGradientCheck, configure_lightning, set_rates
 from bindllm.training.stages import init_from_checkpoint
 from bindllm.training.strategies import ShardedDecoder, check_strategy
@@ -70,6 +71,8 @@ class BindModule(LightningModule):
             folder; null: none. Training does not open it.
         init_from: a checkpoint folder whose trained tensors are the initial weights.
         objective: the training objective; null: `NextToken`.
+        bag_of_words: passes over the training media in which the bind network learns the words of their answers,
+            before the decoder's first step (`bindllm.training.bag_of_words`); 0: none.
         checkpoint_activations: recompute activations in the backward pass: less memory, more time.
     """
 
@@ -86,6 +89,7 @@ class BindModule(LightningModule):
         cache: CacheConfig | str | None = None,
         init_from: str | None = None,
         objective: Objective | None = None,
+        bag_of_words: int = 0,
         checkpoint_activations: bool = False,
     ) -> None:
         super().__init__()
@@ -97,6 +101,12 @@ class BindModule(LightningModule):
                 f"bind.fusion is {bind.fusion!r}, which is only for released weights: training fuses the media of a "
                 "row at unit length; remove bind.fusion from the recipe"
             )
+        if bag_of_words < 0 or (bag_of_words and (init_from is not None or "bind" not in trainable)):
+            raise InputError(
+                f"model.bag_of_words is {bag_of_words}: expected a number of passes that is not negative, and 0 if "
+                "init_from brings a trained bind network or model.trainable does not name bind"
+            )
+        self.bag_of_words = bag_of_words
         self.trainable, self.adapter_config, self.init_from = trainable, adapter, init_from
         self.context_config = context
         self.objective = NextToken() if objective is None else objective
@@ -172,15 +182,24 @@ class BindModule(LightningModule):
         self.objective.on_start(self.model)
 
     def on_fit_start(self) -> None:
-        """Prepare the objective, and set the modes, which Lightning does not change: the decoder stays in eval mode."""
+        """Prepare bind network and objective, and set the modes: Lightning would not keep the decoder in eval mode."""
         if self.model.context is not None:
             # Every checkpoint of the run contains the records that it was trained with.
             self.model.datastore = self.trainer.datamodule.retrieved.reader.datastore
+        context = RunContext.of_trainer(self.trainer)
+        # A resumed run has restored its weights.
+        if self.bag_of_words and not context.resumed:
+            if isinstance(self.trainer.strategy, DeepSpeedStrategy):
+                # Its copies of the weights, made earlier, would undo the pretraining at the first step.
+                raise InputError(
+                    "model.bag_of_words does not work with DeepSpeed: set it to 0, or use another strategy"
+                )
+            pretrain_bind(self.model, self.trainer.datamodule, self.bag_of_words, self.optim_config, context)
         self.eval()
         # In eval mode and the precision of training: values that are computed once, such as log-probabilities of
         # a reference model, are compared with those of training steps.
         with self.trainer.precision_plugin.predict_step_context():
-            self.objective.prepare(self.model, self.trainer.datamodule, RunContext.of_trainer(self.trainer))
+            self.objective.prepare(self.model, self.trainer.datamodule, context)
         self.train()
 
     def on_train_start(self) -> None:

@@ -1,0 +1,158 @@
+"""Bag-of-words pretraining of the bind network, before the decoder runs for the first time.
+
+Zero gates pass no gradient to the bind network, so its first steps in a run are blind, and each step costs a pass
+through the decoder. Here the bind tokens of a media group learn to name the words of its answers without the decoder:
+each token is compared with the word embeddings of the decoder, which gives a distribution over words, and the mixture
+of these distributions has to predict the words. The order of the words is left to the run. The gates stay zero, so the
+run still starts from exactly the untouched language model.
+
+Predicting the bag of words of a caption from an image is from Joulin et al. (arXiv 1511.02251).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from bindllm.data.collate import Lookup, MediaGroup, tokens_of
+from bindllm.data.datamodule import BindData
+from bindllm.data.rows import IGNORE, Sample
+from bindllm.errors import InputError
+from bindllm.model.bind_network import BindNetwork
+from bindllm.model.bindllm import BindLLM
+from bindllm.parallel import RunContext, chunks
+from bindllm.training.optim import OptimConfig, build_optimizer, build_schedule
+
+BATCH_SIZE = 64
+"""Media groups of a step: these are small, as no text is computed."""
+
+
+def words_of_groups(samples: Sequence[Sample]) -> dict[MediaGroup, set[int]]:
+    """Return the ids of all supervised tokens that listen to each media group."""
+    words: dict[MediaGroup, set[int]] = {}
+    for sample in samples:
+        for number, group in enumerate(sample.media):
+            own = sample.labels[(sample.labels != IGNORE) & (sample.media_index == number)]
+            words.setdefault(group, set()).update(own.tolist())
+    return words
+
+
+class BagOfWords(nn.Module):
+    """A copy of a bind network that learns to name words.
+
+    Args:
+        bind: the bind network. A copy is trained, so that hooks of a strategy on its parameters see no gradient.
+        embeddings: the word embeddings of the decoder.
+        words: the ids of the words of each training group.
+        lookup: of the embeddings and tokens of media groups.
+
+    Attributes:
+        network: the copy, in float32.
+        weights: how much each of the V words counts, by id; a word of all groups says nothing, and is not one of them.
+        table: unit word embeddings, [V, D].
+    """
+
+    def __init__(
+        self, bind: BindNetwork, embeddings: nn.Module, words: Mapping[MediaGroup, set[int]], lookup: Lookup
+    ) -> None:
+        super().__init__()
+        counts = Counter(word for own in words.values() for word in own)
+        self.weights = {
+            word: math.log(len(words) / count) for word, count in counts.items() if count < len(words)
+        }
+        self._columns = {word: column for column, word in enumerate(self.weights)}
+        self._lookup = lookup
+        self.network = copy.deepcopy(bind).float()
+        ids = torch.tensor([*self.weights], dtype=torch.int64, device=next(embeddings.parameters()).device)
+        # Unit rows: the embeddings of rare words are shorter or longer than those of frequent ones.
+        self.register_buffer("table", nn.functional.normalize(embeddings(ids).float(), dim=-1))
+
+    def forward(self, groups: Sequence[MediaGroup]) -> Tensor:
+        """Return the log-probability of each word for each of G media groups, [G, V]."""
+        tokens = tokens_of(self._lookup, groups)
+        tokens = None if tokens is None else tokens.to(self.table.device)
+        bind = self.network(self._lookup(groups).to(self.table.device), tokens)
+        # Products with unit rows are at most the norm of a bind token, about the square root of D: sharp enough.
+        scores = (bind if bind.dim() == 3 else bind.unsqueeze(1)) @ self.table.T  # [G, N, V]
+        # The mean of the distributions of the bind tokens: each of them may name another thing.
+        return scores.log_softmax(-1).logsumexp(1) - math.log(scores.shape[1])
+
+    def targets(self, words: Iterable[set[int]]) -> Tensor:
+        """Return the share of each word in the target of each group, [G, V]; zeros for a group without words."""
+        rows = []
+        for own in words:
+            row = torch.zeros(len(self.weights))
+            for word in own & self.weights.keys():
+                row[self._columns[word]] = self.weights[word]
+            rows.append(row / row.sum().clamp(min=1e-9))
+        return torch.stack(rows).to(self.table.device)
+
+    @torch.no_grad()
+    def found(self, words: Mapping[MediaGroup, set[int]]) -> float:
+        """Return the share, 0 to 1, of the words of each group that are among as many that it names first."""
+        shares = []
+        for groups in chunks(words, BATCH_SIZE):
+            targets = self.targets(words[group] for group in groups)
+            # Weighted as in training: articles are easy to name.
+            for scores, target in zip(self(groups), targets, strict=True):
+                if count := int((target > 0).sum()):
+                    shares.append(target[scores.topk(count).indices].sum().item())
+        return sum(shares) / max(1, len(shares))
+
+
+def pretrain_bind(
+    model: BindLLM,
+    data: BindData,
+    epochs: int,
+    optim: OptimConfig,
+    context: RunContext = RunContext(),  # noqa: B008
+) -> None:
+    """Train the bind network of a model to name the words of the answers, and print a line per epoch.
+
+    Args:
+        model: with untrained gates; only its bind network changes.
+        data: the data of the run.
+        epochs: passes over the media groups of the training rows.
+        optim: optimizer and schedule.
+        context: device and processes of the run; all of them do the same work, and then have the same weights.
+
+    Raises:
+        InputError: the rows are streamed, have no media, or have answers of the same words.
+    """
+    words, held_out = (words_of_groups(data.samples(split)) for split in ("train", "validation"))
+    task = BagOfWords(model.bind, model.decoder.get_input_embeddings(), words, data.lookup)
+    if not task.weights:
+        reason = "streamed rows are not read before training" if data.streamed else "these rows have none"
+        raise InputError(
+            f"model.bag_of_words is {epochs}: it needs training rows with media and different answers, and {reason}. "
+            "Set model.bag_of_words: 0"
+        )
+    task.to(context.device)
+    optimizer = build_optimizer({"bind": [*task.network.named_parameters()]}, optim, fused=False)
+    schedule = build_schedule(optimizer, epochs * math.ceil(len(words) / BATCH_SIZE), optim)
+    console, all_groups = Console(soft_wrap=True, quiet=not context.processes.is_first), [*words]
+    for epoch in range(1, epochs + 1):
+        task.train()
+        for numbers in torch.randperm(len(all_groups)).split(BATCH_SIZE):
+            groups = [all_groups[n] for n in numbers]
+            loss = -(task.targets(words[group] for group in groups) * task(groups)).sum(1).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(task.network.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+        share = (
+            f"  names {task.eval().found(held_out):.0%} of the words of validation rows" if held_out else ""
+        )
+        console.print(f"bag of words  epoch {epoch}/{epochs}  train loss {loss.item():.3f}{share}")
+    model.bind.load_state_dict(task.network.state_dict())
+    if context.processes.world_size > 1:
+        # Sums on accelerators are not the same in all processes, to the last bit.
+        for parameter in model.bind.parameters():
+            torch.distributed.broadcast(parameter.detach(), 0)
