@@ -1,6 +1,7 @@
 """`python -m benchmarks.learning kinds`: compare both injection kinds, with and without queries, three seeds each.
 
-`python -m benchmarks.learning layers --epochs 3` compares the layers that receive the bind vectors.
+`python -m benchmarks.learning layers --epochs 3` compares the layers that receive the bind vectors, and
+`python -m benchmarks.learning words` runs with and without bag-of-words pretraining.
 
 Trains the quickstart recipe for one epoch per run: 12 runs of about 3 minutes each on 2 cores. Runs in
 benchmarks/results/learning.json are not repeated, so the command can be stopped at any time. Remove a row, or the
@@ -30,25 +31,29 @@ LAYERS = {
 }
 """Indices of the served layers of SmolLM2-135M, which has 30."""
 
+DEFAULT = {"kind": "value", "queries": True, "layers": "all", "words": 0}
 CELLS = {
     "kinds": [
-        {"kind": kind, "queries": queries, "layers": "all"}
+        {**DEFAULT, "kind": kind, "queries": queries}
         for kind in ("value", "residual")
         for queries in (True, False)
     ],
-    "layers": [{"kind": "value", "queries": True, "layers": name} for name in LAYERS],
+    "layers": [{**DEFAULT, "layers": name} for name in LAYERS],
+    "words": [
+        {**DEFAULT, "layers": layers, "words": words} for layers in ("all", "last third") for words in (0, 10)
+    ],
 }
 SHOWN = ("loss", "cider", "exact_match")
 
 
-def train(kind: str, queries: bool, layers: str, seed: int, *, epochs: int) -> dict:
+def train(kind: str, queries: bool, layers: str, words: int, seed: int, *, epochs: int) -> dict:
     """Train one cell with one seed and return the metrics of each variant."""
     where = layers.replace(" ", "-")
-    output = FOLDER / f"{kind}-{'queries' if queries else 'plain'}-{where}-{seed}-{epochs}"
+    output = FOLDER / f"{kind}-{'queries' if queries else 'plain'}-{where}-{words}-{seed}-{epochs}"
     run_bindllm(
         *("fit", "--config", RECIPE, "--output", str(output), "--seed_everything", str(seed)),
         *("--model.inject.kind", kind, "--model.inject.queries", str(queries).lower()),
-        *("--model.inject.layers", json.dumps(LAYERS[layers])),
+        *("--model.inject.layers", json.dumps(LAYERS[layers]), "--model.bag_of_words", str(words)),
         *("--trainer.max_epochs", str(epochs), "--trainer.logger", "false"),
     )
     return json.loads((output / "metrics.json").read_text())["tasks"]["captions"]
@@ -57,8 +62,8 @@ def train(kind: str, queries: bool, layers: str, seed: int, *, epochs: int) -> d
 def table(rows: list[dict], cells: list[dict]) -> str:
     """Return the mean and the spread (largest less smallest) of each cell as a Markdown table."""
     lines = [
-        f"| kind | queries | layers | {' | '.join(SHOWN)} | loss with shuffled media |",
-        "|---|---|---|---|---|---|---|",
+        f"| kind | queries | layers | bag of words | {' | '.join(SHOWN)} | loss with shuffled media |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for settings in cells:
         cell = [row for row in rows if settings.items() <= row.items()]
@@ -67,8 +72,9 @@ def table(rows: list[dict], cells: list[dict]) -> str:
         values = [[row["model"][name] for row in cell] for name in SHOWN]
         values.append([row["shuffled_media"]["loss"] for row in cell])
         shown = (f"{statistics.mean(column):.3f} ({max(column) - min(column):.3f})" for column in values)
-        kind, queries, layers = settings["kind"], settings["queries"], settings["layers"]
-        lines.append(f"| {kind} | {'yes' if queries else 'no'} | {layers} | {' | '.join(shown)} |")
+        queries = "yes" if settings["queries"] else "no"
+        row = [settings["kind"], queries, settings["layers"], str(settings["words"]), *shown]
+        lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
 
 
