@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from bindllm import Shot
+from bindllm import Conversation, Message, Shot
 from bindllm.cli import main
 from bindllm.data.report import Skipped
 from bindllm.data.source_config import SourceConfig
 from bindllm.data.sources import read_source
 from bindllm.errors import InputError
-from bindllm.evaluation.few_shot import FewShotData, majority_shot, wrong_answers
+from bindllm.evaluation.episodes import majority_shot
+from bindllm.evaluation.few_shot import FewShotData, wrong_answers
 from bindllm.evaluation.held_out import evaluate_held_out
 from bindllm.evaluation.support import Support
 from bindllm.evaluation.task import evaluate
@@ -132,6 +134,20 @@ def test_the_controls_change_the_shots_and_nothing_else(home, model, prepare):
     assert told == [["green", "green", "red", "red"]] * 4
 
 
+def test_shuffled_shots_keep_their_media_if_the_question_has_none(home, model, prepare):
+    rows, support = read(home / "vqa.jsonl")
+    asked = [
+        replace(row, conversation=Conversation((Message("user", f"{n}?"), Message("assistant", "red"))))
+        for n, row in enumerate(rows)
+    ]
+    task = prepare(asked, support).task(4, model)
+    for item, other in zip(task.items, map(task.altered["shuffled_support"], task.items), strict=True):
+        # The question after them listens to none of their media.
+        assert (len(other.media), other.media_index[-1]) == (4, -1)
+        assert other.conversation.examples == item.conversation.examples == 4
+        assert all(one != two for one, two in zip(item.media, other.media, strict=True))
+
+
 def test_only_the_answer_of_the_question_is_supervised(home, model, prepare):
     (item, *_) = prepare(*read(home / "vqa.jsonl")).task(2, model).items
     answer = item.input_ids[item.prompt_length :]
@@ -147,6 +163,8 @@ def test_captions_have_one_item_for_each_image(home, model, prepare):
     assert len(task.items) == 4
     assert result.metrics["captions_3_shots"]["model"].keys() >= {"cider", "rouge_l", "shots"}
     assert len(result.rows["captions_3_shots"][0]["shots"]) == 3
+    # The repeated row is part of the same prompt.
+    assert (task.counts["shots"], task.counts["not_fitting"]) == (12, 0)
 
 
 def test_copies_of_the_question_are_excluded_and_counted(home, model, prepare, tmp_path):
@@ -222,7 +240,7 @@ def test_wrong_answers_are_those_of_the_same_prompt_if_there_are_any():
 
 
 def test_the_last_of_equally_frequent_answers():
-    assert majority_shot([Shot("?", "a"), Shot("?", "b")]) == "b"
+    assert majority_shot(["a", "b"]) == "b"
     assert majority_shot([]) == ""
 
 
