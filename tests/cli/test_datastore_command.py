@@ -75,6 +75,24 @@ def test_vqa_rows_keep_their_questions(work, capsys):
     assert record.texts == ("Which color? red", "Round? no")
 
 
+def test_unwanted_answers_are_not_records(work):
+    color_images(Path("data"))
+    rows = [
+        {
+            "image": f"images/{color}0.png",
+            "prompt": "Which color?",
+            "completion": "red",
+            "label": color == "red",
+        }
+        for color in ("red", "blue")
+    ]
+    Path("data/judged.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--format", "preference", "--encoder", "tiny.ColorEncoder"]
+    assert main(["datastore", "store", "data/judged.jsonl", *words]) == 0
+    (record,) = Datastore.open("store").records
+    assert record.name.endswith("red0.png")
+
+
 def test_mistakes_are_found_before_anything_is_embedded(work, capsys):
     color_images(Path("data"))
     assert main(["datastore", "store", "data"]) == 2

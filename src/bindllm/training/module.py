@@ -189,10 +189,12 @@ class BindModule(LightningModule):
         context = RunContext.of_trainer(self.trainer)
         # A resumed run has restored its weights.
         if self.bag_of_words and not context.resumed:
-            if isinstance(self.trainer.strategy, DeepSpeedStrategy):
-                # Its copies of the weights, made earlier, would undo the pretraining at the first step.
+            if isinstance(self.trainer.strategy, DeepSpeedStrategy | ShardedDecoder):
+                # DeepSpeed's copies of the weights, made earlier, would undo the pretraining at the first step. A
+                # sharded decoder has whole word embeddings only inside its forward pass.
                 raise InputError(
-                    "model.bag_of_words does not work with DeepSpeed: set it to 0, or use another strategy"
+                    "model.bag_of_words does not work with DeepSpeed or a sharded decoder: set it to 0, or use another "
+                    "trainer.strategy"
                 )
             pretrain_bind(self.model, self.trainer.datamodule, self.bag_of_words, self.optim_config, context)
         self.eval()
