@@ -20,6 +20,7 @@ from bindllm.evaluation.few_shot import FewShotData, wrong_answers
 from bindllm.evaluation.held_out import evaluate_held_out
 from bindllm.evaluation.support import Support
 from bindllm.evaluation.task import evaluate
+from bindllm.model.context import ContextConfig
 from bindllm.parallel import RunContext
 from cache_parts import ALLOW, Multimodal, save_tiny_model
 from tiny import color_images, save_tiny_decoder, tiny_model
@@ -298,6 +299,14 @@ def test_mistakes_on_the_command_line(command):
     assert "--prompt has no effect on rows of the format vqa" in command("--prompt", "Hue?", code=2).err
     assert "--records" in command("--records", "2", code=2).err
     assert "--datastore" in command("--datastore", "records", code=2).err
+
+
+def test_a_model_with_retrieved_context(command, decoder):
+    tiny_model(decoder, encoders=[Multimodal()], context=ContextConfig(latents=2, width=16)).save_pretrained(
+        "model"
+    )
+    printed = command("--num_shots", "1", "--limit", "1", "--records", "0").out
+    assert printed.startswith("measured without the records of the model")
 
 
 def test_a_frame_around_the_questions(command):

@@ -210,14 +210,7 @@ def few_shot(
         bindllm few_shot checkpoints/easyvqa data/easyvqa/test.jsonl --support data/easyvqa/train.jsonl --limit 200
     """
     # How to read this: contradictions, the tables, the model, then one task for each number of shots.
-    if shots.nearest_first and shots.shots_by not in RETRIEVED:
-        raise UsageError("--nearest_first needs the nearest shots: give --shots_by media, text or media_text")
-    if model.records or model.datastore is not None:
-        raise UsageError(
-            f"--{'records' if model.records else 'datastore'} has no effect: few_shot measures a model without its "
-            "records (docs/context.md); leave it out"
-        )
-    _check_output(shots.output)
+    _check_few_shot(shots, model)
 
     from bindllm.data.report import Skipped
     from bindllm.evaluation.few_shot import FewShotData
@@ -229,6 +222,8 @@ def few_shot(
     rows, support_rows = tables.read(table, skipped)
     loaded = model.load(checkpoint, overrides, cache=False)
     check_texts(shots.shots_by, loaded)
+    if loaded.context is not None:
+        print("measured without the records of the model (docs/context.md)")
     data = FewShotData.prepare(
         rows,
         support_rows,
@@ -247,6 +242,18 @@ def few_shot(
         settings = {"checkpoint": checkpoint, "table": table, **options, "output": str(shots.output)}
         _save_few_shot(shots.output, result, skipped, settings)
     return 0
+
+
+def _check_few_shot(shots: FewShotOptions, model: ModelOptions) -> None:
+    """Refuse options without effect, and an output that cannot be written."""
+    if shots.nearest_first and shots.shots_by not in RETRIEVED:
+        raise UsageError("--nearest_first needs the nearest shots: give --shots_by media, text or media_text")
+    if model.records or model.datastore is not None:
+        raise UsageError(
+            f"--{'records' if model.records else 'datastore'} has no effect: few_shot measures a model without its "
+            "records (docs/context.md); leave it out"
+        )
+    _check_output(shots.output)
 
 
 def _save_few_shot(output: Path, result: Evaluation, skipped: Skipped, settings: dict[str, Any]) -> None:
