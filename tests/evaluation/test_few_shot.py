@@ -20,6 +20,7 @@ from bindllm.evaluation.few_shot import FewShotData, wrong_answers
 from bindllm.evaluation.held_out import evaluate_held_out
 from bindllm.evaluation.support import Support
 from bindllm.evaluation.task import evaluate
+from bindllm.model.context import ContextConfig
 from bindllm.parallel import RunContext
 from cache_parts import ALLOW, Multimodal, save_tiny_model
 from tiny import color_images, save_tiny_decoder, tiny_model
@@ -270,6 +271,7 @@ def test_the_command_prints_a_table_and_writes_the_result(command, home):
     result = json.loads(Path("out/result.json").read_text())
     assert list(result["tasks"]) == ["answers_0_shots", "answers_2_shots"]
     assert result["settings"]["shots_by"] == "media"
+    assert (result["settings"]["quantize"], result["settings"]["tokens"]) == (None, None)
     assert len(result["rows"]["answers_2_shots"]) == 4
 
 
@@ -294,3 +296,20 @@ def test_a_support_of_its_own_and_a_limit(command, home):
 def test_mistakes_on_the_command_line(command):
     assert "--nearest_first needs the nearest shots" in command("--nearest_first", code=2).err
     assert "is a folder" in command("--output", ".", code=2).err
+    assert "--prompt has no effect on rows of the format vqa" in command("--prompt", "Hue?", code=2).err
+    assert "--records" in command("--records", "2", code=2).err
+    assert "--datastore" in command("--datastore", "records", code=2).err
+
+
+def test_a_model_with_retrieved_context(command, decoder):
+    tiny_model(decoder, encoders=[Multimodal()], context=ContextConfig(latents=2, width=16)).save_pretrained(
+        "model"
+    )
+    printed = command("--num_shots", "1", "--limit", "1", "--records", "0").out
+    assert printed.startswith("measured without the records of the model")
+
+
+def test_a_frame_around_the_questions(command):
+    command("--prompt", "Look. {question}", "--num_shots", "1", "--limit", "1", "--output", "result.json")
+    (row,) = json.loads(Path("result.json").read_text())["rows"]["answers_1_shots"]
+    assert row["question"] == row["shots"][0]["prompt"] == "Look. Color?"
