@@ -101,7 +101,7 @@ class Conversation:
                 raise InputError(
                     f"a conversation holds {message!r}, which is not a Message; write Message('user', ...)"
                 )
-        if not 0 <= self.examples <= (users := sum(message.role == "user" for message in self.messages)):
+        if self.examples not in range((users := sum(m.role == "user" for m in self.messages)) + 1):
             raise InputError(f"examples is {self.examples}, and there are {users} user messages")
 
     @cached_property

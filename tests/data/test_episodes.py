@@ -91,9 +91,7 @@ def test_an_episode_is_the_few_shot_prompt_of_its_shots(table):
     row = draw(table)["train"][0]
     *shown, question, _ = row.conversation.messages
     shots = [Shot(one.text, two.text, one.media) for one, two in zip(shown[::2], shown[1::2], strict=True)]
-    prompt = render(
-        add_shots(Conversation((question,)), shots), tiny_tokenizer(), add_generation_prompt=True
-    )
+    prompt = render(add_shots(Conversation((question,)), shots), tiny_tokenizer(), add_generation_prompt=True)
     sample = make_sample(row, tiny_tokenizer(), 400)
     assert sample.input_ids[: sample.prompt_length].tolist() == prompt.input_ids
     assert sample.media_index[: sample.prompt_length].tolist() == prompt.media_index
