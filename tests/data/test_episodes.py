@@ -231,10 +231,13 @@ def test_episodes_that_do_not_fit_are_counted(table, tmp_path):
     assert "the prompt leaves no room for an answer in max_length=150 tokens" in "".join(
         data.report.skipped.lines()
     )
-    # With a loss on all answers, the first ones are learned.
-    cut = make_data(source(table, loss="all"), tmp_path, max_length=150)
-    assert {sample.task for sample in cut.samples("train")} == {"chat"}
-    assert cut.report.truncated >= 12
+    # A name is never cut, and the query is never lost: not even with a loss on all answers.
+    length = make_data(source(table), tmp_path).samples("train")[0].length
+    for loss in ("query", "all"):
+        data = make_data(source(table, loss=loss), tmp_path, max_length=length - 1)
+        assert not data.samples("train")
+        assert data.report.skipped.counts[f"an episode longer than max_length={length - 1} tokens"] >= 12
+        assert data.report.truncated == 0
 
 
 def test_copies_of_an_image_count_once(tmp_path):
