@@ -299,10 +299,12 @@ class BindModule(LightningModule):
             self.model.save_pretrained(folder)
         # All processes stop here; one that ended earlier would let the launcher kill the one that is writing.
         self.trainer.strategy.barrier()
+        # Else the next run would refuse weights that are trained already.
+        further = " --model.bag_of_words 0" if self.bag_of_words else ""
         raise TrainingError(
             f"the {what} is not finite at step {self.global_step + 1}; the weights from before it are kept in "
             f"{folder}. Continue from them with a lower learning rate: --model.init_from {folder} "
-            f"--model.optim.lr {self.optim_config.lr / 3:.1g}"
+            f"--model.optim.lr {self.optim_config.lr / 3:.1g}{further}"
         )
 
 
