@@ -189,6 +189,18 @@ def test_shots_that_do_not_fit_are_counted(home, model, prepare):
     assert all(len(item.input_ids) <= 512 for item in task.items)
 
 
+def test_wrong_answers_without_room_for_an_answer_are_not_measured(home, model, prepare):
+    rows, support = read(home / "vqa.jsonl")
+    red, green = support[0], support[2]
+    # A wrong answer is longer than the right one, and the shots fill the decoder.
+    task = prepare(rows, [*[red] * 60, green]).task(61, model)
+    assert task.counts["not_fitting"] > 0
+    changed = task.altered["wrong_support"]
+    assert [changed(item) for item in task.items] == [None] * 4
+    few = prepare(rows, [red, red, green]).task(3, model)
+    assert few.altered["wrong_support"](few.items[0]).num_answers == 1
+
+
 def test_equal_shots_leave_two_controls_undefined(home, model, prepare):
     rows, support = read(home / "vqa.jsonl")
     data = prepare(rows, support[:1] * 4)

@@ -159,7 +159,7 @@ class FewShotData:
         variants = {
             "altered": {
                 **altered_media(task.items, self.embeddings),
-                WRONG_SUPPORT: _WrongAnswers(self.questions, shots, model),
+                WRONG_SUPPORT: _WrongAnswers(self.questions, shots, model, limit),
             },
             "baselines": {**task.baselines, **copied_answers(task.items)},
         }
@@ -193,20 +193,23 @@ def _usable(
 
 @dataclass(frozen=True)
 class _WrongAnswers:
-    """Gives the shots of an item wrong answers."""
+    """Gives the shots of an item wrong answers, in a prompt of at most ``limit`` tokens."""
 
     questions: Sequence[_Question]
     shots: Sequence[Sequence[Shot]]
     model: BindLLM
+    limit: int | None
 
     def __call__(self, item: Sample) -> Sample | None:
-        """Return the item; None without shots.
+        """Return the item; None without shots, or if they do not fit with their wrong answers.
 
         Raises:
             InputError: all shots have the same answer.
         """
-        shots = [self._wrong(shot) for shot in self.shots[item.number]]
-        return self.questions[item.number].with_shots(shots, self.model, item.number) if shots else None
+        shots, question = [self._wrong(shot) for shot in self.shots[item.number]], self.questions[item.number]
+        # Fewer shots, or a shorter answer, could not be compared with the model's.
+        fits = len(fit_shots(question.prompt, shots, self.model.tokenizer, self.limit)) == len(shots)
+        return question.with_shots(shots, self.model, item.number) if shots and fits else None
 
     @cached_property
     def _wrong(self) -> Callable[[Shot], Shot]:
