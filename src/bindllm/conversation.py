@@ -85,9 +85,8 @@ class Conversation:
         examples: number of user messages at the start that are worked examples, each with its answer. An example
             without media, or a question without media after them, listens to no media.
 
-    Examples:
-        >>> Conversation((Message("user", "Hello"),)).media_groups
-        ()
+    Raises:
+        InputError: not a list of messages, or another number of examples than there can be.
     """
 
     messages: tuple[Message, ...]
@@ -102,6 +101,8 @@ class Conversation:
                 raise InputError(
                     f"a conversation holds {message!r}, which is not a Message; write Message('user', ...)"
                 )
+        if self.examples not in range((users := sum(m.role == "user" for m in self.messages)) + 1):
+            raise InputError(f"examples is {self.examples}, and there are {users} user messages")
 
     @cached_property
     def media_groups(self) -> tuple[tuple[Media, ...], ...]:
@@ -213,7 +214,6 @@ def _group_changes(conversation: Conversation) -> list[tuple[int, int]]:
 
 
 def _squeeze(text: str) -> str:
-    """Remove all white space."""
     return "".join(text.split())
 
 

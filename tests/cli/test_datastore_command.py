@@ -5,17 +5,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from bindllm.cli import main
-from bindllm.embeddings.datastore import Datastore
+from bindllm.embeddings.datastore import Datastore, Record
 from bindllm.model.context import ContextConfig
-from tiny import color_images, tiny_model
+from tiny import ColorEncoder, color_images, tiny_model
 
 
 @pytest.fixture
 def checkpoint(decoder, work):
-    import torch
-
     model = tiny_model(decoder, context=ContextConfig(latents=2, width=16))
     torch.nn.init.normal_(model.injection.context_gates, std=2.0)
     model.save_pretrained(work / "model")
@@ -62,6 +61,18 @@ def test_a_datastore_is_built_from_a_table_and_swapped_at_generation(checkpoint,
     assert stream == found
 
 
+def test_check_opens_the_datastore_of_a_checkpoint(checkpoint, capsys):
+    words = ["check", "--folder", str(checkpoint), "--allow", "tiny.ColorEncoder"]
+    assert main(words) == 1
+    assert "the checkpoint has no datastore" in capsys.readouterr().out
+    record = Record((), "red", "image", ("red",))
+    Datastore(torch.ones(1, 16), [record], [ColorEncoder().fingerprint()]).save(checkpoint / "datastore")
+    assert main(words) == 0
+    Datastore(torch.ones(1, 16), [record], ["0" * 64]).save(checkpoint / "datastore")
+    assert main(words) == 1
+    assert "was built with the encoder" in capsys.readouterr().out
+
+
 def test_vqa_rows_keep_their_questions(work, capsys):
     color_images(Path("data"))
     rows = [
@@ -73,6 +84,24 @@ def test_vqa_rows_keep_their_questions(work, capsys):
     assert main(["datastore", "store", "data/vqa.jsonl", *words]) == 0
     (record,) = Datastore.open("store").records
     assert record.texts == ("Which color? red", "Round? no")
+
+
+def test_unwanted_answers_are_not_records(work):
+    color_images(Path("data"))
+    rows = [
+        {
+            "image": f"images/{color}0.png",
+            "prompt": "Which color?",
+            "completion": "red",
+            "label": color == "red",
+        }
+        for color in ("red", "blue")
+    ]
+    Path("data/judged.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--format", "preference", "--encoder", "tiny.ColorEncoder"]
+    assert main(["datastore", "store", "data/judged.jsonl", *words]) == 0
+    (record,) = Datastore.open("store").records
+    assert record.name.endswith("red0.png")
 
 
 def test_mistakes_are_found_before_anything_is_embedded(work, capsys):

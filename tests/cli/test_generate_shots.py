@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial, partialmethod
 from pathlib import Path
 
 import pytest
@@ -35,13 +36,14 @@ def home(tmp_path_factory):
 def ask(home, monkeypatch, capsys):
     """Run the command in the folder, and return the given shots, its output and its notes."""
     monkeypatch.chdir(home)
-    calls, generate = [], BindLLM.generate
+    calls = []
 
-    def listen(self, prompt, media=None, **options):
+    def listen(method, self, prompt, media=None, **options):
         calls.append(options.get("shots"))
-        return generate(self, prompt, media, **options)
+        return method(self, prompt, media, **options)
 
-    monkeypatch.setattr(BindLLM, "generate", listen)
+    for name in ("generate", "stream"):
+        monkeypatch.setattr(BindLLM, name, partialmethod(partial(listen, getattr(BindLLM, name))))
 
     def run(*words, model="model", code=0):
         allow = [word for name in ALLOW for word in ("--allow", name)]
@@ -104,9 +106,11 @@ def test_the_image_of_the_question_is_never_a_shot(ask):
     assert "captions.jsonl: skipped 1 x the question itself" in err
 
 
-def test_a_stream_has_shots_too(ask, monkeypatch):
-    plain = ask("--image", "images/blue3.png", "--shots", "captions.jsonl")[1]
-    assert ask("--image", "images/blue3.png", "--shots", "captions.jsonl", "--stream")[1] == plain
+def test_a_stream_has_shots_too(ask):
+    given = ("--image", "images/blue3.png")
+    plain = ask(*given, "--shots", "captions.jsonl")
+    assert len(plain[0]) == 4
+    assert ask(*given, "--shots", "captions.jsonl", "--stream") == plain
 
 
 def test_no_shots_are_the_same_answer_as_none(ask):

@@ -129,6 +129,20 @@ def test_a_class_of_another_source_may_not_be_in_training_either(imagenet):
         draw_episodes(rows, sources, Skipped())
 
 
+def test_a_copy_of_the_query_is_never_a_shot(isekai, tmp_path):
+    rows, config = isekai
+    images = Path(config.media)
+    (images / rows[0]["image_name"]).write_bytes((images / rows[0]["positive_list"][1]).read_bytes())
+    parts = {"tokenizer": tiny_tokenizer(), "encoders": [ColorEncoder()]}
+    config = with_episodes(config, "isekai")
+    data = BindData([config], str(tmp_path / "store"), max_length=400, **parts)
+    # Also the episode whose only positive shot is another image: all numbers of shots have the same queries.
+    assert [sample.media[-1][0].name for sample in data.samples("test")] == [
+        str(images / rows[1]["image_name"])
+    ] * 2
+    assert data.report.skipped.counts["the query is among its shots"] == 2
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from bindllm.conversation import Conversation, Message
+from bindllm.conversation import Conversation, Message, render
 from bindllm.data.datamodule import BindData
 from bindllm.data.episodes.draw import check_episodes, draw_episodes
 from bindllm.data.report import Skipped
-from bindllm.data.rows import Row
+from bindllm.data.rows import Row, make_sample
 from bindllm.data.source_config import Columns, EpisodeConfig, SourceConfig
 from bindllm.data.sources import read_source
 from bindllm.errors import InputError
 from bindllm.media import Media
+from bindllm.shots import Shot, add_shots
 from episode_parts import SPLITS, label_table
 from tiny import ColorEncoder, tiny_tokenizer
 from tiny_run import run, tiny_recipe
@@ -84,6 +85,16 @@ def test_episodes_differ_by_number_and_are_equal_for_equal_seeds(table):
     assert all(one.conversation != two.conversation for one, two in zip(rows, other, strict=True))
     # More episodes change none of the earlier ones.
     assert draw(table, count=20)["train"][:12] == rows
+
+
+def test_an_episode_is_the_few_shot_prompt_of_its_shots(table):
+    row = draw(table)["train"][0]
+    *shown, question, _ = row.conversation.messages
+    shots = [Shot(one.text, two.text, one.media) for one, two in zip(shown[::2], shown[1::2], strict=True)]
+    prompt = render(add_shots(Conversation((question,)), shots), tiny_tokenizer(), add_generation_prompt=True)
+    sample = make_sample(row, tiny_tokenizer(), 400)
+    assert sample.input_ids[: sample.prompt_length].tolist() == prompt.input_ids
+    assert sample.media_index[: sample.prompt_length].tolist() == prompt.media_index
 
 
 def test_made_up_names_are_drawn_for_each_episode(table):
@@ -220,10 +231,13 @@ def test_episodes_that_do_not_fit_are_counted(table, tmp_path):
     assert "the prompt leaves no room for an answer in max_length=150 tokens" in "".join(
         data.report.skipped.lines()
     )
-    # With a loss on all answers, the first ones are learned.
-    cut = make_data(source(table, loss="all"), tmp_path, max_length=150)
-    assert {sample.task for sample in cut.samples("train")} == {"chat"}
-    assert cut.report.truncated >= 12
+    # A name is never cut, and the query is never lost: not even with a loss on all answers.
+    length = make_data(source(table), tmp_path).samples("train")[0].length
+    for loss in ("query", "all"):
+        data = make_data(source(table, loss=loss), tmp_path, max_length=length - 1)
+        assert not data.samples("train")
+        assert data.report.skipped.counts[f"an episode longer than max_length={length - 1} tokens"] >= 12
+        assert data.report.truncated == 0
 
 
 def test_copies_of_an_image_count_once(tmp_path):

@@ -1,6 +1,7 @@
 """The datastore: records that are found by the embeddings of other media."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -80,6 +81,12 @@ def test_a_saved_datastore_is_the_same(store, tmp_path):
         opened.check_encoders([ColorEncoder(grid=2)])
 
 
+def test_names_of_files_that_are_not_utf8_are_kept(tmp_path):
+    odd = record(os.fsdecode(b"caf\xe9.png"), texts=("Käse\u2028\r\n",))
+    Datastore(torch.ones(1, 2), [odd], [FINGERPRINT]).save(tmp_path / "store")
+    assert Datastore.open(tmp_path / "store").records == (odd,)
+
+
 def test_a_folder_of_something_else_is_kept(store, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(StoreError, match="is not a datastore"):
@@ -95,6 +102,11 @@ def damage(folder, kind):
         file.write_text(file.read_text().replace('"a"', '"z"'))
     elif kind == "embeddings":
         (folder / "embeddings.safetensors").write_bytes(b"nonsense")
+    elif kind == "pipe":
+        (folder / "records.jsonl").unlink()
+        os.mkfifo(folder / "records.jsonl")
+    elif kind == "encoders":
+        (folder / "datastore.json").write_text(json.dumps({**manifest, "fingerprints": [1]}))
     elif kind == "format":
         (folder / "datastore.json").write_text(json.dumps({**manifest, "format": 99}))
     else:
@@ -106,6 +118,8 @@ def damage(folder, kind):
     [
         ("text", "damaged"),
         ("embeddings", "embeddings"),
+        ("pipe", "not a regular file"),
+        ("encoders", "fingerprints"),
         ("format", "update bindllm"),
         ("manifest", "damaged"),
     ],
@@ -122,5 +136,10 @@ def test_records_that_cannot_be_searched(store):
         Datastore(torch.zeros(0, 2), [], [FINGERPRINT])
     with pytest.raises(InputError, match="must be finite"):
         Datastore(torch.full((1, 2), torch.nan), [record("a")], [FINGERPRINT])
+    with pytest.raises(InputError, match="must be finite"):
+        Datastore(torch.full((1, 2), 1e300, dtype=torch.float64), [record("a")], [FINGERPRINT])
+    for fingerprints in (FINGERPRINT, [], [None]):
+        with pytest.raises(InputError, match=r"\[encoder\.fingerprint\(\)\]"):
+            Datastore(torch.ones(1, 2), [record("a")], fingerprints)
     with pytest.raises(InputError, match="queries"):
         store.search(torch.zeros(1, 3), 1)

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from bindllm import Shot
+from bindllm import Conversation, Message, Shot
 from bindllm.cli import main
 from bindllm.data.report import Skipped
 from bindllm.data.source_config import SourceConfig
 from bindllm.data.sources import read_source
 from bindllm.errors import InputError
-from bindllm.evaluation.few_shot import FewShotData, majority_shot, wrong_answers
+from bindllm.evaluation.episodes import majority_shot
+from bindllm.evaluation.few_shot import FewShotData, wrong_answers
 from bindllm.evaluation.held_out import evaluate_held_out
 from bindllm.evaluation.support import Support
 from bindllm.evaluation.task import evaluate
+from bindllm.model.context import ContextConfig
 from bindllm.parallel import RunContext
 from cache_parts import ALLOW, Multimodal, save_tiny_model
 from tiny import color_images, save_tiny_decoder, tiny_model
@@ -132,6 +135,20 @@ def test_the_controls_change_the_shots_and_nothing_else(home, model, prepare):
     assert told == [["green", "green", "red", "red"]] * 4
 
 
+def test_shuffled_shots_keep_their_media_if_the_question_has_none(home, model, prepare):
+    rows, support = read(home / "vqa.jsonl")
+    asked = [
+        replace(row, conversation=Conversation((Message("user", f"{n}?"), Message("assistant", "red"))))
+        for n, row in enumerate(rows)
+    ]
+    task = prepare(asked, support).task(4, model)
+    for item, other in zip(task.items, map(task.altered["shuffled_support"], task.items), strict=True):
+        # The question after them listens to none of their media.
+        assert (len(other.media), other.media_index[-1]) == (4, -1)
+        assert other.conversation.examples == item.conversation.examples == 4
+        assert all(one != two for one, two in zip(item.media, other.media, strict=True))
+
+
 def test_only_the_answer_of_the_question_is_supervised(home, model, prepare):
     (item, *_) = prepare(*read(home / "vqa.jsonl")).task(2, model).items
     answer = item.input_ids[item.prompt_length :]
@@ -147,6 +164,8 @@ def test_captions_have_one_item_for_each_image(home, model, prepare):
     assert len(task.items) == 4
     assert result.metrics["captions_3_shots"]["model"].keys() >= {"cider", "rouge_l", "shots"}
     assert len(result.rows["captions_3_shots"][0]["shots"]) == 3
+    # The repeated row is part of the same prompt.
+    assert (task.counts["shots"], task.counts["not_fitting"]) == (12, 0)
 
 
 def test_copies_of_the_question_are_excluded_and_counted(home, model, prepare, tmp_path):
@@ -168,6 +187,18 @@ def test_shots_that_do_not_fit_are_counted(home, model, prepare):
     assert task.counts["not_fitting"] > 0
     assert task.counts["shots"] + task.counts["not_fitting"] == 4 * 60
     assert all(len(item.input_ids) <= 512 for item in task.items)
+
+
+def test_wrong_answers_without_room_for_an_answer_are_not_measured(home, model, prepare):
+    rows, support = read(home / "vqa.jsonl")
+    red, green = support[0], support[2]
+    # A wrong answer is longer than the right one, and the shots fill the decoder.
+    task = prepare(rows, [*[red] * 60, green]).task(61, model)
+    assert task.counts["not_fitting"] > 0
+    changed = task.altered["wrong_support"]
+    assert [changed(item) for item in task.items] == [None] * 4
+    few = prepare(rows, [red, red, green]).task(3, model)
+    assert few.altered["wrong_support"](few.items[0]).num_answers == 1
 
 
 def test_equal_shots_leave_two_controls_undefined(home, model, prepare):
@@ -222,7 +253,7 @@ def test_wrong_answers_are_those_of_the_same_prompt_if_there_are_any():
 
 
 def test_the_last_of_equally_frequent_answers():
-    assert majority_shot([Shot("?", "a"), Shot("?", "b")]) == "b"
+    assert majority_shot(["a", "b"]) == "b"
     assert majority_shot([]) == ""
 
 
@@ -252,6 +283,7 @@ def test_the_command_prints_a_table_and_writes_the_result(command, home):
     result = json.loads(Path("out/result.json").read_text())
     assert list(result["tasks"]) == ["answers_0_shots", "answers_2_shots"]
     assert result["settings"]["shots_by"] == "media"
+    assert (result["settings"]["quantize"], result["settings"]["tokens"]) == (None, None)
     assert len(result["rows"]["answers_2_shots"]) == 4
 
 
@@ -276,3 +308,20 @@ def test_a_support_of_its_own_and_a_limit(command, home):
 def test_mistakes_on_the_command_line(command):
     assert "--nearest_first needs the nearest shots" in command("--nearest_first", code=2).err
     assert "is a folder" in command("--output", ".", code=2).err
+    assert "--prompt has no effect on rows of the format vqa" in command("--prompt", "Hue?", code=2).err
+    assert "--records" in command("--records", "2", code=2).err
+    assert "--datastore" in command("--datastore", "records", code=2).err
+
+
+def test_a_model_with_retrieved_context(command, decoder):
+    tiny_model(decoder, encoders=[Multimodal()], context=ContextConfig(latents=2, width=16)).save_pretrained(
+        "model"
+    )
+    printed = command("--num_shots", "1", "--limit", "1", "--records", "0").out
+    assert printed.startswith("measured without the records of the model")
+
+
+def test_a_frame_around_the_questions(command):
+    command("--prompt", "Look. {question}", "--num_shots", "1", "--limit", "1", "--output", "result.json")
+    (row,) = json.loads(Path("result.json").read_text())["rows"]["answers_1_shots"]
+    assert row["question"] == row["shots"][0]["prompt"] == "Look. Color?"

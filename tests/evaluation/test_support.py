@@ -145,6 +145,16 @@ def test_the_nearest_by_text(shots, images, tmp_path):
     assert [shot.answer for shot in support.choose(asked.prompt, asked.media, 2).shots] == ["red", "red"]
 
 
+def test_equal_prompts_have_one_vector(shots, images, tmp_path):
+    asked = Shot("Is it red?", "?", [Media.image(images / "blue3.png")])
+    support, sizes = embedded(shots * 50, "media_text", tmp_path, [asked]), []
+    lookup = support.lookup
+    support.lookup = lambda groups: sizes.append(len(groups)) or lookup(groups)
+    assert len(support.choose(asked.prompt, asked.media, 2).shots) == 2
+    # Four images and the question's, two prompts and the question's.
+    assert sizes == [4, 1, 2, 1]
+
+
 def test_by_media_and_then_by_text(images, tmp_path):
     # The nearest by text are outside the nearest by media, but for one.
     red, blue = Media.image(images / "red1.png"), Media.image(images / "blue1.png")

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from bindllm import BindLLM
+from bindllm.conversation import Conversation, Message
 from bindllm.embeddings.datastore import Datastore, Record
-from bindllm.errors import InputError, StoreError
+from bindllm.errors import DecoderError, InputError, StoreError
 from bindllm.media import Media
+from bindllm.model.attend import BindAttention
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.context import NO_TOKEN, ContextConfig, ContextNetwork
 from bindllm.model.context.records import RecordReader, find_records
@@ -277,12 +279,50 @@ def test_a_checkpoint_without_its_datastore_asks_for_one(decoder, tmp_path):
         BindLLM.from_pretrained(tmp_path / "saved", allow=["tiny.ColorEncoder"])
 
 
+def test_a_model_that_was_loaded_without_its_records_does_not_lose_them(decoder, tmp_path):
+    model = context_model(decoder)
+    model.datastore, _ = a_datastore(model, tmp_path / "data")
+    model.save_pretrained(tmp_path / "saved")
+    options = {"allow": ["tiny.ColorEncoder"], "device": "cpu"}
+    BindLLM.from_pretrained(tmp_path / "saved", datastore=False, **options).save_pretrained(
+        tmp_path / "saved"
+    )
+    again = BindLLM.from_pretrained(tmp_path / "saved", **options)
+    assert again.datastore.records == model.datastore.records
+
+
+def test_each_row_of_a_batch_reads_the_records_of_its_own_groups(decoder, tmp_path):
+    """Rows with different numbers of groups, greedy and with beams, answer as they do alone."""
+    model = context_model(decoder, context_gates=2.0)
+    model.datastore, media = a_datastore(model, tmp_path / "data")
+    first = [Message("user", [media[0], "What?"]), Message("assistant", "a square")]
+    two = Conversation((*first, Message("user", [media[3], "And this?"])))
+    one = Conversation((Message("user", [*media[1:3], "What are these?"]),))
+    prompts = [two, one, "Hello?"]
+    without = model.generate(prompts, datastore=False, max_new_tokens=8)
+    for options in ({}, {"num_beams": 3}):
+        options["max_new_tokens"] = 8
+        together = model.generate(prompts, **options)
+        assert together == [model.generate(prompt, **options) for prompt in prompts]
+    answers = model.generate(prompts, max_new_tokens=8)
+    assert [a == b for a, b in zip(answers, without, strict=True)] == [False, False, True]
+
+
+def test_a_decoder_is_tried_with_context_tokens(decoder, monkeypatch):
+    monkeypatch.setattr(BindAttention, "keys_and_values", lambda *_: 1 / 0)
+    tiny_model(decoder)
+    with pytest.raises(DecoderError, match="cannot run with an injection"):
+        context_model(decoder)
+
+
 def test_records_for_a_model_that_reads_none(decoder, tmp_path):
     model = context_model(decoder)
     store, media = a_datastore(model, tmp_path / "data")
     plain = tiny_model(decoder)
     with pytest.raises(InputError, match=r"train it with model\.context"):
         plain.generate("What?", media[:1], datastore=store)
+    with pytest.raises(InputError, match=r"Datastore\.open"):
+        model.generate("What?", media[:1], datastore=str(tmp_path))
     with pytest.raises(InputError, match=r"train it with model\.context"):
         plain(**tiny_batch(), **records())
     plain.save_pretrained(tmp_path / "plain")

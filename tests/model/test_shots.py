@@ -86,6 +86,12 @@ def test_shots_follow_a_system_message_and_a_question_may_have_turns_of_its_own(
     assert found[1] == "user\nHi\nassistant\nHello\nuser\nWhat?\nassistant\n"
 
 
+@pytest.mark.parametrize("examples", [-1, 2])
+def test_more_examples_than_questions_are_refused(examples):
+    with pytest.raises(InputError, match=f"examples is {examples}, and there are 1 user messages"):
+        Conversation(question(image("blue")).messages, examples)
+
+
 def test_training_reads_the_same_media_index():
     conversation = add_shots(question(image("blue")), [RED, TEXT])
     sample = tokenize(

@@ -104,6 +104,21 @@ def test_the_best_of_a_row():
     assert best_variants({"model": None, "no_media": None}) == set()
 
 
+def test_a_difference_that_can_be_chance_is_not_called_learning():
+    def text(exchanged, count=100):
+        variants = {name: {"accuracy": 0.5, "count": count} for name in VARIANTS["episodes"]}
+        variants["wrong_support"]["accuracy"] = exchanged
+        return summarize({"tasks": {"episodes": variants}}, num_captions=0)[-1]
+
+    assert text(0.1).endswith(
+        "10.0% right instead of 50.0%, so it does learn names from the image of a shot."
+    )
+    assert "so it does learn" in text(0.45, 10_000)
+    # A model that copies the last name may have this by chance.
+    assert text(0.45).endswith("45.0% right instead of 50.0%, hardly fewer: this can be chance.")
+    assert "not fewer: nothing here shows" in text(0.5)
+
+
 NUMBERS = {"loss": 2.0, "perplexity": 7.4, **dict.fromkeys(("cider", "bleu4", "rouge_l", "exact_match"), 0.5)}
 METRICS = {"tasks": {"captions": {name: NUMBERS for name in VARIANTS["captions"]}}}
 

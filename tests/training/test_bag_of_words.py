@@ -59,6 +59,24 @@ def test_words_belong_to_the_media_that_their_tokens_listen_to(build):
     assert letters == {(red,): {*"redsquare", end}, (blue,): {*"blue", end}}
 
 
+def test_unwanted_answers_and_media_without_a_learned_answer_teach_nothing(build):
+    model, _ = build()
+    red, blue = Media.image("red.png"), Media.image("blue.png")
+    question, shot = Message("user", [red, "What?"]), Message("user", [blue, "What?"])
+    rows = [
+        Row(Conversation((question, Message("assistant", "a cat"))), (), name="bad", desirable=False),
+        Row(
+            Conversation((shot, Message("assistant", "blue"), question, Message("assistant", "red"))),
+            ("red",),
+            name="shots",
+            query_only=True,
+        ),
+    ]
+    found = words_of_groups([make_sample(row, model.tokenizer, 128) for row in rows])
+    assert found.keys() == {(red,)}
+    assert len(found[(red,)]) == len({*"red"}) + 1
+
+
 @pytest.mark.parametrize("tokens", [1, 4])
 def test_bind_tokens_name_the_words_and_only_the_bind_network_changes(tokens, build, capsys):
     model, data = build(tokens=tokens)

@@ -1,6 +1,7 @@
 """A run of a model with retrieved context: its datastore is made of its training rows."""
 
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,22 @@ def test_check_builds_the_context(parts, work, capsys):
     assert run("check", recipe) == 1
     printed = capsys.readouterr()
     assert "context.width is 12" in printed.out + printed.err
+
+
+def test_check_finds_streams_that_cannot_be_retrieved_from(parts, work, capsys):
+    recipe = context_recipe(parts)
+    shard = Path("shards/0.tar")
+    shard.parent.mkdir()
+    with tarfile.open(shard, "w") as tar:
+        for number in range(3):
+            tar.add(parts / "pictures/images/red0.png", f"{number}.png")
+            Path("caption.txt").write_text("red square")
+            tar.add("caption.txt", f"{number}.txt")
+    recipe["data"]["sources"] = [{"path": str(shard)}]
+    recipe["trainer"]["max_steps"] = 4
+    assert run("check", recipe) == 1
+    assert "retrieves from all training rows" in capsys.readouterr().out
+    assert run("fit", recipe) == 1
 
 
 def test_the_group_needs_a_context(parts, work, capsys):

@@ -141,6 +141,12 @@ def test_processes_may_drop_different_numbers_of_bind_tokens(recipe, tmp_path, m
     assert weights["injection.gates"].abs().max() > 0
 
 
+def test_bag_of_words_with_a_sharded_decoder_is_refused(recipe):
+    pretrained = {**recipe, "model": {**recipe["model"], "bag_of_words": 1}}
+    assert run_pair(lambda _: run("fit", with_trainer(pretrained, **SHARDED))) == [1, 1]
+    assert "does not work with DeepSpeed or a sharded decoder" in told("err", 0)
+
+
 def test_two_processes_measure_the_same_loss_as_one_and_one_of_them_says_it(
     recipe, folders, monkeypatch, capsys
 ):

@@ -170,7 +170,7 @@ def test_initial_weights_do_not_depend_on_what_was_drawn_before(make, monkeypatc
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_keeps_the_weights_from_before(what, make, trainer, tmp_path, monkeypatch):
-    module, data = make()
+    module, data = make(bag_of_words=1)
     original, seen = BindModule.training_step, []
 
     def broken(self, batch, batch_idx):
@@ -185,7 +185,8 @@ def test_a_step_that_is_not_finite_keeps_the_weights_from_before(what, make, tra
         return original(self, batch, batch_idx)
 
     monkeypatch.setattr(BindModule, "training_step", broken)
-    with pytest.raises(TrainingError, match=rf"the {what} is not finite at step 3.*--model.init_from"):
+    advice = r"--model.init_from \S+ --model.optim.lr \S+ --model.bag_of_words 0$"
+    with pytest.raises(TrainingError, match=rf"the {what} is not finite at step 3.*{advice}"):
         trainer(max_epochs=1).fit(module, data)
     fresh, _ = make(init_from=f"{tmp_path}.last_good")
     fresh.configure_model()

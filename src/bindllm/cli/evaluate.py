@@ -18,7 +18,7 @@ from bindllm.atomic import write_json
 from bindllm.cli.arguments import refuse_together
 from bindllm.cli.generate import ModelOptions, check_texts
 from bindllm.cli.options import CacheOptions, EncoderOptions, print_whole
-from bindllm.data.source_config import Format, SourceConfig
+from bindllm.data.source_config import CAPTION_FORMATS, Format, SourceConfig
 from bindllm.errors import UsageError, did_you_mean, printable_lines
 from bindllm.shots import RETRIEVED, ShotsBy
 
@@ -123,12 +123,17 @@ class TableOptions:
     modality: str = "image"
     """modality of the files, as of a data source"""
     prompt: str = "Describe this image."
-    """the question about media with captions"""
+    """the question about media with captions; in vqa, a frame around {question}"""
     limit: PositiveInt | None = None
     """only so many questions, evenly spread over the table"""
 
     def read(self, table: str, skipped: Skipped) -> tuple[list[Row], list[Row]]:
-        """Return the questions and the rows of the support."""
+        """Return the questions and the rows of the support.
+
+        Raises:
+            UsageError: a prompt without effect.
+        """
+        from bindllm.data.formats import QUESTION
         from bindllm.data.rows import spread
         from bindllm.data.sources import read_source
 
@@ -138,13 +143,18 @@ class TableOptions:
                 format=self.format,
                 modality=self.modality,
                 split=split,
-                # Only vqa and captions have a question of their source.
-                **({"prompt": self.prompt} if self.format in ("caption", "minigpt4") else {}),
+                prompt=self.prompt,
             )
             found, report = read_source(config)
             skipped.update(report.skipped)
             return found
 
+        framed = self.format == "vqa" and QUESTION in self.prompt
+        if self.prompt != TableOptions().prompt and not (framed or self.format in CAPTION_FORMATS):
+            raise UsageError(
+                f"--prompt has no effect on rows of the format {self.format}, which have their own questions: leave it "
+                f"out, or in vqa put {QUESTION} into it"
+            )
         if self.support is not None:
             asked, support = rows(table, "test")["test"], rows(self.support, "train")["train"]
         else:
@@ -200,9 +210,7 @@ def few_shot(
         bindllm few_shot checkpoints/easyvqa data/easyvqa/test.jsonl --support data/easyvqa/train.jsonl --limit 200
     """
     # How to read this: contradictions, the tables, the model, then one task for each number of shots.
-    if shots.nearest_first and shots.shots_by not in RETRIEVED:
-        raise UsageError("--nearest_first needs the nearest shots: give --shots_by media, text or media_text")
-    _check_output(shots.output)
+    _check_few_shot(shots, model)
 
     from bindllm.data.report import Skipped
     from bindllm.evaluation.few_shot import FewShotData
@@ -214,6 +222,8 @@ def few_shot(
     rows, support_rows = tables.read(table, skipped)
     loaded = model.load(checkpoint, overrides, cache=False)
     check_texts(shots.shots_by, loaded)
+    if loaded.context is not None:
+        print("measured without the records of the model (docs/context.md)")
     data = FewShotData.prepare(
         rows,
         support_rows,
@@ -228,9 +238,22 @@ def few_shot(
     _show_few_shot(result, skipped)
     if shots.output:
         # The result file names its data and its options, so that a number can be measured again.
-        settings = {"checkpoint": checkpoint, "table": table, **asdict(tables), **asdict(shots)}
-        _save_few_shot(shots.output, result, skipped, {**settings, "output": str(shots.output)})
+        options = {**asdict(tables), **asdict(shots), **asdict(model), "overrides": list(overrides)}
+        settings = {"checkpoint": checkpoint, "table": table, **options, "output": str(shots.output)}
+        _save_few_shot(shots.output, result, skipped, settings)
     return 0
+
+
+def _check_few_shot(shots: FewShotOptions, model: ModelOptions) -> None:
+    """Refuse options without effect, and an output that cannot be written."""
+    if shots.nearest_first and shots.shots_by not in RETRIEVED:
+        raise UsageError("--nearest_first needs the nearest shots: give --shots_by media, text or media_text")
+    if model.records or model.datastore is not None:
+        raise UsageError(
+            f"--{'records' if model.records else 'datastore'} has no effect: few_shot measures a model without its "
+            "records (docs/context.md); leave it out"
+        )
+    _check_output(shots.output)
 
 
 def _save_few_shot(output: Path, result: Evaluation, skipped: Skipped, settings: dict[str, Any]) -> None:

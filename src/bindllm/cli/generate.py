@@ -19,7 +19,7 @@ from bindllm.cli.options import (
     print_whole,
     read_media,
 )
-from bindllm.data.source_config import Format, SourceConfig
+from bindllm.data.source_config import CAPTION_FORMATS, Format, SourceConfig
 from bindllm.errors import UsageError, printable, printable_lines
 from bindllm.media import Media
 from bindllm.shots import RETRIEVED, Shot, ShotsBy
@@ -126,7 +126,7 @@ class ShotOptions:
 
         config = SourceConfig(self.shots, format=self.shots_format, modality=self.shots_modality)
         # In vqa, the prompt of a source is a frame around the question of each row.
-        if self.shots_format in ("caption", "minigpt4"):
+        if self.shots_format in CAPTION_FORMATS:
             config = replace(config, prompt=prompt)
         shots, report = read_shots(config)
         _print_notes(f"{self.shots}: skipped {line}" for line in report.skipped.lines())

@@ -74,7 +74,7 @@ class BindData(LightningDataModule):
         steps_per_batch: how many times in a row each training batch comes; set by an objective.
 
     Raises:
-        InputError: no sources, or a size below 1.
+        InputError: no sources, a size below 1, or streams for a model with context.
     """
 
     def __init__(
@@ -100,6 +100,11 @@ class BindData(LightningDataModule):
         self.batch_size, self.max_length, self.seed, self.chunk = batch_size, max_length, seed, chunk
         self.tokenizer, self.encoders, self.token_modalities = tokenizer, encoders, token_modalities or ()
         self.context = context
+        if self.context is not None and self.streamed:
+            raise InputError(
+                "model.context retrieves from all training rows, so they must be known before training: use a table on "
+                "disk instead of streamed shards, or remove model.context"
+            )
         self.report = DataReport()
         self.steps_per_batch = 1
         # Each step is done once: rows, embeddings, samples. None: not yet.
@@ -125,11 +130,6 @@ class BindData(LightningDataModule):
         # Before anything is read: names are enough to find these faults.
         check_episodes(self.sources)
         check_streams(self.sources)
-        if self.context is not None and self.streamed:
-            raise InputError(
-                "model.context retrieves from all training rows, so they must be known before training: use a table on "
-                "disk instead of streamed shards, or remove model.context"
-            )
         rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
         for number, config in enumerate(self.sources):
             if is_training_stream(config):

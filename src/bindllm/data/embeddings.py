@@ -182,20 +182,21 @@ class MediaEmbeddings:
 def build_datastore(rows: Iterable[Row], embeddings: MediaEmbeddings) -> Datastore:
     """Return a datastore of rows: one record for each media group, with the texts of all rows that show it.
 
-    The text of a caption is the caption. Of any other row it is the question and its answer.
+    The text of a caption is the caption. Of any other row it is the question and its answer. Answers that their rows
+    call unwanted are skipped.
 
     Args:
         rows: rows whose media are embedded already.
         embeddings: the embeddings of their media.
 
     Raises:
-        InputError: no row has media.
+        InputError: no row has media and a wanted answer.
     """
     found: dict[tuple[str, ...], Record] = {}
     groups: dict[tuple[str, ...], MediaGroup] = {}
     for row in rows:
         for message, answer in pairwise(row.conversation.messages):
-            if not message.media or answer.role != "assistant":
+            if not message.media or answer.role != "assistant" or row.desirable is False:
                 continue
             text = answer.text if row.task == "caption" else f"{message.text} {answer.text}"
             keys = tuple(embeddings.key(media) for media in message.media)
@@ -204,7 +205,7 @@ def build_datastore(rows: Iterable[Row], embeddings: MediaEmbeddings) -> Datasto
             found[keys] = replace(known, texts=tuple(dict.fromkeys([*known.texts, text.strip()])))
             groups.setdefault(keys, group)
     if not found:
-        raise InputError("a datastore needs rows with media and an answer, and these have none")
+        raise InputError("a datastore needs rows with media and a wanted answer, and these have none")
     vectors = embeddings.lookup([groups[keys] for keys in found])
     return Datastore(vectors, [*found.values()], embeddings.fingerprints)
 

@@ -136,13 +136,16 @@ def make_sample(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int) -
 
     In a row of ``query_only``, and in one that says how good its answer is, only the last answer is learned. If the
     last turns do not fit, the last question is no longer the one that the references answer: the references are
-    dropped, and the row is measured by its loss.
+    dropped, and the row is measured by its loss. An episode is never cut.
 
     Raises:
         InputError: the row cannot be used; it is counted by this message.
     """
     last_only = row.query_only or row.rejected is not None or row.desirable is not None
     sample = tokenize(row.conversation, tokenizer, max_length, last_only=last_only)
+    if row.task == "episode" and sample.truncated:
+        # A part of a name is a wrong answer, and the shots without their query teach made-up names.
+        raise InputError(f"an episode longer than max_length={max_length} tokens")
     # If an answer was dropped, the question that the references answer is gone.
     whole = sample.num_answers == (1 if last_only else _num_answers(row.conversation))
     rejected = None

@@ -21,6 +21,8 @@ Format = Literal[
     "choice",
     "preference",
 ]
+CAPTION_FORMATS: tuple[Format, ...] = ("caption", "minigpt4")
+"""Formats whose question is the prompt of the source."""
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 # Hugging Face calls it validation, COCO val, older sets valid or dev.

@@ -25,6 +25,7 @@ from bindllm.atomic import (
     file_sha256,
     read_json,
     read_tensors,
+    require_file,
     write_json,
     write_tensors,
 )
@@ -94,7 +95,7 @@ class Datastore:
         source: path for messages.
 
     Raises:
-        InputError: no records, another number of embeddings, or embeddings that are not finite.
+        InputError: no records, another number of embeddings, embeddings that are not finite, or no fingerprint.
 
     Examples:
         >>> cat = Record(keys=(), name="cat", modality="image", texts=("a cat",))
@@ -112,10 +113,18 @@ class Datastore:
                 f"a datastore takes at least one record and one embedding for each, not {len(records)} records and "
                 f"embeddings {list(embeddings.shape)}"
             )
-        if not embeddings.isfinite().all():
-            raise InputError("the embeddings of a datastore must be finite")
         self.embeddings, self.records = embeddings.float().cpu(), tuple(records)
-        self.fingerprints, self.source = tuple(fingerprints), source
+        # A larger number of float64 may have become infinite.
+        if not self.embeddings.isfinite().all():
+            raise InputError("the embeddings of a datastore must be finite")
+        # One word would be read as a list of its letters, and an empty list would fit every model.
+        words = [] if isinstance(fingerprints, str) else list(fingerprints)
+        if not words or not all(isinstance(word, str) for word in words):
+            raise InputError(
+                f"the fingerprints of a datastore are {fingerprints!r}, expected a list with that of each encoder that "
+                "made the embeddings: [encoder.fingerprint()]"
+            )
+        self.fingerprints, self.source = tuple(words), source
         self._rows: dict[str, list[int]] = {}
         for row, record in enumerate(self.records):
             for key in record.keys:
@@ -202,7 +211,8 @@ class Datastore:
         check_datastore_folder(folder)
         with atomic_folder(folder) as part:
             write_tensors(part / EMBEDDINGS, {"embeddings": self.embeddings})
-            lines = (json.dumps(asdict(record), ensure_ascii=False) for record in self.records)
+            # In ASCII: names of files may hold bytes that are not UTF-8.
+            lines = (json.dumps(asdict(record)) for record in self.records)
             (part / RECORDS).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
             hashes = {
                 f"{name.partition('.')[0]}_sha256": file_sha256(part / name) for name in (EMBEDDINGS, RECORDS)
@@ -230,6 +240,7 @@ class Datastore:
                     f"{folder} has format {number}, this bindllm reads up to {FORMAT}: update bindllm"
                 )
             tensors = read_tensors(folder / EMBEDDINGS, manifest["embeddings_sha256"], StoreError)
+            require_file(folder / RECORDS, StoreError, "copy the whole folder")
             if file_sha256(folder / RECORDS) != manifest["records_sha256"]:
                 raise ValueError(f"{RECORDS} is not the file that it was written with")
             with (folder / RECORDS).open(encoding="utf-8") as lines:

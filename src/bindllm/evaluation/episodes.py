@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from bindllm.conversation import NO_MEDIA, Conversation, Message
-from bindllm.data.answers import is_right, same_answer
+from bindllm.conversation import NO_MEDIA, Message
+from bindllm.data.answers import answer_words, is_right, same_answer
 from bindllm.data.collate import Lookup, MediaGroup
 from bindllm.data.rows import Sample, tokenize
 from bindllm.errors import InputError
@@ -95,14 +95,10 @@ def episodes_task(
         episode_metrics,
         baselines={
             task.NEAREST_SHOT: lambda: [BaselineAnswer(_nearest(sample, lookup)) for sample in samples],
-            task.COPY_LAST: lambda: [BaselineAnswer((_shot_names(sample) or [""])[-1]) for sample in samples],
-            task.MAJORITY_SHOT: lambda: [
-                BaselineAnswer(_majority(_shot_names(sample))) for sample in samples
-            ],
+            **copied_answers(samples),
         },
         altered={
-            task.BLANK_SUPPORT: blank_support,
-            task.SHUFFLED_SUPPORT: _MediaExchange(samples, lookup),
+            **altered_media(samples, lookup),
             task.WRONG_SUPPORT: partial(exchange_names, tokenizer=tokenizer),
         },
         make_row=_row,
@@ -153,7 +149,7 @@ def exchange_names(sample: Sample, *, tokenizer: PreTrainedTokenizerBase) -> Sam
 
     The query and its true name stay. A model that learns from the images then gives the other name.
     """
-    if not _shot_names(sample):
+    if not _shot_answers(sample):
         return None
     following = dict(zip(sample.options, (*sample.options[1:], sample.options[0]), strict=True))
     *shots, answer = sample.conversation.messages
@@ -163,25 +159,54 @@ def exchange_names(sample: Sample, *, tokenizer: PreTrainedTokenizerBase) -> Sam
         for message in shots
     ]
     # Nothing is cut: made-up names may differ in their number of tokens.
-    made = tokenize(Conversation((*changed, answer)), tokenizer, sys.maxsize, last_only=True)
+    conversation = replace(sample.conversation, messages=(*changed, answer))
+    made = tokenize(conversation, tokenizer, sys.maxsize, last_only=True)
     own = {name: getattr(made, name) for name in ("input_ids", "labels", "media_index", "conversation")}
     return replace(sample, **own)
 
 
+def copied_answers(samples: Sequence[Sample]) -> dict[str, Callable[[], list[BaselineAnswer]]]:
+    """Return the baselines that copy an answer of the shots, of episodes and of few-shot prompts."""
+    answers = [_shot_answers(sample) for sample in samples]
+    return {
+        task.COPY_LAST: lambda: [BaselineAnswer((row or [""])[-1]) for row in answers],
+        task.MAJORITY_SHOT: lambda: [BaselineAnswer(majority_shot(row)) for row in answers],
+    }
+
+
+def majority_shot(answers: Sequence[str]) -> str:
+    """Return the most frequent answer of the shots, of equally frequent ones the last; empty without shots.
+
+    Examples:
+        >>> majority_shot(["a cat", "a dog", "Cat."])
+        'Cat.'
+    """
+    # By their words, as "No." and "no" are the same answer.
+    spelling = {" ".join(answer_words(answer)): answer for answer in answers}
+    counts = Counter(" ".join(answer_words(answer)) for answer in reversed(answers))
+    # most_common keeps the order of equal counts: from the last shot to the first.
+    return spelling[counts.most_common(1)[0][0]] if answers else ""
+
+
+def altered_media(samples: Sequence[Sample], lookup: Lookup) -> dict[str, Callable[[Sample], Sample | None]]:
+    """Return the variants that change only the media of the shots, of episodes and of few-shot prompts."""
+    return {task.BLANK_SUPPORT: blank_support, task.SHUFFLED_SUPPORT: _MediaExchange(samples, lookup)}
+
+
 def blank_support(sample: Sample) -> Sample | None:
-    """Return an episode whose shots have no media; None without shots."""
-    if not _shot_names(sample):
+    """Return a sample whose shots have no media; None without shots."""
+    if not _shot_answers(sample):
         return None
     index = sample.media_index
-    # The last token listens to the query.
+    # The last token listens to the question.
     return replace(sample, media_index=np.where(index == index[-1], index, NO_MEDIA))
 
 
 class _MediaExchange:
-    """Gives the shots of an episode the media of other shots.
+    """Gives the shots of a sample the media of other shots.
 
     Args:
-        samples: all episodes.
+        samples: all samples.
         lookup: returns the embeddings of media groups.
     """
 
@@ -189,15 +214,17 @@ class _MediaExchange:
         self._samples, self._lookup = samples, lookup
 
     def __call__(self, sample: Sample) -> Sample | None:
-        """Return the episode; None without shots.
+        """Return the sample; None without shots.
 
         Raises:
-            InputError: all shots show the same media.
+            InputError: all shots show the same media, or none shows any.
         """
-        if not _shot_names(sample):
+        if not _shot_answers(sample):
             return None
         if self._partners is None:
-            raise InputError("all shots show the same media, so they cannot be exchanged; use more shots")
+            raise InputError(
+                "all shots show the same media or none, so these cannot be exchanged; use more shots"
+            )
         *shots, question, answer = sample.conversation.messages
         # Media add no text, so the tokens and their media index stay.
         changed = [
@@ -206,36 +233,29 @@ class _MediaExchange:
             else message
             for message in shots
         ]
-        return replace(sample, conversation=Conversation((*changed, question, answer)))
+        messages = (*changed, question, answer)
+        return replace(sample, conversation=replace(sample.conversation, messages=messages))
 
     @cached_property
     def _partners(self) -> dict[MediaGroup, MediaGroup] | None:
-        groups = list(
-            dict.fromkeys(
-                group for sample in self._samples for group in sample.conversation.media_groups[:-1]
-            )
-        )
+        shots = [message for sample in self._samples for message in sample.conversation.messages[:-2]]
+        groups = list(dict.fromkeys(message.media for message in shots if message.media))
         # By the bytes of their embeddings: files with the same content count once.
         keys = [vector.numpy().tobytes() for vector in self._lookup(groups)]
         return task.exchange(dict(zip(groups, keys, strict=True)))
 
 
-def _shot_names(sample: Sample) -> list[str]:
-    """Return the names of the shots, in their order."""
+def _shot_answers(sample: Sample) -> list[str]:
+    """Return the answers of the shots, in their order."""
     return [message.text for message in sample.conversation.messages[:-1] if message.role == "assistant"]
 
 
 def _nearest(sample: Sample, lookup: Lookup) -> str:
     """Return the name of the shot with the highest cosine to the query, the first of equal ones."""
-    names = _shot_names(sample)
+    names = _shot_answers(sample)
     # Every turn of an episode has media, so groups and names are in the same order.
     vectors = lookup(sample.conversation.media_groups)  # [shots + 1, E], unit norm
     return names[int((vectors[:-1] @ vectors[-1]).argmax())] if names else ""
-
-
-def _majority(names: Sequence[str]) -> str:
-    # most_common keeps the order of equal counts: from the last shot to the first.
-    return Counter(reversed(names)).most_common(1)[0][0] if names else ""
 
 
 def _row(item: Sample, texts: Mapping[str, str | None], _: BaselineAnswer | None) -> dict[str, Any]:

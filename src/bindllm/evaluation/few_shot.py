@@ -1,17 +1,12 @@
 """Few-shot evaluation: held-out questions with worked examples before them, next to controls of these examples.
 
 A model may copy the answers of its shots without looking at their media (https://arxiv.org/abs/2404.15736), so each
-number of shots is measured with these variants in addition to those of the task:
-
-- ``blank_support``: the shots without their media.
-- ``shuffled_support``: the media of the shots, exchanged among all shots.
-- ``wrong_support``: the shots with wrong answers.
-- ``copy_last`` and ``majority_shot`` need no model: the answer of the last shot, and the most frequent one among them.
+number of shots is measured with the variants of episodes in addition to those of the task. In ``wrong_support`` each
+shot has another answer to the same prompt, or to any prompt.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -22,26 +17,15 @@ from transformers import PreTrainedTokenizerBase
 
 from bindllm.conversation import Conversation
 from bindllm.data.answers import answer_words
-from bindllm.data.collate import Lookup
 from bindllm.data.embeddings import MediaEmbeddings
 from bindllm.data.report import Skipped
 from bindllm.data.rows import Row, Sample, make_sample, tokenize
 from bindllm.errors import InputError
 from bindllm.evaluation.answers import answers_task
 from bindllm.evaluation.captions import captions_task
-from bindllm.evaluation.episodes import blank_support
+from bindllm.evaluation.episodes import altered_media, copied_answers
 from bindllm.evaluation.support import Support, one_per_caption, shot_of
-from bindllm.evaluation.task import (
-    BLANK_SUPPORT,
-    COPY_LAST,
-    MAJORITY_SHOT,
-    SHUFFLED_SUPPORT,
-    WRONG_SUPPORT,
-    BaselineAnswer,
-    MakeRow,
-    Task,
-    exchange,
-)
+from bindllm.evaluation.task import WRONG_SUPPORT, BaselineAnswer, MakeRow, Task, exchange
 from bindllm.media import Media
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.decoder import num_positions
@@ -60,7 +44,8 @@ class _Question:
     @property
     def prompt(self) -> Conversation:
         """The conversation without its answer."""
-        return Conversation(self.row.conversation.messages[:-1])
+        conversation = self.row.conversation
+        return replace(conversation, messages=conversation.messages[:-1])
 
     def with_shots(self, shots: Sequence[Shot], model: BindLLM, number: int) -> Sample:
         """Return the sample of the question after some shots; only its own answer counts."""
@@ -162,13 +147,22 @@ class FewShotData:
             question.with_shots(row, model, number)
             for number, (question, row) in enumerate(zip(self.questions, shots, strict=True))
         ]
-        task, total = make(asked, max_new_tokens=room), sum(map(len, shots))
+        task = make(asked, max_new_tokens=room)
+        # The number of an item is the position of its question: captions of one image are one prompt.
+        numbers = [item.number for item in task.items]
+        total = sum(len(shots[n]) for n in numbers)
         counts = {
             "shots": total,
-            "excluded": sum(found.num_excluded for found in chosen),
-            "not_fitting": sum(len(found.shots) for found in chosen) - total,
+            "excluded": sum(chosen[n].num_excluded for n in numbers),
+            "not_fitting": sum(len(chosen[n].shots) for n in numbers) - total,
         }
-        variants = _Variants(self.questions, shots, self.embeddings, model)
+        variants = {
+            "altered": {
+                **altered_media(task.items, self.embeddings),
+                WRONG_SUPPORT: _WrongAnswers(self.questions, shots, model, limit),
+            },
+            "baselines": {**task.baselines, **copied_answers(task.items)},
+        }
         return replace(
             task,
             name=f"{task.name}_{count}_shots",
@@ -176,7 +170,7 @@ class FewShotData:
             loss_items=(),
             counts={**task.counts, **counts},
             make_row=partial(_row, task.make_row, shots),
-            **(variants.of(task) if count else {}),
+            **(variants if count else {}),
         )
 
 
@@ -198,62 +192,24 @@ def _usable(
 
 
 @dataclass(frozen=True)
-class _Variants:
-    """The questions with their shots, for the variants that change or copy the shots.
-
-    The number of an item is the position of its question: captions of one image are one item.
-    """
+class _WrongAnswers:
+    """Gives the shots of an item wrong answers, in a prompt of at most ``limit`` tokens."""
 
     questions: Sequence[_Question]
     shots: Sequence[Sequence[Shot]]
-    lookup: Lookup
     model: BindLLM
+    limit: int | None
 
-    def of(self, task: Task) -> dict[str, Any]:
-        """Return the altered items and the baselines of a task."""
-        shots = [self.shots[item.number] for item in task.items]
-        return {
-            "altered": {
-                BLANK_SUPPORT: blank_support,
-                SHUFFLED_SUPPORT: self.shuffled,
-                WRONG_SUPPORT: self.wrong,
-            },
-            "baselines": {
-                **task.baselines,
-                COPY_LAST: lambda: [BaselineAnswer(row[-1].answer if row else "") for row in shots],
-                MAJORITY_SHOT: lambda: [BaselineAnswer(majority_shot(row)) for row in shots],
-            },
-        }
-
-    def shuffled(self, item: Sample) -> Sample | None:
-        """Return an item after shots with the media of other shots; None without shots.
-
-        Raises:
-            InputError: all shots show the same media.
-        """
-        return self._after(item, lambda shot: replace(shot, media=self._partners.get(shot.media, ())))
-
-    def wrong(self, item: Sample) -> Sample | None:
-        """Return an item after shots with wrong answers; None without shots.
+    def __call__(self, item: Sample) -> Sample | None:
+        """Return the item; None without shots, or if they do not fit with their wrong answers.
 
         Raises:
             InputError: all shots have the same answer.
         """
-        return self._after(item, self._wrong)
-
-    def _after(self, item: Sample, change: Callable[[Shot], Shot]) -> Sample | None:
-        shots = [change(shot) for shot in self.shots[item.number]]
-        return self.questions[item.number].with_shots(shots, self.model, item.number) if shots else None
-
-    @cached_property
-    def _partners(self) -> dict[Sequence[Media], Sequence[Media]]:
-        """Other media for those of each shot."""
-        groups = list(dict.fromkeys(shot.media for row in self.shots for shot in row if shot.media))
-        keys = [vector.numpy().tobytes() for vector in self.lookup(groups)]
-        partners = exchange(dict(zip(groups, keys, strict=True)))
-        if partners is None:
-            raise InputError("all shots show the same media, so they cannot be exchanged; use more shots")
-        return partners
+        shots, question = [self._wrong(shot) for shot in self.shots[item.number]], self.questions[item.number]
+        # Fewer shots, or a shorter answer, could not be compared with the model's.
+        fits = len(fit_shots(question.prompt, shots, self.model.tokenizer, self.limit)) == len(shots)
+        return question.with_shots(shots, self.model, item.number) if shots and fits else None
 
     @cached_property
     def _wrong(self) -> Callable[[Shot], Shot]:
@@ -280,19 +236,6 @@ def wrong_answers(shots: Iterable[Shot]) -> Callable[[Shot], Shot]:
         raise InputError("all shots have the same answer, so none is wrong; use more shots")
     partners = {prompt: exchange(answers) or anywhere for prompt, answers in by_prompt.items()}
     return lambda shot: replace(shot, answer=partners[shot.prompt][shot.answer])
-
-
-def majority_shot(shots: Sequence[Shot]) -> str:
-    """Return the most frequent answer of the shots, of equally frequent ones the last; empty without shots.
-
-    Examples:
-        >>> majority_shot([Shot("?", "a cat"), Shot("?", "a dog"), Shot("?", "Cat.")])
-        'Cat.'
-    """
-    answers = {" ".join(answer_words(shot.answer)): shot.answer for shot in shots}
-    counts = Counter(" ".join(answer_words(shot.answer)) for shot in reversed(shots))
-    # most_common keeps the order of equal counts: from the last shot to the first.
-    return answers[counts.most_common(1)[0][0]] if shots else ""
 
 
 def _row(

@@ -105,9 +105,9 @@ class Support:
     seed: int = 0
     nearest_first: bool = False
     lookup: Lookup | None = None
-    # Content hashes of the media of each shot, and the vectors of all shots, once they are needed.
+    # Content hashes of the media of each shot; the row of each shot and the vectors, once they are needed.
     _hashes: dict[int, frozenset[str]] = field(default_factory=dict)
-    _vectors: dict[str, tuple[list[int], Tensor]] = field(default_factory=dict)
+    _vectors: dict[str, tuple[dict[int, int], Tensor]] = field(default_factory=dict)
 
     def embed(
         self, questions: Iterable[Shot], embeddings: MediaEmbeddings, context: RunContext
@@ -199,23 +199,24 @@ class Support:
     def _similarities(self, kind: str, prompt: str, media: Sequence[Media]) -> dict[int, float]:
         """Return the cosine of the question and each shot by its position; shots without media have none."""
         if kind not in self._vectors:
-            groups = {
-                n: _text(s.prompt) if kind == "text" else tuple(s.media) for n, s in enumerate(self.shots)
-            }
-            positions = [n for n, group in groups.items() if group]
-            if not positions:
+            groups = [_text(shot.prompt) if kind == "text" else tuple(shot.media) for shot in self.shots]
+            # Many shots share their prompt or their image, which has one vector.
+            distinct = {group: row for row, group in enumerate(dict.fromkeys(filter(None, groups)))}
+            if not distinct:
                 raise InputError(
                     f"none of the {len(self.shots)} shots has media, so none is the nearest by media"
                 )
-            self._vectors[kind] = positions, self.lookup([groups[n] for n in positions])
+            rows = {n: distinct[group] for n, group in enumerate(groups) if group}
+            self._vectors[kind] = rows, self.lookup([*distinct])
         if kind == "media" and not media:
             raise InputError(
                 "the question has no media, so no shot is the nearest by media; choose another way"
             )
-        positions, vectors = self._vectors[kind]
+        rows, vectors = self._vectors[kind]
         query = self.lookup([_text(prompt) if kind == "text" else tuple(media)])[0]
         # Rounded, so that equal media stay equal in whatever order the products are summed.
-        return dict(zip(positions, (vectors @ query).round(decimals=6).tolist(), strict=True))
+        found = (vectors @ query).round(decimals=6).tolist()
+        return {n: found[row] for n, row in rows.items()}
 
 
 def _draw(generator: random.Random, count: int) -> Iterator[int]:

@@ -6,7 +6,8 @@
   model does not use its media.
 - the task's baselines, which need no model, such as ``nearest_caption`` or ``majority_answer``.
 
-Episodes add variants that alter their shots: ``blank_support``, ``shuffled_support`` and ``wrong_support``.
+Episodes and few-shot prompts add variants of their shots (docs/few-shot.md): ``blank_support``, ``shuffled_support``
+and ``wrong_support`` alter them, ``copy_last`` and ``majority_shot`` copy an answer of them.
 """
 
 from __future__ import annotations

@@ -202,8 +202,8 @@ def find_attention(layer: nn.Module, index: int, name: str, *, num_heads: int, k
         raise DecoderError(
             f"{name}, layer {index}: injection kind 'attend' needs queries, keys and values of one head size, but "
             f"q_proj, k_proj and v_proj give {attention.q_proj.out_features}, {attention.k_proj.out_features} and "
-            f"{attention.v_proj.out_features} features for the {width} of o_proj. Use inject: {{kind: value}} and "
-            "bind.tokens: 1"
+            f"{attention.v_proj.out_features} features for the {width} of o_proj. Use inject: {{kind: value}}, "
+            "bind.tokens: 1, and no context"
         )
     return attention
 

@@ -103,7 +103,7 @@ def write_checkpoint(
         card: text of the model card.
         adapter_config: content of peft's ``adapter_config.json``, if the model has an adapter.
         files: text of further files by name, such as ``conversion.tsv`` of a conversion.
-        datastore: the records that the model answers with, if it reads any.
+        datastore: the records that the model answers with, if it reads any. None: an earlier datastore there stays.
 
     Raises:
         CheckpointError: the folder exists and is not a checkpoint of ours.
@@ -121,6 +121,9 @@ def write_checkpoint(
         write_tensors(part / WEIGHTS, {name: tensor for name, tensor in tensors.items() if name not in tuned})
         if datastore is not None:
             datastore.save(part / DATASTORE)
+        elif manifest.get("context") and (folder / DATASTORE).is_dir():
+            # The model was loaded without its records.
+            shutil.copytree(folder / DATASTORE, part / DATASTORE, copy_function=_link)
         hashes = {"weights_sha256": file_sha256(part / WEIGHTS)}
         if adapter_config is not None:
             (part / ADAPTER).mkdir()

@@ -208,13 +208,16 @@ class Injection(nn.Module):
         index = torch.zeros(1, 7, dtype=torch.int64, device=decoder.device)
         # Two bind tokens for `attend`: one would not need its queries and keys.
         sizes = (1, 1, 2) if self.kind == "attend" else (1, 1)
-        bind = torch.zeros(*sizes, decoder.config.get_text_config().hidden_size, device=decoder.device)
+        width = decoder.config.get_text_config().hidden_size
+        inputs = {"bind": torch.zeros(*sizes, width, device=decoder.device), "media_index": index}
+        if self.context_gates is not None:
+            inputs["context"] = torch.zeros(1, 1, 2, width, device=decoder.device)
         # On the meta device transformers cannot compute a mask; families without attention do not take a whole one.
         is_meta = decoder.device.type == "meta"
         masks = (torch.ones(1, 1, 7, 7, dtype=torch.bool, device="meta"), None) if is_meta else (None,)
         for mask in masks:
             try:
-                decoder(input_ids=index, attention_mask=mask, bind=bind, media_index=index, use_cache=False)
+                decoder(input_ids=index, attention_mask=mask, use_cache=False, **inputs)
                 return
             except (BindLLMError, torch.OutOfMemoryError):
                 raise

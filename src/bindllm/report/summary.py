@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -236,14 +237,17 @@ def _episodes(variants: Variants, one: str) -> list[str]:
         sentences.append(f"The name of the shot nearest to the query is right for {show(near)}.")
     variant = variants["wrong_support"]
     if (exchanged := variant["accuracy"]) is not None:
-        if exchanged >= variant.get("model_accuracy", own):
+        # On the same episodes: those without shots have no names to exchange.
+        same = variant.get("model_accuracy", own)
+        if exchanged >= same:
             verdict = f"not fewer: nothing here shows that it learns names from the {one} of a shot"
+        # Two standard errors, at most, of the difference of two shares.
+        elif same - exchanged < 2 * math.sqrt(0.5 / variant["count"]):
+            verdict = "hardly fewer: this can be chance"
         else:
             verdict = f"so it does learn names from the {one} of a shot"
-        # On the same episodes: those without shots have no names to exchange.
-        same = show(variant.get("model_accuracy", own))
         sentences.append(
-            f"With the names exchanged between the classes it names {show(exchanged)} right instead of {same}, "
+            f"With the names exchanged between the classes it names {show(exchanged)} right instead of {show(same)}, "
             f"{verdict}."
         )
     return sentences + _few(model["count"], "episodes")

@@ -34,12 +34,19 @@ BATCH_SIZE = 64
 
 
 def words_of_groups(samples: Sequence[Sample]) -> dict[MediaGroup, set[int]]:
-    """Return the ids of all supervised tokens that listen to each media group."""
+    """Return the ids of all supervised tokens that listen to each media group; groups without any are left out.
+
+    Answers that their rows call unwanted are skipped.
+    """
     words: dict[MediaGroup, set[int]] = {}
     for sample in samples:
+        if sample.desirable is False:
+            continue
         for number, group in enumerate(sample.media):
-            own = sample.labels[(sample.labels != IGNORE) & (sample.media_index == number)]
-            words.setdefault(group, set()).update(own.tolist())
+            own = sample.labels[(sample.labels != IGNORE) & (sample.media_index == number)].tolist()
+            # A group without words, such as that of a shot, would make words of all others look rare.
+            if own:
+                words.setdefault(group, set()).update(own)
     return words
 
 

@@ -189,10 +189,12 @@ class BindModule(LightningModule):
         context = RunContext.of_trainer(self.trainer)
         # A resumed run has restored its weights.
         if self.bag_of_words and not context.resumed:
-            if isinstance(self.trainer.strategy, DeepSpeedStrategy):
-                # Its copies of the weights, made earlier, would undo the pretraining at the first step.
+            if isinstance(self.trainer.strategy, DeepSpeedStrategy | ShardedDecoder):
+                # DeepSpeed's copies of the weights, made earlier, would undo the pretraining at the first step. A
+                # sharded decoder has whole word embeddings only inside its forward pass.
                 raise InputError(
-                    "model.bag_of_words does not work with DeepSpeed: set it to 0, or use another strategy"
+                    "model.bag_of_words does not work with DeepSpeed or a sharded decoder: set it to 0, or use another "
+                    "trainer.strategy"
                 )
             pretrain_bind(self.model, self.trainer.datamodule, self.bag_of_words, self.optim_config, context)
         self.eval()
@@ -297,10 +299,12 @@ class BindModule(LightningModule):
             self.model.save_pretrained(folder)
         # All processes stop here; one that ended earlier would let the launcher kill the one that is writing.
         self.trainer.strategy.barrier()
+        # Else the next run would refuse weights that are trained already.
+        further = " --model.bag_of_words 0" if self.bag_of_words else ""
         raise TrainingError(
             f"the {what} is not finite at step {self.global_step + 1}; the weights from before it are kept in "
             f"{folder}. Continue from them with a lower learning rate: --model.init_from {folder} "
-            f"--model.optim.lr {self.optim_config.lr / 3:.1g}"
+            f"--model.optim.lr {self.optim_config.lr / 3:.1g}{further}"
         )
 
 

@@ -28,6 +28,7 @@ from bindllm.data.sources import read_source
 from bindllm.data.stream.loader import check_streams, is_training_stream
 from bindllm.data.stream.samples import read_stream
 from bindllm.data.stream.shards import expand_shards, is_stream
+from bindllm.embeddings.datastore import open_datastore
 from bindllm.encoders import Encoder, HasExamples, alignment_warnings, encoder_for, skipped_encoders
 from bindllm.encoders.tokens import reduce_tokens, token_size
 from bindllm.errors import BindLLMError, InputError, own_cause
@@ -35,7 +36,7 @@ from bindllm.media import MODALITIES, Media, open_image
 from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.bindllm import BindLLM
-from bindllm.model.checkpoint import build_own, read_manifest, read_weights
+from bindllm.model.checkpoint import DATASTORE, build_own, read_manifest, read_weights
 from bindllm.model.context import ContextConfig
 from bindllm.model.decoder import (
     DecoderConfig,
@@ -185,6 +186,8 @@ def check_checkpoint(folder: str, problems: Problems, *, allow: Sequence[str]) -
         config, parts, tensors = read_parts(folder, decoder=None, dtype=None, allow=allow)
         model = BindLLM.build_empty(config, **parts)
         model.check_trainable_state(tensors, source=folder)
+        if parts["context"] is not None:
+            open_datastore(None, parts["encoders"], own=Path(folder, DATASTORE))
         model.injection.try_out(model.decoder)
     problems[known:] = dict.fromkeys(problems[known:])
 

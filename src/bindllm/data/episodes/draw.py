@@ -79,7 +79,8 @@ def keep_classes(
     for split in SPLITS:
         labeled, fixed = _labeled(rows[split])
         classes = find_classes(labeled, config, split, report.skipped)
-        kept[split] = [*(row for images in classes.values() for row in images), *fixed]
+        labeled = [row for images in classes.values() for row in images]
+        kept[split] = [*labeled, *_without_copies(fixed, report.skipped)]
         report.classes += len(classes)
     _check_apart(rows, config.path)
     return kept
@@ -178,8 +179,24 @@ def draw_episodes(
             labeled, fixed = _labeled(own)
             classes = find_classes(labeled, config, split, skipped, **key)
             drawn[split] += _draw(classes, config, split, embeddings) if labeled else []
-            drawn[split] += fixed
+            drawn[split] += _without_copies(fixed, skipped, **key)
     return drawn
+
+
+def _without_copies(
+    episodes: Sequence[Row], skipped: Skipped, key: Callable[[Media], Hashable] = lambda media: media
+) -> list[Row]:
+    """Return the fixed episodes whose query is not among its shots; ``key`` is equal for equal images."""
+    shown = [[tuple(map(key, group)) for group in row.conversation.media_groups] for row in episodes]
+    # With every number of shots, so that all numbers have the same queries.
+    copied = {query for *shots, query in shown if query in shots}
+    kept = []
+    for row, (*_, query) in zip(episodes, shown, strict=True):
+        if query in copied:
+            skipped.add("the query is among its shots", row.name)
+        else:
+            kept.append(row)
+    return kept
 
 
 def _draw(

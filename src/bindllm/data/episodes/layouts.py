@@ -110,8 +110,6 @@ class _Reader:
             [(names[name], self._image(value, name, title)) for value in pool[:most]]
             for name, pool in zip(classes, pools, strict=True)
         ]
-        if any(row.media == query.media for pool in shown for _, row in pool):
-            raise RowError("the query is among its shots")
         rows = []
         for count in self._episodes.test_shots:
             support = shuffled((pair for pool in shown for pair in pool[:count]), rng)

@@ -75,7 +75,7 @@ def find_records(
         datastore: None: the model's own, False: none.
 
     Raises:
-        InputError: a datastore for a model that reads no records.
+        InputError: a datastore for a model that reads no records, or something else than a datastore.
         StoreError: a datastore of another encoder.
     """
     store = model.datastore if datastore is None else datastore or None
@@ -83,6 +83,10 @@ def find_records(
         return {}
     if model.context is None:
         raise InputError(READS_NO_RECORDS)
+    if not isinstance(store, Datastore):
+        raise InputError(
+            f"datastore is {store!r}, expected a Datastore, False or None; Datastore.open(FOLDER) reads one"
+        )
     # `from_pretrained` has not seen a datastore of this call.
     store.check_encoders(model.encoders)
     count = model.context.num_records
