@@ -85,8 +85,12 @@ class BagOfWords(nn.Module):
         tokens = tokens_of(self._lookup, groups)
         tokens = None if tokens is None else tokens.to(self.table.device)
         bind = self.network(self._lookup(groups).to(self.table.device), tokens)
-        # Products with unit rows are at most the norm of a bind token, about the square root of D: sharp enough.
-        scores = (bind if bind.dim() == 3 else bind.unsqueeze(1)) @ self.table.T  # [G, N, V]
+        # At unit scale, so that the network cannot learn faster by larger outputs: the run starts from these, and gates
+        # that have just opened would pass far too much.
+        bind = nn.functional.rms_norm(
+            bind if bind.dim() == 3 else bind.unsqueeze(1), bind.shape[-1:], eps=1e-6
+        )
+        scores = bind @ self.table.T  # [G, N, V], at most the square root of D
         # The mean of the distributions of the bind tokens: each of them may name another thing.
         return scores.log_softmax(-1).logsumexp(1) - math.log(scores.shape[1])
 
