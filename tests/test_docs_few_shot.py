@@ -34,10 +34,16 @@ def test_every_command_is_understood(line):
 
 
 def test_the_python_runs(decoder, monkeypatch):
+    answers, generate = [], BindLLM.generate
     monkeypatch.setattr(BindLLM, "from_pretrained", lambda folder: tiny_model(decoder))
+    monkeypatch.setattr(
+        BindLLM, "generate", lambda *args, **options: answers.append(generate(*args, **options))
+    )
     monkeypatch.setattr(Media, "image", lambda path: Media("image", np.zeros((8, 8, 3), np.uint8)))
     for block in blocks("python"):
         exec(block, {})
+    # An answer, not a list: one prompt was asked.
+    assert [type(answer) for answer in answers] == [str]
 
 
 def names_in_table(head: str) -> list[str]:

@@ -34,23 +34,11 @@ def write(file: Path, rows: list[dict]) -> SourceConfig:
 @pytest.fixture
 def isekai(tmp_path):
     pos, neg = (images(tmp_path / "images", f"{kind}-vacuum", 4) for kind in ("pos", "neg"))
-    row = {"positive_promt": "octopus vacuum", "negative_promt": "robot vacuum"}
-    rows = [
-        row
-        | {
-            "image_name": pos[0],
-            "positive_list": pos[1:],
-            "negative_list": neg[1:],
-            "label_name": "octopus vacuum",
-        },
-        row
-        | {
-            "image_name": neg[0],
-            "positive_list": pos[1:],
-            "negative_list": neg[1:],
-            "label_name": "robot vacuum",
-        },
-    ]
+    labels = "octopus vacuum", "robot vacuum"
+    row = dict(zip(("positive_promt", "negative_promt"), labels, strict=True))
+    lists = {"positive_list": pos[1:], "negative_list": neg[1:]}
+    queries = zip((pos[0], neg[0]), labels, strict=True)
+    rows = [row | lists | {"image_name": image, "label_name": label} for image, label in queries]
     return rows, write(tmp_path / "ISEKAI-10.json", rows)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
@@ -230,6 +231,25 @@ def tokenize(
         conversation=conversation,
         truncated=length < answers[-1][1],
     )
+
+
+def with_conversation(
+    sample: Sample, conversation: Conversation, tokenizer: PreTrainedTokenizerBase, **changes: Any
+) -> Sample:
+    """Return a held-out sample with another conversation before the same answer, which is not cut.
+
+    Args:
+        sample: the sample.
+        conversation: the other conversation.
+        tokenizer: of the decoder.
+        **changes: further fields of the result.
+
+    Raises:
+        InputError: the conversation cannot be used, or is longer than the decoder reads.
+    """
+    made = tokenize(conversation, tokenizer, sys.maxsize, last_only=True)
+    own = {name: getattr(made, name) for name in ("input_ids", "labels", "media_index", "conversation")}
+    return replace(sample, **own, **changes)
 
 
 def _cut(rendered: Rendered, answers: list[tuple[int, int]], max_length: int) -> list[int]:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bindllm.conversation import Message
 from bindllm.data.embeddings import RetrievedRecords
-from bindllm.data.rows import Sample, tokenize
+from bindllm.data.rows import Sample, with_conversation
 from bindllm.embeddings.datastore import Record
 from bindllm.evaluation.task import BaselineAnswer, Task, media_of
 
@@ -65,14 +65,7 @@ def _as_text(sample: Sample, *, found: RetrievedRecords, tokenizer: PreTrainedTo
     prefix = _PREFIX.format("; ".join(record.text for record in records))
     messages[last] = Message("user", [prefix, *messages[last].content])
     conversation = replace(sample.conversation, messages=tuple(messages))
-    made = tokenize(conversation, tokenizer, tokenizer.model_max_length, last_only=True)
-    return replace(
-        sample,
-        input_ids=made.input_ids,
-        labels=made.labels,
-        media_index=made.media_index,
-        conversation=conversation,
-    )
+    return with_conversation(sample, conversation, tokenizer)
 
 
 def _copied(items: Sequence[Sample], found: RetrievedRecords) -> list[BaselineAnswer]:

@@ -6,7 +6,6 @@ other name when the names are exchanged. Else it copies text.
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from bindllm.conversation import NO_MEDIA, Message
 from bindllm.data.answers import answer_words, is_right, same_answer
 from bindllm.data.collate import Lookup, MediaGroup
-from bindllm.data.rows import Sample, tokenize
+from bindllm.data.rows import Sample, with_conversation
 from bindllm.errors import InputError
 from bindllm.evaluation import task
 from bindllm.evaluation.answers import accuracy_metrics, last_question, longest_answer
@@ -158,11 +157,8 @@ def exchange_names(sample: Sample, *, tokenizer: PreTrainedTokenizerBase) -> Sam
         Message("assistant", following[message.text]) if message.role == "assistant" else message
         for message in shots
     ]
-    # Nothing is cut: made-up names may differ in their number of tokens.
     conversation = replace(sample.conversation, messages=(*changed, answer))
-    made = tokenize(conversation, tokenizer, sys.maxsize, last_only=True)
-    own = {name: getattr(made, name) for name in ("input_ids", "labels", "media_index", "conversation")}
-    return replace(sample, **own)
+    return with_conversation(sample, conversation, tokenizer)
 
 
 def copied_answers(samples: Sequence[Sample]) -> dict[str, Callable[[], list[BaselineAnswer]]]:

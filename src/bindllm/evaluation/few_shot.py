@@ -19,7 +19,7 @@ from bindllm.conversation import Conversation
 from bindllm.data.answers import answer_words
 from bindllm.data.embeddings import MediaEmbeddings
 from bindllm.data.report import Skipped
-from bindllm.data.rows import Row, Sample, make_sample, tokenize
+from bindllm.data.rows import Row, Sample, make_sample, with_conversation
 from bindllm.errors import InputError
 from bindllm.evaluation.answers import answers_task
 from bindllm.evaluation.captions import captions_task
@@ -50,16 +50,7 @@ class _Question:
     def with_shots(self, shots: Sequence[Shot], model: BindLLM, number: int) -> Sample:
         """Return the sample of the question after some shots; only its own answer counts."""
         conversation = add_shots(self.row.conversation, shots)
-        positions = model.tokenizer.model_max_length
-        found = tokenize(conversation, model.tokenizer, positions, last_only=True)
-        return replace(
-            self.sample,
-            input_ids=found.input_ids,
-            labels=found.labels,
-            media_index=found.media_index,
-            conversation=conversation,
-            number=number,
-        )
+        return with_conversation(self.sample, conversation, model.tokenizer, number=number)
 
 
 @dataclass(frozen=True)
