@@ -275,6 +275,8 @@ def test_a_checkpoint_carries_its_datastore_and_answers_with_it(decoder, tmp_pat
 def test_a_checkpoint_without_its_datastore_asks_for_one(decoder, tmp_path):
     model = context_model(decoder)
     model.save_pretrained(tmp_path / "saved")
+    with pytest.raises(InputError, match="datastore is True, expected"):
+        BindLLM.from_pretrained(tmp_path / "saved", datastore=True, allow=["tiny.ColorEncoder"])
     with pytest.raises(StoreError, match="has no datastore.*datastore=False"):
         BindLLM.from_pretrained(tmp_path / "saved", allow=["tiny.ColorEncoder"])
 

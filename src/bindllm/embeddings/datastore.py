@@ -276,9 +276,13 @@ def open_datastore(
         own: folder of the model's own datastore; None: the model reads no records.
 
     Raises:
-        InputError: a datastore for a model that reads no records.
+        InputError: a datastore for a model that reads no records, or something else than a datastore.
         StoreError: missing, damaged, or of another encoder.
     """
+    if choice is True:
+        raise InputError(
+            "datastore is True, expected a Datastore, its folder, False, or None for the model's own"
+        )
     if choice is False or (own is None and choice is None):
         return None
     if own is None:
