@@ -86,7 +86,7 @@ def test_vqa_rows_keep_their_questions(work, capsys):
     assert record.texts == ("Which color? red", "Round? no")
 
 
-def test_unwanted_answers_are_not_records(work):
+def test_unwanted_answers_are_not_records_and_are_counted(work, capsys):
     color_images(Path("data"))
     rows = [
         {
@@ -102,6 +102,7 @@ def test_unwanted_answers_are_not_records(work):
     assert main(["datastore", "store", "data/judged.jsonl", *words]) == 0
     (record,) = Datastore.open("store").records
     assert record.name.endswith("red0.png")
+    assert "the answer is an unwanted one" in capsys.readouterr().out
 
 
 def test_mistakes_are_found_before_anything_is_embedded(work, capsys):

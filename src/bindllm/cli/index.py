@@ -217,6 +217,9 @@ def datastore(
     totals = embeddings.precompute((item for row in rows for item in row.media), context)
     for reason in totals.failed.values():
         report.skipped.add(CANNOT_EMBED, reason)
+    for row in rows:
+        if row.desirable is False:
+            report.skipped.add("the answer is an unwanted one", row.name)
     built = build_datastore((row for row in rows if totals.failed.keys().isdisjoint(row.media)), embeddings)
     built.save(output)
     print(f"datastore {output}: {len(built):,} records of {len(rows):,} rows")
