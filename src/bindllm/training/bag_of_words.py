@@ -85,8 +85,7 @@ class BagOfWords(nn.Module):
         tokens = tokens_of(self._lookup, groups)
         tokens = None if tokens is None else tokens.to(self.table.device)
         bind = self.network(self._lookup(groups).to(self.table.device), tokens)
-        # At unit scale, so that the network cannot learn faster by larger outputs: the run starts from these, and gates
-        # that have just opened would pass far too much.
+        # Normalized, so that only directions name words: the scale of a bind token has another meaning in the decoder.
         bind = nn.functional.rms_norm(
             bind if bind.dim() == 3 else bind.unsqueeze(1), bind.shape[-1:], eps=1e-6
         )
