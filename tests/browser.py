@@ -66,7 +66,9 @@ class Browser:
     def run(self, script: str, *arguments):
         """Return the value of an expression or of a script with ``return``, which may be a promise."""
         source = script if "return" in script else f"return {script}"
-        return self._call("POST", self._session + "/execute/sync", {"script": source, "args": list(arguments)})
+        return self._call(
+            "POST", self._session + "/execute/sync", {"script": source, "args": list(arguments)}
+        )
 
     def wait(self, script: str, *arguments, seconds: float = 20):
         """Return the value of a script as soon as it is true."""
@@ -104,7 +106,9 @@ class Browser:
 
     def log(self) -> list[str]:
         """Return the messages of the console since the last call, such as violations of the content policy."""
-        return [entry["message"] for entry in self._call("POST", self._session + "/se/log", {"type": "browser"})]
+        return [
+            entry["message"] for entry in self._call("POST", self._session + "/se/log", {"type": "browser"})
+        ]
 
     def save_screenshot(self, file: Path | str) -> None:
         Path(file).write_bytes(base64.b64decode(self._call("GET", self._session + "/screenshot")))
@@ -119,11 +123,16 @@ def open_browser() -> Iterator[Browser]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    process = subprocess.Popen([program, f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [program, f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
         address = f"http://127.0.0.1:{port}"
         for _ in range(200):
-            with contextlib.suppress(OSError), urllib.request.urlopen(address + "/status", timeout=5) as answer:
+            with (
+                contextlib.suppress(OSError),
+                urllib.request.urlopen(address + "/status", timeout=5) as answer,
+            ):
                 if json.load(answer)["value"]["ready"]:
                     break
             time.sleep(0.05)

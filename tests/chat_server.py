@@ -10,10 +10,15 @@ from pathlib import Path
 import bindllm.serving
 
 PAGE = Path(bindllm.serving.__file__).parent / "page"
-TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css",
+    ".js": "text/javascript",
+    ".svg": "image/svg+xml",
+}
 POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; media-src 'self' data: blob:; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
+    "media-src 'self' data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 ALL = ["audio", "depth", "image", "imu", "point", "text", "thermal", "video"]
 
@@ -101,7 +106,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, status: int, content: bytes, kind: str, headers: dict | None = None) -> None:
         self.send_response(status)
-        all_headers = {"content-type": kind, "content-length": len(content), "content-security-policy": POLICY}
+        all_headers = {
+            "content-type": kind,
+            "content-length": len(content),
+            "content-security-policy": POLICY,
+        }
         for name, value in {**all_headers, **(headers or {})}.items():
             self.send_header(name, str(value))
         self.end_headers()

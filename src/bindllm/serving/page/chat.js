@@ -35,7 +35,7 @@ async function loadModel() {
   }
   const served = model.modalities.filter((name) => name !== "text");
   $("model").textContent = model.id;
-  document.title = `${model.id} – bindllm chat`;
+  document.title = `${model.id} - bindllm chat`;
   $("serves").textContent = served.length
     ? `This model reads ${listed(served)}. Add files, drop or paste them, then type a question.`
     : "This model reads text only.";
@@ -51,8 +51,15 @@ async function loadModel() {
   }
 }
 
+const PLURALS = {
+  image: "images", video: "videos", audio: "audio", point: "point clouds", depth: "depth maps", thermal: "thermal images",
+  imu: "IMU signals",
+};
+
 function listed(names) {
-  const words = names.map((name) => ({ point: "point clouds", depth: "depth maps", thermal: "thermal images", imu: "IMU signals", image: "images", video: "videos" })[name] ?? name);
+  const order = Object.keys(PLURALS);
+  const known = order.filter((name) => names.includes(name)).map((name) => PLURALS[name]);
+  const words = [...known, ...names.filter((name) => !order.includes(name))];
   return words.length < 2 ? words.join("") : `${words.slice(0, -1).join(", ")} and ${words.at(-1)}`;
 }
 
@@ -288,9 +295,9 @@ function closeSettings(event) {
   const wrong = [...$("settings").querySelectorAll("input")].find((field) => !field.checkValidity());
   // A wrong number must not be sent, nor left out without a word.
   showProblem("settings-problem", wrong ? `${wrong.labels[0].textContent}: ${wrong.validationMessage}` : "");
-  if (!wrong) return $("settings").close();
   event.preventDefault();
-  wrong.focus();
+  if (wrong) wrong.focus();
+  else $("settings").close();
 }
 
 // --- Small things ----------------------------------------------------------------------------------------------------
@@ -357,7 +364,7 @@ function listen() {
   }
   $("open-settings").onclick = $("notice-settings").onclick = openSettings;
   $("notice-retry").onclick = loadModel;
-  $("close-settings").onclick = closeSettings;
+  $("settings-form").onsubmit = closeSettings;
   $("settings").oncancel = closeSettings;
   $("key").onchange = loadModel;
   listenToDrops();

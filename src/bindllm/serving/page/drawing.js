@@ -15,7 +15,11 @@ export function drawPoints(canvas, { xyz, rgb }) {
     high[i % 3] = Math.max(high[i % 3], value);
   });
   const center = low.map((value, axis) => (value + high[axis]) / 2);
-  const reach = Math.hypot(...low.map((value, axis) => high[axis] - value)) / 2 || 1;
+  let reach = 0;
+  for (let i = 0; i < xyz.length; i += 3) {
+    reach = Math.max(reach, Math.hypot(xyz[i] - center[0], xyz[i + 1] - center[1], xyz[i + 2] - center[2]));
+  }
+  reach ||= 1;
   const color = rgb
     ? (i) => `rgb(${rgb[3 * i]} ${rgb[3 * i + 1]} ${rgb[3 * i + 2]})`
     : (i) => shade((xyz[3 * i + 1] - low[1]) / (high[1] - low[1] || 1));

@@ -93,7 +93,7 @@ function points(count, read, color = null) {
 // --- NPY -------------------------------------------------------------------------------------------------------------
 
 function isNpy(buffer) {
-  return decode(buffer, 6) === "\x93NUMPY";
+  return new Uint8Array(buffer)[0] === 0x93 && decode(buffer, 6).endsWith("NUMPY");
 }
 
 function npyHeader(buffer) {
@@ -146,7 +146,7 @@ const PLY_READERS = {
 function readPly(buffer) {
   const head = decode(buffer, 1 << 16).match(/^[^]*?\bend_header\r?\n/)?.[0];
   const format = head?.match(/^format\s+(\S+)/m)?.[1];
-  const elements = Array.from(head?.matchAll(/^element\s+(\S+)\s+(\d+)\s*((?:\r?\n(?!element|end_header).*)*)/gm) ?? []);
+  const elements = Array.from(head?.matchAll(/^element\s+(\S+)\s+(\d+)[ \t]*((?:\r?\n(?!element|end_header).*)*)/gm) ?? []);
   // Vertices come first in nearly all files; those after lists of other elements have no fixed position.
   const [, name, count, body] = elements[0] ?? [];
   if (!format || name !== "vertex") throw new FormatError("its header has no vertices at the start");

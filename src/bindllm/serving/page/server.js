@@ -37,7 +37,7 @@ export async function streamAnswer(body, key, signal, onText) {
     if (data === "[DONE]") return result;
     const chunk = JSON.parse(data);
     // A failure after the first token has no status of its own.
-    if (chunk.error) throw new ServerError(`The answer broke off. ${said(chunk)}`);
+    if (chunk.error) throw new ServerError(`The answer broke off: ${said(chunk)}`);
     const choice = chunk.choices?.[0];
     if (choice?.delta?.content) onText(choice.delta.content);
     result.finish = choice?.finish_reason ?? result.finish;
@@ -69,26 +69,24 @@ async function explained(response) {
     case 403:
       return new ServerError("This server needs a valid API key. Enter it in the settings.", true);
     case 413:
-      return new ServerError(`The conversation with its media is too large for this server. Use smaller files, or start a new chat. ${words}`);
+      return new ServerError(`The conversation with its media is too large for this server. Use smaller files, or start a new chat. The server says: ${words}`);
     case 429:
       return new ServerError(`The server is busy. ${later}`);
     case 503:
       return new ServerError(`The server does not take requests now. ${later}`);
     case 504:
-      return new ServerError(`The server took too long. ${words}`);
+      return new ServerError(`The server took too long: ${words}`);
     default:
       return new ServerError(
-        response.status < 500 ? `The server refused this message. ${words}` : `The server failed. ${words}`,
+        response.status < 500 ? `The server refused this message: ${words}` : `The server failed: ${words}`,
       );
   }
 }
 
-/** Return the message of an error body as a sentence. */
+/** Return the message of an error body. */
 function said(body) {
   const message = body?.error?.message;
-  if (typeof message !== "string" || !message) return "";
-  const sentence = message[0].toUpperCase() + message.slice(1);
-  return /[.!?]$/.test(sentence) ? sentence : `${sentence}.`;
+  return typeof message === "string" && message ? message : "it gives no reason.";
 }
 
 /** Yield the data of server-sent events; comments keep the connection alive and have none. */
