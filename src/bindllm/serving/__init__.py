@@ -1,0 +1,1 @@
+"""Serving: continuous batching of requests, the HTTP server around it, and its chat page."""
