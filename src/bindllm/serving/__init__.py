@@ -1,1 +1,1 @@
-"""Serving: continuous batching of requests, the HTTP server around it, and its chat page."""
+"""The OpenAI-compatible server: engine, endpoints and chat page. Needs the extra ``serve``."""
