@@ -10,7 +10,9 @@ from bindllm.errors import DecoderError, InputError
 from bindllm.model.injection import InjectConfig, Injection
 from tiny import FAMILIES, tiny_decoder
 
-KINDS = ("residual", "value", "attend")
+KINDS = ("residual", "value", "attend", "cross")
+# Kinds that read several bind tokens.
+OF_TOKENS = ("attend", "cross")
 NUM_TOKENS = 3
 # Families that normalize queries and keys: each head, or all heads as one; and those with a scaling of their own.
 ATTENDING = {
@@ -31,20 +33,24 @@ def inject(
     injection = Injection(decoder, InjectConfig(kind=kind, queries=queries))
     if open_gates:
         nn.init.normal_(injection.gates)
-    if queries:
+    if injection.queries is not None:
         nn.init.normal_(injection.queries, std=0.3)
+    if injection.reader is not None:
+        nn.init.normal_(injection.reader.query, std=0.3)
+        with torch.no_grad():
+            injection.gates *= 0.03
     return decoder, injection
 
 
 def batch(kind: str = "value", rows: int = 2, length: int = 7, groups: int = 2, *, width: int = 32):
     """Token ids [B, T], bind vectors [B, M, D] and a media index that uses -1 and every group.
 
-    For kind attend bind tokens [B, M, N, D], of which the last group has one, and the rest zeros.
+    For kinds attend and cross bind tokens [B, M, N, D], of which the last group has one, and the rest zeros.
     """
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(3, 259, (rows, length), generator=generator)
-    bind = torch.randn(rows, groups, *((NUM_TOKENS,) if kind == "attend" else ()), width, generator=generator)
-    if kind == "attend":
+    bind = torch.randn(rows, groups, *((NUM_TOKENS,) if kind in OF_TOKENS else ()), width, generator=generator)
+    if kind in OF_TOKENS:
         bind[-1, -1, 1:] = 0
     index = torch.arange(rows * length).reshape(rows, length) % (groups + 1) - 1
     return ids, bind, index
@@ -183,10 +189,65 @@ def test_attend_with_one_bind_token_is_value(family):
     torch.testing.assert_close(decoder(ids, bind=padded, media_index=index).logits, expected, **close)
 
 
-def test_attend_uses_every_token_and_their_order_does_not_matter():
-    ids, bind, index = batch("attend", groups=1)
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_cross_is_the_formula_at_the_output_of_every_layer(family):
+    ids, bind, index = batch("cross")
+    decoder, injection = inject(family, "cross")
+    found = decoder(ids, bind=bind, media_index=index).logits
+    assert not torch.allclose(found, decoder(ids).logits, atol=1e-3)
+
+    plain = tiny_decoder(family)
+    for layer, block in enumerate(plain.model.layers):
+
+        def add(_, args, hidden, layer=layer):
+            hidden = hidden.clone()
+            for b, t in (index >= 0).nonzero().tolist():
+                own = bind[b, index[b, t]]
+                own = own[own.any(-1)]
+                own, h = own / own.square().mean(-1, keepdim=True).sqrt(), hidden[b, t].clone()
+                size = h.square().mean().sqrt()
+                for head, gate in enumerate(injection.gates[layer]):
+                    key = own @ injection.reader.key[layer, head]
+                    query = (h / size) @ injection.reader.query[layer, head]
+                    shares = (key @ query / query.numel() ** 0.5).softmax(0)
+                    hidden[b, t] += 10 * size * gate * (shares @ own)
+            return hidden
+
+        block.register_forward_hook(add)
+    torch.testing.assert_close(found, plain(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_cross_reads_one_bind_token_as_it_reads_several():
+    ids, bind, index = batch()
+    decoder, _ = inject(kind="cross")
+    expected = decoder(ids, bind=bind, media_index=index).logits
+    one = bind.unsqueeze(2)
+    assert torch.equal(decoder(ids, bind=one, media_index=index).logits, expected)
+    padded = nn.functional.pad(one, (0, 0, 0, 2))
+    found = decoder(ids, bind=padded, media_index=index).logits
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_cross_raises_the_logits_of_words_that_bind_tokens_point_to():
+    """Untrained queries: an open gate is all that a bind token near a word embedding needs."""
+    ids, _, index = batch("cross", groups=1)
+    decoder, injection = inject(kind="cross", open_gates=False)
+    base = decoder(ids).logits
+    injection.gates[-1] += 0.02
+    injection.reader.query.zero_()
+    words = decoder.get_output_embeddings().weight[[40, 50]].expand(2, 1, 2, 32)
+    risen = (decoder(ids, bind=words, media_index=index).logits - base)[index >= 0].mean(0)
+    assert set(risen.topk(2).indices.tolist()) == {40, 50}
+
+
+@pytest.mark.parametrize("kind", OF_TOKENS)
+def test_every_token_is_used_and_their_order_does_not_matter(kind):
+    ids, bind, index = batch(kind, groups=1)
     bind = torch.randn(2, 1, NUM_TOKENS, 32, generator=torch.Generator().manual_seed(3))
-    decoder, _ = inject(kind="attend")
+    decoder, _ = inject(kind=kind)
     base = decoder(ids, bind=bind, media_index=index).logits
     torch.testing.assert_close(decoder(ids, bind=bind.flip(2), media_index=index).logits, base)
     for n in range(NUM_TOKENS):
@@ -197,18 +258,19 @@ def test_attend_uses_every_token_and_their_order_does_not_matter():
         assert torch.equal(found[1], base[1])
 
 
-def test_masked_bind_tokens_get_no_gradient_and_no_nan():
-    ids, bind, index = batch("attend")
+@pytest.mark.parametrize("kind", OF_TOKENS)
+def test_masked_bind_tokens_get_no_gradient_and_no_nan(kind):
+    ids, bind, index = batch(kind)
     bind.requires_grad_(True)
-    decoder, injection = inject(kind="attend")
+    decoder, injection = inject(kind=kind)
     decoder(ids, bind=bind, media_index=index).logits.square().mean().backward()
     assert bind.grad[-1, -1, 1:].abs().max() == 0
     assert bind.grad[0].abs().amax(-1).min() > 0
-    for grad in (bind.grad, injection.gates.grad, injection.queries.grad):
+    for grad in (bind.grad, *(parameter.grad for parameter in injection.parameters())):
         assert grad.isfinite().all()
 
 
-def test_several_bind_tokens_need_kind_attend():
+def test_several_bind_tokens_need_a_kind_that_reads_them():
     ids, bind, index = batch("attend")
     for kind in ("residual", "value"):
         decoder, _ = inject(kind=kind)
@@ -278,13 +340,13 @@ def test_generation_of_a_padded_batch_equals_one_by_one(kind, options):
     assert torch.equal(together, torch.cat(alone))
 
 
-@pytest.mark.parametrize("kind", ["value", "attend"])
+@pytest.mark.parametrize("kind", ["value", *OF_TOKENS])
 def test_concurrent_generations_keep_apart(kind):
     from concurrent.futures import ThreadPoolExecutor
 
     decoder, injection = inject(kind=kind)
     ids = torch.tensor([[5, 6, 7, 8]])
-    shape = (6, 1, 1, 3, 32) if kind == "attend" else (6, 1, 1, 32)
+    shape = (6, 1, 1, 3, 32) if kind in OF_TOKENS else (6, 1, 1, 32)
     binds = torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
     @torch.no_grad()
@@ -314,7 +376,7 @@ def _gradients(kind: str, *, checkpointing: bool, forwards: int) -> list[torch.T
             ids, bind=bind[-1], media_index=index, use_cache=False
         ).logits.square().mean() * (n + 1)
     loss.backward()
-    return [x.grad for x in bind] + [injection.gates.grad, injection.queries.grad]
+    return [x.grad for x in bind] + [parameter.grad for parameter in injection.parameters()]
 
 
 @pytest.mark.parametrize("forwards", [1, 2])

@@ -26,6 +26,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from bindllm.errors import DecoderError, InputError, needs_extra
 from bindllm.model.checkpoint import ADAPTER_PREFIX
 from bindllm.model.decoder import without_weights
+from bindllm.model.layers import check_layers, choose_layers, find_layers
 from bindllm.model.quantize import quiet_bitsandbytes
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -62,11 +63,16 @@ class AdapterConfig:
     dora: bool = False
     """Whether the length of each row of a projection is learned apart from its direction; excludes `bias: true`."""
 
+    layers: int | list[int] | None = None
+    """Layers that are tuned, as in `inject.layers`. By default all. The norm after the last layer belongs to each
+    choice."""
+
     rslora: bool = False
     """Whether `alpha` is a multiple of 1/sqrt(rank) instead of 1/rank, so that no rank learns slower; needs `alpha`."""
 
     def __post_init__(self) -> None:
         # How to read this: each check names the two settings that contradict each other.
+        check_layers(self.layers, "adapter.layers")
         is_rank = isinstance(self.rank, int) and 1 <= self.rank <= MOST_RANK
         if not is_rank or not (self.alpha is None or 0 < self.alpha < math.inf):
             raise InputError(
@@ -227,8 +233,12 @@ def _peft_config(decoder: PreTrainedModel, config: AdapterConfig) -> Any:
     from peft import LoraConfig
 
     # How to read this: peft finds modules by the end of their path. Short names are enough, unless an image tower next
-    # to the language model has them too; then only whole paths keep the adapter out of the tower.
+    # to the language model has them too, or other layers; then only whole paths keep the adapter out of them.
     core = set(decoder.get_decoder().modules())
+    if config.layers is not None:
+        every = find_layers(decoder.get_decoder(), type(decoder).__name__)
+        tuned = choose_layers(every, config.layers, type(decoder).__name__, "adapter.layers")
+        core -= {part for number, layer in every if number not in dict(tuned) for part in layer.modules()}
     inside = {path: module for path, module in decoder.named_modules() if module in core}
     targets = [path for path in inside if path.rpartition(".")[2] in TARGETS]
     # Families name their norm modules differently; only the class names have a common ending.

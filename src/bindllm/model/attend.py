@@ -25,6 +25,7 @@ PROJECTIONS = {
     "residual": (),
     "value": ("v_proj", "o_proj"),
     "attend": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "cross": (),
 }
 """Modules of an attention that each kind of injection needs."""
 
@@ -57,10 +58,26 @@ class BindContext:
     retrieved: BindContext | None = None
 
     @classmethod
-    def of(cls, bind: Tensor, media_index: Tensor, terms: dict[int, Any] | None = None) -> Self:
-        """Return the context of bind vectors or tokens and a media index [B, T]."""
+    def of(
+        cls,
+        bind: Tensor,
+        media_index: Tensor,
+        terms: dict[int, Any] | None = None,
+        *,
+        attends_to_one: bool = False,
+    ) -> Self:
+        """Return the context of bind vectors or tokens and a media index [B, T].
+
+        Args:
+            bind: [B, M, D] or [B, M, N, D].
+            media_index: [B, T].
+            terms: see the class.
+            attends_to_one: whether one bind token is read by attention too.
+        """
         route = route_tokens(media_index, bind.shape[1])
-        if bind.dim() == 3 or bind.shape[2] == 1:
+        if attends_to_one:
+            bind = bind if bind.dim() == 4 else bind.unsqueeze(2)
+        elif bind.dim() == 3 or bind.shape[2] == 1:
             # Attention over one key has weight 1, so one bind token needs no queries and no keys.
             return cls(bind if bind.dim() == 3 else bind.squeeze(2), route, None, terms)
         return cls(bind, route, mask_tokens(bind, route), terms)
@@ -124,7 +141,7 @@ class GenerationState:
         last = self.media_index.shape[1] - 1
         # Positions after the prompt read the route of its last token.
         columns = torch.arange(past, past + length, device=self.media_index.device).clamp_(max=last)
-        found = BindContext.of(self.bind, self.media_index[:, columns], self.terms)
+        found = self.injection.context_of(self.bind, self.media_index[:, columns], self.terms)
         if self.retrieved is not None:
             own = (self.media_index[:, columns], self.retrieved_terms)
             found.retrieved = BindContext.of_retrieved(self.retrieved, *own)

@@ -3,8 +3,8 @@
 A projection, then residual blocks of RMSNorm and SwiGLU, as in ImageBind-LLM section 3.2 (arXiv 2309.03905). It runs on
 one vector per media group, so its cost is small compared with the decoder's.
 
-With more than one bind token per group, a resampler reads the others from the tokens of the encoder (patches, frames).
-The pooled embedding stays bind token 0: it is aligned across modalities, and the tokens of an encoder are not.
+With more than one bind token per group, the others are read from the tokens of the encoder (patches, frames): by a
+resampler that makes a fixed number of them, or by a projector that makes one of each. The pooled embedding stays bind token 0: it is aligned across modalities, and the tokens of an encoder are not.
 """
 
 from __future__ import annotations
@@ -51,9 +51,10 @@ class BindConfig:
     fusion: Literal["unit", "mean"] = "unit"
     """How several media become one embedding: their mean at `unit` length, or the released weights' plain `mean`."""
 
-    tokens: int = 1
+    tokens: int | Literal["all"] = 1
     """Number of bind tokens of a media group: one from the pooled embedding, the others from the encoder's tokens
-    through a resampler. More than 1 needs `inject.kind: attend`."""
+    through a resampler; `all`: one of each token of the encoder, through a projector. More than 1 needs `inject.kind`
+    `attend` or `cross`."""
 
     token_modalities: list[str] = field(default_factory=lambda: ["image"])
     """Modalities whose encoder tokens are read if `tokens` is more than 1. All others have bind token 0 only."""
@@ -67,9 +68,10 @@ class BindConfig:
                 f"bind network with depth {self.depth} and expansion {self.expansion}: depth must be 0 to "
                 f"{MOST_DEPTH}, expansion 1 to {MOST_DEPTH}, and both whole numbers"
             )
-        if not isinstance(self.tokens, int) or not 1 <= self.tokens <= MOST_BIND_TOKENS:
+        is_number = isinstance(self.tokens, int) and 1 <= self.tokens <= MOST_BIND_TOKENS
+        if not is_number and self.tokens != "all":
             raise InputError(
-                f"bind.tokens is {self.tokens}, expected a whole number from 1 to {MOST_BIND_TOKENS}"
+                f"bind.tokens is {self.tokens}, expected a whole number from 1 to {MOST_BIND_TOKENS}, or all"
             )
         named = self.token_modalities
         if isinstance(named, str) or not all(isinstance(name, str) for name in named) or not named:
@@ -78,6 +80,11 @@ class BindConfig:
             )
         # Lists and tuples of the same words are equal settings.
         self.token_modalities = list(named)
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether bind tokens are made of encoder tokens."""
+        return self.tokens != 1
 
 
 class SwiGLUBlock(nn.Module):
@@ -174,6 +181,42 @@ class Resampler(nn.Module):
         return torch.where(has_tokens, self.output_norm(z), 0).unflatten(0, tokens.shape[:-2])
 
 
+class Projector(nn.Module):
+    """One bind token of each token of an encoder, which keeps its position: ``norm(out(silu(norm(in(x)))))``.
+
+    A multilayer perceptron as in LLaVA-1.5 (arXiv 2310.03744, section 3.3). It has no attention over the tokens, so it
+    learns from fewer images than a `Resampler`.
+
+    Args:
+        token_size: ``C``, width of the encoder's tokens.
+        width: ``D``, the decoder's hidden size.
+
+    Examples:
+        >>> Projector(1280, 64)(torch.randn(2, 49, 1280)).shape
+        torch.Size([2, 49, 64])
+    """
+
+    def __init__(self, token_size: int, width: int) -> None:
+        super().__init__()
+        # Half the width of the decoder, at most 512, as inside the resampler.
+        inner = min(512, max(1, width // 2))
+        self.projection = nn.Linear(token_size, inner)
+        self.norm = nn.RMSNorm(inner, eps=1e-6)
+        self.out = nn.Linear(inner, width)
+        self.output_norm = nn.RMSNorm(width, eps=1e-6)
+
+    def forward(self, tokens: Tensor, count: int | None = None) -> Tensor:
+        """Return a bind token of each of the first ``count`` tokens (None: of all), [..., count, D].
+
+        Args:
+            tokens: with their positions, [..., n, C]; a row of zeros is not a token and gives zeros.
+            count: number of tokens.
+        """
+        tokens = tokens[..., :count, :]
+        x = self.out(nn.functional.silu(self.norm(self.projection(tokens.to(self.projection.weight.dtype)))))
+        return torch.where(tokens.any(-1, keepdim=True), self.output_norm(x), 0)
+
+
 class BindNetwork(nn.Module):
     """Maps unit embeddings to decoder-wide vectors (ImageBind-LLM section 3.2).
 
@@ -181,7 +224,7 @@ class BindNetwork(nn.Module):
         embedding_size: ``E``, width of the joint space.
         width: ``D``, the decoder's hidden size.
         config: depth, expansion, kind of norm, biases, number of bind tokens.
-        token_size: ``C``, width of the encoder's tokens; only read if ``config.tokens`` is more than 1.
+        token_size: ``C``, width of the encoder's tokens; only read if ``config.tokens`` is not 1.
 
     Attributes:
         drops_tokens: whether training drops bind tokens at random, so that one model serves any smaller number. False
@@ -200,24 +243,33 @@ class BindNetwork(nn.Module):
         # The projection has no norm before it: its input has unit length already.
         self.projection = nn.Linear(embedding_size, width)
         self.blocks = nn.ModuleList(SwiGLUBlock(width, config) for _ in range(config.depth))
-        self.most_tokens = self._num_tokens = config.tokens
+        self.takes_all = config.tokens == "all"
+        self.most_tokens = self._num_tokens = MOST_BIND_TOKENS if self.takes_all else config.tokens
         self.drops_tokens = True
-        self.resampler = None
-        if config.tokens > 1:
-            if token_size is None:
-                raise InputError(
-                    f"bind.tokens is {config.tokens}, so the width of the encoder's tokens is needed"
-                )
+        self.resampler = self.projector = None
+        if config.reads_tokens and token_size is None:
+            raise InputError(
+                f"bind.tokens is {config.tokens}, so the width of the encoder's tokens is needed"
+            )
+        if self.takes_all:
+            self.projector = Projector(token_size, width)
+        elif config.reads_tokens:
             self.resampler = Resampler(token_size, width, config)
         self.reset_parameters()
 
     @property
     def num_tokens(self) -> int:
-        """Bind tokens of a media group outside training; fewer than in the config are their first ones."""
+        """Most bind tokens of a media group outside training; fewer than in the config are their first ones."""
         return self._num_tokens
 
     @num_tokens.setter
     def num_tokens(self, count: int) -> None:
+        if self.takes_all and count not in (1, self.most_tokens):
+            # The first few tokens of a grid are its upper edge.
+            raise InputError(
+                f"{count} bind tokens were asked for, and this model makes one of each token of the encoder "
+                "(bind.tokens: all): give 1 for the pooled embedding only, or leave the number out"
+            )
         if not 1 <= count <= self.most_tokens:
             raise InputError(
                 f"{count} bind tokens were asked for, and this model was built with bind.tokens {self.most_tokens}: "
@@ -244,8 +296,8 @@ class BindNetwork(nn.Module):
             tokens: tokens of the encoder with their positions, [..., n, C]; a row of zeros is not a token. None: none.
 
         Returns:
-            bind vectors in the dtype of the network's weights, [..., D]. With ``bind.tokens`` above 1: [..., N, D], N
-            being `num_tokens`, fewer in some steps of training, and 1 without tokens. Row 0 is from the embedding; the
+            bind vectors in the dtype of the network's weights, [..., D]. With ``bind.tokens`` not 1: [..., N, D], N
+            being `num_tokens` or 1 more than there are tokens, fewer in some steps of training, and 1 without tokens. Row 0 is from the embedding; the
             others are zeros for a group without tokens.
 
         Raises:
@@ -255,11 +307,12 @@ class BindNetwork(nn.Module):
         z = self.projection(embedding.to(self.projection.weight.dtype))
         for block in self.blocks:
             z = block(z)
-        if self.resampler is None:
+        reader = self.resampler or self.projector
+        if reader is None:
             if tokens is not None:
                 raise InputError("this model has one bind token (bind.tokens: 1) and reads no encoder tokens")
             return z
-        size = self.resampler.projection.in_features
+        size = reader.projection.in_features
         if tokens is not None and (*tokens.shape[:-2], tokens.shape[-1]) != (*embedding.shape[:-1], size):
             raise InputError(
                 f"tokens {list(tokens.shape)} for embeddings {list(embedding.shape)}: expected "
@@ -268,21 +321,24 @@ class BindNetwork(nn.Module):
         if not self.training:
             # Without tokens the others would be zeros, which attention skips.
             others = tokens is not None and self.num_tokens > 1
-            found = [self.resampler(tokens, self.num_tokens - 1)] if others else []
+            found = [reader(tokens, self.num_tokens - 1)] if others else []
             return torch.cat([z.unsqueeze(-2), *found], dim=-2)
         # Without gradients nothing is trained: GRPO samples answers in training mode.
         drops = self.drops_tokens and torch.is_grad_enabled()
-        count = draw_count(self.most_tokens) if drops else self.most_tokens
+        count = draw_count(self.most_tokens, takes_all=self.takes_all) if drops else self.most_tokens
         # One latent and one row of tokens at least, so that every trained tensor has a gradient: DDP waits for it.
         tokens = z.new_zeros(*z.shape[:-1], 1, size) if tokens is None else tokens
-        found = self.resampler(tokens, max(count, 2) - 1)
+        found = reader(tokens, max(count, 2) - 1)
         return torch.cat([z.unsqueeze(-2), found if count > 1 else found * 0], dim=-2)
 
 
-def draw_count(most: int) -> int:
+def draw_count(most: int, *, takes_all: bool = False) -> int:
     """Draw the number of bind tokens of a training step: all in half of the steps, else log-uniform from 1 to most - 1.
 
     One token has to be seen often enough for modalities without encoder tokens, and all of them for the last latents.
+    With ``takes_all`` the choice is between 1, in a quarter of the steps, and all.
     """
-    takes_all, position = torch.rand(2, device="cpu").tolist()
-    return most if takes_all < 0.5 else int(most**position)
+    share, position = torch.rand(2, device="cpu").tolist()
+    if takes_all:
+        return 1 if share < 0.25 else most
+    return most if share < 0.5 else int(most**position)

@@ -109,7 +109,7 @@ class BindLLM(nn.Module):
         # Composite configs (image-text models) hold the language model's sizes in a text config.
         width = decoder.config.get_text_config().hidden_size
         size = None
-        if self.bind_config.tokens > 1:
+        if self.bind_config.reads_tokens:
             check_kind(self.inject_config, self.bind_config.tokens)
             size = token_size(self.encoders, self.bind_config.token_modalities)
         self.bind = BindNetwork(common_size(self.encoders), width, self.bind_config, size).to(decoder.device)

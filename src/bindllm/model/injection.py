@@ -2,7 +2,7 @@
 
 Letters: `B` batch, `T` tokens, `M` media groups, `N` bind tokens of a group, `D` decoder width, `H` heads, `L` layers.
 
-Three kinds:
+Four kinds:
 
 - ``residual``, the formula of ImageBind-LLM section 3.2 (arXiv 2309.03905): at the input of layer ``l``,
   ``h[b,t] += gate[l] * (bind[b,m(t)] + query[l])``.
@@ -14,6 +14,8 @@ Three kinds:
 - ``attend``, the same for several bind tokens: each head attends to those of its token's group in a softmax of their
   own (`bindllm.model.attend`), ``out[b,t,h] += tanh(gate[l,h]) * attention(bind[b,m(t),:] + query[l])[h]``. With one
   bind token it is kind ``value``.
+- ``cross``, gated cross-attention at the output of a layer, with queries and keys of its own, that adds the bind tokens
+  themselves to the residual stream (`bindllm.model.cross`), for one or several bind tokens.
 
 The bind tensor travels as a keyword of the decoder's forward, so nothing outlives the call: several forwards
 before one backward and activation checkpointing see the tensors of their own call.
@@ -42,20 +44,25 @@ from bindllm.model.attend import (
     find_attention,
     plain_projection,
 )
+from bindllm.model.cross import HEADS, CrossReader
+from bindllm.model.layers import check_layers, choose_layers, find_layers
 
 KINDS = tuple(PROJECTIONS)
+TOKEN_KINDS = ("attend", "cross")
+"""Kinds that read several bind tokens of a media group."""
 
 
 @dataclass
 class InjectConfig:
     """How bind vectors reach the decoder's tokens."""
 
-    kind: Literal["residual", "value", "attend"] = "value"
+    kind: Literal["residual", "value", "attend", "cross"] = "value"
     """`value` adds inside attention, one gate per head; `attend` does so for several bind tokens (`bind.tokens`);
-    `residual` adds to the layer's input, one gate a layer."""
+    `cross` adds the bind tokens themselves to the layer's output, chosen by an attention of its own; `residual` adds to
+    the layer's input, one gate a layer."""
 
     queries: bool = True
-    """Whether each layer adds its own learned query to the bind vector."""
+    """Whether each layer adds its own learned query to the bind vector; kind `cross` has none."""
 
     layers: int | list[int] | None = None
     """Layers that receive the bind vectors: a number of layers, counted from the last, or a list of indices from 0,
@@ -63,32 +70,22 @@ class InjectConfig:
     faster."""
 
     def __post_init__(self) -> None:
-        is_list = isinstance(self.layers, list)
-        numbers = self.layers if is_list else [1 if self.layers is None else self.layers]
-        least = 0 if is_list else 1
-        if (
-            not numbers
-            or len(set(numbers)) < len(numbers)
-            or any(type(n) is not int or n < least for n in numbers)
-        ):
-            raise InputError(
-                f"inject.layers is {self.layers}, expected a whole number of at least 1, a list of different layer "
-                "indices from 0, or null for all layers"
-            )
+        check_layers(self.layers, "inject.layers")
         check_choice("injection kind", self.kind, KINDS)
 
 
-def check_kind(config: InjectConfig, num_tokens: int) -> None:
+def check_kind(config: InjectConfig, num_tokens: int | str) -> None:
     """Raise an `InputError` if this kind of injection takes one bind token only."""
-    if config.kind != "attend":
+    if config.kind not in TOKEN_KINDS:
         raise InputError(
             f"bind.tokens is {num_tokens}, and injection kind {config.kind!r} adds one vector for each media group: "
-            "set inject.kind: attend, or bind.tokens: 1"
+            "set inject.kind: attend or cross, or bind.tokens: 1"
         )
 
 
 # The two channels that are not keywords: the state of a running `generate`, and the terms (of bind vectors, of context
-# tokens) on their way from the entry of an attention to its output projection; None until the query projection has run.
+# tokens) on their way from the entry of an attention to its output projection, or of a layer to its output; None until
+# the query projection has run.
 # Both are empty outside a call; context variables keep concurrent threads apart.
 _GENERATION: ContextVar[GenerationState | None] = ContextVar("bindllm_generation", default=None)
 _TERM: ContextVar[tuple[BindContext, Tensor | None, Tensor | None] | None] = ContextVar(
@@ -106,14 +103,16 @@ class Injection(nn.Module):
         decoder: a causal language model whose layers are at ``get_decoder().layers``; kind ``value`` also needs
             ``self_attn.v_proj`` and ``self_attn.o_proj`` in each, kind ``attend`` all four projections.
         config: kind, queries, and how many layers are served.
-        has_context: whether the model reads context tokens, through gates of their own; not with kind ``residual``.
+        has_context: whether the model reads context tokens, through gates of their own; only with kinds ``value`` and
+            ``attend``.
 
     Raises:
         DecoderError: the decoder lacks one of these modules, or has fewer layers; the message names it.
 
     Attributes:
-        gates: of the L served layers, zeros at the start, [L] for ``residual``, else [L, H].
+        gates: of the L served layers, zeros at the start, [L] for ``residual``, [L, R] for ``cross``, else [L, H].
         queries: [L, D], or None.
+        reader: the attention of kind ``cross``, or None.
         context_gates: of context tokens, zeros at the start, [L, H], or None.
 
     Example:
@@ -123,10 +122,10 @@ class Injection(nn.Module):
 
     def __init__(self, decoder: PreTrainedModel, config: InjectConfig, *, has_context: bool = False) -> None:
         super().__init__()
-        if has_context and config.kind == "residual":
+        if has_context and not PROJECTIONS[config.kind]:
             raise InputError(
-                "inject.kind residual adds to the input of a layer, and context tokens are read inside attention: set "
-                "inject.kind: attend (or value), or leave out context"
+                f"inject.kind {config.kind} adds to the residual stream, and context tokens are read inside attention: "
+                "set inject.kind: attend (or value), or leave out context"
             )
         self.kind = config.kind
         core = decoder.get_decoder()
@@ -138,29 +137,37 @@ class Injection(nn.Module):
             )
         # How to read this: select the layers, create gates and queries for them, then hook. Hooks run in this order
         # in a forward: `_carry` once, then one pair per layer.
-        every = _layers(core, type(decoder).__name__)
-        layers = _served(every, config.layers, type(decoder).__name__)
+        name = type(decoder).__name__
+        every = find_layers(core, name)
+        layers = choose_layers(every, config.layers, name, "inject.layers")
         config_of_text = decoder.config.get_text_config()
         width, num_heads = config_of_text.hidden_size, config_of_text.num_attention_heads
-        shape = (len(layers),) if self.kind == "residual" else (len(layers), num_heads)
+        heads = {"residual": (), "cross": (HEADS,)}.get(self.kind, (num_heads,))
+        shape = (len(layers), *heads)
         # Zero gates: the untrained model is exactly the plain decoder (tanh(0) = 0).
         self.gates = nn.Parameter(torch.zeros(shape))
         # Small and random, so that layers can specialize from the first step.
-        self.queries = nn.Parameter(0.02 * torch.randn(len(layers), width)) if config.queries else None
+        has_queries = config.queries and self.kind != "cross"
+        self.queries = nn.Parameter(0.02 * torch.randn(len(layers), width)) if has_queries else None
+        self.reader = CrossReader(len(layers), width) if self.kind == "cross" else None
         self.context_gates = nn.Parameter(torch.zeros(shape)) if has_context else None
         if self.kind == "residual":
             for index, (_, layer) in enumerate(layers):
                 layer.register_forward_pre_hook(partial(self._add_to_input, index), with_kwargs=True)
+        elif self.kind == "cross":
+            for index, (_, layer) in enumerate(layers):
+                layer.register_forward_pre_hook(_keep_for_output, with_kwargs=True)
+                layer.register_forward_hook(partial(self._add_to_output, index))
         else:
             # All layers are checked before the first hook, so that a refused decoder stays unchanged.
             attends = self.kind == "attend" or has_context
             options = {"num_heads": num_heads, "kind": "attend" if attends else self.kind}
-            attentions = [find_attention(layer, n, type(decoder).__name__, **options) for n, layer in layers]
+            attentions = [find_attention(layer, n, name, **options) for n, layer in layers]
             for index, attention in enumerate(attentions):
                 attention.register_forward_pre_hook(partial(self._enter_attention, index), with_kwargs=True)
                 if attends:
-                    heads = BindAttention(attention, num_heads)
-                    attention.q_proj.register_forward_hook(partial(self._attend, index, heads))
+                    own = BindAttention(attention, num_heads)
+                    attention.q_proj.register_forward_hook(partial(self._attend, index, own))
                 attention.o_proj.register_forward_pre_hook(self._add_to_heads)
         # Layers that are not served receive the keyword too, and must drop it.
         for number, layer in every:
@@ -179,8 +186,8 @@ class Injection(nn.Module):
         """
         # Seven tokens: a family with several residual streams would take a term for as many tokens as it has streams.
         index = torch.zeros(1, 7, dtype=torch.int64, device=decoder.device)
-        # Two bind tokens for `attend`: one would not need its queries and keys.
-        sizes = (1, 1, 2) if self.kind == "attend" else (1, 1)
+        # Two bind tokens: one would not need its queries and keys.
+        sizes = (1, 1, 2) if self.kind in TOKEN_KINDS else (1, 1)
         width = decoder.config.get_text_config().hidden_size
         inputs = {"bind": torch.zeros(*sizes, width, device=decoder.device), "media_index": index}
         if self.context_gates is not None:
@@ -209,7 +216,7 @@ class Injection(nn.Module):
         Hugging Face ``generate`` refuses unknown keywords, and no gradient is needed there.
 
         Args:
-            bind: [B, M, D], or [B, M, N, D] for kind ``attend``.
+            bind: [B, M, D], or [B, M, N, D] for kinds ``attend`` and ``cross``.
             media_index: [B, T] of the left-padded prompts; generated tokens use its last column.
             context: context tokens, [B, M, C, D], or None.
         """
@@ -248,7 +255,7 @@ class Injection(nn.Module):
         if bind is not None:
             self._check(bind, media_index, tokens)
             self._check_context(bind, retrieved)
-            kwargs["bind"] = BindContext.of(bind, media_index)
+            kwargs["bind"] = self.context_of(bind, media_index)
             if retrieved is not None:
                 kwargs["bind"].retrieved = BindContext.of_retrieved(retrieved, media_index)
             return args, kwargs
@@ -265,7 +272,7 @@ class Injection(nn.Module):
         context = kwargs.get("bind")
         if context is None or (reached := context.arrivals.count) >= len(self.gates):
             return
-        inside, served = self.kind != "residual", len(self.gates)
+        inside, served = bool(PROJECTIONS[self.kind]), len(self.gates)
         way = "its attention" if inside else "its layers"
         advice = "Try inject: {kind: residual}, or use" if inside else "Use"
         raise DecoderError(
@@ -283,6 +290,29 @@ class Injection(nn.Module):
         hidden = args[0] if args else kwargs["hidden_states"]
         hidden = context.add(hidden, self._term(index, layer, context, hidden.dtype))
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+    def context_of(self, bind: Tensor, media_index: Tensor, terms: dict[int, Any] | None = None) -> BindContext:
+        """Return what the layers get in one forward: `BindContext.of` for this kind."""
+        return BindContext.of(bind, media_index, terms, attends_to_one=self.kind == "cross")
+
+    def _add_to_output(self, index: int, layer: nn.Module, args: tuple, output: Any) -> Any:
+        """Kind ``cross``: after a layer has run."""
+        waiting = _TERM.get()
+        if waiting is None:
+            return None
+        _TERM.set(None)
+        context, hidden = waiting[0], output[0] if isinstance(output, tuple) else output
+        found = None if context.terms is None else context.terms.get(index)
+        if found is None:
+            found = self.reader.keys_and_values(index, context.bind, hidden.dtype)
+            # During a generation keys and values stay the same, so they are computed once.
+            if context.terms is not None:
+                context.terms[index] = found
+        masked = None if context.masked is None else context.masked.squeeze(3)
+        term = self.reader(index, hidden, *found, self.gates[index], masked)
+        # Closed for tokens without a group.
+        hidden = context.add(hidden, term * context.route.any(-1, keepdim=True))
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     def _enter_attention(
         self, index: int, attention: nn.Module, args: tuple, kwargs: dict[str, Any]
@@ -373,11 +403,11 @@ class Injection(nn.Module):
 
     def _check(self, bind: Tensor, media_index: Tensor, tokens: Tensor | None = None) -> None:
         """Refuse shapes that would broadcast into a wrong answer."""
-        takes_tokens = self.kind == "attend"
+        takes_tokens = self.kind in TOKEN_KINDS
         if bind.dim() == 4 and not takes_tokens:
             raise InputError(
                 f"bind {list(bind.shape)} has {bind.shape[2]} bind tokens per media group, and injection kind "
-                f"{self.kind!r} adds one vector [B, M, D]: use inject: {{kind: attend}}"
+                f"{self.kind!r} adds one vector [B, M, D]: use inject: {{kind: attend}} or cross"
             )
         if bind.dim() not in (3, 4) or media_index.dim() != 2 or bind.shape[0] != media_index.shape[0]:
             raise InputError(
@@ -411,32 +441,14 @@ class Injection(nn.Module):
             )
 
 
+def _keep_for_output(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Kind ``cross``: the hook on the output of this call of the layer gets no keywords."""
+    context = kwargs.pop("bind", None)
+    _TERM.set(None if context is None else (context, None, None))
+    return args, kwargs
+
+
 def _leave_out(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """A layer that is not served: attention must not see the keyword."""
     kwargs.pop("bind", None)
     return args, kwargs
-
-
-def _layers(core: nn.Module, name: str) -> list[tuple[int, nn.Module]]:
-    """Return the decoder's layers with their indices."""
-    children = dict(core.named_children())
-    if not isinstance(children.get("layers"), nn.ModuleList):
-        raise DecoderError(
-            f"{name} has no `layers` list in its decoder, so nothing can be injected; it has: {', '.join(children)}. "
-            "Decoders of the LLaMA shape (Llama, Mistral, Qwen2, Qwen3, SmolLM2, ...) have it."
-        )
-    return list(enumerate(children["layers"]))
-
-
-def _served(
-    every: list[tuple[int, nn.Module]], layers: int | list[int] | None, name: str
-) -> list[tuple[int, nn.Module]]:
-    """Return the layers that `InjectConfig.layers` names."""
-    if layers is None:
-        return every
-    numbers = sorted(layers) if isinstance(layers, list) else range(len(every) - layers, len(every))
-    if numbers[0] < 0 or numbers[-1] >= len(every):
-        raise DecoderError(
-            f"inject.layers is {layers}, but {name} has {len(every)} layers: is it the right decoder?"
-        )
-    return [every[number] for number in numbers]

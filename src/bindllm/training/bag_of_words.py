@@ -86,12 +86,14 @@ class BagOfWords(nn.Module):
         tokens = None if tokens is None else tokens.to(self.table.device)
         bind = self.network(self._lookup(groups).to(self.table.device), tokens)
         # Normalized, so that only directions name words: the scale of a bind token has another meaning in the decoder.
-        bind = nn.functional.rms_norm(
-            bind if bind.dim() == 3 else bind.unsqueeze(1), bind.shape[-1:], eps=1e-6
-        )
-        scores = bind @ self.table.T  # [G, N, V], at most the square root of D
+        bind = bind if bind.dim() == 3 else bind.unsqueeze(1)
+        absent = ~bind.any(-1, keepdim=True)  # [G, N, 1]
+        absent[:, 0] = False
+        # [G, N, V], at most the square root of D
+        scores = nn.functional.rms_norm(bind, bind.shape[-1:], eps=1e-6) @ self.table.T
         # The mean of the distributions of the bind tokens: each of them may name another thing.
-        return scores.log_softmax(-1).logsumexp(1) - math.log(scores.shape[1])
+        shares = scores.log_softmax(-1).masked_fill(absent, -torch.inf)
+        return shares.logsumexp(1) - (~absent).sum(1).log()
 
     def targets(self, words: Iterable[set[int]]) -> Tensor:
         """Return the share of each word in the target of each group, [G, V]; zeros for a group without words."""

@@ -124,7 +124,7 @@ class BindModule(LightningModule):
     @property
     def token_modalities(self) -> list[str]:
         """Modalities whose tokens the batches hold; none for a model with one bind token."""
-        return self.bind_config.token_modalities if self.bind_config.tokens > 1 else []
+        return self.bind_config.token_modalities if self.bind_config.reads_tokens else []
 
     def setup(self, stage: str) -> None:
         """Refuse data that the objective cannot learn from; called when the data is ready.
