@@ -1,0 +1,83 @@
+"""Gated cross-attention of a layer to bind tokens that are added as they are: injection kind ``cross``.
+
+The other kinds read a bind token through the decoder's own value projections, which the bind network has to learn to
+invert. Here a bind token is a vector of the residual stream itself. A token that points to a word embedding raises
+the logit of that word, whichever layer adds it, because the last layer compares the stream with the same embeddings.
+Bag-of-words pretraining (`bindllm.training.bag_of_words`) makes bind tokens point to words before the run starts.
+
+Gated cross-attention is from Flamingo (arXiv 2204.14198, section 3.1.2), with learned values and outputs. Bind tokens
+near word embeddings are from AlignVLM (arXiv 2502.01341).
+
+Letters: `B` batch, `T` tokens, `M` media groups, `N` bind tokens of a group, `D` decoder width, `L` layers, `R` heads
+of this attention, `d` their size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+HEADS = 2
+HEAD_SIZE = 64
+
+_GATE_SCALE = 10.0
+"""A gate of 0.01 adds a tenth of the size of a hidden state: about ten steps of Adam with the usual learning rate."""
+
+_EPS = 1e-6
+
+
+class CrossReader(nn.Module):
+    """The queries and keys of all served layers.
+
+    Args:
+        num_layers: ``L``.
+        width: ``D``.
+
+    Attributes:
+        query: query projections, zeros at the start, so that each bind token counts the same, [L, R, D, d].
+        key: key projections, [L, R, D, d].
+    """
+
+    def __init__(self, num_layers: int, width: int) -> None:
+        super().__init__()
+        shape = (num_layers, HEADS, width, HEAD_SIZE)
+        self.query = nn.Parameter(torch.zeros(shape))
+        self.key = nn.Parameter(torch.randn(shape) * width**-0.5)
+
+    def keys_and_values(self, index: int, bind: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return scaled keys [B, R, d, M * N] and values [B, 1, M * N, D] of layer ``index``.
+
+        Args:
+            index: of the layer among those that are served.
+            bind: bind tokens, [B, M, N, D].
+            dtype: of the decoder.
+        """
+        values = nn.functional.rms_norm(bind.flatten(1, 2).float(), bind.shape[-1:], eps=_EPS).to(dtype)
+        keys = torch.einsum("bnd,rde->bren", values, self.key[index].to(dtype)) * HEAD_SIZE**-0.5
+        return keys, values.unsqueeze(1)
+
+    def forward(
+        self, index: int, hidden: Tensor, keys: Tensor, values: Tensor, gates: Tensor, masked: Tensor | None
+    ) -> Tensor:
+        """Return what layer ``index`` adds to hidden states, [B, T, D].
+
+        ``10 * rms(h) * sum_r gate[l,r] * sum_n softmax_n(q[r] . k[n,r]) * v[n]``: the gate is relative to the size of
+        the hidden state, since the residual stream grows from layer to layer.
+
+        Args:
+            index: of the layer among those that are served.
+            hidden: output of the layer, [B, T, D].
+            keys: of `keys_and_values`.
+            values: of `keys_and_values`.
+            gates: of the layer, [R].
+            masked: bind tokens that a token does not attend to, [B, 1, T, M * N], or None.
+        """
+        size = hidden.float().pow(2).mean(-1, keepdim=True).add(_EPS).sqrt()
+        query = torch.einsum("btd,rde->brte", (hidden / size).to(values.dtype), self.query[index].to(values.dtype))
+        scores = query @ keys
+        if masked is not None:
+            scores = scores.masked_fill(masked, -torch.inf)
+        shares = scores.softmax(-1, dtype=torch.float32)
+        # One product for all heads: they read the same values.
+        weights = torch.einsum("brtn,r->btn", shares, _GATE_SCALE * gates.float())
+        return (size * (weights.to(values.dtype) @ values.squeeze(1))).to(hidden.dtype)
