@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ from transformers import (
     PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
-    TextIteratorStreamer,
 )
+from transformers.generation.streamers import BaseStreamer
 
 from bindllm.conversation import NO_MEDIA, Conversation, Message, control_tokens, end_tokens, render
 from bindllm.embeddings.embedder import GroupEmbeddings
@@ -276,6 +277,107 @@ def decode_answers(ids: Tensor, tokenizer: PreTrainedTokenizerBase, ends: Sequen
     ]
 
 
+class AnswerText:
+    """The text of an answer while its tokens arrive; all pieces together are the text that `decode_answers` returns.
+
+    A piece never ends inside a character of several tokens. White space at the end is held back until a word follows,
+    and so is the beginning of a stop string until it is complete or another text.
+
+    Args:
+        tokenizer: turns ids into text.
+        stop: strings that end the answer; the first of them in the text is cut off.
+
+    Attributes:
+        stopped: whether a stop string was found. The answer is complete, and further tokens are not read.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
+        self.stopped = False
+        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._held, self._has_begun = "", False
+        # How to read this: tokens `first ..` are decoded together, and the text of `first .. read` is known already.
+        # Decoding from the answer's beginning would cost more with each token, and from the last token it would differ:
+        # some tokenizers write a token without its space if none stands before it.
+        self._ids: list[int] = []
+        self._first = self._read = 0
+
+    def add(self, ids: Sequence[int]) -> str:
+        """Return the text that is certain after these tokens, maybe empty."""
+        if self.stopped:
+            return ""
+        self._ids += ids
+        known, text = (
+            self._decode(self._ids[self._first : self._read]),
+            self._decode(self._ids[self._first :]),
+        )
+        # The bytes of an incomplete character are decoded again with the tokens that complete it.
+        if text.endswith(_INCOMPLETE):
+            return ""
+        self._first, self._read = self._read, len(self._ids)
+        self._held += text[len(known) :]
+        if found := [at for stop in self._stop if (at := self._held.find(stop)) >= 0]:
+            self.stopped = True
+            return self._give(min(found)).rstrip()
+        return self._give(len(self._held) - self._undecided())
+
+    def end(self, *, whole: bool) -> str:
+        """Return the rest of the text.
+
+        Args:
+            whole: whether the model ended the answer itself. If not, it was cut, maybe inside a character: the
+                incomplete character is dropped.
+        """
+        if self.stopped:
+            return ""
+        known, text = (
+            self._decode(self._ids[self._first : self._read]),
+            self._decode(self._ids[self._first :]),
+        )
+        self._held += text[len(known) :]
+        if not whole:
+            self._held = self._held.rstrip(_INCOMPLETE)
+        return self._give(len(self._held))
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _undecided(self) -> int:
+        """Return how many characters at the end may be the beginning of a stop string."""
+        lengths = (
+            length
+            for stop in self._stop
+            for length in range(1, min(len(stop), len(self._held) + 1))
+            if self._held.endswith(stop[:length])
+        )
+        return max(lengths, default=0)
+
+    def _give(self, length: int) -> str:
+        """Take the first characters out of the held text, without white space at either end of the answer."""
+        length = len(self._held[:length].rstrip())
+        text, self._held = self._held[:length], self._held[length:]
+        if not self._has_begun:
+            text = text.lstrip()
+        self._has_begun = self._has_begun or bool(text)
+        return text
+
+
+class _TokenQueue(BaseStreamer):
+    """Passes the tokens of a running generation to another thread; None is the end."""
+
+    def __init__(self) -> None:
+        self.queue: SimpleQueue[list[int] | None] = SimpleQueue()
+        self._is_prompt = True
+
+    def put(self, value: Tensor) -> None:
+        # The first call brings the prompt.
+        if not self._is_prompt:
+            self.queue.put(value.flatten().tolist())
+        self._is_prompt = False
+
+    def end(self) -> None:
+        self.queue.put(None)
+
+
 def stream_text(
     generate: Callable[..., Tensor], tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]
 ) -> Iterator[str]:
@@ -289,8 +391,7 @@ def stream_text(
     Raises:
         any exception of ``generate``, in the reader's thread.
     """
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    cancelled, failures, ids = _Cancelled(), [], set()
+    streamer, cancelled, failures, ids = _TokenQueue(), _Cancelled(), [], set()
 
     def work() -> None:
         try:
@@ -303,17 +404,14 @@ def stream_text(
 
     thread = threading.Thread(target=work, name="bindllm-stream", daemon=True)
     thread.start()
+    text = AnswerText(tokenizer)
     try:
-        held = ""
-        for piece in streamer:
-            # Held back until more text follows: at the end of an answer that was cut, this is half a character.
-            text = (held + piece).rstrip(_INCOMPLETE)
-            held = (held + piece)[len(text) :]
-            if text:
-                yield text
+        for tokens in iter(streamer.queue.get, None):
+            if piece := text.add(tokens):
+                yield piece
         thread.join()
-        if held and not ids.isdisjoint(ends):
-            yield held
+        if not failures and (piece := text.end(whole=not ids.isdisjoint(ends))):
+            yield piece
     finally:
         # Also after a `break` of the reader: the next token then stops the thread.
         cancelled.event.set()
