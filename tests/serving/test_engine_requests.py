@@ -7,11 +7,13 @@ import threading
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from bindllm import Conversation, Media, Message
 from bindllm.errors import DecoderError, EngineBusy, EngineClosed, InputError, MediaError
+from bindllm.media.limits import MediaLimits
 from bindllm.serving import batch
 from bindllm.serving.engine import Engine, Request
 from engine_parts import SECONDS, Listener, answers, conversation, draw_request, stripes, submit
@@ -147,6 +149,18 @@ def test_a_bad_file_is_an_error_of_its_request_only(engine, tmp_path):
     good = Request(conversation(stripes("red"), "?"), max_tokens=3)
     listeners = [submit(engine, request)[0] for request in (good, bad, good)]
     assert [type(listener.last.error) for listener in listeners] == [type(None), MediaError, type(None)]
+
+
+def test_media_of_a_request_are_limited_in_every_thread(model):
+    with Engine(model, limits=MediaLimits(pixels=99)) as engine:
+        large, small = (
+            submit(
+                engine, Request(conversation(Media.image(np.zeros((size, 10, 3), np.uint8))), max_tokens=1)
+            )[0]
+            for size in (10, 9)
+        )
+        assert "10 x 10 pixels; at most 99" in str(large.last.error)
+        assert small.last.error is None
     assert "bad.png" in str(listeners[1].last.error)
     long = Request(conversation("word " * 200))
     question = Request(Conversation((Message("assistant", "Hi"),)))
