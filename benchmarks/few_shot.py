@@ -10,9 +10,8 @@ import torch
 from benchmarks.measure import Metric, paired, seconds
 from benchmarks.parts import bound_model
 from bindllm import Conversation, Media, Message, Shot
-from bindllm.model import generation
 from bindllm.model.bindllm import BindLLM
-from bindllm.model.generation import render_prompts
+from bindllm.model.generation import render_prompts, shared
 from bindllm.shots import add_shots
 
 SHOTS, ROWS = 8, 32
@@ -44,7 +43,7 @@ def metrics() -> list[Metric]:
             model.generate_from(**batch, **options)
 
         def each_time(options=options) -> None:
-            with patch.object(generation, "MIN_SAVED", sys.maxsize):
+            with patch.object(shared, "MIN_SAVED", sys.maxsize):
                 model.generate_from(**batch, **options)
 
         ratio, a, b = paired(each_time, once, repeats=3)

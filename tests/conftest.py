@@ -70,7 +70,7 @@ def work(tmp_path, monkeypatch):
 @pytest.fixture
 def silent():
     """Lightning says nothing about the run."""
-    from bindllm.cli.recipe import quiet
+    from bindllm.cli.recipes.recipe import quiet
 
     with quiet():
         yield
@@ -83,5 +83,7 @@ def unmeasured():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("bindllm.training.run.Run._measure", lambda *_: 0)
-        patch.setattr("bindllm.cli.fit.SampleCaptions", functools.partial(SampleCaptions, max_new_tokens=4))
+        patch.setattr(
+            "bindllm.cli.recipes.fit.SampleCaptions", functools.partial(SampleCaptions, max_new_tokens=4)
+        )
         yield

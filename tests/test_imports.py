@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bindllm import imports
-from bindllm.cli.recipe import name_classes
+from bindllm.cli.recipes.recipe import name_classes
 from cache_parts import save_tiny_model
 from tiny_run import tiny_parts, tiny_recipe, write_recipe
 

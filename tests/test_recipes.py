@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bindllm.cli.recipe import RecipeCLI, quiet
+from bindllm.cli.recipes.recipe import RecipeCLI, quiet
 from bindllm.training.strategies import SHARDED
 from tiny_run import run, tiny_parts
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from bindllm import BindLLM
-from bindllm.cli.recipe import RecipeCLI, quiet
+from bindllm.cli.recipes.recipe import RecipeCLI, quiet
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.decoder import DecoderConfig
 from bindllm.model.injection import InjectConfig

@@ -60,6 +60,14 @@ class TrainingError(BindLLMError):
     """A run that cannot continue; the last good state has been saved."""
 
 
+class EngineBusy(BindLLMError):
+    """A serving engine whose queue is full; the request may be sent again later."""
+
+
+class EngineClosed(BindLLMError):
+    """A serving engine that is shutting down and takes no further request."""
+
+
 class UsageError(BindLLMError):
     """A command line or a recipe that cannot be read; the command ends with exit code 2."""
 

@@ -236,8 +236,8 @@ def test_an_output_that_another_run_is_writing_is_refused(texts, capsys):
 
 @pytest.mark.parametrize("file", sorted(RECIPES.glob("align-*.yaml")), ids=lambda file: file.name)
 def test_a_recipe_of_the_project_says_what_it_is_and_can_be_read(file, work):
-    from bindllm.cli.align import AlignCLI
-    from bindllm.cli.recipe import quiet
+    from bindllm.cli.recipes.align import AlignCLI
+    from bindllm.cli.recipes.recipe import quiet
 
     header = [line for line in file.read_text().splitlines() if line.startswith("#")]
     assert any(f"bindllm fetch recipes/{file.name}" in line for line in header)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import distributed
 
-from bindllm.cli.fit import _Gather, graceful_stop, launch
+from bindllm.cli.recipes.fit import _Gather, graceful_stop, launch
 from bindllm.errors import InputError, StoreError
 
 SECONDS = 60

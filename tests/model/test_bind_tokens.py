@@ -107,7 +107,7 @@ def test_requests_in_threads_with_images_of_their_own(model):
 
 
 def test_requests_read_the_tokens_of_the_encoder(model):
-    ids, mask, index, embeddings, tokens = model._prepare(["What?", "What?"], [[STRIPES[0]], [STRIPES[1]]])
+    ids, mask, index, embeddings, tokens = model.prepare(["What?", "What?"], [[STRIPES[0]], [STRIPES[1]]])
     assert tokens.shape == (2, 1, 16, 8)
     assert not torch.equal(tokens[0], tokens[1])
     assert torch.equal(embeddings[:, 0], model.encode(list(STRIPES)))
@@ -116,7 +116,7 @@ def test_requests_read_the_tokens_of_the_encoder(model):
 
 
 def test_media_without_tokens_have_bind_token_0_also_next_to_an_image(model):
-    *_, tokens = model._prepare("What?", [THERMAL])
+    *_, tokens = model.prepare("What?", [THERMAL])
     assert tokens.abs().max() == 0
     turns = (
         Message("user", [STRIPES[0], "What?"]),
@@ -127,8 +127,8 @@ def test_media_without_tokens_have_bind_token_0_also_next_to_an_image(model):
     assert together[1] == model.generate("What?", [THERMAL], max_new_tokens=6)
     assert together[0] == model.generate(Conversation(turns), max_new_tokens=6)
     # Two media of one message share its bind tokens; only the image has tokens.
-    *_, both = model._prepare("What?", [STRIPES[0], THERMAL])
-    *_, one = model._prepare("What?", [STRIPES[0]])
+    *_, both = model.prepare("What?", [STRIPES[0], THERMAL])
+    *_, one = model.prepare("What?", [STRIPES[0]])
     assert torch.equal(both, one)
 
 
@@ -136,7 +136,7 @@ def test_one_bind_token_reads_no_tokens(decoder, monkeypatch):
     model = build(decoder)
     several = model.generate("What?", [STRIPES[0]], max_new_tokens=6)
     model.bind.num_tokens = 1
-    *_, tokens = model._prepare("What?", [STRIPES[0]])
+    *_, tokens = model.prepare("What?", [STRIPES[0]])
     assert tokens is None
     inputs = batch()
     expected = model(**inputs).logits
@@ -152,8 +152,8 @@ def test_a_cache_changes_the_pooled_embedding_only(model):
         def blend_groups(self, embeddings, groups, encoders):
             return -embeddings
 
-    *_, before, tokens = model._prepare("What?", [STRIPES[0]])
-    *_, after, again = model._prepare("What?", [STRIPES[0]], Doubling())
+    *_, before, tokens = model.prepare("What?", [STRIPES[0]])
+    *_, after, again = model.prepare("What?", [STRIPES[0]], Doubling())
     assert torch.equal(after, -before)
     assert torch.equal(again, tokens)
 

@@ -100,7 +100,7 @@ def test_the_published_mean_is_chosen_by_name(decoder, tmp_path):
     found = model.encode([[red, blue]])[0]
     torch.testing.assert_close(found, (units[0] + 3 * units[1]) / 4.000001)
     assert found.norm() < 0.999
-    *_, prepared, _ = model._prepare("?", [red, blue])
+    *_, prepared, _ = model.prepare("?", [red, blue])
     assert torch.equal(prepared[0, 0], found)
 
 
@@ -274,7 +274,7 @@ def test_two_pictures_with_turns_of_their_own(any_kind):
             Message("assistant", "A color."),
             Message("user", [image(second), "And this?"]),
         )
-        *batch, tokens = model._prepare([Conversation(turns)], None)
+        *batch, tokens = model.prepare([Conversation(turns)], None)
         return batch[2], model(*batch, tokens=tokens).logits
 
     index, base = ask("red", "blue")
@@ -391,7 +391,7 @@ def test_nothing_to_encode_and_odd_prompts_are_refused(model):
 
 def test_the_system_text_of_the_model_goes_ahead_of_every_prompt(decoder):
     model = build(decoder, system='Be "brief" 😀.\n')
-    ids, *_ = model._prepare(["Hi", Conversation((Message("system", "Own."), Message("user", "Hi")))], None)
+    ids, *_ = model.prepare(["Hi", Conversation((Message("system", "Own."), Message("user", "Hi")))], None)
     texts = model.tokenizer.batch_decode(ids)
     assert texts[0].startswith('<|im_start|>system\nBe "brief" 😀.\n<|im_end|>\n<|im_start|>user\nHi')
     assert "brief" not in texts[1]

@@ -153,7 +153,7 @@ def test_bytes_that_the_model_ends_itself_stay_visible(decoder):
 def test_no_more_tokens_than_the_decoder_has_positions(decoder, tmp_path):
     model = tiny_model(folder_with(decoder, tmp_path / "decoder", {}, max_position_embeddings=40))
     script(model, ids("y"))
-    prompt = len(model._prepare("What?", None)[0][0])
+    prompt = len(model.prepare("What?", None)[0][0])
     assert model.generate("What?", max_new_tokens=500) == "y" * (40 - prompt)
     assert model.generate("What?", max_length=500) == "y" * (40 - prompt)
     with pytest.raises(InputError, match=r"prompt has 1\d\d tokens, and the decoder has 40 positions"):
@@ -216,6 +216,6 @@ def test_the_default_of_several_named_templates_is_used(decoder, tmp_path, syste
     (folder / "default.txt").rename(folder / "chat_template.jinja")
     model = tiny_model(folder)
     model.tokenizer = load_tokenizer(config)
-    shown = model.tokenizer.decode(np.ravel(model._prepare("Hi", None)[0][0]))
+    shown = model.tokenizer.decode(np.ravel(model.prepare("Hi", None)[0][0]))
     expected = "" if system is None else f"<|im_start|>system\n{system}<|im_end|>\n"
     assert shown == f"{expected}<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"

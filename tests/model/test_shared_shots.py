@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from bindllm import Conversation, Media, Message, Shot
-from bindllm.model import generation
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.context import ContextConfig
 from bindllm.model.context.records import CONTEXT_INPUTS
+from bindllm.model.generation import shared
 from bindllm.model.injection import InjectConfig
 from tiny import COLORS, FAMILIES, TokenEncoder, save_tiny_decoder, tiny_model
 
@@ -56,7 +56,7 @@ def both_ways(model, monkeypatch, *arguments, seed=None, **options):
     """Answers and logits with and without reuse, and the calls of the decoder with it."""
     found = []
     for least in (1, 10**9):
-        monkeypatch.setattr(generation, "MIN_SAVED", least)
+        monkeypatch.setattr(shared, "MIN_SAVED", least)
         if seed is not None:
             torch.manual_seed(seed)
         with forwards(model) as (calls, logits):
@@ -87,15 +87,15 @@ def test_answers_and_logits_are_the_same(tmp_path, monkeypatch, family, kind, to
     model = model_of(save_tiny_decoder(tmp_path, family, **WINDOWS.get(family, {})), kind, tokens)
     calls = both_ways(model, monkeypatch, PROMPTS, MEDIA, shots=SHOTS, max_new_tokens=6)
     # The shots once, then only the questions.
-    width = model._prepare(PROMPTS, MEDIA, shots=SHOTS)[0].shape[1]
-    longest = model._prepare(PROMPTS, MEDIA)[0].shape[1]
+    width = model.prepare(PROMPTS, MEDIA, shots=SHOTS)[0].shape[1]
+    longest = model.prepare(PROMPTS, MEDIA)[0].shape[1]
     assert calls[1][0] == len(PROMPTS)
     assert calls[1][1] <= longest < width // 2
     # Their media reach the answers: other ones give other logits.
     swapped = [Shot("Color?", "red", GREEN.media), TEXT, Shot("Color?", "green", RED.media)]
     first = []
     for shots in (SHOTS, swapped):
-        monkeypatch.setattr(generation, "MIN_SAVED", 1)
+        monkeypatch.setattr(shared, "MIN_SAVED", 1)
         with forwards(model) as (_, logits):
             model.generate(PROMPTS, MEDIA, shots=shots, max_new_tokens=1)
         first.append(logits[1])
@@ -148,7 +148,7 @@ def test_retrieved_records_of_the_shots_are_read_with_them(decoder, monkeypatch)
     batch = dict(
         zip(
             ("input_ids", "attention_mask", "media_index", "embeddings"),
-            model._prepare(PROMPTS, MEDIA, shots=SHOTS),
+            model.prepare(PROMPTS, MEDIA, shots=SHOTS),
             strict=False,
         )
     )
@@ -165,7 +165,7 @@ def test_retrieved_records_of_the_shots_are_read_with_them(decoder, monkeypatch)
     batch |= dict(zip(CONTEXT_INPUTS, records, strict=True))
     found = []
     for least in (1, 10**9):
-        monkeypatch.setattr(generation, "MIN_SAVED", least)
+        monkeypatch.setattr(shared, "MIN_SAVED", least)
         with forwards(model) as (calls, logits):
             found.append((model.generate_from(**batch, max_new_tokens=4), calls[0], logits))
     assert torch.equal(found[0][0], found[1][0])
@@ -173,7 +173,7 @@ def test_retrieved_records_of_the_shots_are_read_with_them(decoder, monkeypatch)
     torch.testing.assert_close(found[0][2][1], found[1][2][0], atol=1e-3, rtol=1e-3)
     # Other records of one row: its shots are not those of the others.
     batch["context_scores"][0, 0] += 1
-    monkeypatch.setattr(generation, "MIN_SAVED", 1)
+    monkeypatch.setattr(shared, "MIN_SAVED", 1)
     with forwards(model) as (calls, _):
         model.generate_from(**batch, max_new_tokens=1)
     assert calls[0][0] == len(PROMPTS)

@@ -105,9 +105,9 @@ def test_training_reads_the_same_media_index():
 
 
 def test_no_shots_are_the_same_as_none_given(model):
-    expected = model._prepare("What?", [image("blue")])
+    expected = model.prepare("What?", [image("blue")])
     for shots in ([], (), None, [[]]):
-        found = model._prepare("What?", [image("blue")], shots=shots)
+        found = model.prepare("What?", [image("blue")], shots=shots)
         assert all(torch.equal(*pair) for pair in zip(found[:4], expected[:4], strict=True))
     assert model.generate("What?", [image("blue")], shots=[]) == model.generate("What?", [image("blue")])
 
@@ -118,7 +118,7 @@ def test_shots_are_the_conversation_that_one_would_write_by_hand(model):
     assert model.generate("What?", [image("blue")], shots=[RED, GREEN], max_new_tokens=8) == by_hand
     # Their media matter, and so do their answers.
     swapped = [Shot("Color?", "red", GREEN.media), Shot("Color?", "green", RED.media)]
-    ids = [model._prepare("What?", [image("blue")], shots=shots) for shots in ([RED, GREEN], swapped)]
+    ids = [model.prepare("What?", [image("blue")], shots=shots) for shots in ([RED, GREEN], swapped)]
     assert torch.equal(ids[0][0], ids[1][0])
     assert not torch.equal(ids[0][3], ids[1][3])
 
@@ -141,7 +141,7 @@ def test_shots_of_several_modalities_and_of_several_media(decoder):
     model = tiny_model(decoder, encoders=[Multimodal()])
     audio, words = Media.audio(b"RIFF"), Media.text("a dog")
     shots = [Shot("Sound?", "bark", [audio]), Shot("Both?", "dog", [image("red"), words]), RED]
-    found = model._prepare("What?", [words], shots=shots)[3]  # [B, M, E]
+    found = model.prepare("What?", [words], shots=shots)[3]  # [B, M, E]
     expected = model.encode([[audio], [image("red"), words], [image("red")], [words]])
     assert torch.equal(found[0], expected)
     assert isinstance(model.generate("What?", [words], shots=shots, max_new_tokens=4), str)
@@ -158,7 +158,7 @@ def test_shots_that_do_not_fit_are_skipped_from_the_start(decoder, caplog, capfd
     model = tiny_model(decoder)
     # The tiny decoder has 512 positions.
     many = [Shot(f"Color {n}?", "red", media=[image("red")]) for n in range(20)]
-    found = model._prepare("What?", [image("blue")], shots=many, max_new_tokens=100)
+    found = model.prepare("What?", [image("blue")], shots=many, max_new_tokens=100)
     assert (
         "20 shots do not fit and were skipped, those furthest from the question: a prompt may have 412"
         in caplog.text
@@ -176,15 +176,15 @@ def test_shots_that_do_not_fit_are_skipped_from_the_start(decoder, caplog, capfd
 
 def test_the_warning_counts_the_prompts_of_a_batch(decoder, caplog):
     model = tiny_model(decoder)
-    model._prepare(["What?", "What?"], [[], []], shots=[[TEXT], [TEXT] * 30], max_new_tokens=400)
+    model.prepare(["What?", "What?"], [[], []], shots=[[TEXT], [TEXT] * 30], max_new_tokens=400)
     assert "in 1 of 2 prompts" in caplog.text
     assert "of 31 shots" in caplog.text
 
 
 def test_not_even_one_shot_fits(decoder, caplog):
     model = tiny_model(decoder)
-    found = model._prepare("What?", None, shots=[Shot("long " * 99, "yes")], max_new_tokens=100)
-    assert torch.equal(found[0], model._prepare("What?", None)[0])
+    found = model.prepare("What?", None, shots=[Shot("long " * 99, "yes")], max_new_tokens=100)
+    assert torch.equal(found[0], model.prepare("What?", None)[0])
     assert "1 of 1 shots do not fit" in caplog.text
 
 
@@ -243,7 +243,7 @@ def test_the_file_of_a_shot_is_missing(model):
 
 
 def test_control_tokens_in_a_shot_end_no_turn(model):
-    safe = model._prepare("What?", None, shots=[Shot("<|im_end|>", "<|im_start|>user")])[0]
-    plain = model._prepare("What?", None, shots=[Shot("x", "y")])[0]
+    safe = model.prepare("What?", None, shots=[Shot("<|im_end|>", "<|im_start|>user")])[0]
+    plain = model.prepare("What?", None, shots=[Shot("x", "y")])[0]
     end = TOKENIZER.convert_tokens_to_ids("<|im_end|>")
     assert (safe == end).sum() == (plain == end).sum()

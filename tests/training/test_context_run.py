@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bindllm import BindLLM
-from bindllm.cli.recipe import RecipeCLI, quiet
+from bindllm.cli.recipes.recipe import RecipeCLI, quiet
 from bindllm.data.embeddings import RetrievedRecords
 from bindllm.embeddings.datastore import Datastore
 from bindllm.errors import CheckpointError

@@ -64,7 +64,7 @@ def _unmeasured():
     """Long answers, and the measurement, are not what these tests are about."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("bindllm.training.run.Run._measure", print_answer)
-        patch.setattr("bindllm.cli.fit.SampleCaptions", partial(SampleCaptions, max_new_tokens=4))
+        patch.setattr("bindllm.cli.recipes.fit.SampleCaptions", partial(SampleCaptions, max_new_tokens=4))
         yield
 
 

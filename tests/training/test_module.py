@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from bindllm.cache.blend import CacheConfig
-from bindllm.cli.recipe import quiet
+from bindllm.cli.recipes.recipe import quiet
 from bindllm.data.collate import answer_batch
 from bindllm.data.datamodule import BindData
 from bindllm.data.sources import SourceConfig

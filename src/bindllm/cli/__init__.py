@@ -14,17 +14,18 @@ from bindllm.imports import find_named_modules
 
 COMMANDS = {
     "fetch": ("folders", "download and verify the quickstart: decoder, encoder, images"),
-    "check": ("check", "find all problems of a recipe, a checkpoint or an encoder"),
-    "embed": ("fit", "precompute the embeddings of a recipe's media"),
-    "fit": ("fit", "train a model from a recipe; resumes interrupted runs"),
-    "validate": ("fit", "print the loss of a trained model on the validation split"),
-    "test": ("fit", "print the loss of a trained model on the test split"),
+    "check": ("recipes.check", "find all problems of a recipe, a checkpoint or an encoder"),
+    "embed": ("recipes.fit", "precompute the embeddings of a recipe's media"),
+    "fit": ("recipes.fit", "train a model from a recipe; resumes interrupted runs"),
+    "validate": ("recipes.fit", "print the loss of a trained model on the validation split"),
+    "test": ("recipes.fit", "print the loss of a trained model on the test split"),
     "generate": ("generate", "ask a checkpoint about images, audio, texts, ..."),
+    "chat": ("chat", "talk with a checkpoint in the terminal, with media of every kind"),
     "encode": ("encode", "print pairwise cosine similarities of files and texts"),
     "convert": ("folders", "convert published weights; every tensor is accounted for"),
     "index": ("index", "build or update a visual cache: an index of image embeddings"),
     "datastore": ("index", "build a datastore: records that a model with context retrieves"),
-    "align": ("align", "train an encoder of a new modality for a joint space, from pairs"),
+    "align": ("recipes.align", "train an encoder of a new modality for a joint space, from pairs"),
     "evaluate": ("evaluate", "zero-shot classification and retrieval from embeddings"),
     "few_shot": ("evaluate", "few-shot evaluation with controls, on held-out rows of a table"),
     "export": ("folders", "merge the adapter into a plain Hugging Face folder"),
@@ -45,6 +46,7 @@ examples:
   bindllm fit --config recipes/quickstart.yaml --trainer.max_epochs 5
   bindllm check --config recipes/quickstart.yaml
   bindllm generate checkpoints/quickstart "Describe this image." --image cat.png
+  bindllm chat checkpoints/quickstart
   bindllm convert imagebind_huge.pth --output checkpoints/imagebind
   bindllm encode dog.jpg bark.wav --text "a dog"
 

@@ -62,7 +62,7 @@ class MediaOptions:
 
 
 @dataclass(frozen=True)
-class DecodingOptions:
+class SamplingOptions:
     """Decoding."""
 
     max_new_tokens: PositiveInt = 64
@@ -71,12 +71,8 @@ class DecodingOptions:
     """sample at this temperature (default: the most likely answer)"""
     top_p: Probability | None = None
     """sample from the most likely tokens that sum to this probability"""
-    num_beams: PositiveInt | None = None
-    """number of beams of a beam search"""
     seed: int = 0
-    """seed of sampling, and of random shots"""
-    stream: bool = False
-    """print the answer while it is generated"""
+    """seed of sampling"""
 
     @property
     def given(self) -> dict[str, Any]:
@@ -84,6 +80,16 @@ class DecodingOptions:
         # Seed and streaming belong to the command; all others have the names of Hugging Face.
         options = {name: value for name, value in asdict(self).items() if name not in ("seed", "stream")}
         return {name: value for name, value in options.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class DecodingOptions(SamplingOptions):
+    """Decoding."""
+
+    num_beams: PositiveInt | None = None
+    """number of beams of a beam search"""
+    stream: bool = False
+    """print the answer while it is generated"""
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,8 @@ class ShotOptions:
     num_shots: NonNegativeInt = NUM_SHOTS
     """number of shots"""
     shots_by: ShotsBy = "order"
-    """order of the table, at random, or nearest to the question: by media, by text, or by media and then text"""
+    """order of the table, at random (by --seed), or nearest to the question: by media, by text, or by media and then
+    text"""
     nearest_first: bool = False
     """put the nearest shot first (default: last, next to the question)"""
     store: str = "data/store"
@@ -259,7 +266,7 @@ def generate(
         raise UsageError("--stream cannot show a beam search: its answer is known only at its end")
     # Files are named here and opened by the encoders.
     shown, table = media.read(), examples.read(prompt)
-    loaded = _load(checkpoint, model, cache, overrides)
+    loaded = load_with_cache(checkpoint, model, cache, overrides)
 
     # Imported late, so that --help and wrong options answer at once.
     import torch
@@ -277,7 +284,7 @@ def generate(
     else:
         print(printable_lines(loaded.generate(prompt, shown, **given)))
     if cache.show_neighbors:
-        _print_neighbors(loaded, shown)
+        print_neighbors(loaded, shown)
     return 0
 
 
@@ -287,7 +294,7 @@ def _print_notes(lines: Iterable[str]) -> None:
         print(printable_lines(line), file=sys.stderr)
 
 
-def _load(
+def load_with_cache(
     checkpoint: str, options: ModelOptions, cache: ModelCacheOptions, overrides: Sequence[str]
 ) -> BindLLM:
     """Load the checkpoint, and change how its cache is blended in as the options say."""
@@ -303,7 +310,7 @@ def _load(
     return model
 
 
-def _print_neighbors(model: BindLLM, media: Sequence[Media]) -> None:
+def print_neighbors(model: BindLLM, media: Sequence[Media]) -> None:
     """Print the images that the model's cache blends into the embedding of media, nearest first."""
     from rich.table import Table
     from rich.text import Text

@@ -7,9 +7,10 @@ encoder takes most of the time. With several devices, each has its own process (
 from __future__ import annotations
 
 import os
+import threading
 import time
 import traceback
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -32,6 +33,9 @@ BATCH_SIZE = 32
 
 BAD_IN_A_ROW = 2
 """Batches of one media that may fail after each other. At the next, the encoder counts as broken and the run ends."""
+
+RECENT_BYTES = 256 << 20
+"""Memory of `RecentEmbeddings`, by default."""
 
 PREPARED_BYTES = 1 << 30
 """Prepared inputs held in memory at the same time, approximately: one long video can take 200 MB."""
@@ -277,6 +281,58 @@ def _problem(name: str, row: _Row | Exception) -> str:
     return "" if tokens is None or tokens.isfinite().all() else f"{name}: its tokens are not finite"
 
 
+class RecentEmbeddings:
+    """Embeddings and tokens of the media that were used last, by content: a file that comes again is not encoded again.
+
+    It belongs to one list of encoders. Several threads may use it.
+
+    Args:
+        most_bytes: memory for them; those that were not used for the longest time are dropped first.
+
+    Attributes:
+        hits: number of media that were found.
+        misses: number of media that were encoded.
+    """
+
+    def __init__(self, most_bytes: int = RECENT_BYTES) -> None:
+        self.hits = self.misses = 0
+        self._most_bytes, self._num_bytes = most_bytes, 0
+        self._rows: OrderedDict[tuple[str, bool], EmbeddingResult] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def embed_in_order(self, embedder: Embedder, media: Iterable[Media]) -> list[EmbeddingResult]:
+        """Do as `Embedder.embed_in_order`; errors are never kept."""
+        media = list(media)
+        # An embedding without its tokens does not serve a request that needs them.
+        keys = [(item.content_hash(), item.modality in embedder.token_modalities) for item in media]
+        with self._lock:
+            found = {key: self._rows[key] for key in keys if key in self._rows}
+            for key in found:
+                self._rows.move_to_end(key)
+            # A media that is twice in the list is embedded once.
+            absent = {key: item for key, item in zip(keys, media, strict=True) if key not in found}
+            self.hits += len(keys) - len(absent)
+            self.misses += len(absent)
+        # Without the lock: other threads encode at the same time.
+        found |= zip(absent, embedder.embed_in_order(absent.values()), strict=True)
+        with self._lock:
+            for key in absent:
+                self._keep(key, found[key])
+        return [found[key] for key in keys]
+
+    def _keep(self, key: tuple[str, bool], result: EmbeddingResult) -> None:
+        if result.error or key in self._rows:
+            return
+        self._rows[key] = result
+        self._num_bytes += _size(result)
+        while self._num_bytes > self._most_bytes:
+            self._num_bytes -= _size(self._rows.popitem(last=False)[1])
+
+
+def _size(result: EmbeddingResult) -> int:
+    return sum(x.nbytes for x in (result.embedding, result.tokens) if x is not None)
+
+
 def embed_groups(
     groups: Sequence[Sequence[Media]],
     encoders: Sequence[Encoder],
@@ -284,6 +340,7 @@ def embed_groups(
     device: torch.device | str,
     normalize: bool = True,
     token_modalities: Collection[str] = (),
+    recent: RecentEmbeddings | None = None,
 ) -> GroupEmbeddings:
     """Embed the media of each group and fuse them; batches are made by modality, across all groups.
 
@@ -293,6 +350,7 @@ def embed_groups(
         device: where the encoders run.
         normalize: see `fuse`.
         token_modalities: modalities whose tokens are returned too; none by default.
+        recent: embeddings of these encoders that are read instead of encoding a media again, and added to.
 
     Returns:
         the embeddings of the groups, unit norm (if normalized), float32, on the CPU, and their tokens.
@@ -306,7 +364,8 @@ def embed_groups(
     width = token_size(encoders, token_modalities) if token_modalities else 0
     # Any failure ends the call, because a group needs all of its media.
     with Embedder(encoders, device=device, reported=(), token_modalities=token_modalities) as embedder:
-        results = embedder.embed_in_order(media for group in groups for media in group)
+        media = [item for group in groups for item in group]
+        results = recent.embed_in_order(embedder, media) if recent else embedder.embed_in_order(media)
     embeddings = fuse_groups(
         torch.stack([result.embedding for result in results]), groups, normalize=normalize
     )

@@ -1,6 +1,7 @@
 """Attention of a decoder's heads over bind tokens, with the decoder's own projections: injection kind ``attend``.
 
-Also `BindContext`, the bind vectors and routes of one forward, as the layers get them.
+Also `BindContext`, the bind vectors and routes of one forward, as the layers get them, and `GenerationState`, which
+makes them for each step of a generation.
 
 Letters: `B` batch, `T` tokens, `M` media groups, `N` bind tokens of a group, `D` decoder width, `H` query heads, `Hkv`
 key/value heads, `d` head size.
@@ -8,13 +9,17 @@ key/value heads, `d` head size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Self
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from bindllm.errors import DecoderError
+from bindllm.errors import DecoderError, InputError
+
+if TYPE_CHECKING:
+    from bindllm.model.injection import Injection
 
 PROJECTIONS = {
     "residual": (),
@@ -81,6 +86,109 @@ class BindContext:
             # Not baddbmm: autocast would return the whole residual stream in low precision.
             term = torch.bmm(self.route, term)
         return hidden + term.to(hidden.dtype)
+
+
+@dataclass
+class GenerationState:
+    """Bind vectors and media index of a running generation, repeated to its real batch size (beams, samples).
+
+    Attributes:
+        injection: of the decoder that generates.
+        bind: bind vectors of the prompts, as for `BindContext`.
+        media_index: of the prompts, padded on the left, [B, T].
+        retrieved: context tokens, [B, M, C, D], or None.
+        terms: of `BindContext`, kept over the steps.
+        retrieved_terms: the same for context tokens.
+    """
+
+    injection: Injection
+    bind: Tensor
+    media_index: Tensor
+    retrieved: Tensor | None = None
+    terms: dict[int, Any] = field(default_factory=dict)
+    retrieved_terms: dict[int, Any] = field(default_factory=dict)
+
+    def context(self, batch: int, past: int, length: int) -> BindContext:
+        """Return the context of tokens ``past .. past + length``; generated ones keep the last prompt token's group."""
+        # Beams and several returned sequences repeat each prompt; cached terms have the old batch size.
+        if batch != self.bind.shape[0]:
+            repeats, rest = divmod(batch, self.bind.shape[0])
+            if rest or not repeats:
+                raise InputError(f"generation runs {batch} rows for {self.bind.shape[0]} prompts")
+            self.bind = self.bind.repeat_interleave(repeats, dim=0)
+            self.media_index = self.media_index.repeat_interleave(repeats, dim=0)
+            if self.retrieved is not None:
+                self.retrieved = self.retrieved.repeat_interleave(repeats, dim=0)
+            self.terms.clear()
+            self.retrieved_terms.clear()
+        last = self.media_index.shape[1] - 1
+        # Positions after the prompt read the route of its last token.
+        columns = torch.arange(past, past + length, device=self.media_index.device).clamp_(max=last)
+        found = BindContext.of(self.bind, self.media_index[:, columns], self.terms)
+        if self.retrieved is not None:
+            own = (self.media_index[:, columns], self.retrieved_terms)
+            found.retrieved = BindContext.of_retrieved(self.retrieved, *own)
+        return found
+
+    # How to read this: a server's rows come and go between two steps. Prompts of several media groups are read first;
+    # their answers need one group each, so `after_prompt` leaves states of one shape, which `join` puts together.
+
+    def after_prompt(self) -> GenerationState:
+        """Return the state for the tokens after the prompts: of each row the group that its last token listens to."""
+        groups, num_groups = self.media_index[:, -1], self.bind.shape[1]
+        rows, chosen = torch.arange(len(groups), device=groups.device), groups.clamp(min=0)
+
+        def pick(values: Tensor) -> Tensor:
+            return values[rows, chosen].unsqueeze(1)
+
+        def pick_term(term: Any) -> Any:
+            if isinstance(term, Tensor):
+                return pick(term)
+            # Keys [B, Hkv, d, M * N] and values [B, Hkv, M * N, d].
+            keys, values = (
+                x.unflatten(axis, (num_groups, -1)) for x, axis in zip(term, (-1, 2), strict=True)
+            )
+            return keys[rows, :, :, chosen], values[rows, :, chosen]
+
+        return GenerationState(
+            self.injection,
+            pick(self.bind),
+            groups.clamp(max=0).unsqueeze(1),
+            None if self.retrieved is None else pick(self.retrieved),
+            {layer: pick_term(term) for layer, term in self.terms.items()},
+            {layer: pick_term(term) for layer, term in self.retrieved_terms.items()},
+        )
+
+    def select(self, rows: Tensor) -> GenerationState:
+        """Return the state of some rows, given by their indices, in this order."""
+        return self._each(lambda parts: parts[0][rows])
+
+    def join(self, other: GenerationState) -> GenerationState:
+        """Return the state of these rows, then those of another state of `after_prompt`."""
+        return self._each(torch.cat, other)
+
+    def _each(self, make: Callable[[list[Tensor]], Tensor], *others: GenerationState) -> GenerationState:
+        """Return a state in which each tensor is made of the same tensor of this state and others."""
+        states = (self, *others)
+
+        def make_terms(tables: list[dict[int, Any]]) -> dict[int, Any]:
+            # A term that one of them lacks is computed again in the next step.
+            layers = set.intersection(*map(set, tables))
+            return {layer: make_term([table[layer] for table in tables]) for layer in layers}
+
+        def make_term(terms: list[Any]) -> Any:
+            if isinstance(terms[0], Tensor):
+                return make(terms)
+            return tuple(make(list(parts)) for parts in zip(*terms, strict=True))
+
+        return replace(
+            self,
+            bind=make([state.bind for state in states]),
+            media_index=make([state.media_index for state in states]),
+            retrieved=None if self.retrieved is None else make([state.retrieved for state in states]),
+            terms=make_terms([state.terms for state in states]),
+            retrieved_terms=make_terms([state.retrieved_terms for state in states]),
+        )
 
 
 class BindAttention:

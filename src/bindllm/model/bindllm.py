@@ -46,16 +46,15 @@ from bindllm.model.decoder import (
 )
 from bindllm.model.generation import (
     Prompt,
-    Prompts,
     answer_settings,
     check_options,
     decode_answers,
-    generate_ids,
     generate_options,
     prepare_batch,
     shots_limit,
     stream_text,
 )
+from bindllm.model.generation.shared import Prompts, generate_ids
 from bindllm.model.injection import InjectConfig, Injection, check_kind
 from bindllm.model.pretrained import load_model
 
@@ -243,17 +242,15 @@ class BindLLM(nn.Module):
             raise InputError(f"encode takes a list of Media with at least one in it, not {media!r}")
         # A single media is a group of one.
         groups = [(item,) if isinstance(item, Media) else check_media(item) for item in media]
-        return self._encode(groups, cache, modalities=()).embeddings
+        return self._encode(groups, cache).embeddings
 
     @torch.no_grad()
     def _encode(
-        self, groups: Sequence[Sequence[Media]], cache: CacheChoice, *, modalities: Sequence[str]
+        self, groups: Sequence[Sequence[Media]], cache: CacheChoice, **choices: Any
     ) -> GroupEmbeddings:
-        """Return the embeddings of media groups, [N, E], and the tokens of some modalities, [N, n, C]."""
+        """Return the embeddings of media groups, [N, E], and tokens, [N, n, C]; choices as for `embed_groups`."""
         normalize = self.bind_config.fusion == "unit"
-        found = embed_groups(
-            groups, self.encoders, device=self.device, normalize=normalize, token_modalities=modalities
-        )
+        found = embed_groups(groups, self.encoders, device=self.device, normalize=normalize, **choices)
         cache = self.cache if cache is None else cache
         if not cache:
             return found
@@ -384,7 +381,7 @@ class BindLLM(nn.Module):
             MediaError: a file that cannot be read.
         """
         options = check_options(options)
-        batch = self._prepare(prompt, media, cache, shots, **options)
+        batch = self.prepare(prompt, media, cache, shots, **options)
         answers = self.generate_from(*batch, **find_records(self, batch[3], datastore), **options)
         texts = self.decode(answers)
         # Several returned sequences of one prompt stay a list.
@@ -409,18 +406,21 @@ class BindLLM(nn.Module):
         # Beam search may replace tokens that were already printed.
         if options.get("num_beams", 1) > 1:
             raise InputError("a stream has no beams: its pieces are final. Use generate, or num_beams=1")
-        batch = self._prepare(prompt, media, cache, shots, **options)
+        batch = self.prepare(prompt, media, cache, shots, **options)
         run = partial(self.generate_from, *batch, **find_records(self, batch[3], datastore), **options)
         yield from stream_text(run, self.tokenizer, self.settings.eos_token_id)
 
-    def _prepare(
+    def prepare(
         self, prompt: Any, media: Any, cache: CacheChoice = None, shots: Any = None, **options: Any
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Render prompts and embed their media, see `prepare_batch`."""
+        """Render prompts and embed their media: the arguments of `generate_from`, see `prepare_batch`.
+
+        Arguments are those of `generate`, and ``recent``, embeddings of earlier requests.
+        """
         # With one bind token, no token of an encoder is read.
         modalities = self.bind_config.token_modalities if self.bind.num_tokens > 1 else ()
-        encode = partial(self._encode, cache=cache, modalities=modalities)
-        limit = shots_limit(options, num_positions(self.decoder.config))
+        own = {"cache": cache, "token_modalities": modalities, "recent": options.pop("recent", None)}
+        limit, encode = shots_limit(options, num_positions(self.decoder.config)), partial(self._encode, **own)
         return prepare_batch(prompt, media, shots, limit=limit, tokenizer=self.tokenizer, encode=encode)
 
     def describe(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from types import MethodType
 from typing import Any, Literal
@@ -34,7 +34,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bindllm.errors import BindLLMError, DecoderError, InputError, check_choice
-from bindllm.model.attend import PROJECTIONS, BindAttention, BindContext, find_attention, plain_projection
+from bindllm.model.attend import (
+    PROJECTIONS,
+    BindAttention,
+    BindContext,
+    GenerationState,
+    find_attention,
+    plain_projection,
+)
 
 KINDS = tuple(PROJECTIONS)
 
@@ -78,40 +85,6 @@ def check_kind(config: InjectConfig, num_tokens: int) -> None:
             f"bind.tokens is {num_tokens}, and injection kind {config.kind!r} adds one vector for each media group: "
             "set inject.kind: attend, or bind.tokens: 1"
         )
-
-
-@dataclass
-class GenerationState:
-    """Bind vectors and media index of a running generation, repeated to its real batch size (beams, samples)."""
-
-    injection: Injection
-    bind: Tensor
-    media_index: Tensor
-    retrieved: Tensor | None = None
-    terms: dict[int, Any] = field(default_factory=dict)
-    retrieved_terms: dict[int, Any] = field(default_factory=dict)
-
-    def context(self, batch: int, past: int, length: int) -> BindContext:
-        """Return the context of tokens ``past .. past + length``; generated ones keep the last prompt token's group."""
-        # Beams and several returned sequences repeat each prompt; cached terms have the old batch size.
-        if batch != self.bind.shape[0]:
-            repeats, rest = divmod(batch, self.bind.shape[0])
-            if rest or not repeats:
-                raise InputError(f"generation runs {batch} rows for {self.bind.shape[0]} prompts")
-            self.bind = self.bind.repeat_interleave(repeats, dim=0)
-            self.media_index = self.media_index.repeat_interleave(repeats, dim=0)
-            if self.retrieved is not None:
-                self.retrieved = self.retrieved.repeat_interleave(repeats, dim=0)
-            self.terms.clear()
-            self.retrieved_terms.clear()
-        last = self.media_index.shape[1] - 1
-        # Positions after the prompt read the route of its last token.
-        columns = torch.arange(past, past + length, device=self.media_index.device).clamp_(max=last)
-        found = BindContext.of(self.bind, self.media_index[:, columns], self.terms)
-        if self.retrieved is not None:
-            own = (self.media_index[:, columns], self.retrieved_terms)
-            found.retrieved = BindContext.of_retrieved(self.retrieved, *own)
-        return found
 
 
 # The two channels that are not keywords: the state of a running `generate`, and the terms (of bind vectors, of context
@@ -240,6 +213,11 @@ class Injection(nn.Module):
             media_index: [B, T] of the left-padded prompts; generated tokens use its last column.
             context: context tokens, [B, M, C, D], or None.
         """
+        with self.applying(self.state(bind, media_index, context)):
+            yield
+
+    def state(self, bind: Tensor, media_index: Tensor, context: Tensor | None = None) -> GenerationState:
+        """Return the state of a generation for `applying`; arguments as for `holding`."""
         # With gradients, checkpointing would recompute layers after the block has ended, without the vectors.
         if torch.is_grad_enabled():
             raise InputError(
@@ -247,7 +225,12 @@ class Injection(nn.Module):
             )
         self._check(bind, media_index)
         self._check_context(bind, context)
-        token = _GENERATION.set(GenerationState(self, bind, media_index, context))
+        return GenerationState(self, bind, media_index, context)
+
+    @contextmanager
+    def applying(self, state: GenerationState) -> Iterator[None]:
+        """Do as `holding`, with a state whose terms outlive the block: rows may come and go between two blocks."""
+        token = _GENERATION.set(state)
         try:
             yield
         finally:

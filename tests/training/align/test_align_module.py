@@ -10,7 +10,7 @@ from lightning.pytorch import seed_everything
 from torch.nn.functional import normalize
 
 from align_parts import BeatTower, FrozenModule, LetterEncoder, patchwork_table, radar_table
-from bindllm.cli.recipe import quiet
+from bindllm.cli.recipes.recipe import quiet
 from bindllm.encoders.aligned import HeadConfig
 from bindllm.errors import EncoderError, InputError, TrainingError
 from bindllm.training.align import module as metrics

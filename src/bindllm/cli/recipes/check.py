@@ -12,7 +12,7 @@ from rich.console import Console
 
 from bindllm.cli.arguments import refuse_together
 from bindllm.cli.options import build_encoder, encoder_folder, read_media
-from bindllm.cli.recipe import CheckedRecipe, quiet
+from bindllm.cli.recipes.recipe import CheckedRecipe, quiet
 from bindllm.errors import CheckpointError, UsageError, printable_lines
 from bindllm.model.checkpoint import MANIFEST
 from bindllm.testing import check_encoder

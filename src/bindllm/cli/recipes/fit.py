@@ -31,7 +31,7 @@ from torch import distributed, multiprocessing
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from bindllm.cli import print_error
-from bindllm.cli.recipe import RecipeCLI, listed, quiet
+from bindllm.cli.recipes.recipe import RecipeCLI, listed, quiet
 from bindllm.errors import BindLLMError, InputError, StoreError
 from bindllm.imports import find_named_modules
 from bindllm.model.checkpoint import MANIFEST

@@ -14,7 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bindllm.cli.recipe import RecipeCLI, add_overwrite, quiet
+from bindllm.cli.recipes.recipe import RecipeCLI, add_overwrite, quiet
 from bindllm.encoders.aligned import MANIFEST
 from bindllm.errors import InputError
 from bindllm.training.align.data import AlignData

@@ -7,34 +7,29 @@ exported folders all use them: the settings that a decoder's folder recommends b
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from queue import SimpleQueue
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import (
-    DynamicCache,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
-    TextIteratorStreamer,
 )
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation.streamers import BaseStreamer
 
 from bindllm.conversation import NO_MEDIA, Conversation, Message, control_tokens, end_tokens, render
 from bindllm.embeddings.embedder import GroupEmbeddings
 from bindllm.errors import InputError, did_you_mean
 from bindllm.media import Media, check_media
-from bindllm.model.decoder import projecting
 from bindllm.shots import few_shot_prompts, pair_shots
 
 Prompt = str | Conversation
 MAX_NEW_TOKENS = 128
-MIN_SAVED = 64
-"""Tokens of a batch that must not be computed twice, before its common beginning is computed on its own."""
 # Decoders of text write it for bytes that are not a whole character.
 _INCOMPLETE = "\ufffd"
 
@@ -49,8 +44,6 @@ _WITHOUT_EFFECT = (
     *("force_words_ids", "token_healing", "return_dict_in_generate", "output_scores", "output_logits"),
     *("output_attentions", "output_hidden_states"),
 )
-# Options for which Hugging Face makes a key/value cache of its own, or that may hide other options.
-_OTHER_CACHE = ("cache_implementation", "cache_config", "prompt_lookup_num_tokens", "generation_config")
 
 
 def answer_settings(decoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
@@ -261,140 +254,6 @@ def by_row(values: Tensor, counts: Sequence[int]) -> Tensor:
     return arranged
 
 
-class Prompts(NamedTuple):
-    """A left-padded batch of prompts.
-
-    Args:
-        ids: [B, T].
-        mask: [B, T].
-        index: media index, [B, T].
-        media: embeddings, tokens and records of the media groups by name, each [B, M, ...]; empty without media.
-    """
-
-    ids: Tensor
-    mask: Tensor
-    index: Tensor
-    media: dict[str, Tensor]
-
-    @property
-    def padding(self) -> Tensor:
-        """Columns of padding of each row, [B, 1]."""
-        return self.mask.shape[1] - self.mask.sum(1, keepdim=True)
-
-
-def generate_ids(
-    decoder: PreTrainedModel,
-    prompts: Prompts,
-    options: dict[str, Any],
-    bind: Callable[..., dict[str, Any]],
-    hold: Callable[..., AbstractContextManager],
-) -> Tensor:
-    """Generate the ids of answers, [N, A]; tokens that all rows start with, such as the same shots, are computed once.
-
-    Args:
-        decoder: with its injection.
-        prompts: the batch.
-        options: of Hugging Face ``generate``.
-        bind: returns the keywords of the decoder's forward for a media index and the media by name.
-        hold: gives these keywords to all calls of the decoder in a block, see `Injection.holding`.
-    """
-    if found := _read_beginning(decoder, prompts, options, bind):
-        options["past_key_values"], prompts = found
-    # `generate` rejects unknown keywords, so the bind vectors reach the layers through a context variable.
-    with hold(**bind(prompts.index, **prompts.media)) if prompts.media else nullcontext():
-        ids = decoder.generate(prompts.ids, attention_mask=prompts.mask, **options)
-    return ids[:, prompts.ids.shape[1] :]
-
-
-def _read_beginning(
-    decoder: PreTrainedModel,
-    prompts: Prompts,
-    options: Mapping[str, Any],
-    bind: Callable[..., dict[str, Any]],
-) -> tuple[DynamicCache, Prompts] | None:
-    """Compute the tokens that all rows of a batch start with; arguments as for `generate_ids`.
-
-    Returns:
-        the keys and values of the first columns, in each row that ``generate`` runs, and the prompts with the media of
-        the other columns. None if this saves too little, or does not work with the decoder or the options.
-    """
-    repeats = max(options.get("num_beams") or 1, options.get("num_return_sequences") or 1)
-    copies = len(prompts.ids) * repeats - 1
-    length = _count_shared(prompts) if copies else 0
-    if copies * length < MIN_SAVED or not _can_reuse(decoder, options):
-        return None
-    # How to read this: the longest row is read as far as all rows agree, its keys and values are placed in the columns
-    # of these tokens in each row, and the groups that no later token listens to are dropped.
-    padding = prompts.padding
-    row = int(padding.argmin())
-    # Shorter rows have more padding: they compute the end of the common tokens again.
-    width = int(padding.min()) + length
-    read = _read(decoder, prompts, row, slice(width - length, width), bind)
-    # [B, W]: the token of each column; any for padding, which is masked.
-    tokens = (torch.arange(width, device=padding.device) - padding).clamp(min=0).repeat_interleave(repeats, 0)
-    placed = DynamicCache(config=decoder.config)
-    for number, layer in enumerate(read.layers):
-        # [1, Hkv, P, d] -> [B, Hkv, W, d].
-        placed.update(*(x[0][:, tokens].transpose(0, 1) for x in (layer.keys, layer.values)), number)
-    dropped = 0
-    for values in prompts.media.values():
-        later = prompts.index[:, width:]
-        dropped = int(later.where(later != NO_MEDIA, values.shape[1] - 1).min())
-    index = (prompts.index - dropped).clamp(min=NO_MEDIA)
-    media = {name: values[:, dropped:] for name, values in prompts.media.items()}
-    return placed, prompts._replace(index=index, media=media)
-
-
-def _count_shared(prompts: Prompts) -> int:
-    """Return how many tokens with equal media all rows start with; each row keeps at least one token after them."""
-    shortest = int(prompts.mask.sum(1).min())
-    columns = prompts.padding + torch.arange(shortest - 1, device=prompts.ids.device)
-    ids, index = prompts.ids.gather(1, columns), prompts.index.gather(1, columns)
-    same = ((ids == ids[:1]) & (index == index[:1])).all(0)
-    for values in prompts.media.values():
-        equal = (values == values[:1]).flatten(2).all(2).all(0)  # [M]
-        same &= equal[index[0].clamp(min=0)] | (index[0] == NO_MEDIA)
-    return int(same.cumprod(0).sum())
-
-
-def _read(
-    decoder: PreTrainedModel,
-    prompts: Prompts,
-    row: int,
-    columns: slice,
-    bind: Callable[..., dict[str, Any]],
-) -> DynamicCache:
-    """Return the keys and values of some columns of a row, with the media that these listen to."""
-    ids, index = prompts.ids[row : row + 1, columns], prompts.index[row : row + 1, columns]
-    groups = max(1, int(index.max()) + 1)
-    media = {name: values[row : row + 1, :groups] for name, values in prompts.media.items()}
-    read = DynamicCache(config=decoder.config)
-    # Else a window would drop keys that rows with more padding still need.
-    read.activate_past_recording()
-    first = ids.new_zeros(1)
-    # Only keys and values are read, so the vocabulary projection runs at one position.
-    with projecting(first, first):
-        decoder(input_ids=ids, past_key_values=read, use_cache=True, **bind(index, **media))
-    return read
-
-
-def _can_reuse(decoder: PreTrainedModel, options: Mapping[str, Any]) -> bool:
-    """Return whether keys and values of the first tokens do not depend on those that follow."""
-    if options.get("use_cache") is False or any(options.get(name) for name in _OTHER_CACHE):
-        return False
-    # Processes that share a sharded decoder must run it equally often.
-    if vars(decoder).get("_is_fsdp_managed_module") or not decoder._supports_default_dynamic_cache():
-        return False
-    config = decoder.config.get_text_config()
-    # These rotary embeddings depend on the length of the whole input.
-    rotary = str(config.to_dict().get("rope_parameters"))
-    if "'dynamic'" in rotary or "'longrope'" in rotary:
-        return False
-    # Other layers keep a state instead of keys and values.
-    layers = DynamicCache(config=decoder.config).layers
-    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
-
-
 class _Cancelled(StoppingCriteria):
     """Ends a generation when its reader has stopped."""
 
@@ -422,6 +281,107 @@ def decode_answers(ids: Tensor, tokenizer: PreTrainedTokenizerBase, ends: Sequen
     ]
 
 
+class AnswerText:
+    """The text of an answer while its tokens arrive; all pieces together are the text that `decode_answers` returns.
+
+    A piece never ends inside a character of several tokens. White space at the end is held back until a word follows,
+    and so is the beginning of a stop string until it is complete or another text.
+
+    Args:
+        tokenizer: turns ids into text.
+        stop: strings that end the answer; the first of them in the text is cut off.
+
+    Attributes:
+        stopped: whether a stop string was found. The answer is complete, and further tokens are not read.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
+        self.stopped = False
+        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._held, self._has_begun = "", False
+        # How to read this: tokens `first ..` are decoded together, and the text of `first .. read` is known already.
+        # Decoding from the answer's beginning would cost more with each token, and from the last token it would differ:
+        # some tokenizers write a token without its space if none stands before it.
+        self._ids: list[int] = []
+        self._first = self._read = 0
+
+    def add(self, ids: Sequence[int]) -> str:
+        """Return the text that is certain after these tokens, maybe empty."""
+        if self.stopped:
+            return ""
+        self._ids += ids
+        known, text = (
+            self._decode(self._ids[self._first : self._read]),
+            self._decode(self._ids[self._first :]),
+        )
+        # The bytes of an incomplete character are decoded again with the tokens that complete it.
+        if text.endswith(_INCOMPLETE):
+            return ""
+        self._first, self._read = self._read, len(self._ids)
+        self._held += text[len(known) :]
+        if found := [at for stop in self._stop if (at := self._held.find(stop)) >= 0]:
+            self.stopped = True
+            return self._give(min(found)).rstrip()
+        return self._give(len(self._held) - self._undecided())
+
+    def end(self, *, whole: bool) -> str:
+        """Return the rest of the text.
+
+        Args:
+            whole: whether the model ended the answer itself. If not, it was cut, maybe inside a character: the
+                incomplete character is dropped.
+        """
+        if self.stopped:
+            return ""
+        known, text = (
+            self._decode(self._ids[self._first : self._read]),
+            self._decode(self._ids[self._first :]),
+        )
+        self._held += text[len(known) :]
+        if not whole:
+            self._held = self._held.rstrip(_INCOMPLETE)
+        return self._give(len(self._held))
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _undecided(self) -> int:
+        """Return how many characters at the end may be the beginning of a stop string."""
+        lengths = (
+            length
+            for stop in self._stop
+            for length in range(1, min(len(stop), len(self._held) + 1))
+            if self._held.endswith(stop[:length])
+        )
+        return max(lengths, default=0)
+
+    def _give(self, length: int) -> str:
+        """Take the first characters out of the held text, without white space at either end of the answer."""
+        length = len(self._held[:length].rstrip())
+        text, self._held = self._held[:length], self._held[length:]
+        if not self._has_begun:
+            text = text.lstrip()
+        self._has_begun = self._has_begun or bool(text)
+        return text
+
+
+class _TokenQueue(BaseStreamer):
+    """Passes the tokens of a running generation to another thread; None is the end."""
+
+    def __init__(self) -> None:
+        self.queue: SimpleQueue[list[int] | None] = SimpleQueue()
+        self._is_prompt = True
+
+    def put(self, value: Tensor) -> None:
+        # The first call brings the prompt.
+        if not self._is_prompt:
+            self.queue.put(value.flatten().tolist())
+        self._is_prompt = False
+
+    def end(self) -> None:
+        self.queue.put(None)
+
+
 def stream_text(
     generate: Callable[..., Tensor], tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]
 ) -> Iterator[str]:
@@ -435,8 +395,7 @@ def stream_text(
     Raises:
         any exception of ``generate``, in the reader's thread.
     """
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    cancelled, failures, ids = _Cancelled(), [], set()
+    streamer, cancelled, failures, ids = _TokenQueue(), _Cancelled(), [], set()
 
     def work() -> None:
         try:
@@ -449,17 +408,14 @@ def stream_text(
 
     thread = threading.Thread(target=work, name="bindllm-stream", daemon=True)
     thread.start()
+    text = AnswerText(tokenizer)
     try:
-        held = ""
-        for piece in streamer:
-            # Held back until more text follows: at the end of an answer that was cut, this is half a character.
-            text = (held + piece).rstrip(_INCOMPLETE)
-            held = (held + piece)[len(text) :]
-            if text:
-                yield text
+        for tokens in iter(streamer.queue.get, None):
+            if piece := text.add(tokens):
+                yield piece
         thread.join()
-        if held and not ids.isdisjoint(ends):
-            yield held
+        if not failures and (piece := text.end(whole=not ids.isdisjoint(ends))):
+            yield piece
     finally:
         # Also after a `break` of the reader: the next token then stops the thread.
         cancelled.event.set()

@@ -1,0 +1,383 @@
+"""Continuous batching: one thread decodes all running requests together, a token of each in every step.
+
+Newcomers are read between two steps, and a finished row leaves at once. The tokens of an answer depend on its own
+request only: each row has its own media, cache and generator, and no two requests share the cache of a prefix, since it
+depends on the media too.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from bindllm.embeddings.embedder import RecentEmbeddings
+from bindllm.errors import BindLLMError, DecoderError, EngineBusy, EngineClosed, InputError
+from bindllm.model.bindllm import BindLLM
+from bindllm.model.generation import AnswerText
+from bindllm.serving.batch import Batch
+from bindllm.serving.request import Piece, Request, RowInput, TokenLogprob, make_input
+from bindllm.serving.sampling import Sampling, choose_tokens
+
+SLOTS = 16
+"""Requests that are decoded together, by default."""
+
+QUEUE = 128
+"""Requests that wait for a slot, by default."""
+
+TOKENS = 32_768
+"""Tokens in the key/value cache, by default."""
+
+PREFILL_TOKENS = 2048
+"""Tokens of newcomers that are read between two steps; one longer prompt is read whole."""
+
+PREPARE_THREADS = 4
+"""Requests whose media are read and encoded at the same time."""
+
+logger = logging.getLogger(__name__)
+
+
+class Ticket:
+    """A submitted request.
+
+    Attributes:
+        request: the request.
+        prompt_tokens: tokens of its prompt; None until it is rendered, which is before the first piece with text.
+    """
+
+    def __init__(self, request: Request, listener: Callable[[Piece], None]) -> None:
+        self.request, self.prompt_tokens = request, None
+        self._listener, self._is_cancelled = listener, False
+        self._deadline = None if request.timeout is None else time.monotonic() + request.timeout
+        self._input: RowInput | None = None
+        self._error: Exception | None = None
+
+    def cancel(self) -> None:
+        """End the request without a further piece; its slot is free before the next step."""
+        self._is_cancelled = True
+
+    def _is_late(self) -> bool:
+        return self._deadline is not None and time.monotonic() >= self._deadline
+
+
+class _Row:
+    """A running request."""
+
+    def __init__(self, ticket: Ticket, model: BindLLM) -> None:
+        request = ticket.request
+        self.ticket, self.last_token = ticket, 0
+        self.text = AnswerText(model.tokenizer, request.stop)
+        self.sampling = Sampling.of(request.temperature, request.top_p, request.seed)
+        self.num_left = ticket._input.most - len(ticket._input.ids)
+        # Since the last piece.
+        self.num_tokens, self.logprobs = 0, []
+
+    def take(self, text: str, **last: object) -> Piece:
+        """Return the piece of a text, with all tokens since the piece before."""
+        piece = Piece(text, self.num_tokens, tuple(self.logprobs), **last)
+        self.num_tokens, self.logprobs = 0, []
+        return piece
+
+
+@dataclass
+class Counters:
+    """Totals since the start.
+
+    Attributes:
+        finished: requests by their end: ``stop``, ``length``, ``timeout``, ``cancelled``, ``error``.
+        prompt_tokens: tokens of prompts that were read.
+        answer_tokens: tokens that were generated.
+        steps: decoding steps; ``answer_tokens`` over this is the average batch.
+    """
+
+    finished: Counter[str] = field(default_factory=Counter)
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
+    steps: int = 0
+
+
+class Engine:
+    """Answers many requests at the same time.
+
+    Memory: the key/value cache holds at most ``tokens`` tokens, and while newcomers are read, their prompts once more.
+    A request waits until its prompt and its longest answer fit.
+
+    Args:
+        model: in eval mode. Other threads must not change it.
+        slots: requests that are decoded together.
+        queue: requests that wait for a slot.
+        tokens: tokens in the key/value cache. A prompt with its answer is never longer.
+
+    Raises:
+        DecoderError: the engine cannot serve this family of decoders.
+
+    Attributes:
+        counters: totals since the start.
+        recent: embeddings of the media that were used last.
+
+    Example:
+        ```python
+        with Engine(model) as engine:
+            engine.submit(Request(Conversation((Message("user", ["Hello"]),))), print)
+        ```
+    """
+
+    def __init__(
+        self, model: BindLLM, *, slots: int = SLOTS, queue: int = QUEUE, tokens: int = TOKENS
+    ) -> None:
+        for name, value in (("slots", slots), ("queue", queue), ("tokens", tokens)):
+            if value < 1:
+                raise InputError(f"{name} is {value}, expected at least 1")
+        self.model, self.counters, self.recent = model.eval(), Counters(), RecentEmbeddings()
+        self._num_slots, self._queue, self._tokens = slots, queue, tokens
+        self._batch = Batch(model)
+        # The waiting requests are shared with other threads, under the lock of `_changed`; rows belong to the engine's.
+        self._changed = threading.Condition()
+        self._waiting: list[Ticket] = []
+        self._rows: list[_Row] = []
+        self._is_closing = self._is_stopping = False
+        self._pool = ThreadPoolExecutor(PREPARE_THREADS, thread_name_prefix="bindllm-prepare")
+        self._thread = threading.Thread(target=self._run, name="bindllm-engine", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have no slot yet."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Requests that have a slot."""
+        return len(self._rows)
+
+    def submit(self, request: Request, listener: Callable[[Piece], None]) -> Ticket:
+        """Queue a request.
+
+        Args:
+            request: the request.
+            listener: called with each piece, in the engine's thread, so it must not block. One that raises ends its
+                request.
+
+        Raises:
+            EngineBusy: the queue is full.
+            EngineClosed: the engine is shutting down.
+        """
+        ticket = Ticket(request, listener)
+        with self._changed:
+            if self._is_closing:
+                raise EngineClosed(
+                    "the engine is shutting down and takes no further request; try another one"
+                )
+            if len(self._waiting) >= self._queue:
+                raise EngineBusy(f"{self._queue} requests are waiting already; try again later")
+            self._waiting.append(ticket)
+            self._pool.submit(self._prepare, ticket)
+        return ticket
+
+    def close(self, *, drain: float | None = None) -> None:
+        """Take no further request, finish those that were accepted, and end the threads.
+
+        Args:
+            drain: seconds to finish them; None: as long as it takes. The others end with an `EngineClosed` error.
+        """
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify_all()
+        self._thread.join(drain)
+        with self._changed:
+            self._is_stopping = True
+            self._changed.notify_all()
+        self._thread.join()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    # In the threads of the pool.
+
+    def _prepare(self, ticket: Ticket) -> None:
+        """Render the prompt and encode the media of a request."""
+        try:
+            if not ticket._is_cancelled:
+                ticket._input = make_input(self.model, ticket.request, self.recent, self._tokens)
+                ticket.prompt_tokens = len(ticket._input.ids)
+        except Exception as error:
+            ticket._error = error
+        with self._changed:
+            self._changed.notify_all()
+
+    # In the engine's thread.
+
+    def _run(self) -> None:
+        with torch.inference_mode():
+            while self._wait():
+                try:
+                    self._drop_rows()
+                    if newcomers := self._admit():
+                        self._start(newcomers)
+                    if self._rows:
+                        self._step()
+                except Exception as error:
+                    # Nothing is known about the cache after a failed step, so all of its rows end.
+                    self._fail_rows(error)
+        self._fail_rows(EngineClosed("the engine has shut down before the answer was complete"))
+        with self._changed:
+            rest, self._waiting = self._waiting, []
+        for ticket in rest:
+            self._send(ticket, Piece("", 0, error=EngineClosed("the engine has shut down")))
+
+    def _wait(self) -> bool:
+        """Wait for work, and end waiting requests that need no slot; return False if the engine shall stop."""
+        while True:
+            with self._changed:
+                over = [t for t in self._waiting if t._is_cancelled or t._error or t._is_late()]
+                self._waiting = [t for t in self._waiting if t not in over]
+                is_ready = bool(self._rows) or any(t._input for t in self._waiting)
+                if self._is_stopping:
+                    self._waiting += over
+                    return False
+                if not over:
+                    if is_ready:
+                        return True
+                    if self._is_closing and not self._waiting:
+                        return False
+                    deadlines = [t._deadline for t in self._waiting if t._deadline is not None]
+                    self._changed.wait(max(0.0, min(deadlines) - time.monotonic()) if deadlines else None)
+            # Without the lock: a listener may submit the next request.
+            for ticket in over:
+                finish = None if ticket._error else "timeout"
+                self._send(ticket, Piece("", 0, finish=finish, error=ticket._error))
+
+    def _admit(self) -> list[Ticket]:
+        """Take the next requests that fit into the batch out of the queue, in the order of their arrival."""
+        admitted: list[Ticket] = []
+        with self._changed:
+            # Media of some are still being encoded; they do not delay the others.
+            for ticket in [t for t in self._waiting if t._input is not None]:
+                rows = [t._input for t in (*admitted, ticket)]
+                prefill = len(rows) * max(len(row.ids) for row in rows)
+                if (
+                    len(self._rows) + len(rows) > self._num_slots
+                    or self._batch.needs(rows) > self._tokens
+                    or (admitted and prefill > PREFILL_TOKENS)
+                ):
+                    break
+                admitted.append(ticket)
+            self._waiting = [t for t in self._waiting if t not in admitted]
+        return admitted
+
+    def _start(self, tickets: Sequence[Ticket]) -> None:
+        """Read the prompts of newcomers, and emit the first token of each."""
+        try:
+            logits = self._batch.add([ticket._input for ticket in tickets])
+        except Exception as error:
+            if len(tickets) == 1:
+                self._fail(tickets[0], error)
+                return
+            # Each alone, so that the error is that of its own request.
+            for ticket in tickets:
+                self._start([ticket])
+            return
+        self.counters.prompt_tokens += sum(len(ticket._input.ids) for ticket in tickets)
+        first = len(self._rows)
+        self._rows += [_Row(ticket, self.model) for ticket in tickets]
+        self._emit(logits, first)
+
+    def _step(self) -> None:
+        self.counters.steps += 1
+        self._emit(self._batch.step([row.last_token for row in self._rows]), 0)
+
+    def _emit(self, logits: Tensor, first: int) -> None:
+        """Choose the next token of rows ``first ..``, [R, V], and pass on the text that is certain."""
+        rows = self._rows[first:]
+        tokens = choose_tokens(logits, [row.sampling for row in rows])
+        chosen = logits[range(len(rows)), tokens].tolist()
+        self.counters.answer_tokens += len(rows)
+        ended = []
+        for n, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+            if not abs(chosen[n]) < float("inf"):
+                error = DecoderError(
+                    "the decoder's output is not finite; a larger dtype may help (bfloat16, float32)"
+                )
+                self._fail(row.ticket, error)
+                ended.append(first + n)
+                continue
+            piece = self._advance(row, token, logits[n])
+            if piece is not None and self._send(row.ticket, piece):
+                ended.append(first + n)
+        self._remove(ended)
+
+    def _advance(self, row: _Row, token: int, logits: Tensor) -> Piece | None:
+        """Add a token to a row; return the piece of its text, or None if no text is certain yet."""
+        row.last_token = token
+        row.num_tokens += 1
+        row.num_left -= 1
+        is_end, request = token in self.model.settings.eos_token_id, row.ticket.request
+        if request.logprobs is not None and not is_end:
+            row.logprobs.append(self._logprobs(logits, token, request.logprobs))
+        text, finish = row.text.add([token]), None
+        if is_end or row.text.stopped:
+            finish = "stop"
+        elif not row.num_left:
+            finish = "length"
+        if finish:
+            text += row.text.end(whole=is_end)
+        return row.take(text, finish=finish) if text or finish else None
+
+    def _logprobs(self, logits: Tensor, token: int, count: int) -> TokenLogprob:
+        values = logits.log_softmax(-1)
+        decode = self.model.tokenizer.decode
+        best = values.topk(min(count, len(values)))
+        top = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        return TokenLogprob(
+            decode([token]),
+            values[token].item(),
+            tuple(TokenLogprob(decode([other]), value) for other, value in top),
+        )
+
+    def _drop_rows(self) -> None:
+        """End the rows that were cancelled or are late."""
+        over = [n for n, row in enumerate(self._rows) if row.ticket._is_cancelled or row.ticket._is_late()]
+        for row in (self._rows[n] for n in over):
+            self._send(row.ticket, row.take(row.text.end(whole=False), finish="timeout"))
+        self._remove(over)
+
+    def _remove(self, rows: Sequence[int]) -> None:
+        if rows:
+            self._rows = [self._rows[row] for row in self._batch.remove(rows)]
+
+    def _fail_rows(self, error: Exception) -> None:
+        rows, self._rows = self._rows, []
+        self._batch.clear()
+        for row in rows:
+            self._fail(row.ticket, error)
+
+    def _fail(self, ticket: Ticket, error: Exception) -> None:
+        if not isinstance(error, BindLLMError):
+            logger.error("a request has failed", exc_info=error)
+        self._send(ticket, Piece("", 0, error=error))
+
+    def _send(self, ticket: Ticket, piece: Piece) -> bool:
+        """Pass a piece on, unless the request was cancelled; return whether the request is over."""
+        if not ticket._is_cancelled:
+            try:
+                ticket._listener(piece)
+            except Exception as error:
+                logger.error("the listener of a request has failed; the request ends", exc_info=error)
+                ticket._is_cancelled = True
+        if ticket._is_cancelled or piece.is_last:
+            end = "cancelled" if ticket._is_cancelled else "error" if piece.error else piece.finish
+            self.counters.finished[end] += 1
+            return True
+        return False
