@@ -149,6 +149,12 @@ def test_a_bad_file_is_an_error_of_its_request_only(engine, tmp_path):
     good = Request(conversation(stripes("red"), "?"), max_tokens=3)
     listeners = [submit(engine, request)[0] for request in (good, bad, good)]
     assert [type(listener.last.error) for listener in listeners] == [type(None), MediaError, type(None)]
+    assert "bad.png" in str(listeners[1].last.error)
+    long = Request(conversation("word " * 200))
+    question = Request(Conversation((Message("assistant", "Hi"),)))
+    for request, words in ((long, "512 positions"), (question, "starts with an answer")):
+        assert words in str(submit(engine, request)[0].last.error)
+    assert engine.counters.finished["error"] == 3
 
 
 def test_media_of_a_request_are_limited_in_every_thread(model):
@@ -161,12 +167,6 @@ def test_media_of_a_request_are_limited_in_every_thread(model):
         )
         assert "10 x 10 pixels; at most 99" in str(large.last.error)
         assert small.last.error is None
-    assert "bad.png" in str(listeners[1].last.error)
-    long = Request(conversation("word " * 200))
-    question = Request(Conversation((Message("assistant", "Hi"),)))
-    for request, words in ((long, "512 positions"), (question, "starts with an answer")):
-        assert words in str(submit(engine, request)[0].last.error)
-    assert engine.counters.finished["error"] == 3
 
 
 def test_a_file_that_comes_again_is_not_encoded_again(model):
