@@ -15,6 +15,7 @@ NAMES = (
     "startup",
     "train_step",
     "generation",
+    "few_shot",
     "bind_tokens",
     "media_cost",
     "store",
