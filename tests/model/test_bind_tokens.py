@@ -26,6 +26,10 @@ class ThermalEncoder(ColorEncoder):
     modalities = ("thermal",)
 
 
+# Each kind with a way to make bind tokens: learned latents, or one of each token of the encoder.
+WAYS = {"attend": NUM_TOKENS, "cross": "all"}
+
+
 def build(folder, *, kind="attend", encoders=(TokenEncoder, ThermalEncoder), **options) -> BindLLM:
     return tiny_model(
         folder,
@@ -35,9 +39,9 @@ def build(folder, *, kind="attend", encoders=(TokenEncoder, ThermalEncoder), **o
     )
 
 
-@pytest.fixture(scope="module")
-def model(decoder):
-    return build(decoder)
+@pytest.fixture(scope="module", params=WAYS)
+def model(request, decoder):
+    return build(decoder, kind=request.param, tokens=WAYS[request.param])
 
 
 def image(*colors: str) -> Media:
@@ -132,8 +136,10 @@ def test_media_without_tokens_have_bind_token_0_also_next_to_an_image(model):
     assert torch.equal(both, one)
 
 
-def test_one_bind_token_reads_no_tokens(decoder, monkeypatch):
-    model = build(decoder)
+@pytest.mark.parametrize("kind", WAYS)
+def test_one_bind_token_reads_no_tokens(decoder, kind):
+    model = build(decoder, kind=kind, tokens=WAYS[kind])
+    most = model.bind.num_tokens
     several = model.generate("What?", [STRIPES[0]], max_new_tokens=6)
     model.bind.num_tokens = 1
     *_, tokens = model.prepare("What?", [STRIPES[0]])
@@ -143,7 +149,7 @@ def test_one_bind_token_reads_no_tokens(decoder, monkeypatch):
     inputs.pop("tokens")
     assert torch.equal(model(**inputs).logits, expected)
     one = model.generate("What?", [STRIPES[0]], max_new_tokens=6)
-    model.bind.num_tokens = NUM_TOKENS
+    model.bind.num_tokens = most
     assert model.generate("What?", [STRIPES[0]], max_new_tokens=6) == several != one
 
 
@@ -158,9 +164,10 @@ def test_a_cache_changes_the_pooled_embedding_only(model):
     assert torch.equal(again, tokens)
 
 
-def test_training_with_one_bind_token_reaches_every_parameter(decoder, monkeypatch):
-    monkeypatch.setattr(bind_network, "draw_count", lambda most: 1)
-    model = build(decoder)
+@pytest.mark.parametrize("kind", WAYS)
+def test_training_with_one_bind_token_reaches_every_parameter(decoder, monkeypatch, kind):
+    monkeypatch.setattr(bind_network, "draw_count", lambda *_, **__: 1)
+    model = build(decoder, kind=kind, tokens=WAYS[kind])
     model.set_trainable(["bind", "inject"])
     model.train()
     inputs = batch()
@@ -197,6 +204,33 @@ def test_saved_and_loaded_with_all_and_with_fewer_tokens(decoder, tmp_path):
     (tmp_path / "m" / "bindllm.json").write_text(json.dumps(manifest))
     with pytest.raises(InputError, match="kind 'value' adds one vector"):
         BindLLM.from_pretrained(tmp_path / "m", **load)
+
+
+def test_one_bind_token_of_each_token_of_the_encoder(decoder, tmp_path):
+    """Each keeps its place and sees no other; a wide image of the same encoder may have more."""
+    model = build(decoder, kind="cross", tokens="all", encoders=[TokenEncoder])
+    inputs = batch()
+    found = model.bind(inputs["embeddings"], inputs["tokens"])
+    assert found.shape == (2, 1, 6, 32)
+    changed = inputs["tokens"].clone()
+    changed[0, 0, 1] += 1
+    changed[1, 0, 4] = 0
+    again = model.bind(inputs["embeddings"], changed)
+    assert (again != found).any(-1)[:, 0].nonzero().tolist() == [[0, 2], [1, 5]]
+    assert again[1, 0, 5].abs().max() == 0
+    model.save_pretrained(tmp_path / "m")
+    assert json.loads((tmp_path / "m" / "bindllm.json").read_text())["bind"]["tokens"] == "all"
+    assert "one bind token of each encoder token of image media" in (tmp_path / "m" / "README.md").read_text()
+    load = {"device": "cpu", "allow": ["tiny.TokenEncoder"]}
+    loaded = BindLLM.from_pretrained(tmp_path / "m", **load)
+    assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+    assert BindLLM.from_pretrained(tmp_path / "m", **load, tokens=1).bind.num_tokens == 1
+    with pytest.raises(InputError, match=r"3 bind tokens.*bind\.tokens: all.*give 1"):
+        BindLLM.from_pretrained(tmp_path / "m", **load, tokens=3)
+    with pytest.raises(InputError, match="bind.tokens is all, and injection kind 'value'"):
+        build(decoder, kind="value", tokens="all")
+    with pytest.raises(InputError, match="bind.tokens is every"):
+        BindConfig(tokens="every")
 
 
 def test_what_does_not_go_together_is_refused(decoder):

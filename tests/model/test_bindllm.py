@@ -17,15 +17,15 @@ from bindllm.model.decoder import DecoderConfig
 from bindllm.model.injection import InjectConfig
 from tiny import COLORS, ColorEncoder, TokenEncoder, save_tiny_decoder, tiny_decoder, tiny_model
 
-KINDS = ("value", "residual", "attend")
+KINDS = ("value", "residual", "attend", "cross")
+OF_TOKENS = {"attend": 4, "cross": "all"}
 
 
 def build(folder, *, kind="value", open_gates=True, **options) -> BindLLM:
-    """A model of this kind; attend has four bind tokens."""
-    attends = kind == "attend"
+    """A model of this kind; attend has four bind tokens, cross as many as the encoder."""
     parts = {
-        "encoders": [TokenEncoder() if attends else ColorEncoder()],
-        "bind": BindConfig(depth=1, expansion=2, tokens=4 if attends else 1),
+        "encoders": [TokenEncoder() if kind in OF_TOKENS else ColorEncoder()],
+        "bind": BindConfig(depth=1, expansion=2, tokens=OF_TOKENS.get(kind, 1)),
         "inject": InjectConfig(kind=kind),
     }
     return tiny_model(folder, gates=2.0 if open_gates else 0.0, **parts, **options)
@@ -38,12 +38,11 @@ def build_family(family, kind, *, device="cpu", **changes) -> BindLLM:
         with torch.device("meta"):
             decoder = type(decoder)(decoder.config)
     with torch.device(device):
-        attends = kind == "attend"
         parts = {
-            "encoders": [TokenEncoder() if attends else ColorEncoder()],
+            "encoders": [TokenEncoder() if kind in OF_TOKENS else ColorEncoder()],
             "inject": InjectConfig(kind=kind),
         }
-        bind = BindConfig(depth=1, tokens=4 if attends else 1)
+        bind = BindConfig(depth=1, tokens=OF_TOKENS.get(kind, 1))
         return BindLLM(decoder, None, DecoderConfig("x"), bind=bind, **parts).eval()
 
 
@@ -52,7 +51,7 @@ def model(decoder):
     return build(decoder)
 
 
-@pytest.fixture(scope="module", params=["value", "attend"])
+@pytest.fixture(scope="module", params=["value", *OF_TOKENS])
 def any_kind(request, decoder):
     return build(decoder, kind=request.param)
 
@@ -71,7 +70,7 @@ def batch(model, *, groups=1, rows=2, length=8):
     # Media of different token counts in one batch.
     tokens[-1, -1, 4:] = 0
     return {
-        **({"tokens": tokens} if model.bind.resampler else {}),
+        **({"tokens": tokens} if model.bind_config.reads_tokens else {}),
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
         "media_index": torch.zeros_like(ids),
@@ -479,9 +478,13 @@ def test_only_gates_learn_at_the_first_step_then_everything(decoder, kind):
     out = model(**batch(model))
     nn.functional.cross_entropy(out.logits, out.targets).backward()
     assert model.injection.gates.grad.abs().min() > 0
-    assert model.injection.queries.grad.abs().max() == 0
+    for name, parameter in model.injection.named_parameters():
+        assert name == "gates" or parameter.grad.abs().max() == 0
     with torch.no_grad():
         model.injection.gates.add_(0.1)
+        if kind == "cross":
+            # Keys learn as soon as queries are not zero.
+            nn.init.normal_(model.injection.reader.query)
         model(**batch(model))  # a validation pass in between must leave nothing behind
     out = model(**batch(model))
     nn.functional.cross_entropy(out.logits, out.targets).backward()

@@ -570,10 +570,9 @@ def test_only_the_named_layers_are_served(kind, layers, served):
         all_layers.gates[others] = 0
     decoder = tiny_decoder().requires_grad_(False)
     injection = Injection(decoder, InjectConfig(kind=kind, layers=layers))
-    assert len(injection.gates) == len(injection.queries) == len(served)
-    with torch.no_grad():
-        injection.gates.copy_(all_layers.gates[served])
-        injection.queries.copy_(all_layers.queries[served])
+    for name, parameter in injection.named_parameters():
+        assert len(parameter) == len(served)
+        parameter.data.copy_(all_layers.get_parameter(name)[served])
     seen = []
     decoder.model.layers[others[0]].self_attn.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append("bind" in kwargs), with_kwargs=True

@@ -123,8 +123,9 @@ def test_other_parts(folders, dtype, parts):
 
 @pytest.mark.parametrize("dtype", [FLOAT, HALF])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_byte_of_several_bind_tokens_is_traced(folders, family, dtype):
-    parts = {"bind": BindConfig(depth=1, tokens=6), "inject": InjectConfig(kind="attend")}
+@pytest.mark.parametrize(("kind", "tokens"), [("attend", 6), ("cross", "all")])
+def test_every_byte_of_several_bind_tokens_is_traced(folders, family, dtype, kind, tokens):
+    parts = {"bind": BindConfig(depth=1, tokens=tokens), "inject": InjectConfig(kind=kind)}
     # A row without tokens, so that bind tokens are masked, as the estimate assumes.
     inputs = {**batch(), "tokens": torch.randn(3, 1, 10, 8) * torch.tensor([0, 1, 1]).view(3, 1, 1, 1)}
     compare(folders[family], family, dtype, inputs, trainable=BIND, **parts)

@@ -26,6 +26,12 @@ PARTS = {
     "residual": {"inject": InjectConfig(kind="residual")},
     "attend": {"inject": InjectConfig(kind="attend")},
     "tokens": {"inject": InjectConfig(kind="attend", layers=[0, 2]), **TOKENS},
+    "cross": {"inject": InjectConfig(kind="cross"), **TOKENS},
+    "all tokens": {
+        "inject": InjectConfig(kind="cross"),
+        **TOKENS,
+        "bind": BindConfig(depth=1, expansion=2, tokens="all"),
+    },
     "context": {"inject": InjectConfig(kind="value"), **CONTEXT},
     "tokens and context": {"inject": InjectConfig(kind="attend"), **TOKENS, **CONTEXT},
 }

@@ -126,10 +126,9 @@ def test_a_group_that_is_not_named_stays_as_it_was(make, trainer):
     assert changed == {"injection"}
 
 
-@pytest.mark.parametrize("tokens", [1, 4])
-def test_it_learns_to_tell_colours_apart(tokens, make, trainer):
+@pytest.mark.parametrize(("kind", "tokens"), [("value", 1), ("attend", 4), ("cross", 1), ("cross", "all")])
+def test_it_learns_to_tell_colours_apart(kind, tokens, make, trainer):
     """A random decoder cannot spell, so the loss keeps a floor; what it says must still follow the picture."""
-    kind = "value" if tokens == 1 else "attend"
     options = {"bind": BindConfig(depth=1, tokens=tokens), "inject": InjectConfig(kind)}
     module, data = make(encoders=[TokenEncoder()], **options)
     data.token_modalities = module.token_modalities

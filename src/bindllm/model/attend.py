@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from bindllm.errors import DecoderError, InputError
 
@@ -182,7 +183,16 @@ class GenerationState:
 
     def join(self, other: GenerationState) -> GenerationState:
         """Return the state of these rows, then those of another state of `after_prompt`."""
-        return self._each(torch.cat, other)
+        if self.bind.dim() == 3:
+            return self._each(torch.cat, other)
+        most = max(self.bind.shape[2], other.bind.shape[2])
+        return self._widened(most)._each(torch.cat, other._widened(most))
+
+    def _widened(self, count: int) -> GenerationState:
+        """Return the state with ``count`` bind tokens of each group, of which the new ones are zeros."""
+        if (missing := count - self.bind.shape[2]) == 0:
+            return self
+        return replace(self, bind=pad(self.bind, (0, 0, 0, missing)), terms={})
 
     def _each(self, make: Callable[[list[Tensor]], Tensor], *others: GenerationState) -> GenerationState:
         """Return a state in which each tensor is made of the same tensor of this state and others."""

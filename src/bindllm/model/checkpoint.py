@@ -397,7 +397,10 @@ def write_card(manifest: dict[str, Any], *, data: list[str] | None = None) -> st
 def _token_words(bind: dict[str, Any]) -> str:
     """Return the number of bind tokens, or nothing for one."""
     count = bind.get("tokens", 1)
-    return f", {count} bind tokens of {', '.join(bind['token_modalities'])} media" if count > 1 else ""
+    kinds = ", ".join(bind.get("token_modalities", []))
+    if count == "all":
+        return f", one bind token of each encoder token of {kinds} media"
+    return f", {count} bind tokens of {kinds} media" if count > 1 else ""
 
 
 def _context_lines(context: dict[str, Any] | None) -> list[str]:

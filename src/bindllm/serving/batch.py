@@ -7,7 +7,6 @@ key/value heads, `d` head size, `V` vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import starmap
 from typing import Any
 
 import torch
@@ -273,8 +272,11 @@ def _mask(lengths: Sequence[int], width: int, device: torch.device) -> Tensor:
 
 
 def _stack(rows: Sequence[Tensor]) -> Tensor:
-    """Stack rows [M, ...] of different numbers of groups, with zeros, which no token refers to: [R, M, ...]."""
-    most = max(map(len, rows))
-    return torch.stack(
-        list(starmap(pad, ((row, (0, 0) * (row.dim() - 1) + (0, most - len(row))) for row in rows)))
-    )
+    """Stack rows [M, ...] of different sizes, with zeros, which no token refers to: [R, M, ...]."""
+    most = [max(sizes) for sizes in zip(*(row.shape for row in rows), strict=True)]
+    return torch.stack([pad(row, _missing(row.shape, most)) for row in rows])
+
+
+def _missing(shape: Sequence[int], most: Sequence[int]) -> list[int]:
+    """Return what `pad` takes to make a shape larger at the end of each axis; it starts with the last axis."""
+    return [size for own, wanted in zip(reversed(shape), reversed(most), strict=True) for size in (0, wanted - own)]

@@ -150,7 +150,7 @@ def make_input(model: BindLLM, request: Request, recent: RecentEmbeddings, token
         embeddings = torch.zeros(1, 1, model.bind.projection.in_features)
     embeddings = embeddings.to(device)
     bind = model.bind(embeddings, None if encoder_tokens is None else encoder_tokens.to(device))[0]
-    if bind.dim() == 3:
+    if bind.dim() == 3 and not model.bind.takes_all:
         # A group without tokens of its encoder has one bind token; rows of zeros are no tokens.
         bind = pad(bind, (0, 0, 0, model.bind.num_tokens - bind.shape[1]))
     context = read_records(model, embeddings, **records)
