@@ -29,8 +29,9 @@ FILE_MODALITIES = tuple(modality for modality in MODALITIES if modality != "text
 # Roles of tool calls in the common formats, known so that the error can name the reason.
 _TOOLS = ("tool", "function", "function_call", "function_response", "observation", "ipython")
 _TEXTS = ("text", "input_text", "output_text")
-# White space belongs to the match, because it goes away with the placeholder.
-_PLACEHOLDER = re.compile(r"(\s*)<(\w+)>(\s*)")
+# White space belongs to the match, because it goes away with the placeholder. A match begins only at the first space of
+# several: from each of them, a long row of spaces would be searched again.
+_PLACEHOLDER = re.compile(r"(?:(?<!\s)(\s+))?<(\w+)>(\s*)")
 # Also the spellings of other formats, such as <image 1>, <|image|> and <image_1>.
 _SPELLED = re.compile(rf"<\|?({'|'.join(FILE_MODALITIES)})[ _]?\d*\|?>", re.IGNORECASE)
 
@@ -344,7 +345,7 @@ def _split_at_placeholders(text: str, media: RecordMedia) -> list[str | Media]:
     spaces, found, edges = [], [], [0]
     for match in _PLACEHOLDER.finditer(text):
         if media.is_left(match[2]):
-            spaces.append(max(match[1], match[3], key=lambda side: (side.count("\n"), len(side))))
+            spaces.append(max(match[1] or "", match[3], key=lambda side: (side.count("\n"), len(side))))
             found.append(media.take(match[2]))
             edges += match.span()
     # The spans include the white space, so no piece has it.
