@@ -21,6 +21,7 @@ KINDS = {
     "lora": {"bias": True},
     "rslora": {"alpha": 8.0, "rslora": True},
     "dora": {"alpha": 8.0, "bias": False, "dora": True, "rslora": True},
+    "last layers": {"bias": True, "layers": 2},
 }
 each_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 with_and_without_dora = pytest.mark.parametrize("kind", [KINDS["lora"], KINDS["dora"]], ids=["lora", "dora"])
@@ -103,6 +104,16 @@ def test_biases_and_norms_are_left_out_by_name():
     names = Adapter(tiny_decoder(), AdapterConfig(rank=2, bias=False, norm=False)).parameters()
     assert len(names) == 3 * 7 * 2
     assert not any("bias" in name or "norm" in name for name in names)
+
+
+@pytest.mark.parametrize(("layers", "tuned"), [(2, [1, 2]), ([0], [0])])
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma2"])
+def test_only_the_named_layers_are_tuned(family, layers, tuned):
+    names = Adapter(tiny_decoder(family), AdapterConfig(rank=4, layers=layers)).parameters()
+    every = Adapter(tiny_decoder(family), AdapterConfig(rank=4)).parameters()
+    others = [f".layers.{n}." for n in range(3) if n not in tuned]
+    assert [*names] == [name for name in every if not any(other in name for other in others)]
+    assert "adapter.base_model.model.model.norm.weight" in names
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [*((kind, "float32") for kind in KINDS), ("dora", "bfloat16")])
@@ -206,6 +217,10 @@ def test_decoders_and_settings_that_do_not_fit():
     for values in ({"rank": 0}, {"rank": 10**9}, {"alpha": 0.0}, {"alpha": math.inf}):
         with pytest.raises(InputError, match="rank must be 1 to 65536"):
             AdapterConfig(**values)
+    with pytest.raises(InputError, match=r"adapter\.layers is 0, expected"):
+        AdapterConfig(layers=0)
+    with pytest.raises(DecoderError, match=r"adapter\.layers is 4, but LlamaForCausalLM has 3 layers"):
+        Adapter(tiny_decoder(), AdapterConfig(layers=4))
     with pytest.raises(InputError, match=r"no new biases for DoRA; set adapter\.bias: false"):
         AdapterConfig(dora=True, bias=True)
     with pytest.raises(

@@ -10,11 +10,11 @@ from bindllm.conversation import Conversation, Message
 from bindllm.embeddings.datastore import Datastore, Record
 from bindllm.errors import DecoderError, InputError, StoreError
 from bindllm.media import Media
-from bindllm.model.attend import BindAttention
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.context import NO_TOKEN, ContextConfig, ContextNetwork
 from bindllm.model.context.records import RecordReader, find_records
 from bindllm.model.injection import InjectConfig
+from bindllm.model.injection.attend import BindAttention
 from tiny import ColorEncoder, TokenEncoder, color_images, tiny_batch, tiny_model
 
 CONTEXT = ContextConfig(records=3, latents=2, width=16, text_length=6)

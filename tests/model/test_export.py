@@ -29,6 +29,12 @@ def checkpoint(place, family="llama", *, adapter=NO_BIAS, dtype="float32", syste
     return model
 
 
+def len_of(adapter) -> int:
+    """Return the number of layers that an adapter tunes."""
+    layers = adapter.get("layers", 3)
+    return len(layers) if isinstance(layers, list) else layers
+
+
 def compare(model, folder, dtype=torch.float32):
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     expected = model.decoder(IDS).logits
@@ -43,15 +49,19 @@ def compare(model, folder, dtype=torch.float32):
         *((family, DORA, {}) for family in ("gemma2", "qwen2")),
         ("llama", {"rank": 4, "norm": False}, {"tie_word_embeddings": True}),
         ("llama", {"rank": 4}, {"attention_bias": True}),
+        ("llama", {"rank": 4, "layers": 2}, {}),
+        ("qwen2", {"rank": 4, "layers": [0]}, {}),
     ],
 )
 def test_the_logits_are_those_of_the_checkpoint(tmp_path, family, adapter, changes):
     model = checkpoint(tmp_path, family, adapter=adapter, **changes)
     done = export_decoder(tmp_path / "checkpoint", tmp_path / "plain")
     plain = compare(model, tmp_path / "plain")
-    assert done.num_merged == 3 * 7
+    tuned = [name.rpartition(".")[0] for name in model.adapter.parameters()]
+    assert done.num_merged == sum(name.endswith("lora_A") for name in tuned) == (7 * len_of(adapter))
     norms = sum(type(module).__name__.endswith("Norm") for module in plain.modules())
-    assert done.num_replaced == (norms if adapter.get("norm", True) else 0)
+    if "layers" not in adapter:
+        assert done.num_replaced == (norms if adapter.get("norm", True) else 0)
     tied = changes.get("tie_word_embeddings", False)
     assert plain.config.tie_word_embeddings is tied
     assert (plain.lm_head.weight is plain.model.embed_tokens.weight) is tied

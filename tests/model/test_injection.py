@@ -49,7 +49,9 @@ def batch(kind: str = "value", rows: int = 2, length: int = 7, groups: int = 2, 
     """
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(3, 259, (rows, length), generator=generator)
-    bind = torch.randn(rows, groups, *((NUM_TOKENS,) if kind in OF_TOKENS else ()), width, generator=generator)
+    bind = torch.randn(
+        rows, groups, *((NUM_TOKENS,) if kind in OF_TOKENS else ()), width, generator=generator
+    )
     if kind in OF_TOKENS:
         bind[-1, -1, 1:] = 0
     index = torch.arange(rows * length).reshape(rows, length) % (groups + 1) - 1

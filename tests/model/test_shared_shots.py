@@ -79,7 +79,17 @@ def model_of(folder, kind: str, tokens: int, **parts):
 @pytest.mark.parametrize(
     ("family", "kind", "tokens"),
     [
-        *(("llama", *each) for each in (("residual", 1), ("value", 1), ("attend", 1), ("attend", 3), ("cross", 1), ("cross", "all"))),
+        *(
+            ("llama", *each)
+            for each in (
+                ("residual", 1),
+                ("value", 1),
+                ("attend", 1),
+                ("attend", 3),
+                ("cross", 1),
+                ("cross", "all"),
+            )
+        ),
         *((family, "attend", 3) for family in (*FAMILIES[1:], *WINDOWS, "olmo2", "cohere")),
     ],
 )

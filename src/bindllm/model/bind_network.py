@@ -3,8 +3,9 @@
 A projection, then residual blocks of RMSNorm and SwiGLU, as in ImageBind-LLM section 3.2 (arXiv 2309.03905). It runs on
 one vector per media group, so its cost is small compared with the decoder's.
 
-With more than one bind token per group, the others are read from the tokens of the encoder (patches, frames): by a
-resampler that makes a fixed number of them, or by a projector that makes one of each. The pooled embedding stays bind token 0: it is aligned across modalities, and the tokens of an encoder are not.
+With more than one bind token per group, the others are made of the tokens of the encoder (patches, frames): a fixed
+number by a resampler, or one of each by a projector. The pooled embedding stays bind token 0: it is aligned across
+modalities, and the tokens of an encoder are not.
 """
 
 from __future__ import annotations
@@ -297,8 +298,8 @@ class BindNetwork(nn.Module):
 
         Returns:
             bind vectors in the dtype of the network's weights, [..., D]. With ``bind.tokens`` not 1: [..., N, D], N
-            being `num_tokens` or 1 more than there are tokens, fewer in some steps of training, and 1 without tokens. Row 0 is from the embedding; the
-            others are zeros for a group without tokens.
+            being `num_tokens` or 1 more than there are tokens, fewer in some steps of training, and 1 without tokens.
+            Row 0 is from the embedding; the others are zeros for a group without tokens.
 
         Raises:
             InputError: tokens of another shape, or for a network that reads none.

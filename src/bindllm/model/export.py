@@ -20,7 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from bindllm import __version__
 from bindllm.atomic import atomic_folder, check_replaceable, not_finite, write_json
 from bindllm.errors import CheckpointError, InputError, check_choice
-from bindllm.model.adapter import Adapter, AdapterConfig, enable_biases, lacking_biases
+from bindllm.model.adapter import TARGETS, Adapter, AdapterConfig, enable_biases, lacking_biases
 from bindllm.model.checkpoint import ADAPTER_PREFIX, check_keys, license_of, read_manifest, read_weights
 from bindllm.model.decoder import (
     DTYPES,
@@ -207,6 +207,10 @@ def _take_config(network: PreTrainedModel, *, has_biases: bool) -> None:
     """Give a merged decoder the settings that its biases need, and check that they are all it has."""
     if has_biases:
         enable_biases(network.config)
+        # The config knows biases of all layers or of none, and an adapter may leave layers out.
+        for path, module in network.get_decoder().named_modules():
+            if path.rpartition(".")[2] in TARGETS and module.bias is None:
+                module.bias = nn.Parameter(module.weight.new_zeros(len(module.weight)))
     # A folder whose config and tensors disagree would load with random biases.
     expected = without_weights(network.name_or_path, network.config).state_dict()
     check_keys(expected, network.state_dict(), source="the merged decoder")

@@ -15,7 +15,11 @@ def check_layers(layers: Layers, setting: str) -> None:
     is_list = isinstance(layers, list)
     numbers = layers if is_list else [1 if layers is None else layers]
     least = 0 if is_list else 1
-    if not numbers or len(set(numbers)) < len(numbers) or any(type(n) is not int or n < least for n in numbers):
+    if (
+        not numbers
+        or len(set(numbers)) < len(numbers)
+        or any(type(n) is not int or n < least for n in numbers)
+    ):
         raise InputError(
             f"{setting} is {layers}, expected a whole number of at least 1, a list of different layer indices from 0, "
             "or null for all layers"
@@ -53,5 +57,7 @@ def choose_layers(
         return every
     numbers = sorted(layers) if isinstance(layers, list) else range(len(every) - layers, len(every))
     if numbers[0] < 0 or numbers[-1] >= len(every):
-        raise DecoderError(f"{setting} is {layers}, but {name} has {len(every)} layers: is it the right decoder?")
+        raise DecoderError(
+            f"{setting} is {layers}, but {name} has {len(every)} layers: is it the right decoder?"
+        )
     return [every[number] for number in numbers]

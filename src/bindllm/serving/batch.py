@@ -22,9 +22,9 @@ from transformers.cache_utils import (
 
 from bindllm.conversation import NO_MEDIA
 from bindllm.errors import DecoderError
-from bindllm.model.attend import GenerationState
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.decoder import projecting
+from bindllm.model.injection.attend import GenerationState
 from bindllm.serving.request import RowInput
 
 SPARE_COLUMNS = 64
@@ -279,4 +279,8 @@ def _stack(rows: Sequence[Tensor]) -> Tensor:
 
 def _missing(shape: Sequence[int], most: Sequence[int]) -> list[int]:
     """Return what `pad` takes to make a shape larger at the end of each axis; it starts with the last axis."""
-    return [size for own, wanted in zip(reversed(shape), reversed(most), strict=True) for size in (0, wanted - own)]
+    return [
+        size
+        for own, wanted in zip(reversed(shape), reversed(most), strict=True)
+        for size in (0, wanted - own)
+    ]

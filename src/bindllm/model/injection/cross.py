@@ -73,7 +73,9 @@ class CrossReader(nn.Module):
             masked: bind tokens that a token does not attend to, [B, 1, T, M * N], or None.
         """
         size = hidden.float().pow(2).mean(-1, keepdim=True).add(_EPS).sqrt()
-        query = torch.einsum("btd,rde->brte", (hidden / size).to(values.dtype), self.query[index].to(values.dtype))
+        query = torch.einsum(
+            "btd,rde->brte", (hidden / size).to(values.dtype), self.query[index].to(values.dtype)
+        )
         scores = query @ keys
         if masked is not None:
             scores = scores.masked_fill(masked, -torch.inf)

@@ -12,10 +12,10 @@ Four kinds:
   projection is the decoder's own, without its adapter. The published formula has no bias there, since LLaMA has
   none; if a decoder has one (Qwen2), it belongs to the projection.
 - ``attend``, the same for several bind tokens: each head attends to those of its token's group in a softmax of their
-  own (`bindllm.model.attend`), ``out[b,t,h] += tanh(gate[l,h]) * attention(bind[b,m(t),:] + query[l])[h]``. With one
-  bind token it is kind ``value``.
+  own (`bindllm.model.injection.attend`),
+  ``out[b,t,h] += tanh(gate[l,h]) * attention(bind[b,m(t),:] + query[l])[h]``. With one bind token it is kind ``value``.
 - ``cross``, gated cross-attention at the output of a layer, with queries and keys of its own, that adds the bind tokens
-  themselves to the residual stream (`bindllm.model.cross`), for one or several bind tokens.
+  themselves to the residual stream (`bindllm.model.injection.cross`), for one or several bind tokens.
 
 The bind tensor travels as a keyword of the decoder's forward, so nothing outlives the call: several forwards
 before one backward and activation checkpointing see the tensors of their own call.
@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bindllm.errors import BindLLMError, DecoderError, InputError, check_choice
-from bindllm.model.attend import (
+from bindllm.model.injection.attend import (
     PROJECTIONS,
     BindAttention,
     BindContext,
@@ -44,7 +44,7 @@ from bindllm.model.attend import (
     find_attention,
     plain_projection,
 )
-from bindllm.model.cross import HEADS, CrossReader
+from bindllm.model.injection.cross import HEADS, CrossReader
 from bindllm.model.layers import check_layers, choose_layers, find_layers
 
 KINDS = tuple(PROJECTIONS)
@@ -291,7 +291,9 @@ class Injection(nn.Module):
         hidden = context.add(hidden, self._term(index, layer, context, hidden.dtype))
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
-    def context_of(self, bind: Tensor, media_index: Tensor, terms: dict[int, Any] | None = None) -> BindContext:
+    def context_of(
+        self, bind: Tensor, media_index: Tensor, terms: dict[int, Any] | None = None
+    ) -> BindContext:
         """Return what the layers get in one forward: `BindContext.of` for this kind."""
         return BindContext.of(bind, media_index, terms, attends_to_one=self.kind == "cross")
 
