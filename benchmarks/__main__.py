@@ -15,6 +15,7 @@ NAMES = (
     "startup",
     "train_step",
     "generation",
+    "serve",
     "bind_tokens",
     "media_cost",
     "store",
