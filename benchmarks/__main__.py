@@ -16,6 +16,7 @@ NAMES = (
     "train_step",
     "generation",
     "serve",
+    "few_shot",
     "bind_tokens",
     "media_cost",
     "store",

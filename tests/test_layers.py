@@ -59,7 +59,7 @@ def names_in(file: Path) -> set[str]:
     """Names that a file defines or imports at its top level, also for type hints, and the modules next to it."""
     found = {path.stem for path in file.parent.iterdir()} if file.name == "__init__.py" else set()
     for node in ast.walk(tree_of(file)):
-        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             found.add(node.name)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             found.add(node.id)

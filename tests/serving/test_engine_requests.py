@@ -7,11 +7,13 @@ import threading
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from bindllm import Conversation, Media, Message
 from bindllm.errors import DecoderError, EngineBusy, EngineClosed, InputError, MediaError
+from bindllm.media.limits import MediaLimits
 from bindllm.serving import batch
 from bindllm.serving.engine import Engine, Request
 from engine_parts import SECONDS, Listener, answers, conversation, draw_request, stripes, submit
@@ -153,6 +155,18 @@ def test_a_bad_file_is_an_error_of_its_request_only(engine, tmp_path):
     for request, words in ((long, "512 positions"), (question, "starts with an answer")):
         assert words in str(submit(engine, request)[0].last.error)
     assert engine.counters.finished["error"] == 3
+
+
+def test_media_of_a_request_are_limited_in_every_thread(model):
+    with Engine(model, limits=MediaLimits(pixels=99)) as engine:
+        large, small = (
+            submit(
+                engine, Request(conversation(Media.image(np.zeros((size, 10, 3), np.uint8))), max_tokens=1)
+            )[0]
+            for size in (10, 9)
+        )
+        assert "10 x 10 pixels; at most 99" in str(large.last.error)
+        assert small.last.error is None
 
 
 def test_a_file_that_comes_again_is_not_encoded_again(model):

@@ -223,13 +223,29 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
-class ModelCacheOptions(CacheOptions):
+class LoadCacheOptions(CacheOptions):
     """Visual cache (docs/cache.md; default: the cache that the checkpoint names)."""
 
     no_cache: bool = False
     """do not use a visual cache"""
+
+    @property
+    def needing_cache(self) -> str | None:
+        """A given option that has no effect without a cache."""
+        return f"--cache_{next(iter(self.settings))}" if self.settings else None
+
+
+@dataclass(frozen=True)
+class ModelCacheOptions(LoadCacheOptions):
+    """Visual cache (docs/cache.md; default: the cache that the checkpoint names)."""
+
     show_neighbors: bool = False
     """after the answer, print the retrieved images"""
+
+    @property
+    def needing_cache(self) -> str | None:
+        """A given option that has no effect without a cache."""
+        return super().needing_cache or ("--show_neighbors" if self.show_neighbors else None)
 
 
 def generate(
@@ -295,15 +311,16 @@ def _print_notes(lines: Iterable[str]) -> None:
 
 
 def load_with_cache(
-    checkpoint: str, options: ModelOptions, cache: ModelCacheOptions, overrides: Sequence[str]
+    checkpoint: str, options: ModelOptions, cache: LoadCacheOptions, overrides: Sequence[str]
 ) -> BindLLM:
     """Load the checkpoint, and change how its cache is blended in as the options say."""
     # None: the cache that the checkpoint names.
     model = options.load(checkpoint, overrides, cache=False if cache.no_cache else cache.cache)
     # An option without effect would give an answer other than the user expects.
-    if model.cache is None and (cache.settings or cache.show_neighbors):
-        option = f"--cache_{next(iter(cache.settings))}" if cache.settings else "--show_neighbors"
-        raise UsageError(f"{option} needs a visual cache, and {checkpoint} names none: give --cache FOLDER")
+    if model.cache is None and cache.needing_cache:
+        raise UsageError(
+            f"{cache.needing_cache} needs a visual cache, and {checkpoint} names none: give --cache FOLDER"
+        )
     # Only the given settings replace those of the checkpoint.
     if cache.settings:
         model.cache.settings = replace(model.cache.settings, **cache.settings)

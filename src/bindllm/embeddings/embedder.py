@@ -24,6 +24,7 @@ from bindllm.encoders.fusion import fuse_groups
 from bindllm.encoders.tokens import group_tokens, reduce_tokens, token_size
 from bindllm.errors import BindLLMError, InputError, MediaError
 from bindllm.media import Media
+from bindllm.media.limits import current_budget, decoding_one
 from bindllm.parallel import prefetch
 
 Key = TypeVar("Key")
@@ -129,6 +130,8 @@ class Embedder:
         self.threads = max(1, (os.cpu_count() or 1) if threads is None else threads)
         self.reported, self.token_modalities = reported, frozenset(token_modalities)
         # One pool for all batches, and for other work of the owner, such as hashing.
+        # The threads do not inherit the limits of the request that this works for.
+        self._budget = current_budget()
         self.pool = ThreadPoolExecutor(self.threads, thread_name_prefix="prepare")
         self.seconds_waiting = self.seconds_embedding = 0.0
         # Encoders move to the device at their first batch: a modality without media takes no memory there.
@@ -185,7 +188,9 @@ class Embedder:
         media = work.media
         prepared = EmbeddingResult(work.key, work.name or media.name, media.modality)
         try:
-            inputs = encoder_for(media.modality, self.encoders).prepare(media)
+            encoder = encoder_for(media.modality, self.encoders)
+            with decoding_one(self._budget):
+                inputs = encoder.prepare(media)
             if check is not None:
                 check(work)
         except self.reported as error:

@@ -16,6 +16,7 @@ from typing import BinaryIO
 import numpy as np
 
 from bindllm.errors import MediaError, reading
+from bindllm.media.limits import at_most, check_time
 
 MAX_ARRAY_BYTES = 512 * 1024 * 1024
 """Largest array that is read, in memory."""
@@ -77,10 +78,9 @@ def _read_npy(stream: BinaryIO) -> np.ndarray:
     check_numbers(np.empty(0, dtype))
     # In Python's integers, so that claimed sizes cannot overflow.
     size = math.prod(shape) * dtype.itemsize
-    if size > MAX_ARRAY_BYTES or any(side < 0 for side in shape):
-        raise MediaError(
-            f"an array {list(shape)} of {size:,} bytes; at most {MAX_ARRAY_BYTES:,} are read. Cut it first"
-        )
+    most = at_most("bytes", MAX_ARRAY_BYTES)
+    if size > most or any(side < 0 for side in shape):
+        raise MediaError(f"an array {list(shape)} of {size:,} bytes; at most {most:,} are read. Cut it first")
     data = stream.read(size)
     if len(data) < size:
         raise MediaError(
@@ -94,10 +94,9 @@ def _read_npz(stream: BinaryIO, keys: Sequence[str]) -> np.ndarray:
         with zipfile.ZipFile(stream) as archive:
             member = _choose(archive, keys)
             # 1,024 bytes more, for the NPY header inside.
-            if member.file_size > MAX_ARRAY_BYTES + 1024:
+            if member.file_size > (most := at_most("bytes", MAX_ARRAY_BYTES)) + 1024:
                 raise MediaError(
-                    f"{member.filename} unpacks to {member.file_size:,} bytes; at most "
-                    f"{MAX_ARRAY_BYTES:,} are read"
+                    f"{member.filename} unpacks to {member.file_size:,} bytes; at most {most:,} are read"
                 )
             if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise MediaError(f"{member.filename} is packed in a way that numpy never uses; save it again")
@@ -150,6 +149,7 @@ def read_rows(stream: BinaryIO, *, first: int, columns: int, most: int | None = 
         MediaError: a row has more or fewer cells, or a cell is not a number; it names the line and the cell.
     """
     while (most is None or most > 0) and (lines := _some_lines(stream, most)):
+        check_time()
         # The fast reader takes only rows of one form; the slow one names the faulty line.
         block = _quickly(lines, columns)
         if block is None:

@@ -14,6 +14,7 @@ import numpy as np
 
 from bindllm.errors import MediaError, reading
 from bindllm.media.container import open_track, packets
+from bindllm.media.limits import at_most
 from bindllm.media.source import Source, name_of
 
 if TYPE_CHECKING:
@@ -106,8 +107,8 @@ def _survey(blocks: Iterable[_Block]) -> tuple[int, int, list[_Block] | None]:
     kept: list[_Block] | None = []
     for rate, samples in blocks:
         total += samples.shape[1]
-        if total > MAX_SECONDS * rate:
-            raise MediaError(f"longer than {MAX_SECONDS // 3600} hours; cut it first")
+        if total > (most := at_most("seconds", MAX_SECONDS)) * rate:
+            raise MediaError(f"audio longer than {most:,} seconds; cut it first")
         if kept is not None:
             kept.append(_Block(rate, samples))
             if total * len(samples) > _KEPT:

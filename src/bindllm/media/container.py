@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 
 from bindllm.errors import MediaError, MissingExtraError, needs_extra
 from bindllm.media.images import MAX_PIXELS
+from bindllm.media.limits import at_most, check_time
 from bindllm.media.source import Source, name_of, open_stream, read_head
 
 if TYPE_CHECKING:
@@ -42,9 +44,13 @@ _OPTIONS = {
     "formatprobesize": str(1 << 23),
     # Bytes of WAV in one packet. The default is so small that handling packets takes most of the time.
     "max_size": str(1 << 17),
-    # Frames are also decoded while a file is opened, to learn about its tracks.
-    "max_pixels": str(MAX_PIXELS),
 }
+
+
+# FFmpeg keeps some 32 bytes for each sample that the header of an MP4 or MOV file claims.
+_MOST_SAMPLES = 20_000_000
+_SAMPLES_OF_FRAME = 10
+_MOST_BOXES = 1_000_000
 
 
 class _Opened:
@@ -88,6 +94,83 @@ def _unknown_length(head: bytes) -> int:
     return at + 4 if len(head) >= at + 8 and is_unknown else 0
 
 
+def _check_samples(stream: BinaryIO) -> None:
+    """Refuse an MP4 or MOV file whose header claims far more samples than any video has, before FFmpeg counts them.
+
+    A header of a few hundred bytes can claim billions: samples of one constant size need no list.
+
+    Raises:
+        MediaError: the message has the number of samples.
+    """
+    most = min(_MOST_SAMPLES, _SAMPLES_OF_FRAME * at_most("frames", _MOST_SAMPLES))
+    # How to read this: tracks -> kinds of boxes -> the first bytes of each such box.
+    tracks: dict[int, dict[bytes, list[bytes]]] = defaultdict(lambda: defaultdict(list))
+    for track, kind, body in _boxes(stream):
+        if kind == b"cmov":
+            raise MediaError("an old MOV file with a packed header; convert it to MP4")
+        if kind in (b"stsz", b"stz2", b"stts", b"stsc", b"stco", b"co64", b"trun", b"elst", b"hdlr"):
+            tracks[track][kind].append(body)
+    for boxes in tracks.values():
+        if (samples := _count_samples(boxes)) > most:
+            raise MediaError(
+                f"its header claims {samples:,} samples; at most {most:,} are read. "
+                "Cut the file, or replace a damaged one"
+            )
+    stream.seek(0)
+
+
+def _count_samples(boxes: dict[bytes, list[bytes]]) -> int:
+    """Return the number of samples that FFmpeg would keep for a track, from the starts of its boxes."""
+
+    def number(kind: bytes, at: int) -> int:
+        # The largest of several boxes, because FFmpeg may take any of them.
+        return max((int.from_bytes(body[at : at + 4], "big") for body in boxes[kind]), default=0)
+
+    samples = max(number(b"stsz", 8), number(b"stz2", 8))
+    # Each sample of PCM lasts one unit of time; they are kept in blocks of at most 1,024. A track of MOV also has a
+    # handler of its data.
+    handlers = {body[8:12] for body in boxes[b"hdlr"]}
+    durations = [body[4:8] + body[12:16] for body in boxes[b"stts"]]
+    is_sound = b"soun" in handlers and handlers <= {b"soun", b"alis", b"url "}
+    if is_sound and durations == [b"\0\0\0\1" * 2]:
+        # Entries of 12 bytes after the first 8: chunk, samples in it, description.
+        entries = (body[at : at + 4] for body in boxes[b"stsc"] for at in range(12, len(body), 12))
+        largest = max((int.from_bytes(entry, "big") for entry in entries), default=0)
+        samples = max(number(b"stco", 4), number(b"co64", 4)) * -(-largest // 1024)
+    samples += sum(int.from_bytes(body[4:8], "big") for body in boxes[b"trun"])
+    # Each edit may repeat the samples of the whole track.
+    return samples * max(1, number(b"elst", 4))
+
+
+def _boxes(stream: BinaryIO) -> Iterator[tuple[int, bytes, bytes]]:
+    """Yield track, kind and the first bytes of every box in a file of boxes (ISO/IEC 14496-12); of others, nothing."""
+    stream.seek(0, os.SEEK_END)
+    waiting, seen = [(0, stream.tell(), 0)], 0
+    while waiting:
+        at, end, track = waiting.pop()
+        while at + 8 <= end:
+            stream.seek(at)
+            head = stream.read(32)
+            size, kind, start = int.from_bytes(head[:4], "big"), head[4:8], 8
+            # 1: the size follows in 8 bytes. 0: up to the end.
+            if size == 1:
+                size, start = int.from_bytes(head[8:16], "big"), 16
+            size = size or end - at
+            if size < start or not all(32 <= byte < 127 or byte == 0xA9 for byte in kind):
+                break
+            if (seen := seen + 1) > _MOST_BOXES:
+                raise MediaError(f"more than {_MOST_BOXES:,} boxes in its header; replace the file")
+            track = at if kind == b"trak" else track
+            # Of chunks every entry counts, of other boxes the start.
+            length = min(size, end - at) if kind == b"stsc" else 32
+            yield track, kind, (head + stream.read(length - len(head)) if length > 32 else head)[start:length]
+            # Inside all but the samples themselves: FFmpeg looks for boxes in many kinds of boxes.
+            if kind != b"mdat":
+                waiting.append((at + start, min(at + size, end), track))
+            at += size
+            track = 0 if kind == b"trak" else track
+
+
 @contextmanager
 def open_track(source: Source, track: Track) -> Iterator[tuple[InputContainer, Stream]]:
     """Open a file and choose its best audio or video track (FFmpeg's choice; cover images are not video).
@@ -105,9 +188,14 @@ def open_track(source: Source, track: Track) -> Iterator[tuple[InputContainer, S
         raise MediaError(f"expected {_EXPECTED[track]}")
     with open_stream(source) as stream:
         head = read_head(stream, _HEAD, _EXPECTED[track])
+        _check_samples(stream)
         try:
             container = av.open(
-                _Opened(stream, source, head), "r", options=_OPTIONS, metadata_errors="replace"
+                _Opened(stream, source, head),
+                "r",
+                # Frames are also decoded while a file is opened, to learn about its tracks.
+                options=_OPTIONS | _max_pixels(),
+                metadata_errors="replace",
             )
         except Exception as error:
             raise MediaError(
@@ -131,7 +219,7 @@ def _choose(container: InputContainer, track: Track) -> Stream:
         raise MediaError(f"no decoder for its {track} track; convert the file")
     if track == "video":
         check_frame_size(context.width, context.height)
-    context.options = {"max_pixels": str(MAX_PIXELS)}
+    context.options = _max_pixels()
     # Files are read in several threads at once, so more threads for each would only compete.
     context.thread_count = 1
     return stream
@@ -158,6 +246,7 @@ def packets(container: InputContainer, stream: Stream) -> Iterator[Packet]:
         MediaError: a packet is cut off by the end of the file.
     """
     for packet in container.demux(stream):
+        check_time()
         # An empty packet would mean the end of the file to the decoder.
         if packet.size == 0:
             continue
@@ -172,11 +261,16 @@ def check_frame_size(width: int, height: int) -> None:
     Raises:
         MediaError: the message has the size.
     """
-    if not 1 <= width * height <= MAX_PIXELS:
+    most = at_most("pixels", MAX_PIXELS)
+    if not 1 <= width * height <= most:
         raise MediaError(
-            f"frames of {width} x {height} pixels; expected 1 to {MAX_PIXELS:,} pixels. "
+            f"frames of {width} x {height} pixels; expected 1 to {most:,} pixels. "
             "Scale the video down, or replace a damaged file"
         )
+
+
+def _max_pixels() -> dict[str, str]:
+    return {"max_pixels": str(at_most("pixels", MAX_PIXELS))}
 
 
 def _reason(error: Exception) -> str:

@@ -37,7 +37,8 @@ from PIL import (
 
 from bindllm.errors import MediaError, MissingExtraError, printable, reading
 from bindllm.media import svg_renderer
-from bindllm.media.source import Source, name_of, open_stream, read_head
+from bindllm.media.limits import at_most, check_time, seconds_left
+from bindllm.media.source import CHUNK, Source, name_of, open_stream, read_head
 from bindllm.media.svg_renderer import ANSWER, FAILED, LINKS, REQUEST, TEXT
 
 MAX_PIXELS = 100_000_000
@@ -45,6 +46,9 @@ MAX_PIXELS = 100_000_000
 
 MAX_SIDE = 10_000_000
 """Longest side of an image: Pillow fails on lines of some ten million pixels as if it had no memory."""
+
+MAX_SCANS = 64
+"""Most passes over the pixels of a progressive JPEG; encoders write about ten, and each may cost a few bytes."""
 
 MAX_SVG_BYTES = 32 * 1024 * 1024
 """Largest SVG text, after unpacking, that is rendered."""
@@ -140,6 +144,8 @@ def open_raster(stream: BinaryIO) -> Iterator[Image.Image]:
     with decoding(), _raster_reader(head)(stream) as image:
         # Only the header has been read so far.
         check_pixels(*image.size)
+        if image.info.get("progressive"):
+            _check_scans(stream)
         _scale_transparency(image)
         yield image
 
@@ -180,11 +186,25 @@ def check_pixels(width: int, height: int) -> None:
     Raises:
         MediaError: the message has the size.
     """
-    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+    most = at_most("pixels", MAX_PIXELS)
+    if width * height > most or max(width, height) > MAX_SIDE:
         raise MediaError(
-            f"{width} x {height} pixels; at most {MAX_PIXELS:,} are decoded, {MAX_SIDE:,} on a side. "
+            f"{width} x {height} pixels; at most {most:,} are decoded, {MAX_SIDE:,} on a side. "
             "Scale the image down first"
         )
+
+
+def _check_scans(stream: BinaryIO) -> None:
+    """Refuse a progressive JPEG of more than `MAX_SCANS` scans; the stream stays at its position."""
+    position, scans, last = stream.tell(), 0, b""
+    stream.seek(0)
+    while part := stream.read(CHUNK):
+        # The marker of a scan; within packed pixels, FF is always followed by 00. It may lie across two parts.
+        scans += (last + part).count(b"\xff\xda")
+        last = part[-1:]
+    stream.seek(position)
+    if scans > MAX_SCANS:
+        raise MediaError(f"a JPEG of {scans:,} scans; at most {MAX_SCANS} are decoded. Save it again")
 
 
 def stored_mode(image: Image.Image) -> str:
@@ -318,13 +338,14 @@ def _read_svg(stream: BinaryIO) -> bytes:
     """Read the whole text, unpacked, but never more than the limit."""
     packed = stream.read(2) == _GZIP
     stream.seek(0)
+    most = at_most("bytes", MAX_SVG_BYTES)
     try:
         # One byte more than allowed shows that the text is too long.
-        text = (gzip.GzipFile(fileobj=stream) if packed else stream).read(MAX_SVG_BYTES + 1)
+        text = (gzip.GzipFile(fileobj=stream) if packed else stream).read(most + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise MediaError(f"a damaged gzip file ({error})") from error
-    if len(text) > MAX_SVG_BYTES:
-        raise MediaError(f"an SVG of more than {MAX_SVG_BYTES:,} bytes; simplify it first")
+    if len(text) > most:
+        raise MediaError(f"an SVG of more than {most:,} bytes; simplify it first")
     return text
 
 
@@ -338,13 +359,17 @@ class _SvgProcess:
     def render(self, text: bytes, *, size: int) -> tuple[int, bytes]:
         """Return the flags of the renderer and the PNG; the threads of a process take turns."""
         with self._lock:
+            # Another file may have taken the whole time while this one waited.
+            check_time()
+            seconds = min(MAX_SVG_SECONDS, seconds_left())
             running = self._running()
             try:
-                _send(running, REQUEST.pack(MAX_SVG_SECONDS, size, MAX_PIXELS, len(text)) + text)
+                most = at_most("pixels", MAX_PIXELS)
+                _send(running, REQUEST.pack(seconds, size, most, len(text)) + text)
                 flags, length = ANSWER.unpack(_receive(running, ANSWER.size))
                 answer = _receive(running, length)
             except (OSError, EOFError) as error:
-                code, reason = self.stop(), f"takes more than {MAX_SVG_SECONDS:g} seconds"
+                code, reason = self.stop(), f"takes more than {seconds:g} seconds"
                 if code != -signal.SIGALRM:
                     reason = f"needs too much memory or crashes the renderer ({code})"
                 raise MediaError(f"an SVG that {reason}; simplify it first") from error

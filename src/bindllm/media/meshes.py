@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from bindllm.errors import MediaError, needs_extra, printable
+from bindllm.media.limits import at_most
 
 SAMPLES = 16_384
 """Points that are taken from the surface of a mesh: twice as many as Point-Bind works on."""
@@ -71,10 +72,9 @@ def sample_mesh(stream: BinaryIO, *, kind: str, name: str) -> np.ndarray:
     stream.seek(0, os.SEEK_END)
     size = stream.tell()
     stream.seek(0)
-    if size > MAX_MESH_BYTES:
+    if size > (most := at_most("bytes", MAX_MESH_BYTES)):
         raise MediaError(
-            f"a mesh of {size:,} bytes; at most {MAX_MESH_BYTES:,} are read. Simplify it, or save its points "
-            "as NPY"
+            f"a mesh of {size:,} bytes; at most {most:,} are read. Simplify it, or save its points as NPY"
         )
     data = stream.read()
     if kind == "glb":
@@ -152,9 +152,9 @@ def _plain_glb(data: bytes, name: str) -> bytes:
         raise MediaError(f"a damaged GLB file ({error}); replace the file") from error
     if problem:
         raise MediaError(f"a GLB file with {problem}; save it as plain triangles")
-    if count > 6 * MAX_VERTICES or nodes > _MAX_NODES:
+    if count > 6 * (most := at_most("points", MAX_VERTICES)) or nodes > _MAX_NODES:
         raise MediaError(
-            f"a GLB file of {count:,} values and {nodes:,} nodes; at most {6 * MAX_VERTICES:,} and "
+            f"a GLB file of {count:,} values and {nodes:,} nodes; at most {6 * most:,} and "
             f"{_MAX_NODES:,} are read. Simplify it first"
         )
     if skipped:
@@ -238,8 +238,8 @@ def _gather(scene: Any) -> tuple[np.ndarray, np.ndarray]:
         # Each part counts its own vertices from 0.
         faces.append(triangles + count)
         count += len(part)
-        if count > MAX_VERTICES or sum(map(len, faces)) > 2 * MAX_VERTICES:
-            raise MediaError(f"a mesh of more than {MAX_VERTICES:,} vertices; simplify it first")
+        if count > (most := at_most("points", MAX_VERTICES)) or sum(map(len, faces)) > 2 * most:
+            raise MediaError(f"a mesh of more than {most:,} vertices; simplify it first")
     if not vertices:
         return np.empty((0, 3)), np.empty((0, 3), np.int64)
     return np.concatenate(vertices), np.concatenate(faces)

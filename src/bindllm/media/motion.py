@@ -12,6 +12,7 @@ from PIL import Image
 
 from bindllm.errors import MediaError, reading
 from bindllm.media.arrays import cells_of, check_numbers, holds_array, is_number, read_array, read_rows
+from bindllm.media.limits import at_most
 from bindllm.media.source import Source, name_of, open_stream, read_head
 
 MAX_READINGS = 4_000_000
@@ -29,7 +30,8 @@ _AXIS = re.compile(rf"(?:({_ACCELERATION})|({_ROTATION}))([xyz])(.*)")
 _TIME = re.compile(r"(?:t|time|timestamp|canonicaltimestamp|elapsed|seconds)(?:s|sec|seconds|ms|us|ns)?")
 # Of the tables of Ego4D (https://ego4d-data.org/docs/data/imu): positions within one part of the recording.
 _IGNORED = ("componentidx", "componenttimestampms")
-_UNIT = re.compile(r"[\[(](.*?)[\])]")
+# Without brackets inside: a long row of opening ones would be searched again from each of them.
+_UNIT = re.compile(r"[\[(]([^\[\]()]*)[\])]")
 # Factors to m/s^2 and rad/s by unit, as it is spelled without separators.
 _ACCELERATION_UNITS = {
     **dict.fromkeys(("", "m/s2", "ms2", "m/s/s", "mps2", "m/sec2"), 1.0),
@@ -96,8 +98,8 @@ def _from_array(array: np.ndarray) -> np.ndarray:
         raise MediaError(f"an array {list(array.shape)}; expected [N, 6] or [6, N] with N at least 1")
     if array.shape == (6, 6):
         raise MediaError("an array [6, 6] could be read along either axis; give more readings")
-    if max(array.shape) > MAX_READINGS:
-        raise MediaError(f"{max(array.shape):,} readings; at most {MAX_READINGS:,} are read. Cut it first")
+    if max(array.shape) > (most := at_most("points", MAX_READINGS)):
+        raise MediaError(f"{max(array.shape):,} readings; at most {most:,} are read. Cut it first")
     signal = (array if array.shape[0] == 6 else array.T).astype(np.float64)
     _check_finite(signal.T)
     return signal
@@ -132,8 +134,8 @@ def _from_table(stream: BinaryIO) -> tuple[np.ndarray, np.ndarray | None]:
     for block in read_rows(stream, first=number, columns=len(cells)):
         count += len(block)
         # While reading, so that an endless file does not fill the memory.
-        if count > MAX_READINGS:
-            raise MediaError(f"more than {MAX_READINGS:,} readings; cut it first")
+        if count > (most := at_most("points", MAX_READINGS)):
+            raise MediaError(f"more than {most:,} readings; cut it first")
         blocks.append(block)
     if not blocks:
         raise MediaError("a header and no readings; expected at least one row of numbers")

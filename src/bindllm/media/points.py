@@ -16,6 +16,7 @@ from PIL import Image
 
 from bindllm.errors import MediaError, needs_extra, reading
 from bindllm.media.arrays import cells_of, check_numbers, holds_array, is_number, read_array, read_rows
+from bindllm.media.limits import at_most, check_time
 from bindllm.media.meshes import sample_mesh
 from bindllm.media.source import Source, name_of, open_stream, read_head
 
@@ -28,7 +29,8 @@ _HEAD = 1 << 16
 _BLOCK = 1 << 18
 _ELEMENT = re.compile(rb"^([ \t]*element[ \t]+\S+[ \t]+)(\S+)", re.MULTILINE)
 _COUNT = re.compile(rb"\s*\d+\s*")
-_BRACKETS = re.compile(rb"[\[(].*?[\])]")
+# Without brackets inside: a long row of opening ones would be searched again from each of them.
+_BRACKETS = re.compile(rb"[\[(][^\[\]()]*[\])]")
 _OFF = re.compile(rb"\s*C?OFF\b")
 _OBJ = re.compile(rb"^(?:v|vn|vt|f)[ \t]+[-+.\d]", re.MULTILINE)
 _SUFFIXES = {".obj": "obj", ".off": "off", ".stl": "stl", ".glb": "glb", ".ply": "ply"}
@@ -227,9 +229,9 @@ def _ply_with_lists(stream: BinaryIO, records: int) -> Iterator[np.ndarray]:
     """Yield the vertices of a file whose records differ in size, which only a slow loop can read."""
     from plyfile import PlyData
 
-    if records > MAX_POINTS:
+    if records > (most := at_most("points", MAX_POINTS)):
         raise MediaError(
-            f"a PLY file of {records:,} records with lists before or in its vertices; at most {MAX_POINTS:,} are read. "
+            f"a PLY file of {records:,} records with lists before or in its vertices; at most {most:,} are read. "
             "Save it again with the vertices first, of plain numbers"
         )
     stream.seek(0)
@@ -274,6 +276,7 @@ def _read_table(stream: BinaryIO, sieve: _Sieve) -> None:
     # How to read this: skip everything before the first row of numbers, then read all rows as it is formed.
     skipped, start, axes, count, found = 0, 0, [0, 1, 2], 0.0, 0
     while line := stream.readline(_HEAD):
+        check_time()
         named = _named_axes(line)
         axes = named or axes
         if line.strip() and _COUNT.fullmatch(line):

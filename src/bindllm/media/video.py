@@ -15,6 +15,7 @@ import numpy as np
 
 from bindllm.errors import MediaError, reading
 from bindllm.media.container import check_frame_size, open_track, packets
+from bindllm.media.limits import at_most
 from bindllm.media.source import Source, name_of
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def _by_time(source: Source, pick: Pick) -> Iterator[tuple[int, np.ndarray]]:
     if timeline.times is None:
         yield from _by_counting(source, pick)
         return
-    wanted = _checked(pick(len(timeline.times), timeline.rate), len(timeline.times))
+    wanted = _picked(pick, len(timeline.times), timeline.rate)
     with _Finder(source, timeline) as finder:
         for position, number in enumerate(wanted):
             frame = finder.find(number)
@@ -125,8 +126,7 @@ def _scan(container: InputContainer, stream: VideoStream) -> _Timeline:
         times.append(packet.pts)
         if packet.is_keyframe:
             keys.append(packet.pts)
-        if len(times) > MAX_FRAMES:
-            raise MediaError(f"more than {MAX_FRAMES:,} frames; cut the video first")
+        _check_count(len(times))
     # Packets come in decoding order, which differs from that of display if there are B-frames.
     rising = np.sort(np.frombuffer(times, np.int64))
     if complete and len(rising) == 0:
@@ -230,11 +230,10 @@ def _by_counting(source: Source, pick: Pick) -> Iterator[tuple[int, np.ndarray]]
         count = 0
         for _ in _frames(container, stream):
             count += 1
-            if count > MAX_FRAMES:
-                raise MediaError(f"more than {MAX_FRAMES:,} frames; cut the video first")
+            _check_count(count)
     if count == 0:
         raise MediaError("no frame can be decoded; the file is damaged, replace it")
-    wanted = _checked(pick(count, Fraction(rate)), count)
+    wanted = _picked(pick, count, Fraction(rate))
     with open_track(source, "video") as (container, stream):
         frames = enumerate(_frames(container, stream))
         for number in wanted:
@@ -281,8 +280,19 @@ def _as_rgb(frame: VideoFrame, aspect: Fraction | None) -> np.ndarray:
     return np.ascontiguousarray(np.rot90(rgb, turns)) if turns and not rest else rgb
 
 
-def _checked(wanted: Sequence[int], count: int) -> list[int]:
-    wanted = list(wanted)
+def _check_count(count: int) -> None:
+    if count > (most := at_most("frames", MAX_FRAMES)):
+        raise MediaError(f"more than {most:,} frames; cut the video first")
+
+
+def _picked(pick: Pick, count: int, rate: Fraction) -> list[int]:
+    """Return the numbers of the picked frames, of a video that is not too long."""
+    # Without limits of a request, only the number of frames counts.
+    if count / rate > (most := at_most("seconds", float("inf"))):
+        raise MediaError(
+            f"a video of {float(count / rate):,.0f} seconds; at most {most:,} are read. Cut it first"
+        )
+    wanted = list(pick(count, rate))
     # Our own faults, never the file's.
     assert all(a < b for a, b in pairwise(wanted)), "frames are picked in rising order"
     assert all(0 <= number < count for number in wanted), f"frames are picked from {count}"

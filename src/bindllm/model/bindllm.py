@@ -23,7 +23,7 @@ from bindllm.cache.blend import CacheConfig
 from bindllm.cache.visual_cache import CacheChoice, VisualCache
 from bindllm.conversation import Conversation
 from bindllm.embeddings.datastore import Datastore
-from bindllm.embeddings.embedder import GroupEmbeddings, embed_groups
+from bindllm.embeddings.embedder import GroupEmbeddings, RecentEmbeddings, embed_groups
 from bindllm.encoders import Encoder, alignment_warnings, skipped_encoders
 from bindllm.encoders.fusion import common_size
 from bindllm.encoders.tokens import token_size
@@ -54,6 +54,7 @@ from bindllm.model.generation import (
     shots_limit,
     stream_text,
 )
+from bindllm.model.generation.shared import Prompts, generate_ids
 from bindllm.model.injection import InjectConfig, Injection, check_kind
 from bindllm.model.pretrained import load_model
 
@@ -219,7 +220,11 @@ class BindLLM(nn.Module):
         check_keys(self.trainable_state(), tensors, source=source)
 
     def encode(
-        self, media: Sequence[Media] | Sequence[Sequence[Media]], *, cache: CacheChoice = None
+        self,
+        media: Sequence[Media] | Sequence[Sequence[Media]],
+        *,
+        cache: CacheChoice = None,
+        recent: RecentEmbeddings | None = None,
     ) -> Tensor:
         """Embed media.
 
@@ -228,6 +233,7 @@ class BindLLM(nn.Module):
                 mean of its unit embeddings, normalized again unless `BindConfig.fusion` is ``mean``).
             cache: mixes the nearest images into each embedding (by default, of items without an image); None:
                 the model's own, False: none.
+            recent: as for `embed_groups`.
 
         Returns:
             embeddings, [N, E], float32, on the CPU; unit norm, but for several media fused by a plain mean.
@@ -241,15 +247,13 @@ class BindLLM(nn.Module):
             raise InputError(f"encode takes a list of Media with at least one in it, not {media!r}")
         # A single media is a group of one.
         groups = [(item,) if isinstance(item, Media) else check_media(item) for item in media]
-        return self._encode(groups, cache).embeddings
+        return self._encode(groups, cache, recent=recent).embeddings
 
     @torch.no_grad()
-    def _encode(
-        self, groups: Sequence[Sequence[Media]], cache: CacheChoice, **choices: Any
-    ) -> GroupEmbeddings:
-        """Return the embeddings of media groups, [N, E], and tokens, [N, n, C]; choices as for `embed_groups`."""
+    def _encode(self, groups: Sequence[Sequence[Media]], cache: CacheChoice, **more: Any) -> GroupEmbeddings:
+        """Return the embeddings of media groups, [N, E], and tokens, [N, n, C]; ``more`` as for `embed_groups`."""
         normalize = self.bind_config.fusion == "unit"
-        found = embed_groups(groups, self.encoders, device=self.device, normalize=normalize, **choices)
+        found = embed_groups(groups, self.encoders, device=self.device, normalize=normalize, **more)
         cache = self.cache if cache is None else cache
         if not cache:
             return found
@@ -283,13 +287,8 @@ class BindLLM(nn.Module):
         # that predict a supervised token. Both save time, and neither changes a result. Training runs the decoder's
         # own forward, as generation does, so it learns from the logits that the model answers with.
         padded_left = not bool(attention_mask[:, 0].all())
-        inputs = {
-            "input_ids": input_ids,
-            "use_cache": False,
-            "bind": self.bind(embeddings, tokens),
-            "media_index": media_index,
-            "context": read_records(self, embeddings, **records),
-        }
+        bound = self._bound(media_index, embeddings, tokens, **records)
+        inputs = {"input_ids": input_ids, "use_cache": False, **bound}
         if padded_left:
             inputs["attention_mask"] = attention_mask
             # Positions count tokens, not columns, so padding does not shift the rotary embedding.
@@ -305,6 +304,13 @@ class BindLLM(nn.Module):
         # Three axes: a decoder without a projection of the usual shape has computed all positions.
         logits = logits[rows, columns] if logits.ndim == 3 else logits
         return BindOutput(logits, labels[rows, columns + 1], rows)
+
+    def _bound(self, index: Tensor, embeddings: Any = None, tokens: Any = None, **records: Any) -> dict:
+        """Return the keywords of the decoder's forward for media as in `forward`; none without embeddings."""
+        if embeddings is None:
+            return {}
+        context = read_records(self, embeddings, **records)
+        return {"bind": self.bind(embeddings, tokens), "media_index": index, "context": context}
 
     @torch.no_grad()
     def generate_from(
@@ -333,22 +339,18 @@ class BindLLM(nn.Module):
         Raises:
             InputError: the prompt leaves no position of the decoder for an answer.
         """
-        ids, mask, index = (x.to(self.device) for x in (input_ids, attention_mask, media_index))
         # Hugging Face fills options that a call leaves out from here.
         self.decoder.generation_config = self.settings
-        positions = num_positions(self.decoder.config)
         records = {name: options.pop(name) for name in CONTEXT_INPUTS if name in options}
-        options = generate_options(options, width=ids.shape[1], positions=positions)
+        options = generate_options(
+            options, width=input_ids.shape[1], positions=num_positions(self.decoder.config)
+        )
         # Stop strings need the tokenizer.
         options["tokenizer"] = self.tokenizer
-        run = partial(self.decoder.generate, input_ids=ids, attention_mask=mask, **options)
-        if embeddings is None:
-            return run()[:, ids.shape[1] :]
-        # `generate` rejects unknown keywords, so the bind vectors reach the layers through a context variable.
-        embeddings, tokens = embeddings.to(self.device), None if tokens is None else tokens.to(self.device)
-        context = read_records(self, embeddings, **records)
-        with self.injection.holding(self.bind(embeddings, tokens), index, context):
-            return run()[:, ids.shape[1] :]
+        media = {} if embeddings is None else {"embeddings": embeddings, "tokens": tokens, **records}
+        media = {name: value.to(self.device) for name, value in media.items() if value is not None}
+        prompts = Prompts(*(x.to(self.device) for x in (input_ids, attention_mask, media_index)), media)
+        return generate_ids(self.decoder, prompts, options, self._bound, self.injection.holding)
 
     def generate(
         self,

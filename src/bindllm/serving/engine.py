@@ -20,8 +20,11 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from bindllm.cache.visual_cache import CacheChoice
 from bindllm.embeddings.embedder import RecentEmbeddings
 from bindllm.errors import BindLLMError, DecoderError, EngineBusy, EngineClosed, InputError
+from bindllm.media import Media
+from bindllm.media.limits import MediaLimits, limited
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.generation import AnswerText
 from bindllm.serving.batch import Batch
@@ -116,12 +119,14 @@ class Engine:
         slots: requests that are decoded together.
         queue: requests that wait for a slot.
         tokens: tokens in the key/value cache. A prompt with its answer is never longer.
+        limits: decoded sizes of the media of one request; None: the defaults of `MediaLimits`.
 
     Raises:
         DecoderError: the engine cannot serve this family of decoders.
 
     Attributes:
         counters: totals since the start.
+        limits: decoded sizes of the media of one request.
         recent: embeddings of the media that were used last.
 
     Example:
@@ -132,12 +137,19 @@ class Engine:
     """
 
     def __init__(
-        self, model: BindLLM, *, slots: int = SLOTS, queue: int = QUEUE, tokens: int = TOKENS
+        self,
+        model: BindLLM,
+        *,
+        slots: int = SLOTS,
+        queue: int = QUEUE,
+        tokens: int = TOKENS,
+        limits: MediaLimits | None = None,
     ) -> None:
         for name, value in (("slots", slots), ("queue", queue), ("tokens", tokens)):
             if value < 1:
                 raise InputError(f"{name} is {value}, expected at least 1")
         self.model, self.counters, self.recent = model.eval(), Counters(), RecentEmbeddings()
+        self.limits = limits or MediaLimits()
         self._num_slots, self._queue, self._tokens = slots, queue, tokens
         self._batch = Batch(model)
         # The waiting requests are shared with other threads, under the lock of `_changed`; rows belong to the engine's.
@@ -189,6 +201,14 @@ class Engine:
             self._pool.submit(self._prepare, ticket)
         return ticket
 
+    def encode(self, groups: Sequence[Sequence[Media]], *, cache: CacheChoice = None) -> Tensor:
+        """Embed media as `BindLLM.encode` does, under the limits of a request and with the recent embeddings.
+
+        In the thread of the caller.
+        """
+        with limited(self.limits):
+            return self.model.encode(groups, cache=cache, recent=self.recent)
+
     def close(self, *, drain: float | None = None) -> None:
         """Take no further request, finish those that were accepted, and end the threads.
 
@@ -211,7 +231,8 @@ class Engine:
         """Render the prompt and encode the media of a request."""
         try:
             if not ticket._is_cancelled:
-                ticket._input = make_input(self.model, ticket.request, self.recent, self._tokens)
+                with limited(self.limits):
+                    ticket._input = make_input(self.model, ticket.request, self.recent, self._tokens)
                 ticket.prompt_tokens = len(ticket._input.ids)
         except Exception as error:
             ticket._error = error

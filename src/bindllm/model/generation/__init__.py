@@ -232,10 +232,14 @@ def prepare_batch(
     batch = render_prompts(conversations, tokenizer)
     if not any(groups):
         return *batch, None, None
-    # All groups of the batch in one call, then split by row again.
-    found, counts = encode([group for row in groups for group in row]), [len(row) for row in groups]
-    tokens = None if found.tokens is None else by_row(found.tokens, counts)
-    return *batch, by_row(found.embeddings, counts), tokens
+    # All groups of the batch in one call, each once, as prompts may share their shots; then split by row again. By
+    # identity, since media may hold arrays, which have no hash.
+    names = [tuple(map(id, group)) for row in groups for group in row]
+    distinct = dict(zip(names, (group for row in groups for group in row), strict=True))
+    found, places = encode([*distinct.values()]), {name: n for n, name in enumerate(distinct)}
+    order, counts = [places[name] for name in names], [len(row) for row in groups]
+    tokens = None if found.tokens is None else by_row(found.tokens[order], counts)
+    return *batch, by_row(found.embeddings[order], counts), tokens
 
 
 def by_row(values: Tensor, counts: Sequence[int]) -> Tensor:

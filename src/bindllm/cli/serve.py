@@ -1,0 +1,140 @@
+"""``bindllm serve``: an OpenAI-compatible server for a checkpoint (docs/serve.md)."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+
+from bindllm.cli.arguments import refuse_together
+from bindllm.cli.generate import LoadCacheOptions, ModelOptions, load_with_cache
+from bindllm.cli.options import PositiveNumber
+from bindllm.errors import UsageError, needs_extra
+
+if TYPE_CHECKING:
+    from bindllm.serving.config import ServeConfig
+
+
+@dataclass(frozen=True)
+class AccessOptions:
+    """Access (docs/serve.md; default: only programs of this machine)."""
+
+    host: str = "127.0.0.1"
+    """address to listen at; another one than that of this machine needs API keys"""
+    port: NonNegativeInt = 8000
+    """port to listen at; 0: a free one"""
+    api_keys: str | None = None
+    """file with API keys, one on each line; keys in the environment variable BINDLLM_API_KEYS count too"""
+    allowed_hosts: tuple[str, ...] = ()
+    """further name of this server in the Host header, such as that of a proxy; may be repeated"""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only programs of this machine can connect."""
+        try:
+            return self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+
+@dataclass(frozen=True)
+class LimitOptions:
+    """Limits."""
+
+    slots: PositiveInt = 16
+    """requests that are answered at the same time"""
+    queue: PositiveInt = 128
+    """requests that may wait; further ones get status 429"""
+    timeout: PositiveNumber = 300.0
+    """longest time of an answer in seconds, with waiting"""
+    drain: PositiveNumber = 60.0
+    """longest time in seconds to finish what runs, after SIGTERM or Ctrl-C"""
+    max_body_mib: PositiveInt = 32
+    """largest body of a request, in MiB"""
+    media_domains: tuple[str, ...] = ()
+    """host that media URLs of a request may name, such as media.example.com; may be repeated (default: none)"""
+
+
+def serve(
+    checkpoint: str,
+    *,
+    name: str | None = None,
+    access: AccessOptions = AccessOptions(),
+    limits: LimitOptions = LimitOptions(),
+    cache: LoadCacheOptions = LoadCacheOptions(),
+    model: ModelOptions = ModelOptions(),
+    overrides: Sequence[str] = (),
+) -> int:
+    """Serve a checkpoint: a chat page, and OpenAI's API under /v1 for programs.
+
+    Needs pip install 'bindllm[serve]'. SIGTERM and Ctrl-C finish what
+    runs; a second Ctrl-C ends at once.
+
+    Args:
+        checkpoint: folder that bindllm fit wrote
+        name: name of the model in the API (default: that of the folder)
+        access: who can connect
+        limits: limits of the server
+        cache: the visual cache
+        model: the model
+        overrides: arguments of the encoder
+
+    Example:
+        bindllm serve checkpoints/quickstart
+    """
+    refuse_together(cache=cache.cache, no_cache=cache.no_cache)
+    _check_installed()
+    from bindllm.serving.app import build_app
+    from bindllm.serving.engine import Engine
+    from bindllm.serving.server import LogFormatter, bind, run
+
+    # Mistakes of the command line first: loading a large model takes minutes.
+    config = _read_config(name or Path(checkpoint).resolve().name, access, limits)
+    bound = bind(access.host, access.port)
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormatter("%(asctime)s %(message)s"))
+    logging.getLogger().addHandler(handler)
+    logging.getLogger("bindllm").setLevel(logging.INFO)
+
+    loaded = load_with_cache(checkpoint, model, cache, overrides)
+    engine = Engine(loaded, slots=limits.slots, queue=limits.queue)
+    run(build_app(engine, config), engine, bound, drain=limits.drain, name=config.model)
+    return 0
+
+
+def _check_installed() -> None:
+    with needs_extra("fastapi, uvicorn or prometheus-client", extra="serve", purpose="serve a model"):
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+
+
+def _read_config(name: str, access: AccessOptions, limits: LimitOptions) -> ServeConfig:
+    """Return the limits of the server.
+
+    Raises:
+        UsageError: other machines could connect without an API key.
+        InputError: a file of API keys or a domain that cannot be used.
+    """
+    from bindllm.serving.config import LOOPBACK, ServeConfig, read_keys
+    from bindllm.serving.fetch import FetchConfig
+
+    config = ServeConfig(
+        model=name,
+        keys=read_keys(access.api_keys),
+        hosts=(*LOOPBACK, *access.allowed_hosts) if access.is_local or access.allowed_hosts else (),
+        max_body=limits.max_body_mib << 20,
+        timeout=limits.timeout,
+        fetch=FetchConfig(domains=limits.media_domains),
+    )
+    if not access.is_local and not config.keys:
+        raise UsageError(
+            f"--host {access.host} lets other machines connect, which needs API keys: give --api_keys FILE, with one "
+            "key on each line (python -c 'import secrets; print(secrets.token_urlsafe(32))' makes one)"
+        )
+    return config

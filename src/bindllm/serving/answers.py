@@ -1,0 +1,119 @@
+"""Answers of the engine in the event loop: one asynchronous iterator over the choices of a request."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Self
+
+from bindllm.serving.api.errors import ApiError
+from bindllm.serving.engine import Engine, Ticket
+from bindllm.serving.metrics import Metrics
+from bindllm.serving.request import Piece, Request
+
+
+class Answers:
+    """The answers to requests of one call; leaving the block cancels those that are not finished.
+
+    Args:
+        engine: answers the requests.
+        requests: one for each choice.
+        metrics: counts tokens and times.
+
+    Raises:
+        EngineBusy: the queue cannot take all of the requests; none of them stays in it.
+        EngineClosed: the server is about to end.
+        InputError: a request that cannot be answered.
+
+    Attributes:
+        completion_tokens: generated so far, in all choices.
+    """
+
+    def __init__(self, engine: Engine, requests: Sequence[Request], metrics: Metrics) -> None:
+        self.completion_tokens = 0
+        self._loop, self._metrics = asyncio.get_running_loop(), metrics
+        self._finished: set[int] = set()
+        self._pieces: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
+        self._started = self._last = time.perf_counter()
+        self._tickets: list[Ticket] = []
+        try:
+            for choice, request in enumerate(requests):
+                self._tickets.append(engine.submit(request, partial(self._put, choice)))
+        except BaseException:
+            self.cancel()
+            raise
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt, known once the first piece is there."""
+        return self._tickets[0].prompt_tokens or 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.cancel()
+
+    def cancel(self) -> None:
+        """Free the slots of the choices that are not finished."""
+        for choice, ticket in enumerate(self._tickets):
+            if choice not in self._finished:
+                ticket.cancel()
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all choices are complete."""
+        return len(self._finished) == len(self._tickets)
+
+    async def next(self, seconds: float | None = None) -> tuple[int, Piece] | None:
+        """Return the next piece and its choice, or None if none came within some seconds.
+
+        Raises:
+            Exception: the error that ended a choice.
+            ApiError: a choice did not finish in time.
+        """
+        try:
+            async with asyncio.timeout(seconds):
+                choice, piece = await self._pieces.get()
+        except TimeoutError:
+            return None
+        if piece.is_last:
+            self._finished.add(choice)
+        if piece.error is not None:
+            raise piece.error
+        if piece.finish == "timeout":
+            # Not retried by clients: the same request would need the same time again.
+            raise ApiError(
+                504,
+                f"the answer was not finished after {time.perf_counter() - self._started:.0f} seconds, the deadline of "
+                "this server; ask for fewer tokens, or try again when it has less to do",
+                headers={"x-should-retry": "false"},
+            )
+        self._observe(piece)
+        return choice, piece
+
+    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
+        """Yield all pieces with their choices; errors as for `next`."""
+        while not self.is_finished:
+            if (found := await self.next()) is not None:
+                yield found
+
+    def _put(self, choice: int, piece: Piece) -> None:
+        """Take a piece in the engine's thread."""
+        # The loop is closed only if the server was stopped by force.
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._pieces.put_nowait, (choice, piece))
+
+    def _observe(self, piece: Piece) -> None:
+        now = time.perf_counter()
+        if piece.tokens and not self.completion_tokens:
+            self._metrics.first_token.observe(now - self._started)
+            self._metrics.tokens.labels("prompt").inc(self.prompt_tokens)
+        elif piece.tokens:
+            self._metrics.token_interval.observe((now - self._last) / piece.tokens)
+        self.completion_tokens += piece.tokens
+        self._metrics.tokens.labels("completion").inc(piece.tokens)
+        self._last = now

@@ -1,0 +1,151 @@
+"""``/v1/chat/completions``: an answer as one object, or as a stream of chunks."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any
+
+from bindllm.serving.answers import Answers
+from bindllm.serving.api.errors import ApiError, as_api_error, dump
+from bindllm.serving.api.sampling import Question
+from bindllm.serving.api.schema import ChatBody
+from bindllm.serving.request import Piece, TokenLogprob
+
+KEEP_ALIVE = 10.0
+"""After this time without a token, in seconds, a stream gets a comment: proxies close silent connections."""
+COMMENT = b": keep-alive\n\n"
+
+Neighbors = Callable[[], Awaitable[Any]]
+"""Returns the neighbors of a question, or None if it did not ask for them."""
+
+
+def chat_fields(body: ChatBody) -> dict[str, Any]:
+    """Return the arguments of `read_question` that this endpoint has its own fields for.
+
+    Raises:
+        ApiError: fields that contradict each other.
+    """
+    if body.top_logprobs is not None and not body.logprobs:
+        raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+    if len({body.max_tokens, body.max_completion_tokens} - {None}) > 1:
+        raise ApiError(
+            400,
+            "max_tokens and max_completion_tokens are two names of one limit; give one",
+            param="max_tokens",
+        )
+    return {
+        "max_tokens": body.max_completion_tokens or body.max_tokens,
+        "logprobs": (body.top_logprobs or 0) if body.logprobs else None,
+        "choices": body.n or 1,
+    }
+
+
+async def complete_chat(question: Question, answers: Answers, neighbors: Neighbors) -> dict[str, Any]:
+    """Return the whole answer as an object; errors as for `Answers.next`."""
+    texts, tokens = ["" for _ in question.requests], [[] for _ in question.requests]
+    finish: list[str | None] = [None for _ in question.requests]
+    async for number, piece in answers.pieces():
+        texts[number] += piece.text
+        tokens[number] += piece.logprobs
+        finish[number] = piece.finish
+    choices = [
+        {
+            "index": number,
+            "message": {"role": "assistant", "content": text, "refusal": None},
+            "logprobs": _logprobs(question, tokens[number]),
+            "finish_reason": finish[number],
+        }
+        for number, text in enumerate(texts)
+    ]
+    head = _head(question, "chat.completion")
+    return {**head, "choices": choices, "usage": chat_usage(answers), **await _extras(neighbors)}
+
+
+async def stream_chat(
+    question: Question,
+    answers: Answers,
+    neighbors: Neighbors,
+    first: tuple[int, Piece] | None,
+    *,
+    usage: bool,
+) -> AsyncIterator[bytes]:
+    """Yield the events of an answer; an error becomes the last one.
+
+    Args:
+        question: its requests and ids.
+        answers: its pieces.
+        neighbors: of the question.
+        first: the first piece, if it is there already.
+        usage: whether a last chunk has the numbers of tokens.
+    """
+    head = _head(question, "chat.completion.chunk")
+    # With usage asked for, each chunk has the key, and only the last one a value.
+    rest: dict[str, Any] = {"usage": None} if usage else {}
+
+    def event(index: int, delta: dict[str, Any], **more: Any) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **more}
+        return sse({**head, "choices": [choice], **rest})
+
+    try:
+        for number in range(len(question.requests)):
+            yield event(number, {"role": "assistant", "content": "", "refusal": None})
+        found = first
+        while found or not answers.is_finished:
+            if found is None:
+                yield COMMENT
+            else:
+                number, piece = found
+                if piece.text or piece.logprobs:
+                    yield event(number, {"content": piece.text}, logprobs=_logprobs(question, piece.logprobs))
+                if piece.finish is not None:
+                    yield event(number, {}, finish_reason=piece.finish)
+            found = None if answers.is_finished else await answers.next(KEEP_ALIVE)
+        extras = await _extras(neighbors)
+        if usage or extras:
+            numbers = {"usage": chat_usage(answers)} if usage else {}
+            yield sse({**head, "choices": [], **numbers, **extras})
+    except Exception as error:
+        yield sse(as_api_error(error).body)
+    yield b"data: [DONE]\n\n"
+
+
+def sse(value: Any, *, event: str | None = None) -> bytes:
+    """Return a server-sent event with a JSON object."""
+    name = b"" if event is None else b"event: " + event.encode() + b"\n"
+    return name + b"data: " + dump(value) + b"\n\n"
+
+
+def chat_usage(answers: Answers) -> dict[str, int]:
+    """Return the numbers of tokens; media take none."""
+    prompt, completion = answers.prompt_tokens, answers.completion_tokens
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def token_logprobs(tokens: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
+    """Return the tokens of a piece with their log-probabilities, as both endpoints write them."""
+    return [{**_token(token), "top_logprobs": [_token(other) for other in token.top]} for token in tokens]
+
+
+def _token(token: TokenLogprob) -> dict[str, Any]:
+    content = list(token.token.encode("utf-8", "replace"))
+    return {"token": token.token, "logprob": token.logprob, "bytes": content}
+
+
+def _head(question: Question, kind: str) -> dict[str, Any]:
+    return {
+        "id": f"chatcmpl-{question.id}",
+        "object": kind,
+        "created": question.created,
+        "model": question.model,
+    }
+
+
+def _logprobs(question: Question, tokens: Any) -> dict[str, Any] | None:
+    if question.requests[0].logprobs is None:
+        return None
+    return {"content": token_logprobs(tokens), "refusal": None}
+
+
+async def _extras(neighbors: Neighbors) -> dict[str, Any]:
+    found = await neighbors()
+    return {} if found is None else {"neighbors": found}

@@ -1,0 +1,197 @@
+"""Content parts of requests become conversations and media, by the parser of training rows.
+
+Media are inside the request (data URI or base64), or are downloaded from an allowed domain. A path is never opened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import PurePath
+from typing import Any
+from urllib.parse import unquote_to_bytes
+
+from bindllm.cache.visual_cache import CacheChoice, VisualCache
+from bindllm.conversation import Conversation
+from bindllm.data.messages import FILE_MODALITIES, RecordMedia, from_base64, parse_messages
+from bindllm.encoders import Encoder, encoder_for
+from bindllm.errors import MediaError
+from bindllm.media import SUFFIXES, Media
+from bindllm.model.bindllm import BindLLM
+from bindllm.serving.api.errors import ApiError, shown
+from bindllm.serving.api.schema import CacheSettings, ShotBody
+from bindllm.serving.config import ServeConfig
+from bindllm.serving.fetch import fetch
+from bindllm.shots import Shot
+
+_FILES = ("file", "input_file")
+
+
+class ContentReader:
+    """Reads the content of one request, with at most `ServeConfig.max_media` media.
+
+    Args:
+        encoders: of the model; media that none of them serves are refused.
+        config: the limits.
+    """
+
+    def __init__(self, encoders: Sequence[Encoder], config: ServeConfig) -> None:
+        self._encoders, self._config, self._count = encoders, config, 0
+        served = {name for encoder in encoders for name in encoder.modalities}
+        # All known words, so that the error for one that no encoder serves lists those that one does.
+        self._modalities = tuple(dict.fromkeys([*FILE_MODALITIES, *sorted(served - {"text"})]))
+
+    def conversation(self, messages: Sequence[Mapping[str, Any]]) -> Conversation:
+        """Return the conversation of OpenAI-style messages, which ends with a question.
+
+        Raises:
+            InputError: a message or a content part that cannot be used.
+            ApiError: as for `media`, or the last message is not the user's.
+        """
+        given = [self._with_files(message) for message in messages]
+        # A client sends back the answers of the model, which may have been empty.
+        parsed = parse_messages(given, self._outside(), allow_empty_answers=True)
+        if not parsed or parsed[-1].role != "user":
+            role = parsed[-1].role if parsed else "none"
+            raise ApiError(
+                400,
+                f"the last message is of the role {role!r}; it must be the user's question",
+                param="messages",
+            )
+        return Conversation(tuple(parsed))
+
+    def shots(self, shots: Sequence[ShotBody]) -> list[Shot]:
+        """Return worked examples; errors as for `conversation`."""
+        questions = [
+            self.conversation([{"role": "user", "content": shot.prompt}]).messages[0] for shot in shots
+        ]
+        return [
+            Shot(question.text, shot.answer, question.media)
+            for question, shot in zip(questions, shots, strict=True)
+        ]
+
+    def media(self, part: Any) -> Media:
+        """Return the media of one content part or text, for an embedding.
+
+        Raises:
+            InputError: not media that an encoder of the model serves.
+            ApiError: a path, a URL that is not allowed, or too many media.
+        """
+        text = part.get("text", part.get("input_text")) if isinstance(part, Mapping) else part
+        if isinstance(text, str):
+            if not text.strip():
+                raise ApiError(400, "an input is an empty text", param="input")
+            return self._resolve("text", text)
+        message = self._with_files({"role": "user", "content": [part]})
+        return parse_messages([message], self._outside())[0].media[0]
+
+    def _outside(self) -> RecordMedia:
+        # No media outside the messages: a placeholder such as <image> in a text is a word.
+        return RecordMedia(self._resolve, modalities=self._modalities)
+
+    def _resolve(self, modality: str, value: object) -> Media:
+        """Return the media of a value in a content part: bytes, or a URI."""
+        # Before the content is decoded or downloaded.
+        encoder_for(modality, self._encoders)
+        self._count += 1
+        if self._count > self._config.max_media:
+            raise ApiError(400, f"more than {self._config.max_media} media in one request")
+        if modality == "text" or isinstance(value, bytes):
+            return Media(modality, value)
+        if not isinstance(value, str):
+            raise ApiError(400, f"the {modality} is {shown(value)}, expected a data: URI")
+        return Media(modality, self._read_uri(modality, value))
+
+    def _read_uri(self, modality: str, uri: str) -> bytes:
+        scheme = uri[: uri.find(":")].lower() if ":" in uri[:6] else ""
+        if scheme == "data":
+            return read_data_uri(uri)
+        if scheme in ("http", "https"):
+            return fetch(uri, self._config.fetch)
+        raise ApiError(
+            400,
+            f"the {modality} is {shown(uri)}, expected a data: URI such as data:image/png;base64,iVBORw0...",
+        )
+
+    def _with_files(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Name the modality of the parts of type ``file``, which the parser of rows does not know."""
+        content = message.get("content")
+        if not isinstance(content, list):
+            return message
+        parts = [
+            _file_part(part) if isinstance(part, Mapping) and part.get("type") in _FILES else part
+            for part in content
+        ]
+        return {**message, "content": parts}
+
+
+def _file_part(part: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a content part of type ``file`` as a part of its modality."""
+    # OpenAI's Chat Completions have an object here, the Responses put its keys into the part.
+    file = part.get("file") if isinstance(part.get("file"), Mapping) else part
+    if file.get("file_id") is not None:
+        raise ApiError(
+            400, "a file_id names a file of OpenAI's storage; send the file as file_data", param="file_id"
+        )
+    data = next((file[key] for key in ("file_data", "file_url", "url") if file.get(key) is not None), None)
+    if not isinstance(data, str):
+        raise ApiError(400, f"file_data of a file is {shown(data)}, expected a data: URI", param="file_data")
+    modality = _modality_of(data, str(file.get("filename") or ""))
+    # Some clients send base64 without the start of a data URI.
+    content = None if ":" in data[:6] else from_base64(data)
+    return {"type": modality, modality: data if content is None else content}
+
+
+def _modality_of(uri: str, name: str) -> str:
+    """Return the modality of a file by its media type or its ending."""
+    kind = uri.removeprefix("data:").partition("/")[0] if uri.startswith("data:") else ""
+    if kind in ("image", "video", "audio"):
+        return kind
+    ending = PurePath(name).suffix.lower()
+    for modality, endings in SUFFIXES.items():
+        if ending in endings:
+            return modality
+    raise ApiError(
+        400,
+        f"the file {shown(name)} may have any modality; give it as a part of its own type, as in "
+        '{"type": "depth", "depth": "data:..."}',
+        param="filename",
+    )
+
+
+def read_data_uri(uri: str) -> bytes:
+    """Return the content of a ``data:`` URI.
+
+    Raises:
+        MediaError: it has no content, or the content is not base64.
+
+    Examples:
+        >>> read_data_uri("data:text/plain;base64,aGk="), read_data_uri("data:,a%20cat")
+        (b'hi', b'a cat')
+    """
+    head, comma, data = uri.partition(",")
+    is_base64 = head.lower().endswith(";base64")
+    # Few writers escape the characters + / = of base64.
+    text = unquote_to_bytes(data).decode("latin-1") if "%" in data and is_base64 else data
+    content = from_base64(text) if is_base64 else unquote_to_bytes(data)
+    if not comma or not content:
+        fault = "has no comma before its data" if not comma else "has no data, or data that are not base64"
+        raise MediaError(f"a data: URI {fault}; expected data:image/png;base64,iVBORw0...")
+    return content
+
+
+def choose_cache(asked: bool | CacheSettings | None, model: BindLLM) -> CacheChoice:
+    """Return the visual cache of a request, which chooses its settings and never its place.
+
+    Raises:
+        ApiError: the model has no cache.
+        InputError: a setting out of its range.
+    """
+    if asked is None or asked is False:
+        return asked
+    if model.cache is None:
+        raise ApiError(
+            400, "this server has no visual cache: leave cache out, or set it to false", param="cache"
+        )
+    if asked is True:
+        return None
+    return VisualCache(model.cache.index, model.cache.settings, **asked.model_dump(exclude_none=True))

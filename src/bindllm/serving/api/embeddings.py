@@ -1,0 +1,86 @@
+"""``/v1/embeddings``: embeddings of texts and media in the joint space of the model's encoders."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from bindllm.media import Media
+from bindllm.model.bindllm import BindLLM
+from bindllm.serving.api.content import ContentReader, choose_cache
+from bindllm.serving.api.errors import ApiError, shown
+from bindllm.serving.api.sampling import check_model
+from bindllm.serving.api.schema import EmbeddingsBody
+from bindllm.serving.config import ServeConfig
+from bindllm.serving.engine import Engine
+
+
+def read_groups(body: EmbeddingsBody, model: BindLLM, config: ServeConfig) -> list[list[Media]]:
+    """Return the media of each embedding.
+
+    Raises:
+        ApiError: token ids, too many inputs, or a field that cannot be used.
+        InputError: media that cannot be used.
+    """
+    check_model(body.model, config)
+    size = model.encoders[0].embedding_size
+    if body.dimensions not in (None, size):
+        raise ApiError(400, f"dimensions is {body.dimensions}; this model has {size}", param="dimensions")
+    if body.encoding_format not in (None, "float", "base64"):
+        raise ApiError(
+            400,
+            f"encoding_format is {shown(body.encoding_format)}, expected 'float' or 'base64'",
+            param="encoding_format",
+        )
+    inputs = [body.input] if isinstance(body.input, str) else body.input
+    if not 0 < len(inputs) <= config.max_inputs:
+        raise ApiError(400, f"{len(inputs)} inputs, expected 1 to {config.max_inputs}", param="input")
+    groups = [item if isinstance(item, list) else [item] for item in inputs]
+    for part in (part for group in groups for part in group or [None]):
+        _check_part(part)
+    # The limit on media is one for each group here: the number of inputs has its own.
+    return [_read_group(group, model, config) for group in groups]
+
+
+def embed(body: EmbeddingsBody, engine: Engine, config: ServeConfig) -> dict[str, Any]:
+    """Return the answer to a request for embeddings; errors as for `read_groups`, and those of the encoders."""
+    groups = read_groups(body, engine.model, config)
+    rows = engine.encode(groups, cache=choose_cache(body.cache, engine.model))
+    write = _base64 if body.encoding_format == "base64" else Tensor.tolist
+    data = [
+        {"object": "embedding", "index": index, "embedding": write(row)}
+        for index, row in enumerate(rows.float())
+    ]
+    # Encoders have no tokens of the decoder.
+    return {
+        "object": "list",
+        "data": data,
+        "model": config.model,
+        "usage": {"prompt_tokens": 0, "total_tokens": 0},
+    }
+
+
+def _check_part(part: Any) -> None:
+    if isinstance(part, int | float):
+        raise ApiError(
+            400,
+            "an input is a list of token ids, which mean nothing to the encoders: send texts (in LangChain: "
+            "check_embedding_ctx_length=False)",
+            param="input",
+            code="token_ids_not_supported",
+        )
+    if not isinstance(part, str | Mapping):
+        raise ApiError(400, f"an input is {shown(part)}, expected a text or a content part", param="input")
+
+
+def _read_group(group: list[Any], model: BindLLM, config: ServeConfig) -> list[Media]:
+    reader = ContentReader(model.encoders, config)
+    return [reader.media(part) for part in group]
+
+
+def _base64(row: Tensor) -> str:
+    """Return an embedding as OpenAI writes it: the bytes of little-endian float32, in base64."""
+    return base64.b64encode(row.numpy().astype("<f4").tobytes()).decode("ascii")

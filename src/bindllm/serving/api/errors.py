@@ -1,0 +1,146 @@
+"""Errors in OpenAI's shape: ``{"error": {"message", "type", "param", "code"}}``, also inside a stream."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from typing import Any
+
+from fastapi import HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException as StarletteHTTPException
+
+from bindllm.errors import EngineBusy, EngineClosed, InputError, MissingExtraError, printable
+
+logger = logging.getLogger("bindllm.serving")
+
+RETRY_SECONDS = 2
+"""After this time a refused client should try again."""
+# Characters of a given value that a message shows.
+_MOST_SHOWN = 80
+_FIELD = re.compile("[a-z_]+")
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_MESSAGES = {
+    404: "this path does not exist; the API is under /v1",
+    405: "this path does not take this method",
+}
+
+
+class ApiError(HTTPException):
+    """An error with the status and the fields of an answer.
+
+    Args:
+        status: HTTP status.
+        message: for people: given, expected, next step.
+        param: field of the request that is at fault.
+        code: for programs, such as ``model_not_found``.
+        headers: further headers of the answer.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, message, headers)
+        self.param, self.code = param, code
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The object of the answer."""
+        kind = _TYPES.get(
+            self.status_code, "invalid_request_error" if self.status_code < 500 else "server_error"
+        )
+        return {"error": {"message": self.detail, "type": kind, "param": self.param, "code": self.code}}
+
+
+def as_api_error(error: BaseException) -> ApiError:
+    """Return the answer for an error: faults of a request are explained, those of the server are only logged."""
+    match error:
+        case ApiError():
+            return error
+        case RequestValidationError():
+            return _validation_error(error)
+        case StarletteHTTPException():
+            message = _MESSAGES.get(error.status_code, str(error.detail))
+            return ApiError(error.status_code, message, headers=dict(error.headers or {}))
+        case EngineBusy():
+            retry = {"retry-after": str(RETRY_SECONDS)}
+            return ApiError(
+                429, "too many requests are waiting; try again later", code="queue_full", headers=retry
+            )
+        case EngineClosed():
+            return draining_error()
+        # Another server may have the package, this one will not get it by itself.
+        case MissingExtraError():
+            return ApiError(501, str(error), headers={"x-should-retry": "false"})
+        case InputError():
+            return ApiError(400, str(error))
+        case _:
+            logger.error("a request failed", exc_info=error)
+            return ApiError(
+                500, "the server failed at this request; its log has the reason under the request id"
+            )
+
+
+def draining_error() -> ApiError:
+    """Return the answer of a server that is about to end."""
+    return ApiError(
+        503, "the server is shutting down; try again later", headers={"retry-after": str(RETRY_SECONDS)}
+    )
+
+
+def dump(value: Any) -> bytes:
+    """Return a value as JSON; half of a surrogate pair, which UTF-8 cannot carry, becomes a question mark."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+
+
+def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """Return an answer with a JSON body."""
+    return Response(dump(value), status, headers, media_type="application/json")
+
+
+def error_response(error: BaseException) -> Response:
+    """Return the answer for an error."""
+    answer = as_api_error(error)
+    return json_response(answer.body, answer.status_code, dict(answer.headers or {}))
+
+
+async def handle(request: Request, error: Exception) -> Response:
+    """Answer an error that a route raised; FastAPI calls it."""
+    return error_response(error)
+
+
+def _validation_error(error: RequestValidationError) -> ApiError:
+    """Return the first fault that validation found in a body."""
+    faults = error.errors()
+    # Of the types that a field may have, the given value comes closest to the one whose fault lies deepest.
+    first = max(
+        (one for one in faults if one["loc"][:2] == faults[0]["loc"][:2]), key=lambda one: len(one["loc"])
+    )
+    # The first word of a location is "body". In a union the names of types follow, which say nothing to a client.
+    path = ".".join(str(part) for part in first["loc"][1:] if isinstance(part, int) or _is_field(part))
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is not JSON ({first['ctx']['error']} at character {path})")
+    if not path:
+        return ApiError(400, "the body must be a JSON object, with the header Content-Type: application/json")
+    given = "" if first["type"] == "missing" else f", not {shown(first.get('input'))}"
+    return ApiError(400, f"{path}: {first['msg']}{given}", param=path)
+
+
+def _is_field(part: str) -> bool:
+    return _FIELD.fullmatch(part) is not None and part not in ("str", "bool", "int", "float", "list")
+
+
+def shown(value: Any) -> str:
+    """Return a given value for a message: in one line, and not all of a long one."""
+    if isinstance(value, list | dict):
+        return f"{'a list' if isinstance(value, list) else 'an object'} of length {len(value)}"
+    text = repr(value)
+    return printable(text if len(text) <= _MOST_SHOWN else text[: _MOST_SHOWN - 3] + "...")

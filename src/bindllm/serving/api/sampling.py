@@ -1,0 +1,161 @@
+"""A question of any endpoint: its requests to the engine, and facts that its answer names."""
+
+from __future__ import annotations
+
+import random
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import PurePath
+from typing import Any
+
+from bindllm.cache.visual_cache import nearest_images
+from bindllm.conversation import Conversation
+from bindllm.errors import InputError, MediaError
+from bindllm.model.bindllm import BindLLM
+from bindllm.model.decoder import num_positions
+from bindllm.model.generation import shots_limit
+from bindllm.report.page import thumbnail
+from bindllm.serving.api.content import ContentReader, choose_cache
+from bindllm.serving.api.errors import ApiError, shown
+from bindllm.serving.api.schema import SampledBody
+from bindllm.serving.config import ServeConfig
+from bindllm.serving.engine import Engine
+from bindllm.serving.request import Request
+from bindllm.shots import add_shots, fit_shots
+
+THUMBNAIL = 96
+"""Longer side of the images of neighbors, in pixels."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A request that was read.
+
+    Args:
+        model: name of the model.
+        requests: one for each choice.
+        wants_neighbors: whether the answer names the images of the visual cache.
+        id: random part of the ids of the answer.
+        created: time of the request, in seconds since 1970.
+    """
+
+    model: str
+    requests: tuple[Request, ...]
+    wants_neighbors: bool
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+
+def read_question(
+    body: SampledBody,
+    messages: Sequence[Mapping[str, Any]],
+    model: BindLLM,
+    config: ServeConfig,
+    *,
+    max_tokens: int | None,
+    logprobs: int | None,
+    choices: int = 1,
+) -> Question:
+    """Turn a body into requests.
+
+    Args:
+        body: fields that all endpoints share.
+        messages: the conversation.
+        model: answers it.
+        config: limits, and the name of the model.
+        max_tokens: longest answer; None: the default.
+        logprobs: number of alternatives for each token; None: no log-probabilities.
+        choices: number of answers.
+
+    Raises:
+        ApiError: a field that cannot be used.
+        InputError: content that cannot be used.
+    """
+    check_model(body.model, config)
+    body.refuse_unsupported()
+    if choices > config.max_choices:
+        raise ApiError(
+            400, f"n is {choices}; this server gives at most {config.max_choices} choices", param="n"
+        )
+    reader = ContentReader(model.encoders, config)
+    conversation = _with_shots(reader.conversation(messages), body, reader, model, max_tokens)
+    # As for `BindLLM.generate`: greedy, unless a field asks for sampling. Several greedy choices would be equal.
+    samples = body.top_p is not None or choices > 1
+    temperature = body.temperature if body.temperature is not None else float(samples)
+    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    request = Request(
+        conversation,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        stop=tuple(stop),
+        logprobs=logprobs,
+        cache=choose_cache(body.cache, model),
+        timeout=config.timeout,
+    )
+    seed = body.seed if body.seed is not None else random.getrandbits(62)
+    # Each choice has its own seed, and the first that of a request with one choice.
+    requests = tuple(replace(request, seed=(seed + number) % 2**63) for number in range(choices))
+    return Question(config.model, requests, bool(body.neighbors))
+
+
+def check_model(name: str | None, config: ServeConfig) -> None:
+    """Raise an ApiError with status 404 if a request names another model."""
+    if name and name != config.model:
+        raise ApiError(
+            404,
+            f"unknown model {shown(name)}; this server has only {config.model!r}",
+            param="model",
+            code="model_not_found",
+        )
+
+
+def find_neighbors(engine: Engine, request: Request) -> list[list[dict[str, Any]]]:
+    """Return the images that the cache blends into each media group of a request, nearest first.
+
+    Returns:
+        for each image its similarity, its name, and a thumbnail as a data URI (null if its file cannot be read).
+    """
+    cache = engine.model.cache if request.cache is None else request.cache
+    groups = request.conversation.media_groups
+    if not cache or not groups:
+        return []
+    # The cache itself compares the media as they are, before it blends them.
+    embeddings = engine.encode(groups, cache=False)
+    found: list[list[dict[str, Any]]] = []
+    for group, embedding in zip(groups, embeddings, strict=True):
+        skipped = {item.modality for item in group} & set(cache.settings.skip)
+        images = [] if skipped else nearest_images(cache, embedding[None])
+        found.append([_neighbor(similarity, name) for similarity, name in images])
+    return found
+
+
+def _neighbor(similarity: float, name: str) -> dict[str, Any]:
+    image = None
+    # The file may have been removed since the cache was built.
+    with suppress(MediaError):
+        image = thumbnail(name, size=THUMBNAIL)
+    # Only the last part of the path: a client does not need the folders of this machine.
+    return {"similarity": round(similarity, 6), "name": PurePath(name).name, "thumbnail": image}
+
+
+def _with_shots(
+    conversation: Conversation,
+    body: SampledBody,
+    reader: ContentReader,
+    model: BindLLM,
+    max_tokens: int | None,
+) -> Conversation:
+    """Put worked examples before a question; an answer without some of them would be another one."""
+    shots = reader.shots(body.shots or [])
+    limit = shots_limit({"max_new_tokens": max_tokens}, num_positions(model.decoder.config))
+    kept = fit_shots(conversation, shots, model.tokenizer, limit)
+    if len(kept) < len(shots):
+        raise InputError(
+            f"only {len(kept)} of {len(shots)} shots fit: a prompt may have {limit:,} tokens, the positions of the "
+            "decoder less the longest answer. Give fewer or shorter shots"
+        )
+    return add_shots(conversation, shots)

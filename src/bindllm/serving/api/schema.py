@@ -1,0 +1,170 @@
+"""Bodies of requests: the fields that are read, and those that may not be ignored.
+
+Any other field is ignored, as clients send fields of many servers. A field of `_REFUSED` would change the answer, so
+a request that uses one is refused.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from bindllm.serving.api.errors import ApiError, shown
+
+MOST_STOPS = 16
+
+Messages = Annotated[list[dict[str, Any]], Field(min_length=1)]
+Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Temperature = Annotated[float, Field(ge=0, le=2)]
+TopP = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+TopLogprobs = Annotated[int, Field(ge=0, le=20)]
+
+# Fields that would change an answer, and the values that stand for their absence. None always does.
+_REFUSED: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("tools", "functions"), ([],)),
+    **dict.fromkeys(("logit_bias", "structured_outputs"), ({},)),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty", "min_p", "min_tokens", "top_k"), (0,)),
+    **dict.fromkeys(("repetition_penalty", "length_penalty", "best_of"), (1,)),
+    **dict.fromkeys(
+        ("ignore_eos", "use_beam_search", "echo", "continue_final_message", "background"), (False,)
+    ),
+    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), ()),
+    **dict.fromkeys(("audio", "web_search_options", "previous_response_id", "conversation", "prompt"), ()),
+    "top_k": (0, -1),
+    "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "response_format": ({"type": "text"},),
+    "add_generation_prompt": (True,),
+}
+
+
+class CacheSettings(BaseModel):
+    """Settings of the visual cache for one request."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    weight: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=1, le=1000)] | None = None
+
+
+class Body(BaseModel):
+    """Fields that every request has."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+    refused: ClassVar[dict[str, tuple[Any, ...]]] = _REFUSED
+
+    model: str | None = Field(None, description="name of the model; may be left out")
+    cache: bool | CacheSettings | None = Field(
+        None,
+        description="the visual cache: false for none, or its settings (default: that of the checkpoint)",
+    )
+
+    def refuse_unsupported(self) -> None:
+        """Raise if a field would change the answer and is not supported.
+
+        Raises:
+            ApiError: names the field, with status 400.
+        """
+        for name, value in (self.model_extra or {}).items():
+            if value is None or name not in self.refused:
+                continue
+            # By type too: in Python 0 equals False.
+            neutral = self.refused[name]
+            if not any(value == one and type(value) in (type(one), float) for one in neutral):
+                hint = f"; only {' or '.join(map(shown_json, neutral))} can be given" if neutral else ""
+                raise ApiError(
+                    400,
+                    f"{name} is {shown(value)}: this server does not support it, and without it the answer would be "
+                    f"another one{hint}. Leave it out",
+                    param=name,
+                    code="unsupported_parameter",
+                )
+
+
+def shown_json(value: Any) -> str:
+    """Return a neutral value of a field as JSON writes it."""
+    return {True: "true", False: "false"}.get(value, str(value)) if isinstance(value, bool) else str(value)
+
+
+class StreamOptions(BaseModel):
+    """Options of a stream."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    include_usage: bool | None = None
+
+
+class ShotBody(BaseModel):
+    """A worked example: a question, which may have media, and its answer."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    prompt: str | list[dict[str, Any]]
+    answer: str
+
+
+class SampledBody(Body):
+    """Fields that both forms of a question have."""
+
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    seed: Seed | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
+    top_logprobs: TopLogprobs | None = None
+    stream: bool | None = None
+    shots: list[ShotBody] | None = Field(None, description="worked examples before the question")
+    neighbors: bool | None = Field(
+        None, description="return the images that the visual cache blends in, with thumbnails"
+    )
+
+
+class ChatBody(SampledBody):
+    """Body of ``/v1/chat/completions``."""
+
+    messages: Messages
+    max_tokens: Positive | None = None
+    max_completion_tokens: Positive | None = None
+    n: Positive | None = None
+    logprobs: bool | None = None
+    stream_options: StreamOptions | None = None
+
+
+class ResponsesBody(SampledBody):
+    """Body of ``/v1/responses``."""
+
+    input: str | Messages
+    instructions: str | None = None
+    max_output_tokens: Positive | None = None
+    include: list[str] | None = None
+    text: dict[str, Any] | None = None
+
+
+class EmbeddingsBody(Body):
+    """Body of ``/v1/embeddings``."""
+
+    refused: ClassVar[dict[str, tuple[Any, ...]]] = {}
+
+    input: str | list[Any] = Field(
+        description="a text, or a list of texts and content parts; a list of parts is fused into one embedding"
+    )
+    encoding_format: str | None = None
+    dimensions: Positive | None = None
+
+
+class ErrorFields(BaseModel):
+    """Fields of an error."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """Body of every answer with an error."""
+
+    error: ErrorFields

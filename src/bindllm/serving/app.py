@@ -1,0 +1,276 @@
+"""The application: routes, the static page, and the layers around them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fastapi import APIRouter, FastAPI
+from fastapi import Request as HttpRequest
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
+
+from bindllm import __version__
+from bindllm.errors import EngineBusy
+from bindllm.model.decoder import num_positions
+from bindllm.serving.answers import Answers
+from bindllm.serving.api.chat import KEEP_ALIVE, Neighbors, chat_fields, complete_chat, stream_chat
+from bindllm.serving.api.embeddings import embed
+from bindllm.serving.api.errors import ApiError, handle, json_response
+from bindllm.serving.api.responses import ResponseWriter, response_fields, response_messages
+from bindllm.serving.api.sampling import Question, check_model, find_neighbors, read_question
+from bindllm.serving.api.schema import ChatBody, EmbeddingsBody, ErrorBody, ResponsesBody
+from bindllm.serving.config import ServeConfig
+from bindllm.serving.engine import Engine
+from bindllm.serving.guard import OPEN_PATHS, ClientLeftError, Guard
+from bindllm.serving.metrics import Metrics
+
+Found = TypeVar("Found")
+
+PAGE = Path(__file__).parent / "page"
+_MEDIA_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+    ".png": "image/png",
+}
+# Threads that embed media outside of the engine, and calls that may wait for them.
+_EMBED_THREADS, _EMBED_WAITING = 1, 64
+# For the OpenAPI description: every route may answer with them.
+_ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
+
+
+class Endpoints:
+    """The functions of all routes.
+
+    Args:
+        engine: answers questions, and embeds media.
+        config: limits.
+
+    Attributes:
+        draining: set before the server ends; then no new request is served.
+        metrics: numbers of the server.
+    """
+
+    def __init__(self, engine: Engine, config: ServeConfig) -> None:
+        self.draining, self.metrics = False, Metrics(engine)
+        self._engine, self._config = engine, config
+        self._threads = ThreadPoolExecutor(_EMBED_THREADS, thread_name_prefix="bindllm-embed")
+        self._embedding, self._created = 0, int(time.time())
+
+    def router(self) -> APIRouter:
+        """Return the routes."""
+        router = APIRouter(responses=_ERRORS)
+        router.add_api_route("/v1/models", self.models, methods=["GET"])
+        router.add_api_route("/v1/models/{name:path}", self.model, methods=["GET"])
+        router.add_api_route("/v1/chat/completions", self.chat, methods=["POST"])
+        router.add_api_route("/v1/responses", self.responses, methods=["POST"])
+        router.add_api_route("/v1/embeddings", self.embeddings, methods=["POST"])
+        for path, function in (
+            ("/health", self.health),
+            ("/ready", self.ready),
+            ("/metrics", self.show_metrics),
+        ):
+            router.add_api_route(path, function, methods=["GET"])
+        return router
+
+    async def models(self) -> Response:
+        """List the model of this server."""
+        return json_response({"object": "list", "data": [self._describe()]})
+
+    async def model(self, name: str) -> Response:
+        """Describe the model of this server."""
+        check_model(name, self._config)
+        return json_response(self._describe())
+
+    async def chat(self, body: ChatBody, request: HttpRequest) -> Response:
+        """Answer a conversation."""
+        question = await self._read(body, body.messages, **chat_fields(body))
+        options = body.stream_options
+        usage = options is not None and bool(options.include_usage)
+        return await self._answer(
+            request,
+            question,
+            whole=lambda answers, neighbors: complete_chat(question, answers, neighbors),
+            stream=partial(stream_chat, question, usage=usage) if body.stream else None,
+        )
+
+    async def responses(self, body: ResponsesBody, request: HttpRequest) -> Response:
+        """Answer a conversation, in the form of the Responses API."""
+        question = await self._read(body, response_messages(body), **response_fields(body))
+
+        def stream(answers: Answers, neighbors: Neighbors, first: Any) -> AsyncIterator[bytes]:
+            return ResponseWriter(body, question, answers, neighbors).stream(first)
+
+        return await self._answer(
+            request,
+            question,
+            whole=lambda answers, neighbors: ResponseWriter(body, question, answers, neighbors).complete(),
+            stream=stream if body.stream else None,
+        )
+
+    async def embeddings(self, body: EmbeddingsBody, request: HttpRequest) -> Response:
+        """Embed texts and media."""
+        work = self._in_thread(embed, body, self._engine, self._config)
+        return json_response(await _unless_client_leaves(request, work))
+
+    async def health(self) -> Response:
+        """Tell that the process is alive."""
+        return json_response({"status": "ok"})
+
+    async def ready(self) -> Response:
+        """Tell whether new requests are served."""
+        if self.draining:
+            return json_response({"status": "draining"}, 503, {"retry-after": "2"})
+        return json_response({"status": "ready"})
+
+    async def show_metrics(self) -> Response:
+        """Return the numbers of the server for Prometheus."""
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def _read(self, body: Any, messages: Any, **fields: Any) -> Question:
+        # In a thread: decoding large media and downloads must not stop the streams of others.
+        return await asyncio.to_thread(
+            read_question, body, messages, self._engine.model, self._config, **fields
+        )
+
+    async def _answer(
+        self,
+        request: HttpRequest,
+        question: Question,
+        *,
+        whole: Callable[[Answers, Neighbors], Coroutine[Any, Any, dict[str, Any]]],
+        stream: Callable[..., AsyncIterator[bytes]] | None,
+    ) -> Response:
+        """Submit a question, and return its answer as an object or as a stream."""
+        answers = Answers(self._engine, question.requests, self.metrics)
+        neighbors = partial(self._neighbors, question)
+        if stream is None:
+            with answers:
+                return json_response(await _unless_client_leaves(request, whole(answers, neighbors)))
+        try:
+            # Until the first token, an error can still have a status of its own.
+            first = await _unless_client_leaves(request, answers.next(KEEP_ALIVE))
+        except BaseException:
+            answers.cancel()
+            raise
+        return _EventStream(stream(answers, neighbors, first), answers)
+
+    async def _neighbors(self, question: Question) -> list[list[dict[str, Any]]] | None:
+        if not question.wants_neighbors:
+            return None
+        return await self._in_thread(find_neighbors, self._engine, question.requests[0])
+
+    async def _in_thread(self, function: Callable[..., Found], *args: Any) -> Found:
+        """Run a function that embeds media, in the order of the calls.
+
+        Raises:
+            EngineBusy: too many calls wait already.
+            ApiError: it took too long.
+        """
+        if self._embedding >= _EMBED_WAITING:
+            raise EngineBusy("too many calls wait for the encoders")
+        self._embedding += 1
+        try:
+            async with asyncio.timeout(self._config.timeout):
+                return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
+        except TimeoutError as error:
+            raise ApiError(504, "the media were not embedded within the deadline of this server") from error
+        finally:
+            self._embedding -= 1
+
+    def _describe(self) -> dict[str, Any]:
+        """Return the entry of the model, with facts that a client cannot ask for otherwise."""
+        model = self._engine.model
+        return {
+            "id": self._config.model,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "bindllm",
+            "max_model_len": num_positions(model.decoder.config),
+            "modalities": sorted({name for encoder in model.encoders for name in encoder.modalities}),
+            "embedding_size": model.encoders[0].embedding_size,
+            "has_cache": model.cache is not None,
+        }
+
+
+def build_app(engine: Engine, config: ServeConfig) -> FastAPI:
+    """Return the application; ``app.state.endpoints`` are its `Endpoints`.
+
+    Args:
+        engine: answers questions with its model.
+        config: limits and API keys.
+    """
+    endpoints = Endpoints(engine, config)
+    # Without the interactive docs, which load scripts of another site.
+    app = FastAPI(title="bindllm", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.state.endpoints = endpoints
+    app.include_router(endpoints.router())
+    page = page_files()
+    for path, (content, media_type) in page.items():
+        response = partial(_page_file, content, media_type)
+        app.add_api_route(path, response, methods=["GET"], include_in_schema=False)
+    for error in (HTTPException, RequestValidationError):
+        app.add_exception_handler(error, handle)
+    app.add_middleware(
+        Guard,
+        config=config,
+        open_paths=(*OPEN_PATHS, *page),
+        metrics=endpoints.metrics,
+        is_draining=lambda: endpoints.draining,
+    )
+    return app
+
+
+def page_files() -> dict[str, tuple[bytes, str]]:
+    """Return content and media type of each file of the static page, by its path; read once, so no path is opened."""
+    files = sorted(file for file in PAGE.glob("*") if file.suffix in _MEDIA_TYPES)
+    found = {f"/{file.name}": (file.read_bytes(), _MEDIA_TYPES[file.suffix]) for file in files}
+    return found | ({"/": found["/index.html"]} if "/index.html" in found else {})
+
+
+async def _page_file(content: bytes, media_type: str) -> Response:
+    # Asked for again after an update of the server.
+    return Response(content, media_type=media_type, headers={"cache-control": "no-cache"})
+
+
+class _EventStream(StreamingResponse):
+    """A stream of events that frees its slots however it ends, also if it never started."""
+
+    def __init__(self, events: AsyncIterator[bytes], answers: Answers) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"x-accel-buffering": "no"})
+        self._answers = answers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._answers:
+            await super().__call__(scope, receive, send)
+
+
+async def _unless_client_leaves(request: HttpRequest, work: Awaitable[Found]) -> Found:
+    """Return the result of work, which is cancelled if the client closes its connection.
+
+    Raises:
+        ClientLeftError: it did.
+    """
+    task, left = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request.receive))
+    try:
+        await asyncio.wait({task, left}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientLeftError
+        return task.result()
+    finally:
+        task.cancel()
+        left.cancel()
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,217 @@
+"""The outermost layer of the server: it checks a request before anything reads it, and adds headers to every answer.
+
+Decisions use the path of the ASGI scope, which is the path that routing uses. A URL that is put together from headers
+could be another one (CVE-2026-48710).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import logging
+import re
+import time
+import uuid
+from collections.abc import Callable, Collection
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from bindllm.errors import printable
+from bindllm.serving.api.errors import ApiError, draining_error, error_response
+from bindllm.serving.config import ServeConfig
+from bindllm.serving.metrics import Metrics
+
+logger = logging.getLogger("bindllm.serving")
+
+OPEN_PATHS = ("/health", "/ready")
+"""Paths without an API key, next to those of the page."""
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^:\[\]]+)(:[0-9]+)?")
+
+HEADERS = {
+    # The page has only its own files: no foreign script, style, font or frame.
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
+    "media-src 'self' data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    # The page records sound and images, if the user lets it.
+    "permissions-policy": "camera=(self), microphone=(self), geolocation=(), payment=(), usb=()",
+    "cache-control": "no-store",
+}
+"""Headers of every answer."""
+
+
+class Guard:
+    """Checks host, API key and size of a request, reads its body, and turns unexpected errors into answers.
+
+    Args:
+        app: the application.
+        config: keys and limits.
+        open_paths: paths that need no API key; every other one does.
+        metrics: counts the answers.
+        is_draining: whether the server is about to end; then no new question is taken.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        config: ServeConfig,
+        open_paths: Collection[str],
+        metrics: Metrics,
+        is_draining: Callable[[], bool],
+    ) -> None:
+        self._app, self._config, self._open = app, config, frozenset(open_paths)
+        self._metrics, self._is_draining = metrics, is_draining
+        # Digests have one length, so a comparison does not tell the length of a key either.
+        self._keys = [hashlib.sha256(key.encode()).digest() for key in config.keys]
+        self._held = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection of the ASGI server."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = _only(scope, b"x-request-id").decode("latin-1")
+        # An id of a client goes into headers and logs, so only harmless characters are taken over.
+        identity = given if _REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
+        started, status = time.perf_counter(), 0
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = dict(message["headers"])
+                own = {**HEADERS, "x-request-id": identity}
+                # A route may have its own, such as a page that may be cached.
+                message["headers"] = [
+                    *((k.encode(), v.encode()) for k, v in own.items() if k.encode() not in headers)
+                ]
+                message["headers"] += headers.items()
+            await send(message)
+
+        try:
+            await self._serve(scope, receive, answer, lambda: status)
+        finally:
+            seconds = time.perf_counter() - started
+            # The name of the route, as a path of a client would make a new series of numbers for each spelling.
+            route = getattr(scope.get("route"), "path", "other")
+            self._metrics.requests.labels(route, str(status or "none")).inc()
+            self._metrics.seconds.labels(route).observe(seconds)
+            line = f"{scope['method']} {scope['path'][:200]} {status or 'client left'}"
+            logger.info("%s %.3f s %s", printable(line), seconds, identity)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send, started: Callable[[], int]) -> None:
+        """Serve one request; an error before the start of an answer becomes the answer."""
+        sizes: list[int] = []
+        try:
+            self._check(scope)
+            if scope["method"] == "POST":
+                receive = _replaying(await self._read_body(scope, receive, sizes), receive)
+            await self._app(scope, receive, send)
+        except ClientLeftError:
+            return
+        except ApiError as error:
+            await error_response(error)(scope, receive, send)
+        except Exception as error:
+            if started():
+                # Part of the answer has been sent: the connection ends without the end of the answer.
+                logger.error("an answer ended early", exc_info=error)
+                raise
+            await error_response(error)(scope, receive, send)
+        finally:
+            self._held -= sum(sizes)
+
+    def _check(self, scope: Scope) -> None:
+        """Raise an ApiError for a wrong host, a missing key, or a server that is about to end."""
+        host = _HOST.fullmatch(_only(scope, b"host").decode("latin-1").lower())
+        if self._config.hosts and (host is None or host[1] not in self._config.hosts):
+            raise ApiError(
+                403,
+                "the Host header is not a name of this server; open it as localhost, or give its name at the start: "
+                "--allowed_hosts NAME",
+                code="host_not_allowed",
+            )
+        if scope["path"] in self._open:
+            return
+        if self._keys and not self._has_key(scope):
+            raise ApiError(
+                401,
+                "a valid API key is needed: send the header Authorization: Bearer KEY",
+                code="invalid_api_key",
+                headers={"www-authenticate": "Bearer"},
+            )
+        # Its numbers can still be read.
+        if self._is_draining() and scope["method"] == "POST":
+            raise draining_error()
+
+    def _has_key(self, scope: Scope) -> bool:
+        scheme, _, key = _only(scope, b"authorization").partition(b" ")
+        given, known = hashlib.sha256(key.strip()).digest(), False
+        # All of them, so that the time does not tell which one was compared last.
+        for digest in self._keys:
+            known |= hmac.compare_digest(digest, given)
+        return known and scheme.lower() == b"bearer"
+
+    async def _read_body(self, scope: Scope, receive: Receive, sizes: list[int]) -> bytes:
+        """Return the whole body, which may come in chunks without a length; ``sizes`` gets the size of each chunk.
+
+        Raises:
+            ApiError: it is too large or too slow, or the bodies of all requests together are too large.
+        """
+        length = _only(scope, b"content-length")
+        self._check_size(int(length) if length.isdigit() else 0)
+        chunks: list[bytes] = []
+        try:
+            async with asyncio.timeout(self._config.body_seconds):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientLeftError
+                    chunks.append(message.get("body", b""))
+                    sizes.append(len(chunks[-1]))
+                    self._held += sizes[-1]
+                    self._check_size(sum(sizes))
+                    if not message.get("more_body"):
+                        return b"".join(chunks)
+        except TimeoutError:
+            seconds = self._config.body_seconds
+            raise ApiError(408, f"the body did not arrive within {seconds:g} seconds") from None
+
+    def _check_size(self, size: int) -> None:
+        if size > self._config.max_body:
+            raise ApiError(
+                413,
+                f"the body is larger than {self._config.max_body:,} bytes, the limit here: send smaller media",
+            )
+        if self._held > self._config.max_held:
+            raise ApiError(
+                429, "the server holds too many large requests; try again later", headers={"retry-after": "2"}
+            )
+
+
+class ClientLeftError(Exception):
+    """The client closed its connection before its body was complete."""
+
+
+def _only(scope: Scope, name: bytes) -> bytes:
+    """Return the value of a header that occurs once; of several, which two programs may read differently, none."""
+    found = [value for key, value in scope["headers"] if key == name]
+    return found[0] if len(found) == 1 else b""
+
+
+def _replaying(body: bytes, receive: Receive) -> Receive:
+    """Return a function that gives the body that was read, and then the further messages of the connection."""
+    waiting = [body]
+
+    async def replay() -> Message:
+        if waiting:
+            return {"type": "http.request", "body": waiting.pop(), "more_body": False}
+        return await receive()
+
+    return replay

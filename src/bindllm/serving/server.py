@@ -1,0 +1,119 @@
+"""The process: it listens, and at its end it finishes what runs."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from bindllm.errors import UsageError, printable
+from bindllm.serving.engine import Engine
+
+logger = logging.getLogger("bindllm.serving")
+
+CONTINUED = "  | "
+"""Starts each further line of one entry of the log."""
+
+CONNECTIONS = 1024
+"""Connections at the same time; further ones get status 503."""
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Return a socket at an address, which does not listen yet.
+
+    Raises:
+        UsageError: the address is unknown or in use.
+    """
+    try:
+        # An exact int: the type of an option is a subclass, which is refused.
+        family, kind, protocol, _, address = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+        # A server that was just stopped does not block its port.
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        raise UsageError(
+            f"cannot listen at {host}:{port} ({error.strerror or error}); choose another --host or --port"
+        ) from error
+    return bound
+
+
+def run(app: FastAPI, engine: Engine, bound: socket.socket, *, drain: float, name: str) -> None:
+    """Serve until a signal ends it.
+
+    Args:
+        app: the application.
+        engine: closed at the end.
+        bound: where to listen.
+        drain: longest time for finishing what runs, in seconds.
+        name: of the model, for the line that is printed once requests are served.
+    """
+    config = uvicorn.Config(
+        app,
+        # The parser in Python: the same everywhere, and strict about lengths.
+        http="h11",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        # Headers of a proxy decide nothing here, so none is trusted.
+        proxy_headers=False,
+        limit_concurrency=CONNECTIONS,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=max(1, round(drain)),
+    )
+    host, port = bound.getsockname()[:2]
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    greeting = f"{printable(name)} at {address}: chat page, and {address}/v1 for programs"
+    server = _Server(config, app, engine, drain=drain, greeting=greeting)
+    try:
+        server.run(sockets=[bound])
+    finally:
+        engine.close(drain=0)
+
+
+class LogFormatter(logging.Formatter):
+    """Writes entries so that no text in them, such as one of a request, can look like an entry of its own."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return an entry; its further lines, such as a traceback, start with `CONTINUED`."""
+        first, *more = super().format(record).splitlines()
+        return "\n".join([printable(first), *(CONTINUED + printable(line) for line in more)])
+
+
+class _Server(uvicorn.Server):
+    """Keeps listening while it drains, so that a client is told to try elsewhere."""
+
+    def __init__(
+        self, config: uvicorn.Config, app: FastAPI, engine: Engine, *, drain: float, greeting: str
+    ) -> None:
+        super().__init__(config)
+        self._endpoints, self._engine = app.state.endpoints, engine
+        self._drain_seconds, self._greeting = drain, greeting
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start to listen, and print where."""
+        await super().startup(sockets)
+        # For programs that start this one: from now on a connection is accepted.
+        print(self._greeting, flush=True)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Start to drain at the first signal; end at once at the second."""
+        if self._endpoints.draining:
+            self.should_exit = self.force_exit = True
+            return
+        self._endpoints.draining = True
+        # Not in the handler of the signal, which must not wait.
+        threading.Thread(target=self._drain, name="bindllm-drain", daemon=True).start()
+
+    def _drain(self) -> None:
+        logger.info("finishing %d requests, up to %g seconds", self._engine.running, self._drain_seconds)
+        try:
+            self._engine.close(drain=self._drain_seconds)
+        finally:
+            self.should_exit = True

@@ -1,0 +1,97 @@
+"""`bindllm serve`: refusals before the model is loaded, and a real process that finishes its answers at SIGTERM."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import httpx
+import pytest
+
+from bindllm.cli import main
+from bindllm.model.bindllm import BindLLM
+from bindllm.serving.config import KEYS_VARIABLE
+from cache_parts import ALLOW, save_tiny_model
+
+TESTS = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def never_loaded(monkeypatch):
+    monkeypatch.delenv(KEYS_VARIABLE, raising=False)
+    monkeypatch.setattr(BindLLM, "from_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))
+
+
+def test_other_machines_need_a_key(capsys, tmp_path):
+    assert main(["serve", "folder", "--host", "0.0.0.0", "--port", "0"]) == 2
+    assert "needs API keys: give --api_keys FILE" in capsys.readouterr().err
+    (tmp_path / "keys").write_text("\n")
+    assert main(["serve", "folder", "--api_keys", str(tmp_path / "keys")]) == 1
+    assert "has no API key" in capsys.readouterr().err
+    assert main(["serve", "folder", "--media_domains", "http://a.example"]) == 1
+    assert "a domain is a host" in capsys.readouterr().err
+
+
+def test_a_port_that_is_in_use(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert main(["serve", "folder", "--port", str(taken.getsockname()[1])]) == 2
+    assert "in use" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """The process of a server, and its address."""
+    home = tmp_path_factory.mktemp("server")
+    save_tiny_model(home / "tiny", home / "decoder")
+    words = [sys.executable, "-m", "bindllm.cli", "serve", "tiny", "--port", "0", "--allow", ALLOW[0]]
+    source = TESTS.parent / "src"
+    paths = {"PYTHONPATH": os.pathsep.join([str(source), str(TESTS)])}
+    process = subprocess.Popen(
+        words, cwd=home, env={**os.environ, **paths}, stdout=subprocess.PIPE, text=True
+    )
+    line = process.stdout.readline()
+    assert line.startswith("tiny at http://127.0.0.1:"), process.wait()
+    yield process, line.split()[2].rstrip(":")
+    process.kill()
+    process.stdout.close()
+
+
+def test_sigterm_finishes_the_running_answer_and_refuses_others(server):
+    process, address = server
+    seen, started = [], threading.Event()
+
+    def ask():
+        body = {
+            "messages": [{"role": "user", "content": "Hi"}],
+            "stream": True,
+            "max_tokens": 400,
+            "temperature": 1,
+        }
+        # A sampled answer of a random decoder nearly never ends by itself.
+        with httpx.stream(
+            "POST", f"{address}/v1/chat/completions", json={**body, "seed": 1}, timeout=60
+        ) as answer:
+            for line in answer.iter_lines():
+                if line:
+                    seen.append(line.removeprefix("data: "))
+                    started.set()
+
+    client = threading.Thread(target=ask)
+    client.start()
+    assert started.wait(120)
+    process.send_signal(signal.SIGTERM)
+    while (ready := httpx.get(f"{address}/ready", timeout=60)).status_code == 200:
+        pass
+    assert ready.status_code == 503
+    refused = httpx.post(
+        f"{address}/v1/chat/completions", json={"messages": [{"role": "user", "content": "Hi"}]}
+    )
+    assert (refused.status_code, "retry-after" in refused.headers) == (503, True)
+    client.join(120)
+    assert seen[-1] == "[DONE]"
+    assert json.loads(seen[-2])["choices"][0]["finish_reason"] in ("length", "stop")
+    assert process.wait(60) == 0

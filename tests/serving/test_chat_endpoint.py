@@ -1,0 +1,242 @@
+"""`/v1/chat/completions`: fields, content parts, streams, and refusals."""
+
+import json
+
+import pytest
+
+from bindllm.errors import MediaError
+from bindllm.media import Media
+from serving_parts import FakeEngine, ask, client_of, data_uri, image_part, png
+from tiny import tiny_model
+
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def model(decoder):
+    return tiny_model(decoder)
+
+
+def events(answer) -> list:
+    """The objects of a stream; the last event must be [DONE]."""
+    lines = [line.removeprefix("data: ") for line in answer.text.split("\n\n") if line.startswith("data: ")]
+    assert lines.pop() == "[DONE]"
+    return [json.loads(line) for line in lines]
+
+
+def test_an_answer_has_the_shape_of_openai(model):
+    client = client_of(model)
+    answer = client.post(CHAT, json=ask(image_part()))
+    assert answer.status_code == 200
+    body = answer.json()
+    assert body["id"].startswith("chatcmpl-")
+    assert (body["object"], body["model"]) == ("chat.completion", "tiny")
+    assert body["choices"] == [
+        {
+            "index": 0,
+            "message": {"role": "assistant", "content": "a red square", "refusal": None},
+            "logprobs": None,
+            "finish_reason": "stop",
+        }
+    ]
+    assert body["usage"] == {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
+    (request,) = client.engine.requests
+    (message,) = request.conversation.messages
+    assert (message.media[0].source, message.text) == (png(), "What is it?")
+    assert (request.max_tokens, request.temperature, request.top_p, request.timeout) == (None, 0.0, 1.0, 300)
+
+
+def test_a_stream_ends_with_usage_and_done(model):
+    body = ask(stream=True, stream_options={"include_usage": True})
+    answer = client_of(model).post(CHAT, json=body)
+    assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
+    first, *middle, last = events(answer)
+    assert first["choices"][0]["delta"] == {"role": "assistant", "content": "", "refusal": None}
+    assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in middle) == "a red square"
+    assert [chunk["choices"][0]["finish_reason"] for chunk in middle] == [None, None, None, "stop"]
+    assert (last["choices"], last["usage"]["total_tokens"]) == ([], 10)
+    assert all(chunk["usage"] is None for chunk in (first, *middle))
+    assert len({(chunk["id"], chunk["created"]) for chunk in (first, *middle, last)}) == 1
+
+
+def test_without_stream_options_no_chunk_has_usage(model):
+    chunks = events(client_of(model).post(CHAT, json=ask(stream=True)))
+    assert not [chunk for chunk in chunks if "usage" in chunk or not chunk["choices"]]
+
+
+def test_fields_reach_the_engine(model):
+    client = client_of(model)
+    body = ask(
+        **{"max_completion_tokens": 5, "temperature": 0.7, "top_p": 0.9, "seed": 3, "n": 2, "stop": "x"},
+        **{"logprobs": True, "top_logprobs": 2, "user": "me", "metadata": {}, "store": True, "tools": []},
+        **{"presence_penalty": 0, "logit_bias": {}, "response_format": {"type": "text"}, "unknown": 1},
+    )
+    answer = client.post(CHAT, json=body).json()
+    first, second = client.engine.requests
+    assert (first.max_tokens, first.temperature, first.top_p, first.stop) == (5, 0.7, 0.9, ("x",))
+    assert (first.seed, second.seed, first.logprobs) == (3, 4, 2)
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1]
+    token = answer["choices"][1]["logprobs"]["content"][0]
+    assert token["token"] == "a "
+    assert token["bytes"] == [97, 32]
+    assert token["top_logprobs"][1] == {"token": "x", "logprob": -1.5, "bytes": [120]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "temperature"), [({}, 0), ({"top_p": 0.5}, 1), ({"n": 2}, 1), ({"temperature": 0, "n": 2}, 0)]
+)
+def test_an_answer_is_greedy_unless_a_field_asks_for_sampling(model, fields, temperature):
+    client = client_of(model)
+    client.post(CHAT, json=ask(**fields))
+    assert client.engine.requests[0].temperature == temperature
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"logit_bias": {"1": 5}}, "logit_bias"),
+        ({"presence_penalty": 0.5}, "presence_penalty"),
+        ({"frequency_penalty": -1}, "frequency_penalty"),
+        ({"top_k": 5}, "top_k"),
+        ({"min_p": False}, "min_p"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"temperature": 3}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens"),
+        ({"n": 99}, "n"),
+        ({"stop": [""]}, "stop.0"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"messages": []}, "messages"),
+        ({"messages": None}, "messages"),
+        ({"messages": [{"role": "assistant", "content": "Hi"}]}, "messages"),
+        ({"cache": True}, "cache"),
+        ({"cache": {"place": "/etc"}}, "cache.place"),
+        ({"seed": 2**63}, "seed"),
+    ],
+)
+def test_a_field_that_cannot_be_used_is_refused(model, fields, param):
+    answer = client_of(model).post(CHAT, json={**ask(), **fields})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert (error["type"], error["param"]) == ("invalid_request_error", param)
+    assert error["message"]
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ({"type": "image_url", "image_url": {"url": "/etc/passwd"}}, "expected a data: URI"),
+        ({"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}, "expected a data: URI"),
+        ({"type": "image_url", "image_url": {"url": "http://localhost/a.png"}}, "does not download"),
+        ({"type": "image_url", "image_url": {"path": "/etc/passwd"}}, "expected a data: URI"),
+        ({"type": "image", "path": "/etc/passwd"}, "expected a data: URI"),
+        ({"type": "image_url", "image_url": {"url": "data:image/png;base64,!!"}}, "not base64"),
+        ({"type": "image_url", "image_url": {"url": "data:image/png;base64"}}, "no comma"),
+        ({"type": "input_audio", "input_audio": {"data": "AAAA"}}, "no encoder serves the modality 'audio'"),
+        ({"type": "depth", "depth": data_uri(png())}, "no encoder serves the modality 'depth'"),
+        ({"type": "image"}, "more placeholders"),
+        ({"type": "img_url"}, "unknown content part"),
+        ({"type": "file", "file": {"file_id": "file-1"}}, "file_id"),
+        ({"type": "file", "file": {"file_data": "data:application/pdf;base64,AAAA"}}, "any modality"),
+        ({"type": "text", "text": "half \ud800"}, "not valid Unicode"),
+    ],
+)
+def test_a_content_part_that_cannot_be_used_is_refused(model, part, words):
+    # By hand, since httpx cannot write half of a surrogate pair.
+    body = json.dumps(ask(part))
+    answer = client_of(model).post(CHAT, content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    assert words in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image_url", "image_url": data_uri(png())},
+        {"type": "input_image", "image_url": data_uri(png())},
+        {"type": "file", "file": {"file_data": data_uri(png()), "filename": "a"}},
+        {"type": "file", "file": {"file_data": data_uri(png()).partition(",")[2], "filename": "a.PNG"}},
+        {"type": "image", "image": data_uri(png()).replace("+", "%2B")},
+    ],
+)
+def test_spellings_of_an_image(model, part):
+    client = client_of(model)
+    assert client.post(CHAT, json=ask(part)).status_code == 200
+    (message,) = client.engine.requests[0].conversation.messages
+    assert message.media == (Media.image(png()),)
+
+
+def test_a_placeholder_in_a_text_is_a_word(model):
+    client = client_of(model)
+    client.post(
+        CHAT, json={"messages": [{"role": "developer", "content": "Be brief."}, *ask("<image>")["messages"]]}
+    )
+    system, user = client.engine.requests[0].conversation.messages
+    assert (system.role, user.text) == ("system", "<image>\nWhat is it?")
+
+
+def test_shots_stand_before_the_question(model):
+    client = client_of(model)
+    shots = [{"prompt": [image_part()], "answer": "red"}, {"prompt": "And this?", "answer": "blue"}]
+    assert client.post(CHAT, json=ask(shots=shots)).status_code == 200
+    conversation = client.engine.requests[0].conversation
+    assert conversation.examples == 2
+    assert [message.text for message in conversation.messages] == [
+        "",
+        "red",
+        "And this?",
+        "blue",
+        "What is it?",
+    ]
+    long = [{"prompt": "x" * 400, "answer": "y"}]
+    assert "0 of 1 shots fit" in client.post(CHAT, json=ask(shots=long)).json()["error"]["message"]
+
+
+def test_too_many_media_are_refused(model):
+    answer = client_of(model, max_media=1).post(CHAT, json=ask(image_part(), image_part()))
+    assert answer.json()["error"]["message"] == "more than 1 media in one request"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_error_before_the_first_token_has_its_status(model, stream):
+    client = client_of(model, FakeEngine((), error=MediaError("<9 bytes>: not an image")))
+    answer = client.post(CHAT, json=ask(stream=stream))
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, "<9 bytes>: not an image")
+
+
+def test_an_error_in_a_stream_is_its_last_event(model, caplog):
+    client = client_of(model, FakeEngine(error=RuntimeError("secret\nforged line")))
+    *_, last = events(client.post(CHAT, json=ask(stream=True)))
+    assert last["error"]["type"] == "server_error"
+    assert "secret" not in last["error"]["message"]
+    assert "secret" in caplog.text
+
+
+def test_a_deadline_is_an_error_that_clients_do_not_retry(model):
+    answer = client_of(model, FakeEngine(finish="timeout")).post(CHAT, json=ask())
+    assert (answer.status_code, answer.headers["x-should-retry"]) == (504, "false")
+
+
+def test_a_full_queue_is_429_and_frees_the_choices_that_had_a_place(model):
+    client = client_of(model, FakeEngine(busy_after=1))
+    answer = client.post(CHAT, json=ask(n=2))
+    assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")
+    assert float(answer.headers["retry-after"]) > 0
+    assert client.engine.cancelled == 1
+
+
+def test_another_model_is_not_found(model):
+    answer = client_of(model).post(CHAT, json={**ask(), "model": "gpt-4o"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+
+
+def test_an_empty_answer_of_the_model_can_be_sent_back(model):
+    client = client_of(model)
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": ""}, *ask()["messages"]]
+    assert client.post(CHAT, json={"messages": turns}).status_code == 200
+    roles = [message.role for message in client.engine.requests[0].conversation.messages]
+    assert roles == ["user", "assistant", "user"]
