@@ -19,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from bindllm import __version__
 from bindllm.errors import EngineBusy
+from bindllm.media.limits import limited
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.decoder import num_positions
 from bindllm.serving.answers import Answers
@@ -181,11 +182,16 @@ class Endpoints:
         self._embedding += 1
         try:
             async with asyncio.timeout(self._config.timeout):
-                return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
+                work = partial(self._limited, function, *args)
+                return await asyncio.get_running_loop().run_in_executor(self._threads, work)
         except TimeoutError as error:
             raise ApiError(504, "the media were not embedded within the deadline of this server") from error
         finally:
             self._embedding -= 1
+
+    def _limited(self, function: Callable[..., Found], *args: Any) -> Found:
+        with limited(self._engine.limits):
+            return function(*args)
 
     def _describe(self) -> dict[str, Any]:
         """Return the entry of the model, with facts that a client cannot ask for otherwise."""
