@@ -6,6 +6,7 @@ import asyncio
 import base64
 import hashlib
 import io
+import json
 import random
 import socket
 import threading
@@ -17,7 +18,6 @@ from dataclasses import dataclass
 import httpx
 import numpy as np
 import torch
-import uvicorn
 from PIL import Image
 
 import bombs
@@ -25,6 +25,7 @@ from bindllm import BindLLM, Media
 from bindllm.serving.app import build_app
 from bindllm.serving.config import ServeConfig
 from bindllm.serving.engine import Engine
+from bindllm.serving.server import build_server
 from recordings import numbered, video_file, wav
 from serving_parts import data_uri
 from tiny import tiny_model
@@ -82,8 +83,7 @@ class LiveServer:
         bound.bind(("127.0.0.1", 0))
         self.port = bound.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        options = {"http": "h11", "ws": "none", "lifespan": "off", "log_config": None, "access_log": False}
-        self._server = uvicorn.Server(uvicorn.Config(self.app, **options))
+        self._server = build_server(self.app, self.engine, bound, drain=5, name="tiny")
         run = {"target": self._server.run, "kwargs": {"sockets": [bound]}, "daemon": True}
         self._thread = threading.Thread(**run)
 
@@ -183,50 +183,55 @@ class Ask:
         return model.generate(self.prompt, media, max_new_tokens=self.body["max_tokens"])
 
 
-def _malformed(draw: random.Random) -> dict | bytes:
+def malformed_bodies() -> list[dict | bytes]:
+    """Return bodies that are not requests."""
     good = {"messages": [{"role": "user", "content": "Hi"}]}
-    return draw.choice(
-        [
-            b"",
-            b"{",
-            b'{"messages": [' + b"[" * 50_000,
-            b"\xff\xfe",
-            b'{"messages": NaN}',
-            {},
-            {"messages": []},
-            {"messages": "Hi"},
-            {"messages": [{"role": "robot", "content": "Hi"}]},
-            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-            {
-                "messages": [
-                    {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "/etc/passwd"}}]}
-                ]
-            },
-            {
-                "messages": [
-                    {
-                        "role": "user",
-                        "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}],
-                    }
-                ]
-            },
-            {
-                "messages": [
-                    {
-                        "role": "user",
-                        "content": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1/"}}],
-                    }
-                ]
-            },
-            {"messages": [{"role": "user", "content": [part_of("image", b"no image"), "?"]}]},
-            {**good, "max_tokens": 0},
-            {**good, "max_tokens": "9"},
-            {**good, "temperature": -1},
-            {**good, "n": 10**9},
-            {**good, "stop": [""]},
-            {**good, "response_format": {"type": "json_schema"}},
-        ]
-    )
+    return [
+        b"",
+        b"{",
+        b'{"messages": [' + b"[" * 50_000,
+        b"\xff\xfe",
+        b'{"messages": NaN}',
+        {},
+        {"messages": []},
+        {"messages": "Hi"},
+        {"messages": [{"role": "robot", "content": "Hi"}]},
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "/etc/passwd"}}]}
+            ]
+        },
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}],
+                }
+            ]
+        },
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1/"}}],
+                }
+            ]
+        },
+        {"messages": [{"role": "user", "content": [part_of("image", b"no image"), "?"]}]},
+        {**good, "max_tokens": 0},
+        {**good, "max_tokens": "9"},
+        {**good, "temperature": -1},
+        {**good, "n": 10**9},
+        {**good, "stop": [""]},
+        {**good, "response_format": {"type": "json_schema"}},
+        b'{"messages": [{"role": "user", "content": "Hi"}], "max_tokens": ' + b"9" * 5000 + b"}",
+        b'{"messages": [{"role": "user", "content": "Hi"}], "temperature": 1e999}',
+        b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+        {**good, "model": "\ud800"},
+        {**good, "model": "x" * 100_000},
+        {**good, "seed": 2**64},
+    ]
 
 
 def draw_crowd(seed: int, size: int) -> list[Ask]:
@@ -238,7 +243,7 @@ def draw_crowd(seed: int, size: int) -> list[Ask]:
     draw.shuffle(kinds)
     for number, kind in enumerate(kinds):
         if kind == "malformed":
-            crowd.append(Ask(kind, _malformed(draw)))
+            crowd.append(Ask(kind, draw.choice(malformed_bodies())))
             continue
         media = tuple(some_media(draw) for _ in range(draw.choice([0, 1, 1, 1, 2])))
         if kind == "bomb":
@@ -273,18 +278,20 @@ async def _one(client: httpx.AsyncClient, ask: Ask, draw: random.Random) -> tupl
         return answer.status_code, body["choices"][0]["message"][
             "content"
         ] if "choices" in body else answer.text
-    return 200, text_of_stream(answer.text)
+    return read_stream(answer.text)
 
 
-def text_of_stream(stream: str) -> str:
-    """Return the text of all events; an error among them is raised."""
-    import json
-
+def read_stream(stream: str) -> tuple[int, str]:
+    """Return 200 and the text of all events, or 400 and the error that ended a stream after its first comment."""
     events = [line.removeprefix("data: ") for line in stream.splitlines() if line.startswith("data: ")]
     assert events.pop() == "[DONE]"
     chunks = [json.loads(event) for event in events]
-    assert not [chunk for chunk in chunks if "error" in chunk], chunks
-    return "".join(choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"])
+    if "error" in chunks[-1]:
+        assert chunks[-1]["error"]["type"] == "invalid_request_error", chunks
+        return 400, chunks[-1]["error"]["message"]
+    return 200, "".join(
+        choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"]
+    )
 
 
 def send_all(url: str, crowd: list[Ask], *, seed: int = 0) -> list[tuple[int, str]]:
