@@ -70,7 +70,7 @@ class Browser:
             "POST", self._session + "/execute/sync", {"script": source, "args": list(arguments)}
         )
 
-    def wait(self, script: str, *arguments, seconds: float = 20):
+    def wait(self, script: str, *arguments, seconds: float = 60):
         """Return the value of a script as soon as it is true."""
         end = time.monotonic() + seconds
         while not (value := self.run(script, *arguments)):

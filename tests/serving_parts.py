@@ -73,7 +73,9 @@ class FakeEngine:
 def client_of(model, engine=None, *, base_url="http://localhost", **limits) -> TestClient:
     """Return a client of the application; ``limits`` are those of `ServeConfig`."""
     engine = engine or FakeEngine()
-    app = build_app(model, engine, ServeConfig("tiny", **limits))
+    if isinstance(engine, FakeEngine):
+        engine.model, engine.encode = model, model.encode
+    app = build_app(engine, ServeConfig("tiny", **limits))
     client = TestClient(app, base_url=base_url, raise_server_exceptions=False)
     client.engine = engine
     return client

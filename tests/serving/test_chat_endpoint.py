@@ -232,3 +232,11 @@ def test_a_full_queue_is_429_and_frees_the_choices_that_had_a_place(model):
 def test_another_model_is_not_found(model):
     answer = client_of(model).post(CHAT, json={**ask(), "model": "gpt-4o"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+
+
+def test_an_empty_answer_of_the_model_can_be_sent_back(model):
+    client = client_of(model)
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": ""}, *ask()["messages"]]
+    assert client.post(CHAT, json={"messages": turns}).status_code == 200
+    roles = [message.role for message in client.engine.requests[0].conversation.messages]
+    assert roles == ["user", "assistant", "user"]

@@ -103,7 +103,7 @@ def serve(
 
     loaded = load_with_cache(checkpoint, model, cache, overrides)
     engine = Engine(loaded, slots=limits.slots, queue=limits.queue)
-    run(build_app(loaded, engine, config), engine, bound, drain=limits.drain, name=config.model)
+    run(build_app(engine, config), engine, bound, drain=limits.drain, name=config.model)
     return 0
 
 

@@ -154,7 +154,9 @@ class RecordMedia:
         return RowError(f"{word} placeholders <{modality}> than media", detail)
 
 
-def parse_messages(messages: Sequence[object], media: RecordMedia) -> list[Message]:
+def parse_messages(
+    messages: Sequence[object], media: RecordMedia, *, allow_empty_answers: bool = False
+) -> list[Message]:
     r"""Parse OpenAI-style messages.
 
     A placeholder such as ``<image>`` in a user's text counts only if the row has media of that modality left;
@@ -168,6 +170,7 @@ def parse_messages(messages: Sequence[object], media: RecordMedia) -> list[Messa
             ``{"type": "point", "point": ...}``; without its media, ``{"type": "image"}``, it stands for the next of
             ``media``.
         media: media outside the messages; resolves those inside, too.
+        allow_empty_answers: take an empty answer, which a model may have given; no one can learn from it.
 
     Raises:
         RowError: a message that cannot be used; the reason says why.
@@ -191,7 +194,7 @@ def parse_messages(messages: Sequence[object], media: RecordMedia) -> list[Messa
     rest = media.rest() if users else []
     if rest:
         placed[users[0]] = ("user", [*rest, *placed[users[0]][1]])
-    return _join([(role, _strip(parts)) for role, parts in placed])
+    return _join([(role, _strip(parts)) for role, parts in placed], allow_empty_answers)
 
 
 def answered(messages: Sequence[Message]) -> Conversation:
@@ -375,14 +378,13 @@ def _strip(parts: list[str | Media]) -> list[str | Media]:
     return [part for part in parts if part != ""]
 
 
-def _join(turns: list[tuple[Role, list[str | Media]]]) -> list[Message]:
+def _join(turns: list[tuple[Role, list[str | Media]]], allow_empty_answers: bool) -> list[Message]:
     """Join successive turns of one role, unless both hold media, and refuse turns that cannot be used."""
     joined: list[Message] = []
     for role, parts in turns:
-        message = _checked(role, parts)
+        message = _checked(role, parts, allow_empty_answers)
         last = joined[-1] if joined else None
-        # Only a system message can be empty here (`_checked`).
-        if not parts:
+        if not parts and role == "system":
             continue
         # Two messages with media stay apart, because the media of one message are fused.
         if last is None or last.role != role or (last.media and message.media):
@@ -393,13 +395,14 @@ def _join(turns: list[tuple[Role, list[str | Media]]]) -> list[Message]:
     return joined
 
 
-def _checked(role: Role, parts: list[str | Media]) -> Message:
+def _checked(role: Role, parts: list[str | Media], allow_empty_answers: bool) -> Message:
     try:
         message = Message(role, parts)
     except InputError as error:
         raise RowError("a text is not valid Unicode (half of a surrogate pair)") from error
     if role == "assistant" and message.media:
         raise RowError("media in an answer; a model answers in text")
-    if role != "system" and not message.media and not is_visible(message.text):
+    is_needed = role == "user" or (role == "assistant" and not allow_empty_answers)
+    if is_needed and not message.media and not is_visible(message.text):
         raise RowError("empty answer" if role == "assistant" else "a question without text or media")
     return message

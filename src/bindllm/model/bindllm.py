@@ -23,7 +23,7 @@ from bindllm.cache.blend import CacheConfig
 from bindllm.cache.visual_cache import CacheChoice, VisualCache
 from bindllm.conversation import Conversation
 from bindllm.embeddings.datastore import Datastore
-from bindllm.embeddings.embedder import GroupEmbeddings, embed_groups
+from bindllm.embeddings.embedder import GroupEmbeddings, RecentEmbeddings, embed_groups
 from bindllm.encoders import Encoder, alignment_warnings, skipped_encoders
 from bindllm.encoders.fusion import common_size
 from bindllm.encoders.tokens import token_size
@@ -220,7 +220,11 @@ class BindLLM(nn.Module):
         check_keys(self.trainable_state(), tensors, source=source)
 
     def encode(
-        self, media: Sequence[Media] | Sequence[Sequence[Media]], *, cache: CacheChoice = None
+        self,
+        media: Sequence[Media] | Sequence[Sequence[Media]],
+        *,
+        cache: CacheChoice = None,
+        recent: RecentEmbeddings | None = None,
     ) -> Tensor:
         """Embed media.
 
@@ -229,6 +233,7 @@ class BindLLM(nn.Module):
                 mean of its unit embeddings, normalized again unless `BindConfig.fusion` is ``mean``).
             cache: mixes the nearest images into each embedding (by default, of items without an image); None:
                 the model's own, False: none.
+            recent: as for `embed_groups`.
 
         Returns:
             embeddings, [N, E], float32, on the CPU; unit norm, but for several media fused by a plain mean.
@@ -242,15 +247,13 @@ class BindLLM(nn.Module):
             raise InputError(f"encode takes a list of Media with at least one in it, not {media!r}")
         # A single media is a group of one.
         groups = [(item,) if isinstance(item, Media) else check_media(item) for item in media]
-        return self._encode(groups, cache).embeddings
+        return self._encode(groups, cache, recent=recent).embeddings
 
     @torch.no_grad()
-    def _encode(
-        self, groups: Sequence[Sequence[Media]], cache: CacheChoice, **choices: Any
-    ) -> GroupEmbeddings:
-        """Return the embeddings of media groups, [N, E], and tokens, [N, n, C]; choices as for `embed_groups`."""
+    def _encode(self, groups: Sequence[Sequence[Media]], cache: CacheChoice, **more: Any) -> GroupEmbeddings:
+        """Return the embeddings of media groups, [N, E], and tokens, [N, n, C]; ``more`` as for `embed_groups`."""
         normalize = self.bind_config.fusion == "unit"
-        found = embed_groups(groups, self.encoders, device=self.device, normalize=normalize, **choices)
+        found = embed_groups(groups, self.encoders, device=self.device, normalize=normalize, **more)
         cache = self.cache if cache is None else cache
         if not cache:
             return found

@@ -19,8 +19,6 @@ from starlette.types import Receive, Scope, Send
 
 from bindllm import __version__
 from bindllm.errors import EngineBusy
-from bindllm.media.limits import limited
-from bindllm.model.bindllm import BindLLM
 from bindllm.model.decoder import num_positions
 from bindllm.serving.answers import Answers
 from bindllm.serving.api.chat import KEEP_ALIVE, Neighbors, chat_fields, complete_chat, stream_chat
@@ -54,8 +52,7 @@ class Endpoints:
     """The functions of all routes.
 
     Args:
-        model: the model, for media and its cache.
-        engine: answers questions.
+        engine: answers questions, and embeds media.
         config: limits.
 
     Attributes:
@@ -63,9 +60,9 @@ class Endpoints:
         metrics: numbers of the server.
     """
 
-    def __init__(self, model: BindLLM, engine: Engine, config: ServeConfig) -> None:
+    def __init__(self, engine: Engine, config: ServeConfig) -> None:
         self.draining, self.metrics = False, Metrics(engine)
-        self._model, self._engine, self._config = model, engine, config
+        self._engine, self._config = engine, config
         self._threads = ThreadPoolExecutor(_EMBED_THREADS, thread_name_prefix="bindllm-embed")
         self._embedding, self._created = 0, int(time.time())
 
@@ -122,7 +119,7 @@ class Endpoints:
 
     async def embeddings(self, body: EmbeddingsBody, request: HttpRequest) -> Response:
         """Embed texts and media."""
-        work = self._in_thread(embed, body, self._model, self._config)
+        work = self._in_thread(embed, body, self._engine, self._config)
         return json_response(await _unless_client_leaves(request, work))
 
     async def health(self) -> Response:
@@ -141,7 +138,9 @@ class Endpoints:
 
     async def _read(self, body: Any, messages: Any, **fields: Any) -> Question:
         # In a thread: decoding large media and downloads must not stop the streams of others.
-        return await asyncio.to_thread(read_question, body, messages, self._model, self._config, **fields)
+        return await asyncio.to_thread(
+            read_question, body, messages, self._engine.model, self._config, **fields
+        )
 
     async def _answer(
         self,
@@ -168,7 +167,7 @@ class Endpoints:
     async def _neighbors(self, question: Question) -> list[list[dict[str, Any]]] | None:
         if not question.wants_neighbors:
             return None
-        return await self._in_thread(find_neighbors, self._model, question.requests[0])
+        return await self._in_thread(find_neighbors, self._engine, question.requests[0])
 
     async def _in_thread(self, function: Callable[..., Found], *args: Any) -> Found:
         """Run a function that embeds media, in the order of the calls.
@@ -182,20 +181,15 @@ class Endpoints:
         self._embedding += 1
         try:
             async with asyncio.timeout(self._config.timeout):
-                work = partial(self._limited, function, *args)
-                return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+                return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
         except TimeoutError as error:
             raise ApiError(504, "the media were not embedded within the deadline of this server") from error
         finally:
             self._embedding -= 1
 
-    def _limited(self, function: Callable[..., Found], *args: Any) -> Found:
-        with limited(self._engine.limits):
-            return function(*args)
-
     def _describe(self) -> dict[str, Any]:
         """Return the entry of the model, with facts that a client cannot ask for otherwise."""
-        model = self._model
+        model = self._engine.model
         return {
             "id": self._config.model,
             "object": "model",
@@ -208,15 +202,14 @@ class Endpoints:
         }
 
 
-def build_app(model: BindLLM, engine: Engine, config: ServeConfig) -> FastAPI:
+def build_app(engine: Engine, config: ServeConfig) -> FastAPI:
     """Return the application; ``app.state.endpoints`` are its `Endpoints`.
 
     Args:
-        model: a loaded checkpoint.
-        engine: answers questions with this model.
+        engine: answers questions with its model.
         config: limits and API keys.
     """
-    endpoints = Endpoints(model, engine, config)
+    endpoints = Endpoints(engine, config)
     # Without the interactive docs, which load scripts of another site.
     app = FastAPI(title="bindllm", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.endpoints = endpoints

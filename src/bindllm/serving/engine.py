@@ -19,8 +19,10 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from bindllm.cache.visual_cache import CacheChoice
 from bindllm.embeddings.embedder import RecentEmbeddings
 from bindllm.errors import BindLLMError, DecoderError, EngineBusy, EngineClosed, InputError
+from bindllm.media import Media
 from bindllm.media.limits import MediaLimits, limited
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.generation import AnswerText
@@ -197,6 +199,14 @@ class Engine:
             self._waiting.append(ticket)
             self._pool.submit(self._prepare, ticket)
         return ticket
+
+    def encode(self, groups: Sequence[Sequence[Media]], *, cache: CacheChoice = None) -> Tensor:
+        """Embed media as `BindLLM.encode` does, under the limits of a request and with the recent embeddings.
+
+        In the thread of the caller.
+        """
+        with limited(self.limits):
+            return self.model.encode(groups, cache=cache, recent=self.recent)
 
     def close(self, *, drain: float | None = None) -> None:
         """Take no further request, finish those that were accepted, and end the threads.

@@ -54,7 +54,7 @@ class Guard:
         config: keys and limits.
         open_paths: paths that need no API key; every other one does.
         metrics: counts the answers.
-        is_draining: whether the server is about to end; then only open paths are served.
+        is_draining: whether the server is about to end; then no new question is taken.
     """
 
     def __init__(
@@ -146,7 +146,8 @@ class Guard:
                 code="invalid_api_key",
                 headers={"www-authenticate": "Bearer"},
             )
-        if self._is_draining():
+        # Its numbers can still be read.
+        if self._is_draining() and scope["method"] == "POST":
             raise draining_error()
 
     def _has_key(self, scope: Scope) -> bool:

@@ -47,7 +47,9 @@ class ContentReader:
             InputError: a message or a content part that cannot be used.
             ApiError: as for `media`, or the last message is not the user's.
         """
-        parsed = parse_messages([self._with_files(message) for message in messages], self._outside())
+        given = [self._with_files(message) for message in messages]
+        # A client sends back the answers of the model, which may have been empty.
+        parsed = parse_messages(given, self._outside(), allow_empty_answers=True)
         if not parsed or parsed[-1].role != "user":
             role = parsed[-1].role if parsed else "none"
             raise ApiError(

@@ -15,6 +15,7 @@ from bindllm.serving.api.errors import ApiError, shown
 from bindllm.serving.api.sampling import check_model
 from bindllm.serving.api.schema import EmbeddingsBody
 from bindllm.serving.config import ServeConfig
+from bindllm.serving.engine import Engine
 
 
 def read_groups(body: EmbeddingsBody, model: BindLLM, config: ServeConfig) -> list[list[Media]]:
@@ -44,10 +45,10 @@ def read_groups(body: EmbeddingsBody, model: BindLLM, config: ServeConfig) -> li
     return [_read_group(group, model, config) for group in groups]
 
 
-def embed(body: EmbeddingsBody, model: BindLLM, config: ServeConfig) -> dict[str, Any]:
+def embed(body: EmbeddingsBody, engine: Engine, config: ServeConfig) -> dict[str, Any]:
     """Return the answer to a request for embeddings; errors as for `read_groups`, and those of the encoders."""
-    groups = read_groups(body, model, config)
-    rows = model.encode(groups, cache=choose_cache(body.cache, model))
+    groups = read_groups(body, engine.model, config)
+    rows = engine.encode(groups, cache=choose_cache(body.cache, engine.model))
     write = _base64 if body.encoding_format == "base64" else Tensor.tolist
     data = [
         {"object": "embedding", "index": index, "embedding": write(row)}

@@ -22,6 +22,7 @@ from bindllm.serving.api.content import ContentReader, choose_cache
 from bindllm.serving.api.errors import ApiError, shown
 from bindllm.serving.api.schema import SampledBody
 from bindllm.serving.config import ServeConfig
+from bindllm.serving.engine import Engine
 from bindllm.serving.request import Request
 from bindllm.shots import add_shots, fit_shots
 
@@ -112,18 +113,18 @@ def check_model(name: str | None, config: ServeConfig) -> None:
         )
 
 
-def find_neighbors(model: BindLLM, request: Request) -> list[list[dict[str, Any]]]:
+def find_neighbors(engine: Engine, request: Request) -> list[list[dict[str, Any]]]:
     """Return the images that the cache blends into each media group of a request, nearest first.
 
     Returns:
         for each image its similarity, its name, and a thumbnail as a data URI (null if its file cannot be read).
     """
-    cache = model.cache if request.cache is None else request.cache
+    cache = engine.model.cache if request.cache is None else request.cache
     groups = request.conversation.media_groups
     if not cache or not groups:
         return []
     # The cache itself compares the media as they are, before it blends them.
-    embeddings = model.encode(groups, cache=False)
+    embeddings = engine.encode(groups, cache=False)
     found: list[list[dict[str, Any]]] = []
     for group, embedding in zip(groups, embeddings, strict=True):
         skipped = {item.modality for item in group} & set(cache.settings.skip)

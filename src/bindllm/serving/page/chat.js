@@ -30,7 +30,7 @@ async function loadModel() {
     $("notice-settings").hidden = !error.needsKey;
     $("notice-retry").hidden = Boolean(error.needsKey);
     $("notice").hidden = false;
-    $("serves").textContent = "";
+    $("serves").textContent = "The model is not known yet.";
     return;
   }
   const served = model.modalities.filter((name) => name !== "text");
@@ -141,7 +141,7 @@ async function answer() {
       turn.element.querySelector(".model p.text").textContent = turn.answer;
       scrollDown();
     });
-    turn.note = NOTES[finish] ?? (turn.answer.trim() ? "" : "The answer is empty.");
+    turn.note = NOTES[finish] ?? (hasText(turn.answer) ? "" : "The answer is empty.");
     // One list for each message with media; the last is the one that was asked now.
     turn.neighbors = turn.media.length ? neighbors.at(-1) ?? [] : [];
   } catch (error) {
@@ -156,6 +156,11 @@ async function answer() {
   announce(turn.problem ? "" : `${turn.answer} ${turn.note}`);
 }
 
+/** Whether a text has any visible character; the server refuses answers without one. */
+function hasText(text) {
+  return /[^\s\p{Cf}\p{Cc}]/u.test(text);
+}
+
 const NOTES = {
   length: "The answer was cut at the longest length (Max tokens in the settings).",
   timeout: "The answer was cut at the time limit of the server.",
@@ -167,7 +172,7 @@ async function messages() {
   const found = system ? [{ role: "system", content: system }] : [];
   for (const turn of turns) {
     const isLast = turn === turns.at(-1);
-    if (!isLast && !turn.answer.trim()) continue;
+    if (!isLast && !hasText(turn.answer)) continue;
     // Read once: later turns send the same media again.
     turn.parts ??= await Promise.all(turn.media.map(contentPart));
     found.push({ role: "user", content: [...turn.parts, { type: "text", text: turn.text }] });
@@ -190,12 +195,12 @@ function turnElement(turn) {
     const shown = turn.media.map((media) => make("li", {}, media.preview.element));
     you.querySelector(".bubble").append(make("ul", { className: "media" }, ...shown));
   }
-  you.querySelector(".bubble").append(make("p", { className: "text", textContent: turn.text }));
+  you.querySelector(".bubble").append(make("p", { className: "text", dir: "auto", textContent: turn.text }));
   if (isLast && !busy) you.append(tools(["Edit", () => edit(turn), "Edit this message"]));
   const reply = make("article", { className: `turn model${busy ? " answering" : ""}` }, make("h3", { textContent: "Model" }));
   reply.setAttribute("aria-busy", busy);
   if (busy || turn.answer) {
-    reply.append(make("div", { className: "bubble" }, make("p", { className: "text", textContent: turn.answer })));
+    reply.append(make("div", { className: "bubble" }, make("p", { className: "text", dir: "auto", textContent: turn.answer })));
   }
   if (turn.note) reply.append(make("p", { className: "note", textContent: turn.note }));
   if (turn.problem) {
@@ -211,7 +216,7 @@ function turnElement(turn) {
     if (isLast) buttons.push(["Retry", answer, "Ask for another answer"]);
     if (turn.problem && turn.needsKey) buttons.push(["Settings", openSettings, "Open the settings"]);
     reply.append(tools(...buttons));
-    if (!isLast && !turn.answer.trim()) reply.append(make("p", { className: "note", textContent: "This message has no answer. The model does not see it." }));
+    if (!isLast && !hasText(turn.answer)) reply.append(make("p", { className: "note", textContent: "This message has no answer. The model does not see it." }));
   }
   return make("div", {}, you, reply);
 }

@@ -13,6 +13,8 @@ const ENDINGS = {
 // Modalities that a kind of file can have, the most likely first.
 const MEANINGS = { image: ["image", "depth", "thermal"], video: ["video", "audio"], audio: ["audio"], point: ["point"] };
 const NUMBERS = ["npy", "npz", "csv", "txt"];
+// Larger files cannot be sent: a request is one text, which browsers limit.
+const MOST_SENT = 200 << 20;
 // Larger files of numbers get no preview.
 const MOST_PREVIEWED = 64 << 20;
 
@@ -27,6 +29,7 @@ export class MediaError extends Error {}
  */
 export async function readFile(file, served) {
   if (!file.size) throw new MediaError(`${file.name}: the file is empty.`);
+  if (file.size > MOST_SENT) throw new MediaError(`${file.name}: the file has ${shownSize(file.size)}; at most 200 MB can be sent.`);
   const kind = kindOf(file);
   const others = served.filter((name) => !["image", "video", "audio", "text"].includes(name));
   const possible = kind ? MEANINGS[kind] : [...others, "image", "audio"];

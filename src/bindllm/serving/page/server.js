@@ -1,5 +1,8 @@
 // The server: its model, and answers as streams. Every error becomes a `ServerError` in plain words.
 
+// Megabytes of a request that a server may refuse.
+const LARGE = 8;
+
 export class ServerError extends Error {
   /**
    * @param {string} message for people: what happened, and what to do next
@@ -54,7 +57,10 @@ async function send(path, key, options) {
     response = await fetch(path, { ...options, headers });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new ServerError("The server cannot be reached. Check that bindllm serve is running, then try again.");
+    // A server that refuses a large body may close the connection before its answer is read.
+    const size = (options.body?.length ?? 0) / 1e6;
+    const large = size > LARGE ? `, or it refused the ${size.toFixed(0)} MB of this conversation` : "";
+    throw new ServerError(`The server cannot be reached${large}. Check that bindllm serve is running, then try again.`);
   }
   if (!response.ok) throw await explained(response);
   return response;

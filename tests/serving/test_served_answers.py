@@ -1,0 +1,81 @@
+"""The application with the real engine on a tiny model: answers through HTTP are those of the model."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from bindllm.cache.visual_cache import VisualCache
+from bindllm.conversation import Conversation, Message
+from bindllm.media import Media
+from bindllm.serving.engine import Engine
+from cache_parts import Multimodal, filled_store
+from serving_parts import ask, client_of, image_part, png
+from store_parts import write_images
+from tiny import tiny_model
+
+CHAT = "/v1/chat/completions"
+COLORS = [(220, 20, 20), (20, 200, 20), (20, 20, 220), (250, 250, 250)]
+
+
+@pytest.fixture(scope="module")
+def model(decoder, tmp_path_factory):
+    home = tmp_path_factory.mktemp("cache")
+    model = tiny_model(decoder, encoders=[Multimodal()])
+    store = filled_store(home / "store", write_images(home / "images", 6))
+    model.cache = VisualCache.build(home / "cache", store, top_k=2)
+    return model
+
+
+@pytest.fixture
+def client(model):
+    with Engine(model, slots=3) as engine:
+        yield client_of(model, engine)
+
+
+def offline(model, color, **options) -> str:
+    return model.generate("What is it?", [Media.image(png(color))], max_new_tokens=12, **options)
+
+
+def test_answers_of_concurrent_clients_are_those_of_the_model(model, client):
+    def answer(color):
+        body = ask(image_part(color), max_tokens=12, neighbors=True, logprobs=True)
+        return client.post(CHAT, json=body).json()
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(answer, COLORS * 2))
+    for color, found in zip(COLORS * 2, answers, strict=True):
+        (choice,) = found["choices"]
+        assert choice["message"]["content"] == offline(model, color)
+        assert found["usage"]["completion_tokens"] <= 12
+        assert len(choice["logprobs"]["content"]) in (found["usage"]["completion_tokens"] - 1, 12)
+        # Images are not blended: the cache skips them by default.
+        assert found["neighbors"] == [[]]
+
+
+def test_neighbors_are_those_of_the_cache(model, client):
+    sound = {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}
+    answer = client.post(CHAT, json=ask(sound, neighbors=True, max_tokens=2)).json()
+    (group,) = answer["neighbors"]
+    assert len(group) == 2
+    assert all("/" not in one["name"] and one["thumbnail"].startswith("data:image/webp;") for one in group)
+    assert group[0]["similarity"] >= group[1]["similarity"]
+    one = client.post(CHAT, json=ask(sound, neighbors=True, cache={"top_k": 1}, max_tokens=2)).json()
+    assert one["neighbors"] == [group[:1]]
+    off = client.post(CHAT, json=ask(sound, neighbors=True, cache=False, max_tokens=2)).json()
+    assert off["neighbors"] == []
+
+
+def test_an_answer_after_an_empty_one_is_that_of_the_model(model, client):
+    messages = [Message("user", "Hi"), Message("assistant", ""), Message("user", "What is it?")]
+    turns = [{"role": message.role, "content": message.text} for message in messages]
+    answer = client.post(CHAT, json={"messages": turns, "max_tokens": 9}).json()
+    expected = model.generate(Conversation(tuple(messages)), max_new_tokens=9)
+    assert answer["choices"][0]["message"]["content"] == expected
+
+
+def test_a_media_that_cannot_be_read_is_refused(client):
+    broken = {"type": "image", "image": "data:image/png;base64,iVBORw0KGgo="}
+    for stream in (False, True):
+        answer = client.post(CHAT, json=ask(broken, stream=stream))
+        assert answer.status_code == 400
+        assert "<8 bytes>" in answer.json()["error"]["message"]
