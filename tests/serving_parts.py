@@ -11,7 +11,6 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from bindllm.errors import EngineBusy, EngineClosed
-from bindllm.media.limits import MediaLimits
 from bindllm.serving.app import build_app
 from bindllm.serving.config import ServeConfig
 from bindllm.serving.request import Piece, TokenLogprob
@@ -33,7 +32,6 @@ class FakeEngine:
         self.words, self.finish, self.error = words, finish, error
         self.requests, self.cancelled, self.closed = [], 0, False
         self.waiting = self.running = 0
-        self.limits = MediaLimits()
         self.recent = SimpleNamespace(hits=2, misses=3)
         self.counters = SimpleNamespace(steps=5, finished={"stop": 4})
         self.busy_after = busy_after
