@@ -78,7 +78,7 @@ class LiveServer:
         self.model = tiny_model(folder, encoders=[AnyEncoder()])
         self.engine = Engine(self.model, slots=slots, queue=queue)
         self.config = ServeConfig("tiny", **limits)
-        self.app = build_app(self.model, self.engine, self.config)
+        self.app = build_app(self.engine, self.config)
         bound = socket.socket()
         bound.bind(("127.0.0.1", 0))
         self.port = bound.getsockname()[1]
@@ -261,7 +261,7 @@ def draw_crowd(seed: int, size: int) -> list[Ask]:
 
 async def _one(client: httpx.AsyncClient, ask: Ask, draw: random.Random) -> tuple[int, str]:
     """Send one request and return status and text; a client that leaves returns 0."""
-    content = {"content": ask.body} if isinstance(ask.body, bytes) else {"json": ask.body}
+    content = {"content": ask.body if isinstance(ask.body, bytes) else json.dumps(ask.body)}
     headers = {"content-type": "application/json"}
     if ask.kind == "leaves":
         # Some leave before anything was answered, some in the middle of a stream.

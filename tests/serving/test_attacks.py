@@ -68,9 +68,9 @@ def test_bodies_that_are_not_requests(client):
 
 
 @pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/responses", CHAT])
-@pytest.mark.parametrize(("modality", "content"), bombs.small_bombs()[::3])
-def test_bombs_at_every_endpoint(client, path, modality, content):
-    part = part_of(modality, content)
+@pytest.mark.parametrize("number", range(0, 20, 3))
+def test_bombs_at_every_endpoint(client, path, number):
+    part = part_of(*bombs.small_bombs()[number])
     body = {"messages": [{"role": "user", "content": [part]}], "input": [{"role": "user", "content": [part]}]}
     if path == "/v1/embeddings":
         body["input"] = [part]
@@ -287,7 +287,7 @@ def test_long_texts_are_refused_in_time(client, text):
     started = time.monotonic()
     answer = client.post(CHAT, json={"messages": [{"role": "user", "content": text}], "max_tokens": 1})
     assert answer.status_code in (200, 400)
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 5
 
 
 def test_the_server_is_well_after_all_of_this(server, client):
