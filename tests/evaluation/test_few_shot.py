@@ -252,6 +252,22 @@ def test_wrong_answers_are_those_of_the_same_prompt_if_there_are_any():
         wrong_answers([Shot("Red?", "yes"), Shot("Blue?", "Yes.")])
 
 
+def test_a_wrong_answer_of_a_multiple_choice_is_one_of_its_options():
+    def choice(prompt, count, right):
+        options = [f"The answer is ({letter})." for letter in "ABCDE"[:count]]
+        return Shot(prompt, options[right]), options
+
+    rows = [choice("Two?", 2, 0), choice("Three?", 3, 2), choice("Four?", 4, 3), choice("Five?", 5, 1)]
+    shots, choices = [shot for shot, _ in rows], {shot.prompt: options for shot, options in rows}
+    change = wrong_answers(shots, choices)
+    for shot, options in rows:
+        assert change(shot).answer in {*options} - {shot.answer}
+    # An answer with an explanation: its bare letter would be right.
+    explained = Shot("Two?", "Grass is green. The answer is (A).")
+    other = Shot("Sky?", "blue")
+    assert wrong_answers([explained, other], choices)(explained).answer == "blue"
+
+
 def test_the_last_of_equally_frequent_answers():
     assert majority_shot(["a", "b"]) == "b"
     assert majority_shot([]) == ""
