@@ -112,3 +112,21 @@ def test_mistakes_are_found_before_anything_is_embedded(work, capsys):
     assert main(["datastore", "data", "data", "--encoder", "tiny.ColorEncoder"]) == 1
     assert "is not a datastore" in capsys.readouterr().err
     assert not Path("data/store").exists()
+
+
+def test_a_folder_for_each_class_and_rows_outside_of_an_untrusted_folder(work, capsys):
+    color_images(Path("data"))
+    for color in ("red", "blue"):
+        Path("toys", f"{color}_thing").mkdir(parents=True)
+        shutil.copy(f"data/images/{color}0.png", f"toys/{color}_thing")
+    build = ["datastore", "stores/toys", "toys", "--encoder", "tiny.ColorEncoder"]
+    assert main(build) == 0
+    assert [record.text for record in Datastore.open("stores/toys").records] == ["blue thing", "red thing"]
+    rows = [
+        {"image": "../data/images/red1.png", "caption": "red"},
+        {"image": "blue_thing/blue0.png", "caption": "blue"},
+    ]
+    Path("toys/captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main([*build, "--inside_only"]) == 0
+    assert [record.text for record in Datastore.open("stores/toys").records] == ["blue"]
+    assert "outside" in capsys.readouterr().out

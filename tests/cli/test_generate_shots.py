@@ -170,3 +170,26 @@ def test_by_text_needs_an_encoder_of_texts(ask):
 
 def test_a_table_that_is_not_there(ask):
     assert "nowhere.jsonl does not exist" in ask("--shots", "nowhere.jsonl", code=1)[2]
+
+
+def test_a_folder_for_each_class_is_a_table_of_shots(ask, home):
+    for color, name in (("red", "dax"), ("blue", "wug")):
+        (home / "toys" / name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(home / "images" / f"{color}1.png", home / "toys" / name)
+    words = ["--image", "images/red0.png", "--shots", "toys", "--shots_by", "media", "--num_shots", "2"]
+    shots, _, _ = ask(*words)
+    assert answers(shots) == ["wug", "dax"]
+    assert {shot.prompt for shot in shots} == {"Color?"}
+
+
+def test_rows_of_an_untrusted_table_stay_in_its_folder(ask, home):
+    (home / "inner").mkdir()
+    (home / "inner" / "own.png").write_bytes((home / "images" / "red1.png").read_bytes())
+    rows = [{"image": "../images/blue1.png", "caption": "blue"}, {"image": "own.png", "caption": "red"}]
+    (home / "inner" / "shots.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--image", "images/red0.png", "--shots", "inner/shots.jsonl"]
+    assert len(ask(*words)[0]) == 2
+    shots, _, notes = ask(*words, "--shots_inside_only")
+    assert answers(shots) == ["red"]
+    assert "outside" in notes
+    assert "--shots_inside_only needs worked examples" in ask("--shots_inside_only", code=2)[2]

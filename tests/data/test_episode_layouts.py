@@ -109,6 +109,22 @@ def test_imagenet(imagenet, tmp_path):
     }
 
 
+@pytest.mark.parametrize("names", ["true", "made-up"])
+def test_test_classes_that_training_shows_are_reported(imagenet, names, caplog):
+    train, test = (
+        with_episodes(config, "imagenet", names=names, held_out_count=1, count=2) for config in imagenet
+    )
+    file = Path(train.path)
+    sources = [train, test]
+    rows = [read_source(source, number)[0] for number, source in enumerate(sources)]
+    draw_episodes({split: rows[0][split] + rows[1][split] for split in rows[0]}, sources, Skipped())
+    assert not caplog.text
+    file.write_text(file.read_text().replace('"class_name": "train1"', '"class_name": "test2"'))
+    rows[0] = read_source(train, 0)[0]
+    draw_episodes({split: rows[0][split] + rows[1][split] for split in rows[0]}, sources, Skipped())
+    assert "1 of 4 classes of the test episodes have images in the training split (test2)" in caplog.text
+
+
 def test_a_class_of_another_source_may_not_be_in_training_either(imagenet):
     train = with_episodes(imagenet[0], "imagenet", test_shots=[2])
     sources = [train, replace(train, split="test")]

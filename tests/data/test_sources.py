@@ -89,6 +89,33 @@ def test_folder_of_images_with_text_files(folder):
     }
 
 
+def test_a_folder_for_each_class_names_its_images(tmp_path):
+    for name in ("dax/1.png", "dax/deep/2.jpg", "red_wug/1.png", "loose.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (2, 2)).save(tmp_path / name)
+    # Such files are common next to the classes.
+    (tmp_path / "README.txt").write_text("Photographs")
+    (tmp_path / "dax" / "notes.csv").write_text("x")
+    captions, report = all_captions(tmp_path)
+    assert captions == {"dax/1.png": ["dax"], "dax/deep/2.jpg": ["dax"], "red_wug/1.png": ["red wug"]}
+    assert report.skipped.counts == {"no text file of the same name, and not in the folder of a class": 1}
+    # A text file for one image: the folders do not name the others.
+    (tmp_path / "dax" / "1.txt").write_text("a dax")
+    assert all_captions(tmp_path)[0] == {"dax/1.png": ["a dax"]}
+
+
+def test_folders_of_classes_may_be_in_folders_of_splits(tmp_path):
+    for name in ("train/dax/1.png", "val/dax/2.png", "test/wug/3.png", "test/4.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (2, 2)).save(tmp_path / name)
+    rows, report = read_source(SourceConfig(str(tmp_path)))
+    found = {split: [row.references for row in part] for split, part in rows.items()}
+    assert found == {"train": [("dax",)], "validation": [("dax",)], "test": [("wug",)]}
+    assert report.skipped.counts == {"no text file of the same name, and not in the folder of a class": 1}
+    rows, _ = read_source(SourceConfig(str(tmp_path), columns=Columns(split=None), held_out=0.0))
+    assert len(rows["train"]) == 3
+
+
 def test_text_files_next_to_files_that_are_not_read_as_images_are_counted(folder):
     (folder / "a.txt").write_text("a cat")
     (folder / "phone.HEIC").write_bytes(b"x")

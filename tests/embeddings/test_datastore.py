@@ -36,6 +36,18 @@ def test_the_nearest_come_first_and_of_equal_ones_the_first(store):
     assert store.search(torch.zeros(0, 2), 2).ids.shape == (0, 2)
 
 
+def test_many_equal_scores_keep_their_order():
+    """As a stable sort of all scores, also if more records are equal than asked for."""
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.nn.functional.normalize(torch.randint(-1, 2, (300, 3), generator=generator) + 0.5, dim=1)
+    store = Datastore(vectors, [record(str(n)) for n in range(300)], [FINGERPRINT])
+    queries = vectors[:20]
+    scores = (queries @ vectors.T).round(decimals=6)
+    for count in (0, 1, 7, 150, 300):
+        expected = scores.argsort(dim=1, descending=True, stable=True)[:, :count]
+        assert torch.equal(store.search(queries, count).ids, expected)
+
+
 def test_itself_and_equal_embeddings_are_excluded_and_counted(store):
     queries = torch.stack([store.embeddings[1], store.embeddings[3]])
     found = store.search(queries, 4, keys=[["k1"], ["other", "k4"]], exclude_equal=True)

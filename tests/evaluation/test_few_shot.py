@@ -98,6 +98,19 @@ def test_each_number_of_shots_is_a_task_with_controls(home, model, prepare):
     assert not result.problems
 
 
+def test_a_fixed_support_is_read_once_for_a_batch(home, model, prepare):
+    data, read_tokens = prepare(*read(home / "vqa.jsonl"), by="order"), []
+    hook = model.decoder.register_forward_hook(
+        lambda _, __, inputs, ___: read_tokens.append(inputs["input_ids"].shape), with_kwargs=True
+    )
+    evaluate(model, [data.task(4, model)], lookup=data.embeddings, variants=["model"])
+    hook.remove()
+    (one, shared), (rows, own) = read_tokens[:2]
+    assert (one, rows) == (1, 4)
+    # All questions are equal but for their images.
+    assert shared > 4 * own
+
+
 def test_without_shots_it_is_the_task_of_held_out_rows(home, model, prepare):
     data = prepare(*read(home / "vqa.jsonl"))
     found = evaluate(model, [data.task(0, model)], lookup=data.embeddings)
@@ -250,6 +263,22 @@ def test_wrong_answers_are_those_of_the_same_prompt_if_there_are_any():
     assert change(shots[3]).answer in ("yes", "No.", "no")
     with pytest.raises(InputError, match="the same answer"):
         wrong_answers([Shot("Red?", "yes"), Shot("Blue?", "Yes.")])
+
+
+def test_a_wrong_answer_of_a_multiple_choice_is_one_of_its_options():
+    def choice(prompt, count, right):
+        options = [f"The answer is ({letter})." for letter in "ABCDE"[:count]]
+        return Shot(prompt, options[right]), options
+
+    rows = [choice("Two?", 2, 0), choice("Three?", 3, 2), choice("Four?", 4, 3), choice("Five?", 5, 1)]
+    shots, choices = [shot for shot, _ in rows], {shot.prompt: options for shot, options in rows}
+    change = wrong_answers(shots, choices)
+    for shot, options in rows:
+        assert change(shot).answer in {*options} - {shot.answer}
+    # An answer with an explanation: its bare letter would be right.
+    explained = Shot("Two?", "Grass is green. The answer is (A).")
+    other = Shot("Sky?", "blue")
+    assert wrong_answers([explained, other], choices)(explained).answer == "blue"
 
 
 def test_the_last_of_equally_frequent_answers():

@@ -289,6 +289,20 @@ def test_missing_measurements_are_shown_as_such(folder):
     assert "Not recorded." in words
 
 
+def test_variants_of_retrieved_context_are_shown_if_they_were_measured(folder):
+    metrics = copy.deepcopy(METRICS)
+    assert "random records" not in write(folder)
+    for name in ("no_context", "random_context", "context_as_text", "copied_context"):
+        metrics["tasks"]["captions"][name] = dict.fromkeys(NUMBERS, 0.625)
+    text = write(folder, metrics=metrics)
+    for title in ("no records", "random records", "records as text", "nearest record"):
+        assert title in text
+    assert text.count("0.625") >= 4
+    del metrics["tasks"]["captions"]["random_context"]["cider"]
+    with pytest.raises(InputError, match=r"lacks tasks.captions.random_context.cider"):
+        write(folder, metrics=metrics)
+
+
 def test_an_earlier_log_is_removed(folder):
     assert "Loss per token by optimizer step" in write(folder)
     assert "Loss per token by optimizer step" not in write(folder, log=None)

@@ -124,6 +124,8 @@ class TableOptions:
     """modality of the files, as of a data source"""
     prompt: str = "Describe this image."
     """the question about media with captions; in vqa, a frame around {question}"""
+    inside_only: bool = False
+    """skip rows that name files outside of the folder of the table: for tables that you do not trust"""
     limit: PositiveInt | None = None
     """only so many questions, evenly spread over the table"""
 
@@ -144,6 +146,7 @@ class TableOptions:
                 modality=self.modality,
                 split=split,
                 prompt=self.prompt,
+                allow_outside=not self.inside_only,
             )
             found, report = read_source(config)
             skipped.update(report.skipped)

@@ -102,6 +102,8 @@ class ShotOptions:
     """format of its rows, as of a data source (docs/data.md)"""
     shots_modality: str = "image"
     """modality of its files, as of a data source"""
+    shots_inside_only: bool = False
+    """skip rows that name files outside of the folder of the table: for tables that you do not trust"""
     num_shots: NonNegativeInt = NUM_SHOTS
     """number of shots"""
     shots_by: ShotsBy = "order"
@@ -131,7 +133,12 @@ class ShotOptions:
 
         from bindllm.evaluation.support import read_shots
 
-        config = SourceConfig(self.shots, format=self.shots_format, modality=self.shots_modality)
+        config = SourceConfig(
+            self.shots,
+            format=self.shots_format,
+            modality=self.shots_modality,
+            allow_outside=not self.shots_inside_only,
+        )
         # In vqa, the prompt of a source is a frame around the question of each row.
         if self.shots_format in CAPTION_FORMATS:
             config = replace(config, prompt=prompt)

@@ -50,6 +50,8 @@ class DatastoreOptions:
     """modality of the files, as of a data source"""
     split: Split | None = None
     """only the rows of this split (default: all rows)"""
+    inside_only: bool = False
+    """skip rows that name files outside of the folder of the table: for tables that you do not trust"""
     store: str = "data/store"
     """folder of the embedding store"""
 
@@ -209,7 +211,9 @@ def datastore(
 
     # How to read this: everything that can fail quickly comes first, because embedding may take hours.
     check_datastore_folder(output)
-    config = SourceConfig(table, format=options.format, modality=options.modality)
+    config = SourceConfig(
+        table, format=options.format, modality=options.modality, allow_outside=not options.inside_only
+    )
     found, report = read_source(config)
     rows = [row for split, part in found.items() if options.split in (None, split) for row in part]
     context = RunContext(device=encoders.find_device(), progress=sys.stderr.isatty())

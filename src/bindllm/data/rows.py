@@ -44,6 +44,7 @@ class Row:
         options: in a multiple choice, the texts of the options in the order of their letters in the prompt; in an
             episode, the names of its classes.
         query_only: learn only the last answer; pairs and judged rows do so in any case.
+        classes: of a test episode of a published list, their names in the list, in the order of the options.
         split: the split that the row itself names, if any.
         remarks: faults of a row that is used all the same; they are counted.
     """
@@ -59,6 +60,7 @@ class Row:
     desirable: bool | None = None
     options: tuple[str, ...] = ()
     query_only: bool = False
+    classes: tuple[str, ...] = ()
     split: Split | None = None
     remarks: tuple[str, ...] = ()
 

@@ -331,7 +331,8 @@ def require_table(path: Path) -> Path:
 def _folder_rows(config: SourceConfig, report: SourceReport) -> Iterator[tuple[str, Record]]:
     """Yield a record for each image of a folder, at any depth, with the lines of its text file as captions.
 
-    For other modalities, every file with such a text file counts.
+    For other modalities, every file with such a text file counts. Images without any text file may be in a folder for
+    each class.
     """
     folder, modality = Path(config.path), config.modality
     files = sorted(file for file in folder.rglob("*") if _is_media_file(file, modality) and file.is_file())
@@ -345,6 +346,12 @@ def _folder_rows(config: SourceConfig, report: SourceReport) -> Iterator[tuple[s
         raise InputError(
             f"{folder} holds no table {TABLE_NAME}.* ({', '.join(READERS)}) and no {wanted}; expected one or the other"
         )
+    column = modality if config.columns.image == "image" else config.columns.image
+    if modality == "image" and not any(file.with_suffix(".txt").exists() for file in files):
+        for key, name, split in _class_files([file.relative_to(folder) for file in files], report):
+            own = {config.columns.split: split} if split and config.columns.split else {}
+            yield key, {column: key, config.columns.caption: name, **own}
+        return
     for file in files:
         key, text_file = file.relative_to(folder).as_posix(), file.with_suffix(".txt")
         # A pipe would block, and a device never end.
@@ -360,13 +367,29 @@ def _folder_rows(config: SourceConfig, report: SourceReport) -> Iterator[tuple[s
         else:
             lines = [line for line in text.splitlines() if line.strip()]
             # An empty file is one empty caption, which is counted as skipped.
-            column = modality if config.columns.image == "image" else config.columns.image
             yield key, {column: key, config.columns.caption: lines or [text]}
     # Such as those next to HEIC files, which are not images here.
     described = {file.with_suffix(".txt") for file in files}
     for text_file in sorted(folder.rglob("*.txt")):
         if modality == "image" and text_file not in described:
             report.skipped.add("a text file without an image of the same name", text_file.name)
+
+
+def _class_files(files: Sequence[Path], report: SourceReport) -> Iterator[tuple[str, str, str | None]]:
+    """Yield each image below the folder of a class: its path, the name of the class, and its split, if folders name it.
+
+    The folders are those of the classes, or train, validation and test with these folders inside.
+    """
+    tops = {file.parts[0] for file in files if len(file.parts) > 1}
+    depth = int(bool(tops) and all(map(split_named, tops)))
+    for file in files:
+        if len(file.parts) < depth + 2:
+            report.skipped.add(
+                "no text file of the same name, and not in the folder of a class", file.as_posix()
+            )
+            continue
+        name = " ".join(file.parts[depth].replace("_", " ").split())
+        yield file.as_posix(), name, file.parts[0] if depth else None
 
 
 def _is_media_file(file: Path, modality: str) -> bool:

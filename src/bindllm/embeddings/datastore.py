@@ -194,9 +194,7 @@ class Datastore:
             equal = (scores / norms >= EQUAL) & ~itself
         # A query of zeros is the padding of a batch: it finds nothing.
         scores[itself | equal | ~queries.any(1, keepdim=True)] = -torch.inf
-        # A stable sort keeps the lower index first.
-        best, ids = scores.sort(dim=1, descending=True, stable=True)
-        best, ids = best[:, :count], ids[:, :count]
+        best, ids = _largest(scores, min(count, len(self)))
         # One record, or equal ones, have no spread.
         above = torch.where(best.isinf(), 0, (best - mean) / spread.clamp(min=1e-6))
         return Found(torch.where(best.isinf(), -1, ids), above, itself.sum(1), equal.sum(1))
@@ -217,7 +215,7 @@ class Datastore:
             hashes = {
                 f"{name.partition('.')[0]}_sha256": file_sha256(part / name) for name in (EMBEDDINGS, RECORDS)
             }
-            facts = {"format": FORMAT, "fingerprints": self.fingerprints, "count": len(self)}
+            facts = {"format": FORMAT, "fingerprints": self.fingerprints}
             write_json(part / MANIFEST, {**facts, **hashes})
 
     @classmethod
@@ -250,6 +248,26 @@ class Datastore:
             raise
         except (BindLLMError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise StoreError(f"{folder} is damaged ({error!r}); copy or build it again") from error
+
+
+def _largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the largest scores of each row and their columns, [N, K]; of equal ones, those of the lower column first.
+
+    Args:
+        scores: [N, R].
+        count: K.
+    """
+    # `topk` may take any of equal scores. So it gives the least one that belongs to a row, and only scores from there
+    # on are sorted: few, unless many are equal.
+    ids = []
+    for row, least in zip(
+        scores, scores.topk(count, dim=1).values.amin(1) if count else scores[:, 0], strict=True
+    ):
+        near = (row >= least).nonzero().squeeze(1)
+        order = row[near].argsort(descending=True, stable=True)
+        ids.append(near[order[:count]])
+    ids = torch.stack(ids)
+    return scores.gather(1, ids), ids
 
 
 def check_datastore_folder(folder: str | Path) -> None:

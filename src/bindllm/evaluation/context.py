@@ -24,6 +24,7 @@ from bindllm.evaluation.task import BaselineAnswer, Task, media_of
 
 NO_CONTEXT, RANDOM_CONTEXT = "no_context", "random_context"
 CONTEXT_AS_TEXT, COPIED_CONTEXT = "context_as_text", "copied_context"
+CONTEXT_VARIANTS = (NO_CONTEXT, RANDOM_CONTEXT, CONTEXT_AS_TEXT, COPIED_CONTEXT)
 
 _SEED = 0
 _PREFIX = "Similar examples: {}. "

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from bindllm.conversation import Conversation
 from bindllm.data.answers import answer_words
 from bindllm.data.embeddings import MediaEmbeddings
+from bindllm.data.formats import answer_of
 from bindllm.data.report import Skipped
 from bindllm.data.rows import Row, Sample, make_sample, with_conversation
 from bindllm.errors import InputError
@@ -150,7 +151,7 @@ class FewShotData:
         variants = {
             "altered": {
                 **altered_media(task.items, self.embeddings),
-                WRONG_SUPPORT: _WrongAnswers(self.questions, shots, model, limit),
+                WRONG_SUPPORT: _WrongAnswers(self.questions, shots, model, limit, _choices(self.train)),
             },
             "baselines": {**task.baselines, **copied_answers(task.items)},
         }
@@ -190,6 +191,7 @@ class _WrongAnswers:
     shots: Sequence[Sequence[Shot]]
     model: BindLLM
     limit: int | None
+    choices: Mapping[str, Sequence[str]]
 
     def __call__(self, item: Sample) -> Sample | None:
         """Return the item; None without shots, or if they do not fit with their wrong answers.
@@ -204,22 +206,42 @@ class _WrongAnswers:
 
     @cached_property
     def _wrong(self) -> Callable[[Shot], Shot]:
-        return wrong_answers(shot for row in self.shots for shot in row)
+        return wrong_answers((shot for row in self.shots for shot in row), self.choices)
 
 
-def wrong_answers(shots: Iterable[Shot]) -> Callable[[Shot], Shot]:
+def _choices(samples: Iterable[Sample]) -> dict[str, list[str]]:
+    """Return the answers of each multiple choice, one for each of its options, by its prompt."""
+    return {
+        sample.conversation.messages[0].text: [
+            answer_of(sample.options, n) for n in range(len(sample.options))
+        ]
+        for sample in samples
+        if sample.options
+    }
+
+
+def wrong_answers(
+    shots: Iterable[Shot], choices: Mapping[str, Sequence[str]] | None = None
+) -> Callable[[Shot], Shot]:
     """Return a function that gives a shot a wrong answer: another one to the same prompt, else to any prompt.
 
     The distinct answers form a cycle, see `exchange`, so a wrong answer is as frequent as the true one that it stands
     for.
+
+    Args:
+        shots: the shots.
+        choices: further answers to a prompt: those of the options of a multiple choice.
 
     Raises:
         InputError: all shots have the same answer.
     """
     by_prompt: dict[str, dict[str, str]] = {}
     for shot in shots:
-        # By their words, as "No." is not a wrong answer for "no".
-        by_prompt.setdefault(shot.prompt, {})[shot.answer] = " ".join(answer_words(shot.answer))
+        options = (choices or {}).get(shot.prompt, ())
+        # An answer with its explanation is none of the options.
+        for answer in options if shot.answer in options else [shot.answer]:
+            # By their words, as "No." is not a wrong answer for "no".
+            by_prompt.setdefault(shot.prompt, {})[answer] = " ".join(answer_words(answer))
     anywhere = exchange(
         {answer: words for answers in by_prompt.values() for answer, words in answers.items()}
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bindllm.data.collate import Lookup
 from bindllm.data.embeddings import MediaEmbeddings
+from bindllm.data.episodes.draw import draw_in_turn
 from bindllm.data.report import SourceReport
 from bindllm.data.rows import Row
 from bindllm.data.source_config import SourceConfig
@@ -168,7 +169,7 @@ class Support:
         elif self.by == "random":
             # By content, so that a question gets the same shots in any batch.
             draw = random.Random("\n".join([str(self.seed), prompt, *sorted(own)]))
-            order = allowed(_draw(draw, len(self.shots)))
+            order = allowed(draw_in_turn(range(len(self.shots)), draw))
         else:
             near = self._similarities("text" if self.by == "text" else "media", prompt, media)
             order = allowed(sorted(near, key=near.__getitem__, reverse=True))
@@ -217,16 +218,6 @@ class Support:
         # Rounded, so that equal media stay equal in whatever order the products are summed.
         found = (vectors @ query).round(decimals=6).tolist()
         return {n: found[row] for n, row in rows.items()}
-
-
-def _draw(generator: random.Random, count: int) -> Iterator[int]:
-    """Yield all positions in random order, one after the other: more of them keep the first ones."""
-    drawn: dict[int, int] = {}
-    for n in range(count):
-        # Fisher-Yates, which remembers only the positions that have moved: a support may have a million shots.
-        other = generator.randrange(n, count)
-        yield drawn.get(other, other)
-        drawn[other] = drawn.get(n, n)
 
 
 def _text(prompt: str) -> tuple[Media, ...]:

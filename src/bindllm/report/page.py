@@ -23,9 +23,8 @@ from markupsafe import Markup
 from PIL import Image
 
 from bindllm.errors import BindLLMError, needs_extra
-from bindllm.evaluation.task import VARIANTS
 from bindllm.media import open_image
-from bindllm.report.summary import KEYS, METRICS, Variants, media_words, summarize
+from bindllm.report.summary import KEYS, METRICS, Variants, media_words, summarize, variant_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -147,8 +146,12 @@ def _task(task: str, variants: Variants, many: str) -> dict[str, Any]:
         "copy_last": "last name",
         "majority_shot": "majority name",
         "majority_answer": "majority answer",
+        "no_context": "no records",
+        "random_context": "random records",
+        "context_as_text": "records as text",
+        "copied_context": "nearest record",
     }
-    names = {name: titles[name] for name in VARIANTS[task]}
+    names = {name: titles[name] for name in variant_names(task, variants)}
     head = ["", *names.values()]
     # Answers are shares by type of question, all other tasks a list of metrics.
     if task in ("answers", "episodes"):

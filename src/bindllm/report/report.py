@@ -39,7 +39,7 @@ from bindllm.evaluation.task import VARIANTS
 from bindllm.imports import resolve_path
 from bindllm.model.checkpoint import home_of, read_manifest, read_weights
 from bindllm.report.page import ReportData, draw_thumbnails, render_page, shown_rows
-from bindllm.report.summary import KEYS
+from bindllm.report.summary import KEYS, variant_names
 
 METRICS_FILE = "metrics.json"
 PAGE_FILE = "report.html"
@@ -216,7 +216,7 @@ def _check_metrics(metrics: Mapping[str, Any], *, source: str) -> None:
     for task, variants in tasks.items():
         missing += [
             f"tasks.{task}.{name}.{key}"
-            for name in VARIANTS[task]
+            for name in variant_names(task, variants)
             for key in KEYS[task]
             if key not in variants.get(name, ())
         ]

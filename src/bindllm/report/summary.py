@@ -15,6 +15,8 @@ from rich.text import Text
 
 from bindllm.data.rows import spread
 from bindllm.errors import printable
+from bindllm.evaluation.context import CONTEXT_VARIANTS
+from bindllm.evaluation.task import VARIANTS
 
 Variants = Mapping[str, Mapping[str, Any]]
 """The metrics of one task, by variant."""
@@ -25,6 +27,11 @@ FEW_ROWS = 100
 _SHOWN_ROWS = 5
 _SMALL_SHARE = 0.02
 """A loss that changes by less than this share has hardly changed."""
+
+
+def variant_names(task: str, variants: Variants) -> list[str]:
+    """Return the variants of a task that a report shows: those of every model, and those of retrieved context."""
+    return [*VARIANTS[task], *(name for name in CONTEXT_VARIANTS if name in variants)]
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import socket
 import threading
@@ -9,6 +10,7 @@ from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from bindllm.errors import UsageError, printable
 from bindllm.serving.engine import Engine
@@ -17,6 +19,9 @@ logger = logging.getLogger("bindllm.serving")
 
 CONTINUED = "  | "
 """Starts each further line of one entry of the log."""
+
+HEADER_SECONDS = 30.0
+"""Longest time until the headers of a request have arrived. The time of its body is `ServeConfig.body_seconds`."""
 
 CONNECTIONS = 1024
 """Connections at the same time; further ones get status 503."""
@@ -42,12 +47,14 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def run(app: FastAPI, engine: Engine, bound: socket.socket, *, drain: float, name: str) -> None:
-    """Serve until a signal ends it.
+def build_server(
+    app: FastAPI, engine: Engine, bound: socket.socket, *, drain: float, name: str
+) -> uvicorn.Server:
+    """Return a server, which a signal ends.
 
     Args:
         app: the application.
-        engine: closed at the end.
+        engine: closed when it drains.
         bound: where to listen.
         drain: longest time for finishing what runs, in seconds.
         name: of the model, for the line that is printed once requests are served.
@@ -55,7 +62,7 @@ def run(app: FastAPI, engine: Engine, bound: socket.socket, *, drain: float, nam
     config = uvicorn.Config(
         app,
         # The parser in Python: the same everywhere, and strict about lengths.
-        http="h11",
+        http=_Connection,
         ws="none",
         lifespan="off",
         log_config=None,
@@ -70,9 +77,13 @@ def run(app: FastAPI, engine: Engine, bound: socket.socket, *, drain: float, nam
     host, port = bound.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     greeting = f"{printable(name)} at {address}: chat page, and {address}/v1 for programs"
-    server = _Server(config, app, engine, drain=drain, greeting=greeting)
+    return _Server(config, app, engine, drain=drain, greeting=greeting)
+
+
+def run(app: FastAPI, engine: Engine, bound: socket.socket, *, drain: float, name: str) -> None:
+    """Serve until a signal ends it, and close the engine; arguments as for `build_server`."""
     try:
-        server.run(sockets=[bound])
+        build_server(app, engine, bound, drain=drain, name=name).run(sockets=[bound])
     finally:
         engine.close(drain=0)
 
@@ -84,6 +95,39 @@ class LogFormatter(logging.Formatter):
         """Return an entry; its further lines, such as a traceback, start with `CONTINUED`."""
         first, *more = super().format(record).splitlines()
         return "\n".join([printable(first), *(CONTINUED + printable(line) for line in more)])
+
+
+class _Connection(H11Protocol):
+    """Closes a connection on which no request arrives; uvicorn waits for headers without end, whoever sends none."""
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Start to wait for the first request."""
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        """Wait for the rest of the headers, or no longer."""
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop waiting."""
+        super().connection_lost(exc)
+        self._stop()
+
+    def _watch(self) -> None:
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop()
+        # Once for all parts of the headers, however slowly they come.
+        elif self._timer is None:
+            self._timer = self.loop.call_later(HEADER_SECONDS, self.transport.close)
+
+    def _stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
 
 class _Server(uvicorn.Server):

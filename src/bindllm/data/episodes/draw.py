@@ -7,10 +7,11 @@ Episodes of a published list (`bindllm.data.episodes.layouts`) are fixed, and st
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
-from itertools import accumulate, pairwise
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from random import Random
 from typing import TypeVar
@@ -23,8 +24,10 @@ from bindllm.data.report import Skipped, SourceReport
 from bindllm.data.rows import Row
 from bindllm.data.source_config import SPLITS, Names, SourceConfig, Split
 from bindllm.data.stream.shards import is_stream
-from bindllm.errors import InputError
+from bindllm.errors import InputError, listed
 from bindllm.media import Media
+
+logger = logging.getLogger(__name__)
 
 NEIGHBORS = 100
 """Nearest classes from which hard negatives are drawn."""
@@ -101,6 +104,18 @@ def _check_apart(rows: Mapping[str, Sequence[Row]], path: str) -> None:
         )
 
 
+def _compare_lists(rows: Mapping[str, Sequence[Row]]) -> None:
+    """Warn about classes of published test lists that training shows."""
+    trained = {_label(row) for row in _labeled(rows.get("train", ()))[0]}
+    tested = dict.fromkeys(name for row in rows.get("test", ()) for name in row.classes)
+    # Not refused: the common class of a pair of ISEKAI may be one of ImageNet.
+    if both := [name for name in tested if name in trained]:
+        logger.warning(
+            "%s of %s classes of the test episodes have images in the training split (%s): their results may be memory",
+            *(f"{len(both):,}", f"{len(tested):,}", listed(both)),
+        )
+
+
 def find_classes(
     rows: Sequence[Row],
     config: SourceConfig,
@@ -168,6 +183,7 @@ def draw_episodes(
         for split, found in rows.items()
     }
     _check_apart(pool, ", ".join(config.path for config in sources if config.episodes is not None))
+    _compare_lists(pool)
     drawn: dict[str, list[Row]] = {split: [] for split in rows}
     for split, found in rows.items():
         for number, config in enumerate(sources):
@@ -227,7 +243,8 @@ def _episode(
     chosen = _choose(list(classes), episodes.ways, rng, nearest)
     names = name_classes(chosen, classes, episodes.names, rng)
     # As many as the largest number of shots, so that fewer shots are the first of them.
-    images = {name: _some(classes[name], _needed(config, split), rng) for name in chosen}
+    needed = _needed(config, split)
+    images = {name: [*islice(draw_in_turn(classes[name], rng), needed)] for name in chosen}
     target = chosen[int(rng.random() * len(chosen))]
     drawn = _draw_shots(config, rng)
     shots = drawn if shots is None else shots
@@ -378,13 +395,14 @@ def _weighted(weights: Sequence[float], rng: Random) -> int:
     return next(n for n, (_, high) in enumerate(pairwise(edges)) if position < high)
 
 
-def _some(items: Sequence[Item], count: int, rng: Random) -> list[Item]:
-    """Return ``count`` different items in random order: the first steps of a Fisher-Yates shuffle."""
-    items = list(items)
-    for n in range(count):
+def draw_in_turn(items: Sequence[Item], rng: Random) -> Iterator[Item]:
+    """Yield all items in random order, one after the other: more of them keep the first ones."""
+    moved: dict[int, int] = {}
+    for n in range(len(items)):
+        # Fisher-Yates, which remembers only the positions that have moved: there may be a million items.
         other = n + int(rng.random() * (len(items) - n))
-        items[n], items[other] = items[other], items[n]
-    return items[:count]
+        yield items[moved.get(other, other)]
+        moved[other] = moved.get(n, n)
 
 
 def shuffled(items: Iterable[Item], rng: Random) -> list[Item]:

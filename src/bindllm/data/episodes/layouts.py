@@ -7,6 +7,7 @@ A list has one JSON object per line, also if its name ends in .json. Its images 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -114,9 +115,8 @@ class _Reader:
         for count in self._episodes.test_shots:
             support = shuffled((pair for pool in shown for pair in pool[:count]), rng)
             asked = names[label], query
-            rows.append(
-                make_episode(support, asked, list(names.values()), count, title, self._config, "test")
-            )
+            row = make_episode(support, asked, list(names.values()), count, title, self._config, "test")
+            rows.append(replace(row, classes=tuple(classes)))
         return rows
 
     def _image(self, value: object, label: str, name: str) -> Row:

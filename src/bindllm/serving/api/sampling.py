@@ -26,6 +26,9 @@ from bindllm.serving.engine import Engine
 from bindllm.serving.request import Request
 from bindllm.shots import add_shots, fit_shots
 
+CHARACTERS = 16
+"""Most characters for each position of the decoder; usual texts have about four. Splitting more takes too long."""
+
 THUMBNAIL = 96
 """Longer side of the images of neighbors, in pixels."""
 
@@ -80,7 +83,7 @@ def read_question(
         raise ApiError(
             400, f"n is {choices}; this server gives at most {config.max_choices} choices", param="n"
         )
-    reader = ContentReader(model.encoders, config)
+    reader = ContentReader(model.encoders, config, most_media=config.max_media)
     conversation = _with_shots(reader.conversation(messages), body, reader, model, max_tokens)
     # As for `BindLLM.generate`: greedy, unless a field asks for sampling. Several greedy choices would be equal.
     samples = body.top_p is not None or choices > 1
@@ -142,6 +145,16 @@ def _neighbor(similarity: float, name: str) -> dict[str, Any]:
     return {"similarity": round(similarity, 6), "name": PurePath(name).name, "thumbnail": image}
 
 
+def _check_length(conversation: Conversation, positions: int | None) -> None:
+    """Refuse a conversation that is far too long before it is split into tokens, which may take minutes."""
+    count = sum(len(message.text) for message in conversation.messages)
+    if positions is not None and count > (most := CHARACTERS * positions):
+        raise InputError(
+            f"the conversation has {count:,} characters; with the {positions:,} positions of the decoder at most "
+            f"{most:,} are read. Shorten it"
+        )
+
+
 def _with_shots(
     conversation: Conversation,
     body: SampledBody,
@@ -151,6 +164,7 @@ def _with_shots(
 ) -> Conversation:
     """Put worked examples before a question; an answer without some of them would be another one."""
     shots = reader.shots(body.shots or [])
+    _check_length(add_shots(conversation, shots), num_positions(model.decoder.config))
     limit = shots_limit({"max_new_tokens": max_tokens}, num_positions(model.decoder.config))
     kept = fit_shots(conversation, shots, model.tokenizer, limit)
     if len(kept) < len(shots):
