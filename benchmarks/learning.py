@@ -1,7 +1,8 @@
 """`python -m benchmarks.learning kinds`: compare both injection kinds, with and without queries, three seeds each.
 
-`python -m benchmarks.learning layers --epochs 3` compares the layers that receive the bind vectors, and
-`python -m benchmarks.learning words` runs with and without bag-of-words pretraining.
+`python -m benchmarks.learning layers --epochs 3` compares the layers that receive the bind vectors,
+`python -m benchmarks.learning words` runs with and without bag-of-words pretraining, and
+`python -m benchmarks.learning cross` kind `cross` with an adapter next to runs that lack one of its parts.
 
 Trains the quickstart recipe for one epoch per run: 12 runs of about 3 minutes each on 2 cores. Runs in
 benchmarks/results/learning.json are not repeated, so the command can be stopped at any time. Remove a row, or the
@@ -31,7 +32,8 @@ LAYERS = {
 }
 """Indices of the served layers of SmolLM2-135M, which has 30."""
 
-DEFAULT = {"kind": "value", "queries": True, "layers": "all", "words": 0}
+DEFAULT = {"kind": "value", "queries": True, "layers": "all", "words": 0, "tokens": 1, "adapter": 0}
+CROSS = {**DEFAULT, "kind": "cross", "layers": "last third", "words": 4, "tokens": "all", "adapter": 16}
 CELLS = {
     "kinds": [
         {**DEFAULT, "kind": kind, "queries": queries}
@@ -42,18 +44,39 @@ CELLS = {
     "words": [
         {**DEFAULT, "layers": layers, "words": words} for layers in ("all", "last third") for words in (0, 10)
     ],
+    "cross": [
+        CROSS,
+        *({**CROSS, name: DEFAULT[name]} for name in ("words", "tokens", "adapter")),
+        {**CROSS, "kind": "value", "tokens": 1},
+    ],
 }
 SHOWN = ("loss", "cider", "exact_match")
 
 
-def train(kind: str, queries: bool, layers: str, words: int, seed: int, *, epochs: int) -> dict:
+def train(
+    kind: str,
+    queries: bool,
+    layers: str,
+    words: int,
+    tokens: int | str,
+    adapter: int,
+    seed: int,
+    *,
+    epochs: int,
+) -> dict:
     """Train one cell with one seed and return the metrics of each variant."""
     where = layers.replace(" ", "-")
-    output = FOLDER / f"{kind}-{'queries' if queries else 'plain'}-{where}-{words}-{seed}-{epochs}"
+    output = (
+        FOLDER
+        / f"{kind}-{'queries' if queries else 'plain'}-{where}-{words}-{tokens}-{adapter}-{seed}-{epochs}"
+    )
+    tuned = {"rank": adapter, "layers": LAYERS[layers]} if adapter else None
     run_bindllm(
         *("fit", "--config", RECIPE, "--output", str(output), "--seed_everything", str(seed)),
         *("--model.inject.kind", kind, "--model.inject.queries", str(queries).lower()),
         *("--model.inject.layers", json.dumps(LAYERS[layers]), "--model.bag_of_words", str(words)),
+        *("--model.bind.tokens", str(tokens), "--model.adapter", json.dumps(tuned)),
+        *("--model.trainable", json.dumps(["bind", "inject", *(["adapter"] if adapter else [])])),
         *("--trainer.max_epochs", str(epochs), "--trainer.logger", "false"),
     )
     return json.loads((output / "metrics.json").read_text())["tasks"]["captions"]
@@ -62,8 +85,9 @@ def train(kind: str, queries: bool, layers: str, words: int, seed: int, *, epoch
 def table(rows: list[dict], cells: list[dict]) -> str:
     """Return the mean and the spread (largest less smallest) of each cell as a Markdown table."""
     lines = [
-        f"| kind | queries | layers | bag of words | {' | '.join(SHOWN)} | loss with shuffled media |",
-        "|---|---|---|---|---|---|---|---|",
+        "| kind | queries | layers | bag of words | bind tokens | adapter | "
+        f"{' | '.join(SHOWN)} | loss with shuffled media |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for settings in cells:
         cell = [row for row in rows if settings.items() <= row.items()]
@@ -73,7 +97,8 @@ def table(rows: list[dict], cells: list[dict]) -> str:
         values.append([row["shuffled_media"]["loss"] for row in cell])
         shown = (f"{statistics.mean(column):.3f} ({max(column) - min(column):.3f})" for column in values)
         queries = "yes" if settings["queries"] else "no"
-        row = [settings["kind"], queries, settings["layers"], str(settings["words"]), *shown]
+        parts = (str(settings[name]) for name in ("layers", "words", "tokens", "adapter"))
+        row = [settings["kind"], queries, *parts, *shown]
         lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
 
