@@ -15,6 +15,7 @@ NAMES = (
     "startup",
     "train_step",
     "generation",
+    "serve",
     "few_shot",
     "bind_tokens",
     "media_cost",

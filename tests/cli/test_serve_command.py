@@ -16,6 +16,7 @@ from bindllm.cli import main
 from bindllm.model.bindllm import BindLLM
 from bindllm.serving.config import KEYS_VARIABLE
 from cache_parts import ALLOW, save_tiny_model
+from serving_parts import image_part
 
 TESTS = Path(__file__).parents[1]
 
@@ -58,6 +59,39 @@ def server(tmp_path_factory):
     yield process, line.split()[2].rstrip(":")
     process.kill()
     process.stdout.close()
+
+
+def test_openai_python_works_unchanged(server):
+    from openai import BadRequestError, OpenAI
+
+    _, address = server
+    client = OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=120)
+    (entry,) = client.models.list().data
+    assert (entry.id, entry.modalities) == ("tiny", ["audio", "image", "text"])
+    options = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": [image_part(), {"type": "text", "text": "Hi"}]}],
+    }
+    answer = client.chat.completions.create(**options, max_tokens=9, logprobs=True, top_logprobs=1)
+    stream = client.chat.completions.create(
+        **options, max_tokens=9, stream=True, stream_options={"include_usage": True}
+    )
+    *chunks, last = list(stream)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert text == answer.choices[0].message.content
+    assert last.usage == answer.usage
+    # Nine tokens, of which an end token is not part of the text.
+    assert len(answer.choices[0].logprobs.content) >= answer.usage.completion_tokens - 1
+    response = client.responses.create(model="tiny", input="Hi", max_output_tokens=4)
+    assert response.usage.output_tokens == 4 or response.status == "completed"
+    events = [event.type for event in client.responses.create(model="tiny", input="Hi", stream=True)]
+    assert events[0] == "response.created"
+    assert events[-1] in ("response.completed", "response.incomplete")
+    # The client asks for base64 by itself.
+    rows = client.embeddings.create(model="tiny", input=["a dog", "a cat"]).data
+    assert [len(row.embedding) for row in rows] == [16, 16]
+    with pytest.raises(BadRequestError, match="tools is a list of length 1"):
+        client.chat.completions.create(**options, tools=[{"type": "function", "function": {"name": "f"}}])
 
 
 def test_sigterm_finishes_the_running_answer_and_refuses_others(server):

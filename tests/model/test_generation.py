@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from bindllm.errors import DecoderError, InputError
 from bindllm.model.adapter import AdapterConfig
 from bindllm.model.decoder import DecoderConfig, load_tokenizer
 from bindllm.model.export import export_decoder
+from bindllm.model.generation import AnswerText, decode_answers
 from bindllm.objectives.grpo import draw_answers
 from preference_parts import conversation, lookup
 from tiny import tiny_model, tiny_tokenizer
@@ -219,3 +221,34 @@ def test_the_default_of_several_named_templates_is_used(decoder, tmp_path, syste
     shown = model.tokenizer.decode(np.ravel(model.prepare("Hi", None)[0][0]))
     expected = "" if system is None else f"<|im_start|>system\n{system}<|im_end|>\n"
     assert shown == f"{expected}<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("ended", [True, False])
+@pytest.mark.parametrize("seed", range(20))
+def test_pieces_of_an_answer_are_its_text(seed, ended):
+    draw = random.Random(seed)
+    letters = [*"ab \n\t,日é\U0001f600", " word", "  ", "\xa0"]
+    answer = ids("".join(draw.choices(letters, k=30)))
+    # Tokens that are not a whole character, and control tokens inside an answer.
+    answer = [draw.choice([token, token, token, draw.randrange(259)]) for token in answer]
+    answer = [token for token in answer if token != END] + [END] * ended
+    text, pieces = AnswerText(TOKENIZER), []
+    while answer[len(pieces) :]:
+        pieces.append(text.add([answer[len(pieces)]]))
+        assert pieces[-1] == pieces[-1].rstrip()
+    pieces.append(text.end(whole=ended))
+    assert "".join(pieces) == decode_answers(torch.tensor([answer]), TOKENIZER, [END])[0]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_pieces_end_before_the_first_stop_string(seed):
+    draw = random.Random(seed)
+    answer = "".join(draw.choices("aabc ", k=40))
+    stop = ["".join(draw.choices("abc ", k=draw.choice([2, 3, 5]))) for _ in range(3)]
+    text = AnswerText(TOKENIZER, stop)
+    found = "".join([*(text.add([token]) for token in ids(answer)), text.end(whole=True)])
+    ends = [answer.find(each) for each in stop if each in answer]
+    assert text.stopped is bool(ends)
+    # Of several stop strings the one that is complete first counts.
+    first = min(ends, key=lambda at: min(at + len(s) for s in stop if answer.startswith(s, at)), default=None)
+    assert found == answer[:first].strip()

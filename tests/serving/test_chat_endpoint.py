@@ -201,6 +201,15 @@ def test_too_many_media_are_refused(model):
     assert answer.json()["error"]["message"] == "more than 1 media in one request"
 
 
+def test_a_text_that_is_too_long_is_refused_before_it_is_tokenized(model):
+    client = client_of(model, max_characters=30)
+    for body in (ask("x" * 20), ask(shots=[{"prompt": "x" * 9, "answer": "y" * 11}])):
+        assert "characters, at most 30 are read" in client.post(CHAT, json=body).json()["error"]["message"]
+    answer = client.post("/v1/embeddings", json={"input": ["x" * 20, "y" * 20]})
+    assert answer.status_code == 400
+    assert client.post(CHAT, json=ask()).status_code == 200
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_error_before_the_first_token_has_its_status(model, stream):
     client = client_of(model, FakeEngine((), error=MediaError("<9 bytes>: not an image")))

@@ -222,8 +222,9 @@ def test_a_cancelled_request_frees_its_slot_at_once(model, says):
     endless(says)
     with Engine(model, slots=1) as engine:
         request = Request(conversation("?"), max_tokens=400)
-        (first, running), (second, waiting) = submit(engine, request), submit(engine, request)
+        first, running = submit(engine, request)
         wait_until(lambda: first.pieces)
+        second, waiting = submit(engine, request)
         steps = engine.counters.steps
         waiting.cancel()
         running.cancel()
@@ -238,8 +239,10 @@ def test_a_cancelled_request_frees_its_slot_at_once(model, says):
 def test_a_request_has_a_deadline(model, says):
     endless(says)
     with Engine(model, slots=1) as engine:
-        request = Request(conversation("?"), max_tokens=400, timeout=0.3)
-        found = [submit(engine, each)[0] for each in (request, replace(request, timeout=0.1))]
+        request = Request(conversation("?"), max_tokens=400, timeout=1.0)
+        found = [submit(engine, request)[0]]
+        wait_until(lambda: found[0].pieces)
+        found.append(submit(engine, replace(request, timeout=0.1))[0])
         assert [listener.last.finish for listener in found] == ["timeout", "timeout"]
         # The first had a slot; the second never had one.
         assert set(found[0].text) == {"y"}

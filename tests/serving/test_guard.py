@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import re
 import sys
 
 import pytest
@@ -50,6 +51,20 @@ def test_open_paths_need_no_key(model):
     # The path that routing uses decides, whatever the headers say.
     answer = client.get("/v1/models", headers={"host": "localhost/health?", "x-forwarded-prefix": "/health"})
     assert answer.status_code in (401, 403)
+
+
+def test_the_page_is_open_and_needs_no_file_of_another_site(model):
+    client = client_of(model, keys=(KEY,))
+    page = client.get("/")
+    assert (page.headers["content-type"], page.headers["cache-control"]) == (
+        "text/html; charset=utf-8",
+        "no-cache",
+    )
+    names = re.findall(r'(?:src|href)="([^"#]+)"', page.text)
+    assert {"chat.js", "chat.css"} <= set(names)
+    for name in names:
+        assert client.get(f"/{name}").status_code == client.head(f"/{name}").status_code == 200
+    assert client.get("/__init__.py").status_code == client.get("/%2e%2e/app.py").status_code == 401
 
 
 def test_the_host_must_be_a_name_of_this_machine(model):

@@ -373,7 +373,8 @@ def _settings(name: str, content: dict[str, Any]) -> dict[str, Any]:
 
 def num_positions(config: PretrainedConfig) -> int | None:
     """Return the number of tokens that a decoder was built for, or None if its config gives no limit."""
-    positions = config.get_text_config().to_dict().get("max_position_embeddings")
+    # Not `to_dict`, which copies everything: a server asks for each request.
+    positions = vars(config.get_text_config()).get("max_position_embeddings")
     return positions if isinstance(positions, int) and positions > 0 else None
 
 

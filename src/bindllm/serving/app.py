@@ -215,9 +215,9 @@ def build_app(engine: Engine, config: ServeConfig) -> FastAPI:
     app.state.endpoints = endpoints
     app.include_router(endpoints.router())
     page = page_files()
-    for path, (content, media_type) in page.items():
-        response = partial(_page_file, content, media_type)
-        app.add_api_route(path, response, methods=["GET"], include_in_schema=False)
+    for path, file in page.items():
+        # A plain route, which answers HEAD too.
+        app.add_route(path, partial(_page_file, file), include_in_schema=False)
     for error in (HTTPException, RequestValidationError):
         app.add_exception_handler(error, handle)
     app.add_middleware(
@@ -237,9 +237,9 @@ def page_files() -> dict[str, tuple[bytes, str]]:
     return found | ({"/": found["/index.html"]} if "/index.html" in found else {})
 
 
-async def _page_file(content: bytes, media_type: str) -> Response:
+async def _page_file(file: tuple[bytes, str], request: HttpRequest) -> Response:
     # Asked for again after an update of the server.
-    return Response(content, media_type=media_type, headers={"cache-control": "no-cache"})
+    return Response(file[0], media_type=file[1], headers={"cache-control": "no-cache"})
 
 
 class _EventStream(StreamingResponse):

@@ -32,8 +32,10 @@ class ServeConfig:
         body_seconds: longest time until a body has arrived.
         timeout: longest time of an answer, in seconds, with waiting.
         max_choices: largest ``n`` of a request.
-        max_media: largest number of media in a request.
-        max_inputs: largest number of inputs of a request for embeddings.
+        max_media: largest number of media in a question.
+        max_inputs: largest number of inputs and media of a request for embeddings.
+        max_characters: most characters of all texts of a request. A text that cannot fit into the decoder is not even
+            tokenized, which takes minutes and gigabytes for 30 MB.
         fetch: domains of media URLs, and limits of downloads.
 
     Raises:
@@ -50,6 +52,7 @@ class ServeConfig:
     max_choices: int = 8
     max_media: int = 64
     max_inputs: int = 2048
+    max_characters: int = 500_000
     fetch: FetchConfig = field(default_factory=FetchConfig)
 
     def __post_init__(self) -> None:

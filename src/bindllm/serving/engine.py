@@ -8,6 +8,7 @@ depends on the media too.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import Counter
@@ -322,12 +323,11 @@ class Engine:
     def _emit(self, logits: Tensor, first: int) -> None:
         """Choose the next token of rows ``first ..``, [R, V], and pass on the text that is certain."""
         rows = self._rows[first:]
-        tokens = choose_tokens(logits, [row.sampling for row in rows])
-        chosen = logits[range(len(rows)), tokens].tolist()
+        tokens, values = choose_tokens(logits, [row.sampling for row in rows])
         self.counters.answer_tokens += len(rows)
         ended = []
         for n, (row, token) in enumerate(zip(rows, tokens, strict=True)):
-            if not abs(chosen[n]) < float("inf"):
+            if not math.isfinite(values[n]):
                 error = DecoderError(
                     "the decoder's output is not finite; a larger dtype may help (bfloat16, float32)"
                 )
@@ -344,9 +344,9 @@ class Engine:
         row.last_token = token
         row.num_tokens += 1
         row.num_left -= 1
-        is_end, request = token in self.model.settings.eos_token_id, row.ticket.request
-        if request.logprobs is not None and not is_end:
-            row.logprobs.append(self._logprobs(logits, token, request.logprobs))
+        is_end, count = token in self.model.settings.eos_token_id, row.ticket.request.logprobs
+        if count is not None and not is_end:
+            row.logprobs.append(self._logprobs(logits, token, count))
         text, finish = row.text.add([token]), None
         if is_end or row.text.stopped:
             finish = "stop"

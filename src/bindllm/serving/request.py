@@ -15,7 +15,7 @@ from bindllm.errors import InputError
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.context.records import find_records, read_records
 from bindllm.model.decoder import num_positions
-from bindllm.model.generation import check_options, generate_options
+from bindllm.model.generation import MAX_NEW_TOKENS, generate_options
 from bindllm.serving.sampling import check_sampling
 from bindllm.shots import Shot
 
@@ -134,7 +134,7 @@ def make_input(model: BindLLM, request: Request, recent: RecentEmbeddings, token
         InputError: the prompt is too long, or the conversation cannot be rendered.
         MediaError: a media cannot be read.
     """
-    options = check_options({} if request.max_tokens is None else {"max_new_tokens": request.max_tokens})
+    options = {"max_new_tokens": request.max_tokens or MAX_NEW_TOKENS}
     given = (request.conversation, None, request.cache, request.shots or None)
     ids, _, media_index, embeddings, encoder_tokens = model.prepare(*given, recent=recent, **options)
     width, device = ids.shape[1], model.device

@@ -53,20 +53,21 @@ def check_sampling(temperature: float, top_p: float, seed: int | None) -> None:
         raise InputError(f"seed is {seed}, expected a whole number of 64 bits")
 
 
-def choose_tokens(logits: Tensor, rows: Sequence[Sampling]) -> list[int]:
-    """Return the next token of each row.
+def choose_tokens(logits: Tensor, rows: Sequence[Sampling]) -> tuple[list[int], list[float]]:
+    """Return the next token of each row, and its largest logit; one that is not finite makes the row useless.
 
     Args:
         logits: [R, V], float32.
         rows: R of them. Each that samples draws one number, whatever the other rows do.
     """
-    tokens = logits.argmax(-1).tolist()
-    chosen = [n for n, row in enumerate(rows) if row.temperature > 0]
+    # A row that is not finite anywhere has such a maximum.
+    values, tokens = (x.tolist() for x in logits.max(-1))
+    chosen = [n for n, row in enumerate(rows) if row.temperature > 0 and math.isfinite(values[n])]
     if chosen:
         drawn = _draw(logits[chosen], [rows[n] for n in chosen])
         for n, token in zip(chosen, drawn, strict=True):
             tokens[n] = token
-    return tokens
+    return tokens, values
 
 
 def _draw(logits: Tensor, rows: Sequence[Sampling]) -> list[int]:

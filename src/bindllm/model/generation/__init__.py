@@ -32,6 +32,8 @@ Prompt = str | Conversation
 MAX_NEW_TOKENS = 128
 # Decoders of text write it for bytes that are not a whole character.
 _INCOMPLETE = "\ufffd"
+# Tokens that are decoded together while an answer arrives.
+_SHORTEST_WINDOW, _LONGEST_WINDOW = 4, 12
 
 # Options that only sampling uses: giving one of them switches sampling on.
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
@@ -299,26 +301,26 @@ class AnswerText:
         self.stopped = False
         self._tokenizer, self._stop = tokenizer, tuple(stop)
         self._held, self._has_begun = "", False
-        # How to read this: tokens `first ..` are decoded together, and the text of `first .. read` is known already.
+        # How to read this: the tokens of a window are decoded together, and the beginning of their text is known.
         # Decoding from the answer's beginning would cost more with each token, and from the last token it would differ:
-        # some tokenizers write a token without its space if none stands before it.
-        self._ids: list[int] = []
-        self._first = self._read = 0
+        # some tokenizers write a token without its space if no other stands before it.
+        self._window: list[int] = []
+        self._known = ""
 
     def add(self, ids: Sequence[int]) -> str:
         """Return the text that is certain after these tokens, maybe empty."""
         if self.stopped:
             return ""
-        self._ids += ids
-        known, text = (
-            self._decode(self._ids[self._first : self._read]),
-            self._decode(self._ids[self._first :]),
-        )
+        self._window += ids
+        text = self._decode()
         # The bytes of an incomplete character are decoded again with the tokens that complete it.
         if text.endswith(_INCOMPLETE):
             return ""
-        self._first, self._read = self._read, len(self._ids)
-        self._held += text[len(known) :]
+        self._held += text[len(self._known) :]
+        self._known = text
+        if len(self._window) > _LONGEST_WINDOW:
+            self._window = self._window[-_SHORTEST_WINDOW:]
+            self._known = self._decode()
         if found := [at for stop in self._stop if (at := self._held.find(stop)) >= 0]:
             self.stopped = True
             return self._give(min(found)).rstrip()
@@ -333,17 +335,13 @@ class AnswerText:
         """
         if self.stopped:
             return ""
-        known, text = (
-            self._decode(self._ids[self._first : self._read]),
-            self._decode(self._ids[self._first :]),
-        )
-        self._held += text[len(known) :]
+        self._held += self._decode()[len(self._known) :]
         if not whole:
             self._held = self._held.rstrip(_INCOMPLETE)
         return self._give(len(self._held))
 
-    def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+    def _decode(self) -> str:
+        return self._tokenizer.decode(self._window, skip_special_tokens=True)
 
     def _undecided(self) -> int:
         """Return how many characters at the end may be the beginning of a stop string."""

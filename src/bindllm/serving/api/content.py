@@ -27,15 +27,17 @@ _FILES = ("file", "input_file")
 
 
 class ContentReader:
-    """Reads the content of one request, with at most `ServeConfig.max_media` media.
+    """Reads the content of one request, and counts its media and its characters.
 
     Args:
         encoders: of the model; media that none of them serves are refused.
         config: the limits.
+        most_media: media that the request may have.
     """
 
-    def __init__(self, encoders: Sequence[Encoder], config: ServeConfig) -> None:
-        self._encoders, self._config, self._count = encoders, config, 0
+    def __init__(self, encoders: Sequence[Encoder], config: ServeConfig, *, most_media: int) -> None:
+        self._encoders, self._config, self._most_media = encoders, config, most_media
+        self._num_media = self._num_characters = 0
         served = {name for encoder in encoders for name in encoder.modalities}
         # All known words, so that the error for one that no encoder serves lists those that one does.
         self._modalities = tuple(dict.fromkeys([*FILE_MODALITIES, *sorted(served - {"text"})]))
@@ -57,6 +59,7 @@ class ContentReader:
                 f"the last message is of the role {role!r}; it must be the user's question",
                 param="messages",
             )
+        self._count_characters(*(message.text for message in parsed))
         return Conversation(tuple(parsed))
 
     def shots(self, shots: Sequence[ShotBody]) -> list[Shot]:
@@ -64,6 +67,7 @@ class ContentReader:
         questions = [
             self.conversation([{"role": "user", "content": shot.prompt}]).messages[0] for shot in shots
         ]
+        self._count_characters(*(shot.answer for shot in shots))
         return [
             Shot(question.text, shot.answer, question.media)
             for question, shot in zip(questions, shots, strict=True)
@@ -80,9 +84,19 @@ class ContentReader:
         if isinstance(text, str):
             if not text.strip():
                 raise ApiError(400, "an input is an empty text", param="input")
+            self._count_characters(text)
             return self._resolve("text", text)
         message = self._with_files({"role": "user", "content": [part]})
-        return parse_messages([message], self._outside())[0].media[0]
+        if not (media := parse_messages([message], self._outside())[0].media):
+            raise ApiError(400, f"an input is {shown(part)}, expected a text or media", param="input")
+        return media[0]
+
+    def _count_characters(self, *texts: str) -> None:
+        self._num_characters += sum(map(len, texts))
+        if self._num_characters > (most := self._config.max_characters):
+            raise ApiError(
+                400, f"the texts have {self._num_characters:,} characters, at most {most:,} are read"
+            )
 
     def _outside(self) -> RecordMedia:
         # No media outside the messages: a placeholder such as <image> in a text is a word.
@@ -92,9 +106,9 @@ class ContentReader:
         """Return the media of a value in a content part: bytes, or a URI."""
         # Before the content is decoded or downloaded.
         encoder_for(modality, self._encoders)
-        self._count += 1
-        if self._count > self._config.max_media:
-            raise ApiError(400, f"more than {self._config.max_media} media in one request")
+        self._num_media += 1
+        if self._num_media > self._most_media:
+            raise ApiError(400, f"more than {self._most_media:,} media in one request")
         if modality == "text" or isinstance(value, bytes):
             return Media(modality, value)
         if not isinstance(value, str):

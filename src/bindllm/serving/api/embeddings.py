@@ -41,8 +41,8 @@ def read_groups(body: EmbeddingsBody, model: BindLLM, config: ServeConfig) -> li
     groups = [item if isinstance(item, list) else [item] for item in inputs]
     for part in (part for group in groups for part in group or [None]):
         _check_part(part)
-    # The limit on media is one for each group here: the number of inputs has its own.
-    return [_read_group(group, model, config) for group in groups]
+    reader = ContentReader(model.encoders, config, most_media=config.max_inputs)
+    return [[reader.media(part) for part in group] for group in groups]
 
 
 def embed(body: EmbeddingsBody, engine: Engine, config: ServeConfig) -> dict[str, Any]:
@@ -74,11 +74,6 @@ def _check_part(part: Any) -> None:
         )
     if not isinstance(part, str | Mapping):
         raise ApiError(400, f"an input is {shown(part)}, expected a text or a content part", param="input")
-
-
-def _read_group(group: list[Any], model: BindLLM, config: ServeConfig) -> list[Media]:
-    reader = ContentReader(model.encoders, config)
-    return [reader.media(part) for part in group]
 
 
 def _base64(row: Tensor) -> str:

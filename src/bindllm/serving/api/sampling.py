@@ -83,7 +83,7 @@ def read_question(
         raise ApiError(
             400, f"n is {choices}; this server gives at most {config.max_choices} choices", param="n"
         )
-    reader = ContentReader(model.encoders, config)
+    reader = ContentReader(model.encoders, config, most_media=config.max_media)
     conversation = _with_shots(reader.conversation(messages), body, reader, model, max_tokens)
     # As for `BindLLM.generate`: greedy, unless a field asks for sampling. Several greedy choices would be equal.
     samples = body.top_p is not None or choices > 1
