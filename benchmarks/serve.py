@@ -8,6 +8,7 @@ import torch
 
 from benchmarks.measure import Metric, paired, seconds
 from benchmarks.parts import bound_model
+from benchmarks.serve_http import http_metrics
 from bindllm import Conversation, Media, Message
 from bindllm.model.bindllm import BindLLM
 from bindllm.serving.engine import Engine, Piece, Request
@@ -61,6 +62,7 @@ def metrics() -> list[Metric]:
         # The first, uncounted run leaves the embeddings in memory.
         ratio, a, b = paired(static, lambda: answer_all(engine, prompts), repeats=3)
         one = min(seconds(lambda: answer_all(engine, prompts[:1])) for _ in range(3))
+        http = http_metrics(engine, prompts, new_tokens=NEW_TOKENS, static=a)
     many = CLIENTS * NEW_TOKENS
     return [
         Metric(
@@ -78,4 +80,5 @@ def metrics() -> list[Metric]:
             f"{many / b:.1f} tokens/s over {NEW_TOKENS / one:.1f} of one client; at least 5; a step reads all weights "
             f"whatever the batch, so {CLIENTS} is the ceiling",
         ),
+        *http,
     ]

@@ -1,4 +1,4 @@
-"""docs/few-shot.md: its commands are understood, its Python runs, and its tables name the choices of the code."""
+"""docs/few-shot.md and docs/teach.md: commands are understood, the Python runs, tables name the choices of the code."""
 
 import re
 import shlex
@@ -12,6 +12,7 @@ from bindllm import BindLLM, Media
 from bindllm.cli.arguments import read_command
 from bindllm.cli.evaluate import few_shot
 from bindllm.cli.generate import NUM_SHOTS, generate
+from bindllm.cli.index import datastore
 from bindllm.evaluation import task
 from bindllm.evaluation.support import POOL
 from bindllm.model.generation import MAX_NEW_TOKENS
@@ -19,18 +20,28 @@ from bindllm.shots import ShotsBy
 from tiny import tiny_model
 
 ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs/few-shot.md").read_text(encoding="utf-8")
+PAGE, TEACH = ((ROOT / f"docs/{name}.md").read_text(encoding="utf-8") for name in ("few-shot", "teach"))
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", PAGE, flags=re.MULTILINE | re.DOTALL)
+def blocks(language: str, page: str = PAGE) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("line", [line for block in blocks("bash") for line in block.splitlines()])
+@pytest.mark.parametrize(
+    "line",
+    [
+        line
+        for page in (PAGE, TEACH)
+        for block in blocks("bash", page)
+        for line in block.splitlines()
+        if not line.startswith(("mkdir", "cp"))
+    ],
+)
 def test_every_command_is_understood(line):
     program, command, *args = shlex.split(line)
     assert program == "bindllm"
-    read_command(command, {"generate": generate, "few_shot": few_shot}[command], args)
+    functions = {"generate": generate, "few_shot": few_shot, "datastore": datastore}
+    read_command(command, functions[command], args)
 
 
 def test_the_python_runs(decoder, monkeypatch):

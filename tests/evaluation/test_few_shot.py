@@ -98,6 +98,19 @@ def test_each_number_of_shots_is_a_task_with_controls(home, model, prepare):
     assert not result.problems
 
 
+def test_a_fixed_support_is_read_once_for_a_batch(home, model, prepare):
+    data, read_tokens = prepare(*read(home / "vqa.jsonl"), by="order"), []
+    hook = model.decoder.register_forward_hook(
+        lambda _, __, inputs, ___: read_tokens.append(inputs["input_ids"].shape), with_kwargs=True
+    )
+    evaluate(model, [data.task(4, model)], lookup=data.embeddings, variants=["model"])
+    hook.remove()
+    (one, shared), (rows, own) = read_tokens[:2]
+    assert (one, rows) == (1, 4)
+    # All questions are equal but for their images.
+    assert shared > 4 * own
+
+
 def test_without_shots_it_is_the_task_of_held_out_rows(home, model, prepare):
     data = prepare(*read(home / "vqa.jsonl"))
     found = evaluate(model, [data.task(0, model)], lookup=data.embeddings)

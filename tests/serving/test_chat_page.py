@@ -202,6 +202,11 @@ def test_point_files_of_other_layouts(page, tmp_path):
     (tmp_path / "cut.ply").write_bytes(files["colors.ply"][:60])
     attach(page, tmp_path / "cut.ply")
     page.wait("document.querySelector('#attached .plain')?.textContent.startsWith('No preview')")
+    (tmp_path / "cut.pcd").write_bytes(files["packed.pcd"][:150])
+    attach(page, tmp_path / "cut.pcd")
+    ask(page, "What?")
+    page.wait("document.querySelector('.turn .problem')")
+    assert page.text(".turn .problem").startswith("cut.pcd cannot be read:")
 
 
 def test_dropped_and_pasted_files(page, server):
@@ -425,7 +430,8 @@ def test_a_recording_can_be_cancelled(page):
 
 
 def test_the_keyboard_reaches_everything_and_all_of_it_has_a_name(page, server, tmp_path):
-    attach(page, *write_files(tmp_path).values())
+    files = write_files(tmp_path)
+    attach(page, files["chair.ply"], files["room.png"], files["cat.png"])
     server.answers = [["Yes."]]
     ask(page, "What?")
     answered(page)
@@ -438,7 +444,7 @@ def test_the_keyboard_reaches_everything_and_all_of_it_has_a_name(page, server, 
     )
     assert unnamed == []
     seen = set()
-    for _ in range(60):
+    for _ in range(20):
         page.press(TAB)
         seen.add(page.run("document.activeElement.ariaLabel ?? document.activeElement.innerText"))
     assert {"New chat", "Settings", "Copy the answer", "Edit this message", "Ask for another answer"} <= seen
@@ -469,7 +475,8 @@ def test_the_answer_can_be_copied(page, server):
 
 def test_a_phone_shows_no_scroll_bar_across(page, server, tmp_path):
     page.resize(360, 640)
-    attach(page, *write_files(tmp_path).values())
+    files = write_files(tmp_path)
+    attach(page, files["chair.ply"], files["bark.wav"], files["cat.png"])
     server.answers = [["A" * 300 + " word"]]
     ask(page, "B" * 200)
     answered(page)

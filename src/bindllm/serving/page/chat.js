@@ -156,7 +156,7 @@ async function answer() {
   announce(turn.problem ? "" : `${turn.answer} ${turn.note}`);
 }
 
-/** Whether a text has any visible character; the server refuses answers without one. */
+/** Whether a text has any visible character; a turn whose answer has none is not sent again. */
 function hasText(text) {
   return /[^\s\p{Cf}\p{Cc}]/u.test(text);
 }

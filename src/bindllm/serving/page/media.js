@@ -53,12 +53,20 @@ export function acceptedFiles(served) {
 
 /** Return the content part of media, as /v1/chat/completions takes it. */
 export async function contentPart({ file, modality }) {
-  const content = ending(file) === "pcd" && modality === "point" ? writeNpy(readPoints(file.name, await file.arrayBuffer()).xyz) : file;
-  const url = await dataUri(content);
+  const url = await dataUri(ending(file) === "pcd" ? await asNpy(file) : file);
   if (modality === "image") return { type: "image_url", image_url: { url } };
   if (modality === "video") return { type: "video_url", video_url: { url } };
   if (modality === "audio") return { type: "input_audio", input_audio: { data: url.slice(url.indexOf(",") + 1), format: ending(file) } };
   return { type: modality, [modality]: url };
+}
+
+/** Return the points of a PCD file, which the server does not read, as an NPY file. */
+async function asNpy(file) {
+  try {
+    return writeNpy(readPoints(file.name, await file.arrayBuffer()).xyz);
+  } catch (error) {
+    throw new MediaError(`${file.name} cannot be read: ${error.message}. Remove it, or convert it to PLY.`);
+  }
 }
 
 /** Return an element that shows media; `close` frees its memory. */

@@ -28,10 +28,10 @@ export async function readModel(key) {
  * @param {object} body of /v1/chat/completions
  * @param {string} key API key, or ""
  * @param {AbortSignal} signal ends the answer early
- * @param {(text: string) => void} onText called with each piece of the answer
+ * @param {(text: string) => void} onPiece called with each piece of the answer
  * @returns {Promise<{finish: ?string, neighbors: Array}>} why it ended, and the images that the cache retrieved
  */
-export async function streamAnswer(body, key, signal, onText) {
+export async function streamAnswer(body, key, signal, onPiece) {
   const payload = JSON.stringify({ ...body, stream: true });
   const headers = { "content-type": "application/json" };
   const response = await send("v1/chat/completions", key, { method: "POST", headers, body: payload, signal });
@@ -42,7 +42,7 @@ export async function streamAnswer(body, key, signal, onText) {
     // A failure after the first token has no status of its own.
     if (chunk.error) throw new ServerError(`The answer broke off: ${said(chunk)}`);
     const choice = chunk.choices?.[0];
-    if (choice?.delta?.content) onText(choice.delta.content);
+    if (choice?.delta?.content) onPiece(choice.delta.content);
     result.finish = choice?.finish_reason ?? result.finish;
     result.neighbors = chunk.neighbors ?? result.neighbors;
   }
