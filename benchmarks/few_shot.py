@@ -50,6 +50,6 @@ def metrics() -> list[Metric]:
         floor = seconds(lambda options=options: model.generate_from(**without, **options))
         name = "support_reuse_speedup" + ("" if tokens == ANSWERS[0] else f"_{tokens}")
         note = f"{SHOTS} shots, {ROWS} questions, answers of {tokens} tokens: {b:.1f} s over {a:.1f} s; "
-        note += f"at least 3; the limit is no shots, {floor:.1f} s"
+        note += f"at least 3; the limit, without shots: {floor:.1f} s"
         found.append(Metric(name, ratio, "ratio of seconds", a / floor, note))
     return found

@@ -281,12 +281,12 @@ def test_damaged_media_of_every_modality(client):
 
 
 @pytest.mark.parametrize(
-    "text", ["x" + " " * 300_000 + "<b", "<" * 300_000, "\n" * 300_000 + "x", string.printable * 3000]
+    "text", ["x" + " " * 600_000 + "<b", "<" * 600_000, "\n" * 600_000 + "x", string.printable * 6000]
 )
 def test_long_texts_are_refused_in_time(client, text):
     started = time.monotonic()
     answer = client.post(CHAT, json={"messages": [{"role": "user", "content": text}], "max_tokens": 1})
-    assert answer.status_code in (200, 400)
+    assert answer.status_code in (400, 413)
     assert time.monotonic() - started < 5
 
 

@@ -286,6 +286,28 @@ def test_a_prompt_that_fails_costs_only_its_own_request(engine, model):
     handle.remove()
 
 
+def test_a_failure_between_prompt_and_cache_ends_all_rows(engine, monkeypatch):
+    """The cache may be half moved then: no row may continue with it."""
+    request = Request(conversation("?"), max_tokens=400)
+    expected = answers(engine, [replace(request, max_tokens=3)])
+    running, _ = submit(engine, request)
+    wait_until(lambda: running.pieces)
+    put = batch.SlotCache._buffer
+
+    def fail(self, like):
+        monkeypatch.setattr(batch.SlotCache, "_buffer", put)
+        raise RuntimeError("on purpose")
+
+    monkeypatch.setattr(batch.SlotCache, "_buffer", fail)
+    with engine._changed:
+        newcomers = [submit(engine, replace(request, max_tokens=3))[0] for _ in range(2)]
+        time.sleep(0.1)
+    ends = [str(listener.last.error or "") for listener in (running, *newcomers)]
+    assert ends[0] == "on purpose"
+    assert "on purpose" in ends[1:]
+    assert answers(engine, [replace(request, max_tokens=3)]) == expected
+
+
 def test_logits_that_are_not_finite_are_an_error(engine, model):
     def spoil(_, __, kwargs, output):
         bad = (kwargs["input_ids"] == ids("~")[0]).any(1)

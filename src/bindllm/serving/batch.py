@@ -7,7 +7,7 @@ key/value heads, `d` head size, `V` vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -103,13 +103,10 @@ class SlotCache(Cache):
         if rows > self._num_rows or width > self.end:
             self._move(rows, max(width, self.width), most)
         columns = slice(self.end - width, self.end)
-        padding = torch.tensor(
-            [[column < width - length for column in range(width)] for length in lengths]
-        ).unsqueeze(-1)
+        hidden = _mask(lengths, width, prompts.layers[0].keys.device)[:, None, :, None] == 0
         for own, other in zip(self.layers, prompts.layers, strict=True):
             if own.keys is None:
                 own.keys, own.values = map(self._buffer, (other.keys, other.values))
-            hidden = padding.unsqueeze(1).to(other.keys.device)
             for buffer, new in ((own.keys, other.keys), (own.values, other.values)):
                 # Zeros where nothing is written: attention gives hidden columns a weight of 0, but 0 times an
                 # infinity, which an earlier row may have left there, would be NaN.
@@ -165,6 +162,24 @@ class SlotCache(Cache):
         return like.new_zeros(self._num_rows, like.shape[1], self._num_columns, like.shape[3])
 
 
+class ReadPrompts(NamedTuple):
+    """Prompts that were read and have no row yet.
+
+    Args:
+        logits: of the first tokens of their answers, [R, V].
+        cache: their keys and values, padded on the left.
+        state: of `GenerationState.after_prompt`.
+        lengths: their tokens.
+        most: tokens of each with its longest answer.
+    """
+
+    logits: Tensor
+    cache: DynamicCache
+    state: GenerationState
+    lengths: list[int]
+    most: list[int]
+
+
 class Batch:
     """The running rows of a model.
 
@@ -199,8 +214,8 @@ class Batch:
         most = [*self._most, *(row.most for row in newcomers)]
         return len(most) * max(most)
 
-    def add(self, newcomers: Sequence[RowInput]) -> Tensor:
-        """Read prompts, and add a row for each; return the logits of the first token of their answers, [R, V]."""
+    def read(self, newcomers: Sequence[RowInput]) -> ReadPrompts:
+        """Run the decoder on prompts; the rows of the batch are not touched, even if this fails."""
         lengths = [len(row.ids) for row in newcomers]
         width, device = max(lengths), self._model.device
         # Padding on the left, as in `generate`: the next token follows the last column of every row.
@@ -222,11 +237,15 @@ class Batch:
             logits = self._model.decoder(**inputs).logits
         # Three axes: a decoder without a projection of the usual shape has computed all positions.
         logits = logits[:, -1] if logits.ndim == 3 else logits
-        most = [*self._most, *(row.most for row in newcomers)]
-        self._slots.join(prompts, lengths, max(most))
-        answers = state.after_prompt()
-        self._state, self._most = answers if self._state is None else self._state.join(answers), most
-        return logits.float()
+        most = [row.most for row in newcomers]
+        return ReadPrompts(logits.float(), prompts, state.after_prompt(), lengths, most)
+
+    def join(self, prompts: ReadPrompts) -> None:
+        """Add a row for each prompt after the present ones."""
+        most = [*self._most, *prompts.most]
+        self._slots.join(prompts.cache, prompts.lengths, max(most))
+        self._state = prompts.state if self._state is None else self._state.join(prompts.state)
+        self._most = most
 
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Read one more token of each row, and return the logits of the next one, [R, V]."""

@@ -59,7 +59,7 @@ class Ticket:
 
     def __init__(self, request: Request, listener: Callable[[Piece], None]) -> None:
         self.request, self.prompt_tokens = request, None
-        self._listener, self._is_cancelled = listener, False
+        self._listener, self._is_cancelled, self._is_over = listener, False, False
         self._deadline = None if request.timeout is None else time.monotonic() + request.timeout
         self._input: RowInput | None = None
         self._error: Exception | None = None
@@ -244,6 +244,7 @@ class Engine:
     def _run(self) -> None:
         with torch.inference_mode():
             while self._wait():
+                newcomers: list[Ticket] = []
                 try:
                     self._drop_rows()
                     if newcomers := self._admit():
@@ -253,6 +254,8 @@ class Engine:
                 except Exception as error:
                     # Nothing is known about the cache after a failed step, so all of its rows end.
                     self._fail_rows(error)
+                    for ticket in newcomers:
+                        self._fail(ticket, error)
         self._fail_rows(EngineClosed("the engine has shut down before the answer was complete"))
         with self._changed:
             rest, self._waiting = self._waiting, []
@@ -302,7 +305,7 @@ class Engine:
     def _start(self, tickets: Sequence[Ticket]) -> None:
         """Read the prompts of newcomers, and emit the first token of each."""
         try:
-            logits = self._batch.add([ticket._input for ticket in tickets])
+            prompts = self._batch.read([ticket._input for ticket in tickets])
         except Exception as error:
             if len(tickets) == 1:
                 self._fail(tickets[0], error)
@@ -311,10 +314,11 @@ class Engine:
             for ticket in tickets:
                 self._start([ticket])
             return
-        self.counters.prompt_tokens += sum(len(ticket._input.ids) for ticket in tickets)
         first = len(self._rows)
         self._rows += [_Row(ticket, self.model) for ticket in tickets]
-        self._emit(logits, first)
+        self._batch.join(prompts)
+        self.counters.prompt_tokens += sum(prompts.lengths)
+        self._emit(prompts.logits, first)
 
     def _step(self) -> None:
         self.counters.steps += 1
@@ -385,6 +389,8 @@ class Engine:
             self._fail(row.ticket, error)
 
     def _fail(self, ticket: Ticket, error: Exception) -> None:
+        if ticket._is_over:
+            return
         if not isinstance(error, BindLLMError):
             logger.error("a request has failed", exc_info=error)
         self._send(ticket, Piece("", 0, error=error))
@@ -400,5 +406,5 @@ class Engine:
         if ticket._is_cancelled or piece.is_last:
             end = "cancelled" if ticket._is_cancelled else "error" if piece.error else piece.finish
             self.counters.finished[end] += 1
-            return True
-        return False
+            ticket._is_over = True
+        return ticket._is_over

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import socket
 import threading
@@ -82,6 +83,9 @@ def build_server(
 
 def run(app: FastAPI, engine: Engine, bound: socket.socket, *, drain: float, name: str) -> None:
     """Serve until a signal ends it, and close the engine; arguments as for `build_server`."""
+    # The model and the libraries stay to the end, so no collection has to look at them: neither between two tokens, nor
+    # in the seconds that a service manager waits for the end of the process.
+    gc.freeze()
     try:
         build_server(app, engine, bound, drain=drain, name=name).run(sockets=[bound])
     finally:

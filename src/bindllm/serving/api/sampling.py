@@ -26,9 +26,6 @@ from bindllm.serving.engine import Engine
 from bindllm.serving.request import Request
 from bindllm.shots import add_shots, fit_shots
 
-CHARACTERS = 16
-"""Most characters for each position of the decoder; usual texts have about four. Splitting more takes too long."""
-
 THUMBNAIL = 96
 """Longer side of the images of neighbors, in pixels."""
 
@@ -145,16 +142,6 @@ def _neighbor(similarity: float, name: str) -> dict[str, Any]:
     return {"similarity": round(similarity, 6), "name": PurePath(name).name, "thumbnail": image}
 
 
-def _check_length(conversation: Conversation, positions: int | None) -> None:
-    """Refuse a conversation that is far too long before it is split into tokens, which may take minutes."""
-    count = sum(len(message.text) for message in conversation.messages)
-    if positions is not None and count > (most := CHARACTERS * positions):
-        raise InputError(
-            f"the conversation has {count:,} characters; with the {positions:,} positions of the decoder at most "
-            f"{most:,} are read. Shorten it"
-        )
-
-
 def _with_shots(
     conversation: Conversation,
     body: SampledBody,
@@ -164,7 +151,6 @@ def _with_shots(
 ) -> Conversation:
     """Put worked examples before a question; an answer without some of them would be another one."""
     shots = reader.shots(body.shots or [])
-    _check_length(add_shots(conversation, shots), num_positions(model.decoder.config))
     limit = shots_limit({"max_new_tokens": max_tokens}, num_positions(model.decoder.config))
     kept = fit_shots(conversation, shots, model.tokenizer, limit)
     if len(kept) < len(shots):

@@ -1,0 +1,98 @@
+"""The HTTP part of `benchmarks.serve`: clients that stream, the time to their first text, and the cost of the layer."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+
+from PIL import Image
+
+from benchmarks.measure import Metric, seconds
+from bindllm import Conversation
+from bindllm.serving.app import build_app
+from bindllm.serving.config import ServeConfig
+from bindllm.serving.engine import Engine
+from bindllm.serving.server import build_server
+
+
+def request_bodies(prompts: Sequence[Conversation], max_tokens: int) -> bytes:
+    """Return streaming requests for conversations of images and texts, one a line."""
+    lines = []
+    for prompt in prompts:
+        content = [_part(part) for message in prompt.messages for part in message.content]
+        body = {"messages": [{"role": "user", "content": content}], "max_tokens": max_tokens, "stream": True}
+        lines.append(json.dumps(body))
+    return "\n".join(lines).encode()
+
+
+def _part(part: object) -> object:
+    if isinstance(part, str):
+        return part
+    stream = io.BytesIO()
+    Image.fromarray(part.source).save(stream, "PNG")
+    return {
+        "type": "image_url",
+        "image_url": {"url": "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()},
+    }
+
+
+def http_metrics(
+    engine: Engine, prompts: Sequence[Conversation], *, new_tokens: int, static: float
+) -> list[Metric]:
+    """Measure the server around an engine with one streaming client for each prompt.
+
+    Args:
+        engine: answers; it stays open.
+        prompts: one for each client.
+        new_tokens: of each answer.
+        static: seconds of one static batch of the same prompts, whose answers come all at its end.
+    """
+    bodies, count = request_bodies(prompts, new_tokens), len(prompts)
+    bound = socket.socket()
+    bound.bind(("127.0.0.1", 0))
+    server = build_server(build_app(engine, ServeConfig("model")), engine, bound, drain=1, name="model")
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    # The event loop reads HTTP, writes JSON, and does nothing else, so its processor time is the cost of both.
+    clock = time.pthread_getcpuclockid(thread.ident)
+    command = [sys.executable, "-m", "benchmarks.serve_client", str(bound.getsockname()[1])]
+    shares, firsts, found = [], [], []
+
+    def crowd() -> None:
+        done = subprocess.run(command, input=bodies, capture_output=True, check=False)
+        if done.returncode:
+            raise SystemExit(done.stderr.decode())
+        found[:] = sorted(json.loads(done.stdout))
+
+    # The first run, which is not counted, encodes the images.
+    crowd()
+    for _ in range(3):
+        before = time.clock_gettime(clock)
+        wall = seconds(crowd)
+        shares.append((time.clock_gettime(clock) - before) / wall)
+        firsts.append((statistics.median(found), found[round(0.99 * (count - 1))]))
+    server.should_exit = True
+    thread.join()
+    share, (half, most) = statistics.median(shares), min(firsts)
+    note = f"{static:.2f} s of one static batch, whose answers come at its end; {count} clients at once"
+    return [
+        Metric(
+            "serve_http_share",
+            share,
+            "share of the time",
+            0.0,
+            f"processor time of HTTP and JSON over the time of {count} streams of {new_tokens} tokens; below 0.02",
+        ),
+        Metric("serve_first_text_p50", half / static, "ratio of seconds", None, f"{half:.2f} s over {note}"),
+        Metric("serve_first_text_p99", most / static, "ratio of seconds", None, f"{most:.2f} s over {note}"),
+    ]
