@@ -1,4 +1,4 @@
-"""The cost of more than one bind token: a training step and a generation of kind attend, against one bind vector."""
+"""The cost of more than one bind token: steps of kinds attend and cross, and a generation, against one bind vector."""
 
 from __future__ import annotations
 
@@ -51,11 +51,24 @@ def metrics() -> list[Metric]:
                     f"{shape}; {ours / len(counts) * 1e3:.0f} ms over {theirs / len(counts) * 1e3:.0f} ms{note}",
                 )
             )  # fmt: skip
+    for layers in (None, 10):
+        model_of_all = bound_model(
+            bind=BindConfig(tokens="all"), inject=InjectConfig("cross", layers=layers)
+        ).eval()
+        cross_step = whole_step(model_of_all, {**batch, "tokens": _tokens(SHAPE["rows"], model_of_all)})
+        ratio, ours, theirs = paired(cross_step, step, repeats=9 if ON_GPU else 3)
+        found.append(
+            Metric(
+                f"cross_step_over_value{'' if layers is None else f'_last{layers}'}", ratio, "ratio", 1.0,
+                f"{shape}; {ours * 1e3:.0f} ms over {theirs * 1e3:.0f} ms with all layers",
+            )
+        )  # fmt: skip
     return [*found, _generation(model, most)]
 
 
 def _tokens(rows: int, model: BindLLM) -> Tensor:
-    return torch.randn(rows, 1, GRID_TOKENS, model.bind.resampler.projection.in_features, device=model.device)
+    size = (model.bind.resampler or model.bind.projector).projection.in_features
+    return torch.randn(rows, 1, GRID_TOKENS, size, device=model.device)
 
 
 def _generation(model: BindLLM, count: int) -> Metric:
