@@ -127,7 +127,9 @@ def token_logprobs(tokens: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
 
 
 def _token(token: TokenLogprob) -> dict[str, Any]:
-    content = list(token.token.encode("utf-8", "replace"))
+    # A token that is a part of a character has other bytes than its text shows.
+    is_whole = "\ufffd" not in token.token
+    content = list(token.token.encode("utf-8", "replace")) if is_whole else None
     return {"token": token.token, "logprob": token.logprob, "bytes": content}
 
 
