@@ -199,7 +199,7 @@ class Endpoints:
 
     def _embedded(self, call: asyncio.Future[Any]) -> None:
         self._embedding -= 1
-        # Of a client that has left nobody else looks at it, which asyncio would report.
+        # Otherwise asyncio reports the error of a client that has left, since no one else looks at it.
         if not call.cancelled():
             call.exception()
 

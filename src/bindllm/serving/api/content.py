@@ -5,7 +5,9 @@ Media are inside the request (data URI or base64), or are downloaded from an all
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import PurePath
 from typing import Any
 from urllib.parse import unquote_to_bytes
@@ -37,6 +39,8 @@ class ContentReader:
 
     def __init__(self, encoders: Sequence[Encoder], config: ServeConfig, *, most_media: int) -> None:
         self._encoders, self._config, self._most_media = encoders, config, most_media
+        # Of all downloads together: 64 slow files of full size would hold a thread and gigabytes for minutes.
+        self._bytes_left, self._seconds_left = config.fetch.max_bytes, config.fetch.seconds
         self._num_media = self._num_characters = 0
         served = {name for encoder in encoders for name in encoder.modalities}
         # All known words, so that the error for one that no encoder serves lists those that one does.
@@ -120,11 +124,27 @@ class ContentReader:
         if scheme == "data":
             return read_data_uri(uri)
         if scheme in ("http", "https"):
-            return fetch(uri, self._config.fetch)
+            return self._download(uri)
         raise ApiError(
             400,
             f"the {modality} is {shown(uri)}, expected a data: URI such as data:image/png;base64,iVBORw0...",
         )
+
+    def _download(self, uri: str) -> bytes:
+        if self._bytes_left <= 0 or self._seconds_left <= 0:
+            most = self._config.fetch
+            raise ApiError(
+                400,
+                f"the downloads of one request may take {most.seconds:g} seconds and {most.max_bytes:,} bytes; "
+                "name fewer URLs, or send the content as data: URIs",
+            )
+        started = time.monotonic()
+        content = fetch(
+            uri, replace(self._config.fetch, max_bytes=self._bytes_left, seconds=self._seconds_left)
+        )
+        self._bytes_left -= len(content)
+        self._seconds_left -= time.monotonic() - started
+        return content
 
     def _checked(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return a message for the parser of rows, which reads one key of a part and leaves the others.
