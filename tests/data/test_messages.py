@@ -193,6 +193,14 @@ def test_the_only_image_of_a_streamed_sample_is_used_even_if_its_row_does_not_na
         assert read_sample(sample(wav=b"W"), config, 0).media == ()
 
 
+def test_messages_of_one_role_are_joined_in_linear_time():
+    part, text = {"type": "image", "image": "a.png"}, {"role": "user", "content": "a"}
+    turns = [text, {"role": "user", "content": [part]}, {"role": "user", "content": [part]}, *[text] * 20_000]
+    first, second = parse_messages(turns, RecordMedia(Media))
+    assert shown([first]) == ["a[a.png]"]
+    assert second.text == "a\n\n" * 19_999 + "a"
+
+
 def test_a_streamed_message_that_names_its_image_does_not_get_it_twice():
     part = {"type": "image_url", "image_url": {"url": "cat.jpg"}}
     record = {"messages": [{"role": "user", "content": [part, {"type": "text", "text": "Which?"}]}, ANSWER]}

@@ -290,6 +290,39 @@ def test_long_texts_are_refused_in_time(client, text):
     assert time.monotonic() - started < 5
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"messages": [' + "{}," * 300_000 + "{}]}",
+        '{"messages": [' + "0," * 300_000 + "0]}",
+        '{"messages": [{"role": "user", "content": "a"}],"cache": {'
+        + ",".join(f'"{n}":0' for n in range(90_000))
+        + "}}",
+        json.dumps({"messages": [{"role": "user", "content": "a"}] * 20_000}),
+        json.dumps({"messages": [{"role": "user", "content": ["a"] * 100_000}]}),
+        json.dumps(
+            {
+                "messages": [{"role": "user", "content": "a"}],
+                "shots": [{"prompt": "a", "answer": ""}] * 20_000,
+            }
+        ),
+        json.dumps(
+            {
+                "messages": [{"role": "user", "content": "a"}],
+                "shots": [{"prompt": [0] * 200_000, "answer": ""}],
+            }
+        ),
+        "[[],{}," * 140_000,
+    ],
+)
+def test_many_values_are_refused_in_time(client, body):
+    started = time.monotonic()
+    answer = client.post(CHAT, content=body, headers={"content-type": "application/json"})
+    assert answer.status_code in (400, 413)
+    assert len(answer.text) < 1000
+    assert time.monotonic() - started < 3
+
+
 def test_the_server_is_well_after_all_of_this(server, client):
     until(server.is_idle)
     answer = client.post(CHAT, json=ask(image_part(), max_tokens=3))

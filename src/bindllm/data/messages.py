@@ -380,19 +380,22 @@ def _strip(parts: list[str | Media]) -> list[str | Media]:
 
 def _join(turns: list[tuple[Role, list[str | Media]]], allow_empty_answers: bool) -> list[Message]:
     """Join successive turns of one role, unless both hold media, and refuse turns that cannot be used."""
-    joined: list[Message] = []
+    joined: list[tuple[Role, list[str | Media]]] = []
+    # Of the last one of them. Looking at its parts again for each further turn would take quadratic time.
+    has_text = has_media = False
     for role, parts in turns:
         message = _checked(role, parts, allow_empty_answers)
-        last = joined[-1] if joined else None
+        text, media = bool(message.text), bool(message.media)
         if not parts and role == "system":
             continue
         # Two messages with media stay apart, because the media of one message are fused.
-        if last is None or last.role != role or (last.media and message.media):
-            joined.append(message)
+        if not joined or joined[-1][0] != role or (has_media and media):
+            joined.append((role, list(parts)))
+            has_text, has_media = text, media
         else:
-            between = [BETWEEN] if last.text and message.text else []
-            joined[-1] = Message(role, [*last.content, *between, *parts])
-    return joined
+            joined[-1][1].extend([BETWEEN, *parts] if has_text and text else parts)
+            has_text, has_media = has_text or text, has_media or media
+    return [Message(role, parts) for role, parts in joined]
 
 
 def _checked(role: Role, parts: list[str | Media], allow_empty_answers: bool) -> Message:

@@ -35,7 +35,8 @@ class ServeConfig:
         max_media: largest number of media in a question.
         max_inputs: largest number of inputs and media of a request for embeddings.
         max_characters: most characters of all texts of a request. A text that cannot fit into the decoder is not even
-            tokenized, which takes minutes and gigabytes for 30 MB.
+            tokenized, which takes minutes and gigabytes for 30 MB. It is also the limit on commas and brackets of a
+            body, before it is parsed.
         fetch: domains of media URLs, and limits of downloads.
 
     Raises:

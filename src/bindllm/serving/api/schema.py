@@ -8,13 +8,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from bindllm.serving.api.errors import ApiError, shown
 
 MOST_STOPS = 16
+MOST_MESSAGES = 2048
+"""Most messages, worked examples, and content parts of a worked example."""
+MOST_KEYS = 16
 
-Messages = Annotated[list[dict[str, Any]], Field(min_length=1)]
+# Validation ends at the first item that is wrong: else a small body of wrong items would make a million errors.
+Items = Field(max_length=MOST_MESSAGES, fail_fast=True)
+Messages = Annotated[list[dict[str, Any]], Field(min_length=1), Items]
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Temperature = Annotated[float, Field(ge=0, le=2)]
@@ -42,10 +47,22 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
 }
 
 
-class CacheSettings(BaseModel):
-    """Settings of the visual cache for one request."""
+class Settings(BaseModel):
+    """An object of our own inside a body: a key that it does not have is a mistake."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_few_keys(cls, value: Any) -> Any:
+        # Each unknown key is an error of its own.
+        if isinstance(value, dict) and len(value) > MOST_KEYS:
+            raise ValueError(f"more than {MOST_KEYS} keys")
+        return value
+
+
+class CacheSettings(Settings):
+    """Settings of the visual cache for one request."""
 
     weight: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=1, le=1000)] | None = None
@@ -98,12 +115,10 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = None
 
 
-class ShotBody(BaseModel):
+class ShotBody(Settings):
     """A worked example: a question, which may have media, and its answer."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    prompt: str | list[dict[str, Any]]
+    prompt: str | Annotated[list[dict[str, Any]], Items]
     answer: str
 
 
@@ -113,10 +128,12 @@ class SampledBody(Body):
     temperature: Temperature | None = None
     top_p: TopP | None = None
     seed: Seed | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS, fail_fast=True)] | None = None
     top_logprobs: TopLogprobs | None = None
     stream: bool | None = None
-    shots: list[ShotBody] | None = Field(None, description="worked examples before the question")
+    shots: Annotated[list[ShotBody], Items] | None = Field(
+        None, description="worked examples before the question"
+    )
     neighbors: bool | None = Field(
         None, description="return the images that the visual cache blends in, with thumbnails"
     )
@@ -139,7 +156,7 @@ class ResponsesBody(SampledBody):
     input: str | Messages
     instructions: str | None = None
     max_output_tokens: Positive | None = None
-    include: list[str] | None = None
+    include: Annotated[list[str], Items] | None = None
     text: dict[str, Any] | None = None
 
 
