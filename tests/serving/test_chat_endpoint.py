@@ -80,6 +80,8 @@ def test_fields_reach_the_engine(model):
     assert token["token"] == "a "
     assert token["bytes"] == [97, 32]
     assert token["top_logprobs"][1] == {"token": "x", "logprob": -1.5, "bytes": [120]}
+    part = client_of(model, FakeEngine(("\ufffd",))).post(CHAT, json=ask(logprobs=True)).json()
+    assert part["choices"][0]["logprobs"]["content"][0]["bytes"] is None
 
 
 @pytest.mark.parametrize(
@@ -116,6 +118,10 @@ def test_an_answer_is_greedy_unless_a_field_asks_for_sampling(model, fields, tem
         ({"cache": True}, "cache"),
         ({"cache": {"place": "/etc"}}, "cache.place"),
         ({"seed": 2**63}, "seed"),
+        ({"images": [data_uri(png())]}, "images"),
+        ({"max_output_tokens": 5}, "max_output_tokens"),
+        ({"stop_token_ids": [2]}, "stop_token_ids"),
+        ({"messages": [{"role": "user", "content": "Hi", "images": [data_uri(png())]}]}, "messages"),
     ],
 )
 def test_a_field_that_cannot_be_used_is_refused(model, fields, param):
@@ -143,6 +149,9 @@ def test_a_field_that_cannot_be_used_is_refused(model, fields, param):
         ({"type": "file", "file": {"file_id": "file-1"}}, "file_id"),
         ({"type": "file", "file": {"file_data": "data:application/pdf;base64,AAAA"}}, "any modality"),
         ({"type": "text", "text": "half \ud800"}, "not valid Unicode"),
+        ({"text": "What?", "image": data_uri(png())}, "has image and text; give each"),
+        ({**image_part(), "type": "text", "text": "What?"}, "has image and text; give each"),
+        ({"type": "file", "file": {"file_data": data_uri(png())}, "text": "What?"}, "has file and text"),
     ],
 )
 def test_a_content_part_that_cannot_be_used_is_refused(model, part, words):

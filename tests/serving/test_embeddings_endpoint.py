@@ -65,6 +65,7 @@ def test_base64_is_little_endian_float32(model):
             "no encoder serves the modality 'audio'",
         ),
         ([{"type": "image"}], "placeholders"),
+        ([{"text": "a", "image": "data:,a"}], "has image and text"),
         ([{"output_text": "a"}], "expected a text or media"),
         (["x" * 500_000, "y"], "500,001 characters"),
         ([["a"] * 1025] * 2, "more than 2,048 media"),
@@ -80,7 +81,7 @@ def test_an_input_that_cannot_be_embedded_is_refused(model, value, words):
 
 def test_fields_that_cannot_be_used_are_refused(model):
     assert embed(model, "a", dimensions=16).status_code == 200
-    for fields in ({"dimensions": 8}, {"encoding_format": "int8"}, {"cache": True}):
+    for fields in ({"dimensions": 8}, {"encoding_format": "int8"}, {"cache": True}, {"normalize": False}):
         answer = embed(model, "a", **fields)
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, next(iter(fields)))
 

@@ -5,10 +5,11 @@ import json
 import logging
 import re
 import sys
+import threading
 
 import pytest
 
-from bindllm.errors import InputError
+from bindllm.errors import EngineBusy, InputError
 from bindllm.serving.config import KEYS_VARIABLE, ServeConfig, read_keys
 from bindllm.serving.server import LogFormatter
 from serving_parts import FakeEngine, ask, client_of
@@ -82,6 +83,11 @@ def test_the_host_must_be_a_name_of_this_machine(model):
         answer = client.get("/health", headers={"host": host})
         assert (answer.status_code, answer.json()["error"]["code"]) == (403, "host_not_allowed")
     assert client_of(model, hosts=()).get("/health", headers={"host": "any.example"}).status_code == 200
+    named = client_of(model, hosts=("Models.Example",))
+    assert named.get("/health", headers={"host": "models.example:80"}).status_code == 200
+    for name in ("models.example:80", "https://models.example", ""):
+        with pytest.raises(InputError, match="without a scheme or a port"):
+            ServeConfig("m", hosts=(name,))
 
 
 def test_errors_have_one_shape(model):
@@ -114,6 +120,7 @@ def test_an_unexpected_error_says_nothing_of_itself(model, caplog):
     assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
     assert "division" not in answer.text
     assert "division by zero" in caplog.text
+    assert f"a request failed: {answer.headers['x-request-id']}" in caplog.text
 
 
 def test_answers_carry_safe_headers_and_an_id(model):
@@ -205,6 +212,31 @@ def test_a_client_that_leaves_frees_its_slot(model, stream):
     asyncio.run(asyncio.wait_for(call(app, [body]), 5))
     engine.release.set()
     assert engine.cancelled == 1
+
+
+def test_media_of_clients_that_left_are_counted_until_the_encoder_is_free(model):
+    free, calls = threading.Event(), []
+    client = client_of(model)
+    endpoints = client.app.state.endpoints
+
+    async def ask(function):
+        return await endpoints._in_thread(function)
+
+    async def many():
+        first = asyncio.create_task(ask(lambda: free.wait(10)))
+        gone = [asyncio.create_task(ask(lambda: calls.append(1))) for _ in range(63)]
+        await asyncio.sleep(0.05)
+        for task in gone:
+            task.cancel()
+        await asyncio.gather(*gone, return_exceptions=True)
+        with pytest.raises(EngineBusy):
+            await ask(lambda: None)
+        free.set()
+        await first
+        return await ask(lambda: "served")
+
+    assert asyncio.run(many()) == "served"
+    assert not calls
 
 
 def test_a_draining_server_says_so(model):

@@ -95,6 +95,8 @@ def test_an_error_in_a_stream_is_its_last_event(model):
         {"text": {"format": {"type": "json_schema"}}},
         {"include": ["file_search_call.results"]},
         {"top_logprobs": 2},
+        {"max_tokens": 5},
+        {"n": 2},
         {"input": [{"type": "function_call_output", "output": "1"}]},
         {"input": []},
     ],

@@ -121,13 +121,13 @@ def _read_config(name: str, access: AccessOptions, limits: LimitOptions) -> Serv
         UsageError: other machines could connect without an API key.
         InputError: a file of API keys or a domain that cannot be used.
     """
-    from bindllm.serving.config import LOOPBACK, ServeConfig, read_keys
+    from bindllm.serving.config import ServeConfig, read_keys
     from bindllm.serving.fetch import FetchConfig
 
     config = ServeConfig(
         model=name,
         keys=read_keys(access.api_keys),
-        hosts=(*LOOPBACK, *access.allowed_hosts) if access.is_local or access.allowed_hosts else (),
+        hosts=_hosts(access),
         max_body=limits.max_body_mib << 20,
         timeout=limits.timeout,
         fetch=FetchConfig(domains=limits.media_domains),
@@ -138,3 +138,14 @@ def _read_config(name: str, access: AccessOptions, limits: LimitOptions) -> Serv
             "key on each line (python -c 'import secrets; print(secrets.token_urlsafe(32))' makes one)"
         )
     return config
+
+
+def _hosts(access: AccessOptions) -> tuple[str, ...]:
+    """Return the names that the Host header may have; none: any."""
+    from bindllm.serving.config import LOOPBACK
+
+    if not (access.is_local or access.allowed_hosts):
+        return ()
+    # The address of this machine that it listens at may be a further one, such as 127.0.0.2.
+    own = f"[{access.host}]" if ":" in access.host else access.host
+    return (*LOOPBACK, own, *access.allowed_hosts)

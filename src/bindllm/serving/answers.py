@@ -95,11 +95,22 @@ class Answers:
         self._observe(piece)
         return choice, piece
 
-    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
-        """Yield all pieces with their choices; errors as for `next`."""
+    async def pieces(
+        self, first: tuple[int, Piece] | None = None, *, seconds: float | None = None
+    ) -> AsyncIterator[tuple[int, Piece] | None]:
+        """Yield all pieces with their choices, and None after each time of some seconds without one.
+
+        Args:
+            first: the result of an earlier `next`.
+            seconds: as for `next`.
+
+        Raises:
+            Exception: as for `next`.
+        """
+        if first is not None:
+            yield first
         while not self.is_finished:
-            if (found := await self.next()) is not None:
-                yield found
+            yield await self.next(seconds)
 
     def _put(self, choice: int, piece: Piece) -> None:
         """Take a piece in the engine's thread."""

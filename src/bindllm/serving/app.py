@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ from bindllm.model.decoder import num_positions
 from bindllm.serving.answers import Answers
 from bindllm.serving.api.chat import KEEP_ALIVE, Neighbors, chat_fields, complete_chat, stream_chat
 from bindllm.serving.api.embeddings import embed
-from bindllm.serving.api.errors import ApiError, handle, json_response
+from bindllm.serving.api.errors import RETRY, ApiError, handle, json_response
 from bindllm.serving.api.responses import ResponseWriter, response_fields, response_messages
 from bindllm.serving.api.sampling import Question, check_model, find_neighbors, read_question
 from bindllm.serving.api.schema import ChatBody, EmbeddingsBody, ErrorBody, ResponsesBody
@@ -129,7 +130,7 @@ class Endpoints:
     async def ready(self) -> Response:
         """Tell whether new requests are served."""
         if self.draining:
-            return json_response({"status": "draining"}, 503, {"retry-after": "2"})
+            return json_response({"status": "draining"}, 503, RETRY)
         return json_response({"status": "ready"})
 
     async def show_metrics(self) -> Response:
@@ -179,13 +180,28 @@ class Endpoints:
         if self._embedding >= _EMBED_WAITING:
             raise EngineBusy("too many calls wait for the encoders")
         self._embedding += 1
+        is_over = threading.Event()
+
+        def work() -> Found | None:
+            return None if is_over.is_set() else function(*args)
+
+        # Shielded, so that it counts until the thread has taken it: its media stay in memory for so long, and clients
+        # that leave and come again could fill it.
+        waiting = asyncio.get_running_loop().run_in_executor(self._threads, work)
+        waiting.add_done_callback(self._embedded)
         try:
             async with asyncio.timeout(self._config.timeout):
-                return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
+                return await asyncio.shield(waiting)
         except TimeoutError as error:
             raise ApiError(504, "the media were not embedded within the deadline of this server") from error
         finally:
-            self._embedding -= 1
+            is_over.set()
+
+    def _embedded(self, call: asyncio.Future[Any]) -> None:
+        self._embedding -= 1
+        # Otherwise asyncio reports the error of a client that has left, since no one else looks at it.
+        if not call.cancelled():
+            call.exception()
 
     def _describe(self) -> dict[str, Any]:
         """Return the entry of the model, with facts that a client cannot ask for otherwise."""

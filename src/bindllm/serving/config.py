@@ -16,6 +16,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 """Names of this machine in the Host header."""
 
 _KEY = re.compile(r"[!-~]+")
+_NAME = re.compile(r"[a-z0-9._-]+|\[[0-9a-f:.]+\]")
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class ServeConfig:
     Args:
         model: name of the model in the API.
         keys: API keys; any of them opens every route. Empty: no key is needed.
-        hosts: names that the Host header of a request may have, without a port. Empty: any. A page of another site can
-            point its own name at 127.0.0.1, so a server on the loopback address must check it.
+        hosts: names that the Host header of a request may have, without a port; case does not count. Empty: any. A page
+            of another site can point its own name at 127.0.0.1, so a server on the loopback address must check it.
         max_body: largest body of a request, in bytes.
         max_held: largest sum of all bodies that are held at the same time, in bytes.
         body_seconds: longest time until a body has arrived.
@@ -40,7 +41,8 @@ class ServeConfig:
         fetch: domains of media URLs, and limits of downloads.
 
     Raises:
-        InputError: a limit that is not above 0, or a key with other characters than visible ASCII.
+        InputError: a limit that is not above 0, a key with other characters than visible ASCII, or a host that is not
+            a name.
     """
 
     model: str
@@ -60,6 +62,13 @@ class ServeConfig:
         for name, value in vars(self).items():
             if isinstance(value, int | float) and value <= 0:
                 raise InputError(f"{name} is {value}, expected more than 0")
+        object.__setattr__(self, "hosts", tuple(name.lower() for name in self.hosts))
+        # A name that no header can equal would lock its users out without a word.
+        for name in self.hosts:
+            if not _NAME.fullmatch(name):
+                raise InputError(
+                    f"a host is a name such as models.example.com, without a scheme or a port, not {name!r}"
+                )
         # The key itself stays out of the message, which may be logged.
         for number, key in enumerate(self.keys, start=1):
             if not _KEY.fullmatch(key):

@@ -232,8 +232,10 @@ class Engine:
         try:
             if not ticket._is_cancelled:
                 with limited(self.limits):
-                    ticket._input = make_input(self.model, ticket.request, self.recent, self._tokens)
-                ticket.prompt_tokens = len(ticket._input.ids)
+                    row = make_input(self.model, ticket.request, self.recent, self._tokens)
+                # First, since the engine's thread takes the ticket as soon as it has its input.
+                ticket.prompt_tokens = len(row.ids)
+                ticket._input = row
         except Exception as error:
             ticket._error = error
         with self._changed:

@@ -195,7 +195,7 @@ def _get(target: _Target, config: FetchConfig, deadline: float) -> bytes | str:
                 return location
             return _read(response, config)
     except TimeoutError as error:
-        raise MediaError(f"the download takes more than {config.seconds:g} seconds") from error
+        raise MediaError(f"the download takes more than {config.seconds:.3g} seconds") from error
     except (OSError, HTTPException, ValueError) as error:
         if isinstance(error, MediaError):
             raise

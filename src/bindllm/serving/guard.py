@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bindllm.errors import printable
-from bindllm.serving.api.errors import ApiError, draining_error, error_response
+from bindllm.serving.api.errors import RETRY, ApiError, draining_error, error_response, request_id
 from bindllm.serving.config import ServeConfig
 from bindllm.serving.metrics import Metrics
 
@@ -80,6 +80,7 @@ class Guard:
         given = _only(scope, b"x-request-id").decode("latin-1")
         # An id of a client goes into headers and logs, so only harmless characters are taken over.
         identity = given if _REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
+        request_id.set(identity)
         started, status = time.perf_counter(), 0
 
         async def answer(message: Message) -> None:
@@ -121,7 +122,7 @@ class Guard:
         except Exception as error:
             if started():
                 # Part of the answer has been sent: the connection ends without the end of the answer.
-                logger.error("an answer ended early", exc_info=error)
+                logger.error("an answer ended early: %s", request_id.get(), exc_info=error)
                 raise
             await error_response(error)(scope, receive, send)
         finally:
@@ -206,9 +207,7 @@ class Guard:
                 f"the body is larger than {self._config.max_body:,} bytes, the limit here: send smaller media",
             )
         if self._held > self._config.max_held:
-            raise ApiError(
-                429, "the server holds too many large requests; try again later", headers={"retry-after": "2"}
-            )
+            raise ApiError(429, "the server holds too many large requests; try again later", headers=RETRY)
 
 
 class ClientLeftError(Exception):

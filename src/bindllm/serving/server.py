@@ -7,6 +7,7 @@ import gc
 import logging
 import socket
 import threading
+import time
 from types import FrameType
 
 import uvicorn
@@ -73,7 +74,6 @@ def build_server(
         proxy_headers=False,
         limit_concurrency=CONNECTIONS,
         timeout_keep_alive=75,
-        timeout_graceful_shutdown=max(1, round(drain)),
     )
     host, port = bound.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
@@ -160,8 +160,12 @@ class _Server(uvicorn.Server):
         threading.Thread(target=self._drain, name="bindllm-drain", daemon=True).start()
 
     def _drain(self) -> None:
+        started = time.monotonic()
         logger.info("finishing %d requests, up to %g seconds", self._engine.running, self._drain_seconds)
         try:
             self._engine.close(drain=self._drain_seconds)
         finally:
+            # What is left of the time, for answers that are being sent and for embeddings.
+            left = self._drain_seconds - (time.monotonic() - started)
+            self.config.timeout_graceful_shutdown = max(1, round(left))
             self.should_exit = True

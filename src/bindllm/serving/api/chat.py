@@ -44,7 +44,8 @@ async def complete_chat(question: Question, answers: Answers, neighbors: Neighbo
     """Return the whole answer as an object; errors as for `Answers.next`."""
     texts, tokens = ["" for _ in question.requests], [[] for _ in question.requests]
     finish: list[str | None] = [None for _ in question.requests]
-    async for number, piece in answers.pieces():
+    async for found in answers.pieces():
+        number, piece = found
         texts[number] += piece.text
         tokens[number] += piece.logprobs
         finish[number] = piece.finish
@@ -89,17 +90,15 @@ async def stream_chat(
     try:
         for number in range(len(question.requests)):
             yield event(number, {"role": "assistant", "content": "", "refusal": None})
-        found = first
-        while found or not answers.is_finished:
+        async for found in answers.pieces(first, seconds=KEEP_ALIVE):
             if found is None:
                 yield COMMENT
-            else:
-                number, piece = found
-                if piece.text or piece.logprobs:
-                    yield event(number, {"content": piece.text}, logprobs=_logprobs(question, piece.logprobs))
-                if piece.finish is not None:
-                    yield event(number, {}, finish_reason=piece.finish)
-            found = None if answers.is_finished else await answers.next(KEEP_ALIVE)
+                continue
+            number, piece = found
+            if piece.text or piece.logprobs:
+                yield event(number, {"content": piece.text}, logprobs=_logprobs(question, piece.logprobs))
+            if piece.finish is not None:
+                yield event(number, {}, finish_reason=piece.finish)
         extras = await _extras(neighbors)
         if usage or extras:
             numbers = {"usage": chat_usage(answers)} if usage else {}
@@ -127,7 +126,9 @@ def token_logprobs(tokens: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
 
 
 def _token(token: TokenLogprob) -> dict[str, Any]:
-    content = list(token.token.encode("utf-8", "replace"))
+    # A token that is a part of a character has other bytes than its text shows.
+    is_whole = "\ufffd" not in token.token
+    content = list(token.token.encode("utf-8", "replace")) if is_whole else None
     return {"token": token.token, "logprob": token.logprob, "bytes": content}
 
 

@@ -5,7 +5,9 @@ Media are inside the request (data URI or base64), or are downloaded from an all
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import PurePath
 from typing import Any
 from urllib.parse import unquote_to_bytes
@@ -37,6 +39,8 @@ class ContentReader:
 
     def __init__(self, encoders: Sequence[Encoder], config: ServeConfig, *, most_media: int) -> None:
         self._encoders, self._config, self._most_media = encoders, config, most_media
+        # Of all downloads together: 64 slow files of full size would hold a thread and gigabytes for minutes.
+        self._bytes_left, self._seconds_left = config.fetch.max_bytes, config.fetch.seconds
         self._num_media = self._num_characters = 0
         served = {name for encoder in encoders for name in encoder.modalities}
         # All known words, so that the error for one that no encoder serves lists those that one does.
@@ -49,7 +53,7 @@ class ContentReader:
             InputError: a message or a content part that cannot be used.
             ApiError: as for `media`, or the last message is not the user's.
         """
-        given = [self._with_files(message) for message in messages]
+        given = [self._checked(message) for message in messages]
         # A client sends back the answers of the model, which may have been empty.
         parsed = parse_messages(given, self._outside(), allow_empty_answers=True)
         if not parsed or parsed[-1].role != "user":
@@ -80,13 +84,13 @@ class ContentReader:
             InputError: not media that an encoder of the model serves.
             ApiError: a path, a URL that is not allowed, or too many media.
         """
+        message = self._checked({"role": "user", "content": [part]})
         text = part.get("text", part.get("input_text")) if isinstance(part, Mapping) else part
         if isinstance(text, str):
             if not text.strip():
                 raise ApiError(400, "an input is an empty text", param="input")
             self._count_characters(text)
             return self._resolve("text", text)
-        message = self._with_files({"role": "user", "content": [part]})
         if not (media := parse_messages([message], self._outside())[0].media):
             raise ApiError(400, f"an input is {shown(part)}, expected a text or media", param="input")
         return media[0]
@@ -120,22 +124,63 @@ class ContentReader:
         if scheme == "data":
             return read_data_uri(uri)
         if scheme in ("http", "https"):
-            return fetch(uri, self._config.fetch)
+            return self._download(uri)
         raise ApiError(
             400,
             f"the {modality} is {shown(uri)}, expected a data: URI such as data:image/png;base64,iVBORw0...",
         )
 
-    def _with_files(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Name the modality of the parts of type ``file``, which the parser of rows does not know."""
+    def _download(self, uri: str) -> bytes:
+        if self._bytes_left <= 0 or self._seconds_left <= 0:
+            most = self._config.fetch
+            raise ApiError(
+                400,
+                f"the downloads of one request may take {most.seconds:g} seconds and {most.max_bytes:,} bytes; "
+                "name fewer URLs, or send the content as data: URIs",
+            )
+        started = time.monotonic()
+        content = fetch(
+            uri, replace(self._config.fetch, max_bytes=self._bytes_left, seconds=self._seconds_left)
+        )
+        self._bytes_left -= len(content)
+        self._seconds_left -= time.monotonic() - started
+        return content
+
+    def _checked(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return a message for the parser of rows, which reads one key of a part and leaves the others.
+
+        Raises:
+            ApiError: media or texts that would be left.
+        """
         content = message.get("content")
+        if outside := self._kinds({key: value for key, value in message.items() if key != "content"}):
+            raise ApiError(
+                400,
+                f"a message has {' and '.join(sorted(outside))} outside of its content; give each as a content part",
+                param="messages",
+            )
         if not isinstance(content, list):
             return message
-        parts = [
-            _file_part(part) if isinstance(part, Mapping) and part.get("type") in _FILES else part
-            for part in content
-        ]
+        parts = []
+        for part in content:
+            if isinstance(part, Mapping):
+                if len(kinds := self._kinds(part)) > 1:
+                    raise ApiError(
+                        400, f"a content part has {' and '.join(sorted(kinds))}; give each a part of its own"
+                    )
+                # The parser of rows does not know this type.
+                part = _file_part(part) if part.get("type") in _FILES else part
+            parts.append(part)
         return {**message, "content": parts}
+
+    def _kinds(self, values: Mapping[str, Any]) -> set[str]:
+        """Return the modalities that an object has values of, under any of the usual keys, such as ``images``."""
+        names = {
+            key.removeprefix("input_").removesuffix("_url").removesuffix("s")
+            for key, value in values.items()
+            if value
+        }
+        return names & {"text", "file", *self._modalities}
 
 
 def _file_part(part: Mapping[str, Any]) -> Mapping[str, Any]:

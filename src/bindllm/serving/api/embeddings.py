@@ -26,6 +26,7 @@ def read_groups(body: EmbeddingsBody, model: BindLLM, config: ServeConfig) -> li
         InputError: media that cannot be used.
     """
     check_model(body.model, config)
+    body.refuse_unsupported()
     size = model.encoders[0].embedding_size
     if body.dimensions not in (None, size):
         raise ApiError(400, f"dimensions is {body.dimensions}; this model has {size}", param="dimensions")

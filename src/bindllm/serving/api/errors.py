@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from contextvars import ContextVar
 from typing import Any
 
 from fastapi import HTTPException, Request
@@ -16,8 +17,11 @@ from bindllm.errors import EngineBusy, EngineClosed, InputError, MissingExtraErr
 
 logger = logging.getLogger("bindllm.serving")
 
-RETRY_SECONDS = 2
-"""After this time a refused client should try again."""
+RETRY = {"retry-after": "2"}
+"""Header that names the seconds after which a refused client should try again."""
+
+request_id: ContextVar[str] = ContextVar("request_id", default="none")
+"""Id of the request that is being served; the guard sets it."""
 # Characters of a given value that a message shows.
 _MOST_SHOWN = 80
 _FIELD = re.compile("[a-z_]+")
@@ -71,9 +75,8 @@ def as_api_error(error: BaseException) -> ApiError:
             message = _MESSAGES.get(error.status_code, str(error.detail))
             return ApiError(error.status_code, message, headers=dict(error.headers or {}))
         case EngineBusy():
-            retry = {"retry-after": str(RETRY_SECONDS)}
             return ApiError(
-                429, "too many requests are waiting; try again later", code="queue_full", headers=retry
+                429, "too many requests are waiting; try again later", code="queue_full", headers=RETRY
             )
         case EngineClosed():
             return draining_error()
@@ -83,7 +86,8 @@ def as_api_error(error: BaseException) -> ApiError:
         case InputError():
             return ApiError(400, str(error))
         case _:
-            logger.error("a request failed", exc_info=error)
+            # The message of an unexpected error may hold paths or texts of others, so only the log has it.
+            logger.error("a request failed: %s", request_id.get(), exc_info=error)
             return ApiError(
                 500, "the server failed at this request; its log has the reason under the request id"
             )
@@ -91,9 +95,7 @@ def as_api_error(error: BaseException) -> ApiError:
 
 def draining_error() -> ApiError:
     """Return the answer of a server that is about to end."""
-    return ApiError(
-        503, "the server is shutting down; try again later", headers={"retry-after": str(RETRY_SECONDS)}
-    )
+    return ApiError(503, "the server is shutting down; try again later", headers=RETRY)
 
 
 def dump(value: Any) -> bytes:

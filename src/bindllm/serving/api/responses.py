@@ -68,8 +68,8 @@ class ResponseWriter:
 
     async def complete(self) -> dict[str, Any]:
         """Return the whole answer as an object; errors as for `Answers.next`."""
-        async for _, piece in self._answers.pieces():
-            self._add(piece)
+        async for found in self._answers.pieces():
+            self._add(found[1])
         return await self._finished()
 
     async def stream(self, first: tuple[int, Piece] | None) -> AsyncIterator[bytes]:
@@ -86,19 +86,17 @@ class ResponseWriter:
             item = self._item("in_progress", [])
             yield self._event("response.output_item.added", output_index=0, item=item)
             yield self._event("response.content_part.added", **part, part=_content("", []))
-            found = first
-            while found or not self._answers.is_finished:
+            async for found in self._answers.pieces(first, seconds=KEEP_ALIVE):
                 if found is None:
                     yield COMMENT
-                else:
-                    piece = found[1]
-                    self._add(piece)
-                    if piece.text:
-                        logprobs = token_logprobs(piece.logprobs)
-                        yield self._event(
-                            "response.output_text.delta", **part, delta=piece.text, logprobs=logprobs
-                        )
-                found = None if self._answers.is_finished else await self._answers.next(KEEP_ALIVE)
+                    continue
+                piece = found[1]
+                self._add(piece)
+                if piece.text:
+                    logprobs = token_logprobs(piece.logprobs)
+                    yield self._event(
+                        "response.output_text.delta", **part, delta=piece.text, logprobs=logprobs
+                    )
             done = await self._finished()
             for event in self._end(done, place, part):
                 yield event

@@ -27,8 +27,13 @@ TopP = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 TopLogprobs = Annotated[int, Field(ge=0, le=20)]
 
+# Where other servers and programs have media: here they are content parts, and a field would be dropped.
+_MEDIA = dict.fromkeys(
+    ("images", "image", "videos", "video", "audios", "audio", "files", "media", "documents"), ([],)
+)
 # Fields that would change an answer, and the values that stand for their absence. None always does.
 _REFUSED: dict[str, tuple[Any, ...]] = {
+    **_MEDIA,
     **dict.fromkeys(("tools", "functions"), ([],)),
     **dict.fromkeys(("logit_bias", "structured_outputs"), ({},)),
     **dict.fromkeys(("presence_penalty", "frequency_penalty", "min_p", "min_tokens", "top_k"), (0,)),
@@ -37,7 +42,17 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
         ("ignore_eos", "use_beam_search", "echo", "continue_final_message", "background"), (False,)
     ),
     **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), ()),
-    **dict.fromkeys(("audio", "web_search_options", "previous_response_id", "conversation", "prompt"), ()),
+    **dict.fromkeys(("web_search_options", "previous_response_id", "conversation", "prompt"), ()),
+    # Further ones of vLLM, llama.cpp and Hugging Face.
+    **dict.fromkeys(("stop_token_ids", "bad_words", "allowed_token_ids", "logits_processors"), ([],)),
+    **dict.fromkeys(
+        ("prompt_logprobs", "truncate_prompt_tokens", "chat_template", "grammar", "json_schema"), ()
+    ),
+    **dict.fromkeys(("repeat_penalty", "typical_p"), (1,)),
+    "include_stop_str_in_output": (False,),
+    "chat_template_kwargs": ({},),
+    # A limit on tokens has another name at every server.
+    **dict.fromkeys(("max_new_tokens", "num_predict"), ()),
     "top_k": (0, -1),
     "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
@@ -142,6 +157,12 @@ class SampledBody(Body):
 class ChatBody(SampledBody):
     """Body of ``/v1/chat/completions``."""
 
+    # Those of the Responses.
+    refused: ClassVar[dict[str, tuple[Any, ...]]] = {
+        **_REFUSED,
+        **dict.fromkeys(("max_output_tokens", "instructions", "input", "text"), ()),
+    }
+
     messages: Messages
     max_tokens: Positive | None = None
     max_completion_tokens: Positive | None = None
@@ -153,6 +174,14 @@ class ChatBody(SampledBody):
 class ResponsesBody(SampledBody):
     """Body of ``/v1/responses``."""
 
+    # Those of the Chat Completions.
+    refused: ClassVar[dict[str, tuple[Any, ...]]] = {
+        **_REFUSED,
+        **dict.fromkeys(("max_tokens", "max_completion_tokens", "messages"), ()),
+        "n": (1,),
+        "logprobs": (False,),
+    }
+
     input: str | Messages
     instructions: str | None = None
     max_output_tokens: Positive | None = None
@@ -163,7 +192,11 @@ class ResponsesBody(SampledBody):
 class EmbeddingsBody(Body):
     """Body of ``/v1/embeddings``."""
 
-    refused: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    refused: ClassVar[dict[str, tuple[Any, ...]]] = {
+        **_MEDIA,
+        **dict.fromkeys(("messages", "prompt", "instruction", "truncate_prompt_tokens"), ()),
+        "normalize": (True,),
+    }
 
     input: str | list[Any] = Field(
         description="a text, or a list of texts and content parts; a list of parts is fused into one embedding"
