@@ -40,12 +40,12 @@ def tiny_recipe(parts: Path, **sections: dict) -> dict:
     return copy.deepcopy(recipe)
 
 
-def with_bind_tokens(recipe: dict, count: int) -> dict:
+def with_bind_tokens(recipe: dict, count: int | str) -> dict:
     """The same recipe with several bind tokens, from an encoder that has tokens."""
     parts = {
         "encoders": [{"class_path": "tiny.TokenEncoder"}],
         "bind": {"tokens": count},
-        "inject": {"kind": "attend"},
+        "inject": {"kind": "cross" if count == "all" else "attend"},
     }
     return {**recipe, "model": {**recipe["model"], **parts}}
 

@@ -175,13 +175,16 @@ def test_the_draw_is_half_all_and_half_log_uniform():
     # log2 of the borders, out of 6, in half of the draws
     for share, expected in zip(shares, (1 / 12, 2 / 12, 3 / 12, 1 / 2), strict=True):
         assert abs(share - expected) < 0.02
+    whole = [draw_count(64, takes_all=True) for _ in range(4000)]
+    assert set(whole) == {1, 64}
+    assert abs(whole.count(1) / 4000 - 1 / 4) < 0.02
 
 
 @pytest.mark.parametrize("with_tokens", [True, False])
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_every_parameter_has_a_finite_gradient_in_every_step(monkeypatch, count, with_tokens):
     """With several devices, a parameter without a gradient would end the run."""
-    monkeypatch.setattr(bind_network, "draw_count", lambda most: count)
+    monkeypatch.setattr(bind_network, "draw_count", lambda *_, **__: count)
     network = resampling().train()
     embeddings, tokens = inputs()
     found = network(embeddings, tokens if with_tokens else None)

@@ -218,6 +218,9 @@ def test_one_bind_token_of_each_token_of_the_encoder(decoder, tmp_path):
     again = model.bind(inputs["embeddings"], changed)
     assert (again != found).any(-1)[:, 0].nonzero().tolist() == [[0, 2], [1, 5]]
     assert again[1, 0, 5].abs().max() == 0
+    # Many images in one message.
+    many = torch.ones(1, 1, bind_network.MOST_BIND_TOKENS + 1, 8)
+    assert model.bind(inputs["embeddings"][:1], many)[0, 0].any(-1).sum() == many.shape[2] + 1
     model.save_pretrained(tmp_path / "m")
     assert json.loads((tmp_path / "m" / "bindllm.json").read_text())["bind"]["tokens"] == "all"
     assert "one bind token of each encoder token of image media" in (tmp_path / "m" / "README.md").read_text()
@@ -229,7 +232,7 @@ def test_one_bind_token_of_each_token_of_the_encoder(decoder, tmp_path):
         BindLLM.from_pretrained(tmp_path / "m", **load, tokens=3)
     with pytest.raises(InputError, match="bind.tokens is all, and injection kind 'value'"):
         build(decoder, kind="value", tokens="all")
-    with pytest.raises(InputError, match="bind.tokens is every"):
+    with pytest.raises(InputError, match="bind.tokens is 'every'"):
         BindConfig(tokens="every")
 
 

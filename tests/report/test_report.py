@@ -173,6 +173,14 @@ def test_the_page_shows_numbers_captions_and_facts(folder):
     assert words.count("✓ right") == 2  # the legend and one caption
 
 
+@pytest.mark.parametrize(("kind", "size"), [("attend", np.tanh(0.5)), ("cross", 0.5)])
+def test_gates_are_shown_as_their_kind_applies_them(kind, size, folder):
+    manifest = json.loads((folder / "bindllm.json").read_text())
+    manifest["inject"]["kind"] = kind
+    (folder / "bindllm.json").write_text(json.dumps(manifest))
+    assert f"Mean {size:.3f}" in write(folder, [row("red")])
+
+
 def test_text_cannot_break_out(folder):
     evil = "<script>alert('x')</script>"
     data = DataReport(sources=[SourceReport(evil)])

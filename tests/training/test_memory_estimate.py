@@ -117,10 +117,11 @@ def test_objectives_run_chosen_and_rejected_rows(plan, objective):
     assert 1.8 < ratio < 2.1
 
 
+@pytest.mark.parametrize(("kind", "tokens"), [("attend", 16), ("cross", "all")])
 @pytest.mark.parametrize("objective", [NextToken, DPO, ORPO, KTO])
-def test_bind_tokens_are_estimated_with_all_of_them_and_repeat(plan, objective):
+def test_bind_tokens_are_estimated_with_all_of_them_and_repeat(plan, objective, kind, tokens):
     plan = replace(plan, encoders=[TokenEncoder()], rows=8, rejected=4, objective=objective())
-    changes = {"bind": BindConfig(tokens=16), "inject": InjectConfig(kind="attend")}
+    changes = {"bind": BindConfig(tokens=tokens), "inject": InjectConfig(kind=kind)}
     one, several = parts(plan, FORWARD), parts(plan, FORWARD, **changes)
     assert several["activations"] > 1.2 * one["activations"]
     assert several["bind"] > one["bind"]

@@ -10,6 +10,7 @@ modalities, and the tokens of an encoder are not.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -22,7 +23,7 @@ MOST_DEPTH = 1000
 """Largest depth and expansion: a damaged checkpoint cannot ask for more."""
 
 MOST_BIND_TOKENS = 4096
-"""Largest number of bind tokens of a media group, for the same reason."""
+"""Largest number of bind tokens of a media group that are made by a resampler, for the same reason."""
 
 RESAMPLER_DEPTH = 2
 """Blocks of the resampler."""
@@ -72,7 +73,7 @@ class BindConfig:
         is_number = isinstance(self.tokens, int) and 1 <= self.tokens <= MOST_BIND_TOKENS
         if not is_number and self.tokens != "all":
             raise InputError(
-                f"bind.tokens is {self.tokens}, expected a whole number from 1 to {MOST_BIND_TOKENS}, or all"
+                f"bind.tokens is {self.tokens!r}, expected a whole number from 1 to {MOST_BIND_TOKENS}, or all"
             )
         named = self.token_modalities
         if isinstance(named, str) or not all(isinstance(name, str) for name in named) or not named:
@@ -245,7 +246,8 @@ class BindNetwork(nn.Module):
         self.projection = nn.Linear(embedding_size, width)
         self.blocks = nn.ModuleList(SwiGLUBlock(width, config) for _ in range(config.depth))
         self.takes_all = config.tokens == "all"
-        self.most_tokens = self._num_tokens = MOST_BIND_TOKENS if self.takes_all else config.tokens
+        # A group of many images may have any number of encoder tokens, and `all` is all of them.
+        self.most_tokens = self._num_tokens = sys.maxsize if self.takes_all else config.tokens
         self.drops_tokens = True
         self.resampler = self.projector = None
         if config.reads_tokens and token_size is None:

@@ -254,6 +254,6 @@ def _series(log: Sequence[Mapping[str, str]], column: str) -> list[tuple[int, fl
 
 
 def _read_gates(folder: Path, manifest: dict[str, Any]) -> np.ndarray:
-    """Return the gates as the injection applies them: kind ``value`` puts them through tanh."""
+    """Return the gates as the injection applies them: kinds ``value`` and ``attend`` put them through tanh."""
     gates = read_weights(folder, manifest)["injection.gates"].float()
-    return (torch.tanh(gates) if manifest["inject"]["kind"] == "value" else gates).numpy()
+    return (torch.tanh(gates) if manifest["inject"]["kind"] in ("value", "attend") else gates).numpy()

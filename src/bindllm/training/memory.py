@@ -175,7 +175,7 @@ class RunPlan:
             "embeddings": torch.zeros(self.rows, self.media_groups, self.encoders[0].embedding_size),
             "labels": labels,
         }
-        if self.bind.tokens > 1:
+        if self.bind.reads_tokens:
             # As many as an encoder may return: their number is known only once a media was read.
             size = token_size(self.encoders, self.bind.token_modalities)
             inputs["tokens"] = torch.zeros(self.rows, self.media_groups, MOST_TOKENS, size)
