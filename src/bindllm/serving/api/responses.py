@@ -160,7 +160,7 @@ class ResponseWriter:
 
     def _object(self, status: str) -> dict[str, Any]:
         request = self._question.requests[0]
-        # The classes of openai-python need nearly all of these keys; those of the state say that there is none.
+        # The classes of openai-python need nearly all of these keys; some say that the server keeps no state.
         return {
             "id": f"resp_{self._question.id}",
             "object": "response",
