@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import threading
 import time
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +18,7 @@ from bindllm.errors import DecoderError, EngineBusy, EngineClosed, InputError, M
 from bindllm.media.limits import MediaLimits
 from bindllm.serving import batch
 from bindllm.serving.engine import Engine, Request
+from bindllm.serving.request import make_input
 from engine_parts import SECONDS, Listener, answers, conversation, draw_request, stripes, submit
 from tiny import ColorEncoder, tiny_model, tiny_tokenizer
 
@@ -234,6 +237,34 @@ def test_a_cancelled_request_frees_its_slot_at_once(model, says):
         assert not second.pieces
         assert not first.ended.is_set()
         assert engine.counters.finished == {"cancelled": 2, "length": 1}
+
+
+def test_the_media_of_cancelled_requests_are_not_kept(model, says, monkeypatch):
+    endless(says)
+    busy = threading.Event()
+    prepare = make_input
+    monkeypatch.setattr("bindllm.serving.engine.PREPARE_THREADS", 1)
+
+    def slow(model, request, *args):
+        if request.stop:
+            busy.wait(SECONDS)
+        return prepare(model, request, *args)
+
+    with Engine(model) as engine:
+        running, ticket = submit(engine, Request(conversation("?"), max_tokens=10_000))
+        wait_until(lambda: running.pieces)
+        monkeypatch.setattr("bindllm.serving.engine.make_input", slow)
+        slow_one = engine.submit(Request(conversation("?"), stop=("x",), max_tokens=1), Listener())
+        request = Request(conversation("?", stripes("red")))
+        gone, kept = engine.submit(request, Listener()), weakref.ref(request)
+        gone.cancel()
+        wait_until(lambda: engine.waiting == 1)
+        del gone, request
+        gc.collect()
+        assert kept() is None
+        busy.set()
+        wait_until(lambda: slow_one.prompt_tokens)
+        ticket.cancel()
 
 
 def test_a_request_has_a_deadline(model, says):

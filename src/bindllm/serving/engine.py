@@ -59,7 +59,8 @@ class Ticket:
 
     def __init__(self, request: Request, listener: Callable[[Piece], None]) -> None:
         self.request, self.prompt_tokens = request, None
-        self._listener, self._is_cancelled, self._is_over = listener, False, False
+        self._listener = listener
+        self._is_taken = self._is_cancelled = self._is_over = False
         self._deadline = None if request.timeout is None else time.monotonic() + request.timeout
         self._input: RowInput | None = None
         self._error: Exception | None = None
@@ -199,7 +200,8 @@ class Engine:
             if len(self._waiting) >= self._queue:
                 raise EngineBusy(f"{self._queue} requests are waiting already; try again later")
             self._waiting.append(ticket)
-            self._pool.submit(self._prepare, ticket)
+            # Without the ticket: the pool would hold the media of requests that have left the queue.
+            self._pool.submit(self._prepare)
         return ticket
 
     def encode(self, groups: Sequence[Sequence[Media]], *, cache: CacheChoice = None) -> Tensor:
@@ -230,8 +232,13 @@ class Engine:
 
     # In the threads of the pool.
 
-    def _prepare(self, ticket: Ticket) -> None:
-        """Render the prompt and encode the media of a request."""
+    def _prepare(self) -> None:
+        """Render the prompt and encode the media of the first waiting request that no other thread has taken."""
+        with self._changed:
+            ticket = next((t for t in self._waiting if not t._is_taken), None)
+            if ticket is None:
+                return
+            ticket._is_taken = True
         try:
             if not ticket._is_cancelled:
                 with limited(self.limits):
