@@ -1,11 +1,14 @@
 """`/v1/chat/completions`: fields, content parts, streams, and refusals."""
 
 import json
+import threading
 
 import pytest
 
 from bindllm.errors import MediaError
 from bindllm.media import Media
+from bindllm.serving.api import chat, content
+from bindllm.serving.fetch import FetchConfig
 from serving_parts import FakeEngine, ask, client_of, data_uri, image_part, png
 from tiny import tiny_model
 
@@ -208,6 +211,28 @@ def test_shots_stand_before_the_question(model):
 def test_too_many_media_are_refused(model):
     answer = client_of(model, max_media=1).post(CHAT, json=ask(image_part(), image_part()))
     assert answer.json()["error"]["message"] == "more than 1 media in one request"
+
+
+def test_the_downloads_of_a_request_share_their_limits(model, monkeypatch):
+    limits = FetchConfig(("media.example.com",), max_bytes=2 * len(png()))
+    given = []
+    monkeypatch.setattr(content, "fetch", lambda url, config: given.append(config) or png())
+    part = {"type": "image_url", "image_url": {"url": "https://media.example.com/a.png"}}
+    client = client_of(model, fetch=limits)
+    assert client.post(CHAT, json=ask(part, part)).status_code == 200
+    assert [config.max_bytes for config in given] == [2 * len(png()), len(png())]
+    assert given[1].seconds < given[0].seconds == limits.seconds
+    answer = client.post(CHAT, json=ask(part, part, part))
+    assert "the downloads of one request" in answer.json()["error"]["message"]
+
+
+def test_a_silent_stream_has_comments(model, monkeypatch):
+    monkeypatch.setattr(chat, "KEEP_ALIVE", 0.01)
+    engine = FakeEngine(hold=True)
+    threading.Timer(0.2, engine.release.set).start()
+    answer = client_of(model, engine).post(CHAT, json=ask(stream=True))
+    assert ": keep-alive\n\n" in answer.text
+    assert events(answer)[-1]["choices"][0]["finish_reason"] == "stop"
 
 
 def test_a_text_that_is_too_long_is_refused_before_it_is_tokenized(model):

@@ -98,6 +98,7 @@ def serve(
     bound = bind(access.host, access.port)
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormatter("%(asctime)s %(message)s"))
+    # The root, so that entries of libraries are escaped too.
     logging.getLogger().addHandler(handler)
     logging.getLogger("bindllm").setLevel(logging.INFO)
 

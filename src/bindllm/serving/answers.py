@@ -36,6 +36,7 @@ class Answers:
         self.completion_tokens = 0
         self._loop, self._metrics = asyncio.get_running_loop(), metrics
         self._finished: set[int] = set()
+        # Without a limit, as the engine must not wait; an answer has at most `max_tokens` pieces.
         self._pieces: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
         self._started = self._last = time.perf_counter()
         self._tickets: list[Ticket] = []
@@ -43,12 +44,14 @@ class Answers:
             for choice, request in enumerate(requests):
                 self._tickets.append(engine.submit(request, partial(self._put, choice)))
         except BaseException:
+            # All choices or none: the caller has nothing yet that could free the slots of those before.
             self.cancel()
             raise
 
     @property
     def prompt_tokens(self) -> int:
         """Tokens of the prompt, known once the first piece is there."""
+        # All choices have the same prompt.
         return self._tickets[0].prompt_tokens or 0
 
     def __enter__(self) -> Self:
@@ -120,6 +123,7 @@ class Answers:
 
     def _observe(self, piece: Piece) -> None:
         now = time.perf_counter()
+        # A piece may hold several tokens, or none: text waits until it is certain, such as half of a character.
         if piece.tokens and not self.completion_tokens:
             self._metrics.first_token.observe(now - self._started)
             self._metrics.tokens.labels("prompt").inc(self.prompt_tokens)

@@ -71,6 +71,7 @@ class Endpoints:
         """Return the routes."""
         router = APIRouter(responses=_ERRORS)
         router.add_api_route("/v1/models", self.models, methods=["GET"])
+        # Names may have slashes, as on the Hugging Face Hub; an unknown one gets the error of a model, not of a path.
         router.add_api_route("/v1/models/{name:path}", self.model, methods=["GET"])
         router.add_api_route("/v1/chat/completions", self.chat, methods=["POST"])
         router.add_api_route("/v1/responses", self.responses, methods=["POST"])
@@ -227,6 +228,7 @@ def build_app(engine: Engine, config: ServeConfig) -> FastAPI:
     """
     endpoints = Endpoints(engine, config)
     # Without the interactive docs, which load scripts of another site.
+    # Without redirects too: their target would be made of the Host header.
     app = FastAPI(title="bindllm", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.endpoints = endpoints
     app.include_router(endpoints.router())
@@ -262,6 +264,7 @@ class _EventStream(StreamingResponse):
     """A stream of events that frees its slots however it ends, also if it never started."""
 
     def __init__(self, events: AsyncIterator[bytes], answers: Answers) -> None:
+        # The header keeps nginx from collecting the pieces.
         super().__init__(events, media_type="text/event-stream", headers={"x-accel-buffering": "no"})
         self._answers = answers
 
@@ -276,9 +279,11 @@ async def _unless_client_leaves(request: HttpRequest, work: Awaitable[Found]) ->
     Raises:
         ClientLeftError: it did.
     """
+    # Only the messages of a connection say that its client has left; nothing cancels the function of a route.
     task, left = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request.receive))
     try:
         await asyncio.wait({task, left}, return_when=asyncio.FIRST_COMPLETED)
+        # Both may be done; then the result is worth more.
         if not task.done():
             raise ClientLeftError
         return task.result()

@@ -211,6 +211,7 @@ class Batch:
 
     def needs(self, newcomers: Sequence[RowInput]) -> int:
         """Return an upper bound for the tokens that the cache will hold with these further rows."""
+        # Every row takes as many columns as the longest one.
         most = [*self._most, *(row.most for row in newcomers)]
         return len(most) * max(most)
 
@@ -231,6 +232,7 @@ class Batch:
         inputs = {"input_ids": ids, "past_key_values": prompts, "use_cache": True}
         if min(lengths) < width:
             mask = _mask(lengths, width, device)
+            # Positions count tokens, not columns, so a prompt is read as it would be alone.
             inputs |= {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_(min=0)}
         rows = torch.arange(len(newcomers), device=device)
         with self._model.injection.applying(state), projecting(rows, torch.full_like(rows, width - 1)):

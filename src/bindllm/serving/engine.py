@@ -66,6 +66,7 @@ class Ticket:
 
     def cancel(self) -> None:
         """End the request without a further piece; its slot is free before the next step."""
+        # Only a mark: rows belong to the engine's thread, which sees it before the next step.
         self._is_cancelled = True
 
     def _is_late(self) -> bool:
@@ -222,7 +223,9 @@ class Engine:
         with self._changed:
             self._is_stopping = True
             self._changed.notify_all()
+        # No longer than the step that is running.
         self._thread.join()
+        # A media that is being decoded cannot be stopped; its thread ends by itself, within the limits.
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     # In the threads of the pool.
@@ -238,6 +241,7 @@ class Engine:
                 ticket._input = row
         except Exception as error:
             ticket._error = error
+        # Also without an input: the engine's thread takes failed and cancelled requests out of the queue.
         with self._changed:
             self._changed.notify_all()
 
@@ -293,12 +297,14 @@ class Engine:
             # Media of some are still being encoded; they do not delay the others.
             for ticket in [t for t in self._waiting if t._input is not None]:
                 rows = [t._input for t in (*admitted, ticket)]
+                # With the padding.
                 prefill = len(rows) * max(len(row.ids) for row in rows)
                 if (
                     len(self._rows) + len(rows) > self._num_slots
                     or self._batch.needs(rows) > self._tokens
                     or (admitted and prefill > PREFILL_TOKENS)
                 ):
+                    # Those after it do not pass by: else a large request might never have its turn.
                     break
                 admitted.append(ticket)
             self._waiting = [t for t in self._waiting if t not in admitted]
@@ -351,6 +357,7 @@ class Engine:
         row.num_tokens += 1
         row.num_left -= 1
         is_end, count = token in self.model.settings.eos_token_id, row.ticket.request.logprobs
+        # An end token is not a part of the answer.
         if count is not None and not is_end:
             row.logprobs.append(self._logprobs(logits, token, count))
         text, finish = row.text.add([token]), None
@@ -391,6 +398,7 @@ class Engine:
             self._fail(row.ticket, error)
 
     def _fail(self, ticket: Ticket, error: Exception) -> None:
+        # Of newcomers that fail together, some may have ended with their first token.
         if ticket._is_over:
             return
         if not isinstance(error, BindLLMError):

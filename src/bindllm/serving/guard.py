@@ -111,7 +111,9 @@ class Guard:
         """Serve one request; an error before the start of an answer becomes the answer."""
         held = [0]
         try:
+            # First, so that no one without a key can make the server hold a body.
             self._check(scope)
+            # No other method has a body that is read.
             if scope["method"] == "POST":
                 receive = _replaying(await self._read_body(scope, receive, held), receive)
             await self._app(scope, receive, send)

@@ -29,8 +29,10 @@ class Metrics:
     """
 
     def __init__(self, engine: Engine) -> None:
+        # The global registry would mix the numbers of several servers in one process.
         self._registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
+        # The library adds "_total" to the names of counters.
         self.requests = Counter(
             "bindllm_requests", "Requests by route and status", ["route", "status"], registry=registry
         )
@@ -72,6 +74,7 @@ class _EngineCollector(Collector):
         yield CounterMetricFamily("bindllm_embedding_hits", "Media found among the recent ones", recent.hits)
         yield CounterMetricFamily("bindllm_embedding_misses", "Media that were encoded", recent.misses)
         finished = CounterMetricFamily("bindllm_answers", "Answers by their end", labels=["finish"])
+        # A copy, since the engine's thread adds to it.
         for end, count in dict(counters.finished).items():
             finished.add_metric([end], count)
         yield finished

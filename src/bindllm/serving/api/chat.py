@@ -34,6 +34,7 @@ def chat_fields(body: ChatBody) -> dict[str, Any]:
             param="max_tokens",
         )
     return {
+        # One of them is missing, or they are equal.
         "max_tokens": body.max_completion_tokens or body.max_tokens,
         "logprobs": (body.top_logprobs or 0) if body.logprobs else None,
         "choices": body.n or 1,
@@ -88,6 +89,7 @@ async def stream_chat(
         return sse({**head, "choices": [choice], **rest})
 
     try:
+        # Clients take the role from the first chunk of each choice.
         for number in range(len(question.requests)):
             yield event(number, {"role": "assistant", "content": "", "refusal": None})
         async for found in answers.pieces(first, seconds=KEEP_ALIVE):
@@ -104,6 +106,7 @@ async def stream_chat(
             numbers = {"usage": chat_usage(answers)} if usage else {}
             yield sse({**head, "choices": [], **numbers, **extras})
     except Exception as error:
+        # The status has been sent. openai-python raises for a chunk with this key.
         yield sse(as_api_error(error).body)
     yield b"data: [DONE]\n\n"
 

@@ -205,6 +205,7 @@ def _modality_of(uri: str, name: str) -> str:
     kind = uri.removeprefix("data:").partition("/")[0] if uri.startswith("data:") else ""
     if kind in ("image", "video", "audio"):
         return kind
+    # Point clouds have no media type that programs agree on, so the ending decides.
     ending = PurePath(name).suffix.lower()
     for modality, endings in SUFFIXES.items():
         if ending in endings:

@@ -28,6 +28,7 @@ def read_groups(body: EmbeddingsBody, model: BindLLM, config: ServeConfig) -> li
     check_model(body.model, config)
     body.refuse_unsupported()
     size = model.encoders[0].embedding_size
+    # The first numbers of an embedding are not an embedding: no encoder here was trained for that.
     if body.dimensions not in (None, size):
         raise ApiError(400, f"dimensions is {body.dimensions}; this model has {size}", param="dimensions")
     if body.encoding_format not in (None, "float", "base64"):
@@ -40,6 +41,7 @@ def read_groups(body: EmbeddingsBody, model: BindLLM, config: ServeConfig) -> li
     if not 0 < len(inputs) <= config.max_inputs:
         raise ApiError(400, f"{len(inputs)} inputs, expected 1 to {config.max_inputs}", param="input")
     groups = [item if isinstance(item, list) else [item] for item in inputs]
+    # All of them before the first is decoded; an empty list has no embedding.
     for part in (part for group in groups for part in group or [None]):
         _check_part(part)
     reader = ContentReader(model.encoders, config, most_media=config.max_inputs)

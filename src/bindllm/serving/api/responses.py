@@ -126,6 +126,7 @@ class ResponseWriter:
         return f"msg_{self._question.id}"
 
     def _event(self, kind: str, **fields: Any) -> bytes:
+        # Clients put the events in order by their number, which starts at 0.
         self._events += 1
         return sse({"type": kind, "sequence_number": self._events - 1, **fields}, event=kind)
 
@@ -159,6 +160,7 @@ class ResponseWriter:
 
     def _object(self, status: str) -> dict[str, Any]:
         request = self._question.requests[0]
+        # The classes of openai-python need nearly all of these keys; some say that the server keeps no state.
         return {
             "id": f"resp_{self._question.id}",
             "object": "response",

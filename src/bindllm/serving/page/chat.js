@@ -163,7 +163,6 @@ function hasText(text) {
 
 const NOTES = {
   length: "The answer was cut at the longest length (Max tokens in the settings).",
-  timeout: "The answer was cut at the time limit of the server.",
 };
 
 /** Return the conversation as the server takes it: turns with an answer, and the last question. */
