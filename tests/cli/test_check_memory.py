@@ -1,3 +1,6 @@
+import json
+from pathlib import Path
+
 import pytest
 
 from tiny_run import run, tiny_recipe
@@ -35,6 +38,19 @@ def test_devices_and_strategy_are_read_off_the_trainer(devices, parts, capsys):
     told = capsys.readouterr().out
     assert "memory of each of 2 devices" in told
     assert "buckets of DDP" in told
+
+
+def test_media_of_the_largest_message_are_counted(parts, monkeypatch):
+    plans = []
+    monkeypatch.setattr(
+        "bindllm.cli.recipes.check.memory_lines", lambda plan, _: plans.append(plan) or ([], "")
+    )
+    images = [f"{parts}/pictures/images/red{n}.png" for n in range(3)]
+    rows = [{"image": images[: n + 1], "caption": "red", "split": "train"} for n in range(3)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = tiny_recipe(parts, data={"sources": [{"path": "rows.jsonl"}], "batch_size": 2})
+    run("check", recipe, "--memory", "--rows", "0")
+    assert (plans[0].media_groups, plans[0].media) == (1, 3)
 
 
 def test_memory_belongs_to_a_recipe(parts, capsys):

@@ -124,6 +124,7 @@ def test_bind_tokens_are_estimated_with_all_of_them_and_repeat(plan, objective, 
     changes = {"bind": BindConfig(tokens=tokens), "inject": InjectConfig(kind=kind)}
     one, several = parts(plan, FORWARD), parts(plan, FORWARD, **changes)
     assert several["activations"] > 1.2 * one["activations"]
+    assert parts(plan, FORWARD, **changes, media=3)["activations"] > 1.2 * several["activations"]
     assert several["bind"] > one["bind"]
     assert all(parts(plan, FORWARD, **changes) == several for _ in range(3))
 

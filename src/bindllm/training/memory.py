@@ -80,6 +80,7 @@ class RunPlan:
         tokens: tokens of a row with its padding, T.
         supervised: supervised tokens of the whole batch, N.
         media_groups: media groups of a row.
+        media: media of a group.
         rejected: how many of the rows are rejected answers of preference pairs.
         measured_rows: rows that this size was measured on; 0: it is the largest that the recipe allows.
         bind: shape of the bind network.
@@ -107,6 +108,7 @@ class RunPlan:
     tokens: int
     supervised: int
     media_groups: int = 1
+    media: int = 1
     rejected: int = 0
     measured_rows: int = 0
     bind: BindConfig = field(default_factory=BindConfig)
@@ -178,7 +180,7 @@ class RunPlan:
         if self.bind.reads_tokens:
             # As many as an encoder may return: their number is known only once a media was read.
             size = token_size(self.encoders, self.bind.token_modalities)
-            inputs["tokens"] = torch.zeros(self.rows, self.media_groups, MOST_TOKENS, size)
+            inputs["tokens"] = torch.zeros(self.rows, self.media_groups, self.media * MOST_TOKENS, size)
         if self.context is not None:
             records = (self.rows, self.media_groups, self.context.records)
             inputs["context_embeddings"] = torch.zeros(*records, self.encoders[0].embedding_size)
@@ -394,6 +396,7 @@ def _batch_shape(
         "tokens": max(len(sample.input_ids) for sample in samples + rejected),
         "supervised": count * max(sample.num_supervised for sample in samples + rejected),
         "media_groups": max(1, *(len(sample.media) for sample in samples)),
+        "media": max((len(group) for sample in samples for group in sample.media), default=1),
         "rejected": count - size,
         "measured_rows": len(samples),
     }
