@@ -81,6 +81,7 @@ def test_its_numbers_are_the_published_ones():
         "bias": True,
         "norm": True,
         "dora": False,
+        "layers": None,
         "rslora": False,
     }
     assert model["trainable"] == ["adapter"]
