@@ -26,7 +26,7 @@ Groups = Mapping[str, Sequence[tuple[str, nn.Parameter]]]
 _ZERO_STEPS = 100
 """Steps after which a run whose gradient is zero ends, if its epochs are longer."""
 
-# Gates and queries start at or near zero, and decay would keep them there.
+# Gates and queries start at or near zero, and decay would keep them there. The keys of kind cross come along.
 _UNDECAYED = "injection."
 
 
