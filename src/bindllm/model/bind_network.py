@@ -186,8 +186,7 @@ class Resampler(nn.Module):
 class Projector(nn.Module):
     """One bind token of each token of an encoder, which keeps its position: ``norm(out(silu(norm(in(x)))))``.
 
-    A multilayer perceptron as in LLaVA-1.5 (arXiv 2310.03744, section 3.3). It has no attention over the tokens, so it
-    learns from fewer images than a `Resampler`.
+    A multilayer perceptron as in LLaVA-1.5 (arXiv 2310.03744, section 3.3), without attention over the tokens.
 
     Args:
         token_size: ``C``, width of the encoder's tokens.

@@ -1,9 +1,9 @@
 """Gated cross-attention of a layer to bind tokens that are added as they are: injection kind ``cross``.
 
 The other kinds read a bind token through the decoder's own value projections, which the bind network has to learn to
-invert. Here a bind token is a vector of the residual stream itself. A token that points to a word embedding raises
-the logit of that word, whichever layer adds it, because the last layer compares the stream with the same embeddings.
-Bag-of-words pretraining (`bindllm.training.bag_of_words`) makes bind tokens point to words before the run starts.
+invert. Here a bind token is a vector of the residual stream itself. A token that points to the output embedding of a
+word raises the logit of that word. Bag-of-words pretraining (`bindllm.training.bag_of_words`) makes bind tokens point
+to input embeddings before the run starts, which are the same in decoders with tied embeddings.
 
 Gated cross-attention is from Flamingo (arXiv 2204.14198, section 3.1.2), with learned values and outputs. Bind tokens
 near word embeddings are from AlignVLM (arXiv 2502.01341).
