@@ -3,7 +3,7 @@
 The other kinds read a bind token through the decoder's own value projections, which the bind network has to learn to
 invert. Here a bind token is a vector of the residual stream itself. A token that points to the output embedding of a
 word raises the logit of that word. Bag-of-words pretraining (`bindllm.training.bag_of_words`) makes bind tokens point
-to input embeddings before the run starts, which are the same in decoders with tied embeddings.
+there before the run starts.
 
 Gated cross-attention is from Flamingo (arXiv 2204.14198, section 3.1.2), with learned values and outputs. Bind tokens
 near word embeddings are from AlignVLM (arXiv 2502.01341).
