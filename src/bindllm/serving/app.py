@@ -75,7 +75,7 @@ class Endpoints:
         router.add_api_route("/v1/embeddings", self.embeddings, methods=["POST"])
         for path, function in (
             ("/v1/models", self.models),
-            # Names may have slashes, as on the Hugging Face Hub; an unknown one gets the error of a model, not of a path.
+            # Names may have slashes, as on the Hugging Face Hub; an unknown one is an error of a model, not of a path.
             ("/v1/models/{name:path}", self.model),
             ("/health", self.health),
             ("/ready", self.ready),
