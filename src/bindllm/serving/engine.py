@@ -28,17 +28,9 @@ from bindllm.media.limits import MediaLimits, limited
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.generation import AnswerText
 from bindllm.serving.batch import Batch
+from bindllm.serving.config import QUEUE, SLOTS, TOKENS
 from bindllm.serving.request import Piece, Request, RowInput, TokenLogprob, make_input
 from bindllm.serving.sampling import Sampling, choose_tokens
-
-SLOTS = 16
-"""Requests that are decoded together, by default."""
-
-QUEUE = 128
-"""Requests that wait for a slot, by default."""
-
-TOKENS = 32_768
-"""Tokens in the key/value cache, by default."""
 
 PREFILL_TOKENS = 2048
 """Tokens of newcomers that are read between two steps; one longer prompt is read whole."""
