@@ -71,7 +71,7 @@ def test_the_page_is_open_and_needs_no_file_of_another_site(model):
 def test_the_host_must_be_a_name_of_this_machine(model):
     client = client_of(model)
     for host in ("localhost", "LOCALHOST:8000", "127.0.0.1:1", "[::1]:8000"):
-        assert client.get("/health", headers={"host": host}).status_code == 200
+        assert client.get("/v1/models", headers={"host": host}).status_code == 200
     for host in (
         "evil.example",
         "localhost.evil.example",
@@ -80,14 +80,24 @@ def test_the_host_must_be_a_name_of_this_machine(model):
         "a@localhost",
         "",
     ):
-        answer = client.get("/health", headers={"host": host})
+        answer = client.get("/v1/models", headers={"host": host})
         assert (answer.status_code, answer.json()["error"]["code"]) == (403, "host_not_allowed")
-    assert client_of(model, hosts=()).get("/health", headers={"host": "any.example"}).status_code == 200
+    assert client_of(model, hosts=()).get("/v1/models", headers={"host": "any.example"}).status_code == 200
     named = client_of(model, hosts=("Models.Example",))
-    assert named.get("/health", headers={"host": "models.example:80"}).status_code == 200
+    assert named.get("/v1/models", headers={"host": "models.example:80"}).status_code == 200
     for name in ("models.example:80", "https://models.example", ""):
         with pytest.raises(InputError, match="without a scheme or a port"):
             ServeConfig("m", hosts=(name,))
+
+
+def test_probes_are_answered_under_any_host_and_tell_nothing(model):
+    client = client_of(model, hosts=("models.example",), keys=(KEY,))
+    for host in ("10.0.0.7:8000", "evil.example", ""):
+        for path in ("/health", "/ready"):
+            answer = client.get(path, headers={"host": host})
+            assert (answer.status_code, list(answer.json())) == (200, ["status"])
+            assert client.head(path, headers={"host": host}).status_code == 200
+        assert client.get("/metrics", headers={"host": host}).status_code == 403
 
 
 def test_errors_have_one_shape(model):

@@ -30,7 +30,7 @@ from bindllm.serving.api.sampling import Question, check_model, find_neighbors, 
 from bindllm.serving.api.schema import ChatBody, EmbeddingsBody, ErrorBody, ResponsesBody
 from bindllm.serving.config import ServeConfig
 from bindllm.serving.engine import Engine
-from bindllm.serving.guard import OPEN_PATHS, ClientLeftError, Guard
+from bindllm.serving.guard import ClientLeftError, Guard
 from bindllm.serving.metrics import Metrics
 
 Found = TypeVar("Found")
@@ -70,18 +70,20 @@ class Endpoints:
     def router(self) -> APIRouter:
         """Return the routes."""
         router = APIRouter(responses=_ERRORS)
-        router.add_api_route("/v1/models", self.models, methods=["GET"])
-        # Names may have slashes, as on the Hugging Face Hub; an unknown one gets the error of a model, not of a path.
-        router.add_api_route("/v1/models/{name:path}", self.model, methods=["GET"])
         router.add_api_route("/v1/chat/completions", self.chat, methods=["POST"])
         router.add_api_route("/v1/responses", self.responses, methods=["POST"])
         router.add_api_route("/v1/embeddings", self.embeddings, methods=["POST"])
         for path, function in (
+            ("/v1/models", self.models),
+            # Names may have slashes, as on the Hugging Face Hub; an unknown one is an error of a model, not of a path.
+            ("/v1/models/{name:path}", self.model),
             ("/health", self.health),
             ("/ready", self.ready),
             ("/metrics", self.show_metrics),
         ):
             router.add_api_route(path, function, methods=["GET"])
+            # Some probes ask without a body; RFC 9110 wants it wherever GET is.
+            router.add_api_route(path, function, methods=["HEAD"], include_in_schema=False)
         return router
 
     async def models(self) -> Response:
@@ -241,7 +243,7 @@ def build_app(engine: Engine, config: ServeConfig) -> FastAPI:
     app.add_middleware(
         Guard,
         config=config,
-        open_paths=(*OPEN_PATHS, *page),
+        page=page,
         metrics=endpoints.metrics,
         is_draining=lambda: endpoints.draining,
     )

@@ -25,7 +25,7 @@ from bindllm.serving.metrics import Metrics
 logger = logging.getLogger("bindllm.serving")
 
 OPEN_PATHS = ("/health", "/ready")
-"""Paths without an API key, next to those of the page."""
+"""Paths for probes: without an API key, and under any Host header, as Kubernetes and load balancers name an address."""
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^:\[\]]+)(:[0-9]+)?")
@@ -52,7 +52,7 @@ class Guard:
     Args:
         app: the application.
         config: keys and limits.
-        open_paths: paths that need no API key; every other one does.
+        page: paths of the static page, which need no API key; every other one but `OPEN_PATHS` does.
         metrics: counts the answers.
         is_draining: whether the server is about to end; then no new question is taken.
     """
@@ -62,11 +62,11 @@ class Guard:
         app: ASGIApp,
         *,
         config: ServeConfig,
-        open_paths: Collection[str],
+        page: Collection[str],
         metrics: Metrics,
         is_draining: Callable[[], bool],
     ) -> None:
-        self._app, self._config, self._open = app, config, frozenset(open_paths)
+        self._app, self._config, self._page = app, config, frozenset(page)
         self._metrics, self._is_draining = metrics, is_draining
         # Digests have one length, so a comparison does not tell the length of a key either.
         self._keys = [hashlib.sha256(key.encode()).digest() for key in config.keys]
@@ -132,6 +132,8 @@ class Guard:
 
     def _check(self, scope: Scope) -> None:
         """Raise an ApiError for a wrong host, a missing key, or a server that is about to end."""
+        if scope["path"] in OPEN_PATHS:
+            return
         host = _HOST.fullmatch(_only(scope, b"host").decode("latin-1").lower())
         if self._config.hosts and (host is None or host[1] not in self._config.hosts):
             raise ApiError(
@@ -140,7 +142,7 @@ class Guard:
                 "--allowed_hosts NAME",
                 code="host_not_allowed",
             )
-        if scope["path"] in self._open:
+        if scope["path"] in self._page:
             return
         if self._keys and not self._has_key(scope):
             raise ApiError(
