@@ -229,7 +229,13 @@ def test_the_downloads_of_a_request_share_their_limits(model, monkeypatch):
 def test_a_silent_stream_has_comments(model, monkeypatch):
     monkeypatch.setattr(chat, "KEEP_ALIVE", 0.01)
     engine = FakeEngine(hold=True)
-    threading.Timer(0.2, engine.release.set).start()
+    submit = engine.submit_choices
+
+    def release_later(*args):
+        threading.Timer(0.5, engine.release.set).start()
+        return submit(*args)
+
+    engine.submit_choices = release_later
     answer = client_of(model, engine).post(CHAT, json=ask(stream=True))
     assert ": keep-alive\n\n" in answer.text
     assert events(answer)[-1]["choices"][0]["finish_reason"] == "stop"
