@@ -56,7 +56,8 @@ def test_every_limit_is_an_option_with_its_unit(capsys, monkeypatch):
         "folder", **groups[""], fetch=FetchConfig(("a.example",), **groups["download_"])
     )
     assert given["limits"] == MediaLimits(**groups["media_"])
-    assert (given["slots"], given["queue"], given["tokens"], given["drained"]) == (17, 129, 32_769, 61)
+    sizes = {"slots": 17, "queue": 129, "tokens": 32_769, "prefill": 513, "drained": 61}
+    assert {name: given[name] for name in sizes} == sizes
     with pytest.raises(SystemExit):
         main(["serve", "--help"])
     text = " ".join(capsys.readouterr().out.split())

@@ -125,7 +125,7 @@ def test_errors_have_one_shape(model):
 
 def test_an_unexpected_error_says_nothing_of_itself(model, caplog):
     engine = FakeEngine()
-    engine.submit = lambda *_: 1 / 0
+    engine.submit_choices = lambda *_: 1 / 0
     answer = client_of(model, engine).post(CHAT, json=ask())
     assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
     assert "division" not in answer.text

@@ -87,32 +87,8 @@ def serve(
     logging.getLogger("bindllm").setLevel(logging.INFO)
 
     loaded = load_with_cache(checkpoint, model, cache, overrides)
-    engine = Engine(loaded, slots=limits.slots, queue=limits.queue, tokens=limits.kv_tokens, limits=media_)
-    run(build_app(engine, config), engine, bound, drain=limits.drain, name=config.model)
-    return 0
-
-
-def _check_installed() -> None:
-    with needs_extra("fastapi, uvicorn or prometheus-client", extra="serve", purpose="serve a model"):
-        import fastapi  # noqa: F401
-        import prometheus_client  # noqa: F401
-        import uvicorn  # noqa: F401
-
-
-def _read_config(name: str, access: AccessOptions, limits: Limits, fetch: FetchConfig) -> ServeConfig:
-    """Return the limits of the server.
-
-    Raises:
-        UsageError: other machines could connect without an API key.
-        InputError: a file of API keys that cannot be used.
-    """
-    config = ServeConfig(
-        model=name,
-        keys=read_keys(access.api_keys),
-        hosts=_hosts(access),
-        fetch=fetch,
-        **vars(limits),
-    )
+    sizes = {"slots": limits.slots, "queue": limits.queue, "tokens": limits.kv_tokens, "prefill": limits.prefill}
+    engine = Engine(loaded, **sizes, limits=media_)
     if not access.is_local and not config.keys:
         raise UsageError(
             f"--host {access.host} lets other machines connect, which needs API keys: give --api_keys FILE, with one "

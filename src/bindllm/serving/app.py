@@ -155,7 +155,7 @@ class Endpoints:
         stream: Callable[..., AsyncIterator[bytes]] | None,
     ) -> Response:
         """Submit a question, and return its answer as an object or as a stream."""
-        answers = Answers(self._engine, question.requests, self.metrics)
+        answers = Answers(self._engine, question.request, question.choices, self.metrics)
         neighbors = partial(self._neighbors, question)
         if stream is None:
             with answers:
@@ -171,7 +171,7 @@ class Endpoints:
     async def _neighbors(self, question: Question) -> list[list[dict[str, Any]]] | None:
         if not question.wants_neighbors:
             return None
-        return await self._in_thread(find_neighbors, self._engine, question.requests[0])
+        return await self._in_thread(find_neighbors, self._engine, question.request)
 
     async def _in_thread(self, function: Callable[..., Found], *args: Any) -> Found:
         """Run a function that embeds media, in the order of the calls.

@@ -16,6 +16,8 @@ QUEUE = 128
 """Requests that wait for a slot, by default."""
 TOKENS = 32_768
 """Tokens in the key/value cache, by default."""
+PREFILL_TOKENS = 512
+"""Tokens of newcomers that are read between two steps, by default; a longer prompt is read in several parts."""
 
 KEYS_VARIABLE = "BINDLLM_API_KEYS"
 """Environment variable with the API keys, separated by commas or white space."""
@@ -40,6 +42,8 @@ class Limits:
     """requests that may wait (429)"""
     kv_tokens: int = TOKENS
     """most tokens in the key/value cache, of all prompts and answers together; requests wait until they fit"""
+    prefill: int = PREFILL_TOKENS
+    """tokens of new prompts that are read between two decoding steps; a longer prompt is read in several parts"""
     timeout: float = 300.0
     """longest time of a request in seconds: its body, waiting, decoding media, and its answer (504)"""
     body_seconds: float = 30.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -60,6 +60,10 @@ class Request:
             raise InputError(f"timeout is {self.timeout}, expected seconds above 0")
         if "" in self.stop:
             raise InputError("a stop string is empty; every answer would end before it begins")
+
+    def choice(self, number: int) -> Request:
+        """Return the request of one of several choices: the same with a seed of its own, ``seed + number``."""
+        return self if self.seed is None else replace(self, seed=self.seed + number)
 
 
 @dataclass(frozen=True)

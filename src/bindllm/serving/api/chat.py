@@ -43,8 +43,8 @@ def chat_fields(body: ChatBody) -> dict[str, Any]:
 
 async def complete_chat(question: Question, answers: Answers, neighbors: Neighbors) -> dict[str, Any]:
     """Return the whole answer as an object; errors as for `Answers.next`."""
-    texts, tokens = ["" for _ in question.requests], [[] for _ in question.requests]
-    finish: list[str | None] = [None for _ in question.requests]
+    texts, tokens = [""] * question.choices, [[] for _ in range(question.choices)]
+    finish: list[str | None] = [None] * question.choices
     async for found in answers.pieces():
         number, piece = found
         texts[number] += piece.text
@@ -74,7 +74,7 @@ async def stream_chat(
     """Yield the events of an answer; an error becomes the last one.
 
     Args:
-        question: its requests and ids.
+        question: its request and ids.
         answers: its pieces.
         neighbors: of the question.
         first: the first piece, if it is there already.
@@ -90,7 +90,7 @@ async def stream_chat(
 
     try:
         # Clients take the role from the first chunk of each choice.
-        for number in range(len(question.requests)):
+        for number in range(question.choices):
             yield event(number, {"role": "assistant", "content": "", "refusal": None})
         async for found in answers.pieces(first, seconds=KEEP_ALIVE):
             if found is None:
@@ -145,7 +145,7 @@ def _head(question: Question, kind: str) -> dict[str, Any]:
 
 
 def _logprobs(question: Question, tokens: Any) -> dict[str, Any] | None:
-    if question.requests[0].logprobs is None:
+    if question.request.logprobs is None:
         return None
     return {"content": token_logprobs(tokens), "refusal": None}
 

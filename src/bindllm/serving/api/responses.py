@@ -55,7 +55,7 @@ class ResponseWriter:
 
     Args:
         body: the request, whose settings the object repeats.
-        question: its requests and ids.
+        question: its request and ids.
         answers: its pieces.
         neighbors: of the question.
     """
@@ -159,7 +159,7 @@ class ResponseWriter:
         }
 
     def _object(self, status: str) -> dict[str, Any]:
-        request = self._question.requests[0]
+        request = self._question.request
         # The classes of openai-python need nearly all of these keys; some say that the server keeps no state.
         return {
             "id": f"resp_{self._question.id}",
