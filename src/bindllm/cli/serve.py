@@ -12,9 +12,9 @@ from jsonargparse.typing import NonNegativeInt
 
 from bindllm.cli.arguments import refuse_together
 from bindllm.cli.generate import LoadCacheOptions, ModelOptions, load_with_cache
-from bindllm.errors import UsageError, needs_extra
+from bindllm.errors import UsageError
 from bindllm.media.limits import MediaLimits
-from bindllm.serving.config import LOOPBACK, Limits, ServeConfig, read_keys
+from bindllm.serving.config import LOOPBACK, Limits
 from bindllm.serving.fetch import FetchConfig
 
 
@@ -73,9 +73,8 @@ def serve(
     """
     refuse_together(cache=cache.cache, no_cache=cache.no_cache)
     _check_installed()
-    from bindllm.serving.app import build_app
     from bindllm.serving.engine import Engine
-    from bindllm.serving.server import LogFormatter, bind, run
+    from bindllm.serving.server import LogFormatter, bind
 
     # Mistakes of the command line first: loading a large model takes minutes.
     config = _read_config(name or Path(checkpoint).resolve().name, access, limits, download_)
@@ -87,7 +86,12 @@ def serve(
     logging.getLogger("bindllm").setLevel(logging.INFO)
 
     loaded = load_with_cache(checkpoint, model, cache, overrides)
-    sizes = {"slots": limits.slots, "queue": limits.queue, "tokens": limits.kv_tokens, "prefill": limits.prefill}
+    sizes = {
+        "slots": limits.slots,
+        "queue": limits.queue,
+        "tokens": limits.kv_tokens,
+        "prefill": limits.prefill,
+    }
     engine = Engine(loaded, **sizes, limits=media_)
     if not access.is_local and not config.keys:
         raise UsageError(
