@@ -12,9 +12,9 @@ from jsonargparse.typing import NonNegativeInt
 
 from bindllm.cli.arguments import refuse_together
 from bindllm.cli.generate import LoadCacheOptions, ModelOptions, load_with_cache
-from bindllm.errors import UsageError
+from bindllm.errors import UsageError, needs_extra
 from bindllm.media.limits import MediaLimits
-from bindllm.serving.config import LOOPBACK, Limits
+from bindllm.serving.config import LOOPBACK, Limits, ServeConfig, read_keys
 from bindllm.serving.fetch import FetchConfig
 
 
@@ -73,8 +73,9 @@ def serve(
     """
     refuse_together(cache=cache.cache, no_cache=cache.no_cache)
     _check_installed()
+    from bindllm.serving.app import build_app
     from bindllm.serving.engine import Engine
-    from bindllm.serving.server import LogFormatter, bind
+    from bindllm.serving.server import LogFormatter, bind, run
 
     # Mistakes of the command line first: loading a large model takes minutes.
     config = _read_config(name or Path(checkpoint).resolve().name, access, limits, download_)
@@ -93,6 +94,31 @@ def serve(
         "prefill": limits.prefill,
     }
     engine = Engine(loaded, **sizes, limits=media_)
+    run(build_app(engine, config), engine, bound, drain=limits.drain, name=config.model)
+    return 0
+
+
+def _check_installed() -> None:
+    with needs_extra("fastapi, uvicorn or prometheus-client", extra="serve", purpose="serve a model"):
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+
+
+def _read_config(name: str, access: AccessOptions, limits: Limits, fetch: FetchConfig) -> ServeConfig:
+    """Return the limits of the server.
+
+    Raises:
+        UsageError: other machines could connect without an API key.
+        InputError: a file of API keys that cannot be used.
+    """
+    config = ServeConfig(
+        model=name,
+        keys=read_keys(access.api_keys),
+        hosts=_hosts(access),
+        fetch=fetch,
+        **vars(limits),
+    )
     if not access.is_local and not config.keys:
         raise UsageError(
             f"--host {access.host} lets other machines connect, which needs API keys: give --api_keys FILE, with one "
