@@ -401,7 +401,7 @@ def test_the_limit_of_bytes_is_exact(web, path):
 
 @pytest.mark.parametrize("path", ["claims", "endless", "chunked?1000"])
 def test_large_files_are_not_read_to_their_end(web, path):
-    with refused("more than 100,000 bytes"):
+    with refused("more than 104,858 bytes"):
         fetch(f"http://media.example.com/{path}", FetchConfig(ALLOWED.domains, mib=0.1))
 
 
