@@ -95,7 +95,6 @@ def read_question(
         stop=tuple(stop),
         logprobs=logprobs,
         cache=choose_cache(body.cache, model),
-        timeout=config.timeout,
         seed=body.seed,
     )
     return Question(config.model, request, choices, bool(body.neighbors))
