@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -13,8 +14,10 @@ import httpx
 import pytest
 
 from bindllm.cli import main
+from bindllm.media.limits import MediaLimits
 from bindllm.model.bindllm import BindLLM
-from bindllm.serving.config import KEYS_VARIABLE
+from bindllm.serving.config import KEYS_VARIABLE, Limits, ServeConfig
+from bindllm.serving.fetch import FetchConfig
 from cache_parts import ALLOW, save_tiny_model
 from serving_parts import image_part
 
@@ -33,8 +36,48 @@ def test_other_machines_need_a_key(capsys, tmp_path):
     (tmp_path / "keys").write_text("\n")
     assert main(["serve", "folder", "--api_keys", str(tmp_path / "keys")]) == 1
     assert "has no API key" in capsys.readouterr().err
-    assert main(["serve", "folder", "--media_domains", "http://a.example"]) == 1
+    assert main(["serve", "folder", "--download_domains", "http://a.example"]) == 1
     assert "a domain is a host" in capsys.readouterr().err
+
+
+def test_every_limit_is_an_option_with_its_unit(capsys, monkeypatch):
+    given = {}
+    monkeypatch.setattr("bindllm.cli.serve.load_with_cache", lambda *_: "model")
+    monkeypatch.setattr("bindllm.serving.engine.Engine", lambda model, **options: given.update(options))
+    monkeypatch.setattr("bindllm.serving.app.build_app", lambda engine, config: given.update(config=config))
+    monkeypatch.setattr("bindllm.serving.server.run", lambda *_, drain, **__: given.update(drained=drain))
+    words, groups = ["serve", "folder", "--port", "0"], {}
+    for group, prefix in ((Limits(), ""), (MediaLimits(), "media_"), (FetchConfig(), "download_")):
+        values = {name: value + 1 for name, value in vars(group).items() if not isinstance(value, tuple)}
+        words += [word for name, value in values.items() for word in (f"--{prefix}{name}", str(value))]
+        groups[prefix] = values
+    assert main([*words, "--download_domains", "a.example"]) == 0
+    assert given["config"] == ServeConfig(
+        "folder", **groups[""], fetch=FetchConfig(("a.example",), **groups["download_"])
+    )
+    assert given["limits"] == MediaLimits(**groups["media_"])
+    sizes = {"slots": 17, "queue": 129, "tokens": 32_769, "prefill": 513, "drained": 61}
+    assert {name: given[name] for name in sizes} == sizes
+    with pytest.raises(SystemExit):
+        main(["serve", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for word in words[4::2]:
+        assert re.search(rf"{word} N [a-z]", text), word
+    assert "(default: 50_000_000)" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["--slots", "0"], "slots is 0, expected more than 0"),
+        (["--timeout", "nan"], "--timeout"),
+        (["--media_pixels", "0"], "pixels is 0"),
+        (["--download_redirects", "-1"], "redirects at least 0"),
+    ],
+)
+def test_limits_that_mean_nothing_are_refused_before_the_model_is_loaded(words, error, capsys):
+    assert main(["serve", "folder", *words]) in (1, 2)
+    assert error in capsys.readouterr().err
 
 
 def test_a_port_that_is_in_use(capsys):

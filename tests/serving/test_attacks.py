@@ -21,7 +21,7 @@ CONTENT_TYPE = {"content-type": "application/json"}
 
 @pytest.fixture(scope="module")
 def server(decoder):
-    with LiveServer(decoder, max_body=1 << 20, body_seconds=0.5) as server:
+    with LiveServer(decoder, max_body_mib=1, body_seconds=0.5) as server:
         yield server
 
 

@@ -237,7 +237,7 @@ def test_too_many_media_are_refused(model):
 
 
 def test_the_downloads_of_a_request_share_their_limits(model, monkeypatch):
-    limits = FetchConfig(("media.example.com",), max_bytes=2 * len(png()))
+    limits = FetchConfig(("media.example.com",), mib=2 * len(png()) / 2**20)
     given = []
     monkeypatch.setattr(content, "fetch", lambda url, config: given.append(config) or png())
     part = {"type": "image_url", "image_url": {"url": "https://media.example.com/a.png"}}

@@ -30,7 +30,7 @@ def served(tmp_path_factory):
         cache = VisualCache.build(home / "cache", filled_store(home / "store", images), top_k=2)
         model = BindLLM.from_pretrained(folder, allow=ALLOW, cache=cache)
     engine = Engine(model)
-    app = build_app(engine, ServeConfig("tiny", max_body=1 << 20))
+    app = build_app(engine, ServeConfig("tiny", max_body_mib=1))
     server = uvicorn.Server(uvicorn.Config(app, port=0, ws="none", lifespan="off", log_config=None))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

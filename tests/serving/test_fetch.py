@@ -394,15 +394,15 @@ def test_a_redirect_from_https_to_http(web, monkeypatch):
 @pytest.mark.parametrize("path", ["cat", "unknown_length", "chunked"])
 def test_the_limit_of_bytes_is_exact(web, path):
     url = f"http://media.example.com/{path}"
-    assert fetch(url, FetchConfig(ALLOWED.domains, max_bytes=len(CONTENT))) == CONTENT
+    assert fetch(url, FetchConfig(ALLOWED.domains, mib=len(CONTENT) / 2**20)) == CONTENT
     with refused(f"more than {len(CONTENT) - 1:,} bytes"):
-        fetch(url, FetchConfig(ALLOWED.domains, max_bytes=len(CONTENT) - 1))
+        fetch(url, FetchConfig(ALLOWED.domains, mib=(len(CONTENT) - 1) / 2**20))
 
 
 @pytest.mark.parametrize("path", ["claims", "endless", "chunked?1000"])
 def test_large_files_are_not_read_to_their_end(web, path):
-    with refused("more than 100,000 bytes"):
-        fetch(f"http://media.example.com/{path}", FetchConfig(ALLOWED.domains, max_bytes=100_000))
+    with refused("more than 104,858 bytes"):
+        fetch(f"http://media.example.com/{path}", FetchConfig(ALLOWED.domains, mib=0.1))
 
 
 @pytest.mark.parametrize("path", ["slow", "slow_header", "continue"])
@@ -454,7 +454,7 @@ def test_tls_checks_the_name_of_the_url(web, monkeypatch):
     [
         {"domains": ("https://media.example.com",)},
         {"domains": ("*",)},
-        {"max_bytes": 0},
+        {"mib": 0},
         {"seconds": 0},
         {"redirects": -1},
     ],

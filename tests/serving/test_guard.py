@@ -184,14 +184,14 @@ async def call(app, chunks, headers=(), *, stall=False):
 
 
 def test_a_large_body_is_refused_before_it_is_read(model):
-    app = client_of(model, max_body=1000).app
+    app = client_of(model, max_body_mib=1000 / 2**20).app
     assert asyncio.run(call(app, [b"x" * 2000], [(b"content-length", b"2000")])) == (413, 0)
     # In chunks there is no length: reading ends with the first chunk that is too much.
     assert asyncio.run(call(app, [b"x" * 600] * 50)) == (413, 2)
 
 
 def test_all_bodies_together_are_limited_and_released(model):
-    app = client_of(model, max_body=1000, max_held=1500).app
+    app = client_of(model, max_body_mib=1000 / 2**20, max_held_mib=1500 / 2**20).app
     question = json.dumps(ask()).encode().ljust(900)
 
     async def together():
@@ -299,5 +299,5 @@ def test_keys_come_from_a_file_and_the_environment(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="visible ASCII") as caught:
         ServeConfig("m", keys=("sécret",))
     assert "sécret" not in f"{caught.value}{ServeConfig('m', keys=(KEY,))}"
-    with pytest.raises(InputError, match="max_body is 0"):
-        ServeConfig("m", max_body=0)
+    with pytest.raises(InputError, match="max_body_mib is 0"):
+        ServeConfig("m", max_body_mib=0)

@@ -7,17 +7,15 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from jsonargparse.typing import NonNegativeInt, PositiveInt
+from jsonargparse.typing import NonNegativeInt
 
 from bindllm.cli.arguments import refuse_together
 from bindllm.cli.generate import LoadCacheOptions, ModelOptions, load_with_cache
-from bindllm.cli.options import PositiveNumber
 from bindllm.errors import UsageError, needs_extra
-
-if TYPE_CHECKING:
-    from bindllm.serving.config import ServeConfig
+from bindllm.media.limits import MediaLimits
+from bindllm.serving.config import LOOPBACK, Limits, ServeConfig, read_keys
+from bindllm.serving.fetch import FetchConfig
 
 
 @dataclass(frozen=True)
@@ -42,30 +40,14 @@ class AccessOptions:
             return False
 
 
-@dataclass(frozen=True)
-class LimitOptions:
-    """Limits."""
-
-    slots: PositiveInt = 16
-    """requests that are answered at the same time"""
-    queue: PositiveInt = 128
-    """requests that may wait; further ones get status 429"""
-    timeout: PositiveNumber = 300.0
-    """longest time of an answer in seconds, with waiting"""
-    drain: PositiveNumber = 60.0
-    """longest time in seconds to finish what runs, after SIGTERM or Ctrl-C"""
-    max_body_mib: PositiveInt = 32
-    """largest body of a request, in MiB"""
-    media_domains: tuple[str, ...] = ()
-    """host that media URLs of a request may name, such as media.example.com; may be repeated (default: none)"""
-
-
 def serve(
     checkpoint: str,
     *,
     name: str | None = None,
     access: AccessOptions = AccessOptions(),
-    limits: LimitOptions = LimitOptions(),
+    limits: Limits = Limits(),
+    media_: MediaLimits = MediaLimits(),
+    download_: FetchConfig = FetchConfig(),
     cache: LoadCacheOptions = LoadCacheOptions(),
     model: ModelOptions = ModelOptions(),
     overrides: Sequence[str] = (),
@@ -80,6 +62,8 @@ def serve(
         name: name of the model in the API (default: that of the folder)
         access: who can connect
         limits: limits of the server
+        media_: limits on decoded media
+        download_: media URLs
         cache: the visual cache
         model: the model
         overrides: arguments of the encoder
@@ -94,7 +78,7 @@ def serve(
     from bindllm.serving.server import LogFormatter, bind, run
 
     # Mistakes of the command line first: loading a large model takes minutes.
-    config = _read_config(name or Path(checkpoint).resolve().name, access, limits)
+    config = _read_config(name or Path(checkpoint).resolve().name, access, limits, download_)
     bound = bind(access.host, access.port)
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormatter("%(asctime)s %(message)s"))
@@ -103,7 +87,13 @@ def serve(
     logging.getLogger("bindllm").setLevel(logging.INFO)
 
     loaded = load_with_cache(checkpoint, model, cache, overrides)
-    engine = Engine(loaded, slots=limits.slots, queue=limits.queue)
+    sizes = {
+        "slots": limits.slots,
+        "queue": limits.queue,
+        "tokens": limits.kv_tokens,
+        "prefill": limits.prefill,
+    }
+    engine = Engine(loaded, **sizes, limits=media_)
     run(build_app(engine, config), engine, bound, drain=limits.drain, name=config.model)
     return 0
 
@@ -115,23 +105,19 @@ def _check_installed() -> None:
         import uvicorn  # noqa: F401
 
 
-def _read_config(name: str, access: AccessOptions, limits: LimitOptions) -> ServeConfig:
+def _read_config(name: str, access: AccessOptions, limits: Limits, fetch: FetchConfig) -> ServeConfig:
     """Return the limits of the server.
 
     Raises:
         UsageError: other machines could connect without an API key.
-        InputError: a file of API keys or a domain that cannot be used.
+        InputError: a file of API keys that cannot be used.
     """
-    from bindllm.serving.config import ServeConfig, read_keys
-    from bindllm.serving.fetch import FetchConfig
-
     config = ServeConfig(
         model=name,
         keys=read_keys(access.api_keys),
         hosts=_hosts(access),
-        max_body=limits.max_body_mib << 20,
-        timeout=limits.timeout,
-        fetch=FetchConfig(domains=limits.media_domains),
+        fetch=fetch,
+        **vars(limits),
     )
     if not access.is_local and not config.keys:
         raise UsageError(
@@ -143,10 +129,8 @@ def _read_config(name: str, access: AccessOptions, limits: LimitOptions) -> Serv
 
 def _hosts(access: AccessOptions) -> tuple[str, ...]:
     """Return the names that the Host header may have; none: any."""
-    from bindllm.serving.config import LOOPBACK
-
     if not (access.is_local or access.allowed_hosts):
         return ()
     # The address of this machine that it listens at may be a further one, such as 127.0.0.2.
     own = f"[{access.host}]" if ":" in access.host else access.host
-    return (*LOOPBACK, own, *access.allowed_hosts)
+    return tuple(dict.fromkeys((*LOOPBACK, own, *access.allowed_hosts)))

@@ -10,6 +10,15 @@ from pathlib import Path
 from bindllm.errors import InputError
 from bindllm.serving.fetch import FetchConfig
 
+SLOTS = 16
+"""Requests that are decoded together, by default."""
+QUEUE = 128
+"""Requests that wait for a slot, by default."""
+TOKENS = 32_768
+"""Tokens in the key/value cache, by default."""
+PREFILL_TOKENS = 512
+"""Tokens of newcomers that are read between two steps, by default; a longer prompt is read in several parts."""
+
 KEYS_VARIABLE = "BINDLLM_API_KEYS"
 """Environment variable with the API keys, separated by commas or white space."""
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
@@ -19,25 +28,58 @@ _KEY = re.compile(r"[!-~]+")
 _NAME = re.compile(r"[a-z0-9._-]+|\[[0-9a-f:.]+\]")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Limits (docs/serve.md), with the HTTP status of requests beyond them.
+
+    Raises:
+        InputError: a limit that is not above 0.
+    """
+
+    slots: int = SLOTS
+    """requests that are decoded together"""
+    queue: int = QUEUE
+    """requests that may wait (429)"""
+    kv_tokens: int = TOKENS
+    """most tokens in the key/value cache, of all prompts and answers together; requests wait until they fit"""
+    prefill: int = PREFILL_TOKENS
+    """tokens of new prompts that are read between two decoding steps; a longer prompt is read in several parts"""
+    timeout: float = 300.0
+    """longest time of a request in seconds: its body, waiting, decoding media, and its answer (504)"""
+    body_seconds: float = 30.0
+    """longest time until the body of a request has arrived, in seconds (408)"""
+    drain: float = 60.0
+    """longest time in seconds to finish what runs, after SIGTERM or Ctrl-C"""
+    max_body_mib: float = 32.0
+    """largest body of a request, in MiB (413)"""
+    max_held_mib: float = 256.0
+    """largest sum of all bodies that are held at the same time, in MiB (429)"""
+    max_choices: int = 8
+    """largest n of a request, its number of answers (400)"""
+    max_media: int = 64
+    """most media of a question (400)"""
+    max_inputs: int = 2048
+    """most inputs, and most media, of a request for embeddings (400)"""
+    max_characters: int = 500_000
+    """most characters of all texts of a request (400), and most commas and brackets of a body before it is parsed
+    (413)"""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            # Written so that NaN is refused too.
+            if isinstance(value, int | float) and not value > 0:
+                raise InputError(f"{name} is {value}, expected more than 0")
+
+
 @dataclass(frozen=True)
-class ServeConfig:
-    """Limits of the server. All are on by default.
+class ServeConfig(Limits):
+    """All settings of the application.
 
     Args:
         model: name of the model in the API.
         keys: API keys; any of them opens every route. Empty: no key is needed.
         hosts: names that the Host header of a request may have, without a port; case does not count. Empty: any. A page
             of another site can point its own name at 127.0.0.1, so a server on the loopback address must check it.
-        max_body: largest body of a request, in bytes.
-        max_held: largest sum of all bodies that are held at the same time, in bytes.
-        body_seconds: longest time until a body has arrived.
-        timeout: longest time of an answer, in seconds, with waiting.
-        max_choices: largest ``n`` of a request.
-        max_media: largest number of media in a question.
-        max_inputs: largest number of inputs and media of a request for embeddings.
-        max_characters: most characters of all texts of a request. A text that cannot fit into the decoder is not even
-            tokenized, which takes minutes and gigabytes for 30 MB. It is also the limit on commas and brackets of a
-            body, before it is parsed.
         fetch: domains of media URLs, and limits of downloads.
 
     Raises:
@@ -48,20 +90,10 @@ class ServeConfig:
     model: str
     keys: tuple[str, ...] = field(default=(), repr=False)
     hosts: tuple[str, ...] = LOOPBACK
-    max_body: int = 32 << 20
-    max_held: int = 256 << 20
-    body_seconds: float = 30.0
-    timeout: float = 300.0
-    max_choices: int = 8
-    max_media: int = 64
-    max_inputs: int = 2048
-    max_characters: int = 500_000
     fetch: FetchConfig = field(default_factory=FetchConfig)
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if isinstance(value, int | float) and value <= 0:
-                raise InputError(f"{name} is {value}, expected more than 0")
+        super().__post_init__()
         object.__setattr__(self, "hosts", tuple(name.lower() for name in self.hosts))
         # A name that no header can equal would lock its users out without a word.
         for name in self.hosts:

@@ -28,21 +28,10 @@ from bindllm.media import Media
 from bindllm.media.limits import MediaLimits, limited
 from bindllm.model.bindllm import BindLLM
 from bindllm.serving.batch import Batch, ReadPrompts
+from bindllm.serving.config import PREFILL_TOKENS, QUEUE, SLOTS, TOKENS
 from bindllm.serving.constraint import Grammars
 from bindllm.serving.request import Piece, Prompt, Request, Row, Ticket, TokenLogprob, make_input
 from bindllm.serving.sampling import choose_tokens
-
-SLOTS = 16
-"""Requests that are decoded together, by default."""
-
-QUEUE = 128
-"""Requests that wait for a slot, by default."""
-
-TOKENS = 32_768
-"""Tokens in the key/value cache, by default."""
-
-PREFILL_TOKENS = 512
-"""Tokens of newcomers that are read between two steps, by default; a longer prompt is read in several parts."""
 
 PREPARE_THREADS = 4
 """Requests whose media are read and encoded at the same time."""

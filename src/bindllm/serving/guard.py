@@ -205,12 +205,12 @@ class Guard:
         return body
 
     def _check_size(self, size: int) -> None:
-        if size > self._config.max_body:
+        if size > self._config.max_body_mib * 2**20:
             raise ApiError(
                 413,
-                f"the body is larger than {self._config.max_body:,} bytes, the limit here: send smaller media",
+                f"the body is larger than {self._config.max_body_mib:g} MiB, the limit here: send smaller media",
             )
-        if self._held > self._config.max_held:
+        if self._held > self._config.max_held_mib * 2**20:
             raise ApiError(429, "the server holds too many large requests; try again later", headers=RETRY)
 
 

@@ -135,13 +135,12 @@ class ContentReader:
             most = self._config.fetch
             raise ApiError(
                 400,
-                f"the downloads of one request may take {most.seconds:g} seconds and {most.max_bytes:,} bytes; "
+                f"the downloads of one request may take {most.seconds:g} seconds and {most.mib:g} MiB; "
                 "name fewer URLs, or send the content as data: URIs",
             )
         started = time.monotonic()
-        content = fetch(
-            uri, replace(self._config.fetch, max_bytes=self._bytes_left, seconds=self._seconds_left)
-        )
+        left = replace(self._config.fetch, mib=self._bytes_left / 2**20, seconds=self._seconds_left)
+        content = fetch(uri, left)
         self._bytes_left -= len(content)
         self._seconds_left -= time.monotonic() - started
         return content
