@@ -87,6 +87,25 @@ def test_fields_reach_the_engine(model):
     assert part["choices"][0]["logprobs"]["content"][0]["bytes"] is None
 
 
+def test_penalties_and_formats_reach_the_engine(model):
+    client = client_of(model)
+    schema = {"type": "object", "properties": {"a": {"const": "é"}}}
+    body = ask(
+        **{"presence_penalty": 0.5, "frequency_penalty": -1, "logit_bias": {"12": -100, "7": 0.5}},
+        response_format={
+            "type": "json_schema",
+            "json_schema": {"name": "a", "strict": True, "schema": schema},
+        },
+    )
+    assert client.post(CHAT, json=body).status_code == 200
+    assert client.post(CHAT, json=ask(response_format={"type": "json_object"})).status_code == 200
+    first, second = client.engine.requests
+    assert (first.presence_penalty, first.frequency_penalty) == (0.5, -1.0)
+    assert first.logit_bias == {12: -100.0, 7: 0.5}
+    assert json.loads(first.schema) == schema
+    assert json.loads(second.schema) == {"type": "object"}
+
+
 @pytest.mark.parametrize(
     ("fields", "temperature"), [({}, 0), ({"top_p": 0.5}, 1), ({"n": 2}, 1), ({"temperature": 0, "n": 2}, 0)]
 )
@@ -100,10 +119,14 @@ def test_an_answer_is_greedy_unless_a_field_asks_for_sampling(model, fields, tem
     ("fields", "param"),
     [
         ({"tools": [{"type": "function"}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"logit_bias": {"1": 5}}, "logit_bias"),
-        ({"presence_penalty": 0.5}, "presence_penalty"),
-        ({"frequency_penalty": -1}, "frequency_penalty"),
+        ({"response_format": {"type": "grammar"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": "{}"}}}, "response_format"),
+        ({"response_format": "json"}, "response_format"),
+        ({"presence_penalty": 2.5}, "presence_penalty"),
+        ({"frequency_penalty": -3}, "frequency_penalty"),
+        ({"logit_bias": {"1": 101}}, "logit_bias"),
+        ({"logit_bias": {"1.5": 5}}, "logit_bias"),
         ({"top_k": 5}, "top_k"),
         ({"min_p": False}, "min_p"),
         ({"tool_choice": "required"}, "tool_choice"),

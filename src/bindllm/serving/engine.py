@@ -27,74 +27,16 @@ from bindllm.errors import DecoderError, EngineBusy, EngineClosed, InputError
 from bindllm.media import Media
 from bindllm.media.limits import MediaLimits, limited
 from bindllm.model.bindllm import BindLLM
-from bindllm.model.generation import AnswerText
 from bindllm.serving.batch import Batch, ReadPrompts
 from bindllm.serving.config import PREFILL_TOKENS, QUEUE, SLOTS, TOKENS
-from bindllm.serving.request import Piece, Request, RowInput, TokenLogprob, make_input
-from bindllm.serving.sampling import Sampling, choose_tokens
+from bindllm.serving.constraint import Grammars
+from bindllm.serving.request import Piece, Prompt, Request, Row, Ticket, TokenLogprob, make_input
+from bindllm.serving.sampling import choose_tokens
 
 PREPARE_THREADS = 4
 """Requests whose media are read and encoded at the same time."""
 
 logger = logging.getLogger(__name__)
-
-
-class _Prompt:
-    """The prompt of a request, which its choices share: it is prepared once and read once."""
-
-    def __init__(self, request: Request) -> None:
-        self.request, self.is_taken = request, False
-        self.input: RowInput | None = None
-        self.error: Exception | None = None
-        # Once it was read, while a choice waits for a slot: the prompts that were read together, and its index.
-        self.read: tuple[ReadPrompts, int] | None = None
-        self.is_alone = False
-
-
-class Ticket:
-    """A submitted request, or one choice of it.
-
-    Attributes:
-        request: the request, with the seed of the choice.
-    """
-
-    def __init__(self, request: Request, prompt: _Prompt, listener: Callable[[Piece], None]) -> None:
-        self.request, self._prompt, self._listener = request, prompt, listener
-        self._is_cancelled = self._is_over = False
-        self._deadline = None if request.timeout is None else time.monotonic() + request.timeout
-
-    @property
-    def prompt_tokens(self) -> int | None:
-        """Tokens of the prompt; None until it is rendered, which is before the first piece with text."""
-        return None if self._prompt.input is None else len(self._prompt.input.ids)
-
-    def cancel(self) -> None:
-        """End the request without a further piece; its slot is free before the next step."""
-        # Only a mark: rows belong to the engine's thread, which sees it before the next step.
-        self._is_cancelled = True
-
-    def _has_ended(self) -> bool:
-        """Whether it was cancelled or is late."""
-        return self._is_cancelled or (self._deadline is not None and time.monotonic() >= self._deadline)
-
-
-class _Row:
-    """A running request."""
-
-    def __init__(self, ticket: Ticket, model: BindLLM) -> None:
-        request = ticket.request
-        self.ticket, self.last_token = ticket, 0
-        self.text = AnswerText(model.tokenizer, request.stop)
-        self.sampling = Sampling.of(request.temperature, request.top_p, request.seed)
-        self.num_left = ticket._prompt.input.most - ticket.prompt_tokens
-        # Since the last piece.
-        self.num_tokens, self.logprobs = 0, []
-
-    def take(self, text: str, **last: object) -> Piece:
-        """Return the piece of a text, with all tokens since the piece before."""
-        piece = Piece(text, self.num_tokens, tuple(self.logprobs), **last)
-        self.num_tokens, self.logprobs = 0, []
-        return piece
 
 
 @dataclass
@@ -160,14 +102,14 @@ class Engine:
         self.model, self.counters, self.recent = model.eval(), Counters(), RecentEmbeddings()
         self.limits = limits or MediaLimits()
         self._num_slots, self._queue, self._tokens, self._prefill = slots, queue, tokens, prefill
-        self._batch = Batch(model, chunk=prefill)
+        self._batch, self._grammars = Batch(model, chunk=prefill), Grammars(model)
         # The waiting requests are shared with other threads, under the lock of `_changed`; rows belong to the engine's.
         self._changed = threading.Condition()
         self._waiting: list[Ticket] = []
-        self._rows: list[_Row] = []
+        self._rows: list[Row] = []
         # Choices that have a slot and no row yet, and the prompts of theirs that are being read.
         self._newcomers: list[Ticket] = []
-        self._reading: list[_Prompt] = []
+        self._reading: list[Prompt] = []
         self._reader: Iterator[ReadPrompts | None] = iter(())
         self._is_closing = self._is_stopping = False
         self._pool = ThreadPoolExecutor(PREPARE_THREADS, thread_name_prefix="bindllm-prepare")
@@ -215,7 +157,7 @@ class Engine:
             EngineBusy: the queue cannot take all of them.
             EngineClosed: the engine is shutting down.
         """
-        prompt = _Prompt(request)
+        prompt = Prompt(request)
         choices = [
             Ticket(request.choice(number), prompt, listener) for number, listener in enumerate(listeners)
         ]
@@ -264,7 +206,7 @@ class Engine:
     def _prepare(self) -> None:
         """Render the prompt and encode the media of the first waiting request that no other thread has taken."""
         with self._changed:
-            ready = (t._prompt for t in self._waiting if not (t._is_cancelled or t._prompt.is_taken))
+            ready = (t.prompt for t in self._waiting if not (t.is_cancelled or t.prompt.is_taken))
             prompt = next(ready, None)
             # It holds the requests that wait now, and some of them will have left before this one is prepared.
             del ready
@@ -272,7 +214,10 @@ class Engine:
                 prompt.is_taken = True
         if prompt:
             try:
+                if prompt.request.schema is not None:
+                    prompt.constraint = self._grammars.compile(prompt.request.schema)
                 with limited(self.limits):
+                    # Last, since the engine's thread takes a prompt as soon as it has its input.
                     prompt.input = make_input(self.model, prompt.request, self.recent, self._tokens)
             except Exception as error:
                 prompt.error = error
@@ -303,9 +248,9 @@ class Engine:
         """Wait for work, and end waiting requests that need no slot; return False if the engine shall stop."""
         while True:
             with self._changed:
-                over = [t for t in self._waiting if t._prompt.error or t._has_ended()]
+                over = [t for t in self._waiting if t.prompt.error or t.has_ended]
                 self._waiting = [t for t in self._waiting if t not in over]
-                is_ready = self.running > 0 or any(t._prompt.input for t in self._waiting)
+                is_ready = self.running > 0 or any(t.prompt.input for t in self._waiting)
                 if self._is_stopping:
                     self._waiting += over
                     return False
@@ -314,12 +259,12 @@ class Engine:
                         return True
                     if self._is_closing and not self._waiting:
                         return False
-                    deadlines = [t._deadline for t in self._waiting if t._deadline is not None]
+                    deadlines = [t.deadline for t in self._waiting if t.deadline is not None]
                     self._changed.wait(max(0.0, min(deadlines) - time.monotonic()) if deadlines else None)
             # Without the lock: a listener may submit the next request.
             for ticket in over:
-                if ticket._prompt.error:
-                    self._fail(ticket, ticket._prompt.error)
+                if ticket.prompt.error:
+                    self._fail(ticket, ticket.prompt.error)
                 else:
                     self._send(ticket, Piece("", 0, finish="timeout"))
 
@@ -328,8 +273,8 @@ class Engine:
         admitted: list[Ticket] = []
         with self._changed:
             # Media of some are still being encoded; they do not delay the others.
-            for ticket in [t for t in self._waiting if t._prompt.input is not None]:
-                rows = [t._prompt for t in (*admitted, ticket)]
+            for ticket in [t for t in self._waiting if t.prompt.input is not None]:
+                rows = [t.prompt for t in (*admitted, ticket)]
                 unread = {prompt for prompt in rows if prompt.read is None}
                 # With the padding.
                 prefill = len(unread) * max((len(prompt.input.ids) for prompt in unread), default=0)
@@ -349,7 +294,7 @@ class Engine:
         """Read a chunk of the newcomers' prompts; after the last one, emit the first token of each."""
         if not self._newcomers:
             self._newcomers = self._admit()
-            prompts = dict.fromkeys(ticket._prompt for ticket in self._newcomers)
+            prompts = dict.fromkeys(ticket.prompt for ticket in self._newcomers)
             self._reading = [prompt for prompt in prompts if prompt.read is None]
             self._reader = self._batch.read([prompt.input for prompt in self._reading])
         if self._reading:
@@ -364,11 +309,11 @@ class Engine:
                 prompt.read = found, number
             self.counters.prompt_tokens += sum(found.lengths)
         # Together with choices of an earlier prompt that had no slot until now.
-        for _, group in groupby(self._newcomers, key=lambda ticket: id(ticket._prompt.read[0])):
+        for _, group in groupby(self._newcomers, key=lambda ticket: id(ticket.prompt.read[0])):
             self._start(list(group))
         with self._changed:
-            kept = {ticket._prompt for ticket in self._waiting}
-        for prompt in {ticket._prompt for ticket in self._newcomers} - kept:
+            kept = {ticket.prompt for ticket in self._waiting}
+        for prompt in {ticket.prompt for ticket in self._newcomers} - kept:
             prompt.read = None
         self._newcomers, self._reading = [], []
 
@@ -384,10 +329,10 @@ class Engine:
 
     def _start(self, tickets: Sequence[Ticket]) -> None:
         """Add the rows of tickets whose prompts were read together, and emit the first token of each."""
-        prompts, first = tickets[0]._prompt.read[0], len(self._rows)
-        chosen = [ticket._prompt.read[1] for ticket in tickets]
+        prompts, first = tickets[0].prompt.read[0], len(self._rows)
+        chosen = [ticket.prompt.read[1] for ticket in tickets]
         self._batch.join(prompts, chosen)
-        self._rows += [_Row(ticket, self.model) for ticket in tickets]
+        self._rows += [Row(ticket, self.model) for ticket in tickets]
         self._emit(prompts.logits[chosen], first)
 
     def _step(self) -> None:
@@ -401,10 +346,12 @@ class Engine:
         self.counters.answer_tokens += len(rows)
         ended = []
         for n, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+            error = row.sampling.error
             if not math.isfinite(values[n]):
                 error = DecoderError(
                     "the decoder's output is not finite; a larger dtype may help (bfloat16, float32)"
                 )
+            if error is not None:
                 self._fail(row.ticket, error)
                 ended.append(first + n)
                 continue
@@ -413,9 +360,10 @@ class Engine:
                 ended.append(first + n)
         self._remove(ended)
 
-    def _advance(self, row: _Row, token: int, logits: Tensor) -> Piece | None:
+    def _advance(self, row: Row, token: int, logits: Tensor) -> Piece | None:
         """Add a token to a row; return the piece of its text, or None if no text is certain yet."""
         row.last_token = token
+        row.sampling.take(token)
         row.num_tokens += 1
         row.num_left -= 1
         is_end, count = token in self.model.settings.eos_token_id, row.ticket.request.logprobs
@@ -423,6 +371,8 @@ class Engine:
         if count is not None and not is_end:
             row.logprobs.append(self._logprobs(logits, token, count))
         text, finish = row.text.add([token]), None
+        # An answer that follows a schema is often complete before its end token.
+        is_end = is_end or row.sampling.is_complete
         if is_end or row.text.stopped:
             finish = "stop"
         elif not row.num_left:
@@ -444,11 +394,11 @@ class Engine:
 
     def _drop_ended(self) -> None:
         """End the rows and newcomers that were cancelled or are late."""
-        over = [n for n, row in enumerate(self._rows) if row.ticket._has_ended()]
+        over = [n for n, row in enumerate(self._rows) if row.ticket.has_ended]
         for row in (self._rows[n] for n in over):
             self._send(row.ticket, row.take(row.text.end(whole=False), finish="timeout"))
         self._remove(over)
-        for ticket in [ticket for ticket in self._newcomers if ticket._has_ended()]:
+        for ticket in [ticket for ticket in self._newcomers if ticket.has_ended]:
             self._send(ticket, Piece("", 0, finish="timeout"))
             self._newcomers.remove(ticket)
 
@@ -465,21 +415,21 @@ class Engine:
 
     def _fail(self, ticket: Ticket, error: Exception) -> None:
         # Of newcomers that fail together, some may have a row already, or have ended with their first token.
-        if ticket._is_over:
+        if ticket.is_over:
             return
         # Not logged here: whoever answers the request does, under its id.
         self._send(ticket, Piece("", 0, error=error))
 
     def _send(self, ticket: Ticket, piece: Piece) -> bool:
         """Pass a piece on, unless the request was cancelled; return whether the request is over."""
-        if not ticket._is_cancelled:
+        if not ticket.is_cancelled:
             try:
-                ticket._listener(piece)
+                ticket.listener(piece)
             except Exception as error:
                 logger.error("the listener of a request has failed; the request ends", exc_info=error)
-                ticket._is_cancelled = True
-        if ticket._is_cancelled or piece.is_last:
-            end = "cancelled" if ticket._is_cancelled else "error" if piece.error else piece.finish
+                ticket.is_cancelled = True
+        if ticket.is_cancelled or piece.is_last:
+            end = "cancelled" if ticket.is_cancelled else "error" if piece.error else piece.finish
             self.counters.finished[end] += 1
-            ticket._is_over = True
-        return ticket._is_over
+            ticket.is_over = True
+        return ticket.is_over

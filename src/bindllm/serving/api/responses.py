@@ -9,10 +9,11 @@ from bindllm.serving.answers import Answers
 from bindllm.serving.api.chat import COMMENT, KEEP_ALIVE, Neighbors, sse, token_logprobs
 from bindllm.serving.api.errors import ApiError, as_api_error, shown
 from bindllm.serving.api.sampling import Question
-from bindllm.serving.api.schema import ResponsesBody
+from bindllm.serving.api.schema import ResponsesBody, answer_schema
 from bindllm.serving.request import Piece
 
 _LOGPROBS = "message.output_text.logprobs"
+_TEXT = {"type": "text"}
 
 
 def response_messages(body: ResponsesBody) -> list[Mapping[str, Any]]:
@@ -35,11 +36,10 @@ def response_fields(body: ResponsesBody) -> dict[str, Any]:
     """Return the arguments of `read_question` that this endpoint has its own fields for.
 
     Raises:
-        ApiError: an output that is not plain text.
+        ApiError: an output that is not supported.
     """
-    kind = ((body.text or {}).get("format") or {"type": "text"}).get("type")
-    if kind != "text":
-        raise ApiError(400, f"text.format is {shown(kind)}; only plain text is supported", param="text")
+    if not isinstance(form := (body.text or {}).get("format") or _TEXT, dict):
+        raise ApiError(400, f"text.format is {shown(form)}, expected an object", param="text")
     if unknown := [name for name in body.include or [] if name != _LOGPROBS]:
         raise ApiError(
             400, f"include has {shown(unknown[0])}; only {_LOGPROBS!r} can be given", param="include"
@@ -47,7 +47,11 @@ def response_fields(body: ResponsesBody) -> dict[str, Any]:
     wanted = _LOGPROBS in (body.include or [])
     if body.top_logprobs is not None and not wanted:
         raise ApiError(400, f"top_logprobs needs include: [{_LOGPROBS!r}]", param="top_logprobs")
-    return {"max_tokens": body.max_output_tokens, "logprobs": (body.top_logprobs or 0) if wanted else None}
+    return {
+        "max_tokens": body.max_output_tokens,
+        "logprobs": (body.top_logprobs or 0) if wanted else None,
+        "schema": answer_schema(form, form, "text.format"),
+    }
 
 
 class ResponseWriter:
@@ -177,7 +181,7 @@ class ResponseWriter:
             "previous_response_id": None,
             "store": False,
             "temperature": request.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": (self._body.text or {}).get("format") or _TEXT},
             "tool_choice": "none",
             "tools": [],
             "top_p": request.top_p,

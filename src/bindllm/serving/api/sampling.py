@@ -59,6 +59,7 @@ def read_question(
     max_tokens: int | None,
     logprobs: int | None,
     choices: int = 1,
+    **settings: Any,
 ) -> Question:
     """Turn a body into a request.
 
@@ -70,6 +71,7 @@ def read_question(
         max_tokens: longest answer; None: the default.
         logprobs: number of alternatives for each token; None: no log-probabilities.
         choices: number of answers.
+        settings: further fields of the request.
 
     Raises:
         ApiError: a field that cannot be used.
@@ -96,6 +98,7 @@ def read_question(
         logprobs=logprobs,
         cache=choose_cache(body.cache, model),
         seed=body.seed,
+        **settings,
     )
     return Question(config.model, request, choices, bool(body.neighbors))
 
