@@ -59,6 +59,7 @@ def read_question(
     max_tokens: int | None,
     logprobs: int | None,
     choices: int = 1,
+    names: Sequence[str] | None = None,
     **settings: Any,
 ) -> Question:
     """Turn a body into a request.
@@ -71,6 +72,7 @@ def read_question(
         max_tokens: longest answer; None: the default.
         logprobs: number of alternatives for each token; None: no log-probabilities.
         choices: number of answers.
+        names: where each message is in the body, as for `ContentReader.conversation`.
         settings: further fields of the request.
 
     Raises:
@@ -84,7 +86,7 @@ def read_question(
             400, f"n is {choices}; this server gives at most {config.max_choices} choices", param="n"
         )
     reader = ContentReader(model.encoders, config, most_media=config.max_media)
-    conversation = _with_shots(reader.conversation(messages), body, reader, model, max_tokens)
+    conversation = _with_shots(reader.conversation(messages, names), body, reader, model, max_tokens)
     # As for `BindLLM.generate`: greedy, unless a field asks for sampling. Several greedy choices would be equal.
     samples = body.top_p is not None or choices > 1
     temperature = body.temperature if body.temperature is not None else float(samples)
