@@ -137,7 +137,7 @@ def test_an_answer_is_greedy_unless_a_field_asks_for_sampling(model, fields, tem
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens"),
         ({"n": 99}, "n"),
-        ({"stop": [""]}, "stop.0"),
+        ({"stop": [""]}, "stop[0]"),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"messages": []}, "messages"),
         ({"messages": None}, "messages"),
