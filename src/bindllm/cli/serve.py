@@ -80,18 +80,13 @@ def serve(
     _check_installed()
     from bindllm.serving.app import build_app
     from bindllm.serving.engine import Engine
-    from bindllm.serving.server import LogFormatter, bind, run
+    from bindllm.serving.server import bind, run
 
     # Mistakes of the command line first: loading a large model takes minutes.
     config = _read_config(name or Path(checkpoint).resolve().name, access, limits, download_)
     certificate = _read_certificate(access)
     bound = bind(access.host, access.port)
-    handler = logging.StreamHandler()
-    handler.setFormatter(LogFormatter("%(asctime)s %(message)s"))
-    # The root, so that entries of libraries are escaped too.
-    logging.getLogger().addHandler(handler)
-    logging.getLogger("bindllm").setLevel(logging.INFO)
-
+    _start_log()
     loaded = load_with_cache(checkpoint, model, cache, overrides)
     sizes = {
         "slots": limits.slots,
@@ -116,6 +111,16 @@ def _check_installed() -> None:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
+
+
+def _start_log() -> None:
+    from bindllm.serving.server import LogFormatter
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormatter("%(asctime)s %(message)s"))
+    # The root, so that entries of libraries are escaped too.
+    logging.getLogger().addHandler(handler)
+    logging.getLogger("bindllm").setLevel(logging.INFO)
 
 
 def _read_config(name: str, access: AccessOptions, limits: Limits, fetch: FetchConfig) -> ServeConfig:
