@@ -50,6 +50,7 @@ async def complete_chat(question: Question, answers: Answers, neighbors: Neighbo
     """Return the whole answer as an object; errors as for `Answers.next`."""
     texts, tokens = [""] * question.choices, [[] for _ in range(question.choices)]
     finish: list[str | None] = [None] * question.choices
+    # Pieces of all choices arrive mixed; each goes to the choice of its number.
     async for found in answers.pieces():
         number, piece = found
         texts[number] += piece.text
@@ -85,6 +86,7 @@ async def stream_chat(
         first: the first piece, if it is there already.
         usage: whether a last chunk has the numbers of tokens.
     """
+    # Id and time are those of the question: clients join chunks by them.
     head = _head(question, "chat.completion.chunk")
     # With usage asked for, each chunk has the key, and only the last one a value.
     rest: dict[str, Any] = {"usage": None} if usage else {}
@@ -102,8 +104,10 @@ async def stream_chat(
                 yield COMMENT
                 continue
             number, piece = found
+            # The last piece may have neither, and an empty delta would look like a token.
             if piece.text or piece.logprobs:
                 yield event(number, {"content": piece.text}, logprobs=_logprobs(question, piece.logprobs))
+            # In a chunk of its own, as OpenAI sends it: clients read text and reason from different chunks.
             if piece.finish is not None:
                 yield event(number, {}, finish_reason=piece.finish)
         extras = await _extras(neighbors)
@@ -113,6 +117,7 @@ async def stream_chat(
     except Exception as error:
         # The status has been sent. openai-python raises for a chunk with this key.
         yield sse(as_api_error(error).body)
+    # Also after an error: clients read until this line.
     yield b"data: [DONE]\n\n"
 
 
