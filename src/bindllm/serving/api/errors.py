@@ -26,9 +26,13 @@ request_id: ContextVar[str] = ContextVar("request_id", default="none")
 """Id of the request that is being served; the guard sets it."""
 # Characters of a given value that a message shows.
 _MOST_SHOWN = 80
+# The beginning of a message about media, whose name is that of their part; see `located`.
+_PART = re.compile(r"((?:messages|input|shots)\[\S*\])(?: \([a-z_]+\))?: ")
 _FIELD = re.compile("[a-z_]{1,32}")
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+# FastAPI has no words for a body that Python's parser gives up on.
 _MESSAGES = {
+    400: "the body cannot be read as JSON: it must be UTF-8, not nested deeply, without numbers of thousands of digits",
     404: "this path does not exist; the API is under /v1",
     405: "this path does not take this method",
 }
@@ -121,7 +125,8 @@ def as_api_error(error: BaseException) -> ApiError:
         case MissingExtraError():
             return ApiError(501, str(error), headers={"x-should-retry": "false"})
         case InputError():
-            return ApiError(400, str(error))
+            part = _PART.match(str(error))
+            return ApiError(400, str(error), param=part and part[1])
         case _:
             # The message of an unexpected error may hold paths or texts of others, so only the log has it.
             logger.error("a request failed: %s", request_id.get(), exc_info=error)
