@@ -1,4 +1,4 @@
-"""Requests for a serving engine, and a listener that collects answers."""
+"""Models and requests for a serving engine, and a listener that collects answers."""
 
 from __future__ import annotations
 
@@ -6,13 +6,46 @@ import random
 import threading
 
 import numpy as np
+import torch
 
-from bindllm import Conversation, Media, Message
+from bindllm import BindLLM, Conversation, Media, Message
+from bindllm.model.bind_network import BindConfig
+from bindllm.model.context import ContextConfig
+from bindllm.model.decoder import DecoderConfig
+from bindllm.model.injection import InjectConfig
 from bindllm.serving.engine import Engine, Piece, Request, Ticket
 from bindllm.shots import Shot
-from tiny import COLORS
+from tiny import COLORS, ColorEncoder, TokenEncoder, tiny_decoder, tiny_tokenizer
 
 SECONDS = 60
+TOKENS = {"bind": BindConfig(depth=1, expansion=2, tokens=4), "encoders": [TokenEncoder()]}
+CONTEXT = {"context": ContextConfig(records=3, latents=2, width=16, text_length=6)}
+PARTS = {
+    "value": {"inject": InjectConfig(kind="value")},
+    "residual": {"inject": InjectConfig(kind="residual")},
+    "attend": {"inject": InjectConfig(kind="attend")},
+    "tokens": {"inject": InjectConfig(kind="attend", layers=[0, 2]), **TOKENS},
+    "cross": {"inject": InjectConfig(kind="cross"), **TOKENS},
+    "all tokens": {
+        "inject": InjectConfig(kind="cross"),
+        **TOKENS,
+        "bind": BindConfig(depth=1, expansion=2, tokens="all"),
+    },
+    "context": {"inject": InjectConfig(kind="value"), **CONTEXT},
+    "tokens and context": {"inject": InjectConfig(kind="attend"), **TOKENS, **CONTEXT},
+}
+
+
+def build(parts: str = "value", family: str = "llama", **changes) -> BindLLM:
+    """A model with open gates on a decoder of a family."""
+    decoder = tiny_decoder(family, **changes).requires_grad_(False)
+    options = {"encoders": [ColorEncoder()], "bind": BindConfig(depth=1, expansion=2), **PARTS[parts]}
+    torch.manual_seed(0)
+    model = BindLLM(decoder, tiny_tokenizer(), DecoderConfig("tiny"), **options).eval()
+    torch.nn.init.normal_(model.injection.gates, std=2.0)
+    if model.context is not None:
+        torch.nn.init.normal_(model.injection.context_gates, std=2.0)
+    return model
 
 
 class Listener:

@@ -39,14 +39,15 @@ class FakeEngine:
         if not hold:
             self.release.set()
 
-    def submit(self, request, listener):
+    def submit_choices(self, request, listeners):
         if self.closed:
             raise EngineClosed("draining")
-        if self.busy_after is not None and len(self.requests) >= self.busy_after:
+        if self.busy_after is not None and len(self.requests) + len(listeners) > self.busy_after:
             raise EngineBusy("full")
         self.requests.append(request)
-        threading.Thread(target=self._answer, args=(request, listener), daemon=True).start()
-        return SimpleNamespace(cancel=self._cancel, prompt_tokens=7)
+        for listener in listeners:
+            threading.Thread(target=self._answer, args=(request, listener), daemon=True).start()
+        return [SimpleNamespace(cancel=self._cancel, prompt_tokens=7) for _ in listeners]
 
     def close(self, *, drain):
         self.closed = True

@@ -53,7 +53,11 @@ CASES = [
     pytest.param(open_image, png(30, 20), {"pixels": 600}, {"pixels": 599}, id="image"),
     pytest.param(open_image, np.zeros((20, 30), np.uint8), {"pixels": 600}, {"pixels": 599}, id="array"),
     pytest.param(
-        open_image, b"<svg xmlns='http://www.w3.org/2000/svg'/>", {"bytes": 41}, {"bytes": 40}, id="svg"
+        open_image,
+        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        {"mib": 41 / 2**20},
+        {"mib": 40 / 2**20},
+        id="svg",
     ),
     pytest.param(
         whole_audio, wav(np.zeros((1, 8000), np.int16), 8000), {"seconds": 1}, {"seconds": 0.9}, id="wav"
@@ -61,7 +65,9 @@ CASES = [
     pytest.param(whole_video, VIDEO, {"frames": 10}, {"frames": 9}, id="frames"),
     pytest.param(whole_video, VIDEO, {"seconds": 0.4}, {"seconds": 0.3}, id="seconds"),
     pytest.param(whole_video, VIDEO, {"pixels": 10 * 64 * 96}, {"pixels": 64 * 96 - 1}, id="frame"),
-    pytest.param(open_points, npy(np.zeros((10, 3), "f4")), {"bytes": 120}, {"bytes": 119}, id="points"),
+    pytest.param(
+        open_points, npy(np.zeros((10, 3), "f4")), {"mib": 120 / 2**20}, {"mib": 119 / 2**20}, id="points"
+    ),
     pytest.param(open_depth, npy(np.ones((10, 3), "f4")), {"pixels": 30}, {"pixels": 29}, id="depth"),
     pytest.param(
         lambda s: open_imu(s, steps=5), npy(np.ones((10, 6))), {"points": 10}, {"points": 9}, id="imu"
@@ -139,7 +145,7 @@ def test_few_media_of_limited_requests_are_decoded_at_a_time():
     assert most <= limits.AT_ONCE
 
 
-@pytest.mark.parametrize("name", ["pixels", "seconds", "frames", "points", "bytes", "work"])
+@pytest.mark.parametrize("name", ["pixels", "seconds", "frames", "points", "mib", "work"])
 def test_limits_are_above_zero(name):
     with pytest.raises(InputError, match=f"{name} is 0"):
         MediaLimits(**{name: 0})

@@ -175,16 +175,26 @@ def test_the_draw_is_half_all_and_half_log_uniform():
     # log2 of the borders, out of 6, in half of the draws
     for share, expected in zip(shares, (1 / 12, 2 / 12, 3 / 12, 1 / 2), strict=True):
         assert abs(share - expected) < 0.02
-    whole = [draw_count(64, takes_all=True) for _ in range(4000)]
-    assert set(whole) == {1, 64}
-    assert abs(whole.count(1) / 4000 - 1 / 4) < 0.02
+
+
+def test_one_group_in_eight_trains_with_its_first_token_only():
+    network = BindNetwork(16, 48, BindConfig(depth=1, tokens="all"), token_size=24).train()
+    torch.manual_seed(0)
+    embeddings, tokens = torch.randn(4000, 16), torch.randn(4000, 5, 24)
+    bind = network(embeddings, tokens)
+    counts = bind.any(-1).sum(-1)
+    assert set(counts.tolist()) == {1, 6}
+    assert abs((counts == 1).float().mean().item() - 1 / 8) < 0.02
+    torch.testing.assert_close(bind[counts == 6], network.eval()(embeddings, tokens)[counts == 6])
+    network.train().drops_tokens = False
+    assert network(embeddings[:50], tokens[:50]).any(-1).all()
 
 
 @pytest.mark.parametrize("with_tokens", [True, False])
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_every_parameter_has_a_finite_gradient_in_every_step(monkeypatch, count, with_tokens):
     """With several devices, a parameter without a gradient would end the run."""
-    monkeypatch.setattr(bind_network, "draw_count", lambda *_, **__: count)
+    monkeypatch.setattr(bind_network, "draw_count", lambda _: count)
     network = resampling().train()
     embeddings, tokens = inputs()
     found = network(embeddings, tokens if with_tokens else None)

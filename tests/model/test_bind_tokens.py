@@ -166,7 +166,8 @@ def test_a_cache_changes_the_pooled_embedding_only(model):
 
 @pytest.mark.parametrize("kind", WAYS)
 def test_training_with_one_bind_token_reaches_every_parameter(decoder, monkeypatch, kind):
-    monkeypatch.setattr(bind_network, "draw_count", lambda *_, **__: 1)
+    monkeypatch.setattr(bind_network, "draw_count", lambda _: 1)
+    monkeypatch.setattr(bind_network, "draw_alone", lambda shape: torch.ones(shape, dtype=torch.bool))
     model = build(decoder, kind=kind, tokens=WAYS[kind])
     model.set_trainable(["bind", "inject"])
     model.train()

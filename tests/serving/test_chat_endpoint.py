@@ -46,7 +46,8 @@ def test_an_answer_has_the_shape_of_openai(model):
     (request,) = client.engine.requests
     (message,) = request.conversation.messages
     assert (message.media[0].source, message.text) == (png(), "What is it?")
-    assert (request.max_tokens, request.temperature, request.top_p, request.timeout) == (None, 0.0, 1.0, 300)
+    assert (request.max_tokens, request.temperature, request.top_p) == (None, 0.0, 1.0)
+    assert 200 < request.timeout < 300
 
 
 def test_a_stream_ends_with_usage_and_done(model):
@@ -75,9 +76,9 @@ def test_fields_reach_the_engine(model):
         **{"presence_penalty": 0, "logit_bias": {}, "response_format": {"type": "text"}, "unknown": 1},
     )
     answer = client.post(CHAT, json=body).json()
-    first, second = client.engine.requests
-    assert (first.max_tokens, first.temperature, first.top_p, first.stop) == (5, 0.7, 0.9, ("x",))
-    assert (first.seed, second.seed, first.logprobs) == (3, 4, 2)
+    (request,) = client.engine.requests
+    assert (request.max_tokens, request.temperature, request.top_p, request.stop) == (5, 0.7, 0.9, ("x",))
+    assert (request.seed, request.logprobs) == (3, 2)
     assert [choice["index"] for choice in answer["choices"]] == [0, 1]
     token = answer["choices"][1]["logprobs"]["content"][0]
     assert token["token"] == "a "
@@ -85,6 +86,25 @@ def test_fields_reach_the_engine(model):
     assert token["top_logprobs"][1] == {"token": "x", "logprob": -1.5, "bytes": [120]}
     part = client_of(model, FakeEngine(("\ufffd",))).post(CHAT, json=ask(logprobs=True)).json()
     assert part["choices"][0]["logprobs"]["content"][0]["bytes"] is None
+
+
+def test_penalties_and_formats_reach_the_engine(model):
+    client = client_of(model)
+    schema = {"type": "object", "properties": {"a": {"const": "é"}}}
+    body = ask(
+        **{"presence_penalty": 0.5, "frequency_penalty": -1, "logit_bias": {"12": -100, "7": 0.5}},
+        response_format={
+            "type": "json_schema",
+            "json_schema": {"name": "a", "strict": True, "schema": schema},
+        },
+    )
+    assert client.post(CHAT, json=body).status_code == 200
+    assert client.post(CHAT, json=ask(response_format={"type": "json_object"})).status_code == 200
+    first, second = client.engine.requests
+    assert (first.presence_penalty, first.frequency_penalty) == (0.5, -1.0)
+    assert first.logit_bias == {12: -100.0, 7: 0.5}
+    assert json.loads(first.schema) == schema
+    assert json.loads(second.schema) == {"type": "object"}
 
 
 @pytest.mark.parametrize(
@@ -100,10 +120,14 @@ def test_an_answer_is_greedy_unless_a_field_asks_for_sampling(model, fields, tem
     ("fields", "param"),
     [
         ({"tools": [{"type": "function"}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"logit_bias": {"1": 5}}, "logit_bias"),
-        ({"presence_penalty": 0.5}, "presence_penalty"),
-        ({"frequency_penalty": -1}, "frequency_penalty"),
+        ({"response_format": {"type": "grammar"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": "{}"}}}, "response_format"),
+        ({"response_format": "json"}, "response_format"),
+        ({"presence_penalty": 2.5}, "presence_penalty"),
+        ({"frequency_penalty": -3}, "frequency_penalty"),
+        ({"logit_bias": {"1": 101}}, "logit_bias"),
+        ({"logit_bias": {"1.5": 5}}, "logit_bias"),
         ({"top_k": 5}, "top_k"),
         ({"min_p": False}, "min_p"),
         ({"tool_choice": "required"}, "tool_choice"),
@@ -113,7 +137,7 @@ def test_an_answer_is_greedy_unless_a_field_asks_for_sampling(model, fields, tem
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens"),
         ({"n": 99}, "n"),
-        ({"stop": [""]}, "stop.0"),
+        ({"stop": [""]}, "stop[0]"),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"messages": []}, "messages"),
         ({"messages": None}, "messages"),
@@ -124,7 +148,7 @@ def test_an_answer_is_greedy_unless_a_field_asks_for_sampling(model, fields, tem
         ({"images": [data_uri(png())]}, "images"),
         ({"max_output_tokens": 5}, "max_output_tokens"),
         ({"stop_token_ids": [2]}, "stop_token_ids"),
-        ({"messages": [{"role": "user", "content": "Hi", "images": [data_uri(png())]}]}, "messages"),
+        ({"messages": [{"role": "user", "content": "Hi", "images": [data_uri(png())]}]}, "messages[0]"),
     ],
 )
 def test_a_field_that_cannot_be_used_is_refused(model, fields, param):
@@ -145,9 +169,9 @@ def test_a_field_that_cannot_be_used_is_refused(model, fields, param):
         ({"type": "image", "path": "/etc/passwd"}, "expected a data: URI"),
         ({"type": "image_url", "image_url": {"url": "data:image/png;base64,!!"}}, "not base64"),
         ({"type": "image_url", "image_url": {"url": "data:image/png;base64"}}, "no comma"),
-        ({"type": "input_audio", "input_audio": {"data": "AAAA"}}, "no encoder serves the modality 'audio'"),
-        ({"type": "depth", "depth": data_uri(png())}, "no encoder serves the modality 'depth'"),
-        ({"type": "image"}, "more placeholders"),
+        ({"type": "input_audio", "input_audio": {"data": "AAAA"}}, "does not serve audio, only image"),
+        ({"type": "depth", "depth": data_uri(png())}, "does not serve depth, only image"),
+        ({"type": "image"}, "has no image"),
         ({"type": "img_url"}, "unknown content part"),
         ({"type": "file", "file": {"file_id": "file-1"}}, "file_id"),
         ({"type": "file", "file": {"file_data": "data:application/pdf;base64,AAAA"}}, "any modality"),
@@ -208,13 +232,73 @@ def test_shots_stand_before_the_question(model):
     assert "0 of 1 shots fit" in client.post(CHAT, json=ask(shots=long)).json()["error"]["message"]
 
 
+BAD_URI = {"type": "image_url", "image_url": {"url": "data:image/png;base64,!"}}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "name"),
+    [
+        (CHAT, ask(image_part(), BAD_URI), "messages[0].content[1]", " (image_url): a data: URI"),
+        (CHAT, ask({"type": "<b>"}), "messages[0].content[0]", ": unknown content part '<b>'"),
+        (CHAT, ask({"type": "file", "file": {}}), "file_data", "messages[0].content[0] (file): file_data"),
+        (
+            CHAT,
+            ask(shots=[{"prompt": [image_part(), BAD_URI], "answer": "b"}]),
+            "shots[0].prompt[1]",
+            " (image_url)",
+        ),
+        (
+            CHAT,
+            {"messages": [{"role": "user"}, *ask()["messages"]]},
+            "messages[0]",
+            ": a message whose content",
+        ),
+        (
+            CHAT,
+            {"messages": [*ask()["messages"], {"role": "pilot", "content": "?"}]},
+            "messages[1]",
+            "'pilot'",
+        ),
+        (CHAT, ask(shots=[{"prompt": [1], "answer": "b"}]), "shots[0].prompt[0]", "dictionary, not 1"),
+        ("/v1/responses", {"input": " "}, "input", ": a question without text"),
+        (
+            "/v1/responses",
+            {"instructions": "Be brief.", "input": ask(BAD_URI)["messages"]},
+            "input[0].content[0]",
+            " (image_url)",
+        ),
+    ],
+)
+def test_an_error_names_the_part_of_the_request(model, path, body, param, name):
+    answer = client_of(model).post(path, json=body)
+    fault = answer.json()["error"]
+    assert (answer.status_code, fault["param"]) == (400, param)
+    assert name in fault["message"]
+    assert fault["message"].startswith(param) or param == "file_data"
+    assert fault["message"].count(param) == 1 or param == "file_data"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_media_that_cannot_be_decoded_are_named_too(model, stream):
+    error = MediaError("messages[0].content[1] (image_url): not an image")
+    answer = client_of(model, FakeEngine((), error=error)).post(CHAT, json=ask(stream=stream))
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "messages[0].content[1]")
+
+
+def test_media_have_the_name_of_their_part(model):
+    client = client_of(model)
+    client.post(CHAT, json=ask("Look:", image_part()))
+    (media,) = client.engine.requests[0].conversation.messages[0].media
+    assert media.name == "messages[0].content[1] (image_url)"
+
+
 def test_too_many_media_are_refused(model):
     answer = client_of(model, max_media=1).post(CHAT, json=ask(image_part(), image_part()))
-    assert answer.json()["error"]["message"] == "more than 1 media in one request"
+    assert answer.json()["error"]["message"].endswith("more than 1 media in one request")
 
 
 def test_the_downloads_of_a_request_share_their_limits(model, monkeypatch):
-    limits = FetchConfig(("media.example.com",), max_bytes=2 * len(png()))
+    limits = FetchConfig(("media.example.com",), mib=2 * len(png()) / 2**20)
     given = []
     monkeypatch.setattr(content, "fetch", lambda url, config: given.append(config) or png())
     part = {"type": "image_url", "image_url": {"url": "https://media.example.com/a.png"}}
@@ -229,7 +313,13 @@ def test_the_downloads_of_a_request_share_their_limits(model, monkeypatch):
 def test_a_silent_stream_has_comments(model, monkeypatch):
     monkeypatch.setattr(chat, "KEEP_ALIVE", 0.01)
     engine = FakeEngine(hold=True)
-    threading.Timer(0.2, engine.release.set).start()
+    submit = engine.submit_choices
+
+    def release_later(*args):
+        threading.Timer(0.5, engine.release.set).start()
+        return submit(*args)
+
+    engine.submit_choices = release_later
     answer = client_of(model, engine).post(CHAT, json=ask(stream=True))
     assert ": keep-alive\n\n" in answer.text
     assert events(answer)[-1]["choices"][0]["finish_reason"] == "stop"
@@ -264,12 +354,12 @@ def test_a_deadline_is_an_error_that_clients_do_not_retry(model):
     assert (answer.status_code, answer.headers["x-should-retry"]) == (504, "false")
 
 
-def test_a_full_queue_is_429_and_frees_the_choices_that_had_a_place(model):
+def test_a_full_queue_is_429_and_keeps_none_of_the_choices(model):
     client = client_of(model, FakeEngine(busy_after=1))
     answer = client.post(CHAT, json=ask(n=2))
     assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")
     assert float(answer.headers["retry-after"]) > 0
-    assert client.engine.cancelled == 1
+    assert client.engine.requests == []
 
 
 def test_another_model_is_not_found(model):

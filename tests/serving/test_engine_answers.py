@@ -6,35 +6,13 @@ import random
 import time
 
 import pytest
-import torch
 
 from bindllm import BindLLM
 from bindllm.embeddings.datastore import Datastore, Record
 from bindllm.errors import DecoderError
-from bindllm.model.bind_network import BindConfig
-from bindllm.model.context import ContextConfig
-from bindllm.model.decoder import DecoderConfig
-from bindllm.model.injection import InjectConfig
 from bindllm.serving.engine import Engine, Request
-from engine_parts import draw_request, stripes, submit
-from tiny import ColorEncoder, TokenEncoder, tiny_decoder, tiny_tokenizer
-
-TOKENS = {"bind": BindConfig(depth=1, expansion=2, tokens=4), "encoders": [TokenEncoder()]}
-CONTEXT = {"context": ContextConfig(records=3, latents=2, width=16, text_length=6)}
-PARTS = {
-    "value": {"inject": InjectConfig(kind="value")},
-    "residual": {"inject": InjectConfig(kind="residual")},
-    "attend": {"inject": InjectConfig(kind="attend")},
-    "tokens": {"inject": InjectConfig(kind="attend", layers=[0, 2]), **TOKENS},
-    "cross": {"inject": InjectConfig(kind="cross"), **TOKENS},
-    "all tokens": {
-        "inject": InjectConfig(kind="cross"),
-        **TOKENS,
-        "bind": BindConfig(depth=1, expansion=2, tokens="all"),
-    },
-    "context": {"inject": InjectConfig(kind="value"), **CONTEXT},
-    "tokens and context": {"inject": InjectConfig(kind="attend"), **TOKENS, **CONTEXT},
-}
+from engine_parts import PARTS, build, draw_request, stripes, submit
+from tiny import ColorEncoder
 
 
 def records(encoder: ColorEncoder) -> Datastore:
@@ -42,18 +20,6 @@ def records(encoder: ColorEncoder) -> Datastore:
     inputs = [encoder.prepare(stripes(color)) for color in colors]
     found = [Record((), color, "image", (f"a {color} thing",)) for color in colors]
     return Datastore(encoder.embed("image", inputs), found, [encoder.fingerprint()])
-
-
-def build(parts: str = "value", family: str = "llama", **changes) -> BindLLM:
-    """A model with open gates on a decoder of a family."""
-    decoder = tiny_decoder(family, **changes).requires_grad_(False)
-    options = {"encoders": [ColorEncoder()], "bind": BindConfig(depth=1, expansion=2), **PARTS[parts]}
-    torch.manual_seed(0)
-    model = BindLLM(decoder, tiny_tokenizer(), DecoderConfig("tiny"), **options).eval()
-    torch.nn.init.normal_(model.injection.gates, std=2.0)
-    if model.context is not None:
-        torch.nn.init.normal_(model.injection.context_gates, std=2.0)
-    return model
 
 
 def alone(model: BindLLM, request: Request) -> str:

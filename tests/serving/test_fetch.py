@@ -5,6 +5,7 @@ import socket
 import ssl
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -394,15 +395,15 @@ def test_a_redirect_from_https_to_http(web, monkeypatch):
 @pytest.mark.parametrize("path", ["cat", "unknown_length", "chunked"])
 def test_the_limit_of_bytes_is_exact(web, path):
     url = f"http://media.example.com/{path}"
-    assert fetch(url, FetchConfig(ALLOWED.domains, max_bytes=len(CONTENT))) == CONTENT
+    assert fetch(url, FetchConfig(ALLOWED.domains, mib=len(CONTENT) / 2**20)) == CONTENT
     with refused(f"more than {len(CONTENT) - 1:,} bytes"):
-        fetch(url, FetchConfig(ALLOWED.domains, max_bytes=len(CONTENT) - 1))
+        fetch(url, FetchConfig(ALLOWED.domains, mib=(len(CONTENT) - 1) / 2**20))
 
 
 @pytest.mark.parametrize("path", ["claims", "endless", "chunked?1000"])
 def test_large_files_are_not_read_to_their_end(web, path):
-    with refused("more than 100,000 bytes"):
-        fetch(f"http://media.example.com/{path}", FetchConfig(ALLOWED.domains, max_bytes=100_000))
+    with refused("more than 104,858 bytes"):
+        fetch(f"http://media.example.com/{path}", FetchConfig(ALLOWED.domains, mib=0.1))
 
 
 @pytest.mark.parametrize("path", ["slow", "slow_header", "continue"])
@@ -419,6 +420,21 @@ def test_a_slow_name_server(web):
     with refused("more than 0.1 seconds"):
         fetch("http://media.example.com/cat.png", FetchConfig(ALLOWED.domains, seconds=0.1))
     assert time.monotonic() - started < 0.9
+
+
+def test_a_name_server_that_hangs_leaves_few_threads(web):
+    free = threading.Event()
+    web.answers["media.example.com"] = lambda: free.wait(10) and [PUBLIC]
+    with ThreadPoolExecutor(40) as pool:
+        config = FetchConfig(ALLOWED.domains, seconds=0.2)
+        calls = [pool.submit(fetch, "http://media.example.com/cat.png", config) for _ in range(40)]
+        for call in calls:
+            with refused("more than 0.2 seconds"):
+                call.result()
+        assert sum(thread.name == "bindllm-lookup" for thread in threading.enumerate()) == 16
+    # Once it answers again, so does the server.
+    free.set()
+    assert fetch("http://media.example.com/cat.png", ALLOWED) == CONTENT
 
 
 @pytest.mark.parametrize(
@@ -454,7 +470,7 @@ def test_tls_checks_the_name_of_the_url(web, monkeypatch):
     [
         {"domains": ("https://media.example.com",)},
         {"domains": ("*",)},
-        {"max_bytes": 0},
+        {"mib": 0},
         {"seconds": 0},
         {"redirects": -1},
     ],

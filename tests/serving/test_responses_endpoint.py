@@ -56,6 +56,15 @@ def test_a_cut_response_says_so(model):
     assert (answer["status"], answer["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
 
 
+def test_a_schema_reaches_the_engine(model):
+    client = client_of(model)
+    schema = {"type": "array", "items": {"type": "integer"}}
+    given = {"type": "json_schema", "name": "numbers", "schema": schema}
+    answer = client.post(URL, json={"input": "Hi", "text": {"format": given}}).json()
+    assert answer["text"]["format"] == given
+    assert json.loads(client.engine.requests[0].schema) == schema
+
+
 def test_the_events_of_a_stream(model):
     body = {"input": "Hi", "stream": True, "include": ["message.output_text.logprobs"], "top_logprobs": 1}
     names, data = zip(*events(client_of(model).post(URL, json=body)), strict=True)
@@ -93,6 +102,10 @@ def test_an_error_in_a_stream_is_its_last_event(model):
         {"background": True},
         {"tools": [{"type": "web_search"}]},
         {"text": {"format": {"type": "json_schema"}}},
+        {"text": {"format": {"type": "grammar"}}},
+        {"text": {"format": "json"}},
+        {"presence_penalty": 1},
+        {"response_format": {"type": "json_object"}},
         {"include": ["file_search_call.results"]},
         {"top_logprobs": 2},
         {"max_tokens": 5},

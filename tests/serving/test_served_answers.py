@@ -1,5 +1,6 @@
 """The application with the real engine on a tiny model: answers through HTTP are those of the model."""
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -71,6 +72,27 @@ def test_an_answer_after_an_empty_one_is_that_of_the_model(model, client):
     answer = client.post(CHAT, json={"messages": turns, "max_tokens": 9}).json()
     expected = model.generate(Conversation(tuple(messages)), max_new_tokens=9)
     assert answer["choices"][0]["message"]["content"] == expected
+
+
+def test_an_answer_follows_a_schema_and_an_unsupported_one_is_refused(client):
+    def answer(schema, **fields):
+        wanted = {"type": "json_schema", "json_schema": {"name": "color", "schema": schema}}
+        return client.post(CHAT, json=ask(image_part(), response_format=wanted, seed=1, n=2, **fields))
+
+    properties = {"color": {"enum": ["red", "green"]}, "count": {"type": "integer", "maximum": 99}}
+    schema = {"type": "object", "properties": properties, "required": ["color", "count"]}
+    found = answer({**schema, "additionalProperties": False}, max_tokens=120).json()["choices"]
+    for choice in found:
+        assert choice["finish_reason"] == "stop"
+        value = json.loads(choice["message"]["content"])
+        assert value["color"] in ("red", "green")
+        assert value["count"] <= 99
+    (cut, _) = answer(schema, max_tokens=3).json()["choices"]
+    assert cut["finish_reason"] == "length"
+    for stream in (False, True):
+        refused = answer({"type": "array", "uniqueItems": True}, stream=stream)
+        assert refused.status_code == 400
+        assert "uniqueItems" in refused.json()["error"]["message"]
 
 
 def test_a_media_that_cannot_be_read_is_refused(client):

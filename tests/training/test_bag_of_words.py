@@ -78,6 +78,18 @@ def test_unwanted_answers_and_media_without_a_learned_answer_teach_nothing(build
     assert len(found[(red,)]) == len({*"red"}) + 1
 
 
+def test_answers_to_questions_teach_words_only_if_there_is_no_caption(build):
+    model, _ = build()
+    red, blue = Media.image("red.png"), Media.image("blue.png")
+    caption, question = (
+        Row(Conversation((Message("user", [image, "?"]), Message("assistant", text))), (), text, task=task)
+        for image, text, task in ((red, "a cat", "caption"), (blue, "yes", "vqa"))
+    )
+    caption, question = (make_sample(row, model.tokenizer, 128) for row in (caption, question))
+    assert words_of_groups([caption, question]).keys() == {(red,)}
+    assert words_of_groups([question]).keys() == {(blue,)}
+
+
 @pytest.mark.parametrize(("tokens", "passes"), [(1, 12), (4, 12), ("all", 40)])
 def test_bind_tokens_name_the_words_and_only_the_bind_network_changes(tokens, passes, build, capsys):
     model, data = build(tokens=tokens)

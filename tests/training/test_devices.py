@@ -128,7 +128,8 @@ def test_processes_may_drop_different_numbers_of_bind_tokens(tokens, recipe, tmp
     several, ends = with_bind_tokens(recipe, tokens), []
 
     def work(rank, changed):
-        bind_network.draw_count = lambda most, **_: most if rank else 1
+        bind_network.draw_count = lambda most: most if rank else 1
+        bind_network.draw_alone = lambda shape: torch.full(shape, not rank)
         return run("fit", changed)
 
     # What is shared is the decoder, whatever the number of bind tokens.

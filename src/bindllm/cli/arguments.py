@@ -3,7 +3,8 @@
 `argparse` splits the words of a command line into options; `jsonargparse` checks and converts the values by the type
 hints. The rules: positional parameters are positional arguments, keyword-only parameters are options, a dataclass is
 a group of options, a tuple is an option that may be repeated, a bool is a flag, ``bool | float`` is a flag that may
-have a value.
+have a value. A group whose parameter ends with an underscore puts its name before its options: ``pixels`` of
+``media_: MediaLimits`` is ``--media_pixels``.
 """
 
 from __future__ import annotations
@@ -139,9 +140,10 @@ def _parser(
         if is_dataclass(kind):
             group = parser.add_argument_group((inspect.getdoc(kind) or "").partition("\n")[0].rstrip("."))
             kinds = get_type_hints(kind)
+            prefix = key if key.endswith("_") else ""
             for field in fields(kind):
                 # A name that is a keyword of Python ends with an underscore: from_ is --from.
-                option = field.name.rstrip("_")
+                option = prefix + field.name.rstrip("_")
                 keys[option] = f"{key}.{field.name}"
                 default = getattr(parameter.default, field.name)
                 _add(group, f"--{option}", kinds[field.name], default, helps[keys[option]])
@@ -165,15 +167,22 @@ def _add(parser: argparse._ActionsContainer, option: str, kind: Any, default: An
     is_many, is_positional = get_origin(kind) is tuple, not option.startswith("--")
     is_required = default is inspect.Parameter.empty
     shape: dict[str, Any] = {"metavar": "{" + ",".join(choices) + "}"} if choices else {}
+    if any(isinstance(one, type) and issubclass(one, int | float) for one in kinds):
+        shape = {"metavar": "N"}
     if kind is bool:
         shape = {"action": "store_true"}
     elif bool in kinds:
-        shape = {"nargs": "?", "const": True}
+        shape |= {"nargs": "?", "const": True}
     elif is_positional:
         shape["nargs"] = ("+" if is_required else "*") if is_many else (None if is_required else "?")
     else:
         shape |= {"action": "append" if is_many else "store", "required": is_required}
     shown = "" if is_required or default in (None, False, "") else default
     shown = " ".join(default) if is_many and not is_required else shown
+    if isinstance(shown, float):
+        shown = f"{shown:g}"
+    # Digits of a large number in groups, as the option itself reads them.
+    elif isinstance(shown, int) and shown >= 10_000:
+        shown = f"{shown:_}"
     help_text = (text or "").replace("%", "%%") + (f" (default: {shown})" if shown else "")
     parser.add_argument(option, default=argparse.SUPPRESS, help=help_text, **shape)

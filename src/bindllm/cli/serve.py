@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from jsonargparse.typing import NonNegativeInt, PositiveInt
+from jsonargparse.typing import NonNegativeInt
 
 from bindllm.cli.arguments import refuse_together
 from bindllm.cli.generate import LoadCacheOptions, ModelOptions, load_with_cache
-from bindllm.cli.options import PositiveNumber
 from bindllm.errors import UsageError, needs_extra
-
-if TYPE_CHECKING:
-    from bindllm.serving.config import ServeConfig
+from bindllm.media.limits import MediaLimits
+from bindllm.serving.config import LOOPBACK, Limits, ServeConfig, read_keys
+from bindllm.serving.fetch import FetchConfig
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,10 @@ class AccessOptions:
     """file with API keys, one on each line; keys in the environment variable BINDLLM_API_KEYS count too"""
     allowed_hosts: tuple[str, ...] = ()
     """further name of this server in the Host header, such as that of a proxy; may be repeated"""
+    ssl_certfile: str | None = None
+    """PEM file with a certificate and its chain, for https"""
+    ssl_keyfile: str | None = None
+    """PEM file with the key of the certificate, if it is not in the same file"""
 
     @property
     def is_local(self) -> bool:
@@ -42,30 +45,14 @@ class AccessOptions:
             return False
 
 
-@dataclass(frozen=True)
-class LimitOptions:
-    """Limits."""
-
-    slots: PositiveInt = 16
-    """requests that are answered at the same time"""
-    queue: PositiveInt = 128
-    """requests that may wait; further ones get status 429"""
-    timeout: PositiveNumber = 300.0
-    """longest time of an answer in seconds, with waiting"""
-    drain: PositiveNumber = 60.0
-    """longest time in seconds to finish what runs, after SIGTERM or Ctrl-C"""
-    max_body_mib: PositiveInt = 32
-    """largest body of a request, in MiB"""
-    media_domains: tuple[str, ...] = ()
-    """host that media URLs of a request may name, such as media.example.com; may be repeated (default: none)"""
-
-
 def serve(
     checkpoint: str,
     *,
     name: str | None = None,
     access: AccessOptions = AccessOptions(),
-    limits: LimitOptions = LimitOptions(),
+    limits: Limits = Limits(),
+    media_: MediaLimits = MediaLimits(),
+    download_: FetchConfig = FetchConfig(),
     cache: LoadCacheOptions = LoadCacheOptions(),
     model: ModelOptions = ModelOptions(),
     overrides: Sequence[str] = (),
@@ -80,6 +67,8 @@ def serve(
         name: name of the model in the API (default: that of the folder)
         access: who can connect
         limits: limits of the server
+        media_: limits on decoded media
+        download_: media URLs
         cache: the visual cache
         model: the model
         overrides: arguments of the encoder
@@ -91,20 +80,29 @@ def serve(
     _check_installed()
     from bindllm.serving.app import build_app
     from bindllm.serving.engine import Engine
-    from bindllm.serving.server import LogFormatter, bind, run
+    from bindllm.serving.server import bind, run
 
     # Mistakes of the command line first: loading a large model takes minutes.
-    config = _read_config(name or Path(checkpoint).resolve().name, access, limits)
+    config = _read_config(name or Path(checkpoint).resolve().name, access, limits, download_)
+    certificate = _read_certificate(access)
     bound = bind(access.host, access.port)
-    handler = logging.StreamHandler()
-    handler.setFormatter(LogFormatter("%(asctime)s %(message)s"))
-    # The root, so that entries of libraries are escaped too.
-    logging.getLogger().addHandler(handler)
-    logging.getLogger("bindllm").setLevel(logging.INFO)
-
+    _start_log()
     loaded = load_with_cache(checkpoint, model, cache, overrides)
-    engine = Engine(loaded, slots=limits.slots, queue=limits.queue)
-    run(build_app(engine, config), engine, bound, drain=limits.drain, name=config.model)
+    sizes = {
+        "slots": limits.slots,
+        "queue": limits.queue,
+        "tokens": limits.kv_tokens,
+        "prefill": limits.prefill,
+    }
+    engine = Engine(loaded, **sizes, limits=media_)
+    run(
+        build_app(engine, config),
+        engine,
+        bound,
+        drain=limits.drain,
+        name=config.model,
+        certificate=certificate,
+    )
     return 0
 
 
@@ -115,23 +113,29 @@ def _check_installed() -> None:
         import uvicorn  # noqa: F401
 
 
-def _read_config(name: str, access: AccessOptions, limits: LimitOptions) -> ServeConfig:
+def _start_log() -> None:
+    from bindllm.serving.server import LogFormatter
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormatter("%(asctime)s %(message)s"))
+    # The root, so that entries of libraries are escaped too.
+    logging.getLogger().addHandler(handler)
+    logging.getLogger("bindllm").setLevel(logging.INFO)
+
+
+def _read_config(name: str, access: AccessOptions, limits: Limits, fetch: FetchConfig) -> ServeConfig:
     """Return the limits of the server.
 
     Raises:
         UsageError: other machines could connect without an API key.
-        InputError: a file of API keys or a domain that cannot be used.
+        InputError: a file of API keys that cannot be used.
     """
-    from bindllm.serving.config import ServeConfig, read_keys
-    from bindllm.serving.fetch import FetchConfig
-
     config = ServeConfig(
         model=name,
         keys=read_keys(access.api_keys),
         hosts=_hosts(access),
-        max_body=limits.max_body_mib << 20,
-        timeout=limits.timeout,
-        fetch=FetchConfig(domains=limits.media_domains),
+        fetch=fetch,
+        **vars(limits),
     )
     if not access.is_local and not config.keys:
         raise UsageError(
@@ -141,12 +145,32 @@ def _read_config(name: str, access: AccessOptions, limits: LimitOptions) -> Serv
     return config
 
 
+def _read_certificate(access: AccessOptions) -> tuple[str, str | None] | None:
+    """Return the files of the certificate and its key, or None: plain HTTP.
+
+    Raises:
+        UsageError: they cannot be read, or do not belong together.
+    """
+    if access.ssl_certfile is None:
+        if access.ssl_keyfile is not None:
+            raise UsageError("--ssl_keyfile needs a certificate: give --ssl_certfile FILE")
+        return None
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(
+            access.ssl_certfile, access.ssl_keyfile
+        )
+    except OSError as error:
+        raise UsageError(
+            f"--ssl_certfile {access.ssl_certfile} cannot be used with its key ({error}); both are PEM files, and the "
+            "key is in --ssl_keyfile or in the same file"
+        ) from error
+    return access.ssl_certfile, access.ssl_keyfile
+
+
 def _hosts(access: AccessOptions) -> tuple[str, ...]:
     """Return the names that the Host header may have; none: any."""
-    from bindllm.serving.config import LOOPBACK
-
     if not (access.is_local or access.allowed_hosts):
         return ()
     # The address of this machine that it listens at may be a further one, such as 127.0.0.2.
     own = f"[{access.host}]" if ":" in access.host else access.host
-    return (*LOOPBACK, own, *access.allowed_hosts)
+    return tuple(dict.fromkeys((*LOOPBACK, own, *access.allowed_hosts)))

@@ -21,31 +21,35 @@ AT_ONCE = 4
 
 @dataclass(frozen=True)
 class MediaLimits:
-    """Largest decoded sizes of a media. A larger one is a `MediaError`.
+    """Decoded media of one request; limits of the loaders hold too.
 
-    Args:
-        pixels: of an image, a map, or a frame of a video.
-        seconds: of audio and video.
-        frames: of a video.
-        points: vertices of a mesh, or readings of a motion signal. Clouds are thinned out, see
-            `bindllm.media.points.MAX_POINTS`.
-        bytes: of an array, a mesh file or an SVG after unpacking.
-        work: seconds that decoding all media of one request may take.
+    A media beyond a limit is a `MediaError`.
 
     Raises:
         InputError: a limit that is not above 0.
     """
 
     pixels: int = 50_000_000
+    """most pixels of an image, a map, or a frame of a video"""
     seconds: float = 600.0
+    """longest audio or video, in seconds"""
     frames: int = 36_000
+    """most frames of a video"""
     points: int = 2_000_000
-    bytes: int = 64 * 1024 * 1024
+    """most vertices of a mesh, or readings of a motion signal; point clouds are thinned out instead"""
+    mib: float = 64.0
+    """largest array, mesh file or SVG after unpacking, in MiB"""
     work: float = 30.0
+    """longest time for decoding all media of one request, in seconds"""
 
     def __post_init__(self) -> None:
         if wrong := [f"{name} is {value}" for name, value in vars(self).items() if not value > 0]:
             raise InputError(f"limits on media must be above 0, and {', '.join(wrong)}")
+
+    @property
+    def bytes(self) -> int:
+        """``mib`` in bytes."""
+        return round(self.mib * 2**20)
 
 
 class Budget:

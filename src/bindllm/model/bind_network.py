@@ -327,20 +327,27 @@ class BindNetwork(nn.Module):
             return torch.cat([z.unsqueeze(-2), *found], dim=-2)
         # Without gradients nothing is trained: GRPO samples answers in training mode.
         drops = self.drops_tokens and torch.is_grad_enabled()
-        count = draw_count(self.most_tokens, takes_all=self.takes_all) if drops else self.most_tokens
+        if self.takes_all and tokens is not None:
+            found = reader(tokens)
+            if drops:
+                found = found.masked_fill(draw_alone(z.shape[:-1]).to(z.device)[..., None, None], 0)
+            return torch.cat([z.unsqueeze(-2), found], dim=-2)
+        count = draw_count(self.most_tokens) if drops else self.most_tokens
         # One latent and one row of tokens at least, so that every trained tensor has a gradient: DDP waits for it.
         tokens = z.new_zeros(*z.shape[:-1], 1, size) if tokens is None else tokens
         found = reader(tokens, max(count, 2) - 1)
         return torch.cat([z.unsqueeze(-2), found if count > 1 else found * 0], dim=-2)
 
 
-def draw_count(most: int, *, takes_all: bool = False) -> int:
+def draw_count(most: int) -> int:
     """Draw the number of bind tokens of a training step: all in half of the steps, else log-uniform from 1 to most - 1.
 
     One token has to be seen often enough for modalities without encoder tokens, and all of them for the last latents.
-    With ``takes_all`` the choice is between 1, in a quarter of the steps, and all.
     """
     share, position = torch.rand(2, device="cpu").tolist()
-    if takes_all:
-        return 1 if share < 0.25 else most
     return most if share < 0.5 else int(most**position)
+
+
+def draw_alone(shape: torch.Size) -> Tensor:
+    """Draw which media groups of a training step have bind token 0 only, with ``bind.tokens: all``: one in eight."""
+    return torch.rand(shape, device="cpu") < 1 / 8

@@ -4,49 +4,44 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from functools import partial
 from typing import Self
 
-from bindllm.serving.api.errors import ApiError
-from bindllm.serving.engine import Engine, Ticket
+from bindllm.serving.api.errors import NO_RETRY, ApiError
+from bindllm.serving.engine import Engine
 from bindllm.serving.metrics import Metrics
 from bindllm.serving.request import Piece, Request
 
 
 class Answers:
-    """The answers to requests of one call; leaving the block cancels those that are not finished.
+    """The answers to a request; leaving the block cancels those that are not finished.
 
     Args:
-        engine: answers the requests.
-        requests: one for each choice.
+        engine: answers the request.
+        request: the request.
+        choices: number of answers.
         metrics: counts tokens and times.
 
     Raises:
-        EngineBusy: the queue cannot take all of the requests; none of them stays in it.
+        EngineBusy: the queue cannot take all choices; none of them stays in it.
         EngineClosed: the server is about to end.
-        InputError: a request that cannot be answered.
 
     Attributes:
         completion_tokens: generated so far, in all choices.
     """
 
-    def __init__(self, engine: Engine, requests: Sequence[Request], metrics: Metrics) -> None:
+    def __init__(self, engine: Engine, request: Request, choices: int, metrics: Metrics) -> None:
         self.completion_tokens = 0
         self._loop, self._metrics = asyncio.get_running_loop(), metrics
+        # Choices end at different times; a stream is over with the last of them.
         self._finished: set[int] = set()
         # Without a limit, as the engine must not wait; an answer has at most `max_tokens` pieces.
         self._pieces: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
         self._started = self._last = time.perf_counter()
-        self._tickets: list[Ticket] = []
-        try:
-            for choice, request in enumerate(requests):
-                self._tickets.append(engine.submit(request, partial(self._put, choice)))
-        except BaseException:
-            # All choices or none: the caller has nothing yet that could free the slots of those before.
-            self.cancel()
-            raise
+        listeners = [partial(self._put, choice) for choice in range(choices)]
+        self._tickets = engine.submit_choices(request, listeners)
 
     @property
     def prompt_tokens(self) -> int:
@@ -62,6 +57,7 @@ class Answers:
 
     def cancel(self) -> None:
         """Free the slots of the choices that are not finished."""
+        # A finished ticket has no slot any more, and may not be counted as canceled.
         for choice, ticket in enumerate(self._tickets):
             if choice not in self._finished:
                 ticket.cancel()
@@ -81,8 +77,10 @@ class Answers:
         try:
             async with asyncio.timeout(seconds):
                 choice, piece = await self._pieces.get()
+        # Not a fault: the caller sends a comment to keep the connection open, and asks again.
         except TimeoutError:
             return None
+        # Before anything is raised: a choice that failed needs no canceling.
         if piece.is_last:
             self._finished.add(choice)
         if piece.error is not None:
@@ -91,9 +89,9 @@ class Answers:
             # Not retried by clients: the same request would need the same time again.
             raise ApiError(
                 504,
-                f"the answer was not finished after {time.perf_counter() - self._started:.0f} seconds, the deadline of "
-                "this server; ask for fewer tokens, or try again when it has less to do",
-                headers={"x-should-retry": "false"},
+                "the answer was not finished within the deadline of this server; ask for fewer tokens, or try again "
+                "when it has less to do",
+                headers=NO_RETRY,
             )
         self._observe(piece)
         return choice, piece

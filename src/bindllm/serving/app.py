@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,13 +24,13 @@ from bindllm.model.decoder import num_positions
 from bindllm.serving.answers import Answers
 from bindllm.serving.api.chat import KEEP_ALIVE, Neighbors, chat_fields, complete_chat, stream_chat
 from bindllm.serving.api.embeddings import embed
-from bindllm.serving.api.errors import RETRY, ApiError, handle, json_response
+from bindllm.serving.api.errors import NO_RETRY, RETRY, ApiError, handle, json_response
 from bindllm.serving.api.responses import ResponseWriter, response_fields, response_messages
 from bindllm.serving.api.sampling import Question, check_model, find_neighbors, read_question
 from bindllm.serving.api.schema import ChatBody, EmbeddingsBody, ErrorBody, ResponsesBody
 from bindllm.serving.config import ServeConfig
 from bindllm.serving.engine import Engine
-from bindllm.serving.guard import OPEN_PATHS, ClientLeftError, Guard
+from bindllm.serving.guard import Allowance, ClientLeftError, Guard
 from bindllm.serving.metrics import Metrics
 
 Found = TypeVar("Found")
@@ -45,6 +45,8 @@ _MEDIA_TYPES = {
 }
 # Threads that embed media outside of the engine, and calls that may wait for them.
 _EMBED_THREADS, _EMBED_WAITING = 1, 64
+# Threads that read messages: they decode base64, download media and count tokens.
+_READ_THREADS = 8
 # For the OpenAPI description: every route may answer with them.
 _ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
 
@@ -64,24 +66,27 @@ class Endpoints:
     def __init__(self, engine: Engine, config: ServeConfig) -> None:
         self.draining, self.metrics = False, Metrics(engine)
         self._engine, self._config = engine, config
-        self._threads = ThreadPoolExecutor(_EMBED_THREADS, thread_name_prefix="bindllm-embed")
-        self._embedding, self._created = 0, int(time.time())
+        self._encoders = _Workers("bindllm-embed", _EMBED_THREADS, waiting=_EMBED_WAITING)
+        self._readers = _Workers("bindllm-read", _READ_THREADS, waiting=config.slots + config.queue)
+        self._created = int(time.time())
 
     def router(self) -> APIRouter:
         """Return the routes."""
         router = APIRouter(responses=_ERRORS)
-        router.add_api_route("/v1/models", self.models, methods=["GET"])
-        # Names may have slashes, as on the Hugging Face Hub; an unknown one gets the error of a model, not of a path.
-        router.add_api_route("/v1/models/{name:path}", self.model, methods=["GET"])
         router.add_api_route("/v1/chat/completions", self.chat, methods=["POST"])
         router.add_api_route("/v1/responses", self.responses, methods=["POST"])
         router.add_api_route("/v1/embeddings", self.embeddings, methods=["POST"])
         for path, function in (
+            ("/v1/models", self.models),
+            # Names may have slashes, as on the Hugging Face Hub; an unknown one is an error of a model, not of a path.
+            ("/v1/models/{name:path}", self.model),
             ("/health", self.health),
             ("/ready", self.ready),
             ("/metrics", self.show_metrics),
         ):
             router.add_api_route(path, function, methods=["GET"])
+            # Some probes ask without a body; RFC 9110 wants it wherever GET is.
+            router.add_api_route(path, function, methods=["HEAD"], include_in_schema=False)
         return router
 
     async def models(self) -> Response:
@@ -95,7 +100,7 @@ class Endpoints:
 
     async def chat(self, body: ChatBody, request: HttpRequest) -> Response:
         """Answer a conversation."""
-        question = await self._read(body, body.messages, **chat_fields(body))
+        question = await self._read(request, body, body.messages, **chat_fields(body))
         options = body.stream_options
         usage = options is not None and bool(options.include_usage)
         return await self._answer(
@@ -107,7 +112,7 @@ class Endpoints:
 
     async def responses(self, body: ResponsesBody, request: HttpRequest) -> Response:
         """Answer a conversation, in the form of the Responses API."""
-        question = await self._read(body, response_messages(body), **response_fields(body))
+        question = await self._read(request, body, response_messages(body), **response_fields(body))
 
         def stream(answers: Answers, neighbors: Neighbors, first: Any) -> AsyncIterator[bytes]:
             return ResponseWriter(body, question, answers, neighbors).stream(first)
@@ -121,7 +126,8 @@ class Endpoints:
 
     async def embeddings(self, body: EmbeddingsBody, request: HttpRequest) -> Response:
         """Embed texts and media."""
-        work = self._in_thread(embed, body, self._engine, self._config)
+        left = request.state.allowance.left
+        work = self._encoders.run(left, embed, body, self._engine, self._config)
         return json_response(await _unless_client_leaves(request, work))
 
     async def health(self) -> Response:
@@ -138,11 +144,16 @@ class Endpoints:
         """Return the numbers of the server for Prometheus."""
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    async def _read(self, body: Any, messages: Any, **fields: Any) -> Question:
-        # In a thread: decoding large media and downloads must not stop the streams of others.
-        return await asyncio.to_thread(
-            read_question, body, messages, self._engine.model, self._config, **fields
-        )
+    async def _read(self, request: HttpRequest, body: Any, messages: Any, **fields: Any) -> Question:
+        """Read a question in a thread: decoding large media and downloads must not stop the streams of others."""
+        allowance: Allowance = request.state.allowance
+        given = (body, messages, self._engine.model, self._config)
+        work = self._readers.run(allowance.left, read_question, *given, **fields)
+        question = await _unless_client_leaves(request, work)
+        sources = [item.source for group in question.request.conversation.media_groups for item in group]
+        allowance.hold(sum(len(source) for source in sources if isinstance(source, bytes)))
+        # The rest of the time: its answer must not get the whole of it again.
+        return replace(question, request=replace(question.request, timeout=max(allowance.left, 1e-3)))
 
     async def _answer(
         self,
@@ -153,9 +164,10 @@ class Endpoints:
         stream: Callable[..., AsyncIterator[bytes]] | None,
     ) -> Response:
         """Submit a question, and return its answer as an object or as a stream."""
-        answers = Answers(self._engine, question.requests, self.metrics)
-        neighbors = partial(self._neighbors, question)
+        answers = Answers(self._engine, question.request, question.choices, self.metrics)
+        neighbors = partial(self._neighbors, question, request.state.allowance)
         if stream is None:
+            # Leaving the block frees the slots, also if the client has left.
             with answers:
                 return json_response(await _unless_client_leaves(request, whole(answers, neighbors)))
         try:
@@ -166,43 +178,11 @@ class Endpoints:
             raise
         return _EventStream(stream(answers, neighbors, first), answers)
 
-    async def _neighbors(self, question: Question) -> list[list[dict[str, Any]]] | None:
+    async def _neighbors(self, question: Question, allowance: Allowance) -> list[list[dict[str, Any]]] | None:
+        # Found after the answer: they would delay its first token.
         if not question.wants_neighbors:
             return None
-        return await self._in_thread(find_neighbors, self._engine, question.requests[0])
-
-    async def _in_thread(self, function: Callable[..., Found], *args: Any) -> Found:
-        """Run a function that embeds media, in the order of the calls.
-
-        Raises:
-            EngineBusy: too many calls wait already.
-            ApiError: it took too long.
-        """
-        if self._embedding >= _EMBED_WAITING:
-            raise EngineBusy("too many calls wait for the encoders")
-        self._embedding += 1
-        is_over = threading.Event()
-
-        def work() -> Found | None:
-            return None if is_over.is_set() else function(*args)
-
-        # Shielded, so that it counts until the thread has taken it: its media stay in memory for so long, and clients
-        # that leave and come again could fill it.
-        waiting = asyncio.get_running_loop().run_in_executor(self._threads, work)
-        waiting.add_done_callback(self._embedded)
-        try:
-            async with asyncio.timeout(self._config.timeout):
-                return await asyncio.shield(waiting)
-        except TimeoutError as error:
-            raise ApiError(504, "the media were not embedded within the deadline of this server") from error
-        finally:
-            is_over.set()
-
-    def _embedded(self, call: asyncio.Future[Any]) -> None:
-        self._embedding -= 1
-        # Otherwise asyncio reports the error of a client that has left, since no one else looks at it.
-        if not call.cancelled():
-            call.exception()
+        return await self._encoders.run(allowance.left, find_neighbors, self._engine, question.request)
 
     def _describe(self) -> dict[str, Any]:
         """Return the entry of the model, with facts that a client cannot ask for otherwise."""
@@ -219,6 +199,49 @@ class Endpoints:
         }
 
 
+class _Workers:
+    """A few threads for work that would stop the event loop, and a limited number of calls.
+
+    Args:
+        name: of the threads.
+        threads: number of threads.
+        waiting: most calls that run or wait at the same time.
+    """
+
+    def __init__(self, name: str, threads: int, *, waiting: int) -> None:
+        self._threads, self._most, self._calls = ThreadPoolExecutor(threads, name), waiting, 0
+
+    async def run(self, seconds: float, function: Callable[..., Found], *args: Any, **more: Any) -> Found:
+        """Run a function, in the order of the calls.
+
+        Raises:
+            EngineBusy: too many calls wait already.
+            ApiError: it took longer than some seconds.
+        """
+        if self._calls >= self._most:
+            raise EngineBusy("too many calls wait for the threads that read and encode media")
+        self._calls += 1
+        # The queue of the pool keeps a call whose client has left, but no longer its arguments, which may be large.
+        call = [partial(function, *args, **more)]
+        # The error of a client that has left keeps this frame.
+        del function, args, more
+
+        def work() -> Found | None:
+            return call.pop()() if call else None
+
+        try:
+            async with asyncio.timeout(seconds):
+                return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        except TimeoutError as error:
+            message = (
+                "the media were not read and encoded within the deadline of this server; send fewer media"
+            )
+            raise ApiError(504, message, headers=NO_RETRY) from error
+        finally:
+            call.clear()
+            self._calls -= 1
+
+
 def build_app(engine: Engine, config: ServeConfig) -> FastAPI:
     """Return the application; ``app.state.endpoints`` are its `Endpoints`.
 
@@ -230,18 +253,20 @@ def build_app(engine: Engine, config: ServeConfig) -> FastAPI:
     # Without the interactive docs, which load scripts of another site.
     # Without redirects too: their target would be made of the Host header.
     app = FastAPI(title="bindllm", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
+    # The server sets its `draining`.
     app.state.endpoints = endpoints
     app.include_router(endpoints.router())
     page = page_files()
     for path, file in page.items():
         # A plain route, which answers HEAD too.
         app.add_route(path, partial(_page_file, file), include_in_schema=False)
+    # Errors outside of these reach the guard, which answers them in the same shape.
     for error in (HTTPException, RequestValidationError):
         app.add_exception_handler(error, handle)
     app.add_middleware(
         Guard,
         config=config,
-        open_paths=(*OPEN_PATHS, *page),
+        page=page,
         metrics=endpoints.metrics,
         is_draining=lambda: endpoints.draining,
     )

@@ -6,7 +6,7 @@ key/value heads, `d` head size, `V` vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -90,12 +90,13 @@ class SlotCache(Cache):
         """The columns in use: the tokens of the longest row."""
         return self.end - self.start
 
-    def join(self, prompts: DynamicCache, lengths: Sequence[int], most: int) -> None:
+    def join(self, prompts: DynamicCache, lengths: Sequence[int], chosen: Sequence[int], most: int) -> None:
         """Add rows.
 
         Args:
             prompts: keys and values of prompts that are padded on the left.
-            lengths: their tokens.
+            lengths: tokens of each new row.
+            chosen: index of the prompt of each new row; several rows may have the same one.
             most: tokens that the longest row, old or new, will have at most.
         """
         first, width = len(self.lengths), max(lengths)
@@ -111,7 +112,7 @@ class SlotCache(Cache):
                 # Zeros where nothing is written: attention gives hidden columns a weight of 0, but 0 times an
                 # infinity, which an earlier row may have left there, would be NaN.
                 buffer[first:rows].zero_()
-                buffer[first:rows, :, columns] = new.masked_fill(hidden, 0)
+                buffer[first:rows, :, columns] = new[chosen, :, -width:].masked_fill(hidden, 0)
         self.lengths += lengths
         self.start = self.end - max(self.lengths)
 
@@ -185,12 +186,13 @@ class Batch:
 
     Args:
         model: in eval mode.
+        chunk: tokens of prompts that the decoder reads at once.
 
     Raises:
         DecoderError: the decoder keeps something else than keys and values of all its tokens.
     """
 
-    def __init__(self, model: BindLLM) -> None:
+    def __init__(self, model: BindLLM, *, chunk: int) -> None:
         layers = DynamicCache(config=model.decoder.config).layers
         # Both are masks over one cache of all tokens. Recurrent states, compressed or shared keys are not.
         if other := {type(x).__name__ for x in layers} - {
@@ -202,7 +204,7 @@ class Batch:
                 "serves decoders with keys and values only (full or sliding-window attention). "
                 "Use BindLLM.generate, or another decoder"
             )
-        self._model, self._slots = model, SlotCache(len(layers))
+        self._model, self._chunk, self._slots = model, chunk, SlotCache(len(layers))
         self._state: GenerationState | None = None
         self._most: list[int] = []
 
@@ -215,8 +217,12 @@ class Batch:
         most = [*self._most, *(row.most for row in newcomers)]
         return len(most) * max(most)
 
-    def read(self, newcomers: Sequence[RowInput]) -> ReadPrompts:
-        """Run the decoder on prompts; the rows of the batch are not touched, even if this fails."""
+    def read(self, newcomers: Sequence[RowInput]) -> Iterator[ReadPrompts | None]:
+        """Run the decoder on prompts, chunk by chunk; the rows of the batch are not touched, even if this fails.
+
+        Yields:
+            None after each chunk but the last one; then the prompts.
+        """
         lengths = [len(row.ids) for row in newcomers]
         width, device = max(lengths), self._model.device
         # Padding on the left, as in `generate`: the next token follows the last column of every row.
@@ -228,25 +234,37 @@ class Batch:
         # Either all rows have context tokens, or the model reads none.
         context = [row.context for row in newcomers if row.context is not None]
         state = self._model.injection.state(bind, index.to(device), _stack(context) if context else None)
-        prompts = DynamicCache()
-        inputs = {"input_ids": ids, "past_key_values": prompts, "use_cache": True}
-        if min(lengths) < width:
-            mask = _mask(lengths, width, device)
-            # Positions count tokens, not columns, so a prompt is read as it would be alone.
-            inputs |= {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_(min=0)}
+        prompts, mask = DynamicCache(), _mask(lengths, width, device)
+        # Positions count tokens, not columns, so a prompt is read as it would be alone.
+        positions = (mask.cumsum(1) - 1).clamp_(min=0)
         rows = torch.arange(len(newcomers), device=device)
-        with self._model.injection.applying(state), projecting(rows, torch.full_like(rows, width - 1)):
-            logits = self._model.decoder(**inputs).logits
+        for start in range(0, width, step := max(1, self._chunk // len(newcomers))):
+            stop = min(start + step, width)
+            inputs = {"input_ids": ids[:, start:stop], "past_key_values": prompts, "use_cache": True}
+            # Without padding no mask is needed, and attention is faster.
+            if min(lengths) < width:
+                inputs["attention_mask"] = mask[:, :stop]
+            chosen = projecting(rows, torch.full_like(rows, stop - start - 1))
+            with self._model.injection.applying(state), chosen:
+                logits = self._model.decoder(**inputs, position_ids=positions[:, start:stop]).logits
+            if stop < width:
+                yield None
         # Three axes: a decoder without a projection of the usual shape has computed all positions.
         logits = logits[:, -1] if logits.ndim == 3 else logits
         most = [row.most for row in newcomers]
-        return ReadPrompts(logits.float(), prompts, state.after_prompt(), lengths, most)
+        yield ReadPrompts(logits.float(), prompts, state.after_prompt(), lengths, most)
 
-    def join(self, prompts: ReadPrompts) -> None:
-        """Add a row for each prompt after the present ones."""
-        most = [*self._most, *prompts.most]
-        self._slots.join(prompts.cache, prompts.lengths, max(most))
-        self._state = prompts.state if self._state is None else self._state.join(prompts.state)
+    def join(self, prompts: ReadPrompts, chosen: Sequence[int]) -> None:
+        """Add rows after the present ones.
+
+        Args:
+            prompts: the prompts that were read.
+            chosen: index of the prompt of each new row; several rows may have the same one.
+        """
+        most = [*self._most, *(prompts.most[n] for n in chosen)]
+        self._slots.join(prompts.cache, [prompts.lengths[n] for n in chosen], chosen, max(most))
+        state = prompts.state.select(torch.tensor(chosen, device=self._model.device))
+        self._state = state if self._state is None else self._state.join(state)
         self._most = most
 
     def step(self, tokens: Sequence[int]) -> Tensor:
@@ -259,7 +277,6 @@ class Batch:
             "past_key_values": slots,
             "use_cache": True,
         }
-        # Without padding no mask is needed, and attention is faster.
         if min(slots.lengths) < slots.width:
             inputs["attention_mask"] = _mask(
                 [length + 1 for length in slots.lengths], slots.width + 1, device

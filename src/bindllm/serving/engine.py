@@ -1,8 +1,8 @@
 """Continuous batching: one thread decodes all running requests together, a token of each in every step.
 
-Newcomers are read between two steps, and a finished row leaves at once. The tokens of an answer depend on its own
-request only: each row has its own media, cache and generator, and no two requests share the cache of a prefix, since it
-depends on the media too.
+Newcomers are read between two steps, chunk by chunk, and a finished row leaves at once. The tokens of an answer depend
+on its own request only: each row has its own media, cache and generator, and no two requests share the cache of a
+prefix, since it depends on the media too. The choices of one request share its prompt, which is read once.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Self
 
 import torch
@@ -22,75 +23,20 @@ from torch import Tensor
 
 from bindllm.cache.visual_cache import CacheChoice
 from bindllm.embeddings.embedder import RecentEmbeddings
-from bindllm.errors import BindLLMError, DecoderError, EngineBusy, EngineClosed, InputError
+from bindllm.errors import DecoderError, EngineBusy, EngineClosed, InputError
 from bindllm.media import Media
 from bindllm.media.limits import MediaLimits, limited
 from bindllm.model.bindllm import BindLLM
-from bindllm.model.generation import AnswerText
-from bindllm.serving.batch import Batch
-from bindllm.serving.request import Piece, Request, RowInput, TokenLogprob, make_input
-from bindllm.serving.sampling import Sampling, choose_tokens
-
-SLOTS = 16
-"""Requests that are decoded together, by default."""
-
-QUEUE = 128
-"""Requests that wait for a slot, by default."""
-
-TOKENS = 32_768
-"""Tokens in the key/value cache, by default."""
-
-PREFILL_TOKENS = 2048
-"""Tokens of newcomers that are read between two steps; one longer prompt is read whole."""
+from bindllm.serving.batch import Batch, ReadPrompts
+from bindllm.serving.config import PREFILL_TOKENS, QUEUE, SLOTS, TOKENS
+from bindllm.serving.constraint import Grammars
+from bindllm.serving.request import Piece, Prompt, Request, Row, Ticket, TokenLogprob, make_input
+from bindllm.serving.sampling import choose_tokens
 
 PREPARE_THREADS = 4
 """Requests whose media are read and encoded at the same time."""
 
 logger = logging.getLogger(__name__)
-
-
-class Ticket:
-    """A submitted request.
-
-    Attributes:
-        request: the request.
-        prompt_tokens: tokens of its prompt; None until it is rendered, which is before the first piece with text.
-    """
-
-    def __init__(self, request: Request, listener: Callable[[Piece], None]) -> None:
-        self.request, self.prompt_tokens = request, None
-        self._listener = listener
-        self._is_taken = self._is_cancelled = self._is_over = False
-        self._deadline = None if request.timeout is None else time.monotonic() + request.timeout
-        self._input: RowInput | None = None
-        self._error: Exception | None = None
-
-    def cancel(self) -> None:
-        """End the request without a further piece; its slot is free before the next step."""
-        # Only a mark: rows belong to the engine's thread, which sees it before the next step.
-        self._is_cancelled = True
-
-    def _is_late(self) -> bool:
-        return self._deadline is not None and time.monotonic() >= self._deadline
-
-
-class _Row:
-    """A running request."""
-
-    def __init__(self, ticket: Ticket, model: BindLLM) -> None:
-        request = ticket.request
-        self.ticket, self.last_token = ticket, 0
-        self.text = AnswerText(model.tokenizer, request.stop)
-        self.sampling = Sampling.of(request.temperature, request.top_p, request.seed)
-        self.num_left = ticket._input.most - len(ticket._input.ids)
-        # Since the last piece.
-        self.num_tokens, self.logprobs = 0, []
-
-    def take(self, text: str, **last: object) -> Piece:
-        """Return the piece of a text, with all tokens since the piece before."""
-        piece = Piece(text, self.num_tokens, tuple(self.logprobs), **last)
-        self.num_tokens, self.logprobs = 0, []
-        return piece
 
 
 @dataclass
@@ -121,6 +67,7 @@ class Engine:
         slots: requests that are decoded together.
         queue: requests that wait for a slot.
         tokens: tokens in the key/value cache. A prompt with its answer is never longer.
+        prefill: tokens of newcomers that are read between two steps: running answers wait no longer for a long prompt.
         limits: decoded sizes of the media of one request; None: the defaults of `MediaLimits`.
 
     Raises:
@@ -145,19 +92,25 @@ class Engine:
         slots: int = SLOTS,
         queue: int = QUEUE,
         tokens: int = TOKENS,
+        prefill: int = PREFILL_TOKENS,
         limits: MediaLimits | None = None,
     ) -> None:
-        for name, value in (("slots", slots), ("queue", queue), ("tokens", tokens)):
+        sizes = {"slots": slots, "queue": queue, "tokens": tokens, "prefill": prefill}
+        for name, value in sizes.items():
             if value < 1:
                 raise InputError(f"{name} is {value}, expected at least 1")
         self.model, self.counters, self.recent = model.eval(), Counters(), RecentEmbeddings()
         self.limits = limits or MediaLimits()
-        self._num_slots, self._queue, self._tokens = slots, queue, tokens
-        self._batch = Batch(model)
+        self._num_slots, self._queue, self._tokens, self._prefill = slots, queue, tokens, prefill
+        self._batch, self._grammars = Batch(model, chunk=prefill), Grammars(model)
         # The waiting requests are shared with other threads, under the lock of `_changed`; rows belong to the engine's.
         self._changed = threading.Condition()
         self._waiting: list[Ticket] = []
-        self._rows: list[_Row] = []
+        self._rows: list[Row] = []
+        # Choices that have a slot and no row yet, and the prompts of theirs that are being read.
+        self._newcomers: list[Ticket] = []
+        self._reading: list[Prompt] = []
+        self._reader: Iterator[ReadPrompts | None] = iter(())
         self._is_closing = self._is_stopping = False
         self._pool = ThreadPoolExecutor(PREPARE_THREADS, thread_name_prefix="bindllm-prepare")
         self._thread = threading.Thread(target=self._run, name="bindllm-engine", daemon=True)
@@ -177,7 +130,7 @@ class Engine:
     @property
     def running(self) -> int:
         """Requests that have a slot."""
-        return len(self._rows)
+        return len(self._rows) + len(self._newcomers)
 
     def submit(self, request: Request, listener: Callable[[Piece], None]) -> Ticket:
         """Queue a request.
@@ -191,18 +144,36 @@ class Engine:
             EngineBusy: the queue is full.
             EngineClosed: the engine is shutting down.
         """
-        ticket = Ticket(request, listener)
+        return self.submit_choices(request, [listener])[0]
+
+    def submit_choices(self, request: Request, listeners: Sequence[Callable[[Piece], None]]) -> list[Ticket]:
+        """Queue several answers to one request, whose prompt is encoded and read once: all of them, or none.
+
+        Args:
+            request: the request. Choice ``n`` is the answer to it with the seed ``seed + n``.
+            listeners: one for each choice, as for `submit`.
+
+        Raises:
+            EngineBusy: the queue cannot take all of them.
+            EngineClosed: the engine is shutting down.
+        """
+        prompt = Prompt(request)
+        choices = [
+            Ticket(request.choice(number), prompt, listener) for number, listener in enumerate(listeners)
+        ]
         with self._changed:
             if self._is_closing:
                 raise EngineClosed(
                     "the engine is shutting down and takes no further request; try another one"
                 )
-            if len(self._waiting) >= self._queue:
-                raise EngineBusy(f"{self._queue} requests are waiting already; try again later")
-            self._waiting.append(ticket)
-            # Without the ticket: the pool would hold the media of requests that have left the queue.
+            if len(self._waiting) + len(choices) > self._queue:
+                raise EngineBusy(
+                    f"{len(self._waiting)} requests are waiting already, at most {self._queue}; try again later"
+                )
+            self._waiting += choices
+            # Without the tickets: the pool would hold the media of requests that have left the queue.
             self._pool.submit(self._prepare)
-        return ticket
+        return choices
 
     def encode(self, groups: Sequence[Sequence[Media]], *, cache: CacheChoice = None) -> Tensor:
         """Embed media as `BindLLM.encode` does, under the limits of a request and with the recent embeddings.
@@ -235,19 +206,21 @@ class Engine:
     def _prepare(self) -> None:
         """Render the prompt and encode the media of the first waiting request that no other thread has taken."""
         with self._changed:
-            ticket = next((t for t in self._waiting if not t._is_taken), None)
-            if ticket is None:
-                return
-            ticket._is_taken = True
-        try:
-            if not ticket._is_cancelled:
+            ready = (t.prompt for t in self._waiting if not (t.is_cancelled or t.prompt.is_taken))
+            prompt = next(ready, None)
+            # It holds the requests that wait now, and some of them will have left before this one is prepared.
+            del ready
+            if prompt:
+                prompt.is_taken = True
+        if prompt:
+            try:
+                if prompt.request.schema is not None:
+                    prompt.constraint = self._grammars.compile(prompt.request.schema)
                 with limited(self.limits):
-                    row = make_input(self.model, ticket.request, self.recent, self._tokens)
-                # First, since the engine's thread takes the ticket as soon as it has its input.
-                ticket.prompt_tokens = len(row.ids)
-                ticket._input = row
-        except Exception as error:
-            ticket._error = error
+                    # Last, since the engine's thread takes a prompt as soon as it has its input.
+                    prompt.input = make_input(self.model, prompt.request, self.recent, self._tokens)
+            except Exception as error:
+                prompt.error = error
         # Also without an input: the engine's thread takes failed and cancelled requests out of the queue.
         with self._changed:
             self._changed.notify_all()
@@ -257,18 +230,14 @@ class Engine:
     def _run(self) -> None:
         with torch.inference_mode():
             while self._wait():
-                newcomers: list[Ticket] = []
                 try:
-                    self._drop_rows()
-                    if newcomers := self._admit():
-                        self._start(newcomers)
+                    self._drop_ended()
+                    self._read()
                     if self._rows:
                         self._step()
                 except Exception as error:
                     # Nothing is known about the cache after a failed step, so all of its rows end.
                     self._fail_rows(error)
-                    for ticket in newcomers:
-                        self._fail(ticket, error)
         self._fail_rows(EngineClosed("the engine has shut down before the answer was complete"))
         with self._changed:
             rest, self._waiting = self._waiting, []
@@ -279,9 +248,9 @@ class Engine:
         """Wait for work, and end waiting requests that need no slot; return False if the engine shall stop."""
         while True:
             with self._changed:
-                over = [t for t in self._waiting if t._is_cancelled or t._error or t._is_late()]
+                over = [t for t in self._waiting if t.prompt.error or t.has_ended]
                 self._waiting = [t for t in self._waiting if t not in over]
-                is_ready = bool(self._rows) or any(t._input for t in self._waiting)
+                is_ready = self.running > 0 or any(t.prompt.input for t in self._waiting)
                 if self._is_stopping:
                     self._waiting += over
                     return False
@@ -290,26 +259,30 @@ class Engine:
                         return True
                     if self._is_closing and not self._waiting:
                         return False
-                    deadlines = [t._deadline for t in self._waiting if t._deadline is not None]
+                    deadlines = [t.deadline for t in self._waiting if t.deadline is not None]
                     self._changed.wait(max(0.0, min(deadlines) - time.monotonic()) if deadlines else None)
             # Without the lock: a listener may submit the next request.
             for ticket in over:
-                finish = None if ticket._error else "timeout"
-                self._send(ticket, Piece("", 0, finish=finish, error=ticket._error))
+                if ticket.prompt.error:
+                    self._fail(ticket, ticket.prompt.error)
+                else:
+                    self._send(ticket, Piece("", 0, finish="timeout"))
 
     def _admit(self) -> list[Ticket]:
-        """Take the next requests that fit into the batch out of the queue, in the order of their arrival."""
+        """Take the next choices that fit into the batch out of the queue, in the order of their arrival."""
         admitted: list[Ticket] = []
         with self._changed:
             # Media of some are still being encoded; they do not delay the others.
-            for ticket in [t for t in self._waiting if t._input is not None]:
-                rows = [t._input for t in (*admitted, ticket)]
+            for ticket in [t for t in self._waiting if t.prompt.input is not None]:
+                rows = [t.prompt for t in (*admitted, ticket)]
+                unread = {prompt for prompt in rows if prompt.read is None}
                 # With the padding.
-                prefill = len(rows) * max(len(row.ids) for row in rows)
+                prefill = len(unread) * max((len(prompt.input.ids) for prompt in unread), default=0)
+                is_crowded = prefill > self._prefill or any(prompt.is_alone for prompt in unread)
                 if (
                     len(self._rows) + len(rows) > self._num_slots
-                    or self._batch.needs(rows) > self._tokens
-                    or (admitted and prefill > PREFILL_TOKENS)
+                    or self._batch.needs([prompt.input for prompt in rows]) > self._tokens
+                    or (len(unread) > 1 and is_crowded)
                 ):
                     # Those after it do not pass by: else a large request might never have its turn.
                     break
@@ -317,23 +290,50 @@ class Engine:
             self._waiting = [t for t in self._waiting if t not in admitted]
         return admitted
 
-    def _start(self, tickets: Sequence[Ticket]) -> None:
-        """Read the prompts of newcomers, and emit the first token of each."""
-        try:
-            prompts = self._batch.read([ticket._input for ticket in tickets])
-        except Exception as error:
-            if len(tickets) == 1:
-                self._fail(tickets[0], error)
+    def _read(self) -> None:
+        """Read a chunk of the newcomers' prompts; after the last one, emit the first token of each."""
+        if not self._newcomers:
+            self._newcomers = self._admit()
+            prompts = dict.fromkeys(ticket.prompt for ticket in self._newcomers)
+            self._reading = [prompt for prompt in prompts if prompt.read is None]
+            self._reader = self._batch.read([prompt.input for prompt in self._reading])
+        if self._reading:
+            try:
+                found = next(self._reader)
+            except Exception as error:
+                self._reading_failed(error)
                 return
-            # Each alone, so that the error is that of its own request.
-            for ticket in tickets:
-                self._start([ticket])
-            return
-        first = len(self._rows)
-        self._rows += [_Row(ticket, self.model) for ticket in tickets]
-        self._batch.join(prompts)
-        self.counters.prompt_tokens += sum(prompts.lengths)
-        self._emit(prompts.logits, first)
+            if found is None:
+                return
+            for number, prompt in enumerate(self._reading):
+                prompt.read = found, number
+            self.counters.prompt_tokens += sum(found.lengths)
+        # Together with choices of an earlier prompt that had no slot until now.
+        for _, group in groupby(self._newcomers, key=lambda ticket: id(ticket.prompt.read[0])):
+            self._start(list(group))
+        with self._changed:
+            kept = {ticket.prompt for ticket in self._waiting}
+        for prompt in {ticket.prompt for ticket in self._newcomers} - kept:
+            prompt.read = None
+        self._newcomers, self._reading = [], []
+
+    def _reading_failed(self, error: Exception) -> None:
+        """End the newcomers whose prompt has failed; of several prompts, read each alone to find the one."""
+        if len(self._reading) == 1:
+            self._reading[0].error = error
+        for prompt in self._reading:
+            prompt.is_alone = True
+        with self._changed:
+            self._waiting[:0] = self._newcomers
+        self._newcomers, self._reading = [], []
+
+    def _start(self, tickets: Sequence[Ticket]) -> None:
+        """Add the rows of tickets whose prompts were read together, and emit the first token of each."""
+        prompts, first = tickets[0].prompt.read[0], len(self._rows)
+        chosen = [ticket.prompt.read[1] for ticket in tickets]
+        self._batch.join(prompts, chosen)
+        self._rows += [Row(ticket, self.model) for ticket in tickets]
+        self._emit(prompts.logits[chosen], first)
 
     def _step(self) -> None:
         self.counters.steps += 1
@@ -346,10 +346,12 @@ class Engine:
         self.counters.answer_tokens += len(rows)
         ended = []
         for n, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+            error = row.sampling.error
             if not math.isfinite(values[n]):
                 error = DecoderError(
                     "the decoder's output is not finite; a larger dtype may help (bfloat16, float32)"
                 )
+            if error is not None:
                 self._fail(row.ticket, error)
                 ended.append(first + n)
                 continue
@@ -358,9 +360,10 @@ class Engine:
                 ended.append(first + n)
         self._remove(ended)
 
-    def _advance(self, row: _Row, token: int, logits: Tensor) -> Piece | None:
+    def _advance(self, row: Row, token: int, logits: Tensor) -> Piece | None:
         """Add a token to a row; return the piece of its text, or None if no text is certain yet."""
         row.last_token = token
+        row.sampling.take(token)
         row.num_tokens += 1
         row.num_left -= 1
         is_end, count = token in self.model.settings.eos_token_id, row.ticket.request.logprobs
@@ -368,6 +371,8 @@ class Engine:
         if count is not None and not is_end:
             row.logprobs.append(self._logprobs(logits, token, count))
         text, finish = row.text.add([token]), None
+        # An answer that follows a schema is often complete before its end token.
+        is_end = is_end or row.sampling.is_complete
         if is_end or row.text.stopped:
             finish = "stop"
         elif not row.num_left:
@@ -387,41 +392,44 @@ class Engine:
             tuple(TokenLogprob(decode([other]), value) for other, value in top),
         )
 
-    def _drop_rows(self) -> None:
-        """End the rows that were cancelled or are late."""
-        over = [n for n, row in enumerate(self._rows) if row.ticket._is_cancelled or row.ticket._is_late()]
+    def _drop_ended(self) -> None:
+        """End the rows and newcomers that were cancelled or are late."""
+        over = [n for n, row in enumerate(self._rows) if row.ticket.has_ended]
         for row in (self._rows[n] for n in over):
             self._send(row.ticket, row.take(row.text.end(whole=False), finish="timeout"))
         self._remove(over)
+        for ticket in [ticket for ticket in self._newcomers if ticket.has_ended]:
+            self._send(ticket, Piece("", 0, finish="timeout"))
+            self._newcomers.remove(ticket)
 
     def _remove(self, rows: Sequence[int]) -> None:
         if rows:
             self._rows = [self._rows[row] for row in self._batch.remove(rows)]
 
     def _fail_rows(self, error: Exception) -> None:
-        rows, self._rows = self._rows, []
+        tickets = [*(row.ticket for row in self._rows), *self._newcomers]
+        self._rows, self._newcomers, self._reading = [], [], []
         self._batch.clear()
-        for row in rows:
-            self._fail(row.ticket, error)
+        for ticket in tickets:
+            self._fail(ticket, error)
 
     def _fail(self, ticket: Ticket, error: Exception) -> None:
-        # Of newcomers that fail together, some may have ended with their first token.
-        if ticket._is_over:
+        # Of newcomers that fail together, some may have a row already, or have ended with their first token.
+        if ticket.is_over:
             return
-        if not isinstance(error, BindLLMError):
-            logger.error("a request has failed", exc_info=error)
+        # Not logged here: whoever answers the request does, under its id.
         self._send(ticket, Piece("", 0, error=error))
 
     def _send(self, ticket: Ticket, piece: Piece) -> bool:
         """Pass a piece on, unless the request was cancelled; return whether the request is over."""
-        if not ticket._is_cancelled:
+        if not ticket.is_cancelled:
             try:
-                ticket._listener(piece)
+                ticket.listener(piece)
             except Exception as error:
                 logger.error("the listener of a request has failed; the request ends", exc_info=error)
-                ticket._is_cancelled = True
-        if ticket._is_cancelled or piece.is_last:
-            end = "cancelled" if ticket._is_cancelled else "error" if piece.error else piece.finish
+                ticket.is_cancelled = True
+        if ticket.is_cancelled or piece.is_last:
+            end = "cancelled" if ticket.is_cancelled else "error" if piece.error else piece.finish
             self.counters.finished[end] += 1
-            ticket._is_over = True
-        return ticket._is_over
+            ticket.is_over = True
+        return ticket.is_over

@@ -31,6 +31,8 @@ _URL = re.compile(
     # Without ASCII, the Kelvin sign would be a "k".
     re.IGNORECASE | re.ASCII,
 )
+# A name server that hangs would otherwise leave one thread more for each request.
+_lookups = threading.BoundedSemaphore(16)
 _DOMAIN = re.compile(rf"({_HOST})(?::([0-9]{{1,5}}))?")
 
 # Everything of the special-purpose registry of IANA (2026) that is not for the public, and addresses of clouds for
@@ -55,24 +57,21 @@ _REFUSED_IPV6 = [
 
 @dataclass(frozen=True)
 class FetchConfig:
-    """Which media URLs of a request are downloaded.
-
-    Args:
-        domains: hosts that URLs may name, exactly: ``"media.example.com"`` does not allow its subdomains. With a port
-            (``"media.example.com:8443"``) only that port, without one only the usual port of http and https. Empty:
-            all URLs are refused.
-        max_bytes: largest file.
-        seconds: longest time for one file, with all redirects.
-        redirects: most redirects of one file.
+    """Downloads of media URLs (default: none).
 
     Raises:
         InputError: a domain that is not a host, or a limit that is not above 0 (redirects: below 0).
     """
 
     domains: tuple[str, ...] = ()
-    max_bytes: int = 32 * 1024 * 1024
+    """host that media URLs of a request may name, such as media.example.com, without its subdomains; with a port
+    (media.example.com:8443) only that port; may be repeated"""
+    mib: float = 32.0
+    """largest size of all downloads of one request, in MiB"""
     seconds: float = 10.0
+    """longest time of all downloads of one request, in seconds"""
     redirects: int = 3
+    """most redirects of one download"""
 
     def __post_init__(self) -> None:
         for domain in self.domains:
@@ -80,9 +79,17 @@ class FetchConfig:
                 raise InputError(
                     f"a domain is a host such as media.example.com, with or without a port, not {domain!r}"
                 )
-        if not (self.max_bytes > 0 and self.seconds > 0 and self.redirects >= 0):
-            raise InputError(f"max_bytes and seconds must be above 0, and redirects at least 0, not {self}")
+        if not (self.mib > 0 and self.seconds > 0 and self.redirects >= 0):
+            raise InputError(
+                "of a download, mib and seconds must be above 0, and redirects at least 0, not "
+                f"{self.mib}, {self.seconds} and {self.redirects}"
+            )
         object.__setattr__(self, "domains", tuple(domain.lower() for domain in self.domains))
+
+    @property
+    def max_bytes(self) -> int:
+        """``mib`` in bytes."""
+        return round(self.mib * 2**20)
 
 
 class _Target(NamedTuple):
@@ -254,14 +261,19 @@ def _resolve(target: _Target, deadline: float) -> list[Any]:
     answer: Future[list[Any]] = Future()
 
     def ask() -> None:
+        # How long a lookup lasts is up to the name server, so its thread may outlive the request by minutes.
         try:
             answer.set_result(
                 socket.getaddrinfo(target.host.strip("[]"), target.port, type=socket.SOCK_STREAM)
             )
         except Exception as error:
             answer.set_exception(error)
+        finally:
+            _lookups.release()
 
-    threading.Thread(target=ask, daemon=True).start()
+    if not _lookups.acquire(timeout=_left(deadline)):
+        raise TimeoutError
+    threading.Thread(target=ask, name="bindllm-lookup", daemon=True).start()
     return answer.result(timeout=_left(deadline))
 
 

@@ -1,8 +1,12 @@
-"""A request: its settings, the tensors of its prompt, and the pieces of its answer."""
+"""A request: its settings, the tensors of its prompt, its state in the engine, and the pieces of its answer."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,9 +19,13 @@ from bindllm.errors import InputError
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.context.records import find_records, read_records
 from bindllm.model.decoder import num_positions
-from bindllm.model.generation import MAX_NEW_TOKENS, generate_options
-from bindllm.serving.sampling import check_sampling
+from bindllm.model.generation import MAX_NEW_TOKENS, AnswerText, generate_options
+from bindllm.serving.constraint import Constraint
+from bindllm.serving.sampling import Sampling, check_sampling
 from bindllm.shots import Shot
+
+if TYPE_CHECKING:
+    from bindllm.serving.batch import ReadPrompts
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,10 @@ class Request:
         seed: the same request with the same seed has the same answer; None: answers differ.
         stop: strings that end the answer, and are not part of it.
         logprobs: number of most likely tokens that are reported for each token; None: no log-probabilities.
+        presence_penalty: subtracted from the logits of tokens that the answer has already.
+        frequency_penalty: the same, times the number of times that the answer has the token.
+        logit_bias: added to the logits of tokens, by their ids.
+        schema: a JSON schema that the answer follows, as a text. A cut answer is the beginning of one that does.
         cache: the visual cache, as for `BindLLM.generate`.
         shots: worked examples before the question.
         timeout: seconds from submission after which the answer ends; None: no limit.
@@ -47,6 +59,10 @@ class Request:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    schema: str | None = None
     cache: CacheChoice = None
     shots: tuple[Shot, ...] = ()
     timeout: float | None = None
@@ -56,10 +72,22 @@ class Request:
         for name, value, least in (("max_tokens", self.max_tokens, 1), ("logprobs", self.logprobs, 0)):
             if value is not None and value < least:
                 raise InputError(f"{name} is {value}, expected at least {least}")
+        for value in (self.presence_penalty, self.frequency_penalty, *self.logit_bias.values()):
+            if not math.isfinite(value):
+                raise InputError(f"a penalty or bias is {value}, expected a finite number")
         if self.timeout is not None and not self.timeout > 0:
             raise InputError(f"timeout is {self.timeout}, expected seconds above 0")
         if "" in self.stop:
             raise InputError("a stop string is empty; every answer would end before it begins")
+
+    def choice(self, number: int) -> Request:
+        """Return the request of one of several choices: the same with a seed of its own, ``seed + number``."""
+        return self if self.seed is None else replace(self, seed=self.seed + number)
+
+    def sampling(self, constraint: Constraint | None) -> Sampling:
+        """Return how the tokens of one answer are chosen."""
+        own = {name: getattr(self, name) for name in ("presence_penalty", "frequency_penalty", "logit_bias")}
+        return Sampling.of(self.temperature, self.top_p, self.seed, constraint=constraint, **own)
 
 
 @dataclass(frozen=True)
@@ -134,6 +162,11 @@ def make_input(model: BindLLM, request: Request, recent: RecentEmbeddings, token
         InputError: the prompt is too long, or the conversation cannot be rendered.
         MediaError: a media cannot be read.
     """
+    num_tokens = model.decoder.get_input_embeddings().num_embeddings
+    if beyond := [token for token in request.logit_bias if not 0 <= token < num_tokens]:
+        raise InputError(
+            f"logit_bias names token {beyond[0]}; the decoder has the tokens 0 to {num_tokens - 1:,}"
+        )
     options = {"max_new_tokens": request.max_tokens or MAX_NEW_TOKENS}
     given = (request.conversation, None, request.cache, request.shots or None)
     ids, _, media_index, embeddings, encoder_tokens = model.prepare(*given, recent=recent, **options)
@@ -158,3 +191,86 @@ def make_input(model: BindLLM, request: Request, recent: RecentEmbeddings, token
         context = bind.new_zeros(1, len(bind), 2 * model.context.config.latents, bind.shape[-1])
     most = min(tokens, width + options["max_new_tokens"])
     return RowInput(ids[0], media_index[0], bind, None if context is None else context[0], most)
+
+
+class Prompt:
+    """The prompt of a request in the engine; its choices share it, so it is prepared once and read once.
+
+    Attributes:
+        request: the request.
+        is_taken: whether a thread prepares it, or has.
+        input: its tensors, once it is prepared.
+        constraint: on the answer, at its beginning; None: any text.
+        error: why it cannot be answered.
+        read: after it was read, while choices wait for a slot: the prompts that were read together, and its index.
+        is_alone: whether it must not be read together with others.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.is_taken = self.is_alone = False
+        self.input: RowInput | None = None
+        self.constraint: Constraint | None = None
+        self.error: Exception | None = None
+        self.read: tuple[ReadPrompts, int] | None = None
+
+
+class Ticket:
+    """A submitted request, or one choice of it.
+
+    Attributes:
+        request: the request, with the seed of the choice.
+        prompt: shared with the other choices.
+        listener: called with each piece.
+        deadline: when it ends, in seconds of the monotonic clock; None: never.
+        is_cancelled: whether it ends without a further piece.
+        is_over: whether its last piece was sent.
+    """
+
+    def __init__(self, request: Request, prompt: Prompt, listener: Callable[[Piece], None]) -> None:
+        self.request, self.prompt, self.listener = request, prompt, listener
+        self.is_cancelled = self.is_over = False
+        self.deadline = None if request.timeout is None else time.monotonic() + request.timeout
+
+    @property
+    def prompt_tokens(self) -> int | None:
+        """Tokens of the prompt; None until it is rendered, which is before the first piece with text."""
+        return None if self.prompt.input is None else len(self.prompt.input.ids)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it was cancelled or is late."""
+        return self.is_cancelled or (self.deadline is not None and time.monotonic() >= self.deadline)
+
+    def cancel(self) -> None:
+        """End the request without a further piece; its slot is free before the next step."""
+        # Only a mark: rows belong to the engine's thread, which sees it before the next step.
+        self.is_cancelled = True
+
+
+class Row:
+    """A running request.
+
+    Attributes:
+        ticket: the request.
+        last_token: the newest token.
+        text: of the answer.
+        sampling: how its tokens are chosen.
+        num_left: tokens that may follow.
+        num_tokens: tokens since the last piece.
+        logprobs: of these tokens.
+    """
+
+    def __init__(self, ticket: Ticket, model: BindLLM) -> None:
+        self.ticket, self.last_token = ticket, 0
+        self.text = AnswerText(model.tokenizer, ticket.request.stop)
+        constraint = ticket.prompt.constraint
+        self.sampling = ticket.request.sampling(None if constraint is None else constraint.copy())
+        self.num_left = ticket.prompt.input.most - ticket.prompt_tokens
+        self.num_tokens, self.logprobs = 0, []
+
+    def take(self, text: str, **last: object) -> Piece:
+        """Return the piece of a text, with all tokens since the piece before."""
+        piece = Piece(text, self.num_tokens, tuple(self.logprobs), **last)
+        self.num_tokens, self.logprobs = 0, []
+        return piece

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bindllm.errors import InputError
+from bindllm.serving.constraint import Constraint
 
 CANDIDATES = 256
 """Most likely tokens that are sorted first; nearly always the tokens of ``top_p`` are among them."""
@@ -23,24 +26,65 @@ class Sampling:
         temperature: divides the logits; 0 takes the most likely token.
         top_p: the smallest set of tokens with this much probability is drawn from.
         generator: on the CPU, so that a seed gives the same answer on every device.
-
-    Raises:
-        InputError: a number is out of its range.
+        presence_penalty: subtracted from the logits of tokens that the answer has already.
+        frequency_penalty: the same, times the number of times that the answer has the token.
+        logit_bias: added to the logits of tokens.
+        constraint: tokens that may follow; None: all.
+        counts: the tokens of the answer, if a penalty needs them.
     """
 
     temperature: float
     top_p: float
     generator: torch.Generator
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    constraint: Constraint | None = None
+    counts: Counter[int] = field(default_factory=Counter)
 
     @classmethod
-    def of(cls, temperature: float, top_p: float, seed: int | None) -> Sampling:
-        """Return the sampling of a request; without a seed, answers differ from call to call."""
+    def of(cls, temperature: float, top_p: float, seed: int | None, **further: Any) -> Sampling:
+        """Return the sampling of an answer; without a seed, answers differ from call to call.
+
+        Args:
+            temperature: as for the class.
+            top_p: as for the class.
+            seed: of the generator.
+            further: fields of the class.
+        """
         generator = torch.Generator()
         if seed is None:
             generator.seed()
         else:
             generator.manual_seed(seed)
-        return cls(temperature, top_p, generator)
+        return cls(temperature, top_p, generator, **further)
+
+    @property
+    def error(self) -> InputError | None:
+        """Why no token can follow, or None."""
+        if self.constraint is None or not self.constraint.error:
+            return None
+        return InputError(f"the answer cannot follow its JSON schema any further: {self.constraint.error}")
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the constraint lets no token follow but the end."""
+        return self.constraint is not None and self.constraint.is_complete
+
+    def take(self, token: int) -> None:
+        """Add a token to the answer."""
+        if self.presence_penalty or self.frequency_penalty:
+            self.counts[token] += 1
+        if self.constraint is not None:
+            self.constraint.take(token)
+
+    def changes(self) -> dict[int, float]:
+        """Return the numbers that are added to the logits of tokens, by OpenAI's formula."""
+        found = dict(self.logit_bias)
+        for token, count in self.counts.items():
+            penalty = self.presence_penalty + count * self.frequency_penalty
+            found[token] = found.get(token, 0.0) - penalty
+        return found
 
 
 def check_sampling(temperature: float, top_p: float, seed: int | None) -> None:
@@ -61,13 +105,32 @@ def choose_tokens(logits: Tensor, rows: Sequence[Sampling]) -> tuple[list[int], 
         rows: R of them. Each that samples draws one number, whatever the other rows do.
     """
     # A row that is not finite anywhere has such a maximum.
-    values, tokens = (x.tolist() for x in logits.max(-1))
+    values = logits.amax(-1).tolist()
+    logits = _changed(logits, rows)
+    tokens = logits.argmax(-1).tolist()
     chosen = [n for n, row in enumerate(rows) if row.temperature > 0 and math.isfinite(values[n])]
     if chosen:
         drawn = _draw(logits[chosen], [rows[n] for n in chosen])
         for n, token in zip(chosen, drawn, strict=True):
             tokens[n] = token
     return tokens, values
+
+
+def _changed(logits: Tensor, rows: Sequence[Sampling]) -> Tensor:
+    """Return the logits with bias and penalties, and minus infinity for tokens that must not follow."""
+    # One value for each row and token: no two are added in an order that the other rows could change.
+    changes = [(n, token, value) for n, row in enumerate(rows) for token, value in row.changes().items()]
+    limited = [n for n, row in enumerate(rows) if row.constraint is not None]
+    if not changes and not limited:
+        return logits
+    logits = logits.clone()
+    if changes:
+        where, tokens, values = (torch.tensor(x, device=logits.device) for x in zip(*changes, strict=True))
+        logits[where, tokens] += values
+    for n in limited:
+        allowed = rows[n].constraint.allowed(logits.shape[1])
+        logits[n].masked_fill_(~allowed.to(logits.device), -math.inf)
+    return logits
 
 
 def _draw(logits: Tensor, rows: Sequence[Sampling]) -> list[int]:
@@ -83,7 +146,8 @@ def _draw(logits: Tensor, rows: Sequence[Sampling]) -> list[int]:
     sums = shares.cumsum(-1)
     numbers = [torch.rand((), generator=row.generator, dtype=torch.float64).item() for row in rows]
     found = torch.searchsorted(sums, column(numbers) * sums[:, -1:], right=True)
-    return found.clamp_(max=sums.shape[1] - 1).squeeze(1).tolist()
+    # A number that rounds up to the sum means the last token with a share, not one after it.
+    return torch.minimum(found, torch.searchsorted(sums, sums[:, -1:].contiguous())).squeeze(1).tolist()
 
 
 def _threshold(shares: Tensor, top_p: Tensor) -> Tensor:

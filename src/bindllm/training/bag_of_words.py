@@ -36,10 +36,12 @@ BATCH_SIZE = 64
 def words_of_groups(samples: Sequence[Sample]) -> dict[MediaGroup, set[int]]:
     """Return the ids of all supervised tokens that listen to each media group; groups without any are left out.
 
-    Answers that their rows call unwanted are skipped.
+    Of rows with captions among them only the captions count. Answers that their rows call unwanted are skipped.
     """
+    # Captions name what an image shows. No part of an image looks like "yes" or "two", the answers to questions.
+    captions = [sample for sample in samples if sample.task == "caption"]
     words: dict[MediaGroup, set[int]] = {}
-    for sample in samples:
+    for sample in captions or samples:
         if sample.desirable is False:
             continue
         for number, group in enumerate(sample.media):

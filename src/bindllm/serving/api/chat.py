@@ -8,7 +8,7 @@ from typing import Any
 from bindllm.serving.answers import Answers
 from bindllm.serving.api.errors import ApiError, as_api_error, dump
 from bindllm.serving.api.sampling import Question
-from bindllm.serving.api.schema import ChatBody
+from bindllm.serving.api.schema import ChatBody, answer_schema
 from bindllm.serving.request import Piece, TokenLogprob
 
 KEEP_ALIVE = 10.0
@@ -33,7 +33,12 @@ def chat_fields(body: ChatBody) -> dict[str, Any]:
             "max_tokens and max_completion_tokens are two names of one limit; give one",
             param="max_tokens",
         )
+    form = body.response_format or {"type": "text"}
     return {
+        "presence_penalty": body.presence_penalty or 0.0,
+        "frequency_penalty": body.frequency_penalty or 0.0,
+        "logit_bias": {int(token): value for token, value in (body.logit_bias or {}).items()},
+        "schema": answer_schema(form, form.get("json_schema"), "response_format"),
         # One of them is missing, or they are equal.
         "max_tokens": body.max_completion_tokens or body.max_tokens,
         "logprobs": (body.top_logprobs or 0) if body.logprobs else None,
@@ -43,8 +48,9 @@ def chat_fields(body: ChatBody) -> dict[str, Any]:
 
 async def complete_chat(question: Question, answers: Answers, neighbors: Neighbors) -> dict[str, Any]:
     """Return the whole answer as an object; errors as for `Answers.next`."""
-    texts, tokens = ["" for _ in question.requests], [[] for _ in question.requests]
-    finish: list[str | None] = [None for _ in question.requests]
+    texts, tokens = [""] * question.choices, [[] for _ in range(question.choices)]
+    finish: list[str | None] = [None] * question.choices
+    # Pieces of all choices arrive mixed; each goes to the choice of its number.
     async for found in answers.pieces():
         number, piece = found
         texts[number] += piece.text
@@ -74,12 +80,13 @@ async def stream_chat(
     """Yield the events of an answer; an error becomes the last one.
 
     Args:
-        question: its requests and ids.
+        question: its request and ids.
         answers: its pieces.
         neighbors: of the question.
         first: the first piece, if it is there already.
         usage: whether a last chunk has the numbers of tokens.
     """
+    # Id and time are those of the question: clients join chunks by them.
     head = _head(question, "chat.completion.chunk")
     # With usage asked for, each chunk has the key, and only the last one a value.
     rest: dict[str, Any] = {"usage": None} if usage else {}
@@ -90,15 +97,17 @@ async def stream_chat(
 
     try:
         # Clients take the role from the first chunk of each choice.
-        for number in range(len(question.requests)):
+        for number in range(question.choices):
             yield event(number, {"role": "assistant", "content": "", "refusal": None})
         async for found in answers.pieces(first, seconds=KEEP_ALIVE):
             if found is None:
                 yield COMMENT
                 continue
             number, piece = found
+            # The last piece may have neither, and an empty delta would look like a token.
             if piece.text or piece.logprobs:
                 yield event(number, {"content": piece.text}, logprobs=_logprobs(question, piece.logprobs))
+            # In a chunk of its own, as OpenAI sends it: clients read text and reason from different chunks.
             if piece.finish is not None:
                 yield event(number, {}, finish_reason=piece.finish)
         extras = await _extras(neighbors)
@@ -108,6 +117,7 @@ async def stream_chat(
     except Exception as error:
         # The status has been sent. openai-python raises for a chunk with this key.
         yield sse(as_api_error(error).body)
+    # Also after an error: clients read until this line.
     yield b"data: [DONE]\n\n"
 
 
@@ -145,7 +155,7 @@ def _head(question: Question, kind: str) -> dict[str, Any]:
 
 
 def _logprobs(question: Question, tokens: Any) -> dict[str, Any] | None:
-    if question.requests[0].logprobs is None:
+    if question.request.logprobs is None:
         return None
     return {"content": token_logprobs(tokens), "refusal": None}
 

@@ -9,10 +9,11 @@ from bindllm.serving.answers import Answers
 from bindllm.serving.api.chat import COMMENT, KEEP_ALIVE, Neighbors, sse, token_logprobs
 from bindllm.serving.api.errors import ApiError, as_api_error, shown
 from bindllm.serving.api.sampling import Question
-from bindllm.serving.api.schema import ResponsesBody
+from bindllm.serving.api.schema import ResponsesBody, answer_schema
 from bindllm.serving.request import Piece
 
 _LOGPROBS = "message.output_text.logprobs"
+_TEXT = {"type": "text"}
 
 
 def response_messages(body: ResponsesBody) -> list[Mapping[str, Any]]:
@@ -22,6 +23,7 @@ def response_messages(body: ResponsesBody) -> list[Mapping[str, Any]]:
         ApiError: an item that is not a message, such as the output of a tool.
     """
     items = [{"role": "user", "content": body.input}] if isinstance(body.input, str) else body.input
+    # Silently dropping the output of a tool would answer another question.
     for item in items:
         if (kind := item.get("type", "message")) != "message":
             raise ApiError(
@@ -35,11 +37,10 @@ def response_fields(body: ResponsesBody) -> dict[str, Any]:
     """Return the arguments of `read_question` that this endpoint has its own fields for.
 
     Raises:
-        ApiError: an output that is not plain text.
+        ApiError: an output that is not supported.
     """
-    kind = ((body.text or {}).get("format") or {"type": "text"}).get("type")
-    if kind != "text":
-        raise ApiError(400, f"text.format is {shown(kind)}; only plain text is supported", param="text")
+    if not isinstance(form := (body.text or {}).get("format") or _TEXT, dict):
+        raise ApiError(400, f"text.format is {shown(form)}, expected an object", param="text")
     if unknown := [name for name in body.include or [] if name != _LOGPROBS]:
         raise ApiError(
             400, f"include has {shown(unknown[0])}; only {_LOGPROBS!r} can be given", param="include"
@@ -47,7 +48,14 @@ def response_fields(body: ResponsesBody) -> dict[str, Any]:
     wanted = _LOGPROBS in (body.include or [])
     if body.top_logprobs is not None and not wanted:
         raise ApiError(400, f"top_logprobs needs include: [{_LOGPROBS!r}]", param="top_logprobs")
-    return {"max_tokens": body.max_output_tokens, "logprobs": (body.top_logprobs or 0) if wanted else None}
+    items = ["input"] if isinstance(body.input, str) else [f"input[{n}]" for n in range(len(body.input))]
+    return {
+        # As `response_messages` orders them.
+        "names": [*(["instructions"] if body.instructions else []), *items],
+        "max_tokens": body.max_output_tokens,
+        "logprobs": (body.top_logprobs or 0) if wanted else None,
+        "schema": answer_schema(form, form, "text.format"),
+    }
 
 
 class ResponseWriter:
@@ -55,7 +63,7 @@ class ResponseWriter:
 
     Args:
         body: the request, whose settings the object repeats.
-        question: its requests and ids.
+        question: its request and ids.
         answers: its pieces.
         neighbors: of the question.
     """
@@ -78,6 +86,7 @@ class ResponseWriter:
         Args:
             first: the first piece, if it is there already.
         """
+        # One message with one text, so all events have the same two indices.
         place = {"item_id": self._item_id, "output_index": 0}
         part = {**place, "content_index": 0}
         try:
@@ -86,12 +95,14 @@ class ResponseWriter:
             item = self._item("in_progress", [])
             yield self._event("response.output_item.added", output_index=0, item=item)
             yield self._event("response.content_part.added", **part, part=_content("", []))
+            # This API has one answer only, so the number of the choice says nothing.
             async for found in self._answers.pieces(first, seconds=KEEP_ALIVE):
                 if found is None:
                     yield COMMENT
                     continue
                 piece = found[1]
                 self._add(piece)
+                # Text that is not certain yet, such as half of a character, comes with a later piece.
                 if piece.text:
                     logprobs = token_logprobs(piece.logprobs)
                     yield self._event(
@@ -109,6 +120,7 @@ class ResponseWriter:
 
     def _end(self, done: dict[str, Any], place: dict[str, Any], part: dict[str, Any]) -> Iterator[bytes]:
         """Yield the events that close an answer."""
+        # From inside out: the part, the item, and at last the whole response.
         (item,) = done["output"]
         (content,) = item["content"]
         yield self._event("response.output_text.done", **part, text=self._text, logprobs=content["logprobs"])
@@ -119,6 +131,7 @@ class ResponseWriter:
     def _add(self, piece: Piece) -> None:
         self._text += piece.text
         self._tokens += piece.logprobs
+        # Only the last piece has a reason.
         self._finish = piece.finish or self._finish
 
     @property
@@ -148,6 +161,7 @@ class ResponseWriter:
             **self._object(status),
             "output": [self._item(status, [_content(self._text, token_logprobs(self._tokens))])],
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+            # Media take no tokens, and nothing is cached between requests.
             "usage": {
                 "input_tokens": prompt,
                 "input_tokens_details": {"cached_tokens": 0},
@@ -159,7 +173,7 @@ class ResponseWriter:
         }
 
     def _object(self, status: str) -> dict[str, Any]:
-        request = self._question.requests[0]
+        request = self._question.request
         # The classes of openai-python need nearly all of these keys; some say that the server keeps no state.
         return {
             "id": f"resp_{self._question.id}",
@@ -177,7 +191,7 @@ class ResponseWriter:
             "previous_response_id": None,
             "store": False,
             "temperature": request.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": (self._body.text or {}).get("format") or _TEXT},
             "tool_choice": "none",
             "tools": [],
             "top_p": request.top_p,

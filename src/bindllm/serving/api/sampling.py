@@ -1,13 +1,12 @@
-"""A question of any endpoint: its requests to the engine, and facts that its answer names."""
+"""A question of any endpoint: its request to the engine, and facts that its answer names."""
 
 from __future__ import annotations
 
-import random
 import time
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
 
@@ -36,14 +35,16 @@ class Question:
 
     Args:
         model: name of the model.
-        requests: one for each choice.
+        request: to the engine.
+        choices: number of answers.
         wants_neighbors: whether the answer names the images of the visual cache.
         id: random part of the ids of the answer.
         created: time of the request, in seconds since 1970.
     """
 
     model: str
-    requests: tuple[Request, ...]
+    request: Request
+    choices: int
     wants_neighbors: bool
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
@@ -58,8 +59,10 @@ def read_question(
     max_tokens: int | None,
     logprobs: int | None,
     choices: int = 1,
+    names: Sequence[str] | None = None,
+    **settings: Any,
 ) -> Question:
-    """Turn a body into requests.
+    """Turn a body into a request.
 
     Args:
         body: fields that all endpoints share.
@@ -69,6 +72,8 @@ def read_question(
         max_tokens: longest answer; None: the default.
         logprobs: number of alternatives for each token; None: no log-probabilities.
         choices: number of answers.
+        names: where each message is in the body, as for `ContentReader.conversation`.
+        settings: further fields of the request.
 
     Raises:
         ApiError: a field that cannot be used.
@@ -81,7 +86,7 @@ def read_question(
             400, f"n is {choices}; this server gives at most {config.max_choices} choices", param="n"
         )
     reader = ContentReader(model.encoders, config, most_media=config.max_media)
-    conversation = _with_shots(reader.conversation(messages), body, reader, model, max_tokens)
+    conversation = _with_shots(reader.conversation(messages, names), body, reader, model, max_tokens)
     # As for `BindLLM.generate`: greedy, unless a field asks for sampling. Several greedy choices would be equal.
     samples = body.top_p is not None or choices > 1
     temperature = body.temperature if body.temperature is not None else float(samples)
@@ -94,12 +99,10 @@ def read_question(
         stop=tuple(stop),
         logprobs=logprobs,
         cache=choose_cache(body.cache, model),
-        timeout=config.timeout,
+        seed=body.seed,
+        **settings,
     )
-    seed = body.seed if body.seed is not None else random.getrandbits(62)
-    # Each choice has its own seed, and the first that of a request with one choice.
-    requests = tuple(replace(request, seed=(seed + number) % 2**63) for number in range(choices))
-    return Question(config.model, requests, bool(body.neighbors))
+    return Question(config.model, request, choices, bool(body.neighbors))
 
 
 def check_model(name: str | None, config: ServeConfig) -> None:

@@ -6,16 +6,19 @@ a request that uses one is refused.
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from bindllm.serving.api.errors import ApiError, shown
+from bindllm.serving.constraint import ANY_OBJECT
 
 MOST_STOPS = 16
 MOST_MESSAGES = 2048
 """Most messages, worked examples, and content parts of a worked example."""
 MOST_KEYS = 16
+MOST_BIASES = 1024
 
 # Validation ends at the first item that is wrong: else a small body of wrong items would make a million errors.
 Items = Field(max_length=MOST_MESSAGES, fail_fast=True)
@@ -25,6 +28,9 @@ Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Temperature = Annotated[float, Field(ge=0, le=2)]
 TopP = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+TokenId = Annotated[str, Field(pattern=r"^\d{1,9}$")]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 TopLogprobs = Annotated[int, Field(ge=0, le=20)]
 
 # Where other servers and programs have media: here they are content parts, and a field would be dropped.
@@ -35,8 +41,8 @@ _MEDIA = dict.fromkeys(
 _REFUSED: dict[str, tuple[Any, ...]] = {
     **_MEDIA,
     **dict.fromkeys(("tools", "functions"), ([],)),
-    **dict.fromkeys(("logit_bias", "structured_outputs"), ({},)),
-    **dict.fromkeys(("presence_penalty", "frequency_penalty", "min_p", "min_tokens", "top_k"), (0,)),
+    **dict.fromkeys(("min_p", "min_tokens", "top_k"), (0,)),
+    "structured_outputs": ({},),
     **dict.fromkeys(("repetition_penalty", "length_penalty", "best_of"), (1,)),
     **dict.fromkeys(
         ("ignore_eos", "use_beam_search", "echo", "continue_final_message", "background"), (False,)
@@ -57,7 +63,6 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
-    "response_format": ({"type": "text"},),
     "add_generation_prompt": (True,),
 }
 
@@ -122,6 +127,31 @@ def shown_json(value: Any) -> str:
     return {True: "true", False: "false"}.get(value, str(value)) if isinstance(value, bool) else str(value)
 
 
+def answer_schema(given: dict[str, Any], schema: Any, field: str) -> str | None:
+    """Return the JSON schema of a format that a request asks for, as a text; None: any text.
+
+    Args:
+        given: the format.
+        schema: the object with the keys ``name`` and ``schema``; the endpoints have it at different places.
+        field: name of the format, for errors.
+
+    Raises:
+        ApiError: another type, or no schema.
+    """
+    match given.get("type"):
+        case "text":
+            return None
+        case "json_object":
+            return ANY_OBJECT
+        case "json_schema" if isinstance(schema, dict) and isinstance(schema.get("schema"), dict):
+            return json.dumps(schema["schema"])
+        case "json_schema":
+            fault = "of type 'json_schema' and has no schema, which is an object"
+        case other:
+            fault = f"{shown(other)}, expected text, json_object or json_schema"
+    raise ApiError(400, f"{field} is {fault}", param=field.partition(".")[0])
+
+
 class StreamOptions(BaseModel):
     """Options of a stream."""
 
@@ -168,6 +198,10 @@ class ChatBody(SampledBody):
     max_completion_tokens: Positive | None = None
     n: Positive | None = None
     logprobs: bool | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=MOST_BIASES)] | None = None
+    response_format: dict[str, Any] | None = None
     stream_options: StreamOptions | None = None
 
 
@@ -178,6 +212,9 @@ class ResponsesBody(SampledBody):
     refused: ClassVar[dict[str, tuple[Any, ...]]] = {
         **_REFUSED,
         **dict.fromkeys(("max_tokens", "max_completion_tokens", "messages"), ()),
+        **dict.fromkeys(("presence_penalty", "frequency_penalty"), (0,)),
+        "logit_bias": ({},),
+        "response_format": ({"type": "text"},),
         "n": (1,),
         "logprobs": (False,),
     }

@@ -1,7 +1,7 @@
 // The chat: what is attached, the turns so far, and the answer that is being written. Text of the model is inserted as
 // text, never as HTML.
 
-import { acceptedFiles, contentPart, MediaError, preview, readFile } from "./media.js";
+import { acceptedFiles, contentPart, listed, MediaError, preview, readFile } from "./media.js";
 import { record } from "./recorder.js";
 import { readModel, ServerError, streamAnswer } from "./server.js";
 
@@ -49,18 +49,6 @@ async function loadModel() {
     button.disabled = !navigator.mediaDevices;
     button.title = button.disabled ? "Recording needs https or localhost" : "";
   }
-}
-
-const PLURALS = {
-  image: "images", video: "videos", audio: "audio", point: "point clouds", depth: "depth maps", thermal: "thermal images",
-  imu: "IMU signals",
-};
-
-function listed(names) {
-  const order = Object.keys(PLURALS);
-  const known = order.filter((name) => names.includes(name)).map((name) => PLURALS[name]);
-  const words = [...known, ...names.filter((name) => !order.includes(name))];
-  return words.length < 2 ? words.join("") : `${words.slice(0, -1).join(", ")} and ${words.at(-1)}`;
 }
 
 // --- Attaching -------------------------------------------------------------------------------------------------------
@@ -133,8 +121,11 @@ async function answer() {
   showTurns();
   setBusy(true);
   scrollDown(true);
+  let number = 0;
   try {
-    const body = { ...settings(), model: model?.id, messages: await messages() };
+    const asked = await messages();
+    number = asked.length - 1;
+    const body = { ...settings(), model: model?.id, messages: asked };
     if (model?.has_cache) body.neighbors = true;
     const { finish, neighbors } = await streamAnswer(body, $("key").value.trim(), abort.signal, (text) => {
       turn.answer += text;
@@ -146,7 +137,7 @@ async function answer() {
     turn.neighbors = turn.media.length ? neighbors.at(-1) ?? [] : [];
   } catch (error) {
     if (error.name === "AbortError") turn.note = "Stopped.";
-    else turn.problem = error instanceof ServerError || error instanceof MediaError ? error.message : `This page failed: ${error.message}`;
+    else turn.problem = error instanceof ServerError || error instanceof MediaError ? withFileNames(error.message, turn, number) : `This page failed: ${error.message}`;
     turn.needsKey = error.needsKey ?? false;
   }
   abort = null;
@@ -154,6 +145,12 @@ async function answer() {
   showTurns();
   scrollDown();
   announce(turn.problem ? "" : `${turn.answer} ${turn.note}`);
+}
+
+/** Name the file instead of its place in the request. */
+function withFileNames(message, turn, number) {
+  const place = /messages\[(\d+)\]\.content\[(\d+)\](?: \(\w+\))?/;
+  return message.replace(place, (words, asked, part) => (Number(asked) === number && turn.media[part]?.file.name) || words);
 }
 
 /** Whether a text has any visible character; a turn whose answer has none is not sent again. */
