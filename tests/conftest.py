@@ -5,14 +5,15 @@ import gc
 import os
 import signal
 
-# Imports and collection make millions of objects and no garbage. See `pytest_runtestloop`.
-gc.disable()
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
 import torch
 from docstring_parser.attrdoc import AttributeDocstrings
+
+# Imports and collection make millions of objects and no garbage. See `pytest_runtestloop`.
+gc.disable()
 
 
 @pytest.hookimpl(tryfirst=True)
