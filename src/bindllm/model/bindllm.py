@@ -418,10 +418,7 @@ class BindLLM(nn.Module):
     def prepare(
         self, prompt: Any, media: Any, cache: CacheChoice = None, shots: Any = None, **options: Any
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Render prompts and embed their media: the arguments of `generate_from`, see `prepare_batch`.
-
-        Arguments are those of `generate`, and ``recent``, embeddings of earlier requests.
-        """
+        """Return the arguments of `generate_from`; takes those of `generate`, and ``recent`` as for `encode`."""
         # With one bind token, no token of an encoder is read.
         modalities = self.bind_config.token_modalities if self.bind.num_tokens > 1 else ()
         own = {"cache": cache, "token_modalities": modalities, "recent": options.pop("recent", None)}
