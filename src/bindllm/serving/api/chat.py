@@ -8,7 +8,7 @@ from typing import Any
 from bindllm.serving.answers import Answers
 from bindllm.serving.api.errors import ApiError, as_api_error, dump
 from bindllm.serving.api.sampling import Question
-from bindllm.serving.api.schema import ChatBody, answer_schema
+from bindllm.serving.api.schema import ChatBody, answer_grammar
 from bindllm.serving.request import Piece, TokenLogprob
 
 KEEP_ALIVE = 10.0
@@ -38,7 +38,7 @@ def chat_fields(body: ChatBody) -> dict[str, Any]:
         "presence_penalty": body.presence_penalty or 0.0,
         "frequency_penalty": body.frequency_penalty or 0.0,
         "logit_bias": {int(token): value for token, value in (body.logit_bias or {}).items()},
-        "schema": answer_schema(form, form.get("json_schema"), "response_format"),
+        "grammar": answer_grammar(form, form.get("json_schema"), "response_format"),
         # One of them is missing, or they are equal.
         "max_tokens": body.max_completion_tokens or body.max_tokens,
         "logprobs": (body.top_logprobs or 0) if body.logprobs else None,
