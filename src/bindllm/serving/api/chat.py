@@ -9,6 +9,7 @@ from bindllm.serving.answers import Answers
 from bindllm.serving.api.errors import ApiError, as_api_error, dump
 from bindllm.serving.api.sampling import Question
 from bindllm.serving.api.schema import ChatBody, answer_grammar
+from bindllm.serving.api.tools import Call, CallReader
 from bindllm.serving.request import Piece, TokenLogprob
 
 KEEP_ALIVE = 10.0
@@ -55,15 +56,26 @@ async def complete_chat(question: Question, answers: Answers, neighbors: Neighbo
         texts[number] += piece.text
         tokens[number] += piece.logprobs
         finish[number] = piece.finish
-    choices = [
-        {
-            "index": number,
-            "message": {"role": "assistant", "content": text, "refusal": None},
-            "logprobs": _logprobs(question, tokens[number]),
-            "finish_reason": finish[number],
-        }
-        for number, text in enumerate(texts)
-    ]
+    choices = []
+    for number, text in enumerate(texts):
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if question.tools is not None:
+            reader = CallReader(question.tools)
+            begin = reader.add(text)
+            held, calls = reader.end()
+            message["content"] = begin + held
+            if calls:
+                called = [call.for_client() for call in calls]
+                message |= {"content": message["content"] or None, "tool_calls": called}
+                finish[number] = _finish(finish[number], calls)
+        choices.append(
+            {
+                "index": number,
+                "message": message,
+                "logprobs": _logprobs(question, tokens[number]),
+                "finish_reason": finish[number],
+            }
+        )
     head = _head(question, "chat.completion")
     return {**head, "choices": choices, "usage": chat_usage(answers), **await _extras(neighbors)}
 
@@ -93,6 +105,8 @@ async def stream_chat(
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **more}
         return sse({**head, "choices": [choice], **rest})
 
+    tools = question.tools
+    readers = [] if tools is None else [CallReader(tools) for _ in range(question.choices)]
     try:
         # Clients take the role from the first chunk of each choice.
         for number in range(question.choices):
@@ -102,10 +116,19 @@ async def stream_chat(
                 yield COMMENT
                 continue
             number, piece = found
-            if piece.text or piece.logprobs:
-                yield event(number, {"content": piece.text}, logprobs=_logprobs(question, piece.logprobs))
-            if piece.finish is not None:
-                yield event(number, {}, finish_reason=piece.finish)
+            text, calls, finish = piece.text, [], piece.finish
+            if readers:
+                text = readers[number].add(text)
+                if finish is not None:
+                    held, calls = readers[number].end()
+                    text += held
+            if text or piece.logprobs:
+                yield event(number, {"content": text}, logprobs=_logprobs(question, piece.logprobs))
+            if calls:
+                deltas = [call.for_client(index) for index, call in enumerate(calls)]
+                yield event(number, {"tool_calls": deltas})
+            if finish is not None:
+                yield event(number, {}, finish_reason=_finish(finish, calls))
         extras = await _extras(neighbors)
         if usage or extras:
             numbers = {"usage": chat_usage(answers)} if usage else {}
@@ -138,6 +161,11 @@ def _token(token: TokenLogprob) -> dict[str, Any]:
     is_whole = "\ufffd" not in token.token
     content = list(token.token.encode("utf-8", "replace")) if is_whole else None
     return {"token": token.token, "logprob": token.logprob, "bytes": content}
+
+
+def _finish(finish: str | None, calls: Sequence[Call]) -> str | None:
+    # An answer that was cut stays one, whatever it called before.
+    return "tool_calls" if calls and finish == "stop" else finish
 
 
 def _head(question: Question, kind: str) -> dict[str, Any]:

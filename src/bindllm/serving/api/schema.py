@@ -7,7 +7,7 @@ a request that uses one is refused.
 from __future__ import annotations
 
 from itertools import chain
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -20,6 +20,7 @@ MOST_MESSAGES = 2048
 MOST_KEYS = 16
 MOST_BIASES = 1024
 MOST_DEPTH = 64
+MOST_TOOLS = 128
 
 # Validation ends at the first item that is wrong: else a small body of wrong items would make a million errors.
 Items = Field(max_length=MOST_MESSAGES, fail_fast=True)
@@ -184,6 +185,38 @@ class ShotBody(Settings):
     answer: str
 
 
+class FunctionBody(BaseModel):
+    """A function that the model may call."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class ToolBody(BaseModel):
+    """A tool."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    type: Literal["function"]
+    function: FunctionBody
+
+
+class FunctionName(BaseModel):
+    """Names a function."""
+
+    name: str
+
+
+class ToolChoice(BaseModel):
+    """The function that must be called."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
 class SampledBody(Body):
     """Fields that both forms of a question have."""
 
@@ -219,6 +252,9 @@ class ChatBody(SampledBody):
     frequency_penalty: Penalty | None = None
     logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=MOST_BIASES)] | None = None
     response_format: dict[str, Any] | None = None
+    tools: Annotated[list[ToolBody], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     stream_options: StreamOptions | None = None
 
 
