@@ -105,7 +105,7 @@ class LiveServer:
         layer = self.app.middleware_stack
         while not hasattr(layer, "_held"):
             layer = layer.app
-        return layer._held
+        return layer._held[0]
 
     def is_idle(self) -> bool:
         return (self.engine.waiting, self.engine.running, self.held) == (0, 0, 0)

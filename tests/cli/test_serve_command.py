@@ -3,11 +3,14 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import httpx
@@ -16,10 +19,12 @@ import pytest
 from bindllm.cli import main
 from bindllm.media.limits import MediaLimits
 from bindllm.model.bindllm import BindLLM
+from bindllm.serving.app import build_app
 from bindllm.serving.config import KEYS_VARIABLE, Limits, ServeConfig
 from bindllm.serving.fetch import FetchConfig
+from bindllm.serving.server import bind, build_server
 from cache_parts import ALLOW, save_tiny_model
-from serving_parts import image_part
+from serving_parts import FakeEngine, image_part
 
 TESTS = Path(__file__).parents[1]
 
@@ -78,6 +83,53 @@ def test_every_limit_is_an_option_with_its_unit(capsys, monkeypatch):
 def test_limits_that_mean_nothing_are_refused_before_the_model_is_loaded(words, error, capsys):
     assert main(["serve", "folder", *words]) in (1, 2)
     assert error in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    """A self-signed certificate for localhost, and its key."""
+    if shutil.which("openssl") is None:
+        pytest.skip("the command openssl is not installed")
+    folder = tmp_path_factory.mktemp("tls")
+    files = str(folder / "cert.pem"), str(folder / "key.pem")
+    words = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
+    more = ["-addext", "subjectAltName=DNS:localhost", "-out", files[0], "-keyout", files[1]]
+    subprocess.run([*words.split(), *more], check=True, capture_output=True)
+    return files
+
+
+def test_a_certificate_that_cannot_be_used(certificate, capsys, tmp_path):
+    (tmp_path / "empty.pem").touch()
+    for words, error in (
+        (["--ssl_keyfile", certificate[1]], "needs a certificate"),
+        (["--ssl_certfile", certificate[0]], "cannot be used with its key"),
+        (["--ssl_certfile", str(tmp_path / "none.pem")], "No such file"),
+        (["--ssl_certfile", str(tmp_path / "empty.pem"), "--ssl_keyfile", certificate[1]], "cannot be used"),
+    ):
+        assert main(["serve", "folder", "--port", "0", *words]) == 2
+        assert error in capsys.readouterr().err
+
+
+def test_https_with_a_certificate_of_ones_own(certificate, capsys):
+    engine = FakeEngine()
+    bound = bind("127.0.0.1", 0)
+    app = build_app(engine, ServeConfig("tiny", keys=("key",)))
+    server = build_server(app, engine, bound, drain=1, name="tiny", certificate=certificate)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    port = bound.getsockname()[1]
+    assert f"tiny at https://127.0.0.1:{port}" in capsys.readouterr().out
+    trusted = ssl.create_default_context(cafile=certificate[0])
+    assert httpx.get(f"https://localhost:{port}/ready", verify=trusted).json() == {"status": "ready"}
+    assert httpx.get(f"https://localhost:{port}/v1/models", verify=trusted).status_code == 401
+    for address in (f"https://localhost:{port}/ready", f"http://localhost:{port}/ready"):
+        with pytest.raises(httpx.TransportError):
+            httpx.get(address)
+    server.should_exit = True
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 def test_a_port_that_is_in_use(capsys):

@@ -58,11 +58,11 @@ def answer_of(question, row):
     things = dict(zip(names, row["things"], strict=True))
     if question == "What is in the image?":
         (only,) = names
-        return only
+        return scenes.with_article(only)
     if found := re.fullmatch(r"What is in the image, apart from the (.+)\?", question):
         (other,) = set(names) - {found[1]}
         assert found[1] in names
-        return other
+        return scenes.with_article(other)
     if found := re.fullmatch(r"Is there an? (.+) in the image\?", question):
         return "yes" if found[1] in names else "no"
     if question == "How many things are in the image?":

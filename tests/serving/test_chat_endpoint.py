@@ -50,7 +50,8 @@ def test_an_answer_has_the_shape_of_openai(model):
     (request,) = client.engine.requests
     (message,) = request.conversation.messages
     assert (message.media[0].source, message.text) == (png(), "What is it?")
-    assert (request.max_tokens, request.temperature, request.top_p, request.timeout) == (None, 0.0, 1.0, 300)
+    assert (request.max_tokens, request.temperature, request.top_p) == (None, 0.0, 1.0)
+    assert 200 < request.timeout < 300
 
 
 def test_a_stream_ends_with_usage_and_done(model):
@@ -141,7 +142,7 @@ def test_an_answer_is_greedy_unless_a_field_asks_for_sampling(model, fields, tem
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens"),
         ({"n": 99}, "n"),
-        ({"stop": [""]}, "stop.0"),
+        ({"stop": [""]}, "stop[0]"),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"messages": []}, "messages"),
         ({"messages": None}, "messages"),
@@ -152,7 +153,7 @@ def test_an_answer_is_greedy_unless_a_field_asks_for_sampling(model, fields, tem
         ({"images": [data_uri(png())]}, "images"),
         ({"max_output_tokens": 5}, "max_output_tokens"),
         ({"stop_token_ids": [2]}, "stop_token_ids"),
-        ({"messages": [{"role": "user", "content": "Hi", "images": [data_uri(png())]}]}, "messages"),
+        ({"messages": [{"role": "user", "content": "Hi", "images": [data_uri(png())]}]}, "messages[0]"),
     ],
 )
 def test_a_field_that_cannot_be_used_is_refused(model, fields, param):
@@ -173,9 +174,9 @@ def test_a_field_that_cannot_be_used_is_refused(model, fields, param):
         ({"type": "image", "path": "/etc/passwd"}, "expected a data: URI"),
         ({"type": "image_url", "image_url": {"url": "data:image/png;base64,!!"}}, "not base64"),
         ({"type": "image_url", "image_url": {"url": "data:image/png;base64"}}, "no comma"),
-        ({"type": "input_audio", "input_audio": {"data": "AAAA"}}, "no encoder serves the modality 'audio'"),
-        ({"type": "depth", "depth": data_uri(png())}, "no encoder serves the modality 'depth'"),
-        ({"type": "image"}, "more placeholders"),
+        ({"type": "input_audio", "input_audio": {"data": "AAAA"}}, "does not serve audio, only image"),
+        ({"type": "depth", "depth": data_uri(png())}, "does not serve depth, only image"),
+        ({"type": "image"}, "has no image"),
         ({"type": "img_url"}, "unknown content part"),
         ({"type": "file", "file": {"file_id": "file-1"}}, "file_id"),
         ({"type": "file", "file": {"file_data": "data:application/pdf;base64,AAAA"}}, "any modality"),
@@ -236,9 +237,62 @@ def test_shots_stand_before_the_question(model):
     assert "0 of 1 shots fit" in client.post(CHAT, json=ask(shots=long)).json()["error"]["message"]
 
 
+BAD_URI = {"type": "image_url", "image_url": {"url": "data:image/png;base64,!"}}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "name"),
+    [
+        (CHAT, ask(image_part(), BAD_URI), "messages[0].content[1]", " (image_url): a data: URI"),
+        (CHAT, ask({"type": "<b>"}), "messages[0].content[0]", ": unknown content part '<b>'"),
+        (CHAT, ask({"type": "file", "file": {}}), "file_data", "messages[0].content[0] (file): file_data"),
+        (
+            CHAT,
+            ask(shots=[{"prompt": [image_part(), BAD_URI], "answer": "b"}]),
+            "shots[0].prompt[1]",
+            " (image_url)",
+        ),
+        (
+            CHAT,
+            {"messages": [{"role": "user"}, *ask()["messages"]]},
+            "messages[0]",
+            ": a message whose content",
+        ),
+        (
+            CHAT,
+            {"messages": [*ask()["messages"], {"role": "pilot", "content": "?"}]},
+            "messages[1]",
+            "'pilot'",
+        ),
+        (CHAT, ask(shots=[{"prompt": [1], "answer": "b"}]), "shots[0].prompt[0]", "dictionary, not 1"),
+        ("/v1/responses", {"input": " "}, "input", ": a question without text"),
+        (
+            "/v1/responses",
+            {"instructions": "Be brief.", "input": ask(BAD_URI)["messages"]},
+            "input[0].content[0]",
+            " (image_url)",
+        ),
+    ],
+)
+def test_an_error_names_the_part_of_the_request(model, path, body, param, name):
+    answer = client_of(model).post(path, json=body)
+    fault = answer.json()["error"]
+    assert (answer.status_code, fault["param"]) == (400, param)
+    assert name in fault["message"]
+    assert fault["message"].startswith(param) or param == "file_data"
+    assert fault["message"].count(param) == 1 or param == "file_data"
+
+
+def test_media_have_the_name_of_their_part(model):
+    client = client_of(model)
+    client.post(CHAT, json=ask("Look:", image_part()))
+    (media,) = client.engine.requests[0].conversation.messages[0].media
+    assert media.name == "messages[0].content[1] (image_url)"
+
+
 def test_too_many_media_are_refused(model):
     answer = client_of(model, max_media=1).post(CHAT, json=ask(image_part(), image_part()))
-    assert answer.json()["error"]["message"] == "more than 1 media in one request"
+    assert answer.json()["error"]["message"].endswith("more than 1 media in one request")
 
 
 def test_the_downloads_of_a_request_share_their_limits(model, monkeypatch):

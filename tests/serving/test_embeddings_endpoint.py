@@ -62,15 +62,15 @@ def test_base64_is_little_endian_float32(model):
         (["a"] * 2049, "2049 inputs"),
         (
             [{"type": "input_audio", "input_audio": {"data": "AAAA"}}],
-            "no encoder serves the modality 'audio'",
+            "input[0] (input_audio): the model does not serve audio, only image, text",
         ),
-        ([{"type": "image"}], "placeholders"),
+        ([{"type": "image"}], "input[0] (image): it names the modality image and has no image"),
         ([{"text": "a", "image": "data:,a"}], "has image and text"),
-        ([{"output_text": "a"}], "expected a text or media"),
         (["x" * 500_000, "y"], "500,001 characters"),
         ([["a"] * 1025] * 2, "more than 2,048 media"),
         ([{"type": "image", "image": "/etc/passwd"}], "expected a data: URI"),
-        ([{"type": "image", "image": "data:image/png;base64,AAAA"}], "not an image"),
+        ([{"type": "image", "image": "data:image/png;base64,AAAA"}], "input[0] (image): not an image"),
+        (["a", [{"type": "image_url", "image_url": {"url": "data:,x"}}]], "input[1][0] (image_url): not an"),
     ],
 )
 def test_an_input_that_cannot_be_embedded_is_refused(model, value, words):
@@ -88,4 +88,4 @@ def test_fields_that_cannot_be_used_are_refused(model):
 
 def test_texts_without_an_encoder_for_them_are_refused(decoder):
     answer = client_of(tiny_model(decoder), FakeEngine()).post("/v1/embeddings", json={"input": "a dog"})
-    assert "no encoder serves the modality 'text'" in answer.json()["error"]["message"]
+    assert "the model does not serve text, only image" in answer.json()["error"]["message"]

@@ -5,6 +5,7 @@ import socket
 import ssl
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -419,6 +420,21 @@ def test_a_slow_name_server(web):
     with refused("more than 0.1 seconds"):
         fetch("http://media.example.com/cat.png", FetchConfig(ALLOWED.domains, seconds=0.1))
     assert time.monotonic() - started < 0.9
+
+
+def test_a_name_server_that_hangs_leaves_few_threads(web):
+    free = threading.Event()
+    web.answers["media.example.com"] = lambda: free.wait(10) and [PUBLIC]
+    with ThreadPoolExecutor(40) as pool:
+        config = FetchConfig(ALLOWED.domains, seconds=0.2)
+        calls = [pool.submit(fetch, "http://media.example.com/cat.png", config) for _ in range(40)]
+        for call in calls:
+            with refused("more than 0.2 seconds"):
+                call.result()
+        assert sum(thread.name == "bindllm-lookup" for thread in threading.enumerate()) == 16
+    # Once it answers again, so does the server.
+    free.set()
+    assert fetch("http://media.example.com/cat.png", ALLOWED) == CONTENT
 
 
 @pytest.mark.parametrize(

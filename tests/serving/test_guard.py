@@ -1,18 +1,25 @@
 """The layer around all routes: keys, hosts, sizes, headers, errors, and what the log shows."""
 
 import asyncio
+import gc
 import json
 import logging
 import re
 import sys
 import threading
+import weakref
+from functools import partial
 
 import pytest
 
 from bindllm.errors import EngineBusy, InputError
+from bindllm.serving.api import content
+from bindllm.serving.api.errors import ApiError
+from bindllm.serving.app import _Workers
 from bindllm.serving.config import KEYS_VARIABLE, ServeConfig, read_keys
+from bindllm.serving.fetch import FetchConfig
 from bindllm.serving.server import LogFormatter
-from serving_parts import FakeEngine, ask, client_of
+from serving_parts import FakeEngine, ask, client_of, png
 from tiny import tiny_model
 
 CHAT = "/v1/chat/completions"
@@ -131,6 +138,7 @@ def test_an_unexpected_error_says_nothing_of_itself(model, caplog):
     assert "division" not in answer.text
     assert "division by zero" in caplog.text
     assert f"a request failed: {answer.headers['x-request-id']}" in caplog.text
+    assert len([record for record in caplog.records if record.levelname == "ERROR"]) == 1
 
 
 def test_answers_carry_safe_headers_and_an_id(model):
@@ -155,8 +163,8 @@ def test_the_log_cannot_be_forged(model, caplog):
     assert "404" in record.getMessage()
 
 
-async def call(app, chunks, headers=(), *, stall=False):
-    """Send a body in chunks; return the status and the number of chunks that were read."""
+async def call(app, chunks, headers=(), *, stall=False, until=lambda: True):
+    """Send a body in chunks, leave as soon as a condition holds; return the status and the number of read chunks."""
     sent, read = [], 0
 
     async def receive():
@@ -164,6 +172,8 @@ async def call(app, chunks, headers=(), *, stall=False):
         if read == len(chunks):
             if stall:
                 await asyncio.sleep(60)
+            while not until():
+                await asyncio.sleep(0.01)
             return {"type": "http.disconnect"}
         read += 1
         return {"type": "http.request", "body": chunks[read - 1], "more_body": stall or read < len(chunks)}
@@ -191,7 +201,7 @@ def test_a_large_body_is_refused_before_it_is_read(model):
 
 
 def test_all_bodies_together_are_limited_and_released(model):
-    app = client_of(model, max_body_mib=1000 / 2**20, max_held_mib=1500 / 2**20).app
+    app = client_of(model, max_body_mib=1000 / 2**20, max_held_mib=3000 / 2**20).app
     question = json.dumps(ask()).encode().ljust(900)
 
     async def together():
@@ -208,9 +218,51 @@ def test_all_bodies_together_are_limited_and_released(model):
     assert accepted[0] in (200, None)
 
 
-def test_a_slow_body_is_given_up(model):
-    app = client_of(model, body_seconds=0.05).app
+@pytest.mark.parametrize("limit", ["body_seconds", "timeout"])
+def test_a_slow_body_is_given_up(model, limit):
+    app = client_of(model, **{limit: 0.05}).app
     assert asyncio.run(call(app, [b"{"], stall=True))[0] == 408
+
+
+def test_the_deadline_counts_from_the_first_byte(model):
+    client = client_of(model, timeout=5)
+    body = json.dumps(ask()).encode()
+
+    async def slow(receive):
+        await asyncio.sleep(0.2)
+        return await receive()
+
+    async def delayed(scope, receive, send):
+        await client.app(scope, partial(slow, receive), send)
+
+    asyncio.run(call(delayed, [body], until=lambda: client.engine.requests))
+    assert 4 < client.engine.requests[0].timeout < 4.8
+
+
+def test_reading_media_ends_with_the_deadline_and_frees_its_thread(model, monkeypatch):
+    free = threading.Event()
+    monkeypatch.setattr(content, "fetch", lambda *_: free.wait(10) and png())
+    part = {"type": "image_url", "image_url": {"url": "https://media.example.com/a.png"}}
+    client = client_of(model, timeout=0.2, fetch=FetchConfig(("media.example.com",)))
+    assert client.post(CHAT, json=ask(part)).status_code == 504
+    assert client.post("/v1/embeddings", json={"input": [part]}).status_code == 504
+    free.set()
+    client = client_of(model, fetch=FetchConfig(("media.example.com",)))
+    assert client.post(CHAT, json=ask(part)).status_code == 200
+
+
+def test_media_count_as_held_memory_and_downloads_too(model, monkeypatch):
+    image = png(size=64).ljust(3000, b" ")
+    monkeypatch.setattr(content, "fetch", lambda *_: image)
+    part = {"type": "image_url", "image_url": {"url": "https://media.example.com/a.png"}}
+    fetch = FetchConfig(("media.example.com",))
+    body = len(json.dumps(ask(part)))
+    for spare, status in ((-1, 429), (9, 200)):
+        client = client_of(model, fetch=fetch, max_held_mib=(2 * body + len(image) + spare) / 2**20)
+        answer = client.post(
+            CHAT, content=json.dumps(ask(part)), headers={"content-type": "application/json"}
+        )
+        assert answer.status_code == status
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -218,32 +270,38 @@ def test_a_client_that_leaves_frees_its_slot(model, stream):
     engine = FakeEngine(hold=True)
     app = client_of(model, engine).app
     body = json.dumps(ask(stream=stream)).encode()
-    # `call` leaves right after the body.
-    asyncio.run(asyncio.wait_for(call(app, [body]), 5))
+    asyncio.run(asyncio.wait_for(call(app, [body], until=lambda: engine.requests), 5))
     engine.release.set()
     assert engine.cancelled == 1
 
 
-def test_media_of_clients_that_left_are_counted_until_the_encoder_is_free(model):
+def test_calls_of_clients_that_left_keep_neither_memory_nor_a_place(model):
     free, calls = threading.Event(), []
-    client = client_of(model)
-    endpoints = client.app.state.endpoints
+    workers = _Workers("test", 1, waiting=64)
 
-    async def ask(function):
-        return await endpoints._in_thread(function)
+    class Large:
+        pass
 
     async def many():
-        first = asyncio.create_task(ask(lambda: free.wait(10)))
-        gone = [asyncio.create_task(ask(lambda: calls.append(1))) for _ in range(63)]
+        first = asyncio.create_task(workers.run(10, free.wait, 10))
+        large = Large()
+        gone = [asyncio.create_task(workers.run(10, calls.append, large)) for _ in range(63)]
+        seen = weakref.ref(large)
+        del large
         await asyncio.sleep(0.05)
+        with pytest.raises(EngineBusy):
+            await workers.run(10, calls.append, 1)
         for task in gone:
             task.cancel()
         await asyncio.gather(*gone, return_exceptions=True)
-        with pytest.raises(EngineBusy):
-            await ask(lambda: None)
+        del gone[:], task
+        gc.collect()
+        assert seen() is None
+        with pytest.raises(ApiError, match="deadline"):
+            await workers.run(0.05, calls.append, 1)
         free.set()
         await first
-        return await ask(lambda: "served")
+        return await workers.run(10, lambda: "served")
 
     assert asyncio.run(many()) == "served"
     assert not calls

@@ -11,7 +11,7 @@ from bindllm.serving.api.errors import ApiError
 from bindllm.serving.api.tools import CallForm, CallReader, Tools
 from bindllm.serving.constraint import Grammars
 from bindllm.serving.engine import Engine
-from serving_parts import FakeEngine, ask, client_of
+from serving_parts import FakeEngine, ask, client_of, image_part
 from tiny import TEMPLATE, save_tiny_decoder, tiny_model, tiny_tokenizer
 
 CHAT = "/v1/chat/completions"
@@ -44,6 +44,10 @@ BARE = (
     + "{% set call = message.tool_calls[0] %}"
     + OBJECT.replace('arguments":', 'parameters":')
     + TAIL
+)
+# As older templates of Hermes.
+SWAPPED = TAGS.replace(
+    OBJECT, '{ "arguments": {{ call.function.arguments | tojson }}, "name": "{{ call.function.name }}"}'
 )
 # Mistral's list after a control token, and OpenAI's arguments as a text.
 CONTROL = TAGS.replace("<tool_call>", "<|im_start|>")
@@ -92,6 +96,8 @@ def test_the_form_of_calls_is_read_from_the_template():
     assert form.pieces == ('{"name": "', '", "arguments": ', "}")
     form = CallForm.of(tokenizer_of(BARE))
     assert (form.start, form.between, form.end, form.keys) == ("", "", "", ("name", "parameters"))
+    form = CallForm.of(tokenizer_of(SWAPPED))
+    assert (form.pieces, form.keys) == (('{ "arguments": ', ', "name": "', '"}'), ("name", "arguments"))
 
 
 @pytest.mark.parametrize("template", [TEMPLATE, SILENT, CONTROL, TEXT])
@@ -204,7 +210,7 @@ def test_calls_in_a_stream_have_their_index(model):
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
-@pytest.mark.parametrize("template", [TAGS, BARE])
+@pytest.mark.parametrize("template", [TAGS, BARE, SWAPPED])
 def test_a_required_call_follows_its_schema(tmp_path, template, choice):
     # The tools take 400 tokens of one byte.
     model = tiny_model(save_tiny_decoder(tmp_path, max_position_embeddings=2048))
@@ -332,7 +338,7 @@ def test_a_template_that_drops_tools_or_calls_is_refused():
         ({"messages": TURNS[:2]}, "messages"),
         ({"messages": TURNS[2:]}, "messages"),
         ({"messages": [TURNS[0], {**TURNS[1], "tool_calls": 5}, TURNS[2]]}, "messages"),
-        ({"messages": [TURNS[0], {**TURNS[1], "content": [{"type": "image"}]}, TURNS[2]]}, "messages"),
+        ({"messages": [TURNS[0], {**TURNS[1], "content": [image_part()]}, TURNS[2]]}, "messages"),
         ({"messages": [*TURNS[:2], {**TURNS[2], "tool_call_id": ["call_1"]}]}, "messages"),
         (
             {

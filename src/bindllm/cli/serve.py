@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,10 @@ class AccessOptions:
     """file with API keys, one on each line; keys in the environment variable BINDLLM_API_KEYS count too"""
     allowed_hosts: tuple[str, ...] = ()
     """further name of this server in the Host header, such as that of a proxy; may be repeated"""
+    ssl_certfile: str | None = None
+    """PEM file with a certificate and its chain, for https"""
+    ssl_keyfile: str | None = None
+    """PEM file with the key of the certificate, if it is not in the same file"""
 
     @property
     def is_local(self) -> bool:
@@ -75,17 +80,13 @@ def serve(
     _check_installed()
     from bindllm.serving.app import build_app
     from bindllm.serving.engine import Engine
-    from bindllm.serving.server import LogFormatter, bind, run
+    from bindllm.serving.server import bind, run
 
     # Mistakes of the command line first: loading a large model takes minutes.
     config = _read_config(name or Path(checkpoint).resolve().name, access, limits, download_)
+    certificate = _read_certificate(access)
     bound = bind(access.host, access.port)
-    handler = logging.StreamHandler()
-    handler.setFormatter(LogFormatter("%(asctime)s %(message)s"))
-    # The root, so that entries of libraries are escaped too.
-    logging.getLogger().addHandler(handler)
-    logging.getLogger("bindllm").setLevel(logging.INFO)
-
+    _start_log()
     loaded = load_with_cache(checkpoint, model, cache, overrides)
     sizes = {
         "slots": limits.slots,
@@ -94,7 +95,14 @@ def serve(
         "prefill": limits.prefill,
     }
     engine = Engine(loaded, **sizes, limits=media_)
-    run(build_app(engine, config), engine, bound, drain=limits.drain, name=config.model)
+    run(
+        build_app(engine, config),
+        engine,
+        bound,
+        drain=limits.drain,
+        name=config.model,
+        certificate=certificate,
+    )
     return 0
 
 
@@ -103,6 +111,16 @@ def _check_installed() -> None:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
+
+
+def _start_log() -> None:
+    from bindllm.serving.server import LogFormatter
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormatter("%(asctime)s %(message)s"))
+    # The root, so that entries of libraries are escaped too.
+    logging.getLogger().addHandler(handler)
+    logging.getLogger("bindllm").setLevel(logging.INFO)
 
 
 def _read_config(name: str, access: AccessOptions, limits: Limits, fetch: FetchConfig) -> ServeConfig:
@@ -125,6 +143,28 @@ def _read_config(name: str, access: AccessOptions, limits: Limits, fetch: FetchC
             "key on each line (python -c 'import secrets; print(secrets.token_urlsafe(32))' makes one)"
         )
     return config
+
+
+def _read_certificate(access: AccessOptions) -> tuple[str, str | None] | None:
+    """Return the files of the certificate and its key, or None: plain HTTP.
+
+    Raises:
+        UsageError: they cannot be read, or do not belong together.
+    """
+    if access.ssl_certfile is None:
+        if access.ssl_keyfile is not None:
+            raise UsageError("--ssl_keyfile needs a certificate: give --ssl_certfile FILE")
+        return None
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(
+            access.ssl_certfile, access.ssl_keyfile
+        )
+    except OSError as error:
+        raise UsageError(
+            f"--ssl_certfile {access.ssl_certfile} cannot be used with its key ({error}); both are PEM files, and the "
+            "key is in --ssl_keyfile or in the same file"
+        ) from error
+    return access.ssl_certfile, access.ssl_keyfile
 
 
 def _hosts(access: AccessOptions) -> tuple[str, ...]:

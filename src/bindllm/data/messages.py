@@ -271,10 +271,15 @@ def _read_message(message: object, media: RecordMedia) -> tuple[Role, list[_Part
         content = [content]
     if not isinstance(content, list):
         raise RowError("a message whose content is neither a text nor a list of parts")
-    return role, _separate([_read_part(part, media) for part in content])
+    return role, _separate([read_part(part, media) for part in content])
 
 
-def _read_part(part: object, media: RecordMedia) -> _Part:
+def read_part(part: object, media: RecordMedia) -> str | Media | _Slot:
+    """Return the text or the media of one content part, or its slot if it names a modality and no media.
+
+    Raises:
+        RowError: neither; and errors of the media resolver.
+    """
     if isinstance(part, str | Media):
         return part
     if not isinstance(part, Mapping):

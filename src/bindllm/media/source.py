@@ -7,7 +7,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Self
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
@@ -29,9 +29,28 @@ SUFFIXES: dict[str, frozenset[str]] = {
 """File endings by modality, in lower case. Other files (npy, npz, csv, txt) may hold any modality."""
 
 
+class NamedBytes(bytes):
+    """The bytes of a file that has no path, with the name that messages give it, such as a part of a request.
+
+    Examples:
+        >>> name_of(NamedBytes(b"RIFF", "messages[0].content[1]")), name_of(b"RIFF")
+        ('messages[0].content[1]', '<4 bytes>')
+    """
+
+    name: str
+
+    def __new__(cls, content: bytes, name: str) -> Self:
+        """Return the same bytes with a name."""
+        named = super().__new__(cls, content)
+        named.name = name
+        return named
+
+
 def name_of(source: Source) -> str:
     """Return the path, or a few words about bytes, an array or a Pillow image."""
     match source:
+        case NamedBytes():
+            return source.name
         case bytes():
             return f"<{len(source)} bytes>"
         case np.ndarray():

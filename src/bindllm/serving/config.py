@@ -45,15 +45,16 @@ class Limits:
     prefill: int = PREFILL_TOKENS
     """tokens of new prompts that are read between two decoding steps; a longer prompt is read in several parts"""
     timeout: float = 300.0
-    """longest time of a request in seconds: its body, waiting, decoding media, and its answer (504)"""
+    """longest time of a request in seconds: its body, downloads, decoding, waiting, and its answer (504)"""
     body_seconds: float = 30.0
     """longest time until the body of a request has arrived, in seconds (408)"""
     drain: float = 60.0
     """longest time in seconds to finish what runs, after SIGTERM or Ctrl-C"""
     max_body_mib: float = 32.0
     """largest body of a request, in MiB (413)"""
-    max_held_mib: float = 256.0
-    """largest sum of all bodies that are held at the same time, in MiB (429)"""
+    max_held_mib: float = 512.0
+    """most memory that all requests hold at the same time, in MiB: each body twice, as it arrived and as it was parsed,
+    and the content of its media (429)"""
     max_choices: int = 8
     """largest n of a request, its number of answers (400)"""
     max_media: int = 64

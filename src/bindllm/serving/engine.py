@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bindllm.cache.visual_cache import CacheChoice
 from bindllm.embeddings.embedder import RecentEmbeddings
-from bindllm.errors import BindLLMError, DecoderError, EngineBusy, EngineClosed, InputError
+from bindllm.errors import DecoderError, EngineBusy, EngineClosed, InputError
 from bindllm.media import Media
 from bindllm.media.limits import MediaLimits, limited
 from bindllm.model.bindllm import BindLLM
@@ -417,8 +417,7 @@ class Engine:
         # Of newcomers that fail together, some may have a row already, or have ended with their first token.
         if ticket.is_over:
             return
-        if not isinstance(error, BindLLMError):
-            logger.error("a request has failed", exc_info=error)
+        # Not logged here: whoever answers the request does, under its id.
         self._send(ticket, Piece("", 0, error=error))
 
     def _send(self, ticket: Ticket, piece: Piece) -> bool:

@@ -31,6 +31,8 @@ _URL = re.compile(
     # Without ASCII, the Kelvin sign would be a "k".
     re.IGNORECASE | re.ASCII,
 )
+# A name server that hangs would otherwise leave one thread more for each request.
+_lookups = threading.BoundedSemaphore(16)
 _DOMAIN = re.compile(rf"({_HOST})(?::([0-9]{{1,5}}))?")
 
 # Everything of the special-purpose registry of IANA (2026) that is not for the public, and addresses of clouds for
@@ -259,14 +261,19 @@ def _resolve(target: _Target, deadline: float) -> list[Any]:
     answer: Future[list[Any]] = Future()
 
     def ask() -> None:
+        # How long a lookup lasts is up to the name server, so its thread may outlive the request by minutes.
         try:
             answer.set_result(
                 socket.getaddrinfo(target.host.strip("[]"), target.port, type=socket.SOCK_STREAM)
             )
         except Exception as error:
             answer.set_exception(error)
+        finally:
+            _lookups.release()
 
-    threading.Thread(target=ask, daemon=True).start()
+    if not _lookups.acquire(timeout=_left(deadline)):
+        raise TimeoutError
+    threading.Thread(target=ask, name="bindllm-lookup", daemon=True).start()
     return answer.result(timeout=_left(deadline))
 
 

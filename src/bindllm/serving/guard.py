@@ -46,6 +46,40 @@ HEADERS = {
 """Headers of every answer."""
 
 
+class Allowance:
+    """Time and memory that one request may still take; both are counted from its first byte.
+
+    Args:
+        config: the limits.
+        total: bytes that all requests hold, shared by them; only the event loop counts.
+    """
+
+    def __init__(self, config: ServeConfig, total: list[int]) -> None:
+        self._deadline, self._most = time.monotonic() + config.timeout, config.max_held_mib * 2**20
+        self._total, self._own = total, 0
+
+    @property
+    def left(self) -> float:
+        """Seconds until the deadline, at least 0."""
+        return max(0.0, self._deadline - time.monotonic())
+
+    def hold(self, size: int) -> None:
+        """Count bytes that stay in memory until the request ends.
+
+        Raises:
+            ApiError: all requests together hold too many. These count too, until `release`.
+        """
+        self._own += size
+        self._total[0] += size
+        if self._total[0] > self._most:
+            raise ApiError(429, "the server holds too many large requests; try again later", headers=RETRY)
+
+    def release(self) -> None:
+        """Count nothing for this request any more."""
+        self._total[0] -= self._own
+        self._own = 0
+
+
 class Guard:
     """Checks host, API key and size of a request, reads its body, and turns unexpected errors into answers.
 
@@ -70,7 +104,7 @@ class Guard:
         self._metrics, self._is_draining = metrics, is_draining
         # Digests have one length, so a comparison does not tell the length of a key either.
         self._keys = [hashlib.sha256(key.encode()).digest() for key in config.keys]
-        self._held = 0
+        self._held = [0]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection of the ASGI server."""
@@ -109,13 +143,15 @@ class Guard:
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send, started: Callable[[], int]) -> None:
         """Serve one request; an error before the start of an answer becomes the answer."""
-        held = [0]
+        allowance = Allowance(self._config, self._held)
+        # For the routes, as `request.state`.
+        scope.setdefault("state", {})["allowance"] = allowance
         try:
             # First, so that no one without a key can make the server hold a body.
             self._check(scope)
             # No other method has a body that is read.
             if scope["method"] == "POST":
-                receive = _replaying(await self._read_body(scope, receive, held), receive)
+                receive = _replaying(await self._read_body(scope, receive, allowance), receive)
             await self._app(scope, receive, send)
         except ClientLeftError:
             return
@@ -123,12 +159,12 @@ class Guard:
             await error_response(error)(scope, receive, send)
         except Exception as error:
             if started():
-                # Part of the answer has been sent: the connection ends without the end of the answer.
-                logger.error("an answer ended early: %s", request_id.get(), exc_info=error)
+                # Part of the answer has been sent: the server logs the error with this note, and ends the connection.
+                error.add_note(f"an answer ended early: {request_id.get()}")
                 raise
             await error_response(error)(scope, receive, send)
         finally:
-            self._held -= held[0]
+            allowance.release()
 
     def _check(self, scope: Scope) -> None:
         """Raise an ApiError for a wrong host, a missing key, or a server that is about to end."""
@@ -163,36 +199,30 @@ class Guard:
             known |= hmac.compare_digest(digest, given)
         return known and scheme.lower() == b"bearer"
 
-    async def _read_body(self, scope: Scope, receive: Receive, held: list[int]) -> bytes:
+    async def _read_body(self, scope: Scope, receive: Receive, allowance: Allowance) -> bytes:
         """Return the whole body, which may come in chunks without a length.
 
-        Args:
-            scope: of the request.
-            receive: of the request.
-            held: its only element counts the bytes, which are held until the request ends, also if this fails.
-
         Raises:
-            ApiError: it is too large or too slow, has too many values, or the bodies of all requests together are too
-                large.
+            ApiError: it is too large or too slow, has too many values, or all requests together hold too much.
         """
         length = _only(scope, b"content-length")
         self._check_size(int(length) if length.isdigit() else 0)
-        chunks: list[bytes] = []
+        chunks, size, seconds = [], 0, min(self._config.body_seconds, allowance.left)
         try:
             # One limit for all chunks: single bytes that trickle in would keep each short one.
-            async with asyncio.timeout(self._config.body_seconds):
+            async with asyncio.timeout(seconds):
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         raise ClientLeftError
                     chunks.append(message.get("body", b""))
-                    held[0] += len(chunks[-1])
-                    self._held += len(chunks[-1])
-                    self._check_size(held[0])
+                    size += len(chunks[-1])
+                    self._check_size(size)
+                    # Twice: the values that the body is parsed into are texts of the same length, and both stay.
+                    allowance.hold(2 * len(chunks[-1]))
                     if not message.get("more_body"):
                         break
         except TimeoutError:
-            seconds = self._config.body_seconds
             raise ApiError(408, f"the body did not arrive within {seconds:g} seconds") from None
         body = b"".join(chunks)
         # A megabyte of empty lists becomes twenty in memory, and the event loop stands still while it is parsed.
@@ -210,8 +240,6 @@ class Guard:
                 413,
                 f"the body is larger than {self._config.max_body_mib:g} MiB, the limit here: send smaller media",
             )
-        if self._held > self._config.max_held_mib * 2**20:
-            raise ApiError(429, "the server holds too many large requests; try again later", headers=RETRY)
 
 
 class ClientLeftError(Exception):

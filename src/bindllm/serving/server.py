@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -50,7 +51,13 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def build_server(
-    app: FastAPI, engine: Engine, bound: socket.socket, *, drain: float, name: str
+    app: FastAPI,
+    engine: Engine,
+    bound: socket.socket,
+    *,
+    drain: float,
+    name: str,
+    certificate: tuple[str, str | None] | None = None,
 ) -> uvicorn.Server:
     """Return a server, which a signal ends.
 
@@ -60,7 +67,9 @@ def build_server(
         bound: where to listen.
         drain: longest time for finishing what runs, in seconds.
         name: of the model, for the line that is printed once requests are served.
+        certificate: PEM files of a certificate chain and of its key (None: in the same file); None: no TLS.
     """
+    chain, key = certificate or (None, None)
     config = uvicorn.Config(
         app,
         # The parser in Python: the same everywhere, and strict about lengths.
@@ -74,20 +83,22 @@ def build_server(
         proxy_headers=False,
         limit_concurrency=CONNECTIONS,
         timeout_keep_alive=75,
+        ssl_certfile=chain,
+        ssl_keyfile=key,
     )
     host, port = bound.getsockname()[:2]
-    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    address = f"{'http' if chain is None else 'https'}://{f'[{host}]' if ':' in host else host}:{port}"
     greeting = f"{printable(name)} at {address}: chat page, and {address}/v1 for programs"
     return _Server(config, app, engine, drain=drain, greeting=greeting)
 
 
-def run(app: FastAPI, engine: Engine, bound: socket.socket, *, drain: float, name: str) -> None:
+def run(app: FastAPI, engine: Engine, bound: socket.socket, **options: Any) -> None:
     """Serve until a signal ends it, and close the engine; arguments as for `build_server`."""
     # The model and the libraries stay to the end, so no collection has to look at them: neither between two tokens, nor
     # in the seconds that a service manager waits for the end of the process.
     gc.freeze()
     try:
-        build_server(app, engine, bound, drain=drain, name=name).run(sockets=[bound])
+        build_server(app, engine, bound, **options).run(sockets=[bound])
     finally:
         engine.close(drain=0)
 

@@ -15,12 +15,13 @@ from urllib.parse import unquote_to_bytes
 
 from bindllm.cache.visual_cache import CacheChoice, VisualCache
 from bindllm.conversation import Conversation, Message
-from bindllm.data.messages import FILE_MODALITIES, RecordMedia, from_base64, parse_messages
-from bindllm.encoders import Encoder, encoder_for
+from bindllm.data.messages import FILE_MODALITIES, RecordMedia, from_base64, parse_messages, read_part
+from bindllm.encoders import Encoder
 from bindllm.errors import MediaError
 from bindllm.media import SUFFIXES, Media
+from bindllm.media.source import NamedBytes
 from bindllm.model.bindllm import BindLLM
-from bindllm.serving.api.errors import ApiError, shown
+from bindllm.serving.api.errors import ApiError, located, shown
 from bindllm.serving.api.schema import CacheSettings, ShotBody
 from bindllm.serving.api.tools import tool_messages, uses_tools
 from bindllm.serving.config import ServeConfig
@@ -40,29 +41,36 @@ class ContentReader:
     """
 
     def __init__(self, encoders: Sequence[Encoder], config: ServeConfig, *, most_media: int) -> None:
-        self._encoders, self._config, self._most_media = encoders, config, most_media
+        self._config, self._most_media = config, most_media
         # Of all downloads together: 64 slow files of full size would hold a thread and gigabytes for minutes.
         self._bytes_left, self._seconds_left = config.fetch.max_bytes, config.fetch.seconds
         self._num_media = self._num_characters = 0
-        served = {name for encoder in encoders for name in encoder.modalities}
+        # Of the part that is being read.
+        self._name = ""
+        self._served = {name for encoder in encoders for name in encoder.modalities}
         # All known words, so that the error for one that no encoder serves lists those that one does.
-        self._modalities = tuple(dict.fromkeys([*FILE_MODALITIES, *sorted(served - {"text"})]))
+        self._modalities = tuple(dict.fromkeys([*FILE_MODALITIES, *sorted(self._served - {"text"})]))
 
     def conversation(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        names: Sequence[str] | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> Conversation:
         """Return the conversation of OpenAI-style messages, which ends with a question, or the result of a tool.
 
         Args:
-            messages: of the request.
+            messages: the messages.
+            names: where each is in the request, for errors; None: in ``messages``.
             tools: that the model may call.
 
         Raises:
-            InputError: a message or a content part that cannot be used.
-            ApiError: as for `media`, or the last message is not the user's.
+            ApiError: a message or a content part that cannot be used, or the last message is not the user's.
         """
+        names = names or [f"messages[{number}]" for number in range(len(messages))]
+        given = [self._resolved(message, name) for message, name in zip(messages, names, strict=True)]
         parsed: list[Message] = []
-        for with_tools, group in groupby(map(self._checked, messages), key=uses_tools):
+        for with_tools, group in groupby(given, key=uses_tools):
             if with_tools:
                 parsed += tool_messages([*group], parsed)
             else:
@@ -84,7 +92,10 @@ class ContentReader:
     def shots(self, shots: Sequence[ShotBody]) -> list[Shot]:
         """Return worked examples; errors as for `conversation`."""
         questions = [
-            self.conversation([{"role": "user", "content": shot.prompt}]).messages[0] for shot in shots
+            self.conversation(
+                [{"role": "user", "content": shot.prompt}], [f"shots[{number}].prompt"]
+            ).messages[0]
+            for number, shot in enumerate(shots)
         ]
         self._count_characters(*(shot.answer for shot in shots))
         return [
@@ -92,23 +103,26 @@ class ContentReader:
             for question, shot in zip(questions, shots, strict=True)
         ]
 
-    def media(self, part: Any) -> Media:
+    def media(self, part: Any, name: str) -> Media:
         """Return the media of one content part or text, for an embedding.
 
+        Args:
+            part: the part.
+            name: where it is in the request, for errors.
+
         Raises:
-            InputError: not media that an encoder of the model serves.
-            ApiError: a path, a URL that is not allowed, or too many media.
+            ApiError: not media that an encoder of the model serves, a path, a URL that is not allowed, or too many.
         """
-        message = self._checked({"role": "user", "content": [part]})
-        text = part.get("text", part.get("input_text")) if isinstance(part, Mapping) else part
-        if isinstance(text, str):
-            if not text.strip():
+        with located(name):
+            text = part.get("text", part.get("input_text")) if isinstance(part, Mapping) else part
+            if isinstance(text, str) and not text.strip():
                 raise ApiError(400, "an input is an empty text", param="input")
-            self._count_characters(text)
-            return self._resolve("text", text)
-        if not (media := parse_messages([message], self._outside())[0].media):
-            raise ApiError(400, f"an input is {shown(part)}, expected a text or media", param="input")
-        return media[0]
+        found = self._read_part(part, name)
+        with located(name):
+            if not isinstance(found, str):
+                return found
+            self._count_characters(found)
+            return self._resolve("text", found)
 
     def _count_characters(self, *texts: str) -> None:
         self._num_characters += sum(map(len, texts))
@@ -124,15 +138,20 @@ class ContentReader:
     def _resolve(self, modality: str, value: object) -> Media:
         """Return the media of a value in a content part: bytes, or a URI."""
         # Before the content is decoded or downloaded.
-        encoder_for(modality, self._encoders)
+        if modality not in self._served:
+            raise ApiError(
+                400, f"the model does not serve {modality}, only {', '.join(sorted(self._served))}"
+            )
         self._num_media += 1
         if self._num_media > self._most_media:
             raise ApiError(400, f"more than {self._most_media:,} media in one request")
-        if modality == "text" or isinstance(value, bytes):
+        if modality == "text":
             return Media(modality, value)
-        if not isinstance(value, str):
+        if not isinstance(value, str | bytes):
             raise ApiError(400, f"the {modality} is {shown(value)}, expected a data: URI")
-        return Media(modality, self._read_uri(modality, value))
+        content = value if isinstance(value, bytes) else self._read_uri(modality, value)
+        # Encoders decode it later, and their errors name it.
+        return Media(modality, NamedBytes(content, self._name))
 
     def _read_uri(self, modality: str, uri: str) -> bytes:
         scheme = uri[: uri.find(":")].lower() if ":" in uri[:6] else ""
@@ -160,32 +179,45 @@ class ContentReader:
         self._seconds_left -= time.monotonic() - started
         return content
 
-    def _checked(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return a message for the parser of rows, which reads one key of a part and leaves the others.
+    def _resolved(self, message: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+        """Return a message whose content parts are texts and media.
 
         Raises:
-            ApiError: media or texts that would be left.
+            ApiError: media or texts outside of the content, which the parser of rows would leave, or a message or a
+                part that cannot be used.
         """
         content = message.get("content")
-        if outside := self._kinds({key: value for key, value in message.items() if key != "content"}):
-            raise ApiError(
-                400,
-                f"a message has {' and '.join(sorted(outside))} outside of its content; give each as a content part",
-                param="messages",
-            )
-        if not isinstance(content, list):
-            return message
-        parts = []
-        for part in content:
+        with located(name):
+            if outside := self._kinds({key: value for key, value in message.items() if key != "content"}):
+                raise ApiError(
+                    400,
+                    f"it has {' and '.join(sorted(outside))} outside of its content; give each as a content part",
+                )
+        if isinstance(content, list):
+            # A shot's parts are in a field of their own.
+            inside = name if name.endswith("prompt") else f"{name}.content"
+            parts = [self._read_part(part, f"{inside}[{number}]") for number, part in enumerate(content)]
+            message = {**message, "content": parts}
+        # Its own faults, such as an unknown role; all messages are parsed together once each is known to be sound.
+        with located(name):
+            if not uses_tools(message):
+                parse_messages([message], self._outside(), allow_empty_answers=True)
+        return message
+
+    def _read_part(self, part: Any, name: str) -> str | Media:
+        """Return a content part as a text or media, by the parser of training rows."""
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        with located(name, kind) as self._name:
             if isinstance(part, Mapping):
+                # That parser reads one key of a part and leaves the others.
                 if len(kinds := self._kinds(part)) > 1:
-                    raise ApiError(
-                        400, f"a content part has {' and '.join(sorted(kinds))}; give each a part of its own"
-                    )
-                # The parser of rows does not know this type.
-                part = _file_part(part) if part.get("type") in _FILES else part
-            parts.append(part)
-        return {**message, "content": parts}
+                    raise ApiError(400, f"it has {' and '.join(sorted(kinds))}; give each a part of its own")
+                # It does not know this type.
+                part = _file_part(part) if kind in _FILES else part
+            found = read_part(part, self._outside())
+            if not isinstance(found, str | Media):
+                raise ApiError(400, f"it names the modality {found.modality} and has no {found.modality}")
+            return found
 
     def _kinds(self, values: Mapping[str, Any]) -> set[str]:
         """Return the modalities that an object has values of, under any of the usual keys, such as ``images``."""

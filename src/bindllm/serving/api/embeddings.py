@@ -11,7 +11,7 @@ from torch import Tensor
 from bindllm.media import Media
 from bindllm.model.bindllm import BindLLM
 from bindllm.serving.api.content import ContentReader, choose_cache
-from bindllm.serving.api.errors import ApiError, shown
+from bindllm.serving.api.errors import ApiError, located, shown
 from bindllm.serving.api.sampling import check_model
 from bindllm.serving.api.schema import EmbeddingsBody
 from bindllm.serving.config import ServeConfig
@@ -40,12 +40,19 @@ def read_groups(body: EmbeddingsBody, model: BindLLM, config: ServeConfig) -> li
     inputs = [body.input] if isinstance(body.input, str) else body.input
     if not 0 < len(inputs) <= config.max_inputs:
         raise ApiError(400, f"{len(inputs)} inputs, expected 1 to {config.max_inputs}", param="input")
-    groups = [item if isinstance(item, list) else [item] for item in inputs]
-    # All of them before the first is decoded; an empty list has no embedding.
-    for part in (part for group in groups for part in group or [None]):
-        _check_part(part)
+    # Each part with its name for errors; an empty list has no embedding.
+    groups = [
+        [(part, f"input[{number}][{inner}]") for inner, part in enumerate(item or [None])]
+        if isinstance(item, list)
+        else [(item, f"input[{number}]")]
+        for number, item in enumerate(inputs)
+    ]
+    # All of them before the first is decoded.
+    for part, name in (pair for group in groups for pair in group):
+        with located(name):
+            _check_part(part)
     reader = ContentReader(model.encoders, config, most_media=config.max_inputs)
-    return [[reader.media(part) for part in group] for group in groups]
+    return [[reader.media(part, name) for part, name in group] for group in groups]
 
 
 def embed(body: EmbeddingsBody, engine: Engine, config: ServeConfig) -> dict[str, Any]:

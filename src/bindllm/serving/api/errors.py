@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -24,7 +26,7 @@ request_id: ContextVar[str] = ContextVar("request_id", default="none")
 """Id of the request that is being served; the guard sets it."""
 # Characters of a given value that a message shows.
 _MOST_SHOWN = 80
-_FIELD = re.compile("[a-z_]+")
+_FIELD = re.compile("[a-z_]{1,32}")
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _MESSAGES = {
     404: "this path does not exist; the API is under /v1",
@@ -62,6 +64,37 @@ class ApiError(HTTPException):
             self.status_code, "invalid_request_error" if self.status_code < 500 else "server_error"
         )
         return {"error": {"message": self.detail, "type": kind, "param": self.param, "code": self.code}}
+
+
+@contextmanager
+def located(param: str, kind: object = None) -> Iterator[str]:
+    """Name the part of a request before the message of every fault that is found in it.
+
+    Args:
+        param: where it is, such as ``messages[1].content[0]``.
+        kind: its type, if it has one; shown if it is a word.
+
+    Yields:
+        the name, with the type.
+
+    Raises:
+        ApiError: the fault.
+
+    Examples:
+        >>> with located("messages[1].content[0]", "image_url"):
+        ...     raise InputError("not an image")
+        Traceback (most recent call last):
+        bindllm.serving.api.errors.ApiError: 400: messages[1].content[0] (image_url): not an image
+    """
+    name = f"{param} ({kind})" if isinstance(kind, str) and _FIELD.fullmatch(kind) else param
+    try:
+        yield name
+    except ApiError as error:
+        error.detail, error.param = f"{name}: {error.detail}", error.param or param
+        raise
+    except InputError as error:
+        message = str(error).removeprefix(f"{name}: ")
+        raise ApiError(400, f"{name}: {message}", param=param) from error
 
 
 def as_api_error(error: BaseException) -> ApiError:
@@ -127,16 +160,23 @@ def _validation_error(error: RequestValidationError) -> ApiError:
         (one for one in faults if one["loc"][:2] == faults[0]["loc"][:2]), key=lambda one: len(one["loc"])
     )
     # The first word of a location is "body". In a union the names of types follow, which say nothing to a client.
-    path = ".".join(str(part) for part in first["loc"][1:] if isinstance(part, int) or _is_field(part))
+    parts = [
+        f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"][1:] if _is_field(part)
+    ]
+    path = "".join(parts).removeprefix(".")
     if first["type"] == "json_invalid":
-        return ApiError(400, f"the body is not JSON ({first['ctx']['error']} at character {path})")
+        return ApiError(
+            400, f"the body is not JSON ({first['ctx']['error']} at character {first['loc'][-1]})"
+        )
     if not path:
         return ApiError(400, "the body must be a JSON object, with the header Content-Type: application/json")
     given = "" if first["type"] == "missing" else f", not {shown(first.get('input'))}"
     return ApiError(400, f"{path}: {first['msg']}{given}", param=path)
 
 
-def _is_field(part: str) -> bool:
+def _is_field(part: str | int) -> bool:
+    if isinstance(part, int):
+        return True
     return _FIELD.fullmatch(part) is not None and part not in ("str", "bool", "int", "float", "list")
 
 

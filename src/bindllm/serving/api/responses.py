@@ -47,7 +47,10 @@ def response_fields(body: ResponsesBody) -> dict[str, Any]:
     wanted = _LOGPROBS in (body.include or [])
     if body.top_logprobs is not None and not wanted:
         raise ApiError(400, f"top_logprobs needs include: [{_LOGPROBS!r}]", param="top_logprobs")
+    items = ["input"] if isinstance(body.input, str) else [f"input[{n}]" for n in range(len(body.input))]
     return {
+        # As `response_messages` orders them.
+        "names": [*(["instructions"] if body.instructions else []), *items],
         "max_tokens": body.max_output_tokens,
         "logprobs": (body.top_logprobs or 0) if wanted else None,
         "grammar": answer_grammar(form, form, "text.format"),

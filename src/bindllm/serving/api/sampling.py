@@ -62,6 +62,7 @@ def read_question(
     max_tokens: int | None,
     logprobs: int | None,
     choices: int = 1,
+    names: Sequence[str] | None = None,
     **settings: Any,
 ) -> Question:
     """Turn a body into a request.
@@ -74,6 +75,7 @@ def read_question(
         max_tokens: longest answer; None: the default.
         logprobs: number of alternatives for each token; None: no log-probabilities.
         choices: number of answers.
+        names: where each message is in the body, as for `ContentReader.conversation`.
         settings: further fields of the request.
 
     Raises:
@@ -90,7 +92,7 @@ def read_question(
     if tools is not None and tools.grammar is not None:
         settings["grammar"] = tools.grammar
     reader = ContentReader(model.encoders, config, most_media=config.max_media)
-    conversation = reader.conversation(messages, () if tools is None else tools.tools)
+    conversation = reader.conversation(messages, names, () if tools is None else tools.tools)
     conversation = _with_shots(conversation, body, reader, model, max_tokens)
     # As for `BindLLM.generate`: greedy, unless a field asks for sampling. Several greedy choices would be equal.
     samples = body.top_p is not None or choices > 1
@@ -104,7 +106,6 @@ def read_question(
         stop=tuple(stop),
         logprobs=logprobs,
         cache=choose_cache(body.cache, model),
-        timeout=config.timeout,
         seed=body.seed,
         **settings,
     )

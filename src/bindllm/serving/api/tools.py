@@ -62,7 +62,8 @@ class CallForm:
         between: between two of them; empty: an answer has one call only.
         end: after the last one.
         keys: of the object, for the name and for the arguments.
-        pieces: of the object: before the name, between name and arguments, after the arguments.
+        pieces: of the object: before, between, and after name and arguments.
+        has_name_first: whether the arguments follow the name.
     """
 
     start: str
@@ -70,6 +71,7 @@ class CallForm:
     end: str
     keys: tuple[str, str]
     pieces: tuple[str, str, str]
+    has_name_first: bool
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> CallForm:
@@ -79,34 +81,39 @@ class CallForm:
             ApiError: the template takes no tools, or it writes calls in another form.
         """
         text, pair = (_written(tokenizer, count) for count in (1, 2))
-        found = [*_objects(text)]
-        match found:
-            case [(first, stop, {**value})] if [*value.values()] == [_NAME + "0", _ARGUMENTS]:
-                call, inner = text[first:stop], text.index("{", first + 1)
-            case _:
-                raise ApiError(
-                    400,
-                    "this server cannot use tools with this model: the chat template of its decoder does not write "
-                    "calls as JSON objects with a name and arguments. Leave tools out, or serve a decoder whose "
-                    "template does, such as Qwen2.5 or Qwen3",
-                    param="tools",
-                    code="unsupported_parameter",
-                )
-        name, after = call.index(_NAME), _DECODER.raw_decode(text, inner)[1]
-        pieces = call[:name], text[first + name + len(_NAME) + 1 : inner], text[after:stop]
+        found, values = [*_objects(text)], [_NAME + "0", _ARGUMENTS]
+        if len(found) != 1 or [*found[0][2].values()] not in (values, values[::-1]):
+            raise ApiError(
+                400,
+                "this server cannot use tools with this model: the chat template of its decoder does not write calls "
+                "as JSON objects with a name and arguments. Leave tools out, or serve a decoder whose template does, "
+                "such as Qwen3",
+                param="tools",
+                code="unsupported_parameter",
+            )
+        ((first, stop, value),) = found
+        has_name_first = [*value.values()] == values
+        # The two values inside the object, in their order.
+        name = text.index(values[0], first), text.index(values[0], first) + len(values[0])
+        inner = text.index("{", first + 1)
+        marks = sorted((name, (inner, _DECODER.raw_decode(text, inner)[1])))
+        pieces = text[first : marks[0][0]], text[marks[0][1] : marks[1][0]], text[marks[1][1] : stop]
         spans = [(start, end) for start, end, _ in _objects(pair)]
         between = pair[spans[0][1] : spans[1][0]] if len(spans) == 2 else ""
         # A list of calls, or another mark between them, would need a form of its own.
         repeats = "".join(between.split()) == "".join((text[stop:] + text[:first]).split())
-        return cls(text[:first], between if repeats else "", text[stop:], tuple(value), pieces)
+        keys = tuple(value) if has_name_first else tuple(value)[::-1]
+        return cls(text[:first], between if repeats else "", text[stop:], keys, pieces, has_name_first)
 
     def grammar(self, functions: Sequence[Mapping[str, Any]], *, several: bool) -> str:
         """Return the grammar of an answer that calls one of some functions, or several if the template can."""
         rules, (before, middle, after) = [], self.pieces
         for number, function in enumerate(functions):
             schema = {"type": "object", **(function.get("parameters") or {"additionalProperties": False})}
-            name = before + function["name"] + middle
-            rules.append(f"call{number}: {_literal(name)} {json_rule(schema)} {_literal(after)}")
+            start, end = before + function["name"] + middle, after
+            if not self.has_name_first:
+                start, end = before, middle + function["name"] + after
+            rules.append(f"call{number}: {_literal(start)} {json_rule(schema)} {_literal(end)}")
         again = f"({_literal(self.between)} call)*" if several and self.between else ""
         start = f"start: {_literal(self.start.lstrip())} call {again} {_literal(self.end.rstrip())}"
         names = " | ".join(f"call{number}" for number in range(len(functions)))
@@ -198,7 +205,7 @@ def tool_messages(messages: Sequence[Mapping[str, Any]], before: Sequence[Messag
     """Return messages of `uses_tools`, for the chat template.
 
     Args:
-        messages: of the request.
+        messages: of the request, with content parts that are texts or media.
         before: the messages before them.
 
     Raises:
@@ -328,15 +335,13 @@ def _fault(message: str) -> ApiError:
 
 
 def _text(content: Any) -> str:
-    """Return the content of a message with tool calls, or of a tool: texts only."""
-    parts = [{"type": "text", "text": content or ""}] if isinstance(content, str | None) else content
-    if not isinstance(parts, list) or not all(
-        isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts
-    ):
+    """Return the content of a message with tool calls, or of a tool, whose parts are texts and media."""
+    parts = content if isinstance(content, list) else [content or ""]
+    if not all(isinstance(part, str) for part in parts):
         raise _fault(
-            f"the content of a message with tool calls or of a tool is {shown(content)}, expected a text"
+            f"the content of a message with tool calls or of a tool is {shown(content)}, expected texts"
         )
-    return "".join(part["text"] for part in parts)
+    return "".join(parts)
 
 
 def _read_call(call: Any) -> dict[str, Any]:
