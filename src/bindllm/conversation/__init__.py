@@ -7,6 +7,7 @@ media index routes media groups to tokens in the injection (`docs/architecture.m
 
 from __future__ import annotations
 
+import json
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -416,8 +417,9 @@ class _Template:
         """Refuse a template that drops a question, a system text, a tool or a tool call; answers are compared later."""
         written, missing = _squeeze(text), ""
         for turn in turns:
-            # Templates may change white space, and take the thoughts out of earlier answers.
-            if turn["role"] != "assistant" and _squeeze(turn["content"]) not in written:
+            # Templates may change white space, take the thoughts out of earlier answers, and write a result as JSON.
+            forms = turn["content"], json.dumps(turn["content"], ensure_ascii=False)[1:-1]
+            if turn["role"] != "assistant" and not any(_squeeze(form) in written for form in forms):
                 missing = f"the text of a {turn['role']} message"
         for tool in self._tools:
             if (name := tool.get("function", tool)["name"]) not in text:
