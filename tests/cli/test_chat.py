@@ -1,6 +1,7 @@
 """`bindllm chat`: turns with media reach the model as one conversation, and no mistake loses it."""
 
 import io
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from bindllm.cli.chat import Chat
 from bindllm.conversation import Conversation, Message
 from bindllm.media import Media
 from bindllm.model.bindllm import BindLLM
+from bindllm.shots import Shot
 from cache_parts import ALLOW, save_tiny_model
 from store_parts import write_images
 
@@ -23,7 +25,7 @@ class Listener:
         self.asked, self.options, self.answers, self.encoders = [], [], list(answers), [self]
         self.modalities = ("image", "text", "radar")
 
-    def encode(self, media, *, cache):
+    def encode(self, media, *, cache, recent):
         for item in media:
             if item.modality != "text" and not Path(item.source).exists():
                 raise FileNotFoundError(f"{item.source}: no such file")
@@ -82,9 +84,11 @@ def test_turns_with_media_are_one_conversation(cat, monkeypatch, capsys):
         ("/image 'cat.png", "No closing quotation"),
         ("/image https://example.com/cat.png", "a web address"),
         ("/imgae cat.png", "Did you mean 'image'?"),
-        ("/audio bark.wav", "Known: clear, help, image, quit, radar, retry, text"),
+        ("/audio bark.wav", "Known: clear, help, image, quit, radar, retry, shots, system, text"),
         ("Broken?", "error: gone"),
         ("/retry now", "error: gone"),
+        ("/shots missing.jsonl", "missing.jsonl"),
+        ("/shots a.jsonl b.jsonl", "/shots takes one table, not 2 files"),
     ],
 )
 def test_mistakes_keep_the_conversation(line, words, monkeypatch, capsys):
@@ -128,6 +132,29 @@ def test_an_interrupted_answer_is_kept_and_an_empty_one_is_not(monkeypatch, caps
     assert "no answer: the conversation is as before" in told.err
 
 
+def test_a_system_text_stands_first_until_it_is_removed(monkeypatch, capsys):
+    model = Listener(["One."], ["Two."], ["Three."])
+    lines = ("/system Be brief. ", "First", "/clear", "Second", "/system", "Third")
+    talk(model, *lines, monkeypatch=monkeypatch)
+    system, second = Message("system", "Be brief."), Message("user", "Second")
+    assert model.asked[:2] == [(system, Message("user", "First")), (system, second)]
+    assert model.asked[2] == (second, Message("assistant", "Two."), Message("user", "Third"))
+    assert capsys.readouterr().out.count("no system text") == 1
+
+
+def test_shots_of_a_table_precede_each_question(tmp_path, cat, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("my shots.jsonl").write_text(json.dumps({"image": "a cat.png", "caption": "red"}) + "\n")
+    model = Listener(["One."], ["Two."])
+    lines = ("/shots my shots.jsonl", "Which color?", "/shots none.jsonl", "/shots", "And now?")
+    talk(model, *lines, monkeypatch=monkeypatch)
+    shot = Shot("Which color?", "red", [Media.image("a cat.png")])
+    assert model.options == [{"shots": [shot]}, {}]
+    told = capsys.readouterr()
+    assert "worked examples in my shots.jsonl: 1; up to 4 precede a question" in told.out
+    assert "only 1 of 4 shots were found" in told.err
+
+
 def test_text_of_the_model_cannot_control_the_terminal(monkeypatch, capsys):
     talk(Listener(["\x1b[2J", "gone\n\u202ethere\x07"]), "First", monkeypatch=monkeypatch)
     assert capsys.readouterr().out == "?[2Jgone\n?there?\n"
@@ -148,7 +175,18 @@ def test_tab_completes_commands_and_files(tmp_path, monkeypatch):
 def test_help_names_the_modalities_of_the_model(monkeypatch, capsys):
     talk(Listener(), "/help", monkeypatch=monkeypatch)
     told = capsys.readouterr().out
-    assert all(use in told for use in ("/image FILE", "/radar FILE", "/text WORDS", "/clear", "Ctrl-C"))
+    assert all(
+        use in told
+        for use in (
+            "/image FILE",
+            "/radar FILE",
+            "/text WORDS",
+            "/system TEXT  ",
+            "/shots FILE",
+            "/clear",
+            "Ctrl-C",
+        )
+    )
 
 
 def test_a_chat_with_a_checkpoint_answers_as_generate_does(tmp_path, cat, monkeypatch, capsys):

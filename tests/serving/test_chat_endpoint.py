@@ -283,6 +283,13 @@ def test_an_error_names_the_part_of_the_request(model, path, body, param, name):
     assert fault["message"].count(param) == 1 or param == "file_data"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_media_that_cannot_be_decoded_are_named_too(model, stream):
+    error = MediaError("messages[0].content[1] (image_url): not an image")
+    answer = client_of(model, FakeEngine((), error=error)).post(CHAT, json=ask(stream=stream))
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "messages[0].content[1]")
+
+
 def test_media_have_the_name_of_their_part(model):
     client = client_of(model)
     client.post(CHAT, json=ask("Look:", image_part()))

@@ -387,10 +387,7 @@ def test_only_modalities_of_the_model_are_offered(browser, server, tmp_path):
     assert "image/*" in browser.run("document.querySelector('#files').accept")
     browser.type("#files", f"{files['cat.png']}\n{files['bark.wav']}")
     browser.wait("!document.querySelector('#composer-problem').hidden")
-    assert (
-        browser.text("#composer-problem")
-        == "bark.wav: this model does not serve audio files. It serves image, text."
-    )
+    assert browser.text("#composer-problem") == "bark.wav: this model does not read audio files, only images."
     assert browser.run("document.querySelectorAll('#attached li').length") == 1
     browser.log()
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import gzip
 import json
 import logging
 import re
@@ -128,6 +129,22 @@ def test_errors_have_one_shape(model):
         assert answer.status_code == status
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
         assert answer.json()["error"]["message"]
+
+
+def test_a_body_that_cannot_be_read_is_explained(model):
+    client = client_of(model)
+    json_header = {"content-type": "application/json"}
+    for body in (b"\xff", "[" * 200_000, '{"seed": ' + "9" * 5000 + "}", gzip.compress(b"{}")):
+        answer = client.post(CHAT, content=body, headers=json_header)
+        assert (answer.status_code, "must be UTF-8" in answer.json()["error"]["message"]) == (400, True)
+    answer = client.post(
+        CHAT, content=gzip.compress(b"{}"), headers={**json_header, "content-encoding": "gzip"}
+    )
+    assert (answer.status_code, "without compression" in answer.json()["error"]["message"]) == (415, True)
+    answer = client.post(
+        CHAT, content=json.dumps(ask()), headers={**json_header, "content-encoding": "identity"}
+    )
+    assert answer.status_code == 200
 
 
 def test_an_unexpected_error_says_nothing_of_itself(model, caplog):

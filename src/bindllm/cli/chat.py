@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from bindllm.cli import print_error
@@ -16,6 +17,7 @@ from bindllm.cli.generate import (
     ModelCacheOptions,
     ModelOptions,
     SamplingOptions,
+    ShotOptions,
     load_with_cache,
     print_neighbors,
 )
@@ -28,7 +30,9 @@ if TYPE_CHECKING:
     from bindllm.model.bindllm import BindLLM
 
 COMMANDS = {
-    "clear": "forget the conversation and the attached media",
+    "system": "TEXT: say how the model should answer; without TEXT, no longer",
+    "shots": "FILE: put worked examples of a table before the question, as --shots; without FILE, no longer",
+    "clear": "forget the conversation and the attached media; /system and /shots stay",
     "retry": "ask the last message again; another answer needs --temperature",
     "help": "print this list",
     "quit": "end the chat, as does the end of the input (Ctrl-D)",
@@ -38,6 +42,7 @@ COMMANDS = {
 def chat(
     checkpoint: str,
     *,
+    examples: ShotOptions = ShotOptions(),
     decoding: SamplingOptions = SamplingOptions(),
     model: ModelOptions = ModelOptions(),
     cache: ModelCacheOptions = ModelCacheOptions(),
@@ -50,6 +55,7 @@ def chat(
 
     Args:
         checkpoint: folder that bindllm fit wrote
+        examples: worked examples
         decoding: how answers are found
         model: decoder and further encoders
         cache: the visual cache that embeddings are blended with
@@ -58,6 +64,9 @@ def chat(
     Example:
         bindllm chat checkpoints/quickstart --temperature 0.7
     """
+    # A table that cannot be read is an error before the model is loaded.
+    if examples.shots is not None:
+        examples.read("?")
     loaded = load_with_cache(checkpoint, model, cache, overrides)
 
     # Imported late, so that --help and wrong options answer at once.
@@ -65,7 +74,7 @@ def chat(
 
     # Only sampling uses it; a second answer to a message continues the sequence.
     torch.manual_seed(decoding.seed)
-    talk = Chat(loaded, decoding.given, show_neighbors=cache.show_neighbors)
+    talk = Chat(loaded, decoding.given, examples, seed=decoding.seed, show_neighbors=cache.show_neighbors)
     if sys.stdin.isatty():
         _complete_with_tab(talk)
         print(f"{printable(checkpoint)} serves {', '.join(talk.modalities)}. /help lists the commands.")
@@ -79,15 +88,30 @@ class Chat:
     Args:
         model: answers.
         options: of each answer, as for `BindLLM.stream`.
+        examples: a table of worked examples, if there is one, and how those of a question are chosen.
+        seed: of shots that are chosen at random.
         show_neighbors: after an answer, print the images that the model's cache retrieved for the media of the message.
 
     Attributes:
         modalities: those that the encoders of the model serve; each has a command of its name.
     """
 
-    def __init__(self, model: BindLLM, options: dict[str, Any], *, show_neighbors: bool = False) -> None:
+    def __init__(
+        self,
+        model: BindLLM,
+        options: dict[str, Any],
+        examples: ShotOptions = ShotOptions(),
+        *,
+        seed: int = 0,
+        show_neighbors: bool = False,
+    ) -> None:
+        from bindllm.embeddings.embedder import RecentEmbeddings
+
         self.modalities = sorted({name for encoder in model.encoders for name in encoder.modalities})
         self._model, self._options, self._show_neighbors = model, options, show_neighbors
+        self._examples, self._seed, self._system = examples, seed, ""
+        # By content: media of earlier messages, and of the same shots, are not encoded again.
+        self._recent = RecentEmbeddings()
         # Only messages with an answer; the last one that was asked may have none.
         self._messages: list[Message] = []
         self._attached: list[Media] = []
@@ -133,6 +157,11 @@ class Chat:
         name, _, rest = line[1:].strip().partition(" ")
         if name in self.modalities:
             self._attach(name, rest.strip())
+        elif name == "system":
+            self._system = rest.strip()
+            print("the model is told this before the conversation" if self._system else "no system text")
+        elif name == "shots":
+            self._take_shots(rest.strip())
         elif name == "clear":
             self._messages, self._attached, self._asked = [], [], None
         elif name == "retry":
@@ -150,7 +179,7 @@ class Chat:
         command, space, path = line.partition(" ")
         if not space:
             return [f"/{name} " for name in (*self.modalities, *COMMANDS) if f"/{name}".startswith(line)]
-        if command[1:] not in self.modalities or command == "/text":
+        if command[1:] not in (*self.modalities, "shots") or command == "/text":
             return []
         found = sorted(glob.glob(glob.escape(os.path.expanduser(path)) + "*"))
         # A name with escape sequences would reach the terminal as it is.
@@ -164,7 +193,9 @@ class Chat:
     def _help(self) -> str:
         uses = {f"/{name} {'WORDS' if name == 'text' else 'FILE'}": name for name in self.modalities}
         lines = {use: f"attach {name} media to the next message" for use, name in uses.items()}
-        lines |= {f"/{name}": purpose for name, purpose in COMMANDS.items()}
+        for name, purpose in COMMANDS.items():
+            argument, colon, rest = purpose.partition(": ")
+            lines |= {f"/{name} {argument}": rest} if colon else {f"/{name}": purpose}
         width = max(map(len, lines))
         return "\n".join(
             [
@@ -179,12 +210,35 @@ class Chat:
             raise UsageError(f"/{modality} needs {'words' if modality == 'text' else 'a file'} after it")
         media = [named_media(modality, source) for source in _sources(modality, rest)]
         try:
-            self._model.encode(media, cache=False)
+            self._model.encode(media, cache=False, recent=self._recent)
         except Exception as error:
             error.add_note(f"Nothing was attached. /{modality} takes files; the question is the next line.")
             raise
         self._attached += media
         print(f"attached: {', '.join(f'{modality} {printable(item.name)}' for item in media)}")
+
+    def _take_shots(self, rest: str) -> None:
+        """Take worked examples from another table, or from none; one that cannot be read changes nothing."""
+        files = _sources("file", rest) if rest else [None]
+        if len(files) > 1:
+            raise UsageError(f"/shots takes one table, not {len(files)} files")
+        examples = replace(self._examples, shots=files[0])
+        if files[0] is not None:
+            # Rows of captions have the question of the conversation, which is not known yet.
+            count = len(examples.read("?"))
+            name = printable(files[0])
+            print(f"worked examples in {name}: {count}; up to {examples.num_shots} precede a question")
+        else:
+            print("no worked examples")
+        self._examples = examples
+
+    def _shots(self, message: Message) -> dict[str, Any]:
+        """Return the option of `BindLLM.stream` for the worked examples of a question."""
+        if self._examples.shots is None:
+            return {}
+        table = self._examples.read(message.text)
+        chosen = self._examples.choose(table, self._model, message.text, message.media, seed=self._seed)
+        return {"shots": chosen}
 
     def _retry(self) -> None:
         if self._asked is None:
@@ -196,7 +250,12 @@ class Chat:
     def _ask(self, message: Message, before: list[Message]) -> None:
         """Print the answer to a message while it is generated, and keep both after the messages before."""
         self._asked, answer = message, ""
-        stream = self._model.stream(Conversation((*before, message)), **self._options)
+        system = [Message("system", self._system)] if self._system else []
+        stream = self._model.stream(
+            Conversation((*system, *before, message)),
+            **self._options,
+            **self._shots(message),
+        )
         try:
             # Closed at once if printing is interrupted: else the model would finish the answer in its thread.
             with closing(stream) as pieces:
@@ -212,7 +271,7 @@ class Chat:
             return
         self._messages = [*before, message, Message("assistant", answer.strip())]
         if self._show_neighbors and message.media:
-            print_neighbors(self._model, message.media)
+            print_neighbors(self._model, message.media, recent=self._recent)
 
 
 def _sources(modality: str, rest: str) -> list[str]:

@@ -334,8 +334,14 @@ def load_with_cache(
     return model
 
 
-def print_neighbors(model: BindLLM, media: Sequence[Media]) -> None:
-    """Print the images that the model's cache blends into the embedding of media, nearest first."""
+def print_neighbors(model: BindLLM, media: Sequence[Media], **options: Any) -> None:
+    """Print the images that the model's cache blends into the embedding of media, nearest first.
+
+    Args:
+        model: the model.
+        media: of one prompt.
+        **options: ``recent``, as for `BindLLM.encode`.
+    """
     from rich.table import Table
     from rich.text import Text
 
@@ -354,6 +360,6 @@ def print_neighbors(model: BindLLM, media: Sequence[Media]) -> None:
     table.add_column("similarity", justify="right")
     table.add_column("image", no_wrap=True)
     # Not blended: the neighbors are those of the media themselves.
-    for similarity, name in nearest_images(cache, model.encode([list(media)], cache=False)):
+    for similarity, name in nearest_images(cache, model.encode([list(media)], cache=False, **options)):
         table.add_row(f"{similarity:.3f}", Text(printable(name)))
     print_whole(table)

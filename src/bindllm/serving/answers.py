@@ -35,6 +35,7 @@ class Answers:
     def __init__(self, engine: Engine, request: Request, choices: int, metrics: Metrics) -> None:
         self.completion_tokens = 0
         self._loop, self._metrics = asyncio.get_running_loop(), metrics
+        # Choices end at different times; a stream is over with the last of them.
         self._finished: set[int] = set()
         # Without a limit, as the engine must not wait; an answer has at most `max_tokens` pieces.
         self._pieces: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
@@ -56,6 +57,7 @@ class Answers:
 
     def cancel(self) -> None:
         """Free the slots of the choices that are not finished."""
+        # A finished ticket has no slot any more, and may not be counted as canceled.
         for choice, ticket in enumerate(self._tickets):
             if choice not in self._finished:
                 ticket.cancel()
@@ -75,8 +77,10 @@ class Answers:
         try:
             async with asyncio.timeout(seconds):
                 choice, piece = await self._pieces.get()
+        # Not a fault: the caller sends a comment to keep the connection open, and asks again.
         except TimeoutError:
             return None
+        # Before anything is raised: a choice that failed needs no canceling.
         if piece.is_last:
             self._finished.add(choice)
         if piece.error is not None:

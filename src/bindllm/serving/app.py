@@ -167,6 +167,7 @@ class Endpoints:
         answers = Answers(self._engine, question.request, question.choices, self.metrics)
         neighbors = partial(self._neighbors, question, request.state.allowance)
         if stream is None:
+            # Leaving the block frees the slots, also if the client has left.
             with answers:
                 return json_response(await _unless_client_leaves(request, whole(answers, neighbors)))
         try:
@@ -178,6 +179,7 @@ class Endpoints:
         return _EventStream(stream(answers, neighbors, first), answers)
 
     async def _neighbors(self, question: Question, allowance: Allowance) -> list[list[dict[str, Any]]] | None:
+        # Found after the answer: they would delay its first token.
         if not question.wants_neighbors:
             return None
         return await self._encoders.run(allowance.left, find_neighbors, self._engine, question.request)
@@ -250,12 +252,14 @@ def build_app(engine: Engine, config: ServeConfig) -> FastAPI:
     # Without the interactive docs, which load scripts of another site.
     # Without redirects too: their target would be made of the Host header.
     app = FastAPI(title="bindllm", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
+    # The server sets its `draining`.
     app.state.endpoints = endpoints
     app.include_router(endpoints.router())
     page = page_files()
     for path, file in page.items():
         # A plain route, which answers HEAD too.
         app.add_route(path, partial(_page_file, file), include_in_schema=False)
+    # Errors outside of these reach the guard, which answers them in the same shape.
     for error in (HTTPException, RequestValidationError):
         app.add_exception_handler(error, handle)
     app.add_middleware(

@@ -24,6 +24,7 @@ KEYS_VARIABLE = "BINDLLM_API_KEYS"
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 """Names of this machine in the Host header."""
 
+# RFC 6750 allows fewer characters, but other servers hand out keys with these.
 _KEY = re.compile(r"[!-~]+")
 _NAME = re.compile(r"[a-z0-9._-]+|\[[0-9a-f:.]+\]")
 
@@ -89,11 +90,13 @@ class ServeConfig(Limits):
     """
 
     model: str
+    # Without ``repr``: a log line or a traceback with the settings must not have them.
     keys: tuple[str, ...] = field(default=(), repr=False)
     hosts: tuple[str, ...] = LOOPBACK
     fetch: FetchConfig = field(default_factory=FetchConfig)
 
     def __post_init__(self) -> None:
+        # Keys and hosts are texts, which the check of the limits passes over.
         super().__post_init__()
         object.__setattr__(self, "hosts", tuple(name.lower() for name in self.hosts))
         # A name that no header can equal would lock its users out without a word.
@@ -116,6 +119,7 @@ def read_keys(file: str | None) -> tuple[str, ...]:
     Raises:
         InputError: the file cannot be read, or it has no key: a server that should have one must not open without.
     """
+    # From the environment first: a process list shows arguments to other users, but no environment.
     keys = re.split(r"[\s,]+", os.environ.get(KEYS_VARIABLE, "").strip())
     if KEYS_VARIABLE in os.environ and not any(keys):
         raise InputError(f"{KEYS_VARIABLE} is set and has no API key: unset it, or put a key into it")
@@ -128,4 +132,5 @@ def read_keys(file: str | None) -> tuple[str, ...]:
         if not found:
             raise InputError(f"{file} has no API key: write one on each line")
         keys += found
+    # A key that is in both places counts once.
     return tuple(dict.fromkeys(filter(None, keys)))

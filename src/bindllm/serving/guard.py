@@ -203,8 +203,16 @@ class Guard:
         """Return the whole body, which may come in chunks without a length.
 
         Raises:
-            ApiError: it is too large or too slow, has too many values, or all requests together hold too much.
+            ApiError: it is compressed, too large or too slow, has too many values, or all requests together hold too
+                much.
         """
+        # Unpacked, some kilobytes may become gigabytes, and no client of this API packs its bodies.
+        if any(
+            key == b"content-encoding" and value.lower() != b"identity" for key, value in scope["headers"]
+        ):
+            raise ApiError(
+                415, "a body with a Content-Encoding is not read: send it as it is, without compression"
+            )
         length = _only(scope, b"content-length")
         self._check_size(int(length) if length.isdigit() else 0)
         chunks, size, seconds = [], 0, min(self._config.body_seconds, allowance.left)

@@ -31,6 +31,7 @@ class Metrics:
     def __init__(self, engine: Engine) -> None:
         # The global registry would mix the numbers of several servers in one process.
         self._registry = registry = CollectorRegistry()
+        # Memory and open files of the process: the first signs of a leak.
         ProcessCollector(registry=registry)
         # The library adds "_total" to the names of counters.
         self.requests = Counter(
@@ -68,6 +69,7 @@ class _EngineCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """Yield one metric after the other."""
         engine, counters, recent = self._engine, self._engine.counters, self._engine.recent
+        # Without the lock of the engine: each number is read at once, and they need not agree.
         yield GaugeMetricFamily("bindllm_requests_waiting", "Requests in the queue", engine.waiting)
         yield GaugeMetricFamily("bindllm_requests_running", "Requests in the batch", engine.running)
         yield CounterMetricFamily("bindllm_decoding_steps", "Steps, each a token of all rows", counters.steps)

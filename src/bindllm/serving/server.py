@@ -86,6 +86,7 @@ def build_server(
         ssl_certfile=chain,
         ssl_keyfile=key,
     )
+    # The port that was found, if port 0 was asked for.
     host, port = bound.getsockname()[:2]
     address = f"{'http' if chain is None else 'https'}://{f'[{host}]' if ':' in host else host}:{port}"
     greeting = f"{printable(name)} at {address}: chat page, and {address}/v1 for programs"

@@ -51,6 +51,7 @@ async def complete_chat(question: Question, answers: Answers, neighbors: Neighbo
     """Return the whole answer as an object; errors as for `Answers.next`."""
     texts, tokens = [""] * question.choices, [[] for _ in range(question.choices)]
     finish: list[str | None] = [None] * question.choices
+    # Pieces of all choices arrive mixed; each goes to the choice of its number.
     async for found in answers.pieces():
         number, piece = found
         texts[number] += piece.text
@@ -97,6 +98,7 @@ async def stream_chat(
         first: the first piece, if it is there already.
         usage: whether a last chunk has the numbers of tokens.
     """
+    # Id and time are those of the question: clients join chunks by them.
     head = _head(question, "chat.completion.chunk")
     # With usage asked for, each chunk has the key, and only the last one a value.
     rest: dict[str, Any] = {"usage": None} if usage else {}
@@ -122,11 +124,13 @@ async def stream_chat(
                 if finish is not None:
                     held, calls = readers[number].end()
                     text += held
+            # The last piece may have neither, and an empty delta would look like a token.
             if text or piece.logprobs:
                 yield event(number, {"content": text}, logprobs=_logprobs(question, piece.logprobs))
             if calls:
                 deltas = [call.for_client(index) for index, call in enumerate(calls)]
                 yield event(number, {"tool_calls": deltas})
+            # In a chunk of its own, as OpenAI sends it: clients read text and reason from different chunks.
             if finish is not None:
                 yield event(number, {}, finish_reason=_finish(finish, calls))
         extras = await _extras(neighbors)
@@ -136,6 +140,7 @@ async def stream_chat(
     except Exception as error:
         # The status has been sent. openai-python raises for a chunk with this key.
         yield sse(as_api_error(error).body)
+    # Also after an error: clients read until this line.
     yield b"data: [DONE]\n\n"
 
 

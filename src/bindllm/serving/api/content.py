@@ -145,6 +145,7 @@ class ContentReader:
         self._num_media += 1
         if self._num_media > self._most_media:
             raise ApiError(400, f"more than {self._most_media:,} media in one request")
+        # A text as it is: it is not looked up, even if it reads like a URL.
         if modality == "text":
             return Media(modality, value)
         if not isinstance(value, str | bytes):
@@ -172,6 +173,7 @@ class ContentReader:
                 f"the downloads of one request may take {most.seconds:g} seconds and {most.mib:g} MiB; "
                 "name fewer URLs, or send the content as data: URIs",
             )
+        # One after the other, so that the limits of a request hold for the sum of its files.
         started = time.monotonic()
         left = replace(self._config.fetch, mib=self._bytes_left / 2**20, seconds=self._seconds_left)
         content = fetch(uri, left)
@@ -248,6 +250,7 @@ def _file_part(part: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _modality_of(uri: str, name: str) -> str:
     """Return the modality of a file by its media type or its ending."""
+    # The start of a data URI is a claim of the client; encoders look at the content itself.
     kind = uri.removeprefix("data:").partition("/")[0] if uri.startswith("data:") else ""
     if kind in ("image", "video", "audio"):
         return kind
@@ -274,6 +277,7 @@ def read_data_uri(uri: str) -> bytes:
         >>> read_data_uri("data:text/plain;base64,aGk="), read_data_uri("data:,a%20cat")
         (b'hi', b'a cat')
     """
+    # Not `urllib`, which opens the URLs of every other scheme too.
     head, comma, data = uri.partition(",")
     is_base64 = head.lower().endswith(";base64")
     # Few writers escape the characters + / = of base64.

@@ -59,6 +59,7 @@ def embed(body: EmbeddingsBody, engine: Engine, config: ServeConfig) -> dict[str
     """Return the answer to a request for embeddings; errors as for `read_groups`, and those of the encoders."""
     groups = read_groups(body, engine.model, config)
     rows = engine.encode(groups, cache=choose_cache(body.cache, engine.model))
+    # openai-python asks for base64 unless its caller chose a format.
     write = _base64 if body.encoding_format == "base64" else Tensor.tolist
     data = [
         {"object": "embedding", "index": index, "embedding": write(row)}
@@ -74,6 +75,7 @@ def embed(body: EmbeddingsBody, engine: Engine, config: ServeConfig) -> dict[str
 
 
 def _check_part(part: Any) -> None:
+    # Before other types: openai clients of other servers send tokens, and the reason must name them.
     if isinstance(part, int | float):
         raise ApiError(
             400,

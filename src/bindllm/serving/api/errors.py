@@ -26,9 +26,13 @@ request_id: ContextVar[str] = ContextVar("request_id", default="none")
 """Id of the request that is being served; the guard sets it."""
 # Characters of a given value that a message shows.
 _MOST_SHOWN = 80
+# The beginning of a message about media, whose name is that of their part; see `located`.
+_PART = re.compile(r"((?:messages|input|shots)\[\S*\])(?: \([a-z_]+\))?: ")
 _FIELD = re.compile("[a-z_]{1,32}")
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+# FastAPI has no words for a body that Python's parser gives up on.
 _MESSAGES = {
+    400: "the body cannot be read as JSON: it must be UTF-8, not nested deeply, without numbers of thousands of digits",
     404: "this path does not exist; the API is under /v1",
     405: "this path does not take this method",
 }
@@ -90,9 +94,11 @@ def located(param: str, kind: object = None) -> Iterator[str]:
     try:
         yield name
     except ApiError as error:
+        # The same object: its status, code and headers stay.
         error.detail, error.param = f"{name}: {error.detail}", error.param or param
         raise
     except InputError as error:
+        # Media have the name of their part already, if they were decoded inside.
         message = str(error).removeprefix(f"{name}: ")
         raise ApiError(400, f"{name}: {message}", param=param) from error
 
@@ -102,11 +108,13 @@ def as_api_error(error: BaseException) -> ApiError:
     match error:
         case ApiError():
             return error
+        # FastAPI would answer {"detail": ...}, which no client of this API can read.
         case RequestValidationError():
             return _validation_error(error)
         case StarletteHTTPException():
             message = _MESSAGES.get(error.status_code, str(error.detail))
             return ApiError(error.status_code, message, headers=dict(error.headers or {}))
+        # Status 429 and not 503: clients wait and try again, and a proxy does not take the server out.
         case EngineBusy():
             return ApiError(
                 429, "too many requests are waiting; try again later", code="queue_full", headers=RETRY
@@ -117,7 +125,8 @@ def as_api_error(error: BaseException) -> ApiError:
         case MissingExtraError():
             return ApiError(501, str(error), headers={"x-should-retry": "false"})
         case InputError():
-            return ApiError(400, str(error))
+            part = _PART.match(str(error))
+            return ApiError(400, str(error), param=part and part[1])
         case _:
             # The message of an unexpected error may hold paths or texts of others, so only the log has it.
             logger.error("a request failed: %s", request_id.get(), exc_info=error)
@@ -154,6 +163,7 @@ async def handle(request: Request, error: Exception) -> Response:
 
 def _validation_error(error: RequestValidationError) -> ApiError:
     """Return the first fault that validation found in a body."""
+    # Pydantic lists a fault for each type of a union that the value does not have.
     faults = error.errors()
     # Of the types that a field may have, the given value comes closest to the one whose fault lies deepest.
     first = max(
@@ -184,5 +194,6 @@ def shown(value: Any) -> str:
     """Return a given value for a message: in one line, and not all of a long one."""
     if isinstance(value, list | dict):
         return f"{'a list' if isinstance(value, list) else 'an object'} of length {len(value)}"
+    # ``repr`` shows the quotes of a text, so that "5" and 5 differ, and escapes line breaks.
     text = repr(value)
     return printable(text if len(text) <= _MOST_SHOWN else text[: _MOST_SHOWN - 3] + "...")

@@ -23,6 +23,7 @@ def response_messages(body: ResponsesBody) -> list[Mapping[str, Any]]:
         ApiError: an item that is not a message, such as the output of a tool.
     """
     items = [{"role": "user", "content": body.input}] if isinstance(body.input, str) else body.input
+    # Silently dropping the output of a tool would answer another question.
     for item in items:
         if (kind := item.get("type", "message")) != "message":
             raise ApiError(
@@ -85,6 +86,7 @@ class ResponseWriter:
         Args:
             first: the first piece, if it is there already.
         """
+        # One message with one text, so all events have the same two indices.
         place = {"item_id": self._item_id, "output_index": 0}
         part = {**place, "content_index": 0}
         try:
@@ -93,12 +95,14 @@ class ResponseWriter:
             item = self._item("in_progress", [])
             yield self._event("response.output_item.added", output_index=0, item=item)
             yield self._event("response.content_part.added", **part, part=_content("", []))
+            # This API has one answer only, so the number of the choice says nothing.
             async for found in self._answers.pieces(first, seconds=KEEP_ALIVE):
                 if found is None:
                     yield COMMENT
                     continue
                 piece = found[1]
                 self._add(piece)
+                # Text that is not certain yet, such as half of a character, comes with a later piece.
                 if piece.text:
                     logprobs = token_logprobs(piece.logprobs)
                     yield self._event(
@@ -116,6 +120,7 @@ class ResponseWriter:
 
     def _end(self, done: dict[str, Any], place: dict[str, Any], part: dict[str, Any]) -> Iterator[bytes]:
         """Yield the events that close an answer."""
+        # From inside out: the part, the item, and at last the whole response.
         (item,) = done["output"]
         (content,) = item["content"]
         yield self._event("response.output_text.done", **part, text=self._text, logprobs=content["logprobs"])
@@ -126,6 +131,7 @@ class ResponseWriter:
     def _add(self, piece: Piece) -> None:
         self._text += piece.text
         self._tokens += piece.logprobs
+        # Only the last piece has a reason.
         self._finish = piece.finish or self._finish
 
     @property
@@ -155,6 +161,7 @@ class ResponseWriter:
             **self._object(status),
             "output": [self._item(status, [_content(self._text, token_logprobs(self._tokens))])],
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+            # Media take no tokens, and nothing is cached between requests.
             "usage": {
                 "input_tokens": prompt,
                 "input_tokens_details": {"cached_tokens": 0},

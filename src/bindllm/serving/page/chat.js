@@ -1,7 +1,7 @@
 // The chat: what is attached, the turns so far, and the answer that is being written. Text of the model is inserted as
 // text, never as HTML.
 
-import { acceptedFiles, contentPart, MediaError, preview, readFile } from "./media.js";
+import { acceptedFiles, contentPart, listed, MediaError, preview, readFile } from "./media.js";
 import { record } from "./recorder.js";
 import { readModel, ServerError, streamAnswer } from "./server.js";
 
@@ -49,18 +49,6 @@ async function loadModel() {
     button.disabled = !navigator.mediaDevices;
     button.title = button.disabled ? "Recording needs https or localhost" : "";
   }
-}
-
-const PLURALS = {
-  image: "images", video: "videos", audio: "audio", point: "point clouds", depth: "depth maps", thermal: "thermal images",
-  imu: "IMU signals",
-};
-
-function listed(names) {
-  const order = Object.keys(PLURALS);
-  const known = order.filter((name) => names.includes(name)).map((name) => PLURALS[name]);
-  const words = [...known, ...names.filter((name) => !order.includes(name))];
-  return words.length < 2 ? words.join("") : `${words.slice(0, -1).join(", ")} and ${words.at(-1)}`;
 }
 
 // --- Attaching -------------------------------------------------------------------------------------------------------

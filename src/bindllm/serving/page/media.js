@@ -18,6 +18,19 @@ const MOST_SENT = 200 << 20;
 // Larger files of numbers get no preview.
 const MOST_PREVIEWED = 64 << 20;
 
+const PLURALS = {
+  image: "images", video: "videos", audio: "audio", point: "point clouds", depth: "depth maps", thermal: "thermal images",
+  imu: "IMU signals",
+};
+
+/** Return the names of modalities as a reader says them, in one order. */
+export function listed(names) {
+  const order = Object.keys(PLURALS);
+  const known = order.filter((name) => names.includes(name)).map((name) => PLURALS[name]);
+  const words = [...known, ...names.filter((name) => !order.includes(name))];
+  return words.length < 2 ? words.join("") : `${words.slice(0, -1).join(", ")} and ${words.at(-1)}`;
+}
+
 export class MediaError extends Error {}
 
 /**
@@ -36,7 +49,8 @@ export async function readFile(file, served) {
   const choices = possible.filter((name) => served.includes(name));
   if (!choices.length) {
     const meant = kind ? `${MEANINGS[kind][0]} files` : "such files";
-    throw new MediaError(`${file.name}: this model does not serve ${meant}. It serves ${served.join(", ") || "no media"}.`);
+    const known = listed(served.filter((name) => name !== "text"));
+    throw new MediaError(`${file.name}: this model does not read ${meant}${known && `, only ${known}`}.`);
   }
   const likely = await likelyModality(file, kind);
   return { file, choices, modality: choices.includes(likely) ? likely : choices[0] };
