@@ -51,30 +51,25 @@ async def complete_chat(question: Question, answers: Answers, neighbors: Neighbo
     """Return the whole answer as an object; errors as for `Answers.next`."""
     texts, tokens = [""] * question.choices, [[] for _ in range(question.choices)]
     finish: list[str | None] = [None] * question.choices
-    # Pieces of all choices arrive mixed; each goes to the choice of its number.
+    called: list[list[Call]] = [[] for _ in range(question.choices)]
+    readers = _readers(question)
     async for found in answers.pieces():
         number, piece = found
-        texts[number] += piece.text
+        text, called[number] = _split(piece, readers[number])
+        texts[number] += text
         tokens[number] += piece.logprobs
         finish[number] = piece.finish
     choices = []
-    for number, text in enumerate(texts):
+    for number, (text, calls) in enumerate(zip(texts, called, strict=True)):
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
-        if question.tools is not None:
-            reader = CallReader(question.tools)
-            begin = reader.add(text)
-            held, calls = reader.end()
-            message["content"] = begin + held
-            if calls:
-                called = [call.for_client() for call in calls]
-                message |= {"content": message["content"] or None, "tool_calls": called}
-                finish[number] = _finish(finish[number], calls)
+        if calls:
+            message |= {"content": text or None, "tool_calls": [call.for_client() for call in calls]}
         choices.append(
             {
                 "index": number,
                 "message": message,
                 "logprobs": _logprobs(question, tokens[number]),
-                "finish_reason": finish[number],
+                "finish_reason": _finish(finish[number], calls),
             }
         )
     head = _head(question, "chat.completion")
@@ -107,8 +102,7 @@ async def stream_chat(
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **more}
         return sse({**head, "choices": [choice], **rest})
 
-    tools = question.tools
-    readers = [] if tools is None else [CallReader(tools) for _ in range(question.choices)]
+    readers = _readers(question)
     try:
         # Clients take the role from the first chunk of each choice.
         for number in range(question.choices):
@@ -118,12 +112,7 @@ async def stream_chat(
                 yield COMMENT
                 continue
             number, piece = found
-            text, calls, finish = piece.text, [], piece.finish
-            if readers:
-                text = readers[number].add(text)
-                if finish is not None:
-                    held, calls = readers[number].end()
-                    text += held
+            text, calls = _split(piece, readers[number])
             # The last piece may have neither, and an empty delta would look like a token.
             if text or piece.logprobs:
                 yield event(number, {"content": text}, logprobs=_logprobs(question, piece.logprobs))
@@ -131,8 +120,8 @@ async def stream_chat(
                 deltas = [call.for_client(index) for index, call in enumerate(calls)]
                 yield event(number, {"tool_calls": deltas})
             # In a chunk of its own, as OpenAI sends it: clients read text and reason from different chunks.
-            if finish is not None:
-                yield event(number, {}, finish_reason=_finish(finish, calls))
+            if piece.finish is not None:
+                yield event(number, {}, finish_reason=_finish(piece.finish, calls))
         extras = await _extras(neighbors)
         if usage or extras:
             numbers = {"usage": chat_usage(answers)} if usage else {}
@@ -166,6 +155,22 @@ def _token(token: TokenLogprob) -> dict[str, Any]:
     is_whole = "\ufffd" not in token.token
     content = list(token.token.encode("utf-8", "replace")) if is_whole else None
     return {"token": token.token, "logprob": token.logprob, "bytes": content}
+
+
+def _readers(question: Question) -> list[CallReader | None]:
+    tools = question.tools
+    return [None if tools is None else CallReader(tools) for _ in range(question.choices)]
+
+
+def _split(piece: Piece, reader: CallReader | None) -> tuple[str, list[Call]]:
+    """Return the text of a piece that is no part of a call, and with the last piece the calls of the answer."""
+    if reader is None:
+        return piece.text, []
+    text = reader.add(piece.text)
+    if piece.finish is None:
+        return text, []
+    held, calls = reader.end()
+    return text + held, calls
 
 
 def _finish(finish: str | None, calls: Sequence[Call]) -> str | None:
