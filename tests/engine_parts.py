@@ -31,6 +31,12 @@ PARTS = {
         **TOKENS,
         "bind": BindConfig(depth=1, expansion=2, tokens="all"),
     },
+    "words as context": {
+        "inject": InjectConfig(kind="cross"),
+        **TOKENS,
+        "bind": BindConfig(depth=1, expansion=2, tokens="all"),
+        "context": ContextConfig(records=3, latents="all", text_length=6),
+    },
     "context": {"inject": InjectConfig(kind="value"), **CONTEXT},
     "tokens and context": {"inject": InjectConfig(kind="attend"), **TOKENS, **CONTEXT},
 }

@@ -10,6 +10,7 @@ import yaml
 from lightning.pytorch import Trainer
 
 from bindllm.cli import main
+from bindllm.cli.recipes.recipe import RecipeCLI
 from bindllm.training.module import BindModule
 from tiny import color_images, save_tiny_decoder
 
@@ -57,9 +58,24 @@ def write_recipe(recipe: dict) -> Path:
     return file
 
 
+_build_parser = RecipeCLI.setup_parser
+_parsers: dict = {}
+
+
+def _parser_once(cli: RecipeCLI, *arguments) -> None:
+    """Take the parser of an earlier run of the command: it keeps nothing of what it has parsed."""
+    kind = type(cli), cli.command
+    if kind not in _parsers:
+        _build_parser(cli, *arguments)
+        _parsers[kind] = cli.parser
+    cli.parser = _parsers[kind]
+
+
 def run(command: str, recipe: dict, *options: str) -> int:
     """Run a command with a recipe from the current folder; return the exit code."""
-    return main([command, "--config", str(write_recipe(recipe)), *options])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RecipeCLI, "setup_parser", _parser_once)
+        return main([command, "--config", str(write_recipe(recipe)), *options])
 
 
 def make_trainer(folder: Path, **options) -> Trainer:

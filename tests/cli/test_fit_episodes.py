@@ -11,10 +11,9 @@ from episode_parts import label_table
 from tiny_run import run, run_and_die, tiny_recipe
 
 
-@pytest.fixture
-def recipe(parts, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    table = label_table(tmp_path / "set")
+@pytest.fixture(scope="module")
+def recipe(parts, tmp_path_factory):
+    table = label_table(tmp_path_factory.mktemp("episodes") / "set")
     episodes = {
         "shots": [1, 2],
         "strategy": "mix",
@@ -30,7 +29,7 @@ def recipe(parts, tmp_path, monkeypatch):
     return tiny_recipe(parts, data={"sources": sources, "max_length": 400, "batch_size": 4})
 
 
-def test_episodes_are_trained_on_and_measured(recipe):
+def test_episodes_are_trained_on_and_measured(recipe, work, monkeypatch):
     assert run("fit", recipe) == 0
     tasks = json.loads(Path("checkpoints/tiny/metrics.json").read_text())["tasks"]
     assert tasks.keys() == {"episodes"}
@@ -51,19 +50,11 @@ def test_episodes_are_trained_on_and_measured(recipe):
         assert text in page
     assert main(["report", "checkpoints/tiny"]) == 0
     assert Path("checkpoints/tiny/report.html").read_text() == page
+    check_the_example_of_the_page(recipe, monkeypatch)
 
 
-def test_an_interrupted_run_resumes_to_the_same_weights(recipe, monkeypatch):
-    run_and_die(recipe, monkeypatch, at=5)
-    assert run("fit", recipe) == 0
-    weights = Path("checkpoints/tiny/bind.safetensors").read_bytes()
-    recipe["output"] = "checkpoints/whole"
-    assert run("fit", recipe) == 0
-    assert Path("checkpoints/whole/bind.safetensors").read_bytes() == weights
-
-
-def test_the_example_of_the_page_measures_a_checkpoint(recipe, monkeypatch):
-    assert run("fit", recipe) == 0
+def check_the_example_of_the_page(recipe, monkeypatch):
+    """It measures the checkpoint that was trained."""
     page = (Path(__file__).parents[2] / "docs/link-context.md").read_text(encoding="utf-8")
     names: dict = {}
     exec(re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)[-1], names)
@@ -74,3 +65,13 @@ def test_the_example_of_the_page_measures_a_checkpoint(recipe, monkeypatch):
     episodes = {"shots": 1, "count": 1, "held_out_count": 3, "test_shots": [2]}
     found = names["measure"]("checkpoints/tiny", recipe["data"]["sources"][0]["path"], **episodes)
     assert found["model"]["count"] == 3
+
+
+# After the run that is measured.
+@pytest.mark.usefixtures("unmeasured")
+def test_an_interrupted_run_resumes_to_the_same_weights(recipe, work, monkeypatch):
+    run_and_die(recipe, monkeypatch, at=5)
+    assert run("fit", recipe) == 0
+    weights = Path("checkpoints/tiny/bind.safetensors").read_bytes()
+    assert run("fit", {**recipe, "output": "checkpoints/whole"}) == 0
+    assert Path("checkpoints/whole/bind.safetensors").read_bytes() == weights

@@ -11,13 +11,14 @@ from bindllm.embeddings.datastore import Datastore, Record
 from bindllm.errors import DecoderError, InputError, StoreError
 from bindllm.media import Media
 from bindllm.model.bind_network import BindConfig
-from bindllm.model.context import NO_TOKEN, ContextConfig, ContextNetwork
+from bindllm.model.context import NO_TOKEN, ContextConfig, ContextPerceivers, ContextWords
 from bindllm.model.context.records import RecordReader, find_records
 from bindllm.model.injection import InjectConfig
 from bindllm.model.injection.attend import BindAttention
 from tiny import ColorEncoder, TokenEncoder, color_images, tiny_batch, tiny_model
 
 CONTEXT = ContextConfig(records=3, latents=2, width=16, text_length=6)
+WORDS = dataclasses.replace(CONTEXT, latents="all")
 
 
 def unit(*shape, seed=5):
@@ -36,11 +37,16 @@ def records(batch=2, count=3, length=4, seed=5):
     }
 
 
-def context_model(decoder, *, context_gates=0.0, **parts):
-    model = tiny_model(decoder, context=CONTEXT, **parts)
+def context_model(decoder, *, context_gates=0.0, context=CONTEXT, **parts):
+    model = tiny_model(decoder, context=context, **parts)
     torch.manual_seed(1)
     if context_gates:
-        torch.nn.init.normal_(model.injection.context_gates, std=context_gates)
+        for name, parameter in model.injection.named_parameters():
+            # The queries of kind cross start at zero as well.
+            if name in ("context_gates", "context_reader.query"):
+                torch.nn.init.normal_(parameter, std=context_gates)
+        if isinstance(model.context, ContextWords):
+            torch.nn.init.normal_(model.context.position)
     return model
 
 
@@ -52,6 +58,14 @@ KINDS = {
         "bind": BindConfig(depth=1, expansion=2, tokens=4),
         "encoders": [TokenEncoder()],
     },
+    "cross": {"inject": InjectConfig(kind="cross", layers=2)},
+    "words": {
+        "inject": InjectConfig(kind="cross"),
+        "bind": BindConfig(depth=1, expansion=2, tokens="all"),
+        "encoders": [TokenEncoder()],
+        "context": WORDS,
+    },
+    "attended words": {"inject": InjectConfig(kind="attend"), "context": WORDS},
 }
 
 
@@ -90,17 +104,17 @@ def test_without_records_open_gates_change_nothing(decoder, parts):
 
 
 @torch.no_grad()
-def test_a_token_without_media_reads_no_context(decoder):
-    model = context_model(decoder, context_gates=2.0)
-    batch = tiny_batch()
+def test_a_token_without_media_reads_no_context(decoder, parts):
+    model = context_model(decoder, context_gates=2.0, **parts)
+    batch = tiny_batch(**bind_tokens(parts))
     batch["media_index"] = -torch.ones_like(batch["media_index"])
     assert torch.equal(model(**batch, **records()).logits, model(**batch).logits)
 
 
 @torch.no_grad()
-def test_padding_of_records_and_texts_is_masked(decoder):
-    model = context_model(decoder, context_gates=2.0)
-    batch = tiny_batch()
+def test_padding_of_records_and_texts_is_masked(decoder, parts):
+    model = context_model(decoder, context_gates=2.0, **parts)
+    batch = tiny_batch(**bind_tokens(parts))
     given = records(count=2, length=3)
     padded = {
         "context_embeddings": torch.cat([given["context_embeddings"], torch.zeros(2, 1, 2, 16)], 2),
@@ -113,9 +127,9 @@ def test_padding_of_records_and_texts_is_masked(decoder):
 
 
 @torch.no_grad()
-def test_rows_of_a_batch_equal_single_rows(decoder):
-    model = context_model(decoder, context_gates=2.0)
-    batch, given = tiny_batch(), records()
+def test_rows_of_a_batch_equal_single_rows(decoder, parts):
+    model = context_model(decoder, context_gates=2.0, **parts)
+    batch, given = tiny_batch(**bind_tokens(parts)), records()
     # Row 0 has one record, row 1 has none.
     given["context_embeddings"][0, 0, 1:] = 0
     given["context_embeddings"][1] = 0
@@ -128,9 +142,9 @@ def test_rows_of_a_batch_equal_single_rows(decoder):
 
 
 @torch.no_grad()
-def test_the_order_of_records_does_not_matter_but_that_of_words_does(decoder):
-    model = context_model(decoder, context_gates=2.0)
-    batch, given = tiny_batch(), records()
+def test_the_order_of_records_does_not_matter_but_that_of_words_does(decoder, parts):
+    model = context_model(decoder, context_gates=2.0, **parts)
+    batch, given = tiny_batch(**bind_tokens(parts)), records()
     expected = model(**batch, **given).logits
     turned = {name: value.flip(2) for name, value in given.items()}
     torch.testing.assert_close(model(**batch, **turned).logits, expected)
@@ -139,22 +153,35 @@ def test_the_order_of_records_does_not_matter_but_that_of_words_does(decoder):
 
 
 @torch.no_grad()
-def test_the_score_of_a_record_is_read():
-    network = ContextNetwork(16, 32, CONTEXT).eval()
+@pytest.mark.parametrize("network", [ContextPerceivers(16, 32, CONTEXT), ContextWords(32, WORDS)])
+def test_the_score_of_a_record_is_read(network):
+    network.eval()
+    torch.nn.init.normal_(network.score)
     given, words = unit(1, 1, 3, 16), torch.randn(1, 1, 3, 4, 32)
     present = torch.ones(1, 1, 3, 4, dtype=torch.bool)
     found = [network(given, torch.full((1, 1, 3), score), present, words) for score in (0.0, 4.0)]
-    assert found[0].shape == (1, 1, 4, 32)
+    assert found[0].shape == (1, 1, 4 if isinstance(network, ContextPerceivers) else 12, 32)
     assert not torch.allclose(*found)
 
 
 @torch.no_grad()
 def test_a_record_without_text_has_media_tokens_only():
-    network = ContextNetwork(16, 32, CONTEXT).eval()
     ids = torch.full((1, 1, 2, 1), NO_TOKEN)
-    scores = torch.ones(1, 1, 2)
-    found = network.read(unit(1, 1, 16), unit(1, 1, 2, 16), scores, ids, torch.nn.Embedding(9, 32))
+    inputs = unit(1, 1, 16), unit(1, 1, 2, 16), torch.ones(1, 1, 2), ids, torch.nn.Embedding(9, 32)
+    found = ContextPerceivers(16, 32, CONTEXT).eval().read(*inputs)
     assert found.any(-1).tolist() == [[[True, True, False, False]]]
+    assert not ContextWords(32, WORDS).eval().read(*inputs).any()
+
+
+@torch.no_grad()
+def test_a_context_token_of_kind_cross_makes_its_word_more_likely(decoder):
+    """An untrained model with an open gate copies: a token that attends to a word adds its output embedding."""
+    model = context_model(decoder, context=WORDS, inject=InjectConfig(kind="cross"))
+    batch, given = tiny_batch(), records(count=1, length=1)
+    before = model(**batch, **given).logits
+    model.injection.context_gates[-1] = 0.05
+    gained = (model(**batch, **given).logits - before)[:, -1]
+    assert gained.argmax(-1).tolist() == given["context_ids"].flatten().tolist()
 
 
 @pytest.mark.parametrize("given", [records(), {}], ids=["records", "none"])
@@ -180,26 +207,33 @@ def test_the_group_context_leaves_the_rest_as_it_is(decoder):
     assert {name for name, p in model.named_parameters() if p.requires_grad} == names["context"]
 
 
-def test_training_draws_the_number_of_records(decoder, monkeypatch):
+def test_training_draws_the_number_of_records_and_the_groups_without_any(decoder, monkeypatch):
     model = context_model(decoder).train()
-    seen = []
-    read = ContextNetwork.forward
+    seen, present = [], []
+    read = ContextPerceivers.forward
     monkeypatch.setattr(
-        ContextNetwork,
+        ContextPerceivers,
         "forward",
-        lambda self, embeddings, *rest: seen.append(embeddings.shape[2]) or read(self, embeddings, *rest),
+        lambda self, embeddings, *rest: (
+            seen.append(embeddings.shape[2])
+            or present.extend(embeddings.any(-1).all(-1).flatten().tolist())
+            or read(self, embeddings, *rest)
+        ),
     )
     torch.manual_seed(0)
-    for _ in range(30):
+    for _ in range(60):
         model(**tiny_batch(), **records())
     assert set(seen) == {1, 2, 3}
+    assert 4 < present.count(False) < 30
     seen.clear()
+    present.clear()
     model.context.draws_records = False
     model(**tiny_batch(), **records())
     model.eval()(**tiny_batch(), **records())
     with torch.no_grad():
         model.train()(**tiny_batch(), **records())
     assert seen == [3, 3, 3]
+    assert all(present)
 
 
 def test_a_few_steps_teach_a_tiny_model_to_read_its_context(decoder):
@@ -308,6 +342,17 @@ def test_each_row_of_a_batch_reads_the_records_of_its_own_groups(decoder, tmp_pa
         assert together == [model.generate(prompt, **options) for prompt in prompts]
     answers = model.generate(prompts, max_new_tokens=8)
     assert [a == b for a, b in zip(answers, without, strict=True)] == [False, False, True]
+
+
+def test_a_kind_that_adds_one_vector_cannot_read_context_tokens(decoder):
+    with pytest.raises(InputError, match="inject.kind residual.*set inject.kind: attend, cross or value"):
+        context_model(decoder, inject=InjectConfig(kind="residual"))
+
+
+@pytest.mark.parametrize("latents", ["most", 0, 1.5, True, None])
+def test_a_number_of_latents_is_a_whole_number_or_all(latents):
+    with pytest.raises(InputError, match=r"context\.latents is"):
+        ContextConfig(latents=latents)
 
 
 def test_a_decoder_is_tried_with_context_tokens(decoder, monkeypatch):

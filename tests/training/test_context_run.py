@@ -88,6 +88,7 @@ def test_a_run_writes_its_datastore_and_the_checkpoint_answers_with_it(parts, wo
     assert "test_loss" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_a_context_is_added_to_a_model_that_was_trained_without_one(parts, work):
     """With the group `context` only, the model without records stays as it was, bit for bit."""
     first = tiny_recipe(parts, output="checkpoints/first")
@@ -107,6 +108,7 @@ def test_a_context_is_added_to_a_model_that_was_trained_without_one(parts, work)
         init_from_checkpoint(before, "checkpoints/second")
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_a_run_resumes_with_the_same_records(parts, work, monkeypatch):
     from tiny_run import run_and_die
 
@@ -120,6 +122,7 @@ def test_a_run_resumes_with_the_same_records(parts, work, monkeypatch):
     assert whole == resumed
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_context_with_several_bind_tokens(parts, work):
     recipe = with_bind_tokens(context_recipe(parts), 3)
     assert run("fit", recipe) == 0

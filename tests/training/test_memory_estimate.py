@@ -117,8 +117,10 @@ def test_objectives_run_chosen_and_rejected_rows(plan, objective):
     assert 1.8 < ratio < 2.1
 
 
-@pytest.mark.parametrize(("kind", "tokens"), [("attend", 16), ("cross", "all")])
-@pytest.mark.parametrize("objective", [NextToken, DPO, ORPO, KTO])
+@pytest.mark.parametrize(
+    ("objective", "kind", "tokens"),
+    [(NextToken, "attend", 16), (DPO, "cross", "all"), (ORPO, "attend", 16), (KTO, "cross", "all")],
+)
 def test_bind_tokens_are_estimated_with_all_of_them_and_repeat(plan, objective, kind, tokens):
     plan = replace(plan, encoders=[TokenEncoder()], rows=8, rejected=4, objective=objective())
     changes = {"bind": BindConfig(tokens=tokens), "inject": InjectConfig(kind=kind)}
@@ -126,7 +128,7 @@ def test_bind_tokens_are_estimated_with_all_of_them_and_repeat(plan, objective, 
     assert several["activations"] > 1.2 * one["activations"]
     assert parts(plan, FORWARD, **changes, media=3)["activations"] > 1.2 * several["activations"]
     assert several["bind"] > one["bind"]
-    assert all(parts(plan, FORWARD, **changes) == several for _ in range(3))
+    assert parts(plan, FORWARD, **changes) == several
 
 
 def test_kto_has_two_forward_passes_at_once(plan):

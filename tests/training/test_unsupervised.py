@@ -48,6 +48,7 @@ def test_a_run_of_which_no_row_has_an_answer_stops_with_the_reason(recipe, capsy
     assert "max_length=16" in error
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_a_batch_without_a_token_to_learn_from_stops_the_run_and_names_its_rows(recipe, monkeypatch, capsys):
     """As after a fault in memory: the run stops, and goes on from its state once that is mended."""
     original, made = datamodule.collate, []

@@ -349,5 +349,5 @@ def draw_count(most: int) -> int:
 
 
 def draw_alone(shape: torch.Size) -> Tensor:
-    """Draw which media groups of a training step have bind token 0 only, with ``bind.tokens: all``: one in eight."""
+    """Draw which media groups of a training step have bind token 0 only, or no records: one in eight."""
     return torch.rand(shape, device="cpu") < 1 / 8

@@ -32,7 +32,7 @@ from bindllm.media import Media, check_media
 from bindllm.model.adapter import Adapter, AdapterConfig
 from bindllm.model.bind_network import BindConfig, BindNetwork
 from bindllm.model.checkpoint import check_keys, describe_model, save_model
-from bindllm.model.context import ContextConfig, ContextNetwork
+from bindllm.model.context import ContextConfig, build_context
 from bindllm.model.context.records import CONTEXT_INPUTS, find_records, read_records
 from bindllm.model.decoder import (
     BindOutput,
@@ -57,8 +57,6 @@ from bindllm.model.generation import (
 from bindllm.model.generation.shared import Prompts, generate_ids
 from bindllm.model.injection import InjectConfig, Injection, check_kind
 from bindllm.model.pretrained import load_model
-
-CONTEXT_GATES = "injection.context_gates"
 
 
 class BindLLM(nn.Module):
@@ -116,7 +114,7 @@ class BindLLM(nn.Module):
         self.bind = BindNetwork(common_size(self.encoders), width, self.bind_config, size).to(decoder.device)
         self.context = None
         if context is not None:
-            self.context = ContextNetwork(common_size(self.encoders), width, context).to(decoder.device)
+            self.context = build_context(common_size(self.encoders), width, context).to(decoder.device)
         # Before the injection: its term then passes through the adapter of the output projection.
         self.adapter = None if adapter is None else Adapter(decoder, adapter)
         # After the adapter, since hooks must see the final modules. Gates start at zero, so nothing changes yet.
@@ -181,9 +179,12 @@ class BindLLM(nn.Module):
         }
         groups |= {} if self.adapter is None else {"adapter": [*self.adapter.parameters().items()]}
         if self.context is not None:
-            *groups["inject"], gates = sorted(groups["inject"], key=lambda member: member[0] == CONTEXT_GATES)
+            members = [*groups["inject"], *((f"context.{n}", p) for n, p in self.context.named_parameters())]
             # The group has gates of its own, so it can be trained without changing the rest.
-            groups["context"] = [gates, *((f"context.{n}", p) for n, p in self.context.named_parameters())]
+            groups |= {"inject": [], "context": []}
+            for name, value in members:
+                is_own = name.startswith(("context.", "injection.context_"))
+                groups["context" if is_own else "inject"].append((name, value))
         return groups
 
     def set_trainable(self, names: Sequence[str]) -> None:

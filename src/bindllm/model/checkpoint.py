@@ -407,9 +407,15 @@ def _context_lines(context: dict[str, Any] | None) -> list[str]:
     """Return the sentence about retrieved context, or nothing without any."""
     if not context:
         return []
+    latents = context["latents"]
+    tokens = (
+        "one context token of each token of their texts"
+        if latents == "all"
+        else f"{2 * latents} context tokens"
+    )
     return [
-        f"Reads up to {context['records']} records of a datastore for each media ({2 * context['latents']} context "
-        "tokens); the records of its training are in `datastore/`."
+        f"Reads up to {context['records']} records of a datastore for each media ({tokens}); the records of its "
+        "training are in `datastore/`."
     ]
 
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Self
 
-from bindllm.serving.api.errors import ApiError
+from bindllm.serving.api.errors import NO_RETRY, ApiError
 from bindllm.serving.engine import Engine
 from bindllm.serving.metrics import Metrics
 from bindllm.serving.request import Piece, Request
@@ -89,9 +89,9 @@ class Answers:
             # Not retried by clients: the same request would need the same time again.
             raise ApiError(
                 504,
-                f"the answer was not finished after {time.perf_counter() - self._started:.0f} seconds, the deadline of "
-                "this server; ask for fewer tokens, or try again when it has less to do",
-                headers={"x-should-retry": "false"},
+                "the answer was not finished within the deadline of this server; ask for fewer tokens, or try again "
+                "when it has less to do",
+                headers=NO_RETRY,
             )
         self._observe(piece)
         return choice, piece

@@ -24,7 +24,7 @@ from bindllm.model.decoder import num_positions
 from bindllm.serving.answers import Answers
 from bindllm.serving.api.chat import KEEP_ALIVE, Neighbors, chat_fields, complete_chat, stream_chat
 from bindllm.serving.api.embeddings import embed
-from bindllm.serving.api.errors import RETRY, ApiError, handle, json_response
+from bindllm.serving.api.errors import NO_RETRY, RETRY, ApiError, handle, json_response
 from bindllm.serving.api.responses import ResponseWriter, response_fields, response_messages
 from bindllm.serving.api.sampling import Question, check_model, find_neighbors, read_question
 from bindllm.serving.api.schema import ChatBody, EmbeddingsBody, ErrorBody, ResponsesBody
@@ -233,9 +233,10 @@ class _Workers:
             async with asyncio.timeout(seconds):
                 return await asyncio.get_running_loop().run_in_executor(self._threads, work)
         except TimeoutError as error:
-            raise ApiError(
-                504, "the media were not read and encoded within the deadline of this server"
-            ) from error
+            message = (
+                "the media were not read and encoded within the deadline of this server; send fewer media"
+            )
+            raise ApiError(504, message, headers=NO_RETRY) from error
         finally:
             call.clear()
             self._calls -= 1

@@ -188,7 +188,7 @@ def make_input(model: BindLLM, request: Request, recent: RecentEmbeddings, token
         bind = pad(bind, (0, 0, 0, model.bind.num_tokens - bind.shape[1]))
     context = read_records(model, embeddings, **records)
     if context is None and model.context is not None:
-        context = bind.new_zeros(1, len(bind), 2 * model.context.config.latents, bind.shape[-1])
+        context = bind.new_zeros(1, len(bind), 1, bind.shape[-1])
     most = min(tokens, width + options["max_new_tokens"])
     return RowInput(ids[0], media_index[0], bind, None if context is None else context[0], most)
 

@@ -57,7 +57,7 @@ class BagOfWords(nn.Module):
 
     Args:
         bind: the bind network. A copy is trained, so that hooks of a strategy on its parameters see no gradient.
-        embeddings: the word embeddings of the decoder, at its input or at its output.
+        embeddings: the word embeddings of the decoder, at its input or at its output, [all words, D].
         words: the ids of the words of each training group.
         lookup: of the embeddings and tokens of media groups.
 
@@ -68,7 +68,7 @@ class BagOfWords(nn.Module):
     """
 
     def __init__(
-        self, bind: BindNetwork, embeddings: nn.Module, words: Mapping[MediaGroup, set[int]], lookup: Lookup
+        self, bind: BindNetwork, embeddings: Tensor, words: Mapping[MediaGroup, set[int]], lookup: Lookup
     ) -> None:
         super().__init__()
         counts = Counter(word for own in words.values() for word in own)
@@ -78,11 +78,9 @@ class BagOfWords(nn.Module):
         self._columns = {word: column for column, word in enumerate(self.weights)}
         self._lookup = lookup
         self.network = copy.deepcopy(bind).float()
-        ids = torch.tensor([*self.weights], dtype=torch.int64, device=embeddings.weight.device)
+        ids = torch.tensor([*self.weights], dtype=torch.int64, device=embeddings.device)
         # Unit rows: the embeddings of rare words are shorter or longer than those of frequent ones.
-        self.register_buffer(
-            "table", nn.functional.normalize(embeddings.weight[ids].detach().float(), dim=-1)
-        )
+        self.register_buffer("table", nn.functional.normalize(embeddings[ids].detach().float(), dim=-1))
 
     def forward(self, groups: Sequence[MediaGroup]) -> Tensor:
         """Return the log-probability of each word for each of G media groups, [G, V]."""
@@ -142,12 +140,7 @@ def pretrain_bind(
         InputError: the rows are streamed, have no media, or have answers of the same words.
     """
     words, held_out = (words_of_groups(data.samples(split)) for split in ("train", "validation"))
-    # Kind cross adds a bind token to the stream that is compared with the output embeddings; the others read it like a
-    # word of the input.
-    is_output = model.injection.kind == "cross"
-    decoder = model.decoder
-    embeddings = decoder.get_output_embeddings() if is_output else decoder.get_input_embeddings()
-    task = BagOfWords(model.bind, embeddings, words, data.lookup)
+    task = BagOfWords(model.bind, model.injection.words(model.decoder), words, data.lookup)
     if not task.weights:
         reason = "streamed rows are not read before training" if data.streamed else "these rows have none"
         raise InputError(

@@ -1,8 +1,9 @@
 """Retrieved context: the records of a datastore that are nearest to a media become context tokens of its group.
 
-After CaMML (arXiv 2401.03149, section 3): a perceiver for each stream of a record (its media, its text), and a context
-perceiver whose learned latents read all records at once. So the decoder reads ``2 M`` context tokens, whatever the
-number of records is. docs/context.md lists the differences from the paper.
+Two forms. `ContextPerceivers`, after CaMML (arXiv 2401.03149, section 3): a perceiver for each stream of a record (its
+media, its text), and a context perceiver whose learned latents read all records at once. So the decoder reads ``2 M``
+context tokens, whatever the number of records is. docs/context.md lists the differences from the paper. `ContextWords`:
+a context token for each token of the records' texts, which is its word embedding.
 
 Letters: `B` batch, `M` media groups, `K` records, `S` tokens of a text, `E` embedding width, `W` perceiver width,
 `D` decoder width.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 
 from bindllm.encoders.tokens import add_positions
 from bindllm.errors import InputError
-from bindllm.model.bind_network import BindConfig, LatentBlock
+from bindllm.model.bind_network import BindConfig, LatentBlock, draw_alone
 
 NO_TOKEN = -1
 """Token id of padding in the texts of records."""
@@ -33,14 +35,15 @@ _MOST = 4096
 
 @dataclass
 class ContextConfig:
-    """Shape of the context perceivers, and how much of the records they read."""
+    """Form of the context tokens, and how much of the records they read."""
 
     records: int = 3
     """Most records that a step of training reads for a media; each step draws a number from 1 to this. Also the number
     in answers, unless another one is given."""
 
-    latents: int = 8
-    """Learned latents of each stream. A media gets two times as many context tokens; 64 and 128 in the paper."""
+    latents: int | Literal["all"] = 8
+    """Learned latents of each stream. A media gets two times as many context tokens; 64 and 128 in the paper. ``all``:
+    no perceivers, but a context token for each token of the records' texts; best with injection kind `cross`."""
 
     width: int = 256
     """Width of the perceivers, a multiple of 8; 768 in the paper."""
@@ -54,6 +57,8 @@ class ContextConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
+            if field.name == "latents" and value == "all":
+                continue
             if type(value) is not int or not 1 <= value <= _MOST:
                 raise InputError(
                     f"context.{field.name} is {value}, expected a whole number from 1 to {_MOST}"
@@ -66,40 +71,17 @@ class ContextNetwork(nn.Module):
     """Turns the records of each media group into context tokens.
 
     Args:
-        embedding_size: ``E``, width of the joint space.
-        width: ``D``, the decoder's hidden size.
-        config: sizes of the perceivers.
+        config: the settings.
 
     Attributes:
         config: the settings.
-        draws_records: whether a training step draws the number of records that it reads. False for objectives that
-            compare two passes over the same rows.
-
-    Examples:
-        >>> network = ContextNetwork(16, 64, ContextConfig(latents=4, width=32)).eval()
-        >>> embeddings, scores, words = torch.randn(1, 1, 3, 16), torch.ones(1, 1, 3), torch.randn(1, 1, 3, 5, 64)
-        >>> network(embeddings, scores, torch.ones(1, 1, 3, 5, dtype=torch.bool), words).shape
-        torch.Size([1, 1, 8, 64])
+        draws_records: whether a training step draws the number of records that it reads, and the groups that go without
+            any. False for objectives that compare two passes over the same rows.
     """
 
-    def __init__(self, embedding_size: int, width: int, config: ContextConfig) -> None:
+    def __init__(self, config: ContextConfig) -> None:
         super().__init__()
-        size = config.width
         self.config, self._num_records, self.draws_records = config, config.records, True
-        self.media_projection = nn.Linear(embedding_size, size)
-        self.text_projection = nn.Linear(width, size)
-        # Added to both streams of a record, times its score.
-        self.score = nn.Parameter(torch.randn(size) / SCORE_SCALE)
-        self.norm = nn.RMSNorm(size, eps=1e-6)
-
-        def blocks() -> nn.ModuleList:
-            return nn.ModuleList(LatentBlock(size, size, BindConfig()) for _ in range(config.depth))
-
-        self.media_perceiver, self.text_perceiver, self.context_perceiver = blocks(), blocks(), blocks()
-        self.latents = nn.Parameter(torch.randn(2, config.latents, size))
-        self.output_norm = nn.RMSNorm(size, eps=1e-6)
-        self.media_output, self.text_output = nn.Linear(size, width), nn.Linear(size, width)
-        self.reset_parameters()
 
     @property
     def num_records(self) -> int:
@@ -111,16 +93,6 @@ class ContextNetwork(nn.Module):
         if not isinstance(count, int) or count < 0:
             raise InputError(f"the number of records is {count!r}, expected a whole number of at least 0")
         self._num_records = count
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Start with outputs of unit size, as the bind network does."""
-        for linear in (module for module in self.modules() if isinstance(module, nn.Linear)):
-            # Embeddings are unit vectors, all other inputs have unit scale.
-            std = 1 if linear is self.media_projection else linear.in_features**-0.5
-            nn.init.normal_(linear.weight, std=std)
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
 
     def read(
         self,
@@ -139,7 +111,7 @@ class ContextNetwork(nn.Module):
             embeddings: unit embeddings of its records, nearest first, [B, M, K, E]; rows of zeros are no records.
             scores: how near they are, see `bindllm.embeddings.datastore.Found`, [B, M, K].
             ids: token ids of their texts, [B, M, K, S], `NO_TOKEN` for padding.
-            embed: the decoder's word embedding.
+            embed: the word embeddings of token ids.
         """
         trains = self.training and torch.is_grad_enabled()
         if embeddings is None:
@@ -151,8 +123,55 @@ class ContextNetwork(nn.Module):
         elif trains and self.draws_records:
             count = int(torch.randint(1, embeddings.shape[2] + 1, (), device="cpu"))
             embeddings, scores, ids = (x[:, :, :count] for x in (embeddings, scores, ids))
+            # So that a model can do without records too: zeros are no records.
+            absent = draw_alone(embeddings.shape[:2]).to(embeddings.device)
+            embeddings = embeddings.masked_fill(absent[..., None, None], 0)
         embeddings, scores, ids = (x.to(query.device) for x in (embeddings, scores, ids))
         return self(embeddings, scores, ids != NO_TOKEN, embed(ids.clamp(min=0)))
+
+
+class ContextPerceivers(ContextNetwork):
+    """Context tokens from learned latents that read the media and the texts of all records.
+
+    Args:
+        embedding_size: ``E``, width of the joint space.
+        width: ``D``, the decoder's hidden size.
+        config: sizes of the perceivers.
+
+    Examples:
+        >>> network = ContextPerceivers(16, 64, ContextConfig(latents=4, width=32)).eval()
+        >>> embeddings, scores, words = torch.randn(1, 1, 3, 16), torch.ones(1, 1, 3), torch.randn(1, 1, 3, 5, 64)
+        >>> network(embeddings, scores, torch.ones(1, 1, 3, 5, dtype=torch.bool), words).shape
+        torch.Size([1, 1, 8, 64])
+    """
+
+    def __init__(self, embedding_size: int, width: int, config: ContextConfig) -> None:
+        super().__init__(config)
+        size = config.width
+        self.media_projection = nn.Linear(embedding_size, size)
+        self.text_projection = nn.Linear(width, size)
+        # Added to both streams of a record, times its score.
+        self.score = nn.Parameter(torch.randn(size) / SCORE_SCALE)
+        self.norm = nn.RMSNorm(size, eps=1e-6)
+
+        def blocks() -> nn.ModuleList:
+            return nn.ModuleList(LatentBlock(size, size, BindConfig()) for _ in range(config.depth))
+
+        self.media_perceiver, self.text_perceiver, self.context_perceiver = blocks(), blocks(), blocks()
+        self.latents = nn.Parameter(torch.randn(2, config.latents, size))
+        self.output_norm = nn.RMSNorm(size, eps=1e-6)
+        self.media_output, self.text_output = nn.Linear(size, width), nn.Linear(size, width)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start with outputs of unit size, as the bind network does."""
+        for linear in (module for module in self.modules() if isinstance(module, nn.Linear)):
+            # Embeddings are unit vectors, all other inputs have unit scale.
+            std = 1 if linear is self.media_projection else linear.in_features**-0.5
+            nn.init.normal_(linear.weight, std=std)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
 
     def forward(self, embeddings: Tensor, scores: Tensor, present: Tensor, words: Tensor) -> Tensor:
         """Return context tokens, [B, M, 2 * latents, D]; rows of zeros for a stream without content.
@@ -192,6 +211,53 @@ class ContextNetwork(nn.Module):
             # Zeros are no tokens: the injection skips them.
             found.append(torch.where(counts.any(1)[:, None, None], output(self.output_norm(z)), 0))
         return torch.cat(found, 1).unflatten(0, (-1, num_groups))
+
+
+class ContextWords(ContextNetwork):
+    """A context token for each token of the records' texts.
+
+    It is the word embedding, to which the score of the record and the position in its text add a little. With kind
+    ``cross`` a text token that attends to one makes its word more likely, so the model can copy words of the records
+    (as the pointer of See et al., arXiv 1704.04368). The media of the records are not read.
+
+    Args:
+        width: ``D``, the decoder's hidden size.
+        config: the settings.
+
+    Examples:
+        >>> network = ContextWords(64, ContextConfig(latents="all")).eval()
+        >>> embeddings, scores, words = torch.randn(1, 1, 3, 16), torch.ones(1, 1, 3), torch.randn(1, 1, 3, 5, 64)
+        >>> network(embeddings, scores, torch.ones(1, 1, 3, 5, dtype=torch.bool), words).shape
+        torch.Size([1, 1, 15, 64])
+    """
+
+    def __init__(self, width: int, config: ContextConfig) -> None:
+        super().__init__(config)
+        # Zeros: a context token starts as its word.
+        self.score, self.position = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
+
+    def forward(self, embeddings: Tensor, scores: Tensor, present: Tensor, words: Tensor) -> Tensor:
+        """Return context tokens, [B, M, K * S, D]; rows of zeros for padding.
+
+        Args:
+            embeddings: unit embeddings of the records of each media group, [B, M, K, E]; zeros are no records.
+            scores: how near they are, [B, M, K].
+            present: which tokens of a record's text are not padding, bool [B, M, K, S].
+            words: the decoder's word embeddings of the texts, [B, M, K, S, D].
+        """
+        dtype = self.score.dtype
+        waves = add_positions(torch.zeros(words.shape[-2:])).to(words.device, dtype)
+        tokens = F.rms_norm(words, words.shape[-1:], eps=1e-6).to(dtype) + waves * self.position
+        tokens = tokens + (scores.to(dtype) / SCORE_SCALE)[..., None, None] * self.score
+        present = present & embeddings.any(-1, keepdim=True)
+        return torch.where(present.unsqueeze(-1), tokens, 0).flatten(2, 3)
+
+
+def build_context(embedding_size: int, width: int, config: ContextConfig) -> ContextNetwork:
+    """Return the network of the form that the config names; arguments as for `ContextPerceivers`."""
+    if config.latents == "all":
+        return ContextWords(width, config)
+    return ContextPerceivers(embedding_size, width, config)
 
 
 def _masked(present: Tensor) -> Tensor:

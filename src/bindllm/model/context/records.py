@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -118,8 +119,8 @@ def read_records(
         InputError: records for a model that reads none.
     """
     if model.context is not None:
-        words = model.decoder.get_input_embeddings()
-        return model.context.read(query, context_embeddings, context_scores, context_ids, words)
+        embed = partial(F.embedding, weight=model.injection.words(model.decoder))
+        return model.context.read(query, context_embeddings, context_scores, context_ids, embed)
     if context_embeddings is not None:
         raise InputError(READS_NO_RECORDS)
     return None

@@ -103,8 +103,7 @@ class Injection(nn.Module):
         decoder: a causal language model whose layers are at ``get_decoder().layers``; kind ``value`` also needs
             ``self_attn.v_proj`` and ``self_attn.o_proj`` in each, kind ``attend`` all four projections.
         config: kind, queries, and how many layers are served.
-        has_context: whether the model reads context tokens, through gates of their own; only with kinds ``value`` and
-            ``attend``.
+        has_context: whether the model reads context tokens, through gates of their own; not with kind ``residual``.
 
     Raises:
         DecoderError: the decoder lacks one of these modules, or has fewer layers; the message names it.
@@ -113,7 +112,8 @@ class Injection(nn.Module):
         gates: of the L served layers, zeros at the start, [L] for ``residual``, [L, R] for ``cross``, else [L, H].
         queries: [L, D], or None.
         reader: the attention of kind ``cross``, or None.
-        context_gates: of context tokens, zeros at the start, [L, H], or None.
+        context_gates: of context tokens, zeros at the start, [L, H] or [L, R], or None.
+        context_reader: the attention of kind ``cross`` over context tokens, or None.
 
     Example:
         decoder(ids, bind=bind, media_index=index)      # bind [B, M, D] or, for ``attend``, [B, M, N, D]
@@ -122,10 +122,10 @@ class Injection(nn.Module):
 
     def __init__(self, decoder: PreTrainedModel, config: InjectConfig, *, has_context: bool = False) -> None:
         super().__init__()
-        if has_context and not PROJECTIONS[config.kind]:
+        if has_context and config.kind == "residual":
             raise InputError(
-                f"inject.kind {config.kind} adds to the residual stream, and context tokens are read inside attention: "
-                "set inject.kind: attend (or value), or leave out context"
+                "inject.kind residual adds one vector for each media group, and context tokens are read by attention: "
+                "set inject.kind: attend, cross or value, or leave out context"
             )
         self.kind = config.kind
         core = decoder.get_decoder()
@@ -151,6 +151,7 @@ class Injection(nn.Module):
         self.queries = nn.Parameter(0.02 * torch.randn(len(layers), width)) if has_queries else None
         self.reader = CrossReader(len(layers), width) if self.kind == "cross" else None
         self.context_gates = nn.Parameter(torch.zeros(shape)) if has_context else None
+        self.context_reader = CrossReader(len(layers), width) if has_context and self.reader else None
         if self.kind == "residual":
             for index, (_, layer) in enumerate(layers):
                 layer.register_forward_pre_hook(partial(self._add_to_input, index), with_kwargs=True)
@@ -176,6 +177,13 @@ class Injection(nn.Module):
         # On the outer model: some families drop keywords on the way to their core already.
         decoder.register_forward_pre_hook(self._carry, with_kwargs=True)
         decoder.register_forward_hook(self._check_arrival, with_kwargs=True)
+
+    def words(self, decoder: PreTrainedModel) -> Tensor:
+        """Return the word embeddings of the decoder, [V, D], that make a bind or context token name its word."""
+        # Kind cross adds a token to the stream that is compared with the output embeddings; the others read it like a
+        # word of the input.
+        is_output = self.kind == "cross"
+        return (decoder.get_output_embeddings() if is_output else decoder.get_input_embeddings()).weight
 
     @torch.no_grad()
     def try_out(self, decoder: PreTrainedModel) -> None:
@@ -304,17 +312,27 @@ class Injection(nn.Module):
             return None
         _TERM.set(None)
         context, hidden = waiting[0], output[0] if isinstance(output, tuple) else output
+        term = self._read(index, hidden, context, self.reader, self.gates)
+        if context.retrieved is not None:
+            term = term + self._read(
+                index, hidden, context.retrieved, self.context_reader, self.context_gates
+            )
+        hidden = context.add(hidden, term)
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    def _read(
+        self, index: int, hidden: Tensor, context: BindContext, reader: CrossReader, gates: Tensor
+    ) -> Tensor:
+        """Return the term of kind ``cross`` of layer ``index`` for bind or context tokens, [B, T, D]."""
         found = None if context.terms is None else context.terms.get(index)
         if found is None:
-            found = self.reader.keys_and_values(index, context.bind, hidden.dtype)
+            found = reader.keys_and_values(index, context.bind, hidden.dtype)
             # During a generation keys and values stay the same, so they are computed once.
             if context.terms is not None:
                 context.terms[index] = found
         masked = None if context.masked is None else context.masked.squeeze(3)
-        term = self.reader(index, hidden, *found, self.gates[index], masked)
         # Closed for tokens without a group.
-        hidden = context.add(hidden, term * context.route.any(-1, keepdim=True))
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+        return reader(index, hidden, *found, gates[index], masked) * context.route.any(-1, keepdim=True)
 
     def _enter_attention(
         self, index: int, attention: nn.Module, args: tuple, kwargs: dict[str, Any]

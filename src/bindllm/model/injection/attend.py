@@ -183,16 +183,17 @@ class GenerationState:
 
     def join(self, other: GenerationState) -> GenerationState:
         """Return the state of these rows, then those of another state of `after_prompt`."""
-        if self.bind.dim() == 3:
-            return self._each(torch.cat, other)
-        most = max(self.bind.shape[2], other.bind.shape[2])
-        return self._widened(most)._each(torch.cat, other._widened(most))
+        return self._widened(other)._each(torch.cat, other._widened(self))
 
-    def _widened(self, count: int) -> GenerationState:
-        """Return the state with ``count`` bind tokens of each group, of which the new ones are zeros."""
-        if (missing := count - self.bind.shape[2]) == 0:
-            return self
-        return replace(self, bind=pad(self.bind, (0, 0, 0, missing)), terms={})
+    def _widened(self, other: GenerationState) -> GenerationState:
+        """Return the state with as many bind and context tokens of a group as another has, if that has more."""
+        state = self
+        # Zeros are no tokens; keys and values are computed again.
+        if self.bind.dim() == 4 and (missing := other.bind.shape[2] - self.bind.shape[2]) > 0:
+            state = replace(state, bind=pad(self.bind, (0, 0, 0, missing)), terms={})
+        if self.retrieved is not None and (missing := other.retrieved.shape[2] - self.retrieved.shape[2]) > 0:
+            state = replace(state, retrieved=pad(self.retrieved, (0, 0, 0, missing)), retrieved_terms={})
+        return state
 
     def _each(self, make: Callable[[list[Tensor]], Tensor], *others: GenerationState) -> GenerationState:
         """Return a state in which each tensor is made of the same tensor of this state and others."""

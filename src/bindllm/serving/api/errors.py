@@ -22,6 +22,9 @@ logger = logging.getLogger("bindllm.serving")
 RETRY = {"retry-after": "2"}
 """Header that names the seconds after which a refused client should try again."""
 
+NO_RETRY = {"x-should-retry": "false"}
+"""Header that tells openai-python not to send the same request again."""
+
 request_id: ContextVar[str] = ContextVar("request_id", default="none")
 """Id of the request that is being served; the guard sets it."""
 # Characters of a given value that a message shows.
@@ -123,7 +126,7 @@ def as_api_error(error: BaseException) -> ApiError:
             return draining_error()
         # Another server may have the package, this one will not get it by itself.
         case MissingExtraError():
-            return ApiError(501, str(error), headers={"x-should-retry": "false"})
+            return ApiError(501, str(error), headers=NO_RETRY)
         case InputError():
             part = _PART.match(str(error))
             return ApiError(400, str(error), param=part and part[1])

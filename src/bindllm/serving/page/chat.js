@@ -121,8 +121,11 @@ async function answer() {
   showTurns();
   setBusy(true);
   scrollDown(true);
+  let number = 0;
   try {
-    const body = { ...settings(), model: model?.id, messages: await messages() };
+    const asked = await messages();
+    number = asked.length - 1;
+    const body = { ...settings(), model: model?.id, messages: asked };
     if (model?.has_cache) body.neighbors = true;
     const { finish, neighbors } = await streamAnswer(body, $("key").value.trim(), abort.signal, (text) => {
       turn.answer += text;
@@ -134,7 +137,7 @@ async function answer() {
     turn.neighbors = turn.media.length ? neighbors.at(-1) ?? [] : [];
   } catch (error) {
     if (error.name === "AbortError") turn.note = "Stopped.";
-    else turn.problem = error instanceof ServerError || error instanceof MediaError ? error.message : `This page failed: ${error.message}`;
+    else turn.problem = error instanceof ServerError || error instanceof MediaError ? withFileNames(error.message, turn, number) : `This page failed: ${error.message}`;
     turn.needsKey = error.needsKey ?? false;
   }
   abort = null;
@@ -142,6 +145,12 @@ async function answer() {
   showTurns();
   scrollDown();
   announce(turn.problem ? "" : `${turn.answer} ${turn.note}`);
+}
+
+/** Name the file instead of its place in the request. */
+function withFileNames(message, turn, number) {
+  const place = /messages\[(\d+)\]\.content\[(\d+)\](?: \(\w+\))?/;
+  return message.replace(place, (words, asked, part) => (Number(asked) === number && turn.media[part]?.file.name) || words);
 }
 
 /** Whether a text has any visible character; a turn whose answer has none is not sent again. */
