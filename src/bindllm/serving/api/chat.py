@@ -163,7 +163,7 @@ def _readers(question: Question) -> list[CallReader | None]:
 
 
 def _split(piece: Piece, reader: CallReader | None) -> tuple[str, list[Call]]:
-    """Return the text of a piece that is no part of a call, and with the last piece the calls of the answer."""
+    """Return the text of a piece without parts of calls, and with the last piece the calls of the answer."""
     if reader is None:
         return piece.text, []
     text = reader.add(piece.text)
