@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import struct
 import zipfile
@@ -176,8 +177,9 @@ def svg_of_copies() -> bytes:
     )
 
 
+@functools.cache
 def small_bombs() -> list[tuple[str, bytes]]:
-    """Return modality and content of bombs that are made in milliseconds."""
+    """Return modality and content of bombs; all together are made in a second."""
     return [
         ("image", png_of(60_000, 60_000)),
         ("image", png_of(8000, 8000)),

@@ -18,7 +18,7 @@ gc.disable()
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop():
-    """Garbage is looked for among the objects of the tests only, not in torch again and again: a fifth of all time."""
+    """Garbage is looked for among the objects of the tests only, not in torch again and again: a tenth of all time."""
     gc.freeze()
     gc.set_threshold(10_000, 10, 10)
     gc.enable()

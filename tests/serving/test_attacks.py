@@ -6,6 +6,7 @@ import random
 import socket
 import string
 import time
+from contextlib import suppress
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -135,6 +136,20 @@ def test_a_request_is_not_ended_by_the_time_of_its_headers(server, monkeypatch):
         pause=0.2,
     )
     assert status_of(answer) == 200
+
+
+def test_a_client_that_does_not_read_is_left(server, monkeypatch):
+    monkeypatch.setattr(server_module, "WRITE_SECONDS", 0.2)
+    connections = server._server.server_state.connections
+    earlier = set(connections)
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", server.port))
+        # More than the buffers of both systems take.
+        with suppress(OSError):
+            client.sendall(b"GET /chat.js HTTP/1.1\r\nHost: localhost\r\n\r\n" * 600)
+        until(lambda: connections - earlier)
+        until(lambda: not connections - earlier)
 
 
 # --- headers ---

@@ -109,16 +109,23 @@ def test_a_cancelled_choice_leaves_the_others(model):
         assert listeners[1].pieces == []
 
 
-@pytest.mark.parametrize("prefill", [1, 7, 64])
+CHUNKED = [
+    ("llama", "tokens", {}),
+    ("mistral", "value", {"sliding_window": 8}),
+    ("gemma3_text", "attend", {"sliding_window": 8}),
+    ("opt", "residual", {"ffn_dim": 64, "word_embed_proj_dim": 32}),
+    ("llama", "cross", {}),
+    ("gpt_oss", "value", {"sliding_window": 8}),
+]
+
+
+# One token at a time takes seconds, and two families say as much of it as all.
 @pytest.mark.parametrize(
-    ("family", "parts", "changes"),
+    ("family", "parts", "changes", "prefill"),
     [
-        ("llama", "tokens", {}),
-        ("mistral", "value", {"sliding_window": 8}),
-        ("gemma3_text", "attend", {"sliding_window": 8}),
-        ("opt", "residual", {"ffn_dim": 64, "word_embed_proj_dim": 32}),
-        ("llama", "cross", {}),
-        ("gpt_oss", "value", {"sliding_window": 8}),
+        pytest.param(*one, size, marks=pytest.mark.slow if size == 1 and number > 1 else ())
+        for number, one in enumerate(CHUNKED)
+        for size in (1, 7, 64)
     ],
 )
 def test_prompts_in_chunks_have_the_answers_of_whole_ones(family, parts, changes, prefill):

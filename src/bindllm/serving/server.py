@@ -26,6 +26,9 @@ CONTINUED = "  | "
 HEADER_SECONDS = 30.0
 """Longest time until the headers of a request have arrived. The time of its body is `ServeConfig.body_seconds`."""
 
+WRITE_SECONDS = 30.0
+"""Longest time in which a client takes nothing of a full buffer."""
+
 CONNECTIONS = 1024
 """Connections at the same time; further ones get status 503."""
 
@@ -114,9 +117,10 @@ class LogFormatter(logging.Formatter):
 
 
 class _Connection(H11Protocol):
-    """Closes a connection on which no request arrives; uvicorn waits for headers without end, whoever sends none."""
+    """Closes a connection on which no request arrives, or whose client does not read; uvicorn waits without end."""
 
     _timer: asyncio.TimerHandle | None = None
+    _write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Start to wait for the first request."""
@@ -132,6 +136,18 @@ class _Connection(H11Protocol):
         """Stop waiting."""
         super().connection_lost(exc)
         self._stop()
+        self._stop_writing()
+
+    def pause_writing(self) -> None:
+        """Start to wait for the client to read: its request holds memory until then."""
+        super().pause_writing()
+        # Not `close`, which waits for the rest of the buffer.
+        self._write_timer = self.loop.call_later(WRITE_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Stop waiting for the client to read."""
+        super().resume_writing()
+        self._stop_writing()
 
     def _watch(self) -> None:
         if self.cycle is not None and not self.cycle.response_complete:
@@ -139,6 +155,11 @@ class _Connection(H11Protocol):
         # Once for all parts of the headers, however slowly they come.
         elif self._timer is None:
             self._timer = self.loop.call_later(HEADER_SECONDS, self.transport.close)
+
+    def _stop_writing(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
 
     def _stop(self) -> None:
         if self._timer is not None:
