@@ -29,7 +29,9 @@ def test_a_run_that_does_not_fit_is_a_problem_with_a_way_out(parts, capsys):
     assert "1 problem" in told
 
 
-@pytest.mark.parametrize("devices", [2, "2", [0, 1], "0,1"])
+@pytest.mark.parametrize(
+    "devices", [2, "0,1", *(pytest.param(one, marks=pytest.mark.slow) for one in ("2", [0, 1]))]
+)
 def test_devices_and_strategy_are_read_off_the_trainer(devices, parts, capsys):
     recipe = tiny_recipe(
         parts, trainer={"accelerator": "cpu", "devices": devices, "strategy": "ddp", "max_epochs": 1}

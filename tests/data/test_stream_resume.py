@@ -94,7 +94,7 @@ def test_a_streamed_run_trains_validates_and_says_what_it_streamed(uninterrupted
     assert not [thread for thread in threading.enumerate() if thread.name == "stream"]
 
 
-@pytest.mark.parametrize("step", [4, 9])
+@pytest.mark.parametrize("step", [4, pytest.param(9, marks=pytest.mark.slow)])
 def test_kill_9_then_the_same_command_ends_in_the_same_bytes(
     recipe, uninterrupted, tmp_path, monkeypatch, step
 ):

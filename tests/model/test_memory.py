@@ -98,9 +98,16 @@ def compare(folder, family, dtype, inputs, **parts):
     assert traced_bytes(folder, dtype, inputs, **parts) == pytest.approx(expected, rel=0.01, abs=200)
 
 
-@pytest.mark.parametrize("dtype", [FLOAT, HALF])
+@pytest.mark.parametrize(
+    ("dtype", "trainable"),
+    [
+        (FLOAT, ADAPTER),
+        (HALF, BIND),
+        pytest.param(FLOAT, BIND, marks=pytest.mark.slow),
+        pytest.param(HALF, ADAPTER, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("trainable", [BIND, ADAPTER])
 def test_every_saved_byte_is_traced(folders, family, dtype, trainable):
     adapter = AdapterConfig(rank=8) if trainable == ADAPTER else None
     compare(folders[family], family, dtype, batch(), trainable=trainable, adapter=adapter)
@@ -121,9 +128,16 @@ def test_other_parts(folders, dtype, parts):
     compare(folders["llama"], "llama", dtype, batch(2, 50, 40), **parts)
 
 
-@pytest.mark.parametrize("dtype", [FLOAT, HALF])
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("kind", "tokens"), [("attend", 6), ("cross", "all")])
+@pytest.mark.parametrize(
+    ("dtype", "kind", "tokens"),
+    [
+        (FLOAT, "attend", 6),
+        (HALF, "cross", "all"),
+        pytest.param(FLOAT, "cross", "all", marks=pytest.mark.slow),
+        pytest.param(HALF, "attend", 6, marks=pytest.mark.slow),
+    ],
+)
 def test_every_byte_of_several_bind_tokens_is_traced(folders, family, dtype, kind, tokens):
     parts = {"bind": BindConfig(depth=1, tokens=tokens), "inject": InjectConfig(kind=kind)}
     # A row without tokens, so that bind tokens are masked, as the estimate assumes.

@@ -201,7 +201,7 @@ def test_the_saved_weights_are_those_that_were_validated(again, parts, finished)
     assert torch.allclose(shifted, load_file(finished[0] / WEIGHTS)["injection.gates"] + 1)
 
 
-@pytest.mark.parametrize("rhythm", [{}, {"limit_val_batches": 0}])
+@pytest.mark.parametrize("rhythm", [{}, pytest.param({"limit_val_batches": 0}, marks=pytest.mark.slow)])
 def test_an_average_of_the_weights_is_measured_saved_and_resumed(rhythm, parts, tmp_path, monkeypatch):
     recipe = with_callback(one_epoch(parts), "bindllm.training.callbacks.AverageWeights", decay=0.5)
     recipe["trainer"] |= rhythm
@@ -255,8 +255,15 @@ def test_the_last_step_is_always_validated(rhythm, parts, capsys):
     assert f"(step {last} of {last}: the lowest validation loss" in " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize("value", [math.nan, -math.inf])
-@pytest.mark.parametrize("stops", [True, False])
+@pytest.mark.parametrize(
+    ("value", "stops"),
+    [
+        (math.nan, True),
+        (-math.inf, False),
+        pytest.param(math.nan, False, marks=pytest.mark.slow),
+        pytest.param(-math.inf, True, marks=pytest.mark.slow),
+    ],
+)
 def test_a_validation_loss_that_is_not_finite_is_never_the_best(value, stops, parts, monkeypatch, capsys):
     """With early stopping it ends the run: with an error, and the best weights before it."""
     recipe = one_epoch(parts)

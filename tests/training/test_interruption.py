@@ -391,7 +391,14 @@ def test_a_changed_recipe_starts_afresh_and_says_what_changed(recipe, monkeypatc
     assert len(steps) == 7
 
 
-@pytest.mark.parametrize(("split", "change"), [("train", "image"), ("validation", "caption")])
+@pytest.mark.parametrize(
+    ("split", "change"),
+    [
+        ("train", "image"),
+        ("validation", "caption"),
+        pytest.param("train", "caption", marks=pytest.mark.slow),
+    ],
+)
 def test_changed_content_of_as_many_rows_is_noticed(split, change, recipe, monkeypatch, capsys):
     shutil.copytree(recipe["data"]["sources"][0]["path"], "pictures")
     own = {**recipe, "data": {**recipe["data"], "sources": [{"path": "pictures"}]}}

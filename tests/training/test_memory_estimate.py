@@ -119,7 +119,16 @@ def test_objectives_run_chosen_and_rejected_rows(plan, objective):
 
 @pytest.mark.parametrize(
     ("objective", "kind", "tokens"),
-    [(NextToken, "attend", 16), (DPO, "cross", "all"), (ORPO, "attend", 16), (KTO, "cross", "all")],
+    [
+        (NextToken, "attend", 16),
+        (DPO, "cross", "all"),
+        (ORPO, "attend", 16),
+        (KTO, "cross", "all"),
+        pytest.param(NextToken, "cross", "all", marks=pytest.mark.slow),
+        pytest.param(DPO, "attend", 16, marks=pytest.mark.slow),
+        pytest.param(ORPO, "cross", "all", marks=pytest.mark.slow),
+        pytest.param(KTO, "attend", 16, marks=pytest.mark.slow),
+    ],
 )
 def test_bind_tokens_are_estimated_with_all_of_them_and_repeat(plan, objective, kind, tokens):
     plan = replace(plan, encoders=[TokenEncoder()], rows=8, rejected=4, objective=objective())

@@ -126,7 +126,10 @@ def test_a_group_that_is_not_named_stays_as_it_was(make, trainer):
     assert changed == {"injection"}
 
 
-@pytest.mark.parametrize(("kind", "tokens"), [("value", 1), ("attend", 4), ("cross", 1), ("cross", "all")])
+@pytest.mark.parametrize(
+    ("kind", "tokens"),
+    [("value", 1), ("attend", 4), ("cross", "all"), pytest.param("cross", 1, marks=pytest.mark.slow)],
+)
 def test_it_learns_to_tell_colours_apart(kind, tokens, make, trainer):
     """A random decoder cannot spell, so the loss keeps a floor; what it says must still follow the picture."""
     options = {"bind": BindConfig(depth=1, tokens=tokens), "inject": InjectConfig(kind)}

@@ -112,8 +112,7 @@ class Embedder:
 
     Attributes:
         pool: the threads; the owner may use them for other work.
-        seconds_waiting: time in which the encoders waited for prepared media.
-        seconds_embedding: time in which they worked.
+        seconds_embedding: time in which the encoders worked.
     """
 
     def __init__(
@@ -133,7 +132,7 @@ class Embedder:
         # The threads do not inherit the limits of the request that this works for.
         self._budget = current_budget()
         self.pool = ThreadPoolExecutor(self.threads, thread_name_prefix="prepare")
-        self.seconds_waiting = self.seconds_embedding = 0.0
+        self.seconds_embedding = 0.0
         # Encoders move to the device at their first batch: a modality without media takes no memory there.
         self._serving: dict[str, Encoder] = {}
         self._largest = 0
@@ -166,7 +165,7 @@ class Embedder:
         # One open batch per modality, because an encoder embeds one modality at a time.
         waiting: defaultdict[str, list[EmbeddingResult[Key]]] = defaultdict(list)
         prepared = prefetch(self.pool, partial(self._prepare, check), works, limit=self._limit)
-        while (item := self._next(prepared)) is not None:
+        while (item := next(prepared, None)) is not None:
             # A media that failed is reported at once, as it belongs to no batch.
             if item.error:
                 yield item
@@ -202,13 +201,6 @@ class Embedder:
         # Without a lock: an update that is lost only delays the tighter limit.
         self._largest = max(self._largest, inputs.nbytes)
         return prepared._replace(inputs=inputs)
-
-    def _next(self, prepared: Iterator[EmbeddingResult]) -> EmbeddingResult | None:
-        started = time.perf_counter()
-        try:
-            return next(prepared, None)
-        finally:
-            self.seconds_waiting += time.perf_counter() - started
 
     def _limit(self) -> int:
         """Return how many media may be in work or waiting for a batch."""
