@@ -78,7 +78,7 @@ class LiveServer:
     def __init__(self, folder, *, slots: int = 8, queue: int = 128, **limits) -> None:
         self.model = tiny_model(folder, encoders=[AnyEncoder()])
         self.engine = Engine(self.model, slots=slots, queue=queue)
-        self.config = ServeConfig("tiny", **limits)
+        self.config = ServeConfig("tiny", slots=slots, queue=queue, **limits)
         self.app = build_app(self.engine, self.config)
         bound = socket.socket()
         bound.bind(("127.0.0.1", 0))
