@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from bindllm.conversation import Conversation, Message, render
@@ -96,9 +96,8 @@ def add_shots(conversation: Conversation, shots: Sequence[Shot]) -> Conversation
     messages = conversation.messages
     first = next((n for n, message in enumerate(messages) if message.role != "system"), len(messages))
     exchanges = [message for shot in shots for message in shot.messages]
-    return Conversation(
-        (*messages[:first], *exchanges, *messages[first:]), examples=len(shots) + conversation.examples
-    )
+    messages = (*messages[:first], *exchanges, *messages[first:])
+    return replace(conversation, messages=messages, examples=len(shots) + conversation.examples)
 
 
 def few_shot_prompts(

@@ -1,5 +1,6 @@
 """`/v1/chat/completions`: fields, content parts, streams, and refusals."""
 
+import functools
 import json
 import threading
 
@@ -8,11 +9,14 @@ import pytest
 from bindllm.errors import MediaError
 from bindllm.media import Media
 from bindllm.serving.api import chat, content
+from bindllm.serving.constraint import json_grammar
 from bindllm.serving.fetch import FetchConfig
 from serving_parts import FakeEngine, ask, client_of, data_uri, image_part, png
 from tiny import tiny_model
 
 CHAT = "/v1/chat/completions"
+# Deeper than programs that read it can follow.
+DEEP = {"a": functools.reduce(lambda inner, _: {"anyOf": [inner]}, range(40), {})}
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +107,8 @@ def test_penalties_and_formats_reach_the_engine(model):
     first, second = client.engine.requests
     assert (first.presence_penalty, first.frequency_penalty) == (0.5, -1.0)
     assert first.logit_bias == {12: -100.0, 7: 0.5}
-    assert json.loads(first.schema) == schema
-    assert json.loads(second.schema) == {"type": "object"}
+    assert first.grammar == json_grammar(schema)
+    assert second.grammar == json_grammar({"type": "object"})
 
 
 @pytest.mark.parametrize(
@@ -119,11 +123,12 @@ def test_an_answer_is_greedy_unless_a_field_asks_for_sampling(model, fields, tem
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
         ({"response_format": {"type": "grammar"}}, "response_format"),
         ({"response_format": {"type": "json_schema"}}, "response_format"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": "{}"}}}, "response_format"),
         ({"response_format": "json"}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": DEEP}}}, "response_format"),
         ({"presence_penalty": 2.5}, "presence_penalty"),
         ({"frequency_penalty": -3}, "frequency_penalty"),
         ({"logit_bias": {"1": 101}}, "logit_bias"),

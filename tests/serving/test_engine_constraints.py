@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bindllm.errors import InputError, MissingExtraError
-from bindllm.serving.constraint import ANY_OBJECT, Constraint
+from bindllm.serving.constraint import Constraint, json_grammar
 from bindllm.serving.engine import Engine, Request
 from bindllm.serving.sampling import Sampling, choose_tokens
 from engine_parts import Listener, answers, build, conversation, draw_conversation, submit
@@ -56,6 +56,9 @@ SCHEMAS = [
     },
     {},
 ]
+
+
+ANY_OBJECT = json_grammar({"type": "object"})
 
 
 @pytest.fixture(scope="module")
@@ -127,18 +130,19 @@ def test_answers_follow_their_schema_in_any_company(engine):
     requests = []
     for number, schema in enumerate(SCHEMAS):
         options = {"max_tokens": 60, "seed": number, "temperature": [0.0, 1.0, 2.0][number % 3], "top_p": 0.9}
-        requests.append(Request(draw_conversation(draw), schema=json.dumps(schema), **options))
+        requests.append(Request(draw_conversation(draw), grammar=json_grammar(schema), **options))
         # Without a schema, between the others.
-        requests.append(replace(requests[-1], schema=None, max_tokens=draw.choice([3, 30])))
+        requests.append(replace(requests[-1], grammar=None, max_tokens=draw.choice([3, 30])))
     ends = []
     listeners = [submit(engine, request)[0] for request in requests]
     for request, listener in zip(requests, listeners, strict=True):
-        assert listener.last.error is None, (request.schema, listener.last.error)
-        if request.schema is None:
+        assert listener.last.error is None, (request.grammar, listener.last.error)
+        if request.grammar is None:
             continue
         ends.append(listener.last.finish)
         if ends[-1] == "stop":
-            assert follows(json.loads(listener.text), json.loads(request.schema)), request.schema
+            schema = json.loads(request.grammar.partition("%json ")[2])
+            assert follows(json.loads(listener.text), schema), schema
         else:
             assert (listener.last.finish, listener.tokens) == ("length", 60)
     assert Counter(ends)["stop"] > len(SCHEMAS) * 0.6
@@ -147,7 +151,9 @@ def test_answers_follow_their_schema_in_any_company(engine):
 
 
 def test_a_complete_answer_ends_without_an_end_token(engine):
-    request = Request(conversation("?"), schema='{"const": {"a": 1}}', max_tokens=200, logprobs=0)
+    request = Request(
+        conversation("?"), grammar=json_grammar({"const": {"a": 1}}), max_tokens=200, logprobs=0
+    )
     listener, _ = submit(engine, request)
     assert listener.last.finish == "stop"
     assert json.loads(listener.text) == {"a": 1}
@@ -161,7 +167,9 @@ def test_a_complete_answer_ends_without_an_end_token(engine):
 
 def test_choices_follow_their_schema_each_on_its_own(engine):
     schema = {"type": "array", "items": {"enum": ["red", "blue", 1]}, "minItems": 4, "maxItems": 4}
-    request = Request(conversation("?"), schema=json.dumps(schema), temperature=2.0, seed=5, max_tokens=300)
+    request = Request(
+        conversation("?"), grammar=json_grammar(schema), temperature=2.0, seed=5, max_tokens=300
+    )
     expected = answers(engine, [replace(request, seed=5 + n) for n in range(3)])
     listeners = [Listener() for _ in range(3)]
     engine.submit_choices(request, listeners)
@@ -187,7 +195,7 @@ def test_choices_follow_their_schema_each_on_its_own(engine):
     ],
 )
 def test_a_schema_that_is_not_supported_is_refused_by_name(engine, schema, words):
-    listener, _ = submit(engine, Request(conversation("?"), schema=json.dumps(schema)))
+    listener, _ = submit(engine, Request(conversation("?"), grammar=json_grammar(schema)))
     assert isinstance(listener.last.error, InputError)
     assert words in str(listener.last.error)
     assert len(str(listener.last.error)) < 400
@@ -195,28 +203,28 @@ def test_a_schema_that_is_not_supported_is_refused_by_name(engine, schema, words
 
 def test_an_answer_that_cannot_be_continued_is_an_error_of_its_request(engine, monkeypatch):
     class Broken(Constraint):
-        """Fails after three tokens, as a schema does that is too complex."""
+        """Fails after a token, as a schema does that is too complex."""
 
         def copy(self):
             return Broken(self._matcher.deep_copy())
 
         def allowed(self, size):
             self.count = getattr(self, "count", 0) + 1
-            self.error = "ParserTooComplex" if self.count > 3 else ""
+            self.error = "ParserTooComplex" if self.count > 1 else ""
             return super().allowed(size)
 
     request = Request(conversation("?"), max_tokens=20)
     expected = answers(engine, [request])
     monkeypatch.setattr("bindllm.serving.constraint.Constraint", Broken)
-    good, bad = (submit(engine, replace(request, schema=schema))[0] for schema in (None, ANY_OBJECT))
-    assert "cannot follow its JSON schema any further: ParserTooComplex" in str(bad.last.error)
+    good, bad = (submit(engine, replace(request, grammar=grammar))[0] for grammar in (None, ANY_OBJECT))
+    assert "cannot follow its schema any further: ParserTooComplex" in str(bad.last.error)
     assert isinstance(bad.last.error, InputError)
     assert (good.last.error, [good.text]) == (None, expected)
 
 
 def test_without_its_package_the_error_names_the_extra(engine, monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    listener, _ = submit(engine, Request(conversation("?"), schema=ANY_OBJECT))
+    listener, _ = submit(engine, Request(conversation("?"), grammar=ANY_OBJECT))
     assert isinstance(listener.last.error, MissingExtraError)
     assert "pip install 'bindllm[serve]'" in str(listener.last.error)
 

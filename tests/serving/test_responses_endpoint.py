@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from bindllm.serving.constraint import json_grammar
 from serving_parts import FakeEngine, client_of, data_uri, png
 from tiny import tiny_model
 
@@ -62,7 +63,7 @@ def test_a_schema_reaches_the_engine(model):
     given = {"type": "json_schema", "name": "numbers", "schema": schema}
     answer = client.post(URL, json={"input": "Hi", "text": {"format": given}}).json()
     assert answer["text"]["format"] == given
-    assert json.loads(client.engine.requests[0].schema) == schema
+    assert client.engine.requests[0].grammar == json_grammar(schema)
 
 
 def test_the_events_of_a_stream(model):

@@ -100,4 +100,4 @@ def test_a_media_that_cannot_be_read_is_refused(client):
     for stream in (False, True):
         answer = client.post(CHAT, json=ask(broken, stream=stream))
         assert answer.status_code == 400
-        assert "<8 bytes>" in answer.json()["error"]["message"]
+        assert "messages[0].content[0] (image): " in answer.json()["error"]["message"]

@@ -5,7 +5,10 @@ llguidance compiles the grammar and tracks the answer: https://github.com/guidan
 
 from __future__ import annotations
 
+import json
+import re
 import threading
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,12 +21,24 @@ from bindllm.model.bindllm import BindLLM
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
-ANY_OBJECT = '{"type": "object"}'
-"""The schema of any JSON object."""
-
-# White space between the tokens of JSON, bounded: else a model may write spaces until its answer is cut.
-_WHITE_SPACE = r"[ \t\n]{1,32}"
+# A small model may write spaces until its answer is cut, so only those of the usual layouts are allowed. The other
+# options let parts of a schema be ignored; a schema cannot set them, since these come last.
+_OPTIONS = {
+    "whitespace_pattern": r"( |\n[ \t]{0,24})",
+    "lenient": False,
+    "coerce_one_of": False,
+}
 _MOST_SHOWN = 300
+
+
+def json_rule(schema: Mapping[str, Any]) -> str:
+    """Return the part of a grammar that is a JSON value of a schema."""
+    return "%json " + json.dumps({**schema, "x-guidance": _OPTIONS})
+
+
+def json_grammar(schema: Mapping[str, Any]) -> str:
+    """Return the grammar of a JSON value of a schema."""
+    return f"start: {json_rule(schema)}"
 
 
 class Constraint:
@@ -57,7 +72,7 @@ class Constraint:
         found[: len(bits)] = torch.from_numpy(bits[:size]).bool()
         # After an error only the end tokens are left, and the answer would look complete.
         if self._matcher.is_error() or not found.any():
-            self.error = _first_line(self._matcher.get_error()) or "no token can follow"
+            self.error = _reason(self._matcher.get_error()) or "no token can follow"
             found[:] = True
         return found
 
@@ -76,25 +91,23 @@ class Grammars:
     def __init__(self, model: BindLLM) -> None:
         self._model, self._lock, self._tokenizer = model, threading.Lock(), None
 
-    def compile(self, schema: str) -> Constraint:
-        """Return the constraint of a JSON schema.
+    def compile(self, grammar: str) -> Constraint:
+        """Return the constraint of a grammar.
 
         Raises:
-            InputError: the schema cannot be followed; the message names the part that is not supported.
+            InputError: the grammar cannot be followed; the message names the part that is not supported.
             MissingExtraError: llguidance is not installed.
         """
         with needs_extra("llguidance", extra="serve", purpose="answer in a JSON schema"):
             from llguidance import LLMatcher
-        # Options inside the schema would let parts of it be ignored.
-        options = {"whitespace_pattern": _WHITE_SPACE, "lenient": False, "coerce_one_of": False}
-        grammar = LLMatcher.grammar_from_json_schema(schema, overrides=options)
+        grammar = LLMatcher.grammar_from_lark(grammar)
         if error := LLMatcher.validate_grammar(grammar):
-            raise InputError(f"the JSON schema cannot be followed: {_first_line(error)}")
+            raise InputError(f"the answer cannot follow its schema: {_reason(error)}")
         found = Constraint(LLMatcher(self._tokens(), grammar, log_level=0))
         # Some faults show first here, such as a schema that nothing satisfies.
         found.allowed(len(self._model.tokenizer))
         if found.error:
-            raise InputError(f"no answer can follow the JSON schema: {found.error}")
+            raise InputError(f"no answer can follow the schema: {found.error}")
         return found
 
     def _tokens(self) -> Any:
@@ -108,6 +121,8 @@ class Grammars:
         return self._tokenizer
 
 
-def _first_line(error: str) -> str:
-    # Further lines show the state of the parser.
-    return printable(error.strip().partition("\n<state>")[0].replace("\n", " "))[:_MOST_SHOWN]
+def _reason(error: str) -> str:
+    """Return an error of llguidance without its place in the grammar, and without the state of the parser."""
+    error = re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", error.strip())
+    error = re.split(r"\n *\d+ \| |\n<state>", error)[0]
+    return printable(" ".join(error.split()))[:_MOST_SHOWN]

@@ -214,8 +214,8 @@ class Engine:
                 prompt.is_taken = True
         if prompt:
             try:
-                if prompt.request.schema is not None:
-                    prompt.constraint = self._grammars.compile(prompt.request.schema)
+                if prompt.request.grammar is not None:
+                    prompt.constraint = self._grammars.compile(prompt.request.grammar)
                 with limited(self.limits):
                     # Last, since the engine's thread takes a prompt as soon as it has its input.
                     prompt.input = make_input(self.model, prompt.request, self.recent, self._tokens)

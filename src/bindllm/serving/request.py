@@ -43,7 +43,7 @@ class Request:
         presence_penalty: subtracted from the logits of tokens that the answer has already.
         frequency_penalty: the same, times the number of times that the answer has the token.
         logit_bias: added to the logits of tokens, by their ids.
-        schema: a JSON schema that the answer follows, as a text. A cut answer is the beginning of one that does.
+        grammar: that the answer follows, such as a `json_grammar`. A cut answer is the beginning of one that does.
         cache: the visual cache, as for `BindLLM.generate`.
         shots: worked examples before the question.
         timeout: seconds from submission after which the answer ends; None: no limit.
@@ -62,7 +62,7 @@ class Request:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    schema: str | None = None
+    grammar: str | None = None
     cache: CacheChoice = None
     shots: tuple[Shot, ...] = ()
     timeout: float | None = None

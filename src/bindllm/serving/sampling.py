@@ -64,7 +64,7 @@ class Sampling:
         """Why no token can follow, or None."""
         if self.constraint is None or not self.constraint.error:
             return None
-        return InputError(f"the answer cannot follow its JSON schema any further: {self.constraint.error}")
+        return InputError(f"the answer cannot follow its schema any further: {self.constraint.error}")
 
     @property
     def is_complete(self) -> bool:

@@ -8,7 +8,8 @@ from typing import Any
 from bindllm.serving.answers import Answers
 from bindllm.serving.api.errors import ApiError, as_api_error, dump
 from bindllm.serving.api.sampling import Question
-from bindllm.serving.api.schema import ChatBody, answer_schema
+from bindllm.serving.api.schema import ChatBody, answer_grammar
+from bindllm.serving.api.tools import Call, CallReader
 from bindllm.serving.request import Piece, TokenLogprob
 
 KEEP_ALIVE = 10.0
@@ -38,7 +39,7 @@ def chat_fields(body: ChatBody) -> dict[str, Any]:
         "presence_penalty": body.presence_penalty or 0.0,
         "frequency_penalty": body.frequency_penalty or 0.0,
         "logit_bias": {int(token): value for token, value in (body.logit_bias or {}).items()},
-        "schema": answer_schema(form, form.get("json_schema"), "response_format"),
+        "grammar": answer_grammar(form, form.get("json_schema"), "response_format"),
         # One of them is missing, or they are equal.
         "max_tokens": body.max_completion_tokens or body.max_tokens,
         "logprobs": (body.top_logprobs or 0) if body.logprobs else None,
@@ -50,21 +51,27 @@ async def complete_chat(question: Question, answers: Answers, neighbors: Neighbo
     """Return the whole answer as an object; errors as for `Answers.next`."""
     texts, tokens = [""] * question.choices, [[] for _ in range(question.choices)]
     finish: list[str | None] = [None] * question.choices
-    # Pieces of all choices arrive mixed; each goes to the choice of its number.
+    called: list[list[Call]] = [[] for _ in range(question.choices)]
+    readers = _readers(question)
     async for found in answers.pieces():
         number, piece = found
-        texts[number] += piece.text
+        text, called[number] = _split(piece, readers[number])
+        texts[number] += text
         tokens[number] += piece.logprobs
         finish[number] = piece.finish
-    choices = [
-        {
-            "index": number,
-            "message": {"role": "assistant", "content": text, "refusal": None},
-            "logprobs": _logprobs(question, tokens[number]),
-            "finish_reason": finish[number],
-        }
-        for number, text in enumerate(texts)
-    ]
+    choices = []
+    for number, (text, calls) in enumerate(zip(texts, called, strict=True)):
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if calls:
+            message |= {"content": text or None, "tool_calls": [call.for_client() for call in calls]}
+        choices.append(
+            {
+                "index": number,
+                "message": message,
+                "logprobs": _logprobs(question, tokens[number]),
+                "finish_reason": _finish(finish[number], calls),
+            }
+        )
     head = _head(question, "chat.completion")
     return {**head, "choices": choices, "usage": chat_usage(answers), **await _extras(neighbors)}
 
@@ -95,6 +102,7 @@ async def stream_chat(
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **more}
         return sse({**head, "choices": [choice], **rest})
 
+    readers = _readers(question)
     try:
         # Clients take the role from the first chunk of each choice.
         for number in range(question.choices):
@@ -104,12 +112,16 @@ async def stream_chat(
                 yield COMMENT
                 continue
             number, piece = found
+            text, calls = _split(piece, readers[number])
             # The last piece may have neither, and an empty delta would look like a token.
-            if piece.text or piece.logprobs:
-                yield event(number, {"content": piece.text}, logprobs=_logprobs(question, piece.logprobs))
+            if text or piece.logprobs:
+                yield event(number, {"content": text}, logprobs=_logprobs(question, piece.logprobs))
+            if calls:
+                deltas = [call.for_client(index) for index, call in enumerate(calls)]
+                yield event(number, {"tool_calls": deltas})
             # In a chunk of its own, as OpenAI sends it: clients read text and reason from different chunks.
             if piece.finish is not None:
-                yield event(number, {}, finish_reason=piece.finish)
+                yield event(number, {}, finish_reason=_finish(piece.finish, calls))
         extras = await _extras(neighbors)
         if usage or extras:
             numbers = {"usage": chat_usage(answers)} if usage else {}
@@ -143,6 +155,27 @@ def _token(token: TokenLogprob) -> dict[str, Any]:
     is_whole = "\ufffd" not in token.token
     content = list(token.token.encode("utf-8", "replace")) if is_whole else None
     return {"token": token.token, "logprob": token.logprob, "bytes": content}
+
+
+def _readers(question: Question) -> list[CallReader | None]:
+    tools = question.tools
+    return [None if tools is None else CallReader(tools) for _ in range(question.choices)]
+
+
+def _split(piece: Piece, reader: CallReader | None) -> tuple[str, list[Call]]:
+    """Return the text of a piece without parts of calls, and with the last piece the calls of the answer."""
+    if reader is None:
+        return piece.text, []
+    text = reader.add(piece.text)
+    if piece.finish is None:
+        return text, []
+    held, calls = reader.end()
+    return text + held, calls
+
+
+def _finish(finish: str | None, calls: Sequence[Call]) -> str | None:
+    # An answer that was cut stays one, whatever it called before.
+    return "tool_calls" if calls and finish == "stop" else finish
 
 
 def _head(question: Question, kind: str) -> dict[str, Any]:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import groupby
 from pathlib import PurePath
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from bindllm.cache.visual_cache import CacheChoice, VisualCache
-from bindllm.conversation import Conversation
+from bindllm.conversation import Conversation, Message
 from bindllm.data.messages import FILE_MODALITIES, RecordMedia, from_base64, parse_messages, read_part
 from bindllm.encoders import Encoder
 from bindllm.errors import MediaError
@@ -22,6 +23,7 @@ from bindllm.media.source import NamedBytes
 from bindllm.model.bindllm import BindLLM
 from bindllm.serving.api.errors import ApiError, located, shown
 from bindllm.serving.api.schema import CacheSettings, ShotBody
+from bindllm.serving.api.tools import tool_messages, uses_tools
 from bindllm.serving.config import ServeConfig
 from bindllm.serving.fetch import fetch
 from bindllm.shots import Shot
@@ -50,29 +52,42 @@ class ContentReader:
         self._modalities = tuple(dict.fromkeys([*FILE_MODALITIES, *sorted(self._served - {"text"})]))
 
     def conversation(
-        self, messages: Sequence[Mapping[str, Any]], names: Sequence[str] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        names: Sequence[str] | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> Conversation:
-        """Return the conversation of OpenAI-style messages, which ends with a question.
+        """Return the conversation of OpenAI-style messages, which ends with a question, or the result of a tool.
 
         Args:
             messages: the messages.
             names: where each is in the request, for errors; None: in ``messages``.
+            tools: that the model may call.
 
         Raises:
             ApiError: a message or a content part that cannot be used, or the last message is not the user's.
         """
         names = names or [f"messages[{number}]" for number in range(len(messages))]
         given = [self._resolved(message, name) for message, name in zip(messages, names, strict=True)]
-        parsed = parse_messages(given, self._outside(), allow_empty_answers=True)
-        if not parsed or parsed[-1].role != "user":
+        parsed: list[Message] = []
+        for with_tools, group in groupby(given, key=uses_tools):
+            if with_tools:
+                parsed += tool_messages([*group], parsed)
+            else:
+                # A client sends back the answers of the model, which may have been empty.
+                parsed += parse_messages([*group], self._outside(), allow_empty_answers=True)
+        if not parsed or parsed[-1].role not in ("user", "tool"):
             role = parsed[-1].role if parsed else "none"
             raise ApiError(
                 400,
-                f"the last message is of the role {role!r}; it must be the user's question",
+                f"the last message is of the role {role!r}; it must be the user's question or a tool's result",
                 param="messages",
             )
         self._count_characters(*(message.text for message in parsed))
-        return Conversation(tuple(parsed))
+        self._count_characters(
+            *map(str, tools), *(str(message.fields) for message in parsed if message.fields)
+        )
+        return Conversation(tuple(parsed), tools=tuple(tools))
 
     def shots(self, shots: Sequence[ShotBody]) -> list[Shot]:
         """Return worked examples; errors as for `conversation`."""
@@ -187,7 +202,8 @@ class ContentReader:
             message = {**message, "content": parts}
         # Its own faults, such as an unknown role; all messages are parsed together once each is known to be sound.
         with located(name):
-            parse_messages([message], self._outside(), allow_empty_answers=True)
+            if not uses_tools(message):
+                parse_messages([message], self._outside(), allow_empty_answers=True)
         return message
 
     def _read_part(self, part: Any, name: str) -> str | Media:

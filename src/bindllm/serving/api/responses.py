@@ -9,7 +9,7 @@ from bindllm.serving.answers import Answers
 from bindllm.serving.api.chat import COMMENT, KEEP_ALIVE, Neighbors, sse, token_logprobs
 from bindllm.serving.api.errors import ApiError, as_api_error, shown
 from bindllm.serving.api.sampling import Question
-from bindllm.serving.api.schema import ResponsesBody, answer_schema
+from bindllm.serving.api.schema import ResponsesBody, answer_grammar
 from bindllm.serving.request import Piece
 
 _LOGPROBS = "message.output_text.logprobs"
@@ -54,7 +54,7 @@ def response_fields(body: ResponsesBody) -> dict[str, Any]:
         "names": [*(["instructions"] if body.instructions else []), *items],
         "max_tokens": body.max_output_tokens,
         "logprobs": (body.top_logprobs or 0) if wanted else None,
-        "schema": answer_schema(form, form, "text.format"),
+        "grammar": answer_grammar(form, form, "text.format"),
     }
 
 

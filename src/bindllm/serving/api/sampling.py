@@ -19,7 +19,8 @@ from bindllm.model.generation import shots_limit
 from bindllm.report.page import thumbnail
 from bindllm.serving.api.content import ContentReader, choose_cache
 from bindllm.serving.api.errors import ApiError, shown
-from bindllm.serving.api.schema import SampledBody
+from bindllm.serving.api.schema import ChatBody, SampledBody
+from bindllm.serving.api.tools import Tools, read_tools
 from bindllm.serving.config import ServeConfig
 from bindllm.serving.engine import Engine
 from bindllm.serving.request import Request
@@ -38,6 +39,7 @@ class Question:
         request: to the engine.
         choices: number of answers.
         wants_neighbors: whether the answer names the images of the visual cache.
+        tools: that the answer may call; None: it is only text.
         id: random part of the ids of the answer.
         created: time of the request, in seconds since 1970.
     """
@@ -46,6 +48,7 @@ class Question:
     request: Request
     choices: int
     wants_neighbors: bool
+    tools: Tools | None = None
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -85,8 +88,12 @@ def read_question(
         raise ApiError(
             400, f"n is {choices}; this server gives at most {config.max_choices} choices", param="n"
         )
+    tools = read_tools(body, model.tokenizer) if isinstance(body, ChatBody) else None
+    if tools is not None and tools.grammar is not None:
+        settings["grammar"] = tools.grammar
     reader = ContentReader(model.encoders, config, most_media=config.max_media)
-    conversation = _with_shots(reader.conversation(messages, names), body, reader, model, max_tokens)
+    conversation = reader.conversation(messages, names, () if tools is None else tools.tools)
+    conversation = _with_shots(conversation, body, reader, model, max_tokens)
     # As for `BindLLM.generate`: greedy, unless a field asks for sampling. Several greedy choices would be equal.
     samples = body.top_p is not None or choices > 1
     temperature = body.temperature if body.temperature is not None else float(samples)
@@ -102,7 +109,7 @@ def read_question(
         seed=body.seed,
         **settings,
     )
-    return Question(config.model, request, choices, bool(body.neighbors))
+    return Question(config.model, request, choices, bool(body.neighbors), tools)
 
 
 def check_model(name: str | None, config: ServeConfig) -> None:

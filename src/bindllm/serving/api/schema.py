@@ -6,19 +6,21 @@ a request that uses one is refused.
 
 from __future__ import annotations
 
-import json
-from typing import Annotated, Any, ClassVar
+from itertools import chain
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from bindllm.serving.api.errors import ApiError, shown
-from bindllm.serving.constraint import ANY_OBJECT
+from bindllm.serving.constraint import json_grammar
 
 MOST_STOPS = 16
 MOST_MESSAGES = 2048
 """Most messages, worked examples, and content parts of a worked example."""
 MOST_KEYS = 16
 MOST_BIASES = 1024
+MOST_DEPTH = 64
+MOST_TOOLS = 128
 
 # Validation ends at the first item that is wrong: else a small body of wrong items would make a million errors.
 Items = Field(max_length=MOST_MESSAGES, fail_fast=True)
@@ -37,12 +39,13 @@ TopLogprobs = Annotated[int, Field(ge=0, le=20)]
 _MEDIA = dict.fromkeys(
     ("images", "image", "videos", "video", "audios", "audio", "files", "media", "documents"), ([],)
 )
-# Fields that would change an answer, and the values that stand for their absence. None always does.
+# Fields that would change an answer, and the values that stand for their absence. None always does. An endpoint that
+# has the field reads it instead.
 _REFUSED: dict[str, tuple[Any, ...]] = {
     **_MEDIA,
     **dict.fromkeys(("tools", "functions"), ([],)),
-    **dict.fromkeys(("min_p", "min_tokens", "top_k"), (0,)),
-    "structured_outputs": ({},),
+    **dict.fromkeys(("logit_bias", "structured_outputs"), ({},)),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty", "min_p", "min_tokens", "top_k"), (0,)),
     **dict.fromkeys(("repetition_penalty", "length_penalty", "best_of"), (1,)),
     **dict.fromkeys(
         ("ignore_eos", "use_beam_search", "echo", "continue_final_message", "background"), (False,)
@@ -63,6 +66,7 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
+    "response_format": ({"type": "text"},),
     "add_generation_prompt": (True,),
 }
 
@@ -127,8 +131,21 @@ def shown_json(value: Any) -> str:
     return {True: "true", False: "false"}.get(value, str(value)) if isinstance(value, bool) else str(value)
 
 
-def answer_schema(given: dict[str, Any], schema: Any, field: str) -> str | None:
-    """Return the JSON schema of a format that a request asks for, as a text; None: any text.
+def check_depth(value: Any, field: str) -> None:
+    """Raise an ApiError if lists and objects are nested deeper than programs that read them can follow."""
+    level = [value]
+    for _ in range(MOST_DEPTH):
+        inner = [
+            one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)
+        ]
+        if not inner:
+            return
+        level = [*chain.from_iterable(inner)]
+    raise ApiError(400, f"{field} is nested more than {MOST_DEPTH} deep", param=field.partition(".")[0])
+
+
+def answer_grammar(given: dict[str, Any], schema: Any, field: str) -> str | None:
+    """Return the grammar of a format that a request asks for; None: any text.
 
     Args:
         given: the format.
@@ -136,15 +153,16 @@ def answer_schema(given: dict[str, Any], schema: Any, field: str) -> str | None:
         field: name of the format, for errors.
 
     Raises:
-        ApiError: another type, or no schema.
+        ApiError: another type, no schema, or one that is nested too deep.
     """
     match given.get("type"):
         case "text":
             return None
         case "json_object":
-            return ANY_OBJECT
+            return json_grammar({"type": "object"})
         case "json_schema" if isinstance(schema, dict) and isinstance(schema.get("schema"), dict):
-            return json.dumps(schema["schema"])
+            check_depth(schema["schema"], field)
+            return json_grammar(schema["schema"])
         case "json_schema":
             fault = "of type 'json_schema' and has no schema, which is an object"
         case other:
@@ -165,6 +183,38 @@ class ShotBody(Settings):
 
     prompt: str | Annotated[list[dict[str, Any]], Items]
     answer: str
+
+
+class FunctionBody(BaseModel):
+    """A function that the model may call."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class ToolBody(BaseModel):
+    """A tool."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    type: Literal["function"]
+    function: FunctionBody
+
+
+class FunctionName(BaseModel):
+    """Names a function."""
+
+    name: str
+
+
+class ToolChoice(BaseModel):
+    """The function that must be called."""
+
+    type: Literal["function"]
+    function: FunctionName
 
 
 class SampledBody(Body):
@@ -202,6 +252,9 @@ class ChatBody(SampledBody):
     frequency_penalty: Penalty | None = None
     logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=MOST_BIASES)] | None = None
     response_format: dict[str, Any] | None = None
+    tools: Annotated[list[ToolBody], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     stream_options: StreamOptions | None = None
 
 
@@ -212,9 +265,6 @@ class ResponsesBody(SampledBody):
     refused: ClassVar[dict[str, tuple[Any, ...]]] = {
         **_REFUSED,
         **dict.fromkeys(("max_tokens", "max_completion_tokens", "messages"), ()),
-        **dict.fromkeys(("presence_penalty", "frequency_penalty"), (0,)),
-        "logit_bias": ({},),
-        "response_format": ({"type": "text"},),
         "n": (1,),
         "logprobs": (False,),
     }

@@ -7,26 +7,27 @@ media index routes media groups to tokens in the injection (`docs/architecture.m
 
 from __future__ import annotations
 
+import json
 import re
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from bindllm.conversation.tokens import tokenize
 from bindllm.errors import DecoderError, InputError, check_choice, listed
 from bindllm.media import Media
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
 
 # Invisible and without width: a text with it looks unchanged but spells no control token.
 WORD_JOINER = "\u2060"
-# How tokens of SentencePiece and of byte-level tokenizers write a leading space.
-_SPACES = "\u2581\u0120"
 NO_MEDIA = -1
 INPUT_HEADER = "\n\n### Input:\n"
 """Separates instruction and input in one user message, in the public Alpaca texts."""
@@ -40,6 +41,8 @@ class Message:
         role: the speaker.
         content: a text, or a sequence of parts, each a text or a `Media`; kept as a tuple of parts. The texts
             are joined unchanged; media add no text.
+        fields: further fields for the chat template: ``tool_calls`` of an answer, ``name`` and ``tool_call_id`` of a
+            tool's result.
 
     Raises:
         InputError: an unknown role, a part of another type, or a text that is not valid Unicode.
@@ -51,6 +54,7 @@ class Message:
 
     role: Role
     content: str | Media | Sequence[str | Media]
+    fields: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         check_choice("role", self.role, get_args(Role))
@@ -84,6 +88,7 @@ class Conversation:
         messages: the turns.
         examples: number of user messages at the start that are worked examples, each with its answer. An example
             without media, or a question without media after them, listens to no media.
+        tools: functions that the model may call, as OpenAI's API describes them, for the chat template.
 
     Raises:
         InputError: not a list of messages, or another number of examples than there can be.
@@ -91,6 +96,7 @@ class Conversation:
 
     messages: tuple[Message, ...]
     examples: int = 0
+    tools: Sequence[Mapping[str, Any]] = field(default=(), hash=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.messages, Sequence) or not self.messages:
@@ -174,12 +180,14 @@ def render(
     _check_roles(messages, add_generation_prompt=add_generation_prompt)
     # How to read this: messages -> text -> starts of answers in it -> tokens -> media index and answers as tokens.
     control, escape = control_tokens(tokenizer), control_text == "escape"
-    turns = [{"role": m.role, "content": _guard(m.text, control, escape=escape)} for m in messages]
-    _check_normalized(turns, tokenizer)
-    text = _apply_template(tokenizer, turns, header=add_generation_prompt)
-    _check_written(turns, text, tokenizer)
-    answer_starts = _answer_starts(tokenizer, turns, text, control)
-    ids, starts = _tokens(tokenizer, text, answer_starts.values())
+    given = [{**m.fields, "role": m.role, "content": m.text} for m in messages]
+    turns, tools = (_guard(value, control, escape=escape) for value in (given, list(conversation.tools)))
+    _check_texts(_strings([turns, tools]), tokenizer)
+    template = _Template(tokenizer, tools)
+    text = template.apply(turns, header=add_generation_prompt)
+    template.check_written(turns, text, header=add_generation_prompt)
+    answer_starts = _answer_starts(template, turns, text, control)
+    ids, starts = tokenize(tokenizer, text, answer_starts.values())
     answers, whole, control_ids = {}, [], set(control.values())
     for turn, start in answer_starts.items():
         first = bisect_left(starts, _found(start, turn, tokenizer))
@@ -189,7 +197,7 @@ def render(
     (_, first_group), *changes = _group_changes(conversation)
     media_index = [first_group] * len(ids)
     for turn, group in changes:
-        start = _prefix_length(tokenizer, turns[:turn], text)
+        start = template.prefix_length(turns[:turn], text)
         # Some templates (Qwen3) render an answer differently once it is no longer the last one; then the next message
         # starts after its end token.
         after = answers.get(turn - 1, (0, None))[1]
@@ -321,10 +329,17 @@ def _check_roles(messages: Sequence[Message], *, add_generation_prompt: bool) ->
         )
 
 
-def _guard(text: str, control: dict[str, int], *, escape: bool) -> str:
-    """Keep a text from opening or closing messages."""
+def _guard(value: Any, control: dict[str, int], *, escape: bool) -> Any:
+    """Keep the texts in a value of JSON from opening or closing messages."""
+    if isinstance(value, Mapping):
+        pairs = (_guard(pair, control, escape=escape) for pair in value.items())
+        return dict(pairs)
+    if isinstance(value, list | tuple):
+        return [_guard(one, control, escape=escape) for one in value]
+    if not isinstance(value, str):
+        return value
     for token in control:
-        while token in text:
+        while token in value:
             # A token of one character cannot be taken apart.
             if not escape or len(token) == 1:
                 raise InputError(
@@ -332,54 +347,95 @@ def _guard(text: str, control: dict[str, int], *, escape: bool) -> str:
                     + (", or render it with control_text='escape'" if len(token) > 1 else "")
                 )
             # Inside the token, so that the tokenizer does not recognize it.
-            text = text.replace(token, token[0] + WORD_JOINER + token[1:])
-    return text
+            value = value.replace(token, token[0] + WORD_JOINER + token[1:])
+    return value
 
 
-def _check_normalized(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse texts that spell a control token in other characters, such as full-width ones."""
+def _strings(value: Any) -> Iterator[str]:
+    """Yield all texts in a value of JSON."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for one in (*value.keys(), *value.values()) if isinstance(value, dict) else value:
+            yield from _strings(one)
+
+
+def _check_texts(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse texts that are no Unicode, or spell a control token in other characters, such as full-width ones."""
     # Only some tokenizers look control tokens up in the normalized text.
     tokens = tokenizer.added_tokens_decoder
     normalized = {i for i, token in tokens.items() if token.special and token.normalized}
-    for turn in turns if normalized else ():
-        if spelled := normalized.intersection(
-            tokenizer(turn["content"], add_special_tokens=False)["input_ids"]
-        ):
+    for text in texts:
+        _check_unicode(text)
+        if not normalized:
+            continue
+        if spelled := normalized.intersection(tokenizer(text, add_special_tokens=False)["input_ids"]):
             raise InputError(
                 f"a message spells the control token {tokens[min(spelled)].content!r} of the decoder in other "
                 "characters; remove it"
             )
 
 
-def _apply_template(
-    tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], *, header: bool, thinks: bool = False
-) -> str:
-    # jinja2 comes with every tokenizer that has a template; imported here to keep `import bindllm` instant.
-    from jinja2 import TemplateError
+class _Template:
+    """The chat template of a tokenizer, for conversations with these tools."""
 
-    try:
-        # Families that can think aloud (Qwen3) write an empty thought in front of an answer if they must not.
-        return tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=header, enable_thinking=thinks
-        )
-    except TemplateError as error:
-        roles = ", ".join(turn["role"] for turn in turns)
-        raise InputError(
-            f"the chat template of {tokenizer.name_or_path!r} refuses messages of the roles {roles}: {error}"
-        ) from error
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, tools: list[dict[str, Any]]) -> None:
+        self.tokenizer, self._tools = tokenizer, tools
 
+    def apply(self, turns: list[dict[str, Any]], *, header: bool, thinks: bool = False) -> str:
+        """Return the text of messages."""
+        # jinja2 comes with every tokenizer that has a template; imported here to keep `import bindllm` instant.
+        from jinja2 import TemplateError
 
-def _prefix_length(
-    tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], text: str, *, header: bool = False
-) -> int | None:
-    """Return where the first messages (and the header of an answer) end in the text; None if it starts otherwise."""
-    # Only the last answer may have an empty thought in front; the header of earlier ones is that of a thinking model.
-    for thinks in (False, True) if header and _can_think(tokenizer) else (False,):
-        prefix = _apply_template(tokenizer, turns, header=header, thinks=thinks)
-        if text.startswith(prefix):
-            return len(prefix)
-    # Templates that rewrite earlier messages start differently; the position is unknown then.
-    return None
+        try:
+            # Families that can think aloud (Qwen3) write an empty thought in front of an answer if they must not.
+            return self.tokenizer.apply_chat_template(
+                turns,
+                tools=self._tools or None,
+                tokenize=False,
+                add_generation_prompt=header,
+                enable_thinking=thinks,
+            )
+        # A template may add texts to fields that a message lacks.
+        except (TemplateError, TypeError) as error:
+            roles = ", ".join(turn["role"] for turn in turns)
+            raise InputError(
+                f"the chat template of {self.tokenizer.name_or_path!r} refuses messages of the roles {roles}: {error}"
+            ) from error
+
+    def prefix_length(self, turns: list[dict[str, Any]], text: str, *, header: bool = False) -> int | None:
+        """Return where the first messages (and the header of an answer) end in the text; None: it starts otherwise."""
+        # Only the last answer may have an empty thought in front; earlier headers are those of a thinking model.
+        for thinks in (False, True) if header and _can_think(self.tokenizer) else (False,):
+            prefix = self.apply(turns, header=header, thinks=thinks)
+            if text.startswith(prefix):
+                return len(prefix)
+        # Templates that rewrite earlier messages start differently; the position is unknown then.
+        return None
+
+    def check_written(self, turns: list[dict[str, Any]], text: str, *, header: bool) -> None:
+        """Refuse a template that drops a question, a system text, a tool or a tool call; answers are compared later."""
+        written, missing = _squeeze(text), ""
+        for turn in turns:
+            # Templates may change white space, take the thoughts out of earlier answers, and write a result as JSON.
+            forms = turn["content"], json.dumps(turn["content"], ensure_ascii=False)[1:-1]
+            if turn["role"] != "assistant" and not any(_squeeze(form) in written for form in forms):
+                missing = f"the text of a {turn['role']} message"
+        for tool in self._tools:
+            if (name := tool.get("function", tool)["name"]) not in text:
+                missing = f"the tool {name!r}"
+        if any("tool_calls" in turn for turn in turns):
+            # Each template writes calls in a form of its own, so only their absence shows.
+            bare = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+            with suppress(InputError):
+                missing = (
+                    "the tool calls of an answer" if self.apply(bare, header=header) == text else missing
+                )
+        if missing:
+            raise InputError(
+                f"the chat template of {self.tokenizer.name_or_path!r} does not write {missing}; use another template, "
+                "or remove it"
+            )
 
 
 def _can_think(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -387,17 +443,17 @@ def _can_think(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _answer_starts(
-    tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], text: str, control: Iterable[str]
+    template: _Template, turns: list[dict[str, Any]], text: str, control: Iterable[str]
 ) -> dict[int, int | None]:
     """Return the start of each answer in the text, by its turn; None if it was not found."""
     answers = [turn for turn, message in enumerate(turns) if message["role"] == "assistant"]
     # The first answer is located by rendering, which also shows the header of all others.
-    starts = {turn: _prefix_length(tokenizer, turns[:turn], text, header=True) for turn in answers[:1]}
+    starts = {turn: template.prefix_length(turns[:turn], text, header=True) for turn in answers[:1]}
     others = answers[1:]
     if len(answers) > 2 and (first := starts[answers[0]]) is not None:
         # Rendering the messages before every single answer takes quadratic time. A header with a control token can be
         # searched for instead: no message spells one.
-        before = _prefix_length(tokenizer, turns[: answers[0]], text)
+        before = template.prefix_length(turns[: answers[0]], text)
         header = "" if before is None else text[before:first]
         if any(token in header for token in control):
             ends = [match.end() for match in re.finditer(re.escape(header), text) if match.start() >= first]
@@ -405,64 +461,9 @@ def _answer_starts(
             ends = [end for end in ends if end < len(text)]
             if len(ends) == len(answers) - 1:
                 starts |= dict(zip(answers[1:], ends, strict=True))
-                # The header of the last answer may differ, see `_prefix_length`.
-                others = answers[-1:] if _can_think(tokenizer) else []
-    return starts | {turn: _prefix_length(tokenizer, turns[:turn], text, header=True) for turn in others}
-
-
-def _tokens(
-    tokenizer: PreTrainedTokenizerBase, text: str, boundaries: Iterable[int | None]
-) -> tuple[list[int], list[int]]:
-    """Return the ids of a text and the first character of each; no token crosses a boundary."""
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    starts = _token_starts(offsets)
-    # The last token that starts before a boundary is the only one that can cross it.
-    before = {position: bisect_left(starts, position) - 1 for position in boundaries if position is not None}
-    crossed = sorted(p for p, token in before.items() if token >= 0 and offsets[token][1] > p)
-    if crossed:
-        ids, starts = [], []
-        for start, stop in pairwise([0, *crossed, len(text)]):
-            found, offsets = _continuation(tokenizer, text[start:stop], at_start=start == 0)
-            ids += found
-            # Piece by piece: offsets may exclude the space that a header ends in.
-            starts += [start + first for first in _token_starts(offsets)]
-    return ids, starts
-
-
-def _continuation(
-    tokenizer: PreTrainedTokenizerBase, text: str, *, at_start: bool
-) -> tuple[list[int], list[tuple[int, int]]]:
-    """Return the ids and offsets of a text that follows another one, or starts the input.
-
-    Raises:
-        InputError: the tokenizer puts a space before every piece of text.
-    """
-    # Some tokenizers put a space before a text; most of them not after a control token.
-    leads = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special and not t.rstrip]
-    for lead in ("", *leads[:1]):
-        encoded = tokenizer(lead + text, add_special_tokens=False, return_offsets_mapping=True)
-        skip = len(lead) > 0
-        ids, offsets = encoded["input_ids"][skip:], encoded["offset_mapping"][skip:]
-        added = tokenizer.convert_ids_to_tokens(ids[0])[0] in _SPACES and not text[0].isspace()
-        if at_start or not added:
-            return ids, [(first - len(lead), last - len(lead)) for first, last in offsets]
-    raise InputError(
-        f"the tokenizer {tokenizer.name_or_path!r} joins the header of an answer with the first characters of the "
-        f"answer ({text[:10]!r}), and cannot write them apart; use a chat template whose headers do not end in a space"
-    )
-
-
-def _check_written(turns: list[dict[str, str]], text: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a template that drops a question or a system text; answers are compared token by token."""
-    written = _squeeze(text)
-    for turn in turns:
-        # Templates may change white space, and take the thoughts out of earlier answers.
-        if turn["role"] != "assistant" and _squeeze(turn["content"]) not in written:
-            raise InputError(
-                f"the chat template of {tokenizer.name_or_path!r} does not write the text of a {turn['role']} message; "
-                "use another template, or remove the text"
-            )
+                # The header of the last answer may differ, see `_Template.prefix_length`.
+                others = answers[-1:] if _can_think(template.tokenizer) else []
+    return starts | {turn: template.prefix_length(turns[:turn], text, header=True) for turn in others}
 
 
 def _found(position: int | None, turn: int, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -474,19 +475,6 @@ def _found(position: int | None, turn: int, tokenizer: PreTrainedTokenizerBase) 
             "rewrite earlier messages"
         )
     return position
-
-
-def _token_starts(offsets: list[tuple[int, int]]) -> list[int]:
-    """Return the first character of each token, never decreasing.
-
-    Byte-level tokenizers exclude a leading space from a token's offsets; it still belongs to the token, so a token
-    starts no later than the previous one ends. The tokens of one multi-byte character share its start.
-    """
-    starts, end = [], 0
-    for start, stop in offsets:
-        starts.append(max(min(start, end), starts[-1] if starts else 0))
-        end = max(end, stop)
-    return starts
 
 
 def _answer_end(ids: list[int], first: int, control_ids: set[int]) -> int:
