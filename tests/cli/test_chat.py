@@ -14,6 +14,7 @@ from bindllm.model.bindllm import BindLLM
 from bindllm.shots import Shot
 from cache_parts import ALLOW, save_tiny_model
 from store_parts import write_images
+from tiny import tiny_model
 
 
 class Listener:
@@ -30,7 +31,7 @@ class Listener:
             if item.modality != "text" and not Path(item.source).exists():
                 raise FileNotFoundError(f"{item.source}: no such file")
 
-    def stream(self, conversation, **options):
+    def stream(self, conversation, *, recent, **options):
         self.asked.append(conversation.messages)
         self.options.append(options)
         for piece in self.answers.pop(0):
@@ -153,6 +154,15 @@ def test_shots_of_a_table_precede_each_question(tmp_path, cat, monkeypatch, caps
     told = capsys.readouterr()
     assert "worked examples in my shots.jsonl: 1; up to 4 precede a question" in told.out
     assert "only 1 of 4 shots were found" in told.err
+
+
+def test_media_are_encoded_once_in_a_conversation(decoder, cat, monkeypatch, capsys):
+    model = tiny_model(decoder)
+    (encoder,), calls = model.encoders, []
+    embed = encoder.embed
+    monkeypatch.setattr(encoder, "embed", lambda *given, **more: calls.append(given) or embed(*given, **more))
+    talk(model, f"/image {cat}", "What?", "And now?", "/retry", monkeypatch=monkeypatch, max_new_tokens=2)
+    assert len(calls) == 1
 
 
 def test_text_of_the_model_cannot_control_the_terminal(monkeypatch, capsys):

@@ -253,6 +253,7 @@ class Chat:
         system = [Message("system", self._system)] if self._system else []
         stream = self._model.stream(
             Conversation((*system, *before, message)),
+            recent=self._recent,
             **self._options,
             **self._shots(message),
         )

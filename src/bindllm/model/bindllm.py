@@ -403,24 +403,22 @@ class BindLLM(nn.Module):
         shots: Sequence[Any] | None = None,
         cache: CacheChoice = None,
         datastore: Datastore | bool | None = None,
+        recent: RecentEmbeddings | None = None,
         **options: Any,
     ) -> Iterator[str]:
-        """Yield the answer to one prompt piece by piece; arguments as for `generate`."""
+        """Yield the answer to one prompt piece by piece; ``recent`` as for `encode`, the others as for `generate`."""
         options = check_options(options)
         # Beam search may replace tokens that were already printed.
         if options.get("num_beams", 1) > 1:
             raise InputError("a stream has no beams: its pieces are final. Use generate, or num_beams=1")
-        batch = self.prepare(prompt, media, cache, shots, **options)
+        batch = self.prepare(prompt, media, cache, shots, recent=recent, **options)
         run = partial(self.generate_from, *batch, **find_records(self, batch[3], datastore), **options)
         yield from stream_text(run, self.tokenizer, self.settings.eos_token_id)
 
     def prepare(
         self, prompt: Any, media: Any, cache: CacheChoice = None, shots: Any = None, **options: Any
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Render prompts and embed their media: the arguments of `generate_from`, see `prepare_batch`.
-
-        Arguments are those of `generate`, and ``recent``, embeddings of earlier requests.
-        """
+        """Return the arguments of `generate_from`; takes those of `generate`, and ``recent`` as for `encode`."""
         # With one bind token, no token of an encoder is read.
         modalities = self.bind_config.token_modalities if self.bind.num_tokens > 1 else ()
         own = {"cache": cache, "token_modalities": modalities, "recent": options.pop("recent", None)}
