@@ -28,7 +28,7 @@ _OPTIONS = {
     "lenient": False,
     "coerce_one_of": False,
 }
-# A schema of this size takes a second to compile, and one of the size of a body minutes.
+# A schema of this size takes up to a second to compile, and the time grows with the square of the size.
 MOST_CHARACTERS = 65_536
 _MOST_SHOWN = 300
 
@@ -97,7 +97,7 @@ class Grammars:
         """Return the constraint of a grammar.
 
         Raises:
-            InputError: the grammar is too long, or cannot be followed; the message names the part that is not supported.
+            InputError: the grammar is too long, or cannot be followed; the message names the unsupported part.
             MissingExtraError: llguidance is not installed.
         """
         if len(grammar) > MOST_CHARACTERS:
