@@ -97,7 +97,7 @@ class Grammars:
         """Return the constraint of a grammar.
 
         Raises:
-            InputError: the grammar is too long, or cannot be followed; the message names the part that is not supported.
+            InputError: the grammar is too long, or cannot be followed; the message names the unsupported part.
             MissingExtraError: llguidance is not installed.
         """
         if len(grammar) > MOST_CHARACTERS:
