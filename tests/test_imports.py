@@ -121,6 +121,12 @@ def test_a_file_of_data_names_no_module(here):
     assert visible() == set()
 
 
+def test_the_module_of_the_command_does_not_look_in_this_folder(here):
+    # Of the standard library, which this command imports and little else.
+    (here / "base64.py").write_text("open('trapped', 'a').write(__name__ + ' ')\n")
+    run_commands(["fetch", "--help"], script=False)
+
+
 def test_commands_and_their_processes_import_what_is_named_and_nothing_else(here):
     save_tiny_model(here / "model", here / "decoder")
     manifest = here / "model/bindllm.json"
@@ -128,7 +134,6 @@ def test_commands_and_their_processes_import_what_is_named_and_nothing_else(here
     # The encoder has the settings of the checkpoint's, and another fingerprint: it was imported to find that out.
     (here / "my_net.py").write_text("from cache_parts import Multimodal as Base\n")
     loads = ["model", "--allow", "my_lab.Encoder"]
-    run_commands(["encode", "text:a dog", "text:a cat", "--encoder", "my_lab.Encoder"], script=False)
     tiny_parts(here)
     for name in ("base64", "selectors"):
         # Of the standard library, which a spawned process could find here first.
@@ -136,6 +141,7 @@ def test_commands_and_their_processes_import_what_is_named_and_nothing_else(here
     model = {"encoders": [{"class_path": "my_lab.Encoder"}]}
     config = ["--config", str(write_recipe(tiny_recipe(here, model=model, trainer={"max_epochs": 1})))]
     run_commands(
+        ["encode", "text:a dog", "text:a cat", "--encoder", "my_lab.Encoder"],
         ["check", "--folder", *loads],
         ["generate", *loads, "--max_new_tokens", "2"],
         ["embed", *config, "--trainer.devices", "2"],

@@ -27,7 +27,14 @@ RED, GREEN = Shot("Color?", "red", media=[image("red")]), Shot("Color?", "green"
 TEXT = Shot("Sky?", "blue")
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+# The plain family and the one with normalized queries; the others say as much.
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(family, marks=() if family in ("llama", "qwen3") else pytest.mark.slow)
+        for family in FAMILIES
+    ],
+)
 def model(request, tmp_path_factory):
     return tiny_model(save_tiny_decoder(tmp_path_factory.mktemp("decoder"), request.param))
 

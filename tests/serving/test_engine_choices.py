@@ -44,8 +44,14 @@ def reads(model, monkeypatch) -> list[tuple[int, int]]:
     return found
 
 
-@pytest.mark.parametrize("slots", [1, 3, 8])
-@pytest.mark.parametrize("parts", ["value", "tokens", "context"])
+@pytest.mark.parametrize(
+    ("parts", "slots"),
+    [
+        pytest.param(parts, slots, marks=() if slots == fast else pytest.mark.slow)
+        for parts, fast in (("value", 3), ("tokens", 1), ("context", 8))
+        for slots in (1, 3, 8)
+    ],
+)
 def test_choices_are_separate_requests_with_one_prompt(parts, slots, monkeypatch):
     model = build(parts)
     draw = random.Random(slots)

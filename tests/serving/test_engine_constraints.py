@@ -192,6 +192,7 @@ def test_choices_follow_their_schema_each_on_its_own(engine):
         ({"$ref": "http://127.0.0.1/schema"}, "not present"),
         ({"type": "integer", "minimum": 3, "maximum": 2}, "minimum (3)"),
         ({"$ref": "#"}, "no answer can follow"),
+        ({"enum": ["x" * 70_000]}, "at most 65,536 are read"),
     ],
 )
 def test_a_schema_that_is_not_supported_is_refused_by_name(engine, schema, words):

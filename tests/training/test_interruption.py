@@ -80,7 +80,12 @@ PLACES = {
 
 
 # Others say as much of these.
-SLOW_PLACES = ("in the first step", "in the last step of an epoch", "after a validation")
+SLOW_PLACES = (
+    "in the first step",
+    "in the last step of an epoch",
+    "after a validation",
+    "when all steps are done",
+)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,8 @@ _OPTIONS = {
     "lenient": False,
     "coerce_one_of": False,
 }
+# A schema of this size takes up to a second to compile, and the time grows with the square of the size.
+MOST_CHARACTERS = 65_536
 _MOST_SHOWN = 300
 
 
@@ -95,9 +97,13 @@ class Grammars:
         """Return the constraint of a grammar.
 
         Raises:
-            InputError: the grammar cannot be followed; the message names the part that is not supported.
+            InputError: the grammar is too long, or cannot be followed; the message names the unsupported part.
             MissingExtraError: llguidance is not installed.
         """
+        if len(grammar) > MOST_CHARACTERS:
+            raise InputError(
+                f"the schema has {len(grammar):,} characters, at most {MOST_CHARACTERS:,} are read"
+            )
         with needs_extra("llguidance", extra="serve", purpose="answer in a JSON schema"):
             from llguidance import LLMatcher
         grammar = LLMatcher.grammar_from_lark(grammar)

@@ -81,6 +81,7 @@ def test_embeddings_are_the_published_ones(name, encoder, cloud):
     np.testing.assert_allclose(found, golden(name)["out"], atol=OUT, rtol=0)
 
 
+@pytest.mark.slow
 def test_bfloat16_keeps_the_direction(name, encoder, cloud):
     # One cloud is enough for it, and half precision is slow on a CPU.
     [half] = PointBind(**encoder.config | {"dtype": "bfloat16"}).embed("point", [cloud[0]])
