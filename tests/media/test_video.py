@@ -328,7 +328,8 @@ def test_truncated_files_give_what_they_hold_or_a_media_error(name, share):
         found = list(read_frames(data[: int(share * len(data))], pick=everything))
     except MediaError:
         return
-    assert 0 < len(found) < 60
+    # All of them, if the part that is cut off is padding.
+    assert 0 < len(found) <= 60
     # The last packet is cut through; frames that do not build on it are whole.
     assert [number_of(frame) for _, frame in found[:-4]] == list(range(len(found) - 4))
 
