@@ -53,7 +53,11 @@ def with_tiny_parts(recipe: dict, parts: Path) -> dict:
     for key in ("quantize", "template"):
         recipe["model"]["decoder"].pop(key, None)
     recipe["model"].pop("init_from", None)
-    recipe["model"]["encoders"] = [{"class_path": "tiny.ColorEncoder"}]
+    several = recipe["model"]["bind"].get("tokens", 1) != 1
+    recipe["model"]["encoders"] = [{"class_path": "tiny.TokenEncoder" if several else "tiny.ColorEncoder"}]
+    for part in ("inject", "adapter"):
+        if "layers" in (recipe["model"].get(part) or {}):
+            recipe["model"][part]["layers"] = 1
     recipe["data"]["sources"] = [
         {"path": str(parts / "pictures"), "format": "caption"} for _ in recipe["data"]["sources"]
     ]
