@@ -1,6 +1,7 @@
 """Bag-of-words pretraining: the bind network learns words, and nothing else of the model changes."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -51,7 +52,7 @@ def test_words_belong_to_the_media_that_their_tokens_listen_to(build):
     row = Row(Conversation(tuple(Message(*turn) for turn in turns)), ("blue",), name="both")
     again = Row(Conversation((Message(*turns[0]), Message("assistant", "square"))), ("square",), name="again")
     samples = [make_sample(each, model.tokenizer, 128) for each in (row, again)]
-    found = words_of_groups(samples)
+    found = words_of_groups(samples, captions_only=False)
     # The tiny tokenizer has a token for each letter.
     letters = {
         key: {model.tokenizer.decode([word]).strip() for word in words} for key, words in found.items()
@@ -73,21 +74,43 @@ def test_unwanted_answers_and_media_without_a_learned_answer_teach_nothing(build
             query_only=True,
         ),
     ]
-    found = words_of_groups([make_sample(row, model.tokenizer, 128) for row in rows])
+    found = words_of_groups([make_sample(row, model.tokenizer, 128) for row in rows], captions_only=False)
     assert found.keys() == {(red,)}
     assert len(found[(red,)]) == len({*"red"}) + 1
 
 
-def test_answers_to_questions_teach_words_only_if_there_is_no_caption(build):
+def test_answers_to_questions_may_be_left_out(build):
     model, _ = build()
     red, blue = Media.image("red.png"), Media.image("blue.png")
     caption, question = (
         Row(Conversation((Message("user", [image, "?"]), Message("assistant", text))), (), text, task=task)
-        for image, text, task in ((red, "a cat", "caption"), (blue, "yes", "vqa"))
+        for image, text, task in ((red, "a cat", "caption"), (blue, "yes", "answer"))
     )
     caption, question = (make_sample(row, model.tokenizer, 128) for row in (caption, question))
-    assert words_of_groups([caption, question]).keys() == {(red,)}
-    assert words_of_groups([question]).keys() == {(blue,)}
+    assert words_of_groups([caption, question], captions_only=True).keys() == {(red,)}
+    assert words_of_groups([caption, question], captions_only=False).keys() == {(red,), (blue,)}
+
+
+@pytest.mark.parametrize("has_captions", [True, False])
+def test_captions_alone_are_learned_if_the_training_rows_have_any(has_captions, build, monkeypatch):
+    model, data = build()
+    given = {
+        split: [replace(row, task="answer") for row in data.samples(split)]
+        for split in ("train", "validation")
+    }
+    if has_captions:
+        given["train"][1:] = data.samples("train")[1:]
+    found = []
+
+    def words(rows, **options):
+        found.append((len(rows), options))
+        return words_of_groups(rows, **options)
+
+    monkeypatch.setattr(data, "samples", given.__getitem__)
+    monkeypatch.setattr(bag_of_words, "words_of_groups", words)
+    pretrain_bind(model, data, 1, OPTIM)
+    # The held-out rows are treated alike, whatever they are.
+    assert found == [(len(rows), {"captions_only": has_captions}) for rows in given.values()]
 
 
 @pytest.mark.parametrize(("tokens", "passes"), [(1, 12), (4, 12), ("all", 40)])

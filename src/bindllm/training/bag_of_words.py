@@ -33,16 +33,14 @@ BATCH_SIZE = 64
 """Media groups of a step: these are small, as no text is computed."""
 
 
-def words_of_groups(samples: Sequence[Sample]) -> dict[MediaGroup, set[int]]:
+def words_of_groups(samples: Sequence[Sample], *, captions_only: bool) -> dict[MediaGroup, set[int]]:
     """Return the ids of all supervised tokens that listen to each media group; groups without any are left out.
 
-    Of rows with captions among them only the captions count. Answers that their rows call unwanted are skipped.
+    Answers that their rows call unwanted are skipped, and with ``captions_only`` the answers to questions.
     """
-    # Captions name what an image shows. No part of an image looks like "yes" or "two", the answers to questions.
-    captions = [sample for sample in samples if sample.task == "caption"]
     words: dict[MediaGroup, set[int]] = {}
-    for sample in captions or samples:
-        if sample.desirable is False:
+    for sample in samples:
+        if sample.desirable is False or (captions_only and sample.task != "caption"):
             continue
         for number, group in enumerate(sample.media):
             own = sample.labels[(sample.labels != IGNORE) & (sample.media_index == number)].tolist()
@@ -139,7 +137,10 @@ def pretrain_bind(
     Raises:
         InputError: the rows are streamed, have no media, or have answers of the same words.
     """
-    words, held_out = (words_of_groups(data.samples(split)) for split in ("train", "validation"))
+    rows, held_out = data.samples("train"), data.samples("validation")
+    # Captions name the things of an image. No part of an image looks like "yes" or "two", the answers to questions.
+    captions_only = any(row.task == "caption" for row in rows)
+    words, held_out = (words_of_groups(part, captions_only=captions_only) for part in (rows, held_out))
     task = BagOfWords(model.bind, model.injection.words(model.decoder), words, data.lookup)
     if not task.weights:
         reason = "streamed rows are not read before training" if data.streamed else "these rows have none"

@@ -129,6 +129,17 @@ class ContextNetwork(nn.Module):
         embeddings, scores, ids = (x.to(query.device) for x in (embeddings, scores, ids))
         return self(embeddings, scores, ids != NO_TOKEN, embed(ids.clamp(min=0)))
 
+    def forward(self, embeddings: Tensor, scores: Tensor, present: Tensor, words: Tensor) -> Tensor:
+        """Return context tokens, [B, M, C, D]; rows of zeros are no tokens.
+
+        Args:
+            embeddings: unit embeddings of the records of each media group, [B, M, K, E]; zeros are no records.
+            scores: how near they are, [B, M, K].
+            present: which tokens of a record's text are not padding, bool [B, M, K, S].
+            words: the decoder's word embeddings of the texts, [B, M, K, S, D].
+        """
+        raise NotImplementedError
+
 
 class ContextPerceivers(ContextNetwork):
     """Context tokens from learned latents that read the media and the texts of all records.
@@ -174,14 +185,7 @@ class ContextPerceivers(ContextNetwork):
                 nn.init.zeros_(linear.bias)
 
     def forward(self, embeddings: Tensor, scores: Tensor, present: Tensor, words: Tensor) -> Tensor:
-        """Return context tokens, [B, M, 2 * latents, D]; rows of zeros for a stream without content.
-
-        Args:
-            embeddings: unit embeddings of the records of each media group, [B, M, K, E]; zeros are no records.
-            scores: how near they are, [B, M, K].
-            present: which tokens of a record's text are not padding, bool [B, M, K, S].
-            words: the decoder's word embeddings of the texts, [B, M, K, S, D].
-        """
+        """Return context tokens, [B, M, 2 * latents, D]; rows of zeros for a stream without content."""
         num_groups, num_records, dtype = *embeddings.shape[1:3], self.latents.dtype
         # How to read this: G groups of K records; each record is two short sequences in the width of the perceivers.
         embeddings, scores, present, words = (x.flatten(0, 1) for x in (embeddings, scores, present, words))
@@ -237,14 +241,7 @@ class ContextWords(ContextNetwork):
         self.score, self.position = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
 
     def forward(self, embeddings: Tensor, scores: Tensor, present: Tensor, words: Tensor) -> Tensor:
-        """Return context tokens, [B, M, K * S, D]; rows of zeros for padding.
-
-        Args:
-            embeddings: unit embeddings of the records of each media group, [B, M, K, E]; zeros are no records.
-            scores: how near they are, [B, M, K].
-            present: which tokens of a record's text are not padding, bool [B, M, K, S].
-            words: the decoder's word embeddings of the texts, [B, M, K, S, D].
-        """
+        """Return context tokens, [B, M, K * S, D]; rows of zeros for padding."""
         dtype = self.score.dtype
         waves = add_positions(torch.zeros(words.shape[-2:])).to(words.device, dtype)
         tokens = F.rms_norm(words, words.shape[-1:], eps=1e-6).to(dtype) + waves * self.position
