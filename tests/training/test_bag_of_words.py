@@ -92,7 +92,7 @@ def test_answers_to_questions_may_be_left_out(build):
 
 
 @pytest.mark.parametrize("has_captions", [True, False])
-def test_captions_alone_are_learned_if_the_training_rows_have_any(has_captions, build, monkeypatch):
+def test_only_captions_are_learned_if_the_training_rows_have_any(has_captions, build, monkeypatch):
     model, data = build()
     given = {
         split: [replace(row, task="answer") for row in data.samples(split)]

@@ -257,7 +257,7 @@ class BindNetwork(nn.Module):
             self.projector = Projector(token_size, width)
         elif config.reads_tokens:
             self.resampler = Resampler(token_size, width, config)
-        self.reset_parameters()
+        start_at_unit_size(self, self.projection)
 
     @property
     def num_tokens(self) -> int:
@@ -278,17 +278,6 @@ class BindNetwork(nn.Module):
                 f"give a number from 1 to {self.most_tokens}"
             )
         self._num_tokens = count
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Start with outputs of unit size: a unit vector times weights of unit variance has it."""
-        for linear in (module for module in self.modules() if isinstance(module, nn.Linear)):
-            # Variance 1 / fan-in keeps the variance of activations. The input of the first projection is a unit
-            # vector, so rows of unit variance give outputs of variance 1, whatever E is.
-            std = 1 if linear is self.projection else linear.in_features**-0.5
-            nn.init.normal_(linear.weight, std=std)
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
 
     def forward(self, embedding: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Map embeddings to bind vectors.
@@ -337,6 +326,18 @@ class BindNetwork(nn.Module):
         tokens = z.new_zeros(*z.shape[:-1], 1, size) if tokens is None else tokens
         found = reader(tokens, max(count, 2) - 1)
         return torch.cat([z.unsqueeze(-2), found if count > 1 else found * 0], dim=-2)
+
+
+@torch.no_grad()
+def start_at_unit_size(network: nn.Module, projection: nn.Linear) -> None:
+    """Draw the linear layers of a network so that its outputs start at unit size; ``projection`` takes unit vectors."""
+    for linear in (module for module in network.modules() if isinstance(module, nn.Linear)):
+        # Variance 1 / fan-in keeps the variance of activations. The input of the projection is a unit vector, so rows
+        # of unit variance give outputs of variance 1, whatever E is.
+        std = 1 if linear is projection else linear.in_features**-0.5
+        nn.init.normal_(linear.weight, std=std)
+        if linear.bias is not None:
+            nn.init.zeros_(linear.bias)
 
 
 def draw_count(most: int) -> int:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from bindllm.encoders.tokens import add_positions
 from bindllm.errors import InputError
-from bindllm.model.bind_network import BindConfig, LatentBlock, draw_alone
+from bindllm.model.bind_network import BindConfig, LatentBlock, draw_alone, start_at_unit_size
 
 NO_TOKEN = -1
 """Token id of padding in the texts of records."""
@@ -172,17 +172,8 @@ class ContextPerceivers(ContextNetwork):
         self.latents = nn.Parameter(torch.randn(2, config.latents, size))
         self.output_norm = nn.RMSNorm(size, eps=1e-6)
         self.media_output, self.text_output = nn.Linear(size, width), nn.Linear(size, width)
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Start with outputs of unit size, as the bind network does."""
-        for linear in (module for module in self.modules() if isinstance(module, nn.Linear)):
-            # Embeddings are unit vectors, all other inputs have unit scale.
-            std = 1 if linear is self.media_projection else linear.in_features**-0.5
-            nn.init.normal_(linear.weight, std=std)
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
+        # Embeddings are unit vectors, all other inputs have unit scale.
+        start_at_unit_size(self, self.media_projection)
 
     def forward(self, embeddings: Tensor, scores: Tensor, present: Tensor, words: Tensor) -> Tensor:
         """Return context tokens, [B, M, 2 * latents, D]; rows of zeros for a stream without content."""
