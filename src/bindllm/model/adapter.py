@@ -96,8 +96,8 @@ class AdapterConfig:
             )
         if self.dora and self.media_only:
             raise InputError(
-                "adapter with dora and media_only: DoRA changes the length of the rows of a projection, for all tokens; set "
-                "one of them to false"
+                "adapter with dora and media_only: DoRA changes the rows of a projection, for all tokens; set one "
+                "of them to false"
             )
         if self.rslora and self.alpha is None:
             raise InputError(
