@@ -1,4 +1,4 @@
-"""Tools of chat completions: what the chat template writes, grammars of required calls, and the calls in an answer.
+"""Tools: how the chat template writes a call, grammars of answers that may call, and the calls in an answer.
 
 Nothing is run. A call is a text of the model, in the form that clients read.
 """
@@ -6,15 +6,16 @@ Nothing is run. A call is a text of the model, in the form that clients read.
 from __future__ import annotations
 
 import json
+import re
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from bindllm.conversation import Message, control_tokens
 from bindllm.serving.api.errors import ApiError, shown
-from bindllm.serving.api.schema import ChatBody, check_depth
+from bindllm.serving.api.schema import ChatBody, ResponsesBody, check_depth
 from bindllm.serving.constraint import json_rule
 
 if TYPE_CHECKING:
@@ -39,18 +40,23 @@ class Call:
         name: of the tool.
         arguments: a JSON object.
         stop: the character of the text after the call.
+        id: by which a client names the call when it sends the result.
     """
 
     name: str
     arguments: dict[str, Any]
     stop: int
+    id: str = field(default_factory=lambda: f"call_{uuid.uuid4().hex[:24]}")
+
+    @property
+    def function(self) -> dict[str, str]:
+        """Name and arguments; OpenAI's API has the arguments as a text."""
+        return {"name": self.name, "arguments": json.dumps(self.arguments, ensure_ascii=False)}
 
     def for_client(self, index: int | None = None) -> dict[str, Any]:
-        """Return the call in OpenAI's form, with an index if it is a part of a stream."""
-        arguments = json.dumps(self.arguments, ensure_ascii=False)
+        """Return the call in the form of chat completions, with an index if it is a part of a stream."""
         place = {} if index is None else {"index": index}
-        function = {"name": self.name, "arguments": arguments}
-        return {**place, "id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
+        return {**place, "id": self.id, "type": "function", "function": self.function}
 
 
 @dataclass(frozen=True)
@@ -105,19 +111,42 @@ class CallForm:
         keys = tuple(value) if has_name_first else tuple(value)[::-1]
         return cls(text[:first], between if repeats else "", text[stop:], keys, pieces, has_name_first)
 
-    def grammar(self, functions: Sequence[Mapping[str, Any]], *, several: bool) -> str:
-        """Return the grammar of an answer that calls one of some functions, or several if the template can."""
-        rules, (before, middle, after) = [], self.pieces
+    def grammar(self, functions: Sequence[Mapping[str, Any]], *, several: bool, required: bool) -> str:
+        """Return the grammar of an answer that may or must call some functions.
+
+        Args:
+            functions: those that may be called.
+            several: whether it may have several calls, if the template can write them.
+            required: whether it is a call; else it is any text, up to the mark of a call, if there is one.
+        """
+        mark, rules, heads = self.start.strip(), [], []
+        # Without a mark, only the first keys of the object show that an answer will be a call.
+        has_heads = not required and not mark
         for number, function in enumerate(functions):
             schema = {"type": "object", **(function.get("parameters") or {"additionalProperties": False})}
-            start, end = before + function["name"] + middle, after
-            if not self.has_name_first:
-                start, end = before, middle + function["name"] + after
-            rules.append(f"call{number}: {_literal(start)} {json_rule(schema)} {_literal(end)}")
+            (before, middle, end), name = self.pieces, function["name"]
+            start, end = (
+                (before + name + middle, end) if self.has_name_first else (before, middle + name + end)
+            )
+            heads.append(_spaced(start))
+            start = f"/{heads[-1]}/" if has_heads else _literal(start)
+            rules.append(f"call{number}: {start} {json_rule(schema)} {_literal(end)}")
         again = f"({_literal(self.between)} call)*" if several and self.between else ""
-        start = f"start: {_literal(self.start.lstrip())} call {again} {_literal(self.end.rstrip())}"
+        calls = f"call {again} {_literal(self.end.rstrip())}"
         names = " | ".join(f"call{number}" for number in range(len(functions)))
-        return "\n".join((start, f"call: {names}", *rules))
+        if required:
+            start = [f"start: {_literal(self.start.lstrip())} {calls}"]
+        elif mark:
+            # A lazy text ends with its first mark, so all that follows has to be a call.
+            rest = _literal(self.start.lstrip().removeprefix(mark))
+            start = [
+                f"start: ANY | marked {rest} {calls}",
+                f"marked[lazy]: ANY {_literal(mark)}",
+                "ANY: /(?s:.*)/",
+            ]
+        else:
+            start = [f"start: OTHER | {calls}", f"OTHER: /(?s:.*)/ & ~/({'|'.join(heads)})(?s:.*)/"]
+        return "\n".join((*start, f"call: {names}", *rules))
 
     def read(self, text: str, at: int) -> Call | None:
         """Return the call that starts at a character of a text, after white space, or None."""
@@ -133,7 +162,8 @@ class CallForm:
         # The end is missing if the model has ended the answer right after the object.
         if (
             not isinstance(value, dict)
-            or {*value} != {*self.keys}
+            # In the order of the template, which the grammar waits for.
+            or tuple(value) != self.keys[:: 1 if self.has_name_first else -1]
             or (text[stop:] and not text.startswith(end, stop))
         ):
             return None
@@ -160,23 +190,30 @@ class Tools:
     form: CallForm
 
     @property
-    def grammar(self) -> str | None:
-        """The grammar of the answer; None: any text."""
-        functions = [tool["function"] for tool in self.tools if tool["function"]["name"] in self.required]
-        return self.form.grammar(functions, several=self.several) if functions else None
+    def grammar(self) -> str:
+        """The grammar of the answer."""
+        functions = [tool["function"] for tool in self.tools]
+        chosen = [function for function in functions if function["name"] in self.required]
+        return self.form.grammar(chosen or functions, several=self.several, required=bool(chosen))
 
 
-def read_tools(body: ChatBody, tokenizer: PreTrainedTokenizerBase) -> Tools | None:
+def read_tools(
+    body: ChatBody | ResponsesBody, tokenizer: PreTrainedTokenizerBase, *, has_format: bool
+) -> Tools | None:
     """Return the tools of a request, or None if it has none or must not use them.
+
+    Args:
+        body: the request.
+        tokenizer: its chat template writes the calls.
+        has_format: whether the answer follows another format.
 
     Raises:
         ApiError: a choice that does not fit the tools, or a model that cannot use tools.
     """
-    tools = tuple(tool.model_dump(exclude_unset=True) for tool in body.tools or ())
-    names, choice = tuple(tool["function"]["name"] for tool in tools), body.tool_choice or "auto"
+    tools, named, choice = tuple(body.functions), body.named, body.tool_choice or "auto"
+    names = tuple(tool["function"]["name"] for tool in tools)
     if len({*names}) < len(names):
         raise ApiError(400, "two tools have one name", param="tools")
-    named = None if isinstance(choice, str) else choice.function.name
     required = tuple(name for name in names if choice == "required" or name == named)
     if not required and choice not in ("none", "auto"):
         raise ApiError(
@@ -186,9 +223,11 @@ def read_tools(body: ChatBody, tokenizer: PreTrainedTokenizerBase) -> Tools | No
         )
     if not tools or choice == "none":
         return None
-    if body.response_format not in (None, {"type": "text"}):
+    if has_format:
         raise ApiError(
-            400, "tools and response_format would both set the form of the answer; give one", param="tools"
+            400,
+            "tools and response_format (text.format) would both set the form of the answer; give one",
+            param="tools",
         )
     for tool in tools:
         check_depth(tool, "tools")
@@ -201,31 +240,26 @@ def uses_tools(message: Mapping[str, Any]) -> bool:
     return message.get("role") == "tool" or bool(message.get("tool_calls"))
 
 
-def tool_messages(messages: Sequence[Mapping[str, Any]], before: Sequence[Message]) -> list[Message]:
-    """Return messages of `uses_tools`, for the chat template.
+def tool_message(message: Mapping[str, Any], before: Sequence[Message]) -> Message:
+    """Return a message of `uses_tools`, for the chat template.
 
     Args:
-        messages: of the request, with content parts that are texts or media.
-        before: the messages before them.
+        message: of the request, with content parts that are texts or media.
+        before: the messages before it.
 
     Raises:
         ApiError: a message that is not in OpenAI's form.
     """
-    read = list(before)
-    for message in messages:
-        check_depth(message, "messages")
-        text = _text(message.get("content"))
-        if message.get("role") == "assistant":
-            given = message["tool_calls"]
-            calls = [_read_call(call) for call in (given if isinstance(given, list) else [given])]
-            read.append(Message("assistant", text, {"tool_calls": calls}))
-            continue
-        known = {c["id"]: c["function"]["name"] for m in read for c in m.fields.get("tool_calls", ())}
-        call = message.get("tool_call_id")
-        if not isinstance(call, str) or call not in known:
-            raise _fault(f"a tool message has the tool_call_id {shown(call)}, which no call before it has")
-        read.append(Message("tool", text, {"tool_call_id": call, "name": known[call]}))
-    return read[len(before) :]
+    content = message.get("content")
+    if message.get("role") == "assistant":
+        given = message["tool_calls"]
+        calls = [_read_call(call) for call in (given if isinstance(given, list) else [given])]
+        return Message("assistant", _text(content or ""), {"tool_calls": calls})
+    known = {c["id"]: c["function"]["name"] for m in before for c in m.fields.get("tool_calls", ())}
+    call = message.get("tool_call_id")
+    if not isinstance(call, str) or call not in known:
+        raise ApiError(400, f"the result of a tool has the id {shown(call)}, which no call before it has")
+    return Message("tool", _text(content), {"tool_call_id": call, "name": known[call]})
 
 
 class CallReader:
@@ -258,8 +292,15 @@ class CallReader:
         self._has_text = self._has_text or bool(given)
         return given
 
-    def end(self) -> tuple[str, list[Call]]:
-        """Return the rest of the text, and the calls. What only looks like a call is text."""
+    def end(self, *, is_cut: bool) -> tuple[str, list[Call]]:
+        """Return the rest of the text, and the calls. The beginning of a call is text if the answer was cut.
+
+        Args:
+            is_cut: whether the answer has reached its limit on tokens, which its client is told.
+
+        Raises:
+            ApiError: a stop string has ended the answer inside of a call.
+        """
         calls, at = [], 0
         while self._several or not calls:
             call = self._form.read(self._held, at)
@@ -268,6 +309,13 @@ class CallReader:
             calls.append(call)
             at = call.stop
         rest = self._held[at:]
+        # The grammar lets the model end a call only as a whole.
+        if self._has_call and not is_cut and self._form.start.strip() in rest:
+            raise ApiError(
+                400,
+                "a stop string has ended the answer inside of a call; leave stop out, or use one that no call has",
+                param="stop",
+            )
         return rest.strip() if calls else rest, calls
 
 
@@ -315,6 +363,11 @@ def _objects(text: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
         at = text.find("{", stop)
 
 
+def _spaced(text: str) -> str:
+    """Return a regular expression of the beginning of a JSON object, with any white space between its signs."""
+    return r"\s*".join(("", *map(re.escape, re.findall(r'[{}:,]|"[^"]*"', text)), ""))
+
+
 def _literal(text: str) -> str:
     return json.dumps(text, ensure_ascii=False) if text else ""
 
@@ -330,16 +383,12 @@ def _length_of_beginning(text: str, mark: str) -> int:
     return next((length for length in lengths if text.endswith(mark[:length])), 0)
 
 
-def _fault(message: str) -> ApiError:
-    return ApiError(400, message, param="messages")
-
-
 def _text(content: Any) -> str:
     """Return the content of a message with tool calls, or of a tool, whose parts are texts and media."""
-    parts = content if isinstance(content, list) else [content or ""]
+    parts = content if isinstance(content, list) else [content]
     if not all(isinstance(part, str) for part in parts):
-        raise _fault(
-            f"the content of a message with tool calls or of a tool is {shown(content)}, expected texts"
+        raise ApiError(
+            400, f"the content of a message with tool calls or of a tool is {shown(content)}, expected texts"
         )
     return "".join(parts)
 
@@ -355,7 +404,8 @@ def _read_call(call: Any) -> dict[str, Any]:
             if isinstance(arguments, dict):
                 function = {"name": name, "arguments": arguments}
                 return {"id": name_of_call, "type": "function", "function": function}
-    raise _fault(
-        'a tool call is not in the form {"id": "...", "type": "function", "function": {"name": "...", "arguments": '
-        '"{...}"}}, with arguments that are a JSON object in a text'
+    raise ApiError(
+        400,
+        "a tool call needs an id (call_id in /v1/responses), the name of its function, and arguments that are a JSON "
+        'object in a text, such as "{\\"city\\": \\"Paris\\"}"',
     )
