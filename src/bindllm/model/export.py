@@ -94,6 +94,11 @@ def export_decoder(
             "What was trained, bind network and injection, cannot be part of one: "
             f"BindLLM.from_pretrained({str(checkpoint)!r}) loads it"
         )
+    if adapter.media_only:
+        raise CheckpointError(
+            f"the adapter of {checkpoint} serves only tokens that listen to media (adapter.media_only), and a plain "
+            "folder would apply it to all: use the checkpoint as it is (BindLLM.from_pretrained)"
+        )
     plain = _plain_config(config, adapter, checkpoint)
     of_files, dtype = _choose_dtypes(dtype, plain)
     tokenizer = load_tokenizer(config)
